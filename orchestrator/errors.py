@@ -1,0 +1,132 @@
+"""What can go wrong, each error made of facts and ending with what to do.
+
+    CouncilError
+      ConfigError          the YAML file is wrong, all problems at once        exit 2
+      RefusedError         the request can't be served as things stand         exit 2
+      PluginError          an adapter or plugin broke its contract             exit 3
+      StateError
+        InvalidDocument    a value that the store can't hold
+        InvalidTransition  a row that the lifecycle tables do not have
+        VersionConflict    somebody else wrote the document first
+        LeaseLost          the guard's epoch is no longer the current one
+      StoreUnavailable     the disk is full, read-only or failing
+      LockHeld             a file lock was not free in time
+      GitError             a git command failed that should not
+      SessionError         a supervisor ended without its report
+
+Expected endings (a task that fails, a merge that conflicts) are values, not errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class CouncilError(Exception):
+    """The root of all errors that this package raises on purpose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One mistake in a file: where (lines and columns count from 1), what is wrong, what would be right."""
+
+    file: str
+    line: int
+    column: int
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}: {self.what}: {self.remedy}"
+
+
+class ConfigError(CouncilError):
+    """The file can't be run; `problems` has every mistake that was found, in the file's order."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+class RefusedError(CouncilError):
+    """What was asked for can't be done as things stand; nothing was started."""
+
+    def __init__(self, what: str, remedy: str) -> None:
+        self.what, self.remedy = what, remedy
+        super().__init__(f"{what}: {remedy}")
+
+
+class PluginError(CouncilError):
+    """A plugin broke its contract."""
+
+    def __init__(self, plugin: str, why: str) -> None:
+        self.plugin = plugin
+        super().__init__(f"plugin {plugin!r}: {why}: update it or remove it from this environment")
+
+
+class StateError(CouncilError):
+    """The store refused a change."""
+
+
+class InvalidDocument(StateError):
+    """A value that is not plain JSON (NaN, lone surrogates, too deep) or is too large."""
+
+    def __init__(self, subject: str, why: str) -> None:
+        super().__init__(f"{subject} can't be stored: {why}: store plain JSON objects within the size limit")
+
+
+class InvalidTransition(StateError):
+    """The lifecycle has no such row."""
+
+    def __init__(self, subject: str, state: str, trigger: str) -> None:
+        self.state, self.trigger = state, trigger
+        super().__init__(f"{subject} is {state!r}, which {trigger!r} does not lead out of: reload it and decide anew")
+
+
+class VersionConflict(StateError):
+    """The document is not at the version that the writer had read."""
+
+    def __init__(self, subject: str, expected: int, found: int) -> None:
+        self.expected, self.found = expected, found
+        super().__init__(f"{subject} is at version {found}, not {expected}: read it again and repeat the change")
+
+
+class LeaseLost(StateError):
+    """Somebody else holds the lease now; whatever this process still wants to write is refused."""
+
+    def __init__(self, subject: str, held: int, current: int | None) -> None:
+        self.held, self.current = held, current
+        super().__init__(f"{subject} is at epoch {current}, not {held}: another process took over, this one must end")
+
+
+class StoreUnavailable(CouncilError):
+    """The store can't be read or written now; nothing that was acknowledged is lost."""
+
+    def __init__(self, place: Path | str, why: str, remedy: str) -> None:
+        self.remedy = remedy
+        super().__init__(f"{place}: {why}: {remedy}")
+
+
+class LockHeld(CouncilError):
+    """A file lock was not free in time."""
+
+    def __init__(self, path: Path, holder: str) -> None:
+        self.path, self.holder = path, holder
+        super().__init__(f"{path} is locked by {holder}: wait for it to end or stop it")
+
+
+class GitError(CouncilError):
+    """A git command failed that should not have; carries its argv, exit code and messages."""
+
+    def __init__(self, argv: Sequence[str], returncode: int, stderr: str) -> None:
+        self.argv, self.returncode, self.stderr = tuple(argv), returncode, stderr
+        super().__init__(f"`{' '.join(argv)}` ended with {returncode}: {stderr.strip() or 'no message'}")
+
+
+class SessionError(CouncilError):
+    """A session's supervisor ended without saying how the session ended."""
+
+    def __init__(self, session: str, why: str) -> None:
+        super().__init__(f"session {session}: {why}: its worktree is kept, `council resume` goes on")

@@ -1,0 +1,60 @@
+"""Named places where a crash test may end the process: after each persisted or outward step.
+
+Off unless `COUNCIL_FAILPOINTS` is set when the process starts, and then one dictionary look-up is all that a
+disarmed one costs. The syntax is `name=kill` or `name=kill@N` (at the N-th time it is reached), separated by
+commas. `kill` is SIGKILL to ourselves: no `finally`, no flush, as when the machine's memory runs out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from typing import Final
+
+FAILPOINTS: Final = frozenset(
+    {
+        "run.seeded",  # the run and its tasks are in the store
+        "run.claimed",  # this process is the run's owner, under a new epoch
+        "run.finished",  # the run's end is in the store
+        "attempt.recorded",  # the attempt is in the store, nothing of it exists yet
+        "worktree.half_built",  # the session's folder exists, its checkout does not
+        "worktree.created",  # the worktree is ready
+        "session.spawned",  # the supervisor runs, the CLI perhaps
+        "session.ended",  # all of the session's processes are gone, nothing is collected
+        "work.staged",  # what the agent left is in our index
+        "work.committed",  # it is a commit on the attempt's branch
+        "work.recorded",  # the store knows the commit: the task is queued
+        "worktree.removed",  # the worktree is gone
+        "landing.merged",  # the merge commit exists, nothing refers to it
+        "landing.intended",  # the intent is in the store
+        "landing.pushed",  # the target has moved, the store does not know
+        "landing.recorded",  # the task is landed in the store
+        "recovery.session_reaped",  # a cut-off attempt's processes are gone
+        "recovery.attempt_returned",  # that attempt's task waits again
+        "recovery.landing_settled",  # a cut-off landing was finished or undone
+    }
+)
+
+_ARMED_SPEC = re.compile(r"([a-z_.]+)=kill(?:@([1-9][0-9]*))?")
+
+
+def _parse(spec: str) -> dict[str, int]:
+    armed = {}
+    for part in filter(None, spec.split(",")):
+        match = _ARMED_SPEC.fullmatch(part)
+        if match is None or match[1] not in FAILPOINTS:
+            raise ValueError(f"COUNCIL_FAILPOINTS: {part!r} is not NAME=kill or NAME=kill@N with a known NAME")
+        armed[match[1]] = int(match[2] or 1)
+    return armed
+
+
+_armed: Final = _parse(os.environ.get("COUNCIL_FAILPOINTS", ""))
+
+
+def failpoint(name: str) -> None:
+    """Die here if a crash test asked for it; otherwise nothing."""
+    if _armed and name in _armed:
+        _armed[name] -= 1
+        if _armed[name] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
