@@ -82,7 +82,7 @@ class InvalidTransition(StateError):
 
     def __init__(self, subject: str, state: str, trigger: str) -> None:
         self.state, self.trigger = state, trigger
-        super().__init__(f"{subject} is {state!r}, which {trigger!r} does not lead out of: reload it and decide anew")
+        super().__init__(f"{subject} is {state!r}, {trigger!r} does not lead out of it: reload and decide anew")
 
 
 class VersionConflict(StateError):
@@ -90,7 +90,7 @@ class VersionConflict(StateError):
 
     def __init__(self, subject: str, expected: int, found: int) -> None:
         self.expected, self.found = expected, found
-        super().__init__(f"{subject} is at version {found}, not {expected}: read it again and repeat the change")
+        super().__init__(f"{subject} is at version {found}, not {expected}: read it and try again")
 
 
 class LeaseLost(StateError):
@@ -98,7 +98,7 @@ class LeaseLost(StateError):
 
     def __init__(self, subject: str, held: int, current: int | None) -> None:
         self.held, self.current = held, current
-        super().__init__(f"{subject} is at epoch {current}, not {held}: another process took over, this one must end")
+        super().__init__(f"{subject} is at epoch {current}, not {held}: another process took over")
 
 
 class StoreUnavailable(CouncilError):

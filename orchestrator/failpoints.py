@@ -44,7 +44,7 @@ def _parse(spec: str) -> dict[str, int]:
     for part in filter(None, spec.split(",")):
         match = _ARMED_SPEC.fullmatch(part)
         if match is None or match[1] not in FAILPOINTS:
-            raise ValueError(f"COUNCIL_FAILPOINTS: {part!r} is not NAME=kill or NAME=kill@N with a known NAME")
+            raise ValueError(f"COUNCIL_FAILPOINTS: {part!r} is not NAME=kill[@N] with a known NAME")
         armed[match[1]] = int(match[2] or 1)
     return armed
 

@@ -91,7 +91,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A place in the log that can't be trusted: where, which documents it hit (`None`: not known), what was done."""
+    """A place in the log that can't be trusted: where, the documents it hit (None: not known), what was done."""
 
     path: Path
     offset: int
@@ -121,7 +121,7 @@ class Store(Protocol):
         """Return the position of the newest commit, 0 for an empty store."""
 
     def follow(self, after: int = 0) -> AsyncIterator[Record]:
-        """Yield every record behind position `after`, then each new one as it is committed, by any process."""
+        """Yield every record behind position `after`, then each new one as any process commits it."""
 
     @property
     def damage(self) -> Sequence[Damage]:
