@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Protocol
 
@@ -17,8 +18,8 @@ class Clock(Protocol):
     def monotonic(self) -> float:
         """Seconds that never go backwards, for durations and deadlines within one process."""
 
-    async def sleep_until(self, deadline: float) -> None:
-        """Return once `monotonic()` has reached `deadline` (seconds)."""
+    async def wait(self, event: anyio.Event, until: float | None) -> None:
+        """Return once `event` is set or `monotonic()` has reached `until` (seconds; None: never)."""
 
 
 class SystemClock:
@@ -32,6 +33,7 @@ class SystemClock:
         """The event loop's clock."""
         return anyio.current_time()
 
-    async def sleep_until(self, deadline: float) -> None:
-        """Sleep on the event loop."""
-        await anyio.sleep_until(deadline)
+    async def wait(self, event: anyio.Event, until: float | None) -> None:
+        """Wait on the event loop."""
+        with anyio.CancelScope(deadline=math.inf if until is None else until):
+            await event.wait()

@@ -82,7 +82,7 @@ class InvalidTransition(StateError):
 
     def __init__(self, subject: str, state: str, trigger: str) -> None:
         self.state, self.trigger = state, trigger
-        super().__init__(f"{subject} is {state!r}, {trigger!r} does not lead out of it: reload and decide anew")
+        super().__init__(f"{subject} is {state!r}, {trigger!r} leads nowhere from it: reload and decide anew")
 
 
 class VersionConflict(StateError):

@@ -91,7 +91,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A place in the log that can't be trusted: where, the documents it hit (None: not known), what was done."""
+    """A place in the log that can't be trusted: where, the documents hit (None: unknown), what was done."""
 
     path: Path
     offset: int

@@ -1,0 +1,45 @@
+# Everything a developer needs, on a machine that has python3, git and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+
+.PHONY: help install demo test crash lint types imports check clean
+.DEFAULT_GOAL := help
+
+help:  ## say what there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP)  ## make .venv with the package and all that developing needs
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.x")'
+	@$(PYTHON) -m venv $(VENV) || { echo "no venv: install your system's python3-venv package" >&2; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable . --group dev
+	@touch $@
+
+demo: install  ## run configs/quickstart.yaml on a clone of this repository and check what came of it
+	@$(BIN)/python examples/demo.py
+
+test: install  ## all tests but the slow ones
+	@$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
+
+crash: install  ## the long crash runs: every failpoint, random moments, kills inside recovery
+	@$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+lint: install
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: install
+	@$(BIN)/mypy
+
+imports: install
+	@$(BIN)/lint-imports
+
+check: lint types imports test  ## what CI runs
+
+clean:  ## remove what `make` made
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

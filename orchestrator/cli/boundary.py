@@ -1,0 +1,82 @@
+"""The one place where errors become messages and exit codes, so that code and JSON always agree.
+
+0 all landed · 1 some did not · 2 bad input · 3 our fault, with the log's path · 130 interrupted
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from orchestrator.cli.output import Output
+from orchestrator.errors import ConfigError, CouncilError, RefusedError
+from orchestrator.protocols import JsonObject
+
+BAD_INPUT = 2
+OUR_FAULT = 3
+INTERRUPTED = 130
+
+
+class Log:
+    """Where the details of a fault go; a temporary file until the project is known."""
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+
+    def write(self, error: BaseException) -> Path:
+        """Append the error with its traceback, and return the file."""
+        path = self.path or Path(tempfile.mkdtemp(prefix="council-")) / "council.log"
+        handler = logging.FileHandler(path, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        path.chmod(0o600)
+        raised = (type(error), error, error.__traceback__)
+        handler.emit(logging.LogRecord("council", logging.ERROR, "", 0, "%s", (error,), raised))
+        handler.close()
+        return path
+
+
+@contextmanager
+def boundary(output: Output, log: Log) -> Iterator[None]:
+    """Turn whatever the body raises into a message and an exit code."""
+    try:
+        yield
+    except (click.exceptions.Exit, click.ClickException):
+        raise
+    except KeyboardInterrupt:
+        _end(output, INTERRUPTED, {"status": "interrupted", "error": "interrupted"}, "interrupted")
+    except BaseException as raised:  # noqa: BLE001  the one boundary: nothing may leave as a traceback
+        error = _cause(raised)
+        if isinstance(error, ConfigError):
+            problems = [asdict(problem) for problem in error.problems]
+            _end(output, BAD_INPUT, {"status": "invalid", "errors": problems}, str(error))
+        if isinstance(error, RefusedError):
+            _end(
+                output,
+                BAD_INPUT,
+                {"status": "refused", "error": error.what, "remedy": error.remedy},
+                f"council: {error}",
+            )
+        path = log.write(raised)
+        what = str(error) if isinstance(error, CouncilError) else f"internal error: {type(error).__name__}: {error}"
+        message = f"council: {what}\nNothing that was recorded is lost: `council resume` goes on. Details: {path}"
+        _end(output, OUR_FAULT, {"status": "error", "error": what, "log": str(path)}, message)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return what to tell of a group of errors: the first that is ours, else the first."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    leaves = [_cause(one) for one in error.exceptions]
+    return next((one for one in leaves if isinstance(one, CouncilError)), leaves[0])
+
+
+def _end(output: Output, code: int, result: JsonObject, message: str) -> None:
+    output.failure({**result, "exit": code}, message)
+    sys.exit(code)

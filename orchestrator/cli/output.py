@@ -1,0 +1,96 @@
+"""What the commands print: JSON lines for programs, sentences for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import click
+
+from orchestrator.engine.report import RunReport, TaskReport
+from orchestrator.protocols import Event, JsonObject
+
+#: How an event reads; its own fields fill the gaps.
+_SENTENCES: Mapping[str, str] = {
+    "run.created": "run {run}: {tasks} tasks, landing on {target}",
+    "run.interrupted": "interrupted: `council resume {run}` goes on",
+    "task.started": "started (attempt {attempt}, {adapter})",
+    "task.retrying": "failed: {reason}; tried again in {retry_in} s",
+    "task.interrupted": "interrupted: {reason}",
+    "task.failed": "failed: {reason}",
+    "task.no_change": "changed nothing",
+    "task.queued": "built, waits to land",
+    "task.deferred": "can't land now: {reason}",
+    "task.conflict": "{reason}",
+    "task.landed": "landed as {landed:.10}",
+    "task.salvaged": "the work of a cut-off attempt is kept on {branch}",
+    "task.salvage_failed": "the work of a cut-off attempt stays in {worktree}: {reason}",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Prints to stdout as one JSON object a line, or as text."""
+
+    as_json: bool
+
+    def event(self, time: float, event: Event) -> None:
+        """Print something that happened."""
+        if self.as_json:
+            self._line({"event": event.type, "time": time, **event.data})
+        elif event.type in _SENTENCES:
+            at = datetime.fromtimestamp(time, UTC).astimezone()
+            task = f"{event.data['task']}: " if "task" in event.data else ""
+            click.echo(f"{at:%H:%M:%S} {task}{_plain(_SENTENCES[event.type].format_map(event.data))}")
+
+    def result(self, report: RunReport) -> None:
+        """Print how a run stands, as the last thing."""
+        if self.as_json:
+            self._line(report.to_json())
+            return
+        landed = sum(task.landed is not None for task in report.tasks)
+        click.echo(f"run {report.run}: {report.status}, {landed} of {len(report.tasks)} tasks on {report.target}")
+        for task in report.tasks:
+            click.echo(f"  {_task(task)}")
+        if report.status != "landed" and any(task.state in {"queued", "landing", "running"} for task in report.tasks):
+            click.echo(f"`council resume {report.run}` goes on with what is left.")
+
+    def facts(self, facts: Mapping[str, str | None]) -> None:
+        """Print names with values."""
+        if self.as_json:
+            self._line(dict(facts))
+            return
+        width = max(map(len, facts))
+        for name, value in facts.items():
+            click.echo(f"{name:<{width}}  {value or '-'}")
+
+    def failure(self, result: JsonObject, message: str) -> None:
+        """Print why a command could not do its work."""
+        if self.as_json:
+            self._line(result)
+        else:
+            click.echo(_plain(message, keep="\n"), err=True)
+
+    def notice(self, text: str) -> None:
+        """Tell a person something that is no event."""
+        if not self.as_json:
+            click.echo(text, err=True)
+
+    def _line(self, value: JsonObject) -> None:
+        click.echo(json.dumps(value, ensure_ascii=True, separators=(",", ":")))
+
+
+def _task(task: TaskReport) -> str:
+    text = f"{task.id}: {task.state}"
+    if task.landed is not None:
+        return f"{text} as {task.landed[:10]}"
+    if task.reason is not None:
+        text += f": {_plain(task.reason)}"
+    return f"{text} (kept on {task.branch})" if task.branch is not None else text
+
+
+def _plain(text: str, keep: str = "") -> str:
+    """Take out what a terminal would obey: text from agents and repositories is shown, never interpreted."""
+    return "".join(char if char.isprintable() or char in keep else "\N{REPLACEMENT CHARACTER}" for char in text)

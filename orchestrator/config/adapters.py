@@ -1,0 +1,108 @@
+"""The adapters of a file: options judged by their types, one for each task, each command tried without effect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+from orchestrator.config.document import UNREADABLE, Node
+from orchestrator.config.model import AdapterConfig
+from orchestrator.config.problems import Problems, instead_of, shown
+from orchestrator.config.references import task_nodes
+from orchestrator.config.validation import validate
+from orchestrator.errors import RefusedError
+from orchestrator.protocols import AdapterType, SessionRequest
+
+_NOWHERE: Final = Path("/nowhere")
+
+
+def read_adapters(root: Node, adapter_types: Mapping[str, AdapterType], problems: Problems) -> dict[str, AdapterConfig]:
+    """Return the adapters whose type is known and whose options are right; the others are noted."""
+    found: dict[str, AdapterConfig] = {}
+    for name, node in _adapter_nodes(root):
+        use = node.get("use")
+        if use is None or not isinstance(use.value, str):
+            continue
+        if use.value not in adapter_types:
+            remedy = instead_of(use.value, adapter_types, "the installed ones")
+            problems.add(use.at, f"there is no adapter type {shown(use.value)}", remedy)
+            continue
+        # A type's own validators are never shown what the file's reader refused.
+        unreadable = {key for key in node.value if _holds_unreadable(node.children[key])}
+        options = validate(adapter_types[use.value].Options, node, problems, without={"use", *unreadable})
+        if options is not None and not unreadable:
+            found[name] = AdapterConfig(name=name, use=use.value, options=options)
+    return found
+
+
+def _adapter_nodes(root: Node) -> Iterator[tuple[str, Node]]:
+    adapters = root.get("adapters")
+    for name, node in adapters.children.items() if adapters is not None else ():
+        if isinstance(name, str) and isinstance(node.value, dict):
+            yield name, node
+
+
+def _holds_unreadable(node: Node) -> bool:
+    return any(part.value is UNREADABLE for part in node.walk())
+
+
+def assign_adapters(root: Node, problems: Problems) -> dict[int, str]:
+    """Return the name of each task's adapter by the task's index, for those that have one: its own, else the default
+    one, else the only one."""
+    adapters = root.get("adapters")
+    if adapters is None or not isinstance(adapters.value, dict) or not adapters.value:
+        return {}
+    names = list(adapters.value)
+    default = root.get("defaults", "adapter")
+    _check_known(default, names, problems)
+    assigned: dict[int, str] = {}
+    for index, task in task_nodes(root):
+        chosen = task.get("adapter")
+        _check_known(chosen, names, problems)
+        chosen = chosen or default
+        if chosen is not None:
+            if chosen.value in names:
+                assigned[index] = chosen.value
+        elif len(names) == 1:
+            assigned[index] = names[0]
+        else:
+            remedy = f"add `adapter:` here or under defaults, one of {', '.join(names)}"
+            problems.add(task.at, "which adapter runs this task is not said", remedy)
+    return assigned
+
+
+def _check_known(chosen: Node | None, names: list[str], problems: Problems) -> None:
+    if chosen is not None and isinstance(chosen.value, str) and chosen.value not in names:
+        problems.add(
+            chosen.at, f"there is no adapter {shown(chosen.value)}", instead_of(chosen.value, names, "the adapters")
+        )
+
+
+def try_commands(
+    root: Node,
+    prompts: Mapping[int, str],
+    assigned: Mapping[int, str],
+    adapters: Mapping[str, AdapterConfig],
+    adapter_types: Mapping[str, AdapterType],
+    problems: Problems,
+) -> None:
+    """Ask each task's adapter for its command, which starts nothing, and note what it refuses."""
+    made = {name: adapter_types[adapter.use](adapter.options) for name, adapter in adapters.items()}
+    for index, task in task_nodes(root):
+        name = assigned.get(index)
+        if name not in made or index not in prompts:
+            continue
+        request = SessionRequest(
+            run="run",
+            task=str(task.value.get("id")),
+            attempt=1,
+            prompt=prompts[index],
+            prompt_file=_NOWHERE / "prompt",
+            worktree=_NOWHERE,
+        )
+        try:
+            made[name].command(request)
+        except RefusedError as error:
+            told = task.get("prompt") or task.get("prompt_file") or task
+            problems.add(told.at, error.what, error.remedy)

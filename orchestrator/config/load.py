@@ -1,0 +1,103 @@
+"""From a YAML file to a run that is known to fit together, or to all that is wrong with the file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from orchestrator.config import adapters, references
+from orchestrator.config.document import Node, read_document
+from orchestrator.config.model import Backoff, RunConfig, TaskSpec
+from orchestrator.config.names import is_url
+from orchestrator.config.problems import Position, Problems
+from orchestrator.config.schema import BackoffEntry, DefaultsEntry, FileConfig, TaskEntry
+from orchestrator.config.validation import validate
+from orchestrator.protocols import AdapterType
+
+LARGEST_FILE: Final = 8 << 20
+"""Bytes."""
+_START: Final = Position(1, 1)
+_TIMEOUT: Final = 30 * 60.0
+_ATTEMPTS: Final = 3
+
+
+def load_config(path: Path, adapter_types: Mapping[str, AdapterType]) -> RunConfig:
+    """Return the run that a file describes, its prompt files read; blocks while it reads.
+
+    Raises ConfigError with every mistake that was found, in the file's order.
+    """
+    problems = Problems(path)
+    text = _read_text(path, problems)
+    root = read_document(text, problems) if text is not None else None
+    config = _read_run(root, path.absolute(), adapter_types, problems) if root is not None else None
+    if config is None or problems:
+        raise problems.error()
+    return config
+
+
+def _read_text(path: Path, problems: Problems) -> str | None:
+    try:
+        with path.open("rb") as file:
+            data = file.read(LARGEST_FILE + 1)
+    except OSError as error:
+        problems.add(
+            _START, f"the file can't be read, {(error.strerror or str(error)).lower()}", "name a readable file"
+        )
+        return None
+    if len(data) > LARGEST_FILE:
+        problems.add(_START, "the file is larger than 8 MiB", "move prompts into files of their own (prompt_file)")
+        return None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # `start` counts in what is decoded, which is the data without its byte order mark.
+        before = error.object[: error.start].decode("utf-8")
+        at = Position(before.count("\n") + 1, len(before) - before.rfind("\n"))
+        problems.add(at, f"the byte 0x{error.object[error.start]:02x} is not UTF-8", "save the file as UTF-8")
+        return None
+
+
+def _read_run(root: Node, path: Path, adapter_types: Mapping[str, AdapterType], problems: Problems) -> RunConfig | None:
+    file = validate(FileConfig, root, problems)
+    references.check_emptiness(root, problems)
+    references.check_repo(root, path.parent, problems)
+    references.check_ids(root, problems)
+    references.check_needs(root, problems)
+    prompts = references.read_prompts(root, path.parent, problems)
+    found = adapters.read_adapters(root, adapter_types, problems)
+    assigned = adapters.assign_adapters(root, problems)
+    adapters.try_commands(root, prompts, assigned, found, adapter_types, problems)
+    if file is None or problems:
+        return None
+    backoff = _backoff(file.defaults.backoff, Backoff())
+    return RunConfig(
+        path=path,
+        repo=file.repo if is_url(file.repo) else os.path.realpath(path.parent / file.repo),
+        is_url=is_url(file.repo),
+        base=file.base,
+        target=file.target,
+        capacity=file.capacity,
+        adapters=found,
+        tasks=tuple(
+            _resolve(task, file.defaults, backoff, prompts[index], assigned[index])
+            for index, task in enumerate(file.tasks)
+        ),
+    )
+
+
+def _resolve(task: TaskEntry, defaults: DefaultsEntry, backoff: Backoff, prompt: str, adapter: str) -> TaskSpec:
+    return TaskSpec(
+        id=task.id,
+        prompt=prompt,
+        needs=task.needs,
+        adapter=adapter,
+        timeout=task.timeout or defaults.timeout or _TIMEOUT,
+        attempts=task.attempts or defaults.attempts or _ATTEMPTS,
+        backoff=_backoff(task.backoff, backoff),
+    )
+
+
+def _backoff(entry: BackoffEntry | None, default: Backoff) -> Backoff:
+    return default.model_copy(update=entry.model_dump(exclude_none=True)) if entry is not None else default

@@ -1,0 +1,78 @@
+"""The mistakes of one file, gathered until all are known, and the words that tell of them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from orchestrator.errors import ConfigError, Problem
+
+# A file of eight megabytes can hold millions of mistakes; nobody reads on after this many.
+_MOST_PROBLEMS: Final = 10_000
+# difflib compares with every candidate: among more than these, a systematic slip in a large file would take minutes.
+_MOST_CANDIDATES: Final = 200
+_LONGEST_SHOWN: Final = 60
+
+
+class Position(NamedTuple):
+    """A place in the file; lines and columns count from 1."""
+
+    line: int
+    column: int
+
+
+class Problems:
+    """What is wrong with one file. A problem that is found twice in the same words counts once."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = str(path)
+        self._found: dict[Problem, None] = {}
+
+    def add(self, at: Position, what: str, remedy: str) -> None:
+        """Note a mistake."""
+        if len(self._found) < _MOST_PROBLEMS:
+            self._found[Problem(self._file, at.line, at.column, what, remedy)] = None
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._found)
+
+    def error(self) -> ConfigError:
+        """Return them all as one error, in the file's order."""
+        return ConfigError(sorted(self._found, key=lambda problem: (problem.line, problem.column)))
+
+
+def shown(value: str) -> str:
+    """Return text as it is quoted in a message: escaped and cut to a readable length."""
+    return repr(value if len(value) <= _LONGEST_SHOWN else value[:_LONGEST_SHOWN] + "…")
+
+
+def kind(value: Any) -> str:
+    """Return what a value of the file is, in words."""
+    match value:
+        case None:
+            return "empty"
+        case bool():
+            return f"the boolean {str(value).lower()}"
+        case int() | float():
+            return f"the number {value}"
+        case str():
+            return f"the text {shown(value)}"
+        case list():
+            return "a list" if value else "an empty list"
+        case _:
+            return "a mapping" if value else "an empty mapping"
+
+
+def instead_of(unknown: str, known: Iterable[str], plural: str) -> str:
+    """Return the remedy for a word that is not among the known ones: the nearest of them, or all of them."""
+    words = list(known)
+    near = [word for word in words if word.casefold() == unknown.casefold()]
+    if not near and len(words) <= _MOST_CANDIDATES:
+        near = difflib.get_close_matches(unknown, words, n=1)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    listed = ", ".join(words[:10]) + (f" and {len(words) - 10} more" if len(words) > 10 else "")
+    return f"{plural} are {listed}" if words else f"there are no {plural}"

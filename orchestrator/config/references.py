@@ -1,0 +1,148 @@
+"""What the shape of a file can't show: whether its tasks fit each other, and the world outside the file.
+
+Each check takes the file's nodes as they are, so that one mistake does not hide another: what has the wrong type is
+passed over here, since its shape is told of elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+from orchestrator.config.circles import find_circles
+from orchestrator.config.document import Node
+from orchestrator.config.names import is_url
+from orchestrator.config.problems import Position, Problems, instead_of, shown
+from orchestrator.config.prompts import read_prompt
+from orchestrator.config.validation import refuse_empty
+
+_MOST_NAMED: Final = 8
+
+
+def task_nodes(root: Node) -> Iterator[tuple[int, Node]]:
+    """Yield each task that is a mapping, with its index in the list."""
+    tasks = root.get("tasks")
+    for index, task in tasks.children.items() if tasks is not None else ():
+        if isinstance(index, int) and isinstance(task.value, dict):
+            yield index, task
+
+
+def check_emptiness(root: Node, problems: Problems) -> None:
+    """Note keys without a value, wherever a key may be left out."""
+    for node in (root, root.get("defaults"), root.get("defaults", "backoff")):
+        refuse_empty(node, problems)
+    adapters = root.get("adapters")
+    for adapter in adapters.children.values() if adapters is not None else ():
+        refuse_empty(adapter, problems)
+    for _, task in task_nodes(root):
+        refuse_empty(task, problems)
+        refuse_empty(task.get("backoff"), problems)
+
+
+def check_repo(root: Node, folder: Path, problems: Problems) -> None:
+    """Note a path that is no folder."""
+    repo = root.get("repo")
+    if repo is None or not isinstance(repo.value, str) or not repo.value or is_url(repo.value):
+        return
+    try:
+        is_folder = (folder / repo.value).is_dir()
+    except OSError:
+        is_folder = False
+    if not is_folder:
+        problems.add(repo.at, f"there is no folder {shown(repo.value)}", "write a path relative to this file, or a URL")
+
+
+def check_ids(root: Node, problems: Problems) -> None:
+    """Note ids that are there twice; folder names may not tell upper from lower case."""
+    first: dict[str, tuple[str, Position]] = {}
+    for _, task in task_nodes(root):
+        found = task.get("id")
+        if found is None or not isinstance(found.value, str):
+            continue
+        name, at = first.setdefault(found.value.casefold(), (found.value, found.at))
+        if at == found.at:
+            continue
+        what = f"the task {shown(name)} is there already, on line {at.line}"
+        if name != found.value:
+            what = f"{shown(found.value)} differs only in case from the task {shown(name)} on line {at.line}"
+        problems.add(found.at, what, "give each task an id of its own")
+
+
+def check_needs(root: Node, problems: Problems) -> None:
+    """Note needs of tasks that do not exist, of the task itself, named twice, or in a circle."""
+    edges: dict[str, dict[str, Position]] = {}
+    nameless = not _all_are_mappings(root)
+    for _, task in task_nodes(root):
+        if isinstance(task.value.get("id"), str):
+            edges[task.value["id"]] = {}
+        else:
+            nameless = True
+    for _, task in task_nodes(root):
+        _check_needs_of(task, edges, problems, nameless=nameless)
+    for circle in find_circles(edges):
+        _note_circle(circle, edges, problems)
+
+
+def _check_needs_of(
+    task: Node, edges: Mapping[str, dict[str, Position]], problems: Problems, *, nameless: bool
+) -> None:
+    name = task.value.get("id")
+    named: set[str] = set()
+    for need in _needs(task):
+        if need.value in named:
+            problems.add(need.at, f"{shown(need.value)} is named twice", "name it once")
+        elif need.value == name:
+            problems.add(need.at, f"the task {shown(need.value)} needs itself", "remove it from its needs")
+        elif need.value in edges:
+            if isinstance(name, str):
+                edges[name].setdefault(need.value, need.at)
+        elif not nameless:
+            # Only then: a task whose id can't be read may be the one that is meant.
+            remedy = instead_of(need.value, (other for other in edges if other != name), "the other tasks")
+            problems.add(need.at, f"there is no task {shown(need.value)}", remedy)
+        named.add(need.value)
+
+
+def _needs(task: Node) -> Iterator[Node]:
+    needs = task.get("needs")
+    for need in needs.children.values() if needs is not None and isinstance(needs.value, list) else ():
+        if isinstance(need.value, str):
+            yield need
+
+
+def _all_are_mappings(root: Node) -> bool:
+    tasks = root.get("tasks")
+    return tasks is not None and isinstance(tasks.value, list) and all(isinstance(task, dict) for task in tasks.value)
+
+
+def _note_circle(circle: list[str], edges: Mapping[str, Mapping[str, Position]], problems: Problems) -> None:
+    steps = zip(circle, [*circle[1:], circle[0]], strict=True)
+    at, begin = min((edges[task][need], index) for index, (task, need) in enumerate(steps))
+    named = [*circle[begin:], *circle[:begin], circle[begin]]
+    if len(named) > _MOST_NAMED:
+        named = [*named[: _MOST_NAMED - 2], f"… ({len(circle)} tasks)", named[-1]]
+    problems.add(at, f"tasks need each other in a circle: {' -> '.join(named)}", "remove one of these needs")
+
+
+def read_prompts(root: Node, folder: Path, problems: Problems) -> dict[int, str]:
+    """Return the prompt of each task by index, read from its file where it names one, for those that have one."""
+    prompts: dict[int, str] = {}
+    read = functools.cache(read_prompt)
+    for index, task in task_nodes(root):
+        prompt, file = task.get("prompt"), task.get("prompt_file")
+        if prompt is not None and file is not None:
+            problems.add(task.keys["prompt_file"], "there are both prompt and prompt_file", "keep one of the two")
+        elif prompt is not None:
+            if isinstance(prompt.value, str):
+                prompts[index] = prompt.value
+        elif file is None:
+            problems.add(task.at, "the task has neither prompt nor prompt_file", "add `prompt:` here")
+        elif isinstance(file.value, str) and file.value:
+            try:
+                prompts[index] = read(folder / file.value)
+            except ValueError as error:
+                what, _, remedy = str(error).partition(": ")
+                problems.add(file.at, what, remedy)
+    return prompts

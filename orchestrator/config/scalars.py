@@ -1,0 +1,44 @@
+"""What a plain word of the file is, by the core schema of YAML 1.2 (yaml.org/spec/1.2.2, section 10.3.2)."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+_WORDS: Final = {
+    **dict.fromkeys(("", "~", "null", "Null", "NULL")),
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+}
+_INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
+_NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
+# Beyond 64 bits, no two JSON readers agree on a number; and int() refuses some thousand digits.
+_LARGEST: Final = 2**63 - 1
+_MOST_DIGITS: Final = 24
+_NUMBER_STARTS: Final = frozenset("+-.0123456789")
+
+
+def resolve_plain(text: str) -> bool | int | float | str | None:
+    """Return the value of an unquoted scalar; ValueError for a number that can't be held."""
+    if text in _WORDS:
+        return _WORDS[text]
+    if text[0] not in _NUMBER_STARTS:
+        return text
+    if _INTEGER.fullmatch(text):
+        return _integer(text)
+    if _FLOAT.fullmatch(text):
+        number = float(text)
+        if abs(number) != float("inf"):
+            return number
+    elif not _NOT_FINITE.fullmatch(text):
+        return text
+    raise ValueError("this number is not finite: write a finite number, or quote it if it is text")
+
+
+def _integer(text: str) -> int:
+    base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+    number = int(text, base) if len(text) <= _MOST_DIGITS else _LARGEST + 1
+    if abs(number) > _LARGEST:
+        raise ValueError("this number is too large: write one of at most 64 bits, or quote it if it is text")
+    return number

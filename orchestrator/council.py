@@ -1,0 +1,226 @@
+"""The composition root: opens the store, finds the repository, and puts a run's parts together."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import anyio.to_thread
+
+from orchestrator.clock import Clock, SystemClock
+from orchestrator.config.model import RunConfig, restore_adapter
+from orchestrator.domain.dispatch import Board
+from orchestrator.domain.model import FINAL, RunDocument, TaskDocument
+from orchestrator.engine.ledger import Ledger, read_needs, read_run, read_tasks, seed
+from orchestrator.engine.preflight import Site, check_branches, check_checkout, check_programs, find_site
+from orchestrator.engine.recovery import recover
+from orchestrator.engine.report import RunReport, RunStatus, report
+from orchestrator.engine.scheduler import Scheduler, Workshop
+from orchestrator.errors import LockHeld, RefusedError
+from orchestrator.plugins import load_adapter_types
+from orchestrator.project import Project, council_home, exclude_from_git
+from orchestrator.protocols import Adapter, JsonObject, Record
+from orchestrator.repo.git import Git
+from orchestrator.repo.hub import Hub, create_hub, hub_of, internal_ref
+from orchestrator.repo.landing import Target
+from orchestrator.repo.source import Source
+from orchestrator.state.file import FileStore
+
+#: Seconds that a killed owner's last git commands get to end before a resume gives up waiting for them.
+HANDOVER_LIMIT = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where a project keeps things; the repositories are None before its first run."""
+
+    repository: str | None
+    state: Path
+    log: Path
+    hub: Path | None
+    trusted: Path | None
+
+
+class Council:
+    """One project's runs: start, resume, look at them. Made by `open_council`."""
+
+    def __init__(self, project: Project, store: FileStore, clock: Clock, environ: Mapping[str, str]) -> None:
+        self.project = project
+        self._store, self._clock, self._environ = store, clock, environ
+        self._scheduler: Scheduler | None = None
+        self._stopping = False
+
+    async def create_run(self, config: RunConfig, *, allow_deferred: bool = False) -> str:
+        """Check that a config can run, record it, and return the run's id; nothing is started yet.
+
+        RefusedError says what stands in the way: no such base, a target with changes of the user's own, a
+        program that is missing.
+        """
+        site = await find_site(config.repo, is_url=config.is_url, environ=self._environ)
+        run = new_run_id(self._clock.now())
+        target = config.target or f"council/{run}"
+        adapters = {name: entry.stored() for name, entry in config.adapters.items()}
+        check_programs(make_adapters(adapters), self._environ)
+        hub = hub_of(site.identity, council_home(self._environ))
+        heads = await check_branches(self._source(site, Git(None, environ=self._environ)), config.base, target)
+        await check_checkout(site.repository, target, self._environ, allow_deferred=allow_deferred)
+        await create_hub(hub, site.object_format, self._environ)
+        source = self._source(site, Git(hub.trusted, environ=self._environ))
+        start = await source.fetch(target if target in heads else config.base, internal_ref(run, "start"))
+        if target in heads:
+            await self._check_related(hub, source, config.base, target, start, run)
+        document = RunDocument(
+            id=run,
+            config=str(config.path),
+            repo=config.repo,
+            is_url=config.is_url,
+            base=config.base,
+            target=target,
+            capacity=config.capacity,
+            adapters=adapters,
+            tasks=tuple(task.id for task in config.tasks),
+            start=start,
+            hub=str(hub.root),
+            started=self._clock.now(),
+        )
+        await seed(self._store, document, {task.id: task for task in config.tasks})
+        return run
+
+    async def _check_related(self, hub: Hub, source: Source, base: str, target: str, start: str, run: str) -> None:
+        tip = await source.fetch(base, internal_ref(run, "base"))
+        git = Git(hub.trusted, environ=self._environ)
+        if (await git("merge-base", tip, start, ok=(0, 1))).returncode:
+            raise RefusedError(f"{base!r} and {target!r} have no history in common", "set `base` or `target` anew")
+
+    async def execute(self, run: str) -> RunReport:
+        """Take a run to its end, from wherever it stands, and report. Only one process can do that at a time."""
+        document = await read_run(self._store, run)
+        hub = Hub(Path(document.hub))
+        try:
+            async with hub.lock(f"run-{run}").hold(HANDOVER_LIMIT) as lock:
+                return await self._work(document, hub, lock.fd)
+        except LockHeld as held:
+            raise RefusedError(
+                f"run {run} is at work under {held.holder}", "wait for it, or stop it with SIGINT"
+            ) from None
+
+    async def _work(self, document: RunDocument, hub: Hub, lock_fd: int) -> RunReport:
+        run = document.id
+        needs = await read_needs(self._store, document)
+        before = await self._documents(document)
+        blocked = Board.of(needs, {task: one.status for task, one in before.items()}).blocked
+        if document.ended and all(one.status in FINAL or task in blocked for task, one in before.items()):
+            return report(document, before, needs, status=None)
+        ledger = await Ledger.take(self._store, self._clock, run)
+        shop = await self._workshop(document, hub, lock_fd)
+        await recover(ledger, shop, self._clock)
+        board = Board.of(needs, {task: ledger.task(task).status for task in document.tasks})
+        self._scheduler = Scheduler(ledger, shop, board, self._clock)
+        if self._stopping:
+            self._scheduler.stop()
+        finished = await self._scheduler.run()
+        status = None if finished else RunStatus.INTERRUPTED
+        result = report(document, {task: ledger.task(task) for task in document.tasks}, needs, status=status)
+        await (ledger.finish(result.status) if finished else ledger.note("run.interrupted", {}))
+        return result
+
+    def stop(self) -> None:
+        """End the run under way cleanly: sessions are stopped, what they did is kept, `resume` goes on from there."""
+        self._stopping = True
+        if self._scheduler is not None:
+            self._scheduler.stop()
+
+    async def status(self, run: str) -> RunReport:
+        """Describe a run as it stands now."""
+        document = await read_run(self._store, run)
+        documents, needs = await self._documents(document), await read_needs(self._store, document)
+        status = None
+        if document.ended is None:
+            alive = await self._is_owned(Hub(Path(document.hub)), run)
+            status = RunStatus.RUNNING if alive else RunStatus.INTERRUPTED
+        return report(document, documents, needs, status=status)
+
+    async def newest_run(self) -> str:
+        """Return the id of the run that was started last."""
+        runs = await self._store.list("run")
+        if not runs:
+            raise RefusedError("there is no run in this project", "start one with `council run FILE`")
+        return max(runs, key=lambda found: found.value["started"]).key.id
+
+    async def places(self) -> Places:
+        """Say where everything is kept."""
+        state, log = self.project.state, self.project.log_file
+        if not await self._store.list("run"):
+            return Places(None, state, log, None, None)
+        run = await read_run(self._store, await self.newest_run())
+        hub = Hub(Path(run.hub))
+        return Places(run.repo, state, log, hub.objects.parent, hub.trusted)
+
+    def records(self, after: int) -> AsyncIterator[Record]:
+        """Yield what is recorded behind a position of the log, of every run, as it happens."""
+        return self._store.follow(after)
+
+    async def position(self) -> int:
+        """Return the newest position of the log."""
+        return await self._store.position()
+
+    async def _documents(self, run: RunDocument) -> dict[str, TaskDocument]:
+        found = await read_tasks(self._store, run.id)
+        return {task: TaskDocument.model_validate(found[task].value) for task in run.tasks}
+
+    async def _is_owned(self, hub: Hub, run: str) -> bool:
+        try:
+            async with hub.lock(f"run-{run}").hold(0):
+                return False
+        except LockHeld:
+            return True
+
+    def _source(self, site: Site, git: Git) -> Source:
+        return Source.of(site.location, is_local=site.repository is not None, git=git)
+
+    async def _workshop(self, document: RunDocument, hub: Hub, lock_fd: int) -> Workshop:
+        site = await find_site(document.repo, is_url=document.is_url, environ=self._environ)
+        git = Git(hub.trusted, keep_fds=(lock_fd,), environ=self._environ)
+        source = self._source(site, git)
+        ref = internal_ref(document.id, "target")
+        target = Target(hub, git, source, site.repository, branch=document.target, start=document.start, ref=ref)
+        logs = self.project.logs(document.id)
+        await anyio.to_thread.run_sync(lambda: logs.mkdir(mode=0o700, exist_ok=True))
+        return Workshop(hub, git, source, target, make_adapters(document.adapters), logs, self._environ)
+
+
+def make_adapters(stored: Mapping[str, JsonObject]) -> dict[str, Adapter]:
+    """Return the adapters of a run by name, from what its document holds of them."""
+    types = load_adapter_types()
+    configs = [restore_adapter(name, entry, types) for name, entry in stored.items()]
+    return {config.name: types[config.use](config.options) for config in configs}
+
+
+@asynccontextmanager
+async def open_council(
+    project: Project, *, clock: Clock | None = None, environ: Mapping[str, str] = os.environ
+) -> AsyncIterator[Council]:
+    """Open a project's state for the body of the `async with`."""
+    clock = clock or SystemClock()
+    await anyio.to_thread.run_sync(project.create)
+    async with FileStore.open(project.state, clock) as store:
+        yield Council(project, store, clock, environ)
+
+
+async def project_of(config: RunConfig, environ: Mapping[str, str] = os.environ) -> Project:
+    """Return the project of a config: its repository's checkout, or the file's folder where there is none."""
+    site = await find_site(config.repo, is_url=config.is_url, environ=environ)
+    if site.repository is None or site.repository.top is None:
+        return Project(config.path.parent)
+    await anyio.to_thread.run_sync(exclude_from_git, site.repository.git_dir)
+    return Project(site.repository.top)
+
+
+def new_run_id(now: float) -> str:
+    """Return a run id that sorts by time: date, time (UTC) and a few random characters."""
+    return f"{datetime.fromtimestamp(now, UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"

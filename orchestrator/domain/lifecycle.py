@@ -1,0 +1,59 @@
+"""Every change of a task's status is a row of this table; a missing row is the error."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, Final
+
+from orchestrator.domain.model import TaskDocument, TaskStatus
+from orchestrator.errors import InvalidTransition
+
+
+class Trigger(StrEnum):
+    """What can happen to a task."""
+
+    START = "start"  #: an attempt is recorded
+    RETRY = "retry"  #: the attempt failed, another may follow
+    INTERRUPT = "interrupt"  #: the attempt was cut off by our own end
+    FAIL = "fail"  #: the last attempt failed
+    IDLE = "idle"  #: the program ended well and changed nothing
+    BUILD = "build"  #: the attempt's work is a commit
+    INTEND = "intend"  #: the move of the target is about to happen
+    UNDO = "undo"  #: the move did not happen
+    DEFER = "defer"  #: the target can't be moved now
+    CONFLICT = "conflict"  #: the merge has conflicts
+    ADOPT = "adopt"  #: the target has it already
+    LAND = "land"  #: the target has moved
+    DISTRUST = "distrust"  #: the task's own record is damaged
+
+
+_S, _T = TaskStatus, Trigger
+
+TRANSITIONS: Final[dict[tuple[TaskStatus, Trigger], TaskStatus]] = {
+    (_S.PENDING, _T.START): _S.RUNNING,
+    (_S.PENDING, _T.ADOPT): _S.LANDED,
+    (_S.PENDING, _T.FAIL): _S.FAILED,
+    (_S.RUNNING, _T.RETRY): _S.PENDING,
+    (_S.RUNNING, _T.INTERRUPT): _S.PENDING,
+    (_S.RUNNING, _T.FAIL): _S.FAILED,
+    (_S.RUNNING, _T.IDLE): _S.NO_CHANGE,
+    (_S.RUNNING, _T.BUILD): _S.QUEUED,
+    (_S.QUEUED, _T.INTEND): _S.LANDING,
+    (_S.QUEUED, _T.DEFER): _S.QUEUED,
+    (_S.QUEUED, _T.CONFLICT): _S.CONFLICT,
+    (_S.QUEUED, _T.ADOPT): _S.LANDED,
+    (_S.LANDING, _T.LAND): _S.LANDED,
+    (_S.LANDING, _T.UNDO): _S.QUEUED,
+    (_S.LANDING, _T.DEFER): _S.QUEUED,
+    (_S.RUNNING, _T.ADOPT): _S.LANDED,
+    (_S.LANDING, _T.ADOPT): _S.LANDED,
+    **{(status, _T.DISTRUST): _S.FAILED for status in (_S.PENDING, _S.RUNNING, _S.QUEUED, _S.LANDING)},
+}
+
+
+def advance(subject: str, task: TaskDocument, trigger: Trigger, **changes: Any) -> TaskDocument:
+    """Return the task after `trigger`, with `changes` to its other fields; InvalidTransition without a row."""
+    status = TRANSITIONS.get((task.status, trigger))
+    if status is None:
+        raise InvalidTransition(subject, task.status, trigger)
+    return task.model_copy(update={"status": status, **changes})

@@ -1,0 +1,84 @@
+"""What a killed orchestrator left: sessions that must end, work to save, landings whose end is not known.
+
+Runs under the run's lock, which every git command of the killed owner holds until it has ended, so that no
+lock file of theirs can belong to anything alive.
+"""
+
+from __future__ import annotations
+
+from orchestrator.clock import Clock
+from orchestrator.domain.lifecycle import Trigger
+from orchestrator.domain.model import FINAL, Attempt, TaskStatus
+from orchestrator.engine.ledger import Ledger
+from orchestrator.engine.scheduler import Workshop
+from orchestrator.errors import GitError
+from orchestrator.failpoints import failpoint
+from orchestrator.repo import worktrees
+from orchestrator.repo.worktrees import Worktree
+from orchestrator.sessions.session import salvage
+from orchestrator.sessions.supervised import wait_released
+
+#: Seconds within which a supervisor has killed everything once its orchestrator is gone; far above what it takes.
+REAP_LIMIT = 30.0
+
+_CUT_OFF = "the orchestrator ended before the session did"
+
+
+async def recover(ledger: Ledger, shop: Workshop, clock: Clock) -> None:
+    """Return every cut-off attempt's task to the queue, its work kept on a branch; adopt what has landed.
+
+    Landings that were cut off are not decided here: the tasks stay `landing`, and the merge queue settles them
+    first. May itself be killed anywhere and run again.
+    """
+    landed = await shop.target.landings()
+    for worktree in worktrees.left_over(shop.hub, ledger.run.id):
+        await _reap(ledger, shop, clock, worktree)
+    for task in ledger.run.tasks:
+        document = ledger.task(task)
+        label = f"{ledger.run.id}/{task}"
+        if document.status in FINAL or document.status is TaskStatus.LANDING:
+            continue
+        if label in landed:
+            await ledger.change(task, Trigger.ADOPT, {"landed": landed[label]}, landed=landed[label], reason=None)
+        elif document.status is TaskStatus.RUNNING:  # recorded, but nothing of it was made
+            await _return(ledger, clock, task, None)
+    for task in ledger.damaged:
+        if ledger.task(task).status not in FINAL:
+            reason = "its record in the state log is damaged, what it did is not known: run it again in a new run"
+            await ledger.change(task, Trigger.DISTRUST, {"reason": reason}, reason=reason)
+
+
+async def _reap(ledger: Ledger, shop: Workshop, clock: Clock, worktree: Worktree) -> None:
+    await wait_released(worktree.lock, REAP_LIMIT)
+    failpoint("recovery.session_reaped")
+    document = ledger.task(worktree.task)
+    attempt = next((one for one in document.attempts if one.number == worktree.attempt), None)
+    saved = attempt is not None and await _save(ledger, shop, worktree, attempt)
+    if document.status is TaskStatus.RUNNING and document.attempt == attempt:
+        branch = worktree.branch if await shop.git.has_branch(worktree.branch) else None
+        await _return(ledger, clock, worktree.task, branch)
+    if saved:
+        await worktrees.remove(shop.git, worktree)
+
+
+async def _save(ledger: Ledger, shop: Workshop, worktree: Worktree, attempt: Attempt) -> bool:
+    """Make sure that a branch has what the worktree holds; False if the worktree must stay because of it."""
+    if attempt.branch is not None:
+        return True
+    spec = await ledger.spec(worktree.task)
+    try:
+        branch = await salvage(shop.git, worktree, attempt.base, spec.prompt)
+    except (GitError, OSError) as error:
+        details = {"task": worktree.task, "worktree": str(worktree.tree), "reason": str(error)}
+        await ledger.note("task.salvage_failed", details)
+        return False
+    if branch is not None:
+        await ledger.note("task.salvaged", {"task": worktree.task, "branch": branch})
+    return True
+
+
+async def _return(ledger: Ledger, clock: Clock, task: str, branch: str | None) -> None:
+    attempts = ledger.task(task).with_attempt(ended=clock.now(), outcome="interrupted", reason=_CUT_OFF, branch=branch)
+    details = {"reason": _CUT_OFF, "branch": branch}
+    await ledger.change(task, Trigger.INTERRUPT, details, attempts=attempts, branch=branch, reason=_CUT_OFF)
+    failpoint("recovery.attempt_returned")

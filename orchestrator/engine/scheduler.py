@@ -1,0 +1,215 @@
+"""The run's loop: look at the board, decide, perform, and feed what came of it back."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, assert_never
+
+import anyio
+from anyio.abc import TaskGroup
+
+from orchestrator.clock import Clock
+from orchestrator.config.model import TaskSpec
+from orchestrator.domain.dispatch import Board, decide
+from orchestrator.domain.lifecycle import Trigger
+from orchestrator.domain.model import Attempt, TaskStatus
+from orchestrator.domain.outcome import Built, Failed, Interrupted, Unchanged
+from orchestrator.domain.retry import retry_delay
+from orchestrator.engine.ledger import Ledger
+from orchestrator.engine.merging import MergeQueue
+from orchestrator.errors import GitError
+from orchestrator.failpoints import failpoint
+from orchestrator.protocols import Adapter
+from orchestrator.repo import worktrees
+from orchestrator.repo.git import Git
+from orchestrator.repo.hub import Hub, internal_ref
+from orchestrator.repo.landing import Target
+from orchestrator.repo.source import Source
+from orchestrator.repo.worktrees import Worktree
+from orchestrator.sessions.session import Finished, Session
+
+#: Seconds after which a landing that could not be made is tried again while sessions are at work.
+DEFERRED_PAUSE = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Workshop:
+    """The places and tools that a run works with."""
+
+    hub: Hub
+    git: Git
+    source: Source
+    target: Target
+    adapters: Mapping[str, Adapter]
+    logs: Path
+    environ: Mapping[str, str]
+
+
+class Scheduler:
+    """Runs what the board allows, within capacity, until nothing is left that could be done."""
+
+    def __init__(self, ledger: Ledger, workshop: Workshop, board: Board, clock: Clock) -> None:
+        """Take a run whose cut-off attempts have been returned; `board` reflects its documents."""
+        self._ledger, self._shop, self._board, self._clock = ledger, workshop, board, clock
+        self._merging = MergeQueue(ledger, workshop.target, workshop.git, clock)
+        self._sessions: dict[str, Session] = {}
+        self._queue: deque[str] = deque()
+        self._deferred: list[str] = []
+        self._deferred_until = 0.0
+        self._landing = False
+        self._stopping = False
+        self._wake = anyio.Event()
+        self._base: str | None = None
+
+    def stop(self) -> None:
+        """Start nothing more and stop the sessions that run; a landing under way is brought to its end."""
+        self._stopping = True
+        for session in self._sessions.values():
+            session.stop()
+        self._wake.set()
+
+    async def run(self) -> bool:
+        """Work until nothing is left; False if it was stopped before that."""
+        waiting = [task for task in self._ledger.run.tasks if self._ledger.task(task).status is TaskStatus.LANDING]
+        waiting += [task for task in self._ledger.run.tasks if self._ledger.task(task).status is TaskStatus.QUEUED]
+        self._queue.extend(waiting)
+        async with anyio.create_task_group() as group:
+            await self._tick(group)
+            while not self._idle():
+                await self._pause()
+                self._wake = anyio.Event()
+                await self._tick(group)
+        return not self._stopping
+
+    async def _tick(self, group: TaskGroup) -> None:
+        if self._stopping:
+            return
+        now = self._clock.monotonic()
+        if self._deferred and now >= self._deferred_until:
+            self._queue.extendleft(reversed(self._deferred))
+            self._deferred.clear()
+        if self._queue and not self._landing:
+            self._landing = True
+            group.start_soon(self._land, self._queue.popleft())
+        starts = decide(self._board, self._ledger.run.capacity - len(self._sessions), now)
+        bases: dict[bool, str] = {}
+        for start in starts:
+            spec = await self._ledger.spec(start.task)
+            builds_on_target = bool(spec.needs)
+            if builds_on_target not in bases:
+                bases[builds_on_target] = await self._start_point(builds_on_target)
+            session = self._sessions[start.task] = self._session(start.task, spec, bases[builds_on_target])
+            group.start_soon(self._attempt, start.task, spec, session)
+
+    def _idle(self) -> bool:
+        if self._sessions or self._landing:
+            return False
+        return self._stopping or not (self._queue or self._board.has_work())
+
+    async def _pause(self) -> None:
+        times = [self._board.next_time() if len(self._sessions) < self._ledger.run.capacity else None]
+        times.append(self._deferred_until if self._deferred else None)
+        await self._clock.wait(self._wake, min((time for time in times if time is not None), default=None))
+
+    async def _start_point(self, builds_on_target: bool) -> str:
+        """Return the commit that new work starts from: the base as it is now, or the target if it needs others."""
+        try:
+            if builds_on_target:
+                return await self._shop.target.tip()
+            tip = await self._shop.source.tip(self._ledger.run.base)
+            if tip is not None and tip != self._base:
+                ref = internal_ref(self._ledger.run.id, "base")
+                self._base = await self._shop.source.fetch(self._ledger.run.base, ref)
+        except GitError:
+            if builds_on_target or self._base is None:
+                raise
+            # A remote that can't be reached for a moment: what was fetched last will do.
+        return self._base or self._ledger.run.start
+
+    def _session(self, task: str, spec: TaskSpec, base: str) -> Session:
+        number = len(self._ledger.task(task).attempts) + 1
+        return Session(
+            git=self._shop.git,
+            worktree=Worktree(self._shop.hub, self._ledger.run.id, task, number),
+            base=base,
+            prompt=spec.prompt,
+            adapter=self._shop.adapters[spec.adapter],
+            timeout=spec.timeout,
+            logs=self._shop.logs,
+            environ=self._shop.environ,
+        )
+
+    async def _attempt(self, task: str, spec: TaskSpec, session: Session) -> None:
+        attempt = Attempt(number=session.worktree.attempt, base=session.base, started=self._clock.now())
+        attempts = (*self._ledger.task(task).attempts, attempt)
+        details = {"base": session.base, "adapter": spec.adapter}
+        await self._ledger.change(task, Trigger.START, details, attempts=attempts)
+        failpoint("attempt.recorded")
+        finished = await session.run()
+        await self._record(task, spec, finished)
+        if finished.collected:
+            await worktrees.remove(self._shop.git, session.worktree)
+        del self._sessions[task]
+        self._deferred_until = self._clock.monotonic()
+        self._wake.set()
+
+    async def _record(self, task: str, spec: TaskSpec, finished: Finished) -> None:
+        document = self._ledger.task(task)
+        ended = {"ended": self._clock.now(), "branch": finished.branch}
+        outcome = finished.outcome
+        match outcome:
+            case Built(commit):
+                attempts = document.with_attempt(**ended, outcome="built")
+                details = {"commit": commit, "branch": finished.branch}
+                await self._ledger.change(
+                    task, Trigger.BUILD, details, attempts=attempts, commit=commit, branch=finished.branch, reason=None
+                )
+                failpoint("work.recorded")
+                self._queue.append(task)
+            case Unchanged():
+                reason = "the program ended well but changed nothing"
+                attempts = document.with_attempt(**ended, outcome="no_change", reason=reason)
+                await self._ledger.change(task, Trigger.IDLE, {"reason": reason}, attempts=attempts, reason=reason)
+                self._board.ended(task)
+            case Interrupted(reason):
+                attempts = document.with_attempt(**ended, outcome="interrupted", reason=reason)
+                await self._ledger.change(
+                    task,
+                    Trigger.INTERRUPT,
+                    {"reason": reason},
+                    attempts=attempts,
+                    branch=finished.branch,
+                    reason=reason,
+                )
+            case Failed():
+                attempts = document.with_attempt(**ended, outcome=outcome.failure, reason=outcome.reason)
+                await self._failed(task, spec, outcome, attempts=attempts, branch=finished.branch)
+            case _:
+                assert_never(outcome)
+
+    async def _failed(self, task: str, spec: TaskSpec, outcome: Failed, **changes: Any) -> None:
+        failures = self._ledger.task(task).failures + 1
+        changes |= {"failures": failures, "reason": outcome.reason}
+        details = {"failure": outcome.failure, "reason": outcome.reason, "branch": changes["branch"]}
+        if outcome.final or failures >= spec.attempts:
+            await self._ledger.change(task, Trigger.FAIL, details, **changes)
+            self._board.ended(task)
+            return
+        delay = retry_delay(spec.backoff.policy(), failures)
+        await self._ledger.change(task, Trigger.RETRY, {**details, "retry_in": round(delay, 3)}, **changes)
+        self._board.wait(task, self._clock.monotonic() + delay)
+
+    async def _land(self, task: str) -> None:
+        status = await self._merging.land(task)
+        if status is TaskStatus.LANDED:
+            self._board.landed(task)
+        elif status is TaskStatus.CONFLICT:
+            self._board.ended(task)
+        else:
+            self._deferred.append(task)
+            self._deferred_until = self._clock.monotonic() + DEFERRED_PAUSE
+        self._landing = False
+        self._wake.set()

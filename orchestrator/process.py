@@ -1,0 +1,95 @@
+"""The one door through which this package starts processes; each gets a session of its own.
+
+The exception is `orchestrator.sessions.supervisor`, a separate program, which starts the CLI.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import anyio.to_thread
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """How a command ended: `returncode` is negative for the signal that killed it."""
+
+    returncode: int
+    stdout: bytes
+    stderr: bytes
+
+
+async def run(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str],
+    cwd: Path | None = None,
+    input: bytes | None = None,  # noqa: A002  (the name that subprocess gives it)
+    keep_fds: Sequence[int] = (),
+    timeout: float | None = None,  # noqa: ASYNC109  (it kills the command, a cancel scope must not)
+) -> Completed:
+    """Run a short command, such as git, to its end, with exactly `env` and with `input` or nothing to read.
+
+    `keep_fds` stay open in the command: a lock whose descriptor it keeps is free only when it, too, has
+    ended. Cancelling the caller does not cut the command short. After `timeout` seconds its process group is
+    killed and TimeoutError raised. A program that can't be started is an OSError.
+
+    The output is read until every process that holds it has closed it, so a command that may leave a daemon
+    behind needs a timeout.
+    """
+    return await anyio.to_thread.run_sync(partial(_run, argv, env, cwd, input, keep_fds, timeout))
+
+
+def _run(
+    argv: Sequence[str],
+    env: Mapping[str, str],
+    cwd: Path | None,
+    stdin: bytes | None,
+    keep_fds: Sequence[int],
+    timeout: float | None,
+) -> Completed:
+    with subprocess.Popen(
+        argv,
+        env=env,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        pass_fds=keep_fds,
+        start_new_session=True,
+    ) as child:
+        try:
+            stdout, stderr = child.communicate(stdin, timeout)
+        except subprocess.TimeoutExpired:
+            # The leader is not reaped yet, so its group's id can't be anyone else's.
+            os.killpg(child.pid, signal.SIGKILL)
+            raise TimeoutError(f"`{' '.join(argv)}` was killed: it ran longer than {timeout:g} s") from None
+    return Completed(child.returncode, stdout, stderr)
+
+
+async def spawn(argv: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> subprocess.Popen[bytes]:
+    """Start a program that is talked to while it runs, and return it as soon as it has been started.
+
+    Its stdin is an unbuffered pipe, its stdout another, which stderr goes to as well. Once it has been
+    started it is returned even to a cancelled caller, who owns it: close both pipes and wait for it.
+    """
+    return await anyio.to_thread.run_sync(partial(_spawn, argv, env, cwd))
+
+
+def _spawn(argv: Sequence[str], env: Mapping[str, str], cwd: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        argv,
+        env=env,
+        cwd=cwd,
+        bufsize=0,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )

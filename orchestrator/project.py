@@ -1,0 +1,78 @@
+"""Where things are: the project's `.council/` folder with its state, and the home of the repositories of our own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.errors import RefusedError
+
+FOLDER = ".council"
+
+
+@dataclass(frozen=True, slots=True)
+class Project:
+    """A folder that holds a `.council/`: the top of the user's checkout, or where the YAML file is for a URL."""
+
+    top: Path
+
+    @property
+    def folder(self) -> Path:
+        """The folder of our own in it, readable by the owner alone and ignored by git."""
+        return self.top / FOLDER
+
+    @property
+    def state(self) -> Path:
+        """The state log."""
+        return self.folder / "state"
+
+    @property
+    def log_file(self) -> Path:
+        """Where the details of our own faults are written."""
+        return self.folder / "council.log"
+
+    def logs(self, run: str) -> Path:
+        """Where the output of a run's sessions is kept."""
+        return self.folder / "logs" / run
+
+    def create(self) -> None:
+        """Make the folder, for the owner alone."""
+        for folder in (self.folder, self.folder / "logs"):
+            folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def find_project(start: Path) -> Project:
+    """Return the project that a folder is in; RefusedError where no run has ever been started."""
+    for folder in (start, *start.parents):
+        if (folder / FOLDER / "state").is_dir():
+            return Project(folder)
+    raise RefusedError(f"council has not run in {start}", "start with `council run FILE`, or cd to its repository")
+
+
+def council_home(environ: Mapping[str, str]) -> Path:
+    """Return the folder for the repositories of our own: `COUNCIL_HOME`, or `council` in the user's state folder."""
+    if environ.get("COUNCIL_HOME"):
+        return Path(environ["COUNCIL_HOME"]).resolve()
+    if environ.get("XDG_STATE_HOME"):
+        return Path(environ["XDG_STATE_HOME"]).resolve() / "council"
+    if not environ.get("HOME"):
+        raise RefusedError("neither COUNCIL_HOME nor HOME is set", "set COUNCIL_HOME to a folder of yours")
+    return Path(environ["HOME"]).resolve() / ".local" / "state" / "council"
+
+
+def exclude_from_git(git_dir: Path) -> None:
+    """Keep `.council/` out of the user's commits by `info/exclude`, once."""
+    exclude = git_dir / "info" / "exclude"
+    before = exclude.read_bytes() if exclude.exists() else b""
+    line = f"/{FOLDER}/".encode()
+    if line in before.splitlines():
+        return
+    exclude.parent.mkdir(exist_ok=True)
+    separator = b"" if not before or before.endswith(b"\n") else b"\n"
+    staged = exclude.with_name(f"exclude.{os.getpid()}.new")
+    staged.write_bytes(before + separator + line + b"\n")
+    if exclude.exists():
+        staged.chmod(exclude.stat().st_mode)
+    staged.replace(exclude)

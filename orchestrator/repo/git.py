@@ -1,0 +1,163 @@
+"""The only door to git: one sealed way to run it, and reads through GitPython where no process is needed.
+
+Two environments, both made from nothing:
+
+- `sealed`: for our own repositories and for agents' trees. No system, global or user configuration, no hooks,
+  no fsmonitor, no signing, no pager, a fixed identity, plain English messages.
+- `users`: for talking to the user's repository or remote. Their configuration, credentials and proxies apply
+  (they own that side), but nothing that would point git at another repository is handed on.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import anyio.to_thread
+
+from orchestrator.errors import GitError, RefusedError
+from orchestrator.process import Completed, run
+
+MINIMUM_VERSION: Final = (2, 38)  # the first with `merge-tree --write-tree`
+IDENTITY: Final = ("CLI Council", "council@localhost")
+
+_HARMLESS_CONFIG: Final = (
+    "core.hooksPath=/dev/null",
+    "core.fsmonitor=false",
+    "core.attributesFile=/dev/null",
+    "core.excludesFile=/dev/null",
+    "commit.gpgSign=false",
+    "gc.auto=0",
+    "maintenance.auto=false",
+    "protocol.ext.allow=never",
+)
+_CONFIG_FLAGS: Final = tuple(flag for item in _HARMLESS_CONFIG for flag in ("-c", item))
+
+_COMMON_ENV: Final = {
+    "LC_ALL": "C",
+    "GIT_AUTHOR_NAME": IDENTITY[0],
+    "GIT_AUTHOR_EMAIL": IDENTITY[1],
+    "GIT_COMMITTER_NAME": IDENTITY[0],
+    "GIT_COMMITTER_EMAIL": IDENTITY[1],
+    "GIT_TERMINAL_PROMPT": "0",
+    "GIT_OPTIONAL_LOCKS": "0",
+    "GIT_NO_REPLACE_OBJECTS": "1",
+    "GIT_PAGER": "cat",
+    "GIT_DEFAULT_REF_FORMAT": "files",
+}
+_SEALED_ENV: Final = {
+    **_COMMON_ENV,
+    "HOME": "/nonexistent",
+    "GIT_CONFIG_GLOBAL": os.devnull,
+    "GIT_CONFIG_SYSTEM": os.devnull,
+    "GIT_CONFIG_NOSYSTEM": "1",
+    "GIT_ATTR_NOSYSTEM": "1",
+}
+# What a user sets to reach a server or to choose a configuration; everything else named GIT_* relocates a
+# repository or changes what commands mean (https://git-scm.com/docs/git#_environment_variables).
+_KEPT_OF_USER: Final = re.compile(
+    r"GIT_(?:SSH(?:_COMMAND|_VARIANT)?|ASKPASS|SSL_[A-Z_]+|PROXY_[A-Z_]+|HTTP_[A-Z_]+|CONFIG_(?:GLOBAL|SYSTEM|NOSYSTEM)"
+    r"|EXEC_PATH|ALLOW_PROTOCOL)"
+)
+
+
+def sealed_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment for git on our own repositories and on agents' trees."""
+    return {"PATH": environ.get("PATH", os.defpath), **_SEALED_ENV}
+
+
+def users_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment for git at the user's side: theirs, less what relocates a repository."""
+    kept = {
+        name: value for name, value in environ.items() if not name.startswith("GIT_") or _KEPT_OF_USER.fullmatch(name)
+    }
+    return {**kept, **_COMMON_ENV}
+
+
+@dataclass(frozen=True, slots=True)
+class Git:
+    """Runs git in one repository; `keep_fds` are locks that each command holds until it has ended.
+
+    Without a `git_dir` git finds the repository of the folder that each call names as `cwd`.
+    """
+
+    git_dir: Path | None
+    users: bool = False
+    keep_fds: tuple[int, ...] = ()
+    environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+
+    async def __call__(
+        self,
+        *args: str,
+        env: Mapping[str, str] | None = None,
+        input_: bytes | None = None,
+        cwd: Path | None = None,
+        ok: Sequence[int] = (0,),
+        keep_fds: Sequence[int] = (),
+    ) -> Completed:
+        """Run `git ARGS` to its end; GitError if the exit code is not in `ok`. Never cut off by cancellation."""
+        base = users_environment(self.environ) if self.users else sealed_environment(self.environ)
+        done = await run(
+            ["git", *_CONFIG_FLAGS, *args],
+            env={**base, **({"GIT_DIR": str(self.git_dir)} if self.git_dir else {}), **(env or {})},
+            cwd=cwd or self.git_dir,
+            input=input_,
+            keep_fds=(*self.keep_fds, *keep_fds),
+        )
+        if done.returncode not in ok:
+            raise GitError(["git", *args], done.returncode, done.stderr.decode(errors="replace"))
+        return done
+
+    async def line(self, *args: str, env: Mapping[str, str] | None = None, input_: bytes | None = None) -> str:
+        """Run git and return what it printed, without the newline."""
+        return (await self(*args, env=env, input_=input_)).stdout.decode().rstrip("\n")
+
+    async def has_branch(self, name: str) -> bool:
+        """Whether the repository has this branch."""
+        done = await self("show-ref", "--verify", "--quiet", f"refs/heads/{name}", ok=(0, 1))
+        return done.returncode == 0
+
+
+async def check_version(environ: Mapping[str, str]) -> None:
+    """Refuse a git that is missing or too old, with the remedy."""
+    remedy = f"install git {'.'.join(map(str, MINIMUM_VERSION))} or newer"
+    try:
+        done = await run(["git", "--version"], env=sealed_environment(environ))
+    except FileNotFoundError:
+        raise RefusedError("git is not on PATH", remedy) from None
+    match = re.search(rb"(\d+)\.(\d+)", done.stdout)
+    if match is None or (int(match[1]), int(match[2])) < MINIMUM_VERSION:
+        raise RefusedError(f"{done.stdout.decode(errors='replace').strip()} is too old", remedy)
+
+
+_OBJECT_ID: Final = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
+
+
+def is_object_id(text: str) -> bool:
+    """Whether this is a full object name, SHA-1 or SHA-256."""
+    return _OBJECT_ID.fullmatch(text) is not None
+
+
+async def read_ref(git_dir: Path, ref: str) -> str | None:
+    """Return the object id that a ref holds, read without running git; None if there is none or it can't be read.
+
+    Made for repositories that agents write to: nothing in their configuration is obeyed.
+    """
+    return await anyio.to_thread.run_sync(_read_ref, git_dir, ref)
+
+
+def _read_ref(git_dir: Path, ref: str) -> str | None:
+    # GitPython's import costs as much as all our other imports together.
+    import git  # noqa: PLC0415
+    from git.exc import GitError as GitPythonError  # noqa: PLC0415
+
+    try:
+        with git.Repo(git_dir, odbt=git.GitDB) as repo:
+            value = git.SymbolicReference.dereference_recursive(repo, ref)
+    except (GitPythonError, ValueError, OSError):
+        return None
+    return value if value and is_object_id(value) else None

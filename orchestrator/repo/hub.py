@@ -1,0 +1,124 @@
+"""The repositories of our own, outside the user's tree: one set for each repository that is worked on.
+
+    <home>/<name>-<digest>/
+      hub.git/       objects, which sessions borrow from (read only for them)
+      trusted.git/   configuration, refs and index files of our own; its objects are the hub's
+      session.git/   what each session's own git directory starts as a copy of
+      sessions/      worktrees, one folder an attempt
+      locks/         permanent lock files
+
+No git command of ours ever reads a configuration, hook or attribute that an agent could have written: each
+session has a git directory to itself, which we never run git in, and the one we do run it in is not named in
+anything that an agent is given. What agents commit comes in as verified objects (`repo.collect`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio.to_thread
+
+from orchestrator.errors import RefusedError
+from orchestrator.filelock import FileLock
+from orchestrator.repo.git import IDENTITY, Git
+
+_INTERNAL_REFS = "refs/council"
+
+
+@dataclass(frozen=True, slots=True)
+class Hub:
+    """Where everything of one repository lives."""
+
+    root: Path
+
+    @property
+    def objects(self) -> Path:
+        """The objects that sessions borrow."""
+        return self.root / "hub.git" / "objects"
+
+    @property
+    def trusted(self) -> Path:
+        """The repository that our git commands run in."""
+        return self.root / "trusted.git"
+
+    @property
+    def seed(self) -> Path:
+        """What a session's git directory is copied from."""
+        return self.root / "session.git"
+
+    @property
+    def sessions(self) -> Path:
+        """One folder for each run, in it one for each attempt."""
+        return self.root / "sessions"
+
+    def lock(self, name: str) -> FileLock:
+        """Return the permanent lock of that name."""
+        return FileLock(self.root / "locks" / name)
+
+    def landing_lock(self, source: str, target: str) -> FileLock:
+        """Return the lock that serializes landings on one branch of one repository."""
+        digest = hashlib.sha256(f"{source}\0{target}".encode()).hexdigest()[:16]
+        return self.lock(f"landing-{digest}")
+
+
+def hub_of(source: str, home: Path) -> Hub:
+    """Return the hub of a repository, by its path or URL; it need not exist yet."""
+    last = source.rstrip("/").removesuffix("/.git").removesuffix(".git").rsplit("/", 1)[-1]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", last)[:40] or "repo"
+    return Hub(home / f"{name}-{hashlib.sha256(source.encode(errors='surrogateescape')).hexdigest()[:12]}")
+
+
+async def create_hub(hub: Hub, object_format: str, environ: Mapping[str, str]) -> None:
+    """Make the hub if it is not there; all at once, so that a crash leaves none or a whole one."""
+    if "\n" in str(hub.root) or str(hub.root).startswith('"'):
+        raise RefusedError(f"{str(hub.root)!r} can't hold repositories", "set COUNCIL_HOME to a plainer path")
+    parent = hub.root.parent
+    await anyio.to_thread.run_sync(lambda: parent.mkdir(mode=0o700, parents=True, exist_ok=True))
+    async with FileLock(parent / f"{hub.root.name}.lock").hold():
+        if hub.root.exists():
+            return
+        building = hub.root.with_name(hub.root.name + ".new")
+        await anyio.to_thread.run_sync(lambda: shutil.rmtree(building, ignore_errors=True))
+        building.mkdir(mode=0o700)
+        for name in ("hub.git", "trusted.git", "session.git"):
+            git = Git(building / name, environ=environ)
+            await git("init", "--quiet", "--bare", "--template=", f"--object-format={object_format}", cwd=building)
+        await _configure(building, hub, environ)
+        building.rename(hub.root)
+
+
+async def _configure(building: Path, hub: Hub, environ: Mapping[str, str]) -> None:
+    for name in ("sessions", "locks", "trusted.git/indexes"):
+        (building / name).mkdir(mode=0o700)
+    shutil.rmtree(building / "trusted.git" / "objects")
+    (building / "trusted.git" / "objects").symlink_to(Path("..", "hub.git", "objects"))
+    trusted = Git(building / "trusted.git", environ=environ)
+    # A commit that the log calls queued must not be lost with the power.
+    await trusted("config", "core.fsync", "committed,reference")
+    await trusted("config", "core.fsyncMethod", "batch")
+    session = Git(building / "session.git", environ=environ)
+    for key, value in {
+        "core.bare": "false",
+        "user.name": IDENTITY[0],
+        "user.email": IDENTITY[1],
+        "gc.auto": "0",
+    }.items():
+        await session("config", key, value)
+    alternates = building / "session.git" / "objects" / "info" / "alternates"
+    alternates.parent.mkdir(exist_ok=True)
+    alternates.write_text(f"{hub.objects}\n")
+
+
+def internal_ref(run: str, name: str) -> str:
+    """Return a ref of the trusted repository that keeps what a run has fetched."""
+    return f"{_INTERNAL_REFS}/{run}/{name}"
+
+
+def work_branch(run: str, task: str, part: str) -> str:
+    """Return the branch that holds what became of a task; `part` is the attempt's number, or `conflict`."""
+    return f"council/{run}/{task}/{part}"

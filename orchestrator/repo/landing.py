@@ -1,0 +1,212 @@
+"""Landing: finished work moves the target branch, one merge at a time, or not at all.
+
+`prepare` merges without a checkout, the caller records the intent, `move` is one push with a lease. What was
+cut off in between is finished or undone by `settle`. Each of them demands a `MergePermit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.failpoints import failpoint
+from orchestrator.repo.checkout import LocalRepository, changes_in, checkout_of, remove_stale_locks, settle_checkout
+from orchestrator.repo.git import Git
+from orchestrator.repo.hub import Hub
+from orchestrator.repo.source import Source
+
+TRAILER = "Council-Task"
+
+
+@dataclass(frozen=True, slots=True)
+class MergePermit:
+    """The right to land on one target, held by one process at a time; made by `Target.permit` alone.
+
+    `fd` is the lock's descriptor. A push inherits it, so that whoever gets the permit next knows that no push
+    of an earlier holder is still under way, even if that holder was killed.
+    """
+
+    target: str
+    fd: int
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """A merge commit that waits for the target to move from `old` (None: it does not exist) to `new`."""
+
+    old: str | None
+    new: str
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """The work is on the target, by this commit of its first-parent line."""
+
+    commit: str
+    adopted: bool = False  #: it was there before we moved anything
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """The work does not merge; `commit` holds both sides as parents and the marked files as its tree."""
+
+    paths: tuple[str, ...]
+    commit: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stale:
+    """Somebody else moved the target first: merge again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deferred:
+    """The target can't be moved now, for this reason; the work keeps."""
+
+    reason: str
+
+
+class Target:
+    """The branch that a run lands on."""
+
+    def __init__(
+        self,
+        hub: Hub,
+        git: Git,
+        source: Source,
+        repository: LocalRepository | None,
+        *,
+        branch: str,
+        start: str,
+        ref: str,
+    ) -> None:
+        """Take the branch of `source` (`repository` is None where that is a URL).
+
+        `start` is the commit behind which landings are looked for, and what the target begins at where it does
+        not exist; `ref` keeps what was fetched of it in the trusted repository.
+        """
+        self.branch = branch
+        self._hub, self._git, self._source, self._repository = hub, git, source, repository
+        self._start, self._ref = start, ref
+        self._known: str | None = None
+        self._landed: dict[str, str] = {}
+
+    @asynccontextmanager
+    async def permit(self) -> AsyncIterator[MergePermit]:
+        """Wait for the target's turn; the lock is for order, the push's lease is the proof."""
+        async with self._hub.landing_lock(self._source.location, self.branch).hold() as lock:
+            yield MergePermit(self.branch, lock.fd)
+
+    async def tip(self) -> str:
+        """Return the commit that work which builds on the target starts from."""
+        tip = await self._source.tip(self.branch)
+        if tip is None:
+            return self._start
+        return tip if tip == self._known else await self._source.fetch(self.branch, f"{self._ref}-tip")
+
+    async def refresh(self) -> str:
+        """Look where the target is and what has landed on it; return the commit to merge onto."""
+        tip = await self._source.tip(self.branch)
+        if tip is None:
+            self._known, self._landed = None, {}
+            return self._start
+        if tip != self._known:
+            tip = await self._source.fetch(self.branch, self._ref)
+            await self._read_trailers(tip)
+            self._known = tip
+        return tip
+
+    async def _read_trailers(self, tip: str) -> None:
+        known = self._known
+        if known is None or (await self._git("merge-base", "--is-ancestor", known, tip, ok=(0, 1, 128))).returncode:
+            known, self._landed = self._start, {}
+        form = f"--format=%H %(trailers:key={TRAILER},valueonly,separator=%x20)"
+        log = await self._git.line("log", "--first-parent", form, f"{known}..{tip}")
+        for line in log.splitlines():
+            commit, *labels = line.split()
+            # `log` goes backwards in time: where a label is there twice, the earliest landing counts.
+            self._landed |= dict.fromkeys(labels, commit)
+
+    async def landings(self) -> Mapping[str, str]:
+        """Return what has landed since the start, as of now: `<run>/<task>` to the commit that brought it."""
+        await self.refresh()
+        return dict(self._landed)
+
+    async def prepare(self, permit: MergePermit, label: str, commit: str) -> Merge | Landed | Conflict:
+        """Merge `commit` onto the target as far as it is known, without moving anything."""
+        self._check(permit)
+        onto = await self.refresh() if self._known is None else self._known
+        if label in self._landed:
+            return Landed(self._landed[label], adopted=True)
+        arguments = ("merge-tree", "--write-tree", "-z", "--name-only", "--no-messages", onto, commit)
+        merged = await self._git(*arguments, ok=(0, 1))
+        tree, *paths = merged.stdout.decode(errors="surrogateescape").split("\0")
+        task = label.rpartition("/")[2]
+        if merged.returncode:
+            both = await self._commit(tree, onto, commit, f"{task}: both sides of a conflict, marked\n")
+            return Conflict(tuple(dict.fromkeys(filter(None, paths))), both)
+        if tree == await self._git.line("rev-parse", f"{onto}^{{tree}}"):
+            return Landed(onto, adopted=True)
+        new = await self._commit(tree, onto, commit, f"Land {task}\n\n{TRAILER}: {label}\n")
+        failpoint("landing.merged")
+        return Merge(self._known, new)
+
+    async def _commit(self, tree: str, first: str, second: str, message: str) -> str:
+        return await self._git.line("commit-tree", tree, "-p", first, "-p", second, input_=message.encode())
+
+    async def move(self, permit: MergePermit, merge: Merge, label: str) -> Landed | Stale | Deferred:
+        """Move the target by one push that holds only if nobody else moved it."""
+        self._check(permit)
+        pushed = await self._source.push(merge.new, self.branch, merge.old, (permit.fd,))
+        failpoint("landing.pushed")
+        if not pushed.moved:
+            tip = await self._source.tip(self.branch)
+            if tip == merge.old:
+                return Deferred(await self._explain(pushed.reason))
+            if tip != merge.new:
+                await self.refresh()
+                return Stale()
+        self._known = merge.new
+        self._landed[label] = merge.new
+        return Landed(merge.new)
+
+    async def _explain(self, said: str) -> str:
+        changed = await self.changes()
+        if not changed:
+            return f"the target could not be moved: {said}"
+        return f"the target's checkout has changes of your own ({', '.join(changed[:3])}): commit or stash them"
+
+    async def changes(self) -> list[str]:
+        """Return the tracked paths that are changed where the target is checked out, if it is."""
+        checkout = await self._checkout()
+        return [] if checkout is None else await changes_in(checkout, self._users_git())
+
+    async def settle(self, permit: MergePermit, merge: Merge, label: str, since: float) -> Landed | Deferred | Stale:
+        """Finish or undo a move that was cut off; Stale means that it did not happen and may be tried again."""
+        self._check(permit)
+        checkout, git, foreign = await self._checkout(), self._users_git(), list[str]()
+        if self._repository is not None:
+            await remove_stale_locks(self._repository, checkout, self.branch, since, git)
+        if checkout is not None and merge.old is not None:
+            foreign = await settle_checkout(checkout, self.branch, merge.old, merge.new, git)
+        self._known = None
+        landed = (await self.landings()).get(label)
+        if landed is not None:
+            return Landed(landed, adopted=landed != merge.new)
+        if foreign:
+            return Deferred(f"an interrupted landing left files that were changed since: {', '.join(foreign[:3])}")
+        return Stale()
+
+    async def _checkout(self) -> Path | None:
+        if self._repository is None:
+            return None
+        return await checkout_of(self._repository, self.branch, self._users_git())
+
+    def _users_git(self) -> Git:
+        return Git(None, users=True, keep_fds=self._git.keep_fds, environ=self._git.environ)
+
+    def _check(self, permit: MergePermit) -> None:
+        if permit.target != self.branch:
+            raise ValueError(f"a permit for {permit.target!r} does not allow landing on {self.branch!r}")

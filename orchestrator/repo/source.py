@@ -1,0 +1,73 @@
+"""The user's repository, or the remote, as we deal with it: read its branches, fetch from it, move one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from orchestrator.repo.git import Git
+
+# Applied at the user's side of a push to a path: a branch that is checked out moves together with its files if
+# they are clean, and no housekeeping starts in their repository on our account.
+_RECEIVE = (
+    "git -c receive.denyCurrentBranch=updateInstead -c receive.autogc=false -c gc.auto=0 -c core.fsmonitor=false"
+    " receive-pack"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """What came of a push: whether the ref moved, and what the other side said if not."""
+
+    moved: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where work comes from and lands: `location` is an absolute path or a URL; git runs in the trusted repository."""
+
+    location: str
+    is_local: bool
+    git: Git
+
+    @classmethod
+    def of(cls, location: str, *, is_local: bool, git: Git) -> Source:
+        """Return the source, talked to in the user's own git environment."""
+        return cls(location, is_local, replace(git, users=True))
+
+    async def tip(self, branch: str) -> str | None:
+        """Return the commit id that a branch is at; None if it does not exist."""
+        done = await self.git("ls-remote", "--refs", self.location, f"refs/heads/{branch}")
+        return done.stdout.split(b"\t")[0].decode() or None
+
+    async def heads(self) -> dict[str, str]:
+        """Return all branches with the commit ids that they are at."""
+        done = await self.git("ls-remote", "--refs", "--heads", self.location)
+        lines = [line.split("\t") for line in done.stdout.decode(errors="surrogateescape").splitlines()]
+        return {ref.removeprefix("refs/heads/"): commit for commit, ref in lines}
+
+    async def fetch(self, branch: str, ref: str) -> str:
+        """Bring a branch's commits into the hub, point `ref` of the trusted repository at it, return its commit id."""
+        refspec = f"+refs/heads/{branch}:{ref}"
+        await self.git("fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance",
+                       "--recurse-submodules=no", self.location, refspec)  # fmt: skip
+        return await self.git.line("rev-parse", "--verify", f"{ref}^{{commit}}")
+
+    async def push(self, new: str, branch: str, old: str | None, keep_fds: Sequence[int]) -> Pushed:
+        """Move a branch from `old` (None: it must not exist) to `new`, or not at all.
+
+        The command, and all that it starts at the other side of a path, holds `keep_fds` until it has ended.
+        """
+        ref = f"refs/heads/{branch}"
+        receive = [f"--receive-pack={_RECEIVE}"] if self.is_local else []
+        done = await self.git(
+            "push", "--porcelain", "--no-verify", f"--force-with-lease={ref}:{old or ''}", *receive,
+            self.location, f"{new}:{ref}",
+            ok=range(256), keep_fds=keep_fds,
+        )  # fmt: skip
+        if done.returncode == 0:
+            return Pushed(moved=True)
+        lines = [line for line in done.stdout.decode(errors="replace").splitlines() if line.startswith("!")]
+        said = lines[0].split("\t")[-1] if lines else done.stderr.decode(errors="replace").strip()
+        return Pushed(moved=False, reason=said)

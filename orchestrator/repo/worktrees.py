@@ -1,0 +1,147 @@
+"""A worktree for each attempt: a checkout, and a git directory that belongs to this session alone.
+
+Not `git worktree add`: linked worktrees share configuration, hooks, refs and stash, so that one agent's
+change reaches all others and us, and adding them is neither safe side by side nor when killed (an empty
+`commondir` breaks the whole repository). Here nothing is shared but the hub's objects, which are borrowed;
+creating one races with nothing, and a half-built one is a folder to delete.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio.to_thread
+
+from orchestrator.errors import GitError
+from orchestrator.failpoints import failpoint
+from orchestrator.process import run
+from orchestrator.repo.git import Git
+from orchestrator.repo.hub import Hub, work_branch
+
+
+@dataclass(frozen=True, slots=True)
+class Worktree:
+    """The places of one attempt."""
+
+    hub: Hub
+    run: str
+    task: str
+    attempt: int
+
+    @property
+    def root(self) -> Path:
+        """The folder that holds all of the session's files."""
+        return self.hub.sessions / self.run / f"{self.task}.{self.attempt}"
+
+    @property
+    def tree(self) -> Path:
+        """The checkout that the CLI works in."""
+        return self.root / "tree"
+
+    @property
+    def git_dir(self) -> Path:
+        """The session's own git directory. The agent writes it: never run git in it."""
+        return self.root / "git"
+
+    @property
+    def prompt_file(self) -> Path:
+        """The prompt, readable by the owner alone."""
+        return self.root / "prompt.md"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the session's supervisor until nothing of the session lives."""
+        return self.root / "lock"
+
+    @property
+    def index(self) -> Path:
+        """Our own index of the checkout, out of the agent's sight."""
+        return self.hub.trusted / "indexes" / f"{self.run}-{self.task}.{self.attempt}"
+
+    @property
+    def import_folder(self) -> Path:
+        """Where the agent's own commits are checked before they come in."""
+        return self.index.with_name(f"{self.index.name}.import")
+
+    @property
+    def branch(self) -> str:
+        """The branch that the session is on, and the one that keeps its work in the trusted repository."""
+        return work_branch(self.run, self.task, str(self.attempt))
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What points a command of ours, run in the trusted repository, at this checkout."""
+        return {"GIT_WORK_TREE": str(self.tree), "GIT_INDEX_FILE": str(self.index)}
+
+
+async def create(git: Git, worktree: Worktree, base: str, prompt: str) -> None:
+    """Check out `base` (a commit id) for a session; `git` runs in the trusted repository."""
+    await anyio.to_thread.run_sync(_lay_out, worktree, base, prompt)
+    failpoint("worktree.half_built")
+    await git("read-tree", "--reset", "-u", base, env=worktree.env, cwd=worktree.tree)
+    await anyio.to_thread.run_sync(shutil.copyfile, worktree.index, worktree.git_dir / "index")
+    failpoint("worktree.created")
+
+
+def _lay_out(worktree: Worktree, base: str, prompt: str) -> None:
+    worktree.root.mkdir(mode=0o700, parents=True)
+    shutil.copytree(worktree.hub.seed, worktree.git_dir)
+    (worktree.git_dir / "HEAD").write_text(f"ref: refs/heads/{worktree.branch}\n")
+    ref = worktree.git_dir / "refs" / "heads" / worktree.branch
+    ref.parent.mkdir(parents=True)
+    ref.write_text(f"{base}\n")
+    worktree.tree.mkdir()
+    (worktree.tree / ".git").write_text(f"gitdir: {worktree.git_dir}\n")
+    descriptor = os.open(worktree.prompt_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
+        file.write(prompt)
+
+
+async def remove(git: Git, worktree: Worktree) -> None:
+    """Delete all of the session's files, whatever state they are in; the caller has saved what counts."""
+    await _delete(git, worktree.root)
+    await anyio.to_thread.run_sync(_forget, worktree)
+    failpoint("worktree.removed")
+
+
+async def _delete(git: Git, folder: Path) -> None:
+    # `rm` rather than shutil: an agent's folders may be nested deeper than Python recurses, or closed to us.
+    argv = ["rm", "-rf", "--", str(folder)]
+    env = {"PATH": git.environ.get("PATH", os.defpath), "LC_ALL": "C"}
+    if (await run(argv, env=env)).returncode:
+        await run(["chmod", "-R", "u+rwx", "--", str(folder)], env=env)
+        done = await run(argv, env=env)
+        if done.returncode:
+            raise GitError(argv, done.returncode, done.stderr.decode(errors="replace"))
+
+
+def unlock(worktree: Worktree) -> bool:
+    """Remove the index lock of a killed git command; the caller has proof that none of ours lives.
+
+    Returns whether the checkout was ever finished: git writes the index after the files.
+    """
+    worktree.index.with_name(f"{worktree.index.name}.lock").unlink(missing_ok=True)
+    return worktree.index.exists()
+
+
+def _forget(worktree: Worktree) -> None:
+    unlock(worktree)
+    worktree.index.unlink(missing_ok=True)
+    shutil.rmtree(worktree.import_folder, ignore_errors=True)
+    try:
+        worktree.root.parent.rmdir()
+    except OSError as error:
+        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT}:
+            raise
+
+
+def left_over(hub: Hub, run_id: str) -> list[Worktree]:
+    """Return the worktrees that exist for a run, in whatever state."""
+    folder = hub.sessions / run_id
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    parts = [name.rpartition(".") for name in names]
+    return [Worktree(hub, run_id, task, int(attempt)) for task, _, attempt in parts]

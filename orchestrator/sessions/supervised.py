@@ -1,0 +1,189 @@
+"""The orchestrator's end of the supervisor: start it, tell it what to run, wait for its report.
+
+No thread is kept per session and nothing here waits for the CLI's own pipes: the supervisor's status pipe is
+the only source, and it ends when the supervisor does, which is when nothing of the session lives any more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+import anyio
+import anyio.to_thread
+
+from orchestrator import process
+from orchestrator.errors import SessionError
+from orchestrator.filelock import FileLock
+
+# Imported rather than run as a script, because Python caches the byte code of imports only: 6 ms a session.
+_BOOTSTRAP = "import sys; sys.path.append(sys.argv[1]); import supervisor; supervisor.main()"
+_KILL_PATIENCE = 5.0  # seconds from SIGKILL to the last process's end; measured in milliseconds
+
+
+@dataclass(frozen=True, slots=True)
+class SupervisedCommand:
+    """One CLI to run: `env` is all the environment it gets, `stdin` a file to read (None: nothing to read).
+
+    Of each output the first `cap` bytes and the last MiB are kept. After `timeout` seconds, or when the
+    awaiting task is cancelled, all its processes get SIGTERM and after `grace` seconds SIGKILL. `lock` is the
+    file that is locked while anything of the session lives; its name is the session's in messages.
+    """
+
+    argv: Sequence[str]
+    env: Mapping[str, str]
+    cwd: Path
+    stdin: Path | None
+    stdout: Path
+    stderr: Path
+    cap: int
+    timeout: float
+    grace: float
+    lock: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a CLI ended, when nothing of it lives any more.
+
+    `exit` or `signal` is the CLI's own end; both are None when it never ran, and then `spawn_error` says why
+    if it was not stopped before. The byte counts are what it wrote, not what was kept. `killed` counts the
+    processes beside the CLI that had to be killed. `output_error` says why output could not be written.
+    """
+
+    exit: int | None
+    signal: int | None
+    ended_by: Literal["exit", "timeout", "stop", "orphaned"]
+    spawn_error: str | None
+    stdout_bytes: int
+    stderr_bytes: int
+    killed: int
+    output_error: str | None
+
+
+async def run_supervised(command: SupervisedCommand, *, on_spawned: Callable[[], None] | None = None) -> Ended:
+    """Run a CLI to its end and return the facts; nothing that it started is alive then.
+
+    `on_spawned` is called when the supervisor has its orders and the CLI perhaps runs. On cancellation the
+    CLI is stopped as `SupervisedCommand` says before the cancellation goes on. Raises SessionError if the
+    supervisor ended without its report, OSError if it could not be started.
+    """
+    async with _supervisor(command.lock.stem) as supervisor:
+        ordered = False
+        try:
+            await supervisor.send(_spec(command))
+            ordered = True
+            if on_spawned is not None:
+                on_spawned()
+            return await supervisor.report()
+        except anyio.get_cancelled_exc_class():
+            # Half an order is never carried out: then the pipe's end is enough.
+            if ordered:
+                with anyio.move_on_after(command.grace + _KILL_PATIENCE, shield=True):
+                    await supervisor.send(b"stop\n")
+                    await supervisor.ended()
+            raise
+
+
+async def wait_released(lock: Path, timeout: float) -> None:  # noqa: ASYNC109  (LockHeld names the holder)
+    """Return when nothing of the session that `lock` belongs to lives; raises LockHeld after `timeout` seconds.
+
+    Does not start the session's end, only waits for it. A lock that was never made belongs to no process.
+    """
+    if not await anyio.Path(lock).exists():
+        return
+    async with FileLock(lock).hold(timeout):
+        pass
+
+
+def _spec(command: SupervisedCommand) -> bytes:
+    fields = {
+        "argv": list(command.argv),
+        "env": dict(command.env),
+        "cwd": os.fspath(command.cwd.absolute()),
+        "stdin": None if command.stdin is None else os.fspath(command.stdin.absolute()),
+        "stdout": os.fspath(command.stdout.absolute()),
+        "stderr": os.fspath(command.stderr.absolute()),
+        "cap": command.cap,
+        "timeout": command.timeout,
+        "grace": command.grace,
+        "lock": os.fspath(command.lock.absolute()),
+    }
+    return json.dumps(fields).encode() + b"\n"
+
+
+class _Supervisor:
+    """A running supervisor's two pipes."""
+
+    def __init__(self, session: str, child: subprocess.Popen[bytes]) -> None:
+        self._session, self._child = session, child
+        self._control, self._status = _pipe(child.stdin), _pipe(child.stdout)
+        self._said = bytearray()
+
+    async def send(self, data: bytes) -> None:
+        """Write to the control pipe; that it is broken shows in the report that then is missing."""
+        view = memoryview(data)
+        try:
+            while view:
+                await anyio.wait_writable(self._control)
+                view = view[self._control.write(view) or 0 :]
+        except BrokenPipeError:
+            return
+
+    async def ended(self) -> None:
+        """Wait for the end of the status pipe, which is the supervisor's own end."""
+        while True:
+            await anyio.wait_readable(self._status)
+            data = self._status.read(1 << 16)
+            if data == b"":
+                return
+            self._said += data or b""
+
+    async def report(self) -> Ended:
+        """Wait for the end and return the facts."""
+        await self.ended()
+        last = self._said.rstrip().rpartition(b"\n")[2]
+        try:
+            event = json.loads(last)
+        except ValueError:
+            event = None
+        if not isinstance(event, dict) or event.pop("event", None) != "ended":
+            said = self._said.decode(errors="replace").strip()
+            raise SessionError(self._session, f"its supervisor ended without a report{said and f' ({said})'}")
+        return Ended(**event)
+
+    async def close(self) -> None:
+        """End the control pipe, upon which all is killed at once, and reap the supervisor."""
+        self._control.close()
+        with self._status:
+            with anyio.move_on_after(_KILL_PATIENCE, shield=True):
+                await self.ended()
+                await anyio.to_thread.run_sync(self._child.wait)
+                return
+        raise SessionError(self._session, "some of its processes can't be killed")
+
+
+def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+    assert pipe is not None  # noqa: S101  (spawn makes both)
+    os.set_blocking(pipe.fileno(), False)
+    return pipe
+
+
+@asynccontextmanager
+async def _supervisor(session: str) -> AsyncIterator[_Supervisor]:
+    argv = [sys.executable, "-I", "-S", "-c", _BOOTSTRAP, os.fspath(Path(__file__).parent)]
+    # A Python that was built as a shared library may not start without this.
+    env = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    # Its own folder is the root, so that it keeps no worktree busy.
+    supervisor = _Supervisor(session, await process.spawn(argv, env=env, cwd=Path("/")))
+    try:
+        yield supervisor
+    finally:
+        await supervisor.close()

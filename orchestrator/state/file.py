@@ -1,0 +1,307 @@
+"""The file store: all state of one machine in one directory, for any number of processes.
+
+A commit is checked and appended under a flock by one thread for all that wait in this process: one write and one
+`fdatasync` for the whole group. Reads are answered from memory after a look at the mark (one system call).
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager, closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final, TypeVar
+
+import anyio
+from anyio import to_thread
+
+from orchestrator.clock import Clock
+from orchestrator.errors import StateError, StoreUnavailable
+from orchestrator.protocols import Commit, Damage, Document, Key, Record
+from orchestrator.state.log import Decoded, EncodedCommit, Incomplete, encode_commit, encode_line, to_record
+from orchestrator.state.mounts import refuse_network_mount
+from orchestrator.state.replay import Replay
+from orchestrator.state.segments import (
+    Cursor,
+    Lock,
+    Mark,
+    append,
+    create_segment,
+    cut,
+    make_durable,
+    segment_path,
+    segments,
+)
+from orchestrator.state.table import Stage
+
+T = TypeVar("T")
+
+SEGMENT_BYTES: Final = 16 << 20
+_POLL_FASTEST: Final = 0.01  # seconds
+_POLL_SLOWEST: Final = 0.25
+_FOLLOW_BYTES: Final = 1 << 20  # read per trip to a thread
+_REMEDIES: Final = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "raise the disk quota or free some space",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+    errno.EROFS: "mount the file system writable",
+    errno.EACCES: "give this user access to it",
+}
+
+
+@dataclass(slots=True)
+class _Turn:
+    """A caller's place in the next group: its commit, then what came of it."""
+
+    commit: EncodedCommit
+    position: int = 0
+    failure: StateError | StoreUnavailable | None = None
+
+    @property
+    def is_settled(self) -> bool:
+        return bool(self.position or self.failure)
+
+
+class FileStore:
+    """A `Store` in a local directory; made by `open`."""
+
+    def __init__(self, directory: Path, clock: Clock, segment_bytes: int) -> None:
+        self._directory = directory
+        self._clock = clock
+        self._segment_bytes = segment_bytes
+        self._replay = Replay()
+        self._opened = ExitStack()
+        self._lock: Lock
+        self._cursor: Cursor
+        self._seen = b""  # the mark up to which the table has the log
+        self._broken: OSError | None = None
+        self._turns: deque[_Turn] = deque()
+        self._leading = anyio.Lock()
+        self._news = anyio.Event()
+        # Our own threads: those of others may all be taken by slow work.
+        self._threads = anyio.CapacityLimiter(8)
+        # Held by the thread that moves the cursor. The event loop never waits for it, and a task that is
+        # cancelled the hard way can't let two threads in.
+        self._io = threading.Lock()
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls, directory: Path, clock: Clock, *, segment_bytes: int = SEGMENT_BYTES
+    ) -> AsyncIterator[FileStore]:
+        """Open the store in `directory`, which is made if need be; damage never prevents it.
+
+        A segment is closed once it holds `segment_bytes`. Raises RefusedError on a network file system,
+        StoreUnavailable if the directory can't be read and written.
+        """
+        store = cls(directory, clock, segment_bytes)
+        try:
+            await store._in_thread(store._open)
+            yield store
+        finally:
+            with anyio.CancelScope(shield=True):
+                await store._in_thread(store._close)
+
+    async def commit(self, commit: Commit) -> int:
+        """See `Store.commit`."""
+        turn = _Turn(encode_commit(commit))
+        self._turns.append(turn)
+        with anyio.CancelScope(shield=True):
+            async with self._leading:
+                if not turn.is_settled:
+                    await self._in_thread(self._commit_group)
+                    self._announce()
+        if turn.failure:
+            raise turn.failure
+        return turn.position
+
+    async def get(self, key: Key) -> Document | None:
+        """See `Store.get`."""
+        await self._refresh()
+        return self._replay.table.get(key)
+
+    async def list(self, kind: str, prefix: str = "") -> Sequence[Document]:
+        """See `Store.list`."""
+        await self._refresh()
+        return self._replay.table.documents(kind, prefix)
+
+    async def position(self) -> int:
+        """See `Store.position`."""
+        await self._refresh()
+        return self._replay.table.position
+
+    async def follow(self, after: int = 0) -> AsyncIterator[Record]:
+        """See `Store.follow`; a commit of another process is seen within a quarter of a second."""
+        cursor = await self._in_thread(partial(Cursor, self._directory, after))
+        seen, pause = b"", _POLL_FASTEST
+        try:
+            while True:
+                news, current = self._news, self._lock.read()
+                mark = Mark.decode(current) if current != seen else None
+                if mark is None:
+                    with anyio.move_on_after(pause):
+                        await news.wait()
+                    pause = min(1.25 * pause, _POLL_SLOWEST)
+                    continue
+                records, is_at_mark = await self._in_thread(partial(_read_records, cursor, mark, after))
+                for record in records:
+                    after = record.position
+                    yield record
+                seen, pause = (current if is_at_mark else seen), _POLL_FASTEST
+        finally:
+            cursor.close()
+
+    @property
+    def damage(self) -> Sequence[Damage]:
+        """See `Store.damage`."""
+        return tuple(self._replay.damage)
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        try:
+            return await to_thread.run_sync(call, limiter=self._threads)
+        except OSError as error:
+            raise self._unavailable(error) from error
+
+    def _unavailable(self, error: OSError) -> StoreUnavailable:
+        remedy = _REMEDIES.get(error.errno or 0, "check the disk and the system's log")
+        return StoreUnavailable(self._directory, error.strerror or str(error), remedy)
+
+    def _announce(self) -> None:
+        self._news.set()
+        self._news = anyio.Event()
+
+    async def _refresh(self) -> None:
+        if self._lock.read() != self._seen:
+            await self._in_thread(self._catch_up)
+
+    # From here on: in worker threads only.
+
+    def _open(self) -> None:
+        refuse_network_mount(self._directory)
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = self._opened.enter_context(closing(Lock(self._directory)))
+        self._cursor = self._opened.enter_context(closing(Cursor(self._directory)))
+        with self._io, self._lock.held():
+            self._recover()
+
+    def _close(self) -> None:
+        with self._io:
+            self._opened.close()
+
+    def _catch_up(self) -> None:
+        with self._io:
+            current = self._lock.read()
+            mark = Mark.decode(current)
+            if mark is None:
+                with self._lock.held():
+                    self._recover()
+            elif current != self._seen:
+                for found in self._cursor.read(mark):
+                    self._replay.take(found)
+                self._replay.finish(mark.position, self._cursor.path, self._cursor.offset)
+                self._seen = current
+
+    def _commit_group(self) -> None:
+        with self._io:
+            group = [self._turns.popleft() for _ in range(len(self._turns))]
+            if not group:
+                return
+            try:
+                with self._lock.held():
+                    self._recover()
+                    self._append(group)
+            except OSError as error:
+                for turn in group:
+                    turn.position, turn.failure = 0, self._unavailable(error)
+
+    def _append(self, group: Sequence[_Turn]) -> None:
+        stage = Stage(self._replay.table)
+        staged = []
+        now = round(self._clock.now(), 6)
+        for turn in group:
+            try:
+                staged.append((turn, stage.add(turn.commit, now)))
+            except StateError as error:
+                turn.failure = error
+        if not staged:
+            return
+        self._write(b"".join(encode_line(line) for line in stage.lines), stage.lines[-1].position)
+        for turn, line in staged:
+            self._replay.table.apply(line)
+            turn.position = line.position
+
+    def _write(self, data: bytes, position: int) -> None:
+        """Append at the end of the log, up to `position`, and publish it: durably or, on an OSError, not at all."""
+        if self._broken:
+            raise self._broken
+        cursor = self._cursor
+        if cursor.segment == 0 or cursor.offset >= self._segment_bytes:
+            first = self._replay.table.position + 1
+            create_segment(self._directory, first)
+            cursor.move(first, 0)
+        try:
+            end = append(cursor.path, cursor.offset, data)
+            self._seen = self._lock.publish(Mark(cursor.segment, end, position))
+        except OSError:
+            self._take_back()
+            raise
+        cursor.move(cursor.segment, end)
+
+    def _take_back(self) -> None:
+        try:
+            cut(self._cursor.path, self._cursor.offset)
+        except OSError as error:
+            # What is on disk is not known any more. The next opener finds out; this one must not append to it.
+            self._broken = error
+
+    def _recover(self) -> None:
+        """Take in all that stands in the log, also what a dead appender left; the flock must be held."""
+        last = max(segments(self._directory), default=0)
+        size = segment_path(self._directory, last).stat().st_size if last else 0
+        current, cursor = self._lock.read(), self._cursor
+        if current == self._seen and (cursor.segment, cursor.offset) == (last, size):
+            return
+        if (last, size) < (cursor.segment, cursor.offset):
+            raise OSError(errno.EIO, "the log is shorter than what was read from it")
+        for found in cursor.read(Mark(last, size, 0)):
+            if isinstance(found.item, Incomplete) and cursor.segment == last:
+                cut(found.path, found.offset)
+                self._replay.report(found.path, found.offset, (), "an unfinished line of a process that died: cut")
+                continue
+            self._replay.take(found)
+            if isinstance(found.item, Decoded) and not found.item.terminator and cursor.segment == last:
+                cursor.move(last, append(found.path, cursor.offset, b"\n"))
+        mark = Mark.decode(current)
+        self._replay.finish(mark.position if mark else 0, cursor.path, cursor.offset)
+        end = Mark(cursor.segment, cursor.offset, self._replay.table.position)
+        if mark == end:
+            self._seen = current
+        else:
+            self._adopt(end)
+
+    def _adopt(self, end: Mark) -> None:
+        """Publish what a dead appender had written but not acknowledged."""
+        try:
+            if end.segment:
+                make_durable(self._cursor.path)
+        except OSError as error:
+            # The table has taken it in, and a second attempt would succeed without having written anything.
+            self._broken = error
+            raise
+        self._seen = self._lock.publish(end)
+
+
+def _read_records(cursor: Cursor, until: Mark, after: int) -> tuple[list[Record], bool]:
+    """Return the next records behind position `after`, and whether `until` is reached."""
+    records, start = [], (cursor.segment, cursor.offset)
+    for found in cursor.read(until):
+        if isinstance(found.item, Decoded) and found.item.line.position > after:
+            records.append(to_record(found.item.line))
+            after = found.item.line.position
+        if cursor.segment != start[0] or cursor.offset - start[1] >= _FOLLOW_BYTES:
+            return records, False
+    return records, True

@@ -1,0 +1,255 @@
+r"""The codec of the commit log: one line per commit, made so that damage names what it hit.
+
+    <crc of the rest of the head> <header length> <payload length> <header> <payload crc> <payload>\n
+
+Numbers are eight hexadecimal digits. The header (position, time; kind, id, version and encoded length of each
+document) and the payload (`[[value, …], [[event type, data], …]]`) have a checksum each: with a bad payload it is
+still known which documents lost which version. Lengths are under the header's checksum, so that a reader steps
+over a bad payload to the next line. A value is cut out of the payload by its length, without parsing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+from orchestrator.errors import InvalidDocument
+from orchestrator.protocols import Commit, Event, Guard, Key, Record
+
+MAX_DOCUMENT_BYTES: Final = 4 << 20
+MAX_COMMIT_BYTES: Final = 64 << 20
+MAX_DEPTH: Final = 64
+"""How deep values may nest: far below the interpreter's recursion limit, wherever they are read."""
+MAX_CONTAINERS: Final = 100_000
+"""How many lists and objects one level may hold: what contains itself twice would grow without bound."""
+
+_HEAD = re.compile(rb"([0-9a-f]{8}) ([0-9a-f]{8}) ([0-9a-f]{8}) ")
+_HEAD_BYTES: Final = 27
+_CHECKED_FROM: Final = 9  # behind the head's own checksum
+_CHECKSUM_BYTES: Final = 10  # of the payload, with a space on each side
+
+
+class Change(NamedTuple):
+    """What a header says of a document: its new version, and its value's length in bytes (0: deleted)."""
+
+    key: Key
+    version: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedCommit:
+    """A commit that has passed the strict codec; `writes` are (key, expected version, encoded length)."""
+
+    writes: Sequence[tuple[Key, int, int]]
+    guards: Sequence[Guard]
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A commit with its place in the log. `payload` is empty where its bytes are damaged."""
+
+    position: int
+    time: float
+    changes: Sequence[Change]
+    payload: bytes
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether only the header is known."""
+        return not self.payload
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A line whose header is good, ending before offset `end`; `terminator` is what stands for its newline."""
+
+    end: int
+    line: Line
+    terminator: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Bytes up to offset `end` that are no line; what they were is not known."""
+
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Incomplete:
+    """The beginning of a line, the rest of which is not (or not yet) there."""
+
+    end: int
+
+
+Scanned = Decoded | Unreadable | Incomplete
+
+
+def encode_commit(commit: Commit) -> EncodedCommit:
+    """Return `commit` as bytes, ready for any position. Raises InvalidDocument."""
+    writes, values = [], []
+    for write in commit.writes:
+        encoded = b"" if write.value is None else _encode_object(str(write.key), write.value)
+        writes.append((write.key, write.expected, len(encoded)))
+        if encoded:
+            values.append(encoded)
+    _check_keys([write.key for write in commit.writes])
+    events = [_encode_event(event) for event in commit.events]
+    payload = b"[[%b],[%b]]" % (b",".join(values), b",".join(events))
+    if len(payload) > MAX_COMMIT_BYTES:
+        raise InvalidDocument("the commit", f"its {len(payload)} bytes are more than {MAX_COMMIT_BYTES}")
+    return EncodedCommit(writes, commit.guards, payload)
+
+
+def encode_line(line: Line) -> bytes:
+    """Return the bytes of an undamaged line, newline included."""
+    header = _dumps(
+        {
+            "position": line.position,
+            "time": line.time,
+            "changes": [(*change.key, change.version, change.length) for change in line.changes],
+        }
+    )
+    head = b"%08x %08x %b" % (len(header), len(line.payload), header)
+    return b"%08x %b %08x %b\n" % (zlib.crc32(head), head, zlib.crc32(line.payload), line.payload)
+
+
+def scan(data: bytes, offset: int) -> Scanned:
+    """Return what stands in `data` at `offset`, which must lie inside it; never raises on damage.
+
+    Encoded lines hold no newline but their last byte: what begins like a line but runs into the end of `data`
+    is incomplete if no newline follows, and damaged if one does.
+    """
+    head = _HEAD.match(data, offset)
+    if head is None or not _is_header_good(data, head):
+        if data.find(b"\n", offset) < 0:
+            return Incomplete(len(data))
+        return Unreadable(_resync(data, offset))
+    header_end = head.end() + int(head[2], 16)
+    payload_start = header_end + _CHECKSUM_BYTES
+    end = payload_start + int(head[3], 16)
+    payload = data[payload_start:end]
+    if len(data) < end and data.find(b"\n", header_end) < 0:
+        return Incomplete(len(data))
+    if data[header_end:payload_start] == b" %08x " % zlib.crc32(payload):
+        return Decoded(end + len(data[end : end + 1]), _line(data, head, payload), data[end : end + 1])
+    # The length is trusted only if a newline stands where it says; else bytes were lost, not changed.
+    next_line = end + 1 if data[end : end + 1] == b"\n" else _resync(data, header_end)
+    return Decoded(next_line, _line(data, head, b""), b"\n")
+
+
+def values(line: Line) -> Iterator[tuple[Change, bytes | None]]:
+    """Yield each change of an undamaged line with its encoded value (None: deleted)."""
+    start = len("[[")
+    for change in line.changes:
+        if change.length == 0:
+            yield change, None
+            continue
+        yield change, line.payload[start : start + change.length]
+        start += change.length + len(",")
+
+
+def to_record(line: Line) -> Record:
+    """Return what a follower gets to see of a line."""
+    if line.is_damaged:
+        deleted = {change.key: (change.version, None) for change in line.changes if change.length == 0}
+        lost = [change.key for change in line.changes if change.length]
+        return Record(line.position, line.time, deleted, (), lost)
+    found, events = json.loads(line.payload)
+    remaining = iter(found)
+    documents = {change.key: (change.version, next(remaining) if change.length else None) for change in line.changes}
+    return Record(line.position, line.time, documents, tuple(Event(*event) for event in events))
+
+
+def _is_header_good(data: bytes, head: re.Match[bytes]) -> bool:
+    checked = data[head.start() + _CHECKED_FROM : head.end() + int(head[2], 16)]
+    return zlib.crc32(checked) == int(head[1], 16)
+
+
+def _line(data: bytes, head: re.Match[bytes], payload: bytes) -> Line:
+    header = json.loads(data[head.end() : head.end() + int(head[2], 16)])
+    changes = tuple(Change(Key(kind, name), version, length) for kind, name, version, length in header["changes"])
+    return Line(header["position"], header["time"], changes, payload)
+
+
+def _resync(data: bytes, offset: int) -> int:
+    """Return where the next line begins that has a good header, or may have one behind the end of `data`."""
+    while (newline := data.find(b"\n", offset)) >= 0:
+        offset = newline + 1
+        head = _HEAD.match(data, offset)
+        if head is None and len(data) - offset < _HEAD_BYTES:
+            return offset
+        if head and (len(data) < head.end() + int(head[2], 16) or _is_header_good(data, head)):
+            return offset
+    return len(data)
+
+
+def _encode_event(event: Event) -> bytes:
+    data = _encode_object(f"event {event.type!r}", event.data)
+    return b"[%b,%b]" % (_encode_text(f"event {event.type!r}", event.type), data)
+
+
+def _check_keys(keys: Sequence[Key]) -> None:
+    seen = set()
+    for key in keys:
+        for part in key:
+            _encode_text(repr(key), part)
+        if key in seen:
+            raise InvalidDocument(str(key), "one commit writes it twice")
+        seen.add(key)
+
+
+def _encode_text(subject: str, text: str) -> bytes:
+    if not isinstance(text, str):
+        raise InvalidDocument(subject, f"its name is {type(text).__name__}, not text")
+    return _encode(subject, text)
+
+
+def _encode_object(subject: str, value: Any) -> bytes:
+    if not isinstance(value, dict):
+        raise InvalidDocument(subject, f"it is {type(value).__name__}, not an object")
+    _check_shape(subject, value)
+    encoded = _encode(subject, value)
+    if len(encoded) > MAX_DOCUMENT_BYTES:
+        raise InvalidDocument(subject, f"its {len(encoded)} bytes are more than {MAX_DOCUMENT_BYTES}")
+    return encoded
+
+
+def _check_shape(subject: str, value: dict[str, Any]) -> None:
+    """Refuse what the encoder would turn into something else or not survive: odd keys, depth, cycles."""
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        children: list[Any] = []
+        for node in level:
+            if isinstance(node, dict) and not all(isinstance(name, str) for name in node):
+                raise InvalidDocument(subject, "a field's name is not text")
+            inner = node.values() if isinstance(node, dict) else node
+            children += [child for child in inner if isinstance(child, (dict, list, tuple))]
+        if not children:
+            return
+        if len(children) > MAX_CONTAINERS:
+            raise InvalidDocument(subject, f"it holds more than {MAX_CONTAINERS} lists and objects")
+        level = children
+    raise InvalidDocument(subject, f"it nests deeper than {MAX_DEPTH} levels")
+
+
+def _encode(subject: str, value: Any) -> bytes:
+    try:
+        return _dumps(value)
+    except UnicodeEncodeError:
+        raise InvalidDocument(subject, "it holds half a surrogate pair, which is not text") from None
+    except (TypeError, ValueError) as error:
+        raise InvalidDocument(subject, str(error)) from None
+
+
+_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
+
+
+def _dumps(value: Any) -> bytes:
+    return _encoder.encode(value).encode()

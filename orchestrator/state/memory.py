@@ -1,0 +1,54 @@
+"""The memory store: the file store's rules without its promises, for tests and simulation."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+
+import anyio
+
+from orchestrator.clock import Clock
+from orchestrator.protocols import Commit, Damage, Document, Key, Record
+from orchestrator.state.log import Line, encode_commit, to_record
+from orchestrator.state.table import Stage, Table
+
+
+class MemoryStore:
+    """A `Store` for one process and its lifetime."""
+
+    damage: Sequence[Damage] = ()
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._table = Table()
+        self._lines: list[Line] = []
+        self._news = anyio.Event()
+
+    async def commit(self, commit: Commit) -> int:
+        """See `Store.commit`."""
+        line = Stage(self._table).add(encode_commit(commit), self._clock.now())
+        self._table.apply(line)
+        self._lines.append(line)
+        self._news.set()
+        self._news = anyio.Event()
+        return line.position
+
+    async def get(self, key: Key) -> Document | None:
+        """See `Store.get`."""
+        return self._table.get(key)
+
+    async def list(self, kind: str, prefix: str = "") -> Sequence[Document]:
+        """See `Store.list`."""
+        return self._table.documents(kind, prefix)
+
+    async def position(self) -> int:
+        """See `Store.position`."""
+        return self._table.position
+
+    async def follow(self, after: int = 0) -> AsyncIterator[Record]:
+        """See `Store.follow`."""
+        while True:
+            news = self._news
+            while after < len(self._lines):
+                after += 1
+                yield to_record(self._lines[after - 1])
+            await news.wait()

@@ -1,0 +1,68 @@
+"""Which file system a path is on: on a network one a flock may exclude nobody, and the log would be torn."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+from orchestrator.errors import RefusedError
+
+# Not 9p and virtiofs: containers and virtual machines have the disk of their own host behind them.
+NETWORK_FILE_SYSTEMS: Final = frozenset(
+    {
+        "afs",
+        "beegfs",
+        "ceph",
+        "cifs",
+        "coda",
+        "fuse.ceph",
+        "fuse.ceph-fuse",
+        "fuse.gcsfuse",
+        "fuse.glusterfs",
+        "fuse.juicefs",
+        "fuse.rclone",
+        "fuse.s3fs",
+        "fuse.sshfs",
+        "gfs2",
+        "glusterfs",
+        "gpfs",
+        "lustre",
+        "ncpfs",
+        "nfs",
+        "nfs4",
+        "ocfs2",
+        "orangefs",
+        "smb3",
+        "smbfs",
+    }
+)
+
+
+def refuse_network_mount(path: Path, mountinfo: Path = Path("/proc/self/mountinfo")) -> None:
+    """Raise RefusedError if `path` (it need not exist) is on a network file system.
+
+    Reads Linux's mount table, see proc_pid_mountinfo(5); where there is none, nothing is refused.
+    """
+    try:
+        table = mountinfo.read_text(encoding="utf-8", errors="surrogateescape")
+    except FileNotFoundError:
+        return
+    mount, kind = mount_of(path.resolve(), table)
+    if kind in NETWORK_FILE_SYSTEMS:
+        raise RefusedError(
+            f"{path} is on {mount}, a network file system ({kind}) whose file locks can't be relied on",
+            "put the state on a local disk",
+        )
+
+
+def mount_of(path: Path, table: str) -> tuple[Path, str]:
+    """Return the mount point that holds the absolute `path`, and its file system's type."""
+    found = (Path("/"), "")
+    for line in table.splitlines():
+        fields = line.split(" ")
+        mount = Path(re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4]))
+        # Of several on the same point the last one is on top.
+        if path.is_relative_to(mount) and len(mount.parts) >= len(found[0].parts):
+            found = (mount, fields[fields.index("-") + 1])
+    return found

@@ -1,0 +1,224 @@
+"""The files of the commit log: segments, a lock, and the mark in it that says how far the log is durable.
+
+Segments are named by the first position that they hold. Only the holder of the flock appends; readers take no lock:
+they read up to the mark, which moves after the data is safe, so they never see what a failed disk takes back.
+All of this blocks: it runs in worker threads.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from orchestrator.state.log import Decoded, Incomplete, Scanned, scan
+
+_READ_BYTES: Final = 1 << 20
+_MARK_BYTES: Final = 71
+_SUFFIX: Final = ".jsonl"
+
+
+class Mark(NamedTuple):
+    """How far the log is durable: up to offset `end` of the segment that begins with position `segment`."""
+
+    segment: int
+    end: int
+    position: int
+
+    def encode(self) -> bytes:
+        """Return text of fixed length with a checksum: a reader may meet a mark that is half written."""
+        text = b"%020d %020d %020d" % self
+        return b"%b %08x" % (text, zlib.crc32(text))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Mark | None:
+        """Return the mark, or None if `data` is not one."""
+        fields = data.split(b" ")
+        if len(data) != _MARK_BYTES or len(fields) != 4 or fields[3] != b"%08x" % zlib.crc32(data[:62]):
+            return None
+        return cls(*map(int, fields[:3]))
+
+
+class Found(NamedTuple):
+    """What stands in the log at a place."""
+
+    path: Path
+    offset: int
+    item: Scanned
+
+
+class Lock:
+    """The permanent lock file, kept open; it carries the mark."""
+
+    def __init__(self, directory: Path) -> None:
+        self._file = os.fdopen(os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b", 0)
+
+    def read(self) -> bytes:
+        """Return the mark as it stands; so cheap that it may be done on the event loop."""
+        return os.pread(self._file.fileno(), _MARK_BYTES, 0)
+
+    def publish(self, mark: Mark) -> bytes:
+        """Let all readers see the log up to `mark`."""
+        data = mark.encode()
+        os.pwrite(self._file.fileno(), data, 0)
+        return data
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Exclude all other appenders, of this process too; blocks without a limit."""
+        # Late: it costs a process that only shows help 40 to 500 ms. The class, because the module's default
+        # can be switched by anyone in the process to a lock that any close of the file drops.
+        from portalocker.exceptions import LockException  # noqa: PLC0415
+        from portalocker.portalocker import FlockLocker, LockFlags  # noqa: PLC0415
+
+        locker = FlockLocker()
+        try:
+            locker.lock(self._file, LockFlags.EXCLUSIVE)
+        except LockException as error:
+            raise OSError(errno.ENOLCK, str(error)) from error
+        try:
+            yield
+        finally:
+            locker.unlock(self._file)
+
+    def close(self) -> None:
+        """Give the file back; every later use raises ValueError."""
+        self._file.close()
+
+
+def segments(directory: Path) -> list[int]:
+    """Return the first positions of all segments, in order."""
+    names = (path.stem for path in directory.iterdir() if path.suffix == _SUFFIX)
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+
+
+def segment_path(directory: Path, first: int) -> Path:
+    """Return the path of the segment that begins with position `first`."""
+    return directory / f"{first:020d}{_SUFFIX}"
+
+
+class Cursor:
+    """A place in the log, and what is read from there on."""
+
+    def __init__(self, directory: Path, after: int = 0) -> None:
+        """Stand at the beginning of the segment that holds the position behind `after`."""
+        self.segment, self.offset = 0, 0
+        self._directory = directory
+        self._fd: int | None = None
+        self._start = max((first for first in segments(directory) if first <= after + 1), default=0)
+
+    @property
+    def path(self) -> Path:
+        """The segment's file; without any segment, the directory."""
+        return segment_path(self._directory, self.segment) if self.segment else self._directory
+
+    def read(self, until: Mark) -> Iterator[Found]:
+        """Yield what stands between here and `until`, moving on behind each; a tail that is incomplete stays."""
+        while True:
+            yield from self._rest(until)
+            if self.segment >= until.segment or not self._next_segment():
+                return
+
+    def move(self, segment: int, offset: int) -> None:
+        """Stand elsewhere: behind what this process has appended."""
+        if segment != self.segment:
+            self.close()
+            self.segment = segment
+        self.offset = offset
+
+    def close(self) -> None:
+        """Give the open segment back."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def _rest(self, until: Mark) -> Iterator[Found]:
+        if self.segment == 0:
+            return
+        if self._fd is None:
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        end = os.fstat(self._fd).st_size
+        if self.segment == until.segment:
+            end = min(end, until.end)
+        path, span = self.path, _READ_BYTES
+        while self.offset < end:
+            start = self.offset
+            data = os.pread(self._fd, min(span, end - start), start)
+            for item_start, item in _items(data, is_whole=start + len(data) >= end):
+                self.offset = start + (item_start if isinstance(item, Incomplete) else item.end)
+                yield Found(path, start + item_start, item)
+                if isinstance(item, Incomplete):
+                    return
+            span = _READ_BYTES if self.offset > start else 2 * span
+
+    def _next_segment(self) -> bool:
+        later = [first for first in segments(self._directory) if first > self.segment and first >= self._start]
+        if not later:
+            return False
+        self.move(later[0], 0)
+        return True
+
+
+def _items(data: bytes, *, is_whole: bool) -> Iterator[tuple[int, Scanned]]:
+    """Yield what `data` holds, each with its offset; unless it is whole, nothing that more bytes might change."""
+    start = 0
+    while start < len(data):
+        item = scan(data, start)
+        at_end = isinstance(item, Incomplete) or (isinstance(item, Decoded) and not item.terminator)
+        if at_end and not is_whole:
+            return
+        yield start, item
+        start = item.end
+
+
+def create_segment(directory: Path, first: int) -> None:
+    """Begin an empty segment, and make its name durable."""
+    path = segment_path(directory, first)
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    with _opened(directory, os.O_RDONLY) as fd:
+        os.fsync(fd)
+
+
+def append(path: Path, offset: int, data: bytes) -> int:
+    """Write `data` at `offset`, durably, and return where it ends. On an OSError it may stand there in part."""
+    with _opened(path, os.O_WRONLY) as fd:
+        written = 0
+        while written < len(data):
+            written += os.pwrite(fd, memoryview(data)[written:], offset + written)
+        _make_durable(fd)
+    return offset + len(data)
+
+
+def cut(path: Path, offset: int) -> None:
+    """Drop what stands behind `offset`, durably."""
+    with _opened(path, os.O_WRONLY) as fd:
+        os.ftruncate(fd, offset)
+        _make_durable(fd)
+
+
+def make_durable(path: Path) -> None:
+    """Make durable what an appender that died may have left in the page cache."""
+    with _opened(path, os.O_WRONLY) as fd:
+        _make_durable(fd)
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    fd = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _make_durable(fd: int) -> None:
+    if sys.platform == "darwin":
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # fsync there stops at the drive's own cache
+    else:
+        os.fdatasync(fd)

@@ -1,0 +1,158 @@
+"""What the log amounts to: the newest version of each document, by kind and id.
+
+Values stay encoded until somebody reads them: opening costs no parsing, and each reader decodes a copy of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from bisect import bisect_left, insort
+from dataclasses import dataclass, replace
+
+from orchestrator.errors import LeaseLost, VersionConflict
+from orchestrator.protocols import Document, Guard, Key
+from orchestrator.state.log import Change, EncodedCommit, Line, values
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A document's newest version. `value` is encoded; None if it was deleted, or lost before it was ever read.
+
+    `damaged`: this version's value is not known, `value` is an older one.
+    """
+
+    version: int
+    value: bytes | None
+    position: int
+    damaged: bool = False
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a document, be its value known or not; a deleted one only keeps its version."""
+        return self.value is not None or self.damaged
+
+
+class Table:
+    """The state as of `position`. One thread at a time may apply; any thread may read meanwhile."""
+
+    def __init__(self) -> None:
+        self.position = 0
+        self._kinds: dict[str, dict[str, Entry]] = {}
+        self._sorted_ids: dict[str, list[str]] = {}
+        # Held for one line at a time: no reader sees half of a commit.
+        self._lock = threading.Lock()
+
+    def entry(self, key: Key) -> Entry | None:
+        """Return the entry of a key, that of a deleted document too."""
+        return self._kinds.get(key.kind, {}).get(key.id)
+
+    def get(self, key: Key) -> Document | None:
+        """Return the document, decoded, or None."""
+        with self._lock:
+            entry = self.entry(key)
+        return _document(key, entry) if entry and entry.exists else None
+
+    def documents(self, kind: str, prefix: str = "") -> list[Document]:
+        """Return the documents of a kind whose id begins with `prefix`, by id."""
+        with self._lock:
+            found = self._with_prefix(kind, prefix)
+        return [_document(key, entry) for key, entry in found]
+
+    def apply(self, line: Line) -> None:
+        """Take over a line; it must be the one at the next position."""
+        if line.is_damaged:
+            new = [(change, self._damaged(change, line.position)) for change in line.changes]
+        else:
+            new = [(change, Entry(change.version, value, line.position)) for change, value in values(line)]
+        with self._lock:
+            for change, entry in new:
+                self._put(change.key, entry)
+            self.position = line.position
+
+    def lose(self, commits: int) -> None:
+        """Step over commits that nothing is known of: whatever exists may have been changed by each of them.
+
+        Versions advance as far as those commits can have raised them, so that no version is ever used twice.
+        """
+        with self._lock:
+            for entries in self._kinds.values():
+                for name, entry in entries.items():
+                    version = entry.version + commits
+                    entries[name] = replace(entry, version=version, damaged=entry.exists)
+            self.position += commits
+
+    def _damaged(self, change: Change, position: int) -> Entry:
+        if change.length == 0:
+            return Entry(change.version, None, position)
+        old = self.entry(change.key)
+        if old is None:
+            return Entry(change.version, None, position, damaged=True)
+        return replace(old, version=change.version, damaged=True)
+
+    def _put(self, key: Key, entry: Entry) -> None:
+        entries = self._kinds.setdefault(key.kind, {})
+        if key.id not in entries and key.kind in self._sorted_ids:
+            insort(self._sorted_ids[key.kind], key.id)
+        entries[key.id] = entry
+
+    def _with_prefix(self, kind: str, prefix: str) -> list[tuple[Key, Entry]]:
+        entries = self._kinds.get(kind)
+        if entries is None:
+            return []
+        ids = self._sorted_ids.get(kind)
+        if ids is None:
+            ids = self._sorted_ids[kind] = sorted(entries)
+        found = []
+        for index in range(bisect_left(ids, prefix), len(ids)):
+            if not ids[index].startswith(prefix):
+                break
+            entry = entries[ids[index]]
+            if entry.exists:
+                found.append((Key(kind, ids[index]), entry))
+        return found
+
+
+class Stage:
+    """Commits that hold against a table and against each other, in order, but are not yet applied to it."""
+
+    def __init__(self, table: Table) -> None:
+        self.lines: list[Line] = []
+        self._table = table
+        self._position = table.position
+        self._changed: dict[Key, Entry] = {}
+
+    def add(self, commit: EncodedCommit, time: float) -> Line:
+        """Give `commit` the next position. Raises VersionConflict or LeaseLost, and then it is not staged."""
+        for guard in commit.guards:
+            self._check_guard(guard)
+        changes = tuple(self._change(*write) for write in commit.writes)
+        line = Line(self._position + 1, time, changes, commit.payload)
+        for change, value in values(line):
+            self._changed[change.key] = Entry(change.version, value, line.position)
+        self._position = line.position
+        self.lines.append(line)
+        return line
+
+    def _entry(self, key: Key) -> Entry | None:
+        return self._changed.get(key) or self._table.entry(key)
+
+    def _change(self, key: Key, expected: int, length: int) -> Change:
+        entry = self._entry(key)
+        found = entry.version if entry and entry.exists else 0
+        if expected != found:
+            raise VersionConflict(str(key), expected, found)
+        return Change(key, entry.version + 1 if entry else 1, length)
+
+    def _check_guard(self, guard: Guard) -> None:
+        entry = self._entry(guard.key)
+        # An older value proves nothing: its holder may have been succeeded in the version that is lost.
+        known = entry is not None and entry.value is not None and not entry.damaged
+        epoch = json.loads(entry.value).get("epoch") if known and entry and entry.value else None
+        if epoch != guard.epoch:
+            raise LeaseLost(str(guard.key), guard.epoch, epoch)
+
+
+def _document(key: Key, entry: Entry) -> Document:
+    value = {} if entry.value is None else json.loads(entry.value)
+    return Document(key, entry.version, value, entry.position, entry.damaged)

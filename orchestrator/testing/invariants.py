@@ -1,0 +1,222 @@
+"""What must be true after every run, crash and recovery; each integration and crash test ends here.
+
+The numbers are those of the project's list of invariants:
+
+ 1 a task has at most one landing on first-parent, exactly one once landed    8 attempts are recorded before spawns
+ 2 the target's tree equals its merges in order                               9 no process is left
+ 3 epochs rise strictly                                                      10 no temporary or half-built thing is left
+ 5 the log is whole, versions have no gaps                                   11 fsck and worktree list succeed
+ 6 replaying the log gives the state                                         12 the user's repository is as it was
+ 7 no task starts before its needs have landed, none is lost or invented     15 state is the owner's alone
+
+(4 and 16 are what the tests that call this do with time and processes; 13 is `assert_resume_changes_nothing` of the
+tests; 14 is a canary that the tests plant and look for.)
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.clock import SystemClock
+from orchestrator.config.model import TaskSpec
+from orchestrator.domain.model import RunDocument, TaskDocument, TaskStatus
+from orchestrator.project import Project
+from orchestrator.protocols import JsonObject, Key, Record
+from orchestrator.repo.git import Git
+from orchestrator.repo.hub import Hub
+from orchestrator.repo.landing import TRAILER
+from orchestrator.state.file import FileStore
+from orchestrator.testing.fingerprint import Fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What is looked at: the user's checkout and its fingerprint from before, and the fake CLI's own record."""
+
+    top: Path
+    environ: Mapping[str, str]
+    before: Fingerprint | None = None
+    target_checked_out: bool = True
+    spawns: Path | None = None
+
+    @property
+    def git(self) -> Git:
+        """Git at the user's side."""
+        return Git(None, users=True, environ=self.environ)
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    records: list[Record]
+    documents: dict[Key, JsonObject]
+    damage: int
+
+    def of(self, kind: str) -> dict[str, JsonObject]:
+        return {key.id: value for key, value in self.documents.items() if key.kind == kind}
+
+
+async def assert_invariants(scene: Scene) -> None:
+    """Raise AssertionError that lists every invariant which does not hold."""
+    state = await _read(scene.top)
+    broken = [violation async for violation in _violations(scene, state)]
+    assert not broken, "\n".join(broken)  # noqa: S101  the purpose of this function
+
+
+async def _read(top: Path) -> _State:
+    async with FileStore.open(Project(top).state, SystemClock()) as store:
+        last, records = await store.position(), list[Record]()
+        if last:
+            async for record in store.follow():
+                records.append(record)
+                if record.position == last:
+                    break
+        kinds = {key.kind for record in records for key in record.documents}
+        found = [document for kind in sorted(kinds) for document in await store.list(kind)]
+        return _State(records, {one.key: one.value for one in found}, len(store.damage))
+
+
+async def _violations(scene: Scene, state: _State) -> AsyncIterator[str]:
+    for violation in (*_log(state), *_modes(scene.top)):
+        yield violation
+    for value in state.of("run").values():
+        run = RunDocument.model_validate(value)
+        tasks = {
+            key.partition("/")[2]: TaskDocument.model_validate(task)
+            for key, task in state.of("task").items()
+            if key.startswith(f"{run.id}/")
+        }
+        specs = {task: TaskSpec.model_validate(state.of("spec")[f"{run.id}/{task}"]) for task in run.tasks}
+        for violation in (*_attempts(scene, run, tasks, specs), *_left_overs(run)):
+            yield violation
+        async for violation in _landings(scene, run, tasks):
+            yield violation
+        async for violation in _starts(run, tasks, specs, scene):
+            yield violation
+    async for violation in _repository(scene, state):
+        yield violation
+
+
+def _log(state: _State) -> list[str]:
+    broken = [f"5: {state.damage} damaged places in the log"] if state.damage else []
+    versions: dict[Key, int] = defaultdict(int)
+    replayed: dict[Key, JsonObject] = {}
+    epochs: dict[Key, int] = defaultdict(int)
+    for record in state.records:
+        for key, (version, value) in record.documents.items():
+            if version != versions[key] + 1:
+                broken.append(f"5: {key} went from version {versions[key]} to {version}")
+            versions[key] = version
+            replayed.pop(key, None)
+            if value is not None:
+                replayed[key] = value
+                if key.kind == "lease":
+                    if value["epoch"] <= epochs[key]:
+                        broken.append(f"3: {key} went from epoch {epochs[key]} to {value['epoch']}")
+                    epochs[key] = value["epoch"]
+    if replayed != state.documents:
+        broken.append("6: replaying the log gives another state")
+    return broken
+
+
+def _modes(top: Path) -> list[str]:
+    folder = Project(top).folder
+    paths = [folder, *folder.rglob("*")]
+    return [f"15: {path} is open to others" for path in paths if path.stat().st_mode & 0o077]
+
+
+def _attempts(
+    scene: Scene, run: RunDocument, tasks: Mapping[str, TaskDocument], specs: Mapping[str, TaskSpec]
+) -> list[str]:
+    broken = [] if set(tasks) == set(run.tasks) else ["7: the run's tasks and their records differ"]
+    for task, document in tasks.items():
+        if [one.number for one in document.attempts] != list(range(1, len(document.attempts) + 1)):
+            broken.append(f"8: the attempts of {task} are not numbered in turn")
+        if document.failures > specs[task].attempts:
+            broken.append(f"8: {task} failed {document.failures} times, its limit is {specs[task].attempts}")
+    if scene.spawns is not None and scene.spawns.exists():
+        spawned = Counter(tuple(line.split()[:2]) for line in scene.spawns.read_text().splitlines())
+        for (task, attempt), times in spawned.items():
+            if task in tasks and (times > 1 or int(attempt) > len(tasks[task].attempts)):
+                broken.append(f"8: attempt {attempt} of {task} ran {times} times")
+    return broken
+
+
+def _left_overs(run: RunDocument) -> list[str]:
+    hub = Hub(Path(run.hub))
+    broken = [f"10: {path} is left" for path in hub.trusted.rglob("*.lock")]
+    broken += [f"10: {path} is left" for path in (hub.root / "trusted.git" / "indexes").glob(f"{run.id}-*")]
+    if (hub.sessions / run.id).exists():
+        broken += [f"10: {path} is left" for path in (hub.sessions / run.id).iterdir()]
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            place = (process / "cwd").readlink()
+        except OSError:
+            continue
+        if place.is_relative_to(hub.sessions / run.id):
+            broken.append(f"9: process {process.name} is at work in {place}")
+    return broken
+
+
+async def _landings(scene: Scene, run: RunDocument, tasks: Mapping[str, TaskDocument]) -> AsyncIterator[str]:
+    git = scene.git
+    form = f"--format=%H %P %T %(trailers:key={TRAILER},valueonly,separator=%x20)"
+    exists = await git("rev-parse", "--verify", "--quiet", f"refs/heads/{run.target}", cwd=scene.top, ok=(0, 1))
+    lines = []
+    if not exists.returncode:
+        log = await git("log", "--first-parent", form, f"{run.start}..refs/heads/{run.target}", cwd=scene.top)
+        lines = [line.split() for line in log.stdout.decode().splitlines()]
+    commits: dict[str, list[str]] = defaultdict(list)
+    for commit, *rest in lines:
+        if len(rest) == 4:  # two parents, a tree, a label: a landing
+            first, second, tree, label = rest
+            commits[label].append(commit)
+            merged = await git("merge-tree", "--write-tree", "--no-messages", first, second, cwd=scene.top, ok=(0, 1))
+            if merged.stdout.decode().split() != [tree]:
+                yield f"2: {commit} is not the merge of its parents"
+    for task, document in tasks.items():
+        found = commits[f"{run.id}/{task}"]
+        landed_here = document.status is TaskStatus.LANDED and document.landed in {line[0] for line in lines}
+        if len(found) > 1:
+            yield f"1: {task} landed {len(found)} times"
+        if document.status is TaskStatus.LANDED and not (found == [document.landed] or (not found and landed_here)):
+            yield f"1: {task} is landed as {document.landed}, the target has {found}"
+        if document.status in {TaskStatus.CONFLICT, TaskStatus.FAILED, TaskStatus.NO_CHANGE} and found:
+            yield f"1: {task} is {document.status} but on the target as {found}"
+
+
+async def _starts(
+    run: RunDocument, tasks: Mapping[str, TaskDocument], specs: Mapping[str, TaskSpec], scene: Scene
+) -> AsyncIterator[str]:
+    git = Git(Hub(Path(run.hub)).trusted, environ=scene.environ)
+    for task, spec in specs.items():
+        for need in spec.needs:
+            for attempt in tasks[task].attempts:
+                landed = tasks[need].landed
+                if landed is None:
+                    yield f"7: {task} started before {need} had landed"
+                elif (await git("merge-base", "--is-ancestor", landed, attempt.base, ok=(0, 1))).returncode:
+                    yield f"7: attempt {attempt.number} of {task} started without the landing of {need}"
+
+
+async def _repository(scene: Scene, state: _State) -> AsyncIterator[str]:
+    targets = {value["target"] for value in state.of("run").values()}
+    for root in {Path(value["hub"]) for value in state.of("run").values()}:
+        checked = await Git(Hub(root).trusted, environ=scene.environ)("fsck", "--no-dangling", ok=range(256))
+        if checked.returncode:
+            yield f"11: fsck of {root}: {checked.stderr.decode().strip()}"
+    for arguments in (("fsck", "--no-dangling"), ("worktree", "list")):
+        done = await scene.git(*arguments, cwd=scene.top, ok=range(256))
+        if done.returncode:
+            yield f"11: {arguments[0]}: {done.stderr.decode().strip()}"
+    status = await scene.git("status", "--porcelain", "--untracked-files=all", cwd=scene.top)
+    if scene.before is not None:
+        if status.stdout:
+            yield f"12: the checkout is dirty: {status.stdout.decode().strip()}"
+        after = Fingerprint.of(scene.top)
+        for target in targets:
+            changed = scene.before.changes(after, target=target, checked_out=scene.target_checked_out)
+            if changed and len(targets) == 1:
+                yield f"12: changed in the user's repository: {', '.join(changed)}"

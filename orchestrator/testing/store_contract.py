@@ -1,0 +1,328 @@
+"""What every store must do, as tests: subclass `StoreContract` in your own suite and override `open_store`.
+
+Needs pytest with pytest-asyncio in its auto mode (or mark your subclass `pytest.mark.asyncio`).
+"""
+# ruff: noqa: S101 - asserting is what this module is for
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import anyio
+import pytest
+
+from orchestrator.errors import InvalidDocument, LeaseLost, VersionConflict
+from orchestrator.protocols import Commit, Event, Guard, JsonObject, Key, Record, Store, Write
+
+TASK = Key("task", "a")
+OTHER = Key("task", "b")
+LEASE = Key("lease", "a")
+PATIENCE = 10.0
+"""Seconds after which something that must come has not come."""
+
+
+def _nested(depth: int) -> JsonObject:
+    value: JsonObject = {}
+    for _ in range(depth):
+        value = {"in": value}
+    return value
+
+
+REFUSED: dict[str, Any] = {
+    "NaN": {"x": float("nan")},
+    "infinity": {"x": [1.0, float("inf")]},
+    "half a surrogate pair": {"x": "\ud800"},
+    "half a surrogate pair in a field's name": {"\udfff": 1},
+    "too deep": _nested(2_000),
+    "too large": {"x": "x" * (5 << 20)},
+    "a field's name that is a number": {"x": {1: "a"}},
+    "a field's name that is None": {None: 1},
+    "an integer of 5,000 digits": {"x": 10**5_000},
+    "bytes": {"x": b"a"},
+    "a list": [1],
+    "text": "x",
+}
+
+
+def write(key: Key, expected: int, value: JsonObject | None) -> Commit:
+    """Return a commit of one write."""
+    return Commit([Write(key, expected, value)])
+
+
+class StoreContract(ABC):
+    """The proof that a store keeps the promises of `orchestrator.protocols.Store`."""
+
+    @abstractmethod
+    def open_store(self) -> AbstractAsyncContextManager[Store]:
+        """Return a context manager that opens a store of its own, empty, for one test."""
+
+    async def test_an_empty_store_has_nothing(self) -> None:
+        """A new store is at position 0 and knows no document and no damage."""
+        async with self.open_store() as store:
+            assert await store.position() == 0
+            assert await store.get(TASK) is None
+            assert list(await store.list("task")) == []
+            assert list(store.damage) == []
+
+    async def test_versions_and_positions_count_from_one(self) -> None:
+        """Each commit takes the next position, each write of a document its next version."""
+        async with self.open_store() as store:
+            for number in range(1, 6):
+                assert await store.commit(write(TASK, number - 1, {"n": number})) == number
+                document = await store.get(TASK)
+                assert document is not None
+                assert (document.key, document.version, document.value) == (TASK, number, {"n": number})
+                assert (document.position, document.damaged) == (number, False)
+            assert await store.position() == 5
+
+    @pytest.mark.parametrize("expected", [0, 1, 3, -1])
+    async def test_a_write_at_another_version_conflicts(self, expected: int) -> None:
+        """A write whose expected version is not the current one changes nothing and says what it found."""
+        async with self.open_store() as store:
+            await store.commit(write(TASK, 0, {"n": 1}))
+            await store.commit(write(TASK, 1, {"n": 2}))
+            with pytest.raises(VersionConflict) as caught:
+                await store.commit(write(TASK, expected, {"n": 3}))
+            assert (caught.value.expected, caught.value.found) == (expected, 2)
+            await _assert_only(store, {TASK: (2, {"n": 2})}, position=2)
+
+    async def test_an_absent_document_is_at_version_0(self) -> None:
+        """A write that expects a version of a document that was never written conflicts with 0."""
+        async with self.open_store() as store:
+            with pytest.raises(VersionConflict) as caught:
+                await store.commit(write(TASK, 1, {}))
+            assert caught.value.found == 0
+            await _assert_only(store, {}, position=0)
+
+    async def test_a_deleted_document_counts_on_when_it_returns(self) -> None:
+        """Deletion hides a document and is a version; what is created anew expects 0 and gets the next version."""
+        async with self.open_store() as store:
+            await store.commit(write(TASK, 0, {"n": 1}))
+            await store.commit(write(TASK, 1, None))
+            await _assert_only(store, {}, position=2)
+            with pytest.raises(VersionConflict) as caught:
+                await store.commit(write(TASK, 1, {"n": 9}))
+            assert caught.value.found == 0
+            await store.commit(write(TASK, 0, {"n": 3}))
+            await _assert_only(store, {TASK: (3, {"n": 3})}, position=3)
+
+    async def test_a_commit_of_several_documents_is_whole(self) -> None:
+        """All writes of a commit take effect at one position."""
+        async with self.open_store() as store:
+            await store.commit(Commit([Write(TASK, 0, {"n": 1}), Write(OTHER, 0, {"n": 2})]))
+            await _assert_only(store, {TASK: (1, {"n": 1}), OTHER: (1, {"n": 2})}, position=1)
+            assert {document.position for document in await store.list("task")} == {1}
+
+    @pytest.mark.parametrize("bad", [Write(OTHER, 7, {}), Write(OTHER, 0, {"x": float("nan")}), Write(TASK, 2, {})])
+    async def test_one_bad_write_spoils_the_commit(self, bad: Write) -> None:
+        """If one write conflicts, can't be stored, or is the same document's second, none takes effect."""
+        async with self.open_store() as store:
+            await store.commit(write(TASK, 0, {"n": 1}))
+            with pytest.raises((VersionConflict, InvalidDocument)):
+                await store.commit(Commit([Write(TASK, 1, {"n": 2}), bad], [Event("never")]))
+            await _assert_only(store, {TASK: (1, {"n": 1})}, position=1)
+
+    async def test_a_guard_lets_the_current_epoch_pass(self) -> None:
+        """A commit whose guard names the lease's epoch is accepted, also one that renews the lease itself."""
+        async with self.open_store() as store:
+            await store.commit(write(LEASE, 0, {"epoch": 4}))
+            guard = Guard(LEASE, 4)
+            renewal = Write(LEASE, 1, {"epoch": 4, "until": 9})
+            assert await store.commit(Commit([Write(TASK, 0, {}), renewal], guards=[guard])) == 2
+
+    @pytest.mark.parametrize("lease", [{"epoch": 5}, {"epoch": 3}, {}, None])
+    async def test_a_guard_refuses_any_other_epoch(self, lease: JsonObject | None) -> None:
+        """A guard fails on a newer or older epoch, a lease without one, and a missing lease; nothing changes."""
+        async with self.open_store() as store:
+            if lease is not None:
+                await store.commit(write(LEASE, 0, lease))
+            before = await store.position()
+            with pytest.raises(LeaseLost) as caught:
+                await store.commit(Commit([Write(TASK, 0, {})], guards=[Guard(LEASE, 4)]))
+            assert (caught.value.held, caught.value.current) == (4, (lease or {}).get("epoch"))
+            assert await store.get(TASK) is None
+            assert await store.position() == before
+
+    async def test_a_deleted_lease_guards_nothing(self) -> None:
+        """Once a lease is deleted, its last epoch is refused."""
+        async with self.open_store() as store:
+            await store.commit(write(LEASE, 0, {"epoch": 4}))
+            await store.commit(write(LEASE, 1, None))
+            with pytest.raises(LeaseLost):
+                await store.commit(Commit(guards=[Guard(LEASE, 4)]))
+
+    async def test_follow_yields_all_of_each_commit_in_order(self) -> None:
+        """A follower sees documents with versions, deletions as None, and events, commit by commit."""
+        async with self.open_store() as store:
+            happened = [Event("started", {"by": "ü"}), Event("seen")]
+            await store.commit(Commit([Write(TASK, 0, {"n": 1}), Write(OTHER, 0, {"n": 2})], happened))
+            await store.commit(Commit([Write(TASK, 1, None), Write(OTHER, 1, {"n": 3})]))
+            await store.commit(Commit(events=[Event("alone")]))
+            first, second, third = await _follow(store, 0, 3)
+            assert [first.position, second.position, third.position] == [1, 2, 3]
+            assert dict(first.documents) == {TASK: (1, {"n": 1}), OTHER: (1, {"n": 2})}
+            assert list(first.events) == happened
+            assert dict(second.documents) == {TASK: (2, None), OTHER: (2, {"n": 3})}
+            assert (dict(third.documents), list(third.events)) == ({}, [Event("alone")])
+            assert not any(record.unreadable for record in (first, second, third))
+            assert 0 < first.time <= third.time
+
+    async def test_follow_begins_behind_the_position_named(self) -> None:
+        """`follow(after)` yields the commits behind `after` and no other."""
+        async with self.open_store() as store:
+            for number in range(5):
+                await store.commit(write(TASK, number, {"n": number}))
+            assert [record.position for record in await _follow(store, 3, 2)] == [4, 5]
+
+    async def test_follow_wakes_up_for_what_comes_later(self) -> None:
+        """A follower that has reached the end sees each new commit while it waits."""
+        async with self.open_store() as store:
+            await store.commit(write(TASK, 0, {"n": 0}))
+            seen: list[int] = []
+            caught_up = anyio.Event()
+
+            async def follow() -> None:
+                async for record in store.follow():
+                    seen.append(record.position)
+                    caught_up.set()
+                    if record.position == 4:
+                        return
+
+            with anyio.fail_after(PATIENCE):
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(follow)
+                    await caught_up.wait()
+                    for number in range(1, 4):
+                        await store.commit(write(TASK, number, {"n": number}))
+            assert seen == [1, 2, 3, 4]
+
+    async def test_list_takes_one_kind_by_prefix_in_order(self) -> None:
+        """`list` yields the documents of one kind whose id begins with the prefix, by id, deleted ones left out."""
+        async with self.open_store() as store:
+            ids = ["r1/b", "r10/a", "r1/a", "r1/é", "r2/a", "r1/gone"]
+            await store.commit(Commit([Write(Key("task", name), 0, {"id": name}) for name in ids]))
+            await store.commit(Commit([Write(Key("run", "r1/x"), 0, {}), Write(Key("task", "r1/gone"), 1, None)]))
+            await store.commit(write(Key("task", "r1/aa"), 0, {"id": "r1/aa"}))
+            listed = await store.list("task", "r1/")
+            assert [document.key.id for document in listed] == ["r1/a", "r1/aa", "r1/b", "r1/é"]
+            assert all(document.value == {"id": document.key.id} for document in listed)
+            assert len(await store.list("task")) == 6
+            assert [document.key.id for document in await store.list("task", "r1/b")] == ["r1/b"]
+            assert list(await store.list("phase")) == []
+
+    async def test_what_is_read_or_written_is_a_copy(self) -> None:
+        """Changing a value after writing it, or after reading it, changes nothing in the store."""
+        async with self.open_store() as store:
+            value: JsonObject = {"list": [1]}
+            await store.commit(write(TASK, 0, value))
+            value["list"].append(2)
+            read = await store.get(TASK)
+            assert read is not None
+            read.value["list"].append(3)
+            (await store.list("task"))[0].value["list"].append(4)
+            await _assert_only(store, {TASK: (1, {"list": [1]})}, position=1)
+
+    async def test_any_plain_json_comes_back_as_it_went_in(self) -> None:
+        """Text of every plane, control characters, big integers and floats survive, in values and in names."""
+        value = {
+            "text": 'a\n\r\t\0\u2028"\\ ü 漢 \U0001f600',
+            "\n]]}\x7f": [],
+            "numbers": [0, -1, 2**70, 0.1, 1e300, -0.0],
+            "rest": [True, False, None, {}, [[]], ""],
+        }
+        key = Key("kind with\nnewline", 'id "quoted"/ü/../\0')
+        async with self.open_store() as store:
+            await store.commit(Commit([Write(key, 0, value)], [Event("ü\n", value)]))
+            document = await store.get(key)
+            assert document is not None
+            assert document.value == value
+            (record,) = await _follow(store, 0, 1)
+            assert record.documents[key] == (1, value)
+            assert list(record.events) == [Event("ü\n", value)]
+
+    @pytest.mark.parametrize("value", REFUSED.values(), ids=REFUSED)
+    async def test_what_is_not_plain_json_is_refused(self, value: Any) -> None:
+        """A value that JSON can't hold or that is over a limit is refused as document and as event data."""
+        async with self.open_store() as store:
+            await store.commit(write(TASK, 0, {"n": 1}))
+            for bad in (write(TASK, 1, value), Commit([Write(TASK, 1, {})], [Event("e", value)])):
+                with pytest.raises(InvalidDocument):
+                    await store.commit(bad)
+            await _assert_only(store, {TASK: (1, {"n": 1})}, position=1)
+
+    async def test_of_concurrent_writers_one_wins_each_version(self) -> None:
+        """Of 40 commits at once that expect the same version one is accepted; the others conflict."""
+        async with self.open_store() as store:
+            winners: list[tuple[int, int]] = []
+
+            async def compete(name: int, expected: int) -> None:
+                try:
+                    await store.commit(write(TASK, expected, {"by": name}))
+                except VersionConflict:
+                    return
+                winners.append((expected, name))
+
+            for expected in range(5):
+                async with anyio.create_task_group() as tasks:
+                    for name in range(40):
+                        tasks.start_soon(compete, name, expected)
+            assert [expected for expected, _ in winners] == list(range(5))
+            records = await _follow(store, 0, 5)
+            assert [record.documents[TASK] for record in records] == [
+                (expected + 1, {"by": name}) for expected, name in winners
+            ]
+            assert await store.position() == 5
+
+    async def test_concurrent_commits_of_different_documents_all_pass(self) -> None:
+        """40 commits at once to 40 documents are all accepted, each at a position of its own."""
+        async with self.open_store() as store:
+            positions: list[int] = []
+
+            async def create(name: int) -> None:
+                positions.append(await store.commit(write(Key("task", str(name)), 0, {"n": name})))
+
+            async with anyio.create_task_group() as tasks:
+                for name in range(40):
+                    tasks.start_soon(create, name)
+            assert sorted(positions) == list(range(1, 41))
+            assert len(await store.list("task")) == 40
+
+    async def test_a_cancelled_commit_is_whole_or_absent(self) -> None:
+        """Cancelling committers leaves each commit complete or without effect, and the store usable."""
+        async with self.open_store() as store:
+
+            async def commit(name: int) -> None:
+                pair = [Write(Key("left", str(name)), 0, {}), Write(Key("right", str(name)), 0, {})]
+                await store.commit(Commit(pair))
+
+            async with anyio.create_task_group() as tasks:
+                for name in range(20):
+                    tasks.start_soon(commit, name)
+                await anyio.lowlevel.checkpoint()
+                tasks.cancel_scope.cancel()
+            left = [document.key.id for document in await store.list("left")]
+            assert left == [document.key.id for document in await store.list("right")]
+            assert await store.position() == len(left)
+            assert await store.commit(write(TASK, 0, {})) == len(left) + 1
+
+
+async def _assert_only(store: Store, documents: dict[Key, tuple[int, JsonObject]], position: int) -> None:
+    found = [document for kind in ("task", "lease") for document in await store.list(kind)]
+    assert {document.key: (document.version, document.value) for document in found} == documents
+    for key in (TASK, OTHER):
+        document = await store.get(key)
+        assert (document and (document.version, document.value)) == documents.get(key)
+    assert await store.position() == position
+
+
+async def _follow(store: Store, after: int, count: int) -> list[Record]:
+    """Return the first `count` records behind `after`."""
+    records: list[Record] = []
+    with anyio.fail_after(PATIENCE):
+        async for record in store.follow(after):
+            records.append(record)
+            if len(records) == count:
+                break
+    return records

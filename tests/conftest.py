@@ -1,0 +1,165 @@
+"""What tests share: an environment that nothing of the machine reaches into, real repositories, the real command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import orchestrator.testing.fake_cli
+from orchestrator.testing.fingerprint import Fingerprint
+from orchestrator.testing.invariants import Scene, assert_invariants
+
+FAKE_CLI = Path(orchestrator.testing.fake_cli.__file__)
+
+
+@pytest.fixture
+def environ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The whole environment of everything that a test starts."""
+    home = tmp_path / "home"
+    home.mkdir()
+    made = {
+        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
+        "HOME": str(home),
+        "COUNCIL_HOME": str(tmp_path / "council-home"),
+        "LC_ALL": "C.UTF-8",
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "GIT_CONFIG_NOSYSTEM": "1",
+    }
+    for name in list(os.environ):
+        if name not in made and not name.startswith(("PYTEST", "COV", "LD_")):
+            monkeypatch.delenv(name)
+    for name, value in made.items():
+        monkeypatch.setenv(name, value)
+    return made
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """The JSON lines that it printed."""
+        return [json.loads(line) for line in self.stdout.splitlines()]
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The last of them."""
+        return self.lines[-1]
+
+    @property
+    def states(self) -> dict[str, str]:
+        """The state of each task in the result."""
+        return {task["id"]: task["state"] for task in self.result["tasks"]}
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A user's repository, with the commands that a user would give in it."""
+
+    top: Path
+    environ: Mapping[str, str]
+    spawns: Path
+    before: list[Fingerprint] = field(default_factory=list)
+
+    def git(self, *arguments: str) -> str:
+        """Run git as the user would."""
+        identity = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for what, value in
+                    (("NAME", "User"), ("EMAIL", "user@example.org"))}  # fmt: skip
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=self.top,
+            env={**self.environ, **identity},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        return done.stdout.rstrip("\n")
+
+    def commit(self, files: Mapping[str, str], message: str = "change") -> str:
+        """Write files, commit them, return the commit's id."""
+        for name, content in files.items():
+            path = self.top / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+        self.git("add", "--all")
+        self.git("commit", "--quiet", "--allow-empty", "--message", message)
+        return self.git("rev-parse", "HEAD")
+
+    def configure(self, tasks: Sequence[Mapping[str, Any]], **settings: Any) -> Path:
+        """Write a config of tasks for the fake CLI beside the repository; return its path."""
+        adapter = {
+            "use": "command",
+            "argv": [sys.executable, "-S", str(FAKE_CLI), "{prompt_file}"],
+            "env": {"FAKE_CLI_LEDGER": str(self.spawns)},
+        }
+        config = {
+            "version": 1,
+            "repo": str(self.top),
+            "target": "main",
+            "adapters": {"fake": adapter},
+            "defaults": {"backoff": {"initial": "10ms", "max": "10ms", "jitter": False}, "timeout": "60s"},
+            "tasks": list(tasks),
+            **settings,
+        }
+        path = self.top.parent / "council.yaml"
+        path.write_text(json.dumps(config))  # every JSON text is YAML
+        return path
+
+    def remember(self) -> None:
+        """Take the fingerprint that the end is compared with."""
+        self.before[:] = [Fingerprint.of(self.top)]
+
+    def start(self, *arguments: str, failpoints: str = "") -> subprocess.Popen[str]:
+        """Start the real command in a process group of its own."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "orchestrator.cli.main", *arguments],
+            cwd=self.top,
+            env={**self.environ, **({"COUNCIL_FAILPOINTS": failpoints} if failpoints else {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def council(self, *arguments: str, failpoints: str = "", timeout: float = 100) -> Ended:
+        """Run the real command to its end."""
+        child = self.start(*arguments, failpoints=failpoints)
+        try:
+            stdout, stderr = child.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGKILL)
+            child.communicate()
+            raise
+        return Ended(child.returncode, stdout, stderr)
+
+    async def assert_invariants(self, *, target_checked_out: bool = True) -> None:
+        """Check all that must hold after any run."""
+        before = self.before[0] if self.before else None
+        await assert_invariants(Scene(self.top, self.environ, before, target_checked_out, self.spawns))
+
+
+@pytest.fixture
+def repository(tmp_path: Path, environ: dict[str, str]) -> Repository:
+    """A repository with one commit on `main`, which is checked out."""
+    top = tmp_path / "project"
+    top.mkdir()
+    made = Repository(top, environ, tmp_path / "spawns")
+    made.git("init", "--quiet", "--initial-branch=main")
+    made.commit({"README.md": "# Project\n", "src/app.py": "def main():\n    return 0\n"}, "first")
+    made.remember()
+    return made

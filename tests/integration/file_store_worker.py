@@ -1,0 +1,74 @@
+"""What the processes do in the tests of the file store across processes: `python file_store_worker.py JOB ARGS…`."""
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import anyio
+
+from orchestrator.clock import SystemClock
+from orchestrator.errors import VersionConflict
+from orchestrator.protocols import Commit, Event, Key, Write
+from orchestrator.state.file import FileStore
+
+SHARED = Key("counter", "shared")
+SEGMENT_BYTES = 5_000  # so small that the log is cut into many segments
+
+
+def say(text: str) -> None:
+    """Print a line in one piece: several processes share this output."""
+    os.write(1, f"{text}\n".encode())
+
+
+async def write(place: str, name: str, count: str) -> None:
+    """Commit `count` times to a document of our own and to one that all writers share, and say each success."""
+    async with FileStore.open(Path(place), SystemClock(), segment_bytes=SEGMENT_BYTES) as store:
+        own = Key("own", name)
+        done = 0
+        while done < int(count):
+            shared, mine = await store.get(SHARED), await store.get(own)
+            total = shared.value["n"] if shared else 0
+            writes = [
+                Write(SHARED, shared.version if shared else 0, {"n": total + 1}),
+                Write(own, mine.version if mine else 0, {"n": (mine.value["n"] if mine else 0) + 1}),
+            ]
+            try:
+                position = await store.commit(Commit(writes, [Event("counted", {"by": name})]))
+            except VersionConflict:
+                continue
+            done += 1
+            say(f"{name} {position}")
+
+
+async def read(place: str, until: str) -> None:
+    """Follow from the beginning to position `until`, and say what was seen: each position and the content's digest."""
+    digest, positions = hashlib.sha256(), []
+    async with FileStore.open(Path(place), SystemClock(), segment_bytes=SEGMENT_BYTES) as store:
+        async for record in store.follow():
+            positions.append(record.position)
+            digest.update(repr((record.position, sorted(record.documents.items()), record.events)).encode())
+            if record.position == int(until):
+                break
+    say(f"{positions == list(range(1, int(until) + 1))} {digest.hexdigest()}")
+
+
+def read_by_many(place: str, until: str, processes: str) -> None:
+    """The same in many processes, forked after the imports, which would cost most of their time."""
+    children = []
+    for _ in range(int(processes)):
+        child = os.fork()
+        if child == 0:
+            anyio.run(read, place, until)
+            os._exit(0)
+        children.append(child)
+    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+
+
+if __name__ == "__main__":
+    job, *arguments = sys.argv[1:]
+    if job == "read":
+        read_by_many(*arguments)
+    else:
+        directory, who, times = arguments
+        anyio.run(write, directory, who, times)

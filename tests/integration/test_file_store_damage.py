@@ -1,0 +1,393 @@
+"""The file store on a bad disk: nothing is ever silently older, and damage never keeps anybody from working."""
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import anyio
+import pytest
+
+from orchestrator.clock import SystemClock
+from orchestrator.errors import LeaseLost, StoreUnavailable
+from orchestrator.protocols import Commit, Damage, Document, Event, Guard, JsonObject, Key, Write
+from orchestrator.state.file import FileStore
+
+A, B, C, GONE, NEW = (Key("task", name) for name in ("a", "b", "c", "gone", "new"))
+HISTORY = [
+    Commit([Write(A, 0, {"n": 1}), Write(GONE, 0, {"n": 2})]),
+    Commit([Write(B, 0, {"n": 3})], [Event("e", {"n": 4})]),
+    Commit([Write(A, 1, {"n": 5}), Write(GONE, 1, None), Write(C, 0, {"n": 6})]),
+    Commit([Write(B, 1, {"n": 7})]),
+]
+SEGMENT = f"{1:020d}.jsonl"
+
+
+State = dict[Key, tuple[int, JsonObject]]
+
+
+def state_after(commits: Sequence[Commit]) -> State:
+    """Return the true documents after some commits: key -> (version, value)."""
+    state: dict[Key, tuple[int, JsonObject | None]] = {}
+    for write in (write for commit in commits for write in commit.writes):
+        state[write.key] = (write.expected + 1, write.value)
+    return {key: (version, value) for key, (version, value) in state.items() if value is not None}
+
+
+TRUTH = state_after(HISTORY)
+
+
+@dataclass(frozen=True)
+class Good:
+    """The files of a store that has committed `HISTORY`."""
+
+    log: bytes
+    mark: bytes
+
+
+@pytest.fixture(scope="module")
+def good() -> Good:
+    """The undamaged files."""
+
+    async def build(place: Path) -> None:
+        async with FileStore.open(place, SystemClock()) as store:
+            for commit in HISTORY:
+                await store.commit(commit)
+
+    with TemporaryDirectory() as directory:
+        anyio.run(build, Path(directory))
+        return Good((Path(directory) / SEGMENT).read_bytes(), (Path(directory) / "lock").read_bytes())
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory for many quick opens: in memory where the machine offers it."""
+    shared_memory = Path("/dev/shm")
+    parent = shared_memory if os.access(shared_memory, os.W_OK) else None
+    with TemporaryDirectory(dir=parent) as directory:
+        yield Path(directory)
+
+
+def lay_out(place: Path, log: bytes, mark: bytes | None) -> None:
+    """Make `place` hold these files and nothing else."""
+    for path in place.iterdir():
+        path.unlink()
+    (place / SEGMENT).write_bytes(log)
+    if mark:
+        (place / "lock").write_bytes(mark)
+
+
+async def read(store: FileStore, key: Key) -> Document:
+    """Return a document that must be there."""
+    document = await store.get(key)
+    assert document is not None
+    return document
+
+
+async def read_all(store: FileStore) -> dict[Key, Document]:
+    """Return the documents that there are, each by `get` and in `list` alike."""
+    listed = {document.key: document for document in await store.list("task")}
+    for key in (A, B, C, GONE, NEW):
+        assert await store.get(key) == listed.get(key)
+    return listed
+
+
+def assert_true_or_flagged(found: Mapping[Key, Document], damage: Sequence[Damage]) -> None:
+    """Each document is the true one or flagged; one is missing only if unknown damage is reported."""
+    for key in found.keys() | TRUTH.keys():
+        if key in found and not found[key].damaged:
+            assert (found[key].version, found[key].value) == TRUTH.get(key)
+        elif key not in found:
+            assert any(one.keys is None for one in damage), key
+        else:
+            assert damage
+
+
+async def check_damaged(place: Path, log: bytes, mark: bytes | None) -> None:
+    """Open a damaged store; check what it says; work on; open it again."""
+    lay_out(place, log, mark)
+    async with FileStore.open(place, SystemClock()) as store:
+        before, damage = await read_all(store), store.damage
+        assert_true_or_flagged(before, damage)
+        assert damage, "a changed byte went unseen"
+        position = await store.commit(Commit([Write(NEW, 0, {"n": 8})]))
+        assert position > len(HISTORY)
+        async for record in store.follow():
+            for key, value in record.documents.items():
+                assert key == NEW or Write(key, value[0] - 1, value[1]) in HISTORY[record.position - 1].writes
+            if record.position == position:
+                break
+    async with FileStore.open(place, SystemClock()) as store:
+        again = await read_all(store)
+        new = again.pop(NEW)
+        assert (new.version, new.value, new.damaged) == (1, {"n": 8}, False)
+        assert again == before
+        for key, document in before.items():
+            await store.commit(Commit([Write(key, document.version, {"n": 9})]))
+            healed = await read(store, key)
+            assert (healed.value, healed.damaged) == ({"n": 9}, False)
+            assert healed.version > TRUTH.get(key, (0, None))[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda byte: byte ^ 0x01, lambda byte: byte ^ 0x80, lambda _: ord("\n")],
+    ids=["low bit", "high bit", "newline"],
+)
+async def test_every_flipped_byte_is_seen(good: Good, place: Path, change: Callable[[int], int]) -> None:
+    """Whichever byte of the log is changed: it opens, tells the truth or flags, takes commits, and remembers."""
+    for offset in range(len(good.log)):
+        damaged = bytearray(good.log)
+        damaged[offset] = change(damaged[offset])
+        if damaged != good.log:
+            await check_damaged(place, bytes(damaged), good.mark)
+
+
+async def test_every_truncation_of_what_was_acknowledged_is_seen(good: Good, place: Path) -> None:
+    """If acknowledged commits are missing at the log's end, at any length, all that they may concern is flagged."""
+    for length in range(len(good.log) - 1):
+        await check_damaged(place, good.log[:length], good.mark)
+
+
+async def test_every_torn_tail_is_cut(good: Good, place: Path) -> None:
+    """What a dying writer leaves, at any length, is cut and reported; all earlier commits are there, unflagged."""
+    ends = [0, *(end + 1 for end, byte in enumerate(good.log) if byte == ord("\n"))]
+    for length in range(1, len(good.log)):
+        lay_out(place, good.log[:length], None)
+        # A line that only lacks its newline is whole.
+        whole = sum(end <= length + 1 for end in ends) - 1
+        async with FileStore.open(place, SystemClock()) as store:
+            assert await store.position() == whole
+            found = await read_all(store)
+            assert {key: (one.version, one.value) for key, one in found.items()} == state_after(HISTORY[:whole])
+            assert not any(one.damaged for one in found.values())
+            torn = length not in ends and length + 1 not in ends
+            assert [(one.offset, one.keys) for one in store.damage] == ([(ends[whole], ())] if torn else [])
+            await store.commit(Commit([Write(NEW, 0, {})]))
+        async with FileStore.open(place, SystemClock()) as store:
+            assert (await store.position(), list(store.damage)) == (whole + 1, [])
+
+
+async def test_a_damaged_value_keeps_the_older_one_under_its_flag(good: Good, place: Path) -> None:
+    """Damage inside a value names the document; the older value stays readable, at the lost value's version."""
+    lay_out(place, good.log.replace(b'{"n":7}', b'{"n":1}'), good.mark)
+    async with FileStore.open(place, SystemClock()) as store:
+        document = await read(store, B)
+        assert (document.version, document.value, document.damaged) == (2, {"n": 3}, True)
+        assert [(one.path, one.keys) for one in store.damage] == [(place / SEGMENT, (B,))]
+        assert not (await read(store, A)).damaged
+
+
+async def test_a_value_without_an_older_one_is_flagged_and_empty(good: Good, place: Path) -> None:
+    """A document whose only version is damaged is listed, flagged, with an empty value."""
+    lay_out(place, good.log.replace(b'{"n":6}', b'{"n":1}'), good.mark)
+    async with FileStore.open(place, SystemClock()) as store:
+        document = await read(store, C)
+        assert (document.version, document.value, document.damaged) == (1, {}, True)
+
+
+async def test_a_damaged_lease_guards_nothing(place: Path) -> None:
+    """A guard on a lease of which only an older value is known is refused: somebody may have taken over."""
+    lease = Key("lease", "a")
+    async with FileStore.open(place, SystemClock()) as store:
+        await store.commit(Commit([Write(lease, 0, {"epoch": 4})]))
+        await store.commit(Commit([Write(lease, 1, {"epoch": 5})]))
+    log = (place / SEGMENT).read_bytes()
+    (place / SEGMENT).write_bytes(log.replace(b'{"epoch":5}', b'{"epoch":4}'))
+    async with FileStore.open(place, SystemClock()) as store:
+        for epoch in (4, 5):
+            with pytest.raises(LeaseLost):
+                await store.commit(Commit(guards=[Guard(lease, epoch)]))
+
+
+async def test_a_missing_segment_flags_what_it_may_have_held(place: Path) -> None:
+    """If a whole segment is gone, the gap in the positions is seen."""
+    async with FileStore.open(place, SystemClock(), segment_bytes=1) as store:
+        for commit in HISTORY:
+            await store.commit(commit)
+    (place / f"{3:020d}.jsonl").unlink()
+    async with FileStore.open(place, SystemClock()) as store:
+        found = await read_all(store)
+        assert {key: one.damaged for key, one in found.items()} == {A: True, B: False, GONE: True}
+        assert [one.keys for one in store.damage] == [None]
+        assert await store.position() == len(HISTORY)
+
+
+async def test_garbage_between_lines_costs_nothing(good: Good, place: Path) -> None:
+    """Bytes that are no line are reported; as no position is missing, no document is flagged."""
+    first_end = good.log.index(b"\n") + 1
+    lay_out(place, good.log[:first_end] + b"garbage\n\n" + good.log[first_end:], None)
+    async with FileStore.open(place, SystemClock()) as store:
+        found = await read_all(store)
+        assert {key: (one.version, one.value, one.damaged) for key, one in found.items()} == {
+            key: (*truth, False) for key, truth in TRUTH.items()
+        }
+        assert [(one.offset, one.keys) for one in store.damage] == [(first_end, ())]
+
+
+async def test_a_live_store_cuts_what_another_process_left_torn(place: Path) -> None:
+    """The next committer cuts half a line of a dead one and reports it; readers are not held up by it before."""
+    async with FileStore.open(place, SystemClock()) as store:
+        await store.commit(HISTORY[0])
+        size = (place / SEGMENT).stat().st_size
+        with (place / SEGMENT).open("ab") as log:
+            log.write(b"0123abcd 000000")
+        assert await store.position() == 1
+        await store.commit(HISTORY[1])
+        assert [(one.offset, one.keys) for one in store.damage] == [(size, ())]
+        assert (await read(store, B)).value == {"n": 3}
+
+
+async def test_a_whole_commit_of_a_dead_writer_is_taken_over(good: Good, place: Path) -> None:
+    """A commit that was written but not published is not seen by readers until the next committer adopts it."""
+    *_, last = good.log.splitlines(keepends=True)
+    lay_out(place, good.log[: -len(last)], None)
+    async with FileStore.open(place, SystemClock()) as store:
+        with (place / SEGMENT).open("ab") as log:
+            log.write(last)
+        assert await store.position() == len(HISTORY) - 1
+        assert await store.commit(Commit([Write(B, 2, {"n": 8})])) == len(HISTORY) + 1
+        assert list(store.damage) == []
+
+
+async def test_a_spoiled_mark_is_rewritten(place: Path) -> None:
+    """If the mark in the lock file is spoiled while the store is open, readers go on and mend it."""
+    async with FileStore.open(place, SystemClock()) as store:
+        await store.commit(HISTORY[0])
+        mark = (place / "lock").read_bytes()
+        with (place / "lock").open("r+b") as lock:
+            lock.write(b"spoiled")
+        assert (await read(store, A)).value == {"n": 1}
+        assert (place / "lock").read_bytes() == mark
+
+
+async def test_a_log_that_shrank_under_an_open_store_is_not_written_to(place: Path) -> None:
+    """If somebody cuts the log while it is open, committing is refused instead of leaving a hole in it."""
+    async with FileStore.open(place, SystemClock()) as store:
+        await store.commit(HISTORY[0])
+        os.truncate(place / SEGMENT, 5)
+        with pytest.raises(StoreUnavailable, match="shorter"):
+            await store.commit(HISTORY[1])
+        assert (place / SEGMENT).stat().st_size == 5
+
+
+async def test_files_are_private(place: Path) -> None:
+    """The directory is 0700 and each file in it 0600, whatever the umask allows."""
+    directory = place / "new" / "state"
+    before = os.umask(0)
+    try:
+        async with FileStore.open(directory, SystemClock()) as store:
+            await store.commit(HISTORY[0])
+    finally:
+        os.umask(before)
+    assert oct(directory.stat().st_mode & 0o777) == "0o700"
+    assert {oct(path.stat().st_mode & 0o777) for path in directory.iterdir()} == {"0o600"}
+
+
+async def test_a_place_that_can_not_be_used_is_said(place: Path) -> None:
+    """A state directory that is a file is reported as unavailable, not as a bug."""
+    (place / "file").touch()
+    with pytest.raises(StoreUnavailable):
+        async with FileStore.open(place / "file", SystemClock()):
+            pass
+
+
+FILL = textwrap.dedent(
+    """
+    import resource, sys
+    from pathlib import Path
+    import anyio
+    from orchestrator.clock import SystemClock
+    from orchestrator.errors import StoreUnavailable
+    from orchestrator.protocols import Commit, Key, Write
+    from orchestrator.state.file import FileStore
+
+    async def main(place: Path, limit: int) -> None:
+        async with FileStore.open(Path(place), SystemClock()) as store:
+            if limit:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            key, version = Key("task", "a"), 0
+            try:
+                while version < 100:
+                    await store.commit(Commit([Write(key, version, {"n": version, "x": "x" * 1800})]))
+                    version += 1
+            except StoreUnavailable as error:
+                print(error)
+            document = await read(store, key)
+            assert document.version == version == await store.position()
+            try:
+                await store.commit(Commit([Write(Key("task", "b"), 0, {})]))
+                print("small fits", version)
+            except StoreUnavailable:
+                print("small does not fit", version)
+
+    anyio.run(main, sys.argv[1], int(sys.argv[2]))
+    """
+)
+
+
+def run_child(*argv: str | Path) -> list[str]:
+    """Run a program to its end and return what it printed, by line."""
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+async def assert_refilled(place: Path, last_line: str) -> None:
+    """After a full disk: all that was acknowledged is there, nothing else, and nothing is damaged."""
+    small = last_line.startswith("small fits")
+    version = int(last_line.rsplit(maxsplit=1)[-1])
+    async with FileStore.open(place, SystemClock()) as store:
+        assert (await read(store, A)).value["n"] == version - 1
+        assert (await store.position(), list(store.damage)) == (version + small, [])
+
+
+async def test_a_file_size_limit_changes_nothing_acknowledged(place: Path) -> None:
+    """A write that the file size limit cuts short is taken back and said with its remedy; smaller ones still fit."""
+    what, last = run_child(sys.executable, "-c", FILL, place, "65536")
+    assert "ulimit -f" in what
+    assert last.startswith("small fits")
+    await assert_refilled(place, last)
+
+
+async def test_a_full_disk_changes_nothing_acknowledged(place: Path) -> None:
+    """On a full file system the commit is refused with its remedy, and all that was acknowledged stays."""
+    disk = place / "disk"
+    disk.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    mounted = subprocess.run(["mount", *options], capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"a small file system can't be mounted here: {mounted.stderr.strip()}")
+    try:
+        what, last = run_child(sys.executable, "-c", FILL, disk / "state", "0")
+        assert "free some space" in what
+        await assert_refilled(disk / "state", last)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def strace_fails(tmp_path: Path) -> str | None:
+    """Return why strace can't inject faults here, or None."""
+    if shutil.which("strace") is None:
+        return "strace is not installed"
+    probe = ["strace", "-o", str(tmp_path / "probe"), "-e", "inject=fdatasync:error=EIO", "true"]
+    done = subprocess.run(probe, capture_output=True, text=True, check=False)
+    return done.stderr.strip() if done.returncode else None
+
+
+@pytest.mark.parametrize(("when", "recovers"), [("5", True), ("5+", False)])
+async def test_a_failing_sync_is_never_acknowledged(place: Path, tmp_path: Path, when: str, recovers: bool) -> None:
+    """If the disk fails to sync, the commit is refused; if even taking it back fails, the store refuses to go on."""
+    if why := strace_fails(tmp_path):
+        pytest.skip(why)
+    inject = ["strace", "-f", "-qq", "-o", str(tmp_path / "trace"), "-e", "trace=fdatasync"]
+    inject += ["-e", f"inject=fdatasync:error=EIO:when={when}"]
+    what, last = run_child(*inject, sys.executable, "-c", FILL, place, "0")
+    assert "check the disk" in what
+    assert last == f"small {'fits' if recovers else 'does not fit'} 4"
+    await assert_refilled(place, last)

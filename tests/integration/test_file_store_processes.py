@@ -1,0 +1,124 @@
+"""Many processes on one file store: nothing lost, nothing twice, one order for all, whoever dies."""
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import anyio
+import pytest
+
+from orchestrator.clock import SystemClock
+from orchestrator.protocols import Commit, Key, Write
+from orchestrator.state.file import FileStore
+
+WORKER = Path(__file__).with_name("file_store_worker.py")
+SHARED = Key("counter", "shared")
+PATIENCE = 60  # seconds
+
+
+Worker = subprocess.Popen[str]
+Start = Callable[..., Worker]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Start workers that are gone when the test is."""
+    with ExitStack() as stack:
+
+        def start(*arguments: object) -> Worker:
+            argv = [sys.executable, str(WORKER), *map(str, arguments)]
+            process = stack.enter_context(subprocess.Popen(argv, stdout=subprocess.PIPE, text=True))
+            stack.callback(process.kill)
+            return process
+
+        yield start
+
+
+def finish(process: Worker) -> list[str]:
+    """Wait for a worker's good end and return the lines it said."""
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0
+    return output.splitlines()
+
+
+async def check_log(place: Path, acknowledged: dict[int, str]) -> dict[int, str]:
+    """The log has each acknowledged commit once, by its author; positions, versions and counts have no gap."""
+    async with FileStore.open(place, SystemClock()) as store:
+        assert not any(one.keys is None or one.keys for one in store.damage)
+        end = await store.position()
+        authors: dict[int, str] = {}
+        own: Counter[str] = Counter()
+        async for record in store.follow():
+            (event,) = record.events
+            name = event.data["by"]
+            own[name] += 1
+            authors[record.position] = name
+            assert record.position == len(authors)
+            assert dict(record.documents) == {
+                SHARED: (record.position, {"n": record.position}),
+                Key("own", name): (own[name], {"n": own[name]}),
+            }
+            if record.position == end:
+                break
+        assert {position: authors[position] for position in acknowledged} == acknowledged
+        return authors
+
+
+def parse(lines: Iterable[str]) -> dict[int, str]:
+    """Return what writers acknowledged: position -> name. Two can't have the same position."""
+    pairs = [line.split() for line in lines]
+    found = {int(position): name for name, position in pairs}
+    assert len(found) == len(pairs)
+    return found
+
+
+async def test_eight_writers_and_fifty_readers_agree(start: Start, tmp_path: Path) -> None:
+    """Eight writers lose nothing and repeat nothing; fifty readers that follow meanwhile see one same sequence."""
+    writers, each, readers = 8, 20, 50
+    reading = start("read", tmp_path, writers * each, readers)
+    writing = [start("write", tmp_path, f"w{number}", each) for number in range(writers)]
+    acknowledged = parse(line for process in writing for line in finish(process))
+    assert Counter(acknowledged.values()) == {f"w{number}": each for number in range(writers)}
+    assert await check_log(tmp_path, acknowledged) == acknowledged
+    assert len(list(tmp_path.glob("*.jsonl"))) > 2
+    seen = finish(reading)
+    assert len(seen) == readers
+    assert len(set(seen)) == 1
+    assert seen[0].startswith("True ")
+
+
+async def test_a_killed_writer_loses_nothing_and_holds_up_nobody(start: Start, tmp_path: Path) -> None:
+    """Writers killed in the midst of their work lose no acknowledged commit; the others go on to their end."""
+    survivor = start("write", tmp_path, "survivor", 150)
+    said: list[str] = []
+    for number in range(4):
+        victim = start("write", tmp_path, f"victim{number}", 1_000_000)
+        assert victim.stdout
+        said += [victim.stdout.readline() for _ in range(5 + 3 * number)]
+        victim.kill()
+        said += victim.communicate(timeout=PATIENCE)[0].splitlines()
+    acknowledged = parse(said + finish(survivor))
+    authors = await check_log(tmp_path, acknowledged)
+    # A commit whose author died before it could say so may be there, one for each.
+    assert len(authors) - len(acknowledged) <= 4
+
+
+async def test_a_follower_sees_the_commits_of_another_store_at_once(tmp_path: Path) -> None:
+    """A follower that has waited long sees a commit of another opener, who shares nothing but the files."""
+    async with (
+        FileStore.open(tmp_path, SystemClock()) as ours,
+        FileStore.open(tmp_path, SystemClock()) as theirs,
+    ):
+        with anyio.fail_after(PATIENCE):
+            await theirs.commit(Commit([Write(SHARED, 0, {"n": 1})]))
+            async for record in ours.follow():
+                if record.position == 3:
+                    break
+                await theirs.commit(Commit([Write(SHARED, record.position, {"n": record.position + 1})]))
+        document = await ours.get(SHARED)
+        assert document is not None
+        assert document.value == {"n": 3}
+        assert await ours.commit(Commit([Write(SHARED, 3, {"n": 4})])) == 4

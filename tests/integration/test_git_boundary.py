@@ -1,0 +1,258 @@
+"""The boundary around git: nothing an agent plants runs as us, nothing of the user's changes but the target."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from orchestrator.clock import SystemClock
+from orchestrator.engine.preflight import find_site
+from orchestrator.repo.git import Git
+from orchestrator.repo.hub import create_hub, hub_of, internal_ref
+from orchestrator.repo.landing import Landed, Merge, Stale, Target
+from orchestrator.repo.source import Source
+from tests.conftest import Repository
+
+KILL_ALL = 'kill -9 "$(cat "{pid}")"; kill -9 0'
+KILL_COUNCIL = 'kill -9 "$(cat "{pid}")"; sleep 0.2'
+ONCE = 'if [ -e "{armed}" ]; then rm "{armed}"; {kill}; fi'
+
+
+def plant(path: Path, script: str) -> None:
+    """Make an executable shell script."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+STEPS = {
+    "before anything is written": ("pre-receive", "cat > /dev/null; {once}"),
+    "when the objects are in": ("update", "{once}"),
+    "between index and ref": ("reference-transaction", 'cat > /dev/null; if [ "$1" = prepared ]; then {once}; fi'),
+    "right after the ref": ("reference-transaction", 'cat > /dev/null; if [ "$1" = committed ]; then {once}; fi'),
+    "when all is done": ("post-receive", "cat > /dev/null; {once}"),
+}
+
+
+@pytest.mark.parametrize("kill", [KILL_ALL, KILL_COUNCIL], ids=["all", "council"])
+@pytest.mark.parametrize("step", [*STEPS, "in the middle of the files"])
+async def test_a_kill_at_each_step_of_a_landing_into_a_checked_out_branch_is_mended(
+    repository: Repository, tmp_path: Path, step: str, kill: str
+) -> None:
+    """Whatever step of the push is cut off, a resume brings ref, index and files to one commit with the work on it."""
+    pid, armed = tmp_path / "pid", tmp_path / "armed"
+    once = ONCE.format(armed=armed, kill=kill.format(pid=pid))
+    if step in STEPS:
+        hook, script = STEPS[step]
+        plant(repository.top / ".git/hooks" / hook, script.format(once=once))
+    else:
+        plant(tmp_path / "smudge", f'if [ "$1" = b.cut ]; then {once}; fi; cat')
+        repository.git("config", "filter.cut.smudge", f"{tmp_path}/smudge %f")
+        repository.git("config", "filter.cut.clean", "cat")
+    repository.commit({".gitattributes": "*.cut filter=cut\n", "a.cut": "old a\n", "gone.txt": "x\n"}, "attributes")
+    repository.remember()
+    prompt = "write a.cut new a\nwrite b.cut new b\nwrite sub/c.cut new c\ndelete gone.txt"
+    config = repository.configure([{"id": "cut", "prompt": prompt}])
+    child = repository.start("run", str(config), "--json")
+    pid.write_text(str(child.pid))
+    armed.touch()
+    child.communicate(timeout=60)
+    assert child.returncode == -signal.SIGKILL
+    assert not armed.exists()
+
+    ended = repository.council("resume", "--json")
+    assert ended.states == {"cut": "landed"}, ended
+    assert (repository.top / "b.cut").read_text() == "new b\n"
+    assert not (repository.top / "gone.txt").exists()
+    await repository.assert_invariants()
+
+
+async def test_a_cut_off_landing_leaves_what_the_user_wrote_since(repository: Repository, tmp_path: Path) -> None:
+    """A file that the user changed after the crash is never overwritten: the landing waits and says why."""
+    pid, armed = tmp_path / "pid", tmp_path / "armed"
+    once = ONCE.format(armed=armed, kill=KILL_ALL.format(pid=pid))
+    plant(tmp_path / "smudge", f'if [ "$1" = b.cut ]; then {once}; fi; cat')
+    repository.git("config", "filter.cut.smudge", f"{tmp_path}/smudge %f")
+    repository.commit({".gitattributes": "*.cut filter=cut\n", "a.cut": "old a\n"}, "attributes")
+    config = repository.configure([{"id": "cut", "prompt": "write a.cut new a\nwrite b.cut new b"}])
+    child = repository.start("run", str(config), "--json")
+    pid.write_text(str(child.pid))
+    armed.touch()
+    child.communicate(timeout=60)
+    (repository.top / "a.cut").write_text("my own words\n")
+
+    ended = repository.council("resume", "--json")
+    assert ended.code == 1
+    assert ended.states == {"cut": "queued"}
+    assert "a.cut" in ended.result["tasks"][0]["reason"]
+    assert (repository.top / "a.cut").read_text() == "my own words\n"
+
+    repository.git("checkout", "--", "a.cut")
+    assert repository.council("resume", "--json").states == {"cut": "landed"}
+    await repository.assert_invariants()
+
+
+async def test_what_an_agent_plants_in_the_hub_and_in_its_session_never_runs_as_us(
+    repository: Repository, tmp_path: Path
+) -> None:
+    """Filters, hooks, fsmonitor, external diff and signing that an agent configures run in no command of ours."""
+    marker = tmp_path / "it-ran"
+    evil = tmp_path / "evil"
+    plant(evil, f"touch {marker}; cat")
+    keys = ["filter.evil.clean", "filter.evil.smudge", "core.fsmonitor", "diff.external", "gpg.program",
+            "core.sshCommand", "core.alternateRefsCommand", "merge.evil.driver", "core.editor"]  # fmt: skip
+    hub = "../../../../hub.git"
+    lines = [f"git config --file {hub}/config {key} {evil}" for key in keys]
+    lines += [f"git config --file {hub}/config commit.gpgSign true", f"write {hub}/hooks/post-checkout {evil}"]
+    lines += [f"write {hub}/info/attributes * filter=evil merge=evil diff=evil"]
+    lines += [f"write ../git/hooks/{hook} #!/bin/sh" for hook in ("pre-commit", "post-checkout")]
+    lines += ["write .gitattributes * filter=evil merge=evil", "write planted.txt x"]
+    lines += [f"git config {key} {evil}" for key in keys]
+    config = repository.configure(
+        [
+            {"id": "planter", "prompt": "\n".join(lines)},
+            {"id": "next", "prompt": "write next.txt y", "needs": ["planter"]},
+            {"id": "beside", "prompt": "write beside.txt z"},
+        ]
+    )
+    ended = repository.council("run", str(config), "--json")
+    assert set(ended.states.values()) == {"landed"}, ended
+    assert not marker.exists()
+    await repository.assert_invariants()
+
+
+async def test_an_agent_that_harms_its_own_git_directory_harms_nothing_else(repository: Repository) -> None:
+    """Deleting `.git`, moving main, switching branches and committing are all survived; the files are what counts."""
+    config = repository.configure(
+        [
+            {"id": "commits", "prompt": "write one.txt 1\ncommit first\nwrite two.txt 2"},
+            {"id": "switches", "prompt": "git switch --quiet --create elsewhere\nwrite three.txt 3\ncommit there"},
+            {"id": "moves-main", "prompt": "git branch --force main HEAD\nwrite four.txt 4"},
+            {"id": "deletes-git", "prompt": "delete .git\nwrite five.txt 5"},
+            {"id": "goes-back", "prompt": "write six.txt 6\ncommit six\ngit checkout --quiet HEAD~1"},
+        ]
+    )
+    ended = repository.council("run", str(config), "--json")
+    assert set(ended.states.values()) == {"landed"}, ended
+    for name in ("one", "two", "three", "four", "five", "six"):
+        assert (repository.top / f"{name}.txt").exists(), name
+    assert repository.git("log", "--format=%s", "-1", "--grep=^first$") == "first"
+    await repository.assert_invariants()
+
+
+async def test_a_rewritten_history_of_the_agents_does_not_come_in(repository: Repository) -> None:
+    """A branch that does not descend from where it started contributes its files only."""
+    prompt = "git checkout --quiet --orphan fresh\nwrite new.txt n\ncommit orphan\ngit branch --force council/{0} fresh"
+    config = repository.configure([{"id": "orphan", "prompt": prompt}])
+    ended = repository.council("run", str(config), "--json")
+    assert ended.states == {"orphan": "landed"}, ended
+    assert repository.git("rev-list", "--max-parents=0", "--count", "HEAD") == "1"
+    await repository.assert_invariants()
+
+
+async def test_a_nested_repository_is_refused_and_its_work_kept(repository: Repository) -> None:
+    """A repository inside the worktree can't land as a link to nowhere: the task fails and says what to do."""
+    prompt = "git init --quiet inner\nwrite inner/file.txt x\ngit -C inner add --all\ngit -C inner commit -qm inner"
+    config = repository.configure([{"id": "nested", "prompt": prompt, "attempts": 1}])
+    ended = repository.council("run", str(config), "--json")
+    task = ended.result["tasks"][0]
+    assert (ended.code, task["state"]) == (1, "failed")
+    assert "inner" in task["reason"]
+    await repository.assert_invariants()
+
+
+async def test_a_late_zombie_that_lands_first_is_adopted(repository: Repository) -> None:
+    """An earlier owner's push that arrives after the new owner began is found under the same lease, never repeated."""
+    site = await find_site(str(repository.top), is_url=False, environ=repository.environ)
+    hub = hub_of(site.identity, Path(repository.environ["COUNCIL_HOME"]))
+    await create_hub(hub, site.object_format, repository.environ)
+    git = Git(hub.trusted, environ=repository.environ)
+    source = Source.of(site.location, is_local=True, git=git)
+    start = await source.fetch("main", internal_ref("r", "start"))
+    tree = await git.line("rev-parse", f"{start}^{{tree}}")
+    blob = await git.line("hash-object", "-w", "--stdin", input_=b"work\n")
+    listing = await git.line("ls-tree", tree)
+    tree = await git.line("mktree", input_=f"{listing}\n100644 blob {blob}\tzombie.txt\n".encode())
+    work = await git.line("commit-tree", tree, "-p", start, input_=b"work")
+
+    def owner() -> Target:
+        return Target(hub, git, source, site.repository, branch="main", start=start, ref=internal_ref("r", "target"))
+
+    zombie, successor = owner(), owner()
+    async with zombie.permit() as permit:
+        old_merge = await zombie.prepare(permit, "r/task", work)
+    async with successor.permit() as permit:
+        new_merge = await successor.prepare(permit, "r/task", work)
+        assert isinstance(old_merge, Merge)
+        assert isinstance(new_merge, Merge)
+        pushed = await source.push(old_merge.new, "main", old_merge.old, ())  # the zombie's push arrives only now
+        assert pushed.moved
+        if new_merge.new != old_merge.new:
+            assert await successor.move(permit, new_merge, "r/task") == Stale()
+        again = await successor.prepare(permit, "r/task", work)
+    assert again == Landed(old_merge.new, adopted=True)
+    assert repository.git("rev-list", "--first-parent", "--count", f"{start}..main") == "1"
+
+
+async def test_a_resume_waits_for_a_push_that_outlives_its_owner(repository: Repository, tmp_path: Path) -> None:
+    """With the owner killed in the middle of a push that goes on, resume waits for it and lands nothing twice."""
+    pid, armed = tmp_path / "pid", tmp_path / "armed"
+    once = ONCE.format(armed=armed, kill=f'kill -9 "$(cat "{pid}")"; sleep 2')
+    plant(repository.top / ".git/hooks/update", once)
+    repository.remember()
+    config = repository.configure([{"id": "slow", "prompt": "write slow.txt s"}])
+    child = repository.start("run", str(config), "--json")
+    pid.write_text(str(child.pid))
+    armed.touch()
+    child.communicate(timeout=60)
+    started = SystemClock().now()
+    ended = repository.council("resume", "--json")
+    assert ended.states == {"slow": "landed"}, ended
+    assert SystemClock().now() - started > 1, "the resume went on while the push was alive"
+    await repository.assert_invariants()
+
+
+async def test_conflicts_keep_both_sides_and_leave_the_target_alone(repository: Repository) -> None:
+    """The second of two tasks that change one line ends as conflict, with paths and a branch that has both sides."""
+    config = repository.configure(
+        [
+            {"id": "left", "prompt": "write README.md left"},
+            {"id": "right", "prompt": "write README.md right"},
+        ]
+    )
+    ended = repository.council("run", str(config), "--json")
+    assert ended.code == 1
+    assert sorted(ended.states.values()) == ["conflict", "landed"], ended
+    task = next(task for task in ended.result["tasks"] if task["state"] == "conflict")
+    assert task["paths"] == ["README.md"]
+    where = repository.council("where", "--json").result
+    shown = subprocess.run(
+        ["git", "show", f"{task['branch']}:README.md"], cwd=where["trusted"], check=True, capture_output=True, text=True
+    ).stdout
+    assert "left\n" in shown
+    assert "right\n" in shown
+    await repository.assert_invariants()
+
+
+@pytest.mark.parametrize("staged", [False, True])
+async def test_a_dirty_target_is_refused_unless_deferring_is_allowed(repository: Repository, staged: bool) -> None:
+    """Changes of the user's own in the target's checkout stop a run at its start; allowed, it lands on resume."""
+    (repository.top / "README.md").write_text("mine\n")
+    if staged:
+        repository.git("add", "README.md")
+    config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
+    refused = repository.council("run", str(config), "--json")
+    assert refused.code == 2
+    assert "README.md" in refused.result["error"]
+
+    deferred = repository.council("run", str(config), "--json", "--allow-deferred")
+    assert (deferred.code, deferred.states) == (1, {"one": "queued"})
+    assert (repository.top / "README.md").read_text() == "mine\n"
+
+    repository.git("checkout", "HEAD", "--", "README.md")
+    resumed = repository.council("resume", "--json")
+    assert (resumed.code, resumed.states) == (0, {"one": "landed"})
+    await repository.assert_invariants()

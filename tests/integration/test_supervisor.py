@@ -1,0 +1,529 @@
+"""The supervisor against real programs that misbehave in every way that was seen in real CLIs."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import resource
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import anyio
+import psutil
+import pytest
+
+from orchestrator.errors import LockHeld, SessionError
+from orchestrator.sessions.supervised import Ended, SupervisedCommand, run_supervised, wait_released
+
+MIB = 1 << 20
+LINUX_ONLY = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has child subreapers")
+
+
+@pytest.fixture(autouse=True)
+def _no_survivors(tmp_path: Path) -> Iterator[None]:
+    """Every program of these tests has the test's folder in its argv: none may be left, pass or fail."""
+    yield
+    survivors = [process for process in psutil.process_iter(["cmdline"]) if _belongs(process, tmp_path)]
+    for process in survivors:
+        process.kill()
+    assert not survivors
+
+
+def _belongs(process: psutil.Process, folder: Path) -> bool:
+    return any(str(folder) in word for word in process.info["cmdline"] or ())
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Callable[..., SupervisedCommand]:
+    """Make the command that runs a Python program, its first argument being the test's folder."""
+
+    def make(source: str, **changes: object) -> SupervisedCommand:
+        script = tmp_path / "agent.py"
+        script.write_text("import os, signal, sys, time\nos.chdir(sys.argv[1])\n" + source)
+        command = SupervisedCommand(
+            argv=[sys.executable, "-I", "-S", str(script), str(tmp_path)],
+            env={"PATH": os.defpath},
+            cwd=tmp_path,
+            stdin=None,
+            stdout=tmp_path / "stdout",
+            stderr=tmp_path / "stderr",
+            cap=MIB,
+            timeout=60,
+            grace=10,
+            lock=tmp_path / "task.1.lock",
+        )
+        return replace(command, **changes)
+
+    return make
+
+
+async def until(condition: Callable[[], object], within: float = 20) -> None:
+    deadline = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < deadline, f"did not come true in {within} s"
+        await anyio.sleep(0.005)
+
+
+def lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def is_free(lock: Path) -> bool:
+    with lock.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+async def stopped_once(command: SupervisedCommand, ready: Callable[[], object]) -> float:
+    """Run `command`, cancel it when `ready()`, and return how many seconds the cancellation took."""
+    cancelled_at = 0.0
+    async with anyio.create_task_group() as group:
+        group.start_soon(run_supervised, command)
+        await until(ready)
+        cancelled_at = time.monotonic()
+        group.cancel_scope.cancel()
+    return time.monotonic() - cancelled_at
+
+
+# What a well-behaved program sees
+
+
+async def test_a_programs_exit_and_output_are_reported(agent, tmp_path: Path):
+    """Its exit code, what it wrote and where, and that nothing had to be killed."""
+    command = agent("print('out'); print('err', file=sys.stderr); sys.exit(3)")
+    assert await run_supervised(command) == Ended(3, None, "exit", None, 4, 4, 0, None)
+    assert (tmp_path / "stdout").read_bytes() == b"out\n"
+    assert (tmp_path / "stderr").read_bytes() == b"err\n"
+
+
+async def test_a_program_that_a_signal_ended_is_reported_as_such(agent):
+    """A crash is told from an exit."""
+    ended = await run_supervised(agent("os.kill(os.getpid(), signal.SIGSEGV)"))
+    assert (ended.exit, ended.signal, ended.ended_by) == (None, signal.SIGSEGV, "exit")
+
+
+async def test_the_prompt_is_what_a_program_reads(agent, tmp_path: Path):
+    """A prompt file arrives on standard input byte for byte; without one there is nothing to read."""
+    prompt = tmp_path / "prompt"
+    prompt.write_bytes(b"-x\xff\n" * 100_000)
+    echo = "sys.stdout.buffer.write(sys.stdin.buffer.read())"
+    await run_supervised(agent(echo, stdin=prompt))
+    assert (tmp_path / "stdout").read_bytes() == prompt.read_bytes()
+    assert await run_supervised(agent(echo)) == Ended(0, None, "exit", None, 0, 0, 0, None)
+
+
+async def test_a_program_starts_clean(agent, tmp_path: Path):
+    """Exactly the given environment (also when it is large), the usual umask, default signals, no stray descriptors."""
+    env = {"LC_ALL": "C.UTF-8", "BIG": "x" * 100_000, "MORE": "y" * 100_000, "ODD": "caf\udce9 \n"}
+    source = """
+print({key: len(value) for key, value in os.environb.items()} | {b"ODD": os.environb[b"ODD"]})
+print(oct(os.umask(0)), os.getsid(0) == os.getpid(), sorted(map(int, os.listdir("/dev/fd")))[:-1])
+status = dict(line.split(":\\t", 1) for line in open("/proc/self/status").read().splitlines())
+print(int(status["SigBlk"], 16), int(status["SigIgn"], 16) & ~(1 << 12 | 1 << 24))  # Python's own: PIPE, XFSZ
+"""
+    if sys.platform != "linux":
+        source = source.partition("status =")[0]
+    await run_supervised(agent(source, env=env))
+    lines = (tmp_path / "stdout").read_text().splitlines()
+    assert lines[:2] == [
+        str({b"LC_ALL": 7, b"BIG": 100_000, b"MORE": 100_000, b"ODD": b"caf\xe9 \n"}),
+        "0o22 True [0, 1, 2]",
+    ]
+    assert lines[2:] == (["0 0"] if sys.platform == "linux" else [])
+
+
+async def test_a_broken_pipe_ends_a_program_as_usual(tmp_path: Path, agent):
+    """The shell's `yes | head` does not hang on an ignored SIGPIPE."""
+    command = agent("", argv=["sh", "-c", 'yes | head -1; echo "${1##*/}"', "sh", str(tmp_path)])
+    ended = await run_supervised(command)
+    assert (ended.exit, (tmp_path / "stdout").read_text()) == (0, f"y\n{tmp_path.name}\n")
+    assert (tmp_path / "stderr").read_text() == ""
+
+
+async def test_a_program_that_asks_the_terminal_fails_at_once(agent, tmp_path: Path):
+    """There is no terminal, so that a question is an error and not an endless wait."""
+    ended = await run_supervised(agent("os.open('/dev/tty', os.O_RDWR)"))
+    assert ended.exit == 1
+    assert "/dev/tty" in (tmp_path / "stderr").read_text()
+
+
+# What can't be started
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"argv": ["no-such-program"]}, "no-such-program: No such file or directory"),
+        ({"argv": ["./agent.py"]}, "./agent.py: Permission denied"),
+        ({"argv": ["sh", "nul\0"]}, "sh: embedded null byte"),
+        ({"cwd": Path("/gone")}, "/gone: No such file or directory"),
+        ({"stdin": Path("/gone/prompt")}, "/gone/prompt: No such file or directory"),
+        ({"stdout": Path("/gone/out")}, "/gone/out: No such file or directory"),
+        ({"lock": Path("/gone/lock")}, "/gone/lock: No such file or directory"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+async def test_what_can_not_be_started_is_reported_with_the_reason(agent, change: dict[str, object], why: str):
+    """A missing program, folder or file is a fact about the session, not a crash."""
+    assert await run_supervised(agent("", **change)) == Ended(None, None, "exit", why, 0, 0, 0, None)
+
+
+async def test_a_session_does_not_start_beside_an_earlier_one_of_its_own(agent, tmp_path: Path):
+    """While something still holds the session's lock, the CLI is not run a second time."""
+    command = agent("open('ran', 'w')")
+    with command.lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        ended = await run_supervised(command)
+    assert ended.spawn_error is not None
+    assert "still holds the lock" in ended.spawn_error
+    assert not (tmp_path / "ran").exists()
+
+
+# How it ends
+
+
+async def test_a_program_that_takes_too_long_is_ended(agent):
+    """The wall-clock limit is enforced with SIGTERM, and said."""
+    ended = await run_supervised(agent("time.sleep(300)", timeout=0.2))
+    assert (ended.exit, ended.signal, ended.ended_by) == (None, signal.SIGTERM, "timeout")
+
+
+async def test_a_program_that_ignores_sigterm_is_killed_after_the_grace(agent):
+    """No program outlasts its limit by more than the grace."""
+    began = time.monotonic()
+    ended = await run_supervised(
+        agent("signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(300)", timeout=0.5, grace=0.3)
+    )
+    assert (ended.exit, ended.signal, ended.ended_by) == (None, signal.SIGKILL, "timeout")
+    assert 0.8 <= time.monotonic() - began < 5
+
+
+LAST_WORD = """
+def end(*_):
+    with open("last-word", "w") as file:
+        file.write("saved")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end)
+open("ready", "w").close()
+time.sleep(300)
+"""
+
+
+async def test_a_stopped_program_can_save_its_work(agent, tmp_path: Path):
+    """A cancelled session's program gets SIGTERM first and is waited for, but not longer than it needs."""
+    took = await stopped_once(agent(LAST_WORD), (tmp_path / "ready").exists)
+    assert (tmp_path / "last-word").read_text() == "saved"
+    assert took < 5
+
+
+@LINUX_ONLY
+async def test_a_wrapper_that_ends_first_does_not_cost_the_real_program_its_grace(agent, tmp_path: Path):
+    """Some CLIs are a loader that dies of SIGTERM while the real program still cleans up, in a session of its own."""
+    source = "if os.fork(): time.sleep(300)\nos.setsid()\n" + LAST_WORD.replace(
+        "    with", "    time.sleep(0.2)\n    with"
+    )
+    took = await stopped_once(agent(source), (tmp_path / "ready").exists)
+    assert (tmp_path / "last-word").read_text() == "saved"
+    assert took < 5
+
+
+@LINUX_ONLY
+async def test_what_a_program_leaves_behind_is_killed_and_counted(agent, tmp_path: Path):
+    """A daemon that holds the output open neither survives nor delays the end."""
+    source = """
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        open("pid.new", "w").write(str(os.getpid()))
+        os.rename("pid.new", "pid")
+        time.sleep(300)
+    os._exit(0)
+while not os.path.exists("pid"): pass
+"""
+    began = time.monotonic()
+    ended = await run_supervised(agent(source))
+    assert (ended.exit, ended.ended_by, ended.killed) == (0, "exit", 1)
+    assert not lives(int((tmp_path / "pid").read_text()))
+    assert time.monotonic() - began < 10
+
+
+@LINUX_ONLY
+async def test_a_process_that_forks_faster_than_it_is_found_does_not_escape(agent, tmp_path: Path):
+    """Stopping comes before killing: a program that jumps from pid to pid is caught all the same."""
+    source = """
+end = time.monotonic() + 30  # in case nobody catches it
+if os.fork() == 0:
+    for _ in range(4): os.fork()
+    while time.monotonic() < end:
+        os.setsid() if os.getsid(0) != os.getpid() else None
+        if os.fork(): os._exit(0)
+time.sleep(0.2)
+"""
+    began = time.monotonic()
+    ended = await run_supervised(agent(source))
+    assert (ended.exit, ended.ended_by) == (0, "exit")
+    assert ended.killed >= 16
+    assert time.monotonic() - began < 10
+
+
+async def test_a_stranger_that_holds_the_output_open_does_not_delay_the_end(agent, tmp_path: Path):
+    """The end of a pipe is never waited for: someone outside of the session may have it open."""
+    if sys.platform != "linux":
+        pytest.skip("opens another process's pipe through /proc")
+    source = "open('pid.new', 'w').write(str(os.getpid())); os.rename('pid.new', 'pid')\n"
+    source += "while not os.path.exists('go'): time.sleep(0.01)\nprint('bye')"
+    pipes: list[int] = []
+    async with anyio.create_task_group() as group:
+
+        async def hold() -> None:
+            await until((tmp_path / "pid").exists)
+            pipes.append(os.open(f"/proc/{(tmp_path / 'pid').read_text()}/fd/1", os.O_WRONLY))
+            (tmp_path / "go").touch()
+
+        group.start_soon(hold)
+        with anyio.fail_after(20):
+            ended = await run_supervised(agent(source))
+    os.close(pipes[0])
+    assert (ended.exit, (tmp_path / "stdout").read_text()) == (0, "bye\n")
+
+
+# Output
+
+
+@LINUX_ONLY
+async def test_a_flood_of_output_is_cut_in_the_middle_with_bounded_memory(agent, tmp_path: Path):
+    """Of 1 GiB the first bytes and the last MiB are kept, with the number of those left out between them."""
+    source = """
+chunk = b"x" * (1 << 20)
+for _ in range(1024): os.write(1, chunk)
+os.write(1, b"the last word\\n")
+peak = [line for line in open(f"/proc/{os.getppid()}/status") if line.startswith("VmHWM")]
+open("peak", "w").write(peak[0].split()[1])
+"""
+    ended = await run_supervised(agent(source, cap=3 * MIB))
+    total = 1024 * MIB + len("the last word\n")
+    assert (ended.exit, ended.stdout_bytes) == (0, total)
+    assert int((tmp_path / "peak").read_text()) < 40 * 1024  # KiB
+    kept = (tmp_path / "stdout").read_bytes()
+    note = f"\n[… {total - 4 * MIB} bytes left out …]\n".encode()
+    assert kept[: 3 * MIB] == b"x" * 3 * MIB
+    assert kept[3 * MIB :] == note + b"x" * (MIB - 14) + b"the last word\n"
+    assert stat.S_IMODE((tmp_path / "stdout").stat().st_mode) == 0o600
+
+
+async def test_output_between_the_cap_and_the_tail_is_whole(agent, tmp_path: Path):
+    """A line of 3 MB that is neither text nor ends is kept byte for byte."""
+    line = b"\xff\xfe\x00\r" * 750_000
+    ended = await run_supervised(agent("os.write(2, b'\\xff\\xfe\\0\\r' * 750_000)", cap=2 * MIB))
+    assert ended.stderr_bytes == len(line)
+    assert (tmp_path / "stderr").read_bytes() == line
+
+
+async def test_output_on_a_full_disk_is_reported_and_the_program_goes_on(agent, tmp_path: Path):
+    """A full disk loses output, which is said, but not the session."""
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    ended = await run_supervised(agent("print('x' * 100_000); open('done', 'w')", stdout=Path("/dev/full")))
+    assert (ended.exit, ended.stdout_bytes, ended.output_error) == (0, 100_001, "No space left on device")
+    assert (tmp_path / "done").exists()
+
+
+# The orchestrator's side
+
+
+NASTY = """
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP): signal.signal(number, signal.SIG_IGN)
+if len(sys.argv) == 2:
+    for name in "ab":
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                os.setsid()
+                os.execve(sys.executable, [sys.executable, "-I", "-S", *sys.argv[:2], name], {})
+            os._exit(0)
+    sys.argv.append("cli")
+while True:
+    with open("grows-" + sys.argv[2], "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    os.write(1, b"noise" * 1000)
+"""
+
+ORCHESTRATOR = """
+import sys, anyio
+from pathlib import Path
+from orchestrator.sessions.supervised import SupervisedCommand, run_supervised
+
+folder = Path(sys.argv[1])
+anyio.run(run_supervised, SupervisedCommand(
+    argv=[sys.executable, "-I", "-S", str(folder / "agent.py"), str(folder)], env={}, cwd=folder, stdin=None,
+    stdout=folder / "stdout", stderr=folder / "stderr", cap=1000, timeout=60, grace=30, lock=folder / "task.1.lock"))
+"""
+
+
+@LINUX_ONLY
+async def test_nothing_outlives_a_kill_of_the_orchestrator(agent, tmp_path: Path):
+    """kill -9 of our process: what ignores, detached, cleared its environment dies within 2 s, then the lock is free."""
+    command = agent(NASTY)
+    growing = [tmp_path / f"grows-{name}" for name in ("cli", "a", "b")]
+    orchestrator = subprocess.Popen([sys.executable, "-c", ORCHESTRATOR, str(tmp_path)])
+    try:
+        await until(lambda: all(path.exists() and path.stat().st_size for path in growing))
+        pids = [int(path.read_text().split()[0]) for path in growing]
+        with pytest.raises(LockHeld):
+            await wait_released(command.lock, timeout=0)
+        assert all(map(lives, pids))
+    finally:
+        orchestrator.kill()
+        orchestrator.wait()
+    killed_at = time.monotonic()
+    while not is_free(command.lock):
+        assert time.monotonic() < killed_at + 2
+    assert not any(map(lives, pids))
+    sizes = [path.stat().st_size for path in growing]
+    await anyio.sleep(0.05)  # long enough for hundreds of lines
+    assert [path.stat().st_size for path in growing] == sizes
+
+
+@LINUX_ONLY
+async def test_a_stop_ends_everything_after_the_grace(agent, tmp_path: Path):
+    """Cancellation leaves nothing alive even of a program that will not end."""
+    growing = [tmp_path / f"grows-{name}" for name in ("cli", "a", "b")]
+    command = agent(NASTY, grace=0.2)
+    took = await stopped_once(command, lambda: all(path.exists() and path.stat().st_size for path in growing))
+    assert not any(lives(int(path.read_text().split()[0])) for path in growing)
+    assert is_free(command.lock)
+    assert took < 5
+
+
+async def test_the_session_lock_is_held_as_long_as_the_session_lives(agent, tmp_path: Path):
+    """Whoever waits for the lock goes on only when nothing of the session is left."""
+    command = agent("open('ready', 'w')\nwhile not os.path.exists('go'): time.sleep(0.01)\nopen('done', 'w')")
+    async with anyio.create_task_group() as group:
+        group.start_soon(run_supervised, command)
+        await until((tmp_path / "ready").exists)
+        with pytest.raises(LockHeld, match=r"task\.1\.lock is locked by process \d+ \(alive"):
+            await wait_released(command.lock, timeout=0.05)
+        (tmp_path / "go").touch()
+        await wait_released(command.lock, timeout=20)
+        assert (tmp_path / "done").exists()
+
+
+async def test_a_session_that_never_began_is_released(tmp_path: Path):
+    """Where no lock was ever made there is nothing to wait for, and none is made."""
+    await wait_released(tmp_path / "never" / "task.lock", timeout=0)
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize("delay", [0, 0.005, 0.01, 0.02, 0.03, 0.04, 0.06])
+async def test_a_cancellation_during_the_start_leaves_nothing(agent, delay: float):
+    """However early the cancellation comes, afterwards nothing lives, no descriptor is open, no zombie is left."""
+    command = agent("time.sleep(300)")
+    before = set(os.listdir("/dev/fd"))
+    with anyio.move_on_after(delay):
+        await run_supervised(command)
+    assert not psutil.Process().children()
+    assert not command.lock.exists() or is_free(command.lock)
+    assert set(os.listdir("/dev/fd")) == before
+
+
+async def test_a_program_of_a_session_cancelled_before_its_start_never_runs(agent, tmp_path: Path):
+    """A session that is stopped while the supervisor starts costs no call of a model."""
+    with anyio.CancelScope() as scope:
+        await run_supervised(agent("open('ran', 'w'); time.sleep(300)"), on_spawned=scope.cancel)
+    assert scope.cancelled_caught
+    assert not (tmp_path / "ran").exists()
+
+
+async def test_a_failing_callback_ends_the_session(agent):
+    """An error in the caller's own code leaves no CLI running behind it."""
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    command = agent("time.sleep(300)")
+    with pytest.raises(ZeroDivisionError):
+        await run_supervised(command, on_spawned=fail)
+    assert not psutil.Process().children()
+
+
+@LINUX_ONLY
+async def test_a_killed_supervisor_is_an_error_and_takes_its_program_along(agent, tmp_path: Path):
+    """Without a report nothing is known of the session; its CLI at least dies with the supervisor."""
+    source = "open('pid.new', 'w').write(str(os.getpid())); os.rename('pid.new', 'pid'); time.sleep(300)"
+
+    async def kill() -> None:
+        await until((tmp_path / "pid").exists)
+        psutil.Process().children()[0].kill()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(kill)
+        with pytest.raises(SessionError, match=r"session task\.1: its supervisor ended without a report"):
+            await run_supervised(agent(source))
+    await until(lambda: not lives(int((tmp_path / "pid").read_text())), within=2)
+    assert not psutil.Process().children()
+
+
+async def test_a_supervisor_is_stopped_by_sigterm_and_by_nothing_less(agent, tmp_path: Path):
+    """SIGTERM to the supervisor is a stop; a hang-up or an interrupt is not for it."""
+
+    async def interfere() -> None:
+        await until((tmp_path / "ready").exists)
+        (supervisor,) = psutil.Process().children()
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            supervisor.send_signal(number)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(interfere)
+        ended = await run_supervised(agent(LAST_WORD))
+    assert (ended.exit, ended.ended_by) == (0, "stop")
+    assert (tmp_path / "last-word").exists()
+
+
+async def test_fifty_sessions_at_once_leave_nothing_open(agent, tmp_path: Path):
+    """Each gets its own answer, and no descriptor, thread or zombie stays behind for one."""
+    before = set(os.listdir("/dev/fd"))
+    template = agent("print(sys.argv[2]); sys.exit(int(sys.argv[2]))")
+    ends: dict[int, Ended] = {}
+
+    async def work(number: int) -> None:
+        command = replace(
+            template,
+            argv=[*template.argv, str(number)],
+            stdout=tmp_path / f"{number}.out",
+            stderr=tmp_path / f"{number}.err",
+            lock=tmp_path / f"{number}.lock",
+        )
+        ends[number] = await run_supervised(command)
+
+    async with anyio.create_task_group() as group:
+        for number in range(50):
+            group.start_soon(work, number)
+    assert [ends[number].exit for number in range(50)] == list(range(50))
+    assert [(tmp_path / f"{number}.out").read_text() for number in range(50)] == [f"{n}\n" for n in range(50)]
+    assert not psutil.Process().children()
+    assert set(os.listdir("/dev/fd")) == before
+
+
+async def test_a_supervisor_that_can_not_be_started_is_an_error(agent):
+    """Out of descriptors: the error comes out, and nothing is left behind."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # A first thread and its event loop's descriptors exist already.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 1, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            await run_supervised(agent(""))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not psutil.Process().children()

@@ -1,0 +1,299 @@
+"""The file lock against tasks, processes, cancellation and kill -9."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import anyio
+import pytest
+
+from orchestrator.errors import LockHeld
+from orchestrator.filelock import FileLock
+
+HOLDER = """
+import sys, anyio
+from pathlib import Path
+from orchestrator.filelock import FileLock
+
+async def main():
+    async with FileLock(Path(sys.argv[1])).hold() as held:
+        print("held", flush=True)
+        await anyio.to_thread.run_sync(sys.stdin.readline)
+anyio.run(main)
+"""
+
+OWNER_OF_A_CHILD = """
+import sys, anyio
+from pathlib import Path
+from orchestrator import process
+from orchestrator.filelock import FileLock
+
+async def main():
+    async with FileLock(Path(sys.argv[1])).hold() as held:
+        keep = [held.fd] if sys.argv[2] == "keep" else []
+        # `cat` reads what we leave open, so that the test can end it.
+        child = ["sh", "-c", "echo $$ > pid.new; mv pid.new pid; exec cat fifo"]
+        await process.run(child, env={"PATH": "/usr/bin:/bin"}, cwd=Path(sys.argv[1]).parent, keep_fds=keep)
+anyio.run(main)
+"""
+
+GIVES_UP = """
+import sys, anyio
+from pathlib import Path
+from orchestrator.errors import LockHeld
+from orchestrator.filelock import FileLock
+
+async def main():
+    try:
+        async with FileLock(Path(sys.argv[1])).hold(timeout=0.05):
+            pass
+    except LockHeld:
+        print("gave up")
+anyio.run(main)
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "a.lock"
+
+
+@contextmanager
+def python(code: str, *args: object) -> Iterator[subprocess.Popen[str]]:
+    """A Python program of our own that is dead, whatever happens, when the block ends."""
+    argv = [sys.executable, "-c", code, *map(str, args)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True, env={"PYTHONPATH": os.getcwd()}) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
+@contextmanager
+def held_elsewhere(path: Path) -> Iterator[Callable[[], None]]:
+    """Another process holds the lock until the yielded function is called."""
+    with python(HOLDER, path) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stdout.readline() == "held\n"
+        yield child.stdin.close
+
+
+def is_free(path: Path) -> bool:
+    """Ask the kernel, by a descriptor of our own that is closed again at once."""
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "did not come true in 20 s"
+        await anyio.sleep(0.005)
+
+
+def waiting_threads() -> int:
+    return sum(thread.name == "flock a.lock" for thread in threading.enumerate())
+
+
+async def test_opening_and_closing_the_file_elsewhere_does_not_drop_the_lock(path: Path):
+    """Any part of this process may read the lock file while another holds it."""
+    async with FileLock(path).hold():
+        path.read_bytes()
+        os.close(os.open(path, os.O_RDWR))
+        assert not is_free(path)
+    assert is_free(path)
+
+
+async def test_two_holders_in_one_process_exclude_each_other(path: Path, tmp_path: Path):
+    """A second task gets the lock only after the first, even by another spelling of the path."""
+    alias = tmp_path / "x" / ".." / "a.lock"
+    (tmp_path / "x").mkdir()
+    async with FileLock(path).hold():
+        for name in (path, alias):
+            with pytest.raises(LockHeld):
+                async with FileLock(name).hold(timeout=0):
+                    pass
+    async with FileLock(alias).hold(timeout=0):
+        pass
+
+
+async def test_the_tasks_of_a_process_get_the_lock_in_the_order_of_their_asking(path: Path):
+    """Nobody starves: first come, first served, and one at a time."""
+    order: list[int] = []
+
+    async def work(number: int) -> None:
+        async with FileLock(path).hold():
+            order.append(number)
+            await anyio.sleep(0)
+            order.append(number)
+
+    async with anyio.create_task_group() as group:
+        for number in range(20):
+            group.start_soon(work, number)
+            await anyio.sleep(0)
+    assert order == [number for number in range(20) for _ in "ab"]
+
+
+@pytest.mark.parametrize("keeps", [False, True], ids=["not-kept", "kept"])
+async def test_after_a_kill_of_the_owner_only_a_child_that_was_given_the_lock_holds_it(path: Path, keeps: bool):
+    """A killed owner's lock is free at once; with the descriptor kept it is free once the child has ended too."""
+    fifo, pid_file = path.parent / "fifo", path.parent / "pid"
+    os.mkfifo(fifo)
+    with python(OWNER_OF_A_CHILD, path, "keep" if keeps else "no") as owner:
+        await until(pid_file.exists)
+        assert not is_free(path)
+        owner.kill()
+        owner.wait()
+    child = int(pid_file.read_text())
+    try:
+        os.kill(child, 0)
+        if keeps:
+            with pytest.raises(LockHeld, match=rf"process {owner.pid} \(ended, but something it started"):
+                async with FileLock(path).hold(timeout=0.2):
+                    pass
+        else:
+            async with FileLock(path).hold(timeout=10):
+                pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+    async with FileLock(path).hold(timeout=10):
+        pass
+
+
+async def test_a_released_lock_file_stays_so_that_there_are_never_two_holders(path: Path):
+    """Of three processes, the one that waited and the one that comes later meet at the same file."""
+    async with anyio.create_task_group() as group:
+        with held_elsewhere(path) as release:
+            inode = path.stat().st_ino
+            waiting = FileLock(path).hold()
+            group.start_soon(lambda: anyio.to_thread.run_sync(release))
+            async with waiting:
+                assert path.stat().st_ino == inode
+                with python(GIVES_UP, path) as third:
+                    assert third.communicate()[0] == "gave up\n"
+    assert path.stat().st_ino == inode
+
+
+async def test_who_waits_gets_the_lock_when_another_process_ends(path: Path):
+    """A holder that is killed gives way to who waits."""
+    with python(HOLDER, path) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        async with anyio.create_task_group() as group:
+            group.start_soon(lambda: until(lambda: waiting_threads() == 1 and child.kill() is None))
+            async with FileLock(path).hold(timeout=20):
+                assert not is_free(path)
+
+
+async def test_a_refusal_names_the_holder(path: Path):
+    """The message says which process to wait for or to stop."""
+    with python(HOLDER, path) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        with pytest.raises(LockHeld, match=rf"a\.lock is locked by process {child.pid} \(alive, since 20.* UTC\)"):
+            async with FileLock(path).hold(timeout=0):
+                pass
+
+
+async def test_a_file_that_nobody_signed_is_refused_without_a_name(path: Path):
+    """Whatever another program left in the lock file, the answer is a refusal, not a crash."""
+    path.write_bytes(b'\xff{"pid": []')
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(LockHeld, match="has not signed it"):
+            async with FileLock(path).hold(timeout=0):
+                pass
+
+
+async def test_an_abandoned_wait_gives_itself_back(path: Path):
+    """A lock that comes too late for who gave up is free for everyone else."""
+    with held_elsewhere(path) as release:
+        with pytest.raises(LockHeld):
+            async with FileLock(path).hold(timeout=0.02):
+                pass
+        assert waiting_threads() == 1
+        release()
+        await until(lambda: waiting_threads() == 0 and is_free(path))
+
+
+async def test_abandoned_waits_do_not_pile_up(path: Path):
+    """However often a process gives up, one thread waits for it, and the next task takes that one over."""
+    lock = FileLock(path)
+    with held_elsewhere(path) as release:
+        for _ in range(5):
+            with pytest.raises(LockHeld):
+                async with lock.hold(timeout=0.02):
+                    pass
+            assert waiting_threads() == 1
+        with pytest.raises(LockHeld):
+            async with lock.hold(timeout=0):
+                pass
+        release()
+        async with lock.hold(timeout=20):
+            assert not is_free(path)
+            assert waiting_threads() == 0
+    assert is_free(path)
+
+
+@pytest.mark.parametrize("turns", range(12))
+async def test_a_cancelled_wait_leaves_nothing_locked(path: Path, turns: int):
+    """Wherever in the acquisition the cancellation comes, the lock and its queue are free afterwards."""
+    before = len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0
+
+    async def work() -> None:
+        async with FileLock(path).hold():
+            await anyio.sleep_forever()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(work)
+        for _ in range(turns):
+            await anyio.sleep(0.0005)
+        group.cancel_scope.cancel()
+    async with FileLock(path).hold(timeout=5):
+        pass
+    await until(lambda: waiting_threads() == 0)
+    if sys.platform == "linux":
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_a_process_that_gave_up_can_end_while_the_lock_is_held(path: Path):
+    """The thread that is still blocked in the kernel keeps no process alive."""
+    with held_elsewhere(path), python(GIVES_UP, path) as child:
+        assert child.communicate(timeout=20)[0] == "gave up\n"
+        assert child.returncode == 0
+
+
+async def test_the_lock_file_is_private_and_never_a_symbolic_link(path: Path, tmp_path: Path):
+    """Nobody else can read who holds it, nor have us write through a link."""
+    async with FileLock(path).hold():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match="symbolic links"):
+        async with FileLock(tmp_path / "link").hold():
+            pass
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+async def test_a_failing_body_releases_the_lock(path: Path):
+    """An error inside the block goes on to the caller and leaves the lock free."""
+    with pytest.raises(ZeroDivisionError):
+        async with FileLock(path).hold():
+            raise ZeroDivisionError
+    assert is_free(path)

@@ -1,0 +1,149 @@
+"""The codec of the commit log: what goes in comes out, and damage is always seen and named."""
+
+import json
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.errors import InvalidDocument
+from orchestrator.protocols import Commit, Event, JsonObject, Key, Write
+from orchestrator.state.log import (
+    MAX_COMMIT_BYTES,
+    MAX_DEPTH,
+    Change,
+    Decoded,
+    Incomplete,
+    Line,
+    Unreadable,
+    encode_commit,
+    encode_line,
+    scan,
+    to_record,
+    values,
+)
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=8,
+)
+OBJECTS = st.dictionaries(TEXT, JSON, max_size=3)
+COMMITS = st.builds(
+    lambda documents, events: Commit(
+        [Write(Key(*key), 0, value) for key, value in documents.items()], [Event(*event) for event in events]
+    ),
+    st.dictionaries(st.tuples(TEXT, TEXT), st.none() | OBJECTS, max_size=4),
+    st.lists(st.tuples(TEXT, OBJECTS), max_size=3),
+)
+
+
+def line_of(commit: Commit, position: int = 1) -> Line:
+    """Return the line that a first commit becomes."""
+    encoded = encode_commit(commit)
+    changes = tuple(Change(key, expected + 1, length) for key, expected, length in encoded.writes)
+    return Line(position, 1.5, changes, encoded.payload)
+
+
+SMALL = line_of(Commit([Write(Key("task", "a"), 0, {"n": 1}), Write(Key("task", "b"), 0, None)], [Event("e")]))
+BYTES = encode_line(SMALL)
+NEXT = encode_line(line_of(Commit(), position=2))
+
+
+@given(st.lists(COMMITS, min_size=1, max_size=4))
+def test_lines_come_back_as_they_went_in(commits: list[Commit]) -> None:
+    """Any sequence of commits is one line each, and scanning them in turn gives the same lines, values and events."""
+    lines = [line_of(commit, position) for position, commit in enumerate(commits, 1)]
+    data = b"".join(map(encode_line, lines))
+    assert data.count(b"\n") == len(commits)
+    offset = 0
+    for line, commit in zip(lines, commits, strict=True):
+        item = scan(data, offset)
+        assert item == Decoded(item.end, line, b"\n")
+        offset = item.end
+        record = to_record(item.line)
+        assert record.documents == {write.key: (1, write.value) for write in commit.writes}
+        assert list(record.events) == list(commit.events)
+        cut_out = [value and json.loads(value) for _, value in values(item.line)]
+        assert cut_out == [write.value for write in commit.writes]
+    assert offset == len(data)
+
+
+def test_every_truncated_line_is_incomplete() -> None:
+    """A line of which the end is missing is incomplete at each length; without its newline alone it is complete."""
+    for length in range(1, len(BYTES) - 1):
+        assert scan(BYTES[:length], 0) == Incomplete(length)
+    assert scan(BYTES[:-1], 0) == Decoded(len(BYTES) - 1, SMALL, b"")
+
+
+@pytest.mark.parametrize("offset", range(len(BYTES)))
+@pytest.mark.parametrize("change", [lambda byte: byte ^ 1, lambda byte: byte ^ 0x80, lambda _: ord("\n")])
+def test_a_changed_byte_is_seen_and_hits_one_line(offset: int, change: Callable[[int], int]) -> None:
+    """A changed byte is found: in the payload the header still names what was hit; the next line is always found."""
+    data = bytearray(BYTES + NEXT)
+    data[offset] = change(data[offset])
+    if data == BYTES + NEXT:
+        return
+    item = scan(bytes(data), 0)
+    if isinstance(item, Decoded):
+        assert item.line.is_damaged == (offset < len(BYTES) - 1)
+        assert item.line.changes == SMALL.changes
+        assert item.end == len(BYTES)
+    while isinstance(item, Unreadable) and item.end < len(BYTES):
+        item = scan(bytes(data), item.end)
+    assert item.end == len(BYTES)
+    assert scan(bytes(data), len(BYTES)) == Decoded(len(data), line_of(Commit(), position=2), b"\n")
+
+
+def test_a_line_that_lost_bytes_does_not_hide_the_next() -> None:
+    """Bytes missing in the middle of a payload damage that line alone, though its length is now wrong."""
+    data = BYTES[:-8] + BYTES[-4:] + NEXT
+    item = scan(data, 0)
+    assert isinstance(item, Decoded)
+    assert item.line.is_damaged
+    assert item.end == len(BYTES) - 4
+
+
+def test_a_damaged_line_still_tells_what_it_deleted() -> None:
+    """A follower of a damaged line gets its deletions, and the names of the documents whose values are lost."""
+    record = to_record(Line(SMALL.position, SMALL.time, SMALL.changes, b""))
+    assert record.documents == {Key("task", "b"): (1, None)}
+    assert record.unreadable == [Key("task", "a")]
+
+
+def test_a_commit_over_the_limit_is_refused() -> None:
+    """Documents that fit one by one are refused together when they exceed what one commit may hold."""
+    value = {"x": "x" * (4_000_000)}
+    writes = [Write(Key("task", str(number)), 0, value) for number in range(MAX_COMMIT_BYTES // 4_000_000 + 1)]
+    with pytest.raises(InvalidDocument, match="commit"):
+        encode_commit(Commit(writes))
+
+
+@pytest.mark.parametrize("wrap", [lambda inner: {"in": inner}, lambda inner: [inner]])
+def test_nesting_is_allowed_up_to_the_limit(wrap: Callable[[Any], Any]) -> None:
+    """A value may nest to the limit, through objects as well as lists, and not one level deeper."""
+    value: Any = 1
+    for _ in range(MAX_DEPTH - 1):
+        value = wrap(value)
+    encode_commit(Commit([Write(Key("task", "a"), 0, {"in": value})]))
+    with pytest.raises(InvalidDocument, match="deeper"):
+        encode_commit(Commit([Write(Key("task", "a"), 0, {"in": wrap(value)})]))
+
+
+def test_a_value_inside_itself_is_refused() -> None:
+    """Cycles are refused, also those whose unfolding grows at each level."""
+    value: JsonObject = {}
+    value["left"], value["right"] = value, value
+    with pytest.raises(InvalidDocument):
+        encode_commit(Commit([Write(Key("task", "a"), 0, value)]))
+
+
+@pytest.mark.parametrize("value", [{}, None])
+@pytest.mark.parametrize("key", [Key("task", "\ud800"), Key("\ud800", "a"), Key("task", cast("str", 1))])
+def test_a_name_that_is_not_text_is_refused(key: Key, value: JsonObject | None) -> None:
+    """Half a surrogate pair or a number can't name a document, written or deleted."""
+    with pytest.raises(InvalidDocument):
+        encode_commit(Commit([Write(key, 0, value)]))
