@@ -8,7 +8,7 @@ from typing import Final
 
 from orchestrator.config.document import UNREADABLE, Node
 from orchestrator.config.model import AdapterConfig
-from orchestrator.config.problems import Problems, instead_of, shown
+from orchestrator.config.problems import Problems, Vocabulary, shown
 from orchestrator.config.references import task_nodes
 from orchestrator.config.validation import validate
 from orchestrator.errors import RefusedError
@@ -20,13 +20,13 @@ _NOWHERE: Final = Path("/nowhere")
 def read_adapters(root: Node, adapter_types: Mapping[str, AdapterType], problems: Problems) -> dict[str, AdapterConfig]:
     """Return the adapters whose type is known and whose options are right; the others are noted."""
     found: dict[str, AdapterConfig] = {}
+    installed = Vocabulary(adapter_types, "the installed ones")
     for name, node in _adapter_nodes(root):
         use = node.get("use")
         if use is None or not isinstance(use.value, str):
             continue
         if use.value not in adapter_types:
-            remedy = instead_of(use.value, adapter_types, "the installed ones")
-            problems.add(use.at, f"there is no adapter type {shown(use.value)}", remedy)
+            problems.add(use.at, f"there is no adapter type {shown(use.value)}", installed.instead_of(use.value))
             continue
         # A type's own validators are never shown what the file's reader refused.
         unreadable = {key for key in node.value if _holds_unreadable(node.children[key])}
@@ -53,30 +53,24 @@ def assign_adapters(root: Node, problems: Problems) -> dict[int, str]:
     adapters = root.get("adapters")
     if adapters is None or not isinstance(adapters.value, dict) or not adapters.value:
         return {}
-    names = list(adapters.value)
+    names = adapters.value.keys()
+    vocabulary = Vocabulary(names, "the adapters")
     default = root.get("defaults", "adapter")
-    _check_known(default, names, problems)
+    chosen = [(index, task, task.get("adapter")) for index, task in task_nodes(root)]
+    for choice in (default, *(choice for _, _, choice in chosen)):
+        if choice is not None and isinstance(choice.value, str) and choice.value not in names:
+            problems.add(choice.at, f"there is no adapter {shown(choice.value)}", vocabulary.instead_of(choice.value))
+    only = next(iter(names)) if len(names) == 1 else None
     assigned: dict[int, str] = {}
-    for index, task in task_nodes(root):
-        chosen = task.get("adapter")
-        _check_known(chosen, names, problems)
-        chosen = chosen or default
-        if chosen is not None:
-            if chosen.value in names:
-                assigned[index] = chosen.value
-        elif len(names) == 1:
-            assigned[index] = names[0]
-        else:
-            remedy = f"add `adapter:` here or under defaults, one of {', '.join(names)}"
-            problems.add(task.at, "which adapter runs this task is not said", remedy)
+    for index, task, own in chosen:
+        choice = own or default
+        name = only if choice is None else choice.value
+        if isinstance(name, str):
+            assigned[index] = name
+        elif choice is None:
+            remedy = "add `adapter:` here or under `defaults:`"
+            problems.add(task.at, "the task names no adapter, and there are several", remedy)
     return assigned
-
-
-def _check_known(chosen: Node | None, names: list[str], problems: Problems) -> None:
-    if chosen is not None and isinstance(chosen.value, str) and chosen.value not in names:
-        problems.add(
-            chosen.at, f"there is no adapter {shown(chosen.value)}", instead_of(chosen.value, names, "the adapters")
-        )
 
 
 def try_commands(

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import yaml
 
@@ -35,8 +35,7 @@ UNREADABLE: Final = object()
 _NOTHING: Final[Mapping[Any, Any]] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(NamedTuple):
     """A value and the place where it begins.
 
     `value` is plain data: None, bool, int, float, str, list, dict, or UNREADABLE. `children` holds the nodes of its
@@ -45,8 +44,8 @@ class Node:
 
     at: Position
     value: Any
-    children: Mapping[str | int, Node] = field(default_factory=lambda: _NOTHING)
-    keys: Mapping[str, Position] = field(default_factory=lambda: _NOTHING)
+    children: Mapping[str | int, Node] = _NOTHING
+    keys: Mapping[str, Position] = _NOTHING
 
     def get(self, *path: str | int) -> Node | None:
         """Return the node at a path of keys and indexes, None if there is none."""

@@ -19,8 +19,7 @@ def parse_duration(value: Any) -> float:
     """Return the seconds of a duration; ValueError, with the remedy, for anything but a positive one up to 30 days."""
     if type(value) is int and value > 0:
         remedy = f"add its unit, as in {value}s or {value}m"
-        # pydantic makes a problem of a ValueError only.
-        raise ValueError(f"a duration can't be the bare number {value}: {remedy}")  # noqa: TRY004
+        raise ValueError(f"a duration can't be the bare number {value}: {remedy}")
     match = _DURATION.fullmatch(value) if isinstance(value, str) else None
     if match is None or not value:
         raise ValueError(f"a duration can't be {kind(value)}: {_REMEDY}")

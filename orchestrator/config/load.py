@@ -11,7 +11,7 @@ from orchestrator.config import adapters, references
 from orchestrator.config.document import Node, read_document
 from orchestrator.config.model import Backoff, RunConfig, TaskSpec
 from orchestrator.config.names import is_url
-from orchestrator.config.problems import Position, Problems
+from orchestrator.config.problems import Position, Problems, TooManyProblems
 from orchestrator.config.schema import BackoffEntry, DefaultsEntry, FileConfig, TaskEntry
 from orchestrator.config.validation import validate
 from orchestrator.protocols import AdapterType
@@ -29,9 +29,12 @@ def load_config(path: Path, adapter_types: Mapping[str, AdapterType]) -> RunConf
     Raises ConfigError with every mistake that was found, in the file's order.
     """
     problems = Problems(path)
-    text = _read_text(path, problems)
-    root = read_document(text, problems) if text is not None else None
-    config = _read_run(root, path.absolute(), adapter_types, problems) if root is not None else None
+    try:
+        text = _read_text(path, problems)
+        root = read_document(text, problems) if text is not None else None
+        config = _read_run(root, path.absolute(), adapter_types, problems) if root is not None else None
+    except TooManyProblems:
+        config = None
     if config is None or problems:
         raise problems.error()
     return config

@@ -14,6 +14,7 @@ _MOST_PROBLEMS: Final = 10_000
 # difflib compares with every candidate: among more than these, a systematic slip in a large file would take minutes.
 _MOST_CANDIDATES: Final = 200
 _LONGEST_SHOWN: Final = 60
+_MOST_LISTED: Final = 10
 
 
 class Position(NamedTuple):
@@ -21,6 +22,10 @@ class Position(NamedTuple):
 
     line: int
     column: int
+
+
+class TooManyProblems(Exception):
+    """The search for mistakes was given up; those that were found are told."""
 
 
 class Problems:
@@ -31,9 +36,10 @@ class Problems:
         self._found: dict[Problem, None] = {}
 
     def add(self, at: Position, what: str, remedy: str) -> None:
-        """Note a mistake."""
-        if len(self._found) < _MOST_PROBLEMS:
-            self._found[Problem(self._file, at.line, at.column, what, remedy)] = None
+        """Note a mistake; TooManyProblems if that makes it senseless to look for more."""
+        self._found[Problem(self._file, at.line, at.column, what, remedy)] = None
+        if len(self._found) >= _MOST_PROBLEMS:
+            raise TooManyProblems
 
     def __len__(self) -> int:
         """Return how many there are."""
@@ -66,13 +72,22 @@ def kind(value: Any) -> str:
             return "a mapping" if value else "an empty mapping"
 
 
-def instead_of(unknown: str, known: Iterable[str], plural: str) -> str:
-    """Return the remedy for a word that is not among the known ones: the nearest of them, or all of them."""
-    words = list(known)
-    near = [word for word in words if word.casefold() == unknown.casefold()]
-    if not near and len(words) <= _MOST_CANDIDATES:
-        near = difflib.get_close_matches(unknown, words, n=1)
-    if near:
-        return f"did you mean {near[0]!r}?"
-    listed = ", ".join(words[:10]) + (f" and {len(words) - 10} more" if len(words) > 10 else "")
-    return f"{plural} are {listed}" if words else f"there are no {plural}"
+class Vocabulary:
+    """The words that are known in one place; `plural` is what they are called together."""
+
+    def __init__(self, words: Iterable[str], plural: str) -> None:
+        self._words = list(words)
+        self._folded = {word.casefold(): word for word in self._words}
+        self._plural = plural
+
+    def instead_of(self, unknown: str) -> str:
+        """Return the remedy for a word that is not among them: the nearest one, or what there is."""
+        near = self._folded.get(unknown.casefold())
+        if near is None and len(self._words) <= _MOST_CANDIDATES:
+            near = next(iter(difflib.get_close_matches(unknown, self._words, n=1)), None)
+        if near is not None:
+            return f"did you mean {near!r}?"
+        if not self._words:
+            return f"there are no {self._plural}"
+        rest = len(self._words) - _MOST_LISTED
+        return f"{self._plural} are {', '.join(self._words[:_MOST_LISTED])}" + (f" and {rest} more" if rest > 0 else "")

@@ -14,7 +14,7 @@ from typing import Final
 from orchestrator.config.circles import find_circles
 from orchestrator.config.document import Node
 from orchestrator.config.names import is_url
-from orchestrator.config.problems import Position, Problems, instead_of, shown
+from orchestrator.config.problems import Position, Problems, Vocabulary, shown
 from orchestrator.config.prompts import read_prompt
 from orchestrator.config.validation import refuse_empty
 
@@ -79,14 +79,16 @@ def check_needs(root: Node, problems: Problems) -> None:
             edges[task.value["id"]] = {}
         else:
             nameless = True
+    # A task whose id can't be read may be the one that is meant.
+    known = Vocabulary(edges, "the tasks") if not nameless else None
     for _, task in task_nodes(root):
-        _check_needs_of(task, edges, problems, nameless=nameless)
+        _check_needs_of(task, edges, known, problems)
     for circle in find_circles(edges):
         _note_circle(circle, edges, problems)
 
 
 def _check_needs_of(
-    task: Node, edges: Mapping[str, dict[str, Position]], problems: Problems, *, nameless: bool
+    task: Node, edges: Mapping[str, dict[str, Position]], known: Vocabulary | None, problems: Problems
 ) -> None:
     name = task.value.get("id")
     named: set[str] = set()
@@ -98,10 +100,8 @@ def _check_needs_of(
         elif need.value in edges:
             if isinstance(name, str):
                 edges[name].setdefault(need.value, need.at)
-        elif not nameless:
-            # Only then: a task whose id can't be read may be the one that is meant.
-            remedy = instead_of(need.value, (other for other in edges if other != name), "the other tasks")
-            problems.add(need.at, f"there is no task {shown(need.value)}", remedy)
+        elif known is not None:
+            problems.add(need.at, f"there is no task {shown(need.value)}", known.instead_of(need.value))
         named.add(need.value)
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from orchestrator.config.document import UNREADABLE, Node
-from orchestrator.config.problems import Position, Problems, instead_of, kind, shown
+from orchestrator.config.problems import Position, Problems, Vocabulary, kind, shown
 
 Model = TypeVar("Model", bound=BaseModel)
 Location = tuple[int | str, ...]
@@ -64,7 +64,7 @@ def _note(details: ErrorDetails, model: type[BaseModel], root: Node, problems: P
     found = _find(location, root)
     key = str(location[-1]) if location else ""
     if details["type"] == "extra_forbidden":
-        known = instead_of(key, _keys(model, location[:-1]), "the keys here")
+        known = Vocabulary(_keys(model, location[:-1]), "the keys here").instead_of(key)
         problems.add(found.key_at, f"the key {shown(key)} is not known", known)
     elif found.node.value is UNREADABLE:
         return

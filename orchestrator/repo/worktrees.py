@@ -103,8 +103,10 @@ def _lay_out(worktree: Worktree, base: str, prompt: str) -> None:
 
 async def remove(git: Git, worktree: Worktree) -> None:
     """Delete all of the session's files, whatever state they are in; the caller has saved what counts."""
-    await _delete(git, worktree.root)
+    # Its folder goes last: as long as it is there, a recovery knows that there is something to remove.
     await anyio.to_thread.run_sync(_forget, worktree)
+    await _delete(git, worktree.root)
+    await anyio.to_thread.run_sync(_remove_if_empty, worktree.root.parent)
     failpoint("worktree.removed")
 
 
@@ -132,8 +134,11 @@ def _forget(worktree: Worktree) -> None:
     unlock(worktree)
     worktree.index.unlink(missing_ok=True)
     shutil.rmtree(worktree.import_folder, ignore_errors=True)
+
+
+def _remove_if_empty(folder: Path) -> None:
     try:
-        worktree.root.parent.rmdir()
+        folder.rmdir()
     except OSError as error:
         if error.errno not in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT}:
             raise

@@ -169,8 +169,9 @@ class Family:
     def terminate(self) -> None:
         """Ask all to end."""
         if HAS_PROC:
-            for pid in newly_found(set(), {os.getpid()}):
-                send(pid, signal.SIGTERM)
+            family = {os.getpid()}
+            while signal_new(signal.SIGTERM, family, set()):
+                pass
         else:
             send(-self.cli, signal.SIGTERM)
 
@@ -199,26 +200,28 @@ def send(pid: int, number: int) -> None:
         pass
 
 
-def newly_found(seen: set[int], family: set[int]) -> dict[int, str]:
-    """Look once through /proc: the descendants of `family` outside `seen`, with their state letters.
+def signal_new(number: int, family: set[int], seen: set[int]) -> set[int]:
+    """Look once through /proc and signal each child of `family` outside `seen` as soon as it is found.
 
-    Adds all that it looked at to `seen` and the descendants to `family`, so that a second look costs only
-    what has been forked since the first.
+    Adds all that it looked at to `seen`, so that a second look costs only what has been forked since the
+    first, and the children to `family`; returns those that are not zombies. A child that is listed before its
+    parent, which happens when pids wrap around, is found only by a look with a fresh `seen`.
     """
-    parents: dict[int, tuple[int, str]] = {}
+    found: set[int] = set()
     for name in os.listdir("/proc"):  # noqa: PTH208  (pathlib is a slow import)
-        if name.isdecimal() and (pid := int(name)) not in seen:
-            seen.add(pid)
-            try:
-                with open(f"/proc/{name}/stat", "rb", 0) as file:  # noqa: PTH123  (pathlib is a slow import)
-                    fields = file.read(1024).rpartition(b")")[2].split()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            parents[pid] = (int(fields[1]), fields[0].decode())
-    found: dict[int, str] = {}
-    while more := {pid for pid, (parent, _) in parents.items() if parent in family and pid not in family}:
-        family |= more
-        found |= {pid: parents[pid][1] for pid in more}
+        if not name.isdecimal() or (pid := int(name)) in seen:
+            continue
+        seen.add(pid)
+        try:
+            with open(f"/proc/{name}/stat", "rb", 0) as file:  # noqa: PTH123  (pathlib is a slow import)
+                state, parent = file.read(1024).rpartition(b")")[2].split()[:2]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(parent) in family and pid not in family:
+            send(pid, number)
+            family.add(pid)
+            if state != b"Z":
+                found.add(pid)
     return found
 
 
@@ -227,11 +230,8 @@ def kill_all() -> set[int]:
     seen: set[int] = set()
     family = {os.getpid()}
     lived: set[int] = set()
-    while found := newly_found(seen, family):
-        for pid, state in found.items():
-            send(pid, signal.SIGSTOP)
-            if state != "Z":
-                lived.add(pid)
+    while found := signal_new(signal.SIGSTOP, family, seen):
+        lived |= found
     for pid in family - {os.getpid()}:
         send(pid, signal.SIGKILL)
     return lived
@@ -317,7 +317,9 @@ def listen_for_signals() -> int:
 class Watch:
     """The time in which the CLI runs: pumps its output until something ends it."""
 
-    def __init__(self, spec: Spec, family: Family, control: Control, streams: list[Stream], wake: int) -> None:
+    def __init__(
+        self, spec: Spec, family: Family, control: Control, streams: list[Stream], wake: int
+    ) -> None:
         self._family, self._control, self._wake = family, control, wake
         self._streams = {stream.read_end: stream for stream in streams}
         self._grace = spec.grace

@@ -276,27 +276,6 @@ async def test_a_log_that_shrank_under_an_open_store_is_not_written_to(place: Pa
         assert (place / SEGMENT).stat().st_size == 5
 
 
-async def test_files_are_private(place: Path) -> None:
-    """The directory is 0700 and each file in it 0600, whatever the umask allows."""
-    directory = place / "new" / "state"
-    before = os.umask(0)
-    try:
-        async with FileStore.open(directory, SystemClock()) as store:
-            await store.commit(HISTORY[0])
-    finally:
-        os.umask(before)
-    assert oct(directory.stat().st_mode & 0o777) == "0o700"
-    assert {oct(path.stat().st_mode & 0o777) for path in directory.iterdir()} == {"0o600"}
-
-
-async def test_a_place_that_can_not_be_used_is_said(place: Path) -> None:
-    """A state directory that is a file is reported as unavailable, not as a bug."""
-    (place / "file").touch()
-    with pytest.raises(StoreUnavailable):
-        async with FileStore.open(place / "file", SystemClock()):
-            pass
-
-
 FILL = textwrap.dedent(
     """
     import resource, sys
@@ -318,7 +297,7 @@ FILL = textwrap.dedent(
                     version += 1
             except StoreUnavailable as error:
                 print(error)
-            document = await read(store, key)
+            document = await store.get(key)
             assert document.version == version == await store.position()
             try:
                 await store.commit(Commit([Write(Key("task", "b"), 0, {})]))

@@ -1,10 +1,12 @@
 """Many processes on one file store: nothing lost, nothing twice, one order for all, whoever dies."""
 
+import os
+import signal
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import anyio
@@ -30,11 +32,19 @@ def start() -> Iterator[Start]:
 
         def start(*arguments: object) -> Worker:
             argv = [sys.executable, str(WORKER), *map(str, arguments)]
-            process = stack.enter_context(subprocess.Popen(argv, stdout=subprocess.PIPE, text=True))
-            stack.callback(process.kill)
+            process = stack.enter_context(
+                subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, start_new_session=True)
+            )
+            stack.callback(kill_group, process)
             return process
 
         yield start
+
+
+def kill_group(process: Worker) -> None:
+    """End a worker and what it has forked."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def finish(process: Worker) -> list[str]:

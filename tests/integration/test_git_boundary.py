@@ -77,6 +77,7 @@ async def test_a_cut_off_landing_leaves_what_the_user_wrote_since(repository: Re
     plant(tmp_path / "smudge", f'if [ "$1" = b.cut ]; then {once}; fi; cat')
     repository.git("config", "filter.cut.smudge", f"{tmp_path}/smudge %f")
     repository.commit({".gitattributes": "*.cut filter=cut\n", "a.cut": "old a\n"}, "attributes")
+    repository.remember()
     config = repository.configure([{"id": "cut", "prompt": "write a.cut new a\nwrite b.cut new b"}])
     child = repository.start("run", str(config), "--json")
     pid.write_text(str(child.pid))
@@ -155,7 +156,8 @@ async def test_a_rewritten_history_of_the_agents_does_not_come_in(repository: Re
 
 async def test_a_nested_repository_is_refused_and_its_work_kept(repository: Repository) -> None:
     """A repository inside the worktree can't land as a link to nowhere: the task fails and says what to do."""
-    prompt = "git init --quiet inner\nwrite inner/file.txt x\ngit -C inner add --all\ngit -C inner commit -qm inner"
+    inner = "git -C inner -c user.name=a -c user.email=a@example.org"
+    prompt = f"git init --quiet inner\nwrite inner/file.txt x\ngit -C inner add --all\n{inner} commit -qm inner"
     config = repository.configure([{"id": "nested", "prompt": prompt, "attempts": 1}])
     ended = repository.council("run", str(config), "--json")
     task = ended.result["tasks"][0]
@@ -172,27 +174,27 @@ async def test_a_late_zombie_that_lands_first_is_adopted(repository: Repository)
     git = Git(hub.trusted, environ=repository.environ)
     source = Source.of(site.location, is_local=True, git=git)
     start = await source.fetch("main", internal_ref("r", "start"))
-    tree = await git.line("rev-parse", f"{start}^{{tree}}")
-    blob = await git.line("hash-object", "-w", "--stdin", input_=b"work\n")
-    listing = await git.line("ls-tree", tree)
-    tree = await git.line("mktree", input_=f"{listing}\n100644 blob {blob}\tzombie.txt\n".encode())
-    work = await git.line("commit-tree", tree, "-p", start, input_=b"work")
+    listing = await git.line("ls-tree", start)
+
+    async def work_of(attempt: int) -> str:
+        blob = await git.line("hash-object", "-w", "--stdin", input_=b"attempt %d" % attempt)
+        tree = await git.line("mktree", input_=f"{listing}\n100644 blob {blob}\twork.txt\n".encode())
+        return await git.line("commit-tree", tree, "-p", start, input_=b"work")
 
     def owner() -> Target:
         return Target(hub, git, source, site.repository, branch="main", start=start, ref=internal_ref("r", "target"))
 
     zombie, successor = owner(), owner()
     async with zombie.permit() as permit:
-        old_merge = await zombie.prepare(permit, "r/task", work)
+        old_merge = await zombie.prepare(permit, "r/task", await work_of(1))
     async with successor.permit() as permit:
-        new_merge = await successor.prepare(permit, "r/task", work)
+        new_merge = await successor.prepare(permit, "r/task", await work_of(2))
         assert isinstance(old_merge, Merge)
         assert isinstance(new_merge, Merge)
         pushed = await source.push(old_merge.new, "main", old_merge.old, ())  # the zombie's push arrives only now
         assert pushed.moved
-        if new_merge.new != old_merge.new:
-            assert await successor.move(permit, new_merge, "r/task") == Stale()
-        again = await successor.prepare(permit, "r/task", work)
+        assert await successor.move(permit, new_merge, "r/task") == Stale()
+        again = await successor.prepare(permit, "r/task", await work_of(2))
     assert again == Landed(old_merge.new, adopted=True)
     assert repository.git("rev-list", "--first-parent", "--count", f"{start}..main") == "1"
 

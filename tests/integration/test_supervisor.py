@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import anyio
 import psutil
@@ -22,6 +23,8 @@ from orchestrator.errors import LockHeld, SessionError
 from orchestrator.sessions.supervised import Ended, SupervisedCommand, run_supervised, wait_released
 
 MIB = 1 << 20
+Agent = Callable[..., SupervisedCommand]
+
 LINUX_ONLY = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has child subreapers")
 
 
@@ -40,10 +43,10 @@ def _belongs(process: psutil.Process, folder: Path) -> bool:
 
 
 @pytest.fixture
-def agent(tmp_path: Path) -> Callable[..., SupervisedCommand]:
+def agent(tmp_path: Path) -> Agent:
     """Make the command that runs a Python program, its first argument being the test's folder."""
 
-    def make(source: str, **changes: object) -> SupervisedCommand:
+    def make(source: str, **changes: Any) -> SupervisedCommand:
         script = tmp_path / "agent.py"
         script.write_text("import os, signal, sys, time\nos.chdir(sys.argv[1])\n" + source)
         command = SupervisedCommand(
@@ -77,6 +80,10 @@ def lives(pid: int) -> bool:
         return False
 
 
+def open_fds() -> set[str]:
+    return {path.name for path in Path("/dev/fd").iterdir() if path.is_symlink()}
+
+
 def is_free(lock: Path) -> bool:
     with lock.open("rb") as file:
         try:
@@ -100,7 +107,7 @@ async def stopped_once(command: SupervisedCommand, ready: Callable[[], object]) 
 # What a well-behaved program sees
 
 
-async def test_a_programs_exit_and_output_are_reported(agent, tmp_path: Path):
+async def test_a_programs_exit_and_output_are_reported(agent: Agent, tmp_path: Path) -> None:
     """Its exit code, what it wrote and where, and that nothing had to be killed."""
     command = agent("print('out'); print('err', file=sys.stderr); sys.exit(3)")
     assert await run_supervised(command) == Ended(3, None, "exit", None, 4, 4, 0, None)
@@ -108,13 +115,13 @@ async def test_a_programs_exit_and_output_are_reported(agent, tmp_path: Path):
     assert (tmp_path / "stderr").read_bytes() == b"err\n"
 
 
-async def test_a_program_that_a_signal_ended_is_reported_as_such(agent):
+async def test_a_program_that_a_signal_ended_is_reported_as_such(agent: Agent) -> None:
     """A crash is told from an exit."""
     ended = await run_supervised(agent("os.kill(os.getpid(), signal.SIGSEGV)"))
     assert (ended.exit, ended.signal, ended.ended_by) == (None, signal.SIGSEGV, "exit")
 
 
-async def test_the_prompt_is_what_a_program_reads(agent, tmp_path: Path):
+async def test_the_prompt_is_what_a_program_reads(agent: Agent, tmp_path: Path) -> None:
     """A prompt file arrives on standard input byte for byte; without one there is nothing to read."""
     prompt = tmp_path / "prompt"
     prompt.write_bytes(b"-x\xff\n" * 100_000)
@@ -124,8 +131,8 @@ async def test_the_prompt_is_what_a_program_reads(agent, tmp_path: Path):
     assert await run_supervised(agent(echo)) == Ended(0, None, "exit", None, 0, 0, 0, None)
 
 
-async def test_a_program_starts_clean(agent, tmp_path: Path):
-    """Exactly the given environment (also when it is large), the usual umask, default signals, no stray descriptors."""
+async def test_a_program_starts_clean(agent: Agent, tmp_path: Path) -> None:
+    """Exactly the given environment (however large), the usual umask and signals, no stray descriptors."""
     env = {"LC_ALL": "C.UTF-8", "BIG": "x" * 100_000, "MORE": "y" * 100_000, "ODD": "caf\udce9 \n"}
     source = """
 print({key: len(value) for key, value in os.environb.items()} | {b"ODD": os.environb[b"ODD"]})
@@ -135,7 +142,11 @@ print(int(status["SigBlk"], 16), int(status["SigIgn"], 16) & ~(1 << 12 | 1 << 24
 """
     if sys.platform != "linux":
         source = source.partition("status =")[0]
-    await run_supervised(agent(source, env=env))
+    umask = os.umask(0o077)
+    try:
+        await run_supervised(agent(source, env=env))
+    finally:
+        os.umask(umask)
     lines = (tmp_path / "stdout").read_text().splitlines()
     assert lines[:2] == [
         str({b"LC_ALL": 7, b"BIG": 100_000, b"MORE": 100_000, b"ODD": b"caf\xe9 \n"}),
@@ -144,7 +155,7 @@ print(int(status["SigBlk"], 16), int(status["SigIgn"], 16) & ~(1 << 12 | 1 << 24
     assert lines[2:] == (["0 0"] if sys.platform == "linux" else [])
 
 
-async def test_a_broken_pipe_ends_a_program_as_usual(tmp_path: Path, agent):
+async def test_a_broken_pipe_ends_a_program_as_usual(tmp_path: Path, agent: Agent) -> None:
     """The shell's `yes | head` does not hang on an ignored SIGPIPE."""
     command = agent("", argv=["sh", "-c", 'yes | head -1; echo "${1##*/}"', "sh", str(tmp_path)])
     ended = await run_supervised(command)
@@ -152,7 +163,7 @@ async def test_a_broken_pipe_ends_a_program_as_usual(tmp_path: Path, agent):
     assert (tmp_path / "stderr").read_text() == ""
 
 
-async def test_a_program_that_asks_the_terminal_fails_at_once(agent, tmp_path: Path):
+async def test_a_program_that_asks_the_terminal_fails_at_once(agent: Agent, tmp_path: Path) -> None:
     """There is no terminal, so that a question is an error and not an endless wait."""
     ended = await run_supervised(agent("os.open('/dev/tty', os.O_RDWR)"))
     assert ended.exit == 1
@@ -175,12 +186,16 @@ async def test_a_program_that_asks_the_terminal_fails_at_once(agent, tmp_path: P
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
-async def test_what_can_not_be_started_is_reported_with_the_reason(agent, change: dict[str, object], why: str):
+async def test_what_can_not_be_started_is_reported_with_the_reason(
+    agent: Agent, change: dict[str, object], why: str
+) -> None:
     """A missing program, folder or file is a fact about the session, not a crash."""
     assert await run_supervised(agent("", **change)) == Ended(None, None, "exit", why, 0, 0, 0, None)
 
 
-async def test_a_session_does_not_start_beside_an_earlier_one_of_its_own(agent, tmp_path: Path):
+async def test_a_session_does_not_start_beside_an_earlier_one_of_its_own(
+    agent: Agent, tmp_path: Path
+) -> None:
     """While something still holds the session's lock, the CLI is not run a second time."""
     command = agent("open('ran', 'w')")
     with command.lock.open("w") as file:
@@ -194,13 +209,13 @@ async def test_a_session_does_not_start_beside_an_earlier_one_of_its_own(agent, 
 # How it ends
 
 
-async def test_a_program_that_takes_too_long_is_ended(agent):
+async def test_a_program_that_takes_too_long_is_ended(agent: Agent) -> None:
     """The wall-clock limit is enforced with SIGTERM, and said."""
     ended = await run_supervised(agent("time.sleep(300)", timeout=0.2))
     assert (ended.exit, ended.signal, ended.ended_by) == (None, signal.SIGTERM, "timeout")
 
 
-async def test_a_program_that_ignores_sigterm_is_killed_after_the_grace(agent):
+async def test_a_program_that_ignores_sigterm_is_killed_after_the_grace(agent: Agent) -> None:
     """No program outlasts its limit by more than the grace."""
     began = time.monotonic()
     ended = await run_supervised(
@@ -221,7 +236,7 @@ time.sleep(300)
 """
 
 
-async def test_a_stopped_program_can_save_its_work(agent, tmp_path: Path):
+async def test_a_stopped_program_can_save_its_work(agent: Agent, tmp_path: Path) -> None:
     """A cancelled session's program gets SIGTERM first and is waited for, but not longer than it needs."""
     took = await stopped_once(agent(LAST_WORD), (tmp_path / "ready").exists)
     assert (tmp_path / "last-word").read_text() == "saved"
@@ -229,8 +244,10 @@ async def test_a_stopped_program_can_save_its_work(agent, tmp_path: Path):
 
 
 @LINUX_ONLY
-async def test_a_wrapper_that_ends_first_does_not_cost_the_real_program_its_grace(agent, tmp_path: Path):
-    """Some CLIs are a loader that dies of SIGTERM while the real program still cleans up, in a session of its own."""
+async def test_a_wrapper_that_ends_first_does_not_cost_the_real_program_its_grace(
+    agent: Agent, tmp_path: Path
+) -> None:
+    """Some CLIs are a loader that dies of SIGTERM while the real program, in a session of its own, cleans up."""
     source = "if os.fork(): time.sleep(300)\nos.setsid()\n" + LAST_WORD.replace(
         "    with", "    time.sleep(0.2)\n    with"
     )
@@ -240,7 +257,7 @@ async def test_a_wrapper_that_ends_first_does_not_cost_the_real_program_its_grac
 
 
 @LINUX_ONLY
-async def test_what_a_program_leaves_behind_is_killed_and_counted(agent, tmp_path: Path):
+async def test_what_a_program_leaves_behind_is_killed_and_counted(agent: Agent, tmp_path: Path) -> None:
     """A daemon that holds the output open neither survives nor delays the end."""
     source = """
 if os.fork() == 0:
@@ -260,7 +277,9 @@ while not os.path.exists("pid"): pass
 
 
 @LINUX_ONLY
-async def test_a_process_that_forks_faster_than_it_is_found_does_not_escape(agent, tmp_path: Path):
+async def test_a_process_that_forks_faster_than_it_is_found_does_not_escape(
+    agent: Agent, tmp_path: Path
+) -> None:
     """Stopping comes before killing: a program that jumps from pid to pid is caught all the same."""
     source = """
 end = time.monotonic() + 30  # in case nobody catches it
@@ -278,32 +297,51 @@ time.sleep(0.2)
     assert time.monotonic() - began < 10
 
 
-async def test_a_stranger_that_holds_the_output_open_does_not_delay_the_end(agent, tmp_path: Path):
-    """The end of a pipe is never waited for: someone outside of the session may have it open."""
-    if sys.platform != "linux":
-        pytest.skip("opens another process's pipe through /proc")
+@LINUX_ONLY
+async def test_a_stranger_that_holds_the_output_does_not_delay_the_end(agent: Agent, tmp_path: Path) -> None:
+    """The end of a pipe is never waited for: someone outside of the session may have it open, and write to it."""
     source = "open('pid.new', 'w').write(str(os.getpid())); os.rename('pid.new', 'pid')\n"
-    source += "while not os.path.exists('go'): time.sleep(0.01)\nprint('bye')"
-    pipes: list[int] = []
-    async with anyio.create_task_group() as group:
+    source += "while not os.path.exists('go'): time.sleep(0.01)"
+    strangers: list[subprocess.Popen[bytes]] = []
 
-        async def hold() -> None:
-            await until((tmp_path / "pid").exists)
-            pipes.append(os.open(f"/proc/{(tmp_path / 'pid').read_text()}/fd/1", os.O_WRONLY))
-            (tmp_path / "go").touch()
+    async def write() -> None:
+        await until((tmp_path / "pid").exists)
+        with Path(f"/proc/{(tmp_path / 'pid').read_text()}/fd/1").open("wb") as pipe:
+            strangers.append(subprocess.Popen(["yes", str(tmp_path)], stdout=pipe, stderr=subprocess.DEVNULL))
+        (tmp_path / "go").touch()
 
-        group.start_soon(hold)
+    try:
         with anyio.fail_after(20):
-            ended = await run_supervised(agent(source))
-    os.close(pipes[0])
-    assert (ended.exit, (tmp_path / "stdout").read_text()) == (0, "bye\n")
+            async with anyio.create_task_group() as group:
+                group.start_soon(write)
+                assert (await run_supervised(agent(source))).exit == 0
+    finally:
+        for stranger in strangers:
+            stranger.kill()
+            stranger.wait()
+
+
+@LINUX_ONLY
+async def test_a_program_that_closes_its_output_costs_nothing(agent: Agent, tmp_path: Path) -> None:
+    """The supervisor of a silent, long-running program does not spin."""
+    source = """
+os.close(1); os.close(2)
+spent = lambda: sum(map(int, open(f"/proc/{os.getppid()}/stat").read().rpartition(")")[2].split()[11:13]))
+before = spent()
+time.sleep(0.5)
+open("ticks", "w").write(str(spent() - before))
+"""
+    assert (await run_supervised(agent(source))).exit == 0
+    assert int((tmp_path / "ticks").read_text()) < 0.25 * os.sysconf("SC_CLK_TCK")
 
 
 # Output
 
 
 @LINUX_ONLY
-async def test_a_flood_of_output_is_cut_in_the_middle_with_bounded_memory(agent, tmp_path: Path):
+async def test_a_flood_of_output_is_cut_in_the_middle_with_bounded_memory(
+    agent: Agent, tmp_path: Path
+) -> None:
     """Of 1 GiB the first bytes and the last MiB are kept, with the number of those left out between them."""
     source = """
 chunk = b"x" * (1 << 20)
@@ -323,7 +361,7 @@ open("peak", "w").write(peak[0].split()[1])
     assert stat.S_IMODE((tmp_path / "stdout").stat().st_mode) == 0o600
 
 
-async def test_output_between_the_cap_and_the_tail_is_whole(agent, tmp_path: Path):
+async def test_output_between_the_cap_and_the_tail_is_whole(agent: Agent, tmp_path: Path) -> None:
     """A line of 3 MB that is neither text nor ends is kept byte for byte."""
     line = b"\xff\xfe\x00\r" * 750_000
     ended = await run_supervised(agent("os.write(2, b'\\xff\\xfe\\0\\r' * 750_000)", cap=2 * MIB))
@@ -331,7 +369,9 @@ async def test_output_between_the_cap_and_the_tail_is_whole(agent, tmp_path: Pat
     assert (tmp_path / "stderr").read_bytes() == line
 
 
-async def test_output_on_a_full_disk_is_reported_and_the_program_goes_on(agent, tmp_path: Path):
+async def test_output_on_a_full_disk_is_reported_and_the_program_goes_on(
+    agent: Agent, tmp_path: Path
+) -> None:
     """A full disk loses output, which is said, but not the session."""
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
@@ -373,8 +413,8 @@ anyio.run(run_supervised, SupervisedCommand(
 
 
 @LINUX_ONLY
-async def test_nothing_outlives_a_kill_of_the_orchestrator(agent, tmp_path: Path):
-    """kill -9 of our process: what ignores, detached, cleared its environment dies within 2 s, then the lock is free."""
+async def test_nothing_outlives_a_kill_of_the_orchestrator(agent: Agent, tmp_path: Path) -> None:
+    """After kill -9 of ours, what ignores, detaches, clears its environment dies within 2 s, then the lock is free."""
     command = agent(NASTY)
     growing = [tmp_path / f"grows-{name}" for name in ("cli", "a", "b")]
     orchestrator = subprocess.Popen([sys.executable, "-c", ORCHESTRATOR, str(tmp_path)])
@@ -397,7 +437,7 @@ async def test_nothing_outlives_a_kill_of_the_orchestrator(agent, tmp_path: Path
 
 
 @LINUX_ONLY
-async def test_a_stop_ends_everything_after_the_grace(agent, tmp_path: Path):
+async def test_a_stop_ends_everything_after_the_grace(agent: Agent, tmp_path: Path) -> None:
     """Cancellation leaves nothing alive even of a program that will not end."""
     growing = [tmp_path / f"grows-{name}" for name in ("cli", "a", "b")]
     command = agent(NASTY, grace=0.2)
@@ -407,7 +447,7 @@ async def test_a_stop_ends_everything_after_the_grace(agent, tmp_path: Path):
     assert took < 5
 
 
-async def test_the_session_lock_is_held_as_long_as_the_session_lives(agent, tmp_path: Path):
+async def test_the_session_lock_is_held_as_long_as_the_session_lives(agent: Agent, tmp_path: Path) -> None:
     """Whoever waits for the lock goes on only when nothing of the session is left."""
     command = agent("open('ready', 'w')\nwhile not os.path.exists('go'): time.sleep(0.01)\nopen('done', 'w')")
     async with anyio.create_task_group() as group:
@@ -420,25 +460,27 @@ async def test_the_session_lock_is_held_as_long_as_the_session_lives(agent, tmp_
         assert (tmp_path / "done").exists()
 
 
-async def test_a_session_that_never_began_is_released(tmp_path: Path):
+async def test_a_session_that_never_began_is_released(tmp_path: Path) -> None:
     """Where no lock was ever made there is nothing to wait for, and none is made."""
     await wait_released(tmp_path / "never" / "task.lock", timeout=0)
     assert not (tmp_path / "never").exists()
 
 
 @pytest.mark.parametrize("delay", [0, 0.005, 0.01, 0.02, 0.03, 0.04, 0.06])
-async def test_a_cancellation_during_the_start_leaves_nothing(agent, delay: float):
+async def test_a_cancellation_during_the_start_leaves_nothing(agent: Agent, delay: float) -> None:
     """However early the cancellation comes, afterwards nothing lives, no descriptor is open, no zombie is left."""
     command = agent("time.sleep(300)")
-    before = set(os.listdir("/dev/fd"))
+    before = open_fds()
     with anyio.move_on_after(delay):
         await run_supervised(command)
     assert not psutil.Process().children()
     assert not command.lock.exists() or is_free(command.lock)
-    assert set(os.listdir("/dev/fd")) == before
+    assert open_fds() == before
 
 
-async def test_a_program_of_a_session_cancelled_before_its_start_never_runs(agent, tmp_path: Path):
+async def test_a_program_of_a_session_cancelled_before_its_start_never_runs(
+    agent: Agent, tmp_path: Path
+) -> None:
     """A session that is stopped while the supervisor starts costs no call of a model."""
     with anyio.CancelScope() as scope:
         await run_supervised(agent("open('ran', 'w'); time.sleep(300)"), on_spawned=scope.cancel)
@@ -446,7 +488,7 @@ async def test_a_program_of_a_session_cancelled_before_its_start_never_runs(agen
     assert not (tmp_path / "ran").exists()
 
 
-async def test_a_failing_callback_ends_the_session(agent):
+async def test_a_failing_callback_ends_the_session(agent: Agent) -> None:
     """An error in the caller's own code leaves no CLI running behind it."""
 
     def fail() -> None:
@@ -459,7 +501,9 @@ async def test_a_failing_callback_ends_the_session(agent):
 
 
 @LINUX_ONLY
-async def test_a_killed_supervisor_is_an_error_and_takes_its_program_along(agent, tmp_path: Path):
+async def test_a_killed_supervisor_is_an_error_and_takes_its_program_along(
+    agent: Agent, tmp_path: Path
+) -> None:
     """Without a report nothing is known of the session; its CLI at least dies with the supervisor."""
     source = "open('pid.new', 'w').write(str(os.getpid())); os.rename('pid.new', 'pid'); time.sleep(300)"
 
@@ -475,7 +519,7 @@ async def test_a_killed_supervisor_is_an_error_and_takes_its_program_along(agent
     assert not psutil.Process().children()
 
 
-async def test_a_supervisor_is_stopped_by_sigterm_and_by_nothing_less(agent, tmp_path: Path):
+async def test_a_supervisor_is_stopped_by_sigterm_and_by_nothing_less(agent: Agent, tmp_path: Path) -> None:
     """SIGTERM to the supervisor is a stop; a hang-up or an interrupt is not for it."""
 
     async def interfere() -> None:
@@ -491,9 +535,9 @@ async def test_a_supervisor_is_stopped_by_sigterm_and_by_nothing_less(agent, tmp
     assert (tmp_path / "last-word").exists()
 
 
-async def test_fifty_sessions_at_once_leave_nothing_open(agent, tmp_path: Path):
+async def test_fifty_sessions_at_once_leave_nothing_open(agent: Agent, tmp_path: Path) -> None:
     """Each gets its own answer, and no descriptor, thread or zombie stays behind for one."""
-    before = set(os.listdir("/dev/fd"))
+    before = open_fds()
     template = agent("print(sys.argv[2]); sys.exit(int(sys.argv[2]))")
     ends: dict[int, Ended] = {}
 
@@ -513,14 +557,14 @@ async def test_fifty_sessions_at_once_leave_nothing_open(agent, tmp_path: Path):
     assert [ends[number].exit for number in range(50)] == list(range(50))
     assert [(tmp_path / f"{number}.out").read_text() for number in range(50)] == [f"{n}\n" for n in range(50)]
     assert not psutil.Process().children()
-    assert set(os.listdir("/dev/fd")) == before
+    assert open_fds() == before
 
 
-async def test_a_supervisor_that_can_not_be_started_is_an_error(agent):
+async def test_a_supervisor_that_can_not_be_started_is_an_error(agent: Agent) -> None:
     """Out of descriptors: the error comes out, and nothing is left behind."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     # A first thread and its event loop's descriptors exist already.
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 1, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(open_fds()) + 2, hard))
     try:
         with pytest.raises(OSError, match="Too many open files"):
             await run_supervised(agent(""))

@@ -73,7 +73,9 @@ def python(code: str, *args: object) -> Iterator[subprocess.Popen[str]]:
     """A Python program of our own that is dead, whatever happens, when the block ends."""
     argv = [sys.executable, "-c", code, *map(str, args)]
     pipe = subprocess.PIPE
-    with subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True, env={"PYTHONPATH": os.getcwd()}) as child:
+    with subprocess.Popen(
+        argv, stdin=pipe, stdout=pipe, text=True, env={"PYTHONPATH": str(Path.cwd())}
+    ) as child:
         try:
             yield child
         finally:
@@ -107,11 +109,15 @@ async def until(condition: Callable[[], bool]) -> None:
         await anyio.sleep(0.005)
 
 
+def open_fds() -> set[str]:
+    return {path.name for path in Path("/dev/fd").iterdir() if path.is_symlink()}
+
+
 def waiting_threads() -> int:
     return sum(thread.name == "flock a.lock" for thread in threading.enumerate())
 
 
-async def test_opening_and_closing_the_file_elsewhere_does_not_drop_the_lock(path: Path):
+async def test_opening_and_closing_the_file_elsewhere_does_not_drop_the_lock(path: Path) -> None:
     """Any part of this process may read the lock file while another holds it."""
     async with FileLock(path).hold():
         path.read_bytes()
@@ -120,7 +126,7 @@ async def test_opening_and_closing_the_file_elsewhere_does_not_drop_the_lock(pat
     assert is_free(path)
 
 
-async def test_two_holders_in_one_process_exclude_each_other(path: Path, tmp_path: Path):
+async def test_two_holders_in_one_process_exclude_each_other(path: Path, tmp_path: Path) -> None:
     """A second task gets the lock only after the first, even by another spelling of the path."""
     alias = tmp_path / "x" / ".." / "a.lock"
     (tmp_path / "x").mkdir()
@@ -133,7 +139,7 @@ async def test_two_holders_in_one_process_exclude_each_other(path: Path, tmp_pat
         pass
 
 
-async def test_the_tasks_of_a_process_get_the_lock_in_the_order_of_their_asking(path: Path):
+async def test_the_tasks_of_a_process_get_the_lock_in_the_order_of_their_asking(path: Path) -> None:
     """Nobody starves: first come, first served, and one at a time."""
     order: list[int] = []
 
@@ -151,7 +157,9 @@ async def test_the_tasks_of_a_process_get_the_lock_in_the_order_of_their_asking(
 
 
 @pytest.mark.parametrize("keeps", [False, True], ids=["not-kept", "kept"])
-async def test_after_a_kill_of_the_owner_only_a_child_that_was_given_the_lock_holds_it(path: Path, keeps: bool):
+async def test_after_a_kill_of_the_owner_only_a_child_that_was_given_the_lock_holds_it(
+    path: Path, keeps: bool
+) -> None:
     """A killed owner's lock is free at once; with the descriptor kept it is free once the child has ended too."""
     fifo, pid_file = path.parent / "fifo", path.parent / "pid"
     os.mkfifo(fifo)
@@ -176,7 +184,7 @@ async def test_after_a_kill_of_the_owner_only_a_child_that_was_given_the_lock_ho
         pass
 
 
-async def test_a_released_lock_file_stays_so_that_there_are_never_two_holders(path: Path):
+async def test_a_released_lock_file_stays_so_that_there_are_never_two_holders(path: Path) -> None:
     """Of three processes, the one that waited and the one that comes later meet at the same file."""
     async with anyio.create_task_group() as group:
         with held_elsewhere(path) as release:
@@ -190,28 +198,35 @@ async def test_a_released_lock_file_stays_so_that_there_are_never_two_holders(pa
     assert path.stat().st_ino == inode
 
 
-async def test_who_waits_gets_the_lock_when_another_process_ends(path: Path):
+async def test_who_waits_gets_the_lock_when_another_process_ends(path: Path) -> None:
     """A holder that is killed gives way to who waits."""
     with python(HOLDER, path) as child:
         assert child.stdout is not None
         child.stdout.readline()
+
+        async def kill() -> None:
+            await until(lambda: waiting_threads() == 1)
+            child.kill()
+
         async with anyio.create_task_group() as group:
-            group.start_soon(lambda: until(lambda: waiting_threads() == 1 and child.kill() is None))
+            group.start_soon(kill)
             async with FileLock(path).hold(timeout=20):
                 assert not is_free(path)
 
 
-async def test_a_refusal_names_the_holder(path: Path):
+async def test_a_refusal_names_the_holder(path: Path) -> None:
     """The message says which process to wait for or to stop."""
     with python(HOLDER, path) as child:
         assert child.stdout is not None
         child.stdout.readline()
-        with pytest.raises(LockHeld, match=rf"a\.lock is locked by process {child.pid} \(alive, since 20.* UTC\)"):
+        with pytest.raises(
+            LockHeld, match=rf"a\.lock is locked by process {child.pid} \(alive, since 20.* UTC\)"
+        ):
             async with FileLock(path).hold(timeout=0):
                 pass
 
 
-async def test_a_file_that_nobody_signed_is_refused_without_a_name(path: Path):
+async def test_a_file_that_nobody_signed_is_refused_without_a_name(path: Path) -> None:
     """Whatever another program left in the lock file, the answer is a refusal, not a crash."""
     path.write_bytes(b'\xff{"pid": []')
     with path.open("rb") as file:
@@ -221,7 +236,7 @@ async def test_a_file_that_nobody_signed_is_refused_without_a_name(path: Path):
                 pass
 
 
-async def test_an_abandoned_wait_gives_itself_back(path: Path):
+async def test_an_abandoned_wait_gives_itself_back(path: Path) -> None:
     """A lock that comes too late for who gave up is free for everyone else."""
     with held_elsewhere(path) as release:
         with pytest.raises(LockHeld):
@@ -232,7 +247,7 @@ async def test_an_abandoned_wait_gives_itself_back(path: Path):
         await until(lambda: waiting_threads() == 0 and is_free(path))
 
 
-async def test_abandoned_waits_do_not_pile_up(path: Path):
+async def test_abandoned_waits_do_not_pile_up(path: Path) -> None:
     """However often a process gives up, one thread waits for it, and the next task takes that one over."""
     lock = FileLock(path)
     with held_elsewhere(path) as release:
@@ -252,9 +267,9 @@ async def test_abandoned_waits_do_not_pile_up(path: Path):
 
 
 @pytest.mark.parametrize("turns", range(12))
-async def test_a_cancelled_wait_leaves_nothing_locked(path: Path, turns: int):
+async def test_a_cancelled_wait_leaves_nothing_locked(path: Path, turns: int) -> None:
     """Wherever in the acquisition the cancellation comes, the lock and its queue are free afterwards."""
-    before = len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0
+    before = open_fds()
 
     async def work() -> None:
         async with FileLock(path).hold():
@@ -268,18 +283,63 @@ async def test_a_cancelled_wait_leaves_nothing_locked(path: Path, turns: int):
     async with FileLock(path).hold(timeout=5):
         pass
     await until(lambda: waiting_threads() == 0)
-    if sys.platform == "linux":
-        assert len(os.listdir("/proc/self/fd")) == before
+    assert open_fds() == before
 
 
-async def test_a_process_that_gave_up_can_end_while_the_lock_is_held(path: Path):
+async def test_a_lock_that_comes_at_the_moment_of_the_cancellation_is_given_back(path: Path) -> None:
+    """The waiting thread has got the lock, but its task is cancelled before it hears of that."""
+    async with anyio.create_task_group() as group:
+        with held_elsewhere(path) as release:
+            group.start_soon(FileLock(path).hold().__aenter__)
+            await until(lambda: waiting_threads() == 1)
+            release()
+            # The loop stands still meanwhile: the thread's message is sent, and not yet read.
+            while waiting_threads():
+                time.sleep(0.001)
+            assert not is_free(path)
+            group.cancel_scope.cancel()
+    assert is_free(path)
+
+
+async def test_tasks_that_wait_for_another_process_follow_each_other(path: Path) -> None:
+    """Behind the task that had to wait for the file, the next of its process gets a lock of its own."""
+    got: list[int] = []
+
+    async def work(number: int) -> None:
+        async with FileLock(path).hold() as held:
+            os.fstat(held.fd)
+            assert not is_free(path)
+            got.append(number)
+
+    with held_elsewhere(path) as release:
+        async with anyio.create_task_group() as group:
+            for number in range(3):
+                group.start_soon(work, number)
+            await until(lambda: waiting_threads() == 1)
+            release()
+    assert got == [0, 1, 2]
+    assert is_free(path)
+
+
+async def test_a_release_leaves_the_lock_to_a_child_that_keeps_it(path: Path) -> None:
+    """A git command that outlives our block still has its repository to itself."""
+    async with FileLock(path).hold() as held:
+        child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=[held.fd])
+    try:
+        assert not is_free(path)
+    finally:
+        child.communicate()
+    assert is_free(path)
+
+
+async def test_a_process_that_gave_up_can_end_while_the_lock_is_held(path: Path) -> None:
     """The thread that is still blocked in the kernel keeps no process alive."""
     with held_elsewhere(path), python(GIVES_UP, path) as child:
         assert child.communicate(timeout=20)[0] == "gave up\n"
         assert child.returncode == 0
 
 
-async def test_the_lock_file_is_private_and_never_a_symbolic_link(path: Path, tmp_path: Path):
+async def test_the_lock_file_is_private_and_never_a_symbolic_link(path: Path, tmp_path: Path) -> None:
     """Nobody else can read who holds it, nor have us write through a link."""
     async with FileLock(path).hold():
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -291,7 +351,7 @@ async def test_the_lock_file_is_private_and_never_a_symbolic_link(path: Path, tm
     assert (tmp_path / "victim").read_text() == "precious"
 
 
-async def test_a_failing_body_releases_the_lock(path: Path):
+async def test_a_failing_body_releases_the_lock(path: Path) -> None:
     """An error inside the block goes on to the caller and leaves the lock free."""
     with pytest.raises(ZeroDivisionError):
         async with FileLock(path).hold():

@@ -1,0 +1,148 @@
+"""Killed anywhere, a run that is resumed lands each task once and leaves nothing behind."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+
+from orchestrator.failpoints import FAILPOINTS
+from tests.conftest import Ended, Repository
+
+IN_RECOVERY = frozenset(name for name in FAILPOINTS if name.startswith("recovery."))
+#: Where the first process must die for a recovery to reach each point.
+LEADS_TO = {
+    "recovery.session_reaped": "session.spawned",
+    "recovery.attempt_returned": "attempt.recorded",
+    "recovery.landing_settled": "landing.pushed",
+}
+
+
+def chain_and_sides(count: int) -> list[dict[str, object]]:
+    """Return tasks of which every third needs the one before; one fails once, one leaves a daemon behind."""
+    tasks: list[dict[str, object]] = []
+    for index in range(count):
+        prompt = f"append shared-{index % 3}.txt line {index}\nwrite own/{index}.txt {index}"
+        if index == 1:
+            prompt = f"attempt 1 exit 3\n{prompt}"
+        if index == 2:
+            prompt = f"{prompt}\ndaemon own/daemon.txt"
+        tasks.append({"id": f"t{index}", "prompt": prompt, "needs": [f"t{index - 3}"] if index >= 3 else []})
+    return tasks
+
+
+async def finish(repository: Repository, count: int) -> Ended:
+    """Resume until the run is over; check that it all landed once, and that one more resume changes nothing."""
+    for _ in range(5):
+        ended = repository.council("resume", "--json")
+        if ended.code != 3:
+            break
+    assert ended.code == 0, ended
+    assert set(ended.states.values()) == {"landed"}
+    assert len(ended.states) == count
+    await repository.assert_invariants()
+    log = {path: path.read_bytes() for path in (repository.top / ".council/state").iterdir()}
+    head = repository.git("rev-parse", "main")
+    assert repository.council("resume", "--json").code == 0
+    assert {path: path.read_bytes() for path in (repository.top / ".council/state").iterdir()} == log
+    assert repository.git("rev-parse", "main") == head
+    return ended
+
+
+@pytest.mark.parametrize("name", sorted(FAILPOINTS - IN_RECOVERY))
+@pytest.mark.parametrize("hit", [1, 3])
+async def test_killed_at_a_failpoint(repository: Repository, name: str, hit: int) -> None:
+    """A kill right after any persisted or outward step loses nothing and repeats nothing."""
+    if hit > 1 and name.startswith("run."):
+        pytest.skip("reached once in a run")
+    config = repository.configure(chain_and_sides(4))
+    killed = repository.council("run", str(config), "--json", failpoints=f"{name}=kill@{hit}")
+    assert killed.code == -signal.SIGKILL, killed
+    await finish(repository, 4)
+
+
+@pytest.mark.parametrize("name", sorted(IN_RECOVERY))
+@pytest.mark.parametrize("again", ["", "landing.intended", "worktree.removed"])
+async def test_killed_inside_a_recovery(repository: Repository, name: str, again: str) -> None:
+    """A recovery that is itself killed, and the one after it too, comes to the same end."""
+    config = repository.configure(chain_and_sides(4))
+    assert repository.council("run", str(config), failpoints=f"{LEADS_TO[name]}=kill@2").code == -signal.SIGKILL
+    assert repository.council("resume", failpoints=f"{name}=kill").code == -signal.SIGKILL
+    if again:
+        assert repository.council("resume", failpoints=f"{again}=kill").code == -signal.SIGKILL
+    await finish(repository, 4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_killed_at_random_moments(repository: Repository, seed: int) -> None:
+    """Kills at moments that no one chose, a few in a row, lose nothing and repeat nothing."""
+    dice = random.Random(seed)
+    config = repository.configure(chain_and_sides(6))
+    command = ["run", str(config)]
+    for _ in range(4):
+        child = repository.start(*command)
+        try:
+            child.communicate(timeout=dice.uniform(0.3, 2.5))
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGKILL)
+            child.communicate()
+        # Killed before the run was recorded there is nothing to resume.
+        started = repository.council("status").code != 2
+        command = ["resume"] if started else command
+    if not started:
+        repository.council(*command)
+    await finish(repository, 6)
+
+
+async def test_resume_at_once_waits_until_a_stubborn_agent_is_dead(repository: Repository) -> None:
+    """With an agent that ignores TERM, leaves its session and keeps writing, nothing is touched before all is dead."""
+    prompt = "stubborn\nwrite file.txt first\ndaemon file.txt\nattempt 1 hang"
+    config = repository.configure([{"id": "stubborn", "prompt": prompt}])
+    child = repository.start("run", str(config))
+    wait_for(lambda: repository.spawns.exists() and any_growing(repository))
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    killed_at = time.monotonic()
+    ended = repository.council("resume", "--json")
+    assert ended.states == {"stubborn": "landed"}, ended
+    reaped = next(line for line in ended.lines if line.get("event") == "task.interrupted")
+    assert time.monotonic() - killed_at < 30
+    assert reaped["reason"] == "the orchestrator ended before the session did"
+    await repository.assert_invariants()
+
+
+def any_growing(repository: Repository) -> bool:
+    """Whether an agent's daemon is at work in a session of the repository."""
+    homes = repository.top.parent / "council-home"
+    return any(len(path.read_bytes()) > 10 for path in homes.glob("*/sessions/*/*/tree/file.txt"))
+
+
+def wait_for(condition: object, limit: float = 20.0) -> None:
+    """Poll until a process has got somewhere."""
+    assert callable(condition)
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.02)
+
+
+async def test_interrupted_by_a_signal_the_work_is_kept_and_resumed(repository: Repository) -> None:
+    """The first SIGINT ends sessions, keeps what they did on a branch, exits 130; resume goes on."""
+    prompt = "write half.txt half\nattempt 1 hang"
+    config = repository.configure([{"id": "long", "prompt": prompt}])
+    child = repository.start("run", str(config), "--json")
+    homes = repository.top.parent / "council-home"
+    wait_for(lambda: list(homes.glob("*/sessions/*/*/tree/half.txt")))
+    child.send_signal(signal.SIGINT)
+    stdout, stderr = child.communicate(timeout=30)
+    ended = Ended(child.returncode, stdout, stderr)
+    assert (ended.code, ended.result["status"], ended.result["exit"]) == (130, "interrupted", 130)
+    task = ended.result["tasks"][0]
+    assert task["state"] == "pending"
+    where = repository.council("where", "--json").result
+    show = ["git", "show", f"{task['branch']}:half.txt"]
+    assert subprocess.run(show, check=True, cwd=where["trusted"], capture_output=True).stdout == b"half\n"
+    await finish(repository, 1)

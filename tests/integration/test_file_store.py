@@ -1,0 +1,86 @@
+"""The file store as its one process sees it: privacy, refusals, and followers that need no polling."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import anyio
+import pytest
+
+from orchestrator.clock import SystemClock
+from orchestrator.errors import StoreUnavailable
+from orchestrator.protocols import Commit, Event, Record
+from orchestrator.state import file
+from orchestrator.state.file import FileStore
+
+
+async def test_files_are_private(tmp_path: Path) -> None:
+    """The directory is 0700 and each file in it 0600, whatever the umask allows."""
+    directory = tmp_path / "new" / "state"
+    before = os.umask(0)
+    try:
+        async with FileStore.open(directory, SystemClock()) as store:
+            await store.commit(Commit(events=[Event("e")]))
+    finally:
+        os.umask(before)
+    assert oct(directory.stat().st_mode & 0o777) == "0o700"
+    assert {oct(path.stat().st_mode & 0o777) for path in directory.iterdir()} == {"0o600"}
+
+
+async def test_a_place_that_can_not_be_used_is_said(tmp_path: Path) -> None:
+    """A state directory that is a file is reported as unavailable, not as a bug."""
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreUnavailable):
+        async with FileStore.open(tmp_path / "file", SystemClock()):
+            pass
+
+
+async def test_a_follower_is_woken_by_commits_of_its_own_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were there an hour between two looks at the files, a commit of this process would still be seen at once."""
+    for pause in ("_POLL_FASTEST", "_POLL_SLOWEST"):
+        monkeypatch.setattr(file, pause, 3600.0)
+    async with FileStore.open(tmp_path, SystemClock()) as store, anyio.create_task_group() as tasks:
+
+        async def answer() -> None:
+            async for record in store.follow():
+                if record.position % 2:
+                    await store.commit(Commit(events=[Event("pong")]))
+
+        tasks.start_soon(answer)
+        with anyio.fail_after(10):
+            await store.commit(Commit(events=[Event("ping")]))
+            async for record in store.follow():
+                if record.position == 20:
+                    break
+                if record.position % 2 == 0:
+                    await store.commit(Commit(events=[Event("ping")]))
+        tasks.cancel_scope.cancel()
+
+
+async def test_a_commit_cut_off_the_hard_way_is_whole_or_absent(tmp_path: Path) -> None:
+    """When tasks are cancelled natively, past any shield, no two threads write at once and nothing is half done."""
+    async with FileStore.open(tmp_path, SystemClock()) as store:
+        for number in range(20):
+            task = asyncio.ensure_future(store.commit(Commit(events=[Event("e", {"n": number})])))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+        end = await store.commit(Commit(events=[Event("last")]))
+        records = [record async for record in _until(store, end)]
+        assert [record.position for record in records] == list(range(1, end + 1))
+        numbers = [event.data["n"] for record in records[:-1] for event in record.events]
+        assert len(set(numbers)) == len(numbers)
+        assert list(records[-1].events) == [Event("last")]
+    async with FileStore.open(tmp_path, SystemClock()) as store:
+        assert (await store.position(), list(store.damage)) == (end, [])
+
+
+async def _until(store: FileStore, end: int) -> AsyncIterator[Record]:
+    async for record in store.follow():
+        yield record
+        if record.position == end:
+            return

@@ -1,0 +1,185 @@
+"""A file that is right becomes a run in which nothing is left to be looked up."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from adapters.command import CommandAdapter
+from orchestrator.config.load import load_config
+from orchestrator.config.model import AdapterConfig, Backoff, RunConfig, TaskSpec, restore_adapter
+from orchestrator.errors import ConfigError, RefusedError
+
+TYPES = {"command": CommandAdapter}
+SMALLEST = """\
+version: 1
+adapters:
+  fixer: {use: command, argv: [fix]}
+tasks:
+  - {id: a, prompt: Fix it.}
+"""
+FULL = """\
+%YAML 1.2
+---
+version: 1
+repo: "code"
+base: develop
+target: team/work
+capacity: 0x10
+adapters:
+  fixer:
+    use: command
+    argv: [python3, tools/fix.py, "{prompt_file}"]
+    env: [HOME, MY_KEY]
+  other:
+    use: command
+    argv: [other]
+    env: {MODE: "on"}
+    prompt: stdin
+defaults:
+  adapter: fixer
+  timeout: 1h30m
+  attempts: 5
+  backoff: {initial: 500ms, factor: 3, max: 1h, jitter: false}
+tasks:
+  - id: models
+    prompt: Add a User model.
+  - id: api
+    prompt_file: prompts/api.md
+    needs: [models]
+    adapter: other
+    timeout: 2d
+    attempts: 1
+    backoff: {initial: 1s}
+"""
+
+
+def load(folder: Path, text: str) -> RunConfig:
+    path = folder / "council.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_config(path, TYPES)
+
+
+def test_smallest_file_gets_all_defaults(tmp_path):
+    """What is left out has its documented value in every task."""
+    config = load(tmp_path, SMALLEST)
+    assert (config.repo, config.is_url, config.base) == (str(tmp_path), False, "main")
+    assert (config.target, config.capacity, config.path) == (None, 4, tmp_path / "council.yaml")
+    [task] = config.tasks
+    assert task == TaskSpec(
+        id="a",
+        prompt="Fix it.",
+        needs=(),
+        adapter="fixer",
+        timeout=1800.0,
+        attempts=3,
+        backoff=Backoff(initial=2.0, factor=2.0, max=300.0, jitter=True),
+    )
+
+
+def test_tasks_override_defaults_key_by_key(tmp_path):
+    """A task's own settings win over the defaults, within backoff one by one; prompts are read from their files."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts/api.md").write_bytes("\ufeffÄ prompt\r\n".encode())
+    config = load(tmp_path, FULL)
+    models, api = config.tasks
+    assert (config.repo, config.capacity, config.target) == (str(tmp_path / "code"), 16, "team/work")
+    assert (models.adapter, models.timeout, models.attempts) == ("fixer", 5400.0, 5)
+    assert models.backoff == Backoff(initial=0.5, factor=3, max=3600, jitter=False)
+    assert (api.prompt, api.needs, api.adapter) == ("Ä prompt\r\n", ("models",), "other")
+    assert (api.timeout, api.attempts) == (172800.0, 1)
+    assert api.backoff == Backoff(initial=1.0, factor=3, max=3600, jitter=False)
+    assert config.adapters["other"].options.model_dump() == {
+        "argv": ("other",),
+        "env": {"MODE": "on"},
+        "prompt": "stdin",
+    }
+
+
+def test_what_is_stored_is_restored(tmp_path):
+    """Tasks and adapters come back equal from JSON, without the file."""
+    config = load(tmp_path, SMALLEST.replace("argv: [fix]", "argv: [fix], env: {A: b}"))
+    for task in config.tasks:
+        assert TaskSpec.model_validate(json.loads(task.model_dump_json())) == task
+    for name, adapter in config.adapters.items():
+        assert restore_adapter(name, json.loads(json.dumps(adapter.stored())), TYPES) == adapter
+    assert json.loads(config.model_dump_json())["adapters"]["fixer"]["options"]["argv"] == ["fix"]
+
+
+@pytest.mark.parametrize(
+    ("stored", "fragment"), [({"use": "gone"}, "install the plugin"), ({"use": "command", "argv": 1}, "version")]
+)
+def test_adapter_that_no_longer_fits_is_refused(stored, fragment):
+    """Restoring says what to do when a plugin is gone or takes other options now."""
+    with pytest.raises(RefusedError, match=fragment):
+        restore_adapter("fixer", stored, TYPES)
+
+
+@pytest.mark.parametrize(
+    ("written", "is_url"),
+    [
+        ("https://host/x.git", True),
+        ("ssh://git@host/x", True),
+        ("git@host:x/y.git", True),
+        ("file:///x", True),
+        ("./a:b", False),
+    ],
+)
+def test_repo_is_url_or_path(tmp_path, written, is_url):
+    """A colon before the first slash makes a URL, kept as written; anything else is a path, made absolute."""
+    (tmp_path / "a:b").mkdir()
+    config = load(tmp_path, f"repo: '{written}'\n{SMALLEST}")
+    assert (config.is_url, config.repo) == (is_url, written if is_url else str(tmp_path / "a:b"))
+
+
+def test_paths_are_relative_to_the_file(tmp_path, monkeypatch):
+    """The folder that the process is in does not matter, nor does a byte order mark."""
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "code").mkdir()
+    (tmp_path / "etc/p.md").write_text("Do.")
+    text = SMALLEST.replace("prompt: Fix it.", "prompt_file: p.md")
+    (tmp_path / "etc/council.yaml").write_bytes(b"\xef\xbb\xbf" + f"repo: ../code\n{text}".encode())
+    monkeypatch.chdir(tmp_path)
+    config = load_config(Path("etc/council.yaml"), TYPES)
+    assert (config.repo, config.tasks[0].prompt) == (str(tmp_path / "code"), "Do.")
+    assert config.path == tmp_path / "etc/council.yaml"
+
+
+def test_words_are_text_unless_yaml_1_2_says_otherwise(tmp_path):
+    """`on`, `yes`, dates and versions are text, as are quoted numbers."""
+    texts = ["on", "yes", "NO", "2026-01-01", "1.2.3", "1_000", "12:30", "'7'", '"true"', "=", "+", "-x", "0b1", ".e1"]
+    config = load(tmp_path, SMALLEST.replace("argv: [fix]", f"argv: [{', '.join(texts)}]"))
+    assert config.adapters["fixer"].options.model_dump()["argv"] == tuple(text.strip("'\"") for text in texts)
+
+
+def test_prompt_file_may_be_shared(tmp_path):
+    """Two tasks may name the same prompt file."""
+    (tmp_path / "p").write_text("Do.")
+    text = SMALLEST.replace("prompt: Fix it.", "prompt_file: p") + "  - {id: b, prompt_file: p}\n"
+    assert [task.prompt for task in load(tmp_path, text).tasks] == ["Do.", "Do."]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_prompt_file_without_permission(tmp_path):
+    """A prompt file that may not be read is told of at the key's value."""
+    (tmp_path / "p").write_text("Do.")
+    (tmp_path / "p").chmod(0)
+    with pytest.raises(ConfigError, match="permission denied"):
+        load(tmp_path, SMALLEST.replace("prompt: Fix it.", "prompt_file: p"))
+
+
+def test_models_are_frozen(tmp_path):
+    """A run that was checked can't be changed afterwards."""
+    config = load(tmp_path, SMALLEST)
+    with pytest.raises(ValueError, match="frozen"):
+        config.capacity = 9
+    assert isinstance(config.adapters["fixer"], AdapterConfig)
+
+
+def test_long_chain_of_needs_loads(tmp_path):
+    """Neither depth nor number of tasks meets a recursion limit."""
+    tasks = "".join(f"  - {{id: t{i}, prompt: x, needs: [t{i + 1}]}}\n" for i in range(3000))
+    config = load(tmp_path, SMALLEST + tasks + "  - {id: t3000, prompt: x}\n")
+    assert len(config.tasks) == 3002

@@ -1,0 +1,280 @@
+"""Every mistake in a file is told at its place, all at once, with what would be right."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from adapters.command import CommandAdapter
+from orchestrator.config.load import load_config
+from orchestrator.errors import ConfigError
+
+TYPES = {"command": CommandAdapter}
+HEAD = "version: 1\nadapters: {x: {use: command, argv: [x]}}\n"  # two lines
+TASKS = "tasks: [{id: a, prompt: p}]\n"
+TAIL = "adapters: {x: {use: command, argv: [x]}}\ntasks: [{id: a, prompt: p}]\n"
+
+
+def mistakes(folder: Path, content: str | bytes) -> list[tuple[int, int, str]]:
+    path = folder / "council.yaml"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, TYPES)
+    for problem in caught.value.problems:
+        assert str(problem).startswith(f"{path}:{problem.line}:{problem.column}: ")
+        assert problem.what
+        assert problem.remedy
+    return [(p.line, p.column, f"{p.what}: {p.remedy}") for p in caught.value.problems]
+
+
+def adapter(options: str) -> str:
+    return f"version: 1\nadapters:\n  x:\n    use: command\n{options}{TASKS}"
+
+
+# fmt: off
+ONE_MISTAKE = {
+    "empty": ("", 1, 1, "is empty: write a run"),
+    "only a comment": ("# x\n", 1, 1, "is empty"),
+    "null document": ("---\n", 1, 1, "is empty"),
+    "a list": ("\n- x\n", 2, 1, "not a mapping: begin with keys"),
+    "a word": ("hello\n", 1, 1, "not a mapping"),
+    "second document": (HEAD + TASKS + "---\na: b\n", 4, 1, "second document"),
+    "tab": (HEAD + "tasks:\n\t- id: a\n", 4, 1, "tab can't indent: use spaces"),
+    "colon in text": (HEAD + "tasks:\n  - id: a\n    prompt: fix: it\n", 5, 16, "quote text that holds ': '"),
+    "open bracket": (HEAD + "tasks: [{id: a\n\n\n", 3, 9, "close the bracket"),
+    "open quote": (HEAD + 'tasks: "x\n\n', 3, 8, "close the quotes"),
+    "at sign": (HEAD + "repo: @x\n", 3, 7, "quote text that begins with @"),
+    "bad escape": (HEAD + 'repo: "\\q"\n', 3, 7, "backslash twice"),
+    "control character": (HEAD + TASKS + "# \x01\n", 4, 3, "'\\x01' is not allowed: remove it"),
+    "escaped NUL": (HEAD + 'tasks: [{id: a, prompt: "x\\0"}]\n', 3, 25, "holds the character '\\x00': remove"),
+    "not UTF-8": (HEAD.encode() + b"# \xc3\xa4\xff", 3, 4, "0xff is not UTF-8: save"),
+    "not UTF-8 behind a mark": (b"\xef\xbb\xbf# \xff", 1, 3, "0xff is not UTF-8: save"),
+    "UTF-16": ("version: 1".encode("utf-16"), 1, 1, "is not UTF-8: save"),
+    "too deep": (HEAD + "tasks: " + "[" * 100 + "]" * 100, 3, 8 + 63, "more than 64 collections"),
+    "alias": (HEAD + TASKS + "repo: *x\n", 4, 7, "aliases are not taken: write in full what *x"),
+    "anchor": (HEAD + TASKS + "repo: &x .\n", 4, 7, "anchors are not taken: remove &x"),
+    "tag": (HEAD + TASKS + "repo: !!str .\n", 4, 7, "tags are not taken"),
+    "bare tag": (HEAD + TASKS + "repo: ! .\n", 4, 7, "tags are not taken"),
+    "tagged mapping": (HEAD + "tasks: [!!map {id: a, prompt: p}]\n", 3, 9, "tags are not taken"),
+    "merge key": (HEAD + TASKS + "<<: {}\n", 4, 1, "merge keys are not taken"),
+    "duplicate key": (HEAD + TASKS + "'version': 1\n", 4, 1, "there already, on line 1"),
+    "number as key": (HEAD + TASKS + "1: 2\n", 4, 1, "a key must be text"),
+    "list as key": (HEAD + TASKS + "? [a]\n: 2\n", 4, 3, "a key must be text"),
+    "infinite": (HEAD + TASKS + "capacity: .inf\n", 4, 11, "not finite"),
+    "overflow": (HEAD + TASKS + "capacity: 1e999\n", 4, 11, "not finite"),
+    "not a number": (HEAD + TASKS + "capacity: .NaN\n", 4, 11, "not finite"),
+    "huge": (HEAD + TASKS + f"capacity: {'9' * 5000}\n", 4, 11, "too large"),
+    "unknown key": (HEAD + TASKS + "capcity: 2\n", 4, 1, "'capcity' is not known: did you mean 'capacity'?"),
+    "unknown, nothing like it": (HEAD + TASKS + "zzz: 2\n", 4, 1, "the keys here are version, repo"),
+    "unknown in a task": (HEAD + "tasks:\n- id: a\n  prompt: p\n  atempts: 2\n", 6, 3, "did you mean 'attempts'?"),
+    "unknown in backoff": (HEAD + TASKS + "defaults: {backoff: {jiter: true}}\n", 4, 22, "did you mean 'jitter'?"),
+    "missing version": (TAIL, 1, 1, "the key 'version' is missing: add `version:`"),
+    "missing id": (HEAD + "tasks:\n  - prompt: p\n", 4, 5, "the key 'id' is missing"),
+    "missing use": ("version: 1\nadapters:\n  x:\n    argv: [x]\n" + TASKS, 4, 5, "the key 'use' is missing"),
+    "version 2": ("version: 2\n" + TAIL, 1, 10, "version 2 is not known here: write 1"),
+    "version true": ("version: true\n" + TAIL, 1, 10, "the boolean true: write a whole number"),
+    "version 1.0": ("version: 1.0\n" + TAIL, 1, 10, "the number 1.0: write a whole number"),
+    "quoted number": (HEAD + TASKS + 'capacity: "4"\n', 4, 11, "capacity is the text '4': write a whole number"),
+    "capacity 0": (HEAD + TASKS + "capacity: 0\n", 4, 11, "capacity is the number 0: write 1 or more"),
+    "capacity 1001": (HEAD + TASKS + "capacity: 1001\n", 4, 11, "write 1000 or less"),
+    "attempts 101": (HEAD + "tasks: [{id: a, prompt: p, attempts: 101}]\n", 3, 38, "write 100 or less"),
+    "factor": (HEAD + TASKS + "defaults: {backoff: {factor: 0.9}}\n", 4, 30, "write 1.0 or more"),
+    "on": (HEAD + TASKS + "defaults: {backoff: {jitter: on}}\n", 4, 30, "the text 'on': write true or false"),
+    "empty value": (HEAD + TASKS + "target:\n", 4, 8, "target is empty: give it a value or leave it out"),
+    "empty in a task": (HEAD + "tasks: [{id: a, prompt: p, timeout: null}]\n", 3, 37, "timeout is empty"),
+    "bare duration": (HEAD + TASKS + "defaults: {timeout: 30}\n", 4, 21, "bare number 30: add its unit, as in 30s"),
+    "duration of nothing": (HEAD + TASKS + "defaults: {timeout: 0s}\n", 4, 21, "is zero"),
+    "long duration": (HEAD + TASKS + "defaults: {timeout: 30d1s}\n", 4, 21, "at most 30d"),
+    "no duration": (HEAD + TASKS + "defaults: {timeout: 1.5h}\n", 4, 21, "'1.5h': write whole numbers with units"),
+    "bad id": (HEAD + "tasks: [{id: a/b, prompt: p}]\n", 3, 14, "'a/b' can't be a name: use up to 64"),
+    "bad adapter name": ("version: 1\nadapters:\n  a..b: {use: command, argv: [x]}\n" + TASKS, 3, 3, "'a..b' can't"),
+    "bad branch": (HEAD + TASKS + "base: a..b\n", 4, 7, "it contains '..'"),
+    "no folder": (HEAD + TASKS + "repo: nope\n", 4, 7, "there is no folder 'nope'"),
+    "unknown scheme": (HEAD + TASKS + "repo: ext://x\n", 4, 7, "a URL of https"),
+    "remote helper": (HEAD + TASKS + "repo: 'ext::sh'\n", 4, 7, "can't be a repository"),
+    "option as repo": (HEAD + TASKS + "repo: --upload-pack=x\n", 4, 7, "write ./ before"),
+    "no tasks": (HEAD + "tasks: []\n", 3, 8, "tasks is an empty list: give at least 1"),
+    "no adapters": ("version: 1\nadapters: {}\n" + TASKS, 2, 11, "adapters is an empty mapping"),
+    "tasks as mapping": (HEAD + "tasks: {a: b}\n", 3, 8, "tasks is a mapping: write a list"),
+    "task as text": (HEAD + "tasks: [a]\n", 3, 9, "tasks[0] is the text 'a': write a mapping"),
+    "needs as text": (HEAD + "tasks: [{id: a, prompt: p, needs: b}]\n", 3, 35, "needs is the text 'b': write a list"),
+    "duplicate id": (HEAD + "tasks:\n- {id: a, prompt: p}\n- {id: a, prompt: p}\n", 5, 8, "already, on line 4"),
+    "same but for case": (HEAD + "tasks:\n- {id: a, prompt: p}\n- {id: A, prompt: p}\n", 5, 8, "only in case"),
+    "self-need": (HEAD + "tasks: [{id: a, prompt: p, needs: [a]}]\n", 3, 36, "needs itself"),
+    "missing need": (HEAD + "tasks: [{id: abcd, prompt: p}, {id: b, prompt: p, needs: [abce]}]\n", 3, 59,
+                     "there is no task 'abce': did you mean 'abcd'?"),
+    "need twice": (HEAD + "tasks: [{id: a, prompt: p}, {id: b, prompt: p, needs: [a, a]}]\n", 3, 59, "named twice"),
+    "circle": (HEAD + "tasks:\n" + "".join(f"- {{id: {a}, prompt: p, needs: [{b}]}}\n" for a, b in ["ab", "bc", "ca"]),
+               4, 30, "in a circle: a -> b -> c -> a: remove one"),
+    "no prompt": (HEAD + "tasks: [{id: a}]\n", 3, 9, "neither prompt nor prompt_file"),
+    "two prompts": (HEAD + "tasks: [{id: a, prompt: p, prompt_file: f}]\n", 3, 28, "both prompt and prompt_file"),
+    "empty prompt": (HEAD + "tasks: [{id: a, prompt: ' '}]\n", 3, 25, "the prompt is empty"),
+    "prompt file missing": (HEAD + "tasks: [{id: a, prompt_file: f}]\n", 3, 30, "no such file"),
+    "prompt file is a folder": (HEAD + "tasks: [{id: a, prompt_file: .}]\n", 3, 30, "not a regular file"),
+    "unknown adapter": (HEAD + "tasks: [{id: a, prompt: p, adapter: y}]\n", 3, 37, "no adapter 'y': the adapters are x"),
+    "unknown default adapter": (HEAD + TASKS + "defaults: {adapter: y}\n", 4, 21, "no adapter 'y'"),
+    "several adapters, none named": ("version: 1\nadapters:\n  x: {use: command, argv: [x]}\n"
+                                     "  y: {use: command, argv: [x]}\n" + TASKS, 5, 9, "names no adapter"),
+    "unknown use": ("version: 1\nadapters: {x: {use: comand}}\n" + TASKS, 2, 20, "did you mean 'command'?"),
+    "unlike any use": ("version: 1\nadapters: {x: {use: zzz}}\n" + TASKS, 2, 20, "the installed ones are command"),
+    "argv missing": (adapter("    env: [A]\n"), 4, 5, "the key 'argv' is missing"),
+    "argv empty": (adapter("    argv: []\n"), 5, 11, "argv is an empty list"),
+    "argv as text": (adapter("    argv: fix it\n"), 5, 11, "argv is the text 'fix it': write a list"),
+    "number in argv": (adapter("    argv: [x, 3]\n"), 5, 15, "argv[1] is the number 3: write text"),
+    "unquoted placeholder": (adapter("    argv: [x, {prompt_file}]\n"), 5, 15, 'quote it: "{prompt_file}"'),
+    "unknown placeholder": (adapter("    argv: ['{promt}']\n"), 5, 12, "{promt} is no placeholder: use one of {prompt}"),
+    "unknown option": (adapter("    argv: [x]\n    agrv: [y]\n"), 6, 5, "did you mean 'argv'?"),
+    "env name": (adapter("    argv: [x]\n    env: [1A]\n"), 6, 11, "'1A' can't name a variable"),
+    "env key": (adapter("    argv: [x]\n    env: {COUNCIL_X: y}\n"), 6, 11, "COUNCIL_X is set for each session"),
+    "env value": (adapter("    argv: [x]\n    env: {A: 1}\n"), 6, 14, "A is the number 1: write text"),
+    "env form": (adapter("    argv: [x]\n    env: A\n"), 6, 10, "env is the text 'A': write a list of names"),
+    "git env": (adapter("    argv: [x]\n    env: [GIT_DIR]\n"), 6, 11, "another repository than the session's"),
+    "prompt option": (adapter("    argv: [x]\n    prompt: stdn\n"), 6, 13, "write 'stdin'"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("name", ONE_MISTAKE)
+def test_one_mistake(tmp_path, name):
+    """A file with one mistake gets one message, at its exact place."""
+    content, line, column, fragment = ONE_MISTAKE[name]
+    [(found_line, found_column, message)] = mistakes(tmp_path, content)
+    assert (found_line, found_column) == (line, column), message
+    assert fragment in message
+
+
+MANY = """\
+version: 2
+capacity: "4"
+capcity: 3
+adapters:
+  fixer: &a
+    use: command
+    argv: [python3, "{promt}", 3]
+    env: {1A: x, OK: *a}
+  other: {use: comand}
+defaults: {adapter: fixr, timeout: 30}
+tasks:
+  - id: a
+    prompt: x
+    needs: [b, zz]
+  - id: b
+    prompt: " "
+    needs: [a]
+  - id: A
+    prompt_file: nope.md
+  - prompt: x
+    prompt: y
+    promt: z
+"""
+
+
+def test_all_mistakes_at_once(tmp_path):
+    """Mistakes of syntax, shape and sense are told together, in the file's order."""
+    found = mistakes(tmp_path, MANY)
+    assert [(line, column) for line, column, _ in found] == [
+        (1, 10),  # version
+        (2, 11),  # capacity
+        (3, 1),  # capcity
+        (5, 10),  # anchor
+        (7, 21),  # placeholder
+        (7, 32),  # number in argv
+        (8, 22),  # alias
+        (9, 16),  # use
+        (10, 21),  # adapter
+        (10, 36),  # timeout
+        (14, 13),  # circle
+        (16, 13),  # empty prompt
+        (18, 9),  # id but for case
+        (19, 18),  # prompt file
+        (20, 5),  # missing id
+        (21, 5),  # second prompt
+        (22, 5),  # promt
+    ]
+
+
+def test_need_is_not_missed_where_an_id_is_unreadable(tmp_path):
+    """While one task's id is wrong itself, a need that names nobody is not called a mistake."""
+    text = HEAD + "tasks:\n- {id: 7, prompt: p}\n- {id: b, prompt: p, needs: ['7']}\n"
+    assert [found[:2] for found in mistakes(tmp_path, text)] == [(4, 8)]
+
+
+@pytest.mark.parametrize(
+    ("data", "fragment"),
+    [
+        (b"x" * (1 << 20) + b"x", "larger than 1 MiB"),
+        (b"\xff", "not UTF-8 (byte 0)"),
+        (b" \n", "is empty"),
+        (b"a\0b", "NUL"),
+    ],
+)
+def test_prompt_file_content(tmp_path, data, fragment):
+    """A prompt file that no CLI can be given is told of where it is named."""
+    (tmp_path / "f").write_bytes(data)
+    [(line, column, message)] = mistakes(tmp_path, HEAD + "tasks: [{id: a, prompt_file: f}]\n")
+    assert (line, column) == (3, 30)
+    assert fragment in message
+
+
+def test_prompt_file_of_the_largest_size_is_taken(tmp_path):
+    """One mebibyte is still a prompt."""
+    (tmp_path / "f").write_bytes(b"x" * (1 << 20))
+    path = tmp_path / "council.yaml"
+    path.write_text(HEAD + "tasks: [{id: a, prompt_file: f}]\n")
+    assert len(load_config(path, TYPES).tasks[0].prompt) == 1 << 20
+
+
+def test_prompt_too_long_for_argv_is_told_at_the_prompt(tmp_path):
+    """A prompt that argv can't hold is found before anything runs, with both ways out."""
+    (tmp_path / "f").write_bytes(b"x" * (100 * 1024 + 1))
+    text = adapter("    argv: [x, '{prompt}']\n").replace("prompt: p", "prompt_file: f")
+    [(line, column, message)] = mistakes(tmp_path, text)
+    assert (line, column) == (6, 30)
+    assert "use {prompt_file} in argv, or `prompt: stdin`" in message
+
+
+def test_prompt_file_that_is_a_pipe_does_not_block(tmp_path):
+    """A named pipe that nobody writes to is refused at once."""
+    import os
+
+    os.mkfifo(tmp_path / "f")
+    [(_, _, message)] = mistakes(tmp_path, HEAD + "tasks: [{id: a, prompt_file: f}]\n")
+    assert "not a regular file" in message
+
+
+def test_file_that_is_not_there(tmp_path):
+    """A missing file is a ConfigError like any other mistake."""
+    with pytest.raises(ConfigError, match=re.escape("nope.yaml:1:1: the file can't be read, no such file")):
+        load_config(tmp_path / "nope.yaml", TYPES)
+
+
+def test_file_that_is_too_large(tmp_path):
+    """Beyond 8 MiB nothing is read."""
+    [(_, _, message)] = mistakes(tmp_path, b"#" * ((8 << 20) + 1))
+    assert "larger than 8 MiB" in message
+
+
+def test_alias_bomb_is_not_expanded(tmp_path):
+    """Aliases upon aliases, which would take gigabytes expanded, are refused one by one."""
+    levels = [f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]" for n in range(1, 10)]
+    found = mistakes(tmp_path, "l0: &l0 [x]\n" + "\n".join(levels) + "\n")
+    assert sum("aliases" in message for _, _, message in found) == 81
+    assert sum("anchors" in message for _, _, message in found) == 10
+
+
+def test_search_ends_where_there_is_no_end_of_mistakes(tmp_path):
+    """A file of nothing but mistakes gets its first ten thousand told."""
+    assert len(mistakes(tmp_path, "a: [" + "*a," * 50_000 + "]")) == 10_000
+
+
+def test_too_many_tasks(tmp_path):
+    """More than a hundred thousand tasks are refused at the list."""
+    found = mistakes(tmp_path, HEAD + "tasks:\n" + "- {}\n" * 100_001)
+    assert (3, 1) <= found[0][:2]
+
+
+@pytest.mark.parametrize("use", ["comand", "zzz"])
+def test_unknown_options_wait_for_a_known_type(tmp_path, use):
+    """Options of an adapter whose type is unknown are not judged."""
+    found = mistakes(tmp_path, f"version: 1\nadapters: {{x: {{use: {use}, whatever: 1}}}}\n{TASKS}")
+    assert [place[:2] for place in found] == [(2, 20)]
