@@ -65,7 +65,7 @@ def _read_text(path: Path, problems: Problems) -> str | None:
 def _read_run(root: Node, path: Path, adapter_types: Mapping[str, AdapterType], problems: Problems) -> RunConfig | None:
     file = validate(FileConfig, root, problems)
     references.check_emptiness(root, problems)
-    references.check_repo(root, path.parent, problems)
+    references.check_folder(root, path.parent, problems)
     references.check_ids(root, problems)
     references.check_needs(root, problems)
     prompts = references.read_prompts(root, path.parent, problems)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 from pathlib import Path
 from typing import Final
@@ -31,11 +30,10 @@ def read_prompt(path: Path) -> str:
 
 
 def _read_regular(path: Path) -> bytes:
-    # O_NONBLOCK: without it, opening a named pipe that nobody writes to would never return.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError("it is not a regular file")
+    # Opening a named pipe that nobody writes to would never return.
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("it is not a regular file")
+    with path.open("rb") as file:
         return file.read(LARGEST_PROMPT + 1)
 
 

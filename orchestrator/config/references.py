@@ -13,7 +13,7 @@ from typing import Final
 
 from orchestrator.config.circles import find_circles
 from orchestrator.config.document import Node
-from orchestrator.config.names import is_url
+from orchestrator.config.names import check_repo, is_url
 from orchestrator.config.problems import Position, Problems, Vocabulary, shown
 from orchestrator.config.prompts import read_prompt
 from orchestrator.config.validation import refuse_empty
@@ -41,13 +41,17 @@ def check_emptiness(root: Node, problems: Problems) -> None:
         refuse_empty(task.get("backoff"), problems)
 
 
-def check_repo(root: Node, folder: Path, problems: Problems) -> None:
-    """Note a path that is no folder."""
+def check_folder(root: Node, folder: Path, problems: Problems) -> None:
+    """Note a repository's path that is no folder."""
     repo = root.get("repo")
-    if repo is None or not isinstance(repo.value, str) or not repo.value or is_url(repo.value):
+    if repo is None or not isinstance(repo.value, str):
         return
     try:
+        if is_url(check_repo(repo.value)):
+            return
         is_folder = (folder / repo.value).is_dir()
+    except ValueError:
+        return
     except OSError:
         is_folder = False
     if not is_folder:

@@ -66,7 +66,7 @@ def _note(details: ErrorDetails, model: type[BaseModel], root: Node, problems: P
     if details["type"] == "extra_forbidden":
         known = Vocabulary(_keys(model, location[:-1]), "the keys here").instead_of(key)
         problems.add(found.key_at, f"the key {shown(key)} is not known", known)
-    elif found.node.value is UNREADABLE:
+    elif found.node.value is UNREADABLE or _miscounted(details, found.node.value):
         return
     elif details["type"] == "missing":
         problems.add(found.node.at, f"the key {key!r} is missing", f"add `{key}:` here")
@@ -74,6 +74,11 @@ def _note(details: ErrorDetails, model: type[BaseModel], root: Node, problems: P
         # pydantic marks a mistake in a key itself by this last part.
         at = found.key_at if key == "[key]" else found.node.at
         problems.add(at, *_explain(details, found.node.value, found.label))
+
+
+def _miscounted(details: ErrorDetails, value: Any) -> bool:
+    """Tell whether a list is called too short only because pydantic does not count what is wrong in itself."""
+    return details["type"] == "too_short" and len(value) >= details["ctx"]["min_length"]
 
 
 class _Found(NamedTuple):

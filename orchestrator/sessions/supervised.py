@@ -68,9 +68,7 @@ class Ended:
     output_error: str | None
 
 
-async def run_supervised(
-    command: SupervisedCommand, *, on_spawned: Callable[[], None] | None = None
-) -> Ended:
+async def run_supervised(command: SupervisedCommand, *, on_spawned: Callable[[], None] | None = None) -> Ended:
     """Run a CLI to its end and return the facts; nothing that it started is alive then.
 
     `on_spawned` is called when the supervisor has its orders and the CLI perhaps runs. On cancellation the

@@ -317,9 +317,7 @@ def listen_for_signals() -> int:
 class Watch:
     """The time in which the CLI runs: pumps its output until something ends it."""
 
-    def __init__(
-        self, spec: Spec, family: Family, control: Control, streams: list[Stream], wake: int
-    ) -> None:
+    def __init__(self, spec: Spec, family: Family, control: Control, streams: list[Stream], wake: int) -> None:
         self._family, self._control, self._wake = family, control, wake
         self._streams = {stream.read_end: stream for stream in streams}
         self._grace = spec.grace

@@ -63,10 +63,10 @@ async def test_a_follower_is_woken_by_commits_of_its_own_process(
 async def test_a_commit_cut_off_the_hard_way_is_whole_or_absent(tmp_path: Path) -> None:
     """When tasks are cancelled natively, past any shield, no two threads write at once and nothing is half done."""
     async with FileStore.open(tmp_path, SystemClock()) as store:
-        for number in range(20):
+        for number in range(80):
             task = asyncio.ensure_future(store.commit(Commit(events=[Event("e", {"n": number})])))
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
+            for _ in range(number % 8):
+                await asyncio.sleep(0)
             task.cancel()
             await asyncio.wait([task])
         end = await store.commit(Commit(events=[Event("last")]))

@@ -18,9 +18,7 @@ ENV = {"PATH": os.defpath}
 
 async def test_a_command_sees_exactly_the_given_environment_and_input() -> None:
     """Nothing of our own environment reaches a command, and what it writes and returns comes back."""
-    done = await process.run(
-        ["sh", "-c", "cat; env >&2; exit 3"], env={"PATH": os.defpath, "X": "1"}, input=b"\xff\0"
-    )
+    done = await process.run(["sh", "-c", "cat; env >&2; exit 3"], env={"PATH": os.defpath, "X": "1"}, input=b"\xff\0")
     assert (done.returncode, done.stdout) == (3, b"\xff\0")
     assert set(done.stderr.split()) - {b"PWD=" + os.fsencode(Path.cwd()), b"_=/usr/bin/env", b"SHLVL=0"} == {
         b"PATH=" + os.fsencode(os.defpath),

@@ -193,9 +193,7 @@ async def test_what_can_not_be_started_is_reported_with_the_reason(
     assert await run_supervised(agent("", **change)) == Ended(None, None, "exit", why, 0, 0, 0, None)
 
 
-async def test_a_session_does_not_start_beside_an_earlier_one_of_its_own(
-    agent: Agent, tmp_path: Path
-) -> None:
+async def test_a_session_does_not_start_beside_an_earlier_one_of_its_own(agent: Agent, tmp_path: Path) -> None:
     """While something still holds the session's lock, the CLI is not run a second time."""
     command = agent("open('ran', 'w')")
     with command.lock.open("w") as file:
@@ -244,9 +242,7 @@ async def test_a_stopped_program_can_save_its_work(agent: Agent, tmp_path: Path)
 
 
 @LINUX_ONLY
-async def test_a_wrapper_that_ends_first_does_not_cost_the_real_program_its_grace(
-    agent: Agent, tmp_path: Path
-) -> None:
+async def test_a_wrapper_that_ends_first_does_not_cost_the_real_program_its_grace(agent: Agent, tmp_path: Path) -> None:
     """Some CLIs are a loader that dies of SIGTERM while the real program, in a session of its own, cleans up."""
     source = "if os.fork(): time.sleep(300)\nos.setsid()\n" + LAST_WORD.replace(
         "    with", "    time.sleep(0.2)\n    with"
@@ -277,9 +273,7 @@ while not os.path.exists("pid"): pass
 
 
 @LINUX_ONLY
-async def test_a_process_that_forks_faster_than_it_is_found_does_not_escape(
-    agent: Agent, tmp_path: Path
-) -> None:
+async def test_a_process_that_forks_faster_than_it_is_found_does_not_escape(agent: Agent, tmp_path: Path) -> None:
     """Stopping comes before killing: a program that jumps from pid to pid is caught all the same."""
     source = """
 end = time.monotonic() + 30  # in case nobody catches it
@@ -339,9 +333,7 @@ open("ticks", "w").write(str(spent() - before))
 
 
 @LINUX_ONLY
-async def test_a_flood_of_output_is_cut_in_the_middle_with_bounded_memory(
-    agent: Agent, tmp_path: Path
-) -> None:
+async def test_a_flood_of_output_is_cut_in_the_middle_with_bounded_memory(agent: Agent, tmp_path: Path) -> None:
     """Of 1 GiB the first bytes and the last MiB are kept, with the number of those left out between them."""
     source = """
 chunk = b"x" * (1 << 20)
@@ -369,9 +361,7 @@ async def test_output_between_the_cap_and_the_tail_is_whole(agent: Agent, tmp_pa
     assert (tmp_path / "stderr").read_bytes() == line
 
 
-async def test_output_on_a_full_disk_is_reported_and_the_program_goes_on(
-    agent: Agent, tmp_path: Path
-) -> None:
+async def test_output_on_a_full_disk_is_reported_and_the_program_goes_on(agent: Agent, tmp_path: Path) -> None:
     """A full disk loses output, which is said, but not the session."""
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
@@ -478,9 +468,7 @@ async def test_a_cancellation_during_the_start_leaves_nothing(agent: Agent, dela
     assert open_fds() == before
 
 
-async def test_a_program_of_a_session_cancelled_before_its_start_never_runs(
-    agent: Agent, tmp_path: Path
-) -> None:
+async def test_a_program_of_a_session_cancelled_before_its_start_never_runs(agent: Agent, tmp_path: Path) -> None:
     """A session that is stopped while the supervisor starts costs no call of a model."""
     with anyio.CancelScope() as scope:
         await run_supervised(agent("open('ran', 'w'); time.sleep(300)"), on_spawned=scope.cancel)
@@ -501,9 +489,7 @@ async def test_a_failing_callback_ends_the_session(agent: Agent) -> None:
 
 
 @LINUX_ONLY
-async def test_a_killed_supervisor_is_an_error_and_takes_its_program_along(
-    agent: Agent, tmp_path: Path
-) -> None:
+async def test_a_killed_supervisor_is_an_error_and_takes_its_program_along(agent: Agent, tmp_path: Path) -> None:
     """Without a report nothing is known of the session; its CLI at least dies with the supervisor."""
     source = "open('pid.new', 'w').write(str(os.getpid())); os.rename('pid.new', 'pid'); time.sleep(300)"
 

@@ -1,5 +1,6 @@
 """Every mistake in a file is told at its place, all at once, with what would be right."""
 
+import os
 import re
 from pathlib import Path
 
@@ -44,7 +45,7 @@ ONE_MISTAKE = {
     "open bracket": (HEAD + "tasks: [{id: a\n\n\n", 3, 9, "close the bracket"),
     "open quote": (HEAD + 'tasks: "x\n\n', 3, 8, "close the quotes"),
     "at sign": (HEAD + "repo: @x\n", 3, 7, "quote text that begins with @"),
-    "bad escape": (HEAD + 'repo: "\\q"\n', 3, 7, "backslash twice"),
+    "bad escape": (HEAD + 'repo: "\\q"\n', 3, 8, "backslash twice"),
     "control character": (HEAD + TASKS + "# \x01\n", 4, 3, "'\\x01' is not allowed: remove it"),
     "escaped NUL": (HEAD + 'tasks: [{id: a, prompt: "x\\0"}]\n', 3, 25, "holds the character '\\x00': remove"),
     "not UTF-8": (HEAD.encode() + b"# \xc3\xa4\xff", 3, 4, "0xff is not UTF-8: save"),
@@ -115,8 +116,8 @@ ONE_MISTAKE = {
     "unknown default adapter": (HEAD + TASKS + "defaults: {adapter: y}\n", 4, 21, "no adapter 'y'"),
     "several adapters, none named": ("version: 1\nadapters:\n  x: {use: command, argv: [x]}\n"
                                      "  y: {use: command, argv: [x]}\n" + TASKS, 5, 9, "names no adapter"),
-    "unknown use": ("version: 1\nadapters: {x: {use: comand}}\n" + TASKS, 2, 20, "did you mean 'command'?"),
-    "unlike any use": ("version: 1\nadapters: {x: {use: zzz}}\n" + TASKS, 2, 20, "the installed ones are command"),
+    "unknown use": ("version: 1\nadapters: {x: {use: comand}}\n" + TASKS, 2, 21, "did you mean 'command'?"),
+    "unlike any use": ("version: 1\nadapters: {x: {use: zzz}}\n" + TASKS, 2, 21, "the installed ones are command"),
     "argv missing": (adapter("    env: [A]\n"), 4, 5, "the key 'argv' is missing"),
     "argv empty": (adapter("    argv: []\n"), 5, 11, "argv is an empty list"),
     "argv as text": (adapter("    argv: fix it\n"), 5, 11, "argv is the text 'fix it': write a list"),
@@ -235,8 +236,6 @@ def test_prompt_too_long_for_argv_is_told_at_the_prompt(tmp_path):
 
 def test_prompt_file_that_is_a_pipe_does_not_block(tmp_path):
     """A named pipe that nobody writes to is refused at once."""
-    import os
-
     os.mkfifo(tmp_path / "f")
     [(_, _, message)] = mistakes(tmp_path, HEAD + "tasks: [{id: a, prompt_file: f}]\n")
     assert "not a regular file" in message
@@ -277,4 +276,4 @@ def test_too_many_tasks(tmp_path):
 def test_unknown_options_wait_for_a_known_type(tmp_path, use):
     """Options of an adapter whose type is unknown are not judged."""
     found = mistakes(tmp_path, f"version: 1\nadapters: {{x: {{use: {use}, whatever: 1}}}}\n{TASKS}")
-    assert [place[:2] for place in found] == [(2, 20)]
+    assert [place[:2] for place in found] == [(2, 21)]

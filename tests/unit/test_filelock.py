@@ -73,9 +73,7 @@ def python(code: str, *args: object) -> Iterator[subprocess.Popen[str]]:
     """A Python program of our own that is dead, whatever happens, when the block ends."""
     argv = [sys.executable, "-c", code, *map(str, args)]
     pipe = subprocess.PIPE
-    with subprocess.Popen(
-        argv, stdin=pipe, stdout=pipe, text=True, env={"PYTHONPATH": str(Path.cwd())}
-    ) as child:
+    with subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True, env={"PYTHONPATH": str(Path.cwd())}) as child:
         try:
             yield child
         finally:
@@ -157,9 +155,7 @@ async def test_the_tasks_of_a_process_get_the_lock_in_the_order_of_their_asking(
 
 
 @pytest.mark.parametrize("keeps", [False, True], ids=["not-kept", "kept"])
-async def test_after_a_kill_of_the_owner_only_a_child_that_was_given_the_lock_holds_it(
-    path: Path, keeps: bool
-) -> None:
+async def test_after_a_kill_of_the_owner_only_a_child_that_was_given_the_lock_holds_it(path: Path, keeps: bool) -> None:
     """A killed owner's lock is free at once; with the descriptor kept it is free once the child has ended too."""
     fifo, pid_file = path.parent / "fifo", path.parent / "pid"
     os.mkfifo(fifo)
@@ -219,9 +215,7 @@ async def test_a_refusal_names_the_holder(path: Path) -> None:
     with python(HOLDER, path) as child:
         assert child.stdout is not None
         child.stdout.readline()
-        with pytest.raises(
-            LockHeld, match=rf"a\.lock is locked by process {child.pid} \(alive, since 20.* UTC\)"
-        ):
+        with pytest.raises(LockHeld, match=rf"a\.lock is locked by process {child.pid} \(alive, since 20.* UTC\)"):
             async with FileLock(path).hold(timeout=0):
                 pass
 
