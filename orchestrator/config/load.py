@@ -63,6 +63,8 @@ def _read_text(path: Path, problems: Problems) -> str | None:
 
 
 def _read_run(root: Node, path: Path, adapter_types: Mapping[str, AdapterType], problems: Problems) -> RunConfig | None:
+    if not references.check_size(root, problems):
+        return None
     file = validate(FileConfig, root, problems)
     references.check_emptiness(root, problems)
     references.check_folder(root, path.parent, problems)

@@ -16,6 +16,7 @@ from orchestrator.config.document import Node
 from orchestrator.config.names import check_repo, is_url
 from orchestrator.config.problems import Position, Problems, Vocabulary, shown
 from orchestrator.config.prompts import read_prompt
+from orchestrator.config.schema import MOST_TASKS
 from orchestrator.config.validation import refuse_empty
 
 _MOST_NAMED: Final = 8
@@ -27,6 +28,15 @@ def task_nodes(root: Node) -> Iterator[tuple[int, Node]]:
     for index, task in tasks.children.items() if tasks is not None else ():
         if isinstance(index, int) and isinstance(task.value, dict):
             yield index, task
+
+
+def check_size(root: Node, problems: Problems) -> bool:
+    """Note a list of more tasks than are taken; False then, since nothing else about them matters."""
+    tasks = root.get("tasks")
+    if tasks is None or len(tasks.children) <= MOST_TASKS:
+        return True
+    problems.add(tasks.at, f"there are {len(tasks.children)} tasks", f"split them into runs of at most {MOST_TASKS}")
+    return False
 
 
 def check_emptiness(root: Node, problems: Problems) -> None:

@@ -326,7 +326,7 @@ time.sleep(0.5)
 open("ticks", "w").write(str(spent() - before))
 """
     assert (await run_supervised(agent(source))).exit == 0
-    assert int((tmp_path / "ticks").read_text()) < 0.25 * os.sysconf("SC_CLK_TCK")
+    assert int((tmp_path / "ticks").read_text()) <= 0.03 * os.sysconf("SC_CLK_TCK")
 
 
 # Output

@@ -1,0 +1,115 @@
+"""The long form: a real project's repository, twelve real edits by real programs, killed everywhere."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from orchestrator.failpoints import FAILPOINTS
+from tests.conftest import Repository
+from tests.crash.test_crashes import IN_RECOVERY, LEADS_TO, finish
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+PROJECT = "flask==3.1.2"
+
+#: Edits by sed, perl, awk and python3, in two chains of four and four side by side.
+EDITS = {
+    "license-year": "sed -i 's/2010/2010-2026/' LICENSE.txt",
+    "readme-title": "sed -i '1s/.*/# Flask, edited/' README.md",
+    "docs-index": "printf '\\nEdited by a council.\\n' >> docs/index.rst",
+    "examples-list": "ls examples > examples/INDEX.txt",
+    "count-modules": "find src -name '*.py' | sort > MODULES.txt",
+    "count-lines": "xargs wc -l < MODULES.txt > LINES.txt",
+    "largest": "sort -rn LINES.txt | sed -n 2p > LARGEST.txt",
+    "summary": "cat MODULES.txt LARGEST.txt > SUMMARY.txt && rm LARGEST.txt",
+    "typing-header": "perl -pi -e 'print \"# typed\\n\" if $. == 1' src/flask/typing.py",
+    "signals-header": "perl -pi -e 'print \"# signals\\n\" if $. == 1' src/flask/signals.py",
+    "trim-tests": "awk '{sub(/e/, \"E\")} 1' tests/conftest.py > t && mv t tests/conftest.py",
+    "toc": 'python3 -c \'import pathlib; t=[str(p) for p in sorted(pathlib.Path("docs").glob("*.rst"))];'
+    ' pathlib.Path("TOC.txt").write_text("\\n".join(t))\'',
+}
+CHAINS = [
+    ["count-modules", "count-lines", "largest", "summary"],
+    ["typing-header", "signals-header", "trim-tests", "toc"],
+]
+SHELL = {"use": "command", "argv": ["sh", "-e", "{prompt_file}"]}
+
+
+@pytest.fixture(scope="session")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's source archive, from the package index."""
+    folder = tmp_path_factory.mktemp("archive")
+    command = ["download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", str(folder), PROJECT]
+    subprocess.run([sys.executable, "-m", "pip", *command], check=True)
+    return next(folder.glob("*.tar.gz"))
+
+
+@pytest.fixture
+def project(archive: Path, repository: Repository) -> Repository:
+    """A repository that holds the archive's files."""
+    with tarfile.open(archive) as opened:
+        opened.extractall(repository.top.parent, filter="data")
+        name = opened.getnames()[0].split("/")[0]
+    for path in sorted((repository.top.parent / name).iterdir()):
+        target = repository.top / path.name
+        if not target.exists() or target.is_file():
+            path.rename(target)
+        else:
+            subprocess.run(["cp", "-r", f"{path}/.", str(target)], check=True)
+    repository.commit({}, "the project")
+    repository.remember()
+    assert len(repository.git("ls-files").splitlines()) > 200
+    return repository
+
+
+def configure(project: Repository) -> Path:
+    """Write the twelve tasks."""
+    needs = {task: [before] for chain in CHAINS for before, task in pairwise(chain)}
+    tasks = [{"id": task, "prompt": script, "needs": needs.get(task, [])} for task, script in EDITS.items()]
+    return project.configure(tasks, adapters={"shell": SHELL})
+
+
+async def test_twelve_real_edits_land_once_each(project: Repository) -> None:
+    """Without any crash."""
+    assert project.council("run", str(configure(project)), "--json").code == 0
+    await finish(project, len(EDITS))
+
+
+@pytest.mark.parametrize("name", sorted(FAILPOINTS))
+async def test_killed_at_every_failpoint(project: Repository, name: str) -> None:
+    """Killed at the fifth time (or the only one) that a step is reached."""
+    config = str(configure(project))
+    hit = 1 if name.startswith("run.") else 5
+    if name in IN_RECOVERY:
+        assert project.council("run", config, failpoints=f"{LEADS_TO[name]}=kill@{hit}").code == -signal.SIGKILL
+        assert project.council("resume", failpoints=f"{name}=kill").code == -signal.SIGKILL
+    else:
+        assert project.council("run", config, failpoints=f"{name}=kill@{hit}").code == -signal.SIGKILL
+    await finish(project, len(EDITS))
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_killed_at_random_moments_and_again_in_the_recovery(project: Repository, seed: int) -> None:
+    """A kill at a moment no one chose, another while that is mended."""
+    dice = random.Random(seed)
+    command = ["run", str(configure(project))]
+    for longest in (6.0, 1.5):
+        child = project.start(*command)
+        try:
+            child.communicate(timeout=dice.uniform(0.4, longest))
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGKILL)
+            child.communicate()
+        if project.council("status").code != 2:
+            command = ["resume"]
+    if command[0] == "run":
+        project.council(*command)
+    await finish(project, len(EDITS))

@@ -1,0 +1,212 @@
+"""The small rules of the file: durations, names, branches, plain words, circles."""
+
+import subprocess
+from typing import Any
+
+import pytest
+
+from orchestrator.config.circles import find_circles
+from orchestrator.config.durations import parse_duration
+from orchestrator.config.names import check_branch, check_name
+from orchestrator.config.scalars import resolve_plain
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("500ms", 0.5),
+        ("1ms", 0.001),
+        ("2s", 2),
+        ("30m", 1800),
+        ("1h30m", 5400),
+        ("2d", 172800),
+        ("90m", 5400),
+        ("1d1h1m1s1ms", 90061.001),
+        ("30d", 2592000),
+    ],
+)
+def test_duration(text: str, seconds: float) -> None:
+    """A duration is the sum of its parts, in seconds."""
+    assert parse_duration(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "0s",
+        "0ms",
+        "30",
+        "1.5h",
+        "-1s",
+        "+1s",
+        "1m1h",
+        "1 h",
+        "1H",
+        "s",
+        "31d",
+        "٣s",
+        "1s\n",
+        f"{'9' * 5000}s",
+        30,
+        1.5,
+        0,
+        -3,
+        True,
+        None,
+        [],
+        {},
+    ],
+)
+def test_no_duration(value: Any) -> None:
+    """Anything else is refused, with what would be right."""
+    with pytest.raises(ValueError, match=r".+: .+"):
+        parse_duration(value)
+
+
+@pytest.mark.parametrize("name", ["a", "A-1", "0", "a.b_c-d", "x" * 64, "a.lockx"])
+def test_name(name: str) -> None:
+    """Letters, digits, dots, underscores and hyphens make an id."""
+    assert check_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".a", "-a", "_a", "a.", "a..b", "a.lock", "a/b", "a b", "ä", "x" * 65, "a\n", "a~1", "a:b", "@"]
+)
+def test_no_name(name: str) -> None:
+    """What git or a file system would choke on is no id."""
+    with pytest.raises(ValueError, match="can't be a name: "):
+        check_name(name)
+
+
+BRANCHES = [
+    "main",
+    "a/b",
+    "a.b",
+    "a-b",
+    "a@b",
+    "a@",
+    "@a",
+    "ä/漢",
+    "x{y",
+    "a{b}c",
+    "a#b",
+    "a'b",
+    "a.locks/b",
+    "HEADS",
+    "head",
+    "a/HEAD",
+    "a!b",
+    "a%b",
+    "HEAD",
+    "-a",
+    "a..b",
+    "a@{b",
+    ".a",
+    "a/.b",
+    "a.lock",
+    "a.lock/b",
+    "a//b",
+    "a/",
+    "/a",
+    "a.",
+    "a~b",
+    "a^b",
+    "a:b",
+    "a?b",
+    "a*b",
+    "a[b",
+    "a\\b",
+    "..",
+    "",
+    "a b",
+    "a\tb",
+    "a\x01",
+    "a\x7f",
+    "a\n",
+]
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_branch_is_what_git_takes(name: str) -> None:
+    """The check agrees with `git check-ref-format --branch`."""
+    asked = subprocess.run(["git", "check-ref-format", "--branch", name], capture_output=True, check=False)
+    try:
+        check_branch(name)
+        taken = True
+    except ValueError:
+        taken = False
+    assert taken == (asked.returncode == 0)
+
+
+@pytest.mark.parametrize("name", ["refs/heads/main", "@"])
+def test_branch_is_what_it_looks_like(name: str) -> None:
+    """What git takes for a branch, but nobody means as one, is refused: a full ref, and the short word for HEAD."""
+    with pytest.raises(ValueError, match="can't be a branch"):
+        check_branch(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("", None),
+        ("~", None),
+        ("Null", None),
+        ("TRUE", True),
+        ("false", False),
+        ("tRUE", "tRUE"),
+        ("-0", 0),
+        ("+12", 12),
+        ("010", 10),
+        ("0o17", 15),
+        ("0xfF", 255),
+        ("0b1", "0b1"),
+        ("1e3", 1000.0),
+        ("-.5", -0.5),
+        ("1.", 1.0),
+        (".", "."),
+        ("-", "-"),
+        ("1_0", "1_0"),
+        ("y", "y"),
+        ("9223372036854775807", 2**63 - 1),
+    ],
+)
+def test_plain_word(text: str, value: Any) -> None:
+    """Plain words follow the core schema of YAML 1.2."""
+    found = resolve_plain(text)
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize("text", ["9223372036854775808", "-9223372036854775808", "1e309", ".inf", "-.INF", ".nan"])
+def test_number_that_can_not_be_held(text: str) -> None:
+    """Numbers that JSON could not carry are refused."""
+    with pytest.raises(ValueError, match="this number is"):
+        resolve_plain(text)
+
+
+def test_circles() -> None:
+    """Each knot of tasks is found, each task is in one circle at most, what only leads there is in none."""
+    needs = {
+        "in": ["a"],
+        "a": ["b"],
+        "b": ["c", "free"],
+        "c": ["b", "a"],
+        "x": ["y", "a"],
+        "y": ["x"],
+        "self": ["self"],
+        "free": ["nobody"],
+    }
+    found = sorted(sorted(circle) for circle in find_circles(needs))
+    assert found == [["b", "c"], ["self"], ["x", "y"]]
+
+
+def test_circle_behind_another_branch() -> None:
+    """A second circle through a task before a found one is found as well."""
+    needs = {"a": ["b", "d"], "b": ["c"], "c": ["b"], "d": ["a"]}
+    assert [sorted(circle) for circle in find_circles(needs)] == [["b", "c"], ["a", "d"]]
+
+
+def test_no_circles() -> None:
+    """A lattice with many ways has none, and takes no longer for it."""
+    needs = {f"t{n}": [f"t{m}" for m in range(max(0, n - 20), n)] for n in range(5000)}
+    assert find_circles(needs) == []
