@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from pydantic import BaseModel
 
@@ -167,7 +167,9 @@ class Adapter(Protocol):
 class AdapterType(Protocol):
     """What a plugin registers under a name: the options it takes, and how to make an adapter from them."""
 
-    Options: ClassVar[type[BaseModel]]
+    @property
+    def Options(self) -> type[BaseModel]:  # noqa: N802  a class, in the adapter's body or beside it
+        """The model of the entry's own keys; strict, with unknown keys forbidden."""
 
     def __call__(self, options: Any, /) -> Adapter:
         """Make an adapter from a validated instance of `Options`."""

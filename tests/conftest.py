@@ -71,7 +71,7 @@ class Repository:
     """A user's repository, with the commands that a user would give in it."""
 
     top: Path
-    environ: Mapping[str, str]
+    environ: dict[str, str]
     spawns: Path
     before: list[Fingerprint] = field(default_factory=list)
 

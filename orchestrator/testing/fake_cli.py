@@ -13,7 +13,7 @@ would be. `attempt N` before a step makes it happen in that attempt only.
     daemon PATH          leave a process behind that has a session of its own and no environment, ignores
                          SIGTERM, and appends to PATH for ever
 
-With `FAKE_CLI_LEDGER` set, every start appends `task attempt pid` to that file first.
+With `FAKE_CLI_LEDGER` set, every start appends `run task attempt` to that file first.
 """
 # ruff: noqa: C901, PLR0912, S606, S607, T201 - a stand-alone program that behaves as badly as it is told to
 
@@ -79,7 +79,7 @@ def main() -> None:
     attempt = os.environ.get("COUNCIL_ATTEMPT", "1")
     if ledger := os.environ.get("FAKE_CLI_LEDGER"):
         with Path(ledger).open("a") as file:
-            file.write(f"{os.environ['COUNCIL_TASK']} {attempt} {os.getpid()}\n")
+            file.write(f"{os.environ['COUNCIL_RUN']} {os.environ['COUNCIL_TASK']} {attempt}\n")
     for line in Path(sys.argv[1]).read_text().splitlines():
         words = line.split(maxsplit=2)
         if words[:1] == ["attempt"] and len(words) == 3:

@@ -137,9 +137,9 @@ def _attempts(
         if document.failures > specs[task].attempts:
             broken.append(f"8: {task} failed {document.failures} times, its limit is {specs[task].attempts}")
     if scene.spawns is not None and scene.spawns.exists():
-        spawned = Counter(tuple(line.split()[:2]) for line in scene.spawns.read_text().splitlines())
-        for (task, attempt), times in spawned.items():
-            if task in tasks and (times > 1 or int(attempt) > len(tasks[task].attempts)):
+        spawned = Counter(tuple(line.split()) for line in scene.spawns.read_text().splitlines())
+        for (name, task, attempt), times in spawned.items():
+            if name == run.id and (times > 1 or int(attempt) > len(tasks[task].attempts)):
                 broken.append(f"8: attempt {attempt} of {task} ran {times} times")
     return broken
 

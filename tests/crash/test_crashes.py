@@ -11,6 +11,7 @@ import pytest
 
 from orchestrator.failpoints import FAILPOINTS
 from tests.conftest import Ended, Repository
+from tests.waiting import wait_for
 
 IN_RECOVERY = frozenset(name for name in FAILPOINTS if name.startswith("recovery."))
 #: Where the first process must die for a recovery to reach each point.
@@ -36,10 +37,7 @@ def chain_and_sides(count: int) -> list[dict[str, object]]:
 
 async def finish(repository: Repository, count: int) -> Ended:
     """Resume until the run is over; check that it all landed once, and that one more resume changes nothing."""
-    for _ in range(5):
-        ended = repository.council("resume", "--json")
-        if ended.code != 3:
-            break
+    ended = repository.council("resume", "--json")
     assert ended.code == 0, ended
     assert set(ended.states.values()) == {"landed"}
     assert len(ended.states) == count
@@ -81,7 +79,7 @@ async def test_killed_at_random_moments(repository: Repository, seed: int) -> No
     """Kills at moments that no one chose, a few in a row, lose nothing and repeat nothing."""
     dice = random.Random(seed)
     config = repository.configure(chain_and_sides(6))
-    command = ["run", str(config)]
+    command, started = ["run", str(config)], False
     for _ in range(4):
         child = repository.start(*command)
         try:
@@ -118,15 +116,6 @@ def any_growing(repository: Repository) -> bool:
     """Whether an agent's daemon is at work in a session of the repository."""
     homes = repository.top.parent / "council-home"
     return any(len(path.read_bytes()) > 10 for path in homes.glob("*/sessions/*/*/tree/file.txt"))
-
-
-def wait_for(condition: object, limit: float = 20.0) -> None:
-    """Poll until a process has got somewhere."""
-    assert callable(condition)
-    deadline = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
-        time.sleep(0.02)
 
 
 async def test_interrupted_by_a_signal_the_work_is_kept_and_resumed(repository: Repository) -> None:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from tests.conftest import Repository
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from orchestrator.testing.fingerprint import Fingerprint
+from tests.conftest import Ended, Repository
+from tests.waiting import wait_for
 
 
 async def test_a_chain_and_neighbours_land_once_each(repository: Repository) -> None:
@@ -19,4 +27,228 @@ async def test_a_chain_and_neighbours_land_once_each(repository: Repository) -> 
     assert ended.states == {"models": "landed", "docs": "landed", "api": "landed"}
     assert (repository.top / "src/models.py").read_text() == "class User: pass\n# used by the api\n"
     assert (repository.top / "README.md").read_text() == "# Project\nMore words.\n"
+    await repository.assert_invariants()
+
+
+async def test_every_kind_of_end_in_one_run(repository: Repository) -> None:
+    """Success after a failure, no change, a limit, a crash and a block end as they should, with work kept."""
+    config = repository.configure(
+        [
+            {"id": "second-try", "prompt": "attempt 1 exit 3\nwrite a.txt a"},
+            {"id": "idle", "prompt": "print nothing to do"},
+            {"id": "slow", "prompt": "write half.txt half\nhang", "timeout": "500ms", "attempts": 2},
+            {"id": "broken", "prompt": "write b.txt b\nexit 7", "attempts": 2},
+            {"id": "dependent", "prompt": "write c.txt c", "needs": ["broken"]},
+        ]
+    )
+    ended = repository.council("run", str(config), "--json")
+    tasks = {task["id"]: task for task in ended.result["tasks"]}
+    assert (ended.code, ended.result["exit"], ended.result["status"]) == (1, 1, "incomplete")
+    assert ended.states == {
+        "second-try": "landed", "idle": "no_change", "slow": "failed", "broken": "failed", "dependent": "blocked",
+    }  # fmt: skip
+    assert {name: task["attempts"] for name, task in tasks.items()} == {
+        "second-try": 2, "idle": 1, "slow": 2, "broken": 2, "dependent": 0,
+    }  # fmt: skip
+    assert "limit" in tasks["slow"]["reason"]
+    assert "exit code 7" in tasks["broken"]["reason"]
+    assert "broken" in tasks["dependent"]["reason"]
+    trusted = repository.council("where", "--json").result["trusted"]
+    for name, file in (("slow", "half.txt"), ("broken", "b.txt")):
+        subprocess.run(["git", "cat-file", "-e", f"{tasks[name]['branch']}:{file}"], cwd=trusted, check=True)
+    await repository.assert_invariants()
+
+
+async def test_the_default_target_is_a_branch_of_the_runs_own(repository: Repository) -> None:
+    """Without `target` the work lands on `council/<run>`, and the checkout stays as it is."""
+    config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}], target=None)
+    text = json.loads(config.read_text())
+    del text["target"]
+    config.write_text(json.dumps(text))
+    ended = repository.council("run", str(config), "--json")
+    assert ended.code == 0, ended
+    assert ended.result["target"] == f"council/{ended.result['run']}"
+    assert repository.git("show", f"{ended.result['target']}:one.txt") == "1"
+    assert not (repository.top / "one.txt").exists()
+    await repository.assert_invariants(target_checked_out=False)
+
+
+async def test_a_bare_repository_by_url_is_fetched_and_pushed_the_same_way(
+    repository: Repository, tmp_path: Path
+) -> None:
+    """A URL needs no checkout: the project's state lies beside the file, the work lands at the remote."""
+    remote = tmp_path / "remote.git"
+    repository.git("clone", "--quiet", "--bare", str(repository.top), str(remote))
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    config = repository.configure(
+        [{"id": "one", "prompt": "write one.txt 1"}, {"id": "two", "prompt": "append one.txt 2", "needs": ["one"]}],
+        repo=f"file://{remote}",
+    ).rename(folder / "council.yaml")
+    ended = repository.council("run", str(config), "--json")
+    assert ended.states == {"one": "landed", "two": "landed"}, ended
+    shown = subprocess.run(["git", "show", "main:one.txt"], cwd=remote, capture_output=True, check=True)
+    assert shown.stdout == b"1\n2\n"
+    assert (folder / ".council/state").is_dir()
+    assert Fingerprint.of(repository.top) == repository.before[0]
+
+
+async def test_a_target_that_moves_under_the_run_is_merged_with(repository: Repository) -> None:
+    """What the user commits to the target meanwhile is kept, and the work lands on top of it."""
+    config = repository.configure([{"id": "one", "prompt": "git --version\nattempt 1 exit 1\nwrite one.txt 1"}],
+                                  defaults={"backoff": {"initial": "1s", "max": "1s", "jitter": False}})  # fmt: skip
+    child = repository.start("run", str(config), "--json")
+    wait_for(repository.spawns.exists)
+    moved = repository.commit({"mine.txt": "mine\n"}, "while it runs")
+    stdout, stderr = child.communicate(timeout=60)
+    assert Ended(child.returncode, stdout, stderr).states == {"one": "landed"}
+    assert repository.git("merge-base", "--is-ancestor", moved, "main") == ""
+    assert (repository.top / "mine.txt").read_text() == "mine\n"
+    repository.before.clear()
+    await repository.assert_invariants()
+
+
+async def test_two_runs_at_once_disturb_nothing_of_each_other(repository: Repository, tmp_path: Path) -> None:
+    """Two commands on one repository and one target land all of both."""
+    tasks = [{"id": f"t{index}", "prompt": f"write {{}}/{index}.txt {index}"} for index in range(5)]
+    children = []
+    for name in ("left", "right"):
+        config = repository.configure([{**task, "prompt": task["prompt"].format(name)} for task in tasks])
+        children.append(repository.start("run", str(config.rename(tmp_path / f"{name}.yaml")), "--json"))
+    ends = [Ended(child.wait(), *child.communicate(timeout=90)) for child in children]
+    assert [ended.code for ended in ends] == [0, 0], ends
+    assert ends[0].result["run"] != ends[1].result["run"]
+    for name in ("left", "right"):
+        assert len(list((repository.top / name).iterdir())) == 5
+    assert repository.git("rev-list", "--count", "--first-parent", "main") == "11"
+    await repository.assert_invariants()
+
+
+async def test_a_live_run_is_seen_and_not_taken(repository: Repository) -> None:
+    """`status` from another terminal shows a live run, `resume` refuses to take it, a signal ends it."""
+    config = repository.configure([{"id": "long", "prompt": "hang"}])
+    child = repository.start("run", str(config), "--json")
+    wait_for(repository.spawns.exists)
+    seen = repository.council("status", "--json")
+    assert (seen.code, seen.result["status"], seen.states) == (1, "running", {"long": "running"})
+    refused = repository.council("resume", "--json")
+    assert refused.code == 2
+    assert str(child.pid) in refused.result["error"]
+    child.terminate()
+    child.communicate(timeout=30)
+    assert child.returncode == 130
+    assert repository.council("status", "--json").result["status"] == "interrupted"
+    await repository.assert_invariants()
+
+
+async def test_the_session_sees_what_is_allowed_and_nothing_else(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A secret of the user's reaches neither the program nor any log or document, unless it is named."""
+    repository.environ.update({"SECRET_CANARY": "canary-1f9e", "NAMED": "named-value"})
+    shell = {"use": "command", "argv": ["sh", "{prompt_file}"], "env": ["NAMED"]}
+    config = repository.configure([{"id": "look", "prompt": "env | sort > seen.txt"}], adapters={"sh": shell})
+    ended = repository.council("run", str(config), "--json")
+    assert ended.code == 0, ended
+    seen = dict(line.split("=", 1) for line in (repository.top / "seen.txt").read_text().splitlines())
+    run = ended.result["run"]
+    assert seen["NAMED"] == "named-value"
+    assert (seen["COUNCIL_RUN"], seen["COUNCIL_TASK"], seen["COUNCIL_ATTEMPT"]) == (run, "look", "1")
+    assert Path(seen["COUNCIL_PROMPT_FILE"]).name == "prompt.md"
+    allowed = {"PATH", "LC_ALL", "PWD", "OLDPWD", "SHLVL", "_", "NAMED", "GIT_CEILING_DIRECTORIES"}
+    assert {name for name in seen if not name.startswith("COUNCIL_")} <= allowed
+    grep = subprocess.run(["grep", "-r", "canary-1f9e", str(repository.top.parent)], capture_output=True, check=False)
+    assert grep.stdout == b""
+
+
+async def test_the_prompt_on_standard_input(repository: Repository) -> None:
+    """`prompt: stdin` feeds the prompt itself, whatever it holds."""
+    prompt = "-x\n`id` $HOME \u2603\n"
+    cat = {"use": "command", "argv": ["sh", "-c", "cat > got.txt"], "prompt": "stdin"}
+    config = repository.configure([{"id": "cat", "prompt": prompt}], adapters={"cat": cat})
+    ended = repository.council("run", str(config), "--json")
+    assert ended.code == 0, ended
+    assert (repository.top / "got.txt").read_text() == prompt
+    await repository.assert_invariants()
+
+
+async def test_output_is_kept_in_files(repository: Repository) -> None:
+    """What the program prints is in the log of its attempt."""
+    config = repository.configure([{"id": "one", "prompt": "print hello there\nwrite one.txt 1"}])
+    run = repository.council("run", str(config), "--json").result["run"]
+    assert (repository.top / f".council/logs/{run}/one.1.stdout").read_text() == "hello there\n"
+
+
+def _unborn(repository: Repository) -> None:
+    repository.git("checkout", "--quiet", "--orphan", "empty")
+    repository.git("branch", "--delete", "--force", "main")
+
+
+def _unrelated(repository: Repository) -> None:
+    repository.git("checkout", "--quiet", "--orphan", "other")
+    repository.git("commit", "--quiet", "--message", "no history in common")
+    repository.git("checkout", "--quiet", "main")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "settings", "fragment"),
+    [
+        (_unborn, {}, "no commit yet"),
+        (lambda repository: None, {"base": "develop", "target": "main"}, "no branch 'develop'"),
+        (_unrelated, {"target": "other"}, "no history in common"),
+        (lambda repository: None, {"target": "main/sub"}, "beside the branch 'main'"),
+        (lambda repository: None, {"repo": "/"}, "not a git repository"),
+        (lambda repository: None, {"repo": "file:///nonexistent.git"}, "can't be read"),
+        (lambda repository: None, {"adapters": {"x": {"use": "command", "argv": ["no-such-program"]}}}, "not on PATH"),
+    ],
+    ids=["unborn", "no base", "unrelated", "name taken", "no repository", "no remote", "no program"],
+)
+async def test_what_can_not_work_is_refused_before_anything_starts(
+    repository: Repository, prepare: object, settings: dict[str, object], fragment: str
+) -> None:
+    """Exit 2 with what is wrong and what to do, and no program has run."""
+    assert callable(prepare)
+    prepare(repository)
+    config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}], **settings)
+    ended = repository.council("run", str(config), "--json")
+    assert (ended.code, ended.result["exit"], ended.result["status"]) == (2, 2, "refused"), ended
+    assert fragment in ended.result["error"]
+    assert ended.result["remedy"]
+    assert not repository.spawns.exists()
+
+
+async def test_a_bad_file_is_refused_with_every_mistake(repository: Repository) -> None:
+    """Text and JSON name each mistake with its place; the exit code is 2."""
+    config = repository.top / "bad.yaml"
+    config.write_text("version: 1\nrepositry: .\ntasks:\n  - id: a\n    needs: [b]\n    prompt: x\n")
+    text = repository.council("run", str(config))
+    assert text.code == 2
+    assert f"{config}:2:1: " in text.stderr
+    assert f"{config}:5:13: " in text.stderr
+    as_json = repository.council("run", str(config), "--json")
+    assert (as_json.code, as_json.result["status"]) == (2, "invalid")
+    assert {(problem["line"], problem["column"]) for problem in as_json.result["errors"]} >= {(2, 1), (5, 13)}
+
+
+async def test_nothing_to_resume_is_said(repository: Repository) -> None:
+    """Commands outside any project, and names of no run, are refused with the remedy."""
+    assert repository.council("status", "--json").code == 2
+    config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
+    assert repository.council("run", str(config)).code == 0
+    unknown = repository.council("resume", "nonsense", "--json")
+    assert (unknown.code, unknown.result["status"]) == (2, "refused")
+
+
+async def test_names_with_spaces_and_unicode(tmp_path: Path, environ: dict[str, str]) -> None:
+    """A repository, its files and its prompts may have any names that the system allows."""
+    top = tmp_path / "mein Projekt \u00fc 'x' $y"
+    top.mkdir()
+    repository = Repository(top, environ, tmp_path / "spawns")
+    repository.git("init", "--quiet", "--initial-branch=main")
+    repository.commit({"a b\u00e9.txt": "x\n"}, "first")
+    repository.remember()
+    config = repository.configure([{"id": "one", "prompt": "write 'n\u00e9w d/\u2603 f.txt' hi"}])
+    ended = repository.council("run", str(config), "--json")
+    assert ended.code == 0, ended
+    assert (top / "n\u00e9w d/\u2603 f.txt").exists()
     await repository.assert_invariants()

@@ -105,8 +105,8 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, int, int, str]] = {
     "missing need": (HEAD + "tasks: [{id: abcd, prompt: p}, {id: b, prompt: p, needs: [abce]}]\n", 3, 59,
                      "there is no task 'abce': did you mean 'abcd'?"),
     "need twice": (HEAD + "tasks: [{id: a, prompt: p}, {id: b, prompt: p, needs: [a, a]}]\n", 3, 59, "named twice"),
-    "circle": (HEAD + "tasks:\n" + "".join(f"- {{id: {a}, prompt: p, needs: [{b}]}}\n" for a, b in [("a", "b"), ("b", "c"), ("c", "a")]),
-               4, 30, "in a circle: a -> b -> c -> a: remove one"),
+    "circle": (HEAD + "tasks:\n- {id: a, prompt: p, needs: [b]}\n- {id: b, prompt: p, needs: [c]}\n"
+               "- {id: c, prompt: p, needs: [a]}\n", 4, 30, "in a circle: a -> b -> c -> a: remove one"),
     "no prompt": (HEAD + "tasks: [{id: a}]\n", 3, 9, "neither prompt nor prompt_file"),
     "two prompts": (HEAD + "tasks: [{id: a, prompt: p, prompt_file: f}]\n", 3, 28, "both prompt and prompt_file"),
     "empty prompt": (HEAD + "tasks: [{id: a, prompt: ' '}]\n", 3, 25, "the prompt is empty"),
