@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -161,7 +161,7 @@ class Council:
         hub = Hub(Path(run.hub))
         return Places(run.repo, state, log, hub.objects.parent, hub.trusted)
 
-    def records(self, after: int) -> AsyncIterator[Record]:
+    def records(self, after: int) -> AsyncGenerator[Record]:
         """Yield what is recorded behind a position of the log, of every run, as it happens."""
         return self._store.follow(after)
 

@@ -5,7 +5,7 @@ An adapter never starts a process: it answers with data. A store knows one way t
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -120,7 +120,7 @@ class Store(Protocol):
     async def position(self) -> int:
         """Return the position of the newest commit, 0 for an empty store."""
 
-    def follow(self, after: int = 0) -> AsyncIterator[Record]:
+    def follow(self, after: int = 0) -> AsyncGenerator[Record]:
         """Yield every record behind position `after`, then each new one as any process commits it."""
 
     @property
@@ -158,7 +158,11 @@ class Adapter(Protocol):
     """One way to run a CLI, made from the options of one entry under `adapters:` in the YAML file."""
 
     def command(self, request: SessionRequest) -> Command:
-        """Return what to run for this request; never starts anything itself."""
+        """Return what to run for this request; never starts anything itself.
+
+        Also called once for each task while a file is loaded, with paths that don't exist: a RefusedError then
+        becomes a problem at the task's line.
+        """
 
     def programs(self) -> Sequence[str]:
         """Return the names of programs that must be found on PATH before a run starts."""

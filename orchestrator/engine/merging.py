@@ -48,8 +48,8 @@ class MergeQueue:
 
     async def _try(self, permit: MergePermit, task: str) -> bool:
         """Merge and move once; True if that should be done again at once."""
-        label = self._label(task)
-        merge = await self.target.prepare(permit, label, self.ledger.task(task).commit or "")
+        label, document = self._label(task), self.ledger.task(task)
+        merge = await self.target.prepare(permit, label, document.commit or "", document.attempt.base)
         match merge:
             case Landed(commit):
                 await self._landed(task, Trigger.ADOPT, commit)

@@ -22,7 +22,7 @@ from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.merging import MergeQueue
 from orchestrator.errors import GitError
 from orchestrator.failpoints import failpoint
-from orchestrator.protocols import Adapter
+from orchestrator.protocols import Adapter, JsonObject
 from orchestrator.repo import worktrees
 from orchestrator.repo.git import Git
 from orchestrator.repo.hub import Hub, internal_ref
@@ -94,15 +94,22 @@ class Scheduler:
         if self._queue and not self._landing:
             self._landing = True
             group.start_soon(self._land, self._queue.popleft())
-        starts = decide(self._board, self._ledger.run.capacity - len(self._sessions), now)
+        starts = decide(self._board, self._free(), now)
         bases: dict[bool, str] = {}
         for start in starts:
             spec = await self._ledger.spec(start.task)
             builds_on_target = bool(spec.needs)
             if builds_on_target not in bases:
                 bases[builds_on_target] = await self._start_point(builds_on_target)
+            if self._stopping:  # while we asked where to start from
+                return
             session = self._sessions[start.task] = self._session(start.task, spec, bases[builds_on_target])
             group.start_soon(self._attempt, start.task, spec, session)
+
+    def _free(self) -> int:
+        """How many sessions may start. None while more is built than can be landed: it would only grow stale."""
+        capacity = self._ledger.run.capacity
+        return capacity - len(self._sessions) if len(self._queue) < capacity else 0
 
     def _idle(self) -> bool:
         if self._sessions or self._landing:
@@ -110,7 +117,7 @@ class Scheduler:
         return self._stopping or not (self._queue or self._board.has_work())
 
     async def _pause(self) -> None:
-        times = [self._board.next_time() if len(self._sessions) < self._ledger.run.capacity else None]
+        times = [self._board.next_time() if self._free() else None]
         times.append(self._deferred_until if self._deferred else None)
         await self._clock.wait(self._wake, min((time for time in times if time is not None), default=None))
 
@@ -124,9 +131,11 @@ class Scheduler:
                 ref = internal_ref(self._ledger.run.id, "base")
                 self._base = await self._shop.source.fetch(self._ledger.run.base, ref)
         except GitError:
+            # A remote that can't be reached for a moment: what was seen last will do.
+            if builds_on_target and self._shop.target.known is not None:
+                return self._shop.target.known
             if builds_on_target or self._base is None:
                 raise
-            # A remote that can't be reached for a moment: what was fetched last will do.
         return self._base or self._ledger.run.start
 
     def _session(self, task: str, spec: TaskSpec, base: str) -> Session:
@@ -149,58 +158,66 @@ class Scheduler:
         await self._ledger.change(task, Trigger.START, details, attempts=attempts)
         failpoint("attempt.recorded")
         finished = await session.run()
-        await self._record(task, spec, finished)
+        retry_in = await self._record(task, spec, finished)
         if finished.collected:
             await worktrees.remove(self._shop.git, session.worktree)
+        # The board hears of it last: from then on the task may have its next session.
         del self._sessions[task]
+        self._feed(task, retry_in)
         self._deferred_until = self._clock.monotonic()
         self._wake.set()
 
-    async def _record(self, task: str, spec: TaskSpec, finished: Finished) -> None:
-        document = self._ledger.task(task)
-        ended = {"ended": self._clock.now(), "branch": finished.branch}
+    def _feed(self, task: str, retry_in: float | None) -> None:
+        match self._ledger.task(task).status:
+            case TaskStatus.QUEUED:
+                self._queue.append(task)
+            case TaskStatus.NO_CHANGE | TaskStatus.FAILED:
+                self._board.ended(task)
+            case TaskStatus.PENDING if retry_in is not None:
+                self._board.wait(task, self._clock.monotonic() + retry_in)
+
+    async def _record(self, task: str, spec: TaskSpec, finished: Finished) -> float | None:
+        """Record how an attempt ended; return the seconds after which another may follow, None if none may now."""
         outcome = finished.outcome
         match outcome:
             case Built(commit):
-                attempts = document.with_attempt(**ended, outcome="built")
-                details = {"commit": commit, "branch": finished.branch}
-                await self._ledger.change(
-                    task, Trigger.BUILD, details, attempts=attempts, commit=commit, branch=finished.branch, reason=None
-                )
+                await self._end(task, Trigger.BUILD, finished, "built", None, commit=commit)
                 failpoint("work.recorded")
-                self._queue.append(task)
             case Unchanged():
-                reason = "the program ended well but changed nothing"
-                attempts = document.with_attempt(**ended, outcome="no_change", reason=reason)
-                await self._ledger.change(task, Trigger.IDLE, {"reason": reason}, attempts=attempts, reason=reason)
-                self._board.ended(task)
+                await self._end(task, Trigger.IDLE, finished, "no_change", "the program ended well but changed nothing")
             case Interrupted(reason):
-                attempts = document.with_attempt(**ended, outcome="interrupted", reason=reason)
-                await self._ledger.change(
-                    task,
-                    Trigger.INTERRUPT,
-                    {"reason": reason},
-                    attempts=attempts,
-                    branch=finished.branch,
-                    reason=reason,
+                await self._end(task, Trigger.INTERRUPT, finished, "interrupted", reason)
+            case Failed(failure, reason, final):
+                failures = self._ledger.task(task).failures + 1
+                if final or failures >= spec.attempts:
+                    await self._end(task, Trigger.FAIL, finished, failure, reason, failures=failures)
+                    return None
+                delay = round(retry_delay(spec.backoff.policy(), failures), 3)
+                await self._end(
+                    task, Trigger.RETRY, finished, failure, reason, details={"retry_in": delay}, failures=failures
                 )
-            case Failed():
-                attempts = document.with_attempt(**ended, outcome=outcome.failure, reason=outcome.reason)
-                await self._failed(task, spec, outcome, attempts=attempts, branch=finished.branch)
+                return delay
             case _:
                 assert_never(outcome)
+        return None
 
-    async def _failed(self, task: str, spec: TaskSpec, outcome: Failed, **changes: Any) -> None:
-        failures = self._ledger.task(task).failures + 1
-        changes |= {"failures": failures, "reason": outcome.reason}
-        details = {"failure": outcome.failure, "reason": outcome.reason, "branch": changes["branch"]}
-        if outcome.final or failures >= spec.attempts:
-            await self._ledger.change(task, Trigger.FAIL, details, **changes)
-            self._board.ended(task)
-            return
-        delay = retry_delay(spec.backoff.policy(), failures)
-        await self._ledger.change(task, Trigger.RETRY, {**details, "retry_in": round(delay, 3)}, **changes)
-        self._board.wait(task, self._clock.monotonic() + delay)
+    async def _end(
+        self,
+        task: str,
+        trigger: Trigger,
+        finished: Finished,
+        outcome: str,
+        reason: str | None,
+        details: JsonObject | None = None,
+        **changes: Any,
+    ) -> None:
+        attempts = self._ledger.task(task).with_attempt(
+            ended=self._clock.now(), branch=finished.branch, outcome=outcome, reason=reason
+        )
+        facts = {"outcome": outcome, "reason": reason, "branch": finished.branch, **(details or {})}
+        await self._ledger.change(
+            task, trigger, facts, attempts=attempts, branch=finished.branch, reason=reason, **changes
+        )
 
     async def _land(self, task: str) -> None:
         status = await self._merging.land(task)

@@ -90,8 +90,10 @@ class Target:
         self.branch = branch
         self._hub, self._git, self._source, self._repository = hub, git, source, repository
         self._start, self._ref = start, ref
-        self._known: str | None = None
+        self.known: str | None = None
+        """The commit that the target was at when it was last looked at or moved; None if it does not exist."""
         self._landed: dict[str, str] = {}
+        self._contained: set[str] = set()
 
     @asynccontextmanager
     async def permit(self) -> AsyncIterator[MergePermit]:
@@ -104,43 +106,45 @@ class Target:
         tip = await self._source.tip(self.branch)
         if tip is None:
             return self._start
-        return tip if tip == self._known else await self._source.fetch(self.branch, f"{self._ref}-tip")
+        return tip if tip == self.known else await self._source.fetch(self.branch, f"{self._ref}-tip")
 
     async def refresh(self) -> str:
         """Look where the target is and what has landed on it; return the commit to merge onto."""
         tip = await self._source.tip(self.branch)
         if tip is None:
-            self._known, self._landed = None, {}
+            self.known, self._landed, self._contained = None, {}, {self._start}
             return self._start
-        if tip != self._known:
+        if tip != self.known:
             tip = await self._source.fetch(self.branch, self._ref)
             await self._read_trailers(tip)
-            self._known = tip
+            self.known = tip
         return tip
 
     async def _read_trailers(self, tip: str) -> None:
-        known = self._known
+        known = self.known
         if known is None or (await self._git("merge-base", "--is-ancestor", known, tip, ok=(0, 1, 128))).returncode:
-            known, self._landed = self._start, {}
+            known, self._landed, self._contained = self._start, {}, set()
         form = f"--format=%H %(trailers:key={TRAILER},valueonly,separator=%x20)"
         log = await self._git.line("log", "--first-parent", form, f"{known}..{tip}")
         for line in log.splitlines():
             commit, *labels = line.split()
             # `log` goes backwards in time: where a label is there twice, the earliest landing counts.
             self._landed |= dict.fromkeys(labels, commit)
+        self._contained.add(tip)
 
     async def landings(self) -> Mapping[str, str]:
         """Return what has landed since the start, as of now: `<run>/<task>` to the commit that brought it."""
         await self.refresh()
         return dict(self._landed)
 
-    async def prepare(self, permit: MergePermit, label: str, commit: str) -> Merge | Landed | Conflict:
-        """Merge `commit` onto the target as far as it is known, without moving anything."""
+    async def prepare(self, permit: MergePermit, label: str, commit: str, base: str) -> Merge | Landed | Conflict:
+        """Merge `commit`, which was built on `base`, onto the target as far as it is known; move nothing."""
         self._check(permit)
-        onto = await self.refresh() if self._known is None else self._known
+        onto = await self.refresh() if self.known is None else self.known
         if label in self._landed:
             return Landed(self._landed[label], adopted=True)
-        arguments = ("merge-tree", "--write-tree", "-z", "--name-only", "--no-messages", onto, commit)
+        ours = await self._above(base, onto)
+        arguments = ("merge-tree", "--write-tree", "-z", "--name-only", "--no-messages", ours, commit)
         merged = await self._git(*arguments, ok=(0, 1))
         tree, *paths = merged.stdout.decode(errors="surrogateescape").split("\0")
         task = label.rpartition("/")[2]
@@ -151,7 +155,20 @@ class Target:
             return Landed(onto, adopted=True)
         new = await self._commit(tree, onto, commit, f"Land {task}\n\n{TRAILER}: {label}\n")
         failpoint("landing.merged")
-        return Merge(self._known, new)
+        return Merge(self.known, new)
+
+    async def _above(self, base: str, onto: str) -> str:
+        """Return a commit with the tree of `onto` from which the merge base with work on `base` is found at once.
+
+        Git would walk all that has landed since, so that a run's merges would cost the square of its length.
+        Where `base` is part of the target, it is the merge base: a commit right above it says so. (`merge-tree
+        --merge-base`, which would do the same, came with git 2.40.)
+        """
+        if base not in self._contained:
+            if (await self._git("merge-base", "--is-ancestor", base, onto, ok=(0, 1))).returncode:
+                return onto
+            self._contained.add(base)
+        return await self._git.line("commit-tree", f"{onto}^{{tree}}", "-p", base, input_=b"merge base\n")
 
     async def _commit(self, tree: str, first: str, second: str, message: str) -> str:
         return await self._git.line("commit-tree", tree, "-p", first, "-p", second, input_=message.encode())
@@ -168,7 +185,8 @@ class Target:
             if tip != merge.new:
                 await self.refresh()
                 return Stale()
-        self._known = merge.new
+        self.known = merge.new
+        self._contained.add(merge.new)
         self._landed[label] = merge.new
         return Landed(merge.new)
 
@@ -191,7 +209,7 @@ class Target:
             await remove_stale_locks(self._repository, checkout, self.branch, since, git)
         if checkout is not None and merge.old is not None:
             foreign = await settle_checkout(checkout, self.branch, merge.old, merge.new, git)
-        self._known = None
+        self.known = None
         landed = (await self.landings()).get(label)
         if landed is not None:
             return Landed(landed, adopted=landed != merge.new)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
 from functools import partial
@@ -134,7 +134,7 @@ class FileStore:
         await self._refresh()
         return self._replay.table.position
 
-    async def follow(self, after: int = 0) -> AsyncIterator[Record]:
+    async def follow(self, after: int = 0) -> AsyncGenerator[Record]:
         """See `Store.follow`; a commit of another process is seen within a quarter of a second."""
         cursor = await self._in_thread(partial(Cursor, self._directory, after))
         seen, pause = b"", _POLL_FASTEST

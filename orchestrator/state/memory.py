@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 import anyio
 
@@ -44,7 +44,7 @@ class MemoryStore:
         """See `Store.position`."""
         return self._table.position
 
-    async def follow(self, after: int = 0) -> AsyncIterator[Record]:
+    async def follow(self, after: int = 0) -> AsyncGenerator[Record]:
         """See `Store.follow`."""
         while True:
             news = self._news

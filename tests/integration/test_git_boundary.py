@@ -186,15 +186,15 @@ async def test_a_late_zombie_that_lands_first_is_adopted(repository: Repository)
 
     zombie, successor = owner(), owner()
     async with zombie.permit() as permit:
-        old_merge = await zombie.prepare(permit, "r/task", await work_of(1))
+        old_merge = await zombie.prepare(permit, "r/task", await work_of(1), start)
     async with successor.permit() as permit:
-        new_merge = await successor.prepare(permit, "r/task", await work_of(2))
+        new_merge = await successor.prepare(permit, "r/task", await work_of(2), start)
         assert isinstance(old_merge, Merge)
         assert isinstance(new_merge, Merge)
         pushed = await source.push(old_merge.new, "main", old_merge.old, ())  # the zombie's push arrives only now
         assert pushed.moved
         assert await successor.move(permit, new_merge, "r/task") == Stale()
-        again = await successor.prepare(permit, "r/task", await work_of(2))
+        again = await successor.prepare(permit, "r/task", await work_of(2), start)
     assert again == Landed(old_merge.new, adopted=True)
     assert repository.git("rev-list", "--first-parent", "--count", f"{start}..main") == "1"
 

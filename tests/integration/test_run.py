@@ -59,6 +59,21 @@ async def test_every_kind_of_end_in_one_run(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
+async def test_a_retry_waits_until_its_predecessor_is_cleaned_up(repository: Repository, tmp_path: Path) -> None:
+    """However slowly a worktree is removed, a task never has two sessions, and capacity holds."""
+    slow = tmp_path / "bin" / "rm"
+    slow.parent.mkdir()
+    slow.write_text('#!/bin/sh\nsleep 0.3\nexec /bin/rm "$@"\n')
+    slow.chmod(0o755)
+    repository.environ["PATH"] = f"{slow.parent}:{repository.environ['PATH']}"
+    steps = "attempt 1 exit 1\nattempt 2 exit 1\nwrite {0}.txt {0}"
+    config = repository.configure([{"id": name, "prompt": steps.format(name)} for name in ("a", "b", "c", "d")])
+    ended = repository.council("run", str(config), "--json")
+    assert ended.code == 0, ended
+    assert [task["attempts"] for task in ended.result["tasks"]] == [3, 3, 3, 3]
+    await repository.assert_invariants()
+
+
 async def test_the_default_target_is_a_branch_of_the_runs_own(repository: Repository) -> None:
     """Without `target` the work lands on `council/<run>`, and the checkout stays as it is."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}], target=None)

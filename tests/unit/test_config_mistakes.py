@@ -119,6 +119,7 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, int, int, str]] = {
     "unknown use": ("version: 1\nadapters: {x: {use: comand}}\n" + TASKS, 2, 21, "did you mean 'command'?"),
     "unlike any use": ("version: 1\nadapters: {x: {use: zzz}}\n" + TASKS, 2, 21, "the installed ones are command"),
     "argv missing": (adapter("    env: [A]\n"), 4, 5, "the key 'argv' is missing"),
+    "argv unreadable": (adapter("    argv: [x, *x]\n"), 5, 15, "aliases are not taken"),
     "argv empty": (adapter("    argv: []\n"), 5, 11, "argv is an empty list"),
     "argv as text": (adapter("    argv: fix it\n"), 5, 11, "argv is the text 'fix it': write a list"),
     "number in argv": (adapter("    argv: [x, 3]\n"), 5, 15, "argv[1] is the number 3: write text"),

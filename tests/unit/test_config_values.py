@@ -206,6 +206,12 @@ def test_circle_behind_another_branch() -> None:
     assert [sorted(circle) for circle in find_circles(needs)] == [["b", "c"], ["a", "d"]]
 
 
+def test_circle_behind_a_circle() -> None:
+    """A second circle further along the way is found as well."""
+    needs = {"a": ["b"], "b": ["a", "c"], "c": ["d"], "d": ["c"]}
+    assert [sorted(circle) for circle in find_circles(needs)] == [["a", "b"], ["c", "d"]]
+
+
 def test_no_circles() -> None:
     """A lattice with many ways has none, and takes no longer for it."""
     needs = {f"t{n}": [f"t{m}" for m in range(max(0, n - 20), n)] for n in range(5000)}
