@@ -2,9 +2,10 @@
 
 For correctness, not courtesy: whoever holds one may rely on it. `flock` belongs to an open file, not to a
 process: opening and closing the file elsewhere in the process does not drop it, two opens exclude each other
-even within one process, and a child that keeps the descriptor keeps the lock. It is given back by closing
-alone, since an unlock would take it from such a child, too. Lock files are permanent: unlinking one while
-somebody waits makes two holders.
+even within one process, and a child that keeps the descriptor keeps the lock if its owner is killed. An owner
+that lives gives it back by an unlock, which takes it from such children, too: what it waited for has ended, and
+what else they left behind (a daemon of a hook of the user's) must not hold it for ever. Lock files are
+permanent: unlinking one while somebody waits makes two holders.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from orchestrator.errors import LockHeld, StoreUnavailable
 
 @dataclass(frozen=True, slots=True)
 class HeldLock:
-    """A lock that is held; a child that is given `fd` to keep holds it as well, until it ends."""
+    """A lock that is held; a child that is given `fd` goes on holding it if we are killed, until it ends."""
 
     path: Path
     fd: int
@@ -61,7 +62,7 @@ class FileLock:
                 fd = await queue.lock(only_try=timeout == 0)
             if fd is None:
                 raise LockHeld(self.path, await anyio.to_thread.run_sync(_describe_holder, self.path))
-            releases.callback(os.close, fd)
+            releases.callback(_unlock, fd)
             yield HeldLock(self.path, fd)
 
 
@@ -187,6 +188,15 @@ def _flock(path: Path, fd: int, *, block: bool) -> bool:
         raise StoreUnavailable(path, str(exc), "put it on a local file system") from exc
     _sign(fd)
     return True
+
+
+def _unlock(fd: int) -> None:
+    from portalocker.portalocker import FlockLocker  # noqa: PLC0415  see _flock
+
+    try:
+        FlockLocker().unlock(fd)
+    finally:
+        os.close(fd)
 
 
 def _sign(fd: int) -> None:

@@ -35,47 +35,41 @@ async def collect(git: Git, worktree: Worktree, base: str, message: str) -> Coll
     Safe to repeat: a second call finds the same content and makes the same commit content again.
     """
     tip = await _import_commits(git, worktree, base) or base
-    staged = await _stage(git, worktree, base)
-    if isinstance(staged, str):
-        return Collected(await _keep(git, worktree, tip, base), staged)
-    failpoint("work.staged")
-    if not staged.paths:
-        # Nothing beyond the base in the checkout; commits on the branch are work all the same.
-        return Collected(await _keep(git, worktree, tip, base))
-    tree = await git.line("write-tree", env=worktree.env)
-    if tree != await git.line("rev-parse", f"{tip}^{{tree}}"):
+    tip_tree, base_tree = (await git.line("rev-parse", f"{tip}^{{tree}}", f"{base}^{{tree}}")).split()
+    refused = None
+    try:
+        tree = await _stage(git, worktree)
+    except GitError as error:
+        tree, refused = base_tree, f"its files can't be staged: {error.stderr.strip()}"
+    # Nothing beyond the base in the checkout: commits on the branch are work all the same.
+    if tree not in {base_tree, tip_tree}:
         tip = await git.line("commit-tree", tree, "-p", tip, input_=message.encode())
-    commit = await _keep(git, worktree, tip, base)
-    nested = [path for mode, path in staged.paths if mode == _GITLINK]
-    if nested:
-        return Collected(commit, f"{nested[0]!r} is a git repository of its own: its `.git` must go before it can land")
-    return Collected(commit)
-
-
-async def _keep(git: Git, worktree: Worktree, tip: str, base: str) -> str | None:
-    if await git.line("rev-parse", f"{tip}^{{tree}}") == await git.line("rev-parse", f"{base}^{{tree}}"):
-        return None
+    elif tip_tree == base_tree:
+        return Collected(None, refused)
     await git("update-ref", f"refs/heads/{worktree.branch}", tip)
     failpoint("work.committed")
-    return tip
+    return Collected(tip, refused or await _nested_repository(git, base, tip))
 
 
-@dataclass(frozen=True, slots=True)
-class _Staged:
-    paths: list[tuple[str, str]]  # (new mode, path)
-
-
-async def _stage(git: Git, worktree: Worktree, base: str) -> _Staged | str:
-    """Stage all of the checkout; a sentence where that can't be done."""
-    if worktree.tree.is_symlink() or not worktree.tree.is_dir():
-        return "the worktree's folder is gone"
-    try:
+async def _stage(git: Git, worktree: Worktree) -> str:
+    """Stage all of the checkout and return its tree; without its folder there is nothing in it."""
+    if await anyio.to_thread.run_sync(_is_folder, worktree.tree):
         await git("add", "--all", env=worktree.env, cwd=worktree.tree)
-    except GitError as error:
-        return f"its files can't be staged: {error.stderr.strip()}"
-    raw = (await git("diff-index", "--cached", "--raw", "-z", "--no-renames", base, env=worktree.env)).stdout
+    failpoint("work.staged")
+    return await git.line("write-tree", env=worktree.env)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+async def _nested_repository(git: Git, base: str, commit: str) -> str | None:
+    raw = (await git("diff-tree", "-r", "--raw", "-z", "--no-renames", base, commit)).stdout
     fields = raw.decode(errors="surrogateescape").split("\0")
-    return _Staged([(meta.split()[1], path) for meta, path in zip(fields[::2], fields[1::2], strict=False)])
+    for meta, path in zip(fields[::2], fields[1::2], strict=False):
+        if meta.split()[1] == _GITLINK:
+            return f"{path!r} is a git repository of its own: its `.git` must go before it can land"
+    return None
 
 
 async def _import_commits(git: Git, worktree: Worktree, base: str) -> str | None:
