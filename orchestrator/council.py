@@ -100,7 +100,7 @@ class Council:
     async def execute(self, run: str) -> RunReport:
         """Take a run to its end, from wherever it stands, and report. Only one process can do that at a time."""
         document = await read_run(self._store, run)
-        hub = Hub(Path(document.hub))
+        hub = await self._hub(document)
         try:
             async with hub.lock(f"run-{run}").hold(HANDOVER_LIMIT) as lock:
                 return await self._work(document, hub, lock.fd)
@@ -141,7 +141,7 @@ class Council:
         documents, needs = await self._documents(document), await read_needs(self._store, document)
         status = None
         if document.ended is None:
-            alive = await self._is_owned(Hub(Path(document.hub)), run)
+            alive = await self._is_owned(await self._hub(document), run)
             status = RunStatus.RUNNING if alive else RunStatus.INTERRUPTED
         return report(document, documents, needs, status=status)
 
@@ -172,6 +172,12 @@ class Council:
     async def _documents(self, run: RunDocument) -> dict[str, TaskDocument]:
         found = await read_tasks(self._store, run.id)
         return {task: TaskDocument.model_validate(found[task].value) for task in run.tasks}
+
+    async def _hub(self, run: RunDocument) -> Hub:
+        hub = Hub(Path(run.hub))
+        if not await anyio.to_thread.run_sync(hub.root.is_dir):
+            raise RefusedError(f"the repositories of run {run.id} are gone from {hub.root}", "start a new run")
+        return hub
 
     async def _is_owned(self, hub: Hub, run: str) -> bool:
         try:

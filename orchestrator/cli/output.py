@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -43,7 +45,7 @@ class Output:
         elif event.type in _SENTENCES:
             at = datetime.fromtimestamp(time, UTC).astimezone()
             task = f"{event.data['task']}: " if "task" in event.data else ""
-            click.echo(f"{at:%H:%M:%S} {task}{_plain(_SENTENCES[event.type].format_map(event.data))}")
+            _say(f"{at:%H:%M:%S} {task}{_plain(_SENTENCES[event.type].format_map(event.data))}")
 
     def result(self, report: RunReport) -> None:
         """Print how a run stands, as the last thing."""
@@ -51,11 +53,11 @@ class Output:
             self._line(report.to_json())
             return
         landed = sum(task.landed is not None for task in report.tasks)
-        click.echo(f"run {report.run}: {report.status}, {landed} of {len(report.tasks)} tasks on {report.target}")
+        _say(f"run {report.run}: {report.status}, {landed} of {len(report.tasks)} tasks on {report.target}")
         for task in report.tasks:
-            click.echo(f"  {_task(task)}")
+            _say(f"  {_task(task)}")
         if report.status != "landed" and any(task.state in {"queued", "landing", "running"} for task in report.tasks):
-            click.echo(f"`council resume {report.run}` goes on with what is left.")
+            _say(f"`council resume {report.run}` goes on with what is left.")
 
     def facts(self, facts: Mapping[str, str | None]) -> None:
         """Print names with values."""
@@ -64,22 +66,31 @@ class Output:
             return
         width = max(map(len, facts))
         for name, value in facts.items():
-            click.echo(f"{name:<{width}}  {value or '-'}")
+            _say(f"{name:<{width}}  {value or '-'}")
 
     def failure(self, result: JsonObject, message: str) -> None:
         """Print why a command could not do its work."""
         if self.as_json:
             self._line(result)
         else:
-            click.echo(_plain(message, keep="\n"), err=True)
+            _say(_plain(message, keep="\n"), err=True)
 
     def notice(self, text: str) -> None:
         """Tell a person something that is no event."""
         if not self.as_json:
-            click.echo(text, err=True)
+            _say(text, err=True)
 
     def _line(self, value: JsonObject) -> None:
-        click.echo(json.dumps(value, ensure_ascii=True, separators=(",", ":")))
+        _say(json.dumps(value, ensure_ascii=True, separators=(",", ":")))
+
+
+def _say(text: str, *, err: bool = False) -> None:
+    """Print a line, unless whoever read has gone: the run goes on without them."""
+    stream = sys.stderr if err else sys.stdout
+    try:
+        click.echo(text, file=stream)
+    except OSError:  # a closed pipe, a terminal that hung up
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _task(task: TaskReport) -> str:

@@ -245,6 +245,32 @@ async def test_a_bad_file_is_refused_with_every_mistake(repository: Repository) 
     assert {(problem["line"], problem["column"]) for problem in as_json.result["errors"]} >= {(2, 1), (5, 13)}
 
 
+async def test_a_reader_that_goes_away_does_not_end_the_run(repository: Repository) -> None:
+    """`council run … | head -1` lands everything all the same, and its exit code says so."""
+    config = repository.configure([{"id": name, "prompt": f"write {name}.txt x"} for name in ("a", "b", "c")])
+    child = repository.start("run", str(config), "--json")
+    assert child.stdout is not None
+    child.stdout.readline()
+    child.stdout.close()
+    assert child.wait(timeout=60) == 0
+    assert child.stderr is not None
+    assert child.stderr.read() == ""
+    child.stderr.close()
+    await repository.assert_invariants()
+
+
+async def test_a_run_whose_repositories_are_gone_is_refused(repository: Repository) -> None:
+    """With our own repositories deleted a run can't go on, and says so."""
+    config = repository.configure([{"id": "long", "prompt": "hang"}])
+    child = repository.start("run", str(config))
+    wait_for(repository.spawns.exists)
+    child.terminate()
+    child.communicate(timeout=30)
+    Path(repository.environ["COUNCIL_HOME"]).rename(repository.top.parent / "moved")
+    ended = repository.council("resume", "--json")
+    assert (ended.code, ended.result["status"]) == (2, "refused")
+
+
 async def test_nothing_to_resume_is_said(repository: Repository) -> None:
     """Commands outside any project, and names of no run, are refused with the remedy."""
     assert repository.council("status", "--json").code == 2
