@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,9 +19,10 @@ from orchestrator.domain.model import FINAL, RunDocument, TaskDocument
 from orchestrator.engine.ledger import Ledger, read_needs, read_run, read_tasks, seed
 from orchestrator.engine.preflight import Site, check_branches, check_checkout, check_programs, find_site
 from orchestrator.engine.recovery import recover
-from orchestrator.engine.report import RunReport, RunStatus, report
+from orchestrator.engine.report import ReportPlaces, RunReport, RunStatus, report
 from orchestrator.engine.scheduler import Scheduler, Workshop
 from orchestrator.errors import LockHeld, RefusedError
+from orchestrator.filelock import HeldLock
 from orchestrator.plugins import load_adapter_types
 from orchestrator.project import Project, council_home, exclude_from_git
 from orchestrator.protocols import Adapter, JsonObject, Record
@@ -42,6 +43,8 @@ class Places:
     repository: str | None
     state: Path
     log: Path
+    logs: Path
+    """The output of sessions: a folder for each run."""
     hub: Path | None
     trusted: Path | None
 
@@ -65,7 +68,8 @@ class Council:
         run = new_run_id(self._clock.now())
         target = config.target or f"council/{run}"
         adapters = {name: entry.stored() for name, entry in config.adapters.items()}
-        check_programs(make_adapters(adapters), self._environ)
+        used = {task.adapter for task in config.tasks}
+        check_programs(make_adapters({name: entry for name, entry in adapters.items() if name in used}), self._environ)
         hub = hub_of(site.identity, council_home(self._environ))
         heads = await check_branches(self._source(site, Git(None, environ=self._environ)), config.base, target)
         await check_checkout(site.repository, target, self._environ, allow_deferred=allow_deferred)
@@ -102,12 +106,24 @@ class Council:
         document = await read_run(self._store, run)
         hub = await self._hub(document)
         try:
-            async with hub.lock(f"run-{run}").hold(HANDOVER_LIMIT) as lock:
+            async with self._ownership(hub, run) as lock:
                 return await self._work(document, hub, lock.fd)
         except LockHeld as held:
-            raise RefusedError(
-                f"run {run} is at work under {held.holder}", "wait for it, or stop it with SIGINT"
-            ) from None
+            what = f"run {run} is at work under {held.holder}"
+            raise RefusedError(what, "wait for it, or stop it with SIGINT") from None
+
+    @asynccontextmanager
+    async def _ownership(self, hub: Hub, run: str) -> AsyncIterator[HeldLock]:
+        """Hold the run's lock; wait for it only where its owner is dead and its last git commands end."""
+        lock = hub.lock(f"run-{run}")
+        async with AsyncExitStack() as stack:
+            try:
+                held = await stack.enter_async_context(lock.hold(0))
+            except LockHeld as taken:
+                if taken.owner_lives:
+                    raise
+                held = await stack.enter_async_context(lock.hold(HANDOVER_LIMIT))
+            yield held
 
     async def _work(self, document: RunDocument, hub: Hub, lock_fd: int) -> RunReport:
         run = document.id
@@ -115,7 +131,7 @@ class Council:
         before = await self._documents(document)
         blocked = Board.of(needs, {task: one.status for task, one in before.items()}).blocked
         if document.ended and all(one.status in FINAL or task in blocked for task, one in before.items()):
-            return report(document, before, needs, status=None)
+            return self._report(document, before, needs, None)
         ledger = await Ledger.take(self._store, self._clock, run)
         shop = await self._workshop(document, hub, lock_fd)
         await recover(ledger, shop, self._clock)
@@ -125,7 +141,7 @@ class Council:
             self._scheduler.stop()
         finished = await self._scheduler.run()
         status = None if finished else RunStatus.INTERRUPTED
-        result = report(document, {task: ledger.task(task) for task in document.tasks}, needs, status=status)
+        result = self._report(document, {task: ledger.task(task) for task in document.tasks}, needs, status)
         await (ledger.finish(result.status) if finished else ledger.note("run.interrupted", {}))
         return result
 
@@ -143,7 +159,17 @@ class Council:
         if document.ended is None:
             alive = await self._is_owned(await self._hub(document), run)
             status = RunStatus.RUNNING if alive else RunStatus.INTERRUPTED
-        return report(document, documents, needs, status=status)
+        return self._report(document, documents, needs, status)
+
+    def _report(
+        self,
+        run: RunDocument,
+        tasks: Mapping[str, TaskDocument],
+        needs: Mapping[str, Sequence[str]],
+        status: RunStatus | None,
+    ) -> RunReport:
+        places = ReportPlaces(self.project.logs(run.id), Hub(Path(run.hub)).trusted)
+        return report(run, tasks, needs, places=places, status=status)
 
     async def newest_run(self) -> str:
         """Return the id of the run that was started last."""
@@ -154,12 +180,12 @@ class Council:
 
     async def places(self) -> Places:
         """Say where everything is kept."""
-        state, log = self.project.state, self.project.log_file
+        state, log, logs = self.project.state, self.project.log_file, self.project.all_logs
         if not await self._store.list("run"):
-            return Places(None, state, log, None, None)
+            return Places(None, state, log, logs, None, None)
         run = await read_run(self._store, await self.newest_run())
         hub = Hub(Path(run.hub))
-        return Places(run.repo, state, log, hub.objects.parent, hub.trusted)
+        return Places(run.repo, state, log, logs, hub.objects.parent, hub.trusted)
 
     def records(self, after: int) -> AsyncGenerator[Record]:
         """Yield what is recorded behind a position of the log, of every run, as it happens."""

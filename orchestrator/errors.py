@@ -112,8 +112,8 @@ class StoreUnavailable(CouncilError):
 class LockHeld(CouncilError):
     """A file lock was not free in time."""
 
-    def __init__(self, path: Path, holder: str) -> None:
-        self.path, self.holder = path, holder
+    def __init__(self, path: Path, holder: str, *, owner_lives: bool = True) -> None:
+        self.path, self.holder, self.owner_lives = path, holder, owner_lives
         super().__init__(f"{path} is locked by {holder}: wait for it to end or stop it")
 
 
@@ -121,8 +121,8 @@ class GitError(CouncilError):
     """A git command failed that should not have; carries its argv, exit code and messages."""
 
     def __init__(self, argv: Sequence[str], returncode: int, stderr: str) -> None:
-        self.argv, self.returncode, self.stderr = tuple(argv), returncode, stderr
-        super().__init__(f"`{' '.join(argv)}` ended with {returncode}: {stderr.strip() or 'no message'}")
+        self.argv, self.returncode, self.stderr = tuple(argv), returncode, " ".join(stderr.split())
+        super().__init__(f"`{' '.join(argv)}` ended with {returncode}: {self.stderr or 'no message'}")
 
 
 class SessionError(CouncilError):

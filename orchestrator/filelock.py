@@ -61,7 +61,8 @@ class FileLock:
                 releases.callback(queue.turn.release)
                 fd = await queue.lock(only_try=timeout == 0)
             if fd is None:
-                raise LockHeld(self.path, await anyio.to_thread.run_sync(_describe_holder, self.path))
+                holder, lives = await anyio.to_thread.run_sync(_describe_holder, self.path)
+                raise LockHeld(self.path, holder, owner_lives=lives)
             releases.callback(_unlock, fd)
             yield HeldLock(self.path, fd)
 
@@ -208,15 +209,17 @@ def _sign(fd: int) -> None:
         os.pwrite(fd, json.dumps(record).encode(), 0)
 
 
-def _describe_holder(path: Path) -> str:
+def _describe_holder(path: Path) -> tuple[str, bool]:
+    """Return who signed the lock file, in words, and whether that process lives as far as is known."""
     try:
         record = json.loads(path.read_bytes())
         pid, started = int(record["pid"]), record.get("started")
         since = datetime.fromtimestamp(record["since"], UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     except (OSError, ValueError, KeyError, TypeError):
-        return "a process that has not signed it"
-    state = "alive" if _is_alive(pid, started) else "ended, but something it started holds it"
-    return f"process {pid} ({state}, since {since})"
+        return "a process that has not signed it", True
+    lives = _is_alive(pid, started)
+    state = "alive" if lives else "ended, but something it started holds it"
+    return f"process {pid} ({state}, since {since})", lives
 
 
 def _is_alive(pid: int, started: int | None) -> bool:

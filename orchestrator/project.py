@@ -33,13 +33,18 @@ class Project:
         """Where the details of our own faults are written."""
         return self.folder / "council.log"
 
+    @property
+    def all_logs(self) -> Path:
+        """Where the output of sessions is kept."""
+        return self.folder / "logs"
+
     def logs(self, run: str) -> Path:
         """Where the output of a run's sessions is kept."""
-        return self.folder / "logs" / run
+        return self.all_logs / run
 
     def create(self) -> None:
         """Make the folder, for the owner alone."""
-        for folder in (self.folder, self.folder / "logs"):
+        for folder in (self.folder, self.all_logs):
             folder.mkdir(mode=0o700, exist_ok=True)
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import anyio
 import click
-from anyio.abc import TaskStatus
 
-from orchestrator.cli.boundary import INTERRUPTED, Log, boundary
+from orchestrator.cli.boundary import Log, boundary
 from orchestrator.cli.output import Output
+from orchestrator.cli.signals import Interrupt
 from orchestrator.config.load import load_config
 from orchestrator.council import Council, open_council, project_of
 from orchestrator.plugins import load_adapter_types
@@ -23,6 +21,15 @@ from orchestrator.project import Project, find_project
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON: one event a line, then one result object.")
 _run_id = click.argument("run", required=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What every command works with."""
+
+    output: Output
+    log: Log
+    interrupt: Interrupt
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -48,12 +55,12 @@ def main() -> None:
 def run_file(file: Path, allow_deferred: bool, as_json: bool) -> None:
     """Run the tasks of FILE and land what they build."""
 
-    async def command(output: Output, log: Log) -> int:
+    async def command(context: Context) -> int:
         config = await anyio.to_thread.run_sync(load_config, file, load_adapter_types())
         project = await project_of(config)
-        async with _open(project, log) as council:
+        async with _open(project, context.log) as council:
             run = await council.create_run(config, allow_deferred=allow_deferred)
-            return await _execute(council, run, output, after=0)
+            return await _execute(council, run, context, after=0)
 
     _perform(command, as_json=as_json)
 
@@ -64,10 +71,10 @@ def run_file(file: Path, allow_deferred: bool, as_json: bool) -> None:
 def resume(run: str | None, as_json: bool) -> None:
     """Go on with RUN (the newest if left out) from wherever it was cut off."""
 
-    async def command(output: Output, log: Log) -> int:
-        async with _open(_current_project(), log) as council:
+    async def command(context: Context) -> int:
+        async with _open(_current_project(), context.log) as council:
             name = run or await council.newest_run()
-            return await _execute(council, name, output, after=await council.position())
+            return await _execute(council, name, context, after=await council.position())
 
     _perform(command, as_json=as_json)
 
@@ -78,10 +85,10 @@ def resume(run: str | None, as_json: bool) -> None:
 def status(run: str | None, as_json: bool) -> None:
     """Show how RUN (the newest if left out) stands; the exit code says so too."""
 
-    async def command(output: Output, log: Log) -> int:
-        async with _open(_current_project(), log) as council:
+    async def command(context: Context) -> int:
+        async with _open(_current_project(), context.log) as council:
             report = await council.status(run or await council.newest_run())
-            output.result(report)
+            context.output.result(report)
             return report.exit_code
 
     _perform(command, as_json=as_json)
@@ -92,10 +99,12 @@ def status(run: str | None, as_json: bool) -> None:
 def where(as_json: bool) -> None:
     """Say where the state, the log and the repositories of our own are kept."""
 
-    async def command(output: Output, log: Log) -> int:
-        async with _open(_current_project(), log) as council:
+    async def command(context: Context) -> int:
+        async with _open(_current_project(), context.log) as council:
             places = await council.places()
-            output.facts({name: None if value is None else str(value) for name, value in asdict(places).items()})
+            context.output.facts(
+                {name: None if value is None else str(value) for name, value in asdict(places).items()}
+            )
             return 0
 
     _perform(command, as_json=as_json)
@@ -112,11 +121,12 @@ async def _open(project: Project, log: Log) -> AsyncIterator[Council]:
         yield council
 
 
-async def _execute(council: Council, run: str, output: Output, after: int) -> int:
-    """Take a run to its end with its events shown; the first signal ends it cleanly, the second at once."""
+async def _execute(council: Council, run: str, context: Context, after: int) -> int:
+    """Take a run to its end with its events shown; the first signal then stops it cleanly."""
     progress = _Progress()
+    context.interrupt.stop = council.stop
+    output = context.output
     async with anyio.create_task_group() as group:
-        await group.start(_heed_signals, council, output)
         group.start_soon(progress.show, council, run, output, after)
         report = await council.execute(run)
         await progress.reach(await council.position())
@@ -149,25 +159,15 @@ class _Progress:
         self._moved = anyio.Event()
 
 
-async def _heed_signals(council: Council, output: Output, *, task_status: TaskStatus[None]) -> None:
-    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
-        task_status.started()
-        stopping = False
-        async for _ in signals:
-            if stopping:
-                # The supervisors see us go and kill what they run; everything recorded is there for `resume`.
-                output.failure({"status": "interrupted", "exit": INTERRUPTED}, "council: ended at once")
-                sys.stdout.flush()
-                os._exit(INTERRUPTED)
-            stopping = True
-            output.notice("stopping: sessions are ended and their work is kept; once more ends at once")
-            council.stop()
-
-
-def _perform(command: Callable[[Output, Log], Awaitable[int]], *, as_json: bool) -> None:
+def _perform(command: Callable[[Context], Awaitable[int]], *, as_json: bool) -> None:
     output, log = Output(as_json), Log()
+
+    async def guarded() -> int:
+        context = Context(output, log, Interrupt(output))
+        return await context.interrupt.guard(command(context))
+
     with boundary(output, log):
-        code = anyio.run(command, output, log)
+        code = anyio.run(guarded)
     sys.exit(code)
 
 

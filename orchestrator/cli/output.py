@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import click
 
-from orchestrator.engine.report import RunReport, TaskReport
+from orchestrator.engine.report import RunReport, RunStatus, TaskReport
 from orchestrator.protocols import Event, JsonObject
 
 #: How an event reads; its own fields fill the gaps.
 _SENTENCES: Mapping[str, str] = {
-    "run.created": "run {run}: {tasks} tasks, landing on {target}",
+    "run.created": "run {run} lands on {target}",
     "run.interrupted": "interrupted: `council resume {run}` goes on",
     "task.started": "started (attempt {attempt}, {adapter})",
-    "task.retrying": "failed: {reason}; tried again in {retry_in} s",
+    "task.retrying": "failed: {reason}; next try in {retry_in} s",
     "task.interrupted": "interrupted: {reason}",
     "task.failed": "failed: {reason}",
     "task.no_change": "changed nothing",
@@ -53,11 +53,11 @@ class Output:
             self._line(report.to_json())
             return
         landed = sum(task.landed is not None for task in report.tasks)
-        _say(f"run {report.run}: {report.status}, {landed} of {len(report.tasks)} tasks on {report.target}")
+        _say(f"run {report.run}: {report.status}, {landed} of {len(report.tasks)} landed on {report.target}")
         for task in report.tasks:
             _say(f"  {_task(task)}")
-        if report.status != "landed" and any(task.state in {"queued", "landing", "running"} for task in report.tasks):
-            _say(f"`council resume {report.run}` goes on with what is left.")
+        for hint in _hints(report):
+            _say(hint)
 
     def facts(self, facts: Mapping[str, str | None]) -> None:
         """Print names with values."""
@@ -96,10 +96,25 @@ def _say(text: str, *, err: bool = False) -> None:
 def _task(task: TaskReport) -> str:
     text = f"{task.id}: {task.state}"
     if task.landed is not None:
-        return f"{text} as {task.landed[:10]}"
+        text += f" as {task.landed[:10]}"
     if task.reason is not None:
         text += f": {_plain(task.reason)}"
-    return f"{text} (kept on {task.branch})" if task.branch is not None else text
+    if task.branch is not None:
+        text += f"; kept on {task.branch}"
+    if task.state == "failed" and task.log is not None:
+        text += f"; output in {task.log}"
+    return text
+
+
+def _hints(report: RunReport) -> Iterator[str]:
+    """Say what to type next."""
+    waits = any(task.state in {"queued", "landing"} for task in report.tasks)
+    if report.status is RunStatus.INTERRUPTED or (report.status is RunStatus.INCOMPLETE and waits):
+        yield f"`council resume {report.run}` goes on with what is left."
+    elif report.status is RunStatus.INCOMPLETE:
+        yield "Nothing is left to do in this run; what did not land can be tried again in a new one."
+    if any(task.branch is not None for task in report.tasks):
+        yield f"What is kept is in a repository of council's: git fetch {report.repository} BRANCH:A-NAME-OF-YOURS"
 
 
 def _plain(text: str, keep: str = "") -> str:

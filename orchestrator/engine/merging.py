@@ -13,7 +13,7 @@ from orchestrator.errors import GitError
 from orchestrator.failpoints import failpoint
 from orchestrator.repo.git import Git
 from orchestrator.repo.hub import work_branch
-from orchestrator.repo.landing import Conflict, Deferred, Landed, Merge, MergePermit, Stale, Target
+from orchestrator.repo.landing import AlreadyThere, Conflict, Deferred, Landed, Merge, MergePermit, Stale, Target
 
 #: How often a landing is merged anew because others moved the target, before it waits for its next turn.
 ROUNDS = 10
@@ -53,6 +53,8 @@ class MergeQueue:
         match merge:
             case Landed(commit):
                 await self._landed(task, Trigger.ADOPT, commit)
+            case AlreadyThere(commit):
+                await self._landed(task, Trigger.ADOPT, commit, "the target holds the same change already")
             case Conflict(paths, commit):
                 branch = work_branch(self.ledger.run.id, task, "conflict")
                 await self.git("update-ref", f"refs/heads/{branch}", commit)
@@ -88,10 +90,9 @@ class MergeQueue:
         await self._moved(task, await self.target.settle(permit, merge, self._label(task), intent.recorded))
         failpoint("recovery.landing_settled")
 
-    async def _landed(self, task: str, trigger: Trigger, commit: str) -> None:
-        await self.ledger.change(
-            task, trigger, {"landed": commit}, landed=commit, intent=None, reason=None, branch=None
-        )
+    async def _landed(self, task: str, trigger: Trigger, commit: str, reason: str | None = None) -> None:
+        details = {"landed": commit, "reason": reason}
+        await self.ledger.change(task, trigger, details, landed=commit, intent=None, reason=reason, branch=None)
         failpoint("landing.recorded")
 
     async def _unreachable(self, task: str, why: str) -> None:

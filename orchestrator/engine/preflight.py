@@ -1,7 +1,8 @@
-"""What is looked at before anything starts: each refusal says what to do, and nothing has been changed by then."""
+"""What is looked at before anything starts: each refusal says what to do, and no run has been recorded by then."""
 
 from __future__ import annotations
 
+import difflib
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,12 +44,14 @@ async def check_branches(source: Source, base: str, target: str) -> dict[str, st
     try:
         heads = await source.heads()
     except GitError as error:
-        raise RefusedError(f"{source.location} can't be read: {error.stderr.strip()}", "check `repo`") from None
+        raise RefusedError(f"{source.location} can't be read: {error.stderr}", "check `repo`") from None
     if not heads:
         raise RefusedError(f"{source.location} has no commit yet", "commit something first: sessions start from it")
     if base not in heads:
-        near = ", ".join(sorted(heads)[:5])
-        raise RefusedError(f"there is no branch {base!r} in {source.location}", f"set `base` to one of: {near}")
+        near = difflib.get_close_matches(base, heads, n=3, cutoff=0.5)
+        others = [head for head in sorted(heads) if not head.startswith("council/")]
+        names = ", ".join((near or others)[:5])
+        raise RefusedError(f"there is no branch {base!r} in {source.location}", f"set `base` to one of: {names}")
     for head in heads:
         if head.startswith(f"{target}/") or target.startswith(f"{head}/"):
             raise RefusedError(
@@ -74,10 +77,12 @@ async def check_checkout(
 
 
 def check_programs(adapters: Mapping[str, Adapter], environ: Mapping[str, str]) -> None:
-    """Refuse adapters whose program is not on PATH."""
-    for name, adapter in adapters.items():
-        for program in adapter.programs():
-            if shutil.which(program, path=environ.get("PATH")) is None:
-                raise RefusedError(
-                    f"adapter {name!r} runs {program!r}, which is not on PATH", "install it or correct the adapter"
-                )
+    """Refuse adapters whose program is not on PATH, all of them at once."""
+    missing = [
+        f"adapter {name!r} runs {program!r}, which is not on PATH"
+        for name, adapter in adapters.items()
+        for program in adapter.programs()
+        if shutil.which(program, path=environ.get("PATH")) is None
+    ]
+    if missing:
+        raise RefusedError("; ".join(missing), "install it or correct the adapter")

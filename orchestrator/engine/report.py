@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from pathlib import Path
 
 from orchestrator.domain.dispatch import Board
 from orchestrator.domain.model import RunDocument, TaskDocument, TaskStatus
@@ -39,15 +40,18 @@ class TaskReport:
     branch: str | None
     reason: str | None
     paths: Sequence[str]
+    log: str | None
+    """What the last attempt wrote to standard error; its standard output is beside it."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """A run and its tasks in the order of the file."""
+    """A run and its tasks in the order of the file; `repository` is where the tasks' branches are."""
 
     run: str
     status: RunStatus
     target: str
+    repository: str
     tasks: Sequence[TaskReport]
 
     @property
@@ -60,20 +64,43 @@ class RunReport:
         return {**asdict(self), "exit": self.exit_code}
 
 
+@dataclass(frozen=True, slots=True)
+class ReportPlaces:
+    """Where a run's output and branches are kept."""
+
+    logs: Path
+    repository: Path
+
+
 def report(
-    run: RunDocument, tasks: Mapping[str, TaskDocument], needs: Mapping[str, Sequence[str]], *, status: RunStatus | None
+    run: RunDocument,
+    tasks: Mapping[str, TaskDocument],
+    needs: Mapping[str, Sequence[str]],
+    *,
+    places: ReportPlaces,
+    status: RunStatus | None,
 ) -> RunReport:
     """Describe a run; with `status` None it is over, and its tasks say whether it is landed or incomplete."""
     board = Board.of(needs, {task: document.status for task, document in tasks.items()})
-    reports = [_task(task, tasks[task], board.blocked.get(task)) for task in run.tasks]
+    reports = [_task(task, tasks[task], board.blocked.get(task), places.logs) for task in run.tasks]
     if status is None:
         landed = all(document.status is TaskStatus.LANDED for document in tasks.values())
         status = RunStatus.LANDED if landed else RunStatus.INCOMPLETE
-    return RunReport(run.id, status, run.target, reports)
+    return RunReport(run.id, status, run.target, str(places.repository), reports)
 
 
-def _task(task: str, document: TaskDocument, blocked_by: str | None) -> TaskReport:
+def _task(task: str, document: TaskDocument, blocked_by: str | None, logs: Path) -> TaskReport:
     state, reason = str(document.status), document.reason
     if blocked_by is not None and document.status is TaskStatus.PENDING:
         state, reason = "blocked", f"needs {blocked_by!r}, which did not land"
-    return TaskReport(task, state, len(document.attempts), document.landed, document.branch, reason, document.paths)
+    log = str(logs / f"{task}.{document.attempt.number}.stderr") if document.attempts else None
+    return TaskReport(
+        id=task,
+        state=state,
+        attempts=len(document.attempts),
+        landed=document.landed,
+        branch=document.branch,
+        reason=reason,
+        paths=document.paths,
+        log=log,
+    )

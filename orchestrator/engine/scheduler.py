@@ -15,7 +15,7 @@ from orchestrator.clock import Clock
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.dispatch import Board, decide
 from orchestrator.domain.lifecycle import Trigger
-from orchestrator.domain.model import Attempt, TaskStatus
+from orchestrator.domain.model import FINAL, Attempt, TaskStatus
 from orchestrator.domain.outcome import Built, Failed, Interrupted, Unchanged
 from orchestrator.domain.retry import retry_delay
 from orchestrator.engine.ledger import Ledger
@@ -72,7 +72,7 @@ class Scheduler:
         self._wake.set()
 
     async def run(self) -> bool:
-        """Work until nothing is left; False if it was stopped before that."""
+        """Work until nothing is left that could be done; False if it was stopped before that."""
         waiting = [task for task in self._ledger.run.tasks if self._ledger.task(task).status is TaskStatus.LANDING]
         waiting += [task for task in self._ledger.run.tasks if self._ledger.task(task).status is TaskStatus.QUEUED]
         self._queue.extend(waiting)
@@ -82,7 +82,11 @@ class Scheduler:
                 await self._pause()
                 self._wake = anyio.Event()
                 await self._tick(group)
-        return not self._stopping
+        return not self._stopping or not self._unfinished()
+
+    def _unfinished(self) -> bool:
+        statuses = {task: self._ledger.task(task).status for task in self._ledger.run.tasks}
+        return any(status not in FINAL and task not in self._board.blocked for task, status in statuses.items())
 
     async def _tick(self, group: TaskGroup) -> None:
         if self._stopping:

@@ -41,7 +41,7 @@ async def inspect(path: Path, git: Git) -> LocalRepository:
         object_format = await ask("--show-object-format")
         top = None if bare else Path(await ask("--show-toplevel"))
     except (GitError, NotADirectoryError, FileNotFoundError) as error:
-        why = error.stderr.strip() if isinstance(error, GitError) else "there is no such folder"
+        why = error.stderr if isinstance(error, GitError) else "there is no such folder"
         raise RefusedError(f"{path}: {why}", remedy) from None
     return LocalRepository(await anyio.to_thread.run_sync((path / common).resolve), top, object_format)
 

@@ -40,7 +40,7 @@ async def collect(git: Git, worktree: Worktree, base: str, message: str) -> Coll
     try:
         tree = await _stage(git, worktree)
     except GitError as error:
-        tree, refused = base_tree, f"its files can't be staged: {error.stderr.strip()}"
+        tree, refused = base_tree, f"its files can't be staged: {error.stderr}"
     # Nothing beyond the base in the checkout: commits on the branch are work all the same.
     if tree not in {base_tree, tip_tree}:
         tip = await git.line("commit-tree", tree, "-p", tip, input_=message.encode())

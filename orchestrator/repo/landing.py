@@ -6,10 +6,13 @@ cut off in between is finished or undone by `settle`. Each of them demands a `Me
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import anyio.to_thread
 
 from orchestrator.failpoints import failpoint
 from orchestrator.repo.checkout import LocalRepository, changes_in, checkout_of, remove_stale_locks, settle_checkout
@@ -46,6 +49,13 @@ class Landed:
 
     commit: str
     adopted: bool = False  #: it was there before we moved anything
+
+
+@dataclass(frozen=True, slots=True)
+class AlreadyThere:
+    """The target, at this commit, holds the same change already: there is nothing to land."""
+
+    commit: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,25 +147,41 @@ class Target:
         await self.refresh()
         return dict(self._landed)
 
-    async def prepare(self, permit: MergePermit, label: str, commit: str, base: str) -> Merge | Landed | Conflict:
+    async def prepare(
+        self, permit: MergePermit, label: str, commit: str, base: str
+    ) -> Merge | Landed | AlreadyThere | Conflict:
         """Merge `commit`, which was built on `base`, onto the target as far as it is known; move nothing."""
         self._check(permit)
         onto = await self.refresh() if self.known is None else self.known
         if label in self._landed:
             return Landed(self._landed[label], adopted=True)
         ours = await self._above(base, onto)
-        arguments = ("merge-tree", "--write-tree", "-z", "--name-only", "--no-messages", ours, commit)
-        merged = await self._git(*arguments, ok=(0, 1))
-        tree, *paths = merged.stdout.decode(errors="surrogateescape").split("\0")
-        task = label.rpartition("/")[2]
-        if merged.returncode:
-            both = await self._commit(tree, onto, commit, f"{task}: both sides of a conflict, marked\n")
-            return Conflict(tuple(dict.fromkeys(filter(None, paths))), both)
+        tree, paths = await self._merge_tree(ours, commit)
+        if paths:
+            return await self._conflict(label, ours, onto, commit, paths)
         if tree == await self._git.line("rev-parse", f"{onto}^{{tree}}"):
-            return Landed(onto, adopted=True)
-        new = await self._commit(tree, onto, commit, f"Land {task}\n\n{TRAILER}: {label}\n")
+            return AlreadyThere(onto)
+        new = await self._commit(tree, onto, commit, f"Land {label.rpartition('/')[2]}\n\n{TRAILER}: {label}\n")
         failpoint("landing.merged")
         return Merge(self.known, new)
+
+    async def _merge_tree(self, ours: str, theirs: str) -> tuple[str, tuple[str, ...]]:
+        """Return the tree of a merge, and the paths in conflict; there its files carry both names as markers."""
+        arguments = ("merge-tree", "--write-tree", "-z", "--name-only", "--no-messages", ours, theirs)
+        merged = await self._git(*arguments, ok=(0, 1))
+        tree, *paths = merged.stdout.decode(errors="surrogateescape").split("\0")
+        return tree, tuple(dict.fromkeys(filter(None, paths)))
+
+    async def _conflict(self, label: str, ours: str, onto: str, commit: str, paths: tuple[str, ...]) -> Conflict:
+        # Once more by names: git writes what it was given into the markers.
+        names = f"refs/target/{self.branch}", f"refs/work/{label}"
+        for name, value in zip(names, (ours, commit), strict=True):
+            await self._git("update-ref", name, value)
+        tree, _ = await self._merge_tree(*names)
+        for name in names:
+            await self._git("update-ref", "-d", name)
+        message = f"{label.rpartition('/')[2]}: both sides of a conflict, marked\n"
+        return Conflict(paths, await self._commit(tree, onto, commit, message))
 
     async def _above(self, base: str, onto: str) -> str:
         """Return a commit with the tree of `onto` from which the merge base with work on `base` is found at once.
@@ -181,7 +207,7 @@ class Target:
         if not pushed.moved:
             tip = await self._source.tip(self.branch)
             if tip == merge.old:
-                return Deferred(await self._explain(pushed.reason))
+                return Deferred(await self._explain(pushed.reason, merge))
             if tip != merge.new:
                 await self.refresh()
                 return Stale()
@@ -190,16 +216,17 @@ class Target:
         self._landed[label] = merge.new
         return Landed(merge.new)
 
-    async def _explain(self, said: str) -> str:
-        changed = await self.changes()
-        if not changed:
-            return f"the target could not be moved: {said}"
-        return f"the target's checkout has changes of your own ({', '.join(changed[:3])}): commit or stash them"
-
-    async def changes(self) -> list[str]:
-        """Return the tracked paths that are changed where the target is checked out, if it is."""
+    async def _explain(self, said: str, merge: Merge) -> str:
         checkout = await self._checkout()
-        return [] if checkout is None else await changes_in(checkout, self._users_git())
+        if checkout is not None:
+            if changed := await changes_in(checkout, self._users_git()):
+                return f"the target's checkout has changes of your own ({', '.join(changed[:3])}): commit or stash them"
+            arguments = ("diff-tree", "-r", "-z", "--name-only", "--no-renames", "--diff-filter=A")
+            added = (await self._git(*arguments, merge.old or self._start, merge.new)).stdout
+            names = added.decode(errors="surrogateescape").split("\0")[:-1]
+            if in_way := await anyio.to_thread.run_sync(_existing, checkout, names):
+                return f"files that git does not track are in the way ({', '.join(in_way[:3])}): move or commit them"
+        return f"the target could not be moved: {said}"
 
     async def settle(self, permit: MergePermit, merge: Merge, label: str, since: float) -> Landed | Deferred | Stale:
         """Finish or undo a move that was cut off; Stale means that it did not happen and may be tried again."""
@@ -228,3 +255,7 @@ class Target:
     def _check(self, permit: MergePermit) -> None:
         if permit.target != self.branch:
             raise ValueError(f"a permit for {permit.target!r} does not allow landing on {self.branch!r}")
+
+
+def _existing(folder: Path, names: list[str]) -> list[str]:
+    return [name for name in names if os.path.lexists(folder / name)]

@@ -69,5 +69,5 @@ class Source:
         if done.returncode == 0:
             return Pushed(moved=True)
         lines = [line for line in done.stdout.decode(errors="replace").splitlines() if line.startswith("!")]
-        said = lines[0].split("\t")[-1] if lines else done.stderr.decode(errors="replace").strip()
+        said = lines[0].split("\t")[-1] if lines else " ".join(done.stderr.decode(errors="replace").split())
         return Pushed(moved=False, reason=said)

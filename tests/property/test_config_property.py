@@ -172,9 +172,11 @@ PROMPTS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).fi
 @given(st.lists(PROMPTS, min_size=1, max_size=5))
 def test_prompts_come_through(tmp_path_factory: pytest.TempPathFactory, prompts: list[str]) -> None:
     """A prompt arrives as it was written, and survives being stored."""
-    tasks = [{"id": f"t{number}", "prompt": prompt} for number, prompt in enumerate(prompts)]
-    run = {"version": 1, "adapters": {"x": {"use": "command", "argv": ["x"]}}, "tasks": tasks}
-    config = load(tmp_path_factory, yaml.safe_dump(run).encode())
+    # Quoted, because YAML 1.2 reads more plain scalars as numbers than the dumper knows of.
+    quoted = [yaml.safe_dump(prompt, default_style='"', width=1 << 20).rstrip("\n") for prompt in prompts]
+    lines = ["version: 1", "adapters: {x: {use: command, argv: [x]}}", "tasks:"]
+    lines += [f"  - {{id: t{number}, prompt: {text}}}" for number, text in enumerate(quoted)]
+    config = load(tmp_path_factory, "\n".join(lines).encode())
     assert isinstance(config, RunConfig)
     assert [task.prompt for task in config.tasks] == prompts
     assert tuple(TaskSpec.model_validate(task.model_dump(mode="json")) for task in config.tasks) == config.tasks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,7 @@ from orchestrator.domain.lifecycle import TRANSITIONS, Trigger, advance
 from orchestrator.domain.model import FINAL, Attempt, RunDocument, TaskDocument, TaskStatus
 from orchestrator.domain.outcome import Built, Exit, Failed, Interrupted, Outcome, Unchanged, judge
 from orchestrator.domain.retry import Backoff, retry_delay
-from orchestrator.engine.report import RunStatus, report
+from orchestrator.engine.report import ReportPlaces, RunStatus, report
 from orchestrator.errors import InvalidTransition
 
 DIAMOND = {"a": (), "b": ("a",), "c": ("a",), "d": ("b", "c")}
@@ -183,9 +184,11 @@ def test_a_report_names_what_blocks() -> None:
         "a": TaskDocument(status=TaskStatus.FAILED, attempts=(attempt,), reason="it broke", branch="kept"),
         "b": TaskDocument(),
     }
-    made = report(run, tasks, {"a": (), "b": ("a",)}, status=None)
+    places = ReportPlaces(Path("/logs"), Path("/trusted"))
+    made = report(run, tasks, {"a": (), "b": ("a",)}, places=places, status=None)
     assert (made.status, made.exit_code, made.to_json()["exit"]) == (RunStatus.INCOMPLETE, 1, 1)
     assert [(task.state, task.reason) for task in made.tasks] == [
         ("failed", "it broke"),
         ("blocked", "needs 'a', which did not land"),
     ]
+    assert [task.log for task in made.tasks] == ["/logs/a.1.stderr", None]
