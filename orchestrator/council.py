@@ -70,7 +70,10 @@ class Council:
         adapters = {name: entry.stored() for name, entry in config.adapters.items()}
         used = {task.adapter for task in config.tasks}
         check_programs(make_adapters({name: entry for name, entry in adapters.items() if name in used}), self._environ)
-        hub = hub_of(site.identity, council_home(self._environ))
+        home = council_home(self._environ)
+        if site.repository and site.repository.top and home.is_relative_to(site.repository.top):
+            raise RefusedError(f"{home} is inside the repository", "set COUNCIL_HOME to a folder outside of it")
+        hub = hub_of(site.identity, home)
         heads = await check_branches(self._source(site, Git(None, environ=self._environ)), config.base, target)
         await check_checkout(site.repository, target, self._environ, allow_deferred=allow_deferred)
         await create_hub(hub, site.object_format, self._environ)
@@ -169,14 +172,14 @@ class Council:
         status: RunStatus | None,
     ) -> RunReport:
         places = ReportPlaces(self.project.logs(run.id), Hub(Path(run.hub)).trusted)
-        return report(run, tasks, needs, places=places, status=status)
+        return report(run, tasks, needs, places=places, status=status, damage=self.damage)
 
     async def newest_run(self) -> str:
         """Return the id of the run that was started last."""
         runs = await self._store.list("run")
         if not runs:
             raise RefusedError("there is no run in this project", "start one with `council run FILE`")
-        return max(runs, key=lambda found: found.value["started"]).key.id
+        return max(runs, key=lambda found: (found.value.get("started", 0.0), found.key.id)).key.id
 
     async def places(self) -> Places:
         """Say where everything is kept."""
@@ -190,6 +193,15 @@ class Council:
     def records(self, after: int) -> AsyncGenerator[Record]:
         """Yield what is recorded behind a position of the log, of every run, as it happens."""
         return self._store.follow(after)
+
+    @property
+    def damage(self) -> tuple[str, ...]:
+        """What of the state could not be read since it was opened, in words."""
+        return tuple(
+            f"{one.path}, byte {one.offset}: {one.what}"
+            f" ({'anything older may be hit' if one.keys is None else ', '.join(map(str, one.keys)) or 'nothing lost'})"
+            for one in self._store.damage
+        )
 
     async def position(self) -> int:
         """Return the newest position of the log."""

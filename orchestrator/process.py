@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -93,3 +94,27 @@ def _spawn(argv: Sequence[str], env: Mapping[str, str], cwd: Path) -> subprocess
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
+
+
+def kill_marked(marker: bytes) -> int:
+    """Kill every process that has `marker` in its environment; return how many there were. Blocks.
+
+    For what is left of a session whose supervisor was itself killed. A process that cleared its environment is
+    not found, and without /proc (macOS) none is.
+    """
+    killed: set[int] = set()
+    while True:
+        found = {int(place.name) for place in Path("/proc").glob("[0-9]*") if _is_marked(place, marker)}
+        for pid in found:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        if found <= killed:
+            return len(killed)
+        killed |= found
+
+
+def _is_marked(process: Path, marker: bytes) -> bool:
+    try:
+        return marker in (process / "environ").read_bytes()
+    except OSError:  # it has ended, or is not ours
+        return False

@@ -46,6 +46,7 @@ class Project:
         """Make the folder, for the owner alone."""
         for folder in (self.folder, self.all_logs):
             folder.mkdir(mode=0o700, exist_ok=True)
+            folder.chmod(0o700)
 
 
 def find_project(start: Path) -> Project:

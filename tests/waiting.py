@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
-def wait_for(condition: Callable[[], object], limit: float = 20.0) -> None:
-    """Return as soon as the condition holds; fail after `limit` seconds."""
+def wait_for(condition: Callable[[], T], limit: float = 20.0) -> T:
+    """Return what the condition returns as soon as that is true; fail after `limit` seconds."""
     deadline = time.monotonic() + limit
-    while not condition():
+    while not (found := condition()):
         assert time.monotonic() < deadline, "it never came to that"
         time.sleep(0.02)
+    return found

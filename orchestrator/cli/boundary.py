@@ -31,8 +31,13 @@ class Log:
         self.path: Path | None = None
 
     def write(self, error: BaseException) -> Path:
-        """Append the error with its traceback, and return the file."""
-        path = self.path or Path(tempfile.mkdtemp(prefix="council-")) / "council.log"
+        """Append the error with its traceback, and return the file; a temporary one where the project's can't be."""
+        try:
+            return self._append(self.path or _temporary(), error)
+        except OSError:
+            return self._append(_temporary(), error)
+
+    def _append(self, path: Path, error: BaseException) -> Path:
         handler = logging.FileHandler(path, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         path.chmod(0o600)
@@ -40,6 +45,10 @@ class Log:
         handler.emit(logging.LogRecord("council", logging.ERROR, "", 0, "%s", (error,), raised))
         handler.close()
         return path
+
+
+def _temporary() -> Path:
+    return Path(tempfile.mkdtemp(prefix="council-")) / "council.log"
 
 
 @contextmanager

@@ -28,7 +28,7 @@ _SENTENCES: Mapping[str, str] = {
     "task.conflict": "{reason}",
     "task.landed": "landed as {landed:.10}",
     "task.salvaged": "the work of a cut-off attempt is kept on {branch}",
-    "task.salvage_failed": "the work of a cut-off attempt stays in {worktree}: {reason}",
+    "task.worktree_kept": "its worktree stays in {worktree}: {reason}",
 }
 
 
@@ -113,6 +113,8 @@ def _hints(report: RunReport) -> Iterator[str]:
         yield f"`council resume {report.run}` goes on with what is left."
     elif report.status is RunStatus.INCOMPLETE:
         yield "Nothing is left to do in this run; what did not land can be tried again in a new one."
+    for place in report.damage:
+        yield f"The state log is damaged: {place}"
     if any(task.branch is not None for task in report.tasks):
         yield f"What is kept is in a repository of council's: git fetch {report.repository} BRANCH:A-NAME-OF-YOURS"
 

@@ -13,6 +13,8 @@ from anyio.abc import TaskStatus
 from orchestrator.cli.boundary import INTERRUPTED
 from orchestrator.cli.output import Output
 
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 class Interrupt:
     """What the first signal does: it cancels the command, unless that has a cleaner way to end."""
@@ -33,7 +35,9 @@ class Interrupt:
         return INTERRUPTED
 
     async def _listen(self, scope: anyio.CancelScope, *, task_status: TaskStatus[None]) -> None:
-        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+        # What was ignored when we were started (by nohup, say) stays ignored.
+        heeded = [one for one in _ENDING if signal.getsignal(one) is not signal.SIG_IGN]
+        with anyio.open_signal_receiver(*heeded) as signals:
             task_status.started()
             stopping = False
             async for _ in signals:

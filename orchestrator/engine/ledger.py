@@ -68,7 +68,7 @@ async def read_run(store: Store, run: str) -> RunDocument:
     found = await store.get(run_key(run))
     if found is None:
         raise RefusedError(f"there is no run {run!r}", "`council status` names the newest")
-    return RunDocument.model_validate(_trusted(found))
+    return RunDocument.model_validate(_trusted(store, found))
 
 
 async def read_tasks(store: Store, run: str) -> dict[str, Document]:
@@ -79,13 +79,14 @@ async def read_tasks(store: Store, run: str) -> dict[str, Document]:
 async def read_needs(store: Store, run: RunDocument) -> dict[str, tuple[str, ...]]:
     """Return what each task needs, in the order of the file."""
     found = {item.key.id.partition("/")[2]: item for item in await store.list("spec", f"{run.id}/")}
-    return {task: tuple(_trusted(found[task])["needs"]) for task in run.tasks}
+    return {task: tuple(_trusted(store, found[task])["needs"]) for task in run.tasks}
 
 
-def _trusted(found: Document) -> JsonObject:
+def _trusted(store: Store, found: Document) -> JsonObject:
     if found.damaged:
+        places = ", ".join(f"{one.path} at byte {one.offset}" for one in store.damage)
         raise RefusedError(
-            f"the record of {found.key} is damaged in the state log",
+            f"the record of {found.key} is damaged in the state log ({places})",
             "start a new run; what has landed stays landed, and the branches of this run are kept",
         )
     return found.value
@@ -108,7 +109,8 @@ class Ledger:
         """Load a run and become its owner under the next epoch."""
         ledger = cls(store, clock, await read_run(store, run), await read_tasks(store, run))
         lease = await store.get(_lease_key(run))
-        epoch = 1 + (lease.value["epoch"] if lease else 0)
+        # Each owner writes the lease once: its version is the epoch, and known even where its bytes are damaged.
+        epoch = 1 + (lease.version if lease else 0)
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": clock.now(), "epoch": epoch}
         write = Write(_lease_key(run), lease.version if lease else 0, owner)
         await store.commit(Commit([write], [Event("run.claimed", {"run": run, "epoch": epoch, "pid": os.getpid()})]))
@@ -125,7 +127,7 @@ class Ledger:
         found = await self._store.get(spec_key(self.run.id, task))
         if found is None:
             raise RefusedError(f"the record of task {task!r} is missing", "start a new run")
-        return TaskSpec.model_validate(_trusted(found))
+        return TaskSpec.model_validate(_trusted(self._store, found))
 
     async def change(self, task: str, trigger: Trigger, details: JsonObject | None = None, **changes: Any) -> None:
         """Move a task along its lifecycle and record it, with an event that carries `details`."""

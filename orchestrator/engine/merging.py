@@ -61,6 +61,8 @@ class MergeQueue:
                 reason = f"conflicts with the target in {', '.join(paths)}"
                 details = {"reason": reason, "branch": branch, "paths": list(paths)}
                 await self.ledger.change(task, Trigger.CONFLICT, details, reason=reason, branch=branch, paths=paths)
+            case Deferred():
+                await self._moved(task, merge)
             case Merge(old, new):
                 intent = Intent(old=old, new=new, recorded=self.clock.now())
                 await self.ledger.change(task, Trigger.INTEND, {"old": old, "new": new}, intent=intent)

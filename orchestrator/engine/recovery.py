@@ -6,14 +6,18 @@ lock file of theirs can belong to anything alive.
 
 from __future__ import annotations
 
+import anyio.to_thread
+
 from orchestrator.clock import Clock
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import FINAL, Attempt, TaskStatus
 from orchestrator.engine.ledger import Ledger
-from orchestrator.engine.scheduler import Workshop
+from orchestrator.engine.scheduler import Workshop, remove_worktree
 from orchestrator.errors import GitError
 from orchestrator.failpoints import failpoint
+from orchestrator.process import kill_marked
 from orchestrator.repo import worktrees
+from orchestrator.repo.collect import Collected
 from orchestrator.repo.worktrees import Worktree
 from orchestrator.sessions.session import salvage
 from orchestrator.sessions.supervised import wait_released
@@ -30,8 +34,9 @@ async def recover(ledger: Ledger, shop: Workshop, clock: Clock) -> None:
     Landings that were cut off are not decided here: the tasks stay `landing`, and the merge queue settles them
     first. May itself be killed anywhere and run again.
     """
+    await worktrees.remove_stale_locks(shop.hub, ledger.run.id)
     landed = await shop.target.landings()
-    for worktree in worktrees.left_over(shop.hub, ledger.run.id):
+    for worktree in worktrees.left_over(shop.hub, ledger.run.id, ledger.run.tasks):
         await _reap(ledger, shop, clock, worktree)
     for task in ledger.run.tasks:
         document = ledger.task(task)
@@ -49,32 +54,34 @@ async def recover(ledger: Ledger, shop: Workshop, clock: Clock) -> None:
 
 
 async def _reap(ledger: Ledger, shop: Workshop, clock: Clock, worktree: Worktree) -> None:
-    await wait_released(worktree.lock, REAP_LIMIT)
-    failpoint("recovery.session_reaped")
     document = ledger.task(worktree.task)
     attempt = next((one for one in document.attempts if one.number == worktree.attempt), None)
+    await wait_released(worktree.lock, REAP_LIMIT)
+    await anyio.to_thread.run_sync(kill_marked, worktree.marker)
+    failpoint("recovery.session_reaped")
     saved = attempt is not None and await _save(ledger, shop, worktree, attempt)
     if document.status is TaskStatus.RUNNING and document.attempt == attempt:
         branch = worktree.branch if await shop.git.has_branch(worktree.branch) else None
         await _return(ledger, clock, worktree.task, branch)
     if saved:
-        await worktrees.remove(shop.git, worktree)
+        await remove_worktree(ledger, shop, worktree)
 
 
 async def _save(ledger: Ledger, shop: Workshop, worktree: Worktree, attempt: Attempt) -> bool:
     """Make sure that a branch has what the worktree holds; False if the worktree must stay because of it."""
-    if attempt.branch is not None:
+    if attempt.branch is not None and attempt.outcome == "built":
         return True
     spec = await ledger.spec(worktree.task)
     try:
-        branch = await salvage(shop.git, worktree, attempt.base, spec.prompt)
+        left = await salvage(shop.git, worktree, attempt.base, spec.prompt)
     except (GitError, OSError) as error:
-        details = {"task": worktree.task, "worktree": str(worktree.tree), "reason": str(error)}
-        await ledger.note("task.salvage_failed", details)
-        return False
-    if branch is not None:
-        await ledger.note("task.salvaged", {"task": worktree.task, "branch": branch})
-    return True
+        left = Collected(None, str(error), complete=False)
+    if left.commit is not None:
+        await ledger.note("task.salvaged", {"task": worktree.task, "branch": worktree.branch})
+    if not left.complete:
+        details = {"task": worktree.task, "worktree": str(worktree.tree), "reason": left.refused}
+        await ledger.note("task.worktree_kept", details)
+    return left.complete
 
 
 async def _return(ledger: Ledger, clock: Clock, task: str, branch: str | None) -> None:

@@ -53,6 +53,8 @@ class RunReport:
     target: str
     repository: str
     tasks: Sequence[TaskReport]
+    damage: Sequence[str]
+    """Places in the state log that could not be read; tasks that they hit say so."""
 
     @property
     def exit_code(self) -> int:
@@ -79,6 +81,7 @@ def report(
     *,
     places: ReportPlaces,
     status: RunStatus | None,
+    damage: Sequence[str] = (),
 ) -> RunReport:
     """Describe a run; with `status` None it is over, and its tasks say whether it is landed or incomplete."""
     board = Board.of(needs, {task: document.status for task, document in tasks.items()})
@@ -86,7 +89,7 @@ def report(
     if status is None:
         landed = all(document.status is TaskStatus.LANDED for document in tasks.values())
         status = RunStatus.LANDED if landed else RunStatus.INCOMPLETE
-    return RunReport(run.id, status, run.target, str(places.repository), reports)
+    return RunReport(run.id, status, run.target, str(places.repository), reports, damage)
 
 
 def _task(task: str, document: TaskDocument, blocked_by: str | None, logs: Path) -> TaskReport:

@@ -48,6 +48,15 @@ class Workshop:
     environ: Mapping[str, str]
 
 
+async def remove_worktree(ledger: Ledger, shop: Workshop, worktree: Worktree) -> None:
+    """Remove a worktree whose work is saved; one that can't be is named, and left."""
+    try:
+        await worktrees.remove(shop.git, worktree)
+    except GitError as error:
+        details = {"task": worktree.task, "worktree": str(worktree.root), "reason": error.stderr}
+        await ledger.note("task.worktree_kept", details)
+
+
 class Scheduler:
     """Runs what the board allows, within capacity, until nothing is left that could be done."""
 
@@ -164,7 +173,7 @@ class Scheduler:
         finished = await session.run()
         retry_in = await self._record(task, spec, finished)
         if finished.collected:
-            await worktrees.remove(self._shop.git, session.worktree)
+            await remove_worktree(self._ledger, self._shop, session.worktree)
         # The board hears of it last: from then on the task may have its next session.
         del self._sessions[task]
         self._feed(task, retry_in)

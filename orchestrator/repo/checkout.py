@@ -1,7 +1,7 @@
 """The user's own checkouts: where a branch is checked out, whether it is clean, and mending a cut-off update.
 
 A push into a checked-out branch writes files, then the index, then the ref. A kill in between leaves the
-earlier ones ahead of the later ones; `settle_checkout` brings all three back to one commit, and never touches a file
+earlier ones ahead of the later ones; `settle` brings all three back to one commit, and never touches a file
 whose content is neither the old nor the new one.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import anyio.to_thread
 
 from orchestrator.errors import GitError, RefusedError
-from orchestrator.repo.git import Git
+from orchestrator.repo.git import Git, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +40,12 @@ async def inspect(path: Path, git: Git) -> LocalRepository:
         common = await ask("--git-common-dir")
         object_format = await ask("--show-object-format")
         top = None if bare else Path(await ask("--show-toplevel"))
+        shallow = await ask("--is-shallow-repository") == "true"
     except (GitError, NotADirectoryError, FileNotFoundError) as error:
         why = error.stderr if isinstance(error, GitError) else "there is no such folder"
         raise RefusedError(f"{path}: {why}", remedy) from None
+    if shallow:
+        raise RefusedError(f"{path} is a shallow clone", "complete it with `git fetch --unshallow`")
     return LocalRepository(await anyio.to_thread.run_sync((path / common).resolve), top, object_format)
 
 
@@ -51,7 +54,9 @@ async def checkout_of(repository: LocalRepository, branch: str, git: Git) -> Pat
     listed = await git("worktree", "list", "--porcelain", "-z", cwd=repository.git_dir)
     for entry in listed.stdout.decode(errors="surrogateescape").split("\0\0"):
         facts = dict(line.partition(" ")[::2] for line in entry.split("\0"))
-        if facts.get("branch") == f"refs/heads/{branch}" and "bare" not in facts:
+        checked_out = facts.get("branch") == f"refs/heads/{branch}" and "bare" not in facts
+        # A linked worktree that was deleted by hand is still listed.
+        if checked_out and await anyio.Path(facts["worktree"]).is_dir():
             return Path(facts["worktree"])
     return None
 
@@ -61,43 +66,59 @@ async def changes_in(checkout: Path, git: Git) -> list[str]:
     listed = await git(
         "status", "--porcelain", "-z", "--untracked-files=no", "--ignore-submodules=all", "--no-renames", cwd=checkout
     )
-    return [entry[3:] for entry in listed.stdout.decode(errors="surrogateescape").split("\0")[:-1]]
+    return [shown(entry[3:]) for entry in listed.stdout.decode(errors="surrogateescape").split("\0")[:-1]]
 
 
-async def settle_checkout(checkout: Path, branch: str, old: str, new: str, git: Git) -> list[str]:
-    """Bring ref, index and files of a checkout to one commit after a push from `old` to `new` was cut off.
+async def settle(
+    repository: LocalRepository,
+    checkout: Path | None,
+    branch: str,
+    move: tuple[str | None, str],
+    since: float,
+    git: Git,
+) -> list[str]:
+    """Bring ref, index and files to one commit after a push that `move`s the branch (old, new) was cut off.
 
-    Finishes the move with a compare-and-swap if files and index were ready, otherwise puts the files back.
-    The caller holds proof that no process of that push lives, and has removed the locks that it left.
-    Returns the paths that neither commit explains: somebody else wrote them, they are left as they are.
+    Finishes the move with a compare-and-swap if files and index were ready. Puts files back only where the push
+    left its lock on the index, which it takes before the first file and gives up with the last; without that
+    it has written nothing. The caller holds proof that no process of that push lives; `since` (wall-clock
+    seconds) is when it began. Returns the paths that neither commit explains: they are left as they are.
     """
-    ref = f"refs/heads/{branch}"
-    if (await git("rev-parse", "--verify", "--quiet", ref, cwd=checkout, ok=(0, 1))).stdout.decode().strip() != old:
-        return []
-    if (await git("cat-file", "-e", f"{new}^{{commit}}", cwd=checkout, ok=(0, 1, 128))).returncode:
-        return []  # the commit never arrived: nothing was written
-    if not (await git("diff-index", "--cached", "--quiet", new, cwd=checkout, ok=(0, 1))).returncode:
-        await git("update-ref", "-m", "council: finish an interrupted landing", ref, new, old, cwd=checkout)
-        return []
-    return await _put_back(checkout, old, new, git)
+    stale = await _stale_locks(repository, checkout, branch, since, git)
+    old, new = move
+    foreign: list[str] = []
+    if checkout is not None and old is not None and await _is_between(checkout, branch, old, new, git):
+        if not (await git("diff-index", "--cached", "--quiet", new, cwd=checkout, ok=(0, 1))).returncode:
+            await anyio.to_thread.run_sync(_unlink, stale)
+            ref = f"refs/heads/{branch}"
+            await git("update-ref", "-m", "council: finish an interrupted landing", ref, new, old, cwd=checkout)
+        elif any(lock.name == "index.lock" for lock in stale):
+            foreign = await _put_back(checkout, old, new, git)
+    # Last: as long as the index is locked, a recovery that is cut off can be told from one that is done.
+    await anyio.to_thread.run_sync(_unlink, stale)
+    return foreign
+
+
+async def _is_between(checkout: Path, branch: str, old: str, new: str, git: Git) -> bool:
+    ref = await git("rev-parse", "--verify", "--quiet", f"refs/heads/{branch}", cwd=checkout, ok=(0, 1))
+    has_new = await git("cat-file", "-e", f"{new}^{{commit}}", cwd=checkout, ok=(0, 1, 128))
+    return ref.stdout.decode().strip() == old and not has_new.returncode
 
 
 async def _put_back(checkout: Path, old: str, new: str, git: Git) -> list[str]:
     before, after = await _blobs(git, checkout, old, new)
-    ours, added, foreign = [], [], []
-    for path in before.keys() | after.keys():
-        match await _whose(git, checkout, path, before.get(path), after.get(path)):
-            case "new" if path in before:
-                ours.append(path)
-            case "new":
-                added.append(path)
-            case "foreign":
-                foreign.append(path)
-    if ours:
-        listed = "\0".join(ours).encode(errors="surrogateescape") + b"\0"
+    found: dict[str, list[str]] = {"old": [], "new": [], "partial": [], "foreign": []}
+    for path in sorted(before.keys() | after.keys()):
+        found[await _whose(git, checkout, path, before.get(path), after.get(path))].append(path)
+    # Git writes one file after the other: one kill leaves one file in pieces.
+    ours = found["new"] + (found["partial"] if len(found["partial"]) == 1 else [])
+    foreign = found["foreign"] + (found["partial"] if len(found["partial"]) > 1 else [])
+    restored = [path for path in ours if path in before]
+    if restored:
+        listed = "\0".join(restored).encode(errors="surrogateescape") + b"\0"
         await git("checkout-index", "--force", "-z", "--stdin", cwd=checkout, input_=listed)
-    await anyio.to_thread.run_sync(_delete_added, checkout, added)
-    return sorted(foreign)
+    await anyio.to_thread.run_sync(_delete_added, checkout, [path for path in ours if path not in before])
+    return [shown(path) for path in sorted(foreign)]
 
 
 def _delete_added(checkout: Path, paths: Sequence[str]) -> None:
@@ -122,12 +143,11 @@ async def _blobs(git: Git, checkout: Path, old: str, new: str) -> tuple[dict[str
 
 
 async def _whose(git: Git, checkout: Path, path: str, before: str | None, after: str | None) -> str:
-    """Tell whether a file is as `before` the push, as the push (or a part of it) left it, or somebody else's."""
-    file = checkout / path
-    content = await anyio.to_thread.run_sync(_read, file)
+    """Tell whether a file is `old`, `new` or `partial`, as a push that was cut off left it, or `foreign`."""
+    content = await anyio.to_thread.run_sync(_read, checkout / path)
     if content is None:
         # Git unlinks a file before it writes the new one.
-        return "old" if before is None else "new"
+        return "old" if before is None else "new" if after is None else "partial"
     identity = await _identity(git, checkout, path, content)
     if identity == before:
         return "old"
@@ -136,7 +156,7 @@ async def _whose(git: Git, checkout: Path, path: str, before: str | None, after:
     if after is not None:
         filtered = await git("cat-file", "--filters", f"--path={path}", after, cwd=checkout)
         if filtered.stdout.startswith(content):
-            return "new"
+            return "partial"
     return "foreign"
 
 
@@ -154,30 +174,42 @@ async def _identity(git: Git, checkout: Path, path: str, content: bytes) -> str:
     return hashed.stdout.decode().strip()
 
 
-async def remove_stale_locks(
+async def _stale_locks(
     repository: LocalRepository, checkout: Path | None, branch: str, since: float, git: Git
-) -> None:
-    """Remove the lock files that a killed push left in the user's repository.
-
-    The caller holds proof that no process of that push lives; `since` (wall-clock seconds) is when it began.
-    While any git command runs in the repository nothing is removed: the lock may be its own.
-    """
+) -> list[Path]:
+    """Return the lock files that a killed push left in the user's repository; those of the living are not its."""
     folders = [repository.git_dir]
     if checkout is not None:
         own = await git("rev-parse", "--absolute-git-dir", cwd=checkout)
         folders = [Path(own.stdout.decode(errors="surrogateescape").rstrip("\n")), repository.git_dir, checkout]
     locks = [folders[0] / "index.lock", folders[0] / "HEAD.lock"]
     locks.append(repository.git_dir / "refs" / "heads" / f"{branch}.lock")
-    await anyio.to_thread.run_sync(_unlink_if_stale, locks, folders, since)
+    return await anyio.to_thread.run_sync(_find_stale, locks, folders, since)
 
 
-def _unlink_if_stale(locks: Sequence[Path], folders: Sequence[Path], since: float) -> None:
-    if any(_git_runs_in(folder) for folder in folders):
-        return
+def _find_stale(locks: Sequence[Path], folders: Sequence[Path], since: float) -> list[Path]:
+    # Coarse file system time stamps may lag behind the clock that `since` was read from.
+    found = [lock for lock in locks if lock.exists() and lock.stat().st_mtime >= since - 2]
+    if not found or any(_git_runs_in(folder) for folder in folders) or _is_open(found):
+        return []
+    return found
+
+
+def _unlink(locks: Sequence[Path]) -> None:
     for lock in locks:
-        # Coarse file system time stamps may lag behind the clock that `since` was read from.
-        if lock.exists() and lock.stat().st_mtime >= since - 2:
-            lock.unlink()
+        lock.unlink(missing_ok=True)
+
+
+def _is_open(files: Sequence[Path]) -> bool:
+    """Whether any process has one of these files open; other programs than git lock the index, too."""
+    names = {str(file) for file in files}
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if str(link.readlink()) in names:
+                return True
+        except OSError:  # it has ended, or is not ours
+            continue
+    return False
 
 
 def _git_runs_in(folder: Path) -> bool:

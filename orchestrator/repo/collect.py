@@ -7,7 +7,9 @@ if they descend from where it started, and enter as objects that were read, hash
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,18 +17,28 @@ import anyio.to_thread
 
 from orchestrator.errors import GitError
 from orchestrator.failpoints import failpoint
-from orchestrator.repo.git import Git, read_ref
+from orchestrator.repo.git import Git, is_object_id
 from orchestrator.repo.worktrees import Worktree
 
 _GITLINK = "160000"
+_LARGEST_REF_FILE = 16 << 20  # bytes
+
+
+#: Seconds for git to read an agent's tree: it waits for ever where a file to be read is a pipe.
+STAGING_LIMIT = 600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """`commit`: what differs from the base, None if nothing does. `refused`: why it can't be landed, or None."""
+    """What a worktree held.
+
+    `commit`: what differs from the base, None if nothing does. `refused`: why it can't be landed, or None.
+    `complete`: whether the commit has all of the files; if not, the worktree is all there is of the rest.
+    """
 
     commit: str | None
     refused: str | None = None
+    complete: bool = True
 
 
 async def collect(git: Git, worktree: Worktree, base: str, message: str) -> Collected:
@@ -34,33 +46,65 @@ async def collect(git: Git, worktree: Worktree, base: str, message: str) -> Coll
 
     Safe to repeat: a second call finds the same content and makes the same commit content again.
     """
-    tip = await _import_commits(git, worktree, base) or base
+    head, tip = await anyio.to_thread.run_sync(_read_heads, worktree)
+    tip = await _import_commits(git, worktree, base, tip) or base
     tip_tree, base_tree = (await git.line("rev-parse", f"{tip}^{{tree}}", f"{base}^{{tree}}")).split()
-    refused = None
-    try:
-        tree = await _stage(git, worktree)
-    except GitError as error:
-        tree, refused = base_tree, f"its files can't be staged: {error.stderr}"
-    # Nothing beyond the base in the checkout: commits on the branch are work all the same.
-    if tree not in {base_tree, tip_tree}:
+    refused = await _stage(git, worktree)
+    tree = await git.line("write-tree", env=worktree.env)
+    if tree == base_tree and head != f"ref: refs/heads/{worktree.branch}":
+        # It went back to where it began, or elsewhere: what it left on its branch is its work.
+        tree = tip_tree
+    if tree != tip_tree:
         tip = await git.line("commit-tree", tree, "-p", tip, input_=message.encode())
-    elif tip_tree == base_tree:
-        return Collected(None, refused)
+    if tree == base_tree:
+        return Collected(None, refused, complete=refused is None)
     await git("update-ref", f"refs/heads/{worktree.branch}", tip)
     failpoint("work.committed")
-    return Collected(tip, refused or await _nested_repository(git, base, tip))
+    return Collected(tip, refused or await _nested_repository(git, base, tip), complete=refused is None)
 
 
-async def _stage(git: Git, worktree: Worktree) -> str:
-    """Stage all of the checkout and return its tree; without its folder there is nothing in it."""
-    if await anyio.to_thread.run_sync(_is_folder, worktree.tree):
-        await git("add", "--all", env=worktree.env, cwd=worktree.tree)
+async def _stage(git: Git, worktree: Worktree) -> str | None:
+    """Stage all of the checkout that can be staged; return why some of it can't."""
+    if not await anyio.to_thread.run_sync(_is_folder, worktree.tree):
+        return "its worktree was removed or replaced by something else"
+    add = ("add", "--all", "--ignore-errors")
+    try:
+        await git(*add, env=worktree.env, cwd=worktree.tree, limit=STAGING_LIMIT)
+    except GitError as error:
+        return f"not all of its files can be staged ({error.stderr}): what can't is in {worktree.tree}"
     failpoint("work.staged")
-    return await git.line("write-tree", env=worktree.env)
+    return None
 
 
 def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
+
+
+def _read_heads(worktree: Worktree) -> tuple[str | None, str | None]:
+    """Return what the session's HEAD holds, and the commit that its own branch is at."""
+    ref = f"refs/heads/{worktree.branch}"
+    tip = _read_line(worktree.git_dir / ref)
+    if tip is None:
+        packed = _read_text(worktree.git_dir / "packed-refs") or ""
+        tip = next((line.split(" ")[0] for line in packed.split("\n") if line.endswith(f" {ref}")), None)
+    return _read_line(worktree.git_dir / "HEAD"), tip if tip and is_object_id(tip) else None
+
+
+def _read_line(path: Path) -> str | None:
+    text = _read_text(path)
+    return text if text is None else text.rstrip("\n")
+
+
+def _read_text(path: Path) -> str | None:
+    """Return a file's text without trusting it to be one: a pipe would be waited for, a link followed."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return None
+        return file.read(_LARGEST_REF_FILE).decode(errors="replace")
 
 
 async def _nested_repository(git: Git, base: str, commit: str) -> str | None:
@@ -72,9 +116,8 @@ async def _nested_repository(git: Git, base: str, commit: str) -> str | None:
     return None
 
 
-async def _import_commits(git: Git, worktree: Worktree, base: str) -> str | None:
+async def _import_commits(git: Git, worktree: Worktree, base: str, tip: str | None) -> str | None:
     """Bring the agent's own commits in; return the tip if they are sound and descend from the base."""
-    tip = await read_ref(worktree.git_dir, f"refs/heads/{worktree.branch}")
     if tip is None or tip == base:
         return None
     scratch = worktree.import_folder

@@ -98,16 +98,25 @@ class Git:
         cwd: Path | None = None,
         ok: Sequence[int] = (0,),
         keep_fds: Sequence[int] = (),
+        limit: float | None = None,
     ) -> Completed:
-        """Run `git ARGS` to its end; GitError if the exit code is not in `ok`. Never cut off by cancellation."""
+        """Run `git ARGS` to its end; GitError if the exit code is not in `ok`, or after `limit` seconds.
+
+        Never cut off by cancellation.
+        """
         base = users_environment(self.environ) if self.users else sealed_environment(self.environ)
-        done = await run(
+        run_it = run(
             ["git", *_CONFIG_FLAGS, *args],
             env={**base, **({"GIT_DIR": str(self.git_dir)} if self.git_dir else {}), **(env or {})},
             cwd=cwd or self.git_dir,
             input=input_,
             keep_fds=(*self.keep_fds, *keep_fds),
+            timeout=limit,
         )
+        try:
+            done = await run_it
+        except TimeoutError:
+            raise GitError(["git", *args], -9, f"it was ended after {limit:g} s") from None
         if done.returncode not in ok:
             raise GitError(["git", *args], done.returncode, done.stderr.decode(errors="replace"))
         return done
@@ -134,6 +143,11 @@ async def check_version(environ: Mapping[str, str]) -> None:
         raise RefusedError(f"{done.stdout.decode(errors='replace').strip()} is too old", remedy)
 
 
+def shown(name: str) -> str:
+    """Return a file's name as text that can be stored and printed; bytes that are not UTF-8 become escapes."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
 _OBJECT_ID: Final = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
 
 
@@ -142,22 +156,23 @@ def is_object_id(text: str) -> bool:
     return _OBJECT_ID.fullmatch(text) is not None
 
 
-async def read_ref(git_dir: Path, ref: str) -> str | None:
-    """Return the object id that a ref holds, read without running git; None if there is none or it can't be read.
+async def read_ref(repository: Path, ref: str) -> str | None:
+    """Return the object id that a ref of the user's repository holds, read without running git; None if none.
 
-    Made for repositories that agents write to: nothing in their configuration is obeyed.
+    `repository` is a git directory or the top of a checkout. GitError where it can't be read.
     """
-    return await anyio.to_thread.run_sync(_read_ref, git_dir, ref)
+    return await anyio.to_thread.run_sync(_read_ref, repository, ref)
 
 
-def _read_ref(git_dir: Path, ref: str) -> str | None:
+def _read_ref(repository: Path, ref: str) -> str | None:
     # GitPython's import costs as much as all our other imports together.
     import git  # noqa: PLC0415
     from git.exc import GitError as GitPythonError  # noqa: PLC0415
 
     try:
-        with git.Repo(git_dir, odbt=git.GitDB) as repo:
-            value = git.SymbolicReference.dereference_recursive(repo, ref)
-    except (GitPythonError, ValueError, OSError):
+        with git.Repo(repository) as opened:
+            return git.SymbolicReference.dereference_recursive(opened, ref)
+    except ValueError:  # GitPython's word for a ref that does not exist
         return None
-    return value if value and is_object_id(value) else None
+    except (GitPythonError, OSError) as error:
+        raise GitError(["rev-parse", ref], 128, f"{repository}: {error}") from error

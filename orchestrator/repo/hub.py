@@ -75,10 +75,14 @@ def hub_of(source: str, home: Path) -> Hub:
 
 async def create_hub(hub: Hub, object_format: str, environ: Mapping[str, str]) -> None:
     """Make the hub if it is not there; all at once, so that a crash leaves none or a whole one."""
-    if "\n" in str(hub.root) or str(hub.root).startswith('"'):
-        raise RefusedError(f"{str(hub.root)!r} can't hold repositories", "set COUNCIL_HOME to a plainer path")
+    remedy = "set COUNCIL_HOME to another folder"
+    if any(char in str(hub.root) for char in '\n":'):  # git's lists of object folders know no way to write them
+        raise RefusedError(f"{str(hub.root)!r} can't hold repositories", remedy)
     parent = hub.root.parent
-    await anyio.to_thread.run_sync(lambda: parent.mkdir(mode=0o700, parents=True, exist_ok=True))
+    try:
+        await anyio.to_thread.run_sync(lambda: parent.mkdir(mode=0o700, parents=True, exist_ok=True))
+    except OSError as error:
+        raise RefusedError(f"{parent} can't be made: {error.strerror}", remedy) from None
     async with FileLock(parent / f"{hub.root.name}.lock").hold():
         if hub.root.exists():
             return

@@ -15,8 +15,8 @@ from pathlib import Path
 import anyio.to_thread
 
 from orchestrator.failpoints import failpoint
-from orchestrator.repo.checkout import LocalRepository, changes_in, checkout_of, remove_stale_locks, settle_checkout
-from orchestrator.repo.git import Git
+from orchestrator.repo.checkout import LocalRepository, changes_in, checkout_of, settle
+from orchestrator.repo.git import Git, shown
 from orchestrator.repo.hub import Hub
 from orchestrator.repo.source import Source
 
@@ -134,9 +134,9 @@ class Target:
         known = self.known
         if known is None or (await self._git("merge-base", "--is-ancestor", known, tip, ok=(0, 1, 128))).returncode:
             known, self._landed, self._contained = self._start, {}, set()
-        form = f"--format=%H %(trailers:key={TRAILER},valueonly,separator=%x20)"
+        form = f"--format=%H %(trailers:key={TRAILER},valueonly,unfold,separator=%x20)"
         log = await self._git.line("log", "--first-parent", form, f"{known}..{tip}")
-        for line in log.splitlines():
+        for line in filter(None, log.split("\n")):
             commit, *labels = line.split()
             # `log` goes backwards in time: where a label is there twice, the earliest landing counts.
             self._landed |= dict.fromkeys(labels, commit)
@@ -149,7 +149,7 @@ class Target:
 
     async def prepare(
         self, permit: MergePermit, label: str, commit: str, base: str
-    ) -> Merge | Landed | AlreadyThere | Conflict:
+    ) -> Merge | Landed | AlreadyThere | Conflict | Deferred:
         """Merge `commit`, which was built on `base`, onto the target as far as it is known; move nothing."""
         self._check(permit)
         onto = await self.refresh() if self.known is None else self.known
@@ -163,14 +163,18 @@ class Target:
             return AlreadyThere(onto)
         new = await self._commit(tree, onto, commit, f"Land {label.rpartition('/')[2]}\n\n{TRAILER}: {label}\n")
         failpoint("landing.merged")
-        return Merge(self.known, new)
+        merge = Merge(self.known, new)
+        # Looked at before anything is intended: a push that must fail is not even begun, so that what a cut-off
+        # landing finds changed later was not changed before.
+        obstacle = await self._obstacle(merge)
+        return merge if obstacle is None else Deferred(obstacle)
 
     async def _merge_tree(self, ours: str, theirs: str) -> tuple[str, tuple[str, ...]]:
         """Return the tree of a merge, and the paths in conflict; there its files carry both names as markers."""
         arguments = ("merge-tree", "--write-tree", "-z", "--name-only", "--no-messages", ours, theirs)
         merged = await self._git(*arguments, ok=(0, 1))
         tree, *paths = merged.stdout.decode(errors="surrogateescape").split("\0")
-        return tree, tuple(dict.fromkeys(filter(None, paths)))
+        return tree, tuple(dict.fromkeys(shown(path) for path in paths if path))
 
     async def _conflict(self, label: str, ours: str, onto: str, commit: str, paths: tuple[str, ...]) -> Conflict:
         # Once more by names: git writes what it was given into the markers.
@@ -207,7 +211,8 @@ class Target:
         if not pushed.moved:
             tip = await self._source.tip(self.branch)
             if tip == merge.old:
-                return Deferred(await self._explain(pushed.reason, merge))
+                said = await self._obstacle(merge) or f"the target could not be moved: {pushed.reason}"
+                return Deferred(said)
             if tip != merge.new:
                 await self.refresh()
                 return Stale()
@@ -216,26 +221,27 @@ class Target:
         self._landed[label] = merge.new
         return Landed(merge.new)
 
-    async def _explain(self, said: str, merge: Merge) -> str:
+    async def _obstacle(self, merge: Merge) -> str | None:
+        """Return what of the user's stands in the way where the target is checked out."""
         checkout = await self._checkout()
-        if checkout is not None:
-            if changed := await changes_in(checkout, self._users_git()):
-                return f"the target's checkout has changes of your own ({', '.join(changed[:3])}): commit or stash them"
-            arguments = ("diff-tree", "-r", "-z", "--name-only", "--no-renames", "--diff-filter=A")
-            added = (await self._git(*arguments, merge.old or self._start, merge.new)).stdout
-            names = added.decode(errors="surrogateescape").split("\0")[:-1]
-            if in_way := await anyio.to_thread.run_sync(_existing, checkout, names):
-                return f"files that git does not track are in the way ({', '.join(in_way[:3])}): move or commit them"
-        return f"the target could not be moved: {said}"
+        if checkout is None:
+            return None
+        if changed := await changes_in(checkout, self._users_git()):
+            return f"the target's checkout has changes of your own ({', '.join(changed[:3])}): commit or stash them"
+        arguments = ("diff-tree", "-r", "-z", "--name-only", "--no-renames", "--diff-filter=A")
+        added = (await self._git(*arguments, merge.old or self._start, merge.new)).stdout
+        names = added.decode(errors="surrogateescape").split("\0")[:-1]
+        if in_way := await anyio.to_thread.run_sync(_existing, checkout, names):
+            return f"files that git does not track are in the way ({', '.join(in_way[:3])}): move or commit them"
+        return None
 
     async def settle(self, permit: MergePermit, merge: Merge, label: str, since: float) -> Landed | Deferred | Stale:
         """Finish or undo a move that was cut off; Stale means that it did not happen and may be tried again."""
         self._check(permit)
-        checkout, git, foreign = await self._checkout(), self._users_git(), list[str]()
+        foreign: list[str] = []
         if self._repository is not None:
-            await remove_stale_locks(self._repository, checkout, self.branch, since, git)
-        if checkout is not None and merge.old is not None:
-            foreign = await settle_checkout(checkout, self.branch, merge.old, merge.new, git)
+            checkout, git = await self._checkout(), self._users_git()
+            foreign = await settle(self._repository, checkout, self.branch, (merge.old, merge.new), since, git)
         self.known = None
         landed = (await self.landings()).get(label)
         if landed is not None:
@@ -258,4 +264,4 @@ class Target:
 
 
 def _existing(folder: Path, names: list[str]) -> list[str]:
-    return [name for name in names if os.path.lexists(folder / name)]
+    return [shown(name) for name in names if os.path.lexists(folder / name)]

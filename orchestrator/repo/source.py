@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from orchestrator.repo.git import Git
+from orchestrator.repo.git import Git, read_ref
 
 # Applied at the user's side of a push to a path: a branch that is checked out moves together with its files if
 # they are clean, and no housekeeping starts in their repository on our account.
@@ -38,13 +39,15 @@ class Source:
 
     async def tip(self, branch: str) -> str | None:
         """Return the commit id that a branch is at; None if it does not exist."""
+        if self.is_local:
+            return await read_ref(Path(self.location), f"refs/heads/{branch}")
         done = await self.git("ls-remote", "--refs", self.location, f"refs/heads/{branch}")
         return done.stdout.split(b"\t")[0].decode() or None
 
     async def heads(self) -> dict[str, str]:
         """Return all branches with the commit ids that they are at."""
         done = await self.git("ls-remote", "--refs", "--heads", self.location)
-        lines = [line.split("\t") for line in done.stdout.decode(errors="surrogateescape").splitlines()]
+        lines = [line.split("\t") for line in done.stdout.decode(errors="surrogateescape").split("\n")[:-1]]
         return {ref.removeprefix("refs/heads/"): commit for commit, ref in lines}
 
     async def fetch(self, branch: str, ref: str) -> str:
@@ -62,7 +65,8 @@ class Source:
         ref = f"refs/heads/{branch}"
         receive = [f"--receive-pack={_RECEIVE}"] if self.is_local else []
         done = await self.git(
-            "push", "--porcelain", "--no-verify", f"--force-with-lease={ref}:{old or ''}", *receive,
+            "-c", "push.pushOption=", "push", "--porcelain", "--no-verify", "--no-signed",
+            f"--force-with-lease={ref}:{old or ''}", *receive,
             self.location, f"{new}:{ref}",
             ok=range(256), keep_fds=keep_fds,
         )  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,11 @@ class Worktree:
     def prompt_file(self) -> Path:
         """The prompt, readable by the owner alone."""
         return self.root / "prompt.md"
+
+    @property
+    def marker(self) -> bytes:
+        """What every process of the session has in its environment, unless it cleared that."""
+        return b"COUNCIL_PROMPT_FILE=" + os.fsencode(self.prompt_file)
 
     @property
     def lock(self) -> Path:
@@ -144,9 +150,38 @@ def _remove_if_empty(folder: Path) -> None:
             raise
 
 
-def left_over(hub: Hub, run_id: str) -> list[Worktree]:
-    """Return the worktrees that exist for a run, in whatever state."""
+def left_over(hub: Hub, run_id: str, tasks: Collection[str]) -> list[Worktree]:
+    """Return the worktrees that exist for a run's tasks, in whatever state; what is none of ours is passed over."""
     folder = hub.sessions / run_id
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     parts = [name.rpartition(".") for name in names]
-    return [Worktree(hub, run_id, task, int(attempt)) for task, _, attempt in parts]
+    return [Worktree(hub, run_id, task, int(number)) for task, _, number in parts if task in tasks and number.isdigit()]
+
+
+async def remove_stale_locks(hub: Hub, run_id: str) -> None:
+    """Remove the locks that killed git commands left in the trusted repository.
+
+    The caller holds the run's lock, which each of the run's commands holds until it has ended. Locks that belong
+    to no run in particular go only while no command of any run is at work.
+    """
+    await anyio.to_thread.run_sync(_remove_stale_locks, hub.trusted, run_id)
+
+
+def _remove_stale_locks(trusted: Path, run_id: str) -> None:
+    found = [path for path in trusted.rglob("*.lock") if path.is_file()]
+    ours = [path for path in found if any(part.startswith(run_id) for part in path.relative_to(trusted).parts)]
+    for lock in found if not _git_runs_for(trusted) else ours:
+        lock.unlink(missing_ok=True)
+
+
+def _git_runs_for(trusted: Path) -> bool:
+    """Whether a process has the trusted repository as its GIT_DIR; without /proc that can't be ruled out."""
+    wanted = f"GIT_DIR={trusted}".encode()
+    processes = list(Path("/proc").glob("[0-9]*/environ"))
+    for environ in processes:
+        try:
+            if wanted in environ.read_bytes().split(b"\0"):
+                return True
+        except OSError:  # it has ended, or is not ours
+            continue
+    return not processes

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import anyio
+import anyio.to_thread
 
 from orchestrator.domain.outcome import Exit, Failed, Outcome, judge
-from orchestrator.errors import GitError
+from orchestrator.errors import GitError, SessionError
 from orchestrator.failpoints import failpoint
+from orchestrator.process import kill_marked
 from orchestrator.protocols import Adapter, Command, SessionRequest
 from orchestrator.repo import worktrees
-from orchestrator.repo.collect import collect
+from orchestrator.repo.collect import Collected, collect
 from orchestrator.repo.git import Git
 from orchestrator.repo.worktrees import Worktree
 from orchestrator.sessions.supervised import SupervisedCommand, run_supervised
@@ -63,6 +65,10 @@ class Session:
             exit_ = await self._supervise()
         except (GitError, OSError) as error:
             return Finished(Failed("transient", f"the session could not be set up: {error}"))
+        except SessionError as error:
+            await anyio.to_thread.run_sync(kill_marked, self.worktree.marker)
+            # What no supervisor vouches for may still live and write: what is there can only be kept.
+            return Finished(Failed("transient", str(error)), collected=False)
         failpoint("session.ended")
         try:
             left = await collect(self.git, self.worktree, self.base, commit_message(self.worktree, self.prompt))
@@ -70,7 +76,7 @@ class Session:
             reason = f"what it left in {self.worktree.tree} could not be collected: {error}"
             return Finished(Failed("transient", reason), collected=False)
         branch = self.worktree.branch if left.commit else None
-        return Finished(judge(exit_, left.commit, left.refused, self.timeout), branch)
+        return Finished(judge(exit_, left.commit, left.refused, self.timeout), branch, collected=left.complete)
 
     async def _supervise(self) -> Exit:
         with self._running:
@@ -104,15 +110,14 @@ class Session:
         )
 
 
-async def salvage(git: Git, worktree: Worktree, base: str, prompt: str) -> str | None:
-    """Collect what a cut-off session left; return the branch that keeps it, None if it left nothing.
+async def salvage(git: Git, worktree: Worktree, base: str, prompt: str) -> Collected:
+    """Collect what a cut-off session left.
 
     The caller has waited until nothing of the session lives, and holds proof that no git command of ours does.
     """
     if not worktrees.unlock(worktree):
-        return None  # the checkout was never finished: no CLI has run in it
-    left = await collect(git, worktree, base, commit_message(worktree, prompt))
-    return worktree.branch if left.commit else None
+        return Collected(None)  # the checkout was never finished: no CLI has run in it
+    return await collect(git, worktree, base, commit_message(worktree, prompt))
 
 
 def commit_message(worktree: Worktree, prompt: str) -> str:

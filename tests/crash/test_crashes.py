@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import subprocess
 import time
 
+import psutil
 import pytest
 
 from orchestrator.failpoints import FAILPOINTS
@@ -135,3 +137,45 @@ async def test_interrupted_by_a_signal_the_work_is_kept_and_resumed(repository: 
     show = ["git", "show", f"{task['branch']}:half.txt"]
     assert subprocess.run(show, check=True, cwd=where["trusted"], capture_output=True).stdout == b"half\n"
     await finish(repository, 1)
+
+
+async def test_a_killed_supervisor_costs_one_attempt_and_leaves_nothing_running(repository: Repository) -> None:
+    """Without its supervisor a session is over: its processes are killed, its files kept, its neighbours go on."""
+    tasks = [
+        {"id": "victim", "prompt": "write half.txt half\nattempt 1 hang\nwrite whole.txt w"},
+        {"id": "neighbour", "prompt": "write n.txt n"},
+    ]
+    config = repository.configure(tasks)
+    child = repository.start("run", str(config), "--json")
+    wait_for(lambda: "victim" in (repository.spawns.read_text() if repository.spawns.exists() else ""))
+    cli = wait_for(lambda: [pid for pid in psutil.process_iter() if is_session(pid, "victim")])[0]
+    supervisor = cli.parent()
+    assert supervisor is not None
+    supervisor.kill()
+    stdout, stderr = child.communicate(timeout=60)
+    ended = Ended(child.returncode, stdout, stderr)
+    assert ended.states == {"victim": "landed", "neighbour": "landed"}, ended
+    assert not [pid for pid in psutil.process_iter() if is_session(pid, "victim")]
+
+
+def is_session(process: psutil.Process, task: str) -> bool:
+    """Whether a process is the fake CLI of a task's session."""
+    try:
+        return any("fake_cli.py" in part for part in process.cmdline()) and process.environ()["COUNCIL_TASK"] == task
+    except (psutil.Error, KeyError):
+        return False
+
+
+@pytest.mark.parametrize("line", [-1, 0, 1])
+async def test_damage_to_the_log_is_told(repository: Repository, line: int) -> None:
+    """A flipped byte in any record is reported by the next command, in text and JSON, and nothing crashes."""
+    config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
+    assert repository.council("run", str(config), failpoints="work.recorded=kill").code == -signal.SIGKILL
+    log = next((repository.top / ".council/state").glob("*.jsonl"))
+    lines = log.read_bytes().splitlines(keepends=True)
+    lines[line] = lines[line][:-3] + bytes([lines[line][-3] ^ 1]) + lines[line][-2:]
+    log.write_bytes(b"".join(lines))
+    status = repository.council("status", "--json")
+    assert status.code in {1, 2, 130}, status
+    assert str(log) in json.dumps(status.result)
+    assert repository.council("resume", "--json").code in {0, 1, 2}

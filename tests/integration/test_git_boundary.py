@@ -258,3 +258,102 @@ async def test_a_dirty_target_is_refused_unless_deferring_is_allowed(repository:
     resumed = repository.council("resume", "--json")
     assert (resumed.code, resumed.states) == (0, {"one": "landed"})
     await repository.assert_invariants()
+
+
+async def test_work_that_can_not_all_be_staged_is_kept(repository: Repository, tmp_path: Path) -> None:
+    """Where git can't stage a file, the rest is on a branch, and the worktree stays where the reason says."""
+    prompt = "write good.txt good\ngit init --quiet inner\nwrite inner/file.txt x"  # a repository without a commit
+    config = repository.configure([{"id": "half", "prompt": prompt, "attempts": 1}])
+    task = repository.council("run", str(config), "--json").result["tasks"][0]
+    assert task["state"] == "failed"
+    trusted = repository.council("where", "--json").result["trusted"]
+    shown = subprocess.run(["git", "show", f"{task['branch']}:good.txt"], cwd=trusted, capture_output=True, check=True)
+    assert shown.stdout == b"good\n"
+    kept = next((tmp_path / "council-home").glob("*/sessions/*/half.1/tree"))
+    assert str(kept) in task["reason"]
+    assert (kept / "inner/file.txt").exists()
+
+
+async def test_what_an_agent_took_back_does_not_land(repository: Repository) -> None:
+    """A commit that the checkout no longer shows, on the branch that it still is on, was taken back."""
+    config = repository.configure([{"id": "undo", "prompt": "write x.txt x\ncommit x\ndelete x.txt"}])
+    assert repository.council("run", str(config), "--json").states == {"undo": "no_change"}
+    await repository.assert_invariants()
+
+
+async def test_a_replaced_worktree_is_not_followed(repository: Repository, tmp_path: Path) -> None:
+    """A checkout that became a link to somewhere else is neither read nor landed."""
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private/secret.txt").write_text("canary-77\n")
+    shell = {"use": "command", "argv": ["sh", "-c", f"cd .. && mv tree real && ln -s {tmp_path}/private tree"]}
+    config = repository.configure([{"id": "link", "prompt": "x", "attempts": 1}], adapters={"sh": shell})
+    task = repository.council("run", str(config), "--json").result["tasks"][0]
+    assert task["state"] == "failed"
+    assert "replaced" in task["reason"]
+    assert not list((tmp_path / "council-home").glob("*/hub.git/objects/*/secret*"))
+    await_free = repository.git("log", "--all", "--oneline", "--", "secret.txt")
+    assert await_free == ""
+
+
+async def test_a_conflict_in_a_name_that_is_not_utf8(repository: Repository) -> None:
+    """Such a name is shown with escapes; the run goes on and ends as any other."""
+    shell = {"use": "command", "argv": ["sh", "{prompt_file}"]}
+    script = "printf '{}\\n' > \"$(printf 'caf\\351.txt')\""
+    tasks = [{"id": name, "prompt": script.format(name)} for name in ("left", "right")]
+    config = repository.configure(tasks, adapters={"sh": shell})
+    ended = repository.council("run", str(config), "--json")
+    assert sorted(ended.states.values()) == ["conflict", "landed"], ended
+    conflict = next(task for task in ended.result["tasks"] if task["state"] == "conflict")
+    assert conflict["paths"] == ["caf\\xe9.txt"]
+
+
+async def test_a_refused_push_that_is_cut_off_leaves_the_users_changes(repository: Repository, tmp_path: Path) -> None:
+    """Changes that the user had before a landing was begun are theirs, whatever they look like."""
+    repository.commit({"a.txt": "one\ntwo\n", "b.txt": "b\n", "c.txt": "c\n"}, "files")
+    prompt = "write a.txt one\nappend a.txt two\nappend a.txt three\nwrite b.txt bb\nwrite c.txt cc\nwrite new.txt n"
+    config = repository.configure([{"id": "edit", "prompt": prompt}])
+    (repository.top / "a.txt").write_text("one\n")
+    (repository.top / "b.txt").write_text("")
+    (repository.top / "c.txt").unlink()
+    (repository.top / "new.txt").write_text("")
+    killed = repository.council("run", str(config), "--allow-deferred", failpoints="landing.merged=kill")
+    assert killed.code == -signal.SIGKILL
+    ended = repository.council("resume", "--json")
+    assert ended.states == {"edit": "queued"}, ended
+    assert (repository.top / "a.txt").read_text() == "one\n"
+    assert (repository.top / "b.txt").read_text() == ""
+    assert not (repository.top / "c.txt").exists()
+    assert (repository.top / "new.txt").read_text() == ""
+
+
+async def test_changes_made_while_a_push_was_refused_survive_its_recovery(
+    repository: Repository, tmp_path: Path
+) -> None:
+    """A push that a hook refuses has written no file: what differs after a kill is the user's, and stays."""
+    pid, armed = tmp_path / "pid", tmp_path / "armed"
+    kill = f'kill -9 "$(cat "{pid}")"; exit 1'
+    plant(repository.top / ".git/hooks/update", ONCE.format(armed=armed, kill=kill))
+    repository.commit({"a.txt": "one\ntwo\n"}, "files")
+    config = repository.configure([{"id": "edit", "prompt": "write a.txt other\nwrite b.txt b"}])
+    child = repository.start("run", str(config), "--json")
+    pid.write_text(str(child.pid))
+    armed.touch()
+    child.communicate(timeout=60)
+    (repository.top / "a.txt").unlink()
+    ended = repository.council("resume", "--json")
+    assert ended.states == {"edit": "queued"}, ended
+    assert not (repository.top / "a.txt").exists()
+
+
+async def test_a_stray_folder_and_stale_locks_do_not_wedge_a_run(repository: Repository, tmp_path: Path) -> None:
+    """Folders that are no attempt's are passed over; locks of killed git commands of ours go."""
+    config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
+    assert repository.council("run", str(config), failpoints="worktree.created=kill").code == -signal.SIGKILL
+    hub = next(path for path in (tmp_path / "council-home").iterdir() if path.is_dir())
+    run = next((hub / "sessions").iterdir())
+    (run / "notes").mkdir()
+    (run / "other.1").mkdir()
+    (hub / "trusted.git/packed-refs.lock").touch()
+    (hub / f"trusted.git/refs/council/{run.name}/target.lock").touch()
+    ended = repository.council("resume", "--json")
+    assert ended.states == {"one": "landed"}, ended
