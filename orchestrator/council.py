@@ -36,6 +36,10 @@ from orchestrator.state.file import FileStore
 HANDOVER_LIMIT = 60.0
 
 
+#: Characters of all prompts of a run together: they are recorded at once.
+LARGEST_PROMPTS = 12 << 20
+
+
 @dataclass(frozen=True, slots=True)
 class Places:
     """Where a project keeps things; the repositories are None before its first run."""
@@ -95,6 +99,10 @@ class Council:
             hub=str(hub.root),
             started=self._clock.now(),
         )
+        if sum(len(task.prompt) for task in config.tasks) > LARGEST_PROMPTS:
+            raise RefusedError(
+                f"the prompts are larger than {LARGEST_PROMPTS >> 20} MiB together", "split the tasks into several runs"
+            )
         await seed(self._store, document, {task.id: task for task in config.tasks})
         return run
 

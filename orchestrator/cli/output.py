@@ -18,6 +18,7 @@ from orchestrator.protocols import Event, JsonObject
 _SENTENCES: Mapping[str, str] = {
     "run.created": "run {run} lands on {target}",
     "run.interrupted": "interrupted: `council resume {run}` goes on",
+    "run.target_unreachable": "the target can't be looked at: {reason}",
     "task.started": "started (attempt {attempt}, {adapter})",
     "task.retrying": "failed: {reason}; next try in {retry_in} s",
     "task.interrupted": "interrupted: {reason}",

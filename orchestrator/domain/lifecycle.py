@@ -24,6 +24,7 @@ class Trigger(StrEnum):
     CONFLICT = "conflict"  #: the merge has conflicts
     ADOPT = "adopt"  #: the target has it already
     LAND = "land"  #: the target has moved
+    LOSE = "lose"  #: the target was rewritten without it
     DISTRUST = "distrust"  #: the task's own record is damaged
 
 
@@ -45,6 +46,7 @@ TRANSITIONS: Final[dict[tuple[TaskStatus, Trigger], TaskStatus]] = {
     (_S.LANDING, _T.LAND): _S.LANDED,
     (_S.LANDING, _T.UNDO): _S.QUEUED,
     (_S.LANDING, _T.DEFER): _S.QUEUED,
+    (_S.LANDED, _T.LOSE): _S.FAILED,
     (_S.RUNNING, _T.ADOPT): _S.LANDED,
     (_S.LANDING, _T.ADOPT): _S.LANDED,
     **{(status, _T.DISTRUST): _S.FAILED for status in (_S.PENDING, _S.RUNNING, _S.QUEUED, _S.LANDING)},

@@ -21,7 +21,7 @@ class TaskStatus(StrEnum):
     FAILED = "failed"
 
 
-#: States that nothing leads out of.
+#: States in which the run has nothing left to do for a task.
 FINAL = frozenset({TaskStatus.LANDED, TaskStatus.NO_CHANGE, TaskStatus.CONFLICT, TaskStatus.FAILED})
 
 

@@ -29,6 +29,7 @@ TASK_EVENTS: Mapping[Trigger, str] = {
     Trigger.CONFLICT: "task.conflict",
     Trigger.ADOPT: "task.landed",
     Trigger.LAND: "task.landed",
+    Trigger.LOSE: "task.failed",
     Trigger.DISTRUST: "task.failed",
 }
 

@@ -46,6 +46,19 @@ class MergeQueue:
         await self._drop_branch(task)
         return self.ledger.task(task).status
 
+    async def verify(self) -> None:
+        """Make sure that what has landed is still on the target, which somebody else may have rewritten."""
+        landings = await self.target.landings()
+        for task in self.ledger.run.tasks:
+            document = self.ledger.task(task)
+            if document.landed is None or self._label(task) in landings or await self.target.holds(document.landed):
+                continue
+            branch = work_branch(self.ledger.run.id, task, str(document.attempt.number))
+            await self.git("update-ref", f"refs/heads/{branch}", document.commit or document.landed)
+            reason = f"its commit {document.landed[:10]} is no longer on the target, which was rewritten"
+            details = {"reason": reason, "branch": branch}
+            await self.ledger.change(task, Trigger.LOSE, details, landed=None, branch=branch, reason=reason)
+
     async def _try(self, permit: MergePermit, task: str) -> bool:
         """Merge and move once; True if that should be done again at once."""
         label, document = self._label(task), self.ledger.task(task)

@@ -13,7 +13,7 @@ from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import FINAL, Attempt, TaskStatus
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.scheduler import Workshop, remove_worktree
-from orchestrator.errors import GitError
+from orchestrator.errors import GitError, RefusedError
 from orchestrator.failpoints import failpoint
 from orchestrator.process import kill_marked
 from orchestrator.repo import worktrees
@@ -35,7 +35,12 @@ async def recover(ledger: Ledger, shop: Workshop, clock: Clock) -> None:
     first. May itself be killed anywhere and run again.
     """
     await worktrees.remove_stale_locks(shop.hub, ledger.run.id)
-    landed = await shop.target.landings()
+    try:
+        landed = await shop.target.landings()
+    except GitError as error:
+        raise RefusedError(
+            f"the target can't be looked at: {error.stderr}", "try again when it can be reached"
+        ) from None
     for worktree in worktrees.left_over(shop.hub, ledger.run.id, ledger.run.tasks):
         await _reap(ledger, shop, clock, worktree)
     for task in ledger.run.tasks:

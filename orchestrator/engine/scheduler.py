@@ -91,7 +91,13 @@ class Scheduler:
                 await self._pause()
                 self._wake = anyio.Event()
                 await self._tick(group)
-        return not self._stopping or not self._unfinished()
+        if self._stopping and self._unfinished():
+            return False
+        try:
+            await self._merging.verify()
+        except GitError as error:
+            await self._ledger.note("run.target_unreachable", {"reason": str(error)})
+        return True
 
     def _unfinished(self) -> bool:
         statuses = {task: self._ledger.task(task).status for task in self._ledger.run.tasks}

@@ -147,12 +147,18 @@ class Target:
         await self.refresh()
         return dict(self._landed)
 
+    async def holds(self, commit: str) -> bool:
+        """Whether a commit is part of the target, as of the last look."""
+        if self.known is None:
+            return False
+        return not (await self._git("merge-base", "--is-ancestor", commit, self.known, ok=(0, 1, 128))).returncode
+
     async def prepare(
         self, permit: MergePermit, label: str, commit: str, base: str
     ) -> Merge | Landed | AlreadyThere | Conflict | Deferred:
-        """Merge `commit`, which was built on `base`, onto the target as far as it is known; move nothing."""
+        """Merge `commit`, which was built on `base`, onto the target as it is now; move nothing."""
         self._check(permit)
-        onto = await self.refresh() if self.known is None else self.known
+        onto = await self.refresh()
         if label in self._landed:
             return Landed(self._landed[label], adopted=True)
         ours = await self._above(base, onto)

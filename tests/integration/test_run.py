@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -293,3 +294,39 @@ async def test_names_with_spaces_and_unicode(tmp_path: Path, environ: dict[str, 
     assert ended.code == 0, ended
     assert (top / "n\u00e9w d/\u2603 f.txt").exists()
     await repository.assert_invariants()
+
+
+async def test_a_landing_that_the_user_rewrote_away_is_not_called_landed(repository: Repository) -> None:
+    """If somebody takes a landed commit off the target during the run, its task is reported, with its work kept."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "lost", "prompt": "write lost.txt l"},
+        {"id": "slow", "prompt": "hang", "timeout": "3s", "attempts": 1},
+    ]
+    config = repository.configure(tasks, target="out")
+    child = repository.start("run", str(config), "--json")
+
+    def has_landed() -> bool:
+        branches = repository.git("branch", "--list", "out", "--format=%(subject)")
+        return branches == "Land lost"
+
+    wait_for(has_landed)
+    repository.git("branch", "--force", "out", "main")
+    stdout, stderr = child.communicate(timeout=60)
+    ended = Ended(child.returncode, stdout, stderr)
+    lost = ended.result["tasks"][0]
+    assert (ended.code, lost["state"], lost["landed"]) == (1, "failed", None)
+    assert "rewritten" in lost["reason"]
+    trusted = ended.result["repository"]
+    shown = subprocess.run(["git", "show", f"{lost['branch']}:lost.txt"], cwd=trusted, capture_output=True, check=True)
+    assert shown.stdout == b"l\n"
+
+
+async def test_a_signal_before_the_run_begins_ends_with_130(repository: Repository) -> None:
+    """Whatever moment the first signal comes at, the exit code is 130 and nothing is left."""
+    config = repository.configure([{"id": "one", "prompt": "hang"}])
+    child = repository.start("run", str(config), "--json")
+    wait_for((repository.top / ".council").exists)
+    child.terminate()
+    stdout, _ = child.communicate(timeout=30)
+    assert child.returncode == 130
+    assert json.loads(stdout.splitlines()[-1])["exit"] == 130
