@@ -15,7 +15,7 @@ from orchestrator.engine.report import RunReport, RunStatus, TaskReport
 from orchestrator.protocols import Event, JsonObject
 
 #: How an event reads; its own fields fill the gaps.
-_SENTENCES: Mapping[str, str] = {
+SENTENCES: Mapping[str, str] = {
     "run.created": "run {run} lands on {target}",
     "run.interrupted": "interrupted: `council resume {run}` goes on",
     "run.target_unreachable": "the target can't be looked at: {reason}",
@@ -43,10 +43,10 @@ class Output:
         """Print something that happened."""
         if self.as_json:
             self._line({"event": event.type, "time": time, **event.data})
-        elif event.type in _SENTENCES:
+        elif event.type in SENTENCES:
             at = datetime.fromtimestamp(time, UTC).astimezone()
             task = f"{event.data['task']}: " if "task" in event.data else ""
-            _say(f"{at:%H:%M:%S} {task}{_plain(_SENTENCES[event.type].format_map(event.data))}")
+            _say(f"{at:%H:%M:%S} {task}{_plain(SENTENCES[event.type].format_map(event.data))}")
 
     def result(self, report: RunReport) -> None:
         """Print how a run stands, as the last thing."""

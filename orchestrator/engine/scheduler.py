@@ -33,6 +33,9 @@ from orchestrator.sessions.session import Finished, Session
 
 #: Seconds after which a landing that could not be made is tried again while sessions are at work.
 DEFERRED_PAUSE = 30.0
+#: How often, and after how many seconds each, it is tried again when nothing else is left to do: the user may just
+#: be in the middle of a commit.
+LAST_TRIES, LAST_PAUSE = 3, 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,7 @@ class Scheduler:
         self._queue: deque[str] = deque()
         self._deferred: list[str] = []
         self._deferred_until = 0.0
+        self._last_tries = LAST_TRIES
         self._landing = False
         self._stopping = False
         self._wake = anyio.Event()
@@ -108,6 +112,7 @@ class Scheduler:
             return
         now = self._clock.monotonic()
         if self._deferred and now >= self._deferred_until:
+            self._last_tries -= not self._sessions
             self._queue.extendleft(reversed(self._deferred))
             self._deferred.clear()
         if self._queue and not self._landing:
@@ -133,7 +138,8 @@ class Scheduler:
     def _idle(self) -> bool:
         if self._sessions or self._landing:
             return False
-        return self._stopping or not (self._queue or self._board.has_work())
+        waits_to_land = self._queue or (self._deferred and self._last_tries)
+        return self._stopping or not (waits_to_land or self._board.has_work())
 
     async def _pause(self) -> None:
         times = [self._board.next_time() if self._free() else None]
@@ -246,6 +252,6 @@ class Scheduler:
             self._board.ended(task)
         else:
             self._deferred.append(task)
-            self._deferred_until = self._clock.monotonic() + DEFERRED_PAUSE
+            self._deferred_until = self._clock.monotonic() + (DEFERRED_PAUSE if self._sessions else LAST_PAUSE)
         self._landing = False
         self._wake.set()

@@ -15,7 +15,7 @@ from orchestrator.config.model import RunConfig, TaskSpec
 from orchestrator.errors import ConfigError
 
 # The machine may be busy with other tests: how long an example takes says nothing.
-unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+unhurried = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 PIECES = [
     "version",
     "adapters",
@@ -130,7 +130,7 @@ def test_any_bytes(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> Non
     load(tmp_path_factory, data)
 
 
-@settings(unhurried, max_examples=300)
+@settings(unhurried, max_examples=100)
 @given(st.lists(st.sampled_from(PIECES), max_size=40).map("".join))
 @example("? ? ? a")
 @example("- - - {[}")
@@ -154,7 +154,7 @@ def test_any_text_without_libyaml(tmp_path_factory: pytest.TempPathFactory, text
         load(tmp_path_factory, text.encode())
 
 
-@settings(unhurried, max_examples=200)
+@settings(unhurried, max_examples=100)
 @given(
     st.fixed_dictionaries(
         {}, optional=dict.fromkeys(("version", "repo", "base", "adapters", "defaults", "tasks"), TREES)

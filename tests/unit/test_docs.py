@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -10,14 +11,19 @@ import pytest
 
 from adapters.command import CommandAdapter
 from orchestrator.cli.main import main
+from orchestrator.cli.output import SENTENCES
 from orchestrator.config.load import load_config
 from orchestrator.config.schema import BackoffEntry, DefaultsEntry, FileConfig, TaskEntry
 from orchestrator.domain.model import TaskStatus
+from orchestrator.engine.ledger import TASK_EVENTS
+from orchestrator.engine.report import RunReport, RunStatus, TaskReport
 from orchestrator.plugins import load_adapter_types
 from orchestrator.sessions.session import BASE_ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
+OUTPUT = (ROOT / "docs/output.md").read_text()
 CONFIGURATION = (ROOT / "docs/configuration.md").read_text()
 
 
@@ -62,6 +68,17 @@ def test_the_readme_explains_every_final_state() -> None:
 @pytest.mark.parametrize(
     "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
 )
+def test_every_event_and_status_is_documented() -> None:
+    """docs/output.md has each event, each status of a run and each field of the result."""
+    fields = {field.name for model in (RunReport, TaskReport) for field in dataclasses.fields(model)}
+    names = {*TASK_EVENTS.values(), *SENTENCES, *RunStatus, *TaskStatus, *fields}
+    assert [name for name in sorted(names) if f"`{name}`" not in OUTPUT] == []
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_links_and_make_targets_exist(path: Path) -> None:
     """Every relative link leads somewhere and every `make` target is one."""
     text = path.read_text()
