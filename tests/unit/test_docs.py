@@ -65,9 +65,6 @@ def test_the_readme_explains_every_final_state() -> None:
         assert f"| `{state}` |" in README
 
 
-@pytest.mark.parametrize(
-    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
-)
 def test_every_event_and_status_is_documented() -> None:
     """docs/output.md has each event, each status of a run and each field of the result."""
     fields = {field.name for model in (RunReport, TaskReport) for field in dataclasses.fields(model)}
@@ -75,9 +72,6 @@ def test_every_event_and_status_is_documented() -> None:
     assert [name for name in sorted(names) if f"`{name}`" not in OUTPUT] == []
 
 
-@pytest.mark.parametrize(
-    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
-)
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_links_and_make_targets_exist(path: Path) -> None:
     """Every relative link leads somewhere and every `make` target is one."""
