@@ -69,6 +69,8 @@ class Council:
         program that is missing.
         """
         site = await find_site(config.repo, is_url=config.is_url, environ=self._environ)
+        if site.repository is not None and site.repository.top is not None:
+            await anyio.to_thread.run_sync(exclude_from_git, site.repository.git_dir)
         run = new_run_id(self._clock.now())
         target = config.target or f"council/{run}"
         adapters = {name: entry.stored() for name, entry in config.adapters.items()}
@@ -269,7 +271,6 @@ async def project_of(config: RunConfig, environ: Mapping[str, str] = os.environ)
     site = await find_site(config.repo, is_url=config.is_url, environ=environ)
     if site.repository is None or site.repository.top is None:
         return Project(config.path.parent)
-    await anyio.to_thread.run_sync(exclude_from_git, site.repository.git_dir)
     return Project(site.repository.top)
 
 

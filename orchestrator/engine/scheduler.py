@@ -138,7 +138,7 @@ class Scheduler:
     def _idle(self) -> bool:
         if self._sessions or self._landing:
             return False
-        waits_to_land = self._queue or (self._deferred and self._last_tries)
+        waits_to_land = self._queue or (self._deferred and self._last_tries > 0)
         return self._stopping or not (waits_to_land or self._board.has_work())
 
     async def _pause(self) -> None:

@@ -1,0 +1,75 @@
+"""The scheduler on a clock that the test drives: hours of waiting in the time that the programs take."""
+
+from __future__ import annotations
+
+import anyio
+
+from orchestrator.config.load import load_config
+from orchestrator.council import Council, open_council
+from orchestrator.engine.report import RunReport, RunStatus
+from orchestrator.plugins import load_adapter_types
+from orchestrator.project import Project
+from orchestrator.testing.clock import ManualClock
+from tests.conftest import Repository
+
+HOUR = 3600.0
+
+
+async def until_event(council: Council, name: str, count: int) -> None:
+    """Return when an event has happened that many times in the project."""
+    seen = 0
+    async for record in council.records(0):
+        seen += sum(event.type == name for event in record.events)
+        if seen >= count:
+            return
+
+
+async def test_backoff_is_waited_for_on_the_clock(repository: Repository) -> None:
+    """A task that fails is tried again after its backoff, not before, however long that is."""
+    path = repository.configure(
+        [{"id": "late", "prompt": "attempt 1 exit 1\nattempt 2 exit 1\nwrite late.txt x"}],
+        defaults={"backoff": {"initial": "1h", "factor": 3, "max": "2h", "jitter": False}},
+    )
+    clock = ManualClock()
+    async with open_council(Project(repository.top), clock=clock, environ=repository.environ) as council:
+        run = await council.create_run(load_config(path, load_adapter_types()))
+        reports: list[RunReport] = []
+
+        async def execute() -> None:
+            reports.append(await council.execute(run))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(execute)
+            await until_event(council, "task.retrying", 1)
+            await anyio.wait_all_tasks_blocked()
+            clock.advance(HOUR - 1)
+            await anyio.wait_all_tasks_blocked()
+            assert (await council.status(run)).tasks[0].attempts == 1
+            clock.advance(1)
+            await until_event(council, "task.retrying", 2)
+            await anyio.wait_all_tasks_blocked()
+            clock.advance(2 * HOUR)
+    assert reports[0].status is RunStatus.LANDED
+    assert reports[0].tasks[0].attempts == 3
+    await repository.assert_invariants()
+
+
+async def test_a_dirty_target_is_tried_again_while_sessions_are_at_work(repository: Repository) -> None:
+    """A landing that the user's changes hold up is made as soon as they are gone, without a resume."""
+    path = repository.configure(
+        [{"id": "quick", "prompt": "write quick.txt q"}, {"id": "long", "prompt": "hang", "attempts": 1}]
+    )
+    clock = ManualClock()
+    async with open_council(Project(repository.top), clock=clock, environ=repository.environ) as council:
+        run = await council.create_run(load_config(path, load_adapter_types()))
+        (repository.top / "README.md").write_text("mine\n")
+        async with anyio.create_task_group() as group:
+            group.start_soon(council.execute, run)
+            await until_event(council, "task.deferred", 1)
+            repository.git("checkout", "--", "README.md")
+            await anyio.wait_all_tasks_blocked()
+            clock.advance(30)
+            await until_event(council, "task.landed", 1)
+            council.stop()
+    assert (repository.top / "quick.txt").exists()
+    await repository.assert_invariants()
