@@ -122,8 +122,10 @@ class Council:
             async with self._ownership(hub, run) as lock:
                 return await self._work(document, hub, lock.fd)
         except LockHeld as held:
-            what = f"run {run} is at work under {held.holder}"
-            raise RefusedError(what, "wait for it, or stop it with SIGINT") from None
+            remedy = "wait for it, or stop it with SIGINT"
+            if not held.owner_lives:
+                remedy = f"end what it left running: `fuser {held.path}` names it"
+            raise RefusedError(f"run {run} is at work under {held.holder}", remedy) from None
 
     @asynccontextmanager
     async def _ownership(self, hub: Hub, run: str) -> AsyncIterator[HeldLock]:

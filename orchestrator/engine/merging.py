@@ -36,11 +36,11 @@ class MergeQueue:
         """
         async with self.target.permit() as permit:
             try:
-                if self.ledger.task(task).status is TaskStatus.LANDING:
-                    await self._settle(permit, task)
+                again = self.ledger.task(task).status is TaskStatus.QUEUED or await self._settle(permit, task)
                 for _ in range(ROUNDS):
-                    if self.ledger.task(task).status is not TaskStatus.QUEUED or not await self._try(permit, task):
+                    if not again:
                         break
+                    again = await self._try(permit, task)
             except GitError as error:
                 await self._unreachable(task, str(error))
         await self._drop_branch(task)
@@ -98,12 +98,14 @@ class MergeQueue:
                 assert_never(result)
         return False
 
-    async def _settle(self, permit: MergePermit, task: str) -> None:
+    async def _settle(self, permit: MergePermit, task: str) -> bool:
+        """Find out what became of a move that was cut off; True if it did not happen and should be made now."""
         intent = self.ledger.task(task).intent
         assert intent is not None, "a task is landing only by an intent"  # noqa: S101  an invariant of the table
         merge = Merge(intent.old, intent.new)
-        await self._moved(task, await self.target.settle(permit, merge, self._label(task), intent.recorded))
+        again = await self._moved(task, await self.target.settle(permit, merge, self._label(task), intent.recorded))
         failpoint("recovery.landing_settled")
+        return again
 
     async def _landed(self, task: str, trigger: Trigger, commit: str, reason: str | None = None) -> None:
         details = {"landed": commit, "reason": reason}

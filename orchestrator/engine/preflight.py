@@ -36,6 +36,8 @@ async def find_site(repo: str, *, is_url: bool, environ: Mapping[str, str]) -> S
         return Site(repo, None, "sha1")
     git = Git(None, users=True, environ=environ)
     repository = await inspect(Path(repo), git)
+    if repository.object_format != "sha1":
+        raise RefusedError(f"{repo} is a {repository.object_format} repository", "use one with SHA-1 object names")
     return Site(str(repository.top or repository.git_dir), repository, repository.object_format)
 
 

@@ -186,10 +186,12 @@ class Scheduler:
         retry_in = await self._record(task, spec, finished)
         if finished.collected:
             await remove_worktree(self._ledger, self._shop, session.worktree)
+        else:
+            details = {"task": task, "worktree": str(session.worktree.tree), "reason": "it holds what is on no branch"}
+            await self._ledger.note("task.worktree_kept", details)
         # The board hears of it last: from then on the task may have its next session.
         del self._sessions[task]
         self._feed(task, retry_in)
-        self._deferred_until = self._clock.monotonic()
         self._wake.set()
 
     def _feed(self, task: str, retry_in: float | None) -> None:
@@ -251,7 +253,9 @@ class Scheduler:
         elif status is TaskStatus.CONFLICT:
             self._board.ended(task)
         else:
+            pause = DEFERRED_PAUSE if self._sessions else LAST_PAUSE
+            if not self._deferred or not self._sessions:
+                self._deferred_until = self._clock.monotonic() + pause
             self._deferred.append(task)
-            self._deferred_until = self._clock.monotonic() + (DEFERRED_PAUSE if self._sessions else LAST_PAUSE)
         self._landing = False
         self._wake.set()

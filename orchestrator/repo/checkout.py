@@ -55,8 +55,10 @@ async def checkout_of(repository: LocalRepository, branch: str, git: Git) -> Pat
     for entry in listed.stdout.decode(errors="surrogateescape").split("\0\0"):
         facts = dict(line.partition(" ")[::2] for line in entry.split("\0"))
         checked_out = facts.get("branch") == f"refs/heads/{branch}" and "bare" not in facts
-        # A linked worktree that was deleted by hand is still listed.
-        if checked_out and await anyio.Path(facts["worktree"]).is_dir():
+        if checked_out:
+            if not await anyio.Path(facts["worktree"]).is_dir():
+                what = f"{branch!r} is checked out in {facts['worktree']}, which is gone"
+                raise RefusedError(what, "run `git worktree prune` in the repository")
             return Path(facts["worktree"])
     return None
 
@@ -74,17 +76,19 @@ async def settle(
     checkout: Path | None,
     branch: str,
     move: tuple[str | None, str],
-    since: float,
+    since: float | None,
     git: Git,
 ) -> list[str]:
     """Bring ref, index and files to one commit after a push that `move`s the branch (old, new) was cut off.
 
-    Finishes the move with a compare-and-swap if files and index were ready. Puts files back only where the push
-    left its lock on the index, which it takes before the first file and gives up with the last; without that
-    it has written nothing. The caller holds proof that no process of that push lives; `since` (wall-clock
-    seconds) is when it began. Returns the paths that neither commit explains: they are left as they are.
+    Finishes the move with a compare-and-swap if files and index were ready. Else puts the files back, as far as it
+    is proven that the push wrote them: they hold what it brings, wholly, or one of them a part of it while the
+    push's lock on the index or a wholly new file shows that it was at work. The caller knows that the checkout
+    was clean right before the push, and holds proof that no process of it lives; `since` (wall-clock seconds)
+    is when it began, None if that was just now and its locks went with it. Returns the paths that neither
+    commit explains: they are left as they are.
     """
-    stale = await _stale_locks(repository, checkout, branch, since, git)
+    stale = [] if since is None else await _stale_locks(repository, checkout, branch, since, git)
     old, new = move
     foreign: list[str] = []
     if checkout is not None and old is not None and await _is_between(checkout, branch, old, new, git):
@@ -92,8 +96,9 @@ async def settle(
             await anyio.to_thread.run_sync(_unlink, stale)
             ref = f"refs/heads/{branch}"
             await git("update-ref", "-m", "council: finish an interrupted landing", ref, new, old, cwd=checkout)
-        elif any(lock.name == "index.lock" for lock in stale):
-            foreign = await _put_back(checkout, old, new, git)
+        else:
+            was_at_work = any(lock.name == "index.lock" for lock in stale)
+            foreign = await _put_back(checkout, old, new, git, was_at_work=was_at_work)
     # Last: as long as the index is locked, a recovery that is cut off can be told from one that is done.
     await anyio.to_thread.run_sync(_unlink, stale)
     return foreign
@@ -105,14 +110,15 @@ async def _is_between(checkout: Path, branch: str, old: str, new: str, git: Git)
     return ref.stdout.decode().strip() == old and not has_new.returncode
 
 
-async def _put_back(checkout: Path, old: str, new: str, git: Git) -> list[str]:
+async def _put_back(checkout: Path, old: str, new: str, git: Git, *, was_at_work: bool) -> list[str]:
     before, after = await _blobs(git, checkout, old, new)
     found: dict[str, list[str]] = {"old": [], "new": [], "partial": [], "foreign": []}
     for path in sorted(before.keys() | after.keys()):
         found[await _whose(git, checkout, path, before.get(path), after.get(path))].append(path)
     # Git writes one file after the other: one kill leaves one file in pieces.
-    ours = found["new"] + (found["partial"] if len(found["partial"]) == 1 else [])
-    foreign = found["foreign"] + (found["partial"] if len(found["partial"]) > 1 else [])
+    is_piece = len(found["partial"]) == 1 and bool(was_at_work or found["new"])
+    ours = found["new"] + (found["partial"] if is_piece else [])
+    foreign = found["foreign"] + ([] if is_piece else found["partial"])
     restored = [path for path in ours if path in before]
     if restored:
         listed = "\0".join(restored).encode(errors="surrogateescape") + b"\0"
@@ -189,10 +195,17 @@ async def _stale_locks(
 
 def _find_stale(locks: Sequence[Path], folders: Sequence[Path], since: float) -> list[Path]:
     # Coarse file system time stamps may lag behind the clock that `since` was read from.
-    found = [lock for lock in locks if lock.exists() and lock.stat().st_mtime >= since - 2]
+    found = [lock for lock in locks if _modified(lock) >= since - 2]
     if not found or any(_git_runs_in(folder) for folder in folders) or _is_open(found):
         return []
     return found
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _unlink(locks: Sequence[Path]) -> None:

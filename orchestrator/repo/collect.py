@@ -56,7 +56,7 @@ async def collect(git: Git, worktree: Worktree, base: str, message: str) -> Coll
         tree = tip_tree
     if tree != tip_tree:
         tip = await git.line("commit-tree", tree, "-p", tip, input_=message.encode())
-    if tree == base_tree:
+    if tree == base_tree and not (refused and tip != base):
         return Collected(None, refused, complete=refused is None)
     await git("update-ref", f"refs/heads/{worktree.branch}", tip)
     failpoint("work.committed")

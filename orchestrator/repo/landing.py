@@ -6,7 +6,6 @@ cut off in between is finished or undone by `settle`. Each of them demands a `Me
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -161,7 +160,7 @@ class Target:
         onto = await self.refresh()
         if label in self._landed:
             return Landed(self._landed[label], adopted=True)
-        ours = await self._above(base, onto)
+        ours = await self._above(base, onto, commit)
         tree, paths = await self._merge_tree(ours, commit)
         if paths:
             return await self._conflict(label, ours, onto, commit, paths)
@@ -193,17 +192,21 @@ class Target:
         message = f"{label.rpartition('/')[2]}: both sides of a conflict, marked\n"
         return Conflict(paths, await self._commit(tree, onto, commit, message))
 
-    async def _above(self, base: str, onto: str) -> str:
-        """Return a commit with the tree of `onto` from which the merge base with work on `base` is found at once.
+    async def _above(self, base: str, onto: str, commit: str) -> str:
+        """Return a commit with the tree of `onto` from which the merge base with `commit` is found at once.
 
         Git would walk all that has landed since, so that a run's merges would cost the square of its length.
-        Where `base` is part of the target, it is the merge base: a commit right above it says so. (`merge-tree
-        --merge-base`, which would do the same, came with git 2.40.)
+        Where `base` is part of the target, and nothing of what was built on it is, it is the merge base: a commit
+        right above it says so. (`merge-tree --merge-base`, which would do the same, came with git 2.40.) Where
+        something of it is, by a pull of the agent's or a merge of the user's, only git can tell.
         """
         if base not in self._contained:
             if (await self._git("merge-base", "--is-ancestor", base, onto, ok=(0, 1))).returncode:
                 return onto
             self._contained.add(base)
+        built = await self._git.line("rev-list", "--count", commit, f"^{base}")
+        if built != await self._git.line("rev-list", "--count", commit, f"^{base}", f"^{onto}"):
+            return onto
         return await self._git.line("commit-tree", f"{onto}^{{tree}}", "-p", base, input_=b"merge base\n")
 
     async def _commit(self, tree: str, first: str, second: str, message: str) -> str:
@@ -214,14 +217,17 @@ class Target:
         self._check(permit)
         pushed = await self._source.push(merge.new, self.branch, merge.old, (permit.fd,))
         failpoint("landing.pushed")
-        if not pushed.moved:
+        tip = merge.new if pushed.moved and self._repository is None else await self._source.tip(self.branch)
+        if tip == merge.old and merge.old is not None and self._repository is not None:
+            # The checkout was clean a moment ago: what a push that was ended from outside wrote can be told.
+            checkout, git = await self._checkout(), self._users_git()
+            await settle(self._repository, checkout, self.branch, (merge.old, merge.new), None, git)
             tip = await self._source.tip(self.branch)
-            if tip == merge.old:
-                said = await self._obstacle(merge) or f"the target could not be moved: {pushed.reason}"
-                return Deferred(said)
-            if tip != merge.new:
-                await self.refresh()
-                return Stale()
+        if tip == merge.old:
+            return Deferred(await self._obstacle(merge) or f"the target could not be moved: {pushed.reason}")
+        if tip != merge.new:
+            await self.refresh()
+            return Stale()
         self.known = merge.new
         self._contained.add(merge.new)
         self._landed[label] = merge.new
@@ -270,4 +276,6 @@ class Target:
 
 
 def _existing(folder: Path, names: list[str]) -> list[str]:
-    return [shown(name) for name in names if os.path.lexists(folder / name)]
+    # A folder with tracked files that the merge replaces is git's to judge.
+    paths = {name: folder / name for name in names}
+    return [shown(name) for name, path in paths.items() if path.is_symlink() or (path.exists() and not path.is_dir())]

@@ -65,10 +65,10 @@ class Source:
         ref = f"refs/heads/{branch}"
         receive = [f"--receive-pack={_RECEIVE}"] if self.is_local else []
         done = await self.git(
-            "-c", "push.pushOption=", "push", "--porcelain", "--no-verify", "--no-signed",
+            "-c", "push.pushOption=", "push", "--porcelain", "--no-verify", "--no-signed", "--recurse-submodules=no",
             f"--force-with-lease={ref}:{old or ''}", *receive,
             self.location, f"{new}:{ref}",
-            ok=range(256), keep_fds=keep_fds,
+            ok=range(-64, 256), keep_fds=keep_fds,
         )  # fmt: skip
         if done.returncode == 0:
             return Pushed(moved=True)

@@ -357,3 +357,52 @@ async def test_a_stray_folder_and_stale_locks_do_not_wedge_a_run(repository: Rep
     (hub / f"trusted.git/refs/council/{run.name}/target.lock").touch()
     ended = repository.council("resume", "--json")
     assert ended.states == {"one": "landed"}, ended
+
+
+async def test_work_that_the_user_merged_by_hand_is_not_merged_again(repository: Repository) -> None:
+    """A kept branch that the user brought in, and then mended, is found to be there; the mending stays."""
+    (repository.top / "README.md").write_text("mine\n")
+    config = repository.configure([{"id": "one", "prompt": "write a.txt a\nwrite b.txt b"}])
+    deferred = repository.council("run", str(config), "--json", "--allow-deferred")
+    assert deferred.states == {"one": "queued"}
+    repository.git("checkout", "--", "README.md")
+    branch = deferred.result["tasks"][0]["branch"]
+    repository.git("fetch", "--quiet", deferred.result["repository"], f"{branch}:kept")
+    repository.git("merge", "--quiet", "--no-ff", "--message", "by hand", "kept")
+    repository.git("rm", "--quiet", "b.txt")
+    mended = repository.commit({"a.txt": "better\n"}, "mend it")
+    resumed = repository.council("resume", "--json")
+    assert resumed.states == {"one": "landed"}, resumed
+    assert repository.git("rev-parse", "main") == mended
+    assert not (repository.top / "b.txt").exists()
+
+
+async def test_a_folder_that_becomes_a_link_lands(repository: Repository) -> None:
+    """Replacing a tracked folder by a file or a link is no obstacle to a clean checkout."""
+    repository.commit({"d/one.txt": "1\n", "f/two.txt": "2\n"}, "folders")
+    repository.remember()
+    shell = {"use": "command", "argv": ["sh", "{prompt_file}"]}
+    script = "mv d e && ln -s e d && rm -r f && echo now-a-file > f"
+    config = repository.configure([{"id": "link", "prompt": script}], adapters={"sh": shell})
+    assert repository.council("run", str(config), "--json").states == {"link": "landed"}
+    assert (repository.top / "d").is_symlink()
+    assert (repository.top / "f").read_text() == "now-a-file\n"
+    await repository.assert_invariants()
+
+
+async def test_a_push_that_is_ended_in_the_middle_is_put_back_at_once(repository: Repository, tmp_path: Path) -> None:
+    """If something else ends our push while it writes files, the checkout is whole again before anything goes on."""
+    armed = tmp_path / "armed"
+    plant(
+        tmp_path / "smudge", f'if [ "$1" = c.cut ] && [ -e {armed} ]; then rm {armed}; kill -TERM 0; sleep 5; fi; cat'
+    )
+    repository.git("config", "filter.cut.smudge", f"{tmp_path}/smudge %f")
+    repository.commit({".gitattributes": "*.cut filter=cut\n", "a.cut": "a\n", "b.cut": "b\n", "c.cut": "c\n"}, "files")
+    repository.remember()
+    config = repository.configure([{"id": "cut", "prompt": "write a.cut aa\nwrite b.cut bb\nwrite c.cut cc"}])
+    armed.touch()
+    ended = repository.council("run", str(config), "--json")
+    assert ended.states == {"cut": "landed"}, ended
+    assert not armed.exists()
+    assert (repository.top / "c.cut").read_text() == "cc\n"
+    await repository.assert_invariants()

@@ -73,3 +73,14 @@ async def test_a_dirty_target_is_tried_again_while_sessions_are_at_work(reposito
             council.stop()
     assert (repository.top / "quick.txt").exists()
     await repository.assert_invariants()
+
+
+async def test_a_dirty_target_and_a_backoff_come_to_an_end(repository: Repository) -> None:
+    """While a landing waits for the user and another task for its backoff, the run still ends."""
+    path = repository.configure(
+        [{"id": "built", "prompt": "write b.txt b"}, {"id": "failing", "prompt": "exit 1", "attempts": 2}],
+        defaults={"backoff": {"initial": "9s", "max": "9s", "jitter": False}},
+    )
+    (repository.top / "README.md").write_text("mine\n")
+    ended = repository.council("run", str(path), "--json", "--allow-deferred", timeout=60)
+    assert (ended.code, ended.states) == (1, {"built": "queued", "failing": "failed"})
