@@ -189,6 +189,9 @@ class Council:
     async def newest_run(self) -> str:
         """Return the id of the run that was started last."""
         runs = await self._store.list("run")
+        if not runs and self.damage:
+            what = f"no run can be read, the state log is damaged: {'; '.join(self.damage)}"
+            raise RefusedError(what, "start a new run; what has landed stays landed")
         if not runs:
             raise RefusedError("there is no run in this project", "start one with `council run FILE`")
         return max(runs, key=lambda found: (found.value.get("started", 0.0), found.key.id)).key.id

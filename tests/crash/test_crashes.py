@@ -166,14 +166,17 @@ def is_session(process: psutil.Process, task: str) -> bool:
         return False
 
 
+@pytest.mark.parametrize("at", [-3, 30], ids=["payload", "header"])
 @pytest.mark.parametrize("line", [-1, 0, 1])
-async def test_damage_to_the_log_is_told(repository: Repository, line: int) -> None:
+async def test_damage_to_the_log_is_told(repository: Repository, line: int, at: int) -> None:
     """A flipped byte in any record is reported by the next command, in text and JSON, and nothing crashes."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
     assert repository.council("run", str(config), failpoints="work.recorded=kill").code == -signal.SIGKILL
     log = next((repository.top / ".council/state").glob("*.jsonl"))
     lines = log.read_bytes().splitlines(keepends=True)
-    lines[line] = lines[line][:-3] + bytes([lines[line][-3] ^ 1]) + lines[line][-2:]
+    flipped = bytearray(lines[line])
+    flipped[at] ^= 1
+    lines[line] = bytes(flipped)
     log.write_bytes(b"".join(lines))
     status = repository.council("status", "--json")
     assert status.code in {1, 2, 130}, status
