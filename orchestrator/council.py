@@ -15,7 +15,7 @@ import anyio.to_thread
 from orchestrator.clock import Clock, SystemClock
 from orchestrator.config.model import RunConfig, restore_adapter
 from orchestrator.domain.dispatch import Board
-from orchestrator.domain.model import FINAL, RunDocument, TaskDocument
+from orchestrator.domain.model import RunDocument, TaskDocument
 from orchestrator.engine.ledger import Ledger, read_needs, read_run, read_tasks, seed
 from orchestrator.engine.preflight import Site, check_branches, check_checkout, check_programs, find_site
 from orchestrator.engine.recovery import recover
@@ -34,7 +34,6 @@ from orchestrator.state.file import FileStore
 
 #: Seconds that a killed owner's last git commands get to end before a resume gives up waiting for them.
 HANDOVER_LIMIT = 60.0
-
 
 #: Characters of all prompts of a run together: they are recorded at once.
 LARGEST_PROMPTS = 12 << 20
@@ -68,6 +67,9 @@ class Council:
         RefusedError says what stands in the way: no such base, a target with changes of the user's own, a
         program that is missing.
         """
+        if sum(len(task.prompt) for task in config.tasks) > LARGEST_PROMPTS:
+            what = f"the prompts are larger than {LARGEST_PROMPTS >> 20} MiB together"
+            raise RefusedError(what, "split the tasks into several runs")
         site = await find_site(config.repo, is_url=config.is_url, environ=self._environ)
         if site.repository is not None and site.repository.top is not None:
             await anyio.to_thread.run_sync(exclude_from_git, site.repository.git_dir)
@@ -101,10 +103,6 @@ class Council:
             hub=str(hub.root),
             started=self._clock.now(),
         )
-        if sum(len(task.prompt) for task in config.tasks) > LARGEST_PROMPTS:
-            raise RefusedError(
-                f"the prompts are larger than {LARGEST_PROMPTS >> 20} MiB together", "split the tasks into several runs"
-            )
         await seed(self._store, document, {task.id: task for task in config.tasks})
         return run
 
@@ -144,14 +142,13 @@ class Council:
         run = document.id
         needs = await read_needs(self._store, document)
         before = await self._documents(document)
-        blocked = Board.of(needs, {task: one.status for task, one in before.items()}).blocked
-        if document.ended and all(one.status in FINAL or task in blocked for task, one in before.items()):
+        statuses = {task: one.status for task, one in before.items()}
+        if document.ended and Board.of(needs, statuses).is_over(statuses):
             return self._report(document, before, needs, None)
         ledger = await Ledger.take(self._store, self._clock, run)
         shop = await self._workshop(document, hub, lock_fd)
         await recover(ledger, shop, self._clock)
-        board = Board.of(needs, {task: ledger.task(task).status for task in document.tasks})
-        self._scheduler = Scheduler(ledger, shop, board, self._clock)
+        self._scheduler = Scheduler(ledger, shop, Board.of(needs, ledger.statuses()), self._clock)
         if self._stopping:
             self._scheduler.stop()
         finished = await self._scheduler.run()

@@ -84,6 +84,10 @@ class Board:
         self._drop_settled()
         return bool(self._ready or self._waiting)
 
+    def is_over(self, statuses: Mapping[str, TaskStatus]) -> bool:
+        """Whether every task is in a final status or blocked for good."""
+        return all(status in FINAL or task in self.blocked for task, status in statuses.items())
+
     def _drop_settled(self) -> None:
         while self._ready and self._tasks[self._ready[0]] in self._settled:
             heapq.heappop(self._ready)

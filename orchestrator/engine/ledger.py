@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.clock import Clock
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.lifecycle import Trigger, advance
-from orchestrator.domain.model import RunDocument, TaskDocument
+from orchestrator.domain.model import RunDocument, TaskDocument, TaskStatus
 from orchestrator.errors import RefusedError
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Store, Write
@@ -122,6 +122,10 @@ class Ledger:
     def task(self, task: str) -> TaskDocument:
         """Return a task's current state."""
         return self._tasks[task]
+
+    def statuses(self) -> dict[str, TaskStatus]:
+        """Return the status of every task, in the order of the file."""
+        return {task: self._tasks[task].status for task in self.run.tasks}
 
     async def spec(self, task: str) -> TaskSpec:
         """Return what a task was asked to do."""

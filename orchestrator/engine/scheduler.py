@@ -15,7 +15,7 @@ from orchestrator.clock import Clock
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.dispatch import Board, decide
 from orchestrator.domain.lifecycle import Trigger
-from orchestrator.domain.model import FINAL, Attempt, TaskStatus
+from orchestrator.domain.model import Attempt, TaskStatus
 from orchestrator.domain.outcome import Built, Failed, Interrupted, Unchanged
 from orchestrator.domain.retry import retry_delay
 from orchestrator.engine.ledger import Ledger
@@ -86,16 +86,16 @@ class Scheduler:
 
     async def run(self) -> bool:
         """Work until nothing is left that could be done; False if it was stopped before that."""
-        waiting = [task for task in self._ledger.run.tasks if self._ledger.task(task).status is TaskStatus.LANDING]
-        waiting += [task for task in self._ledger.run.tasks if self._ledger.task(task).status is TaskStatus.QUEUED]
-        self._queue.extend(waiting)
+        statuses = self._ledger.statuses()
+        for wanted in (TaskStatus.LANDING, TaskStatus.QUEUED):
+            self._queue.extend(task for task, status in statuses.items() if status is wanted)
         async with anyio.create_task_group() as group:
             await self._tick(group)
             while not self._idle():
                 await self._pause()
                 self._wake = anyio.Event()
                 await self._tick(group)
-        if self._stopping and self._unfinished():
+        if self._stopping and not self._board.is_over(self._ledger.statuses()):
             return False
         try:
             await self._merging.verify()
@@ -103,16 +103,13 @@ class Scheduler:
             await self._ledger.note("run.target_unreachable", {"reason": str(error)})
         return True
 
-    def _unfinished(self) -> bool:
-        statuses = {task: self._ledger.task(task).status for task in self._ledger.run.tasks}
-        return any(status not in FINAL and task not in self._board.blocked for task, status in statuses.items())
-
     async def _tick(self, group: TaskGroup) -> None:
         if self._stopping:
             return
         now = self._clock.monotonic()
         if self._deferred and now >= self._deferred_until:
-            self._last_tries -= not self._sessions
+            if not self._sessions:
+                self._last_tries -= 1
             self._queue.extendleft(reversed(self._deferred))
             self._deferred.clear()
         if self._queue and not self._landing:

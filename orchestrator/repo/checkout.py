@@ -136,15 +136,9 @@ def _delete_added(checkout: Path, paths: Sequence[str]) -> None:
 
 
 async def _blobs(git: Git, checkout: Path, old: str, new: str) -> tuple[dict[str, str], dict[str, str]]:
-    raw = (await git("diff-tree", "-r", "--raw", "-z", "--no-renames", old, new, cwd=checkout)).stdout
-    fields = raw.decode(errors="surrogateescape").split("\0")
-    before, after = {}, {}
-    for meta, path in zip(fields[::2], fields[1::2], strict=False):
-        old_mode, new_mode, old_id, new_id, _ = meta.lstrip(":").split()
-        if int(old_mode, 8):
-            before[path] = old_id
-        if int(new_mode, 8):
-            after[path] = new_id
+    changes = await git.changes(old, new, cwd=checkout)
+    before = {change.path: change.old_id for change in changes if int(change.old_mode, 8)}
+    after = {change.path: change.new_id for change in changes if int(change.new_mode, 8)}
     return before, after
 
 

@@ -108,11 +108,9 @@ def _read_text(path: Path) -> str | None:
 
 
 async def _nested_repository(git: Git, base: str, commit: str) -> str | None:
-    raw = (await git("diff-tree", "-r", "--raw", "-z", "--no-renames", base, commit)).stdout
-    fields = raw.decode(errors="surrogateescape").split("\0")
-    for meta, path in zip(fields[::2], fields[1::2], strict=False):
-        if meta.split()[1] == _GITLINK:
-            return f"{path!r} is a git repository of its own: its `.git` must go before it can land"
+    for change in await git.changes(base, commit):
+        if change.new_mode == _GITLINK:
+            return f"{change.path!r} is a git repository of its own: its `.git` must go before it can land"
     return None
 
 

@@ -79,6 +79,17 @@ def users_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """One file that differs between two commits; where it is not there its mode is 000000."""
+
+    path: str
+    old_mode: str
+    new_mode: str
+    old_id: str
+    new_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Git:
     """Runs git in one repository; `keep_fds` are locks that each command holds until it has ended.
 
@@ -124,6 +135,14 @@ class Git:
     async def line(self, *args: str, env: Mapping[str, str] | None = None, input_: bytes | None = None) -> str:
         """Run git and return what it printed, without the newline."""
         return (await self(*args, env=env, input_=input_)).stdout.decode().rstrip("\n")
+
+    async def changes(self, old: str, new: str, cwd: Path | None = None) -> list[Change]:
+        """Return what differs between two commits, file by file; a rename is a removal and an addition."""
+        raw = (await self("diff-tree", "-r", "--raw", "-z", "--no-renames", old, new, cwd=cwd)).stdout
+        fields = raw.decode(errors="surrogateescape").split("\0")
+        return [
+            Change(path, *meta.lstrip(":").split()[:4]) for meta, path in zip(fields[::2], fields[1::2], strict=False)
+        ]
 
     async def has_branch(self, name: str) -> bool:
         """Whether the repository has this branch."""

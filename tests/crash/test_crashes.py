@@ -68,7 +68,10 @@ async def test_killed_at_a_failpoint(repository: Repository, name: str, hit: int
 @pytest.mark.parametrize("again", ["", "landing.intended", "worktree.removed"])
 async def test_killed_inside_a_recovery(repository: Repository, name: str, again: str) -> None:
     """A recovery that is itself killed, and the one after it too, comes to the same end."""
-    config = repository.configure(chain_and_sides(4))
+    tasks = chain_and_sides(4)
+    # It starts after the third landing, so that each of the processes below has a session and a landing to make.
+    tasks[3]["needs"] = ["t0", "t1", "t2"]
+    config = repository.configure(tasks)
     assert repository.council("run", str(config), failpoints=f"{LEADS_TO[name]}=kill@2").code == -signal.SIGKILL
     assert repository.council("resume", failpoints=f"{name}=kill").code == -signal.SIGKILL
     if again:

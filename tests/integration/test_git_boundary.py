@@ -28,6 +28,15 @@ def plant(path: Path, script: str) -> None:
     path.chmod(0o755)
 
 
+def run_armed(repository: Repository, config: Path, pid: Path, armed: Path) -> subprocess.Popen[str]:
+    """Run until what was planted with ONCE ends it."""
+    child = repository.start("run", str(config), "--json")
+    pid.write_text(str(child.pid))
+    armed.touch()
+    child.communicate(timeout=60)
+    return child
+
+
 STEPS = {
     "before anything is written": ("pre-receive", "cat > /dev/null; {once}"),
     "when the objects are in": ("update", "{once}"),
@@ -56,10 +65,7 @@ async def test_a_kill_at_each_step_of_a_landing_into_a_checked_out_branch_is_men
     repository.remember()
     prompt = "write a.cut new a\nwrite b.cut new b\nwrite sub/c.cut new c\ndelete gone.txt"
     config = repository.configure([{"id": "cut", "prompt": prompt}])
-    child = repository.start("run", str(config), "--json")
-    pid.write_text(str(child.pid))
-    armed.touch()
-    child.communicate(timeout=60)
+    child = run_armed(repository, config, pid, armed)
     assert child.returncode == -signal.SIGKILL
     assert not armed.exists()
 
@@ -79,10 +85,7 @@ async def test_a_cut_off_landing_leaves_what_the_user_wrote_since(repository: Re
     repository.commit({".gitattributes": "*.cut filter=cut\n", "a.cut": "old a\n"}, "attributes")
     repository.remember()
     config = repository.configure([{"id": "cut", "prompt": "write a.cut new a\nwrite b.cut new b"}])
-    child = repository.start("run", str(config), "--json")
-    pid.write_text(str(child.pid))
-    armed.touch()
-    child.communicate(timeout=60)
+    run_armed(repository, config, pid, armed)
     (repository.top / "a.cut").write_text("my own words\n")
 
     ended = repository.council("resume", "--json")
@@ -206,10 +209,7 @@ async def test_a_resume_waits_for_a_push_that_outlives_its_owner(repository: Rep
     plant(repository.top / ".git/hooks/update", once)
     repository.remember()
     config = repository.configure([{"id": "slow", "prompt": "write slow.txt s"}])
-    child = repository.start("run", str(config), "--json")
-    pid.write_text(str(child.pid))
-    armed.touch()
-    child.communicate(timeout=60)
+    run_armed(repository, config, pid, armed)
     started = SystemClock().now()
     ended = repository.council("resume", "--json")
     assert ended.states == {"slow": "landed"}, ended
@@ -335,10 +335,7 @@ async def test_changes_made_while_a_push_was_refused_survive_its_recovery(
     plant(repository.top / ".git/hooks/update", ONCE.format(armed=armed, kill=kill))
     repository.commit({"a.txt": "one\ntwo\n"}, "files")
     config = repository.configure([{"id": "edit", "prompt": "write a.txt other\nwrite b.txt b"}])
-    child = repository.start("run", str(config), "--json")
-    pid.write_text(str(child.pid))
-    armed.touch()
-    child.communicate(timeout=60)
+    run_armed(repository, config, pid, armed)
     (repository.top / "a.txt").unlink()
     ended = repository.council("resume", "--json")
     assert ended.states == {"edit": "queued"}, ended

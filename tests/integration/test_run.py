@@ -300,14 +300,15 @@ async def test_a_landing_that_the_user_rewrote_away_is_not_called_landed(reposit
     """If somebody takes a landed commit off the target during the run, its task is reported, with its work kept."""
     tasks: list[dict[str, Any]] = [
         {"id": "lost", "prompt": "write lost.txt l"},
-        {"id": "slow", "prompt": "hang", "timeout": "3s", "attempts": 1},
+        {"id": "slow", "prompt": "hang", "timeout": "8s", "attempts": 1},
     ]
     config = repository.configure(tasks, target="out")
     child = repository.start("run", str(config), "--json")
 
     def has_landed() -> bool:
-        branches = repository.git("branch", "--list", "out", "--format=%(subject)")
-        return branches == "Land lost"
+        # Recorded, not only pushed: rewritten before that, it would just be landed anew.
+        shown = repository.council("status", "--json").result
+        return bool(shown.get("tasks")) and shown["tasks"][0]["state"] == "landed"
 
     wait_for(has_landed)
     repository.git("branch", "--force", "out", "main")
