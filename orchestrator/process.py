@@ -6,8 +6,10 @@ The exception is `orchestrator.sessions.supervisor`, a separate program, which s
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,17 +36,19 @@ async def run(
     input: bytes | None = None,  # noqa: A002  (the name that subprocess gives it)
     keep_fds: Sequence[int] = (),
     timeout: float | None = None,  # noqa: ASYNC109  (it kills the command, a cancel scope must not)
+    memory: int | None = None,
 ) -> Completed:
     """Run a short command, such as git, to its end, with exactly `env` and with `input` or nothing to read.
 
     `keep_fds` stay open in the command: a lock whose descriptor it keeps is free only when it, too, has
     ended. Cancelling the caller does not cut the command short. After `timeout` seconds its process group is
-    killed and TimeoutError raised. A program that can't be started is an OSError.
+    killed and TimeoutError raised. A program that can't be started is an OSError. `memory` is how many bytes of its own
+    the command, and each that it starts, may have (RLIMIT_DATA, setrlimit(2); Linux only).
 
     The output is read until every process that holds it has closed it, so a command that may leave a daemon
     behind needs a timeout.
     """
-    return await anyio.to_thread.run_sync(partial(_run, argv, env, cwd, input, keep_fds, timeout))
+    return await anyio.to_thread.run_sync(partial(_run, argv, env, cwd, input, keep_fds, timeout, memory))
 
 
 def _run(
@@ -54,6 +58,7 @@ def _run(
     stdin: bytes | None,
     keep_fds: Sequence[int],
     timeout: float | None,
+    memory: int | None,
 ) -> Completed:
     with subprocess.Popen(
         argv,
@@ -65,6 +70,7 @@ def _run(
         pass_fds=keep_fds,
         start_new_session=True,
     ) as child:
+        _limit_memory(child.pid, memory)
         try:
             stdout, stderr = child.communicate(stdin, timeout)
         except subprocess.TimeoutExpired:
@@ -72,6 +78,13 @@ def _run(
             os.killpg(child.pid, signal.SIGKILL)
             raise TimeoutError(f"`{' '.join(argv)}` was killed: it ran longer than {timeout:g} s") from None
     return Completed(child.returncode, stdout, stderr)
+
+
+def _limit_memory(pid: int, memory: int | None) -> None:
+    if memory is not None and sys.platform == "linux":
+        # Set from without: code between fork and exec may hang a program that has threads.
+        with suppress(ProcessLookupError):
+            resource.prlimit(pid, resource.RLIMIT_DATA, (memory, memory))
 
 
 async def spawn(argv: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> subprocess.Popen[bytes]:

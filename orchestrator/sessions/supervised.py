@@ -24,7 +24,7 @@ from orchestrator.errors import SessionError
 from orchestrator.filelock import FileLock
 
 # Imported rather than run as a script, because Python caches the byte code of imports only: 6 ms a session.
-_BOOTSTRAP = "import sys; sys.path.append(sys.argv[1]); import supervisor; supervisor.main()"
+_BOOTSTRAP = "import sys; sys.path.append(sys.argv[1]); from orchestrator.sessions import supervisor; supervisor.main()"
 _KILL_PATIENCE = 5.0  # seconds from SIGKILL to the last process's end; measured in milliseconds
 
 
@@ -35,6 +35,12 @@ class SupervisedCommand:
     Of each output the first `cap` bytes and the last MiB are kept. After `timeout` seconds, or when the
     awaiting task is cancelled, all its processes get SIGTERM and after `grace` seconds SIGKILL. `lock` is the
     file that is locked while anything of the session lives; its name is the session's in messages.
+
+    After `silence` seconds without output and without a change beneath the folders `watched`, it is stopped as
+    after `timeout`. `redact` is the ASCII source of an expression for bytes: what it finds is not written to
+    `stdout` and `stderr`, and neither are private keys; see `orchestrator.sessions.redaction`. The last two are
+    the sandbox's (`orchestrator.sessions.sandbox`): `wrapped` if `argv` starts a bubblewrap that reports to file
+    descriptor 3, `landlock` the rules of `orchestrator.sessions.landlock.confine`.
     """
 
     argv: Sequence[str]
@@ -47,6 +53,11 @@ class SupervisedCommand:
     timeout: float
     grace: float
     lock: Path
+    silence: float | None = None
+    watched: tuple[Path, ...] = ()
+    redact: str | None = None
+    wrapped: bool = False
+    landlock: tuple[tuple[str, str], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +66,21 @@ class Ended:
 
     `exit` or `signal` is the CLI's own end; both are None when it never ran, and then `spawn_error` says why
     if it was not stopped before. The byte counts are what it wrote, not what was kept. `killed` counts the
-    processes beside the CLI that had to be killed. `output_error` says why output could not be written.
+    processes beside the CLI that had to be killed; of those in a bubblewrap some are the kernel's to kill, and
+    uncounted. `output_error` says why output could not be written. `exhausted` means that the `spawn_error` is a
+    lack of memory, disk, processes or descriptors, which may pass, and not of the program. In a bubblewrap, a CLI
+    that signal N ended by itself is seen as `exit` 128 + N, as a shell sees it.
     """
 
     exit: int | None
     signal: int | None
-    ended_by: Literal["exit", "timeout", "stop", "orphaned"]
+    ended_by: Literal["exit", "timeout", "silence", "stop", "orphaned"]
     spawn_error: str | None
     stdout_bytes: int
     stderr_bytes: int
     killed: int
     output_error: str | None
+    exhausted: bool = False
 
 
 async def run_supervised(command: SupervisedCommand, *, on_spawned: Callable[[], None] | None = None) -> Ended:
@@ -115,6 +130,11 @@ def _spec(command: SupervisedCommand) -> bytes:
         "timeout": command.timeout,
         "grace": command.grace,
         "lock": os.fspath(command.lock.absolute()),
+        "silence": command.silence,
+        "watched": [os.fspath(folder.absolute()) for folder in command.watched],
+        "redact": command.redact,
+        "wrapped": command.wrapped,
+        "landlock": command.landlock,
     }
     return json.dumps(fields).encode() + b"\n"
 
@@ -178,7 +198,7 @@ def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
 
 @asynccontextmanager
 async def _supervisor(session: str) -> AsyncIterator[_Supervisor]:
-    argv = [sys.executable, "-I", "-S", "-c", _BOOTSTRAP, os.fspath(Path(__file__).parent)]
+    argv = [sys.executable, "-I", "-S", "-c", _BOOTSTRAP, os.fspath(Path(__file__).parents[2])]
     # A Python that was built as a shared library may not start without this.
     env = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     # Its own folder is the root, so that it keeps no worktree busy.

@@ -13,18 +13,25 @@ It holds an exclusive `flock` on the session's lock file from before the CLI sta
 when every descendant is dead: as the child subreaper it inherits each orphan, whatever it forked, cleared or
 ignored. Without a subreaper (macOS) only the CLI's process group is killed, and what left it lives on. It can
 not kill what runs as another user (`sudo`): then it waits, and keeps the lock, until that has ended.
+
+Its parts are `family` (the processes), `capture` and `redaction` (the output), `silence` and `landlock`.
 """
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import fcntl
 import json
 import os
+import re
 import select
 import signal
-import sys
 import time
+
+from orchestrator.sessions.capture import CHUNK_BYTES, Stream
+from orchestrator.sessions.family import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, Family, prctl
+from orchestrator.sessions.landlock import confine
+from orchestrator.sessions.silence import Silence
 
 # `typing` costs milliseconds that each session would pay.
 TYPE_CHECKING = False
@@ -32,15 +39,18 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 CONTROL, STATUS = 0, 1
-CHUNK_BYTES = 1 << 16
-TAIL_BYTES = 1 << 20
+WRAPPER_STATUS = 3  # where `argv` tells a wrapper to report to
 LOCK_PATIENCE = 2.0  # seconds; longer than anyone who only looks whether the lock is free keeps it
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-HAS_PROC = sys.platform == "linux"
+LOOK_AT_WRAPPER = 0.05  # seconds; between looks whether it is empty
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT)
 
 
 class SpawnError(Exception):
-    """The CLI could not be started; the text says what and why."""
+    """The CLI could not be started; the text says what and why, `number` is the errno if there is one."""
+
+    def __init__(self, why: str, number: int | None = None) -> None:
+        super().__init__(why)
+        self.exhausted = number in EXHAUSTED
 
 
 class Spec:
@@ -57,6 +67,11 @@ class Spec:
         self.timeout: float = fields["timeout"]
         self.grace: float = fields["grace"]
         self.lock: str = fields["lock"]
+        self.redact: str | None = fields["redact"]
+        self.silence: float | None = fields["silence"]
+        self.watched: list[str] = fields["watched"]
+        self.wrapped: bool = fields["wrapped"]
+        self.landlock: list[tuple[str, str]] | None = fields["landlock"]
 
 
 class Control:
@@ -88,159 +103,34 @@ class Control:
         return "stop" if b"stop\n" in self._unread else None
 
 
-class Stream:
-    """One output of the CLI: the first `cap` bytes go to the file as they come, of the rest the tail is kept."""
+class Wrapper:
+    """What a bubblewrap around the CLI reports: whether the CLI itself ever ran.
 
-    def __init__(self, path: str, cap: int) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._file = os.open(path, flags, 0o600)
-        self._room = cap
-        self._tail = bytearray()
-        self._left_out = 0
-        self.total = 0
-        self.error: str | None = None
-        self.read_end, self.write_end = os.pipe()
-        os.set_blocking(self.read_end, False)
-
-    def pump(self) -> int | None:
-        """Take a chunk of what is readable now: its size, 0 at the end, None if there is nothing yet."""
-        try:
-            data = os.read(self.read_end, CHUNK_BYTES)
-        except BlockingIOError:
-            return None
-        self.total += len(data)
-        head = data[: self._room]
-        self._room -= len(head)
-        self._write(head)
-        self._tail += data[len(head) :]
-        # Cut only when there is twice too much: a cut at each chunk would move the megabyte each time.
-        if len(self._tail) > 2 * TAIL_BYTES:
-            self._cut_tail()
-        return len(data)
-
-    def finish(self) -> None:
-        """Drain the pipe, which no descendant writes to any more, and put the tail behind the head."""
-        # A pipe that was handed to a stranger may never run dry.
-        taken = 0
-        while taken < TAIL_BYTES and (size := self.pump()):
-            taken += size
-        self._cut_tail()
-        if self._left_out:
-            self._write(b"\n[\xe2\x80\xa6 %d bytes left out \xe2\x80\xa6]\n" % self._left_out)
-        self._write(self._tail)
-        os.close(self._file)
-
-    def _cut_tail(self) -> None:
-        surplus = max(0, len(self._tail) - TAIL_BYTES)
-        self._left_out += surplus
-        del self._tail[:surplus]
-
-    def _write(self, data: bytes | bytearray) -> None:
-        # A full disk must not end the supervision: the CLI goes on, what it says is counted but lost.
-        view = memoryview(data)
-        while view and self.error is None:
-            try:
-                view = view[os.write(self._file, view) :]
-            except OSError as exc:
-                self.error = exc.strerror
-        view.release()
-
-
-class Family:
-    """The CLI and everything that descends from it."""
-
-    def __init__(self, cli: int, wake: int) -> None:
-        self.cli = cli
-        self.status: int | None = None
-        self._wake = wake
-
-    def reap(self) -> bool:
-        """Collect who has ended; False when nobody is left."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return False
-            if pid == 0:
-                return True
-            if pid == self.cli:
-                self.status = status
-
-    def terminate(self) -> None:
-        """Ask all to end."""
-        if HAS_PROC:
-            family = {os.getpid()}
-            while signal_new(signal.SIGTERM, family, set()):
-                pass
-        else:
-            send(-self.cli, signal.SIGTERM)
-
-    def kill(self) -> int:
-        """Kill until nobody is left; return how many beside the CLI had to be killed."""
-        killed: set[int] = set()
-        pause = 0.02  # seconds; the end of a child wakes us earlier
-        while self.reap():
-            if HAS_PROC:
-                killed |= kill_all()
-            else:
-                send(-self.cli, signal.SIGKILL)
-            if select.select([self._wake], [], [], pause)[0]:
-                os.read(self._wake, CHUNK_BYTES)
-            pause = min(2 * pause, 0.5)
-        if not HAS_PROC:
-            send(-self.cli, signal.SIGKILL)
-        return len(killed - {self.cli})
-
-
-def send(pid: int, number: int) -> None:
-    """Signal a process, or with a negative `pid` its group, that may be gone or another user's."""
-    try:  # noqa: SIM105  (contextlib is a slow import)
-        os.kill(pid, number)
-    except (ProcessLookupError, PermissionError):
-        pass
-
-
-def signal_new(number: int, family: set[int], seen: set[int]) -> set[int]:
-    """Look once through /proc and signal each child of `family` outside `seen` as soon as it is found.
-
-    Adds all that it looked at to `seen`, so that a second look costs only what has been forked since the
-    first, and the children to `family`; returns those that are not zombies. A child that is listed before its
-    parent, which happens when pids wrap around, is found only by a look with a fresh `seen`.
+    From its documents (`--json-status-fd` in bwrap(1)) the one with `exit-code` is written only if the program
+    could be executed.
     """
-    found: set[int] = set()
-    for name in os.listdir("/proc"):  # noqa: PTH208  (pathlib is a slow import)
-        if not name.isdecimal() or (pid := int(name)) in seen:
-            continue
-        seen.add(pid)
+
+    def __init__(self) -> None:
+        self._read_end, self.write_end = os.pipe()
+        os.set_blocking(self._read_end, False)
+
+    def ran(self) -> bool:
+        """Return whether the CLI ran; asked once, when all has ended."""
         try:
-            with open(f"/proc/{name}/stat", "rb", 0) as file:  # noqa: PTH123  (pathlib is a slow import)
-                state, parent = file.read(1024).rpartition(b")")[2].split()[:2]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(parent) in family and pid not in family:
-            send(pid, number)
-            family.add(pid)
-            if state != b"Z":
-                found.add(pid)
-    return found
+            return b'"exit-code"' in os.read(self._read_end, CHUNK_BYTES)
+        except BlockingIOError:
+            return False
 
 
-def kill_all() -> set[int]:
-    """Stop every descendant, so that none can fork meanwhile, then kill them; return those that lived."""
-    seen: set[int] = set()
-    family = {os.getpid()}
-    lived: set[int] = set()
-    while found := signal_new(signal.SIGSTOP, family, seen):
-        lived |= found
-    for pid in family - {os.getpid()}:
-        send(pid, signal.SIGKILL)
-    return lived
-
-
-def prctl(option: int, value: int) -> None:
-    """Set a process attribute where the system has it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(option, ctypes.c_ulong(value), 0, 0, 0)
+def wrapper_error(stderr: str) -> SpawnError:
+    """Return what kept a wrapper from starting the CLI: the only thing that was said on its standard error."""
+    with open(stderr, "rb") as file:  # noqa: PTH123  (pathlib is a slow import)
+        lines = file.read(CHUNK_BYTES).decode(errors="replace").splitlines()
+    said = next((line for line in reversed(lines) if line.startswith("bwrap: ")), "it did not say why")
+    why = said.removeprefix("bwrap: ")
+    number = next((number for number in EXHAUSTED if why.endswith(os.strerror(number))), None)
+    program = why.removeprefix("execvp ")
+    return SpawnError(program if program != why else f"the sandbox could not be made: {why}", number)
 
 
 def take_lock(path: str) -> None:
@@ -260,25 +150,28 @@ def take_lock(path: str) -> None:
     os.write(file, json.dumps({"pid": os.getpid(), "since": time.time()}).encode())
 
 
-def start(spec: Spec, streams: list[Stream]) -> int:
+def start(spec: Spec, streams: list[Stream], wrapper: Wrapper | None) -> int:
     """Start the CLI and return its pid once its program runs; raises SpawnError or OSError."""
     stdin = os.open(spec.stdin or os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     complaint, complain = os.pipe()
     parent = os.getpid()
+    given = [stdin, *(stream.write_end for stream in streams)]
+    if wrapper is not None:
+        given.append(wrapper.write_end)
     pid = os.fork()
     if pid == 0:
-        become(spec, [stdin, *(stream.write_end for stream in streams)], parent, complain)
-    for fd in (complain, stdin, *(stream.write_end for stream in streams)):
+        become(spec, given, parent, complain)
+    for fd in (complain, *given):
         os.close(fd)
-    why = os.read(complaint, CHUNK_BYTES)
+    number, _, why = os.read(complaint, CHUNK_BYTES).decode().partition(" ")
     os.close(complaint)
-    if why:
+    if number:
         os.waitpid(pid, 0)
-        raise SpawnError(why.decode())
+        raise SpawnError(why, int(number))
     return pid
 
 
-def become(spec: Spec, stdio: list[int], parent: int, complain: int) -> NoReturn:
+def become(spec: Spec, given: list[int], parent: int, complain: int) -> NoReturn:
     """Turn the forked child into the CLI; what prevents it is written to `complain`."""
     what = spec.cwd
     try:
@@ -291,14 +184,25 @@ def become(spec: Spec, stdio: list[int], parent: int, complain: int) -> NoReturn
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         os.umask(0o022)
         os.chdir(spec.cwd)
-        for target, fd in enumerate(stdio):
-            os.dup2(fd, target)
+        complain = give(given, complain)
+        if spec.landlock is not None:
+            what = "the sandbox could not be made"
+            confine(spec.landlock)
         what = spec.argv[0]
         os.execvpe(what, spec.argv, spec.env)  # noqa: S606  (an argv, never a shell)
     except (OSError, ValueError) as exc:
-        os.write(complain, f"{what}: {getattr(exc, 'strerror', None) or exc}".encode("utf-8", "replace"))
+        why = f"{getattr(exc, 'errno', None) or 0} {what}: {getattr(exc, 'strerror', None) or exc}"
+        os.write(complain, why.encode("utf-8", "replace"))
     finally:
         os._exit(127)
+
+
+def give(given: list[int], complain: int) -> int:
+    """Make `given` the file descriptors from 0 on; returns where `complain`, which may have been in the way, is."""
+    above = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, WRAPPER_STATUS + 1) for fd in (*given, complain)]
+    for target, fd in enumerate(above[:-1]):
+        os.dup2(fd, target)
+    return above[-1]
 
 
 def listen_for_signals() -> int:
@@ -322,6 +226,7 @@ class Watch:
         self._streams = {stream.read_end: stream for stream in streams}
         self._grace = spec.grace
         self._deadline = time.monotonic() + spec.timeout
+        self._silence = None if spec.silence is None else Silence(spec.silence, spec.watched)
         self._ended_by: str | None = None
         self._poll = select.poll()
         for fd in (CONTROL, wake, *self._streams):
@@ -336,14 +241,22 @@ class Watch:
             if self._family.status is not None and self._ended_by is None:
                 return "exit"
             left = self._deadline - time.monotonic()
+            if left <= 0 and self._ended_by is not None:
+                return self._ended_by
             if left <= 0:
-                if self._ended_by is not None:
-                    return self._ended_by
                 self._stop("timeout")
-                continue
-            for fd, _ in self._poll.poll(left * 1000 + 1):
+            elif self._silence is not None and self._ended_by is None and self._silence.over():
+                self._stop("silence")
+            for fd, _ in self._poll.poll(self._pause() * 1000 + 1):
                 if self._handle(fd) == "orphaned":
                     return self._ended_by or "orphaned"
+
+    def _pause(self) -> float:
+        """Return for how many seconds there is nothing to do but to listen."""
+        left = max(0, self._deadline - time.monotonic())
+        if self._ended_by is not None:
+            return min(left, LOOK_AT_WRAPPER) if self._family.release() else left
+        return left if self._silence is None else min(left, self._silence.due())
 
     def _handle(self, fd: int) -> str | None:
         request = None
@@ -353,6 +266,8 @@ class Watch:
             request = "stop" if signal.SIGTERM in os.read(self._wake, CHUNK_BYTES) else None
         elif self._streams[fd].pump() == 0:
             self._poll.unregister(fd)
+        elif self._silence is not None:
+            self._silence.heard()
         if request == "stop":
             self._stop("stop")
         return request
@@ -360,8 +275,8 @@ class Watch:
     def _stop(self, reason: str) -> None:
         if self._ended_by is None:
             self._ended_by = reason
-            self._deadline = time.monotonic() + self._grace
-            self._family.terminate()
+            asked = self._family.terminate()
+            self._deadline = time.monotonic() + (self._grace if asked else 0)
 
 
 def tell(**event: object) -> None:
@@ -378,8 +293,9 @@ def supervise(spec: Spec, control: Control, wake: int) -> dict[str, object]:
     # Asked only now: who finds the lock free later can rely on it that nothing of this session will start.
     if (request := control.request()) is not None:
         return {"ended_by": request}
-    streams = [Stream(spec.stdout, spec.cap), Stream(spec.stderr, spec.cap)]
-    family = Family(start(spec, streams), wake)
+    streams = [Stream(path, spec.cap, spec.redact) for path in (spec.stdout, spec.stderr)]
+    wrapper = Wrapper() if spec.wrapped else None
+    family = Family(start(spec, streams, wrapper), wake, spec.wrapped)
     try:
         tell(event="started", pid=family.cli)
         ended_by = Watch(spec, family, control, streams, wake).run()
@@ -388,6 +304,11 @@ def supervise(spec: Spec, control: Control, wake: int) -> dict[str, object]:
     for stream in streams:
         stream.finish()
     code = os.waitstatus_to_exitcode(family.status or 0)
+    if wrapper is not None and ended_by == "exit" and not wrapper.ran() and code >= 0:
+        raise wrapper_error(spec.stderr)
+    # A wrapper's own exit code for what a signal has ended; of any other program's it could be its choice.
+    if wrapper is not None and ended_by != "exit" and code == 128 + signal.SIGTERM:
+        code = -signal.SIGTERM
     return {
         "exit": code if code >= 0 else None,
         "signal": -code if code < 0 else None,
@@ -409,13 +330,16 @@ def main() -> None:
     wake = listen_for_signals()
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     nothing: dict[str, object] = {"exit": None, "signal": None, "ended_by": "exit", "spawn_error": None}
-    nothing |= {"stdout_bytes": 0, "stderr_bytes": 0, "killed": 0, "output_error": None}
+    nothing |= {"stdout_bytes": 0, "stderr_bytes": 0, "killed": 0, "output_error": None, "exhausted": False}
     try:
         facts = supervise(Spec(json.loads(line)), control, wake)
     except SpawnError as exc:
-        facts = {"spawn_error": str(exc)}
+        facts = {"spawn_error": str(exc), "exhausted": exc.exhausted}
+    except re.error as exc:
+        facts = {"spawn_error": f"the pattern of secrets is none: {exc}"}
     except OSError as exc:
-        facts = {"spawn_error": f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc)}
+        why = f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc)
+        facts = {"spawn_error": why, "exhausted": exc.errno in EXHAUSTED}
     tell(event="ended", **(nothing | facts))
 
 

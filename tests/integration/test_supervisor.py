@@ -194,6 +194,35 @@ async def test_what_can_not_be_started_is_reported_with_the_reason(
     assert await run_supervised(agent("", **change)) == Ended(None, None, "exit", why, 0, 0, 0, None)
 
 
+@LINUX_ONLY
+async def test_a_machine_at_its_limits_is_told_from_a_missing_program(agent: Agent, tmp_path: Path) -> None:
+    """Out of descriptors another try may help, which it does not for a program that is missing."""
+    assert not (await run_supervised(agent("", argv=["no-such-program"]))).exhausted
+    command = agent("open('ran', 'w')")
+    ended: list[Ended] = []
+
+    async def run() -> None:
+        ended.append(await run_supervised(command))
+
+    # While the lock is held the supervisor waits, and can be caught before it opens anything else.
+    with command.lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        async with anyio.create_task_group() as group:
+            group.start_soon(run)
+            await until(lambda: any(_has_open(child, command.lock) for child in psutil.Process().children()))
+            (supervisor,) = psutil.Process().children()
+            supervisor.rlimit(psutil.RLIMIT_NOFILE, (supervisor.num_fds(), 1 << 10))
+            fcntl.flock(file, fcntl.LOCK_UN)
+    assert ended[0].exhausted
+    assert "Too many open files" in (ended[0].spawn_error or "")
+    assert not (tmp_path / "ran").exists()
+
+
+def _has_open(process: psutil.Process, path: Path) -> bool:
+    folder = Path(f"/proc/{process.pid}/fd")
+    return any(fd.resolve() == path for fd in folder.iterdir())
+
+
 async def test_a_session_does_not_start_beside_an_earlier_one_of_its_own(agent: Agent, tmp_path: Path) -> None:
     """While something still holds the session's lock, the CLI is not run a second time."""
     command = agent("open('ran', 'w')")
@@ -231,7 +260,7 @@ def end(*_):
     sys.exit(0)
 signal.signal(signal.SIGTERM, end)
 open("ready", "w").close()
-time.sleep(300)
+while True: time.sleep(0.05)  # Python sees a signal that comes just before a sleep only after it
 """
 
 
@@ -330,7 +359,108 @@ open("ticks", "w").write(str(spent() - before))
     assert int((tmp_path / "ticks").read_text()) <= 0.03 * os.sysconf("SC_CLK_TCK")
 
 
+# Silence
+
+
+async def test_a_silent_program_is_ended(agent: Agent, tmp_path: Path) -> None:
+    """One that says nothing and changes nothing is stopped long before its limit, and it is said why."""
+    (tmp_path / "tree").mkdir()
+    began = time.monotonic()
+    command = agent("print('at work', flush=True)\n" + LAST_WORD, silence=1.0, watched=(tmp_path / "tree",))
+    ended = await run_supervised(command)
+    assert (ended.exit, ended.ended_by) == (0, "silence")
+    assert (tmp_path / "last-word").exists()
+    assert 1.0 <= time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("sign", ["os.utime('tree/deep/file', (1, 1))", "print('.', flush=True)"])
+async def test_a_program_that_shows_a_sign_of_life_goes_on(agent: Agent, tmp_path: Path, sign: str) -> None:
+    """A change deep in a watched folder counts as much as output does, whatever time the file claims."""
+    (tmp_path / "tree" / "deep").mkdir(parents=True)
+    (tmp_path / "tree" / "deep" / "file").touch()
+    source = f"end = time.monotonic() + 4\nwhile time.monotonic() < end: {sign}; time.sleep(0.05)"
+    ended = await run_supervised(agent(source, silence=1.5, watched=(tmp_path / "tree",)))
+    assert (ended.exit, ended.ended_by) == (0, "exit")
+
+
+async def test_a_folder_that_can_not_be_watched_ends_nobody(agent: Agent, tmp_path: Path) -> None:
+    """What can't be seen is no proof of silence; the wall-clock limit remains."""
+    command = agent("time.sleep(300)", silence=0.2, watched=(tmp_path / "gone",), timeout=1.5)
+    assert (await run_supervised(command)).ended_by == "timeout"
+
+
 # Output
+
+
+SECRETS = r"sk-[A-Za-z0-9]{20,}|(?i:bearer) \S{10,}"
+
+
+async def test_secrets_do_not_reach_the_disk(agent: Agent, tmp_path: Path) -> None:
+    """However a secret is cut into writes, and whether the line ever ends, it is replaced; the count is of all."""
+    source = """
+secret = b"sk-" + b"a1" * 15
+for number in range(len(secret)):
+    os.write(1, b"one " + secret[:number]); time.sleep(0.005); os.write(1, secret[number:] + b" two\\n")
+os.write(1, b"last " + secret)
+os.write(2, b"x" * 300_000 + b" Bearer 0123456789 " + b"y" * 300_000)
+"""
+    ended = await run_supervised(agent(source, redact=SECRETS))
+    assert (ended.exit, ended.stdout_bytes) == (0, 33 * (4 + 33 + 5) + 5 + 33)
+    assert (tmp_path / "stdout").read_text() == "one [redacted] two\n" * 33 + "last [redacted]"
+    assert (tmp_path / "stderr").read_bytes() == b"x" * 300_000 + b" [redacted] " + b"y" * 300_000
+
+
+async def test_whole_lines_are_seen_while_the_program_runs(agent: Agent, tmp_path: Path) -> None:
+    """Who follows the file sees each line as soon as it is whole."""
+    source = "os.write(1, b'whole\\nhalf')\nwhile not os.path.exists('go'): time.sleep(0.01)"
+    async with anyio.create_task_group() as group:
+        group.start_soon(run_supervised, agent(source, redact=SECRETS))
+        await until(lambda: (tmp_path / "stdout").exists() and (tmp_path / "stdout").read_bytes() == b"whole\n")
+        (tmp_path / "go").touch()
+    assert (tmp_path / "stdout").read_bytes() == b"whole\nhalf"
+
+
+@pytest.mark.parametrize("lead", range(0, 60, 6))
+async def test_no_half_secret_is_left_at_the_gap(agent: Agent, tmp_path: Path, lead: int) -> None:
+    """Where the middle of the output is left out, neither side keeps a part of a secret; all bytes are counted."""
+    source = f"""
+os.write(1, b"-" * {lead})
+for _ in range(100): os.write(1, (b"sk-" + b"A" * 55 + b"\\n") * 1000)
+"""
+    ended = await run_supervised(agent(source, cap=100_000, redact=SECRETS))
+    kept = (tmp_path / "stdout").read_text()
+    head, _, rest = kept.partition("\n[… ")
+    left_out, _, tail = rest.partition(" bytes left out …]\n")
+    assert ended.stdout_bytes == 5_900_000 + lead
+    assert set((head.lstrip("-") + "\n" + tail).split()) == {"[redacted]"}
+    lines = len(head.split()) + len(tail.split())
+    assert int(left_out) == 5_900_000 + lead - lines * 59 - lead
+    assert lines > 15_000
+
+
+async def test_output_that_is_left_out_begins_and_ends_with_no_part_of_a_key(agent: Agent, tmp_path: Path) -> None:
+    """A private key that is cut by the gap is gone from both sides."""
+    source = """
+begin, end = (b"-----" + word + b" RSA PRIVATE KEY-----\\n" for word in (b"BEGIN", b"END"))
+key = begin + b"MIIEvQIBADANBgkqhkiG\\n" * 100 + end
+os.write(1, b"say\\n" + key + b"said\\n")
+for _ in range(2000): os.write(1, key)
+os.write(1, b"done\\n")
+"""
+    await run_supervised(agent(source, cap=30_000, redact=SECRETS))
+    kept = (tmp_path / "stdout").read_text()
+    assert kept.startswith("say\n[redacted]\nsaid\n[redacted]")
+    assert kept.endswith("[redacted]\ndone\n")
+    assert "MII" not in kept
+    assert "KEY" not in kept
+
+
+async def test_a_pattern_that_is_none_starts_nothing(agent: Agent, tmp_path: Path) -> None:
+    """Without redaction nothing is run."""
+    ended = await run_supervised(agent("open('ran', 'w')", redact="("))
+    assert ended.spawn_error is not None
+    assert "pattern" in ended.spawn_error
+    assert not (tmp_path / "ran").exists()
 
 
 @LINUX_ONLY

@@ -1,0 +1,155 @@
+"""The supervisor's hold on the CLI and on all that descends from it: reap, ask to end, kill.
+
+Imported in every session by the supervisor: only the standard library, and little of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import sys
+
+CHUNK_BYTES = 1 << 16
+HAS_PROC = sys.platform == "linux"
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+class Family:
+    """The CLI and everything that descends from it.
+
+    Where it is `wrapped`, `cli` is a bubblewrap, whose child is the init of a PID namespace, whose child is the
+    CLI. Neither of the two may be asked to end: the end of either kills all that is inside at once.
+    """
+
+    def __init__(self, cli: int, wake: int, wrapped: bool) -> None:
+        self.cli = cli
+        self.status: int | None = None
+        self._wake = wake
+        self._wrapped = wrapped
+        self._held: int | None = None
+
+    def reap(self) -> bool:
+        """Collect who has ended; False when nobody is left."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return False
+            if pid == 0:
+                return True
+            if pid == self.cli:
+                self.status = status
+
+    def terminate(self) -> bool:
+        """Ask all to end; False if there is nobody to be asked, because the CLI has not begun inside its wrapper."""
+        if not HAS_PROC:
+            send(-self.cli, signal.SIGTERM)
+            return True
+        # It would end with the CLI and cut short the grace of what the CLI has started.
+        if self._wrapped:
+            send(self.cli, signal.SIGSTOP)
+        family = {os.getpid(): 0}
+        spared = self._wrappers_parents()
+        lived: set[int] = set()
+        while found := signal_new(signal.SIGTERM, family, set(), spared):
+            lived |= found
+        if not self._wrapped:
+            return True
+        self._held = next((pid for pid, parent in family.items() if parent == self.cli), None)
+        return any(family[pid] not in spared for pid in lived)
+
+    def release(self) -> bool:
+        """After `terminate`, let a wrapper end in which nobody lives any more; True as long as one is held."""
+        if self._held is not None and not _lives(self._held):
+            send(self.cli, signal.SIGCONT)
+            self._held = None
+        return self._held is not None
+
+    def kill(self) -> int:
+        """Kill until nobody is left; return how many beside the CLI had to be killed."""
+        killed: set[int] = set()
+        pause = 0.02  # seconds; the end of a child wakes us earlier
+        while self.reap():
+            if HAS_PROC:
+                killed |= kill_all(self._wrappers_parents())
+            else:
+                send(-self.cli, signal.SIGKILL)
+            if select.select([self._wake], [], [], pause)[0]:
+                os.read(self._wake, CHUNK_BYTES)
+            pause = min(2 * pause, 0.5)
+        if not HAS_PROC:
+            send(-self.cli, signal.SIGKILL)
+        return len(killed - {self.cli})
+
+    def _wrappers_parents(self) -> frozenset[int]:
+        return frozenset((os.getpid(), self.cli)) if self._wrapped else frozenset()
+
+
+def send(pid: int, number: int) -> None:
+    """Signal a process, or with a negative `pid` its group, that may be gone or another user's."""
+    try:  # noqa: SIM105  (contextlib is a slow import)
+        os.kill(pid, number)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+def signal_new(number: int, family: dict[int, int], seen: set[int], spared: frozenset[int]) -> set[int]:
+    """Look once through /proc and signal each child of `family` outside `seen` as soon as it is found.
+
+    Adds all that it looked at to `seen`, so that a second look costs only what has been forked since the
+    first, and the children with their parents to `family`; returns those that are not zombies. The children of
+    `spared` are found, but not signalled. A child that is listed before its parent, which happens when pids
+    wrap around, is found only by a look with a fresh `seen`.
+    """
+    found: set[int] = set()
+    for name in os.listdir("/proc"):  # noqa: PTH208  (pathlib is a slow import)
+        if not name.isdecimal() or (pid := int(name)) in seen:
+            continue
+        seen.add(pid)
+        try:
+            state, parent = _state(pid)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if parent in family and pid not in family:
+            if parent not in spared:
+                send(pid, number)
+            family[pid] = parent
+            if state != b"Z":
+                found.add(pid)
+    return found
+
+
+def kill_all(spared: frozenset[int]) -> set[int]:
+    """Stop every descendant, so that none can fork meanwhile, then kill them; return those that lived.
+
+    The children of `spared` are killed like all others, but not returned.
+    """
+    seen: set[int] = set()
+    family = {os.getpid(): 0}
+    lived: set[int] = set()
+    while found := signal_new(signal.SIGSTOP, family, seen, frozenset()):
+        lived |= found
+    for pid in family.keys() - {os.getpid()}:
+        send(pid, signal.SIGKILL)
+    return {pid for pid in lived if family[pid] not in spared}
+
+
+def prctl(option: int, value: int) -> None:
+    """Set a process attribute where the system has it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, ctypes.c_ulong(value), 0, 0, 0)
+
+
+def _state(pid: int) -> tuple[bytes, int]:
+    with open(f"/proc/{pid}/stat", "rb", 0) as file:  # noqa: PTH123  (pathlib is a slow import)
+        state, parent = file.read(1024).rpartition(b")")[2].split()[:2]
+    return state, int(parent)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return _state(pid)[0] not in b"ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -1,0 +1,197 @@
+"""A program that tries to get out of its fence: `hostile.py SETTING ATTACK…` prints as JSON which attacks succeeded.
+
+SETTING is JSON: the paths `tree`, `house`, `hidden`, `outside`, `pid` of a process outside, `port` of a server.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+SETTING = json.loads(sys.argv[1])
+TREE, HOUSE, HIDDEN, OUTSIDE = (Path(SETTING[name]) for name in ("tree", "house", "hidden", "outside"))
+SECRET, KEPT = HIDDEN / "secret", HOUSE / "kept"
+PID, PORT = SETTING["pid"], SETTING["port"]
+LIBC = ctypes.CDLL(None, use_errno=True)
+MS_RDONLY, MS_REMOUNT, MS_BIND = 1, 32, 4096
+PTRACE_SEIZE = 0x4206
+
+
+def read_hidden() -> object:
+    return SECRET.read_bytes()
+
+
+def list_hidden() -> object:
+    return SECRET in HIDDEN.iterdir()
+
+
+def write_hidden() -> object:
+    return (HIDDEN / "planted").write_text("x")
+
+
+def read_hidden_file() -> object:
+    return (HOUSE / "hidden-file").read_bytes()
+
+
+def read_hidden_inside_writable() -> object:
+    return (TREE / "private" / "secret").read_bytes()
+
+
+def read_through_symlink() -> object:
+    (TREE / "link").symlink_to(SECRET)
+    return (TREE / "link").read_bytes()
+
+
+def write_through_symlink() -> object:
+    (TREE / "way-out").symlink_to(OUTSIDE)
+    return (TREE / "way-out" / "planted").write_text("x")
+
+
+def write_outside() -> object:
+    return (OUTSIDE / "planted").write_text("x")
+
+
+def write_root() -> object:
+    for folder in ("/", "/etc", "/usr", "/run", "/dev", str(Path.home())):
+        try:
+            Path(folder, f"planted-{os.getpid()}").write_text("x")
+        except OSError:
+            continue
+        return True
+    return False
+
+
+def overwrite() -> object:
+    return KEPT.write_text("x")
+
+
+def truncate() -> object:
+    os.truncate(KEPT, 0)
+    return True
+
+
+def delete() -> object:
+    KEPT.unlink()
+    return True
+
+
+def rename_in() -> object:
+    return KEPT.rename(TREE / "stolen")
+
+
+def rename_out() -> object:
+    (TREE / "payload").write_text("x")
+    return (TREE / "payload").rename(HOUSE / "payload")
+
+
+def rename_over() -> object:
+    (TREE / "payload").write_text("x")
+    return (TREE / "payload").rename(KEPT)
+
+
+def hardlink() -> object:
+    os.link(KEPT, TREE / "hard")
+    return (TREE / "hard").write_text("x")
+
+
+def chmod() -> object:
+    KEPT.chmod(0o640)
+    return True
+
+
+def own_root() -> object:
+    return Path(f"/proc/self/root{SECRET}").read_bytes()
+
+
+def own_folder() -> object:
+    return Path("/proc/self/cwd", os.path.relpath(SECRET, Path.cwd())).read_bytes()
+
+
+def others_root() -> object:
+    return Path(f"/proc/{PID}/root{SECRET}").read_bytes()
+
+
+def parents_root() -> object:
+    return Path(f"/proc/1/root{SECRET}").read_bytes()
+
+
+def others_environment() -> object:
+    return b"CANARY" in Path(f"/proc/{PID}/environ").read_bytes()
+
+
+def others_signal() -> object:
+    os.kill(PID, signal.SIGTERM)
+    return True
+
+
+def everybodys_signal() -> object:
+    for pid in range(2, 200):
+        try:
+            os.kill(pid, 0)
+        except OSError:
+            continue
+        if Path(f"/proc/{pid}/comm").read_text().startswith("kthreadd"):
+            return True
+    return False
+
+
+def ptrace() -> object:
+    return LIBC.ptrace(PTRACE_SEIZE, PID, None, None) == 0
+
+
+def remount() -> object:
+    for place in ("/", str(HOUSE), str(HIDDEN)):
+        if LIBC.mount(b"none", place.encode(), None, MS_REMOUNT | MS_BIND, None) == 0:
+            return True
+        if LIBC.umount2(place.encode(), 2) == 0:
+            return True
+    return False
+
+
+def remount_as_root_of_a_namespace() -> object:
+    script = 'umount -l "$1"; mount -o remount,rw,bind "$2"; cat "$1/secret" || echo x >"$2/kept"'
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", str(HIDDEN), str(HOUSE)]
+    return subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def device() -> object:
+    os.mknod(TREE / "disk", 0o600 | 0o060000, os.makedev(7, 0))
+    return True
+
+
+def socket_file() -> object:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(os.path.relpath(HIDDEN / "socket"))
+    return True
+
+
+def services() -> object:
+    named = Path("/etc/resolv.conf").resolve()
+    return [path for path in Path("/run").rglob("*") if path != named and path not in named.parents]
+
+
+def network() -> object:
+    with socket.create_connection(("127.0.0.1", PORT), timeout=5):
+        return True
+
+
+def interfaces() -> object:
+    return [name for _, name in socket.if_nameindex() if name != "lo"]
+
+
+def attempt(attack: Callable[[], object]) -> bool:
+    try:
+        return bool(attack())
+    except OSError:
+        return False
+
+
+if __name__ == "__main__":
+    print(json.dumps([name for name in sys.argv[2:] if attempt(globals()[name])]))  # noqa: T201

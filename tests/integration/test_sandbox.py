@@ -1,0 +1,423 @@
+"""The fence against a program that tries to get out, and what an honest one needs inside."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import anyio
+import psutil
+import pytest
+
+from orchestrator.errors import RefusedError, SessionError
+from orchestrator.sessions.sandbox import Fence, SandboxKind, choose_sandbox, fence_in
+from orchestrator.sessions.supervised import Ended, SupervisedCommand, run_supervised
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there is a sandbox on Linux only")
+
+HOSTILE = Path(__file__).with_name("hostile.py")
+ON_FILES = [
+    *("read_hidden", "list_hidden", "write_hidden", "read_hidden_file", "read_hidden_inside_writable"),
+    *("read_through_symlink", "write_through_symlink", "write_outside", "overwrite", "truncate", "hardlink"),
+    *("own_root", "own_folder", "others_root", "others_environment"),
+    *("rename_out", "rename_over"),
+]
+ON_THE_MACHINE = [
+    *("write_root", "parents_root", "ptrace", "remount", "remount_as_root_of_a_namespace", "device"),
+    *("rename_in", "delete"),
+]
+
+
+class House:
+    """Folders of a machine: one that may be read, in it one that is hidden, in that what may be used again."""
+
+    def __init__(self, top: Path) -> None:
+        self.house, self.outside, self.scratch = top / "house", top / "outside", top / "scratch"
+        self.hidden = self.house / "hidden"
+        self.objects, self.tree = self.hidden / "objects", self.hidden / "sessions" / "tree"
+        for folder in (self.house, self.outside, self.objects, self.tree / "private", self.tree / "work"):
+            folder.mkdir(parents=True)
+        for path in (self.hidden / "secret", self.house / "hidden-file", self.tree / "private" / "secret"):
+            path.write_text("canary")
+        (self.house / "kept").write_text("kept")
+        (self.objects / "object").write_text("object")
+
+    def fence(self, **changes: Any) -> Fence:
+        # The interpreter may be in a folder for temporary files, as these folders are.
+        readable = (self.house, self.outside, self.objects, HOSTILE, Path(sys.prefix), Path(sys.base_prefix))
+        fence = Fence((self.tree / "work", self.house / "gone"), readable, (self.hidden,), self.scratch)
+        return replace(fence, **changes)
+
+    def command(self, argv: list[str], **changes: Any) -> SupervisedCommand:
+        command = SupervisedCommand(
+            argv=argv,
+            env={"PATH": os.environ["PATH"]},
+            cwd=self.tree / "work",
+            stdin=None,
+            stdout=self.house.parent / "stdout",
+            stderr=self.house.parent / "stderr",
+            cap=1 << 20,
+            timeout=60,
+            grace=10,
+            lock=self.house.parent / "task.1.lock",
+        )
+        return replace(command, **changes)
+
+    def said(self) -> str:
+        return (self.house.parent / "stdout").read_text() + (self.house.parent / "stderr").read_text()
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> House:
+    return House(tmp_path)
+
+
+@pytest.fixture(params=[SandboxKind.BUBBLEWRAP, SandboxKind.LANDLOCK])
+async def kind(request: pytest.FixtureRequest) -> SandboxKind:
+    """A kind of sandbox that this machine has."""
+    return await available(request.param)
+
+
+@pytest.fixture
+async def bubblewrap() -> SandboxKind:
+    return await available(SandboxKind.BUBBLEWRAP)
+
+
+async def available(kind: SandboxKind) -> SandboxKind:
+    try:
+        return await choose_sandbox(kind.value, network=True, environ=os.environ)
+    except RefusedError as refused:
+        pytest.skip(str(refused))
+
+
+@pytest.fixture
+def bystander() -> Iterator[subprocess.Popen[bytes]]:
+    """A process of the same user outside of the fence."""
+    process = subprocess.Popen(["sleep", "300"], env={"CANARY": "x", "PATH": os.defpath})
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def server() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield listening
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+async def attack(
+    house: House, kind: SandboxKind, fence: Fence, attacks: list[str], pid: int = 1, port: int = 0
+) -> list[str]:
+    """Run the hostile program in the fence and return the names of the attacks that succeeded."""
+    setting: dict[str, object] = {
+        "tree": str(fence.writable[0]),
+        "house": str(house.house),
+        "hidden": str(house.hidden),
+    }
+    setting |= {"outside": str(house.outside), "pid": pid, "port": port}
+    argv = [sys.executable, "-I", "-S", str(HOSTILE), json.dumps(setting), *attacks]
+    ended = await run_supervised(fence_in(kind, house.command(argv), fence))
+    assert (ended.exit, ended.spawn_error) == (0, None), house.said()
+    succeeded: list[str] = json.loads((house.house.parent / "stdout").read_text())
+    return succeeded
+
+
+# What must not work
+
+
+async def test_nothing_hidden_is_read_and_nothing_outside_is_written(
+    house: House, kind: SandboxKind, bystander: subprocess.Popen[bytes]
+) -> None:
+    """No trick with links, names, /proc, mounts, devices or namespaces leads out of the fence."""
+    fence = house.fence(hidden=(house.hidden, house.house / "hidden-file"))
+    assert await attack(house, kind, fence, ON_FILES + ON_THE_MACHINE, bystander.pid) == []
+    assert (house.house / "kept").read_text() == "kept"
+    assert names(house.house) == ["hidden", "hidden-file", "kept"]
+    assert names(house.hidden) == ["objects", "secret", "sessions"]
+    assert names(house.outside) == []
+
+
+async def test_the_attacks_are_real(house: House, bystander: subprocess.Popen[bytes]) -> None:
+    """Without a fence each of those that can be tried without harm succeeds."""
+    attacks = [*ON_FILES, "chmod", "others_signal", "rename_in"]
+    assert await attack(house, SandboxKind.OFF, house.fence(writable=(house.tree,)), attacks, bystander.pid) == attacks
+
+
+async def test_a_hidden_folder_inside_a_writable_one_is_hidden(house: House, kind: SandboxKind) -> None:
+    """The more specific path wins, in both directions."""
+    fence = house.fence(writable=(house.tree,), hidden=(house.hidden, house.tree / "private"))
+    assert await attack(house, kind, fence, ["read_hidden", "read_hidden_inside_writable"]) == []
+    script = f"echo ok >{house.tree}/work/new && cat {house.objects}/object && ! echo x >{house.objects}/object"
+    ended = await run_supervised(fence_in(kind, house.command(["sh", "-c", script]), fence))
+    assert (ended.exit, (house.tree / "work" / "new").read_text()) == (0, "ok\n"), house.said()
+    assert (house.objects / "object").read_text() == "object"
+
+
+async def test_what_is_hidden_by_a_symlink_is_hidden(house: House, kind: SandboxKind) -> None:
+    """A fence that names a link means what the link leads to."""
+    alias = house.house.parent / "alias"
+    alias.symlink_to(house.hidden)
+    assert await attack(house, kind, house.fence(hidden=(alias,)), ["read_hidden", "own_root"]) == []
+
+
+async def test_a_part_of_the_system_can_be_hidden(house: House, kind: SandboxKind) -> None:
+    """Also outside of folders that are the session's own in any case."""
+    shown = next(path for path in (Path("/usr/share"), Path("/usr/lib")) if path.is_dir())
+    hidden = next(path for path in shown.iterdir() if path.is_dir() and not path.is_symlink() and any(path.iterdir()))
+    script = f"! ls {hidden}/* && ! touch {hidden}/x && ls /usr/bin/env"
+    ended = await run_supervised(fence_in(kind, house.command(["sh", "-c", script]), house.fence(hidden=(hidden,))))
+    assert ended.exit == 0, house.said()
+
+
+async def test_processes_outside_are_out_of_reach(
+    house: House, kind: SandboxKind, bystander: subprocess.Popen[bytes]
+) -> None:
+    """None of them is signalled, traced or looked into."""
+    attacks = ["others_signal", "ptrace", "others_environment", "others_root"]
+    if kind is SandboxKind.BUBBLEWRAP:
+        attacks.append("everybodys_signal")
+    assert await attack(house, kind, house.fence(), attacks, bystander.pid) == []
+    assert bystander.poll() is None
+
+
+async def test_the_machines_services_are_out_of_reach(house: House, bubblewrap: SandboxKind) -> None:
+    """In /run there is nothing but what resolves names, and a hidden socket is not there to be connected to."""
+    os.chdir(house.house.parent)
+    with socket.socket(socket.AF_UNIX) as listening:
+        here = Path.cwd()
+        os.chdir(house.hidden)  # the path of a socket is short
+        listening.bind("socket")
+        os.chdir(here)
+        listening.listen()
+        assert await attack(house, SandboxKind.OFF, house.fence(), ["socket_file"]) == ["socket_file"]
+        assert await attack(house, bubblewrap, house.fence(), ["services", "socket_file"]) == []
+
+
+async def test_a_session_is_kept_off_the_network(house: House, bubblewrap: SandboxKind, server: socket.socket) -> None:
+    """Without a network there is a loopback of its own that works, and no server of the machine."""
+    port = server.getsockname()[1]
+    attacks = ["network", "interfaces"]
+    assert "network" in await attack(house, bubblewrap, house.fence(), attacks, port=port)
+    assert await attack(house, bubblewrap, house.fence(network=False), attacks, port=port) == []
+    source = "import socket; s = socket.create_server(('127.0.0.1', 0)); socket.create_connection(s.getsockname())"
+    alone = house.command([sys.executable, "-I", "-S", "-c", source])
+    assert (await run_supervised(fence_in(bubblewrap, alone, house.fence(network=False)))).exit == 0, house.said()
+
+
+# What must work
+
+
+async def test_what_an_agent_needs_works(house: House, kind: SandboxKind) -> None:
+    """Files, temporary files, subprocesses, shared memory, locks, devices, and an interpreter of its own."""
+    source = """
+import multiprocessing, os, pathlib, subprocess, sys, tempfile
+pathlib.Path("a/b").mkdir(parents=True); pathlib.Path("a/b/c").write_text("x"); os.rename("a/b/c", "a/d")
+os.symlink("d", "a/e"); os.link("a/d", "a/f"); os.mkfifo("a/g"); os.truncate("a/f", 0); os.chmod("a/d", 0o755)
+with tempfile.NamedTemporaryFile("w+") as file, tempfile.TemporaryDirectory() as folder:
+    file.write("x"); assert file.name.startswith(os.environ["TMPDIR"]), file.name
+lock = multiprocessing.Lock()
+with lock: pass
+assert multiprocessing.get_context("fork").Pool(2).map(abs, [-1, -2]) == [1, 2]
+open("/dev/null", "w").write("x"); assert len(open("/dev/urandom", "rb").read(8)) == 8
+subprocess.run([sys.executable, "-c", "print('child')"], check=True); os.listdir("/proc/self/fd"); os.listdir("/usr")
+open("/dev/stdout", "w").close(); subprocess.run("echo x | cat > from-shell", shell=True, check=True)
+"""
+    ended = await run_supervised(fence_in(kind, house.command([sys.executable, "-c", source]), house.fence()))
+    assert (ended.exit, ended.spawn_error) == (0, None), house.said()
+    assert (house.tree / "work" / "from-shell").read_text() == "x\n"
+
+
+async def test_a_commit_with_borrowed_objects_works(house: House, kind: SandboxKind) -> None:
+    """A git directory of the session's own borrows objects from a folder that is only readable, in a hidden one."""
+    env = {"PATH": os.environ["PATH"], "HOME": str(house.outside), "GIT_CONFIG_GLOBAL": os.devnull}
+    env |= {f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    hub, own, tree = house.objects / "hub.git", house.tree / "work" / "git", house.tree / "work" / "tree"
+    seed = f"""set -e
+    git init -q {house.outside}/seed; cd {house.outside}/seed; echo 1 >file; git add .; git commit -qm first
+    git clone -q --bare . {hub}; git init -q --bare {own}; echo {hub}/objects >{own}/objects/info/alternates
+    mkdir {tree}; git --git-dir {own} update-ref refs/heads/work $(git rev-parse HEAD)
+    git --git-dir {own} symbolic-ref HEAD refs/heads/work; git --git-dir {own} config core.bare false
+    echo "gitdir: {own}" >{tree}/.git; git -C {tree} reset -q --hard"""
+    subprocess.run(["sh", "-c", seed], env=env, check=True)
+    script = "echo 2 >>file && git add --all && git commit -qm second && git log --oneline && git fsck && git status"
+    command = house.command(["sh", "-c", script], cwd=tree, env=env)
+    ended = await run_supervised(fence_in(kind, command, house.fence()))
+    assert ended.exit == 0, house.said()
+    log = subprocess.run(["git", "log", "--format=%s"], cwd=tree, env=env, capture_output=True, text=True, check=True)
+    assert log.stdout.split() == ["second", "first"]
+
+
+async def test_a_program_in_a_fence_starts_as_clean_as_without(house: House, kind: SandboxKind) -> None:
+    """No descriptor but the three usual ones, its folder, its arguments, its environment."""
+    source = "import os, sys; print(sorted(map(int, os.listdir('/proc/self/fd')))[:-1])"
+    source += "; print(os.getcwd(), sys.argv[1], os.environ['A'])"
+    command = house.command([sys.executable, "-I", "-S", "-c", source, "-x"], env={"A": "b"})
+    assert (await run_supervised(fence_in(kind, command, house.fence()))).exit == 0, house.said()
+    assert (house.house.parent / "stdout").read_text() == f"[0, 1, 2]\n{house.tree / 'work'} -x b\n"
+
+
+# How it ends
+
+
+async def test_a_missing_program_is_told_from_one_that_fails(house: House, kind: SandboxKind) -> None:
+    """The program's name and why, as without a sandbox; an exit code of 1 is the program's own."""
+    ended = await run_supervised(fence_in(kind, house.command(["no-such-program"]), house.fence()))
+    assert ended == Ended(None, None, "exit", "no-such-program: No such file or directory", 0, 0, 0, None)
+    (house.tree / "work" / "text").write_text("not a program")
+    ended = await run_supervised(fence_in(kind, house.command(["./text"]), house.fence()))
+    assert ended.spawn_error == "./text: Permission denied"
+    script = "echo 'bwrap: execvp x: No such file or directory' >&2; exit 1"
+    ended = await run_supervised(fence_in(kind, house.command(["sh", "-c", script]), house.fence()))
+    assert (ended.exit, ended.spawn_error) == (1, None)
+
+
+async def test_a_crash_is_seen_in_a_fence(house: House, kind: SandboxKind) -> None:
+    """As a signal, or in a bubblewrap as a shell sees it."""
+    ended = await run_supervised(fence_in(kind, house.command(["sh", "-c", "kill -SEGV $$"]), house.fence()))
+    expected = (139, None) if kind is SandboxKind.BUBBLEWRAP else (None, signal.SIGSEGV)
+    assert (ended.exit, ended.signal) == expected
+
+
+SAVES = """
+import os, signal, sys, time
+def end(*_):
+    time.sleep(0.2)
+    open("last-word", "w").write("saved")
+    sys.exit(7)
+if len(sys.argv) > 1 and os.fork():  # a loader that dies of the signal while the real program cleans up
+    time.sleep(300)
+signal.signal(signal.SIGTERM, end)
+open("ready", "w").close()
+while True: time.sleep(0.05)  # Python sees a signal that comes just before a sleep only after it
+"""
+
+
+@pytest.mark.parametrize("loader", [[], ["loader"]], ids=["program", "loader"])
+async def test_a_stopped_program_has_its_grace_in_a_fence(house: House, kind: SandboxKind, loader: list[str]) -> None:
+    """At the limit, program and descendants get SIGTERM and can save, and no longer than they need is waited."""
+    began = time.monotonic()
+    command = house.command([sys.executable, "-I", "-S", "-c", SAVES, *loader], timeout=2)
+    ended = await run_supervised(fence_in(kind, command, house.fence()))
+    assert (house.tree / "work" / "last-word").read_text() == "saved"
+    assert (ended.exit, ended.signal) == ((None, signal.SIGTERM) if loader else (7, None))
+    assert ended.ended_by == "timeout"
+    assert time.monotonic() - began < 8
+
+
+async def test_a_program_that_ignores_sigterm_is_killed_in_a_fence(house: House, kind: SandboxKind) -> None:
+    """The grace is all it gets."""
+    command = house.command(["sh", "-c", "trap '' TERM; sleep 300; sleep 300"], timeout=0.5, grace=0.3)
+    ended = await run_supervised(fence_in(kind, command, house.fence()))
+    assert (ended.exit, ended.signal, ended.ended_by) == (None, signal.SIGKILL, "timeout")
+
+
+async def test_a_stop_during_the_start_takes_no_grace(house: House) -> None:
+    """A sandbox in which the program has not begun has nothing to save and is not waited for."""
+    began = time.monotonic()
+    stuck = house.command(["sh", "-c", "sleep 300; :"], wrapped=True, timeout=0.5, grace=60)
+    ended = await run_supervised(stuck)
+    assert (ended.ended_by, ended.spawn_error) == ("timeout", None)
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("delay", [0.02, 0.04, 0.06])
+async def test_a_cancellation_during_the_start_leaves_nothing(house: House, kind: SandboxKind, delay: float) -> None:
+    """However early it comes, nothing lives afterwards."""
+    with anyio.move_on_after(delay):
+        await run_supervised(fence_in(kind, house.command(["sleep", "300"], grace=30), house.fence()))
+    assert not psutil.Process().children()
+
+
+DETACHED = """
+import os, signal, sys, time
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP): signal.signal(number, signal.SIG_IGN)
+if sys.argv[1:]:
+    while True:
+        open("grows", "a").write("x"); time.sleep(0.01)
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.execve(sys.executable, [sys.executable, "-I", "-S", "-c", sys.orig_argv[4], "daemon"], {})
+    os._exit(0)
+time.sleep(300)
+"""
+
+
+async def test_nothing_outlives_a_kill_of_the_supervisor(house: House, bubblewrap: SandboxKind) -> None:
+    """In a PID namespace even a daemon dies that has a session of its own and no environment."""
+    grows = house.tree / "work" / "grows"
+
+    async def kill() -> None:
+        await until(lambda: grows.exists() and grows.stat().st_size)
+        psutil.Process().children()[0].kill()
+
+    command = house.command([sys.executable, "-I", "-S", "-c", DETACHED])
+    async with anyio.create_task_group() as group:
+        group.start_soon(kill)
+        with pytest.raises(SessionError):
+            await run_supervised(fence_in(bubblewrap, command, house.fence()))
+    await until(lambda: not any(_is_daemon(process) for process in psutil.process_iter(["cmdline", "cwd"])))
+    size = grows.stat().st_size
+    await anyio.sleep(0.1)
+    assert grows.stat().st_size == size
+
+
+def _is_daemon(process: psutil.Process) -> bool:
+    return "daemon" in (process.info["cmdline"] or ()) and DETACHED in process.info["cmdline"]
+
+
+async def until(condition: Callable[[], object], within: float = 20) -> None:
+    deadline = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < deadline, f"did not come true in {within} s"
+        await anyio.sleep(0.01)
+
+
+# Which one is chosen
+
+
+async def test_a_bubblewrap_that_may_do_nothing_is_not_chosen(tmp_path: Path) -> None:
+    """That the program is there is not enough: it has to work, and what it said is told."""
+    fake = tmp_path / "bwrap"
+    fake.write_text("#!/bin/sh\necho 'bwrap: setting up uid map: Permission denied' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    environ = {"PATH": f"{tmp_path}:{os.defpath}"}
+    said = r"uid map: Permission denied.*apparmor_restrict_unprivileged_userns=0.*`sandbox: off`"
+    with pytest.raises(RefusedError, match=said):
+        await choose_sandbox("bubblewrap", network=True, environ=environ)
+    with pytest.raises(RefusedError, match=r"uid map: Permission denied.*off the network"):
+        await choose_sandbox("auto", network=False, environ=environ)
+    await available(SandboxKind.LANDLOCK)
+    assert await choose_sandbox("auto", network=True, environ=environ) is SandboxKind.LANDLOCK
+
+
+async def test_what_has_no_fence_keeps_nobody_off_the_network() -> None:
+    """A limit that can't be kept is refused, not passed over."""
+    for wanted in ("landlock", "off"):
+        with pytest.raises(RefusedError, match="off the network"):
+            await choose_sandbox(wanted, network=False, environ=os.environ)
+
+
+async def test_without_bubblewrap_its_installation_is_the_remedy(tmp_path: Path) -> None:
+    """An explicit kind is never replaced by another one."""
+    with pytest.raises(RefusedError, match="no `bwrap` on PATH: install bubblewrap"):
+        await choose_sandbox("bubblewrap", network=True, environ={"PATH": str(tmp_path)})
+
+
+async def test_auto_prefers_bubblewrap(bubblewrap: SandboxKind) -> None:
+    """The stronger kind is taken where it works, with and without a network."""
+    for network in (True, False):
+        assert await choose_sandbox("auto", network=network, environ=os.environ) is bubblewrap

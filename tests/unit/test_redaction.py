@@ -1,0 +1,100 @@
+"""Secrets in a stream of bytes: found however they arrive, and nothing else is lost."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from orchestrator.sessions.redaction import HOLD_BYTES, KEY_BYTES, Redactor, after_gap
+
+PATTERN = rb"sk-[A-Za-z0-9]{20,}|ghp_[A-Za-z0-9]{36}|(?<=token=)[a-f0-9]{16}".decode()
+TOKEN = b"sk-" + b"Ab3" * 10
+KEY = b"-----BEGIN OPENSSH PRIVATE KEY-----\n" + b"b3BlbnNzaC1rZXktdjEA\n" * 30 + b"-----END OPENSSH PRIVATE KEY-----"
+
+
+def redacted(*chunks: bytes, pattern: str = PATTERN) -> bytes:
+    redactor = Redactor(pattern)
+    return b"".join(map(redactor.feed, chunks)) + redactor.flush()
+
+
+def in_chunks(data: bytes, size: int) -> list[bytes]:
+    return [data[place : place + size] for place in range(0, len(data), size)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 65, 1000, 65536])
+def test_the_size_of_the_chunks_makes_no_difference(size: int) -> None:
+    """Tokens, what follows a word, and keys are replaced, all the rest is kept byte for byte."""
+    text = b"a %s b\xff\n\r%s\n{%s}\ntoken=0123456789abcdef!\nsk-short %s" % (TOKEN, KEY, TOKEN, TOKEN)
+    expected = b"a [redacted] b\xff\n\r[redacted]\n{[redacted]}\ntoken=[redacted]!\nsk-short [redacted]"
+    assert redacted(*in_chunks(text, size)) == expected
+
+
+@pytest.mark.parametrize("shift", range(-40, 41, 5))
+@pytest.mark.parametrize("size", [1000, 4096, 65536])
+def test_a_secret_in_an_endless_line_is_found_wherever_the_line_is_cut(shift: int, size: int) -> None:
+    """A line that is longer than what is held back hides nothing."""
+    lead, trail = b" " * (3 * HOLD_BYTES + shift), b" " * (2 * HOLD_BYTES)
+    for secret in (TOKEN, KEY):
+        assert redacted(*in_chunks(lead + secret + trail, size)) == lead + b"[redacted]" + trail
+    lead = lead + b"token="
+    assert redacted(*in_chunks(lead + b"0" * 16 + trail, size)) == lead + b"[redacted]" + trail
+
+
+def test_a_secret_longer_than_what_is_held_back_is_replaced_to_its_end() -> None:
+    """It is given out once, and no part of it comes later."""
+    secret = b"sk-" + b"x" * (20 * HOLD_BYTES)
+    assert redacted(*in_chunks(b"a " + secret + b" b", 1000)) == b"a [redacted] b"
+
+
+def test_not_more_than_an_unfinished_line_is_held_back() -> None:
+    """Whole lines are given out at once; of a long one all but the last bytes."""
+    redactor = Redactor(PATTERN)
+    assert redactor.feed(b"one\ntwo") == b"one\n"
+    assert redactor.feed(b"\nthree") == b"two\n"
+    assert len(redactor.feed(b" " * (10 * HOLD_BYTES))) == 9 * HOLD_BYTES + 5
+    assert redactor.drop() == HOLD_BYTES
+    assert redactor.flush() == b""
+
+
+@pytest.mark.parametrize("size", [1, 100, 5000, 65536])
+def test_a_key_that_never_ends_takes_a_bounded_amount_with_it(size: int) -> None:
+    """The mere mention of a key's first line does not silence a program for ever."""
+    text = b"if x == '-----BEGIN PRIVATE KEY-----':\n" + b"code\n" * KEY_BYTES
+    given = redacted(*in_chunks(text, size))
+    assert given.startswith(b"if x == '[redacted]")
+    assert given.endswith(b"code\n")
+    assert abs(len(text) - len(given) - KEY_BYTES) < 100
+
+
+def test_a_key_on_one_line_of_json_is_found() -> None:
+    """Where its line ends are escaped."""
+    line = b'{"key": "' + KEY.replace(b"\n", b"\\n") + b'"}\n'
+    assert redacted(line) == b'{"key": "[redacted]"}\n'
+
+
+def test_random_chunks_lose_nothing() -> None:
+    """Words, lines and tokens in any mixture: what is given out is what a search of the whole would give."""
+    dice = random.Random(1)
+    for _ in range(200):
+        words = [dice.choice([b"word ", b"\n", b"sk-", TOKEN + b"\n", b"token=", b"x" * 500, KEY]) for _ in range(60)]
+        text = b"".join(words)
+        chunks, place = [], 0
+        while place < len(text):
+            size = dice.choice([1, 10, 100, 3000])
+            chunks.append(text[place : place + size])
+            place += size
+        given = redacted(*chunks)
+        assert given == redacted(text)
+        assert TOKEN not in given
+        assert b"b3Blbn" not in given
+
+
+def test_what_follows_a_gap_is_left_out_as_far_as_it_may_be_half_a_secret() -> None:
+    """To the first whole line, to the end of a key that began in the gap, or a bounded amount."""
+    assert after_gap(b"3Ab3\nnext\n") == 5
+    assert after_gap(b"x" * 10 * HOLD_BYTES) == HOLD_BYTES
+    assert after_gap(b"abc") == 3
+    half = KEY[100:]
+    assert after_gap(half + b"\nnext\n") == len(half)
+    assert after_gap(b"rest\n" + KEY + b"\n") == 5

@@ -1,0 +1,153 @@
+"""What a fence is turned into: mounts from the root downwards, and rules around what is hidden."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import RefusedError
+from orchestrator.sessions import landlock, sandbox
+from orchestrator.sessions.sandbox import Fence, SandboxKind, choose_sandbox, fence_in
+from orchestrator.sessions.supervised import SupervisedCommand
+
+
+@pytest.fixture
+def top(tmp_path: Path) -> Path:
+    for name in ("house/hidden/tree/work/deep", "house/hidden/objects", "house/open", "scratch"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "house" / "file").touch()
+    (tmp_path / "house" / "link").symlink_to("hidden")
+    return tmp_path
+
+
+def command(cwd: Path) -> SupervisedCommand:
+    return SupervisedCommand(
+        argv=["program"],
+        env={"A": "b"},
+        cwd=cwd,
+        stdin=None,
+        stdout=cwd / "out",
+        stderr=cwd / "err",
+        cap=1,
+        timeout=1,
+        grace=1,
+        lock=cwd / "lock",
+    )
+
+
+def rules(top: Path, fence: Fence) -> dict[str, str]:
+    """The rules for what is in `top`, by their path from there."""
+    given = fence_in(SandboxKind.LANDLOCK, command(top), fence).landlock
+    assert given is not None
+    return {os.path.relpath(path, top): kind for path, kind in given if Path(path).is_relative_to(top)}
+
+
+def test_what_is_hidden_is_hidden_by_granting_what_is_beside_it(top: Path) -> None:
+    """No folder on the way to it is granted, no symlink is, and what is inside it is by its own path."""
+    house = top / "house"
+    fence = Fence((house / "hidden/tree",), (house / "hidden/objects",), (house / "hidden",), top / "scratch")
+    assert rules(top, fence) == {
+        "house/file": "read",
+        "house/open": "read",
+        "house/hidden/objects": "read",
+        "house/hidden/tree": "write",
+        "scratch": "write",
+    }
+
+
+def test_what_is_hidden_inside_a_writable_folder_splits_it(top: Path) -> None:
+    """The folder itself is not granted then, since a right holds for all beneath."""
+    tree = top / "house/hidden/tree"
+    fence = Fence((tree,), (top / "house",), (tree / "work/deep",), top / "scratch")
+    (tree / "beside").mkdir()
+    assert rules(top, fence) == {
+        "house/file": "read",
+        "house/open": "read",
+        "house/hidden/objects": "read",
+        "house/hidden/tree/beside": "write",
+        "scratch": "write",
+    }
+
+
+def test_without_anything_hidden_a_folder_is_granted_as_a_whole(top: Path) -> None:
+    """A writable folder in a readable one needs no list of what is beside it."""
+    given = dict(sandbox._landlock_rules(Fence((top / "house",), (top,), (), top / "scratch")))
+    assert given[str(top / "house")] == "write"
+    assert str(top / "house" / "open") not in given
+
+
+def test_devices_that_are_not_for_everybody_are_hidden(top: Path) -> None:
+    """The disk itself would show all that is hidden on it."""
+    given = dict(sandbox._landlock_rules(Fence((), (), (), top / "scratch")))
+    assert given["/dev/null"] == given["/dev/urandom"] == "write"
+    assert "/" not in given
+    assert "/dev" not in given
+    assert given["/usr"] == "read"
+
+
+def test_mounts_go_from_the_root_downwards(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A more specific path is mounted on top of a less specific one, and what hides is sealed last."""
+    monkeypatch.setattr(sandbox, "_find_bubblewrap", lambda _: "/bin/bwrap")
+    house = top / "house"
+    fence = Fence(
+        (house / "hidden/tree", top / "gone"),
+        (house, house / "hidden/objects"),
+        (house / "link", house / "file", house / "hidden/tree/work"),
+        top / "scratch",
+        network=False,
+    )
+    given = fence_in(SandboxKind.BUBBLEWRAP, command(top), fence)
+    options = list(given.argv)
+    text = " ".join(options).replace(f"{top}/", "")
+    for first, second in (
+        ("--ro-bind house house", "--tmpfs house/hidden "),
+        ("--tmpfs house/hidden ", "--bind house/hidden/tree house/hidden/tree"),
+        ("--tmpfs house/hidden ", "--ro-bind house/hidden/objects house/hidden/objects"),
+        ("--bind house/hidden/tree house/hidden/tree", "--tmpfs house/hidden/tree/work "),
+        ("--tmpfs house/hidden/tree/work ", "--remount-ro house/hidden "),
+        ("--ro-bind house house", "--ro-bind /dev/null house/file"),
+        ("--bind scratch /tmp", "--bind scratch scratch"),
+        ("--ro-bind / /", "--bind scratch /tmp"),
+    ):
+        assert -1 < text.find(first) < text.find(second), (first, second, text)
+    assert "gone" not in text
+    assert options[0] == "/bin/bwrap"
+    assert "--unshare-net" in options
+    assert options[-2:] == ["--", "program"]
+    assert given.wrapped
+    assert given.env == {"A": "b", "TMPDIR": "/tmp"}
+
+
+def test_off_leaves_a_command_as_it_is(top: Path) -> None:
+    """Not even its folder for temporary files is another one."""
+    given = command(top)
+    assert fence_in(SandboxKind.OFF, given, Fence((), (), (), top / "new")) is given
+    assert not (top / "new").exists()
+
+
+@pytest.mark.parametrize("wanted", ["auto", "bubblewrap", "landlock"])
+async def test_elsewhere_than_on_linux_only_off_works(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+    """Said so, instead of a fence that is none."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(RefusedError, match="only `off` does: write `sandbox: off`"):
+        await choose_sandbox(wanted, network=True, environ=os.environ)
+    assert await choose_sandbox("off", network=True, environ=os.environ) is SandboxKind.OFF
+
+
+@pytest.mark.parametrize(("abi", "why"), [(0, "has none"), (2, "only its ABI 2")])
+async def test_a_kernel_without_landlock_is_said_to_be_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, abi: int, why: str
+) -> None:
+    """With the reasons of both kinds, where neither works."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(landlock, "abi", lambda: abi)
+    environ = {"PATH": str(tmp_path)}
+    with pytest.raises(RefusedError, match=why):
+        await choose_sandbox("landlock", network=True, environ=environ)
+    with pytest.raises(
+        RefusedError, match=rf"no `bwrap` on PATH; landlock: .*{why}.*install bubblewrap.*`sandbox: off`"
+    ):
+        await choose_sandbox("auto", network=True, environ=environ)

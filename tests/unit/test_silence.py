@@ -1,0 +1,131 @@
+"""When a program counts as silent, on a clock that the test drives."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from orchestrator.sessions import silence
+from orchestrator.sessions.silence import Silence, Walk
+from tests.waiting import wait_for
+
+LIMIT = 8.0
+
+
+class Clock:
+    """Stands in for the module `time`."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(silence, "time", SimpleNamespace(monotonic=clock.monotonic))
+    return clock
+
+
+def ends_at(watch: Silence, clock: Clock, until: float, changes: dict[float, Path] | None = None) -> float | None:
+    """Advance the clock as a poll would, writing to files at the times of `changes`; return when it was over."""
+    pending = sorted((changes or {}).items())
+    while clock.now < until:
+        clock.now += max(watch.due(), 0.001)
+        while pending and pending[0][0] <= clock.now:
+            with pending.pop(0)[1].open("a") as file:
+                file.write("x")
+        if watch.over():
+            return clock.now
+        if watch._walk is not None:
+            wait_for(lambda: watch._walk is None or watch._walk.done)
+    return None
+
+
+@pytest.mark.parametrize("change", [None, 0.5, 1.9, 2.1, 3.0, 4.1, 5.0, 7.9, 9.5])
+def test_it_is_over_between_one_and_one_and_a_half_times_the_limit(
+    tmp_path: Path, clock: Clock, change: float | None
+) -> None:
+    """Counted from the last sign of life, wherever between two looks that was."""
+    began = clock.now
+    watch = Silence(LIMIT, [str(tmp_path)])
+    changes = {} if change is None else {began + change: tmp_path / "file"}
+    end = ends_at(watch, clock, began + 100, changes)
+    assert end is not None
+    last = began + (change or 0)
+    assert LIMIT <= end - last + (0 if change is None else 0.1) <= 1.5 * LIMIT
+
+
+def test_output_starts_it_anew(tmp_path: Path, clock: Clock) -> None:
+    """While there is output no folder is looked at."""
+    watch = Silence(LIMIT, [str(tmp_path)])
+    for _ in range(100):
+        clock.now += 1
+        watch.heard()
+        assert not watch.over()
+        assert watch._walk is None
+    last = clock.now
+    end = ends_at(watch, clock, last + 100)
+    assert end is not None
+    assert LIMIT <= end - last <= 1.5 * LIMIT
+
+
+def test_a_walk_that_fails_says_nothing(tmp_path: Path, clock: Clock) -> None:
+    """A folder that is gone ends nobody; when it can be read again, the time counts from the first such look."""
+    folder = tmp_path / "folder"
+    watch = Silence(LIMIT, [str(folder)])
+    assert ends_at(watch, clock, clock.now + 10 * LIMIT) is None
+    folder.mkdir()
+    again = clock.now
+    end = ends_at(watch, clock, clock.now + 10 * LIMIT)
+    assert end is not None
+    assert end - again >= LIMIT
+
+
+def walked(*folders: Path) -> tuple[int, int] | None:
+    walk = Walk([str(folder) for folder in folders], give_up=float("inf"))
+    wait_for(lambda: walk.done)
+    return walk.signature
+
+
+def test_each_change_shows(tmp_path: Path) -> None:
+    """Content of the same size, a name, a mode, a claimed time, deep or not; a look alone changes nothing."""
+    deep = tmp_path / "a" / "b"
+    deep.mkdir(parents=True)
+    (deep / "file").write_text("one")
+    (deep / "link").symlink_to("/")
+    seen = [walked(tmp_path)]
+    assert walked(tmp_path) == seen[0]
+    changes: list[Callable[[], object]] = [
+        lambda: (deep / "file").write_text("two"),
+        lambda: os.utime(deep / "file", (1, 1)),
+        lambda: (deep / "file").chmod(0o600),
+        lambda: (deep / "file").rename(deep / "other"),
+        (deep / "other").unlink,
+        (tmp_path / "new").mkdir,
+    ]
+    for change in changes:
+        time.sleep(0.02)  # the kernel's clock for files goes in steps of up to 10 ms
+        change()
+        seen.append(walked(tmp_path))
+    assert None not in seen
+    assert len(set(seen)) == len(seen)
+
+
+def test_a_tree_that_is_too_large_is_a_look_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The walk ends at a bound, of entries or of time."""
+    for number in range(600):
+        (tmp_path / str(number)).touch()
+    assert walked(tmp_path) is not None
+    walk = Walk([str(tmp_path)], give_up=0)
+    wait_for(lambda: walk.done)
+    assert walk.signature is None
+    monkeypatch.setattr(silence, "MAX_ENTRIES", 500)
+    assert walked(tmp_path) is None
