@@ -19,6 +19,7 @@ Expected endings (a task that fails, a merge that conflicts) are values, not err
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,3 +131,21 @@ class SessionError(CouncilError):
 
     def __init__(self, session: str, why: str) -> None:
         super().__init__(f"session {session}: {why}: its worktree is kept, `council resume` goes on")
+
+
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT})
+# What git prints of them, which tells them to us in the C locale.
+_EXHAUSTED_TEXTS = (
+    "Too many open files",
+    "Cannot allocate memory",
+    "Resource temporarily unavailable",
+    "No space left on device",
+    "Disk quota exceeded",
+)
+
+
+def is_exhaustion(error: OSError | GitError) -> bool:
+    """Whether something failed because this machine has not enough of something now, which may pass."""
+    if isinstance(error, GitError):
+        return any(text in error.stderr for text in _EXHAUSTED_TEXTS)
+    return error.errno in _EXHAUSTED

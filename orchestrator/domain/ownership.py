@@ -1,0 +1,165 @@
+"""Path patterns: which paths of a repository a task owns, and whether two of them may meet.
+
+    src/models.py    this path, and all below it should it be a folder
+    src/             a folder: all in it, as `src/**`
+    docs/*.md        `*` is any characters and `?` one, neither crosses `/`
+    [ab] [a-z] [!a]  one character of a set, or none of it
+    **/test_*.py     `**` is any number of whole segments, none included
+
+Paths are relative, with `/` between segments, and compared character by character. Both questions, `matches` and
+`overlap`, are one: whether two patterns have a path in common. It is decided by walking both side by side, in
+time proportional to the product of their lengths.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+#: A set of characters as ranges of code points, both ends included.
+_Characters = tuple[tuple[int, int], ...]
+#: A segment with wildcards: sets of characters, with None for any number of characters.
+_Wild = tuple[_Characters | None, ...]
+
+_ANY: _Characters = ((1, ord("/") - 1), (ord("/") + 1, sys.maxunicode))
+_WILDCARD = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True, slots=True)
+class _Pattern:
+    segments: tuple[str | _Wild | None, ...]
+    """Literal segments as text; None is any number of segments."""
+    prefix: str
+    """What every path that matches begins with."""
+
+
+def check_pattern(text: str) -> str:
+    """Return a pattern as it is; ValueError ("what: remedy") if it is none."""
+    for wrong, what, remedy in (
+        (not text, "the pattern is empty", "name a path, or `**` for all"),
+        ("\0" in text, "it has a NUL character", "remove it"),
+        ("\\" in text, "it has a backslash", "separate segments by `/`, and write `[*]` for a star"),
+        (text.startswith("/"), "the path is absolute", "write it relative to the top of the repository"),
+    ):
+        if wrong:
+            raise ValueError(f"{what}: {remedy}")
+    for segment in text.removesuffix("/").split("/"):
+        if segment in {"", ".", ".."}:
+            raise ValueError(f"it has the segment {segment!r}: write the path without it")
+        if "**" in segment and segment != "**":
+            raise ValueError(f"`**` is only a part of {segment!r}: let it stand alone between `/`, or write `*`")
+        _parse_segment(segment)
+    return text
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a path, as git prints it, is one that the pattern names."""
+    compiled = _compile(pattern)
+    return path.startswith(compiled.prefix) and _meet(compiled.segments, path.split("/"), _segments_meet)
+
+
+def overlap(left: str, right: str) -> bool:
+    """Whether there can be a path that both patterns match."""
+    a, b = _compile(left), _compile(right)
+    if not (a.prefix.startswith(b.prefix) or b.prefix.startswith(a.prefix)):
+        return False
+    return left == right or _meet(a.segments, b.segments, _segments_meet)
+
+
+def any_overlap(left: Sequence[str], right: Sequence[str]) -> bool:
+    """Whether a pattern of one side overlaps with one of the other."""
+    return any(overlap(a, b) for a in left for b in right)
+
+
+@lru_cache(maxsize=1 << 16)
+def _compile(text: str) -> _Pattern:
+    check_pattern(text)
+    wildcard = _WILDCARD.search(text)
+    prefix = text if wildcard is None else text[: wildcard.start()]
+    whole = wildcard is None or text.endswith("/")
+    segments = tuple(_parse_segment(segment) for segment in text.removesuffix("/").split("/"))
+    return _Pattern((*segments, None) if whole else segments, prefix.rstrip("/"))
+
+
+def _parse_segment(text: str) -> str | _Wild | None:
+    if text == "**":
+        return None
+    if _WILDCARD.search(text) is None:
+        return text
+    # A segment has at least one character, also where only stars stand for it.
+    tokens: list[_Characters | None] = [] if text.strip("*") else [_ANY]
+    at = 0
+    while at < len(text):
+        if text[at] == "[":
+            characters, at = _parse_set(text, at)
+            tokens.append(characters)
+            continue
+        tokens.append({"*": None, "?": _ANY}.get(text[at], _literal(text[at])))
+        at += 1
+    return tuple(tokens)
+
+
+def _parse_set(text: str, start: int) -> tuple[_Characters, int]:
+    """Return the set that opens at `start` and where it has ended. A `]` that comes first is one of its characters."""
+    first = start + 1 + (text[start + 1 : start + 2] in {"!", "^"})
+    end = text.find("]", first + 1)
+    if end < 0:
+        raise ValueError(f"the set {text[start:]!r} is not closed by `]`: close it, or write `[[]` for a bracket")
+    ranges: list[tuple[int, int]] = []
+    at = first
+    while at < end:
+        low = high = text[at]
+        if text[at + 1] == "-" and at + 2 < end:
+            high, at = text[at + 2], at + 2
+        if low > high:
+            raise ValueError(f"the range {low}-{high} is empty: write it from the smaller to the greater character")
+        ranges.append((ord(low), ord(high)))
+        at += 1
+    within = _without(_ANY, ranges) if first > start + 1 else _without(_ANY, _without(_ANY, ranges))
+    return within, end + 1
+
+
+def _without(characters: _Characters, taken: Sequence[tuple[int, int]]) -> _Characters:
+    left = list(characters)
+    for low, high in taken:
+        parts = [((a, min(b, low - 1)), (max(a, high + 1), b)) for a, b in left]
+        left = [(a, b) for pair in parts for a, b in pair if a <= b]
+    return tuple(left)
+
+
+def _literal(character: str) -> _Characters:
+    return ((ord(character), ord(character)),)
+
+
+def _segments_meet(a: str | _Wild, b: str | _Wild) -> bool:
+    if isinstance(a, str) and isinstance(b, str):
+        return a == b
+    return _meet(_tokens(a), _tokens(b), _characters_meet)
+
+
+def _tokens(segment: str | _Wild) -> _Wild:
+    return tuple(map(_literal, segment)) if isinstance(segment, str) else segment
+
+
+def _characters_meet(a: _Characters, b: _Characters) -> bool:
+    return any(low <= top and bottom <= high for low, high in a for bottom, top in b)
+
+
+def _meet(left: Sequence[object], right: Sequence[object], meet: Callable[[Any, Any], bool]) -> bool:
+    """Whether two sequences, in which None stands for any number of elements, can stand for the same."""
+    rows = len(right)
+    below = [all(one is None for one in right[at:]) for at in range(rows + 1)]
+    for a in reversed(left):
+        row = [a is None and below[rows]] * (rows + 1)
+        for at in range(rows - 1, -1, -1):
+            b = right[at]
+            if a is None or b is None:
+                row[at] = below[at] or row[at + 1]
+            else:
+                row[at] = below[at + 1] and meet(a, b)
+        below = row
+    return below[0]

@@ -1,0 +1,108 @@
+"""Path patterns against brute force: every path over a small alphabet."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.domain.ownership import any_overlap, check_pattern, matches, overlap
+
+SEGMENTS = ["".join(text) for size in (1, 2, 3) for text in itertools.product("ab", repeat=size)]
+PATHS = ["/".join(segments) for size in (1, 2, 3) for segments in itertools.product(SEGMENTS, repeat=size)]
+
+pieces = st.sampled_from(["a", "b", "*", "?", "[a]", "[!a]", "[a-b]"])
+segment = st.one_of(
+    st.just("**"), st.lists(pieces, min_size=1, max_size=2).map("".join).filter(lambda s: "**" not in s)
+)
+patterns = st.builds(
+    lambda segments, folder: "/".join(segments) + folder,
+    st.lists(segment, min_size=1, max_size=2),
+    st.sampled_from(["", "/"]),
+)
+
+
+def plainly(pattern: str) -> re.Pattern[str]:
+    """Return a pattern as a regular expression, by the plainest rules."""
+    whole = pattern.endswith("/") or not re.search(r"[*?\[]", pattern)
+    parts = []
+    for one in pattern.rstrip("/").split("/"):
+        body = one.replace("[!", "[^").replace("?", "[^/]").replace("*", "[^/]*")
+        parts.append("(/[^/]+)*" if one == "**" else f"/(?=[^/]){body}")
+    return re.compile("".join(parts) + ("(/[^/]+)*" if whole else ""))
+
+
+@settings(max_examples=300, deadline=None)
+@given(patterns, st.sampled_from(PATHS))
+def test_matches_as_a_regular_expression_would(pattern: str, path: str) -> None:
+    """One path, one pattern, two ways; and the overlap with a path that is spelled out is the same."""
+    expected = plainly(pattern).fullmatch(f"/{path}") is not None
+    assert matches(pattern, path) is expected
+    # A path as a pattern owns what lies below, too.
+    assert overlap(pattern, path) is (expected or any(plainly(pattern).fullmatch(f"/{path}/{more}") for more in PATHS))
+
+
+@settings(max_examples=120, deadline=None)
+@given(patterns, patterns)
+def test_overlap_agrees_with_brute_force(left: str, right: str) -> None:
+    """Two patterns overlap exactly if a path matches both; all that these need to meet in is among the paths."""
+    a, b = plainly(left), plainly(right)
+    expected = any(a.fullmatch(f"/{path}") and b.fullmatch(f"/{path}") for path in PATHS + [f"{p}/a" for p in PATHS])
+    assert overlap(left, right) is overlap(right, left) is expected
+
+
+def test_many_stars_take_no_time() -> None:
+    """No pattern makes the comparison blow up."""
+    began = time.perf_counter()
+    assert not overlap("*a" * 60 + "b", "*a" * 60 + "c")
+    assert not matches("/".join(["**", "a"] * 40) + "/b", "/".join(["a"] * 80))
+    assert time.perf_counter() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("pattern", "inside", "outside"),
+    [
+        ("src/api/**", ["src/api/x", "src/api/x/y"], ["src/apis", "src", "src/x/api"]),
+        ("docs/*.md", ["docs/a.md", "docs/.md"], ["docs/a/b.md", "docs/a.mdx"]),
+        ("src/models.py", ["src/models.py", "src/models.py/x"], ["src/models_py", "models.py"]),
+        ("src/", ["src/a", "src/a/b"], ["srcs/a", "a/src/b"]),
+        ("**/test_*.py", ["test_a.py", "a/b/test_.py"], ["a/tests.py", "test_a.py/x"]),
+        ("[a-c]?.[!x]", ["bz.y", "aé.é"], ["dz.y", "bz.x", "b.y"]),
+        ("[]a]", ["]", "a"], ["b"]),
+        ("[[]*", ["[", "[x"], ["x"]),
+        ("a/**/b", ["a/b", "a/x/y/b"], ["a/x", "ab"]),
+    ],
+)
+def test_what_patterns_name(pattern: str, inside: list[str], outside: list[str]) -> None:
+    """The rules, by examples."""
+    assert [path for path in inside if not matches(pattern, path)] == []
+    assert [path for path in outside if matches(pattern, path)] == []
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "meet"),
+    [
+        ("src", "src/**", True),
+        ("src/", "src/a/*.py", True),
+        ("src/*.py", "src/a.*", True),
+        ("src/*.py", "src/*.md", False),
+        ("**/a", "b/**", True),
+        ("*", "a/b", False),
+        ("[a-c]", "[!abc]", False),
+        ("[a-d]", "[!abc]", True),
+    ],
+)
+def test_which_patterns_overlap(left: str, right: str, meet: bool) -> None:
+    """The same, whichever is first."""
+    assert overlap(left, right) is overlap(right, left) is any_overlap(["zzz", left], [right]) is meet
+
+
+@pytest.mark.parametrize("text", ["", "/a", "../a", "a/../b", "./a", "a//b", "/", "a\\b", "a\0", "a**", "[a", "[z-a]"])
+def test_what_is_no_pattern_is_refused_with_a_remedy(text: str) -> None:
+    """The sentence says what is wrong and, behind a colon, what would be right."""
+    with pytest.raises(ValueError, match=r".+: .+"):
+        check_pattern(text)

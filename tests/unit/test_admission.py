@@ -1,0 +1,121 @@
+"""How many sessions fit: the decision by tables, what it is made from on this machine."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.domain.admission import MIB, Demand, Facts, Fit, NoFit, fit, may_start
+from orchestrator.limits import memory_available, read_facts
+
+DEMAND = Demand(descriptors=10, memory=100 * MIB, spare_descriptors=20, spare_memory=50 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("facts", "wanted", "sessions"),
+    [
+        (Facts(None, 10, None), 64, 64),
+        (Facts(1024, 10, 10**12), 8, 8),
+        (Facts(70, 10, None), 4, 4),
+        (Facts(69, 10, None), 4, 3),
+        (Facts(1024, 10, 450 * MIB), 5, 4),
+        (Facts(69, 10, 150 * MIB), 4, 1),
+    ],
+)
+def test_the_scarcest_thing_decides(facts: Facts, wanted: int, sessions: int) -> None:
+    """Never more than wanted, never more than either limit has room for."""
+    found = fit(facts, wanted, DEMAND)
+    assert isinstance(found, Fit)
+    assert found.sessions == sessions
+    assert (found.limited_by is None) is (sessions == wanted)
+
+
+def test_what_limits_says_what_to_do() -> None:
+    """The sentence has the numbers and the remedy."""
+    found = fit(Facts(69, 10, None), 4, DEMAND)
+    assert found == Fit(
+        3, "10 of at most 69 file descriptors are open, enough for 3 of 4 sessions: raise it with `ulimit -n`"
+    )
+    short = fit(Facts(None, 10, 149 * MIB), 4, DEMAND)
+    assert isinstance(short, NoFit)
+    assert short.what == "not even one session fits: 149 MiB of memory are left, where a session takes 100 MiB"
+
+
+@pytest.mark.parametrize(
+    ("memory", "running", "may"), [(None, 9, True), (150 * MIB, 9, True), (149 * MIB, 9, False), (0, 0, True)]
+)
+def test_another_session_starts_only_with_memory_for_it(memory: int | None, running: int, may: bool) -> None:
+    """Except where nothing runs: nothing of ours would give memory back."""
+    assert may_start(Facts(64, 60, memory), running, DEMAND) is may
+
+
+def fake_system(tmp_path: Path, *, available: int, limit: str, used: int, reclaimable: int) -> int | None:
+    """Return what is available in a machine that is written as files."""
+    proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
+    inner = cgroups / "slice" / "job"
+    (proc / "self").mkdir(parents=True)
+    inner.mkdir(parents=True)
+    (proc / "meminfo").write_text(f"MemTotal: 9 kB\nMemAvailable:   {available} kB\n")
+    (proc / "self" / "cgroup").write_text("1:name=x:/else\n0::/slice/job\n")
+    (inner / "memory.max").write_text("max\n")
+    (inner.parent / "memory.max").write_text(f"{limit}\n")
+    (inner.parent / "memory.current").write_text(f"{used}\n")
+    (inner.parent / "memory.stat").write_text(f"anon 1\ninactive_file {reclaimable}\n")
+    return memory_available(proc, cgroups)
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("max", 4096), ("1000", 1000 - 700 + 200), ("600", 100)])
+def test_a_limit_of_an_outer_cgroup_counts(tmp_path: Path, limit: str, expected: int) -> None:
+    """Files that were only read are no loss."""
+    assert fake_system(tmp_path, available=4, limit=limit, used=700, reclaimable=200) == expected
+
+
+def test_a_system_that_says_nothing_has_no_known_limit(tmp_path: Path) -> None:
+    """As on macOS."""
+    assert memory_available(tmp_path, tmp_path) is None
+
+
+CHILD = """
+import json, resource
+from orchestrator.limits import raise_descriptor_limit, read_facts
+from orchestrator.domain.admission import fit
+before = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+raised = raise_descriptor_limit()
+found = fit(read_facts(), 64)
+print(json.dumps([before, raised, found.sessions, found.limited_by]))
+"""
+
+
+@pytest.mark.parametrize(("flag", "raised"), [("-n", 64), ("-Sn", None)], ids=["hard", "soft"])
+def test_under_a_descriptor_limit(flag: str, raised: int | None) -> None:
+    """A soft limit is raised as far as the hard one goes; below a hard one fewer sessions fit, and it says why."""
+    hard = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 1 << 16)
+    done = subprocess.run(
+        ["sh", "-c", f'ulimit {flag} 64 && exec "$0" -c "$1"', sys.executable, CHILD],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    before, after, sessions, limited_by = json.loads(done.stdout)
+    assert (before, after) == (64, raised or hard)
+    if raised:
+        assert 1 <= sessions <= 6
+        assert "ulimit -n" in limited_by
+    else:
+        assert sessions > 6
+
+
+def test_this_machine_tells_what_it_has() -> None:
+    """The facts are of this process, now."""
+    before = read_facts()
+    assert before.descriptors_open >= 3
+    with Path("/dev/null").open() as _:
+        assert read_facts().descriptors_open == before.descriptors_open + 1
+    if sys.platform == "linux":
+        assert before.memory is not None
+        assert before.memory > MIB
