@@ -5,19 +5,26 @@ adapters:
     use: command
     argv: [python3, tools/fix.py, "{prompt_file}"]
     env: [HOME, MY_KEY]
+    failures:
+      auth: not logged in|invalid api key
+      rate_limited: 'try again in (?P<seconds>[0-9]+) s'
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 import pluggy
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
+from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.outcome import Failed
+from orchestrator.domain.secrets import contains_key, secret_values
 from orchestrator.errors import RefusedError
-from orchestrator.protocols import Command, SessionRequest
+from orchestrator.protocols import Command, SessionEnd, SessionRequest
 
 hookimpl = pluggy.HookimplMarker("cli_council")
 
@@ -48,6 +55,11 @@ _RELOCATING: Final = frozenset(
         "GIT_WORK_TREE",
     }
 )
+_BY_NAME: Final = "pass the variable on by its name alone (`env: [NAME]`)"
+#: The classes that a program's words can mean; the others are known from facts.
+_SaidClass = Literal["transient", "overloaded", "rate_limited", "auth", "invalid", "refused", "limit", "crashed"]
+_LONGEST_LINE: Final = 4096  # characters: patterns are a user's, lines an agent's
+_LONGEST_REASON: Final = 300
 # Linux takes at most 128 KiB for one argument (MAX_ARG_STRLEN, execve(2)); the rest is left to what surrounds it.
 _LARGEST_IN_ARGV: Final = 100 * 1024
 
@@ -83,13 +95,39 @@ def _check_env_value(value: str) -> str:
     return value
 
 
+def _check_env_item(item: str) -> str:
+    name, is_set, value = item.partition("=")
+    _check_env_name(name)
+    if is_set:
+        _check_env_value(value)
+        _check_not_secret({name: value})
+    return item
+
+
+def _check_not_secret(env: dict[str, str]) -> dict[str, str]:
+    for name, value in env.items():
+        if contains_key(value) or secret_values({name: value}):
+            raise ValueError(f"the value of {name} looks like a secret, which no file should hold: {_BY_NAME}")
+    return env
+
+
 def _env_form(env: Any) -> str | None:
     return "names" if isinstance(env, list | tuple) else "values" if isinstance(env, dict) else None
 
 
 _EnvName = Annotated[str, AfterValidator(_check_env_name)]
-_EnvNames = Annotated[tuple[_EnvName, ...], Field(strict=False)]
-_EnvValues = dict[_EnvName, Annotated[str, AfterValidator(_check_env_value)]]
+_EnvItems = Annotated[tuple[Annotated[str, AfterValidator(_check_env_item)], ...], Field(strict=False)]
+_EnvValues = Annotated[
+    dict[_EnvName, Annotated[str, AfterValidator(_check_env_value)]], AfterValidator(_check_not_secret)
+]
+
+
+def _check_pattern(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern[:60]!r} is no regular expression, {error}: correct it") from None
+    return pattern
 
 
 class CommandOptions(BaseModel):
@@ -100,14 +138,16 @@ class CommandOptions(BaseModel):
     argv: Annotated[tuple[Annotated[str, AfterValidator(_check_argument)], ...], Field(strict=False, min_length=1)]
     """The program and its arguments, with placeholders such as {prompt_file}."""
     env: Annotated[
-        Annotated[_EnvNames, Tag("names")] | Annotated[_EnvValues, Tag("values")],
+        Annotated[_EnvItems, Tag("names")] | Annotated[_EnvValues, Tag("values")],
         Discriminator(
             _env_form,
             custom_error_type="env_form",
             custom_error_message="write a list of names to pass on, or a mapping of names to values",
         ),
     ] = ()
-    """Names of variables that are passed on, or a mapping of names to values that are set."""
+    """Names of variables that are passed on and `NAME=value` for those that are set, or a mapping for the latter."""
+    failures: dict[_SaidClass, Annotated[str, AfterValidator(_check_pattern)]] = {}
+    """Regular expressions, by the class of failure that the program's last words mean where they match."""
     prompt: Literal["stdin"] | None = None
     """`stdin` feeds the prompt there; otherwise it goes where argv names it."""
 
@@ -135,9 +175,23 @@ class CommandAdapter:
         return Command(
             argv=tuple(_PLACEHOLDER.sub(fill, argument) for argument in self._options.argv),
             stdin=request.prompt_file if self._options.prompt == "stdin" else None,
-            env=env if isinstance(env, dict) else {},
-            pass_env=env if isinstance(env, tuple) else (),
+            env=env if isinstance(env, dict) else dict(item.split("=", 1) for item in env if "=" in item),
+            pass_env=() if isinstance(env, dict) else tuple(item for item in env if "=" not in item),
         )
+
+    def verdict(self, end: SessionEnd) -> Failed | None:
+        """Return the first of the options' `failures` whose pattern matches a line that the program printed last.
+
+        A group named `seconds`, or `until` (an ISO 8601 time, or seconds since the epoch), says when it may be
+        used again.
+        """
+        lines = [*end.stdout.splitlines(), *end.stderr.splitlines()][::-1]
+        for failure, pattern in self._options.failures.items():
+            compiled = re.compile(pattern, re.IGNORECASE)
+            match = next(filter(None, (compiled.search(line[:_LONGEST_LINE]) for line in lines)), None)
+            if match is not None:
+                return Failed(FailureClass(failure), match.string.strip()[:_LONGEST_REASON], _until(match, end.time))
+        return None
 
     def programs(self) -> Sequence[str]:
         """Return the program if it is looked for on PATH: neither a path nor known only when a session starts."""
@@ -154,6 +208,21 @@ class CommandAdapter:
             )
         if "\0" in prompt and "prompt" in used:
             raise RefusedError("the prompt holds a NUL character, which no argument can", "remove it")
+
+
+def _until(match: re.Match[str], now: float) -> float | None:
+    """Return the instant that a match names, in wall-clock seconds; None if it names none that can be read."""
+    groups = match.groupdict()
+    try:
+        if groups.get("seconds"):
+            return now + float(groups["seconds"])
+        text = (groups.get("until") or "").strip()
+        if re.fullmatch(r"[0-9]{9,11}(\.[0-9]+)?", text):
+            return float(text)
+        told = datetime.fromisoformat(text)
+    except (ValueError, OverflowError):
+        return None
+    return (told if told.tzinfo else told.replace(tzinfo=UTC)).timestamp()
 
 
 @hookimpl

@@ -24,9 +24,16 @@ FAILPOINTS: Final = frozenset(
         "session.ended",  # all of the session's processes are gone, nothing is collected
         "work.staged",  # what the agent left is in our index
         "work.committed",  # it is a commit on the attempt's branch
+        "adapter.parked",  # the store knows that an adapter can't be used now
+        "request.recorded",  # a person's request is in the store
+        "request.obeyed",  # it was done, the store still asks for it
         "work.recorded",  # the store knows the commit: the task is queued
         "worktree.removed",  # the worktree is gone
         "landing.merged",  # the merge commit exists, nothing refers to it
+        "landing.checking",  # the store knows that the merge is being checked
+        "check.ended",  # a check's processes are gone, its worktree is still there
+        "landing.checked",  # the merge has passed, the store does not know
+        "landing.bounced",  # the store knows that it does not pass
         "landing.intended",  # the intent is in the store
         "landing.pushed",  # the target has moved, the store does not know
         "landing.recorded",  # the task is landed in the store

@@ -42,8 +42,15 @@ class Project:
         """Where the output of a run's sessions is kept."""
         return self.all_logs / run
 
+    def check(self) -> None:
+        """Refuse (RefusedError) a folder that a link leads away from: a repository may bring one."""
+        for folder in (self.folder, self.all_logs, self.state):
+            if folder.is_symlink():
+                raise RefusedError(f"{folder} is a link", "remove it, so that a folder can be made there")
+
     def create(self) -> None:
         """Make the folder, for the owner alone."""
+        self.check()
         for folder in (self.folder, self.all_logs):
             folder.mkdir(mode=0o700, exist_ok=True)
             folder.chmod(0o700)

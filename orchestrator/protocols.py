@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol
 
 from pydantic import BaseModel
 
+from orchestrator.domain.outcome import Failed
+
 JsonObject = dict[str, Any]
 
 
@@ -154,6 +156,20 @@ class Command:
     pass_env: Sequence[str] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class SessionEnd:
+    """How a program ended: its exit code or signal, when (wall-clock seconds), and the end of what it printed.
+
+    The texts hold at most the last 64 KiB of each stream; bytes that are not UTF-8 are replaced.
+    """
+
+    exit: int | None
+    signal: int | None
+    time: float
+    stdout: str
+    stderr: str
+
+
 class Adapter(Protocol):
     """One way to run a CLI, made from the options of one entry under `adapters:` in the YAML file."""
 
@@ -166,6 +182,15 @@ class Adapter(Protocol):
 
     def programs(self) -> Sequence[str]:
         """Return the names of programs that must be found on PATH before a run starts."""
+
+    def verdict(self, end: SessionEnd) -> Failed | None:
+        """Return what a session's words say about why it failed, or None if they say nothing.
+
+        Asked only where the program ended with an error, or well but with everything as it was: its word counts
+        against it, never for it. The failure's class (`orchestrator.domain.failures`) decides what follows:
+        RATE_LIMITED parks the adapter (`until`: wall-clock seconds, if known) and AUTH stops it, both without
+        counting the attempt; the `reason` of AUTH says how to log in.
+        """
 
 
 class AdapterType(Protocol):

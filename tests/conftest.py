@@ -105,11 +105,13 @@ class Repository:
             "use": "command",
             "argv": [sys.executable, "-S", str(FAKE_CLI), "{prompt_file}"],
             "env": {"FAKE_CLI_LEDGER": str(self.spawns)},
+            "writable": [str(self.spawns.parent)],
         }
         config = {
             "version": 1,
             "repo": str(self.top),
             "target": "main",
+            "readable": [sys.prefix, str(FAKE_CLI.parents[2])],
             "adapters": {"fake": adapter},
             "defaults": {"backoff": {"initial": "10ms", "max": "10ms", "jitter": False}, "timeout": "60s"},
             "tasks": list(tasks),
@@ -147,10 +149,11 @@ class Repository:
             raise
         return Ended(child.returncode, stdout, stderr)
 
-    async def assert_invariants(self, *, target_checked_out: bool = True) -> None:
-        """Check all that must hold after any run."""
+    async def assert_invariants(self, *, target_checked_out: bool = True, canaries: Sequence[str] = ()) -> None:
+        """Check all that must hold after any run; `canaries` are secrets that programs were given."""
         before = self.before[0] if self.before else None
-        await assert_invariants(Scene(self.top, self.environ, before, target_checked_out, self.spawns))
+        secrets = tuple(canary.encode() for canary in canaries)
+        await assert_invariants(Scene(self.top, self.environ, before, target_checked_out, self.spawns, secrets))
 
 
 @pytest.fixture
@@ -158,7 +161,8 @@ def repository(tmp_path: Path, environ: dict[str, str]) -> Repository:
     """A repository with one commit on `main`, which is checked out."""
     top = tmp_path / "project"
     top.mkdir()
-    made = Repository(top, environ, tmp_path / "spawns")
+    made = Repository(top, environ, tmp_path / "ledger" / "spawns")
+    made.spawns.parent.mkdir()
     made.git("init", "--quiet", "--initial-branch=main")
     made.commit({"README.md": "# Project\n", "src/app.py": "def main():\n    return 0\n"}, "first")
     made.remember()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -16,12 +17,22 @@ from pathlib import Path
 import click
 
 from orchestrator.cli.output import Output
+from orchestrator.domain.secrets import Redactor, secret_values
 from orchestrator.errors import ConfigError, CouncilError, RefusedError
 from orchestrator.protocols import JsonObject
 
 BAD_INPUT = 2
 OUR_FAULT = 3
 INTERRUPTED = 130
+
+
+class _Redacting(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _redactor().text(super().format(record))
+
+
+def _redactor() -> Redactor:
+    return Redactor(secret_values(os.environ))
 
 
 class Log:
@@ -39,7 +50,7 @@ class Log:
 
     def _append(self, path: Path, error: BaseException) -> Path:
         handler = logging.FileHandler(path, encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(_Redacting("%(asctime)s %(levelname)s %(message)s"))
         path.chmod(0o600)
         raised = (type(error), error, error.__traceback__)
         handler.emit(logging.LogRecord("council", logging.ERROR, "", 0, "%s", (error,), raised))
@@ -87,5 +98,6 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _end(output: Output, code: int, result: JsonObject, message: str) -> None:
-    output.failure({**result, "exit": code}, message)
+    redactor = _redactor()
+    output.failure({**redactor.json(result), "exit": code}, redactor.text(message))
     sys.exit(code)

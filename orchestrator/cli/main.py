@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import anyio
 import click
 
-from orchestrator.cli.boundary import Log, boundary
+from orchestrator.cli.command import Context, json_option, opened, perform, run_argument
 from orchestrator.cli.output import Output
-from orchestrator.cli.signals import Interrupt
+from orchestrator.cli.salvage import salvage
+from orchestrator.cli.tasks import cancel, diff, logs, retry
 from orchestrator.config.load import load_config
-from orchestrator.council import Council, open_council, project_of
+from orchestrator.council import Council, project_of
 from orchestrator.plugins import load_adapter_types
-from orchestrator.project import Project, find_project
-
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON: one event a line, then one result object.")
-_run_id = click.argument("run", required=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Context:
-    """What every command works with."""
-
-    output: Output
-    log: Log
-    interrupt: Interrupt
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -43,6 +28,8 @@ def main() -> None:
     council run council.yaml    run the tasks of a file
     council status              how the newest run stands
     council resume              go on with what a crash or Ctrl-C cut off
+    council logs TASK -f        what a task's program prints
+    council retry TASK          try again what failed
 
     Exit codes: 0 all landed, 1 some did not, 2 bad input, 3 our fault (the log's path is printed), 130 interrupted.
     """
@@ -51,74 +38,91 @@ def main() -> None:
 @main.command("run")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--allow-deferred", is_flag=True, help="Start although the target's checkout is dirty; land on resume.")
-@_json
+@json_option
 def run_file(file: Path, allow_deferred: bool, as_json: bool) -> None:
     """Run the tasks of FILE and land what they build."""
 
     async def command(context: Context) -> int:
         config = await anyio.to_thread.run_sync(load_config, file, load_adapter_types())
         project = await project_of(config)
-        async with _open(project, context.log) as council:
+        async with opened(context.log, project) as council:
             run = await council.create_run(config, allow_deferred=allow_deferred)
             return await _execute(council, run, context, after=0)
 
-    _perform(command, as_json=as_json)
+    perform(command, as_json=as_json)
 
 
 @main.command()
-@_run_id
-@_json
+@run_argument
+@json_option
 def resume(run: str | None, as_json: bool) -> None:
-    """Go on with RUN (the newest if left out) from wherever it was cut off."""
+    """Go on with a run from wherever it was cut off.
+
+    Without RUN it is the newest.
+    """
 
     async def command(context: Context) -> int:
-        async with _open(_current_project(), context.log) as council:
+        async with opened(context.log) as council:
             name = run or await council.newest_run()
             return await _execute(council, name, context, after=await council.position())
 
-    _perform(command, as_json=as_json)
+    perform(command, as_json=as_json)
 
 
 @main.command()
-@_run_id
-@_json
+@run_argument
+@json_option
 def status(run: str | None, as_json: bool) -> None:
-    """Show how RUN (the newest if left out) stands; the exit code says so too."""
+    """Show how a run stands; the exit code says so too.
+
+    Without RUN it is the newest.
+    """
 
     async def command(context: Context) -> int:
-        async with _open(_current_project(), context.log) as council:
+        async with opened(context.log) as council:
             report = await council.status(run or await council.newest_run())
             context.output.result(report)
             return report.exit_code
 
-    _perform(command, as_json=as_json)
+    perform(command, as_json=as_json)
 
 
 @main.command()
-@_json
-def where(as_json: bool) -> None:
-    """Say where the state, the log and the repositories of our own are kept."""
+@json_option
+def runs(as_json: bool) -> None:
+    """List the runs of this project, the oldest first."""
 
     async def command(context: Context) -> int:
-        async with _open(_current_project(), context.log) as council:
+        async with opened(context.log) as council:
+            found = await council.runs()
+            if as_json:
+                context.output.json({"runs": [report.to_json() for report in found]})
+            for report in [] if as_json else found:
+                landed = sum(task.landed is not None for task in report.tasks)
+                told = f"{report.status:<12} {landed} of {len(report.tasks)} landed on {report.target}"
+                context.output.text(f"{report.run}  {told}\n")
+            return 0
+
+    perform(command, as_json=as_json)
+
+
+@main.command()
+@json_option
+def where(as_json: bool) -> None:
+    """Say where everything is kept.
+
+    That is the state, the logs and the repositories of our own.
+    """
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
             places = await council.places()
             context.output.facts(
                 {name: None if value is None else str(value) for name, value in asdict(places).items()}
             )
             return 0
 
-    _perform(command, as_json=as_json)
-
-
-def _current_project() -> Project:
-    return find_project(Path.cwd())
-
-
-@asynccontextmanager
-async def _open(project: Project, log: Log) -> AsyncIterator[Council]:
-    async with open_council(project) as council:
-        log.path = project.log_file
-        yield council
+    perform(command, as_json=as_json)
 
 
 async def _execute(council: Council, run: str, context: Context, after: int) -> int:
@@ -159,16 +163,8 @@ class _Progress:
         self._moved = anyio.Event()
 
 
-def _perform(command: Callable[[Context], Awaitable[int]], *, as_json: bool) -> None:
-    output, log = Output(as_json), Log()
-
-    async def guarded() -> int:
-        context = Context(output, log, Interrupt(output))
-        return await context.interrupt.guard(command(context))
-
-    with boundary(output, log):
-        code = anyio.run(guarded)
-    sys.exit(code)
+for _command in (cancel, retry, logs, diff, salvage):
+    main.add_command(_command)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,10 @@ class Interrupt:
             async for _ in signals:
                 if stopping:
                     # The supervisors see us go and kill what they run; all that is recorded is there for `resume`.
-                    self._output.failure({"status": "interrupted", "exit": INTERRUPTED}, "council: ended at once")
+                    self._output.failure(
+                        {"status": "interrupted", "exit": INTERRUPTED},
+                        "council: ended at once; `council resume` goes on",
+                    )
                     sys.stdout.flush()
                     os._exit(INTERRUPTED)
                 stopping = True

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
 from orchestrator.config.document import UNREADABLE, Node
-from orchestrator.config.model import AdapterConfig
+from orchestrator.config.model import AdapterConfig, Reach
 from orchestrator.config.problems import Problems, Vocabulary, shown
 from orchestrator.config.references import task_nodes
+from orchestrator.config.schema import AdapterEntry
 from orchestrator.config.validation import validate
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import AdapterType, SessionRequest
@@ -17,7 +19,9 @@ from orchestrator.protocols import AdapterType, SessionRequest
 _NOWHERE: Final = Path("/nowhere")
 
 
-def read_adapters(root: Node, adapter_types: Mapping[str, AdapterType], problems: Problems) -> dict[str, AdapterConfig]:
+def read_adapters(
+    root: Node, folder: Path, adapter_types: Mapping[str, AdapterType], problems: Problems
+) -> dict[str, AdapterConfig]:
     """Return the adapters whose type is known and whose options are right; the others are noted."""
     found: dict[str, AdapterConfig] = {}
     installed = Vocabulary(adapter_types, "the installed ones")
@@ -30,10 +34,28 @@ def read_adapters(root: Node, adapter_types: Mapping[str, AdapterType], problems
             continue
         # A type's own validators are never shown what the file's reader refused.
         unreadable = {key for key in node.value if _holds_unreadable(node.children[key])}
-        options = validate(adapter_types[use.value].Options, node, problems, without={"use", *unreadable})
-        if options is not None and not unreadable:
-            found[name] = AdapterConfig(name=name, use=use.value, options=options)
+        own = AdapterEntry.model_fields.keys()
+        options = validate(adapter_types[use.value].Options, node, problems, without={*own, *unreadable})
+        reach = read_reach(node, folder, problems)
+        capacity = node.value.get("capacity")
+        if options is not None and not unreadable and (capacity is None or isinstance(capacity, int)):
+            found[name] = AdapterConfig(name=name, use=use.value, capacity=capacity, reach=reach, options=options)
     return found
+
+
+def read_reach(node: Node, folder: Path, problems: Problems) -> Reach:
+    """Return the absolute paths under `writable` and `readable` of a mapping; those that don't exist are noted."""
+    found: dict[str, list[Path]] = {"writable": [], "readable": []}
+    for key, paths in found.items():
+        listed = node.get(key)
+        for item in listed.children.values() if listed is not None and isinstance(listed.value, list) else ():
+            if not isinstance(item.value, str) or not item.value or "\0" in item.value:
+                continue
+            path = Path(os.path.realpath(folder / Path(item.value).expanduser()))
+            if not path.exists():
+                problems.add(item.at, f"{shown(item.value)} does not exist", "make it first, or remove it from here")
+            paths.append(path)
+    return Reach(writable=tuple(found["writable"]), readable=tuple(found["readable"]))
 
 
 def _adapter_nodes(root: Node) -> Iterator[tuple[str, Node]]:

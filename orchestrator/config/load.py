@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from orchestrator.config import adapters, references
 from orchestrator.config.document import Node, read_document
-from orchestrator.config.model import Backoff, RunConfig, TaskSpec
+from orchestrator.config.model import Backoff, FenceConfig, RunConfig, TaskSpec
 from orchestrator.config.names import is_url
 from orchestrator.config.problems import Position, Problems, TooManyProblems
 from orchestrator.config.schema import BackoffEntry, DefaultsEntry, FileConfig, TaskEntry
 from orchestrator.config.validation import validate
+from orchestrator.domain.failures import RETRIED, FailureClass
 from orchestrator.protocols import AdapterType
+
+T = TypeVar("T")
 
 LARGEST_FILE: Final = 8 << 20
 """Bytes."""
 _START: Final = Position(1, 1)
 _TIMEOUT: Final = 30 * 60.0
+_SILENCE: Final = 10 * 60.0
+_CHECKS_TIMEOUT: Final = 10 * 60.0
 _ATTEMPTS: Final = 3
+_MAX_FILE: Final = 50_000_000
 
 
 def load_config(path: Path, adapter_types: Mapping[str, AdapterType]) -> RunConfig:
@@ -71,7 +78,9 @@ def _read_run(root: Node, path: Path, adapter_types: Mapping[str, AdapterType], 
     references.check_ids(root, problems)
     references.check_needs(root, problems)
     prompts = references.read_prompts(root, path.parent, problems)
-    found = adapters.read_adapters(root, adapter_types, problems)
+    found = adapters.read_adapters(root, path.parent, adapter_types, problems)
+    reach = adapters.read_reach(root, path.parent, problems)
+    references.check_network(root, problems)
     assigned = adapters.assign_adapters(root, problems)
     adapters.try_commands(root, prompts, assigned, found, adapter_types, problems)
     if file is None or problems:
@@ -84,6 +93,8 @@ def _read_run(root: Node, path: Path, adapter_types: Mapping[str, AdapterType], 
         base=file.base,
         target=file.target,
         capacity=file.capacity,
+        session_memory=file.session_memory,
+        fence=FenceConfig(sandbox=file.sandbox, network=file.network == "on", reach=reach),
         adapters=found,
         tasks=tuple(
             _resolve(task, file.defaults, backoff, prompts[index], assigned[index])
@@ -93,15 +104,30 @@ def _read_run(root: Node, path: Path, adapter_types: Mapping[str, AdapterType], 
 
 
 def _resolve(task: TaskEntry, defaults: DefaultsEntry, backoff: Backoff, prompt: str, adapter: str) -> TaskSpec:
+    silence = task.silence or defaults.silence or _SILENCE
     return TaskSpec(
         id=task.id,
         prompt=prompt,
         needs=task.needs,
         adapter=adapter,
         timeout=task.timeout or defaults.timeout or _TIMEOUT,
+        silence=None if silence == math.inf else silence,
         attempts=task.attempts or defaults.attempts or _ATTEMPTS,
         backoff=_backoff(task.backoff, backoff),
+        retry_on=frozenset(map(FailureClass, _first(task.retry_on, defaults.retry_on, RETRIED))),
+        checks=_first(task.checks, defaults.checks, ()),
+        checks_timeout=task.checks_timeout or defaults.checks_timeout or _CHECKS_TIMEOUT,
+        checks_env=_first(task.checks_env, defaults.checks_env, ()),
+        retry_checks=(task.on_checks_failed or defaults.on_checks_failed or "retry") == "retry",
+        max_file=task.max_file or defaults.max_file or _MAX_FILE,
+        priority=_first(task.priority, defaults.priority, 0),
+        owns=task.owns,
     )
+
+
+def _first(own: T | None, default: T | None, otherwise: T) -> T:
+    """Return the first that was written, empty or not."""
+    return own if own is not None else default if default is not None else otherwise
 
 
 def _backoff(entry: BackoffEntry | None, default: Backoff) -> Backoff:

@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
 from orchestrator.domain import retry
+from orchestrator.domain.failures import FailureClass
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import AdapterType, JsonObject
 
@@ -51,6 +52,51 @@ class TaskSpec(_Model):
     """How often it is tried at most."""
     backoff: Backoff
     """How long to wait between attempts."""
+    silence: float | None
+    """Seconds that a session may go without output and without a change in its worktree; None: no limit."""
+    retry_on: Annotated[frozenset[Annotated[FailureClass, Field(strict=False)]], Field(strict=False)]
+    """The classes of failure that are worth another attempt."""
+    checks: Annotated[tuple[str, ...], Field(strict=False)]
+    """Shell commands that must succeed on the merged tree."""
+    checks_timeout: float
+    """Wall-clock seconds that one check may take."""
+    checks_env: Annotated[tuple[str, ...], Field(strict=False)]
+    """Names of variables that checks see beside the base set."""
+    retry_checks: bool
+    """Whether another attempt follows where the checks failed."""
+    max_file: int
+    """Bytes of the largest file that may be committed."""
+    priority: int
+    """The higher, the earlier among those that are ready."""
+    owns: Annotated[tuple[str, ...], Field(strict=False)]
+    """Patterns of the paths that it works on."""
+
+
+_Paths = Annotated[tuple[Annotated[Path, Field(strict=False)], ...], Field(strict=False)]
+
+
+class Reach(_Model):
+    """What sessions may reach of this machine beyond their worktree; paths are absolute."""
+
+    writable: _Paths = ()
+    """Files and folders to write."""
+    readable: _Paths = ()
+    """Files and folders to read inside of what is hidden."""
+
+    def __or__(self, other: Reach) -> Reach:
+        """Return both together."""
+        return Reach(writable=self.writable + other.writable, readable=self.readable + other.readable)
+
+
+class FenceConfig(_Model):
+    """What fences all sessions and checks of a run in."""
+
+    sandbox: str
+    """`auto`, `bubblewrap`, `landlock` or `off`."""
+    network: bool
+    """Whether they reach the network."""
+    reach: Reach
+    """What all of them may reach."""
 
 
 class AdapterConfig(_Model):
@@ -60,12 +106,16 @@ class AdapterConfig(_Model):
     """The name that tasks call it by."""
     use: str
     """The name that a plugin registered its type under."""
+    capacity: int | None
+    """How many of its sessions may run at once; None: as many as the run's capacity."""
+    reach: Reach
+    """What its sessions may reach beyond what all may."""
     options: SerializeAsAny[BaseModel]
     """An instance of that type's `Options`."""
 
     def stored(self) -> JsonObject:
-        """Return what `restore_adapter` takes, as plain JSON: `use` and the options beside it."""
-        return {"use": self.use, **self.options.model_dump(mode="json")}
+        """Return what `restore_adapter` takes, as plain JSON."""
+        return self.model_dump(mode="json", exclude={"name"})
 
 
 def restore_adapter(name: str, stored: JsonObject, adapter_types: Mapping[str, AdapterType]) -> AdapterConfig:
@@ -73,20 +123,23 @@ def restore_adapter(name: str, stored: JsonObject, adapter_types: Mapping[str, A
 
     Raises RefusedError if its plugin is no longer installed or no longer takes these options.
     """
-    options = dict(stored)
-    use = str(options.pop("use"))
+    use = str(stored["use"])
     if use not in adapter_types:
         raise RefusedError(
             f"adapter {name!r} uses {use!r}, which is not installed", "install the plugin that brings it"
         )
     try:
-        validated = adapter_types[use].Options.model_validate(options)
-    except ValidationError as error:
+        options = adapter_types[use].Options.model_validate(stored["options"])
+        reach = Reach.model_validate(stored["reach"])
+        return AdapterConfig(name=name, use=use, capacity=stored["capacity"], reach=reach, options=options)
+    except (ValidationError, KeyError) as error:
+        differ = (
+            f"{error.error_count()} options differ" if isinstance(error, ValidationError) else f"{error} is missing"
+        )
         raise RefusedError(
-            f"adapter {name!r} was configured for another version of {use!r} ({error.error_count()} options differ)",
+            f"adapter {name!r} was configured for another version of {use!r} ({differ})",
             "install that version again, or start a new run",
         ) from error
-    return AdapterConfig(name=name, use=use, options=validated)
 
 
 class RunConfig(_Model):
@@ -104,6 +157,10 @@ class RunConfig(_Model):
     """The branch that work lands on; None leaves the choice to the run."""
     capacity: int
     """How many sessions may run at once."""
+    session_memory: int
+    """Bytes of memory that one session is expected to take."""
+    fence: FenceConfig
+    """What sessions and checks are fenced in by."""
     adapters: Mapping[str, AdapterConfig]
     """The adapters by name."""
     tasks: Annotated[tuple[TaskSpec, ...], Field(strict=False)]

@@ -18,6 +18,7 @@ from orchestrator.config.problems import Position, Problems, Vocabulary, shown
 from orchestrator.config.prompts import read_prompt
 from orchestrator.config.schema import MOST_TASKS
 from orchestrator.config.validation import refuse_empty
+from orchestrator.domain.secrets import contains_key
 
 _MOST_NAMED: Final = 8
 
@@ -66,6 +67,16 @@ def check_folder(root: Node, folder: Path, problems: Problems) -> None:
         is_folder = False
     if not is_folder:
         problems.add(repo.at, f"there is no folder {shown(repo.value)}", "write a path relative to this file, or a URL")
+
+
+def check_network(root: Node, problems: Problems) -> None:
+    """Note a network that is to be off in a sandbox that can't keep it off."""
+    network, sandbox = root.get("network"), root.get("sandbox")
+    if network is None or sandbox is None or network.value != "off":
+        return
+    if sandbox.value in {"off", "landlock"}:
+        what = f"`network: off` can't be had with `sandbox: {sandbox.value}`"
+        problems.add(network.at, what, "write `sandbox: auto` or `bubblewrap`, or `network: on`")
 
 
 def check_ids(root: Node, problems: Problems) -> None:
@@ -140,6 +151,12 @@ def _note_circle(circle: list[str], edges: Mapping[str, Mapping[str, Position]],
     problems.add(at, f"tasks need each other in a circle: {' -> '.join(named)}", "remove one of these needs")
 
 
+def _refuse_key(node: Node, prompt: str, problems: Problems) -> None:
+    if contains_key(prompt):
+        remedy = "take it out, and pass a variable on by its name under the adapter's `env`"
+        problems.add(node.at, "the prompt holds what looks like a secret key, and prompts are recorded", remedy)
+
+
 def read_prompts(root: Node, folder: Path, problems: Problems) -> dict[int, str]:
     """Return the prompt of each task by index, read from its file where it names one, for those that have one."""
     prompts: dict[int, str] = {}
@@ -151,11 +168,13 @@ def read_prompts(root: Node, folder: Path, problems: Problems) -> dict[int, str]
         elif prompt is not None:
             if isinstance(prompt.value, str):
                 prompts[index] = prompt.value
+                _refuse_key(prompt, prompt.value, problems)
         elif file is None:
             problems.add(task.at, "the task has neither prompt nor prompt_file", "add `prompt:` here")
         elif isinstance(file.value, str) and file.value:
             try:
                 prompts[index] = read(folder / file.value)
+                _refuse_key(file, prompts[index], problems)
             except ValueError as error:
                 what, _, remedy = str(error).partition(": ")
                 problems.add(file.at, what, remedy)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import re
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from orchestrator.config.durations import parse_duration
 from orchestrator.config.names import check_branch, check_name, check_repo
+from orchestrator.config.problems import shown
+from orchestrator.config.quantities import parse_duration, parse_silence, parse_size
+from orchestrator.domain.failures import RETRYABLE
+from orchestrator.domain.ownership import check_pattern
 
 MOST_TASKS = 100_000
 
@@ -29,6 +33,37 @@ Branch = Annotated[str, AfterValidator(check_branch)]
 Duration = Annotated[float, BeforeValidator(parse_duration, json_schema_input_type=str)]
 Attempts = Annotated[int, Field(ge=1, le=100)]
 Prompt = Annotated[str, AfterValidator(_check_prompt)]
+
+
+def _check_env_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError(
+            f"{shown(name)} can't name a variable: use letters, digits and '_', not beginning with a digit"
+        )
+    return name
+
+
+def _check_retryable(name: str) -> str:
+    if name not in RETRYABLE:
+        raise ValueError(
+            f"{shown(name)} is no class of failure that can be retried: use {', '.join(sorted(RETRYABLE))}"
+        )
+    return name
+
+
+def _check_command(command: str) -> str:
+    if not command.strip() or "\0" in command:
+        raise ValueError("a check is empty or holds a NUL character: write a shell command, or remove it")
+    return command
+
+
+RetryableName = Annotated[str, AfterValidator(_check_retryable)]
+EnvName = Annotated[str, AfterValidator(_check_env_name)]
+Check = Annotated[str, AfterValidator(_check_command)]
+Silence = Annotated[float, BeforeValidator(parse_silence, json_schema_input_type=str)]
+Size = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=str)]
+PathPattern = Annotated[str, AfterValidator(check_pattern)]
+Paths = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
 
 
 class _Entry(BaseModel):
@@ -59,6 +94,22 @@ class DefaultsEntry(_Entry):
     """How often a task is tried at most: 3 unless given."""
     backoff: BackoffEntry | None = None
     """How long to wait between attempts."""
+    silence: Silence | None = None
+    """How long a session may go without output and without a change in its worktree: 10m unless given."""
+    retry_on: Annotated[frozenset[RetryableName], Field(strict=False)] | None = None
+    """The classes of failure that are worth another attempt."""
+    checks: Annotated[tuple[Check, ...], Field(strict=False)] | None = None
+    """Shell commands that must succeed on the merged tree before the target moves."""
+    checks_timeout: Duration | None = None
+    """The wall-clock time that one check may take: 10m unless given."""
+    checks_env: Annotated[tuple[EnvName, ...], Field(strict=False)] | None = None
+    """Names of variables that checks see beside the base set."""
+    on_checks_failed: Literal["retry", "fail"] | None = None
+    """Whether another attempt is told what the checks said, or the task is over: retry unless given."""
+    max_file: Size | None = None
+    """The largest file that may be committed: 50MB unless given."""
+    priority: Annotated[int, Field(ge=-100, le=100)] | None = None
+    """Which ready tasks start first: the higher, 0 unless given; ten minutes of waiting count as much as one."""
 
 
 class TaskEntry(DefaultsEntry):
@@ -72,6 +123,8 @@ class TaskEntry(DefaultsEntry):
     """A file that holds the prompt, relative to this one."""
     needs: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """The tasks that must have landed before this one starts."""
+    owns: Annotated[tuple[PathPattern, ...], Field(strict=False)] = ()
+    """Patterns of the paths that it works on: tasks whose patterns overlap are never at work at the same time."""
 
 
 class AdapterEntry(_Entry):
@@ -81,6 +134,12 @@ class AdapterEntry(_Entry):
 
     use: str
     """The kind of adapter: `command`, or what an installed plugin brings."""
+    capacity: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """How many of its sessions may run at once: as many as `capacity` in all unless given."""
+    writable: Paths = ()
+    """Files and folders that its sessions may write, beside their worktree."""
+    readable: Paths = ()
+    """Files and folders inside of what is hidden that its sessions may read."""
     __pydantic_extra__: dict[str, Any]
 
 
@@ -97,6 +156,16 @@ class FileConfig(_Entry):
     """The branch that work lands on: council/ and the run's id unless given."""
     capacity: Annotated[int, Field(ge=1, le=1000)] = 4
     """How many sessions may run at once."""
+    session_memory: Size = 256 << 20
+    """The memory that one session is expected to take: no more are started than fit."""
+    sandbox: Literal["auto", "bubblewrap", "landlock", "off"] = "auto"
+    """What fences sessions and checks in; `off` leaves them free to reach whatever you can."""
+    network: Literal["on", "off"] = "on"
+    """Whether sessions and checks reach the network."""
+    writable: Paths = ()
+    """Files and folders that sessions and checks may write, beside their worktree."""
+    readable: Paths = ()
+    """Files and folders inside of what is hidden that sessions and checks may read."""
     adapters: Annotated[dict[Name, AdapterEntry], Field(min_length=1)]
     """The ways to run a CLI, by a name of your own."""
     defaults: DefaultsEntry = DefaultsEntry()

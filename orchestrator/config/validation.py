@@ -70,10 +70,12 @@ def _note(details: ErrorDetails, model: type[BaseModel], root: Node, problems: P
         return
     elif details["type"] == "missing":
         problems.add(found.node.at, f"the key {key!r} is missing", f"add `{key}:` here")
+    # pydantic marks a mistake in a key itself by this last part.
+    elif key == "[key]":
+        name = str(location[-2])
+        problems.add(found.key_at, *_explain(details, name, f"the key {shown(name)}"))
     else:
-        # pydantic marks a mistake in a key itself by this last part.
-        at = found.key_at if key == "[key]" else found.node.at
-        problems.add(at, *_explain(details, found.node.value, found.label))
+        problems.add(found.node.at, *_explain(details, found.node.value, found.label))
 
 
 def _miscounted(details: ErrorDetails, value: Any) -> bool:

@@ -1,16 +1,37 @@
-"""Which task starts next: dependency counters and two heaps, so that each step costs O(log n).
+"""Which task starts next: dependency counters, and heaps for what is ready and what waits.
 
 No clock and no I/O here: the scheduler says what time it is, performs what `decide` returns, and feeds what
-came of it back by `landed`, `ended` and `wait`.
+came of it back by `built`, `landed`, `ended`, `wait` and `revive`. Times are its monotonic seconds.
+
+Each step costs O(log n) in the number of tasks, plus the adapters, plus, for tasks that own paths, a look at the live
+tasks that do. How tasks with paths wait for each other is in `orchestrator.domain.ready`.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum, auto
 
 from orchestrator.domain.model import FINAL, TaskStatus
+from orchestrator.domain.ready import ReadyQueue
+
+#: Seconds of waiting that are worth one level of priority.
+AGING = 600.0
+
+_NO_LIMITS: Mapping[str, int] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What decisions need of a task; `owns` are patterns of `orchestrator.domain.ownership`."""
+
+    needs: tuple[str, ...] = ()
+    adapter: str = ""
+    priority: int = 0
+    """Higher first."""
+    owns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,93 +41,222 @@ class Start:
     task: str
 
 
-class Board:
-    """The tasks of a run as the scheduler's decisions see them, in the order of the file."""
+class _State(Enum):
+    PENDING = auto()
+    FRESH = auto()  # ready since the last decision
+    READY = auto()
+    WAITING = auto()
+    RUNNING = auto()
+    BUILT = auto()
+    LANDED = auto()
+    OVER = auto()
 
-    def __init__(self, needs: Mapping[str, Sequence[str]]) -> None:
-        """Take every task's id with the ids that it needs; all of them pending."""
-        self._order = {task: index for index, task in enumerate(needs)}
-        self._tasks = tuple(needs)
-        self._missing = {task: len(set(ids)) for task, ids in needs.items()}
-        self._dependents: dict[str, list[str]] = {task: [] for task in needs}
-        for task, ids in needs.items():
-            for need in dict.fromkeys(ids):
+
+class Board:
+    """The tasks of a run as the scheduler's decisions see them, in the order of the file.
+
+    Of two tasks that are ready the one with the higher priority starts first, unless the other has waited `AGING`
+    seconds longer for each level between them; of equals the first of the file. A task waits since the first decision
+    that finds it ready.
+    """
+
+    def __init__(self, entries: Mapping[str, Entry], capacities: Mapping[str, int] = _NO_LIMITS) -> None:
+        """Take every task by its id, all of them pending, and how many sessions each adapter may have at once."""
+        self._entries = entries
+        self._order = {task: index for index, task in enumerate(entries)}
+        self._state = dict.fromkeys(entries, _State.PENDING)
+        self._missing = {task: len(set(entry.needs)) for task, entry in entries.items()}
+        self._dependents: dict[str, list[str]] = {task: [] for task in entries}
+        for task, entry in entries.items():
+            for need in dict.fromkeys(entry.needs):
                 self._dependents[need].append(task)
-        self._ready = [self._order[task] for task, missing in self._missing.items() if not missing]
-        self._waiting: list[tuple[float, int]] = []
-        self._settled: set[str] = set()
+        self._queue = ReadyQueue(capacities)
+        self._fresh: list[str] = []
+        self._until: dict[str, float] = {}
+        self._waiting: dict[str, list[tuple[float, int, str]]] = {entry.adapter: [] for entry in entries.values()}
         self.blocked: dict[str, str] = {}
-        """Tasks that can't start any more, each with the need that it waited for in vain."""
+        """Tasks that can't start any more, each with a need that will not land."""
+        self.closed: dict[str, str] = {}
+        """Adapters of which nothing starts any more, each with the reason."""
+        for task in entries:
+            self._offer(task)
 
     @classmethod
-    def of(cls, needs: Mapping[str, Sequence[str]], statuses: Mapping[str, TaskStatus]) -> Board:
-        """Return the board of a run that is under way."""
-        board = cls(needs)
+    def of(
+        cls,
+        entries: Mapping[str, Entry],
+        statuses: Mapping[str, TaskStatus],
+        capacities: Mapping[str, int] = _NO_LIMITS,
+    ) -> Board:
+        """Return the board of a run that is under way. What is built owns its paths until it has landed."""
+        board = cls(entries, capacities)
         for task, status in statuses.items():
             if status is TaskStatus.LANDED:
                 board.landed(task)
-            elif status in FINAL:
+            elif status not in FINAL and status is not TaskStatus.PENDING:
+                board._resume(task, running=status is TaskStatus.RUNNING)
+        for task, status in statuses.items():
+            if status in FINAL and status is not TaskStatus.LANDED:
                 board.ended(task)
-            elif status is not TaskStatus.PENDING:
-                board._settled.add(task)
         return board
+
+    def built(self, task: str) -> None:
+        """The session is over and its work waits to land: its slot is free, its paths stay its own."""
+        self._queue.free_slot(task)
+        self._state[task] = _State.BUILT
 
     def landed(self, task: str) -> None:
         """The task is on the target: what needed only this may start."""
-        self._settled.add(task)
+        self._leave(task, _State.LANDED)
         for dependent in self._dependents[task]:
             self._missing[dependent] -= 1
-            if not self._missing[dependent] and dependent not in self.blocked:
-                heapq.heappush(self._ready, self._order[dependent])
+            self._offer(dependent)
 
     def ended(self, task: str) -> None:
-        """The task will never land: what needs it, directly or not, is blocked by the need next to it."""
-        self._settled.add(task)
-        stack = [task]
-        while stack:
-            need = stack.pop()
-            for dependent in self._dependents[need]:
-                if dependent not in self.blocked:
-                    self.blocked[dependent] = need
-                    stack.append(dependent)
+        """The task failed or was cancelled: what needs it, directly or not, is blocked by the need next to it."""
+        self._leave(task, _State.OVER)
+        self.blocked.pop(task, None)
+        self._block(task)
 
     def wait(self, task: str, until: float) -> None:
-        """The task may start again at `until` (the scheduler's monotonic seconds)."""
-        self._settled.discard(task)
-        heapq.heappush(self._waiting, (until, self._order[task]))
+        """The task may start again at `until`."""
+        self._leave(task, _State.WAITING)
+        self._until[task] = until
+        heapq.heappush(self._waiting[self._entries[task].adapter], (until, self._order[task], task))
+
+    def revive(self, task: str) -> None:
+        """A task that had ended is to be tried again: it and what only it blocked are pending again."""
+        if self._state[task] is not _State.OVER:
+            return
+        self._state[task] = _State.PENDING
+        self.blocked[task] = task
+        stack = [task]
+        while stack:
+            one = stack.pop()
+            if self.blocked.get(one) is None:
+                continue
+            need = next((need for need in self._entries[one].needs if self._is_dead(need)), None)
+            if need is not None:
+                self.blocked[one] = need
+                continue
+            del self.blocked[one]
+            self._offer(one)
+            stack.extend(self._dependents[one])
+
+    def park(self, adapter: str, until: float) -> None:
+        """Nothing of this adapter starts before that time."""
+        self._queue.park(adapter, until)
+
+    def close(self, adapter: str, reason: str) -> None:
+        """Nothing of this adapter starts any more; sessions that run go on."""
+        self.closed[adapter] = reason
+        self._queue.close(adapter)
 
     def next_time(self) -> float | None:
-        """When the earliest waiting task becomes ready; None if none waits."""
-        return self._waiting[0][0] if self._waiting else None
+        """Return when the earliest wait or park ends that could let something start; None if none could."""
+        times: list[float] = []
+        for name, waiting in self._waiting.items():
+            adapter = self._queue.adapter(name)
+            if adapter.closed:
+                continue
+            self._drop_stale(waiting)
+            if waiting:
+                times.append(max(waiting[0][0], adapter.parked))
+            if adapter.parked and (self._queue.is_movable(adapter) or self._has_fresh(name)):
+                times.append(adapter.parked)
+        return min(times, default=None)
 
     def has_work(self) -> bool:
-        """Whether a task is ready or waits for its time."""
-        self._drop_settled()
-        return bool(self._ready or self._waiting)
+        """Whether something may start, now or later, without a landing: it is ready, waits, or is held by a session.
+
+        What is held by a task that waits to land is no work by itself: that landing is.
+        """
+        for name, waiting in self._waiting.items():
+            adapter = self._queue.adapter(name)
+            self._drop_stale(waiting)
+            if not adapter.closed and (waiting or self._queue.is_movable(adapter) or self._has_fresh(name)):
+                return True
+        return self._queue.is_held_by_session()
+
+    def running(self) -> int:
+        """How many sessions there are."""
+        return self._queue.running()
+
+    def is_running(self, task: str) -> bool:
+        """Whether the start of a task, as last decided, still holds: it has neither ended nor been revived since."""
+        return self._state[task] is _State.RUNNING
 
     def is_over(self, statuses: Mapping[str, TaskStatus]) -> bool:
         """Whether every task is in a final status or blocked for good."""
         return all(status in FINAL or task in self.blocked for task, status in statuses.items())
 
-    def _drop_settled(self) -> None:
-        while self._ready and self._tasks[self._ready[0]] in self._settled:
-            heapq.heappop(self._ready)
-
     def take(self, now: float) -> str | None:
-        """Remove and return the first task of the file's order that may start now."""
-        while self._waiting and self._waiting[0][0] <= now:
-            heapq.heappush(self._ready, heapq.heappop(self._waiting)[1])
-        self._drop_settled()
-        if not self._ready:
-            return None
-        task = self._tasks[heapq.heappop(self._ready)]
-        self._settled.add(task)
+        """Remove and return the best placed task that may start now; it runs from then on."""
+        task = self._queue.take(now)
+        if task is not None:
+            self._state[task] = _State.RUNNING
         return task
+
+    def advance(self, now: float) -> None:
+        """Make ready what became so, and end the waits and parks that are over."""
+        for task in self._fresh:
+            if self._state[task] is _State.FRESH:
+                self._add(task, now)
+        self._fresh.clear()
+        for name, waiting in self._waiting.items():
+            self._queue.unpark(name, now)
+            self._drop_stale(waiting)
+            while waiting and waiting[0][0] <= now:
+                until, _, task = heapq.heappop(waiting)
+                self._add(task, until)
+                self._drop_stale(waiting)
+
+    def _add(self, task: str, since: float) -> None:
+        entry = self._entries[task]
+        self._state[task] = _State.READY
+        self._queue.add((since / AGING - entry.priority, self._order[task], task), entry.adapter, entry.owns)
+
+    def _offer(self, task: str) -> None:
+        if self._state[task] is _State.PENDING and not self._missing[task] and task not in self.blocked:
+            self._state[task] = _State.FRESH
+            self._fresh.append(task)
+
+    def _leave(self, task: str, state: _State) -> None:
+        self._queue.discard(task)
+        self._queue.free_slot(task)
+        self._queue.free_paths(task)
+        self._until.pop(task, None)
+        self._state[task] = state
+
+    def _resume(self, task: str, *, running: bool) -> None:
+        entry = self._entries[task]
+        self._state[task] = _State.RUNNING if running else _State.BUILT
+        self._queue.occupy(task, entry.adapter, entry.owns, slot=running)
+
+    def _block(self, task: str) -> None:
+        stack = [task]
+        while stack:
+            need = stack.pop()
+            for dependent in self._dependents[need]:
+                if dependent not in self.blocked and self._state[dependent] is _State.PENDING:
+                    self.blocked[dependent] = need
+                    stack.append(dependent)
+
+    def _is_dead(self, need: str) -> bool:
+        return self._state[need] is _State.OVER or need in self.blocked
+
+    def _has_fresh(self, adapter: str) -> bool:
+        return any(self._state[task] is _State.FRESH and self._entries[task].adapter == adapter for task in self._fresh)
+
+    def _drop_stale(self, waiting: list[tuple[float, int, str]]) -> None:
+        while waiting and self._until.get(waiting[0][2]) != waiting[0][0]:
+            heapq.heappop(waiting)
 
 
 def decide(board: Board, free: int, now: float) -> list[Start]:
     """Return what to start, in order: never more than `free`, never before all needs have landed."""
-    actions: list[Start] = []
-    while len(actions) < free and (task := board.take(now)) is not None:
-        actions.append(Start(task))
-    return actions
+    board.advance(now)
+    starts: list[Start] = []
+    while len(starts) < free and (task := board.take(now)) is not None:
+        starts.append(Start(task))
+    return starts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any, Final
 
-from orchestrator.domain.model import TaskDocument, TaskStatus
+from orchestrator.domain.model import FINAL, REVIVABLE, TaskDocument, TaskStatus
 from orchestrator.errors import InvalidTransition
 
 
@@ -14,10 +14,15 @@ class Trigger(StrEnum):
 
     START = "start"  #: an attempt is recorded
     RETRY = "retry"  #: the attempt failed, another may follow
+    HOLD = "hold"  #: its adapter can't be used now; the attempt does not count
     INTERRUPT = "interrupt"  #: the attempt was cut off by our own end
     FAIL = "fail"  #: the last attempt failed
     IDLE = "idle"  #: the program ended well and changed nothing
     BUILD = "build"  #: the attempt's work is a commit
+    CHECK = "check"  #: the merge is to be checked
+    REQUEUE = "requeue"  #: the checks were cut off
+    BOUNCE = "bounce"  #: it can't land as it is, another attempt may follow
+    REJECT = "reject"  #: it can't land, and no further attempt follows
     INTEND = "intend"  #: the move of the target is about to happen
     UNDO = "undo"  #: the move did not happen
     DEFER = "defer"  #: the target can't be moved now
@@ -26,6 +31,8 @@ class Trigger(StrEnum):
     LAND = "land"  #: the target has moved
     LOSE = "lose"  #: the target was rewritten without it
     DISTRUST = "distrust"  #: the task's own record is damaged
+    CANCEL = "cancel"  #: a person wants it to end
+    REVIVE = "revive"  #: a person wants it to be tried again
 
 
 _S, _T = TaskStatus, Trigger
@@ -35,10 +42,15 @@ TRANSITIONS: Final[dict[tuple[TaskStatus, Trigger], TaskStatus]] = {
     (_S.PENDING, _T.ADOPT): _S.LANDED,
     (_S.PENDING, _T.FAIL): _S.FAILED,
     (_S.RUNNING, _T.RETRY): _S.PENDING,
+    (_S.RUNNING, _T.HOLD): _S.PENDING,
     (_S.RUNNING, _T.INTERRUPT): _S.PENDING,
     (_S.RUNNING, _T.FAIL): _S.FAILED,
     (_S.RUNNING, _T.IDLE): _S.NO_CHANGE,
     (_S.RUNNING, _T.BUILD): _S.QUEUED,
+    (_S.QUEUED, _T.CHECK): _S.CHECKING,
+    (_S.CHECKING, _T.REQUEUE): _S.QUEUED,
+    (_S.CHECKING, _T.INTEND): _S.LANDING,
+    (_S.CHECKING, _T.ADOPT): _S.LANDED,
     (_S.QUEUED, _T.INTEND): _S.LANDING,
     (_S.QUEUED, _T.DEFER): _S.QUEUED,
     (_S.QUEUED, _T.CONFLICT): _S.CONFLICT,
@@ -49,7 +61,11 @@ TRANSITIONS: Final[dict[tuple[TaskStatus, Trigger], TaskStatus]] = {
     (_S.LANDED, _T.LOSE): _S.FAILED,
     (_S.RUNNING, _T.ADOPT): _S.LANDED,
     (_S.LANDING, _T.ADOPT): _S.LANDED,
-    **{(status, _T.DISTRUST): _S.FAILED for status in (_S.PENDING, _S.RUNNING, _S.QUEUED, _S.LANDING)},
+    **{(status, _T.BOUNCE): _S.PENDING for status in (_S.QUEUED, _S.CHECKING)},
+    **{(status, _T.REJECT): _S.FAILED for status in (_S.QUEUED, _S.CHECKING)},
+    **{(status, _T.CANCEL): _S.CANCELLED for status in (_S.PENDING, _S.RUNNING, _S.QUEUED, _S.CHECKING)},
+    **{(status, _T.DISTRUST): _S.FAILED for status in set(_S) - FINAL},
+    **{(status, _T.REVIVE): _S.PENDING for status in REVIVABLE},
 }
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from enum import StrEnum
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+
+from orchestrator.errors import RefusedError
 
 
 class TaskStatus(StrEnum):
@@ -14,15 +17,19 @@ class TaskStatus(StrEnum):
     PENDING = "pending"
     RUNNING = "running"
     QUEUED = "queued"  #: built, in the merge queue
+    CHECKING = "checking"  #: merged, the checks run on the merged tree
     LANDING = "landing"  #: the intent to move the target is recorded
     LANDED = "landed"
     NO_CHANGE = "no_change"
     CONFLICT = "conflict"
     FAILED = "failed"
+    CANCELLED = "cancelled"
 
 
+#: States in which the task is over without having landed; a person may have it tried again.
+REVIVABLE = frozenset({TaskStatus.NO_CHANGE, TaskStatus.CONFLICT, TaskStatus.FAILED, TaskStatus.CANCELLED})
 #: States in which the run has nothing left to do for a task.
-FINAL = frozenset({TaskStatus.LANDED, TaskStatus.NO_CHANGE, TaskStatus.CONFLICT, TaskStatus.FAILED})
+FINAL = REVIVABLE | {TaskStatus.LANDED}
 
 
 class _Document(BaseModel):
@@ -34,13 +41,21 @@ class Attempt(_Document):
 
     number: int
     base: str
+    start: str | None = None
+    """The commit that its worktree began at where that is not the base: earlier work, merged onto it."""
     started: float
     ended: float | None = None
     outcome: str | None = None
-    """`built`, `no_change`, `interrupted`, or the failure's class; None while it runs."""
+    """`built`, `interrupted`, `cancelled`, or the failure's class; None while it runs."""
     reason: str | None = None
     branch: str | None = None
     """The branch in the trusted repository that holds what the attempt left, if it left anything."""
+    is_kept: bool = False
+    """Whether its worktree stays, because it holds what may not or could not be committed."""
+    secrets: tuple[str, ...] = ()
+    """The names of the variables with secrets that its program was given."""
+    check_log: str | None = None
+    """The log of the check that did not pass."""
 
 
 class Intent(_Document):
@@ -67,6 +82,10 @@ class TaskDocument(_Document):
     reason: str | None = None
     paths: tuple[str, ...] = ()
     """The paths in conflict."""
+    start: str | None = None
+    """The commit that the next attempt's worktree begins at, to mend what the last one built."""
+    feedback: str | None = None
+    """What the next attempt is told about the last one, beside its prompt."""
 
     @property
     def attempt(self) -> Attempt:
@@ -89,8 +108,12 @@ class RunDocument(_Document):
     base: str
     target: str
     capacity: int
+    session_memory: int
+    """Bytes that one session is expected to take."""
     adapters: dict[str, dict[str, Any]]
-    """By name: `use` and the adapter's own options."""
+    """By name: what `config.model.restore_adapter` takes."""
+    fence: dict[str, Any]
+    """What `config.model.FenceConfig` holds."""
     tasks: tuple[str, ...]
     """Task ids in the file's order."""
     start: str
@@ -99,3 +122,36 @@ class RunDocument(_Document):
     """The folder of the hub and the trusted repository."""
     started: float
     ended: float | None = None
+
+    def check_task(self, task: str) -> None:
+        """Refuse the name of a task that the run does not have."""
+        if task not in self.tasks:
+            near = difflib.get_close_matches(task, self.tasks, n=3) or self.tasks[:5]
+            raise RefusedError(f"run {self.id} has no task {task!r}", f"name one of: {', '.join(near)}")
+
+
+class AdapterDocument(_Document):
+    """What a run has learned about one of its adapters. Times are wall-clock seconds."""
+
+    parked_until: float | None = None
+    """Nothing of it starts before."""
+    parks: int = 0
+    """How often in a row it was parked; a session that ends well counts anew."""
+    closed: str | None = None
+    """Why nothing of it starts until a person has seen to it; a resume tries again."""
+
+
+class Action(StrEnum):
+    """What a person can ask of a run from another process."""
+
+    CANCEL = "cancel"
+    RETRY = "retry"
+
+
+class Request(_Document):
+    """What was asked of a run, for whoever is or becomes its owner."""
+
+    id: str
+    action: Action
+    tasks: tuple[str, ...]
+    asked: float

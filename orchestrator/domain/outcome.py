@@ -1,8 +1,10 @@
-"""How a session ended, judged by facts alone: exit, time limit, and what is in the worktree."""
+"""How a session ended, judged by facts alone: exit, limits, what it said, and what is in the worktree."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from orchestrator.domain.failures import FailureClass
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,17 +15,12 @@ class Built:
 
 
 @dataclass(frozen=True, slots=True)
-class Unchanged:
-    """The program ended well and left everything as it was."""
-
-
-@dataclass(frozen=True, slots=True)
 class Failed:
-    """The attempt failed; `failure` is its class, `final` says that another try can't help."""
+    """The attempt failed; `until` is when an account that is rate limited may be used again (wall-clock seconds)."""
 
-    failure: str
+    failure: FailureClass
     reason: str
-    final: bool = False
+    until: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,36 +30,70 @@ class Interrupted:
     reason: str
 
 
-Outcome = Built | Unchanged | Failed | Interrupted
+@dataclass(frozen=True, slots=True)
+class Exhausted:
+    """This machine had not enough of something to start the session; another one would fare no better now."""
+
+    reason: str
+
+
+Outcome = Built | Failed | Interrupted | Exhausted
 
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How the process ended: `ended_by` is exit, timeout, stop or orphaned."""
+    """How the process ended: `ended_by` is exit, timeout, silence, stop or orphaned.
+
+    `spawn_error` says why it never ran; `exhausted` that this was for lack of descriptors, memory or space.
+    """
 
     ended_by: str
     code: int | None
     signal: int | None
     spawn_error: str | None
+    exhausted: bool = False
 
 
-def judge(exit_: Exit, commit: str | None, refused: str | None, timeout: float) -> Outcome:
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a session may take, in seconds: in all, and without a sign of life (None: no limit)."""
+
+    timeout: float
+    silence: float | None = None
+
+
+def judge(exit_: Exit, limits: Limits, commit: str | None, refused: str | None, verdict: Failed | None) -> Outcome:
     """Return the outcome.
 
     `commit` is what the worktree holds beyond its base (None: nothing), `refused` why it can't be taken (None:
-    it can), `timeout` the wall-clock limit in seconds. The program's own word counts only against it: a
-    non-zero exit fails, a zero exit proves nothing.
+    it can), `verdict` what the adapter reads from the program's words. Those count only against it: they are
+    heard where it failed, or left everything as it was. A zero exit proves nothing.
     """
     if exit_.spawn_error is not None:
-        return Failed("invalid", f"the program did not start: {exit_.spawn_error}", final=True)
+        return _not_started(exit_.spawn_error, exhausted=exit_.exhausted)
     if exit_.ended_by in {"stop", "orphaned"}:
         return Interrupted("the run was stopped")
-    if exit_.ended_by == "timeout":
-        return Failed("timeout", f"still running after {timeout:g} s, its limit: raise `timeout` or split the task")
-    if exit_.signal is not None:
-        return Failed("crashed", f"the program was ended by signal {exit_.signal}")
+    if exit_.ended_by in {"timeout", "silence"}:
+        return _over_limit(exit_.ended_by, limits)
     if exit_.code != 0:
-        return Failed("crashed", f"the program ended with exit code {exit_.code}")
+        how = f"got signal {exit_.signal}" if exit_.code is None else f"ended with exit code {exit_.code}"
+        return verdict or Failed(FailureClass.CRASHED, f"the program {how}")
     if refused is not None:
-        return Failed("invalid", refused)
-    return Unchanged() if commit is None else Built(commit)
+        return Failed(FailureClass.REFUSED, refused)
+    if commit is None:
+        return verdict or Failed(FailureClass.NO_CHANGE, "the program ended well but changed nothing")
+    return Built(commit)
+
+
+def _not_started(why: str, *, exhausted: bool) -> Outcome:
+    if exhausted:
+        return Exhausted(f"the program could not be started: {why}")
+    return Failed(FailureClass.INVALID, f"the program did not start: {why}")
+
+
+def _over_limit(ended_by: str, limits: Limits) -> Failed:
+    if ended_by == "timeout":
+        reason = f"still running after {limits.timeout:g} s, its limit: raise `timeout` or split the task"
+        return Failed(FailureClass.TIMEOUT, reason)
+    reason = f"neither output nor a change for {limits.silence:g} s, its limit: raise `silence`, or see its log"
+    return Failed(FailureClass.SILENCE, reason)

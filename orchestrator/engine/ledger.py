@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from orchestrator.clock import Clock
 from orchestrator.config.model import TaskSpec
+from orchestrator.domain.dispatch import Entry
 from orchestrator.domain.lifecycle import Trigger, advance
-from orchestrator.domain.model import RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.model import AdapterDocument, Request, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.secrets import Redactor
 from orchestrator.errors import RefusedError
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Store, Write
@@ -19,10 +21,15 @@ from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, K
 TASK_EVENTS: Mapping[Trigger, str] = {
     Trigger.START: "task.started",
     Trigger.RETRY: "task.retrying",
+    Trigger.HOLD: "task.held",
     Trigger.INTERRUPT: "task.interrupted",
     Trigger.FAIL: "task.failed",
     Trigger.IDLE: "task.no_change",
     Trigger.BUILD: "task.queued",
+    Trigger.CHECK: "task.checking",
+    Trigger.REQUEUE: "task.requeued",
+    Trigger.BOUNCE: "task.retrying",
+    Trigger.REJECT: "task.failed",
     Trigger.INTEND: "task.landing",
     Trigger.UNDO: "task.landing_undone",
     Trigger.DEFER: "task.deferred",
@@ -31,7 +38,13 @@ TASK_EVENTS: Mapping[Trigger, str] = {
     Trigger.LAND: "task.landed",
     Trigger.LOSE: "task.failed",
     Trigger.DISTRUST: "task.failed",
+    Trigger.CANCEL: "task.cancelled",
+    Trigger.REVIVE: "task.revived",
 }
+
+
+#: The fields of documents and events whose text is not our own.
+_SAID = frozenset({"reason", "feedback", "paths", "closed", "changes", "worktree"})
 
 
 def run_key(run: str) -> Key:
@@ -47,6 +60,15 @@ def task_key(run: str, task: str) -> Key:
 def spec_key(run: str, task: str) -> Key:
     """Return the key of what a task was asked to do; written once."""
     return Key("spec", f"{run}/{task}")
+
+
+def request_key(run: str, request: str) -> Key:
+    """Return the key of what was asked of a run's owner; deleted when it is done."""
+    return Key("request", f"{run}/{request}")
+
+
+def _adapter_key(run: str, adapter: str) -> Key:
+    return Key("adapter", f"{run}/{adapter}")
 
 
 def _lease_key(run: str) -> Key:
@@ -72,15 +94,47 @@ async def read_run(store: Store, run: str) -> RunDocument:
     return RunDocument.model_validate(_trusted(store, found))
 
 
+async def read_task(store: Store, run: str, task: str) -> TaskDocument:
+    """Return where one task is."""
+    found = await store.get(task_key(run, task))
+    if found is None:
+        raise RefusedError(f"run {run} has no task {task!r}", "`council status` names them")
+    return TaskDocument.model_validate(found.value)
+
+
+async def read_spec(store: Store, run: str, task: str) -> TaskSpec:
+    """Return what a task was asked to do; RefusedError if that is missing or damaged."""
+    found = await store.get(spec_key(run, task))
+    if found is None:
+        raise RefusedError(f"the record of task {task!r} is missing", "start a new run")
+    return TaskSpec.model_validate(_trusted(store, found))
+
+
 async def read_tasks(store: Store, run: str) -> dict[str, Document]:
     """Return the state documents of a run's tasks by task id."""
     return {found.key.id.partition("/")[2]: found for found in await store.list("task", f"{run}/")}
 
 
-async def read_needs(store: Store, run: RunDocument) -> dict[str, tuple[str, ...]]:
-    """Return what each task needs, in the order of the file."""
+async def read_entries(store: Store, run: RunDocument) -> dict[str, Entry]:
+    """Return what decisions need of each task, in the order of the file."""
     found = {item.key.id.partition("/")[2]: item for item in await store.list("spec", f"{run.id}/")}
-    return {task: tuple(_trusted(store, found[task])["needs"]) for task in run.tasks}
+    entries = {}
+    for task in run.tasks:
+        spec = _trusted(store, found[task])
+        entries[task] = Entry(tuple(spec["needs"]), spec["adapter"], spec["priority"], tuple(spec["owns"]))
+    return entries
+
+
+async def read_adapters(store: Store, run: RunDocument) -> dict[str, AdapterDocument]:
+    """Return what a run has learned about its adapters, by name."""
+    found = {item.key.id.partition("/")[2]: item for item in await store.list("adapter", f"{run.id}/")}
+    return {name: AdapterDocument.model_validate(item.value) for name, item in found.items()}
+
+
+async def read_requests(store: Store, run: str) -> list[Request]:
+    """Return what was asked of a run's owner and is not done yet, the oldest first."""
+    found = sorted(await store.list("request", f"{run}/"), key=lambda one: one.position)
+    return [Request.model_validate(one.value) for one in found]
 
 
 def _trusted(store: Store, found: Document) -> JsonObject:
@@ -96,9 +150,11 @@ def _trusted(store: Store, found: Document) -> JsonObject:
 class Ledger:
     """A run under one owner. The caller holds the run's file lock; the epoch is what the store checks."""
 
-    def __init__(self, store: Store, clock: Clock, run: RunDocument, tasks: Mapping[str, Document]) -> None:
-        """Take the documents as read."""
-        self.run = run
+    def __init__(
+        self, store: Store, clock: Clock, run: RunDocument, tasks: Mapping[str, Document], redactor: Redactor
+    ) -> None:
+        """Take the documents as read; `redactor` takes secrets out of all that is recorded."""
+        self.run, self._redactor = run, redactor
         self.damaged = frozenset(task for task, found in tasks.items() if found.damaged)
         self._store, self._clock = store, clock
         self._tasks = {task: TaskDocument.model_validate(tasks[task].value) for task in run.tasks}
@@ -106,15 +162,20 @@ class Ledger:
         self._guards: tuple[Guard, ...] = ()
 
     @classmethod
-    async def take(cls, store: Store, clock: Clock, run: str) -> Ledger:
-        """Load a run and become its owner under the next epoch."""
-        ledger = cls(store, clock, await read_run(store, run), await read_tasks(store, run))
+    async def take(cls, store: Store, clock: Clock, run: str, redactor: Redactor, facts: JsonObject) -> Ledger:
+        """Load a run and become its owner under the next epoch; `facts` are recorded with that."""
+        ledger = cls(store, clock, await read_run(store, run), await read_tasks(store, run), redactor)
         lease = await store.get(_lease_key(run))
         # Each owner writes the lease once: its version is the epoch, and known even where its bytes are damaged.
         epoch = 1 + (lease.version if lease else 0)
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": clock.now(), "epoch": epoch}
-        write = Write(_lease_key(run), lease.version if lease else 0, owner)
-        await store.commit(Commit([write], [Event("run.claimed", {"run": run, "epoch": epoch, "pid": os.getpid()})]))
+        writes = [Write(_lease_key(run), lease.version if lease else 0, owner)]
+        found = await store.get(run_key(run))
+        if found is not None and ledger.run.ended is not None:
+            ledger.run = ledger.run.model_copy(update={"ended": None})
+            writes.append(Write(run_key(run), found.version, ledger.run.model_dump(mode="json")))
+        claimed = Event("run.claimed", {"run": run, "epoch": epoch, "pid": os.getpid(), **facts})
+        await store.commit(Commit(writes, [claimed]))
         ledger._guards = (Guard(_lease_key(run), epoch),)
         failpoint("run.claimed")
         return ledger
@@ -129,17 +190,15 @@ class Ledger:
 
     async def spec(self, task: str) -> TaskSpec:
         """Return what a task was asked to do."""
-        found = await self._store.get(spec_key(self.run.id, task))
-        if found is None:
-            raise RefusedError(f"the record of task {task!r} is missing", "start a new run")
-        return TaskSpec.model_validate(_trusted(self._store, found))
+        return await read_spec(self._store, self.run.id, task)
 
     async def change(self, task: str, trigger: Trigger, details: JsonObject | None = None, **changes: Any) -> None:
         """Move a task along its lifecycle and record it, with an event that carries `details`."""
         before = self._tasks[task]
         after = advance(f"task {task!r}", before, trigger, **changes)
+        after = TaskDocument.model_validate(self._redacted(after.model_dump(mode="json")))
         attempt = {"attempt": after.attempt.number} if after.attempts else {}
-        event = Event(TASK_EVENTS[trigger], {"run": self.run.id, "task": task, **attempt, **(details or {})})
+        event = self._event(TASK_EVENTS[trigger], {"task": task, **attempt, **(details or {})})
         write = Write(task_key(self.run.id, task), self._versions[task], after.model_dump(mode="json"))
         await self._store.commit(Commit([write], [event], self._guards))
         self._tasks[task] = after
@@ -147,7 +206,56 @@ class Ledger:
 
     async def note(self, event: str, details: JsonObject) -> None:
         """Record something that happened to the run and changes no document."""
-        await self._store.commit(Commit([], [Event(event, {"run": self.run.id, **details})], self._guards))
+        await self._store.commit(Commit([], [self._event(event, details)], self._guards))
+
+    async def adapter(self, adapter: str) -> AdapterDocument:
+        """Return what the run has learned about an adapter."""
+        found = await self._store.get(_adapter_key(self.run.id, adapter))
+        return AdapterDocument() if found is None else AdapterDocument.model_validate(found.value)
+
+    async def learn(self, adapter: str, learned: AdapterDocument, event: str, details: JsonObject) -> None:
+        """Record what the run now knows about an adapter."""
+        key = _adapter_key(self.run.id, adapter)
+        found = await self._store.get(key)
+        value = self._redacted(learned.model_dump(mode="json"))
+        recorded = self._event(event, {"adapter": adapter, **details})
+        await self._store.commit(Commit([Write(key, found.version if found else 0, value)], [recorded], self._guards))
+
+    async def requests(self) -> list[Request]:
+        """Return what was asked of the run's owner and is not done yet, the oldest first."""
+        return await read_requests(self._store, self.run.id)
+
+    async def new_requests(self) -> AsyncGenerator[Request]:
+        """Yield what was asked and is not done yet, then whatever is asked, as it comes."""
+        position = await self._store.position()
+        for request in await self.requests():
+            yield request
+        async for record in self._store.follow(position):
+            for key, (_, value) in record.documents.items():
+                if key.kind == "request" and key.id.startswith(f"{self.run.id}/") and value is not None:
+                    yield Request.model_validate(value)
+
+    async def answer(self, request: Request) -> None:
+        """Record that a request was dealt with."""
+        key = request_key(self.run.id, request.id)
+        found = await self._store.get(key)
+        if found is not None:
+            event = self._event("request.answered", {"request": request.id})
+            await self._store.commit(Commit([Write(key, found.version, None)], [event], self._guards))
+
+    def _event(self, event: str, details: JsonObject) -> Event:
+        return Event(event, self._redacted({"run": self.run.id, **details}))
+
+    def _redacted(self, value: JsonObject) -> JsonObject:
+        """Take secrets out of what comes from programs; names and ids of our own stay, whatever they look like."""
+        return {key: self._redacted_item(key, item) for key, item in value.items()}
+
+    def _redacted_item(self, key: str, item: Any) -> Any:
+        if key in _SAID:
+            return self._redactor.json(item)
+        if isinstance(item, list):
+            return [self._redacted(one) if isinstance(one, dict) else one for one in item]
+        return item
 
     async def finish(self, status: str) -> None:
         """Record that nothing is left to do in this run, or that it was interrupted; resuming may follow."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.errors import GitError, RefusedError
+from orchestrator.project import Project
 from orchestrator.protocols import Adapter
 from orchestrator.repo.checkout import LocalRepository, changes_in, checkout_of, inspect
 from orchestrator.repo.git import Git, check_version
@@ -27,6 +28,10 @@ class Site:
     def identity(self) -> str:
         """What names the repository, by whichever of its checkouts or spellings it was reached."""
         return self.location if self.repository is None else str(self.repository.git_dir)
+
+    def source(self, git: Git) -> Source:
+        """Return the repository as a source of work, for git in the trusted repository."""
+        return Source.of(self.location, is_local=self.repository is not None, git=git)
 
 
 async def find_site(repo: str, *, is_url: bool, environ: Mapping[str, str]) -> Site:
@@ -75,6 +80,17 @@ async def check_checkout(
         raise RefusedError(
             f"{target!r} is checked out in {checkout} with changes that are not committed ({', '.join(changed[:3])})",
             "commit or stash them, set another `target`, or land later with --allow-deferred",
+        )
+
+
+async def check_own(project: Project, environ: Mapping[str, str]) -> None:
+    """Refuse a `.council` that came with the repository: what is in it would be obeyed as if we had written it."""
+    git = Git(None, users=True, environ=environ)
+    listed = await git("ls-files", "-z", "--", str(project.folder), cwd=project.top, ok=(0, 128))
+    if listed.stdout:
+        raise RefusedError(
+            f"the repository brings a {project.folder.name} of its own",
+            f"`git rm -r --cached {project.folder.name}`, and remove the folder unless you know whose it is",
         )
 
 

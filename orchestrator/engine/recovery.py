@@ -9,10 +9,11 @@ from __future__ import annotations
 import anyio.to_thread
 
 from orchestrator.clock import Clock
+from orchestrator.config.model import TaskSpec
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import FINAL, Attempt, TaskStatus
 from orchestrator.engine.ledger import Ledger
-from orchestrator.engine.scheduler import Workshop, remove_worktree
+from orchestrator.engine.workshop import Workshop, remove_worktree
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.failpoints import failpoint
 from orchestrator.process import kill_marked
@@ -26,6 +27,7 @@ from orchestrator.sessions.supervised import wait_released
 REAP_LIMIT = 30.0
 
 _CUT_OFF = "the orchestrator ended before the session did"
+_UNCHECKED = "the orchestrator ended before the checks did"
 
 
 async def recover(ledger: Ledger, shop: Workshop, clock: Clock) -> None:
@@ -52,6 +54,8 @@ async def recover(ledger: Ledger, shop: Workshop, clock: Clock) -> None:
             await ledger.change(task, Trigger.ADOPT, {"landed": landed[label]}, landed=landed[label], reason=None)
         elif document.status is TaskStatus.RUNNING:  # recorded, but nothing of it was made
             await _return(ledger, clock, task, None)
+        elif document.status is TaskStatus.CHECKING:
+            await ledger.change(task, Trigger.REQUEUE, {"reason": _UNCHECKED}, reason=_UNCHECKED)
     for task in ledger.damaged:
         if ledger.task(task).status not in FINAL:
             reason = "its record in the state log is damaged, what it did is not known: run it again in a new run"
@@ -64,33 +68,48 @@ async def _reap(ledger: Ledger, shop: Workshop, clock: Clock, worktree: Worktree
     await wait_released(worktree.lock, REAP_LIMIT)
     await anyio.to_thread.run_sync(kill_marked, worktree.marker)
     failpoint("recovery.session_reaped")
-    saved = attempt is not None and await _save(ledger, shop, worktree, attempt)
+    if worktree.is_check:
+        await remove_worktree(ledger, shop, worktree)
+        return
+    if attempt is None or attempt.is_kept:
+        return
+    is_saved = attempt.ended is not None or await _save(ledger, shop, worktree, attempt)
     if document.status is TaskStatus.RUNNING and document.attempt == attempt:
         branch = worktree.branch if await shop.git.has_branch(worktree.branch) else None
-        await _return(ledger, clock, worktree.task, branch)
-    if saved:
+        await _return(ledger, clock, worktree.task, branch, is_kept=not is_saved)
+    if is_saved:
         await remove_worktree(ledger, shop, worktree)
 
 
 async def _save(ledger: Ledger, shop: Workshop, worktree: Worktree, attempt: Attempt) -> bool:
-    """Make sure that a branch has what the worktree holds; False if the worktree must stay because of it."""
-    if attempt.branch is not None and attempt.outcome == "built":
-        return True
+    """Bring what a cut-off session left onto a branch; False if the worktree must stay because of what it holds."""
     spec = await ledger.spec(worktree.task)
-    try:
-        left = await salvage(shop.git, worktree, attempt.base, spec.prompt)
-    except (GitError, OSError) as error:
-        left = Collected(None, str(error), complete=False)
-    if left.commit is not None:
-        await ledger.note("task.salvaged", {"task": worktree.task, "branch": worktree.branch})
+    unknown = [name for name in attempt.secrets if not shop.tools.environ.get(name)]
+    if unknown:
+        # Without its value a secret can't be kept out of a commit.
+        left = Collected(None, f"it may hold the value of {', '.join(unknown)}, which is not set here", complete=False)
+    else:
+        left = await _collect(shop, worktree, attempt.base, spec)
+    for branch in (*([worktree.branch] if left.commit else []), *left.salvaged):
+        await ledger.note("task.salvaged", {"task": worktree.task, "branch": branch})
     if not left.complete:
-        details = {"task": worktree.task, "worktree": str(worktree.tree), "reason": left.refused}
+        reason = "; ".join((left.refused or "it holds what is on no branch", *left.notes))
+        details = {"task": worktree.task, "worktree": str(worktree.tree), "reason": reason}
         await ledger.note("task.worktree_kept", details)
     return left.complete
 
 
-async def _return(ledger: Ledger, clock: Clock, task: str, branch: str | None) -> None:
-    attempts = ledger.task(task).with_attempt(ended=clock.now(), outcome="interrupted", reason=_CUT_OFF, branch=branch)
+async def _collect(shop: Workshop, worktree: Worktree, base: str, spec: TaskSpec) -> Collected:
+    try:
+        return await salvage(shop.git, worktree, base, spec.prompt, shop.tools.admission(spec.max_file))
+    except (GitError, OSError) as error:
+        return Collected(None, str(error), complete=False)
+
+
+async def _return(ledger: Ledger, clock: Clock, task: str, branch: str | None, *, is_kept: bool = False) -> None:
+    attempts = ledger.task(task).with_attempt(
+        ended=clock.now(), outcome="interrupted", reason=_CUT_OFF, branch=branch, is_kept=is_kept
+    )
     details = {"reason": _CUT_OFF, "branch": branch}
     await ledger.change(task, Trigger.INTERRUPT, details, attempts=attempts, branch=branch, reason=_CUT_OFF)
     failpoint("recovery.attempt_returned")

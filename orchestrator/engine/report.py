@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from orchestrator.domain.dispatch import Board
-from orchestrator.domain.model import RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.dispatch import Board, Entry
+from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.model import AdapterDocument, RunDocument, TaskDocument, TaskStatus
 from orchestrator.protocols import JsonObject
+from orchestrator.sessions.output import log_file
 
 
 class RunStatus(StrEnum):
@@ -38,10 +41,21 @@ class TaskReport:
     attempts: int
     landed: str | None
     branch: str | None
+    failure: str | None
+    """The class of the last attempt's failure."""
     reason: str | None
     paths: Sequence[str]
     log: str | None
-    """What the last attempt wrote to standard error; its standard output is beside it."""
+    """What the check that did not pass printed, or else what the last attempt wrote to standard error."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterReport:
+    """An adapter that can't be used now: until when (wall-clock seconds), or why not until a person has seen to it."""
+
+    name: str
+    parked_until: float | None
+    closed: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +67,7 @@ class RunReport:
     target: str
     repository: str
     tasks: Sequence[TaskReport]
+    adapters: Sequence[AdapterReport]
     damage: Sequence[str]
     """Places in the state log that could not be read; tasks that they hit say so."""
 
@@ -67,6 +82,16 @@ class RunReport:
 
 
 @dataclass(frozen=True, slots=True)
+class RunRecord:
+    """All that is recorded of a run, its tasks and what they are to do in the order of the file."""
+
+    run: RunDocument
+    tasks: Mapping[str, TaskDocument]
+    entries: Mapping[str, Entry]
+    adapters: Mapping[str, AdapterDocument]
+
+
+@dataclass(frozen=True, slots=True)
 class ReportPlaces:
     """Where a run's output and branches are kept."""
 
@@ -75,35 +100,71 @@ class ReportPlaces:
 
 
 def report(
-    run: RunDocument,
-    tasks: Mapping[str, TaskDocument],
-    needs: Mapping[str, Sequence[str]],
-    *,
-    places: ReportPlaces,
-    status: RunStatus | None,
-    damage: Sequence[str] = (),
+    record: RunRecord, *, places: ReportPlaces, status: RunStatus | None, now: float, damage: Sequence[str] = ()
 ) -> RunReport:
-    """Describe a run; with `status` None it is over, and its tasks say whether it is landed or incomplete."""
-    board = Board.of(needs, {task: document.status for task, document in tasks.items()})
-    reports = [_task(task, tasks[task], board.blocked.get(task), places.logs) for task in run.tasks]
+    """Describe a run at `now` (wall-clock seconds).
+
+    With `status` None nothing is at work in it, and its tasks say whether it is landed or incomplete.
+    """
+    board = Board.of(record.entries, {task: document.status for task, document in record.tasks.items()})
+    adapters = [
+        AdapterReport(name, learned.parked_until, learned.closed)
+        for name, learned in record.adapters.items()
+        if learned.closed is not None or (learned.parked_until or 0.0) > now
+    ]
+    closed = {one.name: one.closed for one in adapters if one.closed is not None}
+    stuck = {} if status is RunStatus.RUNNING else _stuck(record, closed)
+    reports = []
+    for task in record.run.tasks:
+        need = board.blocked.get(task)
+        why = stuck.get(task) if need is None else f"needs {need!r}, which did not land"
+        reports.append(_task(task, record.tasks[task], why, places.logs))
     if status is None:
-        landed = all(document.status is TaskStatus.LANDED for document in tasks.values())
+        landed = all(document.status is TaskStatus.LANDED for document in record.tasks.values())
         status = RunStatus.LANDED if landed else RunStatus.INCOMPLETE
-    return RunReport(run.id, status, run.target, str(places.repository), reports, damage)
+    return RunReport(record.run.id, status, record.run.target, str(places.repository), reports, adapters, damage)
 
 
-def _task(task: str, document: TaskDocument, blocked_by: str | None, logs: Path) -> TaskReport:
+def _stuck(record: RunRecord, closed: Mapping[str, str]) -> dict[str, str]:
+    """Return the tasks that wait for an adapter that is stopped, themselves or by what they need, and why."""
+    stuck = {
+        task: f"the adapter {entry.adapter!r} is stopped: {closed[entry.adapter]}: mend it, then `council resume`"
+        for task, entry in record.entries.items()
+        if entry.adapter in closed and record.tasks[task].status is TaskStatus.PENDING
+    }
+    dependents = defaultdict(list)
+    for task, entry in record.entries.items() if stuck else ():
+        for need in entry.needs:
+            dependents[need].append(task)
+    waiting = list(stuck)
+    while waiting:
+        held = waiting.pop()
+        for task in dependents[held]:
+            if task not in stuck:
+                stuck[task] = f"needs {held!r}, which waits for its adapter"
+                waiting.append(task)
+    return stuck
+
+
+def _task(task: str, document: TaskDocument, why_blocked: str | None, logs: Path) -> TaskReport:
     state, reason = str(document.status), document.reason
-    if blocked_by is not None and document.status is TaskStatus.PENDING:
-        state, reason = "blocked", f"needs {blocked_by!r}, which did not land"
-    log = str(logs / f"{task}.{document.attempt.number}.stderr") if document.attempts else None
+    if why_blocked is not None and document.status is TaskStatus.PENDING:
+        state, reason = "blocked", why_blocked
+    outcome = document.attempt.outcome if document.attempts else None
     return TaskReport(
         id=task,
         state=state,
         attempts=len(document.attempts),
         landed=document.landed,
         branch=document.branch,
+        failure=outcome if outcome in set(FailureClass) and document.landed is None else None,
         reason=reason,
         paths=document.paths,
-        log=log,
+        log=_log(task, document, logs),
     )
+
+
+def _log(task: str, document: TaskDocument, logs: Path) -> str | None:
+    if not document.attempts:
+        return None
+    return document.attempt.check_log or str(log_file(logs, task, document.attempt.number, "stderr"))

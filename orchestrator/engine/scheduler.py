@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, assert_never
+from typing import assert_never
 
 import anyio
 from anyio.abc import TaskGroup
@@ -14,74 +12,70 @@ from anyio.abc import TaskGroup
 from orchestrator.clock import Clock
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.dispatch import Board, decide
-from orchestrator.domain.lifecycle import Trigger
-from orchestrator.domain.model import Attempt, TaskStatus
-from orchestrator.domain.outcome import Built, Failed, Interrupted, Unchanged
-from orchestrator.domain.retry import retry_delay
+from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.model import FINAL, REVIVABLE, Action, AdapterDocument, Request, TaskStatus
+from orchestrator.domain.retry import Backoff, retry_delay
+from orchestrator.engine.attempts import After, Again, Attempts, Closed, Over, Parked, Starved, ToLand, Work
+from orchestrator.engine.capacity import Capacity
+from orchestrator.engine.escapes import EscapeDetector
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.merging import MergeQueue
+from orchestrator.engine.requests import cancel, revive
+from orchestrator.engine.workshop import Workshop
 from orchestrator.errors import GitError
 from orchestrator.failpoints import failpoint
-from orchestrator.protocols import Adapter, JsonObject
-from orchestrator.repo import worktrees
-from orchestrator.repo.git import Git
-from orchestrator.repo.hub import Hub, internal_ref
-from orchestrator.repo.landing import Target
-from orchestrator.repo.source import Source
-from orchestrator.repo.worktrees import Worktree
-from orchestrator.sessions.session import Finished, Session
+from orchestrator.repo.hub import internal_ref
 
 #: Seconds after which a landing that could not be made is tried again while sessions are at work.
 DEFERRED_PAUSE = 30.0
 #: How often, and after how many seconds each, it is tried again when nothing else is left to do: the user may just
 #: be in the middle of a commit.
 LAST_TRIES, LAST_PAUSE = 3, 1.0
+#: How long nothing starts after the machine had not enough of something.
+STARVED = Backoff(initial=5.0, factor=2.0, max=300.0, jitter=False)
 
-
-@dataclass(frozen=True, slots=True)
-class Workshop:
-    """The places and tools that a run works with."""
-
-    hub: Hub
-    git: Git
-    source: Source
-    target: Target
-    adapters: Mapping[str, Adapter]
-    logs: Path
-    environ: Mapping[str, str]
-
-
-async def remove_worktree(ledger: Ledger, shop: Workshop, worktree: Worktree) -> None:
-    """Remove a worktree whose work is saved; one that can't be is named, and left."""
-    try:
-        await worktrees.remove(shop.git, worktree)
-    except GitError as error:
-        details = {"task": worktree.task, "worktree": str(worktree.root), "reason": error.stderr}
-        await ledger.note("task.worktree_kept", details)
+#: What a task has that did not fit onto the target as the target is now.
+_STALE = frozenset({FailureClass.CONFLICT, FailureClass.CHECKS_FAILED})
 
 
 class Scheduler:
     """Runs what the board allows, within capacity, until nothing is left that could be done."""
 
-    def __init__(self, ledger: Ledger, workshop: Workshop, board: Board, clock: Clock) -> None:
+    def __init__(self, ledger: Ledger, workshop: Workshop, board: Board, capacity: Capacity, clock: Clock) -> None:
         """Take a run whose cut-off attempts have been returned; `board` reflects its documents."""
         self._ledger, self._shop, self._board, self._clock = ledger, workshop, board, clock
-        self._merging = MergeQueue(ledger, workshop.target, workshop.git, clock)
-        self._sessions: dict[str, Session] = {}
+        self._capacity = capacity
+        self._attempts = Attempts(ledger, workshop, clock)
+        self._merging = MergeQueue(ledger, workshop, clock)
+        self._escapes = EscapeDetector(ledger, workshop, self._merging)
+        self._works: dict[str, Work] = {}
         self._queue: deque[str] = deque()
         self._deferred: list[str] = []
         self._deferred_until = 0.0
         self._last_tries = LAST_TRIES
-        self._landing = False
+        self._landing: str | None = None
+        self._cancelled: set[str] = set()
+        self._starved = 0
+        self._paused_until = 0.0
+        self._obeying = False
         self._stopping = False
         self._wake = anyio.Event()
         self._base: str | None = None
 
+    async def remember(self, learned: Mapping[str, AdapterDocument]) -> None:
+        """Keep the adapters parked that an earlier owner parked; those that it closed are tried again."""
+        for adapter, one in learned.items():
+            if one.closed is not None:
+                await self._ledger.learn(adapter, AdapterDocument(), "adapter.opened", {})
+            elif one.parked_until is not None:
+                self._board.park(adapter, self._clock.monotonic() + one.parked_until - self._clock.now())
+
     def stop(self) -> None:
-        """Start nothing more and stop the sessions that run; a landing under way is brought to its end."""
+        """Start nothing more and stop sessions and checks; a move of the target is brought to its end."""
         self._stopping = True
-        for session in self._sessions.values():
-            session.stop()
+        for work in self._works.values():
+            work.session.stop()
+        self._merging.stop()
         self._wake.set()
 
     async def run(self) -> bool:
@@ -89,14 +83,18 @@ class Scheduler:
         statuses = self._ledger.statuses()
         for wanted in (TaskStatus.LANDING, TaskStatus.QUEUED):
             self._queue.extend(task for task, status in statuses.items() if status is wanted)
-        async with anyio.create_task_group() as group:
-            await self._tick(group)
-            while not self._idle():
-                await self._pause()
-                self._wake = anyio.Event()
+        async with anyio.create_task_group() as listening:
+            listening.start_soon(self._obey_all)
+            async with anyio.create_task_group() as group:
                 await self._tick(group)
+                while not self._idle():
+                    await self._pause()
+                    self._wake = anyio.Event()
+                    await self._tick(group)
+            listening.cancel_scope.cancel()
         if self._stopping and not self._board.is_over(self._ledger.statuses()):
             return False
+        await self._escapes.look()
         try:
             await self._merging.verify()
         except GitError as error:
@@ -108,40 +106,56 @@ class Scheduler:
             return
         now = self._clock.monotonic()
         if self._deferred and now >= self._deferred_until:
-            if not self._sessions:
+            if not self._works:
                 self._last_tries -= 1
             self._queue.extendleft(reversed(self._deferred))
             self._deferred.clear()
-        if self._queue and not self._landing:
-            self._landing = True
-            group.start_soon(self._land, self._queue.popleft())
-        starts = decide(self._board, self._free(), now)
-        bases: dict[bool, str] = {}
+        if self._queue and self._landing is None:
+            self._landing = self._queue.popleft()
+            group.start_soon(self._land, self._landing)
+        starts = decide(self._board, await self._free(now), now)
+        tips: dict[bool, str] = {}
         for start in starts:
             spec = await self._ledger.spec(start.task)
-            builds_on_target = bool(spec.needs)
-            if builds_on_target not in bases:
-                bases[builds_on_target] = await self._start_point(builds_on_target)
+            base = await self._base_of(start.task, spec, tips)
             if self._stopping:  # while we asked where to start from
                 return
-            session = self._sessions[start.task] = self._session(start.task, spec, bases[builds_on_target])
-            group.start_soon(self._attempt, start.task, spec, session)
+            if not self._board.is_running(start.task):  # it was cancelled meanwhile
+                continue
+            work = self._works[start.task] = self._attempts.prepare(start.task, spec, base)
+            group.start_soon(self._attempt, work)
 
-    def _free(self) -> int:
+    async def _free(self, now: float) -> int:
         """How many sessions may start. None while more is built than can be landed: it would only grow stale."""
-        capacity = self._ledger.run.capacity
-        return capacity - len(self._sessions) if len(self._queue) < capacity else 0
+        if len(self._queue) >= self._ledger.run.capacity or now < self._paused_until:
+            return 0
+        return await self._capacity.free(len(self._works))
 
     def _idle(self) -> bool:
-        if self._sessions or self._landing:
+        if self._works or self._landing is not None or self._obeying:
             return False
         waits_to_land = self._queue or (self._deferred and self._last_tries > 0)
         return self._stopping or not (waits_to_land or self._board.has_work())
 
     async def _pause(self) -> None:
-        times = [self._board.next_time() if self._free() else None]
-        times.append(self._deferred_until if self._deferred else None)
+        times: list[float | None] = []
+        if not self._stopping:
+            is_paused = self._paused_until > self._clock.monotonic()
+            times.append(self._paused_until if is_paused else self._board.next_time())
+            times.append(self._deferred_until if self._deferred else None)
+            times.append(self._capacity.look_again)
         await self._clock.wait(self._wake, min((time for time in times if time is not None), default=None))
+
+    async def _base_of(self, task: str, spec: TaskSpec, tips: dict[bool, str]) -> str:
+        """Return the commit that an attempt's work is judged against, asking for each tip once a tick."""
+        document = self._ledger.task(task)
+        if document.start is not None:
+            return await self._shop.git.line("rev-parse", f"{document.start}^1")
+        was_stale = any(attempt.outcome in _STALE for attempt in document.attempts)
+        builds_on_target = bool(spec.needs or spec.owns) or was_stale
+        if builds_on_target not in tips:
+            tips[builds_on_target] = await self._start_point(builds_on_target)
+        return tips[builds_on_target]
 
     async def _start_point(self, builds_on_target: bool) -> str:
         """Return the commit that new work starts from: the base as it is now, or the target if it needs others."""
@@ -160,99 +174,107 @@ class Scheduler:
                 raise
         return self._base or self._ledger.run.start
 
-    def _session(self, task: str, spec: TaskSpec, base: str) -> Session:
-        number = len(self._ledger.task(task).attempts) + 1
-        return Session(
-            git=self._shop.git,
-            worktree=Worktree(self._shop.hub, self._ledger.run.id, task, number),
-            base=base,
-            prompt=spec.prompt,
-            adapter=self._shop.adapters[spec.adapter],
-            timeout=spec.timeout,
-            logs=self._shop.logs,
-            environ=self._shop.environ,
-        )
-
-    async def _attempt(self, task: str, spec: TaskSpec, session: Session) -> None:
-        attempt = Attempt(number=session.worktree.attempt, base=session.base, started=self._clock.now())
-        attempts = (*self._ledger.task(task).attempts, attempt)
-        details = {"base": session.base, "adapter": spec.adapter}
-        await self._ledger.change(task, Trigger.START, details, attempts=attempts)
-        failpoint("attempt.recorded")
-        finished = await session.run()
-        retry_in = await self._record(task, spec, finished)
-        if finished.collected:
-            await remove_worktree(self._ledger, self._shop, session.worktree)
-        else:
-            details = {"task": task, "worktree": str(session.worktree.tree), "reason": "it holds what is on no branch"}
-            await self._ledger.note("task.worktree_kept", details)
+    async def _attempt(self, work: Work) -> None:
+        await self._escapes.begin(work.task)
+        after = await self._attempts.perform(work)
+        await self._escapes.end(work.task)
+        if work.task in self._cancelled:  # perhaps only since the attempt's end was recorded
+            await cancel(self._ledger, work.task)
         # The board hears of it last: from then on the task may have its next session.
-        del self._sessions[task]
-        self._feed(task, retry_in)
+        del self._works[work.task]
+        if not self._works:  # nothing else is at work that the wait for the user could be hidden behind
+            self._deferred_until = min(self._deferred_until, self._clock.monotonic() + LAST_PAUSE)
+        await self._feed(work.task, after)
         self._wake.set()
 
-    def _feed(self, task: str, retry_in: float | None) -> None:
-        match self._ledger.task(task).status:
-            case TaskStatus.QUEUED:
+    async def _feed(self, task: str, after: After) -> None:
+        now = self._clock.monotonic()
+        self._starved = self._starved + 1 if isinstance(after, Starved) else 0
+        match after:
+            case ToLand():
+                self._board.built(task)
                 self._queue.append(task)
-            case TaskStatus.NO_CHANGE | TaskStatus.FAILED:
+            case Over():
                 self._board.ended(task)
-            case TaskStatus.PENDING if retry_in is not None:
-                self._board.wait(task, self._clock.monotonic() + retry_in)
-
-    async def _record(self, task: str, spec: TaskSpec, finished: Finished) -> float | None:
-        """Record how an attempt ended; return the seconds after which another may follow, None if none may now."""
-        outcome = finished.outcome
-        match outcome:
-            case Built(commit):
-                await self._end(task, Trigger.BUILD, finished, "built", None, commit=commit)
-                failpoint("work.recorded")
-            case Unchanged():
-                await self._end(task, Trigger.IDLE, finished, "no_change", "the program ended well but changed nothing")
-            case Interrupted(reason):
-                await self._end(task, Trigger.INTERRUPT, finished, "interrupted", reason)
-            case Failed(failure, reason, final):
-                failures = self._ledger.task(task).failures + 1
-                if final or failures >= spec.attempts:
-                    await self._end(task, Trigger.FAIL, finished, failure, reason, failures=failures)
-                    return None
-                delay = round(retry_delay(spec.backoff.policy(), failures), 3)
-                await self._end(
-                    task, Trigger.RETRY, finished, failure, reason, details={"retry_in": delay}, failures=failures
-                )
-                return delay
+            case Again(delay):
+                self._board.wait(task, now + (delay or 0.0))
+            case Parked(adapter, until):
+                self._board.park(adapter, now + until - self._clock.now())
+                self._board.wait(task, now)
+            case Closed(adapter, reason):
+                self._board.close(adapter, reason)
+                self._board.wait(task, now)
+            case Starved(reason):
+                pause = retry_delay(STARVED, self._starved)
+                self._paused_until = now + pause
+                self._board.wait(task, now)
+                await self._ledger.note("run.paused", {"reason": reason, "retry_in": pause})
             case _:
-                assert_never(outcome)
-        return None
+                assert_never(after)
+        match self._ledger.task(task).status:  # a person may have asked for something since the end was recorded
+            case TaskStatus.CANCELLED:
+                self._drop(task)
+            case TaskStatus.PENDING:
+                self._board.revive(task)
 
-    async def _end(
-        self,
-        task: str,
-        trigger: Trigger,
-        finished: Finished,
-        outcome: str,
-        reason: str | None,
-        details: JsonObject | None = None,
-        **changes: Any,
-    ) -> None:
-        attempts = self._ledger.task(task).with_attempt(
-            ended=self._clock.now(), branch=finished.branch, outcome=outcome, reason=reason
-        )
-        facts = {"outcome": outcome, "reason": reason, "branch": finished.branch, **(details or {})}
-        await self._ledger.change(
-            task, trigger, facts, attempts=attempts, branch=finished.branch, reason=reason, **changes
-        )
+    def _drop(self, task: str) -> None:
+        for waiting in (self._queue, self._deferred):
+            if task in waiting:
+                waiting.remove(task)
+        self._board.ended(task)
 
     async def _land(self, task: str) -> None:
         status = await self._merging.land(task)
-        if status is TaskStatus.LANDED:
-            self._board.landed(task)
-        elif status is TaskStatus.CONFLICT:
-            self._board.ended(task)
-        else:
-            pause = DEFERRED_PAUSE if self._sessions else LAST_PAUSE
-            if not self._deferred or not self._sessions:
-                self._deferred_until = self._clock.monotonic() + pause
-            self._deferred.append(task)
-        self._landing = False
+        if task in self._cancelled and status in {TaskStatus.QUEUED, TaskStatus.CHECKING}:
+            await cancel(self._ledger, task)
+            status = TaskStatus.CANCELLED
+        match status:
+            case TaskStatus.LANDED:
+                self._board.landed(task)
+            case TaskStatus.PENDING:
+                self._board.wait(task, self._clock.monotonic())
+            case status if status in REVIVABLE:
+                self._board.ended(task)
+            case _:
+                pause = DEFERRED_PAUSE if self._works else LAST_PAUSE
+                if not self._deferred or not self._works:
+                    self._deferred_until = self._clock.monotonic() + pause
+                self._deferred.append(task)
+        self._landing = None
         self._wake.set()
+
+    async def _obey_all(self) -> None:
+        async for request in self._ledger.new_requests():
+            # What is half done would leave the board and the documents apart.
+            with anyio.CancelScope(shield=True):
+                await self._obey(request)
+
+    async def _obey(self, request: Request) -> None:
+        self._obeying = True
+        for task in request.tasks:
+            if request.action is Action.CANCEL:
+                await self._cancel(task)
+            else:
+                await self._revive(task)
+        failpoint("request.obeyed")
+        await self._ledger.answer(request)
+        self._obeying = False
+        self._wake.set()
+
+    async def _revive(self, task: str) -> None:
+        if self._ledger.task(task).status in REVIVABLE:
+            self._cancelled.discard(task)
+            await revive(self._ledger, task)
+            self._board.revive(task)
+
+    async def _cancel(self, task: str) -> None:
+        if self._ledger.task(task).status in FINAL:
+            return
+        self._cancelled.add(task)
+        if task in self._works:
+            self._works[task].cancel()
+        elif task == self._landing:
+            self._merging.cancel()
+        else:
+            self._drop(task)
+            await cancel(self._ledger, task)

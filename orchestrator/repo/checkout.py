@@ -27,6 +27,11 @@ class LocalRepository:
     top: Path | None
     object_format: str
 
+    @property
+    def folder(self) -> Path:
+        """Where commands run: what a user who trusts a repository of someone else's has named to git."""
+        return self.top or self.git_dir
+
 
 async def inspect(path: Path, git: Git) -> LocalRepository:
     """Find the repository at or above a path; RefusedError where there is none that git will work with."""
@@ -40,18 +45,14 @@ async def inspect(path: Path, git: Git) -> LocalRepository:
         common = await ask("--git-common-dir")
         object_format = await ask("--show-object-format")
         top = None if bare else Path(await ask("--show-toplevel"))
-        shallow = await ask("--is-shallow-repository") == "true"
-    except (GitError, NotADirectoryError, FileNotFoundError) as error:
-        why = error.stderr if isinstance(error, GitError) else "there is no such folder"
-        raise RefusedError(f"{path}: {why}", remedy) from None
-    if shallow:
-        raise RefusedError(f"{path} is a shallow clone", "complete it with `git fetch --unshallow`")
+    except GitError as error:
+        raise RefusedError(f"{path}: {error.stderr}", remedy) from None
     return LocalRepository(await anyio.to_thread.run_sync((path / common).resolve), top, object_format)
 
 
 async def checkout_of(repository: LocalRepository, branch: str, git: Git) -> Path | None:
     """Return the folder in which a branch is checked out, in the main or a linked worktree of the user's."""
-    listed = await git("worktree", "list", "--porcelain", "-z", cwd=repository.git_dir)
+    listed = await git("worktree", "list", "--porcelain", "-z", cwd=repository.folder)
     for entry in listed.stdout.decode(errors="surrogateescape").split("\0\0"):
         facts = dict(line.partition(" ")[::2] for line in entry.split("\0"))
         checked_out = facts.get("branch") == f"refs/heads/{branch}" and "bare" not in facts
@@ -71,6 +72,12 @@ async def changes_in(checkout: Path, git: Git) -> list[str]:
     return [shown(entry[3:]) for entry in listed.stdout.decode(errors="surrogateescape").split("\0")[:-1]]
 
 
+async def locks_in_way(repository: LocalRepository, checkout: Path, branch: str, git: Git) -> list[Path]:
+    """Return the lock files that keep a checked-out branch from being moved."""
+    locks, _ = await _locks(repository, checkout, branch, git)
+    return await anyio.to_thread.run_sync(lambda: [lock for lock in locks if lock.exists()])
+
+
 async def settle(
     repository: LocalRepository,
     checkout: Path | None,
@@ -85,14 +92,18 @@ async def settle(
     is proven that the push wrote them: they hold what it brings, wholly, or one of them a part of it while the
     push's lock on the index or a wholly new file shows that it was at work. The caller knows that the checkout
     was clean right before the push, and holds proof that no process of it lives; `since` (wall-clock seconds)
-    is when it began, None if that was just now and its locks went with it. Returns the paths that neither
-    commit explains: they are left as they are.
+    is when it began. None means that it has ended just now and did not move the branch, so that its locks went with
+    it: as it may have been refused it is never finished. Returns the paths that neither commit explains: they are
+    left as they are.
     """
     stale = [] if since is None else await _stale_locks(repository, checkout, branch, since, git)
     old, new = move
     foreign: list[str] = []
     if checkout is not None and old is not None and await _is_between(checkout, branch, old, new, git):
-        if not (await git("diff-index", "--cached", "--quiet", new, cwd=checkout, ok=(0, 1))).returncode:
+        is_ready = not (await git("diff-index", "--cached", "--quiet", new, cwd=checkout, ok=(0, 1))).returncode
+        if is_ready and since is None:
+            await git("read-tree", "-m", "-u", new, old, cwd=checkout)
+        elif is_ready:
             await anyio.to_thread.run_sync(_unlink, stale)
             ref = f"refs/heads/{branch}"
             await git("update-ref", "-m", "council: finish an interrupted landing", ref, new, old, cwd=checkout)
@@ -178,13 +189,21 @@ async def _stale_locks(
     repository: LocalRepository, checkout: Path | None, branch: str, since: float, git: Git
 ) -> list[Path]:
     """Return the lock files that a killed push left in the user's repository; those of the living are not its."""
+    locks, folders = await _locks(repository, checkout, branch, git)
+    return await anyio.to_thread.run_sync(_find_stale, locks, folders, since)
+
+
+async def _locks(
+    repository: LocalRepository, checkout: Path | None, branch: str, git: Git
+) -> tuple[list[Path], list[Path]]:
+    """Return the lock files that a push makes, and the folders that its commands work in."""
     folders = [repository.git_dir]
     if checkout is not None:
         own = await git("rev-parse", "--absolute-git-dir", cwd=checkout)
         folders = [Path(own.stdout.decode(errors="surrogateescape").rstrip("\n")), repository.git_dir, checkout]
     locks = [folders[0] / "index.lock", folders[0] / "HEAD.lock"]
     locks.append(repository.git_dir / "refs" / "heads" / f"{branch}.lock")
-    return await anyio.to_thread.run_sync(_find_stale, locks, folders, since)
+    return locks, folders
 
 
 def _find_stale(locks: Sequence[Path], folders: Sequence[Path], since: float) -> list[Path]:

@@ -2,30 +2,34 @@
 
 The files in the checkout are what counts. They are staged by us, in our repository and with our index, so
 that no filter or hook of the agent's runs. Commits that the agent made on its own branch are kept as history
-if they descend from where it started, and enter as objects that were read, hashed and checked anew.
+if they descend from where it started, and enter as objects that were read, hashed and checked anew. Commits
+that are on no branch of ours then (other branches, tags, stashes, a detached HEAD) are kept under refs/salvage.
+No secret and no huge file comes in by any of these ways (`repo.inspection`).
 """
 
 from __future__ import annotations
 
-import os
+import re
 import shutil
-import stat
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import anyio
 import anyio.to_thread
 
 from orchestrator.errors import GitError
 from orchestrator.failpoints import failpoint
-from orchestrator.repo.git import Git, is_object_id
+from orchestrator.repo.git import GITLINK, Git, is_object_id, shown
+from orchestrator.repo.history import History
+from orchestrator.repo.inspection import Admission
+from orchestrator.repo.quarantine import Quarantine
+from orchestrator.repo.session_refs import SessionRefs, read_session_refs
+from orchestrator.repo.staging import Staging, remove_blocking, stage
 from orchestrator.repo.worktrees import Worktree
 
-_GITLINK = "160000"
-_LARGEST_REF_FILE = 16 << 20  # bytes
-
-
-#: Seconds for git to read an agent's tree: it waits for ever where a file to be read is a pipe.
-STAGING_LIMIT = 600.0
+_MOST_SALVAGED = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +37,66 @@ class Collected:
     """What a worktree held.
 
     `commit`: what differs from the base, None if nothing does. `refused`: why it can't be landed, or None.
-    `complete`: whether the commit has all of the files; if not, the worktree is all there is of the rest.
+    `complete`: whether the trusted repository has all that may count; if not, the worktree is all there is of the
+    rest. `left_out`: the paths of secrets and huge files, which the commit does not have: another try won't help.
+    `salvaged`: the refs that were made for commits on no branch. `notes`: what else was not taken, and why.
     """
 
     commit: str | None
     refused: str | None = None
     complete: bool = True
+    left_out: tuple[str, ...] = ()
+    salvaged: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-async def collect(git: Git, worktree: Worktree, base: str, message: str) -> Collected:
+async def collect(git: Git, worktree: Worktree, base: str, message: str, *, admit: Admission) -> Collected:
     """Commit what the worktree holds beyond `base` to the attempt's branch; `git` runs in the trusted repository.
 
-    Safe to repeat: a second call finds the same content and makes the same commit content again.
+    Safe to repeat: a second call finds the same content and makes the same commit content again. The caller knows
+    that nothing of the session lives.
     """
-    head, tip = await anyio.to_thread.run_sync(_read_heads, worktree)
-    tip = await _import_commits(git, worktree, base, tip) or base
+    try:
+        return await _collect_all(git, worktree, base, message, admit)
+    finally:
+        # What was refused is in there, too.
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(partial(shutil.rmtree, worktree.import_folder, ignore_errors=True))
+
+
+async def _collect_all(git: Git, worktree: Worktree, base: str, message: str, admit: Admission) -> Collected:
+    left = await anyio.to_thread.run_sync(read_session_refs, worktree.git_dir)
+    history = History(git, worktree, base, admit)
+    await history.look()
+    tip, dropped = await _own_commits(history, left)
+    files = await _collect_files(git, worktree, base, tip, left.head, message, admit)
+    salvaged, notes = await _salvage(history, left, files.commit or base)
+    return Collected(
+        files.commit,
+        files.refused,
+        complete=files.complete and not dropped and not notes,
+        left_out=files.left_out,
+        salvaged=salvaged,
+        notes=(*dropped, *notes),
+    )
+
+
+async def _own_commits(history: History, left: SessionRefs) -> tuple[str, tuple[str, ...]]:
+    """Return the tip of the agent's own commits if they can be kept as history, else the base and why."""
+    tip = left.refs.get(f"refs/heads/{history.worktree.branch}", history.base)
+    if tip == history.base:
+        return history.base, ()
+    why = await history.bring(tip, history.base, descends=True)
+    if why is None:
+        return tip, ()
+    return history.base, (f"its own commits are not kept as history: {why}",)
+
+
+async def _collect_files(
+    git: Git, worktree: Worktree, base: str, tip: str, head: str | None, message: str, admit: Admission
+) -> Collected:
     tip_tree, base_tree = (await git.line("rev-parse", f"{tip}^{{tree}}", f"{base}^{{tree}}")).split()
-    refused = await _stage(git, worktree)
+    refused, left_out = await _stage(git, worktree, base, admit)
     tree = await git.line("write-tree", env=worktree.env)
     if tree == base_tree and head != f"ref: refs/heads/{worktree.branch}":
         # It went back to where it began, or elsewhere: what it left on its branch is its work.
@@ -57,94 +104,99 @@ async def collect(git: Git, worktree: Worktree, base: str, message: str) -> Coll
     if tree != tip_tree:
         tip = await git.line("commit-tree", tree, "-p", tip, input_=message.encode())
     if tree == base_tree and not (refused and tip != base):
-        return Collected(None, refused, complete=refused is None)
+        return Collected(None, refused, complete=refused is None, left_out=left_out)
     await git("update-ref", f"refs/heads/{worktree.branch}", tip)
     failpoint("work.committed")
-    return Collected(tip, refused or await _nested_repository(git, base, tip), complete=refused is None)
+    problem = refused or await _nested_repository(git, base, tip)
+    return Collected(tip, problem, complete=refused is None, left_out=left_out)
 
 
-async def _stage(git: Git, worktree: Worktree) -> str | None:
-    """Stage all of the checkout that can be staged; return why some of it can't."""
+async def _stage(git: Git, worktree: Worktree, base: str, admit: Admission) -> tuple[str | None, tuple[str, ...]]:
+    """Stage all of the checkout that can and may be; return why some of it was not, and the paths that may not."""
     if not await anyio.to_thread.run_sync(_is_folder, worktree.tree):
-        return "its worktree was removed or replaced by something else"
-    add = ("add", "--all", "--ignore-errors")
-    try:
-        await git(*add, env=worktree.env, cwd=worktree.tree, limit=STAGING_LIMIT)
-    except GitError as error:
-        return f"not all of its files can be staged ({error.stderr}): what can't is in {worktree.tree}"
+        return "its worktree was removed or replaced by something else", ()
+    unread = await anyio.to_thread.run_sync(remove_blocking, worktree.tree)
+    if await anyio.to_thread.run_sync(_is_folder, worktree.git_dir):
+        await anyio.to_thread.run_sync(remove_blocking, worktree.git_dir)
+    quarantine = Quarantine(worktree.import_folder / "files", worktree.hub.objects)
+    staged = await stage(git, Staging(worktree.tree, worktree.index, quarantine), base, admit)
+    await anyio.to_thread.run_sync(quarantine.adopt, staged.refused_objects)
     failpoint("work.staged")
-    return None
+    reasons = []
+    if staged.refused:
+        named = [f"{shown(path)!r}: {why}" for path, why in sorted(staged.refused.items())]
+        more = f", and {len(named) - 10} more" if len(named) > 10 else ""
+        reasons.append(f"left out of its commit: {'; '.join(named[:10])}{more}")
+    problem = staged.problem or (f"{shown(unread[0])[-100:]!r} can't be opened" if unread else None)
+    if problem is not None:
+        reasons.append(f"not all of its files can be staged ({problem}): what can't is in {worktree.tree}")
+    return "; ".join(reasons) or None, tuple(sorted(map(shown, staged.refused)))
 
 
 def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
-def _read_heads(worktree: Worktree) -> tuple[str | None, str | None]:
-    """Return what the session's HEAD holds, and the commit that its own branch is at."""
-    ref = f"refs/heads/{worktree.branch}"
-    tip = _read_line(worktree.git_dir / ref)
-    if tip is None:
-        packed = _read_text(worktree.git_dir / "packed-refs") or ""
-        tip = next((line.split(" ")[0] for line in packed.split("\n") if line.endswith(f" {ref}")), None)
-    return _read_line(worktree.git_dir / "HEAD"), tip if tip and is_object_id(tip) else None
-
-
-def _read_line(path: Path) -> str | None:
-    text = _read_text(path)
-    return text if text is None else text.rstrip("\n")
-
-
-def _read_text(path: Path) -> str | None:
-    """Return a file's text without trusting it to be one: a pipe would be waited for, a link followed."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return None
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return None
-        return file.read(_LARGEST_REF_FILE).decode(errors="replace")
-
-
 async def _nested_repository(git: Git, base: str, commit: str) -> str | None:
     for change in await git.changes(base, commit):
-        if change.new_mode == _GITLINK:
+        if change.new_mode == GITLINK:
             return f"{change.path!r} is a git repository of its own: its `.git` must go before it can land"
     return None
 
 
-async def _import_commits(git: Git, worktree: Worktree, base: str, tip: str | None) -> str | None:
-    """Bring the agent's own commits in; return the tip if they are sound and descend from the base."""
-    if tip is None or tip == base:
-        return None
-    scratch = worktree.import_folder
-    await anyio.to_thread.run_sync(_empty, scratch)
-    try:
-        packed = await git.line(
-            "pack-objects", "--quiet", "--revs", str(scratch / "pack"),
-            env={"GIT_ALTERNATE_OBJECT_DIRECTORIES": str(worktree.git_dir / "objects")},
-            input_=f"{tip}\n^{base}\n".encode(),
-        )  # fmt: skip
-        pack = scratch / f"pack-{packed}.pack"
-        # Hashes everything anew and follows every link, without the agent's objects in reach.
-        await git("index-pack", "--strict", str(pack))
-        await anyio.to_thread.run_sync(_adopt, pack, worktree.hub.objects / "pack")
-        await git("merge-base", "--is-ancestor", base, tip)
-    except GitError:
-        return None
-    return tip
+async def _salvage(history: History, left: SessionRefs, tip: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Keep the commits that neither base nor `tip` has; return the refs that hold them, and what was not kept."""
+    worktree = history.worktree
+    before = await _salvaged_before(history)
+    made: dict[str, str] = {}
+    notes = [] if left.complete else ["it has more refs than are looked at"]
+    for name, target in _candidates(left, worktree.branch):
+        if target in {history.base, tip}:
+            continue
+        try:
+            commit = await history.commit_of(target)
+            if commit is None or commit in made or not await history.is_beyond(commit, history.base, tip):
+                continue
+        except GitError:  # it refers to what is not there: nothing can be saved of it
+            continue
+        if len(made) == _MOST_SALVAGED:
+            notes.append(f"only {_MOST_SALVAGED} refs were salvaged")
+            break
+        safe = history.admit.redactor.text(name)
+        ref = _free(salvage_ref(worktree.run, worktree.task, worktree.attempt, safe), made)
+        if before.get(ref) != commit:
+            if why := await history.bring(commit, history.base, tip):
+                notes.append(f"{shown(name)!r} is not salvaged: {why}")
+                continue
+            await history.git("update-ref", ref, commit)
+        made[commit] = ref
+    return tuple(made.values()), tuple(notes)
 
 
-def _empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700)
+async def _salvaged_before(history: History) -> dict[str, str]:
+    """Return what an earlier call that was cut off has made already."""
+    one = history.worktree
+    listed = await history.git.line(
+        "for-each-ref", "--format=%(refname) %(objectname)", f"refs/salvage/{one.run}/{one.task}.{one.attempt}/"
+    )
+    return dict(line.split(" ") for line in listed.splitlines())
 
 
-def _adopt(pack: Path, packs: Path) -> None:
-    # git looks for the .idx: the pack must be there first.
-    packs.mkdir(exist_ok=True)
-    for suffix in (".pack", ".rev", ".idx"):
-        part = pack.with_suffix(suffix)
-        if part.exists():
-            part.rename(packs / part.name)
+def _candidates(left: SessionRefs, branch: str) -> Iterator[tuple[str, str]]:
+    if left.head is not None and is_object_id(left.head):
+        yield "HEAD", left.head
+    for ref, target in sorted(left.refs.items()):
+        own = ref == f"refs/heads/{branch}"
+        yield "branch" if own else ref.removeprefix("refs/").removeprefix("heads/"), target
+
+
+def salvage_ref(run: str, task: str, attempt: int, name: str) -> str:
+    """Return the ref that keeps commits an attempt had on no branch; what a ref's name can't have becomes `-`."""
+    safe = re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:64] or "ref"
+    return f"refs/salvage/{run}/{task}.{attempt}/{safe}"
+
+
+def _free(ref: str, made: Mapping[str, str]) -> str:
+    taken = set(made.values())
+    names = (ref if number == 1 else f"{ref}-{number}" for number in range(1, len(taken) + 2))
+    return next(name for name in names if name not in taken)

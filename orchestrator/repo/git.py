@@ -24,6 +24,7 @@ from orchestrator.process import Completed, run
 
 MINIMUM_VERSION: Final = (2, 38)  # the first with `merge-tree --write-tree`
 IDENTITY: Final = ("CLI Council", "council@localhost")
+GITLINK: Final = "160000"  # the mode of a link to a commit of another repository
 
 _HARMLESS_CONFIG: Final = (
     "core.hooksPath=/dev/null",
@@ -35,6 +36,8 @@ _HARMLESS_CONFIG: Final = (
     "maintenance.auto=false",
     "protocol.ext.allow=never",
 )
+#: Bytes that git may take while it reads what an agent made, which may be small and mean terabytes.
+_MOST_MEMORY: Final = 2 << 30
 _CONFIG_FLAGS: Final = tuple(flag for item in _HARMLESS_CONFIG for flag in ("-c", item))
 
 _COMMON_ENV: Final = {
@@ -111,9 +114,9 @@ class Git:
         keep_fds: Sequence[int] = (),
         limit: float | None = None,
     ) -> Completed:
-        """Run `git ARGS` to its end; GitError if the exit code is not in `ok`, or after `limit` seconds.
+        """Run `git ARGS` to its end; GitError if the exit code is not in `ok`. Never cut off by cancellation.
 
-        Never cut off by cancellation.
+        With `limit`, for what an agent made, it has so many seconds, and 2 GiB of memory.
         """
         base = users_environment(self.environ) if self.users else sealed_environment(self.environ)
         run_it = run(
@@ -123,11 +126,17 @@ class Git:
             input=input_,
             keep_fds=(*self.keep_fds, *keep_fds),
             timeout=limit,
+            memory=None if limit is None else _MOST_MEMORY,
         )
         try:
             done = await run_it
         except TimeoutError:
             raise GitError(["git", *args], -9, f"it was ended after {limit:g} s") from None
+        except (FileNotFoundError, NotADirectoryError):
+            folder = cwd or self.git_dir
+            if folder is None or folder.is_dir():
+                raise
+            raise GitError(["git", *args], 128, f"there is no folder {folder}") from None
         if done.returncode not in ok:
             raise GitError(["git", *args], done.returncode, done.stderr.decode(errors="replace"))
         return done
@@ -138,16 +147,27 @@ class Git:
 
     async def changes(self, old: str, new: str, cwd: Path | None = None) -> list[Change]:
         """Return what differs between two commits, file by file; a rename is a removal and an addition."""
-        raw = (await self("diff-tree", "-r", "--raw", "-z", "--no-renames", old, new, cwd=cwd)).stdout
-        fields = raw.decode(errors="surrogateescape").split("\0")
-        return [
-            Change(path, *meta.lstrip(":").split()[:4]) for meta, path in zip(fields[::2], fields[1::2], strict=False)
-        ]
+        return parse_raw((await self("diff-tree", "-r", "--raw", "-z", "--no-renames", old, new, cwd=cwd)).stdout)
+
+    async def merge_tree(
+        self, ours: str, theirs: str, env: Mapping[str, str] | None = None
+    ) -> tuple[str, tuple[str, ...]]:
+        """Return the tree of a merge, and the paths in conflict; there its files carry both names as markers."""
+        arguments = ("merge-tree", "--write-tree", "-z", "--name-only", "--no-messages", ours, theirs)
+        merged = await self(*arguments, ok=(0, 1), env=env)
+        tree, *paths = merged.stdout.decode(errors="surrogateescape").split("\0")
+        return tree, tuple(dict.fromkeys(shown(path) for path in paths if path))
 
     async def has_branch(self, name: str) -> bool:
         """Whether the repository has this branch."""
         done = await self("show-ref", "--verify", "--quiet", f"refs/heads/{name}", ok=(0, 1))
         return done.returncode == 0
+
+
+def parse_raw(output: bytes) -> list[Change]:
+    """Return the changes that a diff command printed with `--raw -z --no-renames`."""
+    fields = output.decode(errors="surrogateescape").split("\0")
+    return [Change(path, *meta.lstrip(":").split()[:4]) for meta, path in zip(fields[::2], fields[1::2], strict=False)]
 
 
 async def check_version(environ: Mapping[str, str]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import anyio.to_thread
 
 from orchestrator.failpoints import failpoint
-from orchestrator.repo.checkout import LocalRepository, changes_in, checkout_of, settle
+from orchestrator.repo.checkout import LocalRepository, changes_in, checkout_of, locks_in_way, settle
 from orchestrator.repo.git import Git, shown
 from orchestrator.repo.hub import Hub
 from orchestrator.repo.source import Source
@@ -161,7 +161,7 @@ class Target:
         if label in self._landed:
             return Landed(self._landed[label], adopted=True)
         ours = await self._above(base, onto, commit)
-        tree, paths = await self._merge_tree(ours, commit)
+        tree, paths = await self._git.merge_tree(ours, commit)
         if paths:
             return await self._conflict(label, ours, onto, commit, paths)
         if tree == await self._git.line("rev-parse", f"{onto}^{{tree}}"):
@@ -171,22 +171,27 @@ class Target:
         merge = Merge(self.known, new)
         # Looked at before anything is intended: a push that must fail is not even begun, so that what a cut-off
         # landing finds changed later was not changed before.
-        obstacle = await self._obstacle(merge)
+        obstacle = await self.obstacle(merge)
         return merge if obstacle is None else Deferred(obstacle)
 
-    async def _merge_tree(self, ours: str, theirs: str) -> tuple[str, tuple[str, ...]]:
-        """Return the tree of a merge, and the paths in conflict; there its files carry both names as markers."""
-        arguments = ("merge-tree", "--write-tree", "-z", "--name-only", "--no-messages", ours, theirs)
-        merged = await self._git(*arguments, ok=(0, 1))
-        tree, *paths = merged.stdout.decode(errors="surrogateescape").split("\0")
-        return tree, tuple(dict.fromkeys(shown(path) for path in paths if path))
+    async def restart(self, merge: Merge, ref: str) -> str:
+        """Return a commit with the merged tree, kept by `ref`, from which an agent can go on to mend the merge.
+
+        Its first parent is what was merged onto; unlike the merge itself it says of no task that it has landed.
+        """
+        parents = await self._git.line("rev-parse", f"{merge.new}^1", f"{merge.new}^2")
+        tree = await self._git.line("rev-parse", f"{merge.new}^{{tree}}")
+        first, second = parents.split()
+        commit = await self._commit(tree, first, second, "Merge for another attempt\n")
+        await self._git("update-ref", ref, commit)
+        return commit
 
     async def _conflict(self, label: str, ours: str, onto: str, commit: str, paths: tuple[str, ...]) -> Conflict:
         # Once more by names: git writes what it was given into the markers.
         names = f"refs/target/{self.branch}", f"refs/work/{label}"
         for name, value in zip(names, (ours, commit), strict=True):
             await self._git("update-ref", name, value)
-        tree, _ = await self._merge_tree(*names)
+        tree, _ = await self._git.merge_tree(*names)
         for name in names:
             await self._git("update-ref", "-d", name)
         message = f"{label.rpartition('/')[2]}: both sides of a conflict, marked\n"
@@ -224,7 +229,7 @@ class Target:
             await settle(self._repository, checkout, self.branch, (merge.old, merge.new), None, git)
             tip = await self._source.tip(self.branch)
         if tip == merge.old:
-            return Deferred(await self._obstacle(merge) or f"the target could not be moved: {pushed.reason}")
+            return Deferred(await self.obstacle(merge) or f"the target could not be moved: {pushed.reason}")
         if tip != merge.new:
             await self.refresh()
             return Stale()
@@ -233,7 +238,7 @@ class Target:
         self._landed[label] = merge.new
         return Landed(merge.new)
 
-    async def _obstacle(self, merge: Merge) -> str | None:
+    async def obstacle(self, merge: Merge) -> str | None:
         """Return what of the user's stands in the way where the target is checked out."""
         checkout = await self._checkout()
         if checkout is None:
@@ -245,7 +250,15 @@ class Target:
         names = added.decode(errors="surrogateescape").split("\0")[:-1]
         if in_way := await anyio.to_thread.run_sync(_existing, checkout, names):
             return f"files that git does not track are in the way ({', '.join(in_way[:3])}): move or commit them"
-        return None
+        return await self._locked(checkout)
+
+    async def _locked(self, checkout: Path) -> str | None:
+        assert self._repository is not None, "what is checked out is on this machine"  # noqa: S101
+        locks = await locks_in_way(self._repository, checkout, self.branch, self._users_git())
+        if not locks:
+            return None
+        named = ", ".join(map(str, locks))
+        return f"the target is locked by another git command of yours; if none is at work, remove {named}"
 
     async def settle(self, permit: MergePermit, merge: Merge, label: str, since: float) -> Landed | Deferred | Stale:
         """Finish or undo a move that was cut off; Stale means that it did not happen and may be tried again."""

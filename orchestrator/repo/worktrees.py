@@ -23,20 +23,29 @@ from orchestrator.process import run
 from orchestrator.repo.git import Git
 from orchestrator.repo.hub import Hub, work_branch
 
+#: How the folder of a check's worktree ends; no task's attempt is named so, because attempts end in a number.
+_CHECK = ".check"
+
 
 @dataclass(frozen=True, slots=True)
 class Worktree:
-    """The places of one attempt."""
+    """The places of one attempt, or, with `is_check`, of the checks of what it built."""
 
     hub: Hub
     run: str
     task: str
     attempt: int
+    is_check: bool = False
+
+    @property
+    def name(self) -> str:
+        """What tells it from the others of its run."""
+        return f"{self.task}.{self.attempt}{_CHECK if self.is_check else ''}"
 
     @property
     def root(self) -> Path:
         """The folder that holds all of the session's files."""
-        return self.hub.sessions / self.run / f"{self.task}.{self.attempt}"
+        return self.hub.sessions / self.run / self.name
 
     @property
     def tree(self) -> Path:
@@ -47,6 +56,11 @@ class Worktree:
     def git_dir(self) -> Path:
         """The session's own git directory. The agent writes it: never run git in it."""
         return self.root / "git"
+
+    @property
+    def scratch(self) -> Path:
+        """A place for temporary files of the session's own."""
+        return self.root / "tmp"
 
     @property
     def prompt_file(self) -> Path:
@@ -66,7 +80,7 @@ class Worktree:
     @property
     def index(self) -> Path:
         """Our own index of the checkout, out of the agent's sight."""
-        return self.hub.trusted / "indexes" / f"{self.run}-{self.task}.{self.attempt}"
+        return self.hub.trusted / "indexes" / f"{self.run}-{self.name}"
 
     @property
     def import_folder(self) -> Path:
@@ -76,7 +90,7 @@ class Worktree:
     @property
     def branch(self) -> str:
         """The branch that the session is on, and the one that keeps its work in the trusted repository."""
-        return work_branch(self.run, self.task, str(self.attempt))
+        return work_branch(self.run, self.task, "check" if self.is_check else str(self.attempt))
 
     @property
     def env(self) -> dict[str, str]:
@@ -84,23 +98,24 @@ class Worktree:
         return {"GIT_WORK_TREE": str(self.tree), "GIT_INDEX_FILE": str(self.index)}
 
 
-async def create(git: Git, worktree: Worktree, base: str, prompt: str) -> None:
-    """Check out `base` (a commit id) for a session; `git` runs in the trusted repository."""
-    await anyio.to_thread.run_sync(_lay_out, worktree, base, prompt)
+async def create(git: Git, worktree: Worktree, start: str, prompt: str) -> None:
+    """Check out `start` (a commit id) for a session; `git` runs in the trusted repository."""
+    await anyio.to_thread.run_sync(_lay_out, worktree, start, prompt)
     failpoint("worktree.half_built")
-    await git("read-tree", "--reset", "-u", base, env=worktree.env, cwd=worktree.tree)
+    await git("read-tree", "--reset", "-u", start, env=worktree.env, cwd=worktree.tree)
     await anyio.to_thread.run_sync(shutil.copyfile, worktree.index, worktree.git_dir / "index")
     failpoint("worktree.created")
 
 
-def _lay_out(worktree: Worktree, base: str, prompt: str) -> None:
+def _lay_out(worktree: Worktree, start: str, prompt: str) -> None:
     worktree.root.mkdir(mode=0o700, parents=True)
     shutil.copytree(worktree.hub.seed, worktree.git_dir)
     (worktree.git_dir / "HEAD").write_text(f"ref: refs/heads/{worktree.branch}\n")
     ref = worktree.git_dir / "refs" / "heads" / worktree.branch
     ref.parent.mkdir(parents=True)
-    ref.write_text(f"{base}\n")
+    ref.write_text(f"{start}\n")
     worktree.tree.mkdir()
+    worktree.scratch.mkdir(mode=0o700)
     (worktree.tree / ".git").write_text(f"gitdir: {worktree.git_dir}\n")
     descriptor = os.open(worktree.prompt_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
@@ -154,8 +169,14 @@ def left_over(hub: Hub, run_id: str, tasks: Collection[str]) -> list[Worktree]:
     """Return the worktrees that exist for a run's tasks, in whatever state; what is none of ours is passed over."""
     folder = hub.sessions / run_id
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    parts = [name.rpartition(".") for name in names]
-    return [Worktree(hub, run_id, task, int(number)) for task, _, number in parts if task in tasks and number.isdigit()]
+    return [found for name in names if (found := _named(hub, run_id, name, tasks)) is not None]
+
+
+def _named(hub: Hub, run_id: str, name: str, tasks: Collection[str]) -> Worktree | None:
+    task, _, number = name.removesuffix(_CHECK).rpartition(".")
+    if task not in tasks or not number.isdecimal():
+        return None
+    return Worktree(hub, run_id, task, int(number), is_check=name.endswith(_CHECK))
 
 
 async def remove_stale_locks(hub: Hub, run_id: str) -> None:

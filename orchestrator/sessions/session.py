@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,48 +9,88 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
-from orchestrator.domain.outcome import Exit, Failed, Outcome, judge
-from orchestrator.errors import GitError, SessionError
+from orchestrator.clock import Clock
+from orchestrator.config.model import Reach
+from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.outcome import Exhausted, Exit, Failed, Limits, Outcome, judge
+from orchestrator.domain.secrets import Redactor, secret_values
+from orchestrator.errors import GitError, SessionError, is_exhaustion
 from orchestrator.failpoints import failpoint
 from orchestrator.process import kill_marked
-from orchestrator.protocols import Adapter, Command, SessionRequest
+from orchestrator.protocols import Adapter, Command, SessionEnd, SessionRequest
 from orchestrator.repo import worktrees
 from orchestrator.repo.collect import Collected, collect
 from orchestrator.repo.git import Git
+from orchestrator.repo.inspection import Admission
 from orchestrator.repo.worktrees import Worktree
+from orchestrator.sessions.environment import session_environment
+from orchestrator.sessions.fencing import Fencing
+from orchestrator.sessions.output import OUTPUT_CAP, STOP_GRACE, log_file, read_tail
 from orchestrator.sessions.supervised import SupervisedCommand, run_supervised
-
-#: What every program needs to work at all; whatever else a session sees is named in its adapter's `env`.
-BASE_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR")
-
-OUTPUT_CAP = 16 * 2**20  # bytes kept of each stream from its beginning; its end is kept as well
-STOP_GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
     """How a session ended, and the branch that holds what it left, if it left anything.
 
-    `collected` is false where its files could not be read into a commit: they are all there is, and must stay.
+    `collected` is false where its files could not all be read into a commit: they are all there is, and must
+    stay. `salvaged` are the refs that keep what it left on branches of its own making.
     """
 
     outcome: Outcome
     branch: str | None = None
     collected: bool = True
+    salvaged: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What was left in the worktree beside the files, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What one session is to do: `base` is the commit that its work is judged against.
+
+    `start` is the commit that its worktree begins at where that is not the base; `told` is what it gets to read
+    beside the prompt.
+    """
+
+    worktree: Worktree
+    base: str
+    start: str | None
+    prompt: str
+    told: str | None
+    adapter: Adapter
+    reach: Reach
+    limits: Limits
+    max_file: int
+
+    @property
+    def text(self) -> str:
+        """All that the program is told."""
+        return self.prompt if self.told is None else f"{self.prompt}\n\n{self.told}"
+
+
+@dataclass(frozen=True, slots=True)
+class SessionTools:
+    """What all sessions of a run work with."""
+
+    git: Git
+    fencing: Fencing
+    redactor: Redactor
+    logs: Path
+    environ: Mapping[str, str]
+    clock: Clock
+
+    def admission(self, max_file: int) -> Admission:
+        """Return what may become part of a commit."""
+        return Admission(self.redactor, max_file)
 
 
 @dataclass(slots=True)
 class Session:
-    """Everything that one session is made from; `timeout` in seconds of wall clock."""
+    """One program at work on one assignment."""
 
-    git: Git
-    worktree: Worktree
-    base: str
-    prompt: str
-    adapter: Adapter
-    timeout: float
-    logs: Path
-    environ: Mapping[str, str]
+    tools: SessionTools
+    assignment: Assignment
     _running: anyio.CancelScope = field(default_factory=anyio.CancelScope, init=False)
 
     def stop(self) -> None:
@@ -60,64 +99,102 @@ class Session:
 
     async def run(self) -> Finished:
         """Create the worktree, run the CLI in it, collect what it left. The worktree is the caller's to remove."""
+        what, worktree = self.assignment, self.assignment.worktree
         try:
-            await worktrees.create(self.git, self.worktree, self.base, self.prompt)
+            await anyio.to_thread.run_sync(lambda: self.tools.logs.mkdir(mode=0o700, exist_ok=True))
+            await worktrees.create(self.tools.git, worktree, what.start or what.base, what.text)
             exit_ = await self._supervise()
         except (GitError, OSError) as error:
-            return Finished(Failed("transient", f"the session could not be set up: {error}"))
+            return Finished(_not_set_up(error))
         except SessionError as error:
-            await anyio.to_thread.run_sync(kill_marked, self.worktree.marker)
+            await anyio.to_thread.run_sync(kill_marked, worktree.marker)
             # What no supervisor vouches for may still live and write: what is there can only be kept.
-            return Finished(Failed("transient", str(error)), collected=False)
+            return Finished(Failed(FailureClass.TRANSIENT, str(error)), collected=False)
         failpoint("session.ended")
         try:
-            left = await collect(self.git, self.worktree, self.base, commit_message(self.worktree, self.prompt))
+            left = await self._collect()
         except (GitError, OSError) as error:
-            reason = f"what it left in {self.worktree.tree} could not be collected: {error}"
-            return Finished(Failed("transient", reason), collected=False)
-        branch = self.worktree.branch if left.commit else None
-        return Finished(judge(exit_, left.commit, left.refused, self.timeout), branch, collected=left.complete)
+            reason = f"what it left in {worktree.tree} could not be collected: {error}"
+            return Finished(Failed(FailureClass.TRANSIENT, reason), collected=False)
+        outcome = judge(exit_, what.limits, left.commit, left.refused, await self._verdict(exit_))
+        return Finished(outcome, worktree.branch if left.commit else None, left.complete, left.salvaged, left.notes)
 
     async def _supervise(self) -> Exit:
         with self._running:
-            ended = await run_supervised(self._supervised(), on_spawned=lambda: failpoint("session.spawned"))
-            return Exit(ended.ended_by, ended.exit, ended.signal, ended.spawn_error)
+            command = self._command()
+            fenced = await self.tools.fencing.around(self.assignment.worktree, command, self.assignment.reach)
+            ended = await run_supervised(fenced, on_spawned=lambda: failpoint("session.spawned"))
+            error = ended.spawn_error
+            if error is not None:
+                error += self.tools.fencing.why_missing(command.argv[0], self.tools.environ, self.assignment.reach)
+            return Exit(ended.ended_by, ended.exit, ended.signal, error, ended.exhausted)
         return Exit("stop", None, None, None)
 
-    def _supervised(self) -> SupervisedCommand:
-        place = self.worktree
+    def secret_names(self) -> tuple[str, ...]:
+        """Return the names of the variables with secrets that the program is given."""
+        passed = self._adapters_command().pass_env
+        given = {name: self.tools.environ[name] for name in passed if name in self.tools.environ}
+        return tuple(sorted(name for name, value in given.items() if secret_values({name: value})))
+
+    def _adapters_command(self) -> Command:
+        place = self.assignment.worktree
         request = SessionRequest(
             run=place.run,
             task=place.task,
             attempt=place.attempt,
-            prompt=self.prompt,
+            prompt=self.assignment.text,
             prompt_file=place.prompt_file,
             worktree=place.tree,
         )
-        command = self.adapter.command(request)
-        name = f"{place.task}.{place.attempt}"
+        return self.assignment.adapter.command(request)
+
+    def _command(self) -> SupervisedCommand:
+        what, place, command = self.assignment, self.assignment.worktree, self._adapters_command()
         return SupervisedCommand(
             argv=command.argv,
-            env=session_environment(command, request, self.environ),
+            env=session_environment(command, self.tools.environ, place),
             cwd=place.tree,
             stdin=command.stdin,
-            stdout=self.logs / f"{name}.stdout",
-            stderr=self.logs / f"{name}.stderr",
+            stdout=self._log("stdout"),
+            stderr=self._log("stderr"),
             cap=OUTPUT_CAP,
-            timeout=self.timeout,
+            timeout=what.limits.timeout,
             grace=STOP_GRACE,
             lock=place.lock,
+            silence=what.limits.silence,
+            watched=(place.tree, place.git_dir),
+            redact=self.tools.redactor.bytes_pattern,
         )
 
+    async def _collect(self) -> Collected:
+        what = self.assignment
+        message = self.tools.redactor.text(commit_message(what.worktree, what.prompt))
+        admit = self.tools.admission(what.max_file)
+        return await collect(self.tools.git, what.worktree, what.base, message, admit=admit)
 
-async def salvage(git: Git, worktree: Worktree, base: str, prompt: str) -> Collected:
+    async def _verdict(self, exit_: Exit) -> Failed | None:
+        said = [await read_tail(self._log(name)) for name in ("stdout", "stderr")]
+        end = SessionEnd(exit_.code, exit_.signal, self.tools.clock.now(), *said)
+        return self.assignment.adapter.verdict(end)
+
+    def _log(self, stream: str) -> Path:
+        return log_file(self.tools.logs, self.assignment.worktree.task, self.assignment.worktree.attempt, stream)
+
+
+def _not_set_up(error: GitError | OSError) -> Outcome:
+    reason = f"the session could not be set up: {error}"
+    return Exhausted(reason) if is_exhaustion(error) else Failed(FailureClass.TRANSIENT, reason)
+
+
+async def salvage(git: Git, worktree: Worktree, base: str, prompt: str, admit: Admission) -> Collected:
     """Collect what a cut-off session left.
 
     The caller has waited until nothing of the session lives, and holds proof that no git command of ours does.
     """
     if not worktrees.unlock(worktree):
         return Collected(None)  # the checkout was never finished: no CLI has run in it
-    return await collect(git, worktree, base, commit_message(worktree, prompt))
+    message = admit.redactor.text(commit_message(worktree, prompt))
+    return await collect(git, worktree, base, message, admit=admit)
 
 
 def commit_message(worktree: Worktree, prompt: str) -> str:
@@ -125,19 +202,3 @@ def commit_message(worktree: Worktree, prompt: str) -> str:
     first = next((line.strip() for line in prompt.splitlines() if line.strip()), "")
     subject = "".join(char for char in f"{worktree.task}: {first}" if char.isprintable())
     return f"{subject if len(subject) <= 72 else subject[:71] + '…'}\n\nCouncil-Attempt: {worktree.attempt}\n"
-
-
-def session_environment(command: Command, request: SessionRequest, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return all that the CLI sees of the environment."""
-    names = (*BASE_ENVIRONMENT, *command.pass_env)
-    return {
-        "PATH": os.defpath,
-        **{name: environ[name] for name in names if name in environ},
-        # A CLI whose `.git` is gone must not find a repository further up.
-        "GIT_CEILING_DIRECTORIES": str(request.worktree.parent),
-        **command.env,
-        "COUNCIL_RUN": request.run,
-        "COUNCIL_TASK": request.task,
-        "COUNCIL_ATTEMPT": str(request.attempt),
-        "COUNCIL_PROMPT_FILE": str(request.prompt_file),
-    }

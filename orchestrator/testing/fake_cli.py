@@ -3,15 +3,22 @@
     python3 fake_cli.py PROMPT_FILE
 
 Standard library alone. Each line of the prompt is a step; lines that are none are ignored, as a person's words
-would be. `attempt N` before a step makes it happen in that attempt only.
+would be. `attempt N` before a step makes it happen in that attempt only, `once` only the first time that the task
+gets there in whatever attempt (needs `FAKE_CLI_LEDGER`), `without PATH` only as long as there is no such file.
 
     write PATH TEXT…     replace a file          commit MESSAGE…   commit everything, with git
     append PATH TEXT…    add a line to a file     git ARGS…         run git
     delete PATH          remove a file            print TEXT…       say something
-    exit CODE            end at once              flood BYTES       print that many bytes
+    discard PATH         remove it if it is there
+    exit CODE TEXT…      say something, then end  flood BYTES       print that many bytes
     hang                 never end                stubborn          ignore SIGTERM and SIGINT from here on
+    keep-prompt          print the whole prompt       tick TIMES SECONDS   print, and wait, so many times
     daemon PATH          leave a process behind that has a session of its own and no environment, ignores
                          SIGTERM, and appends to PATH for ever
+    print-env NAME       print a variable         write-env PATH NAME    write it to a file
+    wipe PATH            remove a file, or a folder with all that is in it
+    intrude PATH TEXT…   try to write a file, and go on if that is denied
+    plant PATH           leave hooks and configuration in the session's git directory that would write PATH
 
 With `FAKE_CLI_LEDGER` set, every start appends `run task attempt` to that file first.
 """
@@ -21,6 +28,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,6 +49,37 @@ def _daemon(path: str) -> None:
     os.execve(sys.executable, [sys.executable, "-S", "-c", code, str(target)], {})
 
 
+def _plant(trace: str) -> None:
+    git = Path(Path(".git").read_text().removeprefix("gitdir: ").rstrip("\n"))
+    script = f'#!/bin/sh\necho "$0" >> {shlex.quote(trace)}\n'
+    names = "pre-commit post-commit post-checkout post-merge reference-transaction pre-push pre-receive update"
+    for name in names.split():
+        hook = git / "hooks" / name
+        hook.parent.mkdir(exist_ok=True)
+        hook.write_text(script)
+        hook.chmod(0o755)
+    program = git / "hooks" / "pre-commit"
+    with (git / "config").open("a") as config:
+        config.write(f"[core]\n\tfsmonitor = {program}\n\thooksPath = {git / 'hooks'}\n")
+        config.write(f'[filter "planted"]\n\tclean = {program}\n\tsmudge = {program}\n')
+    (git / "info").mkdir(exist_ok=True)
+    (git / "info" / "attributes").write_text("* filter=planted\n")
+
+
+def _intrude(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text + "\n")
+    except OSError as error:
+        print(error, flush=True)
+
+
+def _wipe(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def _step(words: list[str], rest: str) -> None:
     match words:
         case ["write", path, *_]:
@@ -51,8 +90,28 @@ def _step(words: list[str], rest: str) -> None:
                 file.write(rest.partition(" ")[2] + "\n")
         case ["delete", path]:
             Path(path).unlink()
-        case ["exit", code]:
+        case ["discard", path]:
+            Path(path).unlink(missing_ok=True)
+        case ["exit", code, *said]:
+            if said:
+                print(rest.partition(" ")[2], flush=True)
             sys.exit(int(code))
+        case ["print-env", name]:
+            print(os.environ[name], flush=True)
+        case ["write-env", path, name]:
+            Path(path).write_text(os.environ[name] + "\n")
+        case ["wipe", path]:
+            _wipe(Path(path))
+        case ["intrude", path, *_]:
+            _intrude(path, rest.partition(" ")[2])
+        case ["plant", path]:
+            _plant(path)
+        case ["keep-prompt"]:
+            print(Path(sys.argv[1]).read_text(), flush=True)
+        case ["tick", times, seconds]:
+            for _ in range(int(times)):
+                print("tick", flush=True)
+                time.sleep(float(seconds))
         case ["hang"]:
             while True:
                 time.sleep(3600)
@@ -80,17 +139,33 @@ def main() -> None:
     if ledger := os.environ.get("FAKE_CLI_LEDGER"):
         with Path(ledger).open("a") as file:
             file.write(f"{os.environ['COUNCIL_RUN']} {os.environ['COUNCIL_TASK']} {attempt}\n")
-    for line in Path(sys.argv[1]).read_text().splitlines():
-        words = line.split(maxsplit=2)
-        if words[:1] == ["attempt"] and len(words) == 3:
-            if words[1] != attempt:
-                continue
-            line = words[2]  # noqa: PLW2901  the step that the condition was for
+    for number, line in enumerate(Path(sys.argv[1]).read_text().splitlines()):
+        step = _due(line, number, attempt)
         try:
-            parts = shlex.split(line)
+            words = shlex.split(step)
         except ValueError:
             continue
-        _step(parts, line.partition(" ")[2])
+        _step(words, step.partition(" ")[2])
+
+
+def _due(line: str, number: int, attempt: str) -> str:
+    """Return the step of a line without what says when it is due; nothing if it is not due now."""
+    match line.split(maxsplit=2):
+        case ["attempt", wanted, step]:
+            return _due(step, number, attempt) if wanted == attempt else ""
+        case ["without", path, step]:
+            return "" if Path(path).exists() else _due(step, number, attempt)
+        case ["once", *_]:
+            return _due(line.split(maxsplit=1)[1], number, attempt) if _is_first(number) else ""
+    return line
+
+
+def _is_first(number: int) -> bool:
+    try:
+        Path(f"{os.environ['FAKE_CLI_LEDGER']}.{os.environ['COUNCIL_TASK']}.{number}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

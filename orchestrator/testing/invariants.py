@@ -7,14 +7,16 @@ The numbers are those of the project's list of invariants:
  3 epochs rise strictly                                                      10 no temporary or half-built thing is left
  5 the log is whole, versions have no gaps                                   11 fsck and worktree list succeed
  6 replaying the log gives the state                                         12 the user's repository is as it was
- 7 no task starts before its needs have landed, none is lost or invented     15 state is the owner's alone
+ 7 no task starts before its needs have landed, none is lost or invented     14 no secret is in a log, record or commit
+                                                                            15 state is the owner's alone
 
-(4 and 16 are what the tests that call this do with time and processes; 13 is `assert_resume_changes_nothing` of the
-tests; 14 is a canary that the tests plant and look for.)
+(4 and 16 are what the tests that call this do with time and processes; 13 is `finish` of the crash tests; for 14 they
+name the canaries that they planted.)
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from pathlib import Path
 
 from orchestrator.clock import SystemClock
 from orchestrator.config.model import TaskSpec
-from orchestrator.domain.model import RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.model import REVIVABLE, RunDocument, TaskDocument, TaskStatus
 from orchestrator.project import Project
 from orchestrator.protocols import JsonObject, Key, Record
 from orchestrator.repo.git import Git
@@ -41,6 +43,8 @@ class Scene:
     before: Fingerprint | None = None
     target_checked_out: bool = True
     spawns: Path | None = None
+    canaries: tuple[bytes, ...] = ()
+    """Secrets that the tests gave to programs, and that may be nowhere."""
 
     @property
     def git(self) -> Git:
@@ -81,6 +85,8 @@ async def _read(top: Path) -> _State:
 async def _violations(scene: Scene, state: _State) -> AsyncIterator[str]:
     for violation in (*_log(state), *_modes(scene.top)):
         yield violation
+    async for violation in _secrets(scene, state):
+        yield violation
     for value in state.of("run").values():
         run = RunDocument.model_validate(value)
         tasks = {
@@ -89,7 +95,7 @@ async def _violations(scene: Scene, state: _State) -> AsyncIterator[str]:
             if key.startswith(f"{run.id}/")
         }
         specs = {task: TaskSpec.model_validate(state.of("spec")[f"{run.id}/{task}"]) for task in run.tasks}
-        for violation in (*_attempts(scene, run, tasks, specs), *_left_overs(run)):
+        for violation in (*_attempts(scene, run, tasks, specs), *_unsettled(run, tasks), *_left_overs(run, tasks)):
             yield violation
         async for violation in _landings(scene, run, tasks):
             yield violation
@@ -144,18 +150,54 @@ def _attempts(
     return broken
 
 
-def _left_overs(run: RunDocument) -> list[str]:
+async def _secrets(scene: Scene, state: _State) -> AsyncIterator[str]:
+    if not scene.canaries:
+        return
+    for path in Project(scene.top).folder.rglob("*"):
+        if path.is_file() and (found := _canary(scene, path.read_bytes())):
+            yield f"14: {path} has {found!r}"
+    # The trusted repository's objects are the hub's; what nothing refers to counts as well.
+    repositories = {Hub(Path(value["hub"])).trusted for value in state.of("run").values()} | {scene.top / ".git"}
+    for repository in repositories:
+        arguments = ("cat-file", "--batch-all-objects", "--batch", "--unordered")
+        objects = await scene.git(*arguments, cwd=repository)
+        if found := _canary(scene, objects.stdout):
+            yield f"14: an object of {repository} has {found!r}"
+
+
+def _canary(scene: Scene, data: bytes) -> bytes | None:
+    return next((canary for canary in scene.canaries if canary in data), None)
+
+
+def _unsettled(run: RunDocument, tasks: Mapping[str, TaskDocument]) -> list[str]:
+    if run.ended is None:
+        return []
+    stages = {TaskStatus.RUNNING, TaskStatus.CHECKING, TaskStatus.LANDING}
+    return [f"16: {task} is {one.status}, the run is over" for task, one in tasks.items() if one.status in stages]
+
+
+def _left_overs(run: RunDocument, tasks: Mapping[str, TaskDocument]) -> list[str]:
     hub = Hub(Path(run.hub))
     broken = [f"10: {path} is left" for path in hub.trusted.rglob("*.lock")]
-    broken += [f"10: {path} is left" for path in (hub.root / "trusted.git" / "indexes").glob(f"{run.id}-*")]
+    kept = {f"{task}.{one.number}" for task, document in tasks.items() for one in document.attempts if one.is_kept}
+    indexes = (hub.root / "trusted.git" / "indexes").glob(f"{run.id}-*")
+    broken += [f"10: {path} is left" for path in indexes if path.name.removeprefix(f"{run.id}-") not in kept]
     if (hub.sessions / run.id).exists():
-        broken += [f"10: {path} is left" for path in (hub.sessions / run.id).iterdir()]
+        left = (hub.sessions / run.id).iterdir()
+        broken += [f"10: {path} is left" for path in left if path.name not in kept]
+    return broken + _processes(hub.sessions / run.id)
+
+
+def _processes(sessions: Path) -> list[str]:
+    """Look for what sessions and checks left: by where it is, and by what each has in its environment."""
+    marker = b"COUNCIL_PROMPT_FILE=" + os.fsencode(sessions) + b"/"
+    broken = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            place = (process / "cwd").readlink()
+            place, environ = (process / "cwd").readlink(), (process / "environ").read_bytes()
         except OSError:
             continue
-        if place.is_relative_to(hub.sessions / run.id):
+        if place.is_relative_to(sessions) or any(one.startswith(marker) for one in environ.split(b"\0")):
             broken.append(f"9: process {process.name} is at work in {place}")
     return broken
 
@@ -183,7 +225,7 @@ async def _landings(scene: Scene, run: RunDocument, tasks: Mapping[str, TaskDocu
             yield f"1: {task} landed {len(found)} times"
         if document.status is TaskStatus.LANDED and not (found == [document.landed] or (not found and landed_here)):
             yield f"1: {task} is landed as {document.landed}, the target has {found}"
-        if document.status in {TaskStatus.CONFLICT, TaskStatus.FAILED, TaskStatus.NO_CHANGE} and found:
+        if document.status in REVIVABLE and found:
             yield f"1: {task} is {document.status} but on the target as {found}"
 
 

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -15,6 +16,10 @@ from orchestrator.failpoints import FAILPOINTS
 from tests.conftest import Ended, Repository
 from tests.waiting import wait_for
 
+#: Reached by a request from another process; see below.
+OF_REQUESTS = frozenset(name for name in FAILPOINTS if name.startswith("request."))
+#: Reached only once by the tasks of `chain_and_sides`.
+ONCE = frozenset({"run.seeded", "run.claimed", "run.finished", "adapter.parked", "landing.bounced"})
 IN_RECOVERY = frozenset(name for name in FAILPOINTS if name.startswith("recovery."))
 #: Where the first process must die for a recovery to reach each point.
 LEADS_TO = {
@@ -25,16 +30,33 @@ LEADS_TO = {
 
 
 def chain_and_sides(count: int) -> list[dict[str, object]]:
-    """Return tasks of which every third needs the one before; one fails once, one leaves a daemon behind."""
+    """Return tasks of which every third needs the one before; most of what can happen to a task happens to one.
+
+    One runs into a limit, one fails once, one leaves a daemon behind, one does not pass its checks at first.
+    """
     tasks: list[dict[str, object]] = []
     for index in range(count):
         prompt = f"append shared-{index % 3}.txt line {index}\nwrite own/{index}.txt {index}"
+        if index == 0:
+            prompt = f"attempt 1 print limit, again in 0 s\nattempt 1 exit 1\n{prompt}"
+        if index == 3:
+            prompt = f"discard own/bad.txt\nattempt 1 write own/bad.txt x\n{prompt}"
         if index == 1:
             prompt = f"attempt 1 exit 3\n{prompt}"
         if index == 2:
             prompt = f"{prompt}\ndaemon own/daemon.txt"
         tasks.append({"id": f"t{index}", "prompt": prompt, "needs": [f"t{index - 3}"] if index >= 3 else []})
     return tasks
+
+
+def configure(repository: Repository, tasks: list[dict[str, object]]) -> Path:
+    """Write the config of tasks whose merges are checked, with an adapter whose limit is over at once."""
+    path = repository.configure(tasks)
+    config = json.loads(path.read_text())
+    config["adapters"]["fake"]["failures"] = {"rate_limited": "limit, again in (?P<seconds>0) s"}
+    config["defaults"]["checks"] = ["test ! -e own/bad.txt"]
+    path.write_text(json.dumps(config))
+    return path
 
 
 async def finish(repository: Repository, count: int) -> Ended:
@@ -52,26 +74,26 @@ async def finish(repository: Repository, count: int) -> Ended:
     return ended
 
 
-@pytest.mark.parametrize("name", sorted(FAILPOINTS - IN_RECOVERY))
-@pytest.mark.parametrize("hit", [1, 3])
+@pytest.mark.parametrize("name", sorted(FAILPOINTS - IN_RECOVERY - OF_REQUESTS))
+@pytest.mark.parametrize("hit", [1, pytest.param(3, marks=pytest.mark.slow)])
 async def test_killed_at_a_failpoint(repository: Repository, name: str, hit: int) -> None:
     """A kill right after any persisted or outward step loses nothing and repeats nothing."""
-    if hit > 1 and name.startswith("run."):
+    if hit > 1 and name in ONCE:
         pytest.skip("reached once in a run")
-    config = repository.configure(chain_and_sides(4))
+    config = configure(repository, chain_and_sides(4))
     killed = repository.council("run", str(config), "--json", failpoints=f"{name}=kill@{hit}")
     assert killed.code == -signal.SIGKILL, killed
     await finish(repository, 4)
 
 
 @pytest.mark.parametrize("name", sorted(IN_RECOVERY))
-@pytest.mark.parametrize("again", ["", "landing.intended", "worktree.removed"])
+@pytest.mark.parametrize("again", ["", "landing.intended", pytest.param("worktree.removed", marks=pytest.mark.slow)])
 async def test_killed_inside_a_recovery(repository: Repository, name: str, again: str) -> None:
     """A recovery that is itself killed, and the one after it too, comes to the same end."""
     tasks = chain_and_sides(4)
     # It starts after the third landing, so that each of the processes below has a session and a landing to make.
     tasks[3]["needs"] = ["t0", "t1", "t2"]
-    config = repository.configure(tasks)
+    config = configure(repository, tasks)
     assert repository.council("run", str(config), failpoints=f"{LEADS_TO[name]}=kill@2").code == -signal.SIGKILL
     assert repository.council("resume", failpoints=f"{name}=kill").code == -signal.SIGKILL
     if again:
@@ -79,11 +101,11 @@ async def test_killed_inside_a_recovery(repository: Repository, name: str, again
     await finish(repository, 4)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))])
 async def test_killed_at_random_moments(repository: Repository, seed: int) -> None:
     """Kills at moments that no one chose, a few in a row, lose nothing and repeat nothing."""
     dice = random.Random(seed)
-    config = repository.configure(chain_and_sides(6))
+    config = configure(repository, chain_and_sides(6))
     command, started = ["run", str(config)], False
     for _ in range(4):
         child = repository.start(*command)
@@ -98,6 +120,25 @@ async def test_killed_at_random_moments(repository: Repository, seed: int) -> No
     if not started:
         repository.council(*command)
     await finish(repository, 6)
+
+
+@pytest.mark.parametrize("action", ["cancel", "retry"])
+@pytest.mark.parametrize("name", sorted(OF_REQUESTS))
+async def test_killed_while_a_request_is_dealt_with(repository: Repository, name: str, action: str) -> None:
+    """What was asked happens once, whoever is killed: the one who asks, or the one who obeys."""
+    tasks: list[dict[str, object]] = [
+        {"id": "failed", "prompt": "attempt 1 exit 1\nwrite f.txt x", "attempts": 1},
+        {"id": "pending", "prompt": "write p.txt x", "needs": ["failed"]},
+    ]
+    assert repository.council("run", str(repository.configure(tasks))).code == 1
+    task = {"cancel": "pending", "retry": "failed"}[action]
+    assert repository.council(action, task, failpoints=f"{name}=kill").code == -signal.SIGKILL
+    ended = repository.council("resume", "--json")
+    if action == "cancel":
+        assert ended.states == {"failed": "failed", "pending": "cancelled"}, ended
+    else:
+        assert ended.states == {"failed": "landed", "pending": "landed"}, ended
+    await repository.assert_invariants()
 
 
 async def test_resume_at_once_waits_until_a_stubborn_agent_is_dead(repository: Repository) -> None:
@@ -169,7 +210,7 @@ def is_session(process: psutil.Process, task: str) -> bool:
         return False
 
 
-@pytest.mark.parametrize("at", [-3, 30], ids=["payload", "header"])
+@pytest.mark.parametrize("at", [-3, pytest.param(30, marks=pytest.mark.slow)], ids=["payload", "header"])
 @pytest.mark.parametrize("line", [-1, 0, 1])
 async def test_damage_to_the_log_is_told(repository: Repository, line: int, at: int) -> None:
     """A flipped byte in any record is reported by the next command, in text and JSON, and nothing crashes."""

@@ -286,7 +286,8 @@ async def test_a_replaced_worktree_is_not_followed(repository: Repository, tmp_p
     (tmp_path / "private").mkdir()
     (tmp_path / "private/secret.txt").write_text("canary-77\n")
     shell = {"use": "command", "argv": ["sh", "-c", f"cd .. && mv tree real && ln -s {tmp_path}/private tree"]}
-    config = repository.configure([{"id": "link", "prompt": "x", "attempts": 1}], adapters={"sh": shell})
+    tasks = [{"id": "link", "prompt": "x", "attempts": 1}]
+    config = repository.configure(tasks, adapters={"sh": shell}, sandbox="off")
     task = repository.council("run", str(config), "--json").result["tasks"][0]
     assert task["state"] == "failed"
     assert "replaced" in task["reason"]

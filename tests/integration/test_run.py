@@ -171,7 +171,7 @@ async def test_the_session_sees_what_is_allowed_and_nothing_else(
     assert seen["NAMED"] == "named-value"
     assert (seen["COUNCIL_RUN"], seen["COUNCIL_TASK"], seen["COUNCIL_ATTEMPT"]) == (run, "look", "1")
     assert Path(seen["COUNCIL_PROMPT_FILE"]).name == "prompt.md"
-    allowed = {"PATH", "LC_ALL", "PWD", "OLDPWD", "SHLVL", "_", "NAMED", "GIT_CEILING_DIRECTORIES"}
+    allowed = {"PATH", "LC_ALL", "PWD", "OLDPWD", "SHLVL", "_", "NAMED", "GIT_CEILING_DIRECTORIES", "TMPDIR"}
     assert {name for name in seen if not name.startswith("COUNCIL_")} <= allowed
     grep = subprocess.run(["grep", "-r", "canary-1f9e", str(repository.top.parent)], capture_output=True, check=False)
     assert grep.stdout == b""

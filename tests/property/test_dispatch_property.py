@@ -1,53 +1,207 @@
-"""Whatever the graph and whatever happens, capacity holds, needs hold, and every task comes to an end."""
+"""Whatever the graph and whatever happens: limits, needs and paths hold, every task ends, and none starves."""
 
 from __future__ import annotations
 
-from hypothesis import given
+from collections import Counter
+from collections.abc import Mapping
+
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.domain.dispatch import Board, decide
+from orchestrator.domain.dispatch import AGING, Board, Entry, decide
+from orchestrator.domain.ownership import any_overlap
+
+PATTERNS = ("a/**", "a/b", "b/*", "**/b", "c", "**")
+ADAPTERS = ("x", "y", "z")
 
 
 @st.composite
-def graphs(draw: st.DrawFn) -> dict[str, tuple[str, ...]]:
+def entries(draw: st.DrawFn) -> dict[str, Entry]:
     """Draw an acyclic graph: a task may need earlier ones."""
-    count = draw(st.integers(1, 12))
-    names = [f"t{index}" for index in range(count)]
-    needs = {
-        name: tuple(draw(st.lists(st.sampled_from(names[:index]), max_size=4))) if index else ()
+    names = [f"t{index}" for index in range(draw(st.integers(1, 12)))]
+    made = {
+        name: Entry(
+            needs=tuple(draw(st.lists(st.sampled_from(names[:index]), max_size=3))) if index else (),
+            adapter=draw(st.sampled_from(ADAPTERS)),
+            priority=draw(st.integers(-1, 1)),
+            owns=tuple(draw(st.lists(st.sampled_from(PATTERNS), max_size=2))),
+        )
         for index, name in enumerate(names)
     }
-    order = draw(st.permutations(names))
-    return {name: needs[name] for name in order}
+    return {name: made[name] for name in draw(st.permutations(names))}
 
 
-@given(graphs(), st.integers(1, 4), st.data())
-def test_capacity_and_needs_hold_and_all_ends(
-    needs: dict[str, tuple[str, ...]], capacity: int, data: st.DataObject
-) -> None:
-    """A task starts only with all its needs landed, never beyond capacity; at the end none is left."""
-    board, now = Board(needs), 0.0
-    running, landed, over, retries = list[str](), set[str](), set[str](), 0
-    while running or board.has_work():
-        for start in decide(board, capacity - len(running), now):
-            assert set(needs[start.task]) <= landed
-            running.append(start.task)
-        assert len(running) <= capacity
-        if not running:
-            due = board.next_time()
-            assert due is not None, "work is left, but nothing runs and nothing waits"
-            now = due
-            continue
-        task = running.pop(data.draw(st.integers(0, len(running) - 1)))
-        match data.draw(st.sampled_from(["land", "fail", "retry"])):
-            case "retry" if retries < 20:
-                retries += 1
-                board.wait(task, now + data.draw(st.floats(0, 10)))
-            case "fail":
-                over.add(task)
-                board.ended(task)
+class Run:
+    """A scheduler without sessions: does what the board says and what a test draws, and checks each step."""
+
+    def __init__(self, tasks: Mapping[str, Entry], capacity: int, capacities: Mapping[str, int]) -> None:
+        self.tasks, self.capacity, self.capacities = tasks, capacity, capacities
+        self.board, self.now = Board(tasks, capacities), 0.0
+        self.running, self.built, self.waiting = list[str](), list[str](), dict[str, float]()
+        self.landed, self.over, self.parked = set[str](), set[str](), dict[str, float]()
+
+    def decide(self) -> None:
+        for start in decide(self.board, self.capacity - len(self.running), self.now):
+            self._check_start(start.task)
+            self.waiting.pop(start.task, None)
+            self.running.append(start.task)
+        assert len(self.running) == self.board.running() <= self.capacity
+        counts = Counter(self.tasks[task].adapter for task in self.running)
+        assert all(counts[adapter] <= limit for adapter, limit in self.capacities.items())
+        self._check_blocked()
+
+    def _check_start(self, task: str) -> None:
+        entry = self.tasks[task]
+        live = [*self.running, *self.built]
+        assert set(entry.needs) <= self.landed
+        assert task not in {*live, *self.landed, *self.over, *self.board.blocked}
+        assert self.waiting.get(task, 0.0) <= self.now
+        assert self.parked.get(entry.adapter, 0.0) <= self.now
+        assert entry.adapter not in self.board.closed
+        assert not [other for other in live if any_overlap(entry.owns, self.tasks[other].owns)]
+
+    def _check_blocked(self) -> None:
+        dead = self.over | set(self.board.blocked)
+        for task, need in self.board.blocked.items():
+            assert need in self.tasks[task].needs
+            assert need in dead
+        assert not set(self.board.blocked) & (self.landed | self.over)
+        untouched = set(self.tasks) - dead - self.landed
+        assert not [task for task in untouched if set(self.tasks[task].needs) & dead]
+
+    def startable(self) -> list[str]:
+        """What could start now, were there room for all, by the plainest means."""
+        busy = {*self.running, *self.built, *self.landed, *self.over, *self.waiting, *self.board.blocked}
+        live = [self.tasks[task].owns for task in (*self.running, *self.built)]
+        return [
+            task
+            for task, entry in self.tasks.items()
+            if task not in busy
+            and set(entry.needs) <= self.landed
+            and entry.adapter not in self.board.closed
+            and self.parked.get(entry.adapter, 0.0) <= self.now
+            and not any(any_overlap(entry.owns, owns) for owns in live)
+        ]
+
+    def end(self, task: str, how: str, delay: float) -> None:
+        if task in self.running:
+            self.running.remove(task)
+        elif task in self.built:
+            self.built.remove(task)
+        self.waiting.pop(task, None)
+        match how:
+            case "build":
+                self.built.append(task)
+                self.board.built(task)
+            case "retry":
+                self.waiting[task] = self.now + delay
+                self.board.wait(task, self.now + delay)
+            case "end":
+                self.over.add(task)
+                self.board.ended(task)
             case _:
-                landed.add(task)
-                board.landed(task)
-    assert landed | over | set(board.blocked) == set(needs)
-    assert not (landed | over) & set(board.blocked)
+                self.landed.add(task)
+                self.board.landed(task)
+
+    def disturb(self, what: str, task: str, delay: float) -> None:
+        """Something that comes from without."""
+        adapter = self.tasks[task].adapter
+        match what:
+            case "park":
+                self.parked[adapter] = max(self.parked.get(adapter, 0.0), self.now + delay)
+                self.board.park(adapter, self.now + delay)
+            case "close":
+                self.board.close(adapter, "its login failed")
+            case "cancel" if task not in self.landed | self.over:
+                self.end(task, "end", delay)
+            case "revive" if task in self.over:
+                self.over.remove(task)
+                self.board.revive(task)
+            case "pass":
+                self.now += delay
+
+
+@settings(max_examples=400, deadline=None)
+@given(entries(), st.integers(1, 4), st.dictionaries(st.sampled_from(ADAPTERS), st.integers(1, 2)), st.data())
+def test_limits_hold_and_every_task_ends(
+    tasks: dict[str, Entry], capacity: int, capacities: dict[str, int], data: st.DataObject
+) -> None:
+    """Through parks, closes, retries, cancels and revivals each start is allowed, and the run comes to its end."""
+    run, budget = Run(tasks, capacity, capacities), 30
+    delays = st.floats(0, 2000)
+    while True:
+        if budget and data.draw(st.booleans()):
+            budget -= 1
+            what = data.draw(st.sampled_from(["park", "close", "cancel", "cancel", "revive", "revive", "pass"]))
+            run.disturb(what, data.draw(st.sampled_from(list(tasks))), data.draw(delays))
+        run.decide()
+        moving = [*run.running, *run.built]
+        if moving:
+            how = data.draw(st.sampled_from(["land", "build", "end", "retry"])) if budget else "land"
+            budget -= how == "retry"
+            task = data.draw(st.sampled_from(moving))
+            run.end(task, "land" if task in run.built and how == "build" else how, data.draw(delays))
+        elif run.board.has_work():
+            due = run.board.next_time()
+            assert due is not None, "work is left, but nothing runs and nothing waits"
+            assert due > run.now
+            run.now = due
+        else:
+            break
+    left = set(tasks) - run.landed - run.over - set(run.board.blocked)
+    assert not run.startable()
+    closed = {task for task in left if tasks[task].adapter in run.board.closed}
+    assert all(task in closed or set(tasks[task].needs) & left for task in left)
+
+
+@settings(max_examples=200, deadline=None)
+@given(entries(), st.integers(1, 4), st.data())
+def test_what_is_said_to_be_no_work_can_not_start(tasks: dict[str, Entry], capacity: int, data: st.DataObject) -> None:
+    """With nothing running, `has_work` tells what may start without a landing from what must wait for one."""
+    run = Run(tasks, capacity, {})
+    for _ in range(20):
+        run.decide()
+        if not run.running:
+            held = [run.tasks[task] for task in run.built]
+            assert not run.board.has_work() or run.board.next_time() is not None
+            assert run.built or not run.startable(), held
+            break
+        run.end(run.running[0], data.draw(st.sampled_from(["build", "land", "end"])), 0.0)
+
+
+STREAM = st.lists(
+    st.tuples(st.sampled_from([(), ("a/b",), ("b/*",), ("**",)]), st.integers(1, 4)), min_size=8, max_size=8
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 3), st.integers(0, 3), st.sampled_from([(), ("a/**",), ("a/b", "c")]), STREAM)
+def test_nothing_starves(
+    capacity: int, levels: int, owns: tuple[str, ...], stream: list[tuple[tuple[str, ...], int]]
+) -> None:
+    """Under an endless stream of tasks with a higher priority, those that came late enough never get ahead."""
+    total, step = 200, 60.0
+    tasks = {"low": Entry((), "x", 0, owns)}
+    for index in range(total):
+        tasks[f"s{index}"] = Entry((f"gate{index}",), "x", levels, stream[index % 8][0])
+        tasks[f"gate{index}"] = Entry((), "gate")
+    board, sessions, ahead = (
+        Board(tasks),
+        dict[str, int](),
+        {f"s{n}" for n in range(total) if n * step < levels * AGING},
+    )
+    board.close("gate", "they land when the test says so")
+    for index in range(total):
+        board.landed(f"gate{index}")
+        for task in [task for task, end in sessions.items() if end <= index]:
+            del sessions[task]
+            board.landed(task)
+        for start in decide(board, capacity - len(sessions), index * step):
+            if start.task == "low":
+                return
+            if start.task not in ahead:
+                assert owns, "without paths nothing may hold it up"
+                assert ahead or not any_overlap(owns, tasks[start.task].owns), "it overtook the oldest of all"
+            ahead.discard(start.task)
+            sessions[start.task] = index + stream[int(start.task[1:]) % 8][1]
+    raise AssertionError("it never started")

@@ -11,7 +11,7 @@ import adapters.command
 from adapters.command import CommandAdapter, CommandOptions
 from orchestrator import hookspecs
 from orchestrator.errors import RefusedError
-from orchestrator.protocols import Command, SessionRequest
+from orchestrator.protocols import Command, SessionEnd, SessionRequest
 from orchestrator.testing.adapter_contract import AdapterContract
 
 
@@ -75,9 +75,9 @@ def test_stdin() -> None:
 
 
 def test_environment() -> None:
-    """A list names what is passed on, a mapping sets what it says."""
-    passed = command(argv=["x"], env=["A", "B"])
-    assert (passed.env, passed.pass_env) == ({}, ("A", "B"))
+    """A list names what is passed on and sets what has a value, a mapping sets what it says."""
+    passed = command(argv=["x"], env=["A", "B", "C=1=2", "D="])
+    assert (passed.env, passed.pass_env) == ({"C": "1=2", "D": ""}, ("A", "B"))
     given = command(argv=["x"], env={"A": "1"})
     assert (given.env, given.pass_env) == ({"A": "1"}, ())
 
@@ -130,7 +130,13 @@ def test_prompt_with_nul_is_refused() -> None:
         {"argv": ["x"], "env": "A"},
         {"argv": ["x"], "env": 3},
         {"argv": ["x"], "env": [1]},
-        {"argv": ["x"], "env": ["A=b"]},
+        {"argv": ["x"], "env": ["A-B=b"]},
+        {"argv": ["x"], "env": ["API_KEY=0f9a8b7c6d5e4f3a2b1c"]},
+        {"argv": ["x"], "env": {"API_KEY": "0f9a8b7c6d5e4f3a2b1c"}},
+        {"argv": ["x"], "env": {"WHATEVER": "ghp_" + "a1B2" * 9}},
+        {"argv": ["x"], "failures": {"auth": "("}},
+        {"argv": ["x"], "failures": {"no_change": "x"}},
+        {"argv": ["x"], "failures": {"auth": 1}},
         {"argv": ["x"], "env": ["A\n"]},
         {"argv": ["x"], "env": [""]},
         {"argv": ["x"], "env": {"A": 1}},
@@ -146,6 +152,38 @@ def test_wrong_options(options: dict[str, Any]) -> None:
     """What the program could not be started with is refused before anything runs."""
     with pytest.raises(ValidationError):
         CommandOptions.model_validate(options)
+
+
+def end(stdout: str = "", stderr: str = "") -> SessionEnd:
+    return SessionEnd(exit=1, signal=None, time=1_000_000.0, stdout=stdout, stderr=stderr)
+
+
+@pytest.mark.parametrize(
+    ("said", "failure", "until"),
+    [
+        ("nothing of note", None, None),
+        ("Error: NOT LOGGED IN", "auth", None),
+        ("usage limit, try again in 90 s", "rate_limited", 1_000_090.0),
+        ("usage limit until 2001-09-09T01:46:40+00:00", "rate_limited", 1_000_000_000.0),
+        ("usage limit until 2001-09-09T01:46:40", "rate_limited", 1_000_000_000.0),
+        ("usage limit until 1000000000", "rate_limited", 1_000_000_000.0),
+        ("usage limit until never", "rate_limited", None),
+        ("usage limit until 999999999999999999", "rate_limited", None),
+        ("first: not logged in\nusage limit", "auth", None),
+    ],
+)
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_the_class_of_a_failure_is_read_from_what_was_said(
+    said: str, failure: str | None, until: float | None, stream: str
+) -> None:
+    """The options' patterns, in their order, look through both streams; a limit may name its end."""
+    patterns = {
+        "auth": "not logged in",
+        "rate_limited": r"usage limit(, try again in (?P<seconds>\d+) s| until (?P<until>\S+))?",
+    }
+    adapter = CommandAdapter(CommandOptions.model_validate({"argv": ["x"], "failures": patterns}))
+    verdict = adapter.verdict(end(**{stream: said}))
+    assert (verdict and str(verdict.failure), verdict and verdict.until) == (failure, until)
 
 
 def test_unknown_placeholder_is_explained() -> None:

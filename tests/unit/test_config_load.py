@@ -8,7 +8,8 @@ import pytest
 
 from adapters.command import CommandAdapter
 from orchestrator.config.load import load_config
-from orchestrator.config.model import AdapterConfig, Backoff, RunConfig, TaskSpec, restore_adapter
+from orchestrator.config.model import AdapterConfig, Backoff, FenceConfig, Reach, RunConfig, TaskSpec, restore_adapter
+from orchestrator.domain.failures import RETRIED
 from orchestrator.errors import RefusedError
 
 TYPES = {"command": CommandAdapter}
@@ -75,7 +76,18 @@ def test_smallest_file_gets_all_defaults(tmp_path: Path) -> None:
         timeout=1800.0,
         attempts=3,
         backoff=Backoff(initial=2.0, factor=2.0, max=300.0, jitter=True),
+        silence=600.0,
+        retry_on=RETRIED,
+        checks=(),
+        checks_timeout=600.0,
+        checks_env=(),
+        retry_checks=True,
+        max_file=50_000_000,
+        priority=0,
+        owns=(),
     )
+    assert config.session_memory == 256 << 20
+    assert config.fence == FenceConfig(sandbox="auto", network=True, reach=Reach())
 
 
 def test_tasks_override_defaults_key_by_key(tmp_path: Path) -> None:
@@ -95,6 +107,7 @@ def test_tasks_override_defaults_key_by_key(tmp_path: Path) -> None:
         "argv": ("other",),
         "env": {"MODE": "on"},
         "prompt": "stdin",
+        "failures": {},
     }
 
 
@@ -109,7 +122,12 @@ def test_what_is_stored_is_restored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stored", "fragment"), [({"use": "gone"}, "install the plugin"), ({"use": "command", "argv": 1}, "version")]
+    ("stored", "fragment"),
+    [
+        ({"use": "gone"}, "install the plugin"),
+        ({"use": "command", "argv": ["x"]}, "version"),
+        ({"use": "command", "options": {"argv": 1}, "capacity": None, "reach": {}}, "version"),
+    ],
 )
 def test_adapter_that_no_longer_fits_is_refused(stored: dict[str, Any], fragment: str) -> None:
     """Restoring says what to do when a plugin is gone or takes other options now."""

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from orchestrator.config.circles import find_circles
-from orchestrator.config.durations import parse_duration
 from orchestrator.config.names import check_branch, check_name
+from orchestrator.config.quantities import parse_duration
 from orchestrator.config.scalars import resolve_plain
 
 

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
 import click
 import pytest
+import yaml
 
 from adapters.command import CommandAdapter
 from orchestrator.cli.main import main
 from orchestrator.cli.output import SENTENCES
 from orchestrator.config.load import load_config
-from orchestrator.config.schema import BackoffEntry, DefaultsEntry, FileConfig, TaskEntry
+from orchestrator.config.schema import AdapterEntry, BackoffEntry, DefaultsEntry, FileConfig, TaskEntry
+from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.model import TaskStatus
 from orchestrator.engine.ledger import TASK_EVENTS
 from orchestrator.engine.report import RunReport, RunStatus, TaskReport
 from orchestrator.plugins import load_adapter_types
-from orchestrator.sessions.session import BASE_ENVIRONMENT
+from orchestrator.sessions.environment import BASE_ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -52,15 +55,32 @@ def test_every_shipped_file_loads(path: Path) -> None:
 
 def test_every_key_is_documented() -> None:
     """docs/configuration.md has each key of the file, of `command` and of the base environment."""
-    models = (FileConfig, TaskEntry, DefaultsEntry, BackoffEntry, CommandAdapter.Options)
+    models = (FileConfig, TaskEntry, DefaultsEntry, BackoffEntry, AdapterEntry, CommandAdapter.Options)
     keys = {field.alias or name for model in models for name, field in model.model_fields.items()}
     missing = [key for key in sorted(keys | set(BASE_ENVIRONMENT)) if f"`{key}`" not in CONFIGURATION]
     assert missing == []
 
 
+def test_every_class_of_failure_is_documented() -> None:
+    """docs/configuration.md says what each leads to."""
+    assert [one for one in FailureClass if f"| `{one}` |" not in CONFIGURATION] == []
+
+
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", CONFIGURATION, re.DOTALL))
+def test_every_example_of_the_reference_loads(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put into an otherwise smallest file, each example is valid."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in (".some-cli", ".venvs/app"):
+        (tmp_path / folder).mkdir(parents=True)
+    smallest = {"version": 1, "adapters": {"x": {"use": "command", "argv": ["x"]}}}
+    text = json.dumps({**smallest, "tasks": [{"id": "a", "prompt": "Fix it."}], **yaml.safe_load(block)})
+    (tmp_path / "council.yaml").write_text(text)
+    assert load_config(tmp_path / "council.yaml", load_adapter_types()).tasks
+
+
 def test_the_readme_explains_every_final_state() -> None:
     """A state that a result can show at the end stands in the README's table."""
-    transient = {TaskStatus.PENDING, TaskStatus.RUNNING, TaskStatus.LANDING}
+    transient = {TaskStatus.PENDING, TaskStatus.RUNNING, TaskStatus.CHECKING, TaskStatus.LANDING}
     for state in [*(set(TaskStatus) - transient), "blocked"]:
         assert f"| `{state}` |" in README
 

@@ -7,15 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.domain.dispatch import Board, Start, decide
+from orchestrator.domain.dispatch import Board, Entry, Start, decide
+from orchestrator.domain.failures import RETRIED, RETRYABLE, FailureClass, Policy, policy_of
 from orchestrator.domain.lifecycle import TRANSITIONS, Trigger, advance
-from orchestrator.domain.model import FINAL, Attempt, RunDocument, TaskDocument, TaskStatus
-from orchestrator.domain.outcome import Built, Exit, Failed, Interrupted, Outcome, Unchanged, judge
-from orchestrator.domain.retry import Backoff, retry_delay
-from orchestrator.engine.report import ReportPlaces, RunStatus, report
+from orchestrator.domain.model import (
+    FINAL,
+    REVIVABLE,
+    AdapterDocument,
+    Attempt,
+    RunDocument,
+    TaskDocument,
+    TaskStatus,
+)
+from orchestrator.domain.outcome import Built, Exhausted, Exit, Failed, Interrupted, Limits, Outcome, judge
+from orchestrator.domain.retry import LONGEST_PARK, PARK, Backoff, park_until, retry_delay
+from orchestrator.engine.report import AdapterReport, ReportPlaces, RunRecord, RunReport, RunStatus, report
 from orchestrator.errors import InvalidTransition
 
-DIAMOND = {"a": (), "b": ("a",), "c": ("a",), "d": ("b", "c")}
+DIAMOND = {"a": Entry(), "b": Entry(("a",)), "c": Entry(("a",)), "d": Entry(("b", "c"))}
 
 
 def started(board: Board, free: int, now: float = 0.0) -> list[str]:
@@ -25,10 +34,10 @@ def started(board: Board, free: int, now: float = 0.0) -> list[str]:
 
 @pytest.mark.parametrize(("status", "trigger"), [*itertools.product(TaskStatus, Trigger)])
 def test_every_pair_of_status_and_trigger(status: TaskStatus, trigger: Trigger) -> None:
-    """A row leads to its status; a missing row raises; a final status is left only by a rewritten target."""
+    """A row leads to its status; a missing row raises; a final status is left by a person or a rewritten target."""
     task = TaskDocument(status=status)
     if (status, trigger) in TRANSITIONS:
-        assert status not in FINAL or trigger is Trigger.LOSE
+        assert status not in FINAL or trigger is (Trigger.REVIVE if status in REVIVABLE else Trigger.LOSE)
         assert advance("task", task, trigger, reason="why") == TaskDocument(
             status=TRANSITIONS[status, trigger], reason="why"
         )
@@ -49,7 +58,7 @@ def test_every_status_is_reachable() -> None:
 
 def test_starts_in_the_order_of_the_file_within_capacity() -> None:
     """Ready tasks start in the file's order, never more than are free."""
-    board = Board({"c": (), "a": (), "b": ()})
+    board = Board({"c": Entry(), "a": Entry(), "b": Entry()})
     assert decide(board, 2, 0.0) == [Start("c"), Start("a")]
     assert started(board, 0) == []
     assert started(board, 5) == ["b"]
@@ -70,7 +79,7 @@ def test_a_need_must_have_landed_not_just_ended() -> None:
 
 def test_a_need_that_is_named_twice_counts_once() -> None:
     """`needs: [a, a]` does not wait for a second landing."""
-    board = Board({"a": (), "b": ("a", "a")})
+    board = Board({"a": Entry(), "b": Entry(("a", "a"))})
     started(board, 9)
     board.landed("a")
     assert started(board, 9) == ["b"]
@@ -78,7 +87,7 @@ def test_a_need_that_is_named_twice_counts_once() -> None:
 
 def test_what_needs_a_failed_task_is_blocked_by_it() -> None:
     """The block goes on through the graph, each task naming the need beside it."""
-    board = Board(DIAMOND | {"free": ()})
+    board = Board(DIAMOND | {"free": Entry()})
     assert started(board, 1) == ["a"]
     board.ended("a")
     assert board.blocked == {"b": "a", "c": "a", "d": "c"}
@@ -88,7 +97,7 @@ def test_what_needs_a_failed_task_is_blocked_by_it() -> None:
 
 def test_a_blocked_task_stays_blocked_when_its_other_need_lands() -> None:
     """One need in vain is enough."""
-    board = Board({"a": (), "b": (), "c": ("a", "b")})
+    board = Board({"a": Entry(), "b": Entry(), "c": Entry(("a", "b"))})
     started(board, 9)
     board.ended("a")
     board.landed("b")
@@ -97,7 +106,7 @@ def test_a_blocked_task_stays_blocked_when_its_other_need_lands() -> None:
 
 def test_a_waiting_task_starts_at_its_time() -> None:
     """A task that was put off is neither early nor forgotten."""
-    board = Board({"a": (), "b": ()})
+    board = Board({"a": Entry(), "b": Entry()})
     assert started(board, 9) == ["a", "b"]
     board.wait("a", until=10.0)
     assert board.next_time() == 10.0
@@ -142,53 +151,130 @@ def test_jitter_spreads_between_nothing_and_the_full_wait() -> None:
     assert max(drawn) - min(drawn) > 2.0
 
 
+@pytest.mark.parametrize(
+    ("until", "parks", "waits"),
+    [
+        (None, 1, 30.0),
+        (None, 3, 120.0),
+        (None, 50, 3600.0),
+        (500.0, 1, 500.0),
+        (-500.0, 1, 1.0),
+        (-500.0, 2, 30.0),
+        (10.0, 4, 120.0),
+        (1e12, 1, LONGEST_PARK),
+    ],
+)
+def test_a_park_lasts_until_the_word_of_the_adapter_or_longer(until: float | None, parks: int, waits: float) -> None:
+    """An instant that is given counts, but what proves wrong again and again is believed less each time."""
+    now = 1_000_000.0
+    assert park_until(now, None if until is None else now + until, parks) == now + waits
+    assert PARK.initial == 30.0
+
+
+@pytest.mark.parametrize("failure", FailureClass)
+def test_every_failure_has_a_policy(failure: FailureClass) -> None:
+    """A usage limit parks, a login closes, all else is retried or final as the task says."""
+    fixed = {FailureClass.RATE_LIMITED: Policy.PARK, FailureClass.AUTH: Policy.CLOSE}
+    for retried in (frozenset(FailureClass), frozenset[FailureClass](), RETRIED):
+        expected = fixed.get(failure, Policy.RETRY if failure in retried else Policy.FAIL)
+        assert policy_of(failure, retried) is expected
+    assert (failure in RETRYABLE) == (failure not in {*fixed, FailureClass.CHECKS_FAILED})
+
+
 ENDED_WELL = Exit("exit", 0, None, None)
+BUSY = Failed(FailureClass.OVERLOADED, "too busy")
+CRASHED = FailureClass.CRASHED
 
 
 @pytest.mark.parametrize(
-    ("exit_", "commit", "refused", "outcome"),
+    ("exit_", "commit", "refused", "verdict", "outcome"),
     [
-        (ENDED_WELL, "c", None, Built("c")),
-        (ENDED_WELL, None, None, Unchanged()),
-        (ENDED_WELL, "c", "too big", Failed("invalid", "too big")),
-        (Exit("exit", 3, None, None), "c", None, Failed("crashed", "the program ended with exit code 3")),
-        (Exit("exit", None, 9, None), "c", None, Failed("crashed", "the program was ended by signal 9")),
-        (Exit("stop", 0, None, None), "c", None, Interrupted("the run was stopped")),
-        (Exit("orphaned", None, 9, None), "c", None, Interrupted("the run was stopped")),
+        (ENDED_WELL, "c", None, None, Built("c")),
+        (ENDED_WELL, "c", None, BUSY, Built("c")),
+        (
+            ENDED_WELL,
+            None,
+            None,
+            None,
+            Failed(FailureClass.NO_CHANGE, "the program ended well but changed nothing"),
+        ),
+        (ENDED_WELL, None, None, BUSY, BUSY),
+        (ENDED_WELL, "c", "too big", None, Failed(FailureClass.REFUSED, "too big")),
+        (Exit("exit", 3, None, None), "c", None, None, Failed(CRASHED, "the program ended with exit code 3")),
+        (Exit("exit", 3, None, None), "c", "too big", BUSY, BUSY),
+        (Exit("exit", None, 9, None), "c", None, None, Failed(CRASHED, "the program got signal 9")),
+        (Exit("stop", 0, None, None), "c", None, BUSY, Interrupted("the run was stopped")),
+        (Exit("orphaned", None, 9, None), "c", None, None, Interrupted("the run was stopped")),
+        (
+            Exit("exit", None, None, "no memory", exhausted=True),
+            None,
+            None,
+            None,
+            Exhausted("the program could not be started: no memory"),
+        ),
     ],
 )
-def test_outcomes_are_judged_by_facts(exit_: Exit, commit: str | None, refused: str | None, outcome: Outcome) -> None:
-    """A good exit with a change is built, without one is no change; anything else failed or was cut off."""
-    assert judge(exit_, commit, refused, 60.0) == outcome
+def test_outcomes_are_judged_by_facts(
+    exit_: Exit, commit: str | None, refused: str | None, verdict: Failed | None, outcome: Outcome
+) -> None:
+    """A good exit with a change is built; a program's word counts only against it; anything else failed."""
+    assert judge(exit_, Limits(60.0), commit, refused, verdict) == outcome
 
 
-def test_a_time_limit_names_itself_and_a_missing_program_is_final() -> None:
-    """A timeout may be retried, a program that can't start may not."""
-    timed_out = judge(Exit("timeout", None, 15, None), "c", None, 90.0)
-    assert isinstance(timed_out, Failed)
-    assert (timed_out.failure, timed_out.final) == ("timeout", False)
-    assert "90 s" in timed_out.reason
-    missing = judge(Exit("exit", None, None, "no such file"), None, None, 90.0)
-    assert isinstance(missing, Failed)
-    assert missing.final
+@pytest.mark.parametrize(
+    ("exit_", "failure", "fragment"),
+    [
+        (Exit("timeout", None, 15, None), FailureClass.TIMEOUT, "90 s"),
+        (Exit("silence", 0, None, None), FailureClass.SILENCE, "7 s"),
+        (Exit("exit", None, None, "no such file"), FailureClass.INVALID, "no such file"),
+    ],
+)
+def test_a_limit_and_a_missing_program_name_themselves(exit_: Exit, failure: FailureClass, fragment: str) -> None:
+    """What ended a session is its failure's class, and the reason has the number to change."""
+    judged = judge(exit_, Limits(90.0, 7.0), "c", None, BUSY)
+    assert isinstance(judged, Failed)
+    assert judged.failure is failure
+    assert fragment in judged.reason
+
+
+def record(tasks: dict[str, TaskDocument], entries: dict[str, Entry], **adapters: AdapterDocument) -> RunRecord:
+    """Return the record of a run of these tasks."""
+    run = RunDocument(
+        id="r", config="c", repo="/r", is_url=False, base="main", target="t", capacity=1, session_memory=1,
+        adapters={}, fence={}, tasks=tuple(tasks), start="0" * 40, hub="/h", started=0.0,
+    )  # fmt: skip
+    return RunRecord(run, tasks, entries, adapters)
+
+
+def reported(made: RunRecord, status: RunStatus | None) -> RunReport:
+    """Report it as of the hundredth second."""
+    return report(made, places=ReportPlaces(Path("/logs"), Path("/trusted")), status=status, now=100.0)
 
 
 def test_a_report_names_what_blocks() -> None:
     """A blocked task says which need it waited for, and the run is incomplete with exit code 1."""
-    run = RunDocument(
-        id="r", config="c", repo="/r", is_url=False, base="main", target="t", capacity=1, adapters={},
-        tasks=("a", "b"), start="0" * 40, hub="/h", started=0.0,
-    )  # fmt: skip
-    attempt = Attempt(number=1, base="0" * 40, started=0.0)
+    attempt = Attempt(number=1, base="0" * 40, started=0.0, outcome="crashed")
     tasks = {
         "a": TaskDocument(status=TaskStatus.FAILED, attempts=(attempt,), reason="it broke", branch="kept"),
         "b": TaskDocument(),
     }
-    places = ReportPlaces(Path("/logs"), Path("/trusted"))
-    made = report(run, tasks, {"a": (), "b": ("a",)}, places=places, status=None)
+    made = reported(record(tasks, {"a": Entry(), "b": Entry(("a",))}), None)
     assert (made.status, made.exit_code, made.to_json()["exit"]) == (RunStatus.INCOMPLETE, 1, 1)
-    assert [(task.state, task.reason) for task in made.tasks] == [
-        ("failed", "it broke"),
-        ("blocked", "needs 'a', which did not land"),
+    assert [(task.state, task.failure, task.reason) for task in made.tasks] == [
+        ("failed", "crashed", "it broke"),
+        ("blocked", None, "needs 'a', which did not land"),
     ]
     assert [task.log for task in made.tasks] == ["/logs/a.1.stderr", None]
+
+
+def test_a_report_names_adapters_that_can_not_be_used() -> None:
+    """A parked adapter says until when; one that is stopped blocks its tasks once nothing is at work."""
+    entries = {"a": Entry(adapter="shut"), "b": Entry(adapter="parked")}
+    tasks = {"a": TaskDocument(), "b": TaskDocument()}
+    parked, past = AdapterDocument(parked_until=200.0, parks=1), AdapterDocument(parked_until=99.0, parks=1)
+    made = record(tasks, entries, shut=AdapterDocument(closed="log in"), parked=parked, past=past)
+    live, over = reported(made, RunStatus.RUNNING), reported(made, None)
+    assert live.adapters == [AdapterReport("shut", None, "log in"), AdapterReport("parked", 200.0, None)]
+    assert [task.state for task in live.tasks] == ["pending", "pending"]
+    assert [task.state for task in over.tasks] == ["blocked", "pending"]
+    assert "log in" in str(over.tasks[0].reason)

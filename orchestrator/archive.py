@@ -1,0 +1,245 @@
+"""What the tasks of a project's runs left: what they printed, what they changed, what is kept of it, and getting it."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+
+from orchestrator.config.model import TaskSpec
+from orchestrator.domain.model import FINAL, Attempt, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.secrets import Redactor, secret_values
+from orchestrator.engine.ledger import read_run, read_spec, read_task
+from orchestrator.engine.preflight import find_site
+from orchestrator.errors import RefusedError
+from orchestrator.project import Project
+from orchestrator.protocols import Store
+from orchestrator.repo import diffs, salvage, worktrees
+from orchestrator.repo.git import Git
+from orchestrator.repo.hub import Hub
+from orchestrator.repo.inspection import Admission
+from orchestrator.repo.salvage import Kept
+from orchestrator.repo.worktrees import Worktree
+from orchestrator.sessions.output import log_file
+
+#: Seconds between two looks at files that are followed.
+_FOLLOW_PAUSE = 0.2
+_CHUNK = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class LogPart:
+    """Something that an attempt printed: `stream` is `stdout`, `stderr`, or `check` and the check's number."""
+
+    attempt: int
+    stream: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeptWork:
+    """Work that is on no target: a ref of `repository`, or a worktree that could not be collected wholly."""
+
+    name: str
+    run: str
+    task: str
+    state: str
+    subject: str
+    commit: str | None
+    committed: int | None
+    """Seconds since the epoch."""
+    worktree: str | None
+
+
+class Archive:
+    """The records of tasks; `is_live` tells whether a process is at work in a run."""
+
+    def __init__(
+        self,
+        project: Project,
+        store: Store,
+        environ: Mapping[str, str],
+        is_live: Callable[[str], Awaitable[bool]],
+    ) -> None:
+        self._project, self._store, self._environ, self._is_live = project, store, environ, is_live
+
+    async def log(
+        self, run: str, task: str, *, attempt: int | None = None, follow: bool = False
+    ) -> AsyncGenerator[LogPart]:
+        """Yield what an attempt of a task (the newest if left out) printed, and what was printed by its checks.
+
+        With `follow`, go on with whatever comes, attempt by attempt, until the task is over or nobody is at work in
+        the run. RefusedError if there is no such attempt.
+        """
+        document = await self._task(run, task)
+        number = self._attempt(task, document, attempt).number if document.attempts or not follow else 1
+        tails = _Tails(self._project.logs(run), task)
+        while True:
+            # Asked first: what is printed before that is read after it.
+            document = await read_task(self._store, run, task)
+            going_on = follow and document.status not in FINAL and await self._is_live(run)
+            for one in range(number, len(document.attempts) + 1) if attempt is None else [number]:
+                for part in await anyio.to_thread.run_sync(tails.read, one):
+                    yield part
+            if not going_on:
+                return
+            await anyio.sleep(_FOLLOW_PAUSE)
+
+    async def diff(self, run: str, task: str, *, color: bool = False, stat: bool = False) -> bytes:
+        """Return what a task has changed, as git shows it: so far, where its session is at work."""
+        document, git = await self._task(run, task), await self._git(run)
+        if document.status is TaskStatus.RUNNING and await self._is_live(run):
+            return await self._live_diff(run, task, document.attempt, color=color, stat=stat)
+        kept = [one for one in document.attempts if one.branch is not None]
+        if not kept or (document.commit is None and not await git.has_branch(str(kept[-1].branch))):
+            raise RefusedError(f"task {task!r} has changed nothing that is kept", f"see `council logs {task}`")
+        commit = document.commit or f"refs/heads/{kept[-1].branch}"
+        return await diffs.diff(git, kept[-1].base, commit, color=color, stat=stat)
+
+    async def kept(self, run: str) -> list[KeptWork]:
+        """Return all work of a run that is kept beside the target."""
+        document = await read_run(self._store, run)
+        hub = Hub(Path(document.hub))
+        found = [await self._described(one) for one in await salvage.kept(await self._git(run), run)]
+        if await self._is_live(run):
+            return found
+        left = await anyio.to_thread.run_sync(worktrees.left_over, hub, run, document.tasks)
+        return [*found, *[await self._worktree(one) for one in left if not one.is_check]]
+
+    async def show(self, run: str, name: str, *, color: bool = False, stat: bool = False) -> bytes:
+        """Return what kept work changes, as git shows it."""
+        git = await self._git(run)
+        if (worktree := await self._kept_worktree(run, name)) is not None:
+            document = await self._task(run, worktree.task)
+            attempt = self._attempt(worktree.task, document, worktree.attempt)
+            return await self._live_diff(run, worktree.task, attempt, color=color, stat=stat)
+        found = salvage.find(await salvage.kept(git, run), name)
+        return await diffs.diff(git, await self._base(git, found), found.commit, color=color, stat=stat)
+
+    async def apply(self, run: str, name: str, branch: str | None = None) -> Sequence[str]:
+        """Bring kept work into the user's files as changes that are not committed, or as a new branch.
+
+        All of it or nothing. Returns the paths that changed, or the branch.
+        """
+        git, document = await self._git(run), await read_run(self._store, run)
+        if await self._kept_worktree(run, name) is not None:
+            raise RefusedError(f"{name!r} is a folder of files that no commit holds", "copy from it by hand")
+        found = salvage.find(await salvage.kept(git, run), name)
+        site = await find_site(document.repo, is_url=document.is_url, environ=self._environ)
+        if branch is not None:
+            await salvage.make_branch(site.source(git), found.commit, branch)
+            return (branch,)
+        if site.repository is None or site.repository.top is None:
+            raise RefusedError(f"{document.repo} has no checkout", "name a branch to make of it (--branch)")
+        users = Git(None, users=True, environ=self._environ)
+        base = await self._base(git, found)
+        return await salvage.apply_to_checkout(git, users, site.repository.top, base, found.commit)
+
+    async def drop(self, run: str, names: Sequence[str]) -> None:
+        """Delete kept work for good; RefusedError, with nothing deleted, for what the run still needs."""
+        git = await self._git(run)
+        refs, folders = [], []
+        listed = await salvage.kept(git, run)
+        for name in names:
+            worktree = await self._kept_worktree(run, name)
+            found = None if worktree else salvage.find(listed, name)
+            task = worktree.task if worktree else found.task if found else ""
+            document = await read_task(self._store, run, task)
+            if document.status not in FINAL:
+                raise RefusedError(f"{name!r} belongs to a task that is not over", "cancel the task first, or wait")
+            folders += [worktree] if worktree else []
+            refs += [found] if found else []
+        await salvage.drop(git, refs)
+        for worktree in folders:
+            await worktrees.remove(git, worktree)
+
+    async def _live_diff(self, run: str, task: str, attempt: Attempt, *, color: bool, stat: bool) -> bytes:
+        document, spec = await read_run(self._store, run), await self._spec(run, task)
+        worktree = Worktree(Hub(Path(document.hub)), run, task, attempt.number)
+        admit = Admission(Redactor(secret_values(self._environ)), spec.max_file)
+        git = await self._git(run)
+        return await diffs.live_diff(git, worktree, attempt.base, admit=admit, color=color, stat=stat)
+
+    async def _described(self, one: Kept) -> KeptWork:
+        document = await read_task(self._store, one.run, one.task)
+        return KeptWork(one.name, one.run, one.task, document.status, one.subject, one.commit, one.committed, None)
+
+    async def _worktree(self, one: Worktree) -> KeptWork:
+        document = await read_task(self._store, one.run, one.task)
+        subject = "a worktree that could not be collected wholly"
+        return KeptWork(_name(one), one.run, one.task, document.status, subject, None, None, str(one.tree))
+
+    async def _kept_worktree(self, run: str, name: str) -> Worktree | None:
+        document = await read_run(self._store, run)
+        left = worktrees.left_over(Hub(Path(document.hub)), run, document.tasks)
+        return next((one for one in left if not one.is_check and _name(one) == name), None)
+
+    async def _base(self, git: Git, found: Kept) -> str:
+        document = await read_task(self._store, found.run, found.task)
+        number = found.part.partition("/")[0]
+        if not number.isdecimal():  # both sides of a conflict: the first parent is what the target was
+            return await git.line("rev-parse", f"{found.commit}^1")
+        return document.attempts[int(number) - 1].base
+
+    async def _git(self, run: str) -> Git:
+        document: RunDocument = await read_run(self._store, run)
+        return Git(Hub(Path(document.hub)).trusted, environ=self._environ)
+
+    async def _task(self, run: str, task: str) -> TaskDocument:
+        document = await read_run(self._store, run)
+        document.check_task(task)
+        return await read_task(self._store, run, task)
+
+    async def _spec(self, run: str, task: str) -> TaskSpec:
+        return await read_spec(self._store, run, task)
+
+    def _attempt(self, task: str, document: TaskDocument, number: int | None) -> Attempt:
+        if not document.attempts:
+            raise RefusedError(f"task {task!r} has not been tried yet", "wait until it starts")
+        if number is not None and not 0 < number <= len(document.attempts):
+            raise RefusedError(f"task {task!r} has no attempt {number}", f"name one from 1 to {len(document.attempts)}")
+        return document.attempts[(number or 0) - 1]
+
+
+def _name(worktree: Worktree) -> str:
+    return f"{worktree.task}/{worktree.attempt}/worktree"
+
+
+@dataclass(slots=True)
+class _Tails:
+    """The files that hold what a task's attempts printed, each read up to some place."""
+
+    logs: Path
+    task: str
+    _read: dict[Path, tuple[int, codecs.IncrementalDecoder]] = field(default_factory=dict)
+
+    def read(self, attempt: int) -> list[LogPart]:
+        """Return what has come since the last look."""
+        parts = []
+        for stream in self._streams(attempt):
+            path = log_file(self.logs, self.task, attempt, stream)
+            at, decoder = self._read.get(path, (0, codecs.getincrementaldecoder("utf-8")("replace")))
+            with path.open("rb") as file:
+                if path.stat().st_size < at:  # checks of a merge that was made anew
+                    at = 0
+                file.seek(at)
+                while data := file.read(_CHUNK):
+                    at += len(data)
+                    if text := decoder.decode(data):
+                        parts.append(LogPart(attempt, stream, text))
+            self._read[path] = at, decoder
+        return parts
+
+    def _streams(self, attempt: int) -> list[str]:
+        prefix = f"{self.task}.{attempt}."
+        names = [path.name.removeprefix(prefix) for path in self.logs.glob(f"{prefix}*")]
+        order = {"stdout": (0, 0), "stderr": (1, 0)}
+        checks = {
+            name: (2, int(name.removeprefix("check"))) for name in names if name.removeprefix("check").isdecimal()
+        }
+        places = order | checks
+        return sorted((name for name in names if name in places), key=places.__getitem__)

@@ -1,0 +1,113 @@
+"""Commands for work that is kept and on no target."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import UTC, datetime
+
+import click
+
+from orchestrator.archive import KeptWork
+from orchestrator.cli.command import Context, json_option, opened, perform, run_option
+from orchestrator.cli.output import plain
+from orchestrator.cli.tasks import show_difference, wants_color
+
+
+@click.group()
+def salvage() -> None:
+    """Work that is on no target: of tasks that failed, conflicted, were cancelled or cut off."""
+
+
+@salvage.command("list")
+@run_option
+@json_option
+def list_kept(run: str | None, as_json: bool) -> None:
+    """List what is kept, the newest run first.
+
+    The other commands take the names, for another run than the newest together with --run.
+    """
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            names = [run] if run else [report.run for report in await council.runs()][::-1]
+            kept = [one for name in names for one in await council.archive.kept(name)]
+            if as_json:
+                context.output.json({"kept": [asdict(one) for one in kept]})
+            for one in [] if as_json else kept:
+                context.output.text(_line(one))
+            return 0
+
+    perform(command, as_json=as_json)
+
+
+def _line(one: KeptWork) -> str:
+    when = "" if one.committed is None else _local(one.committed)
+    return plain(f"{one.run}  {one.name:<28} {one.state:<10} {when:<16} {one.worktree or one.subject}") + "\n"
+
+
+def _local(instant: int) -> str:
+    """Return a commit's time as a person reads it; whoever committed may have written any number."""
+    try:
+        return f"{datetime.fromtimestamp(instant, UTC).astimezone():%Y-%m-%d %H:%M}"
+    except (ValueError, OverflowError, OSError):
+        return "?"
+
+
+@salvage.command()
+@click.argument("name")
+@click.option("--stat", is_flag=True, help="Files and counts of lines only.")
+@run_option
+def show(name: str, stat: bool, run: str | None) -> None:
+    """Show what kept work changes."""
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            work = run or await council.newest_run()
+            color = wants_color(None)
+            show_difference(context.output, await council.archive.show(work, name, color=color, stat=stat), color)
+            return 0
+
+    perform(command, as_json=False)
+
+
+@salvage.command()
+@click.argument("name")
+@click.option("--branch", metavar="BRANCH", help="Make this branch of it instead, in your repository.")
+@run_option
+@json_option
+def apply(name: str, branch: str | None, run: str | None, as_json: bool) -> None:
+    """Bring kept work into your files, uncommitted.
+
+    All of it, or nothing if it does not fit. With --branch it becomes a branch of your repository instead.
+    """
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            changed = await council.archive.apply(run or await council.newest_run(), name, branch)
+            if as_json:
+                context.output.json({"applied": name, "branch": branch, "paths": [] if branch else list(changed)})
+            else:
+                what = "made the branch" if branch else "changed"
+                context.output.text(plain(f"{what} {', '.join(changed) or 'nothing'}") + "\n")
+            return 0
+
+    perform(command, as_json=as_json)
+
+
+@salvage.command()
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@run_option
+@json_option
+def drop(names: tuple[str, ...], run: str | None, as_json: bool) -> None:
+    """Delete kept work for good."""
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            await council.archive.drop(run or await council.newest_run(), names)
+            if as_json:
+                context.output.json({"dropped": list(names)})
+            else:
+                context.output.text(f"dropped {', '.join(names)}\n")
+            return 0
+
+    perform(command, as_json=as_json)

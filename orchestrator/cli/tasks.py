@@ -1,0 +1,108 @@
+"""Commands for single tasks, from any terminal: on a run that is at work as well as on one that is not."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import aclosing
+from dataclasses import asdict
+
+import click
+
+from orchestrator.cli.command import Context, json_option, opened, perform, run_option
+from orchestrator.cli.output import Output
+from orchestrator.domain.model import Action
+
+_color = click.option("--color/--no-color", default=None, help="Colours; by default on a terminal only.")
+_stat = click.option("--stat", is_flag=True, help="Files and counts of lines only.")
+
+
+def _ask(action: Action, tasks: tuple[str, ...], run: str | None, *, as_json: bool) -> None:
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            report = await council.ask(run or await council.newest_run(), action, tasks)
+            context.output.result(report, code=0)
+            return 0
+
+    perform(command, as_json=as_json)
+
+
+@click.command()
+@click.argument("tasks", metavar="[TASK]...", nargs=-1)
+@run_option
+@json_option
+def cancel(tasks: tuple[str, ...], run: str | None, as_json: bool) -> None:
+    """End tasks for good; without TASK, all that are not over.
+
+    Sessions are stopped, what they did is kept on branches. A landing under way is brought to its end.
+    """
+    _ask(Action.CANCEL, tasks, run, as_json=as_json)
+
+
+@click.command()
+@click.argument("tasks", metavar="TASK...", nargs=-1, required=True)
+@run_option
+@json_option
+def retry(tasks: tuple[str, ...], run: str | None, as_json: bool) -> None:
+    """Try tasks again that are over without having landed.
+
+    They have all of their attempts before them. A run that is at work does so at once; otherwise `council resume` does.
+    """
+    _ask(Action.RETRY, tasks, run, as_json=as_json)
+
+
+@click.command()
+@click.argument("task")
+@click.option("-f", "--follow", is_flag=True, help="Go on with what is printed until the task is over.")
+@click.option("--attempt", type=click.IntRange(min=1), help="Another attempt than the newest.")
+@run_option
+@json_option
+def logs(task: str, follow: bool, attempt: int | None, run: str | None, as_json: bool) -> None:
+    """Print what a task's program and checks printed.
+
+    Its standard error goes to standard error.
+    """
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            name = run or await council.newest_run()
+            async with aclosing(council.archive.log(name, task, attempt=attempt, follow=follow)) as parts:
+                async for part in parts:
+                    if as_json:
+                        context.output.json(asdict(part))
+                    else:
+                        context.output.text(part.text, err=part.stream == "stderr")
+            return 0
+
+    perform(command, as_json=as_json)
+
+
+@click.command()
+@click.argument("task")
+@_stat
+@_color
+@run_option
+def diff(task: str, stat: bool, color: bool | None, run: str | None) -> None:
+    """Show what a task has changed, so far if it is at work."""
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            name = run or await council.newest_run()
+            show_difference(
+                context.output, await council.archive.diff(name, task, color=wants_color(color), stat=stat), color
+            )
+            return 0
+
+    perform(command, as_json=False)
+
+
+def wants_color(color: bool | None) -> bool:
+    """Return whether a difference is to be coloured."""
+    return sys.stdout.isatty() if color is None else color
+
+
+def show_difference(output: Output, difference: bytes, color: bool | None) -> None:
+    """Print a difference: its bytes as they are, to a terminal without what that would obey but git's colours."""
+    if sys.stdout.isatty():
+        output.text(difference.decode(errors="replace"), colored=wants_color(color))
+    else:
+        output.bytes(difference)

@@ -1,0 +1,223 @@
+"""One attempt of a task: recorded before anything of it exists, run, and recorded as what it came to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, assert_never
+
+import anyio
+
+from orchestrator.clock import Clock
+from orchestrator.config.model import TaskSpec
+from orchestrator.domain.failures import FailureClass, Policy, policy_of
+from orchestrator.domain.lifecycle import Trigger
+from orchestrator.domain.model import AdapterDocument, Attempt
+from orchestrator.domain.outcome import Built, Exhausted, Failed, Interrupted, Limits
+from orchestrator.domain.retry import park_until, retry_delay
+from orchestrator.engine.ledger import Ledger
+from orchestrator.engine.workshop import Workshop, remove_worktree
+from orchestrator.failpoints import failpoint
+from orchestrator.protocols import JsonObject
+from orchestrator.repo.worktrees import Worktree
+from orchestrator.sessions.session import Assignment, Finished, Session
+
+
+@dataclass(frozen=True, slots=True)
+class ToLand:
+    """The work waits to land."""
+
+
+@dataclass(frozen=True, slots=True)
+class Over:
+    """No attempt follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """Another attempt may follow after `delay` seconds; None: not while this process runs."""
+
+    delay: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """Nothing of the adapter may start before `until` (wall-clock seconds); the task then starts anew."""
+
+    adapter: str
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """Nothing of the adapter may start until a person has seen to it."""
+
+    adapter: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Starved:
+    """The machine has not enough of something: nothing should start for a while."""
+
+    reason: str
+
+
+After = ToLand | Over | Again | Parked | Closed | Starved
+
+
+@dataclass(slots=True)
+class Work:
+    """An attempt under way; `cancelled` says that a person does not want the task any more."""
+
+    task: str
+    spec: TaskSpec
+    session: Session
+    cancelled: bool = field(default=False, init=False)
+
+    def cancel(self) -> None:
+        """End it for good."""
+        self.cancelled = True
+        self.session.stop()
+
+
+@dataclass(frozen=True, slots=True)
+class Attempts:
+    """Makes and performs the attempts of one run."""
+
+    ledger: Ledger
+    shop: Workshop
+    clock: Clock
+    _learning: anyio.Lock = field(default_factory=anyio.Lock, init=False)
+
+    def prepare(self, task: str, spec: TaskSpec, base: str) -> Work:
+        """Return the next attempt of a task; nothing of it exists yet."""
+        document = self.ledger.task(task)
+        assignment = Assignment(
+            worktree=Worktree(self.shop.hub, self.ledger.run.id, task, len(document.attempts) + 1),
+            base=base,
+            start=document.start,
+            prompt=spec.prompt,
+            told=document.feedback,
+            adapter=self.shop.adapters[spec.adapter],
+            reach=self.shop.configs[spec.adapter].reach,
+            limits=Limits(spec.timeout, spec.silence),
+            max_file=spec.max_file,
+        )
+        return Work(task, spec, Session(self.shop.tools, assignment))
+
+    async def perform(self, work: Work) -> After:
+        """Record the attempt, run it, record its end, and clean up behind it."""
+        what = work.session.assignment
+        attempt = Attempt(
+            number=what.worktree.attempt,
+            base=what.base,
+            start=what.start,
+            started=self.clock.now(),
+            secrets=work.session.secret_names(),
+        )
+        attempts = (*self.ledger.task(work.task).attempts, attempt)
+        details = {"base": what.base, "adapter": work.spec.adapter}
+        await self.ledger.change(work.task, Trigger.START, details, attempts=attempts)
+        failpoint("attempt.recorded")
+        finished = await work.session.run()
+        after = await self._record(work, finished)
+        for ref in finished.salvaged:
+            await self.ledger.note("task.salvaged", {"task": work.task, "branch": ref})
+        if finished.collected:
+            await remove_worktree(self.ledger, self.shop, what.worktree)
+        else:
+            reason = "; ".join(("it holds what is on no branch", *finished.notes))
+            kept = {"task": work.task, "worktree": str(what.worktree.tree), "reason": reason}
+            await self.ledger.note("task.worktree_kept", kept)
+        return after
+
+    async def _record(self, work: Work, finished: Finished) -> After:
+        if work.cancelled:
+            await self._end(work, Trigger.CANCEL, finished, "cancelled", "on request, while it ran")
+            return Over()
+        outcome = finished.outcome
+        match outcome:
+            case Built(commit):
+                await self._end(work, Trigger.BUILD, finished, "built", None, commit=commit, start=None, feedback=None)
+                failpoint("work.recorded")
+                await self._trust(work.spec.adapter)
+                return ToLand()
+            case Interrupted(reason):
+                await self._end(work, Trigger.INTERRUPT, finished, "interrupted", reason)
+                return Again(None)
+            case Exhausted(reason):
+                await self._end(work, Trigger.HOLD, finished, "interrupted", reason)
+                return Starved(reason)
+            case Failed():
+                return await self._failed(work, finished, outcome)
+            case _:
+                assert_never(outcome)
+
+    async def _failed(self, work: Work, finished: Finished, outcome: Failed) -> After:
+        failure, reason = outcome.failure, outcome.reason
+        match policy_of(failure, work.spec.retry_on):
+            case Policy.PARK:
+                await self._end(work, Trigger.HOLD, finished, failure, reason)
+                return await self._park(work.spec.adapter, outcome)
+            case Policy.CLOSE:
+                await self._end(work, Trigger.HOLD, finished, failure, reason)
+                return await self._close(work.spec.adapter, reason)
+            case policy:
+                failures = self.ledger.task(work.task).failures + 1
+                if policy is Policy.RETRY and failures < work.spec.attempts:
+                    delay = round(retry_delay(work.spec.backoff.policy(), failures), 3)
+                    facts = {"retry_in": delay}
+                    await self._end(work, Trigger.RETRY, finished, failure, reason, facts, failures=failures)
+                    return Again(delay)
+                trigger = Trigger.IDLE if failure is FailureClass.NO_CHANGE else Trigger.FAIL
+                await self._end(work, trigger, finished, failure, reason, failures=failures)
+                return Over()
+
+    async def _park(self, adapter: str, outcome: Failed) -> Parked:
+        async with self._learning:
+            known, now = await self.ledger.adapter(adapter), self.clock.now()
+            # Sessions that run into one limit side by side are one park.
+            parks = known.parks if _is_parked(known, now) else known.parks + 1
+            until = max(park_until(now, outcome.until, parks), known.parked_until or 0.0)
+            learned = AdapterDocument(parked_until=until, parks=parks)
+            await self.ledger.learn(adapter, learned, "adapter.parked", {"until": until, "reason": outcome.reason})
+        failpoint("adapter.parked")
+        return Parked(adapter, until)
+
+    async def _close(self, adapter: str, reason: str) -> Closed:
+        async with self._learning:
+            if (await self.ledger.adapter(adapter)).closed is None:
+                await self.ledger.learn(adapter, AdapterDocument(closed=reason), "adapter.closed", {"reason": reason})
+        return Closed(adapter, reason)
+
+    async def _trust(self, adapter: str) -> None:
+        """Forget that an adapter was parked: a session of it has ended well that did not begin before that."""
+        async with self._learning:
+            known = await self.ledger.adapter(adapter)
+            if known.parks and not _is_parked(known, self.clock.now()):
+                await self.ledger.learn(adapter, AdapterDocument(), "adapter.opened", {})
+
+    async def _end(
+        self,
+        work: Work,
+        trigger: Trigger,
+        finished: Finished,
+        outcome: str,
+        reason: str | None,
+        details: JsonObject | None = None,
+        **changes: Any,
+    ) -> None:
+        attempts = self.ledger.task(work.task).with_attempt(
+            ended=self.clock.now(),
+            branch=finished.branch,
+            outcome=outcome,
+            reason=reason,
+            is_kept=not finished.collected,
+        )
+        facts = {"outcome": outcome, "reason": reason, "branch": finished.branch, **(details or {})}
+        changes = {"attempts": attempts, "branch": finished.branch, "reason": reason, **changes}
+        await self.ledger.change(work.task, trigger, facts, **changes)
+
+
+def _is_parked(adapter: AdapterDocument, now: float) -> bool:
+    return adapter.parked_until is not None and adapter.parked_until > now

@@ -1,0 +1,108 @@
+"""The places and tools that a run works with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio.to_thread
+
+from orchestrator.clock import Clock
+from orchestrator.config.model import AdapterConfig, FenceConfig, TaskSpec
+from orchestrator.domain.model import RunDocument
+from orchestrator.domain.secrets import Redactor, secret_values
+from orchestrator.engine.ledger import Ledger
+from orchestrator.engine.preflight import Site, find_site
+from orchestrator.errors import GitError
+from orchestrator.project import Project
+from orchestrator.protocols import Adapter
+from orchestrator.repo import worktrees
+from orchestrator.repo.checkout import LocalRepository
+from orchestrator.repo.git import Git
+from orchestrator.repo.hub import Hub, internal_ref
+from orchestrator.repo.landing import Target
+from orchestrator.repo.source import Source
+from orchestrator.repo.worktrees import Worktree
+from orchestrator.sessions.checks import Checks
+from orchestrator.sessions.fencing import Fencing
+from orchestrator.sessions.sandbox import choose_sandbox
+from orchestrator.sessions.session import SessionTools
+
+
+@dataclass(frozen=True, slots=True)
+class Workshop:
+    """What is opened once for a run; `repository` is the user's, None where it is reached by a URL."""
+
+    hub: Hub
+    git: Git
+    source: Source
+    repository: LocalRepository | None
+    target: Target
+    configs: Mapping[str, AdapterConfig]
+    adapters: Mapping[str, Adapter]
+    tools: SessionTools
+
+    def checks(self, run: str, task: str, attempt: int, spec: TaskSpec) -> Checks:
+        """Return the checks of what an attempt built."""
+        return Checks(
+            git=self.git,
+            worktree=Worktree(self.hub, run, task, attempt, is_check=True),
+            commands=spec.checks,
+            timeout=spec.checks_timeout,
+            env=spec.checks_env,
+            fencing=self.tools.fencing,
+            redactor=self.tools.redactor,
+            logs=self.tools.logs,
+            environ=self.tools.environ,
+        )
+
+
+def hidden_from_sessions(site: Site, project: Project, hub: Hub) -> tuple[Path, ...]:
+    """Return the folders that no session is to see: the user's repository, the state, our repositories."""
+    hidden = {project.folder, hub.root.parent}
+    if site.repository is not None:
+        git_dir = site.repository.git_dir
+        # A linked worktree's main checkout is the user's, too.
+        hidden |= {git_dir, git_dir.parent if git_dir.name == ".git" else git_dir, site.repository.top or git_dir}
+    elif site.location.startswith("file://"):
+        hidden.add(Path(site.location.removeprefix("file://")))
+    return tuple(sorted(hidden))
+
+
+async def open_workshop(
+    run: RunDocument,
+    hub: Hub,
+    project: Project,
+    configs: Mapping[str, AdapterConfig],
+    adapters: Mapping[str, Adapter],
+    *,
+    lock_fd: int,
+    environ: Mapping[str, str],
+    clock: Clock,
+) -> Workshop:
+    """Open what a run works with; every git command of its holds `lock_fd` until it has ended.
+
+    RefusedError where the repository is gone, or where this machine has no such sandbox.
+    """
+    site = await find_site(run.repo, is_url=run.is_url, environ=environ)
+    git = Git(hub.trusted, keep_fds=(lock_fd,), environ=environ)
+    source = site.source(git)
+    ref = internal_ref(run.id, "target")
+    target = Target(hub, git, source, site.repository, branch=run.target, start=run.start, ref=ref)
+    fence = FenceConfig.model_validate(run.fence)
+    kind = await choose_sandbox(fence.sandbox, network=fence.network, environ=environ)
+    fencing = Fencing(kind, hidden_from_sessions(site, project, hub), fence.network, fence.reach)
+    logs = project.logs(run.id)
+    await anyio.to_thread.run_sync(lambda: logs.mkdir(mode=0o700, exist_ok=True))
+    tools = SessionTools(git, fencing, Redactor(secret_values(environ)), logs, environ, clock)
+    return Workshop(hub, git, source, site.repository, target, configs, adapters, tools)
+
+
+async def remove_worktree(ledger: Ledger, shop: Workshop, worktree: Worktree) -> None:
+    """Remove a worktree whose work is saved; one that can't be is named, and left."""
+    try:
+        await worktrees.remove(shop.git, worktree)
+    except GitError as error:
+        details = {"task": worktree.task, "worktree": str(worktree.root), "reason": error.stderr}
+        await ledger.note("task.worktree_kept", details)

@@ -1,0 +1,33 @@
+"""The environment that sessions and checks see: made from nothing, by names that are allowed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+
+from orchestrator.protocols import Command
+from orchestrator.repo.worktrees import Worktree
+
+#: What every program needs to work at all; whatever else it sees is named in the config.
+BASE_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR")
+
+
+def base_environment(names: Iterable[str], environ: Mapping[str, str], worktree: Worktree) -> dict[str, str]:
+    """Return the base set and the variables of these names, as far as they are set, and what we set for each."""
+    return {
+        "PATH": os.defpath,
+        **{name: environ[name] for name in (*BASE_ENVIRONMENT, *names) if name in environ},
+        # A program whose `.git` is gone must not find a repository further up.
+        "GIT_CEILING_DIRECTORIES": str(worktree.tree.parent),
+        "COUNCIL_RUN": worktree.run,
+        "COUNCIL_TASK": worktree.task,
+        "COUNCIL_ATTEMPT": str(worktree.attempt),
+        "COUNCIL_PROMPT_FILE": str(worktree.prompt_file),
+    }
+
+
+def session_environment(command: Command, environ: Mapping[str, str], worktree: Worktree) -> dict[str, str]:
+    """Return all that a session sees of the environment; what the adapter sets can't replace what we set."""
+    base = base_environment(command.pass_env, environ, worktree)
+    ours = {name: value for name, value in base.items() if name.startswith("COUNCIL_")}
+    return {**base, **command.env, **ours}

@@ -1,0 +1,50 @@
+"""What the sessions and checks of one run are fenced in by."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import anyio.to_thread
+
+from orchestrator.config.model import Reach
+from orchestrator.repo.worktrees import Worktree
+from orchestrator.sessions.sandbox import Fence, SandboxKind, fence_in
+from orchestrator.sessions.supervised import SupervisedCommand
+
+
+@dataclass(frozen=True, slots=True)
+class Fencing:
+    """The sandbox of a run: `hidden` are the folders that no session is to see, `reach` what all of them may."""
+
+    kind: SandboxKind
+    hidden: tuple[Path, ...]
+    network: bool
+    reach: Reach
+
+    async def around(self, worktree: Worktree, command: SupervisedCommand, reach: Reach) -> SupervisedCommand:
+        """Return the command so that it reaches its worktree, its own git directory, and what `reach` adds."""
+        allowed = self.reach | reach
+        fence = Fence(
+            writable=(worktree.tree, worktree.git_dir, *allowed.writable),
+            readable=(worktree.prompt_file, worktree.hub.objects, *allowed.readable),
+            hidden=self.hidden,
+            scratch=worktree.scratch,
+            network=self.network,
+        )
+        return await anyio.to_thread.run_sync(partial(fence_in, self.kind, command, fence))
+
+    def why_missing(self, program: str, environ: Mapping[str, str], reach: Reach) -> str:
+        """Return what to do about a program that is there but not for sessions; empty if that is not so."""
+        found = shutil.which(program, path=environ.get("PATH"))
+        if found is None or self.kind is SandboxKind.OFF:
+            return ""
+        places = {Path(found).absolute(), Path(found).resolve()}
+        allowed = (*self.reach.writable, *self.reach.readable, *reach.writable, *reach.readable)
+        hidden = [place for place in places if any(place.is_relative_to(folder) for folder in self.hidden)]
+        if all(any(place.is_relative_to(folder) for folder in allowed) for place in hidden):
+            return ""
+        return f" ({hidden[0]} is hidden from sessions: name its folder under `readable`)"

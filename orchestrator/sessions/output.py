@@ -1,0 +1,33 @@
+"""The files that hold what sessions and checks print: how much is kept, and reading the end of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anyio.to_thread
+
+OUTPUT_CAP = 16 * 2**20  # bytes kept of each stream from its beginning; its end is kept as well
+STOP_GRACE = 5.0  # seconds between SIGTERM and SIGKILL
+TAIL_BYTES = 1 << 16
+
+
+def log_file(logs: Path, task: str, attempt: int, stream: str) -> Path:
+    """Return the file that holds what an attempt printed; `stream` is stdout, stderr, or check and a number."""
+    return logs / f"{task}.{attempt}.{stream}"
+
+
+async def read_tail(file: Path, size: int = TAIL_BYTES) -> str:
+    """Return the last `size` bytes of a file as text, from the beginning of a line; empty if there is no file."""
+    return await anyio.to_thread.run_sync(_read_tail, file, size)
+
+
+def _read_tail(path: Path, size: int) -> str:
+    try:
+        with path.open("rb") as file:
+            length = file.seek(0, 2)
+            file.seek(max(0, length - size))
+            data = file.read(size)
+    except FileNotFoundError:
+        return ""
+    text = data.decode(errors="replace")
+    return text.partition("\n")[2] or text if length > size else text

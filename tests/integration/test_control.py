@@ -1,0 +1,279 @@
+"""What is asked of a run from another terminal: cancel, retry, logs, diff, and the work that is kept."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Ended, Repository
+from tests.waiting import wait_for
+
+
+def spawned(repository: Repository) -> str:
+    """Return what the fake CLI has noted of its starts."""
+    return repository.spawns.read_text() if repository.spawns.exists() else ""
+
+
+def has_begun(repository: Repository, *tasks: str) -> None:
+    """Wait until these tasks have a session."""
+    wait_for(lambda: all(f" {task} " in spawned(repository) for task in tasks))
+
+
+async def test_cancel_on_a_live_run_ends_a_session_and_keeps_its_work(repository: Repository) -> None:
+    """The task ends as cancelled, what needs it is blocked, the rest lands; the exit codes say so."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "long", "prompt": "write half.txt half\nhang"},
+        {"id": "after", "prompt": "write after.txt x", "needs": ["long"]},
+        {"id": "other", "prompt": "write other.txt x"},
+    ]
+    child = repository.start("run", str(repository.configure(tasks)), "--json")
+    has_begun(repository, "long")
+    wait_for(lambda: "half.txt" in repository.council("diff", "long").stdout)
+    cancelled = repository.council("cancel", "long", "--json")
+    assert cancelled.code == 0, cancelled
+    stdout, stderr = child.communicate(timeout=60)
+    ended = Ended(child.returncode, stdout, stderr)
+    assert (ended.code, ended.states) == (1, {"long": "cancelled", "after": "blocked", "other": "landed"}), ended
+    assert "half" in repository.council("salvage", "show", "long/1").stdout
+    await repository.assert_invariants()
+
+
+async def test_cancel_of_all_on_a_live_run_ends_it(repository: Repository) -> None:
+    """Without a name everything that is not over is cancelled, also what waits for room."""
+    tasks: list[dict[str, Any]] = [{"id": f"t{n}", "prompt": f"write {n}.txt x\nhang"} for n in range(3)]
+    child = repository.start("run", str(repository.configure(tasks, capacity=1)), "--json")
+    has_begun(repository, "t0")
+    cancelled = repository.council("cancel", "--json")
+    assert cancelled.code == 0
+    child.communicate(timeout=60)
+    assert child.returncode == 1
+    after = repository.council("status", "--json")
+    assert (after.result["status"], set(after.states.values())) == ("incomplete", {"cancelled"})
+    await repository.assert_invariants()
+
+
+async def test_retry_on_a_live_run_has_a_failed_task_tried_again(repository: Repository) -> None:
+    """It gets all of its attempts again, and what it blocked goes on."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "flaky", "prompt": "attempt 1 exit 1\nwrite f.txt x", "attempts": 1},
+        {"id": "after", "prompt": "write after.txt x", "needs": ["flaky"]},
+        {"id": "long", "prompt": "hang"},
+    ]
+    child = repository.start("run", str(repository.configure(tasks)), "--json")
+    has_begun(repository, "long")
+    wait_for(lambda: repository.council("status", "--json").states["flaky"] == "failed")
+    assert repository.council("retry", "flaky", "--json").code == 0
+    wait_for(lambda: repository.council("status", "--json").states["after"] == "landed")
+    assert repository.council("cancel", "long").code == 0
+    stdout, stderr = child.communicate(timeout=60)
+    assert Ended(child.returncode, stdout, stderr).states == {"flaky": "landed", "after": "landed", "long": "cancelled"}
+    await repository.assert_invariants()
+
+
+async def test_cancel_and_retry_on_a_run_that_is_dead(repository: Repository) -> None:
+    """With no owner the command does it itself, after bringing back what the killed one left; resume goes on."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "a", "prompt": "write a.txt x\nattempt 1 hang"},
+        {"id": "b", "prompt": "write b.txt x\nattempt 1 hang"},
+    ]
+    child = repository.start("run", str(repository.configure(tasks)))
+    has_begun(repository, "a", "b")
+    child.kill()
+    child.communicate()
+    cancelled = repository.council("cancel", "a", "--json")
+    assert cancelled.states == {"a": "cancelled", "b": "pending"}, cancelled
+    await repository.assert_invariants()
+    assert repository.council("resume", "--json").states == {"a": "cancelled", "b": "landed"}
+    retried = repository.council("retry", "a", "--json")
+    assert retried.states == {"a": "pending", "b": "landed"}, retried
+    assert (retried.result["status"], retried.result["exit"]) == ("incomplete", 0)
+    assert repository.council("resume", "--json").states == {"a": "landed", "b": "landed"}
+    await repository.assert_invariants()
+
+
+@pytest.mark.parametrize(
+    ("command", "fragment"),
+    [
+        (("cancel", "done"), "is over"),
+        (("retry", "done"), "has landed"),
+        (("retry", "nonsense"), "no task 'nonsense'"),
+        (("cancel", "don"), "done"),
+        (("logs", "nonsense"), "no task 'nonsense'"),
+        (("logs", "done", "--attempt", "7"), "no attempt 7"),
+        (("salvage", "show", "done/7"), "no work is kept"),
+        (("salvage", "apply", "failed/7"), "failed/1"),
+    ],
+)
+async def test_what_can_not_be_done_is_refused(repository: Repository, command: tuple[str, ...], fragment: str) -> None:
+    """Exit code 2 with what is wrong and what there is."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "done", "prompt": "write d.txt x"},
+        {"id": "failed", "prompt": "write f.txt x\nexit 1", "attempts": 1},
+    ]
+    assert repository.council("run", str(repository.configure(tasks))).code == 1
+    refused = repository.council(*command)
+    assert refused.code == 2
+    assert fragment in refused.stderr
+
+
+async def test_logs_of_a_live_session_are_followed_to_its_end(repository: Repository) -> None:
+    """`logs -f` shows what is there and then each line as it comes, attempt by attempt, and ends with the task."""
+    prompt = "attempt 1 print first\nattempt 1 exit 1\nprint second\ntick 3 0.2\nwrite a.txt x"
+    child = repository.start("run", str(repository.configure([{"id": "t", "prompt": prompt}])))
+    has_begun(repository, "t")
+    followed = repository.council("logs", "t", "-f", "--json")
+    child.communicate(timeout=60)
+    assert followed.code == 0, followed
+    said = "".join(line["text"] for line in followed.lines if line["stream"] == "stdout")
+    assert said.endswith("second\ntick\ntick\ntick\n")
+    assert {line["attempt"] for line in followed.lines} >= {2}
+    assert repository.council("logs", "t").stdout == "second\ntick\ntick\ntick\n"
+    assert repository.council("logs", "t", "--attempt", "1").stdout == "first\n"
+
+
+async def test_logs_have_what_was_said_on_both_streams_and_by_checks(repository: Repository) -> None:
+    """Standard error goes to standard error; what the checks of an attempt printed follows its output."""
+    shell = {"use": "command", "argv": ["sh", "-c", "echo out; echo err >&2; echo x > x.txt"]}
+    tasks = [{"id": "t", "prompt": "x", "checks": ["echo checked"]}]
+    assert repository.council("run", str(repository.configure(tasks, adapters={"sh": shell}))).code == 0
+    shown = repository.council("logs", "t")
+    assert (shown.stdout, shown.stderr) == ("out\nchecked\n", "err\n")
+
+
+async def test_diff_of_what_landed_and_of_what_failed(repository: Repository) -> None:
+    """It is what the task itself changed, wherever its work is now."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "done", "prompt": "write d.txt landed-text"},
+        {"id": "failed", "prompt": "write f.txt failed-text\nexit 1", "attempts": 1},
+        {"id": "idle", "prompt": "print nothing"},
+    ]
+    repository.council("run", str(repository.configure(tasks)))
+    assert "+landed-text" in repository.council("diff", "done").stdout
+    assert "+failed-text" in repository.council("diff", "failed").stdout
+    assert "1 file changed" in repository.council("diff", "failed", "--stat").stdout
+    assert repository.council("diff", "idle").code == 2
+
+
+async def test_kept_work_is_listed_shown_applied_and_dropped(repository: Repository) -> None:
+    """What failed is found by name, brought into the files or onto a branch, and deleted when it is not wanted."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "failed", "prompt": "write f.txt kept-text\nexit 1", "attempts": 1},
+        {"id": "stasher", "prompt": "write s.txt s\ngit add s.txt\ngit stash --quiet\nwrite t.txt t\nexit 1",
+         "attempts": 1},
+    ]  # fmt: skip
+    repository.council("run", str(repository.configure(tasks)))
+    listed = repository.council("salvage", "list", "--json").result["kept"]
+    assert [one["name"] for one in listed] == ["failed/1", "stasher/1", "stasher/1/stash"]
+    assert [line.split()[1] for line in repository.council("salvage", "list").stdout.splitlines()] == [
+        "failed/1", "stasher/1", "stasher/1/stash",
+    ]  # fmt: skip
+    assert "+kept-text" in repository.council("salvage", "show", "failed/1").stdout
+    assert "s.txt" in repository.council("salvage", "show", "stasher/1/stash", "--stat").stdout
+    assert repository.council("salvage", "apply", "failed/1", "--branch", "rescued").code == 0
+    assert repository.git("show", "rescued:f.txt") == "kept-text"
+    applied = repository.council("salvage", "apply", "failed/1", "--json")
+    assert applied.result["paths"] == ["f.txt"]
+    assert (repository.top / "f.txt").read_text() == "kept-text\n"
+    assert repository.council("salvage", "drop", "failed/1", "stasher/1/stash").code == 0
+    left = repository.council("salvage", "list", "--json").result["kept"]
+    assert [one["name"] for one in left] == ["stasher/1"]
+
+
+async def test_a_worktree_that_holds_a_secret_stays_and_can_be_dropped(repository: Repository) -> None:
+    """A `.env` is never committed; the rest is, the folder is named, and goes when it is not wanted any more."""
+    tasks = [{"id": "env", "prompt": "do it\nwrite src/.env API_TOKEN=s3cr3t-value-77\nwrite good.txt g"}]
+    ended = repository.council("run", str(repository.configure(tasks)), "--json")
+    task = ended.result["tasks"][0]
+    assert (task["state"], task["failure"]) == ("failed", "refused")
+    assert "src/.env" in task["reason"]
+    kept = repository.council("salvage", "list", "--json").result["kept"]
+    assert [one["name"] for one in kept] == ["env/1", "env/1/worktree"]
+    assert (Path(kept[1]["worktree"]) / "src/.env").exists()
+    shown = repository.council("salvage", "show", "env/1").stdout
+    assert "good.txt" in shown
+    assert ".env" not in shown
+    assert repository.council("salvage", "drop", "env/1/worktree").code == 0
+    assert not Path(kept[1]["worktree"]).exists()
+    for repository_path in (repository.top / ".git", Path(ended.result["repository"])):
+        objects = subprocess.run(
+            ["git", "cat-file", "--batch-all-objects", "--batch"], cwd=repository_path, capture_output=True, check=True
+        ).stdout
+        assert b"s3cr3t-value-77" not in objects
+    await repository.assert_invariants()
+
+
+async def test_a_request_that_its_asker_did_not_live_to_see_is_obeyed(repository: Repository) -> None:
+    """Recorded before a kill of the asker, it is done by the run's next owner."""
+    tasks = [{"id": "a", "prompt": "attempt 1 hang\nwrite a.txt x"}, {"id": "b", "prompt": "write b.txt x"}]
+    child = repository.start("run", str(repository.configure(tasks)), failpoints="landing.recorded=kill")
+    child.communicate(timeout=60)
+    assert repository.council("cancel", "a", failpoints="request.recorded=kill").code == -9
+    ended = repository.council("resume", "--json")
+    assert ended.states == {"a": "cancelled", "b": "landed"}, ended
+    await repository.assert_invariants()
+
+
+async def test_the_answer_of_a_request_is_json(repository: Repository) -> None:
+    """`cancel --json` prints the result of the run as it stands then, one object."""
+    child = repository.start("run", str(repository.configure([{"id": "t", "prompt": "hang"}])))
+    has_begun(repository, "t")
+    answered = repository.council("cancel", "t", "--json")
+    assert json.loads(answered.stdout.splitlines()[-1])["tasks"][0]["id"] == "t"
+    child.communicate(timeout=60)
+
+
+async def test_what_was_refused_stays_refused(repository: Repository) -> None:
+    """A resume from where the secret's variable is not set neither commits what it was kept out for nor removes it."""
+    repository.environ["MY_TOKEN"] = "zzz-my-own-secret-1234567890"
+    shell = {"use": "command", "argv": ["sh", "{prompt_file}"], "env": ["MY_TOKEN"]}
+    tasks = [
+        {"id": "leaks", "prompt": 'echo "is $MY_TOKEN" > leaked.txt; echo ok > fine.txt'},
+        {"id": "cut-off", "prompt": 'echo "is $MY_TOKEN" > leaked.txt; sleep 600'},
+    ]
+    config = repository.configure(tasks, adapters={"sh": shell}, target="out")
+    child = repository.start("run", str(config))
+    homes = repository.top.parent / "council-home"
+    wait_for(lambda: len(list(homes.glob("*/sessions/*/*/tree/leaked.txt"))) == 2)
+    wait_for(lambda: repository.council("status", "--json").states["leaks"] == "failed")
+    child.kill()
+    child.communicate()
+    del repository.environ["MY_TOKEN"]
+    cancelled = repository.council("cancel", "--json")
+    assert cancelled.states == {"leaks": "failed", "cut-off": "cancelled"}, cancelled
+    kept = {one["name"] for one in repository.council("salvage", "list", "--json").result["kept"]}
+    assert kept == {"leaks/1", "leaks/1/worktree", "cut-off/1/worktree"}
+    for place in homes.glob("*/*.git"):
+        objects = subprocess.run(
+            ["git", "cat-file", "--batch-all-objects", "--batch"], cwd=place, capture_output=True, check=True
+        ).stdout
+        assert b"zzz-my-own-secret" not in objects
+    await repository.assert_invariants(target_checked_out=False)
+
+
+async def test_a_task_that_waits_in_vain_names_what_to_retry(repository: Repository) -> None:
+    """`retry` of a blocked task says which need did not land, instead of advice that can't help."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "broken", "prompt": "exit 1", "attempts": 1},
+        {"id": "late", "prompt": "write l.txt l", "needs": ["broken"]},
+    ]
+    repository.council("run", str(repository.configure(tasks)))
+    refused = repository.council("retry", "late")
+    assert refused.code == 2
+    assert "`council retry broken`" in refused.stderr
+
+
+async def test_all_runs_are_listed(repository: Repository) -> None:
+    """Each with how it ended; what an earlier one kept is listed, too, and found by the run's name."""
+    repository.council(
+        "run", str(repository.configure([{"id": "bad", "prompt": "write b.txt b\nexit 1", "attempts": 1}]))
+    )
+    repository.council("run", str(repository.configure([{"id": "good", "prompt": "write g.txt g"}])))
+    first, second = repository.council("runs", "--json").result["runs"]
+    assert (first["status"], second["status"]) == ("incomplete", "landed")
+    assert first["run"] in repository.council("runs").stdout
+    [kept] = repository.council("salvage", "list", "--json").result["kept"]
+    assert "b.txt" in repository.council("salvage", "show", kept["name"], "--run", kept["run"]).stdout

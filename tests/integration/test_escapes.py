@@ -1,0 +1,221 @@
+"""What a session changes in the user's repository is seen; what the user may do, and landings, are not reported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from orchestrator.repo.checkout import LocalRepository, inspect
+from orchestrator.repo.escapes import Seal, changes, live_git, take
+from orchestrator.repo.git import Git
+from orchestrator.testing.fingerprint import Fingerprint
+from tests.conftest import Repository
+
+
+@pytest.fixture
+def git(environ: dict[str, str]) -> Git:
+    """Git at the user's side."""
+    return Git(None, users=True, environ=environ)
+
+
+async def sealed(repository: Repository, git: Git, previous: Seal | None = None) -> Seal:
+    """Take a seal of what the fixture made."""
+    return await take(await inspect(repository.top, git), git, previous)
+
+
+def write(path: str, content: str, mode: int = 0o644) -> Callable[[Repository], object]:
+    """Return an act: write a file in the git directory."""
+
+    def act(repository: Repository) -> None:
+        file = repository.top / ".git" / path
+        file.write_text(content)
+        file.chmod(mode)
+
+    return act
+
+
+def does(*arguments: str) -> Callable[[Repository], object]:
+    """Return an act: run git."""
+    return lambda repository: repository.git(*arguments)
+
+
+def refresh(repository: Repository) -> None:
+    """Make git write what it knows of a file's times into the index anew."""
+    index = (repository.top / ".git" / "index").read_bytes()
+    os.utime(repository.top / "README.md", (1, 1))
+    repository.git("status")
+    assert (repository.top / ".git" / "index").read_bytes() != index
+
+
+@pytest.mark.parametrize(
+    ("act", "sentence"),
+    [
+        (does("branch", "other"), "refs/heads/other appeared at "),
+        (does("tag", "v1"), "refs/tags/v1 appeared at "),
+        (does("branch", "-D", "side"), "refs/heads/side is gone, it was at "),
+        (does("update-ref", "refs/heads/side", "HEAD^"), "refs/heads/side moved from "),
+        (does("pack-refs", "--all"), None),
+        (does("config", "user.name", "Someone"), ".git/config changed"),
+        (does("switch", "--quiet", "side"), ".git/HEAD moved from refs/heads/main to refs/heads/side"),
+        (does("rm", "--quiet", "--cached", "README.md"), ".git/index has other staged entries"),
+        (does("update-index", "--assume-unchanged", "README.md"), ".git/index has other staged entries"),
+        (does("-C", "../linked", "rm", "--quiet", "f"), ".git/worktrees/linked/index has other staged entries"),
+        (does("-C", "../linked", "switch", "--quiet", "--detach"), ".git/worktrees/linked/HEAD moved from refs/heads/"),
+        (write("hooks/post-commit", "#!/bin/sh\n", 0o755), ".git/hooks/post-commit appeared"),
+        (write("hooks/old", "#!/bin/sh\n", 0o755), ".git/hooks/old changed"),
+        (write("info/attributes", "* filter=x\n"), ".git/info/attributes appeared"),
+        (write("config.worktree", "[core]\n"), ".git/config.worktree appeared"),
+        (does("status"), None),
+        (refresh, None),
+        (lambda repository: (repository.top / "README.md").write_text("mine"), None),
+    ],
+)
+async def test_what_is_seen(
+    repository: Repository, git: Git, act: Callable[[Repository], object], sentence: str | None
+) -> None:
+    """One change, one sentence; files and what `git status` refreshes are the user's."""
+    repository.commit({"f": "1"})
+    repository.git("branch", "side")
+    repository.git("worktree", "add", "--quiet", "-b", "linked", "../linked")
+    write("hooks/old", "#!/bin/sh\n")(repository)
+    before = await sealed(repository, git)
+    act(repository)
+    fingerprint = Fingerprint.of(repository.top)
+    found = changes(before, await sealed(repository, git, before), ours={})
+    assert Fingerprint.of(repository.top) == fingerprint
+    if sentence is None:
+        assert found == []
+    else:
+        assert len(found) == 1
+        assert found[0].startswith(sentence)
+
+
+async def test_a_landing_is_ours(repository: Repository, git: Git) -> None:
+    """The target, and the staged entries of its checkout, moved by us; anywhere else it went is reported."""
+    before = await sealed(repository, git)
+    commit = repository.commit({"f": "1"})
+    after = await sealed(repository, git, before)
+    assert changes(before, after, ours={"refs/heads/main": commit}) == []
+    old = before.refs.content["refs/heads/main"]
+    assert changes(before, after, ours={"refs/heads/other": commit}) == [
+        ".git/index has other staged entries",
+        f"refs/heads/main moved from {old[:10]} to {commit[:10]}",
+    ]
+    assert changes(before, after, ours={"refs/heads/main": old}) == [
+        f"refs/heads/main moved from {old[:10]} to {commit[:10]}"
+    ]
+
+
+async def test_what_looks_the_same_is_not_read_again(repository: Repository, git: Git) -> None:
+    """Parts that are old enough to tell by their times are taken over; one that changed is read, alone."""
+    young = seal = await sealed(repository, git)
+    assert young.refs.signature is None
+    with anyio.fail_after(30):
+        while None in {seal.refs.signature, seal.files.signature, seal.heads.signature, seal.indexes["."].signature}:
+            await anyio.sleep(0.1)
+            seal = await sealed(repository, git)
+    again = await sealed(repository, git, seal)
+    assert (again.refs, again.files, again.heads) == (seal.refs, seal.files, seal.heads)
+    assert again.refs is seal.refs
+    assert again.indexes["."] is seal.indexes["."]
+    repository.git("branch", "x")
+    changed = await sealed(repository, git, again)
+    assert changed.refs is not seal.refs
+    assert changed.indexes["."] is seal.indexes["."]
+    assert [sentence.split(" at ")[0] for sentence in changes(seal, changed, ours={})] == ["refs/heads/x appeared"]
+
+
+async def test_a_bare_repository_can_be_sealed(tmp_path: Path, repository: Repository, git: Git) -> None:
+    """It has refs and configuration, no staged entries."""
+    repository.git("clone", "--quiet", "--bare", ".", "../bare.git")
+    bare = await inspect(tmp_path / "bare.git", git)
+    before = await take(bare, git)
+    subprocess.run(["git", "branch", "x", "main"], cwd=bare.git_dir, check=True, env=repository.environ)
+    found = changes(before, await take(bare, git, before), ours={})
+    assert [sentence.split(" at ")[0] for sentence in found] == ["refs/heads/x appeared"]
+
+
+async def test_git_of_the_user_is_told_from_git_of_ours(repository: Repository, git: Git) -> None:
+    """A command that hangs below us is ours; one whose parents ended is not."""
+    local: LocalRepository = await inspect(repository.top, git)
+    assert not await live_git(local)
+    waits = ["git", "cat-file", "--batch"]
+    with subprocess.Popen(waits, cwd=repository.top, stdin=subprocess.PIPE, env=repository.environ) as own:
+        assert not await live_git(local)
+        own.communicate(b"")
+    # The shell ends at once, so that init (or a subreaper above us) is the parent.
+    reader, writer = os.pipe()
+    subprocess.run(
+        ["sh", "-c", "git cat-file --batch <&3 >/dev/null &"],
+        cwd=repository.top, stdin=subprocess.DEVNULL, pass_fds=(), env=repository.environ, check=True,
+        preexec_fn=lambda: os.dup2(reader, 3), close_fds=False,
+    )  # fmt: skip
+    os.close(reader)
+    try:
+        with anyio.fail_after(30):
+            while not await live_git(local):
+                await anyio.sleep(0.02)
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.parametrize("sandbox", ["off", "auto"])
+async def test_a_session_that_reaches_into_the_users_repository_is_reported(
+    repository: Repository, sandbox: str
+) -> None:
+    """Without a fence its hook, branch and setting are told with its name; with one there is nothing to tell."""
+    top = repository.top
+    steps = (
+        f"cd {top} && git branch planted && git config core.pager evil && echo x > .git/hooks/post-commit;"
+        " cd $OLDPWD; echo x > x.txt"
+    )
+    shell = {"use": "command", "argv": ["sh", "{prompt_file}"]}
+    tasks: list[dict[str, Any]] = [
+        {"id": "reaches-out", "prompt": steps},
+        {"id": "next", "prompt": "echo y > y.txt", "needs": ["reaches-out"]},
+    ]
+    ended = repository.council(
+        "run", str(repository.configure(tasks, adapters={"sh": shell}, sandbox=sandbox)), "--json"
+    )
+    assert set(ended.states.values()) == {"landed"}, ended
+    told = [line for line in ended.lines if line.get("event") == "repository.changed"]
+    if sandbox == "auto":
+        assert told == []
+        await repository.assert_invariants()
+        return
+    assert [line["sessions"] for line in told] == [["reaches-out"]]
+    changed = " ".join(told[0]["changes"])
+    assert "refs/heads/planted" in changed
+    assert ".git/config changed" in changed
+    assert "hooks/post-commit appeared" in changed
+
+
+async def test_landings_are_no_escapes(repository: Repository) -> None:
+    """Neither those of the run itself nor those of another one, into a branch that is checked out."""
+    tasks = [{"id": f"t{n}", "prompt": f"write {{}}{n}.txt x"} for n in range(4)]
+    children = []
+    for name in ("left", "right"):
+        config = repository.configure([{**task, "prompt": task["prompt"].format(name)} for task in tasks])
+        children.append(repository.start("run", str(config.rename(config.with_name(f"{name}.yaml"))), "--json"))
+    for child in children:
+        stdout, _ = child.communicate(timeout=90)
+        assert child.returncode == 0
+        assert "repository.changed" not in stdout
+    await repository.assert_invariants()
+
+
+async def test_what_is_odd_beside_what_is_watched_is_no_error(repository: Repository, git: Git) -> None:
+    """A branch whose name has a line end of Unicode's, and a file where only folders of worktrees should be."""
+    repository.git("branch", "one\u2028two")
+    (repository.top / ".git" / "worktrees").mkdir()
+    (repository.top / ".git" / "worktrees" / ".DS_Store").write_text("x")
+    before = await sealed(repository, git)
+    repository.git("branch", "three\u0085four")
+    found = changes(before, await sealed(repository, git, before), ours={})
+    assert [one.partition(" at ")[0] for one in found] == ["refs/heads/three\u0085four appeared"]

@@ -1,0 +1,292 @@
+"""What each class of failure leads to, in real runs; hours of parking on a clock that the test drives."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import anyio
+import pytest
+
+from orchestrator.config.load import load_config
+from orchestrator.council import Council, open_council
+from orchestrator.engine.report import RunReport, RunStatus
+from orchestrator.plugins import load_adapter_types
+from orchestrator.project import Project
+from orchestrator.testing.clock import ManualClock
+from tests.conftest import FAKE_CLI, Repository
+from tests.integration.test_scheduler import until_event
+
+FAILURES = {
+    "auth": "not logged in",
+    "rate_limited": r"limit reached(, again in (?P<seconds>\d+) s)?",
+    "overloaded": "overloaded",
+    "refused": "that is declined",
+    "limit": "out of turns",
+}
+
+
+def fake(repository: Repository, **more: Any) -> dict[str, Any]:
+    """Return the entry of an adapter whose words are classified."""
+    return {
+        "use": "command",
+        "argv": [sys.executable, "-S", str(FAKE_CLI), "{prompt_file}"],
+        "env": {"FAKE_CLI_LEDGER": str(repository.spawns)},
+        "writable": [str(repository.spawns.parent)],
+        "failures": FAILURES,
+        **more,
+    }
+
+
+@pytest.mark.parametrize(
+    ("said", "failure", "attempts"),
+    [
+        ("print overloaded\nexit 1", "overloaded", 2),
+        ("print that is declined\nexit 1", "refused", 1),
+        ("print that is declined", "refused", 1),
+        ("print out of turns\nexit 1", "limit", 1),
+        ("exit 1", "crashed", 2),
+        ("write .env SECRET=1", "refused", 1),
+    ],
+)
+async def test_a_class_decides_whether_another_attempt_follows(
+    repository: Repository, said: str, failure: str, attempts: int
+) -> None:
+    """What may pass is tried again, what will not is not; the result names the class."""
+    tasks = [{"id": "t", "prompt": said, "attempts": 2}]
+    ended = repository.council("run", str(repository.configure(tasks, adapters={"fake": fake(repository)})), "--json")
+    task = ended.result["tasks"][0]
+    assert (task["state"], task["failure"], task["attempts"]) == ("failed", failure, attempts), ended
+
+
+async def test_what_is_retried_can_be_chosen(repository: Repository) -> None:
+    """`retry_on` replaces the classes that are worth another attempt, for all tasks or for one."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "idle", "prompt": "attempt 2 write idle.txt x", "retry_on": ["no_change"]},
+        {"id": "crash", "prompt": "attempt 1 exit 1\nwrite c.txt x"},
+    ]
+    defaults = {"retry_on": [], "backoff": {"initial": "10ms", "max": "10ms"}}
+    ended = repository.council("run", str(repository.configure(tasks, defaults=defaults)), "--json")
+    assert ended.states == {"idle": "landed", "crash": "failed"}, ended
+    await repository.assert_invariants()
+
+
+async def test_a_conflict_that_is_retried_starts_from_the_target(repository: Repository) -> None:
+    """With `retry_on: [conflict]` the work is done again on top of what was in its way."""
+    repository.commit({"a.txt": "1\n"}, "a")
+    repository.remember()
+    tasks = [{"id": name, "prompt": f"append a.txt {name}", "retry_on": ["conflict"]} for name in ("left", "right")]
+    ended = repository.council("run", str(repository.configure(tasks)), "--json")
+    assert ended.states == {"left": "landed", "right": "landed"}, ended
+    assert sorted((repository.top / "a.txt").read_text().split()) == ["1", "left", "right"]
+    assert sorted(task["attempts"] for task in ended.result["tasks"]) == [1, 2]
+    await repository.assert_invariants()
+
+
+async def test_a_login_that_fails_stops_its_adapter_and_no_other(repository: Repository) -> None:
+    """Its tasks wait, with no attempt counted, until a person has logged in and resumes; the others land."""
+    flag = repository.spawns.parent / "logged-in"
+    shell = {"use": "command", "argv": ["sh", "{prompt_file}"], "failures": FAILURES}
+    prompt = f"test -e {flag} || {{ echo 'not logged in: run x login'; exit 1; }}; echo ok > $COUNCIL_TASK.txt"
+    tasks: list[dict[str, Any]] = [
+        {"id": name, "prompt": prompt, "adapter": "locked", "attempts": 1} for name in ("a", "b")
+    ]
+    tasks.append({"id": "free", "prompt": "write free.txt x", "adapter": "fake"})
+    adapters = {"locked": {**shell, "capacity": 1}, "fake": fake(repository)}
+    config = repository.configure(
+        tasks, adapters=adapters, readable=[str(repository.spawns.parent), sys.prefix, str(FAKE_CLI.parents[2])]
+    )
+    ended = repository.council("run", str(config), "--json")
+    assert (ended.code, ended.states) == (1, {"a": "blocked", "b": "blocked", "free": "landed"}), ended
+    assert "run x login" in ended.result["tasks"][0]["reason"]
+    assert [one["name"] for one in ended.result["adapters"]] == ["locked"]
+    assert [task["attempts"] for task in ended.result["tasks"]] == [1, 0, 1]
+    assert repository.council("status", "--json").states == ended.states
+    flag.touch()
+    resumed = repository.council("resume", "--json")
+    assert (resumed.code, resumed.states) == (0, dict.fromkeys(ended.states, "landed")), resumed
+    assert resumed.result["adapters"] == []
+    await repository.assert_invariants()
+
+
+async def test_a_usage_limit_parks_the_adapter_until_it_ends(repository: Repository) -> None:
+    """Five hours pass on the clock; no attempt is counted, another adapter goes on meanwhile."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "limited", "prompt": "attempt 1 print limit reached, again in 18000 s\nattempt 1 exit 1\nwrite a.txt a",
+         "adapter": "limited", "attempts": 1},
+        {"id": "behind", "prompt": "write b.txt b", "adapter": "limited", "priority": -1},
+        {"id": "other", "prompt": "write c.txt c", "adapter": "other"},
+    ]  # fmt: skip
+    adapters = {"limited": fake(repository, capacity=1), "other": fake(repository)}
+    path = repository.configure(tasks, adapters=adapters)
+    clock = ManualClock()
+    async with open_council(Project(repository.top), clock=clock, environ=repository.environ) as council:
+        run = await council.create_run(load_config(path, load_adapter_types()))
+        reports: list[RunReport] = []
+
+        async def execute() -> None:
+            reports.append(await council.execute(run))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(execute)
+            await until_event(council, "adapter.parked", 1)
+            await until_event(council, "task.landed", 1)
+            await anyio.wait_all_tasks_blocked()
+            clock.advance(17_999)
+            await anyio.wait_all_tasks_blocked()
+            parked = await council.status(run)
+            assert [(task.state, task.attempts) for task in parked.tasks] == [
+                ("pending", 1), ("pending", 0), ("landed", 1),
+            ]  # fmt: skip
+            assert [one.parked_until for one in parked.adapters] == [clock.now() + 1]
+            clock.advance(1)
+    assert reports[0].status is RunStatus.LANDED, reports
+    assert [task.attempts for task in reports[0].tasks] == [2, 1, 1]
+    await repository.assert_invariants()
+
+
+async def test_a_park_outlasts_the_process(repository: Repository) -> None:
+    """Whoever resumes keeps the adapter parked until the same instant."""
+    tasks = [{"id": "t", "prompt": "attempt 1 print limit reached, again in 7200 s\nattempt 1 exit 1\nwrite a.txt a"}]
+    path = repository.configure(tasks, adapters={"fake": fake(repository)})
+    clock = ManualClock()
+
+    async def opened(run: str | None, advance: float) -> str:
+        async with open_council(Project(repository.top), clock=clock, environ=repository.environ) as council:
+            name = run or await council.create_run(load_config(path, load_adapter_types()))
+            async with anyio.create_task_group() as group:
+                group.start_soon(council.execute, name)
+                await until_event(council, "adapter.parked", 1)
+                await until_claimed(council, name, 1 if run is None else 2)
+                await anyio.wait_all_tasks_blocked()
+                clock.advance(advance)
+                await anyio.wait_all_tasks_blocked()
+                council.stop()
+            return name
+
+    run = await opened(None, 3600)
+    before = repository.spawns.read_text()
+    await opened(run, 3599)
+    assert repository.spawns.read_text() == before
+    async with open_council(Project(repository.top), clock=clock, environ=repository.environ) as council:
+        clock.advance(1)
+        assert (await council.execute(run)).status is RunStatus.LANDED
+    await repository.assert_invariants()
+
+
+async def until_claimed(council: Council, run: str, times: int) -> None:
+    """Return when a run has had that many owners."""
+    await until_event(council, "run.claimed", times)
+
+
+async def test_silence_ends_a_session_that_neither_speaks_nor_works(repository: Repository) -> None:
+    """Output or changes keep it alive; without both it is ended, with its work kept."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "silent", "prompt": "write half.txt x\nhang", "silence": "1s", "attempts": 1},
+        {"id": "busy", "prompt": "tick 8 0.25\nwrite b.txt b", "silence": "1s"},
+    ]
+    ended = repository.council("run", str(repository.configure(tasks)), "--json")
+    assert ended.states == {"silent": "failed", "busy": "landed"}, ended
+    silent = ended.result["tasks"][0]
+    assert silent["failure"] == "silence"
+    assert silent["branch"]
+    await repository.assert_invariants()
+
+
+async def test_priority_decides_what_starts_first(repository: Repository) -> None:
+    """With room for one, the higher priority goes first, whatever the order of the file."""
+    tasks = [{"id": f"p{value}", "prompt": f"write {value}.txt x", "priority": value} for value in (1, 3, 2)]
+    ended = repository.council("run", str(repository.configure(tasks, capacity=1)), "--json")
+    started = [line["task"] for line in ended.lines if line.get("event") == "task.started"]
+    assert started == ["p3", "p2", "p1"]
+
+
+async def test_tasks_that_own_the_same_paths_follow_each_other(repository: Repository) -> None:
+    """They are never at work together, and the later one starts from where the earlier one landed: no conflict."""
+    tasks: list[dict[str, Any]] = [
+        {"id": name, "prompt": f"append src/app.py # {name}", "owns": ["src/**"]} for name in ("one", "two", "three")
+    ]
+    tasks.append({"id": "docs", "prompt": "append README.md docs", "owns": ["*.md"]})
+    ended = repository.council("run", str(repository.configure(tasks)), "--json")
+    assert set(ended.states.values()) == {"landed"}, ended
+    live: set[str] = set()
+    for line in ended.lines:
+        if line.get("event") == "task.started" and line["task"] != "docs":
+            assert not live
+            live.add(line["task"])
+        elif line.get("event") == "task.landed":
+            live.discard(line["task"])
+    await repository.assert_invariants()
+
+
+async def test_an_adapters_capacity_holds(repository: Repository) -> None:
+    """However many sessions may run in all, no more of an adapter than it allows."""
+    tasks = [{"id": f"t{n}", "prompt": f"write {n}.txt x"} for n in range(6)]
+    adapters = {"fake": fake(repository, capacity=2)}
+    ended = repository.council("run", str(repository.configure(tasks, adapters=adapters, capacity=6)), "--json")
+    assert set(ended.states.values()) == {"landed"}, ended
+    running = most = 0
+    for line in ended.lines:
+        running += {"task.started": 1, "task.queued": -1}.get(line.get("event", ""), 0)
+        most = max(most, running)
+    assert most == 2
+
+
+async def test_a_program_inside_of_what_is_hidden_is_told_apart_from_a_missing_one(repository: Repository) -> None:
+    """A tool in the user's own repository is not there for sessions; the reason says what to do, and that helps."""
+    tool = repository.top / "tool.sh"
+    tool.write_text("#!/bin/sh\necho x > x.txt\n")
+    tool.chmod(0o755)
+    repository.git("add", "--all")
+    repository.git("commit", "--quiet", "--message", "tool")
+    shell = {"use": "command", "argv": [str(tool)]}
+    tasks = [{"id": "t", "prompt": "x"}]
+    task = repository.council("run", str(repository.configure(tasks, adapters={"sh": shell})), "--json").result[
+        "tasks"
+    ][0]
+    assert (task["state"], task["failure"], task["attempts"]) == ("failed", "invalid", 1)
+    assert "under `readable`" in task["reason"]
+    shell["readable"] = [str(tool)]
+    ended = repository.council("run", str(repository.configure(tasks, adapters={"sh": shell})), "--json")
+    assert ended.states == {"t": "landed"}, ended
+
+
+async def test_a_machine_without_room_is_waited_for(repository: Repository) -> None:
+    """A session that can't be started for lack of space costs no attempt: nothing starts for a while, then it does."""
+    path = repository.configure([{"id": "t", "prompt": "write a.txt x", "attempts": 1}])
+    clock = ManualClock()
+    full = repository.top / ".council" / "logs"
+    async with open_council(Project(repository.top), clock=clock, environ=repository.environ) as council:
+        run = await council.create_run(load_config(path, load_adapter_types()))
+        logs = full / run
+        logs.mkdir(mode=0o700)
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=1", "none", str(logs)], check=False)
+        if mounted.returncode:
+            pytest.skip("only root can make a file system that is full")
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(council.execute, run)
+                await until_event(council, "run.paused", 1)
+                subprocess.run(["mount", "-o", "remount,nr_inodes=100", str(logs)], check=True)
+                await anyio.wait_all_tasks_blocked()
+                clock.advance(5)
+                await until_event(council, "task.landed", 1)
+        finally:
+            subprocess.run(["umount", str(logs)], check=True)
+        report = await council.status(run)
+    assert [(task.state, task.attempts) for task in report.tasks] == [("landed", 2)]
+    await repository.assert_invariants()
+
+
+async def test_sessions_that_run_into_one_limit_side_by_side_are_one_park(repository: Repository) -> None:
+    """However many hit it at once, the adapter is parked once, and all of them go on afterwards."""
+    gate = repository.spawns.parent / "gate"
+    prompt = f"attempt 1 meet {gate} 4\nattempt 1 print limit reached, again in 0 s\nattempt 1 exit 1\nwrite {{}}.txt x"
+    tasks = [{"id": f"t{n}", "prompt": prompt.format(n), "attempts": 1} for n in range(4)]
+    ended = repository.council("run", str(repository.configure(tasks, adapters={"fake": fake(repository)})), "--json")
+    assert set(ended.states.values()) == {"landed"}, ended
+    parked = [line for line in ended.lines if line.get("event") == "adapter.parked"]
+    assert len(parked) == 4
+    assert max(line["until"] for line in parked) - min(line["time"] for line in parked) < 10
+    await repository.assert_invariants()

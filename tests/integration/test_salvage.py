@@ -1,0 +1,207 @@
+"""Kept work is found by name, shown, brought into a checkout or a branch, and dropped, with contents of all kinds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import RefusedError
+from orchestrator.repo import salvage
+from orchestrator.repo.diffs import diff, live_diff
+from orchestrator.repo.git import Git
+from orchestrator.repo.source import Source
+from tests.conftest import Repository
+from tests.integration.test_collect import ADMIT, VALUE, Place, place
+
+__all__ = ["place"]
+
+BINARY = bytes(range(256)) * 8
+
+
+@pytest.fixture
+def users(environ: dict[str, str]) -> Git:
+    """Git at the user's side."""
+    return Git(None, users=True, environ=environ)
+
+
+@pytest.fixture
+async def work(place: Place) -> str:
+    """A commit that changes, adds, deletes, links and renames files with hostile names."""
+    place.write("README.md", "# Project\nchanged\n")
+    (
+        place.write("-rf"),
+        place.write("new\nline"),
+        place.write(":(top)x"),
+        place.write('qu"ote\t'),
+        place.write("bin", BINARY),
+    )
+    place.write("run.sh", "#!/bin/sh\n").chmod(0o755)
+    (place.worktree.tree / "sym").symlink_to("/etc/passwd")
+    (place.worktree.tree / "src/app.py").rename(place.worktree.tree / "src/main.py")
+    (place.worktree.tree / "link/x").unlink()
+    (place.worktree.tree / "link").rmdir()
+    (place.worktree.tree / "link").symlink_to("src")
+    commit = (await place.collect()).commit
+    assert commit is not None
+    return commit
+
+
+def state(top: Path) -> dict[str, object]:
+    """Return what the files of a checkout are."""
+    return {
+        str(path.relative_to(top)): (path.readlink() if path.is_symlink() else path.read_bytes(), path.lstat().st_mode)
+        for path in top.rglob("*")
+        if (path.is_symlink() or path.is_file()) and ".git" not in path.relative_to(top).parts
+    }
+
+
+async def test_kept_work_is_listed_and_found(place: Place, work: str) -> None:
+    """Branches and salvaged refs have one short name each; what does not fit is refused with what is near."""
+    for ref in ("refs/heads/council/run1/task/conflict", "refs/heads/council/run2/task/1",
+                "refs/salvage/run1/task.1/stash",
+                "refs/salvage/run1/a.b.2/1", "refs/heads/council/run1/a.b/2", "refs/council/run1/x"):  # fmt: skip
+        await place.git("update-ref", ref, work)
+    all_runs = await salvage.kept(place.git)
+    assert [f"{one.run}/{one.name}" for one in all_runs] == [
+        "run1/a.b/2", "run1/a.b/2/1", "run1/task/1", "run1/task/1/stash", "run1/task/conflict", "run2/task/1",
+    ]  # fmt: skip
+    run1 = await salvage.kept(place.git, "run1")
+    assert len(run1) == 5
+    found = salvage.find(run1, "task/1/stash")
+    assert (found.ref, found.commit, found.subject) == ("refs/salvage/run1/task.1/stash", work, "work")
+    assert found.committed > 1_600_000_000
+    assert salvage.find(all_runs, "run2/task/1").run == "run2"
+    with pytest.raises(RefusedError, match="more than one run"):
+        salvage.find(all_runs, "task/1")
+    with pytest.raises(RefusedError, match="task/conflict"):
+        salvage.find(run1, "task/conflct")
+    with pytest.raises(RefusedError, match="task/1, task/1/stash, task/conflict"):
+        salvage.find(run1, "task")
+
+
+async def test_differences_are_shown(place: Place, work: str) -> None:
+    """A difference is a patch or a summary, with colors if asked for, whatever the files are called."""
+    shown = await diff(place.git, place.base, work)
+    assert b'"b/new\\nline"' in shown
+    assert b"rename to src/main.py" in shown
+    assert b"\x1b[" not in shown
+    assert b"\x1b[" in await diff(place.git, place.base, work, color=True)
+    assert b"README.md" in await diff(place.git, place.base, work, stat=True)
+    assert b"+changed" not in await diff(place.git, place.base, work, stat=True)
+
+
+async def test_a_live_session_is_looked_at_without_a_trace(place: Place) -> None:
+    """Its files are compared as they are; no index changes, nothing is left, secrets and huge files are only named."""
+    place.write("README.md", "# Project\nlive\n"), place.write("new.txt")
+    place.write("a.py", f"v = '{VALUE}'\n"), place.write(".env", "A=1\n"), place.write("huge", b"h" * 200_000)
+    place.agent("add", "new.txt")
+    before = (place.worktree.index.read_bytes(), (place.worktree.git_dir / "index").read_bytes())
+    shown = (await live_diff(place.git, place.worktree, place.base, admit=ADMIT)).decode()
+    assert "+live" in shown
+    assert "b/new.txt" in shown
+    assert VALUE not in shown
+    assert "hhh" not in shown
+    assert [line.split("'")[1] for line in shown.splitlines() if line.startswith("# left out")] == [
+        ".env",
+        "a.py",
+        "huge",
+    ]
+    assert before == (place.worktree.index.read_bytes(), (place.worktree.git_dir / "index").read_bytes())
+    assert [path.name for path in place.worktree.index.parent.iterdir()] == [place.worktree.index.name]
+    assert not await place.has(b"# Project\nlive\n")
+    os.mkfifo(place.worktree.tree / ".gitignore")
+    with pytest.raises(RefusedError, match="gitignore"):
+        await live_diff(place.git, place.worktree, place.base, admit=ADMIT)
+
+
+async def test_work_is_applied_to_a_checkout(place: Place, work: str, users: Git, repository: Repository) -> None:
+    """All kinds of changes arrive as uncommitted ones, beside what the user had changed elsewhere."""
+    (repository.top / "notes.txt").write_text("mine\n")
+    repository.git("config", "apply.whitespace", "error")
+    index = (repository.top / ".git/index").read_bytes()
+    paths = await salvage.apply_to_checkout(place.git, users, repository.top, place.base, work)
+    assert {"-rf", "new\nline", "bin", "link", "link/x", "src/app.py", "src/main.py"} <= set(paths)
+    assert (repository.top / "notes.txt").read_text() == "mine\n"
+    (repository.top / "notes.txt").unlink()
+    (place.worktree.tree / ".git").unlink()
+    assert state(repository.top) == state(place.worktree.tree)
+    assert index == (repository.top / ".git/index").read_bytes()
+    assert not list(place.git.git_dir.glob("objects.*")) if place.git.git_dir else False
+
+
+async def test_work_is_merged_with_what_the_user_committed(
+    place: Place, work: str, users: Git, repository: Repository
+) -> None:
+    """The user's branch went on, in a renamed file: the change follows it. What is there already changes nothing."""
+    repository.git("mv", "README.md", "READ.md")
+    repository.commit({"own.txt": "own\n"}, "own")
+    place.write("README.md", "# Project\n")
+    paths = await salvage.apply_to_checkout(place.git, users, repository.top, place.base, work)
+    assert "READ.md" in paths
+    assert (repository.top / "READ.md").read_text() == "# Project\nchanged\n"
+    repository.git("add", "--all"), repository.git("commit", "--quiet", "--message", "took it")
+    assert await salvage.apply_to_checkout(place.git, users, repository.top, place.base, work) == ()
+
+
+@pytest.mark.parametrize("how", ["committed", "edited", "untracked", "link out"])
+async def test_work_that_does_not_fit_changes_nothing(
+    place: Place, work: str, users: Git, repository: Repository, tmp_path: Path, how: str
+) -> None:
+    """A change that conflicts with the user's commits or files is refused as a whole."""
+    match how:
+        case "committed":
+            repository.commit({"README.md": "# Other\nmine\n"}, "mine")
+        case "edited":
+            (repository.top / "README.md").write_text("# Other\n")
+        case "untracked":
+            (repository.top / "run.sh").write_text("mine\n")
+        case _:
+            (tmp_path / "out").mkdir()
+            (repository.top / "src").rename(tmp_path / "out/src")
+            (repository.top / "src").symlink_to(tmp_path / "out/src")
+    before = state(repository.top), repository.git("status", "--porcelain")
+    with pytest.raises(RefusedError, match="make a branch of it instead"):
+        await salvage.apply_to_checkout(place.git, users, repository.top, place.base, work)
+    assert before == (state(repository.top), repository.git("status", "--porcelain"))
+    if how == "link out":
+        assert [path.name for path in (tmp_path / "out/src").iterdir()] == ["app.py"]
+
+
+async def test_a_link_to_another_repository_is_not_applied(place: Place, users: Git, repository: Repository) -> None:
+    """A nested repository has no files to apply."""
+    place.agent("init", "--quiet", "nested")
+    place.agent(
+        "-C", "nested", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--allow-empty", "-m", "x"
+    )
+    left = await place.collect()
+    assert left.commit is not None
+    with pytest.raises(RefusedError, match="repository in the repository"):
+        await salvage.apply_to_checkout(place.git, users, repository.top, place.base, left.commit)
+
+
+async def test_a_branch_is_made_once(place: Place, work: str, repository: Repository) -> None:
+    """The branch is made where there is none of that name, and only with a name that git takes."""
+    source = Source.of(str(repository.top), is_local=True, git=place.git)
+    await salvage.make_branch(source, work, "rescued/work")
+    assert repository.git("rev-parse", "rescued/work") == work
+    for taken, why in (("rescued/work", "exists"), ("main", "exists"), ("rescued", "can't be made"),
+                       ("-x", "can't be the name"),
+                       ("a..b", "can't be the name"), ("x:y", "can't be the name"),
+                       ("", "can't be the name")):  # fmt: skip
+        with pytest.raises(RefusedError, match=why):
+            await salvage.make_branch(source, work, taken)
+
+
+async def test_only_what_was_listed_is_dropped(place: Place, work: str) -> None:
+    """If one of the refs has moved none is deleted; else all are."""
+    await place.git("update-ref", "refs/salvage/run1/task.1/stash", work)
+    listed = await salvage.kept(place.git, "run1")
+    await place.git("update-ref", "refs/salvage/run1/task.1/stash", place.base)
+    with pytest.raises(RefusedError, match="list it"):
+        await salvage.drop(place.git, listed)
+    listed = await salvage.kept(place.git, "run1")
+    assert len(listed) == 2
+    await salvage.drop(place.git, listed)
+    assert await salvage.kept(place.git, "run1") == []

@@ -1,0 +1,132 @@
+"""Repositories that sessions could not work on faithfully are refused by name; the remedies that are named work."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import RefusedError
+from orchestrator.repo.checkout import LocalRepository, inspect
+from orchestrator.repo.git import Git
+from orchestrator.repo.supported import check_complete, check_names, check_supported, is_case_insensitive
+from tests.conftest import Repository
+
+
+async def check(repository: Repository, top: Path | None = None) -> None:
+    """Check HEAD of a repository, or of a clone; git runs in a bare clone, as in the trusted repository."""
+    trusted = repository.top.parent / "trusted.git"
+    if not trusted.exists():
+        repository.git("clone", "--quiet", "--mirror", ".", str(trusted))
+    else:
+        repository.git("push", "--quiet", "--mirror", str(trusted))
+    users = await inspect(repository.top, Git(None, users=True, environ=repository.environ))
+    if top is not None:
+        users = LocalRepository(top / ".git", top, "sha1")
+    commit = repository.git("rev-parse", "HEAD")
+    if users is not None:
+        await check_complete(users, Git(None, users=True, environ=repository.environ))
+    await check_supported(Git(trusted, environ=repository.environ), commit)
+
+
+def clone(repository: Repository, *options: str) -> Repository:
+    """Return a clone that was made as over a network."""
+    repository.git("config", "uploadpack.allowFilter", "true")
+    top = repository.top.parent / "clone"
+    repository.git("clone", "--quiet", "--no-checkout", *options, f"file://{repository.top}", str(top))
+    return Repository(top, repository.environ, repository.spawns)
+
+
+def commands(remedy: str) -> list[list[str]]:
+    """Return the git commands that a remedy names."""
+    return [command.split() for command in re.findall(r"`git ([^`]+)`", remedy)]
+
+
+async def test_a_plain_repository_is_fine(repository: Repository) -> None:
+    """As are attributes without LFS, comments that name it, and names that only look odd."""
+    repository.commit(
+        {".gitattributes": "# *.bin filter=lfs\n*.x filter=lfs2\n", "a/.gitignore": "", "git~2/.gitx": ""}
+    )
+    await check(repository)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [(["--filter=blob:none"], "partial clone"), (["--depth=1"], "shallow clone")],
+    ids=["partial", "shallow"],
+)
+async def test_an_incomplete_clone_is_refused_until_the_remedy_is_followed(
+    repository: Repository, options: list[str], says: str
+) -> None:
+    """The commands that the remedy names make it a clone with all objects, which is accepted."""
+    for number in "123":
+        repository.commit({"f": number})
+    cloned = clone(repository, *options)
+    with pytest.raises(RefusedError, match=says) as refused:
+        await check(repository, cloned.top)
+    for command in commands(refused.value.remedy):
+        cloned.git(*command)
+    await check(repository, cloned.top)
+    assert len(cloned.git("cat-file", "--batch-all-objects", "--batch-check").splitlines()) == len(
+        repository.git("cat-file", "--batch-all-objects", "--batch-check").splitlines()
+    )
+
+
+async def test_submodules_are_refused_by_name(repository: Repository) -> None:
+    """The first ones are named, the others counted."""
+    commit = repository.git("rev-parse", "HEAD")
+    for name in "abcd":
+        repository.git("update-index", "--add", "--cacheinfo", f"160000,{commit},libs/{name}")
+    repository.git("commit", "--quiet", "--message", "submodules")
+    with pytest.raises(RefusedError, match="libs/a, libs/b, libs/c and 1 more"):
+        await check(repository)
+
+
+@pytest.mark.parametrize("place", [".gitattributes", "deep/er/.gitattributes"])
+async def test_lfs_is_refused_wherever_it_is_asked_for(repository: Repository, place: str) -> None:
+    """The file is named; without the line in it the run is accepted."""
+    repository.commit({place: "*.txt text\n  *.bin filter=lfs diff=lfs -text\r\n"})
+    with pytest.raises(RefusedError, match=f": {re.escape(place)} has `filter=lfs`"):
+        await check(repository)
+    repository.commit({place: "*.txt text\n"})
+    await check(repository)
+
+
+@pytest.mark.parametrize(
+    "path", ["a/.git/x", ".GIT/config", "x/.git /y", "GIT~1", "a/.git::$INDEX", "..", "n" * 256, "d/" * 1800 + "f"]
+)
+def test_names_that_can_not_be_checked_out_are_refused(path: str) -> None:
+    """Git, or the file system, would not write them."""
+    with pytest.raises(RefusedError, match="can't be checked out"):
+        check_names([b"fine", path.encode()], folds_case=False)
+
+
+@pytest.mark.parametrize(
+    "paths", [["a/File", "a/file"], ["docs/x", "Docs/y"], ["é", "e\u0301"], ["docs", "Docs/y"], ["straße", "STRASSE"]]
+)
+def test_paths_that_meet_where_case_is_ignored_are_refused_there(paths: list[str]) -> None:
+    """Files and folders; on a file system that tells them apart they are fine."""
+    encoded = [path.encode() for path in paths]
+    check_names(encoded, folds_case=False)
+    with pytest.raises(RefusedError, match="differ only in case"):
+        check_names(encoded, folds_case=True)
+    check_names([b"a/x", b"a/y", b"b/x"], folds_case=True)
+
+
+def test_a_name_that_is_not_utf_8_is_refused_where_case_is_ignored() -> None:
+    """Such file systems take Unicode only."""
+    check_names([b"\xff"], folds_case=False)
+    with pytest.raises(RefusedError, match="not UTF-8"):
+        check_names([b"\xff"], folds_case=True)
+
+
+def test_whether_case_is_ignored_is_found_without_writing(tmp_path: Path) -> None:
+    """Another folder of that name is not the same folder; here a link plays a file system that ignores case."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    (tmp_path / "HUB").mkdir()
+    assert not is_case_insensitive(folder)
+    (tmp_path / "HUB").rmdir()
+    (tmp_path / "HUB").symlink_to(folder)
+    assert is_case_insensitive(folder)

@@ -1,0 +1,236 @@
+"""The order of starts, adapters' limits, paths that only one may change, and tasks that come back."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestrator.domain.dispatch import AGING, Board, Entry, decide
+from orchestrator.domain.model import TaskStatus
+
+
+def started(board: Board, free: int = 9, now: float = 0.0) -> list[str]:
+    """Return the tasks that a decision starts."""
+    return [start.task for start in decide(board, free, now)]
+
+
+def owners(**owns: str) -> dict[str, Entry]:
+    """Return tasks by what they own, each with an adapter of its own name."""
+    return {task: Entry(adapter=task, owns=(pattern,)) for task, pattern in owns.items()}
+
+
+def test_the_higher_priority_starts_first_and_the_file_decides_between_equals() -> None:
+    """Priority, then the file's order."""
+    board = Board({"a": Entry(), "b": Entry(priority=2), "c": Entry(priority=-1), "d": Entry(priority=2)})
+    assert started(board) == ["b", "d", "a", "c"]
+
+
+@pytest.mark.parametrize(("age", "first"), [(AGING * 2 - 1, "new"), (AGING * 2 + 1, "old")])
+def test_waiting_makes_up_for_priority(age: float, first: str) -> None:
+    """A task that has waited `AGING` seconds longer for each level is ahead."""
+    board = Board({"gate": Entry(), "old": Entry(), "new": Entry(("gate",), priority=2)})
+    board.wait("gate", 10**9)
+    assert started(board, 0, now=5000.0) == []
+    board.landed("gate")
+    assert started(board, 1, now=5000.0 + age) == [first]
+
+
+def test_a_retry_waits_since_its_time_came() -> None:
+    """What comes back from a wait is behind what was ready before that."""
+    board = Board({"a": Entry(), "b": Entry()})
+    assert started(board, 1) == ["a"]
+    board.wait("a", 5.0)
+    assert started(board, 1, now=9.0) == ["b"]
+    assert started(board, 1, now=9.0) == ["a"]
+
+
+def test_an_adapter_has_a_capacity_of_its_own() -> None:
+    """A full adapter lets others pass; each session that is over makes room for one more."""
+    board = Board({"a": Entry(adapter="x"), "b": Entry(adapter="x"), "c": Entry(adapter="y")}, {"x": 1})
+    assert started(board) == ["a", "c"]
+    board.built("a")
+    assert board.running() == 1
+    assert started(board) == ["b"]
+
+
+def test_a_parked_adapter_starts_at_its_time() -> None:
+    """Others go on meanwhile; the longest of two parks counts."""
+    board = Board({"a": Entry(adapter="x"), "b": Entry(adapter="y")})
+    board.park("x", 60.0)
+    board.park("x", 30.0)
+    assert started(board, now=1.0) == ["b"]
+    assert (board.has_work(), board.next_time()) == (True, 60.0)
+    assert started(board, now=59.9) == []
+    assert started(board, now=60.0) == ["a"]
+    assert board.next_time() is None
+
+
+def test_a_park_is_waited_for_only_where_something_is_to_start() -> None:
+    """Neither an adapter without tasks nor a closed one names a time."""
+    board = Board({"a": Entry(adapter="x"), "b": Entry(adapter="y")})
+    board.park("z", 60.0)
+    assert started(board) == ["a", "b"]
+    board.park("x", 50.0)
+    assert board.next_time() is None
+    board.wait("a", 20.0)
+    assert board.next_time() == 50.0
+    board.close("x", "its login failed")
+    assert (board.next_time(), board.has_work()) == (None, False)
+
+
+def test_tasks_of_a_closed_adapter_are_no_work() -> None:
+    """Neither ready nor waiting ones start again; what they hold up is not blocked, only left."""
+    board = Board({"a": Entry(adapter="x"), "b": Entry(("a",), adapter="y"), "c": Entry(adapter="y")})
+    board.close("x", "its login failed")
+    assert started(board) == ["c"]
+    assert (board.has_work(), dict(board.closed), board.blocked) == (False, {"x": "its login failed"}, {})
+
+
+@pytest.mark.parametrize("end", ["landed", "ended", "wait"])
+def test_paths_are_free_when_their_task_is_live_no_more(end: str) -> None:
+    """Whoever owns the path too starts when the first has landed, has ended, or waits; not when it is only built."""
+    board = Board(owners(a="src/**", b="src/app.py", c="docs/"))
+    assert started(board) == ["a", "c"]
+    assert board.has_work()
+    board.built("a")
+    assert started(board) == []
+    board.wait("a", 99.0) if end == "wait" else getattr(board, end)("a")
+    assert started(board) == ["b"]
+
+
+def test_what_is_held_by_a_built_task_alone_is_no_work() -> None:
+    """Nothing but a landing lets it start, and a scheduler that gave up landing has to end."""
+    board = Board(owners(a="src/**", b="src/app.py"))
+    started(board)
+    assert board.has_work()
+    board.built("a")
+    started(board)
+    assert not board.has_work()
+    board.landed("a")
+    assert board.has_work()
+
+
+def test_the_best_placed_held_task_reserves_its_paths() -> None:
+    """What overlaps with it and comes behind it waits, so that it starts as soon as its paths are free."""
+    board = Board(owners(live="a", held="*", behind="b", other="c/d"))
+    assert started(board) == ["live", "other"]
+    board.landed("live")
+    assert started(board) == ["held"]
+    board.landed("held")
+    assert started(board) == ["behind"]
+
+
+def test_a_better_placed_held_task_takes_the_reservation_over() -> None:
+    """What only the former reservation held up starts."""
+    tasks = owners(live="a", former="*.py", behind="x.py") | {
+        "gate": Entry(),
+        "better": Entry(("gate",), "z", 5, ("a",)),
+    }
+    tasks["former"] = Entry(adapter="former", owns=("*.py", "a"))
+    board = Board(tasks)
+    assert started(board) == ["live", "gate"]
+    board.landed("gate")
+    assert started(board) == ["behind"]
+
+
+@pytest.mark.parametrize(
+    ("what", "later"), [("park", ["held"]), ("close", []), ("ended", [])], ids=["parked", "closed", "cancelled"]
+)
+def test_a_held_task_that_can_not_start_anyway_reserves_nothing(what: str, later: list[str]) -> None:
+    """Whether its adapter is parked or closed, or it was cancelled: what waited for it goes on at once."""
+    board = Board(owners(live="a", held="*", behind="b"))
+    assert started(board) == ["live"]
+    match what:
+        case "park":
+            board.park("held", 50.0)
+        case "close":
+            board.close("held", "its login failed")
+        case _:
+            board.ended("held")
+    assert started(board, now=1.0) == ["behind"]
+    board.landed("live")
+    board.landed("behind")
+    assert board.has_work() is bool(later)
+    assert started(board, now=50.0) == later
+
+
+def test_a_reservation_outlasts_a_full_adapter() -> None:
+    """What overlaps with it does not slip in while it waits for room at its adapter."""
+    tasks = owners(live="a", held="*", behind="b") | {"full": Entry(adapter="held", owns=("f/g",))}
+    board = Board(tasks, {"held": 1})
+    assert started(board) == ["live", "full"]
+    board.landed("live")
+    assert started(board) == []
+    assert board.has_work()
+    board.landed("full")
+    assert started(board) == ["held"]
+
+
+def test_a_revived_task_and_what_only_it_blocked_are_pending_again() -> None:
+    """What another need blocks too stays blocked, and names that one."""
+    board = Board({"a": Entry(), "b": Entry(), "c": Entry(("a",)), "d": Entry(("a", "b")), "e": Entry(("c", "d"))})
+    started(board)
+    board.ended("a")
+    board.ended("b")
+    assert board.blocked == {"c": "a", "d": "a", "e": "d"}
+    board.revive("a")
+    assert board.blocked == {"d": "b", "e": "d"}
+    assert started(board) == ["a"]
+    board.landed("a")
+    assert started(board) == ["c"]
+    board.revive("b")
+    assert board.blocked == {}
+    assert started(board) == ["b"]
+
+
+def test_a_cancelled_task_that_was_blocked_is_ended_itself() -> None:
+    """It is blocked no more; revived, it is blocked again as long as its need is."""
+    board = Board({"a": Entry(), "b": Entry(("a",)), "c": Entry(("b",))})
+    started(board)
+    board.ended("a")
+    board.ended("b")
+    assert board.blocked == {"c": "b"}
+    board.revive("b")
+    assert board.blocked == {"b": "a", "c": "b"}
+    board.revive("a")
+    assert board.blocked == {}
+
+
+def test_a_cancelled_task_that_was_ready_or_waited_does_not_start() -> None:
+    """Cancelling is an end from wherever a task stands."""
+    board = Board({"a": Entry(), "b": Entry(), "c": Entry()})
+    assert started(board, 1) == ["a"]
+    board.wait("a", 5.0)
+    board.ended("a")
+    board.ended("b")
+    assert board.next_time() is None
+    assert started(board, now=9.0) == ["c"]
+    assert not board.has_work()
+
+
+def test_a_board_under_way_keeps_the_paths_of_what_is_built() -> None:
+    """After a resume, too, nothing that overlaps starts before it has landed."""
+    board = Board.of(owners(a="src/", b="src/*", c="docs"), {"a": TaskStatus.QUEUED}, {})
+    assert started(board) == ["c"]
+    assert board.running() == 1
+    board.landed("a")
+    assert started(board) == ["b"]
+
+
+def test_a_dependent_that_landed_before_its_need_was_lost_is_not_blocked() -> None:
+    """Blocked is only what has not landed."""
+    tasks = {"a": Entry(), "b": Entry(("a",)), "c": Entry(("b",))}
+    board = Board.of(tasks, {"a": TaskStatus.CONFLICT, "b": TaskStatus.LANDED}, {})
+    assert board.blocked == {}
+    assert started(board) == ["c"]
+
+
+def test_a_start_does_not_hold_once_its_task_was_cancelled_or_revived() -> None:
+    """Whoever took a decision a moment ago can ask whether it is still good."""
+    board = Board({"a": Entry()})
+    assert [start.task for start in decide(board, 1, 0.0)] == ["a"]
+    assert board.is_running("a")
+    board.ended("a")
+    assert not board.is_running("a")
+    board.revive("a")
+    assert not board.is_running("a")
+    assert [start.task for start in decide(board, 1, 0.0)] == ["a"]
