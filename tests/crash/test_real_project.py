@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 import signal
 import subprocess
-import sys
-import tarfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 
 from orchestrator.failpoints import FAILPOINTS
 from tests.conftest import Repository
+from tests.crash.sdists import download, unpack
 from tests.crash.test_crashes import IN_RECOVERY, LEADS_TO, finish
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -45,27 +44,14 @@ SHELL = {"use": "command", "argv": ["sh", "-e", "{prompt_file}"]}
 
 @pytest.fixture(scope="session")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project's source archive, from the package index."""
-    folder = tmp_path_factory.mktemp("archive")
-    command = ["download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", str(folder), PROJECT]
-    subprocess.run([sys.executable, "-m", "pip", *command], check=True)
-    return next(folder.glob("*.tar.gz"))
+    """The project's source archive."""
+    return download(PROJECT, tmp_path_factory.mktemp("archive"))
 
 
 @pytest.fixture
 def project(archive: Path, repository: Repository) -> Repository:
     """A repository that holds the archive's files."""
-    with tarfile.open(archive) as opened:
-        opened.extractall(repository.top.parent, filter="data")
-        name = opened.getnames()[0].split("/")[0]
-    for path in sorted((repository.top.parent / name).iterdir()):
-        target = repository.top / path.name
-        if not target.exists() or target.is_file():
-            path.rename(target)
-        else:
-            subprocess.run(["cp", "-r", f"{path}/.", str(target)], check=True)
-    repository.commit({}, "the project")
-    repository.remember()
+    unpack(archive, repository)
     assert len(repository.git("ls-files").splitlines()) > 200
     return repository
 

@@ -1,0 +1,272 @@
+"""A night's work: tasks of every kind there is with the end that each must come to, and a person who looks in.
+
+The agents are scripted so that where a kill hits changes no end: what they do only once they note outside of their
+worktree, and an attempt that is cut off counts for nothing.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from orchestrator.council import open_council
+from orchestrator.errors import RefusedError
+from orchestrator.project import Project
+from tests.conftest import FAKE_CLI, Ended, Repository
+
+#: Where work starts; it never moves, and where it meets the target both have changed `BOTH`.
+BASE, BOTH = "dev", "both.txt"
+#: A secret by its variable's name, and one by its form.
+CANARIES = {"CANARY_TOKEN": "canary-value-0451-xyz", "HARMLESS": "ghp_" + "Canary0451" * 4}
+CLIMBS = {"on_checks_failed": "fail"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One task: what its agent does, how it ends (state, class of failure), and what else its entry says."""
+
+    prompt: str
+    ends: tuple[str, str | None] = ("landed", None)
+    entry: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """Tasks of which exactly one lands; which one it is depends on who comes first."""
+
+    jobs: Mapping[str, Job]
+    loser: tuple[str, str | None]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A project's own tests: the command that runs them, and a file with one more, for a name and an assertion."""
+
+    check: str
+    folder: str
+    template: str
+
+    def write(self, name: str, claim: str = "True") -> str:
+        """Return the step that writes a test."""
+        return f"write {self.folder}/test_{name}.py {self.template.format(name=name, claim=claim)}"
+
+
+#: Standard library alone: for repositories that have nothing else.
+UNITTEST = Suite(
+    f"{sys.executable} -S -m unittest -q",
+    ".",
+    "import unittest; T = type('T', (unittest.TestCase,), dict(test_{name}=lambda self: self.assertTrue({claim})))",
+)
+PYTEST = Suite(
+    f"PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=src:. {sys.executable}"
+    " -m pytest -q -x -p no:cacheprovider testing",
+    "testing",
+    "test_{name} = lambda: None if {claim} else 1 / 0",
+)
+
+
+def few(suite: Suite, ledger: Path) -> tuple[dict[str, Job], list[Rivals]]:
+    """Return the kinds that matter most."""
+    jobs = {
+        "first": Job(suite.write("first")),
+        "second": Job(f"append log.txt second\n{suite.write('second')}", entry={"needs": ["first"]}),
+        "crash-once": Job(f"once exit 3\n{suite.write('crash_once')}"),
+        "hang": Job("hang", ("failed", "timeout"), {"timeout": "1s", "attempts": 1}),
+        "daemon": Job("write own/d.txt x\ndaemon own/d.txt"),
+        "breaks-once": Job(f"{suite.write('mended')}\nonce {suite.write('mended', 'False')}"),
+        "conflict": Job(f"write {BOTH} agent", ("conflict", "conflict")),
+        "cancelled": Job("write half.txt x\nhang", ("cancelled", None), {"timeout": "10m"}),
+        "retried": Job(f"without {ledger.parent}/mended exit 1\nwrite r.txt x", entry={"attempts": 1}),
+    }  # fmt: skip
+    return jobs, []
+
+
+def many(suite: Suite, ledger: Path, outside: Path) -> tuple[dict[str, Job], list[Rivals]]:
+    """Return forty tasks of all kinds."""
+    jobs, _ = few(suite, ledger)
+    never = {"attempts": 1}
+    jobs["third"] = Job(f"append log.txt third\n{suite.write('third')}", entry={"needs": ["second"]})
+    for n in range(2):
+        jobs[f"side-{n}"] = Job(suite.write(f"side_{n}"), entry={"priority": n - 1, "checks": [suite.check, "true"]})
+        jobs[f"owner-{n}"] = Job(f"append shared.txt {n}", entry={"owns": ["shared.*"]})
+    jobs |= {
+        "idle": Job("print nothing to do", ("no_change", "no_change")),
+        "idle-once": Job("once exit 0\nwrite io.txt x", entry={"retry_on": ["no_change", "crashed"]}),
+        "crashes": Job("write c.txt x\nexit 3", ("failed", "crashed"), {"attempts": 2}),
+        "blocked": Job("write never.txt x", ("blocked", None), {"needs": ["crashes", "first"]}),
+        "silent": Job("write s.txt x\nhang", ("failed", "silence"), {"silence": "1s", **never}),
+        "stubborn": Job("stubborn\nwrite s.txt x\nhang", ("failed", "timeout"), {"timeout": "1s", **never}),
+        "flood": Job("flood 67108864\nwrite flood.txt x"),
+        "daemon-fails": Job("write d.txt x\ndaemon d.txt\nexit 1", ("failed", "crashed"), never),
+        "conflict-again": Job(f"append {BOTH} again", entry={"retry_on": ["conflict"]}),
+        "breaks": Job(suite.write("bad", "False"), ("failed", "checks_failed"), CLIMBS),
+        "breaks-always": Job(suite.write("worse", "False"), ("failed", "checks_failed"), {"attempts": 2}),
+        "commits": Job("write c1.txt x\ncommit one\nwrite c2.txt x\ncommit two\nwrite c3.txt x"),
+        "other-branch": Job("git switch --quiet --create other\nwrite ob.txt x\ncommit there\nwrite ob2.txt x"),
+        "moves-main": Job("write mm.txt x\ncommit it\ngit update-ref refs/heads/main HEAD"),
+        "hooks": Job(f"write h.txt x\ncommit it\nwrite h2.txt x\nplant {ledger.parent}/planted"),
+        "no-git": Job("write ng.txt x\nwipe .git"),
+        "outside": Job(f"intrude {outside}/planted x\nintrude {outside}/.git/hooks/post-commit x\nwrite out.txt x"),
+        "key": Job("print-env CANARY_TOKEN\nprint-env HARMLESS\nwrite key.txt x"),
+        "key-kept": Job("write good.txt x\nwrite-env leak.txt HARMLESS", ("failed", "refused")),
+        "limited": Job("once exit 1 limit reached, again in 1 s\nwrite l.txt x", entry={"adapter": "limited"}),
+        "limited-too": Job("write l2.txt x", entry={"adapter": "limited", "priority": -1}),
+        "after-retried": Job("write ar.txt x", entry={"needs": ["retried"]}),
+    }
+    rivals = [
+        Rivals({name: Job(f"write rival.txt {name}") for name in ("left", "right")}, ("conflict", "conflict")),
+        Rivals(
+            {
+                "rename": Job("write nightlib.py def g(): return None", entry=CLIMBS),
+                "caller": Job(f"write {suite.folder}/test_caller.py from nightlib import f as test_f", entry=CLIMBS),
+            },
+            ("failed", "checks_failed"),
+        ),
+    ]
+    for one in rivals:
+        jobs |= one.jobs
+    return jobs, rivals
+
+
+@dataclass(frozen=True)
+class Night:
+    """A repository, what is to be done in it over night, and what must come of that."""
+
+    repository: Repository
+    suite: Suite
+    jobs: Mapping[str, Job]
+    rivals: Sequence[Rivals]
+
+    def prepare(self) -> Path:
+        """Set the repository up and write the config."""
+        repository = self.repository
+        repository.commit({BOTH: "base\n", "nightlib.py": "def f(): return None\n"}, "for the night")
+        repository.git("branch", BASE)
+        repository.commit({BOTH: "target\n"}, "meanwhile on the target")
+        repository.remember()
+        repository.environ.update(CANARIES)
+        fake = {
+            "use": "command",
+            "argv": [sys.executable, "-S", str(FAKE_CLI), "{prompt_file}"],
+            "env": [f"FAKE_CLI_LEDGER={repository.spawns}", *CANARIES],
+            "writable": [str(repository.spawns.parent)],
+            "failures": {"rate_limited": r"limit reached, again in (?P<seconds>\d+) s"},
+        }
+        return repository.configure(
+            [{"id": task, "prompt": job.prompt, **job.entry} for task, job in self.jobs.items()],
+            base=BASE,
+            capacity=6,
+            adapters={"fake": {**fake, "capacity": 5}, "limited": {**fake, "capacity": 1}},
+            defaults={
+                "adapter": "fake",
+                "checks": [self.suite.check],
+                "backoff": {"initial": "10ms", "max": "10ms", "jitter": False},
+                "timeout": "120s",
+                "silence": "100s",
+            },
+        )
+
+    async def assert_ended_well(self, ended: Ended) -> None:
+        """Compare each task's end, run the project's tests on each commit of the target, check the invariants."""
+        assert ended.code == 1, ended
+        self._assert_ends(ended)
+        self._assert_green()
+        repository = self.repository
+        assert not (repository.spawns.parent / "planted").exists()
+        assert not (repository.top / "planted").exists()
+        log = "".join(path.read_text() for path in (repository.top / ".council/state").glob("*.jsonl"))
+        assert "repository.changed" not in log, log[log.index("repository.changed") :][:1000]
+        kept = repository.council("salvage", "list", "--json").result["kept"]
+        folders = [one["name"] for one in kept if one["name"].endswith("/worktree")]
+        assert {name.partition("/")[0] for name in folders} == {"key-kept"} & self.jobs.keys(), kept
+        if folders:
+            assert repository.council("salvage", "drop", *folders).code == 0
+        await repository.assert_invariants(canaries=list(CANARIES.values()))
+        state = self._everything()
+        assert repository.council("resume", "--json").code == 1
+        assert self._everything() == state
+
+    def _assert_ends(self, ended: Ended) -> None:
+        found = {one["id"]: (one["state"], one["failure"]) for one in ended.result["tasks"]}
+        wrong = {one["id"]: one for one in ended.result["tasks"]}
+        for rivals in self.rivals:
+            ends = Counter(found.pop(task) for task in rivals.jobs)
+            assert ends == Counter([("landed", None), rivals.loser]), [wrong[task] for task in rivals.jobs]
+        expected = {task: self.jobs[task].ends for task in found}
+        assert found == expected, [wrong[task] for task in found if found[task] != expected[task]]
+
+    def _assert_green(self) -> None:
+        repository, place = self.repository, self.repository.top.parent / "each"
+        commits = repository.git("log", "--first-parent", "--reverse", "--format=%H", f"{BASE}..main").splitlines()
+        subprocess.run(["git", "clone", "--quiet", repository.top, place], check=True, env=repository.environ)
+        for commit in commits:
+            subprocess.run(["git", "checkout", "--quiet", commit], cwd=place, check=True, env=repository.environ)
+            command = ["sh", "-c", f"exec 2>&1; {self.suite.check}"]
+            tested = subprocess.run(command, check=False, cwd=place, env=repository.environ, stdout=subprocess.PIPE)
+            assert tested.returncode == 0, (commit, tested.stdout)
+        landed = sum(job.ends[0] == "landed" for job in self.jobs.values()) - len(self.rivals)
+        assert len(commits) == 1 + landed  # the first is the one on the target alone
+
+    def _everything(self) -> tuple[str, dict[Path, bytes]]:
+        state = self.repository.top / ".council/state"
+        return self.repository.git("rev-parse", "main"), {path: path.read_bytes() for path in state.iterdir()}
+
+
+class Person(threading.Thread):
+    """Mends what `retried` needs once it has failed; when that has landed, and may be, cancels `cancelled`.
+
+    Before that the run can't come to its end.
+    """
+
+    def __init__(self, repository: Repository) -> None:
+        """Take the repository of a run that starts soon."""
+        super().__init__()
+        self._repository = repository
+        self.done, self.may_cancel = threading.Event(), threading.Event()
+        self._mended = False
+
+    def run(self) -> None:
+        """Ask again whenever there was nobody who could be asked."""
+        while not self.done.is_set():
+            states = anyio.run(look, self._repository)
+            if states.get("retried") == "failed" and not self._mended:
+                (self._repository.spawns.parent / "mended").touch()
+                self._mended = self._repository.council("retry", "retried").code == 0
+            ready = (states.get("retried"), states.get("cancelled")) == ("landed", "running")
+            if ready and self.may_cancel.is_set():
+                self._repository.council("cancel", "cancelled")
+            self.done.wait(0.2)
+
+
+async def look(repository: Repository) -> dict[str, str]:
+    """Return the states of the newest run's tasks; none where there is no run yet."""
+    async with open_council(Project(repository.top), environ=repository.environ) as council:
+        try:
+            found = await council.status(await council.newest_run())
+        except RefusedError:
+            return {}
+    return {task.id: task.state for task in found.tasks}
+
+
+def at_work_elsewhere(ended: Ended) -> bool:
+    """Whether a command was refused because another one is at work in the run, as a person's is for a moment."""
+    return ended.code == 2 and "is at work" in ended.stdout
+
+
+def settle(repository: Repository) -> Ended:
+    """Resume until the run is over."""
+    for _ in range(50):
+        ended = repository.council("resume", "--json", timeout=400)
+        if not at_work_elsewhere(ended):
+            return ended
+        time.sleep(0.2)
+    raise AssertionError("the run never came free")

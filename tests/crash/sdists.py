@@ -1,0 +1,33 @@
+"""Real projects for the long tests: source archives from the package index, unpacked into a test's repository."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+from tests.conftest import Repository
+
+
+def download(requirement: str, folder: Path) -> Path:
+    """Return the source archive of a requirement."""
+    command = ["download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", str(folder), requirement]
+    subprocess.run([sys.executable, "-m", "pip", *command], check=True)
+    return next(folder.glob("*.tar.gz"))
+
+
+def unpack(archive: Path, repository: Repository) -> None:
+    """Commit an archive's files to a repository."""
+    with tarfile.open(archive) as opened:
+        opened.extractall(repository.top.parent, filter="data")
+        name = opened.getnames()[0].split("/")[0]
+    for path in sorted((repository.top.parent / name).iterdir()):
+        target = repository.top / path.name
+        if not target.exists() or target.is_file():
+            path.rename(target)
+        else:
+            subprocess.run(["cp", "-r", f"{path}/.", str(target)], check=True)
+    repository.git("add", "--all", "--force")  # what an archive holds belongs to it, whatever its .gitignore says
+    repository.commit({}, "the project")
+    repository.remember()

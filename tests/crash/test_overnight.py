@@ -1,0 +1,106 @@
+"""A night with agents of every kind: each task ends as it should, and the target is green at every commit."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Ended, Repository
+from tests.crash.night import PYTEST, UNITTEST, Night, Person, at_work_elsewhere, few, look, many, settle
+from tests.crash.sdists import download, unpack
+
+PROJECT = "pluggy==1.6.0"
+
+
+@pytest.fixture
+def person(repository: Repository) -> Iterator[Person]:
+    """Somebody who looks in from another terminal."""
+    made = Person(repository)
+    yield made
+    made.done.set()
+    made.join()
+
+
+@pytest.fixture
+def short(repository: Repository) -> Night:
+    """Nine tasks in a small repository."""
+    repository.commit({"test_app.py": UNITTEST.template.format(name="app", claim="True")})
+    return Night(repository, UNITTEST, *few(UNITTEST, repository.spawns))
+
+
+@pytest.fixture(scope="session")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source archive of a project with tests that are quick."""
+    return download(PROJECT, tmp_path_factory.mktemp("archive"))
+
+
+@pytest.fixture
+def long(archive: Path, repository: Repository) -> Night:
+    """Forty tasks in a real project."""
+    unpack(archive, repository)
+    night = Night(repository, PYTEST, *many(PYTEST, repository.spawns, repository.top))
+    assert len(night.jobs) == 40
+    return night
+
+
+async def spend(night: Night, person: Person) -> None:
+    """Run without a crash."""
+    config = night.prepare()
+    person.may_cancel.set()
+    person.start()
+    ended = night.repository.council("run", str(config), "--json", timeout=400)
+    person.done.set()
+    person.join()
+    await night.assert_ended_well(ended)
+
+
+async def spend_killed(night: Night, person: Person, kills: int, dice: random.Random, longest: float) -> None:
+    """Kill `kills` owners of the run at moments that no one chose, then let one come to the end."""
+    repository, command = night.repository, ["run", str(night.prepare()), "--json"]
+    person.start()
+    while kills:
+        child = repository.start(*command)
+        try:
+            ended = Ended(-1, *child.communicate(timeout=dice.uniform(0.3, longest)))
+            assert at_work_elsewhere(Ended(child.returncode, ended.stdout, ended.stderr)), ended
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGKILL)
+            child.communicate()
+            kills -= 1
+        # Killed before the run was recorded there is nothing to resume.
+        command = ["resume", "--json"] if await look(repository) else command
+    person.may_cancel.set()
+    ended = settle(repository) if command[0] == "resume" else repository.council(*command, timeout=400)
+    person.done.set()
+    person.join()
+    await night.assert_ended_well(ended)
+
+
+async def test_a_short_night(short: Night, person: Person) -> None:
+    """Tasks that succeed, crash, hang, conflict, break the tests, are cancelled and retried."""
+    await spend(short, person)
+
+
+async def test_a_short_night_with_kills(short: Night, person: Person) -> None:
+    """The same end, with three owners killed on the way."""
+    await spend_killed(short, person, 3, random.Random(0), 2.0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+async def test_a_long_night(long: Night, person: Person) -> None:
+    """Forty tasks of every kind on a real project with its own tests as checks."""
+    await spend(long, person)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", range(5))
+async def test_a_long_night_with_kills(long: Night, person: Person, seed: int) -> None:
+    """The same end with six kills on the way: thirty in all five."""
+    await spend_killed(long, person, 6, random.Random(seed), 8.0)

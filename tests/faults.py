@@ -1,0 +1,49 @@
+"""What the tests of the catalogue of faults share: adapters that do anything, and looking everywhere for something."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import Repository
+
+#: The prompt is a shell script.
+SHELL: dict[str, Any] = {"use": "command", "argv": ["sh", "{prompt_file}"]}
+#: The prompt is a Python program.
+PYTHON: dict[str, Any] = {"use": "command", "argv": [sys.executable, "-S", "{prompt_file}"]}
+
+
+def objects(repository: Path) -> bytes:
+    """Return the content of every object in a repository, reachable or not."""
+    arguments = ["git", "cat-file", "--batch-all-objects", "--unordered", "--batch"]
+    return subprocess.run(arguments, cwd=repository, capture_output=True, check=True).stdout
+
+
+def files_with(folder: Path, needle: bytes) -> list[str]:
+    """Return the files below a folder that have something in their content or in their path."""
+    found = [path for path in folder.rglob("*") if needle in bytes(path.relative_to(folder))]
+    found += [path for path in folder.rglob("*") if path.is_file() and needle in path.read_bytes()]
+    return sorted({str(path) for path in found})
+
+
+def processes_with(needle: bytes) -> list[str]:
+    """Return the living processes whose arguments, environment or folder have something in them."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            facts = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+            facts += bytes((process / "cwd").readlink())
+            if needle in facts and (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                found.append(f"{process.name}: {facts[:200]!r}")
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+def drop_kept_worktrees(repository: Repository) -> None:
+    """Delete the worktrees that stay because of what could not come in, as a person would."""
+    kept = repository.council("salvage", "list", "--json").result["kept"]
+    names = [one["name"] for one in kept if one["name"].endswith("/worktree")]
+    assert repository.council("salvage", "drop", *names).code == 0

@@ -1,0 +1,199 @@
+"""Limits of the machine, floods, questions and signals: bounded, quick, and nothing is left alive."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Ended, Repository
+from tests.faults import PYTHON, SHELL, processes_with
+from tests.waiting import wait_for
+
+MIB = 1 << 20
+
+
+def peak_memory(pid: int) -> int:
+    """Return the most memory (bytes) that a process has had so far; 0 if it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
+
+
+FLOOD = """
+import os
+os.write(1, b"begins\\n")
+block = b"0123456789abcde\\n" * 65536
+for _ in range({blocks}): os.write(1, block)
+os.write(1, b"x" * 3_000_000 + b"\\n\\xff\\xfe\\x80 caf\\xe9 \\x1b[2J\\x1b]52;c;eA==\\x07 \\xed\\xa0\\x80\\n")
+os.write(2, b"y" * 3_000_000 + b"\\xc3")
+os.write(1, b"ends\\n")
+open("done-" + os.environ["COUNCIL_TASK"], "w").write("x")
+"""
+
+
+async def test_a_flood_of_output_takes_bounded_memory_and_files(repository: Repository) -> None:
+    """Hundreds of MB, lines of 3 MB and bytes that are no text, from several at once and from a check."""
+    tasks: list[dict[str, Any]] = [{"id": name, "prompt": FLOOD.format(blocks=200)} for name in ("a", "b")]
+    tasks.append(
+        {"id": "checked", "prompt": "open('c', 'w').write('c')", "checks": ["yes 12345678 | head -c 200000000"]}
+    )
+    config = repository.configure(tasks, adapters={"py": PYTHON})
+    child = repository.start("run", str(config), "--json")
+    peak = 0
+    while child.poll() is None:
+        peak = max(peak, peak_memory(child.pid))
+        try:
+            child.wait(0.02)
+        except subprocess.TimeoutExpired:
+            continue
+    stdout, stderr = child.communicate()
+    ended = Ended(child.returncode, stdout, stderr)
+    assert ended.states == dict.fromkeys(("a", "b", "checked"), "landed"), [
+        task["reason"] for task in ended.result["tasks"]
+    ]
+    assert 0 < peak < 200 * MIB
+    assert len(stdout) < MIB
+    logs = list((repository.top / ".council/logs" / ended.result["run"]).iterdir())
+    assert max(log.stat().st_size for log in logs) < 20 * MIB
+    assert sum(file.stat().st_size for file in (repository.top / ".council/state").rglob("*") if file.is_file()) < MIB
+    shown = repository.council("logs", "a")
+    assert shown.code == 0
+    assert shown.stdout.startswith("begins\n")
+    assert shown.stdout.endswith("ends\n")
+    assert "bytes left out" in shown.stdout
+    await repository.assert_invariants()
+
+
+async def test_a_program_that_asks_fails_at_once(repository: Repository) -> None:
+    """There is nobody to answer on standard input, and no terminal: that is the end of it, not a wait."""
+    tasks = [
+        {"id": "stdin", "prompt": "printf 'Proceed? [y/N] '; read answer || exit 3; echo $answer > a.txt"},
+        {"id": "tty", "prompt": "printf 'Password: ' > /dev/tty && read answer < /dev/tty && echo x > b.txt"},
+        {"id": "python", "prompt": f"exec {sys.executable} -c 'import getpass; getpass.getpass()' 2>/dev/null"},
+        {"id": "git", "prompt": "git fetch https://user@localhost:1/x.git"},
+    ]
+    limits = {"attempts": 1, "timeout": "60s"}
+    config = repository.configure([{**task, **limits} for task in tasks], adapters={"sh": SHELL})
+    ended = repository.council("run", str(config), "--json", timeout=50)
+    assert set(ended.states.values()) == {"failed"}, ended
+    assert all("exit code" in task["reason"] for task in ended.result["tasks"]), ended
+    await repository.assert_invariants()
+
+
+def nothing_lives(repository: Repository) -> bool:
+    """Whether no process of council's or of a session's has anything of this test in it."""
+    return not processes_with(bytes(repository.top.parent))
+
+
+STUBBORN = "stubborn\ndaemon daemon.txt\nwrite half.txt half\nhang"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+async def test_one_signal_ends_cleanly(repository: Repository, number: signal.Signals) -> None:
+    """130, said so in JSON, with the work kept and nothing alive; resume goes on."""
+    task = {"id": "one", "prompt": "write half.txt half\nattempt 1 hang"}
+    child = repository.start("run", str(repository.configure([task])), "--json")
+    wait_for(lambda: list(Path(repository.environ["COUNCIL_HOME"]).glob("*/sessions/*/one.1/tree/half.txt")))
+    child.send_signal(number)
+    stdout, stderr = child.communicate(timeout=30)
+    ended = Ended(child.returncode, stdout, stderr)
+    assert (ended.code, ended.result["exit"], ended.result["status"]) == (130, 130, "interrupted"), ended
+    assert nothing_lives(repository), processes_with(bytes(repository.top.parent))
+    assert repository.council("salvage", "list").stdout.count("one/1") == 1
+    assert repository.council("resume", "--json").states == {"one": "landed"}
+    await repository.assert_invariants()
+
+
+@pytest.mark.parametrize(("first", "second"), [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGHUP)])
+async def test_the_second_signal_ends_at_once(
+    repository: Repository, first: signal.Signals, second: signal.Signals
+) -> None:
+    """A program that ignores SIGTERM would get its grace after one signal; after two all is dead within 2 s."""
+    task = {"id": "one", "prompt": "\n".join(f"attempt 1 {line}" for line in STUBBORN.splitlines()) + "\nwrite b b"}
+    child = repository.start("run", str(repository.configure([task])))
+    wait_for(lambda: list(Path(repository.environ["COUNCIL_HOME"]).glob("*/sessions/*/one.1/tree/half.txt")))
+    child.send_signal(first)
+    assert child.stderr is not None
+    assert "once more ends at once" in child.stderr.readline()
+    child.send_signal(second)
+    assert child.wait(timeout=10) == 130
+    child.communicate()
+    wait_for(lambda: nothing_lives(repository), limit=10)
+    assert repository.council("resume", "--json").states == {"one": "landed"}
+    await repository.assert_invariants()
+
+
+async def test_a_signal_while_a_landing_is_pushed_lets_it_finish(repository: Repository) -> None:
+    """The target and its checkout agree afterwards, whatever the signal met; the landing is not cut off."""
+    hook = repository.top / ".git/hooks/pre-receive"
+    hook.parent.mkdir(exist_ok=True)
+    flag = repository.top.parent / "pushing"
+    hook.write_text(f"#!/bin/sh\ntouch {flag}\nwhile [ -e {flag} ]; do sleep 0.05; done\n")
+    hook.chmod(0o755)
+    repository.remember()
+    tasks: list[dict[str, Any]] = [
+        {"id": "one", "prompt": "write one.txt 1"},
+        {"id": "two", "prompt": "write 2 2", "needs": ["one"]},
+    ]
+    child = repository.start("run", str(repository.configure(tasks)))
+    try:
+        wait_for(flag.exists)
+        child.send_signal(signal.SIGINT)
+        assert child.stderr is not None
+        assert "stopping" in child.stderr.readline()
+    finally:
+        flag.unlink()
+    child.communicate(timeout=30)
+    assert child.returncode == 130
+    assert repository.council("status", "--json").states == {"one": "landed", "two": "pending"}
+    assert nothing_lives(repository)
+    await repository.assert_invariants()
+    hook.unlink()
+    repository.remember()
+    assert repository.council("resume", "--json").code == 0
+
+
+async def test_capacity_of_a_thousand_under_a_low_limit_of_descriptors(repository: Repository) -> None:
+    """As many run as fit, that is said with the remedy, and all land; where not even one fits it is refused."""
+    tasks = [{"id": f"t{number}", "prompt": f"write {number}.txt x"} for number in range(8)]
+    config = repository.configure(tasks, capacity=1000)
+
+    def limited(most: int) -> Ended:
+        done = subprocess.run(
+            [sys.executable, "-m", "orchestrator.cli.main", "run", str(config), "--json"],
+            cwd=repository.top, env=repository.environ, capture_output=True, text=True, check=False,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (most, most)),
+        )  # fmt: skip
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    ended = limited(64)
+    assert (ended.code, set(ended.states.values())) == (0, {"landed"}), ended
+    said = next(line for line in ended.lines if line.get("event") == "run.limited")
+    assert 1 <= said["sessions"] < 8
+    assert "ulimit -n" in said["reason"]
+    starts = [line["event"] for line in ended.lines if line.get("event") in {"task.started", "task.queued"}]
+    running = [starts[:end].count("task.started") - starts[:end].count("task.queued") for end in range(len(starts))]
+    assert max(running) <= said["sessions"]
+    await repository.assert_invariants()
+    config = repository.configure([{"id": "more", "prompt": "write more.txt x"}], capacity=1000)
+    refused = limited(40)
+    assert (refused.code, refused.result["status"]) == (2, "refused"), refused
+    assert "ulimit -n" in refused.result["remedy"]
+
+
+async def test_more_memory_than_there_is_is_refused(repository: Repository) -> None:
+    """With the numbers and what to do, before any program starts."""
+    config = repository.configure([{"id": "one", "prompt": "write a.txt a"}], session_memory="100TiB")
+    refused = repository.council("run", str(config), "--json")
+    assert (refused.code, refused.result["status"]) == (2, "refused"), refused
+    assert "MiB of memory are left" in refused.result["error"]
+    assert refused.result["remedy"]
+    assert not repository.spawns.exists()

@@ -1,0 +1,226 @@
+"""Repositories in odd states: stale locks, odd checkouts, odd configuration. Each works, or is refused by name."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Repository
+
+ONE = [{"id": "one", "prompt": "write one.txt 1\nappend README.md More."}]
+
+
+def planted(place: Path) -> Path:
+    """Make an empty lock file."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.touch()
+    return place
+
+
+async def test_stale_locks_of_ours_of_each_kind_go(repository: Repository, tmp_path: Path) -> None:
+    """What killed git commands of ours left in our own repository is removed by the next owner of the run."""
+    config = repository.configure(ONE)
+    assert repository.council("run", str(config), failpoints="worktree.created=kill").code == -signal.SIGKILL
+    run = next((tmp_path / "council-home").glob("*/sessions/*"))
+    trusted = run.parents[1] / "trusted.git"
+    names = ("config.lock", "packed-refs.lock", "HEAD.lock", "index.lock", f"refs/heads/council/{run.name}/one/1.lock",
+             f"refs/council/{run.name}/start.lock", f"indexes/{run.name}-one.1.lock")  # fmt: skip
+    locks = [planted(trusted / name) for name in names]
+    ended = repository.council("resume", "--json")
+    assert ended.states == {"one": "landed"}, ended
+    assert not [lock for lock in locks if lock.exists()]
+    await repository.assert_invariants()
+
+
+async def test_a_lock_stays_while_a_git_command_of_ours_lives(repository: Repository, tmp_path: Path) -> None:
+    """Another run's command may be the one that made it: only what belongs to this run alone goes."""
+    config = repository.configure(ONE)
+    assert repository.council("run", str(config), failpoints="worktree.created=kill").code == -signal.SIGKILL
+    run = next((tmp_path / "council-home").glob("*/sessions/*"))
+    trusted = run.parents[1] / "trusted.git"
+    shared, own = planted(trusted / "config.lock"), planted(trusted / f"indexes/{run.name}-one.1.lock")
+    environ = {**repository.environ, "GIT_DIR": str(trusted)}
+    with subprocess.Popen(["git", "cat-file", "--batch"], env=environ, stdin=subprocess.PIPE) as living:
+        assert repository.council("resume", "--json").states == {"one": "landed"}
+        living.communicate(b"")
+    assert shared.exists()
+    assert not own.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "stops"),
+    [("index.lock", True), ("refs/heads/main.lock", True), ("packed-refs.lock", False), ("config.lock", False)],
+)
+async def test_a_lock_of_the_users_is_never_removed(repository: Repository, name: str, stops: bool) -> None:
+    """It may be that of an editor or of a command of theirs: what can't land waits, with what to do, until it went."""
+    lock = planted(repository.top / ".git" / name)
+    ended = repository.council("run", str(repository.configure(ONE)), "--json")
+    assert ended.states == {"one": "queued" if stops else "landed"}, ended
+    assert lock.exists()
+    if stops:
+        assert f"remove {lock}" in ended.result["tasks"][0]["reason"]
+    lock.unlink()
+    assert repository.council("resume", "--json").states == {"one": "landed"}
+    await repository.assert_invariants()
+
+
+async def test_a_detached_head_is_no_obstacle(repository: Repository) -> None:
+    """With no branch checked out the target moves, and the checkout stays as it is."""
+    repository.git("checkout", "--quiet", "--detach")
+    repository.remember()
+    ended = repository.council("run", str(repository.configure(ONE)), "--json")
+    assert ended.states == {"one": "landed"}, ended
+    assert repository.git("show", "main:one.txt") == "1"
+    assert not (repository.top / "one.txt").exists()
+    await repository.assert_invariants(target_checked_out=False)
+
+
+def _empty(repository: Repository) -> None:
+    repository.git("init", "--quiet", "--initial-branch=main", "../empty")
+
+
+def _submodule(repository: Repository) -> None:
+    head = repository.git("rev-parse", "HEAD")
+    repository.git("update-index", "--add", "--cacheinfo", f"160000,{head},libs/sub")
+    repository.git("commit", "--quiet", "--message", "submodule")
+
+
+def _shallow(repository: Repository) -> None:
+    repository.commit({"f": "2"})
+    repository.git("clone", "--quiet", "--depth=1", f"file://{repository.top}", "../shallow")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "repo", "fragment", "remedy"),
+    [
+        (_empty, "empty", "no commit yet", "commit something"),
+        (_submodule, "project", "submodules", "libs/sub"),
+        (lambda repository: repository.commit({".gitattributes": "*.bin filter=lfs\n"}), "project", "git LFS", "base"),
+        (_shallow, "shallow", "shallow clone", "--unshallow"),
+    ],
+    ids=["empty", "submodules", "LFS", "shallow"],
+)
+async def test_what_no_session_could_work_on_is_refused(
+    repository: Repository, prepare: Callable[[Repository], object], repo: str, fragment: str, remedy: str
+) -> None:
+    """Exit code 2 with what it is and what to do, and no program has run."""
+    prepare(repository)
+    config = repository.configure(ONE, repo=str(repository.top.parent / repo), target="out")
+    ended = repository.council("run", str(config), "--json")
+    assert (ended.code, ended.result["status"]) == (2, "refused"), ended
+    assert fragment in ended.result["error"]
+    assert remedy in ended.result["error"] + ended.result["remedy"]
+    assert not repository.spawns.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a repository away")
+async def test_a_repository_of_someone_else_is_refused_until_git_is_told_to_trust_it(
+    repository: Repository, tmp_path: Path
+) -> None:
+    """Git's own rule (safe.directory) holds: its words are told each time, and following them is all it takes."""
+    subprocess.run(["chown", "-R", "12345:12345", str(repository.top)], check=True)
+    config = repository.configure(ONE)
+    trusts = tmp_path / "gitconfig"
+    trusts.write_text("[safe]\n")
+    repository.environ["GIT_CONFIG_GLOBAL"] = str(trusts)
+    while (ended := repository.council("run", str(config), "--json")).code:
+        assert (ended.code, ended.result["status"]) == (2, "refused"), ended
+        advice = re.search(r"safe.directory (\S+)", ended.result["error"])
+        assert advice is not None, ended
+        assert advice[1] not in trusts.read_text(), ended
+        assert not repository.spawns.exists()
+        trusts.write_text(f"{trusts.read_text()}\tdirectory = {advice[1]}\n")
+    assert ended.states == {"one": "landed"}
+    assert repository.git("status", "--porcelain") == ""
+
+
+def _sparse(repository: Repository) -> None:
+    repository.git("sparse-checkout", "set", "--cone", "src")
+    assert not (repository.top / "docs").exists()
+
+
+def _signs(repository: Repository) -> None:
+    for key, value in (("commit.gpgSign", "true"), ("push.gpgSign", "if-asked"), ("gpg.program", "/bin/false")):
+        repository.git("config", key, value)
+
+
+def _converts(repository: Repository) -> None:
+    repository.git("config", "core.autocrlf", "true")
+    (repository.top / "docs/a.txt").unlink()
+    repository.git("checkout", "--", "docs/a.txt")
+    assert (repository.top / "docs/a.txt").read_bytes() == b"a\r\n"
+
+
+def _nobody(repository: Repository) -> None:
+    repository.git("config", "user.useConfigOnly", "true")
+
+
+@pytest.mark.parametrize("odd", [_sparse, _signs, _converts, _nobody])
+async def test_an_odd_checkout_takes_landings(repository: Repository, odd: Callable[[Repository], object]) -> None:
+    """Sparse, signing with a broken program, converting line ends, or without an identity: it lands and is clean."""
+    repository.commit({"docs/a.txt": "a\n"}, "docs")
+    odd(repository)
+    repository.remember()
+    prompt = "append docs/a.txt b\nwrite docs/new.txt new\nappend src/app.py # end"
+    ended = repository.council("run", str(repository.configure([{"id": "one", "prompt": prompt}])), "--json")
+    assert ended.states == {"one": "landed"}, ended
+    assert repository.git("show", "main:docs/a.txt") == "a\nb"
+    assert repository.git("status", "--porcelain") == ""
+    assert repository.git("log", "-1", "--format=%cn %G?") == "CLI Council N"
+    if odd is _sparse:
+        assert not (repository.top / "docs").exists()
+    if odd is _converts:
+        assert (repository.top / "docs/a.txt").read_bytes() == b"a\r\nb\r\n"
+    await repository.assert_invariants()
+
+
+def refusing(repository: Repository, hook: str) -> Path:
+    """Make a hook that fails."""
+    place = repository.top / ".git/hooks" / hook
+    place.parent.mkdir(exist_ok=True)
+    place.write_text("#!/bin/sh\necho not on a friday >&2\nexit 1\n")
+    place.chmod(0o755)
+    repository.remember()
+    return place
+
+
+@pytest.mark.parametrize("hook", ["update", "push-to-checkout", "reference-transaction"])
+async def test_a_hook_of_the_user_that_refuses_is_heeded(repository: Repository, hook: str) -> None:
+    """The target does not move, its checkout is as it was, the reason names the hook; without it the work lands."""
+    place = refusing(repository, hook)
+    before = repository.git("rev-parse", "main")
+    ended = repository.council("run", str(repository.configure(ONE)), "--json")
+    assert ended.states == {"one": "queued"}, ended
+    assert "hook" in ended.result["tasks"][0]["reason"]
+    assert (repository.git("rev-parse", "main"), repository.git("status", "--porcelain")) == (before, "")
+    place.unlink()
+    repository.remember()
+    assert repository.council("resume", "--json").states == {"one": "landed"}
+    await repository.assert_invariants()
+
+
+async def test_other_hooks_of_the_user_that_fail_stop_nothing(repository: Repository) -> None:
+    """Those of commits, merges and checkouts are not run by a push, those that come after one can't refuse it."""
+    for hook in ("pre-commit", "commit-msg", "pre-merge-commit", "post-merge", "post-checkout", "pre-push",
+                 "post-receive", "post-update", "post-index-change"):  # fmt: skip
+        refusing(repository, hook)
+    ended = repository.council("run", str(repository.configure(ONE)), "--json")
+    assert ended.states == {"one": "landed"}, ended
+    await repository.assert_invariants()
+
+
+async def test_our_own_repositories_that_are_gone_are_named(repository: Repository) -> None:
+    """What is left of their folder does not make a fault of ours out of it."""
+    repository.council("run", str(repository.configure([{"id": "one", "prompt": "write one.txt 1"}])))
+    (hub,) = (path for path in Path(repository.environ["COUNCIL_HOME"]).iterdir() if path.is_dir())
+    shutil.rmtree(hub)
+    (hub / "sessions").mkdir(parents=True)
+    ended = repository.council("resume", "--json")
+    assert (ended.code, "are gone from" in ended.result["error"]) == (2, True)

@@ -1,0 +1,70 @@
+"""Agents that do with git what they should not: each kind on its own, fenced in and not."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.conftest import Repository
+from tests.faults import SHELL
+
+#: What an agent does, and the files that land.
+KINDS = {
+    "commits": ("echo x > commits; git add -A; git commit -qm one; echo y >> commits; git commit -qam two", "x\ny"),
+    "switches": ("git switch -qc elsewhere; echo x > switches; git add -A; git commit -qm away", "x"),
+    "detaches": ("git checkout -q --detach; echo x > detaches; git add -A; git commit -qm loose", "x"),
+    "moves-main": ("echo x > moves-main; git branch -f main; git update-ref refs/heads/out HEAD", "x"),
+    "deletes-git": ("rm -rf \"$(sed 's/gitdir: //' .git)\" .git; echo x > deletes-git", "x"),
+    "inits-anew": ("rm .git; git init -q .; git add -A; git commit -qm mine; echo x > inits-anew", "x"),
+    "rewrites": ("git checkout -q --orphan new; git commit -qm root; echo x > rewrites", "x"),
+    "stashes": ("echo kept > README.md; git stash -q; echo x > stashes", "x"),
+    "locks": ('cd "$(git rev-parse --git-dir)"; touch index.lock HEAD.lock config.lock; echo x > "$OLDPWD/locks"', "x"),
+    "configures": ("git config core.worktree /; git config core.bare true; echo x > configures", "x"),
+    "garbage": ('d="$(git rev-parse --git-dir)"; echo junk > "$d/HEAD"; echo junk > "$d/index"; echo x > garbage', "x"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sandbox", ["auto", "off"])
+async def test_what_an_agent_does_with_its_git_stays_with_it(repository: Repository, sandbox: str) -> None:
+    """Only the files of its own checkout land, once each, on the target; no branch or setting of anyone's moves."""
+    tasks = [{"id": name, "prompt": script} for name, (script, _) in KINDS.items()]
+    config = repository.configure(tasks, adapters={"sh": SHELL}, sandbox=sandbox, capacity=6)
+    ended = repository.council("run", str(config), "--json")
+    assert ended.states == dict.fromkeys(KINDS, "landed"), [task["reason"] for task in ended.result["tasks"]]
+    for name, (_, content) in KINDS.items():
+        assert repository.git("show", f"main:{name}") == content
+    assert repository.git("for-each-ref", "--format=%(refname)") == "refs/heads/main"
+    assert (repository.top / "README.md").read_text() == "# Project\n"
+    assert "repository.changed" not in {line.get("event") for line in ended.lines}
+    await repository.assert_invariants()
+
+
+@pytest.mark.parametrize("sandbox", ["auto", "off"])
+async def test_an_agent_that_reaches_for_the_users_repository(repository: Repository, sandbox: str) -> None:
+    """Fenced in it gets nowhere; without a sandbox what it moved is named, and its own work lands all the same."""
+    repository.git("branch", "side")
+    repository.remember()
+    script = f"""
+echo x > own
+git --git-dir={repository.top}/.git update-ref -d refs/heads/side
+git --git-dir={repository.top}/.git config alias.x '!touch {repository.top}/ran'
+git --git-dir={repository.top}/.git branch planted
+echo x > {repository.top}/untracked
+rm -rf {repository.top}/.council/state
+true
+"""
+    task = {"id": "reaches", "prompt": script}
+    if sandbox == "off":
+        task["prompt"] = "\n".join(script.splitlines()[:5])  # the rest would do harm
+    config = repository.configure([task], adapters={"sh": SHELL}, sandbox=sandbox)
+    ended = repository.council("run", str(config), "--json")
+    assert ended.states == {"reaches": "landed"}, ended
+    changed = [line for line in ended.lines if line.get("event") == "repository.changed"]
+    if sandbox == "auto":
+        assert changed == []
+        await repository.assert_invariants()
+    else:
+        said = "; ".join(sentence for line in changed for sentence in line["changes"])
+        assert "refs/heads/planted appeared" in said
+        assert "refs/heads/side is gone" in said
+        assert ".git/config changed" in said
+        assert changed[0]["sessions"] == ["reaches"]

@@ -1,0 +1,97 @@
+"""Requests that come at an awkward moment: while an attempt's end is being dealt with, or its work is checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anyio
+import pytest
+
+from orchestrator.config.load import load_config
+from orchestrator.council import Council, open_council
+from orchestrator.domain.model import Action
+from orchestrator.engine.report import RunReport
+from orchestrator.engine.workshop import remove_worktree
+from orchestrator.plugins import load_adapter_types
+from orchestrator.project import Project
+from tests.conftest import Ended, Repository
+from tests.integration.test_scheduler import until_event
+from tests.waiting import wait_for
+
+
+async def states_after(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, tasks: list[dict[str, Any]], end: str, action: Action
+) -> dict[str, str]:
+    """Run tasks and ask for `action` on `t` when its first end is recorded but its worktree not removed yet."""
+    may_remove = anyio.Event()
+
+    async def remove_later(*arguments: Any) -> None:
+        await may_remove.wait()
+        await remove_worktree(*arguments)
+
+    monkeypatch.setattr("orchestrator.engine.attempts.remove_worktree", remove_later)
+    path = repository.configure(tasks)
+    reports: list[RunReport] = []
+    async with open_council(Project(repository.top), environ=repository.environ) as council:
+        run = await council.create_run(load_config(path, load_adapter_types()))
+
+        async def execute(council: Council) -> None:
+            reports.append(await council.execute(run))
+
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as group:
+                group.start_soon(execute, council)
+                await until_event(council, end, 1)
+                group.start_soon(council.ask, run, action, ["t"])
+                await until_event(council, "request.answered", 1)
+                may_remove.set()
+    await repository.assert_invariants()
+    return {task.id: task.state for task in reports[0].tasks}
+
+
+async def test_a_retry_right_after_the_end_of_an_attempt_is_obeyed(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same run tries it again, and what it blocked goes on."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "t", "prompt": "attempt 1 exit 1\nwrite t.txt x", "attempts": 1},
+        {"id": "after", "prompt": "write a.txt x", "needs": ["t"]},
+    ]
+    states = await states_after(repository, monkeypatch, tasks, "task.failed", Action.RETRY)
+    assert states == {"t": "landed", "after": "landed"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "end"), [("write t.txt x", "task.queued"), ("attempt 1 exit 1\nwrite t.txt x", "task.retrying")]
+)
+async def test_a_cancel_right_after_the_end_of_an_attempt_is_obeyed(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, prompt: str, end: str
+) -> None:
+    """What is built does not land, what would be tried again is not."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "t", "prompt": prompt},
+        {"id": "after", "prompt": "write a.txt x", "needs": ["t"]},
+    ]
+    states = await states_after(repository, monkeypatch, tasks, end, Action.CANCEL)
+    assert states == {"t": "cancelled", "after": "blocked"}
+
+
+async def test_a_task_that_was_cancelled_while_it_was_checked_lands_after_a_retry(repository: Repository) -> None:
+    """In the same run; its checks are run again."""
+    begun, free = (repository.spawns.parent / name for name in ("begun", "free"))
+    tasks: list[dict[str, Any]] = [
+        {"id": "t", "prompt": "write t.txt x", "checks": [f"touch {begun}; test -e {free} || sleep 600"]},
+        {"id": "long", "prompt": "hang"},
+    ]
+    path = repository.configure(tasks, writable=[str(repository.spawns.parent)])
+    child = repository.start("run", str(path), "--json")
+    wait_for(begun.exists)
+    assert repository.council("cancel", "t").code == 0
+    wait_for(lambda: repository.council("status", "--json").states["t"] == "cancelled")
+    free.touch()
+    assert repository.council("retry", "t").code == 0
+    wait_for(lambda: repository.council("status", "--json").states["t"] == "landed")
+    assert repository.council("cancel", "long").code == 0
+    stdout, stderr = child.communicate(timeout=60)
+    assert Ended(child.returncode, stdout, stderr).states == {"t": "landed", "long": "cancelled"}
+    await repository.assert_invariants()
