@@ -9,6 +9,7 @@ class TestMyAdapter(AdapterContract):
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any, ClassVar
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from orchestrator.protocols import AdapterType, Command, SessionRequest
+from orchestrator.domain.failures import FailureClass
+from orchestrator.protocols import AdapterType, Command, SessionEnd, SessionRequest
 
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PROMPTS = ("Fix it.", 'Say "{task}" and {prompt}; $HOME `id`\n\nÄ 漢 🙂', "-rf --help\n", "x" * 20_000)
@@ -69,9 +71,10 @@ class AdapterContract:
         with pytest.raises(ValidationError):
             self.adapter_type.Options.model_validate({**self.options, "no_such_option": 1})
 
-    def test_use_is_not_an_option(self) -> None:
-        """The key `use` belongs to the file's own shape, options can't have it."""
-        assert "use" not in self.adapter_type.Options.model_fields, "rename the option `use`"
+    def test_the_files_own_keys_are_no_options(self) -> None:
+        """The keys that every adapter's entry has belong to the file's own shape, options can't have them."""
+        taken = {"use", "capacity", "writable", "readable"} & self.adapter_type.Options.model_fields.keys()
+        assert not taken, f"rename the options {taken}"
 
     def test_options_do_not_change(self) -> None:
         """Options are frozen: one adapter may serve many sessions at once."""
@@ -111,6 +114,19 @@ class AdapterContract:
                 assert _ENV_NAME.fullmatch(name), name
                 assert not name.startswith("COUNCIL_"), name
             assert [v for v in command.env.values() if type(v) is not str or "\0" in v] == []
+
+    @pytest.mark.parametrize("said", ["", "done\n", "\x00\ufffd\x1b[31m\n", "word " * 13_000, "\n" * 65_000])
+    @pytest.mark.parametrize(("code", "number"), [(0, None), (1, None), (None, 9)])
+    def test_verdict_is_a_class_of_failure_or_nothing(self, said: str, code: int | None, number: int | None) -> None:
+        """Whatever was printed, the same end gives the same verdict: None, or a class with a reason."""
+        adapter = self.adapter_type(self.validated())
+        end = SessionEnd(exit=code, signal=number, time=1_000_000.0, stdout=said, stderr=said)
+        verdict = adapter.verdict(end)
+        assert adapter.verdict(end) == verdict
+        if verdict is not None:
+            assert isinstance(verdict.failure, FailureClass)
+            assert verdict.reason, "a verdict says why"
+            assert verdict.until is None or math.isfinite(verdict.until)
 
     def test_programs_are_bare_names(self) -> None:
         """Programs to look for on PATH are names without a slash."""
