@@ -87,7 +87,10 @@ async def test_killed_at_a_failpoint(repository: Repository, name: str, hit: int
 
 
 @pytest.mark.parametrize("name", sorted(IN_RECOVERY))
-@pytest.mark.parametrize("again", ["", "landing.intended", pytest.param("worktree.removed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "again",
+    ["", *(pytest.param(again, marks=pytest.mark.slow) for again in ("landing.intended", "worktree.removed"))],
+)
 async def test_killed_inside_a_recovery(repository: Repository, name: str, again: str) -> None:
     """A recovery that is itself killed, and the one after it too, comes to the same end."""
     tasks = chain_and_sides(4)

@@ -56,7 +56,12 @@ async def test_a_lock_stays_while_a_git_command_of_ours_lives(repository: Reposi
 
 @pytest.mark.parametrize(
     ("name", "stops"),
-    [("index.lock", True), ("refs/heads/main.lock", True), ("packed-refs.lock", False), ("config.lock", False)],
+    [
+        ("index.lock", True),
+        pytest.param("refs/heads/main.lock", True, marks=pytest.mark.slow),
+        ("packed-refs.lock", False),
+        pytest.param("config.lock", False, marks=pytest.mark.slow),
+    ],
 )
 async def test_a_lock_of_the_users_is_never_removed(repository: Repository, name: str, stops: bool) -> None:
     """It may be that of an editor or of a command of theirs: what can't land waits, with what to do, until it went."""
@@ -191,7 +196,14 @@ def refusing(repository: Repository, hook: str) -> Path:
     return place
 
 
-@pytest.mark.parametrize("hook", ["update", "push-to-checkout", "reference-transaction"])
+@pytest.mark.parametrize(
+    "hook",
+    [
+        pytest.param("update", marks=pytest.mark.slow),
+        pytest.param("push-to-checkout", marks=pytest.mark.slow),
+        "reference-transaction",
+    ],
+)
 async def test_a_hook_of_the_user_that_refuses_is_heeded(repository: Repository, hook: str) -> None:
     """The target does not move, its checkout is as it was, the reason names the hook; without it the work lands."""
     place = refusing(repository, hook)

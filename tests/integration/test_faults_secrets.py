@@ -189,7 +189,7 @@ LINKS = {
 }
 
 
-@pytest.mark.parametrize("sandbox", ["auto", "off"])
+@pytest.mark.parametrize("sandbox", [pytest.param("auto", marks=pytest.mark.slow), "off"])
 async def test_links_out_of_the_worktree_are_links(repository: Repository, tmp_path: Path, sandbox: str) -> None:
     """They land as links, or stand in the session's git directory in vain: nothing behind one is read or written."""
     out = tmp_path / "out"
