@@ -10,7 +10,6 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
-from orchestrator.config.model import TaskSpec
 from orchestrator.domain.model import FINAL, Attempt, RunDocument, TaskDocument, TaskStatus
 from orchestrator.domain.secrets import Redactor, secret_values
 from orchestrator.engine.ledger import read_run, read_spec, read_task
@@ -102,13 +101,10 @@ class Archive:
 
     async def kept(self, run: str) -> list[KeptWork]:
         """Return all work of a run that is kept beside the target."""
-        document = await read_run(self._store, run)
-        hub = Hub(Path(document.hub))
         found = [await self._described(one) for one in await salvage.kept(await self._git(run), run)]
         if await self._is_live(run):
             return found
-        left = await anyio.to_thread.run_sync(worktrees.left_over, hub, run, document.tasks)
-        return [*found, *[await self._worktree(one) for one in left if not one.is_check]]
+        return [*found, *[await self._worktree(one) for one in await self._left_over(run)]]
 
     async def show(self, run: str, name: str, *, color: bool = False, stat: bool = False) -> bytes:
         """Return what kept work changes, as git shows it."""
@@ -158,7 +154,7 @@ class Archive:
             await worktrees.remove(git, worktree)
 
     async def _live_diff(self, run: str, task: str, attempt: Attempt, *, color: bool, stat: bool) -> bytes:
-        document, spec = await read_run(self._store, run), await self._spec(run, task)
+        document, spec = await read_run(self._store, run), await read_spec(self._store, run, task)
         worktree = Worktree(Hub(Path(document.hub)), run, task, attempt.number)
         admit = Admission(Redactor(secret_values(self._environ)), spec.max_file)
         git = await self._git(run)
@@ -174,9 +170,13 @@ class Archive:
         return KeptWork(_name(one), one.run, one.task, document.status, subject, None, None, str(one.tree))
 
     async def _kept_worktree(self, run: str, name: str) -> Worktree | None:
+        return next((one for one in await self._left_over(run) if _name(one) == name), None)
+
+    async def _left_over(self, run: str) -> list[Worktree]:
         document = await read_run(self._store, run)
-        left = worktrees.left_over(Hub(Path(document.hub)), run, document.tasks)
-        return next((one for one in left if not one.is_check and _name(one) == name), None)
+        hub = Hub(Path(document.hub))
+        left = await anyio.to_thread.run_sync(worktrees.left_over, hub, run, document.tasks)
+        return [one for one in left if not one.is_check]
 
     async def _base(self, git: Git, found: Kept) -> str:
         document = await read_task(self._store, found.run, found.task)
@@ -193,9 +193,6 @@ class Archive:
         document = await read_run(self._store, run)
         document.check_task(task)
         return await read_task(self._store, run, task)
-
-    async def _spec(self, run: str, task: str) -> TaskSpec:
-        return await read_spec(self._store, run, task)
 
     def _attempt(self, task: str, document: TaskDocument, number: int | None) -> Attempt:
         if not document.attempts:

@@ -10,7 +10,7 @@ import click
 from orchestrator.archive import KeptWork
 from orchestrator.cli.command import Context, json_option, opened, perform, run_option
 from orchestrator.cli.output import plain
-from orchestrator.cli.tasks import show_difference, wants_color
+from orchestrator.cli.tasks import show_difference, stat_option, wants_color
 
 
 @click.group()
@@ -55,7 +55,7 @@ def _local(instant: int) -> str:
 
 @salvage.command()
 @click.argument("name")
-@click.option("--stat", is_flag=True, help="Files and counts of lines only.")
+@stat_option
 @run_option
 def show(name: str, stat: bool, run: str | None) -> None:
     """Show what kept work changes."""

@@ -13,7 +13,7 @@ from orchestrator.cli.output import Output
 from orchestrator.domain.model import Action
 
 _color = click.option("--color/--no-color", default=None, help="Colours; by default on a terminal only.")
-_stat = click.option("--stat", is_flag=True, help="Files and counts of lines only.")
+stat_option = click.option("--stat", is_flag=True, help="Files and counts of lines only.")
 
 
 def _ask(action: Action, tasks: tuple[str, ...], run: str | None, *, as_json: bool) -> None:
@@ -78,7 +78,7 @@ def logs(task: str, follow: bool, attempt: int | None, run: str | None, as_json:
 
 @click.command()
 @click.argument("task")
-@_stat
+@stat_option
 @_color
 @run_option
 def diff(task: str, stat: bool, color: bool | None, run: str | None) -> None:
