@@ -3,7 +3,7 @@
     CouncilError
       ConfigError          the YAML file is wrong, all problems at once        exit 2
       RefusedError         the request can't be served as things stand         exit 2
-      PluginError          an adapter or plugin broke its contract             exit 3
+      PluginError          a plugin broke its contract: it is named and left out
       StateError
         InvalidDocument    a value that the store can't hold
         InvalidTransition  a row that the lifecycle tables do not have
@@ -31,16 +31,21 @@ class CouncilError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One mistake in a file: where (lines and columns count from 1), what is wrong, what would be right."""
+    """One mistake in a file: where (lines and columns count from 1), what is wrong, what would be right.
+
+    In a run that comes from no file, line and column are 0, and `path` leads to the place, as in `tasks[0].prompt`.
+    """
 
     file: str
     line: int
     column: int
     what: str
     remedy: str
+    path: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}:{self.column}: {self.what}: {self.remedy}"
+        place = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
+        return ": ".join(filter(None, (place, self.path, self.what, self.remedy)))
 
 
 class ConfigError(CouncilError):
@@ -63,7 +68,7 @@ class PluginError(CouncilError):
     """A plugin broke its contract."""
 
     def __init__(self, plugin: str, why: str) -> None:
-        self.plugin = plugin
+        self.plugin, self.why = plugin, why
         super().__init__(f"plugin {plugin!r}: {why}: update it or remove it from this environment")
 
 
@@ -149,3 +154,22 @@ def is_exhaustion(error: OSError | GitError) -> bool:
     if isinstance(error, GitError):
         return any(text in error.stderr for text in _EXHAUSTED_TEXTS)
     return error.errno in _EXHAUSTED
+
+
+_REFUSALS = {
+    errno.EACCES: "give yourself access to it",
+    errno.EPERM: "give yourself access to it",
+    errno.EROFS: "mount it writable",
+    errno.ENOSPC: "make room there; `council resume` goes on with a run",
+    errno.EDQUOT: "make room there; `council resume` goes on with a run",
+    errno.EMFILE: "raise the limit of open files (`ulimit -n`); `council resume` goes on with a run",
+}
+
+
+def as_refusal(error: OSError) -> RefusedError | None:
+    """Return what the machine refuses, with the remedy; None if it may be a fault of ours."""
+    remedy = _REFUSALS.get(error.errno or 0)
+    if remedy is None:
+        return None
+    place = "" if error.filename is None else f"{error.filename}: "
+    return RefusedError(f"{place}{(error.strerror or str(error)).lower()}", remedy)

@@ -1,28 +1,228 @@
-"""Finds plugins through the entry-point group `cli_council`; what we ship comes in by the same door."""
+"""Finds plugins through the entry-point group `cli_council`; what we ship comes in by the same door.
+
+A plugin that can't be used is named and left out; everything else goes on without it.
+"""
 
 from __future__ import annotations
 
+import os
+import site
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from importlib.metadata import Distribution, EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
 import pluggy
+from pydantic import BaseModel
 
 from orchestrator import hookspecs
+from orchestrator.config.entries import Extensions
+from orchestrator.config.model import restore
 from orchestrator.errors import PluginError
-from orchestrator.protocols import AdapterType
+from orchestrator.hookspecs import ENTRY_POINT_GROUP
+from orchestrator.protocols import AdapterType, JsonObject, SinkType, StoreType, TrackerType
 
-ENTRY_POINT_GROUP = "cli_council"
+#: The distribution whose plugins are always there.
+OURS = "cli-council"
+#: Names the plugins of others that may be loaded, with commas between them; unset: all. Empty: none.
+LIMIT = "COUNCIL_PLUGINS"
+
+#: What an adapter must have; one that was written for another version of the contract lacks some of it.
+_ADAPTER = ("Options", "programs", "command", "parse", "verdict")
+_SINK = ("Options",)
+
+#: Where the package that is running lies.
+_HOUSE = Path(__file__).resolve().parents[1]
+
+_LONGEST_REASON = 500  # characters
 
 
-def load_adapter_types() -> dict[str, AdapterType]:
-    """Return every registered adapter type by its name."""
-    manager = pluggy.PluginManager(ENTRY_POINT_GROUP)
-    manager.add_hookspecs(hookspecs)
-    manager.load_setuptools_entrypoints(ENTRY_POINT_GROUP)
-    manager.check_pending()
-    types: dict[str, AdapterType] = {}
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A plugin: the name of its entry point, and the distribution that brings it."""
 
-    def register(name: str, adapter: AdapterType) -> None:
-        if name in types:
-            raise PluginError(name, "two plugins register an adapter of this name")
-        types[name] = adapter
+    name: str
+    distribution: str
+    version: str
 
-    manager.hook.council_register_adapters(register=register)
-    return types
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A plugin that is not used, and why."""
+
+    plugin: Found
+    reason: str
+    names: frozenset[str] = frozenset()
+    """What it would have registered, as far as it came to that."""
+
+    def __str__(self) -> str:
+        return f"the plugin {self.plugin.name!r} of {self.plugin.distribution} {self.plugin.version}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Plugins:
+    """What is installed: everything that plugins registered, by kind and name."""
+
+    adapters: dict[str, AdapterType] = field(default_factory=dict)
+    stores: dict[str, StoreType] = field(default_factory=dict)
+    sinks: dict[str, SinkType] = field(default_factory=dict)
+    trackers: dict[str, TrackerType] = field(default_factory=dict)
+    loaded: list[Found] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+    not_wanted: list[Found] = field(default_factory=list)
+    """Those of others that `COUNCIL_PLUGINS` does not name; nothing of them was imported."""
+    bringers: dict[tuple[str, str], Found] = field(default_factory=dict)
+    """The plugin that registered what stands under a kind (`adapters`, …) and a name."""
+
+    def kinds(self) -> Mapping[str, dict[str, Any]]:
+        """Return the registries by the kind's name in the plural, as the hooks have it."""
+        return {"adapters": self.adapters, "stores": self.stores, "sinks": self.sinks, "trackers": self.trackers}
+
+    def extensions(self) -> Extensions:
+        """Return what a file can use beside adapters."""
+        return Extensions(self.sinks, self.trackers, self.explain)
+
+    def open(self, kind: str, name: str, stored: JsonObject) -> AbstractAsyncContextManager[Any]:
+        """Open a `sink` or `tracker` from what its run has stored of it, for the body of an `async with`."""
+        opens, options = restore(f"{kind} {name!r}", stored, self.kinds()[f"{kind}s"], self.explain(str(stored["use"])))
+        opened: AbstractAsyncContextManager[Any] = opens(options)
+        return opened
+
+    def explain(self, name: str) -> str | None:
+        """Return why a name may be missing that a file calls for: its plugin was left out; None if nothing was."""
+        unwanted = {
+            one.name: f"the plugin {one.name!r} of {one.distribution} {one.version}: {LIMIT} does not name it"
+            for one in self.not_wanted
+        }
+        surely = [str(one) for one in self.left_out if name in {one.plugin.name, *one.names}]
+        surely += [unwanted[name]] if name in unwanted else []
+        # What was not imported has not said what it brings.
+        perhaps = [*(str(one) for one in self.left_out if not one.names), *unwanted.values()]
+        found = surely or perhaps
+        return f"left out was {'; and '.join(found)}" if found else None
+
+
+def load_plugins(environ: Mapping[str, str] = os.environ, worked_on: Sequence[Path] = ()) -> Plugins:
+    """Load what is installed and allowed; nothing that lies in the repositories of `worked_on` or the current folder.
+
+    What agents write there must not run as us. Blocks.
+    """
+    plugins = Plugins()
+    untrusted = [folder for path in (*worked_on, Path()) for folder in _repositories(path.absolute())]
+    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=_order):
+        found = _found(entry.name, entry.dist)
+        if not _is_wanted(entry, environ):
+            plugins.not_wanted.append(found)
+            continue
+        registered: dict[str, dict[str, Any]] = {kind: {} for kind in plugins.kinds()}
+        try:
+            _check_place(entry, found, untrusted)
+            _call_hooks(entry, found, registered)
+            _take(plugins, found, registered)
+        except PluginError as error:
+            names = frozenset(name for registry in registered.values() for name in registry)
+            plugins.left_out.append(LeftOut(found, error.why, names))
+        else:
+            plugins.loaded.append(found)
+    return plugins
+
+
+def _repositories(path: Path) -> list[Path]:
+    """Return the repositories that a file or folder is in."""
+    return [folder for folder in (path, *path.parents) if (folder / ".git").exists()]
+
+
+def _order(entry: EntryPoint) -> tuple[bool, str, str]:
+    """Ours come first: what they register stays theirs."""
+    return not _is_ours(entry), entry.name, entry.value
+
+
+def _found(name: str, distribution: Distribution | None) -> Found:
+    metadata = distribution.metadata if distribution is not None else None
+    told = [str(metadata[field]) if metadata and field in metadata else "?" for field in ("Name", "Version")]
+    return Found(name, *told)
+
+
+def _is_ours(entry: EntryPoint) -> bool:
+    return _found(entry.name, entry.dist).distribution == OURS
+
+
+def _is_wanted(entry: EntryPoint, environ: Mapping[str, str]) -> bool:
+    limit = environ.get(LIMIT)
+    return limit is None or _is_ours(entry) or entry.name in {name.strip() for name in limit.split(",")}
+
+
+def _check_place(entry: EntryPoint, found: Found, untrusted: Sequence[Path]) -> None:
+    """Refuse what lies in an untrusted folder, before any of it is imported."""
+    places = [] if entry.dist is None else [Path(str(entry.dist.locate_file("")))]
+    try:
+        # Of the top package alone: to find what is in it would import it.
+        spec = find_spec(entry.module.partition(".")[0])
+    except (ImportError, ValueError, AttributeError):  # the last where the entry point names no module
+        spec = None  # loading it says what is wrong
+    if spec is not None:
+        found_in = [Path(place) for place in (spec.origin, *(spec.submodule_search_locations or ())) if place]
+        # Whoever works on this package itself has it in the repository, and runs it from there already.
+        places += [place for place in found_in if not (_is_ours(entry) and place.resolve().is_relative_to(_HOUSE))]
+    installed = [Path(place).resolve() for place in (*site.getsitepackages(), site.getusersitepackages(), sys.prefix)]
+    for place in map(Path.resolve, places):
+        is_installed = any(place.is_relative_to(one) for one in installed)
+        if not is_installed and any(place.is_relative_to(one.resolve()) for one in untrusted):
+            raise PluginError(found.name, f"it lies in the repository that is worked on, {place}: install it elsewhere")
+
+
+def _call_hooks(entry: EntryPoint, found: Found, registered: Mapping[str, dict[str, Any]]) -> None:
+    """Import one plugin and call its hooks, which add to `registered` by kind and name."""
+    try:
+        manager = pluggy.PluginManager(ENTRY_POINT_GROUP)
+        manager.add_hookspecs(hookspecs)
+        manager.register(entry.load(), name=entry.name)
+        manager.check_pending()
+        for kind, registry in registered.items():
+            getattr(manager.hook, f"council_register_{kind}")(register=_register(found, kind, registry))
+    except PluginError:
+        raise
+    except (Exception, SystemExit) as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise PluginError(found.name, told[:_LONGEST_REASON]) from error
+    if not any(registered.values()):
+        raise PluginError(found.name, "it registers nothing: it has none of the hooks that this version calls")
+
+
+def _register(found: Found, kind: str, registry: dict[str, Any]) -> Callable[[Any, Any], None]:
+    wanted = {"adapters": _ADAPTER, "stores": (), "sinks": _SINK, "trackers": _SINK}[kind]
+
+    def register(name: Any, registered: Any) -> None:
+        if not isinstance(name, str) or not name or not callable(registered):
+            raise PluginError(found.name, f"it registers {registered!r} as {name!r}: a name and a type are wanted")
+        if name in registry:
+            raise PluginError(found.name, f"it registers {name!r} twice")
+        registry[name] = registered
+        # A type that is made by a function shows what it lacks only when it is used.
+        names = wanted if isinstance(registered, type) else [one for one in wanted if one == "Options"]
+        missing = [one for one in names if not hasattr(registered, one)]
+        if missing:
+            lacks = ", ".join(missing)
+            raise PluginError(found.name, f"{name!r} has no {lacks}: it is made for another version of the contract")
+        options = getattr(registered, "Options", None)
+        if "Options" in names and not (isinstance(options, type) and issubclass(options, BaseModel)):
+            raise PluginError(found.name, f"the Options of {name!r} are no pydantic model")
+
+    return register
+
+
+def _take(plugins: Plugins, found: Found, registered: Mapping[str, dict[str, Any]]) -> None:
+    """Add all that a plugin registers, or nothing of it."""
+    for kind, registry in registered.items():
+        for name in registry:
+            owner = plugins.bringers.get((kind, name))
+            if owner is not None:
+                what = f"{name!r} among the {kind} is already the plugin {owner.name!r} of {owner.distribution}"
+                raise PluginError(found.name, what)
+    for kind, registry in registered.items():
+        plugins.kinds()[kind].update(registry)
+        plugins.bringers.update({(kind, name): found for name in registry})

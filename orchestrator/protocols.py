@@ -1,20 +1,80 @@
 """The contracts of what a plugin can add, complete enough to implement from this file alone.
 
-An adapter never starts a process: it answers with data. A store knows one way to change anything: `commit`.
+A plugin registers (`orchestrator.hookspecs`) types under names; a YAML file calls for them by `use: NAME` and gives
+their options, which a pydantic model of theirs checks.
+
+adapter   one way to run a CLI. It never starts a process: it answers with data.   AdapterType, Adapter
+sink      gets to know what happens, to tell somebody else.                        SinkType, Sink
+tracker   a list of tasks kept elsewhere: gives them, and is told what became.     TrackerType, Tracker
+store     where all state lives; it knows one way to change anything: `commit`.    StoreType, Store
+
+`orchestrator.testing` has a suite of tests for each, which an implementation passes to be one.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel, Field, ValidationInfo
 
+from orchestrator.clock import Clock
+from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
 
+__all__ = [
+    "Adapter",
+    "AdapterType",
+    "Command",
+    "Commit",
+    "Concluded",
+    "Damage",
+    "Document",
+    "Event",
+    "Failed",
+    "FailureClass",
+    "Guard",
+    "Identified",
+    "JsonObject",
+    "Key",
+    "PathOption",
+    "Program",
+    "Record",
+    "RecordedEvent",
+    "Said",
+    "SessionEnd",
+    "SessionEvent",
+    "SessionRequest",
+    "Sink",
+    "SinkType",
+    "Spent",
+    "Store",
+    "StoreType",
+    "TrackedTask",
+    "Tracker",
+    "TrackerType",
+    "UsedTool",
+    "Warned",
+    "Write",
+]
+
 JsonObject = dict[str, Any]
+
+
+def _absolute(path: Path, info: ValidationInfo) -> Path:
+    if not path.name or "\0" in str(path):
+        raise ValueError("this path names no file: write one, relative to this file or absolute")
+    folder: Path = (info.context or {}).get("folder", Path())
+    return (folder / path.expanduser()).absolute()
+
+
+#: A path among a plugin's options: relative ones start from the YAML file's folder, `~` is the home; it gets there
+#: absolute.
+PathOption = Annotated[Path, Field(strict=False), AfterValidator(_absolute)]
 
 
 class Key(NamedTuple):
@@ -27,9 +87,8 @@ class Key(NamedTuple):
         return f"{self.kind}/{self.id}"
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
-    """A document as read: `value` is the reader's own copy; `version` counts from 1.
+class Document(NamedTuple):
+    """A document as read: `encoded` is its value as JSON in UTF-8; `version` counts from 1.
 
     `damaged` is true when a later version existed but its bytes on disk are unreadable: `value` is then an
     older one, and whoever reads it must not act on it as if it were current.
@@ -37,9 +96,15 @@ class Document:
 
     key: Key
     version: int
-    value: JsonObject
+    encoded: bytes
     position: int
     damaged: bool = False
+
+    @property
+    def value(self) -> JsonObject:
+        """The value, decoded anew at each look: the reader's own copy."""
+        value: JsonObject = json.loads(self.encoded)
+        return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +195,36 @@ class Store(Protocol):
         """What was found unreadable since the store was opened."""
 
 
+class StoreType(Protocol):
+    """What a plugin registers under the scheme of a URL: how to open a store there."""
+
+    def __call__(self, url: str, clock: Clock, /) -> AbstractAsyncContextManager[Store]:
+        """Open the store at `url` for the body of an `async with`; `clock` tells the time of its records."""
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A program that an adapter runs, and how to find out what there is of it. All commands are arguments only."""
+
+    name: str
+    """What is looked for on PATH, or an absolute path."""
+    install: str = "install it, or correct the adapter"
+    """What to do where it is missing."""
+    version: Sequence[str] = ()
+    """Arguments that have it print its version; none: it can't be asked."""
+    known: str = ""
+    """The versions that the adapter is made for, as in `>=2.0,<3` (PEP 440, version specifiers); of others it warns."""
+    ready: Sequence[str] = ()
+    """Arguments of a quick command that ends with 0 if it can be used: logged in, its server there; none: unknown.
+
+    Where it does not, the last line that it prints may say why.
+    """
+    keys: Sequence[str] = ()
+    """Names of variables with a key; one that is set stands for a login, and `ready` is not asked."""
+    log_in: str = ""
+    """What to do where it is not ready."""
+
+
 @dataclass(frozen=True, slots=True)
 class SessionRequest:
     """What an adapter is asked to run: ids, the prompt both as text and as a 0600 file, and the worktree."""
@@ -147,20 +242,83 @@ class Command:
     """A program to run in the worktree.
 
     `stdin` is a file to read from (None: /dev/null). `env` is set as given, `pass_env` names variables that
-    are handed on where they are set; beside a small base set the program sees nothing else.
+    are handed on where they are set; beside a small base set the program sees nothing else. `readable` are files
+    and folders (absolute) that it must be able to read even if they lie in what the fence hides. `leavings` are
+    patterns (gitignore(5)) of what the program leaves in the worktree for its own use, such as a cache: new files
+    that match are no part of its work.
     """
 
     argv: Sequence[str]
     stdin: Path | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     pass_env: Sequence[str] = ()
+    readable: Sequence[Path] = ()
+    leavings: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """The agent's words, as a person would read them."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class UsedTool:
+    """The agent used a tool: `detail` is one line for people, `paths` are the files it named, as it named them."""
+
+    name: str
+    detail: str = ""
+    paths: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What was used up since the last `Spent`, or with `in_all` since the program started.
+
+    Tokens, and US dollars (None: not known).
+    """
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost: float | None = None
+    in_all: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Identified:
+    """The CLI's own id of the conversation, by which it can go on with it."""
+
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
+class Warned:
+    """Something that a person may want to know, and that is no failure."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Concluded:
+    """The CLI's own word about its end: the result's text, and what failed (None: nothing, it says).
+
+    The last one counts: a program that fails, tries again and succeeds concludes twice.
+    """
+
+    text: str = ""
+    failed: Failed | None = None
+
+
+SessionEvent = Said | UsedTool | Spent | Identified | Warned | Concluded
 
 
 @dataclass(frozen=True, slots=True)
 class SessionEnd:
     """How a program ended: its exit code or signal, when (wall-clock seconds), and the end of what it printed.
 
-    The texts hold at most the last 64 KiB of each stream; bytes that are not UTF-8 are replaced.
+    The texts hold at most the last 64 KiB of each stream; bytes that are not UTF-8 are replaced. `events` are the
+    last thousand that the adapter's `parse` returned for what it printed to standard output.
     """
 
     exit: int | None
@@ -168,10 +326,17 @@ class SessionEnd:
     time: float
     stdout: str
     stderr: str
+    events: Sequence[SessionEvent] = ()
 
 
 class Adapter(Protocol):
-    """One way to run a CLI, made from the options of one entry under `adapters:` in the YAML file."""
+    """One way to run a CLI, made from the options of one entry under `adapters:` in the YAML file.
+
+    It keeps no state: one instance serves many sessions at once, and the same question has the same answer.
+    """
+
+    def programs(self) -> Sequence[Program]:
+        """Return the programs that must be there before a run starts."""
 
     def command(self, request: SessionRequest) -> Command:
         """Return what to run for this request; never starts anything itself.
@@ -180,16 +345,22 @@ class Adapter(Protocol):
         becomes a problem at the task's line.
         """
 
-    def programs(self) -> Sequence[str]:
-        """Return the names of programs that must be found on PATH before a run starts."""
+    def parse(self, line: str) -> Sequence[SessionEvent]:
+        """Return what a line that the program printed to standard output means; nothing where it means nothing.
+
+        The line has no line break and at most 1 MiB (longer ones are left out). Anything may stand in it, also half
+        of what it should be: never raises.
+        """
 
     def verdict(self, end: SessionEnd) -> Failed | None:
         """Return what a session's words say about why it failed, or None if they say nothing.
 
-        Asked only where the program ended with an error, or well but with everything as it was: its word counts
-        against it, never for it. The failure's class (`orchestrator.domain.failures`) decides what follows:
-        RATE_LIMITED parks the adapter (`until`: wall-clock seconds, if known) and AUTH stops it, both without
-        counting the attempt; the `reason` of AUTH says how to log in.
+        Heard only where the program ended with an error, or well but with everything as it was, or well but with
+        `failed` in its last `Concluded`, whatever it has changed by then: its word counts against it, never for it.
+        Where the last `Concluded` failed, the verdict is never None. The failure's class
+        (`orchestrator.domain.failures`) decides what follows: RATE_LIMITED parks the adapter (`until`: wall-clock
+        seconds, if known) and AUTH stops it, both without counting the attempt; the `reason` of AUTH says how to
+        log in.
         """
 
 
@@ -202,3 +373,62 @@ class AdapterType(Protocol):
 
     def __call__(self, options: Any, /) -> Adapter:
         """Make an adapter from a validated instance of `Options`."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedEvent:
+    """An event as the log has it: the position of its commit, and when that was (wall-clock seconds)."""
+
+    position: int
+    time: float
+    event: Event
+
+
+class Sink(Protocol):
+    """Gets to know what happens in a run, to tell somebody else."""
+
+    async def send(self, events: Sequence[RecordedEvent]) -> None:
+        """Take the next events, at least one, in order.
+
+        What raises, or takes longer than thirty seconds, is cancelled and tried again with a sink that is opened anew,
+        later and later: each event comes at least once, perhaps again after a restart. The run does not wait for it;
+        but it is awaited on the run's own event loop, which nothing here may block.
+        """
+
+
+class SinkType(Protocol):
+    """What a plugin registers under a name: the options it takes, and how to open a sink with them."""
+
+    @property
+    def Options(self) -> type[BaseModel]:  # noqa: N802  a class, in the sink's body or beside it
+        """The model of the entry's own keys; strict, with unknown keys forbidden."""
+
+    def __call__(self, options: Any, /) -> AbstractAsyncContextManager[Sink]:
+        """Open a sink from a validated instance of `Options`, once there is something to send, until the run's end."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrackedTask:
+    """A task of a tracker: an id that is valid in a YAML file and stays the same, what to do, what it needs."""
+
+    id: str
+    prompt: str
+    needs: Sequence[str] = ()
+
+
+class Tracker(Sink, Protocol):
+    """A list of tasks that is kept elsewhere: a run takes them from there, and its events tell what became of them."""
+
+    async def tasks(self) -> Sequence[TrackedTask]:
+        """Return the tasks that are open."""
+
+
+class TrackerType(Protocol):
+    """What a plugin registers under a name: the options it takes, and how to open a tracker with them."""
+
+    @property
+    def Options(self) -> type[BaseModel]:  # noqa: N802  a class, in the tracker's body or beside it
+        """The model of the entry's own keys; strict, with unknown keys forbidden."""
+
+    def __call__(self, options: Any, /) -> AbstractAsyncContextManager[Tracker]:
+        """Open a tracker from a validated instance of `Options`."""

@@ -11,32 +11,55 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
-from pydantic import BaseModel, ValidationError
+from packaging.specifiers import SpecifierSet
+from pydantic import BaseModel
 
 from orchestrator.domain.failures import FailureClass
-from orchestrator.protocols import AdapterType, Command, SessionEnd, SessionRequest
+from orchestrator.protocols import AdapterType, Command, Program, SessionEnd, SessionEvent, SessionRequest, Spent
+from orchestrator.sessions.transcript import LONGEST_LINE, has_admitted_failure
+from orchestrator.testing.options_contract import OptionsContract
 
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PROMPTS = ("Fix it.", 'Say "{task}" and {prompt}; $HOME `id`\n\nÄ 漢 🙂', "-rf --help\n", "x" * 20_000)
 
+_ODD_LINES = (
+    "",
+    " ",
+    "done",
+    "{",
+    "{}",
+    "[]",
+    "null",
+    "1",
+    '"text"',
+    '{"type": null}',
+    '{"type": []}',
+    "\0\ufffd\x1b[31m",
+)
 
-class AdapterContract:
+
+class AdapterContract(OptionsContract):
     """The suite; `adapter_type` is what the plugin registers, `options` a valid mapping as in the YAML file.
 
     A validator of `Options` says what is wrong and what would be right by `ValueError("what: remedy")`.
     """
 
     adapter_type: ClassVar[AdapterType]
-    options: ClassVar[Mapping[str, Any]]
+    own_keys: ClassVar[frozenset[str]] = frozenset({"use", "capacity", "writable", "readable"})
+    lines: ClassVar[Sequence[tuple[str, Sequence[SessionEvent]]]] = ()
+    """Lines that the program was seen to print, and what each means."""
+    ends: ClassVar[Sequence[tuple[SessionEnd, FailureClass | None]]] = ()
+    """Ends that were seen, and the class that the verdict on each should have; events are parsed from its output."""
 
-    def validated(self) -> BaseModel:
-        """Return the options as the adapter gets them."""
-        return self.adapter_type.Options.model_validate(dict(self.options))
+    def options_type(self) -> type[BaseModel]:
+        """Return the adapter's `Options`."""
+        return self.adapter_type.Options
 
     def requests(self, folder: Path) -> list[SessionRequest]:
         """Return requests of all kinds; neither the prompt file nor the worktree exists."""
@@ -57,28 +80,11 @@ class AdapterContract:
         adapter = self.adapter_type(self.validated())
         return [adapter.command(request) for request in self.requests(folder)]
 
-    def test_options_survive_json(self, tmp_path: Path) -> None:
-        """Options that were stored as JSON and read again are equal and give equal commands."""
-        options = self.validated()
-        stored = json.loads(json.dumps(options.model_dump(mode="json"), allow_nan=False))
-        restored = self.adapter_type.Options.model_validate(stored)
-        assert restored == options
-        adapter = self.adapter_type(restored)
+    def test_restored_options_give_the_same_commands(self, tmp_path: Path) -> None:
+        """Options that were stored as JSON and read again give equal commands."""
+        stored = json.loads(json.dumps(self.validated().model_dump(mode="json"), allow_nan=False))
+        adapter = self.adapter_type(self.adapter_type.Options.model_validate(stored))
         assert [adapter.command(request) for request in self.requests(tmp_path)] == self.commands(tmp_path)
-
-    def test_unknown_options_are_refused(self) -> None:
-        """An option that the adapter does not know is an error, not ignored."""
-        with pytest.raises(ValidationError):
-            self.adapter_type.Options.model_validate({**self.options, "no_such_option": 1})
-
-    def test_the_files_own_keys_are_no_options(self) -> None:
-        """The keys that every adapter's entry has belong to the file's own shape, options can't have them."""
-        taken = {"use", "capacity", "writable", "readable"} & self.adapter_type.Options.model_fields.keys()
-        assert not taken, f"rename the options {taken}"
-
-    def test_options_do_not_change(self) -> None:
-        """Options are frozen: one adapter may serve many sessions at once."""
-        assert self.adapter_type.Options.model_config.get("frozen"), "set frozen=True in model_config"
 
     def test_command_is_repeatable(self, tmp_path: Path) -> None:
         """The same request gives the same command, whatever was asked before."""
@@ -105,6 +111,14 @@ class AdapterContract:
         """The only file that a session may read as its input is the one that holds its prompt."""
         for command in self.commands(tmp_path):
             assert command.stdin in {None, tmp_path / "prompt"}, command.stdin
+            assert [path for path in command.readable if not path.is_absolute()] == []
+
+    def test_leavings_are_patterns(self, tmp_path: Path) -> None:
+        """What the program leaves for itself is named by patterns that take something away, one a line."""
+        for command in self.commands(tmp_path):
+            assert not isinstance(command.leavings, str), "leavings is a list of patterns"
+            odd = [one for one in command.leavings if not one.strip() or one.startswith(("!", "#")) or "\n" in one]
+            assert odd == []
 
     def test_environment_names_are_valid(self, tmp_path: Path) -> None:
         """Variables have portable names, values without NUL, and leave COUNCIL_* to the run."""
@@ -128,8 +142,41 @@ class AdapterContract:
             assert verdict.reason, "a verdict says why"
             assert verdict.until is None or math.isfinite(verdict.until)
 
-    def test_programs_are_bare_names(self) -> None:
-        """Programs to look for on PATH are names without a slash."""
-        programs = self.adapter_type(self.validated()).programs()
-        assert not isinstance(programs, str), "programs() returns a list of names"
-        assert all(program and "/" not in program for program in programs), programs
+    def test_programs_can_be_looked_for(self) -> None:
+        """Programs are names without a slash or absolute paths, with a remedy; versions are a valid range."""
+        for program in self.adapter_type(self.validated()).programs():
+            assert isinstance(program, Program), "programs() returns a list of Program"
+            assert program.name, "the program has no name"
+            assert "/" not in program.name or Path(program.name).is_absolute(), program.name
+            assert program.install, "say how to install it"
+            assert not program.ready or program.log_in, "say what to do where it is not ready"
+            SpecifierSet(program.known)
+            assert not program.known or program.version, "a range of versions needs a way to ask for the version"
+            assert [name for name in program.keys if not _ENV_NAME.fullmatch(name)] == []
+
+    @pytest.mark.parametrize("line", [*_ODD_LINES, "x" * LONGEST_LINE])
+    def test_any_line_can_be_parsed(self, line: str) -> None:
+        """Whatever a line holds, the same line means the same events, and nothing is raised."""
+        adapter = self.adapter_type(self.validated())
+        events: list[object] = list(adapter.parse(line))
+        assert list(adapter.parse(line)) == events
+        assert [event for event in events if not isinstance(event, SessionEvent)] == []
+        costs = [event.cost for event in events if isinstance(event, Spent) and event.cost is not None]
+        assert all(math.isfinite(cost) for cost in costs), costs
+
+    def test_lines_that_were_recorded_mean_what_they_should(self) -> None:
+        """Each line of `lines` means the events beside it."""
+        adapter = self.adapter_type(self.validated())
+        assert [(line, list(adapter.parse(line))) for line, _ in self.lines] == [
+            (line, list(events)) for line, events in self.lines
+        ]
+
+    def test_ends_that_were_recorded_are_judged_as_they_should_be(self) -> None:
+        """Each end of `ends` is the class of failure beside it, or None."""
+        adapter = self.adapter_type(self.validated())
+        for end, failure in self.ends:
+            parsed = [event for line in end.stdout.splitlines() for event in adapter.parse(line)]
+            verdict = adapter.verdict(replace(end, events=parsed))
+            assert (verdict.failure if verdict else None) == failure, end
+            admitted = has_admitted_failure(parsed)
+            assert verdict is not None or not admitted, f"its last conclusion failed, and the verdict is None: {end}"

@@ -1,0 +1,111 @@
+"""Sections of a file whose entries name a plugin's type by `use` and give it options: adapters, sinks, trackers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from pydantic import BaseModel
+
+from orchestrator.config.document import UNREADABLE, Node
+from orchestrator.config.model import SinkConfig, TrackerConfig
+from orchestrator.config.problems import Problems, Vocabulary, shown
+from orchestrator.config.schema import SinkSettings, TrackerSettings
+from orchestrator.config.validation import validate
+from orchestrator.protocols import SinkType, TrackerType
+
+
+class Optioned(Protocol):
+    """What a plugin registers under a name, as far as options go."""
+
+    @property
+    def Options(self) -> type[BaseModel]:  # noqa: N802  the contract's name
+        """The model of the entry's own keys."""
+
+
+Explain = Callable[[str], str | None]
+"""Returns why a type of this name may be missing, None if there is no reason known."""
+
+
+def _unexplained(_name: str) -> str | None:
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Extensions:
+    """What plugins bring to a file beside adapters, and why something may be missing."""
+
+    sinks: Mapping[str, SinkType] = field(default_factory=dict)
+    trackers: Mapping[str, TrackerType] = field(default_factory=dict)
+    explain: Explain = _unexplained
+
+
+class Used(NamedTuple):
+    """An entry whose type is known and whose options are right."""
+
+    name: str
+    node: Node
+    use: str
+    options: BaseModel
+
+
+def read_entries(
+    root: Node,
+    kind: str,
+    types: Mapping[str, Optioned],
+    own: Collection[str],
+    folder: Path,
+    explain: Explain,
+    problems: Problems,
+) -> Iterator[Used]:
+    """Yield the entries of the section `<kind>s` that can be used; the mistakes of the others are noted.
+
+    `own` are the keys that every entry of the section has beside its type's options.
+    """
+    installed = Vocabulary(types, "the installed ones")
+    for name, node in _nodes(root, f"{kind}s"):
+        use = node.get("use")
+        if use is None or not isinstance(use.value, str):
+            continue
+        if use.value not in types:
+            remedy = "; ".join(filter(None, (explain(use.value), installed.instead_of(use.value))))
+            problems.add(use.at, f"there is no {kind} type {shown(use.value)}", remedy)
+            continue
+        # A type's own validators are never shown what the file's reader refused.
+        unreadable = {key for key in node.value if _holds_unreadable(node.children[key])}
+        options = validate(types[use.value].Options, node, problems, without={*own, *unreadable}, folder=folder)
+        if options is not None and not unreadable:
+            yield Used(name, node, use.value, options)
+
+
+def read_sinks(root: Node, folder: Path, extensions: Extensions, problems: Problems) -> dict[str, SinkConfig]:
+    """Return the sinks that can be used; the mistakes of the others are noted."""
+    found = {}
+    own = SinkSettings.model_fields.keys()
+    for used in read_entries(root, "sink", extensions.sinks, own, folder, extensions.explain, problems):
+        events = used.node.value.get("events", ["*"])
+        if isinstance(events, list) and all(isinstance(one, str) for one in events):
+            found[used.name] = SinkConfig(name=used.name, use=used.use, events=tuple(events), options=used.options)
+    return found
+
+
+def read_trackers(root: Node, folder: Path, extensions: Extensions, problems: Problems) -> dict[str, TrackerConfig]:
+    """Return the trackers that can be used; the mistakes of the others are noted."""
+    own = TrackerSettings.model_fields.keys()
+    return {
+        used.name: TrackerConfig(name=used.name, use=used.use, options=used.options)
+        for used in read_entries(root, "tracker", extensions.trackers, own, folder, extensions.explain, problems)
+    }
+
+
+def _nodes(root: Node, section: str) -> Iterator[tuple[str, Node]]:
+    entries = root.get(section)
+    for name, node in entries.children.items() if entries is not None else ():
+        if isinstance(name, str) and isinstance(node.value, dict):
+            yield name, node
+
+
+def _holds_unreadable(node: Node) -> bool:
+    return any(part.value is UNREADABLE for part in node.walk())

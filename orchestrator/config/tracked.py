@@ -1,0 +1,66 @@
+"""The tasks of trackers, judged by the rules of a file's own and added to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from orchestrator.config import adapters, references
+from orchestrator.config.document import Node
+from orchestrator.config.model import RunConfig, TaskSpec
+from orchestrator.config.problems import Position, Problems
+from orchestrator.config.schema import Task
+from orchestrator.config.validation import validate
+from orchestrator.config.values import read_value
+from orchestrator.protocols import AdapterType, TrackedTask
+
+
+def add_tracked(
+    config: RunConfig, found: Mapping[str, Sequence[TrackedTask]], adapter_types: Mapping[str, AdapterType]
+) -> RunConfig:
+    """Return the run with the tasks that its trackers gave, by tracker, behind its own.
+
+    They are what a task of the file would be with the same id, prompt and needs. Raises ConfigError with all that is
+    wrong with them: the place is a path such as `trackers.todo[0].prompt`.
+    """
+    problems = Problems(config.path)
+    own, tracked = _nodes(config.tasks, found, problems)
+    everything, ours = _as_root([*own, *tracked]), _as_root(tracked)
+    references.check_size(everything, problems)
+    references.check_ids(everything, problems)
+    references.check_needs(everything, problems)
+    entries = [validate(Task, node, problems) for node in tracked]
+    prompts = references.read_prompts(ours, config.path.parent, problems)
+    template = config.template
+    if template is not None:
+        assigned = dict.fromkeys(range(len(tracked)), template.adapter)
+        adapters.try_commands(ours, prompts, assigned, config.adapters, adapter_types, problems)
+    if problems or template is None:
+        raise problems.error()
+    specs = [
+        template.model_copy(update={"id": entry.id, "prompt": prompts[index], "needs": entry.needs})
+        for index, entry in enumerate(entries)
+        if entry is not None
+    ]
+    return config.model_copy(update={"tasks": (*config.tasks, *specs)})
+
+
+def _nodes(
+    own: Sequence[TaskSpec], found: Mapping[str, Sequence[TrackedTask]], problems: Problems
+) -> tuple[list[Node], list[Node]]:
+    trackers = {name: [_facts(task) for task in tasks] for name, tasks in found.items()}
+    root = read_value({"tasks": [_facts(task) for task in own], "trackers": trackers}, problems)
+    if root is None:
+        raise problems.error()
+    tracked = root.children["trackers"].children.values()
+    return list(root.children["tasks"].children.values()), [
+        node for tasks in tracked for node in tasks.children.values()
+    ]
+
+
+def _facts(task: TaskSpec | TrackedTask) -> dict[str, object]:
+    return {"id": task.id, "prompt": task.prompt, "needs": list(task.needs)}
+
+
+def _as_root(tasks: Sequence[Node]) -> Node:
+    listed = Node(Position(0, 0, "tasks"), [task.value for task in tasks], dict(enumerate(tasks)))
+    return Node(listed.at, {"tasks": listed.value}, {"tasks": listed})

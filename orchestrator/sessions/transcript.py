@@ -1,0 +1,89 @@
+"""What a program said, from the file that holds its standard output, in the words of its adapter."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO
+
+from orchestrator.protocols import Adapter, Concluded, Identified, Said, SessionEvent, Spent
+
+LONGEST_LINE = 1 << 20  # bytes; longer ones are left out
+MOST_EVENTS = 1_000
+#: Characters of the last words that are recorded.
+LONGEST_WORDS = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """What a session said up to some line: tokens, US dollars (None: not known), the CLI's own id of it."""
+
+    words: str | None = None
+    """What it said last, or its result."""
+    session: str | None = None
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost: float | None = None
+
+    def after(self, event: SessionEvent) -> Transcript:
+        """Return the transcript with one more event."""
+        match event:
+            case Said(text) | Concluded(text) if text.strip():
+                return replace(self, words=text.strip()[-LONGEST_WORDS:])
+            case Identified(session):
+                return replace(self, session=session)
+            case Spent():
+                return self._after_spending(event)
+            case _:
+                return self
+
+    def _after_spending(self, spent: Spent) -> Transcript:
+        if spent.in_all:
+            cost = self.cost if spent.cost is None else spent.cost
+            return replace(self, input_tokens=spent.input_tokens, output_tokens=spent.output_tokens, cost=cost)
+        return replace(
+            self,
+            input_tokens=self.input_tokens + spent.input_tokens,
+            output_tokens=self.output_tokens + spent.output_tokens,
+            cost=self.cost if spent.cost is None else (self.cost or 0.0) + spent.cost,
+        )
+
+
+NOTHING_SAID = Transcript()
+
+
+def has_admitted_failure(events: Sequence[SessionEvent]) -> bool:
+    """Whether the program's last word about its end was that it failed."""
+    last = next((event for event in reversed(events) if isinstance(event, Concluded)), None)
+    return last is not None and last.failed is not None
+
+
+def read_transcript(adapter: Adapter, file: Path) -> tuple[Transcript, list[SessionEvent]]:
+    """Return what a file of standard output comes to, and its last events; nothing if there is no file. Blocks."""
+    transcript, events = Transcript(), deque[SessionEvent](maxlen=MOST_EVENTS)
+    try:
+        with file.open("rb") as stream:
+            for event in parse_lines(adapter, _lines(stream)):
+                transcript = transcript.after(event)
+                events.append(event)
+    except FileNotFoundError:
+        pass
+    return transcript, list(events)
+
+
+def parse_lines(adapter: Adapter, lines: Iterable[bytes]) -> Iterator[SessionEvent]:
+    """Yield what lines mean to an adapter."""
+    for line in lines:
+        if len(line) <= LONGEST_LINE:
+            yield from adapter.parse(line.decode(errors="replace").rstrip("\r\n"))
+
+
+def _lines(stream: IO[bytes]) -> Iterator[bytes]:
+    """Yield lines without holding one of any length in memory: what is too long comes as one that is too long."""
+    while line := stream.readline(LONGEST_LINE + 1):
+        rest = line
+        while not rest.endswith(b"\n") and (rest := stream.readline(LONGEST_LINE)):
+            pass
+        yield line

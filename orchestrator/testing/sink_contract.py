@@ -1,0 +1,130 @@
+"""What every sink promises, as tests: subclass `SinkContract` in a test module.
+
+class TestMySink(SinkContract):
+    sink_type = MySink
+
+    def given(self, folder):                # options as in the file; `options = {...}` if they need no folder
+        return {"file": str(folder / "events")}
+
+    def arrived(self, folder):              # the positions of what has arrived, in that order
+        return [...]
+
+Needs pytest with pytest-asyncio in its auto mode (or mark your subclass `pytest.mark.asyncio`).
+"""
+# ruff: noqa: S101  assert is what a test suite is made of, also one that is shipped
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import anyio
+from pydantic import BaseModel
+
+from orchestrator.protocols import Event, JsonObject, RecordedEvent, SinkType
+from orchestrator.testing.options_contract import OptionsContract
+
+#: Seconds that anything may take.
+PATIENCE = 30.0
+#: How often in a row `send` may raise: the other side may be down at first.
+TRIES = 5
+
+_RUN = "20260101-120000-abcd"
+_DATA: Sequence[tuple[str, JsonObject]] = (
+    ("run.created", {"tasks": 2, "target": "main"}),
+    ("task.started", {"task": "a", "attempt": 1, "base": "0" * 40, "adapter": "x"}),
+    ("task.retrying", {"task": "a", "attempt": 1, "reason": 'Ä 漢 🙂\n\t"quoted" \\ <b>&amp;</b> \x1b[31m\x7f'}),
+    ("task.failed", {"task": "a", "attempt": 2, "reason": "x" * 64_000, "branch": None}),
+    ("repository.changed", {"changes": {"refs/heads/main": "moved"}, "sessions": ["a", "b"]}),
+    ("something.new", {"nested": {"list": [1, 2.5, None, True, {}]}, "": 0}),
+    ("task.landed", {"task": "b", "attempt": 1, "landed": "1" * 40}),
+    ("run.finished", {"status": "incomplete"}),
+)  # fmt: skip
+
+
+def sample_events(first: int = 1, run: str = _RUN) -> list[RecordedEvent]:
+    """Return events of many kinds, one of which no version has yet, at positions from `first` on."""
+    return [
+        RecordedEvent(first + 2 * index, 1_767_265_200.125 + index, Event(kind, {"run": run, **data}))
+        for index, (kind, data) in enumerate(_DATA)
+    ]
+
+
+class SinkContract(OptionsContract):
+    """The suite; `sink_type` is what the plugin registers."""
+
+    sink_type: ClassVar[SinkType]
+    own_keys: ClassVar[frozenset[str]] = frozenset({"use", "events"})
+
+    def options_type(self) -> type[BaseModel]:
+        """Return the sink's `Options`."""
+        return self.sink_type.Options
+
+    @abstractmethod
+    def arrived(self, folder: Path) -> Sequence[int]:
+        """Return the positions of all events that have arrived where this sink brings them, in that order.
+
+        `folder` is the one that `given` had.
+        """
+
+    async def deliver(self, options: BaseModel, *batches: Sequence[RecordedEvent], tries: int = TRIES) -> None:
+        """Deliver as a run does: what raises is tried again with a sink that is opened anew, but not for ever."""
+        waiting = deque(batches)
+        try:
+            await self._deliver(options, waiting)
+        except Exception:
+            if tries == 1:
+                raise
+            await self.deliver(options, *waiting, tries=tries - 1)
+
+    async def _deliver(self, options: BaseModel, waiting: deque[Sequence[RecordedEvent]]) -> None:
+        with anyio.fail_after(PATIENCE):
+            async with self.sink_type(options) as sink:
+                while waiting:
+                    await sink.send(waiting[0])
+                    waiting.popleft()
+
+    async def test_it_opens_and_closes_without_an_event(self, tmp_path: Path) -> None:
+        """A run may have nothing to tell."""
+        await self.deliver(self.validated(tmp_path))
+
+    async def test_every_event_arrives_in_order(self, tmp_path: Path) -> None:
+        """Events of any kind, with any text, one by one and together."""
+        events = sample_events()
+        await self.deliver(self.validated(tmp_path), *([event] for event in events[:3]), events[3:])
+        assert _first_times(self.arrived(tmp_path)) == [one.position for one in events]
+
+    async def test_what_comes_again_is_no_error(self, tmp_path: Path) -> None:
+        """After a restart, events come that have arrived already, and then new ones."""
+        options, events = self.validated(tmp_path), sample_events()
+        await self.deliver(options, events[:4])
+        await self.deliver(options, events[2:6], events[6:])
+        assert _first_times(self.arrived(tmp_path)) == [one.position for one in events]
+
+    async def test_a_call_that_is_cancelled_can_be_made_again(self, tmp_path: Path) -> None:
+        """Cut off in the middle, a sink lets go; opened anew, it takes the same events."""
+        options, events = self.validated(tmp_path), sample_events()
+        with anyio.fail_after(PATIENCE):
+            with anyio.CancelScope() as scope:
+                async with self.sink_type(options) as sink:
+                    scope.cancel()
+                    await sink.send(events)
+        await self.deliver(options, events)
+        assert sorted(set(self.arrived(tmp_path))) == [one.position for one in events]
+
+    async def test_two_runs_can_use_it_side_by_side(self, tmp_path: Path) -> None:
+        """Opened twice from the same options, each brings its own events."""
+        options = self.validated(tmp_path)
+        ours, theirs = sample_events(), sample_events(first=2, run="20260101-130000-ef01")
+        async with anyio.create_task_group() as group:
+            group.start_soon(self.deliver, options, ours[:4], ours[4:])
+            group.start_soon(self.deliver, options, theirs[:4], theirs[4:])
+        assert sorted(set(self.arrived(tmp_path))) == sorted(one.position for one in (*ours, *theirs))
+
+
+def _first_times(positions: Sequence[int]) -> list[int]:
+    """Return each position where it came for the first time."""
+    return list(dict.fromkeys(positions))

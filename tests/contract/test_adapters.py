@@ -1,0 +1,253 @@
+"""The contract on the adapters that are shipped, with lines and ends as their programs were seen to print them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import pytest
+from pydantic import ValidationError
+
+from adapters.acp import AcpAdapter
+from adapters.aider import AiderAdapter
+from adapters.claude_code import ClaudeCodeAdapter
+from adapters.ollama import OllamaAdapter
+from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.outcome import Failed
+from orchestrator.protocols import (
+    AdapterType,
+    Concluded,
+    Identified,
+    Said,
+    SessionEnd,
+    SessionEvent,
+    SessionRequest,
+    Spent,
+    UsedTool,
+    Warned,
+)
+from orchestrator.testing.adapter_contract import AdapterContract
+
+SESSION = "e4176175-ef9d-4a2f-bffa-f270f179ef19"
+OPENAI = "litellm.RateLimitError: RateLimitError: OpenAIException - stub says rate_limit_error"
+
+
+def end(stdout: str, code: int | None = 1, stderr: str = "") -> SessionEnd:
+    return SessionEnd(exit=code, signal=None, time=1_790_000_000.0, stdout=stdout, stderr=stderr)
+
+
+def judged(adapter_type: AdapterType, options: dict[str, Any], stdout: str) -> Failed | None:
+    adapter = adapter_type(adapter_type.Options.model_validate(options))
+    events = [event for line in stdout.splitlines() for event in adapter.parse(line)]
+    return adapter.verdict(SessionEnd(1, None, 1_790_000_000.0, stdout, "", events))
+
+
+class TestAider(AdapterContract):
+    """Plain text, and an exit code that says nothing."""
+
+    adapter_type = AiderAdapter
+    options: ClassVar = {"model": "openai/gpt-5", "args": ["--map-tokens", "0"], "env": ["MY_KEY", "OPENAI_API_BASE=x"]}
+    lines: ClassVar = (
+        ("Aider v0.86.1", (Said("Aider v0.86.1"),)),
+        ("", ()),
+        (
+            "Tokens: 4.2k sent, 1.1k received. Cost: $0.01 message, $0.02 session.",
+            (Spent(4200, 1100, 0.01), Concluded()),
+        ),
+        ("Tokens: 12k sent, 10k cache write, 5k cache hit, 300 received.", (Spent(12_000, 300), Concluded())),
+        ("Cost: $0.00012 message, $1.25 session.", (Spent(cost=0.00012), Concluded())),
+        ("Tokens: 1,234 sent, 5 received.", (Spent(1234, 5), Concluded())),
+        ("Applied edit to src/a b.py", (UsedTool("edit", "src/a b.py", ("src/a b.py",)),)),
+        ("Retrying in 0.2 seconds...", (Warned("Retrying in 0.2 seconds..."),)),
+        ("Only 3 reflections allowed, stopping.", (Warned("Only 3 reflections allowed, stopping."),)),
+        ("Only the tests change.", (Said("Only the tests change."),)),
+        (OPENAI, (Concluded(OPENAI, Failed(FailureClass.RATE_LIMITED, OPENAI)),)),
+    )
+    ends: ClassVar = (
+        (
+            end("litellm.AuthenticationError: AuthenticationError: OpenAIException - x\nCheck your API key.", 0),
+            FailureClass("auth"),
+        ),
+        (end("No LLM model was specified and no API keys were provided.\n"), FailureClass("auth")),
+        (end(f"{OPENAI}\nRetrying in 0.2 seconds...\n{OPENAI}\n", 0), FailureClass("rate_limited")),
+        (end(f"{OPENAI}\nRetrying in 0.2 seconds...\nTokens: 1k sent, 2 received.\n", 0), None),
+        (end("Tokens: 9k sent, 0 received.\n\nModel openai/x has hit a token limit!\n", 0), FailureClass("limit")),
+        (end("litellm.InternalServerError: x", 0), FailureClass("overloaded")),
+        (end("litellm.Timeout: Timeout: x", 0), FailureClass("transient")),
+        (end("litellm.BadRequestError: x", 0), FailureClass("invalid")),
+        (end("litellm.SomethingNewError: x", 0), FailureClass("crashed")),
+        (end("Aider v0.86.1\n", 0), None),
+    )
+
+
+def claude(type_: str, **fields: Any) -> str:
+    return json.dumps({"type": type_, **fields, "session_id": SESSION, "uuid": "8ca0d5ea"})
+
+
+def claude_result(**fields: Any) -> str:
+    usage = {"input_tokens": 1, "cache_creation_input_tokens": 20, "cache_read_input_tokens": 300, "output_tokens": 4}
+    usual = {"subtype": "success", "is_error": False, "api_error_status": None, "total_cost_usd": 0.25, "usage": usage}
+    return claude("result", **{**usual, **fields})
+
+
+def claude_error(status: int | None, text: str) -> str:
+    return claude_result(is_error=True, api_error_status=status, result=text, usage=None)
+
+
+UNAUTHORIZED = "Failed to authenticate. API Error: 401 stub says authentication_error"
+REJECTED = claude(
+    "rate_limit_event",
+    rate_limit_info={"status": "rejected", "resetsAt": 1_790_003_600, "rateLimitType": "five_hour"},
+)
+
+
+class TestClaudeCode(AdapterContract):
+    """JSON lines that tell everything."""
+
+    adapter_type = ClaudeCodeAdapter
+    options: ClassVar = {"model": "opus", "permission_mode": "bypassPermissions", "args": ["--max-turns", "3"]}
+    lines: ClassVar = (
+        (claude("system", subtype="init", cwd="/w", tools=["Edit"]), (Identified(SESSION),)),
+        (
+            claude("system", subtype="api_retry", attempt=1, max_retries=3, retry_delay_ms=504.9, error_status=401,
+                   error="authentication_failed"),
+            (Warned("authentication_failed (401), it tries again: 1 of 3"),),
+        ),
+        (claude("assistant", message={"content": [{"type": "text", "text": "Hi."}]}), (Said("Hi."),)),
+        (
+            claude("assistant", message={"content": [{"type": "tool_use", "id": "t", "name": "Edit",
+                                                      "input": {"file_path": "/w/a.py", "old_string": "x"}}]}),
+            (UsedTool("Edit", "/w/a.py", ("/w/a.py",)),),
+        ),
+        (
+            claude("assistant", message={"content": [{"type": "tool_use", "id": "t", "name": "Bash",
+                                                      "input": {"command": "make\n test"}}]}),
+            (UsedTool("Bash", "make test"),),
+        ),
+        (claude("user", message={"content": [{"type": "tool_result", "content": "ok"}]}), ()),
+        (claude_result(result="Done."), (Spent(321, 4, 0.25, in_all=True), Concluded("Done."))),
+        (claude("rate_limit_event", rate_limit_info={"status": "allowed_warning", "resetsAt": 1}), ()),
+        ('{"type": "assistant", "message": {"content": [{"type": "text"', ()),
+        ('{"type":"result","total_cost_usd":1e999,"usage":{"output_tokens":-1}}',
+         (Spent(0, 0, None, in_all=True), Concluded(""))),
+        ("plain words", (Said("plain words"),)),
+    )  # fmt: skip
+    ends: ClassVar = (
+        (end(claude_result(result="Done."), 0), None),
+        (end(claude_error(401, UNAUTHORIZED)), FailureClass("auth")),
+        (
+            end(claude_error(429, "API Error: Request rejected (429) · stub says rate_limit_error")),
+            FailureClass("rate_limited"),
+        ),
+        (end(claude_error(529, "API Error: 529 stub says overloaded_error.")), FailureClass("overloaded")),
+        (end(claude_error(500, "API Error: 500 stub")), FailureClass("overloaded")),
+        (end(claude_error(400, "API Error: 400 stub says invalid_request_error")), FailureClass("invalid")),
+        (end(claude_error(400, "Credit balance is too low")), FailureClass("auth")),
+        (end(claude_error(None, "Not logged in · Please run /login")), FailureClass("auth")),
+        (end(claude_error(None, "Something else")), FailureClass("crashed")),
+        (end(claude_result(subtype="error_max_turns", is_error=True)), FailureClass("limit")),
+        (end(claude_result(subtype="error_max_budget_usd", is_error=True)), FailureClass("limit")),
+        (end(claude_result(subtype="error_during_execution", is_error=True), 0), FailureClass("crashed")),
+        (end(f"{REJECTED}\n{claude_result(result='Done.')}", 0), None),
+        (end("--dangerously-skip-permissions cannot be used with root/sudo privileges"), FailureClass("invalid")),
+        (end("", stderr="Error: Invalid API key · Please run /login"), FailureClass("auth")),
+        (end(claude("system", subtype="init"), None), None),
+    )
+
+
+@pytest.mark.parametrize(
+    "stdout",
+    [
+        f"{REJECTED}\n{claude_error(429, 'You have hit your session limit')}",
+        claude_error(None, "Claude AI usage limit reached|1790003600"),
+        "Claude AI usage limit reached|1790003600",
+    ],
+)
+def test_claude_tells_when_its_limit_ends(stdout: str) -> None:
+    """By an event before its result, or by the instant in its words."""
+    failed = judged(ClaudeCodeAdapter, {}, stdout)
+    assert failed is not None
+    assert (failed.failure, failed.until) == (FailureClass.RATE_LIMITED, 1_790_003_600.0)
+
+
+BRIDGE_LINES: Sequence[tuple[str, Sequence[SessionEvent]]] = (
+    ('{"type": "said", "text": "Hi."}', (Said("Hi."),)),
+    ('{"type": "tool", "name": "edit", "detail": "x", "paths": ["a", 1]}', (UsedTool("edit", "x", ("a",)),)),
+    ('{"type": "spent", "input_tokens": 1, "output_tokens": 2, "cost": null}', (Spent(1, 2, None, in_all=True),)),
+    ('{"type": "spent", "input_tokens": 1, "output_tokens": 2, "cost": NaN}', (Spent(1, 2, None, in_all=True),)),
+    ('{"type": "session", "id": "s"}', (Identified("s"),)),
+    ('{"type": "warned", "text": "x"}', (Warned("x"),)),
+    ('{"type": "alive"}', ()),
+    ('{"type": "concluded", "text": "x", "failure": null, "reason": ""}', (Concluded("x"),)),
+    (
+        '{"type": "concluded", "text": "x", "failure": "auth", "reason": "y"}',
+        (Concluded("x", Failed(FailureClass.AUTH, "y")),),
+    ),
+    (
+        '{"type": "concluded", "text": "", "failure": "news", "reason": ""}',
+        (Concluded("", Failed(FailureClass.CRASHED, "it failed")),),
+    ),
+    ('{"type": "said", "text": 1}', ()),
+    ('{"type": "spent", "input_tokens": 1}', ()),
+)
+BRIDGE_ENDS: Sequence[tuple[SessionEnd, FailureClass | None]] = (
+    (end('{"type": "concluded", "text": "x", "failure": "overloaded", "reason": "y"}'), FailureClass.OVERLOADED),
+    (end('{"type": "concluded", "text": "", "failure": null, "reason": ""}', 0), None),
+    (end('{"type": "said", "text": "x"}', None, "Traceback"), None),
+)
+
+
+class TestAcp(AdapterContract):
+    """A conversation, through a bridge."""
+
+    adapter_type = AcpAdapter
+    options: ClassVar = {"argv": ["gemini", "--acp"], "model": "x", "env": ["GEMINI_API_KEY"]}
+    lines = BRIDGE_LINES
+    ends = BRIDGE_ENDS
+
+
+class TestOllama(AdapterContract):
+    """HTTP, through a bridge."""
+
+    adapter_type = OllamaAdapter
+    options: ClassVar = {"model": "qwen3-coder:30b", "host": "http://[::1]:11434", "context": 65536}
+    lines = BRIDGE_LINES
+    ends = BRIDGE_ENDS
+
+
+@pytest.mark.parametrize(
+    ("adapter_type", "options"),
+    [
+        (AiderAdapter, {"bin": "tools/aider"}),
+        (AiderAdapter, {"bin": ""}),
+        (AiderAdapter, {"model": "--yes"}),
+        (AiderAdapter, {"args": ["a\0b"]}),
+        (AiderAdapter, {"args": "--x"}),
+        (ClaudeCodeAdapter, {"permission_mode": "plan"}),
+        (ClaudeCodeAdapter, {"env": ["GIT_DIR=x"]}),
+        (AcpAdapter, {}),
+        (AcpAdapter, {"argv": []}),
+        (AcpAdapter, {"argv": ["./agent"]}),
+        (OllamaAdapter, {}),
+        (OllamaAdapter, {"model": "x", "host": "localhost:11434"}),
+        (OllamaAdapter, {"model": "x", "host": "http://user:password@host"}),
+        (OllamaAdapter, {"model": "x", "host": "http://host:99999"}),
+        (OllamaAdapter, {"model": "x", "context": 100}),
+    ],
+)
+def test_wrong_options(adapter_type: AdapterType, options: dict[str, Any]) -> None:
+    """What no session could be started with is refused before anything runs."""
+    with pytest.raises(ValidationError):
+        adapter_type.Options.model_validate(options)
+
+
+def test_what_a_file_says_of_a_variable_replaces_the_adapters_own(tmp_path: Any) -> None:
+    """A preset variable can be set anew or passed on, and one that is passed on by itself can be set."""
+    request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path)
+    options = {"env": ["DISABLE_AUTOUPDATER", "CLAUDE_CODE_MAX_RETRIES=9", "HOME=/elsewhere"]}
+    command = ClaudeCodeAdapter(ClaudeCodeAdapter.Options.model_validate(options)).command(request)  # type: ignore[arg-type]
+    assert "DISABLE_AUTOUPDATER" not in command.env
+    assert "DISABLE_AUTOUPDATER" in command.pass_env
+    assert (command.env["CLAUDE_CODE_MAX_RETRIES"], command.env["HOME"]) == ("9", "/elsewhere")
+    assert "HOME" not in command.pass_env

@@ -1,0 +1,116 @@
+"""The sinks that come with the package keep the contract that every sink keeps."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.outlets import jsonlines
+from orchestrator.outlets.jsonlines import JsonLines
+from orchestrator.protocols import Event, RecordedEvent
+from orchestrator.testing.sink_contract import SinkContract, sample_events
+
+
+class TestJsonLines(SinkContract):
+    """The contract with a file."""
+
+    sink_type = JsonLines
+
+    def given(self, folder: Path) -> Mapping[str, Any]:
+        """Name a file that does not exist."""
+        return {"file": str(folder / "events.jsonl")}
+
+    def arrived(self, folder: Path) -> Sequence[int]:
+        """Read the file."""
+        return [line["position"] for line in self.lines(folder)]
+
+    def lines(self, folder: Path) -> list[dict[str, Any]]:
+        """Return the lines as objects."""
+        return [json.loads(line) for line in (folder / "events.jsonl").read_bytes().splitlines()]
+
+    async def test_a_line_has_all_of_an_event(self, tmp_path: Path) -> None:
+        """Position, time, type and fields; the file is the owner's alone."""
+        (event, *_) = events = sample_events()
+        await self.deliver(self.validated(tmp_path), events)
+        assert self.lines(tmp_path)[0] == {
+            "position": event.position, "time": event.time, "event": event.event.type, **event.event.data,
+        }  # fmt: skip
+        assert (tmp_path / "events.jsonl").stat().st_mode & 0o777 == 0o600
+
+    async def test_no_event_is_there_twice(self, tmp_path: Path) -> None:
+        """Whatever comes again, after a restart and from two runs in one file, each has one line."""
+        options, ours, theirs = self.validated(tmp_path), sample_events(), sample_events(run="another")
+        for events in (ours[:5], theirs[:3], ours[:6], ours, theirs, theirs[-1:], ours[-1:]):
+            await self.deliver(options, events)
+        expected = [(one.event.data["run"], one.position) for one in (*ours[:5], *theirs[:3], *ours[5:], *theirs[3:])]
+        assert [(line["run"], line["position"]) for line in self.lines(tmp_path)] == expected
+
+    async def test_events_of_one_position_are_told_apart(self, tmp_path: Path) -> None:
+        """Where a commit has several events and only some are in the file, the others follow."""
+        both = [RecordedEvent(3, 0.0, Event(kind, {"run": "r"})) for kind in ("first", "second")]
+        await self.deliver(self.validated(tmp_path), both)
+        path = tmp_path / "events.jsonl"
+        path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+        await self.deliver(self.validated(tmp_path), both)
+        assert [line["event"] for line in self.lines(tmp_path)] == ["first", "second"]
+
+    @pytest.mark.parametrize("kept", [1, 5, 13, 40, -1])
+    async def test_a_line_that_was_cut_off_is_written_anew(self, tmp_path: Path, kept: int) -> None:
+        """What a kill left half written is replaced; what is not ours stays as it is."""
+        options, events, path = self.validated(tmp_path), sample_events(), tmp_path / "events.jsonl"
+        path.write_text("a note of mine, without a line break")
+        await self.deliver(options, events[:3])
+        note, *rest = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join((note, *rest[:-1], rest[-1][:kept])))
+        await self.deliver(options, events)
+        note, *rest = path.read_bytes().splitlines()
+        assert note == b"a note of mine, without a line break"
+        assert [json.loads(line)["position"] for line in rest] == [one.position for one in events]
+
+    async def test_a_file_that_was_emptied_is_gone_on_with(self, tmp_path: Path) -> None:
+        """Who rotates it while a run is at work loses nothing that comes later."""
+        events, path = sample_events(), tmp_path / "events.jsonl"
+        async with JsonLines(self.validated(tmp_path)) as sink:
+            await sink.send(events[:4])
+            path.write_bytes(b"")
+            await sink.send(events[4:6])
+            path.unlink()
+            await sink.send(events[6:])
+        assert self.arrived(tmp_path) == [one.position for one in events[6:]]
+
+    async def test_a_lock_of_somebody_elses_is_not_waited_for_for_ever(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is an error, so that the sink is told as failing and tried again."""
+        monkeypatch.setattr(jsonlines, "LOCK_LIMIT", 0.05)
+        with (tmp_path / "events.jsonl").open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            async with JsonLines(self.validated(tmp_path)) as sink:
+                with pytest.raises(TimeoutError, match=r"another process keeps .*events\.jsonl locked"):
+                    await sink.send(sample_events())
+        assert self.arrived(tmp_path) == []
+
+    async def test_writers_side_by_side_keep_their_lines_whole(self, tmp_path: Path) -> None:
+        """Many threads of many processes' kind: every line is one event, each there once."""
+        options = self.validated(tmp_path)
+        runs = [[RecordedEvent(n, 0.0, Event("x", {"run": f"r{run}", "text": "x" * 500})) for n in range(1, 40)]
+                for run in range(4)]  # fmt: skip
+
+        def write(events: list[RecordedEvent]) -> None:
+            sink = JsonLines(options)
+            for one in events:
+                sink._append([one])
+
+        threads = [threading.Thread(target=write, args=(run,)) for run in runs for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        found = [(line["run"], line["position"]) for line in self.lines(tmp_path)]
+        assert len(found) == len(set(found)) == 4 * 39

@@ -1,0 +1,108 @@
+"""The trackers that come with the package keep the contract that every tracker keeps."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import RefusedError
+from orchestrator.outlets.checklist import Checklist
+from orchestrator.protocols import Event, RecordedEvent
+from orchestrator.testing.tracker_contract import TrackerContract
+
+TEXT = """\
+# To do\r
+\r
+- [ ] Add a User model. {#models}
+      With a name and an address.
+
+      A paragraph of its own belongs to nobody.
+  * [ ]   Give it *tests*!
+- [x] An old one
+- [X] Another
+1. [ ] no item
+-[ ] none either
+
+````md
+```
+- [ ] In a block of code
+````
++ [ ] Ünïcode ends well {#ends}   
+\t- [ ] The last one, without a line break"""  # noqa: W291
+
+
+class TestChecklist(TrackerContract):
+    """The contract with a file."""
+
+    tracker_type = Checklist
+
+    def given(self, folder: Path) -> Mapping[str, Any]:
+        """Write a list."""
+        (folder / "todo.md").write_bytes(TEXT.encode())
+        return {"file": str(folder / "todo.md")}
+
+    async def test_open_items_are_tasks(self, tmp_path: Path) -> None:
+        """An id is what the item says, or made from its words; lines below belong to it."""
+        tasks = await self.open_tasks(self.validated(tmp_path))
+        assert [(task.id, task.prompt) for task in tasks] == [
+            ("models", "Add a User model.\nWith a name and an address."),
+            ("give-it-tests", "Give it *tests*!"),
+            ("ends", "Ünïcode ends well"),
+            ("the-last-one-without-a-line-break", "The last one, without a line break"),
+        ]
+
+    async def test_a_tick_changes_one_byte(self, tmp_path: Path) -> None:
+        """Everything else of the file stays, its mode and the link that leads to it too."""
+        options = self.validated(tmp_path)
+        path = tmp_path / "todo.md"
+        path.rename(tmp_path / "real.md")
+        path.symlink_to("real.md")
+        path.chmod(0o640)
+        await self.tell(options, _landed("ends"), _landed("models"))
+        expected = TEXT.replace("[ ] Add a User", "[x] Add a User").replace("[ ] Ünïcode", "[x] Ünïcode")
+        assert path.read_bytes() == expected.encode()
+        assert path.is_symlink()
+        assert path.stat().st_mode & 0o777 == 0o640
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["real.md", "todo.md"]
+
+    async def test_a_file_that_was_edited_meanwhile_is_ticked_where_the_item_is_now(self, tmp_path: Path) -> None:
+        """Items that moved are found, those that are gone are no error."""
+        options = self.validated(tmp_path)
+        (tmp_path / "todo.md").write_text("- [ ] New\n- [ ] Add a User model {#models}\n")
+        await self.tell(options, _landed("models"), _landed("ends"))
+        assert (tmp_path / "todo.md").read_text() == "- [ ] New\n- [x] Add a User model {#models}\n"
+
+    @pytest.mark.parametrize(
+        ("text", "what"),
+        [("- [ ] 漢字\n", "line 1: no id can be made of '漢字'"), (None, "no such file or directory")],
+    )
+    async def test_what_can_t_be_a_list_is_refused(self, tmp_path: Path, text: str | None, what: str) -> None:
+        """A file that is missing, and an item that has no id, are told with what to do."""
+        options = self.validated(tmp_path)
+        path = tmp_path / "todo.md"
+        path.unlink() if text is None else path.write_text(text)
+        with pytest.raises(RefusedError, match=what):
+            await self.open_tasks(options)
+
+    @pytest.mark.parametrize("by_link", [False, True])
+    async def test_a_file_that_git_tracks_is_refused(self, tmp_path: Path, by_link: bool) -> None:
+        """Its ticks would be changes in a checkout, which keep work from landing; untracked there it is fine."""
+        options = self.validated(tmp_path)
+        if by_link:
+            (tmp_path / "repository").mkdir()
+            (tmp_path / "todo.md").rename(tmp_path / "repository/todo.md")
+            (tmp_path / "todo.md").symlink_to("repository/todo.md")
+        top = tmp_path / "repository" if by_link else tmp_path
+        subprocess.run(["git", "init", "--quiet"], cwd=top, check=True)
+        assert len(await self.open_tasks(options)) == 4
+        subprocess.run(["git", "add", "todo.md"], cwd=top, check=True)
+        with pytest.raises(RefusedError, match=r"git tracks .*todo\.md"):
+            await self.open_tasks(options)
+
+
+def _landed(task: str) -> RecordedEvent:
+    return RecordedEvent(1, 0.0, Event("task.landed", {"run": "r", "task": task}))

@@ -1,0 +1,54 @@
+"""Real distributions for tests: a module and its metadata in a folder, as an installer leaves them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from textwrap import dedent
+
+REGISTER = """
+import pluggy
+
+hookimpl = pluggy.HookimplMarker("cli_council")
+"""
+
+#: An adapter type that is complete, and runs the program that its option names.
+ADAPTER = (
+    REGISTER
+    + """
+from pydantic import BaseModel, ConfigDict
+from orchestrator.protocols import Command
+
+
+class Echo:
+    class Options(BaseModel):
+        model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+        text: str = "hello"
+
+    def __init__(self, options):
+        self.options = options
+
+    def programs(self):
+        return ()
+
+    def command(self, request):
+        return Command(["sh", "-c", f"echo {self.options.text} > echo.txt"])
+
+    def parse(self, line):
+        return ()
+
+    def verdict(self, end):
+        return None
+"""
+)
+
+
+def install(folder: Path, name: str, code: str, *, entry: str | None = None, module: str | None = None) -> Path:
+    """Put a distribution of one module into a folder, with one entry point; return the module's file."""
+    module = module or name.replace("-", "_")
+    information = folder / f"{name.replace('-', '_')}-1.0.dist-info"
+    information.mkdir(parents=True)
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (information / "entry_points.txt").write_text(f"[cli_council]\n{entry or name} = {module}\n")
+    path = folder / f"{module}.py"
+    path.write_text(dedent(code))
+    return path

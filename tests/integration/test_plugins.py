@@ -1,0 +1,343 @@
+"""Plugins of others come in by one door; what is wrong with one is told, and costs nothing but the plugin."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Repository
+from tests.distributions import ADAPTER, REGISTER, install
+
+_REGISTERS = """
+@hookimpl
+def council_register_{kind}(register):
+    register({name!r}, {type})
+"""
+
+_BROKEN = {
+    "broken-import": ("import no_such_module_anywhere", "No module named 'no_such_module_anywhere'"),
+    "exits": ("import sys; sys.exit('I am off')", "SystemExit: I am off"),
+    "wrong-hook": (
+        REGISTER + "@hookimpl\ndef council_register_adapters(register, config): ...",
+        "PluginValidationError",
+    ),
+    "unknown-hook": (REGISTER + "@hookimpl\ndef council_register_phases(register): ...", "council_register_phases"),
+    "empty": ("x = 1", "it registers nothing"),
+    "raises": (REGISTER + "@hookimpl\ndef council_register_adapters(register): 1 / 0", "ZeroDivisionError"),
+    "thief": (
+        ADAPTER
+        + _REGISTERS.format(kind="sinks", name="stolen", type="Echo")
+        + _REGISTERS.format(kind="adapters", name="command", type="Echo"),
+        "'command' among the adapters is already the plugin 'command' of cli-council",
+    ),
+    "twice": (ADAPTER + _REGISTERS.format(kind="adapters", name="a", type="Echo") + '    register("a", Echo)', "twice"),
+    "outdated": (
+        ADAPTER + "\ndel Echo.parse\n" + _REGISTERS.format(kind="adapters", name="old", type="Echo"),
+        "'old' has no parse: it is made for another version of the contract",
+    ),
+    "optionless": (
+        ADAPTER + "\nEcho.Options = dict\n" + _REGISTERS.format(kind="adapters", name="loose", type="Echo"),
+        "the Options of 'loose' are no pydantic model",
+    ),
+    "typeless": (REGISTER + _REGISTERS.format(kind="stores", name="s", type="None"), "a name and a type are wanted"),
+}  # fmt: skip
+
+_ECHO = ADAPTER + _REGISTERS.format(kind="adapters", name="echo", type="Echo")
+
+
+@pytest.fixture
+def site(repository: Repository, tmp_path: Path) -> Path:
+    """A folder on the path of every process that the test starts."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    repository.environ["PYTHONPATH"] = str(folder)
+    return folder
+
+
+#: The adapters that come with the package.
+OURS = {"acp", "aider", "claude-code", "command", "ollama"}
+
+
+def _plugins(repository: Repository, *untrusted: Path, **environ: str) -> dict[str, Any]:
+    """Return what a process of its own finds."""
+    code = """
+import json, sys
+from pathlib import Path
+from orchestrator.plugins import load_plugins
+found = load_plugins(worked_on=[Path(one) for one in sys.argv[1:]])
+print(json.dumps({
+    "left_out": {one.plugin.name: str(one) for one in found.left_out},
+    "loaded": [one.name for one in found.loaded],
+    **{kind: sorted(names) for kind, names in found.kinds().items()},
+}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, untrusted)],
+        env={**repository.environ, **environ},
+        cwd=repository.top,
+        check=True,
+        capture_output=True,
+    )
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+async def test_whatever_is_wrong_with_plugins_is_told_and_the_run_goes_on(repository: Repository, site: Path) -> None:
+    """Eleven kinds of broken plugins are each named with a reason; the run lands, and one that is whole is used."""
+    for name, (code, _) in _BROKEN.items():
+        install(site, name, code)
+    install(site, "whole", _ECHO)
+    tasks = [
+        {"id": "one", "prompt": "write one.txt 1", "adapter": "fake"},
+        {"id": "two", "prompt": "Say.", "adapter": "e"},
+    ]
+    config = repository.configure(tasks)
+    value = json.loads(config.read_text())
+    value["adapters"]["e"] = {"use": "echo"}
+    config.write_text(json.dumps(value))
+    ended = repository.council("run", str(config), "--json")
+    assert ended.states == {"one": "landed", "two": "landed"}, ended
+    told = {line["plugin"]: line["reason"] for line in ended.lines if line.get("event") == "plugin.left_out"}
+    assert told.keys() == _BROKEN.keys()
+    for name, (_, reason) in _BROKEN.items():
+        assert reason in told[name]
+        assert f"the plugin {name!r} of {name} 1.0" in told[name]
+    await repository.assert_invariants()
+
+
+async def test_the_text_names_a_plugin_that_is_left_out(repository: Repository, site: Path) -> None:
+    """A person reads which plugin is missing and why, in one line."""
+    install(site, "broken", "raise ValueError('first line\\nsecond line')")
+    ended = repository.council("run", str(repository.configure([{"id": "one", "prompt": "write one.txt 1"}])))
+    assert "left out: the plugin 'broken' of broken 1.0: ValueError: first line second line\n" in ended.stdout
+    assert ended.code == 0
+    await repository.assert_invariants()
+
+
+def test_metadata_that_lacks_something_costs_nobody_else_anything(repository: Repository, site: Path) -> None:
+    """An entry point that names no module, and a distribution that says neither its name nor its version."""
+    install(site, "no-module", "x = 1", module="what is this?")
+    install(site, "no-metadata", _ECHO)
+    (site / "no_metadata-1.0.dist-info/METADATA").unlink()
+    install(site, "whole", _ECHO.replace("'echo'", "'whole'"))
+    found = _plugins(repository)
+    assert {"command", "echo", "whole"} <= set(found["adapters"])
+    assert "AttributeError" in found["left_out"].pop("no-module")
+    assert found["left_out"] == {}
+
+
+def test_a_plugin_that_takes_a_name_of_ours_is_wholly_left_out(repository: Repository, site: Path) -> None:
+    """Ours stays, and nothing else that the other registers is there either."""
+    install(site, "thief", _BROKEN["thief"][0])
+    found = _plugins(repository)
+    assert set(found["adapters"]) == OURS
+    assert "stolen" not in found["sinks"]
+
+
+def test_of_two_plugins_with_one_name_the_first_by_name_stays(repository: Repository, site: Path) -> None:
+    """Which of two is used does not hang on the order of installation."""
+    install(site, "zebra", _ECHO)
+    install(site, "ant", _ECHO)
+    found = _plugins(repository)
+    assert "ant" in found["loaded"]
+    assert "'echo' among the adapters is already the plugin 'ant' of ant" in found["left_out"]["zebra"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [(None, {"first", "second"}), ("second", {"second"}), (" first, second ,", {"first", "second"}), ("", set())],
+)
+def test_the_limit_says_which_plugins_of_others_are_loaded(
+    repository: Repository, site: Path, limit: str | None, expected: set[str]
+) -> None:
+    """Unset all are, else those that it names; ours always are, and what is not named is not even imported."""
+    for name in ("first", "second"):
+        trace = f"open({str(site / name)!r} + '.imported', 'w').close()\n"
+        install(site, name, trace + _ECHO.replace("'echo'", f"'{name}'"))
+    found = _plugins(repository, **({} if limit is None else {"COUNCIL_PLUGINS": limit}))
+    assert set(found["adapters"]) == OURS | expected
+    assert found["left_out"] == {}
+    assert {path.stem for path in site.glob("*.imported")} == expected
+
+
+@pytest.mark.parametrize(
+    "where", ["a distribution", "a shadowing module", "a shadowing package", "a namespace package"]
+)
+def test_nothing_in_the_repository_is_imported(repository: Repository, site: Path, where: str) -> None:
+    """What agents may have written there never runs as us: not as a plugin, nor in the place of one."""
+    trace = site / "trace"
+    evil = f"open({str(trace)!r}, 'w').close()\n" + _ECHO
+    top = repository.top
+    repository.environ["PYTHONPATH"] = os.pathsep.join((str(top), str(site)))
+    match where:
+        case "a distribution":
+            install(top, "evil", evil)
+        case "a shadowing module":
+            install(site, "evil", _ECHO)
+            (top / "evil.py").write_text(evil)
+        case "a shadowing package":
+            install(site, "evil", _ECHO)
+            (top / "evil").mkdir()
+            (top / "evil/__init__.py").write_text(evil)
+        case _:
+            install(site, "evil", _ECHO, module="evil.part", entry="evil")
+            (top / "evil").mkdir()
+            (top / "evil/part.py").write_text(evil)
+    found = _plugins(repository, top)
+    assert "it lies in the repository that is worked on" in found["left_out"]["evil"]
+    assert not trace.exists()
+    ended = repository.council("run", str(repository.configure([{"id": "one", "prompt": "write one.txt 1"}])), "--json")
+    assert ended.states == {"one": "landed"}, ended
+    assert [line["plugin"] for line in ended.lines if line.get("event") == "plugin.left_out"] == ["evil"]
+    assert not trace.exists()
+
+
+def test_the_repository_that_a_file_names_is_not_imported_from_either(
+    repository: Repository, site: Path, tmp_path: Path
+) -> None:
+    """Wherever the file lies, and wherever the command is given."""
+    trace = site / "trace"
+    install(repository.top, "evil", f"open({str(trace)!r}, 'w').close()\n" + _ECHO)
+    repository.environ["PYTHONPATH"] = str(repository.top)
+    config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}], repo="project")
+    elsewhere = Repository(tmp_path, repository.environ, repository.spawns)
+    ended = elsewhere.council("run", str(config), "--json")
+    assert ended.states == {"one": "landed"}, ended
+    assert [line["plugin"] for line in ended.lines if line.get("event") == "plugin.left_out"] == ["evil"]
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("where", ["a distribution of our name", "a package of our name"])
+def test_a_repository_can_t_pass_for_us(repository: Repository, site: Path, where: str) -> None:
+    """A distribution there with our name, and packages there with the names of ours, are not imported either."""
+    trace = site / "trace"
+    evil = f"open({str(trace)!r}, 'w').close()\n" + _ECHO
+    if where == "a distribution of our name":
+        install(repository.top, "cli-council", evil, module="evil", entry="command")
+    else:
+        (repository.top / "adapters").mkdir()
+        (repository.top / "adapters/__init__.py").write_text(evil)
+    repository.environ["PYTHONPATH"] = str(repository.top)
+    found = _plugins(repository, repository.top)
+    assert "it lies in the repository that is worked on" in found["left_out"]["command"]
+    assert found["adapters"] == []
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("entry", "code", "limit", "expected"),
+    [
+        ("echo", "import no_such_module", None, "No module named 'no_such_module'"),
+        ("something-else", "import no_such_module", None, "No module named 'no_such_module'"),
+        ("something-else", _ECHO.replace("def parse", "def parse_line"), None, "'echo' has no parse"),
+        ("echo", _ECHO, "other", "COUNCIL_PLUGINS does not name it"),
+    ],
+    ids=["its plugin's name", "whatever its plugin would have brought", "its own name", "not among those wanted"],
+)
+def test_an_adapter_whose_plugin_was_left_out_is_explained_at_its_line(
+    repository: Repository, site: Path, entry: str, code: str, limit: str | None, expected: str
+) -> None:
+    """The mistake in the file says that the plugin was left out, and why."""
+    install(site, "council-echo", code, entry=entry)
+    if limit is not None:
+        repository.environ["COUNCIL_PLUGINS"] = limit
+    config = repository.top.parent / "council.yaml"
+    config.write_text(
+        f"version: 1\nrepo: {repository.top}\nadapters:\n  e:\n    use: echo\ntasks:\n  - {{id: a, prompt: x}}\n"
+    )
+    ended = repository.council("run", str(config), "--json")
+    assert ended.code == 2
+    (problem,) = ended.result["errors"]
+    assert (problem["line"], problem["what"]) == (5, "there is no adapter type 'echo'")
+    assert f"left out was the plugin {entry!r} of council-echo 1.0: " in problem["remedy"]
+    assert expected in problem["remedy"]
+
+
+async def test_a_run_whose_plugin_is_gone_says_so_on_resume(repository: Repository, site: Path) -> None:
+    """An adapter that was there when the run began, and is left out now, is a refusal with the reason."""
+    module = install(site, "council-echo", _ECHO)
+    config = repository.configure([{"id": "one", "prompt": "x"}], adapters={"e": {"use": "echo"}})
+    repository.council("run", str(config), failpoints="run.seeded=kill")
+    module.write_text("import no_such_module")
+    ended = repository.council("resume", "--json")
+    assert ended.code == 2
+    assert ended.result["error"].startswith("adapter 'e' uses 'echo', which is not installed: left out was the plugin")
+    module.write_text(_ECHO)
+    assert repository.council("resume", "--json").states == {"one": "landed"}
+    await repository.assert_invariants()
+
+
+_STORE = REGISTER + """
+from contextlib import asynccontextmanager
+from orchestrator.state.memory import MemoryStore
+
+
+class Loud(MemoryStore):
+    async def commit(self, commit):
+        print("committed", *[event.type for event in commit.events], flush=True)
+        return await super().commit(commit)
+
+
+@asynccontextmanager
+async def open_loud(url, clock):
+    print("opened", url, flush=True)
+    yield Loud(clock)
+    print("closed", flush=True)
+
+
+@hookimpl
+def council_register_stores(register):
+    register("loud", open_loud)
+"""  # fmt: skip
+
+
+def test_a_run_keeps_its_state_in_a_store_of_a_plugin(repository: Repository, site: Path) -> None:
+    """`COUNCIL_STATE` leads to a third party's store by its scheme, for all that a run does."""
+    install(site, "council-loud", _STORE)
+    repository.environ["COUNCIL_STATE"] = "loud:somewhere"
+    ended = repository.council("run", str(repository.configure([{"id": "one", "prompt": "write one.txt 1"}])))
+    assert ended.code == 0, ended
+    said = ended.stdout.splitlines()
+    assert (said[0], said[-1]) == ("opened loud:somewhere", "closed")
+    assert {"committed run.created", "committed task.landed", "committed run.finished"} <= set(said)
+    assert (repository.top / "one.txt").exists()
+    assert list((repository.top / ".council").glob("state/*")) == []
+
+
+@pytest.mark.parametrize("url", ["memory:", "file://{}/elsewhere"])
+def test_the_shipped_stores_are_named_by_their_urls(repository: Repository, tmp_path: Path, url: str) -> None:
+    """`memory:` keeps nothing, `file:` keeps it in any folder."""
+    repository.environ["COUNCIL_STATE"] = url.format(tmp_path)
+    ended = repository.council("run", str(repository.configure([{"id": "one", "prompt": "write one.txt 1"}])), "--json")
+    assert ended.states == {"one": "landed"}, ended
+    assert (tmp_path / "elsewhere").exists() == url.startswith("file")
+    assert list((repository.top / ".council").glob("state/*")) == []
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("redis://host/1", "there is no store for 'redis://host/1'"),
+        ("file://host/folder", "names no folder of this machine"),
+        ("memory:x", "names no store"),
+        ("", None),
+    ],
+)
+def test_a_store_that_is_not_there_is_refused_with_what_there_is(
+    repository: Repository, url: str, expected: str | None
+) -> None:
+    """An unknown scheme, or a URL that a store can't open, is bad input; an empty variable is none."""
+    repository.environ["COUNCIL_STATE"] = url
+    ended = repository.council("run", str(repository.configure([{"id": "one", "prompt": "write one.txt 1"}])), "--json")
+    if expected is None:
+        assert ended.code == 0
+        return
+    assert ended.code == 2
+    assert expected in ended.result["error"]
+    assert "file:" in ended.result["remedy"] or "memory:" in ended.result["remedy"]

@@ -1,0 +1,322 @@
+"""Sinks and trackers in real runs: what a file says of them holds, and no run lands less because of one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Ended, Repository
+from tests.distributions import REGISTER, install
+
+_SINK = REGISTER + """
+import os
+from contextlib import asynccontextmanager
+from pathlib import Path
+from pydantic import BaseModel, ConfigDict
+from orchestrator.protocols import TrackedTask
+
+
+class Moody:
+    class Options(BaseModel):
+        model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+        folder: str
+
+    def __init__(self, options):
+        self.folder = Path(options.folder)
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *raised):
+        pass
+
+    async def send(self, events):
+        if (self.folder / "off").exists():
+            raise ConnectionError("no route, says " + os.environ["MY_TOKEN"])
+        with (self.folder / "arrived").open("a") as file:
+            file.writelines(f"{one.position} {one.event.type}\\n" for one in events)
+
+    async def tasks(self):
+        return eval((self.folder / "tasks").read_text(), {"Task": TrackedTask})
+
+
+@hookimpl
+def council_register_sinks(register):
+    register("moody", Moody)
+
+
+@hookimpl
+def council_register_trackers(register):
+    register("moody", Moody)
+"""  # fmt: skip
+
+
+@pytest.fixture
+def moody(repository: Repository, tmp_path: Path) -> Path:
+    """The folder of a sink and tracker that is what the folder says."""
+    install(tmp_path / "site", "council-moody", _SINK)
+    repository.environ.update(PYTHONPATH=str(tmp_path / "site"), MY_TOKEN="correct-horse-battery")
+    folder = tmp_path / "mood"
+    folder.mkdir()
+    return folder
+
+
+def _events(ended: Ended) -> list[dict[str, Any]]:
+    return [line for line in ended.lines if "event" in line]
+
+
+async def test_a_sink_hears_what_the_command_prints(repository: Repository, tmp_path: Path) -> None:
+    """The same events in the same order, from the run's first to its last; the file lies beside the YAML file."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "one", "prompt": "write one.txt 1"},
+        {"id": "two", "prompt": "exit 1", "attempts": 1},
+    ]
+    sinks = {"all": {"use": "jsonlines", "file": "all.jsonl"},
+             "ends": {"use": "jsonlines", "file": str(tmp_path / "ends.jsonl"),
+                      "events": ["task.landed", "task.f*", "run.finished"]}}  # fmt: skip
+    ended = repository.council("run", str(repository.configure(tasks, sinks=sinks)), "--json")
+    assert ended.states == {"one": "landed", "two": "failed"}, ended
+    told = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    positions = [line.pop("position") for line in told]
+    assert told == _events(ended)
+    assert positions == sorted(positions)
+    assert (told[0]["event"], told[-1]["event"]) == ("run.created", "run.finished")
+    ends = [json.loads(line)["event"] for line in (tmp_path / "ends.jsonl").read_text().splitlines()]
+    assert sorted(ends) == ["run.finished", "task.failed", "task.landed"]
+    await repository.assert_invariants()
+
+
+@pytest.mark.slow
+async def test_a_sink_that_fails_costs_nothing_and_gets_the_rest_on_resume(repository: Repository, moody: Path) -> None:
+    """The run lands and ends as ever; the failure is told once, without secrets, and what is left is delivered."""
+    (moody / "off").touch()
+    sinks = {"m": {"use": "moody", "folder": str(moody)}}
+    config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}], sinks=sinks)
+    ended = repository.council("run", str(config), "--json")
+    assert (ended.code, ended.states) == (0, {"one": "landed"}), ended
+    failing, behind = (line for line in _events(ended) if line["event"].startswith("sink."))
+    assert (failing["event"], behind["event"]) == ("sink.failing", "sink.behind")
+    assert (failing["sink"], failing["reason"]) == ("m", "ConnectionError: no route, says [redacted]")
+    assert behind["left"] == len(_events(ended)) - 2
+    assert not (moody / "arrived").exists()
+    (moody / "off").unlink()
+    config.unlink()
+    resumed = repository.council("resume", "--json")
+    assert (resumed.code, resumed.states) == (0, {"one": "landed"}), resumed
+    arrived = [line.split()[1] for line in (moody / "arrived").read_text().splitlines()]
+    assert arrived == [line["event"] for line in _events(ended) if not line["event"].startswith("sink.")]
+    before = (moody / "arrived").read_bytes()
+    assert repository.council("resume").code == 0
+    assert (moody / "arrived").read_bytes() == before
+    await repository.assert_invariants(canaries=["correct-horse-battery"])
+
+
+@pytest.mark.slow
+async def test_a_sink_whose_plugin_is_gone_does_not_keep_a_run_from_going_on(
+    repository: Repository, moody: Path
+) -> None:
+    """On resume a person is told which sink fails, why, and how it gets the rest; the run lands."""
+    sinks = {"m": {"use": "moody", "folder": str(moody)}}
+    config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}], sinks=sinks)
+    repository.council("run", str(config), failpoints="run.claimed=kill")
+    repository.environ["COUNCIL_PLUGINS"] = ""
+    ended = repository.council("resume")
+    assert ended.code == 0, ended
+    assert "sink m fails and will be tried again: sink 'm' uses 'moody', which is not installed" in ended.stdout
+    assert "COUNCIL_PLUGINS does not name it" in ended.stdout
+    assert "sink m has yet to get " in ended.stdout
+    await repository.assert_invariants()
+
+
+_NAME_REMEDY = (
+    "use up to 64 letters, digits, '.', '_' and '-', beginning with a letter or digit, "
+    "without '..' and not ending in '.' or '.lock'"
+)
+_MISTAKES = """\
+version: 1
+repo: {repo}
+adapters:
+  fake: {{use: command, argv: [x]}}
+sinks:
+  a: {{use: jsonline, file: x}}
+  b: {{use: jsonlines}}
+  c: {{use: jsonlines, file: x, colour: red}}
+  d: {{file: x}}
+  e: {{use: jsonlines, file: x, events: []}}
+  f: {{use: jsonlines, file: x, events: task.landed}}
+  g h: {{use: jsonlines, file: x}}
+  i: {{use: jsonlines, file: ""}}
+  j: {{use: jsonlines, file: x, events: }}
+trackers:
+  t: {{use: checklist}}
+  u: {{use: checklist, file: x, events: ["*"]}}
+tasks:
+  - {{id: a, prompt: x}}
+"""
+
+
+def test_mistakes_in_sinks_and_trackers_are_told_at_their_places(repository: Repository) -> None:
+    """They are judged by the rules of adapters, all at once."""
+    config = repository.top.parent / "council.yaml"
+    config.write_text(_MISTAKES.format(repo=repository.top))
+    ended = repository.council("run", str(config), "--json")
+    told = {problem["line"]: (problem["what"], problem["remedy"]) for problem in ended.result["errors"]}
+    assert told == {
+        6: ("there is no sink type 'jsonline'", "did you mean 'jsonlines'?"),
+        7: ("the key 'file' is missing", "add `file:` here"),
+        8: ("the key 'colour' is not known", "the keys here are file"),
+        9: ("the key 'use' is missing", "add `use:` here"),
+        10: ("events is an empty list", "give at least 1"),
+        11: ("events is the text 'task.landed'", "write a list, as in [one, two]"),
+        12: (
+            "'g h' can't be a name",
+            _NAME_REMEDY,
+        ),
+        13: ("this path names no file", "write one, relative to this file or absolute"),
+        14: ("events is empty", "give it a value or leave it out"),
+        16: ("the key 'file' is missing", "add `file:` here"),
+        17: ("the key 'events' is not known", "the keys here are file"),
+    }
+
+
+async def test_the_open_items_of_a_list_are_done_and_ticked(repository: Repository, tmp_path: Path) -> None:
+    """Items run beside the file's tasks with its defaults; what lands is ticked, the next run does the rest."""
+    todo = tmp_path / "todo.md"
+    todo.write_text(
+        "- [ ] write one.txt 1\n- [x] write never.txt 1\n- [ ] attempt 1 exit 1 {#two}\n  write two.txt 2\n"
+    )
+    settings = {"trackers": {"todo": {"use": "checklist", "file": "todo.md"}}}
+    defaults = {"attempts": 1, "timeout": "60s"}
+    config = repository.configure([{"id": "own", "prompt": "write own.txt 1"}], **settings, defaults=defaults)
+    ended = repository.council("run", str(config), "--json")
+    assert ended.states == {"own": "landed", "write-one-txt-1": "landed", "two": "failed"}, ended
+    assert [task["attempts"] for task in ended.result["tasks"]] == [1, 1, 1]
+    assert todo.read_text().splitlines()[::2] == ["- [x] write one.txt 1", "- [ ] attempt 1 exit 1 {#two}"]
+    todo.write_text(todo.read_text().replace("attempt 1 exit 1", "append two.txt 2"))
+    again = repository.council("run", str(repository.configure([], **settings)), "--json")
+    assert again.states == {"two": "landed"}, again
+    assert "[x] append two.txt 2 {#two}" in todo.read_text()
+    value = json.loads(config.read_text())
+    del value["tasks"]
+    config.write_text(json.dumps(value))
+    refused = repository.council("run", str(config), "--json")
+    assert (refused.code, refused.result["error"]) == (2, "there is nothing to do: no task is open in 'todo'")
+    await repository.assert_invariants()
+
+
+async def test_what_landed_before_a_crash_is_ticked_on_resume(repository: Repository, tmp_path: Path) -> None:
+    """Also where the tracker had not heard of it, and where the file of the run is gone."""
+    (tmp_path / "todo.md").write_text("- [ ] write one.txt 1\n")
+    config = repository.configure([], trackers={"todo": {"use": "checklist", "file": "todo.md"}})
+    assert repository.council("run", str(config), failpoints="landing.recorded=kill").code < 0
+    config.unlink()
+    assert repository.council("resume", "--json").states == {"write-one-txt-1": "landed"}
+    assert (tmp_path / "todo.md").read_text() == "- [x] write one.txt 1\n"
+    await repository.assert_invariants()
+
+
+async def test_tasks_of_a_tracker_need_each_other_and_the_files_own(repository: Repository, moody: Path) -> None:
+    """What they need lands first, wherever that comes from."""
+    (moody / "tasks").write_text(
+        "[Task('last', 'append log.txt 3', ['mid']), Task('mid', 'append log.txt 2', ['own'])]"
+    )
+    trackers = {"m": {"use": "moody", "folder": str(moody)}}
+    config = repository.configure([{"id": "own", "prompt": "append log.txt 1"}], trackers=trackers)
+    ended = repository.council("run", str(config), "--json")
+    assert ended.states == {"own": "landed", "last": "landed", "mid": "landed"}, ended
+    assert (repository.top / "log.txt").read_text() == "1\n2\n3\n"
+    assert len((moody / "arrived").read_text().splitlines()) == len(_events(ended))
+    await repository.assert_invariants()
+
+
+@pytest.mark.parametrize(
+    ("tasks", "expected"),
+    [
+        ("[Task('Own', 'x')]", [("trackers.m[0].id", "'Own' differs only in case from the task 'own' at tasks[0].id")]),
+        (
+            "[Task('a', 'x'), Task('a', 'y')]",
+            [
+                ("trackers.m[1].id", "the task 'a' is there already, at trackers.m[0].id"),
+            ],
+        ),
+        (
+            "[Task('no name', ' ', ['nothing'])]",
+            [
+                ("trackers.m[0].id", "'no name' can't be a name"),
+                ("trackers.m[0].prompt", "the prompt is empty"),
+                ("trackers.m[0].needs[0]", "there is no task 'nothing'"),
+            ],
+        ),
+        (
+            "[Task('a', 'x', ['b']), Task('b', 'x', ['a'])]",
+            [("trackers.m[0].needs[0]", "tasks need each other in a circle: a -> b -> a")],
+        ),
+        ("[Task('a', 'x\\0y')]", [("trackers.m[0].prompt", "the text holds the character '\\x00'")]),
+        ("[Task(3, 'x')]", [("trackers.m[0].id", "id is the number 3")]),
+        (
+            "[Task('a', 'use AKIA' + 'Q7RT2YBV4MZX9KLP')]",
+            [("trackers.m[0].prompt", "the prompt holds what looks like a secret key, and prompts are recorded")],
+        ),
+    ],
+    ids=["the file's", "its own", "all at once", "a circle", "no text", "no id", "a key"],
+)
+def test_tasks_of_a_tracker_are_judged_like_the_files_own(
+    repository: Repository, moody: Path, tasks: str, expected: list[tuple[str, str]]
+) -> None:
+    """Every mistake is told with its place, and nothing is recorded."""
+    (moody / "tasks").write_text(tasks)
+    trackers = {"m": {"use": "moody", "folder": str(moody)}}
+    config = repository.configure([{"id": "own", "prompt": "x"}], trackers=trackers)
+    ended = repository.council("run", str(config), "--json")
+    assert ended.code == 2
+    assert [(one["path"], one["what"]) for one in ended.result["errors"]] == expected
+    assert repository.council("runs", "--json").result == {"runs": []}
+
+
+def test_a_clash_between_trackers_names_both(repository: Repository, moody: Path, tmp_path: Path) -> None:
+    """The second is the mistake, the first is named with it."""
+    (moody / "tasks").write_text("[Task('same', 'x')]")
+    (tmp_path / "todo.md").write_text("- [ ] other\n- [ ] Do it {#same}\n")
+    trackers = {"m": {"use": "moody", "folder": str(moody)}, "todo": {"use": "checklist", "file": "todo.md"}}
+    ended = repository.council("run", str(repository.configure([], trackers=trackers)))
+    assert ended.code == 2
+    expected = "trackers.todo[1].id: the task 'same' is there already, at trackers.m[0].id: give each task an id"
+    assert expected in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("tasks", "expected"),
+    [
+        ("1 / 0", "tracker 'm' can't tell its tasks, ZeroDivisionError: division by zero"),
+        ("[('a', 'x')]", "tracker 'm' can't tell its tasks, AttributeError: 'tuple' object has no attribute 'id'"),
+        ("None", "tracker 'm' can't tell its tasks, TypeError: 'NoneType' object is not iterable"),
+    ],
+)
+def test_a_tracker_that_can_t_tell_its_tasks_is_a_refusal(
+    repository: Repository, moody: Path, tasks: str, expected: str
+) -> None:
+    """Nothing starts, and no traceback is shown."""
+    (moody / "tasks").write_text(tasks)
+    config = repository.configure([], trackers={"m": {"use": "moody", "folder": str(moody)}})
+    ended = repository.council("run", str(config), "--json")
+    assert (ended.code, ended.result["error"]) == (2, expected)
+
+
+def test_a_tracker_without_an_adapter_for_its_tasks_is_a_mistake(repository: Repository, moody: Path) -> None:
+    """Among several adapters the defaults must name the one for tasks that can't name theirs."""
+    config = repository.configure([], trackers={"m": {"use": "moody", "folder": str(moody)}})
+    value = json.loads(config.read_text())
+    value["adapters"]["other"] = {"use": "command", "argv": ["true"]}
+    config.write_text(json.dumps(value))
+    ended = repository.council("run", str(config), "--json")
+    assert ended.code == 2
+    assert [one["what"] for one in ended.result["errors"]] == [
+        "the tasks of trackers have no adapter, and there are several"
+    ]
+    value["defaults"]["adapter"] = "other"
+    value["adapters"]["fake"]["argv"] = ["{nothing}"]
+    config.write_text(json.dumps(value))
+    assert repository.council("run", str(config), "--json").result["errors"][0]["what"] == "{nothing} is no placeholder"

@@ -1,0 +1,363 @@
+"""Sinks hear of everything at least once and in order, and whatever they do, the run neither waits nor fails."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+import anyio
+import pytest
+
+from orchestrator.clock import SystemClock
+from orchestrator.domain.retry import Backoff
+from orchestrator.domain.secrets import Redactor
+from orchestrator.engine import sinks
+from orchestrator.engine.ledger import cursor_key
+from orchestrator.engine.sinks import Outlet, Patience, feeding
+from orchestrator.errors import RefusedError, StoreUnavailable
+from orchestrator.protocols import Commit, Event, Key, Record, RecordedEvent, Sink, Write
+from orchestrator.state.memory import MemoryStore
+
+PATIENCE = Patience(each=0.2, last=0.6, cursor=0.0)
+SECRET = "correct-horse-battery"
+
+Send = Callable[[Sequence[RecordedEvent]], object]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Try again soon."""
+    monkeypatch.setattr(sinks, "AGAIN", Backoff(initial=0.01, factor=1.0, max=0.01, jitter=False))
+    monkeypatch.setattr(sinks, "LAST_AGAIN", 0.01)
+
+
+class Listener:
+    """A sink that remembers; `on_send` may raise, or return something to wait for."""
+
+    def __init__(self, on_send: Callable[[int], object] = lambda _: None) -> None:
+        self.batches: list[list[RecordedEvent]] = []
+        self.opened = self.closed = self.calls = 0
+        self._on_send = on_send
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[Sink]:
+        """Count."""
+        self.opened += 1
+        try:
+            yield self
+        finally:
+            self.closed += 1
+
+    async def send(self, events: Sequence[RecordedEvent]) -> None:
+        """Do as told, then remember."""
+        self.calls += 1
+        wait = self._on_send(self.calls)
+        if wait is not None:
+            await wait  # type: ignore[misc]
+        self.batches.append(list(events))
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of all events that arrived."""
+        return [one.event.data["n"] for batch in self.batches for one in batch if "n" in one.event.data]
+
+
+def outlet(listener: Listener, *patterns: str, name: str = "ear") -> Outlet:
+    """Return a listener as a sink of a run."""
+    return Outlet("sink", name, patterns or ("*",), listener.open)
+
+
+class Bench:
+    """A store, and what happens in it."""
+
+    def __init__(self) -> None:
+        self.store = MemoryStore(SystemClock())
+        self._count = 0
+
+    async def happen(self, times: int = 1, kind: str = "task.started", run: str = "r") -> None:
+        """Record events with numbers that count up."""
+        for _ in range(times):
+            self._count += 1
+            await self.store.commit(Commit([], [Event(kind, {"run": run, "n": self._count})]))
+
+    def feeding(self, *outlets: Outlet, patience: Patience = PATIENCE) -> AbstractAsyncContextManager[None]:
+        """Feed outlets of the run."""
+        return feeding(self.store, SystemClock(), Redactor([SECRET]), "r", outlets, patience)
+
+    async def records(self) -> list[Record]:
+        """Return all that was recorded."""
+        found: list[Record] = []
+        if await self.store.position():
+            async for record in self.store.follow():
+                found.append(record)
+                if record.position == await self.store.position():
+                    break
+        return found
+
+    async def told(self, prefix: str = "sink.") -> list[tuple[str, dict[str, object]]]:
+        """Return what feeders said of themselves."""
+        events = [event for record in await self.records() for event in record.events]
+        return [(one.type, one.data) for one in events if one.type.startswith(prefix)]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that must come."""
+    with anyio.fail_after(10):
+        while not condition():
+            await anyio.sleep(0.005)
+
+
+async def test_everything_of_the_run_arrives_in_order_and_nothing_of_others() -> None:
+    """What was before and what comes meanwhile is delivered; the cursor's own writes are not, and make no loop."""
+    bench, ear = Bench(), Listener()
+    await bench.happen(3)
+    async with bench.feeding(outlet(ear)):
+        await until(lambda: len(ear.numbers) == 3)
+        await bench.happen(1, run="another")
+        await bench.happen(2)
+        await until(lambda: len(ear.numbers) == 5)
+        settled = await bench.store.position()
+        await anyio.sleep(0.1)
+        assert await bench.store.position() == settled
+    assert ear.numbers == [1, 2, 3, 5, 6]
+    assert (ear.opened, ear.closed) == (1, 1)
+    assert await bench.told() == []
+    cursor = await bench.store.get(cursor_key("r", "sink", "ear"))
+    assert cursor is not None
+    assert cursor.value == {"position": ear.batches[-1][-1].position}
+
+
+async def test_where_there_is_nothing_to_tell_nothing_is_opened() -> None:
+    """A sink that has everything, or wants nothing of it, may be gone: nobody is told, and nobody waits."""
+    bench, ear = Bench(), Listener()
+    await bench.happen(2)
+    async with bench.feeding(outlet(ear)):
+        pass
+    before = await bench.store.position()
+    gone = Listener()
+    async with bench.feeding(outlet(gone), outlet(gone, "no.such", name="other")):
+        pass
+    assert (ear.numbers, gone.opened) == ([1, 2], 0)
+    assert await bench.store.position() == before
+
+
+async def test_a_burst_is_delivered_in_batches_with_few_cursors() -> None:
+    """Hundreds of events cost a handful of calls, and no commit for each."""
+    bench, ear = Bench(), Listener()
+    await bench.happen(350)
+    async with bench.feeding(outlet(ear), patience=Patience(cursor=60.0)):
+        await until(lambda: len(ear.numbers) == 350)
+    assert ear.numbers == list(range(1, 351))
+    assert [len(batch) for batch in ear.batches] == [100, 100, 100, 50]
+    cursors = [key for record in await bench.records() for key in record.documents if key.kind == "cursor"]
+    assert len(cursors) == 2  # the first, and the one at the end
+
+
+async def test_patterns_choose_the_events() -> None:
+    """A sink gets what one of its patterns matches."""
+    bench, ear = Bench(), Listener()
+    for kind in ("run.created", "task.started", "task.landed", "run.finished"):
+        await bench.happen(1, kind)
+    async with bench.feeding(outlet(ear, "task.l*", "run.finished")):
+        await until(lambda: len(ear.numbers) == 2)
+    assert ear.numbers == [3, 4]
+
+
+async def test_what_fails_is_tried_again_and_told_once_each_way() -> None:
+    """A streak of failures is one event without secrets, its end another; no event is lost, none overtakes."""
+
+    def fails_at_first(call: int) -> None:
+        if call <= 3:
+            raise ValueError(f"no\nway {call}: {SECRET}")
+
+    bench, ear = Bench(), Listener(fails_at_first)
+    await bench.happen(2)
+    async with bench.feeding(outlet(ear)):
+        await until(lambda: ear.numbers == [1, 2])
+        await bench.happen()
+        await until(lambda: ear.numbers == [1, 2, 3])
+    assert ear.opened == 4
+    assert await bench.told() == [
+        ("sink.failing", {"run": "r", "sink": "ear", "reason": "ValueError: no way 1: [redacted]"}),
+        ("sink.recovered", {"run": "r", "sink": "ear"}),
+    ]
+
+
+async def test_two_that_always_fail_at_first_do_not_keep_each_other_busy() -> None:
+    """What feeders say of themselves is no event for any sink."""
+    ears = [Listener(lambda call: 1 // (call % 2 - 1) if call % 2 else None) for _ in range(2)]
+    bench = Bench()
+    await bench.happen()
+    async with bench.feeding(*(outlet(ear, name=f"e{index}") for index, ear in enumerate(ears))):
+        await until(lambda: all(ear.numbers == [1] for ear in ears))
+        await until(lambda: len(bench.store._lines) >= 7)
+        settled = await bench.store.position()
+        await anyio.sleep(0.1)
+        assert await bench.store.position() == settled
+    assert [name for name, _ in await bench.told()].count("sink.failing") == 2
+
+
+@pytest.mark.parametrize("hangs", ["send", "open", "close"])
+async def test_a_sink_that_hangs_is_given_up_on(hangs: str) -> None:
+    """Whatever hangs is cut off after its time; the run's end is not held up, and what is left is told."""
+    bench, ear = Bench(), Listener(lambda _: anyio.sleep_forever() if hangs == "send" else None)
+
+    @asynccontextmanager
+    async def hanging() -> AsyncIterator[Sink]:
+        async with ear.open() as sink:
+            if hangs == "open":
+                await anyio.sleep_forever()
+            yield sink
+            if hangs == "close":
+                await anyio.sleep_forever()
+
+    await bench.happen(2)
+    with anyio.fail_after(5):
+        async with bench.feeding(Outlet("sink", "ear", ("*",), hanging)):
+            await bench.happen(1)
+    told = await bench.told()
+    assert told[0] == ("sink.failing", {"run": "r", "sink": "ear", "reason": "it took longer than 0.2 s"})
+    assert told[1:] == ([] if hangs == "close" else [("sink.behind", {"run": "r", "sink": "ear", "left": 3})])
+    assert ear.numbers == ([1, 2, 3] if hangs == "close" else [])
+
+
+async def test_what_is_left_is_delivered_the_next_time() -> None:
+    """From where it stopped, also what happened in between; nothing that had arrived comes again."""
+
+    def fails_later(call: int) -> None:
+        if call > 1:
+            raise OSError("gone")
+
+    bench = Bench()
+    await bench.happen(2)
+    first = Listener(fails_later)
+    async with bench.feeding(outlet(first)):
+        await until(lambda: first.numbers == [1, 2])
+        await bench.happen(2)
+    assert (await bench.told())[-1] == ("sink.behind", {"run": "r", "sink": "ear", "left": 2})
+    await bench.happen()
+    second = Listener()
+    async with bench.feeding(outlet(second)):
+        pass
+    assert second.numbers == [3, 4, 5]
+    assert [name for name, _ in await bench.told()] == ["sink.failing", "sink.behind"]
+
+
+async def test_one_that_is_delivered_but_not_recorded_comes_again() -> None:
+    """At least once: without its cursor, an event that arrived arrives again."""
+    bench, ears = Bench(), [Listener(), Listener()]
+    await bench.happen(2)
+
+    async def break_off() -> None:
+        async with bench.feeding(outlet(ears[0]), patience=Patience(cursor=60.0)):
+            await until(lambda: ears[0].numbers == [1, 2])
+            await bench.happen()
+            await until(lambda: ears[0].numbers == [1, 2, 3])
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await break_off()
+    async with bench.feeding(outlet(ears[1])):
+        pass
+    assert ears[1].numbers == [3]
+
+
+@pytest.mark.parametrize("error", [RefusedError("not installed", "install it"), SystemExit(3), ValueError("no")])
+async def test_one_that_can_t_be_opened_is_no_harm(error: BaseException) -> None:
+    """Also what ends the process elsewhere, and what is not there any more, is only told."""
+    bench = Bench()
+
+    def refused() -> AbstractAsyncContextManager[Sink]:
+        raise error
+
+    await bench.happen()
+    async with bench.feeding(Outlet("tracker", "list", ("*",), refused)):
+        pass
+    told = await bench.told("tracker.")
+    assert [(name, data["tracker"]) for name, data in told] == [("tracker.failing", "list"), ("tracker.behind", "list")]
+
+
+class _Odd(BaseException):
+    """What no sink should raise."""
+
+
+@pytest.mark.parametrize("is_cancelled", [True, False])
+async def test_one_that_cancels_itself_cancels_nobody_else(is_cancelled: bool) -> None:
+    """A cancellation that is nobody's, such as of a task that the sink waits for, is a failure like any other."""
+
+    def fail_once(call: int) -> None:
+        if call == 1:
+            raise anyio.get_cancelled_exc_class() if is_cancelled else _Odd
+
+    bench, ear = Bench(), Listener(fail_once)
+    await bench.happen()
+    async with bench.feeding(outlet(ear)):
+        await until(lambda: ear.numbers == [1])
+        await bench.happen()
+    assert ear.numbers == [1, 2]
+    assert [name for name, _ in await bench.told()] == ["sink.failing", "sink.recovered"]
+
+
+async def test_one_that_closes_by_itself_is_opened_again() -> None:
+    """A context that swallows an error has failed all the same."""
+    bench, ear = Bench(), Listener(lambda call: 1 // 0 if call == 1 else None)
+
+    @asynccontextmanager
+    async def swallowing() -> AsyncIterator[Sink]:
+        async with ear.open() as sink:
+            try:
+                yield sink
+            except ZeroDivisionError:
+                return
+
+    await bench.happen()
+    async with bench.feeding(Outlet("sink", "ear", ("*",), swallowing)):
+        await until(lambda: ear.numbers == [1])
+    assert (await bench.told())[0][1]["reason"] == "it closed by itself"
+
+
+async def test_the_body_s_error_comes_out_as_it_is_and_at_once() -> None:
+    """A refusal stays a refusal, and nobody waits for a sink before it is told."""
+    bench, ear = Bench(), Listener(lambda _: anyio.sleep_forever())
+    await bench.happen()
+
+    async def refuse() -> None:
+        async with bench.feeding(outlet(ear), patience=Patience(each=60, last=60)):
+            await until(lambda: ear.calls == 1)
+            raise RefusedError("no", "stop")
+
+    with anyio.fail_after(5), pytest.raises(RefusedError):
+        await refuse()
+    assert ear.closed == 1
+
+
+async def test_another_feeder_of_the_same_outlet_ends_this_one_quietly() -> None:
+    """Who finds that somebody else has moved the cursor stops: the events are theirs to deliver."""
+    bench, ear = Bench(), Listener()
+    async with bench.feeding(outlet(ear)):
+        await bench.happen()
+        await until(lambda: ear.numbers == [1])
+        key: Key = cursor_key("r", "sink", "ear")
+        await until(lambda: bench.store._table.get(key) is not None)
+        found = await bench.store.get(key)
+        assert found is not None
+        await bench.store.commit(Commit([Write(key, found.version, {"position": 99})]))
+        await bench.happen(2)
+        await until(lambda: len(ear.numbers) >= 2)
+    assert await bench.told() == []
+
+
+async def test_a_store_that_fails_is_the_runs_matter() -> None:
+    """A feeder ends where the store does, without an error of its own."""
+
+    class Failing(MemoryStore):
+        async def position(self) -> int:
+            raise StoreUnavailable("disk", "full", "free some space")
+
+    bench, ear = Bench(), Listener()
+    bench.store = Failing(SystemClock())
+    await bench.happen()
+    with pytest.raises(StoreUnavailable):
+        async with bench.feeding(outlet(ear)):
+            await anyio.sleep(0.05)
+    assert ear.numbers == []
