@@ -13,49 +13,25 @@ adapters:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 import pluggy
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, Field
 
+from adapters.options import AdapterOptions, check_argument
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
-from orchestrator.domain.secrets import contains_key, secret_values
 from orchestrator.errors import RefusedError
-from orchestrator.protocols import Command, SessionEnd, SessionRequest
+from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
+from orchestrator.protocols import Command, Program, Said, SessionEnd, SessionEvent, SessionRequest
 
-hookimpl = pluggy.HookimplMarker("cli_council")
+hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
 # One pass: doubled braces come first, so that what they protect is not looked at again.
 _PLACEHOLDER: Final = re.compile(r"\{\{([a-z_]+)\}\}|\{([a-z_]+)\}")
 _PLACEHOLDERS: Final = ("prompt", "prompt_file", "worktree", "task", "run", "attempt")
-_ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# What git itself takes as bound to one repository (`git rev-parse --local-env-vars`), and its like: it would lead
-# the program to another repository than its worktree's.
-_RELOCATING: Final = frozenset(
-    {
-        "GIT_ALTERNATE_OBJECT_DIRECTORIES",
-        "GIT_COMMON_DIR",
-        "GIT_CONFIG",
-        "GIT_CONFIG_COUNT",
-        "GIT_CONFIG_PARAMETERS",
-        "GIT_DIR",
-        "GIT_GRAFT_FILE",
-        "GIT_IMPLICIT_WORK_TREE",
-        "GIT_INDEX_FILE",
-        "GIT_NAMESPACE",
-        "GIT_NO_REPLACE_OBJECTS",
-        "GIT_OBJECT_DIRECTORY",
-        "GIT_PREFIX",
-        "GIT_QUARANTINE_PATH",
-        "GIT_REPLACE_REF_BASE",
-        "GIT_SHALLOW_FILE",
-        "GIT_WORK_TREE",
-    }
-)
-_BY_NAME: Final = "pass the variable on by its name alone (`env: [NAME]`)"
 #: The classes that a program's words can mean; the others are known from facts.
 _SaidClass = Literal["transient", "overloaded", "rate_limited", "auth", "invalid", "refused", "limit", "crashed"]
 _LONGEST_LINE: Final = 4096  # characters: patterns are a user's, lines an agent's
@@ -65,8 +41,6 @@ _LARGEST_IN_ARGV: Final = 100 * 1024
 
 
 def _check_argument(argument: str) -> str:
-    if not argument or "\0" in argument:
-        raise ValueError("an argument of argv is empty or holds a NUL character: give it text or remove it")
     for match in _PLACEHOLDER.finditer(argument):
         word = match[2]
         if word is not None and word not in _PLACEHOLDERS:
@@ -74,52 +48,7 @@ def _check_argument(argument: str) -> str:
             raise ValueError(
                 f"{{{word}}} is no placeholder: use one of {known}, or double the braces, {{{{{word}}}}}, for the text"
             )
-    return argument
-
-
-def _check_env_name(name: str) -> str:
-    if not _ENV_NAME.fullmatch(name):
-        raise ValueError(
-            f"{name[:60]!r} can't name a variable: use letters, digits and '_', not beginning with a digit"
-        )
-    if name.startswith("COUNCIL_"):
-        raise ValueError(f"{name[:60]} is set for each session by the run: choose a name without COUNCIL_")
-    if name in _RELOCATING:
-        raise ValueError(f"{name} would point git at another repository than the session's: remove it")
-    return name
-
-
-def _check_env_value(value: str) -> str:
-    if "\0" in value:
-        raise ValueError("a variable's value holds a NUL character: remove it")
-    return value
-
-
-def _check_env_item(item: str) -> str:
-    name, is_set, value = item.partition("=")
-    _check_env_name(name)
-    if is_set:
-        _check_env_value(value)
-        _check_not_secret({name: value})
-    return item
-
-
-def _check_not_secret(env: dict[str, str]) -> dict[str, str]:
-    for name, value in env.items():
-        if contains_key(value) or secret_values({name: value}):
-            raise ValueError(f"the value of {name} looks like a secret, which no file should hold: {_BY_NAME}")
-    return env
-
-
-def _env_form(env: Any) -> str | None:
-    return "names" if isinstance(env, list | tuple) else "values" if isinstance(env, dict) else None
-
-
-_EnvName = Annotated[str, AfterValidator(_check_env_name)]
-_EnvItems = Annotated[tuple[Annotated[str, AfterValidator(_check_env_item)], ...], Field(strict=False)]
-_EnvValues = Annotated[
-    dict[_EnvName, Annotated[str, AfterValidator(_check_env_value)]], AfterValidator(_check_not_secret)
-]
+    return check_argument(argument)
 
 
 def _check_pattern(pattern: str) -> str:
@@ -130,23 +59,12 @@ def _check_pattern(pattern: str) -> str:
     return pattern
 
 
-class CommandOptions(BaseModel):
+class CommandOptions(AdapterOptions):
     """What stands under an adapter that says `use: command`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     argv: Annotated[tuple[Annotated[str, AfterValidator(_check_argument)], ...], Field(strict=False, min_length=1)]
     """The program and its arguments, with placeholders such as {prompt_file}."""
-    env: Annotated[
-        Annotated[_EnvItems, Tag("names")] | Annotated[_EnvValues, Tag("values")],
-        Discriminator(
-            _env_form,
-            custom_error_type="env_form",
-            custom_error_message="write a list of names to pass on, or a mapping of names to values",
-        ),
-    ] = ()
-    """Names of variables that are passed on and `NAME=value` for those that are set, or a mapping for the latter."""
-    failures: dict[_SaidClass, Annotated[str, AfterValidator(_check_pattern)]] = {}
+    failures: dict[_SaidClass, Annotated[str, AfterValidator(_check_pattern)]] = Field(default_factory=dict)
     """Regular expressions, by the class of failure that the program's last words mean where they match."""
     prompt: Literal["stdin"] | None = None
     """`stdin` feeds the prompt there; otherwise it goes where argv names it."""
@@ -171,12 +89,12 @@ class CommandAdapter:
             return values[match[2]] if match[2] is not None else f"{{{match[1]}}}"
 
         self._check_prompt(request.prompt)
-        env = self._options.env
+        env, passed = self._options.variables()
         return Command(
             argv=tuple(_PLACEHOLDER.sub(fill, argument) for argument in self._options.argv),
             stdin=request.prompt_file if self._options.prompt == "stdin" else None,
-            env=env if isinstance(env, dict) else dict(item.split("=", 1) for item in env if "=" in item),
-            pass_env=() if isinstance(env, dict) else tuple(item for item in env if "=" not in item),
+            env=env,
+            pass_env=passed,
         )
 
     def verdict(self, end: SessionEnd) -> Failed | None:
@@ -193,10 +111,14 @@ class CommandAdapter:
                 return Failed(FailureClass(failure), match.string.strip()[:_LONGEST_REASON], _until(match, end.time))
         return None
 
-    def programs(self) -> Sequence[str]:
+    def programs(self) -> Sequence[Program]:
         """Return the program if it is looked for on PATH: neither a path nor known only when a session starts."""
         program = self._options.argv[0]
-        return () if "/" in program or _PLACEHOLDER.search(program) else (program,)
+        return () if "/" in program or _PLACEHOLDER.search(program) else (Program(program),)
+
+    def parse(self, line: str) -> Sequence[SessionEvent]:
+        """Return each line that is not empty as something that the program said."""
+        return (Said(line),) if line.strip() else ()
 
     def _check_prompt(self, prompt: str) -> None:
         used = [match[2] for argument in self._options.argv for match in _PLACEHOLDER.finditer(argument)]
@@ -226,6 +148,6 @@ def _until(match: re.Match[str], now: float) -> float | None:
 
 
 @hookimpl
-def council_register_adapters(register: Callable[[str, type[CommandAdapter]], None]) -> None:
+def council_register_adapters(register: RegisterAdapter) -> None:
     """Register `use: command`."""
     register("command", CommandAdapter)

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from orchestrator.domain.failures import FailureClass
 
+#: Characters of a line of standard error that are told.
+_LONGEST_LINE = 300
+
 
 @dataclass(frozen=True, slots=True)
 class Built:
@@ -62,12 +65,23 @@ class Limits:
     silence: float | None = None
 
 
-def judge(exit_: Exit, limits: Limits, commit: str | None, refused: str | None, verdict: Failed | None) -> Outcome:
+def judge(
+    exit_: Exit,
+    limits: Limits,
+    commit: str | None,
+    refused: str | None,
+    verdict: Failed | None,
+    *,
+    admitted: bool = False,
+    errors: str = "",
+) -> Outcome:
     """Return the outcome.
 
     `commit` is what the worktree holds beyond its base (None: nothing), `refused` why it can't be taken (None:
     it can), `verdict` what the adapter reads from the program's words. Those count only against it: they are
-    heard where it failed, or left everything as it was. A zero exit proves nothing.
+    heard where it failed, left everything as it was, or has itself `admitted` at its end that it failed. A zero
+    exit proves nothing, and neither does half of the work. `errors` is the end of its standard error: the last line is
+    told with an exit code that nobody can explain.
     """
     if exit_.spawn_error is not None:
         return _not_started(exit_.spawn_error, exhausted=exit_.exhausted)
@@ -77,12 +91,19 @@ def judge(exit_: Exit, limits: Limits, commit: str | None, refused: str | None, 
         return _over_limit(exit_.ended_by, limits)
     if exit_.code != 0:
         how = f"got signal {exit_.signal}" if exit_.code is None else f"ended with exit code {exit_.code}"
-        return verdict or Failed(FailureClass.CRASHED, f"the program {how}")
+        return verdict or Failed(FailureClass.CRASHED, f"the program {how}{_last_line(errors)}")
+    if admitted and verdict is not None:
+        return verdict
     if refused is not None:
         return Failed(FailureClass.REFUSED, refused)
     if commit is None:
         return verdict or Failed(FailureClass.NO_CHANGE, "the program ended well but changed nothing")
     return Built(commit)
+
+
+def _last_line(errors: str) -> str:
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    return f": {lines[-1][:_LONGEST_LINE]}" if lines else ""
 
 
 def _not_started(why: str, *, exhausted: bool) -> Outcome:

@@ -87,7 +87,7 @@ def test_environment() -> None:
 )
 def test_programs(argv: list[str], programs: tuple[str, ...]) -> None:
     """Only a bare name is looked for on PATH."""
-    assert CommandAdapter(CommandOptions(argv=tuple(argv))).programs() == programs
+    assert tuple(one.name for one in CommandAdapter(CommandOptions(argv=tuple(argv))).programs()) == programs
 
 
 def test_prompt_may_fill_argv_to_its_limit() -> None:

@@ -1,0 +1,177 @@
+"""Aider, which prints plain text (PyPI `aider-chat`, https://aider.chat/docs/config/options.html).
+
+It ends with 0 whatever happens, so its words alone say what failed; and because it tries again by itself, an error
+counts only where no answer followed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Final
+
+import pluggy
+from pydantic import BaseModel
+
+from adapters.jsonlines import failure_concluded
+from adapters.options import AdapterOptions, Arguments, ProgramName, Value
+from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.outcome import Failed
+from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
+from orchestrator.protocols import (
+    Command,
+    Concluded,
+    Program,
+    Said,
+    SessionEnd,
+    SessionEvent,
+    SessionRequest,
+    Spent,
+    UsedTool,
+    Warned,
+)
+
+hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
+
+_KEYS: Final = (*("ANTHROPIC_API_KEY", "DEEPSEEK_API_KEY", "GEMINI_API_KEY", "OPENAI_API_KEY", "OPENROUTER_API_KEY"),)
+_PLACES: Final = ("OLLAMA_API_BASE", "OPENAI_API_BASE")
+_LOG_IN: Final = "set its provider's key (such as ANTHROPIC_API_KEY), named under `env` if it is a rare one"
+_ALONE: Final = (
+    *("--yes-always", "--no-auto-commits", "--no-gitignore", "--no-check-update", "--analytics-disable"),
+    *("--no-pretty", "--no-fancy-input", "--no-suggest-shell-commands", "--no-detect-urls"),
+    *("--input-history-file", "/dev/null", "--chat-history-file", "/dev/null"),
+)
+
+#: LiteLLM's names of errors (docs.litellm.ai, "Exception Mapping"), without `Error` at their end.
+_ERRORS: Final[Mapping[str, FailureClass]] = {
+    "Authentication": FailureClass.AUTH,
+    "PermissionDenied": FailureClass.AUTH,
+    "RateLimit": FailureClass.RATE_LIMITED,
+    "RouterRateLimit": FailureClass.RATE_LIMITED,
+    "BudgetExceeded": FailureClass.LIMIT,
+    "ContextWindowExceeded": FailureClass.LIMIT,
+    "ContentPolicyViolation": FailureClass.REFUSED,
+    "BadRequest": FailureClass.INVALID,
+    "InvalidRequest": FailureClass.INVALID,
+    "NotFound": FailureClass.INVALID,
+    "UnprocessableEntity": FailureClass.INVALID,
+    "UnsupportedParams": FailureClass.INVALID,
+    "ServiceUnavailable": FailureClass.OVERLOADED,
+    "InternalServer": FailureClass.OVERLOADED,
+    "BadGateway": FailureClass.OVERLOADED,
+    "Timeout": FailureClass.TRANSIENT,
+    "APIConnection": FailureClass.TRANSIENT,
+}
+_ERROR: Final = re.compile(r"litellm\.(\w+?)(?:Error)?: ")
+_NO_KEY: Final = "No LLM model was specified and no API keys were provided."
+_TOO_LONG: Final = re.compile(r"Model \S+ has hit a token limit!")
+_EDIT: Final = re.compile(r"Applied edit to (.+)")
+_COUNT: Final = r"([0-9][0-9.,]*)(k?)"
+_TOKENS: Final = re.compile(rf"Tokens: {_COUNT} sent,(?: .*,)? {_COUNT} received\.")
+_COST: Final = re.compile(r"(?:^|received\. )Cost: \$([0-9.]+) message")
+_WARNING: Final = re.compile(
+    r"Retrying in |The LLM did not conform|Only \d+ reflections allowed|Warning(?: for \S+)?: "
+)
+_LONGEST_REASON: Final = 300
+
+
+class AiderOptions(AdapterOptions):
+    """What stands under an adapter that says `use: aider`."""
+
+    bin: ProgramName = "aider"
+    """The program."""
+    model: Value | None = None
+    """The model, as in `--model`; none: what aider's own configuration says."""
+    args: Arguments = ()
+    """More arguments, after ours."""
+
+
+class AiderAdapter:
+    """Runs `aider` with the prompt in a file."""
+
+    Options: ClassVar[type[BaseModel]] = AiderOptions
+
+    def __init__(self, options: AiderOptions, /) -> None:
+        self._options = options
+
+    def programs(self) -> Sequence[Program]:
+        """Return aider itself."""
+        return (
+            Program(
+                self._options.bin,
+                install="install it (`uv tool install aider-chat` or `pipx install aider-chat`), or correct `bin`",
+                version=("--version",),
+                known=">=0.86,<0.87",
+                keys=_KEYS,
+                log_in=_LOG_IN,
+            ),
+        )
+
+    def command(self, request: SessionRequest) -> Command:
+        """Return the command line; its tags cache, which it makes in the worktree, is no work."""
+        model = () if self._options.model is None else ("--model", self._options.model)
+        prompt = ("--message-file", str(request.prompt_file))
+        # It breaks lines at the terminal's width, 80 where there is none.
+        env, passed = self._options.variables(("HOME", *_KEYS, *_PLACES), COLUMNS="1000")
+        return Command(
+            argv=(self._options.bin, *model, *prompt, *_ALONE, *self._options.args),
+            env=env,
+            pass_env=passed,
+            leavings=("/.aider*",),
+        )
+
+    def parse(self, line: str) -> Sequence[SessionEvent]:
+        """Return what a line of text means; an answer's tokens end it well, whatever went wrong before."""
+        text = line.strip()
+        spent = _spent(text)
+        if spent is not None:
+            return spent, Concluded()
+        if (edit := _EDIT.fullmatch(text)) is not None:
+            return (UsedTool("edit", edit[1], (edit[1],)),)
+        if (failed := _failure(text)) is not None:
+            return (Concluded(text, failed),)
+        if _WARNING.match(text):
+            return (Warned(text),)
+        return (Said(line),) if text else ()
+
+    def verdict(self, end: SessionEnd) -> Failed | None:
+        """Return what the last error means, if no answer followed it."""
+        return failure_concluded(end)
+
+
+def _spent(text: str) -> Spent | None:
+    tokens, cost = _TOKENS.search(text), _COST.search(text)
+    if tokens is None and cost is None:
+        return None
+    sent, received = (0, 0) if tokens is None else (_count(*tokens.group(1, 2)), _count(*tokens.group(3, 4)))
+    return Spent(sent, received, None if cost is None else _number(cost[1]))
+
+
+def _count(digits: str, thousands: str) -> int:
+    return round(_number(digits.replace(",", "")) * (1000 if thousands else 1))
+
+
+def _number(digits: str) -> float:
+    try:
+        return float(digits[:20])
+    except ValueError:  # 1.2.3
+        return 0.0
+
+
+def _failure(text: str) -> Failed | None:
+    if text.startswith(_NO_KEY):
+        return Failed(FailureClass.AUTH, f"{text} {_LOG_IN}"[:_LONGEST_REASON])
+    if _TOO_LONG.match(text):
+        return Failed(FailureClass.LIMIT, f"{text[:_LONGEST_REASON]} Give it a smaller task or another model")
+    error = _ERROR.match(text)
+    if error is None:
+        return None
+    failure = _ERRORS.get(error[1], FailureClass.CRASHED)
+    reason = text[:_LONGEST_REASON]
+    return Failed(failure, f"{reason}: {_LOG_IN}" if failure is FailureClass.AUTH else reason)
+
+
+@hookimpl
+def council_register_adapters(register: RegisterAdapter) -> None:
+    """Register `use: aider`."""
+    register("aider", AiderAdapter)

@@ -1,0 +1,288 @@
+"""Speaks the Agent Client Protocol with an agent, for one prompt, and prints what happens as lines of JSON.
+
+    python3 -P acp.py --prompt-file FILE --worktree FOLDER [--model M] -- AGENT [ARGUMENT]...
+    python3 -P acp.py --ready
+
+What the agent asks leave for is granted unless it names a path outside of the worktree; files that it asks us to read
+or write are in the worktree, or the answer is an error. `--ready` says whether the SDK is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, cast
+
+import anyio
+import anyio.to_thread
+
+from adapters.bridges.lines import Concluded, Words, write
+from adapters.bridges.worktree import OutsideError, Worktree
+
+try:
+    import acp
+    from acp import schema
+except ImportError:
+    _MISSING = Concluded("the SDK of the Agent Client Protocol is missing: pip install 'cli-council[acp]'", "invalid")
+    sys.exit(_MISSING.tell(plain="--ready" in sys.argv))
+
+_AUTH_REQUIRED: Final = -32000  # agentclientprotocol.com/protocol/v1/schema, ErrorCode
+_LONGEST_MESSAGE: Final = 50 << 20  # bytes of one message
+_PATIENCE: Final = 5.0  # seconds for an agent that closed its output to end
+#: Keys under which agents put paths into a tool's raw input.
+_PATH_KEYS: Final = ("file_path", "filePath", "path", "abs_path", "absolute_path", "notebook_path")
+#: What an error means that has no code of its own; the first that matches counts.
+_WORDS: Final[Mapping[str, re.Pattern[str]]] = {
+    "rate_limited": re.compile(r"rate.?limit|usage limit|quota|resource_exhausted|\b429\b", re.IGNORECASE),
+    "auth": re.compile(r"authenticat|not logged in|/login|api.?key|unauthorized|\b40[13]\b", re.IGNORECASE),
+    "overloaded": re.compile(r"overloaded|unavailable|\b5(?:00|02|03|29)\b", re.IGNORECASE),
+}
+_STOPS: Final[Mapping[str, tuple[str, str]]] = {
+    "refusal": ("refused", "the agent refuses to go on"),
+    "max_tokens": ("limit", "the agent used up its tokens"),
+    "max_turn_requests": ("limit", "the agent used up its requests for one turn"),
+    "cancelled": ("crashed", "the agent says that it was cancelled, which nobody asked for"),
+}
+
+
+class _OneLine(logging.Formatter):
+    """What the SDK could not make sense of, without the way there through its code."""
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802  (logging's)
+        return " ".join(str(ei[1]).split())
+
+
+class _Client:
+    """Our side of the conversation: what the agent tells us and asks of us (`acp.interfaces.Client`)."""
+
+    def __init__(self, worktree: Worktree) -> None:
+        self._worktree = worktree
+        self.words = Words()
+        self.cost: float | None = None
+        self._named: dict[str, set[str]] = {}
+
+    async def session_update(self, session_id: str, update: Any, **_: Any) -> None:  # noqa: ARG002  (the protocol's)
+        """Print what the agent says and does."""
+        match update:
+            case schema.AgentMessageChunk(content=schema.TextContentBlock(text=text)):
+                self.words.add(text)
+            case schema.ToolCallStart() | schema.ToolCallProgress():
+                self._used(update, is_new=isinstance(update, schema.ToolCallStart))
+            case schema.UsageUpdate(cost=schema.Cost(amount=amount, currency=currency)) if currency.upper() == "USD":
+                self.cost = amount
+            case _:
+                self.words.show_life()
+
+    async def request_permission(
+        self,
+        session_id: str,  # noqa: ARG002  (the protocol's)
+        tool_call: schema.ToolCallUpdate,
+        options: Sequence[schema.PermissionOption],
+        **_: Any,
+    ) -> schema.RequestPermissionResponse:
+        """Allow once what stays in the worktree, and reject what names a path outside."""
+        named = self._named.get(tool_call.tool_call_id, set()) | set(_paths_of(tool_call))
+        try:
+            for name in sorted(named):
+                self._worktree.locate(name)
+            wanted = ("allow_once", "allow_always")
+        except OutsideError as error:
+            wanted = ("reject_once", "reject_always")
+            write("warned", text=f"not allowed: {tool_call.title or tool_call.tool_call_id}: {error}")
+        chosen = next((one for kind in wanted for one in options if one.kind == kind), None)
+        if chosen is None:
+            return schema.RequestPermissionResponse(outcome=schema.DeniedOutcome(outcome="cancelled"))
+        outcome = schema.AllowedOutcome(outcome="selected", option_id=chosen.option_id)
+        return schema.RequestPermissionResponse(outcome=outcome)
+
+    async def read_text_file(
+        self,
+        session_id: str,  # noqa: ARG002  (the protocol's)
+        path: str,
+        line: int | None = None,
+        limit: int | None = None,
+        **_: Any,
+    ) -> schema.ReadTextFileResponse:
+        """Return a file of the worktree, or `limit` lines of it from `line` (from 1)."""
+        place = self._locate(path)
+        try:
+            text = await anyio.to_thread.run_sync(partial(place.read_text, encoding="utf-8", errors="replace"))
+        except FileNotFoundError:
+            raise acp.RequestError.resource_not_found(path) from None
+        except OSError as error:
+            raise acp.RequestError.invalid_params({"details": str(error)}) from None
+        if line is not None or limit is not None:
+            first = max((line or 1) - 1, 0)
+            lines = text.splitlines(keepends=True)[first:]
+            text = "".join(lines if limit is None else lines[:limit])
+        return schema.ReadTextFileResponse(content=text)
+
+    async def write_text_file(
+        self,
+        session_id: str,  # noqa: ARG002  (the protocol's)
+        path: str,
+        content: str,
+        **_: Any,
+    ) -> schema.WriteTextFileResponse:
+        """Write a file of the worktree, with the folders that it needs."""
+        place = self._locate(path)
+        try:
+            await anyio.to_thread.run_sync(_write, place, content)
+        except OSError as error:
+            raise acp.RequestError.invalid_params({"details": str(error)}) from None
+        return schema.WriteTextFileResponse()
+
+    def _locate(self, path: str) -> Path:
+        try:
+            return self._worktree.locate(path)
+        except OutsideError as error:
+            write("warned", text=f"not allowed: {error}")
+            raise acp.RequestError.invalid_params({"details": str(error)}) from None
+
+    def _used(self, call: schema.ToolCallStart | schema.ToolCallProgress, *, is_new: bool) -> None:
+        self.words.flush()
+        told = self._named.setdefault(call.tool_call_id, set())
+        paths = [path for path in dict.fromkeys(_paths_of(call)) if path not in told]
+        told.update(paths)
+        if is_new or paths:
+            write("tool", name=call.kind or "other", detail=" ".join((call.title or "").split()), paths=paths)
+        else:
+            self.words.show_life()
+
+
+def _write(place: Path, content: str) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(content, encoding="utf-8")
+
+
+def _paths_of(call: schema.ToolCallUpdate | schema.ToolCallStart | schema.ToolCallProgress) -> Iterator[str]:
+    for location in call.locations or ():
+        yield location.path
+    for content in call.content or ():
+        if isinstance(content, schema.FileEditToolCallContent):
+            yield content.path
+    if isinstance(call.raw_input, dict):
+        yield from (call.raw_input[key] for key in _PATH_KEYS if isinstance(call.raw_input.get(key), str))
+
+
+async def _converse(agent: Any, client: _Client, top: Path, prompt: str, model: str | None) -> Concluded:
+    """Have one conversation; raises Concluded, or the error that cut it off."""
+    ability = schema.FileSystemCapabilities(read_text_file=True, write_text_file=True)
+    known = await agent.initialize(
+        protocol_version=acp.PROTOCOL_VERSION,
+        client_capabilities=schema.ClientCapabilities(fs=ability),
+        client_info=schema.Implementation(name="cli-council", title="CLI Council", version="1"),
+    )
+    if known.protocol_version != acp.PROTOCOL_VERSION:
+        told = f"the agent speaks version {known.protocol_version} of the protocol, not {acp.PROTOCOL_VERSION}"
+        raise Concluded(f"{told}: install another version of it", "invalid")
+    try:
+        session = await agent.new_session(cwd=str(top), mcp_servers=[])
+        write("session", id=session.session_id)
+        if model is not None:
+            await _choose_model(agent, session, model)
+        answer = await agent.prompt(session_id=session.session_id, prompt=[acp.text_block(prompt)])
+    except acp.RequestError as error:
+        raise _concluded(error, known.auth_methods or ()) from error
+    said = client.words.flush()
+    _tell_spent(answer.usage, client.cost)
+    if answer.stop_reason in _STOPS:
+        failure, reason = _STOPS[answer.stop_reason]
+        return Concluded(reason, failure)
+    return Concluded(said[-2_000:])
+
+
+async def _choose_model(agent: Any, session: schema.NewSessionResponse, model: str) -> None:
+    options = [one for one in session.config_options or () if isinstance(one, schema.SessionConfigOptionSelect)]
+    choice = next((one for one in options if one.category == "model"), None)
+    offered = [] if choice is None else list(_values(choice.options))
+    if choice is None or model not in offered:
+        names = f"only {', '.join(offered[:20])}" if offered else "none: choose it by the agent's own arguments"
+        raise Concluded(f"the agent does not offer the model {model!r}, {names}", "invalid")
+    await agent.set_config_option(config_id=choice.id, session_id=session.session_id, value=model)
+
+
+def _values(options: Iterable[schema.SessionConfigSelectOption | schema.SessionConfigSelectGroup]) -> Iterator[str]:
+    for one in options:
+        if isinstance(one, schema.SessionConfigSelectGroup):
+            yield from _values(one.options)
+        else:
+            yield one.value
+
+
+def _tell_spent(usage: schema.Usage | None, cost: float | None) -> None:
+    if usage is not None or cost is not None:
+        read = 0 if usage is None else usage.input_tokens + (usage.cached_read_tokens or 0)
+        sent = read if usage is None else read + (usage.cached_write_tokens or 0)
+        write("spent", input_tokens=sent, output_tokens=0 if usage is None else usage.output_tokens, cost=cost)
+
+
+def _concluded(error: acp.RequestError, methods: Sequence[Any]) -> Concluded:
+    details = error.data.get("details") or error.data.get("message") if isinstance(error.data, dict) else error.data
+    told = " ".join(f"{error}{f': {details}' if isinstance(details, str) and details else ''}".split())[:300]
+    if error.code == _AUTH_REQUIRED:
+        failure = "auth"
+    else:
+        failure = next((name for name, pattern in _WORDS.items() if pattern.search(told)), "crashed")
+    if failure != "auth":
+        return Concluded(f"the agent says: {told}", failure)
+    ways = ", ".join(one.name for one in methods)
+    return Concluded(f"the agent says: {told}: log in by the agent itself{f' ({ways})' if ways else ''}", failure)
+
+
+async def _run(argv: Sequence[str], worktree: Worktree, prompt: str, model: str | None) -> Concluded:
+    client = _Client(worktree)
+    # Its errors go where ours go: a pipe that nobody reads would stop it.
+    streams = {"stderr": None, "limit": _LONGEST_MESSAGE}
+    async with AsyncExitStack() as stack:
+        # It can do less than all that the protocol has: terminals and forms are not offered.
+        side = cast("acp.Client", client)
+        spawned = acp.spawn_agent_process(side, *argv, env=os.environ, cwd=worktree.top, transport_kwargs=streams)
+        try:
+            agent, process = await stack.enter_async_context(spawned)
+        except OSError as error:
+            return Concluded(f"the agent {argv[0]!r} can't be started: {error.strerror}", "invalid")
+        try:
+            return await _converse(agent, client, worktree.top, prompt, model)
+        except Concluded as concluded:
+            return concluded
+        except acp.RequestError as error:
+            return _concluded(error, ())
+        except ConnectionError:
+            client.words.flush()
+            with anyio.move_on_after(_PATIENCE):
+                await process.wait()
+            code = "it closed its output" if process.returncode is None else f"exit code {process.returncode}"
+            return Concluded(f"the agent ended before its answer did ({code})", "crashed")
+        except ValueError as error:  # pydantic's
+            return Concluded(f"what the agent answers is not the protocol's: {str(error)[:300]}", "crashed")
+    raise AssertionError("no exception is swallowed")
+
+
+def main() -> int:
+    """Have one conversation; return 0 if it ended well, 1 if not."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--prompt-file", type=Path)
+    parser.add_argument("--worktree", type=Path)
+    parser.add_argument("--model")
+    parser.add_argument("--ready", action="store_true")
+    parser.add_argument("argv", nargs="*")
+    options = parser.parse_args()
+    if options.ready:
+        return Concluded("ready").tell(plain=True)
+    log = logging.StreamHandler()
+    log.setFormatter(_OneLine())
+    logging.basicConfig(handlers=[log])
+    prompt = options.prompt_file.read_text(encoding="utf-8")
+    return anyio.run(_run, options.argv, Worktree(options.worktree), prompt, options.model).tell()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""A model's answer in words: the files and differences in it, and how they get into a worktree, all or nothing."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from adapters.bridges.worktree import OutsideError, Worktree
+
+#: What a model is told about how to answer.
+INSTRUCTIONS: Final = """\
+You change the files of a git repository. You can't run anything: your answer is applied as it stands.
+
+For each file that is new, or changed in many places, give one block with the whole of its new content:
+
+```file path/to/file.py
+the content
+```
+
+To change a long file in few places, or to delete or rename one, give a block with a unified diff as of `git diff`:
+
+```diff
+--- a/path/to/file.py
++++ b/path/to/file.py
+@@ -1,3 +1,3 @@
+ a line as it is
+-a line that goes
++a line that comes
+ another line as it is
+```
+
+Paths are relative to the top of the repository. Where the content itself has lines that begin with three backticks,
+use a fence of four. Change nothing that the task does not need. Beside the blocks write no more than a few sentences.
+"""
+
+_FENCE: Final = re.compile(r"(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`]*)")
+_FILE: Final = re.compile(r"file[ :=]+(?P<path>.+)")
+_DIFFS: Final = ("diff", "patch")
+# What git prints before the two lines, if it did, and these.
+_HEADER: Final = re.compile(
+    r"^((?:(?:diff --git|index|new|deleted|old|(?:dis)?similarity|rename|copy) .*\n)*)(--- .*\n\+\+\+ .*\n)(?=@@ )",
+    re.MULTILINE,
+)
+_ODD_MODE: Final = re.compile(r"^(?:new file mode|new mode|index \S+) (?:120000|160000)$", re.MULTILINE)
+
+
+class UnfitError(Exception):
+    """The answer can't be applied: it is cut off, contradicts itself, or does not fit the files that are there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Whole files by path, and one patch of all the differences."""
+
+    files: dict[str, str]
+    patch: str
+
+
+def read_answer(text: str) -> Answer:
+    """Return what a text asks to be changed; blocks of other kinds are words. Raises UnfitError if it is cut off."""
+    files: dict[str, str] = {}
+    diffs: list[str] = []
+    for info, content in _blocks(text):
+        if (file := _FILE.fullmatch(info)) is not None:
+            files[file["path"].strip().strip("'\"")] = content
+        elif info.lower() in _DIFFS:
+            diffs.append(_separated(content))
+    return Answer(files, "".join(diffs))
+
+
+def _separated(diff: str) -> str:
+    """Return a diff with a line between its files by which git, which must not trust its counts, tells them apart."""
+    return _HEADER.sub(lambda found: found[1] + ("" if found[1] else "diff -u\n") + found[2], f"{diff.rstrip()}\n")
+
+
+def _blocks(text: str) -> Iterator[tuple[str, str]]:
+    opened: re.Match[str] | None = None
+    lines: list[str] = []
+    for line in text.splitlines(keepends=True):
+        bare = line.strip()
+        if opened is None:
+            opened, lines = _FENCE.fullmatch(bare), []
+        elif bare.startswith(opened["fence"]) and not bare.strip(opened["fence"][0]):
+            yield opened["info"].strip(), "".join(lines)
+            opened = None
+        else:
+            lines.append(line)
+    if opened is not None and (_FILE.fullmatch(opened["info"].strip()) or opened["info"].strip().lower() in _DIFFS):
+        raise UnfitError("its last block has no end")
+
+
+def apply_answer(answer: Answer, worktree: Worktree) -> Sequence[str]:
+    """Change the worktree as an answer says; return the paths that it names.
+
+    Raises OutsideError if it names what is not in the worktree or makes a symlink, UnfitError if it does not fit;
+    nothing is changed then.
+    """
+    places = {name: worktree.relative(name) for name in answer.files}
+    strip = "-p1" if re.search(r"^(?:---|\+\+\+) [ab]/", answer.patch, re.MULTILINE) else "-p0"
+    patched = _paths_of(answer.patch, strip, worktree) if answer.patch else []
+    for name in patched:
+        if worktree.relative(name) in places.values():
+            raise UnfitError(f"it gives {name!r} both as a file and as a difference")
+    if answer.patch:
+        _git_apply(answer.patch, "--check", strip, worktree=worktree)
+    before = _write_all({path: answer.files[name] for name, path in places.items()})
+    try:
+        if answer.patch:
+            _git_apply(answer.patch, strip, worktree=worktree)
+    except UnfitError:
+        _restore(before)
+        raise
+    return [*places, *patched]
+
+
+def _paths_of(patch: str, strip: str, worktree: Worktree) -> list[str]:
+    if _ODD_MODE.search(patch):
+        raise OutsideError("the difference makes a symlink or a repository in the repository")
+    # With -z: `added TAB deleted TAB path NUL`, and for a rename an empty path, then the old and the new one.
+    fields = _git_apply(patch, "--numstat", "-z", strip, worktree=worktree).split("\0")
+    paths = [field.split("\t", 2)[2] if field.count("\t") >= 2 else field for field in fields]
+    return list(dict.fromkeys(path for path in paths if path))
+
+
+def _git_apply(patch: str, *options: str, worktree: Worktree) -> str:
+    done = subprocess.run(
+        ["git", "apply", "--recount", "--whitespace=nowarn", *options, "-"],  # noqa: S607
+        cwd=worktree.top,
+        input=patch.encode(),
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode:
+        raise UnfitError(" ".join(done.stderr.decode(errors="replace").split())[:300])
+    return done.stdout.decode(errors="replace")
+
+
+def _write_all(contents: dict[Path, str]) -> dict[Path, bytes | None]:
+    """Write files; return what was there before, None for those that were not. Raises UnfitError, with all restored."""
+    before: dict[Path, bytes | None] = {}
+    try:
+        for path, content in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            before[path] = path.read_bytes() if path.exists() else None
+            path.write_text(content, encoding="utf-8")
+    except OSError as error:
+        _restore(before)
+        raise UnfitError(str(error)) from error
+    return before
+
+
+def _restore(before: dict[Path, bytes | None]) -> None:
+    for path, content in before.items():
+        if content is not None:
+            path.write_bytes(content)
+        elif path.is_file():
+            path.unlink()

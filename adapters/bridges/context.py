@@ -1,0 +1,88 @@
+"""What a model that can't read files by itself is shown of a worktree: their names, and as many as fit."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Final
+
+from adapters.bridges.worktree import OutsideError, Worktree
+
+_LARGEST: Final = 64 << 10  # bytes of a file that is shown
+_LISTED: Final = 4  # a part of the budget, one in so many, is for the names
+_WORD: Final = re.compile(r"[\w.+-]+")
+
+
+def describe(worktree: Worktree, prompt: str, budget: int) -> str:
+    """Return the names of the worktree's files, and the contents of those that the prompt most likely means.
+
+    At most `budget` bytes in all. Only text files are shown, symlinks are not followed.
+    """
+    names = _names(worktree)
+    listing = "\n".join(_within(names, budget // _LISTED))
+    more = "" if listing.count("\n") + 1 >= len(names) else "\n(and more)"
+    shown = [f"The files of the repository:\n\n{listing}{more}\n"]
+    left = budget - len(shown[0].encode())
+    words = set(_WORD.findall(prompt)) | {word.rstrip(".") for word in _WORD.findall(prompt)}
+    for name in sorted(names, key=lambda one: _rank(one, prompt, words)):
+        block = _block(worktree, name, left)
+        if block is not None:
+            shown.append(block)
+            left -= len(block.encode())
+    return "\n".join(shown)
+
+
+def fenced(info: str, content: str) -> str:
+    """Return a block of text in a fence that is longer than any in the text itself."""
+    longest = max((len(run) for run in re.findall(r"`+", content)), default=0)
+    fence = "`" * max(3, longest + 1)
+    end = "" if not content or content.endswith("\n") else "\n"
+    return f"{fence}{info}\n{content}{end}{fence}\n"
+
+
+def _names(worktree: Worktree) -> list[str]:
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate"],  # noqa: S607
+        cwd=worktree.top,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=True,
+    )
+    names = listed.stdout.decode(errors="replace").split("\0")
+    return sorted(name for name in names if name and name.isprintable())
+
+
+def _within(names: list[str], budget: int) -> Iterator[str]:
+    for name in names:
+        budget -= len(name.encode()) + 1
+        if budget < 0:
+            return
+        yield name
+
+
+def _rank(name: str, prompt: str, words: set[str]) -> tuple[int, int, str]:
+    path = PurePosixPath(name)
+    if name in prompt:
+        rank = 0
+    elif path.name in words:
+        rank = 1
+    elif len(path.stem) > 2 and path.stem in words:
+        rank = 2
+    else:
+        rank = 3 if path.stem.upper() == "README" else 4
+    return rank, len(path.parts), name
+
+
+def _block(worktree: Worktree, name: str, left: int) -> str | None:
+    """Return a file as a block; None if it does not fit or is no text."""
+    try:
+        path = worktree.relative(name)
+        if not path.is_file() or path.stat().st_size > min(left, _LARGEST):
+            return None
+        content = path.read_bytes().decode()
+    except (OSError, OutsideError, UnicodeDecodeError):
+        return None
+    block = fenced(f"file {name}", content)
+    return None if "\0" in content or len(block.encode()) > left else block

@@ -1,0 +1,98 @@
+"""What all bridges print: one JSON object a line, its `type` and its fields in one table."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from types import UnionType
+from typing import Any, Final
+
+#: By type: the fields of a line, each with what it holds. `adapters.jsonlines` reads them by the same table.
+FIELDS: Final[Mapping[str, Mapping[str, type | UnionType]]] = {
+    "said": {"text": str},  # the agent's words, whole lines
+    "tool": {"name": str, "detail": str, "paths": list},
+    "spent": {"input_tokens": int, "output_tokens": int, "cost": float | int | None},  # in all, US dollars
+    "session": {"id": str},  # the agent's own id of the conversation
+    "warned": {"text": str},
+    "concluded": {"text": str, "failure": str | None, "reason": str},  # the class of failure, None: it went well
+    "alive": {},  # something is going on that has no words
+}
+
+_ALIVE_EVERY: Final = 10.0  # seconds
+#: Characters of a field, and entries of a list: what is more is cut, so that no line is too long to be read.
+LONGEST: Final = 50_000
+_MOST: Final = 100
+
+
+def write(type_: str, **fields: Any) -> None:
+    """Print a line; KeyError or TypeError if it is none of the table."""
+    if fields.keys() != FIELDS[type_].keys():
+        raise TypeError(f"a line of type {type_!r} has the fields {', '.join(FIELDS[type_])}")
+    sys.stdout.write(json.dumps({"type": type_, **{name: _cut(value) for name, value in fields.items()}}) + "\n")
+    sys.stdout.flush()
+
+
+def _cut(value: Any) -> Any:
+    if isinstance(value, str):
+        return value[:LONGEST]
+    return [str(one)[:500] for one in value[:_MOST]] if isinstance(value, list) else value
+
+
+class Words:
+    """An agent's words as they come in, piece by piece: whole lines are printed at once, the rest at the end."""
+
+    def __init__(self) -> None:
+        self._rest = ""
+        self._shown = time.monotonic()
+        self._pieces: list[str] = []
+
+    def add(self, piece: str) -> None:
+        """Take the next piece."""
+        self._pieces.append(piece)
+        lines, newline, rest = (self._rest + piece).rpartition("\n")
+        self._rest = rest
+        if newline:
+            self._say(lines)
+        self.show_life()
+
+    def flush(self) -> str:
+        """Print what has no line break yet, since something else comes; return all since the last time."""
+        rest, self._rest = self._rest, ""
+        self._say(rest)
+        text, self._pieces = "".join(self._pieces), []
+        return text
+
+    def show_life(self) -> None:
+        """Print now and then that something goes on, so that no limit on silence ends it."""
+        if time.monotonic() - self._shown >= _ALIVE_EVERY:
+            self._shown = time.monotonic()
+            write("alive")
+
+    def _say(self, text: str) -> None:
+        for start in range(0, len(text), LONGEST):
+            part = text[start : start + LONGEST]
+            if part.strip():
+                self._shown = time.monotonic()
+                write("said", text=part)
+
+
+class Concluded(Exception):
+    """Ends a bridge: what it says last, and the class of failure that it came to (None: it went well).
+
+    The classes are those of `orchestrator.domain.failures`, by name.
+    """
+
+    def __init__(self, text: str, failure: str | None = None) -> None:
+        super().__init__(text)
+        self.failure = failure
+
+    def tell(self, *, plain: bool = False) -> int:
+        """Print the conclusion, `plain` for people; return the exit code that agrees with it."""
+        text = str(self)
+        if plain:
+            sys.stdout.write(f"{text}\n")
+            return 1 if self.failure else 0
+        write("concluded", text=text, failure=self.failure, reason=text if self.failure else "")
+        return 1 if self.failure else 0

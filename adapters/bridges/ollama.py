@@ -1,0 +1,161 @@
+"""Has a model that Ollama serves do one task in a worktree, and prints what happens as lines of JSON.
+
+    python3 -P ollama.py --host URL --model M --prompt-file FILE --worktree FOLDER --context TOKENS
+    python3 -P ollama.py --host URL --model M --ready
+
+Without tools of its own the model is shown the files and answers with blocks, which are applied all or not at all.
+`--ready` says whether the client is installed, the server there, and the model on it.
+
+A server that can't be reached for some seconds is one that somebody has to start: the adapter is closed (`auth`), so
+that its tasks wait for that and lose no attempts. One that breaks off in the middle is tried again (`transient`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+from adapters.bridges.answer import INSTRUCTIONS, UnfitError, apply_answer, read_answer
+from adapters.bridges.context import describe
+from adapters.bridges.lines import Concluded, Words, write
+from adapters.bridges.worktree import OutsideError, Worktree
+
+try:
+    import httpx
+    import ollama
+except ImportError:
+    _MISSING = Concluded("the client of Ollama is missing: pip install 'cli-council[ollama]'", "invalid")
+    sys.exit(_MISSING.tell(plain="--ready" in sys.argv))
+
+_PATIENCE: Final = 5.0  # seconds for a server that is just being started
+_CONNECTING: Final = 10.0  # seconds
+_BYTES_A_TOKEN: Final = 3  # of source code, on the safe side
+
+#: By HTTP status; others from 500 on are `transient`, from 400 on `invalid`.
+_STATUSES: Final[Mapping[int, str]] = {
+    401: "auth",
+    403: "auth",
+    408: "transient",
+    429: "overloaded",
+    503: "overloaded",
+}
+
+
+def _client(host: str) -> ollama.Client:
+    return ollama.Client(host=host, timeout=httpx.Timeout(None, connect=_CONNECTING))
+
+
+def _unreachable(host: str, error: Exception) -> Concluded:
+    remedy = "start it with `ollama serve`, or correct `host`; with `network: off` no session reaches it"
+    return Concluded(f"no Ollama server answers at {host} ({error}): {remedy}", "auth")
+
+
+def _rejected(error: ollama.ResponseError, model: str) -> Concluded:
+    told = " ".join(str(error.error).split())[:300]
+    status = error.status_code
+    if status == 404:
+        return Concluded(f"the server does not have the model {model!r} ({told}): `ollama pull {model}`", "invalid")
+    failure = _STATUSES.get(status, "invalid" if 400 <= status < 500 else "transient")
+    remedy = ": set OLLAMA_API_KEY, or log in with `ollama signin`" if failure == "auth" else ""
+    return Concluded(f"the server says: {told}{f' ({status})' if status > 0 else ''}{remedy}", failure)
+
+
+def _answer(host: str, model: str, prompt: str, shown: str, context: int) -> str:
+    """Return the model's whole answer, printing it meanwhile; raises Concluded if there is none."""
+    messages = [
+        {"role": "system", "content": INSTRUCTIONS},
+        {"role": "user", "content": f"{shown}\nThe task:\n\n{prompt}"},
+    ]
+    words = Words()
+    client = _client(host)
+    began = time.monotonic()
+    while True:
+        try:
+            parts = client.chat(model=model, messages=messages, stream=True, options={"num_ctx": context})
+            return _read(parts, words)
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            if time.monotonic() - began > _PATIENCE:
+                raise _unreachable(host, error) from None
+            write("warned", text=f"no Ollama server answers at {host}, trying again")
+            time.sleep(1)
+        except ollama.ResponseError as error:
+            raise _rejected(error, model) from None
+        except (httpx.HTTPError, ValueError) as error:
+            words.flush()
+            raise Concluded(
+                f"the server broke off its answer: {str(error) or type(error).__name__}", "transient"
+            ) from None
+
+
+def _read(parts: Iterator[ollama.ChatResponse], words: Words) -> str:
+    for part in parts:
+        words.add(part.message.content or "")
+        if part.done:
+            text = words.flush()
+            sent, received = part.prompt_eval_count or 0, part.eval_count or 0
+            write("spent", input_tokens=sent, output_tokens=received, cost=None)
+            if part.done_reason == "length":
+                raise Concluded("the answer does not fit into the model's context: raise `context`", "limit")
+            return text
+    words.flush()
+    raise Concluded("the server broke off its answer", "transient")
+
+
+def _perform(options: argparse.Namespace) -> Concluded:
+    worktree = Worktree(options.worktree)
+    prompt = options.prompt_file.read_text(encoding="utf-8")
+    try:
+        # Half of the context is for what is sent, half for the answer; a server cuts off what is too long in silence.
+        budget = options.context * _BYTES_A_TOKEN // 2 - len(prompt.encode())
+        if budget < 0:
+            return Concluded("the prompt alone takes more than half of the model's context: raise `context`", "limit")
+        shown = describe(worktree, prompt, budget)
+        text = _answer(options.host, options.model, prompt, shown, options.context)
+        changed = apply_answer(read_answer(text), worktree)
+    except Concluded as concluded:
+        return concluded
+    except (OSError, subprocess.CalledProcessError) as error:
+        return Concluded(f"the worktree can't be read: {error}", "crashed")
+    except OutsideError as error:
+        return Concluded(f"nothing of the answer was applied: {error}", "refused")
+    except UnfitError as error:
+        return Concluded(f"nothing of the answer was applied: {error}", "crashed")
+    for path in changed:
+        write("tool", name="edit", detail=path, paths=[path])
+    return Concluded("")
+
+
+def _ready(host: str, model: str) -> Concluded:
+    try:
+        _client(host).show(model)
+    except (ConnectionError, httpx.HTTPError) as error:
+        return _unreachable(host, error)
+    except ollama.ResponseError as error:
+        return _rejected(error, model)
+    except ValueError as error:
+        return Concluded(f"what answers at {host} is no Ollama server ({str(error)[:100]}): correct `host`", "invalid")
+    return Concluded("ready")
+
+
+def main() -> int:
+    """Perform one task; return 0 if all that the model answered was applied, 1 if not."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--host", required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--prompt-file", type=Path)
+    parser.add_argument("--worktree", type=Path)
+    parser.add_argument("--context", type=int)
+    parser.add_argument("--ready", action="store_true")
+    options = parser.parse_args()
+    if options.ready:
+        return _ready(options.host, options.model).tell(plain=True)
+    return _perform(options).tell()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""The only folder in which a bridge reads and writes for an agent."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+class OutsideError(Exception):
+    """A path that an agent named leads out of the worktree, or into git's own files."""
+
+
+class Worktree:
+    """A worktree by its top folder; symlinks are followed before a path is judged."""
+
+    def __init__(self, top: Path) -> None:
+        self.top = Path(os.path.realpath(top))
+
+    def locate(self, name: str) -> Path:
+        """Return the absolute path that `name` (absolute, or relative to the top) leads to, without symlinks.
+
+        Raises OutsideError if that is not inside of the worktree, is the worktree itself, or belongs to git.
+        """
+        if not name or "\0" in name:
+            raise OutsideError(f"{name!r} is no path")
+        path = Path(os.path.realpath(self.top / name))
+        if path == self.top or not path.is_relative_to(self.top):
+            raise OutsideError(f"{name!r} is outside of the worktree")
+        if any(part.lower() == ".git" for part in path.relative_to(self.top).parts):
+            raise OutsideError(f"{name!r} belongs to git")
+        return path
+
+    def relative(self, name: str) -> Path:
+        """Return the same for a `name` that must be relative, as in an answer that knows no absolute paths.
+
+        No part of it may be `..`, and no folder on the way a symlink: what is written must be what was named.
+        """
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise OutsideError(f"{name!r} is outside of the worktree")
+        path = self.locate(name)
+        if path != self.top / Path(name):
+            raise OutsideError(f"{name!r} leads through a symlink")
+        return path

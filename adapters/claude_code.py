@@ -1,0 +1,240 @@
+"""Claude Code, which prints JSON lines (npm `@anthropic-ai/claude-code`, https://code.claude.com/docs/en/headless).
+
+An error of the API ends it with a `result` that says `subtype: success` and `is_error: true`; a limit of the account
+is announced by a `rate_limit_event` before, which has the instant of its end.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Final, Literal
+
+import pluggy
+from pydantic import BaseModel
+
+from adapters.jsonlines import cost_of, failure_concluded, number_of, read_object, text_of
+from adapters.options import AdapterOptions, Arguments, ProgramName, Value
+from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.outcome import Failed
+from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
+from orchestrator.protocols import (
+    Command,
+    Concluded,
+    Identified,
+    JsonObject,
+    Program,
+    Said,
+    SessionEnd,
+    SessionEvent,
+    SessionRequest,
+    Spent,
+    UsedTool,
+    Warned,
+)
+
+hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
+
+_KEYS: Final = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN")
+_PLACES: Final = ("ANTHROPIC_BASE_URL", "CLAUDE_CONFIG_DIR")
+_LOG_IN: Final = "run `claude auth login`, set ANTHROPIC_API_KEY or CLAUDE_CODE_OAUTH_TOKEN, or add credit"
+_PRESET: Final = {
+    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+    "CLAUDE_CODE_MAX_RETRIES": "3",
+    "DISABLE_AUTOUPDATER": "1",
+    "MCP_CONNECTION_NONBLOCKING": "0",  # else the first turn has no MCP tools
+}
+
+#: By HTTP status; other statuses from 500 on are the service's trouble, from 400 on the request's.
+_STATUSES: Final[Mapping[int, FailureClass]] = {
+    401: FailureClass.AUTH,
+    402: FailureClass.AUTH,
+    403: FailureClass.AUTH,
+    408: FailureClass.TRANSIENT,
+    429: FailureClass.RATE_LIMITED,
+}
+#: By what a result or plain text says where there is no status; the first that matches counts.
+_WORDS: Final[Mapping[FailureClass, re.Pattern[str]]] = {
+    FailureClass.RATE_LIMITED: re.compile(r"usage limit reached|hit your .*limit|out of (?:extra )?usage|\b429\b"),
+    FailureClass.LIMIT: re.compile(r"prompt is too long", re.IGNORECASE),
+    FailureClass.AUTH: re.compile(
+        r"not logged in|run /login|invalid api key|failed to authenticate|oauth token|credit balance|\b401\b",
+        re.IGNORECASE,
+    ),
+    FailureClass.OVERLOADED: re.compile(r"overloaded|\b529\b|\b503\b", re.IGNORECASE),
+    FailureClass.INVALID: re.compile(r"cannot be used with root|unknown option|issue with the selected model"),
+    FailureClass.TRANSIENT: re.compile(r"connection error|unable to connect|ECONNREFUSED", re.IGNORECASE),
+}
+_SUBTYPES: Final[Mapping[str, tuple[FailureClass, str]]] = {
+    "error_max_turns": (FailureClass.LIMIT, "it used up its turns (--max-turns)"),
+    "error_max_budget_usd": (FailureClass.LIMIT, "it used up its budget (--max-budget-usd)"),
+    "error_max_structured_output_retries": (FailureClass.LIMIT, "its answer never fitted the schema it was given"),
+    "error_during_execution": (FailureClass.CRASHED, "it was interrupted, or ended with an error of its own"),
+}
+_INSTANT: Final = re.compile(r"\|([0-9]{9,11})\b")  # Claude AI usage limit reached|1760000000
+_LONGEST_REASON: Final = 300
+_PATH_KEYS: Final = ("file_path", "notebook_path", "path")
+_DETAIL_KEYS: Final = ("command", "pattern", "description", "url", "query")
+
+
+class ClaudeCodeOptions(AdapterOptions):
+    """What stands under an adapter that says `use: claude-code`."""
+
+    bin: ProgramName = "claude"
+    """The program."""
+    model: Value | None = None
+    """The model, as in `--model`; none: what its own configuration says."""
+    permission_mode: Literal["acceptEdits", "bypassPermissions"] = "acceptEdits"
+    """What it may do unasked: change files, or also run commands and all else (meant for the fence)."""
+    args: Arguments = ()
+    """More arguments, after ours, such as `[--max-turns, "30"]`."""
+
+
+class ClaudeCodeAdapter:
+    """Runs `claude -p` with the prompt on standard input."""
+
+    Options: ClassVar[type[BaseModel]] = ClaudeCodeOptions
+
+    def __init__(self, options: ClaudeCodeOptions, /) -> None:
+        self._options = options
+
+    def programs(self) -> Sequence[Program]:
+        """Return Claude Code itself, which can be asked whether it is logged in."""
+        return (
+            Program(
+                self._options.bin,
+                install="install it (`npm install -g @anthropic-ai/claude-code`), or correct `bin`",
+                version=("--version",),
+                known=">=2.1,<3",
+                ready=("auth", "status"),
+                keys=_KEYS,
+                log_in=_LOG_IN,
+            ),
+        )
+
+    def command(self, request: SessionRequest) -> Command:
+        """Return the command line; as root it bypasses permissions only in what it is told to be a sandbox."""
+        mode = self._options.permission_mode
+        model = () if self._options.model is None else ("--model", self._options.model)
+        stream = ("-p", "--output-format", "stream-json", "--verbose", "--permission-mode", mode)
+        sandboxed = {"IS_SANDBOX": "1"} if mode == "bypassPermissions" else {}
+        env, passed = self._options.variables(("HOME", "USER", *_KEYS, *_PLACES), **_PRESET, **sandboxed)
+        return Command(
+            argv=(self._options.bin, *stream, *model, *self._options.args),
+            stdin=request.prompt_file,
+            env=env,
+            pass_env=passed,
+        )
+
+    def parse(self, line: str) -> Sequence[SessionEvent]:
+        """Return what a JSON line means; a line of text is said as it stands."""
+        value = read_object(line)
+        if value is None:
+            return (Said(line),) if line.strip() and not line.startswith("{") else ()
+        match value.get("type"):
+            case "system":
+                return tuple(_of_system(value))
+            case "assistant":
+                return tuple(_of_message(value.get("message")))
+            case "rate_limit_event":
+                return tuple(_of_limit(value.get("rate_limit_info")))
+            case "result":
+                return tuple(_of_result(value))
+            case _:
+                return ()
+
+    def verdict(self, end: SessionEnd) -> Failed | None:
+        """Return what the result says, else what the program's plain words do; a limit with its end if one is known."""
+        failed = failure_concluded(end) or _failure_in_words(end)
+        if failed is None or failed.failure is not FailureClass.RATE_LIMITED or failed.until is not None:
+            return failed
+        told = [one.failed.until for one in end.events if isinstance(one, Concluded) and one.failed is not None]
+        return Failed(failed.failure, failed.reason, next((one for one in reversed(told) if one is not None), None))
+
+
+def _of_system(value: JsonObject) -> Iterator[SessionEvent]:
+    session = text_of(value.get("session_id"))
+    if value.get("subtype") == "init" and session:
+        yield Identified(session)
+    if value.get("subtype") == "api_retry":
+        what = text_of(value.get("error")) or "an error"
+        attempt, most = number_of(value.get("attempt")), number_of(value.get("max_retries"))
+        status = number_of(value.get("error_status"))
+        yield Warned(f"{what}{f' ({status})' if status else ''}, it tries again: {attempt} of {most}")
+
+
+def _of_message(message: Any) -> Iterator[SessionEvent]:
+    content = message.get("content") if isinstance(message, dict) else None
+    for block in content if isinstance(content, list) else ():
+        match block:
+            case {"type": "text", "text": str(text)} if text.strip():
+                yield Said(text)
+            case {"type": "tool_use", "name": str(name), "input": dict(given)}:
+                paths = tuple(given[key] for key in _PATH_KEYS if isinstance(given.get(key), str))
+                details = [given[key] for key in _DETAIL_KEYS if isinstance(given.get(key), str)]
+                yield UsedTool(name, " ".join((paths or details or [""])[0].split())[:_LONGEST_REASON], paths)
+            case _:
+                pass
+
+
+def _of_limit(info: Any) -> Iterator[SessionEvent]:
+    """What is rejected may still go on with paid usage: the result, which comes later, has the last word."""
+    if isinstance(info, dict) and info.get("status") == "rejected":
+        reason = f"the limit of its account is reached ({text_of(info.get('rateLimitType')) or 'usage'})"
+        yield Concluded("", Failed(FailureClass.RATE_LIMITED, reason, cost_of(info.get("resetsAt"))))
+
+
+def _of_result(value: JsonObject) -> Iterator[SessionEvent]:
+    usage = value.get("usage")
+    if isinstance(usage, dict):
+        kinds = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+        sent = sum(number_of(usage.get(kind)) for kind in kinds)
+        cost = cost_of(value.get("total_cost_usd"))
+        yield Spent(sent, number_of(usage.get("output_tokens")), cost, in_all=True)
+    text = text_of(value.get("result"))
+    yield Concluded(text, _failure_of(value, text))
+
+
+def _failure_of(value: JsonObject, text: str) -> Failed | None:
+    reason = text.strip()[:_LONGEST_REASON]
+    if (known := _SUBTYPES.get(text_of(value.get("subtype")))) is not None:
+        return Failed(known[0], reason or known[1])
+    if value.get("is_error") is not True:
+        return None
+    by_words = _class_in(text)
+    failure = _class_of_status(number_of(value.get("api_error_status"))) or by_words or FailureClass.CRASHED
+    # What the account lacks is told by words only: its status is that of a wrong request.
+    if failure is FailureClass.INVALID and by_words is not None:
+        failure = by_words
+    return _failed(failure, reason or "it ended with an error")
+
+
+def _class_of_status(status: int) -> FailureClass | None:
+    if status >= 500:
+        return FailureClass.OVERLOADED
+    return _STATUSES.get(status, FailureClass.INVALID) if status >= 400 else None
+
+
+def _class_in(text: str) -> FailureClass | None:
+    return next((failure for failure, pattern in _WORDS.items() if pattern.search(text)), None)
+
+
+def _failure_in_words(end: SessionEnd) -> Failed | None:
+    said = [line for line in end.stdout.splitlines() if not line.startswith("{")]
+    for line in [*said, *end.stderr.splitlines()][::-1]:
+        if (failure := _class_in(line[:4096])) is not None:
+            return _failed(failure, line.strip()[:_LONGEST_REASON])
+    return None
+
+
+def _failed(failure: FailureClass, reason: str) -> Failed:
+    if failure is FailureClass.AUTH:
+        return Failed(failure, f"{reason}: {_LOG_IN}")
+    instant = _INSTANT.search(reason) if failure is FailureClass.RATE_LIMITED else None
+    return Failed(failure, reason, None if instant is None else float(instant[1]))
+
+
+@hookimpl
+def council_register_adapters(register: RegisterAdapter) -> None:
+    """Register `use: claude-code`."""
+    register("claude-code", ClaudeCodeAdapter)

@@ -1,0 +1,112 @@
+"""What lines of JSON mean: those of any program, and those that our bridges print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from adapters import bridges
+from adapters.bridges.lines import FIELDS
+from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.outcome import Failed
+from orchestrator.protocols import (
+    Concluded,
+    Identified,
+    JsonObject,
+    Said,
+    SessionEnd,
+    SessionEvent,
+    Spent,
+    UsedTool,
+    Warned,
+)
+
+#: No count or amount that anything means: JSON's numbers have no end, and neither floats nor stores take all of them.
+_TOO_MANY: Final = 1 << 53
+_BRIDGES: Final = Path(bridges.__file__).absolute().parent
+
+
+def read_object(line: str) -> JsonObject | None:
+    """Return the JSON object that a line holds; None if it holds anything else."""
+    if not line.startswith("{"):
+        return None
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def bridge_command(name: str, *arguments: str) -> tuple[str, ...]:
+    """Return the command line of one of our bridges, to be run by the interpreter that runs us.
+
+    `-P` keeps the bridge's own folder from being looked in: its modules have the names of the packages they use.
+    """
+    return (sys.executable, "-P", str(_BRIDGES / f"{name}.py"), *arguments)
+
+
+def bridge_readable() -> tuple[Path, ...]:
+    """Return the folders that a bridge must be able to read, wherever we are installed."""
+    places = (Path(sys.prefix), Path(sys.base_prefix), _BRIDGES.parent)
+    return tuple(dict.fromkeys(place.absolute() for place in places))
+
+
+def parse_bridge_line(line: str) -> Sequence[SessionEvent]:
+    """Return what a line that a bridge printed means; nothing if it is not as the bridges' table has it."""
+    value = read_object(line)
+    fields = FIELDS.get(value["type"]) if value is not None and isinstance(value.get("type"), str) else None
+    if value is None or fields is None or not all(isinstance(value.get(key), kind) for key, kind in fields.items()):
+        return ()
+    event = _bridge_event(value)
+    return () if event is None else (event,)
+
+
+def _bridge_event(value: JsonObject) -> SessionEvent | None:
+    match value:
+        case {"type": "said", "text": text}:
+            return Said(text)
+        case {"type": "tool", "name": name, "detail": detail, "paths": paths}:
+            return UsedTool(name, detail, tuple(path for path in paths if isinstance(path, str)))
+        case {"type": "spent", "input_tokens": sent, "output_tokens": received, "cost": cost}:
+            return Spent(number_of(sent), number_of(received), cost_of(cost), in_all=True)
+        case {"type": "session", "id": session}:
+            return Identified(session)
+        case {"type": "warned", "text": text}:
+            return Warned(text)
+        case {"type": "concluded"}:
+            return Concluded(value["text"], _bridge_failure(value))
+        case _:
+            return None
+
+
+def _bridge_failure(value: JsonObject) -> Failed | None:
+    if value["failure"] is None:
+        return None
+    known = value["failure"] in {*FailureClass}
+    return Failed(FailureClass(value["failure"]) if known else FailureClass.CRASHED, value["reason"] or "it failed")
+
+
+def failure_concluded(end: SessionEnd) -> Failed | None:
+    """Return what failed by the program's last word about its end; None if it has none, or says it went well."""
+    last = next((event for event in reversed(end.events) if isinstance(event, Concluded)), None)
+    return None if last is None else last.failed
+
+
+def text_of(value: Any) -> str:
+    """Return a JSON value that should be text; empty if it is none."""
+    return value if isinstance(value, str) else ""
+
+
+def number_of(value: Any) -> int:
+    """Return a JSON value that should be a count; 0 if it is none."""
+    is_count = isinstance(value, int) and not isinstance(value, bool) and 0 < value < _TOO_MANY
+    return value if is_count else 0
+
+
+def cost_of(value: Any) -> float | None:
+    """Return a JSON value that should be an amount of money; None if it is none."""
+    is_amount = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _TOO_MANY
+    return float(value) if is_amount else None

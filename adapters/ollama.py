@@ -1,0 +1,96 @@
+"""A model that Ollama serves (https://docs.ollama.com/api), through a bridge of ours: it has no tools of its own.
+
+The bridge sends the task with a list of the files and as much of them as fits, and applies what the model answers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Final
+from urllib.parse import urlsplit
+
+import pluggy
+from pydantic import AfterValidator, BaseModel, Field
+
+from adapters.jsonlines import bridge_command, bridge_readable, failure_concluded, parse_bridge_line
+from adapters.options import AdapterOptions, Value
+from orchestrator.domain.outcome import Failed
+from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
+from orchestrator.protocols import Command, Program, SessionEnd, SessionEvent, SessionRequest
+
+hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
+
+_KEYS: Final = ("OLLAMA_API_KEY",)
+
+
+def _check_host(host: str) -> str:
+    try:
+        parts = urlsplit(host)
+        is_url = parts.scheme in {"http", "https"} and bool(parts.hostname) and (parts.port or 1) > 0
+        has_login = parts.username is not None
+    except ValueError:
+        is_url = has_login = False
+    if not is_url or "\0" in host:
+        raise ValueError(f"{host[:60]!r} is no address: write it as in http://127.0.0.1:11434")
+    if has_login:
+        raise ValueError("the address holds a name or a password: set OLLAMA_API_KEY instead")
+    return host
+
+
+class OllamaOptions(AdapterOptions):
+    """What stands under an adapter that says `use: ollama`."""
+
+    model: Value
+    """The model, as `ollama list` names it."""
+    host: Annotated[str, AfterValidator(_check_host)] = "http://127.0.0.1:11434"
+    """The server's address."""
+    context: Annotated[int, Field(ge=2048, le=1_048_576)] = 32_768
+    """Tokens of context that the model is run with (`num_ctx`); half of them for the prompt and the files it sees."""
+
+
+class OllamaAdapter:
+    """Runs the bridge, which asks the server and writes what is answered."""
+
+    Options: ClassVar[type[BaseModel]] = OllamaOptions
+
+    def __init__(self, options: OllamaOptions, /) -> None:
+        self._options = options
+
+    def programs(self) -> Sequence[Program]:
+        """Return the bridge, which can say whether its client is installed, the server there, and the model on it."""
+        ready = bridge_command("ollama", *self._server(), "--ready")
+        remedy = (
+            f"`pip install 'cli-council[ollama]'` into the environment of `council`, start `ollama serve` at "
+            f"{self._options.host}, and `ollama pull {self._options.model}`"
+        )
+        # No keys: that one is set says nothing about the server.
+        return (Program(sys.executable, ready=ready[1:], log_in=remedy),)
+
+    def command(self, request: SessionRequest) -> Command:
+        """Return the bridge's command line."""
+        places = ("--prompt-file", str(request.prompt_file), "--worktree", str(request.worktree))
+        env, passed = self._options.variables(_KEYS)
+        return Command(
+            argv=bridge_command("ollama", *self._server(), *places, "--context", str(self._options.context)),
+            env=env,
+            pass_env=passed,
+            readable=bridge_readable(),
+        )
+
+    def parse(self, line: str) -> Sequence[SessionEvent]:
+        """Return what a line of the bridge means."""
+        return parse_bridge_line(line)
+
+    def verdict(self, end: SessionEnd) -> Failed | None:
+        """Return what the bridge concluded."""
+        return failure_concluded(end)
+
+    def _server(self) -> tuple[str, ...]:
+        return ("--host", self._options.host, "--model", self._options.model)
+
+
+@hookimpl
+def council_register_adapters(register: RegisterAdapter) -> None:
+    """Register `use: ollama`."""
+    register("ollama", OllamaAdapter)

@@ -1,0 +1,337 @@
+"""Whole runs with each adapter: what its program does lands, and what it says about failures decides what follows."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from orchestrator.council import Council
+from orchestrator.sessions import landlock
+from orchestrator.testing.clock import ManualClock
+from tests.conftest import Ended, Repository
+from tests.integration.test_scheduler import until_event
+from tests.standins.ollama_server import Server, serving
+from tests.standins.script import ROOT, install
+
+ADAPTERS = ("claude-code", "aider", "acp", "ollama")
+_KINDS = (
+    *(("bubblewrap",) if shutil.which("bwrap") else ()),
+    *(("landlock",) if sys.platform == "linux" and landlock.abi() >= landlock.ABI_NEEDED else ()),
+    "off",
+)
+#: One of them each time, all of them with the slow tests.
+SANDBOXES = (_KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in _KINDS[1:]))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A repository, the stand-ins installed on its PATH, and a server of models."""
+
+    repository: Repository
+    bin: Path
+    server: Server
+
+    def adapter(self, use: str, **more: Any) -> dict[str, Any]:
+        """Return the entry of an adapter."""
+        own: Mapping[str, dict[str, Any]] = {
+            "acp": {"argv": ["acp-agent"]},
+            "ollama": {"model": "stub", "host": self.server.url},
+        }
+        return {"use": use, **own.get(use, {}), **more}
+
+    def run(self, use: str, *prompts: str, sandbox: str = "off", options: dict[str, Any] | None = None) -> Ended:
+        """Run tasks t0, t1, … with one adapter."""
+        tasks = [{"id": f"t{number}", "prompt": prompt, "attempts": 1} for number, prompt in enumerate(prompts)]
+        config = self.repository.configure(
+            tasks,
+            adapters={"it": self.adapter(use, capacity=1, **(options or {}))},
+            sandbox=sandbox,
+            readable=[str(self.bin), sys.prefix, str(ROOT / "tests")],
+        )
+        return self.repository.council("run", str(config), "--json")
+
+    def said(self, ended: Ended) -> str:
+        """Return what the first task's program printed."""
+        logs = self.repository.top / ".council" / "logs" / ended.result["run"]
+        return "".join(path.read_text() for path in sorted(logs.glob("t0.1.std*")))
+
+
+@pytest.fixture
+def bench(repository: Repository, tmp_path: Path) -> Iterator[Bench]:
+    """Stand-ins on PATH, a server on loopback."""
+    folder = tmp_path / "bin"
+    for name, module in (("claude", "claude"), ("aider", "aider"), ("acp-agent", "acp_agent")):
+        install(folder, name, f"tests.standins.{module}")
+    repository.environ["PATH"] = f"{folder}{os.pathsep}{repository.environ['PATH']}"
+    with serving() as server:
+        yield Bench(repository, folder, server)
+
+
+def write(use: str, path: str, text: str) -> str:
+    """Return a prompt that has the program of an adapter write one line to a file."""
+    return f"```file {path}\n{text}\n```\n" if use == "ollama" else f"write {path} {text}\n"
+
+
+@pytest.mark.parametrize("sandbox", SANDBOXES)
+@pytest.mark.parametrize("use", ADAPTERS)
+async def test_what_a_program_writes_lands(bench: Bench, use: str, sandbox: str) -> None:
+    """A real change of a real program is on the target, and what it leaves for itself is not."""
+    ended = bench.run(use, write(use, "src/new.py", "print(1)"), sandbox=sandbox)
+    assert ended.states == {"t0": "landed"}, bench.said(ended) if ended.stdout else ended
+    assert (bench.repository.top / "src/new.py").read_text() == "print(1)\n"
+    assert bench.repository.git("ls-files").split() == ["README.md", "src/app.py", "src/new.py"]
+    await bench.repository.assert_invariants()
+
+
+async def test_what_the_repository_has_is_work_whatever_its_name(bench: Bench) -> None:
+    """Only new files are what a program leaves for itself."""
+    bench.repository.commit({".aider.conf.yml": "auto-lint: true\n"}, "a configuration of aider's")
+    ended = bench.run("aider", "write .aider.conf.yml auto-lint: false\nwrite .aider.new x")
+    assert ended.states == {"t0": "landed"}, ended
+    assert bench.repository.git("show", "--name-only", "--format=", "HEAD^2").split() == [".aider.conf.yml"]
+
+
+FAIL_AUTH = {"claude-code": "fail auth", "aider": "fail auth", "acp": "fail auth", "ollama": "fail 401"}
+REMEDIES = {"claude-code": "claude auth login", "aider": "API_KEY", "acp": "agent login", "ollama": "OLLAMA_API_KEY"}
+
+
+@pytest.mark.parametrize("use", ADAPTERS)
+async def test_a_login_that_fails_closes_the_adapter(bench: Bench, use: str) -> None:
+    """Nothing more of it starts, no attempt is counted, and the reason says how to log in."""
+    ended = bench.run(use, FAIL_AUTH[use], write(use, "b.txt", "b"))
+    assert ended.states == {"t0": "blocked", "t1": "blocked"}, ended
+    assert REMEDIES[use] in ended.result["tasks"][0]["reason"]
+    assert [task["attempts"] for task in ended.result["tasks"]] == [1, 0]
+    assert ended.result["adapters"][0]["name"] == "it"
+
+
+async def test_a_usage_limit_parks_the_adapter_until_it_ends(bench: Bench) -> None:
+    """Until the instant that the program told; the attempt does not count."""
+    began = time.time()
+    ended = bench.run("claude-code", "attempt 1 fail limit 2\nwrite a.txt a")
+    assert ended.states == {"t0": "landed"}, ended
+    until = next(line["until"] for line in ended.lines if line.get("event") == "adapter.parked")
+    assert began < until < began + 60
+    assert ended.result["tasks"][0]["attempts"] == 2
+
+
+async def test_a_usage_limit_without_an_end_parks_the_adapter(bench: Bench) -> None:
+    """Aider and agents tell no instant: their adapters are parked all the same, on a clock that the test holds."""
+    prompt = "attempt 1 fail limit\nwrite {}.txt x"
+    tasks = [{"id": use, "prompt": prompt.format(use), "adapter": use, "attempts": 1} for use in ("aider", "acp")]
+    path = bench.repository.configure(
+        tasks, adapters={use: bench.adapter(use) for use in ("aider", "acp")}, sandbox="off", readable=[]
+    )
+    clock = ManualClock()
+    async with Council.open(path, clock=clock, environ=bench.repository.environ) as council:
+        run = await council.create_run()
+        async with anyio.create_task_group() as group:
+            group.start_soon(council.resume, run)
+            await until_event(council, "adapter.parked", 2)
+            await anyio.wait_all_tasks_blocked()
+            parked = (await council.status(run)).adapters
+            clock.advance(max(one.parked_until or 0.0 for one in parked) - clock.now())
+        report = await council.status(run)
+    assert [(task.state, task.attempts) for task in report.tasks] == [("landed", 2), ("landed", 2)]
+
+
+@pytest.mark.parametrize("use", ["claude-code", "aider"])
+async def test_half_of_the_work_does_not_land_where_the_program_says_that_it_failed(bench: Bench, use: str) -> None:
+    """Files were changed before the error; aider even ends with 0."""
+    ended = bench.run(use, f"{write(use, 'a.txt', 'half')}fail auth")
+    assert ended.states == {"t0": "blocked"}, ended
+    assert not (bench.repository.top / "a.txt").exists()
+
+
+async def test_an_error_that_passes_by_itself_is_none(bench: Bench) -> None:
+    """Aider tries again and succeeds: what it said in between does not count."""
+    ended = bench.run("aider", "stumble\nwrite a.txt a")
+    assert ended.states == {"t0": "landed"}, ended
+
+
+ENDS = {
+    "claude-code": [
+        ("fail overloaded", "overloaded", "529"),
+        ("fail turns", "limit", "--max-turns"),
+        ("fail drop", "crashed", "exit code 1"),
+        ("fail plain", "invalid", "root"),
+    ],
+    "aider": [("fail context", "limit", "token limit")],
+    "acp": [("fail die", "crashed", "exit code 7"), ("fail refuse", "refused", "refuses")],
+    "ollama": [
+        ("fail 429", "overloaded", "429"),
+        ("fail 503", "overloaded", "503"),
+        ("fail 500", "transient", "500"),
+        ("fail 400", "invalid", "400"),
+        ("fail drop", "transient", "broke off"),
+        ("fail error", "transient", "while running the model"),
+        ("fail length", "limit", "raise `context`"),
+        ("word " * 12_000, "limit", "raise `context`"),
+        ("```file a.txt\nhalf", "crashed", "no end"),
+        ("```diff\n--- a/src/app.py\n+++ b/src/app.py\n@@ -1 +1 @@\n-nope\n+x\n```", "crashed", "not apply"),
+    ],
+}
+
+
+@pytest.mark.parametrize("use", ADAPTERS)
+async def test_what_failed_has_its_class(bench: Bench, use: str) -> None:
+    """The class and the reason that the program's words or its end stand for."""
+    ended = bench.run(use, *(prompt for prompt, _, _ in ENDS[use]))
+    for task, (prompt, failure, told) in zip(ended.result["tasks"], ENDS[use], strict=True):
+        assert (task["state"], task["failure"]) == ("failed", failure), (prompt, task)
+        assert told in task["reason"], prompt
+    if use == "acp":
+        assert "last words" in bench.said(ended), "what an agent says to its standard error is in the log"
+
+
+async def test_what_was_spent_is_recorded(bench: Bench) -> None:
+    """Tokens and money of all four shapes arrive in the result; the adapters work side by side in one run."""
+    expected = {
+        "claude-code": (3210, 42, 0.0125),
+        "aider": (4200, 1100, 0.01),
+        "acp": (40, 20, 0.5),
+        "ollama": (26, 259, None),
+    }
+    tasks = [{"id": use, "prompt": write(use, f"{use}.txt", "x"), "adapter": use} for use in ADAPTERS]
+    config = bench.repository.configure(
+        tasks, adapters={use: bench.adapter(use) for use in ADAPTERS}, sandbox="off", readable=[]
+    )
+    ended = bench.repository.council("run", str(config), "--json")
+    assert set(ended.states.values()) == {"landed"}, ended
+    for task in ended.result["tasks"]:
+        found = tuple(task[key] for key in ("input_tokens", "output_tokens", "cost"))
+        assert found == expected[task["id"]], task
+
+
+async def test_an_agent_reads_and_writes_through_us_in_the_worktree_only(bench: Bench, tmp_path: Path) -> None:
+    """What it asks for outside is refused and told; what is inside it gets."""
+    (tmp_path / "secret").write_text("canary")
+    prompt = f"read src/app.py\nread {tmp_path}/secret\nwrite {tmp_path}/out.txt x\nwrite .git y\nwrite in.txt z"
+    ended = bench.run("acp", prompt)
+    assert ended.states == {"t0": "landed"}, ended
+    assert not (tmp_path / "out.txt").exists()
+    said = bench.said(ended)
+    assert "def main():" in said
+    assert "canary" not in said
+    assert said.count("not allowed: ") == 3
+    assert bench.repository.git("show", "--name-only", "--format=", "HEAD^2").split() == ["in.txt"]
+
+
+async def test_an_agent_gets_leave_for_what_is_in_the_worktree(bench: Bench, tmp_path: Path) -> None:
+    """It is allowed once, never always; a path outside is rejected."""
+    target = tmp_path / "outside.txt"
+    ended = bench.run("acp", f"edit in.txt x\nedit {target} x\nedit ../up.txt x")
+    assert ended.states == {"t0": "landed"}, ended
+    chosen = re.findall(r'"said", "text": "chosen: (\w+)"', bench.said(ended))
+    assert chosen == ["once", "no", "no"]
+    assert not target.exists()
+
+
+async def test_the_model_of_an_agent_can_be_chosen(bench: Bench) -> None:
+    """One that it offers is set, any other is refused with those there are."""
+    ended = bench.run("acp", "say with MODEL\nwrite a.txt x", options={"model": "large"})
+    assert ended.states == {"t0": "landed"}, ended
+    assert "with large" in bench.said(ended)
+    task = bench.run("acp", "write a.txt x", options={"model": "huge"}).result["tasks"][0]
+    assert (task["failure"], "small, large" in task["reason"]) == ("invalid", True), task
+
+
+@pytest.mark.parametrize(
+    ("env", "failure"),
+    [({"ACP_LOGGED_OUT": "1"}, None), ({"ACP_VERSION": "7"}, "invalid")],
+)
+async def test_an_agent_that_can_not_begin_says_why(bench: Bench, env: dict[str, str], failure: str | None) -> None:
+    """It wants a login, or speaks another version of the protocol."""
+    task = bench.run("acp", "write a.txt x", options={"env": env}).result["tasks"][0]
+    assert (task["state"], task["failure"]) == (("failed", failure) if failure else ("blocked", "auth")), task
+    assert ("agent login" in task["reason"]) == (failure is None)
+
+
+HOSTILE = {
+    "absolute": "```file /tmp/council-hostile.txt\nx\n```",
+    "above": "```file ../../hostile.txt\nx\n```",
+    "inside-out": "```file src/../../hostile.txt\nx\n```",
+    "git": "```file .git/hooks/pre-commit\nx\n```",
+    "git-case": "```file sub/.GIT/config\nx\n```",
+    "gitfile": "```file .git\ngitdir: /tmp\n```",
+    "link": "```file link/hostile.txt\nx\n```",
+    "diff-above": "```diff\n--- /dev/null\n+++ b/../../hostile.txt\n@@ -0,0 +1 @@\n+x\n```",
+    "diff-absolute": "```diff\n--- /dev/null\n+++ /tmp/council-hostile.txt\n@@ -0,0 +1 @@\n+x\n```",
+    "diff-link": "```diff\n--- /dev/null\n+++ b/link/hostile.txt\n@@ -0,0 +1 @@\n+x\n```",
+    "diff-symlink": "```diff\ndiff --git a/l b/l\nnew file mode 120000\n--- /dev/null\n+++ b/l\n@@ -0,0 +1 @@\n"
+    "+/tmp\n\\ No newline at end of file\n```",
+    "diff-rename": "```diff\ndiff --git a/README.md b/../../hostile.txt\nsimilarity index 100%\nrename from README.md\n"
+    "rename to ../../hostile.txt\n```",
+}
+
+
+async def test_an_answer_can_not_leave_the_worktree(bench: Bench, tmp_path: Path) -> None:
+    """Nothing of it is applied, neither the good part; the task says that it was declined."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (bench.repository.top / "link").symlink_to(outside)
+    bench.repository.commit({}, "a symlink")
+    ended = bench.run("ollama", *(f"```file good.txt\nx\n```\n{answer}" for answer in HOSTILE.values()))
+    for name, task in zip(HOSTILE, ended.result["tasks"], strict=True):
+        assert (task["state"], task["failure"], task["branch"]) == ("failed", "refused", None), (name, task)
+        assert "nothing of the answer was applied" in task["reason"]
+    assert list(outside.iterdir()) == []
+    assert list(tmp_path.rglob("hostile*")) == []
+    assert not Path("/tmp/council-hostile.txt").exists()
+
+
+async def test_a_model_is_shown_the_files_that_the_prompt_means(bench: Bench) -> None:
+    """All names as far as they fit, contents of text files up to the limit, those that are named first."""
+    bench.repository.commit(
+        {
+            **{f"many/{number}.txt": f"filler {number} " * 50 for number in range(200)},
+            "deep/down/wanted.py": "WANTED\n",
+            "fence.md": "````\n```python\n```\n````\n",
+        }
+    )
+    (bench.repository.top / "image.png").write_bytes(b"\x89PNG\0\0")
+    bench.repository.commit({}, "binary")
+    ended = bench.run("ollama", "Change wanted.py and fence.md.", options={"context": 4096})
+    assert ended.states == {"t0": "no_change"}, ended
+    asked = bench.server.asked[0]
+    shown = asked["messages"][1]["content"]
+    assert asked["options"] == {"num_ctx": 4096}
+    assert "WANTED" in shown
+    assert "`````file fence.md\n````\n" in shown
+    assert "PNG" not in shown
+    assert len(shown) < 4096 * 3 // 2 + 200
+
+
+async def test_a_model_that_is_not_there_is_named_with_the_remedy(bench: Bench) -> None:
+    """`ollama pull` is what helps."""
+    task = bench.run("ollama", "x", options={"model": "none:7b"}).result["tasks"][0]
+    assert (task["failure"], "ollama pull none:7b" in task["reason"]) == ("invalid", True), task
+
+
+async def test_a_server_that_is_not_there_closes_the_adapter(bench: Bench) -> None:
+    """After some seconds of patience: somebody has to start it, and no attempt is lost for that."""
+    ended = bench.run("ollama", "x", options={"host": "http://127.0.0.1:9"})
+    task = ended.result["tasks"][0]
+    assert (task["state"], task["attempts"]) == ("blocked", 1), ended
+    assert "ollama serve" in task["reason"]
+
+
+async def test_differences_and_files_are_applied_together(bench: Bench) -> None:
+    """A diff with wrong counts, a deletion and a new file in one answer."""
+    diff = "--- a/src/app.py\n+++ b/src/app.py\n@@ -1,9 +1,7 @@\n def main():\n-    return 0\n+    return 1\n"
+    gone = "--- a/README.md\n+++ /dev/null\n@@ -1 +0,0 @@\n-# Project\n"
+    ended = bench.run("ollama", f"Sure!\n```diff\n{diff}```\n```diff\n{gone}```\n````file n.md\n```x\n```\n````\nDone.")
+    assert ended.states == {"t0": "landed"}, ended
+    assert (bench.repository.top / "src/app.py").read_text() == "def main():\n    return 1\n"
+    assert (bench.repository.top / "n.md").read_text() == "```x\n```\n"
+    assert not (bench.repository.top / "README.md").exists()

@@ -1,0 +1,103 @@
+"""What an adapter makes of its program's output may be anything: that is its tasks' matter, and no other's."""
+
+from __future__ import annotations
+
+import pytest
+
+from adapters.claude_code import ClaudeCodeAdapter, ClaudeCodeOptions
+from adapters.jsonlines import parse_bridge_line
+from tests.conftest import Repository
+from tests.fake_path import install_plugin
+
+_ODD = """
+import pluggy
+from pydantic import BaseModel
+from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.outcome import Failed
+from orchestrator.protocols import Command, Concluded, Identified, Program, Said, Spent
+
+hookimpl = pluggy.HookimplMarker("cli_council")
+
+
+class Odd:
+    class Options(BaseModel):
+        model_config = {"extra": "forbid"}
+
+    def __init__(self, options, /):
+        pass
+
+    def programs(self):
+        return (Program("sh"),)
+
+    def command(self, request):
+        return Command(argv=["sh", str(request.prompt_file)])
+
+    def parse(self, line):
+        if line == "raise":
+            raise OverflowError("int too large to convert to float")
+        failed = Failed(FailureClass.INVALID, "cut in \\ud83d", float("nan")) if line == "fail" else None
+        spent = Spent(1, 1, float("inf"))
+        return (Identified("\\udc80\\0"), spent, Said("half \\ud83d"), Concluded("end \\ud83d", failed))
+
+    def verdict(self, end):
+        return next((one.failed for one in end.events if isinstance(one, Concluded) and one.failed), None)
+
+
+@hookimpl
+def council_register_adapters(register):
+    register("odd", Odd)
+"""
+
+
+async def test_an_adapters_mistake_fails_its_task_alone(repository: Repository) -> None:
+    """What it raises, half characters and numbers that are none end no run: the other tasks land."""
+    install_plugin(repository.top.parent, repository, "odd", _ODD)
+    prompts = {name: f"echo {name} > {name}.txt; echo {name}" for name in ("raise", "fail", "go")}
+    prompts["fail"] += "; exit 1"
+    tasks = [{"id": name, "attempts": 1, "prompt": prompt} for name, prompt in prompts.items()]
+    config = repository.configure(tasks, adapters={"odd": {"use": "odd"}}, sandbox="off")
+    ended = repository.council("run", str(config), "--json")
+    assert ended.code == 1, ended
+    assert ended.states == {"raise": "failed", "fail": "failed", "go": "landed"}
+    told = {task["id"]: task for task in ended.result["tasks"]}
+    assert told["raise"]["reason"] == (
+        "its adapter could not make sense of its output, OverflowError: int too large to convert to float"
+    )
+    assert told["raise"]["branch"], "what it built is kept"
+    assert told["fail"]["reason"] == "cut in ?"
+    assert (told["go"]["words"], told["go"]["cost"]) == ("end ?", None)
+    await repository.assert_invariants()
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("Command(argv=['sh', request.prompt_file])", "makes a command that is not of text: ['sh', PosixPath("),
+        ("1 / 0", "can't make its command, ZeroDivisionError: division by zero"),
+    ],
+)
+def test_an_adapter_without_a_command_is_a_mistake_in_the_file(repository: Repository, command: str, told: str) -> None:
+    """It is told before anything starts, and not as a fault of ours."""
+    install_plugin(
+        repository.top.parent,
+        repository,
+        "odd",
+        _ODD.replace('Command(argv=["sh", str(request.prompt_file)])', command),
+    )
+    config = repository.configure([{"id": "go", "prompt": "true"}], adapters={"odd": {"use": "odd"}})
+    ended = repository.council("validate", str(config))
+    assert ended.code == 2, ended
+    assert f"the adapter 'odd' {told}" in ended.stderr
+
+
+@pytest.mark.parametrize("number", ["9" * 400, "9" * 4200, "1e999", "NaN", "-1", "true", '"1"'])
+def test_numbers_that_mean_nothing_are_none(number: str) -> None:
+    """JSON's numbers have no end; what no float and no store takes is not known."""
+    claude = ClaudeCodeAdapter(ClaudeCodeOptions())
+    spent = f'{{"type":"result","total_cost_usd":{number},"usage":{{"input_tokens":{number},"output_tokens":7}}}}'
+    event = claude.parse(spent)[0]
+    assert (event.input_tokens, event.output_tokens, event.cost) == (0, 7, None)  # type: ignore[union-attr]
+    limit = f'{{"type":"rate_limit_event","rate_limit_info":{{"status":"rejected","resetsAt":{number}}}}}'
+    assert claude.parse(limit)[0].failed.until is None  # type: ignore[union-attr]
+    for event in parse_bridge_line(f'{{"type":"spent","input_tokens":0,"output_tokens":7,"cost":{number}}}'):
+        assert event.cost is None  # type: ignore[union-attr]

@@ -1,0 +1,75 @@
+"""A stand-in for Claude Code 2.1: `claude -p --output-format stream-json --verbose …` with the prompt on stdin.
+
+Steps: `write PATH TEXT`, `fail auth|overloaded|turns|drop|plain`, `fail limit SECONDS`.
+"""
+# ruff: noqa: T201  a program that prints
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.standins.script import steps, write
+
+SESSION = "e4176175-ef9d-4a2f-bffa-f270f179ef19"
+USAGE = {"input_tokens": 10, "cache_creation_input_tokens": 200, "cache_read_input_tokens": 3000, "output_tokens": 42}
+
+
+def emit(type_: str, **fields: Any) -> None:
+    print(json.dumps({"type": type_, **fields, "session_id": SESSION}), flush=True)
+
+
+def result(**fields: Any) -> None:
+    usual = {"subtype": "success", "is_error": False, "api_error_status": None, "result": "Done."}
+    emit("result", **{**usual, "total_cost_usd": 0.0125, "usage": USAGE, "permission_denials": [], **fields})
+
+
+def fail(kind: str, rest: str) -> None:
+    match kind:
+        case "auth":
+            emit("system", subtype="api_retry", attempt=1, max_retries=3, retry_delay_ms=504.9, error_status=401,
+                 error="authentication_failed")  # fmt: skip
+            told = "Failed to authenticate. API Error: 401 stub says authentication_error"
+            result(is_error=True, api_error_status=401, result=told)
+        case "limit":
+            until = int(time.time() + float(rest or 3600))
+            emit("rate_limit_event", rate_limit_info={"status": "rejected", "resetsAt": until,
+                                                      "rateLimitType": "five_hour"})  # fmt: skip
+            result(is_error=True, api_error_status=429, result="You've hit your session limit · resets 3pm")
+        case "overloaded":
+            result(is_error=True, api_error_status=529, result="API Error: 529 stub says overloaded_error.")
+        case "turns":
+            result(subtype="error_max_turns", is_error=True, result=None)
+        case "plain":
+            print("--dangerously-skip-permissions cannot be used with root/sudo privileges for security reasons")
+    sys.exit(1)
+
+
+def main() -> None:
+    assert sys.argv[1:5] == ["-p", "--output-format", "stream-json", "--verbose"], sys.argv
+    assert "HOME" in os.environ
+    assert os.environ["DISABLE_AUTOUPDATER"] == "1"
+    emit("system", subtype="init", cwd=str(Path.cwd()), tools=["Edit", "Write"], model="claude-opus-4-8[1m]")
+    for word, first, rest in steps(sys.stdin.read()):
+        if word == "write":
+            call = {"type": "tool_use", "id": "t", "name": "Write", "input": {"file_path": first, "content": rest}}
+            emit("assistant", message={"role": "assistant", "content": [call]})
+            write(first, rest)
+        elif word == "fail":
+            fail(first, rest)
+    emit("assistant", message={"role": "assistant", "content": [{"type": "text", "text": "Done."}]})
+    result()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--version"]:
+        print("2.1.197 (Claude Code)")
+    elif sys.argv[1:] == ["auth", "status"]:
+        print(json.dumps({"loggedIn": "ANTHROPIC_API_KEY" in os.environ}))
+        sys.exit("ANTHROPIC_API_KEY" not in os.environ)
+    else:
+        main()

@@ -1,0 +1,224 @@
+"""The parts of the bridges, and how they say before a run that they can't work."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.acp import AcpAdapter, AcpOptions
+from adapters.bridges.answer import Answer, UnfitError, apply_answer, read_answer
+from adapters.bridges.context import fenced
+from adapters.bridges.lines import FIELDS, LONGEST, Concluded, Words, write
+from adapters.bridges.worktree import OutsideError, Worktree
+from adapters.claude_code import ClaudeCodeAdapter, ClaudeCodeOptions
+from adapters.jsonlines import parse_bridge_line
+from adapters.ollama import OllamaAdapter, OllamaOptions
+from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.outcome import Failed
+from orchestrator.protocols import Adapter, Said, SessionRequest
+from orchestrator.protocols import Concluded as ConcludedEvent
+from orchestrator.sessions.transcript import LONGEST_LINE
+from tests.conftest import Repository
+from tests.standins.ollama_server import serving
+from tests.standins.script import install
+
+
+def ready(adapter: Adapter, environ: dict[str, str]) -> tuple[int, str]:
+    """Ask the adapter's first program whether it can be used, as is done before a run."""
+    program = adapter.programs()[0]
+    done = subprocess.run(
+        [program.name, *program.ready], env=environ, capture_output=True, text=True, check=False, timeout=60
+    )
+    return done.returncode, (done.stdout.splitlines() or [""])[-1]
+
+
+def without(package: str, folder: Path) -> str:
+    """Return a PYTHONPATH on which a package is not installed."""
+    (folder / f"{package}.py").write_text(f"raise ModuleNotFoundError({package!r})\n")
+    return str(folder)
+
+
+def test_a_missing_sdk_is_told_before_a_run_and_by_a_session(environ: dict[str, str], tmp_path: Path) -> None:
+    """The extra is named, in plain words to people and as a conclusion to the adapter."""
+    for package, adapter, extra in (
+        ("acp", AcpAdapter(AcpOptions(argv=("x",))), "cli-council[acp]"),
+        ("ollama", OllamaAdapter(OllamaOptions(model="x")), "cli-council[ollama]"),
+    ):
+        bare = {**environ, "PYTHONPATH": without(package, tmp_path)}
+        code, told = ready(adapter, bare)
+        assert code == 1
+        assert told.endswith(f"pip install '{extra}'")
+        assert extra in adapter.programs()[0].log_in
+        program = adapter.programs()[0]
+        session = [program.name, *(one for one in program.ready if one != "--ready")]
+        done = subprocess.run(session, env=bare, capture_output=True, text=True, check=False)
+        (event,) = parse_bridge_line(done.stdout.strip())
+        assert isinstance(event, ConcludedEvent)
+        assert event.failed is not None
+        assert event.failed.failure is FailureClass.INVALID
+
+
+def test_what_can_be_used_is_ready(environ: dict[str, str], tmp_path: Path) -> None:
+    """An SDK that is installed, a server with the model, a CLI that is logged in; and what each says if it is not."""
+    assert ready(AcpAdapter(AcpOptions(argv=("x",))), environ) == (0, "ready")
+    with serving() as server:
+        assert ready(OllamaAdapter(OllamaOptions(model="stub", host=server.url)), environ) == (0, "ready")
+        code, told = ready(OllamaAdapter(OllamaOptions(model="none", host=server.url)), environ)
+        assert (code, "ollama pull none" in told) == (1, True)
+    code, told = ready(OllamaAdapter(OllamaOptions(model="stub", host="http://127.0.0.1:9")), environ)
+    assert (code, "ollama serve" in told) == (1, True)
+    claude = ClaudeCodeAdapter(ClaudeCodeOptions(bin=str(install(tmp_path, "claude", "tests.standins.claude"))))
+    assert ready(claude, environ)[0] == 1
+    assert ready(claude, {**environ, "ANTHROPIC_API_KEY": "x"})[0] == 0
+
+
+@pytest.mark.parametrize("name", ["a", "sub/deep/new.txt", "./a", "sub/../a"])
+def test_a_path_inside_is_found(tmp_path: Path, name: str) -> None:
+    """Relative or absolute, there or not."""
+    place = Worktree(tmp_path).locate(name)
+    assert place == Worktree(tmp_path).locate(str(tmp_path / name))
+    assert place.is_relative_to(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "/etc/passwd", "link/x", "link", ".git", ".git/x", "s/.Git/x", "a\0b"]
+)
+def test_a_path_outside_is_refused(tmp_path: Path, name: str) -> None:
+    """Also by a symlink, and git's own files in it."""
+    (tmp_path / "link").symlink_to("/")
+    with pytest.raises(OutsideError):
+        Worktree(tmp_path).locate(name)
+    with pytest.raises(OutsideError):
+        Worktree(tmp_path).relative(name)
+
+
+def test_an_answers_path_is_taken_at_its_word(tmp_path: Path) -> None:
+    """Not absolute, not over `..`, and not by a symlink that stays inside either."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "alias").symlink_to("sub")
+    assert Worktree(tmp_path).relative("sub/./x") == tmp_path / "sub/x"
+    for name in ("sub/../x", str(tmp_path / "x"), "alias/x"):
+        with pytest.raises(OutsideError):
+            Worktree(tmp_path).relative(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "files"),
+    [
+        ("words only", {}),
+        ("```python\nx = 1\n```", {}),
+        ("```file a.py\nx\n```", {"a.py": "x\n"}),
+        ("``` file: 'a b.py'\nx\n```\nand\n~~~file=c\ny\n~~~", {"a b.py": "x\n", "c": "y\n"}),
+        ("````file a.md\n```py\nx\n```\n````", {"a.md": "```py\nx\n```\n"}),
+        ("```file a\n```", {"a": ""}),
+        ("```file a\n1\n```\n```file a\n2\n```", {"a": "2\n"}),
+    ],
+)
+def test_files_are_read_from_an_answer(text: str, files: dict[str, str]) -> None:
+    """Blocks of other kinds are words; a longer fence may hold a shorter one."""
+    assert read_answer(text) == Answer(files, "")
+
+
+def test_what_is_shown_can_be_answered() -> None:
+    """A file with fences of any length goes into a block and comes out of it again."""
+    for content in ("", "x\n", "```\n````\n", "`````file x\n"):
+        assert read_answer(fenced("file a", content)).files == {"a": content}
+
+
+@pytest.mark.parametrize("text", ["```file a\nx", "```diff\nx", "````file a\nx\n```"])
+def test_an_answer_that_is_cut_off_is_none(text: str) -> None:
+    """Half of a file is never written."""
+    with pytest.raises(UnfitError):
+        read_answer(text)
+
+
+DIFF = "--- a/src/app.py\n+++ b/src/app.py\n@@ -1,2 +1,2 @@\n def main():\n-    return 0\n+    return 1\n"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer({"new.txt": "x", "README.md/sub": "y"}, DIFF),
+        Answer({"new.txt": "x", "src": "y"}, DIFF),
+        Answer({"new.txt": "x"}, DIFF.replace("return 0", "return 7")),
+        Answer({"new.txt": "x", "src/app.py": "y"}, DIFF),
+        Answer({"new.txt": "x"}, "no diff at all\n"),
+    ],
+)
+def test_an_answer_that_does_not_fit_changes_nothing(repository: Repository, answer: Answer) -> None:
+    """All or nothing: neither the file that could be written nor the difference that applies."""
+    with pytest.raises(UnfitError):
+        apply_answer(answer, Worktree(repository.top))
+    assert repository.git("status", "--porcelain") == ""
+
+
+@pytest.mark.parametrize("diff", [DIFF, DIFF.replace("a/", "").replace("b/", ""), DIFF.replace("-1,2 +1,2", "-1,9 +1")])
+def test_differences_as_models_write_them_apply(repository: Repository, diff: str) -> None:
+    """With and without prefixes, with wrong counts."""
+    answer = read_answer(f"```diff\n{diff}```")
+    assert apply_answer(answer, Worktree(repository.top)) == ["src/app.py"]
+    assert (repository.top / "src/app.py").read_text() == "def main():\n    return 1\n"
+
+
+def test_words_come_as_whole_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """However they are cut into pieces; what has no line break comes when something else does."""
+    words = Words()
+    for piece in ("a", "b\nc", "d\n\ne", "f"):
+        words.add(piece)
+    assert words.flush() == "ab\ncd\n\nef"
+    assert words.flush() == ""
+    said = [parse_bridge_line(line) for line in capsys.readouterr().out.splitlines()]
+    assert said == [(Said("ab"),), (Said("cd\n"),), (Said("ef"),)]
+
+
+def test_no_line_is_too_long_to_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever an agent says, and in characters that take the most room."""
+    words = Words()
+    words.add("🙂" * (LONGEST * 2 + 1))
+    words.flush()
+    write("tool", name="n" * LONGEST, detail="d" * LONGEST * 2, paths=["🙂" * LONGEST] * 10_000)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert max(len(line.encode()) for line in lines) < LONGEST_LINE
+
+
+def test_a_bridge_can_only_print_what_is_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every type of line can be read, no other field can be written."""
+    samples: dict[Any, Any] = {str: "x", int: 1, list: ["x"]}
+    for type_, fields in FIELDS.items():
+        write(type_, **{name: samples.get(kind) for name, kind in fields.items()})
+    lines = capsys.readouterr().out.splitlines()
+    assert [bool(parse_bridge_line(line)) for line in lines] == [json.loads(line)["type"] != "alive" for line in lines]
+    with pytest.raises(TypeError):
+        write("said", text="x", more=1)
+
+
+def test_a_conclusion_agrees_with_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    """What failed ends with 1, what did not with 0."""
+    assert (Concluded("x", "auth").tell(), Concluded("x").tell()) == (1, 0)
+    failed, well = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (failed["failure"], failed["reason"], well["failure"], well["reason"]) == ("auth", "x", None, "")
+
+
+def test_an_agent_that_is_not_there_is_named(environ: dict[str, str], tmp_path: Path) -> None:
+    """It may have gone since the run began."""
+    (tmp_path / "prompt").write_text("x")
+    adapter = AcpAdapter(AcpOptions(argv=("no-such-agent",)))
+    command = adapter.command(SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path))
+    done = subprocess.run(command.argv, env=environ, capture_output=True, text=True, check=False)
+    (event,) = adapter.parse(done.stdout.strip())
+    assert isinstance(event, ConcludedEvent)
+    assert event.failed == Failed(FailureClass.INVALID, event.text)
+    assert "'no-such-agent' can't be started" in event.text
+
+
+def test_bridges_need_nothing_of_ours(environ: dict[str, str]) -> None:
+    """A bridge starts where `orchestrator` can't be imported."""
+    code = "import sys; sys.modules['orchestrator'] = None; import adapters.bridges.acp, adapters.bridges.ollama"
+    subprocess.run([sys.executable, "-P", "-c", code], env={**environ, "HOME": os.devnull}, check=True)
