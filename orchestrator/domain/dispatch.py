@@ -10,12 +10,13 @@ tasks that do. How tasks with paths wait for each other is in `orchestrator.doma
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import NamedTuple
 
 from orchestrator.domain.model import FINAL, TaskStatus
-from orchestrator.domain.ready import ReadyQueue
+from orchestrator.domain.ready import Lane, ReadyQueue
 
 #: Seconds of waiting that are worth one level of priority.
 AGING = 600.0
@@ -34,8 +35,7 @@ class Entry:
     owns: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(NamedTuple):
     """Begin a new attempt of this task."""
 
     task: str
@@ -52,6 +52,18 @@ class _State(Enum):
     OVER = auto()
 
 
+# Each look at a member of an enumeration would cost as much as a look into a dictionary.
+_PENDING, _FRESH, _READY, _WAITING, _RUNNING, _BUILT, _LANDED, _OVER = _State
+
+
+class _Place(NamedTuple):
+    """What of a task says when it starts once it is ready."""
+
+    order: int
+    priority: int
+    lane: Lane
+
+
 class Board:
     """The tasks of a run as the scheduler's decisions see them, in the order of the file.
 
@@ -63,14 +75,17 @@ class Board:
     def __init__(self, entries: Mapping[str, Entry], capacities: Mapping[str, int] = _NO_LIMITS) -> None:
         """Take every task by its id, all of them pending, and how many sessions each adapter may have at once."""
         self._entries = entries
-        self._order = {task: index for index, task in enumerate(entries)}
-        self._state = dict.fromkeys(entries, _State.PENDING)
+        self._state = dict.fromkeys(entries, _PENDING)
         self._missing = {task: len(set(entry.needs)) for task, entry in entries.items()}
         self._dependents: dict[str, list[str]] = {task: [] for task in entries}
         for task, entry in entries.items():
             for need in dict.fromkeys(entry.needs):
                 self._dependents[need].append(task)
         self._queue = ReadyQueue(capacities)
+        self._places = {
+            task: _Place(order, entry.priority, self._queue.lane(entry.adapter, entry.owns))
+            for order, (task, entry) in enumerate(entries.items())
+        }
         self._fresh: list[str] = []
         self._until: dict[str, float] = {}
         self._waiting: dict[str, list[tuple[float, int, str]]] = {entry.adapter: [] for entry in entries.values()}
@@ -103,32 +118,32 @@ class Board:
     def built(self, task: str) -> None:
         """The session is over and its work waits to land: its slot is free, its paths stay its own."""
         self._queue.free_slot(task)
-        self._state[task] = _State.BUILT
+        self._state[task] = _BUILT
 
     def landed(self, task: str) -> None:
         """The task is on the target: what needed only this may start."""
-        self._leave(task, _State.LANDED)
+        self._leave(task, _LANDED)
         for dependent in self._dependents[task]:
             self._missing[dependent] -= 1
             self._offer(dependent)
 
     def ended(self, task: str) -> None:
         """The task failed or was cancelled: what needs it, directly or not, is blocked by the need next to it."""
-        self._leave(task, _State.OVER)
+        self._leave(task, _OVER)
         self.blocked.pop(task, None)
         self._block(task)
 
     def wait(self, task: str, until: float) -> None:
         """The task may start again at `until`."""
-        self._leave(task, _State.WAITING)
+        self._leave(task, _WAITING)
         self._until[task] = until
-        heapq.heappush(self._waiting[self._entries[task].adapter], (until, self._order[task], task))
+        heapq.heappush(self._waiting[self._entries[task].adapter], (until, self._places[task].order, task))
 
     def revive(self, task: str) -> None:
         """A task that had ended is to be tried again: it and what only it blocked are pending again."""
-        if self._state[task] is not _State.OVER:
+        if self._state[task] is not _OVER:
             return
-        self._state[task] = _State.PENDING
+        self._state[task] = _PENDING
         self.blocked[task] = task
         stack = [task]
         while stack:
@@ -184,7 +199,7 @@ class Board:
 
     def is_running(self, task: str) -> bool:
         """Whether the start of a task, as last decided, still holds: it has neither ended nor been revived since."""
-        return self._state[task] is _State.RUNNING
+        return self._state[task] is _RUNNING
 
     def is_over(self, statuses: Mapping[str, TaskStatus]) -> bool:
         """Whether every task is in a final status or blocked for good."""
@@ -194,43 +209,52 @@ class Board:
         """Remove and return the best placed task that may start now; it runs from then on."""
         task = self._queue.take(now)
         if task is not None:
-            self._state[task] = _State.RUNNING
+            self._state[task] = _RUNNING
         return task
 
     def advance(self, now: float) -> None:
         """Make ready what became so, and end the waits and parks that are over."""
-        for task in self._fresh:
-            if self._state[task] is _State.FRESH:
-                self._add(task, now)
+        self._add([task for task in self._fresh if self._state[task] is _FRESH], now)
         self._fresh.clear()
         for name, waiting in self._waiting.items():
             self._queue.unpark(name, now)
             self._drop_stale(waiting)
             while waiting and waiting[0][0] <= now:
                 until, _, task = heapq.heappop(waiting)
-                self._add(task, until)
+                del self._until[task]
+                self._add([task], until)
                 self._drop_stale(waiting)
 
-    def _add(self, task: str, since: float) -> None:
-        entry = self._entries[task]
-        self._state[task] = _State.READY
-        self._queue.add((since / AGING - entry.priority, self._order[task], task), entry.adapter, entry.owns)
+    def _add(self, tasks: Iterable[str], since: float) -> None:
+        add, states, ranks = self._queue.add, self._state, dict[int, float]()
+        for task in tasks:
+            states[task] = _READY
+            order, priority, lane = self._places[task]
+            # What is the same object need not be compared when tasks are.
+            rank = ranks.get(priority)
+            if rank is None:
+                rank = ranks[priority] = since / AGING - priority
+            add(rank, order, task, lane)
 
     def _offer(self, task: str) -> None:
-        if self._state[task] is _State.PENDING and not self._missing[task] and task not in self.blocked:
-            self._state[task] = _State.FRESH
+        if self._state[task] is _PENDING and not self._missing[task] and task not in self.blocked:
+            self._state[task] = _FRESH
             self._fresh.append(task)
 
     def _leave(self, task: str, state: _State) -> None:
-        self._queue.discard(task)
-        self._queue.free_slot(task)
-        self._queue.free_paths(task)
-        self._until.pop(task, None)
+        before = self._state[task]
+        if before is _RUNNING or before is _BUILT:
+            self._queue.free_slot(task)
+            self._queue.free_paths(task)
+        elif before is _READY:
+            self._queue.discard(task)
+        elif before is _WAITING:
+            del self._until[task]
         self._state[task] = state
 
     def _resume(self, task: str, *, running: bool) -> None:
         entry = self._entries[task]
-        self._state[task] = _State.RUNNING if running else _State.BUILT
+        self._state[task] = _RUNNING if running else _BUILT
         self._queue.occupy(task, entry.adapter, entry.owns, slot=running)
 
     def _block(self, task: str) -> None:
@@ -238,15 +262,15 @@ class Board:
         while stack:
             need = stack.pop()
             for dependent in self._dependents[need]:
-                if dependent not in self.blocked and self._state[dependent] is _State.PENDING:
+                if dependent not in self.blocked and self._state[dependent] is _PENDING:
                     self.blocked[dependent] = need
                     stack.append(dependent)
 
     def _is_dead(self, need: str) -> bool:
-        return self._state[need] is _State.OVER or need in self.blocked
+        return self._state[need] is _OVER or need in self.blocked
 
     def _has_fresh(self, adapter: str) -> bool:
-        return any(self._state[task] is _State.FRESH and self._entries[task].adapter == adapter for task in self._fresh)
+        return any(self._state[task] is _FRESH and self._entries[task].adapter == adapter for task in self._fresh)
 
     def _drop_stale(self, waiting: list[tuple[float, int, str]]) -> None:
         while waiting and self._until.get(waiting[0][2]) != waiting[0][0]:

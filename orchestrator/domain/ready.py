@@ -10,41 +10,45 @@ it waits, too. The reservation ends when it starts, or when its adapter is parke
 
 from __future__ import annotations
 
-import heapq
+import math
 from collections.abc import Mapping
+from heapq import heappop, heappush
 
 from orchestrator.domain.ownership import any_overlap
 
-#: What tasks start in the order of: a number that aging made constant, the place in the file, the task.
-Place = tuple[float, int, str]
 
-
-class _Lane:
+class Lane:
     """Ready tasks that run with the same adapter and own the same paths."""
 
     __slots__ = ("adapter", "held_by", "owns", "places")
 
     def __init__(self, adapter: _Adapter, owns: tuple[str, ...]) -> None:
         self.adapter, self.owns = adapter, owns
-        self.places: list[Place] = []
-        self.held_by: str | _Lane | None = None
+        self.places: list[_Place] = []
+        self.held_by: str | Lane | None = None
         """A live task with the paths, or the lane that has reserved them."""
 
 
+#: What tasks start in the order of: a number that aging made constant, the place in the file; the task and its lane,
+#: which is the same one in all places of the task, and so never compared.
+_Place = tuple[float, int, str, Lane]
+
+
 class _Adapter:
-    """One adapter's lanes that are not held, by their first places, and what limits it."""
+    """One adapter's ready tasks that may not be held, and what limits it."""
 
-    __slots__ = ("capacity", "closed", "fronts", "parked", "running")
+    __slots__ = ("capacity", "closed", "free", "fronts", "has_lanes", "parked", "running")
 
-    def __init__(self, capacity: int | None) -> None:
+    def __init__(self, capacity: float) -> None:
         self.capacity = capacity
         self.running = 0
         self.parked = 0.0  # until when; 0.0 is not at all
         self.closed = False
-        self.fronts: list[Place] = []
-
-    def is_open(self, now: float) -> bool:
-        return not self.closed and (self.capacity is None or self.running < self.capacity) and self.parked <= now
+        self.free = Lane(self, ())
+        """Tasks without paths."""
+        self.fronts: list[_Place] = []
+        """The first places of the lanes with paths."""
+        self.has_lanes = False
 
 
 class ReadyQueue:
@@ -54,36 +58,48 @@ class ReadyQueue:
         """Take how many sessions each adapter may have at once; one that is missing has no limit of its own."""
         self._capacities = capacities
         self._adapters: dict[str, _Adapter] = {}
-        self._lanes: dict[tuple[str, tuple[str, ...]], _Lane] = {}
-        self._places: dict[str, tuple[Place, _Lane]] = {}
+        self._heaps: list[tuple[_Adapter, list[_Place]]] = []
+        self._lanes: dict[tuple[str, tuple[str, ...]], Lane] = {}
+        self._places: dict[str, _Place] = {}
         self._running: dict[str, _Adapter] = {}
         self._owners: dict[str, tuple[str, ...]] = {}
-        self._followers: dict[str | _Lane, list[_Lane]] = {}
-        self._held: list[Place] = []
-        self._reserved: _Lane | None = None
+        self._followers: dict[str | Lane, list[Lane]] = {}
+        self._held: list[_Place] = []
+        self._reserved: Lane | None = None
 
     def adapter(self, name: str) -> _Adapter:
         """Return what is known of an adapter."""
-        if name not in self._adapters:
-            self._adapters[name] = _Adapter(self._capacities.get(name))
-        return self._adapters[name]
+        known = self._adapters.get(name)
+        if known is None:
+            known = self._adapters[name] = _Adapter(self._capacities.get(name, math.inf))
+            self._heaps.append((known, known.free.places))
+        return known
 
-    def add(self, place: Place, adapter: str, owns: tuple[str, ...]) -> None:
-        """A task may start."""
+    def lane(self, adapter: str, owns: tuple[str, ...]) -> Lane:
+        """Return where tasks of an adapter that own these paths wait."""
+        known = self.adapter(adapter)
+        if not owns:
+            return known.free
         lane = self._lanes.get((adapter, owns))
         if lane is None:
-            lane = self._lanes[adapter, owns] = _Lane(self.adapter(adapter), owns)
-        self._places[place[2]] = place, lane
-        heapq.heappush(lane.places, place)
-        if self._first(lane) == place:
+            lane = self._lanes[adapter, owns] = Lane(known, owns)
+            if not known.has_lanes:
+                known.has_lanes = True
+                self._heaps.append((known, known.fronts))
+        return lane
+
+    def add(self, rank: float, order: int, task: str, lane: Lane) -> None:
+        """A task may start, before those of a higher rank, and of the same rank before those later in the file."""
+        place = self._places[task] = rank, order, task, lane
+        heappush(lane.places, place)
+        if lane.owns and self._first(lane) is place:
             self._loosen(lane)
 
     def discard(self, task: str) -> None:
         """A ready task may not start any more."""
-        if task in self._places:
-            place, lane = self._places.pop(task)
-            if lane.places[0] == place:
-                self._loosen(lane)
+        place = self._places.pop(task, None)
+        if place is not None and place[3].owns and place[3].places[0] is place:
+            self._loosen(place[3])
 
     def occupy(self, task: str, adapter: str, owns: tuple[str, ...], *, slot: bool) -> None:
         """A task is live: its paths are its own, and with `slot` it counts for its adapter."""
@@ -101,7 +117,7 @@ class ReadyQueue:
 
     def free_paths(self, task: str) -> None:
         """A task is not live any more: what waited for its paths is looked at again."""
-        if self._owners.pop(task, None) is not None:
+        if self._owners and self._owners.pop(task, None) is not None:
             self._let_go(task)
 
     def park(self, name: str, until: float) -> None:
@@ -118,8 +134,9 @@ class ReadyQueue:
 
     def close(self, name: str) -> None:
         """Look at no task of an adapter again."""
-        self.adapter(name).closed = True
-        self._set_aside(self.adapter(name))
+        adapter = self.adapter(name)
+        adapter.closed, adapter.parked = True, math.inf
+        self._set_aside(adapter)
 
     def running(self) -> int:
         """How many sessions there are."""
@@ -127,7 +144,13 @@ class ReadyQueue:
 
     def is_movable(self, adapter: _Adapter) -> bool:
         """Whether an adapter has a ready task that is not known to be held."""
-        return self._front(adapter) is not None
+        for places in (adapter.free.places, adapter.fronts):
+            while places:
+                lane = self._lane_of(places[0])
+                if lane is not None and lane.held_by is None:
+                    return True
+                heappop(places)
+        return False
 
     def is_held_by_session(self) -> bool:
         """Whether the end of a session may let a held task start."""
@@ -135,21 +158,26 @@ class ReadyQueue:
 
     def take(self, now: float) -> str | None:
         """Remove and return the best placed task that may start now; it is live from then on."""
-        while (lane := self._best(now)) is not None:
-            holder = self._holder(lane)
-            if holder is None:
+        while True:
+            best, heap = None, None
+            for adapter, places in self._heaps:
+                if places and adapter.running < adapter.capacity and adapter.parked <= now:
+                    place = places[0]
+                    if best is None or place < best:
+                        best, heap = place, places
+            if best is None or heap is None:
+                return None
+            lane = best[3]
+            if self._places.get(best[2]) is not best or lane.held_by is not None:
+                heappop(heap)
+            elif not lane.owns:
                 return self._start(lane)
-            self._hold(lane, holder)
-        return None
+            elif (holder := self._holder(lane)) is not None:
+                self._hold(lane, holder)
+            else:
+                return self._start_owner(lane)
 
-    def _best(self, now: float) -> _Lane | None:
-        fronts = (self._front(adapter) for adapter in self._adapters.values() if adapter.is_open(now))
-        best = min((place for place in fronts if place is not None), default=None)
-        return None if best is None else self._places[best[2]][1]
-
-    def _holder(self, lane: _Lane) -> str | _Lane | None:
-        if not lane.owns:
-            return None
+    def _holder(self, lane: Lane) -> str | Lane | None:
         for task, owns in self._owners.items():
             if any_overlap(lane.owns, owns):
                 return task
@@ -158,44 +186,49 @@ class ReadyQueue:
             return None
         return reserved if any_overlap(lane.owns, reserved.owns) else None
 
-    def _start(self, lane: _Lane) -> str:
-        place = heapq.heappop(lane.places)
-        task = place[2]
+    def _start(self, lane: Lane) -> str:
+        task = heappop(lane.places)[2]
         del self._places[task]
+        self._running[task] = lane.adapter
+        lane.adapter.running += 1
+        return task
+
+    def _start_owner(self, lane: Lane) -> str:
+        task = self._start(lane)
+        self._take_paths(task, lane)
+        self._loosen(lane)
+        return task
+
+    def _take_paths(self, task: str, lane: Lane) -> None:
+        self._owners[task] = lane.owns
         if lane is self._reserved:
             self._reserved = None
         if lane in self._followers:
             self._followers[task] = self._followers.pop(lane)
             for follower in self._followers[task]:
                 follower.held_by = task if follower.held_by is lane else follower.held_by
-        if lane.owns:
-            self._owners[task] = lane.owns
-        self._running[task] = lane.adapter
-        lane.adapter.running += 1
-        self._loosen(lane)
-        return task
 
-    def _hold(self, lane: _Lane, holder: str | _Lane) -> None:
+    def _hold(self, lane: Lane, holder: str | Lane) -> None:
         lane.held_by = holder
         self._followers.setdefault(holder, []).append(lane)
-        heapq.heappush(self._held, lane.places[0])
+        heappush(self._held, lane.places[0])
         if self._reserved is not None and lane.places[0] < self._reserved.places[0]:
             self._give_up_reservation()
 
-    def _loosen(self, lane: _Lane) -> None:
+    def _loosen(self, lane: Lane) -> None:
         """Look at a lane anew: its first task has changed, or what held it let go."""
         lane.held_by = None
-        if lane is self._reserved:
+        if self._reserved is lane:
             self._give_up_reservation()
         first = self._first(lane)
         if first is not None:
-            heapq.heappush(lane.adapter.fronts, first)
+            heappush(lane.adapter.fronts, first)
 
-    def _let_go(self, holder: str | _Lane) -> None:
+    def _let_go(self, holder: str | Lane) -> None:
         for lane in self._followers.pop(holder, ()):
             if lane.held_by is holder or lane.held_by == holder:
                 lane.held_by = None
-                heapq.heappush(lane.adapter.fronts, lane.places[0])
+                heappush(lane.adapter.fronts, lane.places[0])
 
     def _set_aside(self, adapter: _Adapter) -> None:
         for lane in self._lanes.values():
@@ -204,15 +237,15 @@ class ReadyQueue:
         if self._reserved is not None and self._reserved.adapter is adapter:
             self._give_up_reservation()
 
-    def _reservation(self) -> _Lane | None:
+    def _reservation(self) -> Lane | None:
         """Return the best placed lane that is held, or was when it reserved its paths."""
         while self._reserved is None and self._held:
             place = self._held[0]
             known = self._places.get(place[2])
-            if known is not None and known[0] == place and known[1].held_by is not None:
-                self._reserved = known[1]
+            if known is place and place[3].held_by is not None:
+                self._reserved = place[3]
             else:
-                heapq.heappop(self._held)
+                heappop(self._held)
         return self._reserved
 
     def _give_up_reservation(self) -> None:
@@ -220,17 +253,12 @@ class ReadyQueue:
             lane, self._reserved = self._reserved, None
             self._let_go(lane)
 
-    def _first(self, lane: _Lane) -> Place | None:
-        while lane.places and not self._is_current(lane.places[0]):
-            heapq.heappop(lane.places)
-        return lane.places[0] if lane.places else None
+    def _first(self, lane: Lane) -> _Place | None:
+        places = lane.places
+        while places and self._lane_of(places[0]) is None:
+            heappop(places)
+        return places[0] if places else None
 
-    def _front(self, adapter: _Adapter) -> Place | None:
-        fronts = adapter.fronts
-        while fronts and not (self._is_current(fronts[0]) and self._places[fronts[0][2]][1].held_by is None):
-            heapq.heappop(fronts)
-        return fronts[0] if fronts else None
-
-    def _is_current(self, place: Place) -> bool:
-        known = self._places.get(place[2])
-        return known is not None and known[0] == place
+    def _lane_of(self, place: _Place) -> Lane | None:
+        """Return the lane that a place is in: none once it is given up, also if its task has been added anew since."""
+        return place[3] if self._places.get(place[2]) is place else None

@@ -27,6 +27,7 @@ from orchestrator.repo.inspection import Admission
 from orchestrator.repo.quarantine import Quarantine
 from orchestrator.repo.session_refs import SessionRefs, read_session_refs
 from orchestrator.repo.staging import Staging, remove_blocking, stage
+from orchestrator.repo.stamps import Stamps
 from orchestrator.repo.worktrees import Worktree
 
 _MOST_SALVAGED = 50
@@ -50,26 +51,32 @@ class Collected:
     notes: tuple[str, ...] = ()
 
 
-async def collect(git: Git, worktree: Worktree, base: str, message: str, *, admit: Admission) -> Collected:
+async def collect(
+    git: Git, worktree: Worktree, base: str, message: str, *, admit: Admission, stamps: Stamps | None = None
+) -> Collected:
     """Commit what the worktree holds beyond `base` to the attempt's branch; `git` runs in the trusted repository.
+
+    With `stamps`, which were taken when it had been created, less of it need be looked at.
 
     Safe to repeat: a second call finds the same content and makes the same commit content again. The caller knows
     that nothing of the session lives.
     """
     try:
-        return await _collect_all(git, worktree, base, message, admit)
+        return await _collect_all(git, worktree, base, message, admit, stamps)
     finally:
         # What was refused is in there, too.
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(partial(shutil.rmtree, worktree.import_folder, ignore_errors=True))
 
 
-async def _collect_all(git: Git, worktree: Worktree, base: str, message: str, admit: Admission) -> Collected:
+async def _collect_all(
+    git: Git, worktree: Worktree, base: str, message: str, admit: Admission, stamps: Stamps | None
+) -> Collected:
     left = await anyio.to_thread.run_sync(read_session_refs, worktree.git_dir)
     history = History(git, worktree, base, admit)
     await history.look()
     tip, dropped = await _own_commits(history, left)
-    files = await _collect_files(git, worktree, base, tip, left.head, message, admit)
+    files = await _collect_files(history, tip, left.head, message, stamps)
     salvaged, notes = await _salvage(history, left, files.commit or base)
     return Collected(
         files.commit,
@@ -93,10 +100,11 @@ async def _own_commits(history: History, left: SessionRefs) -> tuple[str, tuple[
 
 
 async def _collect_files(
-    git: Git, worktree: Worktree, base: str, tip: str, head: str | None, message: str, admit: Admission
+    history: History, tip: str, head: str | None, message: str, stamps: Stamps | None
 ) -> Collected:
+    git, worktree, base = history.git, history.worktree, history.base
     tip_tree, base_tree = (await git.line("rev-parse", f"{tip}^{{tree}}", f"{base}^{{tree}}")).split()
-    refused, left_out = await _stage(git, worktree, base, admit)
+    refused, left_out = await _stage(history, stamps)
     tree = await git.line("write-tree", env=worktree.env)
     if tree == base_tree and head != f"ref: refs/heads/{worktree.branch}":
         # It went back to where it began, or elsewhere: what it left on its branch is its work.
@@ -111,15 +119,18 @@ async def _collect_files(
     return Collected(tip, problem, complete=refused is None, left_out=left_out)
 
 
-async def _stage(git: Git, worktree: Worktree, base: str, admit: Admission) -> tuple[str | None, tuple[str, ...]]:
+async def _stage(history: History, stamps: Stamps | None) -> tuple[str | None, tuple[str, ...]]:
     """Stage all of the checkout that can and may be; return why some of it was not, and the paths that may not."""
+    worktree = history.worktree
     if not await anyio.to_thread.run_sync(_is_folder, worktree.tree):
         return "its worktree was removed or replaced by something else", ()
     unread = await anyio.to_thread.run_sync(remove_blocking, worktree.tree)
     if await anyio.to_thread.run_sync(_is_folder, worktree.git_dir):
         await anyio.to_thread.run_sync(remove_blocking, worktree.git_dir)
     quarantine = Quarantine(worktree.import_folder / "files", worktree.hub.objects)
-    staged = await stage(git, Staging(worktree.tree, worktree.index, quarantine), base, admit)
+    staged = await stage(
+        history.git, Staging(worktree.tree, worktree.index, quarantine, stamps), history.base, history.admit
+    )
     await anyio.to_thread.run_sync(quarantine.adopt, staged.refused_objects)
     failpoint("work.staged")
     reasons = []

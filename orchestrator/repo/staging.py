@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import anyio.to_thread
@@ -17,9 +18,16 @@ from orchestrator.errors import GitError
 from orchestrator.repo.git import Git, parse_raw
 from orchestrator.repo.inspection import Admission, inspect
 from orchestrator.repo.quarantine import Quarantine
+from orchestrator.repo.stamps import Candidates, Stamps
 
 #: Seconds for git to read an agent's tree: it waits for ever where a file to be read is a pipe.
 STAGING_LIMIT = 120.0
+
+#: Up to so many paths are staged by name.
+_FEW = 100
+
+#: How git is given paths on its standard input.
+_NAMED = ("--pathspec-from-file=-", "--pathspec-file-nul")
 
 # Git opens these wherever they are, whatever they are.
 _READ_BY_GIT = frozenset({".gitignore", ".gitattributes", ".gitmodules"})
@@ -32,11 +40,26 @@ class Staging:
     tree: Path
     index: Path
     quarantine: Quarantine
+    stamps: Stamps | None = None
+    """What the checkout was like when the index was made of it, if that is known."""
 
     @property
     def env(self) -> dict[str, str]:
         """What points git at the checkout, our index and the objects."""
         return {"GIT_WORK_TREE": str(self.tree), "GIT_INDEX_FILE": str(self.index), **self.quarantine.writing}
+
+    @property
+    def ignoring(self) -> tuple[str, str]:
+        """The option by which git passes over what `ignore` was told."""
+        return "-c", f"core.excludesFile={self._ignored}"
+
+    @property
+    def _ignored(self) -> Path:
+        return self.quarantine.objects.with_name("ignored")
+
+    def ignore(self, patterns: Iterable[str]) -> None:
+        """Write down what is not to be staged where the index does not have it. Blocks."""
+        self._ignored.write_text("".join(f"{pattern}\n" for pattern in patterns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,30 +78,57 @@ async def stage(git: Git, staging: Staging, base: str, admit: Admission) -> Stag
     `base`, with what it knows of the files' times.
     """
     await anyio.to_thread.run_sync(staging.quarantine.empty)
-    await git("read-tree", "--reset", base, env=staging.env)
-    differing = await _differing(git, staging)
+    # As a rule it is as the checkout left it: making it anew takes many times as long as finding that out.
+    if (await git("diff-index", "--cached", "--quiet", base, env=staging.env, ok=(0, 1, 128))).returncode:
+        await git("read-tree", "--reset", base, env=staging.env)
+        staging = replace(staging, stamps=None)
+    await anyio.to_thread.run_sync(staging.ignore, admit.leavings)
+    candidates = None if staging.stamps is None else await anyio.to_thread.run_sync(staging.stamps.candidates, _FEW)
+    differing = await _differing(git, staging, candidates)
     refused = await anyio.to_thread.run_sync(_refused_unread, staging.tree, differing, admit)
-    problem = await _add(git, staging, refused, admit)
+    problem = await _add(git, staging, differing, refused, admit) if differing else None
     raw = await git("diff-index", "--cached", "--raw", "-z", "--no-renames", base, env=staging.env)
     changes = parse_raw(raw.stdout)
     found = await inspect(git, changes, admit, staging.env)
     rejected = [change for change in changes if change.path in found]
-    lines = "".join(f"{one.old_mode} {one.old_id}\t{one.path}\0" for one in rejected)
-    await git("update-index", "-z", "--index-info", env=staging.env, input_=lines.encode(errors="surrogateescape"))
+    if rejected:
+        lines = "".join(f"{one.old_mode} {one.old_id}\t{one.path}\0" for one in rejected)
+        await git("update-index", "-z", "--index-info", env=staging.env, input_=lines.encode(errors="surrogateescape"))
     return Staged(refused | found, problem, frozenset(one.new_id for one in rejected))
 
 
-async def _differing(git: Git, staging: Staging) -> list[str]:
-    """Return the paths of files that are not what the index has, and are not ignored."""
+async def _differing(git: Git, staging: Staging, among: Candidates | None) -> list[str]:
+    """Return the paths where files are not what the index has, or not there any more, and are not ignored.
 
-    async def ask(*command: str) -> bytes:
-        done = await git(*command, env=staging.env, cwd=staging.tree, ok=(0, 1), limit=STAGING_LIMIT)
+    Git looks only at what is `among` some; None is all.
+    """
+
+    async def ask(*command: str, paths: Sequence[str] = (), input_: bytes | None = None) -> bytes:
+        argv = (*staging.ignoring, *command, *(["--", *map(_literal, paths)] if paths else ()))
+        done = await git(*argv, env=staging.env, cwd=staging.tree, ok=(0, 1), input_=input_, limit=STAGING_LIMIT)
         return done.stdout
 
-    await ask("update-index", "-q", "--refresh")
-    changed = parse_raw(await ask("diff-files", "--raw", "-z", "--no-renames"))
-    others = (await ask("ls-files", "--others", "--exclude-standard", "-z")).decode(errors="surrogateescape")
-    return [one.path for one in changed if int(one.new_mode, 8)] + others.split("\0")[:-1]
+    if among is None:
+        await ask("update-index", "-q", "--refresh")
+    elif among.changed:  # those that are gone may lead behind a link by now, and git takes no such name
+        await ask("add", "--refresh", *_NAMED, input_=_named(map(_literal, among.changed)))
+    changed, others = b"", b""
+    tracked = () if among is None else (*among.changed, *among.gone)
+    if among is None or tracked:
+        changed = await ask("diff-files", "--raw", "-z", "--no-renames", paths=tracked)
+    if among is None or among.added:
+        paths = () if among is None else among.added
+        others = await ask("ls-files", "--others", "--exclude-standard", "-z", paths=paths)
+    untracked = others.decode(errors="surrogateescape").split("\0")[:-1]
+    return [*(one.path for one in parse_raw(changed)), *untracked]
+
+
+def _literal(path: str) -> str:
+    return f":(top,literal){path}"
+
+
+def _named(patterns: Iterable[str]) -> bytes:
+    return "".join(f"{pattern}\0" for pattern in patterns).encode(errors="surrogateescape")
 
 
 def _refused_unread(tree: Path, paths: Iterable[str], admit: Admission) -> dict[str, str]:
@@ -93,18 +143,30 @@ def _refused_unread(tree: Path, paths: Iterable[str], admit: Admission) -> dict[
     return refused
 
 
-async def _add(git: Git, staging: Staging, without: Iterable[str], admit: Admission) -> str | None:
-    """Add the files but for some; return why not all the others could be added, or None."""
-    # Above this size git would write packs, of which no object can be left behind.
-    command = ["-c", f"core.bigFileThreshold={admit.max_file + 1}", "add", "--all", "--ignore-errors"]
-    excluded = "".join(f":(top,exclude,literal){path}\0" for path in without).encode(errors="surrogateescape")
-    if excluded:
-        command += ["--pathspec-from-file=-", "--pathspec-file-nul"]
+async def _add(
+    git: Git, staging: Staging, paths: Sequence[str], without: Collection[str], admit: Admission
+) -> str | None:
+    """Add the files at `paths`, which are all that differ, but for some; return why not all could be, or None."""
+    excluded = [f":(top,exclude,literal){path}" for path in without]
+    if len(paths) <= _FEW:
+        # By name git need not look through the checkout once more. It won't have names that lead behind a link, which
+        # is where the files of a folder are that became one.
+        with suppress(GitError):
+            await _add_matching(git, staging, [*map(_literal, paths), *excluded], admit)
+            return None
     try:
-        await git(*command, env=staging.env, cwd=staging.tree, input_=excluded or None, limit=STAGING_LIMIT)
+        await _add_matching(git, staging, [":(top)", *excluded], admit)
     except GitError as error:
         return error.stderr
     return None
+
+
+async def _add_matching(git: Git, staging: Staging, patterns: Sequence[str], admit: Admission) -> None:
+    # Above this size git would write packs, of which no object can be left behind.
+    limit = f"core.bigFileThreshold={admit.max_file + 1}"
+    command = ["-c", limit, "add", "--all", "--ignore-errors", *_NAMED]
+    given = _named(patterns)
+    await git(*staging.ignoring, *command, env=staging.env, cwd=staging.tree, input_=given, limit=STAGING_LIMIT)
 
 
 def remove_blocking(tree: Path) -> list[str]:
@@ -141,6 +203,9 @@ def blocking(tree: Path, unread: list[str] | None = None, *, anywhere: bool = Fa
 
 
 def _blocks(entry: os.DirEntry[str], *, in_git: bool) -> bool:
+    # What a folder says of its entries spares looking at each of them.
+    if entry.is_file(follow_symlinks=False):
+        return False
     # Of the links in a checkout git follows this one only.
     follow = in_git or entry.name == ".gitmodules"
     try:

@@ -11,17 +11,16 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.errors import GitError
 from orchestrator.failpoints import failpoint
-from orchestrator.process import run
 from orchestrator.repo.git import Git
 from orchestrator.repo.hub import Hub, work_branch
+from orchestrator.repo.removal import remove_all
 
 #: How the folder of a check's worktree ends; no task's attempt is named so, because attempts end in a number.
 _CHECK = ".check"
@@ -98,11 +97,19 @@ class Worktree:
         return {"GIT_WORK_TREE": str(self.tree), "GIT_INDEX_FILE": str(self.index)}
 
 
-async def create(git: Git, worktree: Worktree, start: str, prompt: str) -> None:
+CheckOut = Callable[[Git, Worktree, str], Awaitable[None]]
+
+
+async def check_out(git: Git, worktree: Worktree, commit: str) -> None:
+    """Write a commit's files into the worktree's folder, which is there, then our index of them."""
+    await git("read-tree", "--reset", "-u", commit, env=worktree.env, cwd=worktree.tree)
+
+
+async def create(git: Git, worktree: Worktree, start: str, prompt: str, check_out: CheckOut = check_out) -> None:
     """Check out `start` (a commit id) for a session; `git` runs in the trusted repository."""
     await anyio.to_thread.run_sync(_lay_out, worktree, start, prompt)
     failpoint("worktree.half_built")
-    await git("read-tree", "--reset", "-u", start, env=worktree.env, cwd=worktree.tree)
+    await check_out(git, worktree, start)
     await anyio.to_thread.run_sync(shutil.copyfile, worktree.index, worktree.git_dir / "index")
     failpoint("worktree.created")
 
@@ -126,20 +133,9 @@ async def remove(git: Git, worktree: Worktree) -> None:
     """Delete all of the session's files, whatever state they are in; the caller has saved what counts."""
     # Its folder goes last: as long as it is there, a recovery knows that there is something to remove.
     await anyio.to_thread.run_sync(_forget, worktree)
-    await _delete(git, worktree.root)
-    await anyio.to_thread.run_sync(_remove_if_empty, worktree.root.parent)
+    await remove_all(worktree.root, git.environ, git.keep_fds)
+    await anyio.to_thread.run_sync(remove_if_empty, worktree.root.parent)
     failpoint("worktree.removed")
-
-
-async def _delete(git: Git, folder: Path) -> None:
-    # `rm` rather than shutil: an agent's folders may be nested deeper than Python recurses, or closed to us.
-    argv = ["rm", "-rf", "--", str(folder)]
-    env = {"PATH": git.environ.get("PATH", os.defpath), "LC_ALL": "C"}
-    if (await run(argv, env=env)).returncode:
-        await run(["chmod", "-R", "u+rwx", "--", str(folder)], env=env)
-        done = await run(argv, env=env)
-        if done.returncode:
-            raise GitError(argv, done.returncode, done.stderr.decode(errors="replace"))
 
 
 def unlock(worktree: Worktree) -> bool:
@@ -157,7 +153,8 @@ def _forget(worktree: Worktree) -> None:
     shutil.rmtree(worktree.import_folder, ignore_errors=True)
 
 
-def _remove_if_empty(folder: Path) -> None:
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder that has nothing in it; otherwise do nothing. Blocks."""
     try:
         folder.rmdir()
     except OSError as error:
@@ -165,16 +162,20 @@ def _remove_if_empty(folder: Path) -> None:
             raise
 
 
-def left_over(hub: Hub, run_id: str, tasks: Collection[str]) -> list[Worktree]:
-    """Return the worktrees that exist for a run's tasks, in whatever state; what is none of ours is passed over."""
+def left_over(hub: Hub, run_id: str, tasks: Collection[str] | None) -> list[Worktree]:
+    """Return the worktrees that exist for a run's tasks, in whatever state; what is none of ours is passed over.
+
+    `tasks` is None for a run of which nothing is known.
+    """
     folder = hub.sessions / run_id
-    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    is_ours = folder.is_dir() and folder.resolve().is_relative_to(hub.root.resolve())  # else a link leads elsewhere
+    names = sorted(path.name for path in folder.iterdir()) if is_ours else []
     return [found for name in names if (found := _named(hub, run_id, name, tasks)) is not None]
 
 
-def _named(hub: Hub, run_id: str, name: str, tasks: Collection[str]) -> Worktree | None:
+def _named(hub: Hub, run_id: str, name: str, tasks: Collection[str] | None) -> Worktree | None:
     task, _, number = name.removesuffix(_CHECK).rpartition(".")
-    if task not in tasks or not number.isdecimal():
+    if not task or (tasks is not None and task not in tasks) or not number.isdecimal():
         return None
     return Worktree(hub, run_id, task, int(number), is_check=name.endswith(_CHECK))
 
@@ -189,14 +190,19 @@ async def remove_stale_locks(hub: Hub, run_id: str) -> None:
 
 
 def _remove_stale_locks(trusted: Path, run_id: str) -> None:
-    found = [path for path in trusted.rglob("*.lock") if path.is_file()]
+    found = lock_files(trusted)
     ours = [path for path in found if any(part.startswith(run_id) for part in path.relative_to(trusted).parts)]
-    for lock in found if not _git_runs_for(trusted) else ours:
+    for lock in found if not git_runs_for(trusted) else ours:
         lock.unlink(missing_ok=True)
 
 
-def _git_runs_for(trusted: Path) -> bool:
-    """Whether a process has the trusted repository as its GIT_DIR; without /proc that can't be ruled out."""
+def lock_files(trusted: Path) -> list[Path]:
+    """Return the lock files of git commands in the trusted repository, whether those live or not. Blocks."""
+    return [path for path in trusted.rglob("*.lock") if path.is_file()]
+
+
+def git_runs_for(trusted: Path) -> bool:
+    """Whether a process has the trusted repository as its GIT_DIR; without /proc that can't be ruled out. Blocks."""
     wanted = f"GIT_DIR={trusted}".encode()
     processes = list(Path("/proc").glob("[0-9]*/environ"))
     for environ in processes:

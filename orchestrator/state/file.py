@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import ExitStack, asynccontextmanager, closing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from anyio import to_thread
 from orchestrator.clock import Clock
 from orchestrator.errors import StateError, StoreUnavailable
 from orchestrator.protocols import Commit, Damage, Document, Key, Record
+from orchestrator.state import snapshot
 from orchestrator.state.log import Decoded, EncodedCommit, Incomplete, encode_commit, encode_line, to_record
 from orchestrator.state.mounts import refuse_network_mount
 from orchestrator.state.replay import Replay
@@ -29,6 +30,7 @@ from orchestrator.state.segments import (
     Cursor,
     Lock,
     Mark,
+    Sum,
     append,
     create_segment,
     cut,
@@ -77,6 +79,7 @@ class FileStore:
         self._opened = ExitStack()
         self._lock: Lock
         self._cursor: Cursor
+        self._saved = 0  # bytes of the log in the newest snapshot that is known
         self._seen = b""  # the mark up to which the table has the log
         self._broken: OSError | None = None
         self._turns: deque[_Turn] = deque()
@@ -186,11 +189,29 @@ class FileStore:
         self._lock = self._opened.enter_context(closing(Lock(self._directory)))
         self._cursor = self._opened.enter_context(closing(Cursor(self._directory)))
         with self._io, self._lock.held():
+            self._load()
             self._recover()
+        self._opened.callback(self._save)
+
+    def _load(self) -> None:
+        """Begin at the snapshot, if there is one of this log."""
+        found = snapshot.read(self._directory)
+        if found is not None:
+            self._replay = Replay(found.table)
+            self._cursor.resume(found.sums)
+            self._saved = _size(found.sums)
 
     def _close(self) -> None:
         with self._io:
             self._opened.close()
+
+    def _save(self) -> None:
+        """Leave a snapshot for the next opener, if that spares it something."""
+        sums = self._cursor.sums
+        is_whole = not self._broken and not self._replay.damage and self._cursor.is_summed
+        if is_whole and _size(sums) - self._saved >= snapshot.WORTH_BYTES:
+            with suppress(OSError):  # it only saves time
+                snapshot.write(self._directory, snapshot.Snapshot(self._replay.table, sums))
 
     def _catch_up(self) -> None:
         with self._io:
@@ -242,14 +263,14 @@ class FileStore:
         if cursor.segment == 0 or cursor.offset >= self._segment_bytes:
             first = self._replay.table.position + 1
             create_segment(self._directory, first)
-            cursor.move(first, 0)
+            cursor.move(first)
         try:
             end = append(cursor.path, cursor.offset, data)
             self._seen = self._lock.publish(Mark(cursor.segment, end, position))
         except OSError:
             self._take_back()
             raise
-        cursor.move(cursor.segment, end)
+        cursor.skip(data)
 
     def _take_back(self) -> None:
         try:
@@ -267,14 +288,17 @@ class FileStore:
             return
         if (last, size) < (cursor.segment, cursor.offset):
             raise OSError(errno.EIO, "the log is shorter than what was read from it")
+        lacks_end = False
         for found in cursor.read(Mark(last, size, 0)):
             if isinstance(found.item, Incomplete) and cursor.segment == last:
                 cut(found.path, found.offset)
                 self._replay.report(found.path, found.offset, (), "an unfinished line of a process that died: cut")
                 continue
             self._replay.take(found)
-            if isinstance(found.item, Decoded) and not found.item.terminator and cursor.segment == last:
-                cursor.move(last, append(found.path, cursor.offset, b"\n"))
+            lacks_end = isinstance(found.item, Decoded) and not found.item.terminator and cursor.segment == last
+        if lacks_end:
+            append(cursor.path, cursor.offset, b"\n")
+            cursor.skip(b"\n")
         mark = Mark.decode(current)
         self._replay.finish(mark.position if mark else 0, cursor.path, cursor.offset)
         end = Mark(cursor.segment, cursor.offset, self._replay.table.position)
@@ -293,6 +317,10 @@ class FileStore:
             self._broken = error
             raise
         self._seen = self._lock.publish(end)
+
+
+def _size(sums: Mapping[int, Sum]) -> int:
+    return sum(part.size for part in sums.values())
 
 
 def _read_records(cursor: Cursor, until: Mark, after: int) -> tuple[list[Record], bool]:

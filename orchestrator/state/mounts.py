@@ -42,18 +42,27 @@ NETWORK_FILE_SYSTEMS: Final = frozenset(
 def refuse_network_mount(path: Path, mountinfo: Path = Path("/proc/self/mountinfo")) -> None:
     """Raise RefusedError if `path` (it need not exist) is on a network file system.
 
-    Reads Linux's mount table, see proc_pid_mountinfo(5); where there is none, nothing is refused.
+    Where there is no mount table nothing is refused.
     """
-    try:
-        table = mountinfo.read_text(encoding="utf-8", errors="surrogateescape")
-    except FileNotFoundError:
-        return
-    mount, kind = mount_of(path.resolve(), table)
-    if kind in NETWORK_FILE_SYSTEMS:
+    found = read_mount(path, mountinfo)
+    if found is not None and found[1] in NETWORK_FILE_SYSTEMS:
+        mount, kind = found
         raise RefusedError(
             f"{path} is on {mount}, a network file system ({kind}) whose file locks can't be relied on",
             "put the state on a local disk",
         )
+
+
+def read_mount(path: Path, mountinfo: Path = Path("/proc/self/mountinfo")) -> tuple[Path, str] | None:
+    """Return the mount point that holds `path` (it need not exist), and its file system's type.
+
+    Reads Linux's mount table, see proc_pid_mountinfo(5); None where there is none.
+    """
+    try:
+        table = mountinfo.read_text(encoding="utf-8", errors="surrogateescape")
+    except FileNotFoundError:
+        return None
+    return mount_of(path.resolve(), table)
 
 
 def mount_of(path: Path, table: str) -> tuple[Path, str]:

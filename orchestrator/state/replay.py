@@ -18,8 +18,9 @@ class Replay:
     missing. So they are kept as suspects until the next good line, or until the known end.
     """
 
-    def __init__(self) -> None:
-        self.table = Table()
+    def __init__(self, table: Table | None = None) -> None:
+        """Begin with the table of a log of which some is known, or with none."""
+        self.table = Table() if table is None else table
         self.damage: list[Damage] = []
         self._suspects: list[Found] = []
 

@@ -12,7 +12,7 @@ import fcntl
 import os
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -51,6 +51,13 @@ class Found(NamedTuple):
     path: Path
     offset: int
     item: Scanned
+
+
+class Sum(NamedTuple):
+    """What the first `size` bytes of a segment were when they were read or written: their CRC-32."""
+
+    size: int
+    crc: int
 
 
 class Lock:
@@ -109,6 +116,8 @@ class Cursor:
     def __init__(self, directory: Path, after: int = 0) -> None:
         """Stand at the beginning of the segment that holds the position behind `after`."""
         self.segment, self.offset = 0, 0
+        self.sums: dict[int, Sum] = {}
+        """What stands before here, of each segment that was read from its beginning."""
         self._directory = directory
         self._fd: int | None = None
         self._start = max((first for first in segments(directory) if first <= after + 1), default=0)
@@ -118,6 +127,11 @@ class Cursor:
         """The segment's file; without any segment, the directory."""
         return segment_path(self._directory, self.segment) if self.segment else self._directory
 
+    @property
+    def is_summed(self) -> bool:
+        """Whether `sums` tells of all that stands before here."""
+        return self.segment > 0 and self.sums[self.segment].size == self.offset
+
     def read(self, until: Mark) -> Iterator[Found]:
         """Yield what stands between here and `until`, moving on behind each; a tail that is incomplete stays."""
         while True:
@@ -125,12 +139,22 @@ class Cursor:
             if self.segment >= until.segment or not self._next_segment():
                 return
 
-    def move(self, segment: int, offset: int) -> None:
-        """Stand elsewhere: behind what this process has appended."""
-        if segment != self.segment:
-            self.close()
-            self.segment = segment
-        self.offset = offset
+    def move(self, segment: int) -> None:
+        """Stand at the beginning of another segment."""
+        self.close()
+        self.segment, self.offset = segment, 0
+        self.sums[segment] = Sum(0, 0)
+
+    def skip(self, data: bytes) -> None:
+        """Stand behind what this process has appended here."""
+        self.offset += len(data)
+        self._add(data)
+
+    def resume(self, sums: Mapping[int, Sum]) -> None:
+        """Stand behind what is known of some segments, the last of which is gone on with."""
+        self.sums = dict(sums)
+        self.segment = max(sums)
+        self.offset = sums[self.segment].size
 
     def close(self) -> None:
         """Give the open segment back."""
@@ -146,22 +170,28 @@ class Cursor:
         end = os.fstat(self._fd).st_size
         if self.segment == until.segment:
             end = min(end, until.end)
-        path, span = self.path, _READ_BYTES
+        path, span, is_cut_off = self.path, _READ_BYTES, False
         while self.offset < end:
             start = self.offset
             data = os.pread(self._fd, min(span, end - start), start)
             for item_start, item in _items(data, is_whole=start + len(data) >= end):
                 self.offset = start + (item_start if isinstance(item, Incomplete) else item.end)
                 yield Found(path, start + item_start, item)
-                if isinstance(item, Incomplete):
-                    return
+                is_cut_off = isinstance(item, Incomplete)
+            self._add(memoryview(data)[: self.offset - start])
+            if is_cut_off:
+                return
             span = _READ_BYTES if self.offset > start else 2 * span
+
+    def _add(self, data: bytes | memoryview) -> None:
+        size, crc = self.sums[self.segment]
+        self.sums[self.segment] = Sum(size + len(data), zlib.crc32(data, crc))
 
     def _next_segment(self) -> bool:
         later = [first for first in segments(self._directory) if first > self.segment and first >= self._start]
         if not later:
             return False
-        self.move(later[0], 0)
+        self.move(later[0])
         return True
 
 

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import json
 import threading
-from bisect import bisect_left, insort
-from dataclasses import dataclass, replace
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from orchestrator.errors import LeaseLost, VersionConflict
 from orchestrator.protocols import Document, Guard, Key
 from orchestrator.state.log import Change, EncodedCommit, Line, values
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A document's newest version. `value` is encoded; None if it was deleted, or lost before it was ever read.
 
     `damaged`: this version's value is not known, `value` is an older one.
@@ -36,9 +36,10 @@ class Entry:
 class Table:
     """The state as of `position`. One thread at a time may apply; any thread may read meanwhile."""
 
-    def __init__(self) -> None:
-        self.position = 0
-        self._kinds: dict[str, dict[str, Entry]] = {}
+    def __init__(self, position: int = 0, kinds: Mapping[str, dict[str, Entry]] | None = None) -> None:
+        """Begin empty, or with the entries that `kinds` gave."""
+        self.position = position
+        self._kinds: dict[str, dict[str, Entry]] = dict(kinds or {})
         self._sorted_ids: dict[str, list[str]] = {}
         # Held for one line at a time: no reader sees half of a commit.
         self._lock = threading.Lock()
@@ -47,8 +48,12 @@ class Table:
         """Return the entry of a key, that of a deleted document too."""
         return self._kinds.get(key.kind, {}).get(key.id)
 
+    def kinds(self) -> Mapping[str, Mapping[str, Entry]]:
+        """Return all entries by kind and id, those of deleted documents too; only for who applies."""
+        return self._kinds
+
     def get(self, key: Key) -> Document | None:
-        """Return the document, decoded, or None."""
+        """Return the document, or None."""
         with self._lock:
             entry = self.entry(key)
         return _document(key, entry) if entry and entry.exists else None
@@ -56,8 +61,9 @@ class Table:
     def documents(self, kind: str, prefix: str = "") -> list[Document]:
         """Return the documents of a kind whose id begins with `prefix`, by id."""
         with self._lock:
-            found = self._with_prefix(kind, prefix)
-        return [_document(key, entry) for key, entry in found]
+            entries = self._kinds.get(kind, {})
+            ids = self._ids(kind, prefix)
+            return [_document(Key(kind, name), entry) for name in ids if (entry := entries[name]).exists]
 
     def apply(self, line: Line) -> None:
         """Take over a line; it must be the one at the next position."""
@@ -79,7 +85,7 @@ class Table:
             for entries in self._kinds.values():
                 for name, entry in entries.items():
                     version = entry.version + commits
-                    entries[name] = replace(entry, version=version, damaged=entry.exists)
+                    entries[name] = entry._replace(version=version, damaged=entry.exists)
             self.position += commits
 
     def _damaged(self, change: Change, position: int) -> Entry:
@@ -88,7 +94,7 @@ class Table:
         old = self.entry(change.key)
         if old is None:
             return Entry(change.version, None, position, damaged=True)
-        return replace(old, version=change.version, damaged=True)
+        return old._replace(version=change.version, damaged=True)
 
     def _put(self, key: Key, entry: Entry) -> None:
         entries = self._kinds.setdefault(key.kind, {})
@@ -96,21 +102,13 @@ class Table:
             insort(self._sorted_ids[key.kind], key.id)
         entries[key.id] = entry
 
-    def _with_prefix(self, kind: str, prefix: str) -> list[tuple[Key, Entry]]:
-        entries = self._kinds.get(kind)
-        if entries is None:
-            return []
+    def _ids(self, kind: str, prefix: str) -> list[str]:
         ids = self._sorted_ids.get(kind)
         if ids is None:
-            ids = self._sorted_ids[kind] = sorted(entries)
-        found = []
-        for index in range(bisect_left(ids, prefix), len(ids)):
-            if not ids[index].startswith(prefix):
-                break
-            entry = entries[ids[index]]
-            if entry.exists:
-                found.append((Key(kind, ids[index]), entry))
-        return found
+            ids = self._sorted_ids[kind] = sorted(self._kinds.get(kind, ()))
+        first = bisect_left(ids, prefix)
+        # Sorted by characters, so that those with the prefix stand together.
+        return ids[first : bisect_right(ids, prefix, first, key=lambda name: name[: len(prefix)])]
 
 
 class Stage:
@@ -154,5 +152,4 @@ class Stage:
 
 
 def _document(key: Key, entry: Entry) -> Document:
-    value = {} if entry.value is None else json.loads(entry.value)
-    return Document(key, entry.version, value, entry.position, entry.damaged)
+    return Document(key, entry.version, entry.value or b"{}", entry.position, entry.damaged)

@@ -19,6 +19,8 @@ from orchestrator.repo.git import Git
 from orchestrator.repo.hub import create_hub, hub_of, internal_ref
 from orchestrator.repo.inspection import Admission
 from orchestrator.repo.source import Source
+from orchestrator.repo.stamps import Stamps
+from orchestrator.repo.templates import Templates
 from orchestrator.repo.worktrees import Worktree
 from tests.conftest import Repository
 
@@ -36,6 +38,7 @@ class Place:
     worktree: Worktree
     base: str
     environ: Mapping[str, str]
+    stamps: Stamps
 
     def agent(self, *arguments: str) -> str:
         """Run git as the agent would."""
@@ -67,8 +70,8 @@ class Place:
         return self.agent("rev-parse", "HEAD")
 
     async def collect(self) -> Collected:
-        """Collect, twice: the second time must find the same."""
-        first = await collect(self.git, self.worktree, self.base, "work\n", admit=ADMIT)
+        """Collect, twice: what is found by stamps must also be found without, and again."""
+        first = await collect(self.git, self.worktree, self.base, "work\n", admit=ADMIT, stamps=self.stamps)
         again = await collect(self.git, self.worktree, self.base, "work\n", admit=ADMIT)
         assert await self.tree(first.commit) == await self.tree(again.commit)
         assert (first.refused, first.left_out, first.salvaged) == (again.refused, again.left_out, again.salvaged)
@@ -91,16 +94,20 @@ class Place:
 
 @pytest.fixture
 async def place(repository: Repository, tmp_path: Path, environ: dict[str, str]) -> Place:
-    """A worktree of the repository's `main`, fresh."""
+    """A worktree of the repository's `main`, fresh, and copied from a template."""
     repository.commit({".env.tracked": "A=1\n", "config.py": f"OLD = '{KEY}'\n", "link/x": "x\n"}, "more")
     hub = hub_of(str(repository.top), tmp_path / "council-home")
     await create_hub(hub, "sha1", environ)
     git = Git(hub.trusted, environ=environ)
     source = Source.of(str(repository.top), is_local=True, git=git)
     base = await source.fetch("main", internal_ref("run1", "base"))
-    worktree = Worktree(hub, "run1", "task", 1)
-    await worktrees.create(git, worktree, base, "prompt")
-    return Place(git, worktree, base, environ)
+    worktree, templates = Worktree(hub, "run1", "task", 1), Templates()
+    for one in (Worktree(hub, "run1", "earlier", 1), worktree):
+        await worktrees.create(git, one, base, "prompt", templates.check_out)
+    assert templates.place is not None
+    stamps = Stamps.take(worktree.tree)
+    assert stamps is not None
+    return Place(git, worktree, base, environ, stamps)
 
 
 async def test_ordinary_work_comes_in_whole(place: Place) -> None:

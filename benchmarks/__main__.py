@@ -1,0 +1,38 @@
+"""All benchmarks, as one table: printed, and written to `build/bench.md`.
+
+python -m benchmarks [--quick] [--folder PATH]
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+from benchmarks import cycle, scheduler, startup
+from benchmarks.measure import parser, table
+
+RESULTS: Final = Path("build", "bench.md")
+
+
+def main() -> None:
+    """Measure everything."""
+    options = parser(__doc__).parse_args()
+    rows = [
+        *startup.measure(quick=options.quick, folder=options.folder),
+        *scheduler.measure(quick=options.quick),
+        *cycle.measure(quick=options.quick, folder=options.folder),
+    ]
+    git = subprocess.run(["git", "--version"], check=True, capture_output=True, text=True).stdout.strip()  # noqa: S607
+    where = f"Python {platform.python_version()}, {git}, {platform.system()} {platform.machine()}"
+    text = f"{table(rows)}\n{where}; medians of paired runs.\n"
+    sys.stdout.write(text)
+    if not options.quick:
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

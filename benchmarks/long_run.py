@@ -1,0 +1,131 @@
+"""A project with the record of a long run, made by the same code that records runs: for what reads a record."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Final
+
+import anyio
+
+from orchestrator.clock import SystemClock
+from orchestrator.config.model import Backoff, TaskSpec
+from orchestrator.domain.lifecycle import Trigger
+from orchestrator.domain.model import Attempt, Intent, RunDocument
+from orchestrator.domain.secrets import Redactor
+from orchestrator.engine.ledger import Ledger, seed
+from orchestrator.project import Project
+from orchestrator.state.file import FileStore
+
+_AT_ONCE: Final = 64
+_PROMPT: Final = "Rewrite the module so that it reads its options from one place, and test that.\n" * 8
+
+
+def make(top: Path, tasks: int) -> None:
+    """Make a repository in `top` with the record of a run of which three quarters are over.
+
+    Of every eight tasks four have landed, one of them at its second attempt, one has failed, one has changed
+    nothing, and two were not tried yet.
+    """
+    subprocess.run(["git", "init", "--quiet", "-b", "main", str(top)], check=True)  # noqa: S607  git of the PATH
+    project = Project(top)
+    project.create()
+    anyio.run(_record_run, project, tasks)
+
+
+async def _record_run(project: Project, tasks: int) -> None:
+    top = project.top
+    run, clock = "20260101-000000-0000", SystemClock()
+    hub = top.parent / "hub"
+    for folder in ("trusted.git", "locks"):
+        (hub / folder).mkdir(parents=True)
+    specs = {one.id: one for one in map(_spec, range(tasks))}
+    async with FileStore.open(project.state, clock) as store:
+        await seed(store, _document(run, top, hub, tuple(specs)), specs)
+        ledger = await Ledger.take(store, clock, run, Redactor(frozenset()), {})
+        work = iter(specs)
+        async with anyio.create_task_group() as group:
+            for _ in range(_AT_ONCE):
+                group.start_soon(_record_all, ledger, work, tasks)
+
+
+def _spec(number: int) -> TaskSpec:
+    return TaskSpec(
+        id=f"task-{number:05d}",
+        prompt=_PROMPT,
+        needs=(f"task-{number - 1:05d}",) if number % 10 == 9 else (),
+        adapter="agent",
+        timeout=1800.0,
+        attempts=3,
+        backoff=Backoff(),
+        silence=600.0,
+        retry_on=frozenset(),
+        checks=("python3 -m pytest -q",),
+        checks_timeout=600.0,
+        checks_env=(),
+        retry_checks=True,
+        max_file=10 << 20,
+        priority=number % 3,
+        owns=(f"src/module{number}/**",),
+    )
+
+
+def _document(run: str, top: Path, hub: Path, tasks: tuple[str, ...]) -> RunDocument:
+    return RunDocument(
+        id=run,
+        config=str(top / "council.yaml"),
+        repo=str(top),
+        is_url=False,
+        base="main",
+        target=f"council/{run}",
+        capacity=8,
+        session_memory=1 << 30,
+        adapters={"agent": {"use": "command", "options": {"argv": ["agent"]}, "capacity": None, "reach": {}}},
+        fence={"sandbox": "auto", "network": True, "reach": {}},
+        tasks=tasks,
+        start=_commit(0),
+        hub=str(hub),
+        started=1767225600.0,
+    )
+
+
+async def _record_all(ledger: Ledger, work: Iterator[str], tasks: int) -> None:
+    for task in work:
+        number = int(task.rpartition("-")[2])
+        if number % 8 < 6:
+            await _record(ledger, task, number, tasks)
+
+
+async def _record(ledger: Ledger, task: str, number: int, tasks: int) -> None:
+    failing = Trigger.FAIL if number % 8 == 4 else Trigger.IDLE if number % 8 == 5 else None
+    ids = (_commit(number + tasks * step) for step in count(1))
+    if number % 8 == 0:
+        await _attempt(ledger, task, Trigger.RETRY, next(ids))
+    await _attempt(ledger, task, failing or Trigger.BUILD, next(ids))
+    if failing is None:
+        old, new = next(ids), next(ids)
+        await ledger.change(task, Trigger.CHECK, {"merge": new})
+        intent = Intent(old=old, new=new, recorded=1767225800.0)
+        await ledger.change(task, Trigger.INTEND, {"old": old, "new": new}, intent=intent)
+        await ledger.change(task, Trigger.LAND, {"landed": new}, landed=new, intent=None, branch=None)
+
+
+async def _attempt(ledger: Ledger, task: str, end: Trigger, commit: str) -> None:
+    before = ledger.task(task).attempts
+    attempt = Attempt(number=len(before) + 1, adapter="x", base=_commit(0), started=1767225600.5)
+    await ledger.change(task, Trigger.START, {"adapter": "agent"}, attempts=(*before, attempt))
+    outcome = "built" if end is Trigger.BUILD else "no_change" if end is Trigger.IDLE else "crashed"
+    branch = f"council/{ledger.run.id}/{task}/{attempt.number}"
+    reason = None if end is Trigger.BUILD else "it ended with exit code 1: the options can't be read"
+    ended = partial(ledger.task(task).with_attempt, ended=1767225700.25, outcome=outcome, reason=reason, branch=branch)
+    changes = {"commit": commit} if end is Trigger.BUILD else {}
+    await ledger.change(
+        task, end, {"outcome": outcome, "branch": branch}, attempts=ended(), branch=branch, reason=reason, **changes
+    )
+
+
+def _commit(number: int) -> str:
+    return f"{number:040x}"

@@ -1,0 +1,127 @@
+"""Measures side by side: what is measured and its baseline take turns, and what counts is the median of the ratios."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final, NamedTuple
+
+#: A baseline that a median of more is hardly better than.
+ROUNDS: Final = 15
+QUICK_ROUNDS: Final = 3
+
+_SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108  a folder is made in it, readable by its owner alone
+
+
+class Cost(NamedTuple):
+    """Seconds that something took: on the clock, and of the processors by all of its processes."""
+
+    wall: float
+    cpu: float
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of the table: a figure in its unit, that of the baseline in the same run, and what it may be."""
+
+    what: str
+    measured: float
+    unit: str
+    baseline: str = ""
+    ratio: float | None = None
+    limit: float | None = None
+    is_ratio_limited: bool = False
+    """Whether the limit is on the ratio rather than on the figure."""
+
+    @property
+    def verdict(self) -> str:
+        """Whether the limit was kept; empty without one."""
+        if self.limit is None:
+            return ""
+        limited = self.ratio if self.is_ratio_limited else self.measured
+        return "yes" if limited is not None and limited <= self.limit else "no"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return the rows as a table in Markdown."""
+    lines = ["| what | measured | baseline | ratio | limit | kept |", "|---|---:|---|---:|---:|---|"]
+    for row in rows:
+        unit = "" if row.is_ratio_limited else f" {row.unit}"
+        limit = "" if row.limit is None else f"{row.limit:g}{'x' if row.is_ratio_limited else unit}"
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}x"
+        measured = f"{row.measured:.3g} {row.unit}"
+        lines.append(f"| {row.what} | {measured} | {row.baseline} | {ratio} | {limit} | {row.verdict} |")
+    return "\n".join(lines) + "\n"
+
+
+def paired(measured: Callable[[], Cost], baseline: Callable[[], Cost], rounds: int) -> list[tuple[Cost, Cost]]:
+    """Return the costs of both, in turn; each is done once before that, so that files are in memory."""
+    measured(), baseline()
+    return [(measured(), baseline()) for _ in range(rounds)]
+
+
+def median(values: Iterator[float] | Sequence[float]) -> float:
+    """Return the median."""
+    return statistics.median(values)
+
+
+def cost_of(argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Cost:
+    """Run a program to its end, its output thrown away; what it costs, with all that it waited for."""
+    with timed() as cost:
+        subprocess.run(argv, env=env, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    return cost()
+
+
+@contextmanager
+def timed() -> Iterator[Callable[[], Cost]]:
+    """Measure what the body costs; it is asked for afterwards. Of children those count that were waited for."""
+    start, before = time.perf_counter(), _cpu()
+    yield lambda: Cost(end - start, after - before)
+    end, after = time.perf_counter(), _cpu()
+
+
+def _cpu() -> float:
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Return the environment of a user: byte code is kept, output is buffered."""
+    unwanted = {"PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"}
+    return {name: value for name, value in os.environ.items() if name not in unwanted} | changes
+
+
+@contextmanager
+def scratch(folder: Path | None) -> Iterator[Path]:
+    """Make a folder to work in: in `folder`, else in shared memory where there is such, else where others are."""
+    parent = folder or (_SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None)
+    with TemporaryDirectory(prefix="council-bench-", dir=parent) as made:
+        yield Path(made)
+
+
+def council() -> str:
+    """Return the path of the `council` command that belongs to this Python."""
+    return str(Path(sys.executable).with_name("council"))
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Return the options that all benchmarks have."""
+    made = argparse.ArgumentParser(description=(description or "").split("\n")[0])
+    made.add_argument("--quick", action="store_true", help="a short form that only shows that it works")
+    made.add_argument("--folder", type=Path, help="where to work; default: shared memory, else the temporary folder")
+    return made
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Print the table."""
+    sys.stdout.write(table(rows))

@@ -1,0 +1,144 @@
+"""What it costs to pick the next task of 100,000 that are pending, and how much memory they take.
+
+    python benchmarks/scheduler.py [--quick]
+
+A pick is what `decide` takes for each task that it starts, of which there are eight at a time; making tasks ready is
+part of it. With the rest, in which the board hears that a task is built and has landed, it is a task's whole way. The
+baseline pushes each task on a plain heap and pops it. Owners of paths have no limit: each of their picks looks at the
+live ones, too.
+"""
+
+from __future__ import annotations
+
+import gc
+import heapq
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from benchmarks.measure import Row, median, parser, show
+from orchestrator.domain.dispatch import Board, Entry, decide
+
+TASKS: Final = 100_000
+QUICK_TASKS: Final = 2_000
+CAPACITY: Final = 8
+MEMORY_LIMIT: Final = 250.0  # MB
+PICK_LIMIT: Final = 3.0  # microseconds
+_ROUNDS: Final = 5
+_CHAIN: Final = 10
+_SHARED: Final = 50
+
+Shape = Callable[[int], Mapping[str, Entry]]
+
+
+def priorities(tasks: int) -> Mapping[str, Entry]:
+    """Return tasks of five priorities and three adapters that are all ready at once."""
+    return {f"task-{one}": Entry((), f"adapter-{one % 3}", one % 5) for one in range(tasks)}
+
+
+def chains(tasks: int) -> Mapping[str, Entry]:
+    """Return chains of ten tasks, each of which needs the one before."""
+    return {
+        f"task-{one}": Entry((f"task-{one - 1}",) if one % _CHAIN else (), "adapter", one % 5) for one in range(tasks)
+    }
+
+
+def owners(tasks: int) -> Mapping[str, Entry]:
+    """Return tasks that own paths, fifty of them the same ones each."""
+    return {f"task-{one}": Entry((), "adapter", one % 5, (f"src/{one // _SHARED}/**",)) for one in range(tasks)}
+
+
+SHAPES: Final[Mapping[str, Shape]] = {"priorities": priorities, "chains of needs": chains, "owned paths": owners}
+
+
+def measure(*, quick: bool) -> list[Row]:
+    """Return the rows of this benchmark."""
+    tasks = QUICK_TASKS if quick else TASKS
+    return [*(row for name in SHAPES for row in _picks(name, tasks)), *(_memory(name, tasks) for name in SHAPES)]
+
+
+def _picks(name: str, tasks: int) -> list[Row]:
+    entries = SHAPES[name](tasks)
+    rounds = [(_through_board(entries), _through_heap(tasks)) for _ in range(_ROUNDS)]
+    pick, way, base = (median([cost[part] / tasks * 1e6 for cost in map(_flat, rounds)]) for part in range(3))
+    limit = None if name == "owned paths" else PICK_LIMIT
+    than = f"plain heap: {base:.3g} µs"
+    return [
+        Row(f"a pick of {tasks:,}, {name}", pick, "µs", than, median([one[0] / two for one, two in rounds]), limit),
+        Row(f"whole way, {tasks:,}, {name}", way, "µs", than, median([one[1] / two for one, two in rounds])),
+    ]
+
+
+def _flat(costs: tuple[tuple[float, float], float]) -> tuple[float, float, float]:
+    return *costs[0], costs[1]
+
+
+def _through_board(entries: Mapping[str, Entry]) -> tuple[float, float]:
+    """Return the seconds of the processor that all decisions took, and those that all of it took."""
+    board = Board(entries)
+    _forget_cycles()
+    begin = time.thread_time()
+    deciding = run(board, len(entries))
+    return deciding, time.thread_time() - begin
+
+
+def run(board: Board, tasks: int) -> float:
+    """Pick and land all tasks, `CAPACITY` at a time; return the seconds of the processor that decisions took."""
+    now, deciding = 0.0, 0.0
+    while tasks:
+        begin = time.thread_time()
+        starts = decide(board, CAPACITY, now)
+        deciding += time.thread_time() - begin
+        for start in starts:
+            board.built(start.task)
+            board.landed(start.task)
+        if not starts:
+            raise RuntimeError(f"{tasks} tasks were never picked")
+        tasks, now = tasks - len(starts), now + 1.0
+    return deciding
+
+
+def _through_heap(tasks: int) -> float:
+    places = [(-float(one % 5), one, f"task-{one}") for one in range(tasks)]
+    _forget_cycles()
+    begin = time.thread_time()
+    heap: list[tuple[float, int, str]] = []
+    for place in places:
+        heapq.heappush(heap, place)
+    while heap:
+        heapq.heappop(heap)
+    return time.thread_time() - begin
+
+
+def _forget_cycles() -> None:
+    """Keep Python from looking for cycles among what is there already, as `council` itself does."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000)
+
+
+def _memory(name: str, tasks: int) -> Row:
+    """Return what the board of all tasks adds to a process, at its highest, from the first pick to the last."""
+    argv = [sys.executable, __file__, "--memory", name, str(tasks)]
+    grown = int(subprocess.run(argv, check=True, capture_output=True).stdout)
+    return Row(f"memory, {tasks:,} tasks, {name}", grown / 1e6, "MB", limit=MEMORY_LIMIT)
+
+
+def _grow(name: str, tasks: int) -> int:
+    entries = SHAPES[name](tasks)
+    tracemalloc.start()
+    run(Board(entries), tasks)
+    return tracemalloc.get_traced_memory()[1]
+
+
+if __name__ == "__main__":
+    options = parser(__doc__)
+    options.add_argument("--memory", nargs=2, metavar=("SHAPE", "TASKS"), help="print the bytes of one board")
+    chosen = options.parse_args()
+    if chosen.memory:
+        sys.stdout.write(f"{_grow(chosen.memory[0], int(chosen.memory[1]))}\n")
+    else:
+        show(measure(quick=chosen.quick))

@@ -1,0 +1,93 @@
+"""How long commands take that only show something.
+
+    python benchmarks/startup.py [--quick]
+
+`council --help` beside a click program that prints a line, and `council status` of a run of 10,000 tasks beside
+`import click`; both with the same Python, on the clock, nothing else at work.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from benchmarks import long_run
+from benchmarks.measure import (
+    QUICK_ROUNDS,
+    ROUNDS,
+    Cost,
+    Row,
+    cost_of,
+    council,
+    environment,
+    median,
+    paired,
+    parser,
+    scratch,
+    show,
+)
+
+TASKS: Final = 10_000
+QUICK_TASKS: Final = 100
+
+_HELLO: Final = """
+import sys
+import click
+
+@click.command()
+def main() -> None:
+    click.echo("hello")
+
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
+
+def measure(*, quick: bool, folder: Path | None = None) -> list[Row]:
+    """Return the rows of this benchmark."""
+    rounds = QUICK_ROUNDS if quick else ROUNDS
+    with scratch(folder) as place:
+        env = environment(PYTHONPYCACHEPREFIX=str(place / "bytecode"), COUNCIL_HOME=str(place / "home"))
+        return [_help(place, env, rounds), *_status(place, env, rounds, QUICK_TASKS if quick else TASKS)]
+
+
+def _help(place: Path, env: Mapping[str, str], rounds: int) -> Row:
+    hello = place / "hello.py"
+    hello.write_text(_HELLO, encoding="utf-8")
+    pairs = paired(
+        lambda: cost_of([council(), "--help"], env=env),
+        lambda: cost_of([sys.executable, str(hello)], env=env),
+        2 * rounds,
+    )
+    return _row("council --help", pairs, "click hello world", limit=1.3, is_ratio_limited=True)
+
+
+def _status(place: Path, env: Mapping[str, str], rounds: int, tasks: int) -> list[Row]:
+    top = place / "repository"
+    long_run.make(top, tasks)
+    pairs = paired(
+        lambda: cost_of([council(), "status"], env=env, cwd=top),
+        lambda: cost_of([sys.executable, "-c", "import click"], env=env),
+        rounds,
+    )
+    snapshot = top / ".council" / "state" / "snapshot"
+    snapshot.unlink(missing_ok=True)
+    anew = cost_of([council(), "status"], env=env, cwd=top)
+    what = f"council status, {tasks:,} tasks"
+    return [
+        _row(what, pairs, "import click", limit=0.5),
+        Row(f"{what}, without a snapshot", anew.wall, "s"),
+    ]
+
+
+def _row(what: str, pairs: list[tuple[Cost, Cost]], than: str, *, limit: float, is_ratio_limited: bool = False) -> Row:
+    took, base = (median([pair[side].wall for pair in pairs]) for side in (0, 1))
+    ratio = median([one.wall / other.wall for one, other in pairs])
+    return Row(what, took, "s", f"{than}: {base:.3g} s", ratio, limit, is_ratio_limited)
+
+
+if __name__ == "__main__":
+    options = parser(__doc__).parse_args()
+    show(measure(quick=options.quick, folder=options.folder))

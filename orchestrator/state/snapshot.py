@@ -1,0 +1,113 @@
+"""The newest documents in one file, so that opening a long log does not replay it. Never the truth, the log is.
+
+    <crc of the rest> <length of the index> <index> <values>
+
+Written when a store is closed, read when one is opened, and only believed if every byte of the log that it stands for
+has still the checksum that the log had when it was replayed: what is damaged is found as without it. One that is
+torn, old or missing costs time and nothing else, so it is not made durable.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, pairwise
+from pathlib import Path
+from secrets import randbelow
+from typing import Any, Final, NamedTuple
+
+from orchestrator.state.segments import Sum, segment_path, segments
+from orchestrator.state.table import Entry, Table
+
+NAME: Final = "snapshot"
+#: How many bytes of the log must have come since the last one to make it worth writing.
+WORTH_BYTES: Final = 1 << 20
+
+_READ_BYTES: Final = 1 << 20
+_HEAD_BYTES: Final = 18  # two numbers of eight hexadecimal digits, each with a space
+
+
+class Snapshot(NamedTuple):
+    """The state behind some bytes of the log: segments by their first position, in order."""
+
+    table: Table
+    sums: Mapping[int, Sum]
+
+
+def write(directory: Path, snapshot: Snapshot) -> None:
+    """Put a snapshot in place of the one before. Blocks; an OSError leaves that one as it is."""
+    values: list[bytes] = []
+    kinds = {}
+    for kind, entries in snapshot.table.kinds().items():
+        found = list(entries.values())
+        values += [entry.value or b"" for entry in found]
+        kinds[kind] = {
+            "ids": list(entries),
+            "versions": [entry.version for entry in found],
+            "positions": [entry.position for entry in found],
+            "lengths": [len(entry.value or b"") for entry in found],
+        }
+    sums = [(first, *part) for first, part in snapshot.sums.items()]
+    index = json.dumps({"position": snapshot.table.position, "sums": sums, "kinds": kinds}).encode()
+    rest = b"%08x " % len(index) + index + b"".join(values)
+    staged = directory / f"{NAME}.{randbelow(10**12)}.new"
+    try:
+        with open(staged, "wb", opener=_private) as file:
+            file.write(b"%08x " % zlib.crc32(rest))
+            file.write(rest)
+        staged.rename(directory / NAME)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def read(directory: Path) -> Snapshot | None:
+    """Return the snapshot if there is one and the log is still what it was made from. Blocks."""
+    try:
+        data = (directory / NAME).read_bytes()
+        if data[:9] != b"%08x " % zlib.crc32(memoryview(data)[9:]):
+            return None
+        end = _HEAD_BYTES + int(data[9:17], 16)
+        index = json.loads(data[_HEAD_BYTES:end])
+        sums = {first: Sum(size, crc) for first, size, crc in index["sums"]}
+        with ThreadPoolExecutor(1) as pool:  # neither reading files nor checksums hold the interpreter
+            is_log = pool.submit(_is_log, directory, sums)
+            table = Table(index["position"], _entries(index["kinds"], data, end))
+            return Snapshot(table, sums) if is_log.result() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _entries(kinds: Mapping[str, Mapping[str, Any]], data: bytes, start: int) -> dict[str, dict[str, Entry]]:
+    found = {}
+    for kind, columns in kinds.items():
+        ends = list(accumulate(columns["lengths"], initial=start))
+        parts = [data[begin:end] or None for begin, end in pairwise(ends)]
+        rows = map(Entry, columns["versions"], parts, columns["positions"])
+        found[kind] = dict(zip(columns["ids"], rows, strict=True))
+        start = ends[-1]
+    return found
+
+
+def _is_log(directory: Path, sums: Mapping[int, Sum]) -> bool:
+    last = max(sums)
+    if [first for first in segments(directory) if first <= last] != list(sums):
+        return False
+    return all(_has(segment_path(directory, first), part, is_last=first == last) for first, part in sums.items())
+
+
+def _has(path: Path, part: Sum, *, is_last: bool) -> bool:
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < part.size or (size > part.size and not is_last):
+            return False
+        left, crc = part.size, 0
+        while left and (data := file.read(min(left, _READ_BYTES))):
+            left, crc = left - len(data), zlib.crc32(data, crc)
+    return (left, crc) == (0, part.crc)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

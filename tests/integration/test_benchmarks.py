@@ -1,0 +1,74 @@
+"""The benchmarks work; what they measure is not judged here, because the machine may be busy."""
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from benchmarks import cycle, scheduler, startup
+from benchmarks.measure import Cost, Row, median, paired, table, timed
+
+
+def check(rows: list[Row], expected: list[str]) -> None:
+    """Every row that is expected is there, has a figure, and is a line of the table."""
+    assert [row.what for row in rows if not any(part in row.what for part in expected)] == []
+    assert [part for part in expected if not any(part in row.what for row in rows)] == []
+    for row in rows:
+        assert math.isfinite(row.measured), row
+        assert row.measured > 0, row
+        assert row.ratio is None or row.ratio > 0, row
+    lines = table(rows).splitlines()
+    assert len(lines) == len(rows) + 2
+    assert {line.count("|") for line in lines} == {7}
+
+
+def test_startup_is_measured() -> None:
+    """The help of the command, and a status with and without a snapshot."""
+    check(startup.measure(quick=True), ["council --help", "council status", "without a snapshot"])
+
+
+def test_the_scheduler_is_measured() -> None:
+    """Picks and memory, for each shape of a run."""
+    rows = scheduler.measure(quick=True)
+    check(rows, ["a pick of", "whole way", "memory"])
+    assert len(rows) == 3 * len(scheduler.SHAPES)
+
+
+def test_the_cycle_is_measured() -> None:
+    """All tasks land both ways; the clock and the processor are told."""
+    check(cycle.measure(quick=True), [": processor", ": clock"])
+
+
+@pytest.mark.parametrize("name", ["startup", "scheduler", "cycle"])
+def test_each_is_a_program(name: str) -> None:
+    """It can be run by its path, and says what it can do."""
+    done = subprocess.run([sys.executable, f"benchmarks/{name}.py", "--help"], check=False, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b"--quick" in done.stdout
+
+
+def test_limits_are_on_figures_or_on_ratios() -> None:
+    """The table says whether each was kept."""
+    assert Row("a", 2.0, "s", limit=1.0).verdict == "no"
+    assert Row("a", 2.0, "s", ratio=0.5, limit=1.0, is_ratio_limited=True).verdict == "yes"
+    assert Row("a", 2.0, "s").verdict == ""
+
+
+def test_pairs_take_turns() -> None:
+    """Both sides are warmed up once, then measured in turn."""
+    order: list[str] = []
+
+    def side(name: str) -> Callable[[], Cost]:
+        def measure() -> Cost:
+            with timed() as cost:
+                order.append(name)
+            return cost()
+
+        return measure
+
+    pairs = paired(side("a"), side("b"), 2)
+    assert order == ["a", "b"] * 3
+    assert len(pairs) == 2
+    assert median([3.0, 1.0, 2.0]) == 2.0
