@@ -3,43 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from orchestrator.config.document import UNREADABLE, Node
+from orchestrator.config.document import Node
+from orchestrator.config.entries import Explain, read_entries
 from orchestrator.config.model import AdapterConfig, Reach
 from orchestrator.config.problems import Problems, Vocabulary, shown
 from orchestrator.config.references import task_nodes
-from orchestrator.config.schema import AdapterEntry
-from orchestrator.config.validation import validate
+from orchestrator.config.schema import AdapterSettings
 from orchestrator.errors import RefusedError
-from orchestrator.protocols import AdapterType, SessionRequest
+from orchestrator.protocols import Adapter, AdapterType, SessionRequest
 
 _NOWHERE: Final = Path("/nowhere")
 
 
 def read_adapters(
-    root: Node, folder: Path, adapter_types: Mapping[str, AdapterType], problems: Problems
+    root: Node, folder: Path, adapter_types: Mapping[str, AdapterType], explain: Explain, problems: Problems
 ) -> dict[str, AdapterConfig]:
     """Return the adapters whose type is known and whose options are right; the others are noted."""
     found: dict[str, AdapterConfig] = {}
-    installed = Vocabulary(adapter_types, "the installed ones")
-    for name, node in _adapter_nodes(root):
-        use = node.get("use")
-        if use is None or not isinstance(use.value, str):
-            continue
-        if use.value not in adapter_types:
-            problems.add(use.at, f"there is no adapter type {shown(use.value)}", installed.instead_of(use.value))
-            continue
-        # A type's own validators are never shown what the file's reader refused.
-        unreadable = {key for key in node.value if _holds_unreadable(node.children[key])}
-        own = AdapterEntry.model_fields.keys()
-        options = validate(adapter_types[use.value].Options, node, problems, without={*own, *unreadable})
+    own = AdapterSettings.model_fields.keys()
+    for name, node, use, options in read_entries(root, "adapter", adapter_types, own, folder, explain, problems):
         reach = read_reach(node, folder, problems)
         capacity = node.value.get("capacity")
-        if options is not None and not unreadable and (capacity is None or isinstance(capacity, int)):
-            found[name] = AdapterConfig(name=name, use=use.value, capacity=capacity, reach=reach, options=options)
+        if capacity is None or isinstance(capacity, int):
+            found[name] = AdapterConfig(name=name, use=use, capacity=capacity, reach=reach, options=options)
     return found
 
 
@@ -56,17 +46,6 @@ def read_reach(node: Node, folder: Path, problems: Problems) -> Reach:
                 problems.add(item.at, f"{shown(item.value)} does not exist", "make it first, or remove it from here")
             paths.append(path)
     return Reach(writable=tuple(found["writable"]), readable=tuple(found["readable"]))
-
-
-def _adapter_nodes(root: Node) -> Iterator[tuple[str, Node]]:
-    adapters = root.get("adapters")
-    for name, node in adapters.children.items() if adapters is not None else ():
-        if isinstance(name, str) and isinstance(node.value, dict):
-            yield name, node
-
-
-def _holds_unreadable(node: Node) -> bool:
-    return any(part.value is UNREADABLE for part in node.walk())
 
 
 def assign_adapters(root: Node, problems: Problems) -> dict[int, str]:
@@ -95,6 +74,25 @@ def assign_adapters(root: Node, problems: Problems) -> dict[int, str]:
     return assigned
 
 
+def trial_request(task: str, prompt: str) -> SessionRequest:
+    """Return what an adapter is asked to see what it would run; its paths don't exist."""
+    return SessionRequest(
+        run="run", task=task, attempt=1, prompt=prompt, prompt_file=_NOWHERE / "prompt", worktree=_NOWHERE
+    )
+
+
+def default_adapter(root: Node, problems: Problems) -> str | None:
+    """Return the adapter of tasks that trackers give; noted where there is none."""
+    default, adapters, trackers = root.get("defaults", "adapter"), root.get("adapters"), root.get("trackers")
+    names = list(adapters.value) if adapters is not None and isinstance(adapters.value, dict) else []
+    if default is not None:
+        return default.value if default.value in names else None
+    if len(names) > 1 and trackers is not None:
+        remedy = "add `adapter:` under `defaults:`"
+        problems.add(trackers.at, "the tasks of trackers have no adapter, and there are several", remedy)
+    return names[0] if len(names) == 1 else None
+
+
 def try_commands(
     root: Node,
     prompts: Mapping[int, str],
@@ -109,16 +107,22 @@ def try_commands(
         name = assigned.get(index)
         if name not in made or index not in prompts:
             continue
-        request = SessionRequest(
-            run="run",
-            task=str(task.value.get("id")),
-            attempt=1,
-            prompt=prompts[index],
-            prompt_file=_NOWHERE / "prompt",
-            worktree=_NOWHERE,
-        )
         try:
-            made[name].command(request)
+            _try_command(name, made[name], trial_request(str(task.value.get("id")), prompts[index]))
         except RefusedError as error:
             told = task.get("prompt") or task.get("prompt_file") or task
             problems.add(told.at, error.what, error.remedy)
+
+
+def _try_command(name: str, adapter: Adapter, request: SessionRequest) -> None:
+    """Raise RefusedError where there is no command that could be run."""
+    try:
+        argv = adapter.command(request).argv
+    except RefusedError:
+        raise
+    except Exception as error:
+        what = f"the adapter {shown(name)} can't make its command, {type(error).__name__}: {error}"
+        raise RefusedError(" ".join(what.split()), "update its plugin, or use another adapter") from error
+    if not argv or not all(isinstance(part, str) for part in argv):
+        what = f"the adapter {shown(name)} makes a command that is not of text: {argv!r}"
+        raise RefusedError(what, "update its plugin, or use another adapter")

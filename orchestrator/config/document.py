@@ -84,6 +84,12 @@ def read_document(text: str, problems: Problems) -> Node | None:
     return builder.result()
 
 
+def find_not_text(text: str) -> str | None:
+    """Return the first character that no program argument and no JSON reader takes, None if there is none."""
+    found = _NOT_TEXT.search(text)
+    return None if found is None else found[0]
+
+
 def _printable(text: str, problems: Problems) -> str:
     line, begin, seen = 1, 0, 0
     for found in _NOT_PRINTABLE.finditer(text):
@@ -188,10 +194,10 @@ class _Builder:
             return UNREADABLE
 
     def _quoted(self, text: str, at: Position) -> Any:
-        found = _NOT_TEXT.search(text)
+        found = find_not_text(text)
         if found is None:
             return text
-        self._problems.add(at, f"the text holds the character {found[0]!r}", "remove that escape")
+        self._problems.add(at, f"the text holds the character {found!r}", "remove that escape")
         return UNREADABLE
 
     def _refuse_properties(

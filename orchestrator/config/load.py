@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from orchestrator.config import adapters, references
 from orchestrator.config.document import Node, read_document
+from orchestrator.config.entries import Extensions, read_sinks, read_trackers
+from orchestrator.config.files import open_regular
 from orchestrator.config.model import Backoff, FenceConfig, RunConfig, TaskSpec
 from orchestrator.config.names import is_url
 from orchestrator.config.problems import Position, Problems, TooManyProblems
-from orchestrator.config.schema import BackoffEntry, DefaultsEntry, FileConfig, TaskEntry
+from orchestrator.config.schema import BackoffSettings, Config, Task, TaskDefaults
 from orchestrator.config.validation import validate
+from orchestrator.config.values import read_value
 from orchestrator.domain.failures import RETRIED, FailureClass
 from orchestrator.protocols import AdapterType
 
@@ -22,6 +25,7 @@ T = TypeVar("T")
 
 LARGEST_FILE: Final = 8 << 20
 """Bytes."""
+NONE_INSTALLED: Final = Extensions()
 _START: Final = Position(1, 1)
 _TIMEOUT: Final = 30 * 60.0
 _SILENCE: Final = 10 * 60.0
@@ -30,16 +34,45 @@ _ATTEMPTS: Final = 3
 _MAX_FILE: Final = 50_000_000
 
 
-def load_config(path: Path, adapter_types: Mapping[str, AdapterType]) -> RunConfig:
+def load_config(
+    path: Path, adapter_types: Mapping[str, AdapterType], extensions: Extensions = NONE_INSTALLED
+) -> RunConfig:
     """Return the run that a file describes, its prompt files read; blocks while it reads.
 
-    Raises ConfigError with every mistake that was found, in the file's order.
+    `extensions` are what its sinks and trackers can be. Raises ConfigError with every mistake that was found, in the
+    file's order.
     """
     problems = Problems(path)
+    return judge(lambda: read_file(path, problems), path.absolute(), adapter_types, extensions, problems)
+
+
+def load_value(
+    value: Mapping[str, Any],
+    folder: Path,
+    adapter_types: Mapping[str, AdapterType],
+    name: str = "<run>",
+    extensions: Extensions = NONE_INSTALLED,
+) -> RunConfig:
+    """Return the run that a value describes, which has the shape of a file; relative paths start from `folder`.
+
+    Raises ConfigError with every mistake that was found: `name` stands for the file, and a path such as
+    `tasks[0].prompt` for the place in it.
+    """
+    problems = Problems(name)
+    return judge(lambda: read_value(value, problems), folder.absolute() / name, adapter_types, extensions, problems)
+
+
+def judge(
+    read: Callable[[], Node | None],
+    path: Path,
+    adapter_types: Mapping[str, AdapterType],
+    extensions: Extensions,
+    problems: Problems,
+) -> RunConfig:
+    """Return the run that `read` finds at `path`; ConfigError with what that and the look at it have noted."""
     try:
-        text = _read_text(path, problems)
-        root = read_document(text, problems) if text is not None else None
-        config = _read_run(root, path.absolute(), adapter_types, problems) if root is not None else None
+        root = read()
+        config = _read_run(root, path, adapter_types, extensions, problems) if root is not None else None
     except TooManyProblems:
         config = None
     if config is None or problems:
@@ -47,9 +80,15 @@ def load_config(path: Path, adapter_types: Mapping[str, AdapterType]) -> RunConf
     return config
 
 
+def read_file(path: Path, problems: Problems) -> Node | None:
+    """Return the top mapping of a file, its mistakes noted in `problems`; None if there is nothing to go on with."""
+    text = _read_text(path, problems)
+    return read_document(text, problems) if text is not None else None
+
+
 def _read_text(path: Path, problems: Problems) -> str | None:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             data = file.read(LARGEST_FILE + 1)
     except OSError as error:
         problems.add(
@@ -69,19 +108,25 @@ def _read_text(path: Path, problems: Problems) -> str | None:
         return None
 
 
-def _read_run(root: Node, path: Path, adapter_types: Mapping[str, AdapterType], problems: Problems) -> RunConfig | None:
+def _read_run(
+    root: Node, path: Path, adapter_types: Mapping[str, AdapterType], extensions: Extensions, problems: Problems
+) -> RunConfig | None:
     if not references.check_size(root, problems):
         return None
-    file = validate(FileConfig, root, problems)
+    file = validate(Config, root, problems)
+    references.check_presence(root, problems)
     references.check_emptiness(root, problems)
     references.check_folder(root, path.parent, problems)
     references.check_ids(root, problems)
     references.check_needs(root, problems)
     prompts = references.read_prompts(root, path.parent, problems)
-    found = adapters.read_adapters(root, path.parent, adapter_types, problems)
+    found = adapters.read_adapters(root, path.parent, adapter_types, extensions.explain, problems)
+    sinks = read_sinks(root, path.parent, extensions, problems)
+    trackers = read_trackers(root, path.parent, extensions, problems)
     reach = adapters.read_reach(root, path.parent, problems)
     references.check_network(root, problems)
     assigned = adapters.assign_adapters(root, problems)
+    default = adapters.default_adapter(root, problems) if trackers else None
     adapters.try_commands(root, prompts, assigned, found, adapter_types, problems)
     if file is None or problems:
         return None
@@ -96,6 +141,9 @@ def _read_run(root: Node, path: Path, adapter_types: Mapping[str, AdapterType], 
         session_memory=file.session_memory,
         fence=FenceConfig(sandbox=file.sandbox, network=file.network == "on", reach=reach),
         adapters=found,
+        sinks=sinks,
+        trackers=trackers,
+        template=_template(file.defaults, backoff, default) if default is not None else None,
         tasks=tuple(
             _resolve(task, file.defaults, backoff, prompts[index], assigned[index])
             for index, task in enumerate(file.tasks)
@@ -103,7 +151,11 @@ def _read_run(root: Node, path: Path, adapter_types: Mapping[str, AdapterType], 
     )
 
 
-def _resolve(task: TaskEntry, defaults: DefaultsEntry, backoff: Backoff, prompt: str, adapter: str) -> TaskSpec:
+def _template(defaults: TaskDefaults, backoff: Backoff, adapter: str) -> TaskSpec:
+    return _resolve(Task(id="template"), defaults, backoff, "", adapter)
+
+
+def _resolve(task: Task, defaults: TaskDefaults, backoff: Backoff, prompt: str, adapter: str) -> TaskSpec:
     silence = task.silence or defaults.silence or _SILENCE
     return TaskSpec(
         id=task.id,
@@ -130,5 +182,5 @@ def _first(own: T | None, default: T | None, otherwise: T) -> T:
     return own if own is not None else default if default is not None else otherwise
 
 
-def _backoff(entry: BackoffEntry | None, default: Backoff) -> Backoff:
+def _backoff(entry: BackoffSettings | None, default: Backoff) -> Backoff:
     return default.model_copy(update=entry.model_dump(exclude_none=True)) if entry is not None else default

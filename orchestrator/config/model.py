@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
 from orchestrator.domain import retry
 from orchestrator.domain.failures import FailureClass
 from orchestrator.errors import RefusedError
-from orchestrator.protocols import AdapterType, JsonObject
+from orchestrator.protocols import Adapter, AdapterType, JsonObject, SinkType, TrackerType
 
 
 class _Model(BaseModel):
@@ -71,6 +71,11 @@ class TaskSpec(_Model):
     owns: Annotated[tuple[str, ...], Field(strict=False)]
     """Patterns of the paths that it works on."""
 
+    @property
+    def builds_on_target(self) -> bool:
+        """Whether it starts from the target: it needs what landed there, or follows what may change its paths."""
+        return bool(self.needs or self.owns)
+
 
 _Paths = Annotated[tuple[Annotated[Path, Field(strict=False)], ...], Field(strict=False)]
 
@@ -118,35 +123,105 @@ class AdapterConfig(_Model):
         return self.model_dump(mode="json", exclude={"name"})
 
 
-def restore_adapter(name: str, stored: JsonObject, adapter_types: Mapping[str, AdapterType]) -> AdapterConfig:
-    """Return the adapter that `AdapterConfig.stored` gave, without the file that it came from.
+class SinkConfig(_Model):
+    """One sink under its name, with validated options."""
 
-    Raises RefusedError if its plugin is no longer installed or no longer takes these options.
+    name: str
+    """The name that the file gives it."""
+    use: str
+    """The name that a plugin registered its type under."""
+    events: Annotated[tuple[str, ...], Field(strict=False)]
+    """Patterns of the events that it gets."""
+    options: SerializeAsAny[BaseModel]
+    """An instance of that type's `Options`."""
+
+    def stored(self) -> JsonObject:
+        """Return what `restore` takes, as plain JSON."""
+        return self.model_dump(mode="json", exclude={"name"})
+
+
+class TrackerConfig(_Model):
+    """One tracker under its name, with validated options."""
+
+    name: str
+    """The name that the file gives it."""
+    use: str
+    """The name that a plugin registered its type under."""
+    options: SerializeAsAny[BaseModel]
+    """An instance of that type's `Options`."""
+
+    def stored(self) -> JsonObject:
+        """Return what `restore` takes, as plain JSON."""
+        return self.model_dump(mode="json", exclude={"name"})
+
+
+Type = TypeVar("Type", AdapterType, SinkType, TrackerType)
+
+
+def restore(what: str, stored: JsonObject, types: Mapping[str, Type], why: str | None = None) -> tuple[Type, BaseModel]:
+    """Return the type and the options that a config's `stored` gave, without the file that it came from.
+
+    `what` names it in messages. Raises RefusedError if its plugin is no longer installed, with `why` if that is known,
+    or no longer takes these options.
     """
     use = str(stored["use"])
-    if use not in adapter_types:
-        raise RefusedError(
-            f"adapter {name!r} uses {use!r}, which is not installed", "install the plugin that brings it"
-        )
+    if use not in types:
+        reason = f": {why}" if why is not None else ""
+        raise RefusedError(f"{what} uses {use!r}, which is not installed{reason}", "install the plugin that brings it")
     try:
-        options = adapter_types[use].Options.model_validate(stored["options"])
+        return types[use], types[use].Options.model_validate(stored["options"])
+    except ValidationError as error:
+        raise _outdated(what, use, f"{error.error_count()} options differ") from error
+    except KeyError as error:
+        raise _outdated(what, use, f"{error} is missing") from error
+
+
+def _outdated(what: str, use: str, how: str) -> RefusedError:
+    remedy = "install that version again, or start a new run"
+    return RefusedError(f"{what} was configured for another version of {use!r} ({how})", remedy)
+
+
+def restore_adapter(
+    name: str, stored: JsonObject, adapter_types: Mapping[str, AdapterType], why: str | None = None
+) -> AdapterConfig:
+    """Return the adapter that `AdapterConfig.stored` gave; see `restore`."""
+    what = f"adapter {name!r}"
+    _, options = restore(what, stored, adapter_types, why)
+    try:
         reach = Reach.model_validate(stored["reach"])
-        return AdapterConfig(name=name, use=use, capacity=stored["capacity"], reach=reach, options=options)
-    except (ValidationError, KeyError) as error:
-        differ = (
-            f"{error.error_count()} options differ" if isinstance(error, ValidationError) else f"{error} is missing"
-        )
-        raise RefusedError(
-            f"adapter {name!r} was configured for another version of {use!r} ({differ})",
-            "install that version again, or start a new run",
-        ) from error
+        return AdapterConfig(name=name, use=stored["use"], capacity=stored["capacity"], reach=reach, options=options)
+    except ValidationError as error:
+        raise _outdated(what, stored["use"], f"{error.error_count()} options differ") from error
+    except KeyError as error:
+        raise _outdated(what, stored["use"], f"{error} is missing") from error
+
+
+def restore_adapters(
+    stored: Mapping[str, JsonObject],
+    adapter_types: Mapping[str, AdapterType],
+    explain: Callable[[str], str | None] = lambda _: None,
+) -> dict[str, AdapterConfig]:
+    """Return the adapters of a run by name, from what is recorded of them."""
+    return {name: restore_adapter(name, one, adapter_types, explain(str(one["use"]))) for name, one in stored.items()}
+
+
+def make_adapters(configs: Mapping[str, AdapterConfig], adapter_types: Mapping[str, AdapterType]) -> dict[str, Adapter]:
+    """Return the adapters that were configured, by name."""
+    return {name: adapter_types[config.use](config.options) for name, config in configs.items()}
+
+
+def used_adapters(config: RunConfig, adapter_types: Mapping[str, AdapterType]) -> dict[str, Adapter]:
+    """Return the adapters that a config's tasks use, made as a resume would make them from what is recorded."""
+    used = {task.adapter for task in config.tasks}
+    stored = {name: entry.stored() for name, entry in config.adapters.items() if name in used}
+    return make_adapters(restore_adapters(stored, adapter_types), adapter_types)
 
 
 class RunConfig(_Model):
     """What one file asks for."""
 
     path: Annotated[Path, Field(strict=False)]
-    """The file, absolute."""
+    """The file, absolute; where there is none, the name of the run in the folder that its paths start from."""
     repo: str
     """The repository: an absolute path, or a URL as it was written."""
     is_url: bool
@@ -163,5 +238,11 @@ class RunConfig(_Model):
     """What sessions and checks are fenced in by."""
     adapters: Mapping[str, AdapterConfig]
     """The adapters by name."""
+    sinks: Mapping[str, SinkConfig] = {}
+    """Who gets to know what happens, by name."""
+    trackers: Mapping[str, TrackerConfig] = {}
+    """Where further tasks are taken from when the run is made, by name."""
     tasks: Annotated[tuple[TaskSpec, ...], Field(strict=False)]
     """The tasks in the file's order."""
+    template: TaskSpec | None = None
+    """What a task is that says nothing but its id, its prompt and its needs; None where there is no tracker."""

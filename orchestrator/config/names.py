@@ -12,6 +12,12 @@ _NAME_REMEDY: Final = (
     "use up to 64 letters, digits, '.', '_' and '-', beginning with a letter or digit, "
     "without '..' and not ending in '.' or '.lock'"
 )
+# For JSON Schema, which knows searches only (json-schema.org, "Regular Expressions"): the same rules as one expression.
+NAME_PATTERN: Final = rf"^(?!.*\.\.)(?!.*\.(?:lock)?$){_NAME.pattern}$"
+BRANCH_PATTERN: Final = (
+    r"^(?!-|/|refs/|(?:HEAD|@)$)(?!.*(?:\.\.|@\{|//|[/.]$))(?!(?:.*/)?\.)(?!.*\.lock(?:/|$))"
+    r"[^\x00-\x20\x7f~^:?*\[\\]+$"
+)
 _NOT_IN_BRANCH = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _SCHEMES: Final = ("https", "http", "ssh", "git", "file")

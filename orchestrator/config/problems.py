@@ -18,10 +18,18 @@ _MOST_LISTED: Final = 10
 
 
 class Position(NamedTuple):
-    """A place in the file; lines and columns count from 1."""
+    """A place in the file; lines and columns count from 1.
+
+    In a value that comes from no file the line is 0, `path` leads to the place, and `column` orders the places.
+    """
 
     line: int
     column: int
+    path: str = ""
+
+    def __str__(self) -> str:
+        """Return the place as a sentence names it."""
+        return f"on line {self.line}" if self.line else f"at {self.path}"
 
 
 class TooManyProblems(Exception):
@@ -29,15 +37,16 @@ class TooManyProblems(Exception):
 
 
 class Problems:
-    """What is wrong with one file. A problem that is found twice in the same words counts once."""
+    """What is wrong with one file or value. A problem that is found twice in the same words counts once."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = str(path)
-        self._found: dict[Problem, None] = {}
+    def __init__(self, file: Path | str) -> None:
+        self._file = str(file)
+        self._found: dict[Problem, Position] = {}
 
     def add(self, at: Position, what: str, remedy: str) -> None:
         """Note a mistake; TooManyProblems if that makes it senseless to look for more."""
-        self._found[Problem(self._file, at.line, at.column, what, remedy)] = None
+        column = at.column if at.line else 0
+        self._found.setdefault(Problem(self._file, at.line, column, what, remedy, at.path or None), at)
         if len(self._found) >= _MOST_PROBLEMS:
             raise TooManyProblems
 
@@ -47,7 +56,7 @@ class Problems:
 
     def error(self) -> ConfigError:
         """Return them all as one error, in the file's order."""
-        return ConfigError(sorted(self._found, key=lambda problem: (problem.line, problem.column)))
+        return ConfigError(sorted(self._found, key=self._found.__getitem__))
 
 
 def shown(value: str) -> str:

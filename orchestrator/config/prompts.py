@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import stat
 from pathlib import Path
 from typing import Final
+
+from orchestrator.config.files import open_regular
 
 LARGEST_PROMPT: Final = 1 << 20
 """Bytes."""
@@ -30,10 +31,7 @@ def read_prompt(path: Path) -> str:
 
 
 def _read_regular(path: Path) -> bytes:
-    # Opening a named pipe that nobody writes to would never return.
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError("it is not a regular file")
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file.read(LARGEST_PROMPT + 1)
 
 

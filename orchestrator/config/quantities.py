@@ -13,14 +13,18 @@ LONGEST: Final = 30 * 86400.0
 
 _SECONDS: Final = (86400.0, 3600.0, 60.0, 1.0, 0.001)
 _DURATION = re.compile("".join(f"(?:([0-9]{{1,12}}){unit})?" for unit in ("d", "h", "m", "s", "ms")))
-_SIZE = re.compile(r"([0-9]{1,12})(K|M|G|T)?(i)?B")
+_SIZE = re.compile(r"([0-9]{1,16})(K|M|G|T)?(i)?B")
 _POWERS: Final = {None: 0, "K": 1, "M": 2, "G": 3, "T": 4}
 LARGEST_SIZE: Final = 1 << 50  # bytes
+# For JSON Schema: the same forms, as searches. What is too long or too large is for the parsers to say.
+DURATION_PATTERN: Final = f"^(?=.*[1-9]){_DURATION.pattern}$"
+SILENCE_PATTERN: Final = f"^off$|{DURATION_PATTERN}"
+SIZE_PATTERN: Final = f"^(?=.*[1-9]){_SIZE.pattern}$"
 _REMEDY: Final = "write whole numbers with units, as in 500ms, 2s, 30m, 1h30m or 2d"
 
 
-def parse_duration(value: Any) -> float:
-    """Return the seconds of a duration; ValueError, with the remedy, for anything but a positive one up to 30 days."""
+def parse_duration(value: Any, *, longest: float = LONGEST) -> float:
+    """Return the seconds of a duration; ValueError, with the remedy, for any but a positive one up to `longest`."""
     if type(value) is int and value > 0:
         remedy = f"add its unit, as in {value}s or {value}m"
         raise ValueError(f"a duration can't be the bare number {value}: {remedy}")
@@ -30,9 +34,20 @@ def parse_duration(value: Any) -> float:
     seconds = sum(int(count) * unit for count, unit in zip(match.groups(), _SECONDS, strict=True) if count)
     if seconds <= 0:
         raise ValueError(f"the duration {value} is zero: write a positive one, as in 30m")
-    if seconds > LONGEST:
-        raise ValueError(f"the duration {value} is too long: write at most 30d")
+    if seconds > longest:
+        raise ValueError(f"the duration {value} is too long: write at most {longest / 86400:.0f}d")
     return seconds
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration as `parse_silence` reads it, to the millisecond."""
+    if seconds == math.inf:
+        return "off"
+    left, parts = round(seconds * 1000), []
+    for unit, length in (("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)):
+        count, left = divmod(left, length)
+        parts += [f"{count}{unit}"] if count else []
+    return "".join(parts) or "0s"
 
 
 def parse_silence(value: Any) -> float:
@@ -45,6 +60,25 @@ def parse_silence(value: Any) -> float:
         raise ValueError(f"{error}, or off") from None
 
 
+def check_seconds(seconds: float) -> float:
+    """Return seconds that come from code as a number; ValueError for anything but a positive number up to 30 days."""
+    if not 0 < seconds <= LONGEST:
+        raise ValueError(f"a duration can't be {seconds} s: give more than 0 and at most {LONGEST:g} s, 30 days")
+    return float(seconds)
+
+
+def check_bytes(size: int) -> int:
+    """Return a size that comes from code as a number; ValueError if it is out of range."""
+    if not 0 < size <= LARGEST_SIZE:
+        raise ValueError(f"the size {size} is out of range: give more than 0 and at most {LARGEST_SIZE} bytes")
+    return size
+
+
+def format_size(size: int) -> str:
+    """Return a size as `parse_size` takes it."""
+    return f"{size}B"
+
+
 def parse_size(value: Any) -> int:
     """Return the bytes of a size (KB, MB, GB, TB are powers of 1000, KiB and so on of 1024); ValueError otherwise."""
     match = _SIZE.fullmatch(value) if isinstance(value, str) else None
@@ -54,3 +88,14 @@ def parse_size(value: Any) -> int:
     if not 0 < size <= LARGEST_SIZE:
         raise ValueError(f"the size {value} is out of range: write a positive one, at most 1024TiB")
     return size
+
+
+def shown_size(size: int) -> str:
+    """Return a number of bytes as people write it, rounded to two or three digits: `0B`, `4.1KB`, `250MB`."""
+    shown, unit = float(size), "B"
+    for larger in ("KB", "MB", "GB", "TB"):
+        if shown < 999.5:
+            break
+        shown, unit = shown / 1000, larger
+    digits = 1 if unit != "B" and shown < 9.95 else 0
+    return f"{shown:.{digits}f}{unit}"

@@ -40,13 +40,25 @@ def check_size(root: Node, problems: Problems) -> bool:
     return False
 
 
+def check_presence(root: Node, problems: Problems) -> None:
+    """Note that there are no tasks and no tracker that could give some."""
+    tasks, trackers = root.get("tasks"), root.get("trackers")
+    if trackers is not None and trackers.children:
+        return
+    if tasks is None:
+        problems.add(root.at, "the key 'tasks' is missing", "add `tasks:` here")
+    elif tasks.value == []:
+        problems.add(tasks.at, "tasks is an empty list", "give at least 1")
+
+
 def check_emptiness(root: Node, problems: Problems) -> None:
     """Note keys without a value, wherever a key may be left out."""
     for node in (root, root.get("defaults"), root.get("defaults", "backoff")):
         refuse_empty(node, problems)
-    adapters = root.get("adapters")
-    for adapter in adapters.children.values() if adapters is not None else ():
-        refuse_empty(adapter, problems)
+    for section in ("adapters", "sinks", "trackers"):
+        entries = root.get(section)
+        for entry in entries.children.values() if entries is not None else ():
+            refuse_empty(entry, problems)
     for _, task in task_nodes(root):
         refuse_empty(task, problems)
         refuse_empty(task.get("backoff"), problems)
@@ -89,9 +101,9 @@ def check_ids(root: Node, problems: Problems) -> None:
         name, at = first.setdefault(found.value.casefold(), (found.value, found.at))
         if at == found.at:
             continue
-        what = f"the task {shown(name)} is there already, on line {at.line}"
+        what = f"the task {shown(name)} is there already, {at}"
         if name != found.value:
-            what = f"{shown(found.value)} differs only in case from the task {shown(name)} on line {at.line}"
+            what = f"{shown(found.value)} differs only in case from the task {shown(name)} {at}"
         problems.add(found.at, what, "give each task an id of its own")
 
 

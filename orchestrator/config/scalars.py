@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Final
 
@@ -28,17 +29,22 @@ def resolve_plain(text: str) -> bool | int | float | str | None:
     if _INTEGER.fullmatch(text):
         return _integer(text)
     if _FLOAT.fullmatch(text):
-        number = float(text)
-        if abs(number) != float("inf"):
-            return number
-    elif not _NOT_FINITE.fullmatch(text):
-        return text
-    raise ValueError("this number is not finite: write a finite number, or quote it if it is text")
+        return check_number(float(text))
+    if _NOT_FINITE.fullmatch(text):
+        return check_number(math.inf)
+    return text
 
 
-def _integer(text: str) -> int:
-    base = {"0o": 8, "0x": 16}.get(text[:2], 10)
-    number = int(text, base) if len(text) <= _MOST_DIGITS else _LARGEST + 1
-    if abs(number) > _LARGEST:
+def check_number(number: float) -> float:
+    """Return a number that can be held; ValueError for any other."""
+    if not isinstance(number, int):
+        if not math.isfinite(number):
+            raise ValueError("this number is not finite: write a finite number, or quote it if it is text")
+    elif abs(number) > _LARGEST:
         raise ValueError("this number is too large: write one of at most 64 bits, or quote it if it is text")
     return number
+
+
+def _integer(text: str) -> float:
+    base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+    return check_number(int(text, base) if len(text) <= _MOST_DIGITS else _LARGEST + 1)

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationInfo,
+    WithJsonSchema,
+)
 
-from orchestrator.config.names import check_branch, check_name, check_repo
+from orchestrator.config.names import BRANCH_PATTERN, NAME_PATTERN, check_branch, check_name, check_repo
 from orchestrator.config.problems import shown
-from orchestrator.config.quantities import parse_duration, parse_silence, parse_size
+from orchestrator.config.quantities import (
+    DURATION_PATTERN,
+    SILENCE_PATTERN,
+    SIZE_PATTERN,
+    check_bytes,
+    check_seconds,
+    format_duration,
+    format_size,
+    parse_duration,
+    parse_silence,
+    parse_size,
+)
 from orchestrator.domain.failures import RETRYABLE
 from orchestrator.domain.ownership import check_pattern
 
@@ -28,15 +49,49 @@ def _check_prompt(prompt: str) -> str:
     return prompt
 
 
-Name = Annotated[str, AfterValidator(check_name)]
-Branch = Annotated[str, AfterValidator(check_branch)]
-Duration = Annotated[float, BeforeValidator(parse_duration, json_schema_input_type=str)]
+# A file's numbers need a unit; from code, where types and names tell it, they are seconds and bytes.
+def _seconds(value: Any, info: ValidationInfo) -> float:
+    return check_seconds(value) if _is_number_of_code(value, info) else parse_duration(value)
+
+
+def _silence(value: Any, info: ValidationInfo) -> float:
+    if value == math.inf and not _is_from_file(info):
+        return math.inf
+    return check_seconds(value) if _is_number_of_code(value, info) else parse_silence(value)
+
+
+def _bytes(value: Any, info: ValidationInfo) -> int:
+    return check_bytes(value) if _is_number_of_code(value, info) and type(value) is int else parse_size(value)
+
+
+def _is_number_of_code(value: Any, info: ValidationInfo) -> bool:
+    return not _is_from_file(info) and type(value) in {int, float}
+
+
+def _is_from_file(info: ValidationInfo) -> bool:
+    return bool(info.context and info.context.get("from_file"))
+
+
+def _text(pattern: str) -> WithJsonSchema:
+    """Return what an editor knows of a text that a validator of ours judges: a pattern to search in it."""
+    return WithJsonSchema({"type": "string", "pattern": pattern})
+
+
+_NOT_BLANK = r"\S"
+Name = Annotated[str, AfterValidator(check_name), _text(NAME_PATTERN)]
+Branch = Annotated[str, AfterValidator(check_branch), _text(BRANCH_PATTERN)]
+Duration = Annotated[
+    float, BeforeValidator(_seconds), PlainSerializer(format_duration, when_used="json"), _text(DURATION_PATTERN)
+]
 Attempts = Annotated[int, Field(ge=1, le=100)]
-Prompt = Annotated[str, AfterValidator(_check_prompt)]
+Prompt = Annotated[str, AfterValidator(_check_prompt), _text(_NOT_BLANK)]
+
+
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def _check_env_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+    if not _ENV_NAME.fullmatch(name):
         raise ValueError(
             f"{shown(name)} can't name a variable: use letters, digits and '_', not beginning with a digit"
         )
@@ -57,12 +112,14 @@ def _check_command(command: str) -> str:
     return command
 
 
-RetryableName = Annotated[str, AfterValidator(_check_retryable)]
-EnvName = Annotated[str, AfterValidator(_check_env_name)]
-Check = Annotated[str, AfterValidator(_check_command)]
-Silence = Annotated[float, BeforeValidator(parse_silence, json_schema_input_type=str)]
-Size = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=str)]
-PathPattern = Annotated[str, AfterValidator(check_pattern)]
+RetryableName = Annotated[str, AfterValidator(_check_retryable), WithJsonSchema({"enum": sorted(RETRYABLE)})]
+EnvName = Annotated[str, AfterValidator(_check_env_name), _text(f"^{_ENV_NAME.pattern}$")]
+Check = Annotated[str, AfterValidator(_check_command), _text(_NOT_BLANK)]
+Silence = Annotated[
+    float, BeforeValidator(_silence), PlainSerializer(format_duration, when_used="json"), _text(SILENCE_PATTERN)
+]
+Size = Annotated[int, BeforeValidator(_bytes), PlainSerializer(format_size, when_used="json"), _text(SIZE_PATTERN)]
+PathPattern = Annotated[str, AfterValidator(check_pattern), _text(r"^(?!/)[^\\]+$")]
 Paths = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
 
 
@@ -70,7 +127,7 @@ class _Entry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
-class BackoffEntry(_Entry):
+class BackoffSettings(_Entry):
     """How long to wait before a failed task is tried again; what is left out comes from the defaults."""
 
     initial: Duration | None = None
@@ -83,7 +140,7 @@ class BackoffEntry(_Entry):
     """Whether a wait is drawn at random between nothing and its full length: true unless given."""
 
 
-class DefaultsEntry(_Entry):
+class TaskDefaults(_Entry):
     """What holds for each task that doesn't say otherwise."""
 
     adapter: str | None = None
@@ -92,7 +149,7 @@ class DefaultsEntry(_Entry):
     """The wall-clock time that one session may take: 30m unless given."""
     attempts: Attempts | None = None
     """How often a task is tried at most: 3 unless given."""
-    backoff: BackoffEntry | None = None
+    backoff: BackoffSettings | None = None
     """How long to wait between attempts."""
     silence: Silence | None = None
     """How long a session may go without output and without a change in its worktree: 10m unless given."""
@@ -112,8 +169,12 @@ class DefaultsEntry(_Entry):
     """Which ready tasks start first: the higher, 0 unless given; ten minutes of waiting count as much as one."""
 
 
-class TaskEntry(DefaultsEntry):
+class Task(TaskDefaults):
     """One unit of work."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [{"required": ["prompt"]}, {"required": ["prompt_file"]}]},
+    )
 
     id: Name
     """The task's name within the run."""
@@ -121,13 +182,13 @@ class TaskEntry(DefaultsEntry):
     """What the CLI is asked to do; or else give `prompt_file`."""
     prompt_file: Annotated[str, Field(min_length=1)] | None = None
     """A file that holds the prompt, relative to this one."""
-    needs: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    needs: Annotated[tuple[str, ...], Field(strict=False, json_schema_extra={"uniqueItems": True})] = ()
     """The tasks that must have landed before this one starts."""
     owns: Annotated[tuple[PathPattern, ...], Field(strict=False)] = ()
     """Patterns of the paths that it works on: tasks whose patterns overlap are never at work at the same time."""
 
 
-class AdapterEntry(_Entry):
+class AdapterSettings(_Entry):
     """An adapter; the other keys beside `use` are its own options."""
 
     model_config = ConfigDict(extra="allow")
@@ -142,13 +203,49 @@ class AdapterEntry(_Entry):
     """Files and folders inside of what is hidden that its sessions may read."""
     __pydantic_extra__: dict[str, Any]
 
+    @classmethod
+    def of(cls, use: str, options: BaseModel, **settings: Any) -> Self:
+        """Return the adapter of kind `use` with an instance of its `Options`, and the other keys as settings."""
+        return cls.model_validate({"use": use, **options.model_dump(exclude_unset=True), **settings})
 
-class FileConfig(_Entry):
+
+class SinkSettings(_Entry):
+    """Somebody who gets to know what happens; the other keys beside `use` are the sink's own options."""
+
+    model_config = ConfigDict(extra="allow")
+
+    use: str
+    """The kind of sink: `jsonlines`, or what an installed plugin brings."""
+    events: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False, min_length=1)] = ("*",)
+    """Patterns of the events that it gets, as in `task.*`: all unless given."""
+    __pydantic_extra__: dict[str, Any]
+
+
+class TrackerSettings(_Entry):
+    """A list of tasks that is kept elsewhere; the other keys beside `use` are the tracker's own options."""
+
+    model_config = ConfigDict(extra="allow")
+
+    use: str
+    """The kind of tracker: `checklist`, or what an installed plugin brings."""
+    __pydantic_extra__: dict[str, Any]
+
+
+class Config(_Entry):
     """The whole file."""
 
-    version: Annotated[int, AfterValidator(_check_version)]
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"required": ["tasks"], "properties": {"tasks": {"minItems": 1}}},
+                {"required": ["trackers"], "properties": {"trackers": {"minProperties": 1}}},
+            ]
+        },
+    )
+
+    version: Annotated[int, AfterValidator(_check_version), WithJsonSchema({"const": 1})]
     """The version of this format: 1."""
-    repo: Annotated[str, AfterValidator(check_repo)] = "."
+    repo: Annotated[str, AfterValidator(check_repo), _text(_NOT_BLANK)] = "."
     """The repository: a path, relative to this file, or a URL."""
     base: Branch = "main"
     """The branch that work starts from."""
@@ -156,7 +253,7 @@ class FileConfig(_Entry):
     """The branch that work lands on: council/ and the run's id unless given."""
     capacity: Annotated[int, Field(ge=1, le=1000)] = 4
     """How many sessions may run at once."""
-    session_memory: Size = 256 << 20
+    session_memory: Annotated[Size, Field(json_schema_extra={"default": "256MiB"})] = 256 << 20
     """The memory that one session is expected to take: no more are started than fit."""
     sandbox: Literal["auto", "bubblewrap", "landlock", "off"] = "auto"
     """What fences sessions and checks in; `off` leaves them free to reach whatever you can."""
@@ -166,9 +263,15 @@ class FileConfig(_Entry):
     """Files and folders that sessions and checks may write, beside their worktree."""
     readable: Paths = ()
     """Files and folders inside of what is hidden that sessions and checks may read."""
-    adapters: Annotated[dict[Name, AdapterEntry], Field(min_length=1)]
+    adapters: Annotated[
+        dict[Name, AdapterSettings], Field(min_length=1, json_schema_extra={"additionalProperties": False})
+    ]
     """The ways to run a CLI, by a name of your own."""
-    defaults: DefaultsEntry = DefaultsEntry()
+    defaults: TaskDefaults = TaskDefaults()
     """What holds for each task that doesn't say otherwise."""
-    tasks: Annotated[tuple[TaskEntry, ...], Field(strict=False, min_length=1, max_length=MOST_TASKS)]
-    """What is to be done."""
+    sinks: dict[Name, SinkSettings] = {}
+    """Who gets to know what happens, by a name of your own."""
+    trackers: dict[Name, TrackerSettings] = {}
+    """Lists of tasks that are kept elsewhere, by a name of your own."""
+    tasks: Annotated[tuple[Task, ...], Field(strict=False, max_length=MOST_TASKS)] = ()
+    """What is to be done; required unless there are trackers."""

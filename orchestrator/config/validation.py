@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -37,14 +38,18 @@ _REMEDIES: Final = {
 }
 
 
-def validate(model: type[Model], node: Node, problems: Problems, *, without: Collection[str] = ()) -> Model | None:
+def validate(
+    model: type[Model], node: Node, problems: Problems, *, without: Collection[str] = (), folder: Path | None = None
+) -> Model | None:
     """Return the mapping `node`, apart from the keys `without`, as `model`; None if it does not fit, which is noted.
+
+    `folder` is where relative paths start; validators find it in their context.
 
     A validator of the model tells what is wrong and what would be right by `ValueError("what: remedy")`.
     """
     value = {key: item for key, item in node.value.items() if key not in without}
     try:
-        return model.model_validate(value)
+        return model.model_validate(value, context={"from_file": True, "folder": folder})
     except ValidationError as error:
         for details in error.errors(include_url=False, include_input=False):
             if details["loc"] not in {(key,) for key in without}:

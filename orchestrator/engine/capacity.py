@@ -5,13 +5,22 @@ from __future__ import annotations
 import anyio.to_thread
 
 from orchestrator.clock import Clock
-from orchestrator.domain.admission import Demand, NoFit, fit, may_start
+from orchestrator.domain.admission import Demand, Fit, NoFit, fit, may_start
 from orchestrator.engine.ledger import Ledger
 from orchestrator.errors import RefusedError
 from orchestrator.limits import raise_descriptor_limit, read_facts
 
 #: Seconds after which memory that was short is looked at again.
 SHORT_PAUSE = 5.0
+
+
+async def measure_room(wanted: int, demand: Demand) -> Fit:
+    """Raise the limit of descriptors and look how many of the wanted sessions fit; RefusedError if not even one."""
+    await anyio.to_thread.run_sync(raise_descriptor_limit)
+    found = fit(await anyio.to_thread.run_sync(read_facts), wanted, demand)
+    if isinstance(found, NoFit):
+        raise RefusedError(found.what, found.remedy)
+    return found
 
 
 class Capacity:
@@ -29,10 +38,7 @@ class Capacity:
     async def measure(cls, ledger: Ledger, clock: Clock) -> Capacity:
         """Raise the limit of descriptors and look what fits; RefusedError if not even one session does."""
         demand = Demand(memory=ledger.run.session_memory)
-        await anyio.to_thread.run_sync(raise_descriptor_limit)
-        found = fit(await anyio.to_thread.run_sync(read_facts), ledger.run.capacity, demand)
-        if isinstance(found, NoFit):
-            raise RefusedError(found.what, found.remedy)
+        found = await measure_room(ledger.run.capacity, demand)
         if found.limited_by is not None:
             await ledger.note("run.limited", {"sessions": found.sessions, "reason": found.limited_by})
         return cls(found.sessions, demand, ledger, clock)

@@ -8,42 +8,99 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.config.model import RunConfig
+from orchestrator.config.warnings import Surroundings
+from orchestrator.domain.secrets import Redactor, secret_values
 from orchestrator.errors import GitError, RefusedError
-from orchestrator.project import Project
+from orchestrator.project import Project, council_home
 from orchestrator.protocols import Adapter
-from orchestrator.repo.checkout import LocalRepository, changes_in, checkout_of, inspect
-from orchestrator.repo.git import Git, check_version
+from orchestrator.repo.checkout import LocalRepository, changes_in, checkout_of
+from orchestrator.repo.git import Git
+from orchestrator.repo.hub import Hub, create_hub, hub_of, internal_ref
+from orchestrator.repo.origin import User
+from orchestrator.repo.site import Site, find_site
 from orchestrator.repo.source import Source
+from orchestrator.repo.supported import check_complete, check_supported
+from orchestrator.sessions.sandbox import SandboxKind, choose_sandbox
+
+#: Characters of all prompts of a run together: they are recorded at once.
+LARGEST_PROMPTS = 12 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
-    """Where a run works: the location to fetch from and push to, and the repository if it is on this machine."""
+class Cleared:
+    """What nothing stands in the way of: where a run lands, what fences it in, the commit that it starts from.
 
-    location: str
-    repository: LocalRepository | None
-    object_format: str
+    Its commits are in the hub, kept by the run's internal refs.
+    """
 
-    @property
-    def identity(self) -> str:
-        """What names the repository, by whichever of its checkouts or spellings it was reached."""
-        return self.location if self.repository is None else str(self.repository.git_dir)
-
-    def source(self, git: Git) -> Source:
-        """Return the repository as a source of work, for git in the trusted repository."""
-        return Source.of(self.location, is_local=self.repository is not None, git=git)
+    target: str
+    hub: Hub
+    start: str
+    sandbox: SandboxKind
 
 
-async def find_site(repo: str, *, is_url: bool, environ: Mapping[str, str]) -> Site:
-    """Find the repository that a config names."""
-    await check_version(environ)
-    if is_url:
-        return Site(repo, None, "sha1")
-    git = Git(None, users=True, environ=environ)
-    repository = await inspect(Path(repo), git)
-    if repository.object_format != "sha1":
-        raise RefusedError(f"{repo} is a {repository.object_format} repository", "use one with SHA-1 object names")
-    return Site(str(repository.top or repository.git_dir), repository, repository.object_format)
+async def check_run(
+    config: RunConfig,
+    site: Site,
+    run: str,
+    adapters: Mapping[str, Adapter],
+    environ: Mapping[str, str],
+    *,
+    state: Path | None,
+    allow_deferred: bool,
+) -> Cleared:
+    """Look whether a config can run with `adapters`, those that its tasks use; nothing is started or recorded.
+
+    `state` is where the run is going to be recorded, None if it is not. RefusedError says what stands in the way: no
+    such base, a target with changes of the user's own, a program that is missing.
+    """
+    if sum(len(task.prompt) for task in config.tasks) > LARGEST_PROMPTS:
+        what = f"the prompts are larger than {LARGEST_PROMPTS >> 20} MiB together"
+        raise RefusedError(what, "split the tasks into several runs")
+    check_programs(adapters, environ)
+    sandbox = await choose_sandbox(config.fence.sandbox, network=config.fence.network, environ=environ)
+    home = council_home(environ)
+    if site.repository is not None:
+        if site.repository.top is not None and home.is_relative_to(site.repository.top):
+            raise RefusedError(f"{home} is inside the repository", "set COUNCIL_HOME to a folder outside of it")
+        await check_complete(site.repository, Git(None, users=True, environ=environ))
+    target = config.target or f"council/{run}"
+    heads = await check_branches(site.source(Git(None, environ=environ)), config.base, target)
+    await check_checkout(site.repository, target, environ, allow_deferred=allow_deferred)
+    hub = hub_of(site.identity, home)
+    name = Redactor(secret_values(environ)).text(site.identity)  # a URL may have a password in it
+    user = User(name, None if site.repository is None else site.repository.git_dir, state)
+    await create_hub(hub, site.object_format, environ, user)
+    start = await _fetch(site, hub, run, (config.base, target if target in heads else config.base), environ)
+    return Cleared(target, hub, start, sandbox)
+
+
+def project_at(config: RunConfig, site: Site) -> Project:
+    """Return the project of a config: its repository's checkout, or the file's folder where there is none."""
+    if site.repository is None or site.repository.top is None:
+        return Project(config.path.parent)
+    return Project(site.repository.top)
+
+
+async def _fetch(site: Site, hub: Hub, run: str, branches: tuple[str, str], environ: Mapping[str, str]) -> str:
+    """Bring the commits of base and target into the hub and check them; return that of the target."""
+    git = Git(hub.trusted, environ=environ)
+    source, (base, target) = site.source(git), branches
+    tip = await source.fetch(base, internal_ref(run, "base"))
+    start = await source.fetch(target, internal_ref(run, "start"))
+    for commit in {tip, start}:
+        await check_supported(git, commit)
+    if (await git("merge-base", tip, start, ok=(0, 1))).returncode:
+        raise RefusedError(f"{base!r} and {target!r} have no history in common", "set `base` or `target` anew")
+    return start
+
+
+async def forget(hub: Hub, run: str, environ: Mapping[str, str]) -> None:
+    """Let go of the commits that `check_run` brought in, for a run that will not be."""
+    git = Git(hub.trusted, environ=environ)
+    for name in ("base", "start"):
+        await git("update-ref", "-d", internal_ref(run, name))
 
 
 async def check_branches(source: Source, base: str, target: str) -> dict[str, str]:
@@ -67,6 +124,19 @@ async def check_branches(source: Source, base: str, target: str) -> dict[str, st
     return heads
 
 
+async def surroundings_of(config: RunConfig, environ: Mapping[str, str]) -> Surroundings:
+    """Return what warnings need to know of a config's repository: nothing where git will not work with it."""
+    try:
+        site = await find_site(config.repo, is_url=config.is_url, environ=environ)
+        if site.repository is None:
+            return Surroundings()
+        git = Git(None, users=True, environ=environ)
+        checkout = None if config.target is None else await checkout_of(site.repository, config.target, git)
+    except (RefusedError, GitError):
+        return Surroundings()
+    return Surroundings(site.repository.top, site.repository.git_dir, checkout)
+
+
 async def check_checkout(
     repository: LocalRepository | None, target: str, environ: Mapping[str, str], *, allow_deferred: bool
 ) -> None:
@@ -83,24 +153,16 @@ async def check_checkout(
         )
 
 
-async def check_own(project: Project, environ: Mapping[str, str]) -> None:
-    """Refuse a `.council` that came with the repository: what is in it would be obeyed as if we had written it."""
-    git = Git(None, users=True, environ=environ)
-    listed = await git("ls-files", "-z", "--", str(project.folder), cwd=project.top, ok=(0, 128))
-    if listed.stdout:
-        raise RefusedError(
-            f"the repository brings a {project.folder.name} of its own",
-            f"`git rm -r --cached {project.folder.name}`, and remove the folder unless you know whose it is",
-        )
-
-
 def check_programs(adapters: Mapping[str, Adapter], environ: Mapping[str, str]) -> None:
     """Refuse adapters whose program is not on PATH, all of them at once."""
     missing = [
-        f"adapter {name!r} runs {program!r}, which is not on PATH"
+        (f"adapter {name!r} runs {program.name!r}, which is not on PATH", program.install)
         for name, adapter in adapters.items()
         for program in adapter.programs()
-        if shutil.which(program, path=environ.get("PATH")) is None
+        if shutil.which(program.name, path=environ.get("PATH")) is None
     ]
     if missing:
-        raise RefusedError("; ".join(missing), "install it or correct the adapter")
+        if len(missing) == 1:
+            raise RefusedError(*missing[0])
+        each = "; ".join(f"{what} ({remedy})" for what, remedy in missing)
+        raise RefusedError(each, "mend these, or give their tasks another adapter")

@@ -4,10 +4,12 @@ import subprocess
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from orchestrator.config.circles import find_circles
 from orchestrator.config.names import check_branch, check_name
-from orchestrator.config.quantities import parse_duration
+from orchestrator.config.quantities import format_duration, parse_duration
 from orchestrator.config.scalars import resolve_plain
 
 
@@ -28,6 +30,12 @@ from orchestrator.config.scalars import resolve_plain
 def test_duration(text: str, seconds: float) -> None:
     """A duration is the sum of its parts, in seconds."""
     assert parse_duration(text) == pytest.approx(seconds)
+
+
+@given(st.integers(1, 30 * 86_400_000))
+def test_duration_is_written_as_it_is_read(milliseconds: int) -> None:
+    """What is formatted parses to the same, to the millisecond."""
+    assert round(parse_duration(format_duration(milliseconds / 1000)) * 1000) == milliseconds
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,24 @@
+"""Groups of commands that lead from a name that is none to the one that looks like it."""
+
+from __future__ import annotations
+
+import difflib
+
+import click
+
+
+class Suggesting(click.Group):
+    """A group whose commands have names that people mistype."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that is meant; a name that is none leads to the one that looks like it."""
+        name = args[0]
+        if self.get_command(ctx, name) is None and not name.startswith("-"):
+            near = difflib.get_close_matches(name, self.list_commands(ctx), n=1)
+            remedy = (
+                f"did you mean `{ctx.command_path} {near[0]}`?" if near else f"`{ctx.command_path} --help` lists them."
+            )
+            ctx.fail(f"there is no command {name!r}: {remedy}")
+        return super().resolve_command(ctx, args)

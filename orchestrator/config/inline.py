@@ -1,0 +1,114 @@
+"""A run whose tasks are given in words on the command line, on top of a file's adapters and defaults or of none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.config.document import Node
+from orchestrator.config.entries import Extensions
+from orchestrator.config.load import NONE_INSTALLED, judge, read_file
+from orchestrator.config.model import RunConfig
+from orchestrator.config.problems import Problems, Vocabulary
+from orchestrator.config.values import read_value
+from orchestrator.errors import RefusedError
+from orchestrator.protocols import AdapterType, JsonObject
+
+#: What problems are told under where there is no file.
+NAME = "<run>"
+
+
+@dataclass(frozen=True, slots=True)
+class InlineTasks:
+    """Tasks in words, and what is chosen for them; None leaves it to the file, or to what holds without one."""
+
+    prompts: Sequence[str]
+    adapter: str | None = None
+    base: str | None = None
+    target: str | None = None
+    checks: Sequence[str] = ()
+
+
+def load_inline(
+    tasks: InlineTasks,
+    file: Path | None,
+    folder: Path,
+    adapter_types: Mapping[str, AdapterType],
+    extensions: Extensions = NONE_INSTALLED,
+) -> RunConfig:
+    """Return the run of these tasks, task-1 and so on: with all but the tasks of a file, or in the repository `folder`.
+
+    Raises ConfigError as `load_config` and `load_value` do, RefusedError if it is not clear which adapter is meant.
+    """
+    path = folder.absolute() / NAME if file is None else file.absolute()
+    problems = Problems(NAME if file is None else file)
+
+    def read() -> Node | None:
+        below = read_value({"version": 1}, problems) if file is None else read_file(file, problems)
+        if below is None:
+            return None
+        above = read_value(_settings(tasks) | choose_adapter(tasks.adapter, below, adapter_types), problems)
+        return None if above is None else _laid_over(_without(below, "trackers"), above)
+
+    return judge(read, path, adapter_types, extensions, problems)
+
+
+def _settings(tasks: InlineTasks) -> JsonObject:
+    own: JsonObject = {} if tasks.adapter is None else {"adapter": tasks.adapter}
+    own |= {"checks": tasks.checks} if tasks.checks else {}
+    entries = [{"id": f"task-{number}", "prompt": prompt, **own} for number, prompt in enumerate(tasks.prompts, 1)]
+    branches = {"base": tasks.base, "target": tasks.target}
+    return {"tasks": entries, **{key: branch for key, branch in branches.items() if branch is not None}}
+
+
+def choose_adapter(wanted: str | None, file: Node, adapter_types: Mapping[str, AdapterType]) -> JsonObject:
+    """Return what is to be added to the file for an adapter to be there; RefusedError if there is no such choice.
+
+    An adapter is one that the file names, or an installed type that takes no options or only optional ones.
+    """
+    named = file.value.get("adapters", {})
+    if not isinstance(named, dict):  # which is told of as any mistake of the file
+        return {}
+    ready = [use for use, kind in sorted(adapter_types.items()) if _needs_no_options(kind)]
+    possible = [*named, *(use for use in ready if use not in named)]
+    if wanted is None:
+        default = file.get("defaults", "adapter")
+        if default is None and len(named) != 1:
+            what = "the file has several adapters and no default" if named else "there is no file that names an adapter"
+            raise RefusedError(what, _choices(possible))
+        return {}
+    if wanted in named:
+        return {}
+    if wanted in ready:
+        return {"adapters": {wanted: {"use": wanted}}}
+    what = f"there is no adapter {wanted!r}"
+    if wanted in adapter_types:
+        what = f"{wanted!r} takes options, which only a file can give"
+        possible = [name for name in possible if name != wanted]
+    raise RefusedError(what, Vocabulary(possible, "possible ones").instead_of(wanted) if possible else _choices([]))
+
+
+def _choices(possible: Sequence[str]) -> str:
+    if not possible:
+        return "write a council.yaml with `adapters:` (`council init`), since no installed type works without options"
+    return f"name one by --adapter: {', '.join(possible)}"
+
+
+def _needs_no_options(kind: AdapterType) -> bool:
+    return not any(field.is_required() for field in kind.Options.model_fields.values())
+
+
+def _without(node: Node, key: str) -> Node:
+    children = {name: child for name, child in node.children.items() if name != key}
+    return node._replace(value={name: value for name, value in node.value.items() if name != key}, children=children)
+
+
+def _laid_over(below: Node, above: Node) -> Node:
+    """Return one mapping of both: what is above counts, but for `adapters`, which are taken together."""
+    children = {**below.children, **above.children}
+    adapters, added = below.get("adapters"), above.get("adapters")
+    if adapters is not None and added is not None and isinstance(adapters.value, dict):
+        children["adapters"] = _laid_over(adapters, added)
+    value = {key: child.value for key, child in children.items()}
+    return Node(below.at, value, children, {**below.keys, **above.keys})

@@ -1,0 +1,66 @@
+"""The shape of the file as JSON Schema (draft 2020-12), for editors: all that it can tell without reading the world."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import core_schema
+
+from orchestrator.config.schema import AdapterSettings, Config
+from orchestrator.protocols import AdapterType, JsonObject
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+class _Generator(GenerateJsonSchema):
+    """What pydantic makes of our models, less what the file does not take: a key is left out, never null."""
+
+    def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
+        return self.generate_inner(schema["schema"])
+
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
+        default = schema.get("default")
+        if default is None or isinstance(default, BaseModel):
+            return self.generate_inner(schema["schema"])
+        return super().default_schema(schema)
+
+    def frozenset_schema(self, schema: core_schema.FrozenSetSchema) -> JsonSchemaValue:
+        made = super().frozenset_schema(schema)
+        del made["uniqueItems"]  # what is there twice counts once
+        return made
+
+    def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002  pydantic's signature
+        return False
+
+
+def file_schema(adapter_types: Mapping[str, AdapterType]) -> JsonObject:
+    """Return the schema of a file whose adapters are of these types."""
+    schema = _schema_of(Config, "")
+    definitions = schema["$defs"]
+    entry = definitions[AdapterSettings.__name__]
+    entry["properties"]["use"]["enum"] = sorted(adapter_types)
+    entry["allOf"] = [
+        {
+            "if": {"properties": {"use": {"const": use}}, "required": ["use"]},
+            "then": {"$ref": f"#/$defs/use.{use}"},
+        }
+        for use in sorted(adapter_types)
+    ]
+    for use in sorted(adapter_types):
+        definitions |= _options(use, adapter_types[use].Options, entry["properties"])
+    return {"$schema": DIALECT, **schema}
+
+
+def _options(use: str, options: type[BaseModel], common: Mapping[str, Any]) -> Iterator[tuple[str, JsonObject]]:
+    """Yield the definition of a type's options beside the keys that every adapter has, and those that it refers to."""
+    schema = _schema_of(options, f"use.{use}.")
+    yield from ((f"use.{use}.{name}", definition) for name, definition in schema.pop("$defs", {}).items())
+    schema["properties"] = {**dict.fromkeys(common, True), **schema.get("properties", {})}
+    yield f"use.{use}", schema
+
+
+def _schema_of(model: type[BaseModel], prefix: str) -> JsonObject:
+    return model.model_json_schema(ref_template=f"#/$defs/{prefix}{{model}}", schema_generator=_Generator)

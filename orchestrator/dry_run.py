@@ -1,0 +1,54 @@
+"""What a run would do: checked as a run is checked, with nothing started or recorded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from orchestrator.clock import Clock, SystemClock
+from orchestrator.config.adapters import trial_request
+from orchestrator.config.model import RunConfig, used_adapters
+from orchestrator.domain.admission import Demand
+from orchestrator.engine.capacity import measure_room
+from orchestrator.engine.ledger import new_run_id
+from orchestrator.engine.preflight import check_run, forget, project_at
+from orchestrator.engine.rehearsal import Rehearsal, rehearse
+from orchestrator.plugins import Plugins
+from orchestrator.repo.checkout import check_own
+from orchestrator.repo.site import find_site
+from orchestrator.tracking import with_tracked
+
+
+async def rehearse_run(
+    config: RunConfig,
+    plugins: Plugins,
+    *,
+    allow_deferred: bool = False,
+    clock: Clock | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Rehearsal:
+    """Check all that `Council.create_run` checks, and say what the run would do; nothing is started or recorded.
+
+    Only our own repositories change: the commits are fetched into them, as for a run.
+    """
+    config = await with_tracked(config, plugins)
+    run = new_run_id((clock or SystemClock()).now())
+    site = await find_site(config.repo, is_url=config.is_url, environ=environ)
+    project = project_at(config, site)
+    project.check()
+    await check_own(project, environ)
+    adapters = used_adapters(config, plugins.adapters)
+    cleared = await check_run(config, site, run, adapters, environ, state=None, allow_deferred=allow_deferred)
+    await forget(cleared.hub, run, environ)
+    room = await measure_room(config.capacity, Demand(memory=config.session_memory))
+    programs = {
+        task.id: adapters[task.adapter].command(trial_request(task.id, task.prompt)).argv[0] for task in config.tasks
+    }
+    return rehearse(
+        config,
+        programs,
+        room,
+        target=config.target or "council/<run>",
+        repository=site.location,
+        sandbox=cleared.sandbox,
+    )

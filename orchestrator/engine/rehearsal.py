@@ -1,0 +1,102 @@
+"""What a run would do, told without starting or recording anything. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from orchestrator.config.model import RunConfig, TaskSpec
+from orchestrator.domain.admission import Fit
+from orchestrator.domain.dispatch import Entry
+from orchestrator.domain.plan import plan, sessions_at_once
+from orchestrator.protocols import JsonObject
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTask:
+    """One task as it would run; durations are in seconds."""
+
+    id: str
+    needs: Sequence[str]
+    follows: str | None
+    """A task of the same wave that owns a common path and would start first."""
+    adapter: str
+    program: str
+    """The first word of what its adapter would run."""
+    starts_from: str
+    """The branch that its worktree would begin at."""
+    checks: Sequence[str]
+    attempts: int
+    timeout: float
+    silence: float | None
+    priority: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedWave:
+    """Tasks whose needs are all in earlier waves, in the order in which they would start."""
+
+    sessions: int
+    """How many of them would run at once."""
+    tasks: Sequence[PlannedTask]
+    is_compared: bool
+    """False if too many own paths to say of each what it follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """A whole run."""
+
+    repository: str
+    base: str
+    target: str
+    sandbox: str
+    sessions: int
+    """How many would run at once at most."""
+    limited_by: str | None
+    """What keeps that below the file's `capacity`, if the machine does."""
+    waves: Sequence[PlannedWave]
+
+    def to_json(self) -> JsonObject:
+        """Return the result object of `run --dry-run`."""
+        return {"status": "planned", **asdict(self)}
+
+
+def rehearse(
+    config: RunConfig, programs: Mapping[str, str], room: Fit, *, target: str, repository: str, sandbox: str
+) -> Rehearsal:
+    """Return what a run of `config` would do; `programs` are those of its tasks, `room` what the machine has."""
+    specs = {task.id: task for task in config.tasks}
+    entries = {task.id: Entry(task.needs, task.adapter, task.priority, task.owns) for task in config.tasks}
+    limits = {name: one.capacity for name, one in config.adapters.items() if one.capacity is not None}
+
+    def planned(task: str, follows: str | None) -> PlannedTask:
+        starts_from = target if specs[task].builds_on_target else config.base
+        return _task(specs[task], follows, programs[task], starts_from)
+
+    waves = [
+        PlannedWave(
+            sessions_at_once(wave, entries, limits, room.sessions),
+            [planned(task, wave.follows.get(task)) for task in wave.tasks],
+            wave.is_compared,
+        )
+        for wave in plan(entries)
+    ]
+    most = max(wave.sessions for wave in waves)
+    return Rehearsal(repository, config.base, target, sandbox, most, room.limited_by, waves)
+
+
+def _task(spec: TaskSpec, follows: str | None, program: str, starts_from: str) -> PlannedTask:
+    return PlannedTask(
+        id=spec.id,
+        needs=spec.needs,
+        follows=follows,
+        adapter=spec.adapter,
+        program=program,
+        starts_from=starts_from,
+        checks=spec.checks,
+        attempts=spec.attempts,
+        timeout=spec.timeout,
+        silence=spec.silence,
+        priority=spec.priority,
+    )

@@ -1,0 +1,100 @@
+"""`council validate` reads a file as `run` does; the schemas that `council schema` prints hold for real output."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jsonschema import Draft202012Validator
+
+from tests.conftest import Repository
+
+TASKS = [{"id": "one", "prompt": "write one.txt 1"}]
+
+
+async def test_file_that_is_right(repository: Repository) -> None:
+    """It says what is in it, starts nothing, and makes no project."""
+    config = repository.configure(TASKS, target="out", defaults={"checks": ["true"]})
+    text = repository.council("validate", str(config))
+    assert (text.code, text.stderr) == (0, "")
+    assert text.stdout == f"{config} is right: 1 task, 1 adapter, from main onto out\n"
+    told = repository.council("validate", str(config), "--json")
+    assert told.lines == [
+        {
+            "status": "valid",
+            "file": str(config),
+            "tasks": 1,
+            "adapters": ["fake"],
+            "errors": [],
+            "warnings": [],
+            "exit": 0,
+        }
+    ]
+    assert not (repository.top / ".council").exists()
+    assert not repository.spawns.exists()
+
+
+async def test_file_with_mistakes_is_told_as_run_tells_it(repository: Repository) -> None:
+    """Exit 2 with every mistake, in the same words."""
+    config = repository.top / "bad.yaml"
+    config.write_text("version: 1\nrepositry: .\ntasks:\n  - id: a\n    needs: [b]\n    prompt: x\n")
+    for options in ([], ["--json"]):
+        validated, ran = (repository.council(command, str(config), *options) for command in ("validate", "run"))
+        assert validated.code == 2
+        assert validated == ran
+    assert repository.council("validate", str(config), "--json").result["errors"][0]["line"] == 1
+
+
+async def test_what_is_seldom_meant_is_a_warning_with_a_remedy(repository: Repository) -> None:
+    """A target under your hands, a repository that sessions may write, work that nothing proves; the exit code is 0."""
+    config = repository.configure(TASKS, target="main", writable=[str(repository.top)])
+    told = repository.council("validate", str(config), "--json")
+    assert (told.code, told.result["exit"]) == (0, 0)
+    assert [warning["what"].split(" ", 2)[0:2] for warning in told.result["warnings"]] == [
+        ["the", "target"], ["`writable`", "lets"], ["no", "task"],
+    ]  # fmt: skip
+    assert all(warning["remedy"] for warning in told.result["warnings"])
+    text = repository.council("validate", str(config))
+    assert text.stdout.count("\nwarning: ") == 3
+    (repository.top / ".git").rename(repository.top / "no-git")
+    assert len(repository.council("validate", str(config), "--json").result["warnings"]) == 1
+
+
+async def test_the_file_is_found(repository: Repository) -> None:
+    """Without a name it is council.yaml here, else at the top of the repository; else it is said that there is none."""
+    missing = repository.council("validate", "--json")
+    assert (missing.code, missing.result["status"]) == (2, "refused")
+    assert "council init" in missing.result["remedy"]
+    (repository.top / "council.yaml").write_text(repository.configure(TASKS).read_text())
+    (repository.top / "sub").mkdir()
+    inner = Repository(repository.top / "sub", repository.environ, repository.spawns)
+    assert inner.council("validate", "--json").result["file"] == str(repository.top / "council.yaml")
+
+
+async def test_real_results_are_as_their_schema_says(repository: Repository) -> None:
+    """What run, status and cancel print last validates, with tasks of every kind of end."""
+    schema = json.loads(repository.council("schema", "--result").stdout)
+    validator = Draft202012Validator(schema)
+    tasks: list[dict[str, Any]] = [
+        {"id": "good", "prompt": "write good.txt 1"},
+        {"id": "idle", "prompt": "print nothing"},
+        {"id": "bad", "prompt": "write bad.txt 1\nexit 3", "attempts": 1},
+        {"id": "after", "prompt": "write after.txt 1", "needs": ["bad"]},
+    ]
+    ended = repository.council("run", str(repository.configure(tasks)), "--json")
+    assert set(ended.states.values()) == {"landed", "no_change", "failed", "blocked"}
+    for result in (
+        ended.result,
+        *(repository.council(*command, "--json").result for command in (["status"], ["cancel"])),
+    ):
+        validator.validate(result)
+        assert not validator.is_valid({**result, "status": "done"})
+        assert not validator.is_valid({**result, "tasks": [{**result["tasks"][0], "state": "lost"}]})
+    await repository.assert_invariants()
+
+
+async def test_schema_of_the_file_is_the_one_that_is_shipped(repository: Repository) -> None:
+    """The command prints just what stands beside the examples."""
+    shipped = Path(__file__).parents[2] / "configs/council.schema.json"
+    assert repository.council("schema").stdout == shipped.read_text()

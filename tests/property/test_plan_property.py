@@ -1,0 +1,95 @@
+"""Waves keep every need before what needs it, and say of tasks of one wave which keep each other waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.domain.dispatch import Entry
+from orchestrator.domain.ownership import any_overlap
+from orchestrator.domain.plan import plan, sessions_at_once
+
+_PATTERNS = ["src/**", "src/a/*", "src/a/b.py", "src/b*/x", "docs/", "**/x", "docs/[ab]*", "*"]
+
+
+@st.composite
+def _entries(draw: st.DrawFn) -> Mapping[str, Entry]:
+    """Return tasks in any order whose needs go from later to earlier numbers, so that there is no circle."""
+    many = draw(st.integers(1, 25))
+    made = {
+        f"t{number}": Entry(
+            needs=tuple(draw(st.lists(st.sampled_from([f"t{n}" for n in range(number)]), max_size=3)))
+            if number
+            else (),
+            adapter=draw(st.sampled_from("xy")),
+            priority=draw(st.integers(-2, 2)),
+            owns=tuple(draw(st.lists(st.sampled_from(_PATTERNS), max_size=2))),
+        )
+        for number in range(many)
+    }
+    return {task: made[task] for task in draw(st.permutations(list(made)))}
+
+
+@given(_entries())
+def test_each_task_is_in_the_earliest_wave_that_its_needs_allow(entries: Mapping[str, Entry]) -> None:
+    """Every task is there once, behind all of its needs, and right behind one of them."""
+    waves = plan(entries)
+    places = [(task, number) for number, wave in enumerate(waves) for task in wave.tasks]
+    wave_of = dict(places)
+    assert len(places) == len(entries)
+    assert wave_of.keys() == entries.keys()
+    for task, number in places:
+        assert number == 1 + max((wave_of[need] for need in entries[task].needs), default=-1)
+
+
+@given(_entries())
+def test_tasks_of_a_wave_stand_in_the_order_of_dispatch(entries: Mapping[str, Entry]) -> None:
+    """The higher priority comes first, then the order of the file."""
+    order = list(entries)
+    for wave in plan(entries):
+        assert list(wave.tasks) == sorted(wave.tasks, key=lambda task: (-entries[task].priority, order.index(task)))
+
+
+@given(_entries())
+def test_each_task_follows_the_first_before_it_that_owns_a_common_path(entries: Mapping[str, Entry]) -> None:
+    """What is found by the beginnings of patterns is what comparing all with all finds."""
+    for wave in plan(entries):
+        expected: dict[str, str] = {}
+        for place, task in enumerate(wave.tasks):
+            met = [one for one in wave.tasks[:place] if any_overlap(entries[one].owns, entries[task].owns)]
+            expected |= {task: met[0]} if met else {}
+        assert wave.follows == expected
+        assert wave.is_compared
+
+
+@given(_entries(), st.integers(0, 6), st.dictionaries(st.sampled_from("xy"), st.integers(1, 3)))
+def test_sessions_at_once_are_within_all_limits(
+    entries: Mapping[str, Entry], most: int, capacities: Mapping[str, int]
+) -> None:
+    """No more run than fit, than adapters may have, and than own paths of their own; at least one if one fits."""
+    for wave in plan(entries):
+        sessions = sessions_at_once(wave, entries, capacities, most)
+        adapters = [entries[task].adapter for task in wave.tasks]
+        limit = sum(min(adapters.count(name), capacities.get(name, 99)) for name in set(adapters))
+        assert min(most, 1) <= sessions <= min(most, limit, len(wave.tasks))
+        if not capacities and not wave.follows:
+            assert sessions == min(most, len(wave.tasks))
+
+
+def test_ten_thousand_tasks_that_own_much_alike_are_planned_quickly() -> None:
+    """Where comparing would have no end it is given up, and said."""
+    many = 10_000
+    entries = {f"t{number}": Entry(owns=(f"src/*{number}.py", f"**/x{number}")) for number in range(many)}
+    apart = {f"t{number}": Entry(owns=(f"*-{number}.py",)) for number in range(many)}
+    [wave] = plan(entries)
+    assert len(wave.tasks) == many
+    [wave] = plan(apart)
+    assert not wave.is_compared
+
+
+def test_chain_of_ten_thousand_is_ten_thousand_waves() -> None:
+    """Neither depth nor number meets a recursion limit."""
+    entries = {f"t{number}": Entry(needs=(f"t{number - 1}",) if number else ()) for number in range(10_000)}
+    assert [wave.tasks for wave in plan(entries)] == [[task] for task in entries]

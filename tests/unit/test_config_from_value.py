@@ -1,0 +1,109 @@
+"""A run that comes from code is judged as a file is, and its mistakes are told by their paths."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.command import CommandAdapter
+from orchestrator.config.document import read_document
+from orchestrator.config.load import load_config, load_value
+from orchestrator.config.problems import Problems, TooManyProblems
+from orchestrator.errors import ConfigError
+from tests.unit.test_config_mistakes import MANY, ONE_MISTAKE
+
+TYPES = {"command": CommandAdapter}
+RUN: dict[str, Any] = {"version": 1, "adapters": {"x": {"use": "command", "argv": ["x"]}}}
+
+
+class _Word(enum.StrEnum):
+    A = "a"
+
+
+def mistakes(value: dict[str, Any], folder: Path) -> list[str]:
+    """Return what is wrong with a value, a sentence each."""
+    with pytest.raises(ConfigError) as caught:
+        load_value(value, folder, TYPES)
+    assert all((one.line, one.column) == (0, 0) for one in caught.value.problems)
+    return str(caught.value).splitlines()
+
+
+def read(text: str) -> dict[str, Any] | None:
+    """Return what a text says, None where it can't be read without a mistake."""
+    problems = Problems("x")
+    try:
+        node = read_document(text, problems)
+    except TooManyProblems:
+        return None
+    return None if node is None or problems else node.value
+
+
+def test_value_and_file_make_the_same_run(tmp_path: Path) -> None:
+    """Tuples, members of enumerations and paths are taken for what they mean; relative paths start from the folder."""
+    (tmp_path / "p.md").write_text("Do.")
+    path = tmp_path / "council.yaml"
+    path.write_text(
+        "version: 1\nadapters: {x: {use: command, argv: [x]}}\n"
+        "tasks: [{id: a, prompt_file: p.md}, {id: b, prompt: p, needs: [a], timeout: 2s}]\n"
+    )
+    tasks = (
+        {"id": _Word.A, "prompt_file": Path("p.md")},
+        {"id": "b", "prompt": "p", "needs": (_Word.A,), "timeout": "2s"},
+    )
+    assert load_value({**RUN, "tasks": tasks}, tmp_path, TYPES, name=path.name) == load_config(path, TYPES)
+
+
+def test_mistakes_are_told_by_path(tmp_path: Path) -> None:
+    """Each place is named as Python would, in the order of the value."""
+    tasks = [{"id": "a", "prompt": " "}, {"id": "a", "prompt": {1}, 3: 4}, {"id": "b", "prompt": "p", "needs": ["c"]}]
+    value = {**RUN, "tasks": tasks, "session_memory": float("inf"), "defaults": {"timeout": 30, "checks": ["\0"]}}
+    assert mistakes(value, tmp_path) == [
+        "<run>: tasks[0].prompt: the prompt is empty: say what is to be done",
+        "<run>: tasks[1]: the key '3' is not text: write a word",
+        "<run>: tasks[1].id: the task 'a' is there already, at tasks[0].id: give each task an id of its own",
+        "<run>: tasks[1].prompt: a set is no value of a run: give text, a number, a list or a dict",
+        "<run>: tasks[2].needs[0]: there is no task 'c': the tasks are a, b",
+        "<run>: session_memory: this number is not finite: write a finite number, or quote it if it is text",
+        "<run>: defaults.timeout: a duration can't be the bare number 30: add its unit, as in 30s or 30m",
+        "<run>: defaults.checks[0]: the text holds the character '\\x00': remove it",
+    ]
+
+
+def test_what_is_missing_at_the_top_has_no_path(tmp_path: Path) -> None:
+    """The name of the run stands for the whole."""
+    assert mistakes({**RUN}, tmp_path) == ["<run>: the key 'tasks' is missing: add `tasks:` here"]
+
+
+def test_value_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    """Reading ends where collections lie too deep, however many ways there are."""
+    knot: list[Any] = []
+    knot += [knot, knot]
+    [told] = mistakes({**RUN, "tasks": knot}, tmp_path)
+    assert told.endswith("more than 64 collections lie in each other: nest less deeply")
+
+
+def test_every_mistake_of_a_file_is_one_of_a_value(tmp_path: Path) -> None:
+    """Whatever is wrong with a file that can be read is wrong with the same value, and nothing else is."""
+    compared = 0
+    path = tmp_path / "council.yaml"
+    for content in [*(content for content, *_ in ONE_MISTAKE.values()), MANY]:
+        value = read(content) if isinstance(content, str) else None
+        if value is None:
+            continue
+        path.write_text(str(content))
+        with pytest.raises(ConfigError) as of_file:
+            load_config(path, TYPES)
+        with pytest.raises(ConfigError) as of_value:
+            load_value(value, tmp_path, TYPES)
+        assert sorted(_facts(of_value.value)) == sorted(_facts(of_file.value))
+        compared += 1
+    assert compared > 50
+
+
+def _facts(error: ConfigError) -> list[tuple[str, str]]:
+    # Where a second task is, is the one thing that is told differently.
+    return [(one.what.partition(", on line")[0].partition(", at ")[0].split(" on line ")[0].split(" at tasks")[0],
+             one.remedy) for one in error.problems]  # fmt: skip

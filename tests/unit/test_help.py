@@ -1,0 +1,67 @@
+"""The help teaches by examples that are true, and wrong words lead to the right ones."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+from collections.abc import Iterator
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from orchestrator.cli.main import main
+
+
+def _leaves(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    if path:
+        yield path, command
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            found = command.get_command(context, name)
+            assert found is not None
+            yield from _leaves(found, (*path, name))
+
+
+ALL = dict(_leaves(main))
+
+
+@pytest.mark.parametrize("path", ALL, ids=" ".join)
+def test_help_ends_with_examples_that_parse(path: tuple[str, ...]) -> None:
+    """Each example is of the command that it stands under, and click takes it."""
+    _, mark, examples = inspect.cleandoc(ALL[path].help or "").partition("\b\nExamples:\n")
+    assert mark
+    for line in examples.splitlines():
+        first, *words = shlex.split(line.partition(" > ")[0])
+        assert first == "council"
+        assert tuple(words[: len(path)]) == path
+        _parse(words)
+
+
+def _parse(words: list[str]) -> None:
+    """Have click read a command's words, without running anything."""
+    command: click.Command = main
+    while isinstance(command, click.Group):
+        found = command.get_command(click.Context(command), words.pop(0))
+        assert found is not None
+        command = found
+    command.make_context(command.name, words)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("statis", "did you mean `council status`?"),
+        ("salvage lst", "did you mean `council salvage list`?"),
+        ("salvage zzz", "`council salvage --help` lists them"),
+        ("run --dryrun", "--dry-run"),
+        ("salvage apply x --brnch y", "--branch"),
+    ],
+)
+def test_words_that_are_none_lead_to_the_near_one(words: str, told: str) -> None:
+    """Commands, commands of commands, and options."""
+    ended = CliRunner().invoke(main, words.split(), prog_name="council")
+    assert ended.exit_code == 2
+    assert told in re.sub(r"\s+", " ", ended.output)

@@ -1,0 +1,118 @@
+"""Tasks in words become a run by the same path as a file's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from pydantic import BaseModel
+
+from adapters.command import CommandAdapter, CommandOptions
+from orchestrator.config.inline import InlineTasks, load_inline
+from orchestrator.config.model import RunConfig
+from orchestrator.errors import ConfigError, RefusedError
+from orchestrator.protocols import AdapterType
+
+HEAD = "version: 1\ntarget: out\ndefaults: {timeout: 2s, checks: [old]}\n"
+ONE = "adapters: {fixer: {use: command, argv: [fix]}}\n"
+TWO = "adapters: {fixer: {use: command, argv: [fix]}, other: {use: command, argv: [x]}}\n"
+TASKS = "tasks: [{id: a, prompt: ' ', needs: [b]}]\n"
+
+
+class _FreeOptions(CommandOptions):
+    argv: tuple[str, ...] = ("free",)
+
+
+class _Free(CommandAdapter):
+    """An adapter type whose options are all optional."""
+
+    Options: ClassVar[type[BaseModel]] = _FreeOptions
+
+
+TYPES: dict[str, AdapterType] = {"command": CommandAdapter, "free": _Free}
+
+
+def load(folder: Path, text: str | None, *prompts: str, **choices: Any) -> RunConfig:
+    """Load tasks in words on top of a file's text, or of none."""
+    file = None if text is None else folder / "council.yaml"
+    if file is not None and text is not None:
+        file.write_text(text)
+    return load_inline(InlineTasks(prompts or ("Do it.",), **choices), file, folder, TYPES)
+
+
+def test_tasks_of_the_file_are_replaced_and_all_else_holds(tmp_path: Path) -> None:
+    """Its own tasks, mistakes in them included, do not matter."""
+    config = load(tmp_path, HEAD + ONE + TASKS, "Do it.", "And that.", base="dev", checks=("new",))
+    assert [(task.id, task.prompt, task.adapter) for task in config.tasks] == [
+        ("task-1", "Do it.", "fixer"), ("task-2", "And that.", "fixer"),
+    ]  # fmt: skip
+    assert (config.base, config.target, config.path) == ("dev", "out", tmp_path / "council.yaml")
+    assert {(task.timeout, task.checks) for task in config.tasks} == {(2.0, ("new",))}
+    assert load(tmp_path, HEAD + ONE + TASKS).tasks[0].checks == ("old",)
+
+
+@pytest.mark.parametrize(
+    ("text", "adapter", "expected"),
+    [
+        (HEAD + TWO, "other", "other"),
+        (HEAD.replace("{timeout", "{adapter: other, timeout") + TWO, None, "other"),
+        (HEAD + TWO, "free", "free"),
+        (None, "free", "free"),
+        ("version: 1\n", "free", "free"),
+    ],
+    ids=["of the file", "the default", "an installed type", "without a file", "with a file of no adapter"],
+)
+def test_adapter_is_of_the_file_or_a_type_that_needs_no_options(
+    tmp_path: Path, text: str | None, adapter: str | None, expected: str
+) -> None:
+    """What is named, else the file's own choice."""
+    config = load(tmp_path, text, adapter=adapter)
+    assert config.tasks[0].adapter == expected
+    assert expected in config.adapters
+
+
+@pytest.mark.parametrize(
+    ("text", "adapter", "what", "remedy"),
+    [
+        (HEAD + TWO, None, "several adapters and no default", "name one by --adapter: fixer, other, free"),
+        (None, None, "no file that names an adapter", "name one by --adapter: free"),
+        (HEAD + ONE, "fixr", "there is no adapter 'fixr'", "did you mean 'fixer'?"),
+        (HEAD + ONE, "zzz", "there is no adapter 'zzz'", "possible ones are fixer, free"),
+        (None, "command", "'command' takes options", "possible ones are free"),
+    ],
+)
+def test_choice_that_is_none_is_refused_with_what_is_possible(
+    tmp_path: Path, text: str | None, adapter: str | None, what: str, remedy: str
+) -> None:
+    """Each refusal names the adapters that could be meant."""
+    with pytest.raises(RefusedError) as refused:
+        load(tmp_path, text, adapter=adapter)
+    assert what in refused.value.what
+    assert remedy in refused.value.remedy
+
+
+def test_mistakes_are_told_by_line_in_the_file_and_by_path_in_words(tmp_path: Path) -> None:
+    """Each where it was made."""
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, HEAD.replace("2s", "2") + ONE, " ", target="a..b")
+    path = tmp_path / "council.yaml"
+    assert str(caught.value).splitlines() == [
+        f"{path}: tasks[0].prompt: the prompt is empty: say what is to be done",
+        f"{path}: target: 'a..b' can't be a branch, it contains '..': write a branch's name, as in main or team/work",
+        f"{path}:3:21: a duration can't be the bare number 2: add its unit, as in 2s or 2m",
+    ]
+
+
+def test_trackers_of_the_file_give_no_tasks(tmp_path: Path) -> None:
+    """What is given in words is all that is done."""
+    config = load(tmp_path, HEAD + ONE + "trackers: {board: {use: zzz}}\n")
+    assert ([task.id for task in config.tasks], dict(config.trackers)) == (["task-1"], {})
+
+
+@pytest.mark.parametrize("text", ["adapters: 3\nversion: 1\n", "version: [\n", "- x\n", "version: 1\nadapters: {}\n"])
+def test_file_that_is_wrong_itself_is_told_as_such(tmp_path: Path, text: str) -> None:
+    """Before any question of adapters, where there are none that could be read."""
+    with pytest.raises((ConfigError, RefusedError)) as caught:
+        load(tmp_path, text)
+    assert ("adapters" in text and "{}" in text) == isinstance(caught.value, RefusedError)

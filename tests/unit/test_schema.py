@@ -1,0 +1,222 @@
+"""An editor that checks a file by our JSON Schema says what we say, as far as a schema can."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+from pydantic import BaseModel, ConfigDict
+
+from adapters.command import CommandAdapter
+from orchestrator.config.document import read_document
+from orchestrator.config.json_schema import file_schema
+from orchestrator.config.names import BRANCH_PATTERN, NAME_PATTERN, check_branch, check_name
+from orchestrator.config.problems import Problems
+from orchestrator.config.quantities import (
+    DURATION_PATTERN,
+    SILENCE_PATTERN,
+    SIZE_PATTERN,
+    parse_duration,
+    parse_silence,
+    parse_size,
+)
+from orchestrator.engine.result_schema import result_schema
+from orchestrator.plugins import load_plugins
+from tests.unit.test_config_from_value import read
+from tests.unit.test_config_load import FULL, SMALLEST
+from tests.unit.test_config_mistakes import ONE_MISTAKE
+
+ROOT = Path(__file__).parents[2]
+SCHEMA = file_schema({"command": CommandAdapter})
+MINIMAL: dict[str, Any] = {
+    "version": 1,
+    "adapters": {"x": {"use": "command", "argv": ["x"]}},
+    "tasks": [{"id": "a", "prompt": "p"}],
+}
+EXAMPLES = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/configuration.md").read_text(), re.DOTALL)
+EDITOR_LINE = "# yaml-language-server: $schema=council.schema.json\n"
+
+#: What a schema can't say: it takes looking at the world, at other places of the file, or at how the text is written.
+BEYOND = {
+    "unknown adapter", "unknown default adapter", "several adapters, none named", "duplicate id", "same but for case",
+    "self-need", "missing need", "circle", "prompt file missing", "prompt file is a folder", "no folder",
+    "unknown scheme", "remote helper", "option as repo", "version 1.0", "long duration", "unknown placeholder",
+    "env name", "env key", "git env",
+}  # fmt: skip
+
+
+def faults(value: Any, schema: dict[str, Any] = SCHEMA) -> list[str]:
+    return [error.message for error in Draft202012Validator(schema).iter_errors(value)]
+
+
+def parsed(text: str) -> Any:
+    problems = Problems("x")
+    node = read_document(text, problems)
+    assert node is not None
+    assert not problems
+    return node.value
+
+
+def test_both_are_schemas() -> None:
+    """Each is right by the dialect that it names."""
+    for schema in (SCHEMA, result_schema()):
+        assert schema["$schema"] == Draft202012Validator.META_SCHEMA["$id"]
+        Draft202012Validator.check_schema(schema)
+
+
+def test_shipped_schema_is_that_of_the_code() -> None:
+    """`make schema` brings it up to date."""
+    assert json.loads((ROOT / "configs/council.schema.json").read_text()) == file_schema(load_plugins().adapters)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_file_is_right_and_names_its_schema(path: Path) -> None:
+    """Each file under configs/ validates, and its first line leads an editor to the schema beside it."""
+    assert path.read_text().startswith(EDITOR_LINE)
+    assert faults(parsed(path.read_text()), file_schema(load_plugins().adapters)) == []
+
+
+@pytest.mark.parametrize("text", [SMALLEST, FULL], ids=["smallest", "full"])
+def test_files_that_load_are_right(text: str) -> None:
+    """What our tests load validates."""
+    assert faults(parsed(text.removeprefix("%YAML 1.2\n"))) == []
+
+
+def test_examples_of_the_documentation_are_right() -> None:
+    """Each piece of YAML validates in a file that is otherwise the smallest."""
+    assert EXAMPLES
+    for text in EXAMPLES:
+        assert faults({**MINIMAL, **parsed(text)}, file_schema(load_plugins().adapters)) == [], text
+
+
+def test_readmes_file_is_right_and_names_its_schema() -> None:
+    """The first example of the README is a whole file."""
+    match = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert match
+    assert match[1].startswith(EDITOR_LINE)
+    assert faults(parsed(match[1]), file_schema(load_plugins().adapters)) == []
+
+
+@pytest.mark.parametrize("name", ONE_MISTAKE)
+def test_mistakes_are_mistakes_by_the_schema(name: str) -> None:
+    """Of all that we refuse, the schema refuses what is wrong in the shape of the values."""
+    content = ONE_MISTAKE[name][0]
+    value = read(content) if isinstance(content, str) else None
+    if value is None:
+        return  # no value can be read, which is no matter for a schema
+    assert bool(faults(value)) is (name not in BEYOND)
+
+
+def test_what_no_schema_can_say_is_refused_by_us() -> None:
+    """The list of exceptions names mistakes that there are."""
+    assert set(ONE_MISTAKE) >= BEYOND
+
+
+def test_what_counts_once_and_what_may_not_be_there_twice() -> None:
+    """A class of failure that is named twice is one; a need is a mistake."""
+    task = MINIMAL["tasks"][0]
+    assert faults({**MINIMAL, "defaults": {"retry_on": ["crashed", "crashed"]}}) == []
+    assert faults({**MINIMAL, "tasks": [{**task, "needs": ["b", "b"]}]}) != []
+
+
+def test_unknown_adapter_type_gets_one_message() -> None:
+    """Options of an adapter whose type is unknown are not judged."""
+    value = {**MINIMAL, "adapters": {"x": {"use": "comand", "whatever": 1}}}
+    assert faults(value) == ["'comand' is not one of ['command']"]
+
+
+class _Limits(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    turns: int
+
+
+class _NestedOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    limits: _Limits | None = None
+
+
+class _Nested(CommandAdapter):
+    """A plugin's type whose options hold a model of its own."""
+
+    Options: ClassVar[type[BaseModel]] = _NestedOptions
+
+
+def test_options_of_a_plugin_may_hold_models() -> None:
+    """They are told apart by the type's name, and each entry is judged by its own type's."""
+    schema = file_schema({"command": CommandAdapter, "nested": _Nested})
+
+    def told(entry: dict[str, Any]) -> bool:
+        return bool(faults({**MINIMAL, "adapters": {"x": {"capacity": 1, **entry}}}, schema))
+
+    assert not told({"use": "nested"})
+    assert not told({"use": "nested", "limits": {"turns": 3}})
+    assert not told({"use": "command", "argv": ["x"]})
+    assert told({"use": "nested", "limits": {"turn": 3}})
+    assert told({"use": "nested", "argv": ["x"]})
+    assert told({"use": "command", "argv": ["x"], "limits": {"turns": 3}})
+
+
+def test_every_key_has_a_description() -> None:
+    """An editor has words for every key of the file and of the adapters."""
+    for name, model in {**SCHEMA["$defs"], "file": SCHEMA}.items():
+        for key, described in model.get("properties", {}).items():
+            if described is not True:
+                assert described.get("description") or "$ref" in described, f"{name}.{key}"
+
+
+def _is_taken(check: Any, text: str) -> bool:
+    try:
+        check(text)
+    except ValueError:
+        return False
+    return True
+
+
+_PIECES = (
+    "a", "B", "7", ".", "..", "/", "-", "_", "lock", ".lock", "@", "{", "~", "HEAD", "refs/", " ", "\\", "[",
+    "\x7f", "é",
+)  # fmt: skip
+
+
+def _texts(pieces: tuple[str, ...]) -> st.SearchStrategy[str]:
+    return st.lists(st.sampled_from(pieces), max_size=6).map("".join)
+
+
+@given(_texts(_PIECES))
+@example("a" * 64)
+@example("a" * 65)
+def test_names_and_branches_are_those_of_the_patterns(text: str) -> None:
+    """The one expression that an editor has says what our checks say."""
+    assert (re.search(NAME_PATTERN, text) is not None) == _is_taken(check_name, text)
+    assert (re.search(BRANCH_PATTERN, text) is not None) == _is_taken(check_branch, text)
+
+
+_AMOUNTS = ("0", "1", "30", "d", "h", "m", "s", "ms", "K", "M", "i", "B", "GB", "off", " ", ".")
+
+
+@given(_texts(_AMOUNTS))
+@example("1d2h3m4s5ms")
+@example("0s")
+def test_quantities_are_those_of_the_patterns(text: str) -> None:
+    """The same for durations and sizes, but that a pattern knows no largest one."""
+    for pattern, parse in (
+        (DURATION_PATTERN, parse_duration),
+        (SILENCE_PATTERN, parse_silence),
+        (SIZE_PATTERN, parse_size),
+    ):
+        matched = re.search(pattern, text) is not None
+        assert matched or not _is_taken(parse, text)
+        if matched:
+            assert _is_taken(parse, text) or _is_too_much(parse, text)
+
+
+def _is_too_much(parse: Any, text: str) -> bool:
+    with pytest.raises(ValueError, match=r"too long|out of range"):
+        parse(text)
+    return True
