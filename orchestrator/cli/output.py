@@ -6,15 +6,19 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import click
 
-from orchestrator.domain.model import REVIVABLE, TaskStatus
-from orchestrator.engine.report import AdapterReport, RunReport, RunStatus, TaskReport
-from orchestrator.protocols import Event, JsonObject
+from orchestrator.cli.streams import forget, has_gone
+
+if TYPE_CHECKING:
+    from orchestrator.engine.report import RunReport
+    from orchestrator.protocols import Event, JsonObject
+    from orchestrator.repo.diffs import Changes
 
 #: How an event reads; its own fields fill the gaps.
 SENTENCES: Mapping[str, str] = {
@@ -22,6 +26,13 @@ SENTENCES: Mapping[str, str] = {
     "run.limited": "no more than {sessions} sessions at once: {reason}",
     "run.paused": "nothing starts for {retry_in:g} s: {reason}",
     "repository.changed": "in your repository, not by council, while {sessions} ran: {changes}",
+    "plugin.left_out": "left out: {reason}",
+    "sink.failing": "sink {sink} fails and will be tried again: {reason}",
+    "sink.recovered": "sink {sink} is told again",
+    "sink.behind": "sink {sink} has yet to get {left} events: `council resume {run}` delivers them",
+    "tracker.failing": "tracker {tracker} fails and will be tried again: {reason}",
+    "tracker.recovered": "tracker {tracker} is told again",
+    "tracker.behind": "tracker {tracker} has yet to get {left} events: `council resume {run}` delivers them",
     "adapter.parked": "adapter {adapter} pauses until {until}: {reason}",
     "adapter.closed": "adapter {adapter} is stopped: {reason}",
     "run.interrupted": "interrupted: `council resume {run}` goes on",
@@ -45,32 +56,72 @@ SENTENCES: Mapping[str, str] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+#: Why a terminal gets lines all the same (https://no-color.org for the first), beside one that says it is dumb.
+_LINES_WANTED = ("NO_COLOR", "CI")
+_SHOW_CURSOR = "\x1b[?25h"
+
+
+@dataclass(slots=True)
 class Output:
     """Prints to stdout as one JSON object a line, or as text."""
 
     as_json: bool
+    above: Callable[[str], None] | None = field(default=None, init=False)
+    """While a table stands on the terminal: prints a line above it."""
+    unwritten: OSError | None = field(default=None, init=False)
+    """Why not all is there that was to be printed, though somebody wants it."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether there is somebody at a terminal to draw tables for."""
+        if self.as_json or any(os.environ.get(name) for name in _LINES_WANTED):
+            return False
+        return os.environ.get("TERM", "dumb") not in {"", "dumb", "unknown"} and sys.stdout.isatty()
+
+    def _say(self, text: str | bytes, *, err: bool = False, newline: bool = True) -> None:
+        """Print a line, unless whoever read has gone or there is no room: the run goes on without them."""
+        stream = sys.stderr if err else sys.stdout
+        try:
+            click.echo(text, file=stream, nl=newline)
+        except OSError as error:
+            forget(stream)
+            if not has_gone(error) and not err:
+                self.unwritten = error
 
     def event(self, time: float, event: Event) -> None:
         """Print something that happened."""
         if self.as_json:
             self._line({"event": event.type, "time": time, **event.data})
-        elif event.type in SENTENCES:
-            at = datetime.fromtimestamp(time, UTC).astimezone()
-            task = f"{event.data['task']}: " if "task" in event.data else ""
-            _say(f"{at:%H:%M:%S} {task}{plain(SENTENCES[event.type].format_map(_readable(event.data)))}")
+        elif (line := event_line(time, event)) is not None:
+            self._say(line)
 
-    def result(self, report: RunReport, code: int | None = None) -> None:
-        """Print how a run stands, as the last thing; `code` is the exit code where that is not the run's own."""
+    def result(
+        self,
+        report: RunReport,
+        code: int | None = None,
+        *,
+        changes: Mapping[str, Changes] | None = None,
+        is_newest: bool = True,
+    ) -> None:
+        """Print how a run stands, as the last thing; `code` is the exit code where that is not the run's own.
+
+        `changes` says how much the commits change by which tasks landed; people are told.
+        """
         if self.as_json:
             self._line(report.to_json() | ({} if code is None else {"exit": code}))
             return
-        landed = sum(task.landed is not None for task in report.tasks)
-        _say(f"run {report.run}: {report.status}, {landed} of {len(report.tasks)} landed on {report.target}")
-        for task in report.tasks:
-            _say(f"  {_task(task)}")
-        for hint in _hints(report):
-            _say(hint)
+        from orchestrator.cli import result  # noqa: PLC0415  what people get is of no use to programs
+
+        rows = list(result.result_rows(report, changes or {}, is_newest=is_newest))
+        self._say(result.summary(report))
+        if self.draws:
+            from orchestrator.cli.draw import result_text  # noqa: PLC0415  rich takes its time
+
+            self._say(result_text(rows), newline=False)
+        else:
+            self._say("\n".join(result.text_lines(rows)))
+        for hint in result.hints(report):
+            self._say(hint)
 
     def facts(self, facts: Mapping[str, str | None]) -> None:
         """Print names with values."""
@@ -79,14 +130,16 @@ class Output:
             return
         width = max(map(len, facts))
         for name, value in facts.items():
-            _say(f"{name:<{width}}  {value or '-'}")
+            self._say(f"{name:<{width}}  {value or '-'}")
 
     def failure(self, result: JsonObject, message: str) -> None:
         """Print why a command could not do its work."""
+        if self.above is not None:  # it ends at once, and leaves the table where it is
+            self._say(f"\n{_SHOW_CURSOR}", newline=False)
         if self.as_json:
             self._line(result)
         else:
-            _say(plain(message, keep="\n"), err=True)
+            self._say(plain(message, keep="\n"), err=True)
 
     def text(self, text: str, *, err: bool = False, colored: bool = False) -> None:
         """Print what a program wrote, as it is; to a terminal without what that would obey, but for git's colours."""
@@ -95,11 +148,11 @@ class Output:
             parts = _COLOR.split(text) if colored else [text]
             # The expression has one group: each second part is a colour.
             text = "".join(part if odd % 2 else plain(part, keep="\n\t") for odd, part in enumerate(parts))
-        _say(text, err=err, newline=False)
+        self._say(text, err=err, newline=False)
 
     def bytes(self, data: bytes) -> None:
         """Print bytes as they are."""
-        _say(data, newline=False)
+        self._say(data, newline=False)
 
     def json(self, value: JsonObject) -> None:
         """Print one object, as a line."""
@@ -107,63 +160,25 @@ class Output:
 
     def notice(self, text: str) -> None:
         """Tell a person something that is no event."""
-        if not self.as_json:
-            _say(text, err=True)
+        if self.above is not None:
+            self.above(text)
+        elif not self.as_json:
+            self._say(text, err=True)
 
     def _line(self, value: JsonObject) -> None:
-        _say(json.dumps(value, ensure_ascii=True, separators=(",", ":")))
+        self._say(json.dumps(value, ensure_ascii=True, separators=(",", ":")))
 
 
 _COLOR = re.compile("(\x1b\\[[0-9;]*m)")
 
 
-def _say(text: str | bytes, *, err: bool = False, newline: bool = True) -> None:
-    """Print a line, unless whoever read has gone: the run goes on without them."""
-    stream = sys.stderr if err else sys.stdout
-    try:
-        click.echo(text, file=stream, nl=newline)
-    except OSError:  # a closed pipe, a terminal that hung up
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _task(task: TaskReport) -> str:
-    text = f"{task.id}: {task.state}"
-    if task.landed is not None:
-        text += f" as {task.landed[:10]}"
-    if task.reason is not None:
-        text += f": {plain(one_line(task.reason))}"
-    if task.branch is not None:
-        # As `council salvage` names it: without council/ and the run.
-        text += f"; kept as {task.branch.split('/', 2)[-1]}"
-    if task.state == "failed" and task.log is not None:
-        text += f"; see `council logs {task.id}`"
-    return text
-
-
-def _hints(report: RunReport) -> Iterator[str]:
-    """Say what to type next."""
-    for adapter in report.adapters:
-        yield _adapter(adapter)
-    over = {*REVIVABLE, TaskStatus.LANDED}
-    is_stopped = any(adapter.closed is not None for adapter in report.adapters)
-    waits = is_stopped or any(task.state not in {*over, "blocked"} for task in report.tasks)
-    if report.status is RunStatus.INTERRUPTED or (report.status is RunStatus.INCOMPLETE and waits):
-        yield f"`council resume {report.run}` goes on with what is left."
-    elif report.status is RunStatus.INCOMPLETE:
-        yield "Nothing is left to do in this run; `council retry TASK` has what is over tried again."
-    for place in report.damage:
-        yield f"The state log is damaged: {place}"
-    if any(task.branch is not None for task in report.tasks):
-        yield "What is kept can be seen and brought over: `council salvage list`, `show`, `apply`."
-
-
-def _adapter(adapter: AdapterReport) -> str:
-    if adapter.closed is not None:
-        return (
-            f"Adapter {adapter.name} is stopped: {plain(one_line(adapter.closed))}. Mend that, then `council resume`."
-        )
-    until = datetime.fromtimestamp(adapter.parked_until or 0.0, UTC).astimezone()
-    return f"Adapter {adapter.name} pauses until {until:%Y-%m-%d %H:%M:%S}."
+def event_line(time: float, event: Event) -> str | None:
+    """Return an event as a line for people; None if it is not for them."""
+    if event.type not in SENTENCES:
+        return None
+    at = datetime.fromtimestamp(time, UTC).astimezone()
+    task = f"{event.data['task']}: " if "task" in event.data else ""
+    return f"{at:%H:%M:%S} {task}{plain(SENTENCES[event.type].format_map(_readable(event.data)))}"
 
 
 def _readable(data: JsonObject) -> JsonObject:
@@ -187,4 +202,11 @@ def one_line(text: str, limit: int = 300) -> str:
 
 def plain(text: str, keep: str = "") -> str:
     """Take out what a terminal would obey: text from agents and repositories is shown, never interpreted."""
+    if text.isprintable():
+        return text
     return "".join(char if char.isprintable() or char in keep else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def lines(changes: Changes) -> str:
+    """Return how many lines were changed, as in `+12 -3`."""
+    return f"+{changes.added} -{changes.removed}"

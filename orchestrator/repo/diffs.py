@@ -4,19 +4,41 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import anyio
 import anyio.to_thread
 
 from orchestrator.errors import RefusedError
-from orchestrator.repo.git import Git, shown
+from orchestrator.repo.git import Git, is_object_id, shown
 from orchestrator.repo.inspection import Admission
 from orchestrator.repo.quarantine import Quarantine
-from orchestrator.repo.staging import Staging, blocking, stage
+from orchestrator.repo.staging import Staged, Staging, blocking, stage
 from orchestrator.repo.worktrees import Worktree
 
 # No program that a configuration names may run, and what is shown depends on nobody's settings.
 _PLAIN = ("--no-ext-diff", "--no-textconv", "--find-renames", "--submodule=short")
+_COUNTS = (*_PLAIN, "--numstat")
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """How much work changes: files, and the lines that it adds and removes; what is no text has no lines."""
+
+    files: int = 0
+    added: int = 0
+    removed: int = 0
+
+    def __add__(self, other: Changes) -> Changes:
+        """Return both together."""
+        return Changes(self.files + other.files, self.added + other.added, self.removed + other.removed)
+
+    def __sub__(self, other: Changes) -> Changes:
+        """Return this without what was counted in it before."""
+        return Changes(self.files - other.files, self.added - other.added, self.removed - other.removed)
 
 
 async def diff(git: Git, base: str, commit: str, *, color: bool = False, stat: bool = False) -> bytes:
@@ -32,18 +54,60 @@ async def live_diff(
     Neither its index nor ours is touched, and no object is kept. Secrets and huge files are left out and named in
     lines that begin with `#`, before the difference. RefusedError where there is nothing to look at.
     """
-    folder = await anyio.to_thread.run_sync(_prepare, worktree)
-    try:
-        staging = Staging(worktree.tree, folder / "index", Quarantine(folder / "objects", worktree.hub.objects))
-        staged = await stage(git, staging, base, admit)
+    async with _staged(git, worktree, base, admit) as (staging, staged):
         options = _options(color=color, stat=stat)
         done = await git("diff-index", "--cached", *options, base, env=staging.env)
-    finally:
-        await anyio.to_thread.run_sync(lambda: shutil.rmtree(folder, ignore_errors=True))
     lines = [f"# left out: {shown(path)!r}: {why}\n" for path, why in sorted(staged.refused.items())]
     if staged.problem is not None:
         lines.append(f"# not all of its files can be read: {staged.problem}\n")
     return "".join(lines).encode(errors="replace") + done.stdout
+
+
+async def count(git: Git, base: str, commit: str) -> Changes:
+    """Return how much differs between two commits."""
+    return _counted((await git("diff-tree", "-r", *_COUNTS, base, commit)).stdout.splitlines())
+
+
+async def count_landed(git: Git, commits: Sequence[str]) -> dict[str, Changes]:
+    """Return how much each of many commits changes in its first parent, with one git command for all."""
+    if not commits:
+        return {}
+    command = ("diff-tree", "--stdin", "-r", "--root", "--diff-merges=first-parent", *_COUNTS)
+    done = await git(*command, input_="".join(f"{one}\n" for one in commits).encode())
+    lines: dict[str, list[bytes]] = {commit: [] for commit in commits}
+    commit = ""
+    for line in done.stdout.splitlines():
+        if is_object_id(name := line.decode(errors="replace")):
+            commit = name
+        else:
+            lines[commit].append(line)
+    return {commit: _counted(of_it) for commit, of_it in lines.items()}
+
+
+async def count_live(git: Git, worktree: Worktree, base: str, *, admit: Admission) -> Changes:
+    """Return how much a session has changed by now; as `live_diff`, without secrets and huge files."""
+    async with _staged(git, worktree, base, admit) as (staging, _):
+        done = await git("diff-index", "--cached", *_COUNTS, base, env=staging.env)
+    return _counted(done.stdout.splitlines())
+
+
+def _counted(lines: Iterable[bytes]) -> Changes:
+    """Return what lines of `git diff --numstat` come to."""
+    found = [line.split(b"\t", 2) for line in lines if line]
+    counts = [(int(added), int(removed)) for added, removed, _ in found if added != b"-"]
+    return Changes(len(found), sum(added for added, _ in counts), sum(removed for _, removed in counts))
+
+
+@asynccontextmanager
+async def _staged(git: Git, worktree: Worktree, base: str, admit: Admission) -> AsyncIterator[tuple[Staging, Staged]]:
+    """Stage a session's files in a copy of our index, for the time of the body."""
+    folder = await anyio.to_thread.run_sync(_prepare, worktree)
+    try:
+        staging = Staging(worktree.tree, folder / "index", Quarantine(folder / "objects", worktree.hub.objects))
+        yield staging, await stage(git, staging, base, admit)
+    finally:
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def _options(*, color: bool, stat: bool) -> list[str]:

@@ -1,0 +1,127 @@
+"""What a run came to, for people: what landed where, and for what did not why, and what to type next. Pure."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from orchestrator.cli.output import lines, one_line, plain
+from orchestrator.domain.model import REVIVABLE, TaskStatus
+from orchestrator.engine.report import AdapterReport, RunReport, RunStatus, TaskReport
+from orchestrator.repo.diffs import Changes
+
+
+@dataclass(frozen=True, slots=True)
+class ResultRow:
+    """One task, as text that a terminal only shows: what became of it and why, and what to type next."""
+
+    task: str
+    state: str
+    attempts: int
+    what: str
+    step: str
+
+
+def next_step(task: TaskReport, report: RunReport, *, is_newest: bool = True) -> str:
+    """Return what to type to get on from where a task is; nothing where there is nothing to do for it.
+
+    Commands mean the newest run: for another one (`is_newest`) they name it.
+    """
+    name, kept = shlex.quote(task.id), kept_as(task)
+    run = "" if is_newest else f" --run {report.run}"
+    see, retry, apply = f"council logs {name}{run}", f"council retry {name}{run}", ""
+    if kept is not None:
+        branch = f" --branch {shlex.quote(f'{task.id}-conflict')}" if task.state == TaskStatus.CONFLICT else ""
+        apply = f"council salvage apply {shlex.quote(kept)}{branch}{run}, or "
+    match task.state:
+        case TaskStatus.CONFLICT | TaskStatus.CANCELLED:
+            return apply + retry
+        case TaskStatus.FAILED | TaskStatus.NO_CHANGE:
+            return f"{see}, then {apply}{retry}"
+        case TaskStatus.RUNNING if report.status is RunStatus.RUNNING:
+            return f"{see} -f"
+        case TaskStatus.LANDED:
+            return ""
+        case "blocked" if not any(one.name == task.adapter and one.closed for one in report.adapters):
+            return ""  # what it needs has a row of its own
+        case _:
+            resume = "council resume" if is_newest else f"council resume {report.run}"
+            return "" if report.status is RunStatus.RUNNING else resume
+
+
+def kept_as(task: TaskReport) -> str | None:
+    """Return the name by which `council salvage` knows what a task left: its branch without council/ and the run."""
+    return None if task.branch is None else task.branch.split("/", 2)[-1]
+
+
+def result_rows(report: RunReport, changes: Mapping[str, Changes], *, is_newest: bool = True) -> Iterator[ResultRow]:
+    """Yield a row for each task in the order of the file; `changes` says how much each commit changes."""
+    for task in report.tasks:
+        yield ResultRow(
+            plain(task.id),
+            task.state.replace("_", " "),
+            task.attempts,
+            _what(task, report.target, changes),
+            plain(next_step(task, report, is_newest=is_newest)),
+        )
+
+
+def _what(task: TaskReport, target: str, changes: Mapping[str, Changes]) -> str:
+    parts = []
+    if task.landed is not None:
+        text = f"{task.landed[:10]} on {plain(target)}"
+        if (changed := changes.get(task.landed)) is not None:
+            text += f", {changed.files} {'file' if changed.files == 1 else 'files'} {lines(changed)}"
+        parts.append(text)
+    if task.reason is not None:
+        parts.append(plain(one_line(task.reason)))
+    if (kept := kept_as(task)) is not None:
+        parts.append(f"kept as {plain(kept)}")
+    return "; ".join(parts)
+
+
+def summary(report: RunReport) -> str:
+    """Return the run in a line."""
+    landed = sum(task.landed is not None for task in report.tasks)
+    return f"run {report.run}: {report.status}, {landed} of {len(report.tasks)} landed on {plain(report.target)}"
+
+
+def text_lines(rows: Sequence[ResultRow]) -> Iterator[str]:
+    """Yield rows as plain lines, in columns."""
+    name = max((len(row.task) for row in rows), default=0)
+    state = max((len(row.state) for row in rows), default=0)
+    for row in rows:
+        yield f"  {row.task:<{name}}  {row.state:<{state}}  {row.what}".rstrip()
+        if row.step:
+            yield f"  {'':<{name}}  {'':<{state}}  next: {row.step}"
+
+
+def hints(report: RunReport) -> Iterator[str]:
+    """Say what to type next."""
+    for adapter in report.adapters:
+        yield adapter_line(adapter)
+    over = {*REVIVABLE, TaskStatus.LANDED}
+    is_stopped = any(adapter.closed is not None for adapter in report.adapters)
+    waits = is_stopped or any(task.state not in {*over, "blocked"} for task in report.tasks)
+    if report.status is RunStatus.INTERRUPTED or (report.status is RunStatus.INCOMPLETE and waits):
+        yield f"`council resume {report.run}` goes on with what is left."
+    elif report.status is RunStatus.INCOMPLETE:
+        yield "The run is over; after a `council retry`, `council resume` goes on with it."
+    if report.target == f"council/{report.run}" and any(task.landed is not None for task in report.tasks):
+        yield f"What landed is on the branch {plain(report.target)}, and on no other: merge it when it is right."
+    for place in report.damage:
+        yield f"The state log is damaged: {place}"
+    if any(task.branch is not None for task in report.tasks):
+        yield "What is kept can be seen and brought over: `council salvage list`, `show`, `apply`."
+
+
+def adapter_line(adapter: AdapterReport) -> str:
+    """Say why an adapter can't be used now, and what to do."""
+    if adapter.closed is not None:
+        return (
+            f"Adapter {adapter.name} is stopped: {plain(one_line(adapter.closed))}. Mend that, then `council resume`."
+        )
+    until = datetime.fromtimestamp(adapter.parked_until or 0.0, UTC).astimezone()
+    return f"Adapter {adapter.name} pauses until {until:%Y-%m-%d %H:%M:%S}."

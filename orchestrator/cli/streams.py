@@ -1,0 +1,56 @@
+"""The standard streams as we are given them: closed, full, gone, or of an encoding that lacks what we print."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import TextIOWrapper
+from typing import TextIO
+
+import click
+
+#: What is raised for a pipe that nobody reads any more and for a terminal that has hung up.
+_GONE = frozenset({errno.EPIPE, errno.EIO})
+
+
+@contextmanager
+def usable_streams() -> Iterator[None]:
+    """Have three standard streams that take any text; exits with 1 where what click itself prints can't be written."""
+    _open_missing()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except OSError as error:
+        forget(sys.stdout)
+        click.echo(f"council: {unwritten(error)}", err=True)
+        sys.exit(1)
+
+
+def _open_missing() -> None:
+    """Open what is closed on nothing: the next file that is opened, the state's perhaps, would pass for a stream."""
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free, see open(2)
+            setattr(sys, name, os.fdopen(descriptor, mode, closefd=False))
+
+
+def forget(stream: TextIO) -> None:
+    """Have what is printed there from now on go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def has_gone(error: OSError) -> bool:
+    """Whether nobody reads any more what could not be written."""
+    return error.errno in _GONE
+
+
+def unwritten(error: OSError) -> str:
+    """Say that what was to be printed is not all there."""
+    return f"standard output can't be written: {error.strerror}"

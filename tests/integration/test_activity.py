@@ -1,0 +1,193 @@
+"""What sessions say and change, as any process sees it: of files alone, at little cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import anyio
+import pytest
+
+from orchestrator.activity import Working
+from orchestrator.council import Council
+from orchestrator.protocols import Adapter, Said, SessionEvent, Spent, UsedTool
+from orchestrator.repo.diffs import Changes
+from orchestrator.sessions.transcript import Transcript
+from tests.conftest import Repository
+from tests.waiting import wait_for
+
+
+@dataclass
+class Watcher:
+    """Looks at what it is told to, and keeps what it sees."""
+
+    sessions: Sequence[Working] = ()
+    commits: dict[str, str] = field(default_factory=dict)
+    heard: dict[str, Transcript] = field(default_factory=dict)
+    seen: dict[str, Changes] = field(default_factory=dict)
+    counted: dict[str, Changes] = field(default_factory=dict)
+
+    def working(self) -> Sequence[Working]:
+        return self.sessions
+
+    def built(self) -> Sequence[Working]:
+        return ()
+
+    def uncounted(self, most: int) -> Mapping[str, str]:
+        return dict(list(self.commits.items())[:most])
+
+    def hear(self, session: Working, said: Transcript) -> None:
+        self.heard[session.task] = said
+
+    def see(self, session: Working, changes: Changes) -> None:
+        self.seen[session.task] = changes
+
+    def count(self, task: str, changes: Changes) -> None:
+        del self.commits[task]
+        self.counted[task] = changes
+
+
+@dataclass(frozen=True)
+class Talker:
+    """Understands lines of JSON, and fails on one."""
+
+    def parse(self, line: str) -> Sequence[SessionEvent]:
+        match json.loads(line):
+            case {"say": text}:
+                return (Said(text),)
+            case {"tool": name}:
+                return (UsedTool(name, "src/app.py"),)
+            case {"tokens": count}:
+                return (Spent(input_tokens=count, cost=0.25),)
+        raise ValueError(line)
+
+
+async def until(condition: object, *, limit: float = 20.0) -> None:
+    """Wait on the event loop."""
+    assert callable(condition)
+    with anyio.fail_after(limit):
+        while not condition():
+            await anyio.sleep(0.02)
+
+
+@pytest.fixture
+async def run_of_two(repository: Repository) -> Path:
+    """A run of which one task has landed, with two files, and one failed."""
+    config = repository.configure(
+        [
+            {"id": "landed", "prompt": "write a.txt 1\nappend a.txt 2\nwrite README.md new"},
+            {"id": "failed", "prompt": "write b.txt 1\nexit 1", "attempts": 1},
+        ]
+    )
+    assert repository.council("run", str(config)).code == 1
+    return config
+
+
+async def test_what_landed_is_counted_at_once(repository: Repository, run_of_two: Path) -> None:
+    """Files and lines of each commit, one git command for all; a commit that is gone changes nothing."""
+    async with Council.open(repository.top, environ=repository.environ) as council:
+        report = await council.status()
+        commit = report.tasks[0].landed
+        assert commit is not None
+        assert await council.archive.landed(report.run, [commit]) == {commit: Changes(2, 3, 1)}
+        assert await council.archive.landed(report.run, []) == {}
+        assert await council.archive.changes(report.run, "failed") == Changes(1, 1, 0)
+        activity = await council.activity(report.run)
+        watcher = Watcher(commits={"landed": commit, "gone": "f" * 40})
+        async with anyio.create_task_group() as group:
+            group.start_soon(activity.show, watcher)
+            await until(lambda: len(watcher.counted) == 2)
+            group.cancel_scope.cancel()
+    assert watcher.counted == {"landed": Changes(2, 3, 1), "gone": Changes()}
+
+
+async def test_a_session_is_heard_and_seen_while_it_works(repository: Repository) -> None:
+    """Its last words and its lines come as they are; what is looked at is left as it is."""
+    config = repository.configure(
+        [{"id": "t", "prompt": "print Reading\nwrite a.txt 1\nwrite .env SECRET_TOKEN=abcdefghijklmnop\nhang"}]
+    )
+    child = repository.start("run", str(config))
+    try:
+        wait_for(repository.spawns.exists)
+        async with Council.open(repository.top, environ=repository.environ) as council:
+            run = await council.newest_run()
+            activity = await council.activity(run)
+            watcher = Watcher(sessions=[Working("t", 1, "fake"), Working("never", 1, "fake")])
+            async with anyio.create_task_group() as group:
+                group.start_soon(activity.show, watcher)
+                await until(lambda: watcher.heard and watcher.seen.get("t") == Changes(1, 1, 0))
+                group.cancel_scope.cancel()
+            assert watcher.heard["t"].words == "Reading"
+            assert set(watcher.heard) == {"t"}
+    finally:
+        child.terminate()
+        child.communicate(timeout=30)
+    left = Path(repository.environ["COUNCIL_HOME"]).glob("*/trusted.git/indexes/*.live-*")
+    assert list(left) == []
+    await repository.assert_invariants()
+
+
+async def test_lines_are_heard_once_and_whole(
+    repository: Repository, run_of_two: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a line waits for its end, of much only the end is read, and an adapter's mistake ends nothing."""
+    monkeypatch.setattr("orchestrator.activity.WORDS_PAUSE", 0.01)
+    async with Council.open(repository.top, environ=repository.environ) as council:
+        activity = await council.activity(await council.newest_run())
+        talker: Adapter = Talker()  # type: ignore[assignment]
+        activity = type(activity)(activity.record, 0, {}, activity.archive, {"talker": talker}, activity.logs)
+        file = activity.logs / "x.1.stdout"
+        watcher = Watcher(sessions=[Working("x", 1, "talker")])
+        async with anyio.create_task_group() as group:
+            group.start_soon(activity.show, watcher)
+            file.write_text('{"tokens": 5}\n{"say": "first"}\n{"say": "sec')
+            await until(lambda: "x" in watcher.heard)
+            assert watcher.heard["x"] == Transcript("first", None, 5, 0, 0.25)
+            with file.open("a") as more:
+                more.write('ond"}\n{"tokens": 5}\n')
+            await until(lambda: watcher.heard["x"] == Transcript("second", None, 10, 0, 0.5))
+            with file.open("a") as more:
+                more.write('{"bad": 1}\n{"tool": "Edit"}\n')
+            await until(lambda: watcher.heard["x"].words == "Edit src/app.py")
+            group.cancel_scope.cancel()
+        with file.open("a") as more:
+            more.write('{"tokens": 1}\n' * 20_000 + '{"say": "last"}\n')
+        late = Watcher(sessions=watcher.sessions)
+        async with anyio.create_task_group() as group:
+            group.start_soon(activity.show, late)
+            await until(lambda: "x" in late.heard)
+            group.cancel_scope.cancel()
+        assert late.heard["x"].words == "last"
+        assert late.heard["x"].input_tokens < 5_000  # of the last 64 KiB
+
+
+@dataclass
+class SlowArchive:
+    """Takes its time to look, and counts how often it did."""
+
+    looks: int = 0
+
+    async def changes(self, run: str, task: str) -> Changes:
+        self.looks += 1
+        await anyio.sleep(0.1)
+        return Changes(1, 1, 1)
+
+
+async def test_looking_costs_little(repository: Repository, run_of_two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a look takes long, the next comes much later; each session has its turn."""
+    monkeypatch.setattr("orchestrator.activity.CHANGES_PAUSE", 0.01)
+    async with Council.open(repository.top, environ=repository.environ) as council:
+        found = await council.activity(await council.newest_run())
+    archive = SlowArchive()
+    activity = dataclasses.replace(found, archive=archive)  # type: ignore[arg-type]
+    watcher = Watcher(sessions=[Working("a", 1, "fake"), Working("b", 1, "fake")])
+    async with anyio.create_task_group() as group:
+        group.start_soon(activity.show, watcher)
+        began = anyio.current_time()
+        await until(lambda: len(watcher.seen) == 2)
+        group.cancel_scope.cancel()
+    assert archive.looks == 2
+    assert anyio.current_time() - began > 2.0

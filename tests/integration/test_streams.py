@@ -1,0 +1,101 @@
+"""Standard streams, files and a machine as they should not be: a message and a code, never a traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import RefusedError, as_refusal
+from tests.conftest import Ended, Repository
+
+
+def through_shell(repository: Repository, arguments: str, **variables: str) -> Ended:
+    """Run the command with the shell's redirections."""
+    done = subprocess.run(
+        ["/bin/sh", "-c", f'exec "{sys.executable}" -m orchestrator.cli.main {arguments}'],
+        cwd=repository.top,
+        env={**repository.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+async def test_closed_streams_are_no_harm(repository: Repository, closed: str) -> None:
+    """A run without streams lands, and nothing that was printed has gone into a file that it opened."""
+    config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
+    ended = through_shell(repository, f"run {config} {closed}")
+    assert (ended.code, ended.stderr) == (0, "")
+    await repository.assert_invariants()
+    assert repository.council("status", "--json").result["damage"] == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is full")
+@pytest.mark.parametrize(("command", "code"), [("validate council.yaml", 3), ("--help", 1)])
+def test_output_that_is_not_all_there_is_told(repository: Repository, command: str, code: int) -> None:
+    """What a disk without room cut off is not passed for whole."""
+    repository.configure([{"id": "one", "prompt": "write one.txt 1"}]).rename(repository.top / "council.yaml")
+    ended = through_shell(repository, f"{command} >/dev/full")
+    assert ended == Ended(code, "", f"council: standard output can't be written: {os.strerror(errno.ENOSPC)}\n")
+
+
+def test_a_terminal_without_unicode(repository: Repository) -> None:
+    """What its encoding lacks is printed as escapes."""
+    ended = through_shell(repository, "adapters", PYTHONIOENCODING="ascii")
+    assert ended.code == 0, ended
+    assert ended.stdout.isascii()
+    assert "\\u2192" in ended.stdout
+
+
+@pytest.mark.parametrize("command", ["init other.yaml", "run --task x", "run council.yaml"])
+def test_without_git_it_says_so(repository: Repository, tmp_path: Path, command: str) -> None:
+    """Each command that needs git names it, with the remedy."""
+    repository.configure([{"id": "one", "prompt": "write one.txt 1"}]).rename(repository.top / "council.yaml")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    ended = through_shell(repository, command, PATH=str(empty))
+    assert ended.code == 2, ended
+    assert ended.stderr == "council: git is not on PATH: install git 2.38 or newer\n"
+
+
+@pytest.mark.parametrize("command", ["doctor", "validate", "run --dry-run"])
+def test_a_pipe_in_place_of_the_file_does_not_hang(repository: Repository, command: str) -> None:
+    """A repository may bring anything under the name that is looked for."""
+    os.mkfifo(repository.top / "council.yaml")
+    ended = through_shell(repository, command)
+    assert ended.code in {1, 2}, ended
+    assert "it is not a regular file" in ended.stdout + ended.stderr
+
+
+def test_what_the_machine_refuses_is_no_fault_of_ours() -> None:
+    """It is told with its place and a remedy; anything else may be our fault."""
+    refused = as_refusal(PermissionError(errno.EACCES, "Permission denied", "/home/.council"))
+    assert isinstance(refused, RefusedError)
+    assert str(refused) == "/home/.council: permission denied: give yourself access to it"
+    assert as_refusal(FileNotFoundError(errno.ENOENT, "No such file or directory", "/x")) is None
+    assert as_refusal(OSError("anything")) is None
+
+
+@pytest.mark.parametrize("command", ["status", "init", "doctor", "run --task x", "clean"])
+def test_in_a_folder_that_is_gone_it_says_so(repository: Repository, command: str) -> None:
+    """Somebody else may have removed it while the shell stands in it."""
+    program = Path(sys.executable).with_name("council")
+    done = subprocess.run(
+        ["/bin/sh", "-c", f'mkdir gone; cd gone; rmdir ../gone; exec "{program}" {command}'],
+        cwd=repository.top,
+        env=repository.environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    told = "council: the current folder does not exist any more: cd to one that does\n"
+    assert (done.returncode, done.stderr) == (2, told)

@@ -1,0 +1,273 @@
+"""What a person sees of a run: a table on a terminal, lines elsewhere, and at the end what landed and what to type."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Repository
+from tests.terminal import Terminal
+from tests.waiting import wait_for
+
+Start = Callable[..., Terminal]
+
+
+@pytest.fixture
+def start(repository: Repository) -> Iterator[Start]:
+    """Starts `council` on a terminal."""
+    started: list[Terminal] = []
+
+    def begin(*arguments: str, environ: dict[str, str] | None = None, **facts: Any) -> Terminal:
+        started.append(Terminal(arguments, repository.top, {**repository.environ, **(environ or {})}, **facts))
+        return started[-1]
+
+    yield begin
+    for one in started:
+        one.close()
+
+
+def shell(repository: Repository, *tasks: dict[str, Any], **settings: Any) -> tuple[Path, Path]:
+    """Write a config of shell scripts; return it, and the file that a script which says `gate` waits for."""
+    gate = repository.spawns.parent / "gate"
+    adapters = {"sh": {"use": "command", "argv": ["sh", "{prompt_file}"]}}
+    waiting = f"while ! test -e {gate}; do sleep 0.05; done"
+    told = [{**task, "prompt": task["prompt"].replace("gate", waiting)} for task in tasks]
+    return repository.configure(told, adapters=adapters, readable=[str(gate.parent)], **settings), gate
+
+
+async def test_a_run_on_a_terminal_is_a_table(repository: Repository, start: Start) -> None:
+    """It shows each task with its last words and lines, survives another size, and leaves what landed behind."""
+    config, gate = shell(
+        repository,
+        {"id": "talker", "prompt": "echo first; echo 'Reading the model'; printf '1\\n2\\n' > a.txt; gate"},
+        {"id": "tries", "prompt": "test $COUNCIL_ATTEMPT = 2 || exit 3; gate; echo x > b.txt", "attempts": 2},
+        {"id": "after", "prompt": "echo c > c.txt", "needs": ["talker"]},
+    )
+    terminal = start("run", str(config))
+    wait_for(lambda: "+2 -0" in terminal.row("talker") and "2/2" in terminal.row("tries"))
+    assert re.fullmatch(r"talker +build +sh +1/3 +0:\d\d +\+2 -0 +Reading the model", terminal.row("talker"))
+    assert re.fullmatch(r"after +waiting +sh +needs talker", terminal.row("after"))
+    assert re.search(r"^0 landed · 2 running · 1 waiting · 0:\d\d · ", terminal.text, re.MULTILINE)
+    assert re.search(r"^\S+ run \S+ lands on main$", terminal.text, re.MULTILINE)
+    assert not terminal.cursor_is_shown
+    terminal.resize(60, 12)
+    wait_for(lambda: terminal.row("task") == "task    phase    time  lines  says")
+    assert terminal.row("talker").endswith("Reading the model")
+    terminal.resize(110, 30)
+    wait_for(lambda: "adapter" in terminal.row("task"))
+    assert terminal.text.count("Reading the model") == 1
+    gate.touch()
+    assert terminal.wait() == 0
+    assert terminal.cursor_is_shown
+    assert "3 of 3 landed on main" in terminal.text
+    assert re.search(r"^talker +landed +1 +\w{10} on main, 1 file \+2 -0$", terminal.text, re.MULTILINE)
+    assert re.search(r"^tries +landed +2 +\w{10} on main, 1 file \+1 -0$", terminal.text, re.MULTILINE)
+    assert "running" not in terminal.text
+    await repository.assert_invariants()
+
+
+async def test_what_did_not_land_says_what_to_type(repository: Repository, start: Start) -> None:
+    """At the end, in `status` on a terminal and in plain text: why, where it is kept, and the next command."""
+    config, _ = shell(
+        repository,
+        {"id": "left", "prompt": "echo left > README.md", "priority": 1},
+        {"id": "right", "prompt": "echo right > README.md; sleep 1"},
+        {"id": "broken", "prompt": "echo half > half.txt; exit 7", "attempts": 1},
+        {"id": "child", "prompt": "true", "needs": ["broken"]},
+    )
+    terminal = start("run", str(config), columns=140)
+    assert terminal.wait() == 1
+    status, plain = start("status", columns=140), repository.council("status").stdout
+    assert status.wait() == 1
+    for text in (terminal.text, status.text, plain):
+        assert "1 of 4 landed on main" in text
+        assert "conflicts with the target in README.md; kept as right/conflict" in text
+        assert "council salvage apply right/conflict --branch right-conflict, or council retry right" in text
+        assert "the program ended with exit code 7; kept as broken/1" in text
+        assert "council logs broken, then council salvage apply broken/1, or council retry broken" in text
+        assert "needs 'broken', which did not land" in text
+    assert re.search(r"^  left    landed    \w{10} on main, 1 file \+1 -1$", plain, re.MULTILINE)
+    assert "\x1b" not in plain
+    await repository.assert_invariants()
+    assert repository.council("salvage", "apply", "right/conflict", "--branch", "right-conflict").code == 0
+
+
+@pytest.mark.parametrize(
+    "variables", [{"NO_COLOR": "1"}, {"CI": "true"}, {"TERM": "dumb"}], ids=lambda one: next(iter(one))
+)
+def test_a_terminal_may_want_lines(variables: dict[str, str], repository: Repository, start: Start) -> None:
+    """With NO_COLOR or CI, and where it can't do more, it gets a line for each event, without any escape sequence."""
+    config, _ = shell(repository, {"id": "one", "prompt": "echo 1 > one.txt"})
+    terminal = start("run", str(config), environ=variables)
+    assert terminal.wait() == 0, terminal.text
+    assert "one: started (attempt 1, sh)" in terminal.text
+    assert "one: landed as " in terminal.text
+    assert b"\x1b" not in terminal.raw
+
+
+def test_a_pipe_gets_lines(repository: Repository) -> None:
+    """Without a terminal there is a line for each event, and a plain result."""
+    config, _ = shell(repository, {"id": "one", "prompt": "echo 1 > one.txt"})
+    ended = repository.council("run", str(config))
+    assert ended.code == 0
+    assert re.search(r"^\d\d:\d\d:\d\d one: started \(attempt 1, sh\)$", ended.stdout, re.MULTILINE)
+    assert re.search(r"^  one  landed  \w{10} on main, 1 file \+1 -0$", ended.stdout, re.MULTILINE)
+    assert "\x1b" not in ended.stdout
+
+
+def test_ctrl_c_is_answered_above_the_table(repository: Repository, start: Start) -> None:
+    """What stops is said at once, the table stays until all is kept, and `resume` is the next thing to type."""
+    config, gate = shell(repository, {"id": "slow", "prompt": "echo 1 > one.txt; echo ready; gate"})
+    terminal = start("run", str(config))
+    wait_for(lambda: terminal.row("slow").endswith("ready"))
+    terminal.type("\x03")
+    wait_for(lambda: "stopping: sessions are ended and their work is kept" in terminal.text)
+    assert terminal.wait() == 130
+    assert terminal.cursor_is_shown
+    assert re.search(r"^slow +pending +1 +the run was stopped", terminal.text, re.MULTILINE)
+    assert "council resume" in terminal.text
+    gate.touch()
+    assert start("resume").wait() == 0
+
+
+def test_the_second_ctrl_c_leaves_a_usable_terminal(repository: Repository, start: Start) -> None:
+    """Where it ends at once the cursor comes back, and what is said stands below the table."""
+    config, gate = shell(repository, {"id": "slow", "prompt": "trap '' TERM; echo ready; gate"})
+    terminal = start("run", str(config))
+    wait_for(lambda: terminal.row("slow").endswith("ready"))
+    terminal.type("\x03")
+    wait_for(lambda: "stopping:" in terminal.text)
+    terminal.type("\x03")
+    assert terminal.wait() == 130
+    assert terminal.cursor_is_shown
+    assert terminal.row("council: ended at once") != ""
+    gate.touch()
+
+
+def test_nothing_that_is_shown_is_obeyed(repository: Repository, start: Start) -> None:
+    """Escape sequences and markup of a program's are text in the table and at the end, and its title is not ours."""
+    evil = r"printf '\033]0;owned\007\033[31m[red]stop[/red]\033[2J\r\n'"
+    config, gate = shell(
+        repository, {"id": "evil", "prompt": f"{evil}; echo 1 > one.txt; gate; {evil} >&2; exit 3", "attempts": 1}
+    )
+    terminal = start("run", str(config))
+    wait_for(lambda: "[red]stop[/red]" in terminal.row("evil"))
+    assert "]0;owned" in terminal.row("evil")
+    gate.touch()
+    assert terminal.wait() == 1
+    assert terminal.title == ""
+    assert b"\x1b]" not in terminal.raw
+    assert b"\x1b[2J" not in terminal.raw
+
+
+async def test_a_run_outlives_its_terminal(repository: Repository, start: Start) -> None:
+    """With SIGHUP ignored, as under nohup, a closed window does not end it."""
+    config, gate = shell(repository, {"id": "one", "prompt": "echo ready; gate; echo 1 > one.txt"})
+    terminal = start("run", str(config), nohup=True)
+    wait_for(lambda: terminal.row("one").endswith("ready"))
+    terminal.hang_up()
+    gate.touch()
+    wait_for(lambda: repository.council("status", "--json").states["one"] == "landed")
+    assert terminal.wait() == 0
+    await repository.assert_invariants()
+
+
+async def test_watch_shows_a_run_of_another_process(repository: Repository, start: Start) -> None:
+    """It is the same table; Ctrl-C ends only the showing; and it ends with the run, with the run's exit code."""
+    config, gate = shell(
+        repository,
+        {"id": "one", "prompt": "echo 'at it'; echo 1 > one.txt; gate"},
+        {"id": "two", "prompt": "gate; false"},
+    )
+    child = repository.start("run", str(config), "--json")
+    wait_for(lambda: "running" in repository.council("status").stdout)
+    first = start("watch")
+    wait_for(lambda: first.row("one").endswith("at it") and "+1 -0" in first.row("one"))
+    first.type("\x03")
+    assert first.wait() == 130
+    assert first.cursor_is_shown
+    assert child.poll() is None
+    second = start("watch")
+    wait_for(lambda: second.row("one").endswith("at it"))
+    gate.touch()
+    assert second.wait() == 1
+    assert "1 of 2 landed on main" in second.text
+    assert re.search(r"^one +landed +1 +\w{10} on main, 1 file \+1 -0$", second.text, re.MULTILINE)
+    child.communicate(timeout=30)
+    assert child.returncode == 1
+    assert repository.council("watch", "--json").result["status"] == "incomplete"
+    await repository.assert_invariants()
+
+
+async def test_watch_ends_where_the_run_is_killed(repository: Repository, start: Start) -> None:
+    """A process that was killed says nothing: it is seen to be gone, and the next command is `resume`."""
+    config, gate = shell(repository, {"id": "one", "prompt": "echo 1 > one.txt; gate"})
+    child = repository.start("run", str(config), "--json")
+    wait_for(lambda: "running" in repository.council("status").stdout)
+    terminal = start("watch")
+    wait_for(lambda: terminal.row("one") != "")
+    child.kill()
+    child.communicate()
+    assert terminal.wait() == 130
+    assert "council resume" in terminal.text
+    gate.touch()
+    assert repository.council("resume", "--json").code == 0
+    await repository.assert_invariants()
+
+
+def test_an_adapter_that_pauses_is_told_above_the_table(repository: Repository, start: Start) -> None:
+    """What concerns the run as a whole is a line that stays, and no time left is told meanwhile."""
+    adapters = {"sh": {"use": "command", "argv": ["sh", "{prompt_file}"],
+                       "failures": {"rate_limited": "again in (?P<seconds>[0-9]+) s"}}}  # fmt: skip
+    config = repository.configure([{"id": "limited", "prompt": "echo again in 3600 s; exit 1"}], adapters=adapters)
+    terminal = start("run", str(config))
+    wait_for(lambda: "adapter sh pauses until" in terminal.text and terminal.row("limited").split()[1:2] == ["retry"])
+    assert "left" not in terminal.row("0 landed")
+    terminal.type("\x03")
+    assert terminal.wait() == 130
+    assert "Adapter sh pauses until" in terminal.text
+
+
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux, a terminal that wraps anew what it shows")
+def test_a_terminal_that_wraps_anew_shows_one_table(repository: Repository, tmp_path: Path) -> None:
+    """Made narrower again and again, it has no rest of a wider table on its screen."""
+    config, gate = shell(
+        repository, {"id": "talker", "prompt": f"echo {'word ' * 40}; gate"}, {"id": "b", "prompt": "gate"}
+    )
+
+    def tmux(*arguments: str) -> str:
+        environ = {**repository.environ, "TERM": "xterm-256color"}
+        command = ["tmux", "-S", str(tmp_path / "tmux"), "-f", os.devnull, *arguments]
+        return subprocess.run(
+            command, cwd=repository.top, env=environ, check=True, capture_output=True, text=True
+        ).stdout
+
+    def screen() -> list[str]:
+        return [line for line in tmux("capture-pane", "-p").splitlines() if line]
+
+    run = shlex.join([sys.executable, "-m", "orchestrator.cli.main", "run", str(config)])
+    tmux("new-session", "-d", "-x", "150", "-y", "14", f"seq 9; {run}; sleep 60")
+    try:
+        for width in (150, 120, 100, 75):
+            # Right after it was drawn: what is drawn while the terminal changes its size nobody can take back.
+            before = screen()
+            wait_for(lambda before=before: screen() != before)  # type: ignore[misc]
+            tmux("resize-window", "-x", str(width), "-y", "14")
+            # The words reach to the end of the line, which is then cut.
+            wait_for(lambda width=width: any(len(line) == width and line.endswith("…") for line in screen()))  # type: ignore[misc]
+            assert sum(line.startswith("task ") for line in screen()) == 1, screen()
+            assert sum(line.startswith("talker ") for line in screen()) == 1, screen()
+        gate.touch()
+        wait_for(lambda: any("council retry" in line for line in screen()))
+    finally:
+        gate.touch()
+        tmux("kill-server")

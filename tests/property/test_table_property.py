@@ -1,0 +1,97 @@
+"""The model of the live table, kept up to date by records, is the one that all documents would make anew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.cli.view import RunView
+from orchestrator.domain.dispatch import Entry
+from orchestrator.domain.lifecycle import TRANSITIONS, Trigger, advance
+from orchestrator.domain.model import FINAL, Attempt, RunDocument, TaskDocument, TaskStatus
+from orchestrator.engine.report import RunRecord
+from orchestrator.protocols import Key, Record
+
+COMMIT = "0123456789" * 4
+
+
+def step(task: TaskDocument, trigger: Trigger, now: float) -> TaskDocument:
+    """Return a task after what can happen to it, with what is recorded of that."""
+    changes: dict[str, Any] = {}
+    match trigger:
+        case Trigger.START:
+            attempt = Attempt(adapter="x", number=len(task.attempts) + 1, base=COMMIT, started=now)
+            changes["attempts"] = (*task.attempts, attempt)
+        case Trigger.LAND | Trigger.ADOPT:
+            changes["landed"] = COMMIT
+        case Trigger.LOSE:
+            changes["landed"] = None
+        case _ if task.status is TaskStatus.RUNNING:
+            changes["attempts"] = task.with_attempt(ended=now, input_tokens=10, cost=0.5)
+    return advance("a task", task, trigger, **changes)
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> dict[str, Entry]:
+    """Some tasks, of which each may need earlier ones."""
+    names = [f"t{number}" for number in range(draw(st.integers(1, 7)))]
+    return {
+        name: Entry(tuple(draw(st.lists(st.sampled_from(names[:number]), unique=True))) if number else ())
+        for number, name in enumerate(names)
+    }
+
+
+@settings(deadline=None)
+@given(runs(), st.data())
+def test_records_and_documents_make_the_same_table(entries: dict[str, Entry], data: st.DataObject) -> None:
+    """After each change: the same counts, the same rows in the same phases, and every task counted once."""
+    run = RunDocument(
+        id="run", config="c", repo="/r", is_url=False, base="main", target="main", capacity=2, session_memory=1,
+        adapters={}, fence={}, tasks=tuple(entries), start=COMMIT, hub="/h", started=0.0,
+    )  # fmt: skip
+    tasks = {task: TaskDocument() for task in entries}
+    limits = dict.fromkeys(entries, 3)
+    view = RunView(RunRecord(run, dict(tasks), entries, {}), limits)
+    for now in range(1, data.draw(st.integers(2, 25))):
+        name = data.draw(st.sampled_from(sorted(tasks)))
+        may_start = all(tasks[need].status is TaskStatus.LANDED for need in entries[name].needs)
+        triggers = [
+            trigger
+            for status, trigger in TRANSITIONS
+            if status is tasks[name].status and trigger is not Trigger.LOSE
+            if may_start or tasks[name].status in FINAL or trigger is Trigger.CANCEL
+        ]
+        if not triggers:
+            continue
+        tasks[name] = step(tasks[name], data.draw(st.sampled_from(triggers)), float(now))
+        document = tasks[name].model_dump(mode="json")
+        view.apply(Record(now, float(now), {Key("task", f"run/{name}"): (1, document)}, []))
+        check(view, RunView(RunRecord(run, dict(tasks), entries, {}), limits), len(entries))
+    landed = [name for name, one in tasks.items() if one.status is TaskStatus.LANDED]
+    if landed:
+        name = data.draw(st.sampled_from(landed))
+        tasks[name] = step(tasks[name], Trigger.LOSE, 99.0)
+        view.apply(Record(99, 99.0, {Key("task", f"run/{name}"): (1, tasks[name].model_dump(mode="json"))}, []))
+        check(view, RunView(RunRecord(run, dict(tasks), entries, {}), limits), len(entries))
+
+
+def check(kept: RunView, made: RunView, count: int) -> None:
+    """Compare what both show."""
+    one, other = kept.totals(100.0), made.totals(100.0)
+    assert (one.landed, one.running, one.queued, one.waiting, one.blocked, one.failed, one.tokens, one.cost) == (
+        other.landed, other.running, other.queued, other.waiting, other.blocked, other.failed, other.tokens, other.cost
+    )  # fmt: skip
+    assert one.landed + one.running + one.queued + one.waiting + one.blocked + one.failed == count
+    assert shown(kept) == shown(made)
+    for room in range(count):
+        frame = kept.frame(100.0, room)
+        assert len(frame.rows) == max(room - 1, 0)
+    assert set(kept.working()) == set(made.working())
+
+
+def shown(view: RunView) -> list[tuple[str, ...]]:
+    """Return the rows, but for which of several needs blocks a task."""
+    rows = view.frame(100.0, 20).rows
+    return [(row.task, row.phase, row.attempt, row.words * (row.phase != "blocked")) for row in rows]

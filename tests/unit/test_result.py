@@ -1,0 +1,127 @@
+"""What a person is told at the end: what landed where, why the rest did not, and what to type next."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from orchestrator.cli.draw import MOST_ROWS, result_text
+from orchestrator.cli.result import ResultRow, hints, next_step, result_rows, summary, text_lines
+from orchestrator.engine.report import AdapterReport, RunReport, RunStatus, TaskReport
+from orchestrator.repo.diffs import Changes
+
+COMMIT = "0123456789" * 4
+
+
+def task(state: str, **facts: Any) -> TaskReport:
+    made: dict[str, Any] = {
+        "id": "t", "attempts": 1, "landed": None, "branch": None, "failure": None, "reason": None, "paths": (),
+        "log": None, "adapter": "fake", "words": None, "input_tokens": 0, "output_tokens": 0, "cost": None,
+    }  # fmt: skip
+    return TaskReport(state=state, **{**made, **facts})
+
+
+def run(*tasks: TaskReport, status: RunStatus = RunStatus.INCOMPLETE, closed: str | None = None) -> RunReport:
+    adapters = [AdapterReport("fake", None, closed)] if closed else []
+    return RunReport("run", status, "main", "/r", tasks, adapters, ())
+
+
+@pytest.mark.parametrize(
+    ("one", "status", "expected"),
+    [
+        (task("landed", landed=COMMIT), RunStatus.LANDED, ""),
+        (task("failed", log="/l"), RunStatus.INCOMPLETE, "council logs t, then council retry t"),
+        (
+            task("failed", branch="council/run/t/2"),
+            RunStatus.INCOMPLETE,
+            "council logs t, then council salvage apply t/2, or council retry t",
+        ),
+        (
+            task("conflict", branch="council/run/t/conflict"),
+            RunStatus.INCOMPLETE,
+            "council salvage apply t/conflict --branch t-conflict, or council retry t",
+        ),
+        (task("no_change"), RunStatus.INCOMPLETE, "council logs t, then council retry t"),
+        (task("cancelled"), RunStatus.INCOMPLETE, "council retry t"),
+        (
+            task("cancelled", branch="council/run/t/1"),
+            RunStatus.RUNNING,
+            "council salvage apply t/1, or council retry t",
+        ),
+        (task("blocked"), RunStatus.INCOMPLETE, ""),
+        (task("queued"), RunStatus.INCOMPLETE, "council resume"),
+        (task("pending"), RunStatus.INTERRUPTED, "council resume"),
+        (task("pending"), RunStatus.RUNNING, ""),
+        (task("running"), RunStatus.RUNNING, "council logs t -f"),
+        (task("running"), RunStatus.INTERRUPTED, "council resume"),
+        (task("landing"), RunStatus.RUNNING, ""),
+    ],
+)
+def test_what_to_type_next(one: TaskReport, status: RunStatus, expected: str) -> None:
+    """Each state leads to the commands that help, and to none where none does."""
+    assert next_step(one, run(one, status=status)) == expected
+
+
+def test_a_stopped_adapter_leads_to_a_resume() -> None:
+    """What waits for it goes on with `council resume`, after what its own line says."""
+    report = run(task("blocked"), closed="log in")
+    assert next_step(report.tasks[0], report) == "council resume"
+    assert any("log in" in hint for hint in hints(report))
+
+
+def test_a_branch_of_the_runs_own_is_still_to_be_merged() -> None:
+    """That is said where something is on it, and not where the file named the target."""
+    landed = run(task("landed", landed=COMMIT), status=RunStatus.LANDED)
+    own = replace(landed, target="council/run")
+    told = ["What landed is on the branch council/run, and on no other: merge it when it is right."]
+    assert [*hints(own)] == told
+    assert [*hints(landed)] == []
+    assert not {*hints(replace(own, tasks=(task("failed"),)))} & {*told}
+
+
+def test_an_older_run_is_named() -> None:
+    """The commands mean the newest run unless they say another; ids with odd characters are quoted."""
+    odd = task("failed", id="a b", branch="council/run/a b/1")
+    report = run(odd)
+    expected = (
+        "council logs 'a b' --run run, then council salvage apply 'a b/1' --run run, or council retry 'a b' --run run"
+    )
+    assert next_step(odd, report, is_newest=False) == expected
+    assert next_step(task("queued"), report, is_newest=False) == "council resume run"
+
+
+def test_the_plain_form_has_columns() -> None:
+    """What landed says where and how much; what did not says why, where it is kept, and what to type."""
+    report = run(
+        task("landed", id="models", landed=COMMIT),
+        task("failed", id="api", reason="it broke\nbadly", branch="council/run/api/1"),
+        task("landed", id="gone", landed="f" * 40, reason="the target holds the same change already"),
+    )
+    rows = list(result_rows(report, {COMMIT: Changes(2, 12, 3)}))
+    assert summary(report) == "run run: incomplete, 2 of 3 landed on main"
+    assert list(text_lines(rows)) == [
+        "  models  landed  0123456789 on main, 2 files +12 -3",
+        "  api     failed  it broke: badly; kept as api/1",
+        "                  next: council logs api, then council salvage apply api/1, or council retry api",
+        "  gone    landed  ffffffffff on main; the target holds the same change already",
+    ]
+
+
+def test_no_task_no_row() -> None:
+    """A run without tasks is no error."""
+    assert list(text_lines([])) == []
+
+
+def test_the_drawn_form_sums_up_what_is_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of thousands that landed some have a row; whatever failed has one. Markup is text."""
+    monkeypatch.setenv("COLUMNS", "100")
+    rows = [ResultRow(f"t{number}", "landed", 1, "on main", "") for number in range(MOST_ROWS + 5)]
+    rows += [ResultRow(f"f{number}", "failed", 1, "[red]why[/red]", "council retry") for number in range(MOST_ROWS + 5)]
+    text = result_text(rows)
+    assert f"t{MOST_ROWS - 1} " in text
+    assert f"t{MOST_ROWS} " not in text
+    assert f"f{MOST_ROWS + 4} " in text
+    assert "and 5 more landed" in text
+    assert "[red]why[/red]" in text

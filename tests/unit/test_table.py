@@ -1,0 +1,311 @@
+"""The table of a run at work: rows, totals, time left, and what fits; by tables, without a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from rich.cells import cell_len
+from rich.segment import Segment
+
+from orchestrator.activity import Working
+from orchestrator.cli.draw import frame_lines, wrapped
+from orchestrator.cli.table import (
+    Ahead,
+    Frame,
+    Row,
+    about,
+    amount,
+    chains,
+    choose,
+    duration,
+    phase,
+    time_left,
+)
+from orchestrator.cli.view import RunView
+from orchestrator.domain.dispatch import Entry
+from orchestrator.domain.model import AdapterDocument, Attempt, RunDocument, TaskDocument, TaskStatus
+from orchestrator.engine.report import RunRecord
+from orchestrator.protocols import Event, Key, Record
+from orchestrator.repo.diffs import Changes
+from orchestrator.sessions.transcript import Transcript
+
+COMMIT = "0123456789" * 4
+
+
+def attempt(number: int = 1, **facts: Any) -> Attempt:
+    return Attempt(number=number, adapter="x", base=COMMIT, **{"started": 10.0, **facts})
+
+
+BUILT = attempt(ended=30.0, outcome="built")
+
+
+def view(entries: Mapping[str, Entry], attempts: int = 3, capacity: int = 2) -> RunView:
+    run = RunDocument(
+        id="run", config="c", repo="/r", is_url=False, base="main", target="main", capacity=capacity, session_memory=1,
+        adapters={}, fence={}, tasks=tuple(entries), start=COMMIT, hub="/h", started=0.0,
+    )  # fmt: skip
+    record = RunRecord(run, {task: TaskDocument() for task in entries}, entries, {})
+    return RunView(record, dict.fromkeys(entries, attempts))
+
+
+def record(task: str, document: TaskDocument, at: float = 30.0) -> Record:
+    return Record(1, at, {Key("task", f"run/{task}"): (1, document.model_dump(mode="json"))}, [])
+
+
+def event(type_: str, at: float = 30.0, **data: Any) -> Record:
+    return Record(1, at, {}, [Event(type_, {"run": "run", **data})])
+
+
+def tasks(count: int, **facts: Any) -> dict[str, Entry]:
+    return {f"t{number}": Entry(adapter="fake", **facts) for number in range(count)}
+
+
+def row(frame: Frame, task: str) -> Row:
+    return next(one for one in frame.rows if one.task == task)
+
+
+@pytest.mark.parametrize(
+    ("document", "is_blocked", "expected"),
+    [
+        (TaskDocument(), False, "waiting"),
+        (TaskDocument(), True, "blocked"),
+        (TaskDocument(attempts=(BUILT,)), False, "retry"),
+        (TaskDocument(status=TaskStatus.RUNNING), False, "build"),
+        (TaskDocument(status=TaskStatus.QUEUED), False, "queued"),
+        (TaskDocument(status=TaskStatus.CHECKING), False, "checks"),
+        (TaskDocument(status=TaskStatus.LANDING), True, "landing"),
+        (TaskDocument(status=TaskStatus.NO_CHANGE), False, "no change"),
+    ],
+)
+def test_a_status_has_its_word(document: TaskDocument, is_blocked: bool, expected: str) -> None:
+    """The phase of a task follows from its document, and from whether what it needs can still land."""
+    assert phase(document, is_blocked=is_blocked) == expected
+
+
+def test_every_status_has_a_word() -> None:
+    """No status is left without one."""
+    assert {phase(TaskDocument(status=status)) for status in TaskStatus} >= {"landed", "conflict", "failed"}
+
+
+def test_a_row_tells_what_is_known_of_a_task() -> None:
+    """Attempt of how many, elapsed, what it says, and how much it has changed, all of its newest attempt."""
+    shown = view(tasks(1))
+    first = attempt(1, ended=12.0, outcome="crashed", reason="the program ended\nwith exit code 3")
+    shown.apply(record("t0", TaskDocument(attempts=(first,), reason=first.reason), 12.0))
+    waits = shown.frame(13.0, 10).rows[0]
+    assert (waits.phase, waits.attempt, waits.elapsed) == ("retry", "1/3", "")
+    assert waits.words == "the program ended: with exit code 3"
+    shown.apply(record("t0", TaskDocument(status=TaskStatus.RUNNING, attempts=(first, attempt(2, started=20.0)))))
+    shown.hear(Working("t0", 1, "fake"), Transcript(words="too late"))
+    shown.see(Working("t0", 1, "fake"), Changes(9, 9, 9))
+    assert shown.frame(20.0, 10).rows[0].words == ""
+    shown.hear(Working("t0", 2, "fake"), Transcript(words="Reading it", input_tokens=1500, cost=0.5))
+    shown.see(Working("t0", 2, "fake"), Changes(1, 12, 3))
+    frame = shown.frame(95.0, 10)
+    assert frame.rows == [Row("t0", "build", "fake", "2/3", "1:15", Changes(1, 12, 3), "Reading it")]
+    assert frame.totals == "0 landed · 1 running · 1:35 · 1 of 2 sessions · +12 -3 · 1.5k tokens · $0.50"
+
+
+def test_the_counts_follow_what_is_recorded() -> None:
+    """Tasks move from one count to the next; what needs what failed is blocked, and no longer once that is revived."""
+    entries = {**tasks(3), "child": Entry(("t0",)), "grandchild": Entry(("child",))}
+    shown = view(entries)
+    shown.apply(record("t0", TaskDocument(status=TaskStatus.FAILED, attempts=(BUILT,), reason="no")))
+    shown.apply(record("t1", TaskDocument(status=TaskStatus.LANDED, attempts=(BUILT,), landed=COMMIT)))
+    totals = shown.totals(40.0)
+    assert (totals.landed, totals.failed, totals.blocked, totals.waiting) == (1, 1, 2, 1)
+    assert row(shown.frame(40.0, 10), "child").words == "needs 't0', which did not land"
+    assert row(shown.frame(40.0, 10), "t1").words == "0123456789 on main"
+    shown.apply(record("t0", TaskDocument(attempts=(BUILT,))))
+    totals = shown.totals(40.0)
+    assert (totals.landed, totals.failed, totals.blocked, totals.waiting) == (1, 0, 0, 4)
+
+
+def test_lines_are_counted_once() -> None:
+    """What a session has changed so far gives way to what its commit changes, and a new attempt begins at nothing."""
+    shown = view(tasks(2))
+    for task in ("t0", "t1"):
+        shown.apply(record(task, TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
+        shown.see(Working(task, 1, "fake"), Changes(1, 10, 1))
+    assert shown.totals(30.0).changes == Changes(2, 20, 2)
+    assert shown.uncounted(10) == {}
+    shown.apply(record("t0", TaskDocument(status=TaskStatus.LANDED, attempts=(BUILT,), landed=COMMIT)))
+    assert shown.uncounted(10) == {"t0": COMMIT}
+    shown.see(Working("t0", 1, "fake"), Changes(9, 9, 9))  # a look that took too long
+    shown.count("t0", Changes(2, 30, 0))
+    assert shown.uncounted(10) == {}
+    shown.apply(record("t1", TaskDocument(status=TaskStatus.RUNNING, attempts=(BUILT, attempt(2)))))
+    assert shown.totals(30.0).changes == Changes(2, 30, 0)
+
+
+def test_what_was_built_is_seen_once_more() -> None:
+    """A session may end between two looks: its work is looked at until it was seen or has landed."""
+    shown = view(tasks(1))
+    shown.apply(record("t0", TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
+    assert shown.built() == []
+    shown.apply(record("t0", TaskDocument(status=TaskStatus.QUEUED, attempts=(BUILT,))))
+    assert (shown.built(), shown.working()) == ([Working("t0", 1, "fake")], [])
+    shown.apply(record("t0", TaskDocument(status=TaskStatus.CHECKING, attempts=(BUILT,))))
+    shown.see(Working("t0", 1, "fake"), Changes(1, 2, 0))
+    assert shown.built() == []
+    assert shown.frame(40.0, 5).rows[0].changes == Changes(1, 2, 0)
+
+
+def test_a_resumed_run_counts_its_own_time_and_room() -> None:
+    """`elapsed` begins when a process took the run; sessions are as many as fit the machine."""
+    shown = view(tasks(1), capacity=8)
+    shown.apply(event("run.claimed", 1000.0))
+    shown.apply(event("run.limited", 1001.0, sessions=3))
+    shown.apply(Record(2, 1002.0, {}, [Event("run.limited", {"run": "another", "sessions": 1})]))
+    totals = shown.totals(1030.0)
+    assert (totals.elapsed, totals.capacity, shown.is_over) == (30.0, 3, False)
+    shown.apply(record("t0", TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
+    shown.apply(event("run.limited", sessions=1))  # memory is short for a moment
+    assert shown.totals(1030.0).capacity == 3
+    shown.apply(event("run.finished"))
+    assert shown.is_over
+
+
+@pytest.mark.parametrize(
+    ("ahead", "expected"),
+    [
+        (Ahead(60, 0, [], waiting=10, landing=0, chain=1, capacity=2), 300),  # side by side
+        (Ahead(60, 0, [], waiting=10, landing=0, chain=8, capacity=10), 480),  # one after another
+        (Ahead(60, 30, [], waiting=10, landing=10, chain=1, capacity=10), 600),  # landings
+        (Ahead(60, 10, [(3, 45.0)], waiting=2, landing=0, chain=2, capacity=4), 155),  # the chain of what runs
+        (Ahead(60, 0, [(1, 90.0)], waiting=0, landing=0, chain=0, capacity=4), 0),  # it took longer than the others
+        (Ahead(60, 5, [], waiting=0, landing=2, chain=0, capacity=4), 10),
+        (Ahead(0, 0, [], waiting=0, landing=0, chain=0, capacity=0), 0),
+    ],
+)
+def test_the_time_left_is_the_greatest_of_three_bounds(ahead: Ahead, expected: float) -> None:
+    """Work over capacity, the longest chain of needs, and landings one at a time."""
+    assert time_left(ahead) == expected
+
+
+def test_the_time_left_is_told_only_where_it_can_be_known() -> None:
+    """Not before a task was built, nor while an adapter pauses or is stopped, nor at the end."""
+    shown = view({**tasks(3), "last": Entry(("t2",))}, capacity=1)
+    assert shown.totals(30.0).left is None
+    shown.apply(record("t0", TaskDocument(status=TaskStatus.QUEUED, attempts=(BUILT,)), 30.0))
+    assert shown.totals(30.0).left == 60  # three tasks of 20 s
+    shown.apply(record("t0", TaskDocument(status=TaskStatus.LANDED, attempts=(BUILT,), landed=COMMIT), 40.0))
+    assert shown.totals(40.0).left == 60 + 0  # the chain of two takes as long: 2 * (20 + 10)
+    for learned in (AdapterDocument(parked_until=100.0), AdapterDocument(closed="log in")):
+        shown.apply(Record(1, 1.0, {Key("adapter", "run/fake"): (1, learned.model_dump(mode="json"))}, []))
+        assert shown.totals(50.0).left is None
+    assert "left" not in shown.frame(50.0, 5).totals
+    shown.apply(Record(1, 1.0, {Key("adapter", "run/fake"): (1, AdapterDocument().model_dump(mode="json"))}, []))
+    assert shown.frame(50.0, 5).totals.endswith("about 1 min left · 0 of 1 sessions")
+
+
+def test_chains_are_those_of_needs() -> None:
+    """The longest way from a task to what needs it, all of them counted."""
+    entries = {"a": Entry(), "b": Entry(("a",)), "c": Entry(("b", "a")), "d": Entry(("a",)), "e": Entry()}
+    assert chains(entries) == {"a": 3, "b": 2, "c": 1, "d": 1, "e": 1}
+
+
+@pytest.mark.parametrize(
+    ("working", "waiting", "over", "room", "expected"),
+    [
+        ("ab", "cd", "ef", 9, "abefcd"),  # all fit
+        ("abcd", "ef", "gh", 3, "abc"),  # what is at work first
+        ("ab", "cdefg", "hijkl", 6, "abhicd"),  # halves
+        ("ab", "c", "hijkl", 6, "abhijc"),  # what nobody needs goes to what has changed
+        ("ab", "cdefg", "h", 6, "abhcde"),
+        ("ab", "cd", "ef", 0, ""),
+    ],
+)
+def test_what_fits_is_at_work_or_has_just_changed(
+    working: str, waiting: str, over: str, room: int, expected: str
+) -> None:
+    """Rows go to what is at work, then half and half to what changed last and to what comes next."""
+    assert "".join(choose(working, waiting, over, room)) == expected
+
+
+def test_a_long_run_is_summed_up() -> None:
+    """Rows stay in the order of the file; what has none is counted, and nothing is counted twice."""
+    shown = view(tasks(100), capacity=2)
+    for number in range(50):
+        landed = TaskDocument(status=TaskStatus.LANDED, attempts=(BUILT,), landed=COMMIT)
+        shown.apply(record(f"t{number}", landed, 30.0 + number))
+    shown.apply(record("t77", TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
+    shown.apply(record("t60", TaskDocument(attempts=(BUILT,), reason="no")))
+    shown.apply(record("t3", TaskDocument(status=TaskStatus.FAILED, attempts=(BUILT,), reason="lost")))
+    frame = shown.frame(99.0, 8)
+    assert [one.task for one in frame.rows] == ["t3", "t48", "t49", "t50", "t51", "t60", "t77"]
+    assert frame.more == "and 46 waiting, 47 landed"
+    assert shown.frame(99.0, 0).rows == []
+    assert len(shown.frame(99.0, 200).rows) == 100
+    assert shown.frame(99.0, 200).more == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(0.4, "about 5 s"), (38, "about 40 s"), (55, "about 55 s"), (56, "about 1 min"), (200, "about 4 min"),
+     (3601, "about 1 h 10 min"), (7200, "about 2 h"), (7201, "about 2 h 10 min")],
+)  # fmt: skip
+def test_time_left_in_words(seconds: float, expected: str) -> None:
+    """Rounded up, and never to more than it can be known to."""
+    assert about(seconds) == expected
+
+
+def test_durations_and_amounts() -> None:
+    """As on a clock, and as people write numbers."""
+    assert [duration(one) for one in (-1, 0.9, 42, 723, 3723)] == ["0:00", "0:00", "0:42", "12:03", "1:02:03"]
+    assert [amount(one) for one in (0, 950, 12_345, 4_500_000)] == ["0", "950", "12.3k", "4.5M"]
+
+
+@pytest.mark.parametrize("width", [1, 10, 20, 45, 60, 80, 120, 200])
+def test_no_line_is_wider_than_the_terminal(width: int) -> None:
+    """Whatever the texts, also wide characters; columns give way before words do, and no line ends with blanks."""
+    rows = [
+        Row("t" * 50, "build", "adapter" * 5, "1/3", "0:01", Changes(1, 2, 3), "漢字" * 100),
+        Row("x", "x", "x", "x", "x", Changes(), ""),
+    ]
+    lines = [Segment.get_line_length(line) for line in frame_lines(Frame(rows, "and 3 landed", "0 landed"), width)]
+    assert len(lines) == 5
+    assert max(lines) <= width
+    texts = ["".join(part.text for part in line) for line in frame_lines(Frame(rows, "", "totals"), width)]
+    assert all(text == text.rstrip() for text in texts)
+    if width >= 80:
+        assert all(cell_len(text) <= width for text in texts)
+        assert "漢" in texts[1]
+
+
+def test_rows_of_a_narrower_terminal() -> None:
+    """What was drawn in wide lines takes more of them."""
+    assert wrapped([80, 40, 0, 41], 40) == 2 + 1 + 1 + 2
+
+
+def test_what_is_said_is_no_command_for_the_terminal() -> None:
+    """Escape sequences and markup are shown, never obeyed."""
+    shown = view({"t0": Entry(adapter="fake")})
+    shown.apply(record("t0", TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
+    shown.hear(Working("t0", 1, "fake"), Transcript(words="\x1b]0;owned\x07\x1b[31m[red]stop[/red]\u202e\r\x9b2J"))
+    line = frame_lines(shown.frame(20.0, 5), 120)[1]
+    text = "".join(part.text for part in line)
+    assert text.isprintable()
+    assert "[red]stop[/red]" in text
+
+
+def test_ten_thousand_tasks_are_redrawn_at_once() -> None:
+    """A change and a redraw with all of them recorded take some milliseconds; a redraw reads no document anew."""
+    entries = {f"t{number}": Entry((f"t{number - 1}",) if number % 3 else (), "fake") for number in range(10_000)}
+    shown = view(entries, capacity=16)
+    for number in range(5_000):
+        landed = TaskDocument(status=TaskStatus.LANDED, attempts=(BUILT,), landed=COMMIT)
+        shown.apply(record(f"t{number}", landed, 30.0 + number))
+    for number in range(5_000, 5_016):
+        shown.apply(record(f"t{number}", TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
+
+    def redraw() -> float:
+        began = time.thread_time()
+        shown.apply(record("t5000", TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
+        assert len(frame_lines(shown.frame(9_000.0, 48), 160)) == 50
+        return time.thread_time() - began
+
+    assert min(redraw() for _ in range(10)) < 0.020
