@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, assert_never
 
 import anyio
@@ -110,6 +110,7 @@ class Attempts:
         what = work.session.assignment
         attempt = Attempt(
             number=what.worktree.attempt,
+            adapter=work.spec.adapter,
             base=what.base,
             start=what.start,
             started=self.clock.now(),
@@ -213,6 +214,7 @@ class Attempts:
             outcome=outcome,
             reason=reason,
             is_kept=not finished.collected,
+            **asdict(finished.transcript),
         )
         facts = {"outcome": outcome, "reason": reason, "branch": finished.branch, **(details or {})}
         changes = {"attempts": attempts, "branch": finished.branch, "reason": reason, **changes}

@@ -10,6 +10,7 @@ import anyio.to_thread
 
 from orchestrator.clock import Clock
 from orchestrator.config.model import TaskSpec
+from orchestrator.domain.leftovers import Holding, holding
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import FINAL, Attempt, TaskStatus
 from orchestrator.engine.ledger import Ledger
@@ -63,22 +64,34 @@ async def recover(ledger: Ledger, shop: Workshop, clock: Clock) -> None:
 
 
 async def _reap(ledger: Ledger, shop: Workshop, clock: Clock, worktree: Worktree) -> None:
+    await end_session(worktree)
+    failpoint("recovery.session_reaped")
     document = ledger.task(worktree.task)
-    attempt = next((one for one in document.attempts if one.number == worktree.attempt), None)
+    held = holding(document, worktree.attempt, is_check=worktree.is_check)
+    if held is Holding.UNSAVED and await _rescue(ledger, shop, clock, worktree):
+        held = Holding.NOTHING
+    if held is Holding.NOTHING:
+        await remove_worktree(ledger, shop, worktree)
+
+
+async def end_session(worktree: Worktree) -> None:
+    """Return when nothing of a session lives; the caller knows that its orchestrator does not.
+
+    LockHeld if its supervisor goes on.
+    """
     await wait_released(worktree.lock, REAP_LIMIT)
     await anyio.to_thread.run_sync(kill_marked, worktree.marker)
-    failpoint("recovery.session_reaped")
-    if worktree.is_check:
-        await remove_worktree(ledger, shop, worktree)
-        return
-    if attempt is None or attempt.is_kept:
-        return
-    is_saved = attempt.ended is not None or await _save(ledger, shop, worktree, attempt)
+
+
+async def _rescue(ledger: Ledger, shop: Workshop, clock: Clock, worktree: Worktree) -> bool:
+    """Save what a cut-off attempt left, and return its task to the queue; False if the worktree must stay."""
+    document = ledger.task(worktree.task)
+    attempt = next(one for one in document.attempts if one.number == worktree.attempt)
+    is_saved = await _save(ledger, shop, worktree, attempt)
     if document.status is TaskStatus.RUNNING and document.attempt == attempt:
         branch = worktree.branch if await shop.git.has_branch(worktree.branch) else None
         await _return(ledger, clock, worktree.task, branch, is_kept=not is_saved)
-    if is_saved:
-        await remove_worktree(ledger, shop, worktree)
+    return is_saved
 
 
 async def _save(ledger: Ledger, shop: Workshop, worktree: Worktree, attempt: Attempt) -> bool:

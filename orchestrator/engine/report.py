@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import ClassVar
+
+from pydantic import ConfigDict
 
 from orchestrator.domain.dispatch import Board, Entry
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.model import AdapterDocument, RunDocument, TaskDocument, TaskStatus
 from orchestrator.protocols import JsonObject
-from orchestrator.sessions.output import log_file
+from orchestrator.sessions.output import log_name
+
+#: `result_schema` takes the docstrings of fields for their descriptions.
+_DESCRIBED = ConfigDict(use_attribute_docstrings=True)
 
 
 class RunStatus(StrEnum):
@@ -32,42 +38,74 @@ EXIT_CODES: Mapping[RunStatus, int] = {
 }
 
 
+_FAILURES = frozenset(FailureClass)
+
+
 @dataclass(frozen=True, slots=True)
 class TaskReport:
-    """One task: `landed` is its commit on the target, `branch` keeps work that is not there, `reason` says why not."""
+    """One task."""
+
+    __pydantic_config__: ClassVar = _DESCRIBED
 
     id: str
+    """The task's name within the run."""
     state: str
+    """Where it is; `blocked` means that something that it needs will not land."""
     attempts: int
+    """How many were begun."""
     landed: str | None
+    """The commit that brought it onto the target, or was found to hold the same change there."""
     branch: str | None
+    """The branch that keeps work that is not on the target."""
     failure: str | None
     """The class of the last attempt's failure."""
     reason: str | None
+    """Why it is not landed, or what is special about it."""
     paths: Sequence[str]
+    """The paths in conflict."""
     log: str | None
     """What the check that did not pass printed, or else what the last attempt wrote to standard error."""
+    adapter: str
+    words: str | None
+    """What the CLI said last, or its result."""
+    input_tokens: int
+    output_tokens: int
+    cost: float | None
+    """US dollars of all attempts, as far as their CLIs told."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterReport:
-    """An adapter that can't be used now: until when (wall-clock seconds), or why not until a person has seen to it."""
+    """An adapter that can't be used now."""
+
+    __pydantic_config__: ClassVar = _DESCRIBED
 
     name: str
+    """What tasks call it by."""
     parked_until: float | None
+    """Until when (seconds since the epoch)."""
     closed: str | None
+    """Why not until a person has seen to it."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """A run and its tasks in the order of the file; `repository` is where the tasks' branches are."""
+    """How a run stands: what the commands that take `--json` print last."""
+
+    __pydantic_config__: ClassVar = _DESCRIBED
 
     run: str
+    """The run's id."""
     status: RunStatus
+    """How it stands."""
     target: str
+    """The branch that it lands on."""
     repository: str
+    """Where the tasks' branches are."""
     tasks: Sequence[TaskReport]
+    """The tasks in the order of the file."""
     adapters: Sequence[AdapterReport]
+    """Those that can't be used now."""
     damage: Sequence[str]
     """Places in the state log that could not be read; tasks that they hit say so."""
 
@@ -78,7 +116,9 @@ class RunReport:
 
     def to_json(self) -> JsonObject:
         """Return the result object."""
-        return {**asdict(self), "exit": self.exit_code}
+        # `asdict` copies all that it meets, which takes long for thousands of tasks.
+        tasks = [{name: getattr(task, name) for name in TaskReport.__slots__} for task in self.tasks]
+        return {**asdict(replace(self, tasks=())), "tasks": tasks, "exit": self.exit_code}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +129,18 @@ class RunRecord:
     tasks: Mapping[str, TaskDocument]
     entries: Mapping[str, Entry]
     adapters: Mapping[str, AdapterDocument]
+
+    def board(self) -> Board:
+        """Return what decisions look at."""
+        return Board.of(self.entries, self._statuses())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has ended and nothing is left that could be done in it."""
+        return self.run.ended is not None and self.board().is_over(self._statuses())
+
+    def _statuses(self) -> dict[str, TaskStatus]:
+        return {task: document.status for task, document in self.tasks.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +158,7 @@ def report(
 
     With `status` None nothing is at work in it, and its tasks say whether it is landed or incomplete.
     """
-    board = Board.of(record.entries, {task: document.status for task, document in record.tasks.items()})
+    board = record.board()
     adapters = [
         AdapterReport(name, learned.parked_until, learned.closed)
         for name, learned in record.adapters.items()
@@ -114,11 +166,11 @@ def report(
     ]
     closed = {one.name: one.closed for one in adapters if one.closed is not None}
     stuck = {} if status is RunStatus.RUNNING else _stuck(record, closed)
-    reports = []
+    reports, logs = [], str(places.logs)
     for task in record.run.tasks:
         need = board.blocked.get(task)
         why = stuck.get(task) if need is None else f"needs {need!r}, which did not land"
-        reports.append(_task(task, record.tasks[task], why, places.logs))
+        reports.append(_task(task, record.tasks[task], record.entries[task].adapter, why, logs))
     if status is None:
         landed = all(document.status is TaskStatus.LANDED for document in record.tasks.values())
         status = RunStatus.LANDED if landed else RunStatus.INCOMPLETE
@@ -146,25 +198,33 @@ def _stuck(record: RunRecord, closed: Mapping[str, str]) -> dict[str, str]:
     return stuck
 
 
-def _task(task: str, document: TaskDocument, why_blocked: str | None, logs: Path) -> TaskReport:
-    state, reason = str(document.status), document.reason
+def _task(task: str, document: TaskDocument, adapter: str, why_blocked: str | None, logs: str) -> TaskReport:
+    state, reason = document.status.value, document.reason
     if why_blocked is not None and document.status is TaskStatus.PENDING:
         state, reason = "blocked", why_blocked
     outcome = document.attempt.outcome if document.attempts else None
+    costs = [one.cost for one in document.attempts if one.cost is not None]
     return TaskReport(
         id=task,
         state=state,
         attempts=len(document.attempts),
         landed=document.landed,
         branch=document.branch,
-        failure=outcome if outcome in set(FailureClass) and document.landed is None else None,
+        failure=outcome if outcome in _FAILURES and document.landed is None else None,
         reason=reason,
         paths=document.paths,
         log=_log(task, document, logs),
+        adapter=document.attempt.adapter if document.attempts else adapter,
+        words=document.attempt.words if document.attempts else None,
+        # Lists, because generators would take longer than all the rest.
+        input_tokens=sum([one.input_tokens for one in document.attempts]),
+        output_tokens=sum([one.output_tokens for one in document.attempts]),
+        cost=sum(costs) if costs else None,
     )
 
 
-def _log(task: str, document: TaskDocument, logs: Path) -> str | None:
+def _log(task: str, document: TaskDocument, logs: str) -> str | None:
     if not document.attempts:
         return None
-    return document.attempt.check_log or str(log_file(logs, task, document.attempt.number, "stderr"))
+    attempt = document.attempt
+    return attempt.check_log or f"{logs}/{log_name(task, attempt.number, 'stderr')}"

@@ -152,7 +152,7 @@ class Scheduler:
         if document.start is not None:
             return await self._shop.git.line("rev-parse", f"{document.start}^1")
         was_stale = any(attempt.outcome in _STALE for attempt in document.attempts)
-        builds_on_target = bool(spec.needs or spec.owns) or was_stale
+        builds_on_target = spec.builds_on_target or was_stale
         if builds_on_target not in tips:
             tips[builds_on_target] = await self._start_point(builds_on_target)
         return tips[builds_on_target]

@@ -13,7 +13,6 @@ from orchestrator.config.model import AdapterConfig, FenceConfig, TaskSpec
 from orchestrator.domain.model import RunDocument
 from orchestrator.domain.secrets import Redactor, secret_values
 from orchestrator.engine.ledger import Ledger
-from orchestrator.engine.preflight import Site, find_site
 from orchestrator.errors import GitError
 from orchestrator.project import Project
 from orchestrator.protocols import Adapter
@@ -22,6 +21,7 @@ from orchestrator.repo.checkout import LocalRepository
 from orchestrator.repo.git import Git
 from orchestrator.repo.hub import Hub, internal_ref
 from orchestrator.repo.landing import Target
+from orchestrator.repo.site import Site, find_site
 from orchestrator.repo.source import Source
 from orchestrator.repo.worktrees import Worktree
 from orchestrator.sessions.checks import Checks

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import anyio.to_thread
 
 from orchestrator.errors import GitError, RefusedError
+from orchestrator.project import Project
 from orchestrator.repo.git import Git, shown
 
 
@@ -48,6 +49,12 @@ async def inspect(path: Path, git: Git) -> LocalRepository:
     except GitError as error:
         raise RefusedError(f"{path}: {error.stderr}", remedy) from None
     return LocalRepository(await anyio.to_thread.run_sync((path / common).resolve), top, object_format)
+
+
+async def current_branch(folder: Path, git: Git) -> str | None:
+    """Return the branch that is checked out in a folder; None where there is none."""
+    found = await git("symbolic-ref", "--quiet", "--short", "HEAD", cwd=folder, ok=(0, 1, 128))
+    return found.stdout.decode(errors="surrogateescape").rstrip("\n") or None
 
 
 async def checkout_of(repository: LocalRepository, branch: str, git: Git) -> Path | None:
@@ -247,3 +254,14 @@ def _git_runs_in(folder: Path) -> bool:
         except OSError:  # it has ended, or is not ours
             continue
     return False
+
+
+async def check_own(project: Project, environ: Mapping[str, str]) -> None:
+    """Refuse a `.council` that came with the repository: what is in it would be obeyed as if we had written it."""
+    git = Git(None, users=True, environ=environ)
+    listed = await git("ls-files", "-z", "--", str(project.folder), cwd=project.top, ok=(0, 128))
+    if listed.stdout:
+        raise RefusedError(
+            f"the repository brings a {project.folder.name} of its own",
+            f"`git rm -r --cached {project.folder.name}`, and remove the folder unless you know whose it is",
+        )

@@ -256,16 +256,22 @@ def _linked_tops(folder: Path) -> list[Path]:
     return found
 
 
+# Every process of the machine is looked at around each session: without the paths that pathlib would make of them.
+
+
 def _processes() -> list[int]:
-    return [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    try:
+        return [int(name) for name in os.listdir("/proc") if name.isdecimal()]  # noqa: PTH208
+    except FileNotFoundError:
+        return []
 
 
 def _is_git_in(pid: int, folders: list[Path]) -> bool:
-    process = Path("/proc", str(pid))
     try:
-        if not (process / "comm").read_text().startswith("git"):
-            return False
-        where = (process / "cwd").readlink()
+        with open(f"/proc/{pid}/comm", "rb", 0) as file:  # noqa: PTH123
+            if file.read(3) != b"git":
+                return False
+        where = Path("/proc", str(pid), "cwd").readlink()
     except OSError:  # it has ended, or is not ours
         return False
     return any(where.is_relative_to(folder) for folder in folders)

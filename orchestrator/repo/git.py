@@ -23,6 +23,8 @@ from orchestrator.errors import GitError, RefusedError
 from orchestrator.process import Completed, run
 
 MINIMUM_VERSION: Final = (2, 38)  # the first with `merge-tree --write-tree`
+_INSTALL: Final = f"install git {'.'.join(map(str, MINIMUM_VERSION))} or newer"
+RECOMMENDED_VERSION: Final = (2, 39)  # the oldest that the tests run with
 IDENTITY: Final = ("CLI Council", "council@localhost")
 GITLINK: Final = "160000"  # the mode of a link to a commit of another repository
 
@@ -135,7 +137,7 @@ class Git:
         except (FileNotFoundError, NotADirectoryError):
             folder = cwd or self.git_dir
             if folder is None or folder.is_dir():
-                raise
+                raise RefusedError("git is not on PATH", _INSTALL) from None
             raise GitError(["git", *args], 128, f"there is no folder {folder}") from None
         if done.returncode not in ok:
             raise GitError(["git", *args], done.returncode, done.stderr.decode(errors="replace"))
@@ -170,16 +172,28 @@ def parse_raw(output: bytes) -> list[Change]:
     return [Change(path, *meta.lstrip(":").split()[:4]) for meta, path in zip(fields[::2], fields[1::2], strict=False)]
 
 
-async def check_version(environ: Mapping[str, str]) -> None:
-    """Refuse a git that is missing or too old, with the remedy."""
-    remedy = f"install git {'.'.join(map(str, MINIMUM_VERSION))} or newer"
+async def read_version(environ: Mapping[str, str]) -> str | None:
+    """Return what git says of its version, as in 2.39.5; None if there is no git on PATH."""
     try:
         done = await run(["git", "--version"], env=sealed_environment(environ))
-    except FileNotFoundError:
-        raise RefusedError("git is not on PATH", remedy) from None
-    match = re.search(rb"(\d+)\.(\d+)", done.stdout)
-    if match is None or (int(match[1]), int(match[2])) < MINIMUM_VERSION:
-        raise RefusedError(f"{done.stdout.decode(errors='replace').strip()} is too old", remedy)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return None
+    return done.stdout.decode(errors="replace").strip().removeprefix("git version ")
+
+
+def is_at_least(version: str, wanted: tuple[int, int]) -> bool:
+    """Whether a version, as `read_version` returns it, is one of these first two numbers or a newer one."""
+    match = re.search(r"(\d+)\.(\d+)", version)
+    return match is not None and (int(match[1]), int(match[2])) >= wanted
+
+
+async def check_version(environ: Mapping[str, str]) -> None:
+    """Refuse a git that is missing or too old, with the remedy."""
+    version = await read_version(environ)
+    if version is None:
+        raise RefusedError("git is not on PATH", _INSTALL)
+    if not is_at_least(version, MINIMUM_VERSION):
+        raise RefusedError(f"git {version} is too old", _INSTALL)
 
 
 def shown(name: str) -> str:

@@ -6,6 +6,7 @@
       session.git/   what each session's own git directory starts as a copy of
       sessions/      worktrees, one folder an attempt
       locks/         permanent lock files
+      origin.json    whom it is for (`repo.origin`)
 
 No git command of ours ever reads a configuration, hook or attribute that an agent could have written: each
 session has a git directory to itself, which we never run git in, and the one we do run it in is not named in
@@ -25,9 +26,12 @@ import anyio.to_thread
 
 from orchestrator.errors import RefusedError
 from orchestrator.filelock import FileLock
+from orchestrator.repo import origin
 from orchestrator.repo.git import IDENTITY, Git
+from orchestrator.repo.removal import remove_all
 
-_INTERNAL_REFS = "refs/council"
+#: Where the trusted repository keeps what each run has fetched.
+INTERNAL_REFS = "refs/council"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,16 @@ class Hub:
         """One folder for each run, in it one for each attempt."""
         return self.root / "sessions"
 
+    @property
+    def unfinished(self) -> Path:
+        """Where it is while it is being made or removed, so that there is a whole one or none."""
+        return self.root.with_name(f"{self.root.name}.new")
+
+    @property
+    def creation_lock(self) -> FileLock:
+        """The lock, beside it, under which it is made and removed."""
+        return FileLock(self.root.with_name(f"{self.root.name}.lock"))
+
     def lock(self, name: str) -> FileLock:
         """Return the permanent lock of that name."""
         return FileLock(self.root / "locks" / name)
@@ -65,6 +79,10 @@ class Hub:
         digest = hashlib.sha256(f"{source}\0{target}".encode()).hexdigest()[:16]
         return self.lock(f"landing-{digest}")
 
+    def run_lock(self, run: str) -> FileLock:
+        """Return the lock of a run's owner."""
+        return self.lock(f"run-{run}")
+
 
 def hub_of(source: str, home: Path) -> Hub:
     """Return the hub of a repository, by its path or URL; it need not exist yet."""
@@ -73,8 +91,11 @@ def hub_of(source: str, home: Path) -> Hub:
     return Hub(home / f"{name}-{hashlib.sha256(source.encode(errors='surrogateescape')).hexdigest()[:12]}")
 
 
-async def create_hub(hub: Hub, object_format: str, environ: Mapping[str, str]) -> None:
-    """Make the hub if it is not there; all at once, so that a crash leaves none or a whole one."""
+async def create_hub(hub: Hub, object_format: str, environ: Mapping[str, str], user: origin.User | None = None) -> None:
+    """Make the hub if it is not there; all at once, so that a crash leaves none or a whole one.
+
+    It remembers `user`, so that it can be told later whether anybody is left who needs it.
+    """
     remedy = "set COUNCIL_HOME to another folder"
     if any(char in str(hub.root) for char in '\n":'):  # git's lists of object folders know no way to write them
         raise RefusedError(f"{str(hub.root)!r} can't hold repositories", remedy)
@@ -83,17 +104,22 @@ async def create_hub(hub: Hub, object_format: str, environ: Mapping[str, str]) -
         await anyio.to_thread.run_sync(lambda: parent.mkdir(mode=0o700, parents=True, exist_ok=True))
     except OSError as error:
         raise RefusedError(f"{parent} can't be made: {error.strerror}", remedy) from None
-    async with FileLock(parent / f"{hub.root.name}.lock").hold():
-        if hub.root.exists():
-            return
-        building = hub.root.with_name(hub.root.name + ".new")
-        await anyio.to_thread.run_sync(lambda: shutil.rmtree(building, ignore_errors=True))
-        building.mkdir(mode=0o700)
-        for name in ("hub.git", "trusted.git", "session.git"):
-            git = Git(building / name, environ=environ)
-            await git("init", "--quiet", "--bare", "--template=", f"--object-format={object_format}", cwd=building)
-        await _configure(building, hub, environ)
-        building.rename(hub.root)
+    async with hub.creation_lock.hold():
+        if not hub.root.exists():
+            await _build(hub, object_format, environ)
+        if user is not None:
+            await anyio.to_thread.run_sync(origin.record, hub.root, user)
+
+
+async def _build(hub: Hub, object_format: str, environ: Mapping[str, str]) -> None:
+    building = hub.unfinished
+    await remove_all(building, environ)
+    building.mkdir(mode=0o700)
+    for name in ("hub.git", "trusted.git", "session.git"):
+        git = Git(building / name, environ=environ)
+        await git("init", "--quiet", "--bare", "--template=", f"--object-format={object_format}", cwd=building)
+    await _configure(building, hub, environ)
+    building.rename(hub.root)
 
 
 async def _configure(building: Path, hub: Hub, environ: Mapping[str, str]) -> None:
@@ -120,7 +146,7 @@ async def _configure(building: Path, hub: Hub, environ: Mapping[str, str]) -> No
 
 def internal_ref(run: str, name: str) -> str:
     """Return a ref of the trusted repository that keeps what a run has fetched."""
-    return f"{_INTERNAL_REFS}/{run}/{name}"
+    return f"{INTERNAL_REFS}/{run}/{name}"
 
 
 def work_branch(run: str, task: str, part: str) -> str:

@@ -19,10 +19,14 @@ _AT_ONCE = 32 << 20  # bytes of content that are read at a time
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """The rules: the largest file in bytes, and the values that no file may have."""
+    """The rules: the largest file in bytes, and the values that no file may have.
+
+    `leavings` are patterns, as in a .gitignore, of files that are no work where the base does not have them.
+    """
 
     redactor: Redactor
     max_file: int = LARGEST_FILE
+    leavings: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> Admission:

@@ -1,0 +1,167 @@
+"""Removes what runs left on this machine and nothing needs any more.
+
+Each thing is looked at once more before it goes, under the lock of whoever could begin to use it. What holds work
+that may be nowhere else goes only where that is asked for; branches that keep work are for `council salvage`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import anyio.to_thread
+
+from orchestrator.clock import Clock
+from orchestrator.domain.leftovers import Kind, Leftover
+from orchestrator.engine.recovery import end_session
+from orchestrator.engine.survey import Survey, exists, run_locks
+from orchestrator.errors import GitError, LockHeld, StoreUnavailable
+from orchestrator.project import Project
+from orchestrator.protocols import Store
+from orchestrator.repo import worktrees
+from orchestrator.repo.git import Git
+from orchestrator.repo.hub import Hub
+from orchestrator.repo.removal import disk_usage, remove_all
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """What came of removing something; `error` says why it is still there."""
+
+    leftover: Leftover
+    error: str | None
+
+
+class Cleaner:
+    """Finds and removes what is left over: in `home`, and of the runs of a project, if there is one here."""
+
+    def __init__(
+        self,
+        home: Path,
+        environ: Mapping[str, str],
+        clock: Clock,
+        project: Project | None = None,
+        store: Store | None = None,
+    ) -> None:
+        """Take the folder of all hubs, and a project together with its store."""
+        self._environ = environ
+        self._survey = Survey(home, environ, clock, project, store)
+
+    async def find(self, *, logs: float | None = None) -> list[Leftover]:
+        """Return what is left over, and what of it must stay, with sizes.
+
+        With `logs`, also the output of runs that ended more than so many seconds ago.
+        """
+        found = await self._survey.everything()
+        if logs is not None:
+            found += await self._survey.logs(logs)
+        return [await anyio.to_thread.run_sync(_measured, one) for one in found]
+
+    async def remove(self, found: Sequence[Leftover]) -> list[Removal]:
+        """Remove what `find` returned, whether left over or kept, but nothing that came to be needed since."""
+        return [Removal(one, await self._problem(replace(one, bytes=0))) for one in found]
+
+    async def _problem(self, one: Leftover) -> str | None:
+        removals = {
+            Kind.WORKTREE: self._remove_worktree,
+            Kind.REFS: self._remove_refs,
+            Kind.HUB: self._remove_hub,
+            Kind.TEMPORARY: self._remove_temporary,
+            Kind.LOGS: self._remove_logs,
+        }
+        try:
+            is_done = await removals[one.kind](one)
+        except GitError as error:
+            return error.stderr
+        except (LockHeld, StoreUnavailable) as error:
+            return str(error)
+        except OSError as error:
+            return error.strerror or str(error)
+        return None if is_done else "it is needed now, or was changed"
+
+    async def _remove_worktree(self, one: Leftover) -> bool:
+        async with self._run_held(one) as (git, run):
+            known = (await self._survey.runs()).get(run)
+            found = await (self._survey.strays(_hub(one)) if known is None else self._survey.worktrees(known))
+            if one not in found:
+                return not await anyio.Path(one.place).exists()
+            folder = _hub(one).sessions / run
+            for worktree in await anyio.to_thread.run_sync(worktrees.left_over, _hub(one), run, None):
+                if str(worktree.root) == one.place:
+                    await end_session(worktree)
+                    await worktrees.remove(git, worktree)
+            await anyio.to_thread.run_sync(worktrees.remove_if_empty, folder)
+        return True
+
+    async def _remove_refs(self, one: Leftover) -> bool:
+        async with self._run_held(one) as (git, _):
+            if one not in await self._survey.strays(_hub(one)):
+                return False
+            listed = await git("for-each-ref", "--format=delete %(refname) %(objectname)", one.place)
+            await git("update-ref", "--stdin", input_=listed.stdout)
+        return True
+
+    async def _remove_logs(self, one: Leftover) -> bool:
+        async with self._run_held(one) as (git, run):
+            known = (await self._survey.runs()).get(run)
+            if known is None or known.ended is None:
+                return False
+            await remove_all(Path(one.place), self._environ, git.keep_fds)
+        return True
+
+    @asynccontextmanager
+    async def _run_held(self, one: Leftover) -> AsyncIterator[tuple[Git, str]]:
+        """Keep everybody from beginning to work in a run; LockHeld if somebody does.
+
+        Yields git in the trusted repository, whose commands hold the run too, and the run's id.
+        """
+        assert one.run is not None, "it is of a run"  # noqa: S101
+        async with AsyncExitStack() as stack:
+            fds: tuple[int, ...] = ()
+            if await exists(_hub(one)):  # without it nobody can work in the run
+                fds = ((await stack.enter_async_context(_hub(one).run_lock(one.run).hold(0))).fd,)
+            yield Git(_hub(one).trusted, keep_fds=fds, environ=self._environ), one.run
+
+    async def _remove_hub(self, one: Leftover) -> bool:
+        hub = _hub(one)
+        async with AsyncExitStack() as stack:
+            fds = ((await stack.enter_async_context(hub.creation_lock.hold(0))).fd,)
+            if not await exists(hub):
+                return True
+            for lock in await run_locks(hub):
+                await stack.enter_async_context(lock.hold(0))
+            if one != await self._survey.orphan(hub):
+                return False
+            for place in await anyio.to_thread.run_sync(lambda: list(hub.sessions.iterdir())):
+                for worktree in await anyio.to_thread.run_sync(worktrees.left_over, hub, place.name, None):
+                    await end_session(worktree)
+            await remove_all(hub.unfinished, self._environ, fds)
+            await anyio.to_thread.run_sync(hub.root.rename, hub.unfinished)
+            await remove_all(hub.unfinished, self._environ, fds)
+        return True
+
+    async def _remove_temporary(self, one: Leftover) -> bool:
+        async with AsyncExitStack() as stack:
+            fds: tuple[int, ...] = ()
+            if one.hub is not None:
+                fds = ((await stack.enter_async_context(_hub(one).creation_lock.hold(0))).fd,)
+            if not await self._is_debris(one):
+                return not await anyio.Path(one.place).exists()
+            await remove_all(Path(one.place), self._environ, fds)
+        return True
+
+    async def _is_debris(self, one: Leftover) -> bool:
+        if one.hub is None:
+            return one in await self._survey.excludes()
+        return one.place == str(_hub(one).unfinished) or one in await self._survey.debris(_hub(one))
+
+
+def _hub(one: Leftover) -> Hub:
+    assert one.hub is not None, "it is in a hub"  # noqa: S101
+    return Hub(Path(one.hub))
+
+
+def _measured(one: Leftover) -> Leftover:
+    return one if one.kind is Kind.REFS else replace(one, bytes=disk_usage(Path(one.place)))

@@ -1,0 +1,158 @@
+"""The command that lists adapters and their programs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+
+import anyio.to_thread
+import click
+
+from orchestrator.cli.command import Context, json_option, opened, perform
+from orchestrator.cli.output import one_line, plain
+from orchestrator.cli.scene import Scene, look_around
+from orchestrator.config.model import RunConfig, make_adapters
+from orchestrator.engine.findings import describe
+from orchestrator.engine.probing import AdapterStatus, make_without_options, probe_adapters
+from orchestrator.engine.report import AdapterReport
+from orchestrator.errors import ConfigError, CouncilError, RefusedError
+from orchestrator.protocols import JsonObject
+
+
+@click.command()
+@json_option
+def adapters(as_json: bool) -> None:
+    """List the adapters that are installed, with what there is of their programs.
+
+    Then those of the council.yaml of this folder or of its repository's top, and which of them the newest run can't use
+    now.
+
+    \b
+    Examples:
+      council adapters
+      council adapters --json
+    """
+
+    async def command(context: Context) -> int:
+        scene = await look_around()
+        types, named = await _list(scene)
+        learned = await _learned(context) if scene.top is not None or named else {}
+        if as_json:
+            context.output.json(_json(scene, types, named, learned))
+        else:
+            for line in _lines(scene, types, named, learned):
+                context.output.text(plain(line) + "\n")
+        return 0
+
+    perform(command, as_json=as_json)
+
+
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """A type, or an adapter of the file; what it needs says why there is nothing to be known of its programs."""
+
+    name: str
+    use: str
+    needs: str | None
+    status: AdapterStatus
+
+
+async def _list(scene: Scene) -> tuple[list[_Listed], list[_Listed]]:
+    """Return all types that are installed, and the adapters of the file."""
+    installed = scene.plugins.adapters
+    made, needs = await anyio.to_thread.run_sync(make_without_options, installed)
+    run = scene.config if isinstance(scene.config, RunConfig) else None
+    of_file = {} if run is None else make_adapters(run.adapters, installed)
+    # A type and an adapter of the file may have the same name.
+    both = {(True, name): one for name, one in made.items()} | {(False, name): one for name, one in of_file.items()}
+    statuses = await probe_adapters(both, os.environ)
+    nothing = AdapterStatus([])
+    types = [_Listed(name, name, needs.get(name), statuses.get((True, name), nothing)) for name in sorted(installed)]
+    named = run.adapters.items() if run is not None else ()
+    return types, [_Listed(name, adapter.use, None, statuses[False, name]) for name, adapter in named]
+
+
+async def _learned(context: Context) -> dict[str, AdapterReport]:
+    """Return the adapters that the newest run can't use now; none where there is no run."""
+    try:
+        async with opened(context.log) as council:
+            return {one.name: one for one in (await council.status()).adapters}
+    except RefusedError:
+        return {}
+    except (CouncilError, OSError) as error:
+        context.output.notice(plain(f"council: the newest run can't be looked at: {one_line(str(error))}"))
+        return {}
+
+
+def _json(
+    scene: Scene, types: Sequence[_Listed], named: Sequence[_Listed], learned: Mapping[str, AdapterReport]
+) -> JsonObject:
+    nothing = AdapterReport("", None, None)
+    state = {one.name: learned.get(one.name, nothing) for one in named}
+    return {
+        "types": [
+            {
+                "name": one.name,
+                "plugin": asdict(scene.plugins.bringers["adapters", one.name]),
+                "needs": one.needs,
+                **one.status.to_json(),
+            }
+            for one in types
+        ],
+        "left_out": [str(one) for one in scene.plugins.left_out],
+        "file": None if scene.file is None else str(scene.file),
+        "mistakes": len(scene.config.problems) if isinstance(scene.config, ConfigError) else 0,
+        "adapters": [
+            {
+                "name": one.name,
+                "use": one.use,
+                **one.status.to_json(),
+                "parked_until": state[one.name].parked_until,
+                "closed": state[one.name].closed,
+            }
+            for one in named
+        ],
+        "exit": 0,
+    }
+
+
+def _lines(
+    scene: Scene, types: Sequence[_Listed], named: Sequence[_Listed], learned: Mapping[str, AdapterReport]
+) -> Iterator[str]:
+    for one in types:
+        plugin = scene.plugins.bringers["adapters", one.name]
+        yield f"{one.name} ({plugin.distribution} {plugin.version}){_needs(one)}"
+        yield from _programs(one.status)
+    for left_out in scene.plugins.left_out:
+        yield f"left out: {one_line(str(left_out))}"
+    if isinstance(scene.config, ConfigError):
+        yield f"{scene.file} has mistakes: `council validate` tells them"
+    for one in named:
+        yield f"{one.name} (use: {one.use}, of {scene.file})"
+        yield from _programs(one.status)
+        if one.name in learned:
+            yield f"  {_now(learned[one.name])}"
+
+
+def _needs(one: _Listed) -> str:
+    return "" if one.needs is None else f": {one_line(one.needs)}"
+
+
+def _programs(status: AdapterStatus) -> Iterator[str]:
+    if status.trouble is not None:
+        yield f"  {one_line(status.trouble)}"
+    for program in status.programs:
+        yield f"  {one_line(describe(program))}"
+        if program.is_known is False:
+            yield f"    it is made for {program.known}"
+        if program.remedy is not None:
+            yield f"    → {one_line(program.remedy)}"
+
+
+def _now(learned: AdapterReport) -> str:
+    if learned.closed is not None:
+        return f"stopped: {one_line(learned.closed)}"
+    until = datetime.fromtimestamp(learned.parked_until or 0.0, UTC).astimezone()
+    return f"pauses until {until:%Y-%m-%d %H:%M:%S}"

@@ -1,0 +1,140 @@
+"""The command that removes what is left over."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import anyio
+import click
+
+from orchestrator.cleaning import Cleaner, Removal
+from orchestrator.cli.boundary import Log
+from orchestrator.cli.command import Context, json_option, opened, perform
+from orchestrator.cli.output import Output, plain
+from orchestrator.clock import SystemClock
+from orchestrator.config.quantities import parse_duration, shown_size
+from orchestrator.domain.leftovers import Kind, Leftover, Standing
+from orchestrator.errors import RefusedError
+from orchestrator.project import council_home, find_project
+
+_OLDEST = 10 * 365 * 86400.0  # seconds
+
+
+def _age(_context: click.Context, _option: click.Parameter, value: str | None) -> float | None:
+    try:
+        return None if value is None else parse_duration(value, longest=_OLDEST)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+@click.command()
+@click.option("--dry-run", is_flag=True, help="List only.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.option("--kept", is_flag=True, help="Remove worktrees and hubs, too, that hold work which may be nowhere else.")
+@click.option("--logs", metavar="AGE", callback=_age, help="Remove, too, what runs printed that ended before (30d).")
+@json_option
+def clean(dry_run: bool, yes: bool, kept: bool, logs: float | None, as_json: bool) -> None:
+    """Remove what runs left over and nothing needs.
+
+    That is worktrees of tasks that are over, temporary files of commands that were killed, and our own repositories
+    whose user's repository is gone. What a run is at work on or `council resume` goes on from stays. Work on branches
+    stays, too: `council salvage list` names it and `council salvage drop` deletes it.
+
+    \b
+    Examples:
+      council clean
+      council clean --yes --logs 30d
+      council clean --kept --dry-run
+    """
+
+    async def command(context: Context) -> int:
+        async with _cleaner(context.log) as cleaner:
+            found = await cleaner.find(logs=logs)
+            going = [one for one in found if one.standing is Standing.LEFT_OVER or (kept and _is_kept(one))]
+            if not as_json:
+                _tell(context.output, found, going)
+            is_wanted = bool(going) and not dry_run and (yes or (not as_json and await _agreed(context.output, going)))
+            removals = await cleaner.remove(going) if is_wanted else []
+            code = int(any(one.error is not None for one in removals))
+            if as_json:
+                context.output.json(_result(found, removals, code))
+            elif is_wanted:
+                _tell_removals(context.output, removals)
+            return code
+
+    perform(command, as_json=as_json)
+
+
+@asynccontextmanager
+async def _cleaner(log: Log) -> AsyncIterator[Cleaner]:
+    """Open the project here; where there is none, what is left on the machine can be cleaned all the same."""
+    try:
+        project = find_project(Path.cwd())
+    except RefusedError:
+        project = None
+    if project is None:
+        yield Cleaner(council_home(os.environ), os.environ, SystemClock())
+        return
+    async with opened(log, project.top) as council:
+        yield council.cleaner
+
+
+def _is_kept(one: Leftover) -> bool:
+    return one.standing is Standing.KEPT
+
+
+def _tell(output: Output, found: Sequence[Leftover], going: Sequence[Leftover]) -> None:
+    for one in found:
+        if one.standing is not Standing.NEEDED:
+            size = "" if one.kind is Kind.REFS else shown_size(one.bytes)
+            stays = "" if one in going else "stays: "
+            output.text(plain(f"{size:>7}  {one.kind:<9}  {one.place}: {stays}{one.reason}") + "\n")
+    for line in _summary(found, going):
+        output.text(plain(line) + "\n")
+
+
+def _summary(found: Sequence[Leftover], going: Sequence[Leftover]) -> Iterator[str]:
+    if not going:
+        yield "nothing is left over"
+    if stays := [one for one in found if _is_kept(one) and one not in going]:
+        yield f"{_total(stays)}: may hold work that is nowhere else, --kept removes it"
+    needed = [one for one in found if one.standing is Standing.NEEDED]
+    for run in dict.fromkeys(one.run for one in needed):
+        yield f"{_total([one for one in needed if one.run == run])}: kept for `council resume {run}`"
+
+
+def _total(some: Sequence[Leftover]) -> str:
+    return f"{len(some)} {'thing' if len(some) == 1 else 'things'}, {shown_size(sum(one.bytes for one in some))}"
+
+
+async def _agreed(output: Output, going: Sequence[Leftover]) -> bool:
+    """Ask once, where there is somebody to ask."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        output.text(f"{_total(going)}: add --yes to remove them\n")
+        return False
+    output.text(f"Remove {_total(going)}? [y/N] ", err=True)
+    sys.stderr.flush()
+    # A terminal hands over whole lines; waited for this way, a signal ends it.
+    await anyio.wait_readable(sys.stdin)
+    return sys.stdin.readline().strip().lower() in {"y", "yes"}
+
+
+def _tell_removals(output: Output, removals: Sequence[Removal]) -> None:
+    for one in removals:
+        if one.error is not None:
+            output.text(plain(f"{one.leftover.place} could not be removed: {one.error}") + "\n", err=True)
+    output.text(f"removed {_total([one.leftover for one in removals if one.error is None])}\n")
+
+
+def _result(found: Sequence[Leftover], removals: Sequence[Removal], code: int) -> dict[str, object]:
+    errors = {one.leftover: one.error for one in removals}
+    facts = [
+        {**asdict(one), "removed": one in errors and errors[one] is None, "error": errors.get(one)} for one in found
+    ]
+    freed = sum(one.leftover.bytes for one in removals if one.error is None)
+    return {"found": facts, "freed": freed, "exit": code}

@@ -1,0 +1,61 @@
+"""The command that looks whether a run could work here."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from orchestrator.cli.command import Context, json_option, perform
+from orchestrator.cli.output import Output, one_line, plain
+from orchestrator.cli.scene import look_around
+from orchestrator.engine.doctor import Subject, examine
+from orchestrator.engine.findings import Finding, Level
+
+
+@click.command()
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@json_option
+def doctor(file: Path | None, as_json: bool) -> None:
+    """Look whether a run could work here, and say what to mend.
+
+    That is the machine, the repository, the programs and the file: FILE, or the council.yaml of this folder or of its
+    repository's top. It works anywhere, and changes nothing. The exit code is 1 if there is a problem, warnings aside.
+
+    \b
+    Examples:
+      council doctor
+      council doctor night.yaml --json
+    """
+
+    async def command(context: Context) -> int:
+        scene = await look_around(file)
+        left_out = [str(one) for one in scene.plugins.left_out]
+        subject = Subject(scene.folder, scene.file, scene.config, scene.plugins.adapters, left_out)
+        findings = await examine(subject, os.environ)
+        code = int(any(finding.level is Level.PROBLEM for finding in findings))
+        _show(findings, code, context.output)
+        return code
+
+    perform(command, as_json=as_json)
+
+
+def _show(findings: Sequence[Finding], code: int, output: Output) -> None:
+    if output.as_json:
+        output.json({"findings": [asdict(finding) for finding in findings], "exit": code})
+        return
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        output.text(plain(f"{finding.level:<8} {finding.name:<{width}}  {one_line(finding.found)}") + "\n")
+        if finding.remedy is not None:
+            output.text(plain(f"{'':<8} {'':<{width}}  → {one_line(finding.remedy)}") + "\n")
+    counts = Counter(finding.level for finding in findings)
+    output.text(f"{_counted(counts[Level.PROBLEM], 'problem')}, {_counted(counts[Level.WARNING], 'warning')}\n")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count or 'no'} {what}{'' if count == 1 else 's'}"

@@ -1,0 +1,136 @@
+"""The command that writes a first file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio.to_thread
+import click
+
+from orchestrator.cli.command import Context, json_option, perform
+from orchestrator.cli.output import Output, plain
+from orchestrator.cli.source import FILE_NAME
+from orchestrator.config.json_schema import file_schema
+from orchestrator.config.starter import Starter, StarterAdapter, starter_text
+from orchestrator.engine.findings import describe
+from orchestrator.engine.initializing import (
+    Ground,
+    check_free,
+    find_adapters,
+    find_ground,
+    find_tests,
+    write_file,
+    write_schema,
+)
+from orchestrator.engine.own_tests import OwnTests
+from orchestrator.engine.probing import AdapterStatus
+from orchestrator.plugins import load_plugins
+from orchestrator.protocols import AdapterType
+
+
+@click.command()
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.option("--adapter", metavar="TYPE", help="Use this adapter type, as `council adapters` lists it.")
+@click.option("--force", is_flag=True, help="Replace the file if it is there already.")
+@json_option
+def init(file: Path | None, adapter: str | None, force: bool, as_json: bool) -> None:
+    """Write a council.yaml for this repository.
+
+    It has the adapters whose programs are found here, the command that runs the repository's own tests, and a task to
+    begin with. It stands at the top of the repository, unless FILE says otherwise.
+
+    \b
+    Examples:
+      council init
+      council init --adapter aider
+      council init night.yaml --force
+    """
+
+    async def command(context: Context) -> int:
+        ground = await find_ground(Path.cwd(), os.environ)
+        path = ground.top / FILE_NAME if file is None else Path.cwd() / file
+        await anyio.to_thread.run_sync(lambda: check_free(path, force=force))
+        plugins = await anyio.to_thread.run_sync(load_plugins, os.environ, [ground.top])
+        found = _Found(
+            ground, path, await find_adapters(plugins.adapters, adapter, os.environ), await find_tests(ground)
+        )
+        schema = await _schema(ground, plugins.adapters)
+        text = starter_text(_starter(found, schema))
+        await anyio.to_thread.run_sync(lambda: write_file(path, text, plugins.adapters, force=force))
+        _show(found, schema, context.output)
+        return 0
+
+    perform(command, as_json=as_json)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    ground: Ground
+    path: Path
+    adapters: Mapping[str, AdapterStatus]
+    tests: OwnTests | None
+
+    @property
+    def next_commands(self) -> list[str]:
+        """What to type next; the file need not be named where it is looked for."""
+        is_usual = self.path == self.ground.top / FILE_NAME
+        name = "" if is_usual else f" {shlex.quote(os.path.relpath(self.path))}"
+        return [f"council doctor{name}", f"council run --dry-run{name}", f"council run{name}"]
+
+
+async def _schema(ground: Ground, types: Mapping[str, AdapterType]) -> Path | None:
+    return await write_schema(ground, json.dumps(file_schema(types), indent=2) + "\n", os.environ)
+
+
+def _starter(found: _Found, schema: Path | None) -> Starter:
+    """Return what the file is to say; paths in the repository are told from the file's place."""
+    folder, top = Path(os.path.realpath(found.path.parent)), Path(os.path.realpath(found.ground.top))
+    is_inside = folder.is_relative_to(top)
+    return Starter(
+        repo=os.path.relpath(top, folder) if is_inside else str(top),
+        base=found.ground.base,
+        adapters=[StarterAdapter(name, _words(status)) for name, status in found.adapters.items()],
+        check=None if found.tests is None else found.tests.command,
+        before=None if found.tests is None else found.tests.before,
+        schema=None if schema is None or not is_inside else os.path.relpath(os.path.realpath(schema), folder),
+    )
+
+
+def _words(status: AdapterStatus) -> str:
+    told = [f"{one.name} {one.version or ''}".strip() + (f": {one.remedy}" if one.remedy else "")
+            for one in status.programs]  # fmt: skip
+    return ", ".join(told)
+
+
+def _show(found: _Found, schema: Path | None, output: Output) -> None:
+    tests = found.tests
+    if output.as_json:
+        output.json(
+            {
+                "path": str(found.path),
+                "repository": str(found.ground.top),
+                "base": found.ground.base,
+                "adapters": [{"use": name, **status.to_json()} for name, status in found.adapters.items()],
+                "checks": [] if tests is None else [tests.command],
+                "told_by": None if tests is None else tests.told_by,
+                "schema": None if schema is None else str(schema),
+                "next": found.next_commands,
+                "exit": 0,
+            }
+        )
+        return
+    lines = [f"wrote {found.path}", f"base      {found.ground.base}"]
+    for name, status in found.adapters.items():
+        lines.append(f"adapter   {name}: {'; '.join(map(describe, status.programs)) or 'names no program'}")
+        lines += [f"          → {one.remedy}" for one in status.programs if one.remedy]
+    if not found.adapters:
+        lines.append("adapter   none was found: first put a program of yours into the file, where it says my-cli")
+    told = "no command that runs the tests was found" if tests is None else f"{tests.command} (by {tests.told_by})"
+    lines += [f"checks    {told}", *(f"next      {command}" for command in found.next_commands)]
+    for line in lines:
+        output.text(plain(line) + "\n")

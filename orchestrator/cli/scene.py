@@ -1,0 +1,57 @@
+"""What there is where a command was typed: the file, the repository, and what is installed."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio.to_thread
+
+from orchestrator.cli.source import FILE_NAME, worked_on
+from orchestrator.config.load import load_config
+from orchestrator.config.model import RunConfig
+from orchestrator.errors import ConfigError, RefusedError
+from orchestrator.plugins import Plugins, load_plugins
+from orchestrator.repo.checkout import inspect
+from orchestrator.repo.git import Git
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What there is; the config is that of the file, or all that is wrong with it."""
+
+    folder: Path
+    top: Path | None
+    """The top of the checkout that the folder is in."""
+    plugins: Plugins
+    file: Path | None
+    config: RunConfig | ConfigError | None
+
+
+async def look_around(file: Path | None = None) -> Scene:
+    """Return what there is around `file`, or else the `council.yaml` of the current folder or of its repository's top.
+
+    A file that is named and can't be read is a ConfigError in the scene; without a file there is no config.
+    """
+    folder = Path.cwd() if file is None else (Path.cwd() / file).parent
+    top = await _top_of(folder)
+    places = [one / FILE_NAME for one in (folder, top) if one is not None]
+    found = file or next((place for place in places if place.exists()), None)
+    plugins = await anyio.to_thread.run_sync(load_plugins, os.environ, await worked_on(found, folder))
+    config = None if found is None else await anyio.to_thread.run_sync(_load, found, plugins)
+    return Scene(folder, top, plugins, found, config)
+
+
+def _load(file: Path, plugins: Plugins) -> RunConfig | ConfigError:
+    try:
+        return load_config(file, plugins.adapters, plugins.extensions())
+    except ConfigError as error:
+        return error
+
+
+async def _top_of(folder: Path) -> Path | None:
+    try:
+        return (await inspect(folder, Git(None, users=True))).top
+    except (RefusedError, OSError):  # no repository, or no git
+        return None

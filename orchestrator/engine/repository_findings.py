@@ -1,0 +1,142 @@
+"""Whether a run could work in a repository: each look is the one that a run itself takes before it starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio.to_thread
+
+from orchestrator.config.model import RunConfig
+from orchestrator.engine.facts import Size, measure
+from orchestrator.engine.findings import Finding, Level, judge_folder, refused
+from orchestrator.engine.preflight import check_branches, check_checkout
+from orchestrator.errors import GitError, RefusedError
+from orchestrator.project import Project
+from orchestrator.repo.branches import find_base, find_branches
+from orchestrator.repo.checkout import LocalRepository, check_own
+from orchestrator.repo.git import Git, shown
+from orchestrator.repo.site import Site, find_site
+from orchestrator.repo.supported import check_complete, check_supported
+
+_REACH = 20.0  # seconds for a server to answer
+#: Stands for the branch that a run makes where the file names no target.
+_OWN_TARGET = "council/run"
+_MOST_NAMED = 3  # files
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What was found of a repository: the top of its checkout (None: there is none), its size where it matters."""
+
+    findings: list[Finding]
+    top: Path | None = None
+    size: Size | None = None
+
+
+async def look_at_repository(run: RunConfig | None, folder: Path, environ: Mapping[str, str]) -> Looked:
+    """Look at the repository of a run, or without one at that of a folder."""
+    if run is not None and run.is_url:
+        return Looked([await _look_at_server(run, environ)])
+    try:
+        site = await find_site(str(folder) if run is None else run.repo, is_url=False, environ=environ)
+    except RefusedError as error:
+        if run is None and is_outside(folder):
+            remedy = "cd to your repository to have it looked at"
+            return Looked([Finding("repository", Level.WARNING, f"{folder} is in no git repository", remedy)])
+        return Looked([refused("repository", error)])
+    return await _look_at_site(site, site.repository, run, environ) if site.repository else Looked([])
+
+
+def is_outside(folder: Path) -> bool:
+    """Whether a folder is in no checkout, so that git has nothing to say about it."""
+    return not any((one / ".git").exists() for one in (folder, *folder.parents))
+
+
+async def _look_at_site(
+    site: Site, repository: LocalRepository, run: RunConfig | None, environ: Mapping[str, str]
+) -> Looked:
+    users = Git(None, users=True, environ=environ)
+    whole = await _judged("repository", site.location, check_complete(repository, users))
+    base = await find_base(repository, users) if run is None else run.base
+    target = (None if run is None else run.target) or _OWN_TARGET
+    source = site.source(Git(None, environ=environ))
+    branches = await _judged("base", shown(f"work starts from {base}"), check_branches(source, base or "main", target))
+    found, size = [whole, branches], None
+    if whole.level is Level.OK and branches.level is Level.OK:
+        commit = (await find_branches(repository, users))[base or "main"]
+        git = Git(repository.git_dir, users=True, environ=environ)
+        found.append(await _judged("content", "no submodules, no git LFS, no odd names", check_supported(git, commit)))
+        with suppress(GitError):
+            size = await measure(git, commit)
+    if run is not None and run.target is not None:
+        clean = check_checkout(repository, run.target, environ, allow_deferred=False)
+        found.append(await _judged("target", shown(f"{run.target} can be landed on"), clean))
+    if repository.top is not None:
+        found.append(await _look_at_folder(Project(repository.top), users, environ))
+    return Looked(found, repository.top, size)
+
+
+async def _look_at_server(run: RunConfig, environ: Mapping[str, str]) -> Finding:
+    git = Git(None, users=True, environ=environ)
+    try:
+        heads = ("ls-remote", "--refs", "--exit-code", "--", run.repo, f"refs/heads/{run.base}")
+        done = await git(*heads, ok=(0, 2), limit=_REACH)
+    except GitError as error:
+        remedy = "check `repo`, your access and the network"
+        return Finding("repository", Level.PROBLEM, f"{run.repo} can't be read: {error.stderr}", remedy)
+    if done.returncode:
+        return Finding(
+            "repository", Level.PROBLEM, f"{run.repo} has no branch {run.base!r}", "set `base` to one that is"
+        )
+    return Finding("repository", Level.OK, f"{run.repo} can be read, and has {run.base!r}")
+
+
+async def look_for_files(run: RunConfig, words: Iterable[str], top: Path, environ: Mapping[str, str]) -> list[Finding]:
+    """Warn of the files in a checkout that commands name in `words` and that no session sees, as the base has none."""
+    there = await anyio.to_thread.run_sync(_files_of, words, top)
+    if not there:
+        return []
+    git = Git(None, users=True, environ=environ)
+    try:
+        done = await git("--literal-pathspecs", "ls-tree", "-z", "--name-only", run.base, "--", *there, cwd=top)
+    except GitError:
+        return []  # what is wrong with the base has been told
+    committed = set(done.stdout.decode(errors="surrogateescape").split("\0"))
+    missing = [shown(file) for file in there if file not in committed]
+    if not missing:
+        return []
+    rest = len(missing) - _MOST_NAMED
+    more = f" and {rest} more" if rest > 0 else ""
+    what = f"{', '.join(missing[:_MOST_NAMED])}{more}: in your checkout, but not in {run.base}, where sessions start"
+    return [Finding("files", Level.WARNING, what, "commit what adapters and checks need: sessions see nothing else")]
+
+
+def _files_of(words: Iterable[str], top: Path) -> list[str]:
+    relative = dict.fromkeys(os.path.normpath(word) for word in words if word and not word.startswith(("/", "-")))
+    # A word may be a whole prompt: unlike Path.is_file this says no to what is too long for a name or holds a NUL.
+    return [word for word in relative if not word.startswith("..") and os.path.isfile(top / word)]  # noqa: PTH113
+
+
+async def _judged(name: str, found: str, check: Awaitable[object]) -> Finding:
+    try:
+        await check
+    except RefusedError as error:
+        return refused(name, error)
+    except GitError as error:
+        return Finding(name, Level.PROBLEM, str(error), "see that git itself can work with the repository")
+    return Finding(name, Level.OK, found)
+
+
+async def _look_at_folder(project: Project, git: Git, environ: Mapping[str, str]) -> Finding:
+    try:
+        await anyio.to_thread.run_sync(project.check)
+        await check_own(project, environ)
+    except RefusedError as error:
+        return refused(".council", error)
+    ignored = await git("check-ignore", "--quiet", f"{project.folder.name}/", cwd=project.top, ok=(0, 1, 128))
+    exists = await anyio.to_thread.run_sync(project.folder.exists)
+    return judge_folder(exists=exists, is_ignored=not ignored.returncode)

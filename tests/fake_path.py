@@ -1,0 +1,94 @@
+"""Stand-ins for what a machine may have: CLIs on a PATH of the test's own, and a plugin that knows them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.conftest import Repository
+from tests.distributions import install
+
+_PLUGIN = """
+import pluggy
+from pydantic import BaseModel
+from orchestrator.protocols import Command, Program, Said
+
+hookimpl = pluggy.HookimplMarker("cli_council")
+
+
+def adapter(name, **facts):
+    class Adapter:
+        class Options(BaseModel):
+            model_config = {"extra": "forbid"}
+            model: str = "best"
+
+        def __init__(self, options, /):
+            pass
+
+        def programs(self):
+            return (Program(name, **facts),)
+
+        def command(self, request):
+            return Command(argv=[name, request.prompt], pass_env=["ALPHA_KEY", "BETA_LOGIN"])
+
+        def parse(self, line):
+            return (Said(line),) if line.strip() else ()
+
+        def verdict(self, end):
+            return None
+
+    return Adapter
+
+
+class Needy(adapter("needy")):
+    class Options(BaseModel):
+        endpoint: str
+
+
+@hookimpl
+def council_register_adapters(register):
+    register("alpha-code", adapter("alpha", install="install alpha", version=("--version",), known=">=2,<3"))
+    register("beta-code", adapter("beta", install="install beta", version=("version",), known=">=1",
+                                  ready=("status",), keys=("ALPHA_KEY",), log_in="run `beta login`"))
+    register("needy", Needy)
+"""
+
+
+@dataclass(frozen=True)
+class StandIns:
+    """Programs on the PATH of everything that the test starts, and nothing else but what `council` itself starts."""
+
+    folder: Path
+
+    def add(self, name: str, script: str) -> Path:
+        """Put a shell script on PATH."""
+        path = self.folder / name
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        return path
+
+    def remove(self, name: str) -> None:
+        """Take a program from PATH."""
+        (self.folder / name).unlink()
+
+
+def install_stand_ins(tmp_path: Path, repository: Repository) -> StandIns:
+    """Make the PATH of a repository's commands our own, and install a plugin with `alpha-code` and `beta-code`."""
+    stand_ins = StandIns(tmp_path / "stand-ins")
+    stand_ins.folder.mkdir()
+    for name in ("git", "sh", "rm", "bwrap"):
+        found = shutil.which(name)
+        if found is not None:
+            (stand_ins.folder / name).symlink_to(found)
+    repository.environ["PATH"] = str(stand_ins.folder)
+    install_plugin(tmp_path, repository, "stand_ins", _PLUGIN)
+    return stand_ins
+
+
+def install_plugin(tmp_path: Path, repository: Repository, name: str, source: str) -> None:
+    """Make a distribution with one plugin, of version 1.0, where the repository's commands find it."""
+    place = tmp_path / "plugins"
+    install(place, name, source)
+    repository.environ["PYTHONPATH"] = os.fspath(place)

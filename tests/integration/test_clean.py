@@ -1,0 +1,497 @@
+"""What is left over goes, once and with its reason; what is needed, or holds work that is nowhere else, stays."""
+
+from __future__ import annotations
+
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.cleaning import Cleaner
+from orchestrator.clock import SystemClock
+from orchestrator.domain.leftovers import STALE_AFTER, Leftover
+from orchestrator.filelock import FileLock
+from orchestrator.project import Project
+from orchestrator.repo.hub import Hub
+from orchestrator.state.file import FileStore
+from tests.conftest import Ended, Repository
+from tests.waiting import wait_for
+
+#: Changes a file and leaves a key beside it, so that its worktree stays.
+KEEPS: dict[str, Any] = {"id": "keeps", "prompt": "write good.txt g\nwrite .env KEY=1", "attempts": 1}
+
+
+def found(ended: Ended) -> list[tuple[str, str]]:
+    """Return the standing and the last part of the place of all that `clean --json` listed."""
+    return sorted((one["standing"], Path(one["place"]).name) for one in ended.result["found"])
+
+
+def home_of(repository: Repository) -> Path:
+    """Return the folder of all hubs."""
+    return Path(repository.environ["COUNCIL_HOME"])
+
+
+def hub_of(repository: Repository) -> Hub:
+    """Return the hub of the repository."""
+    [root] = (path for path in home_of(repository).iterdir() if path.is_dir())
+    return Hub(root)
+
+
+def trees(repository: Repository) -> list[str]:
+    """Return the names of all worktrees there are."""
+    return sorted(path.name for path in home_of(repository).glob("*/sessions/*/*"))
+
+
+def age(path: Path) -> Path:
+    """Make a path look as if nobody had touched it for long."""
+    then = time.time() - 2 * STALE_AFTER
+    os.utime(path, (then, then), follow_symlinks=False)
+    return path
+
+
+def run_once(repository: Repository, *tasks: dict[str, Any], code: int = 0) -> str:
+    """Run tasks to their end and return the run's id."""
+    ended = repository.council("run", str(repository.configure(tasks)), "--json")
+    assert ended.code == code, ended
+    return str(ended.result["run"])
+
+
+def elsewhere(repository: Repository, *arguments: str) -> Ended:
+    """Run the command in a folder that is no project."""
+    folder = repository.top.parent / "elsewhere"
+    folder.mkdir(exist_ok=True)
+    return Repository(folder, repository.environ, repository.spawns).council(*arguments)
+
+
+async def test_nothing_is_left_of_a_run_that_ended_well(repository: Repository) -> None:
+    """There is nothing to list, with a project and without."""
+    run_once(repository, {"id": "a", "prompt": "write a.txt a"})
+    for listed in (repository.council("clean", "--json"), elsewhere(repository, "clean", "--json")):
+        assert (listed.code, listed.result) == (0, {"found": [], "freed": 0, "exit": 0})
+    assert "nothing is left over" in repository.council("clean", "--yes").stdout
+    await repository.assert_invariants()
+
+
+async def test_a_worktree_of_a_task_that_is_over_goes_once(repository: Repository) -> None:
+    """Killed after the end of its task is recorded, its worktree is left; shown, removed, and gone the second time."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "done", "prompt": "write a.txt a\nexit 1", "attempts": 1},
+        {"id": "waits", "prompt": "hang"},
+    ]
+    config = repository.configure(tasks, capacity=1)
+    assert repository.council("run", str(config), failpoints="worktree.removed=kill").code == -signal.SIGKILL
+    # What a kill a little earlier leaves: the task is over, its worktree is there.
+    [folder] = home_of(repository).glob("*/sessions")
+    run = repository.council("status", "--json").result["run"]
+    (folder / run / "done.1" / "tree").mkdir(parents=True)
+    (folder / run / "done.1" / "tree" / "a.txt").write_text("a" * 5000)
+    listed = repository.council("clean", "--json")
+    assert (listed.code, found(listed)) == (0, [("left_over", "done.1")])
+    [one] = listed.result["found"]
+    assert one["bytes"] > 5000
+    assert (one["kind"], one["run"], one["task"], one["removed"]) == ("worktree", run, "done", False)
+    told = repository.council("clean")
+    assert "its task is over, and what it held is saved" in told.stdout
+    assert "add --yes" in told.stdout
+    assert "removed" not in repository.council("clean", "--dry-run", "--yes").stdout
+    assert trees(repository) == ["done.1"]
+    removed = repository.council("clean", "--yes", "--json")
+    assert (removed.code, removed.result["freed"]) == (0, one["bytes"])
+    assert removed.result["found"][0]["removed"] is True
+    assert not list(folder.iterdir())
+    assert repository.council("clean", "--yes", "--json").result["found"] == []
+    assert repository.council("salvage", "show", "done/1").code == 0
+
+
+@pytest.mark.parametrize("failpoint", ["worktree.half_built", "session.spawned", "session.ended", "work.committed"])
+async def test_an_interrupted_run_still_resumes(repository: Repository, failpoint: str) -> None:
+    """What a resume needs is only told, whatever is asked for; cancelled instead, nothing is left."""
+    config = repository.configure([{"id": "a", "prompt": "write a.txt a"}, {"id": "b", "prompt": "write b.txt b"}])
+    assert repository.council("run", str(config), failpoints=f"{failpoint}=kill").code == -signal.SIGKILL
+    before = trees(repository)
+    cleaned = repository.council("clean", "--yes", "--kept", "--logs", "1ms", "--json")
+    assert cleaned.code == 0
+    assert found(cleaned) == [("needed", name) for name in before]
+    assert trees(repository) == before
+    run = cleaned.result["found"][0]["run"]
+    assert f"kept for `council resume {run}`" in repository.council("clean").stdout
+    ended = repository.council("resume", "--json")
+    assert ended.states == {"a": "landed", "b": "landed"}, ended
+    assert repository.council("clean", "--json").result["found"] == []
+    await repository.assert_invariants()
+
+
+async def test_after_a_cancel_of_a_killed_run_nothing_is_left(repository: Repository) -> None:
+    """The cancel saves what was done; `clean` has nothing to add, and what was saved stays."""
+    config = repository.configure([{"id": "a", "prompt": "write a.txt a\nhang"}])
+    child = repository.start("run", str(config))
+    wait_for(lambda: list(home_of(repository).glob("*/sessions/*/a.1/tree/a.txt")))
+    child.kill()
+    child.communicate()
+    assert repository.council("cancel", "--json").states == {"a": "cancelled"}
+    assert repository.council("clean", "--yes", "--kept", "--json").result["found"] == []
+    assert "a.txt" in repository.council("salvage", "show", "a/1").stdout
+    await repository.assert_invariants()
+
+
+async def test_a_live_run_is_left_alone(repository: Repository) -> None:
+    """Nothing of a run that is at work is even listed, and it ends as if nothing had been."""
+    tasks = [KEEPS, {"id": "long", "prompt": "write l.txt l\nhang"}]
+    child = repository.start("run", str(repository.configure(tasks)), "--json")
+    wait_for(lambda: list(home_of(repository).glob("*/sessions/*/long.1/tree/l.txt")))
+    wait_for(lambda: repository.council("status", "--json").states["keeps"] == "failed")
+    cleaned = repository.council("clean", "--yes", "--kept", "--logs", "1ms", "--json")
+    assert (cleaned.code, cleaned.result["found"]) == (0, [])
+    assert elsewhere(repository, "clean", "--yes", "--kept", "--json").result["found"] == []
+    assert [name for name in trees(repository) if not name.endswith(".0.check")] == ["keeps.1", "long.1"]
+    assert repository.council("cancel", "long").code == 0
+    stdout, stderr = child.communicate(timeout=60)
+    assert Ended(child.returncode, stdout, stderr).states == {"keeps": "failed", "long": "cancelled"}
+    await repository.assert_invariants()
+
+
+async def test_kept_work_goes_only_if_that_is_asked_for(repository: Repository) -> None:
+    """A worktree with what no commit may hold is listed and stays; `--kept` removes it, and no branch."""
+    run_once(repository, KEEPS, code=1)
+    cleaned = repository.council("clean", "--yes", "--json")
+    assert (cleaned.code, found(cleaned), cleaned.result["freed"]) == (0, [("kept", "keeps.1")], 0)
+    assert trees(repository) == ["keeps.1"]
+    told = repository.council("clean", "--yes").stdout
+    assert "stays: it holds what is in no commit" in told
+    assert "--kept removes it" in told
+    assert repository.council("clean", "--kept", "--dry-run", "--yes").code == 0
+    assert trees(repository) == ["keeps.1"]
+    assert repository.council("clean", "--kept", "--yes", "--json").result["found"][0]["removed"] is True
+    assert trees(repository) == []
+    assert [one["name"] for one in repository.council("salvage", "list", "--json").result["kept"]] == ["keeps/1"]
+    await repository.assert_invariants()
+
+
+def damage(repository: Repository, event: bytes, at: int) -> None:
+    """Flip a bit of the record of an event, `at` a byte of its line."""
+    log = next((repository.top / ".council/state").glob("*.jsonl"))
+    lines = log.read_bytes().splitlines(keepends=True)
+    [index] = [number for number, line in enumerate(lines) if event in line]
+    flipped = bytearray(lines[index])
+    flipped[at] ^= 1
+    lines[index] = bytes(flipped)
+    log.write_bytes(b"".join(lines))
+
+
+async def test_a_record_that_is_damaged_proves_nothing(repository: Repository) -> None:
+    """Where the state of a task can't be read, its worktree is kept; where that of runs can't be, none is unknown."""
+    run = run_once(repository, KEEPS, code=1)
+    age(hub_of(repository).trusted / "refs/council" / run)
+    damage(repository, b"task.failed", -3)
+    cleaned = repository.council("clean", "--yes", "--json")
+    assert found(cleaned) == [("kept", "keeps.1")]
+    assert "damaged" in cleaned.result["found"][0]["reason"]
+    for event in (b"run.created", b"run.finished"):  # all that has the run's document
+        damage(repository, event, 30)
+    assert repository.council("runs", "--json").result["runs"] == []
+    assert repository.council("clean", "--yes", "--kept", "--json").result["found"] == []
+    assert trees(repository) == ["keeps.1"]
+
+
+async def test_the_hub_of_a_deleted_repository_goes(repository: Repository) -> None:
+    """From anywhere; as long as the repository or a state that knows of its runs is there, it stays."""
+    run_once(repository, {"id": "a", "prompt": "write a.txt a"})
+    root = hub_of(repository).root
+    aside = repository.top.parent / "aside"
+    (repository.top / ".git").rename(aside)
+    assert elsewhere(repository, "clean", "--json").result["found"] == []
+    shutil.rmtree(repository.top)
+    listed = elsewhere(repository, "clean", "--json")
+    assert found(listed) == [("left_over", root.name)]
+    assert listed.result["found"][0]["reason"] == f"{repository.top / '.git'} is gone, and it holds no work"
+    assert elsewhere(repository, "clean", "--yes").code == 0
+    assert not root.exists()
+    assert elsewhere(repository, "clean", "--json").result["found"] == []
+
+
+async def test_the_hub_of_a_deleted_repository_stays_for_the_work_in_it(repository: Repository) -> None:
+    """Branches and worktrees that keep work may be all that is left of it."""
+    run_once(repository, KEEPS, code=1)
+    shutil.rmtree(repository.top)
+    listed = elsewhere(repository, "clean", "--yes", "--json")
+    assert [one["standing"] for one in listed.result["found"]] == ["kept"]
+    assert listed.result["found"][0]["reason"].endswith("it holds work (refs: 1, worktrees: 1)")
+    assert hub_of(repository).root.exists()
+    assert elsewhere(repository, "clean", "--yes", "--kept").code == 0
+    assert not list(home_of(repository).glob("*/"))
+
+
+async def test_a_disk_that_is_not_mounted_is_not_gone(repository: Repository) -> None:
+    """A hub whose repository was beneath a mount point that is none now is not judged."""
+    run_once(repository, {"id": "a", "prompt": "write a.txt a"})
+    recorded = hub_of(repository).root / "origin.json"
+    mount = Path(next(path for path in repository.top.parents if os.path.ismount(path)))
+    recorded.write_text(recorded.read_text().replace(f'"{mount}"]', f'"{repository.top.parent}"]'))
+    assert f'"{repository.top.parent}"]' in recorded.read_text()
+    shutil.rmtree(repository.top)
+    assert elsewhere(repository, "clean", "--json").result["found"] == []
+
+
+async def test_what_no_state_knows_any_more(repository: Repository) -> None:
+    """With the state deleted its runs' worktrees hold work, their refs none; another project's state may know them."""
+    old = run_once(repository, KEEPS, code=1)
+    hub = hub_of(repository)
+    repository.git("worktree", "add", "--quiet", "-b", "second", str(repository.top.parent / "second"))
+    second = Repository(repository.top.parent / "second", repository.environ, repository.spawns)
+    config = repository.configure([{"id": "b", "prompt": "write b.txt b"}], repo=str(second.top), target="out")
+    assert second.council("run", str(config)).code == 0
+    assert hub_of(repository) == hub
+    shutil.rmtree(repository.top / ".council")
+    assert second.council("clean", "--json").result["found"] != []
+    new = run_once(repository, {"id": "a", "prompt": "write a.txt a"})
+    age(hub.trusted / "refs/council" / old)
+    for one in (second, repository):  # each might have the other's
+        assert one.council("clean", "--json").result["found"] == []
+    shutil.rmtree(second.top / ".council")
+    listed = repository.council("clean", "--json")
+    assert found(listed) == [("kept", "keeps.1"), ("left_over", old)]
+    assert repository.council("clean", "--yes").code == 0
+    refs = Repository(hub.trusted, repository.environ, repository.spawns).git("for-each-ref", "--format=%(refname)")
+    assert f"refs/council/{old}/" not in refs
+    assert f"refs/council/{new}/" in refs
+    assert f"refs/heads/council/{old}/keeps/1" in refs
+    assert found(repository.council("clean", "--json")) == [("kept", "keeps.1")]
+    assert repository.council("clean", "--yes", "--kept").code == 0
+    assert trees(repository) == []
+
+
+async def test_what_killed_commands_left_goes(repository: Repository) -> None:
+    """Temporary files and locks of git's and of ours, in the hub and beside it; only what is old, and nothing else."""
+    run_once(repository, KEEPS, code=1)
+    hub = hub_of(repository)
+    session = next(hub.sessions.glob("*/*"))
+    index = hub.trusted / "indexes" / f"{session.parent.name}-{session.name}"
+    assert index.exists()
+    left = [
+        hub.objects / "pack/tmp_pack_Ab12cD",
+        hub.trusted / "packed-refs.lock",
+        index.with_name(f"{index.name}.live-ab12cd34"),
+        index.with_name(f"{session.parent.name}-gone.1"),
+        index.with_name(f"{session.parent.name}-gone.1.import"),
+        hub.trusted / "objects.ab12cd34",
+        repository.top / ".git/info/exclude.4711.new",
+    ]
+    for path in left:
+        if path.name.startswith(("tmp", "packed", "exclude")) or path.name.endswith("gone.1"):
+            path.write_text("x")
+        else:
+            (path / "sub").mkdir(parents=True)
+    half_built = hub.root.with_name("other-0123456789ab.new")
+    (half_built / "hub.git").mkdir(parents=True)
+    for path in (index, hub.trusted / "config", session):
+        age(path)
+    assert found(repository.council("clean", "--json")) == sorted(
+        [("kept", session.name), ("left_over", half_built.name)]
+    )
+    for path in left:
+        age(path)
+    names = sorted([*(path.name for path in left), half_built.name])
+    listed = repository.council("clean", "--json")
+    assert [name for standing, name in found(listed) if standing == "left_over"] == names
+    assert repository.council("clean", "--yes").code == 0
+    assert not [path for path in (*left, half_built) if path.exists()]
+    assert index.exists()
+    assert found(repository.council("clean", "--json")) == [("kept", session.name)]
+    await repository.assert_invariants()
+
+
+async def test_a_hub_that_is_being_made_is_no_debris(repository: Repository) -> None:
+    """Whoever makes it holds its lock."""
+    home = home_of(repository)
+    (home / "other-0123456789ab.new").mkdir(parents=True)
+    async with FileLock(home / "other-0123456789ab.lock").hold():
+        assert elsewhere(repository, "clean", "--json").result["found"] == []
+    assert len(elsewhere(repository, "clean", "--json").result["found"]) == 1
+
+
+async def test_old_logs_go_if_that_is_asked_for(repository: Repository) -> None:
+    """Those of runs that ended before; the task's work and state stay, as do the logs of a run that has not ended."""
+    old = run_once(repository, {"id": "a", "prompt": "write a.txt a\nprint hello"})
+    config = repository.configure([{"id": "b", "prompt": "print hello\nhang"}])
+    child = repository.start("run", str(config))
+    wait_for(lambda: repository.spawns.exists() and " b " in repository.spawns.read_text())
+    child.kill()
+    child.communicate()
+    logs = repository.top / ".council/logs"
+    assert found(repository.council("clean", "--json", "--logs", "1d"))[0][0] == "needed"
+    assert repository.council("clean", "--yes").code == 0
+    assert len(list(logs.iterdir())) == 2
+    assert repository.council("clean", "--yes", "--logs", "1ms").code == 0
+    assert [path.name for path in logs.iterdir()] != [old]
+    assert len(list(logs.iterdir())) == 1
+    assert repository.council("logs", "a", "--run", old).code == 0
+    refused = repository.council("clean", "--logs", "soon")
+    assert (refused.code, "30m" in refused.stderr) == (2, True)
+    assert repository.council("cancel").code == 0
+
+
+@contextmanager
+def immutable(path: Path) -> Iterator[None]:
+    """Make a file that nobody can remove, not even root; skip where that can't be."""
+    if subprocess.run(["chattr", "+i", path], check=False, capture_output=True).returncode:
+        pytest.skip("files can't be made immutable here")
+    try:
+        yield
+    finally:
+        subprocess.run(["chattr", "-i", path], check=True)
+
+
+async def test_what_can_not_be_removed_is_named(repository: Repository) -> None:
+    """The exit code says so, the rest goes, and closed folders are no hindrance."""
+    run_once(repository, KEEPS, {**KEEPS, "id": "other"}, code=1)
+    closed = next(home_of(repository).glob("*/sessions/*/other.1/tree")) / "closed"
+    (closed / "deep").mkdir(parents=True)
+    closed.chmod(0)
+    stuck = next(home_of(repository).glob("*/sessions/*/keeps.1/tree/.env"))
+    with immutable(stuck):
+        cleaned = repository.council("clean", "--yes", "--kept", "--json")
+        assert (cleaned.code, cleaned.result["exit"]) == (1, 1)
+        errors = {one["task"]: (one["removed"], one["error"]) for one in cleaned.result["found"]}
+        assert errors["other"] == (True, None)
+        assert errors["keeps"][0] is False
+        assert "Operation not permitted" in errors["keeps"][1]
+        told = repository.council("clean", "--yes", "--kept")
+        assert told.code == 1
+        assert "could not be removed" in told.stderr
+    assert trees(repository) == ["keeps.1"]
+    assert repository.council("clean", "--yes", "--kept").code == 0
+    assert trees(repository) == []
+
+
+async def listed_in_process(repository: Repository, store: FileStore) -> tuple[Cleaner, list[Leftover]]:
+    """Return a cleaner of the project, and what it finds."""
+    cleaner = Cleaner(home_of(repository), repository.environ, SystemClock(), Project(repository.top), store)
+    return cleaner, await cleaner.find()
+
+
+async def test_what_came_to_be_needed_after_it_was_listed_stays(repository: Repository) -> None:
+    """A run that somebody begins to work in is not touched, nor what was judged by what is not so any more."""
+    run = run_once(repository, KEEPS, code=1)
+    async with FileStore.open(Project(repository.top).state, SystemClock()) as store:
+        cleaner, listed = await listed_in_process(repository, store)
+        async with hub_of(repository).run_lock(run).hold():
+            [removal] = await cleaner.remove(listed)
+            assert "is locked by process" in str(removal.error)
+        assert repository.council("retry", "keeps").code == 0
+        [removal] = await cleaner.remove(listed)
+        assert removal.error == "it is needed now, or was changed"
+        assert trees(repository) == ["keeps.1"]
+
+
+async def test_a_hub_that_came_to_be_used_after_it_was_listed_stays(repository: Repository) -> None:
+    """The repository is back: its hub is not removed."""
+    run_once(repository, {"id": "a", "prompt": "write a.txt a"})
+    aside = repository.top.parent / "aside"
+    repository.top.rename(aside)
+    cleaner = Cleaner(home_of(repository), repository.environ, SystemClock())
+    listed = await cleaner.find()
+    assert [one.place for one in listed] == [str(hub_of(repository).root)]
+    aside.rename(repository.top)
+    assert [one.error for one in await cleaner.remove(listed)] == ["it is needed now, or was changed"]
+    assert hub_of(repository).root.exists()
+
+
+async def test_a_repository_without_a_run_to_resume_can_run_again(repository: Repository) -> None:
+    """A hub that was removed is made anew by the next run of a repository in the same place."""
+    run_once(repository, {"id": "a", "prompt": "write a.txt a"})
+    aside = repository.top.parent / "aside"
+    repository.top.rename(aside)
+    assert elsewhere(repository, "clean", "--yes").code == 0
+    assert not list(home_of(repository).glob("*/"))
+    aside.rename(repository.top)
+    assert repository.council("clean", "--json").code == 0
+    assert repository.council("clean", "--yes", "--logs", "1ms", "--json").result["found"][0]["removed"] is True
+    run_once(repository, {"id": "b", "prompt": "write b.txt b"})
+
+
+@contextmanager
+def asked(repository: Repository) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """Start `clean --kept` on a terminal and wait for its question; yield it with the terminal's other end."""
+    ours, theirs = pty.openpty()
+    argv = [sys.executable, "-m", "orchestrator.cli.main", "clean", "--kept"]
+    child = subprocess.Popen(
+        argv, cwd=repository.top, env=repository.environ, stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    try:
+        said = b""
+        while b"[y/N]" not in said:
+            said += os.read(ours, 4096)
+        yield child, ours
+    finally:
+        child.kill()
+        child.wait()
+        os.close(ours)
+
+
+@pytest.mark.parametrize(("answer", "stays"), [("y", False), ("", True), ("no", True)])
+async def test_on_a_terminal_it_asks_once(repository: Repository, answer: str, stays: bool) -> None:
+    """Only a yes removes."""
+    run_once(repository, KEEPS, code=1)
+    with asked(repository) as (child, terminal):
+        os.write(terminal, answer.encode() + b"\n")
+        assert child.wait(timeout=30) == 0
+    assert trees(repository) == (["keeps.1"] if stays else [])
+
+
+async def test_nothing_is_deleted_behind_a_link(repository: Repository) -> None:
+    """A link in our folders leads to what is somebody else's, whatever its names look like."""
+    run, hub = run_once(repository, {"id": "a", "prompt": "write a.txt 1"}), hub_of(repository)
+    theirs = repository.top.parent / "theirs"
+    for place in (f"{run}/a.1/tree/file", "a.1/tree/file", "a.1.check/file", "trusted.git/config", "notes"):
+        file = theirs / place
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("precious")
+        age(file)
+    before = sorted(theirs.rglob("*"))
+    moved = hub.root / "moved"
+    for link in (
+        hub.sessions / run,
+        hub.sessions / "20200101-000000-abcd",
+        hub.sessions,
+        hub.trusted / "indexes",
+        hub.root.with_name("theirs-0123456789ab"),
+        hub.root.with_name("theirs-0123456789ab.new"),
+    ):
+        if link.exists():
+            link.rename(moved)
+        link.symlink_to(theirs)
+        cleaned = repository.council("clean", "--yes", "--kept", "--json")
+        assert cleaned.code == 0, (link, cleaned)
+        assert sorted(theirs.rglob("*")) == before, link
+        link.unlink()
+        if moved.exists():
+            moved.rename(link)
+
+
+async def test_a_folder_that_only_has_the_name_of_a_half_built_hub_stays(repository: Repository) -> None:
+    """What we make is known by what is in it, too: anything may lie in the folder that COUNCIL_HOME names."""
+    run_once(repository, {"id": "a", "prompt": "write a.txt 1"})
+    photos = home_of(repository) / "photos-20200101abcd.new"
+    photos.mkdir()
+    (photos / "one.jpg").write_text("precious")
+    assert repository.council("clean", "--yes", "--kept").code == 0
+    assert (photos / "one.jpg").exists()
+
+
+async def test_a_signal_ends_the_question(repository: Repository) -> None:
+    """As a no."""
+    run_once(repository, KEEPS, code=1)
+    with asked(repository) as (child, _):
+        child.send_signal(signal.SIGINT)
+        assert child.wait(timeout=30) == 130
+    assert trees(repository) == ["keeps.1"]

@@ -1,0 +1,356 @@
+"""`council doctor` and `council adapters`, as somebody types them, on machines of many kinds."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.testing.fingerprint import Fingerprint
+from tests.conftest import Ended, Repository
+from tests.fake_path import StandIns, install_plugin, install_stand_ins
+
+TASKS = [{"id": "a", "prompt": "write a.txt a"}]
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path, repository: Repository) -> StandIns:
+    return install_stand_ins(tmp_path, repository)
+
+
+def findings(ended: Ended) -> dict[str, list[tuple[str, str, str | None]]]:
+    """Return level, what was found and remedy of each finding by name; the exit code agrees with them."""
+    found: dict[str, list[tuple[str, str, str | None]]] = {}
+    for one in ended.result["findings"]:
+        found.setdefault(one["name"], []).append((one["level"], one["found"], one["remedy"]))
+    is_bad = any(level == "problem" for many in found.values() for level, _, _ in many)
+    assert ended.code == ended.result["exit"] == int(is_bad), ended.stdout
+    return found
+
+
+def doctor(repository: Repository, *arguments: str) -> dict[str, list[tuple[str, str, str | None]]]:
+    return findings(repository.council("doctor", *arguments, "--json"))
+
+
+def level(found: dict[str, Any], name: str) -> str:
+    return str(found[name][0][0])
+
+
+def test_a_machine_where_all_is_well(repository: Repository) -> None:
+    """Every look is taken, none finds a problem, and nothing is changed by any of them."""
+    file = repository.configure(TASKS)
+    before = Fingerprint.of(repository.top)
+    found = doctor(repository, str(file))
+    assert {many[0][0] for many in found.values()} <= {"ok", "warning"}
+    names = {"system", "git", "repository", "base", "content", "target", ".council", "file", "adapter fake", "sandbox"}
+    names |= {"repositories", "state", "temporary", "open files", "memory", "processes", "clock"}
+    assert names <= found.keys()
+    assert Fingerprint.of(repository.top) == before
+    assert not (repository.top / ".council").exists()
+    assert not Path(repository.environ["COUNCIL_HOME"]).exists()
+
+
+def test_it_reads_as_text(repository: Repository) -> None:
+    """A line for each finding, its remedy below, and how many there are."""
+    ended = repository.council("doctor")
+    assert ended.code == 0
+    assert "warning  file" in ended.stdout
+    assert "→ write one with `council init`" in ended.stdout
+    assert ended.stdout.splitlines()[-1].startswith("no problems, ")
+
+
+def test_outside_of_a_repository(repository: Repository, tmp_path: Path) -> None:
+    """The machine is looked at all the same."""
+    (tmp_path / "elsewhere").mkdir()
+    found = doctor(replace(repository, top=tmp_path / "elsewhere"))
+    assert level(found, "repository") == "warning"
+    assert "git" in found
+    assert "state" not in found
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_without_git(repository: Repository, stand_ins: StandIns) -> None:
+    """It is said to be missing, and what can be looked at without it is."""
+    stand_ins.remove("git")
+    found = doctor(repository)
+    assert found["git"] == [("problem", "git is not on PATH", "install git 2.38 or newer")]
+    assert "repository" not in found
+    assert level(found, "temporary") == "ok"
+    ended = repository.council("adapters", "--json")
+    assert ended.code == 0
+    assert ended.result["types"]
+    assert repository.council("init").code == 2
+
+
+def test_with_an_old_git(repository: Repository, stand_ins: StandIns) -> None:
+    """It is named with its version, and not used."""
+    stand_ins.remove("git")
+    stand_ins.add("git", "echo git version 2.30.2")
+    assert doctor(repository)["git"][0][:2] == ("problem", "git 2.30.2 is too old")
+
+
+def test_the_default_file_is_found(repository: Repository) -> None:
+    """`council.yaml` here, or at the top of the repository; one that is named counts instead."""
+    (repository.top / "council.yaml").write_text("version: 1\n")
+    for folder in (repository.top, repository.top / "src"):
+        assert "council.yaml:1:1: " in doctor(replace(repository, top=folder))["file"][0][1]
+    good = repository.configure(TASKS)
+    assert level(doctor(repository, str(good)), "file") == "ok"
+
+
+def test_a_file_that_is_not_there(repository: Repository) -> None:
+    """It is a problem where it was named, and a hint where it was not."""
+    assert level(doctor(repository), "file") == "warning"
+    for name in ("nothing.yaml", "no/folder/nothing.yaml"):
+        assert level(doctor(repository, name), "file") == "problem"
+
+
+def test_a_repository_without_a_commit(repository: Repository, tmp_path: Path) -> None:
+    """Sessions have nothing to start from."""
+    empty = replace(repository, top=tmp_path / "empty")
+    empty.top.mkdir()
+    empty.git("init", "--quiet")
+    assert "has no commit yet" in doctor(empty)["base"][0][1]
+
+
+@pytest.mark.parametrize("kind", ["sha256", "shallow", "partial", "submodule", "lfs"])
+def test_repositories_that_are_refused(kind: str, repository: Repository, tmp_path: Path) -> None:
+    """Each is told by the same words that a run would be refused with."""
+    top = tmp_path / "other"
+    if kind == "sha256":
+        repository.git("init", "--quiet", "--object-format=sha256", str(top))
+    elif kind in {"shallow", "partial"}:
+        repository.commit({"b": "b"})
+        option = {"shallow": "--depth=1", "partial": "--filter=blob:none"}[kind]
+        repository.git("clone", "--quiet", option, repository.top.as_uri(), str(top))
+    elif kind == "submodule":
+        repository.git("clone", "--quiet", str(repository.top), str(top))
+        other = replace(repository, top=top)
+        other.git("-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(repository.top), "sub")
+        other.git("commit", "--quiet", "--message", "sub")
+    else:
+        repository.git("clone", "--quiet", str(repository.top), str(top))
+        replace(repository, top=top).commit({".gitattributes": "*.bin filter=lfs\n"})
+    found = doctor(replace(repository, top=top))
+    name = "content" if kind in {"submodule", "lfs"} else "repository"
+    (status, words, remedy) = found[name][0]
+    assert status == "problem"
+    assert {"lfs": "LFS"}.get(kind, kind) in words
+    assert remedy
+
+
+def test_a_base_and_a_target_that_can_not_be(repository: Repository) -> None:
+    """A branch that is missing; a target that is checked out with changes of the user's own."""
+    assert level(doctor(repository, str(repository.configure(TASKS, base="nope"))), "base") == "problem"
+    (repository.top / "README.md").write_text("changed\n")
+    assert "README.md" in doctor(repository, str(repository.configure(TASKS)))["target"][0][1]
+
+
+def test_files_that_sessions_would_not_see(repository: Repository) -> None:
+    """What adapters and checks name is looked for in the base; what is committed, elsewhere or nowhere is no matter."""
+    (repository.top / "tools").mkdir()
+    repository.commit({"kept.sh": "true\n"})
+    for name in ("tools/fix.sh", "check me.sh", "test.sh", ":odd"):
+        (repository.top / name).write_text("true\n")
+    argv = ["sh", "./tools/fix.sh", "kept.sh", "nowhere.sh", ":odd", str(repository.top / "test.sh"), "{prompt}"]
+    settings: dict[str, Any] = {"adapters": {"x": {"use": "command", "argv": argv}}}
+    tasks = [{"id": "a", "prompt": "word " * 999, "checks": ["! ./test.sh -q"]}]
+    [(told, found, remedy)] = doctor(repository, str(repository.configure(tasks, **settings)))["files"]
+    assert (told, found.partition(": ")[0]) == ("warning", "tools/fix.sh, :odd, test.sh")
+    assert remedy is not None
+    repository.git("add", "--all")
+    repository.git("commit", "--quiet", "--message", "tools")
+    assert "files" not in doctor(repository, str(repository.configure(tasks, **settings)))
+
+
+def test_a_server(repository: Repository, tmp_path: Path) -> None:
+    """A URL is asked for its branch, and nothing is fetched."""
+    url = repository.top.as_uri()
+    assert level(doctor(repository, str(repository.configure(TASKS, repo=url))), "repository") == "ok"
+    assert level(doctor(repository, str(repository.configure(TASKS, repo=url, base="no"))), "repository") == "problem"
+    gone = (tmp_path / "gone").as_uri()
+    assert level(doctor(repository, str(repository.configure(TASKS, repo=gone))), "repository") == "problem"
+
+
+def test_our_folder(repository: Repository, tmp_path: Path) -> None:
+    """A `.council` that git does not ignore, one that is a link, one that came with the repository."""
+    folder = repository.top / ".council"
+    folder.mkdir()
+    assert level(doctor(repository), ".council") == "warning"
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    assert level(doctor(repository), ".council") == "problem"
+    folder.unlink()
+    repository.commit({".council/state/x": "x"})
+    assert "brings a .council of its own" in doctor(repository)[".council"][0][1]
+
+
+def test_our_repositories_inside_of_theirs(repository: Repository) -> None:
+    """COUNCIL_HOME lies elsewhere, and is known."""
+    repository.environ["COUNCIL_HOME"] = str(repository.top / "home")
+    assert ("problem", "set COUNCIL_HOME to another folder") in [
+        (status, remedy) for status, _, remedy in doctor(repository)["repositories"]
+    ]
+    del repository.environ["COUNCIL_HOME"], repository.environ["HOME"]
+    assert "neither COUNCIL_HOME nor HOME" in doctor(repository)["repositories"][0][1]
+
+
+def test_a_place_that_can_not_be_written_to(repository: Repository) -> None:
+    """The state goes where COUNCIL_STATE says."""
+    repository.environ["COUNCIL_STATE"] = "file:///proc/self/council"
+    assert level(doctor(repository), "state") == "problem"
+
+
+def test_a_low_limit_of_open_files(repository: Repository) -> None:
+    """It is told with how many sessions fit."""
+
+    def lower() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (56, 56))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator.cli.main", "doctor", "--json"],
+        cwd=repository.top,
+        env=repository.environ,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lower,
+    )
+    found = findings(Ended(done.returncode, done.stdout, done.stderr))
+    assert level(found, "open files") == "warning"
+    assert found["open files"][0][2] == "raise it with `ulimit -n`"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no sandbox elsewhere")
+def test_sandboxes(repository: Repository, stand_ins: StandIns) -> None:
+    """A bubblewrap that does not work is told with its own words and the remedy, and `off` is warned of."""
+    (stand_ins.folder / "bwrap").unlink(missing_ok=True)
+    stand_ins.add("bwrap", "echo 'bwrap: setting up uid map: Permission denied' >&2; exit 1")
+    status, words, remedy = doctor(repository)["sandbox"][0]
+    assert status in {"warning", "problem"}  # Landlock may be there
+    assert "uid map: Permission denied" in words
+    assert "install bubblewrap" in str(remedy)
+    assert "apparmor_restrict_unprivileged_userns" in str(remedy)
+    wanted = repository.configure(TASKS, sandbox="bubblewrap")
+    assert level(doctor(repository, str(wanted)), "sandbox") == "problem"
+    off = repository.configure(TASKS, sandbox="off")
+    assert level(doctor(repository, str(off)), "sandbox") == "warning"
+
+
+def test_installed_adapters_without_a_file(repository: Repository, stand_ins: StandIns) -> None:
+    """All that need no options are looked at; what is missing is no problem as long as no task wants it."""
+    stand_ins.add("alpha", "echo alpha 3.0")
+    found = doctor(repository)
+    assert found["adapter alpha-code"][0][0] == "warning"
+    assert "alpha 3.0" in found["adapter alpha-code"][0][1]
+    assert found["adapter beta-code"] == [("warning", "beta is not on PATH", "install beta")]
+    assert "adapter needy" not in found
+
+
+def test_adapters_of_a_file(repository: Repository, stand_ins: StandIns) -> None:
+    """Those that tasks use must be there, of a known version, and logged in."""
+    stand_ins.add("alpha", "echo alpha 2.1")
+    stand_ins.add("beta", 'case "$1" in version) echo 1.0;; *) test "$BETA_LOGIN" = yes;; esac')
+    file = repository.top.parent / "own.yaml"
+    value = {
+        "version": 1,
+        "repo": str(repository.top),
+        "adapters": {"one": {"use": "alpha-code"}, "two": {"use": "beta-code"}, "unused": {"use": "beta-code"}},
+        "tasks": [{"id": "a", "prompt": "p", "adapter": "one"}, {"id": "b", "prompt": "p", "adapter": "two"}],
+    }
+    file.write_text(json.dumps(value))
+    found = doctor(repository, str(file))
+    assert level(found, "adapter one") == "ok"
+    assert found["adapter two"][0][::2] == ("problem", "run `beta login`")
+    assert level(found, "adapter unused") == "warning"
+    repository.environ["BETA_LOGIN"] = "yes"
+    assert level(doctor(repository, str(file)), "adapter two") == "ok"
+
+
+def test_plugins_that_are_left_out(repository: Repository, tmp_path: Path) -> None:
+    """Both commands name them with the reason."""
+    install_plugin(tmp_path, repository, "broken_one", "raise RuntimeError('no such thing')\n")
+    (status, words, _) = doctor(repository)["plugin"][0]
+    assert status == "warning"
+    assert "'broken_one' of broken_one 1.0: RuntimeError: no such thing" in words
+    assert "no such thing" in repository.council("adapters", "--json").result["left_out"][0]
+    assert "left out: the plugin 'broken_one'" in repository.council("adapters").stdout
+
+
+def test_the_list_of_adapters(repository: Repository, stand_ins: StandIns) -> None:
+    """Types with what there is of their programs, and what they need that can't be looked at."""
+    path = stand_ins.add("alpha", "echo alpha 2.1")
+    ended = repository.council("adapters", "--json")
+    assert ended.code == 0
+    types = {one["name"]: one for one in ended.result["types"]}
+    assert types.keys() >= {"command", "alpha-code", "beta-code", "needy"}
+    assert types["command"]["needs"] == "needs argv"
+    assert types["needy"]["needs"] == "needs endpoint"
+    assert types["alpha-code"]["plugin"] == {"name": "stand_ins", "distribution": "stand_ins", "version": "1.0"}
+    (program,) = types["alpha-code"]["programs"]
+    assert (program["path"], program["version"], program["is_known"]) == (str(path), "2.1", True)
+    assert types["beta-code"]["programs"][0]["remedy"] == "install beta"
+    text = repository.council("adapters").stdout
+    assert "alpha-code (stand_ins 1.0)\n  alpha 2.1, " in text
+    assert "needy (stand_ins 1.0): needs endpoint\n" in text
+
+
+def test_the_adapters_of_the_file_as_the_newest_run_has_them(repository: Repository) -> None:
+    """One that was stopped says why; before any run there is nothing to say."""
+    argv = ["sh", "-c", "echo not logged in; exit 1"]
+    adapter = {"use": "command", "argv": argv, "failures": {"auth": "not logged in"}}
+    value = {"version": 1, "repo": ".", "adapters": {"cli": adapter}, "tasks": [{"id": "a", "prompt": "p"}]}
+    file = repository.top / "council.yaml"
+    file.write_text(json.dumps(value))
+    (before,) = repository.council("adapters", "--json").result["adapters"]
+    assert (before["name"], before["use"], before["closed"]) == ("cli", "command", None)
+    assert before["programs"][0]["path"]
+    repository.council("run", str(file), "--json")
+    (after,) = repository.council("adapters", "--json").result["adapters"]
+    assert "not logged in" in after["closed"]
+    assert "  stopped: not logged in" in repository.council("adapters").stdout
+
+
+def test_an_adapter_that_pauses_says_until_when(repository: Repository) -> None:
+    """Also while the run is at work in another process."""
+    argv = ["sh", "-c", "echo try again in 3000 s; exit 1"]
+    adapter = {"use": "command", "argv": argv, "failures": {"rate_limited": "again in (?P<seconds>[0-9]+)"}}
+    value = {"version": 1, "repo": ".", "adapters": {"cli": adapter}, "tasks": [{"id": "a", "prompt": "p"}]}
+    file = repository.top / "council.yaml"
+    file.write_text(json.dumps(value))
+    run = repository.start("run", str(file), "--json")
+    try:
+        assert run.stdout is not None
+        assert any('"adapter.parked"' in line for line in run.stdout)
+        assert repository.council("adapters", "--json").result["adapters"][0]["parked_until"] > time.time()
+        assert "\n  pauses until 2" in repository.council("adapters").stdout
+    finally:
+        run.send_signal(signal.SIGINT)
+        run.communicate()
+
+
+def test_a_file_with_mistakes_does_not_keep_types_from_being_listed(repository: Repository) -> None:
+    """It is said to have them."""
+    (repository.top / "council.yaml").write_text("version: 1\n")
+    ended = repository.council("adapters", "--json")
+    assert (ended.code, ended.result["adapters"]) == (0, [])
+    assert ended.result["mistakes"] > 0
+    assert "has mistakes" in repository.council("adapters").stdout
+
+
+def test_what_programs_say_does_not_reach_the_terminal_as_it_is(repository: Repository, stand_ins: StandIns) -> None:
+    """Neither escapes nor several lines."""
+    stand_ins.add("alpha", "printf 'one\\n\\033]0;owned\\007two\\033[2J\\n' >&2; exit 1")
+    text = repository.council("doctor").stdout + repository.council("adapters").stdout
+    assert "\x1b" not in text
+    assert "it ended with exit code 1: two" in text
+    assert os.linesep.join(("two", "")) in text

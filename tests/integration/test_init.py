@@ -1,0 +1,221 @@
+"""`council init`: what it writes loads and says what was found, and nothing of the user's is touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orchestrator.config.load import load_config
+from orchestrator.config.model import RunConfig
+from orchestrator.engine.initializing import write_file
+from orchestrator.errors import RefusedError
+from orchestrator.plugins import load_plugins
+from tests.conftest import Repository
+from tests.fake_path import StandIns, install_stand_ins
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path, repository: Repository) -> StandIns:
+    return install_stand_ins(tmp_path, repository)
+
+
+def load(path: Path) -> RunConfig:
+    """Load a file that needs nothing but what we ship."""
+    return load_config(path, load_plugins().adapters)
+
+
+def init(repository: Repository, *arguments: str) -> dict[str, Any]:
+    """Write a file; return the result."""
+    ended = repository.council("init", *arguments, "--json")
+    assert ended.code == 0, ended.stdout
+    return ended.result
+
+
+def refusal(repository: Repository, *arguments: str) -> str:
+    """Return why nothing was written."""
+    ended = repository.council("init", *arguments, "--json")
+    assert (ended.code, ended.result["status"]) == (2, "refused")
+    return f"{ended.result['error']}: {ended.result['remedy']}"
+
+
+def test_without_any_cli(repository: Repository, stand_ins: StandIns) -> None:
+    """A file for any program, to be filled in; it loads, and git sees that file alone."""
+    result = init(repository)
+    path = repository.top / "council.yaml"
+    assert (result["path"], result["adapters"], result["checks"]) == (str(path), [], [])
+    config = load(path)
+    assert (config.repo, config.base, config.target) == (os.path.realpath(repository.top), "main", None)
+    assert config.adapters["my-cli"].use == "command"
+    assert repository.git("status", "--porcelain") == "?? council.yaml"
+    assert "use: command" in path.read_text()
+
+
+def test_what_is_found_is_used(repository: Repository, stand_ins: StandIns) -> None:
+    """The adapters whose programs are there, the ready one first, and the repository's own tests."""
+    stand_ins.add("alpha", "echo alpha 2.1")
+    stand_ins.add("beta", 'case "$1" in version) echo 1.0;; *) exit 0;; esac')
+    repository.commit({"Makefile": "test:\n\ttrue\n"})
+    result = init(repository)
+    assert [one["use"] for one in result["adapters"]] == ["beta-code", "alpha-code"]
+    assert (result["checks"], result["told_by"]) == (["make test"], "Makefile")
+    value = yaml.safe_load((repository.top / "council.yaml").read_text())
+    assert value["adapters"] == {"beta-code": {"use": "beta-code"}, "alpha-code": {"use": "alpha-code"}}
+    assert value["defaults"]["adapter"] == "beta-code"
+    assert value["defaults"]["checks"] == ["make test"]
+    found = repository.council("doctor", "--json").result["findings"]
+    assert {one["level"] for one in found if one["name"] == "file"} == {"ok"}
+    # A check for the login: who is not logged in comes last, with what to do.
+    stand_ins.add("beta", "exit 1")
+    text = repository.council("init", "--force").stdout
+    assert text.index("alpha-code") < text.index("beta-code")
+    assert "→ run `beta login`" in text
+    assert "run `beta login`" in (repository.top / "council.yaml").read_text()
+
+
+def test_it_says_what_to_type_next(repository: Repository, stand_ins: StandIns) -> None:
+    """The commands, with the file's name where it is not the usual one."""
+    text = repository.council("init").stdout
+    assert [line.split("  ")[-1].strip() for line in text.splitlines() if line.startswith("next")] == [
+        "council doctor",
+        "council run --dry-run",
+        "council run",
+    ]
+    assert init(repository, "an other.yaml")["next"][0] == "council doctor 'an other.yaml'"
+
+
+def test_a_file_that_is_there_stays(repository: Repository, stand_ins: StandIns) -> None:
+    """Without --force nothing is replaced, whatever it is; with it a file is, a folder is not."""
+    path = repository.top / "council.yaml"
+    path.write_text("mine\n")
+    assert "--force replaces it" in refusal(repository)
+    assert path.read_text() == "mine\n"
+    init(repository, "--force")
+    assert load(path).tasks
+    path.unlink()
+    path.symlink_to("/nowhere")
+    assert "is there already" in refusal(repository)
+    path.unlink()
+    path.mkdir()
+    assert "is a folder" in refusal(repository, "--force")
+    assert sorted(one.name for one in repository.top.iterdir() if "new" in one.name) == []
+
+
+def test_it_can_be_written_elsewhere(repository: Repository, stand_ins: StandIns, tmp_path: Path) -> None:
+    """Relative to where it was typed; the repository is named from there."""
+    inner = replace(repository, top=repository.top / "src")
+    assert init(inner)["path"] == str(repository.top / "council.yaml")
+    init(inner, "deep.yaml")
+    assert load(repository.top / "src" / "deep.yaml").repo == os.path.realpath(repository.top)
+    init(inner, str(tmp_path / "outside.yaml"))
+    assert load(tmp_path / "outside.yaml").repo == os.path.realpath(repository.top)
+    assert "there is no folder" in refusal(repository, "no/such/folder.yaml")
+
+
+def test_names_with_odd_characters(repository: Repository, stand_ins: StandIns, tmp_path: Path) -> None:
+    """Spaces, quotes, colons and other scripts in paths and branches come through."""
+    top = tmp_path / "a 'b' \"c\" # ü: ö"
+    repository.top.rename(top)
+    odd = replace(repository, top=top)
+    odd.git("switch", "--quiet", "--create", "wörk/it's-#1")
+    init(odd)
+    config = load(top / "council.yaml")
+    assert (config.repo, config.base) == (os.path.realpath(top), "wörk/it's-#1")
+    init(odd, str(tmp_path / 'outside: "x".yaml'))
+    assert load(tmp_path / 'outside: "x".yaml').repo == os.path.realpath(top)
+
+
+@pytest.mark.parametrize("name", ["on", "null", "1.0", "0x10"])
+def test_branches_that_look_like_something_else(name: str, repository: Repository, stand_ins: StandIns) -> None:
+    """A branch's name is text, whatever YAML would make of it."""
+    repository.git("branch", "--move", name)
+    assert init(repository)["base"] == name
+    assert load(repository.top / "council.yaml").base == name
+
+
+def test_the_base_without_a_branch(repository: Repository, stand_ins: StandIns, tmp_path: Path) -> None:
+    """With a detached HEAD it is the default branch of `origin`, else one with a usual name."""
+    repository.git("branch", "other")
+    repository.git("switch", "--quiet", "--detach")
+    assert init(repository)["base"] == "main"
+    repository.git("switch", "--quiet", "other")
+    clone = tmp_path / "clone"
+    repository.git("clone", "--quiet", str(repository.top), str(clone))
+    cloned = replace(repository, top=clone)
+    cloned.git("branch", "main")
+    cloned.git("switch", "--quiet", "--detach")
+    assert init(cloned)["base"] == "other"
+
+
+def test_where_no_run_could_work(repository: Repository, stand_ins: StandIns, tmp_path: Path) -> None:
+    """Outside of a repository, without a commit, in a bare one: each says so, and nothing is written."""
+    for name, words in (("plain", "is in no git repository"), ("empty", "has no commit yet"), ("bare", "bare")):
+        top = tmp_path / name
+        top.mkdir()
+        if name != "plain":
+            repository.git("init", "--quiet", *(["--bare"] if name == "bare" else []), str(top))
+        before = sorted(top.iterdir())
+        assert words in refusal(replace(repository, top=top))
+        assert sorted(top.iterdir()) == before
+
+
+def test_an_adapter_that_is_asked_for(repository: Repository, stand_ins: StandIns) -> None:
+    """It is used, there or not; one that needs options, or is none, is refused with what could be meant."""
+    stand_ins.add("beta", "echo 1.0")
+    result = init(repository, "--adapter", "alpha-code")
+    assert [(one["use"], one["programs"][0]["path"]) for one in result["adapters"]] == [("alpha-code", None)]
+    init(repository, "--adapter", "command", "--force")
+    assert load(repository.top / "council.yaml").adapters["my-cli"].use == "command"
+    assert "needs endpoint" in refusal(repository, "--adapter", "needy", "--force")
+    assert "write one of: alpha-code" in refusal(repository, "--adapter", "alpha-cod", "--force")
+
+
+def test_editors_get_a_schema(repository: Repository, stand_ins: StandIns) -> None:
+    """It lies where git does not see it, and has the types that are installed."""
+    result = init(repository)
+    first = (repository.top / "council.yaml").read_text().splitlines()[0]
+    assert first == "# yaml-language-server: $schema=.council/schema.json"
+    assert "alpha-code" in json.dumps(json.loads(Path(result["schema"]).read_text()))
+    assert stat.S_IMODE((repository.top / ".council").stat().st_mode) == 0o700
+
+
+def test_no_schema_where_our_folder_is_not_ours(repository: Repository, stand_ins: StandIns, tmp_path: Path) -> None:
+    """A `.council` that is a link, or came with the repository, is not written to."""
+    (tmp_path / "trap").mkdir()
+    (repository.top / ".council").symlink_to(tmp_path / "trap")
+    result = init(repository)
+    assert result["schema"] is None
+    assert "$schema" not in (repository.top / "council.yaml").read_text()
+    assert list((tmp_path / "trap").iterdir()) == []
+    (repository.top / ".council").unlink()
+    repository.commit({".council/theirs": "x"})
+    assert init(repository, "--force")["schema"] is None
+    assert [one.name for one in (repository.top / ".council").iterdir()] == ["theirs"]
+
+
+def test_what_appears_meanwhile_stays(tmp_path: Path) -> None:
+    """A file that somebody else writes between the look and the end is not replaced; nothing half-written stays."""
+    path = tmp_path / "council.yaml"
+    path.write_text("theirs\n")
+    text = "version: 1\nadapters: {a: {use: command, argv: [x]}}\ntasks: [{id: t, prompt: p}]\n"
+    with pytest.raises(RefusedError, match="is there already"):
+        write_file(path, text, load_plugins().adapters, force=False)
+    with pytest.raises(RefusedError, match="would not load"):
+        write_file(path, "version: 2\n", load_plugins().adapters, force=True)
+    assert {one.name: one.read_text() for one in tmp_path.iterdir()} == {"council.yaml": "theirs\n"}
+    write_file(path, text, load_plugins().adapters, force=True)
+    assert {one.name: one.read_text() for one in tmp_path.iterdir()} == {"council.yaml": text}
+
+
+def test_what_was_written_runs(repository: Repository, stand_ins: StandIns) -> None:
+    """With the program filled in, the first run lands."""
+    init(repository)
+    stand_ins.add("my-cli", 'test -f "$1" && echo better > README.md')
+    ended = repository.council("run", str(repository.top / "council.yaml"), "--json")
+    assert ended.states == {"readme": "landed"}, ended.stdout + ended.stderr

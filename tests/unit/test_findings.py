@@ -1,0 +1,201 @@
+"""What the doctor makes of facts: each finding at each of its levels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from orchestrator.config.load import load_config
+from orchestrator.domain.admission import DEFAULT_DEMAND, MIB, Demand, Facts
+from orchestrator.engine import findings
+from orchestrator.engine.facts import Machine, Place, Size, look_at_machine, look_at_place
+from orchestrator.engine.findings import Finding, Level, Need
+from orchestrator.engine.probing import AdapterStatus, ProgramStatus
+from orchestrator.errors import ConfigError, RefusedError
+from orchestrator.limits import processes_left
+from orchestrator.plugins import load_plugins
+from orchestrator.sessions.sandbox import SandboxKind
+
+MACHINE = Machine("3.11.2", "Linux", Facts(1024, 10, 8 << 30), None, 1_800_000_000.0, 1_700_000_000.0)
+PLACE = Place(Path("/a/place"), 100 << 30, 1_000_000, Path("/a"), "ext4")
+TOOL = ProgramStatus("tool", "/bin/tool", "1.2", known="<2", is_known=True, ready=True)
+NEED = Need(1 << 30, 4 << 30, 10_000)
+
+
+def told(finding: Finding | None, level: Level, *words: str) -> None:
+    """Hold a finding to its level and to what it says; whatever is not fine has a remedy."""
+    assert finding is not None
+    assert finding.level is level
+    assert [word for word in words if word not in f"{finding.found} {finding.remedy}"] == []
+    assert finding.remedy is not None or level is Level.OK
+
+
+def test_the_system() -> None:
+    """Linux and macOS are fine."""
+    told(findings.judge_system(MACHINE), Level.OK, "3.11.2", "Linux")
+    told(findings.judge_system(replace(MACHINE, system="Windows")), Level.PROBLEM, "WSL")
+
+
+@pytest.mark.parametrize(
+    ("version", "level"),
+    [
+        (None, Level.PROBLEM),
+        ("2.37.9", Level.PROBLEM),
+        ("1.99", Level.PROBLEM),
+        ("gibberish", Level.PROBLEM),
+        ("2.38.1", Level.WARNING),
+        ("2.39.5", Level.OK),
+        ("3.0", Level.OK),
+    ],
+)
+def test_git(version: str | None, level: Level) -> None:
+    """It must be there, not too old, and should be of a version that is tested with."""
+    told(findings.judge_git(version), level, version or "not on PATH")
+
+
+def test_the_file(tmp_path: Path) -> None:
+    """A good file, one with mistakes, none."""
+    path = tmp_path / "council.yaml"
+    path.write_text("version: 1\nadapters: {a: {use: command, argv: [x]}}\ntasks: [{id: t, prompt: p}]\n")
+    told(findings.judge_file(path, load_config(path, load_plugins().adapters)), Level.OK, "tasks: 1", "adapters: a")
+    path.write_text("version: 2\nadapter: {}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, {})
+    told(findings.judge_file(path, caught.value), Level.PROBLEM, f"{path}:1:1: ", "more", "add `adapters:`")
+    told(findings.judge_file(None, None), Level.WARNING, "council init")
+
+
+@pytest.mark.parametrize(
+    ("program", "used", "unused", "words"),
+    [
+        (TOOL, Level.OK, Level.OK, "tool 1.2, ready, /bin/tool"),
+        (replace(TOOL, path=None, remedy="get it"), Level.PROBLEM, Level.WARNING, "get it"),
+        (replace(TOOL, ready=False, remedy="log in"), Level.PROBLEM, Level.WARNING, "log in"),
+        (replace(TOOL, ready=None), Level.OK, Level.OK, "tool 1.2, /bin/tool"),
+        (replace(TOOL, is_known=False), Level.WARNING, Level.WARNING, "<2"),
+        (replace(TOOL, version=None, is_known=None, trouble="it hung"), Level.WARNING, Level.WARNING, "it hung"),
+    ],
+)
+def test_a_program(program: ProgramStatus, used: Level, unused: Level, words: str) -> None:
+    """What is missing or not logged in stands in the way of a task that needs it, and of nothing else."""
+    for is_used, level in ((True, used), (False, unused)):
+        (found,) = findings.judge_adapter("a", AdapterStatus([program]), is_used=is_used)
+        told(found, level, words)
+        assert found.name == "adapter a"
+
+
+def test_an_adapter() -> None:
+    """One without programs is fine, one that fails is not."""
+    told(findings.judge_adapter("a", AdapterStatus([]), is_used=True)[0], Level.OK)
+    told(findings.judge_adapter("a", AdapterStatus([], "it broke"), is_used=True)[0], Level.PROBLEM, "it broke")
+
+
+def test_the_sandbox() -> None:
+    """The strongest that works is fine; a weaker one says what keeps the strongest away; none is refused."""
+    told(findings.judge_sandbox(SandboxKind.BUBBLEWRAP), Level.OK)
+    told(findings.judge_sandbox(SandboxKind.LANDLOCK), Level.OK)
+    why = RefusedError("no bwrap", "install bubblewrap")
+    told(findings.judge_sandbox(SandboxKind.LANDLOCK, why), Level.WARNING, "weaker", "no bwrap", "install bubblewrap")
+    told(findings.judge_sandbox(SandboxKind.OFF), Level.WARNING, "sandbox: off")
+    told(findings.judge_sandbox(why), Level.PROBLEM, "no bwrap", "install bubblewrap")
+
+
+def test_room_for_sessions() -> None:
+    """Enough, enough for some, not enough for one; nothing is said to be short that is not known."""
+    for limit, level in ((1024, Level.OK), (64, Level.WARNING), (32, Level.PROBLEM), (None, Level.OK)):
+        told(findings.judge_descriptors(Facts(limit, 10, None), 4), level)
+    for left, level in ((8 << 30, Level.OK), (700 * MIB, Level.WARNING), (100 * MIB, Level.PROBLEM)):
+        told(findings.judge_memory(Facts(None, 0, left), 4, DEFAULT_DEMAND), level)
+    told(findings.judge_memory(Facts(None, 0, 8 << 30), 4, Demand(memory=4 << 30)), Level.WARNING, "4096 MiB")
+    told(findings.judge_memory(Facts(None, 0, None), 4, DEFAULT_DEMAND), Level.OK)
+    for many, level in ((None, Level.OK), (10_000, Level.OK), (100, Level.WARNING), (10, Level.PROBLEM)):
+        told(findings.judge_processes(many, 4), level)
+
+
+@pytest.mark.parametrize(
+    ("place", "level", "words"),
+    [
+        (PLACE, Level.OK, "100.0 GiB"),
+        (replace(PLACE, free=2 << 30), Level.WARNING, "4.0 GiB"),
+        (replace(PLACE, free=512 * MIB), Level.PROBLEM, "512 MiB"),
+        (replace(PLACE, inodes=5000), Level.WARNING, "5000"),
+        (replace(PLACE, inodes=50), Level.PROBLEM, "50"),
+        (replace(PLACE, inodes=None, free=None), Level.OK, "/a/place"),
+        (replace(PLACE, trouble="Read-only file system"), Level.PROBLEM, "Read-only"),
+    ],
+)
+def test_space(place: Place, level: Level, words: str) -> None:
+    """What is left is held against what a session, and what all of them need."""
+    told(findings.judge_space("repositories", place, NEED), level, words)
+
+
+def test_space_grows_with_repository_and_capacity() -> None:
+    """Two checkouts for each session, and all objects once."""
+    small, large = (findings.hub_need(Size(10 << 30, 1 << 30, 1000), capacity) for capacity in (1, 10))
+    assert large.all - small.all == 18 << 30
+    assert (small.least, small.least) == (small.all, large.least)
+    assert large.files - small.files == 18_000
+    assert findings.state_need(10).all > findings.state_need(1).all
+
+
+def test_file_systems() -> None:
+    """A disk is fine, memory is told, a network is refused, the unknown is passed over."""
+    told(findings.judge_file_system("state", PLACE), Level.OK, "ext4")
+    told(findings.judge_file_system("state", replace(PLACE, file_system="tmpfs")), Level.WARNING, "restarts")
+    told(findings.judge_file_system("state", replace(PLACE, file_system="nfs4")), Level.PROBLEM, "COUNCIL_STATE")
+    assert findings.judge_file_system("state", replace(PLACE, file_system=None)) is None
+
+
+def test_our_repositories_lie_elsewhere() -> None:
+    """They can't be inside the repository that is worked on."""
+    assert findings.judge_home(Path("/home/state"), Path("/home/project")) is None
+    told(findings.judge_home(Path("/home/project/x"), Path("/home/project")), Level.PROBLEM, "COUNCIL_HOME")
+
+
+def test_the_clock() -> None:
+    """It runs neither before our installation nor in a far future, nor away from that of the disks."""
+    told(findings.judge_clock(MACHINE, [PLACE]), Level.OK, "2027-01-15 08:00:00")
+    told(findings.judge_clock(replace(MACHINE, now=0.0), []), Level.WARNING, "1970")
+    told(findings.judge_clock(replace(MACHINE, now=1e18), []), Level.WARNING, "2100")
+    told(findings.judge_clock(MACHINE, [replace(PLACE, ahead=-90.0)]), Level.WARNING, "-90 s")
+
+
+def test_plugins_and_our_folder() -> None:
+    """A plugin that is left out is told; a `.council` that git would take is too."""
+    told(findings.judge_plugin("the plugin 'x' of y 1: broken"), Level.WARNING, "broken", "COUNCIL_PLUGINS")
+    told(findings.judge_folder(exists=True, is_ignored=True), Level.OK)
+    told(findings.judge_folder(exists=False, is_ignored=False), Level.OK)
+    told(findings.judge_folder(exists=True, is_ignored=False), Level.WARNING)
+
+
+def test_facts_are_gathered_without_a_trace(tmp_path: Path) -> None:
+    """A place that is not there yet is judged by what it will be in, and nothing is left there."""
+    found = look_at_place(tmp_path / "not" / "yet")
+    assert found.trouble is None
+    assert found.free
+    assert abs(found.ahead) < 5
+    assert list(tmp_path.iterdir()) == []
+    assert look_at_machine().now > 1_600_000_000
+
+
+def test_a_place_that_can_not_be_written_to_says_why() -> None:
+    """The system's own words."""
+    assert look_at_place(Path("/proc/self/council")).trouble
+
+
+def test_processes_are_counted_by_cgroups(tmp_path: Path) -> None:
+    """The tightest of the groups that we are in counts; a name that is no text does not matter."""
+    proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "self" / "cgroup").write_text("0::/outer/inner\n")
+    (proc / "7").mkdir()
+    (proc / "7" / "status").write_bytes(b"Name:\t\xff\nUid:\t0\t0\nThreads:\t3\n")
+    for folder, most, now in (("outer", "100", "40"), ("outer/inner", "max", "40")):
+        (cgroups / folder).mkdir(parents=True)
+        (cgroups / folder / "pids.max").write_text(most)
+        (cgroups / folder / "pids.current").write_text(now)
+    left = processes_left(proc, cgroups)
+    assert left is not None
+    assert left <= 60

@@ -1,0 +1,89 @@
+"""What may be deleted of a run, by the facts alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestrator.config.quantities import shown_size
+from orchestrator.domain.leftovers import (
+    STALE_AFTER,
+    Holding,
+    Standing,
+    holding,
+    is_stale,
+    judge_hub,
+    judge_stray,
+    judge_worktree,
+)
+from orchestrator.domain.model import FINAL, Attempt, TaskDocument, TaskStatus
+
+
+def document(status: TaskStatus = TaskStatus.FAILED) -> TaskDocument:
+    """Return a task whose attempts ended, were cut off, and are kept."""
+    attempts = (
+        Attempt(number=1, adapter="x", base="b", started=1.0, ended=2.0),
+        Attempt(number=2, adapter="x", base="b", started=3.0),
+        Attempt(number=3, adapter="x", base="b", started=5.0, ended=6.0, is_kept=True),
+    )
+    return TaskDocument(status=status, attempts=attempts)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "is_check", "held"),
+    [
+        (1, False, Holding.NOTHING),
+        (2, False, Holding.UNSAVED),
+        (3, False, Holding.KEPT),
+        (4, False, Holding.UNKNOWN),
+        (3, True, Holding.NOTHING),
+        (4, True, Holding.NOTHING),
+    ],
+)
+def test_what_a_worktree_holds(attempt: int, is_check: bool, held: Holding) -> None:
+    """Nothing if it was collected or is of checks; where nothing is recorded nothing is known."""
+    assert holding(document(), attempt, is_check=is_check) is held
+    assert holding(None, attempt, is_check=is_check) is (Holding.NOTHING if is_check else Holding.UNKNOWN)
+
+
+@pytest.mark.parametrize("held", Holding)
+@pytest.mark.parametrize("status", TaskStatus)
+def test_only_what_is_saved_of_a_task_that_is_over_goes(status: TaskStatus, held: Holding) -> None:
+    """What a resume goes on from never goes, and what is nowhere else only on request."""
+    standing, _ = judge_worktree("run", document(status), held)
+    assert (standing is Standing.NEEDED) == (status not in FINAL)
+    assert (standing is Standing.LEFT_OVER) == (status in FINAL and held is Holding.NOTHING)
+    assert judge_worktree("run", None, held)[0] is Standing.KEPT
+    assert (judge_stray(held)[0] is Standing.LEFT_OVER) == (held is Holding.NOTHING)
+
+
+@pytest.mark.parametrize(("refs", "worktrees"), [(1, 0), (0, 1), (None, 0)])
+def test_a_hub_with_work_is_kept(refs: int | None, worktrees: int) -> None:
+    """Also where it is not known whether there is any."""
+    assert judge_hub("/r/.git", refs, worktrees)[0] is Standing.KEPT
+    assert judge_hub("/r/.git", 0, 0)[0] is Standing.LEFT_OVER
+
+
+def test_what_is_young_is_not_stale() -> None:
+    """Also what a clock that jumped put into the future."""
+    assert is_stale(1000.0, 1001.0 + STALE_AFTER)
+    assert not is_stale(1000.0, 999.0 + STALE_AFTER)
+    assert not is_stale(1000.0, 500.0)
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [
+        (0, "0B"),
+        (999, "999B"),
+        (1000, "1.0KB"),
+        (4096, "4.1KB"),
+        (9960, "10KB"),
+        (999_499, "999KB"),
+        (999_500, "1.0MB"),
+        (250_000_000, "250MB"),
+        (3 * 10**15, "3000TB"),
+    ],
+)
+def test_sizes_are_shown_as_they_are_written(size: int, shown: str) -> None:
+    """Two or three digits and a unit."""
+    assert shown_size(size) == shown

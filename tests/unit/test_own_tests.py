@@ -1,0 +1,102 @@
+"""How a repository's own tests are run, told from what is at its top."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from orchestrator.engine.own_tests import find_own_tests, read_top
+
+SCRIPT = json.dumps({"scripts": {"test": "jest"}})
+PYTEST = "[tool.pytest.ini_options]\n"
+
+#: The files of a small repository (folders end with a slash), the command, and what may come before it.
+TREES: list[tuple[dict[str, str], str | None, str | None]] = [
+    ({}, None, None),
+    ({"README.md": "run npm test"}, None, None),
+    ({"package.json": SCRIPT}, "npm test", "npm install"),
+    ({"package.json": SCRIPT, "package-lock.json": "{}"}, "npm test", "npm ci"),
+    ({"package.json": SCRIPT, "pnpm-lock.yaml": ""}, "pnpm test", "pnpm install --frozen-lockfile"),
+    ({"package.json": SCRIPT, "yarn.lock": ""}, "yarn test", "yarn install --immutable"),
+    ({"package.json": SCRIPT, "bun.lock": ""}, "bun run test", "bun install --frozen-lockfile"),
+    ({"package.json": SCRIPT, "bun.lockb": ""}, "bun run test", "bun install --frozen-lockfile"),
+    (
+        {"package.json": json.dumps({"scripts": {"test": "x"}, "packageManager": "pnpm@9.1.0"}), "yarn.lock": ""},
+        "pnpm test",
+        "pnpm install --frozen-lockfile",
+    ),
+    ({"package.json": '{"scripts": {"test": "echo \\"Error: no test specified\\" && exit 1"}}'}, None, None),
+    ({"package.json": '{"scripts": {"build": "tsc"}}'}, None, None),
+    ({"package.json": "{not json"}, None, None),
+    ({"package.json": '{"scripts": ["test"]}'}, None, None),
+    ({"package.json": '{"a":' * 100_000}, None, None),
+    ({"pyproject.toml": PYTEST}, "python3 -m pytest", None),
+    ({"pyproject.toml": PYTEST, "uv.lock": ""}, "uv run pytest", None),
+    ({"pyproject.toml": PYTEST, "poetry.lock": ""}, "poetry run pytest", None),
+    ({"pyproject.toml": PYTEST, "pdm.lock": ""}, "pdm run pytest", None),
+    ({"pyproject.toml": '[dependency-groups]\ntest = ["pytest>=8"]\n'}, "python3 -m pytest", None),
+    ({"pyproject.toml": '[project.optional-dependencies]\ndev = ["pytest"]\n'}, "python3 -m pytest", None),
+    ({"pyproject.toml": "[tool.tox]\n"}, "tox", None),
+    ({"pyproject.toml": "[project]\nname = 'x'\n"}, None, None),
+    ({"pyproject.toml": "[broken"}, None, None),
+    ({"setup.cfg": "[tool:pytest]\n"}, "python3 -m pytest", None),
+    ({"pytest.ini": "", "tox.ini": ""}, "python3 -m pytest", None),
+    ({"requirements.txt": "requests\npytest==8\n"}, "python3 -m pytest", None),
+    ({"conftest.py": ""}, "python3 -m pytest", None),
+    ({"noxfile.py": "", "tox.ini": ""}, "nox", None),
+    ({"tox.ini": ""}, "tox", None),
+    ({"manage.py": ""}, "python3 manage.py test", None),
+    ({"Makefile": "all: test\n\ntest: build\n\tpytest\n"}, "make test", None),
+    ({"Makefile": "test ::\n\tpytest\n"}, "make test", None),
+    ({"Makefile": "test := 1\ntests:\n\tx\n.PHONY: test\n"}, None, None),
+    ({"Makefile": "test:\n", "pyproject.toml": PYTEST, "Cargo.toml": ""}, "make test", None),
+    ({"Cargo.toml": ""}, "cargo test", None),
+    ({"go.mod": ""}, "go test ./...", None),
+    ({"pom.xml": ""}, "mvn --batch-mode test", None),
+    ({"pom.xml": "", "mvnw": ""}, "./mvnw --batch-mode test", None),
+    ({"build.gradle": ""}, "gradle test", None),
+    ({"build.gradle.kts": "", "gradlew": ""}, "./gradlew test", None),
+    ({"mix.exs": ""}, "mix test", "mix deps.get"),
+    ({"composer.json": '{"scripts": {"test": "phpunit"}}'}, "composer test", "composer install"),
+    ({"composer.json": "{}", "phpunit.xml.dist": ""}, "vendor/bin/phpunit", "composer install"),
+    ({"composer.json": "{}"}, None, None),
+    ({"Gemfile": "gem 'rspec'"}, "bundle exec rspec", "bundle install"),
+    ({"Gemfile": "", "spec/": ""}, "bundle exec rspec", "bundle install"),
+    ({"Gemfile": "", "Rakefile": ""}, "bundle exec rake test", "bundle install"),
+    ({"Gemfile": ""}, None, None),
+    ({"deno.json": '{"tasks": {"test": "deno test -A"}}'}, "deno task test", None),
+    ({"deno.jsonc": "{\n // nothing\n}"}, "deno test", None),
+    ({"Package.swift": ""}, "swift test", None),
+    ({"go.mod/": ""}, None, None),
+    ({"packages/": "", "packages/package.json": SCRIPT}, None, None),
+]
+
+
+@pytest.mark.parametrize(("files", "command", "before"), TREES, ids=lambda one: None)
+def test_the_command_is_told_by_the_files(
+    files: dict[str, str], command: str | None, before: str | None, tmp_path: Path
+) -> None:
+    """One row for each way that the table knows, with the ones that look alike and are not."""
+    for name, content in files.items():
+        path = tmp_path / name
+        if name.endswith("/"):
+            path.mkdir()
+        else:
+            path.write_text(content)
+    found = find_own_tests(read_top(tmp_path))
+    assert (found and found.command, found and found.before) == (command, before)
+    if found is not None:
+        assert (tmp_path / found.told_by).exists()
+
+
+def test_odd_files_are_passed_over(tmp_path: Path) -> None:
+    """A pipe, a link to nowhere, a huge file and a name that is not UTF-8 neither block nor break."""
+    os.mkfifo(tmp_path / "package.json")
+    (tmp_path / "Makefile").symlink_to("/nowhere")
+    (tmp_path / "pyproject.toml").write_text(PYTEST + "#" * (1 << 20))
+    (tmp_path / "composer.json").write_bytes(b"\xff\xfe{")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff")).touch()
+    assert find_own_tests(read_top(tmp_path)) is None

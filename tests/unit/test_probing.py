@@ -1,0 +1,287 @@
+"""Programs are asked what they are, and may do anything instead of answering."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import psutil
+import pytest
+from pydantic import BaseModel, ConfigDict
+
+from orchestrator.engine import probing
+from orchestrator.engine.probing import judge, make_without_options, probe_adapters, read_version
+from orchestrator.errors import RefusedError
+from orchestrator.process import Completed
+from orchestrator.protocols import Command, Failed, Program, SessionEnd, SessionEvent, SessionRequest
+from tests.waiting import wait_for
+
+MakeProgram = Callable[[str, str], Path]
+
+
+class Options(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Stand:
+    """An adapter of the programs that it is given."""
+
+    Options: ClassVar[type[BaseModel]] = Options
+
+    def __init__(self, *programs: Program, **command: Any) -> None:
+        self._programs, self._command = programs, command
+
+    def programs(self) -> Sequence[Program]:
+        return self._programs
+
+    def command(self, request: SessionRequest) -> Command:
+        return Command(argv=["x"], **self._command)
+
+    def parse(self, line: str) -> Sequence[SessionEvent]:
+        return ()
+
+    def verdict(self, end: SessionEnd) -> Failed | None:
+        return None
+
+
+@pytest.fixture
+def bin_folder(tmp_path: Path, environ: dict[str, str]) -> Path:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    environ["PATH"] = f"{folder}{os.pathsep}{environ['PATH']}"
+    return folder
+
+
+@pytest.fixture
+def program(bin_folder: Path) -> MakeProgram:
+    """Put a shell script on PATH."""
+
+    def make(name: str, script: str) -> Path:
+        path = bin_folder / name
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("printed", "version"),
+    [
+        ("tool 1.2.3\n", "1.2.3"),
+        ("2.0.31 (Some Tool)\n", "2.0.31"),
+        ("\x1b[1mtool\x1b[0m v1.2.3-beta.1\x1b]0;title 9.9\x07\n", "1.2.3b1"),
+        ("tool/0.46.0 linux-x64 node-v20.1.0\n", "0.46.0"),
+        ("/usr/lib/python3.11/site.py: warning\ntool 4.5\n", "4.5"),
+        ("go version go1.22.1 linux/amd64\n", "1.22.1"),
+        ("git version 2.39.5.windows.1\n", "2.39.5"),
+        ("tool 1.2.3-nightly.20250101+abc\n", "1.2.3"),
+        ("tool 1.2.\n", "1.2"),
+        ("tool, the newest\n", None),
+        ("12345\n", None),
+        ("", None),
+    ],
+)
+def test_a_version_is_read_from_what_people_are_told(printed: str, version: str | None) -> None:
+    """The first number with dots counts, whatever stands around it."""
+    for answer in (Completed(0, printed.encode(), b""), Completed(0, b"", printed.encode())):
+        found = read_version(answer)
+        assert (None if found is None else str(found)) == version
+
+
+def test_a_version_is_read_fast_from_anything() -> None:
+    """Output that is made to be slow to search is not."""
+    started = time.monotonic()
+    for part in ("1", "1.", "1a", "\x1b]", "\x1b[", "v", "1.1-"):
+        read_version(Completed(0, (part * (65536 // len(part))).encode(), b""))
+    assert time.monotonic() - started < 20
+
+
+def test_output_of_a_failed_command_is_no_version() -> None:
+    """What stands in an error message is not what was asked for."""
+    status = judge(Program("tool", version=("-V",)), "/bin/tool", Completed(2, b"", b"no -V, since 3.1\n\n"))
+    assert status.version is None
+    assert status.trouble == "it ended with exit code 2: no -V, since 3.1"
+
+
+@pytest.mark.parametrize(("known", "is_known"), [(">=2,<3", True), (">=3", False), ("", None), (">=2.1b1", True)])
+def test_a_version_is_held_against_those_that_are_known(known: str, is_known: bool | None) -> None:
+    """Whether the adapter is made for it, pre-releases included."""
+    answer = Completed(0, b"tool 2.1rc1", b"")
+    assert judge(Program("tool", version=("-V",), known=known), "/bin/tool", answer).is_known is is_known
+
+
+def test_a_range_that_is_none_is_told() -> None:
+    """A plugin's mistake is named, and no more."""
+    status = judge(Program("tool", version=("-V",), known="two"), "/bin/tool", Completed(0, b"2.0", b""))
+    assert (status.version, status.is_known) == ("2.0", None)
+    assert "'two'" in str(status.trouble)
+
+
+@pytest.mark.parametrize(
+    ("answer", "has_key", "ready"),
+    [
+        (Completed(0, b"", b""), False, True),
+        (Completed(1, b"", b"log in"), False, False),
+        (Completed(-11, b"", b""), False, None),
+        ("did not end", False, None),
+        (None, True, True),
+        (None, False, None),
+    ],
+)
+def test_readiness_is_an_exit_code_or_a_key(answer: Completed | str | None, has_key: bool, ready: bool | None) -> None:
+    """A key stands for a login; who crashes or hangs has not answered; who says no gets the remedy."""
+    status = judge(Program("tool", ready=("s",), log_in="run `tool login`"), "/t", None, answer, has_key=has_key)
+    assert status.ready is ready
+    assert status.remedy == ("run `tool login`" if ready is False else None)
+
+
+async def test_programs_are_found_and_asked(program: MakeProgram, environ: dict[str, str]) -> None:
+    """Path, version and login of one that answers; the remedy for one that is not there."""
+    path = program("tool", 'case "$1" in --version) echo tool 1.2.3;; status) test -n "$LOGIN";; esac')
+    known = Program("tool", version=("--version",), known="<2", ready=("status",), log_in="log in")
+    adapters = {
+        "in": Stand(known, env={"LOGIN": "1"}),
+        "out": Stand(known),
+        "missing": Stand(Program("no-such-tool", install="get it")),
+    }
+    found = await probe_adapters(adapters, environ)
+    assert [one.programs[0].ready for one in found.values()] == [True, False, None]
+    first = found["in"].programs[0]
+    assert (first.path, first.version, first.is_known) == (str(path), "1.2.3", True)
+    assert found["out"].programs[0].remedy == "log in"
+    missing = found["missing"]
+    assert (missing.programs[0].path, missing.programs[0].remedy, missing.is_installed) == (None, "get it", False)
+
+
+async def test_a_key_stands_for_a_login(program: MakeProgram, environ: dict[str, str], tmp_path: Path) -> None:
+    """With one of its keys set a program is ready without being asked; the key must reach it."""
+    program("tool", f"touch {tmp_path}/asked; exit 1")
+    wanted = Program("tool", ready=("status",), keys=("OTHER_KEY", "TOOL_KEY"))
+    found = await probe_adapters({"a": Stand(wanted, pass_env=["TOOL_KEY"])}, {**environ, "TOOL_KEY": "k"})
+    assert found["a"].programs[0].ready is True
+    assert not (tmp_path / "asked").exists()
+
+
+async def test_a_program_sees_little(program: MakeProgram, environ: dict[str, str], tmp_path: Path) -> None:
+    """It gets the base environment, HOME and what its adapter passes on, nothing to read, an empty folder."""
+    program("tool", f"env > {tmp_path}/env; pwd > {tmp_path}/cwd; ls -A >> {tmp_path}/cwd; cat; echo 1.0")
+    given = {**environ, "SECRET": "s", "PASSED": "p"}
+    adapter = Stand(Program("tool", version=("-V",)), pass_env=["PASSED"], env={"SET": "v"})
+    assert (await probe_adapters({"a": adapter}, given))["a"].programs[0].version == "1.0"
+    names = {line.partition("=")[0] for line in (tmp_path / "env").read_text().splitlines()}
+    assert {"PATH", "HOME", "PASSED", "SET"} <= names
+    assert not {"SECRET", "COUNCIL_HOME", "GIT_CONFIG_GLOBAL"} & names
+    folder, *entries = (tmp_path / "cwd").read_text().splitlines()
+    assert entries == []
+    assert not Path(folder).exists()
+
+
+async def test_a_program_that_hangs_is_killed(
+    program: MakeProgram, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It has its time, is not asked a second question, and nothing of it lives on."""
+    monkeypatch.setattr(probing, "_PATIENCE", 0.5)
+    program("tool", f"trap '' TERM\necho $$ > {tmp_path}/pid\nwhile :; do sleep 1; done")
+    adapters = {"a": Stand(Program("tool", version=("-V",), ready=("s",)))}
+    status = (await probe_adapters(adapters, environ))["a"].programs[0]
+    assert (status.version, status.ready) == (None, None)
+    assert status.trouble == "`tool -V` did not end within 0.5 s"
+    pid = int((tmp_path / "pid").read_text())
+    wait_for(lambda: not psutil.pid_exists(pid))
+
+
+async def test_endless_output_ends(program: MakeProgram, environ: dict[str, str]) -> None:
+    """A program that prints for ever is cut off long before its time is over, on either stream."""
+    program("loud", "exec yes")
+    program("angry", "exec yes >&2")
+    adapters = {name: Stand(Program(name, version=("-V",))) for name in ("loud", "angry")}
+    found = await probe_adapters(adapters, environ)
+    assert {one.programs[0].trouble for one in found.values()} == {"it prints without end"}
+
+
+async def test_children_that_are_left_behind_are_killed(
+    program: MakeProgram, environ: dict[str, str], tmp_path: Path
+) -> None:
+    """Neither one that holds the output open nor one in a session of its own outlives the question, or delays it."""
+    program("tool", f"sleep 1000 & echo $! > {tmp_path}/a\nsetsid sleep 1000 & echo $! > {tmp_path}/b\necho 1.2")
+    found = await probe_adapters({"a": Stand(Program("tool", version=("-V",)))}, environ)
+    assert (found["a"].programs[0].version, found["a"].programs[0].trouble) == ("1.2", None)
+    for name in ("a", "b"):
+        pid = int((tmp_path / name).read_text())
+        wait_for(lambda pid=pid: not psutil.pid_exists(pid))  # type: ignore[misc]
+
+
+async def test_what_can_not_be_started_is_told(program: MakeProgram, environ: dict[str, str]) -> None:
+    """A file that is executable and no program is found, and says nothing."""
+    path = program("tool", "")
+    path.write_bytes(b"\x7fELF not at all")
+    status = (await probe_adapters({"a": Stand(Program("tool", version=("-V",)))}, environ))["a"].programs[0]
+    assert status.path == str(path)
+    assert str(status.trouble).startswith("it can't be started")
+
+
+async def test_secrets_that_a_program_prints_are_hidden(program: MakeProgram, environ: dict[str, str]) -> None:
+    """A key that was passed on does not come out again."""
+    program("tool", 'echo "bad key $TOOL_KEY" >&2; exit 1')
+    adapter = Stand(Program("tool", version=("-V",)), pass_env=["TOOL_KEY"])
+    found = await probe_adapters({"a": adapter}, {**environ, "TOOL_KEY": "hunter2-hunter2-hunter2"})
+    assert found["a"].programs[0].trouble == "it ended with exit code 1: bad key [redacted]"
+
+
+async def test_programs_are_asked_side_by_side_and_once(
+    program: MakeProgram, environ: dict[str, str], tmp_path: Path
+) -> None:
+    """Four slow programs take the time of one, and what several adapters share is asked once."""
+    # Each waits for all others to be there.
+    script = f"echo x >> {tmp_path}/$(basename $0).asked; while [ $(ls {tmp_path}/*.asked | wc -l) -lt 4 ]; do :; done"
+    programs = [Program(f"tool{number}", version=("-V",)) for number in range(4)]
+    for one in programs:
+        program(one.name, f"{script}; echo 1.0")
+    adapters = {"all": Stand(*programs), "again": Stand(programs[0])}
+    found = await probe_adapters(adapters, environ)
+    assert [one.version for one in found["all"].programs] == ["1.0"] * 4
+    assert found["again"].programs == found["all"].programs[:1]
+    assert (tmp_path / "tool0.asked").read_text() == "x\n"
+
+
+async def test_an_adapter_that_fails_is_told(environ: dict[str, str]) -> None:
+    """What a plugin's own code raises stays with that adapter."""
+
+    class Broken(Stand):
+        def command(self, request: SessionRequest) -> Command:
+            raise RefusedError("no model is set", "set one")
+
+    found = await probe_adapters({"broken": Broken(), "fine": Stand()}, environ)
+    assert found["broken"].trouble == "RefusedError: no model is set: set one"
+    assert found["fine"].trouble is None
+
+
+def test_types_are_made_without_options_where_they_can_be() -> None:
+    """What a type needs is named; one that can't be made at all says why."""
+
+    class Needy(Stand):
+        class Options(BaseModel):
+            argv: list[str]
+            model: str
+            effort: str = "low"
+
+    class Broken(Stand):
+        def __init__(self, options: Any) -> None:
+            raise OSError("no home")
+
+    types: dict[str, Any] = {"fine": Stand, "needy": Needy, "broken": Broken}
+    made, needs = make_without_options(types)
+    assert list(made) == ["fine"]
+    assert needs == {"needy": "needs argv, model", "broken": "can't be made: OSError: no home"}
+
+
+async def test_our_own_python_proves_nothing(environ: dict[str, str]) -> None:
+    """An adapter that reaches a server through our Python is installed where that server is, not everywhere."""
+    adapters = {code: Stand(Program(sys.executable, ready=("-c", f"raise SystemExit({code})"))) for code in (0, 1)}
+    found = await probe_adapters(adapters, environ)
+    assert [found[code].is_installed for code in (0, 1)] == [True, False]

@@ -1,0 +1,58 @@
+"""The text of a first file loads, whatever was found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from orchestrator.config.document import read_document
+from orchestrator.config.load import load_config
+from orchestrator.config.problems import Problems
+from orchestrator.config.starter import Starter, StarterAdapter, scalar, starter_text
+from orchestrator.plugins import load_plugins
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+
+
+@given(TEXT)
+@example("on")
+@example("No")
+@example("null")
+@example("0x10")
+@example("1.0")
+@example("a: b")
+@example("a #b")
+@example("-")
+def test_any_text_is_one_scalar(text: str) -> None:
+    """It reads back as the same text, by our reader and by one of YAML 1.1, and has one line."""
+    line = f"key: {scalar(text)}"
+    assert "\n" not in line
+    problems = Problems("x")
+    node = read_document(line + "\n", problems)
+    assert node is not None
+    assert node.value == {"key": text}
+    assert not problems
+    assert yaml.safe_load(line) == {"key": text}
+
+
+@given(found=TEXT, check=TEXT.filter(str.strip))
+def test_whatever_was_found_the_text_is_yaml(found: str, check: str) -> None:
+    """What programs and files say can't break out of a comment or a value."""
+    starter = Starter(".", "main", [StarterAdapter("a", found), StarterAdapter("b", "")], check, check, None)
+    value = yaml.safe_load(starter_text(starter))
+    assert value["adapters"] == {"a": {"use": "a"}, "b": {"use": "b"}}
+    assert value["defaults"]["checks"] == [check]
+    assert value["defaults"]["adapter"] == "a"
+
+
+def test_without_an_adapter_the_text_loads(tmp_path: Path) -> None:
+    """The program that is to be filled in is a valid one, and nothing but the name of the schema depends on it."""
+    for schema in (None, ".council/schema.json"):
+        text = starter_text(Starter(".", "main", [], None, None, schema))
+        (tmp_path / "council.yaml").write_text(text)
+        config = load_config(tmp_path / "council.yaml", load_plugins().adapters)
+        assert [task.adapter for task in config.tasks] == ["my-cli"]
+        assert text.startswith("# yaml-language-server: $schema=.council/schema.json\n") is (schema is not None)
