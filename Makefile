@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: help install demo test crash lint types imports check clean
+.PHONY: help install demo test crash bench schema lint types imports check clean
 .DEFAULT_GOAL := help
 
 help:  ## say what there is
@@ -28,6 +28,12 @@ test: install  ## all tests but the slow ones
 
 crash: install  ## the long crash runs: every failpoint, random moments, kills inside recovery
 	@$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+schema: install  ## bring configs/council.schema.json up to date with the file's models and the adapters
+	@$(BIN)/council schema > configs/council.schema.json
+
+bench: install  ## measure start-up, the scheduler and the whole cycle beside baselines; the table goes to build/bench.md, too
+	@$(BIN)/python -m benchmarks
 
 lint: install
 	@$(BIN)/ruff check .

@@ -4,7 +4,7 @@
 
 Everything happens in a temporary folder, which is removed; this repository is only read.
 """
-# ruff: noqa: INP001, S607, T201 - a script for people, which runs git and council by name
+# ruff: noqa: S607 - git and council are run by name
 
 from __future__ import annotations
 
@@ -14,14 +14,28 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent.parent
-EXPECTED = {
+FILES = {
     "notes/glossary.md": "# Glossary\n\n- **run**: one execution of a file\n- **task**: a unit of work\n",
     "notes/checklist.md": "# Before a release\n\n1. make test\n",
+    "notes/longest.txt": "1\n",
     "notes/second-try.md": "It took 2 attempts.\n",
-    "notes/index.txt": "checklist.md\nglossary.md\nindex.txt\nsecond-try.md\n",
+    "notes/index.txt": "notes/checklist.md\nnotes/glossary.md\nnotes/second-try.md\n",
 }
+STATES = {
+    "glossary": "landed",
+    "more-words": "landed",
+    "sorted-words": "landed",
+    "checklist": "landed",
+    "longest": "landed",
+    "second-try": "landed",
+    "index": "landed",
+    "hangs": "failed",
+}
+# Whichever of these is first lands, the other does not merge.
+MOTTOS = {"motto": "One merge at a time.\n", "other-motto": "Nothing is lost.\n"}
 
 
 def main() -> int:
@@ -36,16 +50,24 @@ def main() -> int:
         asked = subprocess.run([*council, "status", "--json"], cwd=clone, env=environ, capture_output=True, check=False)
         result = json.loads(asked.stdout)
         wrong = check(clone, shown.returncode, result)
-    print("\n".join(wrong) or f"demo: all {len(result['tasks'])} tasks landed on {result['target']}, as expected")
+    ended = f"demo: all {len(result['tasks'])} tasks ended as they should on {result['target']}"
+    print("\n".join(wrong) or f"{ended}; the clone is removed, what to type `next` is for a run of your own")
     return bool(wrong)
 
 
-def check(clone: Path, code: int, result: dict[str, object]) -> list[str]:
+def check(clone: Path, code: int, result: dict[str, Any]) -> list[str]:
     """Return a sentence for everything that is not as it should be."""
-    if (code, result["exit"], result["status"]) != (0, 0, "landed"):
+    if (code, result["exit"], result["status"]) != (1, 1, "incomplete"):
         return [f"exit {code}, {result}"]
-    wrong = []
-    for name, content in EXPECTED.items():
+    tasks = {task["id"]: task for task in result["tasks"]}
+    states = {name: task["state"] for name, task in tasks.items()}
+    wrong = [f"{name} is {states[name]}, not {state}" for name, state in STATES.items() if states[name] != state]
+    if tasks["hangs"]["failure"] != "timeout" or tasks["hangs"]["branch"] is None:
+        wrong.append(f"hangs was not timed out, or what it did is not kept: {tasks['hangs']}")
+    if sorted(states[name] for name in MOTTOS) != ["conflict", "landed"]:
+        wrong.append(f"the mottos did not conflict: {states}")
+    landed = [text for name, text in MOTTOS.items() if states[name] == "landed"]
+    for name, content in [*FILES.items(), *(("MOTTO", text) for text in landed)]:
         shown = subprocess.run(
             ["git", "show", f"{result['target']}:{name}"], cwd=clone, capture_output=True, text=True, check=False
         )

@@ -1,0 +1,83 @@
+"""CLI Council: run many AI coding CLIs at once on one git repository, and land only proven work.
+
+    async with Council.open("council.yaml") as council:
+        report = await council.run()
+
+Everything public from Python is here; what plugins are written against is `orchestrator.protocols`. A council is used
+on an asyncio event loop; from code that has none, `asyncio.run(main())` makes one for the time of a run.
+
+Times are seconds (wall-clock instants: since the epoch), sizes bytes, money US dollars. Errors are CouncilErrors:
+ConfigError has all that is wrong with a file or `Config`, RefusedError says what stands in the way and what to do.
+How tasks end is no error but a `RunReport`.
+
+Each name is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orchestrator.archive import Archive, KeptWork, LogPart
+    from orchestrator.config.schema import AdapterSettings, BackoffSettings, Config, Task, TaskDefaults
+    from orchestrator.council import Council, Places
+    from orchestrator.domain.failures import FailureClass
+    from orchestrator.domain.model import TaskStatus
+    from orchestrator.engine.report import AdapterReport, RunReport, RunStatus, TaskReport
+    from orchestrator.errors import ConfigError, CouncilError, LockHeld, Problem, RefusedError, StoreUnavailable
+    from orchestrator.plugins import Plugins
+    from orchestrator.protocols import Event, RecordedEvent
+
+__all__ = [
+    "AdapterReport",
+    "AdapterSettings",
+    "Archive",
+    "BackoffSettings",
+    "Config",
+    "ConfigError",
+    "Council",
+    "CouncilError",
+    "Event",
+    "FailureClass",
+    "KeptWork",
+    "LockHeld",
+    "LogPart",
+    "Places",
+    "Plugins",
+    "Problem",
+    "RecordedEvent",
+    "RefusedError",
+    "RunReport",
+    "RunStatus",
+    "StoreUnavailable",
+    "Task",
+    "TaskDefaults",
+    "TaskReport",
+    "TaskStatus",
+]
+
+_MODULES = {
+    "archive": ("Archive", "KeptWork", "LogPart"),
+    "config.schema": ("AdapterSettings", "BackoffSettings", "Config", "Task", "TaskDefaults"),
+    "council": ("Council", "Places"),
+    "domain.failures": ("FailureClass",),
+    "domain.model": ("TaskStatus",),
+    "engine.report": ("AdapterReport", "RunReport", "RunStatus", "TaskReport"),
+    "errors": ("ConfigError", "CouncilError", "LockHeld", "Problem", "RefusedError", "StoreUnavailable"),
+    "plugins": ("Plugins",),
+    "protocols": ("Event", "RecordedEvent"),
+}
+_PLACES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name (PEP 562)."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return __all__

@@ -13,15 +13,16 @@ import anyio.to_thread
 from orchestrator.domain.model import FINAL, Attempt, RunDocument, TaskDocument, TaskStatus
 from orchestrator.domain.secrets import Redactor, secret_values
 from orchestrator.engine.ledger import read_run, read_spec, read_task
-from orchestrator.engine.preflight import find_site
 from orchestrator.errors import RefusedError
 from orchestrator.project import Project
 from orchestrator.protocols import Store
 from orchestrator.repo import diffs, salvage, worktrees
+from orchestrator.repo.diffs import Changes
 from orchestrator.repo.git import Git
 from orchestrator.repo.hub import Hub
 from orchestrator.repo.inspection import Admission
 from orchestrator.repo.salvage import Kept
+from orchestrator.repo.site import find_site
 from orchestrator.repo.worktrees import Worktree
 from orchestrator.sessions.output import log_file
 
@@ -93,11 +94,19 @@ class Archive:
         document, git = await self._task(run, task), await self._git(run)
         if document.status is TaskStatus.RUNNING and await self._is_live(run):
             return await self._live_diff(run, task, document.attempt, color=color, stat=stat)
-        kept = [one for one in document.attempts if one.branch is not None]
-        if not kept or (document.commit is None and not await git.has_branch(str(kept[-1].branch))):
-            raise RefusedError(f"task {task!r} has changed nothing that is kept", f"see `council logs {task}`")
-        commit = document.commit or f"refs/heads/{kept[-1].branch}"
-        return await diffs.diff(git, kept[-1].base, commit, color=color, stat=stat)
+        return await diffs.diff(git, *await self._ends(git, task, document), color=color, stat=stat)
+
+    async def changes(self, run: str, task: str) -> Changes:
+        """Return how much a task has changed: so far, where its session is at work. RefusedError where nothing is."""
+        document, git = await self._task(run, task), await self._git(run)
+        if document.status is TaskStatus.RUNNING:
+            worktree, admit = await self._session(run, task, document.attempt)
+            return await diffs.count_live(git, worktree, document.attempt.base, admit=admit)
+        return await diffs.count(git, *await self._ends(git, task, document))
+
+    async def landed(self, run: str, commits: Sequence[str]) -> dict[str, Changes]:
+        """Return how much each of the commits by which tasks landed changes in the target."""
+        return await diffs.count_landed(await self._git(run), commits)
 
     async def kept(self, run: str) -> list[KeptWork]:
         """Return all work of a run that is kept beside the target."""
@@ -153,12 +162,23 @@ class Archive:
         for worktree in folders:
             await worktrees.remove(git, worktree)
 
+    async def _ends(self, git: Git, task: str, document: TaskDocument) -> tuple[str, str]:
+        """Return what a task's newest kept work differs from, and that work."""
+        kept = [one for one in document.attempts if one.branch is not None]
+        if not kept or (document.commit is None and not await git.has_branch(str(kept[-1].branch))):
+            raise RefusedError(f"task {task!r} has changed nothing that is kept", f"see `council logs {task}`")
+        return kept[-1].base, document.commit or f"refs/heads/{kept[-1].branch}"
+
     async def _live_diff(self, run: str, task: str, attempt: Attempt, *, color: bool, stat: bool) -> bytes:
-        document, spec = await read_run(self._store, run), await read_spec(self._store, run, task)
-        worktree = Worktree(Hub(Path(document.hub)), run, task, attempt.number)
-        admit = Admission(Redactor(secret_values(self._environ)), spec.max_file)
+        worktree, admit = await self._session(run, task, attempt)
         git = await self._git(run)
         return await diffs.live_diff(git, worktree, attempt.base, admit=admit, color=color, stat=stat)
+
+    async def _session(self, run: str, task: str, attempt: Attempt) -> tuple[Worktree, Admission]:
+        """Return where an attempt works, and what of it may be shown."""
+        document, spec = await read_run(self._store, run), await read_spec(self._store, run, task)
+        worktree = Worktree(Hub(Path(document.hub)), run, task, attempt.number)
+        return worktree, Admission(Redactor(secret_values(self._environ)), spec.max_file)
 
     async def _described(self, one: Kept) -> KeptWork:
         document = await read_task(self._store, one.run, one.task)

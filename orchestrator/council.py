@@ -1,61 +1,40 @@
-"""The composition root: opens the store, finds the repository, and puts a run's parts together."""
+"""The composition root: opens a project's state and what is installed, and hands out all that can be done there."""
 
 from __future__ import annotations
 
 import os
-import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
-import anyio
 import anyio.to_thread
 
-from orchestrator.archive import Archive
 from orchestrator.clock import Clock, SystemClock
-from orchestrator.config.model import AdapterConfig, RunConfig, restore_adapter
-from orchestrator.domain.dispatch import Board
-from orchestrator.domain.model import FINAL, Action, RunDocument, TaskDocument
-from orchestrator.engine.capacity import Capacity
-from orchestrator.engine.ledger import (
-    Ledger,
-    read_adapters,
-    read_entries,
-    read_requests,
-    read_run,
-    read_task,
-    read_tasks,
-    seed,
-)
-from orchestrator.engine.preflight import Site, check_branches, check_checkout, check_own, check_programs, find_site
-from orchestrator.engine.recovery import recover
-from orchestrator.engine.report import ReportPlaces, RunRecord, RunReport, RunStatus, report
-from orchestrator.engine.requests import check_request, is_answered, obey, submit
-from orchestrator.engine.scheduler import Scheduler
-from orchestrator.engine.workshop import Workshop, open_workshop
-from orchestrator.errors import LockHeld, RefusedError
-from orchestrator.filelock import HeldLock
-from orchestrator.plugins import load_adapter_types
-from orchestrator.project import Project, council_home, exclude_from_git
-from orchestrator.protocols import Adapter, JsonObject, Record
-from orchestrator.repo.git import Git
-from orchestrator.repo.hub import Hub, create_hub, hub_of, internal_ref
-from orchestrator.repo.supported import check_complete, check_supported
-from orchestrator.sessions.sandbox import choose_sandbox
+from orchestrator.domain.model import Action
+from orchestrator.engine.ledger import read_run
+from orchestrator.engine.report import RunReport
+from orchestrator.errors import RefusedError
+from orchestrator.project import Project, council_home, find_project
+from orchestrator.protocols import Record, RecordedEvent, Store
+from orchestrator.repo.checkout import check_own
+from orchestrator.repo.hub import Hub
+from orchestrator.runs import Runs
 from orchestrator.state.file import FileStore
 
-#: Seconds that a killed owner's last git commands get to end before a resume gives up waiting for them.
-HANDOVER_LIMIT = 60.0
+# Looking at a run must be quick: what it takes to run one, or to read a file, is imported where that is asked for.
+if TYPE_CHECKING:
+    from orchestrator.activity import Activity
+    from orchestrator.archive import Archive
+    from orchestrator.cleaning import Cleaner
+    from orchestrator.config.model import RunConfig
+    from orchestrator.config.schema import Config
+    from orchestrator.execution import Execution
+    from orchestrator.plugins import Plugins
 
-#: Seconds between two looks whether a run's owner has done what was asked.
-_ANSWER_PAUSE = 0.1
-#: Seconds that a cancelled session gets to be over before whoever asked is told how it stands.
-_STOP_PATIENCE = 15.0
-
-#: Characters of all prompts of a run together: they are recorded at once.
-LARGEST_PROMPTS = 12 << 20
+#: The events behind which nothing more comes of a run, for now.
+_LAST_EVENTS = frozenset({"run.finished", "run.interrupted"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,213 +51,147 @@ class Places:
 
 
 class Council:
-    """One project's runs: start, resume, look at them. Made by `open_council`."""
+    """One project's runs: start them, resume them, look at them, steer them. Opened by `Council.open`.
 
-    def __init__(self, project: Project, store: FileStore, clock: Clock, environ: Mapping[str, str]) -> None:
-        self.project = project
-        self._store, self._clock, self._environ = store, clock, environ
-        self._scheduler: Scheduler | None = None
+    Its methods can be called side by side, by tasks of one event loop; a run can be executed once at a time, by
+    whichever process. `run` is a run's id; where it is left out, the newest run is meant.
+    """
+
+    def __init__(self, runs: Runs, opened_at: int, plugins: Plugins | None, config: RunConfig | None) -> None:
+        self.project, self.config = runs.project, config
+        self._runs, self._store, self._opened_at = runs, runs.store, opened_at
+        self._plugins = plugins
+        self._execution: Execution | None = None
         self._stopping = False
 
-    async def create_run(self, config: RunConfig, *, allow_deferred: bool = False) -> str:
-        """Check that a config can run, record it, and return the run's id; nothing is started yet.
-
-        RefusedError says what stands in the way: no such base, a target with changes of the user's own, a
-        program that is missing.
-        """
-        if sum(len(task.prompt) for task in config.tasks) > LARGEST_PROMPTS:
-            what = f"the prompts are larger than {LARGEST_PROMPTS >> 20} MiB together"
-            raise RefusedError(what, "split the tasks into several runs")
-        site = await find_site(config.repo, is_url=config.is_url, environ=self._environ)
-        used = {task.adapter for task in config.tasks}
-        stored = {name: entry.stored() for name, entry in config.adapters.items()}
-        made = make_adapters(make_configs({name: entry for name, entry in stored.items() if name in used}))
-        check_programs(made, self._environ)
-        await choose_sandbox(config.fence.sandbox, network=config.fence.network, environ=self._environ)
-        run = new_run_id(self._clock.now())
-        target = config.target or f"council/{run}"
-        hub, start = await self._prepare(site, config.base, target, run, allow_deferred=allow_deferred)
-        document = RunDocument(
-            id=run,
-            config=str(config.path),
-            repo=config.repo,
-            is_url=config.is_url,
-            base=config.base,
-            target=target,
-            capacity=config.capacity,
-            session_memory=config.session_memory,
-            adapters=stored,
-            fence=config.fence.model_dump(mode="json"),
-            tasks=tuple(task.id for task in config.tasks),
-            start=start,
-            hub=str(hub.root),
-            started=self._clock.now(),
-        )
-        await seed(self._store, document, {task.id: task for task in config.tasks})
-        return run
-
-    async def _prepare(self, site: Site, base: str, target: str, run: str, *, allow_deferred: bool) -> tuple[Hub, str]:
-        """Check the repository and bring its commits into our own; return that and the commit to start from."""
-        users = Git(None, users=True, environ=self._environ)
-        home = council_home(self._environ)
-        if site.repository is not None:
-            if site.repository.top is not None:
-                await anyio.to_thread.run_sync(exclude_from_git, site.repository.git_dir)
-                if home.is_relative_to(site.repository.top):
-                    remedy = "set COUNCIL_HOME to a folder outside of it"
-                    raise RefusedError(f"{home} is inside the repository", remedy)
-            await check_complete(site.repository, users)
-        heads = await check_branches(site.source(Git(None, environ=self._environ)), base, target)
-        await check_checkout(site.repository, target, self._environ, allow_deferred=allow_deferred)
-        hub = hub_of(site.identity, home)
-        await create_hub(hub, site.object_format, self._environ)
-        git = Git(hub.trusted, environ=self._environ)
-        source = site.source(git)
-        tip = await source.fetch(base, internal_ref(run, "base"))
-        start = await source.fetch(target if target in heads else base, internal_ref(run, "start"))
-        for commit in {tip, start}:
-            await check_supported(git, commit)
-        if (await git("merge-base", tip, start, ok=(0, 1))).returncode:
-            raise RefusedError(f"{base!r} and {target!r} have no history in common", "set `base` or `target` anew")
-        return hub, start
-
-    async def execute(self, run: str) -> RunReport:
-        """Take a run to its end, from wherever it stands, and report. Only one process can do that at a time."""
-        hub = await self._hub(await read_run(self._store, run))
-        try:
-            async with self._ownership(hub, run) as lock:
-                return await self._work(run, hub, lock.fd)
-        except LockHeld as held:
-            raise _is_at_work(run, held) from None
-
+    @classmethod
     @asynccontextmanager
-    async def _ownership(self, hub: Hub, run: str) -> AsyncIterator[HeldLock]:
-        """Hold the run's lock; wait for it only where its owner is dead and its last git commands end."""
-        lock = hub.lock(f"run-{run}")
-        async with AsyncExitStack() as stack:
-            try:
-                held = await stack.enter_async_context(lock.hold(0))
-            except LockHeld as taken:
-                if taken.owner_lives:
-                    raise
-                held = await stack.enter_async_context(lock.hold(HANDOVER_LIMIT))
-            yield held
+    async def open(
+        cls,
+        source: str | Path | Config | RunConfig | None = None,
+        *,
+        plugins: Plugins | None = None,
+        state: str | None = None,
+        clock: Clock | None = None,
+        environ: Mapping[str, str] = os.environ,
+    ) -> AsyncIterator[Self]:
+        """Open a project's state for the body of the `async with`.
 
-    async def _work(self, run: str, hub: Hub, lock_fd: int) -> RunReport:
-        before = await self._record(run)
-        statuses = {task: one.status for task, one in before.tasks.items()}
-        is_over = before.run.ended is not None and Board.of(before.entries, statuses).is_over(statuses)
-        if is_over and not await read_requests(self._store, run):
-            return self._report(before, None)
-        ledger, shop = await self._take(before.run, hub, lock_fd)
-        capacities = {name: one.capacity for name, one in shop.configs.items() if one.capacity is not None}
-        board = Board.of(before.entries, ledger.statuses(), capacities)
-        capacity = await Capacity.measure(ledger, self._clock)
-        self._scheduler = Scheduler(ledger, shop, board, capacity, self._clock)
-        await self._scheduler.remember(before.adapters)
-        if self._stopping:
-            self._scheduler.stop()
-        finished = await self._scheduler.run()
-        status = None if finished else RunStatus.INTERRUPTED
-        result = self._report(await self._record(run), status)
-        await (ledger.finish(result.status) if finished else ledger.note("run.interrupted", {}))
-        return result
+        `source` is a YAML file, or the same as a `Config`, which `run` then runs (relative paths of a `Config` start
+        from the current folder); or a folder, for the runs that were started in its repository; None is the
+        current folder. `state` is the URL of the store (`file:///a/folder`, `memory:`, or what a plugin registers);
+        else `COUNCIL_STATE` of `environ` names it, else it is `.council/state` of the project. `plugins` stand for
+        what is installed; `environ` for the process's environment: sessions get what they may of it.
 
-    async def _take(self, run: RunDocument, hub: Hub, lock_fd: int) -> tuple[Ledger, Workshop]:
-        """Become the run's owner, bring back what an earlier one left, and do what was asked of it."""
-        configs = make_configs(run.adapters)
-        shop = await open_workshop(
-            run,
-            hub,
-            self.project,
-            configs,
-            make_adapters(configs),
-            lock_fd=lock_fd,
-            environ=self._environ,
-            clock=self._clock,
-        )
-        facts = {"sandbox": str(shop.tools.fencing.kind)}
-        ledger = await Ledger.take(self._store, self._clock, run.id, shop.tools.redactor, facts)
-        await recover(ledger, shop, self._clock)
-        for request in await ledger.requests():
-            await obey(ledger, request)
-        return ledger, shop
-
-    async def ask(self, run: str, action: Action, tasks: Sequence[str]) -> RunReport:
-        """Cancel tasks of a run or have them tried again (all that are not over, if none is named); report.
-
-        A live owner does it; where there is none, it is done here, and `execute` goes on from there.
+        Raises ConfigError with all that is wrong with the file, RefusedError where there is nothing to open.
         """
-        record = await self._record(run)
-        for task in tasks:
-            record.run.check_task(task)
-        board = Board.of(record.entries, {task: one.status for task, one in record.tasks.items()})
-        check_request(action, tasks, record.tasks, board.blocked)
-        named = tasks or [task for task, one in record.tasks.items() if one.status not in FINAL]
-        asked = await submit(self._store, self._clock, run, action, named)
-        hub = await self._hub(record.run)
-        while not await is_answered(self._store, run, asked):
-            try:
-                async with self._ownership(hub, run) as lock:
-                    ledger, _ = await self._take(record.run, hub, lock.fd)
-                    statuses = ledger.statuses()
-                    if record.run.ended is not None or Board.of(record.entries, statuses).is_over(statuses):
-                        await ledger.finish(self._report(await self._record(run), None).status)
-            except LockHeld as held:
-                if not held.owner_lives:
-                    raise _is_at_work(run, held) from None
-                await anyio.sleep(_ANSWER_PAUSE)
-        if action is Action.CANCEL:
-            await self._until_over(run, named)
+        clock = clock or SystemClock()
+        source = "." if source is None else source
+        config = None
+        if isinstance(source, str | Path) and await anyio.to_thread.run_sync(os.path.isdir, source):
+            project = await anyio.to_thread.run_sync(find_project, Path(source))
+        else:
+            from orchestrator.loading import load  # noqa: PLC0415
+
+            plugins, config, project = await load(source, plugins, environ)
+        await check_own(project, environ)
+        await anyio.to_thread.run_sync(project.create)
+        url = state or environ.get("COUNCIL_STATE") or None
+        async with _store(url, project, plugins, clock, environ) as store:
+            yield cls(Runs(project, store, clock, environ), await store.position(), plugins, config)
+
+    @property
+    def plugins(self) -> Plugins:
+        """What is installed, loaded at the first look unless a file was."""
+        if self._plugins is None:
+            from orchestrator.plugins import load_plugins  # noqa: PLC0415
+
+            self._plugins = load_plugins(self._runs.environ, [self.project.top])
+        return self._plugins
+
+    async def _installed(self) -> Plugins:
+        return await anyio.to_thread.run_sync(lambda: self.plugins) if self._plugins is None else self._plugins
+
+    async def _executing(self) -> Execution:
+        from orchestrator.execution import Execution  # noqa: PLC0415
+
+        plugins = await self._installed()
+        if self._execution is None:
+            self._execution = Execution(self._runs, plugins)
+            if self._stopping:
+                self._execution.stop()
+        return self._execution
+
+    async def run(self, *, allow_deferred: bool = False) -> RunReport:
+        """Run the tasks of the file that this was opened with, to their end.
+
+        With `allow_deferred` it starts although the target's checkout has changes of the user's own; what can't land
+        then lands on `resume`. Raises RefusedError, with nothing started, if something stands in the way.
+        """
+        return await self.resume(await self.create_run(allow_deferred=allow_deferred))
+
+    async def create_run(self, *, allow_deferred: bool = False) -> str:
+        """Check that the file can run, record it, and return the run's id; nothing is started yet.
+
+        RefusedError says what stands in the way, as `engine.preflight.check_run` does.
+        """
+        if self.config is None:
+            raise RefusedError("no file was opened", "open the council with a YAML file")
+        return await (await self._executing()).create_run(self.config, allow_deferred=allow_deferred)
+
+    async def resume(self, run: str | None = None) -> RunReport:
+        """Take a run to its end, from wherever it stands: new, or cut off.
+
+        Only one process can do that at a time: RefusedError while another one does.
+        """
+        return await (await self._executing()).resume(run or await self.newest_run())
+
+    async def cancel(self, *tasks: str, run: str | None = None) -> RunReport:
+        """End tasks for good, all that are not over if none is named; return how the run then stands.
+
+        Sessions are stopped, what they did is kept on branches. Whichever process is at work in the run does it.
+        """
+        return await self._ask(run or await self.newest_run(), Action.CANCEL, tasks)
+
+    async def retry(self, *tasks: str, run: str | None = None) -> RunReport:
+        """Have tasks tried again that are over without having landed; return how the run then stands.
+
+        A process that is at work in the run does so at once; otherwise the next `resume` does.
+        """
+        return await self._ask(run or await self.newest_run(), Action.RETRY, tasks)
+
+    async def _ask(self, run: str, action: Action, tasks: tuple[str, ...]) -> RunReport:
+        await (await self._executing()).ask(run, action, tasks)
         return await self.status(run)
 
-    async def _until_over(self, run: str, tasks: Sequence[str]) -> None:
-        """Wait, for as long as a session may take to stop, until tasks that were cancelled are over."""
-        with anyio.move_on_after(_STOP_PATIENCE):
-            for task in tasks:
-                while (await read_task(self._store, run, task)).status not in FINAL:  # noqa: ASYNC110  another process
-                    await anyio.sleep(_ANSWER_PAUSE)
-
     def stop(self) -> None:
-        """End the run under way cleanly: sessions are stopped, what they did is kept, `resume` goes on from there."""
+        """End what is under way here cleanly: sessions are stopped, what they did is kept.
+
+        `run` and `resume` then return soon; another council's `resume` goes on from there.
+        """
         self._stopping = True
-        if self._scheduler is not None:
-            self._scheduler.stop()
+        if self._execution is not None:
+            self._execution.stop()
 
-    async def status(self, run: str) -> RunReport:
+    async def status(self, run: str | None = None) -> RunReport:
         """Describe a run as it stands now."""
-        record = await self._record(run)
-        status = None
-        if record.run.ended is None:
-            status = RunStatus.RUNNING if await self.is_live(run) else RunStatus.INTERRUPTED
-        return self._report(record, status)
-
-    async def _record(self, run: str) -> RunRecord:
-        document = await read_run(self._store, run)
-        found = await read_tasks(self._store, run)
-        tasks = {task: TaskDocument.model_validate(found[task].value) for task in document.tasks}
-        entries = await read_entries(self._store, document)
-        return RunRecord(document, tasks, entries, await read_adapters(self._store, document))
-
-    def _report(self, record: RunRecord, status: RunStatus | None) -> RunReport:
-        places = ReportPlaces(self.project.logs(record.run.id), Hub(Path(record.run.hub)).trusted)
-        return report(record, places=places, status=status, now=self._clock.now(), damage=self.damage)
+        return await self._runs.status(run or await self.newest_run())
 
     async def runs(self) -> list[RunReport]:
         """Describe all runs of the project, the oldest first."""
-        found = await self._store.list("run")
-        started = sorted((one.value.get("started", 0.0), one.key.id) for one in found if not one.damaged)
-        return [await self.status(run) for _, run in started]
+        return [await self.status(run) for run in await self.run_ids()]
+
+    async def run_ids(self) -> list[str]:
+        """Return the ids of all runs of the project that can be read, the oldest first."""
+        return await self._runs.ids()
 
     async def newest_run(self) -> str:
         """Return the id of the run that was started last."""
-        runs = await self._store.list("run")
-        if not runs and self.damage:
-            what = f"no run can be read, the state log is damaged: {'; '.join(self.damage)}"
-            raise RefusedError(what, "start a new run; what has landed stays landed")
-        if not runs:
-            raise RefusedError("there is no run in this project", "start one with `council run FILE`")
-        return max(runs, key=lambda found: (found.value.get("started", 0.0), found.key.id)).key.id
+        return await self._runs.newest()
+
+    async def is_live(self, run: str) -> bool:
+        """Whether a process is at work in a run."""
+        return await self._runs.is_live(run)
 
     async def places(self) -> Places:
         """Say where everything is kept."""
@@ -289,84 +202,83 @@ class Council:
         hub = Hub(Path(run.hub))
         return Places(run.repo, state, log, logs, hub.objects.parent, hub.trusted)
 
-    def records(self, after: int) -> AsyncGenerator[Record]:
-        """Yield what is recorded behind a position of the log, of every run, as it happens."""
-        return self._store.follow(after)
+    async def events(self, run: str | None = None, *, after: int | None = None) -> AsyncGenerator[RecordedEvent]:
+        """Yield what happens in a run, as it happens, until it is finished or interrupted.
 
-    @property
-    def damage(self) -> tuple[str, ...]:
-        """What of the state could not be read since it was opened, in words."""
-        return tuple(
-            f"{one.path}, byte {one.offset}: {one.what}"
-            f" ({'anything older may be hit' if one.keys is None else ', '.join(map(str, one.keys)) or 'nothing lost'})"
-            for one in self._store.damage
-        )
+        Without `run` it is the first that anything happens in since the council was opened. They come from the run's
+        beginning, or from behind `after`, a position of the log.
+        """
+        if after is None:
+            after = 0 if run is not None else self._opened_at
+        is_over = False
+        async with aclosing(self.records(after)) as records:
+            async for record in records:
+                for event in record.events:
+                    run = run or event.data.get("run")
+                    if event.data.get("run") == run:
+                        yield RecordedEvent(record.position, record.time, event)
+                        is_over = event.type in _LAST_EVENTS
+                # What was resumed has more behind its end.
+                if is_over and record.position >= await self.position():
+                    return
+
+    def records(self, after: int) -> AsyncGenerator[Record]:
+        """Yield what is recorded behind a position of the log, of every run, as it happens; never ends by itself."""
+        return self._store.follow(after)
 
     async def position(self) -> int:
         """Return the newest position of the log."""
         return await self._store.position()
 
-    async def _hub(self, run: RunDocument) -> Hub:
-        hub = Hub(Path(run.hub))
-        # An attempt that was under way may have made its own folder anew, but nothing else.
-        if not await anyio.to_thread.run_sync(hub.trusted.is_dir):
-            raise RefusedError(f"the repositories of run {run.id} are gone from {hub.root}", "start a new run")
-        return hub
+    @property
+    def damage(self) -> tuple[str, ...]:
+        """What of the state could not be read since it was opened, in words."""
+        return self._runs.damage
 
     @property
     def archive(self) -> Archive:
         """What the tasks of the project's runs left."""
-        return Archive(self.project, self._store, self._environ, self.is_live)
+        from orchestrator.archive import Archive  # noqa: PLC0415
 
-    async def is_live(self, run: str) -> bool:
-        """Whether a process is at work in a run."""
-        hub = await self._hub(await read_run(self._store, run))
-        try:
-            async with hub.lock(f"run-{run}").hold(0):
-                return False
-        except LockHeld:
-            return True
+        return Archive(self.project, self._store, self._runs.environ, self.is_live)
 
+    async def activity(self, run: str) -> Activity:
+        """Return how a run stands, and a way to see what its sessions do from then on."""
+        from orchestrator.activity import Activity  # noqa: PLC0415
+        from orchestrator.config.model import make_adapters, restore_adapters  # noqa: PLC0415
 
-def _is_at_work(run: str, held: LockHeld) -> RefusedError:
-    remedy = "wait for it, or stop it with SIGINT"
-    if not held.owner_lives:
-        remedy = f"end what it left running: `fuser {held.path}` names it"
-    return RefusedError(f"run {run} is at work under {held.holder}", remedy)
+        position, record = await self.position(), await self._runs.record(run)
+        specs = await self._store.list("spec", f"{run}/")
+        attempts = {found.key.id.partition("/")[2]: int(found.value["attempts"]) for found in specs}
+        plugins = await self._installed()
+        configs = restore_adapters(record.run.adapters, plugins.adapters, plugins.explain)
+        adapters = make_adapters(configs, plugins.adapters)
+        return Activity(record, position, attempts, self.archive, adapters, self.project.logs(run))
 
+    @property
+    def cleaner(self) -> Cleaner:
+        """What finds and removes what is left over, of the project and on the machine."""
+        from orchestrator.cleaning import Cleaner  # noqa: PLC0415
 
-def make_configs(stored: Mapping[str, JsonObject]) -> dict[str, AdapterConfig]:
-    """Return the adapters of a run by name, from what its document holds of them."""
-    types = load_adapter_types()
-    return {name: restore_adapter(name, entry, types) for name, entry in stored.items()}
-
-
-def make_adapters(configs: Mapping[str, AdapterConfig]) -> dict[str, Adapter]:
-    """Return the adapters that were configured, by name."""
-    types = load_adapter_types()
-    return {name: types[config.use](config.options) for name, config in configs.items()}
+        environ = self._runs.environ
+        return Cleaner(council_home(environ), environ, self._runs.clock, self.project, self._store)
 
 
 @asynccontextmanager
-async def open_council(
-    project: Project, *, clock: Clock | None = None, environ: Mapping[str, str] = os.environ
-) -> AsyncIterator[Council]:
-    """Open a project's state for the body of the `async with`."""
-    clock = clock or SystemClock()
-    await check_own(project, environ)
-    await anyio.to_thread.run_sync(project.create)
-    async with FileStore.open(project.state, clock) as store:
-        yield Council(project, store, clock, environ)
+async def _store(
+    url: str | None, project: Project, plugins: Plugins | None, clock: Clock, environ: Mapping[str, str]
+) -> AsyncIterator[Store]:
+    """Open the store at a URL, the project's own if none is given."""
+    opened: AbstractAsyncContextManager[Store] = FileStore.open(project.state, clock)
+    if url is not None:
+        from orchestrator.plugins import load_plugins  # noqa: PLC0415
 
-
-async def project_of(config: RunConfig, environ: Mapping[str, str] = os.environ) -> Project:
-    """Return the project of a config: its repository's checkout, or the file's folder where there is none."""
-    site = await find_site(config.repo, is_url=config.is_url, environ=environ)
-    if site.repository is None or site.repository.top is None:
-        return Project(config.path.parent)
-    return Project(site.repository.top)
-
-
-def new_run_id(now: float) -> str:
-    """Return a run id that sorts by time: date, time (UTC) and a few random characters."""
-    return f"{datetime.fromtimestamp(now, UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+        if plugins is None:
+            plugins = await anyio.to_thread.run_sync(load_plugins, environ, [project.top])
+        stores, scheme = plugins.stores, url.partition(":")[0]
+        if scheme not in stores:
+            known = ", ".join(f"{name}:" for name in sorted(stores))
+            raise RefusedError(f"there is no store for {url!r}", f"write a URL that begins with one of {known}")
+        opened = stores[scheme](url, clock)
+    async with opened as store:
+        yield store

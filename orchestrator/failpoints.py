@@ -25,6 +25,7 @@ FAILPOINTS: Final = frozenset(
         "work.staged",  # what the agent left is in our index
         "work.committed",  # it is a commit on the attempt's branch
         "adapter.parked",  # the store knows that an adapter can't be used now
+        "sink.sent",  # a sink has got events, the store does not know
         "request.recorded",  # a person's request is in the store
         "request.obeyed",  # it was done, the store still asks for it
         "work.recorded",  # the store knows the commit: the task is queued

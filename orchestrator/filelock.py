@@ -46,6 +46,14 @@ class FileLock:
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
 
+    async def is_held(self) -> bool:
+        """Whether anyone holds the lock; to find out takes it for a moment. Raises as `hold` does."""
+        try:
+            async with self.hold(0):
+                return False
+        except LockHeld:
+            return True
+
     @asynccontextmanager
     async def hold(self, timeout: float | None = None) -> AsyncIterator[HeldLock]:  # noqa: ASYNC109  (raises LockHeld)
         """Hold the lock for the body; `timeout` is how many seconds to wait for it, 0 only tries.

@@ -1,4 +1,4 @@
-"""What this process and machine have left: file descriptors and memory."""
+"""What this process and machine have left: file descriptors, memory and processes."""
 
 from __future__ import annotations
 
@@ -47,6 +47,31 @@ def memory_available(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
     return min((left for left in found if left is not None), default=None)
 
 
+def processes_left(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Return how many processes and threads may still be started, by the user's limit and those of cgroups (v2).
+
+    None where there is no limit, or the system does not say. See RLIMIT_NPROC in getrlimit(2), which does not bind
+    root, and https://docs.kernel.org/admin-guide/cgroup-v2.html#pid.
+    """
+    found = [_tasks_left(folder) for folder in _own_cgroups(proc, cgroups)]
+    soft = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    if soft != resource.RLIM_INFINITY and os.getuid() != 0 and proc.is_dir():
+        found.append(max(0, soft - _threads_of(os.getuid(), proc)))
+    return min((left for left in found if left is not None), default=None)
+
+
+def _tasks_left(folder: Path) -> int | None:
+    try:
+        return max(0, int((folder / "pids.max").read_text()) - int((folder / "pids.current").read_text()))
+    except (OSError, ValueError):  # no such file, or `max`
+        return None
+
+
+def _threads_of(user: int, proc: Path) -> int:
+    tables = [_table(process / "status") for process in proc.glob("[0-9]*")]
+    return sum(table.get("Threads:", 0) for table in tables if table.get("Uid:") == user)
+
+
 def _of_machine(proc: Path) -> int | None:
     facts = _table(proc / "meminfo")
     return facts["MemAvailable:"] * 1024 if "MemAvailable:" in facts else None
@@ -77,7 +102,7 @@ def _of_cgroup(folder: Path) -> int | None:
 
 def _table(file: Path) -> dict[str, int]:
     try:
-        lines = [line.split() for line in file.read_text().splitlines()]
+        lines = [line.split() for line in file.read_text(errors="replace").splitlines()]
     except OSError:
         return {}
     return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdecimal()}

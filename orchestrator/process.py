@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import resource
+import selectors
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +19,9 @@ from functools import partial
 from pathlib import Path
 
 import anyio.to_thread
+
+_LOOK = 0.02  # seconds between two looks whether a program has ended: others may keep its streams open
+_PIPE = 1 << 20  # bytes, the most that a pipe holds unless root says otherwise, see pipe(7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +90,73 @@ def _limit_memory(pid: int, memory: int | None) -> None:
         # Set from without: code between fork and exec may hang a program that has threads.
         with suppress(ProcessLookupError):
             resource.prlimit(pid, resource.RLIMIT_DATA, (memory, memory))
+
+
+async def run_stranger(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str],
+    cwd: Path,
+    timeout: float,  # noqa: ASYNC109  (it kills the program, a cancel scope must not)
+    most: int,
+) -> Completed:
+    """Run a program of which nothing is known, such as a CLI that is asked for its version.
+
+    It has nothing to read. As soon as it has ended, or has printed more than `most` bytes, all that is left of its
+    process group is killed; after `timeout` seconds, too, and TimeoutError is raised. What can't be started is an
+    OSError. Cancelling the caller does not cut it short.
+    """
+    return await anyio.to_thread.run_sync(partial(_run_stranger, argv, env, cwd, timeout, most))
+
+
+def _run_stranger(argv: Sequence[str], env: Mapping[str, str], cwd: Path, timeout: float, most: int) -> Completed:
+    deadline = time.monotonic() + timeout
+    with subprocess.Popen(
+        argv,
+        env=env,
+        cwd=cwd,
+        bufsize=0,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as child:
+        try:
+            stdout, stderr = _read_some(child, deadline, most)
+        finally:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.pid, signal.SIGKILL)
+        if time.monotonic() >= deadline:
+            raise TimeoutError(f"`{' '.join(argv)}` was killed: it ran longer than {timeout:g} s")
+    return Completed(child.returncode, stdout, stderr)
+
+
+def _read_some(child: subprocess.Popen[bytes], deadline: float, most: int) -> tuple[bytes, bytes]:
+    """Read until the child has ended, has printed more than `most`, or it is too late."""
+    streams = [pipe.fileno() for pipe in (child.stdout, child.stderr) if pipe is not None]
+    read = dict.fromkeys(streams, b"")
+    with selectors.DefaultSelector() as selector:
+        for stream in streams:
+            selector.register(stream, selectors.EVENT_READ)
+        while time.monotonic() < deadline and sum(map(len, read.values())) <= most:
+            # Asked before the pipes are read: what it wrote before its end is in them by then.
+            is_over = _has_ended(child)
+            for key, _ in selector.select(0 if is_over else _LOOK):
+                data = os.read(key.fd, _PIPE)
+                read[key.fd] += data
+                if not data:
+                    selector.unregister(key.fd)
+            if is_over:
+                break
+    stdout, stderr = (read[stream][:most] for stream in streams)
+    return stdout, stderr
+
+
+def _has_ended(child: subprocess.Popen[bytes]) -> bool:
+    if sys.platform == "linux":
+        # Without reaping it, which would give its id and its group's away.
+        return os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    return child.poll() is not None
 
 
 async def spawn(argv: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> subprocess.Popen[bytes]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import randbelow
 
 from orchestrator.errors import RefusedError
 
@@ -58,10 +58,12 @@ class Project:
 
 def find_project(start: Path) -> Project:
     """Return the project that a folder is in; RefusedError where no run has ever been started."""
+    start = start.absolute()
     for folder in (start, *start.parents):
         if (folder / FOLDER / "state").is_dir():
             return Project(folder)
-    raise RefusedError(f"council has not run in {start}", "start with `council run FILE`, or cd to its repository")
+    remedy = "start with `council run`, or cd to the repository that it ran in"
+    raise RefusedError(f"council has not run in {start}", remedy)
 
 
 def council_home(environ: Mapping[str, str]) -> Path:
@@ -84,8 +86,14 @@ def exclude_from_git(git_dir: Path) -> None:
         return
     exclude.parent.mkdir(exist_ok=True)
     separator = b"" if not before or before.endswith(b"\n") else b"\n"
-    staged = exclude.with_name(f"exclude.{os.getpid()}.new")
+    staged = exclude.with_name(f"{exclude.name}.{randbelow(10**12)}.new")  # a process may start several runs
     staged.write_bytes(before + separator + line + b"\n")
     if exclude.exists():
         staged.chmod(exclude.stat().st_mode)
     staged.replace(exclude)
+
+
+def unfinished_excludes(git_dir: Path) -> dict[Path, float]:
+    """Return the files that `exclude_from_git` was about to put into place, with when (wall-clock seconds). Blocks."""
+    found = (git_dir / "info").glob("exclude.*.new")
+    return {path: path.lstat().st_mtime for path in found if path.name.split(".")[1].isdecimal()}

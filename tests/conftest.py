@@ -18,6 +18,11 @@ import orchestrator.testing.fake_cli
 from orchestrator.testing.fingerprint import Fingerprint
 from orchestrator.testing.invariants import Scene, assert_invariants
 
+# What ignores signals because these tests were started in the background would do so in the programs under test, too.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
+
 FAKE_CLI = Path(orchestrator.testing.fake_cli.__file__)
 
 

@@ -13,13 +13,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from orchestrator.cli.output import Output
-from orchestrator.domain.secrets import Redactor, secret_values
-from orchestrator.errors import ConfigError, CouncilError, RefusedError
+from orchestrator.errors import ConfigError, CouncilError, RefusedError, as_refusal
 from orchestrator.protocols import JsonObject
+
+if TYPE_CHECKING:
+    from orchestrator.domain.secrets import Redactor
 
 BAD_INPUT = 2
 OUR_FAULT = 3
@@ -32,6 +35,9 @@ class _Redacting(logging.Formatter):
 
 
 def _redactor() -> Redactor:
+    # Late: compiling its expressions takes long, and most commands end well.
+    from orchestrator.domain.secrets import Redactor, secret_values  # noqa: PLC0415
+
     return Redactor(secret_values(os.environ))
 
 
@@ -73,6 +79,8 @@ def boundary(output: Output, log: Log) -> Iterator[None]:
         _end(output, INTERRUPTED, {"status": "interrupted", "error": "interrupted"}, "interrupted")
     except BaseException as raised:  # noqa: BLE001  the one boundary: nothing may leave as a traceback
         error = _cause(raised)
+        if isinstance(error, OSError):
+            error = as_refusal(error) or error
         if isinstance(error, ConfigError):
             problems = [asdict(problem) for problem in error.problems]
             _end(output, BAD_INPUT, {"status": "invalid", "errors": problems}, str(error))

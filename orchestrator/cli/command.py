@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import gc
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio
 import click
 
-from orchestrator.cli.boundary import Log, boundary
+from orchestrator.cli.boundary import OUR_FAULT, Log, boundary
+from orchestrator.cli.completing import complete_runs
 from orchestrator.cli.output import Output
 from orchestrator.cli.signals import Interrupt
-from orchestrator.council import Council, open_council
-from orchestrator.project import Project, find_project
+from orchestrator.cli.streams import unwritten
+from orchestrator.council import Council
+from orchestrator.engine.report import RunReport
+from orchestrator.errors import CouncilError, RefusedError
+
+if TYPE_CHECKING:
+    from orchestrator.config.model import RunConfig
+    from orchestrator.plugins import Plugins
+    from orchestrator.repo.diffs import Changes
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON: one event a line, then one result object."
 )
-run_argument = click.argument("run", required=False)
-run_option = click.option("--run", "run", metavar="RUN", help="Another run than the newest.")
+run_argument = click.argument("run", required=False, shell_complete=complete_runs)
+run_option = click.option(
+    "--run", "run", metavar="RUN", help="Another run than the newest.", shell_complete=complete_runs
+)
+
+
+#: New objects after which Python looks for cycles among them.
+_ALLOCATIONS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +50,28 @@ class Context:
 
 
 @asynccontextmanager
-async def opened(log: Log, project: Project | None = None) -> AsyncIterator[Council]:
-    """Open the council of a project, that of the current folder if none is given."""
-    project = project or find_project(Path.cwd())
-    async with open_council(project) as council:
-        log.path = project.log_file
+async def opened(
+    log: Log, source: Path | RunConfig | None = None, plugins: Plugins | None = None
+) -> AsyncIterator[Council]:
+    """Open the council of a run or a folder, that of the current folder if none is given."""
+    async with Council.open(source, plugins=plugins) as council:
+        log.path = council.project.log_file
         yield council
+
+
+#: Landed tasks of which it is told how much they changed: each costs git some milliseconds in a large repository.
+_MOST_COUNTED = 300
+
+
+async def show_result(context: Context, council: Council, report: RunReport, code: int | None = None) -> None:
+    """Print how a run stands; people are also told how much landed, where that can still be seen."""
+    changes: Mapping[str, Changes] = {}
+    commits = [task.landed for task in report.tasks if task.landed is not None]
+    if not context.output.as_json:
+        with suppress(CouncilError, OSError):
+            changes = await council.archive.landed(report.run, commits[:_MOST_COUNTED])
+    is_newest = context.output.as_json or await council.newest_run() == report.run
+    context.output.result(report, code, changes=changes, is_newest=is_newest)
 
 
 def perform(command: Callable[[Context], Awaitable[int]], *, as_json: bool) -> None:
@@ -50,6 +82,21 @@ def perform(command: Callable[[Context], Awaitable[int]], *, as_json: bool) -> N
         context = Context(output, log, Interrupt(output))
         return await context.interrupt.guard(command(context))
 
+    # What is imported stays, and a large run's documents do, too: looking for cycles among them takes half of the time
+    # of commands that only show something.
+    gc.freeze()
+    gc.set_threshold(_ALLOCATIONS)
     with boundary(output, log):
+        _check_folder()
         code = anyio.run(guarded)
+    if output.unwritten is not None:
+        output.text(f"council: {unwritten(output.unwritten)}\n", err=True)
+        code = code or OUR_FAULT
     sys.exit(code)
+
+
+def _check_folder() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise RefusedError("the current folder does not exist any more", "cd to one that does") from None

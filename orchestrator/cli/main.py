@@ -1,23 +1,98 @@
-"""The `council` command: parse, call the council, show what it says. Nothing is decided here."""
+"""The `council` command: which commands there are. Each is imported when it is asked for: `--help` must be quick."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from pathlib import Path
+import gc
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any, NamedTuple
 
-import anyio
 import click
 
-from orchestrator.cli.command import Context, json_option, opened, perform, run_argument
-from orchestrator.cli.output import Output
-from orchestrator.cli.salvage import salvage
-from orchestrator.cli.tasks import cancel, diff, logs, retry
-from orchestrator.config.load import load_config
-from orchestrator.council import Council, project_of
-from orchestrator.plugins import load_adapter_types
+from orchestrator.cli.group import Suggesting
+from orchestrator.cli.streams import usable_streams
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Entry(NamedTuple):
+    """Where a command is, as `module:name`, and the sentence that lists it; a test holds it to the command's own."""
+
+    place: str
+    help: str
+
+
+#: All commands, under the headings that `--help` shows them by.
+COMMANDS: Mapping[str, Mapping[str, Entry]] = {
+    "Run": {
+        "run": Entry("orchestrator.cli.run:run_file", "Run the tasks of FILE and land what they build."),
+        "resume": Entry("orchestrator.cli.run:resume", "Go on with a run from wherever it was cut off."),
+    },
+    "Set up": {
+        "init": Entry("orchestrator.cli.init:init", "Write a council.yaml for this repository."),
+        "validate": Entry(
+            "orchestrator.cli.validate:validate", "Check FILE without running it, and tell every mistake."
+        ),
+        "doctor": Entry("orchestrator.cli.doctor:doctor", "Look whether a run could work here, and say what to mend."),
+        "adapters": Entry(
+            "orchestrator.cli.adapters:adapters",
+            "List the adapters that are installed, with what there is of their programs.",
+        ),
+        "schema": Entry("orchestrator.cli.schema:schema", "Print the JSON Schema of the file, for your editor."),
+        "completion": Entry(
+            "orchestrator.cli.completion:completion", "Print a script that completes commands in SHELL."
+        ),
+    },
+    "Look": {
+        "status": Entry("orchestrator.cli.status:status", "Show how a run stands; the exit code says so too."),
+        "watch": Entry(
+            "orchestrator.cli.watch:watch", "Show a run that is at work until it ends; Ctrl-C ends only the showing."
+        ),
+        "runs": Entry("orchestrator.cli.status:runs", "List the runs of this project, the oldest first."),
+        "logs": Entry("orchestrator.cli.tasks:logs", "Print what a task's program and checks printed."),
+        "diff": Entry("orchestrator.cli.tasks:diff", "Show what a task has changed, so far if it is at work."),
+        "where": Entry("orchestrator.cli.status:where", "Say where everything is kept."),
+    },
+    "Steer": {
+        "cancel": Entry("orchestrator.cli.tasks:cancel", "End tasks for good; without TASK, all that are not over."),
+        "retry": Entry("orchestrator.cli.tasks:retry", "Try tasks again that are over without having landed."),
+        "salvage": Entry("orchestrator.cli.salvage:salvage", "See, take over or drop work that is on no target."),
+        "clean": Entry("orchestrator.cli.clean:clean", "Remove what runs left over and nothing needs."),
+    },
+}
+
+
+class Commands(Suggesting):
+    """The group of all commands; knows their names without importing them."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command with whatever streams there are."""
+        with usable_streams():
+            return super().main(*args, **kwargs)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
+        """Return all names in the order that they are shown."""
+        return [name for entries in COMMANDS.values() for name in entries]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002  click's signature
+        """Import a command; None if there is none of this name."""
+        entry = next((entries[cmd_name] for entries in COMMANDS.values() if cmd_name in entries), None)
+        if entry is None:
+            return None
+        module, _, name = entry.place.partition(":")
+        gc.disable()  # looking for cycles among what stays for good takes a tenth of the time of importing it
+        try:
+            command: click.Command = getattr(import_module(module), name)
+        finally:
+            gc.enable()
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002  the same
+        """Write the commands under their headings."""
+        for heading, entries in COMMANDS.items():
+            with formatter.section(heading):
+                formatter.write_dl([(name, entry.help) for name, entry in entries.items()])
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="cli-council", prog_name="council")
 def main() -> None:
     """Run many AI coding CLIs at once on one git repository.
@@ -35,137 +110,5 @@ def main() -> None:
     """
 
 
-@main.command("run")
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--allow-deferred", is_flag=True, help="Start although the target's checkout is dirty; land on resume.")
-@json_option
-def run_file(file: Path, allow_deferred: bool, as_json: bool) -> None:
-    """Run the tasks of FILE and land what they build."""
-
-    async def command(context: Context) -> int:
-        config = await anyio.to_thread.run_sync(load_config, file, load_adapter_types())
-        project = await project_of(config)
-        async with opened(context.log, project) as council:
-            run = await council.create_run(config, allow_deferred=allow_deferred)
-            return await _execute(council, run, context, after=0)
-
-    perform(command, as_json=as_json)
-
-
-@main.command()
-@run_argument
-@json_option
-def resume(run: str | None, as_json: bool) -> None:
-    """Go on with a run from wherever it was cut off.
-
-    Without RUN it is the newest.
-    """
-
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
-            name = run or await council.newest_run()
-            return await _execute(council, name, context, after=await council.position())
-
-    perform(command, as_json=as_json)
-
-
-@main.command()
-@run_argument
-@json_option
-def status(run: str | None, as_json: bool) -> None:
-    """Show how a run stands; the exit code says so too.
-
-    Without RUN it is the newest.
-    """
-
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
-            report = await council.status(run or await council.newest_run())
-            context.output.result(report)
-            return report.exit_code
-
-    perform(command, as_json=as_json)
-
-
-@main.command()
-@json_option
-def runs(as_json: bool) -> None:
-    """List the runs of this project, the oldest first."""
-
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
-            found = await council.runs()
-            if as_json:
-                context.output.json({"runs": [report.to_json() for report in found]})
-            for report in [] if as_json else found:
-                landed = sum(task.landed is not None for task in report.tasks)
-                told = f"{report.status:<12} {landed} of {len(report.tasks)} landed on {report.target}"
-                context.output.text(f"{report.run}  {told}\n")
-            return 0
-
-    perform(command, as_json=as_json)
-
-
-@main.command()
-@json_option
-def where(as_json: bool) -> None:
-    """Say where everything is kept.
-
-    That is the state, the logs and the repositories of our own.
-    """
-
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
-            places = await council.places()
-            context.output.facts(
-                {name: None if value is None else str(value) for name, value in asdict(places).items()}
-            )
-            return 0
-
-    perform(command, as_json=as_json)
-
-
-async def _execute(council: Council, run: str, context: Context, after: int) -> int:
-    """Take a run to its end with its events shown; the first signal then stops it cleanly."""
-    progress = _Progress()
-    context.interrupt.stop = council.stop
-    output = context.output
-    async with anyio.create_task_group() as group:
-        group.start_soon(progress.show, council, run, output, after)
-        report = await council.execute(run)
-        await progress.reach(await council.position())
-        group.cancel_scope.cancel()
-    output.result(report)
-    return report.exit_code
-
-
-class _Progress:
-    """Shows a run's events, and knows up to which position of the log it has."""
-
-    def __init__(self) -> None:
-        self._shown, self._moved = 0, anyio.Event()
-
-    async def show(self, council: Council, run: str, output: Output, after: int) -> None:
-        self._advance(after)
-        async for record in council.records(after):
-            for event in record.events:
-                if event.data.get("run") == run:
-                    output.event(record.time, event)
-            self._advance(record.position)
-
-    async def reach(self, position: int) -> None:
-        while self._shown < position:
-            await self._moved.wait()
-
-    def _advance(self, position: int) -> None:
-        self._shown = position
-        self._moved.set()
-        self._moved = anyio.Event()
-
-
-for _command in (cancel, retry, logs, diff, salvage):
-    main.add_command(_command)
-
-
 if __name__ == "__main__":
-    main()
+    main(prog_name="council")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 
@@ -9,13 +10,23 @@ import click
 
 from orchestrator.archive import KeptWork
 from orchestrator.cli.command import Context, json_option, opened, perform, run_option
+from orchestrator.cli.completing import complete_kept
+from orchestrator.cli.group import Suggesting
 from orchestrator.cli.output import plain
 from orchestrator.cli.tasks import show_difference, stat_option, wants_color
 
 
-@click.group()
+@click.group(cls=Suggesting)
 def salvage() -> None:
-    """Work that is on no target: of tasks that failed, conflicted, were cancelled or cut off."""
+    """See, take over or drop work that is on no target.
+
+    It is of tasks that failed, conflicted, were cancelled or cut off.
+
+    \b
+    Examples:
+      council salvage list
+      council salvage show models/2
+    """
 
 
 @salvage.command("list")
@@ -25,6 +36,11 @@ def list_kept(run: str | None, as_json: bool) -> None:
     """List what is kept, the newest run first.
 
     The other commands take the names, for another run than the newest together with --run.
+
+    \b
+    Examples:
+      council salvage list
+      council salvage list --run 20260102-030405-ab12
     """
 
     async def command(context: Context) -> int:
@@ -45,6 +61,17 @@ def _line(one: KeptWork) -> str:
     return plain(f"{one.run}  {one.name:<28} {one.state:<10} {when:<16} {one.worktree or one.subject}") + "\n"
 
 
+def _applied(name: str, changed: Sequence[str], branch: str | None) -> str:
+    told = "changed nothing"
+    if branch is not None:
+        told = f"made the branch {branch}"
+        if name.endswith("/conflict"):
+            told += ": switch to it, mend what is marked, commit, and merge it into the target"
+    elif changed:
+        told = f"changed {', '.join(changed)}, not committed"
+    return plain(told) + "\n"
+
+
 def _local(instant: int) -> str:
     """Return a commit's time as a person reads it; whoever committed may have written any number."""
     try:
@@ -54,11 +81,17 @@ def _local(instant: int) -> str:
 
 
 @salvage.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_kept)
 @stat_option
 @run_option
 def show(name: str, stat: bool, run: str | None) -> None:
-    """Show what kept work changes."""
+    """Show what kept work changes.
+
+    \b
+    Examples:
+      council salvage show models/2
+      council salvage show models/conflict --stat
+    """
 
     async def command(context: Context) -> int:
         async with opened(context.log) as council:
@@ -71,7 +104,7 @@ def show(name: str, stat: bool, run: str | None) -> None:
 
 
 @salvage.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_kept)
 @click.option("--branch", metavar="BRANCH", help="Make this branch of it instead, in your repository.")
 @run_option
 @json_option
@@ -79,6 +112,11 @@ def apply(name: str, branch: str | None, run: str | None, as_json: bool) -> None
     """Bring kept work into your files, uncommitted.
 
     All of it, or nothing if it does not fit. With --branch it becomes a branch of your repository instead.
+
+    \b
+    Examples:
+      council salvage apply models/2
+      council salvage apply models/conflict --branch models-by-hand
     """
 
     async def command(context: Context) -> int:
@@ -87,19 +125,23 @@ def apply(name: str, branch: str | None, run: str | None, as_json: bool) -> None
             if as_json:
                 context.output.json({"applied": name, "branch": branch, "paths": [] if branch else list(changed)})
             else:
-                what = "made the branch" if branch else "changed"
-                context.output.text(plain(f"{what} {', '.join(changed) or 'nothing'}") + "\n")
+                context.output.text(_applied(name, changed, branch))
             return 0
 
     perform(command, as_json=as_json)
 
 
 @salvage.command()
-@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_kept)
 @run_option
 @json_option
 def drop(names: tuple[str, ...], run: str | None, as_json: bool) -> None:
-    """Delete kept work for good."""
+    """Delete kept work for good.
+
+    \b
+    Examples:
+      council salvage drop models/1 models/2
+    """
 
     async def command(context: Context) -> int:
         async with opened(context.log) as council:

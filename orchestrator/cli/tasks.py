@@ -8,7 +8,8 @@ from dataclasses import asdict
 
 import click
 
-from orchestrator.cli.command import Context, json_option, opened, perform, run_option
+from orchestrator.cli.command import Context, json_option, opened, perform, run_option, show_result
+from orchestrator.cli.completing import complete_live_tasks, complete_revivable_tasks, complete_tasks
 from orchestrator.cli.output import Output
 from orchestrator.domain.model import Action
 
@@ -19,39 +20,50 @@ stat_option = click.option("--stat", is_flag=True, help="Files and counts of lin
 def _ask(action: Action, tasks: tuple[str, ...], run: str | None, *, as_json: bool) -> None:
     async def command(context: Context) -> int:
         async with opened(context.log) as council:
-            report = await council.ask(run or await council.newest_run(), action, tasks)
-            context.output.result(report, code=0)
+            ask = council.cancel if action is Action.CANCEL else council.retry
+            report = await ask(*tasks, run=run)
+            await show_result(context, council, report, code=0)
             return 0
 
     perform(command, as_json=as_json)
 
 
 @click.command()
-@click.argument("tasks", metavar="[TASK]...", nargs=-1)
+@click.argument("tasks", metavar="[TASK]...", nargs=-1, shell_complete=complete_live_tasks)
 @run_option
 @json_option
 def cancel(tasks: tuple[str, ...], run: str | None, as_json: bool) -> None:
     """End tasks for good; without TASK, all that are not over.
 
     Sessions are stopped, what they did is kept on branches. A landing under way is brought to its end.
+
+    \b
+    Examples:
+      council cancel models api
+      council cancel --run 20260102-030405-ab12
     """
     _ask(Action.CANCEL, tasks, run, as_json=as_json)
 
 
 @click.command()
-@click.argument("tasks", metavar="TASK...", nargs=-1, required=True)
+@click.argument("tasks", metavar="TASK...", nargs=-1, required=True, shell_complete=complete_revivable_tasks)
 @run_option
 @json_option
 def retry(tasks: tuple[str, ...], run: str | None, as_json: bool) -> None:
     """Try tasks again that are over without having landed.
 
     They have all of their attempts before them. A run that is at work does so at once; otherwise `council resume` does.
+
+    \b
+    Examples:
+      council retry models
+      council retry models api --run 20260102-030405-ab12
     """
     _ask(Action.RETRY, tasks, run, as_json=as_json)
 
 
 @click.command()
-@click.argument("task")
+@click.argument("task", shell_complete=complete_tasks)
 @click.option("-f", "--follow", is_flag=True, help="Go on with what is printed until the task is over.")
 @click.option("--attempt", type=click.IntRange(min=1), help="Another attempt than the newest.")
 @run_option
@@ -60,6 +72,12 @@ def logs(task: str, follow: bool, attempt: int | None, run: str | None, as_json:
     """Print what a task's program and checks printed.
 
     Its standard error goes to standard error.
+
+    \b
+    Examples:
+      council logs models
+      council logs models --follow
+      council logs models --attempt 1
     """
 
     async def command(context: Context) -> int:
@@ -77,12 +95,18 @@ def logs(task: str, follow: bool, attempt: int | None, run: str | None, as_json:
 
 
 @click.command()
-@click.argument("task")
+@click.argument("task", shell_complete=complete_tasks)
 @stat_option
 @_color
 @run_option
 def diff(task: str, stat: bool, color: bool | None, run: str | None) -> None:
-    """Show what a task has changed, so far if it is at work."""
+    """Show what a task has changed, so far if it is at work.
+
+    \b
+    Examples:
+      council diff models
+      council diff models --stat
+    """
 
     async def command(context: Context) -> int:
         async with opened(context.log) as council:

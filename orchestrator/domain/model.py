@@ -31,15 +31,20 @@ REVIVABLE = frozenset({TaskStatus.NO_CHANGE, TaskStatus.CONFLICT, TaskStatus.FAI
 #: States in which the run has nothing left to do for a task.
 FINAL = REVIVABLE | {TaskStatus.LANDED}
 
+#: Names of tasks that are told to somebody who named none of them.
+_MOST_NAMED = 5
+
 
 class _Document(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Not one program needs all of these, and each takes a millisecond to build.
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class Attempt(_Document):
     """One try of a task, recorded before anything of it exists. Times are wall-clock seconds."""
 
     number: int
+    adapter: str
     base: str
     start: str | None = None
     """The commit that its worktree began at where that is not the base: earlier work, merged onto it."""
@@ -56,6 +61,14 @@ class Attempt(_Document):
     """The names of the variables with secrets that its program was given."""
     check_log: str | None = None
     """The log of the check that did not pass."""
+    session: str | None = None
+    """The CLI's own id of its conversation."""
+    words: str | None = None
+    """What the CLI said last, or its result."""
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost: float | None = None
+    """US dollars, if the CLI told."""
 
 
 class Intent(_Document):
@@ -114,6 +127,10 @@ class RunDocument(_Document):
     """By name: what `config.model.restore_adapter` takes."""
     fence: dict[str, Any]
     """What `config.model.FenceConfig` holds."""
+    sinks: dict[str, dict[str, Any]] = {}
+    """By name: what `config.model.restore` takes, and the patterns of the events."""
+    trackers: dict[str, dict[str, Any]] = {}
+    """By name: what `config.model.restore` takes."""
     tasks: tuple[str, ...]
     """Task ids in the file's order."""
     start: str
@@ -126,8 +143,12 @@ class RunDocument(_Document):
     def check_task(self, task: str) -> None:
         """Refuse the name of a task that the run does not have."""
         if task not in self.tasks:
-            near = difflib.get_close_matches(task, self.tasks, n=3) or self.tasks[:5]
-            raise RefusedError(f"run {self.id} has no task {task!r}", f"name one of: {', '.join(near)}")
+            near = difflib.get_close_matches(task, self.tasks, n=3)
+            rest = len(self.tasks) - _MOST_NAMED
+            more = f" and {rest} more, see `council status`" if rest > 0 else ""
+            named = f"name one of: {', '.join(self.tasks[:_MOST_NAMED])}{more}"
+            remedy = f"did you mean {' or '.join(map(repr, near))}?" if near else named
+            raise RefusedError(f"run {self.id} has no task {task!r}", remedy)
 
 
 class AdapterDocument(_Document):

@@ -75,6 +75,11 @@ def any_overlap(left: Sequence[str], right: Sequence[str]) -> bool:
     return any(overlap(a, b) for a in left for b in right)
 
 
+def literal_prefix(pattern: str) -> str:
+    """Return what every path that a pattern matches begins with; two overlap only if one's begins with the other's."""
+    return _compile(pattern).prefix
+
+
 @lru_cache(maxsize=1 << 16)
 def _compile(text: str) -> _Pattern:
     check_pattern(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 
 from tenacity import AsyncRetrying, RetryCallState
 from tenacity.wait import wait_exponential, wait_random_exponential
@@ -43,7 +44,7 @@ def park_until(now: float, until: float | None, parks: int) -> float:
     `until` is what it said, if it did. An adapter whose word proves wrong is believed less each time: it is
     never tried sooner than the backoff allows, so that no limit is run into in a loop.
     """
-    if until is None:
+    if until is None or not isfinite(until):
         return now + retry_delay(PARK, parks)
     least = retry_delay(PARK, parks - 1) if parks > 1 else 1.0
     return now + min(max(until - now, least), LONGEST_PARK)

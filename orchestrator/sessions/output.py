@@ -11,9 +11,14 @@ STOP_GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 TAIL_BYTES = 1 << 16
 
 
+def log_name(task: str, attempt: int, stream: str) -> str:
+    """Return the name of `log_file`."""
+    return f"{task}.{attempt}.{stream}"
+
+
 def log_file(logs: Path, task: str, attempt: int, stream: str) -> Path:
     """Return the file that holds what an attempt printed; `stream` is stdout, stderr, or check and a number."""
-    return logs / f"{task}.{attempt}.{stream}"
+    return logs / log_name(task, attempt, stream)
 
 
 async def read_tail(file: Path, size: int = TAIL_BYTES) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import anyio
@@ -22,11 +22,16 @@ from orchestrator.repo import worktrees
 from orchestrator.repo.collect import Collected, collect
 from orchestrator.repo.git import Git
 from orchestrator.repo.inspection import Admission
+from orchestrator.repo.stamps import Stamps
+from orchestrator.repo.templates import Templates
 from orchestrator.repo.worktrees import Worktree
 from orchestrator.sessions.environment import session_environment
 from orchestrator.sessions.fencing import Fencing
 from orchestrator.sessions.output import OUTPUT_CAP, STOP_GRACE, log_file, read_tail
 from orchestrator.sessions.supervised import SupervisedCommand, run_supervised
+from orchestrator.sessions.transcript import NOTHING_SAID, Transcript, has_admitted_failure, read_transcript
+
+_LONGEST_REASON = 500  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,7 @@ class Finished:
     salvaged: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     """What was left in the worktree beside the files, and why."""
+    transcript: Transcript = NOTHING_SAID
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,7 @@ class SessionTools:
     logs: Path
     environ: Mapping[str, str]
     clock: Clock
+    templates: Templates = field(default_factory=Templates)
 
     def admission(self, max_file: int) -> Admission:
         """Return what may become part of a commit."""
@@ -102,7 +109,9 @@ class Session:
         what, worktree = self.assignment, self.assignment.worktree
         try:
             await anyio.to_thread.run_sync(lambda: self.tools.logs.mkdir(mode=0o700, exist_ok=True))
-            await worktrees.create(self.tools.git, worktree, what.start or what.base, what.text)
+            make = self.tools.templates.check_out
+            await worktrees.create(self.tools.git, worktree, what.start or what.base, what.text, make)
+            stamps = await anyio.to_thread.run_sync(Stamps.take, worktree.tree)
             exit_ = await self._supervise()
         except (GitError, OSError) as error:
             return Finished(_not_set_up(error))
@@ -112,21 +121,25 @@ class Session:
             return Finished(Failed(FailureClass.TRANSIENT, str(error)), collected=False)
         failpoint("session.ended")
         try:
-            left = await self._collect()
+            left = await self._collect(stamps)
         except (GitError, OSError) as error:
             reason = f"what it left in {worktree.tree} could not be collected: {error}"
             return Finished(Failed(FailureClass.TRANSIENT, reason), collected=False)
-        outcome = judge(exit_, what.limits, left.commit, left.refused, await self._verdict(exit_))
-        return Finished(outcome, worktree.branch if left.commit else None, left.complete, left.salvaged, left.notes)
+        stdout, stderr = [await read_tail(self._log(name)) for name in ("stdout", "stderr")]
+        transcript, verdict, admitted = await self._understand(exit_, stdout, stderr)
+        outcome = judge(exit_, what.limits, left.commit, left.refused, verdict, admitted=admitted, errors=stderr)
+        branch = worktree.branch if left.commit else None
+        return Finished(outcome, branch, left.complete, left.salvaged, left.notes, transcript)
 
     async def _supervise(self) -> Exit:
         with self._running:
             command = self._command()
-            fenced = await self.tools.fencing.around(self.assignment.worktree, command, self.assignment.reach)
+            reach = self.assignment.reach | Reach(readable=tuple(self._adapters_command().readable))
+            fenced = await self.tools.fencing.around(self.assignment.worktree, command, reach)
             ended = await run_supervised(fenced, on_spawned=lambda: failpoint("session.spawned"))
             error = ended.spawn_error
             if error is not None:
-                error += self.tools.fencing.why_missing(command.argv[0], self.tools.environ, self.assignment.reach)
+                error += self.tools.fencing.why_missing(command.argv[0], self.tools.environ, reach)
             return Exit(ended.ended_by, ended.exit, ended.signal, error, ended.exhausted)
         return Exit("stop", None, None, None)
 
@@ -166,16 +179,22 @@ class Session:
             redact=self.tools.redactor.bytes_pattern,
         )
 
-    async def _collect(self) -> Collected:
+    async def _collect(self, stamps: Stamps | None) -> Collected:
         what = self.assignment
         message = self.tools.redactor.text(commit_message(what.worktree, what.prompt))
-        admit = self.tools.admission(what.max_file)
-        return await collect(self.tools.git, what.worktree, what.base, message, admit=admit)
+        admit = replace(self.tools.admission(what.max_file), leavings=tuple(self._adapters_command().leavings))
+        return await collect(self.tools.git, what.worktree, what.base, message, admit=admit, stamps=stamps)
 
-    async def _verdict(self, exit_: Exit) -> Failed | None:
-        said = [await read_tail(self._log(name)) for name in ("stdout", "stderr")]
-        end = SessionEnd(exit_.code, exit_.signal, self.tools.clock.now(), *said)
-        return self.assignment.adapter.verdict(end)
+    async def _understand(self, exit_: Exit, stdout: str, stderr: str) -> tuple[Transcript, Failed | None, bool]:
+        """Return what the program said, the adapter's verdict, and whether the program may have said that it failed."""
+        adapter = self.assignment.adapter
+        try:
+            transcript, events = await anyio.to_thread.run_sync(read_transcript, adapter, self._log("stdout"))
+            end = SessionEnd(exit_.code, exit_.signal, self.tools.clock.now(), stdout, stderr, events)
+            return transcript, adapter.verdict(end), has_admitted_failure(events)
+        except Exception as error:  # noqa: BLE001  a mistake of a plugin's is the matter of its tasks alone
+            reason = f"its adapter could not make sense of its output, {type(error).__name__}: {error}"
+            return NOTHING_SAID, Failed(FailureClass.CRASHED, " ".join(reason.split())[:_LONGEST_REASON]), True
 
     def _log(self, stream: str) -> Path:
         return log_file(self.tools.logs, self.assignment.worktree.task, self.assignment.worktree.attempt, stream)

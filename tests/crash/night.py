@@ -18,9 +18,8 @@ from typing import Any
 
 import anyio
 
-from orchestrator.council import open_council
+from orchestrator.council import Council
 from orchestrator.errors import RefusedError
-from orchestrator.project import Project
 from tests.conftest import FAKE_CLI, Ended, Repository
 
 #: Where work starts; it never moves, and where it meets the target both have changed `BOTH`.
@@ -249,11 +248,11 @@ class Person(threading.Thread):
 
 async def look(repository: Repository) -> dict[str, str]:
     """Return the states of the newest run's tasks; none where there is no run yet."""
-    async with open_council(Project(repository.top), environ=repository.environ) as council:
-        try:
-            found = await council.status(await council.newest_run())
-        except RefusedError:
-            return {}
+    try:
+        async with Council.open(repository.top, environ=repository.environ) as council:
+            found = await council.status()
+    except RefusedError:
+        return {}
     return {task.id: task.state for task in found.tasks}
 
 

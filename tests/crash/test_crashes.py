@@ -12,7 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from orchestrator.clock import SystemClock
 from orchestrator.failpoints import FAILPOINTS
+from orchestrator.state.file import FileStore
 from tests.conftest import Ended, Repository
 from tests.waiting import wait_for
 
@@ -55,8 +57,22 @@ def configure(repository: Repository, tasks: list[dict[str, object]]) -> Path:
     config = json.loads(path.read_text())
     config["adapters"]["fake"]["failures"] = {"rate_limited": "limit, again in (?P<seconds>0) s"}
     config["defaults"]["checks"] = ["test ! -e own/bad.txt"]
+    config["sinks"] = {"lines": {"use": "jsonlines", "file": "events.jsonl"}}
     path.write_text(json.dumps(config))
     return path
+
+
+async def assert_told(repository: Repository) -> None:
+    """Check that the file of the sink, if there is one, has every event once and in order."""
+    file = repository.top.parent / "events.jsonl"
+    async with FileStore.open(repository.top / ".council/state", SystemClock()) as store:
+        last, recorded = await store.position(), []
+        async for record in store.follow():
+            recorded += [(record.position, event.type) for event in record.events if "sink." not in event.type]
+            if record.position == last:
+                break
+    told = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    assert [(line["position"], line["event"]) for line in told] == (recorded if file.exists() else [])
 
 
 async def finish(repository: Repository, count: int) -> Ended:
@@ -66,6 +82,7 @@ async def finish(repository: Repository, count: int) -> Ended:
     assert set(ended.states.values()) == {"landed"}
     assert len(ended.states) == count
     await repository.assert_invariants()
+    await assert_told(repository)
     log = {path: path.read_bytes() for path in (repository.top / ".council/state").iterdir()}
     head = repository.git("rev-parse", "main")
     assert repository.council("resume", "--json").code == 0

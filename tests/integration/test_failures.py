@@ -9,11 +9,8 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator.config.load import load_config
-from orchestrator.council import Council, open_council
+from orchestrator.council import Council
 from orchestrator.engine.report import RunReport, RunStatus
-from orchestrator.plugins import load_adapter_types
-from orchestrator.project import Project
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import FAKE_CLI, Repository
 from tests.integration.test_scheduler import until_event
@@ -121,12 +118,12 @@ async def test_a_usage_limit_parks_the_adapter_until_it_ends(repository: Reposit
     adapters = {"limited": fake(repository, capacity=1), "other": fake(repository)}
     path = repository.configure(tasks, adapters=adapters)
     clock = ManualClock()
-    async with open_council(Project(repository.top), clock=clock, environ=repository.environ) as council:
-        run = await council.create_run(load_config(path, load_adapter_types()))
+    async with Council.open(path, clock=clock, environ=repository.environ) as council:
+        run = await council.create_run()
         reports: list[RunReport] = []
 
         async def execute() -> None:
-            reports.append(await council.execute(run))
+            reports.append(await council.resume(run))
 
         async with anyio.create_task_group() as group:
             group.start_soon(execute)
@@ -153,10 +150,10 @@ async def test_a_park_outlasts_the_process(repository: Repository) -> None:
     clock = ManualClock()
 
     async def opened(run: str | None, advance: float) -> str:
-        async with open_council(Project(repository.top), clock=clock, environ=repository.environ) as council:
-            name = run or await council.create_run(load_config(path, load_adapter_types()))
+        async with Council.open(path, clock=clock, environ=repository.environ) as council:
+            name = run or await council.create_run()
             async with anyio.create_task_group() as group:
-                group.start_soon(council.execute, name)
+                group.start_soon(council.resume, name)
                 await until_event(council, "adapter.parked", 1)
                 await until_claimed(council, name, 1 if run is None else 2)
                 await anyio.wait_all_tasks_blocked()
@@ -169,9 +166,9 @@ async def test_a_park_outlasts_the_process(repository: Repository) -> None:
     before = repository.spawns.read_text()
     await opened(run, 3599)
     assert repository.spawns.read_text() == before
-    async with open_council(Project(repository.top), clock=clock, environ=repository.environ) as council:
+    async with Council.open(path, clock=clock, environ=repository.environ) as council:
         clock.advance(1)
-        assert (await council.execute(run)).status is RunStatus.LANDED
+        assert (await council.resume(run)).status is RunStatus.LANDED
     await repository.assert_invariants()
 
 
@@ -257,8 +254,8 @@ async def test_a_machine_without_room_is_waited_for(repository: Repository) -> N
     path = repository.configure([{"id": "t", "prompt": "write a.txt x", "attempts": 1}])
     clock = ManualClock()
     full = repository.top / ".council" / "logs"
-    async with open_council(Project(repository.top), clock=clock, environ=repository.environ) as council:
-        run = await council.create_run(load_config(path, load_adapter_types()))
+    async with Council.open(path, clock=clock, environ=repository.environ) as council:
+        run = await council.create_run()
         logs = full / run
         logs.mkdir(mode=0o700)
         mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=1", "none", str(logs)], check=False)
@@ -266,7 +263,7 @@ async def test_a_machine_without_room_is_waited_for(repository: Repository) -> N
             pytest.skip("only root can make a file system that is full")
         try:
             async with anyio.create_task_group() as group:
-                group.start_soon(council.execute, run)
+                group.start_soon(council.resume, run)
                 await until_event(council, "run.paused", 1)
                 subprocess.run(["mount", "-o", "remount,nr_inodes=100", str(logs)], check=True)
                 await anyio.wait_all_tasks_blocked()

@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator.config.load import load_config
 from orchestrator.errors import ConfigError
-from orchestrator.plugins import load_adapter_types
+from orchestrator.plugins import load_plugins
 from tests.conftest import Repository
 
 BAD_BRANCHES = ("-b", "--upload-pack=touch x", "@", "HEAD", "refs/heads/x", "x.lock", "a/x.lock/b", "a/.b", "a..b",
@@ -28,7 +28,7 @@ def test_a_branch_that_git_would_read_otherwise_is_refused(repository: Repositor
     """In the file, at its place, before git sees it."""
     path = repository.configure([{"id": "one", "prompt": "x"}], **{key: name})
     with pytest.raises(ConfigError) as refused:
-        load_config(path, load_adapter_types())
+        load_config(path, load_plugins().adapters)
     assert refused.value.problems[0].remedy
 
 
@@ -105,7 +105,7 @@ async def test_a_plugin_in_the_repository_is_not_loaded(repository: Repository, 
     config.write_text(json.dumps(text))
     refused = installed(repository, "run", str(config))
     assert refused.returncode == 2, refused
-    assert "the installed ones are command" in refused.stderr
+    assert "there is no adapter type 'evil'" in refused.stderr
     assert not ran.exists()
     await repository.assert_invariants()
 

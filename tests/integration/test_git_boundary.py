@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from orchestrator.clock import SystemClock
-from orchestrator.engine.preflight import find_site
 from orchestrator.repo.git import Git
 from orchestrator.repo.hub import create_hub, hub_of, internal_ref
 from orchestrator.repo.landing import Landed, Merge, Stale, Target
+from orchestrator.repo.site import find_site
 from orchestrator.repo.source import Source
 from tests.conftest import Repository
 

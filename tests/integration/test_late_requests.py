@@ -7,13 +7,10 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator.config.load import load_config
-from orchestrator.council import Council, open_council
+from orchestrator.council import Council
 from orchestrator.domain.model import Action
 from orchestrator.engine.report import RunReport
 from orchestrator.engine.workshop import remove_worktree
-from orchestrator.plugins import load_adapter_types
-from orchestrator.project import Project
 from tests.conftest import Ended, Repository
 from tests.integration.test_scheduler import until_event
 from tests.waiting import wait_for
@@ -32,17 +29,17 @@ async def states_after(
     monkeypatch.setattr("orchestrator.engine.attempts.remove_worktree", remove_later)
     path = repository.configure(tasks)
     reports: list[RunReport] = []
-    async with open_council(Project(repository.top), environ=repository.environ) as council:
-        run = await council.create_run(load_config(path, load_adapter_types()))
+    async with Council.open(path, environ=repository.environ) as council:
+        run = await council.create_run()
 
         async def execute(council: Council) -> None:
-            reports.append(await council.execute(run))
+            reports.append(await council.resume(run))
 
         with anyio.fail_after(60):
             async with anyio.create_task_group() as group:
                 group.start_soon(execute, council)
                 await until_event(council, end, 1)
-                group.start_soon(council.ask, run, action, ["t"])
+                group.start_soon(council.cancel if action is Action.CANCEL else council.retry, "t")
                 await until_event(council, "request.answered", 1)
                 may_remove.set()
     await repository.assert_invariants()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,16 @@ async def test_the_session_sees_what_is_allowed_and_nothing_else(
     assert {name for name in seen if not name.startswith("COUNCIL_")} <= allowed
     grep = subprocess.run(["grep", "-r", "canary-1f9e", str(repository.top.parent)], capture_output=True, check=False)
     assert grep.stdout == b""
+
+
+async def test_each_missing_program_is_told_with_its_own_remedy(repository: Repository) -> None:
+    """What to install stands behind the program that it is for."""
+    adapters = {"a": {"use": "claude-code", "bin": "no-claude"}, "b": {"use": "command", "argv": ["no-such-program"]}}
+    tasks = [{"id": name, "prompt": "x", "adapter": name} for name in adapters]
+    told = repository.council("run", str(repository.configure(tasks, adapters=adapters)), "--json").result["error"]
+    first, second = told.split("; ")
+    assert re.fullmatch(r"adapter 'a' runs 'no-claude', which is not on PATH \(install it .*npm.*\)", first), told
+    assert second == "adapter 'b' runs 'no-such-program', which is not on PATH (install it, or correct the adapter)"
 
 
 async def test_the_prompt_on_standard_input(repository: Repository) -> None:

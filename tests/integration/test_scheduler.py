@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import anyio
 
-from orchestrator.config.load import load_config
-from orchestrator.council import Council, open_council
+from orchestrator.council import Council
 from orchestrator.engine.report import RunReport, RunStatus
-from orchestrator.plugins import load_adapter_types
-from orchestrator.project import Project
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
 
@@ -31,12 +28,12 @@ async def test_backoff_is_waited_for_on_the_clock(repository: Repository) -> Non
         defaults={"backoff": {"initial": "1h", "factor": 3, "max": "2h", "jitter": False}},
     )
     clock = ManualClock()
-    async with open_council(Project(repository.top), clock=clock, environ=repository.environ) as council:
-        run = await council.create_run(load_config(path, load_adapter_types()))
+    async with Council.open(path, clock=clock, environ=repository.environ) as council:
+        run = await council.create_run()
         reports: list[RunReport] = []
 
         async def execute() -> None:
-            reports.append(await council.execute(run))
+            reports.append(await council.resume(run))
 
         async with anyio.create_task_group() as group:
             group.start_soon(execute)
@@ -60,11 +57,11 @@ async def test_a_dirty_target_is_tried_again_while_sessions_are_at_work(reposito
         [{"id": "quick", "prompt": "write quick.txt q"}, {"id": "long", "prompt": "hang", "attempts": 1}]
     )
     clock = ManualClock()
-    async with open_council(Project(repository.top), clock=clock, environ=repository.environ) as council:
-        run = await council.create_run(load_config(path, load_adapter_types()))
+    async with Council.open(path, clock=clock, environ=repository.environ) as council:
+        run = await council.create_run()
         (repository.top / "README.md").write_text("mine\n")
         async with anyio.create_task_group() as group:
-            group.start_soon(council.execute, run)
+            group.start_soon(council.resume, run)
             await until_event(council, "task.deferred", 1)
             repository.git("checkout", "--", "README.md")
             await anyio.wait_all_tasks_blocked()

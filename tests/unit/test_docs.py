@@ -12,15 +12,27 @@ import pytest
 import yaml
 
 from adapters.command import CommandAdapter
-from orchestrator.cli.main import main
+from orchestrator.cli.main import COMMANDS, main
 from orchestrator.cli.output import SENTENCES
 from orchestrator.config.load import load_config
-from orchestrator.config.schema import AdapterEntry, BackoffEntry, DefaultsEntry, FileConfig, TaskEntry
+from orchestrator.config.model import RunConfig
+from orchestrator.config.schema import (
+    AdapterSettings,
+    BackoffSettings,
+    Config,
+    SinkSettings,
+    Task,
+    TaskDefaults,
+    TrackerSettings,
+)
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.model import TaskStatus
 from orchestrator.engine.ledger import TASK_EVENTS
 from orchestrator.engine.report import RunReport, RunStatus, TaskReport
-from orchestrator.plugins import load_adapter_types
+from orchestrator.outlets.checklist import Checklist, read_items
+from orchestrator.outlets.jsonlines import JsonLines
+from orchestrator.plugins import load_plugins
+from orchestrator.protocols import SessionRequest
 from orchestrator.sessions.environment import BASE_ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
@@ -28,12 +40,32 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
 OUTPUT = (ROOT / "docs/output.md").read_text()
 CONFIGURATION = (ROOT / "docs/configuration.md").read_text()
+ADAPTERS = (ROOT / "docs/adapters.md").read_text()
 
 
 def test_the_readme_names_every_command() -> None:
     """Each command stands in the README's table, and no other."""
+    assert set(re.findall(r"^\| `council (\w+)", README, re.MULTILINE)) == set(_commands())
+
+
+def test_the_list_of_commands_agrees_with_the_commands() -> None:
+    """What `--help` says of a command is the first sentence of its own help."""
+    for name, command in _commands().items():
+        entry = next(entries[name] for entries in COMMANDS.values() if name in entries)
+        assert (command.help or "").split("\n\n")[0].replace("\n", " ") == entry.help
+        assert command.name == name
+
+
+def _commands() -> dict[str, click.Command]:
+    context = click.Context(main)
     assert isinstance(main, click.Group)
-    assert set(re.findall(r"^\| `council (\w+)", README, re.MULTILINE)) == set(main.commands)
+    found = {name: main.get_command(context, name) for name in main.list_commands(context)}
+    return {name: command for name, command in found.items() if command is not None}
+
+
+def _load(path: Path) -> RunConfig:
+    plugins = load_plugins()
+    return load_config(path, plugins.adapters, plugins.extensions())
 
 
 def test_the_readmes_file_loads(tmp_path: Path) -> None:
@@ -43,22 +75,39 @@ def test_the_readmes_file_loads(tmp_path: Path) -> None:
     (tmp_path / "council.yaml").write_text(match[1])
     (tmp_path / "prompts").mkdir()
     (tmp_path / "prompts/api.md").write_text("Add an API.\n")
-    config = load_config(tmp_path / "council.yaml", load_adapter_types())
+    config = _load(tmp_path / "council.yaml")
     assert [task.id for task in config.tasks] == ["models", "api"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_file_loads(path: Path) -> None:
     """Each file under configs/ is valid."""
-    assert load_config(path, load_adapter_types()).tasks
+    config = _load(path)
+    assert config.tasks or config.trackers
 
 
 def test_every_key_is_documented() -> None:
     """docs/configuration.md has each key of the file, of `command` and of the base environment."""
-    models = (FileConfig, TaskEntry, DefaultsEntry, BackoffEntry, AdapterEntry, CommandAdapter.Options)
+    sections = (Config, Task, TaskDefaults, BackoffSettings, AdapterSettings, SinkSettings, TrackerSettings)
+    models = (*sections, CommandAdapter.Options, JsonLines.Options, Checklist.Options)
     keys = {field.alias or name for model in models for name, field in model.model_fields.items()}
     missing = [key for key in sorted(keys | set(BASE_ENVIRONMENT)) if f"`{key}`" not in CONFIGURATION]
     assert missing == []
+
+
+def test_every_adapter_is_documented(tmp_path: Path) -> None:
+    """docs/adapters.md has a section for each that we ship, with exactly its keys and the variables it passes on."""
+    sections = dict(re.findall(r"^## `([a-z-]+)`\n(.*?)(?=^## |\Z)", ADAPTERS, re.MULTILINE | re.DOTALL))
+    request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path)
+    for use, adapter_type in load_plugins({"COUNCIL_PLUGINS": ""}).adapters.items():
+        if use != "command":
+            keys = set(re.findall(r"^\| `(\w+)` \|", sections[use], re.MULTILINE))
+            assert keys == adapter_type.Options.model_fields.keys(), use
+            example = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", sections[use], re.DOTALL)[0])["adapters"]
+            own = {key: value for key, value in next(iter(example.values())).items() if key in keys - {"env"}}
+            passed = adapter_type(adapter_type.Options.model_validate(own)).command(request).pass_env
+            row = next(line for line in sections[use].splitlines() if line.startswith("| `env`"))
+            assert set(re.findall(r"`([A-Z_]+)`", row)) == set(passed), use
 
 
 def test_every_class_of_failure_is_documented() -> None:
@@ -66,7 +115,7 @@ def test_every_class_of_failure_is_documented() -> None:
     assert [one for one in FailureClass if f"| `{one}` |" not in CONFIGURATION] == []
 
 
-@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", CONFIGURATION, re.DOTALL))
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", CONFIGURATION + ADAPTERS, re.DOTALL))
 def test_every_example_of_the_reference_loads(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Put into an otherwise smallest file, each example is valid."""
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -75,7 +124,17 @@ def test_every_example_of_the_reference_loads(block: str, tmp_path: Path, monkey
     smallest = {"version": 1, "adapters": {"x": {"use": "command", "argv": ["x"]}}}
     text = json.dumps({**smallest, "tasks": [{"id": "a", "prompt": "Fix it."}], **yaml.safe_load(block)})
     (tmp_path / "council.yaml").write_text(text)
-    assert load_config(tmp_path / "council.yaml", load_adapter_types()).tasks
+    assert _load(tmp_path / "council.yaml").tasks
+
+
+def test_the_example_of_a_checklist_gives_the_tasks_that_the_text_says() -> None:
+    """Ids and what is open are as docs/configuration.md has them."""
+    match = re.search(r"```markdown\n(.*?)```", CONFIGURATION, re.DOTALL)
+    assert match
+    items = read_items(match[1].encode())
+    assert [item.id for item in items if not item.done] == ["models", "fix-the-typo-in-the-readme"]
+    assert [item.done for item in items] == [False, False, True]
+    assert "below an item" in items[1].text
 
 
 def test_the_readme_explains_every_final_state() -> None:

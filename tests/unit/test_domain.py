@@ -22,7 +22,7 @@ from orchestrator.domain.model import (
 from orchestrator.domain.outcome import Built, Exhausted, Exit, Failed, Interrupted, Limits, Outcome, judge
 from orchestrator.domain.retry import LONGEST_PARK, PARK, Backoff, park_until, retry_delay
 from orchestrator.engine.report import AdapterReport, ReportPlaces, RunRecord, RunReport, RunStatus, report
-from orchestrator.errors import InvalidTransition
+from orchestrator.errors import InvalidTransition, RefusedError
 
 DIAMOND = {"a": Entry(), "b": Entry(("a",)), "c": Entry(("a",)), "d": Entry(("b", "c"))}
 
@@ -221,6 +221,24 @@ def test_outcomes_are_judged_by_facts(
     assert judge(exit_, Limits(60.0), commit, refused, verdict) == outcome
 
 
+def test_the_last_line_of_standard_error_explains_an_exit_code() -> None:
+    """Where the adapter has no word for it; blank lines are none, and a long one is cut."""
+    failed, limits = Exit("exit", 2, None, None), Limits(60.0)
+    told = judge(failed, limits, None, None, None, errors="started\n sh: no such file \n\n")
+    assert told == Failed(CRASHED, "the program ended with exit code 2: sh: no such file")
+    cut = judge(failed, limits, None, None, None, errors="x" * 999)
+    assert cut == Failed(CRASHED, f"the program ended with exit code 2: {'x' * 300}")
+    assert judge(failed, limits, None, None, BUSY, errors="no\n") == BUSY
+
+
+@pytest.mark.parametrize(("commit", "refused"), [("c", None), (None, None), ("c", "it holds a secret")])
+def test_who_admits_that_it_failed_is_believed_whatever_it_has_changed(commit: str | None, refused: str | None) -> None:
+    """With a zero exit and half of the work done, a conclusion that failed is a failure; a stop still is a stop."""
+    limits = Limits(60.0)
+    assert judge(Exit("exit", 0, None, None), limits, commit, refused, BUSY, admitted=True) == BUSY
+    assert isinstance(judge(Exit("stop", 0, None, None), limits, commit, refused, BUSY, admitted=True), Interrupted)
+
+
 @pytest.mark.parametrize(
     ("exit_", "failure", "fragment"),
     [
@@ -253,7 +271,7 @@ def reported(made: RunRecord, status: RunStatus | None) -> RunReport:
 
 def test_a_report_names_what_blocks() -> None:
     """A blocked task says which need it waited for, and the run is incomplete with exit code 1."""
-    attempt = Attempt(number=1, base="0" * 40, started=0.0, outcome="crashed")
+    attempt = Attempt(number=1, adapter="x", base="0" * 40, started=0.0, outcome="crashed")
     tasks = {
         "a": TaskDocument(status=TaskStatus.FAILED, attempts=(attempt,), reason="it broke", branch="kept"),
         "b": TaskDocument(),
@@ -278,3 +296,19 @@ def test_a_report_names_adapters_that_can_not_be_used() -> None:
     assert [task.state for task in live.tasks] == ["pending", "pending"]
     assert [task.state for task in over.tasks] == ["blocked", "pending"]
     assert "log in" in str(over.tasks[0].reason)
+
+
+@pytest.mark.parametrize(
+    ("named", "many", "remedy"),
+    [
+        ("task9", 1, "did you mean 'task0'?"),
+        ("nope", 2, "name one of: task0, task1"),
+        ("nope", 7, "name one of: task0, task1, task2, task3, task4 and 2 more, see `council status`"),
+    ],
+)
+def test_a_task_that_a_run_does_not_have(named: str, many: int, remedy: str) -> None:
+    """Those that it may have been are told; where only some are told, that is said."""
+    run = record({f"task{number}": TaskDocument() for number in range(many)}, {}).run
+    with pytest.raises(RefusedError) as refused:
+        run.check_task(named)
+    assert refused.value.remedy == remedy

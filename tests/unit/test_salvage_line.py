@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.archive import KeptWork
-from orchestrator.cli.salvage import _line
+from orchestrator.cli.salvage import _applied, _line
 
 
 @pytest.mark.parametrize("committed", [99_999_999_999_999, 2**63, -(2**63)])
@@ -13,3 +13,22 @@ def test_a_commit_of_any_time_can_be_listed(committed: int) -> None:
     """An agent may date its commits beyond what a calendar has."""
     one = KeptWork("build/1/other", "run", "build", "landed", "subject", "0" * 40, committed, None)
     assert _line(one).split() == ["run", "build/1/other", "landed", "?", "subject"]
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "branch", "told"),
+    [
+        ("build/1", ["a", "b"], None, "changed a, b, not committed\n"),
+        ("build/1", [], None, "changed nothing\n"),
+        ("build/1", ["mine"], "mine", "made the branch mine\n"),
+        (
+            "build/conflict",
+            ["mine"],
+            "mine",
+            "made the branch mine: switch to it, mend what is marked, commit, and merge it into the target\n",
+        ),
+    ],
+)
+def test_what_was_applied_is_told(name: str, changed: list[str], branch: str | None, told: str) -> None:
+    """And what is left to do for it."""
+    assert _applied(name, changed, branch) == told

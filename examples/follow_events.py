@@ -1,0 +1,35 @@
+"""Follow what happens while a run is at work, and cancel what takes too many attempts.
+
+python examples/follow_events.py council.yaml
+"""
+
+from __future__ import annotations
+
+import sys
+
+import anyio
+
+from orchestrator import Council
+
+
+async def follow(council: Council, run: str) -> None:
+    """Print each event, until the run is over; the same works from another process."""
+    async for recorded in council.events(run):
+        event = recorded.event
+        print(recorded.position, event.type, event.data.get("task", ""))
+        if event.type == "task.retrying" and event.data["attempt"] >= 2:
+            await council.cancel(event.data["task"], run=run)
+
+
+async def main(file: str) -> int:
+    """Run the file with its events shown."""
+    async with Council.open(file) as council:
+        run = await council.create_run()
+        async with anyio.create_task_group() as group:
+            group.start_soon(follow, council, run)
+            report = await council.resume(run)
+    return report.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(anyio.run(main, sys.argv[1]))

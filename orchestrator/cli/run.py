@@ -1,0 +1,112 @@
+"""Commands that take a run to its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from orchestrator.cli.command import Context, json_option, opened, perform, run_argument, show_result
+from orchestrator.cli.mermaid import flowchart
+from orchestrator.cli.output import Output
+from orchestrator.cli.plan import plan_text
+from orchestrator.cli.progress import shown
+from orchestrator.cli.source import read_config
+from orchestrator.config.inline import InlineTasks
+from orchestrator.council import Council
+from orchestrator.dry_run import rehearse_run
+from orchestrator.engine.rehearsal import Rehearsal
+
+
+@click.command("run")
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.option("--task", "prompts", metavar="PROMPT", multiple=True, help="Do this instead of the file's tasks.")
+@click.option("--adapter", metavar="ADAPTER", help="What runs each --task: of the file, or an installed type.")
+@click.option("--base", metavar="BRANCH", help="Where each --task starts.")
+@click.option("--target", metavar="BRANCH", help="Where each --task lands.")
+@click.option("--check", "checks", metavar="COMMAND", multiple=True, help="Must succeed on what each --task built.")
+@click.option("--allow-deferred", is_flag=True, help="Start although the target's checkout is dirty; land on resume.")
+@click.option("--dry-run", is_flag=True, help="Check all, and show what would run in which order; start nothing.")
+@click.option("--mermaid", is_flag=True, help="With --dry-run: print a Mermaid flowchart.")
+@json_option
+def run_file(  # noqa: PLR0917  as many as there are options
+    file: Path | None,
+    prompts: tuple[str, ...],
+    adapter: str | None,
+    base: str | None,
+    target: str | None,
+    checks: tuple[str, ...],
+    allow_deferred: bool,
+    dry_run: bool,
+    mermaid: bool,
+    as_json: bool,
+) -> None:
+    """Run the tasks of FILE and land what they build.
+
+    Without FILE it is council.yaml, here or at the top of the repository. With --task, adapters and defaults are the
+    file's; there need not be one.
+
+    \b
+    Examples:
+      council run
+      council run night.yaml --dry-run
+      council run --dry-run --mermaid
+      council run --task "Add a --quiet option." --check "make test"
+      council run --task "Fix issue 12." --task "Fix issue 15." --adapter fixer --target fixes
+    """
+    if (adapter, base, target, checks) != (None, None, None, ()) and not prompts:
+        raise click.UsageError("--adapter, --base, --target and --check are for --task: a file says all that itself.")
+    if mermaid and (as_json or not dry_run):
+        raise click.UsageError("--mermaid goes with --dry-run, and not with --json.")
+    tasks = InlineTasks(prompts, adapter, base, target, checks) if prompts else None
+
+    async def command(context: Context) -> int:
+        plugins, config = await read_config(file, tasks)
+        if dry_run:
+            rehearsal = await rehearse_run(config, plugins, allow_deferred=allow_deferred)
+            _show(rehearsal, context.output, mermaid=mermaid)
+            return 0
+        async with opened(context.log, config, plugins) as council:
+            run = await council.create_run(allow_deferred=allow_deferred)
+            return await _execute(council, run, context, after=0)
+
+    perform(command, as_json=as_json)
+
+
+def _show(rehearsal: Rehearsal, output: Output, *, mermaid: bool) -> None:
+    if output.as_json:
+        output.json({**rehearsal.to_json(), "exit": 0})
+    else:
+        output.text(flowchart(rehearsal) if mermaid else plan_text(rehearsal))
+
+
+@click.command()
+@run_argument
+@json_option
+def resume(run: str | None, as_json: bool) -> None:
+    """Go on with a run from wherever it was cut off.
+
+    Without RUN it is the newest.
+
+    \b
+    Examples:
+      council resume
+      council resume 20260102-030405-ab12
+    """
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            name = run or await council.newest_run()
+            return await _execute(council, name, context, after=await council.position())
+
+    perform(command, as_json=as_json)
+
+
+async def _execute(council: Council, run: str, context: Context, after: int) -> int:
+    """Take a run to its end with its events shown; the first signal then stops it cleanly."""
+    context.interrupt.stop = council.stop
+    async with shown(council, run, context.output, after) as progress:
+        report = await council.resume(run)
+        await progress.reach(await council.position())
+    await show_result(context, council, report)
+    return report.exit_code

@@ -1,0 +1,214 @@
+"""Starts runs, takes them to their end, and does what is asked of them: the parts of a run are put together here."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+
+import anyio
+import anyio.to_thread
+
+from orchestrator.config.model import RunConfig, make_adapters, restore_adapters, used_adapters
+from orchestrator.domain.dispatch import Board
+from orchestrator.domain.model import FINAL, Action, RunDocument
+from orchestrator.domain.secrets import Redactor, secret_values
+from orchestrator.engine.capacity import Capacity
+from orchestrator.engine.ledger import Ledger, new_run_id, read_requests, read_run, read_task, seed
+from orchestrator.engine.preflight import check_run
+from orchestrator.engine.recovery import recover
+from orchestrator.engine.report import RunReport, RunStatus
+from orchestrator.engine.requests import check_request, is_answered, obey, submit
+from orchestrator.engine.scheduler import Scheduler
+from orchestrator.engine.sinks import Outlet, feeding
+from orchestrator.engine.workshop import Workshop, open_workshop, remove_worktree
+from orchestrator.errors import LockHeld, RefusedError
+from orchestrator.filelock import HeldLock
+from orchestrator.plugins import Plugins
+from orchestrator.project import exclude_from_git
+from orchestrator.repo.hub import Hub
+from orchestrator.repo.site import find_site
+from orchestrator.runs import Runs
+from orchestrator.tracking import with_tracked
+
+#: Seconds that a killed owner's last git commands get to end before a resume gives up waiting for them.
+HANDOVER_LIMIT = 60.0
+
+#: Seconds between two looks whether a run's owner has done what was asked.
+_ANSWER_PAUSE = 0.1
+#: Seconds that a cancelled session gets to be over before whoever asked is told how it stands.
+_STOP_PATIENCE = 15.0
+
+
+class Execution:
+    """What this process has under way in a project's runs."""
+
+    def __init__(self, runs: Runs, plugins: Plugins) -> None:
+        self._runs, self._plugins = runs, plugins
+        self._schedulers: set[Scheduler] = set()
+        self._stopping = False
+
+    async def create_run(self, config: RunConfig, *, allow_deferred: bool) -> str:
+        """See `Council.create_run`."""
+        runs = self._runs
+        config = await with_tracked(config, self._plugins)
+        run = new_run_id(runs.clock.now())
+        site = await find_site(config.repo, is_url=config.is_url, environ=runs.environ)
+        if site.repository is not None and site.repository.top is not None:
+            await anyio.to_thread.run_sync(exclude_from_git, site.repository.git_dir)
+        cleared = await check_run(
+            config,
+            site,
+            run,
+            used_adapters(config, self._plugins.adapters),
+            runs.environ,
+            state=runs.project.state,
+            allow_deferred=allow_deferred,
+        )
+        document = RunDocument(
+            id=run,
+            config=str(config.path),
+            repo=config.repo,
+            is_url=config.is_url,
+            base=config.base,
+            target=cleared.target,
+            capacity=config.capacity,
+            session_memory=config.session_memory,
+            adapters={name: entry.stored() for name, entry in config.adapters.items()},
+            fence=config.fence.model_dump(mode="json"),
+            sinks={name: sink.stored() for name, sink in config.sinks.items()},
+            trackers={name: tracker.stored() for name, tracker in config.trackers.items()},
+            tasks=tuple(task.id for task in config.tasks),
+            start=cleared.start,
+            hub=str(cleared.hub.root),
+            started=runs.clock.now(),
+        )
+        await seed(runs.store, document, {task.id: task for task in config.tasks})
+        return run
+
+    def _outlets(self, run: RunDocument) -> list[Outlet]:
+        """Return the sinks and trackers of a run; one whose plugin is gone is told of when it is opened."""
+        return [
+            Outlet(kind, name, one.get("events", ("*",)), partial(self._plugins.open, kind, name, one))
+            for kind, stored in (("sink", run.sinks), ("tracker", run.trackers))
+            for name, one in stored.items()
+        ]
+
+    async def resume(self, run: str) -> RunReport:
+        """See `Council.resume`."""
+        document = await read_run(self._runs.store, run)
+        hub = await self._runs.hub(document)
+        redactor = Redactor(secret_values(self._runs.environ))
+        fed = feeding(self._runs.store, self._runs.clock, redactor, run, self._outlets(document))
+        try:
+            async with self._ownership(hub, run) as lock, fed:
+                return await self._work(run, hub, lock.fd)
+        except LockHeld as held:
+            raise _is_at_work(run, held) from None
+
+    @asynccontextmanager
+    async def _ownership(self, hub: Hub, run: str) -> AsyncIterator[HeldLock]:
+        """Hold the run's lock; wait for it only where its owner is dead and its last git commands end."""
+        lock = hub.run_lock(run)
+        async with AsyncExitStack() as stack:
+            try:
+                held = await stack.enter_async_context(lock.hold(0))
+            except LockHeld as taken:
+                if taken.owner_lives:
+                    raise
+                held = await stack.enter_async_context(lock.hold(HANDOVER_LIMIT))
+            yield held
+
+    async def _work(self, run: str, hub: Hub, lock_fd: int) -> RunReport:
+        before = await self._runs.record(run)
+        if before.is_over and not await read_requests(self._runs.store, run):
+            return self._runs.describe(before, None)
+        ledger, shop = await self._take(before.run, hub, lock_fd)
+        capacities = {name: one.capacity for name, one in shop.configs.items() if one.capacity is not None}
+        board = Board.of(before.entries, ledger.statuses(), capacities)
+        capacity = await Capacity.measure(ledger, self._runs.clock)
+        scheduler = Scheduler(ledger, shop, board, capacity, self._runs.clock)
+        await scheduler.remember(before.adapters)
+        self._schedulers.add(scheduler)
+        if self._stopping:
+            scheduler.stop()
+        try:
+            finished = await scheduler.run()
+        finally:
+            self._schedulers.discard(scheduler)
+        if (template := shop.tools.templates.place) is not None:
+            await remove_worktree(ledger, shop, template)
+        result = self._runs.describe(await self._runs.record(run), None if finished else RunStatus.INTERRUPTED)
+        await (ledger.finish(result.status) if finished else ledger.note("run.interrupted", {}))
+        return result
+
+    async def _take(self, run: RunDocument, hub: Hub, lock_fd: int) -> tuple[Ledger, Workshop]:
+        """Become the run's owner, bring back what an earlier one left, and do what was asked of it."""
+        runs, types = self._runs, self._plugins.adapters
+        configs = restore_adapters(run.adapters, types, self._plugins.explain)
+        shop = await open_workshop(
+            run,
+            hub,
+            runs.project,
+            configs,
+            make_adapters(configs, types),
+            lock_fd=lock_fd,
+            environ=runs.environ,
+            clock=runs.clock,
+        )
+        facts = {"sandbox": str(shop.tools.fencing.kind)}
+        ledger = await Ledger.take(runs.store, runs.clock, run.id, shop.tools.redactor, facts)
+        for left_out in self._plugins.left_out:
+            await ledger.note("plugin.left_out", {"plugin": left_out.plugin.name, "reason": str(left_out)})
+        await recover(ledger, shop, runs.clock)
+        for request in await ledger.requests():
+            await obey(ledger, request)
+        return ledger, shop
+
+    async def ask(self, run: str, action: Action, tasks: Sequence[str]) -> None:
+        """Have a live owner do it; where there is none, do it here, and `resume` goes on from there.
+
+        With no task named, all that are not over are meant.
+        """
+        runs = self._runs
+        record = await runs.record(run)
+        for task in tasks:
+            record.run.check_task(task)
+        check_request(action, tasks, record.tasks, record.board().blocked)
+        named = tasks or [task for task, one in record.tasks.items() if one.status not in FINAL]
+        asked = await submit(runs.store, runs.clock, run, action, named)
+        hub = await runs.hub(record.run)
+        while not await is_answered(runs.store, run, asked):
+            try:
+                async with self._ownership(hub, run) as lock:
+                    ledger, _ = await self._take(record.run, hub, lock.fd)
+                    statuses = ledger.statuses()
+                    if record.run.ended is not None or Board.of(record.entries, statuses).is_over(statuses):
+                        await ledger.finish(runs.describe(await runs.record(run), None).status)
+            except LockHeld as held:
+                if not held.owner_lives:
+                    raise _is_at_work(run, held) from None
+                await anyio.sleep(_ANSWER_PAUSE)
+        if action is Action.CANCEL:
+            await self._until_over(run, named)
+
+    async def _until_over(self, run: str, tasks: Sequence[str]) -> None:
+        """Wait, for as long as a session may take to stop, until tasks that were cancelled are over."""
+        store = self._runs.store
+        with anyio.move_on_after(_STOP_PATIENCE):
+            for task in tasks:
+                while (await read_task(store, run, task)).status not in FINAL:  # noqa: ASYNC110  another process
+                    await anyio.sleep(_ANSWER_PAUSE)
+
+    def stop(self) -> None:
+        """See `Council.stop`."""
+        self._stopping = True
+        for scheduler in self._schedulers:
+            scheduler.stop()
+
+
+def _is_at_work(run: str, held: LockHeld) -> RefusedError:
+    remedy = "wait for it, or stop it with SIGINT"
+    if not held.owner_lives:
+        remedy = f"end what it left running: `fuser {held.path}` names it"
+    return RefusedError(f"run {run} is at work under {held.holder}", remedy)

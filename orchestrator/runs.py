@@ -1,0 +1,88 @@
+"""What is recorded of a project's runs, and how they stand. Whatever it takes to run one is not imported here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio.to_thread
+
+from orchestrator.clock import Clock
+from orchestrator.domain.model import RunDocument, TaskStatus
+from orchestrator.engine.ledger import read_adapters, read_entries, read_run, read_tasks, task_documents
+from orchestrator.engine.report import ReportPlaces, RunRecord, RunReport, RunStatus, report
+from orchestrator.errors import RefusedError
+from orchestrator.project import Project
+from orchestrator.protocols import Store
+from orchestrator.repo.hub import Hub
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """The runs of a project; `environ` is what stands for the process's environment."""
+
+    project: Project
+    store: Store
+    clock: Clock
+    environ: Mapping[str, str]
+
+    async def ids(self) -> list[str]:
+        """Return the ids of all runs that can be read, the oldest first."""
+        found = await self.store.list("run")
+        return [
+            run for _, run in sorted((one.value.get("started", 0.0), one.key.id) for one in found if not one.damaged)
+        ]
+
+    async def newest(self) -> str:
+        """Return the id of the run that was started last."""
+        runs = await self.store.list("run")
+        if not runs and self.damage:
+            what = f"no run can be read, the state log is damaged: {'; '.join(self.damage)}"
+            raise RefusedError(what, "start a new run; what has landed stays landed")
+        if not runs:
+            raise RefusedError("there is no run in this project", "start one with `council run FILE`")
+        return max(runs, key=lambda found: (found.value.get("started", 0.0), found.key.id)).key.id
+
+    async def record(self, run: str, *, whole: bool = True) -> RunRecord:
+        """Return all that is recorded of a run; unless `whole`, what to do only of tasks that wait or never began."""
+        document = await read_run(self.store, run)
+        tasks = task_documents(await read_tasks(self.store, run), document.tasks)
+        begun = {task for task, one in tasks.items() if one.status is not TaskStatus.PENDING and one.attempts}
+        entries = await read_entries(self.store, document, () if whole else begun)
+        return RunRecord(document, tasks, entries, await read_adapters(self.store, document))
+
+    def describe(self, record: RunRecord, status: RunStatus | None) -> RunReport:
+        """Return the report of a run; with `status` None nothing is at work in it."""
+        places = ReportPlaces(self.project.logs(record.run.id), Hub(Path(record.run.hub)).trusted)
+        return report(record, places=places, status=status, now=self.clock.now(), damage=self.damage)
+
+    async def status(self, run: str) -> RunReport:
+        """Describe a run as it stands now."""
+        record = await self.record(run, whole=False)
+        status = None
+        if record.run.ended is None:
+            status = RunStatus.RUNNING if await self.is_live(run) else RunStatus.INTERRUPTED
+        return self.describe(record, status)
+
+    async def hub(self, run: RunDocument) -> Hub:
+        """Return the repositories of a run; RefusedError if they are gone."""
+        hub = Hub(Path(run.hub))
+        # An attempt that was under way may have made its own folder anew, but nothing else.
+        if not await anyio.to_thread.run_sync(hub.trusted.is_dir):
+            raise RefusedError(f"the repositories of run {run.id} are gone from {hub.root}", "start a new run")
+        return hub
+
+    async def is_live(self, run: str) -> bool:
+        """Whether a process is at work in a run."""
+        hub = await self.hub(await read_run(self.store, run))
+        return await hub.run_lock(run).is_held()
+
+    @property
+    def damage(self) -> tuple[str, ...]:
+        """What of the state could not be read since it was opened, in words."""
+        return tuple(
+            f"{one.path}, byte {one.offset}: {one.what}"
+            f" ({'anything older may be hit' if one.keys is None else ', '.join(map(str, one.keys)) or 'nothing lost'})"
+            for one in self.store.damage
+        )

@@ -1,0 +1,32 @@
+"""The package as it is built: what is in it, and that it runs from there alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_wheel_runs(tmp_path: Path, environ: dict[str, str]) -> None:
+    """Everything that is imported or read is in the wheel; tests, examples and benchmarks are not."""
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, "--wheel-dir", str(tmp_path), str(ROOT)], check=True, env=environ, capture_output=True)
+    [wheel] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "site")
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"orchestrator", "adapters"}
+    assert {"orchestrator/py.typed", "adapters/py.typed"} <= set(names)
+    # -I: nothing of the current folder; the wheel's own comes before what is installed.
+    start = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); from orchestrator.cli.main import main; main()"
+    )
+    for arguments in (["--version"], ["schema"], ["adapters", "--json"]):
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", start, *arguments], env=environ, cwd=tmp_path, capture_output=True, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, b"")

@@ -1,0 +1,192 @@
+"""The package as a script uses it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+import orchestrator
+from adapters.command import CommandOptions
+from orchestrator import (
+    AdapterSettings,
+    Config,
+    ConfigError,
+    Council,
+    RefusedError,
+    RunReport,
+    RunStatus,
+    Task,
+    TaskDefaults,
+)
+from tests.conftest import FAKE_CLI, Repository
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/python.md").read_text()
+README = (ROOT / "README.md").read_text()
+
+
+def describe(repository: Repository, *tasks: Task, **settings: Any) -> Config:
+    """Return a run of tasks for the fake CLI, which land on main."""
+    argv = (sys.executable, "-S", str(FAKE_CLI), "{prompt_file}")
+    fake = AdapterSettings.of("command", CommandOptions(argv=argv))
+    readable = (sys.prefix, str(FAKE_CLI.parents[2]))
+    values: dict[str, Any] = {"repo": str(repository.top), "target": "main", "readable": readable, **settings}
+    return Config(version=1, adapters={"fake": fake}, tasks=tasks, **values)
+
+
+def test_every_public_name_is_documented_and_can_be_imported() -> None:
+    """Each name has a docstring, or a documented class of its own, and stands in docs/python.md."""
+    for name in orchestrator.__all__:
+        assert inspect.getdoc(getattr(orchestrator, name)), name
+        assert f"`{name}" in PAGE, name
+    assert set(orchestrator.__all__) <= set(dir(orchestrator))
+    with pytest.raises(AttributeError, match="no attribute 'Counsel'"):
+        _ = orchestrator.Counsel
+
+
+def test_every_public_method_is_documented() -> None:
+    """What a council can do stands in docs/python.md, with a docstring each."""
+    names = [name for name in vars(Council) if not name.startswith("_")]
+    assert [name for name in names if f"`{name}" not in PAGE and f"council.{name}" not in PAGE.lower()] == []
+    assert [name for name in names if not inspect.getdoc(getattr(Council, name))] == []
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", PAGE + README, re.DOTALL))
+def test_every_block_runs(block: str, repository: Repository) -> None:
+    """What stands in the documents is a script that runs a file of the current folder."""
+    path = repository.configure([{"id": "a", "prompt": "write a.txt a"}])
+    (path.parent / "block.py").write_text(block)
+    done = subprocess.run(
+        [sys.executable, "block.py"],
+        cwd=path.parent,
+        env=repository.environ,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert repository.git("show", "main:a.txt") == "a"
+
+
+async def test_a_run_of_typed_objects_lands(repository: Repository) -> None:
+    """Numbers are seconds and bytes, text is what a file would hold."""
+    text: dict[str, Any] = {"timeout": "1m", "max_file": "1KB", "silence": "off"}
+    config = describe(
+        repository,
+        Task(id="a", prompt="write a.txt a", timeout=60.0, max_file=1000, silence=math.inf),
+        Task(id="b", prompt="write b.txt b", needs=("a",), **text),
+        defaults=TaskDefaults(attempts=1),
+    )
+    async with Council.open(config, environ=repository.environ) as council:
+        assert council.config is not None
+        first, second = council.config.tasks
+        assert (first.timeout, first.max_file, first.silence) == (60.0, 1000, None)
+        assert (second.timeout, second.max_file, second.silence) == (60.0, 1000, None)
+        report = await council.run()
+    assert report.status is RunStatus.LANDED
+    assert repository.git("show", "main:b.txt") == "b"
+
+
+async def test_mistakes_of_typed_objects_are_told_by_their_place(repository: Repository) -> None:
+    """What no single object can know is found when the council is opened."""
+    config = describe(repository, Task(id="a", prompt="x", needs=("b",)))
+    with pytest.raises(ConfigError, match=re.escape("tasks[0].needs[0]")):
+        async with Council.open(config, environ=repository.environ):
+            pass
+
+
+@pytest.mark.parametrize("wrong", [{"timeout": 0.0}, {"timeout": True}, {"max_file": 0}, {"max_file": 1.5}])
+def test_numbers_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+    """A duration or size that makes no sense is refused where it is written."""
+    with pytest.raises(ValueError, match=r"duration|size"):
+        Task(id="a", prompt="x", **wrong)
+
+
+async def test_events_come_as_they_happen(repository: Repository) -> None:
+    """Who listens before a run starts gets all of its events, and the iteration ends with it."""
+    seen: list[str] = []
+
+    async def listen(council: Council) -> None:
+        seen.extend([recorded.event.type async for recorded in council.events()])
+
+    config = describe(repository, Task(id="a", prompt="write a.txt a"))
+    async with Council.open(config, environ=repository.environ) as council:
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as group:
+                group.start_soon(listen, council)
+                report = await council.run()
+        again = [recorded.event.type async for recorded in council.events(report.run)]
+    assert seen == again
+    assert (seen[0], seen[-1]) == ("run.created", "run.finished")
+
+
+async def test_two_runs_side_by_side(repository: Repository) -> None:
+    """One council may be at work in several runs, onto targets of their own; stop ends them all."""
+    config = describe(repository, Task(id="a", prompt="hang"), target=None)
+    reports = []
+
+    async def resume(council: Council, run: str) -> None:
+        reports.append(await council.resume(run))
+
+    async with Council.open(config, environ=repository.environ) as council:
+        runs = [await council.create_run(), await council.create_run()]
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as group:
+                for run in runs:
+                    group.start_soon(resume, council, run)
+                started = 0
+                async for record in council.records(0):
+                    started += sum(event.type == "task.started" for event in record.events)
+                    if started == 2:
+                        break
+                council.stop()
+    assert {report.run for report in reports} == set(runs)
+    assert {report.status for report in reports} == {RunStatus.INTERRUPTED}
+
+
+async def test_a_folder_where_nothing_has_run_is_refused(tmp_path: Path, environ: dict[str, str]) -> None:
+    """The error says what to do."""
+    with pytest.raises(RefusedError, match="cd to the repository that it ran in"):
+        async with Council.open(tmp_path, environ=environ):
+            pass
+
+
+async def test_without_a_file_there_is_nothing_to_run(repository: Repository) -> None:
+    """A folder is opened for the runs that there are."""
+    path = repository.configure([{"id": "a", "prompt": "write a.txt a"}])
+    async with Council.open(path, environ=repository.environ) as council:
+        await council.run()
+    async with Council.open(repository.top, environ=repository.environ) as council:
+        assert [report.status for report in await council.runs()] == ["landed"]
+        with pytest.raises(RefusedError, match="no file was opened"):
+            await council.run()
+
+
+async def test_two_councils_of_one_process_start_at_once(repository: Repository) -> None:
+    """What each writes beside a file to put it in place is its own."""
+    config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
+    settings = json.loads(config.read_text())
+    del settings["target"]  # each has a branch of its own
+    config.write_text(json.dumps(settings))
+    reports: list[RunReport] = []
+
+    async def run() -> None:
+        async with Council.open(config) as council:
+            reports.append(await council.run())
+
+    async with anyio.create_task_group() as group:
+        for _ in range(4):
+            group.start_soon(run)
+    assert [report.status for report in reports] == ["landed"] * 4
+    exclude = repository.top / ".git" / "info" / "exclude"
+    assert exclude.read_text().splitlines().count("/.council/") == 1

@@ -1,0 +1,78 @@
+"""Each example does what it says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Ended, Repository
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(repository: Repository, name: str, *arguments: str) -> Ended:
+    """Run an example in the repository."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        cwd=repository.top,
+        env=repository.environ,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("name", ["run_file.py", "from_sync_code.py"])
+def test_a_file_is_run(name: str, repository: Repository) -> None:
+    """The work lands, and the exit code is that of `council run`."""
+    path = repository.configure([{"id": "a", "prompt": "write a.txt a"}])
+    ended = run(repository, name, str(path))
+    assert (ended.code, ended.stderr) == (0, "")
+    assert "landed" in ended.stdout
+    assert repository.git("show", "main:a.txt") == "a"
+
+
+def test_a_file_that_is_wrong_is_told_of(repository: Repository) -> None:
+    """Mistakes are printed with their lines, and nothing starts."""
+    path = repository.configure([{"id": "a", "prompt": "x", "needs": ["b"]}])
+    ended = run(repository, "run_file.py", str(path))
+    assert ended.code == 2
+    assert f"{path}:1:" in ended.stdout
+
+
+def test_a_run_of_typed_objects(repository: Repository) -> None:
+    """Each module gets its test, on a branch of the run's own."""
+    repository.commit({"one.py": "x = 1\n", "two.py": "x = 2\n"})
+    ended = run(repository, "typed_run.py")
+    assert (ended.code, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("landed: 3 landed on council/")
+    target = ended.stdout.split()[-1]
+    assert repository.git("show", f"{target}:tests/INDEX").split() == ["INDEX", "test_one.py", "test_two.py"]
+
+
+def test_events_are_followed_and_a_task_is_cancelled(repository: Repository) -> None:
+    """The example sees each event of the run and steers it from within."""
+    bad = {"id": "bad", "prompt": "exit 1", "attempts": 9}
+    path = repository.configure([{"id": "good", "prompt": "write a.txt a"}, bad])
+    ended = run(repository, "follow_events.py", str(path))
+    assert (ended.code, ended.stderr) == (1, "")
+    seen = [line.split()[1:] for line in ended.stdout.splitlines()]
+    assert ["task.landed", "good"] in seen
+    assert ["task.cancelled", "bad"] in seen
+    assert seen[-1] == ["run.finished"]
+
+
+def test_a_run_is_mended(repository: Repository) -> None:
+    """What failed is shown, tried again, and lands."""
+    fails_first = "attempt 1 print no\nattempt 1 exit 1\nwrite a.txt a"
+    path = repository.configure([{"id": "a", "prompt": fails_first, "attempts": 1}])
+    assert repository.council("run", str(path)).code == 1
+    ended = run(repository, "mend_a_run.py")
+    assert (ended.code, ended.stderr) == (0, "")
+    assert "a stdout: no" in ended.stdout
+    assert ended.stdout.splitlines()[-1] == "landed"
