@@ -205,17 +205,22 @@ class Board:
         """Whether every task is in a final status or blocked for good."""
         return all(status in FINAL or task in self.blocked for task, status in statuses.items())
 
-    def take(self, now: float) -> str | None:
-        """Remove and return the best placed task that may start now; it runs from then on."""
-        task = self._queue.take(now)
-        if task is not None:
-            self._state[task] = _RUNNING
-        return task
+    def take(self, most: int, now: float) -> list[str]:
+        """Remove and return the best placed tasks that may start now, in order; they run from then on."""
+        take, states = self._queue.take, self._state
+        taken: list[str] = []
+        while len(taken) < most and (task := take(now)) is not None:
+            states[task] = _RUNNING
+            taken.append(task)
+        return taken
 
     def advance(self, now: float) -> None:
         """Make ready what became so, and end the waits and parks that are over."""
-        self._add([task for task in self._fresh if self._state[task] is _FRESH], now)
-        self._fresh.clear()
+        if self._fresh:
+            self._add([task for task in self._fresh if self._state[task] is _FRESH], now)
+            self._fresh.clear()
+        if not self._until and not self._queue.has_parks():
+            return
         for name, waiting in self._waiting.items():
             self._queue.unpark(name, now)
             self._drop_stale(waiting)
@@ -226,15 +231,23 @@ class Board:
                 self._drop_stale(waiting)
 
     def _add(self, tasks: Iterable[str], since: float) -> None:
-        add, states, ranks = self._queue.add, self._state, dict[int, float]()
+        states, places, ranks = self._state, self._places, dict[int, float]()
+        free: dict[Lane, list[tuple[float, int, str]]] = {}
         for task in tasks:
             states[task] = _READY
-            order, priority, lane = self._places[task]
+            order, priority, lane = places[task]
             # What is the same object need not be compared when tasks are.
             rank = ranks.get(priority)
             if rank is None:
                 rank = ranks[priority] = since / AGING - priority
-            add(rank, order, task, lane)
+            if lane.owns:
+                self._queue.add(rank, order, task, lane)
+            elif lane in free:
+                free[lane].append((rank, order, task))
+            else:
+                free[lane] = [(rank, order, task)]
+        for lane, ready in free.items():
+            self._queue.add_free(lane, ready)
 
     def _offer(self, task: str) -> None:
         if self._state[task] is _PENDING and not self._missing[task] and task not in self.blocked:
@@ -280,7 +293,4 @@ class Board:
 def decide(board: Board, free: int, now: float) -> list[Start]:
     """Return what to start, in order: never more than `free`, never before all needs have landed."""
     board.advance(now)
-    starts: list[Start] = []
-    while len(starts) < free and (task := board.take(now)) is not None:
-        starts.append(Start(task))
-    return starts
+    return [Start(task) for task in board.take(free, now)]

@@ -11,20 +11,26 @@ it waits, too. The reservation ends when it starts, or when its adapter is parke
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from heapq import heappop, heappush
 
 from orchestrator.domain.ownership import any_overlap
+
+#: As many tasks that become ready together are sorted instead of being put on a heap one by one.
+_MANY = 64
 
 
 class Lane:
     """Ready tasks that run with the same adapter and own the same paths."""
 
-    __slots__ = ("adapter", "held_by", "owns", "places")
+    __slots__ = ("adapter", "held_by", "owns", "places", "run")
 
     def __init__(self, adapter: _Adapter, owns: tuple[str, ...]) -> None:
         self.adapter, self.owns = adapter, owns
         self.places: list[_Place] = []
+        """A heap."""
+        self.run: list[_Place] = []
+        """Places that came together, the best one last: what is sorted once is taken without a search."""
         self.held_by: str | Lane | None = None
         """A live task with the paths, or the lane that has reserved them."""
 
@@ -58,7 +64,8 @@ class ReadyQueue:
         """Take how many sessions each adapter may have at once; one that is missing has no limit of its own."""
         self._capacities = capacities
         self._adapters: dict[str, _Adapter] = {}
-        self._heaps: list[tuple[_Adapter, list[_Place]]] = []
+        self._sources: list[tuple[_Adapter, list[_Place], int]] = []
+        """Heaps, the best place of which is the first, and runs, where it is the last (-1)."""
         self._lanes: dict[tuple[str, tuple[str, ...]], Lane] = {}
         self._places: dict[str, _Place] = {}
         self._running: dict[str, _Adapter] = {}
@@ -72,7 +79,7 @@ class ReadyQueue:
         known = self._adapters.get(name)
         if known is None:
             known = self._adapters[name] = _Adapter(self._capacities.get(name, math.inf))
-            self._heaps.append((known, known.free.places))
+            self._sources += [(known, known.free.places, 0), (known, known.free.run, -1)]
         return known
 
     def lane(self, adapter: str, owns: tuple[str, ...]) -> Lane:
@@ -85,7 +92,7 @@ class ReadyQueue:
             lane = self._lanes[adapter, owns] = Lane(known, owns)
             if not known.has_lanes:
                 known.has_lanes = True
-                self._heaps.append((known, known.fronts))
+                self._sources.append((known, known.fronts, 0))
         return lane
 
     def add(self, rank: float, order: int, task: str, lane: Lane) -> None:
@@ -94,6 +101,19 @@ class ReadyQueue:
         heappush(lane.places, place)
         if lane.owns and self._first(lane) is place:
             self._loosen(lane)
+
+    def add_free(self, lane: Lane, tasks: Sequence[tuple[float, int, str]]) -> None:
+        """Tasks without paths may start, each given as its rank, its place in the file and its name."""
+        known, places, run = self._places, lane.places, lane.run
+        if len(tasks) < _MANY:
+            for rank, order, task in tasks:
+                place = known[task] = rank, order, task, lane
+                heappush(places, place)
+            return
+        for rank, order, task in tasks:
+            place = known[task] = rank, order, task, lane
+            run.append(place)
+        run.sort(reverse=True)
 
     def discard(self, task: str) -> None:
         """A ready task may not start any more."""
@@ -126,6 +146,10 @@ class ReadyQueue:
         adapter.parked = max(adapter.parked, until)
         self._set_aside(adapter)
 
+    def has_parks(self) -> bool:
+        """Whether an adapter is parked."""
+        return any(adapter.parked for adapter in self._adapters.values())
+
     def unpark(self, name: str, now: float) -> None:
         """Forget a park that is over."""
         adapter = self.adapter(name)
@@ -144,6 +168,11 @@ class ReadyQueue:
 
     def is_movable(self, adapter: _Adapter) -> bool:
         """Whether an adapter has a ready task that is not known to be held."""
+        run = adapter.free.run
+        while run:
+            if self._lane_of(run[-1]) is not None:
+                return True
+            run.pop()
         for places in (adapter.free.places, adapter.fronts):
             while places:
                 lane = self._lane_of(places[0])
@@ -159,19 +188,20 @@ class ReadyQueue:
     def take(self, now: float) -> str | None:
         """Remove and return the best placed task that may start now; it is live from then on."""
         while True:
-            best, heap = None, None
-            for adapter, places in self._heaps:
+            best, source, front = None, None, 0
+            for adapter, places, end in self._sources:
                 if places and adapter.running < adapter.capacity and adapter.parked <= now:
-                    place = places[0]
+                    place = places[end]
                     if best is None or place < best:
-                        best, heap = place, places
-            if best is None or heap is None:
+                        best, source, front = place, places, end
+            if best is None or source is None:
                 return None
-            lane = best[3]
-            if self._places.get(best[2]) is not best or lane.held_by is not None:
-                heappop(heap)
+            task, lane = best[2], best[3]
+            if self._places.get(task) is not best or lane.held_by is not None:
+                _pop(source, front)
             elif not lane.owns:
-                return self._start(lane)
+                _pop(source, front)
+                return self._start(task, lane)
             elif (holder := self._holder(lane)) is not None:
                 self._hold(lane, holder)
             else:
@@ -186,15 +216,14 @@ class ReadyQueue:
             return None
         return reserved if any_overlap(lane.owns, reserved.owns) else None
 
-    def _start(self, lane: Lane) -> str:
-        task = heappop(lane.places)[2]
+    def _start(self, task: str, lane: Lane) -> str:
         del self._places[task]
         self._running[task] = lane.adapter
         lane.adapter.running += 1
         return task
 
     def _start_owner(self, lane: Lane) -> str:
-        task = self._start(lane)
+        task = self._start(heappop(lane.places)[2], lane)
         self._take_paths(task, lane)
         self._loosen(lane)
         return task
@@ -262,3 +291,11 @@ class ReadyQueue:
     def _lane_of(self, place: _Place) -> Lane | None:
         """Return the lane that a place is in: none once it is given up, also if its task has been added anew since."""
         return place[3] if self._places.get(place[2]) is place else None
+
+
+def _pop(source: list[_Place], front: int) -> None:
+    """Remove the best place of a heap or a run."""
+    if front:
+        source.pop()
+    else:
+        heappop(source)
