@@ -23,13 +23,13 @@ async def load(
 ) -> tuple[Plugins, RunConfig, Project]:
     """Return what is installed (unless `plugins` stand for it), the run that `source` describes, and its project."""
     if plugins is None:
-        places = await anyio.to_thread.run_sync(_places, source)
+        places = await anyio.to_thread.run_sync(worked_on, source)
         plugins = await anyio.to_thread.run_sync(load_plugins, environ, places)
     config = await anyio.to_thread.run_sync(_load, source, plugins)
     return plugins, config, project_at(config, await find_site(config.repo, is_url=config.is_url, environ=environ))
 
 
-def _places(source: str | Path | Config | RunConfig) -> list[Path]:
+def worked_on(source: str | Path | Config | RunConfig) -> list[Path]:
     """Return the file that is worked with, if there is one, and the repository that is. Blocks."""
     match source:
         case RunConfig():

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 
 import anyio.to_thread
 import click
 
 from orchestrator.cli.command import Context, json_option, opened, perform
-from orchestrator.cli.output import one_line, plain
+from orchestrator.cli.output import local_time, one_line, plain
 from orchestrator.cli.scene import Scene, look_around
 from orchestrator.config.model import RunConfig, make_adapters
 from orchestrator.engine.findings import describe
@@ -154,5 +153,4 @@ def _programs(status: AdapterStatus) -> Iterator[str]:
 def _now(learned: AdapterReport) -> str:
     if learned.closed is not None:
         return f"stopped: {one_line(learned.closed)}"
-    until = datetime.fromtimestamp(learned.parked_until or 0.0, UTC).astimezone()
-    return f"pauses until {until:%Y-%m-%d %H:%M:%S}"
+    return f"pauses until {local_time(learned.parked_until or 0.0)}"

@@ -187,7 +187,7 @@ def _readable(data: JsonObject) -> JsonObject:
         key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in data.items()
     }
     if "until" in told:
-        told["until"] = f"{datetime.fromtimestamp(told['until'], UTC).astimezone():%Y-%m-%d %H:%M:%S}"
+        told["until"] = local_time(told["until"])
     if isinstance(told.get("reason"), str):
         told["reason"] = one_line(told["reason"])
     return told
@@ -205,6 +205,11 @@ def plain(text: str, keep: str = "") -> str:
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() or char in keep else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def local_time(instant: float) -> str:
+    """Return an instant (seconds since the epoch) as a person here reads it."""
+    return f"{datetime.fromtimestamp(instant, UTC).astimezone():%Y-%m-%d %H:%M:%S}"
 
 
 def lines(changes: Changes) -> str:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
-from orchestrator.cli.output import lines, one_line, plain
+from orchestrator.cli.output import lines, local_time, one_line, plain
 from orchestrator.domain.model import REVIVABLE, TaskStatus
 from orchestrator.engine.report import AdapterReport, RunReport, RunStatus, TaskReport
 from orchestrator.repo.diffs import Changes
@@ -123,5 +122,4 @@ def adapter_line(adapter: AdapterReport) -> str:
         return (
             f"Adapter {adapter.name} is stopped: {plain(one_line(adapter.closed))}. Mend that, then `council resume`."
         )
-    until = datetime.fromtimestamp(adapter.parked_until or 0.0, UTC).astimezone()
-    return f"Adapter {adapter.name} pauses until {until:%Y-%m-%d %H:%M:%S}."
+    return f"Adapter {adapter.name} pauses until {local_time(adapter.parked_until or 0.0)}."

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.cli.source import FILE_NAME, worked_on
+from orchestrator.cli.source import find_file, top_of
 from orchestrator.config.load import load_config
 from orchestrator.config.model import RunConfig
-from orchestrator.errors import ConfigError, RefusedError
+from orchestrator.errors import ConfigError
+from orchestrator.loading import worked_on
 from orchestrator.plugins import Plugins, load_plugins
-from orchestrator.repo.checkout import inspect
 from orchestrator.repo.git import Git
 
 
@@ -36,9 +36,9 @@ async def look_around(file: Path | None = None) -> Scene:
     """
     folder = Path.cwd() if file is None else (Path.cwd() / file).parent
     top = await _top_of(folder)
-    places = [one / FILE_NAME for one in (folder, top) if one is not None]
-    found = file or next((place for place in places if place.exists()), None)
-    plugins = await anyio.to_thread.run_sync(load_plugins, os.environ, await worked_on(found, folder))
+    found = file or find_file([folder] if top is None else [folder, top])
+    places = await anyio.to_thread.run_sync(worked_on, found or folder)
+    plugins = await anyio.to_thread.run_sync(load_plugins, os.environ, places)
     config = None if found is None else await anyio.to_thread.run_sync(_load, found, plugins)
     return Scene(folder, top, plugins, found, config)
 
@@ -52,6 +52,6 @@ def _load(file: Path, plugins: Plugins) -> RunConfig | ConfigError:
 
 async def _top_of(folder: Path) -> Path | None:
     try:
-        return (await inspect(folder, Git(None, users=True))).top
-    except (RefusedError, OSError):  # no repository, or no git
+        return await top_of(folder, Git(None, users=True))
+    except OSError:  # a git that can't be started
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,9 @@ import anyio.to_thread
 
 from orchestrator.config.inline import InlineTasks, load_inline
 from orchestrator.config.load import load_config
-from orchestrator.config.location import named_repository
 from orchestrator.config.model import RunConfig
 from orchestrator.errors import RefusedError
+from orchestrator.loading import worked_on
 from orchestrator.plugins import Plugins, load_plugins
 from orchestrator.repo.checkout import current_branch, inspect
 from orchestrator.repo.git import Git
@@ -29,9 +30,11 @@ async def read_config(file: Path | None, tasks: InlineTasks | None = None) -> tu
     Raises ConfigError for mistakes, RefusedError if a file is needed and there is none.
     """
     git = Git(None, users=True, environ=os.environ)
-    folders = [Path.cwd(), *(await _top_of(Path.cwd(), git) if file is None else [])]
-    found = file or next((path for path in (folder / FILE_NAME for folder in folders) if path.exists()), None)
-    plugins = await anyio.to_thread.run_sync(load_plugins, os.environ, await worked_on(found, folders[-1]))
+    top = await top_of(Path.cwd(), git) if file is None else None
+    folders = [Path.cwd()] if top is None else [Path.cwd(), top]
+    found = file or find_file(folders)
+    places = await anyio.to_thread.run_sync(worked_on, found or folders[-1])
+    plugins = await anyio.to_thread.run_sync(load_plugins, os.environ, places)
     if tasks is not None:
         if found is None and tasks.base is None:
             tasks = replace(tasks, base=await current_branch(folders[-1], git))
@@ -45,16 +48,14 @@ async def read_config(file: Path | None, tasks: InlineTasks | None = None) -> tu
     return plugins, await anyio.to_thread.run_sync(load_config, found, plugins.adapters, plugins.extensions())
 
 
-async def _top_of(folder: Path, git: Git) -> list[Path]:
+async def top_of(folder: Path, git: Git) -> Path | None:
     """Return the top of the checkout that a folder is in, if it is in one."""
     try:
-        repository = await inspect(folder, git)
+        return (await inspect(folder, git)).top
     except RefusedError:
-        return []
-    return [] if repository.top is None else [repository.top]
+        return None
 
 
-async def worked_on(file: Path | None, folder: Path) -> list[Path]:
-    """Return where the repositories are that a command works on: no plugin may lie there."""
-    named = None if file is None else await anyio.to_thread.run_sync(named_repository, file)
-    return [file or folder, *([] if named is None else [named])]
+def find_file(folders: Iterable[Path]) -> Path | None:
+    """Return the `council.yaml` of the first of the folders that has one."""
+    return next((path for path in (folder / FILE_NAME for folder in folders) if path.exists()), None)
