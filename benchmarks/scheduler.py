@@ -92,9 +92,9 @@ def run(board: Board, tasks: int) -> float:
         begin = time.thread_time()
         starts = decide(board, CAPACITY, now)
         deciding += time.thread_time() - begin
-        for start in starts:
-            board.built(start.task)
-            board.landed(start.task)
+        for task in starts:
+            board.built(task)
+            board.landed(task)
         if not starts:
             raise RuntimeError(f"{tasks} tasks were never picked")
         tasks, now = tasks - len(starts), now + 1.0

@@ -35,12 +35,6 @@ class Entry:
     owns: tuple[str, ...] = ()
 
 
-class Start(NamedTuple):
-    """Begin a new attempt of this task."""
-
-    task: str
-
-
 class _State(Enum):
     PENDING = auto()
     FRESH = auto()  # ready since the last decision
@@ -117,7 +111,7 @@ class Board:
 
     def built(self, task: str) -> None:
         """The session is over and its work waits to land: its slot is free, its paths stay its own."""
-        self._queue.free_slot(task)
+        self._free_slot(task)
         self._state[task] = _BUILT
 
     def landed(self, task: str) -> None:
@@ -191,7 +185,7 @@ class Board:
             self._drop_stale(waiting)
             if not adapter.closed and (waiting or self._queue.is_movable(adapter) or self._has_fresh(name)):
                 return True
-        return self._queue.is_held_by_session()
+        return any(self._state[task] is _RUNNING for task in self._queue.holders())
 
     def running(self) -> int:
         """How many sessions there are."""
@@ -207,11 +201,9 @@ class Board:
 
     def take(self, most: int, now: float) -> list[str]:
         """Remove and return the best placed tasks that may start now, in order; they run from then on."""
-        take, states = self._queue.take, self._state
-        taken: list[str] = []
-        while len(taken) < most and (task := take(now)) is not None:
+        taken, states = self._queue.take(most, now), self._state
+        for task in taken:
             states[task] = _RUNNING
-            taken.append(task)
         return taken
 
     def advance(self, now: float) -> None:
@@ -232,7 +224,7 @@ class Board:
 
     def _add(self, tasks: Iterable[str], since: float) -> None:
         states, places, ranks = self._state, self._places, dict[int, float]()
-        free: dict[Lane, list[tuple[float, int, str]]] = {}
+        ready: list[tuple[float, int, str, Lane]] = []
         for task in tasks:
             states[task] = _READY
             order, priority, lane = places[task]
@@ -240,14 +232,8 @@ class Board:
             rank = ranks.get(priority)
             if rank is None:
                 rank = ranks[priority] = since / AGING - priority
-            if lane.owns:
-                self._queue.add(rank, order, task, lane)
-            elif lane in free:
-                free[lane].append((rank, order, task))
-            else:
-                free[lane] = [(rank, order, task)]
-        for lane, ready in free.items():
-            self._queue.add_free(lane, ready)
+            ready.append((rank, order, task, lane))
+        self._queue.add(ready)
 
     def _offer(self, task: str) -> None:
         if self._state[task] is _PENDING and not self._missing[task] and task not in self.blocked:
@@ -257,7 +243,7 @@ class Board:
     def _leave(self, task: str, state: _State) -> None:
         before = self._state[task]
         if before is _RUNNING or before is _BUILT:
-            self._queue.free_slot(task)
+            self._free_slot(task)
             self._queue.free_paths(task)
         elif before is _READY:
             self._queue.discard(task)
@@ -265,10 +251,13 @@ class Board:
             del self._until[task]
         self._state[task] = state
 
+    def _free_slot(self, task: str) -> None:
+        if self._state[task] is _RUNNING:
+            self._queue.free_slot(self._places[task].lane)
+
     def _resume(self, task: str, *, running: bool) -> None:
-        entry = self._entries[task]
         self._state[task] = _RUNNING if running else _BUILT
-        self._queue.occupy(task, entry.adapter, entry.owns, slot=running)
+        self._queue.occupy(task, self._places[task].lane, slot=running)
 
     def _block(self, task: str) -> None:
         stack = [task]
@@ -290,7 +279,7 @@ class Board:
             heapq.heappop(waiting)
 
 
-def decide(board: Board, free: int, now: float) -> list[Start]:
-    """Return what to start, in order: never more than `free`, never before all needs have landed."""
+def decide(board: Board, free: int, now: float) -> list[str]:
+    """Return the tasks to start, in order: never more than `free`, never before all needs have landed."""
     board.advance(now)
-    return [Start(task) for task in board.take(free, now)]
+    return board.take(free, now)

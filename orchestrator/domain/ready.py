@@ -11,7 +11,7 @@ it waits, too. The reservation ends when it starts, or when its adapter is parke
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from heapq import heappop, heappush
 
 from orchestrator.domain.ownership import any_overlap
@@ -68,7 +68,7 @@ class ReadyQueue:
         """Heaps, the best place of which is the first, and runs, where it is the last (-1)."""
         self._lanes: dict[tuple[str, tuple[str, ...]], Lane] = {}
         self._places: dict[str, _Place] = {}
-        self._running: dict[str, _Adapter] = {}
+        self._running = 0
         self._owners: dict[str, tuple[str, ...]] = {}
         self._followers: dict[str | Lane, list[Lane]] = {}
         self._held: list[_Place] = []
@@ -95,25 +95,27 @@ class ReadyQueue:
                 self._sources.append((known, known.fronts, 0))
         return lane
 
-    def add(self, rank: float, order: int, task: str, lane: Lane) -> None:
-        """A task may start, before those of a higher rank, and of the same rank before those later in the file."""
-        place = self._places[task] = rank, order, task, lane
-        heappush(lane.places, place)
-        if lane.owns and self._first(lane) is place:
-            self._loosen(lane)
-
-    def add_free(self, lane: Lane, tasks: Sequence[tuple[float, int, str]]) -> None:
-        """Tasks without paths may start, each given as its rank, its place in the file and its name."""
-        known, places, run = self._places, lane.places, lane.run
-        if len(tasks) < _MANY:
-            for rank, order, task in tasks:
-                place = known[task] = rank, order, task, lane
-                heappush(places, place)
-            return
-        for rank, order, task in tasks:
-            place = known[task] = rank, order, task, lane
-            run.append(place)
-        run.sort(reverse=True)
+    def add(self, places: Iterable[_Place]) -> None:
+        """Tasks may start, each before those of a higher rank, and of the same rank before those later in the file."""
+        known, free = self._places, dict[Lane, list[_Place]]()
+        for place in places:
+            known[place[2]] = place
+            lane = place[3]
+            if lane.owns:
+                heappush(lane.places, place)
+                if self._first(lane) is place:
+                    self._loosen(lane)
+            elif lane in free:
+                free[lane].append(place)
+            else:
+                free[lane] = [place]
+        for lane, together in free.items():
+            if len(together) < _MANY:
+                for place in together:
+                    heappush(lane.places, place)
+            else:
+                lane.run += together
+                lane.run.sort(reverse=True)
 
     def discard(self, task: str) -> None:
         """A ready task may not start any more."""
@@ -121,19 +123,18 @@ class ReadyQueue:
         if place is not None and place[3].owns and place[3].places[0] is place:
             self._loosen(place[3])
 
-    def occupy(self, task: str, adapter: str, owns: tuple[str, ...], *, slot: bool) -> None:
+    def occupy(self, task: str, lane: Lane, *, slot: bool) -> None:
         """A task is live: its paths are its own, and with `slot` it counts for its adapter."""
-        if owns:
-            self._owners[task] = owns
+        if lane.owns:
+            self._owners[task] = lane.owns
         if slot:
-            self._running[task] = self.adapter(adapter)
-            self._running[task].running += 1
+            lane.adapter.running += 1
+            self._running += 1
 
-    def free_slot(self, task: str) -> None:
-        """A session is over."""
-        adapter = self._running.pop(task, None)
-        if adapter is not None:
-            adapter.running -= 1
+    def free_slot(self, lane: Lane) -> None:
+        """The session of a task of this lane is over."""
+        lane.adapter.running -= 1
+        self._running -= 1
 
     def free_paths(self, task: str) -> None:
         """A task is not live any more: what waited for its paths is looked at again."""
@@ -164,7 +165,7 @@ class ReadyQueue:
 
     def running(self) -> int:
         """How many sessions there are."""
-        return len(self._running)
+        return self._running
 
     def is_movable(self, adapter: _Adapter) -> bool:
         """Whether an adapter has a ready task that is not known to be held."""
@@ -181,31 +182,52 @@ class ReadyQueue:
                 heappop(places)
         return False
 
-    def is_held_by_session(self) -> bool:
-        """Whether the end of a session may let a held task start."""
-        return any(lane.held_by == task for task in self._running for lane in self._followers.get(task, ()))
+    def holders(self) -> Iterator[str]:
+        """Yield the live tasks that hold a lane up."""
+        for task in self._owners:
+            if any(lane.held_by == task for lane in self._followers.get(task, ())):
+                yield task
 
-    def take(self, now: float) -> str | None:
-        """Remove and return the best placed task that may start now; it is live from then on."""
-        while True:
+    def take(self, most: int, now: float) -> list[str]:
+        """Remove and return the best placed tasks that may start now, in order; they are live from then on."""
+        known, sources = self._places, self._open(now)
+        taken: list[str] = []
+        while len(taken) < most:
             best, source, front = None, None, 0
-            for adapter, places, end in self._sources:
-                if places and adapter.running < adapter.capacity and adapter.parked <= now:
+            for places, end in sources:
+                if places:
                     place = places[end]
                     if best is None or place < best:
                         best, source, front = place, places, end
             if best is None or source is None:
-                return None
+                break
             task, lane = best[2], best[3]
-            if self._places.get(task) is not best or lane.held_by is not None:
+            if known.get(task) is not best or lane.held_by is not None:
                 _pop(source, front)
-            elif not lane.owns:
+                continue
+            if not lane.owns:
                 _pop(source, front)
-                return self._start(task, lane)
             elif (holder := self._holder(lane)) is not None:
                 self._hold(lane, holder)
+                continue
             else:
-                return self._start_owner(lane)
+                task = self._take_owner(lane)
+            del known[task]
+            taken.append(task)
+            adapter = lane.adapter
+            adapter.running += 1
+            if adapter.running >= adapter.capacity:
+                sources = self._open(now)
+        self._running += len(taken)
+        return taken
+
+    def _open(self, now: float) -> list[tuple[list[_Place], int]]:
+        """Return the sources of the adapters that may start something."""
+        return [
+            (places, end)
+            for adapter, places, end in self._sources
+            if adapter.running < adapter.capacity and adapter.parked <= now
+        ]
 
     def _holder(self, lane: Lane) -> str | Lane | None:
         for task, owns in self._owners.items():
@@ -216,19 +238,8 @@ class ReadyQueue:
             return None
         return reserved if any_overlap(lane.owns, reserved.owns) else None
 
-    def _start(self, task: str, lane: Lane) -> str:
-        del self._places[task]
-        self._running[task] = lane.adapter
-        lane.adapter.running += 1
-        return task
-
-    def _start_owner(self, lane: Lane) -> str:
-        task = self._start(heappop(lane.places)[2], lane)
-        self._take_paths(task, lane)
-        self._loosen(lane)
-        return task
-
-    def _take_paths(self, task: str, lane: Lane) -> None:
+    def _take_owner(self, lane: Lane) -> str:
+        task = heappop(lane.places)[2]
         self._owners[task] = lane.owns
         if lane is self._reserved:
             self._reserved = None
@@ -236,6 +247,8 @@ class ReadyQueue:
             self._followers[task] = self._followers.pop(lane)
             for follower in self._followers[task]:
                 follower.held_by = task if follower.held_by is lane else follower.held_by
+        self._loosen(lane)
+        return task
 
     def _hold(self, lane: Lane, holder: str | Lane) -> None:
         lane.held_by = holder

@@ -115,14 +115,14 @@ class Scheduler:
             group.start_soon(self._land, self._landing)
         starts = decide(self._board, await self._free(now), now)
         tips: dict[bool, str] = {}
-        for start in starts:
-            spec = await self._ledger.spec(start.task)
-            base = await self._base_of(start.task, spec, tips)
+        for task in starts:
+            spec = await self._ledger.spec(task)
+            base = await self._base_of(task, spec, tips)
             if self._stopping:  # while we asked where to start from
                 return
-            if not self._board.is_running(start.task):  # it was cancelled meanwhile
+            if not self._board.is_running(task):  # it was cancelled meanwhile
                 continue
-            work = self._works[start.task] = self._attempts.prepare(start.task, spec, base)
+            work = self._works[task] = self._attempts.prepare(task, spec, base)
             group.start_soon(self._attempt, work)
 
     async def _free(self, now: float) -> int:

@@ -41,10 +41,10 @@ class Run:
         self.landed, self.over, self.parked = set[str](), set[str](), dict[str, float]()
 
     def decide(self) -> None:
-        for start in decide(self.board, self.capacity - len(self.running), self.now):
-            self._check_start(start.task)
-            self.waiting.pop(start.task, None)
-            self.running.append(start.task)
+        for task in decide(self.board, self.capacity - len(self.running), self.now):
+            self._check_start(task)
+            self.waiting.pop(task, None)
+            self.running.append(task)
         assert len(self.running) == self.board.running() <= self.capacity
         counts = Counter(self.tasks[task].adapter for task in self.running)
         assert all(counts[adapter] <= limit for adapter, limit in self.capacities.items())
@@ -196,12 +196,12 @@ def test_nothing_starves(
         for task in [task for task, end in sessions.items() if end <= index]:
             del sessions[task]
             board.landed(task)
-        for start in decide(board, capacity - len(sessions), index * step):
-            if start.task == "low":
+        for task in decide(board, capacity - len(sessions), index * step):
+            if task == "low":
                 return
-            if start.task not in ahead:
+            if task not in ahead:
                 assert owns, "without paths nothing may hold it up"
-                assert ahead or not any_overlap(owns, tasks[start.task].owns), "it overtook the oldest of all"
-            ahead.discard(start.task)
-            sessions[start.task] = index + stream[int(start.task[1:]) % 8][1]
+                assert ahead or not any_overlap(owns, tasks[task].owns), "it overtook the oldest of all"
+            ahead.discard(task)
+            sessions[task] = index + stream[int(task[1:]) % 8][1]
     raise AssertionError("it never started")
