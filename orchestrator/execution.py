@@ -174,7 +174,7 @@ class Execution:
         record = await runs.record(run)
         for task in tasks:
             record.run.check_task(task)
-        check_request(action, tasks, record.tasks, record.board().blocked)
+        check_request(action, tasks, record.tasks, record.blocked())
         named = tasks or [task for task, one in record.tasks.items() if one.status not in FINAL]
         asked = await submit(runs.store, runs.clock, run, action, named)
         hub = await runs.hub(record.run)

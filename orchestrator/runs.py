@@ -42,6 +42,8 @@ class Runs:
             raise RefusedError(what, "start a new run; what has landed stays landed")
         if not runs:
             raise RefusedError("there is no run in this project", "start one with `council run FILE`")
+        if len(runs) == 1:  # a run of thousands of tasks is long to read
+            return runs[0].key.id
         return max(runs, key=lambda found: (found.value.get("started", 0.0), found.key.id)).key.id
 
     async def record(self, run: str, *, whole: bool = True) -> RunRecord:
@@ -62,7 +64,8 @@ class Runs:
         record = await self.record(run, whole=False)
         status = None
         if record.run.ended is None:
-            status = RunStatus.RUNNING if await self.is_live(run) else RunStatus.INTERRUPTED
+            is_live = await (await self.hub(record.run)).run_lock(run).is_held()
+            status = RunStatus.RUNNING if is_live else RunStatus.INTERRUPTED
         return self.describe(record, status)
 
     async def hub(self, run: RunDocument) -> Hub:

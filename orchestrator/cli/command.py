@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -74,8 +75,11 @@ async def show_result(context: Context, council: Council, report: RunReport, cod
     context.output.result(report, code, changes=changes, is_newest=is_newest)
 
 
-def perform(command: Callable[[Context], Awaitable[int]], *, as_json: bool) -> None:
-    """Run a command to its end and exit with its code; whatever it raises becomes a message and a code."""
+def perform(command: Callable[[Context], Awaitable[int]], *, as_json: bool, brief: bool = False) -> None:
+    """Run a command to its end and exit with its code; whatever it raises becomes a message and a code.
+
+    A `brief` one is over before what it leaves behind could fill the memory, and ends the process at once.
+    """
     output, log = Output(as_json), Log()
 
     async def guarded() -> int:
@@ -85,13 +89,15 @@ def perform(command: Callable[[Context], Awaitable[int]], *, as_json: bool) -> N
     # What is imported stays, and a large run's documents do, too: looking for cycles among them takes half of the time
     # of commands that only show something.
     gc.freeze()
-    gc.set_threshold(_ALLOCATIONS)
+    gc.set_threshold(0 if brief else _ALLOCATIONS)
     with boundary(output, log):
         _check_folder()
         code = anyio.run(guarded)
     if output.unwritten is not None:
         output.text(f"council: {unwritten(output.unwritten)}\n", err=True)
         code = code or OUR_FAULT
+    if brief:
+        os._exit(code)  # all is printed and flushed; to free thousands of documents one by one serves nobody
     sys.exit(code)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from orchestrator.cli.output import lines, local_time, one_line, plain
 from orchestrator.domain.model import REVIVABLE, TaskStatus
@@ -12,8 +12,7 @@ from orchestrator.engine.report import AdapterReport, RunReport, RunStatus, Task
 from orchestrator.repo.diffs import Changes
 
 
-@dataclass(frozen=True, slots=True)
-class ResultRow:
+class ResultRow(NamedTuple):
     """One task, as text that a terminal only shows: what became of it and why, and what to type next."""
 
     task: str
@@ -28,6 +27,8 @@ def next_step(task: TaskReport, report: RunReport, *, is_newest: bool = True) ->
 
     Commands mean the newest run: for another one (`is_newest`) they name it.
     """
+    if task.state == TaskStatus.LANDED:
+        return ""
     name, kept = shlex.quote(task.id), kept_as(task)
     run = "" if is_newest else f" --run {report.run}"
     see, retry, apply = f"council logs {name}{run}", f"council retry {name}{run}", ""
@@ -41,8 +42,6 @@ def next_step(task: TaskReport, report: RunReport, *, is_newest: bool = True) ->
             return f"{see}, then {apply}{retry}"
         case TaskStatus.RUNNING if report.status is RunStatus.RUNNING:
             return f"{see} -f"
-        case TaskStatus.LANDED:
-            return ""
         case "blocked" if not any(one.name == task.adapter and one.closed for one in report.adapters):
             return ""  # what it needs has a row of its own
         case _:

@@ -29,7 +29,7 @@ def status(run: str | None, as_json: bool) -> None:
             await show_result(context, council, report)
             return report.exit_code
 
-    perform(command, as_json=as_json)
+    perform(command, as_json=as_json, brief=True)
 
 
 @click.command()
@@ -54,7 +54,7 @@ def runs(as_json: bool) -> None:
                 context.output.text(f"{report.run}  {told}\n")
             return 0
 
-    perform(command, as_json=as_json)
+    perform(command, as_json=as_json, brief=True)
 
 
 @click.command()
@@ -78,4 +78,4 @@ def where(as_json: bool) -> None:
             )
             return 0
 
-    perform(command, as_json=as_json)
+    perform(command, as_json=as_json, brief=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -116,9 +117,17 @@ _LIKELY: Final = (
     ("Bearer ", r"Bearer [0-9A-Za-z._~+/=-]{16,}"),
     ("bearer ", r"bearer [0-9A-Za-z._~+/=-]{16,}"),
 )
-_CERTAIN_TEXT: Final = tuple((hint, re.compile(source, re.ASCII)) for hint, source in _CERTAIN)
-_CERTAIN_BYTES: Final = tuple((hint.encode(), re.compile(source.encode())) for hint, source in _CERTAIN)
-_LIKELY_TEXT: Final = tuple((hint, re.compile(source, re.ASCII)) for hint, source in _LIKELY)
+
+
+# Late: to compile them takes longer than most commands that never look for a secret.
+@cache
+def _in_text(sources: tuple[tuple[str, str], ...]) -> tuple[tuple[str, re.Pattern[str]], ...]:
+    return tuple((hint, re.compile(source, re.ASCII)) for hint, source in sources)
+
+
+@cache
+def _in_bytes(sources: tuple[tuple[str, str], ...]) -> tuple[tuple[bytes, re.Pattern[bytes]], ...]:
+    return tuple((hint.encode(), re.compile(source.encode())) for hint, source in sources)
 
 
 def contains_key(text: str) -> bool:
@@ -126,7 +135,7 @@ def contains_key(text: str) -> bool:
 
     A password in a URL or a bearer's token counts only if it looks made by a machine: examples are full of others.
     """
-    return any(hint in text and pattern.search(text) for hint, pattern in _CERTAIN_TEXT)
+    return any(hint in text and pattern.search(text) for hint, pattern in _in_text(_CERTAIN))
 
 
 class Redactor:
@@ -148,7 +157,7 @@ class Redactor:
         for value in self._plain:
             if value in text:
                 text = text.replace(value, REDACTED)
-        for hint, pattern in _LIKELY_TEXT:
+        for hint, pattern in _in_text(_LIKELY):
             if hint in text:
                 text = pattern.sub(REDACTED, text)
         return text
@@ -178,7 +187,7 @@ class Redactor:
     def finds(self, data: bytes) -> set[bytes]:
         """Return the values and the keys that are in the data; of keys what `contains_key` is sure of."""
         found = {value for value in self._bytes if value in data}
-        for hint, pattern in _CERTAIN_BYTES:
+        for hint, pattern in _in_bytes(_CERTAIN):
             if hint in data:
                 found.update(match.group() for match in pattern.finditer(data))
         return found

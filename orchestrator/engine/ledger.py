@@ -140,7 +140,7 @@ async def read_spec(store: Store, run: str, task: str) -> TaskSpec:
 
 async def read_tasks(store: Store, run: str) -> dict[str, Document]:
     """Return the state documents of a run's tasks by task id."""
-    return {found.key.id.partition("/")[2]: found for found in await store.list("task", f"{run}/")}
+    return await _named(store, "task", run)
 
 
 def task_documents(found: Mapping[str, Document], tasks: Sequence[str]) -> dict[str, TaskDocument]:
@@ -154,9 +154,10 @@ def task_documents(found: Mapping[str, Document], tasks: Sequence[str]) -> dict[
 
 async def read_entries(store: Store, run: RunDocument, blank: Collection[str] = ()) -> dict[str, Entry]:
     """Return what decisions need of each task, in the order of the file; of those that are `blank`, nothing."""
-    found = {item.key.id.partition("/")[2]: item for item in await store.list("spec", f"{run.id}/")}
+    found = await _named(store, "spec", run.id)
     for item in found.values():
-        _check_trusted(store, item)
+        if item.damaged:
+            raise _damaged(store, item)
     wanted = [task for task in run.tasks if task not in blank]
     read = _ENTRIES().validate_json(_joined(found[task].encoded for task in wanted))
     return {**dict.fromkeys(run.tasks, Entry()), **dict(zip(wanted, read, strict=True))}
@@ -164,7 +165,7 @@ async def read_entries(store: Store, run: RunDocument, blank: Collection[str] = 
 
 async def read_adapters(store: Store, run: RunDocument) -> dict[str, AdapterDocument]:
     """Return what a run has learned about its adapters, by name."""
-    found = {item.key.id.partition("/")[2]: item for item in await store.list("adapter", f"{run.id}/")}
+    found = await _named(store, "adapter", run.id)
     return {name: AdapterDocument.model_validate(item.value) for name, item in found.items()}
 
 
@@ -179,17 +180,23 @@ def _joined(values: Iterable[bytes]) -> bytes:
 
 
 def _trusted(store: Store, found: Document) -> bytes:
-    _check_trusted(store, found)
+    if found.damaged:
+        raise _damaged(store, found)
     return found.encoded
 
 
-def _check_trusted(store: Store, found: Document) -> None:
-    if found.damaged:
-        places = ", ".join(f"{one.path} at byte {one.offset}" for one in store.damage)
-        raise RefusedError(
-            f"the record of {found.key} is damaged in the state log ({places})",
-            "start a new run; what has landed stays landed, and the branches of this run are kept",
-        )
+def _damaged(store: Store, found: Document) -> RefusedError:
+    places = ", ".join(f"{one.path} at byte {one.offset}" for one in store.damage)
+    return RefusedError(
+        f"the record of {found.key} is damaged in the state log ({places})",
+        "start a new run; what has landed stays landed, and the branches of this run are kept",
+    )
+
+
+async def _named(store: Store, kind: str, run: str) -> dict[str, Document]:
+    """Return the documents of a kind that a run has, each by the rest of its id."""
+    prefix = f"{run}/"
+    return {found.key.id[len(prefix) :]: found for found in await store.list(kind, prefix)}
 
 
 class Ledger:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -11,9 +11,9 @@ from typing import ClassVar
 
 from pydantic import ConfigDict
 
-from orchestrator.domain.dispatch import Board, Entry
+from orchestrator.domain.dispatch import Entry
 from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.model import AdapterDocument, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.model import FINAL, REVIVABLE, AdapterDocument, RunDocument, TaskDocument, TaskStatus
 from orchestrator.protocols import JsonObject
 from orchestrator.sessions.output import log_name
 
@@ -130,17 +130,35 @@ class RunRecord:
     entries: Mapping[str, Entry]
     adapters: Mapping[str, AdapterDocument]
 
-    def board(self) -> Board:
-        """Return what decisions look at."""
-        return Board.of(self.entries, self._statuses())
+    def blocked(self) -> dict[str, str]:
+        """Return the tasks that can't start any more, each with a need that will not land."""
+        return self.held_up([task for task, document in self.tasks.items() if document.status in REVIVABLE])
+
+    def held_up(self, by: Iterable[str]) -> dict[str, str]:
+        """Return the tasks that wait for any of these, directly or not, each with the need next to it."""
+        dependents = defaultdict(list)
+        for task, entry in self.entries.items():
+            for need in entry.needs:
+                dependents[need].append(task)
+        found: dict[str, str] = {}
+        waiting = list(by)[::-1]
+        known = set(waiting)
+        while waiting:
+            need = waiting.pop()
+            for task in dependents.get(need, ()):
+                if task not in known and self.tasks[task].status is TaskStatus.PENDING:
+                    known.add(task)
+                    found[task] = need
+                    waiting.append(task)
+        return found
 
     @property
     def is_over(self) -> bool:
         """Whether the run has ended and nothing is left that could be done in it."""
-        return self.run.ended is not None and self.board().is_over(self._statuses())
-
-    def _statuses(self) -> dict[str, TaskStatus]:
-        return {task: document.status for task, document in self.tasks.items()}
+        if self.run.ended is None:
+            return False
+        blocked = self.blocked()
+        return all(document.status in FINAL or task in blocked for task, document in self.tasks.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +176,7 @@ def report(
 
     With `status` None nothing is at work in it, and its tasks say whether it is landed or incomplete.
     """
-    board = record.board()
+    blocked = record.blocked()
     adapters = [
         AdapterReport(name, learned.parked_until, learned.closed)
         for name, learned in record.adapters.items()
@@ -168,7 +186,7 @@ def report(
     stuck = {} if status is RunStatus.RUNNING else _stuck(record, closed)
     reports, logs = [], str(places.logs)
     for task in record.run.tasks:
-        need = board.blocked.get(task)
+        need = blocked.get(task)
         why = stuck.get(task) if need is None else f"needs {need!r}, which did not land"
         reports.append(_task(task, record.tasks[task], record.entries[task].adapter, why, logs))
     if status is None:
@@ -184,17 +202,8 @@ def _stuck(record: RunRecord, closed: Mapping[str, str]) -> dict[str, str]:
         for task, entry in record.entries.items()
         if entry.adapter in closed and record.tasks[task].status is TaskStatus.PENDING
     }
-    dependents = defaultdict(list)
-    for task, entry in record.entries.items() if stuck else ():
-        for need in entry.needs:
-            dependents[need].append(task)
-    waiting = list(stuck)
-    while waiting:
-        held = waiting.pop()
-        for task in dependents[held]:
-            if task not in stuck:
-                stuck[task] = f"needs {held!r}, which waits for its adapter"
-                waiting.append(task)
+    for task, held in record.held_up(stuck).items() if stuck else ():
+        stuck[task] = f"needs {held!r}, which waits for its adapter"
     return stuck
 
 
@@ -202,29 +211,24 @@ def _task(task: str, document: TaskDocument, adapter: str, why_blocked: str | No
     state, reason = document.status.value, document.reason
     if why_blocked is not None and document.status is TaskStatus.PENDING:
         state, reason = "blocked", why_blocked
-    outcome = document.attempt.outcome if document.attempts else None
-    costs = [one.cost for one in document.attempts if one.cost is not None]
+    attempts = document.attempts
+    newest = attempts[-1] if attempts else None
+    outcome = None if newest is None else newest.outcome
+    costs = [one.cost for one in attempts if one.cost is not None]
     return TaskReport(
         id=task,
         state=state,
-        attempts=len(document.attempts),
+        attempts=len(attempts),
         landed=document.landed,
         branch=document.branch,
         failure=outcome if outcome in _FAILURES and document.landed is None else None,
         reason=reason,
         paths=document.paths,
-        log=_log(task, document, logs),
-        adapter=document.attempt.adapter if document.attempts else adapter,
-        words=document.attempt.words if document.attempts else None,
+        log=None if newest is None else newest.check_log or f"{logs}/{log_name(task, newest.number, 'stderr')}",
+        adapter=adapter if newest is None else newest.adapter,
+        words=None if newest is None else newest.words,
         # Lists, because generators would take longer than all the rest.
-        input_tokens=sum([one.input_tokens for one in document.attempts]),
-        output_tokens=sum([one.output_tokens for one in document.attempts]),
+        input_tokens=sum([one.input_tokens for one in attempts]),
+        output_tokens=sum([one.output_tokens for one in attempts]),
         cost=sum(costs) if costs else None,
     )
-
-
-def _log(task: str, document: TaskDocument, logs: str) -> str | None:
-    if not document.attempts:
-        return None
-    attempt = document.attempt
-    return attempt.check_log or f"{logs}/{log_name(task, attempt.number, 'stderr')}"

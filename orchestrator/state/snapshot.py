@@ -67,16 +67,16 @@ def read(directory: Path) -> Snapshot | None:
     """Return the snapshot if there is one and the log is still what it was made from. Blocks."""
     try:
         data = (directory / NAME).read_bytes()
-        if data[:9] != b"%08x " % zlib.crc32(memoryview(data)[9:]):
-            return None
         end = _HEAD_BYTES + int(data[9:17], 16)
-        index = json.loads(data[_HEAD_BYTES:end])
-        sums = {first: Sum(size, crc) for first, size, crc in index["sums"]}
-        with ThreadPoolExecutor(1) as pool:  # neither reading files nor checksums hold the interpreter
+        with ThreadPoolExecutor(2) as pool:  # neither reading files nor checksums hold the interpreter
+            crc = pool.submit(zlib.crc32, memoryview(data)[9:])
+            index = json.loads(data[_HEAD_BYTES:end])
+            sums = {first: Sum(size, crc) for first, size, crc in index["sums"]}
             is_log = pool.submit(_is_log, directory, sums)
             table = Table(index["position"], _entries(index["kinds"], data, end))
-            return Snapshot(table, sums) if is_log.result() else None
-    except (OSError, ValueError, KeyError, TypeError):
+            is_whole = data[:9] == b"%08x " % crc.result()
+            return Snapshot(table, sums) if is_whole and is_log.result() else None
+    except Exception:  # noqa: BLE001  it is read while its checksum is taken: a damaged one may lead to any
         return None
 
 

@@ -62,8 +62,8 @@ class Table:
         """Return the documents of a kind whose id begins with `prefix`, by id."""
         with self._lock:
             entries = self._kinds.get(kind, {})
-            ids = self._ids(kind, prefix)
-            return [_document(Key(kind, name), entry) for name in ids if (entry := entries[name]).exists]
+            found = [(name, entries[name]) for name in self._ids(kind, prefix)]
+        return [_document(Key(kind, name), entry) for name, entry in found if entry.exists]
 
     def apply(self, line: Line) -> None:
         """Take over a line; it must be the one at the next position."""
