@@ -12,7 +12,7 @@ from typing import Final
 import anyio
 
 from orchestrator.clock import SystemClock
-from orchestrator.config.model import Backoff, TaskSpec
+from orchestrator.config.model import Backoff, TaskSpec, WorktreesConfig
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import Attempt, Intent, RunDocument
 from orchestrator.domain.secrets import Redactor
@@ -83,8 +83,17 @@ def _document(run: str, top: Path, hub: Path, tasks: tuple[str, ...]) -> RunDocu
         target=f"council/{run}",
         capacity=8,
         session_memory=1 << 30,
-        adapters={"agent": {"use": "command", "options": {"argv": ["agent"]}, "capacity": None, "reach": {}}},
+        adapters={
+            "agent": {
+                "use": "command",
+                "options": {"argv": ["agent"]},
+                "capacity": None,
+                "reach": {},
+                "keep_ignored": [],
+            }
+        },
         fence={"sandbox": "auto", "network": True, "reach": {}},
+        worktrees=WorktreesConfig().model_dump(mode="json"),
         tasks=tasks,
         start=_commit(0),
         hub=str(hub),

@@ -16,11 +16,22 @@ Each name is imported when it is first used.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+# Not that of `typing`: each session's supervisor imports this, and its start would take half as long again.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from orchestrator.archive import Archive, KeptWork, LogPart
-    from orchestrator.config.schema import AdapterSettings, BackoffSettings, Config, Task, TaskDefaults
+    from orchestrator.config.schema import (
+        AdapterSettings,
+        BackoffSettings,
+        Config,
+        SetupSettings,
+        Task,
+        TaskDefaults,
+        WorktreeSettings,
+    )
     from orchestrator.council import Council, Places
     from orchestrator.domain.failures import FailureClass
     from orchestrator.domain.model import TaskStatus
@@ -50,16 +61,26 @@ __all__ = [
     "RefusedError",
     "RunReport",
     "RunStatus",
+    "SetupSettings",
     "StoreUnavailable",
     "Task",
     "TaskDefaults",
     "TaskReport",
     "TaskStatus",
+    "WorktreeSettings",
 ]
 
 _MODULES = {
     "archive": ("Archive", "KeptWork", "LogPart"),
-    "config.schema": ("AdapterSettings", "BackoffSettings", "Config", "Task", "TaskDefaults"),
+    "config.schema": (
+        "AdapterSettings",
+        "BackoffSettings",
+        "Config",
+        "SetupSettings",
+        "Task",
+        "TaskDefaults",
+        "WorktreeSettings",
+    ),
     "council": ("Council", "Places"),
     "domain.failures": ("FailureClass",),
     "domain.model": ("TaskStatus",),

@@ -64,6 +64,14 @@ class RefusedError(CouncilError):
         super().__init__(f"{what}: {remedy}")
 
 
+def refuse_together(found: Sequence[tuple[str, str]], remedy: str) -> None:
+    """Raise RefusedError if anything was found, each a fact and its own remedy; `remedy` is for several at once."""
+    if len(found) == 1:
+        raise RefusedError(*found[0])
+    if found:
+        raise RefusedError("; ".join(f"{what} ({own})" for what, own in found), remedy)
+
+
 class PluginError(CouncilError):
     """A plugin broke its contract."""
 

@@ -46,7 +46,7 @@ def _load(source: str | Path | Config | RunConfig, plugins: Plugins) -> RunConfi
         case RunConfig():
             return source
         case Config():
-            value = source.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+            value = source.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
             return load_value(value, Path.cwd(), plugins.adapters, "Config", plugins.extensions())
         case _:
             return load_config(Path(source), plugins.adapters, plugins.extensions())

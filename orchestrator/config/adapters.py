@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from orchestrator.config.document import Node
 from orchestrator.config.entries import Explain, read_entries
 from orchestrator.config.model import AdapterConfig, Reach
+from orchestrator.config.names import check_kept
 from orchestrator.config.problems import Problems, Vocabulary, shown
 from orchestrator.config.references import task_nodes
 from orchestrator.config.schema import AdapterSettings
@@ -29,8 +31,20 @@ def read_adapters(
         reach = read_reach(node, folder, problems)
         capacity = node.value.get("capacity")
         if capacity is None or isinstance(capacity, int):
-            found[name] = AdapterConfig(name=name, use=use, capacity=capacity, reach=reach, options=options)
+            found[name] = AdapterConfig(
+                name=name, use=use, capacity=capacity, reach=reach, keep_ignored=_kept(node), options=options
+            )
     return found
+
+
+def _kept(node: Node) -> tuple[str, ...]:
+    """Return what is right under `keep_ignored`; the rest is told of with the file's shape."""
+    found = []
+    listed = node.value.get("keep_ignored")
+    for item in listed if isinstance(listed, list) else ():
+        with suppress(ValueError):
+            found += [check_kept(item)] if isinstance(item, str) else []
+    return tuple(found)
 
 
 def read_reach(node: Node, folder: Path, problems: Problems) -> Reach:

@@ -12,7 +12,7 @@ from orchestrator.config import adapters, references
 from orchestrator.config.document import Node, read_document
 from orchestrator.config.entries import Extensions, read_sinks, read_trackers
 from orchestrator.config.files import open_regular
-from orchestrator.config.model import Backoff, FenceConfig, RunConfig, TaskSpec
+from orchestrator.config.model import Backoff, FenceConfig, RunConfig, TaskSpec, WorktreesConfig
 from orchestrator.config.names import is_url
 from orchestrator.config.problems import Position, Problems, TooManyProblems
 from orchestrator.config.schema import BackoffSettings, Config, Task, TaskDefaults
@@ -125,6 +125,8 @@ def _read_run(
     trackers = read_trackers(root, path.parent, extensions, problems)
     reach = adapters.read_reach(root, path.parent, problems)
     references.check_network(root, problems)
+    references.check_shared(root, problems)
+    references.check_commands(root, problems)
     assigned = adapters.assign_adapters(root, problems)
     default = adapters.default_adapter(root, problems) if trackers else None
     adapters.try_commands(root, prompts, assigned, found, adapter_types, problems)
@@ -140,6 +142,7 @@ def _read_run(
         capacity=file.capacity,
         session_memory=file.session_memory,
         fence=FenceConfig(sandbox=file.sandbox, network=file.network == "on", reach=reach),
+        worktrees=_worktrees(file),
         adapters=found,
         sinks=sinks,
         trackers=trackers,
@@ -184,3 +187,10 @@ def _first(own: T | None, default: T | None, otherwise: T) -> T:
 
 def _backoff(entry: BackoffSettings | None, default: Backoff) -> Backoff:
     return default.model_copy(update=entry.model_dump(exclude_none=True)) if entry is not None else default
+
+
+def _worktrees(file: Config) -> WorktreesConfig:
+    given = file.worktrees.model_dump()
+    # One more than sessions, for checks.
+    most = {} if given["max"] is not None else {"max": max(WorktreesConfig().max, file.capacity + 1)}
+    return WorktreesConfig.model_validate(given | most)

@@ -104,6 +104,51 @@ class FenceConfig(_Model):
     """What all of them may reach."""
 
 
+_Strings = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+class SetupStep(_Model):
+    """A command that makes a new worktree ready for work."""
+
+    run: str
+    """The shell command."""
+    inputs: _Strings = ()
+    """Files of the commit: it is run again only when one of them changed; without any, once for each worktree."""
+    timeout: float = 600.0
+    """Wall-clock seconds that it may take."""
+
+
+class WorktreesConfig(_Model):
+    """The checkouts that sessions and checks take turns in; paths are relative to their top, without `/` at the end."""
+
+    max: int = 16
+    """How many there are at most."""
+    max_size: int | None = None
+    """Bytes that all of them may take on disk together; None: no limit."""
+    sparse: _Strings = ()
+    """The folders that are checked out, beside the files at the top; none: all."""
+    setup: Annotated[tuple[SetupStep, ...], Field(strict=False)] = ()
+    """What is run in turn in a new worktree before its first session."""
+    before_run: _Strings = ()
+    """Shell commands before each session; one that fails fails the attempt."""
+    after_run: _Strings = ()
+    """Shell commands after each session; one that fails is only told of."""
+    teardown: _Strings = ()
+    """Shell commands before a worktree is deleted; one that fails is only told of."""
+    hooks_timeout: float = 600.0
+    """Wall-clock seconds that each of these three kinds of commands may take."""
+    env: _Strings = ()
+    """Names of variables that all these commands see beside the base set."""
+    copied: _Strings = ()
+    """Untracked files and folders of the user's checkout that each worktree gets a copy of."""
+    linked: _Strings = ()
+    """Untracked files and folders of the user's checkout that each worktree gets a link to."""
+    keep_ignored: _Strings = ()
+    """Ignored files and folders that stay for the next session: names at any depth, or paths with `/` from the top."""
+    ports: int = 0
+    """How many free ports each of them gets."""
+
+
 class AdapterConfig(_Model):
     """One adapter under its name, with validated options."""
 
@@ -115,6 +160,8 @@ class AdapterConfig(_Model):
     """How many of its sessions may run at once; None: as many as the run's capacity."""
     reach: Reach
     """What its sessions may reach beyond what all may."""
+    keep_ignored: _Strings
+    """What stays for its next session beside `WorktreesConfig.keep_ignored`."""
     options: SerializeAsAny[BaseModel]
     """An instance of that type's `Options`."""
 
@@ -189,7 +236,14 @@ def restore_adapter(
     _, options = restore(what, stored, adapter_types, why)
     try:
         reach = Reach.model_validate(stored["reach"])
-        return AdapterConfig(name=name, use=stored["use"], capacity=stored["capacity"], reach=reach, options=options)
+        return AdapterConfig(
+            name=name,
+            use=stored["use"],
+            capacity=stored["capacity"],
+            reach=reach,
+            keep_ignored=stored["keep_ignored"],
+            options=options,
+        )
     except ValidationError as error:
         raise _outdated(what, stored["use"], f"{error.error_count()} options differ") from error
     except KeyError as error:
@@ -236,6 +290,8 @@ class RunConfig(_Model):
     """Bytes of memory that one session is expected to take."""
     fence: FenceConfig
     """What sessions and checks are fenced in by."""
+    worktrees: WorktreesConfig
+    """What they take turns in."""
     adapters: Mapping[str, AdapterConfig]
     """The adapters by name."""
     sinks: Mapping[str, SinkConfig] = {}

@@ -1,4 +1,4 @@
-"""The rules for ids, branch names and repository locations. Each check returns its text or raises ValueError."""
+"""The rules for ids, branch names, paths and repository locations. Each check returns its text or raises ValueError."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from typing import Final
 
 from orchestrator.config.problems import shown
+from orchestrator.domain.ownership import segments_of
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NAME_REMEDY: Final = (
@@ -18,7 +19,12 @@ BRANCH_PATTERN: Final = (
     r"^(?!-|/|refs/|(?:HEAD|@)$)(?!.*(?:\.\.|@\{|//|[/.]$))(?!(?:.*/)?\.)(?!.*\.lock(?:/|$))"
     r"[^\x00-\x20\x7f~^:?*\[\\]+$"
 )
+_PATH: Final = r"^(?:(?!(?:\.\.?|\.[gG][iI][tT])(?:/|$))[^{}]+(?:/|$))+$(?!\n)"
+PATH_PATTERN: Final = _PATH.replace("{}", r"/\\\x00-\x1f\x7f")
+KEPT_PATTERN: Final = _PATH.replace("{}", r"/\\*?\[\x00-\x1f\x7f")
 _NOT_IN_BRANCH = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_WILDCARD = re.compile(r"[*?\[]")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _SCHEMES: Final = ("https", "http", "ssh", "git", "file")
 
@@ -56,9 +62,28 @@ def _branch_fault(text: str) -> str | None:
     return None
 
 
+def check_path(text: str) -> str:
+    """Return a path below the top of a repository, without a slash at its end."""
+    control = _CONTROL.search(text)
+    if control:
+        raise ValueError(f"the path holds the character {control[0]!r}: remove it, or give the file another name")
+    segments = segments_of(text)
+    if any(segment.casefold() == ".git" for segment in segments):
+        raise ValueError(f"{shown(text)} is what git itself works with: name another path")
+    return "/".join(segments)
+
+
+def check_kept(text: str) -> str:
+    """Return the name of what is anywhere in a repository, or a path as `check_path` does; neither has wildcards."""
+    wildcard = _WILDCARD.search(text)
+    if wildcard:
+        raise ValueError(f"{shown(text)} has the wildcard {wildcard[0]!r}: write a name, or a path from the top")
+    return check_path(text)
+
+
 def check_repo(text: str) -> str:
     """Accept a path, a URL of a scheme that git speaks by itself, or `host:path`."""
-    if not text.strip() or any(ord(character) < 0x20 or character == "\x7f" for character in text):
+    if not text.strip() or _CONTROL.search(text):
         raise ValueError(f"{shown(text)} can't be a repository: write a path or a URL")
     # git would take the first as an option, and run a program for the second.
     if text.startswith("-") or "::" in text.partition("/")[0]:

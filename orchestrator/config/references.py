@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 from orchestrator.config.circles import find_circles
 from orchestrator.config.document import Node
-from orchestrator.config.names import check_repo, is_url
+from orchestrator.config.names import check_path, check_repo, is_url
 from orchestrator.config.problems import Position, Problems, Vocabulary, shown
 from orchestrator.config.prompts import read_prompt
 from orchestrator.config.schema import MOST_TASKS
@@ -53,8 +53,10 @@ def check_presence(root: Node, problems: Problems) -> None:
 
 def check_emptiness(root: Node, problems: Problems) -> None:
     """Note keys without a value, wherever a key may be left out."""
-    for node in (root, root.get("defaults"), root.get("defaults", "backoff")):
+    for node in (root, root.get("defaults"), root.get("defaults", "backoff"), root.get("worktrees")):
         refuse_empty(node, problems)
+    for step in items_of(root.get("worktrees", "setup")):
+        refuse_empty(step if isinstance(step.value, dict) else None, problems)
     for section in ("adapters", "sinks", "trackers"):
         entries = root.get(section)
         for entry in entries.children.values() if entries is not None else ():
@@ -89,6 +91,40 @@ def check_network(root: Node, problems: Problems) -> None:
     if sandbox.value in {"off", "landlock"}:
         what = f"`network: off` can't be had with `sandbox: {sandbox.value}`"
         problems.add(network.at, what, "write `sandbox: auto` or `bubblewrap`, or `network: on`")
+
+
+def check_shared(root: Node, problems: Problems) -> None:
+    """Note what worktrees are to get from a checkout twice, or from a repository that has none on this machine."""
+    repo = root.get("repo")
+    is_remote = repo is not None and isinstance(repo.value, str) and is_url(repo.value)
+    found: dict[str, Position] = {}
+    for key in ("copy", "link"):
+        for item in items_of(root.get("worktrees", key)):
+            try:
+                path = check_path(item.value) if isinstance(item.value, str) else None
+            except ValueError:
+                continue
+            if is_remote:
+                what = f"`{key}` takes files from your checkout, and a repository by URL has none"
+                problems.add(
+                    item.at, what, "make them by a command under `setup:`, or set `repo` to the path of a clone"
+                )
+            elif path is not None and found.setdefault(path, item.at) != item.at:
+                problems.add(item.at, f"{shown(path)} is there already, {found[path]}", "name it once")
+    for path, at in found.items():
+        above = next((str(one) for one in PurePosixPath(path).parents if str(one) in found), None)
+        if above is not None:
+            problems.add(
+                at,
+                f"{shown(path)} is in {shown(above)}, which is there already, {found[above]}",
+                "remove one of the two",
+            )
+
+
+def items_of(listed: Node | None) -> Iterator[Node]:
+    """Yield the items of a list; none of what is no list."""
+    if listed is not None and isinstance(listed.value, list):
+        yield from listed.children.values()
 
 
 def check_ids(root: Node, problems: Problems) -> None:
@@ -143,10 +179,7 @@ def _check_needs_of(
 
 
 def _needs(task: Node) -> Iterator[Node]:
-    needs = task.get("needs")
-    for need in needs.children.values() if needs is not None and isinstance(needs.value, list) else ():
-        if isinstance(need.value, str):
-            yield need
+    yield from (need for need in items_of(task.get("needs")) if isinstance(need.value, str))
 
 
 def _all_are_mappings(root: Node) -> bool:
@@ -163,10 +196,25 @@ def _note_circle(circle: list[str], edges: Mapping[str, Mapping[str, Position]],
     problems.add(at, f"tasks need each other in a circle: {' -> '.join(named)}", "remove one of these needs")
 
 
-def _refuse_key(node: Node, prompt: str, problems: Problems) -> None:
-    if contains_key(prompt):
-        remedy = "take it out, and pass a variable on by its name under the adapter's `env`"
-        problems.add(node.at, "the prompt holds what looks like a secret key, and prompts are recorded", remedy)
+def check_commands(root: Node, problems: Problems) -> None:
+    """Note keys in the commands of worktrees, which are recorded."""
+    steps = items_of(root.get("worktrees", "setup"))
+    commands = [step.get("run") or step for step in steps]
+    for key in ("before_run", "after_run", "teardown"):
+        commands += items_of(root.get("worktrees", key))
+    for command in commands:
+        if isinstance(command.value, str):
+            _refuse_key(command, command.value, "command", "`env` of `worktrees`", problems)
+
+
+def _refuse_key(node: Node, text: str, what: str, env: str, problems: Problems) -> None:
+    if contains_key(text):
+        remedy = f"take it out, and pass a variable on by its name under {env}"
+        problems.add(node.at, f"the {what} holds what looks like a secret key, and {what}s are recorded", remedy)
+
+
+def _refuse_key_in_prompt(node: Node, prompt: str, problems: Problems) -> None:
+    _refuse_key(node, prompt, "prompt", "the adapter's `env`", problems)
 
 
 def read_prompts(root: Node, folder: Path, problems: Problems) -> dict[int, str]:
@@ -180,13 +228,13 @@ def read_prompts(root: Node, folder: Path, problems: Problems) -> dict[int, str]
         elif prompt is not None:
             if isinstance(prompt.value, str):
                 prompts[index] = prompt.value
-                _refuse_key(prompt, prompt.value, problems)
+                _refuse_key_in_prompt(prompt, prompt.value, problems)
         elif file is None:
             problems.add(task.at, "the task has neither prompt nor prompt_file", "add `prompt:` here")
         elif isinstance(file.value, str) and file.value:
             try:
                 prompts[index] = read(folder / file.value)
-                _refuse_key(file, prompts[index], problems)
+                _refuse_key_in_prompt(file, prompts[index], problems)
             except ValueError as error:
                 what, _, remedy = str(error).partition(": ")
                 problems.add(file.at, what, remedy)

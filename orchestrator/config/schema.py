@@ -17,8 +17,18 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from orchestrator.config.names import BRANCH_PATTERN, NAME_PATTERN, check_branch, check_name, check_repo
-from orchestrator.config.problems import shown
+from orchestrator.config.names import (
+    BRANCH_PATTERN,
+    KEPT_PATTERN,
+    NAME_PATTERN,
+    PATH_PATTERN,
+    check_branch,
+    check_kept,
+    check_name,
+    check_path,
+    check_repo,
+)
+from orchestrator.config.problems import kind, shown
 from orchestrator.config.quantities import (
     DURATION_PATTERN,
     SILENCE_PATTERN,
@@ -108,19 +118,34 @@ def _check_retryable(name: str) -> str:
 
 def _check_command(command: str) -> str:
     if not command.strip() or "\0" in command:
-        raise ValueError("a check is empty or holds a NUL character: write a shell command, or remove it")
+        raise ValueError("a command is empty or holds a NUL character: write one for the shell, or remove it")
     return command
+
+
+def _step(value: Any) -> Any:
+    match value:
+        case str():
+            return {"run": value}
+        case dict() | BaseModel():
+            return value
+    raise ValueError(f"a step can't be {kind(value)}: write a shell command, or a mapping with `run:`")
 
 
 RetryableName = Annotated[str, AfterValidator(_check_retryable), WithJsonSchema({"enum": sorted(RETRYABLE)})]
 EnvName = Annotated[str, AfterValidator(_check_env_name), _text(f"^{_ENV_NAME.pattern}$")]
-Check = Annotated[str, AfterValidator(_check_command), _text(_NOT_BLANK)]
+Command = Annotated[str, AfterValidator(_check_command), _text(_NOT_BLANK)]
 Silence = Annotated[
     float, BeforeValidator(_silence), PlainSerializer(format_duration, when_used="json"), _text(SILENCE_PATTERN)
 ]
 Size = Annotated[int, BeforeValidator(_bytes), PlainSerializer(format_size, when_used="json"), _text(SIZE_PATTERN)]
 PathPattern = Annotated[str, AfterValidator(check_pattern), _text(r"^(?!/)[^\\]+$")]
 Paths = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
+RepositoryPaths = Annotated[
+    tuple[Annotated[str, AfterValidator(check_path), _text(PATH_PATTERN)], ...], Field(strict=False)
+]
+Kept = Annotated[tuple[Annotated[str, AfterValidator(check_kept), _text(KEPT_PATTERN)], ...], Field(strict=False)]
+Commands = Annotated[tuple[Command, ...], Field(strict=False)]
+EnvNames = Annotated[tuple[EnvName, ...], Field(strict=False)]
 
 
 class _Entry(BaseModel):
@@ -155,11 +180,11 @@ class TaskDefaults(_Entry):
     """How long a session may go without output and without a change in its worktree: 10m unless given."""
     retry_on: Annotated[frozenset[RetryableName], Field(strict=False)] | None = None
     """The classes of failure that are worth another attempt."""
-    checks: Annotated[tuple[Check, ...], Field(strict=False)] | None = None
+    checks: Commands | None = None
     """Shell commands that must succeed on the merged tree before the target moves."""
     checks_timeout: Duration | None = None
     """The wall-clock time that one check may take: 10m unless given."""
-    checks_env: Annotated[tuple[EnvName, ...], Field(strict=False)] | None = None
+    checks_env: EnvNames | None = None
     """Names of variables that checks see beside the base set."""
     on_checks_failed: Literal["retry", "fail"] | None = None
     """Whether another attempt is told what the checks said, or the task is over: retry unless given."""
@@ -201,6 +226,8 @@ class AdapterSettings(_Entry):
     """Files and folders that its sessions may write, beside their worktree."""
     readable: Paths = ()
     """Files and folders inside of what is hidden that its sessions may read."""
+    keep_ignored: Kept = ()
+    """Ignored files and folders of a worktree that stay for the adapter's next session, beside those of all."""
     __pydantic_extra__: dict[str, Any]
 
     @classmethod
@@ -229,6 +256,54 @@ class TrackerSettings(_Entry):
     use: str
     """The kind of tracker: `checklist`, or what an installed plugin brings."""
     __pydantic_extra__: dict[str, Any]
+
+
+_DEFAULT_LIMIT = Field(json_schema_extra={"default": "10m"})
+
+
+class SetupSettings(_Entry):
+    """A command that makes a new worktree ready for work."""
+
+    run: Command
+    """The shell command."""
+    inputs: RepositoryPaths = ()
+    """Files of the commit: it is run again only when one of them changed; without any, once for each worktree."""
+    timeout: Annotated[Duration, _DEFAULT_LIMIT] = 600.0
+    """The wall-clock time that it may take."""
+
+
+class WorktreeSettings(_Entry):
+    """The checkouts that sessions and checks take turns in."""
+
+    max: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """How many there are at most: 16 unless given, or one more than `capacity` where that is more."""
+    max_size: Size | None = None
+    """What all of them may take on disk together: no limit unless given."""
+    sparse: RepositoryPaths = ()
+    """The folders that are checked out, beside the files at the top: all unless given."""
+    setup: Annotated[
+        tuple[Annotated[SetupSettings, BeforeValidator(_step, json_schema_input_type=Command | SetupSettings)], ...],
+        Field(strict=False),
+    ] = ()
+    """Shell commands, run in turn in a new worktree before its first session."""
+    before_run: Commands = ()
+    """Shell commands before each session; one that fails fails the attempt."""
+    after_run: Commands = ()
+    """Shell commands after each session; one that fails is only told of."""
+    teardown: Commands = ()
+    """Shell commands before a worktree is deleted; one that fails is only told of."""
+    hooks_timeout: Annotated[Duration, _DEFAULT_LIMIT] = 600.0
+    """The wall-clock time that each command of `before_run`, `after_run` and `teardown` may take."""
+    env: EnvNames = ()
+    """Names of variables that these commands see beside the base set."""
+    copied: RepositoryPaths = Field((), alias="copy")
+    """Files and folders of your checkout that git doesn't track: each worktree gets a copy."""
+    linked: RepositoryPaths = Field((), alias="link")
+    """Files and folders of your checkout that git doesn't track: each worktree gets a link, to read only."""
+    keep_ignored: Kept = ()
+    """Ignored files and folders that stay for the next session: a name at any depth, or a path from the top."""
+    ports: Annotated[int, Field(ge=0, le=100)] = 0
+    """How many free ports each worktree gets, as COUNCIL_PORT_0 and so on."""
 
 
 class Config(_Entry):
@@ -267,6 +342,8 @@ class Config(_Entry):
         dict[Name, AdapterSettings], Field(min_length=1, json_schema_extra={"additionalProperties": False})
     ]
     """The ways to run a CLI, by a name of your own."""
+    worktrees: WorktreeSettings = WorktreeSettings()
+    """The checkouts that sessions and checks take turns in."""
     defaults: TaskDefaults = TaskDefaults()
     """What holds for each task that doesn't say otherwise."""
     sinks: dict[Name, SinkSettings] = {}

@@ -54,6 +54,7 @@ def _lines(starter: Starter) -> Iterator[str]:
     yield _commented(f"base: {scalar(starter.base)}", "where work starts")
     yield "# target: main                # where it lands; without it, on a new branch council/<run>"
     yield _commented("capacity: 4", "sessions at once")
+    yield _commented("# worktrees: {copy: [.env]}", "what sessions need and git ignores; `setup:` makes it")
     yield ""
     yield "adapters:"
     yield from _adapters(starter.adapters)

@@ -40,6 +40,10 @@ def find_warnings(config: RunConfig, around: Surroundings) -> list[ConfigWarning
     for path in _open_repository(config, around):
         what = f"`writable` lets sessions write {path}, and with it the repository itself"
         found.append(ConfigWarning(what, "name only the folders in it that they need, if any"))
+    if config.worktrees.max < config.capacity:
+        most = config.worktrees.max
+        what = f"`worktrees.max` is {most} and `capacity` {config.capacity}: at most {most} sessions can run at once"
+        found.append(ConfigWarning(what, f"set `max: {config.capacity}` under `worktrees:`, or a smaller `capacity`"))
     specs = [*config.tasks, *([] if config.template is None else [config.template])]
     if not any(spec.checks for spec in specs):
         what = "no task has checks: nothing proves the work"

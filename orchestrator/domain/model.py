@@ -127,6 +127,8 @@ class RunDocument(_Document):
     """By name: what `config.model.restore_adapter` takes."""
     fence: dict[str, Any]
     """What `config.model.FenceConfig` holds."""
+    worktrees: dict[str, Any]
+    """What `config.model.WorktreesConfig` holds."""
     sinks: dict[str, dict[str, Any]] = {}
     """By name: what `config.model.restore` takes, and the patterns of the events."""
     trackers: dict[str, dict[str, Any]] = {}

@@ -39,21 +39,33 @@ class _Pattern:
 
 def check_pattern(text: str) -> str:
     """Return a pattern as it is; ValueError ("what: remedy") if it is none."""
-    for wrong, what, remedy in (
-        (not text, "the pattern is empty", "name a path, or `**` for all"),
-        ("\0" in text, "it has a NUL character", "remove it"),
-        ("\\" in text, "it has a backslash", "separate segments by `/`, and write `[*]` for a star"),
-        (text.startswith("/"), "the path is absolute", "write it relative to the top of the repository"),
-    ):
-        if wrong:
-            raise ValueError(f"{what}: {remedy}")
-    for segment in text.removesuffix("/").split("/"):
-        if segment in {"", ".", ".."}:
-            raise ValueError(f"it has the segment {segment!r}: write the path without it")
+    if "\\" in text:
+        raise ValueError("it has a backslash: separate segments by `/`, and write `[*]` for a star")
+    for segment in segments_of(text):
         if "**" in segment and segment != "**":
             raise ValueError(f"`**` is only a part of {segment!r}: let it stand alone between `/`, or write `*`")
         _parse_segment(segment)
     return text
+
+
+def segments_of(path: str) -> list[str]:
+    """Return the parts of a path below the top of a repository; ValueError ("what: remedy") if it can't be one.
+
+    A slash at its end says that it is a folder, and is no part.
+    """
+    for wrong, what, remedy in (
+        (not path, "the path is empty", "name a file or a folder"),
+        ("\0" in path, "it has a NUL character", "remove it"),
+        ("\\" in path, "it has a backslash", "separate segments by `/`"),
+        (path.startswith("/"), "the path is absolute", "write it relative to the top of the repository"),
+    ):
+        if wrong:
+            raise ValueError(f"{what}: {remedy}")
+    segments = path.removesuffix("/").split("/")
+    for segment in segments:
+        if segment in {"", ".", ".."}:
+            raise ValueError(f"it has the segment {segment!r}: write the path without it")
+    return segments
 
 
 def matches(pattern: str, path: str) -> bool:

@@ -11,7 +11,8 @@ from pathlib import Path
 from orchestrator.config.model import RunConfig
 from orchestrator.config.warnings import Surroundings
 from orchestrator.domain.secrets import Redactor, secret_values
-from orchestrator.errors import GitError, RefusedError
+from orchestrator.engine.worktree_sources import Base, check_sources
+from orchestrator.errors import GitError, RefusedError, refuse_together
 from orchestrator.project import Project, council_home
 from orchestrator.protocols import Adapter
 from orchestrator.repo.checkout import LocalRepository, changes_in, checkout_of
@@ -73,6 +74,8 @@ async def check_run(
     user = User(name, None if site.repository is None else site.repository.git_dir, state)
     await create_hub(hub, site.object_format, environ, user)
     start = await _fetch(site, hub, run, (config.base, target if target in heads else config.base), environ)
+    base = Base(config.base, internal_ref(run, "base"), Git(hub.trusted, environ=environ))
+    await check_sources(config.worktrees, base, site.repository, [home])
     return Cleared(target, hub, start, sandbox)
 
 
@@ -161,8 +164,4 @@ def check_programs(adapters: Mapping[str, Adapter], environ: Mapping[str, str]) 
         for program in adapter.programs()
         if shutil.which(program.name, path=environ.get("PATH")) is None
     ]
-    if missing:
-        if len(missing) == 1:
-            raise RefusedError(*missing[0])
-        each = "; ".join(f"{what} ({remedy})" for what, remedy in missing)
-        raise RefusedError(each, "mend these, or give their tasks another adapter")
+    refuse_together(missing, "mend these, or give their tasks another adapter")

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.config.model import RunConfig
+from orchestrator.config.model import RunConfig, WorktreesConfig
 from orchestrator.engine.facts import Size, measure
 from orchestrator.engine.findings import Finding, Level, judge_folder, refused
 from orchestrator.engine.preflight import check_branches, check_checkout
+from orchestrator.engine.worktree_sources import Base, check_sources
 from orchestrator.errors import GitError, RefusedError
-from orchestrator.project import Project
+from orchestrator.project import Project, council_home
 from orchestrator.repo.branches import find_base, find_branches
 from orchestrator.repo.checkout import LocalRepository, check_own
 from orchestrator.repo.git import Git, shown
@@ -70,6 +71,9 @@ async def _look_at_site(
         commit = (await find_branches(repository, users))[base or "main"]
         git = Git(repository.git_dir, users=True, environ=environ)
         found.append(await _judged("content", "no submodules, no git LFS, no odd names", check_supported(git, commit)))
+        if run is not None and run.worktrees != WorktreesConfig():
+            sources = check_sources(run.worktrees, Base(run.base, commit, git), repository, [council_home(environ)])
+            found.append(await _judged("worktrees", "what they are made of is there", sources))
         with suppress(GitError):
             size = await measure(git, commit)
     if run is not None and run.target is not None:

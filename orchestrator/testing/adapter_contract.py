@@ -51,7 +51,7 @@ class AdapterContract(OptionsContract):
     """
 
     adapter_type: ClassVar[AdapterType]
-    own_keys: ClassVar[frozenset[str]] = frozenset({"use", "capacity", "writable", "readable"})
+    own_keys: ClassVar[frozenset[str]] = frozenset({"use", "capacity", "writable", "readable", "keep_ignored"})
     lines: ClassVar[Sequence[tuple[str, Sequence[SessionEvent]]]] = ()
     """Lines that the program was seen to print, and what each means."""
     ends: ClassVar[Sequence[tuple[SessionEnd, FailureClass | None]]] = ()

@@ -98,8 +98,19 @@ def _nothing(repository: Repository) -> None:
         (_nothing, {"repo": "/"}),
         (_nothing, {"adapters": {"x": {"use": "command", "argv": ["no-such-program"]}}}),
         (_nothing, {"session_memory": "1024TiB"}),
+        (_nothing, {"worktrees": {"copy": [".env"]}}),
     ],
-    ids=["dirty target", "lfs", "own folder", "no base", "name taken", "no repository", "no program", "no room"],
+    ids=[
+        "dirty target",
+        "lfs",
+        "own folder",
+        "no base",
+        "name taken",
+        "no repository",
+        "no program",
+        "no room",
+        "no source",
+    ],
 )
 async def test_what_stands_in_the_way_of_a_run_is_refused_alike(
     repository: Repository, prepare: Callable[[Repository], None], settings: dict[str, Any]

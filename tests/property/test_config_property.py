@@ -33,6 +33,12 @@ PIECES = [
     "env",
     "repo",
     "base",
+    "worktrees",
+    "setup",
+    "run",
+    "copy",
+    "link",
+    "keep_ignored",
     "1",
     "0",
     "-1",
@@ -157,7 +163,7 @@ def test_any_text_without_libyaml(tmp_path_factory: pytest.TempPathFactory, text
 @settings(unhurried, max_examples=100)
 @given(
     st.fixed_dictionaries(
-        {}, optional=dict.fromkeys(("version", "repo", "base", "adapters", "defaults", "tasks"), TREES)
+        {}, optional=dict.fromkeys(("version", "repo", "base", "adapters", "defaults", "worktrees", "tasks"), TREES)
     )
 )
 def test_any_values(tmp_path_factory: pytest.TempPathFactory, tree: dict[str, Any]) -> None:

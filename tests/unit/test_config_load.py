@@ -8,7 +8,17 @@ import pytest
 
 from adapters.command import CommandAdapter
 from orchestrator.config.load import load_config
-from orchestrator.config.model import AdapterConfig, Backoff, FenceConfig, Reach, RunConfig, TaskSpec, restore_adapter
+from orchestrator.config.model import (
+    AdapterConfig,
+    Backoff,
+    FenceConfig,
+    Reach,
+    RunConfig,
+    SetupStep,
+    TaskSpec,
+    WorktreesConfig,
+    restore_adapter,
+)
 from orchestrator.domain.failures import RETRIED
 from orchestrator.errors import RefusedError
 
@@ -88,6 +98,70 @@ def test_smallest_file_gets_all_defaults(tmp_path: Path) -> None:
     )
     assert config.session_memory == 256 << 20
     assert config.fence == FenceConfig(sandbox="auto", network=True, reach=Reach())
+    assert config.worktrees == WorktreesConfig(
+        max=16,
+        max_size=None,
+        sparse=(),
+        setup=(),
+        before_run=(),
+        after_run=(),
+        teardown=(),
+        hooks_timeout=600.0,
+        env=(),
+        copied=(),
+        linked=(),
+        keep_ignored=(),
+        ports=0,
+    )
+    assert config.adapters["fixer"].keep_ignored == ()
+
+
+WORKTREES = """\
+worktrees:
+  max: 3
+  max_size: 20GB
+  sparse: [src, tests/unit/]
+  setup:
+    - make deps
+    - run: pip install -r requirements.txt
+      inputs: [requirements.txt]
+      timeout: 90s
+    - {run: "true"}
+  before_run: [make reset]
+  after_run: [make stop]
+  teardown: [make down, docker compose down]
+  hooks_timeout: 2m
+  env: [PIP_INDEX_URL]
+  copy: [.env, config/local.toml]
+  link: [data/models/]
+  keep_ignored: [node_modules, build/cache/]
+  ports: 3
+"""
+
+
+def test_worktrees_are_resolved(tmp_path: Path) -> None:
+    """A step may be a bare command; `copy` and `link` have other names in code; a slash at a path's end is dropped."""
+    config = load(tmp_path, SMALLEST.replace("argv: [fix]", "argv: [fix], keep_ignored: [.fix/]") + WORKTREES)
+    assert config.worktrees == WorktreesConfig(
+        max=3,
+        max_size=20_000_000_000,
+        sparse=("src", "tests/unit"),
+        setup=(
+            SetupStep(run="make deps", inputs=(), timeout=600.0),
+            SetupStep(run="pip install -r requirements.txt", inputs=("requirements.txt",), timeout=90.0),
+            SetupStep(run="true"),
+        ),
+        before_run=("make reset",),
+        after_run=("make stop",),
+        teardown=("make down", "docker compose down"),
+        hooks_timeout=120.0,
+        env=("PIP_INDEX_URL",),
+        copied=(".env", "config/local.toml"),
+        linked=("data/models",),
+        keep_ignored=("node_modules", "build/cache"),
+        ports=3,
+    )
+    assert config.adapters["fixer"].keep_ignored == (".fix",)
 
 
 def test_tasks_override_defaults_key_by_key(tmp_path: Path) -> None:
@@ -113,7 +187,8 @@ def test_tasks_override_defaults_key_by_key(tmp_path: Path) -> None:
 
 def test_what_is_stored_is_restored(tmp_path: Path) -> None:
     """Tasks and adapters come back equal from JSON, without the file."""
-    config = load(tmp_path, SMALLEST.replace("argv: [fix]", "argv: [fix], env: {A: b}"))
+    config = load(tmp_path, SMALLEST.replace("argv: [fix]", "argv: [fix], env: {A: b}, keep_ignored: [x]") + WORKTREES)
+    assert WorktreesConfig.model_validate(json.loads(config.worktrees.model_dump_json())) == config.worktrees
     for task in config.tasks:
         assert TaskSpec.model_validate(json.loads(task.model_dump_json())) == task
     for name, adapter in config.adapters.items():
@@ -126,7 +201,8 @@ def test_what_is_stored_is_restored(tmp_path: Path) -> None:
     [
         ({"use": "gone"}, "install the plugin"),
         ({"use": "command", "argv": ["x"]}, "version"),
-        ({"use": "command", "options": {"argv": 1}, "capacity": None, "reach": {}}, "version"),
+        ({"use": "command", "options": {"argv": 1}, "capacity": None, "reach": {}, "keep_ignored": []}, "version"),
+        ({"use": "command", "options": {"argv": ["x"]}, "capacity": None, "reach": {}}, "keep_ignored"),
     ],
 )
 def test_adapter_that_no_longer_fits_is_refused(stored: dict[str, Any], fragment: str) -> None:

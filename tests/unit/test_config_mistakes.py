@@ -13,6 +13,7 @@ from orchestrator.errors import ConfigError
 TYPES = {"command": CommandAdapter}
 HEAD = "version: 1\nadapters: {x: {use: command, argv: [x]}}\n"  # two lines
 TASKS = "tasks: [{id: a, prompt: p}]\n"
+TOKEN = "ghp_" + "a1B2" * 9
 TAIL = "adapters: {x: {use: command, argv: [x]}}\ntasks: [{id: a, prompt: p}]\n"
 
 
@@ -30,6 +31,10 @@ def mistakes(folder: Path, content: str | bytes) -> list[tuple[int, int, str]]:
 
 def adapter(options: str) -> str:
     return f"version: 1\nadapters:\n  x:\n    use: command\n{options}{TASKS}"
+
+
+def worktrees(settings: str, top: str = "") -> str:
+    return f"{HEAD}{TASKS}{top}worktrees:\n{settings}"
 
 
 # fmt: off
@@ -131,6 +136,43 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, int, int, str]] = {
     "env value": (adapter("    argv: [x]\n    env: {A: 1}\n"), 6, 14, "A is the number 1: write text"),
     "env form": (adapter("    argv: [x]\n    env: A\n"), 6, 10, "env is the text 'A': write a list of names"),
     "git env": (adapter("    argv: [x]\n    env: [GIT_DIR]\n"), 6, 11, "another repository than the session's"),
+    "max of none": (worktrees("  max: 0\n"), 5, 8, "max is the number 0: write 1 or more"),
+    "max 1001": (worktrees("  max: 1001\n"), 5, 8, "write 1000 or less"),
+    "bare size": (worktrees("  max_size: 20\n"), 5, 13, "a size can't be the number 20: write a whole number with a"),
+    "ports 101": (worktrees("  ports: 101\n"), 5, 10, "write 100 or less"),
+    "unknown in worktrees": (worktrees("  copies: [x]\n"), 5, 3, "did you mean 'copy'?"),
+    "empty in worktrees": (worktrees("  max_size:\n"), 5, 12, "max_size is empty: give it a value or leave it out"),
+    "worktrees' variable": (worktrees("  env: [1A]\n"), 5, 9, "'1A' can't name a variable"),
+    "bare hooks_timeout": (worktrees("  hooks_timeout: 30\n"), 5, 18, "add its unit, as in 30s"),
+    "blank command": (worktrees("  before_run: [' ']\n"), 5, 16, "a command is empty or holds a NUL"),
+    "command as text": (worktrees("  teardown: make x\n"), 5, 13, "teardown is the text 'make x': write a list"),
+    "blank step": (worktrees("  setup: [x, ' ']\n"), 5, 14, "a command is empty or holds a NUL"),
+    "key in a step": (worktrees(f"  setup: [x, {{run: {TOKEN}}}]\n"), 5, 20, "the command holds what looks like a"),
+    "key in a command": (worktrees(f"  teardown: [x, {TOKEN}]\n"), 5, 17, "by its name under `env` of `worktrees`"),
+    "step of a number": (worktrees("  setup: [3]\n"), 5, 11, "a step can't be the number 3: write a shell command, or"),
+    "step of nothing": (worktrees("  setup: [null]\n"), 5, 11, "setup[0] is empty: give it a value"),
+    "step without run": (worktrees("  setup: [{timeout: 1m}]\n"), 5, 11, "the key 'run' is missing"),
+    "unknown in a step": (worktrees("  setup: [{run: x, input: [y]}]\n"), 5, 20, "did you mean 'inputs'?"),
+    "empty in a step": (worktrees("  setup: [{run: x, timeout: null}]\n"), 5, 29, "timeout is empty"),
+    "step's bare timeout": (worktrees("  setup: [{run: x, timeout: 5}]\n"), 5, 29, "add its unit, as in 5s"),
+    "step's input": (worktrees("  setup: [{run: x, inputs: [/etc/x]}]\n"), 5, 29, "the path is absolute: write it"),
+    "sparse upwards": (worktrees("  sparse: [a/../b]\n"), 5, 12, "the segment '..': write the path without it"),
+    "sparse here": (worktrees("  sparse: [.]\n"), 5, 12, "the segment '.'"),
+    "copy nothing": (worktrees("  copy: ['']\n"), 5, 10, "the path is empty: name a file or a folder"),
+    "copy two slashes": (worktrees("  copy: [a//b]\n"), 5, 10, "the segment ''"),
+    "copy with a backslash": (worktrees("  copy: ['a\\b']\n"), 5, 10, "has a backslash: separate segments by `/`"),
+    "copy with a line break": (worktrees('  copy: ["a\\nb"]\n'), 5, 10, "the character '\\n': remove it"),
+    "copy a git directory": (worktrees("  copy: [libs/.GIT/config]\n"), 5, 10, "what git itself works with"),
+    "link a number": (worktrees("  link: [3]\n"), 5, 10, "link[0] is the number 3: write text"),
+    "link as text": (worktrees("  link: data\n"), 5, 9, "link is the text 'data': write a list"),
+    "copy and link": (worktrees("  copy: [data]\n  link: [data/]\n"), 6, 10, "'data' is there already, on line 5"),
+    "link in a copy": (worktrees("  link: [a/b/c]\n  copy: [a/]\n"), 5, 10,
+                       "'a/b/c' is in 'a', which is there already, on line 6"),
+    "copy from a URL": (worktrees("  copy: [.env]\n", "repo: https://host/x\n"), 6, 10, "a repository by URL has none"),
+    "link from a URL": (worktrees("  link: [.env]\n", "repo: host:x\n"), 6, 10, "set `repo` to the path of a clone"),
+    "kept by a wildcard": (worktrees("  keep_ignored: ['*.o']\n"), 5, 18, "'*.o' has the wildcard '*': write a name"),
+    "kept by an adapter": (adapter("    argv: [x]\n    keep_ignored: [/x]\n"), 6, 20, "the path is absolute"),
+    "adapter's kept as text": (adapter("    argv: [x]\n    keep_ignored: x\n"), 6, 19, "keep_ignored is the text 'x'"),
     "prompt option": (adapter("    argv: [x]\n    prompt: stdn\n"), 6, 13, "write 'stdin'"),
 }
 # fmt: on

@@ -16,7 +16,16 @@ from pydantic import BaseModel, ConfigDict
 from adapters.command import CommandAdapter
 from orchestrator.config.document import read_document
 from orchestrator.config.json_schema import file_schema
-from orchestrator.config.names import BRANCH_PATTERN, NAME_PATTERN, check_branch, check_name
+from orchestrator.config.names import (
+    BRANCH_PATTERN,
+    KEPT_PATTERN,
+    NAME_PATTERN,
+    PATH_PATTERN,
+    check_branch,
+    check_kept,
+    check_name,
+    check_path,
+)
 from orchestrator.config.problems import Problems
 from orchestrator.config.quantities import (
     DURATION_PATTERN,
@@ -29,7 +38,7 @@ from orchestrator.config.quantities import (
 from orchestrator.engine.result_schema import result_schema
 from orchestrator.plugins import load_plugins
 from tests.unit.test_config_from_value import read
-from tests.unit.test_config_load import FULL, SMALLEST
+from tests.unit.test_config_load import FULL, SMALLEST, WORKTREES
 from tests.unit.test_config_mistakes import ONE_MISTAKE
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +56,8 @@ BEYOND = {
     "unknown adapter", "unknown default adapter", "several adapters, none named", "duplicate id", "same but for case",
     "self-need", "missing need", "circle", "prompt file missing", "prompt file is a folder", "no folder",
     "unknown scheme", "remote helper", "option as repo", "version 1.0", "long duration", "unknown placeholder",
-    "env name", "env key", "git env",
+    "env name", "env key", "git env", "copy and link", "link in a copy", "copy from a URL", "link from a URL",
+    "key in a step", "key in a command",
 }  # fmt: skip
 
 
@@ -82,7 +92,7 @@ def test_every_shipped_file_is_right_and_names_its_schema(path: Path) -> None:
     assert faults(parsed(path.read_text()), file_schema(load_plugins().adapters)) == []
 
 
-@pytest.mark.parametrize("text", [SMALLEST, FULL], ids=["smallest", "full"])
+@pytest.mark.parametrize("text", [SMALLEST, FULL, SMALLEST + WORKTREES], ids=["smallest", "full", "worktrees"])
 def test_files_that_load_are_right(text: str) -> None:
     """What our tests load validates."""
     assert faults(parsed(text.removeprefix("%YAML 1.2\n"))) == []
@@ -186,6 +196,17 @@ _PIECES = (
 
 def _texts(pieces: tuple[str, ...]) -> st.SearchStrategy[str]:
     return st.lists(st.sampled_from(pieces), max_size=6).map("".join)
+
+
+@given(_texts((".", "..", "/", ".git", ".GiT", "\\", "\n", "\0", "a", " ", "é", "*", "?", "[", "]", "-", "~")))
+@example("a/")
+@example("a\n")
+@example("/a")
+@example("a/.git/")
+def test_paths_are_those_of_the_patterns(text: str) -> None:
+    """An editor refuses the same paths as we do."""
+    assert (re.search(PATH_PATTERN, text) is not None) == _is_taken(check_path, text)
+    assert (re.search(KEPT_PATTERN, text) is not None) == _is_taken(check_kept, text)
 
 
 @given(_texts(_PIECES))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from orchestrator.config.document import read_document
 from orchestrator.config.load import load_config
+from orchestrator.config.model import WorktreesConfig
 from orchestrator.config.problems import Problems
 from orchestrator.config.starter import Starter, StarterAdapter, scalar, starter_text
 from orchestrator.plugins import load_plugins
@@ -55,4 +56,13 @@ def test_without_an_adapter_the_text_loads(tmp_path: Path) -> None:
         (tmp_path / "council.yaml").write_text(text)
         config = load_config(tmp_path / "council.yaml", load_plugins().adapters)
         assert [task.adapter for task in config.tasks] == ["my-cli"]
+        assert config.worktrees == WorktreesConfig()
         assert text.startswith("# yaml-language-server: $schema=.council/schema.json\n") is (schema is not None)
+
+
+def test_what_is_hinted_at_loads(tmp_path: Path) -> None:
+    """The keys that stand in comments at the top can be had by removing the `#`."""
+    text = starter_text(Starter(".", "main", [], None, None, None)).replace("\n# target", "\ntarget")
+    (tmp_path / "council.yaml").write_text(text.replace("\n# worktrees", "\nworktrees"))
+    config = load_config(tmp_path / "council.yaml", load_plugins().adapters)
+    assert (config.target, config.worktrees.copied) == ("main", (".env",))

@@ -58,6 +58,19 @@ def test_writable_that_holds_the_repository(tmp_path: Path, writable: str, many:
     assert all("and with it the repository itself: name only the folders" in one for one in found)
 
 
+@pytest.mark.parametrize(
+    ("capacity", "worktrees", "most"),
+    [(4, {}, None), (4, {"max": 4}, None), (4, {"max": 3}, 3), (17, {}, None), (17, {"max": 16}, 16)],
+)
+def test_fewer_worktrees_than_sessions(
+    tmp_path: Path, capacity: int, worktrees: dict[str, Any], most: int | None
+) -> None:
+    """`capacity` can't be used where `max` allows of fewer worktrees; where that is not written there are enough."""
+    found = warnings(tmp_path, Surroundings(), capacity=capacity, worktrees=worktrees)
+    assert len(found) == (most is not None)
+    assert all(f"at most {most} sessions can run at once: set `max: {capacity}`" in one for one in found)
+
+
 def test_no_task_with_checks(tmp_path: Path) -> None:
     """One task with checks is enough: the rest may need none."""
     [found] = warnings(tmp_path, Surroundings(), defaults={})

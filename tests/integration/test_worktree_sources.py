@@ -1,0 +1,207 @@
+"""What worktrees are made of is looked for before a run starts, and how they are configured is recorded with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.command import CommandAdapter
+from orchestrator import AdapterSettings, Config, Council, SetupSettings, Task, WorktreeSettings
+from orchestrator.clock import SystemClock
+from orchestrator.config.load import load_config
+from orchestrator.config.model import SetupStep, WorktreesConfig, restore_adapter
+from orchestrator.engine.ledger import read_run
+from orchestrator.engine.worktree_sources import Base, check_sources
+from orchestrator.errors import RefusedError
+from orchestrator.repo.git import Git
+from orchestrator.repo.site import find_site
+from orchestrator.state.file import FileStore
+from tests.conftest import Repository
+
+ONE: list[dict[str, Any]] = [{"id": "a", "prompt": "write a.txt a"}]
+COPY = WorktreesConfig(copied=("secret",))
+LINK = WorktreesConfig(linked=("deep/data",))
+
+
+async def look(repository: Repository, worktrees: WorktreesConfig, place: str = ".") -> str | None:
+    """Return what a run with such worktrees would be refused for, None for nothing."""
+    environ = repository.environ
+    site = await find_site(str(repository.top / place), is_url=False, environ=environ)
+    assert site.repository is not None
+    base = Base("main", "refs/heads/main", Git(site.repository.git_dir, users=True, environ=environ))
+    try:
+        await check_sources(worktrees, base, site.repository, [Path(environ["COUNCIL_HOME"])])
+    except RefusedError as error:
+        return str(error)
+    return None
+
+
+def _write(path: Path, text: str = "x") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+async def test_what_is_there_is_taken(repository: Repository, tmp_path: Path) -> None:
+    """Files and folders that git doesn't track, ignored or not, also through a link that is the last part of a path."""
+    repository.commit({".gitignore": ".env\n", "docs/guide/a.md": "a\n", "app/[id]/x y.js": "", "deep/x": "x"})
+    outside = tmp_path / "models"
+    _write(outside / "small.bin")
+    _write(repository.top / ".env")
+    _write(repository.top / "docs/guide/private/notes")
+    (repository.top / "deep/data").symlink_to(outside)
+    found = await look(
+        repository,
+        WorktreesConfig(
+            sparse=("docs/guide", "app/[id]"),
+            setup=(SetupStep(run="true", inputs=("README.md", "app/[id]/x y.js")), SetupStep(run="true")),
+            copied=(".env", "docs/guide/private"),
+            linked=("deep/data",),
+            keep_ignored=("nowhere",),
+        ),
+    )
+    assert found is None
+
+
+def _outwards(repository: Repository, name: str, to: str | Path) -> None:
+    (repository.top / name).symlink_to(to)
+
+
+def _nothing(_: Repository) -> None:
+    pass
+
+
+def _committed_file_in_the_way(repository: Repository) -> None:
+    repository.commit({"deep": "a file"})
+    (repository.top / "deep").unlink()
+    _write(repository.top / "deep/data")
+
+
+def _dangling(repository: Repository) -> None:
+    _outwards(repository, "secret", "nowhere")
+
+
+def _through_a_link(repository: Repository) -> None:
+    _write(repository.top.parent / "elsewhere/data")
+    _outwards(repository, "deep", "../elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "worktrees", "fragment"),
+    [
+        (_nothing, COPY, "`worktrees.copy`: there is no 'secret' in "),
+        (_nothing, LINK, "`worktrees.link`: there is no 'deep/data' in "),
+        (lambda it: it.commit({"secret": "x"}), COPY, "'secret' is in 'main' already: remove it from `worktrees.copy`"),
+        (lambda it: it.commit({"deep/data/x": "x"}), LINK, "'deep/data' is in 'main' already: remove it from `worktr"),
+        (_committed_file_in_the_way, LINK, "'deep' is no folder in 'main': remove 'deep/data' from `worktrees.link`"),
+        (_dangling, COPY, "'secret' is neither a file nor a folder: remove it"),
+        (lambda it: os.mkfifo(it.top / "secret"), COPY, "'secret' is neither a file nor a folder"),
+        (_through_a_link, LINK, "'deep/data' goes through the link 'deep': name 'deep' itself"),
+        (lambda it: _outwards(it, "secret", "."), COPY, "'secret' is, or holds, what no session may see"),
+        (lambda it: _outwards(it, "secret", ".git/config"), COPY, "'secret' is, or holds, what no session may see"),
+        (lambda it: _write(it.top / ".council/x"), WorktreesConfig(linked=(".council",)), "no session may see"),
+        (lambda it: _outwards(it, "secret", it.top.parent), COPY, "'secret' is, or holds, what no session may see"),
+        (_nothing, WorktreesConfig(sparse=("src", "lib")), "`worktrees.sparse`: there is no folder 'lib' in 'main'"),
+        (_nothing, WorktreesConfig(sparse=("README.md",)), "there is no folder 'README.md' in 'main'"),
+        (lambda it: _write(it.top / "new/x"), WorktreesConfig(sparse=("new",)), "there is no folder 'new'"),
+        (
+            _nothing,
+            WorktreesConfig(setup=(SetupStep(run="true", inputs=("lock",)),)),
+            "`worktrees.setup`: there is no file 'lock' in 'main': name `inputs` that are committed",
+        ),
+        (_nothing, WorktreesConfig(setup=(SetupStep(run="true", inputs=("src",)),)), "there is no file 'src'"),
+    ],
+)
+async def test_what_is_not_as_it_must_be_is_refused(
+    repository: Repository, prepare: Callable[[Repository], object], worktrees: WorktreesConfig, fragment: str
+) -> None:
+    """The message has the path, and what to do."""
+    prepare(repository)
+    found = await look(repository, worktrees)
+    assert found is not None
+    assert fragment in found
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can read everything")
+async def test_what_can_not_be_read_is_refused(repository: Repository) -> None:
+    """A copy of it could not be made."""
+    _write(repository.top / "secret")
+    (repository.top / "secret").chmod(0)
+    assert "'secret' can't be read" in (await look(repository, COPY) or "")
+
+
+async def test_all_that_is_wrong_is_told_at_once(repository: Repository) -> None:
+    """One message has each fact with its remedy."""
+    worktrees = WorktreesConfig(sparse=("lib",), copied=("README.md", "secret"), linked=("data",))
+    found = await look(repository, worktrees) or ""
+    for fragment in ("no folder 'lib'", "'README.md' is in 'main' already", "no 'secret'", "no 'data'"):
+        assert found.count(fragment) == 1
+    assert found.endswith("mend these under `worktrees:`")
+
+
+async def test_a_bare_repository_has_nothing_to_copy(repository: Repository) -> None:
+    """The rest works as elsewhere."""
+    repository.git("clone", "--quiet", "--bare", ".", "../bare.git")
+    assert await look(repository, WorktreesConfig(sparse=("src",)), "../bare.git") is None
+    assert "there is none: remove them, or set `repo` to a checkout" in (
+        await look(repository, COPY, "../bare.git") or ""
+    )
+
+
+async def test_doctor_looks_for_the_sources(repository: Repository) -> None:
+    """Only where a file says something of worktrees; what a run would be refused for is a problem."""
+
+    def level(**settings: Any) -> str | None:
+        told = repository.council("doctor", str(repository.configure(ONE, **settings)), "--json").result["findings"]
+        return next((str(one["level"]) for one in told if one["name"] == "worktrees"), None)
+
+    assert level() is None
+    assert level(worktrees={"copy": ["secret"]}) == "problem"
+    _write(repository.top / "secret")
+    assert level(worktrees={"copy": ["secret"]}) == "ok"
+
+
+async def test_the_record_of_a_run_has_its_worktrees(repository: Repository) -> None:
+    """A resume finds all of it without the file, and what each adapter keeps as well."""
+    _write(repository.top / "secret")
+    worktrees = {"max": 7, "setup": ["true", {"run": "make", "inputs": ["README.md"]}], "copy": ["secret"], "ports": 2}
+    path = repository.configure(ONE, worktrees=worktrees)
+    path.write_text(path.read_text().replace('"use": "command"', '"use": "command", "keep_ignored": [".cache"]'))
+    config = load_config(path, {"command": CommandAdapter})
+    async with Council.open(path, environ=repository.environ) as council:
+        run = await council.create_run()
+    async with FileStore.open(repository.top / ".council/state", SystemClock()) as store:
+        document = await read_run(store, run)
+    assert config.worktrees.copied == ("secret",)
+    assert WorktreesConfig.model_validate(document.worktrees) == config.worktrees
+    restored = restore_adapter("fake", document.adapters["fake"], {"command": CommandAdapter})
+    assert restored == config.adapters["fake"]
+    assert restored.keep_ignored == (".cache",)
+
+
+async def test_worktrees_from_code(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Typed objects say the same as a file, with numbers for durations and sizes."""
+    monkeypatch.chdir(repository.top)
+    described = Config(
+        version=1,
+        adapters={"x": AdapterSettings(use="command", keep_ignored=("y/",), argv=["sh"])},
+        worktrees=WorktreeSettings(
+            max_size=1000,
+            setup=(SetupSettings(run="make"), SetupSettings(run="true", timeout=1.5)),
+            copy=(".env",),
+            link=("data/",),
+        ),
+        tasks=(Task(id="a", prompt="p"),),
+    )
+    async with Council.open(described, environ=repository.environ) as council:
+        assert council.config is not None
+        assert council.config.adapters["x"].keep_ignored == ("y",)
+        assert council.config.worktrees == WorktreesConfig(
+            max_size=1000,
+            setup=(SetupStep(run="make"), SetupStep(run="true", timeout=1.5)),
+            copied=(".env",),
+            linked=("data",),
+        )

@@ -1,0 +1,31 @@
+"""What the lines of a `.env` may mean."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestrator.domain.envfile import values_in
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("A_TOKEN=abc", {"abc"}),
+        ("  export A_TOKEN = abc \n", {"abc"}),
+        ("A_TOKEN=abc#1 # why\r\n", {"abc#1", "abc#1 # why"}),
+        ("A_TOKEN='a \"b\" # c' # why", {'a "b" # c'}),
+        (r'A_TOKEN="a\"b\nc"', {r"a\"b\nc", 'a"b\nc'}),
+        ('A_KEY="first\nsecond"\nB=c', {"first\nsecond", "c"}),
+        ("A_TOKEN=\nB=c", {"", "c"}),
+        ("# A_TOKEN=abc\nno line\n1A=x", set()),
+        ("A=1\nA=2", {"1", "2"}),
+    ],
+)
+def test_all_that_a_value_may_be_taken_for_is_found(text: str, values: set[str]) -> None:
+    """Readers differ in quotes, escapes and comments."""
+    assert {value for _, value in values_in(text)} == values
+
+
+def test_a_quote_that_is_never_closed_hides_no_other_line() -> None:
+    """What looks like the rest of it may be values of their own."""
+    assert ("B_TOKEN", "plain") in set(values_in('A="open\nB_TOKEN=plain\nC="closed"\n'))
