@@ -1,0 +1,61 @@
+"""TCP ports of this machine: which are in use, and where a block of free ones is."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Collection, Iterable
+from typing import Final
+
+# A server of a session may listen on any of these. What listens on one other address is in the way of the general ones.
+_ADDRESSES: Final = (
+    (socket.AF_INET, "127.0.0.1"),
+    (socket.AF_INET, "0.0.0.0"),  # noqa: S104  (bound for a moment, never listened on)
+    (socket.AF_INET6, "::1"),
+    (socket.AF_INET6, "::"),
+)
+_NO_SUCH_ADDRESS: Final = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
+_IN_USE: Final = frozenset({errno.EADDRINUSE, errno.EACCES})
+
+
+def ports_in_use(ports: Iterable[int]) -> tuple[int, ...]:
+    """Return those of the ports that a server could not listen on now, on every address of this machine. Blocks.
+
+    One that only connections in TIME_WAIT still have is free, if their server had set SO_REUSEADDR as we do
+    (socket(7)). OSError where nothing can be found out, as for want of descriptors.
+    """
+    return tuple(port for port in ports if not all(_can_bind(*address, port) for address in _ADDRESSES))
+
+
+def free_block(ports: range, count: int, begin: int, taken: Collection[int]) -> range | None:
+    """Return `count` ports in a row that are neither `taken` nor in use; None if there are none. Blocks.
+
+    The first that fits from the position `begin` (any number) on, around to where that is reached again.
+    """
+    unusable = set(taken)
+    positions = len(ports) - count + 1
+    for step in range(positions):
+        first = ports[(begin + step) % positions]
+        block = range(first, first + count)
+        if unusable.isdisjoint(block):
+            in_use = ports_in_use(block)
+            if not in_use:
+                return block
+            unusable.update(in_use)
+    return None
+
+
+def _can_bind(family: socket.AddressFamily, address: str, port: int) -> bool:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            # Also spares us and others who only look at the same time from taking each other for a server.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            probe.bind((address, port))
+    except OSError as error:
+        if error.errno in _IN_USE:
+            return False
+        if error.errno not in _NO_SUCH_ADDRESS:
+            raise
+    return True

@@ -1,0 +1,46 @@
+"""Leases ports in a process of its own: `python lease_worker.py STATE FIRST COUNT TURNS PLACE…`."""
+
+import json
+import os
+import socket
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import anyio
+import anyio.lowlevel
+
+from orchestrator.clock import SystemClock
+from orchestrator.engine.leases import PortLeases
+from orchestrator.state.file import FileStore
+
+SPAN = 1000  # ports
+
+
+async def work(leases: PortLeases, place: Path, turns: int) -> None:
+    """Lease a block, say it and be a server on each port, which fails where somebody else has it, too.
+
+    It is given back in between, but not in the end.
+    """
+    for turn in range(turns):
+        lease = await leases.lease(place)
+        with ExitStack() as servers:
+            for port in lease.ports:
+                servers.enter_context(socket.create_server(("127.0.0.1", port)))
+            os.write(1, f"{json.dumps([str(place), lease.ports])}\n".encode())
+            await anyio.lowlevel.checkpoint()
+        if turn < turns - 1:
+            await leases.release(place)
+
+
+async def main(*arguments: str) -> None:
+    """Work for all places side by side."""
+    state, first, count, turns, *places = arguments
+    async with FileStore.open(Path(state), SystemClock()) as store, anyio.create_task_group() as group:
+        leases = PortLeases(store, SystemClock(), int(count), ports=range(int(first), int(first) + SPAN))
+        for place in places:
+            group.start_soon(work, leases, Path(place), int(turns))
+
+
+if __name__ == "__main__":
+    anyio.run(main, *sys.argv[1:])

@@ -1,0 +1,458 @@
+"""Names and ports of places: stable, free, and never those of two places, whoever races and whoever is killed."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from itertools import chain
+from pathlib import Path
+
+import anyio
+import pytest
+
+from orchestrator.clock import SystemClock
+from orchestrator.engine.leases import Lease, PortLeases, forget, stale_leases
+from orchestrator.engine.ports import free_block, ports_in_use
+from orchestrator.errors import RefusedError
+from orchestrator.protocols import Commit, Key, Store, Write
+from orchestrator.state.file import FileStore
+from orchestrator.state.memory import MemoryStore
+
+WORKER = Path(__file__).with_name("lease_worker.py")
+SPAN = 1000  # as the worker has it
+PATIENCE = 60  # seconds
+HOST = socket.gethostname()
+
+
+@pytest.fixture
+def ports() -> range:
+    """Ports that nothing uses, and other tests that run beside this one don't look at."""
+    for step in range(18):
+        first = 11000 + SPAN * ((os.getpid() + step) % 18)
+        if not ports_in_use(range(first, first + SPAN)):
+            return range(first, first + SPAN)
+    pytest.skip("no thousand ports in a row are free")
+
+
+@pytest.fixture(params=["memory", "file"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
+    """Both stores of one machine."""
+    if request.param == "memory":
+        yield MemoryStore(SystemClock())
+    else:
+        async with opened(tmp_path / "state") as store:
+            yield store
+
+
+@asynccontextmanager
+async def opened(state: Path) -> AsyncIterator[Store]:
+    """Open a file store."""
+    async with FileStore.open(state, SystemClock()) as store:
+        yield store
+
+
+def make_place(home: Path, number: int, hub: str = "repo-0123456789ab") -> Path:
+    """Make the folder of a place."""
+    place = home / hub / "places" / str(number)
+    place.mkdir(parents=True)
+    return place
+
+
+def leases_of(store: Store, ports: range, count: int = 3) -> PortLeases:
+    """Lease from the ports of this test."""
+    return PortLeases(store, SystemClock(), count, ports=ports)
+
+
+async def lease_all(leases: PortLeases, places: Sequence[Path]) -> dict[Path, Lease]:
+    """Lease for all places side by side."""
+    found: dict[Path, Lease] = {}
+
+    async def work(place: Path) -> None:
+        found[place] = await leases.lease(place)
+
+    async with anyio.create_task_group() as group:
+        for place in places:
+            group.start_soon(work, place)
+    return found
+
+
+async def recorded(store: Store) -> dict[int, str]:
+    """Return what the store says: the place that has each port."""
+    documents = await store.list("ports", f"{HOST}/")
+    return {int(one.key.id.rpartition("/")[2]): one.value["place"] for one in documents}
+
+
+def expected(found: dict[Path, Lease]) -> dict[int, str]:
+    """Return what the store should say."""
+    return {port: str(place) for place, lease in found.items() for port in lease.ports}
+
+
+def assert_disjoint(blocks: Sequence[Sequence[int]], count: int) -> None:
+    """Each block has `count` ports in a row, and none is in two."""
+    assert all(list(block) == list(range(block[0], block[0] + count)) for block in blocks)
+    assert len(set(chain(*blocks))) == count * len(blocks)
+
+
+@contextmanager
+def listening(port: int, address: str = "127.0.0.1") -> Iterator[socket.socket]:
+    """Be a server on a port."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.create_server((address, port), family=family) as server:
+        yield server
+
+
+async def test_a_place_has_a_name_and_ports_in_its_environment(store: Store, ports: range, tmp_path: Path) -> None:
+    """Both are told by variables; the name is fit for hosts, databases and Compose projects, and nobody else's."""
+    places = [make_place(tmp_path, 7), make_place(tmp_path, 7, "other"), make_place(tmp_path, 12345678901234567890)]
+    found = await lease_all(leases_of(store, ports), places)
+    lease = found[places[0]]
+    first = lease.ports[0]
+    assert lease.environment() == {
+        "COUNCIL_NAME": lease.name,
+        "COUNCIL_PORT_0": str(first),
+        "COUNCIL_PORT_1": str(first + 1),
+        "COUNCIL_PORT_2": str(first + 2),
+    }
+    names = [one.name for one in found.values()]
+    assert len(set(names)) == 3
+    assert all(re.fullmatch(r"[a-z][a-z0-9-]{0,39}", name) for name in names)
+    assert await recorded(store) == expected(found)
+
+
+async def test_a_lease_stays_for_the_places_life(ports: range, tmp_path: Path) -> None:
+    """Asked again, later and from a store that was opened anew, a place has what it had; nothing more is recorded."""
+    home = tmp_path / "home"
+    places = [make_place(home, number) for number in range(4)]
+    async with opened(tmp_path / "state") as store:
+        before = await lease_all(leases_of(store, ports), places)
+        position = await store.position()
+    async with opened(tmp_path / "state") as store:
+        assert await lease_all(leases_of(store, ports), places[::-1]) == before
+        assert await store.position() == position
+
+
+async def test_without_ports_a_place_has_only_a_name(store: Store, ports: range, tmp_path: Path) -> None:
+    """Where no ports are wanted none are taken, and what was had before is given back; the name stays."""
+    place = make_place(tmp_path, 1)
+    before = await leases_of(store, ports).lease(place)
+    lease = await leases_of(store, ports, 0).lease(place)
+    assert lease.environment() == {"COUNCIL_NAME": before.name}
+    assert await recorded(store) == {}
+    assert list(place.iterdir()) == []
+
+
+async def test_places_of_two_projects_and_two_hubs_share_nothing(ports: range, tmp_path: Path) -> None:
+    """Two stores know nothing of each other; the home knows of both, also of a hub with a hidden name."""
+    ours, theirs = MemoryStore(SystemClock()), MemoryStore(SystemClock())
+    tight = ports[:12]
+    first = await lease_all(leases_of(ours, tight, 1), [make_place(tmp_path, number) for number in range(6)])
+    hidden = [make_place(tmp_path, number, ".dotfiles-ba9876543210") for number in range(6)]
+    second = await lease_all(leases_of(theirs, tight, 1), hidden)
+    assert_disjoint([lease.ports for lease in (first | second).values()], 1)
+    one_more = make_place(tmp_path, 6)
+    for store in (ours, theirs):
+        with pytest.raises(RefusedError, match="lower `ports`"):
+            await leases_of(store, tight, 1).lease(one_more)
+
+
+async def test_a_block_is_chosen_under_the_lock_of_the_home(store: Store, ports: range, tmp_path: Path) -> None:
+    """While another process chooses, nothing is looked at and nothing written; afterwards what it took is seen."""
+    tight = ports[:6]
+    ours, theirs = make_place(tmp_path, 1), make_place(tmp_path, 2)
+    found: dict[Path, Lease] = {}
+
+    async def work() -> None:
+        found[ours] = await leases_of(store, tight).lease(ours)
+
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as group:
+            with (tmp_path / "ports.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                group.start_soon(work)
+                while not any(thread.name == "flock ports.lock" for thread in threading.enumerate()):
+                    await anyio.sleep(0.01)
+                assert list(ours.iterdir()) == []
+                (theirs / "lease.json").write_text(json.dumps({"place": str(theirs), "ports": [*tight[:3]]}))
+    assert found[ours].ports == tuple(tight[3:])
+
+
+async def test_two_homes_of_one_store_share_nothing(store: Store, ports: range, tmp_path: Path) -> None:
+    """Where runs of one store race from different homes, the store takes only one of them at its word for each port."""
+    tight = ports[:16]
+    places = [make_place(tmp_path / home, number) for number in range(8) for home in ("a", "b")]
+    found = await lease_all(leases_of(store, tight, 1), places)
+    assert_disjoint([lease.ports for lease in found.values()], 1)
+    assert await recorded(store) == expected(found)
+    assert all(not lease.lost for lease in found.values())
+    assert await lease_all(leases_of(store, tight, 1), places) == found
+
+
+async def test_blocks_of_different_sizes_never_overlap(store: Store, ports: range, tmp_path: Path) -> None:
+    """Another number of ports is another block; what was had before is free for others."""
+    places = [make_place(tmp_path, number) for number in range(6)]
+    await lease_all(leases_of(store, ports), places)
+    larger = await lease_all(leases_of(store, ports, 5), places[:3])
+    same = await lease_all(leases_of(store, ports), places[3:])
+    assert_disjoint([lease.ports for lease in larger.values()], 5)
+    assert not set(expected(larger)) & set(expected(same))
+    assert await recorded(store) == expected(larger | same)
+    assert all(not lease.lost for lease in larger.values())
+
+
+async def test_ports_outside_the_range_are_given_up(store: Store, ports: range, tmp_path: Path) -> None:
+    """Where the range has changed, a place gets a block of the new one."""
+    place = make_place(tmp_path, 1)
+    await leases_of(store, ports[:500]).lease(place)
+    lease = await leases_of(store, ports[500:]).lease(place)
+    assert all(port in ports[500:] for port in lease.ports)
+    assert await recorded(store) == expected({place: lease})
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::1", "::"])
+async def test_a_port_that_a_stranger_takes_costs_the_block(
+    store: Store, ports: range, tmp_path: Path, address: str
+) -> None:
+    """The next time that the place is handed out it has another block, and is told why; then that one stays."""
+    place = make_place(tmp_path, 1)
+    leases = leases_of(store, ports)
+    before = await leases.lease(place)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(listening(before.ports[1], address))
+        except OSError:
+            pytest.skip(f"nothing can listen on {address} here")
+        after = await leases.lease(place)
+        assert after.lost == (before.ports[1],)
+        assert after.name == before.name
+        assert before.ports[1] not in after.ports
+        assert await recorded(store) == expected({place: after})
+        assert await leases.lease(place) == Lease(after.name, after.ports)
+
+
+async def test_what_is_in_use_is_never_given(store: Store, ports: range, tmp_path: Path) -> None:
+    """A block is made of ports that nobody listens on, whatever is around it; without one it is refused."""
+    place = make_place(tmp_path, 1)
+    with ExitStack() as stack:
+        for port in (ports[2], ports[6], ports[8]):
+            stack.enter_context(listening(port, "0.0.0.0"))
+        assert (await leases_of(store, ports[:12]).lease(place)).ports in {tuple(ports[3:6]), tuple(ports[9:12])}
+        with pytest.raises(RefusedError, match=f"no 4 ports in a row are free from {ports[0]} to {ports[11]}"):
+            await leases_of(store, ports[:12], 4).lease(place)
+    with pytest.raises(RefusedError, match="no 13 ports"):
+        await leases_of(store, ports[:12], 13).lease(place)
+
+
+def test_a_block_is_looked_for_all_around(ports: range) -> None:
+    """Wherever the search begins, it finds the one block that is left, and only whole ones."""
+    taken = {*ports[:4], *ports[7:10]}
+    assert {free_block(ports[:10], 3, begin, taken) for begin in range(20)} == {ports[4:7]}
+    assert free_block(ports[:10], 4, 0, taken) is None
+    assert free_block(ports[:2], 3, 0, ()) is None
+
+
+def test_a_port_in_time_wait_is_free_again(ports: range) -> None:
+    """A server that has ended leaves connections to the kernel, which is in nobody's way who sets SO_REUSEADDR."""
+    port = ports[0]
+    with listening(port) as server, socket.create_connection(("127.0.0.1", port)) as client:
+        peer, _ = server.accept()
+        assert ports_in_use(ports[:3]) == (port,)
+        peer.close()  # first, so that TIME_WAIT is on the server's side
+        assert client.recv(1) == b""
+    with socket.socket() as strict, pytest.raises(OSError, match="in use"):
+        strict.bind(("127.0.0.1", port))
+    assert ports_in_use(ports[:3]) == ()
+
+
+async def test_what_is_given_back_is_gone_once_and_for_all(store: Store, ports: range, tmp_path: Path) -> None:
+    """Released before its folder is deleted or after, or twice: others can have the ports, and keep them."""
+    tight = ports[:3]
+    leases = leases_of(store, tight)
+    first, second = make_place(tmp_path, 1), make_place(tmp_path, 2)
+    await leases.lease(first)
+    await leases.release(first)
+    lease = await leases.lease(second)
+    assert lease.ports == tuple(tight)
+    await leases.release(first)
+    assert await recorded(store) == expected({second: lease})
+    shutil.rmtree(tmp_path / "repo-0123456789ab")
+    await leases.release(second)
+    await leases.release(second)
+    assert await recorded(store) == {}
+
+
+async def test_a_lease_whose_documents_are_missing_is_completed(store: Store, ports: range, tmp_path: Path) -> None:
+    """A process killed between the file and the store's commit: the place keeps its ports, the store learns of it."""
+    place = make_place(tmp_path, 1)
+    before = await leases_of(MemoryStore(SystemClock()), ports).lease(place)
+    assert await leases_of(store, ports).lease(place) == before
+    assert await recorded(store) == expected({place: before})
+
+
+async def test_documents_that_their_places_deny_are_taken_over(store: Store, ports: range, tmp_path: Path) -> None:
+    """Of places that are gone, that lost their file, or that have other ports by now."""
+    tight = ports[:3]
+    gone, bare, moved = (make_place(tmp_path / "old", number) for number in range(3))
+    old = await lease_all(leases_of(store, tight, 1), [gone, bare, moved])
+    shutil.rmtree(gone)
+    (bare / "lease.json").write_text("{")
+    file = moved / "lease.json"
+    elsewhere = [port + 100 for port in old[moved].ports]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "ports": elsewhere}))
+    assert {one.value["place"] for one in await stale_leases(store)} == {str(gone), str(bare), str(moved)}
+    new = await lease_all(leases_of(store, tight, 1), [make_place(tmp_path / "new", number) for number in range(3)])
+    assert await recorded(store) == expected(new)
+    assert await stale_leases(store) == []
+
+
+async def test_the_ports_of_a_live_place_are_not_taken_over(store: Store, ports: range, tmp_path: Path) -> None:
+    """A file that names the ports of a place of another home, as its copy or a lost race leaves it, proves nothing."""
+    ours, theirs = make_place(tmp_path / "a", 1), make_place(tmp_path / "b", 1)
+    leases = leases_of(store, ports)
+    before = await leases.lease(theirs)
+    content = json.loads((theirs / "lease.json").read_text())
+    (ours / "lease.json").write_text(json.dumps({**content, "place": str(ours)}))
+    lease = await leases.lease(ours)
+    assert lease.lost == before.ports
+    assert not set(lease.ports) & set(before.ports)
+    (ours / "lease.json").write_text(json.dumps(content))  # a copy as it is
+    again = await leases.lease(ours)
+    assert again.lost == ()
+    assert not set(again.ports) & set(before.ports)
+    assert await leases.lease(theirs) == before
+    assert await recorded(store) == expected({ours: again, theirs: before})
+
+
+async def test_stale_leases_are_found_and_forgotten(store: Store, ports: range, tmp_path: Path) -> None:
+    """Only those of this host whose places are gone; one that was taken over meanwhile stays."""
+    places = [make_place(tmp_path, number) for number in range(3)]
+    leases = leases_of(store, ports)
+    found = await lease_all(leases, places)
+    foreign = Key("ports", f"other.{HOST}/20000")
+    await store.commit(Commit([Write(foreign, 0, {"place": str(tmp_path / "nowhere")})]))
+    assert await stale_leases(store) == []
+    shutil.rmtree(places[0])
+    shutil.rmtree(places[1])
+    stale = await stale_leases(store)
+    assert {int(one.key.id.rpartition("/")[2]) for one in stale} == {*found[places[0]].ports, *found[places[1]].ports}
+    make_place(tmp_path, 1)
+    found[places[1]] = await leases.lease(places[1])
+    await forget(store, stale)
+    await forget(store, stale)
+    del found[places[0]]
+    assert await recorded(store) == expected(found)
+    assert await store.get(foreign) is not None
+
+
+async def test_a_lease_that_is_lost_to_damage_is_recorded_anew(ports: range, tmp_path: Path) -> None:
+    """A document that can't be read says nothing; what the places say counts."""
+    home, state = tmp_path / "home", tmp_path / "state"
+    place = make_place(home, 1)
+    async with opened(state) as store:
+        lease = await leases_of(store, ports).lease(place)
+    (segment,) = state.glob("*.jsonl")
+    segment.write_bytes(segment.read_bytes().replace(b'"name"', b'"nam\xff"'))
+    async with opened(state) as store:
+        assert all(one.damaged for one in await store.list("ports"))
+        assert len(await stale_leases(store)) == 3
+        assert await leases_of(store, ports).lease(place) == lease
+        assert await recorded(store) == expected({place: lease})
+        assert await stale_leases(store) == []
+
+
+async def test_a_home_that_cannot_be_looked_at_is_not_taken_for_an_empty_one(
+    store: Store, ports: range, tmp_path: Path
+) -> None:
+    """Where the machine refuses to say what others have, nothing is given."""
+    place = make_place(tmp_path / "home", 1)
+    other = make_place(tmp_path / "home", 2)
+    (other / "lease.json").symlink_to("lease.json")
+    with pytest.raises(OSError, match="symbolic links"):
+        await leases_of(store, ports).lease(place)
+    assert await recorded(store) == {}
+
+
+Worker = subprocess.Popen[str]
+
+
+@pytest.fixture
+def start() -> Iterator[ExitStack]:
+    """Keep workers that are gone when the test is."""
+    with ExitStack() as stack:
+        yield stack
+
+
+def start_worker(stack: ExitStack, *arguments: object) -> Worker:
+    """Start a worker, which is killed at the test's end if it is still there."""
+    argv = [sys.executable, str(WORKER), *map(str, arguments)]
+    worker = stack.enter_context(subprocess.Popen(argv, stdout=subprocess.PIPE, text=True))
+    stack.callback(worker.kill)
+    return worker
+
+
+def finish(worker: Worker) -> dict[Path, tuple[int, ...]]:
+    """Wait for a worker's good end; return what each of its places had in the end."""
+    output, _ = worker.communicate(timeout=PATIENCE)
+    assert worker.returncode == 0
+    return {Path(place): tuple(block) for place, block in map(json.loads, output.splitlines())}
+
+
+@pytest.mark.parametrize("stores", [1, 2])
+async def test_many_processes_get_blocks_of_their_own(
+    start: ExitStack, ports: range, tmp_path: Path, stores: int
+) -> None:
+    """Four processes with eight places each, of one project or of two in one home, all at once and several times."""
+    home = tmp_path / "home"
+    workers = []
+    for number in range(4):
+        hub = f"repo-00000000000{number // 2}"
+        places = [make_place(home, 8 * number + one, hub) for one in range(8)]
+        state = tmp_path / f"state{number % stores}"
+        workers.append(start_worker(start, state, ports[0], 3, 5, *places))
+    found: dict[Path, tuple[int, ...]] = {}
+    for worker in workers:
+        found |= finish(worker)
+    assert len(found) == 32
+    assert_disjoint(list(found.values()), 3)
+    said: dict[int, str] = {}
+    for number in range(stores):
+        async with opened(tmp_path / f"state{number}") as store:
+            assert await stale_leases(store) == []
+            said |= await recorded(store)
+    assert said == {port: str(place) for place, block in found.items() for port in block}
+
+
+async def test_killed_processes_leave_nothing_that_overlaps_or_stays(
+    start: ExitStack, ports: range, tmp_path: Path
+) -> None:
+    """Killed anywhere in its work, a process leaves leases that others work around, and what is stale can be found."""
+    chance, home, state = random.Random(1), tmp_path / "home", tmp_path / "state"
+    places = [make_place(home, number) for number in range(12)]
+    for _ in range(6):
+        workers = [start_worker(start, state, ports[0], 3, 1_000_000, *places[6 * n : 6 * n + 6]) for n in range(2)]
+        for worker in workers:
+            assert worker.stdout is not None
+            for _ in range(chance.randrange(1, 30)):
+                worker.stdout.readline()
+            worker.kill()
+        for worker in workers:
+            worker.communicate(timeout=PATIENCE)
+            assert worker.returncode == -signal.SIGKILL
+    for place in places[::3]:
+        shutil.rmtree(place)
+    left = [place for place in places if place.exists()]
+    async with opened(state) as store:
+        found = await lease_all(leases_of(store, ports), left)
+        assert_disjoint([lease.ports for lease in found.values()], 3)
+        await forget(store, await stale_leases(store))
+        assert await recorded(store) == expected(found)
