@@ -9,14 +9,16 @@ import os
 import resource
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 import anyio.to_thread
 
@@ -179,6 +181,53 @@ def _spawn(argv: Sequence[str], env: Mapping[str, str], cwd: Path) -> subprocess
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
+
+
+class ForkServer:
+    """A program that forks another for each request, which is faster than to start one.
+
+    It has a socket as its standard input, and for each byte of that it gets two pipes, of which it gives the one
+    to be read and the one to be written to a process that it forks.
+    """
+
+    def __init__(self, argv: Sequence[str], env: Mapping[str, str], cwd: Path) -> None:
+        """Start it. Blocks; OSError if it can't be started."""
+        self._requests, theirs = socket.socketpair()
+        with theirs:
+            try:
+                self._server = subprocess.Popen(
+                    argv,
+                    env=env,
+                    cwd=cwd,
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+            except BaseException:
+                self._requests.close()
+                raise
+
+    def fork(self) -> tuple[IO[bytes], IO[bytes]]:
+        """Have a process forked; return what it reads and what it writes, unbuffered. Blocks, though not for long.
+
+        OSError if there is no descriptor left, or the server is gone.
+        """
+        with ExitStack() as ours, ExitStack() as theirs:
+            reads, written = os.pipe()
+            theirs.callback(os.close, reads)
+            given = ours.enter_context(open(written, "wb", buffering=0))  # noqa: PTH123
+            read, writes = os.pipe()
+            theirs.callback(os.close, writes)
+            taken = ours.enter_context(open(read, "rb", buffering=0))  # noqa: PTH123
+            socket.send_fds(self._requests, [b"\n"], [reads, writes])
+            ours.pop_all()
+            return given, taken
+
+    def close(self) -> None:
+        """End it; what it has forked lives on. Blocks."""
+        self._requests.close()
+        self._server.wait()
 
 
 def kill_marked(marker: bytes) -> int:

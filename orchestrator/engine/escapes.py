@@ -72,6 +72,9 @@ class EscapeDetector:
         form = f"--format=%(trailers:key={TRAILER},valueonly)"
         ours = {}
         for ref, commit in moved.items():
+            if self._merging.target.is_landing(commit):
+                ours[ref] = commit
+                continue
             said = await self._git("log", "-1", form, commit.split(" ")[0], cwd=repository.folder, ok=(0, 128))
             if said.stdout.strip():
                 ours[ref] = commit

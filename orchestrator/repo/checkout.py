@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import anyio.to_thread
 
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.project import Project
-from orchestrator.repo.git import Git, shown
+from orchestrator.repo.git import Git, is_object_id, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,8 @@ async def current_branch(folder: Path, git: Git) -> str | None:
 
 async def checkout_of(repository: LocalRepository, branch: str, git: Git) -> Path | None:
     """Return the folder in which a branch is checked out, in the main or a linked worktree of the user's."""
+    if not await anyio.to_thread.run_sync(_may_be_checked_out, repository.git_dir, branch):
+        return None
     listed = await git("worktree", "list", "--porcelain", "-z", cwd=repository.folder)
     for entry in listed.stdout.decode(errors="surrogateescape").split("\0\0"):
         facts = dict(line.partition(" ")[::2] for line in entry.split("\0"))
@@ -69,6 +72,45 @@ async def checkout_of(repository: LocalRepository, branch: str, git: Git) -> Pat
                 raise RefusedError(what, "run `git worktree prune` in the repository")
             return Path(facts["worktree"])
     return None
+
+
+def checkouts_in(folder: Path) -> list[str]:
+    """Return the git directory of each checkout, relative to the shared one."""
+    linked: list[str] = []
+    with suppress(FileNotFoundError, NotADirectoryError):
+        linked = sorted(path.name for path in (folder / "worktrees").iterdir())
+    return [".", *(f"worktrees/{name}" for name in linked)]
+
+
+def read_heads(folder: Path) -> dict[str, str]:
+    """Return what the HEAD of each checkout holds, by its git directory as `checkouts_in` has it. Blocks."""
+    found = {}
+    for name in checkouts_in(folder):
+        try:
+            found[name] = (folder / name / "HEAD").read_text(errors="surrogateescape").strip()
+        except (FileNotFoundError, NotADirectoryError):  # it is just being made or removed, or none
+            continue
+    return found
+
+
+def _may_be_checked_out(folder: Path, branch: str) -> bool:
+    """Whether git must be asked where a branch is checked out: not if no HEAD can lead there."""
+    return any(_may_lead_to(folder, name, head, branch) for name, head in read_heads(folder).items())
+
+
+def _may_lead_to(folder: Path, name: str, head: str, branch: str) -> bool:
+    if (folder / name / "HEAD").is_symlink():
+        return True
+    if is_object_id(head):
+        return False
+    ref = head.removeprefix("ref: ")
+    # What is no branch in a file may be the sign of another format, and a branch may stand for another one.
+    if ref in {f"refs/heads/{branch}", "refs/heads/.invalid"} or not head.startswith("ref: refs/heads/"):
+        return True
+    try:
+        return (folder / ref).read_bytes().startswith(b"ref:")
+    except OSError:
+        return False
 
 
 async def changes_in(checkout: Path, git: Git) -> list[str]:

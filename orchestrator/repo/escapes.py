@@ -15,7 +15,7 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.repo.checkout import LocalRepository
+from orchestrator.repo.checkout import LocalRepository, checkouts_in, read_heads
 from orchestrator.repo.git import Git, shown
 
 #: Nanoseconds within which a file system may give two writes the same time: what is younger is read again.
@@ -66,8 +66,8 @@ async def take(repository: LocalRepository, git: Git, previous: Seal | None = No
     async def read_files() -> _Content:
         return await anyio.to_thread.run_sync(_read_files, folder)
 
-    async def read_heads() -> _Content:
-        return await anyio.to_thread.run_sync(_read_heads, folder)
+    async def heads() -> _Content:
+        return await anyio.to_thread.run_sync(read_heads, folder)
 
     indexes = {}
     for name, signature in found.indexes.items():
@@ -79,7 +79,7 @@ async def take(repository: LocalRepository, git: Git, previous: Seal | None = No
     return Seal(
         await part(previous.refs if previous else None, found.refs, read_refs),
         await part(previous.files if previous else None, found.files, read_files),
-        await part(previous.heads if previous else None, found.heads, read_heads),
+        await part(previous.heads if previous else None, found.heads, heads),
         indexes,
     )
 
@@ -131,7 +131,7 @@ def _signatures(folder: Path) -> _Signatures:
         signature = tuple(_stat(path) for path in paths)
         return None if any(entry[4] > now - _COARSE for entry in signature) else signature
 
-    checkouts = _checkouts(folder)
+    checkouts = checkouts_in(folder)
     return _Signatures(
         settled(_ref_files(folder)),
         settled(path for path, _ in _watched_files(folder)),
@@ -146,12 +146,6 @@ def _stat(path: Path) -> tuple[str, int, int, int, int, int]:
     except (FileNotFoundError, NotADirectoryError):
         return str(path), 0, 0, 0, 0, 0
     return str(path), facts.st_ino, facts.st_mode, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_size
-
-
-def _checkouts(folder: Path) -> list[str]:
-    """Return the git directory of each checkout, relative to the shared one."""
-    linked = sorted(path.name for path in _entries(folder / "worktrees"))
-    return [".", *(f"worktrees/{name}" for name in linked)]
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -173,7 +167,7 @@ def _ref_files(folder: Path) -> Iterator[Path]:
 
 def _watched_files(folder: Path) -> Iterator[tuple[Path, str]]:
     named = [*_FILES, *(f"hooks/{path.name}" for path in _entries(folder / "hooks"))]
-    named += [f"{checkout}/config.worktree".removeprefix("./") for checkout in _checkouts(folder)]
+    named += [f"{checkout}/config.worktree".removeprefix("./") for checkout in checkouts_in(folder)]
     yield from ((folder / name, name) for name in named)
 
 
@@ -198,16 +192,6 @@ def _digest(path: Path) -> str | None:
         return f"{runs} {hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else 'no file'}"
     except (FileNotFoundError, NotADirectoryError):
         return None
-
-
-def _read_heads(folder: Path) -> _Content:
-    found = {}
-    for name in _checkouts(folder):
-        try:
-            found[name] = (folder / name / "HEAD").read_text(errors="surrogateescape").strip()
-        except (FileNotFoundError, NotADirectoryError):  # it is just being made or removed, or none
-            continue
-    return found
 
 
 async def _read_index(folder: Path, checkout: str, git: Git) -> _Content:
@@ -248,7 +232,7 @@ def _live_git(repository: LocalRepository) -> bool:
 
 def _linked_tops(folder: Path) -> list[Path]:
     found = []
-    for name in _checkouts(folder)[1:]:
+    for name in checkouts_in(folder)[1:]:
         try:
             found.append(Path((folder / name / "gitdir").read_text().rstrip("\n")).parent)
         except OSError:

@@ -21,6 +21,9 @@ from orchestrator.repo.source import Source
 
 TRAILER = "Council-Task"
 
+#: Up to so many landings git finds the base of a merge faster than we can tell it.
+_FEW = 200
+
 
 @dataclass(frozen=True, slots=True)
 class MergePermit:
@@ -102,6 +105,8 @@ class Target:
         self.known: str | None = None
         """The commit that the target was at when it was last looked at or moved; None if it does not exist."""
         self._landed: dict[str, str] = {}
+        self._trees: dict[str, str] = {}
+        """The trees of merges that were made here."""
         self._contained: set[str] = set()
 
     @asynccontextmanager
@@ -146,6 +151,10 @@ class Target:
         await self.refresh()
         return dict(self._landed)
 
+    def is_landing(self, commit: str) -> bool:
+        """Whether a commit brought something since the start, as of the last look."""
+        return commit in self._landed.values()
+
     async def holds(self, commit: str) -> bool:
         """Whether a commit is part of the target, as of the last look."""
         if self.known is None:
@@ -164,9 +173,10 @@ class Target:
         tree, paths = await self._git.merge_tree(ours, commit)
         if paths:
             return await self._conflict(label, ours, onto, commit, paths)
-        if tree == await self._git.line("rev-parse", f"{onto}^{{tree}}"):
+        if tree == (self._trees.get(onto) or await self._git.line("rev-parse", f"{onto}^{{tree}}")):
             return AlreadyThere(onto)
         new = await self._commit(tree, onto, commit, f"Land {label.rpartition('/')[2]}\n\n{TRAILER}: {label}\n")
+        self._trees = {key: of for key, of in self._trees.items() if key == onto} | {new: tree}
         failpoint("landing.merged")
         merge = Merge(self.known, new)
         # Looked at before anything is intended: a push that must fail is not even begun, so that what a cut-off
@@ -200,11 +210,14 @@ class Target:
     async def _above(self, base: str, onto: str, commit: str) -> str:
         """Return a commit with the tree of `onto` from which the merge base with `commit` is found at once.
 
-        Git would walk all that has landed since, so that a run's merges would cost the square of its length.
-        Where `base` is part of the target, and nothing of what was built on it is, it is the merge base: a commit
-        right above it says so. (`merge-tree --merge-base`, which would do the same, came with git 2.40.) Where
-        something of it is, by a pull of the agent's or a merge of the user's, only git can tell.
+        Git would walk all that has landed since, so that a run's merges would cost the square of its length; while
+        that is little, it is faster than to find out what follows. Where `base` is part of the target, and nothing
+        of what was built on it is, it is the merge base: a commit right above it says so. (`merge-tree
+        --merge-base`, which would do the same, came with git 2.40.) Where something of it is, by a pull of the
+        agent's or a merge of the user's, only git can tell.
         """
+        if len(self._landed) <= _FEW:
+            return onto
         if base not in self._contained:
             if (await self._git("merge-base", "--is-ancestor", base, onto, ok=(0, 1))).returncode:
                 return onto

@@ -11,7 +11,8 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
@@ -24,7 +25,9 @@ from orchestrator.errors import SessionError
 from orchestrator.filelock import FileLock
 
 # Imported rather than run as a script, because Python caches the byte code of imports only: 6 ms a session.
-_BOOTSTRAP = "import sys; sys.path.append(sys.argv[1]); from orchestrator.sessions import supervisor; supervisor.main()"
+_BOOTSTRAP = "import sys; sys.path.append(sys.argv[1]); from orchestrator.sessions import supervisor; supervisor.{}()"
+_FOLDER = Path("/")  # the supervisor's own, so that it keeps no worktree busy
+_SERVER: ContextVar[process.ForkServer | None] = ContextVar("_SERVER", default=None)
 _KILL_PATIENCE = 5.0  # seconds from SIGKILL to the last process's end; measured in milliseconds
 
 
@@ -118,6 +121,42 @@ async def wait_released(lock: Path, timeout: float) -> None:  # noqa: ASYNC109  
         pass
 
 
+@asynccontextmanager
+async def forking() -> AsyncIterator[None]:
+    """Have what `run_supervised` starts in the body, and in tasks begun there, forked from one process that is ready.
+
+    Where that can't be started, or is gone, all is as without it.
+    """
+    server: process.ForkServer | None = None
+    with suppress(OSError):
+        server = await anyio.to_thread.run_sync(process.ForkServer, _argv("serve"), _environment(), _FOLDER)
+    token = _SERVER.set(server)
+    try:
+        yield
+    finally:
+        _SERVER.reset(token)
+        if server is not None:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(server.close)
+
+
+def _forked(session: str) -> _Supervisor | None:
+    server = _SERVER.get()
+    if server is not None:
+        with suppress(OSError):
+            return _Supervisor(session, *server.fork(), None)
+    return None
+
+
+def _argv(function: str) -> list[str]:
+    return [sys.executable, "-I", "-S", "-c", _BOOTSTRAP.format(function), os.fspath(Path(__file__).parents[2])]
+
+
+def _environment() -> dict[str, str]:
+    # A Python that was built as a shared library may not start without this.
+    return {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+
+
 def _spec(command: SupervisedCommand) -> bytes:
     fields = {
         "argv": list(command.argv),
@@ -142,9 +181,12 @@ def _spec(command: SupervisedCommand) -> bytes:
 class _Supervisor:
     """A running supervisor's two pipes."""
 
-    def __init__(self, session: str, child: subprocess.Popen[bytes]) -> None:
+    def __init__(
+        self, session: str, control: IO[bytes] | None, status: IO[bytes] | None, child: subprocess.Popen[bytes] | None
+    ) -> None:
+        """Take the pipes; what was forked is no child of ours."""
         self._session, self._child = session, child
-        self._control, self._status = _pipe(child.stdin), _pipe(child.stdout)
+        self._control, self._status = _pipe(control), _pipe(status)
         self._said = bytearray()
 
     async def send(self, data: bytes) -> None:
@@ -185,7 +227,8 @@ class _Supervisor:
         with self._status:
             with anyio.move_on_after(_KILL_PATIENCE, shield=True):
                 await self.ended()
-                await anyio.to_thread.run_sync(self._child.wait)
+                if self._child is not None:
+                    await anyio.to_thread.run_sync(self._child.wait)
                 return
         raise SessionError(self._session, "some of its processes can't be killed")
 
@@ -198,11 +241,10 @@ def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
 
 @asynccontextmanager
 async def _supervisor(session: str) -> AsyncIterator[_Supervisor]:
-    argv = [sys.executable, "-I", "-S", "-c", _BOOTSTRAP, os.fspath(Path(__file__).parents[2])]
-    # A Python that was built as a shared library may not start without this.
-    env = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
-    # Its own folder is the root, so that it keeps no worktree busy.
-    supervisor = _Supervisor(session, await process.spawn(argv, env=env, cwd=Path("/")))
+    supervisor = _forked(session)
+    if supervisor is None:
+        child = await process.spawn(_argv("main"), env=_environment(), cwd=_FOLDER)
+        supervisor = _Supervisor(session, child.stdin, child.stdout, child)
     try:
         yield supervisor
     finally:

@@ -1,16 +1,17 @@
 """Run one CLI and make sure that nothing it started outlives it: a program of its own.
 
 It is started by `python -I -S` as leader of a session of its own, with a control pipe as standard input and a
-status pipe as standard output. Only the standard library is imported, and little of that: its start is paid
-for by every session.
+status pipe as standard output; or it is forked from one that was started so and has a socket as standard input
+(`serve`), because most of what a session costs us is the start of a Python. Only the standard library is imported,
+and little of that.
 
     control  one line of JSON, the fields of `Spec`; later perhaps the line `stop`; its end means that the
              orchestrator is dead
     status   {"event": "started", "pid": …} unless nothing could be started, and last of all
              {"event": "ended", …}, the fields of `orchestrator.sessions.supervised.Ended`
 
-It holds an exclusive `flock` on the session's lock file from before the CLI starts until it exits, which is
-when every descendant is dead: as the child subreaper it inherits each orphan, whatever it forked, cleared or
+It holds an exclusive `flock` on the session's lock file from before the CLI starts until every descendant is dead,
+and tells its end after that: as the child subreaper it inherits each orphan, whatever it forked, cleared or
 ignored. Without a subreaper (macOS) only the CLI's process group is killed, and what left it lives on. It can
 not kill what runs as another user (`sudo`): then it waits, and keeps the lock, until that has ended.
 
@@ -26,6 +27,7 @@ import os
 import re
 import select
 import signal
+import sys
 import time
 
 from orchestrator.sessions.capture import CHUNK_BYTES, Stream
@@ -42,6 +44,17 @@ CONTROL, STATUS = 0, 1
 WRAPPER_STATUS = 3  # where `argv` tells a wrapper to report to
 LOCK_PATIENCE = 2.0  # seconds; longer than anyone who only looks whether the lock is free keeps it
 LOOK_AT_WRAPPER = 0.05  # seconds; between looks whether it is empty
+NOTHING: dict[str, object] = {
+    "exit": None,
+    "signal": None,
+    "ended_by": "exit",
+    "spawn_error": None,
+    "stdout_bytes": 0,
+    "stderr_bytes": 0,
+    "killed": 0,
+    "output_error": None,
+    "exhausted": False,
+}  # what is told of a CLI of which nothing is known
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT)
 
 
@@ -133,8 +146,8 @@ def wrapper_error(stderr: str) -> SpawnError:
     return SpawnError(program if program != why else f"the sandbox could not be made: {why}", number)
 
 
-def take_lock(path: str) -> None:
-    """Hold the session's lock from now until this process is gone."""
+def take_lock(path: str) -> int:
+    """Hold the session's lock from now until the file descriptor is closed."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     give_up = time.monotonic() + LOCK_PATIENCE
     while True:
@@ -148,6 +161,7 @@ def take_lock(path: str) -> None:
             break
     os.ftruncate(file, 0)
     os.write(file, json.dumps({"pid": os.getpid(), "since": time.time()}).encode())
+    return file
 
 
 def start(spec: Spec, streams: list[Stream], wrapper: Wrapper | None) -> int:
@@ -289,7 +303,15 @@ def tell(**event: object) -> None:
 
 def supervise(spec: Spec, control: Control, wake: int) -> dict[str, object]:
     """Run the CLI to its end and return the facts; raises SpawnError or OSError if it could not start."""
-    take_lock(spec.lock)
+    lock = take_lock(spec.lock)
+    try:
+        return hold(spec, control, wake)
+    finally:
+        os.close(lock)
+
+
+def hold(spec: Spec, control: Control, wake: int) -> dict[str, object]:
+    """Do what `supervise` does, under the lock."""
     # Asked only now: who finds the lock free later can rely on it that nothing of this session will start.
     if (request := control.request()) is not None:
         return {"ended_by": request}
@@ -329,8 +351,6 @@ def main() -> None:
         return
     wake = listen_for_signals()
     prctl(PR_SET_CHILD_SUBREAPER, 1)
-    nothing: dict[str, object] = {"exit": None, "signal": None, "ended_by": "exit", "spawn_error": None}
-    nothing |= {"stdout_bytes": 0, "stderr_bytes": 0, "killed": 0, "output_error": None, "exhausted": False}
     try:
         facts = supervise(Spec(json.loads(line)), control, wake)
     except SpawnError as exc:
@@ -340,7 +360,52 @@ def main() -> None:
     except OSError as exc:
         why = f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc)
         facts = {"spawn_error": why, "exhausted": exc.errno in EXHAUSTED}
-    tell(event="ended", **(nothing | facts))
+    tell(event="ended", **(NOTHING | facts))
+
+
+def serve() -> None:
+    """Fork a supervisor for each request that comes through the socket that is standard input, until that ends.
+
+    A request is one byte, which brings the control pipe's and the status pipe's descriptor.
+    """
+    import gc  # noqa: PLC0415
+    import socket  # noqa: PLC0415  (only needed here)
+
+    requests = socket.socket(fileno=os.dup(CONTROL))
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them: their status pipes tell their end
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    gc.freeze()  # what no collection looks at stays shared with those that are forked
+    while True:
+        data, pipes, _, _ = socket.recv_fds(requests, 1, 2)
+        if not data:
+            return
+        try:
+            pid = os.fork()
+        except OSError as exc:
+            facts = {"spawn_error": str(exc.strerror), "exhausted": exc.errno in EXHAUSTED}
+            os.write(pipes[1], json.dumps({"event": "ended", **NOTHING, **facts}).encode() + b"\n")
+            pid = -1
+        if pid == 0:
+            requests.close()
+            supervise_forked(*pipes)
+        for fd in pipes:
+            os.close(fd)
+
+
+def supervise_forked(control: int, status: int) -> NoReturn:
+    """Be the supervisor with these two pipes; what goes wrong in here goes to the status pipe."""
+    try:
+        os.setsid()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for target, fd in ((CONTROL, control), (STATUS, status)):
+            os.dup2(fd, target)
+            os.close(fd)
+        main()
+    except BaseException:  # noqa: BLE001
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(0)
 
 
 if __name__ == "__main__":

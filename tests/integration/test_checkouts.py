@@ -1,0 +1,59 @@
+"""Where a branch of the user's is checked out is found, however they have done it; where not, git is not asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.repo.checkout import LocalRepository, checkout_of
+from orchestrator.repo.git import Git, read_ref
+from tests.conftest import Repository
+
+
+async def found(repository: Repository, branch: str) -> Path | None:
+    """Look for it."""
+    local = LocalRepository(repository.top / ".git", repository.top, "sha1")
+    return await checkout_of(local, branch, Git(None, users=True, environ=repository.environ))
+
+
+async def test_a_branch_is_found_in_the_main_and_in_linked_checkouts(repository: Repository, tmp_path: Path) -> None:
+    """And not where it was before."""
+    linked = tmp_path / "linked"
+    repository.git("worktree", "add", "-b", "beside", str(linked))
+    assert await found(repository, "main") == repository.top
+    assert await found(repository, "beside") == linked
+    assert await found(repository, "besides") is None
+    repository.git("checkout", "--detach")
+    assert await found(repository, "main") is None
+
+
+@pytest.mark.parametrize("kind", ["symbolic branch", "link"])
+async def test_a_branch_that_another_name_leads_to_is_found(repository: Repository, kind: str) -> None:
+    """HEAD may name a branch that stands for another one, or be a link, as it was in old times."""
+    if kind == "link":
+        head = repository.top / ".git" / "HEAD"
+        head.unlink()
+        head.symlink_to("refs/heads/main")
+    else:
+        repository.git("symbolic-ref", "refs/heads/alias", "refs/heads/main")
+        repository.git("symbolic-ref", "HEAD", "refs/heads/alias")
+    assert await found(repository, "main") == repository.top
+
+
+async def test_a_ref_is_read_wherever_it_is(repository: Repository, tmp_path: Path) -> None:
+    """In a file of its own, packed, symbolic, in a bare repository, from a linked checkout; or there is none."""
+    commit = repository.git("rev-parse", "main")
+    bare, linked = tmp_path / "bare.git", tmp_path / "linked"
+    repository.git("clone", "--quiet", "--bare", str(repository.top), str(bare))
+    repository.git("worktree", "add", "-b", "beside", str(linked))
+    repository.git("symbolic-ref", "refs/heads/alias", "refs/heads/main")
+    for place, ref in [(repository.top, "main"), (repository.top, "alias"), (bare, "main"), (linked, "main")]:
+        assert await read_ref(place, f"refs/heads/{ref}") == commit
+    # What a checkout holds of this name is no ref.
+    (repository.top / "refs" / "heads").mkdir(parents=True)
+    (repository.top / "refs" / "heads" / "packed").write_text("1" * 40)
+    repository.git("branch", "packed")
+    repository.git("pack-refs", "--all")
+    assert await read_ref(repository.top, "refs/heads/packed") == commit
+    assert await read_ref(repository.top, "refs/heads/none") is None

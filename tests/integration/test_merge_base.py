@@ -1,0 +1,52 @@
+"""What is merged is what lies between the work and where it began, however many have landed since."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.repo import landing
+from orchestrator.repo.git import Git
+from orchestrator.repo.hub import create_hub, hub_of, internal_ref
+from orchestrator.repo.landing import Landed, Merge, Target
+from orchestrator.repo.site import find_site
+from tests.conftest import Repository
+
+
+@pytest.mark.parametrize("few", [-1, 200], ids=["many have landed", "few have landed"])
+async def test_work_that_the_target_has_a_part_of_merges_as_git_would(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: int
+) -> None:
+    """Work lands beside other work, and on a part of itself that the user has merged by hand and changed."""
+    monkeypatch.setattr(landing, "_FEW", few)
+    site = await find_site(str(repository.top), is_url=False, environ=repository.environ)
+    hub = hub_of(site.location, tmp_path / "council-home")
+    await create_hub(hub, site.object_format, repository.environ)
+    git = Git(hub.trusted, environ=repository.environ)
+    source = site.source(git)
+    start = await source.fetch("main", internal_ref("r", "start"))
+    target = Target(hub, git, source, site.repository, branch="main", start=start, ref=internal_ref("r", "target"))
+
+    async def built_on(parent: str, name: str) -> str:
+        blob = await git.line("hash-object", "-w", "--stdin", input_=name.encode())
+        listing = await git.line("ls-tree", parent)
+        tree = await git.line("mktree", input_=f"{listing}\n100644 blob {blob}\t{name}\n".encode())
+        return await git.line("commit-tree", tree, "-p", parent, input_=b"work")
+
+    async def land(task: str, commit: str) -> None:
+        async with target.permit() as permit:
+            merge = await target.prepare(permit, f"r/{task}", commit, start)
+            assert isinstance(merge, Merge)
+            assert isinstance(await target.move(permit, merge, f"r/{task}"), Landed)
+
+    part = await built_on(start, "part")
+    await land("a", await built_on(start, "a"))
+    await land("b", await built_on(start, "b"))
+    assert (await source.push(part, "by-hand", None, ())).moved
+    repository.git("merge", "--quiet", "--no-ff", "-m", "By hand", "by-hand")
+    repository.commit({"part": "changed by the user\n"}, "change it")
+    await land("rest", await built_on(part, "rest"))
+    names = set(repository.git("ls-tree", "--name-only", "main").split())
+    assert names >= {"a", "b", "part", "rest"}
+    assert (repository.top / "part").read_text() == "changed by the user\n"
