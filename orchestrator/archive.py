@@ -10,6 +10,7 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
+from orchestrator.config.model import WorktreesConfig
 from orchestrator.domain.model import FINAL, Attempt, RunDocument, TaskDocument, TaskStatus
 from orchestrator.domain.secrets import Redactor, secret_values
 from orchestrator.engine.ledger import read_run, read_spec, read_task
@@ -21,10 +22,11 @@ from orchestrator.repo.diffs import Changes
 from orchestrator.repo.git import Git
 from orchestrator.repo.hub import Hub
 from orchestrator.repo.inspection import Admission
+from orchestrator.repo.places import empty_trash
 from orchestrator.repo.salvage import Kept
 from orchestrator.repo.site import find_site
 from orchestrator.repo.worktrees import Worktree
-from orchestrator.sessions.output import log_file
+from orchestrator.sessions.output import attempt_streams, log_file
 
 #: Seconds between two looks at files that are followed.
 _FOLLOW_PAUSE = 0.2
@@ -33,7 +35,10 @@ _CHUNK = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class LogPart:
-    """Something that an attempt printed: `stream` is `stdout`, `stderr`, or `check` and the check's number."""
+    """Something that an attempt printed.
+
+    `stream` is `stdout`, `stderr`, or `before`, `after` or `check` with the number of the user's command.
+    """
 
     attempt: int
     stream: str
@@ -70,7 +75,7 @@ class Archive:
     async def log(
         self, run: str, task: str, *, attempt: int | None = None, follow: bool = False
     ) -> AsyncGenerator[LogPart]:
-        """Yield what an attempt of a task (the newest if left out) printed, and what was printed by its checks.
+        """Yield what an attempt of a task (the newest if left out) printed, with the hooks around it and its checks.
 
         With `follow`, go on with whatever comes, attempt by attempt, until the task is over or nobody is at work in
         the run. RefusedError if there is no such attempt.
@@ -160,7 +165,8 @@ class Archive:
             refs += [found] if found else []
         await salvage.drop(git, refs)
         for worktree in folders:
-            await worktrees.remove(git, worktree)
+            await worktrees.remove(worktree)
+            await empty_trash(worktree.hub, git.environ)
 
     async def _ends(self, git: Git, task: str, document: TaskDocument) -> tuple[str, str]:
         """Return what a task's newest kept work differs from, and that work."""
@@ -178,7 +184,9 @@ class Archive:
         """Return where an attempt works, and what of it may be shown."""
         document, spec = await read_run(self._store, run), await read_spec(self._store, run, task)
         worktree = Worktree(Hub(Path(document.hub)), run, task, attempt.number)
-        return worktree, Admission(Redactor(secret_values(self._environ)), spec.max_file)
+        given = WorktreesConfig.model_validate(document.worktrees)
+        withheld = given.copied + given.linked
+        return worktree, Admission(Redactor(secret_values(self._environ)), spec.max_file, withheld=withheld)
 
     async def _described(self, one: Kept) -> KeptWork:
         document = await read_task(self._store, one.run, one.task)
@@ -253,10 +261,4 @@ class _Tails:
 
     def _streams(self, attempt: int) -> list[str]:
         prefix = f"{self.task}.{attempt}."
-        names = [path.name.removeprefix(prefix) for path in self.logs.glob(f"{prefix}*")]
-        order = {"stdout": (0, 0), "stderr": (1, 0)}
-        checks = {
-            name: (2, int(name.removeprefix("check"))) for name in names if name.removeprefix("check").isdecimal()
-        }
-        places = order | checks
-        return sorted((name for name in names if name in places), key=places.__getitem__)
+        return attempt_streams(path.name.removeprefix(prefix) for path in self.logs.glob(f"{prefix}*"))

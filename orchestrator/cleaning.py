@@ -7,7 +7,7 @@ that may be nowhere else goes only where that is asked for; branches that keep w
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,13 +16,14 @@ import anyio.to_thread
 from orchestrator.clock import Clock
 from orchestrator.domain.leftovers import Kind, Leftover
 from orchestrator.engine.recovery import end_session
-from orchestrator.engine.survey import Survey, exists, run_locks
+from orchestrator.engine.survey import Survey, exists, judged, run_locks
 from orchestrator.errors import GitError, LockHeld, StoreUnavailable
 from orchestrator.project import Project
 from orchestrator.protocols import Store
 from orchestrator.repo import worktrees
 from orchestrator.repo.git import Git
 from orchestrator.repo.hub import Hub
+from orchestrator.repo.places import Place, empty_trash, place_of, throw_away
 from orchestrator.repo.removal import disk_usage, remove_all
 
 
@@ -66,6 +67,7 @@ class Cleaner:
     async def _problem(self, one: Leftover) -> str | None:
         removals = {
             Kind.WORKTREE: self._remove_worktree,
+            Kind.PLACE: self._remove_place,
             Kind.REFS: self._remove_refs,
             Kind.HUB: self._remove_hub,
             Kind.TEMPORARY: self._remove_temporary,
@@ -91,9 +93,26 @@ class Cleaner:
             for worktree in await anyio.to_thread.run_sync(worktrees.left_over, _hub(one), run, None):
                 if str(worktree.root) == one.place:
                     await end_session(worktree)
-                    await worktrees.remove(git, worktree)
+                    await self._delete(worktree.hub, await worktrees.remove(worktree), git.keep_fds)
             await anyio.to_thread.run_sync(worktrees.remove_if_empty, folder)
         return True
+
+    async def _remove_place(self, one: Leftover) -> bool:
+        place = Place(_hub(one), int(Path(one.place).name))
+        async with place.lock.hold(0) as lock:
+            if not await anyio.Path(place.root).exists():
+                return True
+            if await judged(place, is_ours=True) != one:
+                return False
+            thrown = await anyio.to_thread.run_sync(throw_away, place.hub, place.root)
+            await self._delete(place.hub, thrown, (lock.fd,))
+        await self._survey.forget_leases()
+        return True
+
+    async def _delete(self, hub: Hub, thrown: Sequence[Path], keep_fds: Sequence[int]) -> None:
+        await remove_all(thrown, self._environ, keep_fds)
+        with suppress(GitError):  # what else waits there is no matter of this one
+            await empty_trash(hub, self._environ, keep_fds)
 
     async def _remove_refs(self, one: Leftover) -> bool:
         async with self._run_held(one) as (git, _):
@@ -108,7 +127,7 @@ class Cleaner:
             known = (await self._survey.runs()).get(run)
             if known is None or known.ended is None:
                 return False
-            await remove_all(Path(one.place), self._environ, git.keep_fds)
+            await remove_all([Path(one.place)], self._environ, git.keep_fds)
         return True
 
     @asynccontextmanager
@@ -137,9 +156,9 @@ class Cleaner:
             for place in await anyio.to_thread.run_sync(lambda: list(hub.sessions.iterdir())):
                 for worktree in await anyio.to_thread.run_sync(worktrees.left_over, hub, place.name, None):
                     await end_session(worktree)
-            await remove_all(hub.unfinished, self._environ, fds)
+            await remove_all([hub.unfinished], self._environ, fds)
             await anyio.to_thread.run_sync(hub.root.rename, hub.unfinished)
-            await remove_all(hub.unfinished, self._environ, fds)
+            await remove_all([hub.unfinished], self._environ, fds)
         return True
 
     async def _remove_temporary(self, one: Leftover) -> bool:
@@ -149,7 +168,7 @@ class Cleaner:
                 fds = ((await stack.enter_async_context(_hub(one).creation_lock.hold(0))).fd,)
             if not await self._is_debris(one):
                 return not await anyio.Path(one.place).exists()
-            await remove_all(Path(one.place), self._environ, fds)
+            await remove_all([Path(one.place)], self._environ, fds)
         return True
 
     async def _is_debris(self, one: Leftover) -> bool:
@@ -164,4 +183,9 @@ def _hub(one: Leftover) -> Hub:
 
 
 def _measured(one: Leftover) -> Leftover:
-    return one if one.kind is Kind.REFS else replace(one, bytes=disk_usage(Path(one.place)))
+    if one.kind is Kind.REFS:
+        return one
+    folders = [Path(one.place)]
+    if one.kind is Kind.WORKTREE and (place := place_of(_hub(one), Path(one.place))) is not None:
+        folders.append(place.root)
+    return replace(one, bytes=sum(map(disk_usage, folders)))

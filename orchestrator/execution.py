@@ -21,7 +21,7 @@ from orchestrator.engine.report import RunReport, RunStatus
 from orchestrator.engine.requests import check_request, is_answered, obey, submit
 from orchestrator.engine.scheduler import Scheduler
 from orchestrator.engine.sinks import Outlet, feeding
-from orchestrator.engine.workshop import Workshop, open_workshop, remove_worktree
+from orchestrator.engine.workshop import Workshop, open_workshop
 from orchestrator.errors import LockHeld, RefusedError
 from orchestrator.filelock import HeldLock
 from orchestrator.plugins import Plugins
@@ -29,6 +29,7 @@ from orchestrator.project import exclude_from_git
 from orchestrator.repo.hub import Hub
 from orchestrator.repo.site import find_site
 from orchestrator.runs import Runs
+from orchestrator.sessions.supervised import forking
 from orchestrator.tracking import with_tracked
 
 #: Seconds that a killed owner's last git commands get to end before a resume gives up waiting for them.
@@ -76,6 +77,7 @@ class Execution:
             session_memory=config.session_memory,
             adapters={name: entry.stored() for name, entry in config.adapters.items()},
             fence=config.fence.model_dump(mode="json"),
+            worktrees=config.worktrees.model_dump(mode="json"),
             sinks={name: sink.stored() for name, sink in config.sinks.items()},
             trackers={name: tracker.stored() for name, tracker in config.trackers.items()},
             tasks=tuple(task.id for task in config.tasks),
@@ -127,17 +129,17 @@ class Execution:
         capacities = {name: one.capacity for name, one in shop.configs.items() if one.capacity is not None}
         board = Board.of(before.entries, ledger.statuses(), capacities)
         capacity = await Capacity.measure(ledger, self._runs.clock)
-        scheduler = Scheduler(ledger, shop, board, capacity, self._runs.clock)
-        await scheduler.remember(before.adapters)
-        self._schedulers.add(scheduler)
-        if self._stopping:
-            scheduler.stop()
-        try:
-            finished = await scheduler.run()
-        finally:
-            self._schedulers.discard(scheduler)
-        if (template := shop.tools.templates.place) is not None:
-            await remove_worktree(ledger, shop, template)
+        async with shop.pool(sessions=min(before.run.capacity, len(before.run.tasks))) as pool:
+            scheduler = Scheduler(ledger, shop, pool, board, capacity, self._runs.clock)
+            await scheduler.remember(before.adapters)
+            self._schedulers.add(scheduler)
+            if self._stopping:
+                scheduler.stop()
+            try:
+                async with forking():
+                    finished = await scheduler.run()
+            finally:
+                self._schedulers.discard(scheduler)
         result = self._runs.describe(await self._runs.record(run), None if finished else RunStatus.INTERRUPTED)
         await (ledger.finish(result.status) if finished else ledger.note("run.interrupted", {}))
         return result
@@ -152,6 +154,7 @@ class Execution:
             runs.project,
             configs,
             make_adapters(configs, types),
+            store=runs.store,
             lock_fd=lock_fd,
             environ=runs.environ,
             clock=runs.clock,
@@ -181,10 +184,12 @@ class Execution:
         while not await is_answered(runs.store, run, asked):
             try:
                 async with self._ownership(hub, run) as lock:
-                    ledger, _ = await self._take(record.run, hub, lock.fd)
+                    ledger, shop = await self._take(record.run, hub, lock.fd)
                     statuses = ledger.statuses()
                     if record.run.ended is not None or Board.of(record.entries, statuses).is_over(statuses):
                         await ledger.finish(runs.describe(await runs.record(run), None).status)
+                    async with shop.pool(sessions=0):
+                        pass  # nobody may ever resume it
             except LockHeld as held:
                 if not held.owner_lives:
                     raise _is_at_work(run, held) from None

@@ -18,7 +18,9 @@ FAILPOINTS: Final = frozenset(
         "run.claimed",  # this process is the run's owner, under a new epoch
         "run.finished",  # the run's end is in the store
         "attempt.recorded",  # the attempt is in the store, nothing of it exists yet
-        "worktree.half_built",  # the session's folder exists, its checkout does not
+        "place.half_made",  # a place's folder exists, its checkout does not
+        "place.moved",  # a place that was taken is at another commit than recorded
+        "worktree.half_built",  # the session's folder has its place, and nothing else
         "worktree.created",  # the worktree is ready
         "session.spawned",  # the supervisor runs, the CLI perhaps
         "session.ended",  # all of the session's processes are gone, nothing is collected
@@ -29,7 +31,9 @@ FAILPOINTS: Final = frozenset(
         "request.recorded",  # a person's request is in the store
         "request.obeyed",  # it was done, the store still asks for it
         "work.recorded",  # the store knows the commit: the task is queued
-        "worktree.removed",  # the worktree is gone
+        "worktree.removed",  # the session's folder is gone, its place is not clean
+        "place.half_clean",  # some of what a session changed in its place is as it was before
+        "place.clean",  # all of it is, nobody knows yet
         "landing.merged",  # the merge commit exists, nothing refers to it
         "landing.checking",  # the store knows that the merge is being checked
         "check.ended",  # a check's processes are gone, its worktree is still there

@@ -36,9 +36,10 @@ def _age(_context: click.Context, _option: click.Parameter, value: str | None) -
 @click.option("--dry-run", is_flag=True, help="List only.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @click.option("--kept", is_flag=True, help="Remove worktrees and hubs, too, that hold work which may be nowhere else.")
+@click.option("--pool", is_flag=True, help="Remove checkouts, too, that are ready for the next run.")
 @click.option("--logs", metavar="AGE", callback=_age, help="Remove, too, what runs printed that ended before (30d).")
 @json_option
-def clean(dry_run: bool, yes: bool, kept: bool, logs: float | None, as_json: bool) -> None:
+def clean(dry_run: bool, yes: bool, kept: bool, pool: bool, logs: float | None, as_json: bool) -> None:
     """Remove what runs left over and nothing needs.
 
     That is worktrees of tasks that are over, temporary files of commands that were killed, and our own repositories
@@ -50,12 +51,14 @@ def clean(dry_run: bool, yes: bool, kept: bool, logs: float | None, as_json: boo
       council clean
       council clean --yes --logs 30d
       council clean --kept --dry-run
+      council clean --pool
     """
 
     async def command(context: Context) -> int:
         async with _cleaner(context.log) as cleaner:
             found = await cleaner.find(logs=logs)
-            going = [one for one in found if one.standing is Standing.LEFT_OVER or (kept and _is_kept(one))]
+            wanted = {Standing.LEFT_OVER, *([Standing.KEPT] if kept else []), *([Standing.READY] if pool else [])}
+            going = [one for one in found if one.standing in wanted]
             if not as_json:
                 _tell(context.output, found, going)
             is_wanted = bool(going) and not dry_run and (yes or (not as_json and await _agreed(context.output, going)))
@@ -90,7 +93,7 @@ def _is_kept(one: Leftover) -> bool:
 
 def _tell(output: Output, found: Sequence[Leftover], going: Sequence[Leftover]) -> None:
     for one in found:
-        if one.standing is not Standing.NEEDED:
+        if one.standing is not Standing.NEEDED and (one.standing is not Standing.READY or one in going):
             size = "" if one.kind is Kind.REFS else shown_size(one.bytes)
             stays = "" if one in going else "stays: "
             output.text(plain(f"{size:>7}  {one.kind:<9}  {one.place}: {stays}{one.reason}") + "\n")
@@ -103,6 +106,8 @@ def _summary(found: Sequence[Leftover], going: Sequence[Leftover]) -> Iterator[s
         yield "nothing is left over"
     if stays := [one for one in found if _is_kept(one) and one not in going]:
         yield f"{_total(stays)}: may hold work that is nowhere else, --kept removes it"
+    if ready := [one for one in found if one.standing is Standing.READY and one not in going]:
+        yield f"{_total(ready)}: ready for the next run, --pool removes it"
     needed = [one for one in found if one.standing is Standing.NEEDED]
     for run in dict.fromkeys(one.run for one in needed):
         yield f"{_total([one for one in needed if one.run == run])}: kept for `council resume {run}`"

@@ -52,6 +52,9 @@ SENTENCES: Mapping[str, str] = {
     "task.conflict": "{reason}",
     "task.landed": "landed as {landed:.10}",
     "task.salvaged": "work that was on no branch is kept on {branch}",
+    "task.after_run_failed": "a command after its session failed: {reason}",
+    "place.teardown_failed": "{place}: a command of its teardown failed: {reason}",
+    "place.ports_changed": "{place} got other ports, somebody else has {lost}",
     "task.worktree_kept": "its worktree stays in {worktree}: {reason}",
 }
 

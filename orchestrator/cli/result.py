@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from orchestrator.cli.output import lines, local_time, one_line, plain
+from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.model import REVIVABLE, TaskStatus
 from orchestrator.engine.report import AdapterReport, RunReport, RunStatus, TaskReport
 from orchestrator.repo.diffs import Changes
@@ -38,6 +39,8 @@ def next_step(task: TaskReport, report: RunReport, *, is_newest: bool = True) ->
     match task.state:
         case TaskStatus.CONFLICT | TaskStatus.CANCELLED:
             return apply + retry
+        case TaskStatus.FAILED if task.failure == FailureClass.SETUP_FAILED:
+            return f"{retry}, or mend the file and start a new run"
         case TaskStatus.FAILED | TaskStatus.NO_CHANGE:
             return f"{see}, then {apply}{retry}"
         case TaskStatus.RUNNING if report.status is RunStatus.RUNNING:

@@ -40,6 +40,7 @@ class Kind(StrEnum):
     """What something that is left over is."""
 
     WORKTREE = auto()
+    PLACE = auto()  #: a checkout that sessions took turns in
     REFS = auto()
     HUB = auto()
     TEMPORARY = auto()
@@ -51,6 +52,7 @@ class Standing(StrEnum):
 
     LEFT_OVER = auto()  #: nothing needs it, and nothing in it is lost
     KEPT = auto()  #: only if that is asked for: it holds what may be nowhere else
+    READY = auto()  #: only if that is asked for: the next run begins sooner with it
     NEEDED = auto()  #: no: the run that it is of can be resumed
 
 
@@ -91,6 +93,13 @@ def judge_stray(held: Holding) -> tuple[Standing, str]:
     """Return whether the worktree of a run that no state knows any more may go, and why."""
     standing = Standing.LEFT_OVER if held is Holding.NOTHING else Standing.KEPT
     return standing, "the state of its run does not exist any more"
+
+
+def judge_place(*, is_clean: bool, has_session: bool) -> tuple[Standing, str] | None:
+    """Return whether a place that nobody has the lock of may go, and why; None if its session decides about that."""
+    if is_clean:
+        return Standing.READY, "clean, for the next session"
+    return None if has_session else (Standing.LEFT_OVER, "its session is gone, and nobody cleaned it")
 
 
 def judge_hub(gone: str, refs: int | None, worktrees: int) -> tuple[Standing, str]:

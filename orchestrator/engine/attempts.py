@@ -15,9 +15,10 @@ from orchestrator.domain.model import AdapterDocument, Attempt
 from orchestrator.domain.outcome import Built, Exhausted, Failed, Interrupted, Limits
 from orchestrator.domain.retry import park_until, retry_delay
 from orchestrator.engine.ledger import Ledger
-from orchestrator.engine.workshop import Workshop, remove_worktree
+from orchestrator.engine.workshop import Workshop
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import JsonObject
+from orchestrator.repo.pool import Pool
 from orchestrator.repo.worktrees import Worktree
 from orchestrator.sessions.session import Assignment, Finished, Session
 
@@ -86,6 +87,7 @@ class Attempts:
 
     ledger: Ledger
     shop: Workshop
+    pool: Pool
     clock: Clock
     _learning: anyio.Lock = field(default_factory=anyio.Lock, init=False)
 
@@ -99,11 +101,12 @@ class Attempts:
             prompt=spec.prompt,
             told=document.feedback,
             adapter=self.shop.adapters[spec.adapter],
+            adapter_name=spec.adapter,
             reach=self.shop.configs[spec.adapter].reach,
             limits=Limits(spec.timeout, spec.silence),
             max_file=spec.max_file,
         )
-        return Work(task, spec, Session(self.shop.tools, assignment))
+        return Work(task, spec, Session(self.shop.tools, self.pool, assignment))
 
     async def perform(self, work: Work) -> After:
         """Record the attempt, run it, record its end, and clean up behind it."""
@@ -124,12 +127,13 @@ class Attempts:
         after = await self._record(work, finished)
         for ref in finished.salvaged:
             await self.ledger.note("task.salvaged", {"task": work.task, "branch": ref})
-        if finished.collected:
-            await remove_worktree(self.ledger, self.shop, what.worktree)
-        else:
+        for fault in finished.faults:
+            await self.ledger.note("task.after_run_failed", {"task": work.task, "reason": fault})
+        if not finished.collected:
             reason = "; ".join(("it holds what is on no branch", *finished.notes))
             kept = {"task": work.task, "worktree": str(what.worktree.tree), "reason": reason}
             await self.ledger.note("task.worktree_kept", kept)
+        await work.session.release(saved=finished.collected)
         return after
 
     async def _record(self, work: Work, finished: Finished) -> After:

@@ -14,12 +14,13 @@ from orchestrator.domain.leftovers import Holding, holding
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import FINAL, Attempt, TaskStatus
 from orchestrator.engine.ledger import Ledger
-from orchestrator.engine.workshop import Workshop, remove_worktree
+from orchestrator.engine.workshop import Workshop
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.failpoints import failpoint
 from orchestrator.process import kill_marked
 from orchestrator.repo import worktrees
 from orchestrator.repo.collect import Collected
+from orchestrator.repo.places import made_by_setup
 from orchestrator.repo.worktrees import Worktree
 from orchestrator.sessions.session import salvage
 from orchestrator.sessions.supervised import wait_released
@@ -71,7 +72,7 @@ async def _reap(ledger: Ledger, shop: Workshop, clock: Clock, worktree: Worktree
     if held is Holding.UNSAVED and await _rescue(ledger, shop, clock, worktree):
         held = Holding.NOTHING
     if held is Holding.NOTHING:
-        await remove_worktree(ledger, shop, worktree)
+        await worktrees.leave(worktree)  # its place is thrown away where places are next looked at
 
 
 async def end_session(worktree: Worktree) -> None:
@@ -113,8 +114,10 @@ async def _save(ledger: Ledger, shop: Workshop, worktree: Worktree, attempt: Att
 
 
 async def _collect(shop: Workshop, worktree: Worktree, base: str, spec: TaskSpec) -> Collected:
+    place = worktree.place
+    made = () if place is None else await anyio.to_thread.run_sync(made_by_setup, place)
     try:
-        return await salvage(shop.git, worktree, base, spec.prompt, shop.tools.admission(spec.max_file))
+        return await salvage(shop.git, worktree, base, spec.prompt, shop.tools.admission(spec.max_file, made))
     except (GitError, OSError) as error:
         return Collected(None, str(error), complete=False)
 

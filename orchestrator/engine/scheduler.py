@@ -25,6 +25,7 @@ from orchestrator.engine.workshop import Workshop
 from orchestrator.errors import GitError
 from orchestrator.failpoints import failpoint
 from orchestrator.repo.hub import internal_ref
+from orchestrator.repo.pool import Pool
 
 #: Seconds after which a landing that could not be made is tried again while sessions are at work.
 DEFERRED_PAUSE = 30.0
@@ -41,12 +42,14 @@ _STALE = frozenset({FailureClass.CONFLICT, FailureClass.CHECKS_FAILED})
 class Scheduler:
     """Runs what the board allows, within capacity, until nothing is left that could be done."""
 
-    def __init__(self, ledger: Ledger, workshop: Workshop, board: Board, capacity: Capacity, clock: Clock) -> None:
+    def __init__(
+        self, ledger: Ledger, workshop: Workshop, pool: Pool, board: Board, capacity: Capacity, clock: Clock
+    ) -> None:
         """Take a run whose cut-off attempts have been returned; `board` reflects its documents."""
         self._ledger, self._shop, self._board, self._clock = ledger, workshop, board, clock
         self._capacity = capacity
-        self._attempts = Attempts(ledger, workshop, clock)
-        self._merging = MergeQueue(ledger, workshop, clock)
+        self._attempts = Attempts(ledger, workshop, pool, clock)
+        self._merging = MergeQueue(ledger, workshop, pool, clock)
         self._escapes = EscapeDetector(ledger, workshop, self._merging)
         self._works: dict[str, Work] = {}
         self._queue: deque[str] = deque()

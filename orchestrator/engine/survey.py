@@ -18,10 +18,12 @@ from orchestrator.domain.leftovers import (
     holding,
     is_stale,
     judge_hub,
+    judge_place,
     judge_stray,
     judge_worktree,
 )
 from orchestrator.domain.model import RunDocument, TaskDocument
+from orchestrator.engine.leases import forget, stale_leases
 from orchestrator.engine.ledger import read_tasks
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.filelock import FileLock
@@ -29,10 +31,11 @@ from orchestrator.project import Project, unfinished_excludes
 from orchestrator.protocols import Document, Store
 from orchestrator.repo import origin, salvage, worktrees
 from orchestrator.repo.checkout import inspect
-from orchestrator.repo.debris import debris_in, half_built, hubs_in, is_within
+from orchestrator.repo.debris import debris_in, half_built, hubs_in
 from orchestrator.repo.git import Git
-from orchestrator.repo.hub import INTERNAL_REFS, Hub
+from orchestrator.repo.hub import INTERNAL_REFS, Hub, is_within
 from orchestrator.repo.origin import Origin
+from orchestrator.repo.places import Place, places_of, read_record, user_of
 from orchestrator.repo.worktrees import Worktree
 
 _KILLED = "a command that was killed left it"
@@ -51,6 +54,11 @@ class Survey:
         """Return all runs that the project's state knows; None for one of which it can't be read."""
         found: Sequence[Document] = [] if self._store is None else await self._store.list("run")
         return {one.key.id: None if one.damaged else RunDocument.model_validate(one.value) for one in found}
+
+    async def forget_leases(self) -> None:
+        """Take the leases of ports back whose places are gone."""
+        if self._store is not None:
+            await forget(self._store, await stale_leases(self._store))
 
     async def everything(self) -> list[Leftover]:
         """Return all but logs, of runs and hubs that nobody is at work in."""
@@ -99,7 +107,12 @@ class Survey:
         orphan = await self.orphan(hub)
         if orphan is not None:
             return [] if any([await lock.is_held() for lock in await run_locks(hub)]) else [orphan]
-        return [*await _unused(await self.strays(hub)), *await self.debris(hub)]
+        return [*await _unused(await self.strays(hub)), *await self.places(hub), *await self.debris(hub)]
+
+    async def places(self, hub: Hub) -> list[Leftover]:
+        """Return the places of a hub that nobody has, but for those that stay with a session."""
+        found = [await judged(place) for place in await anyio.to_thread.run_sync(places_of, hub)]
+        return [one for one in found if one is not None]
 
     async def orphan(self, hub: Hub) -> Leftover | None:
         """Return a hub whose users are all gone from this machine; the caller knows that nobody is at work in it."""
@@ -165,6 +178,16 @@ class Survey:
             return []
         found = await anyio.to_thread.run_sync(unfinished_excludes, repository.git_dir)
         return [_temporary(path, None) for path, changed in found.items() if is_stale(changed, self._clock.now())]
+
+
+async def judged(place: Place, *, is_ours: bool = False) -> Leftover | None:
+    """Judge a place; None if it is somebody's, and unless the caller has its lock (`is_ours`) if another has that."""
+    if not is_ours and await place.lock.is_held():
+        return None
+    is_clean = await anyio.to_thread.run_sync(read_record, place) is not None
+    has_session = await anyio.to_thread.run_sync(user_of, place) is not None
+    verdict = judge_place(is_clean=is_clean, has_session=has_session)
+    return None if verdict is None else Leftover(Kind.PLACE, str(place.root), *verdict, str(place.hub.root))
 
 
 def _leftover(worktree: Worktree, standing: Standing, reason: str) -> Leftover:

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import anyio.to_thread
 
 from orchestrator.clock import Clock
-from orchestrator.config.model import AdapterConfig, FenceConfig, TaskSpec
+from orchestrator.config.model import AdapterConfig, FenceConfig, TaskSpec, WorktreesConfig
 from orchestrator.domain.model import RunDocument
 from orchestrator.domain.secrets import Redactor, secret_values
-from orchestrator.engine.ledger import Ledger
-from orchestrator.errors import GitError
+from orchestrator.engine.leases import PortLeases
+from orchestrator.engine.worktree_sources import provisions_of
 from orchestrator.project import Project
-from orchestrator.protocols import Adapter
-from orchestrator.repo import worktrees
+from orchestrator.protocols import Adapter, Commit, Event, JsonObject, Store
 from orchestrator.repo.checkout import LocalRepository
 from orchestrator.repo.git import Git
 from orchestrator.repo.hub import Hub, internal_ref
 from orchestrator.repo.landing import Target
+from orchestrator.repo.pool import Care, Pool, PoolLimits
+from orchestrator.repo.provisions import Provisions
+from orchestrator.repo.reset import Keep
 from orchestrator.repo.site import Site, find_site
 from orchestrator.repo.source import Source
 from orchestrator.repo.worktrees import Worktree
 from orchestrator.sessions.checks import Checks
+from orchestrator.sessions.equipment import Equipment
 from orchestrator.sessions.fencing import Fencing
 from orchestrator.sessions.sandbox import choose_sandbox
 from orchestrator.sessions.session import SessionTools
@@ -42,11 +46,28 @@ class Workshop:
     configs: Mapping[str, AdapterConfig]
     adapters: Mapping[str, Adapter]
     tools: SessionTools
+    worktrees: WorktreesConfig
 
-    def checks(self, run: str, task: str, attempt: int, spec: TaskSpec) -> Checks:
+    def pool(self, *, sessions: int) -> AbstractAsyncContextManager[Pool]:
+        """Open the places of the run; as many are there all the time as are worked in, and one for checks.
+
+        Opened for no session it only throws away what a killed owner left, and deletes that.
+        """
+        equipment, config = self.tools.equipment, self.worktrees
+        limits = PoolLimits(config.max, config.max_size)
+        kept = [(pattern, "") for pattern in config.keep_ignored]
+        kept += [(pattern, name) for name, one in self.configs.items() for pattern in one.keep_ignored]
+        furnish = equipment.furnish if config.setup else None
+        strip = equipment.strip if config.setup or config.teardown else None
+        care = Care(config.sparse, Keep(tuple(kept)), furnish, strip)
+        warm = min(sessions + 1, config.max) if sessions else 0
+        return Pool.open(self.git, self.hub, self.tools.clock, limits, care, warm=warm)
+
+    def checks(self, pool: Pool, run: str, task: str, attempt: int, spec: TaskSpec) -> Checks:
         """Return the checks of what an attempt built."""
         return Checks(
-            git=self.git,
+            pool=pool,
+            equipment=self.tools.equipment,
             worktree=Worktree(self.hub, run, task, attempt, is_check=True),
             commands=spec.checks,
             timeout=spec.checks_timeout,
@@ -77,6 +98,7 @@ async def open_workshop(
     configs: Mapping[str, AdapterConfig],
     adapters: Mapping[str, Adapter],
     *,
+    store: Store,
     lock_fd: int,
     environ: Mapping[str, str],
     clock: Clock,
@@ -95,14 +117,23 @@ async def open_workshop(
     fencing = Fencing(kind, hidden_from_sessions(site, project, hub), fence.network, fence.reach)
     logs = project.logs(run.id)
     await anyio.to_thread.run_sync(lambda: logs.mkdir(mode=0o700, exist_ok=True))
-    tools = SessionTools(git, fencing, Redactor(secret_values(environ)), logs, environ, clock)
-    return Workshop(hub, git, source, site.repository, target, configs, adapters, tools)
+    worktrees = WorktreesConfig.model_validate(run.worktrees)
+    provisions = Provisions(Path())
+    if site.repository is not None and site.repository.top is not None:
+        provisions = provisions_of(worktrees, site.repository.top, (hub.root.parent, site.repository.git_dir))
+    leases = PortLeases(store, clock, worktrees.ports)
 
+    async def tell(what: str, facts: JsonObject) -> None:
+        await store.commit(Commit([], [Event(what, {"run": run.id, **facts})]))
 
-async def remove_worktree(ledger: Ledger, shop: Workshop, worktree: Worktree) -> None:
-    """Remove a worktree whose work is saved; one that can't be is named, and left."""
-    try:
-        await worktrees.remove(shop.git, worktree)
-    except GitError as error:
-        details = {"task": worktree.task, "worktree": str(worktree.root), "reason": error.stderr}
-        await ledger.note("task.worktree_kept", details)
+    async def lease(place: Path) -> Mapping[str, str]:
+        found = await leases.lease(place)
+        if found.lost:
+            facts = {"place": str(place), "lost": list(found.lost), "ports": list(found.ports)}
+            await tell("place.ports_changed", facts)
+        return found.environment()
+
+    redactor = Redactor(secret_values(environ) | await provisions.secrets())
+    equipment = Equipment(git, worktrees, provisions, lease, tell, fencing, redactor, logs, environ)
+    tools = SessionTools(git, fencing, redactor, logs, environ, clock, equipment)
+    return Workshop(hub, git, source, site.repository, target, configs, adapters, tools, worktrees)

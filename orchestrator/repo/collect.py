@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,13 +21,13 @@ import anyio.to_thread
 
 from orchestrator.errors import GitError
 from orchestrator.failpoints import failpoint
-from orchestrator.repo.git import GITLINK, Git, is_object_id, shown
+from orchestrator.repo.git import GITLINK, Change, Git, is_object_id, shown
 from orchestrator.repo.history import History
 from orchestrator.repo.inspection import Admission
 from orchestrator.repo.quarantine import Quarantine
 from orchestrator.repo.session_refs import SessionRefs, read_session_refs
 from orchestrator.repo.staging import Staging, remove_blocking, stage
-from orchestrator.repo.stamps import Stamps
+from orchestrator.repo.stamps import Differences
 from orchestrator.repo.worktrees import Worktree
 
 _MOST_SALVAGED = 50
@@ -52,17 +52,17 @@ class Collected:
 
 
 async def collect(
-    git: Git, worktree: Worktree, base: str, message: str, *, admit: Admission, stamps: Stamps | None = None
+    git: Git, worktree: Worktree, base: str, message: str, *, admit: Admission, found: Differences | None = None
 ) -> Collected:
     """Commit what the worktree holds beyond `base` to the attempt's branch; `git` runs in the trusted repository.
 
-    With `stamps`, which were taken when it had been created, less of it need be looked at.
+    With `found`, what differs from the checkout that it was handed, less of it need be looked at.
 
     Safe to repeat: a second call finds the same content and makes the same commit content again. The caller knows
     that nothing of the session lives.
     """
     try:
-        return await _collect_all(git, worktree, base, message, admit, stamps)
+        return await _collect_all(git, worktree, base, message, admit, found)
     finally:
         # What was refused is in there, too.
         with anyio.CancelScope(shield=True):
@@ -70,13 +70,13 @@ async def collect(
 
 
 async def _collect_all(
-    git: Git, worktree: Worktree, base: str, message: str, admit: Admission, stamps: Stamps | None
+    git: Git, worktree: Worktree, base: str, message: str, admit: Admission, found: Differences | None
 ) -> Collected:
     left = await anyio.to_thread.run_sync(read_session_refs, worktree.git_dir)
     history = History(git, worktree, base, admit)
     await history.look()
     tip, dropped = await _own_commits(history, left)
-    files = await _collect_files(history, tip, left.head, message, stamps)
+    files = await _collect_files(history, tip, left.head, message, found)
     salvaged, notes = await _salvage(history, left, files.commit or base)
     return Collected(
         files.commit,
@@ -100,37 +100,54 @@ async def _own_commits(history: History, left: SessionRefs) -> tuple[str, tuple[
 
 
 async def _collect_files(
-    history: History, tip: str, head: str | None, message: str, stamps: Stamps | None
+    history: History, tip: str, head: str | None, message: str, found: Differences | None
 ) -> Collected:
     git, worktree, base = history.git, history.worktree, history.base
-    tip_tree, base_tree = (await git.line("rev-parse", f"{tip}^{{tree}}", f"{base}^{{tree}}")).split()
-    refused, left_out = await _stage(history, stamps)
+    staged = await _stage(history, found)
+    refused, left_out = staged.refused, staged.left_out
+    if tip == base and not staged.changes:
+        return Collected(None, refused, complete=refused is None, left_out=left_out)
     tree = await git.line("write-tree", env=worktree.env)
-    if tree == base_tree and head != f"ref: refs/heads/{worktree.branch}":
-        # It went back to where it began, or elsewhere: what it left on its branch is its work.
-        tree = tip_tree
+    base_tree = tip_tree = None  # only what changes something gets here
+    if tip != base:
+        tip_tree, base_tree = (await git.line("rev-parse", f"{tip}^{{tree}}", f"{base}^{{tree}}")).split()
+        if tree == base_tree and head != f"ref: refs/heads/{worktree.branch}":
+            # It went back to where it began, or elsewhere: what it left on its branch is its work.
+            tree = tip_tree
+    own = tip
     if tree != tip_tree:
         tip = await git.line("commit-tree", tree, "-p", tip, input_=message.encode())
     if tree == base_tree and not (refused and tip != base):
         return Collected(None, refused, complete=refused is None, left_out=left_out)
     await git("update-ref", f"refs/heads/{worktree.branch}", tip)
     failpoint("work.committed")
-    problem = refused or await _nested_repository(git, base, tip)
-    return Collected(tip, problem, complete=refused is None, left_out=left_out)
+    changes = staged.changes if own == base else await git.changes(base, tip)
+    return Collected(tip, refused or _nested_repository(changes), complete=refused is None, left_out=left_out)
 
 
-async def _stage(history: History, stamps: Stamps | None) -> tuple[str | None, tuple[str, ...]]:
-    """Stage all of the checkout that can and may be; return why some of it was not, and the paths that may not."""
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """Why some of the checkout is not staged, the paths that may not be, and how the index differs from the base."""
+
+    refused: str | None
+    left_out: tuple[str, ...] = ()
+    changes: Sequence[Change] = ()
+
+
+async def _stage(history: History, found: Differences | None) -> _Staged:
+    """Stage all of the checkout that can and may be."""
     worktree = history.worktree
     if not await anyio.to_thread.run_sync(_is_folder, worktree.tree):
-        return "its worktree was removed or replaced by something else", ()
-    unread = await anyio.to_thread.run_sync(remove_blocking, worktree.tree)
+        return _Staged("its worktree was removed or replaced by something else")
+    unread = await anyio.to_thread.run_sync(remove_blocking, worktree.tree, found)
     if await anyio.to_thread.run_sync(_is_folder, worktree.git_dir):
         await anyio.to_thread.run_sync(remove_blocking, worktree.git_dir)
     quarantine = Quarantine(worktree.import_folder / "files", worktree.hub.objects)
-    staged = await stage(
-        history.git, Staging(worktree.tree, worktree.index, quarantine, stamps), history.base, history.admit
-    )
+    place, git = worktree.place, history.git
+    if place is not None and place.is_sparse:
+        # What is there although it was not to be checked out may differ from the commit: git is to see it, and to look.
+        git, found = replace(git, flags=(*git.flags, "-c", "core.sparseCheckout=true")), None
+    staged = await stage(git, Staging(worktree.tree, worktree.index, quarantine, found), history.base, history.admit)
     await anyio.to_thread.run_sync(quarantine.adopt, staged.refused_objects)
     failpoint("work.staged")
     reasons = []
@@ -141,15 +158,15 @@ async def _stage(history: History, stamps: Stamps | None) -> tuple[str | None, t
     problem = staged.problem or (f"{shown(unread[0])[-100:]!r} can't be opened" if unread else None)
     if problem is not None:
         reasons.append(f"not all of its files can be staged ({problem}): what can't is in {worktree.tree}")
-    return "; ".join(reasons) or None, tuple(sorted(map(shown, staged.refused)))
+    return _Staged("; ".join(reasons) or None, tuple(sorted(map(shown, staged.refused))), staged.changes)
 
 
 def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
-async def _nested_repository(git: Git, base: str, commit: str) -> str | None:
-    for change in await git.changes(base, commit):
+def _nested_repository(changes: Iterable[Change]) -> str | None:
+    for change in changes:
         if change.new_mode == GITLINK:
             return f"{change.path!r} is a git repository of its own: its `.git` must go before it can land"
     return None
@@ -158,7 +175,7 @@ async def _nested_repository(git: Git, base: str, commit: str) -> str | None:
 async def _salvage(history: History, left: SessionRefs, tip: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Keep the commits that neither base nor `tip` has; return the refs that hold them, and what was not kept."""
     worktree = history.worktree
-    before = await _salvaged_before(history)
+    before: dict[str, str] | None = None
     made: dict[str, str] = {}
     notes = [] if left.complete else ["it has more refs than are looked at"]
     for name, target in _candidates(left, worktree.branch):
@@ -175,6 +192,8 @@ async def _salvage(history: History, left: SessionRefs, tip: str) -> tuple[tuple
             break
         safe = history.admit.redactor.text(name)
         ref = _free(salvage_ref(worktree.run, worktree.task, worktree.attempt, safe), made)
+        if before is None:
+            before = await _salvaged_before(history)
         if before.get(ref) != commit:
             if why := await history.bring(commit, history.base, tip):
                 notes.append(f"{shown(name)!r} is not salvaged: {why}")

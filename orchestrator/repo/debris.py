@@ -11,13 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from orchestrator.domain.leftovers import is_stale
-from orchestrator.repo.hub import Hub
+from orchestrator.repo.hub import Hub, is_within
 from orchestrator.repo.worktrees import git_runs_for, lock_files
 
 _HUB = re.compile(r".+-[0-9a-f]{12}")
 _LIVE_DIFF = re.compile(r".+\.live-[a-z0-9_]{8}")  # as `repo.diffs` has tempfile name it
 #: All that a hub consists of.
-_PARTS = frozenset({"hub.git", "trusted.git", "session.git", "sessions", "locks", "origin.json", "origin.json.new"})
+_PARTS = frozenset(
+    {"hub.git", "trusted.git", "session.git", "sessions", "places", "trash", "locks", "origin.json", "origin.json.new"}
+)
 # What git calls the objects, packs and indexes that it is writing (odb_mkstemp in its environment.c and elsewhere).
 _OBJECTS = ("tmp_*", "pack/tmp_*", "pack/.tmp-*", "[0-9a-f][0-9a-f]/tmp_obj_*")
 
@@ -40,11 +42,6 @@ def _is_part_of_one(folder: Path) -> bool:
     return folder.is_dir() and not folder.is_symlink() and {path.name for path in folder.iterdir()} <= _PARTS
 
 
-def is_within(hub: Hub, place: Path) -> bool:
-    """Whether no link leads from a hub to where something of it lies: behind one may be files of the user's. Blocks."""
-    return place.parent.resolve().is_relative_to(hub.root.resolve())
-
-
 def debris_in(hub: Hub, now: float) -> list[Path]:
     """Return the temporary files and locks in a hub that are of nobody who lives; `now` is the wall clock. Blocks."""
     found = [path for path in dict.fromkeys(_temporaries(hub)) if is_within(hub, path)]
@@ -57,6 +54,7 @@ def _temporaries(hub: Hub) -> Iterator[Path]:
         yield from hub.objects.glob(pattern)
     yield from hub.trusted.glob("objects.*")  # where kept work was about to be applied
     yield from hub.root.glob("*.json.new")
+    yield from hub.trash.glob("*")
     yield from lock_files(hub.trusted)
     sessions = {f"{path.parent.name}-{path.name}" for path in hub.sessions.glob("*/*")}
     for path in (hub.trusted / "indexes").glob("*"):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -105,6 +106,8 @@ class Git:
     users: bool = False
     keep_fds: tuple[int, ...] = ()
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    flags: tuple[str, ...] = ()
+    """Options of git itself that each command is given."""
 
     async def __call__(
         self,
@@ -122,7 +125,7 @@ class Git:
         """
         base = users_environment(self.environ) if self.users else sealed_environment(self.environ)
         run_it = run(
-            ["git", *_CONFIG_FLAGS, *args],
+            ["git", *_CONFIG_FLAGS, *self.flags, *args],
             env={**base, **({"GIT_DIR": str(self.git_dir)} if self.git_dir else {}), **(env or {})},
             cwd=cwd or self.git_dir,
             input=input_,
@@ -218,6 +221,15 @@ async def read_ref(repository: Path, ref: str) -> str | None:
 
 
 def _read_ref(repository: Path, ref: str) -> str | None:
+    own = repository / ".git"
+    with suppress(OSError):  # packed, in another format, or there is none: GitPython finds that out
+        value = ((own if own.exists() else repository) / ref).read_text(errors="replace").rstrip("\n")
+        if is_object_id(value):
+            return value
+    return _read_any_ref(repository, ref)
+
+
+def _read_any_ref(repository: Path, ref: str) -> str | None:
     # GitPython's import costs as much as all our other imports together.
     import git  # noqa: PLC0415
     from git.exc import GitError as GitPythonError  # noqa: PLC0415

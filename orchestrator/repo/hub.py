@@ -4,7 +4,9 @@
       hub.git/       objects, which sessions borrow from (read only for them)
       trusted.git/   configuration, refs and index files of our own; its objects are the hub's
       session.git/   what each session's own git directory starts as a copy of
-      sessions/      worktrees, one folder an attempt
+      sessions/      what each attempt has to itself, one folder an attempt
+      places/        checkouts that attempts take turns in
+      trash/         folders that are being deleted
       locks/         permanent lock files
       origin.json    whom it is for (`repo.origin`)
 
@@ -61,6 +63,16 @@ class Hub:
         return self.root / "sessions"
 
     @property
+    def places(self) -> Path:
+        """The checkouts that sessions take turns in (`repo.places`)."""
+        return self.root / "places"
+
+    @property
+    def trash(self) -> Path:
+        """Folders that wait for their deletion."""
+        return self.root / "trash"
+
+    @property
     def unfinished(self) -> Path:
         """Where it is while it is being made or removed, so that there is a whole one or none."""
         return self.root.with_name(f"{self.root.name}.new")
@@ -82,6 +94,11 @@ class Hub:
     def run_lock(self, run: str) -> FileLock:
         """Return the lock of a run's owner."""
         return self.lock(f"run-{run}")
+
+
+def is_within(hub: Hub, place: Path) -> bool:
+    """Whether no link leads from a hub to where something of it lies: behind one may be files of the user's. Blocks."""
+    return place.parent.resolve().is_relative_to(hub.root.resolve())
 
 
 def hub_of(source: str, home: Path) -> Hub:
@@ -113,7 +130,7 @@ async def create_hub(hub: Hub, object_format: str, environ: Mapping[str, str], u
 
 async def _build(hub: Hub, object_format: str, environ: Mapping[str, str]) -> None:
     building = hub.unfinished
-    await remove_all(building, environ)
+    await remove_all([building], environ)
     building.mkdir(mode=0o700)
     for name in ("hub.git", "trusted.git", "session.git"):
         git = Git(building / name, environ=environ)
@@ -123,7 +140,7 @@ async def _build(hub: Hub, object_format: str, environ: Mapping[str, str]) -> No
 
 
 async def _configure(building: Path, hub: Hub, environ: Mapping[str, str]) -> None:
-    for name in ("sessions", "locks", "trusted.git/indexes"):
+    for name in ("sessions", "places", "trash", "locks", "trusted.git/indexes"):
         (building / name).mkdir(mode=0o700)
     shutil.rmtree(building / "trusted.git" / "objects")
     (building / "trusted.git" / "objects").symlink_to(Path("..", "hub.git", "objects"))

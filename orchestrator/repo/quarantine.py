@@ -21,6 +21,11 @@ class Quarantine:
         (self.objects / "pack").mkdir(mode=0o700, parents=True)
 
     @property
+    def folders(self) -> tuple[Path, Path]:
+        """Where objects may be that were written here, unless they were there before."""
+        return self.objects, self.hub
+
+    @property
     def reading(self) -> dict[str, str]:
         """What lets git see these objects too."""
         return {"GIT_ALTERNATE_OBJECT_DIRECTORIES": str(self.objects)}

@@ -11,16 +11,17 @@ from orchestrator.errors import GitError
 from orchestrator.process import run
 
 
-async def remove_all(place: Path, environ: Mapping[str, str], keep_fds: Sequence[int] = ()) -> None:
-    """Delete a file, or a folder with all that is in it; GitError, which says what `rm` said, if that can't be.
+async def remove_all(places: Sequence[Path], environ: Mapping[str, str], keep_fds: Sequence[int] = ()) -> None:
+    """Delete files, and folders with all that is in them; GitError, which says what `rm` said, if that can't be.
 
     The locks `keep_fds` are held until the deletion has ended, also where we are killed.
     """
     # `rm` rather than shutil: an agent's folders may be nested deeper than Python recurses, or closed to us.
-    argv = ["rm", "-rf", "--", str(place)]
+    named = list(map(str, places))
+    argv = ["rm", "-rf", "--", *named]
     env = {"PATH": environ.get("PATH", os.defpath), "LC_ALL": "C"}
     if (await run(argv, env=env, keep_fds=keep_fds)).returncode:
-        await run(["chmod", "-R", "u+rwx", "--", str(place)], env=env, keep_fds=keep_fds)
+        await run(["chmod", "-R", "u+rwx", "--", *named], env=env, keep_fds=keep_fds)
         done = await run(argv, env=env, keep_fds=keep_fds)
         if done.returncode:
             raise GitError(argv, done.returncode, done.stderr.decode(errors="replace"))

@@ -9,16 +9,16 @@ import os
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import anyio.to_thread
 
 from orchestrator.errors import GitError
-from orchestrator.repo.git import Git, parse_raw
+from orchestrator.repo.git import Change, Git, parse_raw
 from orchestrator.repo.inspection import Admission, inspect
 from orchestrator.repo.quarantine import Quarantine
-from orchestrator.repo.stamps import Candidates, Stamps
+from orchestrator.repo.stamps import Differences
 
 #: Seconds for git to read an agent's tree: it waits for ever where a file to be read is a pipe.
 STAGING_LIMIT = 120.0
@@ -28,6 +28,9 @@ _FEW = 100
 
 #: How git is given paths on its standard input.
 _NAMED = ("--pathspec-from-file=-", "--pathspec-file-nul")
+
+#: Has git not look at all files of the index in advance, where it is told which ones count.
+_NO_MORE = ("-c", "core.preloadIndex=false")
 
 # Git opens these wherever they are, whatever they are.
 _READ_BY_GIT = frozenset({".gitignore", ".gitattributes", ".gitmodules"})
@@ -40,8 +43,8 @@ class Staging:
     tree: Path
     index: Path
     quarantine: Quarantine
-    stamps: Stamps | None = None
-    """What the checkout was like when the index was made of it, if that is known."""
+    found: Differences | None = None
+    """What differs from the checkout that the index was made of, if that is known."""
 
     @property
     def env(self) -> dict[str, str]:
@@ -50,15 +53,16 @@ class Staging:
 
     @property
     def ignoring(self) -> tuple[str, str]:
-        """The option by which git passes over what `ignore` was told."""
+        """The option by which git passes over what `prepare` was told."""
         return "-c", f"core.excludesFile={self._ignored}"
 
     @property
     def _ignored(self) -> Path:
         return self.quarantine.objects.with_name("ignored")
 
-    def ignore(self, patterns: Iterable[str]) -> None:
-        """Write down what is not to be staged where the index does not have it. Blocks."""
+    def prepare(self, patterns: Iterable[str]) -> None:
+        """Empty the quarantine, and write down what is not to be staged where the index does not have it. Blocks."""
+        self.quarantine.empty()
         self._ignored.write_text("".join(f"{pattern}\n" for pattern in patterns))
 
 
@@ -69,6 +73,8 @@ class Staged:
     refused: Mapping[str, str]
     problem: str | None
     refused_objects: frozenset[str]
+    changes: Sequence[Change]
+    """How the index differs from the base by now."""
 
 
 async def stage(git: Git, staging: Staging, base: str, admit: Admission) -> Staged:
@@ -77,48 +83,84 @@ async def stage(git: Git, staging: Staging, base: str, admit: Admission) -> Stag
     Nothing that is refused by its name or its size is even read. Safe to repeat; the index is made anew from
     `base`, with what it knows of the files' times.
     """
-    await anyio.to_thread.run_sync(staging.quarantine.empty)
+    await anyio.to_thread.run_sync(staging.prepare, admit.ignored)
+    if staging.found is not None and staging.found.is_few(_FEW):
+        among = staging.found.without(lambda path: admit.withheld_with(path) is not None)
+        staged = await _stage(git, staging, base, admit, among)
+        if staged is not None:
+            return staged
+        await anyio.to_thread.run_sync(staging.prepare, admit.ignored)
     # As a rule it is as the checkout left it: making it anew takes many times as long as finding that out.
     if (await git("diff-index", "--cached", "--quiet", base, env=staging.env, ok=(0, 1, 128))).returncode:
         await git("read-tree", "--reset", base, env=staging.env)
-        staging = replace(staging, stamps=None)
-    await anyio.to_thread.run_sync(staging.ignore, admit.leavings)
-    candidates = None if staging.stamps is None else await anyio.to_thread.run_sync(staging.stamps.candidates, _FEW)
-    differing = await _differing(git, staging, candidates)
-    refused = await anyio.to_thread.run_sync(_refused_unread, staging.tree, differing, admit)
-    problem = await _add(git, staging, differing, refused, admit) if differing else None
-    raw = await git("diff-index", "--cached", "--raw", "-z", "--no-renames", base, env=staging.env)
+    staged = await _stage(git, staging, base, admit, None)
+    assert staged is not None, "all was looked at"  # noqa: S101
+    return staged
+
+
+async def _stage(git: Git, staging: Staging, base: str, admit: Admission, among: Differences | None) -> Staged | None:
+    """Do it in an index as `base` has it; None if it turns out to have been another one.
+
+    That is looked for only where git is to pass over all that is not `among` some.
+    """
+    try:
+        found_at = {path: admit.withheld_with(path) for path in await _differing(git, staging, among, admit)}
+        differing = [path for path, withheld in found_at.items() if withheld is None]
+        refused = await anyio.to_thread.run_sync(_refused_unread, staging.tree, differing, admit)
+        # A .gitignore may say that what we ignore is not to be ignored.
+        without = [*refused, *{withheld for withheld in found_at.values() if withheld is not None}]
+        problem = await _add(git, staging, differing, without, admit) if differing else None
+        raw = await git("diff-index", "--cached", "--raw", "-z", "--no-renames", base, env=staging.env)
+    except GitError:
+        if among is None:
+            raise
+        return None
     changes = parse_raw(raw.stdout)
-    found = await inspect(git, changes, admit, staging.env)
+    # In an index as the base has it nothing else can be changed by now.
+    may_differ = {path.rstrip("/") for path in differing} - refused.keys()
+    if among is not None and not {one.path for one in changes} <= may_differ:
+        return None
+    found = await inspect(git, changes, admit, staging.env, staging.quarantine.folders)
     rejected = [change for change in changes if change.path in found]
     if rejected:
         lines = "".join(f"{one.old_mode} {one.old_id}\t{one.path}\0" for one in rejected)
         await git("update-index", "-z", "--index-info", env=staging.env, input_=lines.encode(errors="surrogateescape"))
-    return Staged(refused | found, problem, frozenset(one.new_id for one in rejected))
+    told = {path: why for path, why in found.items() if admit.withheld_with(path) is None}
+    left = [change for change in changes if change.path not in found]
+    return Staged(refused | told, problem, frozenset(one.new_id for one in rejected), left)
 
 
-async def _differing(git: Git, staging: Staging, among: Candidates | None) -> list[str]:
+async def _differing(git: Git, staging: Staging, among: Differences | None, admit: Admission) -> list[str]:
     """Return the paths where files are not what the index has, or not there any more, and are not ignored.
 
-    Git looks only at what is `among` some; None is all.
+    Git looks only at what is `among` some; None is all. It is not even asked where all of these may be given to
+    `git add`: that finds out itself which of them differ, and which are ignored.
     """
+    if among is not None:
+        paths = [*among.changed, *among.gone, *among.added]
+        if await anyio.to_thread.run_sync(_may_all_be_read, staging.tree, among.added, paths, admit):
+            return paths
 
     async def ask(*command: str, paths: Sequence[str] = (), input_: bytes | None = None) -> bytes:
-        argv = (*staging.ignoring, *command, *(["--", *map(_literal, paths)] if paths else ()))
+        those = ("--", *map(_literal, paths)) if paths else ()
+        argv = (*staging.ignoring, *(() if among is None else _NO_MORE), *command, *those)
         done = await git(*argv, env=staging.env, cwd=staging.tree, ok=(0, 1), input_=input_, limit=STAGING_LIMIT)
         return done.stdout
 
+    if among is not None and among.changed:  # what is gone may lead behind a link by now, and git takes no such name
+        try:
+            await ask("add", "--refresh", *_NAMED, input_=_named(map(_literal, among.changed)))
+        except GitError:  # one of them was there, but is not tracked
+            among = None
     if among is None:
         await ask("update-index", "-q", "--refresh")
-    elif among.changed:  # those that are gone may lead behind a link by now, and git takes no such name
-        await ask("add", "--refresh", *_NAMED, input_=_named(map(_literal, among.changed)))
     changed, others = b"", b""
-    tracked = () if among is None else (*among.changed, *among.gone)
+    tracked = [] if among is None else [*among.changed, *among.gone]
     if among is None or tracked:
         changed = await ask("diff-files", "--raw", "-z", "--no-renames", paths=tracked)
     if among is None or among.added:
-        paths = () if among is None else among.added
-        others = await ask("ls-files", "--others", "--exclude-standard", "-z", paths=paths)
+        named = [] if among is None else among.added
+        others = await ask("ls-files", "--others", "--exclude-standard", "-z", paths=named)
     untracked = others.decode(errors="surrogateescape").split("\0")[:-1]
     return [*(one.path for one in parse_raw(changed)), *untracked]
 
@@ -129,6 +171,12 @@ def _literal(path: str) -> str:
 
 def _named(patterns: Iterable[str]) -> bytes:
     return "".join(f"{pattern}\0" for pattern in patterns).encode(errors="surrogateescape")
+
+
+def _may_all_be_read(tree: Path, added: Iterable[str], paths: Iterable[str], admit: Admission) -> bool:
+    """Whether none of the paths is refused unread, and none that was added is a folder."""
+    folders = (path for path in added if (tree / path).is_dir() and not (tree / path).is_symlink())
+    return not any(folders) and not _refused_unread(tree, paths, admit)
 
 
 def _refused_unread(tree: Path, paths: Iterable[str], admit: Admission) -> dict[str, str]:
@@ -152,7 +200,7 @@ async def _add(
         # By name git need not look through the checkout once more. It won't have names that lead behind a link, which
         # is where the files of a folder are that became one.
         with suppress(GitError):
-            await _add_matching(git, staging, [*map(_literal, paths), *excluded], admit)
+            await _add_matching(git, staging, [*map(_literal, paths), *excluded], admit, _NO_MORE)
             return None
     try:
         await _add_matching(git, staging, [":(top)", *excluded], admit)
@@ -161,24 +209,28 @@ async def _add(
     return None
 
 
-async def _add_matching(git: Git, staging: Staging, patterns: Sequence[str], admit: Admission) -> None:
+async def _add_matching(
+    git: Git, staging: Staging, patterns: Sequence[str], admit: Admission, options: Sequence[str] = ()
+) -> None:
     # Above this size git would write packs, of which no object can be left behind.
     limit = f"core.bigFileThreshold={admit.max_file + 1}"
-    command = ["-c", limit, "add", "--all", "--ignore-errors", *_NAMED]
+    command = [*options, "-c", limit, "add", "--sparse", "--all", "--ignore-errors", *_NAMED]
     given = _named(patterns)
     await git(*staging.ignoring, *command, env=staging.env, cwd=staging.tree, input_=given, limit=STAGING_LIMIT)
 
 
-def remove_blocking(tree: Path) -> list[str]:
+def remove_blocking(tree: Path, found: Differences | None = None) -> list[str]:
     """Remove the pipes, sockets and devices that git would open and wait for. Blocks.
 
-    Returns the folders that can't be opened: git passes over them with a warning.
+    Returns the folders that can't be opened: git passes over them with a warning. With `found`, which says what
+    differs from a checkout, nothing else is looked at.
 
     It opens each file that is called `.gitignore` and the like, and what is in a folder called `.git`, or in whatever
     folder something called `.git` names: so all pipes go, which can't be committed anyway.
     """
     unread: list[str] = []
-    for path in blocking(tree, unread, anywhere=True):
+    begin = [""] if found is None else [*found.changed, *found.added, *found.replaced]
+    for path in [path for one in begin for path in blocking(tree / one, unread, anywhere=True)]:
         path.unlink(missing_ok=True)
     return unread
 
@@ -186,6 +238,11 @@ def remove_blocking(tree: Path) -> list[str]:
 def blocking(tree: Path, unread: list[str] | None = None, *, anywhere: bool = False) -> Iterator[Path]:
     """Find what git would wait for in a checkout; the folders that can't be opened go to `unread`. Blocks."""
     waiting = [(str(tree), False)]
+    if not tree.is_dir() or tree.is_symlink():
+        waiting.clear()
+        # Of the links in a checkout git follows this one only.
+        if anywhere and _waits(tree, follow=tree.name == ".gitmodules"):
+            yield tree
     while waiting:
         folder, in_git = waiting.pop()
         try:
@@ -206,10 +263,14 @@ def _blocks(entry: os.DirEntry[str], *, in_git: bool) -> bool:
     # What a folder says of its entries spares looking at each of them.
     if entry.is_file(follow_symlinks=False):
         return False
-    # Of the links in a checkout git follows this one only.
     follow = in_git or entry.name == ".gitmodules"
+    return _waits(Path(entry.path), follow=follow)
+
+
+def _waits(path: Path, *, follow: bool = False) -> bool:
+    """Whether whoever reads a file may have to wait for somebody who writes."""
     try:
-        mode = entry.stat(follow_symlinks=follow).st_mode
+        mode = path.stat(follow_symlinks=follow).st_mode
     except OSError:  # a link to nowhere
         return False
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode))

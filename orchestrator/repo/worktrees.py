@@ -1,9 +1,10 @@
-"""A worktree for each attempt: a checkout, and a git directory that belongs to this session alone.
+"""A worktree for each attempt: a checkout that it has for a time, and a git directory that belongs to it alone.
 
 Not `git worktree add`: linked worktrees share configuration, hooks, refs and stash, so that one agent's
 change reaches all others and us, and adding them is neither safe side by side nor when killed (an empty
 `commondir` breaks the whole repository). Here nothing is shared but the hub's objects, which are borrowed;
-creating one races with nothing, and a half-built one is a folder to delete.
+creating one races with nothing, and a half-built one is a folder to delete. The checkout is that of a place
+(`repo.places`), which the link `place` in the session's folder names.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import anyio.to_thread
 
 from orchestrator.failpoints import failpoint
-from orchestrator.repo.git import Git
 from orchestrator.repo.hub import Hub, work_branch
-from orchestrator.repo.removal import remove_all
+from orchestrator.repo.places import Place, place_of, throw_away, user_of
+from orchestrator.repo.pool import Checkout
 
 #: How the folder of a check's worktree ends; no task's attempt is named so, because attempts end in a number.
 _CHECK = ".check"
@@ -47,9 +48,16 @@ class Worktree:
         return self.hub.sessions / self.run / self.name
 
     @property
+    def place(self) -> Place | None:
+        """The place that it has; None before and after that, also where another has it. A look at the disk."""
+        place = place_of(self.hub, self.root)
+        return place if place is not None and user_of(place) == self.root else None
+
+    @property
     def tree(self) -> Path:
-        """The checkout that the CLI works in."""
-        return self.root / "tree"
+        """The checkout that the CLI works in; one that is not there, without a place. A look at the disk."""
+        place = self.place
+        return self.root / "tree" if place is None else place.tree
 
     @property
     def git_dir(self) -> Path:
@@ -97,45 +105,74 @@ class Worktree:
         return {"GIT_WORK_TREE": str(self.tree), "GIT_INDEX_FILE": str(self.index)}
 
 
-CheckOut = Callable[[Git, Worktree, str], Awaitable[None]]
-
-
-async def check_out(git: Git, worktree: Worktree, commit: str) -> None:
-    """Write a commit's files into the worktree's folder, which is there, then our index of them."""
-    await git("read-tree", "--reset", "-u", commit, env=worktree.env, cwd=worktree.tree)
-
-
-async def create(git: Git, worktree: Worktree, start: str, prompt: str, check_out: CheckOut = check_out) -> None:
-    """Check out `start` (a commit id) for a session; `git` runs in the trusted repository."""
-    await anyio.to_thread.run_sync(_lay_out, worktree, start, prompt)
-    failpoint("worktree.half_built")
-    await check_out(git, worktree, start)
-    await anyio.to_thread.run_sync(shutil.copyfile, worktree.index, worktree.git_dir / "index")
+async def create(worktree: Worktree, checkout: Checkout, prompt: str) -> None:
+    """Make a session's folder around the place that it was handed."""
+    await anyio.to_thread.run_sync(_lay_out, worktree, checkout, prompt)
     failpoint("worktree.created")
 
 
-def _lay_out(worktree: Worktree, start: str, prompt: str) -> None:
+def _lay_out(worktree: Worktree, checkout: Checkout, prompt: str) -> None:
+    place, record = checkout.place, checkout.contents.record
     worktree.root.mkdir(mode=0o700, parents=True)
+    (worktree.root / "place").symlink_to(place.root)
+    failpoint("worktree.half_built")
     shutil.copytree(worktree.hub.seed, worktree.git_dir)
     (worktree.git_dir / "HEAD").write_text(f"ref: refs/heads/{worktree.branch}\n")
     ref = worktree.git_dir / "refs" / "heads" / worktree.branch
     ref.parent.mkdir(parents=True)
-    ref.write_text(f"{start}\n")
-    worktree.tree.mkdir()
+    ref.write_text(f"{record.commit}\n")
+    if record.sparse:
+        _make_sparse(worktree, place)
     worktree.scratch.mkdir(mode=0o700)
-    (worktree.tree / ".git").write_text(f"gitdir: {worktree.git_dir}\n")
+    (place.tree / ".git").write_text(f"gitdir: {worktree.git_dir}\n")
     descriptor = os.open(worktree.prompt_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
         file.write(prompt)
+    shutil.copyfile(place.index, worktree.git_dir / "index")
+    # Under the name of git's own lock, which is removed wherever an index is given up: where it is, all is there.
+    staged = worktree.index.with_name(f"{worktree.index.name}.lock")
+    shutil.copyfile(place.index, staged)
+    staged.rename(worktree.index)
 
 
-async def remove(git: Git, worktree: Worktree) -> None:
-    """Delete all of the session's files, whatever state they are in; the caller has saved what counts."""
-    # Its folder goes last: as long as it is there, a recovery knows that there is something to remove.
-    await anyio.to_thread.run_sync(_forget, worktree)
-    await remove_all(worktree.root, git.environ, git.keep_fds)
-    await anyio.to_thread.run_sync(remove_if_empty, worktree.root.parent)
+def _make_sparse(worktree: Worktree, place: Place) -> None:
+    """Have the session's git know what of the commit is not checked out."""
+    info = worktree.git_dir / "info"
+    info.mkdir(exist_ok=True)
+    shutil.copyfile(place.git_dir / "info" / "sparse-checkout", info / "sparse-checkout")
+    with (worktree.git_dir / "config").open("a") as config:
+        config.write("[core]\n\tsparseCheckout = true\n\tsparseCheckoutCone = true\n")
+
+
+async def leave(worktree: Worktree) -> None:
+    """Take a session's folder away whose work is saved; its place is the caller's, the folder waits for deletion."""
+    await anyio.to_thread.run_sync(_leave, worktree)
     failpoint("worktree.removed")
+
+
+def _leave(worktree: Worktree) -> list[Path]:
+    # Its folder goes last: as long as it is there, a recovery knows that there is something to remove.
+    _forget(worktree)
+    thrown = throw_away(worktree.hub, worktree.root)
+    remove_if_empty(worktree.root.parent)
+    return thrown
+
+
+async def remove(worktree: Worktree) -> list[Path]:
+    """Take a session away with its place, whatever state they are in; the caller has saved what counts.
+
+    Return what waits for its deletion now.
+    """
+    thrown = await anyio.to_thread.run_sync(_remove, worktree)
+    failpoint("worktree.removed")
+    return thrown
+
+
+def _remove(worktree: Worktree) -> list[Path]:
+    place = worktree.place
+    # In this order: its place may be another's as soon as it is gone.
+    thrown = _leave(worktree)
+    return [*thrown, *(throw_away(worktree.hub, place.root) if place is not None else [])]
 
 
 def unlock(worktree: Worktree) -> bool:

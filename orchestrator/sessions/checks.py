@@ -5,41 +5,29 @@ Only their exit status and what they print crosses back.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import assert_never
 
 import anyio
-import anyio.to_thread
 
-from orchestrator.config.model import Reach
 from orchestrator.domain.secrets import Redactor
-from orchestrator.errors import GitError, SessionError
+from orchestrator.errors import GitError, RefusedError
 from orchestrator.failpoints import failpoint
-from orchestrator.process import kill_marked
 from orchestrator.repo import worktrees
-from orchestrator.repo.git import Git
+from orchestrator.repo.pool import Checkout, Pool
 from orchestrator.repo.worktrees import Worktree
-from orchestrator.sessions.environment import base_environment
-from orchestrator.sessions.fencing import Fencing
-from orchestrator.sessions.output import OUTPUT_CAP, STOP_GRACE, log_file, read_tail
-from orchestrator.sessions.supervised import Ended, SupervisedCommand, run_supervised
+from orchestrator.sessions.environment import attempt_variables, base_environment
+from orchestrator.sessions.equipment import Equipment, Provided, SetupFailed
+from orchestrator.sessions.fencing import Fencing, Ground
+from orchestrator.sessions.output import log_file
+from orchestrator.sessions.shell import CommandFailed, Done, NotRun, Shell, ShellCommand, Stopped
 
 
 @dataclass(frozen=True, slots=True)
 class Passed:
     """Every command ended with zero."""
-
-
-@dataclass(frozen=True, slots=True)
-class CheckFailed:
-    """A command that did not end with zero: how it ended in words, and the end of what it printed."""
-
-    command: str
-    ended: str
-    said: str
-    log: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +39,15 @@ class Unchecked:
 
 _STOPPED = "the checks were stopped"
 
-CheckResult = Passed | CheckFailed | Unchecked
+CheckResult = Passed | CommandFailed | Unchecked
 
 
 @dataclass(slots=True)
 class Checks:
     """The commands for one merge; `timeout` in seconds for each of them."""
 
-    git: Git
+    pool: Pool
+    equipment: Equipment
     worktree: Worktree
     commands: Sequence[str]
     timeout: float
@@ -75,52 +64,53 @@ class Checks:
 
     async def run(self, commit: str) -> CheckResult:
         """Check `commit` out and run the commands in turn, up to the first that fails; nothing of it is left."""
+        checkout = None
         try:
-            await worktrees.create(self.git, self.worktree, commit, "")
             with self._running:
-                return await self._run_all()
+                checkout = await self.pool.take(commit, self.worktree.root)
+                with anyio.CancelScope(shield=True):
+                    await worktrees.create(self.worktree, checkout, "")
+                provided = await self.equipment.provide(checkout)
+                if not isinstance(provided, Provided):
+                    return Unchecked(f"the checks could not be set up: {provided.reason}")
+                return await self._run_all(provided)
             return Unchecked(_STOPPED)
-        except SessionError as error:
-            await anyio.to_thread.run_sync(kill_marked, self.worktree.marker)
-            return Unchecked(str(error))
-        except (GitError, OSError) as error:
+        except SetupFailed as failed:
+            # What the merge changed may be what the setup depends on.
+            return failed.ended if isinstance(failed.ended, CommandFailed) else Unchecked(str(failed))
+        except (GitError, OSError, RefusedError) as error:
             return Unchecked(f"the checks could not be set up: {error}")
         finally:
             with anyio.CancelScope(shield=True):
-                await worktrees.remove(self.git, self.worktree)
+                await self._give_back(checkout)
 
-    async def _run_all(self) -> CheckResult:
-        for number, command in enumerate(self.commands, start=1):
+    async def _give_back(self, checkout: Checkout | None) -> None:
+        if checkout is not None:
+            found = await checkout.compare()
+            await worktrees.leave(self.worktree)
+            self.pool.give_back(checkout, found)
+
+    async def _run_all(self, provided: Provided) -> CheckResult:
+        shell = self._shell(provided)
+        for number, text in enumerate(self.commands, start=1):
             log = log_file(self.logs, self.worktree.task, self.worktree.attempt, f"check{number}")
-            ended = await self._run_one(command, log)
+            ended = await shell.run(ShellCommand(text, log, self.timeout, "checks_timeout"))
             failpoint("check.ended")
-            if ended.spawn_error is not None:
-                return Unchecked(f"the check could not be started: {ended.spawn_error}")
-            if ended.ended_by in {"stop", "orphaned"}:
-                return Unchecked(_STOPPED)
-            if ended.ended_by == "timeout":
-                told = f"ran for longer than {self.timeout:g} s, its limit (`checks_timeout`)"
-                return CheckFailed(command, told, await read_tail(log), log)
-            if ended.signal is not None or ended.exit != 0:
-                told = f"ended with exit code {ended.exit}" if ended.signal is None else f"got signal {ended.signal}"
-                return CheckFailed(command, told, await read_tail(log), log)
+            match ended:
+                case CommandFailed():
+                    return ended
+                case Stopped():
+                    return Unchecked(_STOPPED)
+                case NotRun(reason):
+                    return Unchecked(f"the check was not run: {reason}")
+                case Done():
+                    continue
+                case _:
+                    assert_never(ended)
         return Passed()
 
-    async def _run_one(self, command: str, log: Path) -> Ended:
+    def _shell(self, provided: Provided) -> Shell:
         place = self.worktree
-        supervised = SupervisedCommand(
-            argv=("sh", "-c", f"exec 2>&1\n{command}"),
-            env={**base_environment(self.env, self.environ, place), "HOME": str(place.scratch)},
-            cwd=place.tree,
-            stdin=None,
-            stdout=log,
-            stderr=Path(os.devnull),
-            cap=OUTPUT_CAP,
-            timeout=self.timeout,
-            grace=STOP_GRACE,
-            lock=place.lock,
-            silence=None,
-            watched=(),
-            redact=self.redactor.bytes_pattern,
-        )
-        return await run_supervised(await self.fencing.around(place, supervised, Reach()))
+        variables = {**provided.variables, **attempt_variables(place)}
+        environment = base_environment(self.env, self.environ, place.tree, variables)
+        return Shell(self.fencing, Ground.of(place), place.tree, place.lock, environment, self.redactor, provided.reach)

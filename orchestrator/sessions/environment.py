@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from orchestrator.protocols import Command
 from orchestrator.repo.worktrees import Worktree
@@ -12,13 +13,25 @@ from orchestrator.repo.worktrees import Worktree
 BASE_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR")
 
 
-def base_environment(names: Iterable[str], environ: Mapping[str, str], worktree: Worktree) -> dict[str, str]:
-    """Return the base set and the variables of these names, as far as they are set, and what we set for each."""
+def base_environment(
+    names: Iterable[str], environ: Mapping[str, str], tree: Path, variables: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the base set and the variables of these names, as far as they are set, and what we set for each program.
+
+    `tree` is the checkout that it works in, `variables` are those that tell it who and where it is.
+    """
     return {
         "PATH": os.defpath,
         **{name: environ[name] for name in (*BASE_ENVIRONMENT, *names) if name in environ},
         # A program whose `.git` is gone must not find a repository further up.
-        "GIT_CEILING_DIRECTORIES": str(worktree.tree.parent),
+        "GIT_CEILING_DIRECTORIES": str(tree.parent),
+        **variables,
+    }
+
+
+def attempt_variables(worktree: Worktree) -> dict[str, str]:
+    """Return the variables that tell a program which attempt it is part of."""
+    return {
         "COUNCIL_RUN": worktree.run,
         "COUNCIL_TASK": worktree.task,
         "COUNCIL_ATTEMPT": str(worktree.attempt),
@@ -26,8 +39,13 @@ def base_environment(names: Iterable[str], environ: Mapping[str, str], worktree:
     }
 
 
-def session_environment(command: Command, environ: Mapping[str, str], worktree: Worktree) -> dict[str, str]:
-    """Return all that a session sees of the environment; what the adapter sets can't replace what we set."""
-    base = base_environment(command.pass_env, environ, worktree)
+def session_environment(
+    command: Command, environ: Mapping[str, str], worktree: Worktree, variables: Mapping[str, str]
+) -> dict[str, str]:
+    """Return all that a session sees of the environment; what the adapter sets can't replace what we set.
+
+    `variables` are those of the place that it is in.
+    """
+    base = base_environment(command.pass_env, environ, worktree.tree, {**variables, **attempt_variables(worktree)})
     ours = {name: value for name, value in base.items() if name.startswith("COUNCIL_")}
     return {**base, **command.env, **ours}

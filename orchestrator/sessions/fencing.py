@@ -17,6 +17,21 @@ from orchestrator.sessions.supervised import SupervisedCommand
 
 
 @dataclass(frozen=True, slots=True)
+class Ground:
+    """What a program works on: absolute paths that it may write, and others to read; `scratch` is its own folder."""
+
+    writable: tuple[Path, ...]
+    readable: tuple[Path, ...]
+    scratch: Path
+
+    @classmethod
+    def of(cls, worktree: Worktree) -> Ground:
+        """Return what each program of an attempt needs: its files, its own git directory, its prompt."""
+        readable = (worktree.prompt_file, worktree.hub.objects)
+        return cls((worktree.tree, worktree.git_dir), readable, worktree.scratch)
+
+
+@dataclass(frozen=True, slots=True)
 class Fencing:
     """The sandbox of a run: `hidden` are the folders that no session is to see, `reach` what all of them may."""
 
@@ -25,14 +40,14 @@ class Fencing:
     network: bool
     reach: Reach
 
-    async def around(self, worktree: Worktree, command: SupervisedCommand, reach: Reach) -> SupervisedCommand:
-        """Return the command so that it reaches its worktree, its own git directory, and what `reach` adds."""
+    async def around(self, ground: Ground, command: SupervisedCommand, reach: Reach) -> SupervisedCommand:
+        """Return the command so that it reaches the ground that it works on, and what `reach` adds."""
         allowed = self.reach | reach
         fence = Fence(
-            writable=(worktree.tree, worktree.git_dir, *allowed.writable),
-            readable=(worktree.prompt_file, worktree.hub.objects, *allowed.readable),
+            writable=(*ground.writable, *allowed.writable),
+            readable=(*ground.readable, *allowed.readable),
             hidden=self.hidden,
-            scratch=worktree.scratch,
+            scratch=ground.scratch,
             network=self.network,
         )
         return await anyio.to_thread.run_sync(partial(fence_in, self.kind, command, fence))

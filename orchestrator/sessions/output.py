@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import anyio.to_thread
@@ -17,8 +19,33 @@ def log_name(task: str, attempt: int, stream: str) -> str:
 
 
 def log_file(logs: Path, task: str, attempt: int, stream: str) -> Path:
-    """Return the file that holds what an attempt printed; `stream` is stdout, stderr, or check and a number."""
+    """Return the file that holds what an attempt printed.
+
+    `stream` is stdout, stderr, or one of before, after and check with a number.
+    """
     return logs / log_name(task, attempt, stream)
+
+
+def place_log(logs: Path, place: int, stream: str) -> Path:
+    """Return the file that holds what was printed in a place while no attempt was in it.
+
+    `stream` is setup or teardown with a number.
+    """
+    return logs / f"place-{place}.{stream}"
+
+
+def attempt_streams(names: Iterable[str]) -> list[str]:
+    """Return those of the names that are streams of an attempt, in the order in which they begin."""
+    found = [match for name in names if (match := _STREAM.fullmatch(name))]
+    return [match.group() for match in sorted(found, key=_moment)]
+
+
+_STREAM = re.compile(r"(stdout|stderr)|(before|after|check)([0-9]+)")
+_MOMENTS = ("before", "stdout", "stderr", "after", "check")
+
+
+def _moment(match: re.Match[str]) -> tuple[int, int]:
+    return _MOMENTS.index(match[1] or match[2]), int(match[3] or 0)
 
 
 async def read_tail(file: Path, size: int = TAIL_BYTES) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,9 +12,9 @@ import anyio.to_thread
 from orchestrator.clock import Clock
 from orchestrator.config.model import Reach
 from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.outcome import Exhausted, Exit, Failed, Limits, Outcome, judge
+from orchestrator.domain.outcome import Exhausted, Exit, Failed, Interrupted, Limits, Outcome, judge
 from orchestrator.domain.secrets import Redactor, secret_values
-from orchestrator.errors import GitError, SessionError, is_exhaustion
+from orchestrator.errors import GitError, RefusedError, SessionError, is_exhaustion
 from orchestrator.failpoints import failpoint
 from orchestrator.process import kill_marked
 from orchestrator.protocols import Adapter, Command, SessionEnd, SessionRequest
@@ -22,16 +22,18 @@ from orchestrator.repo import worktrees
 from orchestrator.repo.collect import Collected, collect
 from orchestrator.repo.git import Git
 from orchestrator.repo.inspection import Admission
-from orchestrator.repo.stamps import Stamps
-from orchestrator.repo.templates import Templates
+from orchestrator.repo.pool import Checkout, Pool
+from orchestrator.repo.stamps import Differences
 from orchestrator.repo.worktrees import Worktree
 from orchestrator.sessions.environment import session_environment
-from orchestrator.sessions.fencing import Fencing
+from orchestrator.sessions.equipment import Equipment, Provided, SetupFailed
+from orchestrator.sessions.fencing import Fencing, Ground
 from orchestrator.sessions.output import OUTPUT_CAP, STOP_GRACE, log_file, read_tail
 from orchestrator.sessions.supervised import SupervisedCommand, run_supervised
 from orchestrator.sessions.transcript import NOTHING_SAID, Transcript, has_admitted_failure, read_transcript
 
 _LONGEST_REASON = 500  # characters
+_STOPPED = Exit("stop", None, None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,8 @@ class Finished:
     salvaged: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     """What was left in the worktree beside the files, and why."""
+    faults: tuple[str, ...] = ()
+    """What went wrong in the commands after the session."""
     transcript: Transcript = NOTHING_SAID
 
 
@@ -65,6 +69,7 @@ class Assignment:
     prompt: str
     told: str | None
     adapter: Adapter
+    adapter_name: str
     reach: Reach
     limits: Limits
     max_file: int
@@ -85,11 +90,11 @@ class SessionTools:
     logs: Path
     environ: Mapping[str, str]
     clock: Clock
-    templates: Templates = field(default_factory=Templates)
+    equipment: Equipment
 
-    def admission(self, max_file: int) -> Admission:
-        """Return what may become part of a commit."""
-        return Admission(self.redactor, max_file)
+    def admission(self, max_file: int, unignored: Iterable[str] = ()) -> Admission:
+        """Return what may become part of a commit; `unignored` is what setup made and git does not ignore."""
+        return Admission(self.redactor, max_file, withheld=(*self.equipment.provisions.paths, *unignored))
 
 
 @dataclass(slots=True)
@@ -97,7 +102,11 @@ class Session:
     """One program at work on one assignment."""
 
     tools: SessionTools
+    pool: Pool
     assignment: Assignment
+    _checkout: Checkout | None = field(default=None, init=False)
+    _found: Differences | None = field(default=None, init=False)
+    _provided: Provided | None = field(default=None, init=False)
     _running: anyio.CancelScope = field(default_factory=anyio.CancelScope, init=False)
 
     def stop(self) -> None:
@@ -105,23 +114,30 @@ class Session:
         self._running.cancel()
 
     async def run(self) -> Finished:
-        """Create the worktree, run the CLI in it, collect what it left. The worktree is the caller's to remove."""
+        """Set up the worktree, run the CLI in it, collect what it left; `release` is to follow."""
         what, worktree = self.assignment, self.assignment.worktree
+        exit_ = _STOPPED
         try:
-            await anyio.to_thread.run_sync(lambda: self.tools.logs.mkdir(mode=0o700, exist_ok=True))
-            make = self.tools.templates.check_out
-            await worktrees.create(self.tools.git, worktree, what.start or what.base, what.text, make)
-            stamps = await anyio.to_thread.run_sync(Stamps.take, worktree.tree)
-            exit_ = await self._supervise()
-        except (GitError, OSError) as error:
+            with self._running:
+                obstacle = await self._set_up()
+                if obstacle is not None:
+                    return Finished(obstacle)
+                exit_ = await self._supervise()
+        except SetupFailed as failed:
+            return Finished(failed.outcome)
+        except (GitError, OSError, RefusedError) as error:
             return Finished(_not_set_up(error))
         except SessionError as error:
             await anyio.to_thread.run_sync(kill_marked, worktree.marker)
             # What no supervisor vouches for may still live and write: what is there can only be kept.
             return Finished(Failed(FailureClass.TRANSIENT, str(error)), collected=False)
+        if self._checkout is None:
+            return Finished(Interrupted("it was stopped before it began"))
         failpoint("session.ended")
+        after = () if self._provided is None else await self.tools.equipment.after(worktree, self._provided)
         try:
-            left = await self._collect(stamps)
+            self._found = await self._checkout.compare()
+            left = await self._collect()
         except (GitError, OSError) as error:
             reason = f"what it left in {worktree.tree} could not be collected: {error}"
             return Finished(Failed(FailureClass.TRANSIENT, reason), collected=False)
@@ -129,19 +145,44 @@ class Session:
         transcript, verdict, admitted = await self._understand(exit_, stdout, stderr)
         outcome = judge(exit_, what.limits, left.commit, left.refused, verdict, admitted=admitted, errors=stderr)
         branch = worktree.branch if left.commit else None
-        return Finished(outcome, branch, left.complete, left.salvaged, left.notes, transcript)
+        return Finished(outcome, branch, left.complete, left.salvaged, left.notes, tuple(after), transcript)
+
+    async def release(self, *, saved: bool) -> None:
+        """Give the place back; unless all that it holds is `saved`, it stays with the session's folder."""
+        checkout, self._checkout = self._checkout, None
+        if checkout is None:
+            return
+        if saved:
+            await worktrees.leave(self.assignment.worktree)
+            self.pool.give_back(checkout, self._found)
+        else:
+            await self.pool.lose(checkout)
+
+    async def _set_up(self) -> Outcome | None:
+        """Make the worktree, and put into it what it is to have; return why the program can't be started, if so."""
+        what, worktree = self.assignment, self.assignment.worktree
+        await anyio.to_thread.run_sync(lambda: self.tools.logs.mkdir(mode=0o700, exist_ok=True))
+        checkout = await self.pool.take(what.start or what.base, worktree.root, what.adapter_name)
+        with anyio.CancelScope(shield=True):
+            self._checkout = checkout
+            await worktrees.create(worktree, checkout, what.text)
+        provided = await self.tools.equipment.provide(checkout)
+        if not isinstance(provided, Provided):
+            return provided
+        self._provided = provided
+        return await self.tools.equipment.before(worktree, provided)
 
     async def _supervise(self) -> Exit:
-        with self._running:
-            command = self._command()
-            reach = self.assignment.reach | Reach(readable=tuple(self._adapters_command().readable))
-            fenced = await self.tools.fencing.around(self.assignment.worktree, command, reach)
-            ended = await run_supervised(fenced, on_spawned=lambda: failpoint("session.spawned"))
-            error = ended.spawn_error
-            if error is not None:
-                error += self.tools.fencing.why_missing(command.argv[0], self.tools.environ, reach)
-            return Exit(ended.ended_by, ended.exit, ended.signal, error, ended.exhausted)
-        return Exit("stop", None, None, None)
+        command = self._command()
+        reach = self.assignment.reach | Reach(readable=tuple(self._adapters_command().readable))
+        if self._provided is not None:
+            reach |= self._provided.reach
+        fenced = await self.tools.fencing.around(Ground.of(self.assignment.worktree), command, reach)
+        ended = await run_supervised(fenced, on_spawned=lambda: failpoint("session.spawned"))
+        error = ended.spawn_error
+        if error is not None:
+            error += self.tools.fencing.why_missing(command.argv[0], self.tools.environ, reach)
+        return Exit(ended.ended_by, ended.exit, ended.signal, error, ended.exhausted)
 
     def secret_names(self) -> tuple[str, ...]:
         """Return the names of the variables with secrets that the program is given."""
@@ -161,11 +202,15 @@ class Session:
         )
         return self.assignment.adapter.command(request)
 
+    @property
+    def _variables(self) -> Mapping[str, str]:
+        return {} if self._provided is None else self._provided.variables
+
     def _command(self) -> SupervisedCommand:
         what, place, command = self.assignment, self.assignment.worktree, self._adapters_command()
         return SupervisedCommand(
             argv=command.argv,
-            env=session_environment(command, self.tools.environ, place),
+            env=session_environment(command, self.tools.environ, place, self._variables),
             cwd=place.tree,
             stdin=command.stdin,
             stdout=self._log("stdout"),
@@ -179,11 +224,12 @@ class Session:
             redact=self.tools.redactor.bytes_pattern,
         )
 
-    async def _collect(self, stamps: Stamps | None) -> Collected:
+    async def _collect(self) -> Collected:
         what = self.assignment
         message = self.tools.redactor.text(commit_message(what.worktree, what.prompt))
-        admit = replace(self.tools.admission(what.max_file), leavings=tuple(self._adapters_command().leavings))
-        return await collect(self.tools.git, what.worktree, what.base, message, admit=admit, stamps=stamps)
+        made = () if self._checkout is None else self._checkout.contents.record.unignored
+        admit = replace(self.tools.admission(what.max_file, made), leavings=tuple(self._adapters_command().leavings))
+        return await collect(self.tools.git, what.worktree, what.base, message, admit=admit, found=self._found)
 
     async def _understand(self, exit_: Exit, stdout: str, stderr: str) -> tuple[Transcript, Failed | None, bool]:
         """Return what the program said, the adapter's verdict, and whether the program may have said that it failed."""
@@ -200,9 +246,10 @@ class Session:
         return log_file(self.tools.logs, self.assignment.worktree.task, self.assignment.worktree.attempt, stream)
 
 
-def _not_set_up(error: GitError | OSError) -> Outcome:
+def _not_set_up(error: GitError | OSError | RefusedError) -> Outcome:
     reason = f"the session could not be set up: {error}"
-    return Exhausted(reason) if is_exhaustion(error) else Failed(FailureClass.TRANSIENT, reason)
+    is_ours = isinstance(error, RefusedError) or is_exhaustion(error)
+    return Exhausted(reason) if is_ours else Failed(FailureClass.TRANSIENT, reason)
 
 
 async def salvage(git: Git, worktree: Worktree, base: str, prompt: str, admit: Admission) -> Collected:

@@ -30,6 +30,7 @@ from orchestrator.protocols import JsonObject, Key, Record
 from orchestrator.repo.git import Git
 from orchestrator.repo.hub import Hub
 from orchestrator.repo.landing import TRAILER
+from orchestrator.repo.places import places_of, read_record, user_of
 from orchestrator.state.file import FileStore
 from orchestrator.testing.fingerprint import Fingerprint
 
@@ -185,10 +186,22 @@ def _left_overs(run: RunDocument, tasks: Mapping[str, TaskDocument]) -> list[str
     if (hub.sessions / run.id).exists():
         left = (hub.sessions / run.id).iterdir()
         broken += [f"10: {path} is left" for path in left if path.name not in kept]
-    return broken + _processes(hub.sessions / run.id)
+    return broken + _processes(hub, hub.sessions / run.id)
 
 
-def _processes(sessions: Path) -> list[str]:
+async def _places(hub: Hub) -> list[str]:
+    """Look for what became of checkouts: each is clean, stays with a session, or is somebody's right now."""
+    broken = [f"10: {path} is left" for path in hub.places.glob("*.new")]
+    broken += [f"10: {path} was not deleted" for path in hub.trash.glob("*")]
+    for place in places_of(hub):
+        if not await place.lock.is_held():
+            broken += [f"10: {path} is left" for path in (*place.root.glob("*.new"), *place.scratch.glob("*"))]
+            if read_record(place) is None and user_of(place) is None:
+                broken.append(f"10: {place.root} is nobody's, and not clean")
+    return broken
+
+
+def _processes(hub: Hub, sessions: Path) -> list[str]:
     """Look for what sessions and checks left: by where it is, and by what each has in its environment."""
     marker = b"COUNCIL_PROMPT_FILE=" + os.fsencode(sessions) + b"/"
     broken = []
@@ -197,7 +210,7 @@ def _processes(sessions: Path) -> list[str]:
             place, environ = (process / "cwd").readlink(), (process / "environ").read_bytes()
         except OSError:
             continue
-        if place.is_relative_to(sessions) or any(one.startswith(marker) for one in environ.split(b"\0")):
+        if place.is_relative_to(hub.root) or any(one.startswith(marker) for one in environ.split(b"\0")):
             broken.append(f"9: process {process.name} is at work in {place}")
     return broken
 
@@ -246,6 +259,8 @@ async def _starts(
 async def _repository(scene: Scene, state: _State) -> AsyncIterator[str]:
     targets = {value["target"] for value in state.of("run").values()}
     for root in {Path(value["hub"]) for value in state.of("run").values()}:
+        for violation in await _places(Hub(root)):
+            yield violation
         checked = await Git(Hub(root).trusted, environ=scene.environ)("fsck", "--no-dangling", ok=range(256))
         if checked.returncode:
             yield f"11: fsck of {root}: {checked.stderr.decode().strip()}"

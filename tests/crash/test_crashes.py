@@ -34,11 +34,12 @@ LEADS_TO = {
 def chain_and_sides(count: int) -> list[dict[str, object]]:
     """Return tasks of which every third needs the one before; most of what can happen to a task happens to one.
 
-    One runs into a limit, one fails once, one leaves a daemon behind, one does not pass its checks at first.
+    One runs into a limit, one fails once, one leaves a daemon behind, one does not pass its checks at first. Each
+    changes a file that was there before, so that there is something to clean behind it.
     """
     tasks: list[dict[str, object]] = []
     for index in range(count):
-        prompt = f"append shared-{index % 3}.txt line {index}\nwrite own/{index}.txt {index}"
+        prompt = f"append shared-{index % 3}.txt line {index}\nwrite own/{index}.txt {index}\nappend old/{index}.txt x"
         if index == 0:
             prompt = f"attempt 1 print limit, again in 0 s\nattempt 1 exit 1\n{prompt}"
         if index == 3:
@@ -53,6 +54,8 @@ def chain_and_sides(count: int) -> list[dict[str, object]]:
 
 def configure(repository: Repository, tasks: list[dict[str, object]]) -> Path:
     """Write the config of tasks whose merges are checked, with an adapter whose limit is over at once."""
+    repository.commit({f"old/{index}.txt": "old\n" for index in range(len(tasks))}, "what tasks change")
+    repository.remember()
     path = repository.configure(tasks)
     config = json.loads(path.read_text())
     config["adapters"]["fake"]["failures"] = {"rate_limited": "limit, again in (?P<seconds>0) s"}
@@ -181,7 +184,7 @@ async def test_resume_at_once_waits_until_a_stubborn_agent_is_dead(repository: R
 def any_growing(repository: Repository) -> bool:
     """Whether an agent's daemon is at work in a session of the repository."""
     homes = repository.top.parent / "council-home"
-    return any(len(path.read_bytes()) > 10 for path in homes.glob("*/sessions/*/*/tree/file.txt"))
+    return any(len(path.read_bytes()) > 10 for path in homes.glob("*/sessions/*/*/place/tree/file.txt"))
 
 
 async def test_interrupted_by_a_signal_the_work_is_kept_and_resumed(repository: Repository) -> None:
@@ -190,7 +193,7 @@ async def test_interrupted_by_a_signal_the_work_is_kept_and_resumed(repository: 
     config = repository.configure([{"id": "long", "prompt": prompt}])
     child = repository.start("run", str(config), "--json")
     homes = repository.top.parent / "council-home"
-    wait_for(lambda: list(homes.glob("*/sessions/*/*/tree/half.txt")))
+    wait_for(lambda: list(homes.glob("*/sessions/*/*/place/tree/half.txt")))
     child.send_signal(signal.SIGINT)
     stdout, stderr = child.communicate(timeout=30)
     ended = Ended(child.returncode, stdout, stderr)

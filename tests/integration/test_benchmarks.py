@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks import cycle, scheduler, startup
+from benchmarks import cycle, scheduler, startup, worktrees
 from benchmarks.measure import Cost, Row, median, paired, table, timed
 
 
@@ -41,7 +41,14 @@ def test_the_cycle_is_measured() -> None:
     check(cycle.measure(quick=True), [": processor", ": clock"])
 
 
-@pytest.mark.parametrize("name", ["startup", "scheduler", "cycle"])
+def test_handing_out_is_measured() -> None:
+    """Beside what git takes; where files are few there is no limit."""
+    rows = worktrees.measure(quick=True)
+    check(rows, ["hand out,", "hand out, moved", "give back", "clean, in the background", "find what changed"])
+    assert {row.verdict for row in rows} == {""}
+
+
+@pytest.mark.parametrize("name", ["startup", "scheduler", "cycle", "worktrees"])
 def test_each_is_a_program(name: str) -> None:
     """It can be run by its path, and says what it can do."""
     done = subprocess.run([sys.executable, f"benchmarks/{name}.py", "--help"], check=False, capture_output=True)

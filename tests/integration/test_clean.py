@@ -18,7 +18,7 @@ import pytest
 
 from orchestrator.cleaning import Cleaner
 from orchestrator.clock import SystemClock
-from orchestrator.domain.leftovers import STALE_AFTER, Leftover
+from orchestrator.domain.leftovers import STALE_AFTER, Kind, Leftover
 from orchestrator.filelock import FileLock
 from orchestrator.project import Project
 from orchestrator.repo.hub import Hub
@@ -31,8 +31,18 @@ KEEPS: dict[str, Any] = {"id": "keeps", "prompt": "write good.txt g\nwrite .env 
 
 
 def found(ended: Ended) -> list[tuple[str, str]]:
-    """Return the standing and the last part of the place of all that `clean --json` listed."""
-    return sorted((one["standing"], Path(one["place"]).name) for one in ended.result["found"])
+    """Return the standing and the last part of the place of all that `clean --json` listed, but for places."""
+    return sorted((one["standing"], Path(one["place"]).name) for one in ended.result["found"] if one["kind"] != "place")
+
+
+def standings(ended: Ended) -> set[str]:
+    """Return what `clean --json` says of the places that sessions took turns in."""
+    return {one["standing"] for one in ended.result["found"] if one["kind"] == "place"}
+
+
+def nothing(ended: Ended) -> bool:
+    """Whether `clean --json` listed nothing but places that wait for the next run."""
+    return found(ended) == [] and standings(ended) <= {"ready"}
 
 
 def home_of(repository: Repository) -> Path:
@@ -73,11 +83,19 @@ def elsewhere(repository: Repository, *arguments: str) -> Ended:
 
 
 async def test_nothing_is_left_of_a_run_that_ended_well(repository: Repository) -> None:
-    """There is nothing to list, with a project and without."""
+    """But for checkouts that are ready for the next one, with a project and without; they go if that is asked for."""
     run_once(repository, {"id": "a", "prompt": "write a.txt a"})
     for listed in (repository.council("clean", "--json"), elsewhere(repository, "clean", "--json")):
-        assert (listed.code, listed.result) == (0, {"found": [], "freed": 0, "exit": 0})
-    assert "nothing is left over" in repository.council("clean", "--yes").stdout
+        assert (listed.code, listed.result["freed"], found(listed), standings(listed)) == (0, 0, [], {"ready"})
+    told = repository.council("clean", "--yes", "--kept").stdout
+    assert "nothing is left over" in told
+    assert "ready for the next run, --pool removes it" in told
+    await repository.assert_invariants()
+    assert list(hub_of(repository).places.iterdir())
+    removed = repository.council("clean", "--yes", "--pool", "--json")
+    assert (removed.code, removed.result["freed"]) == (0, sum(one["bytes"] for one in listed.result["found"]))
+    assert not list(hub_of(repository).places.iterdir())
+    assert repository.council("clean", "--json").result == {"found": [], "freed": 0, "exit": 0}
     await repository.assert_invariants()
 
 
@@ -92,22 +110,28 @@ async def test_a_worktree_of_a_task_that_is_over_goes_once(repository: Repositor
     # What a kill a little earlier leaves: the task is over, its worktree is there.
     [folder] = home_of(repository).glob("*/sessions")
     run = repository.council("status", "--json").result["run"]
-    (folder / run / "done.1" / "tree").mkdir(parents=True)
-    (folder / run / "done.1" / "tree" / "a.txt").write_text("a" * 5000)
+    [user] = home_of(repository).glob("*/places/*/user")
+    assert user.read_text() == str(folder / run / "done.1")
+    (folder / run / "done.1").mkdir(parents=True)
+    (folder / run / "done.1" / "place").symlink_to(user.parent)
+    (user.parent / "tree" / "a.txt").write_text("a" * 5000)
     listed = repository.council("clean", "--json")
     assert (listed.code, found(listed)) == (0, [("left_over", "done.1")])
-    [one] = listed.result["found"]
+    assert str(user.parent) not in {one["place"] for one in listed.result["found"]}
+    [one] = (one for one in listed.result["found"] if one["kind"] == "worktree")
     assert one["bytes"] > 5000
-    assert (one["kind"], one["run"], one["task"], one["removed"]) == ("worktree", run, "done", False)
+    assert (one["run"], one["task"], one["removed"]) == (run, "done", False)
     told = repository.council("clean")
     assert "its task is over, and what it held is saved" in told.stdout
     assert "add --yes" in told.stdout
     assert "removed" not in repository.council("clean", "--dry-run", "--yes").stdout
     assert trees(repository) == ["done.1"]
     removed = repository.council("clean", "--yes", "--json")
-    assert (removed.code, removed.result["freed"]) == (0, one["bytes"])
-    assert removed.result["found"][0]["removed"] is True
+    assert (removed.code, removed.result["freed"]) == (0, sum(one["bytes"] for one in listed.result["found"]))
+    assert all(one["removed"] for one in removed.result["found"])
     assert not list(folder.iterdir())
+    assert not list(folder.with_name("places").iterdir())
+    assert not list(folder.with_name("trash").iterdir())
     assert repository.council("clean", "--yes", "--json").result["found"] == []
     assert repository.council("salvage", "show", "done/1").code == 0
 
@@ -118,15 +142,20 @@ async def test_an_interrupted_run_still_resumes(repository: Repository, failpoin
     config = repository.configure([{"id": "a", "prompt": "write a.txt a"}, {"id": "b", "prompt": "write b.txt b"}])
     assert repository.council("run", str(config), failpoints=f"{failpoint}=kill").code == -signal.SIGKILL
     before = trees(repository)
+    places = {path.readlink() for path in hub_of(repository).sessions.glob("*/*/place")}
+    assert places
     cleaned = repository.council("clean", "--yes", "--kept", "--logs", "1ms", "--json")
     assert cleaned.code == 0
     assert found(cleaned) == [("needed", name) for name in before]
     assert trees(repository) == before
-    run = cleaned.result["found"][0]["run"]
+    # Of the places those stay that sessions have.
+    assert standings(cleaned) <= {"left_over"}
+    assert set(hub_of(repository).places.iterdir()) == places
+    [run] = {one["run"] for one in cleaned.result["found"] if one["kind"] == "worktree"}
     assert f"kept for `council resume {run}`" in repository.council("clean").stdout
     ended = repository.council("resume", "--json")
     assert ended.states == {"a": "landed", "b": "landed"}, ended
-    assert repository.council("clean", "--json").result["found"] == []
+    assert nothing(repository.council("clean", "--json"))
     await repository.assert_invariants()
 
 
@@ -134,7 +163,7 @@ async def test_after_a_cancel_of_a_killed_run_nothing_is_left(repository: Reposi
     """The cancel saves what was done; `clean` has nothing to add, and what was saved stays."""
     config = repository.configure([{"id": "a", "prompt": "write a.txt a\nhang"}])
     child = repository.start("run", str(config))
-    wait_for(lambda: list(home_of(repository).glob("*/sessions/*/a.1/tree/a.txt")))
+    wait_for(lambda: list(home_of(repository).glob("*/sessions/*/a.1/place/tree/a.txt")))
     child.kill()
     child.communicate()
     assert repository.council("cancel", "--json").states == {"a": "cancelled"}
@@ -147,7 +176,7 @@ async def test_a_live_run_is_left_alone(repository: Repository) -> None:
     """Nothing of a run that is at work is even listed, and it ends as if nothing had been."""
     tasks = [KEEPS, {"id": "long", "prompt": "write l.txt l\nhang"}]
     child = repository.start("run", str(repository.configure(tasks)), "--json")
-    wait_for(lambda: list(home_of(repository).glob("*/sessions/*/long.1/tree/l.txt")))
+    wait_for(lambda: list(home_of(repository).glob("*/sessions/*/long.1/place/tree/l.txt")))
     wait_for(lambda: repository.council("status", "--json").states["keeps"] == "failed")
     cleaned = repository.council("clean", "--yes", "--kept", "--logs", "1ms", "--json")
     assert (cleaned.code, cleaned.result["found"]) == (0, [])
@@ -170,8 +199,13 @@ async def test_kept_work_goes_only_if_that_is_asked_for(repository: Repository) 
     assert "--kept removes it" in told
     assert repository.council("clean", "--kept", "--dry-run", "--yes").code == 0
     assert trees(repository) == ["keeps.1"]
-    assert repository.council("clean", "--kept", "--yes", "--json").result["found"][0]["removed"] is True
+    [kept] = hub_of(repository).sessions.glob("*/*/place")
+    place = kept.readlink()
+    assert place.exists()
+    cleaned = repository.council("clean", "--kept", "--yes", "--json")
+    assert [one["removed"] for one in cleaned.result["found"] if one["standing"] == "kept"] == [True]
     assert trees(repository) == []
+    assert not place.exists()
     assert [one["name"] for one in repository.council("salvage", "list", "--json").result["kept"]] == ["keeps/1"]
     await repository.assert_invariants()
 
@@ -194,11 +228,11 @@ async def test_a_record_that_is_damaged_proves_nothing(repository: Repository) -
     damage(repository, b"task.failed", -3)
     cleaned = repository.council("clean", "--yes", "--json")
     assert found(cleaned) == [("kept", "keeps.1")]
-    assert "damaged" in cleaned.result["found"][0]["reason"]
+    assert "damaged" in next(one["reason"] for one in cleaned.result["found"] if one["kind"] == "worktree")
     for event in (b"run.created", b"run.finished"):  # all that has the run's document
         damage(repository, event, 30)
     assert repository.council("runs", "--json").result["runs"] == []
-    assert repository.council("clean", "--yes", "--kept", "--json").result["found"] == []
+    assert nothing(repository.council("clean", "--yes", "--kept", "--json"))
     assert trees(repository) == ["keeps.1"]
 
 
@@ -208,7 +242,7 @@ async def test_the_hub_of_a_deleted_repository_goes(repository: Repository) -> N
     root = hub_of(repository).root
     aside = repository.top.parent / "aside"
     (repository.top / ".git").rename(aside)
-    assert elsewhere(repository, "clean", "--json").result["found"] == []
+    assert nothing(elsewhere(repository, "clean", "--json"))
     shutil.rmtree(repository.top)
     listed = elsewhere(repository, "clean", "--json")
     assert found(listed) == [("left_over", root.name)]
@@ -238,7 +272,7 @@ async def test_a_disk_that_is_not_mounted_is_not_gone(repository: Repository) ->
     recorded.write_text(recorded.read_text().replace(f'"{mount}"]', f'"{repository.top.parent}"]'))
     assert f'"{repository.top.parent}"]' in recorded.read_text()
     shutil.rmtree(repository.top)
-    assert elsewhere(repository, "clean", "--json").result["found"] == []
+    assert nothing(elsewhere(repository, "clean", "--json"))
 
 
 async def test_what_no_state_knows_any_more(repository: Repository) -> None:
@@ -251,11 +285,11 @@ async def test_what_no_state_knows_any_more(repository: Repository) -> None:
     assert second.council("run", str(config)).code == 0
     assert hub_of(repository) == hub
     shutil.rmtree(repository.top / ".council")
-    assert second.council("clean", "--json").result["found"] != []
+    assert found(second.council("clean", "--json")) != []
     new = run_once(repository, {"id": "a", "prompt": "write a.txt a"})
     age(hub.trusted / "refs/council" / old)
     for one in (second, repository):  # each might have the other's
-        assert one.council("clean", "--json").result["found"] == []
+        assert nothing(one.council("clean", "--json"))
     shutil.rmtree(second.top / ".council")
     listed = repository.council("clean", "--json")
     assert found(listed) == [("kept", "keeps.1"), ("left_over", old)]
@@ -344,38 +378,44 @@ def immutable(path: Path) -> Iterator[None]:
     """Make a file that nobody can remove, not even root; skip where that can't be."""
     if subprocess.run(["chattr", "+i", path], check=False, capture_output=True).returncode:
         pytest.skip("files can't be made immutable here")
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         yield
     finally:
-        subprocess.run(["chattr", "-i", path], check=True)
+        moved = Path(f"/proc/self/fd/{descriptor}").readlink()
+        subprocess.run(["chattr", "-i", moved], check=True)
+        os.close(descriptor)
 
 
 async def test_what_can_not_be_removed_is_named(repository: Repository) -> None:
     """The exit code says so, the rest goes, and closed folders are no hindrance."""
     run_once(repository, KEEPS, {**KEEPS, "id": "other"}, code=1)
-    closed = next(home_of(repository).glob("*/sessions/*/other.1/tree")) / "closed"
+    closed = next(home_of(repository).glob("*/sessions/*/other.1/place/tree")) / "closed"
     (closed / "deep").mkdir(parents=True)
     closed.chmod(0)
-    stuck = next(home_of(repository).glob("*/sessions/*/keeps.1/tree/.env"))
+    stuck = next(home_of(repository).glob("*/sessions/*/keeps.1/place/tree/.env"))
     with immutable(stuck):
         cleaned = repository.council("clean", "--yes", "--kept", "--json")
         assert (cleaned.code, cleaned.result["exit"]) == (1, 1)
-        errors = {one["task"]: (one["removed"], one["error"]) for one in cleaned.result["found"]}
+        errors = {one["task"]: (one["removed"], one["error"]) for one in cleaned.result["found"] if one["task"]}
         assert errors["other"] == (True, None)
         assert errors["keeps"][0] is False
         assert "Operation not permitted" in errors["keeps"][1]
-        told = repository.council("clean", "--yes", "--kept")
+        assert trees(repository) == []
+        [waits] = hub_of(repository).trash.iterdir()
+        assert nothing(repository.council("clean", "--json"))  # somebody might be at work on it
+        age(waits)
+        told = repository.council("clean", "--yes")
         assert told.code == 1
-        assert "could not be removed" in told.stderr
-    assert trees(repository) == ["keeps.1"]
-    assert repository.council("clean", "--yes", "--kept").code == 0
-    assert trees(repository) == []
+        assert f"{waits} could not be removed" in told.stderr
+    assert repository.council("clean", "--yes").code == 0
+    assert not list(hub_of(repository).trash.iterdir())
 
 
 async def listed_in_process(repository: Repository, store: FileStore) -> tuple[Cleaner, list[Leftover]]:
-    """Return a cleaner of the project, and what it finds."""
+    """Return a cleaner of the project, and the worktrees that it finds."""
     cleaner = Cleaner(home_of(repository), repository.environ, SystemClock(), Project(repository.top), store)
-    return cleaner, await cleaner.find()
+    return cleaner, [one for one in await cleaner.find() if one.kind is Kind.WORKTREE]
 
 
 async def test_what_came_to_be_needed_after_it_was_listed_stays(repository: Repository) -> None:
@@ -452,7 +492,8 @@ async def test_nothing_is_deleted_behind_a_link(repository: Repository) -> None:
     """A link in our folders leads to what is somebody else's, whatever its names look like."""
     run, hub = run_once(repository, {"id": "a", "prompt": "write a.txt 1"}), hub_of(repository)
     theirs = repository.top.parent / "theirs"
-    for place in (f"{run}/a.1/tree/file", "a.1/tree/file", "a.1.check/file", "trusted.git/config", "notes"):
+    names = ("a.1/tree/file", "a.1.check/file", "trusted.git/config", "notes", "7/tree/file", "tree/file")
+    for place in (f"{run}/a.1/tree/file", *names):
         file = theirs / place
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("precious")
@@ -463,6 +504,9 @@ async def test_nothing_is_deleted_behind_a_link(repository: Repository) -> None:
         hub.sessions / run,
         hub.sessions / "20200101-000000-abcd",
         hub.sessions,
+        hub.places,
+        hub.places / "7",
+        hub.trash,
         hub.trusted / "indexes",
         hub.root.with_name("theirs-0123456789ab"),
         hub.root.with_name("theirs-0123456789ab.new"),
@@ -473,7 +517,7 @@ async def test_nothing_is_deleted_behind_a_link(repository: Repository) -> None:
         cleaned = repository.council("clean", "--yes", "--kept", "--json")
         assert cleaned.code == 0, (link, cleaned)
         assert sorted(theirs.rglob("*")) == before, link
-        link.unlink()
+        link.unlink(missing_ok=True)
         if moved.exists():
             moved.rename(link)
 

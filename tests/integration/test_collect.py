@@ -16,13 +16,11 @@ from orchestrator.domain.secrets import Redactor
 from orchestrator.repo import worktrees
 from orchestrator.repo.collect import Collected, collect
 from orchestrator.repo.git import Git
-from orchestrator.repo.hub import create_hub, hub_of, internal_ref
 from orchestrator.repo.inspection import Admission
-from orchestrator.repo.source import Source
 from orchestrator.repo.stamps import Stamps
-from orchestrator.repo.templates import Templates
 from orchestrator.repo.worktrees import Worktree
 from tests.conftest import Repository
+from tests.places import Yard
 
 VALUE = "the-value-of-a-variable"
 KEY = "gh" + "p_" + "aB3dE6gH9jK2mN5pQ8sT1vW4yZ7bC0fXaB3d"
@@ -71,7 +69,7 @@ class Place:
 
     async def collect(self) -> Collected:
         """Collect, twice: what is found by stamps must also be found without, and again."""
-        first = await collect(self.git, self.worktree, self.base, "work\n", admit=ADMIT, stamps=self.stamps)
+        first = await collect(self.git, self.worktree, self.base, "work\n", admit=ADMIT, found=self.stamps.compare())
         again = await collect(self.git, self.worktree, self.base, "work\n", admit=ADMIT)
         assert await self.tree(first.commit) == await self.tree(again.commit)
         assert (first.refused, first.left_out, first.salvaged) == (again.refused, again.left_out, again.salvaged)
@@ -94,20 +92,16 @@ class Place:
 
 @pytest.fixture
 async def place(repository: Repository, tmp_path: Path, environ: dict[str, str]) -> Place:
-    """A worktree of the repository's `main`, fresh, and copied from a template."""
+    """A worktree of the repository's `main`, in a place that another one had before."""
     repository.commit({".env.tracked": "A=1\n", "config.py": f"OLD = '{KEY}'\n", "link/x": "x\n"}, "more")
-    hub = hub_of(str(repository.top), tmp_path / "council-home")
-    await create_hub(hub, "sha1", environ)
-    git = Git(hub.trusted, environ=environ)
-    source = Source.of(str(repository.top), is_local=True, git=git)
-    base = await source.fetch("main", internal_ref("run1", "base"))
-    worktree, templates = Worktree(hub, "run1", "task", 1), Templates()
-    for one in (Worktree(hub, "run1", "earlier", 1), worktree):
-        await worktrees.create(git, one, base, "prompt", templates.check_out)
-    assert templates.place is not None
-    stamps = Stamps.take(worktree.tree)
-    assert stamps is not None
-    return Place(git, worktree, base, environ, stamps)
+    yard = await Yard.of(repository.top, tmp_path / "council-home", environ)
+    base = await yard.fetch()
+    async with yard.open() as pool:
+        _, source = await yard.begin(pool, "earlier", base)
+        await yard.end(pool, yard.worktree("earlier"), source)
+        worktree, checkout = await yard.begin(pool, "task", base)
+        await pool.lose(checkout)
+    return Place(yard.git, worktree, base, environ, checkout.contents.stamps)
 
 
 async def test_ordinary_work_comes_in_whole(place: Place) -> None:
@@ -404,14 +398,14 @@ async def test_files_deeper_than_paths_can_be_are_not_lost(place: Place) -> None
     assert "good.txt" in await place.tree(collected.commit)
     assert "can't be opened" in (collected.refused or "")
     assert not collected.complete
-    await worktrees.remove(place.git, place.worktree)
+    await worktrees.remove(place.worktree)
 
 
 @pytest.mark.parametrize("where", ["tree", "git"])
 async def test_a_pipe_behind_a_pointer_does_not_hang(place: Place, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """A `.git` that is a link, or names a folder, leads git to a pipe that lies elsewhere."""
     monkeypatch.setattr("orchestrator.repo.staging.STAGING_LIMIT", 5.0)
-    evil = place.worktree.root / where / "evil"
+    evil = (place.worktree.tree if where == "tree" else place.worktree.git_dir) / "evil"
     for name in ("objects", "refs"):
         (evil / name).mkdir(parents=True)
     os.mkfifo(evil / "HEAD")

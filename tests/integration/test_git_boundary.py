@@ -108,12 +108,12 @@ async def test_what_an_agent_plants_in_the_hub_and_in_its_session_never_runs_as_
     plant(evil, f"touch {marker}; cat")
     keys = ["filter.evil.clean", "filter.evil.smudge", "core.fsmonitor", "diff.external", "gpg.program",
             "core.sshCommand", "core.alternateRefsCommand", "merge.evil.driver", "core.editor"]  # fmt: skip
-    hub = "../../../../hub.git"
+    hub = "../../../hub.git"
     lines = [f"git config --file {hub}/config {key} {evil}" for key in keys]
     lines += [f"git config --file {hub}/config commit.gpgSign true", f"write {hub}/hooks/post-checkout {evil}"]
     lines += [f"write {hub}/info/attributes * filter=evil merge=evil diff=evil"]
     lines += [f"write ../git/hooks/{hook} #!/bin/sh" for hook in ("pre-commit", "post-checkout")]
-    lines += ["write .gitattributes * filter=evil merge=evil", "write planted.txt x"]
+    lines += ["write .gitattributes * filter=evil merge=evil", "write planted.txt x", f"plant {marker}"]
     lines += [f"git config {key} {evil}" for key in keys]
     config = repository.configure(
         [
@@ -269,8 +269,8 @@ async def test_work_that_can_not_all_be_staged_is_kept(repository: Repository, t
     trusted = repository.council("where", "--json").result["trusted"]
     shown = subprocess.run(["git", "show", f"{task['branch']}:good.txt"], cwd=trusted, capture_output=True, check=True)
     assert shown.stdout == b"good\n"
-    kept = next((tmp_path / "council-home").glob("*/sessions/*/half.1/tree"))
-    assert str(kept) in task["reason"]
+    kept = next((tmp_path / "council-home").glob("*/sessions/*/half.1/place/tree"))
+    assert str(kept.resolve()) in task["reason"]
     assert (kept / "inner/file.txt").exists()
 
 

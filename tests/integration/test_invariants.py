@@ -30,7 +30,36 @@ def worktree_of_a_check(repository: Repository, run: str, house: Path) -> None:
     (house / "sessions" / run / "t.1.check").mkdir(parents=True)
 
 
-@pytest.mark.parametrize(("act", "number"), [(in_a_log, 14), (in_a_commit, 14), (worktree_of_a_check, 10)])
+def place_of_nobody(repository: Repository, run: str, house: Path) -> None:
+    """Leave a place that nobody has, and of which nobody knows what is in it."""
+    next(house.glob("places/*/record.json")).unlink()
+
+
+def place_of_another_session(repository: Repository, run: str, house: Path) -> None:
+    """Leave a session that does not say the same as the place that names it."""
+    session = house / "sessions" / "another" / "t.1"
+    session.mkdir(parents=True)
+    place_of_nobody(repository, run, house)
+    for user in house.glob("places/*/user"):
+        user.write_text(str(session))
+
+
+def half_deleted(repository: Repository, run: str, house: Path) -> None:
+    """Leave what was thrown away."""
+    (house / "trash" / "1-0123456789abcdef" / "tree").mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("act", "number"),
+    [
+        (in_a_log, 14),
+        (in_a_commit, 14),
+        (worktree_of_a_check, 10),
+        (place_of_nobody, 10),
+        (place_of_another_session, 10),
+        (half_deleted, 10),
+    ],
+)
 async def test_a_violation_is_named(
     repository: Repository, act: Callable[[Repository, str, Path], None], number: int
 ) -> None:

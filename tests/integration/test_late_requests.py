@@ -10,7 +10,7 @@ import pytest
 from orchestrator.council import Council
 from orchestrator.domain.model import Action
 from orchestrator.engine.report import RunReport
-from orchestrator.engine.workshop import remove_worktree
+from orchestrator.sessions.session import Session
 from tests.conftest import Ended, Repository
 from tests.integration.test_scheduler import until_event
 from tests.waiting import wait_for
@@ -22,11 +22,13 @@ async def states_after(
     """Run tasks and ask for `action` on `t` when its first end is recorded but its worktree not removed yet."""
     may_remove = anyio.Event()
 
-    async def remove_later(*arguments: Any) -> None:
-        await may_remove.wait()
-        await remove_worktree(*arguments)
+    release = Session.release
 
-    monkeypatch.setattr("orchestrator.engine.attempts.remove_worktree", remove_later)
+    async def release_later(session: Session, *, saved: bool) -> None:
+        await may_remove.wait()
+        await release(session, saved=saved)
+
+    monkeypatch.setattr(Session, "release", release_later)
     path = repository.configure(tasks)
     reports: list[RunReport] = []
     async with Council.open(path, environ=repository.environ) as council:

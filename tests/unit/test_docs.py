@@ -20,10 +20,12 @@ from orchestrator.config.schema import (
     AdapterSettings,
     BackoffSettings,
     Config,
+    SetupSettings,
     SinkSettings,
     Task,
     TaskDefaults,
     TrackerSettings,
+    WorktreeSettings,
 )
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.model import TaskStatus
@@ -89,7 +91,7 @@ def test_every_shipped_file_loads(path: Path) -> None:
 def test_every_key_is_documented() -> None:
     """docs/configuration.md has each key of the file, of `command` and of the base environment."""
     sections = (Config, Task, TaskDefaults, BackoffSettings, AdapterSettings, SinkSettings, TrackerSettings)
-    models = (*sections, CommandAdapter.Options, JsonLines.Options, Checklist.Options)
+    models = (*sections, WorktreeSettings, SetupSettings, CommandAdapter.Options, JsonLines.Options, Checklist.Options)
     keys = {field.alias or name for model in models for name, field in model.model_fields.items()}
     missing = [key for key in sorted(keys | set(BASE_ENVIRONMENT)) if f"`{key}`" not in CONFIGURATION]
     assert missing == []

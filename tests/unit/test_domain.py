@@ -259,7 +259,7 @@ def record(tasks: dict[str, TaskDocument], entries: dict[str, Entry], **adapters
     """Return the record of a run of these tasks."""
     run = RunDocument(
         id="r", config="c", repo="/r", is_url=False, base="main", target="t", capacity=1, session_memory=1,
-        adapters={}, fence={}, tasks=tuple(tasks), start="0" * 40, hub="/h", started=0.0,
+        adapters={}, fence={}, worktrees={}, tasks=tuple(tasks), start="0" * 40, hub="/h", started=0.0,
     )  # fmt: skip
     return RunRecord(run, tasks, entries, adapters)
 

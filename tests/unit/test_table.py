@@ -45,7 +45,7 @@ BUILT = attempt(ended=30.0, outcome="built")
 def view(entries: Mapping[str, Entry], attempts: int = 3, capacity: int = 2) -> RunView:
     run = RunDocument(
         id="run", config="c", repo="/r", is_url=False, base="main", target="main", capacity=capacity, session_memory=1,
-        adapters={}, fence={}, tasks=tuple(entries), start=COMMIT, hub="/h", started=0.0,
+        adapters={}, fence={}, worktrees={}, tasks=tuple(entries), start=COMMIT, hub="/h", started=0.0,
     )  # fmt: skip
     record = RunRecord(run, {task: TaskDocument() for task in entries}, entries, {})
     return RunView(record, dict.fromkeys(entries, attempts))

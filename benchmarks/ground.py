@@ -1,0 +1,52 @@
+"""What benchmarks work on: repositories, clones of them, and a file system that does not drown what is measured."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Final
+
+from benchmarks import code_base
+from orchestrator.state.mounts import mount_of
+
+_IDENTITY: Final = ("-c", "user.name=Benchmark", "-c", "user.email=benchmark@localhost")
+
+
+def file_system(place: Path) -> str:
+    """Return the kind of a folder's file system; RuntimeError if it is an ext4 without a journal."""
+    table = Path("/proc/self/mountinfo")
+    if not table.exists():
+        return "an unknown file system"
+    mount, kind = mount_of(place.resolve(), table.read_text(encoding="utf-8", errors="surrogateescape"))
+    if kind == "ext4" and not _has_journal(mount):
+        raise RuntimeError(f"{mount} is an ext4 without a journal: name a folder on another file system by --folder")
+    return kind
+
+
+def _has_journal(mount: Path) -> bool:
+    device = mount.stat().st_dev
+    name = Path(f"/sys/dev/block/{device >> 8 & 0xFFF}:{device & 0xFF}").resolve().name
+    # ext4 keeps the work of its journal there while it has one (fs/jbd2/journal.c in the kernel).
+    return any(Path("/proc/fs/jbd2").glob(f"{name}-*"))
+
+
+def make_repository(path: Path, files: int) -> Path:
+    """Make a repository with so many files."""
+    run_git(None, "init", "--quiet", "-b", "main", str(path))
+    code_base.write(path, files)
+    run_git(path, "add", "--all")
+    run_git(path, "commit", "--quiet", "-m", "Begin")
+    return path
+
+
+def clone(origin: Path, path: Path) -> Path:
+    """Clone a repository with objects of its own."""
+    run_git(None, "clone", "--quiet", "--no-local", str(origin), str(path))
+    return path
+
+
+def run_git(top: Path | None, *args: str) -> bytes:
+    """Run git, return what it printed."""
+    where = () if top is None else ("-C", str(top))
+    argv = ["git", *where, *_IDENTITY, "-c", "gc.auto=0", "-c", "maintenance.auto=false", *args]
+    return subprocess.run(argv, check=True, capture_output=True).stdout

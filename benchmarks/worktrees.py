@@ -1,0 +1,185 @@
+"""What it costs to hand a checkout out and to take it back, beside `git worktree add` and `remove --force`.
+
+    python benchmarks/worktrees.py [--quick] [--repository PATH] [--folder PATH]
+
+A session's worktree is a place that the pool has ready; where the base has moved, the files that differ are written.
+What counts is the time of the processor of all processes. Handing out and giving back are what a task waits for;
+cleaning comes after that. Each is done in a clone of the same repository, which `benchmarks.code_base` makes.
+
+On an ext4 without a journal deleting and making files drowns everything else: such a folder is refused. Where a file
+system does not stamp what is written through mappings (tmpfs) a pool uses each place once; here it is made to go on,
+since the figures are much the same.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import anyio
+
+from benchmarks.ground import clone, file_system, make_repository, run_git
+from benchmarks.measure import Cost, Row, cost_of, median, parser, scratch, show, timed
+from orchestrator.clock import SystemClock
+from orchestrator.repo import worktrees
+from orchestrator.repo.git import Git
+from orchestrator.repo.hub import Hub, create_hub, hub_of, internal_ref
+from orchestrator.repo.pool import Care, Checkout, Pool, PoolLimits
+from orchestrator.repo.source import Source
+from orchestrator.repo.worktrees import Worktree
+
+FILES: Final = (200, 5_000, 57_000)
+QUICK_FILES: Final = (50,)
+ROUNDS: Final = 7
+QUICK_ROUNDS: Final = 1
+MOVED: Final = 20
+"""Files that differ where the base has moved."""
+LIMITED_FROM: Final = 5_000
+"""Files from which on the limits hold: with fewer, starting programs is all that is measured."""
+
+_ADD, _REMOVE, _STATUS = "git worktree add", "git worktree remove --force", "git status"
+_ROWS: Final = (
+    ("hand out", _ADD, 0.05),
+    ("hand out, moved", _ADD, 0.15),
+    ("give back", _REMOVE, 0.02),
+    ("clean, in the background", None, None),
+    ("find what changed", _STATUS, None),
+)
+
+
+@dataclass(frozen=True)
+class _Ground:
+    """A repository at two commits, its hub, and what has been measured."""
+
+    top: Path
+    hub: Hub
+    git: Git
+    commits: tuple[str, str]
+    costs: dict[str, list[Cost]] = field(default_factory=lambda: defaultdict(list))
+
+
+def measure(*, quick: bool, folder: Path | None = None, repository: Path | None = None) -> list[Row]:
+    """Return the rows of this benchmark. RuntimeError on a file system on which it would measure something else."""
+    rows: list[Row] = []
+    sizes = (0,) if repository else QUICK_FILES if quick else FILES
+    for size in sizes:
+        with scratch(folder) as place:
+            kind = file_system(place)
+            top = clone(repository or make_repository(place / "origin", size), place / "clone")
+            files = len(run_git(top, "ls-files", "-z").split(b"\0")) - 1
+            ground = anyio.run(_measure, top, QUICK_ROUNDS if quick else ROUNDS)
+            rows.extend(_rows(ground, f"{files:,} files, on {kind}", has_limits=files >= LIMITED_FROM))
+    return rows
+
+
+def _rows(ground: _Ground, where: str, *, has_limits: bool) -> list[Row]:
+    rows = []
+    for what, baseline, limit in _ROWS:
+        took = median([cost.cpu for cost in ground.costs[what]])
+        name = f"worktree: {what}, {where}"
+        if baseline is None:
+            rows.append(Row(name, took * 1e3, "ms"))
+            continue
+        base = median([cost.cpu for cost in ground.costs[baseline]])
+        ratio = median([a.cpu / b.cpu for a, b in zip(ground.costs[what], ground.costs[baseline], strict=True)])
+        said = f"{baseline}: {base * 1e3:.3g} ms"
+        allowed = limit if has_limits else None
+        rows.append(Row(name, took * 1e3, "ms", said, ratio, allowed, is_ratio_limited=allowed is not None))
+    return rows
+
+
+async def _measure(top: Path, rounds: int) -> _Ground:
+    ground = await _ground(top)
+    async with _pool(ground) as pool:
+        for number in range(rounds + 1):
+            if number == 1:
+                ground.costs.clear()  # once before that, so that files are in memory
+            old, new = ground.commits
+            await _cycle(ground, pool, f"same{number}", old, "hand out")
+            await _cycle(ground, pool, f"moved{number}", new, "hand out, moved")
+            await _cycle(ground, pool, f"back{number}", old, None)
+            _by_git(ground)
+    return ground
+
+
+async def _ground(top: Path) -> _Ground:
+    hub = hub_of(str(top), top.with_name("home"))
+    git = Git(hub.trusted)
+    await create_hub(hub, "sha1", git.environ)
+    source = Source.of(str(top), is_local=True, git=git)
+    branch = run_git(top, "branch", "--show-current").decode().strip()
+    old = await source.fetch(branch, internal_ref("bench", "old"))
+    names = [name for name in run_git(top, "ls-files", "-z").decode(errors="surrogateescape").split("\0") if name]
+    for name in [name for name in names if (top / name).is_file()][:: max(1, len(names) // MOVED)][:MOVED]:
+        with (top / name).open("ab") as file:
+            file.write(b"# moved\n")
+    run_git(top, "commit", "--quiet", "-a", "-m", "Move")
+    return _Ground(top, hub, git, (old, await source.fetch(branch, internal_ref("bench", "new"))))
+
+
+@asynccontextmanager
+async def _pool(ground: _Ground) -> AsyncIterator[Pool]:
+    async with Pool.open(ground.git, ground.hub, SystemClock(), PoolLimits(places=1), Care(), warm=0) as pool:
+        pool._can_tell = True
+        yield pool
+
+
+async def _cycle(ground: _Ground, pool: Pool, name: str, commit: str, what: str | None) -> None:
+    """Have a session that writes a file and removes one."""
+    worktree = Worktree(ground.hub, "bench", name, 1)
+    with timed() as cost:
+        checkout = await pool.take(commit, worktree.root)
+        await worktrees.create(worktree, checkout, "prompt")
+    if what is not None:
+        ground.costs[what].append(cost())
+    next(path for path in worktree.tree.rglob("*.*") if path.is_file() and path.name != ".git").unlink()
+    (worktree.tree / "result.txt").write_text("done\n", encoding="utf-8")
+    costs = await _end(pool, worktree, checkout)
+    if what == "hand out":
+        for step, one in costs.items():
+            ground.costs[step].append(one)
+
+
+async def _end(pool: Pool, worktree: Worktree, checkout: Checkout) -> dict[str, Cost]:
+    status = cost_of(["git", "status", "--porcelain"], cwd=worktree.tree)
+    with timed() as finding:
+        found = await checkout.compare()
+    with timed() as giving:
+        await worktrees.leave(worktree)
+        pool.give_back(checkout, found)
+    with timed() as cleaning:
+        await _until_clean(pool)
+    return {
+        _STATUS: status,
+        "find what changed": finding(),
+        "give back": giving(),
+        "clean, in the background": cleaning(),
+    }
+
+
+async def _until_clean(pool: Pool) -> None:
+    while not pool._idle or any(pool._hub.trash.iterdir()):  # noqa: ASYNC110  nobody else needs to be told
+        await anyio.sleep(0.02)
+
+
+def _by_git(ground: _Ground) -> None:
+    path = ground.top.with_name("worktree")
+    ground.costs[_ADD].append(cost_of(["git", "-C", str(ground.top), "worktree", "add", "--detach", str(path)]))
+    argv = ["git", "-C", str(ground.top), "worktree", "remove", "--force", str(path)]
+    ground.costs[_REMOVE].append(cost_of(argv))
+
+
+if __name__ == "__main__":
+    options = parser(__doc__)
+    options.add_argument("--repository", type=Path, help="work on a clone of this one instead of made ones")
+    chosen = options.parse_args()
+    try:
+        measured = measure(quick=chosen.quick, folder=chosen.folder, repository=chosen.repository)
+    except RuntimeError as error:
+        sys.exit(str(error))
+    show(measured)

@@ -1,0 +1,141 @@
+"""Shell commands of the user's where agents were or will be, so fenced in and supervised as agents are.
+
+Only how they ended and what they print crosses back.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+
+from orchestrator.config.model import Reach
+from orchestrator.domain.secrets import Redactor
+from orchestrator.errors import SessionError, is_exhaustion
+from orchestrator.process import kill_marked
+from orchestrator.sessions.fencing import Fencing, Ground
+from orchestrator.sessions.output import OUTPUT_CAP, STOP_GRACE, read_tail
+from orchestrator.sessions.supervised import Ended, SupervisedCommand, run_supervised
+
+#: Characters of a command, and of the end of what it printed, that are told.
+_LONGEST_COMMAND, _SHOWN = 80, 500
+
+
+@dataclass(frozen=True, slots=True)
+class ShellCommand:
+    """What `sh` is to run: `log` gets what it prints, `timeout` (seconds) is what the config says at `setting`."""
+
+    text: str
+    log: Path
+    timeout: float
+    setting: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """It ended with zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommandFailed:
+    """It did not end with zero: how it ended in words, and the end of what it printed."""
+
+    command: str
+    ended: str
+    said: str
+    log: Path
+
+    def describe(self, where: str = "") -> str:
+        """Return what happened, for people: the command's beginning, how and `where` it ended, its last words."""
+        line = " ".join(self.command.split())
+        short = line if len(line) <= _LONGEST_COMMAND else f"{line[:_LONGEST_COMMAND]}…"
+        return f"`{short}` {self.ended}{where and f' {where}'}\n{self.said.strip()[-_SHOWN:]}".strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """It was ended from outside before it had come to its own end."""
+
+
+@dataclass(frozen=True, slots=True)
+class NotRun:
+    """It could not be started, or not be watched to its end: nothing is known of what it would have done.
+
+    `exhausted` means a lack of memory, disk, processes or descriptors, which may pass.
+    """
+
+    reason: str
+    exhausted: bool = False
+
+
+ShellResult = Done | CommandFailed | Stopped | NotRun
+
+
+@dataclass(frozen=True, slots=True)
+class Shell:
+    """What commands run in: the folder `cwd`, in a fence around `ground`, with no more than `environment`.
+
+    HOME is the ground's own scratch folder. `lock` is held while anything of a command lives. `reach` is what they
+    may reach beside what all sessions may.
+    """
+
+    fencing: Fencing
+    ground: Ground
+    cwd: Path
+    lock: Path
+    environment: Mapping[str, str]
+    redactor: Redactor
+    reach: Reach = field(default_factory=Reach)
+
+    @property
+    def marker(self) -> bytes:
+        """What every process of a command has in its environment, unless it cleared that."""
+        return b"HOME=" + os.fsencode(self.ground.scratch)
+
+    async def run(self, command: ShellCommand) -> ShellResult:
+        """Run a command to its end; nothing that it started is alive then. A cancellation ends it and goes on."""
+        try:
+            await anyio.Path(command.log.parent).mkdir(mode=0o700, exist_ok=True)
+            fenced = await self.fencing.around(self.ground, self._supervised(command), self.reach)
+            ended = await run_supervised(fenced)
+        except SessionError as error:
+            await anyio.to_thread.run_sync(kill_marked, self.marker)
+            return NotRun(str(error))
+        except OSError as error:
+            return NotRun(f"it could not be set up: {error}", is_exhaustion(error))
+        return await _judge(command, ended)
+
+    def _supervised(self, command: ShellCommand) -> SupervisedCommand:
+        return SupervisedCommand(
+            argv=("sh", "-c", f"exec 2>&1\n{command.text}"),
+            env={**self.environment, "HOME": str(self.ground.scratch)},
+            cwd=self.cwd,
+            stdin=None,
+            stdout=command.log,
+            stderr=Path(os.devnull),
+            cap=OUTPUT_CAP,
+            timeout=command.timeout,
+            grace=STOP_GRACE,
+            lock=self.lock,
+            redact=self.redactor.bytes_pattern,
+        )
+
+
+async def _judge(command: ShellCommand, ended: Ended) -> ShellResult:
+    if ended.spawn_error is not None:
+        return NotRun(f"it could not be started: {ended.spawn_error}", ended.exhausted)
+    if ended.ended_by in {"stop", "orphaned"}:
+        return Stopped()
+    if ended.ended_by == "timeout":
+        told = f"ran for longer than {command.timeout:g} s, its limit (`{command.setting}`)"
+    elif ended.signal is not None:
+        told = f"got signal {ended.signal}"
+    elif ended.exit != 0:
+        told = f"ended with exit code {ended.exit}"
+    else:
+        return Done()
+    return CommandFailed(command.text, told, await read_tail(command.log), command.log)

@@ -1,0 +1,61 @@
+"""A process with a pool of its own, which may be killed: hands places out and takes them back, as sessions would.
+
+    python pool_worker.py TOP HOME COUNT TAKERS SEED PLACES
+
+What it can't have is a traceback. At the end it prints how many were handed out, and how its memory grew.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import sys
+from pathlib import Path
+
+import anyio
+
+from orchestrator.repo.pool import Pool
+from tests.places import Yard
+
+
+async def _session(yard: Yard, pool: Pool, commit: str, name: str, chance: random.Random) -> None:
+    worktree, checkout = await yard.begin(pool, name, commit)
+    tree = worktree.tree
+    assert (tree / "README.md").read_text() == "# Project\n", name
+    assert sorted(path.name for path in tree.iterdir()) == [".git", "README.md", "src"], name
+    (tree / "README.md").write_text(name)
+    (tree / "made").mkdir()
+    (tree / "made" / "x").write_text(name)
+    if chance.random() < 0.3:
+        (tree / "src").rename(tree / "source")
+    await anyio.sleep(chance.random() * 0.01)
+    assert (tree / "README.md").read_text() == name
+    if chance.random() < 0.1:
+        await pool.discard(checkout)
+    else:
+        await yard.end(pool, worktree, checkout)
+
+
+async def main(*arguments: str) -> None:
+    """Do it."""
+    top, home, count, takers, seed, places = arguments
+    yard = await Yard.of(Path(top), Path(home), os.environ)
+    commits = [await yard.fetch(branch) for branch in ("main", "other")]
+    names = iter(f"{seed}-{os.getpid()}-{number}" for number in range(int(count)))
+    memory = []
+
+    async def taker(pool: Pool, number: int) -> None:
+        chance = random.Random(f"{seed}{number}")
+        for name in names:
+            await _session(yard, pool, chance.choice(commits), name, chance)
+            memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+    async with yard.open(places=int(places), warm=int(places) // 2) as pool, anyio.create_task_group() as group:
+        for number in range(int(takers)):
+            group.start_soon(taker, pool, number)
+    sys.stdout.write(f"{len(memory)} {memory[len(memory) // 2]} {memory[-1]}\n")
+
+
+if __name__ == "__main__":
+    anyio.run(main, *sys.argv[1:])

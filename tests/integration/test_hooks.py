@@ -1,0 +1,250 @@
+"""Commands of the user's around sessions: fenced in, bounded, told of, and not repeated without need."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import anyio
+import psutil
+import pytest
+
+from orchestrator.config.model import Reach, SetupStep
+from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.outcome import Exhausted, Failed, Interrupted, Outcome
+from orchestrator.domain.secrets import Redactor
+from orchestrator.errors import RefusedError
+from orchestrator.repo.git import Git
+from orchestrator.repo.hub import Hub
+from orchestrator.repo.setup_keys import setup_keys, steps_to_run
+from orchestrator.repo.worktrees import Worktree
+from orchestrator.sessions.environment import attempt_variables, base_environment
+from orchestrator.sessions.fencing import Fencing, Ground
+from orchestrator.sessions.hooks import (
+    HooksEnded,
+    after_commands,
+    before_commands,
+    outcome_of,
+    run_each,
+    run_in_turn,
+    setup_commands,
+    teardown_commands,
+)
+from orchestrator.sessions.output import attempt_streams
+from orchestrator.sessions.sandbox import SandboxKind, choose_sandbox
+from orchestrator.sessions.shell import CommandFailed, Done, NotRun, Shell, ShellCommand, ShellResult, Stopped
+from tests.conftest import Repository
+from tests.waiting import wait_for
+
+KINDS = [SandboxKind.BUBBLEWRAP, SandboxKind.LANDLOCK] if sys.platform == "linux" else [SandboxKind.OFF]
+
+
+class Place:
+    """A checkout without a session, beside what is hidden from it and what belongs to others."""
+
+    def __init__(self, top: Path, kind: SandboxKind) -> None:
+        self.tree, self.logs, self.hidden = top / "place" / "tree", top / "logs", top / "hidden"
+        for folder in (self.tree, self.hidden, top / "readable"):
+            folder.mkdir(parents=True)
+        (self.hidden / "secret").write_text("canary")
+        environ = {"PATH": os.environ["PATH"], "GIVEN": "g", "OTHER": "o"}
+        variables = {"COUNCIL_NAME": "place-1", "COUNCIL_PORT_0": "5000"}
+        fencing = Fencing(kind, (self.hidden,), network=True, reach=Reach(readable=(Path(sys.prefix),)))
+        self.shell = Shell(
+            fencing=fencing,
+            ground=Ground((self.tree,), (top / "readable",), top / "place" / "tmp"),
+            cwd=self.tree,
+            lock=top / "place" / "lock",
+            environment=base_environment(["GIVEN"], environ, self.tree, variables),
+            redactor=Redactor(["the-secret-value"]),
+        )
+        self.top = top
+
+    def command(self, text: str, timeout: float = 60) -> ShellCommand:
+        return ShellCommand(text, self.logs / "log", timeout, "worktrees.hooks_timeout")
+
+    def said(self, log: str = "log") -> str:
+        return (self.logs / log).read_text()
+
+
+@pytest.fixture(params=KINDS)
+async def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """One behind a fence that this machine has."""
+    kind = request.param
+    try:
+        await choose_sandbox(kind.value, network=True, environ=os.environ)
+    except RefusedError as refused:
+        pytest.skip(str(refused))
+    return Place(tmp_path, kind)
+
+
+async def test_a_command_has_its_checkout_and_no_more(place: Place) -> None:
+    """It writes there and in its scratch folder, which is its home; it sees what it is given of the environment."""
+    script = f"""
+    echo made >made && echo x >"$HOME/x" && mktemp >/dev/null || exit 1
+    touch {place.top}/planted {place.hidden}/planted {place.top}/readable/planted 2>/dev/null
+    ls {place.top}/readable && ! cat {place.hidden}/secret 2>/dev/null || exit 2
+    echo "$GIVEN-$OTHER-$COUNCIL_NAME-$COUNCIL_PORT_0-$COUNCIL_TASK-$GIT_CEILING_DIRECTORIES"
+    echo the-secret-value >&2
+    """
+    assert await place.shell.run(place.command(script)) == Done()
+    assert (place.tree / "made").read_text() == "made\n"
+    assert (place.top / "place/tmp/x").exists()
+    assert not any((folder / "planted").exists() for folder in (place.top, place.hidden, place.top / "readable"))
+    assert place.said() == f"g--place-1-5000--{place.tree.parent}\n[redacted]\n"
+
+
+async def test_a_command_that_fails_says_how_and_what_it_printed(place: Place) -> None:
+    """An exit code, and a limit with the setting's name."""
+    result = await place.shell.run(place.command("echo no such package; exit 3"))
+    log = place.logs / "log"
+    assert result == CommandFailed("echo no such package; exit 3", "ended with exit code 3", "no such package\n", log)
+    result = await place.shell.run(place.command("echo begun; sleep 600 & sleep 600", timeout=1))
+    assert isinstance(result, CommandFailed)
+    assert result.ended == "ran for longer than 1 s, its limit (`worktrees.hooks_timeout`)"
+    assert result.said == "begun\n"
+    assert not psutil.Process().children()
+
+
+async def test_a_command_leaves_nothing_running(place: Place) -> None:
+    """What it puts into the background ends with it."""
+    assert await place.shell.run(place.command("sleep 600 & echo started")) == Done()
+    assert not psutil.Process().children()
+    assert not [one for one in psutil.process_iter(["cwd"]) if one.info["cwd"] == str(place.tree)]
+
+
+async def test_a_cancellation_ends_a_command_with_its_grace(place: Place) -> None:
+    """It can clean up; nothing of it lives when the cancellation goes on."""
+    script = "trap 'echo cleaned >cleaned; exit' TERM; touch ready; while :; do sleep 0.05; done"
+    async with anyio.create_task_group() as group:
+        group.start_soon(place.shell.run, place.command(script))
+        await anyio.to_thread.run_sync(wait_for, (place.tree / "ready").exists)
+        group.cancel_scope.cancel()
+    assert (place.tree / "cleaned").exists()
+    assert not psutil.Process().children()
+
+
+async def test_a_command_whose_supervisor_dies_is_not_known_to_be_done(place: Place) -> None:
+    """All that has its mark is killed, so that nothing writes there any more."""
+    results: list[object] = []
+
+    async def run() -> None:
+        results.append(await place.shell.run(place.command("touch ready; sleep 600")))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(run)
+        await anyio.to_thread.run_sync(wait_for, (place.tree / "ready").exists)
+        psutil.Process().children()[0].kill()
+    assert isinstance(results[0], NotRun)
+    wait_for(lambda: not [one for one in psutil.process_iter(["cwd"]) if one.info["cwd"] == str(place.tree)])
+
+
+async def test_what_can_not_be_started_is_no_failure_of_the_command(place: Place) -> None:
+    """Its folder is gone, or there is nowhere to write down what it prints."""
+    result = await replace(place.shell, cwd=place.top / "gone").run(place.command("true"))
+    assert isinstance(result, NotRun)
+    assert str(place.top / "gone") in result.reason
+    shutil.rmtree(place.logs)
+    place.logs.write_text("a file")
+    result = await place.shell.run(place.command("true"))
+    assert isinstance(result, NotRun)
+    assert not result.exhausted
+
+
+async def test_steps_run_in_turn_up_to_the_first_that_fails(place: Place) -> None:
+    """How far they came is told, each has a log; going on begins where it ended."""
+    steps = [SetupStep(run="echo 1 >>ran"), SetupStep(run="test -e allowed && echo 2 >>ran", timeout=30)]
+    steps.append(SetupStep(run="echo 3 >>ran"))
+    ended = await run_in_turn(place.shell, setup_commands(steps, 0, place.logs, 7))
+    assert (ended.done, type(ended.last)) == (1, CommandFailed)
+    assert sorted(path.name for path in place.logs.iterdir()) == ["place-7.setup1", "place-7.setup2"]
+    (place.tree / "allowed").touch()
+    ended = await run_in_turn(place.shell, setup_commands(steps, ended.done, place.logs, 7))
+    assert ended == HooksEnded(2, Done())
+    assert (place.tree / "ran").read_text() == "1\n2\n3\n"
+    assert (place.logs / "place-7.setup3").exists()
+
+
+async def test_what_is_only_told_of_keeps_nothing_from_running(place: Place) -> None:
+    """Each command of a teardown runs, whatever became of the others."""
+    lines = ["echo 1 >>ran; false", "echo 2 >>ran", "echo 3 >>ran; exit 4"]
+    told = await run_each(place.shell, teardown_commands(lines, 60.0, place.logs, 7))
+    assert [one.ended for one in told if isinstance(one, CommandFailed)] == [
+        "ended with exit code 1",
+        "ended with exit code 4",
+    ]
+    assert (place.tree / "ran").read_text() == "1\n2\n3\n"
+
+
+async def test_hooks_of_an_attempt_know_it_and_log_beside_it(place: Place) -> None:
+    """Their logs are streams of the attempt, in the order in which they run."""
+    worktree = Worktree(Hub(place.top / "hub"), "run1", "task", 2)
+    shell = replace(place.shell, environment={**place.shell.environment, **attempt_variables(worktree)})
+    for commands in (before_commands, after_commands):
+        assert (
+            await run_each(shell, commands(["echo $COUNCIL_TASK.$COUNCIL_ATTEMPT"], 60.0, place.logs, worktree)) == []
+        )
+    assert place.said("task.2.before1") == place.said("task.2.after1") == "task.2\n"
+    names = [path.name.removeprefix("task.2.") for path in place.logs.iterdir()]
+    assert attempt_streams([*names, "check10", "check9", "stderr", "stdout", "stdout1", "check", "x"]) == [
+        *("before1", "stdout", "stderr", "after1", "check9", "check10")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ended", "outcome"),
+    [
+        (Done(), None),
+        (
+            CommandFailed("make\n  venv", "ended with exit code 3", "no such package\n", Path("log")),
+            Failed(FailureClass.SETUP_FAILED, "`make venv` ended with exit code 3 before the session\nno such package"),
+        ),
+        (Stopped(), Interrupted("the run was stopped")),
+        (NotRun("why"), Failed(FailureClass.TRANSIENT, "a command before the session was not run: why")),
+        (NotRun("why", exhausted=True), Exhausted("a command before the session was not run: why")),
+    ],
+)
+def test_what_keeps_a_session_from_its_start_is_told_apart(ended: ShellResult, outcome: Outcome | None) -> None:
+    """A command that fails is the user's to mend; what may pass by itself is tried again."""
+    assert outcome_of(ended) == outcome
+
+
+async def test_logs_show_what_ran_around_a_session(repository: Repository) -> None:
+    """What a hook printed is part of what `council logs` prints of the attempt."""
+    ended = repository.council("run", str(repository.configure([{"id": "t", "prompt": "write a.txt a\nprint mine"}])))
+    assert ended.code == 0, ended
+    logs = next((repository.top / ".council/logs").iterdir())
+    (logs / "t.1.before1").write_text("from before\n")
+    (logs / "t.1.after1").write_text("from after\n")
+    shown = repository.council("logs", "t").stdout
+    assert shown.index("from before") < shown.index("mine") < shown.index("from after")
+
+
+async def test_keys_follow_the_files_of_the_commit(repository: Repository) -> None:
+    """A changed input, a new one, a folder's and one that is gone; other changes and odd names count for nothing."""
+    steps = (
+        SetupStep(run="a", inputs=("requirements.txt", "later.txt")),
+        SetupStep(run="b", inputs=("tools", "*.md")),
+    )
+    git = Git(repository.top / ".git", environ=repository.environ)
+    first: list[int] = []
+    done: tuple[str, ...] = ()
+    for files in (
+        {"requirements.txt": "1\n", "tools/deep/x": "1\n"},
+        {"other.txt": "1\n", "more.md": "1\n"},
+        {"tools/deep/x": "2\n"},
+        {"*.md": "1\n"},
+        {"later.txt": "1\n"},
+        {"requirements.txt": "2\n"},
+    ):
+        wanted = await setup_keys(git, repository.commit(files), steps, sparse=("src",), env=("A",))
+        first.append(steps_to_run(done, wanted))
+        done = wanted
+    repository.git("rm", "--quiet", "later.txt")
+    first.append(steps_to_run(done, await setup_keys(git, repository.commit({}), steps, sparse=("src",), env=("A",))))
+    assert first == [0, 2, 1, 1, 0, 0, 0]
+    without = (SetupStep(run="a"),)
+    assert await setup_keys(git, "HEAD", without) == await setup_keys(git, "HEAD~3", without)

@@ -1,0 +1,582 @@
+"""Places are handed out whole, to one at a time, and nothing is left of whoever had them, or was killed."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+import pytest
+
+from orchestrator.errors import RefusedError
+from orchestrator.repo import pool as pool_module
+from orchestrator.repo import reset, worktrees
+from orchestrator.repo.places import Place, places_of, read_record, user_of
+from orchestrator.repo.pool import Care, Checkout, Pool, SetupError
+from orchestrator.repo.reset import Keep
+from orchestrator.repo.stamps import Stamps
+from tests.conftest import Repository
+from tests.places import Yard
+from tests.waiting import wait_for
+
+WORKER = Path(__file__).with_name("pool_worker.py")
+STEPS = ("place.half_made", "place.moved", "worktree.half_built", "worktree.created", "worktree.removed",
+         "place.half_clean", "place.clean")  # fmt: skip
+MANY = 6
+
+
+@pytest.fixture(autouse=True)
+def any_file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Places are used again also where the tests' folder is in memory: nobody here writes through mappings."""
+    monkeypatch.setattr(pool_module, "stamps_mappings", lambda folder: True)
+
+
+@pytest.fixture
+async def yard(repository: Repository, tmp_path: Path, environ: dict[str, str]) -> Yard:
+    """A hub for a repository with a program, links, strange names, and a branch `other`."""
+    (repository.top / "run").write_text("#!/bin/sh\n")
+    (repository.top / "run").chmod(0o755)
+    (repository.top / "link").symlink_to("run")
+    (repository.top / "nowhere").symlink_to("/no/such/file")
+    repository.commit({"a/b/c/d.txt": "d\n", "-dash": "x\n", "new\nline": "y\n", ".gitignore": "*.o\ncache\n"}, "more")
+    repository.git("checkout", "--quiet", "-b", "other")
+    repository.commit({"a/b/c/d.txt": "other\n", "src/new.py": "\n", "wanted.o": "tracked\n"}, "other")
+    repository.git("add", "--force", "wanted.o")
+    repository.commit({}, "and what is ignored")
+    repository.git("checkout", "--quiet", "main")
+    return await Yard.of(repository.top, tmp_path / "council-home", environ)
+
+
+def files(tree: Path) -> dict[str, tuple[int, object]]:
+    """Return what is in a checkout."""
+    found: dict[str, tuple[int, object]] = {}
+    for path in tree.rglob("*"):
+        content = path.readlink() if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        found[str(path.relative_to(tree))] = path.lstat().st_mode, content
+    return {name: facts for name, facts in found.items() if name != ".git"}
+
+
+async def by_git(yard: Yard, branch: str, to: Path) -> dict[str, tuple[int, object]]:
+    """Return what git checks out."""
+    subprocess.run(["git", "clone", "-q", "-b", branch, str(yard.top), str(to)], check=True)
+    shutil.rmtree(to / ".git")
+    return files(to)
+
+
+async def settled(pool: Pool) -> None:
+    """Wait until nothing goes on in the background: all places are idle or handed out."""
+    with anyio.fail_after(30):
+        while pool._is_making or pool._coming or len(pool._ours) < pool._wanted:
+            await anyio.sleep(0.01)
+
+
+async def idle(pool: Pool, count: int) -> None:
+    """Wait until so many are idle."""
+    with anyio.fail_after(30):
+        while len(pool._idle) < count:
+            await anyio.sleep(0.01)
+
+
+async def assert_no_leaks(yard: Yard) -> None:
+    """Every place is clean, or a session's that is there; nothing waits for deletion, and nobody holds a lock."""
+    for place in places_of(yard.hub):
+        assert read_record(place) is not None or user_of(place) is not None, place
+        assert not await place.lock.is_held(), place
+    assert not list(yard.hub.trash.iterdir())
+
+
+# Handing out.
+
+
+async def test_many_takers_get_places_of_their_own(yard: Yard, tmp_path: Path) -> None:
+    """At once; each is what git checks out, git and the stamps find no difference, and all are taken back."""
+    commit, expected = await yard.fetch(), await by_git(yard, "main", tmp_path / "clone")
+    began = []
+    async with yard.open() as pool:
+
+        async def take(name: str) -> None:
+            began.append(await yard.begin(pool, name, commit))
+
+        async with anyio.create_task_group() as group:
+            for number in range(MANY):
+                group.start_soon(take, f"task{number}")
+        assert len({worktree.tree for worktree, _ in began}) == MANY
+        for worktree, checkout in began:
+            assert files(worktree.tree) == expected
+            status = subprocess.run(
+                ["git", "status", "--porcelain"], cwd=worktree.tree, check=True, capture_output=True
+            )
+            assert not status.stdout
+            found = await checkout.compare()
+            assert found is not None
+            assert found.is_few(0)
+            await yard.end(pool, worktree, checkout)
+    assert not list(yard.hub.sessions.glob("*"))
+    assert len(places_of(yard.hub)) == MANY
+    await assert_no_leaks(yard)
+
+
+async def test_a_warm_pool_makes_places_ahead(yard: Yard) -> None:
+    """As many as are wanted, once it is known of which commit; also the last one, which others are copied from."""
+    commit = await yard.fetch()
+    async with yard.open(warm=3) as pool:
+        assert not places_of(yard.hub)
+        pool.warm(commit)
+        await idle(pool, 3)
+        began = [await yard.begin(pool, f"task{number}", commit) for number in range(3)]
+        assert {checkout.place.number for _, checkout in began} == {1, 2, 3}
+        for one in began:
+            await yard.end(pool, *one)
+    await assert_no_leaks(yard)
+
+
+async def test_a_place_keeps_its_path_and_moves(yard: Yard, tmp_path: Path) -> None:
+    """One place serves both branches in turn, as git checks them out, whatever the session did before."""
+    commits = {branch: await yard.fetch(branch) for branch in ("main", "other")}
+    expected = {branch: await by_git(yard, branch, tmp_path / branch) for branch in commits}
+    async with yard.open(places=1) as pool:
+        for number, branch in enumerate(("main", "other", "other", "main", "other")):
+            worktree, checkout = await yard.begin(pool, f"task{number}", commits[branch])
+            assert checkout.place.number == 1
+            assert files(worktree.tree) == expected[branch]
+            (worktree.tree / "src/app.py").unlink()
+            (worktree.tree / "made.txt").write_text("made\n")
+            await yard.end(pool, worktree, checkout)
+    await assert_no_leaks(yard)
+
+
+# Limits.
+
+
+async def test_there_are_never_more_than_allowed(yard: Yard) -> None:
+    """Those that wait go on as soon as one comes back, and waiting costs next to nothing."""
+    commit = await yard.fetch()
+    out, most = 0, 0
+    async with yard.open(places=2) as pool:
+
+        async def session(name: str) -> None:
+            nonlocal out, most
+            one = await yard.begin(pool, name, commit)
+            out, most = out + 1, max(most, out + 1)
+            await anyio.sleep(0.05)
+            out -= 1
+            await yard.end(pool, *one)
+
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as group:
+                for number in range(MANY):
+                    group.start_soon(session, f"task{number}")
+        assert most == 2
+    assert len(places_of(yard.hub)) == 2
+    await assert_no_leaks(yard)
+
+
+async def test_waiting_does_not_spin(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no more may be made, whether that has changed is looked at twice a second."""
+    commit, looks = await yard.fetch(), 0
+    counted = Pool._counted
+
+    async def count(pool: Pool) -> dict[Place, int]:
+        nonlocal looks
+        looks += 1
+        return await counted(pool)
+
+    async with yard.open(places=1) as pool:
+        one = await yard.begin(pool, "first", commit)
+        monkeypatch.setattr(Pool, "_counted", count)
+        with anyio.move_on_after(1.2) as waited:
+            await yard.begin(pool, "second", commit)
+        assert waited.cancelled_caught
+        assert 1 <= looks <= 4
+        await yard.end(pool, *one)
+
+
+async def test_bytes_are_limited(yard: Yard) -> None:
+    """Of places of one size as many are made as fit; what another run left makes room, and what it uses does not."""
+    commit = await yard.fetch()
+
+    async def furnish(checkout: Checkout, _: str) -> tuple[str, ...]:
+        if not checkout.contents.record.setup:
+            (checkout.place.tree / "large.o").write_bytes(bytes(1 << 20))
+        return ("large",)
+
+    care = Care(furnish=furnish)
+    async with yard.open(care, size=5 << 19) as pool:
+        began = [await yard.begin(pool, f"task{number}", commit) for number in range(2)]
+        with anyio.move_on_after(1.2) as waited:
+            await yard.begin(pool, "third", commit)
+        assert waited.cancelled_caught
+        for one in began:
+            await yard.end(pool, *one)
+    assert [record.bytes >> 20 for place in places_of(yard.hub) if (record := read_record(place))] == [1, 1]
+    async with yard.open(replace(care, sparse=("src",)), size=5 << 19) as pool:
+        with anyio.fail_after(30):
+            await yard.end(pool, *await yard.begin(pool, "task", commit))
+    assert len(places_of(yard.hub)) == 2
+    await assert_no_leaks(yard)
+
+
+async def test_where_none_may_be_made_it_is_said(yard: Yard) -> None:
+    """Instead of waiting for ever."""
+    async with yard.open(places=0) as pool:
+        with anyio.fail_after(30), pytest.raises(RefusedError):
+            await yard.begin(pool, "task", await yard.fetch())
+
+
+# What gets in the way.
+
+
+async def test_a_file_in_the_way_of_a_move(yard: Yard, tmp_path: Path) -> None:
+    """A kept file that is tracked by the next commit: another place is made, and what it has is the commit's."""
+    main, other = await yard.fetch(), await yard.fetch("other")
+    async with yard.open(Care(keep=Keep((("wanted.o", ""),)))) as pool:
+        worktree, checkout = await yard.begin(pool, "first", main)
+        (worktree.tree / "wanted.o").write_text("kept\n")
+        await yard.end(pool, worktree, checkout)
+        await idle(pool, 1)
+        worktree, checkout = await yard.begin(pool, "again", main)
+        assert (worktree.tree / "wanted.o").read_text() == "kept\n"
+        await yard.end(pool, worktree, checkout)
+        await idle(pool, 1)
+        worktree, checkout = await yard.begin(pool, "moved", other)
+        assert files(worktree.tree) == await by_git(yard, "other", tmp_path / "clone")
+        (worktree.tree / "wanted.o").write_text("changed\n")
+        found = await checkout.compare()
+        assert found is not None
+        assert found.changed == ["wanted.o"]
+        await yard.end(pool, worktree, checkout)
+    await assert_no_leaks(yard)
+
+
+async def test_what_is_not_ignored_any_more_does_not_stay(yard: Yard, repository: Repository) -> None:
+    """A kept folder goes where the next commit does not ignore it."""
+    main = await yard.fetch()
+    repository.commit({".gitignore": "*.o\n"}, "no cache")
+    newer = await yard.fetch()
+    async with yard.open(Care(keep=Keep((("cache", ""),))), places=1) as pool:
+        for name, commit, is_there in (("a", main, False), ("b", main, True), ("c", newer, False)):
+            worktree, checkout = await yard.begin(pool, name, commit)
+            assert (worktree.tree / "cache").exists() is is_there
+            (worktree.tree / "cache").mkdir(exist_ok=True)
+            (worktree.tree / "cache" / "x").write_text("x\n")
+            await yard.end(pool, worktree, checkout)
+    await assert_no_leaks(yard)
+
+
+async def test_what_adapters_keep_is_theirs(yard: Yard) -> None:
+    """What is kept for sessions of one is not seen by those of another, nor by checks; what is for all is."""
+    commit = await yard.fetch()
+    async with yard.open(Care(keep=Keep((("one.o", "one"), ("cache", "")))), places=1) as pool:
+        seen = list[tuple[bool, bool]]()
+        for name in ("one", "one", "two", "one", ""):
+            worktree, checkout = await yard.begin(pool, f"task{len(seen)}", commit, name)
+            seen.append(((worktree.tree / "one.o").exists(), (worktree.tree / "cache").exists()))
+            if name == "one":
+                (worktree.tree / "one.o").write_text("mine\n")
+            (worktree.tree / "cache").mkdir(exist_ok=True)
+            await yard.end(pool, worktree, checkout)
+            await idle(pool, 1)
+    assert seen == [(False, False), (True, True), (False, True), (False, True), (False, True)]
+
+
+async def test_what_setup_made_stays_or_the_place_goes(yard: Yard) -> None:
+    """It is made once; where a session changed it, the next one has a new place."""
+    commit, made = await yard.fetch(), 0
+
+    async def furnish(checkout: Checkout, _: str) -> tuple[str, ...]:
+        nonlocal made
+        if checkout.contents.record.setup:
+            return checkout.contents.record.setup
+        made += 1
+        (checkout.place.tree / "setup.o").write_text("whole\n")
+        (checkout.place.tree / "plain.txt").write_text("whole\n")
+        return ("made",)
+
+    async with yard.open(Care(furnish=furnish), places=1) as pool:
+        for number, (edit, count) in enumerate(
+            ((None, 1), ("README.md", 1), ("setup.o", 1), ("plain.txt", 2), (None, 3))
+        ):
+            worktree, checkout = await yard.begin(pool, f"task{number}", commit)
+            assert made == count
+            assert (worktree.tree / "setup.o").read_text() == (worktree.tree / "plain.txt").read_text() == "whole\n"
+            if edit:
+                (worktree.tree / edit).write_text("changed\n")
+            await yard.end(pool, worktree, checkout)
+    await assert_no_leaks(yard)
+
+
+async def test_a_setup_that_fails_is_told_to_whoever_waits(yard: Yard) -> None:
+    """Once each, and nothing is left; the next one tries again."""
+    is_broken = True
+
+    async def furnish(checkout: Checkout, _: str) -> tuple[str, ...]:
+        if is_broken:
+            raise SetupError("it can't be")
+        return ()
+
+    async with yard.open(Care(furnish=furnish)) as pool:
+        for number in range(2):
+            with anyio.fail_after(30), pytest.raises(SetupError):
+                await yard.begin(pool, f"task{number}", await yard.fetch())
+        is_broken = False
+        await yard.end(pool, *await yard.begin(pool, "task", await yard.fetch()))
+    await assert_no_leaks(yard)
+
+
+async def test_a_file_system_that_tells_too_little(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every place is used once: also where its clock is not ours, and where setup has made something."""
+    commit = await yard.fetch()
+
+    async def furnish(checkout: Checkout, _: str) -> tuple[str, ...]:
+        (checkout.place.tree / "setup.o").write_text("made\n")
+        return ("made",)
+
+    for name, value in (("stamps_mappings", lambda folder: False), ("Stamps", None)):
+        with monkeypatch.context() as patch:
+            if value is None:
+                patch.setattr(Stamps, "take", classmethod(lambda cls, *_: None))
+            else:
+                patch.setattr(pool_module, name, value)
+            async with yard.open(Care(furnish=furnish), places=2) as pool:
+                for number in range(3):
+                    with anyio.fail_after(30):
+                        worktree, checkout = await yard.begin(pool, f"{name}{number}", commit)
+                    assert not (checkout.place.scratch / "used").exists()
+                    (checkout.place.scratch / "used").touch()
+                    await yard.end(pool, worktree, checkout)
+        assert not places_of(yard.hub)
+        await assert_no_leaks(yard)
+
+
+async def test_taking_may_be_cancelled(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it waits, and while a place is brought to another commit: nothing is lost, and the next one gets it."""
+    main, other = await yard.fetch(), await yard.fetch("other")
+    move, moving = reset.move, anyio.Event()
+
+    async def slow(*arguments: object) -> object:
+        moving.set()
+        await anyio.sleep(30)
+        raise AssertionError("it was to be cancelled")
+
+    async with yard.open(places=1) as pool:
+        one = await yard.begin(pool, "first", main)
+        with anyio.move_on_after(0.1):
+            await yard.begin(pool, "waits", main)
+        await yard.end(pool, *one)
+        await idle(pool, 1)
+        monkeypatch.setattr(reset, "move", slow)
+        async with anyio.create_task_group() as group:
+            group.start_soon(yard.begin, pool, "moves", other)
+            await moving.wait()
+            group.cancel_scope.cancel()
+        monkeypatch.setattr(reset, "move", move)
+        with anyio.fail_after(30):
+            await yard.end(pool, *await yard.begin(pool, "next", other))
+    await assert_no_leaks(yard)
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_takers_that_are_cancelled_at_any_moment(yard: Yard, seed: int) -> None:
+    """Of many some give up at a random moment; the others go on, and nothing is lost."""
+    commits, chance = [await yard.fetch(), await yard.fetch("other")], random.Random(seed)
+    async with yard.open(places=3, warm=2) as pool:
+
+        async def session(number: int) -> None:
+            with anyio.move_on_after(chance.random() * 0.3 if number % 2 else None):
+                worktree = yard.worktree(f"task{number}")
+                checkout = await pool.take(chance.choice(commits), worktree.root)
+                with anyio.CancelScope(shield=True):
+                    await worktrees.create(worktree, checkout, "")
+                    (worktree.tree / "README.md").write_text("changed\n")
+                    await yard.end(pool, worktree, checkout)
+
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as group:
+                for number in range(12):
+                    group.start_soon(session, number)
+    assert len(places_of(yard.hub)) <= 3
+    await assert_no_leaks(yard)
+
+
+# Between processes and runs.
+
+
+async def test_the_next_pool_goes_on_with_what_was_left(yard: Yard) -> None:
+    """Places that a closed pool left are used again, but for one that was changed in between, which goes."""
+    commit = await yard.fetch()
+    async with yard.open(warm=3) as pool:
+        pool.warm(commit)
+        await idle(pool, 3)
+    for place in places_of(yard.hub):
+        (place.root / "mark").touch()
+    (Place(yard.hub, 2).tree / "README.md").write_text("changed in between\n")
+    again, began = {}, []
+    async with yard.open(places=3, warm=3) as pool:
+        for number in range(3):
+            worktree, checkout = await yard.begin(pool, f"task{number}", commit)
+            assert (worktree.tree / "README.md").read_text() == "# Project\n"
+            again[checkout.place.number] = (checkout.place.root / "mark").exists()
+            began.append((worktree, checkout))
+        for one in began:
+            await yard.end(pool, *one)
+    assert again == {1: True, 2: False, 3: True}
+    assert len(places_of(yard.hub)) == 3
+    await assert_no_leaks(yard)
+
+
+@pytest.mark.parametrize("damage", ["record.json", "stamps.json", "tree"])
+async def test_damaged_places_are_not_used(yard: Yard, damage: str) -> None:
+    """Half a record, or no checkout: the place is thrown away."""
+    commit = await yard.fetch()
+    async with yard.open(warm=1) as pool:
+        pool.warm(commit)
+        await idle(pool, 1)
+    place = Place(yard.hub, 1)
+    if damage == "tree":
+        shutil.rmtree(place.tree)
+    else:
+        path = place.root / damage
+        path.write_bytes(path.read_bytes()[:-20])
+    async with yard.open(warm=1) as pool:
+        worktree, checkout = await yard.begin(pool, "task", commit)
+        assert (worktree.tree / "README.md").read_text() == "# Project\n"
+        await yard.end(pool, worktree, checkout)
+    await assert_no_leaks(yard)
+
+
+async def test_a_kept_session_keeps_its_place(yard: Yard) -> None:
+    """It counts for nothing, no pool touches it, and removing the session takes the place away, too."""
+    commit = await yard.fetch()
+    async with yard.open(places=1) as pool:
+        worktree, checkout = await yard.begin(pool, "kept", commit)
+        (worktree.tree / "work.txt").write_text("work\n")
+        await pool.lose(checkout)
+    async with yard.open(places=1, warm=1) as pool:
+        await yard.end(pool, *await yard.begin(pool, "next", commit))
+    assert (worktree.tree / "work.txt").read_text() == "work\n"
+    await worktrees.remove(worktree)
+    assert [place.number for place in places_of(yard.hub)] == [2]
+    async with yard.open():
+        pass
+    await assert_no_leaks(yard)
+
+
+async def test_two_pools_of_one_hub(yard: Yard) -> None:
+    """Neither touches what the other has, idle or in use; what one does not use makes room for the other."""
+    commit = await yard.fetch()
+    async with yard.open(places=3, warm=2) as one, yard.open(places=3, warm=2) as two:
+        one.warm(commit)
+        await idle(one, 2)
+        first = await yard.begin(one, "first", commit)
+        second = await yard.begin(two, "second", commit)
+        with anyio.move_on_after(0.7) as waited:
+            await yard.begin(two, "third", commit)
+        assert waited.cancelled_caught
+        assert len({first[0].tree, second[0].tree}) == 2
+        await yard.end(one, *first)
+        await yard.end(two, *second)
+    assert len(places_of(yard.hub)) == 3
+    await assert_no_leaks(yard)
+    async with yard.open(places=1) as pool:
+        await yard.end(pool, *await yard.begin(pool, "last", commit))
+    assert len(places_of(yard.hub)) == 1
+    await assert_no_leaks(yard)
+
+
+def worker(repository: Repository, *arguments: object, failpoints: str = "") -> subprocess.Popen[str]:
+    """Start a process with a pool of its own."""
+    env = {**repository.environ, "PYTHONPATH": str(WORKER.parents[2])}
+    home = repository.top.parent / "council-home"
+    return subprocess.Popen(
+        [sys.executable, str(WORKER), str(repository.top), str(home), *map(str, arguments)],
+        env={**env, **({"COUNCIL_FAILPOINTS": failpoints} if failpoints else {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+async def plain(repository: Repository, tmp_path: Path, environ: dict[str, str]) -> Yard:
+    """A hub for a repository with two branches of the same files."""
+    repository.git("branch", "other")
+    repository.commit({"src/app.py": "changed\n"}, "second")
+    return await Yard.of(repository.top, tmp_path / "council-home", environ)
+
+
+def forget_sessions(yard: Yard) -> None:
+    """Do what a recovery does once it has saved what sessions of a killed run left, and no command of that lives."""
+    until_free(yard)
+    for worktree in worktrees.left_over(yard.hub, "run1", None):
+        worktrees._remove(worktree)
+
+
+def until_free(yard: Yard) -> None:
+    """Wait for the commands of a killed process, which hold the locks of places until they have ended."""
+    wait_for(lambda: not any(anyio.run(place.lock.is_held) for place in places_of(yard.hub)))
+
+
+@pytest.mark.parametrize("step", STEPS)
+async def test_a_place_is_not_lost_with_its_process(plain: Yard, repository: Repository, step: str) -> None:
+    """Killed at any step: the next pool throws away what nobody can vouch for, keeps sessions' places, and works."""
+    before = worker(repository, 4, 2, "before", 2)
+    _, errors = before.communicate(timeout=60)
+    assert before.returncode == 0, errors
+    child = worker(repository, 24, 4, "seed", 4, failpoints=f"{step}=kill@2")
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == -9, errors
+    await anyio.to_thread.run_sync(until_free, plain)
+    sessions = {one.root: one.place for one in worktrees.left_over(plain.hub, "run1", None)}
+    async with plain.open(warm=2) as pool:
+        await plain.end(pool, *await plain.begin(pool, "after", await plain.fetch()))
+        for root, place in sessions.items():
+            assert place is None or user_of(place) == root
+    await anyio.to_thread.run_sync(forget_sessions, plain)
+    async with plain.open():
+        pass
+    await assert_no_leaks(plain)
+
+
+async def _many(yard: Yard, repository: Repository, total: int) -> None:
+    """Two processes at once hand places out until it is enough; most are killed at a random moment."""
+    chance, handed = random.Random(total), 0
+    while handed < total:
+        children = [worker(repository, max(100, total // 10), 16, f"{handed}-{side}", 6) for side in range(2)]
+        for child in children:
+            victim = chance.random() < 0.5
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(chance.uniform(0.8, 4.0) if victim else None)
+            child.kill()
+            output, errors = child.communicate()
+            assert child.returncode in {0, -9}, errors
+            assert victim or child.returncode == 0, errors
+            if child.returncode == 0:
+                count, half, end = map(int, output.split())
+                handed += count
+                assert end < half * 1.2 + 4_000
+        assert len(places_of(yard.hub)) <= 6 + 2 * 16
+        await anyio.to_thread.run_sync(forget_sessions, yard)
+    async with yard.open():
+        pass
+    await assert_no_leaks(yard)
+    assert len(places_of(yard.hub)) <= 6
+    assert not list((yard.hub.trusted / "indexes").iterdir())
+
+
+@pytest.mark.timeout(600)
+async def test_two_processes_that_are_killed_now_and_then(plain: Yard, repository: Repository) -> None:
+    """Of a few hundred hand-outs none fails, nothing is left, and memory does not grow."""
+    await _many(plain, repository, 200)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+async def test_ten_thousand(plain: Yard, repository: Repository) -> None:
+    """The same, far longer."""
+    await _many(plain, repository, 10_000)

@@ -1,0 +1,323 @@
+"""Files that git does not track come into worktrees from the user's checkout, and never into commits."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from orchestrator.config.model import Reach
+from orchestrator.domain.secrets import Redactor
+from orchestrator.repo.collect import Collected, collect
+from orchestrator.repo.diffs import live_diff
+from orchestrator.repo.git import Git
+from orchestrator.repo.hub import internal_ref
+from orchestrator.repo.inspection import Admission
+from orchestrator.repo.provisions import NotProvided, Provisions
+from orchestrator.repo.source import Source
+from orchestrator.repo.stamps import Stamps
+from orchestrator.repo.worktrees import Worktree
+from tests.conftest import Repository
+from tests.places import Yard
+
+COPIED = (".env", "config/local.yaml", "vendor/a b*[c]")
+
+
+@dataclass
+class Place:
+    """A worktree with what it was given, and the commands of the agent in it."""
+
+    git: Git
+    worktree: Worktree
+    base: str
+    environ: Mapping[str, str]
+    provisions: Provisions
+    stamps: Stamps
+
+    @property
+    def tree(self) -> Path:
+        return self.worktree.tree
+
+    async def provide(self) -> None:
+        """Put everything into the worktree, as before each session."""
+        assert isinstance(await self.provisions.put_into(self.tree, self.base, self.git), Reach)
+
+    async def refuse(self) -> NotProvided:
+        """Return why not everything can be put into it."""
+        result = await self.provisions.put_into(self.tree, self.base, self.git)
+        assert isinstance(result, NotProvided)
+        return result
+
+    def agent(self, *arguments: str) -> str:
+        """Run git as the agent would."""
+        done = subprocess.run(["git", *arguments], cwd=self.tree, env=self.environ, check=True, capture_output=True)
+        return done.stdout.decode().strip()
+
+    async def collect(self) -> Collected:
+        """Collect, twice: what is found by stamps must also be found without, and again."""
+        admit = Admission(Redactor(), withheld=self.provisions.paths)
+        found = self.stamps.compare()
+        first = await collect(self.git, self.worktree, self.base, "work\n", admit=admit, found=found)
+        again = await collect(self.git, self.worktree, self.base, "work\n", admit=admit)
+        assert await self.paths(first.commit) == await self.paths(again.commit)
+        assert (first.refused, first.left_out, first.notes) == (again.refused, again.left_out, again.notes)
+        return first
+
+    async def paths(self, commit: str | None) -> list[str]:
+        """Return the paths of a commit, and of all commits of the agent's before it."""
+        if commit is None:
+            return []
+        listed = await self.git("log", "--format=", "--name-only", "-z", "--no-renames", commit, f"^{self.base}")
+        return sorted(set(listed.stdout.decode().split("\0")[:-1]))
+
+
+@pytest.fixture
+async def place(repository: Repository, tmp_path: Path, environ: dict[str, str]) -> Place:
+    """A worktree of a repository that ignores some of what its user has beside it, and tracks a folder for another."""
+    repository.commit({".gitignore": ".env\n", "config/base.yaml": "a: 1\n"}, "more")
+    top = repository.top
+    (top / ".env").write_text("API_TOKEN=of-the-user-1\nDEBUG=1\n")
+    (top / ".env").chmod(0o600)
+    (top / "config/local.yaml").write_text("secret: user\n")
+    folder = top / "vendor/a b*[c]"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep/run").write_text("#!/bin/sh\n")
+    (folder / "deep/run").chmod(0o755)
+    (folder / "link").symlink_to("deep/run")
+    (folder / "out").symlink_to("/etc/passwd")
+    (top / "data/models").mkdir(parents=True)
+    (top / "data/models/big").write_text("of the user\n")
+    yard = await Yard.of(top, tmp_path / "council-home", environ)
+    base = await yard.fetch()
+    async with yard.open() as pool:
+        worktree, checkout = await yard.begin(pool, "task", base)
+        await pool.lose(checkout)
+    provisions = Provisions(top, COPIED, ("data/models",))
+    return Place(yard.git, worktree, base, environ, provisions, checkout.contents.stamps)
+
+
+async def test_copies_are_as_the_user_has_them(place: Place) -> None:
+    """Files, folders, what is nested; modes are kept, and links in a folder stay links."""
+    reach = await place.provisions.put_into(place.tree, place.base, place.git)
+    assert (place.tree / ".env").read_text() == "API_TOKEN=of-the-user-1\nDEBUG=1\n"
+    assert stat.S_IMODE((place.tree / ".env").stat().st_mode) == 0o600
+    assert (place.tree / "config/local.yaml").read_text() == "secret: user\n"
+    folder = place.tree / "vendor/a b*[c]"
+    assert os.access(folder / "deep/run", os.X_OK)
+    assert [(folder / name).readlink() for name in ("link", "out")] == [Path("deep/run"), Path("/etc/passwd")]
+    models = place.provisions.checkout / "data/models"
+    assert (place.tree / "data/models").readlink() == models
+    assert reach == Reach(readable=(models,))
+
+
+async def test_what_is_only_there_is_no_work(place: Place) -> None:
+    """Neither is it complained of; what else there is comes in."""
+    await place.provide()
+    assert await place.collect() == Collected(None)
+    (place.tree / "config/new.yaml").write_text("b: 1\n")
+    left = await place.collect()
+    assert left == Collected(left.commit)
+    assert await place.paths(left.commit) == ["config/new.yaml"]
+
+
+async def test_what_a_session_does_to_it_is_no_work(place: Place) -> None:
+    """It may change, delete and replace all of it; the next session gets it as the user has it."""
+    await place.provide()
+    (place.tree / ".env").write_text("API_TOKEN=of-the-agent\n")
+    (place.tree / "config/local.yaml").unlink()
+    shutil.rmtree(place.tree / "vendor/a b*[c]")
+    (place.tree / "vendor/a b*[c]").write_text("a file\n")
+    (place.tree / "data/models").unlink()
+    (place.tree / "data/models").mkdir()
+    (place.tree / "data/models/own").write_text("own\n")
+    (place.tree / ".gitignore").write_text("!.env\n!*\n")
+    left = await place.collect()
+    assert left == Collected(left.commit)
+    assert await place.paths(left.commit) == [".gitignore"]
+    await place.provide()
+    assert "of-the-user-1" in (place.tree / ".env").read_text()
+    assert (place.tree / "config/local.yaml").exists()
+    assert (place.tree / "vendor/a b*[c]/deep/run").exists()
+    assert (place.tree / "data/models/big").read_text() == "of the user\n"
+
+
+async def test_many_changes_beside_it_are_found_without_it(place: Place) -> None:
+    """Also where there are too many to be named one by one, and a .gitignore lets everything in."""
+    await place.provide()
+    (place.tree / ".gitignore").write_text("!.env\n!*\n")
+    for number in range(150):
+        (place.tree / f"{number}.txt").write_text("x\n")
+        (place.tree / f"vendor/a b*[c]/{number}").write_text("x\n")
+    left = await place.collect()
+    assert left == Collected(left.commit)
+    assert await place.paths(left.commit) == sorted([".gitignore", *(f"{number}.txt" for number in range(150))])
+
+
+async def test_where_git_looks_at_everything_it_does_not_come_in(place: Place) -> None:
+    """A folder that became a link makes git look through the checkout, where a .gitignore lets everything in."""
+    await place.provide()
+    (place.tree / ".gitignore").write_text("!.env\n!*\n")
+    shutil.rmtree(place.tree / "src")
+    (place.tree / "src").symlink_to("vendor")
+    left = await place.collect()
+    assert left == Collected(left.commit)
+    assert await place.paths(left.commit) == [".gitignore", "src", "src/app.py"]
+
+
+@pytest.mark.parametrize("path", [".env", "config/local.yaml", "vendor/a b*[c]/deep/run", "data/models"])
+async def test_what_an_agent_commits_by_force_does_not_come_in(place: Place, path: str) -> None:
+    """Its own commits are not kept then; the rest of its work is."""
+    await place.provide()
+    (place.tree / "new.txt").write_text("new\n")
+    place.agent("add", "--force", "--", f":(literal){path}", "new.txt")
+    place.agent("commit", "--quiet", "--message", "mine")
+    left = await place.collect()
+    assert await place.paths(left.commit) == ["new.txt"]
+    assert not left.complete
+    assert "worktrees.copy" in "".join(left.notes)
+    listed = await place.git("rev-list", "--objects", "--all")
+    assert b"local.yaml" not in listed.stdout
+
+
+async def test_a_link_in_place_of_its_folder_leads_nobody_out(place: Place, tmp_path: Path) -> None:
+    """It is no work that can land, and nothing is written through it the next time."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    await place.provide()
+    shutil.rmtree(place.tree / "config")
+    (place.tree / "config").symlink_to(outside)
+    left = await place.collect()
+    assert left.left_out == ("config",)
+    assert "config/local.yaml" in (left.refused or "")
+    assert left.commit is None
+    shutil.rmtree(place.tree / "vendor")
+    (place.tree / "vendor").symlink_to(outside)
+    await place.provide()
+    assert not list(outside.iterdir())
+    assert not (place.tree / "config").is_symlink()
+    assert (place.tree / "vendor/a b*[c]/deep/run").exists()
+
+
+async def test_a_link_in_place_of_it_is_not_written_through(place: Place, tmp_path: Path) -> None:
+    """A file or a folder outside that something was made a link to stays as it is."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_text("kept\n")
+    await place.provide()
+    for path, target in ((".env", outside / "file"), ("config/local.yaml", outside / "none")):
+        (place.tree / path).unlink()
+        (place.tree / path).symlink_to(target)
+    shutil.rmtree(place.tree / "vendor/a b*[c]")
+    (place.tree / "vendor/a b*[c]").symlink_to(outside)
+    await place.provide()
+    assert [path.name for path in outside.iterdir()] == ["file"]
+    assert (outside / "file").read_text() == "kept\n"
+    assert not (place.tree / ".env").is_symlink()
+
+
+async def test_a_committed_link_in_place_of_its_folder_does_not_come_in(place: Place) -> None:
+    """In the user's checkout git would put it where their file is."""
+    shutil.rmtree(place.tree / "config")
+    (place.tree / "config").symlink_to("/etc")
+    place.agent("add", "--all")
+    place.agent("commit", "--quiet", "--message", "mine")
+    left = await place.collect()
+    assert left.commit is None
+    assert "config" in "".join(left.notes)
+
+
+async def test_what_is_missing_is_told_with_the_remedy(place: Place) -> None:
+    """The user may have deleted it meanwhile."""
+    (place.provisions.checkout / ".env").unlink()
+    told = str(await place.refuse())
+    assert told.startswith("`worktrees.copy`: there is no '.env' in ")
+    assert "make it there, or remove it" in told
+    assert not (place.tree / ".env").exists()
+
+
+async def test_a_link_on_the_way_is_refused_in_the_users_checkout(place: Place, tmp_path: Path) -> None:
+    """A folder may have landed as a link to anywhere; what is named itself is the user's own doing."""
+    top, elsewhere = place.provisions.checkout, tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "local.yaml").write_text("of somebody\n")
+    shutil.rmtree(top / "config")
+    (top / "config").symlink_to(elsewhere)
+    assert "'config/local.yaml' goes through the link 'config'" in str(await place.refuse())
+    (top / "config").unlink()
+    (top / "config").mkdir()
+    (top / "config/local.yaml").symlink_to(elsewhere / "local.yaml")
+    shutil.rmtree(top / "data/models")
+    (top / "data/models").symlink_to(elsewhere)
+    reach = await place.provisions.put_into(place.tree, place.base, place.git)
+    assert reach == Reach(readable=(elsewhere,))
+    assert (place.tree / "config/local.yaml").read_text() == "of somebody\n"
+    assert not (place.tree / "config/local.yaml").is_symlink()
+    place.provisions = replace(place.provisions, hidden=(elsewhere / "deeper",))
+    assert "`worktrees.link`: 'data/models' is, or holds, what no session may see" in str(await place.refuse())
+
+
+@pytest.mark.parametrize("path", ["config", "config/base.yaml"])
+async def test_what_git_tracks_is_not_put_over_its_own(place: Place, path: str) -> None:
+    """Each session would seem to have changed it."""
+    place.provisions = Provisions(place.provisions.checkout, (path,))
+    assert "is in the commit already: remove it from `worktrees.copy`" in str(await place.refuse())
+
+
+async def test_a_tracked_link_on_the_way_stays(place: Place, repository: Repository) -> None:
+    """It is what the commit has there; the user is told to name the folder itself."""
+    (repository.top / "conf").symlink_to("config")
+    base = repository.commit({}, "a link")
+    await Source.of(str(repository.top), is_local=True, git=place.git).fetch("main", internal_ref("run1", "base"))
+    place.base, place.provisions = base, Provisions(repository.top, ("conf/local.yaml",))
+    assert "'conf' is no folder in the commit" in str(await place.refuse())
+
+
+async def test_a_pipe_is_not_waited_for(place: Place) -> None:
+    """Where it is named it is refused."""
+    (place.provisions.checkout / ".env").unlink()
+    os.mkfifo(place.provisions.checkout / ".env")
+    assert "neither a file nor a folder" in str(await place.refuse())
+    assert await place.provisions.secrets() == frozenset()
+
+
+async def test_a_live_diff_shows_nothing_of_it(place: Place) -> None:
+    """Neither the copy nor a line about it."""
+    await place.provide()
+    admit = Admission(Redactor(), withheld=place.provisions.paths)
+    assert await live_diff(place.git, place.worktree, place.base, admit=admit) == b""
+
+
+async def test_values_of_secrets_in_it_are_found(place: Place) -> None:
+    """In a file that is named, whatever it is called, and in files for secrets of a folder, copied or linked."""
+    top = place.provisions.checkout
+    (top / "config/local.yaml").write_text("export DB_PASSWORD='not-to-be-seen'\nDB_PASSWORD_FILE=/run/secrets/dbpw\n")
+    (top / "vendor/a b*[c]/prod.env").write_text('A_KEY="in-the-folder"\n')
+    (top / "vendor/a b*[c]/text").write_text("B_KEY=no-such-file\n")
+    (top / "data/models/.env").write_text("C_KEY=behind-the-link\n")
+    (top / "vendor/a b*[c]/.env").symlink_to("/dev/zero")
+    assert await place.provisions.secrets() == {"of-the-user-1", "not-to-be-seen", "in-the-folder", "behind-the-link"}
+    gone = Provisions(top, ("gone", "gone/deeper"), ("config/base.yaml/x",))
+    assert await gone.secrets() == frozenset()
+
+
+async def test_what_was_there_untracked_before_the_session_may_change(place: Place) -> None:
+    """A cache that stayed, or what a setup made: it is looked at as git looks at it without stamps."""
+    await place.provide()
+    (place.tree / ".gitignore").write_text(".env\ncache\n")
+    place.agent("add", "--all", ".gitignore")
+    place.agent("commit", "--quiet", "--message", "ignore")
+    (place.tree / "cache").write_text("1\n")
+    stamps = Stamps.take(place.tree)
+    assert stamps is not None
+    place.stamps = stamps
+    (place.tree / "cache").write_text("2\n")
+    (place.tree / "README.md").write_text("work\n")
+    left = await place.collect()
+    assert left == Collected(left.commit)
+    assert await place.paths(left.commit) == [".gitignore", "README.md"]

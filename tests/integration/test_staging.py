@@ -1,0 +1,157 @@
+"""What is staged by what is known to differ is what a look at everything would stage."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from orchestrator.domain.secrets import Redactor
+from orchestrator.repo.git import Git
+from orchestrator.repo.hub import create_hub, hub_of, internal_ref
+from orchestrator.repo.inspection import Admission
+from orchestrator.repo.quarantine import Quarantine
+from orchestrator.repo.source import Source
+from orchestrator.repo.staging import Staged, Staging, stage
+from orchestrator.repo.stamps import Stamps
+from tests.conftest import Repository
+
+VALUE = "the-value-of-a-variable"
+ADMIT = Admission(Redactor([VALUE]), max_file=1000)
+IGNORED = Admission(Redactor([]), leavings=("*.log",))
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """A checkout with its index, as it was handed out."""
+
+    git: Git
+    staging: Staging
+    base: str
+    stamps: Stamps
+
+    @property
+    def tree(self) -> Path:
+        """Where the files are."""
+        return self.staging.tree
+
+    async def stage(self, admit: Admission = ADMIT) -> Staged:
+        """Stage by what differs, then with a look at everything; both must come to the same."""
+        found = self.stamps.compare()
+        assert found is not None
+        by_stamps = await stage(self.git, replace(self.staging, found=found), self.base, admit)
+        first = await self.index()
+        of_all = await stage(self.git, self.staging, self.base, admit)
+        assert (first, by_stamps) == (await self.index(), of_all)
+        return by_stamps
+
+    async def index(self) -> str:
+        """Return what is staged."""
+        return await self.git.line("ls-files", "--stage", env=self.staging.env)
+
+
+@pytest.fixture
+async def checkout(repository: Repository, tmp_path: Path, environ: dict[str, str]) -> Checkout:
+    """A checkout of the repository's `main`."""
+    repository.commit({"a.txt": "a\n", "b.txt": "b\n", "folder/c.txt": "c\n", ".gitignore": "*.tmp\n"}, "more")
+    hub = hub_of(str(repository.top), tmp_path / "council-home")
+    await create_hub(hub, "sha1", environ)
+    git = Git(hub.trusted, environ=environ)
+    source = Source.of(str(repository.top), is_local=True, git=git)
+    base = await source.fetch("main", internal_ref("run1", "base"))
+    tree = tmp_path / "checkout"
+    tree.mkdir()
+    staging = Staging(tree, tmp_path / "index", Quarantine(tmp_path / "import" / "objects", hub.objects))
+    env = {"GIT_WORK_TREE": str(tree), "GIT_INDEX_FILE": str(staging.index)}
+    await git("read-tree", "--reset", "-u", base, env=env, cwd=tree)
+    stamps = Stamps.take(tree)
+    assert stamps is not None
+    return Checkout(git, staging, base, stamps)
+
+
+def paths_of(staged: Staged) -> list[str]:
+    return [change.path for change in staged.changes]
+
+
+async def test_what_was_added_changed_and_removed_is_staged(checkout: Checkout) -> None:
+    """Files, links, modes and folders, whatever they are called."""
+    tree = checkout.tree
+    (tree / "a.txt").write_text("other\n")
+    (tree / "b.txt").unlink()
+    (tree / ":(top)new").write_text("new\n")
+    (tree / "link").symlink_to("nowhere")
+    (tree / "folder" / "c.txt").chmod(0o755)
+    assert paths_of(await checkout.stage()) == [":(top)new", "a.txt", "b.txt", "folder/c.txt", "link"]
+    (tree / "made").mkdir()
+    (tree / "made" / "d.txt").write_text("d\n")
+    assert "made/d.txt" in paths_of(await checkout.stage())
+
+
+async def test_what_is_written_back_is_no_change(checkout: Checkout) -> None:
+    """A file with the content that it had before is not staged."""
+    (checkout.tree / "a.txt").write_text("a\n")
+    assert paths_of(await checkout.stage()) == []
+
+
+async def test_ignored_files_are_passed_over(checkout: Checkout) -> None:
+    """By the checkout's rules, which the session may have changed, and by those of the adapter."""
+    for name in ("one.tmp", "two.log", "three.new"):
+        (checkout.tree / name).write_text("x\n")
+    assert paths_of(await checkout.stage(IGNORED)) == ["three.new"]
+    await checkout.git("read-tree", checkout.base, env=checkout.staging.env)
+    (checkout.tree / ".gitignore").write_text("*.new\n")
+    assert paths_of(await checkout.stage(IGNORED)) == [".gitignore", "one.tmp"]
+
+
+async def test_what_may_not_come_in_is_left_as_the_base_has_it(checkout: Checkout) -> None:
+    """Files for secrets and huge ones are not even read, secrets in files are found; the rest comes in."""
+    (checkout.tree / ".env").write_text("A=1\n")
+    (checkout.tree / "a.txt").write_text("x" * 2000)
+    (checkout.tree / "b.txt").write_text(f"{VALUE}\n")
+    (checkout.tree / "good").write_text("x\n")
+    staged = await checkout.stage()
+    assert (paths_of(staged), sorted(staged.refused)) == (["good"], [".env", "a.txt", "b.txt"])
+    assert len(staged.refused_objects) == 1
+
+
+async def test_a_file_that_only_git_knows_to_be_ignored_is_not_refused(checkout: Checkout) -> None:
+    """A file for secrets that git ignores is none of the work."""
+    (checkout.tree / ".gitignore").write_text(".env\n")
+    (checkout.tree / ".env").write_text("A=1\n")
+    staged = await checkout.stage()
+    assert (paths_of(staged), dict(staged.refused)) == ([".gitignore"], {})
+
+
+async def test_an_index_that_was_staged_before_is_made_anew(checkout: Checkout) -> None:
+    """What an earlier look staged, and is gone by now, does not stay in the index."""
+    (checkout.tree / "early").write_text("x\n")
+    await stage(checkout.git, checkout.staging, checkout.base, ADMIT)
+    (checkout.tree / "early").unlink()
+    (checkout.tree / "late").write_text("x\n")
+    assert paths_of(await checkout.stage()) == ["late"]
+
+
+async def test_a_refused_file_does_not_stay_as_an_earlier_index_has_it(checkout: Checkout) -> None:
+    """A file that was staged when it was small, and is too large by now, is left as the base has it."""
+    (checkout.tree / "a.txt").write_text("small\n")
+    await stage(checkout.git, checkout.staging, checkout.base, ADMIT)
+    (checkout.tree / "a.txt").write_text("x" * 2000)
+    assert paths_of(await checkout.stage()) == []
+
+
+async def test_an_index_of_another_commit_is_made_anew(checkout: Checkout) -> None:
+    """A session that began at a merge is judged against its base: all of the difference is staged."""
+    other = checkout.staging.index.with_name("other")
+    env = {"GIT_WORK_TREE": str(checkout.tree), "GIT_INDEX_FILE": str(other)}
+    (checkout.tree / "a.txt").write_text("merged\n")
+    os.utime(checkout.tree / "a.txt", (1, 1))
+    await checkout.git("read-tree", checkout.base, env=env)
+    await checkout.git("add", "a.txt", env=env, cwd=checkout.tree)
+    other.rename(checkout.staging.index)
+    stamps = Stamps.take(checkout.tree)
+    assert stamps is not None
+    (checkout.tree / "b.txt").write_text("other\n")
+    staged = await replace(checkout, stamps=stamps).stage()
+    assert paths_of(staged) == ["a.txt", "b.txt"]

@@ -1,0 +1,245 @@
+"""What worktrees are prepared with, from the file to the landing: setup, hooks, files of the user's, ports, caches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Ended, Repository
+
+SECRET = "s3cr3t-Val-0123456789"
+
+
+@pytest.fixture
+def outside(repository: Repository) -> Path:
+    """A folder that sessions and commands may write, to leave a trace in."""
+    folder = repository.top.parent / "outside"
+    folder.mkdir()
+    return folder
+
+
+def shell(repository: Repository, outside: Path, scripts: Mapping[str, str], **settings: Any) -> Path:
+    """Configure tasks that are shell scripts."""
+    adapters = settings.pop("adapters", {"sh": {}})
+    script = {"use": "command", "argv": ["sh", "-e", "{prompt_file}"]}
+    made = {name: {**script, **more} for name, more in adapters.items()}
+    listed = [
+        {"id": name, "prompt": prompt, "adapter": next(iter(made)), "attempts": 1} for name, prompt in scripts.items()
+    ]
+    more: Sequence[Mapping[str, Any]] = settings.pop("tasks", listed)
+    return repository.configure(more, writable=[str(outside)], adapters=made, **settings)
+
+
+def run(repository: Repository, config: Path, code: int = 0) -> Ended:
+    """Run a file to its end."""
+    ended = repository.council("run", str(config), "--json")
+    assert ended.code == code, (ended.result, ended.stderr)
+    return ended
+
+
+def lines(path: Path) -> list[str]:
+    """Return the lines of a trace."""
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def many(number: int, script: str) -> dict[str, str]:
+    """Return tasks with the same script, in which `@` is the task's own name."""
+    return {f"t{one}": script.replace("@", f"t{one}") for one in range(number)}
+
+
+async def test_setup_runs_once_for_each_place_and_again_only_when_its_inputs_change(
+    repository: Repository, outside: Path
+) -> None:
+    """Not in the next run either; what it made is there, no session's work, and made anew for other inputs."""
+    repository.commit({"lock": "one\n", ".gitignore": "made/\n"}, "inputs")
+    repository.remember()
+    step = f"mkdir -p made && cp lock made/lock && echo note > note && git rev-parse HEAD && pwd >> {outside}/setups"
+    worktrees = {"setup": [{"run": step, "inputs": ["lock"]}]}
+    script = "cmp lock made/lock && test -f note && echo @ > @.txt"
+    config = shell(repository, outside, many(6, script), worktrees=worktrees, capacity=2)
+    run(repository, config)
+    first = lines(outside / "setups")
+    assert len(first) == len(set(first)) <= 3, "once for each place"
+    run(repository, shell(repository, outside, many(3, script.replace("@.", "@b.")), worktrees=worktrees, capacity=2))
+    assert lines(outside / "setups") == first, "another run finds the places as they were left"
+    repository.commit({"lock": "two\n"}, "other inputs")
+    run(repository, shell(repository, outside, many(2, script.replace("@.", "@c.")), worktrees=worktrees, capacity=2))
+    assert len(lines(outside / "setups")) > len(first)
+    assert "note" not in repository.git("ls-files").split()
+    repository.remember()
+    await repository.assert_invariants()
+
+
+async def test_a_session_that_spoils_the_setup_costs_its_place(repository: Repository, outside: Path) -> None:
+    """The next one has what setup makes, not what the last one made of it."""
+    repository.commit({".gitignore": "made/\n"}, "ignored")
+    repository.remember()
+    worktrees = {"setup": [f"mkdir made && echo good > made/file && echo x >> {outside}/setups"]}
+    script = "grep -qx good made/file && echo bad > made/file && echo more > made/more && echo @ > @.txt"
+    run(repository, shell(repository, outside, many(4, script), worktrees=worktrees, capacity=1))
+    assert len(lines(outside / "setups")) >= 4
+    await repository.assert_invariants()
+
+
+async def test_a_setup_that_fails_is_tried_once_and_told(repository: Repository, outside: Path) -> None:
+    """Every task says why, with the end of what the command printed; nothing of theirs was started."""
+    worktrees = {"setup": [f"echo x >> {outside}/setups; echo no such package >&2; exit 7"]}
+    config = shell(repository, outside, many(5, f"echo x >> {outside}/sessions"), worktrees=worktrees, capacity=2)
+    ended = run(repository, config, 1)
+    assert {task["failure"] for task in ended.result["tasks"]} == {"setup_failed"}
+    for task in ended.result["tasks"]:
+        assert "no such package" in task["reason"]
+        assert "exit code 7" in task["reason"]
+    assert len(lines(outside / "setups")) <= 3, "places that were made at the same time"
+    assert not lines(outside / "sessions")
+    await repository.assert_invariants()
+
+
+async def test_hooks_run_around_each_session(repository: Repository, outside: Path) -> None:
+    """One that fails before it fails the attempt; one that fails after it is told, and what it changed is work."""
+    worktrees = {
+        "before_run": ["echo before > started", f"test $COUNCIL_TASK != bad && echo $COUNCIL_TASK >> {outside}/before"],
+        "after_run": ["test -f started && echo formatted >> $COUNCIL_TASK.txt", "exit 3"],
+    }
+    tasks = {"good": "cat started > good.txt; rm started", "bad": "echo x > bad.txt", "other": "mv started other.txt"}
+    worktrees["after_run"][0] = "echo formatted >> $COUNCIL_TASK.txt"
+    ended = run(repository, shell(repository, outside, tasks, worktrees=worktrees), 1)
+    assert ended.states == {"good": "landed", "bad": "failed", "other": "landed"}
+    assert sorted(lines(outside / "before")) == ["good", "other"]
+    assert repository.git("show", "HEAD:good.txt").splitlines() == ["before", "formatted"]
+    told = map(json.loads, ended.stdout.splitlines())
+    failed = [event for event in told if event.get("event") == "task.after_run_failed"]
+    assert {event["task"] for event in failed} == {"good", "other"}
+    assert all("exit code 3" in event["reason"] for event in failed)
+    await repository.assert_invariants()
+
+
+async def test_files_of_the_user_are_there_and_never_landed(repository: Repository, outside: Path) -> None:
+    """In sessions and checks; forced into a commit they are left out of it, and their secrets are in no log."""
+    repository.commit({".gitignore": ".env\ndata/\n"}, "ignored")
+    (repository.top / ".env").write_text(f"SERVICE_TOKEN={SECRET}\n")
+    (repository.top / "data").mkdir()
+    (repository.top / "data" / "large").write_text("large\n")
+    repository.remember()
+    tasks = {
+        "reads": ". ./.env; echo $SERVICE_TOKEN; cat data/large; test -L data; echo a > a.txt",
+        "forces": "git add -f .env && git commit -qm forced; echo b > b.txt",
+    }
+    config = shell(
+        repository,
+        outside,
+        tasks,
+        worktrees={"copy": [".env"], "link": ["data"]},
+        defaults={"checks": [f"grep -q {SECRET} .env && cat data/large"]},
+    )
+    ended = run(repository, config)
+    assert not {".env", "data"} & set(repository.git("log", "--all", "--name-only", "--format=").split())
+    logs = "".join(path.read_text() for path in (repository.top / ".council" / "logs").rglob("*stdout*"))
+    assert "large" in logs
+    assert "[redacted]" in logs
+    assert SECRET not in logs
+    assert SECRET not in json.dumps(ended.result)
+
+
+async def test_no_two_live_sessions_share_a_port_or_a_name(repository: Repository, outside: Path) -> None:
+    """Each serves on its first port as long as the others do; checks have one, too."""
+    (outside / "serve.py").write_text(
+        "import os, socket, sys, time\n"
+        "server = socket.create_server(('127.0.0.1', int(os.environ['COUNCIL_PORT_0'])))\n"
+        "print(os.environ['COUNCIL_NAME'], os.environ['COUNCIL_PORT_2'])\n"
+    )
+    waits = f'until [ "$(ls {outside}/up | wc -l)" -ge 4 ]; do sleep 0.05; done'
+    (outside / "up").mkdir()
+    told = f"echo $COUNCIL_NAME $COUNCIL_PORT_0 >> {outside}/had; touch {outside}/up/@"
+    script = f"python3 {outside}/serve.py > @.txt; {told}; {waits}"
+    config = shell(
+        repository,
+        outside,
+        many(4, script),
+        worktrees={"ports": 3},
+        capacity=4,
+        defaults={"checks": [f"python3 {outside}/serve.py"]},
+    )
+    run(repository, config)
+    had = [line.split() for line in lines(outside / "had")]
+    assert len({name for name, _ in had}) == len({port for _, port in had}) == 4
+    ports = sorted(int(port) for _, port in had)
+    assert all(two - one >= 3 for one, two in pairwise(ports))
+    await repository.assert_invariants()
+
+
+async def test_what_is_ignored_reaches_the_next_session_only_if_it_is_kept(
+    repository: Repository, outside: Path
+) -> None:
+    """Caches of all are everybody's, those of an adapter its own sessions', the rest nobody's."""
+    repository.commit({".gitignore": "cache/\n.tool/\njunk/\n"}, "ignored")
+    repository.remember()
+    look = f"for i in cache .tool junk; do test ! -e $i || echo @ $i >> {outside}/seen; done; "
+    leave = "mkdir -p cache .tool junk; echo @ > @.txt"
+    tasks = [
+        {"id": "t0", "prompt": (look + leave).replace("@", "t0"), "adapter": "one"},
+        {"id": "t1", "prompt": (look + leave).replace("@", "t1"), "adapter": "one", "needs": ["t0"]},
+        {"id": "t2", "prompt": (look + leave).replace("@", "t2"), "adapter": "two", "needs": ["t1"]},
+    ]
+    config = shell(
+        repository,
+        outside,
+        {},
+        tasks=tasks,
+        adapters={"one": {"keep_ignored": [".tool"]}, "two": {}},
+        worktrees={"keep_ignored": ["cache"], "max": 1},
+        capacity=1,
+    )
+    run(repository, config)
+    assert lines(outside / "seen") == ["t1 cache", "t1 .tool", "t2 cache"]
+    await repository.assert_invariants()
+
+
+async def test_folders_that_are_not_wanted_are_not_there_and_not_lost(repository: Repository, outside: Path) -> None:
+    """A session sees what is at the top and in the named folders; what lands has all the rest."""
+    repository.commit({"docs/a.md": "a\n", "src/deep/b.py": "b\n", "tests/c.py": "c\n"}, "folders")
+    repository.remember()
+    script = "test ! -e docs && test ! -e tests && test -f src/deep/b.py && git status --porcelain && echo n > src/@.py"
+    tasks = {**many(2, script), "outside": "mkdir docs && echo new > docs/new.md && echo changed > docs/a.md"}
+    ended = run(repository, shell(repository, outside, tasks, worktrees={"sparse": ["src"]}, capacity=2))
+    assert ended.states == dict.fromkeys(tasks, "landed")
+    assert repository.git("show", "HEAD:docs/a.md") == "changed"
+    assert {"docs/a.md", "docs/new.md", "tests/c.py", "src/t0.py"} <= set(repository.git("ls-files").split())
+    await repository.assert_invariants()
+
+
+async def test_the_last_words_of_teardown_are_heard(repository: Repository, outside: Path) -> None:
+    """It runs in a place before that is thrown away, with the place's own name."""
+    worktrees = {
+        "setup": [f"echo $COUNCIL_NAME >> {outside}/up; echo x > made"],
+        "teardown": [f"echo $COUNCIL_NAME >> {outside}/down"],
+    }
+    run(repository, shell(repository, outside, {"a": "echo y > made; echo a > a.txt"}, worktrees=worktrees))
+    gone = lines(outside / "down")
+    assert gone
+    assert set(gone) <= set(lines(outside / "up"))
+
+
+async def test_what_setup_made_is_made_again_where_a_session_removed_it_though_it_is_kept(
+    repository: Repository, outside: Path
+) -> None:
+    """Whoever keeps it: sessions of every adapter find it."""
+    repository.commit({".gitignore": "modules/\n"}, "ignored")
+    repository.remember()
+    worktrees = {"setup": ["mkdir modules && echo x > modules/x"], "max": 1}
+    look = f"test -f modules/x || echo @ >> {outside}/missed; echo @ > @.txt"
+    tasks = [
+        {"id": "a1", "prompt": look.replace("@", "a1"), "adapter": "a"},
+        {"id": "b1", "prompt": look.replace("@", "b1") + "; rm -rf modules", "adapter": "b", "needs": ["a1"]},
+        {"id": "a2", "prompt": look.replace("@", "a2") + "; rm -rf modules", "adapter": "a", "needs": ["b1"]},
+        {"id": "b2", "prompt": look.replace("@", "b2"), "adapter": "b", "needs": ["a2"]},
+    ]
+    adapters = {"a": {"keep_ignored": ["modules"]}, "b": {}}
+    run(repository, shell(repository, outside, {}, tasks=tasks, adapters=adapters, worktrees=worktrees, capacity=1))
+    assert not lines(outside / "missed")
+    await repository.assert_invariants()

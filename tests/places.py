@@ -1,0 +1,63 @@
+"""Places for tests: a hub of a repository, and a pool that is opened on it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.clock import SystemClock
+from orchestrator.repo import worktrees
+from orchestrator.repo.git import Git
+from orchestrator.repo.hub import Hub, create_hub, hub_of, internal_ref
+from orchestrator.repo.pool import Care, Checkout, Pool, PoolLimits
+from orchestrator.repo.source import Source
+from orchestrator.repo.worktrees import Worktree
+
+
+@dataclass(frozen=True)
+class Yard:
+    """The hub of a repository, as it is for one run."""
+
+    top: Path
+    hub: Hub
+    git: Git
+
+    @classmethod
+    async def of(cls, top: Path, home: Path, environ: Mapping[str, str]) -> Yard:
+        """Make the hub, unless it is there."""
+        hub = hub_of(str(top), home)
+        await create_hub(hub, "sha1", environ)
+        return cls(top, hub, Git(hub.trusted, environ=environ))
+
+    async def fetch(self, branch: str = "main") -> str:
+        """Bring a branch of the repository into the hub, return its commit."""
+        source = Source.of(str(self.top), is_local=True, git=self.git)
+        return await source.fetch(branch, internal_ref("run1", f"base-{os.getpid()}"))
+
+    @asynccontextmanager
+    async def open(self, care: Care | None = None, *, places: int = 16, size: int | None = None, warm: int = 0
+                   ) -> AsyncIterator[Pool]:  # fmt: skip
+        """Open a pool for the body."""
+        limits = PoolLimits(places, size)
+        async with Pool.open(self.git, self.hub, SystemClock(), limits, care or Care(), warm=warm) as pool:
+            yield pool
+
+    def worktree(self, task: str, attempt: int = 1) -> Worktree:
+        """Name a session."""
+        return Worktree(self.hub, "run1", task, attempt)
+
+    async def begin(self, pool: Pool, task: str, commit: str, adapter: str = "") -> tuple[Worktree, Checkout]:
+        """Hand a place out to a session, and make what that has."""
+        worktree = self.worktree(task)
+        checkout = await pool.take(commit, worktree.root, adapter)
+        await worktrees.create(worktree, checkout, "prompt")
+        return worktree, checkout
+
+    async def end(self, pool: Pool, worktree: Worktree, checkout: Checkout) -> None:
+        """Take the place back from a session whose work is saved."""
+        found = await checkout.compare()
+        await worktrees.leave(worktree)
+        pool.give_back(checkout, found)

@@ -1,0 +1,54 @@
+"""What makes a step of a setup run again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from orchestrator.config.model import SetupStep
+from orchestrator.repo.setup_keys import keys_of, steps_to_run
+
+STEPS = (SetupStep(run="make venv", inputs=("requirements.txt",)), SetupStep(run="make data"))
+THERE = {"requirements.txt": "100644 blob 1"}
+
+
+def keys(**changes: Any) -> tuple[str, ...]:
+    """Return the keys of the steps with something changed."""
+    facts: dict[str, Any] = {"steps": STEPS, "there": THERE, "sparse": (), "env": ()} | changes
+    return keys_of(**facts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        ({}, 2),
+        ({"there": {"requirements.txt": "100644 blob 2"}}, 0),
+        ({"there": {"requirements.txt": "100755 blob 1"}}, 0),
+        ({"there": {}}, 0),
+        ({"there": {**THERE, "else": "100644 blob 3"}}, 2),
+        ({"steps": (STEPS[0], SetupStep(run="make data2"))}, 1),
+        ({"steps": (STEPS[0], SetupStep(run="make data", inputs=("data.csv",)))}, 1),
+        ({"steps": (STEPS[0], SetupStep(run="make data", timeout=1.0))}, 2),
+        ({"steps": STEPS[::-1]}, 0),
+        ({"sparse": ("src",)}, 0),
+        ({"env": ("TOKEN",)}, 0),
+    ],
+)
+def test_steps_run_again_from_the_first_that_changed(changes: dict[str, Any], first: int) -> None:
+    """What it reads, its command and what holds for all of them count; how long it may take does not."""
+    assert steps_to_run(keys(), keys(**changes)) == first
+
+
+def test_what_has_never_run_runs() -> None:
+    """A new place begins with the first step, one whose setup was cut off after it with the second."""
+    assert steps_to_run((), keys()) == 0
+    assert steps_to_run(keys()[:1], keys()) == 1
+    assert steps_to_run((), ()) == 0
+
+
+def test_the_order_of_what_has_none_does_not_count() -> None:
+    """Names of folders, variables and inputs are sets."""
+    one = (SetupStep(run="x", inputs=("a", "b")),)
+    other = (SetupStep(run="x", inputs=("b", "a", "b")),)
+    assert keys(steps=one, sparse=("c", "d"), env=("E", "F")) == keys(steps=other, sparse=("d", "c"), env=("F", "E"))
