@@ -10,7 +10,6 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
-from orchestrator.config.model import WorktreesConfig
 from orchestrator.domain.model import FINAL, Attempt, RunDocument, TaskDocument, TaskStatus
 from orchestrator.domain.secrets import Redactor, secret_values
 from orchestrator.engine.ledger import read_run, read_spec, read_task
@@ -184,6 +183,8 @@ class Archive:
         """Return where an attempt works, and what of it may be shown."""
         document, spec = await read_run(self._store, run), await read_spec(self._store, run, task)
         worktree = Worktree(Hub(Path(document.hub)), run, task, attempt.number)
+        from orchestrator.config.model import WorktreesConfig  # noqa: PLC0415  only live work needs it
+
         given = WorktreesConfig.model_validate(document.worktrees)
         withheld = given.copied + given.linked
         return worktree, Admission(Redactor(secret_values(self._environ)), spec.max_file, withheld=withheld)

@@ -15,13 +15,17 @@ import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio.to_thread
 
 from orchestrator.failpoints import failpoint
 from orchestrator.repo.hub import Hub, work_branch
 from orchestrator.repo.places import Place, place_of, throw_away, user_of
-from orchestrator.repo.pool import Checkout
+
+# Looking at what runs left must be quick, and needs no pool.
+if TYPE_CHECKING:
+    from orchestrator.repo.pool import Checkout
 
 #: How the folder of a check's worktree ends; no task's attempt is named so, because attempts end in a number.
 _CHECK = ".check"
