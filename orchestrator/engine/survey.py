@@ -18,7 +18,6 @@ from orchestrator.domain.leftovers import (
     holding,
     is_stale,
     judge_hub,
-    judge_place,
     judge_stray,
     judge_worktree,
 )
@@ -35,7 +34,7 @@ from orchestrator.repo.debris import debris_in, half_built, hubs_in
 from orchestrator.repo.git import Git
 from orchestrator.repo.hub import INTERNAL_REFS, Hub, is_within
 from orchestrator.repo.origin import Origin
-from orchestrator.repo.places import Place, places_of, read_record, user_of
+from orchestrator.repo.places import Place, places_of, standing_of
 from orchestrator.repo.worktrees import Worktree
 
 _KILLED = "a command that was killed left it"
@@ -184,9 +183,7 @@ async def judged(place: Place, *, is_ours: bool = False) -> Leftover | None:
     """Judge a place; None if it is somebody's, and unless the caller has its lock (`is_ours`) if another has that."""
     if not is_ours and await place.lock.is_held():
         return None
-    is_clean = await anyio.to_thread.run_sync(read_record, place) is not None
-    has_session = await anyio.to_thread.run_sync(user_of, place) is not None
-    verdict = judge_place(is_clean=is_clean, has_session=has_session)
+    verdict = await anyio.to_thread.run_sync(standing_of, place)
     return None if verdict is None else Leftover(Kind.PLACE, str(place.root), *verdict, str(place.hub.root))
 
 

@@ -18,7 +18,7 @@ import anyio.to_thread
 
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.project import Project
-from orchestrator.repo.git import Git, is_object_id, shown
+from orchestrator.repo.git import Git, is_object_id, shown, split_nul
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ async def changes_in(checkout: Path, git: Git) -> list[str]:
     listed = await git(
         "status", "--porcelain", "-z", "--untracked-files=no", "--ignore-submodules=all", "--no-renames", cwd=checkout
     )
-    return [shown(entry[3:]) for entry in listed.stdout.decode(errors="surrogateescape").split("\0")[:-1]]
+    return [shown(entry[3:]) for entry in split_nul(listed.stdout)]
 
 
 async def locks_in_way(repository: LocalRepository, checkout: Path, branch: str, git: Git) -> list[Path]:

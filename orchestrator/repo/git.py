@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,10 +163,29 @@ class Git:
         tree, *paths = merged.stdout.decode(errors="surrogateescape").split("\0")
         return tree, tuple(dict.fromkeys(shown(path) for path in paths if path))
 
+    async def entries(self, commit: str, paths: Collection[str]) -> dict[str, str]:
+        """Return what a commit has at those of the paths that it has: mode, kind and id, with a space between them."""
+        if not paths:
+            return {}
+        # The names are no patterns (gitglossary(7), pathspec); what is not there is not listed.
+        listed = await self("ls-tree", "-z", commit, "--", *sorted(paths), env={"GIT_LITERAL_PATHSPECS": "1"})
+        rows = (row.partition("\t") for row in split_nul(listed.stdout))
+        return {path: meta for meta, _, path in rows}
+
     async def has_branch(self, name: str) -> bool:
         """Whether the repository has this branch."""
         done = await self("show-ref", "--verify", "--quiet", f"refs/heads/{name}", ok=(0, 1))
         return done.returncode == 0
+
+
+def split_nul(output: bytes) -> list[str]:
+    """Return what a command printed with `-z`; bytes that are no UTF-8 are kept as os.fsdecode does."""
+    return output.decode(errors="surrogateescape").split("\0")[:-1]
+
+
+def join_nul(entries: Iterable[str]) -> bytes:
+    """Return what a command reads with `-z`: the reverse of `split_nul`."""
+    return "".join(f"{entry}\0" for entry in entries).encode(errors="surrogateescape")
 
 
 def parse_raw(output: bytes) -> list[Change]:

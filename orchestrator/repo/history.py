@@ -10,7 +10,7 @@ from pathlib import Path
 import anyio.to_thread
 
 from orchestrator.errors import GitError
-from orchestrator.repo.git import Change, Git, parse_raw, shown
+from orchestrator.repo.git import Change, Git, parse_raw, shown, split_nul
 from orchestrator.repo.inspection import Admission, inspect
 from orchestrator.repo.quarantine import Quarantine
 from orchestrator.repo.worktrees import Worktree
@@ -106,8 +106,8 @@ class History:
         return await inspect(self.git, [*changes, *said], self.admit, env)
 
     async def _base_files(self) -> dict[str, str]:
-        listed = (await self.git("ls-tree", "-r", "-z", self.base)).stdout.decode(errors="surrogateescape")
-        rows = (row.partition("\t") for row in listed.split("\0")[:-1])
+        listed = await self.git("ls-tree", "-r", "-z", self.base)
+        rows = (row.partition("\t") for row in split_nul(listed.stdout))
         return {path: meta.split(" ")[2] for meta, _, path in rows}
 
 

@@ -15,7 +15,7 @@ import anyio.to_thread
 
 from orchestrator.failpoints import failpoint
 from orchestrator.repo.checkout import LocalRepository, changes_in, checkout_of, locks_in_way, settle
-from orchestrator.repo.git import Git, shown
+from orchestrator.repo.git import Git, shown, split_nul
 from orchestrator.repo.hub import Hub
 from orchestrator.repo.source import Source
 
@@ -260,7 +260,7 @@ class Target:
             return f"the target's checkout has changes of your own ({', '.join(changed[:3])}): commit or stash them"
         arguments = ("diff-tree", "-r", "-z", "--name-only", "--no-renames", "--diff-filter=A")
         added = (await self._git(*arguments, merge.old or self._start, merge.new)).stdout
-        names = added.decode(errors="surrogateescape").split("\0")[:-1]
+        names = split_nul(added)
         if in_way := await anyio.to_thread.run_sync(_existing, checkout, names):
             return f"files that git does not track are in the way ({', '.join(in_way[:3])}): move or commit them"
         return await self._locked(checkout)

@@ -26,6 +26,7 @@ from typing import Any
 
 import anyio.to_thread
 
+from orchestrator.domain.leftovers import Standing, judge_place
 from orchestrator.filelock import FileLock
 from orchestrator.repo.hub import Hub, is_within
 from orchestrator.repo.removal import remove_all
@@ -88,7 +89,7 @@ class Record:
     sparse: tuple[str, ...] = ()
     """The folders that are checked out; all if empty."""
     setup: tuple[str, ...] = ()
-    """What the commands were that set it up, as `sessions.hooks` tells them apart."""
+    """What the commands were that set it up, as `repo.setup_keys` tells them apart."""
     extras: tuple[str, ...] = ()
     """The files that those made, which are in no commit."""
     unignored: tuple[str, ...] = ()
@@ -164,6 +165,11 @@ def place_of(hub: Hub, session: Path) -> Place | None:
         if target.parent == hub.places and target.name.isdecimal():
             return Place(hub, int(target.name))
     return None
+
+
+def standing_of(place: Place) -> tuple[Standing, str] | None:
+    """Judge a place that nobody else has the lock of, as `judge_place` does. Blocks."""
+    return judge_place(is_clean=read_record(place) is not None, has_session=user_of(place) is not None)
 
 
 def throw_away(hub: Hub, folder: Path) -> list[Path]:

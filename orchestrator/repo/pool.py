@@ -18,7 +18,7 @@ import anyio.to_thread
 from anyio.abc import TaskGroup
 
 from orchestrator.clock import Clock
-from orchestrator.domain.leftovers import Standing, judge_place
+from orchestrator.domain.leftovers import Standing
 from orchestrator.errors import GitError, LockHeld, RefusedError
 from orchestrator.failpoints import failpoint
 from orchestrator.repo import reset
@@ -31,9 +31,9 @@ from orchestrator.repo.places import (
     places_of,
     read_record,
     read_stamps,
+    standing_of,
     take_over,
     throw_away,
-    user_of,
     write_record,
 )
 from orchestrator.repo.removal import disk_usage
@@ -202,29 +202,31 @@ class Pool:
                 lock = await stack.enter_async_context(place.lock.hold(0))
             except LockHeld:
                 return
-            record = await anyio.to_thread.run_sync(read_record, place)
-            has_session = await anyio.to_thread.run_sync(user_of, place) is not None
-            judged = judge_place(is_clean=record is not None, has_session=has_session)
+            judged = await anyio.to_thread.run_sync(standing_of, place)
             if judged is not None and judged[0] is Standing.LEFT_OVER:
                 await self._throw_away(place)
-            elif record is not None and record.sparse == self._care.sparse and len(self._ours) < self._wanted:
-                nothing = Stamps.unknown(place.tree)
-                self._ours[place.number] = Checkout(
-                    place, Contents(record, nothing), lock.fd, self._reader(place), stack.pop_all()
-                )
+                return
+            record = await anyio.to_thread.run_sync(read_record, place)
+            if record is not None and record.sparse == self._care.sparse and len(self._ours) < self._wanted:
+                self._own(place, record, lock.fd, stack.pop_all())
                 self._idle.add(place.number)
                 self._unseen.add(place.number)
+
+    def _own(self, place: Place, record: Record, fd: int, held: AsyncExitStack) -> Checkout:
+        """Take a place whose lock we hold, and of whose files nothing is known yet."""
+        contents = Contents(record, Stamps.unknown(place.tree))
+        reader = None if self._can_tell else reset.admin(self._git, place, self._care.sparse)
+        checkout = self._ours[place.number] = Checkout(place, contents, fd, reader, held)
+        return checkout
 
     async def _close(self) -> None:
         """Write down what is clean, and give all locks back."""
         for number, checkout in self._ours.items():
             if number in self._idle and number not in self._unseen:
                 with suppress(OSError):  # nobody will know of it, and the next one throws it away
-                    await anyio.to_thread.run_sync(self._write_down, checkout)
+                    contents = checkout.contents
+                    await anyio.to_thread.run_sync(write_record, checkout.place, contents.record, contents.stamps)
             await checkout.let_go()
-
-    def _write_down(self, checkout: Checkout) -> None:
-        write_record(checkout.place, checkout.contents.record, checkout.contents.stamps)
 
     # Handing out.
 
@@ -250,7 +252,7 @@ class Pool:
         """Return the clean place that is nearest to a commit, if there is one that can go."""
         async with self._choosing:
             idle = [self._ours[number] for number in self._idle]
-            sources = [one for one in idle if _is_plain(one.contents.record, commit)]
+            sources = self._plain(commit)
             is_short = self._is_making and self._waiting > len(idle)
             for checkout in sorted(idle, key=lambda one: _distance(one.contents.record, commit)):
                 if not (is_short and sources == [checkout]) and await self._see(checkout):
@@ -350,7 +352,7 @@ class Pool:
         with suppress(LockHeld):
             async with place.lock.hold(0):
                 # It may be that of a session that stays by now.
-                if await anyio.to_thread.run_sync(_is_free, place):
+                if await anyio.to_thread.run_sync(standing_of, place) is not None:
                     await self._throw_away(place)
             return True
         return False
@@ -362,7 +364,7 @@ class Pool:
             if place.number in self._ours:
                 counted[place] = self._ours[place.number].contents.record.bytes
                 continue
-            if await anyio.to_thread.run_sync(_is_free, place) or await place.lock.is_held():
+            if await anyio.to_thread.run_sync(standing_of, place) or await place.lock.is_held():
                 record = await anyio.to_thread.run_sync(read_record, place)
                 counted[place] = 0 if record is None else record.bytes
         return counted
@@ -420,12 +422,8 @@ class Pool:
                 with suppress(LockHeld):
                     lock = await stack.enter_async_context(place.lock.hold(0))
                     if not await anyio.Path(place.root).exists():
-                        nothing = Stamps.unknown(place.tree)
-                        contents = Contents(Record(commit, sparse=self._care.sparse), nothing)
-                        checkout = self._ours[number] = Checkout(
-                            place, contents, lock.fd, self._reader(place), stack.pop_all()
-                        )
-                        return checkout
+                        record = Record(commit, sparse=self._care.sparse)
+                        return self._own(place, record, lock.fd, stack.pop_all())
         raise AssertionError("numbers do not end")
 
     async def _finish(self, checkout: Checkout) -> None:
@@ -493,9 +491,6 @@ class Pool:
             with suppress(GitError):  # what can't be deleted is found by `council clean`
                 await empty_trash(self._hub, self._git.environ, self._git.keep_fds)
 
-    def _reader(self, place: Place) -> Git | None:
-        return None if self._can_tell else reset.admin(self._git, place, self._care.sparse)
-
     def _admin(self, checkout: Checkout) -> Git:
         git = replace(self._git, keep_fds=(*self._git.keep_fds, checkout.fd))
         return reset.admin(git, checkout.place, self._care.sparse)
@@ -508,11 +503,6 @@ class Pool:
     def _announce(self) -> None:
         self._changed.set()
         self._changed = anyio.Event()
-
-
-def _is_free(place: Place) -> bool:
-    """Whether nothing is in a place that may be nowhere else, unless its lock is held."""
-    return read_record(place) is not None or user_of(place) is None
 
 
 def _is_plain(record: Record, commit: str) -> bool:

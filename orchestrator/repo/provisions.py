@@ -21,7 +21,7 @@ from orchestrator.config.model import Reach
 from orchestrator.domain.envfile import values_in
 from orchestrator.domain.secrets import is_secret_file, secret_values
 from orchestrator.errors import GitError, is_exhaustion
-from orchestrator.process import run
+from orchestrator.repo.copying import copy_all
 from orchestrator.repo.git import Git
 from orchestrator.repo.removal import remove_all
 
@@ -85,7 +85,7 @@ class Provisions:
             try:
                 place = await _clear(tree, path, git)
                 if path in self.copied:
-                    await _copy(original, place, git)
+                    await copy_all(original, place, git.environ, git.keep_fds, times=True)
                 else:
                     await anyio.to_thread.run_sync(place.symlink_to, original)
                     readable.append(Path(original))
@@ -108,11 +108,7 @@ class Provisions:
     async def _committed(self, commit: str, git: Git, named: str) -> list[NotProvided]:
         """Return what is wrong where the commit has something of its own at, or above, a path."""
         asked = {*self.paths, *(folder for path in self.paths for folder in _folders(path))}
-        arguments = ("ls-tree", "-z", commit, "--", *sorted(asked))
-        # The names are no patterns (gitglossary(7), pathspec); what is not there is not listed.
-        listed = (await git(*arguments, env={"GIT_LITERAL_PATHSPECS": "1"})).stdout
-        rows = (row.partition("\t") for row in listed.decode(errors="surrogateescape").split("\0")[:-1])
-        kinds = {path: meta.split(" ")[1] for meta, _, path in rows}
+        kinds = {path: meta.split(" ")[1] for path, meta in (await git.entries(commit, asked)).items()}
         return [fault for path in self.paths for fault in self._judge(path, kinds, named)]
 
     def _judge(self, path: str, kinds: Mapping[str, str], named: str) -> Iterator[NotProvided]:
@@ -180,14 +176,6 @@ def _is_folder(place: Path) -> bool:
         return True
     place.unlink(missing_ok=True)
     return False
-
-
-async def _copy(original: str, place: Path, git: Git) -> None:
-    argv = ["cp", "-RPp", "--", original, str(place)]
-    env = {"PATH": git.environ.get("PATH", os.defpath), "LC_ALL": "C"}
-    done = await run(argv, env=env, keep_fds=git.keep_fds)
-    if done.returncode:
-        raise GitError(argv, done.returncode, done.stderr.decode(errors="replace"))
 
 
 #: A folder that is linked may be as large as a disk.

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.errors import GitError
 from orchestrator.failpoints import failpoint
-from orchestrator.process import run
-from orchestrator.repo.git import Git
+from orchestrator.repo.copying import copy_all
+from orchestrator.repo.git import Git, join_nul, split_nul
 from orchestrator.repo.index_file import fit_index
 from orchestrator.repo.places import Place, Record, throw_away
 from orchestrator.repo.stamps import Differences, Stamps
@@ -52,7 +51,7 @@ class Keep:
 
 
 def admin(git: Git, place: Place, sparse: Sequence[str] = ()) -> Git:
-    """Return what runs git on the checkout of a place: with the trusted repository `git` behind, and no attributes."""
+    """Return what runs git on the checkout of a place: with the trusted repository, which `git` runs in, behind."""
     return replace(git, git_dir=place.git_dir, flags=(*git.flags, *(_SPARSE if sparse else ())))
 
 
@@ -67,11 +66,7 @@ async def copy(git: Git, source: Place, place: Place, sparse: Sequence[str]) -> 
     """Do what `check_out` does by copying a place that holds the same and is clean; nobody may use that meanwhile."""
     await anyio.to_thread.run_sync(_lay_out, place, sparse, source.index)
     failpoint("place.half_made")
-    argv = ["cp", "-RP", "--", f"{source.tree}/.", str(place.tree)]
-    env = {"PATH": git.environ.get("PATH", os.defpath), "LC_ALL": "C"}
-    done = await run(argv, env=env, keep_fds=git.keep_fds)
-    if done.returncode:
-        raise GitError(argv, done.returncode, done.stderr.decode(errors="replace"))
+    await copy_all(f"{source.tree}/.", place.tree, git.environ, git.keep_fds)
     # It knows the files of the other place: otherwise each session's first look would read all of them.
     if not await anyio.to_thread.run_sync(fit_index, place.index, place.tree):
         await git("update-index", "-q", "--refresh", env=place.env, cwd=place.tree)
@@ -83,7 +78,7 @@ async def move(git: Git, place: Place, contents: Contents, commit: str) -> Conte
     if record.commit == commit:
         return contents
     listed = await git("diff-tree", "-r", "--name-only", "-z", "--no-renames", record.commit, commit)
-    paths = listed.stdout.decode(errors="surrogateescape").split("\0")[:-1]
+    paths = split_nul(listed.stdout)
     # Git writes over what is ignored.
     if _meet(paths, {*record.extras, *record.kept}):
         return None
@@ -157,7 +152,7 @@ async def changed_content(git: Git, place: Place, found: Differences) -> Differe
     finally:
         times = (before.st_atime_ns, before.st_mtime_ns)
         await anyio.to_thread.run_sync(lambda: os.utime(place.index, ns=times))
-    differs = done.stdout.decode(errors="surrogateescape").split("\0")[:-1]
+    differs = split_nul(done.stdout)
     known = {*found.changed, *found.gone}
     return replace(found, changed=[*found.changed, *(path for path in differs if path not in known)])
 
@@ -166,9 +161,9 @@ async def ignored(git: Git, place: Place, paths: Sequence[str]) -> set[str]:
     """Return those of the paths that git ignores, by what the files of the commit say."""
     if not paths:
         return set()
-    given = "".join(f"{path}\0" for path in paths).encode(errors="surrogateescape")
-    done = await git("check-ignore", "-z", "--stdin", env=place.env, cwd=place.tree, input_=given, ok=(0, 1))
-    return set(done.stdout.decode(errors="surrogateescape").split("\0")[:-1])
+    command = ("check-ignore", "-z", "--stdin")
+    done = await git(*command, env=place.env, cwd=place.tree, input_=join_nul(paths), ok=(0, 1))
+    return set(split_nul(done.stdout))
 
 
 async def untracked(git: Git, place: Place) -> tuple[list[str], list[str], list[str]]:
@@ -176,7 +171,7 @@ async def untracked(git: Git, place: Place) -> tuple[list[str], list[str], list[
     found = []
     for option in ((), ("--directory",), ("--exclude-standard",)):
         done = await git("ls-files", "--others", *option, "-z", env=place.env, cwd=place.tree)
-        found.append([path.rstrip("/") for path in done.stdout.decode(errors="surrogateescape").split("\0")[:-1]])
+        found.append([path.rstrip("/") for path in split_nul(done.stdout)])
     files, top, unignored = found
     return files, top, unignored
 
@@ -192,9 +187,8 @@ async def _write(git: Git, place: Place, paths: Collection[str]) -> None:
     rest = [path for path in paths if path.rpartition("/")[2] != ".gitattributes"]
     for part in (rules, rest):
         if part:
-            given = "".join(f"{path}\0" for path in part).encode(errors="surrogateescape")
             command = ("checkout-index", "--force", "--index", "-z", "--stdin")
-            await git(*command, env=place.env, cwd=place.tree, input_=given)
+            await git(*command, env=place.env, cwd=place.tree, input_=join_nul(part))
             failpoint("place.half_clean")
 
 

@@ -19,14 +19,8 @@ async def setup_keys(
     git: Git, commit: str, steps: Sequence[SetupStep], *, sparse: Sequence[str] = (), env: Sequence[str] = ()
 ) -> tuple[str, ...]:
     """Return the key (hex) of each step at a commit, as `keys_of` does; `git` runs in the trusted repository."""
-    paths = sorted({path for step in steps for path in step.inputs})
-    listed = b""
-    if paths:
-        # The names are no patterns (gitglossary(7), pathspec); what is not there is not listed.
-        done = await git("ls-tree", "-z", commit, "--", *paths, env={"GIT_LITERAL_PATHSPECS": "1"})
-        listed = done.stdout
-    rows = (row.partition("\t") for row in listed.decode(errors="surrogateescape").split("\0")[:-1])
-    return keys_of(steps, {path: meta for meta, _, path in rows}, sparse=sparse, env=env)
+    there = await git.entries(commit, {path for step in steps for path in step.inputs})
+    return keys_of(steps, there, sparse=sparse, env=env)
 
 
 def keys_of(

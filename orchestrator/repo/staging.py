@@ -15,7 +15,7 @@ from pathlib import Path
 import anyio.to_thread
 
 from orchestrator.errors import GitError
-from orchestrator.repo.git import Change, Git, parse_raw
+from orchestrator.repo.git import Change, Git, join_nul, parse_raw, split_nul
 from orchestrator.repo.inspection import Admission, inspect
 from orchestrator.repo.quarantine import Quarantine
 from orchestrator.repo.stamps import Differences
@@ -149,7 +149,7 @@ async def _differing(git: Git, staging: Staging, among: Differences | None, admi
 
     if among is not None and among.changed:  # what is gone may lead behind a link by now, and git takes no such name
         try:
-            await ask("add", "--refresh", *_NAMED, input_=_named(map(_literal, among.changed)))
+            await ask("add", "--refresh", *_NAMED, input_=join_nul(map(_literal, among.changed)))
         except GitError:  # one of them was there, but is not tracked
             among = None
     if among is None:
@@ -161,16 +161,11 @@ async def _differing(git: Git, staging: Staging, among: Differences | None, admi
     if among is None or among.added:
         named = [] if among is None else among.added
         others = await ask("ls-files", "--others", "--exclude-standard", "-z", paths=named)
-    untracked = others.decode(errors="surrogateescape").split("\0")[:-1]
-    return [*(one.path for one in parse_raw(changed)), *untracked]
+    return [*(one.path for one in parse_raw(changed)), *split_nul(others)]
 
 
 def _literal(path: str) -> str:
     return f":(top,literal){path}"
-
-
-def _named(patterns: Iterable[str]) -> bytes:
-    return "".join(f"{pattern}\0" for pattern in patterns).encode(errors="surrogateescape")
 
 
 def _may_all_be_read(tree: Path, added: Iterable[str], paths: Iterable[str], admit: Admission) -> bool:
@@ -215,7 +210,7 @@ async def _add_matching(
     # Above this size git would write packs, of which no object can be left behind.
     limit = f"core.bigFileThreshold={admit.max_file + 1}"
     command = [*options, "-c", limit, "add", "--sparse", "--all", "--ignore-errors", *_NAMED]
-    given = _named(patterns)
+    given = join_nul(patterns)
     await git(*staging.ignoring, *command, env=staging.env, cwd=staging.tree, input_=given, limit=STAGING_LIMIT)
 
 
