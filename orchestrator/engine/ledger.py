@@ -9,7 +9,7 @@ import socket
 from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import TypeAdapter
 
@@ -199,6 +199,13 @@ async def _named(store: Store, kind: str, run: str) -> dict[str, Document]:
     return {found.key.id[len(prefix) :]: found for found in await store.list(kind, prefix)}
 
 
+class Update(NamedTuple):
+    """What an event says of a task, and which fields of its document change."""
+
+    details: JsonObject
+    changes: Mapping[str, Any]
+
+
 class Ledger:
     """A run under one owner. The caller holds the run's file lock; the epoch is what the store checks."""
 
@@ -246,15 +253,21 @@ class Ledger:
 
     async def change(self, task: str, trigger: Trigger, details: JsonObject | None = None, **changes: Any) -> None:
         """Move a task along its lifecycle and record it, with an event that carries `details`."""
-        before = self._tasks[task]
-        after = advance(f"task {task!r}", before, trigger, **changes)
-        after = TaskDocument.model_validate(self._redacted(after.model_dump(mode="json")))
-        attempt = {"attempt": after.attempt.number} if after.attempts else {}
-        event = self._event(TASK_EVENTS[trigger], {"task": task, **attempt, **(details or {})})
-        write = Write(task_key(self.run.id, task), self._versions[task], after.model_dump(mode="json"))
-        await self._store.commit(Commit([write], [event], self._guards))
-        self._tasks[task] = after
-        self._versions[task] += 1
+        await self.change_all(trigger, {task: Update(details or {}, changes)})
+
+    async def change_all(self, trigger: Trigger, updates: Mapping[str, Update]) -> None:
+        """Move tasks along their lifecycles and record it as `change` does, all of them or none."""
+        writes, events, moved = [], [], {}
+        for task, update in updates.items():
+            after = advance(f"task {task!r}", self._tasks[task], trigger, **update.changes)
+            moved[task] = after = TaskDocument.model_validate(self._redacted(after.model_dump(mode="json")))
+            attempt = {"attempt": after.attempt.number} if after.attempts else {}
+            events.append(self._event(TASK_EVENTS[trigger], {"task": task, **attempt, **update.details}))
+            writes.append(Write(task_key(self.run.id, task), self._versions[task], after.model_dump(mode="json")))
+        await self._store.commit(Commit(writes, events, self._guards))
+        self._tasks |= moved
+        for task in moved:
+            self._versions[task] += 1
 
     async def note(self, event: str, details: JsonObject) -> None:
         """Record something that happened to the run and changes no document."""

@@ -1,8 +1,15 @@
-"""One task through the merge queue: settle what was cut off, merge, check, record the intent, move the target."""
+"""Tasks through the merge queue: settle what was cut off, merge, check, record the intent, move the target.
+
+A push costs more than all the rest of a landing, so what is ready together lands by one: merges that follow each other
+on the first-parent line, each recorded as a landing of its own. Only clean merges that need no checks are taken
+together. Whatever else a task comes to is judged against the target as it is, not against what has yet to land.
+"""
 
 from __future__ import annotations
 
 import secrets
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, assert_never
@@ -14,13 +21,13 @@ from orchestrator.config.model import TaskSpec
 from orchestrator.domain.failures import FailureClass, Policy, policy_of
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import Intent, TaskStatus
-from orchestrator.engine.ledger import Ledger
+from orchestrator.engine.ledger import Ledger, Update
 from orchestrator.engine.workshop import Workshop
 from orchestrator.errors import GitError
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import JsonObject
 from orchestrator.repo.hub import internal_ref, work_branch
-from orchestrator.repo.landing import AlreadyThere, Conflict, Deferred, Landed, Merge, MergePermit, Stale
+from orchestrator.repo.landing import AlreadyThere, Conflict, Deferred, Landed, Merge, MergePermit, Stale, joined
 from orchestrator.repo.pool import Pool
 from orchestrator.sessions.checks import Checks, Passed, Unchecked
 from orchestrator.sessions.shell import CommandFailed
@@ -28,6 +35,8 @@ from orchestrator.sessions.shell import CommandFailed
 #: How often a landing is merged anew because others moved the target, before it waits for its next turn.
 ROUNDS = 10
 
+#: How many tasks land by one push at most.
+LARGEST = 16
 
 #: Characters of a failed check's output that the next attempt is told.
 TOLD = 8192
@@ -45,7 +54,7 @@ class Rejection:
 
 
 class MergeQueue:
-    """Lands the queued tasks of one run, one at a time."""
+    """Lands the queued tasks of one run, in their order."""
 
     def __init__(self, ledger: Ledger, shop: Workshop, pool: Pool, clock: Clock) -> None:
         """Take a run and what it works with."""
@@ -53,51 +62,93 @@ class MergeQueue:
         self.target, self.git = shop.target, shop.git
         self.is_moving = False
         """Whether the target is being moved: until that is over its parts don't fit together."""
+        self.waiting: deque[str] = deque()
+        """Tasks that are built, in the order in which they are to land."""
+        self.landing: tuple[str, ...] = ()
+        """Tasks that `land` is at work on."""
         self._checks: Checks | None = None
-        self._waiting = anyio.CancelScope()
+        self._turn = anyio.CancelScope()
         self._stopping = False
-        self._is_cancelled = False
+        self._cancelled: set[str] = set()
         self._passed: set[tuple[str, str]] = set()
         """Tasks with the trees that passed their checks: what is merged anew to the same tree need not be checked."""
 
     def stop(self) -> None:
-        """Check and wait for nothing any more; the task keeps its place. A move of the target is not cut off."""
+        """Check and wait for nothing any more; tasks keep their places. A move of the target is not cut off."""
         self._stopping = True
-        self._cut_short()
+        self._turn.cancel()
+        self._stop_checks()
 
-    def cancel(self) -> None:
-        """Do not land the task that `land` is at work on, unless the target is already being moved."""
-        self._is_cancelled = True
-        self._cut_short()
+    def cancel(self, task: str) -> None:
+        """Do not land a task, unless the target is already being moved."""
+        if task in self.landing:
+            self._cancelled.add(task)
+            self._stop_checks()
+        elif task in self.waiting:
+            self.waiting.remove(task)
+            if not self.waiting:
+                self._turn.cancel()
 
-    def _cut_short(self) -> None:
-        self._waiting.cancel()
+    def _stop_checks(self) -> None:
         if self._checks is not None:
             self._checks.stop()
 
-    async def land(self, task: str) -> TaskStatus:
-        """Bring a queued task onto the target; return its status after it.
+    async def land(self) -> list[str]:
+        """Bring what waits at the head of the queue onto the target; return the tasks that do not wait any more.
 
-        `QUEUED` (or `LANDING`, where it is not known whether the target moved) means that it keeps its place:
-        the target can't be moved now, and the reason is recorded.
+        One that is `QUEUED` all the same (or `LANDING`, where it is not known whether the target moved) can't be landed
+        now, for the reason that is recorded, or is cancelled.
         """
-        self._is_cancelled, self._waiting = False, anyio.CancelScope()
+        self._turn = anyio.CancelScope()
         async with AsyncExitStack() as stack:
             permit = None
             # Whoever has the turn may be at their checks, for as long as those take.
-            with self._waiting:
+            with self._turn:
                 permit = await stack.enter_async_context(self.target.permit())
-            if permit is None:
-                return self.ledger.task(task).status
+            if permit is None or not self.waiting:
+                return []
             try:
-                again = self.ledger.task(task).status is TaskStatus.QUEUED or await self._settle(permit, task)
-                for _ in range(ROUNDS):
-                    if not again:
-                        break
-                    again = await self._try(permit, task)
-            except GitError as error:
+                return await self._land_head(permit)
+            finally:
+                self.landing = ()
+                self._cancelled.clear()
+
+    async def _land_head(self, permit: MergePermit) -> list[str]:
+        tasks = await self._take()
+        try:
+            if self._status(tasks[0]) is TaskStatus.LANDING:
+                left = await self._settle_all(permit, tasks)
+            else:
+                left = await self._land_together(permit, tasks)
+        except GitError as error:
+            left = []
+            for task in tasks:
                 await self._unreachable(task, str(error))
-        await self._drop_branch(task)
+        later = [task for task in left if task not in self._cancelled]
+        self.waiting.extendleft(reversed(later))
+        await self._drop_branches(tasks)
+        return [task for task in tasks if task not in later]
+
+    async def _take(self) -> list[str]:
+        """Take the tasks at the head of the queue that were cut off together, or may land together."""
+        head = self.waiting.popleft()
+        self.landing = (head,)
+        if self._status(head) is TaskStatus.LANDING:
+            while self.waiting and self._status(self.waiting[0]) is TaskStatus.LANDING:
+                self.landing += (self.waiting.popleft(),)
+        elif not await self._has_checks(head):
+            while self.waiting and len(self.landing) < LARGEST:
+                task = self.waiting[0]
+                if await self._has_checks(task):
+                    break
+                if self.waiting and self.waiting[0] == task:  # it was not cancelled meanwhile
+                    self.landing += (self.waiting.popleft(),)
+        return list(self.landing)
+
+    async def _has_checks(self, task: str) -> bool:
+        return bool((await self.ledger.spec(task)).checks)
+
+    def _status(self, task: str) -> TaskStatus:
         return self.ledger.task(task).status
 
     async def verify(self) -> None:
@@ -113,44 +164,86 @@ class MergeQueue:
             details = {"reason": reason, "branch": branch}
             await self.ledger.change(task, Trigger.LOSE, details, landed=None, branch=branch, reason=reason)
 
-    async def _try(self, permit: MergePermit, task: str) -> bool:
-        """Merge and move once; True if that should be done again at once."""
-        label, document = self._label(task), self.ledger.task(task)
-        merge = await self.target.prepare(permit, label, document.commit or "", document.attempt.base)
-        match merge:
-            case Landed(commit):
-                await self._landed(task, Trigger.ADOPT, commit)
-            case AlreadyThere(commit):
-                await self._landed(task, Trigger.ADOPT, commit, "the target holds the same change already")
-            case Conflict():
-                await self._conflict(task, merge)
-            case Deferred():
-                await self._moved(task, merge)
-            case Merge(old, new):
-                if not await self._may_move(task, merge):
-                    return False
-                intent = Intent(old=old, new=new, recorded=self.clock.now())
-                await self.ledger.change(task, Trigger.INTEND, {"old": old, "new": new}, intent=intent)
-                failpoint("landing.intended")
-                self.is_moving = True
-                try:
-                    moved = await self.target.move(permit, merge, label)
-                finally:
-                    self.is_moving = False
-                return await self._moved(task, moved)
+    async def _land_together(self, permit: MergePermit, tasks: Sequence[str]) -> list[str]:
+        """Land tasks by one move of the target; return those that are to have another turn."""
+        later: list[str] = []
+        for _ in range(ROUNDS):
+            merges, left = await self._prepare(permit, tasks)
+            later = left + later
+            tasks = [task for task, merge in merges.items() if await self._may_move(task, merge)]
+            if not tasks:
+                break
+            if len(tasks) < len(merges):  # what followed was merged onto what is not to land
+                continue
+            match await self._move(permit, merges):
+                case Landed():
+                    break
+                case Deferred() if len(merges) > 1:  # because of one of them, perhaps
+                    for task in tasks:
+                        await self._land_together(permit, [task])
+                    break
+                case Deferred():
+                    break
+                case Stale():
+                    pass
+        return later
+
+    async def _prepare(self, permit: MergePermit, tasks: Sequence[str]) -> tuple[dict[str, Merge], list[str]]:
+        """Return the merges of tasks, each onto the one before, and the tasks that are left to another turn."""
+        merges: dict[str, Merge] = {}
+        last: Merge | None = None
+        for index, task in enumerate(tasks):
+            document = self.ledger.task(task)
+            commit, base = document.commit or "", document.attempt.base
+            match await self.target.prepare(permit, self._label(task), commit, base, last):
+                case Merge() as last:
+                    merges[task] = last
+                case _ if merges:
+                    return merges, list(tasks[index:])
+                case Landed(commit):
+                    await self._landed(Trigger.ADOPT, {task: commit})
+                case AlreadyThere(commit):
+                    await self._landed(Trigger.ADOPT, {task: commit}, "the target holds the same change already")
+                case Conflict() as conflict:
+                    await self._conflict(task, conflict)
+                case Deferred(reason):
+                    await self._defer(task, reason)
+        return merges, []
+
+    async def _move(self, permit: MergePermit, merges: Mapping[str, Merge]) -> Landed | Stale | Deferred:
+        """Record what is about to happen, move the target, and record what happened."""
+        whole = joined(merges.values())
+        intent = Intent(old=whole.old, new=whole.new, recorded=self.clock.now())
+        intended = {
+            task: Update({"old": merge.old, "new": merge.new}, {"intent": intent}) for task, merge in merges.items()
+        }
+        await self.ledger.change_all(Trigger.INTEND, intended)
+        failpoint("landing.intended")
+        self.is_moving = True
+        try:
+            moved = await self.target.move(permit, {self._label(task): merge for task, merge in merges.items()})
+        finally:
+            self.is_moving = False
+        match moved:
+            case Landed():
+                await self._landed(Trigger.LAND, {task: merge.new for task, merge in merges.items()})
+            case Deferred(reason) if len(merges) == 1:
+                await self._defer(next(iter(merges)), reason)
+            case Stale() | Deferred():
+                await self._undo(merges)
             case _:
-                assert_never(merge)
-        return False
+                assert_never(moved)
+        return moved
 
     async def _may_move(self, task: str, merge: Merge) -> bool:
         """Whether a merge has passed its checks and nothing stands in its way; if not, that is recorded."""
         spec = await self.ledger.spec(task)
         if not spec.checks:
-            return not self._is_cancelled
+            return task not in self._cancelled
         tree = await self.git.line("rev-parse", f"{merge.new}^{{tree}}")
         if (task, tree) in self._passed:
-            return not self._is_cancelled
-        if self._stopping or self._is_cancelled:
+            return task not in self._cancelled
+        if self._stopping or task in self._cancelled:
             return False
         return await self._check(task, spec, merge, tree)
 
@@ -180,7 +273,7 @@ class MergeQueue:
         if (obstacle := await self.target.obstacle(merge)) is not None:
             await self.ledger.change(task, Trigger.REQUEUE, {"reason": obstacle}, reason=obstacle)
             return False
-        return not self._is_cancelled
+        return task not in self._cancelled
 
     async def _bounce(self, task: str, spec: TaskSpec, merge: Merge, failed: CommandFailed) -> None:
         """The merge does not pass: have it mended by another attempt, or end the task."""
@@ -217,52 +310,68 @@ class MergeQueue:
         await self.ledger.change(task, trigger, details, **changes)
         failpoint("landing.bounced")
 
-    async def _moved(self, task: str, result: Landed | Stale | Deferred) -> bool:
-        match result:
-            case Landed(commit):
-                await self._landed(task, Trigger.LAND, commit)
-            case Stale():
-                await self.ledger.change(task, Trigger.UNDO, intent=None)
-                return True
-            case Deferred(reason):
-                document = self.ledger.task(task)
-                if (document.status, document.reason) != (TaskStatus.QUEUED, reason):  # else it was told before
-                    await self.ledger.change(task, Trigger.DEFER, {"reason": reason}, intent=None, reason=reason)
-            case _:
-                assert_never(result)
-        return False
-
-    async def _settle(self, permit: MergePermit, task: str) -> bool:
-        """Find out what became of a move that was cut off; True if it did not happen and should be made now."""
-        intent = self.ledger.task(task).intent
-        assert intent is not None, "a task is landing only by an intent"  # noqa: S101  an invariant of the table
-        merge = Merge(intent.old, intent.new)
-        again = await self._moved(task, await self.target.settle(permit, merge, self._label(task), intent.recorded))
-        failpoint("recovery.landing_settled")
+    async def _settle_all(self, permit: MergePermit, tasks: Sequence[str]) -> list[str]:
+        """Find out what became of moves that were cut off; return the tasks with those that did not happen."""
+        again = []
+        for task in tasks:
+            intent = self.ledger.task(task).intent
+            assert intent is not None, "a task is landing only by an intent"  # noqa: S101  an invariant of the table
+            merge = Merge(intent.old, intent.new)
+            settled = await self.target.settle(permit, merge, self._label(task), intent.recorded)
+            match settled:
+                case Landed(commit):
+                    await self._landed(Trigger.LAND, {task: commit})
+                case Deferred(reason):
+                    await self._defer(task, reason)
+                case Stale():
+                    await self._undo([task])
+                    again.append(task)
+                case _:
+                    assert_never(settled)
+            failpoint("recovery.landing_settled")
         return again
 
-    async def _landed(self, task: str, trigger: Trigger, commit: str, reason: str | None = None) -> None:
-        details = {"landed": commit, "reason": reason}
-        await self.ledger.change(task, trigger, details, landed=commit, intent=None, reason=reason, branch=None)
+    async def _landed(self, trigger: Trigger, commits: Mapping[str, str], reason: str | None = None) -> None:
+        landed = {
+            task: Update(
+                {"landed": commit, "reason": reason},
+                {"landed": commit, "intent": None, "reason": reason, "branch": None},
+            )
+            for task, commit in commits.items()
+        }
+        await self.ledger.change_all(trigger, landed)
         failpoint("landing.recorded")
+
+    async def _undo(self, tasks: Iterable[str]) -> None:
+        await self.ledger.change_all(Trigger.UNDO, {task: Update({}, {"intent": None}) for task in tasks})
+
+    async def _defer(self, task: str, reason: str) -> None:
+        document = self.ledger.task(task)
+        if (document.status, document.reason) != (TaskStatus.QUEUED, reason):  # else it was told before
+            await self.ledger.change(task, Trigger.DEFER, {"reason": reason}, intent=None, reason=reason)
 
     async def _unreachable(self, task: str, why: str) -> None:
         """Keep the task's place; with an intent under way it stays `landing` until the target can be asked."""
-        match self.ledger.task(task).status:
+        match self._status(task):
             case TaskStatus.QUEUED:
                 await self.ledger.change(task, Trigger.DEFER, {"reason": why}, reason=why)
             case TaskStatus.CHECKING:
                 await self.ledger.change(task, Trigger.REQUEUE, {"reason": why}, reason=why)
-            case _:
+            case TaskStatus.LANDING:
                 await self.ledger.note("task.deferred", {"task": task, "reason": why})
 
-    async def _drop_branch(self, task: str) -> None:
-        document = self.ledger.task(task)
-        if document.status is TaskStatus.LANDED and document.commit is not None:
-            branch = work_branch(self.ledger.run.id, task, str(document.attempt.number))
-            # The landing counts, whatever becomes of this: a branch too many harms nothing.
+    async def _drop_branches(self, tasks: Iterable[str]) -> None:
+        documents = {task: self.ledger.task(task) for task in tasks}
+        branches = [
+            work_branch(self.ledger.run.id, task, str(document.attempt.number))
+            for task, document in documents.items()
+            if document.status is TaskStatus.LANDED and document.commit is not None
+        ]
+        if branches:
+            lines = "".join(f"delete refs/heads/{branch}\n" for branch in branches)
+            # The landings count, whatever becomes of this: a branch too many harms nothing.
             with suppress(GitError):
-                await self.git("update-ref", "-d", f"refs/heads/{branch}")
+                await self.git("update-ref", "--stdin", input_=lines.encode())
 
     def _label(self, task: str) -> str:
         return f"{self.ledger.run.id}/{task}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from typing import assert_never
 
@@ -27,6 +26,8 @@ from orchestrator.failpoints import failpoint
 from orchestrator.repo.hub import internal_ref
 from orchestrator.repo.pool import Pool
 
+#: Seconds from one push to the next, while there are sessions that may finish meanwhile and fill it.
+GATHERING = 0.25
 #: Seconds after which a landing that could not be made is tried again while sessions are at work.
 DEFERRED_PAUSE = 30.0
 #: How often, and after how many seconds each, it is tried again when nothing else is left to do: the user may just
@@ -52,11 +53,11 @@ class Scheduler:
         self._merging = MergeQueue(ledger, workshop, pool, clock)
         self._escapes = EscapeDetector(ledger, workshop, self._merging)
         self._works: dict[str, Work] = {}
-        self._queue: deque[str] = deque()
         self._deferred: list[str] = []
         self._deferred_until = 0.0
         self._last_tries = LAST_TRIES
-        self._landing: str | None = None
+        self._landing = False
+        self._gather_until = 0.0
         self._cancelled: set[str] = set()
         self._starved = 0
         self._paused_until = 0.0
@@ -85,7 +86,7 @@ class Scheduler:
         """Work until nothing is left that could be done; False if it was stopped before that."""
         statuses = self._ledger.statuses()
         for wanted in (TaskStatus.LANDING, TaskStatus.QUEUED):
-            self._queue.extend(task for task, status in statuses.items() if status is wanted)
+            self._merging.waiting.extend(task for task, status in statuses.items() if status is wanted)
         async with anyio.create_task_group() as listening:
             listening.start_soon(self._obey_all)
             async with anyio.create_task_group() as group:
@@ -111,11 +112,11 @@ class Scheduler:
         if self._deferred and now >= self._deferred_until:
             if not self._works:
                 self._last_tries -= 1
-            self._queue.extendleft(reversed(self._deferred))
+            self._merging.waiting.extendleft(reversed(self._deferred))
             self._deferred.clear()
-        if self._queue and self._landing is None:
-            self._landing = self._queue.popleft()
-            group.start_soon(self._land, self._landing)
+        if not self._landing and self._may_land(now):
+            self._landing = True
+            group.start_soon(self._land)
         starts = decide(self._board, await self._free(now), now)
         tips: dict[bool, str] = {}
         for task in starts:
@@ -128,16 +129,22 @@ class Scheduler:
             work = self._works[task] = self._attempts.prepare(task, spec, base)
             group.start_soon(self._attempt, work)
 
+    def _may_land(self, now: float) -> bool:
+        """Whether to land what waits now, rather than a little later with what sessions are just about to bring."""
+        waiting = len(self._merging.waiting)
+        is_full = waiting >= self._ledger.run.capacity or not self._works
+        return waiting > 0 and (is_full or now >= self._gather_until)
+
     async def _free(self, now: float) -> int:
         """How many sessions may start. None while more is built than can be landed: it would only grow stale."""
-        if len(self._queue) >= self._ledger.run.capacity or now < self._paused_until:
+        if len(self._merging.waiting) >= self._ledger.run.capacity or now < self._paused_until:
             return 0
         return await self._capacity.free(len(self._works))
 
     def _idle(self) -> bool:
-        if self._works or self._landing is not None or self._obeying:
+        if self._works or self._landing or self._obeying:
             return False
-        waits_to_land = self._queue or (self._deferred and self._last_tries > 0)
+        waits_to_land = self._merging.waiting or (self._deferred and self._last_tries > 0)
         return self._stopping or not (waits_to_land or self._board.has_work())
 
     async def _pause(self) -> None:
@@ -146,6 +153,7 @@ class Scheduler:
             is_paused = self._paused_until > self._clock.monotonic()
             times.append(self._paused_until if is_paused else self._board.next_time())
             times.append(self._deferred_until if self._deferred else None)
+            times.append(self._gather_until if self._merging.waiting and not self._landing else None)
             times.append(self._capacity.look_again)
         await self._clock.wait(self._wake, min((time for time in times if time is not None), default=None))
 
@@ -196,7 +204,7 @@ class Scheduler:
         match after:
             case ToLand():
                 self._board.built(task)
-                self._queue.append(task)
+                self._merging.waiting.append(task)
             case Over():
                 self._board.ended(task)
             case Again(delay):
@@ -221,13 +229,20 @@ class Scheduler:
                 self._board.revive(task)
 
     def _drop(self, task: str) -> None:
-        for waiting in (self._queue, self._deferred):
-            if task in waiting:
-                waiting.remove(task)
+        self._merging.cancel(task)
+        if task in self._deferred:
+            self._deferred.remove(task)
         self._board.ended(task)
 
-    async def _land(self, task: str) -> None:
-        status = await self._merging.land(task)
+    async def _land(self) -> None:
+        for task in await self._merging.land():
+            await self._feed_landing(task)
+        self._gather_until = self._clock.monotonic() + GATHERING
+        self._landing = False
+        self._wake.set()
+
+    async def _feed_landing(self, task: str) -> None:
+        status = self._ledger.task(task).status
         if task in self._cancelled and status in {TaskStatus.QUEUED, TaskStatus.CHECKING}:
             await cancel(self._ledger, task)
             status = TaskStatus.CANCELLED
@@ -243,8 +258,6 @@ class Scheduler:
                 if not self._deferred or not self._works:
                     self._deferred_until = self._clock.monotonic() + pause
                 self._deferred.append(task)
-        self._landing = None
-        self._wake.set()
 
     async def _obey_all(self) -> None:
         async for request in self._ledger.new_requests():
@@ -276,8 +289,8 @@ class Scheduler:
         self._cancelled.add(task)
         if task in self._works:
             self._works[task].cancel()
-        elif task == self._landing:
-            self._merging.cancel()
+        elif task in self._merging.landing:
+            self._merging.cancel(task)
         else:
             self._drop(task)
             await cancel(self._ledger, task)

@@ -1,12 +1,13 @@
-"""Landing: finished work moves the target branch, one merge at a time, or not at all.
+"""Landing: finished work moves the target branch, merge by merge, or not at all.
 
-`prepare` merges without a checkout, the caller records the intent, `move` is one push with a lease. What was
-cut off in between is finished or undone by `settle`. Each of them demands a `MergePermit`.
+`prepare` merges without a checkout, the caller records the intent, `move` is one push with a lease, of one merge or of
+several that follow each other. What was cut off in between is finished or undone by `settle`. Each of them demands a
+`MergePermit`.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,6 @@ class Landed:
     """The work is on the target, by this commit of its first-parent line."""
 
     commit: str
-    adopted: bool = False  #: it was there before we moved anything
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,12 @@ class Deferred:
     """The target can't be moved now, for this reason; the work keeps."""
 
     reason: str
+
+
+def joined(merges: Iterable[Merge]) -> Merge:
+    """Return the move over merges that follow each other."""
+    first, *others = merges
+    return Merge(first.old, [first, *others][-1].new)
 
 
 class Target:
@@ -162,13 +168,16 @@ class Target:
         return not (await self._git("merge-base", "--is-ancestor", commit, self.known, ok=(0, 1, 128))).returncode
 
     async def prepare(
-        self, permit: MergePermit, label: str, commit: str, base: str
+        self, permit: MergePermit, label: str, commit: str, base: str, after: Merge | None = None
     ) -> Merge | Landed | AlreadyThere | Conflict | Deferred:
-        """Merge `commit`, which was built on `base`, onto the target as it is now; move nothing."""
+        """Merge `commit`, which was built on `base`, onto the target as it is now; move nothing.
+
+        With `after`, it is merged onto that: what comes of it holds only if `after` has landed, too.
+        """
         self._check(permit)
-        onto = await self.refresh()
+        onto, old = (await self.refresh(), self.known) if after is None else (after.new, after.new)
         if label in self._landed:
-            return Landed(self._landed[label], adopted=True)
+            return Landed(self._landed[label])
         ours = await self._above(base, onto, commit)
         tree, paths = await self._git.merge_tree(ours, commit)
         if paths:
@@ -178,7 +187,7 @@ class Target:
         new = await self._commit(tree, onto, commit, f"Land {label.rpartition('/')[2]}\n\n{TRAILER}: {label}\n")
         self._trees = {key: of for key, of in self._trees.items() if key == onto} | {new: tree}
         failpoint("landing.merged")
-        merge = Merge(self.known, new)
+        merge = Merge(old, new)
         # Looked at before anything is intended: a push that must fail is not even begun, so that what a cut-off
         # landing finds changed later was not changed before.
         obstacle = await self.obstacle(merge)
@@ -230,26 +239,31 @@ class Target:
     async def _commit(self, tree: str, first: str, second: str, message: str) -> str:
         return await self._git.line("commit-tree", tree, "-p", first, "-p", second, input_=message.encode())
 
-    async def move(self, permit: MergePermit, merge: Merge, label: str) -> Landed | Stale | Deferred:
-        """Move the target by one push that holds only if nobody else moved it."""
+    async def move(self, permit: MergePermit, merges: Mapping[str, Merge]) -> Landed | Stale | Deferred:
+        """Move the target over the merges, by label and each prepared `after` the one before it, all or none of them.
+
+        It is one push that holds only if nobody else moved the target.
+        """
         self._check(permit)
-        pushed = await self._source.push(merge.new, self.branch, merge.old, (permit.fd,))
+        whole = joined(merges.values())
+        pushed = await self._source.push(whole.new, self.branch, whole.old, (permit.fd,))
         failpoint("landing.pushed")
-        tip = merge.new if pushed.moved and self._repository is None else await self._source.tip(self.branch)
-        if tip == merge.old and merge.old is not None and self._repository is not None:
+        tip = whole.new if pushed.moved and self._repository is None else await self._source.tip(self.branch)
+        if tip == whole.old and whole.old is not None and self._repository is not None:
             # The checkout was clean a moment ago: what a push that was ended from outside wrote can be told.
             checkout, git = await self._checkout(), self._users_git()
-            await settle(self._repository, checkout, self.branch, (merge.old, merge.new), None, git)
+            await settle(self._repository, checkout, self.branch, (whole.old, whole.new), None, git)
             tip = await self._source.tip(self.branch)
-        if tip == merge.old:
-            return Deferred(await self.obstacle(merge) or f"the target could not be moved: {pushed.reason}")
-        if tip != merge.new:
+        if tip == whole.old:
+            return Deferred(await self.obstacle(whole) or f"the target could not be moved: {pushed.reason}")
+        if tip != whole.new:
             await self.refresh()
             return Stale()
-        self.known = merge.new
-        self._contained.add(merge.new)
-        self._landed[label] = merge.new
-        return Landed(merge.new)
+        self.known = whole.new
+        for label, merge in merges.items():
+            self._contained.add(merge.new)
+            self._landed[label] = merge.new
+        return Landed(whole.new)
 
     async def obstacle(self, merge: Merge) -> str | None:
         """Return what of the user's stands in the way where the target is checked out."""
@@ -283,7 +297,7 @@ class Target:
         self.known = None
         landed = (await self.landings()).get(label)
         if landed is not None:
-            return Landed(landed, adopted=landed != merge.new)
+            return Landed(landed)
         if foreign:
             return Deferred(f"an interrupted landing left files that were changed since: {', '.join(foreign[:3])}")
         return Stale()
