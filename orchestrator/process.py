@@ -161,6 +161,18 @@ def _has_ended(child: subprocess.Popen[bytes]) -> bool:
     return child.poll() is not None
 
 
+def own_program(module: str, function: str) -> tuple[list[str], dict[str, str]]:
+    """Return the command line and the environment by which a function of this package is a program of its own.
+
+    It sees the standard library and this package, and nothing else that is installed.
+    """
+    # Imported rather than run as a script, because Python caches the byte code of imports only: 6 ms a start.
+    code = f"import sys; sys.path.append(sys.argv[1]); from {module} import {function}; {function}()"
+    argv = [sys.executable, "-I", "-S", "-c", code, os.fspath(Path(__file__).parents[1])]
+    # A Python that was built as a shared library may not start without this.
+    return argv, {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+
+
 async def spawn(argv: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> subprocess.Popen[bytes]:
     """Start a program that is talked to while it runs, and return it as soon as it has been started.
 

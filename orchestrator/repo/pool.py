@@ -39,6 +39,7 @@ from orchestrator.repo.places import (
 from orchestrator.repo.removal import disk_usage
 from orchestrator.repo.reset import Contents, Keep
 from orchestrator.repo.stamps import Differences, Stamps, stamps_mappings
+from orchestrator.repo.walking import Walker
 
 #: Seconds between two looks at the places that other processes have.
 _PAUSE = 0.5
@@ -79,13 +80,14 @@ class Checkout:
     contents: Contents
     fd: int
     """The lock on the place: what writes to it is to hold that until it has ended."""
+    walker: Walker
     reader: Git | None
     """What reads the files where the file system does not tell of every change."""
     _held: AsyncExitStack
 
     async def compare(self) -> Differences | None:
         """Return what differs by now, None if that can't be told; nobody may write to it any more."""
-        found = await anyio.to_thread.run_sync(self.contents.stamps.compare)
+        found = await _compare(self.walker, self.contents.stamps)
         if found is None or self.reader is None:
             return found
         with suppress(GitError, OSError):
@@ -100,9 +102,18 @@ class Checkout:
 class Pool:
     """The places of a hub, for one run; opened by `open`."""
 
-    def __init__(self, git: Git, hub: Hub, clock: Clock, limits: PoolLimits, care: Care, group: TaskGroup) -> None:
+    def __init__(
+        self,
+        git: Git,
+        hub: Hub,
+        clock: Clock,
+        limits: PoolLimits,
+        care: Care,
+        group: TaskGroup,
+        walker: Walker,
+    ) -> None:
         self._git, self._hub, self._clock, self._limits, self._care = git, hub, clock, limits, care
-        self._group = group
+        self._group, self._walker = group, walker
         self._ours: dict[int, Checkout] = {}
         """Every place that we hold the lock of."""
         self._idle: set[int] = set()
@@ -113,7 +124,7 @@ class Pool:
         self._coming = 0
         """Places that are being set up or cleaned, and will be idle soon."""
         self._newest = ""
-        self._is_making = False
+        self._is_making = self._is_copying = False
         self._can_tell = True
         """Whether the file system tells of every change: else git reads all files, and what setup made is used once."""
         self._setups: set[anyio.CancelScope] = set()
@@ -134,8 +145,8 @@ class Pool:
         """
         await anyio.to_thread.run_sync(lambda: hub.places.mkdir(mode=0o700, exist_ok=True))
         can_tell = await anyio.to_thread.run_sync(stamps_mappings, hub.places)
-        async with anyio.create_task_group() as group:
-            pool = cls(git, hub, clock, limits, care, group)
+        async with Walker.open() as walker, anyio.create_task_group() as group:
+            pool = cls(git, hub, clock, limits, care, group, walker)
             pool._can_tell, pool._wanted = can_tell, warm
             try:
                 for place in await anyio.to_thread.run_sync(places_of, hub):
@@ -216,7 +227,7 @@ class Pool:
         """Take a place whose lock we hold, and of whose files nothing is known yet."""
         contents = Contents(record, Stamps.unknown(place.tree))
         reader = None if self._can_tell else reset.admin(self._git, place, self._care.sparse)
-        checkout = self._ours[place.number] = Checkout(place, contents, fd, reader, held)
+        checkout = self._ours[place.number] = Checkout(place, contents, fd, self._walker, reader, held)
         return checkout
 
     async def _close(self) -> None:
@@ -253,7 +264,8 @@ class Pool:
         async with self._choosing:
             idle = [self._ours[number] for number in self._idle]
             sources = self._plain(commit)
-            is_short = self._is_making and self._waiting > len(idle)
+            # What is being copied is going to be idle again.
+            is_short = self._is_making and not self._is_copying and self._waiting > len(idle)
             for checkout in sorted(idle, key=lambda one: _distance(one.contents.record, commit)):
                 if not (is_short and sources == [checkout]) and await self._see(checkout):
                     self._idle.discard(checkout.place.number)
@@ -266,7 +278,7 @@ class Pool:
         if number not in self._unseen:
             return True
         stamps = await anyio.to_thread.run_sync(read_stamps, place)
-        if stamps is not None and await anyio.to_thread.run_sync(stamps.compare) == _UNTOUCHED:
+        if stamps is not None and await _compare(self._walker, stamps) == _UNTOUCHED:
             checkout.contents = replace(checkout.contents, stamps=stamps)
             self._unseen.discard(number)
             return True
@@ -317,9 +329,9 @@ class Pool:
     async def _make(self) -> None:
         try:
             while await self._is_more_wanted():
-                checkout = await self._make_one(self._newest)
+                checkout, is_copy = await self._make_one(self._newest)
                 self._coming += 1
-                self._group.start_soon(self._finish, checkout)
+                self._group.start_soon(self._finish, checkout, is_copy)
         except (GitError, OSError, RefusedError) as error:
             self._fail(error)
         finally:
@@ -375,32 +387,40 @@ class Pool:
         fits = self._limits.bytes is None or sum(sizes) + max(sizes, default=0) <= self._limits.bytes
         return fits and len(counted) < self._limits.places
 
-    async def _make_one(self, commit: str) -> Checkout:
-        """Make a place, by copying if that can be."""
+    async def _make_one(self, commit: str) -> tuple[Checkout, bool]:
+        """Make a place, by copying if that can be; return it and whether it is a copy, which is yet to be looked over.
+
+        Another one is looked over here: until then there is nothing to be copied.
+        """
         async with self._choosing:
             source = await self._first_seen(self._plain(commit))
             if source is not None:
                 self._idle.discard(source.place.number)
+                self._is_copying = True
         checkout = None
         try:
             checkout = await self._new_place(commit)
             git, place = self._admin(checkout), checkout.place
             if source is None:
                 await reset.check_out(git, place, commit, self._care.sparse)
+                await self._look_over(checkout)
             else:
                 await reset.copy(git, source.place, place, self._care.sparse)
-            stamps = await anyio.to_thread.run_sync(Stamps.take, place.tree)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 if checkout is not None:
                     await self.discard(checkout)
             raise
         finally:
+            self._is_copying = False
             if source is not None:
                 self._idle.add(source.place.number)
+        return checkout, source is not None
+
+    async def _look_over(self, checkout: Checkout) -> None:
+        stamps = await reset.look_over(self._admin(checkout), checkout.place, self._walker)
         record = replace(checkout.contents.record, bytes=await self._size_of(checkout))
         checkout.contents = Contents(record, stamps or checkout.contents.stamps)
-        return checkout
 
     async def _first_seen(self, checkouts: Sequence[Checkout]) -> Checkout | None:
         for checkout in checkouts:
@@ -426,12 +446,14 @@ class Pool:
                         return self._own(place, record, lock.fd, stack.pop_all())
         raise AssertionError("numbers do not end")
 
-    async def _finish(self, checkout: Checkout) -> None:
+    async def _finish(self, checkout: Checkout, is_copy: bool) -> None:
         """Set a new place up, and have it be anybody's; it goes if the pool is closed meanwhile."""
         is_ready = False
         with anyio.CancelScope() as setup:
             self._setups.add(setup)
             try:
+                if is_copy:
+                    await self._look_over(checkout)
                 await self._furnish(checkout, checkout.contents.record.commit)
                 is_ready = True
             except (GitError, OSError, SetupError) as error:
@@ -503,6 +525,10 @@ class Pool:
     def _announce(self) -> None:
         self._changed.set()
         self._changed = anyio.Event()
+
+
+async def _compare(walker: Walker, stamps: Stamps) -> Differences | None:
+    return await walker.run(stamps.compare, stamps.count_files())
 
 
 def _is_plain(record: Record, commit: str) -> bool:

@@ -13,6 +13,7 @@ import stat
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import anyio.to_thread
@@ -20,9 +21,10 @@ import anyio.to_thread
 from orchestrator.failpoints import failpoint
 from orchestrator.repo.copying import copy_all
 from orchestrator.repo.git import Git, join_nul, split_nul
-from orchestrator.repo.index_file import fit_index
+from orchestrator.repo.index_file import count_entries, fit_index
 from orchestrator.repo.places import Place, Record, throw_away
 from orchestrator.repo.stamps import Differences, Stamps
+from orchestrator.repo.walking import Walker
 
 _SPARSE = ("-c", "core.sparseCheckout=true", "-c", "core.sparseCheckoutCone=true")
 
@@ -56,7 +58,7 @@ def admin(git: Git, place: Place, sparse: Sequence[str] = ()) -> Git:
 
 
 async def check_out(git: Git, place: Place, commit: str, sparse: Sequence[str]) -> None:
-    """Write a commit's files into a new place; `git` is that of `admin`."""
+    """Write a commit's files into a new place; `git` is that of `admin`. `look_over` is to follow."""
     await anyio.to_thread.run_sync(_lay_out, place, sparse, None)
     failpoint("place.half_made")
     await git("read-tree", "--reset", "-u", commit, env=place.env, cwd=place.tree)
@@ -67,9 +69,15 @@ async def copy(git: Git, source: Place, place: Place, sparse: Sequence[str]) -> 
     await anyio.to_thread.run_sync(_lay_out, place, sparse, source.index)
     failpoint("place.half_made")
     await copy_all(f"{source.tree}/.", place.tree, git.environ, git.keep_fds)
-    # It knows the files of the other place: otherwise each session's first look would read all of them.
-    if not await anyio.to_thread.run_sync(fit_index, place.index, place.tree):
+
+
+async def look_over(git: Git, place: Place, walker: Walker) -> Stamps | None:
+    """Have the index of a new place know its files; return the stamps of these, None where they can't be relied on."""
+    # Otherwise each session's first look would read all of them.
+    files = await anyio.to_thread.run_sync(count_entries, place.index)
+    if not await walker.run(partial(fit_index, place.index, place.tree), files):
         await git("update-index", "-q", "--refresh", env=place.env, cwd=place.tree)
+    return await anyio.to_thread.run_sync(Stamps.take, place.tree)
 
 
 async def move(git: Git, place: Place, contents: Contents, commit: str) -> Contents | None:

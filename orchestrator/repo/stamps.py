@@ -5,6 +5,8 @@ path leads to the same inode and that has not changed since (its ctime, inode(7)
 set. What is written through a shared mapping shows where the file system stamps that (`stamps_mappings`); git does not
 see it elsewhere either.
 
+Only the standard library is imported: `orchestrator.repo.walker` does this, too.
+
 What is found this way is a hint to look at less when work is collected: where anything is odd git looks at everything.
 When a checkout is cleaned it is the truth, and one of which nothing can be told is given up.
 """
@@ -106,6 +108,10 @@ class Stamps:
                 waiting.extend(f"{path}{name}/" for name in folder.folders)
             return _stamped(tree, folders, unseen)
         return None
+
+    def count_files(self) -> int:
+        """Return how many files there were."""
+        return sum(len(folder.files) for folder in self.folders.values())
 
     def has(self, path: str) -> bool:
         """Whether there was such a file."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
@@ -24,8 +23,7 @@ from orchestrator import process
 from orchestrator.errors import SessionError
 from orchestrator.filelock import FileLock
 
-# Imported rather than run as a script, because Python caches the byte code of imports only: 6 ms a session.
-_BOOTSTRAP = "import sys; sys.path.append(sys.argv[1]); from orchestrator.sessions import supervisor; supervisor.{}()"
+_MODULE = "orchestrator.sessions.supervisor"
 _FOLDER = Path("/")  # the supervisor's own, so that it keeps no worktree busy
 _SERVER: ContextVar[process.ForkServer | None] = ContextVar("_SERVER", default=None)
 _KILL_PATIENCE = 5.0  # seconds from SIGKILL to the last process's end; measured in milliseconds
@@ -129,7 +127,7 @@ async def forking() -> AsyncIterator[None]:
     """
     server: process.ForkServer | None = None
     with suppress(OSError):
-        server = await anyio.to_thread.run_sync(process.ForkServer, _argv("serve"), _environment(), _FOLDER)
+        server = await anyio.to_thread.run_sync(process.ForkServer, *process.own_program(_MODULE, "serve"), _FOLDER)
     token = _SERVER.set(server)
     try:
         yield
@@ -146,15 +144,6 @@ def _forked(session: str) -> _Supervisor | None:
         with suppress(OSError):
             return _Supervisor(session, *server.fork(), None)
     return None
-
-
-def _argv(function: str) -> list[str]:
-    return [sys.executable, "-I", "-S", "-c", _BOOTSTRAP.format(function), os.fspath(Path(__file__).parents[2])]
-
-
-def _environment() -> dict[str, str]:
-    # A Python that was built as a shared library may not start without this.
-    return {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
 
 
 def _spec(command: SupervisedCommand) -> bytes:
@@ -243,7 +232,8 @@ def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
 async def _supervisor(session: str) -> AsyncIterator[_Supervisor]:
     supervisor = _forked(session)
     if supervisor is None:
-        child = await process.spawn(_argv("main"), env=_environment(), cwd=_FOLDER)
+        argv, env = process.own_program(_MODULE, "main")
+        child = await process.spawn(argv, env=env, cwd=_FOLDER)
         supervisor = _Supervisor(session, child.stdin, child.stdout, child)
     try:
         yield supervisor

@@ -1,0 +1,73 @@
+"""Looking at each file of a large checkout in another process comes to what it would come to in ours."""
+
+from __future__ import annotations
+
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+
+from orchestrator.repo.stamps import Differences, Stamps
+from orchestrator.repo.walking import Walker
+
+MANY = 100_000
+
+
+def walkers() -> list[psutil.Process]:
+    """Return the processes of ours that do so."""
+    return [one for one in psutil.Process().children() if "orchestrator.repo.walker" in " ".join(one.cmdline())]
+
+
+@pytest.fixture
+def stamps(tmp_path: Path) -> Stamps:
+    """Stamps of a folder with a file whose name is not UTF-8, and one that was written since."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name in (b"same", b"written", b"odd \xff"):
+        (tree / os.fsdecode(name)).touch()
+    stamps = Stamps.take(tree)
+    assert stamps is not None
+    (tree / "written").write_text("x")
+    (tree / os.fsdecode(b"new \xff")).touch()
+    return stamps
+
+
+async def test_another_process_finds_what_ours_does(stamps: Stamps) -> None:
+    """One process answers all questions, and ends with the body."""
+    async with Walker.open() as walker:
+        for _ in range(2):
+            found = await walker.run(stamps.compare, MANY)
+            assert found == stamps.compare() == Differences(["written"], [], [os.fsdecode(b"new \xff")], ["/"])
+        (process,) = walkers()
+    assert not process.is_running()
+
+
+async def test_for_few_files_no_process_is_started(stamps: Stamps) -> None:
+    """A thread is enough."""
+    async with Walker.open() as walker:
+        assert await walker.run(stamps.compare, 3) == stamps.compare()
+        assert walkers() == []
+
+
+async def test_a_process_that_is_gone_is_made_up_for(stamps: Stamps) -> None:
+    """The answer comes from a thread of ours, the next one from another process."""
+    async with Walker.open() as walker:
+        await walker.run(stamps.compare, MANY)
+        (first,) = walkers()
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        assert await walker.run(stamps.compare, MANY) == stamps.compare()
+        assert walkers() == []
+        assert await walker.run(stamps.compare, MANY) == stamps.compare()
+        assert walkers() != [first]
+
+
+async def test_an_error_comes_from_a_thread_of_ours(tmp_path: Path) -> None:
+    """Whatever a function raises is raised, and the walker goes on."""
+    async with Walker.open() as walker:
+        with pytest.raises(FileNotFoundError):
+            await walker.run(partial(os.stat, tmp_path / "missing"), MANY)
+        assert await walker.run(partial(os.path.exists, tmp_path), MANY) is True
