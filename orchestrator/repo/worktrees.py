@@ -13,7 +13,7 @@ import errno
 import os
 import shutil
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,8 @@ class Worktree:
     task: str
     attempt: int
     is_check: bool = False
+    held: Place | None = field(default=None, compare=False)
+    """The place that it was handed, where it is known to have that still."""
 
     @property
     def name(self) -> str:
@@ -53,13 +55,15 @@ class Worktree:
 
     @property
     def place(self) -> Place | None:
-        """The place that it has; None before and after that, also where another has it. A look at the disk."""
+        """The place that it has; None before and after that, also where another has it. May look at the disk."""
+        if self.held is not None:
+            return self.held
         place = place_of(self.hub, self.root)
         return place if place is not None and user_of(place) == self.root else None
 
     @property
     def tree(self) -> Path:
-        """The checkout that the CLI works in; one that is not there, without a place. A look at the disk."""
+        """The checkout that the CLI works in; one that is not there, without a place. May look at the disk."""
         place = self.place
         return self.root / "tree" if place is None else place.tree
 
@@ -109,10 +113,11 @@ class Worktree:
         return {"GIT_WORK_TREE": str(self.tree), "GIT_INDEX_FILE": str(self.index)}
 
 
-async def create(worktree: Worktree, checkout: Checkout, prompt: str) -> None:
-    """Make a session's folder around the place that it was handed."""
+async def create(worktree: Worktree, checkout: Checkout, prompt: str) -> Worktree:
+    """Make a session's folder around the place that it was handed; return the worktree with that."""
     await anyio.to_thread.run_sync(_lay_out, worktree, checkout, prompt)
     failpoint("worktree.created")
+    return replace(worktree, held=checkout.place)
 
 
 def _lay_out(worktree: Worktree, checkout: Checkout, prompt: str) -> None:

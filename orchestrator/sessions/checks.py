@@ -69,7 +69,7 @@ class Checks:
             with self._running:
                 checkout = await self.pool.take(commit, self.worktree.root)
                 with anyio.CancelScope(shield=True):
-                    await worktrees.create(self.worktree, checkout, "")
+                    self.worktree = await worktrees.create(self.worktree, checkout, "")
                 provided = await self.equipment.provide(checkout)
                 if not isinstance(provided, Provided):
                     return Unchecked(f"the checks could not be set up: {provided.reason}")

@@ -134,6 +134,7 @@ class Session:
         if self._checkout is None:
             return Finished(Interrupted("it was stopped before it began"))
         failpoint("session.ended")
+        what, worktree = self.assignment, self.assignment.worktree
         after = () if self._provided is None else await self.tools.equipment.after(worktree, self._provided)
         try:
             self._found = await self._checkout.compare()
@@ -165,7 +166,8 @@ class Session:
         checkout = await self.pool.take(what.start or what.base, worktree.root, what.adapter_name)
         with anyio.CancelScope(shield=True):
             self._checkout = checkout
-            await worktrees.create(worktree, checkout, what.text)
+            worktree = await worktrees.create(worktree, checkout, what.text)
+            self.assignment = replace(what, worktree=worktree)
         provided = await self.tools.equipment.provide(checkout)
         if not isinstance(provided, Provided):
             return provided
