@@ -39,14 +39,17 @@ async def inspect(path: Path, git: Git) -> LocalRepository:
     """Find the repository at or above a path; RefusedError where there is none that git will work with."""
     remedy = "set `repo` to the path or URL of a git repository that git accepts"
 
-    async def ask(fact: str) -> str:
-        return (await git("rev-parse", fact, cwd=path)).stdout.decode(errors="surrogateescape").rstrip("\n")
+    async def ask(*facts: str) -> list[str]:
+        """Return a line for each; the last may be a folder's name, which may have any character in it."""
+        done = await git("rev-parse", *facts, cwd=path)
+        printed = done.stdout.decode(errors="surrogateescape").rstrip("\n").split("\n", len(facts) - 1)
+        if len(printed) < len(facts):
+            raise GitError(["rev-parse", *facts], 0, f"it printed {printed}")
+        return printed
 
     try:
-        bare = await ask("--is-bare-repository") == "true"
-        common = await ask("--git-common-dir")
-        object_format = await ask("--show-object-format")
-        top = None if bare else Path(await ask("--show-toplevel"))
+        bare, object_format, common = await ask("--is-bare-repository", "--show-object-format", "--git-common-dir")
+        top = None if bare == "true" else Path(*await ask("--show-toplevel"))
     except GitError as error:
         raise RefusedError(f"{path}: {error.stderr}", remedy) from None
     return LocalRepository(await anyio.to_thread.run_sync((path / common).resolve), top, object_format)

@@ -135,30 +135,28 @@ async def _build(hub: Hub, object_format: str, environ: Mapping[str, str]) -> No
     for name in ("hub.git", "trusted.git", "session.git"):
         git = Git(building / name, environ=environ)
         await git("init", "--quiet", "--bare", "--template=", f"--object-format={object_format}", cwd=building)
-    await _configure(building, hub, environ)
+    _configure(building, hub)
     building.rename(hub.root)
 
 
-async def _configure(building: Path, hub: Hub, environ: Mapping[str, str]) -> None:
+def _configure(building: Path, hub: Hub) -> None:
     for name in ("sessions", "places", "trash", "locks", "trusted.git/indexes"):
         (building / name).mkdir(mode=0o700)
     shutil.rmtree(building / "trusted.git" / "objects")
     (building / "trusted.git" / "objects").symlink_to(Path("..", "hub.git", "objects"))
-    trusted = Git(building / "trusted.git", environ=environ)
     # A commit that the log calls queued must not be lost with the power.
-    await trusted("config", "core.fsync", "committed,reference")
-    await trusted("config", "core.fsyncMethod", "batch")
-    session = Git(building / "session.git", environ=environ)
-    for key, value in {
-        "core.bare": "false",
-        "user.name": IDENTITY[0],
-        "user.email": IDENTITY[1],
-        "gc.auto": "0",
-    }.items():
-        await session("config", key, value)
+    _add_settings(building / "trusted.git", "core", fsync="committed,reference", fsyncMethod="batch")
+    _add_settings(building / "session.git", "core", bare="false")
+    _add_settings(building / "session.git", "user", name=IDENTITY[0], email=IDENTITY[1])
+    _add_settings(building / "session.git", "gc", auto="0")
     alternates = building / "session.git" / "objects" / "info" / "alternates"
     alternates.parent.mkdir(exist_ok=True)
     alternates.write_text(f"{hub.objects}\n")
+
+
+def _add_settings(git_dir: Path, section: str, **settings: str) -> None:
+    with (git_dir / "config").open("a", encoding="utf-8") as config:
+        config.writelines([f"[{section}]\n", *(f'\t{name} = "{value}"\n' for name, value in settings.items())])
 
 
 def internal_ref(run: str, name: str) -> str:
