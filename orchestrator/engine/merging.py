@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, assert_never
@@ -23,7 +23,7 @@ from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import Intent, TaskStatus
 from orchestrator.engine.ledger import Ledger, Update
 from orchestrator.engine.workshop import Workshop
-from orchestrator.errors import GitError
+from orchestrator.errors import GitError, RefusedError
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import JsonObject
 from orchestrator.repo.hub import internal_ref, work_branch
@@ -34,6 +34,9 @@ from orchestrator.sessions.shell import CommandFailed
 
 #: How often a landing is merged anew because others moved the target, before it waits for its next turn.
 ROUNDS = 10
+
+#: What may go wrong with the target, or with one task's work; both keep.
+_FAULTS = (GitError, RefusedError)
 
 #: How many tasks land by one push at most.
 LARGEST = 16
@@ -56,8 +59,8 @@ class Rejection:
 class MergeQueue:
     """Lands the queued tasks of one run, in their order."""
 
-    def __init__(self, ledger: Ledger, shop: Workshop, pool: Pool, clock: Clock) -> None:
-        """Take a run and what it works with."""
+    def __init__(self, ledger: Ledger, shop: Workshop, pool: Pool, clock: Clock, cancelled: Collection[str]) -> None:
+        """Take a run and what it works with; `cancelled` are the tasks that somebody does not want any more."""
         self.ledger, self.clock, self._shop, self._pool = ledger, clock, shop, pool
         self.target, self.git = shop.target, shop.git
         self.is_moving = False
@@ -69,7 +72,7 @@ class MergeQueue:
         self._checks: Checks | None = None
         self._turn = anyio.CancelScope()
         self._stopping = False
-        self._cancelled: set[str] = set()
+        self._cancelled = cancelled
         self._passed: set[tuple[str, str]] = set()
         """Tasks with the trees that passed their checks: what is merged anew to the same tree need not be checked."""
 
@@ -80,11 +83,10 @@ class MergeQueue:
         self._stop_checks()
 
     def cancel(self, task: str) -> None:
-        """Do not land a task, unless the target is already being moved."""
+        """Do not land a task that is among the cancelled now, unless the target is, or perhaps was, being moved."""
         if task in self.landing:
-            self._cancelled.add(task)
             self._stop_checks()
-        elif task in self.waiting:
+        elif task in self.waiting and self._status(task) is not TaskStatus.LANDING:
             self.waiting.remove(task)
             if not self.waiting:
                 self._turn.cancel()
@@ -100,6 +102,8 @@ class MergeQueue:
         now, for the reason that is recorded, or is cancelled.
         """
         self._turn = anyio.CancelScope()
+        if self._stopping:
+            return []
         async with AsyncExitStack() as stack:
             permit = None
             # Whoever has the turn may be at their checks, for as long as those take.
@@ -111,7 +115,6 @@ class MergeQueue:
                 return await self._land_head(permit)
             finally:
                 self.landing = ()
-                self._cancelled.clear()
 
     async def _land_head(self, permit: MergePermit) -> list[str]:
         tasks = await self._take()
@@ -120,7 +123,7 @@ class MergeQueue:
                 left = await self._settle_all(permit, tasks)
             else:
                 left = await self._land_together(permit, tasks)
-        except GitError as error:
+        except _FAULTS as error:
             left = []
             for task in tasks:
                 await self._unreachable(task, str(error))
@@ -130,13 +133,15 @@ class MergeQueue:
         return [task for task in tasks if task not in later]
 
     async def _take(self) -> list[str]:
-        """Take the tasks at the head of the queue that were cut off together, or may land together."""
+        """Take all tasks of which a move was cut off, or else those at the head of the queue that may land together."""
+        if cut_off := [task for task in self.waiting if self._status(task) is TaskStatus.LANDING]:
+            for task in cut_off:
+                self.waiting.remove(task)
+            self.landing = tuple(cut_off)
+            return cut_off
         head = self.waiting.popleft()
         self.landing = (head,)
-        if self._status(head) is TaskStatus.LANDING:
-            while self.waiting and self._status(self.waiting[0]) is TaskStatus.LANDING:
-                self.landing += (self.waiting.popleft(),)
-        elif not await self._has_checks(head):
+        if not await self._has_checks(head):
             while self.waiting and len(self.landing) < LARGEST:
                 task = self.waiting[0]
                 if await self._has_checks(task):
@@ -195,20 +200,43 @@ class MergeQueue:
         for index, task in enumerate(tasks):
             document = self.ledger.task(task)
             commit, base = document.commit or "", document.attempt.base
-            match await self.target.prepare(permit, self._label(task), commit, base, last):
-                case Merge() as last:
-                    merges[task] = last
-                case _ if merges:
+            try:
+                made = await self.target.prepare(permit, self._label(task), commit, base, last)
+            except _FAULTS as error:
+                if merges:
                     return merges, list(tasks[index:])
-                case Landed(commit):
-                    await self._landed(Trigger.ADOPT, {task: commit})
-                case AlreadyThere(commit):
-                    await self._landed(Trigger.ADOPT, {task: commit}, "the target holds the same change already")
-                case Conflict() as conflict:
-                    await self._conflict(task, conflict)
-                case Deferred(reason):
-                    await self._defer(task, reason)
+                if not await self._is_reachable():
+                    raise
+                await self._unreachable(task, str(error))
+                continue
+            if isinstance(made, Merge):
+                merges[task] = last = made
+            elif merges:
+                return merges, list(tasks[index:])
+            else:
+                await self._do_without(task, made)
         return merges, []
+
+    async def _do_without(self, task: str, made: Landed | AlreadyThere | Conflict | Deferred) -> None:
+        """Record what a task has come to without a merge of its own."""
+        match made:
+            case Landed(commit):
+                await self._landed(Trigger.ADOPT, {task: commit})
+            case AlreadyThere(commit):
+                await self._landed(Trigger.ADOPT, {task: commit}, "the target holds the same change already")
+            case Conflict() as conflict:
+                await self._conflict(task, conflict)
+            case Deferred(reason):
+                await self._defer(task, reason)
+            case _:
+                assert_never(made)
+
+    async def _is_reachable(self) -> bool:
+        try:
+            await self.target.refresh()
+        except GitError:
+            return False
+        return True
 
     async def _move(self, permit: MergePermit, merges: Mapping[str, Merge]) -> Landed | Stale | Deferred:
         """Record what is about to happen, move the target, and record what happened."""
@@ -237,14 +265,14 @@ class MergeQueue:
 
     async def _may_move(self, task: str, merge: Merge) -> bool:
         """Whether a merge has passed its checks and nothing stands in its way; if not, that is recorded."""
-        spec = await self.ledger.spec(task)
-        if not spec.checks:
-            return task not in self._cancelled
-        tree = await self.git.line("rev-parse", f"{merge.new}^{{tree}}")
-        if (task, tree) in self._passed:
-            return task not in self._cancelled
         if self._stopping or task in self._cancelled:
             return False
+        spec = await self.ledger.spec(task)
+        if not spec.checks:
+            return True
+        tree = await self.git.line("rev-parse", f"{merge.new}^{{tree}}")
+        if (task, tree) in self._passed:
+            return True
         return await self._check(task, spec, merge, tree)
 
     async def _check(self, task: str, spec: TaskSpec, merge: Merge, tree: str) -> bool:

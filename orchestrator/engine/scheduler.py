@@ -50,7 +50,8 @@ class Scheduler:
         self._ledger, self._shop, self._board, self._clock = ledger, workshop, board, clock
         self._capacity = capacity
         self._attempts = Attempts(ledger, workshop, pool, clock)
-        self._merging = MergeQueue(ledger, workshop, pool, clock)
+        self._cancelled: set[str] = set()
+        self._merging = MergeQueue(ledger, workshop, pool, clock, self._cancelled)
         self._escapes = EscapeDetector(ledger, workshop, self._merging)
         self._works: dict[str, Work] = {}
         self._deferred: list[str] = []
@@ -58,7 +59,6 @@ class Scheduler:
         self._last_tries = LAST_TRIES
         self._landing = False
         self._gather_until = 0.0
-        self._cancelled: set[str] = set()
         self._starved = 0
         self._paused_until = 0.0
         self._obeying = False
@@ -289,8 +289,8 @@ class Scheduler:
         self._cancelled.add(task)
         if task in self._works:
             self._works[task].cancel()
-        elif task in self._merging.landing:
-            self._merging.cancel(task)
+        elif task in self._merging.landing or self._ledger.task(task).status is TaskStatus.LANDING:
+            self._merging.cancel(task)  # what comes of it is told when it is known whether the target moved
         else:
             self._drop(task)
             await cancel(self._ledger, task)

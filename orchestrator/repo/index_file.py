@@ -56,7 +56,10 @@ def fit_index(index: Path, tree: Path) -> bool:
     except (OSError, struct.error, ValueError):
         return False
     data[-_SHA1:] = hashlib.sha1(data[:-_SHA1], usedforsecurity=False).digest()
-    index.write_bytes(data)
+    # As a whole: one that is cut off would be of no use to anybody.
+    whole = index.with_name(f"{index.name}.fitted")
+    whole.write_bytes(data)
+    whole.replace(index)
     return True
 
 

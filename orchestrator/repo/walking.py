@@ -22,7 +22,9 @@ from orchestrator import process
 _MANY: Final = 1_000
 #: The process's own folder, so that it keeps no worktree busy.
 _FOLDER: Final = Path("/")
-_BROKEN: Final = (OSError, EOFError, pickle.UnpicklingError)
+#: Seconds for one thing, after which the process is given up; and for it to end.
+_LIMIT: Final = 120.0
+_PATIENCE: Final = 5.0
 
 T = TypeVar("T")
 
@@ -55,7 +57,7 @@ class Walker:
             async with self._turn:
                 try:
                     return cast("T", await self._ask(function))
-                except _BROKEN:
+                except Exception:  # noqa: BLE001  what is no answer may fail in any way
                     await self._end()
         return await anyio.to_thread.run_sync(function)
 
@@ -63,7 +65,8 @@ class Walker:
         if self._process is None:
             argv, env = process.own_program("orchestrator.repo.walker", "serve")
             self._process = _Process(await process.spawn(argv, env=env, cwd=_FOLDER))
-        return await anyio.to_thread.run_sync(self._process.ask, function)
+        with anyio.fail_after(_LIMIT):
+            return await anyio.to_thread.run_sync(self._process.ask, function, abandon_on_cancel=True)
 
     async def _end(self) -> None:
         running, self._process = self._process, None
@@ -79,7 +82,7 @@ class _Process:
         self._answers = io.BufferedReader(cast("io.RawIOBase", child.stdout))
 
     def ask(self, function: Callable[[], object]) -> Any:
-        """Return its answer. Blocks; one of `_BROKEN` if it is gone."""
+        """Return its answer. Blocks; an error of some kind if it is gone."""
         questions = cast("io.RawIOBase", self._child.stdin)
         question = memoryview(pickle.dumps(function))
         while question:
@@ -87,6 +90,13 @@ class _Process:
         return pickle.load(self._answers)  # noqa: S301  of our own process
 
     def end(self) -> None:
-        """End it, which it does with its input. Blocks."""
+        """End it, which it does with its input, or else is made to. Blocks."""
+        with suppress(OSError):
+            cast("io.RawIOBase", self._child.stdin).close()
+        try:
+            self._child.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+        # Only now: a thread that still reads from it would keep us waiting.
         with suppress(OSError), self._child:
             pass

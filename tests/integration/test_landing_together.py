@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from orchestrator.filelock import FileLock
 from orchestrator.repo.hub import hub_of
 from orchestrator.repo.site import find_site
 from tests.conftest import Ended, Repository
 from tests.waiting import wait_for
+
+
+def files(count: int) -> list[dict[str, Any]]:
+    """Return tasks that each write a file of their own."""
+    return [{"id": f"t{one}", "prompt": f"write f{one}.txt x"} for one in range(count)]
 
 
 def moves(repository: Repository) -> int:
@@ -42,7 +50,7 @@ def landed(repository: Repository) -> list[str]:
 
 async def test_what_waits_lands_by_one_push(repository: Repository) -> None:
     """Each by a merge of its own, in the order of the file, and none of their branches is left."""
-    before = queue(repository, [{"id": f"t{one}", "prompt": f"write f{one}.txt x"} for one in range(5)])
+    before = queue(repository, files(5))
     ended = repository.council("resume", "--json")
     assert set(ended.states.values()) == {"landed"}, ended
     assert moves(repository) == before + 1
@@ -107,7 +115,7 @@ async def test_those_with_checks_land_one_by_one(repository: Repository) -> None
 )
 async def test_killed_while_several_land(repository: Repository, failpoint: str) -> None:
     """All of them land once, wherever it was."""
-    queue(repository, [{"id": f"t{one}", "prompt": f"write f{one}.txt x"} for one in range(4)])
+    queue(repository, files(4))
     assert repository.council("resume", failpoints=failpoint).code == -signal.SIGKILL
     ended = repository.council("resume", "--json")
     assert set(ended.states.values()) == {"landed"}, ended
@@ -118,7 +126,7 @@ async def test_killed_while_several_land(repository: Repository, failpoint: str)
 async def test_killed_in_the_middle_of_the_push_of_several(repository: Repository, tmp_path: Path) -> None:
     """Nobody's files are left ahead of the branch, and all of them land once."""
     pid, armed = tmp_path / "pid", tmp_path / "armed"
-    queue(repository, [{"id": f"t{one}", "prompt": f"write f{one}.txt x"} for one in range(3)])
+    queue(repository, files(3))
     hook = repository.top / ".git/hooks/reference-transaction"
     # Files and index are written by then; the branch is yet to move.
     once = f'[ -e "{armed}" ] || exit 0\nrm "{armed}"\nkill -9 "$(cat "{pid}")" "$PPID"\nexit 1\n'
@@ -136,23 +144,142 @@ async def test_killed_in_the_middle_of_the_push_of_several(repository: Repositor
     await repository.assert_invariants()
 
 
-async def test_a_task_that_waits_for_another_runs_landing_can_be_cancelled(repository: Repository) -> None:
-    """It is over at once; what waits with it lands when its turn has come."""
+def states(repository: Repository) -> Mapping[str, str]:
+    """Return the state of each task of the newest run."""
+    shown = repository.council("status", "--json")
+    return {task["id"]: task["state"] for task in shown.result.get("tasks", [])}
+
+
+def recorded(repository: Repository, event: str) -> int:
+    """Return how often an event was recorded."""
+    log = b"".join(path.read_bytes() for path in (repository.top / ".council/state").glob("*.jsonl"))
+    return log.count(f'["{event}",'.encode())
+
+
+async def landing_lock(repository: Repository) -> FileLock:
+    """Return what whoever lands on `main` must hold."""
     site = await find_site(str(repository.top), is_url=False, environ=repository.environ)
     hub = hub_of(site.identity, Path(repository.environ["COUNCIL_HOME"]))
-    config = repository.configure([{"id": f"t{one}", "prompt": f"write f{one}.txt x"} for one in range(2)])
-    assert repository.council("run", str(config), "--dry-run").code == 0
-
-    def states() -> Mapping[str, str]:
-        shown = repository.council("status", "--json")
-        return {task["id"]: task["state"] for task in shown.result.get("tasks", [])}
-
     hub.root.joinpath("locks").mkdir(parents=True, exist_ok=True)
-    async with hub.landing_lock(site.location, "main").hold():
-        child = repository.start("run", str(config), "--json")
-        wait_for(lambda: states() == {"t0": "queued", "t1": "queued"})
-        assert repository.council("cancel", "t0").code == 0
-        assert states() == {"t0": "cancelled", "t1": "queued"}
+    return hub.landing_lock(site.location, "main")
+
+
+def ended(child: subprocess.Popen[str]) -> Ended:
+    """Return how a run ended."""
     stdout, stderr = child.communicate(timeout=60)
-    assert Ended(child.returncode, stdout, stderr).states == {"t0": "cancelled", "t1": "landed"}
+    return Ended(child.returncode, stdout, stderr)
+
+
+async def test_a_task_that_waits_for_another_runs_landing_can_be_cancelled(repository: Repository) -> None:
+    """It is over at once; what waits with it lands when its turn has come."""
+    config = repository.configure(files(2))
+    assert repository.council("run", str(config), "--dry-run").code == 0
+    async with (await landing_lock(repository)).hold():
+        child = repository.start("run", str(config), "--json")
+        wait_for(lambda: states(repository) == {"t0": "queued", "t1": "queued"})
+        assert repository.council("cancel", "t0").code == 0
+        assert states(repository) == {"t0": "cancelled", "t1": "queued"}
+    assert ended(child).states == {"t0": "cancelled", "t1": "landed"}
     await repository.assert_invariants()
+
+
+@pytest.mark.parametrize(("failpoint", "state"), [("landing.intended", "cancelled"), ("landing.pushed", "landed")])
+async def test_one_that_was_cut_off_is_cancelled_only_if_it_has_not_landed(
+    repository: Repository, failpoint: str, state: str
+) -> None:
+    """Whether it has is found out first, with all that were cut off with it."""
+    queue(repository, files(3))
+    assert repository.council("resume", failpoints=f"{failpoint}=kill").code == -signal.SIGKILL
+    async with (await landing_lock(repository)).hold():
+        child = repository.start("resume", "--json")
+        wait_for(lambda: recorded(repository, "run.claimed") == 3)
+        asked = repository.start("cancel", "t1")
+        wait_for(lambda: recorded(repository, "request.answered") == 1)
+    asked.communicate(timeout=60)
+    assert ended(child).states == {"t0": "landed", "t1": state, "t2": "landed"}
+    await repository.assert_invariants()
+
+
+async def test_one_that_git_can_not_merge_holds_up_no_other(repository: Repository) -> None:
+    """The user's history was rewritten while it waited; what was built on the new one lands."""
+    config = repository.configure(files(3), capacity=1)
+    readme = repository.top / "README.md"
+    before = readme.read_text()
+    readme.write_text("not committed\n")
+    first = repository.council("run", str(config), "--allow-deferred", failpoints="work.recorded=kill")
+    repository.git("commit", "--quiet", "--amend", "--message", "another first commit")
+    second = repository.council("resume", failpoints="work.recorded=kill@2")
+    assert (first.code, second.code) == (-signal.SIGKILL, -signal.SIGKILL)
+    readme.write_text(before)
+    resumed = repository.council("resume", "--json")
+    assert resumed.states == {"t0": "queued", "t1": "landed", "t2": "landed"}, resumed
+    assert "unrelated histories" in resumed.result["tasks"][0]["reason"]
+
+
+async def test_a_remote_that_is_gone_for_a_moment_ends_nothing(repository: Repository, tmp_path: Path) -> None:
+    """Of several that are tried one by one, one is not known to have landed: it is settled before the others."""
+    remote, count = tmp_path / "remote.git", tmp_path / "count"
+    repository.git("clone", "--quiet", "--bare", str(repository.top), str(remote))
+    hook = remote / "hooks/pre-receive"
+    # All of them, then the first one, are refused; at the second one the remote is gone for a moment.
+    hook.write_text(
+        f'#!/bin/sh\necho x >> "{count}"\ncase $(wc -l < "{count}") in\n1|2) exit 1;;\n'
+        f'3) mv "{remote}/HEAD" "{remote}/away"; (sleep 0.7; mv "{remote}/away" "{remote}/HEAD") > /dev/null 2>&1 &\n'
+        "exit 1;;\nesac\n"
+    )
+    hook.chmod(0o755)
+    config = repository.configure(files(3), repo=f"file://{remote}", capacity=3)
+    assert set(repository.council("run", str(config), "--json").states.values()) == {"landed"}
+
+
+async def test_no_push_is_begun_after_a_signal(repository: Repository, tmp_path: Path) -> None:
+    """A push of several that is refused is not tried one by one any more."""
+    count = tmp_path / "count"
+    hook = repository.top / ".git/hooks/pre-receive"
+    hook.write_text(f'#!/bin/sh\necho x >> "{count}"\nsleep 1\nexit 1\n')
+    hook.chmod(0o755)
+    repository.remember()
+    queue(repository, files(8))
+    child = repository.start("resume", "--json")
+    wait_for(count.exists)
+    child.send_signal(signal.SIGINT)
+    assert ended(child).code == 130
+    assert count.read_text().count("x") <= 2
+    await repository.assert_invariants()
+
+
+async def test_what_is_left_to_the_next_turn_can_be_cancelled(repository: Repository, tmp_path: Path) -> None:
+    """Also while the turn that has left it is not over."""
+    queue(repository, [{"id": f"t{one}", "prompt": f"write {name}.txt x"} for one, name in enumerate(("a", "a", "c"))])
+    git, programs, begun, free = shutil.which("git"), tmp_path / "bin", tmp_path / "begun", tmp_path / "free"
+    programs.mkdir()
+    wait = f'touch "{begun}"; while [ ! -e "{free}" ]; do sleep 0.05; done'
+    (programs / "git").write_text(f'#!/bin/sh\ncase "$*" in *"update-ref --stdin"*) {wait};; esac\nexec {git} "$@"\n')
+    (programs / "git").chmod(0o755)
+    repository.environ["PATH"] = f"{programs}:{repository.environ['PATH']}"
+    child = repository.start("resume", "--json")
+    wait_for(begun.exists)
+    asked = repository.start("cancel", "t2")
+    wait_for(lambda: recorded(repository, "request.answered") == 1)
+    free.touch()
+    asked.communicate(timeout=60)
+    assert ended(child).states == {"t0": "landed", "t1": "landed", "t2": "cancelled"}
+    await repository.assert_invariants()
+
+
+async def test_a_targets_worktree_that_is_gone_ends_no_session(repository: Repository, tmp_path: Path) -> None:
+    """What waits keeps, with the remedy as its reason, and lands when that was followed."""
+    place = tmp_path / "linked"
+    repository.git("branch", "land")
+    repository.git("worktree", "add", "--quiet", str(place), "land")
+    long = {"id": "long", "prompt": "tick 30 0.1\nwrite long.txt x"}
+    config = repository.configure([*files(1), long], target="land")
+    child = repository.start("run", str(config), "--json")
+    wait_for(repository.spawns.exists)
+    shutil.rmtree(place)
+    wait_for(lambda: states(repository).get("t0") == "queued")
+    first = ended(child)
+    assert first.states == {"t0": "queued", "long": "queued"}, first
+    assert "git worktree prune" in first.result["tasks"][0]["reason"]
+    repository.git("worktree", "prune")
+    assert set(repository.council("resume", "--json").states.values()) == {"landed"}

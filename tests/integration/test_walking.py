@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
+from orchestrator import process
+from orchestrator.repo import walking
+from orchestrator.repo.index_file import fit_index
 from orchestrator.repo.stamps import Differences, Stamps
 from orchestrator.repo.walking import Walker
 
@@ -63,6 +67,45 @@ async def test_a_process_that_is_gone_is_made_up_for(stamps: Stamps) -> None:
         assert walkers() == []
         assert await walker.run(stamps.compare, MANY) == stamps.compare()
         assert walkers() != [first]
+
+
+async def test_a_process_that_does_not_answer_is_given_up(stamps: Stamps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After some time the answer comes from a thread of ours, and the process is killed."""
+    monkeypatch.setattr(walking, "_PATIENCE", 0.01)
+    async with Walker.open() as walker:
+        await walker.run(stamps.compare, MANY)
+        (first,) = walkers()
+        first.suspend()
+        monkeypatch.setattr(walking, "_LIMIT", 0.01)
+        assert await walker.run(stamps.compare, MANY) == stamps.compare()
+        assert walkers() == []
+
+
+@pytest.mark.parametrize("said", ["Fatal Python error: init_fs_encoding", "Could not find libraries", "", "N."])
+async def test_what_is_no_answer_is_not_taken_for_one(
+    stamps: Stamps, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    """Whatever an interpreter prints that can't be started, the answer comes from a thread of ours."""
+    argv = ["sh", "-c", f"echo {said!r}"]
+    monkeypatch.setattr(process, "own_program", lambda *_: (argv, dict(os.environ)))
+    async with Walker.open() as walker:
+        assert await walker.run(stamps.compare, MANY) == stamps.compare()
+
+
+def test_an_index_that_can_not_be_written_stays_what_it_was(tmp_path: Path) -> None:
+    """So that whoever is told can have it looked over by git."""
+    for arguments in (("init", "--quiet"), ("add", "file")):
+        (tmp_path / "file").write_text("x")
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    index = tmp_path / ".git/index"
+    before = index.read_bytes()
+    index.with_name("index.fitted").mkdir()
+    with pytest.raises(IsADirectoryError):
+        fit_index(index, tmp_path)
+    assert index.read_bytes() == before
+    index.with_name("index.fitted").rmdir()
+    assert fit_index(index, tmp_path)
+    assert index.read_bytes() != before
 
 
 async def test_an_error_comes_from_a_thread_of_ours(tmp_path: Path) -> None:
