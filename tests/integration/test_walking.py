@@ -81,7 +81,7 @@ async def test_a_process_that_does_not_answer_is_given_up(stamps: Stamps, monkey
         assert walkers() == []
 
 
-@pytest.mark.parametrize("said", ["Fatal Python error: init_fs_encoding", "Could not find libraries", "", "N."])
+@pytest.mark.parametrize("said", ["Fatal Python error: init_fs_encoding", "Could not find libraries", ""])
 async def test_what_is_no_answer_is_not_taken_for_one(
     stamps: Stamps, monkeypatch: pytest.MonkeyPatch, said: str
 ) -> None:
