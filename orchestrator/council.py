@@ -224,7 +224,7 @@ class Council:
 
     def records(self, after: int) -> AsyncGenerator[Record]:
         """Yield what is recorded behind a position of the log, of every run, as it happens; never ends by itself."""
-        return self._store.follow(after)
+        return self._store.watch(after)
 
     async def position(self) -> int:
         """Return the newest position of the log."""

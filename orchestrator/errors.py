@@ -22,6 +22,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 
@@ -102,9 +103,23 @@ class InvalidTransition(StateError):
 class VersionConflict(StateError):
     """The document is not at the version that the writer had read."""
 
-    def __init__(self, subject: str, expected: int, found: int) -> None:
-        self.expected, self.found = expected, found
-        super().__init__(f"{subject} is at version {found}, not {expected}: read it and try again")
+    def __init__(self, subject: str, expected: int, found: int, *, by: str = "", time: float = 0.0) -> None:
+        """`by` wrote the version that was `found`, at `time` (wall-clock seconds)."""
+        self.expected, self.found, self.by, self.time = expected, found, by, time
+        written = f" (written by {by}, {datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M:%S} UTC)" if by else ""
+        super().__init__(f"{subject} is at version {found}{written}, not {expected}: read it and try again")
+
+
+class HistoryGone(StateError):
+    """What was asked for is older than what the store keeps."""
+
+    def __init__(self, position: int, first: int) -> None:
+        """Nothing is known of the time before `first`, the position of the oldest state that can still be told."""
+        self.position, self.first = position, first
+        super().__init__(
+            f"the state log does not go back to position {position}, only to {first}: ask for a later one; "
+            "`state: {retention: …}` says how long it is kept"
+        )
 
 
 class LeaseLost(StateError):

@@ -18,7 +18,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Annotated, Any, Final, NamedTuple, Protocol
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo
 
@@ -27,6 +27,7 @@ from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
 
 __all__ = [
+    "HISTORY",
     "Adapter",
     "AdapterType",
     "Command",
@@ -52,17 +53,22 @@ __all__ = [
     "Sink",
     "SinkType",
     "Spent",
+    "State",
     "Store",
     "StoreType",
     "TrackedTask",
     "Tracker",
     "TrackerType",
     "UsedTool",
+    "Version",
     "Warned",
     "Write",
 ]
 
 JsonObject = dict[str, Any]
+
+#: How many versions of a document a store keeps at hand, whatever becomes of its log.
+HISTORY: Final = 10
 
 
 def _absolute(path: Path, info: ValidationInfo) -> Path:
@@ -98,7 +104,14 @@ class Document(NamedTuple):
     version: int
     encoded: bytes
     position: int
+    """Of the commit that wrote this version."""
     damaged: bool = False
+    time: float = 0.0
+    """When it was written: wall-clock seconds of the store's clock."""
+    by: str = ""
+    """The process that wrote it, as `user@host:pid`."""
+    expires: float | None = None
+    """From when on it is as if it were not there; None: never."""
 
     @property
     def value(self) -> JsonObject:
@@ -109,11 +122,15 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """One document's change. `expected` is the version that was read (0: there is none); `None` deletes."""
+    """One document's change. `expected` is the version that was read (0: there is none); `None` deletes.
+
+    With `ttl`, the document is after so many seconds as if it were not there, unless it is written again before.
+    """
 
     key: Key
     expected: int
     value: JsonObject | None
+    ttl: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +151,16 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """One atomic change: every write and event happens if all versions and guards hold, else none does."""
+    """One atomic change: every write and event happens if all versions and guards hold, else none does.
+
+    One that is not `durable` survives the end of every process, but perhaps not the end of the machine's power: for
+    what is soon written again, such as heartbeats.
+    """
 
     writes: Sequence[Write] = ()
     events: Sequence[Event] = ()
     guards: Sequence[Guard] = ()
+    durable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +176,35 @@ class Record:
     documents: Mapping[Key, tuple[int, JsonObject | None]]
     events: Sequence[Event]
     unreadable: Sequence[Key] = ()
+    by: str = ""
+    """The process that committed, as `user@host:pid`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One version of a document as its history has it.
+
+    `value` is None where this version is the document's deletion, and where it is `damaged`. `events` are those of the
+    commit that wrote it: what kind of change it was.
+    """
+
+    version: int
+    position: int
+    time: float
+    by: str
+    value: JsonObject | None
+    events: Sequence[Event] = ()
+    damaged: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """All documents as of a commit; one that had expired by then is not among them."""
+
+    position: int
+    time: float
+    """Of that commit, in wall-clock seconds; 0 at position 0."""
+    documents: Mapping[Key, Document]
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +225,8 @@ class Store(Protocol):
 
         Raises VersionConflict, LeaseLost or InvalidDocument with nothing changed; StoreUnavailable when it
         can't be made durable, with nothing changed. A deleted document's next version goes on counting, so
-        that a stale reader's expected version can't fit by accident; its `expected` is 0 again.
+        that a stale reader's expected version can't fit by accident; its `expected` is 0 again. The same holds for one
+        that has expired, and a lease that has expired guards nothing.
         Cancelling the caller does not cut a commit in half: it is awaited to its end.
         """
 
@@ -187,8 +239,23 @@ class Store(Protocol):
     async def position(self) -> int:
         """Return the position of the newest commit, 0 for an empty store."""
 
-    def follow(self, after: int = 0) -> AsyncGenerator[Record]:
-        """Yield every record behind position `after`, then each new one as any process commits it."""
+    def watch(self, after: int = 0) -> AsyncGenerator[Record]:
+        """Yield every record behind position `after`, then each new one as any process commits it.
+
+        Raises HistoryGone where the log does not go back so far.
+        """
+
+    async def history(self, key: Key, limit: int = HISTORY) -> Sequence[Version]:
+        """Return the newest versions of a document, that of its deletion too, the newest first: at most `limit`.
+
+        The last `HISTORY` versions are always there, older ones as long as the log goes back to them.
+        """
+
+    async def at(self, position: int) -> State:
+        """Return the state right after the commit at a position.
+
+        Raises HistoryGone where the log does not go back so far, RefusedError for a position that is yet to come.
+        """
 
     @property
     def damage(self) -> Sequence[Damage]:

@@ -295,7 +295,7 @@ class Ledger:
         position = await self._store.position()
         for request in await self.requests():
             yield request
-        async for record in self._store.follow(position):
+        async for record in self._store.watch(position):
             for key, (_, value) in record.documents.items():
                 if key.kind == "request" and key.id.startswith(f"{self.run.id}/") and value is not None:
                     yield Request.model_validate(value)

@@ -175,7 +175,7 @@ class Feeder:
     async def _deliver_all(self) -> None:
         sink: Sink | None = None
         batch: list[RecordedEvent] = []
-        async with aclosing(self._store.follow(self._done)) as records, AsyncExitStack() as stack:
+        async with aclosing(self._store.watch(self._done)) as records, AsyncExitStack() as stack:
             while (record := await self._next(records)) is not None:
                 wanted = [event for event in record.events if self._outlet.wants(event, self._run)]
                 batch += [RecordedEvent(record.position, record.time, event) for event in wanted]
@@ -257,7 +257,7 @@ class Feeder:
         left = 0
         if self._done >= goal:
             return left
-        async with aclosing(self._store.follow(self._delivered)) as records:
+        async with aclosing(self._store.watch(self._delivered)) as records:
             async for record in records:
                 if record.position > goal:
                     break

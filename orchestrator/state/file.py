@@ -21,8 +21,9 @@ from anyio import to_thread
 
 from orchestrator.clock import Clock
 from orchestrator.errors import StateError, StoreUnavailable
-from orchestrator.protocols import Commit, Damage, Document, Key, Record
+from orchestrator.protocols import HISTORY, Commit, Damage, Document, Key, Record, State, Version
 from orchestrator.state import snapshot
+from orchestrator.state.history import state_at, versions
 from orchestrator.state.log import Decoded, EncodedCommit, Incomplete, encode_commit, encode_line, to_record
 from orchestrator.state.mounts import refuse_network_mount
 from orchestrator.state.replay import Replay
@@ -34,11 +35,13 @@ from orchestrator.state.segments import (
     append,
     create_segment,
     cut,
+    find_line,
     make_durable,
     segment_path,
     segments,
 )
 from orchestrator.state.table import Stage
+from orchestrator.state.writer import name_of_writer
 
 T = TypeVar("T")
 
@@ -73,7 +76,7 @@ class FileStore:
 
     def __init__(self, directory: Path, clock: Clock, segment_bytes: int) -> None:
         self._directory = directory
-        self._clock = clock
+        self._clock, self._by = clock, name_of_writer()
         self._segment_bytes = segment_bytes
         self._replay = Replay()
         self._opened = ExitStack()
@@ -125,20 +128,20 @@ class FileStore:
     async def get(self, key: Key) -> Document | None:
         """See `Store.get`."""
         await self._refresh()
-        return self._replay.table.get(key)
+        return self._replay.table.get(key, self._clock.now())
 
     async def list(self, kind: str, prefix: str = "") -> Sequence[Document]:
         """See `Store.list`."""
         await self._refresh()
-        return self._replay.table.documents(kind, prefix)
+        return self._replay.table.documents(kind, self._clock.now(), prefix)
 
     async def position(self) -> int:
         """See `Store.position`."""
         await self._refresh()
         return self._replay.table.position
 
-    async def follow(self, after: int = 0) -> AsyncGenerator[Record]:
-        """See `Store.follow`; a commit of another process is seen within a quarter of a second."""
+    async def watch(self, after: int = 0) -> AsyncGenerator[Record]:
+        """See `Store.watch`; a commit of another process is seen within a quarter of a second."""
         cursor = await self._in_thread(partial(Cursor, self._directory, after))
         seen, pause = b"", _POLL_FASTEST
         try:
@@ -157,6 +160,17 @@ class FileStore:
                 seen, pause = (current if is_at_mark else seen), _POLL_FASTEST
         finally:
             cursor.close()
+
+    async def history(self, key: Key, limit: int = HISTORY) -> Sequence[Version]:
+        """See `Store.history`."""
+        await self._refresh()
+        entry = self._replay.table.entry(key)
+        return await self._in_thread(lambda: versions(entry, key, limit, partial(find_line, self._directory)))
+
+    async def at(self, position: int) -> State:
+        """See `Store.at`."""
+        await self._refresh()
+        return await self._in_thread(partial(self._state_at, position))
 
     @property
     def damage(self) -> Sequence[Damage]:
@@ -182,6 +196,12 @@ class FileStore:
             await self._in_thread(self._catch_up)
 
     # From here on: in worker threads only.
+
+    def _state_at(self, position: int) -> State:
+        mark = Mark.decode(self._lock.read())
+        with closing(Cursor(self._directory)) as cursor:
+            found = cursor.read(mark) if mark else ()
+            return state_at(position, (one.item.line for one in found if isinstance(one.item, Decoded)))
 
     def _open(self) -> None:
         refuse_network_mount(self._directory)
@@ -240,7 +260,7 @@ class FileStore:
                     turn.position, turn.failure = 0, self._unavailable(error)
 
     def _append(self, group: Sequence[_Turn]) -> None:
-        stage = Stage(self._replay.table)
+        stage = Stage(self._replay.table, self._by)
         staged = []
         now = round(self._clock.now(), 6)
         for turn in group:
@@ -250,13 +270,14 @@ class FileStore:
                 turn.failure = error
         if not staged:
             return
-        self._write(b"".join(encode_line(line) for line in stage.lines), stage.lines[-1].position)
+        data = b"".join(encode_line(line) for line in stage.lines)
+        self._write(data, stage.lines[-1].position, durable=any(turn.commit.durable for turn, _ in staged))
         for turn, line in staged:
             self._replay.table.apply(line)
             turn.position = line.position
 
-    def _write(self, data: bytes, position: int) -> None:
-        """Append at the end of the log, up to `position`, and publish it: durably or, on an OSError, not at all."""
+    def _write(self, data: bytes, position: int, *, durable: bool) -> None:
+        """Append at the end of the log, up to `position`, and publish it, or, on an OSError, not at all."""
         if self._broken:
             raise self._broken
         cursor = self._cursor
@@ -265,7 +286,7 @@ class FileStore:
             create_segment(self._directory, first)
             cursor.move(first)
         try:
-            end = append(cursor.path, cursor.offset, data)
+            end = append(cursor.path, cursor.offset, data, durable=durable)
             self._seen = self._lock.publish(Mark(cursor.segment, end, position))
         except OSError:
             self._take_back()

@@ -2,10 +2,11 @@ r"""The codec of the commit log: one line per commit, made so that damage names 
 
     <crc of the rest of the head> <header length> <payload length> <header> <payload crc> <payload>\n
 
-Numbers are eight hexadecimal digits. The header (position, time; kind, id, version and encoded length of each
-document) and the payload (`[[value, …], [[event type, data], …]]`) have a checksum each: with a bad payload it is
-still known which documents lost which version. Lengths are under the header's checksum, so that a reader steps
-over a bad payload to the next line. A value is cut out of the payload by its length, without parsing.
+Numbers are eight hexadecimal digits. The header (position, time, who; of each document kind, id, version, encoded
+length, position of the version before, perhaps when it expires) and the payload (`[[value, …], [[event type, data],
+…]]`) have a checksum each: with a bad payload it is still known which documents lost which version. Lengths are under
+the header's checksum, so that a reader steps over a bad payload to the next line. A value is cut out of the payload by
+its length, without parsing.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from mmap import mmap
 from typing import Any, Final, NamedTuple
 
 from orchestrator.errors import InvalidDocument
-from orchestrator.protocols import Commit, Event, Guard, Key, Record
+from orchestrator.protocols import Commit, Event, Guard, Key, Record, Version
 
 MAX_DOCUMENT_BYTES: Final = 4 << 20
 MAX_COMMIT_BYTES: Final = 64 << 20
+MAX_TTL: Final = 1e9  # seconds, some thirty years
 MAX_DEPTH: Final = 64
 """How deep values may nest: far below the interpreter's recursion limit, wherever they are read."""
 MAX_CONTAINERS: Final = 100_000
@@ -39,15 +42,28 @@ class Change(NamedTuple):
     key: Key
     version: int
     length: int
+    previous: int = 0
+    """The position of the version before; 0: there is none, or it is not known."""
+    expires: float | None = None
+
+
+class EncodedWrite(NamedTuple):
+    """A `Write`, of whose value only the length is left."""
+
+    key: Key
+    expected: int
+    length: int
+    ttl: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedCommit:
-    """A commit that has passed the strict codec; `writes` are (key, expected version, encoded length)."""
+    """A commit that has passed the strict codec."""
 
-    writes: Sequence[tuple[Key, int, int]]
+    writes: Sequence[EncodedWrite]
     guards: Sequence[Guard]
     payload: bytes
+    durable: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +74,7 @@ class Line:
     time: float
     changes: Sequence[Change]
     payload: bytes
+    by: str = ""
 
     @property
     def is_damaged(self) -> bool:
@@ -96,7 +113,11 @@ def encode_commit(commit: Commit) -> EncodedCommit:
     writes, values = [], []
     for write in commit.writes:
         encoded = b"" if write.value is None else _encode_object(str(write.key), write.value)
-        writes.append((write.key, write.expected, len(encoded)))
+        if write.ttl is not None and not 0 < write.ttl <= MAX_TTL:
+            raise InvalidDocument(
+                str(write.key), f"its time to live is {write.ttl}, not between 0 and {MAX_TTL:g} seconds"
+            )
+        writes.append(EncodedWrite(write.key, write.expected, len(encoded), write.ttl))
         if encoded:
             values.append(encoded)
     _check_keys([write.key for write in commit.writes])
@@ -104,7 +125,7 @@ def encode_commit(commit: Commit) -> EncodedCommit:
     payload = b"[[%b],[%b]]" % (b",".join(values), b",".join(events))
     if len(payload) > MAX_COMMIT_BYTES:
         raise InvalidDocument("the commit", f"its {len(payload)} bytes are more than {MAX_COMMIT_BYTES}")
-    return EncodedCommit(writes, commit.guards, payload)
+    return EncodedCommit(writes, commit.guards, payload, commit.durable)
 
 
 def encode_line(line: Line) -> bytes:
@@ -113,14 +134,20 @@ def encode_line(line: Line) -> bytes:
         {
             "position": line.position,
             "time": line.time,
-            "changes": [(*change.key, change.version, change.length) for change in line.changes],
+            "by": line.by,
+            "changes": [_columns(change) for change in line.changes],
         }
     )
     head = b"%08x %08x %b" % (len(header), len(line.payload), header)
     return b"%08x %b %08x %b\n" % (zlib.crc32(head), head, zlib.crc32(line.payload), line.payload)
 
 
-def scan(data: bytes, offset: int) -> Scanned:
+def _columns(change: Change) -> tuple[Any, ...]:
+    columns = (*change.key, change.version, change.length, change.previous)
+    return columns if change.expires is None else (*columns, change.expires)
+
+
+def scan(data: bytes | mmap, offset: int) -> Scanned:
     """Return what stands in `data` at `offset`, which must lie inside it; never raises on damage.
 
     Encoded lines hold no newline but their last byte: what begins like a line but runs into the end of `data`
@@ -160,25 +187,35 @@ def to_record(line: Line) -> Record:
     if line.is_damaged:
         deleted = {change.key: (change.version, None) for change in line.changes if change.length == 0}
         lost = [change.key for change in line.changes if change.length]
-        return Record(line.position, line.time, deleted, (), lost)
+        return Record(line.position, line.time, deleted, (), lost, line.by)
     found, events = json.loads(line.payload)
     remaining = iter(found)
     documents = {change.key: (change.version, next(remaining) if change.length else None) for change in line.changes}
-    return Record(line.position, line.time, documents, tuple(Event(*event) for event in events))
+    return Record(line.position, line.time, documents, tuple(Event(*event) for event in events), (), line.by)
 
 
-def _is_header_good(data: bytes, head: re.Match[bytes]) -> bool:
+def to_version(line: Line, key: Key) -> Version:
+    """Return the version of a document that a line wrote; it must have written one."""
+    record = to_record(line)
+    change = next(change for change in line.changes if change.key == key)
+    value = record.documents.get(key, (0, None))[1]
+    return Version(
+        change.version, line.position, line.time, line.by, value, record.events, line.is_damaged and change.length > 0
+    )
+
+
+def _is_header_good(data: bytes | mmap, head: re.Match[bytes]) -> bool:
     checked = data[head.start() + _CHECKED_FROM : head.end() + int(head[2], 16)]
     return zlib.crc32(checked) == int(head[1], 16)
 
 
-def _line(data: bytes, head: re.Match[bytes], payload: bytes) -> Line:
+def _line(data: bytes | mmap, head: re.Match[bytes], payload: bytes) -> Line:
     header = json.loads(data[head.end() : head.end() + int(head[2], 16)])
-    changes = tuple(Change(Key(kind, name), version, length) for kind, name, version, length in header["changes"])
-    return Line(header["position"], header["time"], changes, payload)
+    changes = tuple(Change(Key(kind, name), *rest) for kind, name, *rest in header["changes"])
+    return Line(header["position"], header["time"], changes, payload, header.get("by", ""))
 
 
-def _resync(data: bytes, offset: int) -> int:
+def _resync(data: bytes | mmap, offset: int) -> int:
     """Return where the next line begins that has a good header, or may have one behind the end of `data`."""
     while (newline := data.find(b"\n", offset)) >= 0:
         offset = newline + 1

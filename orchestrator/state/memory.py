@@ -7,9 +7,11 @@ from collections.abc import AsyncGenerator, Sequence
 import anyio
 
 from orchestrator.clock import Clock
-from orchestrator.protocols import Commit, Damage, Document, Key, Record
+from orchestrator.protocols import HISTORY, Commit, Damage, Document, Key, Record, State, Version
+from orchestrator.state.history import state_at, versions
 from orchestrator.state.log import Line, encode_commit, to_record
 from orchestrator.state.table import Stage, Table
+from orchestrator.state.writer import name_of_writer
 
 
 class MemoryStore:
@@ -19,13 +21,14 @@ class MemoryStore:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
+        self._by = name_of_writer()
         self._table = Table()
         self._lines: list[Line] = []
         self._news = anyio.Event()
 
     async def commit(self, commit: Commit) -> int:
         """See `Store.commit`."""
-        line = Stage(self._table).add(encode_commit(commit), self._clock.now())
+        line = Stage(self._table, self._by).add(encode_commit(commit), self._clock.now())
         self._table.apply(line)
         self._lines.append(line)
         self._news.set()
@@ -34,21 +37,29 @@ class MemoryStore:
 
     async def get(self, key: Key) -> Document | None:
         """See `Store.get`."""
-        return self._table.get(key)
+        return self._table.get(key, self._clock.now())
 
     async def list(self, kind: str, prefix: str = "") -> Sequence[Document]:
         """See `Store.list`."""
-        return self._table.documents(kind, prefix)
+        return self._table.documents(kind, self._clock.now(), prefix)
 
     async def position(self) -> int:
         """See `Store.position`."""
         return self._table.position
 
-    async def follow(self, after: int = 0) -> AsyncGenerator[Record]:
-        """See `Store.follow`."""
+    async def watch(self, after: int = 0) -> AsyncGenerator[Record]:
+        """See `Store.watch`."""
         while True:
             news = self._news
             while after < len(self._lines):
                 after += 1
                 yield to_record(self._lines[after - 1])
             await news.wait()
+
+    async def history(self, key: Key, limit: int = HISTORY) -> Sequence[Version]:
+        """See `Store.history`."""
+        return versions(self._table.entry(key), key, limit, lambda position: self._lines[position - 1])
+
+    async def at(self, position: int) -> State:
+        """See `Store.at`."""
+        return state_at(position, iter(self._lines))

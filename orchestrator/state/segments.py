@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import sys
 import zlib
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from orchestrator.state.log import Decoded, Incomplete, Scanned, scan
+from orchestrator.state.log import Decoded, Incomplete, Line, Scanned, scan
 
 _READ_BYTES: Final = 1 << 20
 _MARK_BYTES: Final = 71
@@ -207,6 +208,37 @@ def _items(data: bytes, *, is_whole: bool) -> Iterator[tuple[int, Scanned]]:
         start = item.end
 
 
+def find_line(directory: Path, position: int) -> Line | None:
+    """Return the line of a commit; None where it is not there, or can't be read."""
+    first = max((one for one in segments(directory) if one <= position), default=None)
+    if first is None:
+        return None
+    with _opened(segment_path(directory, first), os.O_RDONLY) as fd:
+        if os.fstat(fd).st_size == 0:  # which can't be mapped
+            return None
+        with mmap.mmap(fd, 0, access=mmap.ACCESS_READ) as data:
+            return _find_line(data, position)
+
+
+def _find_line(data: mmap.mmap, position: int) -> Line | None:
+    """Halve the distance until it is found; lines are in the order of their positions."""
+    low, high = 0, len(data)
+    while low < high:
+        start = data.rfind(b"\n", low, (low + high) // 2) + 1 or low
+        offset, line = start, None
+        while offset < high and line is None:
+            item = scan(data, offset)
+            line = item.line if isinstance(item, Decoded) else None
+            offset = item.end
+        if line is not None and line.position == position:
+            return line
+        if line is None or line.position > position:
+            high = start
+        else:
+            low = offset
+    return None
+
+
 def create_segment(directory: Path, first: int) -> None:
     """Begin an empty segment, and make its name durable."""
     path = segment_path(directory, first)
@@ -215,13 +247,14 @@ def create_segment(directory: Path, first: int) -> None:
         os.fsync(fd)
 
 
-def append(path: Path, offset: int, data: bytes) -> int:
-    """Write `data` at `offset`, durably, and return where it ends. On an OSError it may stand there in part."""
+def append(path: Path, offset: int, data: bytes, *, durable: bool = True) -> int:
+    """Write `data` at `offset`, and return where it ends. On an OSError it may stand there in part."""
     with _opened(path, os.O_WRONLY) as fd:
         written = 0
         while written < len(data):
             written += os.pwrite(fd, memoryview(data)[written:], offset + written)
-        _make_durable(fd)
+        if durable:
+            _make_durable(fd)
     return offset + len(data)
 
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, repeat
 from pathlib import Path
 from secrets import randbelow
 from typing import Any, Final, NamedTuple
@@ -41,6 +41,7 @@ def write(directory: Path, snapshot: Snapshot) -> None:
     """Put a snapshot in place of the one before. Blocks; an OSError leaves that one as it is."""
     values: list[bytes] = []
     kinds = {}
+    writers: dict[str, int] = {}
     for kind, entries in snapshot.table.kinds().items():
         found = list(entries.values())
         values += [entry.value or b"" for entry in found]
@@ -48,10 +49,14 @@ def write(directory: Path, snapshot: Snapshot) -> None:
             "ids": list(entries),
             "versions": [entry.version for entry in found],
             "positions": [entry.position for entry in found],
+            "times": [entry.time for entry in found],
+            "by": [writers.setdefault(entry.by, len(writers)) for entry in found],
+            "expire": {place: entry.expires for place, entry in enumerate(found) if entry.expires is not None},
             "lengths": [len(entry.value or b"") for entry in found],
         }
     sums = [(first, *part) for first, part in snapshot.sums.items()]
-    index = json.dumps({"position": snapshot.table.position, "sums": sums, "kinds": kinds}).encode()
+    state = {"position": snapshot.table.position, "sums": sums, "kinds": kinds, "writers": list(writers)}
+    index = json.dumps(state).encode()
     rest = b"%08x " % len(index) + index + b"".join(values)
     staged = directory / f"{NAME}.{randbelow(10**12)}.new"
     try:
@@ -73,19 +78,24 @@ def read(directory: Path) -> Snapshot | None:
             index = json.loads(data[_HEAD_BYTES:end])
             sums = {first: Sum(size, crc) for first, size, crc in index["sums"]}
             is_log = pool.submit(_is_log, directory, sums)
-            table = Table(index["position"], _entries(index["kinds"], data, end))
+            table = Table(index["position"], _entries(index["kinds"], index["writers"], data, end))
             is_whole = data[:9] == b"%08x " % crc.result()
             return Snapshot(table, sums) if is_whole and is_log.result() else None
     except Exception:  # noqa: BLE001  it is read while its checksum is taken: a damaged one may lead to any
         return None
 
 
-def _entries(kinds: Mapping[str, Mapping[str, Any]], data: bytes, start: int) -> dict[str, dict[str, Entry]]:
+def _entries(
+    kinds: Mapping[str, Mapping[str, Any]], writers: Sequence[str], data: bytes, start: int
+) -> dict[str, dict[str, Entry]]:
     found = {}
     for kind, columns in kinds.items():
         ends = list(accumulate(columns["lengths"], initial=start))
         parts = [data[begin:end] or None for begin, end in pairwise(ends)]
-        rows = map(Entry, columns["versions"], parts, columns["positions"])
+        by = [writers[place] for place in columns["by"]]
+        rows = list(map(Entry, columns["versions"], parts, columns["positions"], repeat(False), columns["times"], by))
+        for place, expires in columns["expire"].items():
+            rows[int(place)] = rows[int(place)]._replace(expires=expires)
         found[kind] = dict(zip(columns["ids"], rows, strict=True))
         start = ends[-1]
     return found

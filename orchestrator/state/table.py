@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from orchestrator.errors import LeaseLost, VersionConflict
 from orchestrator.protocols import Document, Guard, Key
-from orchestrator.state.log import Change, EncodedCommit, Line, values
+from orchestrator.state.log import Change, EncodedCommit, EncodedWrite, Line, values
 
 
 class Entry(NamedTuple):
@@ -26,11 +26,13 @@ class Entry(NamedTuple):
     value: bytes | None
     position: int
     damaged: bool = False
+    time: float = 0.0
+    by: str = ""
+    expires: float | None = None
 
-    @property
-    def exists(self) -> bool:
-        """Whether there is a document, be its value known or not; a deleted one only keeps its version."""
-        return self.value is not None or self.damaged
+    def exists(self, now: float) -> bool:
+        """Whether there is a document, be its value known or not; one that is gone only keeps its version."""
+        return (self.value is not None or self.damaged) and (self.expires is None or now < self.expires)
 
 
 class Table:
@@ -52,25 +54,31 @@ class Table:
         """Return all entries by kind and id, those of deleted documents too; only for who applies."""
         return self._kinds
 
-    def get(self, key: Key) -> Document | None:
+    def get(self, key: Key, now: float) -> Document | None:
         """Return the document, or None."""
         with self._lock:
             entry = self.entry(key)
-        return _document(key, entry) if entry and entry.exists else None
+        return _document(key, entry) if entry and entry.exists(now) else None
 
-    def documents(self, kind: str, prefix: str = "") -> list[Document]:
+    def all_documents(self, now: float) -> dict[Key, Document]:
+        """Return every document."""
+        with self._lock:
+            found = [(Key(kind, name), one) for kind, entries in self._kinds.items() for name, one in entries.items()]
+        return {key: _document(key, entry) for key, entry in found if entry.exists(now)}
+
+    def documents(self, kind: str, now: float, prefix: str = "") -> list[Document]:
         """Return the documents of a kind whose id begins with `prefix`, by id."""
         with self._lock:
             entries = self._kinds.get(kind, {})
             found = [(name, entries[name]) for name in self._ids(kind, prefix)]
-        return [_document(Key(kind, name), entry) for name, entry in found if entry.exists]
+        return [_document(Key(kind, name), entry) for name, entry in found if entry.exists(now)]
 
     def apply(self, line: Line) -> None:
         """Take over a line; it must be the one at the next position."""
         if line.is_damaged:
-            new = [(change, self._damaged(change, line.position)) for change in line.changes]
+            new = [(change, self._damaged(change, line)) for change in line.changes]
         else:
-            new = [(change, Entry(change.version, value, line.position)) for change, value in values(line)]
+            new = [(change, _entry(line, change, value)) for change, value in values(line)]
         with self._lock:
             for change, entry in new:
                 self._put(change.key, entry)
@@ -85,16 +93,15 @@ class Table:
             for entries in self._kinds.values():
                 for name, entry in entries.items():
                     version = entry.version + commits
-                    entries[name] = entry._replace(version=version, damaged=entry.exists)
+                    entries[name] = entry._replace(version=version, damaged=entry.value is not None or entry.damaged)
             self.position += commits
 
-    def _damaged(self, change: Change, position: int) -> Entry:
+    def _damaged(self, change: Change, line: Line) -> Entry:
+        known = _entry(line, change, None)
         if change.length == 0:
-            return Entry(change.version, None, position)
+            return known
         old = self.entry(change.key)
-        if old is None:
-            return Entry(change.version, None, position, damaged=True)
-        return old._replace(version=change.version, damaged=True)
+        return known._replace(damaged=True, value=old.value if old else None, expires=change.expires)
 
     def _put(self, key: Key, entry: Entry) -> None:
         entries = self._kinds.setdefault(key.kind, {})
@@ -114,20 +121,21 @@ class Table:
 class Stage:
     """Commits that hold against a table and against each other, in order, but are not yet applied to it."""
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: Table, by: str) -> None:
+        """Stage what the process `by` commits."""
         self.lines: list[Line] = []
-        self._table = table
+        self._table, self._by = table, by
         self._position = table.position
         self._changed: dict[Key, Entry] = {}
 
     def add(self, commit: EncodedCommit, time: float) -> Line:
         """Give `commit` the next position. Raises VersionConflict or LeaseLost, and then it is not staged."""
         for guard in commit.guards:
-            self._check_guard(guard)
-        changes = tuple(self._change(*write) for write in commit.writes)
-        line = Line(self._position + 1, time, changes, commit.payload)
+            self._check_guard(guard, time)
+        changes = tuple(self._change(write, time) for write in commit.writes)
+        line = Line(self._position + 1, time, changes, commit.payload, self._by)
         for change, value in values(line):
-            self._changed[change.key] = Entry(change.version, value, line.position)
+            self._changed[change.key] = _entry(line, change, value)
         self._position = line.position
         self.lines.append(line)
         return line
@@ -135,21 +143,31 @@ class Stage:
     def _entry(self, key: Key) -> Entry | None:
         return self._changed.get(key) or self._table.entry(key)
 
-    def _change(self, key: Key, expected: int, length: int) -> Change:
-        entry = self._entry(key)
-        found = entry.version if entry and entry.exists else 0
-        if expected != found:
-            raise VersionConflict(str(key), expected, found)
-        return Change(key, entry.version + 1 if entry else 1, length)
+    def _change(self, write: EncodedWrite, now: float) -> Change:
+        key, entry = write.key, self._entry(write.key)
+        found = entry.version if entry and entry.exists(now) else 0
+        if write.expected != found:
+            by, time = (entry.by, entry.time) if entry else ("", 0.0)
+            raise VersionConflict(str(key), write.expected, found, by=by, time=time)
+        expires = None if write.ttl is None else now + write.ttl
+        before = (entry.version, entry.position) if entry else (0, 0)
+        return Change(key, before[0] + 1, write.length, before[1], expires)
 
-    def _check_guard(self, guard: Guard) -> None:
+    def _check_guard(self, guard: Guard, now: float) -> None:
         entry = self._entry(guard.key)
         # An older value proves nothing: its holder may have been succeeded in the version that is lost.
-        known = entry is not None and entry.value is not None and not entry.damaged
+        known = entry is not None and entry.exists(now) and not entry.damaged
         epoch = json.loads(entry.value).get("epoch") if known and entry and entry.value else None
         if epoch != guard.epoch:
             raise LeaseLost(str(guard.key), guard.epoch, epoch)
 
 
+def _entry(line: Line, change: Change, value: bytes | None) -> Entry:
+    return Entry(
+        change.version, value, line.position, time=line.time, by=line.by, expires=change.expires if value else None
+    )
+
+
 def _document(key: Key, entry: Entry) -> Document:
-    return Document(key, entry.version, entry.value or b"{}", entry.position, entry.damaged)
+    value = entry.value or b"{}"
+    return Document(key, entry.version, value, entry.position, entry.damaged, entry.time, entry.by, entry.expires)

@@ -74,7 +74,7 @@ async def _read(top: Path) -> _State:
     async with FileStore.open(Project(top).state, SystemClock()) as store:
         last, records = await store.position(), list[Record]()
         if last:
-            async for record in store.follow():
+            async for record in store.watch():
                 records.append(record)
                 if record.position == last:
                     break

@@ -13,8 +13,8 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator.errors import InvalidDocument, LeaseLost, VersionConflict
-from orchestrator.protocols import Commit, Event, Guard, JsonObject, Key, Record, Store, Write
+from orchestrator.errors import InvalidDocument, LeaseLost, RefusedError, VersionConflict
+from orchestrator.protocols import HISTORY, Commit, Event, Guard, JsonObject, Key, Record, Store, Write
 
 TASK = Key("task", "a")
 OTHER = Key("task", "b")
@@ -86,6 +86,10 @@ class StoreContract(ABC):
             with pytest.raises(VersionConflict) as caught:
                 await store.commit(write(TASK, expected, {"n": 3}))
             assert (caught.value.expected, caught.value.found) == (expected, 2)
+            newest = await store.get(TASK)
+            assert newest is not None
+            assert (caught.value.by, caught.value.time) == (newest.by, newest.time)
+            assert newest.by in str(caught.value)
             await _assert_only(store, {TASK: (2, {"n": 2})}, position=2)
 
     async def test_an_absent_document_is_at_version_0(self) -> None:
@@ -153,14 +157,14 @@ class StoreContract(ABC):
             with pytest.raises(LeaseLost):
                 await store.commit(Commit(guards=[Guard(LEASE, 4)]))
 
-    async def test_follow_yields_all_of_each_commit_in_order(self) -> None:
+    async def test_watch_yields_all_of_each_commit_in_order(self) -> None:
         """A follower sees documents with versions, deletions as None, and events, commit by commit."""
         async with self.open_store() as store:
             happened = [Event("started", {"by": "ü"}), Event("seen")]
             await store.commit(Commit([Write(TASK, 0, {"n": 1}), Write(OTHER, 0, {"n": 2})], happened))
             await store.commit(Commit([Write(TASK, 1, None), Write(OTHER, 1, {"n": 3})]))
             await store.commit(Commit(events=[Event("alone")]))
-            first, second, third = await _follow(store, 0, 3)
+            first, second, third = await _watch(store, 0, 3)
             assert [first.position, second.position, third.position] == [1, 2, 3]
             assert dict(first.documents) == {TASK: (1, {"n": 1}), OTHER: (1, {"n": 2})}
             assert list(first.events) == happened
@@ -169,14 +173,14 @@ class StoreContract(ABC):
             assert not any(record.unreadable for record in (first, second, third))
             assert 0 < first.time <= third.time
 
-    async def test_follow_begins_behind_the_position_named(self) -> None:
-        """`follow(after)` yields the commits behind `after` and no other."""
+    async def test_watch_begins_behind_the_position_named(self) -> None:
+        """`watch(after)` yields the commits behind `after` and no other."""
         async with self.open_store() as store:
             for number in range(5):
                 await store.commit(write(TASK, number, {"n": number}))
-            assert [record.position for record in await _follow(store, 3, 2)] == [4, 5]
+            assert [record.position for record in await _watch(store, 3, 2)] == [4, 5]
 
-    async def test_follow_wakes_up_for_what_comes_later(self) -> None:
+    async def test_watch_wakes_up_for_what_comes_later(self) -> None:
         """A follower that has reached the end sees each new commit while it waits."""
         async with self.open_store() as store:
             await store.commit(write(TASK, 0, {"n": 0}))
@@ -184,7 +188,7 @@ class StoreContract(ABC):
             caught_up = anyio.Event()
 
             async def follow() -> None:
-                async for record in store.follow():
+                async for record in store.watch():
                     seen.append(record.position)
                     caught_up.set()
                     if record.position == 4:
@@ -197,6 +201,110 @@ class StoreContract(ABC):
                     for number in range(1, 4):
                         await store.commit(write(TASK, number, {"n": number}))
             assert seen == [1, 2, 3, 4]
+
+    async def test_history_has_each_version_with_who_when_and_what_happened(self) -> None:
+        """The newest comes first; a deletion is a version without a value, and what returns counts on."""
+        async with self.open_store() as store:
+            await store.commit(Commit([Write(TASK, 0, {"n": 1})], [Event("made")]))
+            await store.commit(write(OTHER, 0, {"n": 9}))
+            await store.commit(Commit([Write(TASK, 1, None)], [Event("dropped", {"why": "ü"})]))
+            await store.commit(Commit([Write(TASK, 0, {"n": 3}), Write(OTHER, 1, {})]))
+            found = await store.history(TASK)
+            assert [(one.version, one.position, one.value) for one in found] == [
+                (3, 4, {"n": 3}), (2, 3, None), (1, 1, {"n": 1}),
+            ]  # fmt: skip
+            assert [list(one.events) for one in found] == [[], [Event("dropped", {"why": "ü"})], [Event("made")]]
+            assert not any(one.damaged for one in found)
+            assert found[0].time >= found[1].time >= found[2].time > 0
+            newest = await store.get(TASK)
+            assert newest is not None
+            assert {one.by for one in found} == {newest.by} != {""}
+            assert list(await store.history(Key("task", "none"))) == []
+
+    async def test_history_is_as_long_as_asked_for(self) -> None:
+        """Without a word the last ten versions, otherwise so many, as far as the log goes back."""
+        async with self.open_store() as store:
+            for number in range(15):
+                await store.commit(write(TASK, number, {"n": number}))
+            for limit, first in ((HISTORY, 6), (3, 13), (100, 1)):
+                versions = await (store.history(TASK) if limit == HISTORY else store.history(TASK, limit))
+                assert [one.version for one in versions] == list(range(15, first - 1, -1))
+                assert [one.value for one in versions] == [{"n": one.version - 1} for one in versions]
+
+    async def test_the_state_at_each_position_is_what_it_was(self) -> None:
+        """Every commit leads from one state to the next, also one that deletes; there is nothing at position 0."""
+        async with self.open_store() as store:
+            await store.commit(Commit([Write(TASK, 0, {"n": 1}), Write(OTHER, 0, {"n": 2})]))
+            await store.commit(write(TASK, 1, None))
+            await store.commit(Commit(events=[Event("alone")]))
+            await store.commit(write(TASK, 0, {"n": 4}))
+            expected: list[dict[Key, tuple[int, JsonObject]]] = [
+                {}, {TASK: (1, {"n": 1}), OTHER: (1, {"n": 2})}, {OTHER: (1, {"n": 2})}, {OTHER: (1, {"n": 2})},
+                {OTHER: (1, {"n": 2}), TASK: (3, {"n": 4})},
+            ]  # fmt: skip
+            for position, documents in enumerate(expected):
+                state = await store.at(position)
+                assert {key: (one.version, one.value) for key, one in state.documents.items()} == documents
+                assert state.position == position
+            newest, state = await store.get(TASK), await store.at(4)
+            assert newest is not None
+            assert (state.documents[TASK], state.time) == (newest, newest.time)
+
+    async def test_there_is_no_state_of_the_future(self) -> None:
+        """A position that is yet to come is refused."""
+        async with self.open_store() as store:
+            await store.commit(write(TASK, 0, {}))
+            with pytest.raises(RefusedError):
+                await store.at(2)
+
+    async def test_a_document_whose_time_is_over_is_as_if_deleted(self) -> None:
+        """It is not read, not listed and guards nothing; what is written in its place expects 0 and counts on."""
+        async with self.open_store() as store:
+            await store.commit(Commit([Write(TASK, 0, {"n": 1}, ttl=1e-6), Write(LEASE, 0, {"epoch": 1}, ttl=1e-6)]))
+            with anyio.fail_after(PATIENCE):
+                while await store.get(TASK) is not None:  # noqa: ASYNC110  time that passes at the store
+                    await anyio.sleep(0.001)
+            assert list(await store.list("task")) == []
+            with pytest.raises(LeaseLost):
+                await store.commit(Commit([Write(OTHER, 0, {})], guards=[Guard(LEASE, 1)]))
+            with pytest.raises(VersionConflict) as caught:
+                await store.commit(write(TASK, 1, {"n": 2}))
+            assert caught.value.found == 0
+            await store.commit(write(TASK, 0, {"n": 2}))
+            await _assert_only(store, {TASK: (2, {"n": 2})}, position=2)
+
+    async def test_a_document_can_be_given_more_time(self) -> None:
+        """Until its time is over it is like any other; each write says anew how long it has, or that it stays."""
+        async with self.open_store() as store:
+            await store.commit(Commit([Write(TASK, 0, {"n": 1}, ttl=3600)]))
+            first = await store.get(TASK)
+            await store.commit(Commit([Write(TASK, 1, {"n": 2}, ttl=7200)]))
+            second = await store.get(TASK)
+            assert first is not None
+            assert second is not None
+            assert first.expires == pytest.approx(first.time + 3600)
+            assert second.expires == pytest.approx(second.time + 7200)
+            await store.commit(write(TASK, 2, {"n": 3}))
+            third = await store.get(TASK)
+            assert third is not None
+            assert third.expires is None
+
+    @pytest.mark.parametrize("ttl", [0.0, -1.0, float("nan"), float("inf")])
+    async def test_a_time_to_live_is_some_seconds(self, ttl: float) -> None:
+        """None at all, less than that, or for ever is refused."""
+        async with self.open_store() as store:
+            with pytest.raises(InvalidDocument):
+                await store.commit(Commit([Write(TASK, 0, {}, ttl=ttl)]))
+            await _assert_only(store, {}, position=0)
+
+    async def test_a_commit_that_is_not_durable_is_one_all_the_same(self) -> None:
+        """It is checked, ordered, read and watched like any other."""
+        async with self.open_store() as store:
+            await store.commit(Commit([Write(TASK, 0, {"n": 1})], durable=False))
+            with pytest.raises(VersionConflict):
+                await store.commit(Commit([Write(TASK, 0, {"n": 2})], durable=False))
+            await store.commit(write(TASK, 1, {"n": 2}))
+            assert [record.documents[TASK] for record in await _watch(store, 0, 2)] == [(1, {"n": 1}), (2, {"n": 2})]
 
     async def test_list_takes_one_kind_by_prefix_in_order(self) -> None:
         """`list` yields the documents of one kind whose id begins with the prefix, by id, deleted ones left out."""
@@ -238,7 +346,7 @@ class StoreContract(ABC):
             document = await store.get(key)
             assert document is not None
             assert document.value == value
-            (record,) = await _follow(store, 0, 1)
+            (record,) = await _watch(store, 0, 1)
             assert record.documents[key] == (1, value)
             assert list(record.events) == [Event("ü\n", value)]
 
@@ -269,7 +377,7 @@ class StoreContract(ABC):
                     for name in range(40):
                         tasks.start_soon(compete, name, expected)
             assert [expected for expected, _ in winners] == list(range(5))
-            records = await _follow(store, 0, 5)
+            records = await _watch(store, 0, 5)
             assert [record.documents[TASK] for record in records] == [
                 (expected + 1, {"by": name}) for expected, name in winners
             ]
@@ -317,11 +425,11 @@ async def _assert_only(store: Store, documents: dict[Key, tuple[int, JsonObject]
     assert await store.position() == position
 
 
-async def _follow(store: Store, after: int, count: int) -> list[Record]:
+async def _watch(store: Store, after: int, count: int) -> list[Record]:
     """Return the first `count` records behind `after`."""
     records: list[Record] = []
     with anyio.fail_after(PATIENCE):
-        async for record in store.follow(after):
+        async for record in store.watch(after):
             records.append(record)
             if len(records) == count:
                 break

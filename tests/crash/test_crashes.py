@@ -70,7 +70,7 @@ async def assert_told(repository: Repository) -> None:
     file = repository.top.parent / "events.jsonl"
     async with FileStore.open(repository.top / ".council/state", SystemClock()) as store:
         last, recorded = await store.position(), []
-        async for record in store.follow():
+        async for record in store.watch():
             recorded += [(record.position, event.type) for event in record.events if "sink." not in event.type]
             if record.position == last:
                 break

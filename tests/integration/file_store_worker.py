@@ -45,7 +45,7 @@ async def read(place: str, until: str) -> None:
     """Follow from the beginning to position `until`, and say what was seen: each position and the content's digest."""
     digest, positions = hashlib.sha256(), []
     async with FileStore.open(Path(place), SystemClock(), segment_bytes=SEGMENT_BYTES) as store:
-        async for record in store.follow():
+        async for record in store.watch():
             positions.append(record.position)
             digest.update(repr((record.position, sorted(record.documents.items()), record.events)).encode())
             if record.position == int(until):

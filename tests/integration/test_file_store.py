@@ -45,14 +45,14 @@ async def test_a_follower_is_woken_by_commits_of_its_own_process(
     async with FileStore.open(tmp_path, SystemClock()) as store, anyio.create_task_group() as tasks:
 
         async def answer() -> None:
-            async for record in store.follow():
+            async for record in store.watch():
                 if record.position % 2:
                     await store.commit(Commit(events=[Event("pong")]))
 
         tasks.start_soon(answer)
         with anyio.fail_after(10):
             await store.commit(Commit(events=[Event("ping")]))
-            async for record in store.follow():
+            async for record in store.watch():
                 if record.position == 20:
                     break
                 if record.position % 2 == 0:
@@ -80,7 +80,7 @@ async def test_a_commit_cut_off_the_hard_way_is_whole_or_absent(tmp_path: Path) 
 
 
 async def _until(store: FileStore, end: int) -> AsyncIterator[Record]:
-    async for record in store.follow():
+    async for record in store.watch():
         yield record
         if record.position == end:
             return

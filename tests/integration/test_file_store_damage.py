@@ -117,7 +117,7 @@ async def check_damaged(place: Path, log: bytes, mark: bytes | None) -> None:
         assert damage, "a changed byte went unseen"
         position = await store.commit(Commit([Write(NEW, 0, {"n": 8})]))
         assert position > len(HISTORY)
-        async for record in store.follow():
+        async for record in store.watch():
             for key, value in record.documents.items():
                 assert key == NEW or Write(key, value[0] - 1, value[1]) in HISTORY[record.position - 1].writes
             if record.position == position:

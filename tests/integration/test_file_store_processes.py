@@ -61,7 +61,7 @@ async def check_log(place: Path, acknowledged: dict[int, str]) -> dict[int, str]
         end = await store.position()
         authors: dict[int, str] = {}
         own: Counter[str] = Counter()
-        async for record in store.follow():
+        async for record in store.watch():
             (event,) = record.events
             name = event.data["by"]
             own[name] += 1
@@ -124,7 +124,7 @@ async def test_a_follower_sees_the_commits_of_another_store_at_once(tmp_path: Pa
     ):
         with anyio.fail_after(PATIENCE):
             await theirs.commit(Commit([Write(SHARED, 0, {"n": 1})]))
-            async for record in ours.follow():
+            async for record in ours.watch():
                 if record.position == 3:
                     break
                 await theirs.commit(Commit([Write(SHARED, record.position, {"n": record.position + 1})]))

@@ -88,7 +88,7 @@ class Bench:
         """Return all that was recorded."""
         found: list[Record] = []
         if await self.store.position():
-            async for record in self.store.follow():
+            async for record in self.store.watch():
                 found.append(record)
                 if record.position == await self.store.position():
                     break
@@ -338,7 +338,7 @@ async def test_another_feeder_of_the_same_outlet_ends_this_one_quietly() -> None
         await bench.happen()
         await until(lambda: ear.numbers == [1])
         key: Key = cursor_key("r", "sink", "ear")
-        await until(lambda: bench.store._table.get(key) is not None)
+        await until(lambda: bench.store._table.get(key, 0.0) is not None)
         found = await bench.store.get(key)
         assert found is not None
         await bench.store.commit(Commit([Write(key, found.version, {"position": 99})]))

@@ -44,7 +44,7 @@ COMMITS = st.builds(
 def line_of(commit: Commit, position: int = 1) -> Line:
     """Return the line that a first commit becomes."""
     encoded = encode_commit(commit)
-    changes = tuple(Change(key, expected + 1, length) for key, expected, length in encoded.writes)
+    changes = tuple(Change(write.key, write.expected + 1, write.length) for write in encoded.writes)
     return Line(position, 1.5, changes, encoded.payload)
 
 
