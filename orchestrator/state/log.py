@@ -135,7 +135,7 @@ def encode_commit(commit: Commit) -> EncodedCommit:
 
 def encode_line(line: Line) -> bytes:
     """Return the bytes of an undamaged line, newline included."""
-    header = _dumps(
+    header = orjson.dumps(
         {
             "position": line.position,
             "time": line.time,
@@ -215,7 +215,7 @@ def _is_header_good(data: bytes | mmap, head: re.Match[bytes]) -> bool:
 
 
 def _line(data: bytes | mmap, head: re.Match[bytes], payload: bytes) -> Line:
-    header = json.loads(data[head.end() : head.end() + int(head[2], 16)])
+    header = orjson.loads(data[head.end() : head.end() + int(head[2], 16)])
     changes = tuple(Change(Key(kind, name), *rest) for kind, name, *rest in header["changes"])
     return Line(header["position"], header["time"], changes, payload, header.get("by", ""))
 
@@ -250,7 +250,10 @@ def _check_keys(keys: Sequence[Key]) -> None:
 def _encode_text(subject: str, text: str) -> bytes:
     if not isinstance(text, str):
         raise InvalidDocument(subject, f"its name is {type(text).__name__}, not text")
-    return _encode(subject, text)
+    try:
+        return orjson.dumps(text)
+    except TypeError:
+        raise InvalidDocument(subject, "its name holds half a surrogate pair, which is not text") from None
 
 
 def _encode_object(subject: str, value: Any) -> bytes:
@@ -295,7 +298,7 @@ def _check_shape(subject: str, value: dict[str, Any]) -> None:
 
 def _encode(subject: str, value: Any) -> bytes:
     try:
-        return _dumps(value)
+        return _encoder.encode(value).encode()
     except UnicodeEncodeError:
         raise InvalidDocument(subject, "it holds half a surrogate pair, which is not text") from None
     except (TypeError, ValueError) as error:
@@ -303,7 +306,3 @@ def _encode(subject: str, value: Any) -> bytes:
 
 
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
-
-
-def _dumps(value: Any) -> bytes:
-    return _encoder.encode(value).encode()

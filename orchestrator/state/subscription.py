@@ -1,0 +1,35 @@
+"""Watching some documents only."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from orchestrator.protocols import JsonObject, Key, Store
+
+
+class Changed(NamedTuple):
+    """A new version of a document; `value` is None if it was deleted."""
+
+    key: Key
+    version: int
+    value: JsonObject | None
+    position: int
+    time: float
+    by: str
+
+
+async def subscribe(store: Store, pattern: str, after: int | None = None) -> AsyncGenerator[Changed]:
+    """Yield each new version of the documents whose name, `kind/id`, matches a pattern of fnmatch(3), as it comes.
+
+    `*` stands for any characters, `/` too. It begins behind the position `after`: 0 is from the first that the log
+    has, None from now on. That a document has expired is seen when it is removed from the store.
+    """
+    begin = await store.position() if after is None else after
+    async with aclosing(store.watch(begin)) as records:
+        async for record in records:
+            for key, (version, value) in record.documents.items():
+                if fnmatchcase(str(key), pattern):
+                    yield Changed(key, version, value, record.position, record.time, record.by)

@@ -1,0 +1,67 @@
+"""Changing a document by what it is now: read, apply, commit, and once more if somebody else was faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+from orchestrator.errors import VersionConflict
+from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Store, Write
+
+#: How often an update is tried at all.
+ATTEMPTS: Final = 5
+#: Seconds: the longest pause behind the first attempt; it doubles with each, up to the second number.
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
+
+
+async def update(
+    store: Store,
+    key: Key,
+    change: Callable[[JsonObject | None], JsonObject | None],
+    *,
+    expected_version: int | None = None,
+    ttl: float | None = None,
+    events: Sequence[Event] = (),
+    guards: Sequence[Guard] = (),
+    attempts: int = ATTEMPTS,
+) -> Document | None:
+    """Replace a document's value by what `change` makes of it; return the document after that, None if it is gone.
+
+    `change` gets a copy of its own, None where there is no document, and returns None to delete it. It may be called
+    several times: where somebody else commits first, all is done anew with the newer value, after a random pause that
+    grows exponentially. A VersionConflict is raised after so many attempts, or at once where the version is not the
+    `expected_version` (0: there is none) to begin with. `ttl`, `events` and `guards` are those of the commit.
+    """
+    tries = 1 if expected_version is not None else attempts
+    async for attempt in AsyncRetrying(
+        retry=retry_if_exception_type(VersionConflict),
+        stop=stop_after_attempt(tries),
+        wait=wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE),
+        reraise=True,
+    ):
+        with attempt:
+            return await _try(store, key, change, expected_version, ttl, events, guards)
+    raise AssertionError("an attempt returns or raises")
+
+
+async def _try(
+    store: Store,
+    key: Key,
+    change: Callable[[JsonObject | None], JsonObject | None],
+    expected_version: int | None,
+    ttl: float | None,
+    events: Sequence[Event],
+    guards: Sequence[Guard],
+) -> Document | None:
+    found = await store.get(key)
+    version = found.version if found else 0
+    if expected_version is not None and expected_version != version:
+        by, time = (found.by, found.time) if found else ("", 0.0)
+        raise VersionConflict(str(key), expected_version, version, by=by, time=time)
+    value = change(found.value if found else None)
+    if value is None and found is None:
+        return None
+    await store.commit(Commit([Write(key, version, value, ttl)], events, guards))
+    return await store.get(key) if value is not None else None

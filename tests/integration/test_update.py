@@ -1,0 +1,140 @@
+"""Changing documents that others change, too, and hearing of changes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+
+import anyio
+import pytest
+
+from orchestrator.clock import SystemClock
+from orchestrator.errors import VersionConflict
+from orchestrator.protocols import Commit, Event, JsonObject, Key, Store, Write
+from orchestrator.state import update as module
+from orchestrator.state.file import FileStore
+from orchestrator.state.memory import MemoryStore
+from orchestrator.state.subscription import Changed, subscribe
+from orchestrator.state.update import update
+
+COUNT = Key("count", "r/a")
+
+
+@pytest.fixture(params=["memory", "file"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
+    """An empty store of each kind."""
+    if request.param == "memory":
+        yield MemoryStore(SystemClock())
+    else:
+        async with FileStore.open(tmp_path, SystemClock()) as opened:
+            yield opened
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for long here."""
+    monkeypatch.setattr(module, "FIRST_PAUSE", 1e-4)
+
+
+def one_more(value: JsonObject | None) -> JsonObject:
+    """Count."""
+    return {"n": (value or {"n": 0})["n"] + 1}
+
+
+async def test_of_many_updates_at_once_none_is_lost(store: Store) -> None:
+    """Whoever was overtaken does it anew with the newer value."""
+
+    async def count() -> None:
+        for _ in range(5):
+            await update(store, COUNT, one_more, attempts=1_000)
+
+    async with anyio.create_task_group() as group:
+        for _ in range(8):
+            group.start_soon(count)
+    found = await store.get(COUNT)
+    assert found is not None
+    assert (found.value, found.version) == ({"n": 40}, 40)
+
+
+async def test_who_is_always_overtaken_gives_up(store: Store) -> None:
+    """After so many attempts the conflict is told, and nothing is written."""
+    tried = 0
+
+    def overtaken(value: JsonObject | None) -> JsonObject:
+        nonlocal tried
+        tried += 1
+        return {"mine": value}
+
+    commit = store.commit
+
+    class Rival:
+        """Writes the document between each read and the write that follows it."""
+
+        get = staticmethod(store.get)
+
+        @staticmethod
+        async def commit(mine: Commit) -> int:
+            found = await store.get(COUNT)
+            await commit(Commit([Write(COUNT, found.version if found else 0, {"theirs": tried})]))
+            return await commit(mine)
+
+    with pytest.raises(VersionConflict):
+        await update(Rival(), COUNT, overtaken, attempts=3)  # type: ignore[arg-type]  # all that is used of a store
+    assert tried == 3
+    found = await store.get(COUNT)
+    assert found is not None
+    assert found.value == {"theirs": 3}
+
+
+async def test_a_version_that_was_expected_is_tried_once(store: Store) -> None:
+    """With the wrong one nothing is called or written; whoever wrote the other one is named."""
+    await update(store, COUNT, one_more)
+    with pytest.raises(VersionConflict) as caught:
+        await update(store, COUNT, lambda _: pytest.fail("called"), expected_version=7)
+    found = await store.get(COUNT)
+    assert found is not None
+    assert (caught.value.expected, caught.value.found, caught.value.by) == (7, 1, found.by)
+    await update(store, COUNT, one_more, expected_version=1)
+    created = await update(store, Key("count", "new"), one_more, expected_version=0)
+    assert created is not None
+    assert (created.value, created.version) == ({"n": 1}, 1)
+
+
+async def test_a_change_to_nothing_deletes(store: Store) -> None:
+    """Also where there is nothing to delete; the events of the commit are recorded with it."""
+    assert await update(store, COUNT, lambda _: None) is None
+    assert await store.position() == 0
+    await update(store, COUNT, one_more, ttl=60)
+    assert await update(store, COUNT, lambda _: None, events=[Event("gone")]) is None
+    newest = (await store.history(COUNT))[0]
+    assert (newest.version, newest.value, list(newest.events)) == (2, None, [Event("gone")])
+
+
+async def test_a_subscriber_hears_of_what_matches(store: Store) -> None:
+    """From now on, or from a position on; a deletion is a change without a value."""
+    await store.commit(Commit([Write(Key("task", "r/old"), 0, {})]))
+    heard: list[Changed] = []
+    begun = anyio.Event()
+
+    async def listen(after: int | None, count: int) -> None:
+        async with aclosing(subscribe(store, "task/r/*", after)) as changes:
+            begun.set()
+            async for change in changes:
+                heard.append(change)
+                if len(heard) == count:
+                    return
+
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as group:
+            group.start_soon(listen, 1, 2)
+            await begun.wait()
+            await store.commit(Commit([Write(Key("task", "r/a"), 0, {"n": 1}), Write(Key("task", "s/a"), 0, {})]))
+            await store.commit(Commit([Write(Key("run", "r/a"), 0, {}), Write(Key("task", "r/a"), 1, None)]))
+    assert [(one.key.id, one.version, one.value, one.position) for one in heard] == [
+        ("r/a", 1, {"n": 1}, 2), ("r/a", 2, None, 3),
+    ]  # fmt: skip
+    heard.clear()
+    with anyio.fail_after(10):
+        await listen(0, 3)
+    assert [one.key.id for one in heard] == ["r/old", "r/a", "r/a"]
