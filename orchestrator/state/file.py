@@ -26,18 +26,18 @@ from orchestrator.state import snapshot
 from orchestrator.state.history import state_at, versions
 from orchestrator.state.log import Decoded, EncodedCommit, Incomplete, encode_commit, encode_line, to_record
 from orchestrator.state.mounts import refuse_network_mount
+from orchestrator.state.packing import Sum
 from orchestrator.state.replay import Replay
 from orchestrator.state.segments import (
     Cursor,
     Lock,
     Mark,
-    Sum,
+    Segment,
     append,
     create_segment,
     cut,
     find_line,
     make_durable,
-    segment_path,
     segments,
 )
 from orchestrator.state.table import Stage
@@ -284,7 +284,7 @@ class FileStore:
         if cursor.segment == 0 or cursor.offset >= self._segment_bytes:
             first = self._replay.table.position + 1
             create_segment(self._directory, first)
-            cursor.move(first)
+            cursor.begin(first)
         try:
             end = append(cursor.path, cursor.offset, data, durable=durable)
             self._seen = self._lock.publish(Mark(cursor.segment, end, position))
@@ -302,8 +302,9 @@ class FileStore:
 
     def _recover(self) -> None:
         """Take in all that stands in the log, also what a dead appender left; the flock must be held."""
-        last = max(segments(self._directory), default=0)
-        size = segment_path(self._directory, last).stat().st_size if last else 0
+        newest = max(segments(self._directory), default=Segment(0))
+        last = newest.first
+        size = newest.path(self._directory).stat().st_size if last else 0
         current, cursor = self._lock.read(), self._cursor
         if current == self._seen and (cursor.segment, cursor.offset) == (last, size):
             return

@@ -16,7 +16,6 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from mmap import mmap
 from typing import Any, Final, NamedTuple
 
 import orjson
@@ -152,7 +151,7 @@ def _columns(change: Change) -> tuple[Any, ...]:
     return columns if change.expires is None else (*columns, change.expires)
 
 
-def scan(data: bytes | mmap, offset: int) -> Scanned:
+def scan(data: bytes, offset: int) -> Scanned:
     """Return what stands in `data` at `offset`, which must lie inside it; never raises on damage.
 
     Encoded lines hold no newline but their last byte: what begins like a line but runs into the end of `data`
@@ -209,18 +208,18 @@ def to_version(line: Line, key: Key) -> Version:
     )
 
 
-def _is_header_good(data: bytes | mmap, head: re.Match[bytes]) -> bool:
+def _is_header_good(data: bytes, head: re.Match[bytes]) -> bool:
     checked = data[head.start() + _CHECKED_FROM : head.end() + int(head[2], 16)]
     return zlib.crc32(checked) == int(head[1], 16)
 
 
-def _line(data: bytes | mmap, head: re.Match[bytes], payload: bytes) -> Line:
+def _line(data: bytes, head: re.Match[bytes], payload: bytes) -> Line:
     header = orjson.loads(data[head.end() : head.end() + int(head[2], 16)])
     changes = tuple(Change(Key(kind, name), *rest) for kind, name, *rest in header["changes"])
     return Line(header["position"], header["time"], changes, payload, header.get("by", ""))
 
 
-def _resync(data: bytes | mmap, offset: int) -> int:
+def _resync(data: bytes, offset: int) -> int:
     """Return where the next line begins that has a good header, or may have one behind the end of `data`."""
     while (newline := data.find(b"\n", offset)) >= 0:
         offset = newline + 1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from orchestrator.protocols import Damage, Key
 from orchestrator.state.log import Decoded
-from orchestrator.state.segments import Found
+from orchestrator.state.segments import Found, Thinned
 from orchestrator.state.table import Table
 
 
@@ -26,11 +26,16 @@ class Replay:
 
     def take(self, found: Found) -> None:
         """Take what stands next in the log."""
+        if isinstance(found.item, Thinned):
+            self._settle(0, found.path, found.offset)
+            self.table.position = max(self.table.position, found.item.last)
+            return
         if not isinstance(found.item, Decoded) or found.item.line.position <= self.table.position:
             self._suspects.append(found)
             return
         line = found.item.line
-        self._settle(line.position - 1 - self.table.position, found.path, found.offset)
+        missing = 0 if found.is_thinned else line.position - 1 - self.table.position
+        self._settle(missing, found.path, found.offset)
         if line.is_damaged:
             keys = tuple(change.key for change in line.changes if change.length)
             self.report(found.path, found.offset, keys, f"commit {line.position} is damaged: older values kept")

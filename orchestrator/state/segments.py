@@ -1,28 +1,31 @@
 """The files of the commit log: segments, a lock, and the mark in it that says how far the log is durable.
 
-Segments are named by the first position that they hold. Only the holder of the flock appends; readers take no lock:
-they read up to the mark, which moves after the data is safe, so they never see what a failed disk takes back.
-All of this blocks: it runs in worker threads.
+Segments are named by the first position that they hold; what is left of older ones that were thinned out is one that is
+named by its last position, too. Closed ones may be packed (`orchestrator.state.packing`). Only the holder of the flock
+appends; readers take no lock: they read up to the mark, which moves after the data is safe, so they never see what a
+failed disk takes back. All of this blocks: it runs in worker threads.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import mmap
 import os
+import re
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from orchestrator.state.log import Decoded, Incomplete, Line, Scanned, scan
+from orchestrator.state.packing import Source, Sum
 
 _READ_BYTES: Final = 1 << 20
 _MARK_BYTES: Final = 71
-_SUFFIX: Final = ".jsonl"
+_NAME: Final = re.compile(r"(\d{20})(?:-(\d{20}))?\.jsonl(\.zst)?")
 
 
 class Mark(NamedTuple):
@@ -46,19 +49,39 @@ class Mark(NamedTuple):
         return cls(*map(int, fields[:3]))
 
 
+class Segment(NamedTuple):
+    """A file of the log, with the commits from `first` on."""
+
+    first: int
+    last: int = 0
+    """With one, it holds what is left of the commits up to that one; else all of them."""
+    is_packed: bool = False
+
+    @property
+    def is_thinned(self) -> bool:
+        """Whether commits are missing on purpose."""
+        return self.last > 0
+
+    def path(self, directory: Path) -> Path:
+        """Return where it is."""
+        last = f"-{self.last:020d}" if self.last else ""
+        return directory / f"{self.first:020d}{last}.jsonl{'.zst' if self.is_packed else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class Thinned:
+    """The end of what is left of the commits up to position `last`."""
+
+    last: int
+
+
 class Found(NamedTuple):
-    """What stands in the log at a place."""
+    """What stands in the log at a place; `is_thinned` where positions before it may be missing on purpose."""
 
     path: Path
     offset: int
-    item: Scanned
-
-
-class Sum(NamedTuple):
-    """What the first `size` bytes of a segment were when they were read or written: their CRC-32."""
-
-    size: int
-    crc: int
+    item: Scanned | Thinned
+    is_thinned: bool = False
 
 
 class Lock:
@@ -100,15 +123,26 @@ class Lock:
         self._file.close()
 
 
-def segments(directory: Path) -> list[int]:
-    """Return the first positions of all segments, in order."""
-    names = (path.stem for path in directory.iterdir() if path.suffix == _SUFFIX)
-    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+def segments(directory: Path) -> list[Segment]:
+    """Return the segments that make up the log, in order.
+
+    A crash may leave what has been replaced: older files than the newest thinned one, and the unpacked form of one.
+    """
+    matches = (_NAME.fullmatch(name) for name in os.listdir(directory))  # noqa: PTH208  far fewer objects
+    found = [Segment(int(match[1]), int(match[2] or 0), match[3] is not None) for match in matches if match]
+    thinned = max((one for one in found if one.is_thinned), key=lambda one: (one.last, one.is_packed), default=None)
+    end = thinned.last if thinned else 0
+    whole = {one.first: one for one in sorted(found, key=lambda one: one.is_packed) if one.first > end}
+    whole = {first: one for first, one in whole.items() if not one.is_thinned}
+    return [*([thinned] if thinned else []), *(whole[first] for first in sorted(whole))]
 
 
-def segment_path(directory: Path, first: int) -> Path:
-    """Return the path of the segment that begins with position `first`."""
-    return directory / f"{first:020d}{_SUFFIX}"
+def open_segment(directory: Path, segment: Segment) -> Source:
+    """Open a segment, in its packed form if it has been packed meanwhile; FileNotFoundError if it is gone."""
+    try:
+        return Source(segment.path(directory))
+    except FileNotFoundError:
+        return Source(segment._replace(is_packed=True).path(directory))
 
 
 class Cursor:
@@ -120,13 +154,14 @@ class Cursor:
         self.sums: dict[int, Sum] = {}
         """What stands before here, of each segment that was read from its beginning."""
         self._directory = directory
-        self._fd: int | None = None
-        self._start = max((first for first in segments(directory) if first <= after + 1), default=0)
+        self._file = Segment(0)
+        self._source: Source | None = None
+        self._start = max((one.first for one in segments(directory) if one.first <= after + 1), default=0)
 
     @property
     def path(self) -> Path:
         """The segment's file; without any segment, the directory."""
-        return segment_path(self._directory, self.segment) if self.segment else self._directory
+        return self._file.path(self._directory) if self.segment else self._directory
 
     @property
     def is_summed(self) -> bool:
@@ -140,11 +175,9 @@ class Cursor:
             if self.segment >= until.segment or not self._next_segment():
                 return
 
-    def move(self, segment: int) -> None:
-        """Stand at the beginning of another segment."""
-        self.close()
-        self.segment, self.offset = segment, 0
-        self.sums[segment] = Sum(0, 0)
+    def begin(self, first: int) -> None:
+        """Stand at the beginning of a new segment."""
+        self._move(Segment(first))
 
     def skip(self, data: bytes) -> None:
         """Stand behind what this process has appended here."""
@@ -155,44 +188,52 @@ class Cursor:
         """Stand behind what is known of some segments, the last of which is gone on with."""
         self.sums = dict(sums)
         self.segment = max(sums)
+        self._file = Segment(self.segment)
         self.offset = sums[self.segment].size
 
     def close(self) -> None:
         """Give the open segment back."""
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        if self._source is not None:
+            self._source.close()
+            self._source = None
+
+    def _move(self, file: Segment) -> None:
+        self.close()
+        self._file, self.segment, self.offset = file, file.first, 0
+        self.sums[file.first] = Sum(0, 0)
 
     def _rest(self, until: Mark) -> Iterator[Found]:
         if self.segment == 0:
             return
-        if self._fd is None:
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        end = os.fstat(self._fd).st_size
-        if self.segment == until.segment:
+        if self._source is None:
+            self._source = open_segment(self._directory, self._file)
+        source, end = self._source, self._source.size()
+        if self.segment == until.segment and not self._file.is_thinned:
             end = min(end, until.end)
-        path, span, is_cut_off = self.path, _READ_BYTES, False
+        path, span, is_cut_off, is_thinned = self.path, _READ_BYTES, False, self._file.is_thinned
         while self.offset < end:
             start = self.offset
-            data = os.pread(self._fd, min(span, end - start), start)
+            data = source.read(min(span, end - start), start)
             for item_start, item in _items(data, is_whole=start + len(data) >= end):
                 self.offset = start + (item_start if isinstance(item, Incomplete) else item.end)
-                yield Found(path, start + item_start, item)
+                yield Found(path, start + item_start, item, is_thinned)
                 is_cut_off = isinstance(item, Incomplete)
             self._add(memoryview(data)[: self.offset - start])
             if is_cut_off:
                 return
             span = _READ_BYTES if self.offset > start else 2 * span
+        if is_thinned:
+            yield Found(path, self.offset, Thinned(self._file.last), is_thinned)
 
     def _add(self, data: bytes | memoryview) -> None:
         size, crc = self.sums[self.segment]
         self.sums[self.segment] = Sum(size + len(data), zlib.crc32(data, crc))
 
     def _next_segment(self) -> bool:
-        later = [first for first in segments(self._directory) if first > self.segment and first >= self._start]
+        later = [one for one in segments(self._directory) if one.first > self.segment and one.first >= self._start]
         if not later:
             return False
-        self.move(later[0])
+        self._move(later[0])
         return True
 
 
@@ -210,17 +251,14 @@ def _items(data: bytes, *, is_whole: bool) -> Iterator[tuple[int, Scanned]]:
 
 def find_line(directory: Path, position: int) -> Line | None:
     """Return the line of a commit; None where it is not there, or can't be read."""
-    first = max((one for one in segments(directory) if one <= position), default=None)
-    if first is None:
+    found = [one for one in segments(directory) if one.first <= position]
+    if not found:
         return None
-    with _opened(segment_path(directory, first), os.O_RDONLY) as fd:
-        if os.fstat(fd).st_size == 0:  # which can't be mapped
-            return None
-        with mmap.mmap(fd, 0, access=mmap.ACCESS_READ) as data:
-            return _find_line(data, position)
+    with closing(open_segment(directory, found[-1])) as source:
+        return _find_line(source.read(source.size(), 0), position)
 
 
-def _find_line(data: mmap.mmap, position: int) -> Line | None:
+def _find_line(data: bytes, position: int) -> Line | None:
     """Halve the distance until it is found; lines are in the order of their positions."""
     low, high = 0, len(data)
     while low < high:
@@ -241,7 +279,7 @@ def _find_line(data: mmap.mmap, position: int) -> Line | None:
 
 def create_segment(directory: Path, first: int) -> None:
     """Begin an empty segment, and make its name durable."""
-    path = segment_path(directory, first)
+    path = Segment(first).path(directory)
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     with _opened(directory, os.O_RDONLY) as fd:
         os.fsync(fd)

@@ -19,7 +19,8 @@ from pathlib import Path
 from secrets import randbelow
 from typing import Any, Final, NamedTuple
 
-from orchestrator.state.segments import Sum, segment_path, segments
+from orchestrator.state.packing import Sum, sum_of
+from orchestrator.state.segments import Segment, segments
 from orchestrator.state.table import Entry, Table
 
 NAME: Final = "snapshot"
@@ -103,12 +104,16 @@ def _entries(
 
 def _is_log(directory: Path, sums: Mapping[int, Sum]) -> bool:
     last = max(sums)
-    if [first for first in segments(directory) if first <= last] != list(sums):
+    known = [one for one in segments(directory) if one.first <= last]
+    if [one.first for one in known] != list(sums):
         return False
-    return all(_has(segment_path(directory, first), part, is_last=first == last) for first, part in sums.items())
+    return all(_has(directory, one, sums[one.first], is_last=one.first == last) for one in known)
 
 
-def _has(path: Path, part: Sum, *, is_last: bool) -> bool:
+def _has(directory: Path, segment: Segment, part: Sum, *, is_last: bool) -> bool:
+    path = segment.path(directory)
+    if segment.is_packed:
+        return sum_of(path.read_bytes()) == part
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         if size < part.size or (size > part.size and not is_last):
