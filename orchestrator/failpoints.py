@@ -42,6 +42,8 @@ FAILPOINTS: Final = frozenset(
         "landing.intended",  # the intent is in the store
         "landing.pushed",  # the target has moved, the store does not know
         "landing.recorded",  # the task is landed in the store
+        "state.packed",  # a segment of the log is there twice, packed and not
+        "state.thinned",  # what is left of old segments is there, and so are they
         "recovery.session_reaped",  # a cut-off attempt's processes are gone
         "recovery.attempt_returned",  # that attempt's task waits again
         "recovery.landing_settled",  # a cut-off landing was finished or undone

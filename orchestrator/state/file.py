@@ -20,13 +20,15 @@ import anyio
 from anyio import to_thread
 
 from orchestrator.clock import Clock
-from orchestrator.errors import StateError, StoreUnavailable
+from orchestrator.errors import HistoryGone, LockHeld, StateError, StoreUnavailable
+from orchestrator.filelock import FileLock
 from orchestrator.protocols import HISTORY, Commit, Damage, Document, Key, Record, State, Version
 from orchestrator.state import snapshot
+from orchestrator.state.compaction import Compacted, log_size, pack_closed, remove_replaced, thin, to_thin
 from orchestrator.state.history import state_at, versions
 from orchestrator.state.log import Decoded, EncodedCommit, Incomplete, encode_commit, encode_line, to_record
 from orchestrator.state.mounts import refuse_network_mount
-from orchestrator.state.packing import Sum
+from orchestrator.state.packing import Sum, sum_of
 from orchestrator.state.replay import Replay
 from orchestrator.state.segments import (
     Cursor,
@@ -39,6 +41,7 @@ from orchestrator.state.segments import (
     find_line,
     make_durable,
     segments,
+    thinned_to,
 )
 from orchestrator.state.table import Stage
 from orchestrator.state.writer import name_of_writer
@@ -142,6 +145,7 @@ class FileStore:
 
     async def watch(self, after: int = 0) -> AsyncGenerator[Record]:
         """See `Store.watch`; a commit of another process is seen within a quarter of a second."""
+        await self._in_thread(partial(_check_kept, self._directory, after))
         cursor = await self._in_thread(partial(Cursor, self._directory, after))
         seen, pause = b"", _POLL_FASTEST
         try:
@@ -153,7 +157,9 @@ class FileStore:
                         await news.wait()
                     pause = min(1.25 * pause, _POLL_SLOWEST)
                     continue
-                records, is_at_mark = await self._in_thread(partial(_read_records, cursor, mark, after))
+                records, is_at_mark = await self._in_thread(
+                    partial(_read_records, self._directory, cursor, mark, after)
+                )
                 for record in records:
                     after = record.position
                     yield record
@@ -171,6 +177,19 @@ class FileStore:
         """See `Store.at`."""
         await self._refresh()
         return await self._in_thread(partial(self._state_at, position))
+
+    async def compact(self, older_than: float, largest: int) -> Compacted:
+        """Pack closed segments, and leave of the oldest only the last versions of each document.
+
+        That is of those whose commits are all from before `older_than` (wall-clock seconds), and of as many more as it
+        takes to have no more than `largest` bytes of log. What can't be read wholly stays as it is. Where another
+        process is at it, nothing is done.
+        """
+        with suppress(LockHeld):
+            async with FileLock(self._directory / "compaction.lock").hold(0):
+                return await self._in_thread(partial(self._compact, older_than, largest))
+        size, first = await self._in_thread(lambda: (log_size(self._directory), thinned_to(self._directory)))
+        return Compacted(size, size, first)
 
     @property
     def damage(self) -> Sequence[Damage]:
@@ -197,7 +216,35 @@ class FileStore:
 
     # From here on: in worker threads only.
 
+    def _compact(self, older_than: float, largest: int) -> Compacted:
+        before = log_size(self._directory)
+        with self._lock.held():
+            remove_replaced(self._directory)
+        pack_closed(self._directory)
+        with suppress(ValueError):  # it is damage, of which is told, and which may be mended
+            while (last := to_thin(self._directory, older_than, largest)) is not None:
+                thin(self._directory, last)
+                with self._lock.held():
+                    remove_replaced(self._directory)
+                self._renew_snapshot()
+        return Compacted(before, log_size(self._directory), thinned_to(self._directory))
+
+    def _renew_snapshot(self) -> None:
+        """Have one of the log as it is after segments were thinned out."""
+        with self._io, self._lock.held():
+            self._recover()
+            (thinned, *_) = segments(self._directory)
+            made = sum_of(thinned.path(self._directory).read_bytes())
+            if made is not None:
+                left = {first: part for first, part in self._cursor.sums.items() if first > thinned.last}
+                self._cursor.sums = {thinned.first: made, **left}
+                self._saved = 0
+                self._save()
+
     def _state_at(self, position: int) -> State:
+        first = thinned_to(self._directory)
+        if position < first:
+            raise HistoryGone(position, first)
         mark = Mark.decode(self._lock.read())
         with closing(Cursor(self._directory)) as cursor:
             found = cursor.read(mark) if mark else ()
@@ -207,7 +254,8 @@ class FileStore:
         refuse_network_mount(self._directory)
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = self._opened.enter_context(closing(Lock(self._directory)))
-        self._cursor = self._opened.enter_context(closing(Cursor(self._directory)))
+        self._cursor = Cursor(self._directory)
+        self._opened.callback(self._close_cursor)
         with self._io, self._lock.held():
             self._load()
             self._recover()
@@ -228,7 +276,8 @@ class FileStore:
     def _save(self) -> None:
         """Leave a snapshot for the next opener, if that spares it something."""
         sums = self._cursor.sums
-        is_whole = not self._broken and not self._replay.damage and self._cursor.is_summed
+        is_log = [one.first for one in segments(self._directory)] == list(sums)  # which others may have thinned out
+        is_whole = is_log and not self._broken and not self._replay.damage and self._cursor.is_summed
         if is_whole and _size(sums) - self._saved >= snapshot.WORTH_BYTES:
             with suppress(OSError):  # it only saves time
                 snapshot.write(self._directory, snapshot.Snapshot(self._replay.table, sums))
@@ -237,7 +286,8 @@ class FileStore:
         with self._io:
             current = self._lock.read()
             mark = Mark.decode(current)
-            if mark is None:
+            # Nobody thins the log out while we go from one segment to the next.
+            if mark is None or mark.segment != self._cursor.segment:
                 with self._lock.held():
                     self._recover()
             elif current != self._seen:
@@ -304,6 +354,8 @@ class FileStore:
         """Take in all that stands in the log, also what a dead appender left; the flock must be held."""
         newest = max(segments(self._directory), default=Segment(0))
         last = newest.first
+        if thinned_to(self._directory) > self._replay.table.position:  # what we had yet to read is gone
+            self._begin_anew()
         size = newest.path(self._directory).stat().st_size if last else 0
         current, cursor = self._lock.read(), self._cursor
         if current == self._seen and (cursor.segment, cursor.offset) == (last, size):
@@ -329,6 +381,13 @@ class FileStore:
         else:
             self._adopt(end)
 
+    def _close_cursor(self) -> None:
+        self._cursor.close()
+
+    def _begin_anew(self) -> None:
+        self._close_cursor()
+        self._replay, self._cursor = Replay(), Cursor(self._directory)
+
     def _adopt(self, end: Mark) -> None:
         """Publish what a dead appender had written but not acknowledged."""
         try:
@@ -345,13 +404,25 @@ def _size(sums: Mapping[int, Sum]) -> int:
     return sum(part.size for part in sums.values())
 
 
-def _read_records(cursor: Cursor, until: Mark, after: int) -> tuple[list[Record], bool]:
+def _check_kept(directory: Path, after: int) -> None:
+    first = thinned_to(directory)
+    if after < first:
+        raise HistoryGone(after, first)
+
+
+def _read_records(directory: Path, cursor: Cursor, until: Mark, after: int) -> tuple[list[Record], bool]:
     """Return the next records behind position `after`, and whether `until` is reached."""
     records, start = [], (cursor.segment, cursor.offset)
-    for found in cursor.read(until):
-        if isinstance(found.item, Decoded) and found.item.line.position > after:
-            records.append(to_record(found.item.line))
-            after = found.item.line.position
-        if cursor.segment != start[0] or cursor.offset - start[1] >= _FOLLOW_BYTES:
-            return records, False
+    try:
+        for found in cursor.read(until):
+            if cursor.segment != start[0]:
+                _check_kept(directory, after)
+            if isinstance(found.item, Decoded) and found.item.line.position > after:
+                records.append(to_record(found.item.line))
+                after = found.item.line.position
+            if cursor.segment != start[0] or cursor.offset - start[1] >= _FOLLOW_BYTES:
+                return records, False
+    except FileNotFoundError:
+        _check_kept(directory, after)
+        raise
     return records, True

@@ -14,8 +14,8 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
 import orjson
@@ -184,6 +184,15 @@ def values(line: Line) -> Iterator[tuple[Change, bytes | None]]:
             continue
         yield change, line.payload[start : start + change.length]
         start += change.length + len(",")
+
+
+def thinned_line(line: Line, keys: Collection[Key]) -> Line:
+    """Return an undamaged line with the changes of some documents only, and with its events."""
+    lengths = [change.length for change in line.changes if change.length]
+    events = line.payload[len("[[") + sum(lengths) + max(len(lengths) - 1, 0) + len("],") : -len("]")]
+    kept = [(change, value) for change, value in values(line) if change.key in keys]
+    payload = b"[[%b],%b]" % (b",".join(value for _, value in kept if value is not None), events)
+    return replace(line, changes=tuple(change for change, _ in kept), payload=payload)
 
 
 def to_record(line: Line) -> Record:

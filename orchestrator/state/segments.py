@@ -137,6 +137,11 @@ def segments(directory: Path) -> list[Segment]:
     return [*([thinned] if thinned else []), *(whole[first] for first in sorted(whole))]
 
 
+def thinned_to(directory: Path) -> int:
+    """Return the position up to which commits are missing on purpose; 0 if none are."""
+    return max((one.last for one in segments(directory)), default=0)
+
+
 def open_segment(directory: Path, segment: Segment) -> Source:
     """Open a segment, in its packed form if it has been packed meanwhile; FileNotFoundError if it is gone."""
     try:
@@ -281,6 +286,11 @@ def create_segment(directory: Path, first: int) -> None:
     """Begin an empty segment, and make its name durable."""
     path = Segment(first).path(directory)
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    sync_folder(directory)
+
+
+def sync_folder(directory: Path) -> None:
+    """Make the names in a folder durable."""
     with _opened(directory, os.O_RDONLY) as fd:
         os.fsync(fd)
 

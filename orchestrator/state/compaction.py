@@ -1,0 +1,145 @@
+"""Keeps the log small: closed segments are packed, and of old ones only the last versions of each document are left.
+
+Nothing of this changes what the newest documents are, nor their last versions. Each step replaces files by one that was
+made durable before, so that a crash leaves the old ones, the new one, or both, which `segments` tells apart.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from itertools import pairwise
+from pathlib import Path
+from secrets import token_hex
+from typing import Final, NamedTuple
+
+from orchestrator.failpoints import failpoint
+from orchestrator.protocols import HISTORY, Key
+from orchestrator.state.log import Decoded, Line, encode_line, scan, thinned_line
+from orchestrator.state.packing import pack, sum_of, unpack
+from orchestrator.state.segments import Segment, make_durable, open_segment, segments, sync_folder
+
+_NEW: Final = ".new"
+
+
+class Compacted(NamedTuple):
+    """What came of a compaction, in bytes of the log's files."""
+
+    before: int
+    after: int
+    first: int
+    """The position of the oldest state that can be told after it."""
+
+
+def pack_closed(directory: Path) -> None:
+    """Pack each closed segment that is not packed yet. Blocks.
+
+    One process at a time. What can't be unpacked to what it was stays as it is.
+    """
+    for segment in segments(directory)[:-1]:
+        if segment.is_packed:
+            continue
+        path = segment.path(directory)
+        data = path.read_bytes()
+        packed = pack(data)
+        if unpack(packed) == data and sum_of(packed) is not None:
+            _put(segment._replace(is_packed=True).path(directory), packed)
+            failpoint("state.packed")
+            path.unlink()
+
+
+def thin(directory: Path, last: Segment) -> None:
+    """Leave of all commits in the segments up to `last`, a closed one, the last versions of each document. Blocks.
+
+    One process at a time; `remove_replaced` is to follow. A ValueError says that something in them can't be read: it is
+    not to be lost for good.
+    """
+    found = segments(directory)
+    old = found[: found.index(last) + 1]
+    end = found[found.index(last) + 1].first - 1
+    data = b"".join(map(encode_line, _left(directory, old)))
+    _put(Segment(old[0].first, end, is_packed=True).path(directory), pack(data))
+    failpoint("state.thinned")
+
+
+def first_line(directory: Path, segment: Segment) -> Line | None:
+    """Return the first commit of a segment; None where it can't be read. Blocks."""
+    with closing(open_segment(directory, segment)) as source:
+        item = scan(source.read(source.size(), 0), 0) if source.size() else None
+    return item.line if isinstance(item, Decoded) else None
+
+
+def to_thin(directory: Path, older_than: float, largest: int) -> Segment | None:
+    """Return the last segment that is to be thinned out: one of which all is older than that, or needs must go. Blocks.
+
+    None where nothing is, because what is older is thinned out already. The newest segment is never.
+    """
+    found, size, last = segments(directory), log_size(directory), None
+    for segment, following in pairwise(found):
+        begin = first_line(directory, following)
+        if size <= largest and (begin is None or begin.time > older_than):
+            break
+        size -= segment.path(directory).stat().st_size
+        last = segment
+    return None if last is None or last.is_thinned else last
+
+
+def log_size(directory: Path) -> int:
+    """Return the bytes of all files that make up the log. Blocks."""
+    return sum(one.path(directory).stat().st_size for one in segments(directory))
+
+
+def _left(directory: Path, old: Sequence[Segment]) -> Iterator[Line]:
+    """Yield what is to be kept of the commits in some segments, in order."""
+    wanted: dict[Key, deque[int]] = defaultdict(lambda: deque(maxlen=HISTORY))
+    gone = set[Key]()
+    for line in _lines(directory, old):
+        for change in line.changes:
+            wanted[change.key].append(line.position)
+            (gone.discard if change.length else gone.add)(change.key)
+    for key in gone:  # all that counts is its version, which goes on counting
+        wanted[key] = deque([wanted[key][-1]])
+    for line in _lines(directory, old):
+        keys = {change.key for change in line.changes if line.position in wanted[change.key]}
+        if keys:
+            yield thinned_line(line, keys)
+
+
+def _lines(directory: Path, old: Sequence[Segment]) -> Iterator[Line]:
+    position = old[0].first - 1
+    for segment in old:
+        with closing(open_segment(directory, segment)) as source:
+            data, offset = source.read(source.size(), 0), 0
+        while offset < len(data):
+            item = scan(data, offset)
+            line = item.line if isinstance(item, Decoded) else None
+            if line is None or line.is_damaged or not (segment.is_thinned or line.position == position + 1):
+                raise ValueError(f"{segment.path(directory)} can't be read wholly")
+            position, offset = line.position, item.end
+            yield line
+        position = max(position, segment.last)
+
+
+def _put(path: Path, data: bytes) -> None:
+    """Write a file as a whole, durably, under a name that no log has until it is."""
+    staged = path.with_name(f"{path.name}.{token_hex(6)}{_NEW}")
+    try:
+        descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        make_durable(staged)
+        staged.rename(path)
+    finally:
+        staged.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def remove_replaced(directory: Path) -> None:
+    """Remove what is in the place of something newer, or was never finished. Blocks; the store's lock must be held."""
+    log = {one.path(directory).name for one in segments(directory)}
+    for name in os.listdir(directory):  # noqa: PTH208  names are all that counts
+        is_log = name.endswith((".jsonl", ".jsonl.zst"))
+        if (is_log and name not in log) or name.endswith(_NEW):
+            (directory / name).unlink(missing_ok=True)

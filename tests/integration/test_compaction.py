@@ -1,0 +1,194 @@
+"""A log that is packed and thinned out tells the same of the present, and says how far it goes back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+
+import anyio
+import pytest
+
+from orchestrator.errors import HistoryGone
+from orchestrator.protocols import HISTORY, Commit, Event, Key, Record, Store, Write
+from orchestrator.state import snapshot
+from orchestrator.state.file import FileStore
+from orchestrator.state.segments import segments
+from orchestrator.testing.clock import ManualClock
+
+MUCH, FEW, GONE = Key("task", "much"), Key("task", "few"), Key("task", "gone")
+COMMITS = 40
+ALL = 1 << 40  # bytes
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    """The time of the tests."""
+    return ManualClock()
+
+
+@pytest.fixture
+async def store(tmp_path: Path, clock: ManualClock) -> AsyncIterator[FileStore]:
+    """A store of small segments, with one commit a minute."""
+    async with FileStore.open(tmp_path / "state", clock, segment_bytes=1_500) as opened:
+        await opened.commit(Commit([Write(FEW, 0, {"n": 0}), Write(GONE, 0, {"n": 0})], [Event("begun")]))
+        await opened.commit(Commit([Write(GONE, 1, None)]))
+        for number in range(COMMITS):
+            clock.advance(60)
+            await opened.commit(Commit([Write(MUCH, number, {"n": number, "text": "x" * 100})], [Event("counted")]))
+        yield opened
+
+
+async def told(store: Store, after: int = 0) -> list[Record]:
+    """Return all records behind a position."""
+    records, last = list[Record](), await store.position()
+    async with aclosing(store.watch(after)) as watched:
+        async for record in watched:
+            records.append(record)
+            if record.position == last:
+                break
+    return records
+
+
+def files(tmp_path: Path) -> list[str]:
+    """Return the names of the log's files."""
+    return sorted(path.name for path in (tmp_path / "state").iterdir() if ".jsonl" in path.name)
+
+
+async def test_packed_segments_tell_all_that_they_told(store: FileStore, tmp_path: Path, clock: ManualClock) -> None:
+    """To whoever has the store open, and to the next one; the newest is not packed."""
+    records, versions, state = await told(store), await store.history(MUCH, 100), await store.at(7)
+    compacted = await store.compact(0.0, ALL)
+    assert compacted.after < compacted.before
+    assert compacted.first == 0
+    names = files(tmp_path)
+    assert len(names) > 5
+    assert [name.endswith(".zst") for name in names] == [True] * (len(names) - 1) + [False]
+    async with FileStore.open(tmp_path / "state", clock) as other:
+        for one in (store, other):
+            assert (await told(one), await one.history(MUCH, 100), await one.at(7)) == (records, versions, state)
+            assert not one.damage
+        await other.commit(Commit([Write(FEW, 1, {"n": 1})]))
+        assert (await told(store, after=len(records)))[0].documents == {FEW: (2, {"n": 1})}
+    (tmp_path / "state" / snapshot.NAME).unlink(missing_ok=True)
+    async with FileStore.open(tmp_path / "state", clock) as replayed:
+        assert (await told(replayed))[:-1] == records
+
+
+async def test_of_old_commits_the_last_versions_are_left(store: FileStore, tmp_path: Path, clock: ManualClock) -> None:
+    """What is newer than that stays whole; nothing older can be told, and that is said."""
+    now, newest = clock.now(), [await store.get(key) for key in (MUCH, FEW, GONE)]
+    whole, recent = await store.history(MUCH, 100), await store.at(40)
+    compacted = await store.compact(now - 10 * 60, ALL)
+    assert 20 < compacted.first < 33
+    assert files(tmp_path)[0] == f"{1:020d}-{compacted.first:020d}.jsonl.zst"
+    async with FileStore.open(tmp_path / "state", clock) as other:
+        for one in (store, other):
+            assert [await one.get(key) for key in (MUCH, FEW, GONE)] == newest
+            assert await one.at(40) == recent
+            assert (await one.at(compacted.first)).documents.keys() == {MUCH, FEW}
+            with pytest.raises(HistoryGone, match=str(compacted.first)):
+                await one.at(compacted.first - 1)
+            kept = await one.history(MUCH, 100)
+            assert kept == whole[: len(kept)]
+            assert len(kept) >= HISTORY
+            assert [version.value for version in await one.history(FEW)] == [{"n": 0}]
+            assert list((await one.history(FEW))[0].events) == [Event("begun")]
+            with pytest.raises(HistoryGone):
+                await told(one)
+            assert (await told(one, compacted.first))[0].position == compacted.first + 1
+            assert not one.damage
+        await other.commit(Commit([Write(GONE, 0, {"n": 1})]))
+    found = await store.get(GONE)
+    assert found is not None
+    assert found.version == 3
+
+
+async def test_it_can_be_thinned_out_again_and_again(store: FileStore, tmp_path: Path, clock: ManualClock) -> None:
+    """What is left of what was left is what is left of all."""
+    start, versions = clock.now() - COMMITS * 60, await store.history(MUCH, 100)
+    for minutes in range(0, COMMITS, 7):
+        await store.compact(start + minutes * 60, ALL)
+        kept = await store.history(MUCH, 100)
+        assert kept == versions[: len(kept)]
+        assert len(kept) >= HISTORY
+    assert len([one for one in segments(tmp_path / "state") if one.is_thinned]) == 1
+    async with FileStore.open(tmp_path / "state", clock) as other:
+        assert await other.history(MUCH) == versions[:HISTORY]
+        assert not other.damage
+
+
+async def test_a_log_has_no_more_bytes_than_it_may(store: FileStore, clock: ManualClock) -> None:
+    """However young it is, as much of it goes as need be, but for the newest segment and the last versions."""
+    for number in range(400):
+        await store.commit(Commit(events=[Event("noise", {"text": str(number) * 30})]))
+    before = await store.compact(0.0, ALL)
+    after = await store.compact(0.0, before.after // 2)
+    assert after.after <= before.after // 2
+    found = await store.get(MUCH)
+    assert found is not None
+    assert found.version == COMMITS
+    assert len(await store.history(MUCH)) == HISTORY
+
+
+async def test_who_lags_behind_begins_anew(store: FileStore, tmp_path: Path, clock: ManualClock) -> None:
+    """A process that was stopped while the log went on and was thinned out knows what there is, and no damage."""
+    async with FileStore.open(tmp_path / "state", clock, segment_bytes=1_500) as other:
+        for number in range(COMMITS, 2 * COMMITS):
+            clock.advance(60)
+            await store.commit(Commit([Write(MUCH, number, {"n": number, "text": "x" * 100})]))
+        await store.compact(clock.now() - 5 * 60, ALL)
+        found = await other.get(MUCH)
+        assert found is not None
+        assert found.version == 2 * COMMITS
+        assert await other.commit(Commit([Write(FEW, 1, {})])) == await store.position()
+        assert not other.damage
+
+
+async def test_who_watches_and_lags_behind_is_told(store: FileStore, clock: ManualClock) -> None:
+    """Commits that it has not seen yet are not passed over in silence."""
+    async with aclosing(store.watch(3)) as watched:
+        first = await anext(watched)
+        assert first.position == 4
+        await store.compact(clock.now(), ALL)
+        with pytest.raises(HistoryGone), anyio.fail_after(10):
+            async for _ in watched:
+                pass
+
+
+async def test_what_is_damaged_is_not_thinned_out(store: FileStore, tmp_path: Path, clock: ManualClock) -> None:
+    """What can't be read wholly may yet be mended."""
+    oldest = tmp_path / "state" / files(tmp_path)[1]
+    oldest.write_bytes(oldest.read_bytes().replace(b'"text":"xxx', b'"text":"yyy', 1))
+    assert (await store.compact(clock.now(), ALL)).first == 0
+    assert not any(one.is_thinned for one in segments(tmp_path / "state"))
+
+
+@pytest.mark.parametrize("failpoint", ["state.packed=kill", "state.packed=kill@3", "state.thinned=kill"])
+async def test_killed_in_a_compaction(store: FileStore, tmp_path: Path, clock: ManualClock, failpoint: str) -> None:
+    """Whoever comes next finds all that was there, and brings it to its end."""
+    newest, versions = await store.get(MUCH), await store.history(MUCH)
+    code = (
+        "import sys, anyio\nfrom pathlib import Path\nfrom orchestrator.state.file import FileStore\n"
+        "from orchestrator.clock import SystemClock\n"
+        "async def main():\n"
+        "    async with FileStore.open(Path(sys.argv[1]), SystemClock()) as store:\n"
+        "        await store.compact(1e12, 1 << 40)\n"
+        "anyio.run(main)\n"
+    )
+    env = {**os.environ, "COUNCIL_FAILPOINTS": failpoint}
+    done = await anyio.run_process([sys.executable, "-c", code, str(tmp_path / "state")], env=env, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    async with FileStore.open(tmp_path / "state", clock) as other:
+        for one in (store, other):
+            assert (await one.get(MUCH), await one.history(MUCH)) == (newest, versions)
+            assert not one.damage
+        compacted = await other.compact(clock.now(), ALL)
+    assert compacted.first > 30
+    assert len(files(tmp_path)) == len(segments(tmp_path / "state"))
+    assert (await store.get(MUCH), await store.history(MUCH)) == (newest, versions)
+    assert subprocess.run(["ls", tmp_path / "state"], capture_output=True, check=True).stdout.count(b".new") == 0
