@@ -81,9 +81,9 @@ def to_thin(directory: Path, older_than: float, largest: int) -> Segment | None:
         begin = first_line(directory, following)
         if size <= largest and (begin is None or begin.time > older_than):
             break
-        size -= segment.path(directory).stat().st_size
-        last = segment
-    return None if last is None or last.is_thinned else last
+        if not segment.is_thinned:  # of which all is left
+            size, last = size - segment.path(directory).stat().st_size, segment
+    return last
 
 
 def log_size(directory: Path) -> int:
