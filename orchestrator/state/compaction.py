@@ -67,7 +67,7 @@ def thin(directory: Path, last: Segment) -> None:
 def first_line(directory: Path, segment: Segment) -> Line | None:
     """Return the first commit of a segment; None where it can't be read. Blocks."""
     with closing(open_segment(directory, segment)) as source:
-        item = scan(source.read(source.size(), 0), 0) if source.size() else None
+        item = scan(source.around(segment.first), 0) if source.size() else None
     return item.line if isinstance(item, Decoded) else None
 
 

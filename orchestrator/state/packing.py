@@ -1,8 +1,9 @@
 """Closed segments in a fraction of their size: Zstandard frames (RFC 8878), which `zstdcat` reads.
 
-Before all stands a skippable frame with what the content was and the CRC-32 of all that follows, so that it can
-be told without unpacking whether a segment still holds what it held. The content is packed in parts, each behind a
-skippable frame with its length and its CRC-32: damage takes one part along, not the rest.
+Before all stands a skippable frame with what the content was and the CRC-32 of all that follows, so that it can be told
+without unpacking whether a segment still holds what it held. The content is packed in parts of whole lines, each behind
+a skippable frame with its lengths, its CRC-32 and its first position: damage takes one part along, not the rest, and to
+look one commit up one part is unpacked.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from orchestrator.state.log import Decoded, scan
+
 _MAGIC: Final = 0x184D2A50
 _WHOLE: Final = struct.Struct("<IIQII")  # magic and length of a skippable frame, then its content
-_PART: Final = struct.Struct("<IIII")
+_PART: Final = struct.Struct("<IIIIIQ")
 _MARK: Final = struct.pack("<II", _MAGIC, _PART.size - 8)
 _PART_BYTES: Final = 1 << 20
 _LEVEL: Final = 9
@@ -29,24 +32,33 @@ class Sum(NamedTuple):
     crc: int
 
 
+class _Part(NamedTuple):
+    """A good part: its first position, where its content begins, how much that is, and its frame."""
+
+    first: int
+    start: int
+    length: int
+    frame: memoryview
+
+
 def pack(data: bytes) -> bytes:
-    """Return the packed form."""
+    """Return the packed form of lines of the log."""
     import zstandard  # noqa: PLC0415  most processes never pack or unpack
 
-    packer, parts = zstandard.ZstdCompressor(level=_LEVEL), []
-    for start in range(0, len(data), _PART_BYTES):
-        frame = packer.compress(data[start : start + _PART_BYTES])
-        parts += [_PART.pack(_MAGIC, _PART.size - 8, len(frame), zlib.crc32(frame)), frame]
+    packer, parts, first = zstandard.ZstdCompressor(level=_LEVEL), [], 0
+    for part in _split(data):
+        item = scan(part, 0)
+        first = item.line.position if isinstance(item, Decoded) else first
+        frame = packer.compress(part)
+        crc = _crc_of(frame, len(part), first)
+        parts += [_PART.pack(_MAGIC, _PART.size - 8, len(frame), crc, len(part), first), frame]
     packed = b"".join(parts)
     return _WHOLE.pack(_MAGIC, _WHOLE.size - 8, len(data), zlib.crc32(data), zlib.crc32(packed)) + packed
 
 
 def unpack(packed: bytes) -> bytes:
     """Return what was packed, without the parts that are damaged."""
-    import zstandard  # noqa: PLC0415
-
-    unpacker = zstandard.ZstdDecompressor()
-    return b"".join(unpacker.decompress(frame) for frame in _frames(packed))
+    return b"".join(_unpack(part) for part in _parts(packed))
 
 
 def sum_of(packed: bytes) -> Sum | None:
@@ -58,16 +70,34 @@ def sum_of(packed: bytes) -> Sum | None:
     return Sum(size, crc) if is_whole and (magic, length) == (_MAGIC, _WHOLE.size - 8) else None
 
 
-def _frames(packed: bytes) -> Iterator[bytes]:
-    """Yield the frames that are what they were."""
-    offset = packed.find(_MARK)
+def _split(data: bytes) -> Iterator[bytes]:
+    start = 0
+    while start < len(data):
+        end = data.rfind(b"\n", start, start + _PART_BYTES) + 1 or data.find(b"\n", start) + 1 or len(data)
+        yield data[start:end]
+        start = end
+
+
+def _parts(packed: bytes) -> Iterator[_Part]:
+    offset, start, view = packed.find(_MARK), 0, memoryview(packed)
     while 0 <= offset <= len(packed) - _PART.size:
-        _, _, length, crc = _PART.unpack_from(packed, offset)
-        frame = packed[offset + _PART.size : offset + _PART.size + length]
-        is_good = len(frame) == length and zlib.crc32(frame) == crc
+        _, _, frame_length, crc, length, first = _PART.unpack_from(packed, offset)
+        frame = view[offset + _PART.size : offset + _PART.size + frame_length]
+        is_good = len(frame) == frame_length and _crc_of(frame, length, first) == crc
         if is_good:
-            yield frame
-        offset = packed.find(_MARK, offset + (_PART.size + length if is_good else 1))
+            yield _Part(first, start, length, frame)
+            start += length
+        offset = packed.find(_MARK, offset + (_PART.size + frame_length if is_good else 1))
+
+
+def _crc_of(frame: bytes | memoryview, length: int, first: int) -> int:
+    return zlib.crc32(frame, zlib.crc32(struct.pack("<IQ", length, first)))
+
+
+def _unpack(part: _Part) -> bytes:
+    import zstandard  # noqa: PLC0415
+
+    return zstandard.ZstdDecompressor().decompress(part.frame)
 
 
 class Source:
@@ -76,21 +106,40 @@ class Source:
     def __init__(self, path: Path) -> None:
         """Open it; OSError if it is not there."""
         self._file = path.open("rb", buffering=0)
-        self._content: bytes | None = None
+        self._parts: list[_Part] | None = None
+        self._unpacked: tuple[_Part, bytes] | None = None
         if path.suffix == ".zst":
             with self._file:
-                self._content = unpack(self._file.readall())
+                self._parts = list(_parts(self._file.readall()))
 
     def size(self) -> int:
         """Return how many bytes there are by now."""
-        return len(self._content) if self._content is not None else os.fstat(self._file.fileno()).st_size
+        if self._parts is None:
+            return os.fstat(self._file.fileno()).st_size
+        return self._parts[-1].start + self._parts[-1].length if self._parts else 0
 
     def read(self, size: int, offset: int) -> bytes:
         """Return so many bytes from an offset on, or all that there are."""
-        if self._content is not None:
-            return self._content[offset : offset + size]
-        return os.pread(self._file.fileno(), size, offset)
+        if self._parts is None:
+            return os.pread(self._file.fileno(), size, offset)
+        found = [part for part in self._parts if part.start < offset + size and offset < part.start + part.length]
+        content = b"".join(map(self._content, found))
+        begin = offset - found[0].start if found else 0
+        return content[begin : begin + size]
+
+    def around(self, position: int) -> bytes:
+        """Return some lines, with that of a commit among them if there is one."""
+        if self._parts is None:
+            return self.read(self.size(), 0)
+        found = [part for part in self._parts if part.first <= position]
+        return self._content(found[-1]) if found else b""
 
     def close(self) -> None:
         """Give it back."""
         self._file.close()
+
+    def _content(self, part: _Part) -> bytes:
+        """Return a part's content; the last one is kept, because who reads on will want it again."""
+        if self._unpacked is None or self._unpacked[0] is not part:
+            self._unpacked = part, _unpack(part)
+        return self._unpacked[1]

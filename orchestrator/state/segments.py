@@ -260,7 +260,7 @@ def find_line(directory: Path, position: int) -> Line | None:
     if not found:
         return None
     with closing(open_segment(directory, found[-1])) as source:
-        return _find_line(source.read(source.size(), 0), position)
+        return _find_line(source.around(position), position)
 
 
 def _find_line(data: bytes, position: int) -> Line | None:
