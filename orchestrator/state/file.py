@@ -332,6 +332,7 @@ class FileStore:
             raise self._broken
         cursor = self._cursor
         if cursor.segment == 0 or cursor.offset >= self._segment_bytes:
+            self._save()  # so that who comes after a kill need replay no more than one segment
             first = self._replay.table.position + 1
             create_segment(self._directory, first)
             cursor.begin(first)

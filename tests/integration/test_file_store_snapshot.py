@@ -119,6 +119,18 @@ async def test_a_torn_snapshot_is_passed_over(place: Path) -> None:
     assert (await look(place))[1:] == (4, ())
 
 
+async def test_there_is_a_snapshot_after_each_segment(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that after a kill no more than the newest one has to be replayed."""
+    monkeypatch.setattr(snapshot, "WORTH_BYTES", 1)
+    async with FileStore.open(place, SystemClock(), segment_bytes=500) as store:
+        for number in range(20):
+            await store.commit(Commit([Write(KEPT, number, {"n": number})]))
+        found = snapshot.read(place)
+        assert found is not None
+        newest = max(int(path.stem) for path in place.glob("*.jsonl"))
+        assert found.table.position == newest - 1
+
+
 async def test_damage_leaves_no_snapshot(place: Path) -> None:
     """Of a log that could not be read wholly there is none: each opener is told."""
     await commit(place, HISTORY)
