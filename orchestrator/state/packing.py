@@ -106,11 +106,14 @@ class Source:
     def __init__(self, path: Path) -> None:
         """Open it; OSError if it is not there."""
         self._file = path.open("rb", buffering=0)
+        self.is_damaged = False
+        """Whether some of what was packed can't be read any more, and is missing."""
         self._parts: list[_Part] | None = None
         self._unpacked: tuple[_Part, bytes] | None = None
         if path.suffix == ".zst":
             with self._file:
-                self._parts = list(_parts(self._file.readall()))
+                packed = self._file.readall()
+            self._parts, self.is_damaged = list(_parts(packed)), sum_of(packed) is None
 
     def size(self) -> int:
         """Return how many bytes there are by now."""

@@ -27,21 +27,28 @@ class Replay:
     def take(self, found: Found) -> None:
         """Take what stands next in the log."""
         if isinstance(found.item, Thinned):
-            self._settle(0, found.path, found.offset)
-            self.table.position = max(self.table.position, found.item.last)
+            self._end_thinned(found.path, found.item.last)
             return
         if not isinstance(found.item, Decoded) or found.item.line.position <= self.table.position:
             self._suspects.append(found)
             return
         line = found.item.line
-        missing = 0 if found.is_thinned else line.position - 1 - self.table.position
-        self._settle(missing, found.path, found.offset)
+        if not found.is_thinned:  # there it is told at the end
+            self._settle(line.position - 1 - self.table.position, found.path, found.offset)
         if line.is_damaged:
             keys = tuple(change.key for change in line.changes if change.length)
             self.report(found.path, found.offset, keys, f"commit {line.position} is damaged: older values kept")
         elif found.item.terminator not in {b"\n", b""}:
             self.report(found.path, found.offset, (), f"commit {line.position} lacks its line's end: nothing lost")
         self.table.apply(line)
+
+    def _end_thinned(self, path: Path, last: int) -> None:
+        if self._suspects:
+            what = f"some of what is left of the commits up to {last} is unreadable: every document may be out of date"
+            self.report(path, self._suspects[0].offset, None, what)
+            self.table.lose(last)
+            self._suspects.clear()
+        self.table.position = last
 
     def finish(self, position: int, path: Path, offset: int) -> None:
         """Account for the end of the log, in which the newest commit is known to be at `position` or later."""

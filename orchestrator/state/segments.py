@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from orchestrator.state.log import Decoded, Incomplete, Line, Scanned, scan
+from orchestrator.state.log import Decoded, Incomplete, Line, Scanned, Unreadable, scan
 from orchestrator.state.packing import Source, Sum
 
 _READ_BYTES: Final = 1 << 20
@@ -216,6 +216,8 @@ class Cursor:
         if self.segment == until.segment and not self._file.is_thinned:
             end = min(end, until.end)
         path, span, is_cut_off, is_thinned = self.path, _READ_BYTES, False, self._file.is_thinned
+        if source.is_damaged:
+            yield Found(path, self.offset, Unreadable(self.offset), is_thinned)
         while self.offset < end:
             start = self.offset
             data = source.read(min(span, end - start), start)
