@@ -7,6 +7,7 @@ made durable before, so that a crash leaves the old ones, the new one, or both, 
 from __future__ import annotations
 
 import os
+import shutil
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -45,21 +46,26 @@ def pack_closed(directory: Path) -> None:
         data = path.read_bytes()
         packed = pack(data)
         if unpack(packed) == data and sum_of(packed) is not None:
-            _put(segment._replace(is_packed=True).path(directory), packed)
+            _put(segment.packed().path(directory), packed)
             failpoint("state.packed")
             path.unlink()
 
 
-def thin(directory: Path, last: Segment) -> None:
+def thin(directory: Path, last: Segment, damaged: Path | None = None) -> None:
     """Leave of all commits in the segments up to `last`, a closed one, the last versions of each document. Blocks.
 
     One process at a time; `remove_replaced` is to follow. A ValueError says that something in them can't be read: it is
-    not to be lost for good.
+    not to be lost for good. With a folder for what is `damaged` it is passed over, and the segments go there.
     """
     found = segments(directory)
     old = found[: found.index(last) + 1]
     end = found[found.index(last) + 1].first - 1
-    data = b"".join(map(encode_line, _left(directory, old)))
+    data = b"".join(map(encode_line, _left(directory, old, is_strict=damaged is None)))
+    if damaged is not None:
+        damaged.mkdir(mode=0o700, exist_ok=True)
+        for segment in old:
+            path = segment.path(directory)
+            shutil.copyfile(path, damaged / f"{path.name}.{token_hex(4)}")
     _put(Segment(old[0].first, end, is_packed=True).path(directory), pack(data))
     failpoint("state.thinned")
 
@@ -91,34 +97,38 @@ def log_size(directory: Path) -> int:
     return sum(one.path(directory).stat().st_size for one in segments(directory))
 
 
-def _left(directory: Path, old: Sequence[Segment]) -> Iterator[Line]:
+def _left(directory: Path, old: Sequence[Segment], *, is_strict: bool) -> Iterator[Line]:
     """Yield what is to be kept of the commits in some segments, in order."""
     wanted: dict[Key, deque[int]] = defaultdict(lambda: deque(maxlen=HISTORY))
     gone = set[Key]()
-    for line in _lines(directory, old):
+    for line in _lines(directory, old, is_strict=is_strict):
         for change in line.changes:
             wanted[change.key].append(line.position)
             (gone.discard if change.length else gone.add)(change.key)
     for key in gone:  # all that counts is its version, which goes on counting
         wanted[key] = deque([wanted[key][-1]])
-    for line in _lines(directory, old):
+    for line in _lines(directory, old, is_strict=is_strict):
         keys = {change.key for change in line.changes if line.position in wanted[change.key]}
         if keys:
             yield thinned_line(line, keys)
 
 
-def _lines(directory: Path, old: Sequence[Segment]) -> Iterator[Line]:
+def _lines(directory: Path, old: Sequence[Segment], *, is_strict: bool) -> Iterator[Line]:
     position = old[0].first - 1
     for segment in old:
         with closing(open_segment(directory, segment)) as source:
             data, offset = source.read(source.size(), 0), 0
+            is_whole = not source.is_damaged
         while offset < len(data):
             item = scan(data, offset)
-            line = item.line if isinstance(item, Decoded) else None
-            if line is None or line.is_damaged or not (segment.is_thinned or line.position == position + 1):
+            line = item.line if isinstance(item, Decoded) and not item.line.is_damaged else None
+            follows = line is not None and (segment.is_thinned or line.position == position + 1)
+            if is_strict and not (follows and is_whole):
                 raise ValueError(f"{segment.path(directory)} can't be read wholly")
-            position, offset = line.position, item.end
-            yield line
+            offset = item.end
+            if line is not None and line.position > position:
+                position = line.position
+                yield line
         position = max(position, segment.last)
 
 

@@ -7,6 +7,7 @@ A commit is checked and appended under a flock by one thread for all that wait i
 from __future__ import annotations
 
 import errno
+import json
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from contextlib import ExitStack, asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import anyio
 from anyio import to_thread
@@ -22,7 +23,7 @@ from anyio import to_thread
 from orchestrator.clock import Clock
 from orchestrator.errors import HistoryGone, LockHeld, StateError, StoreUnavailable
 from orchestrator.filelock import FileLock
-from orchestrator.protocols import HISTORY, Commit, Damage, Document, Key, Record, State, Version
+from orchestrator.protocols import HISTORY, Commit, Damage, Document, Event, Key, Record, State, Version, Write
 from orchestrator.state import snapshot
 from orchestrator.state.compaction import Compacted, log_size, pack_closed, remove_replaced, thin, to_thin
 from orchestrator.state.history import state_at, versions
@@ -74,6 +75,23 @@ class _Turn:
         return bool(self.position or self.failure)
 
 
+class Verified(NamedTuple):
+    """What a look at the whole log has found."""
+
+    position: int
+    bytes: int
+    damage: Sequence[Damage]
+    damaged: Sequence[Key]
+    """Documents of which a newer version was there than can be read."""
+    differs: Sequence[Key]
+    """Documents that are told otherwise than the log says: a fault in this program or in the machine's memory."""
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether there is nothing to worry about."""
+        return not (self.damage or self.damaged or self.differs)
+
+
 class FileStore:
     """A `Store` in a local directory; made by `open`."""
 
@@ -88,6 +106,7 @@ class FileStore:
         self._saved = 0  # bytes of the log in the newest snapshot that is known
         self._seen = b""  # the mark up to which the table has the log
         self._broken: OSError | None = None
+        self._rolls = False  # whether the next commit begins a new segment
         self._turns: deque[_Turn] = deque()
         self._leading = anyio.Lock()
         self._news = anyio.Event()
@@ -191,6 +210,34 @@ class FileStore:
         size, first = await self._in_thread(lambda: (log_size(self._directory), thinned_to(self._directory)))
         return Compacted(size, size, first)
 
+    async def verify(self) -> Verified:
+        """Read the whole log anew, whatever a snapshot says, and compare it with what is told of the documents."""
+        async with FileLock(self._directory / "compaction.lock").hold():
+            await self._refresh()
+            return await self._in_thread(self._verify)
+
+    async def repair(self) -> Verified:
+        """Settle for what can be read: each damaged document's newest value that is known becomes its next version.
+
+        One of which none is known is deleted. That is one commit, with an event `state.repaired` for each. Then segments with damage are replaced by what can
+        be read of them, and kept in the folder `damaged`; the log does not go back behind them any more. Returns what
+        `verify` finds after that.
+        """
+        found = await self.verify()
+        if found.damage or found.damaged:
+            entries = {key: entry for key in found.damaged if (entry := self._replay.table.entry(key)) is not None}
+            known = {key: None if entry.value is None else json.loads(entry.value) for key, entry in entries.items()}
+            events = [
+                Event("state.repaired", {"key": str(key), "lost": entry.version, "is_known": entry.value is not None})
+                for key, entry in entries.items()
+            ]
+            writes = [Write(key, entry.version, known[key]) for key, entry in entries.items()]
+            async with FileLock(self._directory / "compaction.lock").hold():
+                self._rolls = True
+                await self.commit(Commit(writes, [*events, Event("state.log_repaired", {"damage": len(found.damage)})]))
+                await self._in_thread(partial(self._replace_damaged, found.damage))
+        return await self.verify()
+
     @property
     def damage(self) -> Sequence[Damage]:
         """See `Store.damage`."""
@@ -215,6 +262,27 @@ class FileStore:
             await self._in_thread(self._catch_up)
 
     # From here on: in worker threads only.
+
+    def _verify(self) -> Verified:
+        replay = Replay()
+        with closing(Cursor(self._directory)) as cursor:
+            _read_on(replay, cursor, Mark.decode(self._lock.read()))  # most of it while others may commit
+            with self._io:
+                mark = Mark.decode(self._lock.read())
+                _read_on(replay, cursor, mark)
+                replay.finish(mark.position if mark else 0, cursor.path, cursor.offset)
+                found = replay.table.compare(self._replay.table)
+        return Verified(replay.table.position, log_size(self._directory), tuple(replay.damage), *found)
+
+    def _replace_damaged(self, damage: Sequence[Damage]) -> None:
+        paths = {one.path.name for one in damage}
+        closed = segments(self._directory)[:-1]
+        hit = [one for one in closed if paths & {one.path(self._directory).name for one in (one, one.packed())}]
+        if hit:
+            thin(self._directory, hit[-1], self._directory / "damaged")
+            with self._lock.held():
+                remove_replaced(self._directory)
+            self._replay.damage.clear()
 
     def _compact(self, older_than: float, largest: int) -> Compacted:
         before = log_size(self._directory)
@@ -331,7 +399,8 @@ class FileStore:
         if self._broken:
             raise self._broken
         cursor = self._cursor
-        if cursor.segment == 0 or cursor.offset >= self._segment_bytes:
+        if cursor.segment == 0 or cursor.offset >= self._segment_bytes or self._rolls:
+            self._rolls = False
             self._save()  # so that who comes after a kill need replay no more than one segment
             first = self._replay.table.position + 1
             create_segment(self._directory, first)
@@ -403,6 +472,11 @@ class FileStore:
 
 def _size(sums: Mapping[int, Sum]) -> int:
     return sum(part.size for part in sums.values())
+
+
+def _read_on(replay: Replay, cursor: Cursor, mark: Mark | None) -> None:
+    for found in cursor.read(mark) if mark else ():
+        replay.take(found)
 
 
 def _check_kept(directory: Path, after: int) -> None:

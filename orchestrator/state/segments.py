@@ -62,6 +62,10 @@ class Segment(NamedTuple):
         """Whether commits are missing on purpose."""
         return self.last > 0
 
+    def packed(self) -> Segment:
+        """Return its packed form."""
+        return self._replace(is_packed=True)
+
     def path(self, directory: Path) -> Path:
         """Return where it is."""
         last = f"-{self.last:020d}" if self.last else ""
@@ -147,7 +151,7 @@ def open_segment(directory: Path, segment: Segment) -> Source:
     try:
         return Source(segment.path(directory))
     except FileNotFoundError:
-        return Source(segment._replace(is_packed=True).path(directory))
+        return Source(segment.packed().path(directory))
 
 
 class Cursor:

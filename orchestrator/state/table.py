@@ -50,6 +50,18 @@ class Table:
         """Return the entry of a key, that of a deleted document too."""
         return self._kinds.get(key.kind, {}).get(key.id)
 
+    def compare(self, other: Table) -> tuple[list[Key], list[Key]]:
+        """Return the documents that are damaged in one of them, and those others of which the two differ."""
+        pairs = {
+            Key(kind, name): (self.entry(Key(kind, name)), other.entry(Key(kind, name)))
+            for table in (self, other)
+            for kind, entries in table.kinds().items()
+            for name in entries
+        }
+        damaged = [key for key, found in pairs.items() if any(entry and entry.damaged for entry in found)]
+        differs = [key for key, (ours, theirs) in pairs.items() if ours != theirs]
+        return sorted(damaged), sorted(set(differs) - set(damaged))
+
     def kinds(self) -> Mapping[str, Mapping[str, Entry]]:
         """Return all entries by kind and id, those of deleted documents too; only for who applies."""
         return self._kinds
