@@ -219,9 +219,9 @@ class FileStore:
     async def repair(self) -> Verified:
         """Settle for what can be read: each damaged document's newest value that is known becomes its next version.
 
-        One of which none is known is deleted. That is one commit, with an event `state.repaired` for each. Then segments with damage are replaced by what can
-        be read of them, and kept in the folder `damaged`; the log does not go back behind them any more. Returns what
-        `verify` finds after that.
+        One of which none is known is deleted. That is one commit, with an event `state.repaired` for each. Then segments
+        with damage are replaced by what can be read of them, and kept in the folder `damaged`; the log does not go back
+        behind them any more. Returns what `verify` finds after that.
         """
         found = await self.verify()
         if found.damage or found.damaged:
@@ -231,7 +231,10 @@ class FileStore:
                 Event("state.repaired", {"key": str(key), "lost": entry.version, "is_known": entry.value is not None})
                 for key, entry in entries.items()
             ]
-            writes = [Write(key, entry.version, known[key]) for key, entry in entries.items()]
+            now = self._clock.now()
+            writes = [
+                Write(key, entry.version if entry.exists(now) else 0, known[key]) for key, entry in entries.items()
+            ]
             async with FileLock(self._directory / "compaction.lock").hold():
                 self._rolls = True
                 await self.commit(Commit(writes, [*events, Event("state.log_repaired", {"damage": len(found.damage)})]))
