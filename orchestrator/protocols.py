@@ -32,6 +32,7 @@ __all__ = [
     "AdapterType",
     "Command",
     "Commit",
+    "Compacted",
     "Concluded",
     "Damage",
     "Document",
@@ -60,6 +61,7 @@ __all__ = [
     "Tracker",
     "TrackerType",
     "UsedTool",
+    "Verified",
     "Version",
     "Warned",
     "Write",
@@ -217,6 +219,36 @@ class Damage:
     what: str
 
 
+@dataclass(frozen=True, slots=True)
+class Compacted:
+    """What came of a compaction: how many bytes the log took before and takes after it.
+
+    `first` is the position of the oldest state that can be told after it.
+    """
+
+    before: int
+    after: int
+    first: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What a look at all that a store holds has found: up to which position, how many bytes, and what is wrong."""
+
+    position: int
+    bytes: int
+    damage: Sequence[Damage] = ()
+    damaged: Sequence[Key] = ()
+    """Documents of which a newer version was there than can be read."""
+    differs: Sequence[Key] = ()
+    """Documents that are told otherwise than the log says: a fault of this program or of the machine's memory."""
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether there is nothing to worry about."""
+        return not (self.damage or self.damaged or self.differs)
+
+
 class Store(Protocol):
     """Where all state lives. Every implementation passes `orchestrator.testing.store_contract`."""
 
@@ -255,6 +287,25 @@ class Store(Protocol):
         """Return the state right after the commit at a position.
 
         Raises HistoryGone where the log does not go back so far, RefusedError for a position that is yet to come.
+        """
+
+    async def compact(self, older_than: float, largest: int) -> Compacted:
+        """Let go of the past: of old commits only the last `HISTORY` versions of each document are left.
+
+        That is of those from before `older_than` (wall-clock seconds), and of as many more as it takes to have no more
+        than `largest` bytes of log; the newest may stay whole. The documents are what they were. Safe beside others
+        that read and commit; who watches and has yet to see what is gone gets HistoryGone.
+        """
+
+    async def verify(self) -> Verified:
+        """Read all that the store holds anew, and compare it with what it tells."""
+
+    async def repair(self) -> Verified:
+        """Settle for what can be read, and return what `verify` finds then.
+
+        Each damaged document's newest value that is known becomes its next version; one of which none is known is
+        deleted. That is one commit, with an event `state.repaired` for each that names it and the version that was
+        `lost`. Without damage nothing happens.
         """
 
     @property

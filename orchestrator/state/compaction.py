@@ -14,7 +14,7 @@ from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from secrets import token_hex
-from typing import Final, NamedTuple
+from typing import Final
 
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import HISTORY, Key
@@ -23,15 +23,6 @@ from orchestrator.state.packing import pack, sum_of, unpack
 from orchestrator.state.segments import Segment, make_durable, open_segment, segments, sync_folder
 
 _NEW: Final = ".new"
-
-
-class Compacted(NamedTuple):
-    """What came of a compaction, in bytes of the log's files."""
-
-    before: int
-    after: int
-    first: int
-    """The position of the oldest state that can be told after it."""
 
 
 def pack_closed(directory: Path) -> None:

@@ -15,7 +15,7 @@ from contextlib import ExitStack, asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, TypeVar
 
 import anyio
 from anyio import to_thread
@@ -23,9 +23,22 @@ from anyio import to_thread
 from orchestrator.clock import Clock
 from orchestrator.errors import HistoryGone, LockHeld, StateError, StoreUnavailable
 from orchestrator.filelock import FileLock
-from orchestrator.protocols import HISTORY, Commit, Damage, Document, Event, Key, Record, State, Version, Write
+from orchestrator.protocols import (
+    HISTORY,
+    Commit,
+    Compacted,
+    Damage,
+    Document,
+    Event,
+    Key,
+    Record,
+    State,
+    Verified,
+    Version,
+    Write,
+)
 from orchestrator.state import snapshot
-from orchestrator.state.compaction import Compacted, log_size, pack_closed, remove_replaced, thin, to_thin
+from orchestrator.state.compaction import log_size, pack_closed, remove_replaced, thin, to_thin
 from orchestrator.state.history import state_at, versions
 from orchestrator.state.log import Decoded, EncodedCommit, Incomplete, encode_commit, encode_line, to_record
 from orchestrator.state.mounts import refuse_network_mount
@@ -73,23 +86,6 @@ class _Turn:
     @property
     def is_settled(self) -> bool:
         return bool(self.position or self.failure)
-
-
-class Verified(NamedTuple):
-    """What a look at the whole log has found."""
-
-    position: int
-    bytes: int
-    damage: Sequence[Damage]
-    damaged: Sequence[Key]
-    """Documents of which a newer version was there than can be read."""
-    differs: Sequence[Key]
-    """Documents that are told otherwise than the log says: a fault in this program or in the machine's memory."""
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether there is nothing to worry about."""
-        return not (self.damage or self.damaged or self.differs)
 
 
 class FileStore:
@@ -198,11 +194,9 @@ class FileStore:
         return await self._in_thread(partial(self._state_at, position))
 
     async def compact(self, older_than: float, largest: int) -> Compacted:
-        """Pack closed segments, and leave of the oldest only the last versions of each document.
+        """See `Store.compact`: closed segments are packed, and the oldest thinned out.
 
-        That is of those whose commits are all from before `older_than` (wall-clock seconds), and of as many more as it
-        takes to have no more than `largest` bytes of log. What can't be read wholly stays as it is. Where another
-        process is at it, nothing is done.
+        What can't be read wholly stays as it is. Where another process is at it, nothing is done.
         """
         with suppress(LockHeld):
             async with FileLock(self._directory / "compaction.lock").hold(0):
@@ -211,17 +205,15 @@ class FileStore:
         return Compacted(size, size, first)
 
     async def verify(self) -> Verified:
-        """Read the whole log anew, whatever a snapshot says, and compare it with what is told of the documents."""
+        """See `Store.verify`: all is read, whatever a snapshot says."""
         async with FileLock(self._directory / "compaction.lock").hold():
             await self._refresh()
             return await self._in_thread(self._verify)
 
     async def repair(self) -> Verified:
-        """Settle for what can be read: each damaged document's newest value that is known becomes its next version.
+        """See `Store.repair`: segments with damage are replaced by what can be read of them, and kept in `damaged/`.
 
-        One of which none is known is deleted. That is one commit, with an event `state.repaired` for each. Then segments
-        with damage are replaced by what can be read of them, and kept in the folder `damaged`; the log does not go back
-        behind them any more. Returns what `verify` finds after that.
+        The log does not go back behind them any more.
         """
         found = await self.verify()
         if found.damage or found.damaged:

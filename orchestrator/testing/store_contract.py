@@ -13,7 +13,7 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator.errors import InvalidDocument, LeaseLost, RefusedError, VersionConflict
+from orchestrator.errors import HistoryGone, InvalidDocument, LeaseLost, RefusedError, VersionConflict
 from orchestrator.protocols import HISTORY, Commit, Event, Guard, JsonObject, Key, Record, Store, Write
 
 TASK = Key("task", "a")
@@ -257,6 +257,42 @@ class StoreContract(ABC):
             with pytest.raises(RefusedError):
                 await store.at(2)
 
+    async def test_compaction_changes_nothing_of_the_present(self) -> None:
+        """Documents and their last versions are what they were; what is left of the log goes on from there."""
+        async with self.open_store() as store:
+            await store.commit(Commit([Write(OTHER, 0, {"n": 0}), Write(LEASE, 0, {})]))
+            await store.commit(write(LEASE, 1, None))
+            for number in range(3 * HISTORY):
+                await store.commit(write(TASK, number, {"n": number}))
+            documents = [await store.get(key) for key in (TASK, OTHER, LEASE)]
+            versions, position = await store.history(TASK), await store.position()
+            compacted = await store.compact(float("inf"), 0)
+            assert [await store.get(key) for key in (TASK, OTHER, LEASE)] == documents
+            assert await store.history(TASK) == versions
+            assert (await store.at(position)).documents.keys() == {TASK, OTHER}
+            assert (await store.at(compacted.first)).position == compacted.first
+            if compacted.first:
+                with pytest.raises(HistoryGone):
+                    await store.at(compacted.first - 1)
+                with pytest.raises(HistoryGone):
+                    await _watch(store, compacted.first - 1, 1)
+            left = await _watch(store, compacted.first, position - compacted.first)
+            assert [record.position for record in left] == list(range(compacted.first + 1, position + 1))
+            await store.commit(write(LEASE, 0, {}))
+            found = await store.get(LEASE)
+            assert found is not None
+            assert found.version == 3
+
+    async def test_what_is_sound_is_verified_and_not_repaired(self) -> None:
+        """There is nothing to tell of, and nothing to do."""
+        async with self.open_store() as store:
+            await store.commit(write(TASK, 0, {}))
+            verified = await store.verify()
+            assert verified.is_sound
+            assert (verified.position, verified.bytes > 0) == (1, True)
+            assert (await store.repair()).is_sound
+            assert await store.position() == 1
+
     async def test_a_document_whose_time_is_over_is_as_if_deleted(self) -> None:
         """It is not read, not listed and guards nothing; what is written in its place expects 0 and counts on."""
         async with self.open_store() as store:
@@ -429,6 +465,8 @@ async def _watch(store: Store, after: int, count: int) -> list[Record]:
     """Return the first `count` records behind `after`."""
     records: list[Record] = []
     with anyio.fail_after(PATIENCE):
+        if count == 0:
+            return []
         async for record in store.watch(after):
             records.append(record)
             if len(records) == count:
