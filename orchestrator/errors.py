@@ -92,6 +92,11 @@ class InvalidDocument(StateError):
         super().__init__(f"{subject} can't be stored: {why}: store plain JSON objects within the size limit")
 
 
+def who_and_when(by: str, time: float) -> str:
+    """Return a process and an instant (wall-clock seconds) as the sentences of errors name them."""
+    return f"{by}, {datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
 class InvalidTransition(StateError):
     """The lifecycle has no such row."""
 
@@ -106,7 +111,7 @@ class VersionConflict(StateError):
     def __init__(self, subject: str, expected: int, found: int, *, by: str = "", time: float = 0.0) -> None:
         """`by` wrote the version that was `found`, at `time` (wall-clock seconds)."""
         self.expected, self.found, self.by, self.time = expected, found, by, time
-        written = f" (written by {by}, {datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M:%S} UTC)" if by else ""
+        written = f" (written by {who_and_when(by, time)})" if by else ""
         super().__init__(f"{subject} is at version {found}{written}, not {expected}: read it and try again")
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, TypeVar
 
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
@@ -14,6 +14,8 @@ from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, K
 ATTEMPTS: Final = 5
 #: Seconds: the longest pause behind the first attempt; it doubles with each, up to the second number.
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
+
+T = TypeVar("T")
 
 
 async def update(
@@ -35,15 +37,21 @@ async def update(
     `expected_version` (0: there is none) to begin with. `ttl`, `events` and `guards` are those of the commit.
     """
     tries = 1 if expected_version is not None else attempts
-    async for attempt in AsyncRetrying(
+    return await retried(lambda: _try(store, key, change, expected_version, ttl, events, guards), tries)
+
+
+async def retried(attempt: Callable[[], Awaitable[T]], attempts: int = ATTEMPTS) -> T:
+    """Return what `attempt` returns, which reads and commits, and does both anew where somebody else was faster.
+
+    Before each new attempt is a random pause that grows exponentially; the VersionConflict of the last one is raised.
+    """
+    retrying = AsyncRetrying(
         retry=retry_if_exception_type(VersionConflict),
-        stop=stop_after_attempt(tries),
+        stop=stop_after_attempt(attempts),
         wait=wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE),
         reraise=True,
-    ):
-        with attempt:
-            return await _try(store, key, change, expected_version, ttl, events, guards)
-    raise AssertionError("an attempt returns or raises")
+    )
+    return await retrying(attempt)
 
 
 async def _try(
