@@ -144,11 +144,14 @@ def _set(document: dict[str, Any], path: Path, old: Any, new: Any) -> None:
     for step in path[:-1]:
         place = _at(place, step)
     step, found = path[-1], _at(place, path[-1])
-    if not _fits(place, step, found, old, new):
+    remedy = "apply a delta only to the version that it was made from"
+    if found is not old and not _same(found, old):
         raise RefusedError(
-            f"{shown_path(path)} is {_shown(found, LONGEST_SHOWN)}, not {_shown(old, LONGEST_SHOWN)}",
-            "apply a delta only to the version that it was made from",
+            f"{shown_path(path)} is {_shown(found, LONGEST_SHOWN)}, not {_shown(old, LONGEST_SHOWN)}", remedy
         )
+    if not _has_room(place, step, old, new):
+        where = shown_path(path)
+        raise RefusedError(f"there is no place for {where}" if old is _ABSENT else f"{where} is not the last", remedy)
     if new is _ABSENT:
         del place[step]
     elif isinstance(place, list) and old is _ABSENT:
@@ -157,10 +160,10 @@ def _set(document: dict[str, Any], path: Path, old: Any, new: Any) -> None:
         place[step] = deepcopy(new)
 
 
-def _fits(place: Any, step: str | int, found: Any, old: Any, new: Any) -> bool:
+def _has_room(place: Any, step: str | int, old: Any, new: Any) -> bool:
     if isinstance(place, list) and _ABSENT in (old, new):  # lists grow and shrink at their end
-        return step == len(place) - (new is _ABSENT) and (found is old or _same(found, old))
-    return isinstance(place, (dict, list)) and (found is old or _same(found, old))
+        return step == len(place) - (new is _ABSENT)
+    return isinstance(place, dict) == isinstance(step, str)
 
 
 def _at(place: Any, step: str | int) -> Any:

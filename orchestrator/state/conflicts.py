@@ -20,6 +20,7 @@ from orchestrator.state.update import ATTEMPTS, retried
 KIND: Final = "conflict"
 
 _MOST_NAMED: Final = 5
+_OF_CANDIDATE: Final = ("time", "writer", "value", "base")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +156,7 @@ def _replace(key: Key, version: int, value: JsonObject | None) -> list[Write]:
 
 def _record(conflict: Conflict) -> Write:
     # That it expects no document makes the id nobody else's: else the commit fails, and the next attempt has another.
-    candidates = [{"time": one.time, "writer": one.writer, "value": one.value} for one in conflict.candidates]
+    candidates = [{name: getattr(one, name) for name in _OF_CANDIDATE} for one in conflict.candidates]
     value = {"key": list(conflict.key), "version": conflict.version, "candidates": candidates}
     return Write(Key(KIND, conflict.id), 0, value)
 
@@ -163,7 +164,7 @@ def _record(conflict: Conflict) -> Write:
 def _read(document: Document) -> Conflict:
     value = document.value
     key = Key(*value["key"])
-    candidates = [Update(key, one["time"], one["writer"], one["value"]) for one in value["candidates"]]
+    candidates = tuple(Update(key, **one) for one in value["candidates"])
     return Conflict(document.key.id, key, value["version"], candidates)
 
 

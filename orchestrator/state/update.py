@@ -45,13 +45,15 @@ async def retried(attempt: Callable[[], Awaitable[T]], attempts: int = ATTEMPTS)
 
     Before each new attempt is a random pause that grows exponentially; the VersionConflict of the last one is raised.
     """
-    retrying = AsyncRetrying(
+    async for trial in AsyncRetrying(
         retry=retry_if_exception_type(VersionConflict),
         stop=stop_after_attempt(attempts),
         wait=wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE),
         reraise=True,
-    )
-    return await retrying(attempt)
+    ):
+        with trial:
+            return await attempt()
+    raise AssertionError("a trial returns or raises")
 
 
 async def _try(

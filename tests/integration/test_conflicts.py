@@ -1,0 +1,380 @@
+"""Updates that compete for documents of a store: resolved at once, or kept until a person decides."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from orchestrator.domain.conflicts import Strategy, Update
+from orchestrator.errors import InvalidDocument, LeaseLost, RefusedError, VersionConflict
+from orchestrator.protocols import Commit, Event, Guard, JsonObject, Key, Record, Store, Write
+from orchestrator.state import update as retrying
+from orchestrator.state.conflicts import KIND, Conflict, apply_updates, pending, settle
+from orchestrator.state.file import FileStore
+from orchestrator.state.memory import MemoryStore
+from orchestrator.testing.clock import ManualClock
+
+A, B, LEASE = Key("task", "r/a"), Key("task", "r/b"), Key("lease", "run/r")
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    """The clock of the store."""
+    return ManualClock()
+
+
+@pytest.fixture(params=["memory", "file"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path, clock: ManualClock) -> AsyncIterator[Store]:
+    """An empty store of each kind."""
+    if request.param == "memory":
+        yield MemoryStore(clock)
+    else:
+        async with FileStore.open(tmp_path, clock) as opened:
+            yield opened
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for long here."""
+    monkeypatch.setattr(retrying, "FIRST_PAUSE", 1e-4)
+
+
+def ada(key: Key, value: JsonObject | None, base: int | None = None) -> Update[Key]:
+    """The earlier update."""
+    return Update(key, 1.0, "ada", value, base)
+
+
+def bob(key: Key, value: JsonObject | None, base: int | None = None) -> Update[Key]:
+    """The later update."""
+    return Update(key, 2.0, "bob", value, base)
+
+
+async def put(store: Store, key: Key, value: JsonObject | None) -> None:
+    """Write a document, whatever it was."""
+    found = await store.get(key)
+    await store.commit(Commit([Write(key, found.version if found else 0, value)]))
+
+
+async def value_of(store: Store, key: Key) -> JsonObject | None:
+    """Return what a document is."""
+    found = await store.get(key)
+    return found.value if found else None
+
+
+async def record_at(store: Store, position: int) -> Record:
+    """Return a commit."""
+    async with aclosing(store.watch(position - 1)) as records:
+        return await anext(records)
+
+
+async def kept(store: Store, *updates: Update[Key]) -> Conflict:
+    """Leave updates to a person."""
+    (conflict,) = (await apply_updates(store, updates, "manual")).waiting
+    return conflict
+
+
+class Overtaken:
+    """A store where somebody else does something right before each of the first commits."""
+
+    def __init__(self, store: Store, interfere: Callable[[], Awaitable[object]], times: int) -> None:
+        self._commit, self._interfere, self._times = store.commit, interfere, times
+        self.get, self.list, self.history = store.get, store.list, store.history
+        self.tried = 0
+
+    async def commit(self, mine: Commit) -> int:
+        """Come second."""
+        self.tried += 1
+        if self.tried <= self._times:
+            await self._interfere()
+        return await self._commit(mine)
+
+
+def overtaken(store: Store, interfere: Callable[[], Awaitable[object]], times: int = 1) -> Any:
+    """Return such a store; typed as anything, because it has only what is used of one."""
+    return Overtaken(store, interfere, times)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "value"),
+    [
+        (Strategy.LAST_WRITE_WINS, {"n": 2, "tags": ["b"]}),
+        (Strategy.FIRST_WRITE_WINS, {"n": 1, "tags": ["a"]}),
+        (Strategy.MERGE, {"n": 1, "tags": ["a", "b"]}),
+    ],
+)
+async def test_a_batch_is_resolved_in_one_commit(store: Store, strategy: Strategy, value: JsonObject) -> None:
+    """Of several documents, with an event only for that which has more than one update."""
+    await put(store, A, {"n": 0})
+    updates = [bob(A, {"n": 2, "tags": ["b"]}), ada(B, {"n": 5}), ada(A, {"n": 1, "tags": ["a"]})]
+    applied = await apply_updates(store, updates, strategy)
+    assert (set(applied.written), list(applied.resolved), list(applied.waiting)) == ({A, B}, [A], [])
+    assert (await store.position(), await value_of(store, A), await value_of(store, B)) == (2, value, {"n": 5})
+    facts = {"key": "task/r/a", "strategy": strategy.value, "writers": ["ada", "bob"]}
+    assert list((await record_at(store, 2)).events) == [Event("state.conflict_resolved", facts)]
+
+
+async def test_the_last_write_wins_unless_another_strategy_is_named(store: Store) -> None:
+    """And an unknown one is refused before anything is written."""
+    await apply_updates(store, [bob(A, {"n": 2}), ada(A, {"n": 1})])
+    assert await value_of(store, A) == {"n": 2}
+    with pytest.raises(RefusedError, match="last_write_wins, first_write_wins, merge, manual"):
+        await apply_updates(store, [ada(A, {"n": 3})], "newest")
+    assert await store.position() == 1
+
+
+async def test_a_deletion_is_an_update(store: Store) -> None:
+    """That of what is not there is nothing, and no updates are no commit."""
+    await put(store, A, {"n": 0})
+    await apply_updates(store, [ada(A, {"n": 1}), bob(A, None)])
+    assert (await store.position(), await value_of(store, A)) == (2, None)
+    await apply_updates(store, [ada(A, None)])
+    await apply_updates(store, [])
+    assert await store.position() == 2
+
+
+async def test_a_bad_update_spoils_its_batch_alone(store: Store) -> None:
+    """Nothing is written of a batch with a value that can't be stored, nor of one whose lease is lost."""
+    with pytest.raises(InvalidDocument):
+        await apply_updates(store, [ada(A, {"n": 1}), ada(B, {"n": float("nan")})])
+    await put(store, LEASE, {"epoch": 2})
+    with pytest.raises(LeaseLost):
+        await apply_updates(store, [ada(A, {"n": 1})], guards=[Guard(LEASE, 1)])
+    assert await store.position() == 1
+    await apply_updates(store, [ada(A, {"n": 1})], guards=[Guard(LEASE, 2)])
+    assert await value_of(store, A) == {"n": 1}
+
+
+async def test_who_is_overtaken_does_it_anew(store: Store) -> None:
+    """The whole batch, a bounded number of times; then the conflict is told, and nothing is written."""
+    slow = overtaken(store, lambda: put(store, B, {"theirs": 1}), 2)
+    await apply_updates(slow, [ada(A, {"n": 1}), ada(B, {"n": 1})])
+    assert (slow.tried, await store.position()) == (3, 3)
+    assert (await value_of(store, A), await value_of(store, B)) == ({"n": 1}, {"n": 1})
+    slow = overtaken(store, lambda: put(store, B, {"theirs": 2}), 9)
+    with pytest.raises(VersionConflict):
+        await apply_updates(slow, [ada(A, {"n": 2}), ada(B, {"n": 2})], attempts=2)
+    assert slow.tried == 2
+    assert (await value_of(store, A), await value_of(store, B)) == ({"n": 1}, {"theirs": 2})
+
+
+async def test_of_many_batches_at_once_each_is_whole(store: Store) -> None:
+    """Both documents of a batch are always of the same writer."""
+
+    async def write(number: int) -> None:
+        value = {"n": number}
+        await apply_updates(store, [Update(key, number, "w", value) for key in (A, B)], attempts=1_000)
+
+    async with anyio.create_task_group() as group:
+        for number in range(8):
+            group.start_soon(write, number)
+    assert await store.position() == 8
+    for position in range(1, 9):
+        documents = (await record_at(store, position)).documents
+        assert documents[A] == documents[B]
+
+
+async def test_an_update_of_an_older_version_competes_with_what_is_there(store: Store, clock: ManualClock) -> None:
+    """As of when it was committed, and by whom; one that knew it, or read nothing, replaces it."""
+    await put(store, A, {"base": 0})
+    clock.advance(5)
+    await put(store, A, {"theirs": 1})
+    found = await store.get(A)
+    assert found is not None
+    early, late = (Update(A, clock.now() + distance, "ada", {"mine": 1}, 1) for distance in (-1, 1))
+    applied = await apply_updates(store, [early])
+    assert (list(applied.resolved), await value_of(store, A)) == ([A], {"theirs": 1})
+    assert (await record_at(store, 3)).events[0].data["writers"] == ["ada", found.by]
+    await apply_updates(store, [late], "merge")
+    assert await value_of(store, A) == {"theirs": 1, "mine": 1}
+    applied = await apply_updates(store, [ada(A, {"mine": 2}, 4)])
+    assert (list(applied.resolved), await value_of(store, A)) == ([], {"mine": 2})
+    assert list((await apply_updates(store, [ada(A, {"mine": 3})])).resolved) == []
+
+
+async def test_a_deletion_that_was_not_known_competes_too(store: Store) -> None:
+    """It is a candidate as any other; one that the writer saw, who read that there is nothing, is none."""
+    await put(store, A, {"base": 0})
+    await put(store, A, None)
+    conflict = await kept(store, Update(A, 2e9, "ada", {"mine": 1}, 1))
+    assert [(one.value, one.base) for one in conflict.candidates] == [(None, None), ({"mine": 1}, 1)]
+    assert await pending(store) == [conflict]
+    assert list((await apply_updates(store, [ada(A, {"mine": 1}, 0)])).resolved) == []
+
+
+async def test_what_has_expired_does_not_compete(store: Store, clock: ManualClock) -> None:
+    """It is as if it had never been written."""
+    await put(store, A, {"base": 0})
+    await store.commit(Commit([Write(A, 1, {"theirs": 1}, ttl=5)]))
+    clock.advance(6)
+    assert list((await apply_updates(store, [ada(A, {"mine": 1}, 1)])).resolved) == []
+    assert await value_of(store, A) == {"mine": 1}
+
+
+async def test_a_conflict_that_arises_while_it_is_written_is_seen(store: Store) -> None:
+    """Whoever is overtaken looks anew at what competes."""
+    await put(store, A, {"base": 0})
+    slow = overtaken(store, lambda: put(store, A, {"theirs": 1}))
+    assert list((await apply_updates(slow, [Update(A, 2e9, "ada", {"mine": 1}, 1)], "merge")).resolved) == [A]
+    assert await value_of(store, A) == {"theirs": 1, "mine": 1}
+
+
+async def test_what_is_left_to_a_person_is_kept_and_told(store: Store) -> None:
+    """The document stays as it is, the rest of the batch is written, and the conflict is listed with all candidates."""
+    await put(store, A, {"n": 0})
+    applied = await apply_updates(store, [bob(A, {"n": 2}), ada(A, None), ada(B, {"n": 5})], "manual")
+    (conflict,) = applied.waiting
+    assert (list(applied.written), list(applied.resolved)) == ([B], [])
+    assert (conflict.key, conflict.version) == (A, 1)
+    assert list(conflict.candidates) == [ada(A, None), bob(A, {"n": 2})]
+    assert await pending(store) == [conflict]
+    assert (await value_of(store, A), await value_of(store, B), await store.position()) == ({"n": 0}, {"n": 5}, 2)
+    facts = {"key": "task/r/a", "writers": ["ada", "bob"], "conflict": conflict.id}
+    assert list((await record_at(store, 2)).events) == [Event("state.conflict_kept", facts)]
+
+
+async def test_many_conflicts_at_once_are_all_kept(store: Store) -> None:
+    """Each under an id of its own, the oldest listed first."""
+    found: list[Conflict] = []
+
+    async def leave() -> None:
+        found.append(await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2})))
+
+    async with anyio.create_task_group() as group:
+        for _ in range(10):
+            group.start_soon(leave)
+    listed = await pending(store)
+    assert {one.id for one in listed} == {one.id for one in found}
+    positions = [document.position for one in listed if (document := await store.get(Key(KIND, one.id)))]
+    assert positions == list(range(1, 11))
+
+
+async def test_an_id_that_is_taken_is_not_taken_twice(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if chance gives it to two processes: the second takes another."""
+    given = iter(["same", "same", "other"])
+    monkeypatch.setattr("orchestrator.state.conflicts.secrets.token_hex", lambda _: next(given))
+    assert [(await kept(store, ada(key, {}), bob(key, {}))).id for key in (A, B)] == ["same", "other"]
+    assert [one.key for one in await pending(store)] == [A, B]
+
+
+@pytest.mark.parametrize(
+    ("choice", "value", "writer"), [(1, {"n": 1}, "ada"), (2, None, "bob"), ({"n": 9}, {"n": 9}, None)]
+)
+async def test_a_choice_is_written_and_the_conflict_gone(
+    store: Store, choice: int | JsonObject, value: JsonObject | None, writer: str | None
+) -> None:
+    """In one commit, with an event that says whose it was: a candidate's, which may delete, or a value of one's own."""
+    await put(store, A, {"n": 0})
+    conflict = await kept(store, bob(A, None), ada(A, {"n": 1}))
+    written = await settle(store, conflict.id, choice)
+    assert (written.value if written else None, await value_of(store, A)) == (value, value)
+    assert (await pending(store), await store.position()) == ([], 3)
+    facts = {"key": "task/r/a", "conflict": conflict.id, "writer": writer}
+    assert list((await record_at(store, 3)).events) == [Event("state.conflict_settled", facts)]
+
+
+async def test_what_does_not_wait_cannot_be_settled(store: Store) -> None:
+    """An unknown id is told with those that wait, an unknown candidate with how many there are; nothing is written."""
+    with pytest.raises(RefusedError) as caught:
+        await settle(store, "nope", 1)
+    assert str(caught.value) == "no conflict 'nope' waits to be settled: none waits"
+    conflict = await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
+    with pytest.raises(RefusedError, match=f"those that wait are {conflict.id}$"):
+        await settle(store, "nope", 1)
+    for number in (0, 3, -1):
+        with pytest.raises(RefusedError, match="choose one of 1 to 2, or give a value"):
+            await settle(store, conflict.id, number)
+    assert await store.position() == 1
+    await settle(store, conflict.id, 2)
+    with pytest.raises(RefusedError, match="none waits"):
+        await settle(store, conflict.id, 1)
+    assert await value_of(store, A) == {"n": 2}
+
+
+async def test_a_document_that_was_changed_since_is_not_overwritten(store: Store) -> None:
+    """By whom and when is told; forced, the choice replaces what is there."""
+    conflict = await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
+    await put(store, A, {"n": 3})
+    found = await store.get(A)
+    assert found is not None
+    with pytest.raises(RefusedError) as caught:
+        await settle(store, conflict.id, 1)
+    assert caught.value.what == (
+        f"task/r/a was changed by {found.by}, 2001-09-09 01:46:40 UTC, after conflict {conflict.id!r} was found"
+    )
+    assert "force" in caught.value.remedy
+    assert (await value_of(store, A), await pending(store)) == ({"n": 3}, [conflict])
+    await settle(store, conflict.id, 1, force=True)
+    assert (await value_of(store, A), await pending(store)) == ({"n": 1}, [])
+
+
+async def test_a_document_that_is_gone_since_does_not_come_back_by_itself(store: Store, clock: ManualClock) -> None:
+    """Deleted, by whom and when is told; expired, that it is gone."""
+    await put(store, A, {"n": 0})
+    await store.commit(Commit([Write(B, 0, {"n": 0}, ttl=5)]))
+    first, second = [await kept(store, ada(key, {"n": 1}), bob(key, {"n": 2})) for key in (A, B)]
+    await put(store, A, None)
+    clock.advance(6)
+    with pytest.raises(RefusedError, match=r"task/r/a was deleted by .*, 2001-09-09 01:46:40 UTC"):
+        await settle(store, first.id, 1)
+    with pytest.raises(RefusedError, match="task/r/b is gone, after"):
+        await settle(store, second.id, 1)
+    for conflict in (first, second):
+        await settle(store, conflict.id, 1, force=True)
+    assert (await value_of(store, A), await value_of(store, B)) == ({"n": 1}, {"n": 1})
+
+
+async def test_a_change_at_the_last_moment_is_seen(store: Store) -> None:
+    """What somebody writes between the look and the commit is told as well, or overwritten if that is forced."""
+    conflict = await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
+    with pytest.raises(RefusedError, match="was changed by"):
+        await settle(overtaken(store, lambda: put(store, A, {"n": 3})), conflict.id, 1)
+    await settle(overtaken(store, lambda: put(store, A, {"n": 4})), conflict.id, 1, force=True)
+    assert await value_of(store, A) == {"n": 1}
+
+
+async def test_a_conflict_is_settled_once(store: Store) -> None:
+    """Of two persons one decides, and the other is told that it is over."""
+    conflict = await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
+    with pytest.raises(RefusedError, match="none waits"):
+        await settle(overtaken(store, lambda: settle(store, conflict.id, 2)), conflict.id, 1, force=True)
+    assert await value_of(store, A) == {"n": 2}
+
+
+async def test_who_lost_the_lease_settles_nothing(store: Store) -> None:
+    """The guards are those of the commit."""
+    await put(store, LEASE, {"epoch": 2})
+    conflict = await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
+    with pytest.raises(LeaseLost):
+        await settle(store, conflict.id, 1, guards=[Guard(LEASE, 1)])
+    assert await pending(store) == [conflict]
+
+
+async def test_a_conflict_outlives_its_process(tmp_path: Path, clock: ManualClock) -> None:
+    """Whoever opens the store next finds it, with every candidate."""
+    async with FileStore.open(tmp_path, clock) as store:
+        conflict = await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
+    async with FileStore.open(tmp_path, clock) as store:
+        assert await pending(store) == [conflict]
+        await settle(store, conflict.id, 2)
+        assert await value_of(store, A) == {"n": 2}
+
+
+async def test_a_damaged_conflict_is_no_conflict(tmp_path: Path, clock: ManualClock) -> None:
+    """It is not listed, and can't be settled; others can."""
+    async with FileStore.open(tmp_path, clock) as store:
+        lost = await kept(store, ada(A, {"n": "damaged"}), bob(A, {"n": 2}))
+        other = await kept(store, ada(B, {"n": 1}), bob(B, {"n": 2}))
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes().replace(b"damaged", b"demaged"))
+    async with FileStore.open(tmp_path, clock) as store:
+        assert await pending(store) == [other]
+        with pytest.raises(RefusedError, match="is damaged: `council state verify`"):
+            await settle(store, lost.id, 1)
+        await settle(store, other.id, 1)
+        assert (await value_of(store, A), await value_of(store, B)) == (None, {"n": 1})

@@ -1,0 +1,77 @@
+"""A delta leads from one version to the other and back, whatever they are."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from orchestrator.domain.delta import apply, compare, lines, revert, to_json
+
+#: On a busy machine nothing is said by how long an example takes.
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+# Few names and values, so that versions have much in common; with pairs that Python takes for equal.
+NAMES = st.sampled_from(["a", "b", "c.d", ""])
+SCALARS = st.sampled_from([None, True, False, 0, 1, 1.0, 0.0, -0.0, "", "1", "ü\n\u2028"])
+JSON = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(NAMES, inner, max_size=3)
+        | st.lists(st.dictionaries(NAMES, inner, max_size=2), max_size=3)
+    ),
+    max_leaves=12,
+)
+DOCUMENTS = st.dictionaries(NAMES, JSON, max_size=4)
+
+
+def text(value: Any) -> str:
+    """Return a value so that two are equal only if they are the same JSON."""
+    return json.dumps(value, sort_keys=True)
+
+
+@UNHURRIED
+@given(DOCUMENTS, DOCUMENTS)
+def test_a_delta_leads_there_and_back(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Applied to the old version it gives the new one, reverted the old; neither is changed by that."""
+    before = text([old, new])
+    delta = compare(old, new)
+    assert text(apply(old, delta)) == text(new)
+    assert text(revert(new, delta)) == text(old)
+    assert text([old, new]) == before
+
+
+@UNHURRIED
+@given(DOCUMENTS, DOCUMENTS)
+def test_there_is_a_line_for_each_change_and_none_without(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Equal versions have an empty delta, and no two changes are at or below the same path."""
+    delta = compare(old, new)
+    paths = [*delta.added, *delta.modified, *delta.removed]
+    told = lines(delta)
+    assert len(told) == len(paths) == len(set(paths))
+    assert all(len(line.splitlines()) == 1 for line in told)
+    assert (paths == []) == (text(old) == text(new))
+    assert not any(one != other and other[: len(one)] == one for one in paths for other in paths)
+    assert all(text(one.old) != text(one.new) for one in delta.modified.values())
+
+
+@UNHURRIED
+@given(DOCUMENTS, DOCUMENTS)
+def test_what_is_made_shares_nothing_with_what_it_was_made_from(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Whoever changes the result changes neither the delta nor a version."""
+    delta = compare(old, new)
+    before = text([old, new, to_json(delta)])
+    for made in (apply(old, delta), revert(new, delta)):
+        spoil(made)
+    assert text([old, new, to_json(delta)]) == before
+
+
+def spoil(value: Any) -> None:
+    """Change every object and list, from the innermost on."""
+    if isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            spoil(inner)
+        value.clear()

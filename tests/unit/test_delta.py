@@ -1,0 +1,124 @@
+"""The difference between two versions of a document, by examples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from orchestrator.domain.delta import Delta, Modified, apply, compare, lines, revert, to_json
+from orchestrator.errors import RefusedError
+
+OLD = {
+    "status": "running",
+    "reason": None,
+    "paths": ["a"],
+    "attempts": [{"number": 1, "ended": None}],
+    "limits": {"time": 60, "no.such": 1},
+}
+NEW = {
+    "status": "landed",
+    "paths": ["a", "b"],
+    "attempts": [{"number": 1, "ended": 2.5}, {"number": 2}],
+    "limits": {"time": 60.0},
+    "landed": {"commit": "c0ffee"},
+}
+
+
+def test_a_delta_has_what_was_added_modified_and_removed() -> None:
+    """By path: into objects and lists of objects; other lists are one value, and so is what is new as a whole."""
+    assert compare(OLD, NEW) == Delta(
+        added={("attempts", 1): {"number": 2}, ("landed",): {"commit": "c0ffee"}},
+        modified={
+            ("status",): Modified("running", "landed"),
+            ("paths",): Modified(["a"], ["a", "b"]),
+            ("attempts", 0, "ended"): Modified(None, 2.5),
+            ("limits", "time"): Modified(60, 60.0),
+        },
+        removed={("reason",): None, ("limits", "no.such"): 1},
+    )
+
+
+def test_a_line_says_what_a_change_is() -> None:
+    """In order of the paths; a null is a value, and what is absent is none."""
+    assert lines(compare(OLD, NEW)) == [
+        "attempts[0].ended: null → 2.5",
+        'attempts[1]: absent → {"number": 2}',
+        'landed: absent → {"commit": "c0ffee"}',
+        'limits."no.such": 1 → absent',
+        "limits.time: 60 → 60.0",
+        'paths: ["a"] → ["a", "b"]',
+        "reason: null → absent",
+        'status: "running" → "landed"',
+    ]
+
+
+def test_a_long_value_is_shortened_in_its_middle() -> None:
+    """Its beginning and its end are shown, and no more characters than were asked for."""
+    (line,) = lines(compare({"log": "a" * 500 + "end"}, {"log": "\x1b[2J\n"}), longest=12)
+    assert line == r'log: "aaaaaaa…nd" → "\u001b[…\n"'
+    for longest in range(1, 9):
+        (line,) = lines(compare({"n": 10**20}, {"n": 0}), longest)
+        assert len(line) == len("n:  → 0") + longest
+
+
+def test_a_list_that_becomes_an_object_is_one_change() -> None:
+    """An empty list and an empty object have no items, and are not the same."""
+    assert compare({"x": []}, {"x": {}}).modified == {("x",): Modified([], {})}
+    assert compare({"x": [{}]}, {"x": [{}, 1]}).modified == {("x",): Modified([{}], [{}, 1])}
+    assert compare({"x": []}, {"x": []}) == Delta({}, {}, {})
+
+
+def test_records_at_the_end_of_a_list_come_and_go() -> None:
+    """Several at once, in their order."""
+    one, three = {"x": [{"n": 1}]}, {"x": [{"n": 1}, {"n": 2}, {"n": 3}]}
+    delta = compare(one, three)
+    assert delta == Delta({("x", 1): {"n": 2}, ("x", 2): {"n": 3}}, {}, {})
+    assert (apply(one, delta), revert(three, delta)) == (three, one)
+    assert revert(one, compare(three, one)) == three
+
+
+def test_an_exported_delta_is_plain_json() -> None:
+    """Paths are lists there, for a JSON object has only text for names."""
+    assert to_json(compare({"x": [{}], "z": 1}, {"x": [{"y": 2}], "n": [], "z": 3})) == {
+        "added": [{"path": ["x", 0, "y"], "new": 2}, {"path": ["n"], "new": []}],
+        "modified": [{"path": ["z"], "old": 1, "new": 3}],
+        "removed": [],
+    }
+
+
+@pytest.mark.parametrize(
+    ("document", "what"),
+    [
+        ({"a": 2, "l": [{}]}, "a is 2, not 1"),
+        ({"a": 1, "l": [{}], "n": None}, "n is null, not absent"),
+        ({"l": [{}]}, "a is absent, not 1"),
+        ({"a": 1, "l": [{}, {}]}, "l[1] is {}, not absent"),
+        ({"a": 1, "l": []}, "there is no place for l[1]"),
+        ({"a": 1, "l": {}}, "there is no place for l[1]"),
+    ],
+)
+def test_a_delta_of_another_version_is_refused(document: dict[str, Any], what: str) -> None:
+    """It says where the document is not what the delta was made from, and the document stays as it is."""
+    delta = compare({"a": 1, "l": [{}]}, {"a": 3, "l": [{}, {}], "n": 4})
+    with pytest.raises(RefusedError) as caught:
+        apply(document, delta)
+    assert caught.value.what == what
+
+
+def test_the_rest_of_a_longer_list_is_not_cut_off() -> None:
+    """What was removed from the end is not removed from the middle."""
+    delta = compare({"l": [{}, {}]}, {"l": [{}]})
+    with pytest.raises(RefusedError) as caught:
+        apply({"l": [{}, {}, {"n": 1}]}, delta)
+    assert caught.value.what == "l[1] is not the last"
+
+
+def test_what_is_no_object_has_no_place_for_a_field() -> None:
+    """A text has none, nor a list."""
+    delta = compare({"x": {}}, {"x": {"y": 1}})
+    others: list[Any] = [5, [], None]
+    for value in others:
+        with pytest.raises(RefusedError) as caught:
+            apply({"x": value}, delta)
+        assert caught.value.what == "there is no place for x.y"
