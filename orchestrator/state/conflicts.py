@@ -139,9 +139,9 @@ async def _unseen(store: Store, key: Key, found: Document | None, updates: Seque
         return []
     if found is None:
         gone = await _deletion(store, key)
-        return [Update(key, gone.time, gone.by, None)] if gone and gone.version > min(bases) else []
+        return [Update(key, gone.time, gone.by, None)] if gone else []
     # A value that is not the newest is none that anybody could choose.
-    return [] if found.damaged or found.version <= min(bases) else [Update(key, found.time, found.by, found.value)]
+    return [] if found.damaged else [Update(key, found.time, found.by, found.value)]
 
 
 async def _deletion(store: Store, key: Key) -> Version | None:

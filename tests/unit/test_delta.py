@@ -69,6 +69,14 @@ def test_a_list_that_becomes_an_object_is_one_change() -> None:
     assert compare({"x": []}, {"x": []}) == Delta({}, {}, {})
 
 
+def test_the_order_of_members_is_no_difference() -> None:
+    """Nor in an object inside a list that is one value."""
+    one, other = {"a": 1, "b": 2}, {"b": 2, "a": 1}
+    assert compare({"x": one, "y": [1, one], "z": [one]}, {"z": [other], "y": [1, other], "x": other}) == Delta(
+        {}, {}, {}
+    )
+
+
 def test_records_at_the_end_of_a_list_come_and_go() -> None:
     """Several at once, in their order."""
     one, three = {"x": [{"n": 1}]}, {"x": [{"n": 1}, {"n": 2}, {"n": 3}]}
