@@ -104,7 +104,8 @@ class FileStore:
         self._broken: OSError | None = None
         self._rolls = False  # whether the next commit begins a new segment
         self._turns: deque[_Turn] = deque()
-        self._leading = anyio.Lock()
+        self._group: anyio.Event | None = None
+        """Set when the group is over that is being committed."""
         self._news = anyio.Event()
         # Our own threads: those of others may all be taken by slow work.
         self._threads = anyio.CapacityLimiter(8)
@@ -135,13 +136,24 @@ class FileStore:
         turn = _Turn(encode_commit(commit))
         self._turns.append(turn)
         with anyio.CancelScope(shield=True):
-            async with self._leading:
-                if not turn.is_settled:
-                    await self._in_thread(self._commit_group)
-                    self._announce()
+            while not turn.is_settled:
+                if self._group is None:
+                    await self._lead_group()
+                else:
+                    await self._group.wait()
         if turn.failure:
             raise turn.failure
         return turn.position
+
+    async def _lead_group(self) -> None:
+        """Commit what waits by now; what comes meanwhile is the next group's."""
+        self._group = over = anyio.Event()
+        try:
+            await self._in_thread(self._commit_group)
+        finally:
+            self._group = None
+            over.set()
+            self._announce()
 
     async def get(self, key: Key) -> Document | None:
         """See `Store.get`."""

@@ -1,0 +1,185 @@
+"""The file store beside SQLite (WAL): commits, durable and not, opening a long log, and what packing saves.
+
+    python benchmarks/state.py [--quick] [--folder PATH]
+
+Documents are 1.8 kB of JSON, as those of tasks are; 40 tasks commit at once, as in a run. Whether a commit is durable
+says only something on a device with a real fsync: one that takes no time at all is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sqlite3
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Final
+
+import anyio
+
+from benchmarks.measure import Cost, Row, median, parser, scratch, show, timed
+from orchestrator.clock import SystemClock
+from orchestrator.protocols import Commit, Event, JsonObject, Key, Write
+from orchestrator.state.file import FileStore
+
+WRITERS: Final = 40
+VERSIONS: Final = 25
+TASKS: Final = 10_000
+QUICK_TASKS: Final = 100
+ROUNDS: Final = 5
+FULL_LIMIT: Final = 0.2  # of SQLite's time with synchronous=FULL
+NORMAL_LIMIT: Final = 1.0
+CPU_LIMIT: Final = 60.0  # µs a commit
+OPEN_LIMIT: Final = 0.25  # seconds
+#: Seconds that an fsync takes at least where there is a device behind it.
+_REAL_FSYNC: Final = 20e-6
+_SCHEMA: Final = "CREATE TABLE documents (id TEXT PRIMARY KEY, version INTEGER NOT NULL, value TEXT NOT NULL)"
+
+
+def measure(*, quick: bool, folder: Path | None = None) -> list[Row]:
+    """Return the rows of this benchmark; RuntimeError where nothing is behind an fsync."""
+    tasks, rounds = (QUICK_TASKS, 1) if quick else (TASKS, ROUNDS)
+    # Shared memory, where others are measured, has no device behind it.
+    with scratch(folder or Path("/var/tmp")) as place:  # noqa: S108  a folder of our own is made there
+        if not quick:
+            _check_fsync(place)
+        rows = []
+        for durable, level, limit in ((True, "FULL", FULL_LIMIT), (False, "NORMAL", NORMAL_LIMIT)):
+            pairs = [
+                (_by_store(place / f"{level}{one}", durable=durable), _by_sqlite(place / f"{level}{one}.db", level))
+                for one in range(rounds)
+            ]
+            rows += _rows(f"{'durable ' if durable else ''}commits, {WRITERS} at once", pairs, level, limit)
+        return [*rows, *_opening(place / "long", tasks, rounds)]
+
+
+def _rows(what: str, pairs: list[tuple[Cost, Cost]], level: str, limit: float) -> list[Row]:
+    count = WRITERS * VERSIONS
+    ours, theirs = (median([pair[side].wall for pair in pairs]) / count * 1e6 for side in (0, 1))
+    ratio = median([one.wall / other.wall for one, other in pairs])
+    cpu = median([one.cpu for one, _ in pairs]) / count * 1e6
+    base = f"SQLite WAL, {level}, one transaction each: {theirs:.3g} µs"
+    return [
+        Row(what, ours, "µs", base, ratio, limit, is_ratio_limited=True),
+        Row(f"{what}: processor", cpu, "µs", limit=CPU_LIMIT),
+    ]
+
+
+def _opening(place: Path, tasks: int, rounds: int) -> list[Row]:
+    anyio.run(_fill, place, tasks)
+    raw = sum(path.stat().st_size for path in place.glob("*.jsonl"))
+    took = [anyio.run(_open, place) for _ in range(rounds)]
+    packed = anyio.run(_pack, place)
+    what = f"opening {tasks:,} tasks, {tasks * 10:,} commits"
+    return [
+        Row(what, median(took), "s", limit=OPEN_LIMIT),
+        Row(f"{what}, packed", median([anyio.run(_open, place) for _ in range(rounds)]), "s", limit=OPEN_LIMIT),
+        Row("packed closed segments", packed / 1e6, "MB", f"as they were: {raw / 1e6:.3g} MB", packed / raw),
+    ]
+
+
+def _check_fsync(place: Path) -> None:
+    descriptor = os.open(place / "probe", os.O_WRONLY | os.O_CREAT, 0o600)
+    begin = time.perf_counter()
+    for offset in range(20):
+        os.pwrite(descriptor, b"x" * 512, offset * 512)
+        os.fdatasync(descriptor)
+    took = (time.perf_counter() - begin) / 20
+    os.close(descriptor)
+    if took < _REAL_FSYNC:
+        raise RuntimeError(f"an fsync in {place} takes {took * 1e6:.0f} µs: there is no device; name another --folder")
+
+
+def document(number: int) -> JsonObject:
+    """Return a value of about 1.8 kB that looks like a task's and is like no other."""
+    chance = random.Random(number)  # noqa: S311  the same each time
+    attempts = [
+        {
+            "number": one,
+            "adapter": "claude-code",
+            "base": f"{chance.getrandbits(160):040x}",
+            "started": 1.7e9 + chance.random(),
+            "ended": 1.7e9 + chance.random(),
+            "outcome": "transient",
+            "reason": f"it ended with exit code {one}",
+            "branch": f"council/20261122-000000-abcd/task-{number}/{one}",
+            "input_tokens": chance.randrange(10**6),
+            "output_tokens": chance.randrange(10**5),
+            "cost": chance.random(),
+        }
+        for one in range(5)
+    ]
+    words = " ".join(f"{chance.getrandbits(24):x}" for _ in range(50))
+    return {"status": "running", "attempts": attempts, "commit": f"{chance.getrandbits(160):040x}", "feedback": words}
+
+
+def _by_store(place: Path, *, durable: bool) -> Cost:
+    return anyio.run(_commit_all, place, durable)
+
+
+async def _commit_all(place: Path, durable: bool) -> Cost:
+    async with FileStore.open(place, SystemClock()) as store:
+
+        async def write(one: int) -> None:
+            key, value = Key("task", f"run/{one}"), document(one)
+            for version in range(VERSIONS):
+                event = Event("task.started", {"task": str(one)})
+                await store.commit(Commit([Write(key, version, value)], [event], durable=durable))
+
+        with timed() as cost:
+            async with anyio.create_task_group() as group:
+                for one in range(WRITERS):
+                    group.start_soon(write, one)
+        return cost()
+
+
+def _by_sqlite(path: Path, level: str) -> Cost:
+    with closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("PRAGMA journal_mode=WAL")
+        database.execute(f"PRAGMA synchronous={level}")
+        database.execute(_SCHEMA)
+        values = [document(one) for one in range(WRITERS)]
+        with timed() as cost:
+            for version in range(VERSIONS):
+                for one, value in enumerate(values):
+                    database.execute("BEGIN IMMEDIATE")
+                    row = (f"run/{one}", version + 1, json.dumps(value))
+                    database.execute("REPLACE INTO documents VALUES (?, ?, ?)", row)
+                    database.execute("COMMIT")
+        return cost()
+
+
+async def _fill(place: Path, tasks: int) -> None:
+    async with FileStore.open(place, SystemClock()) as store:
+
+        async def write(first: int) -> None:
+            for version in range(10):
+                for one in range(first, tasks, WRITERS):
+                    write = Write(Key("task", f"run/{one}"), version, document(one))
+                    await store.commit(Commit([write], durable=False))
+
+        async with anyio.create_task_group() as group:
+            for first in range(WRITERS):
+                group.start_soon(write, first)
+
+
+async def _open(place: Path) -> float:
+    begin = time.perf_counter()
+    async with FileStore.open(place, SystemClock()):
+        return time.perf_counter() - begin
+
+
+async def _pack(place: Path) -> int:
+    async with FileStore.open(place, SystemClock()) as store:
+        return (await store.compact(0.0, 1 << 60)).after
+
+
+if __name__ == "__main__":
+    chosen = parser(__doc__).parse_args()
+    try:
+        show(measure(quick=chosen.quick, folder=chosen.folder))
+    except RuntimeError as error:
+        sys.exit(str(error))
