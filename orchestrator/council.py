@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from orchestrator.config.model import RunConfig
     from orchestrator.config.schema import Config
     from orchestrator.execution import Execution
+    from orchestrator.past import Past
     from orchestrator.plugins import Plugins
 
 #: The events behind which nothing more comes of a run, for now.
@@ -241,6 +242,13 @@ class Council:
         from orchestrator.archive import Archive  # noqa: PLC0415
 
         return Archive(self.project, self._store, self._runs.environ, self.is_live)
+
+    @property
+    def past(self) -> Past:
+        """What is recorded, now and at any earlier moment."""
+        from orchestrator.past import Past  # noqa: PLC0415
+
+        return Past(self._runs)
 
     async def activity(self, run: str) -> Activity:
         """Return how a run stands, and a way to see what its sessions do from then on."""

@@ -1,0 +1,72 @@
+"""What a run came to in figures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import fmean
+
+from orchestrator.domain.model import FINAL, REVIVABLE, TaskDocument, TaskStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """The figures of a run. Each task is counted once, as completed, in progress, failed or pending."""
+
+    total_tasks: int
+    completed: int
+    """Landed."""
+    in_progress: int
+    """In a session, built, checked or landing."""
+    failed: int
+    """Over without having landed, for whatever reason."""
+    pending: int
+    """Not begun, or waiting for another attempt."""
+    average_time_minutes: float | None
+    """From the first attempt's start to the landing, of the tasks that landed; None where that is known of none."""
+    by_status: Mapping[str, int]
+    """How many tasks are where; only statuses that some have."""
+    input_tokens: int
+    output_tokens: int
+    cost: float | None
+    """US dollars, as far as the CLIs told; None where none did."""
+
+
+def minutes_to_land(task: TaskDocument, landed_at: float | None) -> float | None:
+    """Return the minutes from a task's first start to its landing; None where either is not known.
+
+    Both are times of wall clocks: where one was set back meanwhile it is 0.
+    """
+    if task.status is not TaskStatus.LANDED or landed_at is None or not task.attempts:
+        return None
+    return max(landed_at - task.attempts[0].started, 0.0) / 60
+
+
+def cost_of(task: TaskDocument) -> float | None:
+    """Return what all attempts of a task cost in US dollars; None where no CLI told."""
+    costs = [one.cost for one in task.attempts if one.cost is not None]
+    return sum(costs) if costs else None
+
+
+def measure(tasks: Mapping[str, TaskDocument], landed_at: Mapping[str, float]) -> Metrics:
+    """Return the figures of a run's tasks; `landed_at` has the instants (wall-clock seconds) of landings, by task."""
+    counts = Counter(task.status for task in tasks.values())
+    took = [minutes_to_land(task, landed_at.get(name)) for name, task in tasks.items()]
+    known = [minutes for minutes in took if minutes is not None]
+    costs = [cost for task in tasks.values() if (cost := cost_of(task)) is not None]
+    attempts = [attempt for task in tasks.values() for attempt in task.attempts]
+    pending = counts[TaskStatus.PENDING]
+    over = sum(counts[status] for status in FINAL)
+    return Metrics(
+        total_tasks=len(tasks),
+        completed=counts[TaskStatus.LANDED],
+        in_progress=len(tasks) - pending - over,
+        failed=sum(counts[status] for status in REVIVABLE),
+        pending=pending,
+        average_time_minutes=fmean(known) if known else None,
+        by_status={status.value: counts[status] for status in TaskStatus if counts[status]},
+        input_tokens=sum(one.input_tokens for one in attempts),
+        output_tokens=sum(one.output_tokens for one in attempts),
+        cost=sum(costs) if costs else None,
+    )

@@ -1,0 +1,160 @@
+"""A run at a glance: its options, its tasks with their attempts, what is live, its newest events, figures. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from orchestrator.domain.metrics import Metrics, measure, minutes_to_land
+from orchestrator.domain.model import Attempt, TaskDocument, TaskStatus
+from orchestrator.engine.report import RunRecord, RunReport, RunStatus, TaskReport
+from orchestrator.protocols import Document, JsonObject, RecordedEvent
+from orchestrator.repo.hub import work_branch
+
+#: Fields of a run's document that are no options.
+_NO_OPTIONS = {"id", "tasks", "started", "ended"}
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A part of a task's work and the attempts at it; there is one, `build`.
+
+    `status` is `pending`, `running`, `interrupted`, or the newest attempt's outcome.
+    """
+
+    name: str
+    status: str
+    attempts: Sequence[Attempt]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskOverview:
+    """One task: how it stands, where its work is, and what it took."""
+
+    report: TaskReport
+    worktree: str | None
+    """The checkout that its newest attempt has; None where there is none."""
+    phases: Sequence[Phase]
+    minutes: float | None
+    """From its first start to its landing."""
+
+    def to_json(self) -> JsonObject:
+        """Return the object that programs get."""
+        one = self.report
+        phases = [
+            {"name": phase.name, "status": phase.status, "attempts": [_attempt(try_) for try_ in phase.attempts]}
+            for phase in self.phases
+        ]
+        tokens = {"input_tokens": one.input_tokens, "output_tokens": one.output_tokens, "cost": one.cost}
+        return {
+            "id": one.id,
+            "status": one.state,
+            "reason": one.reason,
+            "landed": one.landed,
+            "branch": one.branch,
+            "worktree": self.worktree,
+            "phases": phases,
+            "metrics": {"time_minutes": self.minutes, **tokens},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class LiveSession:
+    """An attempt whose session is at work."""
+
+    task: str
+    attempt: int
+    adapter: str
+    started: float
+    branch: str
+    worktree: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """A run as it stands."""
+
+    record: RunRecord
+    report: RunReport
+    tasks: Sequence[TaskOverview]
+    sessions: Sequence[LiveSession]
+    events: Sequence[RecordedEvent]
+    """The newest, the oldest of them first."""
+    metrics: Metrics
+
+    def to_json(self) -> JsonObject:
+        """Return the object that programs get."""
+        run = self.record.run
+        return {
+            "run": run.id,
+            "status": self.report.status,
+            "started": run.started,
+            "ended": run.ended,
+            "options": run.model_dump(mode="json", exclude=_NO_OPTIONS),
+            "tasks": [task.to_json() for task in self.tasks],
+            "sessions": [asdict(session) for session in self.sessions],
+            "events": [
+                {"event": one.event.type, "position": one.position, "time": one.time, **one.event.data}
+                for one in self.events
+            ],
+            "metrics": asdict(self.metrics),
+            "damage": list(self.report.damage),
+        }
+
+
+def landing_times(tasks: Mapping[str, TaskDocument], documents: Mapping[str, Document]) -> dict[str, float]:
+    """Return when tasks landed (wall-clock seconds): nothing changes a task's document behind that."""
+    return {
+        task: documents[task].time
+        for task, one in tasks.items()
+        if one.status is TaskStatus.LANDED and not documents[task].damaged
+    }
+
+
+def overview(
+    record: RunRecord,
+    report: RunReport,
+    landed_at: Mapping[str, float],
+    worktrees: Mapping[str, str],
+    events: Sequence[RecordedEvent],
+) -> Overview:
+    """Describe a run; `worktrees` has the checkouts of newest attempts that are there, by task."""
+    is_live = report.status is RunStatus.RUNNING
+    tasks = [
+        TaskOverview(
+            report=one,
+            worktree=worktrees.get(one.id),
+            phases=[_build(record.tasks[one.id], is_live=is_live)],
+            minutes=minutes_to_land(record.tasks[one.id], landed_at.get(one.id)),
+        )
+        for one in report.tasks
+    ]
+    sessions = _live(record, worktrees) if is_live else []
+    return Overview(record, report, tasks, sessions, events, measure(record.tasks, landed_at))
+
+
+def _build(task: TaskDocument, *, is_live: bool) -> Phase:
+    status = "pending"
+    if task.attempts:
+        status = task.attempt.outcome or ("running" if is_live else "interrupted")
+    return Phase("build", status, task.attempts)
+
+
+def _live(record: RunRecord, worktrees: Mapping[str, str]) -> list[LiveSession]:
+    working = {task: one.attempt for task, one in record.tasks.items() if one.status is TaskStatus.RUNNING}
+    return [
+        LiveSession(
+            task=task,
+            attempt=attempt.number,
+            adapter=attempt.adapter,
+            started=attempt.started,
+            branch=work_branch(record.run.id, task, str(attempt.number)),
+            worktree=worktrees.get(task),
+        )
+        for task, attempt in working.items()
+        if attempt.ended is None
+    ]
+
+
+def _attempt(attempt: Attempt) -> JsonObject:
+    return attempt.model_dump(mode="json", exclude={"secrets"})

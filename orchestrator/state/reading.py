@@ -1,0 +1,83 @@
+"""Parts of the log that end, on any store, and the place of a time in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
+from datetime import UTC, datetime
+from typing import Final
+
+import anyio
+
+from orchestrator.errors import HistoryGone, RefusedError
+from orchestrator.protocols import Record, Store
+
+#: How many commits `backwards` reads at once: at first, because most look for what is new, and at most.
+_FIRST_PART: Final = 256
+_LARGEST_PART: Final = 4096
+#: Seconds after which nothing more of a damaged log comes: its newest commits may be those that can't be read.
+_PATIENCE: Final = 2.0
+
+
+async def between(store: Store, after: int, until: int) -> AsyncGenerator[Record]:
+    """Yield the records behind position `after` up to position `until`, which is not yet to come.
+
+    What can't be read is missing. Raises HistoryGone where the log does not go back so far.
+    """
+    if after >= until:
+        return
+    async with aclosing(store.watch(after)) as records:
+        while after < until:
+            record = None
+            with anyio.move_on_after(_PATIENCE if store.damage else math.inf):
+                record = await anext(records, None)
+            if record is None or record.position > until:
+                return
+            after = record.position
+            yield record
+
+
+async def backwards(store: Store, until: int, after: int = 0) -> AsyncGenerator[list[Record]]:
+    """Yield the records behind position `after` up to `until` in parts, the newest part first, each in the log's order.
+
+    What is looked for among the newest is found without reading the rest. Raises HistoryGone behind the last part
+    where the log does not go back to `after`.
+    """
+    size, gone = _FIRST_PART, None
+    while after < until:
+        start = max(until - size, after)
+        try:
+            part = [record async for record in between(store, start, until)]
+        except HistoryGone as error:
+            gone, after = error, error.first
+            continue
+        yield part
+        until, size = start, min(2 * size, _LARGEST_PART)
+    if gone is not None:
+        raise gone
+
+
+def newest_until(times: Iterable[tuple[int, float]], instant: float) -> int | None:
+    """Return the highest of the positions whose time is not later than an instant; None if all are.
+
+    Clocks are set back and forth: what counts is the newest commit that says so, whatever those before it say.
+    """
+    return max((position for position, time in times if time <= instant), default=None)
+
+
+async def position_at(store: Store, instant: float) -> int:
+    """Return the position of the newest commit that was not written later than an instant (wall-clock seconds).
+
+    0 if all were. RefusedError where that is not known because the log does not go back so far.
+    """
+    try:
+        async with aclosing(backwards(store, await store.position())) as parts:
+            async for part in parts:
+                found = newest_until(((record.position, record.time) for record in part), instant)
+                if found is not None:
+                    return found
+    except HistoryGone as gone:
+        what = f"the state log does not go back to {datetime.fromtimestamp(instant, UTC):%Y-%m-%d %H:%M:%S} UTC"
+        raise RefusedError(what, f"name a later time, or a position from {gone.first} on") from None
+    return 0
