@@ -35,6 +35,9 @@ run_argument = click.argument("run", required=False, shell_complete=complete_run
 run_option = click.option(
     "--run", "run", metavar="RUN", help="Another run than the newest.", shell_complete=complete_runs
 )
+store_option = click.option(
+    "--state", "store", metavar="URL", help="Another store than that of COUNCIL_STATE or the project's own."
+)
 
 
 #: New objects after which Python looks for cycles among them.
@@ -52,10 +55,10 @@ class Context:
 
 @asynccontextmanager
 async def opened(
-    log: Log, source: Path | RunConfig | None = None, plugins: Plugins | None = None
+    log: Log, source: Path | RunConfig | None = None, plugins: Plugins | None = None, store: str | None = None
 ) -> AsyncIterator[Council]:
-    """Open the council of a run or a folder, that of the current folder if none is given."""
-    async with Council.open(source, plugins=plugins) as council:
+    """Open the council of a run or a folder, that of the current folder if none is given; `store` is a URL."""
+    async with Council.open(source, plugins=plugins, state=store) as council:
         log.path = council.project.log_file
         yield council
 

@@ -49,6 +49,7 @@ COMMANDS: Mapping[str, Mapping[str, Entry]] = {
         "runs": Entry("orchestrator.cli.status:runs", "List the runs of this project, the oldest first."),
         "logs": Entry("orchestrator.cli.tasks:logs", "Print what a task's program and checks printed."),
         "diff": Entry("orchestrator.cli.tasks:diff", "Show what a task has changed, so far if it is at work."),
+        "state": Entry("orchestrator.cli.state:state", "See what is recorded, now and at any earlier moment."),
         "where": Entry("orchestrator.cli.status:where", "Say where everything is kept."),
     },
     "Steer": {

@@ -73,6 +73,8 @@ class Output:
     """While a table stands on the terminal: prints a line above it."""
     unwritten: OSError | None = field(default=None, init=False)
     """Why not all is there that was to be printed, though somebody wants it."""
+    has_gone: bool = field(default=False, init=False)
+    """Whether nobody reads any more what is printed."""
 
     @property
     def draws(self) -> bool:
@@ -88,7 +90,9 @@ class Output:
             click.echo(text, file=stream, nl=newline)
         except OSError as error:
             forget(stream)
-            if not has_gone(error) and not err:
+            if not err and has_gone(error):
+                self.has_gone = True
+            elif not err:
                 self.unwritten = error
 
     def event(self, time: float, event: Event) -> None:
@@ -179,9 +183,14 @@ def event_line(time: float, event: Event) -> str | None:
     """Return an event as a line for people; None if it is not for them."""
     if event.type not in SENTENCES:
         return None
-    at = datetime.fromtimestamp(time, UTC).astimezone()
+    return f"{datetime.fromtimestamp(time, UTC).astimezone():%H:%M:%S} {event_text(event)}"
+
+
+def event_text(event: Event) -> str:
+    """Return an event in words, by its bare name where there are none for it."""
     task = f"{event.data['task']}: " if "task" in event.data else ""
-    return f"{at:%H:%M:%S} {task}{plain(SENTENCES[event.type].format_map(_readable(event.data)))}"
+    words = SENTENCES[event.type].format_map(_readable(event.data)) if event.type in SENTENCES else event.type
+    return f"{task}{plain(words)}"
 
 
 def _readable(data: JsonObject) -> JsonObject:

@@ -7,6 +7,13 @@ from dataclasses import asdict
 import click
 
 from orchestrator.cli.command import Context, json_option, opened, perform, run_argument, show_result
+from orchestrator.cli.figures import figures
+from orchestrator.cli.output import plain
+from orchestrator.domain.metrics import Metrics
+from orchestrator.engine.report import RunReport, RunStatus
+
+#: How runs stand that are not over.
+_ACTIVE = frozenset({RunStatus.RUNNING, RunStatus.INTERRUPTED})
 
 
 @click.command()
@@ -33,28 +40,34 @@ def status(run: str | None, as_json: bool) -> None:
 
 
 @click.command()
+@click.option("--active", is_flag=True, help="Only those that are not over: at work, or cut off.")
 @json_option
-def runs(as_json: bool) -> None:
+def runs(active: bool, as_json: bool) -> None:
     """List the runs of this project, the oldest first.
 
     \b
     Examples:
       council runs
+      council runs --active
       council runs --json
     """
 
     async def command(context: Context) -> int:
         async with opened(context.log) as council:
-            found = await council.runs()
+            found = [report for report in await council.runs() if not active or report.status in _ACTIVE]
+            told = [(report, await council.past.metrics(report.run)) for report in found]
             if as_json:
-                context.output.json({"runs": [report.to_json() for report in found]})
-            for report in [] if as_json else found:
-                landed = sum(task.landed is not None for task in report.tasks)
-                told = f"{report.status:<12} {landed} of {len(report.tasks)} landed on {report.target}"
-                context.output.text(f"{report.run}  {told}\n")
+                context.output.json({"runs": [{**one.to_json(), "metrics": asdict(metrics)} for one, metrics in told]})
+            for report, metrics in [] if as_json else told:
+                context.output.text(f"{_run_line(report, metrics)}\n")
             return 0
 
     perform(command, as_json=as_json, brief=True)
+
+
+def _run_line(report: RunReport, metrics: Metrics) -> str:
+    landed = f"{metrics.completed} of {metrics.total_tasks} landed on {report.target}"
+    return plain(f"{report.run}  {report.status:<12} {', '.join(filter(None, [landed, figures(metrics)]))}")
 
 
 @click.command()

@@ -1,0 +1,19 @@
+"""The figures of a run as people read them."""
+
+from __future__ import annotations
+
+from orchestrator.cli.table import amount
+from orchestrator.domain.metrics import Metrics
+
+
+def figures(metrics: Metrics) -> str:
+    """Return the figures beside what has landed in a line; what is zero or not known is left out."""
+    counts = {"in progress": metrics.in_progress, "failed": metrics.failed, "pending": metrics.pending}
+    parts = [f"{count} {name}" for name, count in counts.items() if count]
+    if metrics.average_time_minutes is not None:
+        parts.append(f"{metrics.average_time_minutes:.1f} min on average")
+    if tokens := metrics.input_tokens + metrics.output_tokens:
+        parts.append(f"{amount(tokens)} tokens")
+    if metrics.cost is not None:
+        parts.append(f"${metrics.cost:.2f}")
+    return ", ".join(parts)

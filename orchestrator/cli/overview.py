@@ -1,0 +1,70 @@
+"""A run at a glance, for people. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from orchestrator.cli.columns import aligned
+from orchestrator.cli.figures import figures
+from orchestrator.cli.output import event_text, local_time, one_line, plain
+from orchestrator.cli.result import summary
+from orchestrator.domain.model import RunDocument
+from orchestrator.engine.overview import Overview, TaskOverview
+
+
+def overview_lines(overview: Overview) -> Iterator[str]:
+    """Yield the run, its options, tasks, live sessions, newest events and figures, each under a heading."""
+    yield summary(overview.report)
+    yield from aligned(_options(overview.record.run), "  ")
+    yield "tasks"
+    yield from aligned([_task(task) for task in overview.tasks], "  ")
+    if overview.sessions:
+        yield "sessions at work"
+        yield from aligned(
+            [
+                [
+                    one.task,
+                    f"attempt {one.attempt}",
+                    one.adapter,
+                    f"since {local_time(one.started)}",
+                    one.worktree or "",
+                ]
+                for one in overview.sessions
+            ],
+            "  ",
+        )
+    yield "newest events"
+    rows = [[str(one.position), local_time(one.time), event_text(one.event)] for one in overview.events]
+    yield from aligned(rows, "  ")
+    yield "figures"
+    landed = f"{overview.metrics.completed} of {overview.metrics.total_tasks} landed"
+    yield "  " + ", ".join(filter(None, [landed, figures(overview.metrics)]))
+    for place in overview.report.damage:
+        yield plain(f"The state log is damaged: {place}")
+
+
+def _options(run: RunDocument) -> list[list[str]]:
+    told = {
+        "started": local_time(run.started),
+        "ended": "" if run.ended is None else local_time(run.ended),
+        "file": run.config,
+        "repository": run.repo,
+        "base": run.base,
+        "target": run.target,
+        "capacity": str(run.capacity),
+        "adapters": ", ".join(run.adapters),
+        "sinks": ", ".join(run.sinks),
+        "trackers": ", ".join(run.trackers),
+    }
+    return [[name, value] for name, value in told.items() if value]
+
+
+def _task(task: TaskOverview) -> list[str]:
+    one = task.report
+    attempts = f"{one.attempts} {'attempt' if one.attempts == 1 else 'attempts'}"
+    [build] = task.phases
+    took = "" if task.minutes is None else f"{task.minutes:.1f} min"
+    where = f"landed as {one.landed[:10]}" if one.landed else one.branch or ""
+    why = "" if one.landed or one.reason is None else one_line(one.reason)
+    rest = "; ".join(filter(None, [where, task.worktree, why]))
+    return [one.id, one.state.replace("_", " "), attempts, f"{build.name} {build.status}", took, rest]
