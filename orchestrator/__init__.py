@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from orchestrator.domain.model import TaskStatus
     from orchestrator.engine.report import AdapterReport, RunReport, RunStatus, TaskReport
     from orchestrator.errors import ConfigError, CouncilError, LockHeld, Problem, RefusedError, StoreUnavailable
+    from orchestrator.past import Past
     from orchestrator.plugins import Plugins
     from orchestrator.protocols import Event, RecordedEvent
 
@@ -54,6 +55,7 @@ __all__ = [
     "KeptWork",
     "LockHeld",
     "LogPart",
+    "Past",
     "Places",
     "Plugins",
     "Problem",
@@ -86,6 +88,7 @@ _MODULES = {
     "domain.model": ("TaskStatus",),
     "engine.report": ("AdapterReport", "RunReport", "RunStatus", "TaskReport"),
     "errors": ("ConfigError", "CouncilError", "LockHeld", "Problem", "RefusedError", "StoreUnavailable"),
+    "past": ("Past",),
     "plugins": ("Plugins",),
     "protocols": ("Event", "RecordedEvent"),
 }

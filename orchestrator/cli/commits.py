@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from orchestrator.cli.output import local_time, plain
 from orchestrator.protocols import Event, JsonObject, Record
+
+#: Documents of a commit that a line names: with its run all of its tasks are recorded.
+_MOST_NAMED: Final = 4
 
 
 class CommitLines:
@@ -39,7 +43,9 @@ def _documents(record: Record) -> list[str]:
         f"{key} deleted" if value is None else f"{key} version {version}"
         for key, (version, value) in record.documents.items()
     ]
-    return [*told, *(f"{key} unreadable" for key in record.unreadable)]
+    told += [f"{key} unreadable" for key in record.unreadable]
+    rest = len(told) - _MOST_NAMED
+    return told if rest <= 1 else [*told[:_MOST_NAMED], f"and {rest} more"]
 
 
 def events_json(events: Sequence[Event]) -> list[JsonObject]:

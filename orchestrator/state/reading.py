@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
-from datetime import UTC, datetime
 from typing import Final
 
 import anyio
@@ -78,6 +77,7 @@ async def position_at(store: Store, instant: float) -> int:
                 if found is not None:
                     return found
     except HistoryGone as gone:
-        what = f"the state log does not go back to {datetime.fromtimestamp(instant, UTC):%Y-%m-%d %H:%M:%S} UTC"
-        raise RefusedError(what, f"name a later time, or a position from {gone.first} on") from None
+        raise RefusedError(
+            "the state log does not go back to that time", f"name a later time, or a position from {gone.first} on"
+        ) from None
     return 0

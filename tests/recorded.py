@@ -1,0 +1,107 @@
+"""A project with a run that was made up: two tasks, one landed, one failed and being tried again."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from orchestrator.config.model import Backoff, TaskSpec
+from orchestrator.domain.lifecycle import Trigger
+from orchestrator.domain.model import Attempt, Intent, RunDocument
+from orchestrator.domain.secrets import Redactor
+from orchestrator.engine.ledger import Ledger, seed
+from orchestrator.protocols import Store
+from orchestrator.state import file
+from orchestrator.state.file import FileStore
+from orchestrator.testing.clock import ManualClock
+
+RUN = "20260102-030405-ab12"
+#: 2026-01-02 03:04:05 UTC.
+START = 1767323045.0
+OLD, NEW = "0" * 40, "4f0c2d1e9b" * 4
+
+
+def run_document(folder: Path, run: str = RUN, started: float = START) -> RunDocument:
+    """Return a run of the tasks `models` and `api`, whose repositories are nowhere."""
+    return RunDocument(
+        id=run,
+        config="council.yaml",
+        repo="/home/ada/shop",
+        is_url=False,
+        base="main",
+        target="main",
+        capacity=2,
+        session_memory=0,
+        adapters={"fixer": {"use": "command", "options": {}}},
+        fence={},
+        worktrees={},
+        tasks=("models", "api"),
+        start=OLD,
+        hub=str(folder / "hub"),
+        started=started,
+    )
+
+
+def _spec(task: str, prompt: str) -> TaskSpec:
+    return TaskSpec(
+        id=task,
+        prompt=prompt,
+        needs=(),
+        adapter="fixer",
+        timeout=1800.0,
+        attempts=3,
+        backoff=Backoff(initial=2.0, factor=2.0, max=300.0, jitter=False),
+        silence=None,
+        retry_on=frozenset(),
+        checks=(),
+        checks_timeout=600.0,
+        checks_env=(),
+        retry_checks=True,
+        max_file=1 << 20,
+        priority=0,
+        owns=(),
+    )
+
+
+async def record_run(store: Store, clock: ManualClock, run: RunDocument) -> None:
+    """Record a run in eleven commits: `models` lands after 90 s, `api` fails once and is tried again."""
+    await seed(store, run, {"models": _spec("models", "Add a User model."), "api": _spec("api", "Add an API.")})
+    ledger = await Ledger.take(store, clock, run.id, Redactor(()), {"sandbox": "bubblewrap"})
+    for task in ("models", "api"):
+        clock.advance(5)
+        attempt = Attempt(number=1, adapter="fixer", base=OLD, started=clock.now())
+        await ledger.change(task, Trigger.START, {"base": OLD, "adapter": "fixer"}, attempts=(attempt,))
+    clock.advance(30)
+    failed = {"outcome": "program_failed", "reason": "it ended with 1", "branch": None, "retry_in": 2.0}
+    tried = ledger.task("api").with_attempt(ended=clock.now(), outcome="program_failed", reason="it ended with 1")
+    await ledger.change("api", Trigger.RETRY, failed, attempts=tried, failures=1)
+    clock.advance(53)
+    branch = f"council/{run.id}/models/1"
+    spent = {"input_tokens": 12_000, "output_tokens": 800, "cost": 0.12}
+    built = ledger.task("models").with_attempt(ended=clock.now(), outcome="built", branch=branch, **spent)
+    await ledger.change("models", Trigger.BUILD, {"branch": branch}, attempts=built, commit=NEW, branch=branch)
+    intent = Intent(old=OLD, new=NEW, recorded=clock.now())
+    await ledger.change("models", Trigger.INTEND, {"old": OLD, "new": NEW}, intent=intent)
+    clock.advance(2)
+    await ledger.change("models", Trigger.LAND, {"landed": NEW}, intent=None, landed=NEW, branch=None)
+    clock.advance(1)
+    again = Attempt(number=2, adapter="fixer", base=NEW, started=clock.now())
+    attempts = (*ledger.task("api").attempts, again)
+    await ledger.change("api", Trigger.START, {"base": NEW, "adapter": "fixer"}, attempts=attempts)
+    clock.advance(9)
+    await ledger.note("run.paused", {"reason": "memory is short", "retry_in": 5.0})
+    await ledger.note("run.interrupted", {})
+
+
+@asynccontextmanager
+async def recorded(top: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FileStore]:
+    """Make a folder a project with that run, written by ada@box:4711; yields its store."""
+    monkeypatch.setattr(file, "name_of_writer", lambda: "ada@box:4711")
+    clock = ManualClock(START)
+    (top / ".council").mkdir(mode=0o700)
+    async with FileStore.open(top / ".council" / "state", clock) as store:
+        await record_run(store, clock, run_document(top))
+        yield store
