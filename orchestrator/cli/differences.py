@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from typing import Any, Final
 
 from orchestrator.cli.output import plain
@@ -27,8 +28,8 @@ def field_changes(old: JsonObject | None, new: JsonObject | None) -> JsonObject:
 def field_lines(old: JsonObject | None, new: JsonObject | None) -> list[str]:
     """Return a line for each field that differs, `path: old → new`, as text that a terminal only shows."""
     return [
-        plain(f"{'.'.join(map(str, path))}: {_shown(before)} → {_shown(after)}")
-        for path, before, after in _walk((), old or {}, new or {})
+        plain(f"{_place(path)}: {_shown(before)} → {_shown(after)}")
+        for path, before, after in sorted(_walk((), old or {}, new or {}), key=itemgetter(0))
     ]
 
 
@@ -47,6 +48,10 @@ def _children(value: Any) -> dict[str | int, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def _place(path: Sequence[str | int]) -> str:
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
+
+
 def _shown(value: Any) -> str:
     text = "absent" if value is _ABSENT else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST * 2 // 3]}…{text[-_LONGEST // 3 :]}"
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST * 2 // 3]}…{text[-_LONGEST // 3 + 1 :]}"
