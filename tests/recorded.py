@@ -75,8 +75,8 @@ async def record_run(store: Store, clock: ManualClock, run: RunDocument) -> None
         attempt = Attempt(number=1, adapter="fixer", base=OLD, started=clock.now())
         await ledger.change(task, Trigger.START, {"base": OLD, "adapter": "fixer"}, attempts=(attempt,))
     clock.advance(30)
-    failed = {"outcome": "program_failed", "reason": "it ended with 1", "branch": None, "retry_in": 2.0}
-    tried = ledger.task("api").with_attempt(ended=clock.now(), outcome="program_failed", reason="it ended with 1")
+    failed = {"outcome": "crashed", "reason": "it ended with 1", "branch": None, "retry_in": 2.0}
+    tried = ledger.task("api").with_attempt(ended=clock.now(), outcome="crashed", reason="it ended with 1")
     await ledger.change("api", Trigger.RETRY, failed, attempts=tried, failures=1)
     clock.advance(53)
     branch = f"council/{run.id}/models/1"

@@ -1,0 +1,318 @@
+"""`council state` on a run that was made up: every moment of it can be looked at, and the guide's examples are true."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from orchestrator.clock import SystemClock
+from orchestrator.council import Council
+from orchestrator.errors import RefusedError
+from orchestrator.past import Past, concerns_run, is_of_run
+from orchestrator.project import Project
+from orchestrator.protocols import Commit, Event, Key, Record, Write
+from orchestrator.runs import Runs
+from orchestrator.state.file import FileStore
+from orchestrator.testing.clock import ManualClock
+from tests.conftest import Repository
+from tests.integration.test_reading import ForgetfulStore
+from tests.recorded import RUN, START, record_run, recorded, run_document
+
+GUIDE = (Path(__file__).parents[2] / "docs/state.md").read_text()
+MODELS, API = Key("task", f"{RUN}/models"), Key("task", f"{RUN}/api")
+
+
+@pytest.fixture
+async def project(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Repository:
+    """A repository in which the run is recorded, on a machine whose zone is UTC."""
+    repository.environ["TZ"] = "UTC"
+    async with recorded(repository.top, monkeypatch):
+        pass
+    return repository
+
+
+async def add(repository: Repository, commit: Commit) -> None:
+    """Commit something more to the project's state."""
+    async with FileStore.open(repository.top / ".council/state", SystemClock()) as store:
+        await store.commit(commit)
+
+
+@pytest.mark.parametrize(
+    "example", re.findall(r"```console\n\$ (.*?)```", GUIDE, re.DOTALL), ids=lambda text: text[:40]
+)
+async def test_the_guides_examples_are_true(project: Repository, example: str) -> None:
+    """Each command prints what docs/state.md says."""
+    line, _, expected = example.partition("\n")
+    _, *words = shlex.split(line)
+    ended = project.council(*words)
+    assert ended.stdout + ended.stderr == expected
+
+
+@pytest.mark.parametrize(
+    "moment", ["5", "2026-01-02T03:04:45Z", "2026-01-02 03:05", "2026-01-02T04:05+01:00", f"{RUN}/1"]
+)
+async def test_a_moment_can_be_named_in_many_ways(project: Repository, moment: str) -> None:
+    """Position, times with and without a zone, and a checkpoint lead to the same documents."""
+    await add(project, Commit([Write(Key("checkpoint", f"{RUN}/1"), 0, {"position": 5})]))
+    told = project.council("state", "at", moment, "--json").result
+    assert (told["position"], told["time"], len(told["documents"])) == (5, START + 40, 6)
+    api = next(one for one in told["documents"] if one["key"] == str(API))
+    assert (api["version"], api["position"], api["by"]) == (3, 5, "ada@box:4711")
+    assert (api["value"]["status"], api["value"]["failures"]) == ("pending", 1)
+
+
+async def test_how_long_ago_is_counted_from_now(project: Repository) -> None:
+    """What was committed within the hour is not yet there an hour ago."""
+    await add(project, Commit([Write(Key("note", "x"), 0, {})]))
+    assert project.council("state", "at", "1h", "--json").result["position"] == 11
+    assert project.council("state", "at", "now", "--json").result["position"] == 12
+
+
+async def test_before_the_first_commit_there_is_nothing(project: Repository) -> None:
+    """That is position 0."""
+    told = project.council("state", "at", "2020-01-01", "--json").result
+    assert told == {"position": 0, "time": None, "documents": [], "damage": []}
+    assert project.council("state", "at", "0").stdout == "position 0, an empty store: 0 documents\n"
+
+
+async def test_values_are_printed_for_keys(project: Repository) -> None:
+    """In full, with the newest run or without; `*` stands for several."""
+    for name in ("task/models", str(MODELS)):
+        shown = project.council("state", "at", "8", name).stdout
+        assert '      "status": "landed",' in shown.splitlines()
+        assert "task/" in shown
+    told = project.council("state", "at", "8", "task/*", "lease/*", "--json").result
+    assert [one["key"] for one in told["documents"]] == [f"lease/run/{RUN}", str(API), str(MODELS)]
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "remedy"),
+    [
+        ("at 12", "there is no 12 yet", "name an earlier one"),
+        ("at soon", "'soon' is no moment", "how long ago, such as 2h"),
+        ("at 5 task/modles", "no document 'task/modles' at position 5", "task/models"),
+        ("at 5 request/*", "no document 'request/*' at position 5", "council state at now"),
+        ("diff 1 x", "'x' is no moment", "a checkpoint's id"),
+        ("history models", "no document 'models'", "write kind/id"),
+        (f"history task/{RUN}/apj", f"task/{RUN}/apj", f"task/{RUN}/api"),
+        ("log --run nobody", "there is no run 'nobody'", "council runs"),
+        ("show nobody", "there is no run 'nobody'", "council status"),
+    ],
+)
+async def test_what_is_not_there_is_refused(project: Repository, words: str, error: str, remedy: str) -> None:
+    """With exit code 2 and what would be right, for people and for programs."""
+    ended = project.council("state", *words.split())
+    assert (ended.code, ended.stdout) == (2, "")
+    assert error in ended.stderr
+    assert remedy in ended.stderr
+    refused = project.council("state", *words.split(), "--json").result
+    assert (refused["status"], refused["exit"]) == ("refused", 2)
+
+
+async def test_a_difference_names_what_came_went_and_changed(project: Repository) -> None:
+    """Only documents of the run that is asked for, only fields that differ."""
+    await add(project, Commit([Write(Key("request", f"{RUN}/1"), 0, {"n": 1}), Write(Key("note", "x"), 0, {})]))
+    await add(project, Commit([Write(Key("request", f"{RUN}/1"), 1, None)]))
+    added = project.council("state", "diff", "11", "12", "--json").result["documents"]
+    assert [(one["key"], one["kind"], one["new_version"]) for one in added] == [
+        ("note/x", "added", 1),
+        (f"request/{RUN}/1", "added", 1),
+    ]
+    [removed] = project.council("state", "diff", "12", "now", "--json").result["documents"]
+    assert (removed["kind"], removed["old_version"], removed["new_version"]) == ("removed", 1, None)
+    [changed] = project.council("state", "diff", "7", "8", "--run", RUN, "--json").result["documents"]
+    assert changed["key"] == str(MODELS)
+    assert {tuple(one["path"]) for one in changed["fields"]["modified"]} == {
+        ("status",),
+        ("intent",),
+        ("landed",),
+        ("branch",),
+    }
+    assert {"path": ["status"], "old": "landing", "new": "landed"} in changed["fields"]["modified"]
+
+
+async def test_equal_moments_do_not_differ(project: Repository) -> None:
+    """Commits without documents change none."""
+    assert project.council("state", "diff", "9").stdout.endswith("\nnothing differs\n")
+
+
+async def test_a_history_tells_each_version_with_the_one_before(project: Repository) -> None:
+    """Old and new, who, when, and what happened; also of what is deleted by now."""
+    versions = project.council("state", "history", "task/models", "--json").result["versions"]
+    assert [one["version"] for one in versions] == [5, 4, 3, 2, 1]
+    assert versions[0]["events"] == [
+        {"event": "task.landed", "run": RUN, "task": "models", "attempt": 1, "landed": versions[0]["new"]["landed"]}
+    ]
+    assert [one["old_version"] for one in versions] == [4, 3, 2, 1, None]
+    assert all(newer["old"] == older["new"] for newer, older in pairwise(versions))
+    limited = project.council("state", "history", "task/models", "--limit", "2", "--json").result["versions"]
+    assert limited == versions[:2]
+    await add(project, Commit([Write(Key("note", "x"), 0, {"a": 1})], [Event("noted", {})]))
+    await add(project, Commit([Write(Key("note", "x"), 1, None)]))
+    gone = project.council("state", "history", "note/x")
+    assert [line.strip() for line in gone.stdout.splitlines()][2:] == [
+        "deleted",
+        gone.stdout.splitlines()[3].strip(),
+        "a: absent → 1",
+    ]
+    assert gone.stdout.splitlines()[3].endswith("  noted")
+
+
+async def test_the_log_is_cut_as_asked(project: Repository) -> None:
+    """By run, by position, and to the newest."""
+    await add(project, Commit([Write(Key("note", "x"), 0, {})], [Event("noted", {"run": "other"})]))
+    printed = [
+        [one["position"] for one in project.council("state", "log", *words, "--json").lines]
+        for words in (
+            [],
+            ["--run", RUN],
+            ["--limit", "3"],
+            ["--run", RUN, "--limit", "3"],
+            ["--after", "9"],
+            ["--after", "10", "--limit", "9"],
+            ["--after", "99"],
+        )
+    ]
+    assert printed == [
+        list(range(1, 13)),
+        list(range(1, 12)),
+        [10, 11, 12],
+        [9, 10, 11],
+        [10, 11, 12],
+        [11, 12],
+        [],
+    ]
+    first = project.council("state", "log", "--json").lines[0]
+    assert first["documents"][0] == {"key": f"run/{RUN}", "version": 1, "deleted": False}
+    assert (first["events"][0]["event"], first["time"], first["unreadable"]) == ("run.created", START, [])
+
+
+async def test_what_a_terminal_would_obey_is_not_printed(project: Repository) -> None:
+    """Whatever stands in documents, events and keys."""
+    evil = "\x1b[2J\rhidden"
+    await add(project, Commit([Write(Key("note", evil), 0, {evil: evil})], [Event("noted", {"task": evil})]))
+    for words in (["log"], ["at", "now"], ["at", "now", "note/*"], ["diff", "11"], ["history", f"note/{evil}"]):
+        ended = project.council("state", *words)
+        assert ended.code == 0, ended
+        assert "hidden" in ended.stdout
+        assert not {"\x1b", "\r"} & set(ended.stdout)
+
+
+async def test_another_store_can_be_looked_at(project: Repository, tmp_path: Path) -> None:
+    """By a flag or the environment; the flag counts."""
+    async with FileStore.open(tmp_path / "elsewhere", SystemClock()) as store:
+        await store.commit(Commit([Write(Key("note", "x"), 0, {})]))
+    url = (tmp_path / "elsewhere").as_uri()
+    for words in (["log"], ["at", "now"], ["history", "note/x"], ["diff", "0"]):
+        assert "note/x" in project.council("state", *words, "--state", url).stdout
+    project.environ["COUNCIL_STATE"] = url
+    assert len(project.council("state", "log").stdout.splitlines()) == 1
+    own = (project.top / ".council/state").as_uri()
+    assert len(project.council("state", "log", "--state", own).stdout.splitlines()) == 11
+
+
+async def test_looking_changes_nothing(project: Repository) -> None:
+    """Not a byte of the state."""
+    state = project.top / ".council/state"
+    before = {path: path.read_bytes() for path in state.iterdir()}
+    for words in (["log"], ["at", "3"], ["diff", "3"], ["history", "task/api"], ["show"]):
+        assert project.council("state", *words).code == 0
+    assert {path: path.read_bytes() for path in state.iterdir()} == before
+
+
+async def test_damage_is_told_of(project: Repository) -> None:
+    """Beside what can still be read, to people and to programs."""
+    [segment] = (project.top / ".council/state").glob("*.jsonl")
+    data = bytearray(segment.read_bytes())
+    data[data.index(b'"landed":"4f0c')] ^= 1
+    segment.write_bytes(data)
+    shown = project.council("state", "history", "task/models")
+    assert "damaged: its value can't be read" in shown.stdout
+    assert "The state log is damaged" in shown.stderr
+    told = project.council("state", "at", "8", "task/models", "--json").result
+    assert told["documents"][0]["damaged"]
+    assert len(told["damage"]) == 1
+    assert "unreadable" in project.council("state", "log").stdout
+
+
+async def test_a_run_at_a_glance(project: Repository) -> None:
+    """Its options, tasks, phases, events and figures; nothing of it is live, and its repositories are gone."""
+    told = project.council("state", "show", RUN, "--json").result
+    assert (told["run"], told["status"], told["started"], told["sessions"]) == (RUN, "interrupted", START, [])
+    assert (told["options"]["capacity"], told["options"]["base"]) == (2, "main")
+    models, api = told["tasks"]
+    assert (models["status"], models["metrics"]["time_minutes"], models["worktree"]) == ("landed", 1.5, None)
+    assert [(phase["name"], phase["status"], len(phase["attempts"])) for phase in api["phases"]] == [
+        ("build", "interrupted", 2)
+    ]
+    assert [one["event"] for one in told["events"]][::5] == ["run.created", "task.queued", "run.interrupted"]
+    assert told["metrics"] == {
+        "total_tasks": 2, "completed": 1, "in_progress": 1, "failed": 0, "pending": 0, "average_time_minutes": 1.5,
+        "by_status": {"running": 1, "landed": 1}, "input_tokens": 12_000, "output_tokens": 800, "cost": 0.12,
+    }  # fmt: skip
+
+
+def past_of(store: ForgetfulStore, clock: ManualClock, folder: Path) -> Past:
+    """Return what a store knows of the past."""
+    return Past(Runs(Project(folder), store, clock, {}))
+
+
+async def test_of_many_events_the_last_hundred_are_shown(tmp_path: Path) -> None:
+    """Those of other runs do not count."""
+    clock = ManualClock(START)
+    store = ForgetfulStore(clock)
+    await record_run(store, clock, run_document(tmp_path))
+    for number in range(150):
+        await store.commit(Commit([], [Event("noted", {"run": name, "n": number}) for name in (RUN, "other")]))
+    found = await past_of(store, clock, tmp_path).overview(RUN)
+    assert [one.event.data["n"] for one in found.events] == list(range(50, 150))
+
+
+async def test_where_the_log_begins_late_that_is_told(tmp_path: Path) -> None:
+    """What is asked for explicitly is refused with what can be had; what is open begins where the log does."""
+    clock = ManualClock(START)
+    store = ForgetfulStore(clock)
+    await record_run(store, clock, run_document(tmp_path))
+    store.first = 6
+    past = past_of(store, clock, tmp_path)
+    assert [one.position async for one in past.commits(until=11)] == [7, 8, 9, 10, 11]
+    assert [one.position for one in await past.newest_commits(99, until=11)] == [7, 8, 9, 10, 11]
+    with pytest.raises(RefusedError, match="only to 6: name a position from 6 on"):
+        await anext(past.commits(after=3, until=11))
+    assert [one.event.type for one in (await past.overview(RUN)).events] == [
+        "task.landing", "task.landed", "task.started", "run.paused", "run.interrupted",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        (Key("run", "r"), True), (Key("task", "r/a"), True), (Key("cursor", "r/sink/x"), True),
+        (Key("lease", "run/r"), True), (Key("lease", "run/s"), False),
+        (Key("task", "s/r"), False), (Key("task", "rr/a"), False), (Key("ports", "host/1"), False),
+    ],
+)  # fmt: skip
+def test_documents_of_a_run(key: Key, expected: bool) -> None:
+    """By the beginning of their ids; a task that is named as a run is none of it."""
+    assert is_of_run(key, "r") is expected
+    assert concerns_run(Record(1, 0.0, {key: (1, {})}, ()), "r") is expected
+
+
+async def test_the_past_from_python(project: Repository) -> None:
+    """`council.past` has what the commands print."""
+    async with Council.open(project.top, environ=project.environ) as council:
+        past = council.past
+        assert await past.position_at(START + 41) == 5
+        assert (await past.at(5, names=["task/api"])).documents.keys() == {API}
+        assert (await past.key("task/models")) == MODELS
+        assert [one.version for one in await past.history(MODELS, 2)] == [5, 4]
+        assert (await past.metrics(RUN)).completed == 1
+        with pytest.raises(RefusedError):
+            await past.at(99)
+        told = json.loads(json.dumps((await past.overview(RUN)).to_json()))
+    assert told == project.council("state", "show", "--json").result

@@ -1,0 +1,145 @@
+"""Parts of the log that end, read from its newest commit backwards, on every store."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.errors import HistoryGone, RefusedError
+from orchestrator.protocols import Commit, Event, Key, Record, Store
+from orchestrator.state import reading
+from orchestrator.state.file import FileStore
+from orchestrator.state.memory import MemoryStore
+from orchestrator.state.reading import backwards, between, position_at
+from orchestrator.testing.clock import ManualClock
+
+TASK = Key("task", "r/a")
+
+
+class ForgetfulStore(MemoryStore):
+    """A store whose log goes back to a position only."""
+
+    first = 0
+
+    async def watch(self, after: int = 0) -> AsyncGenerator[Record]:
+        """See `Store.watch`."""
+        if after < self.first:
+            raise HistoryGone(after, self.first)
+        async with aclosing(super().watch(after)) as records:
+            async for record in records:
+                yield record
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    """A clock that stands at 1000 s."""
+    return ManualClock(1000.0)
+
+
+@pytest.fixture(params=["memory", "file"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path, clock: ManualClock) -> AsyncIterator[Store]:
+    """An empty store of each kind."""
+    if request.param == "memory":
+        yield ForgetfulStore(clock)
+    else:
+        async with FileStore.open(tmp_path, clock, segment_bytes=2_000) as opened:
+            yield opened
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several parts even of a short log."""
+    monkeypatch.setattr(reading, "_FIRST_PART", 4)
+    monkeypatch.setattr(reading, "_LARGEST_PART", 8)
+
+
+async def fill(store: Store, commits: int, clock: ManualClock) -> None:
+    """Commit so often, once a second."""
+    for number in range(commits):
+        await store.commit(Commit([], [Event("n", {"n": number})]))
+        clock.advance(1)
+
+
+async def test_a_part_of_the_log_ends(store: Store, clock: ManualClock) -> None:
+    """Nothing before, nothing behind, and no waiting for what is yet to come."""
+    await fill(store, 30, clock)
+    for after, until in ((0, 30), (0, 1), (7, 7), (7, 8), (12, 30), (30, 30), (30, 5)):
+        found = [record.position async for record in between(store, after, until)]
+        assert found == list(range(after + 1, until + 1))
+
+
+async def test_parts_come_from_the_newest_and_leave_nothing_out(store: Store, clock: ManualClock) -> None:
+    """Each commit is in one part, in order within it."""
+    await fill(store, 30, clock)
+    parts = [[record.position for record in part] async for part in backwards(store, 30, 3)]
+    assert parts[0] == [27, 28, 29, 30]
+    assert [position for part in reversed(parts) for position in part] == list(range(4, 31))
+
+
+async def test_what_is_sought_among_the_newest_needs_no_old_log(clock: ManualClock) -> None:
+    """A log that goes back to a position gives what is behind it, and says where it ended."""
+    store = ForgetfulStore(clock)
+    await fill(store, 30, clock)
+    store.first = 20
+    found: list[int] = []
+
+    async def read() -> None:
+        async for part in backwards(store, 30):
+            found.extend(record.position for record in part)
+
+    with pytest.raises(HistoryGone):
+        await read()
+    assert sorted(found) == list(range(21, 31))
+    assert await position_at(store, 1025.5) == 26
+    with pytest.raises(RefusedError, match="a position from 20 on"):
+        await position_at(store, 1010.0)
+
+
+@pytest.mark.parametrize(
+    ("instant", "position"), [(999.9, 0), (1000.0, 1), (1000.9, 1), (1014.0, 15), (1029.0, 30), (9999.0, 30)]
+)
+async def test_a_time_leads_to_the_newest_commit_until_then(
+    store: Store, clock: ManualClock, instant: float, position: int
+) -> None:
+    """Position 0 before all of them."""
+    await fill(store, 30, clock)
+    assert await position_at(store, instant) == position
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=st.lists(st.integers(-5, 5), max_size=40), instant=st.integers(950, 1050))
+async def test_whatever_the_clock_did_the_newest_commit_until_then_counts(steps: list[int], instant: int) -> None:
+    """The same as a look at every commit says."""
+    clock = ManualClock(1000.0)
+    store = MemoryStore(clock)
+    times = []
+    for step in steps:
+        clock.advance(step)
+        await store.commit(Commit())
+        times.append(clock.now())
+    expected = [position for position, time in enumerate(times, 1) if time <= instant]
+    assert await position_at(store, instant) == (expected[-1] if expected else 0)
+
+
+async def test_a_log_whose_newest_commit_is_unreadable_still_ends(
+    tmp_path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is lost never comes: what can be read is what there is."""
+    monkeypatch.setattr(reading, "_PATIENCE", 0.3)
+    async with FileStore.open(tmp_path, clock) as store:
+        await fill(store, 10, clock)
+    [segment] = tmp_path.glob("*.jsonl")
+    data = bytearray(segment.read_bytes())
+    start = data.rfind(b"\n", 0, len(data) - 1) + 1
+    data[start + 40] ^= 1  # in the last header
+    segment.write_bytes(data)
+    async with FileStore.open(tmp_path, clock) as store:
+        assert store.damage
+        assert await store.position() == 10
+        assert [record.position async for record in between(store, 0, 10)] == list(range(1, 10))
+        assert await position_at(store, 9999.0) == 9

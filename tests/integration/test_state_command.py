@@ -1,0 +1,104 @@
+"""`council state` and the figures of `council runs` on real runs: beside one that is at work, and afterwards."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import Repository
+from tests.waiting import wait_for
+
+
+def status_of(repository: Repository, task: str) -> str | None:
+    """Return where a task of the newest run is, as the state says."""
+    told = repository.council("state", "at", "now", f"task/{task}", "--json").result
+    return None if "documents" not in told else str(told["documents"][0]["value"]["status"])
+
+
+async def test_a_run_at_work_is_looked_at_and_followed(repository: Repository) -> None:
+    """Its live session has a worktree; who follows sees each commit as it comes, and Ctrl-C ends only that."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "quick", "prompt": "write q.txt q"},
+        {"id": "held", "prompt": "write h.txt h\nhang"},
+    ]
+    child = repository.start("run", str(repository.configure(tasks)), "--json")
+    wait_for((repository.top / ".council/state/lock").exists)
+    wait_for(lambda: status_of(repository, "held") == "running" and status_of(repository, "quick") == "landed", 60)
+    follower = repository.start("state", "log", "--follow", "--json", "--limit", "1")
+    assert follower.stdout is not None
+    begun = json.loads(follower.stdout.readline())["position"]
+
+    told = repository.council("state", "show", "--json").result
+    [session] = told["sessions"]
+    assert (told["status"], session["task"], session["attempt"]) == ("running", "held", 1)
+    assert wait_for((Path(session["worktree"]) / "h.txt").exists)
+    assert session["branch"] == f"council/{told['run']}/held/1"
+    [active] = repository.council("runs", "--active", "--json").result["runs"]
+    assert (active["run"], active["metrics"]["completed"], active["metrics"]["in_progress"]) == (told["run"], 1, 1)
+    shown = repository.council("state", "show").stdout
+    assert "sessions at work" in shown
+    assert session["worktree"] in shown
+
+    assert repository.council("cancel", "held").code == 0
+    stdout, stderr = child.communicate(timeout=60)
+    assert child.returncode == 1, (stdout, stderr)
+    seen: list[dict[str, Any]] = []
+    while "run.finished" not in [one["event"] for record in seen for one in record["events"]]:
+        seen.append(json.loads(follower.stdout.readline()))
+    assert [record["position"] for record in seen] == list(range(begun + 1, begun + 1 + len(seen)))
+    follower.send_signal(signal.SIGINT)
+    rest, _ = follower.communicate(timeout=20)
+    assert follower.returncode == 130
+    assert json.loads(rest.splitlines()[-1]) == {"status": "interrupted", "exit": 130}
+    await repository.assert_invariants()
+
+
+async def test_after_a_run_its_figures_and_its_past_are_there(repository: Repository) -> None:
+    """What failed, what landed, how often it was tried, and how it stood before."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "good", "prompt": "write g.txt g"},
+        {"id": "bad", "prompt": "exit 1", "attempts": 2},
+        {"id": "late", "prompt": "write l.txt l", "needs": ["bad"]},
+    ]
+    repository.council("run", str(repository.configure(tasks)))
+    told = repository.council("state", "show", "--json").result
+    assert told["status"] == "incomplete"
+    assert {task["id"]: task["status"] for task in told["tasks"]} == {
+        "good": "landed",
+        "bad": "failed",
+        "late": "blocked",
+    }
+    good, bad, _ = told["tasks"]
+    assert (good["landed"], good["phases"][0]["status"]) == (repository.git("rev-parse", "main"), "built")
+    assert [attempt["outcome"] for attempt in bad["phases"][0]["attempts"]] == ["crashed"] * 2
+    metrics = told["metrics"]
+    counts = [metrics[name] for name in ("total_tasks", "completed", "in_progress", "failed", "pending")]
+    assert counts == [3, 1, 0, 1, 1]
+    assert metrics["average_time_minutes"] == good["metrics"]["time_minutes"] > 0
+    assert (told["events"][0]["event"], told["events"][-1]["event"]) == ("run.created", "run.finished")
+
+    [line] = repository.council("runs").stdout.splitlines()
+    assert line.startswith(f"{told['run']}  incomplete   1 of 3 landed on main, 1 failed, 1 pending, ")
+    assert repository.council("runs", "--active").stdout == ""
+
+    landed = next(one["position"] for one in told["events"] if one["event"] == "task.landed")
+    before = repository.council("state", "at", str(landed - 1), "task/good", "--json").result
+    assert before["documents"][0]["value"]["landed"] is None
+    [newest, *_] = repository.council("state", "history", "task/good", "--json").result["versions"]
+    assert (newest["position"], newest["new"]["landed"]) == (landed, good["landed"])
+    await repository.assert_invariants()
+
+
+async def test_who_follows_ends_when_nobody_reads_any_more(repository: Repository) -> None:
+    """As with `| head -1`: with the next commit."""
+    repository.council("run", str(repository.configure([{"id": "a", "prompt": "write a.txt a"}])))
+    follower = repository.start("state", "log", "--follow")
+    assert follower.stdout is not None
+    assert "run.created" in follower.stdout.readline()
+    follower.stdout.close()
+    repository.council("run", str(repository.configure([{"id": "b", "prompt": "write b.txt b"}])))
+    assert follower.wait(timeout=20) == 0
+    assert follower.stderr is not None
+    follower.stderr.close()

@@ -1,0 +1,63 @@
+"""The figures of a run: every task is counted once, and times are those of what landed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from orchestrator.domain.metrics import measure, minutes_to_land
+from orchestrator.domain.model import Attempt, TaskDocument, TaskStatus
+
+
+def task(status: TaskStatus, *starts: float, **spent: Any) -> TaskDocument:
+    """Return a task with an attempt for each start."""
+    attempts = tuple(
+        Attempt(number=number, adapter="x", base="b", started=start, **spent) for number, start in enumerate(starts, 1)
+    )
+    return TaskDocument(status=status, attempts=attempts)
+
+
+def test_every_status_is_counted_once() -> None:
+    """Completed, in progress, failed and pending add up to all, with each status in the place that is documented."""
+    tasks = {status.value: task(status) for status in TaskStatus}
+    found = measure(tasks, {})
+    assert (found.total_tasks, found.completed, found.pending) == (len(TaskStatus), 1, 1)
+    assert (found.in_progress, found.failed) == (4, 4)
+    assert found.completed + found.in_progress + found.failed + found.pending == found.total_tasks
+    assert found.by_status == dict.fromkeys(TaskStatus, 1)
+
+
+def test_of_no_tasks_nothing_is_known() -> None:
+    """No division by nothing."""
+    found = measure({}, {})
+    assert (found.total_tasks, found.average_time_minutes, found.cost, found.by_status) == (0, None, None, {})
+
+
+def test_the_average_is_from_the_first_start_to_the_landing() -> None:
+    """Attempts that failed count in; what did not land, or was found on the target without a start, does not."""
+    tasks = {
+        "a": task(TaskStatus.LANDED, 0.0, 60.0),
+        "b": task(TaskStatus.LANDED, 120.0),
+        "adopted": task(TaskStatus.LANDED),
+        "failed": task(TaskStatus.FAILED, 0.0),
+    }
+    landed_at = {"a": 180.0, "b": 180.0, "adopted": 500.0, "failed": 9_000.0}
+    assert measure(tasks, landed_at).average_time_minutes == 2.0
+
+
+@pytest.mark.parametrize(("landed_at", "minutes"), [(None, None), (160.0, 1.0), (50.0, 0.0)])
+def test_a_clock_that_was_set_back_gives_no_negative_time(landed_at: float | None, minutes: float | None) -> None:
+    """It is nothing rather than less than nothing; without an instant it is not known."""
+    assert minutes_to_land(task(TaskStatus.LANDED, 100.0), landed_at) == minutes
+
+
+def test_what_was_spent_is_that_of_all_attempts() -> None:
+    """Tokens add up; the cost is null only where nobody told."""
+    tasks = {
+        "a": task(TaskStatus.FAILED, 0.0, 1.0, input_tokens=10, output_tokens=1, cost=0.5),
+        "b": task(TaskStatus.LANDED, 0.0, input_tokens=5),
+    }
+    found = measure(tasks, {})
+    assert (found.input_tokens, found.output_tokens, found.cost) == (25, 2, 1.0)
+    assert measure({"b": tasks["b"]}, {}).cost is None

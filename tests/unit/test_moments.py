@@ -1,0 +1,61 @@
+"""What a person may write for a moment of the log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from orchestrator.cli.moment import parse_instant
+from orchestrator.state.reading import newest_until
+
+NOW = 1767323045.0  # 2026-01-02 03:04:05 UTC
+
+
+@pytest.fixture
+def zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine whose clocks are two hours ahead (POSIX counts the other way)."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "EET-2")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.parametrize(
+    ("text", "instant"),
+    [
+        ("2h", NOW - 7200),
+        ("5m ago", NOW - 300),
+        ("1d12h", NOW - 129_600),
+        ("400d", NOW - 400 * 86400),
+        ("2026-01-02T03:04:05Z", NOW),
+        ("2026-01-02 03:04:05.5+00:00", NOW + 0.5),
+        ("2026-01-02T05:04:05", NOW),
+        ("2026-01-02", NOW - (5 * 3600 + 4 * 60 + 5)),
+    ],
+)
+def test_times_are_read(zone: None, text: str, instant: float) -> None:
+    """ISO 8601, in the local zone if it names none, or how long ago."""
+    assert parse_instant(text, NOW) == instant
+
+
+@pytest.mark.parametrize("text", ["", "ago", "yesterday", "2 h", "-2h", "2026-13-01", "20260102-030405-ab12/1", "0s"])
+def test_what_is_no_time_is_none(text: str) -> None:
+    """A checkpoint's id, for one."""
+    assert parse_instant(text, NOW) is None
+
+
+def test_an_instant_before_all_years_is_no_fault(zone: None) -> None:
+    """The first day of the calendar is one that the machine may not be able to count from its epoch."""
+    assert parse_instant("0001-01-01", NOW) in {None, -62135604000.0}
+
+
+@pytest.mark.parametrize(
+    ("instant", "position"), [(0.0, None), (10.0, 1), (15.0, 4), (20.0, 4), (25.0, 4), (29.9, 4), (30.0, 5)]
+)
+def test_of_times_that_jump_back_the_newest_counts(instant: float, position: int | None) -> None:
+    """The clock said 10, 20, was set back to 12, and went on."""
+    times = [(1, 10.0), (2, 20.0), (3, 12.0), (4, 15.0), (5, 30.0)]
+    assert newest_until(times, instant) == position
