@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
 from orchestrator.cli.command import Context, json_option, opened, perform, run_argument, show_result
-from orchestrator.cli.figures import figures
 from orchestrator.cli.output import plain
-from orchestrator.domain.metrics import Metrics
 from orchestrator.engine.report import RunReport, RunStatus
+
+if TYPE_CHECKING:
+    from orchestrator.domain.metrics import Metrics
 
 #: How runs stand that are not over.
 _ACTIVE = frozenset({RunStatus.RUNNING, RunStatus.INTERRUPTED})
@@ -66,6 +68,8 @@ def runs(active: bool, as_json: bool) -> None:
 
 
 def _run_line(report: RunReport, metrics: Metrics) -> str:
+    from orchestrator.cli.figures import figures  # noqa: PLC0415  `status` is quicker without
+
     landed = f"{metrics.completed} of {metrics.total_tasks} landed on {report.target}"
     return plain(f"{report.run}  {report.status:<12} {', '.join(filter(None, [landed, figures(metrics)]))}")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import fmean
 
 from orchestrator.domain.model import FINAL, REVIVABLE, TaskDocument, TaskStatus
 
@@ -64,7 +63,7 @@ def measure(tasks: Mapping[str, TaskDocument], landed_at: Mapping[str, float]) -
         in_progress=len(tasks) - pending - over,
         failed=sum(counts[status] for status in REVIVABLE),
         pending=pending,
-        average_time_minutes=fmean(known) if known else None,
+        average_time_minutes=sum(known) / len(known) if known else None,
         by_status={status.value: counts[status] for status in TaskStatus if counts[status]},
         input_tokens=sum(one.input_tokens for one in attempts),
         output_tokens=sum(one.output_tokens for one in attempts),

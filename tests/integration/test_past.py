@@ -194,13 +194,14 @@ async def test_the_log_is_cut_as_asked(project: Repository) -> None:
 
 async def test_what_a_terminal_would_obey_is_not_printed(project: Repository) -> None:
     """Whatever stands in documents, events and keys."""
-    evil = "\x1b[2J\rhidden"
+    evil = "\x1b]0;title\x07hidden\u202e"
     await add(project, Commit([Write(Key("note", evil), 0, {evil: evil})], [Event("noted", {"task": evil})]))
-    for words in (["log"], ["at", "now"], ["at", "now", "note/*"], ["diff", "11"], ["history", f"note/{evil}"]):
+    await add(project, Commit([Write(Key("note", evil), 1, {evil: ""})]))
+    for words in (["log"], ["at", "now"], ["at", "now", "note/*"], ["diff", "12"], ["history", f"note/{evil}"]):
         ended = project.council("state", *words)
         assert ended.code == 0, ended
         assert "hidden" in ended.stdout
-        assert not {"\x1b", "\r"} & set(ended.stdout)
+        assert not {*"\x1b\x07\u202e"} & set(ended.stdout)
 
 
 async def test_another_store_can_be_looked_at(project: Repository, tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ import pytest
 
 from orchestrator.domain.metrics import measure, minutes_to_land
 from orchestrator.domain.model import Attempt, TaskDocument, TaskStatus
+from orchestrator.engine.overview import landing_times
+from orchestrator.protocols import Document, Key
 
 
 def task(status: TaskStatus, *starts: float, **spent: Any) -> TaskDocument:
@@ -50,6 +52,13 @@ def test_the_average_is_from_the_first_start_to_the_landing() -> None:
 def test_a_clock_that_was_set_back_gives_no_negative_time(landed_at: float | None, minutes: float | None) -> None:
     """It is nothing rather than less than nothing; without an instant it is not known."""
     assert minutes_to_land(task(TaskStatus.LANDED, 100.0), landed_at) == minutes
+
+
+def test_a_landing_is_when_the_tasks_document_was_written() -> None:
+    """Unless what was written is lost: then the time is of something that is not known."""
+    tasks = {name: task(TaskStatus.LANDED, 0.0) for name in ("a", "lost")} | {"failed": task(TaskStatus.FAILED, 0.0)}
+    documents = {name: Document(Key("task", name), 1, b"{}", 1, name == "lost", 60.0) for name in tasks}
+    assert landing_times(tasks, documents) == {"a": 60.0}
 
 
 def test_what_was_spent_is_that_of_all_attempts() -> None:
