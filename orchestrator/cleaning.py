@@ -6,7 +6,7 @@ that may be nowhere else goes only where that is asked for; branches that keep w
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from orchestrator.repo.git import Git
 from orchestrator.repo.hub import Hub
 from orchestrator.repo.places import Place, empty_trash, place_of, throw_away
 from orchestrator.repo.removal import disk_usage, remove_all
+from orchestrator.state.checkpoints import Maker, create
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Cleaner:
         store: Store | None = None,
     ) -> None:
         """Take the folder of all hubs, and a project together with its store."""
-        self._environ = environ
+        self._environ, self._store = environ, store
         self._survey = Survey(home, environ, clock, project, store)
 
     async def find(self, *, logs: float | None = None) -> list[Leftover]:
@@ -61,8 +62,19 @@ class Cleaner:
         return [await anyio.to_thread.run_sync(_measured, one) for one in found]
 
     async def remove(self, found: Sequence[Leftover]) -> list[Removal]:
-        """Remove what `find` returned, whether left over or kept, but nothing that came to be needed since."""
+        """Remove what `find` returned, whether left over or kept, but nothing that came to be needed since.
+
+        Of each run that it is of, a checkpoint is made first.
+        """
+        await self._make_checkpoints({one.run for one in found if one.run is not None})
         return [Removal(one, await self._problem(replace(one, bytes=0))) for one in found]
+
+    async def _make_checkpoints(self, runs: Collection[str]) -> None:
+        known = await self._survey.runs()
+        for run in sorted(known.keys() & runs):
+            with suppress(StoreUnavailable):  # on a disk that is full, to clean is the remedy
+                if self._store is not None:
+                    await create(self._store, run, "before clean", maker=Maker.COUNCIL, is_live=False)
 
     async def _problem(self, one: Leftover) -> str | None:
         removals = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -21,6 +21,8 @@ from orchestrator.protocols import Record, RecordedEvent, Store
 from orchestrator.repo.checkout import check_own
 from orchestrator.repo.hub import Hub
 from orchestrator.runs import Runs
+from orchestrator.state import checkpoints
+from orchestrator.state.checkpoints import Checkpoint, Restoration
 from orchestrator.state.file import FileStore
 
 # Looking at a run must be quick: what it takes to run one, or to read a file, is imported where that is asked for.
@@ -30,12 +32,15 @@ if TYPE_CHECKING:
     from orchestrator.cleaning import Cleaner
     from orchestrator.config.model import RunConfig
     from orchestrator.config.schema import Config
+    from orchestrator.engine.restoring import Restored
     from orchestrator.execution import Execution
     from orchestrator.past import Past
     from orchestrator.plugins import Plugins
 
 #: The events behind which nothing more comes of a run, for now.
 _LAST_EVENTS = frozenset({"run.finished", "run.interrupted"})
+#: The events that may come behind those without anybody being at work again.
+_LATER_EVENTS = frozenset({"checkpoint.created", "checkpoint.restored", "run.seized"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +170,32 @@ class Council:
         await (await self._executing()).ask(run, action, tasks)
         return await self.status(run)
 
+    async def checkpoint(self, run: str | None = None, *, reason: str = "by hand", whole: bool = False) -> Checkpoint:
+        """Make a checkpoint of a run as it stands now, or with `whole` of all the project's runs."""
+        if whole:
+            return await checkpoints.create(self._store, None, reason)
+        run = run or await self.newest_run()
+        is_live = False
+        with suppress(RefusedError):  # one that has lost its repositories is at an end, and can be looked at
+            is_live = await self.is_live(run)
+        return await checkpoints.create(self._store, run, reason, is_live=is_live)
+
+    async def checkpoints(self, run: str | None = None) -> list[Checkpoint]:
+        """Return the checkpoints of a run (`all`: those of all runs together), or all there are, the oldest first."""
+        return await checkpoints.listed(self._store, run)
+
+    async def restoration(self, checkpoint: str) -> Restoration:
+        """Return what `restore` would change now. RefusedError where the log does not go back so far any more."""
+        return await checkpoints.restoration(self._store, checkpoint)
+
+    async def restore(self, checkpoint: str, *, force: bool = False) -> Restored:
+        """Go back to a checkpoint, by its id; a new one is made of how things stand, and `resume` goes on from the old.
+
+        What has landed stays landed. RefusedError while a process is at work in a run that this would change; with
+        `force` it is taken over instead, and that process ends at its next step.
+        """
+        return await (await self._executing()).restore(checkpoint, force=force)
+
     def stop(self) -> None:
         """End what is under way here cleanly: sessions are stopped, what they did is kept.
 
@@ -216,9 +247,9 @@ class Council:
             async for record in records:
                 for event in record.events:
                     run = run or event.data.get("run")
-                    if event.data.get("run") == run:
+                    if run is not None and event.data.get("run") == run:
                         yield RecordedEvent(record.position, record.time, event)
-                        is_over = event.type in _LAST_EVENTS
+                        is_over = event.type in _LAST_EVENTS or (is_over and event.type in _LATER_EVENTS)
                 # What was resumed has more behind its end.
                 if is_over and record.position >= await self.position():
                     return

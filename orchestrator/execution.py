@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from pathlib import Path
 
 import anyio
 import anyio.to_thread
@@ -14,11 +15,12 @@ from orchestrator.domain.dispatch import Board
 from orchestrator.domain.model import FINAL, Action, RunDocument
 from orchestrator.domain.secrets import Redactor, secret_values
 from orchestrator.engine.capacity import Capacity
-from orchestrator.engine.ledger import Ledger, new_run_id, read_requests, read_run, read_task, seed
+from orchestrator.engine.ledger import Ledger, new_run_id, read_requests, read_run, read_task, seed, seize
 from orchestrator.engine.preflight import check_run
 from orchestrator.engine.recovery import recover
 from orchestrator.engine.report import RunReport, RunStatus
 from orchestrator.engine.requests import check_request, is_answered, obey, submit
+from orchestrator.engine.restoring import Restored, restore
 from orchestrator.engine.scheduler import Scheduler
 from orchestrator.engine.sinks import Outlet, feeding
 from orchestrator.engine.workshop import Workshop, open_workshop
@@ -26,10 +28,12 @@ from orchestrator.errors import LockHeld, RefusedError
 from orchestrator.filelock import HeldLock
 from orchestrator.plugins import Plugins
 from orchestrator.project import exclude_from_git
+from orchestrator.protocols import Guard
 from orchestrator.repo.hub import Hub
 from orchestrator.repo.site import find_site
 from orchestrator.runs import Runs
 from orchestrator.sessions.supervised import forking
+from orchestrator.state.checkpoints import Maker, create, restoration
 from orchestrator.tracking import with_tracked
 
 #: Seconds that a killed owner's last git commands get to end before a resume gives up waiting for them.
@@ -179,6 +183,9 @@ class Execution:
             record.run.check_task(task)
         check_request(action, tasks, record.tasks, record.blocked())
         named = tasks or [task for task, one in record.tasks.items() if one.status not in FINAL]
+        if action is Action.CANCEL:
+            is_live = await runs.is_live(run)
+            await create(runs.store, run, "before cancel", maker=Maker.COUNCIL, is_live=is_live)
         asked = await submit(runs.store, runs.clock, run, action, named)
         hub = await runs.hub(record.run)
         while not await is_answered(runs.store, run, asked):
@@ -205,6 +212,32 @@ class Execution:
                 while (await read_task(store, run, task)).status not in FINAL:  # noqa: ASYNC110  another process
                     await anyio.sleep(_ANSWER_PAUSE)
 
+    async def restore(self, checkpoint: str, *, force: bool) -> Restored:
+        """See `Council.restore`."""
+        store, guards = self._runs.store, dict[str, Guard]()
+        async with AsyncExitStack() as stack:
+            # Until it is ours, a run may go on, and so may others be changed meanwhile that were as they had been.
+            while True:
+                found = await restoration(store, checkpoint)
+                new = [run for run in found.runs.values() if run.id not in guards]
+                if not new:
+                    return await restore(store, found, list(guards.values()), self._runs.environ)
+                for run in new:
+                    await self._hold(stack, run, force=force)
+                for run in new:
+                    guards[run.id] = await seize(store, self._runs.clock, run.id)
+
+    async def _hold(self, stack: AsyncExitStack, run: RunDocument, *, force: bool) -> None:
+        """Keep everybody else from beginning to work in a run; with `force`, somebody may be at work in it."""
+        hub = Hub(Path(run.hub))
+        if not await anyio.to_thread.run_sync(hub.trusted.is_dir):  # nobody can work without it
+            return
+        try:
+            await stack.enter_async_context(self._ownership(hub, run.id))
+        except LockHeld as held:
+            if not force:
+                raise _is_at_work(run.id, held, or_else="take it over by --force") from None
+
     def stop(self) -> None:
         """See `Council.stop`."""
         self._stopping = True
@@ -212,8 +245,8 @@ class Execution:
             scheduler.stop()
 
 
-def _is_at_work(run: str, held: LockHeld) -> RefusedError:
-    remedy = "wait for it, or stop it with SIGINT"
+def _is_at_work(run: str, held: LockHeld, *, or_else: str = "") -> RefusedError:
+    remedy = ", or ".join(filter(None, ("wait for it", "stop it with SIGINT", or_else)))
     if not held.owner_lives:
         remedy = f"end what it left running: `fuser {held.path}` names it"
     return RefusedError(f"run {run} is at work under {held.holder}", remedy)

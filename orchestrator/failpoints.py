@@ -17,6 +17,9 @@ FAILPOINTS: Final = frozenset(
         "run.seeded",  # the run and its tasks are in the store
         "run.claimed",  # this process is the run's owner, under a new epoch
         "run.finished",  # the run's end is in the store
+        "run.seized",  # this process is the run's owner, to restore a checkpoint
+        "checkpoint.created",  # a checkpoint is in the store
+        "checkpoint.restored",  # the state is as it was, in the store
         "attempt.recorded",  # the attempt is in the store, nothing of it exists yet
         "place.half_made",  # a place's folder exists, its checkout does not
         "place.moved",  # a place that was taken is at another commit than recorded

@@ -52,9 +52,14 @@ async def _kept(council: Council, run: str | None) -> Iterable[str]:
     return [one.name for one in await council.archive.kept(run or await council.newest_run())]
 
 
+async def _checkpoints(council: Council, run: str | None) -> Iterable[str]:
+    return [one.id for one in await council.checkpoints(run)][::-1]
+
+
 _ALL = {*TaskStatus, "blocked"}
 complete_runs = _completer(_runs)
 complete_tasks = _tasks(_ALL)
 complete_live_tasks = _tasks(_ALL - FINAL)
 complete_revivable_tasks = _tasks(REVIVABLE)
 complete_kept = _completer(_kept)
+complete_checkpoints = _completer(_checkpoints)

@@ -99,15 +99,18 @@ class TaskDocument(_Document):
     """The commit that the next attempt's worktree begins at, to mend what the last one built."""
     feedback: str | None = None
     """What the next attempt is told about the last one, beside its prompt."""
+    current: int | None = None
+    """The number of the attempt that all this is about, where later ones were made before a checkpoint was restored."""
 
     @property
     def attempt(self) -> Attempt:
-        """The newest attempt."""
-        return self.attempts[-1]
+        """The attempt that the status is about: the newest, but for what came of a checkpoint."""
+        return self.attempts[-1 if self.current is None else self.current - 1]
 
     def with_attempt(self, **changes: Any) -> tuple[Attempt, ...]:
-        """Return the attempts with the newest one changed."""
-        return (*self.attempts[:-1], self.attempt.model_copy(update=changes))
+        """Return the attempts with that one changed."""
+        changed = self.attempt.model_copy(update=changes)
+        return tuple(changed if one.number == changed.number else one for one in self.attempts)
 
 
 class RunDocument(_Document):

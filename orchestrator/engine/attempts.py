@@ -121,7 +121,7 @@ class Attempts:
         )
         attempts = (*self.ledger.task(work.task).attempts, attempt)
         details = {"base": what.base, "adapter": work.spec.adapter}
-        await self.ledger.change(work.task, Trigger.START, details, attempts=attempts)
+        await self.ledger.change(work.task, Trigger.START, details, attempts=attempts, current=None)
         failpoint("attempt.recorded")
         finished = await work.session.run()
         after = await self._record(work, finished)

@@ -20,6 +20,7 @@ from orchestrator.domain.model import AdapterDocument, Request, RunDocument, Tas
 from orchestrator.errors import RefusedError
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Store, Write
+from orchestrator.state.checkpoints import Maker, create, prune
 
 if TYPE_CHECKING:
     from orchestrator.config.model import TaskSpec
@@ -50,6 +51,9 @@ TASK_EVENTS: Mapping[Trigger, str] = {
     Trigger.REVIVE: "task.revived",
 }
 
+
+#: How many of the checkpoints stay that a run makes by the clock.
+KEPT_CHECKPOINTS = 12
 
 #: Thousands of documents are validated in one go: one call for each would cost several times as much.
 _TASKS = cache(lambda: TypeAdapter(list[TaskDocument]))
@@ -199,6 +203,24 @@ async def _named(store: Store, kind: str, run: str) -> dict[str, Document]:
     return {found.key.id[len(prefix) :]: found for found in await store.list(kind, prefix)}
 
 
+async def _next_lease(store: Store, clock: Clock, run: str) -> tuple[Write, int]:
+    """Return the write that makes this process a run's owner, and the epoch under which it is."""
+    lease = await store.get(_lease_key(run))
+    version = lease.version if lease else 0
+    # Each owner writes the lease once: its version is the epoch, and known even where its bytes are damaged.
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": clock.now(), "epoch": version + 1}
+    return Write(_lease_key(run), version, owner), version + 1
+
+
+async def seize(store: Store, clock: Clock, run: str) -> Guard:
+    """Become a run's owner under the next epoch without working in it; whoever was can write nothing any more."""
+    write, epoch = await _next_lease(store, clock, run)
+    seized = Event("run.seized", {"run": run, "epoch": epoch, "pid": os.getpid()})
+    await store.commit(Commit([write], [seized]))
+    failpoint("run.seized")
+    return Guard(_lease_key(run), epoch)
+
+
 class Update(NamedTuple):
     """What an event says of a task, and which fields of its document change."""
 
@@ -224,11 +246,8 @@ class Ledger:
     async def take(cls, store: Store, clock: Clock, run: str, redactor: Redactor, facts: JsonObject) -> Ledger:
         """Load a run and become its owner under the next epoch; `facts` are recorded with that."""
         ledger = cls(store, clock, await read_run(store, run), await read_tasks(store, run), redactor)
-        lease = await store.get(_lease_key(run))
-        # Each owner writes the lease once: its version is the epoch, and known even where its bytes are damaged.
-        epoch = 1 + (lease.version if lease else 0)
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": clock.now(), "epoch": epoch}
-        writes = [Write(_lease_key(run), lease.version if lease else 0, owner)]
+        lease, epoch = await _next_lease(store, clock, run)
+        writes = [lease]
         found = await store.get(run_key(run))
         if found is not None and ledger.run.ended is not None:
             ledger.run = ledger.run.model_copy(update={"ended": None})
@@ -285,6 +304,11 @@ class Ledger:
         value = self._redacted(learned.model_dump(mode="json"))
         recorded = self._event(event, {"adapter": adapter, **details})
         await self._store.commit(Commit([Write(key, found.version if found else 0, value)], [recorded], self._guards))
+
+    async def checkpoint(self) -> None:
+        """Make the checkpoint that is due by the clock; of those before it the newest stay."""
+        await create(self._store, self.run.id, "a run at work", maker=Maker.CLOCK, guards=self._guards)
+        await prune(self._store, self.run.id, KEPT_CHECKPOINTS, self._guards)
 
     async def requests(self) -> list[Request]:
         """Return what was asked of the run's owner and is not done yet, the oldest first."""

@@ -29,6 +29,7 @@ from orchestrator.sessions.supervised import wait_released
 REAP_LIMIT = 30.0
 
 _CUT_OFF = "the orchestrator ended before the session did"
+_TURNED_BACK = "a checkpoint was restored that is older than the end of its session"
 _UNCHECKED = "the orchestrator ended before the checks did"
 
 
@@ -48,20 +49,27 @@ async def recover(ledger: Ledger, shop: Workshop, clock: Clock) -> None:
     for worktree in worktrees.left_over(shop.hub, ledger.run.id, ledger.run.tasks):
         await _reap(ledger, shop, clock, worktree)
     for task in ledger.run.tasks:
-        document = ledger.task(task)
-        label = f"{ledger.run.id}/{task}"
-        if document.status in FINAL or document.status is TaskStatus.LANDING:
-            continue
-        if label in landed:
-            await ledger.change(task, Trigger.ADOPT, {"landed": landed[label]}, landed=landed[label], reason=None)
-        elif document.status is TaskStatus.RUNNING:  # recorded, but nothing of it was made
-            await _return(ledger, clock, task, None)
-        elif document.status is TaskStatus.CHECKING:
-            await ledger.change(task, Trigger.REQUEUE, {"reason": _UNCHECKED}, reason=_UNCHECKED)
+        await _bring_back(ledger, clock, task, landed.get(f"{ledger.run.id}/{task}"))
     for task in ledger.damaged:
         if ledger.task(task).status not in FINAL:
             reason = "its record in the state log is damaged, what it did is not known: run it again in a new run"
             await ledger.change(task, Trigger.DISTRUST, {"reason": reason}, reason=reason)
+
+
+async def _bring_back(ledger: Ledger, clock: Clock, task: str, landed: str | None) -> None:
+    """Return a task to where it can go on from; `landed` is the commit that it is on the target by, if it is."""
+    document = ledger.task(task)
+    if document.status in FINAL or document.status is TaskStatus.LANDING:
+        return
+    if landed is not None:
+        await ledger.change(task, Trigger.ADOPT, {"landed": landed}, landed=landed, reason=None)
+    elif document.status is TaskStatus.RUNNING and document.attempt.ended is not None:
+        details = {"reason": _TURNED_BACK, "branch": document.attempt.branch}
+        await ledger.change(task, Trigger.INTERRUPT, details, **details)
+    elif document.status is TaskStatus.RUNNING:  # recorded, but nothing of it was made
+        await _return(ledger, clock, task, None)
+    elif document.status is TaskStatus.CHECKING:
+        await ledger.change(task, Trigger.REQUEUE, {"reason": _UNCHECKED}, reason=_UNCHECKED)
 
 
 async def _reap(ledger: Ledger, shop: Workshop, clock: Clock, worktree: Worktree) -> None:

@@ -212,7 +212,7 @@ def _task(task: str, document: TaskDocument, adapter: str, why_blocked: str | No
     if why_blocked is not None and document.status is TaskStatus.PENDING:
         state, reason = "blocked", why_blocked
     attempts = document.attempts
-    newest = attempts[-1] if attempts else None
+    newest = document.attempt if attempts else None
     outcome = None if newest is None else newest.outcome
     costs = [one.cost for one in attempts if one.cost is not None]
     return TaskReport(
