@@ -37,7 +37,7 @@ SENTENCES: Mapping[str, str] = {
     "adapter.closed": "adapter {adapter} is stopped: {reason}",
     "run.interrupted": "interrupted: `council resume {run}` goes on",
     "run.seized": "taken over by process {pid}, to restore a checkpoint",
-    "checkpoint.restored": "is as it was at checkpoint {checkpoint}; how it stood before is checkpoint {before}",
+    "checkpoint.restored": "checkpoint {checkpoint} was restored",
     "run.target_unreachable": "the target can't be looked at: {reason}",
     "task.started": "started (attempt {attempt}, {adapter})",
     "task.retrying": "failed: {reason}; another try follows",

@@ -20,6 +20,8 @@ from tests.waiting import wait_for
 
 #: Reached by a request from another process; see below.
 OF_REQUESTS = frozenset(name for name in FAILPOINTS if name.startswith("request."))
+#: Reached by making or restoring a checkpoint; see tests/crash/test_checkpoints.py.
+OF_CHECKPOINTS = frozenset({"run.seized", "checkpoint.created", "checkpoint.restored"})
 #: Reached only once by the tasks of `chain_and_sides`.
 ONCE = frozenset({"run.seeded", "run.claimed", "run.finished", "adapter.parked", "landing.bounced"})
 IN_RECOVERY = frozenset(name for name in FAILPOINTS if name.startswith("recovery."))
@@ -94,7 +96,7 @@ async def finish(repository: Repository, count: int) -> Ended:
     return ended
 
 
-@pytest.mark.parametrize("name", sorted(FAILPOINTS - IN_RECOVERY - OF_REQUESTS))
+@pytest.mark.parametrize("name", sorted(FAILPOINTS - IN_RECOVERY - OF_REQUESTS - OF_CHECKPOINTS))
 @pytest.mark.parametrize("hit", [1, pytest.param(3, marks=pytest.mark.slow)])
 async def test_killed_at_a_failpoint(repository: Repository, name: str, hit: int) -> None:
     """A kill right after any persisted or outward step loses nothing and repeats nothing."""
