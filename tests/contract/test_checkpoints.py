@@ -1,0 +1,318 @@
+"""Checkpoints, on both stores of one machine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from orchestrator.domain.model import Attempt, RunDocument, TaskDocument, TaskStatus
+from orchestrator.errors import HistoryGone, LeaseLost, RefusedError
+from orchestrator.protocols import Commit, Document, Guard, JsonObject, Key, State, Store, Write
+from orchestrator.state.checkpoints import (
+    WHOLE,
+    LiveSession,
+    Maker,
+    contents,
+    create,
+    listed,
+    prune,
+    read,
+    restoration,
+)
+from orchestrator.state.file import FileStore
+from orchestrator.state.memory import MemoryStore
+from orchestrator.testing.clock import ManualClock
+
+RUN = "20260102-030405-ab12"
+LEASE = Key("lease", f"run/{RUN}")
+
+
+@pytest.fixture(params=["memory", "file"])
+async def stores(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[list[Store]]:
+    """Two openings of one store; in memory the same one twice."""
+    clock = ManualClock()
+    async with AsyncExitStack() as stack:
+        if request.param == "memory":
+            yield [MemoryStore(clock)] * 2
+        else:
+            yield [await stack.enter_async_context(FileStore.open(tmp_path / "state", clock)) for _ in range(2)]
+
+
+@pytest.fixture
+def store(stores: list[Store]) -> Store:
+    """The first of them."""
+    return stores[0]
+
+
+def run_document(run: str = RUN, tasks: tuple[str, ...] = ("a", "b"), **changes: Any) -> JsonObject:
+    """Return a run's document."""
+    facts = {"config": "f", "repo": "r", "is_url": False, "base": "main", "target": "main", "capacity": 1}
+    more = {"session_memory": 1, "adapters": {}, "fence": {}, "worktrees": {}, "start": "a" * 40, "hub": "/nowhere"}
+    made = RunDocument.model_validate({"id": run, "tasks": tasks, "started": 1.0, **facts, **more, **changes})
+    return made.model_dump(mode="json")
+
+
+def task(status: TaskStatus = TaskStatus.PENDING, attempts: int = 0, **changes: Any) -> JsonObject:
+    """Return a task's document; of its attempts the last is at work if the task is."""
+    made = tuple(
+        Attempt(number=number, adapter="x", base="c" * 40, started=1.0, ended=2.0, outcome="crash")
+        for number in range(1, attempts + 1)
+    )
+    if status is TaskStatus.RUNNING:
+        made = (*made[:-1], made[-1].model_copy(update={"ended": None, "outcome": None}))
+    return TaskDocument(status=status, attempts=made, **changes).model_dump(mode="json")
+
+
+async def put(store: Store, values: Mapping[Key, JsonObject | None], *guards: Guard) -> None:
+    """Write documents over whatever is there, by one commit."""
+    found = {key: await store.get(key) for key in values}
+    writes = [Write(key, one.version if (one := found[key]) else 0, value) for key, value in values.items()]
+    await store.commit(Commit(writes, (), guards))
+
+
+async def seed(store: Store, run: str = RUN, **tasks: JsonObject) -> None:
+    """Record a run with these tasks."""
+    own = {Key("task", f"{run}/{name}"): value for name, value in tasks.items()}
+    await put(store, {Key("run", run): run_document(run, tuple(tasks)), **own})
+
+
+def key(name: str, run: str = RUN) -> Key:
+    """Return the key of a task."""
+    return Key("task", f"{run}/{name}")
+
+
+async def test_a_checkpoint_says_where_and_how_things_stood(store: Store) -> None:
+    """Position, reason, status, tasks by status and live sessions are those of the moment."""
+    await seed(store, a=task(TaskStatus.RUNNING, 2), b=task(), c=task())
+    position = await store.position()
+    made = await create(store, RUN, "before lunch")
+    assert (made.id, made.run, made.number, made.position) == (f"{RUN}/1", RUN, 1, position)
+    assert (made.reason, made.maker, made.status) == ("before lunch", Maker.HAND, "running")
+    assert made.phase == {"running": 1, "pending": 2}
+    assert list(made.sessions) == [LiveSession(RUN, "a", 2, "running")]
+    assert await read(store, made.id) == made
+    assert (await create(store, RUN, "x", is_live=False)).status == "interrupted"
+    await put(store, {Key("run", RUN): run_document(ended=5.0)})
+    assert (await create(store, RUN, "x")).status == "incomplete"
+    found = (await store.history(Key("checkpoint", f"{RUN}/1"), 1))[0]
+    assert [(one.type, one.data["checkpoint"]) for one in found.events] == [("checkpoint.created", f"{RUN}/1")]
+
+
+async def test_numbers_rise_and_are_never_used_again(store: Store) -> None:
+    """What was pruned leaves its number taken; each run and the whole store count for themselves."""
+    await seed(store, a=task())
+    for _ in range(2):
+        await create(store, RUN, "x", maker=Maker.CLOCK)
+    assert await prune(store, RUN, 0) == [f"{RUN}/1", f"{RUN}/2"]
+    assert (await create(store, RUN, "x")).id == f"{RUN}/3"
+    assert (await create(store, None, "x")).id == f"{WHOLE}/1"
+
+
+async def test_many_at_once_never_collide(stores: list[Store]) -> None:
+    """Each of two openings makes several side by side: all get numbers of their own."""
+    await seed(stores[0], a=task())
+    made: list[str] = []
+
+    async def one(store: Store) -> None:
+        made.append((await create(store, RUN, "x")).id)
+
+    async with anyio.create_task_group() as group:
+        for store in [*stores] * 4:
+            group.start_soon(one, store)
+    assert sorted(made) == sorted(f"{RUN}/{number}" for number in range(1, 9))
+    assert [one.number for one in await listed(stores[0], RUN)] == list(range(1, 9))
+
+
+async def test_pruning_spares_what_was_not_made_by_the_clock(store: Store) -> None:
+    """Of those made by the clock the newest stay, all others, too."""
+    await seed(store, a=task())
+    for maker in (Maker.CLOCK, Maker.HAND, Maker.CLOCK, Maker.COUNCIL, *[Maker.CLOCK] * 10):
+        await create(store, RUN, "x", maker=maker)
+    await prune(store, RUN, 3)
+    assert [one.number for one in await listed(store, RUN)] == [2, 4, 12, 13, 14]
+    assert await prune(store, RUN, 3) == []
+
+
+async def test_contents_are_those_of_then(store: Store) -> None:
+    """The run's documents come as they were, those of other runs not at all."""
+    await seed(store, a=task())
+    await seed(store, "other", a=task())
+    await put(store, {LEASE: {"epoch": 1}})
+    made = await create(store, RUN, "x")
+    await put(store, {key("a"): task(TaskStatus.FAILED, 1), Key("request", f"{RUN}/1"): {"x": 1}})
+    found = await contents(store, made.id)
+    assert set(found) == {Key("run", RUN), key("a"), LEASE}
+    assert found[key("a")].value == task()
+    assert {Key("run", "other"), key("a", "other")} < set(await contents(store, (await create(store, None, "x")).id))
+
+
+async def test_a_restoration_writes_old_values_over_new_versions(store: Store) -> None:
+    """What has changed is written back and goes on counting versions; the unchanged and the landed are not touched."""
+    await seed(store, a=task(TaskStatus.RUNNING, 1), b=task(), c=task(), d=task())
+    made = await create(store, RUN, "x")
+    changed = {"a": task(TaskStatus.FAILED, 2), "b": task(TaskStatus.LANDED, 1, landed="d" * 40)}
+    await put(store, {key(name): value for name, value in changed.items()})
+    await put(store, {key("d"): task(TaskStatus.CANCELLED), Key("run", RUN): run_document(tasks=("a",), ended=9.0)})
+    found = await restoration(store, made.id)
+    assert set(found.written) == {Key("run", RUN), key("a"), key("d")}
+    assert (found.deleted, found.left) == ([], {key("b"): "it has landed"})
+    await store.commit(Commit(found.writes))
+    back = await store.get(key("a"))
+    assert back is not None
+    assert (back.version, back.value["status"], len(back.value["attempts"])) == (3, "running", 2)
+    assert (await restoration(store, made.id)).writes == []
+    run = await store.get(Key("run", RUN))
+    assert run is not None
+    assert (run.value["ended"], run.value["tasks"]) == (None, ["a", "b", "c", "d"])
+
+
+@pytest.mark.parametrize("kind", ["lease", "request", "cursor", "adapter", "ports", "checkpoint"])
+async def test_kinds_that_are_never_turned_back(store: Store, kind: str) -> None:
+    """Whatever they were then, and also where they were not there, a restoration does not know them."""
+    await seed(store, a=task())
+    there = Key(kind, f"run/{RUN}" if kind == "lease" else f"{RUN}/9")
+    value = {"epoch": 1, "position": 1, "reason": "x", "maker": "hand", "status": None, "phase": {}, "sessions": []}
+    await put(store, {there: value})
+    made = await create(store, RUN, "x")
+    await put(store, {there: {**value, "epoch": 2}, Key(kind, f"{RUN}/10"): value})
+    found = await restoration(store, made.id)
+    assert (found.writes, found.left) == ([], {})
+
+
+async def test_a_run_whose_tasks_are_as_they_were_keeps_its_end(store: Store) -> None:
+    """The run's document goes with its tasks: by itself it would make an ended run look cut off."""
+    await seed(store, a=task())
+    made = await create(store, RUN, "x")
+    await put(store, {Key("run", RUN): run_document(ended=9.0), key("a"): task(TaskStatus.LANDED, 1, landed="d" * 40)})
+    found = await restoration(store, made.id)
+    assert (found.writes, found.left) == ([], {key("a"): "it has landed"})
+
+
+async def test_what_is_cut_off_now_has_the_run_go_on(store: Store) -> None:
+    """A run had ended, and was retried and killed: it has no end again, so that a resume looks after what is left."""
+    await seed(store, a=task(TaskStatus.FAILED, 1))
+    await put(store, {Key("run", RUN): run_document(ended=9.0)})
+    made = await create(store, RUN, "x")
+    await put(store, {Key("run", RUN): run_document(), key("a"): task(TaskStatus.RUNNING, 2)})
+    assert (await restoration(store, made.id)).runs[RUN].ended is None
+    await put(store, {key("a"): task(TaskStatus.FAILED, 2)})
+    assert (await restoration(store, made.id)).runs[RUN].ended == 9.0
+
+
+async def test_of_the_whole_store_what_began_since_stays_and_what_is_gone_comes_back(store: Store) -> None:
+    """A run that did not exist then is left alone, one that was cleaned away is there again."""
+    await seed(store, a=task(TaskStatus.LANDED, 1, landed="d" * 40))
+    await seed(store, "kept", a=task())
+    made = await create(store, None, "x")
+    assert (made.run, made.status, made.phase) == (None, None, {"landed": 1, "pending": 1})
+    await put(store, {Key("run", RUN): None, key("a"): None})
+    await seed(store, "new", a=task())
+    found = await restoration(store, made.id)
+    assert set(found.written) == {Key("run", RUN), key("a")}
+    assert (found.left, list(found.runs)) == ({Key("run", "new"): "it began since"}, [RUN])
+    await store.commit(Commit(found.writes))
+    assert (await restoration(store, made.id)).writes == []
+
+
+async def test_a_task_that_was_not_there_then_is_deleted_unless_it_landed(store: Store) -> None:
+    """What was added to a run since goes with it, but nothing that is on the target."""
+    await seed(store, a=task())
+    made = await create(store, RUN, "x")
+    landed = task(TaskStatus.LANDED, 1, landed="d" * 40)
+    await put(store, {key("b"): task(), Key("spec", f"{RUN}/b"): {"x": 1}, key("c"): landed})
+    found = await restoration(store, made.id)
+    assert (set(found.deleted), set(found.left)) == ({key("b"), Key("spec", f"{RUN}/b")}, {key("c")})
+
+
+async def test_what_is_not_there_is_refused(store: Store) -> None:
+    """A run or checkpoint that does not exist is told with what to do."""
+    with pytest.raises(RefusedError, match="there is no run"):
+        await create(store, "nonsense", "x")
+    with pytest.raises(RefusedError, match="council checkpoint list"):
+        await read(store, f"{RUN}/7")
+    assert await listed(store) == []
+
+
+async def test_a_stale_owner_makes_none(store: Store) -> None:
+    """Under a guard that holds no more neither a checkpoint is made nor one pruned."""
+    await seed(store, a=task())
+    await put(store, {LEASE: {"epoch": 2}})
+    await create(store, RUN, "x", maker=Maker.CLOCK)
+    with pytest.raises(LeaseLost):
+        await create(store, RUN, "x", guards=[Guard(LEASE, 1)])
+    with pytest.raises(LeaseLost):
+        await prune(store, RUN, 0, [Guard(LEASE, 1)])
+    assert len(await listed(store, RUN)) == 1
+
+
+class Forgetful(MemoryStore):
+    """A store whose log goes back to nowhere."""
+
+    async def at(self, position: int) -> State:
+        """Know nothing."""
+        raise HistoryGone(position, position + 1)
+
+
+async def test_a_checkpoint_older_than_the_log_is_refused() -> None:
+    """It is listed, but its contents are gone, and that is said."""
+    store = Forgetful(ManualClock())
+    await seed(store, a=task())
+    made = await create(store, RUN, "x")
+    for ask in (contents, restoration):
+        with pytest.raises(RefusedError, match="choose a later one"):
+            await ask(store, made.id)
+
+
+class Damaged(MemoryStore):
+    """A store that has lost the newest values of a task, now or at every position before."""
+
+    now: Key | None = None
+    then: Key | None = None
+
+    async def list(self, kind: str, prefix: str = "") -> list[Document]:
+        """Mark what is damaged now."""
+        return [one._replace(damaged=one.key == self.now) for one in await super().list(kind, prefix)]
+
+    async def at(self, position: int) -> State:
+        """Mark what was damaged then."""
+        found = await super().at(position)
+        marked = {name: one._replace(damaged=name == self.then) for name, one in found.documents.items()}
+        return State(found.position, found.time, marked)
+
+
+@pytest.mark.parametrize("when", ["now", "then"])
+async def test_what_is_damaged_stays_and_holds_nothing_else_up(when: str) -> None:
+    """Only the task that can't be trusted is left; the others are turned back."""
+    store = Damaged(ManualClock())
+    await seed(store, a=task(), b=task())
+    made = await create(store, RUN, "x")
+    await put(store, {key("a"): task(TaskStatus.FAILED, 1), key("b"): task(TaskStatus.FAILED, 1)})
+    setattr(store, when, key("a"))
+    found = await restoration(store, made.id)
+    assert found.written == [key("b")]
+    assert "damaged" in found.left[key("a")]
+    if when == "now":
+        assert (await create(store, RUN, "x")).phase == {"damaged": 1, "failed": 1}
+
+
+class Restless(MemoryStore):
+    """A store in which something is committed at every look."""
+
+    async def position(self) -> int:
+        """Commit, so that no two looks see the same."""
+        await put(self, {Key("x", "y"): {"n": await super().position()}})
+        return await super().position()
+
+
+async def test_between_the_commits_of_others_it_is_taken_from_the_log() -> None:
+    """Where no two looks agree, what the checkpoint says is still what its position holds."""
+    store = Restless(ManualClock())
+    await seed(store, a=task(), b=task())
+    made = await create(store, RUN, "x")
+    assert made.phase == {"pending": 2}
+    assert (await contents(store, made.id)).keys() == {Key("run", RUN), key("a"), key("b")}

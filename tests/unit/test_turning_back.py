@@ -1,0 +1,68 @@
+"""What a task comes back as, by its document then and its document now."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestrator.domain.model import Attempt, Intent, TaskDocument, TaskStatus
+from orchestrator.domain.turning_back import turn_back
+
+BASE, COMMIT = "a" * 40, "b" * 40
+
+
+def attempt(number: int, outcome: str | None = "built") -> Attempt:
+    """Return an attempt; with no outcome it is at work."""
+    ended = None if outcome is None else 10.0 * number + 5
+    return Attempt(number=number, adapter="x", base=BASE, started=10.0 * number, ended=ended, outcome=outcome)
+
+
+@pytest.mark.parametrize("status", [one for one in TaskStatus if one is not TaskStatus.LANDED])
+def test_what_has_landed_or_may_have_stays(status: TaskStatus) -> None:
+    """A landing is a fact of the target: no task turns back from it or to it."""
+    then = TaskDocument(status=status, attempts=(attempt(1),))
+    landed = TaskDocument(status=TaskStatus.LANDED, attempts=(attempt(1),), landed=COMMIT)
+    landing = TaskDocument(
+        status=TaskStatus.LANDING, attempts=(attempt(1),), intent=Intent(old=BASE, new=COMMIT, recorded=1.0)
+    )
+    assert turn_back(then, landed) == "it has landed"
+    assert "may have landed" in str(turn_back(then, landing))
+    if status is not TaskStatus.LANDING:
+        assert turn_back(landed, then) == "the target has lost it since"
+
+
+@pytest.mark.parametrize("status", [TaskStatus.RUNNING, TaskStatus.PENDING])
+def test_the_next_attempt_is_a_new_one(status: TaskStatus) -> None:
+    """A task that was at work, or waited, has the attempts since on record, and is about the newest."""
+    outcome = None if status is TaskStatus.RUNNING else "interrupted"
+    then = TaskDocument(status=status, attempts=(attempt(1, outcome),))
+    now = TaskDocument(status=TaskStatus.FAILED, attempts=(attempt(1, "crash"), attempt(2, "crash")), failures=2)
+    back = turn_back(then, now)
+    assert isinstance(back, TaskDocument)
+    assert (back.status, back.failures, back.attempt.number) == (status, 0, 2)
+    # What had no end then has one by now; what had is as it was.
+    assert [one.outcome for one in back.attempts] == [outcome or "crash", "crash"]
+
+
+@pytest.mark.parametrize("status", [TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.FAILED])
+def test_what_an_attempt_came_to_is_about_that_attempt_again(status: TaskStatus) -> None:
+    """Work that waited to land is that of its own attempt, though there are later ones."""
+    then = TaskDocument(status=status, attempts=(attempt(1),), commit=COMMIT)
+    now = TaskDocument(status=TaskStatus.PENDING, attempts=(attempt(1, "checks_failed"), attempt(2, "crash")))
+    back = turn_back(then, now)
+    assert isinstance(back, TaskDocument)
+    assert (back.status, back.commit, back.attempt.number, back.attempt.outcome) == (status, COMMIT, 1, "built")
+    assert [one.number for one in back.attempts] == [1, 2]
+    assert [one.reason for one in back.with_attempt(reason="why")] == ["why", None]
+    again = turn_back(back, now.model_copy(update={"attempts": (*now.attempts, attempt(3))}))
+    assert isinstance(again, TaskDocument)
+    assert (again.attempt.number, len(again.attempts)) == (1, 3)
+
+
+def test_a_landing_that_was_under_way_waits_to_land() -> None:
+    """Its move of the target has been settled since: to settle it again could touch files that others wrote."""
+    intent = Intent(old=BASE, new=COMMIT, recorded=1.0)
+    then = TaskDocument(status=TaskStatus.LANDING, attempts=(attempt(1),), commit=COMMIT, intent=intent)
+    now = TaskDocument(status=TaskStatus.CONFLICT, attempts=(attempt(1, "conflict"),), commit=COMMIT)
+    back = turn_back(then, now)
+    assert isinstance(back, TaskDocument)
+    assert (back.status, back.intent, back.commit, back.current) == (TaskStatus.QUEUED, None, COMMIT, None)
