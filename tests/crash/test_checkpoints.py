@@ -1,0 +1,45 @@
+"""Killed while a checkpoint is made or restored: the state is as it was before or then, and nothing between."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import pytest
+
+from tests.conftest import Repository
+from tests.crash.test_crashes import OF_CHECKPOINTS, chain_and_sides, configure, finish
+
+
+@pytest.mark.parametrize("name", sorted(OF_CHECKPOINTS))
+async def test_killed_while_a_checkpoint_is_restored(repository: Repository, name: str) -> None:
+    """It is restored wholly or not at all; either way the run resumes and lands each task once."""
+    config = configure(repository, chain_and_sides(4))
+    assert repository.council("run", str(config), failpoints="session.spawned=kill@2").code == -signal.SIGKILL
+    made = repository.council("checkpoint", "create", "--json").result
+    before = _states(repository)
+    assert repository.council("cancel").code == 0
+    cancelled = _states(repository)
+    killed = repository.council("checkpoint", "restore", made["id"], failpoints=f"{name}=kill")
+    assert killed.code == -signal.SIGKILL, killed
+    assert _states(repository) == (before if name == "checkpoint.restored" else cancelled)
+    assert repository.council("checkpoint", "restore", made["id"]).code == 0
+    assert _states(repository) == before
+    await finish(repository, 4)
+
+
+@pytest.mark.parametrize("name", ["run.claimed", "recovery.session_reaped", "landing.pushed", "landing.intended"])
+async def test_killed_after_a_checkpoint_was_restored(repository: Repository, name: str) -> None:
+    """A resume of what was restored may be killed as any other."""
+    config = configure(repository, chain_and_sides(4))
+    assert repository.council("run", str(config), failpoints="landing.recorded=kill").code == -signal.SIGKILL
+    made = repository.council("checkpoint", "create", "--json").result
+    assert repository.council("resume", failpoints="session.spawned=kill@2").code == -signal.SIGKILL
+    assert repository.council("checkpoint", "restore", made["id"]).code == 0
+    assert repository.council("resume", failpoints=f"{name}=kill").code == -signal.SIGKILL
+    assert repository.council("checkpoint", "restore", made["id"]).code == 0
+    await finish(repository, 4)
+
+
+def _states(repository: Repository) -> dict[str, Any]:
+    return repository.council("status", "--json").states

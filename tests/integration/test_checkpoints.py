@@ -1,0 +1,287 @@
+"""Going back to a checkpoint with real runs: what is restored resumes, and each task lands once."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from orchestrator.council import Council
+from orchestrator.domain.model import TaskDocument
+from orchestrator.engine.ledger import read_task
+from orchestrator.engine.report import RunStatus
+from orchestrator.engine.scheduler import CHECKPOINT_PAUSE
+from orchestrator.state.checkpoints import Maker
+from orchestrator.testing.clock import ManualClock
+from tests.conftest import FAKE_CLI, Ended, Repository
+from tests.waiting import wait_for
+
+
+def flag(repository: Repository) -> Path:
+    """Return a file that prompts can look for."""
+    return repository.spawns.parent / "flag"
+
+
+def killed_with(repository: Repository, tasks: list[dict[str, Any]], failpoint: str, **settings: Any) -> None:
+    """Start a run and kill it at a step."""
+    path = repository.configure(tasks, **settings)
+    assert repository.council("run", str(path), failpoints=f"{failpoint}=kill").code == -signal.SIGKILL
+
+
+def made(repository: Repository) -> dict[str, Any]:
+    """Make a checkpoint of the newest run."""
+    ended = repository.council("checkpoint", "create", "--json")
+    assert ended.code == 0, ended
+    return ended.result
+
+
+def restored(repository: Repository, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Restore it, and return what was told."""
+    ended = repository.council("checkpoint", "restore", checkpoint["id"], "--json")
+    assert ended.code == 0, ended
+    return ended.result
+
+
+async def document(repository: Repository, task: str) -> TaskDocument:
+    """Return a task's document."""
+    async with Council.open(repository.top, environ=repository.environ) as council:
+        return await read_task(council._store, await council.newest_run(), task)
+
+
+async def test_a_task_that_was_running_is_dealt_with_as_after_a_kill(repository: Repository) -> None:
+    """Its attempts since stay on record and keep their numbers and branches; what landed since stays landed."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "fails", "prompt": f"write work.txt x\nwithout {flag(repository)} exit 1", "attempts": 2},
+        {"id": "lands", "prompt": "write l.txt x"},
+    ]
+    killed_with(repository, tasks, "session.spawned", capacity=1)
+    checkpoint = made(repository)
+    sessions = [(one["task"], one["attempt"], one["status"]) for one in checkpoint["sessions"]]
+    assert (checkpoint["status"], sessions) == ("interrupted", [("fails", 1, "running")])
+    assert repository.council("resume", "--json").states == {"fails": "failed", "lands": "landed"}
+    told = restored(repository, checkpoint)
+    run = checkpoint["run"]
+    assert told["written"] == [f"run/{run}", f"task/{run}/fails"]
+    assert told["left"] == [{"document": f"task/{run}/lands", "reason": "it has landed"}]
+    back = await document(repository, "fails")
+    assert (back.status, back.failures) == ("running", 0)
+    assert [one.outcome for one in back.attempts] == ["interrupted", "crashed", "crashed"]
+    status = repository.council("status", "--json")
+    assert (status.result["status"], status.states) == ("interrupted", {"fails": "running", "lands": "landed"})
+    flag(repository).touch()
+    ended = repository.council("resume", "--json")
+    assert ended.states == {"fails": "landed", "lands": "landed"}, ended
+    kept = {one["name"] for one in repository.council("salvage", "list", "--json").result["kept"]}
+    assert {"fails/2", "fails/3"} <= kept
+    after = await document(repository, "fails")
+    assert [one.outcome for one in after.attempts] == ["interrupted", "crashed", "crashed", "built"]
+    await repository.assert_invariants()
+    # What it was before the restore is a checkpoint as well, and landed is landed there, too.
+    assert restored(repository, {"id": told["before"]})["runs"] == []
+
+
+async def test_work_that_waited_to_land_lands_after_a_later_attempt(repository: Repository) -> None:
+    """A checkpoint from before the checks did not pass brings back that work, with its base and branch."""
+    tasks = [{"id": "one", "prompt": "attempt 1 write one.txt 1\nattempt 2 exit 1", "attempts": 2}]
+    readable = [sys.prefix, str(FAKE_CLI.parents[2]), str(repository.spawns.parent)]
+    checks = {"checks": [f"test -e {flag(repository)}"]}
+    killed_with(repository, tasks, "landing.checking", defaults=checks, readable=readable)
+    checkpoint = made(repository)
+    assert checkpoint["sessions"][0]["status"] == "checking"
+    assert repository.council("resume", "--json").states == {"one": "failed"}
+    built = await document(repository, "one")
+    assert [one.outcome for one in built.attempts] == ["checks_failed", "crashed"]
+    assert repository.council("salvage", "drop", "one/1").code == 0
+    restored(repository, checkpoint)
+    assert (await document(repository, "one")).status == "checking"
+    assert "one/1" in repository.council("salvage", "list").stdout
+    flag(repository).touch()
+    ended = repository.council("resume", "--json")
+    assert ended.states == {"one": "landed"}, ended
+    assert (repository.top / "one.txt").read_text() == "1\n"
+    await repository.assert_invariants()
+
+
+async def test_a_landing_that_was_under_way_is_made_anew(repository: Repository) -> None:
+    """Its move was settled since, and files of the user's that look like its own are left alone."""
+    killed_with(repository, [{"id": "one", "prompt": "write README.md new"}], "landing.intended")
+    checkpoint = made(repository)
+    assert checkpoint["sessions"][0]["status"] == "landing"
+    (repository.top / "README.md").write_text("new\n")
+    assert repository.council("resume", "--json").states == {"one": "queued"}
+    restored(repository, checkpoint)
+    assert (await document(repository, "one")).status == "queued"
+    assert repository.council("resume", "--json").states == {"one": "queued"}
+    assert (repository.top / "README.md").read_text() == "new\n"
+    repository.git("checkout", "--", "README.md")
+    assert repository.council("resume", "--json").states == {"one": "landed"}
+    await repository.assert_invariants()
+
+
+async def test_what_is_on_the_target_is_adopted_and_lands_once(repository: Repository) -> None:
+    """The push was made, and its end never recorded: a checkpoint from before does not turn that back."""
+    path = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
+    assert repository.council("run", str(path), failpoints="attempt.recorded=kill").code == -signal.SIGKILL
+    checkpoint = made(repository)
+    assert repository.council("resume", failpoints="landing.pushed=kill").code == -signal.SIGKILL
+    told = restored(repository, checkpoint)
+    assert told["written"] == []
+    assert "may have landed" in told["left"][0]["reason"]
+    assert repository.council("resume", "--json").states == {"one": "landed"}
+    await repository.assert_invariants()
+    assert restored(repository, checkpoint)["written"] == []
+
+
+async def test_a_cancel_can_be_taken_back(repository: Repository) -> None:
+    """A checkpoint is made before; restored, the run goes on as if nobody had cancelled."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "a", "prompt": "write a.txt x"},
+        {"id": "b", "prompt": "write b.txt x", "needs": ["a"]},
+    ]
+    killed_with(repository, tasks, "attempt.recorded")
+    assert repository.council("cancel").code == 0
+    found = repository.council("checkpoint", "list", "--json").result["checkpoints"]
+    assert [(one["reason"], one["maker"]) for one in found] == [("before cancel", "council")]
+    restored(repository, found[0])
+    assert repository.council("resume", "--json").states == {"a": "landed", "b": "landed"}
+    await repository.assert_invariants()
+
+
+async def test_a_run_at_work_is_not_restored_unless_it_is_taken_over(repository: Repository) -> None:
+    """Refused with who is at work; forced, the old owner's next write is refused and it ends, and a resume goes on."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "first", "prompt": f"without {flag(repository)} exit 1\nwrite f.txt x", "attempts": 1},
+        {"id": "long", "prompt": f"write half.txt x\nwithout {flag(repository)} hang"},
+    ]
+    killed_with(repository, tasks, "run.claimed")
+    checkpoint = made(repository)
+    owner = repository.start("resume", "--json")
+    wait_for(lambda: repository.council("status", "--json").states == {"first": "failed", "long": "running"})
+    wait_for(lambda: "half.txt" in repository.council("diff", "long").stdout)
+    refused = repository.council("checkpoint", "restore", "1")
+    assert refused.code == 2
+    assert "is at work under process" in refused.stderr
+    assert "--force" in refused.stderr
+    position = repository.council("checkpoint", "create", "--json").result["position"]
+    forced = repository.council("checkpoint", "restore", "1", "--force", "--json")
+    assert forced.code == 0, forced
+    assert forced.result["before"] == f"{checkpoint['run']}/3"
+    states = repository.council("status", "--json").states
+    assert states == {"first": "pending", "long": "pending"}
+    # The request wakes the old owner, which would write what it does about it. Nobody answers while it lives.
+    asking = repository.start("cancel", "first")
+    assert owner.wait(timeout=60) == 3
+    assert "another process took over" in owner.communicate()[0]
+    assert asking.wait(timeout=60) == 0
+    asking.communicate()
+    flag(repository).touch()
+    ended = repository.council("resume", "--json")
+    assert ended.states == {"first": "cancelled", "long": "landed"}, ended
+    assert "long/1" in repository.council("salvage", "list").stdout
+    await repository.assert_invariants()
+    assert position < repository.council("checkpoint", "show", "3", "--json").result["position"]
+
+
+async def test_a_run_at_work_makes_its_own_by_the_clock(repository: Repository) -> None:
+    """One every five minutes, of which the newest twelve stay; those of a person stay, too."""
+    path = repository.configure([{"id": "long", "prompt": "hang", "attempts": 1, "timeout": "10h", "silence": "10h"}])
+    clock = ManualClock()
+    async with Council.open(path, clock=clock, environ=repository.environ) as council:
+        run = await council.create_run()
+        by_hand = await council.checkpoint(run)
+        async with anyio.create_task_group() as group:
+            group.start_soon(council.resume, run)
+            await until(council, "task.started")
+            await anyio.wait_all_tasks_blocked()
+            for count in range(1, 15):
+                clock.advance(CHECKPOINT_PAUSE - 1)
+                await anyio.wait_all_tasks_blocked()
+                clock.advance(1)
+                await until(council, "checkpoint.created", count + 1)
+                while len(await council.checkpoints(run)) > 13:
+                    await anyio.sleep(0.01)
+                await anyio.wait_all_tasks_blocked()
+            found = await council.checkpoints(run)
+            council.stop()
+    assert by_hand.id == found[0].id
+    assert [one.number for one in found[1:]] == list(range(4, 16))
+    assert {(one.maker, one.status) for one in found[1:]} == {(Maker.CLOCK, "running")}
+    assert found[-1].time - found[-2].time == CHECKPOINT_PAUSE
+    assert [one.task for one in found[-1].sessions] == ["long"]
+
+
+async def until(council: Council, name: str, count: int = 1) -> None:
+    """Return when an event has happened that many times."""
+    async for record in council.records(0):
+        count -= sum(event.type == name for event in record.events)
+        if count <= 0:
+            return
+
+
+async def test_the_events_of_a_run_end_also_behind_a_checkpoint(repository: Repository) -> None:
+    """What is made of a run that is over, or restored of it, does not have a listener wait for more."""
+    path = repository.configure([{"id": "one", "prompt": "exit 1", "attempts": 1}])
+    async with Council.open(path, environ=repository.environ) as council:
+        run = await council.create_run()
+        before = await council.checkpoint(run, reason="at first")
+        assert (await council.resume(run)).status is RunStatus.INCOMPLETE
+        assert (await council.restore(before.id)).runs == [run]
+        with anyio.fail_after(20):
+            types = [one.event.type async for one in council.events(run)]
+        assert types[-3:] == ["run.seized", "checkpoint.created", "checkpoint.restored"]
+        assert [one.reason for one in await council.checkpoints(run)] == ["at first", "before restore"]
+
+
+async def test_cleaning_makes_one_of_each_run_first(repository: Repository) -> None:
+    """Of the runs that it removes something of, and of no other."""
+    path = repository.configure([{"id": "one", "prompt": "append one.txt 1"}])
+    for _ in range(2):
+        assert repository.council("run", str(path)).code == 0
+    run = repository.council("runs", "--json").result["runs"][0]["run"]
+    async with Council.open(repository.top, environ=repository.environ) as council:
+        found = [one for one in await council.cleaner.find(logs=0.0) if one.run == run]
+        assert [one.error for one in await council.cleaner.remove(found)] == [None]
+        assert [(one.run, one.reason) for one in await council.checkpoints()] == [(run, "before clean")]
+
+
+async def test_all_runs_together_and_what_people_are_told(repository: Repository) -> None:
+    """The whole store has checkpoints of its own; every command says in words what it did."""
+    path = repository.configure([{"id": "one", "prompt": f"without {flag(repository)} exit 1", "attempts": 1}])
+    assert repository.council("run", str(path)).code == 1
+    assert repository.council("checkpoint", "create", "--all", "--reason", "a\x1bb").stdout == "made checkpoint all/1\n"
+    assert repository.council("retry", "one").code == 0
+    assert repository.council("run", str(path)).code == 1
+    listed = repository.council("checkpoint", "list", "--all").stdout
+    assert "1 failed  a\N{REPLACEMENT CHARACTER}b" in listed
+    shown = repository.council("checkpoint", "show", "all/1")
+    old, new = [one["run"] for one in repository.council("runs", "--json").result["runs"]]
+    assert f"would be as it was: task/{old}/one" in shown.stdout
+    assert f"would stay as it is: run/{new}: it began since" in shown.stdout
+    done = repository.council("checkpoint", "restore", "all/1")
+    assert done.code == 0, done
+    assert "how things stood before is all/2" in done.stdout
+    assert f"`council resume {old}` goes on" in done.stdout
+    assert repository.council("checkpoint", "show", "all/1").stdout.endswith("a restore would change nothing\n")
+    assert "nothing is otherwise than it was" in repository.council("checkpoint", "restore", "all/1").stdout
+    assert repository.council("status", old, "--json").states == {"one": "failed"}
+    await repository.assert_invariants()
+
+
+@pytest.mark.parametrize(
+    ("command", "fragment"),
+    [
+        (("show", "7"), "there is no checkpoint"),
+        (("restore", "nonsense/1"), "council checkpoint list"),
+        (("create", "--run", "nonsense"), "there is no run 'nonsense'"),
+        (("create", "--run", "x", "--all"), "exclude each other"),
+    ],
+)
+async def test_what_can_not_be_done_is_refused(repository: Repository, command: tuple[str, ...], fragment: str) -> None:
+    """Exit code 2 with what is wrong and what there is."""
+    assert repository.council("run", str(repository.configure([{"id": "a", "prompt": "write a.txt x"}]))).code == 0
+    refused: Ended = repository.council("checkpoint", *command)
+    assert (refused.code, fragment in refused.stderr) == (2, True), refused
