@@ -106,6 +106,24 @@ async def test_work_that_waited_to_land_lands_after_a_later_attempt(repository: 
     await repository.assert_invariants()
 
 
+async def test_a_task_that_was_over_is_retried_after_its_later_attempts(repository: Repository) -> None:
+    """Restored it is about the attempt that it was over with; retried, about a new one."""
+    path = repository.configure(
+        [{"id": "one", "prompt": f"without {flag(repository)} exit 1\nwrite one.txt 1", "attempts": 1}]
+    )
+    assert repository.council("run", str(path)).code == 1
+    checkpoint = made(repository)
+    assert (repository.council("retry", "one").code, repository.council("resume").code) == (0, 1)
+    restored(repository, checkpoint)
+    back = await document(repository, "one")
+    assert (back.status, back.attempt.number, len(back.attempts)) == ("failed", 1, 2)
+    flag(repository).touch()
+    assert repository.council("retry", "one").code == 0
+    assert repository.council("resume", "--json").states == {"one": "landed"}
+    assert [one.outcome for one in (await document(repository, "one")).attempts] == ["crashed", "crashed", "built"]
+    await repository.assert_invariants()
+
+
 async def test_a_landing_that_was_under_way_is_made_anew(repository: Repository) -> None:
     """Its move was settled since, and files of the user's that look like its own are left alone."""
     killed_with(repository, [{"id": "one", "prompt": "write README.md new"}], "landing.intended")
