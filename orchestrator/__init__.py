@@ -36,16 +36,19 @@ if TYPE_CHECKING:
     from orchestrator.domain.failures import FailureClass
     from orchestrator.domain.model import TaskStatus
     from orchestrator.engine.report import AdapterReport, RunReport, RunStatus, TaskReport
+    from orchestrator.engine.restoring import Restored
     from orchestrator.errors import ConfigError, CouncilError, LockHeld, Problem, RefusedError, StoreUnavailable
     from orchestrator.past import Past
     from orchestrator.plugins import Plugins
     from orchestrator.protocols import Event, RecordedEvent
+    from orchestrator.state.checkpoints import Checkpoint, Restoration
 
 __all__ = [
     "AdapterReport",
     "AdapterSettings",
     "Archive",
     "BackoffSettings",
+    "Checkpoint",
     "Config",
     "ConfigError",
     "Council",
@@ -61,6 +64,8 @@ __all__ = [
     "Problem",
     "RecordedEvent",
     "RefusedError",
+    "Restoration",
+    "Restored",
     "RunReport",
     "RunStatus",
     "SetupSettings",
@@ -87,10 +92,12 @@ _MODULES = {
     "domain.failures": ("FailureClass",),
     "domain.model": ("TaskStatus",),
     "engine.report": ("AdapterReport", "RunReport", "RunStatus", "TaskReport"),
+    "engine.restoring": ("Restored",),
     "errors": ("ConfigError", "CouncilError", "LockHeld", "Problem", "RefusedError", "StoreUnavailable"),
     "past": ("Past",),
     "plugins": ("Plugins",),
     "protocols": ("Event", "RecordedEvent"),
+    "state.checkpoints": ("Checkpoint", "Restoration"),
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
+import anyio.to_thread
+
 from orchestrator.domain.model import RunDocument, TaskDocument, TaskStatus
 from orchestrator.domain.turning_back import turn_back
 from orchestrator.errors import HistoryGone, RefusedError, VersionConflict
@@ -120,7 +122,8 @@ async def create(
 ) -> Checkpoint:
     """Make a checkpoint of a run, or of the whole store, as it is now.
 
-    `is_live` says whether a process is at work in the run. RefusedError where there is no such run.
+    `is_live` says whether a process is at work in the run. RefusedError where there is no such run, LeaseLost where
+    one of the `guards` does not hold.
     """
     said = reason.encode(errors="replace").decode()  # arguments of a command may be any bytes
     while True:
@@ -128,9 +131,11 @@ async def create(
         if run is not None and Key("run", run) not in documents:
             raise RefusedError(f"there is no run {run!r}", "`council runs` names them")
         key = await _free_key(store, run or WHOLE)
-        facts = {"position": position, "reason": said, "maker": maker, **_facts(documents.values(), run, is_live)}
-        told = {"checkpoint": key.id, "reason": said}
-        event = Event("checkpoint.created", told if run is None else {"run": run, **told})
+        # In threads, here and below: thousands of tasks take long to decode.
+        told = await anyio.to_thread.run_sync(_facts, documents.values(), run, is_live)
+        facts = {"position": position, "reason": said, "maker": maker, **told}
+        named = {"checkpoint": key.id, "reason": said}
+        event = Event("checkpoint.created", named if run is None else {"run": run, **named})
         with suppress(VersionConflict):  # somebody else took the number
             await store.commit(Commit([Write(key, 0, facts)], [event], guards))
             failpoint("checkpoint.created")
@@ -165,7 +170,7 @@ async def restoration(store: Store, checkpoint: str) -> Restoration:
     """Return what going back to a checkpoint would change now; nothing is changed. Raises as `contents` does."""
     found = await read(store, checkpoint)
     then, (_, now) = await _then(store, found), await _now(store, found.run)
-    return _decide(found, then, now)
+    return await anyio.to_thread.run_sync(_decide, found, then, now)
 
 
 async def prune(store: Store, run: str, keep: int, guards: Sequence[Guard] = ()) -> list[str]:
