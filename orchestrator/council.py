@@ -17,7 +17,7 @@ from orchestrator.engine.ledger import read_run
 from orchestrator.engine.report import RunReport
 from orchestrator.errors import RefusedError
 from orchestrator.project import Project, council_home, find_project
-from orchestrator.protocols import Record, RecordedEvent, Store
+from orchestrator.protocols import Record, RecordedEvent, Store, Verified
 from orchestrator.repo.checkout import check_own
 from orchestrator.repo.hub import Hub
 from orchestrator.runs import Runs
@@ -261,6 +261,14 @@ class Council:
     async def position(self) -> int:
         """Return the newest position of the log."""
         return await self._store.position()
+
+    async def verify(self) -> Verified:
+        """Read all that is recorded anew, and tell whether it is sound."""
+        return await self._store.verify()
+
+    async def repair(self) -> Verified:
+        """Settle for what can be read of what is recorded; return what `verify` finds then (see `Store.repair`)."""
+        return await self._store.repair()
 
     @property
     def damage(self) -> tuple[str, ...]:

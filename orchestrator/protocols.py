@@ -218,6 +218,11 @@ class Damage:
     keys: Sequence[Key] | None
     what: str
 
+    def describe(self) -> str:
+        """Return all that in words."""
+        hit = "anything older may be hit" if self.keys is None else ", ".join(map(str, self.keys)) or "nothing lost"
+        return f"{self.path}, byte {self.offset}: {self.what} ({hit})"
+
 
 @dataclass(frozen=True, slots=True)
 class Compacted:

@@ -84,8 +84,4 @@ class Runs:
     @property
     def damage(self) -> tuple[str, ...]:
         """What of the state could not be read since it was opened, in words."""
-        return tuple(
-            f"{one.path}, byte {one.offset}: {one.what}"
-            f" ({'anything older may be hit' if one.keys is None else ', '.join(map(str, one.keys)) or 'nothing lost'})"
-            for one in self.store.damage
-        )
+        return tuple(one.describe() for one in self.store.damage)

@@ -1,4 +1,4 @@
-"""Commands that look at what is recorded, now and at any earlier moment. None of them changes anything."""
+"""Commands that look at what is recorded, now and at any earlier moment; only `verify --repair` changes anything."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from orchestrator.cli.group import Suggesting
 from orchestrator.cli.moment import find_position
 from orchestrator.cli.output import plain
 from orchestrator.cli.overview import overview_lines
+from orchestrator.cli.soundness import verified_json, verified_lines
 from orchestrator.council import Council
 from orchestrator.errors import RefusedError
 from orchestrator.past import Past, concerns_run
@@ -231,3 +232,31 @@ def show(run: str | None, store: str | None, as_json: bool) -> None:
         return found.to_json, overview_lines(found)
 
     _look(store, answer, as_json=as_json)
+
+
+@state.command()
+@click.option("--repair", is_flag=True, help="Settle for what can be read, where not all can be.")
+@store_option
+@json_option
+def verify(repair: bool, store: str | None, as_json: bool) -> None:
+    """Read all that is recorded anew, and tell whether it is sound.
+
+    The exit code is 1 where it is not. With --repair, the newest value that is known of each document that was hit
+    counts from then on, and what is damaged is kept aside.
+
+    \b
+    Examples:
+      council state verify
+      council state verify --repair --json
+    """
+
+    async def command(context: Context) -> int:
+        async with opened(context.log, store=store) as council:
+            found = await (council.repair() if repair else council.verify())
+            if as_json:
+                context.output.json(verified_json(found))
+            for line in () if as_json else verified_lines(found):
+                context.output.text(f"{line}\n")
+            return 0 if found.is_sound else 1
+
+    perform(command, as_json=as_json)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks import cycle, scheduler, startup, worktrees
+from benchmarks import cycle, scheduler, startup, state, worktrees
 from benchmarks.measure import Cost, Row, median, paired, table, timed
 
 
@@ -48,7 +48,15 @@ def test_handing_out_is_measured() -> None:
     assert {row.verdict for row in rows} == {""}
 
 
-@pytest.mark.parametrize("name", ["startup", "scheduler", "cycle", "worktrees"])
+def test_the_state_is_measured() -> None:
+    """Commits of both kinds beside SQLite, opening a long log, and what packing saves."""
+    rows = state.measure(quick=True)
+    check(
+        rows, ["durable commits", "commits, 40 at once", ": processor", "opening", ", packed", "packed closed segments"]
+    )
+
+
+@pytest.mark.parametrize("name", ["startup", "scheduler", "cycle", "state", "worktrees"])
 def test_each_is_a_program(name: str) -> None:
     """It can be run by its path, and says what it can do."""
     done = subprocess.run([sys.executable, f"benchmarks/{name}.py", "--help"], check=False, capture_output=True)

@@ -317,3 +317,18 @@ async def test_the_past_from_python(project: Repository) -> None:
             await past.at(99)
         told = json.loads(json.dumps((await past.overview(RUN)).to_json()))
     assert told == project.council("state", "show", "--json").result
+
+
+async def test_damage_is_found_and_settled_for(project: Repository) -> None:
+    """The exit code says whether all can be trusted; repaired, it can, and says what was given up."""
+    segment = next((project.top / ".council/state").glob("*.jsonl"))
+    before, _, after = segment.read_bytes().rpartition(b'"landed":"4f0c2d1e9b')
+    segment.write_bytes(before + b'"landed":"000000000b' + after)
+    found = project.council("state", "verify", "--json")
+    assert (found.code, found.result["is_sound"]) == (1, False)
+    assert found.result["damaged"] == [f"task/{RUN}/models"]
+    assert "verify --repair" in project.council("state", "verify").stdout
+    repaired = project.council("state", "verify", "--repair", "--json")
+    assert (repaired.code, repaired.result["is_sound"], repaired.result["position"]) == (0, True, 12)
+    assert project.council("state", "verify").code == 0
+    assert project.council("state", "at", "now", "--json").result["damage"] == []
