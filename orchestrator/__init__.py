@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from orchestrator.errors import ConfigError, CouncilError, LockHeld, Problem, RefusedError, StoreUnavailable
     from orchestrator.past import Past
     from orchestrator.plugins import Plugins
-    from orchestrator.protocols import Event, RecordedEvent
+    from orchestrator.protocols import Event, RecordedEvent, Verified
     from orchestrator.state.checkpoints import Checkpoint, Restoration
 
 __all__ = [
@@ -74,6 +74,7 @@ __all__ = [
     "TaskDefaults",
     "TaskReport",
     "TaskStatus",
+    "Verified",
     "WorktreeSettings",
 ]
 
@@ -96,7 +97,7 @@ _MODULES = {
     "errors": ("ConfigError", "CouncilError", "LockHeld", "Problem", "RefusedError", "StoreUnavailable"),
     "past": ("Past",),
     "plugins": ("Plugins",),
-    "protocols": ("Event", "RecordedEvent"),
+    "protocols": ("Event", "RecordedEvent", "Verified"),
     "state.checkpoints": ("Checkpoint", "Restoration"),
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}

@@ -28,7 +28,14 @@ async def test_killed_while_a_checkpoint_is_restored(repository: Repository, nam
     await finish(repository, 4)
 
 
-@pytest.mark.parametrize("name", ["run.claimed", "recovery.session_reaped", "landing.pushed", "landing.intended"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "landing.pushed",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("run.claimed", "recovery.session_reaped")),
+        pytest.param("landing.intended", marks=pytest.mark.slow),
+    ],
+)
 async def test_killed_after_a_checkpoint_was_restored(repository: Repository, name: str) -> None:
     """A resume of what was restored may be killed as any other."""
     config = configure(repository, chain_and_sides(4))
