@@ -328,14 +328,19 @@ class Pool:
 
     async def _make(self) -> None:
         try:
-            while await self._is_more_wanted():
-                checkout, is_copy = await self._make_one(self._newest)
+            while (checkout := await self._claim()) is not None:
+                is_copy = await self._make_one(checkout)
                 self._coming += 1
                 self._group.start_soon(self._finish, checkout, is_copy)
         except (GitError, OSError, RefusedError) as error:
             self._fail(error)
         finally:
             self._is_making = False
+
+    async def _claim(self) -> Checkout | None:
+        """Return a place that is yet to be made, if one more is wanted; no other process counts them meanwhile."""
+        async with self._hub.lock("places").hold():
+            return await self._new_place(self._newest) if await self._is_more_wanted() else None
 
     async def _is_more_wanted(self) -> bool:
         is_short = self._waiting > len(self._idle) + self._coming or len(self._ours) < self._wanted
@@ -387,19 +392,18 @@ class Pool:
         fits = self._limits.bytes is None or sum(sizes) + max(sizes, default=0) <= self._limits.bytes
         return fits and len(counted) < self._limits.places
 
-    async def _make_one(self, commit: str) -> tuple[Checkout, bool]:
-        """Make a place, by copying if that can be; return it and whether it is a copy, which is yet to be looked over.
+    async def _make_one(self, checkout: Checkout) -> bool:
+        """Make a place, by copying if that can be; return whether it is a copy, which is yet to be looked over.
 
         Another one is looked over here: until then there is nothing to be copied.
         """
+        commit = checkout.contents.record.commit
         async with self._choosing:
             source = await self._first_seen(self._plain(commit))
             if source is not None:
                 self._idle.discard(source.place.number)
                 self._is_copying = True
-        checkout = None
         try:
-            checkout = await self._new_place(commit)
             git, place = self._admin(checkout), checkout.place
             if source is None:
                 await reset.check_out(git, place, commit, self._care.sparse)
@@ -408,14 +412,13 @@ class Pool:
                 await reset.copy(git, source.place, place, self._care.sparse)
         except BaseException:
             with anyio.CancelScope(shield=True):
-                if checkout is not None:
-                    await self.discard(checkout)
+                await self.discard(checkout)
             raise
         finally:
             self._is_copying = False
             if source is not None:
                 self._idle.add(source.place.number)
-        return checkout, source is not None
+        return source is not None
 
     async def _look_over(self, checkout: Checkout) -> None:
         stamps = await reset.look_over(self._admin(checkout), checkout.place, self._walker)
@@ -442,6 +445,7 @@ class Pool:
                 with suppress(LockHeld):
                     lock = await stack.enter_async_context(place.lock.hold(0))
                     if not await anyio.Path(place.root).exists():
+                        await anyio.Path(place.root).mkdir(mode=0o700)
                         record = Record(commit, sparse=self._care.sparse)
                         return self._own(place, record, lock.fd, stack.pop_all())
         raise AssertionError("numbers do not end")

@@ -227,7 +227,7 @@ def _ruled(stamps: Stamps, paths: Iterable[str]) -> set[str]:
 
 
 def _lay_out(place: Place, sparse: Sequence[str], index: Path | None) -> None:
-    place.root.mkdir(mode=0o700)
+    place.root.mkdir(mode=0o700, exist_ok=True)
     for folder in (place.tree, place.git_dir, place.git_dir / "info", place.scratch):
         folder.mkdir()
     # gitrepository-layout(5): all but HEAD, the index and a few files of `info` is where `commondir` leads.
