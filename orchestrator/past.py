@@ -23,15 +23,11 @@ from orchestrator.protocols import HISTORY, Document, Key, Record, RecordedEvent
 from orchestrator.repo.hub import Hub
 from orchestrator.repo.worktrees import Worktree
 from orchestrator.runs import Runs
-from orchestrator.state.reading import backwards, between, position_at
+from orchestrator.state.checkpoints import KIND
+from orchestrator.state.reading import backwards, between, is_of_run, position_at
 
 #: How many events of a run are shown with it.
 EVENTS: Final = 100
-
-
-def is_of_run(key: Key, run: str) -> bool:
-    """Whether a document is one of a run's."""
-    return key.id == run or key.id.startswith(f"{run}/") or key == Key("lease", f"run/{run}")
 
 
 def concerns_run(record: Record, run: str) -> bool:
@@ -59,7 +55,7 @@ class Past:
 
     async def position_of(self, checkpoint: str) -> int | None:
         """Return the position that a checkpoint names; None if there is none of this id."""
-        found = await self.runs.store.get(Key("checkpoint", checkpoint))
+        found = await self.runs.store.get(Key(KIND, checkpoint))
         return None if found is None else int(found.value["position"])
 
     async def at(self, position: int, *, run: str | None = None, names: Sequence[str] = ()) -> State:

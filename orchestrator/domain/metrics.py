@@ -42,18 +42,12 @@ def minutes_to_land(task: TaskDocument, landed_at: float | None) -> float | None
     return max(landed_at - task.attempts[0].started, 0.0) / 60
 
 
-def cost_of(task: TaskDocument) -> float | None:
-    """Return what all attempts of a task cost in US dollars; None where no CLI told."""
-    costs = [one.cost for one in task.attempts if one.cost is not None]
-    return sum(costs) if costs else None
-
-
 def measure(tasks: Mapping[str, TaskDocument], landed_at: Mapping[str, float]) -> Metrics:
     """Return the figures of a run's tasks; `landed_at` has the instants (wall-clock seconds) of landings, by task."""
     counts = Counter(task.status for task in tasks.values())
     took = [minutes_to_land(task, landed_at.get(name)) for name, task in tasks.items()]
     known = [minutes for minutes in took if minutes is not None]
-    costs = [cost for task in tasks.values() if (cost := cost_of(task)) is not None]
+    costs = [cost for task in tasks.values() if (cost := task.cost) is not None]
     attempts = [attempt for task in tasks.values() for attempt in task.attempts]
     pending = counts[TaskStatus.PENDING]
     over = sum(counts[status] for status in FINAL)

@@ -107,6 +107,12 @@ class TaskDocument(_Document):
         """The attempt that the status is about: the newest, but for what came of a checkpoint."""
         return self.attempts[-1 if self.current is None else self.current - 1]
 
+    @property
+    def cost(self) -> float | None:
+        """What all attempts cost in US dollars, as far as the CLIs told; None where none did."""
+        costs = [one.cost for one in self.attempts if one.cost is not None]
+        return sum(costs) if costs else None
+
     def with_attempt(self, **changes: Any) -> tuple[Attempt, ...]:
         """Return the attempts with that one changed."""
         changed = self.attempt.model_copy(update=changes)

@@ -20,7 +20,6 @@ from orchestrator.domain.model import AdapterDocument, Request, RunDocument, Tas
 from orchestrator.errors import RefusedError
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Store, Write
-from orchestrator.state.checkpoints import Maker, create, prune
 
 if TYPE_CHECKING:
     from orchestrator.config.model import TaskSpec
@@ -307,6 +306,9 @@ class Ledger:
 
     async def checkpoint(self) -> None:
         """Make the checkpoint that is due by the clock; of those before it the newest stay."""
+        # Late: whoever only looks at a run makes none.
+        from orchestrator.state.checkpoints import Maker, create, prune  # noqa: PLC0415
+
         await create(self._store, self.run.id, "a run at work", maker=Maker.CLOCK, guards=self._guards)
         await prune(self._store, self.run.id, KEPT_CHECKPOINTS, self._guards)
 

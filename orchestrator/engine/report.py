@@ -214,7 +214,6 @@ def _task(task: str, document: TaskDocument, adapter: str, why_blocked: str | No
     attempts = document.attempts
     newest = document.attempt if attempts else None
     outcome = None if newest is None else newest.outcome
-    costs = [one.cost for one in attempts if one.cost is not None]
     return TaskReport(
         id=task,
         state=state,
@@ -230,5 +229,5 @@ def _task(task: str, document: TaskDocument, adapter: str, why_blocked: str | No
         # Lists, because generators would take longer than all the rest.
         input_tokens=sum([one.input_tokens for one in attempts]),
         output_tokens=sum([one.output_tokens for one in attempts]),
-        cost=sum(costs) if costs else None,
+        cost=document.cost,
     )

@@ -33,6 +33,7 @@ from orchestrator.domain.turning_back import turn_back
 from orchestrator.errors import HistoryGone, RefusedError, VersionConflict
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Store, Write
+from orchestrator.state.reading import is_of_run
 
 KIND: Final = "checkpoint"
 #: What stands for a run's id in the names of checkpoints of the whole store.
@@ -239,7 +240,7 @@ async def _then(store: Store, checkpoint: Checkpoint) -> Mapping[Key, Document]:
 
 
 def _is_of(key: Key, run: str | None) -> bool:
-    return run is None or key.id == run or key.id.startswith(f"{run}/") or key.id == f"run/{run}"
+    return run is None or is_of_run(key, run)
 
 
 def _run_of(key: Key) -> str:

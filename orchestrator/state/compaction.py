@@ -20,7 +20,7 @@ from orchestrator.failpoints import failpoint
 from orchestrator.protocols import HISTORY, Key
 from orchestrator.state.log import Decoded, Line, encode_line, scan, thinned_line
 from orchestrator.state.packing import pack, sum_of, unpack
-from orchestrator.state.segments import Segment, make_durable, open_segment, segments, sync_folder
+from orchestrator.state.segments import Segment, find_line, make_durable, open_segment, segments, sync_folder
 
 _NEW: Final = ".new"
 
@@ -61,13 +61,6 @@ def thin(directory: Path, last: Segment, damaged: Path | None = None) -> None:
     failpoint("state.thinned")
 
 
-def first_line(directory: Path, segment: Segment) -> Line | None:
-    """Return the first commit of a segment; None where it can't be read. Blocks."""
-    with closing(open_segment(directory, segment)) as source:
-        item = scan(source.around(segment.first), 0) if source.size() else None
-    return item.line if isinstance(item, Decoded) else None
-
-
 def to_thin(directory: Path, older_than: float, largest: int) -> Segment | None:
     """Return the last segment that is to be thinned out: one of which all is older than that, or needs must go. Blocks.
 
@@ -75,7 +68,7 @@ def to_thin(directory: Path, older_than: float, largest: int) -> Segment | None:
     """
     found, size, last = segments(directory), log_size(directory), None
     for segment, following in pairwise(found):
-        begin = first_line(directory, following)
+        begin = find_line(directory, following.first)
         if size <= largest and (begin is None or begin.time > older_than):
             break
         if not segment.is_thinned:  # of which all is left

@@ -95,6 +95,7 @@ class FileStore:
         self._directory = directory
         self._clock, self._by = clock, name_of_writer()
         self._segment_bytes = segment_bytes
+        self._compacting = FileLock(directory / "compaction.lock")
         self._replay = Replay()
         self._opened = ExitStack()
         self._lock: Lock
@@ -211,14 +212,14 @@ class FileStore:
         What can't be read wholly stays as it is. Where another process is at it, nothing is done.
         """
         with suppress(LockHeld):
-            async with FileLock(self._directory / "compaction.lock").hold(0):
+            async with self._compacting.hold(0):
                 return await self._in_thread(partial(self._compact, older_than, largest))
         size, first = await self._in_thread(lambda: (log_size(self._directory), thinned_to(self._directory)))
         return Compacted(size, size, first)
 
     async def verify(self) -> Verified:
         """See `Store.verify`: all is read, whatever a snapshot says."""
-        async with FileLock(self._directory / "compaction.lock").hold():
+        async with self._compacting.hold():
             await self._refresh()
             return await self._in_thread(self._verify)
 
@@ -239,7 +240,7 @@ class FileStore:
             writes = [
                 Write(key, entry.version if entry.exists(now) else 0, known[key]) for key, entry in entries.items()
             ]
-            async with FileLock(self._directory / "compaction.lock").hold():
+            async with self._compacting.hold():
                 self._rolls = True
                 await self.commit(Commit(writes, [*events, Event("state.log_repaired", {"damage": len(found.damage)})]))
                 await self._in_thread(partial(self._replace_damaged, found.damage))
@@ -317,9 +318,7 @@ class FileStore:
                 self._save()
 
     def _state_at(self, position: int) -> State:
-        first = thinned_to(self._directory)
-        if position < first:
-            raise HistoryGone(position, first)
+        _check_kept(self._directory, position)
         mark = Mark.decode(self._lock.read())
         with closing(Cursor(self._directory)) as cursor:
             found = cursor.read(mark) if mark else ()
@@ -366,8 +365,7 @@ class FileStore:
                 with self._lock.held():
                     self._recover()
             elif current != self._seen:
-                for found in self._cursor.read(mark):
-                    self._replay.take(found)
+                _read_on(self._replay, self._cursor, mark)
                 self._replay.finish(mark.position, self._cursor.path, self._cursor.offset)
                 self._seen = current
 
@@ -429,9 +427,9 @@ class FileStore:
 
     def _recover(self) -> None:
         """Take in all that stands in the log, also what a dead appender left; the flock must be held."""
-        newest = max(segments(self._directory), default=Segment(0))
-        last = newest.first
-        if thinned_to(self._directory) > self._replay.table.position:  # what we had yet to read is gone
+        found_segments = segments(self._directory) or [Segment(0)]
+        newest, last = found_segments[-1], found_segments[-1].first
+        if found_segments[0].last > self._replay.table.position:  # what we had yet to read was thinned out
             self._begin_anew()
         size = newest.path(self._directory).stat().st_size if last else 0
         current, cursor = self._lock.read(), self._cursor

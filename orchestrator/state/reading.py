@@ -10,7 +10,7 @@ from typing import Final
 import anyio
 
 from orchestrator.errors import HistoryGone, RefusedError
-from orchestrator.protocols import Record, Store
+from orchestrator.protocols import Key, Record, Store
 
 #: How many commits `backwards` reads at once: at first, because most look for what is new, and at most.
 _FIRST_PART: Final = 256
@@ -55,6 +55,11 @@ async def backwards(store: Store, until: int, after: int = 0) -> AsyncGenerator[
         until, size = start, min(2 * size, _LARGEST_PART)
     if gone is not None:
         raise gone
+
+
+def is_of_run(key: Key, run: str) -> bool:
+    """Whether a document is one of a run's."""
+    return key.id == run or key.id.startswith(f"{run}/") or key == Key("lease", f"run/{run}")
 
 
 def newest_until(times: Iterable[tuple[int, float]], instant: float) -> int | None:

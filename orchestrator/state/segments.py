@@ -136,14 +136,14 @@ def segments(directory: Path) -> list[Segment]:
     found = [Segment(int(match[1]), int(match[2] or 0), match[3] is not None) for match in matches if match]
     thinned = max((one for one in found if one.is_thinned), key=lambda one: (one.last, one.is_packed), default=None)
     end = thinned.last if thinned else 0
-    whole = {one.first: one for one in sorted(found, key=lambda one: one.is_packed) if one.first > end}
-    whole = {first: one for first, one in whole.items() if not one.is_thinned}
+    kept = [one for one in found if one.first > end and not one.is_thinned]
+    whole = {one.first: one for one in sorted(kept, key=lambda one: one.is_packed)}
     return [*([thinned] if thinned else []), *(whole[first] for first in sorted(whole))]
 
 
 def thinned_to(directory: Path) -> int:
     """Return the position up to which commits are missing on purpose; 0 if none are."""
-    return max((one.last for one in segments(directory)), default=0)
+    return next((one.last for one in segments(directory)), 0)
 
 
 def open_segment(directory: Path, segment: Segment) -> Source:

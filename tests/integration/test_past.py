@@ -13,11 +13,12 @@ import pytest
 from orchestrator.clock import SystemClock
 from orchestrator.council import Council
 from orchestrator.errors import RefusedError
-from orchestrator.past import Past, concerns_run, is_of_run
+from orchestrator.past import Past, concerns_run
 from orchestrator.project import Project
 from orchestrator.protocols import Commit, Event, Key, Record, Write
 from orchestrator.runs import Runs
 from orchestrator.state.file import FileStore
+from orchestrator.state.reading import is_of_run
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
 from tests.integration.test_reading import ForgetfulStore

@@ -28,6 +28,7 @@ from orchestrator.repo.places import Place
 from orchestrator.repo.pool import Care, Checkout, Pool
 from orchestrator.repo.reset import Contents, Keep
 from orchestrator.repo.stamps import Differences, stamps_mappings
+from tests.edits import rename, swap
 from tests.places import Yard
 
 _LATIN = os.fsdecode(b"caf\xe9")
@@ -90,16 +91,6 @@ def _map(top: Path, path: str, _: str) -> None:
         return  # a pool uses such a place once
     with (top / path).open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
         mapped[0] ^= 1
-
-
-def _rename(top: Path, path: str, other: str) -> None:
-    (top / path).rename(top / other)
-
-
-def _swap(top: Path, path: str, other: str) -> None:
-    (top / path).rename(top / "between")
-    (top / other).rename(top / path)
-    (top / "between").rename(top / other)
 
 
 def _copy_folder(top: Path, path: str, _: str) -> None:
@@ -270,8 +261,8 @@ _EDITS: tuple[Edit, ...] = (
         _append,
         _rewrite,
         _map,
-        _rename,
-        _swap,
+        rename,
+        swap,
         _copy_folder,
         _turn_mode,
         _open_mode,

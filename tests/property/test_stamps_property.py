@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.repo.stamps import Stamps
+from tests.edits import rename, swap
 
 _FILES = ("a", "b.txt", "sub/a", "sub/b", "sub/deep/a", "other/a", "other/b", "other/deep/a", "out/.gitkeep")
 _PATHS = (*_FILES, "new", "x.log", "sub/new", "sub/x.log", "made/a", "made/deep/x.log", "out/new")
@@ -31,16 +32,6 @@ def _rewrite(top: Path, path: str, _: str) -> None:
     before = (top / path).stat()
     (top / path).write_text("".join(reversed((top / path).read_text())))
     os.utime(top / path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
-def _rename(top: Path, path: str, other: str) -> None:
-    (top / path).rename(top / other)
-
-
-def _swap(top: Path, path: str, other: str) -> None:
-    (top / path).rename(top / "between")
-    (top / other).rename(top / path)
-    (top / "between").rename(top / other)
 
 
 def _turn_mode(top: Path, path: str, _: str) -> None:
@@ -75,7 +66,7 @@ def _ignore(top: Path, path: str, _: str) -> None:
 
 
 _EDITS: tuple[Callable[[Path, str, str], None], ...] = (
-    *(_write, _rewrite, _rename, _swap, _turn_mode, _link, _link_hard, _remove, _become_link, _ignore),
+    *(_write, _rewrite, rename, swap, _turn_mode, _link, _link_hard, _remove, _become_link, _ignore),
 )
 _names = st.sampled_from((*_PATHS, *_FOLDERS))
 _steps = st.lists(st.tuples(st.sampled_from((*_EDITS, _nest)), _names, _names), min_size=1, max_size=6)
