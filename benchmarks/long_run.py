@@ -43,7 +43,7 @@ async def _record_run(project: Project, tasks: int) -> None:
     for folder in ("trusted.git", "locks"):
         (hub / folder).mkdir(parents=True)
     specs = {one.id: one for one in map(_spec, range(tasks))}
-    async with FileStore.open(project.state, clock) as store:
+    async with FileStore.open(project.own_state, clock) as store:
         await seed(store, _document(run, top, hub, tuple(specs)), specs)
         ledger = await Ledger.take(store, clock, run, Redactor(frozenset()), {})
         work = iter(specs)

@@ -46,10 +46,11 @@ class Cleaner:
         clock: Clock,
         project: Project | None = None,
         store: Store | None = None,
+        url: str | None = None,
     ) -> None:
-        """Take the folder of all hubs, and a project together with its store."""
+        """Take the folder of all hubs, and a project together with its store and the store's URL."""
         self._environ, self._store = environ, store
-        self._survey = Survey(home, environ, clock, project, store)
+        self._survey = Survey(home, environ, clock, project, store, url)
 
     async def find(self, *, logs: float | None = None) -> list[Leftover]:
         """Return what is left over, and what of it must stay, with sizes.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Self
 import anyio.to_thread
 
 from orchestrator.clock import Clock, SystemClock
+from orchestrator.config.store import folder_url, named_store, scheme_of, store_folder
 from orchestrator.domain.model import Action
 from orchestrator.engine.ledger import read_run
 from orchestrator.engine.report import RunReport
@@ -23,7 +24,7 @@ from orchestrator.repo.hub import Hub
 from orchestrator.runs import Runs
 from orchestrator.state import checkpoints
 from orchestrator.state.checkpoints import Checkpoint, Restoration
-from orchestrator.state.file import FileStore
+from orchestrator.state.file import open_file_store
 
 # Looking at a run must be quick: what it takes to run one, or to read a file, is imported where that is asked for.
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ class Places:
     """Where a project keeps things; the repositories are None before its first run."""
 
     repository: str | None
-    state: Path
+    state: str
+    """The folder of the store; its URL if it is in none."""
     log: Path
     logs: Path
     """The output of sessions: a folder for each run."""
@@ -86,8 +88,9 @@ class Council:
         `source` is a YAML file, or the same as a `Config`, which `run` then runs (relative paths of a `Config` start
         from the current folder); or a folder, for the runs that were started in its repository; None is the
         current folder. `state` is the URL of the store (`file:///a/folder`, `memory:`, or what a plugin registers);
-        else `COUNCIL_STATE` of `environ` names it, else it is `.council/state` of the project. `plugins` stand for
-        what is installed; `environ` for the process's environment: sessions get what they may of it.
+        else `COUNCIL_STATE` of `environ` names it, else the file, or the file of the newest run; else it is
+        `.council/state` of the project. `plugins` stand for what is installed; `environ` for the process's
+        environment: sessions get what they may of it.
 
         Raises ConfigError with all that is wrong with the file, RefusedError where there is nothing to open.
         """
@@ -102,9 +105,11 @@ class Council:
             plugins, config, project = await load(source, plugins, environ)
         await check_own(project, environ)
         await anyio.to_thread.run_sync(project.create)
-        url = state or environ.get("COUNCIL_STATE") or None
-        async with _store(url, project, plugins, clock, environ) as store:
-            yield cls(Runs(project, store, clock, environ), await store.position(), plugins, config)
+        chosen = state or named_store(environ.get("COUNCIL_STATE", "")) or None
+        url = await anyio.to_thread.run_sync(_store_of, project, config) if chosen is None else chosen
+        async with _open_store(url, project, plugins, clock, environ) as store:
+            runs = Runs(project, store, url, clock, environ, follows_file=chosen is None)
+            yield cls(runs, await store.position(), plugins, config)
 
     @property
     def plugins(self) -> Plugins:
@@ -227,7 +232,9 @@ class Council:
 
     async def places(self) -> Places:
         """Say where everything is kept."""
-        state, log, logs = self.project.state, self.project.log_file, self.project.all_logs
+        folder = store_folder(self._runs.url)
+        state = self._runs.url if folder is None else str(folder)
+        log, logs = self.project.log_file, self.project.all_logs
         if not await self._store.list("run"):
             return Places(None, state, log, logs, None, None)
         run = await read_run(self._store, await self.newest_run())
@@ -308,24 +315,32 @@ class Council:
         from orchestrator.cleaning import Cleaner  # noqa: PLC0415
 
         environ = self._runs.environ
-        return Cleaner(council_home(environ), environ, self._runs.clock, self.project, self._store)
+        return Cleaner(council_home(environ), environ, self._runs.clock, self.project, self._store, self._runs.url)
+
+
+def _store_of(project: Project, config: RunConfig | None) -> str:
+    """Return the URL of the store that a file names; without a file, what that of the newest run named. Blocks."""
+    if config is None:
+        return project.store()
+    return config.state.url or folder_url(project.own_state)
 
 
 @asynccontextmanager
-async def _store(
-    url: str | None, project: Project, plugins: Plugins | None, clock: Clock, environ: Mapping[str, str]
+async def _open_store(
+    url: str, project: Project, plugins: Plugins | None, clock: Clock, environ: Mapping[str, str]
 ) -> AsyncIterator[Store]:
-    """Open the store at a URL, the project's own if none is given."""
-    opened: AbstractAsyncContextManager[Store] = FileStore.open(project.state, clock)
-    if url is not None:
+    """Open the store at a URL."""
+    scheme = scheme_of(url)
+    if scheme == "file":  # no plugin can bring another
+        opened = open_file_store(url, clock)
+    else:
         from orchestrator.plugins import load_plugins  # noqa: PLC0415
 
         if plugins is None:
             plugins = await anyio.to_thread.run_sync(load_plugins, environ, [project.top])
-        stores, scheme = plugins.stores, url.partition(":")[0]
-        if scheme not in stores:
-            known = ", ".join(f"{name}:" for name in sorted(stores))
+        if scheme not in plugins.stores:
+            known = ", ".join(f"{name}:" for name in sorted(plugins.stores))
             raise RefusedError(f"there is no store for {url!r}", f"write a URL that begins with one of {known}")
-        opened = stores[scheme](url, clock)
+        opened = plugins.stores[scheme](url, clock)
     async with opened as store:
         yield store

@@ -38,7 +38,7 @@ async def rehearse_run(
     project.check()
     await check_own(project, environ)
     adapters = used_adapters(config, plugins.adapters)
-    cleared = await check_run(config, site, run, adapters, environ, state=None, allow_deferred=allow_deferred)
+    cleared = await check_run(config, site, run, adapters, environ, store=None, allow_deferred=allow_deferred)
     await forget(cleared.hub, run, environ)
     room = await measure_room(config.capacity, Demand(memory=config.session_memory))
     programs = {

@@ -11,6 +11,7 @@ import anyio
 import anyio.to_thread
 
 from orchestrator.config.model import RunConfig, make_adapters, restore_adapters, used_adapters
+from orchestrator.config.store import MEMORY
 from orchestrator.domain.dispatch import Board
 from orchestrator.domain.model import FINAL, Action, RunDocument
 from orchestrator.domain.secrets import Redactor, secret_values
@@ -67,7 +68,7 @@ class Execution:
             run,
             used_adapters(config, self._plugins.adapters),
             runs.environ,
-            state=runs.project.state,
+            store=None if runs.url == MEMORY else runs.url,
             allow_deferred=allow_deferred,
         )
         document = RunDocument(
@@ -82,6 +83,7 @@ class Execution:
             adapters={name: entry.stored() for name, entry in config.adapters.items()},
             fence=config.fence.model_dump(mode="json"),
             worktrees=config.worktrees.model_dump(mode="json"),
+            retention=config.state.retention.model_dump(mode="json"),
             sinks={name: sink.stored() for name, sink in config.sinks.items()},
             trackers={name: tracker.stored() for name, tracker in config.trackers.items()},
             tasks=tuple(task.id for task in config.tasks),
@@ -89,6 +91,8 @@ class Execution:
             hub=str(cleared.hub.root),
             started=runs.clock.now(),
         )
+        if runs.follows_file:
+            await anyio.to_thread.run_sync(runs.project.use_store, config.state.url)
         await seed(runs.store, document, {task.id: task for task in config.tasks})
         return run
 
@@ -159,6 +163,7 @@ class Execution:
             configs,
             make_adapters(configs, types),
             store=runs.store,
+            store_url=runs.url,
             lock_fd=lock_fd,
             environ=runs.environ,
             clock=runs.clock,

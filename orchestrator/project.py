@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import randbelow
 
+from orchestrator.config.store import MEMORY, folder_url
 from orchestrator.errors import RefusedError
 
 FOLDER = ".council"
@@ -24,9 +26,32 @@ class Project:
         return self.top / FOLDER
 
     @property
-    def state(self) -> Path:
-        """The state log."""
+    def own_state(self) -> Path:
+        """The folder of the project's own store."""
         return self.folder / "state"
+
+    @property
+    def store_file(self) -> Path:
+        """Where the URL of the store stands that the file of the newest run names, if it names one."""
+        return self.folder / "store"
+
+    def store(self) -> str:
+        """Return the URL of the store that the newest run is recorded in, as far as files say. Blocks."""
+        try:
+            return self.store_file.read_text().strip()
+        except FileNotFoundError:
+            return folder_url(self.own_state)
+
+    def use_store(self, url: str | None) -> None:
+        """Have commands look there, or in the project's own store, where they are told nothing else. Blocks."""
+        if url is None or url == MEMORY:  # of which nothing is left to look at
+            self.store_file.unlink(missing_ok=True)
+            return
+        staged = self.store_file.with_name(f"{self.store_file.name}.{randbelow(10**12)}.new")
+        descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w") as file:  # there may be a password in it
+            file.write(f"{url}\n")
+        staged.replace(self.store_file)
 
     @property
     def log_file(self) -> Path:
@@ -44,9 +69,9 @@ class Project:
 
     def check(self) -> None:
         """Refuse (RefusedError) a folder that a link leads away from: a repository may bring one."""
-        for folder in (self.folder, self.all_logs, self.state):
+        for folder in (self.folder, self.all_logs, self.own_state, self.store_file):
             if folder.is_symlink():
-                raise RefusedError(f"{folder} is a link", "remove it, so that a folder can be made there")
+                raise RefusedError(f"{folder} is a link", "remove it, so that one of our own can be made there")
 
     def create(self) -> None:
         """Make the folder, for the owner alone."""
@@ -60,8 +85,9 @@ def find_project(start: Path) -> Project:
     """Return the project that a folder is in; RefusedError where no run has ever been started."""
     start = start.absolute()
     for folder in (start, *start.parents):
-        if (folder / FOLDER / "state").is_dir():
-            return Project(folder)
+        project = Project(folder)
+        if project.own_state.is_dir() or project.store_file.is_file():
+            return project
     remedy = "start with `council run`, or cd to the repository that it ran in"
     raise RefusedError(f"council has not run in {start}", remedy)
 

@@ -24,8 +24,12 @@ class Runs:
 
     project: Project
     store: Store
+    url: str
+    """Of the store."""
     clock: Clock
     environ: Mapping[str, str]
+    follows_file: bool = False
+    """Whether the store is the one that a run's file names, or else the project's own: nobody has chosen another."""
 
     async def ids(self) -> list[str]:
         """Return the ids of all runs that can be read, the oldest first."""

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import anyio.to_thread
 import click
 
-from orchestrator.cli.command import Context, json_option, opened, perform
+from orchestrator.cli.command import Context, json_option, opened, perform, store_option
 from orchestrator.cli.output import local_time, one_line, plain
 from orchestrator.cli.scene import Scene, look_around
 from orchestrator.config.model import RunConfig, make_adapters
@@ -21,6 +21,7 @@ from orchestrator.protocols import JsonObject
 
 
 @click.command()
+@store_option
 @json_option
 def adapters(as_json: bool) -> None:
     """List the adapters that are installed, with what there is of their programs.

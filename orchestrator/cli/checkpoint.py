@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import click
 
-from orchestrator.cli.command import Context, json_option, opened, perform, run_option
+from orchestrator.cli.command import Context, json_option, opened, perform, run_option, store_option
 from orchestrator.cli.completing import complete_checkpoints
 from orchestrator.cli.group import Suggesting
 from orchestrator.cli.output import local_time, plain
@@ -38,6 +38,7 @@ def checkpoint() -> None:
 @click.option("--reason", metavar="TEXT", default="by hand", help="Why it is made, to know it by.")
 @run_option
 @_all_option
+@store_option
 @json_option
 def create(reason: str, run: str | None, whole: bool, as_json: bool) -> None:
     """Make a checkpoint of the newest run, or of RUN, as it stands now.
@@ -64,6 +65,7 @@ def create(reason: str, run: str | None, whole: bool, as_json: bool) -> None:
 @checkpoint.command("list")
 @run_option
 @_all_option
+@store_option
 @json_option
 def list_checkpoints(run: str | None, whole: bool, as_json: bool) -> None:
     """List the checkpoints of this project, the oldest first.
@@ -91,6 +93,7 @@ def list_checkpoints(run: str | None, whole: bool, as_json: bool) -> None:
 @checkpoint.command()
 @_id_argument
 @run_option
+@store_option
 @json_option
 def show(checkpoint_id: str, run: str | None, as_json: bool) -> None:
     """Show a checkpoint, and what a restore of it would change now.
@@ -119,6 +122,7 @@ def show(checkpoint_id: str, run: str | None, as_json: bool) -> None:
 @_id_argument
 @click.option("--force", is_flag=True, help="Take over a run that a process is at work in.")
 @run_option
+@store_option
 @json_option
 def restore(checkpoint_id: str, force: bool, run: str | None, as_json: bool) -> None:
     """Go back to a checkpoint, for `council resume` to go on from there.

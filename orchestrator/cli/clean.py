@@ -14,7 +14,7 @@ import click
 
 from orchestrator.cleaning import Cleaner, Removal
 from orchestrator.cli.boundary import Log
-from orchestrator.cli.command import Context, json_option, opened, perform
+from orchestrator.cli.command import Context, json_option, opened, perform, store_option
 from orchestrator.cli.output import Output, plain
 from orchestrator.clock import SystemClock
 from orchestrator.config.quantities import parse_duration, shown_size
@@ -38,6 +38,7 @@ def _age(_context: click.Context, _option: click.Parameter, value: str | None) -
 @click.option("--kept", is_flag=True, help="Remove worktrees and hubs, too, that hold work which may be nowhere else.")
 @click.option("--pool", is_flag=True, help="Remove checkouts, too, that are ready for the next run.")
 @click.option("--logs", metavar="AGE", callback=_age, help="Remove, too, what runs printed that ended before (30d).")
+@store_option
 @json_option
 def clean(dry_run: bool, yes: bool, kept: bool, pool: bool, logs: float | None, as_json: bool) -> None:
     """Remove what runs left over and nothing needs.

@@ -19,6 +19,7 @@ from orchestrator.cli.completing import complete_runs
 from orchestrator.cli.output import Output
 from orchestrator.cli.signals import Interrupt
 from orchestrator.cli.streams import unwritten
+from orchestrator.config.store import named_store
 from orchestrator.council import Council
 from orchestrator.engine.report import RunReport
 from orchestrator.errors import CouncilError, RefusedError
@@ -35,8 +36,20 @@ run_argument = click.argument("run", required=False, shell_complete=complete_run
 run_option = click.option(
     "--run", "run", metavar="RUN", help="Another run than the newest.", shell_complete=complete_runs
 )
+
+_STORE = "orchestrator.store"
+
+
+def _choose_store(context: click.Context, _: click.Parameter, named: str | None) -> None:
+    context.meta[_STORE] = None if named is None else named_store(named)
+
+
 store_option = click.option(
-    "--state", "store", metavar="URL", help="Another store than that of COUNCIL_STATE or the project's own."
+    "--state",
+    metavar="URL",
+    expose_value=False,
+    callback=_choose_store,
+    help="Another store than that of COUNCIL_STATE, of the file, or the project's own.",
 )
 
 
@@ -55,9 +68,10 @@ class Context:
 
 @asynccontextmanager
 async def opened(
-    log: Log, source: Path | RunConfig | None = None, plugins: Plugins | None = None, store: str | None = None
+    log: Log, source: Path | RunConfig | None = None, plugins: Plugins | None = None
 ) -> AsyncIterator[Council]:
-    """Open the council of a run or a folder, that of the current folder if none is given; `store` is a URL."""
+    """Open the council of a run or a folder, of the current folder if none is given, with the store of `--state`."""
+    store = click.get_current_context().meta.get(_STORE)
     async with Council.open(source, plugins=plugins, state=store) as council:
         log.path = council.project.log_file
         yield council

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from orchestrator.cli.command import Context, json_option, opened, perform, run_argument, show_result
+from orchestrator.cli.command import Context, json_option, opened, perform, run_argument, show_result, store_option
 from orchestrator.cli.mermaid import flowchart
 from orchestrator.cli.output import Output
 from orchestrator.cli.plan import plan_text
@@ -28,6 +28,7 @@ from orchestrator.engine.rehearsal import Rehearsal
 @click.option("--allow-deferred", is_flag=True, help="Start although the target's checkout is dirty; land on resume.")
 @click.option("--dry-run", is_flag=True, help="Check all, and show what would run in which order; start nothing.")
 @click.option("--mermaid", is_flag=True, help="With --dry-run: print a Mermaid flowchart.")
+@store_option
 @json_option
 def run_file(  # noqa: PLR0917  as many as there are options
     file: Path | None,
@@ -82,6 +83,7 @@ def _show(rehearsal: Rehearsal, output: Output, *, mermaid: bool) -> None:
 
 @click.command()
 @run_argument
+@store_option
 @json_option
 def resume(run: str | None, as_json: bool) -> None:
     """Go on with a run from wherever it was cut off.

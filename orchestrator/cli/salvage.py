@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 import click
 
 from orchestrator.archive import KeptWork
-from orchestrator.cli.command import Context, json_option, opened, perform, run_option
+from orchestrator.cli.command import Context, json_option, opened, perform, run_option, store_option
 from orchestrator.cli.completing import complete_kept
 from orchestrator.cli.group import Suggesting
 from orchestrator.cli.output import plain
@@ -31,6 +31,7 @@ def salvage() -> None:
 
 @salvage.command("list")
 @run_option
+@store_option
 @json_option
 def list_kept(run: str | None, as_json: bool) -> None:
     """List what is kept, the newest run first.
@@ -84,6 +85,7 @@ def _local(instant: int) -> str:
 @click.argument("name", shell_complete=complete_kept)
 @stat_option
 @run_option
+@store_option
 def show(name: str, stat: bool, run: str | None) -> None:
     """Show what kept work changes.
 
@@ -107,6 +109,7 @@ def show(name: str, stat: bool, run: str | None) -> None:
 @click.argument("name", shell_complete=complete_kept)
 @click.option("--branch", metavar="BRANCH", help="Make this branch of it instead, in your repository.")
 @run_option
+@store_option
 @json_option
 def apply(name: str, branch: str | None, run: str | None, as_json: bool) -> None:
     """Bring kept work into your files, uncommitted.
@@ -134,6 +137,7 @@ def apply(name: str, branch: str | None, run: str | None, as_json: bool) -> None
 @salvage.command()
 @click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_kept)
 @run_option
+@store_option
 @json_option
 def drop(names: tuple[str, ...], run: str | None, as_json: bool) -> None:
     """Delete kept work for good.

@@ -49,11 +49,11 @@ def state() -> None:
 _Answer = tuple[Callable[[], JsonObject], Iterator[str]]
 
 
-def _look(store: str | None, answer: Callable[[Past], Awaitable[_Answer]], *, as_json: bool) -> None:
+def _look(answer: Callable[[Past], Awaitable[_Answer]], *, as_json: bool) -> None:
     """Perform a command that only looks."""
 
     async def command(context: Context) -> int:
-        async with opened(context.log, store=store) as council:
+        async with opened(context.log) as council:
             to_json, lines = await answer(council.past)
             if as_json:
                 context.output.json(to_json() | {"damage": list(council.damage)})
@@ -83,7 +83,7 @@ async def _check_run(past: Past, run: str | None) -> None:
 @_of_run
 @store_option
 @json_option
-def at(moment: str, keys: tuple[str, ...], run: str | None, store: str | None, as_json: bool) -> None:
+def at(moment: str, keys: tuple[str, ...], run: str | None, as_json: bool) -> None:
     """Show the documents as they were at a moment.
 
     Without KEY they are listed; with KEY their values are printed. A key is kind/id, in which the newest run may be
@@ -101,7 +101,7 @@ def at(moment: str, keys: tuple[str, ...], run: str | None, store: str | None, a
         found = await past.at(await find_position(past, moment), run=run, names=keys)
         return lambda: state_json(found), state_lines(found, with_values=bool(keys))
 
-    _look(store, answer, as_json=as_json)
+    _look(answer, as_json=as_json)
 
 
 @state.command()
@@ -110,7 +110,7 @@ def at(moment: str, keys: tuple[str, ...], run: str | None, store: str | None, a
 @_of_run
 @store_option
 @json_option
-def diff(before: str, after: str, run: str | None, store: str | None, as_json: bool) -> None:
+def diff(before: str, after: str, run: str | None, as_json: bool) -> None:
     """Show what differs between two moments, field by field.
 
     Without B the other one is now.
@@ -126,7 +126,7 @@ def diff(before: str, after: str, run: str | None, store: str | None, as_json: b
         old, new = [await past.at(await find_position(past, one), run=run) for one in (before, after)]
         return lambda: differences_json(old, new), difference_lines(old, new)
 
-    _look(store, answer, as_json=as_json)
+    _look(answer, as_json=as_json)
 
 
 @state.command()
@@ -134,7 +134,7 @@ def diff(before: str, after: str, run: str | None, store: str | None, as_json: b
 @click.option("--limit", metavar="N", type=click.IntRange(min=1), default=HISTORY, help="At most so many versions.")
 @store_option
 @json_option
-def history(key: str, limit: int, store: str | None, as_json: bool) -> None:
+def history(key: str, limit: int, as_json: bool) -> None:
     """Show the versions of a document, the newest first.
 
     Who wrote each and when, what happened with it, and which fields changed. In KEY, kind/id, the newest run may be
@@ -154,7 +154,7 @@ def history(key: str, limit: int, store: str | None, as_json: bool) -> None:
         pairs = list(zip(versions, before, strict=True))[:limit]
         return lambda: history_json(found, pairs), history_lines(found, pairs)
 
-    _look(store, answer, as_json=as_json)
+    _look(answer, as_json=as_json)
 
 
 @state.command()
@@ -164,7 +164,7 @@ def history(key: str, limit: int, store: str | None, as_json: bool) -> None:
 @_of_run
 @store_option
 @json_option
-def log(follow: bool, after: int, limit: int | None, run: str | None, store: str | None, as_json: bool) -> None:
+def log(follow: bool, after: int, limit: int | None, run: str | None, as_json: bool) -> None:
     """Print the commits of the log, the oldest first.
 
     A line for each: position, time, who, what happened, and the documents that it wrote.
@@ -177,7 +177,7 @@ def log(follow: bool, after: int, limit: int | None, run: str | None, store: str
     """
 
     async def command(context: Context) -> int:
-        async with opened(context.log, store=store) as council:
+        async with opened(context.log) as council:
             await _check_run(council.past, run)
             lines = CommitLines()
             async with aclosing(_commits(council, run, after=after, limit=limit, follow=follow)) as commits:
@@ -216,7 +216,7 @@ async def _commits(
 @run_argument
 @store_option
 @json_option
-def show(run: str | None, store: str | None, as_json: bool) -> None:
+def show(run: str | None, as_json: bool) -> None:
     """Show a run at a glance: options, tasks, sessions, events and figures.
 
     Without RUN it is the newest.
@@ -231,14 +231,14 @@ def show(run: str | None, store: str | None, as_json: bool) -> None:
         found = await past.overview(run or await past.runs.newest())
         return found.to_json, overview_lines(found)
 
-    _look(store, answer, as_json=as_json)
+    _look(answer, as_json=as_json)
 
 
 @state.command()
 @click.option("--repair", is_flag=True, help="Settle for what can be read, where not all can be.")
 @store_option
 @json_option
-def verify(repair: bool, store: str | None, as_json: bool) -> None:
+def verify(repair: bool, as_json: bool) -> None:
     """Read all that is recorded anew, and tell whether it is sound.
 
     The exit code is 1 where it is not. With --repair, the newest value that is known of each document that was hit
@@ -251,7 +251,7 @@ def verify(repair: bool, store: str | None, as_json: bool) -> None:
     """
 
     async def command(context: Context) -> int:
-        async with opened(context.log, store=store) as council:
+        async with opened(context.log) as council:
             found = await (council.repair() if repair else council.verify())
             if as_json:
                 context.output.json(verified_json(found))

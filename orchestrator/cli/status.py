@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from orchestrator.cli.command import Context, json_option, opened, perform, run_argument, show_result
+from orchestrator.cli.command import Context, json_option, opened, perform, run_argument, show_result, store_option
 from orchestrator.cli.output import plain
 from orchestrator.engine.report import RunReport, RunStatus
 
@@ -20,6 +20,7 @@ _ACTIVE = frozenset({RunStatus.RUNNING, RunStatus.INTERRUPTED})
 
 @click.command()
 @run_argument
+@store_option
 @json_option
 def status(run: str | None, as_json: bool) -> None:
     """Show how a run stands; the exit code says so too.
@@ -43,6 +44,7 @@ def status(run: str | None, as_json: bool) -> None:
 
 @click.command()
 @click.option("--active", is_flag=True, help="Only those that are not over: at work, or cut off.")
+@store_option
 @json_option
 def runs(active: bool, as_json: bool) -> None:
     """List the runs of this project, the oldest first.
@@ -75,6 +77,7 @@ def _run_line(report: RunReport, metrics: Metrics) -> str:
 
 
 @click.command()
+@store_option
 @json_option
 def where(as_json: bool) -> None:
     """Say where everything is kept.

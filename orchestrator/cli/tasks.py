@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import click
 
-from orchestrator.cli.command import Context, json_option, opened, perform, run_option, show_result
+from orchestrator.cli.command import Context, json_option, opened, perform, run_option, show_result, store_option
 from orchestrator.cli.completing import complete_live_tasks, complete_revivable_tasks, complete_tasks
 from orchestrator.cli.output import Output
 from orchestrator.domain.model import Action
@@ -31,6 +31,7 @@ def _ask(action: Action, tasks: tuple[str, ...], run: str | None, *, as_json: bo
 @click.command()
 @click.argument("tasks", metavar="[TASK]...", nargs=-1, shell_complete=complete_live_tasks)
 @run_option
+@store_option
 @json_option
 def cancel(tasks: tuple[str, ...], run: str | None, as_json: bool) -> None:
     """End tasks for good; without TASK, all that are not over.
@@ -48,6 +49,7 @@ def cancel(tasks: tuple[str, ...], run: str | None, as_json: bool) -> None:
 @click.command()
 @click.argument("tasks", metavar="TASK...", nargs=-1, required=True, shell_complete=complete_revivable_tasks)
 @run_option
+@store_option
 @json_option
 def retry(tasks: tuple[str, ...], run: str | None, as_json: bool) -> None:
     """Try tasks again that are over without having landed.
@@ -67,6 +69,7 @@ def retry(tasks: tuple[str, ...], run: str | None, as_json: bool) -> None:
 @click.option("-f", "--follow", is_flag=True, help="Go on with what is printed until the task is over.")
 @click.option("--attempt", type=click.IntRange(min=1), help="Another attempt than the newest.")
 @run_option
+@store_option
 @json_option
 def logs(task: str, follow: bool, attempt: int | None, run: str | None, as_json: bool) -> None:
     """Print what a task's program and checks printed.
@@ -99,6 +102,7 @@ def logs(task: str, follow: bool, attempt: int | None, run: str | None, as_json:
 @stat_option
 @_color
 @run_option
+@store_option
 def diff(task: str, stat: bool, color: bool | None, run: str | None) -> None:
     """Show what a task has changed, so far if it is at work.
 

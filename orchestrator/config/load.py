@@ -12,10 +12,19 @@ from orchestrator.config import adapters, references
 from orchestrator.config.document import Node, read_document
 from orchestrator.config.entries import Extensions, read_sinks, read_trackers
 from orchestrator.config.files import open_regular
-from orchestrator.config.model import Backoff, FenceConfig, RunConfig, TaskSpec, WorktreesConfig
+from orchestrator.config.model import (
+    Backoff,
+    FenceConfig,
+    Retention,
+    RunConfig,
+    StateConfig,
+    TaskSpec,
+    WorktreesConfig,
+)
 from orchestrator.config.names import is_url
 from orchestrator.config.problems import Position, Problems, TooManyProblems
 from orchestrator.config.schema import BackoffSettings, Config, Task, TaskDefaults
+from orchestrator.config.store import folder_url
 from orchestrator.config.validation import validate
 from orchestrator.config.values import read_value
 from orchestrator.domain.failures import RETRIED, FailureClass
@@ -124,6 +133,7 @@ def _read_run(
     sinks = read_sinks(root, path.parent, extensions, problems)
     trackers = read_trackers(root, path.parent, extensions, problems)
     reach = adapters.read_reach(root, path.parent, problems)
+    references.check_state(root, problems)
     references.check_network(root, problems)
     references.check_shared(root, problems)
     references.check_commands(root, problems)
@@ -143,6 +153,7 @@ def _read_run(
         session_memory=file.session_memory,
         fence=FenceConfig(sandbox=file.sandbox, network=file.network == "on", reach=reach),
         worktrees=_worktrees(file),
+        state=_state(file, path.parent),
         adapters=found,
         sinks=sinks,
         trackers=trackers,
@@ -194,3 +205,11 @@ def _worktrees(file: Config) -> WorktreesConfig:
     # One more than sessions, for checks.
     most = {} if given["max"] is not None else {"max": max(WorktreesConfig().max, file.capacity + 1)}
     return WorktreesConfig.model_validate(given | most)
+
+
+def _state(file: Config, folder: Path) -> StateConfig:
+    url = file.state.url
+    if file.state_dir is not None:
+        url = folder_url(Path(os.path.realpath(folder / Path(file.state_dir).expanduser())))
+    age = None if file.state.retention == math.inf else file.state.retention
+    return StateConfig(url=url, retention=Retention(age=age, size=file.state.max_size))

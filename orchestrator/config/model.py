@@ -271,6 +271,24 @@ def used_adapters(config: RunConfig, adapter_types: Mapping[str, AdapterType]) -
     return make_adapters(restore_adapters(stored, adapter_types), adapter_types)
 
 
+class Retention(_Model):
+    """How much of the past a store keeps; of what is older the last versions of each document stay."""
+
+    age: float | None = 30 * 86400.0
+    """Seconds; None: without end."""
+    size: int = 1_000_000_000
+    """Bytes that the log may take, before what is younger goes, too."""
+
+
+class StateConfig(_Model):
+    """Where a run is recorded, and for how long."""
+
+    url: str | None = None
+    """The URL of the store; None: the project's own."""
+    retention: Retention = Retention()
+    """How much of the past it keeps."""
+
+
 class RunConfig(_Model):
     """What one file asks for."""
 
@@ -292,6 +310,8 @@ class RunConfig(_Model):
     """What sessions and checks are fenced in by."""
     worktrees: WorktreesConfig
     """What they take turns in."""
+    state: StateConfig = StateConfig()
+    """Where all is recorded."""
     adapters: Mapping[str, AdapterConfig]
     """The adapters by name."""
     sinks: Mapping[str, SinkConfig] = {}

@@ -10,6 +10,8 @@ from orchestrator.config.problems import kind
 
 LONGEST: Final = 30 * 86400.0
 """The longest duration that is taken, in seconds."""
+LONGEST_RETENTION: Final = 3650 * 86400.0
+"""The same of how long something is kept."""
 
 _SECONDS: Final = (86400.0, 3600.0, 60.0, 1.0, 0.001)
 _DURATION = re.compile("".join(f"(?:([0-9]{{1,12}}){unit})?" for unit in ("d", "h", "m", "s", "ms")))
@@ -50,20 +52,21 @@ def format_duration(seconds: float) -> str:
     return "".join(parts) or "0s"
 
 
-def parse_silence(value: Any) -> float:
+def parse_silence(value: Any, *, longest: float = LONGEST) -> float:
     """Return the seconds of a duration, or infinity for `off`; ValueError otherwise."""
     if value == "off":
         return math.inf
     try:
-        return parse_duration(value)
+        return parse_duration(value, longest=longest)
     except ValueError as error:
         raise ValueError(f"{error}, or off") from None
 
 
-def check_seconds(seconds: float) -> float:
-    """Return seconds that come from code as a number; ValueError for anything but a positive number up to 30 days."""
-    if not 0 < seconds <= LONGEST:
-        raise ValueError(f"a duration can't be {seconds} s: give more than 0 and at most {LONGEST:g} s, 30 days")
+def check_seconds(seconds: float, *, longest: float = LONGEST) -> float:
+    """Return seconds that come from code as a number; ValueError for anything but a positive number up to `longest`."""
+    if not 0 < seconds <= longest:
+        days = f"{longest / 86400:.0f} days"
+        raise ValueError(f"a duration can't be {seconds} s: give more than 0 and at most {longest:.0f} s, {days}")
     return float(seconds)
 
 

@@ -53,7 +53,7 @@ def check_presence(root: Node, problems: Problems) -> None:
 
 def check_emptiness(root: Node, problems: Problems) -> None:
     """Note keys without a value, wherever a key may be left out."""
-    for node in (root, root.get("defaults"), root.get("defaults", "backoff"), root.get("worktrees")):
+    for node in (root, root.get("defaults"), root.get("defaults", "backoff"), root.get("worktrees"), root.get("state")):
         refuse_empty(node, problems)
     for step in items_of(root.get("worktrees", "setup")):
         refuse_empty(step if isinstance(step.value, dict) else None, problems)
@@ -81,6 +81,17 @@ def check_folder(root: Node, folder: Path, problems: Problems) -> None:
         is_folder = False
     if not is_folder:
         problems.add(repo.at, f"there is no folder {shown(repo.value)}", "write a path relative to this file, or a URL")
+
+
+def check_state(root: Node, problems: Problems) -> None:
+    """Note a store that is named twice, and a folder for it that is no path."""
+    folder, state = root.get("state_dir"), root.get("state")
+    if folder is None:
+        return
+    if state is not None and (isinstance(state.value, str) or state.get("url") is not None):
+        problems.add(folder.at, "the store is named by `state`, too", "remove one of them")
+    if isinstance(folder.value, str) and "\0" in folder.value:
+        problems.add(folder.at, "a path can't hold a NUL character", "write a path relative to this file")
 
 
 def check_network(root: Node, problems: Problems) -> None:

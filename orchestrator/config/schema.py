@@ -31,6 +31,7 @@ from orchestrator.config.names import (
 from orchestrator.config.problems import kind, shown
 from orchestrator.config.quantities import (
     DURATION_PATTERN,
+    LONGEST_RETENTION,
     SILENCE_PATTERN,
     SIZE_PATTERN,
     check_bytes,
@@ -41,6 +42,7 @@ from orchestrator.config.quantities import (
     parse_silence,
     parse_size,
 )
+from orchestrator.config.store import STORE_PATTERN, check_store
 from orchestrator.domain.failures import RETRYABLE
 from orchestrator.domain.ownership import check_pattern
 
@@ -68,6 +70,14 @@ def _silence(value: Any, info: ValidationInfo) -> float:
     if value == math.inf and not _is_from_file(info):
         return math.inf
     return check_seconds(value) if _is_number_of_code(value, info) else parse_silence(value)
+
+
+def _retention(value: Any, info: ValidationInfo) -> float:
+    if value == math.inf and not _is_from_file(info):
+        return math.inf
+    if _is_number_of_code(value, info):
+        return check_seconds(value, longest=LONGEST_RETENTION)
+    return parse_silence(value, longest=LONGEST_RETENTION)
 
 
 def _bytes(value: Any, info: ValidationInfo) -> int:
@@ -131,12 +141,25 @@ def _step(value: Any) -> Any:
     raise ValueError(f"a step can't be {kind(value)}: write a shell command, or a mapping with `run:`")
 
 
+def _store(value: Any) -> Any:
+    match value:
+        case str():
+            return {"url": value}
+        case dict() | BaseModel():
+            return value
+    raise ValueError(f"a store can't be {kind(value)}: write its URL, or a mapping")
+
+
 RetryableName = Annotated[str, AfterValidator(_check_retryable), WithJsonSchema({"enum": sorted(RETRYABLE)})]
 EnvName = Annotated[str, AfterValidator(_check_env_name), _text(f"^{_ENV_NAME.pattern}$")]
 Command = Annotated[str, AfterValidator(_check_command), _text(_NOT_BLANK)]
 Silence = Annotated[
     float, BeforeValidator(_silence), PlainSerializer(format_duration, when_used="json"), _text(SILENCE_PATTERN)
 ]
+Retention = Annotated[
+    float, BeforeValidator(_retention), PlainSerializer(format_duration, when_used="json"), _text(SILENCE_PATTERN)
+]
+StoreUrl = Annotated[str, AfterValidator(check_store), _text(STORE_PATTERN)]
 Size = Annotated[int, BeforeValidator(_bytes), PlainSerializer(format_size, when_used="json"), _text(SIZE_PATTERN)]
 PathPattern = Annotated[str, AfterValidator(check_pattern), _text(r"^(?!/)[^\\]+$")]
 Paths = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
@@ -306,6 +329,17 @@ class WorktreeSettings(_Entry):
     """How many free ports each worktree gets, as COUNCIL_PORT_0 and so on."""
 
 
+class StateSettings(_Entry):
+    """Where all is recorded that happens, and how much of the past stays."""
+
+    url: StoreUrl | None = None
+    """The store: file:///a/folder, memory: (gone at the end), or what an installed plugin brings."""
+    retention: Annotated[Retention, Field(json_schema_extra={"default": "30d"})] = 30 * 86400.0
+    """How far back all of it can be looked at; `off` for without end. Of what is older the last versions stay."""
+    max_size: Annotated[Size, Field(json_schema_extra={"default": "1GB"})] = 1_000_000_000
+    """What the log may take on disk, before what is younger goes, too."""
+
+
 class Config(_Entry):
     """The whole file."""
 
@@ -344,6 +378,12 @@ class Config(_Entry):
     """The ways to run a CLI, by a name of your own."""
     worktrees: WorktreeSettings = WorktreeSettings()
     """The checkouts that sessions and checks take turns in."""
+    state: Annotated[StateSettings, BeforeValidator(_store, json_schema_input_type=StoreUrl | StateSettings)] = (
+        StateSettings()
+    )
+    """The store that all is recorded in: .council/state of the repository unless given."""
+    state_dir: Annotated[str, Field(min_length=1)] | None = None
+    """The folder of the store, relative to this file, instead of its URL."""
     defaults: TaskDefaults = TaskDefaults()
     """What holds for each task that doesn't say otherwise."""
     sinks: dict[Name, SinkSettings] = {}

@@ -138,6 +138,8 @@ class RunDocument(_Document):
     """What `config.model.FenceConfig` holds."""
     worktrees: dict[str, Any]
     """What `config.model.WorktreesConfig` holds."""
+    retention: dict[str, Any] = {}
+    """What `config.model.Retention` holds."""
     sinks: dict[str, dict[str, Any]] = {}
     """By name: what `config.model.restore` takes, and the patterns of the events."""
     trackers: dict[str, dict[str, Any]] = {}

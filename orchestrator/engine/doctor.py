@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Final
-from urllib.parse import unquote, urlsplit
 
 import anyio
 import anyio.to_thread
 
 from orchestrator.config.adapters import trial_request
 from orchestrator.config.model import RunConfig, make_adapters, used_adapters
+from orchestrator.config.store import named_store, store_folder
 from orchestrator.domain.admission import DEFAULT_DEMAND, Demand
 from orchestrator.engine import findings
 from orchestrator.engine.facts import Machine, Place, look_at_machine, look_at_place
@@ -66,7 +66,7 @@ async def examine(subject: Subject, environ: Mapping[str, str]) -> list[Finding]
         group.start_soon(look, "sandbox", _sandbox(subject.run, environ))
         if git.level is not Level.PROBLEM:
             looked = await look_at_repository(subject.run, subject.folder, environ)
-    places, troubles = await anyio.to_thread.run_sync(_places, _project(subject, looked), environ)
+    places, troubles = await anyio.to_thread.run_sync(_places, subject, _project(subject, looked), environ)
     file = [] if subject.file is None and looked.top is None else [findings.judge_file(subject.file, subject.config)]
     return [
         findings.judge_system(machine),
@@ -133,7 +133,9 @@ def _project(subject: Subject, looked: Looked) -> Project | None:
     return None if subject.file is None else Project(subject.file.absolute().parent)
 
 
-def _places(project: Project | None, environ: Mapping[str, str]) -> tuple[dict[str, Place], list[Finding]]:
+def _places(
+    subject: Subject, project: Project | None, environ: Mapping[str, str]
+) -> tuple[dict[str, Place], list[Finding]]:
     """Return what there is of the places that a run writes to, and what is wrong with those that there are none of."""
     places: dict[str, Place] = {}
     troubles: list[Finding] = []
@@ -141,9 +143,13 @@ def _places(project: Project | None, environ: Mapping[str, str]) -> tuple[dict[s
         places["repositories"] = look_at_place(council_home(environ))
     except RefusedError as error:
         troubles.append(findings.refused("repositories", error))
-    state = _state(project, environ)
-    if state is not None:
-        places["state"] = look_at_place(state)
+    try:
+        state = _state(subject, project, environ)
+        if state is not None:
+            places["state"] = look_at_place(state)
+    except ValueError as error:
+        what, _, remedy = str(error).partition(": write ")
+        troubles.append(Finding("state", Level.PROBLEM, what, f"write {remedy}"))
     try:
         places["temporary"] = look_at_place(Path(tempfile.gettempdir()))
     except OSError as error:
@@ -152,12 +158,12 @@ def _places(project: Project | None, environ: Mapping[str, str]) -> tuple[dict[s
     return places, troubles
 
 
-def _state(project: Project | None, environ: Mapping[str, str]) -> Path | None:
+def _state(subject: Subject, project: Project | None, environ: Mapping[str, str]) -> Path | None:
     """Return the folder of the state; None where it is in no folder, or not known."""
-    url = environ.get("COUNCIL_STATE")
+    url = named_store(environ.get("COUNCIL_STATE", "")) or (None if subject.run is None else subject.run.state.url)
     if url:
-        return Path(unquote(urlsplit(url).path)) if url.startswith("file:") else None
-    return None if project is None else project.state
+        return store_folder(url)
+    return None if project is None else project.own_state
 
 
 def _space(capacity: int, looked: Looked, places: Mapping[str, Place]) -> list[Finding]:

@@ -6,7 +6,6 @@ import difflib
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from orchestrator.config.model import RunConfig
 from orchestrator.config.warnings import Surroundings
@@ -48,13 +47,13 @@ async def check_run(
     adapters: Mapping[str, Adapter],
     environ: Mapping[str, str],
     *,
-    state: Path | None,
+    store: str | None,
     allow_deferred: bool,
 ) -> Cleared:
     """Look whether a config can run with `adapters`, those that its tasks use; nothing is started or recorded.
 
-    `state` is where the run is going to be recorded, None if it is not. RefusedError says what stands in the way: no
-    such base, a target with changes of the user's own, a program that is missing.
+    `store` is the URL of the store that is going to record the run, None if none is. RefusedError says what stands in
+    the way: no such base, a target with changes of the user's own, a program that is missing.
     """
     if sum(len(task.prompt) for task in config.tasks) > LARGEST_PROMPTS:
         what = f"the prompts are larger than {LARGEST_PROMPTS >> 20} MiB together"
@@ -71,7 +70,7 @@ async def check_run(
     await check_checkout(site.repository, target, environ, allow_deferred=allow_deferred)
     hub = hub_of(site.identity, home)
     name = Redactor(secret_values(environ)).text(site.identity)  # a URL may have a password in it
-    user = User(name, None if site.repository is None else site.repository.git_dir, state)
+    user = User(name, None if site.repository is None else site.repository.git_dir, store)
     await create_hub(hub, site.object_format, environ, user)
     start = await _fetch(site, hub, run, (config.base, target if target in heads else config.base), environ)
     base = Base(config.base, internal_ref(run, "base"), Git(hub.trusted, environ=environ))

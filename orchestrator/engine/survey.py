@@ -33,7 +33,7 @@ from orchestrator.repo.checkout import inspect
 from orchestrator.repo.debris import debris_in, half_built, hubs_in
 from orchestrator.repo.git import Git
 from orchestrator.repo.hub import INTERNAL_REFS, Hub, is_within
-from orchestrator.repo.origin import Origin
+from orchestrator.repo.origin import Origin, StoreSite
 from orchestrator.repo.places import Place, places_of, standing_of
 from orchestrator.repo.worktrees import Worktree
 
@@ -41,13 +41,19 @@ _KILLED = "a command that was killed left it"
 
 
 class Survey:
-    """Looks at `home`, the folder of all hubs, and at a project together with its store, if there is one here."""
+    """Looks at `home`, the folder of all hubs, and at a project with its store, which is at `url`, if one is here."""
 
     def __init__(
-        self, home: Path, environ: Mapping[str, str], clock: Clock, project: Project | None, store: Store | None
+        self,
+        home: Path,
+        environ: Mapping[str, str],
+        clock: Clock,
+        project: Project | None,
+        store: Store | None,
+        url: str | None,
     ) -> None:
         self._home, self._environ, self._clock = home, environ, clock
-        self.project, self._store = project, store
+        self.project, self._store, self._url = project, store, url
 
     async def runs(self) -> Mapping[str, RunDocument | None]:
         """Return all runs that the project's state knows; None for one of which it can't be read."""
@@ -152,11 +158,11 @@ class Survey:
         return found
 
     def _sees_all(self, known: Origin) -> bool:
-        """Whether every state that could know of a hub's runs is ours, and whole, or gone. Blocks."""
+        """Whether every store that could know of a hub's runs is ours, and whole, or gone. Blocks."""
         if self._store is not None and any(one.keys is None or one.keys for one in self._store.damage):
             return False
-        ours = None if self.project is None else self.project.state.resolve()
-        return all(state.path == ours or state.is_gone() for state in known.states)
+        ours = None if self._url is None else StoreSite.of(self._url).url
+        return all(one.url == ours or one.is_gone() for one in known.stores)
 
     async def debris(self, hub: Hub) -> list[Leftover]:
         """Return what killed commands left in a hub."""

@@ -11,6 +11,7 @@ import anyio.to_thread
 
 from orchestrator.clock import Clock
 from orchestrator.config.model import AdapterConfig, FenceConfig, TaskSpec, WorktreesConfig
+from orchestrator.config.store import store_folder
 from orchestrator.domain.model import RunDocument
 from orchestrator.domain.secrets import Redactor, secret_values
 from orchestrator.engine.leases import PortLeases
@@ -79,9 +80,10 @@ class Workshop:
         )
 
 
-def hidden_from_sessions(site: Site, project: Project, hub: Hub) -> tuple[Path, ...]:
+def hidden_from_sessions(site: Site, project: Project, store: str, hub: Hub) -> tuple[Path, ...]:
     """Return the folders that no session is to see: the user's repository, the state, our repositories."""
-    hidden = {project.folder, hub.root.parent}
+    state = store_folder(store)
+    hidden = {project.folder, hub.root.parent, *([] if state is None else [state])}
     if site.repository is not None:
         git_dir = site.repository.git_dir
         # A linked worktree's main checkout is the user's, too.
@@ -99,6 +101,7 @@ async def open_workshop(
     adapters: Mapping[str, Adapter],
     *,
     store: Store,
+    store_url: str,
     lock_fd: int,
     environ: Mapping[str, str],
     clock: Clock,
@@ -114,7 +117,7 @@ async def open_workshop(
     target = Target(hub, git, source, site.repository, branch=run.target, start=run.start, ref=ref)
     fence = FenceConfig.model_validate(run.fence)
     kind = await choose_sandbox(fence.sandbox, network=fence.network, environ=environ)
-    fencing = Fencing(kind, hidden_from_sessions(site, project, hub), fence.network, fence.reach)
+    fencing = Fencing(kind, hidden_from_sessions(site, project, store_url, hub), fence.network, fence.reach)
     logs = project.logs(run.id)
     await anyio.to_thread.run_sync(lambda: logs.mkdir(mode=0o700, exist_ok=True))
     worktrees = WorktreesConfig.model_validate(run.worktrees)

@@ -1,4 +1,4 @@
-"""Whom a hub is for: the repository, and the projects whose state knows of its runs.
+"""Whom a hub is for: the repository, and the stores that know of its runs.
 
 Recorded in the hub itself, so that it can be told when nobody is left who could need it: the state that names a hub
 is in the user's repository and goes with it.
@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.config.store import folder_url, store_folder
+
 _FILE = "origin.json"
+_PASSWORD = re.compile(r"//[^/@]*@")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,39 +43,63 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreSite:
+    """Where a store is: its URL, by which it is known, and its folder if it is in one."""
+
+    url: str
+    folder: Place | None
+
+    @classmethod
+    def of(cls, url: str) -> StoreSite:
+        """Return where the store of a URL is, which exists; whatever way leads to its folder, it is the same. Blocks.
+
+        Of other stores the URL is kept without what may be a password.
+        """
+        folder = store_folder(url)
+        if folder is None:
+            return cls(_PASSWORD.sub("//", url), None)
+        place = Place.of(folder)
+        return cls(folder_url(place.path), place)
+
+    def is_gone(self) -> bool:
+        """Whether it was removed; false also where that can't be told."""
+        return self.folder is not None and self.folder.is_gone()
+
+
+@dataclass(frozen=True, slots=True)
 class Origin:
-    """`name` is the repository's git directory or URL, `source` its place (None for a URL), `states` all state logs."""
+    """`name` is the repository's git directory or URL, `source` its place (None for a URL), `stores` all stores."""
 
     name: str
     source: Place | None
-    states: tuple[Place, ...]
+    stores: tuple[StoreSite, ...]
 
     def is_gone(self) -> bool:
-        """Whether neither the repository nor any state that knows of its runs is on this machine any more."""
-        return (self.source is None or self.source.is_gone()) and all(one.is_gone() for one in self.states)
+        """Whether neither the repository nor any store that knows of its runs is on this machine any more."""
+        return (self.source is None or self.source.is_gone()) and all(one.is_gone() for one in self.stores)
 
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """Who uses a hub: the repository's identity, its git directory if it is on this machine, the project's state.
+    """Who uses a hub: the repository's identity, its git directory if it is on this machine, the URL of the store.
 
     The latter is None for who only looks whether a run would be possible.
     """
 
     name: str
     git_dir: Path | None
-    state: Path | None
+    store: str | None
 
 
 def record(root: Path, user: User) -> None:
     """Add a user to a hub's origin; the caller holds the hub's lock. Blocks."""
     before = read(root)
-    known = () if before is None else before.states
-    new = () if user.state is None else (Place.of(user.state),)
+    known = () if before is None else before.stores
+    new = () if user.store is None else (StoreSite.of(user.store),)
     after = Origin(
         user.name,
         None if user.git_dir is None else Place.of(user.git_dir),
-        (*known, *(state for state in new if state not in known)),
+        (*known, *(one for one in new if one not in known)),
     )
     if after == before:
         return
@@ -85,7 +113,7 @@ def read(root: Path) -> Origin | None:
     try:
         found = json.loads((root / _FILE).read_bytes())
         source = None if found["source"] is None else _place(found["source"])
-        return Origin(found["name"], source, tuple(_place(one) for one in found["states"]))
+        return Origin(found["name"], source, tuple(_store(one) for one in found["stores"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -95,9 +123,15 @@ def _encoded(origin: Origin) -> dict[str, object]:
         return [str(place.path), str(place.mount)]
 
     source = None if origin.source is None else pair(origin.source)
-    return {"name": origin.name, "source": source, "states": [pair(one) for one in origin.states]}
+    stores = [[one.url, *(pair(one.folder) if one.folder is not None else [])] for one in origin.stores]
+    return {"name": origin.name, "source": source, "stores": stores}
 
 
 def _place(pair: list[str]) -> Place:
     path, mount = pair
     return Place(Path(path), Path(mount))
+
+
+def _store(columns: list[str]) -> StoreSite:
+    url, *pair = columns
+    return StoreSite(url, _place(pair) if pair else None)

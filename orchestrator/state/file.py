@@ -11,7 +11,7 @@ import json
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, closing, suppress
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,8 @@ import anyio
 from anyio import to_thread
 
 from orchestrator.clock import Clock
-from orchestrator.errors import HistoryGone, LockHeld, StateError, StoreUnavailable
+from orchestrator.config.store import store_folder
+from orchestrator.errors import HistoryGone, LockHeld, RefusedError, StateError, StoreUnavailable
 from orchestrator.filelock import FileLock
 from orchestrator.protocols import (
     HISTORY,
@@ -33,6 +34,7 @@ from orchestrator.protocols import (
     Key,
     Record,
     State,
+    Store,
     Verified,
     Version,
     Write,
@@ -473,6 +475,17 @@ class FileStore:
             self._broken = error
             raise
         self._seen = self._lock.publish(end)
+
+
+def open_file_store(url: str, clock: Clock, /) -> AbstractAsyncContextManager[Store]:
+    """Open the store in the folder that a `file:` URL names; RefusedError if it names none of this machine."""
+    try:
+        folder = store_folder(url)
+    except ValueError as error:
+        what, _, remedy = str(error).partition(": write ")
+        raise RefusedError(what, f"write {remedy}") from None
+    assert folder is not None, "it is registered for this scheme"  # noqa: S101
+    return FileStore.open(folder, clock)
 
 
 def _size(sums: Mapping[int, Sum]) -> int:

@@ -31,7 +31,7 @@ from orchestrator.repo.git import Git
 from orchestrator.repo.hub import Hub
 from orchestrator.repo.landing import TRAILER
 from orchestrator.repo.places import places_of, read_record, user_of
-from orchestrator.state.file import FileStore
+from orchestrator.state.file import open_file_store
 from orchestrator.testing.fingerprint import Fingerprint
 
 
@@ -71,7 +71,7 @@ async def assert_invariants(scene: Scene) -> None:
 
 
 async def _read(top: Path) -> _State:
-    async with FileStore.open(Project(top).state, SystemClock()) as store:
+    async with open_file_store(Project(top).store(), SystemClock()) as store:
         last, records = await store.position(), list[Record]()
         if last:
             async for record in store.watch():

@@ -261,7 +261,7 @@ async def test_a_run_at_a_glance(project: Repository) -> None:
 
 def past_of(store: ForgetfulStore, clock: ManualClock, folder: Path) -> Past:
     """Return what a store knows of the past."""
-    return Past(Runs(Project(folder), store, clock, {}))
+    return Past(Runs(Project(folder), store, "memory:", clock, {}))
 
 
 async def test_of_many_events_the_last_hundred_are_shown(tmp_path: Path) -> None:

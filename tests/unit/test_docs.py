@@ -22,6 +22,7 @@ from orchestrator.config.schema import (
     Config,
     SetupSettings,
     SinkSettings,
+    StateSettings,
     Task,
     TaskDefaults,
     TrackerSettings,
@@ -91,7 +92,15 @@ def test_every_shipped_file_loads(path: Path) -> None:
 def test_every_key_is_documented() -> None:
     """docs/configuration.md has each key of the file, of `command` and of the base environment."""
     sections = (Config, Task, TaskDefaults, BackoffSettings, AdapterSettings, SinkSettings, TrackerSettings)
-    models = (*sections, WorktreeSettings, SetupSettings, CommandAdapter.Options, JsonLines.Options, Checklist.Options)
+    models = (
+        *sections,
+        StateSettings,
+        WorktreeSettings,
+        SetupSettings,
+        CommandAdapter.Options,
+        JsonLines.Options,
+        Checklist.Options,
+    )
     keys = {field.alias or name for model in models for name, field in model.model_fields.items()}
     missing = [key for key in sorted(keys | set(BASE_ENVIRONMENT)) if f"`{key}`" not in CONFIGURATION]
     assert missing == []

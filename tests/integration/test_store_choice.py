@@ -1,0 +1,117 @@
+"""Which store a command works with: by flag, environment, file, or what the newest run's file said."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.config.store import folder_url
+from tests.conftest import Repository
+
+_TASK = {"id": "one", "prompt": "write one.txt 1", "attempts": 1}
+
+
+def holds_a_log(folder: Path) -> bool:
+    """Whether a store in a folder was written to."""
+    return any(folder.glob("*.jsonl*"))
+
+
+@pytest.mark.parametrize("form", ["url", "folder"])
+def test_later_commands_look_where_the_file_of_the_newest_run_says(
+    repository: Repository, tmp_path: Path, form: str
+) -> None:
+    """A store that only the file names is found without it, until a run's file names another."""
+    elsewhere = tmp_path / "state of mine"
+    named: dict[str, Any] = {"state": folder_url(elsewhere)} if form == "url" else {"state_dir": "state of mine"}
+    ended = repository.council("run", str(repository.configure([_TASK], **named)), "--json")
+    assert ended.states == {"one": "landed"}, ended
+    assert holds_a_log(elsewhere)
+    assert not holds_a_log(repository.top / ".council/state")
+    first = repository.council("status", "--json").result["run"]
+    assert first == ended.result["run"]
+    assert repository.council("where", "--json").result["state"] == str(elsewhere)
+    assert repository.council("state", "show", "--json").result["run"] == first
+    repository.git("commit", "--quiet", "--allow-empty", "--message", "more")
+    second = repository.council("run", str(repository.configure([_TASK | {"prompt": "write two.txt 2"}])), "--json")
+    assert holds_a_log(repository.top / ".council/state")
+    assert repository.council("status", "--json").result["run"] == second.result["run"]
+    assert repository.council("status", "--json", "--state", str(elsewhere)).result["run"] == first
+
+
+def test_the_flag_counts_before_the_environment_and_that_before_the_file(
+    repository: Repository, tmp_path: Path
+) -> None:
+    """Each is used where nothing before it says otherwise, and a choice for once is not remembered."""
+    folders = {name: tmp_path / name for name in ("flag", "environment", "file")}
+    path = repository.configure([_TASK], state=folder_url(folders["file"]))
+    repository.environ["COUNCIL_STATE"] = folder_url(folders["environment"])
+    assert repository.council("run", str(path), "--state", folder_url(folders["flag"])).code == 0
+    assert {name: holds_a_log(folder) for name, folder in folders.items()} == {
+        "flag": True, "environment": False, "file": False,
+    }  # fmt: skip
+    repository.council("run", str(path))
+    assert holds_a_log(folders["environment"])
+    assert not holds_a_log(folders["file"])
+    del repository.environ["COUNCIL_STATE"]
+    assert "has no run" in repository.council("status").stderr or repository.council("status").code == 2
+    repository.council("run", str(path))
+    assert holds_a_log(folders["file"])
+
+
+def test_a_run_goes_on_in_the_store_that_its_file_named(repository: Repository, tmp_path: Path) -> None:
+    """`resume` and `retry` need no file to find it."""
+    path = repository.configure([_TASK | {"prompt": "exit 1"}], state_dir=str(tmp_path / "state"))
+    assert repository.council("run", str(path)).code == 1
+    assert repository.council("retry", "one").code == 0
+    resumed = repository.council("resume", "--json")
+    assert resumed.states == {"one": "failed"}
+    assert resumed.result["tasks"][0]["attempts"] == 2
+
+
+def test_no_session_sees_the_store_wherever_it_is(repository: Repository, tmp_path: Path) -> None:
+    """What is recorded is hidden from sessions in another folder, too."""
+    store = tmp_path / "state"
+    path = repository.configure(
+        [_TASK], state_dir=str(store), adapters={"look": {"use": "command", "argv": ["sh", "-c", f"ls {store} >seen"]}}
+    )
+    ended = repository.council("run", str(path), "--json")
+    assert ended.states["one"] in {"landed", "failed"}
+    seen = repository.top / "seen"
+    assert not seen.exists() or seen.read_text() == ""
+
+
+def test_cleaning_leaves_what_runs_of_another_store_have(repository: Repository, tmp_path: Path) -> None:
+    """A run that one store knows is not left over because another does not know it."""
+    path = repository.configure([_TASK], state_dir=str(tmp_path / "state"))
+    assert repository.council("run", str(path), failpoints="session.ended=kill").code == -signal.SIGKILL
+    own = repository.configure([_TASK | {"prompt": "write two.txt 2"}])
+    assert repository.council("run", str(own)).code == 0
+    cleaned = repository.council("clean", "--kept", "--yes", "--json").result
+    assert [one for one in cleaned["found"] if one["kind"] != "place"] == []
+    assert repository.council("resume", "--state", str(tmp_path / "state")).code == 0
+    assert (repository.top / "one.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"state": "state"}, "is no URL of a store"),
+        ({"state": "file:state"}, "names no folder of this machine"),
+        ({"state": {"url": "memory:"}, "state_dir": "x"}, "the store is named by `state`, too"),
+        ({"state": 3}, "a store can't be"),
+        ({"state": {"retention": "5000d"}}, "too long"),
+        ({"state": {"max_size": "1"}}, "a size can't be"),
+    ],
+)
+def test_a_store_that_can_not_be_is_told_with_its_place(
+    repository: Repository, settings: dict[str, Any], told: str
+) -> None:
+    """The file's mistakes are found before anything is opened."""
+    path = repository.configure([_TASK], **settings)
+    ended = repository.council("validate", str(path), "--json")
+    assert ended.code == 2
+    assert told in json.dumps(ended.result, ensure_ascii=False)
