@@ -18,7 +18,7 @@ from orchestrator.engine.ledger import read_run
 from orchestrator.engine.report import RunReport
 from orchestrator.errors import RefusedError
 from orchestrator.project import Project, council_home, find_project
-from orchestrator.protocols import Record, RecordedEvent, Store, Verified
+from orchestrator.protocols import Compacted, Record, RecordedEvent, Store, Verified
 from orchestrator.repo.checkout import check_own
 from orchestrator.repo.hub import Hub
 from orchestrator.runs import Runs
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from orchestrator.cleaning import Cleaner
     from orchestrator.config.model import RunConfig
     from orchestrator.config.schema import Config
+    from orchestrator.engine.findings import Finding
     from orchestrator.engine.restoring import Restored
     from orchestrator.execution import Execution
     from orchestrator.past import Past
@@ -245,11 +246,12 @@ class Council:
         """Yield what happens in a run, as it happens, until it is finished or interrupted.
 
         Without `run` it is the first that anything happens in since the council was opened. They come from the run's
-        beginning, or from behind `after`, a position of the log.
+        beginning, or from behind `after`, a position of the log; those that it has let go of are missing.
         """
         if after is None:
             after = 0 if run is not None else self._opened_at
         is_over = False
+        after = max(after, (await self._store.statistics()).first)  # what it may have let go of since
         async with aclosing(self.records(after)) as records:
             async for record in records:
                 for event in record.events:
@@ -276,6 +278,34 @@ class Council:
     async def repair(self) -> Verified:
         """Settle for what can be read of what is recorded; return what `verify` finds then (see `Store.repair`)."""
         return await self._store.repair()
+
+    async def health(self) -> list[Finding]:
+        """Look at the health of the state: soundness, size, latency, what is cut off, silent or waits for a person.
+
+        One durable commit is made, to see how long that takes.
+        """
+        from orchestrator.health import Health  # noqa: PLC0415
+
+        return await Health(self._runs).examine()
+
+    async def compact(self, age: float | None = None, size: int | None = None) -> Compacted:
+        """Delete what has expired, and let go of the past as the newest run's file says, or as is said here.
+
+        Of what is older than `age` seconds, or more than `size` bytes of log, the last versions of each document stay.
+        """
+        from orchestrator.config.model import Retention  # noqa: PLC0415
+        from orchestrator.state.upkeep import forget_old, sweep  # noqa: PLC0415
+
+        runs = await self._runs.ids()
+        kept = Retention.model_validate((await read_run(self._store, runs[-1])).retention if runs else {})
+        await sweep(self._store, {})
+        return await forget_old(
+            self._store,
+            self._runs.clock,
+            kept.age if age is None else age,
+            kept.size if size is None else size,
+            {},
+        )
 
     @property
     def damage(self) -> tuple[str, ...]:

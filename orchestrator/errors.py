@@ -139,8 +139,8 @@ class StoreUnavailable(CouncilError):
     """The store can't be read or written now; nothing that was acknowledged is lost."""
 
     def __init__(self, place: Path | str, why: str, remedy: str) -> None:
-        self.remedy = remedy
-        super().__init__(f"{place}: {why}: {remedy}")
+        self.what, self.remedy = f"{place}: {why}", remedy
+        super().__init__(f"{self.what}: {remedy}")
 
 
 class LockHeld(CouncilError):

@@ -17,6 +17,7 @@ from orchestrator.domain.model import FINAL, Action, RunDocument
 from orchestrator.domain.secrets import Redactor, secret_values
 from orchestrator.engine.capacity import Capacity
 from orchestrator.engine.ledger import Ledger, new_run_id, read_requests, read_run, read_task, seed, seize
+from orchestrator.engine.monitor import Monitor
 from orchestrator.engine.preflight import check_run
 from orchestrator.engine.recovery import recover
 from orchestrator.engine.report import RunReport, RunStatus
@@ -138,7 +139,8 @@ class Execution:
         board = Board.of(before.entries, ledger.statuses(), capacities)
         capacity = await Capacity.measure(ledger, self._runs.clock)
         async with shop.pool(sessions=min(before.run.capacity, len(before.run.tasks))) as pool:
-            scheduler = Scheduler(ledger, shop, pool, board, capacity, self._runs.clock)
+            monitor = Monitor(ledger, self._runs.store, self._runs.clock)
+            scheduler = Scheduler(ledger, shop, pool, board, capacity, monitor, self._runs.clock)
             await scheduler.remember(before.adapters)
             self._schedulers.add(scheduler)
             if self._stopping:

@@ -28,6 +28,7 @@ from orchestrator.domain.outcome import Failed
 
 __all__ = [
     "HISTORY",
+    "LARGE_DOCUMENT",
     "Adapter",
     "AdapterType",
     "Command",
@@ -55,6 +56,7 @@ __all__ = [
     "SinkType",
     "Spent",
     "State",
+    "Statistics",
     "Store",
     "StoreType",
     "TrackedTask",
@@ -71,6 +73,10 @@ JsonObject = dict[str, Any]
 
 #: How many versions of a document a store keeps at hand, whatever becomes of its log.
 HISTORY: Final = 10
+
+
+#: Bytes of a document that are worth a warning: each of its versions takes as much in the log.
+LARGE_DOCUMENT: Final = 1_000_000
 
 
 def _absolute(path: Path, info: ValidationInfo) -> Path:
@@ -254,6 +260,24 @@ class Verified:
         return not (self.damage or self.damaged or self.differs)
 
 
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """How much a store holds as of `position`; sizes are in bytes."""
+
+    position: int
+    first: int
+    """The position of the oldest state that can be told."""
+    documents: int
+    bytes: int
+    """Of all documents."""
+    log_bytes: int
+    """Of the log, as it takes them on disk."""
+    expired: Sequence[Key] = ()
+    """Documents whose time is over, and that nobody has deleted or written since."""
+    large: Sequence[tuple[Key, int]] = ()
+    """Documents of more than LARGE_DOCUMENT bytes with their sizes, the largest first."""
+
+
 class Store(Protocol):
     """Where all state lives. Every implementation passes `orchestrator.testing.store_contract`."""
 
@@ -301,6 +325,9 @@ class Store(Protocol):
         than `largest` bytes of log; the newest may stay whole. The documents are what they were. Safe beside others
         that read and commit; who watches and has yet to see what is gone gets HistoryGone.
         """
+
+    async def statistics(self) -> Statistics:
+        """Return how much the store holds, what of it has expired, and what is large."""
 
     async def verify(self) -> Verified:
         """Read all that the store holds anew, and compare it with what it tells."""

@@ -16,20 +16,12 @@ from orchestrator.cleaning import Cleaner, Removal
 from orchestrator.cli.boundary import Log
 from orchestrator.cli.command import Context, json_option, opened, perform, store_option
 from orchestrator.cli.output import Output, plain
+from orchestrator.cli.quantities import duration
 from orchestrator.clock import SystemClock
-from orchestrator.config.quantities import parse_duration, shown_size
+from orchestrator.config.quantities import shown_size
 from orchestrator.domain.leftovers import Kind, Leftover, Standing
 from orchestrator.errors import RefusedError
 from orchestrator.project import council_home, find_project
-
-_OLDEST = 10 * 365 * 86400.0  # seconds
-
-
-def _age(_context: click.Context, _option: click.Parameter, value: str | None) -> float | None:
-    try:
-        return None if value is None else parse_duration(value, longest=_OLDEST)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
 
 
 @click.command()
@@ -37,7 +29,9 @@ def _age(_context: click.Context, _option: click.Parameter, value: str | None) -
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @click.option("--kept", is_flag=True, help="Remove worktrees and hubs, too, that hold work which may be nowhere else.")
 @click.option("--pool", is_flag=True, help="Remove checkouts, too, that are ready for the next run.")
-@click.option("--logs", metavar="AGE", callback=_age, help="Remove, too, what runs printed that ended before (30d).")
+@click.option(
+    "--logs", metavar="AGE", callback=duration, help="Remove, too, what runs printed that ended before (30d)."
+)
 @store_option
 @json_option
 def clean(dry_run: bool, yes: bool, kept: bool, pool: bool, logs: float | None, as_json: bool) -> None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from orchestrator.cli.command import Context, json_option, perform
-from orchestrator.cli.output import Output, one_line, plain
+from orchestrator.cli.findings import show_findings
 from orchestrator.cli.scene import look_around
 from orchestrator.engine.doctor import Subject, examine
-from orchestrator.engine.findings import Finding, Level
+from orchestrator.engine.findings import Level
 
 
 @click.command()
@@ -38,24 +35,7 @@ def doctor(file: Path | None, as_json: bool) -> None:
         subject = Subject(scene.folder, scene.file, scene.config, scene.plugins.adapters, left_out)
         findings = await examine(subject, os.environ)
         code = int(any(finding.level is Level.PROBLEM for finding in findings))
-        _show(findings, code, context.output)
+        show_findings(findings, code, context.output)
         return code
 
     perform(command, as_json=as_json)
-
-
-def _show(findings: Sequence[Finding], code: int, output: Output) -> None:
-    if output.as_json:
-        output.json({"findings": [asdict(finding) for finding in findings], "exit": code})
-        return
-    width = max(len(finding.name) for finding in findings)
-    for finding in findings:
-        output.text(plain(f"{finding.level:<8} {finding.name:<{width}}  {one_line(finding.found)}") + "\n")
-        if finding.remedy is not None:
-            output.text(plain(f"{'':<8} {'':<{width}}  → {one_line(finding.remedy)}") + "\n")
-    counts = Counter(finding.level for finding in findings)
-    output.text(f"{_counted(counts[Level.PROBLEM], 'problem')}, {_counted(counts[Level.WARNING], 'warning')}\n")
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count or 'no'} {what}{'' if count == 1 else 's'}"

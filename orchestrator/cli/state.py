@@ -7,6 +7,7 @@ from contextlib import aclosing
 
 import click
 
+from orchestrator.cli import upkeep
 from orchestrator.cli.command import Context, json_option, opened, perform, run_argument, store_option
 from orchestrator.cli.commits import CommitLines, commit_json
 from orchestrator.cli.completing import complete_runs
@@ -260,3 +261,7 @@ def verify(repair: bool, as_json: bool) -> None:
             return 0 if found.is_sound else 1
 
     perform(command, as_json=as_json)
+
+
+state.add_command(upkeep.health)
+state.add_command(upkeep.compact)

@@ -240,6 +240,7 @@ class Ledger:
         self._tasks = task_documents(tasks, run.tasks)
         self._versions = {task: tasks[task].version for task in run.tasks}
         self._guards: tuple[Guard, ...] = ()
+        self._slowest = 0.0
 
     @classmethod
     async def take(cls, store: Store, clock: Clock, run: str, redactor: Redactor, facts: JsonObject) -> Ledger:
@@ -282,14 +283,14 @@ class Ledger:
             attempt = {"attempt": after.attempt.number} if after.attempts else {}
             events.append(self._event(TASK_EVENTS[trigger], {"task": task, **attempt, **update.details}))
             writes.append(Write(task_key(self.run.id, task), self._versions[task], after.model_dump(mode="json")))
-        await self._store.commit(Commit(writes, events, self._guards))
+        await self._commit(Commit(writes, events, self._guards))
         self._tasks |= moved
         for task in moved:
             self._versions[task] += 1
 
     async def note(self, event: str, details: JsonObject) -> None:
         """Record something that happened to the run and changes no document."""
-        await self._store.commit(Commit([], [self._event(event, details)], self._guards))
+        await self._commit(Commit([], [self._event(event, details)], self._guards))
 
     async def adapter(self, adapter: str) -> AdapterDocument:
         """Return what the run has learned about an adapter."""
@@ -302,7 +303,7 @@ class Ledger:
         found = await self._store.get(key)
         value = self._redacted(learned.model_dump(mode="json"))
         recorded = self._event(event, {"adapter": adapter, **details})
-        await self._store.commit(Commit([Write(key, found.version if found else 0, value)], [recorded], self._guards))
+        await self._commit(Commit([Write(key, found.version if found else 0, value)], [recorded], self._guards))
 
     async def checkpoint(self) -> None:
         """Make the checkpoint that is due by the clock; of those before it the newest stay."""
@@ -332,7 +333,17 @@ class Ledger:
         found = await self._store.get(key)
         if found is not None:
             event = self._event("request.answered", {"request": request.id})
-            await self._store.commit(Commit([Write(key, found.version, None)], [event], self._guards))
+            await self._commit(Commit([Write(key, found.version, None)], [event], self._guards))
+
+    def slowest_commit(self) -> float:
+        """Return how many seconds the slowest commit took since this was asked for the last time."""
+        slowest, self._slowest = self._slowest, 0.0
+        return slowest
+
+    async def _commit(self, commit: Commit) -> None:
+        began = self._clock.monotonic()
+        await self._store.commit(commit)
+        self._slowest = max(self._slowest, self._clock.monotonic() - began)
 
     def _event(self, event: str, details: JsonObject) -> Event:
         return Event(event, self._redacted({"run": self.run.id, **details}))
@@ -358,6 +369,6 @@ class Ledger:
         ended = self.run.model_copy(update={"ended": self._clock.now()})
         write = Write(run_key(self.run.id), found.version if found else 0, ended.model_dump(mode="json"))
         event = Event("run.finished", {"run": self.run.id, "status": status})
-        await self._store.commit(Commit([write], [event], self._guards))
+        await self._commit(Commit([write], [event], self._guards))
         self.run = ended
         failpoint("run.finished")

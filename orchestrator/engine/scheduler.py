@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import assert_never
 
 import anyio
@@ -20,9 +19,10 @@ from orchestrator.engine.capacity import Capacity
 from orchestrator.engine.escapes import EscapeDetector
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.merging import MergeQueue
+from orchestrator.engine.monitor import Monitor
 from orchestrator.engine.requests import cancel, revive
 from orchestrator.engine.workshop import Workshop
-from orchestrator.errors import GitError, StoreUnavailable
+from orchestrator.errors import GitError
 from orchestrator.failpoints import failpoint
 from orchestrator.repo.hub import internal_ref
 from orchestrator.repo.pool import Pool
@@ -37,9 +37,6 @@ LAST_TRIES, LAST_PAUSE = 3, 1.0
 #: How long nothing starts after the machine had not enough of something.
 STARVED = Backoff(initial=5.0, factor=2.0, max=300.0, jitter=False)
 
-#: Seconds between two checkpoints of a run that is at work.
-CHECKPOINT_PAUSE = 300.0
-
 #: What a task has that did not fit onto the target as the target is now.
 _STALE = frozenset({FailureClass.CONFLICT, FailureClass.CHECKS_FAILED})
 
@@ -48,11 +45,18 @@ class Scheduler:
     """Runs what the board allows, within capacity, until nothing is left that could be done."""
 
     def __init__(
-        self, ledger: Ledger, workshop: Workshop, pool: Pool, board: Board, capacity: Capacity, clock: Clock
+        self,
+        ledger: Ledger,
+        workshop: Workshop,
+        pool: Pool,
+        board: Board,
+        capacity: Capacity,
+        monitor: Monitor,
+        clock: Clock,
     ) -> None:
         """Take a run whose cut-off attempts have been returned; `board` reflects its documents."""
         self._ledger, self._shop, self._board, self._clock = ledger, workshop, board, clock
-        self._capacity = capacity
+        self._capacity, self._monitor = capacity, monitor
         self._attempts = Attempts(ledger, workshop, pool, clock)
         self._cancelled: set[str] = set()
         self._merging = MergeQueue(ledger, workshop, pool, clock, self._cancelled)
@@ -93,7 +97,7 @@ class Scheduler:
             self._merging.waiting.extend(task for task, status in statuses.items() if status is wanted)
         async with anyio.create_task_group() as listening:
             listening.start_soon(self._obey_all)
-            listening.start_soon(self._make_checkpoints)
+            listening.start_soon(self._monitor.watch)
             async with anyio.create_task_group() as group:
                 await self._tick(group)
                 while not self._idle():
@@ -263,12 +267,6 @@ class Scheduler:
                 if not self._deferred or not self._works:
                     self._deferred_until = self._clock.monotonic() + pause
                 self._deferred.append(task)
-
-    async def _make_checkpoints(self) -> None:
-        while True:
-            await self._clock.wait(anyio.Event(), self._clock.monotonic() + CHECKPOINT_PAUSE)
-            with suppress(StoreUnavailable):  # whatever must be recorded will say so
-                await self._ledger.checkpoint()
 
     async def _obey_all(self) -> None:
         async for request in self._ledger.new_requests():

@@ -18,7 +18,7 @@ from orchestrator.clock import Clock
 from orchestrator.domain.retry import Backoff, retry_delay
 from orchestrator.domain.secrets import Redactor
 from orchestrator.engine.ledger import cursor_key
-from orchestrator.errors import CouncilError
+from orchestrator.errors import CouncilError, HistoryGone
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Commit, Event, JsonObject, Record, RecordedEvent, Sink, Store, Write
 
@@ -161,6 +161,9 @@ class Feeder:
                 await self._deliver_all()
         except _StoreFailed as failed:
             raise failed.error from None
+        except HistoryGone as gone:
+            await self._skip(gone.first)
+            return None
         except (anyio.get_cancelled_exc_class(), KeyboardInterrupt):
             raise
         except BaseException as error:  # noqa: BLE001  it is somebody else's code
@@ -202,11 +205,19 @@ class Feeder:
             self._idle = scope
             try:
                 return await anext(records, None)
+            except HistoryGone:
+                raise
             except (CouncilError, OSError) as error:
                 raise _StoreFailed(error) from error
             finally:
                 self._idle = None
         return None
+
+    async def _skip(self, first: int) -> None:
+        """Go on behind what the store has let go of, and tell that nobody got it."""
+        await self._note("skipped", {"after": self._done, "until": first})
+        self._done = self._delivered = max(self._delivered, first)
+        await self._record()
 
     def _is_through(self) -> bool:
         return self._goal is not None and self._done >= self._goal
@@ -255,9 +266,10 @@ class Feeder:
 
     async def _count(self, goal: int) -> int:
         left = 0
-        if self._done >= goal:
+        begin = max(self._delivered, (await self._store.statistics()).first)
+        if self._done >= goal or begin >= goal:
             return left
-        async with aclosing(self._store.watch(self._delivered)) as records:
+        async with aclosing(self._store.watch(begin)) as records:
             async for record in records:
                 if record.position > goal:
                     break

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import pairwise
 from pathlib import Path
 from secrets import token_hex
@@ -78,7 +78,9 @@ def to_thin(directory: Path, older_than: float, largest: int) -> Segment | None:
 
 def log_size(directory: Path) -> int:
     """Return the bytes of all files that make up the log. Blocks."""
-    return sum(one.path(directory).stat().st_size for one in segments(directory))
+    while True:
+        with suppress(FileNotFoundError):  # another process is replacing some: listed anew
+            return sum(one.path(directory).stat().st_size for one in segments(directory))
 
 
 def _left(directory: Path, old: Sequence[Segment], *, is_strict: bool) -> Iterator[Line]:

@@ -34,6 +34,7 @@ from orchestrator.protocols import (
     Key,
     Record,
     State,
+    Statistics,
     Store,
     Verified,
     Version,
@@ -218,6 +219,12 @@ class FileStore:
                 return await self._in_thread(partial(self._compact, older_than, largest))
         size, first = await self._in_thread(lambda: (log_size(self._directory), thinned_to(self._directory)))
         return Compacted(size, size, first)
+
+    async def statistics(self) -> Statistics:
+        """See `Store.statistics`."""
+        await self._refresh()
+        now, folder = self._clock.now(), self._directory
+        return await self._in_thread(lambda: self._replay.table.statistics(thinned_to(folder), log_size(folder), now))
 
     async def verify(self) -> Verified:
         """See `Store.verify`: all is read, whatever a snapshot says."""

@@ -7,7 +7,19 @@ from collections.abc import AsyncGenerator, Sequence
 import anyio
 
 from orchestrator.clock import Clock
-from orchestrator.protocols import HISTORY, Commit, Compacted, Damage, Document, Key, Record, State, Verified, Version
+from orchestrator.protocols import (
+    HISTORY,
+    Commit,
+    Compacted,
+    Damage,
+    Document,
+    Key,
+    Record,
+    State,
+    Statistics,
+    Verified,
+    Version,
+)
 from orchestrator.state.history import state_at, versions
 from orchestrator.state.log import Line, encode_commit, to_record
 from orchestrator.state.table import Stage, Table
@@ -64,6 +76,10 @@ class MemoryStore:
         """See `Store.compact`: nothing is ever let go of."""
         size = self._size()
         return Compacted(size, size, 0)
+
+    async def statistics(self) -> Statistics:
+        """See `Store.statistics`."""
+        return self._table.statistics(0, self._size(), self._clock.now())
 
     async def verify(self) -> Verified:
         """See `Store.verify`."""

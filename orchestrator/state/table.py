@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from orchestrator.errors import LeaseLost, VersionConflict
-from orchestrator.protocols import Document, Guard, Key
+from orchestrator.protocols import LARGE_DOCUMENT, Document, Guard, Key, Statistics
 from orchestrator.state.log import Change, EncodedCommit, EncodedWrite, Line, values
 
 
@@ -84,6 +84,16 @@ class Table:
             entries = self._kinds.get(kind, {})
             found = [(name, entries[name]) for name in self._ids(kind, prefix)]
         return [_document(Key(kind, name), entry) for name, entry in found if entry.exists(now)]
+
+    def statistics(self, first: int, log_bytes: int, now: float) -> Statistics:
+        """Return how much there is; `first` and `log_bytes` are the log's."""
+        with self._lock:
+            found = [(Key(kind, name), one) for kind, entries in self._kinds.items() for name, one in entries.items()]
+            position = self.position
+        there = [(key, len(one.value or b"")) for key, one in found if one.exists(now)]
+        large = sorted(((key, size) for key, size in there if size > LARGE_DOCUMENT), key=lambda one: -one[1])
+        expired = sorted(key for key, one in found if one.value is not None and not one.exists(now))
+        return Statistics(position, first, len(there), sum(size for _, size in there), log_bytes, expired, large)
 
     def apply(self, line: Line) -> None:
         """Take over a line; it must be the one at the next position."""

@@ -14,7 +14,7 @@ import anyio
 import pytest
 
 from orchestrator.errors import HistoryGone, InvalidDocument, LeaseLost, RefusedError, VersionConflict
-from orchestrator.protocols import HISTORY, Commit, Event, Guard, JsonObject, Key, Record, Store, Write
+from orchestrator.protocols import HISTORY, LARGE_DOCUMENT, Commit, Event, Guard, JsonObject, Key, Record, Store, Write
 
 TASK = Key("task", "a")
 OTHER = Key("task", "b")
@@ -341,6 +341,22 @@ class StoreContract(ABC):
                 await store.commit(Commit([Write(TASK, 0, {"n": 2})], durable=False))
             await store.commit(write(TASK, 1, {"n": 2}))
             assert [record.documents[TASK] for record in await _watch(store, 0, 2)] == [(1, {"n": 1}), (2, {"n": 2})]
+
+    async def test_statistics_tell_how_much_there_is(self) -> None:
+        """Documents with their sizes, which of them are large, and what the log takes."""
+        async with self.open_store() as store:
+            empty = await store.statistics()
+            assert (empty.position, empty.documents, empty.bytes, empty.expired, empty.large) == (0, 0, 0, [], [])
+            await store.commit(Commit([Write(TASK, 0, {"n": 1}), Write(LEASE, 0, {})]))
+            await store.commit(write(OTHER, 0, {"x": "x" * (LARGE_DOCUMENT + 1)}))
+            await store.commit(write(LEASE, 1, None))
+            found = await store.statistics()
+            assert (found.position, found.documents) == (3, 2)
+            (large,) = found.large
+            assert large[0] == OTHER
+            assert LARGE_DOCUMENT < large[1] < found.bytes < large[1] + 100
+            assert found.log_bytes > empty.log_bytes
+            assert list(found.expired) == []
 
     async def test_list_takes_one_kind_by_prefix_in_order(self) -> None:
         """`list` yields the documents of one kind whose id begins with the prefix, by id, deleted ones left out."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from math import inf
+from pathlib import Path
 
 import anyio
 import pytest
@@ -15,7 +17,8 @@ from orchestrator.engine import sinks
 from orchestrator.engine.ledger import cursor_key
 from orchestrator.engine.sinks import Outlet, Patience, feeding
 from orchestrator.errors import RefusedError, StoreUnavailable
-from orchestrator.protocols import Commit, Event, Key, Record, RecordedEvent, Sink, Write
+from orchestrator.protocols import Commit, Event, Key, Record, RecordedEvent, Sink, Store, Write
+from orchestrator.state.file import FileStore
 from orchestrator.state.memory import MemoryStore
 
 PATIENCE = Patience(each=0.2, last=0.6, cursor=0.0)
@@ -241,6 +244,30 @@ async def test_what_is_left_is_delivered_the_next_time() -> None:
         pass
     assert second.numbers == [3, 4, 5]
     assert [name for name, _ in await bench.told()] == ["sink.failing", "sink.behind"]
+
+
+async def test_what_the_store_has_let_go_of_is_skipped_and_told(tmp_path: Path) -> None:
+    """A sink that lags behind a compaction gets what is left, and it is on record what it never got."""
+    ear = Listener()
+    async with FileStore.open(tmp_path, SystemClock(), segment_bytes=200) as store:
+        for number in range(1, 21):
+            await store.commit(Commit([], [Event("task.started", {"run": "r", "n": number})]))
+        first = (await store.compact(inf, 0)).first
+        assert 0 < first < 20
+        async with feeding(store, SystemClock(), Redactor([]), "r", [outlet(ear)], PATIENCE):
+            await until(lambda: 20 in ear.numbers)
+        assert ear.numbers == list(range(first + 1, 21))
+        found = [event async for event in _rest(store, first) if event.type.startswith("sink.")]
+        assert found == [Event("sink.skipped", {"run": "r", "sink": "ear", "after": 0, "until": first})]
+
+
+async def _rest(store: Store, after: int) -> AsyncIterator[Event]:
+    last = await store.position()
+    async for record in store.watch(after):
+        for event in record.events:
+            yield event
+        if record.position >= last:
+            return
 
 
 async def test_one_that_is_delivered_but_not_recorded_comes_again() -> None:

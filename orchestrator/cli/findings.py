@@ -1,0 +1,28 @@
+"""What was looked at and what to do about it, as `doctor` and `state health` print it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from orchestrator.cli.output import Output, one_line, plain
+from orchestrator.engine.findings import Finding, Level
+
+
+def show_findings(findings: Sequence[Finding], code: int, output: Output) -> None:
+    """Print findings, each with its remedy, and how many of them are bad."""
+    if output.as_json:
+        output.json({"findings": [asdict(finding) for finding in findings], "exit": code})
+        return
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        output.text(plain(f"{finding.level:<8} {finding.name:<{width}}  {one_line(finding.found)}") + "\n")
+        if finding.remedy is not None:
+            output.text(plain(f"{'':<8} {'':<{width}}  → {one_line(finding.remedy)}") + "\n")
+    counts = Counter(finding.level for finding in findings)
+    output.text(f"{_counted(counts[Level.PROBLEM], 'problem')}, {_counted(counts[Level.WARNING], 'warning')}\n")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count or 'no'} {what}{'' if count == 1 else 's'}"

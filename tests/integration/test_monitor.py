@@ -1,0 +1,239 @@
+"""What a run at work does for its state by the clock, and what `council state health` and `compact` say and do."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import anyio
+import pytest
+
+from orchestrator.config.model import Retention
+from orchestrator.domain.secrets import Redactor
+from orchestrator.engine.ledger import Ledger
+from orchestrator.engine.monitor import SWEEP_PAUSE, Monitor
+from orchestrator.protocols import LARGE_DOCUMENT, Commit, Event, JsonObject, Key, Store, Write
+from orchestrator.state.file import FileStore
+from orchestrator.state.reading import between
+from orchestrator.testing.clock import ManualClock
+from tests.conftest import Repository
+from tests.recorded import RUN, START, record_run, run_document
+from tests.waiting import wait_for
+
+LOCK, LATER = Key("lock", "a"), Key("lock", "b")
+
+
+@asynccontextmanager
+async def watched(store: Store, clock: ManualClock, folder: Path, retention: Retention) -> AsyncIterator[Ledger]:
+    """Have a run at work looked after."""
+    run = run_document(folder).model_copy(update={"retention": retention.model_dump(mode="json")})
+    await record_run(store, clock, run)
+    ledger = await Ledger.take(store, clock, RUN, Redactor(()), {})
+    async with anyio.create_task_group() as group:
+        group.start_soon(Monitor(ledger, store, clock).watch)
+        await anyio.wait_all_tasks_blocked()
+        yield ledger
+        group.cancel_scope.cancel()
+
+
+async def events(store: Store, name: str, count: int, after: int = 0) -> list[Event]:
+    """Return the first so many events of a type."""
+    found: list[Event] = []
+    with anyio.fail_after(60):
+        async for record in store.watch(after):
+            found += [one for one in record.events if one.type == name]
+            if len(found) >= count:
+                break
+    return found
+
+
+async def drive(clock: ManualClock, is_so: Callable[[], Awaitable[bool]]) -> None:
+    """Let hours pass until something is so: what is done by the clock is done in threads, which take theirs."""
+    with anyio.fail_after(60):
+        while not await is_so():
+            clock.advance(3600.0)
+            await anyio.sleep(0.02)
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[tuple[FileStore, ManualClock]]:
+    """A store of small segments, and its clock."""
+    clock = ManualClock(START)
+    async with FileStore.open(tmp_path / "state", clock, segment_bytes=2_000) as opened:
+        yield opened, clock
+
+
+async def test_what_has_expired_is_swept_every_thirty_seconds(
+    store: tuple[FileStore, ManualClock], tmp_path: Path
+) -> None:
+    """It is deleted, with an event that names it; what has time left, or was given more, stays."""
+    state, clock = store
+    async with watched(state, clock, tmp_path, Retention()):
+        await state.commit(Commit([Write(LOCK, 0, {"by": 1}, ttl=10), Write(LATER, 0, {}, ttl=1000)]))
+        clock.advance(SWEEP_PAUSE - 1)
+        await anyio.wait_all_tasks_blocked()
+        assert (await state.statistics()).expired == [LOCK]
+        clock.advance(1)
+        (swept,) = await events(state, "state.swept", 1)
+        assert swept.data == {"run": RUN, "count": 1, "documents": ["lock/a"]}
+        assert (await state.statistics()).expired == []
+        assert (await state.history(LOCK, 1))[0].value is None
+        assert await state.get(LATER) is not None
+
+
+async def test_the_past_goes_as_the_file_says(store: tuple[FileStore, ManualClock], tmp_path: Path) -> None:
+    """By age and by size; how things stand stays, and an event says how far the log still goes back."""
+    state, clock = store
+    async with watched(state, clock, tmp_path, Retention(age=3600.0, size=1_000_000)):
+        for number in range(40):
+            await state.commit(Commit([Write(LATER, number, {"n": number, "text": "x" * 200})]))
+        clock.advance(SWEEP_PAUSE)
+        await anyio.wait_all_tasks_blocked()
+        assert (await state.statistics()).first == 0
+
+        async def has_gone() -> bool:
+            return (await state.statistics()).first > 0
+
+        await drive(clock, has_gone)
+        done = await compacted(state)
+        assert done.data["run"] == RUN
+        assert done.data["first"] == (await state.statistics()).first > 0
+        assert done.data["after"] < done.data["before"]
+        newest = await state.get(LATER)
+        assert newest is not None
+        assert newest.value["n"] == 39
+        assert len(await state.history(LATER)) == 10
+
+
+async def compacted(store: Store) -> Event:
+    """Return the newest event that tells of a compaction, once there is one."""
+    with anyio.fail_after(60):
+        while True:
+            records = between(store, (await store.statistics()).first, await store.position())
+            found = [one async for record in records for one in record.events if one.type == "state.compacted"]
+            if found:
+                return found[-1]
+            await anyio.sleep(0.01)
+
+
+async def test_a_run_that_logs_without_end_stays_within_its_size(
+    store: tuple[FileStore, ManualClock], tmp_path: Path
+) -> None:
+    """However young all of it is, the log takes no more than it may, but for its newest segment."""
+    state, clock = store
+    largest = 20_000
+    async with watched(state, clock, tmp_path, Retention(age=None, size=largest)):
+        for _ in range(5):
+            for _ in range(100):
+                await state.commit(Commit([], [Event("noise", {"text": "x" * 300})], durable=False))
+
+            async def is_within() -> bool:
+                return (await state.statistics()).log_bytes <= largest
+
+            assert not await is_within()
+            await drive(clock, is_within)
+
+
+async def test_what_a_person_should_know_is_recorded_once(store: tuple[FileStore, ManualClock], tmp_path: Path) -> None:
+    """A document that has grown too large, and damage; told anew only if it was well in between."""
+    state, clock = store
+    big = {"text": "x" * LARGE_DOCUMENT}
+    async with watched(state, clock, tmp_path, Retention()):
+        await state.commit(Commit([Write(LATER, 0, big)]))
+
+        async def is_told(times: int) -> bool:
+            return len(await warnings(state)) >= times
+
+        await drive(clock, partial(is_told, 1))
+        (segment, *_) = sorted((tmp_path / "state").glob("*.jsonl*"))
+        data = bytearray(segment.read_bytes())
+        data[len(data) // 2] ^= 1
+        segment.write_bytes(data)
+        await drive(clock, partial(is_told, 2))
+        for _ in range(5):
+            clock.advance(3600.0)
+            await anyio.sleep(0.02)
+        told = await warnings(state)
+        assert len(told) == 2, told
+        large, integrity = told
+        assert large["about"] == "document lock/b"
+        assert integrity["about"] == "integrity"
+        assert segment.name in integrity["reason"]
+        assert "--repair" in integrity["remedy"]
+
+
+async def warnings(store: Store) -> list[JsonObject]:
+    """Return what was recorded for people."""
+    records = [record async for record in between(store, 0, await store.position())]
+    told = [one.data for record in records for one in record.events if one.type == "state.warning"]
+    return [one for one in told if one["about"] != "latency"]  # hours pass while something is committed
+
+
+def test_health_of_a_run_that_is_well(repository: Repository) -> None:
+    """All is told as well, with exit code 0, and a run's own events are not touched."""
+    path = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
+    assert repository.council("run", str(path)).code == 0
+    ended = repository.council("state", "health", "--json")
+    assert (ended.code, ended.result["exit"]) == (0, 0), ended
+    assert {one["level"] for one in ended.result["findings"]} == {"ok"}
+    names = {one["name"] for one in ended.result["findings"]}
+    assert {"integrity", "log", "documents", "expired", "latency", "runs", "sessions", "conflicts"} == names
+    assert "no problems, no warnings" in repository.council("state", "health").stdout
+
+
+def test_health_tells_a_run_that_was_cut_off_and_damage(repository: Repository) -> None:
+    """With the exit code, and what to do."""
+    path = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
+    repository.council("run", str(path), failpoints="work.recorded=kill")
+    ended = repository.council("state", "health", "--json")
+    assert ended.code == 1
+    bad = {one["name"]: one for one in ended.result["findings"] if one["level"] != "ok"}
+    assert set(bad) == {"runs"}
+    assert "council resume" in bad["runs"]["remedy"]
+    (segment,) = (repository.top / ".council/state").glob("*.jsonl")
+    data = bytearray(segment.read_bytes())
+    data[len(data) // 2] ^= 1
+    segment.write_bytes(data)
+    damaged = repository.council("state", "health", "--json")
+    assert damaged.code == 1
+    assert {one["level"] for one in damaged.result["findings"] if one["name"] == "integrity"} == {"problem"}
+
+
+def test_health_names_a_session_that_prints_nothing(repository: Repository) -> None:
+    """It is at work, and has been silent for longer than it may."""
+    busy = {"use": "command", "argv": ["sh", "-c", "while :; do date >now; sleep 0.1; done"]}
+    task = {"id": "mute", "prompt": "-", "silence": "500ms", "attempts": 1}
+    with repository.start("run", str(repository.configure([task], adapters={"busy": busy}))) as child:
+        wait_for(lambda: list((repository.top / ".council/logs").glob("*/mute.1.stdout")))
+
+        def told() -> list[str]:
+            ended = repository.council("state", "health", "--json")
+            return [one["found"] for one in ended.result["findings"] if one["name"].startswith("session ")]
+
+        try:
+            assert "nothing printed for" in wait_for(told)[0]
+        finally:
+            child.terminate()
+            child.communicate()
+
+
+async def test_compact_by_hand(repository: Repository) -> None:
+    """It takes what the newest run's file says unless told otherwise, and what went can't be looked at any more."""
+    path = repository.configure([{"id": "one", "prompt": "write one.txt 1"}], state={"retention": "off"})
+    assert repository.council("run", str(path)).code == 0
+    clock = ManualClock(START)
+    async with FileStore.open(repository.top / ".council/state", clock, segment_bytes=1_000) as store:
+        for number in range(50):
+            await store.commit(Commit([Write(LATER, number, {"text": "x" * 200})]))
+    kept = repository.council("state", "compact", "--json").result
+    assert kept["first"] == 0
+    assert kept["after"] < kept["before"]  # it is packed
+    gone = repository.council("state", "compact", "--max-size", "1KB", "--json").result
+    assert gone["first"] > 0
+    refused = repository.council("state", "at", "1", "--json")
+    assert refused.code == 2
+    assert f"only to {gone['first']}" in refused.result["error"]
+    assert repository.council("status", "--json").states == {"one": "landed"}
+    assert repository.council("state", "compact", "--older-than", "yesterday").code == 2
