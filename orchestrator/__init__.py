@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from orchestrator.plugins import Plugins
     from orchestrator.protocols import Event, RecordedEvent, Verified
     from orchestrator.state.checkpoints import Checkpoint, Restoration
+    from orchestrator.state.copying import Copied
+    from orchestrator.transfer import copy_state
 
 __all__ = [
     "AdapterReport",
@@ -51,6 +53,7 @@ __all__ = [
     "Checkpoint",
     "Config",
     "ConfigError",
+    "Copied",
     "Council",
     "CouncilError",
     "Event",
@@ -76,6 +79,7 @@ __all__ = [
     "TaskStatus",
     "Verified",
     "WorktreeSettings",
+    "copy_state",
 ]
 
 _MODULES = {
@@ -99,6 +103,8 @@ _MODULES = {
     "plugins": ("Plugins",),
     "protocols": ("Event", "RecordedEvent", "Verified"),
     "state.checkpoints": ("Checkpoint", "Restoration"),
+    "state.copying": ("Copied",),
+    "transfer": ("copy_state",),
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}
 

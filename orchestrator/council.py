@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import IO, TYPE_CHECKING, Self
 
 import anyio.to_thread
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from orchestrator.execution import Execution
     from orchestrator.past import Past
     from orchestrator.plugins import Plugins
+    from orchestrator.state.copying import Copied
 
 #: The events behind which nothing more comes of a run, for now.
 _LAST_EVENTS = frozenset({"run.finished", "run.interrupted"})
@@ -307,6 +308,25 @@ class Council:
             {},
         )
 
+    async def export_state(self, file: Path | IO[bytes], *, force: bool = False) -> Copied:
+        """Write all that is recorded, as it is now, to one file, which `import_state` and other stores take.
+
+        RefusedError where not all can be trusted, and where the file is there already, unless `force` says to replace
+        it. A stream is written to as it is.
+        """
+        from orchestrator.transfer import export_store  # noqa: PLC0415
+
+        return await export_store(self._store, file, force=force, clock=self._runs.clock)
+
+    async def import_state(self, file: Path | IO[bytes]) -> Copied:
+        """Load what `export_state` wrote, positions, versions and all, into a store that has nothing yet.
+
+        RefusedError, with nothing changed, where it is not empty, and where the file is not whole.
+        """
+        from orchestrator.transfer import import_store  # noqa: PLC0415
+
+        return await import_store(file, self._store)
+
     @property
     def damage(self) -> tuple[str, ...]:
         """What of the state could not be read since it was opened, in words."""
@@ -368,9 +388,6 @@ async def _open_store(
 
         if plugins is None:
             plugins = await anyio.to_thread.run_sync(load_plugins, environ, [project.top])
-        if scheme not in plugins.stores:
-            known = ", ".join(f"{name}:" for name in sorted(plugins.stores))
-            raise RefusedError(f"there is no store for {url!r}", f"write a URL that begins with one of {known}")
-        opened = plugins.stores[scheme](url, clock)
+        opened = plugins.open_store(url, clock)
     async with opened as store:
         yield store

@@ -46,6 +46,10 @@ FAILPOINTS: Final = frozenset(
         "landing.pushed",  # the target has moved, the store does not know
         "landing.recorded",  # the task is landed in the store
         "state.packed",  # a segment of the log is there twice, packed and not
+        "state.load_staged",  # a segment of what is loaded is whole, others are to come
+        "state.load_finished",  # all of them are, they are no log yet
+        "state.loaded",  # they count, in a folder of their own
+        "state.load_put",  # a segment of them is in its place
         "state.thinned",  # what is left of old segments is there, and so are they
         "recovery.session_reaped",  # a cut-off attempt's processes are gone
         "recovery.attempt_returned",  # that attempt's task waits again

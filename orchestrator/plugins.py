@@ -20,11 +20,12 @@ import pluggy
 from pydantic import BaseModel
 
 from orchestrator import hookspecs
+from orchestrator.clock import Clock
 from orchestrator.config.entries import Extensions
 from orchestrator.config.model import restore
-from orchestrator.errors import PluginError
+from orchestrator.errors import PluginError, RefusedError
 from orchestrator.hookspecs import ENTRY_POINT_GROUP
-from orchestrator.protocols import AdapterType, JsonObject, SinkType, StoreType, TrackerType
+from orchestrator.protocols import AdapterType, JsonObject, SinkType, Store, StoreType, TrackerType
 
 #: The distribution whose plugins are always there.
 OURS = "cli-council"
@@ -91,6 +92,14 @@ class Plugins:
         opens, options = restore(f"{kind} {name!r}", stored, self.kinds()[f"{kind}s"], self.explain(str(stored["use"])))
         opened: AbstractAsyncContextManager[Any] = opens(options)
         return opened
+
+    def open_store(self, url: str, clock: Clock) -> AbstractAsyncContextManager[Store]:
+        """Open the store at a URL, for the body of an `async with`; RefusedError where nothing knows its scheme."""
+        scheme = url.partition(":")[0]
+        if scheme not in self.stores:
+            known = ", ".join(f"{name}:" for name in sorted(self.stores))
+            raise RefusedError(f"there is no store for {url!r}", f"write a URL that begins with one of {known}")
+        return self.stores[scheme](url, clock)
 
     def explain(self, name: str) -> str | None:
         """Return why a name may be missing that a file calls for: its plugin was left out; None if nothing was."""

@@ -37,6 +37,9 @@ __all__ = [
     "Concluded",
     "Damage",
     "Document",
+    "Dump",
+    "DumpedCommit",
+    "DumpedDocument",
     "Event",
     "Failed",
     "FailureClass",
@@ -278,6 +281,44 @@ class Statistics:
     """Documents of more than LARGE_DOCUMENT bytes with their sizes, the largest first."""
 
 
+class DumpedDocument(NamedTuple):
+    """A document's new version in a commit that is copied."""
+
+    key: Key
+    version: int
+    encoded: bytes | None
+    """Its value as JSON in UTF-8, on one line; None: it was deleted. A store that was loaded gives the same bytes back."""
+    expires: float | None = None
+    """From when on it is as if it were not there; None: never."""
+    previous: int = 0
+    """The position of the version before, by which its history goes back; 0: there is none, or it is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class DumpedCommit:
+    """A commit as it is copied from store to store: all that is told of it anywhere follows from this."""
+
+    position: int
+    time: float
+    """Wall-clock seconds of the clock of the store where it was made."""
+    by: str
+    """The process that committed, as `user@host:pid`."""
+    documents: Sequence[DumpedDocument] = ()
+    events: Sequence[Event] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Dump:
+    """A whole log as of a position: what another store needs to be the same as this one."""
+
+    position: int
+    """Of the newest commit; 0: there is none."""
+    first: int
+    """Of the oldest state that can be told: of the commits up to there, only what `compact` left of them is here."""
+    commits: AsyncGenerator[DumpedCommit]
+    """In the order of their positions; they can be gone through once, while the dump is open."""
+
+
 class Store(Protocol):
     """Where all state lives. Every implementation passes `orchestrator.testing.store_contract`."""
 
@@ -338,6 +379,21 @@ class Store(Protocol):
         Each damaged document's newest value that is known becomes its next version; one of which none is known is
         deleted. That is one commit, with an event `state.repaired` for each that names it and the version that was
         `lost`. Without damage nothing happens.
+        """
+
+    def dump(self) -> AbstractAsyncContextManager[Dump]:
+        """Take the whole log as it is now, for the body of an `async with`; others read and commit meanwhile.
+
+        It takes the memory of a few commits, however long the log is. RefusedError where `verify` finds anything, or
+        damage comes up on the way: what is copied is never older than it should be.
+        """
+
+    async def load(self, dump: Dump) -> None:
+        """Become what was dumped: positions, times, versions and all.
+
+        All or nothing: whatever happens on the way, be it an error that `dump.commits` raises or the end of the
+        process, the store is empty then, and can be loaded again. RefusedError where it is not empty, because somebody
+        has committed or loaded, and where the commits are not those that the dump promises.
         """
 
     @property

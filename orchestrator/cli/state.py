@@ -11,6 +11,7 @@ from orchestrator.cli import upkeep
 from orchestrator.cli.command import Context, json_option, opened, perform, run_argument, store_option
 from orchestrator.cli.commits import CommitLines, commit_json
 from orchestrator.cli.completing import complete_runs
+from orchestrator.cli.copying import COMMANDS as OF_COPYING
 from orchestrator.cli.documents import (
     difference_lines,
     differences_json,
@@ -45,6 +46,9 @@ def state() -> None:
       council state history task/models
     """
 
+
+for _command in OF_COPYING:
+    state.add_command(_command)
 
 #: What is looked for: one object for programs, made if it is asked for, or lines for people.
 _Answer = tuple[Callable[[], JsonObject], Iterator[str]]

@@ -11,7 +11,7 @@ import json
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, closing, suppress
+from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,8 @@ from orchestrator.protocols import (
     Compacted,
     Damage,
     Document,
+    Dump,
+    DumpedCommit,
     Event,
     Key,
     Record,
@@ -42,8 +44,18 @@ from orchestrator.protocols import (
 )
 from orchestrator.state import snapshot
 from orchestrator.state.compaction import log_size, pack_closed, remove_replaced, thin, to_thin
+from orchestrator.state.dumping import damaged_at, lines_of, not_empty, refuse_unsound
 from orchestrator.state.history import state_at, versions
-from orchestrator.state.log import Decoded, EncodedCommit, Incomplete, encode_commit, encode_line, to_record
+from orchestrator.state.log import (
+    Decoded,
+    EncodedCommit,
+    Incomplete,
+    Line,
+    encode_commit,
+    encode_line,
+    to_dumped,
+    to_record,
+)
 from orchestrator.state.mounts import refuse_network_mount
 from orchestrator.state.packing import Sum, sum_of
 from orchestrator.state.replay import Replay
@@ -52,6 +64,7 @@ from orchestrator.state.segments import (
     Lock,
     Mark,
     Segment,
+    Thinned,
     append,
     create_segment,
     cut,
@@ -60,6 +73,7 @@ from orchestrator.state.segments import (
     segments,
     thinned_to,
 )
+from orchestrator.state.staging import Staging, put_loaded
 from orchestrator.state.table import Stage
 from orchestrator.state.writer import name_of_writer
 
@@ -68,7 +82,7 @@ T = TypeVar("T")
 SEGMENT_BYTES: Final = 16 << 20
 _POLL_FASTEST: Final = 0.01  # seconds
 _POLL_SLOWEST: Final = 0.25
-_FOLLOW_BYTES: Final = 1 << 20  # read per trip to a thread
+_FOLLOW_BYTES: Final = 1 << 20  # read or written per trip to a thread
 _REMEDIES: Final = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "raise the disk quota or free some space",
@@ -255,6 +269,55 @@ class FileStore:
                 await self._in_thread(partial(self._replace_damaged, found.damage))
         return await self.verify()
 
+    @asynccontextmanager
+    async def dump(self) -> AsyncIterator[Dump]:
+        """See `Store.dump`; nothing is thinned out meanwhile."""
+        async with self._compacting.hold():
+            end = await self._in_thread(self._end)
+            refuse_unsound(await self._in_thread(self._verify))
+            first = await self._in_thread(lambda: thinned_to(self._directory))
+            with closing(await self._in_thread(partial(Cursor, self._directory))) as cursor:
+                yield Dump(end.position, first, self._dumped(cursor, end))
+
+    async def _dumped(self, cursor: Cursor, end: Mark) -> AsyncGenerator[DumpedCommit]:
+        while commits := await self._in_thread(partial(_read_dumped, cursor, end)):
+            for commit in commits:
+                yield commit
+
+    async def load(self, dump: Dump) -> None:
+        """See `Store.load`; what it was killed in is brought to its end by whoever opens the store, or is as if it
+        had never begun.
+        """
+        await self._in_thread(self._check_empty)
+        if dump.position == 0:
+            async with aclosing(lines_of(dump)) as lines:
+                async for _ in lines:  # there is none, or it is refused
+                    pass
+            return
+        async with self._compacting.hold():
+            await self._in_thread(self._check_empty)
+            staging = Staging(self._directory, dump.first, self._segment_bytes)
+            try:
+                await self._stage(staging, dump)
+                await self._in_thread(partial(self._put, staging))
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await self._in_thread(staging.discard)
+        self._announce()
+
+    async def _stage(self, staging: Staging, dump: Dump) -> None:
+        await self._in_thread(staging.begin)
+        lines, size = list[Line](), 0
+        async with aclosing(lines_of(dump)) as found:
+            async for line in found:
+                lines.append(line)
+                size += len(line.payload)
+                if size >= _FOLLOW_BYTES:
+                    await self._in_thread(partial(staging.add, lines))
+                    lines, size = [], 0
+        await self._in_thread(partial(staging.add, lines))
+        await self._in_thread(staging.finish)
+
     @property
     def damage(self) -> Sequence[Damage]:
         """See `Store.damage`."""
@@ -279,6 +342,25 @@ class FileStore:
             await self._in_thread(self._catch_up)
 
     # From here on: in worker threads only.
+
+    def _end(self) -> Mark:
+        """Return where the log ends now."""
+        with self._io, self._lock.held():
+            self._recover()
+            return Mark(self._cursor.segment, self._cursor.offset, self._replay.table.position)
+
+    def _check_empty(self) -> None:
+        end = self._end()
+        if end.segment:  # an empty segment is what a commit left that could not be made durable
+            raise not_empty(str(self._directory), end.position)
+
+    def _put(self, staging: Staging) -> None:
+        with self._io, self._lock.held():
+            self._recover()
+            if self._cursor.segment:
+                raise not_empty(str(self._directory), self._replay.table.position)
+            staging.put()
+            self._recover()
 
     def _verify(self) -> Verified:
         replay = Replay()
@@ -331,7 +413,8 @@ class FileStore:
         mark = Mark.decode(self._lock.read())
         with closing(Cursor(self._directory)) as cursor:
             found = cursor.read(mark) if mark else ()
-            return state_at(position, (one.item.line for one in found if isinstance(one.item, Decoded)))
+            lines = (one.item.line for one in found if isinstance(one.item, Decoded))
+            return state_at(position, lines, thinned_to(self._directory))
 
     def _open(self) -> None:
         refuse_network_mount(self._directory)
@@ -436,6 +519,8 @@ class FileStore:
 
     def _recover(self) -> None:
         """Take in all that stands in the log, also what a dead appender left; the flock must be held."""
+        if self._cursor.segment == 0:
+            put_loaded(self._directory)
         found_segments = segments(self._directory) or [Segment(0)]
         newest, last = found_segments[-1], found_segments[-1].first
         if found_segments[0].last > self._replay.table.position:  # what we had yet to read was thinned out
@@ -502,6 +587,21 @@ def _size(sums: Mapping[int, Sum]) -> int:
 def _read_on(replay: Replay, cursor: Cursor, mark: Mark | None) -> None:
     for found in cursor.read(mark) if mark else ():
         replay.take(found)
+
+
+def _read_dumped(cursor: Cursor, end: Mark) -> list[DumpedCommit]:
+    """Return the next commits up to the end; RefusedError where one of them can't be read."""
+    commits, size = list[DumpedCommit](), 0
+    for found in cursor.read(end):
+        if isinstance(found.item, Thinned):
+            continue
+        if not isinstance(found.item, Decoded) or found.item.line.is_damaged:
+            raise damaged_at(commits[-1].position if commits else 0)
+        commits.append(to_dumped(found.item.line))
+        size += len(found.item.line.payload)
+        if size >= _FOLLOW_BYTES:
+            break
+    return commits
 
 
 def _check_kept(directory: Path, after: int) -> None:

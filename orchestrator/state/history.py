@@ -27,15 +27,16 @@ def versions(entry: Entry | None, key: Key, limit: int, line_at: Callable[[int],
     return found
 
 
-def state_at(position: int, lines: Iterable[Line], table: Table | None = None) -> State:
-    """Return the state right after a commit, from the lines up to it that follow on what `table` has."""
-    table = Table() if table is None else table
+def state_at(position: int, lines: Iterable[Line], first: int = 0) -> State:
+    """Return the state right after a commit, from the lines up to it; of those up to `first` some may be missing."""
+    table = Table()
     time = 0.0
     for line in lines:
         if line.position > position:
             break
         table.apply(line)
         time = line.time
+    table.position = max(table.position, min(first, position))
     if table.position < position:
         raise RefusedError(f"the newest commit is {table.position}, there is no {position} yet", "name an earlier one")
     return State(table.position, time, table.all_documents(time))

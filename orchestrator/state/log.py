@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple
 import orjson
 
 from orchestrator.errors import InvalidDocument
-from orchestrator.protocols import Commit, Event, Guard, Key, Record, Version
+from orchestrator.protocols import Commit, DumpedCommit, DumpedDocument, Event, Guard, Key, Record, Version
 
 MAX_DOCUMENT_BYTES: Final = 4 << 20
 MAX_COMMIT_BYTES: Final = 64 << 20
@@ -116,7 +116,7 @@ def encode_commit(commit: Commit) -> EncodedCommit:
     """Return `commit` as bytes, ready for any position. Raises InvalidDocument."""
     writes, values = [], []
     for write in commit.writes:
-        encoded = b"" if write.value is None else _encode_object(str(write.key), write.value)
+        encoded = b"" if write.value is None else encode_object(str(write.key), write.value)
         if write.ttl is not None and not 0 < write.ttl <= MAX_TTL:
             raise InvalidDocument(
                 str(write.key), f"its time to live is {write.ttl}, not between 0 and {MAX_TTL:g} seconds"
@@ -125,11 +125,14 @@ def encode_commit(commit: Commit) -> EncodedCommit:
         if encoded:
             values.append(encoded)
     _check_keys([write.key for write in commit.writes])
-    events = [_encode_event(event) for event in commit.events]
-    payload = b"[[%b],[%b]]" % (b",".join(values), b",".join(events))
+    return EncodedCommit(writes, commit.guards, _payload(values, commit.events), commit.durable)
+
+
+def _payload(values: Sequence[bytes], events: Sequence[Event]) -> bytes:
+    payload = b"[[%b],[%b]]" % (b",".join(values), b",".join(map(_encode_event, events)))
     if len(payload) > MAX_COMMIT_BYTES:
         raise InvalidDocument("the commit", f"its {len(payload)} bytes are more than {MAX_COMMIT_BYTES}")
-    return EncodedCommit(writes, commit.guards, payload, commit.durable)
+    return payload
 
 
 def encode_line(line: Line) -> bytes:
@@ -188,11 +191,35 @@ def values(line: Line) -> Iterator[tuple[Change, bytes | None]]:
 
 def thinned_line(line: Line, keys: Collection[Key]) -> Line:
     """Return an undamaged line with the changes of some documents only, and with its events."""
-    lengths = [change.length for change in line.changes if change.length]
-    events = line.payload[len("[[") + sum(lengths) + max(len(lengths) - 1, 0) + len("],") : -len("]")]
     kept = [(change, value) for change, value in values(line) if change.key in keys]
-    payload = b"[[%b],%b]" % (b",".join(value for _, value in kept if value is not None), events)
+    payload = b"[[%b],%b]" % (b",".join(value for _, value in kept if value is not None), _events(line))
     return replace(line, changes=tuple(change for change, _ in kept), payload=payload)
+
+
+def to_dumped(line: Line) -> DumpedCommit:
+    """Return an undamaged line as another store takes it."""
+    documents = [
+        DumpedDocument(change.key, change.version, value, change.expires, change.previous)
+        for change, value in values(line)
+    ]
+    events = [Event(*event) for event in json.loads(_events(line))]
+    return DumpedCommit(line.position, line.time, line.by, documents, events)
+
+
+def from_dumped(commit: DumpedCommit) -> Line:
+    """Return the line of a commit of another store. Raises InvalidDocument for names and events that none can hold."""
+    _check_keys([one.key for one in commit.documents])
+    changes = tuple(
+        Change(one.key, one.version, len(one.encoded or b""), one.previous, one.expires) for one in commit.documents
+    )
+    payload = _payload([one.encoded for one in commit.documents if one.encoded is not None], commit.events)
+    return Line(commit.position, commit.time, changes, payload, commit.by)
+
+
+def _events(line: Line) -> bytes:
+    """Return the events of an undamaged line, encoded."""
+    lengths = [change.length for change in line.changes if change.length]
+    return line.payload[len("[[") + sum(lengths) + max(len(lengths) - 1, 0) + len("],") : -len("]")]
 
 
 def to_record(line: Line) -> Record:
@@ -241,7 +268,7 @@ def _resync(data: bytes, offset: int) -> int:
 
 
 def _encode_event(event: Event) -> bytes:
-    data = _encode_object(f"event {event.type!r}", event.data)
+    data = encode_object(f"event {event.type!r}", event.data)
     return b"[%b,%b]" % (_encode_text(f"event {event.type!r}", event.type), data)
 
 
@@ -264,7 +291,8 @@ def _encode_text(subject: str, text: str) -> bytes:
         raise InvalidDocument(subject, "its name holds half a surrogate pair, which is not text") from None
 
 
-def _encode_object(subject: str, value: Any) -> bytes:
+def encode_object(subject: str, value: Any) -> bytes:
+    """Return a JSON object on one line; InvalidDocument, which names the `subject`, if it can't be stored."""
     if not isinstance(value, dict):
         raise InvalidDocument(subject, f"it is {type(value).__name__}, not an object")
     encoded = _encode_fast(value)

@@ -41,19 +41,41 @@ class _Part(NamedTuple):
     frame: memoryview
 
 
+class Packer:
+    """Packs lines of the log that come bit by bit."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        import zstandard  # noqa: PLC0415  most processes never pack or unpack
+
+        self._compressor = zstandard.ZstdCompressor(level=_LEVEL)
+        self._first = 0
+        self._content, self._packed_crc = Sum(0, 0), 0
+
+    def add(self, lines: bytes) -> bytes:
+        """Return what stands for some more whole lines; it follows on what was returned before."""
+        parts = []
+        for part in _split(lines):
+            item = scan(part, 0)
+            self._first = item.line.position if isinstance(item, Decoded) else self._first
+            frame = self._compressor.compress(part)
+            crc = _crc_of(frame, len(part), self._first)
+            parts += [_PART.pack(_MAGIC, _PART.size - 8, len(frame), crc, len(part), self._first), frame]
+        packed = b"".join(parts)
+        self._content = Sum(self._content.size + len(lines), zlib.crc32(lines, self._content.crc))
+        self._packed_crc = zlib.crc32(packed, self._packed_crc)
+        return packed
+
+    def head(self) -> bytes:
+        """Return what stands before all that was returned so far; it always has the same length."""
+        return _WHOLE.pack(_MAGIC, _WHOLE.size - 8, *self._content, self._packed_crc)
+
+
 def pack(data: bytes) -> bytes:
     """Return the packed form of lines of the log."""
-    import zstandard  # noqa: PLC0415  most processes never pack or unpack
-
-    packer, parts, first = zstandard.ZstdCompressor(level=_LEVEL), [], 0
-    for part in _split(data):
-        item = scan(part, 0)
-        first = item.line.position if isinstance(item, Decoded) else first
-        frame = packer.compress(part)
-        crc = _crc_of(frame, len(part), first)
-        parts += [_PART.pack(_MAGIC, _PART.size - 8, len(frame), crc, len(part), first), frame]
-    packed = b"".join(parts)
-    return _WHOLE.pack(_MAGIC, _WHOLE.size - 8, len(data), zlib.crc32(data), zlib.crc32(packed)) + packed
+    packer = Packer()
+    packed = packer.add(data)
+    return packer.head() + packed
 
 
 def unpack(packed: bytes) -> bytes:

@@ -25,6 +25,7 @@ from orchestrator.state.packing import Source, Sum
 
 _READ_BYTES: Final = 1 << 20
 _MARK_BYTES: Final = 71
+_LOCK: Final = "lock"
 _NAME: Final = re.compile(r"(\d{20})(?:-(\d{20}))?\.jsonl(\.zst)?")
 
 
@@ -92,7 +93,7 @@ class Lock:
     """The permanent lock file, kept open; it carries the mark."""
 
     def __init__(self, directory: Path) -> None:
-        self._file = os.fdopen(os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b", 0)
+        self._file = os.fdopen(os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b", 0)
 
     def read(self) -> bytes:
         """Return the mark as it stands; so cheap that it may be done on the event loop."""
@@ -125,6 +126,11 @@ class Lock:
     def close(self) -> None:
         """Give the file back; every later use raises ValueError."""
         self._file.close()
+
+
+def is_store(directory: Path) -> bool:
+    """Whether a store was ever opened in a folder. Blocks."""
+    return (directory / _LOCK).is_file() or (directory.is_dir() and bool(segments(directory)))
 
 
 def segments(directory: Path) -> list[Segment]:
@@ -323,6 +329,11 @@ def make_durable(path: Path) -> None:
     """Make durable what an appender that died may have left in the page cache."""
     with _opened(path, os.O_WRONLY) as fd:
         _make_durable(fd)
+
+
+def private(path: str, flags: int) -> int:
+    """Open a file that only its owner may read, once it is made: an `opener` for `open`."""
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from secrets import randbelow
 from typing import Any, Final, NamedTuple
 
 from orchestrator.state.packing import Sum, sum_of
-from orchestrator.state.segments import Segment, segments
+from orchestrator.state.segments import Segment, private, segments
 from orchestrator.state.table import Entry, Table
 
 NAME: Final = "snapshot"
@@ -61,7 +61,7 @@ def write(directory: Path, snapshot: Snapshot) -> None:
     rest = b"%08x " % len(index) + index + b"".join(values)
     staged = directory / f"{NAME}.{randbelow(10**12)}.new"
     try:
-        with open(staged, "wb", opener=_private) as file:
+        with open(staged, "wb", opener=private) as file:
             file.write(b"%08x " % zlib.crc32(rest))
             file.write(rest)
         staged.rename(directory / NAME)
@@ -122,7 +122,3 @@ def _has(directory: Path, segment: Segment, part: Sum, *, is_last: bool) -> bool
         while left and (data := file.read(min(left, _READ_BYTES))):
             left, crc = left - len(data), zlib.crc32(data, crc)
     return (left, crc) == (0, part.crc)
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)

@@ -22,6 +22,8 @@ from tests.waiting import wait_for
 OF_REQUESTS = frozenset(name for name in FAILPOINTS if name.startswith("request."))
 #: Reached by a compaction of the log; see tests/integration/test_compaction.py.
 OF_COMPACTION = frozenset({"state.packed", "state.thinned"})
+#: Reached by loading a whole store; see tests/integration/test_copying.py.
+OF_LOADING = frozenset(name for name in FAILPOINTS if name.startswith("state.load"))
 #: Reached by making or restoring a checkpoint; see tests/crash/test_checkpoints.py.
 OF_CHECKPOINTS = frozenset({"run.seized", "checkpoint.created", "checkpoint.restored"})
 #: Reached only once by the tasks of `chain_and_sides`.
@@ -98,7 +100,9 @@ async def finish(repository: Repository, count: int) -> Ended:
     return ended
 
 
-@pytest.mark.parametrize("name", sorted(FAILPOINTS - IN_RECOVERY - OF_REQUESTS - OF_CHECKPOINTS - OF_COMPACTION))
+@pytest.mark.parametrize(
+    "name", sorted(FAILPOINTS - IN_RECOVERY - OF_REQUESTS - OF_CHECKPOINTS - OF_COMPACTION - OF_LOADING)
+)
 @pytest.mark.parametrize("hit", [1, pytest.param(3, marks=pytest.mark.slow)])
 async def test_killed_at_a_failpoint(repository: Repository, name: str, hit: int) -> None:
     """A kill right after any persisted or outward step loses nothing and repeats nothing."""

@@ -1,0 +1,103 @@
+"""Whole stores from one place to another: what is at a URL or in a folder, and files that hold one."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import IO, Final
+
+import anyio
+from anyio import to_thread
+
+from orchestrator.clock import Clock, SystemClock
+from orchestrator.errors import RefusedError
+from orchestrator.plugins import Plugins, load_plugins
+from orchestrator.protocols import Store
+from orchestrator.state.copying import Copied, copy, export, import_from
+from orchestrator.state.plugin import folder_of
+from orchestrator.state.portable import Staged
+from orchestrator.state.segments import is_store
+
+# A single letter would be a drive of Windows.
+_SCHEME: Final = re.compile(r"[a-z][a-z0-9+.-]+:")
+
+
+def store_url(place: str | Path) -> str:
+    """Return the URL of a store, of which a folder is another name: `~` is the home, relative ones start from here."""
+    if isinstance(place, str) and _SCHEME.match(place):
+        return place
+    return Path(place).expanduser().absolute().as_uri()
+
+
+@asynccontextmanager
+async def open_store(
+    place: str | Path,
+    *,
+    is_there: bool = False,
+    plugins: Plugins | None = None,
+    clock: Clock | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> AsyncIterator[Store]:
+    """Open the store at a URL or in a folder, for the body of the `async with`.
+
+    With `is_there`, a folder that holds none is refused (RefusedError), where else one would be made.
+    """
+    url = store_url(place)
+    if is_there and url.startswith("file:") and not await to_thread.run_sync(is_store, folder_of(url)):
+        raise RefusedError(f"there is no state in {place}", "name the folder of a store, such as .council/state")
+    if plugins is None:
+        plugins = await to_thread.run_sync(load_plugins, environ)
+    async with plugins.open_store(url, clock or SystemClock()) as store:
+        yield store
+
+
+async def copy_state(
+    source: str | Path,
+    target: str | Path,
+    *,
+    plugins: Plugins | None = None,
+    clock: Clock | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Copied:
+    """Copy a whole store into an empty one, each named by its URL or folder, also while a run is at work in it.
+
+    Positions, times, versions, events: the past of the copy is that of the original. RefusedError, with nothing
+    changed, where not all of the original can be trusted, and where something is in the target already that is not the
+    same.
+    """
+    if plugins is None:
+        plugins = await to_thread.run_sync(load_plugins, environ)
+    async with AsyncExitStack() as stores:
+        original = await stores.enter_async_context(open_store(source, is_there=True, plugins=plugins, clock=clock))
+        copied = await stores.enter_async_context(open_store(target, plugins=plugins, clock=clock))
+        return await copy(original, copied)
+
+
+async def export_store(
+    store: Store, file: Path | IO[bytes], *, force: bool = False, clock: Clock | None = None
+) -> Copied:
+    """Write a whole store as it is now to one file; see `Council.export_state`. A stream is written to as it is."""
+    now = (clock or SystemClock()).now()
+    if not isinstance(file, Path):
+        return await export(store, file, now)
+    staged = await to_thread.run_sync(partial(Staged, file, force=force))
+    try:
+        copied = await export(store, staged.stream, now)
+        await to_thread.run_sync(staged.put)
+    finally:
+        with anyio.CancelScope(shield=True):
+            await to_thread.run_sync(staged.discard)
+    return copied
+
+
+async def import_store(file: Path | IO[bytes], store: Store) -> Copied:
+    """Load a file that `export_store` wrote into an empty store; see `Council.import_state`. A stream is closed."""
+    if not isinstance(file, Path):
+        return await import_from("what comes in", lambda: file, store)
+    if not await to_thread.run_sync(file.is_file):
+        raise RefusedError(f"there is no file {file}", "name one that `council state export` wrote")
+    return await import_from(str(file), lambda: file.open("rb"), store)
