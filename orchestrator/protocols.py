@@ -287,7 +287,7 @@ class DumpedDocument(NamedTuple):
     key: Key
     version: int
     encoded: bytes | None
-    """Its value as JSON in UTF-8, on one line; None: it was deleted. A store that was loaded gives the same bytes back."""
+    """Its value as JSON in UTF-8, on one line; None: it was deleted. What was loaded is dumped as the same bytes."""
     expires: float | None = None
     """From when on it is as if it were not there; None: never."""
     previous: int = 0

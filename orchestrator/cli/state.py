@@ -1,4 +1,4 @@
-"""Commands that look at what is recorded, now and at any earlier moment; only `verify --repair` changes anything."""
+"""Commands that look at what is recorded, now and at any earlier moment; only `verify --repair` changes any of it."""
 
 from __future__ import annotations
 

@@ -273,8 +273,9 @@ class FileStore:
     async def dump(self) -> AsyncIterator[Dump]:
         """See `Store.dump`; nothing is thinned out meanwhile."""
         async with self._compacting.hold():
-            end = await self._in_thread(self._end)
+            await self._refresh()
             refuse_unsound(await self._in_thread(self._verify))
+            end = await self._in_thread(self._end)
             first = await self._in_thread(lambda: thinned_to(self._directory))
             with closing(await self._in_thread(partial(Cursor, self._directory))) as cursor:
                 yield Dump(end.position, first, self._dumped(cursor, end))
@@ -367,7 +368,10 @@ class FileStore:
         with closing(Cursor(self._directory)) as cursor:
             _read_on(replay, cursor, Mark.decode(self._lock.read()))  # most of it while others may commit
             with self._io:
-                mark = Mark.decode(self._lock.read())
+                if self._lock.read() != self._seen:  # others have committed: both are to end at the same place
+                    with self._lock.held():
+                        self._recover()
+                mark = Mark.decode(self._seen)
                 _read_on(replay, cursor, mark)
                 replay.finish(mark.position if mark else 0, cursor.path, cursor.offset)
                 found = replay.table.compare(self._replay.table)

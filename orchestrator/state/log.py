@@ -198,11 +198,11 @@ def thinned_line(line: Line, keys: Collection[Key]) -> Line:
 
 def to_dumped(line: Line) -> DumpedCommit:
     """Return an undamaged line as another store takes it."""
-    documents = [
+    documents = tuple(
         DumpedDocument(change.key, change.version, value, change.expires, change.previous)
         for change, value in values(line)
-    ]
-    events = [Event(*event) for event in json.loads(_events(line))]
+    )
+    events = tuple(Event(*event) for event in json.loads(_events(line)))
     return DumpedCommit(line.position, line.time, line.by, documents, events)
 
 

@@ -197,7 +197,7 @@ class Staged:
 
 
 class Reader:
-    """Reads such a file from a stream, line by line. Its methods block, and raise RefusedError where it is not whole."""
+    """Reads such a file from a stream, line by line. Its methods block; RefusedError tells what is not whole."""
 
     def __init__(self, name: str, stream: IO[bytes]) -> None:
         """Read the header; `name` is what the file is called in errors."""
@@ -294,7 +294,7 @@ class Reader:
 
     def _commit(self, value: dict[str, Any]) -> DumpedCommit:
         found = self._model(_Commit, value)
-        documents = []
+        documents = list[DumpedDocument]()
         try:
             for one in found.documents:
                 key = Key(one.kind, one.id)
@@ -302,8 +302,8 @@ class Reader:
                 documents.append(DumpedDocument(key, one.version, encoded, one.expires, one.previous))
         except InvalidDocument as error:
             self._refuse(str(error))
-        events = [Event(one.type, one.data) for one in found.events]
-        return DumpedCommit(found.position, found.time, found.by, documents, events)
+        events = tuple(Event(one.type, one.data) for one in found.events)
+        return DumpedCommit(found.position, found.time, found.by, tuple(documents), events)
 
     def _refuse(self, what: str, remedy: str = _REMEDY) -> NoReturn:
         raise RefusedError(f"{self._name}: {what}", remedy)

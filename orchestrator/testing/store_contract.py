@@ -7,14 +7,30 @@ Needs pytest with pytest-asyncio in its auto mode (or mark your subclass `pytest
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from typing import Any
 
 import anyio
 import pytest
 
 from orchestrator.errors import HistoryGone, InvalidDocument, LeaseLost, RefusedError, VersionConflict
-from orchestrator.protocols import HISTORY, LARGE_DOCUMENT, Commit, Event, Guard, JsonObject, Key, Record, Store, Write
+from orchestrator.protocols import (
+    HISTORY,
+    LARGE_DOCUMENT,
+    Commit,
+    Dump,
+    DumpedCommit,
+    DumpedDocument,
+    Event,
+    Guard,
+    JsonObject,
+    Key,
+    Record,
+    Store,
+    Write,
+)
 
 TASK = Key("task", "a")
 OTHER = Key("task", "b")
@@ -44,6 +60,36 @@ REFUSED: dict[str, Any] = {
     "a list": [1],
     "text": "x",
 }
+
+
+#: A log that was thinned out up to position 6, of which nothing is left of some commits, and some of others.
+THINNED: Sequence[DumpedCommit] = (
+    DumpedCommit(
+        2, 1e9, "ada@box:1", (DumpedDocument(TASK, 2, b'{"n":2}', previous=1),), (Event("two", {"n": 2**70}),)
+    ),
+    DumpedCommit(3, 1e9 + 0.5, "ada@box:1", (DumpedDocument(OTHER, 4, None, previous=1),)),
+    DumpedCommit(5, 1e9 - 9, "bob@box:2", (DumpedDocument(TASK, 3, b'{"n": 3.50}', 2e9, previous=2),)),
+    DumpedCommit(7, 1e9 + 1, "bob@box:2", (), (Event("seven"),)),
+    DumpedCommit(8, 1e9 + 2, "bob@box:2", (DumpedDocument(TASK, 4, '{"n":"ü"}'.encode(), 1e9 + 3, previous=5),)),
+)
+
+
+def dump_of(commits: Sequence[DumpedCommit], position: int, first: int = 0, *, error: Exception | None = None) -> Dump:
+    """Return a dump that is not a store's; with an `error`, which comes behind its commits."""
+
+    async def generate() -> AsyncGenerator[DumpedCommit]:
+        for commit in commits:
+            yield commit
+        if error is not None:
+            raise error
+
+    return Dump(position, first, generate())
+
+
+async def dumped(store: Store) -> tuple[int, int, list[DumpedCommit]]:
+    """Return what a store dumps."""
+    async with store.dump() as dump:
+        return dump.position, dump.first, [commit async for commit in dump.commits]
 
 
 def write(key: Key, expected: int, value: JsonObject | None) -> Commit:
@@ -292,6 +338,185 @@ class StoreContract(ABC):
             assert (verified.position, verified.bytes > 0) == (1, True)
             assert (await store.repair()).is_sound
             assert await store.position() == 1
+
+    async def test_a_copy_tells_the_same_of_every_moment(self) -> None:
+        """Positions, times, writers, versions, expiry, events and what is deleted are those of the original."""
+        async with self.open_store() as store, self.open_store() as copy:
+            lease = {"epoch": 3, "text": "ü\n\u2028", "big": 2**70, "small": -0.0}
+            await store.commit(
+                Commit([Write(TASK, 0, {"n": 1}), Write(LEASE, 0, lease, ttl=3600)], [Event("ü", lease)])
+            )
+            await store.commit(Commit([Write(OTHER, 0, {"n": 1}, ttl=1e-6)]))
+            await store.commit(Commit(events=[Event("alone"), Event("twice")]))
+            await store.commit(Commit([Write(TASK, 1, None), Write(LEASE, 1, {"epoch": 4}, ttl=7200)], durable=False))
+            await store.commit(write(TASK, 0, {"n": 2}))
+            await store.commit(Commit([Write(TASK, 3, None)]))
+            async with store.dump() as dump:
+                await copy.load(dump)
+            assert await dumped(copy) == await dumped(store)
+            assert await copy.position() == 6
+            for position in range(7):
+                assert await copy.at(position) == await store.at(position)
+            assert await _watch(copy, 0, 6) == await _watch(store, 0, 6)
+            for key in (TASK, OTHER, LEASE):
+                assert await copy.get(key) == await store.get(key)
+                assert await copy.history(key) == await store.history(key)
+            assert (await copy.verify()).is_sound
+            await copy.commit(Commit([Write(TASK, 0, {"n": 3})], guards=[Guard(LEASE, 4)]))
+            found = await copy.get(TASK)
+            assert found is not None
+            assert (found.version, found.position) == (5, 7)
+
+    async def test_a_copy_of_what_was_thinned_out_goes_back_as_far(self) -> None:
+        """Gaps and all; it can be copied on, and is committed to like any other."""
+        async with self.open_store() as store:
+            await store.load(dump_of(THINNED, 8, 6))
+            assert await dumped(store) == (8, 6, list(THINNED))
+            assert (await store.verify()).is_sound
+            assert await store.position() == 8
+            with pytest.raises(HistoryGone) as caught:
+                await store.at(5)
+            assert caught.value.first == 6
+            with pytest.raises(HistoryGone):
+                await _watch(store, 5, 1)
+            state = await store.at(6)
+            assert (state.position, state.time) == (6, 1e9 - 9)
+            assert {key: (one.version, one.value, one.expires) for key, one in state.documents.items()} == {
+                TASK: (3, {"n": 3.5}, 2e9)
+            }
+            assert [(one.position, one.time, one.by) for one in await _watch(store, 6, 2)] == [
+                (7, 1e9 + 1, "bob@box:2"), (8, 1e9 + 2, "bob@box:2"),
+            ]  # fmt: skip
+            history = await store.history(TASK)
+            assert [(one.version, one.value) for one in history] == [(4, {"n": "ü"}), (3, {"n": 3.5}), (2, {"n": 2})]
+            assert list(history[2].events) == [Event("two", {"n": 2**70})]
+            assert await store.get(TASK) is None  # its time is over
+            await store.commit(Commit([Write(OTHER, 0, {}), Write(TASK, 0, {})]))
+            assert [one.version for one in await store.list("task")] == [5, 5]
+            assert await store.position() == 9
+
+    async def test_a_copy_may_end_where_its_past_begins(self) -> None:
+        """Behind what was thinned out nothing need have been committed."""
+        async with self.open_store() as store:
+            await store.load(dump_of(THINNED[:3], 6, 6))
+            assert await dumped(store) == (6, 6, list(THINNED[:3]))
+            assert (await store.at(6)).documents.keys() == {TASK}
+            assert await store.commit(Commit(events=[Event("next")])) == 7
+            assert [one.position for one in await _watch(store, 6, 1)] == [7]
+            assert (await store.verify()).is_sound
+
+    async def test_a_dump_is_of_one_moment(self) -> None:
+        """What is committed while it is open is not in it, and need not wait."""
+        async with self.open_store() as store:
+            await store.commit(write(TASK, 0, {"n": 1}))
+            with anyio.fail_after(PATIENCE):
+                async with store.dump() as dump:
+                    await store.commit(write(TASK, 1, {"n": 2}))
+                    assert (dump.position, dump.first) == (1, 0)
+                    assert [commit.position async for commit in dump.commits] == [1]
+            assert [commit.position for commit in (await dumped(store))[2]] == [1, 2]
+
+    async def test_an_empty_store_can_be_copied(self) -> None:
+        """Which leaves an empty one."""
+        async with self.open_store() as store, self.open_store() as copy:
+            async with store.dump() as dump:
+                await copy.load(dump)
+            assert await dumped(copy) == (0, 0, [])
+            assert await copy.commit(write(TASK, 0, {})) == 1
+
+    async def test_only_an_empty_store_is_loaded(self) -> None:
+        """What was committed is never replaced."""
+        async with self.open_store() as store:
+            await store.commit(write(TASK, 0, {"n": 1}))
+            with pytest.raises(RefusedError):
+                await store.load(dump_of(THINNED, 8, 6))
+            await _assert_only(store, {TASK: (1, {"n": 1})}, position=1)
+
+    @pytest.mark.parametrize(
+        ("commits", "position", "first"),
+        [
+            (THINNED[:4], 8, 6),
+            (THINNED, 9, 6),
+            (THINNED, 7, 6),
+            (THINNED, 8, 5),
+            ((*THINNED[:3], *THINNED[4:]), 8, 6),
+            ((*THINNED[:3], THINNED[1], *THINNED[3:]), 8, 6),
+            ((), 8, 0),
+            (THINNED, 0, 0),
+        ],
+        ids=["cut off", "too short", "too long", "a gap", "a hole", "disorder", "nothing", "something"],
+    )
+    async def test_what_a_dump_lacks_is_refused(
+        self, commits: Sequence[DumpedCommit], position: int, first: int
+    ) -> None:
+        """Then the store is empty, and can be loaded or committed to."""
+        async with self.open_store() as store:
+            with pytest.raises(RefusedError):
+                await store.load(dump_of(commits, position, first))
+            assert await dumped(store) == (0, 0, [])
+            await store.load(dump_of(THINNED, 8, 6))
+            assert (await dumped(store))[0] == 8
+
+    @pytest.mark.parametrize("last", [OSError("gone"), replace(THINNED[4], events=[Event("e", {"n": float("nan")})])])
+    async def test_a_load_that_is_cut_off_leaves_an_empty_store(self, last: OSError | DumpedCommit) -> None:
+        """Whether no more comes of the dump, or something that can't be stored."""
+        async with self.open_store() as store:
+            if isinstance(last, OSError):
+                with pytest.raises(OSError, match="gone"):
+                    await store.load(dump_of(THINNED, 8, 6, error=last))
+            else:
+                with pytest.raises(InvalidDocument):
+                    await store.load(dump_of((*THINNED[:4], last), 8, 6))
+            assert await dumped(store) == (0, 0, [])
+            await store.load(dump_of(THINNED, 8, 6))
+            assert (await dumped(store))[0] == 8
+
+    async def test_of_two_loads_at_once_one_is(self) -> None:
+        """The other is refused."""
+        async with self.open_store() as store:
+            refused = list[RefusedError]()
+
+            async def load() -> None:
+                try:
+                    await store.load(dump_of(THINNED, 8, 6))
+                except RefusedError as error:
+                    refused.append(error)
+
+            with anyio.fail_after(PATIENCE):
+                async with anyio.create_task_group() as tasks:
+                    for _ in range(2):
+                        tasks.start_soon(load)
+            assert len(refused) == 1
+            assert await dumped(store) == (8, 6, list(THINNED))
+
+    async def test_who_watches_an_empty_store_sees_what_is_loaded(self) -> None:
+        """Each commit, or that there is no telling of the first."""
+        async with self.open_store() as store:
+            seen = list[Record]()
+
+            async def follow() -> None:
+                seen.extend(await _watch(store, 0, 2))
+
+            with anyio.fail_after(PATIENCE):
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(follow)
+                    await anyio.lowlevel.checkpoint()
+                    await store.load(dump_of([replace(THINNED[3], position=1), replace(THINNED[4], position=2)], 2))
+            assert [record.position for record in seen] == [1, 2]
+        async with self.open_store() as store:
+            gone = anyio.Event()
+
+            async def expect_gone() -> None:
+                with pytest.raises(HistoryGone):
+                    await _watch(store, 0, 1)
+                gone.set()
+
+            with anyio.fail_after(PATIENCE):
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(expect_gone)
+                    await anyio.lowlevel.checkpoint()
+                    await store.load(dump_of(THINNED, 8, 6))
+                    await gone.wait()
 
     async def test_a_document_whose_time_is_over_is_as_if_deleted(self) -> None:
         """It is not read, not listed and guards nothing; what is written in its place expects 0 and counts on."""

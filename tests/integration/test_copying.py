@@ -1,0 +1,514 @@
+"""Whole stores from one to the other, and through a file: all of them or nothing, and the same at every moment."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import IO
+
+import anyio
+import pytest
+import zstandard
+
+from orchestrator.clock import SystemClock
+from orchestrator.errors import HistoryGone, RefusedError, StoreUnavailable
+from orchestrator.protocols import Commit, Document, Event, Key, Record, Store, Version, Write
+from orchestrator.state import file as file_store
+from orchestrator.state.copying import Copied, copy, export, import_from
+from orchestrator.state.file import FileStore
+from orchestrator.state.memory import MemoryStore
+from orchestrator.state.segments import segments
+from orchestrator.state.staging import Staging
+from orchestrator.testing.clock import ManualClock
+from orchestrator.testing.store_contract import THINNED, dump_of, dumped
+from orchestrator.transfer import copy_state, export_store, import_store, open_store, store_url
+
+MUCH, GONE, BRIEF, LONG = (Key("task", name) for name in ("much", "gone", "brief", "long"))
+ALL = 1 << 40  # bytes
+SMALL = 1_500  # bytes of a segment
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    """The time of the tests."""
+    return ManualClock()
+
+
+@pytest.fixture
+async def source(tmp_path: Path, clock: ManualClock) -> AsyncIterator[FileStore]:
+    """A store with documents that are deleted, expired and yet to expire, whose past is packed and thinned out."""
+    async with FileStore.open(tmp_path / "source", clock, segment_bytes=SMALL) as store:
+        first = [Write(GONE, 0, {"n": 0}), Write(BRIEF, 0, {"n": 0}, ttl=60), Write(LONG, 0, {"ü": 2**70}, ttl=1e6)]
+        await store.commit(Commit(first, [Event("begun", {"n": 1})]))
+        await store.commit(Commit([Write(GONE, 1, None)]))
+        for number in range(40):
+            clock.advance(60)
+            await store.commit(Commit([Write(MUCH, number, {"n": number, "text": "x" * 100})], [Event("counted")]))
+            await store.commit(Commit(events=[Event("nothing")]))
+        assert 20 < (await store.compact(clock.now() - 20 * 60, ALL)).first < 60
+        yield store
+
+
+Told = tuple[object, ...]
+
+
+async def told(store: Store) -> Told:
+    """Return all that a store tells, of each moment that it can tell of, and where it ends."""
+    position = await store.position()
+    moments = list[object]()
+    for moment in range(position + 1):
+        try:
+            moments.append(await store.at(moment))
+        except HistoryGone as gone:
+            moments.append(gone.first)
+    first = next((one for one in moments if not isinstance(one, int)), None)
+    begin = moments.index(first)
+    records = list[Record]()
+    if begin < position:
+        async for record in store.watch(begin):
+            records.append(record)
+            if record.position == position:
+                break
+    keys = (MUCH, GONE, BRIEF, LONG)
+    documents: list[Document | None] = [await store.get(key) for key in keys]
+    versions: list[Sequence[Version]] = [await store.history(key, 100) for key in keys]
+    return position, moments, records, documents, versions, await store.list("task")
+
+
+def unpacked(path: Path) -> list[bytes]:
+    """Return the lines of an export."""
+    return zstandard.ZstdDecompressor().decompressobj().decompress(path.read_bytes()).splitlines(keepends=True)
+
+
+def files(place: Path) -> set[str]:
+    """Return the names in a folder."""
+    return {path.name for path in place.iterdir()}
+
+
+async def test_there_and_back_again(source: FileStore, tmp_path: Path, clock: ManualClock) -> None:
+    """From files to memory, to a file, to files: at each stop all is told as before, also to the next opener."""
+    expected, memory = await told(source), MemoryStore(clock)
+    copied = await copy(source, memory)
+    assert (copied.position, copied.was_there) == (82, False)
+    assert copied.first == (await source.compact(0.0, ALL)).first > 0
+    assert copied.documents == 2  # one was deleted, one has expired
+    assert await told(memory) == expected
+    exported = await export_store(memory, tmp_path / "file", clock=clock)
+    async with FileStore.open(tmp_path / "target", clock, segment_bytes=SMALL) as target:
+        imported = await import_store(tmp_path / "file", target)
+        assert imported == exported == replace(copied, packed=(tmp_path / "file").stat().st_size)
+        assert await told(target) == expected
+        assert not target.damage
+        assert (await target.commit(Commit([Write(GONE, 0, {}), Write(BRIEF, 0, {})]))) == 83
+        assert [one.version for one in await target.list("task")] == [2, 3, 1, 40]
+    async with FileStore.open(tmp_path / "target", clock) as target:
+        assert await target.position() == 83
+        assert (await target.verify()).is_sound
+        assert (await target.compact(clock.now() - 60, ALL)).first > copied.first
+        assert (await target.verify()).is_sound
+    sizes = [one.path(tmp_path / "target").stat().st_size for one in segments(tmp_path / "target")]
+    assert len(sizes) > 1
+    assert not files(tmp_path / "target") & {"loading", "loaded"}
+
+
+async def test_segments_have_their_usual_size(source: FileStore, tmp_path: Path, clock: ManualClock) -> None:
+    """However many commits there are at once."""
+    async with FileStore.open(tmp_path / "target", clock, segment_bytes=SMALL) as target:
+        await copy(source, target)
+        found = [one.path(tmp_path / "target").stat() for one in segments(tmp_path / "target")]
+    assert len(found) > 3
+    assert all(SMALL <= one.st_size < SMALL + 400 for one in found[1:-1])
+    assert {one.st_mode & 0o777 for one in found} == {0o600}
+
+
+async def test_what_is_at_work_is_copied_as_of_a_moment(source: FileStore, tmp_path: Path, clock: ManualClock) -> None:
+    """Whoever commits goes on meanwhile, through another opening of the store, too; nothing is lost or half there."""
+    async with (
+        FileStore.open(tmp_path / "source", clock) as other,
+        FileStore.open(tmp_path / "target", clock) as target,
+        anyio.create_task_group() as tasks,
+    ):
+
+        async def work() -> None:
+            for number in count(40):
+                if is_over.is_set():
+                    return
+                writes = [Write(MUCH, number, {"n": number}), Write(GONE, (number > 40) * (number - 38), {})]
+                await other.commit(Commit(writes, durable=False))
+
+        is_over = anyio.Event()
+        tasks.start_soon(work)
+        while await source.position() < 90:
+            await anyio.lowlevel.checkpoint()
+        copied = await copy(source, target)
+        is_over.set()
+    assert 90 <= copied.position <= await source.position()
+    async with FileStore.open(tmp_path / "target", clock) as target:
+        assert await target.position() == copied.position
+        assert (await target.at(copied.position)).documents == (await source.at(copied.position)).documents
+
+
+async def test_a_second_copy_is_there_already(source: FileStore, tmp_path: Path, clock: ManualClock) -> None:
+    """But neither one of another store, nor one that was committed to, nor one of a store that has gone on."""
+    async with FileStore.open(tmp_path / "target", clock) as target:
+        copied = await copy(source, target)
+        assert await copy(source, target) == replace(copied, was_there=True)
+        assert await copy(source, source) == replace(copied, was_there=True)
+        other = MemoryStore(clock)
+        for _ in range(82):
+            await other.commit(Commit(events=[Event("else")]))
+        with pytest.raises(RefusedError, match="not empty"):
+            await copy(other, target)
+        await source.commit(Commit(events=[Event("more")]))
+        with pytest.raises(RefusedError, match="not empty"):
+            await copy(source, target)
+        await target.commit(Commit(events=[Event("other")]))
+        with pytest.raises(RefusedError, match="not empty"):
+            await copy(source, target)
+        assert await target.position() == 83
+
+
+class Forgetful(MemoryStore):
+    """A store that does not keep all that it is given."""
+
+    async def commit(self, commit: Commit) -> int:
+        """See `Store.commit`."""
+        return await super().commit(replace(commit, events=()))
+
+    async def load(self, dump: object) -> None:
+        """Keep something else than what was dumped."""
+        async for commit in dump.commits:  # type: ignore[attr-defined]  # it is a dump
+            await self.commit(Commit([Write(Key("x", str(commit.position)), 0, {})]))
+
+
+async def test_a_copy_that_differs_is_told(clock: ManualClock) -> None:
+    """A store that breaks its promise is found out."""
+    source = MemoryStore(clock)
+    await source.commit(Commit([Write(MUCH, 0, {})], [Event("e")]))
+    with pytest.raises(StoreUnavailable, match="differs"):
+        await copy(source, Forgetful(clock))
+
+
+async def test_what_is_damaged_is_not_copied(tmp_path: Path, clock: ManualClock) -> None:
+    """Neither to a store nor to a file; repaired, it is, and tells the same."""
+    async with FileStore.open(tmp_path / "source", clock, segment_bytes=600) as source:
+        for number in range(20):
+            await source.commit(Commit([Write(MUCH, number, {"n": number, "text": "x" * 50})]))
+        path = segments(tmp_path / "source")[1].path(tmp_path / "source")
+        path.write_bytes(path.read_bytes().replace(b"xxx", b"xyx", 1))
+        async with FileStore.open(tmp_path / "target", clock) as target:
+            with pytest.raises(RefusedError, match=r"damaged.*verify --repair"):
+                await copy(source, target)
+            assert await dumped(target) == (0, 0, [])
+            with pytest.raises(RefusedError, match=r"damaged.*verify --repair"):
+                await export_store(source, tmp_path / "file")
+            assert files(tmp_path) == {"source", "target"}
+            assert (await source.repair()).is_sound
+            await copy(source, target)
+            assert await told(target) == await told(source)
+
+
+async def test_another_process_that_has_the_empty_target_open(tmp_path: Path, clock: ManualClock) -> None:
+    """Sees what was loaded, or wins by committing first."""
+    async with (
+        FileStore.open(tmp_path / "target", clock) as target,
+        FileStore.open(tmp_path / "target", clock) as other,
+    ):
+        await target.load(dump_of(THINNED, 8, 6))
+        assert await dumped(other) == (8, 6, list(THINNED))
+        assert await other.commit(Commit(events=[Event("next")])) == 9
+        assert await target.position() == 9
+    async with (
+        FileStore.open(tmp_path / "second", clock) as target,
+        FileStore.open(tmp_path / "second", clock) as other,
+    ):
+        memory = MemoryStore(clock)
+        await memory.load(dump_of(THINNED, 8, 6))
+        async with memory.dump() as dump:
+
+            async def interrupted() -> AsyncIterator[object]:
+                async for commit in dump.commits:
+                    yield commit
+                await other.commit(Commit(events=[Event("mine")]))
+
+            with pytest.raises(RefusedError, match="not empty"):
+                await target.load(replace(dump, commits=interrupted()))  # type: ignore[arg-type]  # it is one
+        assert await target.position() == 1
+        assert not target.damage
+        assert "loading" not in files(tmp_path / "second")
+
+
+WORKER = """
+import sys, anyio
+from pathlib import Path
+from orchestrator.clock import SystemClock
+from orchestrator.state.file import FileStore
+from orchestrator.state.copying import copy
+async def main():
+    async with FileStore.open(Path(sys.argv[1]), SystemClock()) as source:
+        async with FileStore.open(Path(sys.argv[2]), SystemClock(), segment_bytes=1500) as target:
+            await copy(source, target)
+anyio.run(main)
+"""
+
+
+def work(place: Path, failpoints: str = "", **limits: int) -> subprocess.CompletedProcess[bytes]:
+    """Copy `source` to `target` in a process of its own."""
+
+    def limit() -> None:
+        for name, value in limits.items():
+            resource.setrlimit(getattr(resource, name), (value, value))
+
+    return subprocess.run(
+        [sys.executable, "-c", WORKER, str(place / "source"), str(place / "target")],
+        env={**os.environ, **({"COUNCIL_FAILPOINTS": failpoints} if failpoints else {})},
+        capture_output=True,
+        check=False,
+        preexec_fn=limit,
+    )
+
+
+@pytest.mark.parametrize("opens", [True, False], ids=["held open", "closed"])
+@pytest.mark.parametrize(
+    ("failpoint", "is_there"),
+    [
+        ("state.load_staged", False),
+        ("state.load_staged@3", False),
+        ("state.load_finished", False),
+        ("state.loaded", True),
+        ("state.load_put", True),
+        ("state.load_put@3", True),
+    ],
+)
+async def test_killed_in_a_load(
+    source: FileStore, tmp_path: Path, clock: ManualClock, failpoint: str, is_there: bool, opens: bool
+) -> None:
+    """The store is empty or whole, to whoever has it open and to whoever comes; to copy it again succeeds."""
+    expected = await told(source)
+    name, _, hit = failpoint.partition("@")
+    async with FileStore.open(tmp_path / ("target" if opens else "elsewhere"), clock, segment_bytes=SMALL) as before:
+        killed = await anyio.to_thread.run_sync(work, tmp_path, f"{name}=kill@{hit or 1}")
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        if opens and is_there:
+            assert await before.commit(Commit(events=[Event("next")])) == 83
+        elif opens:
+            assert await dumped(before) == (0, 0, [])
+    async with FileStore.open(tmp_path / "target", clock, segment_bytes=SMALL) as target:
+        assert not target.damage
+        assert (await target.verify()).is_sound
+        assert await target.position() == 82 * is_there + (opens and is_there)
+        if not (opens and is_there):
+            assert (await copy(source, target)).was_there is is_there
+            assert await told(target) == expected
+        assert not files(tmp_path / "target") & {"loading", "loaded"}
+
+
+async def test_on_a_full_disk_nothing_is_loaded(source: FileStore, tmp_path: Path, clock: ManualClock) -> None:
+    """The target stays empty, and takes it when there is room."""
+    full = await anyio.to_thread.run_sync(lambda: work(tmp_path, RLIMIT_FSIZE=1_000))
+    assert full.returncode == 1
+    assert b"StoreUnavailable" in full.stderr
+    assert "loading" not in files(tmp_path / "target")
+    async with FileStore.open(tmp_path / "target", clock) as target:
+        assert await dumped(target) == (0, 0, [])
+        await copy(source, target)
+        assert await told(target) == await told(source)
+
+
+@pytest.fixture
+async def exported(source: FileStore, tmp_path: Path, clock: ManualClock) -> Path:
+    """The file of a store."""
+    await export_store(source, tmp_path / "state.jsonl.zst", clock=clock)
+    return tmp_path / "state.jsonl.zst"
+
+
+async def test_an_export_is_lines_that_anybody_reads(exported: Path, clock: ManualClock) -> None:
+    """A header, commits and a footer whose checksum is that of the lines before."""
+    header, *commits, footer = map(json.loads, unpacked(exported))
+    assert (header["format"], header["version"], header["position"], header["time"]) == (
+        "council-state", 1, 82, clock.now(),
+    )  # fmt: skip
+    assert header["by"].endswith(f":{os.getpid()}")
+    assert 20 < header["first"] < 60
+    assert [one["position"] for one in commits if one["position"] > header["first"]] == list(
+        range(header["first"] + 1, 83)
+    )
+    assert commits[0]["documents"][-1] == {
+        "kind": "task", "id": "long", "version": 1, "value": {"ü": 2**70}, "expires": 1e9 + 1e6, "previous": 0,
+    }  # fmt: skip
+    assert commits[0]["events"] == [{"type": "begun", "data": {"n": 1}}]
+    summed = subprocess.run(["sha256sum"], input=b"".join(unpacked(exported)[:-1]), capture_output=True, check=True)
+    assert footer == {"commits": len(commits), "sha256": summed.stdout.split()[0].decode()}
+    assert exported.stat().st_mode & 0o777 == 0o600
+
+
+async def refused(data: bytes, store: Store) -> str:
+    """Import something that is no whole export into an empty store; return why it is refused."""
+    with pytest.raises(RefusedError) as caught:
+        await import_from("FILE", lambda: io.BytesIO(data), store)
+    assert await store.position() == 0
+    return str(caught.value)
+
+
+async def test_a_file_that_is_cut_off_is_refused(exported: Path, tmp_path: Path, clock: ManualClock) -> None:
+    """Wherever; and one with something behind its end, and none at all."""
+    whole, store = exported.read_bytes(), MemoryStore(clock)
+    for end in {*range(0, len(whole), 17), *range(len(whole) - 20, len(whole))}:
+        told_why = await refused(whole[:end], store)
+        assert "it is cut off" in told_why or "it is empty" in told_why
+    assert "behind its end" in await refused(whole + b"\n", store)
+    assert "behind its end" in await refused(whole + whole, store)
+    async with FileStore.open(tmp_path / "target", clock) as target:
+        assert "it is cut off" in await refused(whole[: len(whole) // 2], target)
+        assert not files(tmp_path / "target") & {"loading", "loaded"}
+        with pytest.raises(RefusedError, match="there is no file"):
+            await import_store(tmp_path / "none", target)
+        await import_store(exported, target)
+
+
+async def test_a_file_with_a_flipped_bit_is_refused(exported: Path, clock: ManualClock) -> None:
+    """Whichever, but for the few that say nothing: with one of those all of it is what was written."""
+    whole, refusals = exported.read_bytes(), 0
+    for place in range(0, len(whole), 5):
+        store, flipped = MemoryStore(clock), bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        try:
+            await import_from("FILE", partial(io.BytesIO, bytes(flipped)), store)
+        except RefusedError:
+            assert await dumped(store) == (0, 0, [])
+            refusals += 1
+        else:
+            unpacker = zstandard.ZstdDecompressor().decompressobj()
+            assert unpacker.decompress(bytes(flipped)) == b"".join(unpacked(exported))
+    assert refusals > len(whole) // 5 * 0.98
+
+
+def packed(lines: Sequence[bytes]) -> bytes:
+    """Return the lines as the content of a file."""
+    return zstandard.ZstdCompressor().compress(b"".join(lines))
+
+
+async def test_what_is_no_export_is_refused(exported: Path, clock: ManualClock) -> None:
+    """Each for its own reason."""
+    lines, store = unpacked(exported), MemoryStore(clock)
+    header, footer = json.loads(lines[0]), json.loads(lines[-1])
+    newer = json.dumps({**header, "version": 2, "more": True}).encode() + b"\n"
+    assert "version 2" in await refused(packed([newer, *lines[1:]]), store)
+    assert "newer" in await refused(packed([newer, *lines[1:]]), store)
+    assert "no export of the state" in await refused(b"# a text\n", store)
+    assert "no export of the state" in await refused(packed([b"{}\n"]), store)
+    assert "no JSON object" in await refused(packed([b"text\n"]), store)
+    assert "checksum" in await refused(packed([*lines[:5], *lines[6:]]), store)
+    fewer = json.dumps({**footer, "commits": 1}).encode() + b"\n"
+    assert "checksum" in await refused(packed([*lines[:-1], fewer]), store)
+    assert "behind its end" in await refused(packed([*lines, b"{}\n"]), store)
+    assert "cut off" in await refused(packed(lines[:-1]), store)
+    assert "cut off" in await refused(packed([*lines[:-1], lines[-1].rstrip()]), store)
+    assert "position" in await refused(packed([lines[0], b'{"position": 0}\n']), store)
+    bad = lines[1].replace(b'"n":0', b'"n":NaN', 1)
+    assert bad != lines[1]
+    assert "can't be stored" in await refused(packed([lines[0], bad, *lines[2:]]), store)
+    await import_from("FILE", lambda: io.BytesIO(packed(lines)), store)
+    assert await store.position() == 82
+
+
+async def test_a_file_is_replaced_only_by_force(exported: Path, source: FileStore, tmp_path: Path) -> None:
+    """And a folder never; nothing is left beside it."""
+    before = exported.read_bytes()
+    with pytest.raises(RefusedError, match="--force"):
+        await export_store(source, exported)
+    assert exported.read_bytes() == before
+    await source.commit(Commit(events=[Event("more")]))
+    assert (await export_store(source, exported, force=True)).position == 83
+    assert json.loads(unpacked(exported)[0])["position"] == 83
+    assert exported.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(RefusedError, match="is a folder"):
+        await export_store(source, tmp_path / "source", force=True)
+    assert files(tmp_path) == {"source", exported.name}
+
+
+async def test_an_export_that_can_not_be_written_leaves_nothing(source: FileStore, tmp_path: Path) -> None:
+    """Nor does one whose place was taken meanwhile take it back."""
+
+    class Full(io.BytesIO):
+        def write(self, data: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        await export(source, Full(), 0.0)
+    with pytest.raises(FileNotFoundError):
+        await export_store(source, tmp_path / "none" / "file")
+    assert files(tmp_path) == {"source"}
+
+
+async def test_a_place_that_was_taken_meanwhile_is_left_alone(
+    source: FileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who came first stays."""
+    place = tmp_path / "file"
+
+    async def export_and_lose(store: Store, stream: IO[bytes], time: float) -> Copied:
+        place.write_text("first")
+        return await export(store, stream, time)
+
+    monkeypatch.setattr("orchestrator.transfer.export", export_and_lose)
+    with pytest.raises(RefusedError, match="there already"):
+        await export_store(source, place)
+    assert place.read_text() == "first"
+    assert files(tmp_path) == {"source", "file"}
+
+
+async def test_stores_have_several_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """URLs stay as they are, all else is a folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert store_url("memory:") == "memory:"
+    assert store_url("postgres://host/db") == "postgres://host/db"
+    assert store_url("a b/state") == f"file://{tmp_path}/a%20b/state"
+    assert store_url("/state") == store_url(Path("/state")) == "file:///state"
+    assert store_url("~/state") == "file:///home/ada/state"
+    async with open_store("made") as store:
+        await store.commit(Commit(events=[Event("e")]))
+    async with open_store(f"file://{tmp_path}/made", is_there=True) as store:
+        assert await store.position() == 1
+    with pytest.raises(RefusedError, match="there is no state in none"):
+        async with open_store("none", is_there=True):
+            pass
+    assert files(tmp_path) == {"made"}
+    with pytest.raises(RefusedError, match="no store for 'nothing:'"):
+        await copy_state("made", "nothing:")
+    assert (await copy_state("made", "memory:")).commits == 1
+    assert (await copy_state("made", tmp_path / "copied", clock=SystemClock())).commits == 1
+
+
+async def test_large_logs_take_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commits are read and written in parts, whatever the length of the log."""
+    monkeypatch.setattr(file_store, "_FOLLOW_BYTES", 4_000)
+    clock, most = ManualClock(), 0
+    async with (
+        FileStore.open(tmp_path / "source", clock) as source,
+        FileStore.open(tmp_path / "target", clock) as target,
+    ):
+        for number in range(100):
+            await source.commit(Commit([Write(MUCH, number, {"text": "x" * 1000})], durable=False))
+        add = Staging.add
+
+        def watched(staging: Staging, lines: Sequence[object]) -> None:
+            nonlocal most
+            most = max(most, len(lines))
+            add(staging, lines)  # type: ignore[arg-type]  # they are lines
+
+        monkeypatch.setattr(Staging, "add", watched)
+        await copy(source, target)
+    assert 0 < most < 10
