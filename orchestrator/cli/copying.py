@@ -100,7 +100,7 @@ def import_(file: Path, store: str | None, as_json: bool) -> None:
     Examples:
       council state import state.jsonl.zst
       council state import state.jsonl.zst --state .council/state
-      council state import - < state.jsonl.zst
+      council state import - --json
     """
 
     async def command(context: Context) -> int:

@@ -279,16 +279,17 @@ def work(place: Path, failpoints: str = "", **limits: int) -> subprocess.Complet
     )
 
 
-@pytest.mark.parametrize("opens", [True, False], ids=["held open", "closed"])
 @pytest.mark.parametrize(
-    ("failpoint", "is_there"),
+    ("failpoint", "is_there", "opens"),
     [
-        ("state.load_staged", False),
-        ("state.load_staged@3", False),
-        ("state.load_finished", False),
-        ("state.loaded", True),
-        ("state.load_put", True),
-        ("state.load_put@3", True),
+        ("state.load_staged", False, True),
+        ("state.load_staged@3", False, False),
+        ("state.load_finished", False, True),
+        ("state.load_finished", False, False),
+        ("state.loaded", True, True),
+        ("state.loaded", True, False),
+        ("state.load_put", True, True),
+        ("state.load_put@3", True, False),
     ],
 )
 async def test_killed_in_a_load(

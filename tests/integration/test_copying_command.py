@@ -1,0 +1,158 @@
+"""`council state copy`, `export` and `import` on a run that was made up, and beside one that is at work."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator import Council, copy_state
+from orchestrator.clock import SystemClock
+from orchestrator.errors import RefusedError
+from orchestrator.protocols import Commit, Event
+from orchestrator.state.file import FileStore
+from tests.conftest import Repository
+from tests.recorded import RUN, recorded
+from tests.waiting import wait_for
+
+
+@pytest.fixture
+async def project(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Repository:
+    """A repository in which the run is recorded."""
+    async with recorded(repository.top, monkeypatch):
+        pass
+    return repository
+
+
+def log_of(repository: Repository, *words: str) -> str:
+    """Return all commits of a store as `council state log` prints them."""
+    return repository.council("state", "log", "--json", *words).stdout
+
+
+async def test_from_folder_to_file_to_folder(project: Repository, tmp_path: Path) -> None:
+    """Each says how much it was; the log of the last is that of the first."""
+    copied = project.council("state", "copy", ".council/state", str(tmp_path / "copy"), "--json").result
+    assert (copied["position"], copied["first"], copied["commits"], copied["documents"]) == (11, 0, 11, 6)
+    assert (copied["packed_bytes"], copied["ratio"], copied["was_there"]) == (None, None, False)
+    place = (tmp_path / "copy").as_uri()
+    assert log_of(project, "--state", place) == log_of(project)
+    exported = project.council("state", "export", "file", "--state", place, "--json").result
+    assert exported["bytes"] == copied["bytes"]
+    assert exported["packed_bytes"] == (project.top / "file").stat().st_size
+    assert exported["ratio"] == pytest.approx(exported["bytes"] / exported["packed_bytes"], abs=0.01)
+    again = str(tmp_path / "again")
+    imported = project.council("state", "import", "file", "--state", again, "--json").result
+    assert imported == {**exported, "was_there": False}
+    assert log_of(project, "--state", (tmp_path / "again").as_uri()) == log_of(project)
+    shown = project.council("state", "import", "file", "--state", again)
+    assert (shown.code, shown.stdout.split(":")[-1].strip()) == (0, "was there already"), shown
+
+
+async def test_through_a_pipe(project: Repository, tmp_path: Path) -> None:
+    """What is told does not get into what is sent on; half of it is refused."""
+    council = [sys.executable, "-m", "orchestrator.cli.main", "state"]
+    sent = subprocess.run(
+        [*council, "export", "-", "--json"], cwd=project.top, env=project.environ, capture_output=True, check=True
+    )
+    assert json.loads(sent.stderr)["packed_bytes"] == len(sent.stdout)
+    where = ["import", "-", "--state", str(tmp_path / "copy")]
+    half = subprocess.run(
+        [*council, *where], cwd=tmp_path, env=project.environ, input=sent.stdout[:900], capture_output=True, check=False
+    )
+    assert (half.returncode, b"cut off" in half.stderr) == (2, True), half
+    whole = subprocess.run(
+        [*council, *where], cwd=tmp_path, env=project.environ, input=sent.stdout, capture_output=True, check=True
+    )
+    assert b": imported" in whole.stdout
+    assert log_of(project, "--state", (tmp_path / "copy").as_uri()) == log_of(project)
+    gone = subprocess.run(
+        f"{' '.join(council)} export - | true; exit ${{PIPESTATUS[0]}}",
+        cwd=project.top, env=project.environ, shell=True, executable="/bin/bash", capture_output=True, check=False,
+    )  # fmt: skip
+    assert gone.returncode in {0, 2}, gone  # it may all have fitted into the pipe
+    assert b"Traceback" not in gone.stderr
+
+
+async def test_what_can_not_be_done_is_refused(project: Repository, tmp_path: Path) -> None:
+    """With what would be right, and nothing changed."""
+    (tmp_path / "other").mkdir()
+    (project.top / "file").write_text("mine")
+    (project.top / "text").write_text("no export\n")
+    async with FileStore.open(tmp_path / "taken", SystemClock()) as store:
+        await store.commit(Commit(events=[Event("e")]))
+    for words, error, remedy in (
+        (["copy", str(tmp_path / "other"), str(tmp_path / "copy")], "there is no state in", "the folder of a store"),
+        (["copy", ".council/state", str(tmp_path / "taken")], "not empty", "such as a new folder"),
+        (["export", "file"], "there already", "--force"),
+        (["export", "out", "--state", "none"], "there is no state in none", "the folder of a store"),
+        (["import", "text", "--state", str(tmp_path / "copy")], "no export of the state", "export the state anew"),
+    ):
+        refused = project.council("state", *words, "--json")
+        assert (refused.code, refused.result["status"]) == (2, "refused"), (words, refused)
+        assert error in refused.result["error"], words
+        assert remedy in refused.result["remedy"], words
+    assert (project.top / "file").read_text() == "mine"
+    assert not any((tmp_path / "other").iterdir())
+    assert not (project.top / "out").exists()
+    assert project.council("state", "export", "file", "--force").code == 0
+    elsewhere = subprocess.run(
+        [sys.executable, "-m", "orchestrator.cli.main", "state", "import", str(project.top / "file")],
+        cwd=tmp_path / "other", env=project.environ, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert elsewhere.returncode == 2
+    assert "--state .council/state" in elsewhere.stderr
+
+
+async def test_damage_is_not_copied(project: Repository, tmp_path: Path) -> None:
+    """But what was made of it by a repair."""
+    segment = next((project.top / ".council/state").glob("*.jsonl"))
+    segment.write_bytes(segment.read_bytes().replace(b'"landed":"4f0c2d1e9b', b'"landed":"000000000b', 1))
+    for words in (["copy", ".council/state", str(tmp_path / "copy")], ["export", "file"]):
+        refused = project.council("state", *words)
+        assert refused.code == 2
+        assert f"task/{RUN}/models" in refused.stderr
+        assert "council state verify --repair" in refused.stderr
+    assert not (project.top / "file").exists()
+    assert project.council("state", "verify", "--repair").code == 0
+    assert project.council("state", "copy", ".council/state", str(tmp_path / "copy")).code == 0
+    assert project.council("state", "verify", "--state", (tmp_path / "copy").as_uri()).code == 0
+
+
+async def test_beside_a_run_that_is_at_work(repository: Repository, tmp_path: Path) -> None:
+    """Which goes on and lands; the copy is one of its moments."""
+    child = repository.start("run", str(repository.configure([{"id": "a", "prompt": "write a.txt a\nhang"}])))
+    wait_for((repository.top / ".council/state/lock").exists)
+    wait_for(lambda: '"task.started"' in log_of(repository), 60)
+    copied = repository.council("state", "copy", ".council/state", str(tmp_path / "copy"), "--json").result
+    assert repository.council("cancel", "a").code == 0
+    child.communicate(timeout=60)
+    place = (tmp_path / "copy").as_uri()
+    told = log_of(repository, "--state", place)
+    assert len(told.splitlines()) == copied["position"] > 0
+    assert log_of(repository).startswith(told)
+    await repository.assert_invariants()
+
+
+async def test_from_python(project: Repository, tmp_path: Path) -> None:
+    """The same by methods."""
+    async with Council.open(project.top, environ=project.environ) as council:
+        exported = await council.export_state(tmp_path / "file")
+        with pytest.raises(RefusedError, match="not empty"):
+            await Council.import_state(council, await _another(tmp_path, council))
+    copied = await copy_state(project.top / ".council/state", tmp_path / "copy")
+    assert (copied.commits, copied.bytes) == (exported.commits, exported.bytes)
+    async with Council.open(project.top, state=(tmp_path / "new").as_uri(), environ=project.environ) as council:
+        assert (await council.import_state(tmp_path / "file")).documents == 6
+        assert await council.run_ids() == [RUN]
+
+
+async def _another(folder: Path, council: Council) -> Path:
+    """Return an export of a store that is not the council's."""
+    async with FileStore.open(folder / "else", SystemClock()) as store:
+        await store.commit(Commit(events=[Event("else")]))
+    async with Council.open(council.project.top, state=(folder / "else").as_uri()) as other:
+        await other.export_state(folder / "other-file")
+    return folder / "other-file"

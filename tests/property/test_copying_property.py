@@ -1,0 +1,94 @@
+"""Whatever has happened in a store, a copy of it through a file tells the same."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import anyio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.errors import HistoryGone
+from orchestrator.protocols import Commit, Event, JsonObject, Key, Store, Write
+from orchestrator.state.copying import export, import_from
+from orchestrator.state.file import FileStore
+from orchestrator.state.memory import MemoryStore
+from orchestrator.testing.clock import ManualClock
+from orchestrator.testing.store_contract import dumped
+
+_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
+_leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | _text
+_values = st.dictionaries(
+    _text,
+    st.recursive(_leaves, lambda inner: st.lists(inner) | st.dictionaries(_text, inner), max_leaves=5),
+    max_size=3,
+)
+KEYS = [Key("task", "a"), Key("task", "ü\n"), Key("run", "a")]
+
+#: Which document, its value (None: delete it), how long it lives.
+_Change = tuple[int, JsonObject | None, float | None]
+_changes = st.tuples(
+    st.integers(0, len(KEYS) - 1), st.none() | _values, st.none() | st.floats(0.5, 100.0, allow_subnormal=False)
+)
+#: Some documents' changes, an event's data, and the seconds behind it; or a compaction of what is so many seconds old.
+_commits = st.tuples(st.lists(_changes, max_size=3, unique_by=lambda one: one[0]), _values, st.floats(0.0, 60.0))
+_steps = _commits | st.floats(0.0, 300.0)
+
+
+async def perform(store: Store, clock: ManualClock, step: tuple[list[_Change], JsonObject, float] | float) -> None:
+    """Do one thing that changes a store."""
+    if isinstance(step, float):
+        await store.compact(clock.now() - step, 1 << 40)
+        return
+    changes, data, seconds = step
+    writes = []
+    for number, value, ttl in changes:
+        found = await store.get(KEYS[number])
+        writes.append(Write(KEYS[number], found.version if found else 0, value, ttl))
+    await store.commit(Commit(writes, [Event("e", data)] if data else []))
+    clock.advance(seconds)
+
+
+async def moments(store: Store) -> list[object]:
+    """Return what a store tells of each position, and the versions that it has."""
+    found: list[object] = [await store.history(key, 100) for key in KEYS]
+    for position in range(await store.position() + 1):
+        try:
+            found.append(await store.at(position))
+        except HistoryGone as gone:
+            found.append(gone.first)
+    return found
+
+
+async def check(steps: Sequence[tuple[list[_Change], JsonObject, float] | float], segment_bytes: int) -> None:
+    """Perform the steps, and copy the store to a file and from it into both kinds of stores."""
+    clock = ManualClock()
+    with TemporaryDirectory() as folder:
+        async with FileStore.open(Path(folder) / "a", clock, segment_bytes=segment_bytes) as source:
+            for step in steps:
+                await perform(source, clock, step)
+            file = io.BytesIO()
+            await export(source, file, clock.now())
+            expected, told = await dumped(source), await moments(source)
+        memory = MemoryStore(clock)
+        async with FileStore.open(Path(folder) / "b", clock, segment_bytes=segment_bytes) as target:
+            for store in (target, memory):
+                await import_from("FILE", partial(io.BytesIO, file.getvalue()), store)
+                assert await dumped(store) == expected
+                assert await moments(store) == told
+        async with FileStore.open(Path(folder) / "b", clock) as reopened:
+            assert await dumped(reopened) == expected
+            assert [one.key for one in await reopened.list("task")] == [one.key for one in await memory.list("task")]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(_steps, max_size=25), st.sampled_from([1, 400, 1 << 20]))
+def test_a_copy_through_a_file_tells_the_same(
+    steps: list[tuple[list[_Change], JsonObject, float] | float], segment_bytes: int
+) -> None:
+    """Of every moment: gaps, deletions and expiry included; to the next opener, too."""
+    anyio.run(check, steps, segment_bytes)
