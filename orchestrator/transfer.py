@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import IO, Final
+from typing import IO
 
 import anyio
 from anyio import to_thread
 
 from orchestrator.clock import Clock, SystemClock
+from orchestrator.config.store import named_store, store_folder
 from orchestrator.errors import RefusedError
 from orchestrator.plugins import Plugins, load_plugins
 from orchestrator.protocols import Store
 from orchestrator.state.copying import Copied, copy, export, import_from
-from orchestrator.state.plugin import folder_of
 from orchestrator.state.portable import Staged
 from orchestrator.state.segments import is_store
-
-# A single letter would be a drive of Windows.
-_SCHEME: Final = re.compile(r"[a-z][a-z0-9+.-]+:")
-
-
-def store_url(place: str | Path) -> str:
-    """Return the URL of a store, of which a folder is another name: `~` is the home, relative ones start from here."""
-    if isinstance(place, str) and _SCHEME.match(place):
-        return place
-    return Path(place).expanduser().absolute().as_uri()
 
 
 @asynccontextmanager
@@ -46,9 +35,12 @@ async def open_store(
 
     With `is_there`, a folder that holds none is refused (RefusedError), where else one would be made.
     """
-    url = store_url(place)
-    if is_there and url.startswith("file:") and not await to_thread.run_sync(is_store, folder_of(url)):
-        raise RefusedError(f"there is no state in {place}", "name the folder of a store, such as .council/state")
+    url = named_store(str(place))
+    folder = None
+    with suppress(ValueError):  # the store's own refusal says what is wrong with the URL
+        folder = store_folder(url)
+    if is_there and folder is not None and not await to_thread.run_sync(is_store, folder):
+        raise RefusedError(f"there is no state in {folder}", "name the folder of a store, such as .council/state")
     if plugins is None:
         plugins = await to_thread.run_sync(load_plugins, environ)
     async with plugins.open_store(url, clock or SystemClock()) as store:

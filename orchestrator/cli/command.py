@@ -53,6 +53,12 @@ store_option = click.option(
 )
 
 
+def chosen_store() -> str | None:
+    """Return the URL of the store that `--state` names; None where it is not given."""
+    chosen: str | None = click.get_current_context().meta.get(_STORE)
+    return chosen
+
+
 #: New objects after which Python looks for cycles among them.
 _ALLOCATIONS = 100_000
 
@@ -71,8 +77,7 @@ async def opened(
     log: Log, source: Path | RunConfig | None = None, plugins: Plugins | None = None
 ) -> AsyncIterator[Council]:
     """Open the council of a run or a folder, of the current folder if none is given, with the store of `--state`."""
-    store = click.get_current_context().meta.get(_STORE)
-    async with Council.open(source, plugins=plugins, state=store) as council:
+    async with Council.open(source, plugins=plugins, state=chosen_store()) as council:
         log.path = council.project.log_file
         yield council
 

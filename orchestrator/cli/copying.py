@@ -10,8 +10,9 @@ from typing import IO, TYPE_CHECKING, Final
 
 import click
 
-from orchestrator.cli.command import Context, json_option, opened, perform, store_option
+from orchestrator.cli.command import Context, chosen_store, json_option, opened, perform, store_option
 from orchestrator.cli.streams import forget
+from orchestrator.config.store import named_store
 from orchestrator.errors import RefusedError
 from orchestrator.project import find_project
 
@@ -57,7 +58,7 @@ def copy(source: str, target: str, as_json: bool) -> None:
 @click.option("--force", is_flag=True, help="Replace FILE if it is there.")
 @store_option
 @json_option
-def export(file: Path, force: bool, store: str | None, as_json: bool) -> None:
+def export(file: Path, force: bool, as_json: bool) -> None:
     """Write all that is recorded to one file.
 
     It holds packed JSON lines, which `zstdcat FILE` prints. As - it is standard output, and what is to be told goes to
@@ -71,12 +72,12 @@ def export(file: Path, force: bool, store: str | None, as_json: bool) -> None:
 
     async def command(context: Context) -> int:
         if file != _STREAM:
-            _tell(context, await _export(context, store, file, force=force), "exported")
+            _tell(context, await _export(context, file, force=force), "exported")
             return 0
         if sys.stdout.isatty():
             raise RefusedError("an export is no text for a terminal", "name a file, or send it on, as in `- > FILE`")
         try:
-            copied = await _export(context, store, sys.stdout.buffer)
+            copied = await _export(context, sys.stdout.buffer)
         except BrokenPipeError:
             forget(sys.stdout)
             raise RefusedError("whoever was to read the export has gone", "look why it ended") from None
@@ -90,7 +91,7 @@ def export(file: Path, force: bool, store: str | None, as_json: bool) -> None:
 @_file
 @store_option
 @json_option
-def import_(file: Path, store: str | None, as_json: bool) -> None:
+def import_(file: Path, as_json: bool) -> None:
     """Load what was exported into a store that has nothing yet.
 
     Positions, times and versions are those of the original. Of a file that is not whole nothing is loaded. As - it is
@@ -106,7 +107,7 @@ def import_(file: Path, store: str | None, as_json: bool) -> None:
     async def command(context: Context) -> int:
         if file == _STREAM and sys.stdin.isatty():
             raise RefusedError("nothing comes in", "name a file, or have one read, as in `- < FILE`")
-        copied = await _import(context, store, sys.stdin.buffer if file == _STREAM else file)
+        copied = await _import(context, sys.stdin.buffer if file == _STREAM else file)
         _tell(context, copied, "was there already" if copied.was_there else "imported")
         return 0
 
@@ -117,20 +118,20 @@ def import_(file: Path, store: str | None, as_json: bool) -> None:
 COMMANDS: Final = (copy, export, import_)
 
 
-async def _export(context: Context, store: str | None, file: Path | IO[bytes], *, force: bool = False) -> Copied:
+async def _export(context: Context, file: Path | IO[bytes], *, force: bool = False) -> Copied:
     from orchestrator.transfer import export_store, open_store  # noqa: PLC0415
 
-    if place := store or os.environ.get("COUNCIL_STATE"):
+    if place := chosen_store() or named_store(os.environ.get("COUNCIL_STATE", "")):
         async with open_store(place, is_there=True) as found:
             return await export_store(found, file, force=force)
     async with opened(context.log) as council:
         return await council.export_state(file, force=force)
 
 
-async def _import(context: Context, store: str | None, file: Path | IO[bytes]) -> Copied:
+async def _import(context: Context, file: Path | IO[bytes]) -> Copied:
     from orchestrator.transfer import import_store, open_store  # noqa: PLC0415
 
-    if place := store or os.environ.get("COUNCIL_STATE"):
+    if place := chosen_store() or named_store(os.environ.get("COUNCIL_STATE", "")):
         async with open_store(place) as found:
             return await import_store(file, found)
     try:

@@ -32,7 +32,7 @@ from orchestrator.state.segments import segments
 from orchestrator.state.staging import Staging
 from orchestrator.testing.clock import ManualClock
 from orchestrator.testing.store_contract import THINNED, dump_of, dumped
-from orchestrator.transfer import copy_state, export_store, import_store, open_store, store_url
+from orchestrator.transfer import copy_state, export_store, import_store, open_store
 
 MUCH, GONE, BRIEF, LONG = (Key("task", name) for name in ("much", "gone", "brief", "long"))
 ALL = 1 << 40  # bytes
@@ -471,19 +471,13 @@ async def test_a_place_that_was_taken_meanwhile_is_left_alone(
 
 
 async def test_stores_have_several_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """URLs stay as they are, all else is a folder."""
+    """A URL, or the path of a folder, as text or not."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", "/home/ada")
-    assert store_url("memory:") == "memory:"
-    assert store_url("postgres://host/db") == "postgres://host/db"
-    assert store_url("a b/state") == f"file://{tmp_path}/a%20b/state"
-    assert store_url("/state") == store_url(Path("/state")) == "file:///state"
-    assert store_url("~/state") == "file:///home/ada/state"
     async with open_store("made") as store:
         await store.commit(Commit(events=[Event("e")]))
     async with open_store(f"file://{tmp_path}/made", is_there=True) as store:
         assert await store.position() == 1
-    with pytest.raises(RefusedError, match="there is no state in none"):
+    with pytest.raises(RefusedError, match=r"there is no state in .*/none"):
         async with open_store("none", is_there=True):
             pass
     assert files(tmp_path) == {"made"}

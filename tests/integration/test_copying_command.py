@@ -87,7 +87,7 @@ async def test_what_can_not_be_done_is_refused(project: Repository, tmp_path: Pa
         (["copy", str(tmp_path / "other"), str(tmp_path / "copy")], "there is no state in", "the folder of a store"),
         (["copy", ".council/state", str(tmp_path / "taken")], "not empty", "such as a new folder"),
         (["export", "file"], "there already", "--force"),
-        (["export", "out", "--state", "none"], "there is no state in none", "the folder of a store"),
+        (["export", "out", "--state", "none"], "there is no state in /", "the folder of a store"),
         (["import", "text", "--state", str(tmp_path / "copy")], "no export of the state", "export the state anew"),
     ):
         refused = project.council("state", *words, "--json")
