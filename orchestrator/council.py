@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from orchestrator.past import Past
     from orchestrator.plugins import Plugins
     from orchestrator.state.copying import Copied
+    from orchestrator.views.content import Stand
 
 #: The events behind which nothing more comes of a run, for now.
 _LAST_EVENTS = frozenset({"run.finished", "run.interrupted"})
@@ -326,6 +327,15 @@ class Council:
         from orchestrator.transfer import import_store  # noqa: PLC0415
 
         return await import_store(file, self._store)
+
+    async def refresh_views(self, *, anew: bool = False) -> Stand:
+        """Bring the readable copies of the state up to date, with `anew` from nothing; return how far they are.
+
+        LockHeld where another process that writes them does not come to it.
+        """
+        from orchestrator.views.updating import Views  # noqa: PLC0415
+
+        return await Views(self._store, self._runs.clock, self.project).refresh(anew=anew)
 
     @property
     def damage(self) -> tuple[str, ...]:

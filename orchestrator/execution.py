@@ -37,6 +37,8 @@ from orchestrator.runs import Runs
 from orchestrator.sessions.supervised import forking
 from orchestrator.state.checkpoints import Maker, create, restoration
 from orchestrator.tracking import with_tracked
+from orchestrator.views.keeping import keeping
+from orchestrator.views.updating import Views
 
 #: Seconds that a killed owner's last git commands get to end before a resume gives up waiting for them.
 HANDOVER_LIMIT = 60.0
@@ -111,8 +113,10 @@ class Execution:
         hub = await self._runs.hub(document)
         redactor = Redactor(secret_values(self._runs.environ))
         fed = feeding(self._runs.store, self._runs.clock, redactor, run, self._outlets(document))
+        views = Views(self._runs.store, self._runs.clock, self._runs.project)
+        kept = keeping(views, self._runs.store, self._runs.clock, run)
         try:
-            async with self._ownership(hub, run) as lock, fed:
+            async with self._ownership(hub, run) as lock, kept, fed:
                 return await self._work(run, hub, lock.fd)
         except LockHeld as held:
             raise _is_at_work(run, held) from None

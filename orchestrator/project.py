@@ -67,9 +67,19 @@ class Project:
         """Where the output of a run's sessions is kept."""
         return self.all_logs / run
 
+    @property
+    def views(self) -> Path:
+        """Copies of the state for people to read."""
+        return self.folder / "views"
+
+    @property
+    def views_lock(self) -> Path:
+        """Held by the process that writes them."""
+        return self.folder / "views.lock"
+
     def check(self) -> None:
         """Refuse (RefusedError) a folder that a link leads away from: a repository may bring one."""
-        for folder in (self.folder, self.all_logs, self.own_state, self.store_file):
+        for folder in (self.folder, self.all_logs, self.own_state, self.store_file, self.views):
             if folder.is_symlink():
                 raise RefusedError(f"{folder} is a link", "remove it, so that one of our own can be made there")
 

@@ -33,6 +33,7 @@ SENTENCES: Mapping[str, str] = {
     "tracker.failing": "tracker {tracker} fails and will be tried again: {reason}",
     "tracker.recovered": "tracker {tracker} is told again",
     "tracker.behind": "tracker {tracker} has yet to get {left} events: `council resume {run}` delivers them",
+    "views.failing": "the readable copies of the state can't be written: {reason}",
     "adapter.parked": "adapter {adapter} pauses until {until}: {reason}",
     "adapter.closed": "adapter {adapter} is stopped: {reason}",
     "run.interrupted": "interrupted: `council resume {run}` goes on",

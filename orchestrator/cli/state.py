@@ -25,6 +25,7 @@ from orchestrator.cli.moment import find_position
 from orchestrator.cli.output import plain
 from orchestrator.cli.overview import overview_lines
 from orchestrator.cli.soundness import verified_json, verified_lines
+from orchestrator.cli.views import views
 from orchestrator.council import Council
 from orchestrator.errors import RefusedError
 from orchestrator.past import Past, concerns_run
@@ -49,6 +50,7 @@ def state() -> None:
 
 for _command in OF_COPYING:
     state.add_command(_command)
+state.add_command(views)
 
 #: What is looked for: one object for programs, made if it is asked for, or lines for people.
 _Answer = tuple[Callable[[], JsonObject], Iterator[str]]

@@ -37,6 +37,43 @@ async def between(store: Store, after: int, until: int) -> AsyncGenerator[Record
             yield record
 
 
+class Tail:
+    """The log from a position on, read in parts by whoever wants no more than what is there."""
+
+    def __init__(self, store: Store, after: int) -> None:
+        """Begin behind position `after`."""
+        self.position = after
+        """The last that was read, or is known to be unreadable."""
+        self._store = store
+        self._records: AsyncGenerator[Record] | None = None
+
+    async def part(self, until: int, size: int) -> list[Record]:
+        """Return the next records, at most `size`; none once position `until` is reached, which is not yet to come.
+
+        Raises HistoryGone where the log does not go back so far.
+        """
+        part: list[Record] = []
+        while self.position < until and len(part) < size:
+            if self._records is None:
+                self._records = self._store.watch(self.position)
+            record = None
+            with anyio.move_on_after(_PATIENCE if self._store.damage else math.inf):
+                record = await anext(self._records, None)
+            if record is None:
+                await self.close()
+                self.position = until
+            else:
+                self.position = record.position
+                part.append(record)
+        return part
+
+    async def close(self) -> None:
+        """Let go of the log."""
+        records, self._records = self._records, None
+        if records is not None:
+            await records.aclose()
+
+
 async def backwards(store: Store, until: int, after: int = 0) -> AsyncGenerator[list[Record]]:
     """Yield the records behind position `after` up to `until` in parts, the newest part first, each in the log's order.
 
