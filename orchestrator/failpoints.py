@@ -51,6 +51,8 @@ FAILPOINTS: Final = frozenset(
         "state.loaded",  # they count, in a folder of their own
         "state.load_put",  # a segment of them is in its place
         "state.thinned",  # what is left of old segments is there, and so are they
+        "views.written",  # views are up to date, and do not say so
+        "views.replaced",  # views made anew are in their place, the old ones are still there
         "recovery.session_reaped",  # a cut-off attempt's processes are gone
         "recovery.attempt_returned",  # that attempt's task waits again
         "recovery.landing_settled",  # a cut-off landing was finished or undone

@@ -48,7 +48,7 @@ class Stand:
     @classmethod
     def decode(cls, data: bytes) -> Stand | None:
         """Return what `index.json` says; None where somebody else wrote it, or a program that made other views."""
-        with suppress(ValueError, TypeError, KeyError, AttributeError):
+        with suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
             told = json.loads(data)
             if told["format"] == _FORMAT:
                 damage = tuple(str(one) for one in told["damage"])

@@ -31,6 +31,8 @@ _PART: Final = 256
 #: Seconds in which whoever else writes the views is to have come far enough, and between two looks whether it has.
 _TURN_LIMIT: Final = 30.0
 _TURN_PAUSE: Final = 0.1
+#: Seconds for the versions of tasks that the log does not go back to: each is looked up by itself.
+_HISTORY_LIMIT: Final = 15.0
 #: How often all is begun again because the log was thinned out meanwhile.
 _TRIES: Final = 3
 
@@ -169,19 +171,21 @@ class Views:
             self._stand = _stand_at(records[-1])
             await _in_thread(partial(_apply, folder, partial(log_changes, records, newest)))
             records = await tail.part(until, _PART)
+        if not is_whole:
+            await self._write_histories(folder)
         for kind in sorted(kinds):
             for part in _parts(await self._store.list(kind)):
-                if kind == "task" and not is_whole:
-                    await self._write_histories(folder, part)
                 found = {one.key: one for one in part}
                 await _in_thread(partial(_apply, folder, partial(document_changes, found)))
         return tail
 
-    async def _write_histories(self, folder: Folder, tasks: Sequence[Document]) -> None:
-        """Write the versions of tasks that the log as it can be read does not tell."""
-        for one in tasks:
-            versions = await self._store.history(one.key)
-            await _in_thread(partial(_apply, folder, partial(history_changes, one.key, versions)))
+    async def _write_histories(self, folder: Folder) -> None:
+        """Write the versions of tasks that the log does not tell, of those first that changed last."""
+        tasks = sorted(await self._store.list("task"), key=lambda one: one.position, reverse=True)
+        with anyio.move_on_after(_HISTORY_LIMIT):
+            for one in tasks:
+                versions = await self._store.history(one.key)
+                await _in_thread(partial(_apply, folder, partial(history_changes, one.key, versions)))
 
     async def _follow(self, tail: Tail) -> Stand:
         until = await self._store.position()

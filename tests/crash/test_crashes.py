@@ -26,6 +26,10 @@ OF_COMPACTION = frozenset({"state.packed", "state.thinned"})
 OF_LOADING = frozenset(name for name in FAILPOINTS if name.startswith("state.load"))
 #: Reached by making or restoring a checkpoint; see tests/crash/test_checkpoints.py.
 OF_CHECKPOINTS = frozenset({"run.seized", "checkpoint.created", "checkpoint.restored"})
+#: Reached by writing the readable copies; see tests/integration/test_views.py.
+OF_VIEWS = frozenset({"views.written", "views.replaced"})
+#: Those that a run never reaches by itself.
+BESIDE = OF_REQUESTS | OF_COMPACTION | OF_LOADING | OF_CHECKPOINTS | OF_VIEWS
 #: Reached only once by the tasks of `chain_and_sides`.
 ONCE = frozenset({"run.seeded", "run.claimed", "run.finished", "adapter.parked", "landing.bounced"})
 IN_RECOVERY = frozenset(name for name in FAILPOINTS if name.startswith("recovery."))
@@ -101,7 +105,7 @@ async def finish(repository: Repository, count: int) -> Ended:
 
 
 @pytest.mark.parametrize(
-    "name", sorted(FAILPOINTS - IN_RECOVERY - OF_REQUESTS - OF_CHECKPOINTS - OF_COMPACTION - OF_LOADING)
+    "name", sorted(FAILPOINTS - IN_RECOVERY - BESIDE)
 )
 @pytest.mark.parametrize("hit", [1, pytest.param(3, marks=pytest.mark.slow)])
 async def test_killed_at_a_failpoint(repository: Repository, name: str, hit: int) -> None:

@@ -13,7 +13,7 @@ import pytest
 from orchestrator.failpoints import FAILPOINTS
 from tests.conftest import Repository
 from tests.crash.sdists import download, unpack
-from tests.crash.test_crashes import IN_RECOVERY, LEADS_TO, OF_LOADING, OF_REQUESTS, finish
+from tests.crash.test_crashes import BESIDE, IN_RECOVERY, LEADS_TO, finish
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -69,7 +69,7 @@ async def test_twelve_real_edits_land_once_each(project: Repository) -> None:
     await finish(project, len(EDITS))
 
 
-@pytest.mark.parametrize("name", sorted(FAILPOINTS - OF_REQUESTS - OF_LOADING - {"adapter.parked", "landing.bounced"}))
+@pytest.mark.parametrize("name", sorted(FAILPOINTS - BESIDE - {"adapter.parked", "landing.bounced"}))
 async def test_killed_at_every_failpoint(project: Repository, name: str) -> None:
     """Killed at the fifth time (or the only one) that a step is reached."""
     config = str(configure(project))

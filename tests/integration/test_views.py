@@ -1,0 +1,328 @@
+"""The readable copies of the state say what the store says, whatever becomes of them; and nothing depends on them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import stat
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import anyio
+import pytest
+
+from orchestrator.clock import SystemClock
+from orchestrator.project import Project
+from orchestrator.protocols import HISTORY, Commit, Event, JsonObject, Key, Store, Write
+from orchestrator.state.file import FileStore
+from orchestrator.state.memory import MemoryStore
+from orchestrator.testing.clock import ManualClock
+from orchestrator.views.content import document_view, version_view
+from orchestrator.views.keeping import keeping
+from orchestrator.views.names import document_path, version_path
+from orchestrator.views.updating import KINDS, Views
+from tests.conftest import Repository
+from tests.recorded import RUN, START, record_run, recorded, run_document
+from tests.waiting import wait_for
+
+ROOT = Path(__file__).parents[2]
+GUIDE = (ROOT / "docs/state.md").read_text()
+MODELS = Key("task", f"{RUN}/models")
+#: Files that are told otherwise than by documents.
+OTHERS = {"index.json", "events.jsonl", "ownership.json"}
+
+
+def content(views: Path) -> dict[str, bytes]:
+    """Return all files."""
+    return {str(path.relative_to(views)): path.read_bytes() for path in views.rglob("*") if path.is_file()}
+
+
+async def assert_equal(views: Path, store: Store) -> None:
+    """Check that the views are what the store says, with nothing missing and nothing over."""
+    found = content(views)
+    expected: dict[str, bytes] = {}
+    for kind in (*KINDS, "other"):
+        for document in await store.list(kind):
+            expected[document_path(document.key)] = document_view(document)
+            if kind == "task":
+                for version in await store.history(document.key):
+                    expected[version_path(document.key, version.version)] = version_view(document.key, version)
+    assert {name: data for name, data in found.items() if name not in OTHERS and "context/" not in name} == expected
+    position, events = await store.position(), []
+    async for record in store.watch():
+        events += [(record.position, record.time, event.type, event.data) for event in record.events]
+        if record.position == position:
+            break
+    told = [json.loads(line) for line in found["events.jsonl"].splitlines()]
+    assert [(one["position"], one["time"], one["type"], one["data"]) for one in told] == events
+    assert json.loads(found["index.json"])["position"] == position
+    for path in (views, *views.rglob("*")):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+
+
+async def assert_equal_in(repository: Repository) -> None:
+    """Check the views of a project."""
+    async with FileStore.open(repository.top / ".council/state", SystemClock()) as store:
+        await assert_equal(repository.top / ".council/views", store)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """A folder with state."""
+    made = Project(tmp_path)
+    made.create()
+    return made
+
+
+@pytest.fixture(params=["memory", "file"])
+async def store(request: pytest.FixtureRequest, project: Project) -> AsyncIterator[Store]:
+    """A store of each kind with a run of two tasks, one landed, one at work."""
+    clock = ManualClock(START)
+    if request.param == "memory":
+        memory = MemoryStore(clock)
+        await record_run(memory, clock, run_document(project.top))
+        yield memory
+    else:
+        async with FileStore.open(project.state, clock, segment_bytes=4000) as opened:
+            await record_run(opened, clock, run_document(project.top))
+            yield opened
+
+
+@pytest.fixture
+def views(store: Store, project: Project) -> Views:
+    """Its views."""
+    return Views(store, SystemClock(), project)
+
+
+async def rewrite(store: Store, key: Key, times: int) -> None:
+    """Write a document anew, so many times."""
+    for number in range(times):
+        found = await store.get(key)
+        value: JsonObject = {**(found.value if found else {}), "reason": f"number {number}"}
+        await store.commit(Commit([Write(key, found.version if found else 0, value)], [Event("wrote", {"n": number})]))
+
+
+async def test_after_a_run_the_views_equal_the_store(repository: Repository) -> None:
+    """Every document, version and event; nobody is at work any more; resuming and asking by hand change nothing."""
+    tasks = [
+        {"id": "models", "prompt": "write a.txt a", "owns": ["a.txt"]},
+        {"id": "API", "prompt": "attempt 1 exit 1\nwrite b.txt b", "needs": ["models"]},
+    ]
+    assert repository.council("run", str(repository.configure(tasks)), "--json").code == 0
+    await assert_equal_in(repository)
+    top = repository.top / ".council/views"
+    assert json.loads((top / "ownership.json").read_text()) == {"owners": []}
+    assert not list(top.glob("context/*/*"))
+    before = content(top)
+    told = repository.council("state", "views", "--json").result
+    assert (told["path"], told["position"]) == (str(top), json.loads(before["index.json"])["position"])
+    assert {**content(top), "index.json": b""} == {**before, "index.json": b""}
+    await repository.assert_invariants()
+
+
+async def test_while_a_session_is_at_work_it_is_shown(repository: Repository) -> None:
+    """With what it may change and where it works, and a rebuild by hand has the run make them anew."""
+    tasks = [{"id": "slow", "prompt": "hang", "owns": ["src/", "a.txt"]}]
+    child = repository.start("run", str(repository.configure(tasks)))
+    top = repository.top / ".council/views"
+    try:
+        file = wait_for(lambda: next(iter(top.glob("context/*/slow.json")), None))
+        context = wait_for(lambda: (told := json.loads(file.read_text()))["worktree"] and told)
+        assert Path(context["worktree"], "README.md").is_file()
+        assert (context["task"], context["attempt"], context["adapter"]) == ("slow", 1, "fake")
+        assert context["branch"] == f"council/{context['run']}/slow/1"
+        [owner] = json.loads((top / "ownership.json").read_text())["owners"]
+        assert (owner["run"], owner["task"], owner["owns"]) == (context["run"], "slow", ["src/", "a.txt"])
+        assert owner["since"] == context["since"]
+        spoiled = top / "tasks" / context["run"] / "slow/state.json"
+        spoiled.write_text("lies")
+        assert repository.council("state", "views", "--rebuild").code == 0
+        assert json.loads(spoiled.read_text())["value"]["status"] == "running"
+    finally:
+        child.send_signal(signal.SIGINT)
+        child.communicate(timeout=30)
+    await assert_equal_in(repository)
+    assert not list(top.glob("context/*/*"))
+
+
+async def test_deleted_and_falsified_views_change_nothing_and_come_back(repository: Repository) -> None:
+    """By the command, and by the next run; what the state says is the same meanwhile."""
+    config = repository.configure([{"id": "a", "prompt": "write a.txt a"}])
+    assert repository.council("run", str(config)).code == 0
+    top = repository.top / ".council/views"
+    status = repository.council("status", "--json").result
+
+    def spoil(name: str, text: str | None) -> None:
+        for path in top.glob(name):
+            if text is not None:
+                path.write_text(text)
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    index = json.loads((top / "index.json").read_text())
+    for name, text in (
+        ("tasks/*/a/state.json", '{"value": {"status": "failed"}}'),
+        ("events.jsonl", None),
+        ("tasks", None),
+        ("index.json", json.dumps({**index, "position": index["position"] - 1})),
+        ("index.json", json.dumps({**index, "position": 99_999})),
+        ("index.json", "lies"),
+    ):
+        spoil(name, text)
+        async with FileStore.open(repository.top / ".council/state", SystemClock()) as store:
+            await Views(store, SystemClock(), Project(repository.top)).refresh()
+            await assert_equal(top, store)
+    spoil("tasks/*/a/state.json", '{"value": {"status": "failed"}}')
+    spoil("runs", None)
+    assert repository.council("status", "--json").result == status
+    assert repository.council("state", "views").code == 0
+    await assert_equal_in(repository)
+    shutil.rmtree(top)
+    assert repository.council("run", str(config)).code in {0, 1}
+    await assert_equal_in(repository)
+
+
+@pytest.mark.parametrize("name", ["views.written", "views.replaced"])
+async def test_killed_between_the_views_come_back_whole(repository: Repository, name: str) -> None:
+    """Nothing is twice, nothing is missing, and nothing of what was begun is left."""
+    config = repository.configure([{"id": "a", "prompt": "write a.txt a"}])
+    assert repository.council("run", str(config), failpoints=f"{name}=kill").code == -signal.SIGKILL
+    assert repository.council("resume").code == 0
+    await assert_equal_in(repository)
+    killed = repository.council("state", "views", "--rebuild", failpoints=f"{name}=kill")
+    assert killed.code == -signal.SIGKILL
+    assert repository.council("state", "views").code == 0
+    await assert_equal_in(repository)
+    assert sorted(path.name for path in (repository.top / ".council").glob("views*")) == ["views", "views.lock"]
+
+
+async def test_a_run_is_not_failed_by_views_that_cannot_be_written(repository: Repository) -> None:
+    """That is recorded once; a file stands where their folder should be."""
+    config = repository.configure([{"id": name, "prompt": f"write {name}.txt a"} for name in ("a", "b")])
+    (repository.top / ".council").mkdir()
+    (repository.top / ".council/views").write_text("no folder")
+    ended = repository.council("run", str(config), "--json")
+    assert ended.code == 0, ended
+    assert set(ended.states.values()) == {"landed"}
+    [told] = [line for line in ended.lines if line.get("event") == "views.failing"]
+    assert ".council/views" in told["reason"]
+    refused = repository.council("state", "views")
+    assert refused.code != 0
+
+
+async def test_step_by_step_or_at_once_is_the_same(store: Store, views: Views, project: Project) -> None:
+    """Versions beyond the last ten go; what is deleted goes; odd ids have their files."""
+    try:
+        for times in (1, 4, 25):
+            await rewrite(store, MODELS, times)
+            await store.commit(Commit([Write(Key("other", f"{times}/A/../é"), 0, {"n": 2**70})]))
+            await views.update()
+            await assert_equal(project.views, store)
+        await store.commit(Commit([Write(Key("other", "25/A/../é"), 1, None), Write(Key("task", "r/A/b"), 0, {})]))
+        await views.update()
+        await assert_equal(project.views, store)
+        assert len(list(project.views.glob(f"tasks/{RUN}/models/history/*"))) == HISTORY
+    finally:
+        await views.close()
+    before = content(project.views)
+    await views.refresh(anew=True)
+    assert {**content(project.views), "index.json": b""} == {**before, "index.json": b""}
+
+
+async def test_views_of_another_store_are_made_anew(store: Store, views: Views, project: Project) -> None:
+    """That a position is there in both proves nothing."""
+    await views.refresh()
+    clock = ManualClock(START + 1000)
+    other = MemoryStore(clock)
+    await record_run(other, clock, run_document(project.top, "20270102-030405-ab12"))
+    await rewrite(other, Key("other", "x"), 5)
+    await Views(other, clock, project).refresh()
+    await assert_equal(project.views, other)
+
+
+async def test_one_writes_at_a_time_and_the_other_takes_over(store: Store, views: Views, project: Project) -> None:
+    """Two runs on one store: what is committed after the first has ended is written by the second."""
+    clock, go = SystemClock(), anyio.Event()
+
+    async def second() -> None:
+        async with keeping(Views(store, clock, project), store, clock, "second"):
+            await go.wait()
+
+    async with anyio.create_task_group() as group:
+        async with keeping(views, store, clock, "first"):
+            while not (project.views / "index.json").exists():
+                await anyio.sleep(0.01)
+            group.start_soon(second)
+            await anyio.wait_all_tasks_blocked()
+            await rewrite(store, MODELS, 2)
+        await assert_equal(project.views, store)
+        await rewrite(store, MODELS, 2)
+        go.set()
+    await assert_equal(project.views, store)
+
+
+async def test_who_ends_while_another_writes_leaves_them_whole(store: Store, views: Views, project: Project) -> None:
+    """The other one brings them to where the log was then."""
+    clock = SystemClock()
+    async with keeping(views, store, clock, "first"):
+        while not (project.views / "index.json").exists():
+            await anyio.sleep(0.01)
+        async with keeping(Views(store, clock, project), store, clock, "second"):
+            await rewrite(store, MODELS, 3)
+        assert json.loads((project.views / "index.json").read_text())["position"] == await store.position()
+
+
+async def test_what_the_log_does_not_go_back_to_is_there_all_the_same(project: Project) -> None:
+    """Documents and their last versions; events from where the log begins."""
+    clock = ManualClock(START)
+    async with FileStore.open(project.state, clock, segment_bytes=2000) as store:
+        await record_run(store, clock, run_document(project.top))
+        await rewrite(store, MODELS, 15)
+        first = (await store.compact(clock.now() + 1, 0)).first
+        assert first > 0
+        await Views(store, clock, project).refresh()
+        found = content(project.views)
+        for document in await store.list("task"):
+            assert found[document_path(document.key)] == document_view(document)
+            for version in await store.history(document.key):
+                assert json.loads(found[version_path(document.key, version.version)])["value"] == version.value
+        assert [json.loads(line)["position"] > first for line in found["events.jsonl"].splitlines()].count(False) == 0
+
+
+async def test_damage_is_shown(project: Project) -> None:
+    """An older value stands in the view with the flag that it has in the store."""
+    clock = ManualClock(START)
+    key = Key("task", "r/a")
+    async with FileStore.open(project.state, clock) as store:
+        await store.commit(Commit([Write(key, 0, {"n": "first"})]))
+        await store.commit(Commit([Write(key, 1, {"n": "second"})]))
+        await store.commit(Commit())
+        await Views(store, clock, project).refresh()
+    [log] = project.state.glob("*.jsonl")
+    log.write_bytes(log.read_bytes().replace(b'"second"', b'"sec0nd"'))
+    async with FileStore.open(project.state, clock) as store:
+        await Views(store, clock, project).refresh()
+        told = json.loads((project.views / "tasks/r/a/state.json").read_text())
+        assert (told["damaged"], told["value"], told["version"]) == (True, {"n": "first"}, 2)
+        assert json.loads((project.views / "index.json").read_text())["damage"]
+
+
+@pytest.mark.parametrize("example", re.findall(r"```sh\n\$ (.*?)```", GUIDE, re.DOTALL), ids=lambda text: text[:40])
+async def test_the_guides_examples_are_true(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, example: str
+) -> None:
+    """What docs/state.md does with `cat` and its like prints what it says."""
+    line, _, expected = example.partition("\n")
+    if line.startswith("jq") and shutil.which("jq") is None:
+        pytest.skip("there is no jq")
+    repository.environ["TZ"] = "UTC"
+    async with recorded(repository.top, monkeypatch):
+        pass
+    assert repository.council("state", "views").code == 0
+    done = subprocess.run(["sh", "-c", line], cwd=repository.top, capture_output=True, text=True, check=False)
+    assert done.stdout + done.stderr == expected
