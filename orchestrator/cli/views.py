@@ -19,7 +19,7 @@ def _shown(path: Path) -> str:
 @click.option("--rebuild", is_flag=True, help="Make them anew from nothing.")
 @store_option
 @json_option
-def views(rebuild: bool, store: str | None, as_json: bool) -> None:
+def views(rebuild: bool, as_json: bool) -> None:
     """Bring the readable copies of the state up to date, and say where they are.
 
     They are files for `cat` and `jq` in .council/views. A run that is at work keeps them up to date; nothing reads them
@@ -32,7 +32,7 @@ def views(rebuild: bool, store: str | None, as_json: bool) -> None:
     """
 
     async def command(context: Context) -> int:
-        async with opened(context.log, store=store) as council:
+        async with opened(context.log) as council:
             stand = await council.refresh_views(anew=rebuild)
             path = council.project.views
             moment = f", {local_time(stand.time)}" if stand.position else ""

@@ -86,7 +86,7 @@ async def store(request: pytest.FixtureRequest, project: Project) -> AsyncIterat
         await record_run(memory, clock, run_document(project.top))
         yield memory
     else:
-        async with FileStore.open(project.state, clock, segment_bytes=4000) as opened:
+        async with FileStore.open(project.own_state, clock, segment_bytes=4000) as opened:
             await record_run(opened, clock, run_document(project.top))
             yield opened
 
@@ -129,7 +129,8 @@ async def test_while_a_session_is_at_work_it_is_shown(repository: Repository) ->
     child = repository.start("run", str(repository.configure(tasks)))
     top = repository.top / ".council/views"
     try:
-        file = wait_for(lambda: next(iter(top.glob("context/*/slow.json")), None))
+        wait_for(lambda: list(top.glob("context/*/slow.json")))
+        [file] = top.glob("context/*/slow.json")
         context = wait_for(lambda: (told := json.loads(file.read_text()))["worktree"] and told)
         assert Path(context["worktree"], "README.md").is_file()
         assert (context["task"], context["attempt"], context["adapter"]) == ("slow", 1, "fake")
@@ -280,7 +281,7 @@ async def test_who_ends_while_another_writes_leaves_them_whole(store: Store, vie
 async def test_what_the_log_does_not_go_back_to_is_there_all_the_same(project: Project) -> None:
     """Documents and their last versions; events from where the log begins."""
     clock = ManualClock(START)
-    async with FileStore.open(project.state, clock, segment_bytes=2000) as store:
+    async with FileStore.open(project.own_state, clock, segment_bytes=2000) as store:
         await record_run(store, clock, run_document(project.top))
         await rewrite(store, MODELS, 15)
         first = (await store.compact(clock.now() + 1, 0)).first
@@ -298,14 +299,14 @@ async def test_damage_is_shown(project: Project) -> None:
     """An older value stands in the view with the flag that it has in the store."""
     clock = ManualClock(START)
     key = Key("task", "r/a")
-    async with FileStore.open(project.state, clock) as store:
+    async with FileStore.open(project.own_state, clock) as store:
         await store.commit(Commit([Write(key, 0, {"n": "first"})]))
         await store.commit(Commit([Write(key, 1, {"n": "second"})]))
         await store.commit(Commit())
         await Views(store, clock, project).refresh()
-    [log] = project.state.glob("*.jsonl")
+    [log] = project.own_state.glob("*.jsonl")
     log.write_bytes(log.read_bytes().replace(b'"second"', b'"sec0nd"'))
-    async with FileStore.open(project.state, clock) as store:
+    async with FileStore.open(project.own_state, clock) as store:
         await Views(store, clock, project).refresh()
         told = json.loads((project.views / "tasks/r/a/state.json").read_text())
         assert (told["damaged"], told["value"], told["version"]) == (True, {"n": "first"}, 2)

@@ -91,6 +91,7 @@ def test_events_never_grow_without_end(tmp_path: Any) -> None:
     """The newest stay, whole lines of them."""
     folder = Folder(tmp_path / "views", 10_000)
     folder.begin()
+    positions: list[int] = []
     for start in range(1, 400, 10):
         folder.apply(log_changes(_records(start, start + 9), {}))
         data = (tmp_path / "views/events.jsonl").read_bytes()
