@@ -22,7 +22,8 @@ KINDS = ("run", "task", "spec", "lease", "Lease", "../x")
 
 def test_no_two_ids_have_one_file() -> None:
     """Whatever ids hold, also where a file system does not tell cases apart; none leads out of the folder."""
-    ids = ["/".join(parts) for count in (1, 2, 3) for parts in product(PARTS, repeat=count)]
+    ids = ["/".join(parts) for count in (1, 2) for parts in product(PARTS, repeat=count)]
+    ids += ["/".join(parts) for parts in product(PARTS[:8], repeat=3)]
     ids += ["a/a/a/a", "a/a/a/a/a", "a/a/a/a/a/a", "a/" * 3000]
     keys = [
         Key(kind, name) for name in dict.fromkeys(ids) for kind in ("run", "task", "spec", "lease", "Lease", "../x")
