@@ -104,9 +104,7 @@ async def finish(repository: Repository, count: int) -> Ended:
     return ended
 
 
-@pytest.mark.parametrize(
-    "name", sorted(FAILPOINTS - IN_RECOVERY - BESIDE)
-)
+@pytest.mark.parametrize("name", sorted(FAILPOINTS - IN_RECOVERY - BESIDE))
 @pytest.mark.parametrize("hit", [1, pytest.param(3, marks=pytest.mark.slow)])
 async def test_killed_at_a_failpoint(repository: Repository, name: str, hit: int) -> None:
     """A kill right after any persisted or outward step loses nothing and repeats nothing."""
