@@ -216,10 +216,12 @@ class Archive:
 
     async def _git(self, run: str) -> Git:
         document: RunDocument = await read_run(self._store, run)
+        document.check_ours()
         return Git(Hub(Path(document.hub)).trusted, environ=self._environ)
 
     async def _task(self, run: str, task: str) -> TaskDocument:
         document = await read_run(self._store, run)
+        document.check_ours()
         document.check_task(task)
         return await read_task(self._store, run, task)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,8 @@ from orchestrator.config.store import folder_url, named_store, scheme_of, store_
 from orchestrator.domain.model import Action
 from orchestrator.engine.ledger import read_run
 from orchestrator.engine.report import RunReport
-from orchestrator.errors import RefusedError
-from orchestrator.project import Project, council_home, find_project
+from orchestrator.errors import CouncilError, RefusedError
+from orchestrator.project import LEGACY_RECORD, Project, council_home, exclude_from_git, find_project
 from orchestrator.protocols import Compacted, Record, RecordedEvent, Store, Verified
 from orchestrator.repo.checkout import check_own
 from orchestrator.repo.hub import Hub
@@ -68,8 +68,18 @@ class Council:
     whichever process. `run` is a run's id; where it is left out, the newest run is meant.
     """
 
-    def __init__(self, runs: Runs, opened_at: int, plugins: Plugins | None, config: RunConfig | None) -> None:
-        self.project, self.config = runs.project, config
+    notices: Sequence[str]
+    """What a person is to be told of how the state was opened."""
+
+    def __init__(
+        self,
+        runs: Runs,
+        opened_at: int,
+        plugins: Plugins | None,
+        config: RunConfig | None,
+        notices: Sequence[str] = (),
+    ) -> None:
+        self.project, self.config, self.notices = runs.project, config, notices
         self._runs, self._store, self._opened_at = runs, runs.store, opened_at
         self._plugins = plugins
         self._execution: Execution | None = None
@@ -95,6 +105,9 @@ class Council:
         `.council/state` of the project. `plugins` stand for what is installed; `environ` for the process's
         environment: sessions get what they may of it.
 
+        Where the state is empty and `.worktrees` has that of an older layout, it is imported, and `notices` says so;
+        not into a store that `state` names.
+
         Raises ConfigError with all that is wrong with the file, RefusedError where there is nothing to open.
         """
         clock = clock or SystemClock()
@@ -111,8 +124,9 @@ class Council:
         chosen = state or named_store(environ.get("COUNCIL_STATE", "")) or None
         url = await anyio.to_thread.run_sync(_store_of, project, config) if chosen is None else chosen
         async with _open_store(url, project, plugins, clock, environ) as store:
+            notices = await _import(store, project, clock, environ) if state is None else ()
             runs = Runs(project, store, url, clock, environ, follows_file=chosen is None)
-            yield cls(runs, await store.position(), plugins, config)
+            yield cls(runs, await store.position(), plugins, config, notices)
 
     @property
     def plugins(self) -> Plugins:
@@ -383,6 +397,23 @@ def _store_of(project: Project, config: RunConfig | None) -> str:
     if config is None:
         return project.store()
     return config.state.url or folder_url(project.own_state)
+
+
+async def _import(store: Store, project: Project, clock: Clock, environ: Mapping[str, str]) -> Sequence[str]:
+    """Import the state of an older layout into a store that is empty or not done with it; return what is to be told."""
+    record = await store.get(LEGACY_RECORD)
+    if await store.position() if record is None else record.value["is_complete"]:
+        return ()
+    if not await anyio.to_thread.run_sync(project.has_legacy):
+        return ()
+    from orchestrator.repo.checkout import inspect  # noqa: PLC0415  seldom needed
+    from orchestrator.repo.git import Git  # noqa: PLC0415  the same
+    from orchestrator.state.legacy import import_into  # noqa: PLC0415  the same
+
+    with suppress(CouncilError, OSError):  # what is no repository needs no exclusion
+        repository = await inspect(project.top, Git(None, users=True, environ=environ))
+        await anyio.to_thread.run_sync(exclude_from_git, repository.git_dir)
+    return await import_into(store, project, clock.now())
 
 
 @asynccontextmanager

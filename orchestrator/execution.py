@@ -190,6 +190,7 @@ class Execution:
         """
         runs = self._runs
         record = await runs.record(run)
+        record.run.check_ours()
         for task in tasks:
             record.run.check_task(task)
         check_request(action, tasks, record.tasks, record.blocked())

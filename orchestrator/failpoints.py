@@ -45,6 +45,8 @@ FAILPOINTS: Final = frozenset(
         "landing.intended",  # the intent is in the store
         "landing.pushed",  # the target has moved, the store does not know
         "landing.recorded",  # the task is landed in the store
+        "legacy.begun",  # a part of what is imported from an older layout is in the store
+        "legacy.imported",  # all of it is
         "state.packed",  # a segment of the log is there twice, packed and not
         "state.load_staged",  # a segment of what is loaded is whole, others are to come
         "state.load_finished",  # all of them are, they are no log yet

@@ -10,8 +10,13 @@ from secrets import randbelow
 
 from orchestrator.config.store import MEMORY, folder_url
 from orchestrator.errors import RefusedError
+from orchestrator.protocols import Key
 
 FOLDER = ".council"
+#: What older layouts of state are in, from a project's folder: a file with all sessions, and a folder.
+LEGACY_FILE, LEGACY_TREE = ".worktrees/.parallel-dev-state.json", ".worktrees/.state"
+#: The document that says what of them was imported, and whether that is complete.
+LEGACY_RECORD = Key("import", "worktrees")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,11 @@ class Project:
         """Where the output of sessions is kept."""
         return self.folder / "logs"
 
+    @property
+    def legacy(self) -> Path:
+        """Where copies are kept of files of older layouts that could not be imported."""
+        return self.folder / "legacy"
+
     def logs(self, run: str) -> Path:
         """Where the output of a run's sessions is kept."""
         return self.all_logs / run
@@ -77,9 +87,13 @@ class Project:
         """Held by the process that writes them."""
         return self.folder / "views.lock"
 
+    def has_legacy(self) -> bool:
+        """Whether there is state of an older layout. Blocks."""
+        return any((self.top / name).exists() for name in (LEGACY_FILE, LEGACY_TREE))
+
     def check(self) -> None:
         """Refuse (RefusedError) a folder that a link leads away from: a repository may bring one."""
-        for folder in (self.folder, self.all_logs, self.own_state, self.store_file, self.views):
+        for folder in (self.folder, self.all_logs, self.own_state, self.store_file, self.views, self.legacy):
             if folder.is_symlink():
                 raise RefusedError(f"{folder} is a link", "remove it, so that one of our own can be made there")
 
@@ -92,11 +106,17 @@ class Project:
 
 
 def find_project(start: Path) -> Project:
-    """Return the project that a folder is in; RefusedError where no run has ever been started."""
+    """Return the project that a folder is in; RefusedError where no run has ever been started.
+
+    Where there is none of ours, it is the folder that has the state of an older layout.
+    """
     start = start.absolute()
-    for folder in (start, *start.parents):
-        project = Project(folder)
+    folders = [Project(folder) for folder in (start, *start.parents)]
+    for project in folders:
         if project.own_state.is_dir() or project.store_file.is_file():
+            return project
+    for project in folders:
+        if project.has_legacy():
             return project
     remedy = "start with `council run`, or cd to the repository that it ran in"
     raise RefusedError(f"council has not run in {start}", remedy)

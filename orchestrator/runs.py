@@ -54,8 +54,10 @@ class Runs:
         """Return all that is recorded of a run; unless `whole`, what to do only of tasks that wait or never began."""
         document = await read_run(self.store, run)
         tasks = task_documents(await read_tasks(self.store, run), document.tasks)
+        is_ours = document.imported is None
         begun = {task for task, one in tasks.items() if one.status is not TaskStatus.PENDING and one.attempts}
-        entries = await read_entries(self.store, document, () if whole else begun)
+        blank = document.tasks if not is_ours else () if whole else begun
+        entries = await read_entries(self.store, document, blank)
         return RunRecord(document, tasks, entries, await read_adapters(self.store, document))
 
     def describe(self, record: RunRecord, status: RunStatus | None) -> RunReport:
@@ -73,7 +75,8 @@ class Runs:
         return self.describe(record, status)
 
     async def hub(self, run: RunDocument) -> Hub:
-        """Return the repositories of a run; RefusedError if they are gone."""
+        """Return the repositories of a run; RefusedError if they are gone, or it never had any here."""
+        run.check_ours()
         hub = Hub(Path(run.hub))
         # An attempt that was under way may have made its own folder anew, but nothing else.
         if not await anyio.to_thread.run_sync(hub.trusted.is_dir):
@@ -82,8 +85,8 @@ class Runs:
 
     async def is_live(self, run: str) -> bool:
         """Whether a process is at work in a run."""
-        hub = await self.hub(await read_run(self.store, run))
-        return await hub.run_lock(run).is_held()
+        document = await read_run(self.store, run)
+        return document.imported is None and await (await self.hub(document)).run_lock(run).is_held()
 
     @property
     def damage(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ import click
 
 from orchestrator.cli.boundary import OUR_FAULT, Log, boundary
 from orchestrator.cli.completing import complete_runs
-from orchestrator.cli.output import Output
+from orchestrator.cli.output import Output, plain
 from orchestrator.cli.signals import Interrupt
 from orchestrator.cli.streams import unwritten
 from orchestrator.config.store import named_store
@@ -79,6 +79,8 @@ async def opened(
     """Open the council of a run or a folder, of the current folder if none is given, with the store of `--state`."""
     async with Council.open(source, plugins=plugins, state=chosen_store()) as council:
         log.path = council.project.log_file
+        for notice in council.notices:
+            Output(as_json=False).notice(plain(notice))
         yield council
 
 

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 #: How an event reads; its own fields fill the gaps.
 SENTENCES: Mapping[str, str] = {
     "run.created": "run {run} lands on {target}",
+    "run.imported": "imported from {source}",
+    "legacy.imported": "imported {tasks} tasks from {sources}",
+    "legacy.damaged": "not imported as it is: {path}: {reason}",
     "run.limited": "no more than {sessions} sessions at once: {reason}",
     "run.paused": "nothing starts for {retry_in:g} s: {reason}",
     "repository.changed": "in your repository, not by council, while {sessions} ran: {changes}",

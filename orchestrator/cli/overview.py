@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 from orchestrator.cli.columns import aligned
@@ -44,6 +45,13 @@ def overview_lines(overview: Overview) -> Iterator[str]:
 
 
 def _options(run: RunDocument) -> list[list[str]]:
+    if run.imported is not None:
+        own = {
+            name: value if isinstance(value, str) else json.dumps(value) for name, value in run.imported.options.items()
+        }
+        ended = "" if run.ended is None else local_time(run.ended)
+        was = {"started": local_time(run.started), "ended": ended, "status": run.imported.status or ""}
+        return [[name, one_line(value)] for name, value in (*was.items(), *own.items()) if value]
     told = {
         "started": local_time(run.started),
         "ended": "" if run.ended is None else local_time(run.ended),
@@ -62,9 +70,11 @@ def _options(run: RunDocument) -> list[list[str]]:
 def _task(task: TaskOverview) -> list[str]:
     one = task.report
     attempts = f"{one.attempts} {'attempt' if one.attempts == 1 else 'attempts'}"
-    [build] = task.phases
+    phases = ", ".join(f"{phase.name} {phase.status}" for phase in task.phases)
     took = "" if task.minutes is None else f"{task.minutes:.1f} min"
-    where = f"landed as {one.landed[:10]}" if one.landed else one.branch or ""
+    where = f"landed as {one.landed[:10]}" if one.landed else task.branch or ""
+    if task.pull_request is not None:
+        where = "; ".join(filter(None, [where, f"pull request {task.pull_request}"]))
     why = "" if one.landed or one.reason is None else one_line(one.reason)
     rest = "; ".join(filter(None, [where, task.worktree, why]))
-    return [one.id, one.state.replace("_", " "), attempts, f"{build.name} {build.status}", took, rest]
+    return [one.id, one.state.replace("_", " "), attempts, phases, took, rest]

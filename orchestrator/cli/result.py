@@ -28,7 +28,7 @@ def next_step(task: TaskReport, report: RunReport, *, is_newest: bool = True) ->
 
     Commands mean the newest run: for another one (`is_newest`) they name it.
     """
-    if task.state == TaskStatus.LANDED:
+    if task.state == TaskStatus.LANDED or report.imported is not None:
         return ""
     name, kept = shlex.quote(task.id), kept_as(task)
     run = "" if is_newest else f" --run {report.run}"
@@ -85,8 +85,14 @@ def _what(task: TaskReport, target: str, changes: Mapping[str, Changes]) -> str:
 
 def summary(report: RunReport) -> str:
     """Return the run in a line."""
-    landed = sum(task.landed is not None for task in report.tasks)
-    return f"run {report.run}: {report.status}, {landed} of {len(report.tasks)} landed on {plain(report.target)}"
+    landed = sum(task.state == TaskStatus.LANDED for task in report.tasks)
+    return f"run {report.run}: {report.status}, {landed} of {len(report.tasks)} landed{plain(landing_place(report))}"
+
+
+def landing_place(report: RunReport) -> str:
+    """Return what follows `landed`: on which branch, and from where the record is if it is not our own."""
+    source = "" if report.imported is None else f" (imported from {report.imported})"
+    return (f" on {report.target}" if report.target else "") + source
 
 
 def text_lines(rows: Sequence[ResultRow]) -> Iterator[str]:
@@ -103,12 +109,14 @@ def hints(report: RunReport) -> Iterator[str]:
     """Say what to type next."""
     for adapter in report.adapters:
         yield adapter_line(adapter)
+    if report.imported is not None:
+        yield f"Only its record is here, nobody can go on with it: `council state show {report.run}` shows all of it."
     over = {*REVIVABLE, TaskStatus.LANDED}
     is_stopped = any(adapter.closed is not None for adapter in report.adapters)
     waits = is_stopped or any(task.state not in {*over, "blocked"} for task in report.tasks)
     if report.status is RunStatus.INTERRUPTED or (report.status is RunStatus.INCOMPLETE and waits):
         yield f"`council resume {report.run}` goes on with what is left."
-    elif report.status is RunStatus.INCOMPLETE:
+    elif report.status is RunStatus.INCOMPLETE and report.imported is None:
         yield "The run is over; after a `council retry`, `council resume` goes on with it."
     if report.target == f"council/{report.run}" and any(task.landed is not None for task in report.tasks):
         yield f"What landed is on the branch {plain(report.target)}, and on no other: merge it when it is right."

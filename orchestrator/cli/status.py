@@ -71,8 +71,9 @@ def runs(active: bool, as_json: bool) -> None:
 
 def _run_line(report: RunReport, metrics: Metrics) -> str:
     from orchestrator.cli.figures import figures  # noqa: PLC0415  `status` is quicker without
+    from orchestrator.cli.result import landing_place  # noqa: PLC0415  the same
 
-    landed = f"{metrics.completed} of {metrics.total_tasks} landed on {report.target}"
+    landed = f"{metrics.completed} of {metrics.total_tasks} landed{landing_place(report)}"
     return plain(f"{report.run}  {report.status:<12} {', '.join(filter(None, [landed, figures(metrics)]))}")
 
 

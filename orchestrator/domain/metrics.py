@@ -37,9 +37,9 @@ def minutes_to_land(task: TaskDocument, landed_at: float | None) -> float | None
 
     Both are times of wall clocks: where one was set back meanwhile it is 0.
     """
-    if task.status is not TaskStatus.LANDED or landed_at is None or not task.attempts:
+    if task.status is not TaskStatus.LANDED or landed_at is None or task.started is None:
         return None
-    return max(landed_at - task.attempts[0].started, 0.0) / 60
+    return max(landed_at - task.started, 0.0) / 60
 
 
 def measure(tasks: Mapping[str, TaskDocument], landed_at: Mapping[str, float]) -> Metrics:

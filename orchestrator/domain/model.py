@@ -79,6 +79,21 @@ class Intent(_Document):
     recorded: float
 
 
+class ImportedTask(_Document):
+    """What the record of a task said that was imported from an older layout. Times are wall-clock seconds."""
+
+    status: str | None = None
+    """Its own word for where the task was."""
+    started: float | None = None
+    completed: float | None = None
+    branch: str | None = None
+    worktree: str | None = None
+    phases: dict[str, Any] = {}
+    """By name, as they were written; empty where they are too large."""
+    metrics: dict[str, Any] = {}
+    """The same."""
+
+
 class TaskDocument(_Document):
     """The state of one task in one run."""
 
@@ -101,6 +116,17 @@ class TaskDocument(_Document):
     """What the next attempt is told about the last one, beside its prompt."""
     current: int | None = None
     """The number of the attempt that all this is about, where later ones were made before a checkpoint was restored."""
+    pull_request: int | None = None
+    """The number of the pull request that is about it."""
+    imported: ImportedTask | None = None
+    """Where it is of a run that was imported: what else was recorded of it."""
+
+    @property
+    def started(self) -> float | None:
+        """When work on it began; None where that is not known, or it has not."""
+        if self.attempts:
+            return self.attempts[0].started
+        return None if self.imported is None else self.imported.started
 
     @property
     def attempt(self) -> Attempt:
@@ -117,6 +143,19 @@ class TaskDocument(_Document):
         """Return the attempts with that one changed."""
         changed = self.attempt.model_copy(update=changes)
         return tuple(changed if one.number == changed.number else one for one in self.attempts)
+
+
+class ImportedRun(_Document):
+    """What the record of a session said that was imported from an older layout as a run."""
+
+    source: str
+    """The file that it stood in, from the project's folder."""
+    status: str | None = None
+    """Its own word for how it stood."""
+    options: dict[str, Any] = {}
+    """As they were written; empty where they are too large."""
+    metrics: dict[str, Any] = {}
+    """The same."""
 
 
 class RunDocument(_Document):
@@ -152,6 +191,14 @@ class RunDocument(_Document):
     """The folder of the hub and the trusted repository."""
     started: float
     ended: float | None = None
+    imported: ImportedRun | None = None
+    """Where it was not ours: there is its record and nothing else, so that nobody can work in it."""
+
+    def check_ours(self) -> None:
+        """Refuse a run of which there is only an imported record."""
+        if self.imported is not None:
+            what = f"run {self.id} was imported from {self.imported.source}, only its record is here"
+            raise RefusedError(what, f"`council state show {self.id}` shows it; start a new run for what is left")
 
     def check_task(self, task: str) -> None:
         """Refuse the name of a task that the run does not have."""

@@ -6,20 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from orchestrator.domain.metrics import Metrics, measure, minutes_to_land
-from orchestrator.domain.model import Attempt, TaskDocument, TaskStatus
+from orchestrator.domain.model import Attempt, ImportedTask, TaskDocument, TaskStatus
 from orchestrator.engine.report import RunRecord, RunReport, RunStatus, TaskReport
 from orchestrator.protocols import Document, JsonObject, RecordedEvent
 from orchestrator.repo.hub import work_branch
 
 #: Fields of a run's document that are no options.
-_NO_OPTIONS = {"id", "tasks", "started", "ended"}
+_NO_OPTIONS = {"id", "tasks", "started", "ended", "imported"}
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A part of a task's work and the attempts at it; there is one, `build`.
+    """A part of a task's work and the attempts at it; there is one, `build`, but of imported tasks those they had.
 
-    `status` is `pending`, `running`, `interrupted`, or the newest attempt's outcome.
+    `status` is `pending`, `running`, `interrupted`, or the newest attempt's outcome; of imported ones what it said.
     """
 
     name: str
@@ -37,6 +37,9 @@ class TaskOverview:
     phases: Sequence[Phase]
     minutes: float | None
     """From its first start to its landing."""
+    branch: str | None = None
+    """Where its work is; of imported tasks where it was."""
+    pull_request: int | None = None
 
     def to_json(self) -> JsonObject:
         """Return the object that programs get."""
@@ -51,8 +54,9 @@ class TaskOverview:
             "status": one.state,
             "reason": one.reason,
             "landed": one.landed,
-            "branch": one.branch,
+            "branch": self.branch,
             "worktree": self.worktree,
+            "pull_request": self.pull_request,
             "phases": phases,
             "metrics": {"time_minutes": self.minutes, **tokens},
         }
@@ -90,7 +94,8 @@ class Overview:
             "status": self.report.status,
             "started": run.started,
             "ended": run.ended,
-            "options": run.model_dump(mode="json", exclude=_NO_OPTIONS),
+            "imported": run.imported and run.imported.model_dump(mode="json", exclude={"options"}),
+            "options": run.imported.options if run.imported else run.model_dump(mode="json", exclude=_NO_OPTIONS),
             "tasks": [task.to_json() for task in self.tasks],
             "sessions": [asdict(session) for session in self.sessions],
             "events": [
@@ -103,12 +108,16 @@ class Overview:
 
 
 def landing_times(tasks: Mapping[str, TaskDocument], documents: Mapping[str, Document]) -> dict[str, float]:
-    """Return when tasks landed (wall-clock seconds): nothing changes a task's document behind that."""
-    return {
-        task: documents[task].time
+    """Return when tasks landed (wall-clock seconds): nothing changes a task's document behind that.
+
+    Of those that were imported it is when they were said to be completed.
+    """
+    found = {
+        task: documents[task].time if one.imported is None else one.imported.completed
         for task, one in tasks.items()
         if one.status is TaskStatus.LANDED and not documents[task].damaged
     }
+    return {task: time for task, time in found.items() if time is not None}
 
 
 def overview(
@@ -120,15 +129,20 @@ def overview(
 ) -> Overview:
     """Describe a run; `worktrees` has the checkouts of newest attempts that are there, by task."""
     is_live = report.status is RunStatus.RUNNING
-    tasks = [
-        TaskOverview(
-            report=one,
-            worktree=worktrees.get(one.id),
-            phases=[_build(record.tasks[one.id], is_live=is_live)],
-            minutes=minutes_to_land(record.tasks[one.id], landed_at.get(one.id)),
+    tasks = []
+    for one in report.tasks:
+        document = record.tasks[one.id]
+        was = document.imported
+        tasks.append(
+            TaskOverview(
+                report=one,
+                worktree=worktrees.get(one.id) if was is None else was.worktree,
+                phases=[_build(document, is_live=is_live)] if was is None else _phases(was),
+                minutes=minutes_to_land(document, landed_at.get(one.id)),
+                branch=one.branch if was is None else was.branch,
+                pull_request=document.pull_request,
+            )
         )
-        for one in report.tasks
-    ]
     sessions = _live(record, worktrees) if is_live else []
     return Overview(record, report, tasks, sessions, events, measure(record.tasks, landed_at))
 
@@ -138,6 +152,11 @@ def _build(task: TaskDocument, *, is_live: bool) -> Phase:
     if task.attempts:
         status = task.attempt.outcome or ("running" if is_live else "interrupted")
     return Phase("build", status, task.attempts)
+
+
+def _phases(was: ImportedTask) -> list[Phase]:
+    words = {name: one.get("status") if isinstance(one, dict) else one for name, one in was.phases.items()}
+    return [Phase(name, word if isinstance(word, str) else "unknown", ()) for name, word in words.items()]
 
 
 def _live(record: RunRecord, worktrees: Mapping[str, str]) -> list[LiveSession]:

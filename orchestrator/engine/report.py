@@ -108,6 +108,8 @@ class RunReport:
     """Those that can't be used now."""
     damage: Sequence[str]
     """Places in the state log that could not be read; tasks that they hit say so."""
+    imported: str | None = None
+    """The file that the run's record was imported from, by the name it has in the project; nobody can work in it."""
 
     @property
     def exit_code(self) -> int:
@@ -192,7 +194,10 @@ def report(
     if status is None:
         landed = all(document.status is TaskStatus.LANDED for document in record.tasks.values())
         status = RunStatus.LANDED if landed else RunStatus.INCOMPLETE
-    return RunReport(record.run.id, status, record.run.target, str(places.repository), reports, adapters, damage)
+    run, source = record.run, record.run.imported.source if record.run.imported else None
+    # Its branches, if they are still there, are in the user's own repository.
+    repository = str(places.repository) if source is None else run.repo
+    return RunReport(run.id, status, run.target, repository, reports, adapters, damage, source)
 
 
 def _stuck(record: RunRecord, closed: Mapping[str, str]) -> dict[str, str]:

@@ -4,7 +4,8 @@ A checkpoint is a small document of kind `checkpoint`; what it stands for is in 
 so far. Going back is a commit like any other, which writes old values anew: no history is rewritten, versions go on.
 What is written back of a run, kind by kind:
 
-run, spec   as they were. But a run has no end as long as something of it is cut off, which `council resume` settles.
+run, spec   as they were, and so is `imported`. But a run has no end as long as something of it is cut off, which
+            `council resume` settles.
 task        as `domain.turning_back` says: what has landed stays landed, and attempts stay on record.
 lease       never: epochs only rise, so that whoever lost the run stays without it.
 request     never: what a person has asked for since, and nobody has done yet, is still asked for.
@@ -40,7 +41,7 @@ KIND: Final = "checkpoint"
 WHOLE: Final = "all"
 
 #: The kinds that are turned back.
-_TURNED_BACK: Final = ("run", "spec", "task")
+_TURNED_BACK: Final = ("run", "spec", "task", "imported")
 _AT_WORK: Final = frozenset({TaskStatus.RUNNING, TaskStatus.CHECKING, TaskStatus.LANDING})
 #: How often all is read between two commits of others before it is taken from the log, which takes longer.
 _LOOKS: Final = 5
@@ -222,10 +223,10 @@ async def _now(store: Store, run: str | None) -> tuple[int, Mapping[Key, Documen
 
 
 async def _listed(store: Store, kind: str, run: str | None) -> Iterable[Document]:
-    if kind == "run" and run is not None:
-        found = await store.get(Key(kind, run))
-        return [] if found is None else [found]
-    return await store.list(kind, f"{run}/" if run else "")
+    if run is None:
+        return await store.list(kind)
+    own = await store.get(Key(kind, run))
+    return [*([] if own is None else [own]), *await store.list(kind, f"{run}/")]
 
 
 async def _then(store: Store, checkpoint: Checkpoint) -> Mapping[Key, Document]:
@@ -251,7 +252,7 @@ def _facts(documents: Iterable[Document], run: str | None, is_live: bool) -> Jso
     phase: Counter[str] = Counter()
     sessions, end = [], None
     for found in documents:
-        value: dict[str, Any] = {} if found.damaged or found.key.kind == "spec" else found.value
+        value: dict[str, Any] = {} if found.damaged or found.key.kind not in {"run", "task"} else found.value
         if found.key.kind == "run":
             end = value.get("ended", 0.0)
         elif found.key.kind == "task":
