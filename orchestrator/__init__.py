@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         WorktreeSettings,
     )
     from orchestrator.council import Council, Places
+    from orchestrator.domain.conflicts import Strategy, Update
     from orchestrator.domain.failures import FailureClass
     from orchestrator.domain.model import TaskStatus
     from orchestrator.engine.report import AdapterReport, RunReport, RunStatus, TaskReport
@@ -40,25 +41,29 @@ if TYPE_CHECKING:
     from orchestrator.errors import ConfigError, CouncilError, LockHeld, Problem, RefusedError, StoreUnavailable
     from orchestrator.past import Past
     from orchestrator.plugins import Plugins
-    from orchestrator.protocols import Event, RecordedEvent, Verified
+    from orchestrator.protocols import Event, Key, RecordedEvent, Verified
     from orchestrator.state.checkpoints import Checkpoint, Restoration
+    from orchestrator.state.conflicts import Applied, Conflict, Settled
     from orchestrator.state.copying import Copied
     from orchestrator.transfer import copy_state
 
 __all__ = [
     "AdapterReport",
     "AdapterSettings",
+    "Applied",
     "Archive",
     "BackoffSettings",
     "Checkpoint",
     "Config",
     "ConfigError",
+    "Conflict",
     "Copied",
     "Council",
     "CouncilError",
     "Event",
     "FailureClass",
     "KeptWork",
+    "Key",
     "LockHeld",
     "LogPart",
     "Past",
@@ -71,12 +76,15 @@ __all__ = [
     "Restored",
     "RunReport",
     "RunStatus",
+    "Settled",
     "SetupSettings",
     "StoreUnavailable",
+    "Strategy",
     "Task",
     "TaskDefaults",
     "TaskReport",
     "TaskStatus",
+    "Update",
     "Verified",
     "WorktreeSettings",
     "copy_state",
@@ -94,6 +102,7 @@ _MODULES = {
         "WorktreeSettings",
     ),
     "council": ("Council", "Places"),
+    "domain.conflicts": ("Strategy", "Update"),
     "domain.failures": ("FailureClass",),
     "domain.model": ("TaskStatus",),
     "engine.report": ("AdapterReport", "RunReport", "RunStatus", "TaskReport"),
@@ -101,8 +110,9 @@ _MODULES = {
     "errors": ("ConfigError", "CouncilError", "LockHeld", "Problem", "RefusedError", "StoreUnavailable"),
     "past": ("Past",),
     "plugins": ("Plugins",),
-    "protocols": ("Event", "RecordedEvent", "Verified"),
+    "protocols": ("Event", "Key", "RecordedEvent", "Verified"),
     "state.checkpoints": ("Checkpoint", "Restoration"),
+    "state.conflicts": ("Applied", "Conflict", "Settled"),
     "state.copying": ("Copied",),
     "transfer": ("copy_state",),
 }

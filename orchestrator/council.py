@@ -18,13 +18,14 @@ from orchestrator.engine.ledger import read_run
 from orchestrator.engine.report import RunReport
 from orchestrator.errors import CouncilError, RefusedError
 from orchestrator.project import LEGACY_RECORD, Project, council_home, exclude_from_git, find_project
-from orchestrator.protocols import Compacted, Record, RecordedEvent, Store, Verified
+from orchestrator.protocols import Compacted, JsonObject, Key, Record, RecordedEvent, Store, Verified
 from orchestrator.repo.checkout import check_own
 from orchestrator.repo.hub import Hub
 from orchestrator.runs import Runs
 from orchestrator.state import checkpoints
 from orchestrator.state.checkpoints import Checkpoint, Restoration
 from orchestrator.state.file import open_file_store
+from orchestrator.state.reading import is_of_run
 
 # Looking at a run must be quick: what it takes to run one, or to read a file, is imported where that is asked for.
 if TYPE_CHECKING:
@@ -33,11 +34,13 @@ if TYPE_CHECKING:
     from orchestrator.cleaning import Cleaner
     from orchestrator.config.model import RunConfig
     from orchestrator.config.schema import Config
+    from orchestrator.domain.conflicts import Update
     from orchestrator.engine.findings import Finding
     from orchestrator.engine.restoring import Restored
     from orchestrator.execution import Execution
     from orchestrator.past import Past
     from orchestrator.plugins import Plugins
+    from orchestrator.state.conflicts import Applied, Conflict, Settled
     from orchestrator.state.copying import Copied
     from orchestrator.views.content import Stand
 
@@ -197,10 +200,12 @@ class Council:
         if whole:
             return await checkpoints.create(self._store, None, reason)
         run = run or await self.newest_run()
-        is_live = False
+        return await checkpoints.create(self._store, run, reason, is_live=await self._is_at_work(run))
+
+    async def _is_at_work(self, run: str) -> bool:
         with suppress(RefusedError):  # one that has lost its repositories is at an end, and can be looked at
-            is_live = await self.is_live(run)
-        return await checkpoints.create(self._store, run, reason, is_live=is_live)
+            return await self.is_live(run)
+        return False
 
     async def checkpoints(self, run: str | None = None) -> list[Checkpoint]:
         """Return the checkpoints of a run (`all`: those of all runs together), or all there are, the oldest first."""
@@ -217,6 +222,45 @@ class Council:
         `force` it is taken over instead, and that process ends at its next step.
         """
         return await (await self._executing()).restore(checkpoint, force=force)
+
+    async def apply_updates(self, updates: Sequence[Update[Key]], strategy: str = "last_write_wins") -> Applied:
+        """Write what updates of documents amount to; those that compete are resolved by a strategy.
+
+        That is `last_write_wins`, `first_write_wins`, `merge`, or `manual`, which keeps them for `settle`. RefusedError
+        for documents of a run that a process is at work in.
+        """
+        from orchestrator.state import conflicts  # noqa: PLC0415  seldom needed
+
+        for key in dict.fromkeys(update.key for update in updates):
+            await self._check_idle(key)
+        return await conflicts.apply_updates(self._store, updates, strategy)
+
+    async def conflicts(self) -> list[Conflict]:
+        """Return the conflicts of updates that wait for a person, the oldest first."""
+        from orchestrator.state import conflicts  # noqa: PLC0415  the same
+
+        return await conflicts.pending(self._store)
+
+    async def settle(self, conflict: str, choice: int | JsonObject, *, force: bool = False) -> Settled:
+        """Settle a conflict, named by its id or its document: by the number of a candidate, from 1, or by a value.
+
+        RefusedError where the document was changed since, unless that is forced, and while a process is at work in the
+        run that it is of.
+        """
+        from orchestrator.state import conflicts  # noqa: PLC0415  the same
+
+        newest = None
+        with suppress(RefusedError):
+            newest = await self.newest_run()
+        found = await conflicts.find(self._store, conflict, newest)
+        await self._check_idle(found.key)
+        return conflicts.Settled(found, await conflicts.settle(self._store, found.id, choice, force=force))
+
+    async def _check_idle(self, key: Key) -> None:
+        """Refuse to write a document of a run beside the process that is at work in it, which would not know."""
+        run = next((run for run in await self.run_ids() if is_of_run(key, run)), None)
+        if run is not None and await self._is_at_work(run):
+            raise RefusedError(f"{key} is of run {run}, which is at work", "stop it with SIGINT, or wait for its end")
 
     def stop(self) -> None:
         """End what is under way here cleanly: sessions are stopped, what they did is kept.

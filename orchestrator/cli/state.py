@@ -1,4 +1,4 @@
-"""Commands that look at what is recorded, now and at any earlier moment; only `verify --repair` changes any of it."""
+"""Commands that look at what is recorded, at any moment; only `compact`, `verify --repair`, `import` and `settle` change anything."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from orchestrator.cli import upkeep
 from orchestrator.cli.command import Context, json_option, opened, perform, run_argument, store_option
 from orchestrator.cli.commits import CommitLines, commit_json
 from orchestrator.cli.completing import complete_runs
+from orchestrator.cli.conflicts import conflicts, settle
 from orchestrator.cli.copying import COMMANDS as OF_COPYING
 from orchestrator.cli.documents import (
     difference_lines,
@@ -269,5 +270,7 @@ def verify(repair: bool, as_json: bool) -> None:
     perform(command, as_json=as_json)
 
 
+state.add_command(conflicts)
+state.add_command(settle)
 state.add_command(upkeep.health)
 state.add_command(upkeep.compact)

@@ -34,6 +34,13 @@ class Conflict:
     candidates: Sequence[Update[Key]]
 
 
+class Settled(NamedTuple):
+    """A conflict that is no more, and the document that it was about: None if it is gone."""
+
+    conflict: Conflict
+    document: Document | None
+
+
 class Applied(NamedTuple):
     """What became of a batch of updates, by the keys of the documents."""
 
@@ -74,6 +81,29 @@ async def pending(store: Store) -> list[Conflict]:
     """
     documents = await store.list(KIND)
     return [_read(one) for one in sorted(documents, key=lambda one: (one.position, one.key)) if not one.damaged]
+
+
+async def find(store: Store, name: str, run: str | None = None) -> Conflict:
+    """Return the conflict that is meant by its id, or by the document, `kind/id` or `kind/rest` of a run's.
+
+    RefusedError where none is meant, or more than one.
+    """
+    found = await pending(store)
+    kind, _, rest = name.partition("/")
+    keys = [Key(kind, rest), Key(kind, f"{run}/{rest}")]
+    for meant in (
+        [one for one in found if one.id == name],
+        *([one for one in found if one.key == key] for key in keys),
+    ):
+        if len(meant) > 1:
+            several = ", ".join(one.id for one in meant)
+            raise RefusedError(f"{len(meant)} conflicts about {meant[0].key} wait", f"name one by its id: {several}")
+        if meant:
+            return meant[0]
+    # One that is damaged is not among them, and has its own reason.
+    if await store.get(Key(KIND, name)) is not None:
+        raise _damaged(name)
+    raise _unknown(name, found)
 
 
 async def settle(
@@ -173,9 +203,9 @@ async def _settle(
 ) -> Document | None:
     record = await store.get(Key(KIND, name))
     if record is None:
-        raise await _unknown(store, name)
+        raise _unknown(name, await pending(store))
     if record.damaged:
-        raise RefusedError(f"what conflict {name!r} was about is damaged", "`council state verify` tells more")
+        raise _damaged(name)
     conflict = _read(record)
     value, writer = (choice, None) if isinstance(choice, dict) else _candidate(conflict, choice)
     found = await store.get(conflict.key)
@@ -198,11 +228,15 @@ def _candidate(conflict: Conflict, number: int) -> tuple[JsonObject | None, str]
     return chosen.value, chosen.writer
 
 
-async def _unknown(store: Store, name: str) -> RefusedError:
-    names = [one.id for one in await pending(store)]
+def _damaged(name: str) -> RefusedError:
+    return RefusedError(f"what conflict {name!r} was about is damaged", "`council state verify` tells more")
+
+
+def _unknown(name: str, waiting: Sequence[Conflict]) -> RefusedError:
+    names = [one.id for one in waiting]
     more = ", …" if len(names) > _MOST_NAMED else ""
-    waiting = f"those that wait are {', '.join(names[:_MOST_NAMED])}{more}" if names else "none waits"
-    return RefusedError(f"no conflict {name!r} waits to be settled", waiting)
+    remedy = f"those that wait are {', '.join(names[:_MOST_NAMED])}{more}" if names else "none waits"
+    return RefusedError(f"no conflict {name!r} waits to be settled", remedy)
 
 
 async def _changed(store: Store, conflict: Conflict, found: Document | None) -> RefusedError:

@@ -1,0 +1,160 @@
+"""`council state conflicts` and `settle`: what waits for a person is seen and chosen, in a shell and from Python."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator import Council, Key, RefusedError, Update
+from orchestrator.protocols import Commit, Write
+from orchestrator.repo.hub import Hub
+from orchestrator.state.conflicts import apply_updates
+from orchestrator.state.file import FileStore
+from orchestrator.testing.clock import ManualClock
+from tests.conftest import Repository
+from tests.recorded import RUN, START, recorded
+
+GUIDE = (Path(__file__).parents[2] / "docs/state.md").read_text()
+EXAMPLES = re.findall(r"```text\n\$ (council state (?:conflicts|settle).*?)```", GUIDE, re.DOTALL)
+API, NAME = Key("task", f"{RUN}/api"), "3f9ac0d1e2b45678"
+
+
+async def updates(store: FileStore) -> list[Update[Key]]:
+    """Return what two have made of a document."""
+    found = await store.get(API)
+    assert found is not None
+    changed = found.value | {"status": "failed", "reason": "needs a key"}
+    return [Update(API, START + 115, "ada@box:4711", changed), Update(API, START + 125, "bob@attic:12", None)]
+
+
+@pytest.fixture
+async def project(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Repository:
+    """A repository with a run, and a conflict about one of its tasks."""
+    repository.environ["TZ"] = "UTC"
+    async with recorded(repository.top, monkeypatch) as store:
+        with monkeypatch.context() as patched:
+            patched.setattr("secrets.token_hex", lambda _: NAME)
+            await apply_updates(store, await updates(store), "manual")
+    return repository
+
+
+async def change(repository: Repository, key: Key, value: dict[str, Any] | None) -> None:
+    """Write a document, whatever it was."""
+    async with FileStore.open(repository.top / ".council/state", ManualClock(START + 200)) as store:
+        found = await store.get(key)
+        await store.commit(Commit([Write(key, found.version if found else 0, value)]))
+
+
+async def test_the_guides_examples_are_true(project: Repository) -> None:
+    """One after the other, each prints what docs/state.md says."""
+    assert len(EXAMPLES) == 2
+    for example in EXAMPLES:
+        line, _, expected = example.partition("\n")
+        ended = project.council(*shlex.split(line)[1:])
+        assert (ended.code, ended.stdout + ended.stderr) == (0, expected)
+    assert project.council("state", "conflicts").stdout == "no conflict waits\n"
+    assert (
+        project.council("state", "at", "now", "task/api", "--json").result["documents"][0]["value"]["status"]
+        == "failed"
+    )
+
+
+async def test_conflicts_for_programs(project: Repository) -> None:
+    """With whole values, and what each would change."""
+    [one] = project.council("state", "conflicts", "--json").result["conflicts"]
+    assert (one["id"], one["key"], one["version"], one["current_version"]) == (NAME, str(API), 4, 4)
+    first, second = one["candidates"]
+    assert (first["number"], first["writer"], first["value"]["status"]) == (1, "ada@box:4711", "failed")
+    assert {tuple(field["path"]) for field in first["fields"]["modified"]} == {("status",), ("reason",)}
+    assert (second["value"], second["time"], second["base"]) == (None, START + 125, None)
+    done = project.council("state", "settle", NAME, "--take", "2", "--json").result
+    assert done == {"conflict": NAME, "key": str(API), "version": None, "value": None}
+    assert project.council("state", "conflicts", "--json").result == {"conflicts": [], "damage": []}
+
+
+async def test_a_value_of_ones_own(project: Repository) -> None:
+    """From a file or from standard input."""
+    value = {"status": "pending", "attempts": []}
+    command = [sys.executable, "-m", "orchestrator.cli.main", "state", "settle", "task/api", "--value", "-", "--json"]
+    done = subprocess.run(
+        command,
+        cwd=project.top,
+        env=project.environ,
+        input=json.dumps(value),
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    assert json.loads(done.stdout) == {"conflict": NAME, "key": str(API), "version": 5, "value": value}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["nothing", "--take", "1"], f"no conflict 'nothing' waits to be settled: those that wait are {NAME}"),
+        ([NAME, "--take", "3"], f"conflict '{NAME}' has no candidate 3: choose one of 1 to 2"),
+        ([NAME], "choose by one of --take and --value"),
+        ([NAME, "--take", "1", "--value", "-"], "choose by one of --take and --value"),
+        ([NAME, "--value", "-"], "standard input holds is no JSON"),
+        ([NAME, "--value", "list.json"], "what list.json holds is no JSON object"),
+        ([NAME, "--value", "missing.json"], "missing.json"),
+    ],
+)
+async def test_what_can_not_be_chosen_is_refused(project: Repository, words: list[str], says: str) -> None:
+    """With exit code 2 and the reason; the conflict waits on."""
+    (project.top / "list.json").write_text("[1]")
+    ended = project.council("state", "settle", *words)
+    assert (ended.code, ended.stdout) == (2, "")
+    assert says in ended.stderr
+    async with Council.open(project.top, environ=project.environ) as council:
+        assert [one.id for one in await council.conflicts()] == [NAME]
+
+
+async def test_a_document_that_was_changed_since_needs_force(project: Repository) -> None:
+    """The list says so, the refusal says who did it and when."""
+    await change(project, API, {"status": "pending"})
+    assert f"{API}  version 4, version 5 by now" in project.council("state", "conflicts").stdout
+    refused = project.council("state", "settle", "task/api", "--take", "1")
+    assert (refused.code, "was changed by" in refused.stderr) == (2, True)
+    assert project.council("state", "settle", "task/api", "--take", "1", "--force").code == 0
+
+
+async def test_of_several_about_one_document_the_id_is_asked_for(project: Repository) -> None:
+    """Each has one of its own."""
+    async with FileStore.open(project.top / ".council/state", ManualClock(START + 200)) as store:
+        await apply_updates(store, await updates(store), "manual")
+    async with Council.open(project.top, environ=project.environ) as council:
+        first, second = await council.conflicts()
+        with pytest.raises(
+            RefusedError, match=f"2 conflicts about {API} wait: name one by its id: {first.id}, {second.id}"
+        ):
+            await council.settle("task/api", 1)
+        settled = await council.settle(second.id, {"status": "pending"})
+        assert settled.document is not None
+        assert (settled.conflict, settled.document.value) == (second, {"status": "pending"})
+
+
+async def test_nothing_is_written_beside_a_run_at_work(project: Repository) -> None:
+    """Neither by settling nor by updates; what is of no run, and of others, is."""
+    hub = Hub(project.top / "hub")
+    for folder in (hub.trusted, hub.root / "locks"):
+        folder.mkdir(parents=True)
+    async with Council.open(project.top, environ=project.environ) as council:
+        note = Update(Key("note", "x"), 1.0, "me", {"a": 1})
+        mine = Update(API, 1.0, "me", {"status": "pending"})
+        async with hub.run_lock(RUN).hold(0):
+            with pytest.raises(RefusedError, match=f"task/{RUN}/api is of run {RUN}, which is at work"):
+                await council.settle(NAME, 1, force=True)
+            with pytest.raises(RefusedError, match="which is at work"):
+                await council.apply_updates([note, mine])
+            assert (await council.apply_updates([note])).written == [note.key]
+        applied = await council.apply_updates([mine, Update(API, 2.0, "you", {"status": "failed"})], "first_write_wins")
+        assert (applied.resolved, applied.waiting) == ([API], [])
+        assert (await council.past.at(await council.position())).documents[API].value == {"status": "pending"}
