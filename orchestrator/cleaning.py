@@ -14,7 +14,8 @@ from pathlib import Path
 import anyio.to_thread
 
 from orchestrator.clock import Clock
-from orchestrator.domain.leftovers import Kind, Leftover
+from orchestrator.domain.leftovers import Kind, Leftover, is_still
+from orchestrator.engine.forgetting import forget_run
 from orchestrator.engine.recovery import end_session
 from orchestrator.engine.survey import Survey, exists, judged, run_locks
 from orchestrator.errors import GitError, LockHeld, StoreUnavailable
@@ -50,32 +51,41 @@ class Cleaner:
     ) -> None:
         """Take the folder of all hubs, and a project together with its store and the store's URL."""
         self._environ, self._store = environ, store
+        self._checkpoints: dict[str, str] = {}
         self._survey = Survey(home, environ, clock, project, store, url)
 
-    async def find(self, *, logs: float | None = None) -> list[Leftover]:
+    async def find(
+        self, *, logs: float | None = None, runs: float | None = None, even_cut_off: bool = False
+    ) -> list[Leftover]:
         """Return what is left over, and what of it must stay, with sizes.
 
-        With `logs`, also the output of runs that ended more than so many seconds ago.
+        With `logs`, also the output of runs that ended more than so many seconds ago, with `runs` also the records of
+        such runs; with `even_cut_off` of those, too, that could be resumed and of which nothing is recorded since.
         """
         found = await self._survey.everything()
         if logs is not None:
             found += await self._survey.logs(logs)
-        return [await anyio.to_thread.run_sync(_measured, one) for one in found]
+        if runs is not None:
+            found += await self._survey.old_runs(runs, even_cut_off=even_cut_off)
+        return [await anyio.to_thread.run_sync(_measured, one, self._survey.project) for one in found]
 
     async def remove(self, found: Sequence[Leftover]) -> list[Removal]:
         """Remove what `find` returned, whether left over or kept, but nothing that came to be needed since.
 
-        Of each run that it is of, a checkpoint is made first.
+        Of each run that it is of, a checkpoint is made first. Restoring it brings a record back that was removed, but
+        not what the run printed.
         """
-        await self._make_checkpoints({one.run for one in found if one.run is not None})
+        self._checkpoints |= await self._make_checkpoints({one.run for one in found if one.run is not None})
         return [Removal(one, await self._problem(replace(one, bytes=0))) for one in found]
 
-    async def _make_checkpoints(self, runs: Collection[str]) -> None:
-        known = await self._survey.runs()
+    async def _make_checkpoints(self, runs: Collection[str]) -> dict[str, str]:
+        known, made = await self._survey.runs(), {}
         for run in sorted(known.keys() & runs):
             with suppress(StoreUnavailable):  # on a disk that is full, to clean is the remedy
                 if self._store is not None:
-                    await create(self._store, run, "before clean", maker=Maker.COUNCIL, is_live=False)
+                    one = await create(self._store, run, "before clean", maker=Maker.COUNCIL, is_live=False)
+                    made[run] = one.id
+        return made
 
     async def _problem(self, one: Leftover) -> str | None:
         removals = {
@@ -85,6 +95,7 @@ class Cleaner:
             Kind.HUB: self._remove_hub,
             Kind.TEMPORARY: self._remove_temporary,
             Kind.LOGS: self._remove_logs,
+            Kind.RUN: self._remove_run,
         }
         try:
             is_done = await removals[one.kind](one)
@@ -143,6 +154,22 @@ class Cleaner:
             await remove_all([Path(one.place)], self._environ, git.keep_fds)
         return True
 
+    async def _remove_run(self, one: Leftover) -> bool:
+        async with self._run_held(one) as (git, run):
+            known = (await self._survey.runs()).get(run)
+            if known is None:
+                return True
+            project, store, checkpoint = self._survey.project, self._store, self._checkpoints.get(run)
+            if project is None or store is None or checkpoint is None:  # it could not be made
+                return False
+            # One that is not over was found because that was asked for; if it was over then, it says so.
+            if not is_still(one, await self._survey.old_run(known, even_cut_off=True)):
+                return False
+            # First: by a run that is recorded they are found again.
+            await remove_all([project.logs(run)], self._environ, git.keep_fds)
+            await forget_run(store, run, checkpoint)
+        return True
+
     @asynccontextmanager
     async def _run_held(self, one: Leftover) -> AsyncIterator[tuple[Git, str]]:
         """Keep everybody from beginning to work in a run; LockHeld if somebody does.
@@ -195,10 +222,12 @@ def _hub(one: Leftover) -> Hub:
     return Hub(Path(one.hub))
 
 
-def _measured(one: Leftover) -> Leftover:
+def _measured(one: Leftover, project: Project | None) -> Leftover:
     if one.kind is Kind.REFS:
         return one
     folders = [Path(one.place)]
+    if one.kind is Kind.RUN and project is not None:
+        folders = [project.logs(one.place)]
     if one.kind is Kind.WORKTREE and (place := place_of(_hub(one), Path(one.place))) is not None:
         folders.append(place.root)
     return replace(one, bytes=sum(map(disk_usage, folders)))

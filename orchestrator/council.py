@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from orchestrator.views.content import Stand
 
 #: The events behind which nothing more comes of a run, for now.
-_LAST_EVENTS = frozenset({"run.finished", "run.interrupted"})
+_LAST_EVENTS = frozenset({"run.finished", "run.interrupted", "run.imported", "run.removed"})
 #: The events that may come behind those without anybody being at work again.
 _LATER_EVENTS = frozenset({"checkpoint.created", "checkpoint.restored", "run.seized"})
 

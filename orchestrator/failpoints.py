@@ -17,6 +17,7 @@ FAILPOINTS: Final = frozenset(
         "run.seeded",  # the run and its tasks are in the store
         "run.claimed",  # this process is the run's owner, under a new epoch
         "run.finished",  # the run's end is in the store
+        "run.removed",  # the documents of an old run are deleted
         "run.seized",  # this process is the run's owner, to restore a checkpoint
         "checkpoint.created",  # a checkpoint is in the store
         "checkpoint.restored",  # the state is as it was, in the store

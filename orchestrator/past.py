@@ -126,8 +126,9 @@ class Past:
     async def metrics(self, run: str) -> Metrics:
         """Return the figures of a run."""
         documents = await read_tasks(self.runs.store, run)
-        tasks = task_documents(documents, (await read_run(self.runs.store, run)).tasks)
-        return measure(tasks, landing_times(tasks, documents))
+        known = await read_run(self.runs.store, run)
+        tasks = task_documents(documents, known.tasks)
+        return measure(tasks, await self._landed_at(known, tasks, documents))
 
     async def overview(self, run: str) -> Overview:
         """Return all that is known of a run, also of one whose repositories are gone."""
@@ -137,8 +138,20 @@ class Past:
         if record.run.ended is None:
             status = RunStatus.RUNNING if await self._is_live(run) else RunStatus.INTERRUPTED
         checkouts = await anyio.to_thread.run_sync(_worktrees, record.run, record.tasks)
-        landed_at = landing_times(record.tasks, documents)
+        landed_at = await self._landed_at(record.run, record.tasks, documents)
         return overview(record, self.runs.describe(record, status), landed_at, checkouts, await self._events(run))
+
+    async def _landed_at(
+        self, run: RunDocument, tasks: Mapping[str, TaskDocument], documents: Mapping[str, Document]
+    ) -> dict[str, float]:
+        """Return when tasks landed, by task, also of a run whose record was removed and brought back since."""
+        found = landing_times(tasks, documents)
+        for task, time in found.items():
+            if run.imported is None and run.ended is not None and time > run.ended:
+                versions = await self.runs.store.history(documents[task].key)
+                same = [one.time for one in versions if (one.value or {}).get("landed") == tasks[task].landed]
+                found[task] = min(same, default=time)
+        return found
 
     async def _is_live(self, run: str) -> bool:
         with suppress(RefusedError):

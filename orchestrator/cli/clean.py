@@ -29,17 +29,36 @@ from orchestrator.project import council_home, find_project
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @click.option("--kept", is_flag=True, help="Remove worktrees and hubs, too, that hold work which may be nowhere else.")
 @click.option("--pool", is_flag=True, help="Remove checkouts, too, that are ready for the next run.")
+@click.option("--logs", metavar="AGE", callback=duration, help="Remove, too, what runs printed that ended before.")
 @click.option(
-    "--logs", metavar="AGE", callback=duration, help="Remove, too, what runs printed that ended before (30d)."
+    "--runs",
+    metavar="[AGE]",
+    is_flag=False,
+    flag_value="7d",
+    callback=duration,
+    help="Remove, too, the records of runs that ended before; 7d if AGE is left out.",
 )
+@click.option("--interrupted", is_flag=True, help="With --runs, also of those that could still be resumed.")
 @store_option
 @json_option
-def clean(dry_run: bool, yes: bool, kept: bool, pool: bool, logs: float | None, as_json: bool) -> None:
+def clean(
+    dry_run: bool,
+    yes: bool,
+    kept: bool,
+    pool: bool,
+    logs: float | None,
+    runs: float | None,
+    interrupted: bool,
+    as_json: bool,
+) -> None:
     """Remove what runs left over and nothing needs.
 
     That is worktrees of tasks that are over, temporary files of commands that were killed, and our own repositories
     whose user's repository is gone. What a run is at work on or `council resume` goes on from stays. Work on branches
     stays, too: `council salvage list` names it and `council salvage drop` deletes it.
+
+    With --runs, old runs are forgotten: what is recorded of them and what they printed. One that has work which did not
+    land goes only with --kept, and one at work never. A checkpoint is made first, which brings the record back.
 
     \b
     Examples:
@@ -47,11 +66,14 @@ def clean(dry_run: bool, yes: bool, kept: bool, pool: bool, logs: float | None, 
       council clean --yes --logs 30d
       council clean --kept --dry-run
       council clean --pool
+      council clean --runs 30d
     """
+    if interrupted and runs is None:
+        raise click.UsageError("--interrupted says which --runs are meant.")
 
     async def command(context: Context) -> int:
         async with _cleaner(context.log) as cleaner:
-            found = await cleaner.find(logs=logs)
+            found = await cleaner.find(logs=logs, runs=runs, even_cut_off=interrupted)
             wanted = {Standing.LEFT_OVER, *([Standing.KEPT] if kept else []), *([Standing.READY] if pool else [])}
             going = [one for one in found if one.standing in wanted]
             if not as_json:

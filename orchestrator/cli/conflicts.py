@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.command()
 @store_option
 @json_option
-def conflicts(store: str | None, as_json: bool) -> None:
+def conflicts(as_json: bool) -> None:
     """List the conflicts of updates that wait for a person, the oldest first.
 
     Of each there are its id, the document, and the candidates: when, by whom, and what each would change of the
@@ -37,7 +37,7 @@ def conflicts(store: str | None, as_json: bool) -> None:
     """
 
     async def command(context: Context) -> int:
-        async with opened(context.log, store=store) as council:
+        async with opened(context.log) as council:
             found = await council.conflicts()
             now = await council.past.at(await council.position())
             told = [(one, now.documents.get(one.key)) for one in found]
@@ -64,7 +64,7 @@ def conflicts(store: str | None, as_json: bool) -> None:
 @click.option("--force", is_flag=True, help="Also where the document was changed since the conflict was found.")
 @store_option
 @json_option
-def settle(name: str, take: int | None, file: str | None, force: bool, store: str | None, as_json: bool) -> None:
+def settle(name: str, take: int | None, file: str | None, force: bool, as_json: bool) -> None:
     """Settle a conflict: what you choose becomes the document, and the conflict is gone.
 
     CONFLICT is an id as `council state conflicts` has it, or the document that it is about, in which the newest run may
@@ -81,7 +81,7 @@ def settle(name: str, take: int | None, file: str | None, force: bool, store: st
     async def command(context: Context) -> int:
         choice = take if file is None else await anyio.to_thread.run_sync(_read, file)
         assert choice is not None, "one of them is given"  # noqa: S101
-        async with opened(context.log, store=store) as council:
+        async with opened(context.log) as council:
             done = await council.settle(name, choice, force=force)
             key, version = str(done.conflict.key), None if done.document is None else done.document.version
             if as_json:

@@ -40,6 +40,7 @@ SENTENCES: Mapping[str, str] = {
     "adapter.parked": "adapter {adapter} pauses until {until}: {reason}",
     "adapter.closed": "adapter {adapter} is stopped: {reason}",
     "run.interrupted": "interrupted: `council resume {run}` goes on",
+    "run.removed": "its record was removed, checkpoint {checkpoint} brings it back",
     "run.seized": "taken over by process {pid}, to restore a checkpoint",
     "checkpoint.restored": "checkpoint {checkpoint} was restored",
     "run.target_unreachable": "the target can't be looked at: {reason}",

@@ -1,4 +1,4 @@
-"""Commands that look at what is recorded, at any moment; only `compact`, `verify --repair`, `import` and `settle` change anything."""
+"""Commands that look at what is recorded, now and at any earlier moment, or look after it."""
 
 from __future__ import annotations
 

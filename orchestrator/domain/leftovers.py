@@ -45,6 +45,7 @@ class Kind(StrEnum):
     HUB = auto()
     TEMPORARY = auto()
     LOGS = auto()
+    RUN = auto()  #: the record of one that is over, with what it printed
 
 
 class Standing(StrEnum):
@@ -112,6 +113,31 @@ def judge_hub(gone: str, refs: int | None, worktrees: int) -> tuple[Standing, st
     if refs or worktrees:
         return Standing.KEPT, f"{gone} is gone; it holds work (refs: {refs}, worktrees: {worktrees})"
     return Standing.LEFT_OVER, f"{gone} is gone, and it holds no work"
+
+
+def judge_run(
+    run: str, ended: str, branches: int | None, worktrees: int, *, is_over: bool, even_cut_off: bool
+) -> tuple[Standing, str]:
+    """Return whether the record of a run that nobody is at work in may go, and why.
+
+    `ended` is the day on which it did, or was cut off, `branches` counts those that keep work (None: they can't be
+    read), `worktrees` those of which the same may be true. One that can be resumed goes only if that is wanted
+    (`even_cut_off`).
+    """
+    if not is_over and not even_cut_off:
+        return Standing.NEEDED, f"`council resume {run}` goes on with it"
+    when = f"it {'ended' if is_over else 'was cut off'} on {ended}"
+    if branches is None:
+        return Standing.KEPT, f"{when}; what it holds can't be read"
+    if branches or worktrees:
+        return Standing.KEPT, f"{when}; it holds work that did not land (branches: {branches}, worktrees: {worktrees})"
+    return Standing.LEFT_OVER, f"{when}; it holds no work that did not land"
+
+
+def is_still(judged: Leftover, now: Leftover) -> bool:
+    """Whether a run's record that was judged may still go: nothing has come to it, though work of it may be gone."""
+    same_end = judged.reason.partition(";")[0] == now.reason.partition(";")[0]
+    return same_end and now.standing in {judged.standing, Standing.LEFT_OVER}
 
 
 def is_stale(modified: float, now: float) -> bool:

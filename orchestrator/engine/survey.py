@@ -6,6 +6,7 @@ Finding changes nothing. What is found is true for as long as the lock of whoeve
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import anyio.to_thread
@@ -18,12 +19,14 @@ from orchestrator.domain.leftovers import (
     holding,
     is_stale,
     judge_hub,
+    judge_run,
     judge_stray,
     judge_worktree,
 )
 from orchestrator.domain.model import RunDocument, TaskDocument
 from orchestrator.engine.leases import forget, stale_leases
-from orchestrator.engine.ledger import read_tasks
+from orchestrator.engine.ledger import read_entries, read_tasks, task_documents
+from orchestrator.engine.report import RunRecord
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.filelock import FileLock
 from orchestrator.project import Project, unfinished_excludes
@@ -102,6 +105,46 @@ class Survey:
                 reason = "what a run printed that has ended"
                 found.append(Leftover(Kind.LOGS, str(logs), Standing.LEFT_OVER, reason, run.hub, run.id))
         return await _unused(found)
+
+    async def old_runs(self, age: float, *, even_cut_off: bool) -> list[Leftover]:
+        """Judge the runs that ended, or were cut off, more than `age` seconds ago and that nobody is at work in."""
+        known = [run for run in (await self.runs()).values() if run is not None]
+        ends = {run.id: await self._last(run) for run in known}
+        old = [run for run in known if self._clock.now() - ends[run.id] > age]
+        return await _unused([await self.old_run(run, even_cut_off=even_cut_off) for run in old])
+
+    async def old_run(self, run: RunDocument, *, even_cut_off: bool) -> Leftover:
+        """Judge the record of a run, whatever its age; the caller finds out that nobody is at work in it."""
+        assert self._store is not None, "a run is known by its store"  # noqa: S101
+        hub, ended = Hub(Path(run.hub)), f"{datetime.fromtimestamp(await self._last(run), UTC):%Y-%m-%d}"
+        branches: int | None = 0
+        try:
+            if await exists(hub):
+                branches = len(await salvage.kept(Git(hub.trusted, environ=self._environ), run.id))
+            is_over = await self._is_over(run)
+        except (GitError, RefusedError):
+            branches, is_over = None, run.ended is not None
+        left = [one for one in await self.worktrees(run) if one.standing is not Standing.LEFT_OVER]
+        standing, reason = judge_run(run.id, ended, branches, len(left), is_over=is_over, even_cut_off=even_cut_off)
+        return Leftover(Kind.RUN, run.id, standing, reason, run.hub, run.id)
+
+    async def _is_over(self, run: RunDocument) -> bool:
+        """Whether nothing is left that could be done in a run; RefusedError where that can't be read."""
+        assert self._store is not None, "a run is known by its store"  # noqa: S101
+        documents = await read_tasks(self._store, run.id)
+        if any(task not in documents or documents[task].damaged for task in run.tasks):
+            raise RefusedError(f"records of tasks of run {run.id} are damaged", "`council state verify` tells more")
+        tasks = task_documents(documents, run.tasks)
+        entries = await read_entries(self._store, run, () if run.imported is None else run.tasks)
+        return RunRecord(run, tasks, entries, {}).is_over
+
+    async def _last(self, run: RunDocument) -> float:
+        """Return when a run ended, or, where it did not, when its newest document was written (wall-clock seconds)."""
+        assert self._store is not None, "a run is known by its store"  # noqa: S101
+        if run.ended is not None:
+            return run.ended
+        written = [one.time for one in (await read_tasks(self._store, run.id)).values()]
+        return max([run.started, *written])
 
     async def _hubs(self) -> list[Hub]:
         known = {Path(run.hub) for run in (await self.runs()).values() if run is not None}

@@ -1,0 +1,168 @@
+"""`council clean --runs`: old runs are forgotten, with a way back; what could be lost by it stays."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from orchestrator.clock import SystemClock
+from orchestrator.council import Council
+from orchestrator.errors import RefusedError
+from orchestrator.protocols import Key
+from orchestrator.testing.clock import ManualClock
+from tests.conftest import Ended, Repository
+
+DAY = 86400.0
+LANDS: dict[str, Any] = {"id": "a", "prompt": "write a.txt a"}
+FAILS: dict[str, Any] = {"id": "f", "prompt": "write f.txt f\nexit 1", "attempts": 1}
+
+
+def run_once(repository: Repository, *tasks: dict[str, Any], failpoints: str = "") -> str:
+    """Run tasks, and return the run's id."""
+    repository.council("run", str(repository.configure(tasks)), failpoints=failpoints)
+    return str(repository.council("status", "--json").result["run"])
+
+
+@asynccontextmanager
+async def later(repository: Repository, days: float) -> AsyncIterator[Council]:
+    """Open the project some days from now."""
+    clock = ManualClock(SystemClock().now() + days * DAY)
+    async with Council.open(repository.top, clock=clock, environ=repository.environ) as council:
+        yield council
+
+
+async def judged(council: Council, **wanted: Any) -> dict[str, str]:
+    """Return the standing of the record of each old run."""
+    found = await council.cleaner.find(runs=7 * DAY, **wanted)
+    return {str(one.run): str(one.standing) for one in found if one.kind == "run"}
+
+
+async def removed(council: Council, **wanted: Any) -> list[str | None]:
+    """Remove the records of old runs, and return what went wrong with each."""
+    cleaner = council.cleaner
+    found = [one for one in await cleaner.find(runs=7 * DAY, **wanted) if one.kind == "run"]
+    return [one.error for one in await cleaner.remove(found)]
+
+
+async def documents(council: Council, run: str) -> set[str]:
+    """Return the kinds of the documents that there are of a run."""
+    return {key.kind for key in (await council.past.at(await council.position(), run=run)).documents}
+
+
+async def test_old_runs_go_and_come_back(repository: Repository) -> None:
+    """After 7 days and not before; with what they printed; restored, the record is as it was."""
+    run = run_once(repository, LANDS)
+    logs = repository.top / ".council/logs" / run
+    assert list(logs.iterdir())
+    async with later(repository, 6.9) as council:
+        assert await judged(council) == {}
+    async with later(repository, 7.1) as council:
+        before = (await council.past.overview(run)).to_json()
+        assert await judged(council) == {run: "left_over"}
+        position = await council.position()
+        assert await removed(council) == [None]
+        # A checkpoint, and all documents in one commit.
+        created, gone = [one async for one in council.past.commits(after=position, until=await council.position())]
+        checkpoint = created.events[0].data["checkpoint"]
+        assert [(event.type, event.data) for event in gone.events] == [
+            ("run.removed", {"run": run, "checkpoint": checkpoint})
+        ]
+        assert all(value is None for _, value in gone.documents.values())
+        assert await documents(council, run) == {"lease", "checkpoint"}
+        assert (await council.run_ids(), logs.exists()) == ([], False)
+        assert [one.id for one in await council.checkpoints(run)] == [checkpoint]
+        with pytest.raises(RefusedError, match="there is no run"):
+            await council.status(run)
+        assert [one.event.type async for one in council.events(run, after=position)][-1] == "run.removed"
+        restored = await council.restore(checkpoint)
+        assert restored.runs == [run]
+        after = (await council.past.overview(run)).to_json()
+        assert {**after, "events": []} == {**before, "events": []}
+    await repository.assert_invariants()
+
+
+async def test_work_that_did_not_land_stays_unless_forced(repository: Repository) -> None:
+    """On a branch; dropped, the record may go; forced, the branch is still there when the record is back."""
+    run = run_once(repository, FAILS)
+    async with later(repository, 8) as council:
+        assert await judged(council) == {run: "kept"}
+        [kept] = await council.archive.kept(run)
+        assert await removed(council) == [None]  # as with --kept
+        [checkpoint] = await council.checkpoints(run)
+        await council.restore(checkpoint.id)
+        assert await council.archive.kept(run) == [kept]
+        await council.archive.drop(run, [kept.name])
+        assert await judged(council) == {run: "left_over"}
+
+
+async def test_what_can_be_resumed_stays_unless_that_is_said(repository: Repository) -> None:
+    """A run that was cut off, and one of which a task is to be tried again."""
+    cut_off = run_once(repository, LANDS, failpoints="run.claimed=kill")
+    retried = run_once(repository, FAILS)
+    assert repository.council("retry", "f").code == 0
+    async with later(repository, 8) as council:
+        assert await judged(council) == {cut_off: "needed", retried: "needed"}
+        assert await judged(council, even_cut_off=True) == {cut_off: "left_over", retried: "kept"}
+        [run, _] = [one for one in await council.cleaner.find(runs=7 * DAY, even_cut_off=True) if one.kind == "run"]
+        assert (run.run, run.reason.startswith("it was cut off on ")) == (cut_off, True)
+    async with later(repository, 6) as council:
+        assert await judged(council, even_cut_off=True) == {}
+
+
+async def test_a_run_at_work_never_goes(repository: Repository) -> None:
+    """It is not even listed; one that somebody begins to work in after the list was made stays, too."""
+    run = run_once(repository, LANDS)
+    async with later(repository, 8) as council:
+        hub = await council._runs.hub((await council._runs.record(run)).run)
+        cleaner = council.cleaner
+        found = [one for one in await cleaner.find(runs=7 * DAY) if one.kind == "run"]
+        async with hub.run_lock(run).hold(0):
+            assert await judged(council, even_cut_off=True) == {}
+            [removal] = await cleaner.remove(found)
+            assert removal.error is not None
+        assert await council.run_ids() == [run]
+
+
+async def test_what_changed_since_it_was_shown_stays(repository: Repository) -> None:
+    """A run that was over and is to be gone on with."""
+    run = run_once(repository, FAILS)
+    async with later(repository, 8) as council:
+        cleaner = council.cleaner
+        found = [one for one in await cleaner.find(runs=7 * DAY, even_cut_off=True) if one.kind == "run"]
+        await council.retry("f")
+        [removal] = await cleaner.remove(found)
+        assert removal.error == "it is needed now, or was changed"
+        assert await council.run_ids() == [run]
+
+
+async def test_a_kill_in_between_leaves_what_can_be_cleaned_again(repository: Repository) -> None:
+    """With the logs gone and the record deleted, nothing of the run is left but its checkpoints and its lease."""
+    run = run_once(repository, LANDS)
+    words = ("clean", "--runs", "1ms", "--yes")
+    assert repository.council(*words, failpoints="run.removed=kill").code == -signal.SIGKILL
+    assert repository.council(*words, "--json").result["found"][0]["kind"] != "run"
+    async with later(repository, 0) as council:
+        assert await documents(council, run) == {"lease", "checkpoint"}
+        assert await council._store.get(Key("lease", f"run/{run}")) is not None
+
+
+async def test_the_command_shows_first(repository: Repository) -> None:
+    """Without --yes it only lists where nobody can be asked; seven days are the default."""
+    run = run_once(repository, LANDS)
+    assert run not in repository.council("clean", "--runs", "--yes").stdout
+    shown = repository.council("clean", "--runs", "1ms")
+    assert f"run        {run}: it ended on " in shown.stdout
+    assert "add --yes to remove them" in shown.stdout
+    assert repository.council("runs").stdout.startswith(run)
+    done: Ended = repository.council("clean", "--runs", "1ms", "--yes", "--json")
+    [facts] = [one for one in done.result["found"] if one["kind"] == "run"]
+    assert (facts["place"], facts["standing"], facts["removed"]) == (run, "left_over", True)
+    assert facts["bytes"] > 0
+    assert repository.council("runs").stdout == ""
+    assert run in repository.council("checkpoint", "list").stdout
+    refused = repository.council("clean", "--interrupted")
+    assert (refused.code, "--runs are meant" in refused.stderr) == (2, True)
