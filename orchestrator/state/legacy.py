@@ -28,6 +28,9 @@ KIND: Final = "imported"
 
 _WRITES: Final = 1000  # of one commit
 _BYTES: Final = 8 << 20  # the same, roughly
+#: Problems that are recorded, and those that a person is told.
+_MOST_RECORDED: Final = 1000
+_MOST_TOLD: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +49,11 @@ class Import:
             runs = f"{len(self.runs)} {'run' if len(self.runs) == 1 else 'runs'}"
             tasks = f"{self.tasks} {'task' if self.tasks == 1 else 'tasks'}"
             yield f"Imported {runs} with {tasks} from {names}, left as found: `council runs` lists what is new."
-        for one in self.problems:
+        for one in self.problems[:_MOST_TOLD]:
             kept = "the file stays as it is" if one.copy is None else f"a copy is kept as {one.copy}"
             yield f"Not imported as it is: {one.path}: {one.reason}; {kept}."
+        if len(self.problems) > _MOST_TOLD:
+            yield f"Nor are {len(self.problems) - _MOST_TOLD} more: `council state log` has them."
 
 
 async def import_into(store: Store, project: Project, now: float) -> list[str]:
@@ -85,7 +90,8 @@ async def _commit(store: Store, runs: Sequence[Imported], found: Found) -> Impor
     if record is not None and record.value["is_complete"]:
         return None
     version = record.version if record is not None else 0
-    done = Import(found.sources, [one.run.id for one in runs], sum(len(one.tasks) for one in runs), found.problems)
+    problems = found.problems[:_MOST_RECORDED]
+    done = Import(found.sources, [one.run.id for one in runs], sum(len(one.tasks) for one in runs), problems)
     parts = list(_parts(runs)) or [[]]
     for number, part in enumerate(parts, 1):
         is_complete = number == len(parts)

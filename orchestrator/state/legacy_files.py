@@ -32,7 +32,8 @@ MAX_FILE: Final = 64 << 20
 #: Files of a tree, and their bytes together.
 MAX_FILES: Final = 20_000
 MAX_TREE: Final = 256 << 20
-#: Tasks of all sessions together.
+#: Sessions, and the tasks of all of them together.
+MAX_SESSIONS: Final = 10_000
 MAX_TASKS: Final = 50_000
 #: Faults of a file that are told.
 _MOST_TOLD: Final = 5
@@ -79,6 +80,12 @@ def read_layouts(project: Project) -> Found:
     older = _read_file(reader)
     newer = _read_tree(reader)
     found.sessions = joined(older, newer)
+    if len(found.sessions) > MAX_SESSIONS:
+        beyond = found.sessions[MAX_SESSIONS]
+        reader.problem(
+            beyond.source, f"of {len(found.sessions)} sessions only the first {MAX_SESSIONS} are taken", None
+        )
+        del found.sessions[MAX_SESSIONS:]
     tasks, kept = 0, []
     for one in found.sessions:
         tasks += len(one.tasks)

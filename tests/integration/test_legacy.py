@@ -19,6 +19,7 @@ from orchestrator.engine.report import RunReport
 from orchestrator.errors import RefusedError
 from orchestrator.project import LEGACY_FILE, LEGACY_RECORD, LEGACY_TREE
 from orchestrator.protocols import Key
+from orchestrator.state import legacy_files
 from orchestrator.state.file import FileStore
 from tests.conftest import Repository
 
@@ -324,6 +325,25 @@ async def test_links_out_of_the_project_are_not_followed(repository: Repository,
         (f"{LEGACY_TREE}/sessions/pipe.json", "it is no file", None),
         (f"{LEGACY_TREE}/tasks/task-c/state.json", "a link leads out of the project", None),
     ]
+
+
+async def test_of_what_is_too_much_the_first_is_taken(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions, tasks, bytes of a file, entries of a folder; that is told, for a few files in full."""
+    monkeypatch.setattr(legacy_files, "MAX_SESSIONS", 3)
+    monkeypatch.setattr(legacy_files, "MAX_TASKS", 2)
+    monkeypatch.setattr(legacy_files, "MAX_FILES", 30)
+    monkeypatch.setattr(legacy_files, "MAX_FILE", 600)
+    few: list[dict[str, Any]] = [{"id": "a", "tasks": {"1": {}}}, {"id": "b", "tasks": {"1": {}, "2": {}}}, {"id": "c"}]
+    write(repository, LEGACY_FILE, {"sessions": [*few, {"id": "d"}]})
+    for number in range(40):
+        write(repository, f"{LEGACY_TREE}/tasks/task-{number:02}/state.json", " " * 601)
+    told = await imported(repository)
+    assert (await runs(repository)).keys() == {"a", "c"}
+    reasons = [one["reason"] for one in await events(repository, "legacy.damaged")]
+    assert len(reasons) == 33
+    assert {"of 4 sessions only the first 3 are taken", "of its 40 entries only the first 30 are read"} < set(reasons)
+    assert {"its 601 bytes are more than 600", "session b has too many tasks, 2"} < set(reasons)
+    assert told[-1] == "Nor are 13 more: `council state log` has them."
 
 
 async def test_a_kill_in_between_changes_nothing_of_what_comes_out(repository: Repository) -> None:
