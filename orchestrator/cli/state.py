@@ -49,9 +49,8 @@ def state() -> None:
     """
 
 
-for _command in OF_COPYING:
+for _command in (upkeep.health, upkeep.compact, views, conflicts, settle, *OF_COPYING):
     state.add_command(_command)
-state.add_command(views)
 
 #: What is looked for: one object for programs, made if it is asked for, or lines for people.
 _Answer = tuple[Callable[[], JsonObject], Iterator[str]]
@@ -268,9 +267,3 @@ def verify(repair: bool, as_json: bool) -> None:
             return 0 if found.is_sound else 1
 
     perform(command, as_json=as_json)
-
-
-state.add_command(conflicts)
-state.add_command(settle)
-state.add_command(upkeep.health)
-state.add_command(upkeep.compact)
