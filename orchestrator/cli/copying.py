@@ -12,6 +12,7 @@ import click
 
 from orchestrator.cli.command import Context, chosen_store, json_option, opened, perform, store_option
 from orchestrator.cli.streams import forget
+from orchestrator.config.quantities import shown_size
 from orchestrator.config.store import named_store
 from orchestrator.errors import RefusedError
 from orchestrator.project import find_project
@@ -149,9 +150,9 @@ def _tell(context: Context, copied: Copied, what: str, *, err: bool = False) -> 
     else:
         packed = ""
         if copied.packed is not None and copied.ratio is not None:
-            packed = f", in a file of {copied.packed / 1000:,.0f} kB (1/{copied.ratio:.0f})"
+            packed = f", in a file of {shown_size(copied.packed)} (1/{copied.ratio:.0f})"
         documents = f"{copied.documents:,} {'document' if copied.documents == 1 else 'documents'}"
-        line = f"{copied.commits:,} commits, {documents}, {copied.bytes / 1000:,.0f} kB{packed}: {what}"
+        line = f"{copied.commits:,} commits, {documents}, {shown_size(copied.bytes)}{packed}: {what}"
     context.output.text(f"{line}\n", err=err)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from orchestrator.cli.output import plain
+from orchestrator.config.quantities import shown_size
 from orchestrator.protocols import JsonObject, Verified
 
 
@@ -23,7 +24,7 @@ def verified_json(found: Verified) -> JsonObject:
 def verified_lines(found: Verified) -> Iterator[str]:
     """Yield it line by line, as text that a terminal only shows."""
     verdict = "sound" if found.is_sound else "not all can be trusted"
-    yield f"{found.position:,} commits, {found.bytes / 1000:,.0f} kB: {verdict}"
+    yield f"{found.position:,} commits, {shown_size(found.bytes)}: {verdict}"
     for one in found.damage:
         yield plain(f"  {one.describe()}")
     for key in found.damaged:
