@@ -135,7 +135,9 @@ def _put(path: Path, data: bytes) -> None:
 def remove_replaced(directory: Path) -> None:
     """Remove what is in the place of something newer, or was never finished. Blocks; the store's lock must be held."""
     log = {one.path(directory).name for one in segments(directory)}
-    for name in os.listdir(directory):  # noqa: PTH208  names are all that counts
-        is_log = name.endswith((".jsonl", ".jsonl.zst"))
-        if (is_log and name not in log) or name.endswith(_NEW):
-            (directory / name).unlink(missing_ok=True)
+    names = os.listdir(directory)  # noqa: PTH208  names are all that counts
+    replaced = [name for name in names if name.endswith((".jsonl", ".jsonl.zst")) and name not in log]
+    if replaced:
+        sync_folder(directory)  # whoever put the newer ones there may have died before
+    for name in (*replaced, *(name for name in names if name.endswith(_NEW))):
+        (directory / name).unlink(missing_ok=True)

@@ -43,6 +43,7 @@ from orchestrator.protocols import (
     Write,
 )
 from orchestrator.state import snapshot
+from orchestrator.state.boot import boot_id
 from orchestrator.state.compaction import log_size, pack_closed, remove_replaced, thin, to_thin
 from orchestrator.state.dumping import damaged_at, lines_of, not_empty, refuse_unsound
 from orchestrator.state.history import state_at, versions
@@ -53,6 +54,7 @@ from orchestrator.state.log import (
     Line,
     encode_commit,
     encode_line,
+    never_durable,
     to_dumped,
     to_record,
 )
@@ -70,7 +72,10 @@ from orchestrator.state.segments import (
     cut,
     find_line,
     make_durable,
+    make_folder,
+    rewrite,
     segments,
+    sync_folder,
     thinned_to,
 )
 from orchestrator.state.staging import Staging, put_loaded
@@ -422,7 +427,7 @@ class FileStore:
 
     def _open(self) -> None:
         refuse_network_mount(self._directory)
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(self._directory)
         self._lock = self._opened.enter_context(closing(Lock(self._directory)))
         self._cursor = Cursor(self._directory)
         self._opened.callback(self._close_cursor)
@@ -479,7 +484,8 @@ class FileStore:
                     turn.position, turn.failure = 0, self._unavailable(error)
 
     def _append(self, group: Sequence[_Turn]) -> None:
-        stage = Stage(self._replay.table, self._by)
+        known = Mark.decode(self._seen) or Mark(0, 0, 0)
+        stage = Stage(self._replay.table, self._by, known.durable)
         staged = []
         now = round(self._clock.now(), 6)
         for turn in group:
@@ -490,35 +496,48 @@ class FileStore:
         if not staged:
             return
         data = b"".join(encode_line(line) for line in stage.lines)
-        self._write(data, stage.lines[-1].position, durable=any(turn.commit.durable for turn, _ in staged))
+        self._write(known, data, stage.lines[-1].position, durable=any(turn.commit.durable for turn, _ in staged))
         for turn, line in staged:
             self._replay.table.apply(line)
             turn.position = line.position
 
-    def _write(self, data: bytes, position: int, *, durable: bool) -> None:
-        """Append at the end of the log, up to `position`, and publish it, or, on an OSError, not at all."""
+    def _write(self, known: Mark, data: bytes, position: int, *, durable: bool) -> None:
+        """Append behind what is `known`, up to `position`, and publish it, or, on an OSError, not at all."""
         if self._broken:
             raise self._broken
         cursor = self._cursor
-        if cursor.segment == 0 or cursor.offset >= self._segment_bytes or self._rolls:
-            self._rolls = False
-            self._save()  # so that who comes after a kill need replay no more than one segment
-            first = self._replay.table.position + 1
-            create_segment(self._directory, first)
-            cursor.begin(first)
         try:
+            if cursor.segment == 0 or cursor.offset >= self._segment_bytes or self._rolls:
+                known = self._roll(known)
             end = append(cursor.path, cursor.offset, data, durable=durable)
-            self._seen = self._lock.publish(Mark(cursor.segment, end, position))
+            durable_end, known_durable = (end, position) if durable else (known.durable_end, known.durable)
+            mark = Mark(cursor.segment, end, position, durable_end, known_durable, boot_id())
+            self._seen = self._lock.publish(mark)
         except OSError:
-            self._take_back()
+            self._take_back(known)
             raise
         cursor.skip(data)
 
-    def _take_back(self) -> None:
+    def _roll(self, known: Mark) -> Mark:
+        """Begin a new segment; return what is known then."""
+        self._rolls = False
+        self._save()  # so that who comes after a kill need replay no more than one segment
+        if known.durable < known.position:  # no later sync is of this file
+            make_durable(self._cursor.path)
+        first = known.position + 1
+        create_segment(self._directory, first)
+        self._cursor.begin(first)
+        return Mark(first, 0, known.position, 0, known.position, known.boot)
+
+    def _take_back(self, known: Mark) -> None:
+        """Drop what was written in part, and let whoever commits next, here or elsewhere, see to what is in doubt."""
+        if self._cursor.segment:
+            with suppress(OSError):  # that is tried once more, too
+                cut(self._cursor.path, self._cursor.offset)
         try:
-            cut(self._cursor.path, self._cursor.offset)
+            self._lock.publish(known._replace(is_doubtful=True))
         except OSError as error:
-            # What is on disk is not known any more. The next opener finds out; this one must not append to it.
+            # Nobody else is told. What is on disk is found out by the next opener; this one must not append to it.
             self._broken = error
 
     def _recover(self) -> None:
@@ -529,10 +548,17 @@ class FileStore:
         newest, last = found_segments[-1], found_segments[-1].first
         if found_segments[0].last > self._replay.table.position:  # what we had yet to read was thinned out
             self._begin_anew()
-        size = newest.path(self._directory).stat().st_size if last else 0
+        path = newest.path(self._directory)
+        size = path.stat().st_size if last else 0
         current, cursor = self._lock.read(), self._cursor
-        if current == self._seen and (cursor.segment, cursor.offset) == (last, size):
+        mark = Mark.decode(current)
+        is_settled = mark is not None and mark.boot == boot_id() and not mark.is_doubtful
+        place = (cursor.segment, cursor.offset, self._replay.table.position)
+        if is_settled and mark and mark[:3] == place and place[:2] == (last, size):
+            self._seen = current
             return
+        if mark and not is_settled and last:
+            size = self._drop(mark, newest, size)
         if (last, size) < (cursor.segment, cursor.offset):
             raise OSError(errno.EIO, "the log is shorter than what was read from it")
         lacks_end = False
@@ -546,13 +572,45 @@ class FileStore:
         if lacks_end:
             append(cursor.path, cursor.offset, b"\n")
             cursor.skip(b"\n")
-        mark = Mark.decode(current)
-        self._replay.finish(mark.position if mark else 0, cursor.path, cursor.offset)
-        end = Mark(cursor.segment, cursor.offset, self._replay.table.position)
-        if mark == end:
-            self._seen = current
-        else:
-            self._adopt(end)
+        self._replay.finish(_known_position(mark), cursor.path, cursor.offset)
+        self._adopt(mark)
+
+    def _drop(self, mark: Mark, newest: Segment, size: int) -> int:
+        """Cut off what was refused, or was not durable and is spoiled since a loss of power; return what is left."""
+        path = newest.path(self._directory)
+        if mark.boot == boot_id():
+            if mark.segment < newest.first:  # its beginning was refused
+                size = 0
+            elif mark.segment == newest.first:
+                size = mark.end
+            cut(path, size)
+            return size
+        start, position = (0, newest.first - 1) if mark.segment < newest.first else (mark.durable_end, mark.durable)
+        if newest.is_thinned or newest.is_packed or mark.segment > newest.first:
+            return size
+        end = never_durable(path.read_bytes(), start, position)
+        if end is None:
+            return size
+        cut(path, end)
+        what = "what was not durable yet when the machine stopped can't be read: cut"
+        self._replay.report(path, end, (), what)
+        return end
+
+    def _adopt(self, mark: Mark | None) -> None:
+        """Publish the end of the log, and what a dead appender had written but not acknowledged."""
+        cursor, position = self._cursor, self._replay.table.position
+        end = Mark(cursor.segment, cursor.offset, position, cursor.offset, position, boot_id())
+        if mark is not None and mark._replace(durable_end=end.durable_end, durable=end.durable) == end:
+            self._seen = self._lock.read()
+            return
+        if cursor.segment:
+            is_same = mark is not None and mark.segment == cursor.segment
+            start = mark.durable_end if mark and is_same else 0
+            if not is_same:
+                sync_folder(self._directory)  # whoever began it may have died before
+            if start < cursor.offset:
+                rewrite(cursor.path, start, cursor.sums[cursor.segment])
+        self._seen = self._lock.publish(end)
 
     def _close_cursor(self) -> None:
         self._cursor.close()
@@ -560,17 +618,6 @@ class FileStore:
     def _begin_anew(self) -> None:
         self._close_cursor()
         self._replay, self._cursor = Replay(), Cursor(self._directory)
-
-    def _adopt(self, end: Mark) -> None:
-        """Publish what a dead appender had written but not acknowledged."""
-        try:
-            if end.segment:
-                make_durable(self._cursor.path)
-        except OSError as error:
-            # The table has taken it in, and a second attempt would succeed without having written anything.
-            self._broken = error
-            raise
-        self._seen = self._lock.publish(end)
 
 
 def open_file_store(url: str, clock: Clock, /) -> AbstractAsyncContextManager[Store]:
@@ -586,6 +633,13 @@ def open_file_store(url: str, clock: Clock, /) -> AbstractAsyncContextManager[St
 
 def _size(sums: Mapping[int, Sum]) -> int:
     return sum(part.size for part in sums.values())
+
+
+def _known_position(mark: Mark | None) -> int:
+    """Return the position up to which the log must go: after a start of the machine, as far as it was durable."""
+    if mark is None:
+        return 0
+    return mark.position if mark.boot == boot_id() else mark.durable
 
 
 def _read_on(replay: Replay, cursor: Cursor, mark: Mark | None) -> None:

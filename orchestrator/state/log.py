@@ -2,11 +2,11 @@ r"""The codec of the commit log: one line per commit, made so that damage names 
 
     <crc of the rest of the head> <header length> <payload length> <header> <payload crc> <payload>\n
 
-Numbers are eight hexadecimal digits. The header (position, time, who; of each document kind, id, version, encoded
-length, position of the version before, perhaps when it expires) and the payload (`[[value, …], [[event type, data],
-…]]`) have a checksum each: with a bad payload it is still known which documents lost which version. Lengths are under
-the header's checksum, so that a reader steps over a bad payload to the next line. A value is cut out of the payload by
-its length, without parsing.
+Numbers are eight hexadecimal digits. The header (position, time, who, how far the log was durable by then; of each
+document kind, id, version, encoded length, position of the version before, perhaps when it expires) and the payload
+(`[[value, …], [[event type, data], …]]`) have a checksum each: with a bad payload it is still known which documents
+lost which version. Lengths are under the header's checksum, so that a reader steps over a bad payload to the next line.
+A value is cut out of the payload by its length, without parsing.
 """
 
 from __future__ import annotations
@@ -79,6 +79,8 @@ class Line:
     changes: Sequence[Change]
     payload: bytes
     by: str = ""
+    durable: int = 0
+    """The position up to which the log was known to be durable when this was written."""
 
     @property
     def is_damaged(self) -> bool:
@@ -142,6 +144,7 @@ def encode_line(line: Line) -> bytes:
             "position": line.position,
             "time": line.time,
             "by": line.by,
+            "durable": line.durable,
             "changes": [_columns(change) for change in line.changes],
         }
     )
@@ -176,6 +179,23 @@ def scan(data: bytes, offset: int) -> Scanned:
     # The length is trusted only if a newline stands where it says; else bytes were lost, not changed.
     next_line = end + 1 if data[end : end + 1] == b"\n" else _resync(data, header_end)
     return Decoded(next_line, _line(data, head, b""), b"\n")
+
+
+def never_durable(data: bytes, offset: int, position: int) -> int | None:
+    """Return where in `data` begins what can't be read and was never known to be durable, None if nothing is so.
+
+    `offset` is behind the commit at `position`. When a machine loses its power, bytes that were not durable yet may be
+    gone though later ones are there; a later line that was written when they were durable tells that from damage.
+    """
+    start = None
+    while offset < len(data):
+        item = scan(data, offset)
+        if not isinstance(item, Decoded) or item.line.is_damaged:
+            start = offset if start is None else start
+        elif start is None or item.line.position == position + 1 or item.line.durable > position:
+            start, position = None, item.line.position
+        offset = item.end
+    return start
 
 
 def values(line: Line) -> Iterator[tuple[Change, bytes | None]]:
@@ -252,7 +272,8 @@ def _is_header_good(data: bytes, head: re.Match[bytes]) -> bool:
 def _line(data: bytes, head: re.Match[bytes], payload: bytes) -> Line:
     header = orjson.loads(data[head.end() : head.end() + int(head[2], 16)])
     changes = tuple(Change(Key(kind, name), *rest) for kind, name, *rest in header["changes"])
-    return Line(header["position"], header["time"], changes, payload, header.get("by", ""))
+    durable = header.get("durable", header["position"] - 1)
+    return Line(header["position"], header["time"], changes, payload, header.get("by", ""), durable)
 
 
 def _resync(data: bytes, offset: int) -> int:

@@ -1,9 +1,10 @@
-"""The files of the commit log: segments, a lock, and the mark in it that says how far the log is durable.
+"""The files of the commit log: segments, a lock, and the mark in it that says how far the log goes.
 
 Segments are named by the first position that they hold; what is left of older ones that were thinned out is one that is
 named by its last position, too. Closed ones may be packed (`orchestrator.state.packing`). Only the holder of the flock
 appends; readers take no lock: they read up to the mark, which moves after the data is safe, so they never see what a
-failed disk takes back. All of this blocks: it runs in worker threads.
+failed disk takes back. The mark itself is never made durable: after a start of the machine it may be of any time
+before, and name commits that were to outlive their processes only. All of this blocks: it runs in worker threads.
 """
 
 from __future__ import annotations
@@ -15,39 +16,49 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from orchestrator.state.boot import UNKNOWN
 from orchestrator.state.log import Decoded, Incomplete, Line, Scanned, Unreadable, scan
 from orchestrator.state.packing import Source, Sum
 
 _READ_BYTES: Final = 1 << 20
-_MARK_BYTES: Final = 71
+_MARK_BYTES: Final = 148
 _LOCK: Final = "lock"
 _NAME: Final = re.compile(r"(\d{20})(?:-(\d{20}))?\.jsonl(\.zst)?")
 
 
 class Mark(NamedTuple):
-    """How far the log is durable: up to offset `end` of the segment that begins with position `segment`."""
+    """How far the log goes: up to offset `end` of the segment that begins with position `segment`."""
 
     segment: int
     end: int
     position: int
+    durable_end: int = 0
+    """Up to where in that segment it is known to be durable; all before the segment is."""
+    durable: int = 0
+    """The position up to which it is."""
+    boot: str = UNKNOWN
+    """The start of the machine that this is of."""
+    is_doubtful: bool = False
+    """Whether a write failed: what is behind `end` was refused, what is not durable yet may never get to the disk."""
 
     def encode(self) -> bytes:
         """Return text of fixed length with a checksum: a reader may meet a mark that is half written."""
-        text = b"%020d %020d %020d" % self
+        text = b"%020d %020d %020d %020d %020d %b %d" % (*self[:5], self.boot.encode(), self.is_doubtful)
         return b"%b %08x" % (text, zlib.crc32(text))
 
     @classmethod
     def decode(cls, data: bytes) -> Mark | None:
         """Return the mark, or None if `data` is not one."""
         fields = data.split(b" ")
-        if len(data) != _MARK_BYTES or len(fields) != 4 or fields[3] != b"%08x" % zlib.crc32(data[:62]):
+        if len(data) != _MARK_BYTES or len(fields) != 8 or fields[7] != b"%08x" % zlib.crc32(data[:-9]):
             return None
-        return cls(*map(int, fields[:3]))
+        segment, end, position, durable_end, durable = map(int, fields[:5])
+        return cls(segment, end, position, durable_end, durable, fields[5].decode(), fields[6] != b"0")
 
 
 class Segment(NamedTuple):
@@ -295,10 +306,19 @@ def _find_line(data: bytes, position: int) -> Line | None:
 
 
 def create_segment(directory: Path, first: int) -> None:
-    """Begin an empty segment, and make its name durable."""
+    """Begin an empty segment, and make its name durable. On an OSError it may be there all the same."""
     path = Segment(first).path(directory)
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     sync_folder(directory)
+
+
+def make_folder(directory: Path) -> None:
+    """Make a private folder where none is, and those that it is in, and make their names durable."""
+    missing = [one for one in (directory, *directory.parents) if not one.exists()]
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for one in missing:
+        with suppress(PermissionError):  # one that may be written to, but not be read
+            sync_folder(one.parent)
 
 
 def sync_folder(directory: Path) -> None:
@@ -310,12 +330,16 @@ def sync_folder(directory: Path) -> None:
 def append(path: Path, offset: int, data: bytes, *, durable: bool = True) -> int:
     """Write `data` at `offset`, and return where it ends. On an OSError it may stand there in part."""
     with _opened(path, os.O_WRONLY) as fd:
-        written = 0
-        while written < len(data):
-            written += os.pwrite(fd, memoryview(data)[written:], offset + written)
+        _write_at(fd, data, offset)
         if durable:
             _make_durable(fd)
     return offset + len(data)
+
+
+def _write_at(fd: int, data: bytes, offset: int) -> None:
+    written = 0
+    while written < len(data):
+        written += os.pwrite(fd, memoryview(data)[written:], offset + written)
 
 
 def cut(path: Path, offset: int) -> None:
@@ -326,7 +350,7 @@ def cut(path: Path, offset: int) -> None:
 
 
 def make_durable(path: Path) -> None:
-    """Make durable what an appender that died may have left in the page cache."""
+    """Make durable what was written to a file. After an OSError nothing is known of what was not durable before."""
     with _opened(path, os.O_WRONLY) as fd:
         _make_durable(fd)
 
@@ -334,6 +358,20 @@ def make_durable(path: Path) -> None:
 def private(path: str, flags: int) -> int:
     """Open a file that only its owner may read, once it is made: an `opener` for `open`."""
     return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
+def rewrite(path: Path, start: int, known: Sum) -> None:
+    """Write once more what stands in a file from `start` on, and make it durable: a failed sync is told only once.
+
+    After one, the next says that all is well, though what was to be written may never get to the disk. An OSError says
+    that this failed, too, or that the file's content is not what is known of it.
+    """
+    with _opened(path, os.O_RDWR) as fd:
+        data = os.pread(fd, known.size, 0)
+        if Sum(len(data), zlib.crc32(data)) != known:
+            raise OSError(errno.EIO, "the log is not what was read from it")
+        _write_at(fd, data[start:], start)
+        _make_durable(fd)
 
 
 @contextmanager

@@ -143,10 +143,10 @@ class Table:
 class Stage:
     """Commits that hold against a table and against each other, in order, but are not yet applied to it."""
 
-    def __init__(self, table: Table, by: str) -> None:
-        """Stage what the process `by` commits."""
+    def __init__(self, table: Table, by: str, durable: int = 0) -> None:
+        """Stage what the process `by` commits to a log that is known to be durable up to a position."""
         self.lines: list[Line] = []
-        self._table, self._by = table, by
+        self._table, self._by, self._durable = table, by, durable
         self._position = table.position
         self._changed: dict[Key, Entry] = {}
 
@@ -155,7 +155,7 @@ class Stage:
         for guard in commit.guards:
             self._check_guard(guard, time)
         changes = tuple(self._change(write, time) for write in commit.writes)
-        line = Line(self._position + 1, time, changes, commit.payload, self._by)
+        line = Line(self._position + 1, time, changes, commit.payload, self._by, self._durable)
         for change, value in values(line):
             self._changed[change.key] = _entry(line, change, value)
         self._position = line.position

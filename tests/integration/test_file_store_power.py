@@ -1,0 +1,149 @@
+"""The file store after a loss of power: what was durable is there or told, what was not may be gone without a word."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from orchestrator.protocols import Commit, Event, Key, Write
+from orchestrator.state import snapshot
+from orchestrator.state.file import FileStore
+from orchestrator.state.segments import Mark
+from orchestrator.testing.clock import ManualClock
+from tests.power import lose_power, start_anew
+
+BEAT, WORK = Key("beat", "b"), Key("work", "w")
+
+
+def newest(place: Path) -> Path:
+    """Return the segment that is written to."""
+    return max(place.glob("*.jsonl"))
+
+
+async def beat(store: FileStore, times: int) -> None:
+    """Commit what need not outlive the machine."""
+    for _ in range(times):
+        found = await store.get(BEAT)
+        version = found.version if found else 0
+        await store.commit(Commit([Write(BEAT, version, {"n": version, "x": "x" * 200})], durable=False))
+
+
+async def work(store: FileStore) -> None:
+    """Commit what must."""
+    found = await store.get(WORK)
+    version = found.version if found else 0
+    await store.commit(Commit([Write(WORK, version, {"n": version})], [Event("worked")]))
+
+
+async def test_what_was_never_durable_may_be_gone(tmp_path: Path) -> None:
+    """However much of it is left and whatever the mark says: no alarm, nothing marked, and all goes on."""
+    async with FileStore.open(tmp_path, ManualClock()) as store:
+        await work(store)
+        await beat(store, 2)
+        await work(store)
+        durable = newest(tmp_path).stat().st_size
+        await beat(store, 8)
+        shutil.copytree(tmp_path, tmp_path.with_name("kept"))
+    for seed in range(60):
+        place = tmp_path.with_name(f"{tmp_path.name}-{seed}")
+        shutil.copytree(tmp_path.with_name("kept"), place)
+        lose_power(place, durable, random.Random(seed))
+        async with FileStore.open(place, ManualClock()) as store:
+            assert not any(one.keys is None or one.keys for one in store.damage), (seed, store.damage)
+            found, beaten = await store.get(WORK), await store.get(BEAT)
+            assert found is not None
+            assert beaten is not None
+            assert (found.value, found.damaged, beaten.damaged) == ({"n": 1}, False, False)
+            assert 2 <= beaten.version <= 10
+            await work(store)
+            await beat(store, 1)
+            assert not (await store.verify()).differs
+        async with FileStore.open(place, ManualClock()) as store:
+            assert (await store.verify()).is_sound
+            found = await store.get(WORK)
+            assert found is not None
+            assert found.version == 3
+
+
+@pytest.mark.parametrize("is_old", [False, True], ids=["mark of then", "mark of before"])
+async def test_what_was_durable_and_is_spoiled_is_told(tmp_path: Path, is_old: bool) -> None:
+    """What was written later knows that it was durable, even where the mark does not."""
+    async with FileStore.open(tmp_path, ManualClock()) as store:
+        await beat(store, 1)
+        old = (tmp_path / "lock").read_bytes()
+        await work(store)
+        await beat(store, 3)
+    log = newest(tmp_path)
+    first, second, *rest = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join([first, b"\0" * (len(second) - 1) + b"\n", *rest]))
+    start_anew(tmp_path, old if is_old else None)
+    async with FileStore.open(tmp_path, ManualClock()) as store:
+        assert [one.keys for one in store.damage] == [None]
+        found = await store.get(BEAT)
+        assert found is not None
+        assert found.version == 4
+
+
+async def test_what_was_durable_and_is_gone_is_told(tmp_path: Path) -> None:
+    """A drive that says it has written what it has not: the mark knows."""
+    async with FileStore.open(tmp_path, ManualClock()) as store:
+        await work(store)
+        size = newest(tmp_path).stat().st_size
+        await beat(store, 1)
+        await work(store)
+        await beat(store, 3)
+    log = newest(tmp_path)
+    log.write_bytes(log.read_bytes()[:size])
+    start_anew(tmp_path)
+    async with FileStore.open(tmp_path, ManualClock()) as store:
+        (damage,) = store.damage
+        assert damage.keys is None
+        assert damage.what.startswith("2 commits from 2 on")
+        found = await store.get(WORK)
+        assert found is not None
+        assert found.damaged
+
+
+async def test_what_processes_of_this_start_wrote_is_told_where_it_is_gone(tmp_path: Path) -> None:
+    """Without a loss of power nothing may be missing, durable or not."""
+    async with FileStore.open(tmp_path, ManualClock()) as store:
+        await work(store)
+        size = newest(tmp_path).stat().st_size
+        await beat(store, 3)
+    newest(tmp_path).write_bytes(newest(tmp_path).read_bytes()[:size])
+    async with FileStore.open(tmp_path, ManualClock()) as store:
+        assert [one.keys for one in store.damage] == [None]
+
+
+async def test_an_old_mark_hides_nothing(tmp_path: Path) -> None:
+    """The mark may be older than the log: all that is there counts."""
+    async with FileStore.open(tmp_path, ManualClock(), segment_bytes=600) as store:
+        await work(store)
+        old = (tmp_path / "lock").read_bytes()
+        for _ in range(5):
+            await beat(store, 1)
+            await work(store)
+    assert len(list(tmp_path.glob("*.jsonl"))) > 2
+    (tmp_path / snapshot.NAME).unlink(missing_ok=True)
+    start_anew(tmp_path, old)
+    async with FileStore.open(tmp_path, ManualClock()) as store:
+        assert (await store.position(), store.damage) == (11, ())
+        mark = Mark.decode((tmp_path / "lock").read_bytes())
+        assert mark is not None
+        assert (mark.position, mark.durable) == (11, 11)
+
+
+async def test_a_segment_is_durable_before_the_next_begins(tmp_path: Path) -> None:
+    """A durable commit makes all before it durable, in the segments before it too."""
+    async with FileStore.open(tmp_path, ManualClock(), segment_bytes=600) as store:
+        marks = list[Mark]()
+        for _ in range(12):
+            await beat(store, 1)
+            mark = Mark.decode((tmp_path / "lock").read_bytes())
+            assert mark is not None
+            marks.append(mark)
+    assert len({mark.segment for mark in marks}) > 2
+    assert all(mark.durable == mark.segment - 1 for mark in marks)
