@@ -75,6 +75,7 @@ from orchestrator.state.segments import (
     make_folder,
     rewrite,
     segments,
+    size_of,
     sync_folder,
     thinned_to,
 )
@@ -507,7 +508,7 @@ class FileStore:
             raise self._broken
         cursor = self._cursor
         try:
-            if cursor.segment == 0 or cursor.offset >= self._segment_bytes or self._rolls:
+            if cursor.segment == 0 or cursor.is_closed or cursor.offset >= self._segment_bytes or self._rolls:
                 known = self._roll(known)
             end = append(cursor.path, cursor.offset, data, durable=durable)
             durable_end, known_durable = (end, position) if durable else (known.durable_end, known.durable)
@@ -522,7 +523,7 @@ class FileStore:
         """Begin a new segment; return what is known then."""
         self._rolls = False
         self._save()  # so that who comes after a kill need replay no more than one segment
-        if known.durable < known.position:  # no later sync is of this file
+        if known.durable < known.position and not self._cursor.is_closed:  # no later sync is of this file
             make_durable(self._cursor.path)
         first = known.position + 1
         create_segment(self._directory, first)
@@ -548,8 +549,7 @@ class FileStore:
         newest, last = found_segments[-1], found_segments[-1].first
         if found_segments[0].last > self._replay.table.position:  # what we had yet to read was thinned out
             self._begin_anew()
-        path = newest.path(self._directory)
-        size = path.stat().st_size if last else 0
+        size = size_of(self._directory, newest) if last else 0
         current, cursor = self._lock.read(), self._cursor
         mark = Mark.decode(current)
         is_settled = mark is not None and mark.boot == boot_id() and not mark.is_doubtful
@@ -557,7 +557,7 @@ class FileStore:
         if is_settled and mark and mark[:3] == place and place[:2] == (last, size):
             self._seen = current
             return
-        if mark and not is_settled and last:
+        if mark and last and (not is_settled or mark[:2] != (last, size)):
             size = self._drop(mark, newest, size)
         if (last, size) < (cursor.segment, cursor.offset):
             raise OSError(errno.EIO, "the log is shorter than what was read from it")
@@ -576,24 +576,21 @@ class FileStore:
         self._adopt(mark)
 
     def _drop(self, mark: Mark, newest: Segment, size: int) -> int:
-        """Cut off what was refused, or was not durable and is spoiled since a loss of power; return what is left."""
-        path = newest.path(self._directory)
-        if mark.boot == boot_id():
-            if mark.segment < newest.first:  # its beginning was refused
-                size = 0
-            elif mark.segment == newest.first:
-                size = mark.end
-            cut(path, size)
+        """Cut off what was refused, and what can't be read and was never acknowledged; return what is left."""
+        path, is_ours = newest.path(self._directory), mark.boot == boot_id()
+        if mark.segment > newest.first or newest.is_thinned or newest.is_packed:
             return size
-        start, position = (0, newest.first - 1) if mark.segment < newest.first else (mark.durable_end, mark.durable)
-        if newest.is_thinned or newest.is_packed or mark.segment > newest.first:
-            return size
+        start, position = 0, newest.first - 1
+        if mark.segment == newest.first:
+            start, position = (mark.end, mark.position) if is_ours else (mark.durable_end, mark.durable)
+        if is_ours and mark.is_doubtful:
+            cut(path, min(start, size))
+            return min(start, size)
         end = never_durable(path.read_bytes(), start, position)
         if end is None:
             return size
         cut(path, end)
-        what = "what was not durable yet when the machine stopped can't be read: cut"
-        self._replay.report(path, end, (), what)
+        self._replay.report(path, end, (), "the unfinished work of a process or machine that stopped: cut")
         return end
 
     def _adopt(self, mark: Mark | None) -> None:
@@ -608,7 +605,7 @@ class FileStore:
             start = mark.durable_end if mark and is_same else 0
             if not is_same:
                 sync_folder(self._directory)  # whoever began it may have died before
-            if start < cursor.offset:
+            if start < cursor.offset and not cursor.is_closed:
                 rewrite(cursor.path, start, cursor.sums[cursor.segment])
         self._seen = self._lock.publish(end)
 

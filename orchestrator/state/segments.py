@@ -171,6 +171,12 @@ def open_segment(directory: Path, segment: Segment) -> Source:
         return Source(segment.packed().path(directory))
 
 
+def size_of(directory: Path, segment: Segment) -> int:
+    """Return how many bytes of lines a segment holds."""
+    with closing(open_segment(directory, segment)) as source:
+        return source.size()
+
+
 class Cursor:
     """A place in the log, and what is read from there on."""
 
@@ -188,6 +194,11 @@ class Cursor:
     def path(self) -> Path:
         """The segment's file; without any segment, the directory."""
         return self._file.path(self._directory) if self.segment else self._directory
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing can be added to the segment."""
+        return self._file.is_packed
 
     @property
     def is_summed(self) -> bool:
@@ -214,7 +225,8 @@ class Cursor:
         """Stand behind what is known of some segments, the last of which is gone on with."""
         self.sums = dict(sums)
         self.segment = max(sums)
-        self._file = Segment(self.segment)
+        found = (one for one in segments(self._directory) if one.first == self.segment)
+        self._file = next(found, Segment(self.segment))
         self.offset = sums[self.segment].size
 
     def close(self) -> None:

@@ -1,0 +1,384 @@
+"""The file store over random histories is a plain dict with a past, whatever is closed, killed or cut off."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import anyio
+import pytest
+from anyio.from_thread import start_blocking_portal
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from orchestrator.errors import HistoryGone, LeaseLost, RefusedError, VersionConflict
+from orchestrator.protocols import HISTORY, Commit, Event, Guard, JsonObject, Key, Record, Write
+from orchestrator.state.file import FileStore
+from orchestrator.testing.clock import ManualClock
+from tests.power import lose_power
+
+LEASE = Key("lease", "l")
+KEYS = [*(Key("task", name) for name in ("a", "ab", "b", "ü/c")), Key("run", "a"), LEASE]
+SEGMENT_BYTES = 2_000
+ALL = 1 << 40
+
+
+@dataclass(frozen=True)
+class Happened:
+    """A commit, as the model has it: key -> (version, value, when it expires)."""
+
+    time: float
+    documents: dict[Key, tuple[int, JsonObject | None, float | None]]
+    events: list[Event]
+
+
+values = st.none() | st.builds(
+    lambda number, size: {"epoch": number, "text": "x" * size}, st.integers(1, 3), st.sampled_from([0, 0, 30, 400])
+)
+#: Which document, how far the expected version is off, the value, how long it lives.
+writes = st.lists(
+    st.tuples(
+        st.sampled_from(KEYS),
+        st.sampled_from([0, 0, 0, 0, 0, 0, 0, 1, -1]),
+        values,
+        st.sampled_from([None, None, None, 10.0, 60.0]),
+    ),
+    max_size=4,
+    unique_by=lambda write: write[0],
+)
+guards = st.lists(st.builds(Guard, st.just(LEASE), st.integers(1, 3)), max_size=1)
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Two stores on one folder, and what must be in them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = ManualClock()
+        self.log: list[Happened] = []
+        self.first = 0  # the position of the oldest state that can be told
+        self.kept: dict[Key, int] = {}  # from which position on there are versions of a document
+        self.durable = 0
+        self.durable_end: tuple[str, int] = ("", 0)  # in which segment, up to which offset
+        self.marks: list[bytes] = []
+        self.resources = ExitStack()
+        memory = Path("/dev/shm")
+        folder = TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None)
+        self.top = Path(self.resources.enter_context(folder))
+        self.portal = self.resources.enter_context(start_blocking_portal())
+        self.places = 0
+        self.place = self.top / "0"
+        self.stores: list[FileStore] = []
+        self.closers: list[AbstractContextManager[FileStore]] = []
+
+    # What the tests are made with.
+
+    def teardown(self) -> None:
+        """Close all."""
+        self.close()
+        self.resources.close()
+
+    @initialize()
+    def open(self) -> None:
+        """Open both stores."""
+        for _ in range(2):
+            opened = FileStore.open(self.place, self.clock, segment_bytes=SEGMENT_BYTES)
+            closer = self.portal.wrap_async_context_manager(opened)
+            self.stores.append(closer.__enter__())
+            self.closers.append(closer)
+
+    def close(self) -> None:
+        """Close both, in order."""
+        for closer in self.closers:
+            closer.__exit__(None, None, None)
+        self.stores, self.closers = [], []
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a coroutine function."""
+        return self.portal.call(function, *arguments)
+
+    def entry(self, key: Key, until: int | None = None) -> tuple[int, JsonObject | None, float | None]:
+        """Return the newest version of a document after so many commits."""
+        found = [one.documents[key] for one in self.log[:until] if key in one.documents]
+        return found[-1] if found else (0, None, None)
+
+    def state(self, now: float, until: int | None = None) -> dict[Key, tuple[int, JsonObject]]:
+        """Return the documents that there are after so many commits."""
+        entries = {key: self.entry(key, until) for key in KEYS}
+        return {
+            key: (version, value)
+            for key, (version, value, expires) in entries.items()
+            if value is not None and (expires is None or now < expires)
+        }
+
+    def version(self, key: Key) -> int:
+        """Return what a writer must expect."""
+        return self.state(self.clock.now()).get(key, (0, None))[0]
+
+    def commit_of(self, writes: Sequence[Any], guards: Sequence[Guard], number: int, durable: bool) -> Commit:
+        """Return a commit of what was drawn."""
+        made = [Write(key, max(self.version(key) + off, 0), value, ttl) for key, off, value, ttl in writes]
+        return Commit(made, [Event("e", {"n": number})], guards, durable)
+
+    def refusal(self, commit: Commit) -> type[Exception] | None:
+        """Return what must be raised."""
+        lease = self.state(self.clock.now()).get(LEASE)
+        if any(lease is None or lease[1]["epoch"] != guard.epoch for guard in commit.guards):
+            return LeaseLost
+        return VersionConflict if any(one.expected != self.version(one.key) for one in commit.writes) else None
+
+    def happen(self, commit: Commit) -> None:
+        """Take a commit into the model."""
+        now = self.clock.now()
+        documents = {
+            one.key: (self.entry(one.key)[0] + 1, one.value, now + one.ttl if one.ttl and one.value else None)
+            for one in commit.writes
+        }
+        self.log.append(Happened(now, documents, list(commit.events)))
+
+    def synced(self) -> None:
+        """Remember what can't be lost any more."""
+        newest = max(self.place.glob("*.jsonl"))
+        self.durable, self.durable_end = len(self.log), (newest.name, newest.stat().st_size)
+
+    def move(self, change: Callable[[Path], object]) -> None:
+        """Go on in a copy of the folder as it is now, as if all processes had been killed, after a change to it."""
+        self.places += 1
+        place = self.top / str(self.places)
+        shutil.copytree(self.place, place)
+        self.close()
+        shutil.rmtree(self.place)
+        self.place = place
+        change(place)
+        self.open()
+
+    # What happens.
+
+    @rule(writes=writes, guards=guards, durable=st.booleans(), which=st.integers(0, 1))
+    def commit(self, writes: Sequence[Any], guards: Sequence[Guard], durable: bool, which: int) -> None:
+        """All of a commit happens, or nothing."""
+        commit = self.commit_of(writes, guards, len(self.log), durable)
+        expected = self.refusal(commit)
+        if expected is not None:
+            with pytest.raises(expected):
+                self.call(self.stores[which].commit, commit)
+            return
+        assert self.call(self.stores[which].commit, commit) == len(self.log) + 1
+        self.happen(commit)
+        if durable:
+            self.synced()
+
+    @rule(key=st.sampled_from(KEYS), size=st.sampled_from([0, 100]), durable=st.booleans(), which=st.integers(0, 1))
+    def commit_often(self, key: Key, size: int, durable: bool, which: int) -> None:
+        """So many versions of one document that the oldest may go."""
+        for number in range(HISTORY + 1):
+            commit = self.commit_of([(key, 0, {"epoch": number, "text": "x" * size}, None)], [], number, durable)
+            assert self.call(self.stores[which].commit, commit) == len(self.log) + 1
+            self.happen(commit)
+        if durable:
+            self.synced()
+
+    @rule(keys=st.lists(st.sampled_from(KEYS), min_size=2, unique=True), durable=st.booleans())
+    def commit_together(self, keys: list[Key], durable: bool) -> None:
+        """Commits that wait at the same time, in both stores, all happen, in some order."""
+        commits = [self.commit_of([(key, 0, {"epoch": 1}, None)], [], 0, durable) for key in keys]
+        positions: dict[int, Commit] = {}
+
+        async def commit(store: FileStore, one: Commit) -> None:
+            positions[await store.commit(one)] = one
+
+        async def commit_all() -> None:
+            async with anyio.create_task_group() as tasks:
+                for number, one in enumerate(commits):
+                    tasks.start_soon(commit, self.stores[number % 2], one)
+
+        self.call(commit_all)
+        assert sorted(positions) == list(range(len(self.log) + 1, len(self.log) + len(commits) + 1))
+        for _, one in sorted(positions.items()):
+            self.happen(one)
+        if durable:
+            self.synced()
+
+    @rule(seconds=st.sampled_from([1, 10, 100]))
+    def wait(self, seconds: int) -> None:
+        """Time goes by."""
+        self.clock.advance(seconds)
+
+    @rule(which=st.integers(0, 1), age=st.sampled_from([0, 10, 100, 1000]), largest=st.sampled_from([ALL, ALL, 2_000]))
+    def compact(self, which: int, age: int, largest: int) -> None:
+        """Some of the past goes."""
+        found = self.call(self.stores[which].compact, self.clock.now() - age, largest)
+        assert self.first <= found.first <= len(self.log)
+        if found.first > self.first:
+            self.first = found.first
+            for key in KEYS:
+                at = [position for position, one in enumerate(self.log, 1) if key in one.documents]
+                old = [position for position in at if self.kept.get(key, 0) <= position <= self.first]
+                left = old[-1:] if self.entry(key, self.first)[1] is None else old[-HISTORY:]
+                if left:
+                    self.kept[key] = left[0]
+
+    @rule()
+    def reopen(self) -> None:
+        """All close the store, and open it again."""
+        self.close()
+        self.open()
+
+    @rule()
+    def kill(self) -> None:
+        """All are killed."""
+        self.move(lambda _: None)
+
+    @rule(garbage=st.binary(min_size=1, max_size=60) | st.integers(1, 10_000), within=st.booleans())
+    def kill_within_a_write(self, garbage: bytes | int, within: bool) -> None:
+        """A killed process leaves some of what it was about to write; or what it leaves is nonsense."""
+
+        def leave(place: Path) -> None:
+            newest = max(place.glob("*.jsonl"), default=None)
+            lines = newest.read_bytes().splitlines(keepends=True) if newest else []
+            tail = (lines[-1] if lines else b"")[:-1] if isinstance(garbage, int) else garbage
+            tail = tail[: garbage % max(len(tail), 1)] if isinstance(garbage, int) else tail
+            if newest is not None and within:
+                with newest.open("ab") as log:
+                    log.write(tail)
+            elif newest is not None and lines:
+                (place / f"{len(self.log) + 1:020d}.jsonl").write_bytes(tail)
+
+        self.move(leave)
+
+    @precondition(lambda self: self.log)
+    @rule(seed=st.integers(0, 1 << 30), mark=st.integers(0, 1 << 30))
+    def lose_power(self, seed: int, mark: int) -> None:
+        """What was durable is there; of the rest the first commits may be."""
+        older = self.marks[-1 - mark % min(len(self.marks), 4)] if self.marks else None
+
+        def lose(place: Path) -> None:
+            name, end = self.durable_end
+            newest = max(place.glob("*.jsonl")).name
+            lose_power(place, end if name == newest else 0, Random(seed), older)
+
+        self.move(lose)
+        position = self.call(self.stores[0].position)
+        assert self.durable <= position <= len(self.log)
+        assert position >= self.first
+        del self.log[position:]
+        self.synced()
+
+    # What holds.
+
+    @invariant()
+    def is_what_it_should_be(self) -> None:
+        """Both stores tell each document, and no damage to any."""
+        if not self.stores:
+            return
+        self.marks.append((self.place / "lock").read_bytes())
+        expected = self.state(self.clock.now())
+        for store in self.stores:
+            for key in KEYS:
+                found = self.call(store.get, key)
+                assert (found and (found.version, found.value)) == expected.get(key), key
+                assert not (found and found.damaged)
+            listed = self.call(store.list, "task", "a")
+            assert [one.key.id for one in listed] == [name for name in ("a", "ab") if Key("task", name) in expected]
+            assert self.call(store.position) == len(self.log)
+            assert not any(one.keys is None or one.keys for one in store.damage), store.damage
+
+    @rule(key=st.sampled_from(KEYS), which=st.integers(0, 1), limit=st.integers(1, 15))
+    def history(self, key: Key, which: int, limit: int) -> None:
+        """The versions are those that were written, as far as they are kept."""
+        expected = [
+            (*one.documents[key][:2], position, one.time, one.events)
+            for position, one in enumerate(self.log, 1)
+            if key in one.documents and position >= self.kept.get(key, 0)
+        ]
+        found = self.call(self.stores[which].history, key, limit)
+        told = [(one.version, one.value, one.position, one.time, list(one.events)) for one in found]
+        assert told == expected[::-1][:limit]
+
+    @rule(position=st.integers(-3, 1 << 20), which=st.integers(0, 1))
+    def at(self, position: int, which: int) -> None:
+        """The state at a position is what it was."""
+        position = position % (len(self.log) + 2)
+        if position < self.first:
+            with pytest.raises(HistoryGone):
+                self.call(self.stores[which].at, position)
+        elif position > len(self.log):
+            with pytest.raises(RefusedError):
+                self.call(self.stores[which].at, position)
+        else:
+            time = self.log[position - 1].time if position else 0
+            found = self.call(self.stores[which].at, position)
+            told = {key: (one.version, one.value) for key, one in found.documents.items()}
+            assert told == self.state(time, position)
+
+    @rule(after=st.integers(0, 1 << 20), which=st.integers(0, 1))
+    def watch(self, after: int, which: int) -> None:
+        """Who watches sees each commit once, in order."""
+        after = after % (len(self.log) + 1)
+
+        async def watch() -> list[Record]:
+            records = list[Record]()
+            async with aclosing(self.stores[which].watch(after)) as watched:
+                while len(records) < len(self.log) - after:
+                    records.append(await anext(watched))
+                return records
+
+        if after < self.first:
+            if after < len(self.log):
+                with pytest.raises(HistoryGone):
+                    self.call(watch)
+            return
+        expected = [
+            (position, one.time, {key: document[:2] for key, document in one.documents.items()}, one.events)
+            for position, one in enumerate(self.log[after:], after + 1)
+        ]
+        found = self.call(watch)
+        assert [(one.position, one.time, dict(one.documents), list(one.events)) for one in found] == expected
+
+    @rule(which=st.integers(0, 1))
+    def verify(self, which: int) -> None:
+        """All that is read anew is as it was told."""
+        found = self.call(self.stores[which].verify)
+        assert found.is_sound, found
+        assert found.position == len(self.log)
+
+
+def run(examples: int, steps: int, phases: Sequence[Phase] = tuple(Phase)) -> None:
+    """Try so many histories of so many steps."""
+    checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+    bounds = settings(
+        phases=phases,
+        max_examples=examples,
+        stateful_step_count=steps,
+        deadline=None,
+        suppress_health_check=checks,
+        print_blob=True,
+    )
+    run_state_machine_as_test(StoreMachine, settings=bounds)
+
+
+def test_a_store_is_a_dict_with_a_past() -> None:
+    """A few short histories; to make one that fails simpler would take longer than a test may."""
+    run(30, 30, (Phase.reuse, Phase.generate))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_store_is_a_dict_with_a_past_for_long() -> None:
+    """Many long ones."""
+    run(1500, 60)
