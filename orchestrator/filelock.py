@@ -177,7 +177,7 @@ def _open_and_try(path: Path) -> tuple[int, bool]:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         return fd, _flock(path, fd, block=False)
-    except StoreUnavailable:
+    except BaseException:
         os.close(fd)
         raise
 
@@ -210,9 +210,9 @@ def _unlock(fd: int) -> None:
 
 def _sign(fd: int) -> None:
     pid = os.getpid()
-    record = {"pid": pid, "started": _start_ticks(pid), "since": time.time()}
-    # The signature only serves messages: a full disk must not keep anyone from locking.
+    # The signature only serves messages: a full disk, or no descriptor to spare, must not keep anyone from locking.
     with suppress(OSError):
+        record = {"pid": pid, "started": _start_ticks(pid), "since": time.time()}
         os.ftruncate(fd, 0)
         os.pwrite(fd, json.dumps(record).encode(), 0)
 

@@ -220,6 +220,30 @@ async def test_a_refusal_names_the_holder(path: Path) -> None:
                 pass
 
 
+async def test_without_a_descriptor_to_spare_the_lock_is_held_unsigned(path: Path) -> None:
+    """A lock whose signature fails is held all the same, and given back."""
+    code = (
+        "import os, sys, resource, anyio\nfrom pathlib import Path\nfrom orchestrator.filelock import FileLock\n"
+        "async def main():\n"
+        "    lock = FileLock(Path(sys.argv[1]))\n"
+        "    async with lock.hold():\n"
+        "        pass\n"
+        "    resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))\n"
+        "    taken = []\n"
+        "    try:\n"
+        "        while True:\n"
+        "            taken.append(os.open('/dev/null', os.O_RDONLY))\n"
+        "    except OSError:\n"
+        "        os.close(taken.pop())\n"
+        "    for _ in range(2):\n"
+        "        async with lock.hold():\n"
+        "            print('held')\n"
+        "anyio.run(main)\n"
+    )
+    done = await anyio.run_process([sys.executable, "-c", code, str(path)], check=False)
+    assert (done.returncode, done.stdout) == (0, b"held\nheld\n"), done.stderr
+
+
 async def test_a_file_that_nobody_signed_is_refused_without_a_name(path: Path) -> None:
     """Whatever another program left in the lock file, the answer is a refusal, not a crash."""
     path.write_bytes(b'\xff{"pid": []')
