@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,3 +48,12 @@ def drop_kept_worktrees(repository: Repository) -> None:
     kept = repository.council("salvage", "list", "--json").result["kept"]
     names = [one["name"] for one in kept if one["name"].endswith("/worktree")]
     assert repository.council("salvage", "drop", *names).code == 0
+
+
+def strace_fails(tmp_path: Path) -> str | None:
+    """Return why strace can't inject faults here, or None."""
+    if shutil.which("strace") is None:
+        return "strace is not installed"
+    probe = ["strace", "-o", str(tmp_path / "probe"), "-e", "inject=fdatasync:error=EIO", "true"]
+    done = subprocess.run(probe, capture_output=True, text=True, check=False)
+    return done.stderr.strip() if done.returncode else None

@@ -10,8 +10,16 @@ import errno
 import json
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, asynccontextmanager, closing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    ExitStack,
+    aclosing,
+    asynccontextmanager,
+    closing,
+    contextmanager,
+    suppress,
+)
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -201,7 +209,8 @@ class FileStore:
         seen, pause = b"", _POLL_FASTEST
         try:
             while True:
-                news, current = self._news, self._lock.read()
+                with self._explained():
+                    news, current = self._news, self._lock.read()
                 mark = Mark.decode(current) if current != seen else None
                 if mark is None:
                     with anyio.move_on_after(pause):
@@ -235,7 +244,7 @@ class FileStore:
         What can't be read wholly stays as it is. Where another process is at it, nothing is done.
         """
         with suppress(LockHeld):
-            async with self._compacting.hold(0):
+            async with self._alone(0):
                 return await self._in_thread(partial(self._compact, older_than, largest))
         size, first = await self._in_thread(lambda: (log_size(self._directory), thinned_to(self._directory)))
         return Compacted(size, size, first)
@@ -248,7 +257,7 @@ class FileStore:
 
     async def verify(self) -> Verified:
         """See `Store.verify`: all is read, whatever a snapshot says."""
-        async with self._compacting.hold():
+        async with self._alone():
             await self._refresh()
             return await self._in_thread(self._verify)
 
@@ -269,7 +278,7 @@ class FileStore:
             writes = [
                 Write(key, entry.version if entry.exists(now) else 0, known[key]) for key, entry in entries.items()
             ]
-            async with self._compacting.hold():
+            async with self._alone():
                 self._rolls = True
                 await self.commit(Commit(writes, [*events, Event("state.log_repaired", {"damage": len(found.damage)})]))
                 await self._in_thread(partial(self._replace_damaged, found.damage))
@@ -331,8 +340,20 @@ class FileStore:
         return tuple(self._replay.damage)
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
-        try:
+        with self._explained():
             return await to_thread.run_sync(call, limiter=self._threads)
+
+    @asynccontextmanager
+    async def _alone(self, limit: float | None = None) -> AsyncIterator[None]:
+        """Keep other processes from compacting; LockHeld after so many seconds."""
+        with self._explained():
+            async with self._compacting.hold(limit):
+                yield
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise self._unavailable(error) from error
 
@@ -345,7 +366,9 @@ class FileStore:
         self._news = anyio.Event()
 
     async def _refresh(self) -> None:
-        if self._lock.read() != self._seen:
+        with self._explained():
+            is_new = self._lock.read() != self._seen
+        if is_new:
             await self._in_thread(self._catch_up)
 
     # From here on: in worker threads only.

@@ -1,7 +1,6 @@
 """The file store on a bad disk: nothing is ever silently older, and damage never keeps anybody from working."""
 
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -17,6 +16,7 @@ from orchestrator.clock import SystemClock
 from orchestrator.errors import LeaseLost, StoreUnavailable
 from orchestrator.protocols import Commit, Damage, Document, Event, Guard, JsonObject, Key, Write
 from orchestrator.state.file import FileStore
+from tests.faults import strace_fails
 
 A, B, C, GONE, NEW = (Key("task", name) for name in ("a", "b", "c", "gone", "new"))
 HISTORY = [
@@ -348,15 +348,6 @@ async def test_a_full_disk_changes_nothing_acknowledged(place: Path) -> None:
         await assert_refilled(disk / "state", last)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-
-
-def strace_fails(tmp_path: Path) -> str | None:
-    """Return why strace can't inject faults here, or None."""
-    if shutil.which("strace") is None:
-        return "strace is not installed"
-    probe = ["strace", "-o", str(tmp_path / "probe"), "-e", "inject=fdatasync:error=EIO", "true"]
-    done = subprocess.run(probe, capture_output=True, text=True, check=False)
-    return done.stderr.strip() if done.returncode else None
 
 
 @pytest.mark.parametrize(("when", "recovers"), [("5", True), ("5..6", True), ("5..7", False), ("5+", False)])

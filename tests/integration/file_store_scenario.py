@@ -1,0 +1,107 @@
+"""All that a file store does to its files, in a process that tells how each step ended: `file_store_scenario.py`.
+
+For each folder that is named on its standard input it forks a process, prints its id, and that stops until it is sent
+SIGCONT. So whoever attaches to it counts the system calls of the store alone. Each line that it prints is JSON:
+what was tried, and `refused` with the reason if that failed.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio._backends._asyncio  # imported late, too
+import portalocker  # noqa: F401  imported late by what is tested
+import zstandard  # noqa: F401  the same
+
+from orchestrator.errors import StoreUnavailable
+from orchestrator.protocols import Commit, Event, Key, Write
+from orchestrator.state import checkpoints, snapshot
+from orchestrator.state.file import FileStore
+from orchestrator.testing.clock import ManualClock
+
+KEYS = [Key("task", name) for name in "abc"]
+SEGMENT_BYTES = 1_500
+
+
+def say(**facts: Any) -> None:
+    """Print a line, with a system call that nothing else makes."""
+    os.writev(1, [json.dumps(facts).encode(), b"\n"])
+
+
+async def attempt(step: str, call: Callable[[], Awaitable[Any]], **facts: Any) -> bool:
+    """Do something and tell how it ended; the store may refuse it, and nothing else may go wrong."""
+    try:
+        done = await call()
+    except StoreUnavailable as error:
+        say(step=step, **facts, refused=str(error))
+        return False
+    say(step=step, **facts, **({"position": done} if isinstance(done, int) else {}))
+    return True
+
+
+class Scenario:
+    """Commits of both kinds, segments that follow each other, snapshots, packing, thinning out, a checkpoint."""
+
+    def __init__(self, place: Path) -> None:
+        self.place, self.clock, self.tried = place, ManualClock(), 0
+
+    async def run(self) -> None:
+        """Open the store three times, each time again until it works."""
+        for part in (self.commits, self.upkeep, self.commits):
+            for _ in range(6):
+                async with AsyncExitStack() as stack:
+                    opened = FileStore.open(self.place, self.clock, segment_bytes=SEGMENT_BYTES)
+                    stores = list[FileStore]()
+
+                    async def enter(
+                        stack: AsyncExitStack = stack, opened: Any = opened, stores: list[FileStore] = stores
+                    ) -> None:
+                        stores.append(await stack.enter_async_context(opened))
+
+                    if await attempt("open", enter):
+                        await part(stores[0])
+                        break
+        say(step="over")
+
+    async def commits(self, store: FileStore) -> None:
+        """Commit to three documents in turn, every third commit not durably."""
+        for _ in range(12):
+            self.clock.advance(60)
+            self.tried += 1
+            number = self.tried
+            key = KEYS[number % 3]
+            tried, durable = {"key": str(key), "number": number}, number % 3 != 1
+
+            async def commit(key: Key = key, number: int = number, durable: bool = durable) -> int:
+                found = await store.get(key)
+                value = {"n": number, "text": "x" * 100}
+                write = Write(key, found.version if found else 0, value)
+                return await store.commit(Commit([write], [Event("e", {"n": number})], durable=durable))
+
+            await attempt("commit", commit, **tried)
+
+    async def upkeep(self, store: FileStore) -> None:
+        """Pack, name a position, look back, thin out, check."""
+        await attempt("pack", lambda: store.compact(0.0, 1 << 40))
+        await attempt("checkpoint", lambda: checkpoints.create(store, None, "by test"))
+        await attempt("history", lambda: store.history(KEYS[0]))
+        await attempt("thin", lambda: store.compact(self.clock.now() - 300, 1 << 40))
+        await attempt("verify", store.verify)
+
+
+if __name__ == "__main__":
+    snapshot.WORTH_BYTES = 1  # type: ignore[misc]  # so that even this log is worth one
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+            anyio.run(Scenario(Path(line.strip())).run)
+            os._exit(0)
+        say(child=child)
+        say(ended=os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

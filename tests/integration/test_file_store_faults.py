@@ -1,0 +1,169 @@
+"""The file store on a disk that fails: at the n-th call of each kind, whatever it is doing, once and from then on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+
+from orchestrator.protocols import Commit, Key, Write
+from orchestrator.state.file import FileStore
+from orchestrator.testing.clock import ManualClock
+from tests.faults import strace_fails
+from tests.waiting import wait_for
+
+SCENARIO = Path(__file__).with_name("file_store_scenario.py")
+FAULTS = [
+    *((call, "ENOSPC") for call in ("pwrite64", "write", "fdatasync", "openat", "rename")),
+    *((call, "EIO") for call in ("pwrite64", "write", "fdatasync", "fsync", "rename", "openat", "ftruncate", "unlink")),
+    *((call, "EIO") for call in ("pread64", "read", "mkdir")),
+]
+#: More than the scenario makes of any of them.
+MANY = 500
+
+Line = dict[str, Any]
+
+
+class Server:
+    """What starts scenarios, each in a process that waits until somebody looks at it."""
+
+    def __init__(self, place: Path) -> None:
+        """Start it; `place` is for what it traces."""
+        self._trace = place / "trace"
+        self._process = subprocess.Popen(
+            [sys.executable, str(SCENARIO)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def close(self) -> None:
+        """End it."""
+        self._process.communicate(timeout=10)
+
+    def run(self, place: Path, call: str, error: str, when: str) -> tuple[list[Line], int]:
+        """Return what a scenario told, and how many calls failed."""
+        assert self._process.stdin
+        self._process.stdin.write(f"{place}\n")
+        self._process.stdin.flush()
+        child = int(self._line()["child"])
+        wait_for(lambda: _status(child, "State").startswith("T"))
+        inject = ["-e", f"trace={call}", "-e", f"inject={call}:error={error}:when={when}"]
+        with subprocess.Popen(["strace", "-f", "-qq", "-o", self._trace, *inject, "-p", str(child)]) as strace:
+            wait_for(lambda: _status(child, "TracerPid") == str(strace.pid))
+            os.kill(child, signal.SIGCONT)
+            lines = []
+            while "ended" not in (line := self._line()):
+                lines.append(line)
+        assert line == {"ended": 0}, lines[-3:]
+        return lines, self._trace.read_text().count("(INJECTED)")
+
+    def _line(self) -> Line:
+        assert self._process.stdout
+        line: Line = json.loads(self._process.stdout.readline())
+        return line
+
+
+def _status(pid: int, field: str) -> str:
+    found = re.search(rf"^{field}:\s*(\S+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert found
+    return found[1]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """A server of scenarios."""
+    with TemporaryDirectory() as place:
+        if why := strace_fails(Path(place)):
+            pytest.skip(why)
+        server = Server(Path(place))
+        yield server
+        server.close()
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A folder for many quick stores: in memory where the machine offers it."""
+    shared_memory = Path("/dev/shm")
+    with TemporaryDirectory(dir=shared_memory if os.access(shared_memory, os.W_OK) else None) as directory:
+        yield Path(directory) / "state"
+
+
+async def check(place: Path, lines: list[Line], *, lasting: bool) -> None:
+    """What was acknowledged is there, what was refused is not, nothing is damaged, and all goes on."""
+    assert lines[-1] == {"step": "over"}
+    refused = [line for line in lines if "refused" in line]
+    for line in refused:
+        assert re.search(r": (check the disk and the system's log|free some space)$", line["refused"]), line
+    if not lasting:
+        assert len(refused) <= 2, refused
+    positions = Counter(line["position"] for line in lines if line["step"] == "commit" and "position" in line)
+    assert not [position for position, times in positions.items() if times > 1]
+    async with FileStore.open(place, ManualClock()) as store:
+        assert not any(one.keys is None or one.keys for one in store.damage), store.damage
+        for name in "abc":
+            tried = [line for line in lines if line.get("key") == f"task/{name}"]
+            done = [line["number"] for line in tried if "position" in line]
+            found = await store.get(Key("task", name))
+            number = found.value["n"] if found else None
+            newest = done[-1] if done else None
+            # With a disk on which nothing works any more, nobody can be told that it is not to count.
+            doubtful = [line["number"] for line in tried if line["number"] > (newest or 0)] if lasting else []
+            assert number in {newest, *doubtful}, (number, tried[-3:])
+            version = found.version if found else 0
+            await store.commit(Commit([Write(Key("task", name), version, {"n": 0})]))
+        assert (await store.verify()).is_sound
+        assert await store.position() >= max(positions, default=0) + 3
+
+
+async def run(server: Server, place: Path, call: str, error: str, when: str) -> int:
+    """Let a scenario run into faults; return how many."""
+    shutil.rmtree(place, ignore_errors=True)
+    lines, failed = server.run(place, call, error, when)
+    try:
+        await check(place, lines, lasting=when.endswith("+"))
+    except BaseException as failure:
+        failure.add_note(f"{call} fails with {error} at {when}: {lines}")
+        raise
+    return failed
+
+
+@pytest.mark.parametrize(("call", "error"), FAULTS)
+async def test_a_disk_that_fails_now_and_then(server: Server, place: Path, call: str, error: str) -> None:
+    """A call here and there, and all from there on."""
+    failed = [await run(server, place, call, error, when) for when in ("5", "3+")]
+    assert any(failed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("last", ["", "+"], ids=["once", "from then on"])
+@pytest.mark.parametrize(("call", "error"), FAULTS)
+async def test_a_disk_that_fails_at_each_call(server: Server, place: Path, call: str, error: str, last: str) -> None:
+    """Each call of the scenario fails in turn, until there is none left to fail."""
+    number = 1
+    while await run(server, place, call, error, f"{number}{last}"):
+        number += 1
+        assert number < MANY
+    assert number > 1
+
+
+async def test_without_faults_nothing_is_refused(server: Server, place: Path) -> None:
+    """The scenario does all that it is to do."""
+    lines, failed = server.run(place, "fdatasync", "EIO", str(MANY))
+    assert not failed
+    assert not [line for line in lines if "refused" in line]
+    assert len([line for line in lines if line["step"] == "commit"]) == 24
+    names = [path.name for path in place.iterdir()]
+    assert any(re.fullmatch(r"\d{20}-\d{20}\.jsonl\.zst", name) for name in names)
+    assert any(re.fullmatch(r"\d{20}\.jsonl\.zst", name) for name in names)
+    assert "snapshot" in names
+    await check(place, lines, lasting=False)
