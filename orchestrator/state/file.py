@@ -397,9 +397,7 @@ class FileStore:
         with closing(Cursor(self._directory)) as cursor:
             _read_on(replay, cursor, Mark.decode(self._lock.read()))  # most of it while others may commit
             with self._io:
-                if self._lock.read() != self._seen:  # others have committed: both are to end at the same place
-                    with self._lock.held():
-                        self._recover()
+                self._follow()
                 mark = Mark.decode(self._seen)
                 _read_on(replay, cursor, mark)
                 replay.finish(mark.position if mark else 0, cursor.path, cursor.offset)
@@ -475,24 +473,29 @@ class FileStore:
     def _save(self) -> None:
         """Leave a snapshot for the next opener, if that spares it something."""
         sums = self._cursor.sums
-        is_log = [one.first for one in segments(self._directory)] == list(sums)  # which others may have thinned out
-        is_whole = is_log and not self._broken and not self._replay.damage and self._cursor.is_summed
-        if is_whole and _size(sums) - self._saved >= snapshot.WORTH_BYTES:
-            with suppress(OSError):  # it only saves time
+        if _size(sums) - self._saved < snapshot.WORTH_BYTES or self._broken or self._replay.damage:
+            return
+        with suppress(OSError):  # it only saves time
+            is_log = [one.first for one in segments(self._directory)] == list(sums)  # others may have thinned it out
+            if is_log and self._cursor.is_summed:
                 snapshot.write(self._directory, snapshot.Snapshot(self._replay.table, sums))
 
     def _catch_up(self) -> None:
         with self._io:
-            current = self._lock.read()
-            mark = Mark.decode(current)
-            # Nobody thins the log out while we go from one segment to the next.
-            if mark is None or mark.segment != self._cursor.segment:
-                with self._lock.held():
-                    self._recover()
-            elif current != self._seen:
-                _read_on(self._replay, self._cursor, mark)
-                self._replay.finish(mark.position, self._cursor.path, self._cursor.offset)
-                self._seen = current
+            self._follow()
+
+    def _follow(self) -> None:
+        """Take in what others have committed; `_io` must be held."""
+        current = self._lock.read()
+        mark = Mark.decode(current)
+        # Nobody thins the log out while we go from one segment to the next.
+        if mark is None or mark.segment != self._cursor.segment:
+            with self._lock.held():
+                self._recover()
+        elif current != self._seen:
+            _read_on(self._replay, self._cursor, mark)
+            self._replay.finish(mark.position, self._cursor.path, self._cursor.offset)
+            self._seen = current
 
     def _commit_group(self) -> None:
         with self._io:

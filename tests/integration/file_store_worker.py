@@ -1,7 +1,9 @@
 """What the processes do in the tests of the file store across processes: `python file_store_worker.py JOB ARGS…`."""
 
 import hashlib
+import itertools
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import anyio
 from orchestrator.clock import SystemClock
 from orchestrator.errors import VersionConflict
 from orchestrator.protocols import Commit, Event, Key, Write
+from orchestrator.state import snapshot
 from orchestrator.state.file import FileStore
 
 SHARED = Key("counter", "shared")
@@ -53,6 +56,33 @@ async def read(place: str, until: str) -> None:
     say(f"{positions == list(range(1, int(until) + 1))} {digest.hexdigest()}")
 
 
+async def churn(place: str, name: str) -> None:
+    """Commit until killed, durably or not, and pack and thin out now and then; say each success."""
+    clock, own = SystemClock(), Key("own", name)
+    async with FileStore.open(Path(place), clock, segment_bytes=SEGMENT_BYTES) as store:
+        for step in itertools.count():
+            mine = await store.get(own)
+            version = mine.version if mine else 0
+            write = Write(own, version, {"n": version + 1, "text": "x" * (step % 7) * 60})
+            event = Event("counted", {"by": name})
+            position = await store.commit(Commit([write], [event], durable=step % 3 == 0))
+            say(f"{name} {version + 1} {position}")
+            if step % 10 == 9:
+                await store.compact(clock.now() - 1.0, 40_000)
+
+
+def churn_by_many(place: str) -> None:
+    """Do so in a process for each name that is read, forked after the imports; say its id."""
+    snapshot.WORTH_BYTES = 1  # type: ignore[misc]  # even this log is worth one
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            anyio.run(churn, place, line.strip())
+            os._exit(1)
+        say(f"started {line.strip()} {child}")
+
+
 def read_by_many(place: str, until: str, processes: str) -> None:
     """The same in many processes, forked after the imports, which would cost most of their time."""
     children = []
@@ -69,6 +99,8 @@ if __name__ == "__main__":
     job, *arguments = sys.argv[1:]
     if job == "read":
         read_by_many(*arguments)
+    elif job == "churn":
+        churn_by_many(*arguments)
     else:
         directory, who, times = arguments
         anyio.run(write, directory, who, times)
