@@ -1,4 +1,4 @@
-"""The file store beside SQLite (WAL): commits, durable and not, opening a long log, and what packing saves.
+"""The file store beside SQLite (WAL): commits, opening a long log, what packing saves, and many processes on one store.
 
     python benchmarks/state.py [--quick] [--folder PATH]
 
@@ -20,6 +20,7 @@ from typing import Final
 
 import anyio
 
+from benchmarks import sharing
 from benchmarks.measure import Cost, Row, median, parser, scratch, show, timed
 from orchestrator.clock import SystemClock
 from orchestrator.protocols import Commit, Event, JsonObject, Key, Write
@@ -53,7 +54,9 @@ def measure(*, quick: bool, folder: Path | None = None) -> list[Row]:
                 for one in range(rounds)
             ]
             rows += _rows(f"{'durable ' if durable else ''}commits, {WRITERS} at once", pairs, level, limit)
-        return [*rows, *_opening(place / "long", tasks, rounds)]
+        rows += _opening(place / "long", tasks, rounds)
+        rows += sharing.claims(place, quick=quick)
+        return [*rows, *sharing.watching(place / "watched", quick=quick), *sharing.crowd(place / "crowd", quick=quick)]
 
 
 def _rows(what: str, pairs: list[tuple[Cost, Cost]], level: str, limit: float) -> list[Row]:

@@ -96,6 +96,7 @@ T = TypeVar("T")
 SEGMENT_BYTES: Final = 16 << 20
 _POLL_FASTEST: Final = 0.01  # seconds
 _POLL_SLOWEST: Final = 0.25
+_AT_ONCE_BYTES: Final = 16 << 10  # read on the event loop: some ten commits, which were written just now
 _FOLLOW_BYTES: Final = 1 << 20  # read or written per trip to a thread
 _REMEDIES: Final = {
     errno.ENOSPC: "free some space",
@@ -367,9 +368,23 @@ class FileStore:
 
     async def _refresh(self) -> None:
         with self._explained():
-            is_new = self._lock.read() != self._seen
-        if is_new:
-            await self._in_thread(self._catch_up)
+            current = self._lock.read()
+            if current == self._seen or self._catch_up_at_once(current):
+                return
+        await self._in_thread(self._catch_up)
+
+    def _catch_up_at_once(self, current: bytes) -> bool:
+        """Take in what others have just committed if that is so little that a trip to a thread would take longer."""
+        mark = Mark.decode(current)
+        if mark is None or not self._io.acquire(blocking=False):
+            return False
+        try:
+            is_near = mark.segment == self._cursor.segment and mark.end - self._cursor.offset <= _AT_ONCE_BYTES
+            if is_near:
+                self._follow(current)
+            return is_near
+        finally:
+            self._io.release()
 
     # From here on: in worker threads only.
 
@@ -397,7 +412,7 @@ class FileStore:
         with closing(Cursor(self._directory)) as cursor:
             _read_on(replay, cursor, Mark.decode(self._lock.read()))  # most of it while others may commit
             with self._io:
-                self._follow()
+                self._follow(self._lock.read())
                 mark = Mark.decode(self._seen)
                 _read_on(replay, cursor, mark)
                 replay.finish(mark.position if mark else 0, cursor.path, cursor.offset)
@@ -482,11 +497,10 @@ class FileStore:
 
     def _catch_up(self) -> None:
         with self._io:
-            self._follow()
+            self._follow(self._lock.read())
 
-    def _follow(self) -> None:
-        """Take in what others have committed; `_io` must be held."""
-        current = self._lock.read()
+    def _follow(self, current: bytes) -> None:
+        """Take in what others have committed up to a mark; `_io` must be held."""
         mark = Mark.decode(current)
         # Nobody thins the log out while we go from one segment to the next.
         if mark is None or mark.segment != self._cursor.segment:

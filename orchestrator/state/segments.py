@@ -173,6 +173,9 @@ def open_segment(directory: Path, segment: Segment) -> Source:
 
 def size_of(directory: Path, segment: Segment) -> int:
     """Return how many bytes of lines a segment holds."""
+    if not segment.is_packed:
+        with suppress(FileNotFoundError):  # it has been packed meanwhile
+            return segment.path(directory).stat().st_size
     with closing(open_segment(directory, segment)) as source:
         return source.size()
 

@@ -49,11 +49,10 @@ def test_handing_out_is_measured() -> None:
 
 
 def test_the_state_is_measured() -> None:
-    """Commits of both kinds beside SQLite, opening a long log, and what packing saves."""
+    """Commits of both kinds beside SQLite, opening a long log, what packing saves, and processes that share a store."""
     rows = state.measure(quick=True)
-    check(
-        rows, ["durable commits", "commits, 40 at once", ": processor", "opening", ", packed", "packed closed segments"]
-    )
+    alone = ["durable commits", "commits, 40 at once", ": processor", "opening", ", packed", "packed closed segments"]
+    check(rows, [*alone, "claims by priority", "99 of 100 within", "a change seen", "a watcher at rest", "followed by"])
 
 
 @pytest.mark.parametrize("name", ["startup", "scheduler", "cycle", "state", "worktrees"])
