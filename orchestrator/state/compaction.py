@@ -10,7 +10,7 @@ import os
 import shutil
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from itertools import pairwise
 from pathlib import Path
 from secrets import token_hex
@@ -42,11 +42,13 @@ def pack_closed(directory: Path) -> None:
             path.unlink()
 
 
-def thin(directory: Path, last: Segment, damaged: Path | None = None) -> None:
+def thin(directory: Path, last: Segment, held: AbstractContextManager[None], damaged: Path | None = None) -> None:
     """Leave of all commits in the segments up to `last`, a closed one, the last versions of each document. Blocks.
 
-    One process at a time; `remove_replaced` is to follow. A ValueError says that something in them can't be read: it is
-    not to be lost for good. With a folder for what is `damaged` it is passed over, and the segments go there.
+    One process at a time. The store's lock is `held` for the moment from which on it is so: whoever goes from one
+    segment to the next under it would miss those between. `remove_replaced` is to follow. A ValueError says that
+    something in them can't be read: it is not to be lost for good. With a folder for what is `damaged` it is passed
+    over, and the segments go there.
     """
     found = segments(directory)
     old = found[: found.index(last) + 1]
@@ -57,7 +59,7 @@ def thin(directory: Path, last: Segment, damaged: Path | None = None) -> None:
         for segment in old:
             path = segment.path(directory)
             shutil.copyfile(path, damaged / f"{path.name}.{token_hex(4)}")
-    _put(Segment(old[0].first, end, is_packed=True).path(directory), pack(data))
+    _put(Segment(old[0].first, end, is_packed=True).path(directory), pack(data), held)
     failpoint("state.thinned")
 
 
@@ -118,7 +120,7 @@ def _lines(directory: Path, old: Sequence[Segment], *, is_strict: bool) -> Itera
         position = max(position, segment.last)
 
 
-def _put(path: Path, data: bytes) -> None:
+def _put(path: Path, data: bytes, held: AbstractContextManager[None] | None = None) -> None:
     """Write a file as a whole, durably, under a name that no log has until it is."""
     staged = path.with_name(f"{path.name}.{token_hex(6)}{_NEW}")
     try:
@@ -126,7 +128,8 @@ def _put(path: Path, data: bytes) -> None:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
         make_durable(staged)
-        staged.rename(path)
+        with held or nullcontext():
+            staged.rename(path)
     finally:
         staged.unlink(missing_ok=True)
     sync_folder(path.parent)

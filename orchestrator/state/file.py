@@ -288,7 +288,7 @@ class FileStore:
     @asynccontextmanager
     async def dump(self) -> AsyncIterator[Dump]:
         """See `Store.dump`; nothing is thinned out meanwhile."""
-        async with self._compacting.hold():
+        async with self._alone():
             await self._refresh()
             refuse_unsound(await self._in_thread(self._verify))
             end = await self._in_thread(self._end)
@@ -311,7 +311,7 @@ class FileStore:
                 async for _ in lines:  # there is none, or it is refused
                     pass
             return
-        async with self._compacting.hold():
+        async with self._alone():
             await self._in_thread(self._check_empty)
             staging = Staging(self._directory, dump.first, self._segment_bytes)
             try:
@@ -424,7 +424,7 @@ class FileStore:
         closed = segments(self._directory)[:-1]
         hit = [one for one in closed if paths & {one.path(self._directory).name for one in (one, one.packed())}]
         if hit:
-            thin(self._directory, hit[-1], self._directory / "damaged")
+            thin(self._directory, hit[-1], self._lock.held(), self._directory / "damaged")
             with self._lock.held():
                 remove_replaced(self._directory)
             self._replay.damage.clear()
@@ -436,7 +436,7 @@ class FileStore:
         pack_closed(self._directory)
         with suppress(ValueError):  # it is damage, of which is told, and which may be mended
             while (last := to_thin(self._directory, older_than, largest)) is not None:
-                thin(self._directory, last)
+                thin(self._directory, last, self._lock.held())
                 with self._lock.held():
                     remove_replaced(self._directory)
                 self._renew_snapshot()
@@ -455,12 +455,15 @@ class FileStore:
                 self._save()
 
     def _state_at(self, position: int) -> State:
-        _check_kept(self._directory, position)
-        mark = Mark.decode(self._lock.read())
-        with closing(Cursor(self._directory)) as cursor:
-            found = cursor.read(mark) if mark else ()
-            lines = (one.item.line for one in found if isinstance(one.item, Decoded))
-            return state_at(position, lines, thinned_to(self._directory))
+        while True:
+            _check_kept(self._directory, position)
+            first, mark = thinned_to(self._directory), Mark.decode(self._lock.read())
+            with suppress(FileNotFoundError), closing(Cursor(self._directory)) as cursor:
+                found = cursor.read(mark) if mark else ()
+                lines = (one.item.line for one in found if isinstance(one.item, Decoded))
+                state = state_at(position, lines, first)
+                if thinned_to(self._directory) == first:  # else some may have been passed over
+                    return state
 
     def _open(self) -> None:
         refuse_network_mount(self._directory)
