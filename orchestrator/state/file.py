@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
+    AsyncExitStack,
     ExitStack,
     aclosing,
     asynccontextmanager,
@@ -347,9 +348,10 @@ class FileStore:
     @asynccontextmanager
     async def _alone(self, limit: float | None = None) -> AsyncIterator[None]:
         """Keep other processes from compacting; LockHeld after so many seconds."""
-        with self._explained():
-            async with self._compacting.hold(limit):
-                yield
+        async with AsyncExitStack() as stack:
+            with self._explained():
+                await stack.enter_async_context(self._compacting.hold(limit))
+            yield
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -416,8 +418,10 @@ class FileStore:
                 mark = Mark.decode(self._seen)
                 _read_on(replay, cursor, mark)
                 replay.finish(mark.position if mark else 0, cursor.path, cursor.offset)
-                found = replay.table.compare(self._replay.table)
-        return Verified(replay.table.position, log_size(self._directory), tuple(replay.damage), *found)
+                damaged, differs = replay.table.compare(self._replay.table)
+        if replay.damage:  # what we know and the log does not tell any more is what the damage has hit
+            damaged, differs = sorted({*damaged, *differs}), []
+        return Verified(replay.table.position, log_size(self._directory), tuple(replay.damage), damaged, differs)
 
     def _replace_damaged(self, damage: Sequence[Damage]) -> None:
         paths = {one.path.name for one in damage}
