@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import threading
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, overload
 
 from orchestrator.errors import LeaseLost, VersionConflict
 from orchestrator.protocols import LARGE_DOCUMENT, Document, Guard, Key, Statistics
@@ -78,12 +78,14 @@ class Table:
             found = [(Key(kind, name), one) for kind, entries in self._kinds.items() for name, one in entries.items()]
         return {key: _document(key, entry) for key, entry in found if entry.exists(now)}
 
-    def documents(self, kind: str, now: float, prefix: str = "") -> list[Document]:
+    def documents(self, kind: str, now: float, prefix: str = "") -> Sequence[Document]:
         """Return the documents of a kind whose id begins with `prefix`, by id."""
         with self._lock:
             entries = self._kinds.get(kind, {})
             found = [(name, entries[name]) for name in self._ids(kind, prefix)]
-        return [_document(Key(kind, name), entry) for name, entry in found if entry.exists(now)]
+        # As `Entry.exists`, which would take as long again: of thousands of documents most are not looked at.
+        there = [one for one in found if one[1].value is not None or one[1].damaged]
+        return _Documents(kind, [one for one in there if one[1].expires is None or now < one[1].expires])
 
     def statistics(self, first: int, log_bytes: int, now: float) -> Statistics:
         """Return how much there is; `first` and `log_bytes` are the log's."""
@@ -138,6 +140,31 @@ class Table:
         first = bisect_left(ids, prefix)
         # Sorted by characters, so that those with the prefix stand together.
         return ids[first : bisect_right(ids, prefix, first, key=lambda name: name[: len(prefix)])]
+
+
+class _Documents(Sequence[Document]):
+    """Documents of a kind that are made when they are looked at."""
+
+    def __init__(self, kind: str, entries: list[tuple[str, Entry]]) -> None:
+        self._kind, self._entries = kind, entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @overload
+    def __getitem__(self, index: int) -> Document: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Document]: ...
+
+    def __getitem__(self, index: int | slice) -> Document | Sequence[Document]:
+        if isinstance(index, slice):
+            return _Documents(self._kind, self._entries[index])
+        name, entry = self._entries[index]
+        return _document(Key(self._kind, name), entry)
+
+    def __iter__(self) -> Iterator[Document]:
+        return (_document(Key(self._kind, name), entry) for name, entry in self._entries)
 
 
 class Stage:
