@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from orchestrator.state.log import Decoded, scan
+from orchestrator.state.log import Decoded, Unreadable, scan
 
 _MAGIC: Final = 0x184D2A50
 _WHOLE: Final = struct.Struct("<IIQII")  # magic and length of a skippable frame, then its content
@@ -23,6 +23,7 @@ _PART: Final = struct.Struct("<IIIIIQ")
 _MARK: Final = struct.pack("<II", _MAGIC, _PART.size - 8)
 _PART_BYTES: Final = 1 << 20
 _LEVEL: Final = 9
+_NEAR_BYTES: Final = 256 << 10  # read at once around a line that is looked for
 
 
 class Sum(NamedTuple):
@@ -154,10 +155,31 @@ class Source:
 
     def around(self, position: int) -> bytes:
         """Return some lines, with that of a commit among them if there is one."""
-        if self._parts is None:
-            return self.read(self.size(), 0)
-        found = [part for part in self._parts if part.first <= position]
-        return self._content(found[-1]) if found else b""
+        if self._parts is not None:
+            parts = [part for part in self._parts if part.first <= position]
+            return self._content(parts[-1]) if parts else b""
+        low, high = 0, self.size()
+        while high - low > _NEAR_BYTES:
+            found = self._line_behind((low + high) // 2, high)
+            if found is None:  # what begins before may reach to the end
+                break
+            low, high = (found[0], high) if found[1] <= position else (low, found[0])
+        return self.read(high - low, low)
+
+    def _line_behind(self, offset: int, end: int) -> tuple[int, int] | None:
+        """Return where the first good line between two offsets begins, and its position; None if there is none."""
+        size = _NEAR_BYTES // 4
+        while True:
+            data = self.read(min(size, end - offset), offset)
+            start = data.find(b"\n") + 1
+            while 0 < start < len(data):
+                item = scan(data, start)
+                if isinstance(item, Decoded):
+                    return offset + start, item.line.position
+                start = item.end if isinstance(item, Unreadable) else len(data)
+            if offset + size >= end:
+                return None
+            size *= 2
 
     def close(self) -> None:
         """Give it back."""
