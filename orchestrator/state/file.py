@@ -545,8 +545,8 @@ class FileStore:
             return
         data = b"".join(encode_line(line) for line in stage.lines)
         self._write(known, data, stage.lines[-1].position, durable=any(turn.commit.durable for turn, _ in staged))
+        self._replay.table.take(stage)
         for turn, line in staged:
-            self._replay.table.apply(line)
             turn.position = line.position
 
     def _write(self, known: Mark, data: bytes, position: int, *, durable: bool) -> None:

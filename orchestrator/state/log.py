@@ -118,7 +118,7 @@ def encode_commit(commit: Commit) -> EncodedCommit:
     """Return `commit` as bytes, ready for any position. Raises InvalidDocument."""
     writes, values = [], []
     for write in commit.writes:
-        encoded = b"" if write.value is None else encode_object(str(write.key), write.value)
+        encoded = b"" if write.value is None else encode_object(write.key, write.value)
         if write.ttl is not None and not 0 < write.ttl <= MAX_TTL:
             raise InvalidDocument(
                 str(write.key), f"its time to live is {write.ttl}, not between 0 and {MAX_TTL:g} seconds"
@@ -289,39 +289,50 @@ def _resync(data: bytes, offset: int) -> int:
 
 
 def _encode_event(event: Event) -> bytes:
-    data = encode_object(f"event {event.type!r}", event.data)
-    return b"[%b,%b]" % (_encode_text(f"event {event.type!r}", event.type), data)
+    data = encode_object(event.type, event.data)
+    return b"[%b,%b]" % (_encode_text(event.type, event.type), data)
 
 
 def _check_keys(keys: Sequence[Key]) -> None:
     seen = set()
     for key in keys:
         for part in key:
-            _encode_text(repr(key), part)
+            if type(part) is not str or not part.isascii():  # most are plain, and need no encoding to be seen as text
+                _encode_text(key, part)
         if key in seen:
             raise InvalidDocument(str(key), "one commit writes it twice")
         seen.add(key)
 
 
-def _encode_text(subject: str, text: str) -> bytes:
+def _encode_text(subject: Key | str, text: str) -> bytes:
     if not isinstance(text, str):
-        raise InvalidDocument(subject, f"its name is {type(text).__name__}, not text")
+        raise InvalidDocument(_named(subject), f"its name is {type(text).__name__}, not text")
     try:
         return orjson.dumps(text)
     except TypeError:
-        raise InvalidDocument(subject, "its name holds half a surrogate pair, which is not text") from None
+        raise InvalidDocument(_named(subject), "its name holds half a surrogate pair, which is not text") from None
 
 
-def encode_object(subject: str, value: Any) -> bytes:
-    """Return a JSON object on one line; InvalidDocument, which names the `subject`, if it can't be stored."""
+def _named(subject: Key | str) -> str:
+    """Return what an error calls a document, or the event of a type."""
+    if isinstance(subject, str):
+        return f"event {subject!r}"
+    try:
+        return str(subject).encode().decode()
+    except UnicodeError:
+        return repr(subject)
+
+
+def encode_object(subject: Key | str, value: Any) -> bytes:
+    """Return a JSON object on one line; InvalidDocument, which names the document or event, if it can't be stored."""
     if not isinstance(value, dict):
-        raise InvalidDocument(subject, f"it is {type(value).__name__}, not an object")
+        raise InvalidDocument(_named(subject), f"it is {type(value).__name__}, not an object")
     encoded = _encode_fast(value)
     if encoded is None:
-        _check_shape(subject, value)
-        encoded = _encode(subject, value)
+        _check_shape(_named(subject), value)
+        encoded = _encode(_named(subject), value)
     if len(encoded) > MAX_DOCUMENT_BYTES:
-        raise InvalidDocument(subject, f"its {len(encoded)} bytes are more than {MAX_DOCUMENT_BYTES}")
+        raise InvalidDocument(_named(subject), f"its {len(encoded)} bytes are more than {MAX_DOCUMENT_BYTES}")
     return encoded
 
 

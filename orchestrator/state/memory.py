@@ -46,8 +46,9 @@ class MemoryStore:
 
     async def commit(self, commit: Commit) -> int:
         """See `Store.commit`."""
-        line = Stage(self._table, self._by).add(encode_commit(commit), self._clock.now())
-        self._table.apply(line)
+        stage = Stage(self._table, self._by)
+        line = stage.add(encode_commit(commit), self._clock.now())
+        self._table.take(stage)
         self._lines[line.position] = line
         self._announce()
         return line.position

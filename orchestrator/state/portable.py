@@ -298,7 +298,7 @@ class Reader:
         try:
             for one in found.documents:
                 key = Key(one.kind, one.id)
-                encoded = None if one.value is None else encode_object(str(key), one.value)
+                encoded = None if one.value is None else encode_object(key, one.value)
                 documents.append(DumpedDocument(key, one.version, encoded, one.expires, one.previous))
         except InvalidDocument as error:
             self._refuse(str(error))

@@ -108,6 +108,13 @@ class Table:
                 self._put(change.key, entry)
             self.position = line.position
 
+    def take(self, stage: Stage) -> None:
+        """Take over what was staged against this table."""
+        with self._lock:
+            for key, entry in stage.changed.items():
+                self._put(key, entry)
+            self.position = stage.position
+
     def lose(self, commits: int) -> None:
         """Step over commits that nothing is known of: whatever exists may have been changed by each of them.
 
@@ -166,6 +173,15 @@ class _Documents(Sequence[Document]):
     def __iter__(self) -> Iterator[Document]:
         return (_document(Key(self._kind, name), entry) for name, entry in self._entries)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    def __hash__(self) -> int:
+        return hash((self._kind, len(self._entries)))
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
 
 class Stage:
     """Commits that hold against a table and against each other, in order, but are not yet applied to it."""
@@ -173,24 +189,24 @@ class Stage:
     def __init__(self, table: Table, by: str, durable: int = 0) -> None:
         """Stage what the process `by` commits to a log that is known to be durable up to a position."""
         self.lines: list[Line] = []
+        self.position = table.position
+        self.changed: dict[Key, Entry] = {}
         self._table, self._by, self._durable = table, by, durable
-        self._position = table.position
-        self._changed: dict[Key, Entry] = {}
 
     def add(self, commit: EncodedCommit, time: float) -> Line:
         """Give `commit` the next position. Raises VersionConflict or LeaseLost, and then it is not staged."""
         for guard in commit.guards:
             self._check_guard(guard, time)
         changes = tuple(self._change(write, time) for write in commit.writes)
-        line = Line(self._position + 1, time, changes, commit.payload, self._by, self._durable)
+        line = Line(self.position + 1, time, changes, commit.payload, self._by, self._durable)
         for change, value in values(line):
-            self._changed[change.key] = _entry(line, change, value)
-        self._position = line.position
+            self.changed[change.key] = _entry(line, change, value)
+        self.position = line.position
         self.lines.append(line)
         return line
 
     def _entry(self, key: Key) -> Entry | None:
-        return self._changed.get(key) or self._table.entry(key)
+        return self.changed.get(key) or self._table.entry(key)
 
     def _change(self, write: EncodedWrite, now: float) -> Change:
         key, entry = write.key, self._entry(write.key)
