@@ -353,19 +353,12 @@ class Council:
 
         Of what is older than `age` seconds, or more than `size` bytes of log, the last versions of each document stay.
         """
-        from orchestrator.config.model import Retention  # noqa: PLC0415
         from orchestrator.state.upkeep import forget_old, sweep  # noqa: PLC0415
 
-        runs = await self._runs.ids()
-        kept = Retention.model_validate((await read_run(self._store, runs[-1])).retention if runs else {})
+        kept = await self._runs.retention()
+        age, size = kept.age if age is None else age, kept.size if size is None else size
         await sweep(self._store, {})
-        return await forget_old(
-            self._store,
-            self._runs.clock,
-            kept.age if age is None else age,
-            kept.size if size is None else size,
-            {},
-        )
+        return await forget_old(self._store, self._runs.clock, age, size, {})
 
     async def export_state(self, file: Path | IO[bytes], *, force: bool = False) -> Copied:
         """Write all that is recorded, as it is now, to one file, which `import_state` and other stores take.

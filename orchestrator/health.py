@@ -10,7 +10,6 @@ from typing import Final
 
 import anyio.to_thread
 
-from orchestrator.config.model import Retention
 from orchestrator.domain.model import TaskStatus
 from orchestrator.engine import state_findings as findings
 from orchestrator.engine.findings import Finding, Level
@@ -37,13 +36,14 @@ class Health:
         """Return all that was found; one durable commit is made, to see how long that takes."""
         store = self.runs.store
         runs = [await read_run(store, run) for run in await self.runs.ids()]
-        retention = Retention.model_validate(runs[-1].retention if runs else {})
         open_runs = {run.id: await self._is_live(run.id) for run in runs if run.ended is None}
         sessions = [one for run, is_live in open_runs.items() if is_live for one in await self._sessions(run)]
         statistics = await store.statistics()
         return [
             *findings.judge_integrity(await store.verify()),
-            findings.judge_log(statistics, await _growth(store, statistics, self.runs.clock.now()), retention),
+            findings.judge_log(
+                statistics, await _growth(store, statistics, self.runs.clock.now()), await self.runs.retention()
+            ),
             *findings.judge_documents(statistics),
             findings.judge_expired(statistics),
             await self._latency(),

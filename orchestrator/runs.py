@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio.to_thread
 
@@ -16,6 +17,9 @@ from orchestrator.errors import RefusedError
 from orchestrator.project import Project
 from orchestrator.protocols import Store
 from orchestrator.repo.hub import Hub
+
+if TYPE_CHECKING:
+    from orchestrator.config.model import Retention
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,14 @@ class Runs:
         if len(runs) == 1:  # a run of thousands of tasks is long to read
             return runs[0].key.id
         return max(runs, key=lambda found: (found.value.get("started", 0.0), found.key.id)).key.id
+
+    async def retention(self) -> Retention:
+        """Return how much of the past is kept, as the file of the newest run says."""
+        # Late: whoever only looks at a run needs none of it.
+        from orchestrator.config.model import Retention  # noqa: PLC0415
+
+        runs = await self.ids()
+        return Retention.model_validate((await read_run(self.store, runs[-1])).retention if runs else {})
 
     async def record(self, run: str, *, whole: bool = True) -> RunRecord:
         """Return all that is recorded of a run; unless `whole`, what to do only of tasks that wait or never began."""
