@@ -28,8 +28,11 @@ OF_LOADING = frozenset(name for name in FAILPOINTS if name.startswith("state.loa
 OF_CHECKPOINTS = frozenset({"run.seized", "checkpoint.created", "checkpoint.restored"})
 #: Reached by writing the readable copies; see tests/integration/test_views.py.
 OF_VIEWS = frozenset({"views.written", "views.replaced"})
+#: Reached by importing what older layouts have, and by forgetting runs; see tests/integration/test_legacy.py and
+#: test_clean_runs.py there.
+OF_RECORDS = frozenset({"legacy.begun", "legacy.imported", "run.removed"})
 #: Those that a run never reaches by itself.
-BESIDE = OF_REQUESTS | OF_COMPACTION | OF_LOADING | OF_CHECKPOINTS | OF_VIEWS
+BESIDE = OF_REQUESTS | OF_COMPACTION | OF_LOADING | OF_CHECKPOINTS | OF_VIEWS | OF_RECORDS
 #: Reached only once by the tasks of `chain_and_sides`.
 ONCE = frozenset({"run.seeded", "run.claimed", "run.finished", "adapter.parked", "landing.bounced"})
 IN_RECOVERY = frozenset(name for name in FAILPOINTS if name.startswith("recovery."))
