@@ -48,6 +48,11 @@ FAILPOINTS: Final = frozenset(
         "landing.recorded",  # the task is landed in the store
         "legacy.begun",  # a part of what is imported from an older layout is in the store
         "legacy.imported",  # all of it is
+        "state.appended",  # commits stand at the end of the log, the mark does not say so
+        "state.published",  # it does, and nobody was told
+        "state.rolled",  # a new segment is there, with nothing in it
+        "state.snapshot_staged",  # a snapshot is whole, beside the one that counts
+        "state.snapshot_written",  # it counts
         "state.packed",  # a segment of the log is there twice, packed and not
         "state.load_staged",  # a segment of what is loaded is whole, others are to come
         "state.load_finished",  # all of them are, they are no log yet

@@ -32,6 +32,7 @@ from anyio import to_thread
 from orchestrator.clock import Clock
 from orchestrator.config.store import store_folder
 from orchestrator.errors import HistoryGone, LockHeld, RefusedError, StateError, StoreUnavailable
+from orchestrator.failpoints import failpoint
 from orchestrator.filelock import FileLock
 from orchestrator.protocols import (
     HISTORY,
@@ -558,12 +559,14 @@ class FileStore:
             if cursor.segment == 0 or cursor.is_closed or cursor.offset >= self._segment_bytes or self._rolls:
                 known = self._roll(known)
             end = append(cursor.path, cursor.offset, data, durable=durable)
+            failpoint("state.appended")
             durable_end, known_durable = (end, position) if durable else (known.durable_end, known.durable)
             mark = Mark(cursor.segment, end, position, durable_end, known_durable, boot_id())
             self._seen = self._lock.publish(mark)
         except OSError:
             self._take_back(known)
             raise
+        failpoint("state.published")
         cursor.skip(data)
 
     def _roll(self, known: Mark) -> Mark:
@@ -574,6 +577,7 @@ class FileStore:
             make_durable(self._cursor.path)
         first = known.position + 1
         create_segment(self._directory, first)
+        failpoint("state.rolled")
         self._cursor.begin(first)
         return Mark(first, 0, known.position, 0, known.position, known.boot)
 

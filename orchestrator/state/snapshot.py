@@ -19,6 +19,7 @@ from pathlib import Path
 from secrets import randbelow
 from typing import Any, Final, NamedTuple
 
+from orchestrator.failpoints import failpoint
 from orchestrator.state.packing import Sum, sum_of
 from orchestrator.state.segments import Segment, private, segments
 from orchestrator.state.table import Entry, Table
@@ -64,7 +65,9 @@ def write(directory: Path, snapshot: Snapshot) -> None:
         with open(staged, "wb", opener=private) as file:
             file.write(b"%08x " % zlib.crc32(rest))
             file.write(rest)
+        failpoint("state.snapshot_staged")
         staged.rename(directory / NAME)
+        failpoint("state.snapshot_written")
     finally:
         staged.unlink(missing_ok=True)
 

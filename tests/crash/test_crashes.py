@@ -20,10 +20,9 @@ from tests.waiting import wait_for
 
 #: Reached by a request from another process; see below.
 OF_REQUESTS = frozenset(name for name in FAILPOINTS if name.startswith("request."))
-#: Reached by a compaction of the log; see tests/integration/test_compaction.py.
-OF_COMPACTION = frozenset({"state.packed", "state.thinned"})
-#: Reached by loading a whole store; see tests/integration/test_copying.py.
-OF_LOADING = frozenset(name for name in FAILPOINTS if name.startswith("state.load"))
+#: Those of the store, which has tests of its own; see test_file_store_kills.py, test_compaction.py and test_copying.py
+#: in tests/integration.
+OF_STORE = frozenset(name for name in FAILPOINTS if name.startswith("state."))
 #: Reached by making or restoring a checkpoint; see tests/crash/test_checkpoints.py.
 OF_CHECKPOINTS = frozenset({"run.seized", "checkpoint.created", "checkpoint.restored"})
 #: Reached by writing the readable copies; see tests/integration/test_views.py.
@@ -32,7 +31,7 @@ OF_VIEWS = frozenset({"views.written", "views.replaced"})
 #: test_clean_runs.py there.
 OF_RECORDS = frozenset({"legacy.begun", "legacy.imported", "run.removed"})
 #: Those that a run never reaches by itself.
-BESIDE = OF_REQUESTS | OF_COMPACTION | OF_LOADING | OF_CHECKPOINTS | OF_VIEWS | OF_RECORDS
+BESIDE = OF_REQUESTS | OF_STORE | OF_CHECKPOINTS | OF_VIEWS | OF_RECORDS
 #: Reached only once by the tasks of `chain_and_sides`.
 ONCE = frozenset({"run.seeded", "run.claimed", "run.finished", "adapter.parked", "landing.bounced"})
 IN_RECOVERY = frozenset(name for name in FAILPOINTS if name.startswith("recovery."))

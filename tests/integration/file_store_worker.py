@@ -71,6 +71,15 @@ async def churn(place: str, name: str) -> None:
                 await store.compact(clock.now() - 1.0, 40_000)
 
 
+async def snapshots(place: str, name: str) -> None:
+    """Commit until killed, and leave a snapshot with each segment."""
+    snapshot.WORTH_BYTES = 1  # type: ignore[misc]  # even this log is worth one
+    async with FileStore.open(Path(place), SystemClock(), segment_bytes=SEGMENT_BYTES) as store:
+        for version in range(200):
+            write = Write(Key("own", name), version, {"n": version + 1, "text": "x" * 300})
+            say(f"{name} {version + 1} {await store.commit(Commit([write]))}")
+
+
 def churn_by_many(place: str) -> None:
     """Do so in a process for each name that is read, forked after the imports; say its id."""
     snapshot.WORTH_BYTES = 1  # type: ignore[misc]  # even this log is worth one
@@ -101,6 +110,9 @@ if __name__ == "__main__":
         read_by_many(*arguments)
     elif job == "churn":
         churn_by_many(*arguments)
+    elif job == "snapshots":
+        directory, who = arguments
+        anyio.run(snapshots, directory, who)
     else:
         directory, who, times = arguments
         anyio.run(write, directory, who, times)
