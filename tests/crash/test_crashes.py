@@ -35,6 +35,10 @@ BESIDE = OF_REQUESTS | OF_STORE | OF_CHECKPOINTS | OF_VIEWS | OF_RECORDS
 #: Reached only once by the tasks of `chain_and_sides`.
 ONCE = frozenset({"run.seeded", "run.claimed", "run.finished", "adapter.parked", "landing.bounced"})
 IN_RECOVERY = frozenset(name for name in FAILPOINTS if name.startswith("recovery."))
+#: Those that every process reaches that has some tasks to work on.
+IN_TURN = sorted(FAILPOINTS - IN_RECOVERY - BESIDE - ONCE - {"place.half_made"})
+#: So many that enough are left for the last of them.
+TASKS_IN_TURN = 12
 #: Where the first process must die for a recovery to reach each point.
 LEADS_TO = {
     "recovery.session_reaped": "session.spawned",
@@ -106,12 +110,27 @@ async def finish(repository: Repository, count: int) -> Ended:
     return ended
 
 
-@pytest.mark.parametrize("name", sorted(FAILPOINTS - IN_RECOVERY - BESIDE))
-@pytest.mark.parametrize("hit", [1, pytest.param(3, marks=pytest.mark.slow)])
+async def test_killed_at_one_step_after_the_other(repository: Repository) -> None:
+    """One run that is killed at each step in turn, whatever the kill before has left, loses and repeats nothing."""
+    config = configure(repository, chain_and_sides(TASKS_IN_TURN))
+    command = ["run", str(config)]
+    for name in IN_TURN:
+        killed = repository.council(*command, "--json", failpoints=f"{name}=kill")
+        assert killed.code == -signal.SIGKILL, (name, killed)
+        command = ["resume"]
+    await finish(repository, TASKS_IN_TURN)
+
+
+@pytest.mark.parametrize(
+    ("name", "hit"),
+    [
+        pytest.param(name, hit, marks=() if hit == 1 and name not in IN_TURN else pytest.mark.slow)
+        for name in sorted(FAILPOINTS - IN_RECOVERY - BESIDE)
+        for hit in ((1,) if name in ONCE else (1, 3))
+    ],
+)
 async def test_killed_at_a_failpoint(repository: Repository, name: str, hit: int) -> None:
     """A kill right after any persisted or outward step loses nothing and repeats nothing."""
-    if hit > 1 and name in ONCE:
-        pytest.skip("reached once in a run")
     config = configure(repository, chain_and_sides(4))
     killed = repository.council("run", str(config), "--json", failpoints=f"{name}=kill@{hit}")
     assert killed.code == -signal.SIGKILL, killed
