@@ -47,12 +47,12 @@ class FileLock:
         self.path = path.absolute()
 
     async def is_held(self) -> bool:
-        """Whether anyone holds the lock; to find out takes it for a moment. Raises as `hold` does."""
-        try:
-            async with self.hold(0):
-                return False
-        except LockHeld:
-            return True
+        """Whether anyone holds the lock. Raises as `hold` does.
+
+        Any number may look at once; who only tries to take the lock at that moment may find it held.
+        """
+        with anyio.CancelScope(shield=True):
+            return await anyio.to_thread.run_sync(_is_held, self.path)
 
     @asynccontextmanager
     async def hold(self, timeout: float | None = None) -> AsyncIterator[HeldLock]:  # noqa: ASYNC109  (raises LockHeld)
@@ -173,8 +173,12 @@ def _queue_of(path: Path) -> _Queue:
     return queues.setdefault(path, _Queue(path))
 
 
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
 def _open_and_try(path: Path) -> tuple[int, bool]:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    fd = _open(path)
     try:
         return fd, _flock(path, fd, block=False)
     except BaseException:
@@ -182,20 +186,33 @@ def _open_and_try(path: Path) -> tuple[int, bool]:
         raise
 
 
-def _flock(path: Path, fd: int, *, block: bool) -> bool:
+def _is_held(path: Path) -> bool:
+    fd = _open(path)
+    try:
+        # Shared, or two that look at the same moment would take each other for a holder.
+        is_free = _flock(path, fd, block=False, shared=True)
+    except BaseException:
+        os.close(fd)
+        raise
+    _unlock(fd)
+    return not is_free
+
+
+def _flock(path: Path, fd: int, *, block: bool, shared: bool = False) -> bool:
     # Importing portalocker takes up to half a second where redis is installed.
     from portalocker import AlreadyLocked, LockException, LockFlags  # noqa: PLC0415
     from portalocker.portalocker import FlockLocker  # noqa: PLC0415
 
     # Its own locker, since the module's default is a global that anyone may set to lockf.
-    flags = LockFlags.EXCLUSIVE if block else LockFlags.EXCLUSIVE | LockFlags.NON_BLOCKING
+    flags = LockFlags.SHARED if shared else LockFlags.EXCLUSIVE
     try:
-        FlockLocker().lock(fd, flags)
+        FlockLocker().lock(fd, flags if block else flags | LockFlags.NON_BLOCKING)
     except AlreadyLocked:
         return False
     except LockException as exc:
         raise StoreUnavailable(path, str(exc), "put it on a local file system") from exc
-    _sign(fd)
+    if not shared:
+        _sign(fd)
     return True
 
 

@@ -210,6 +210,30 @@ async def test_who_waits_gets_the_lock_when_another_process_ends(path: Path) -> 
                 assert not is_free(path)
 
 
+async def test_who_looks_is_not_taken_for_a_holder(path: Path) -> None:
+    """By others that look at the same moment, here or in another process; who holds it is seen by all."""
+    found: list[bool] = []
+
+    async def look() -> None:
+        found.append(await FileLock(path).is_held())
+
+    async def look_at_once() -> list[bool]:
+        found.clear()
+        async with anyio.create_task_group() as group:
+            for _ in range(20):
+                group.start_soon(look)
+        return found
+
+    with path.open("w") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        assert await look_at_once() == [False] * 20
+    async with FileLock(path).hold():
+        assert await look_at_once() == [True] * 20
+    assert await look_at_once() == [False] * 20
+    async with FileLock(path).hold(timeout=0):
+        pass
+
+
 async def test_a_refusal_names_the_holder(path: Path) -> None:
     """The message says which process to wait for or to stop."""
     with python(HOLDER, path) as child:
