@@ -38,13 +38,22 @@ if TYPE_CHECKING:
     from orchestrator.domain.model import TaskStatus
     from orchestrator.engine.report import AdapterReport, RunReport, RunStatus, TaskReport
     from orchestrator.engine.restoring import Restored
-    from orchestrator.errors import ConfigError, CouncilError, LockHeld, Problem, RefusedError, StoreUnavailable
+    from orchestrator.errors import (
+        ConfigError,
+        CouncilError,
+        LockHeld,
+        Problem,
+        RefusedError,
+        StoreUnavailable,
+        VersionConflict,
+    )
     from orchestrator.past import Past
     from orchestrator.plugins import Plugins
-    from orchestrator.protocols import Event, Key, RecordedEvent, Verified
+    from orchestrator.protocols import Document, Event, Key, RecordedEvent, Verified
     from orchestrator.state.checkpoints import Checkpoint, Restoration
     from orchestrator.state.conflicts import Applied, Conflict, Settled
     from orchestrator.state.copying import Copied
+    from orchestrator.state.subscription import Changed
     from orchestrator.transfer import copy_state
 
 __all__ = [
@@ -53,6 +62,7 @@ __all__ = [
     "Applied",
     "Archive",
     "BackoffSettings",
+    "Changed",
     "Checkpoint",
     "Config",
     "ConfigError",
@@ -60,6 +70,7 @@ __all__ = [
     "Copied",
     "Council",
     "CouncilError",
+    "Document",
     "Event",
     "FailureClass",
     "KeptWork",
@@ -86,6 +97,7 @@ __all__ = [
     "TaskStatus",
     "Update",
     "Verified",
+    "VersionConflict",
     "WorktreeSettings",
     "copy_state",
 ]
@@ -107,13 +119,22 @@ _MODULES = {
     "domain.model": ("TaskStatus",),
     "engine.report": ("AdapterReport", "RunReport", "RunStatus", "TaskReport"),
     "engine.restoring": ("Restored",),
-    "errors": ("ConfigError", "CouncilError", "LockHeld", "Problem", "RefusedError", "StoreUnavailable"),
+    "errors": (
+        "ConfigError",
+        "CouncilError",
+        "LockHeld",
+        "Problem",
+        "RefusedError",
+        "StoreUnavailable",
+        "VersionConflict",
+    ),
     "past": ("Past",),
     "plugins": ("Plugins",),
-    "protocols": ("Event", "Key", "RecordedEvent", "Verified"),
+    "protocols": ("Document", "Event", "Key", "RecordedEvent", "Verified"),
     "state.checkpoints": ("Checkpoint", "Restoration"),
     "state.conflicts": ("Applied", "Conflict", "Settled"),
     "state.copying": ("Copied",),
+    "state.subscription": ("Changed",),
     "transfer": ("copy_state",),
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}

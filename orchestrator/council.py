@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,10 @@ from orchestrator.clock import Clock, SystemClock
 from orchestrator.config.store import folder_url, named_store, scheme_of, store_folder
 from orchestrator.domain.model import Action
 from orchestrator.engine.ledger import read_run
-from orchestrator.engine.report import RunReport
+from orchestrator.engine.report import RunReport, RunStatus
 from orchestrator.errors import CouncilError, RefusedError
 from orchestrator.project import LEGACY_RECORD, Project, council_home, exclude_from_git, find_project
-from orchestrator.protocols import Compacted, JsonObject, Key, Record, RecordedEvent, Store, Verified
+from orchestrator.protocols import Compacted, Document, JsonObject, Key, Record, RecordedEvent, Store, Verified
 from orchestrator.repo.checkout import check_own
 from orchestrator.repo.hub import Hub
 from orchestrator.runs import Runs
@@ -42,10 +42,13 @@ if TYPE_CHECKING:
     from orchestrator.plugins import Plugins
     from orchestrator.state.conflicts import Applied, Conflict, Settled
     from orchestrator.state.copying import Copied
+    from orchestrator.state.subscription import Changed
     from orchestrator.views.content import Stand
 
 #: The events behind which nothing more comes of a run, for now.
 _LAST_EVENTS = frozenset({"run.finished", "run.interrupted", "run.imported", "run.removed"})
+#: How runs stand that are not over.
+_ACTIVE = frozenset({RunStatus.RUNNING, RunStatus.INTERRUPTED})
 #: The events that may come behind those without anybody being at work again.
 _LATER_EVENTS = frozenset({"checkpoint.created", "checkpoint.restored", "run.seized"})
 
@@ -223,6 +226,42 @@ class Council:
         """
         return await (await self._executing()).restore(checkpoint, force=force)
 
+    async def document(self, key: Key) -> Document | None:
+        """Return a document as it is now, whichever process wrote it; None if there is none."""
+        return await self._store.get(key)
+
+    async def update(
+        self,
+        key: Key,
+        change: Callable[[JsonObject | None], JsonObject | None],
+        *,
+        expected_version: int | None = None,
+        ttl: float | None = None,
+    ) -> Document | None:
+        """Replace a document's value by what `change` makes of it; return the document after that, None if it is gone.
+
+        `change` gets a copy of its own, None where there is no document, and returns None to delete it. Where somebody
+        else commits first it is called anew with the newer value, at most five times in all, after pauses that grow
+        exponentially. VersionConflict says who wrote and when: behind the last time, or at once where the version is
+        not the `expected_version` (0: there is none). After `ttl` seconds it is as if the document were not there.
+
+        RefusedError for a document of a run that a process is at work in.
+        """
+        from orchestrator.state.update import update  # noqa: PLC0415  seldom needed
+
+        await self._check_idle(key)
+        return await update(self._store, key, change, expected_version=expected_version, ttl=ttl)
+
+    def subscribe(self, pattern: str, after: int | None = None) -> AsyncGenerator[Changed]:
+        """Yield each new version of the documents whose name, `kind/id`, matches a pattern, as any process writes it.
+
+        In a pattern `*` stands for any characters, `/` too. It begins behind the position `after`: 0 is from the first
+        that the log has, None from now on, which is when the first is asked for. It never ends by itself.
+        """
+        from orchestrator.state.subscription import subscribe  # noqa: PLC0415  the same
+
+        return subscribe(self._store, pattern, after)
+
     async def apply_updates(self, updates: Sequence[Update[Key]], strategy: str = "last_write_wins") -> Applied:
         """Write what updates of documents amount to; those that compete are resolved by a strategy.
 
@@ -275,9 +314,10 @@ class Council:
         """Describe a run as it stands now."""
         return await self._runs.status(run or await self.newest_run())
 
-    async def runs(self) -> list[RunReport]:
-        """Describe all runs of the project, the oldest first."""
-        return [await self.status(run) for run in await self.run_ids()]
+    async def runs(self, *, active: bool = False) -> list[RunReport]:
+        """Describe all runs of the project, or only those that are not over: at work, or cut off; the oldest first."""
+        found = [await self.status(run) for run in await self.run_ids()]
+        return [report for report in found if not active or report.status in _ACTIVE]
 
     async def run_ids(self) -> list[str]:
         """Return the ids of all runs of the project that can be read, the oldest first."""

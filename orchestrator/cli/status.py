@@ -9,13 +9,10 @@ import click
 
 from orchestrator.cli.command import Context, json_option, opened, perform, run_argument, show_result, store_option
 from orchestrator.cli.output import plain
-from orchestrator.engine.report import RunReport, RunStatus
+from orchestrator.engine.report import RunReport
 
 if TYPE_CHECKING:
     from orchestrator.domain.metrics import Metrics
-
-#: How runs stand that are not over.
-_ACTIVE = frozenset({RunStatus.RUNNING, RunStatus.INTERRUPTED})
 
 
 @click.command()
@@ -58,7 +55,7 @@ def runs(active: bool, as_json: bool) -> None:
 
     async def command(context: Context) -> int:
         async with opened(context.log) as council:
-            found = [report for report in await council.runs() if not active or report.status in _ACTIVE]
+            found = await council.runs(active=active)
             told = [(report, await council.past.metrics(report.run)) for report in found]
             if as_json:
                 context.output.json({"runs": [{**one.to_json(), "metrics": asdict(metrics)} for one, metrics in told]})

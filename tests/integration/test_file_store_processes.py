@@ -1,5 +1,6 @@
 """Many processes on one file store: nothing lost, nothing twice, one order for all, whoever dies."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from orchestrator.clock import SystemClock
@@ -132,3 +134,28 @@ async def test_a_follower_sees_the_commits_of_another_store_at_once(tmp_path: Pa
         assert document is not None
         assert document.value == {"n": 3}
         assert await ours.commit(Commit([Write(SHARED, 3, {"n": 4})])) == 4
+
+
+async def test_a_reader_waits_for_no_writer(tmp_path: Path) -> None:
+    """While somebody else has the lock of the log what was committed is read; who commits waits until it is free."""
+    async with (
+        FileStore.open(tmp_path, SystemClock()) as ours,
+        FileStore.open(tmp_path, SystemClock()) as theirs,
+    ):
+        await theirs.commit(Commit([Write(SHARED, 0, {"n": 1})]))
+        assert await ours.position() == 1
+        async with anyio.create_task_group() as group:
+            # Closed, and so unlocked, before the group waits for the commit, whatever is found.
+            with (tmp_path / "lock").open() as held:
+                fcntl.flock(held, fcntl.LOCK_EX)
+                group.start_soon(theirs.commit, Commit([Write(SHARED, 1, {"n": 2})]))
+                with anyio.fail_after(PATIENCE):
+                    for _ in range(100):
+                        document = await ours.get(SHARED)
+                        assert document is not None
+                        assert document.value == {"n": 1}
+                        assert [one.version for one in await ours.history(SHARED)] == [1]
+                        await anyio.lowlevel.checkpoint()
+        document = await ours.get(SHARED)
+        assert document is not None
+        assert document.value == {"n": 2}

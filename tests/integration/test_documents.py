@@ -1,0 +1,154 @@
+"""Single documents of a project's state from Python: read, changed, locked for a time, and waited for."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+
+import anyio
+import pytest
+
+from orchestrator import Changed, Council, Document, Key, RefusedError, RunStatus, VersionConflict
+from orchestrator.protocols import JsonObject
+from orchestrator.repo.hub import Hub
+from orchestrator.state.update import update
+from orchestrator.testing.clock import ManualClock
+from tests.conftest import Repository
+from tests.recorded import RUN, START, record_run, recorded, run_document
+
+NOTE, API = Key("note", "x"), Key("task", f"{RUN}/api")
+
+
+@pytest.fixture
+async def project(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Repository:
+    """A repository in which a run is recorded that was interrupted, and one that is over."""
+    async with recorded(repository.top, monkeypatch) as store:
+        clock = ManualClock(START - 1000)
+        await record_run(store, clock, run_document(repository.top, "over", clock.now()))
+        await update(store, Key("run", "over"), lambda value: {**(value or {}), "ended": START})
+    hub = Hub(repository.top / "hub")
+    for folder in (hub.trusted, hub.root / "locks"):
+        folder.mkdir(parents=True)
+    return repository
+
+
+@asynccontextmanager
+async def opened(project: Repository, clock: ManualClock | None = None) -> AsyncIterator[Council]:
+    """Open the project."""
+    async with Council.open(project.top, environ=project.environ, clock=clock) as council:
+        yield council
+
+
+async def test_what_somebody_writes_everybody_reads(project: Repository) -> None:
+    """Made, changed and deleted; versions rise by one, and `change` gets what is there."""
+    async with opened(project) as ours, opened(project) as theirs:
+        assert await ours.document(NOTE) is None
+        seen: list[JsonObject | None] = []
+
+        def count(value: JsonObject | None) -> JsonObject:
+            seen.append(value)
+            return {"n": len(seen)}
+
+        assert await ours.update(NOTE, count) == await theirs.document(NOTE)
+        made = await theirs.update(NOTE, count)
+        assert made is not None
+        assert (made.version, made.value, seen) == (2, {"n": 2}, [None, {"n": 1}])
+        assert (await ours.update(NOTE, lambda _: None), await theirs.document(NOTE)) == (None, None)
+        assert [one.value for one in await ours.past.history(NOTE)] == [None, {"n": 2}, {"n": 1}]
+
+
+async def test_progress_of_a_task_is_merged_and_counted(project: Repository) -> None:
+    """Fields that are not named stay, also if both write at once; the run's figures follow."""
+    async with opened(project) as ours, opened(project) as theirs:
+        before = await ours.document(API)
+        assert before is not None
+        assert (await ours.past.metrics(RUN)).in_progress == 1
+
+        async def note(council: Council, progress: JsonObject) -> None:
+            await council.update(API, lambda value: {**(value or {}), **progress})
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(note, ours, {"status": "failed", "reason": "needs a key"})
+            group.start_soon(note, theirs, {"pull_request": 12})
+        after = await ours.document(API)
+        assert after is not None
+        changed = {"status": "failed", "reason": "needs a key", "pull_request": 12}
+        assert (after.version, after.value) == (before.version + 2, before.value | changed)
+        assert before.value["attempts"]
+        figures = await ours.past.metrics(RUN)
+        assert (figures.in_progress, figures.failed) == (0, 1)
+
+
+async def test_a_version_that_was_expected(project: Repository) -> None:
+    """With the wrong one nothing is written, and it is told at once who was there, and when."""
+    async with opened(project, ManualClock(START + 500)) as council:
+        made = await council.update(NOTE, lambda _: {"n": 1}, expected_version=0)
+        assert made is not None
+        with pytest.raises(VersionConflict) as caught:
+            await council.update(NOTE, lambda _: {"n": 2}, expected_version=2)
+        told = caught.value
+        assert (told.expected, told.found, told.by, told.time) == (2, 1, "ada@box:4711", START + 500)
+        assert await council.document(NOTE) == made
+
+
+async def test_a_lock_that_ends_with_its_time(project: Repository) -> None:
+    """One has it; the next gets it when it is given back, or when its time is over."""
+    clock, lock = ManualClock(START + 500), Key("lock", "deploy")
+    async with opened(project, clock) as ours, opened(project, clock) as theirs:
+
+        async def take(council: Council, owner: str) -> Document | None:
+            return await council.update(lock, lambda _: {"owner": owner}, expected_version=0, ttl=5)
+
+        held = await take(ours, "a")
+        assert held is not None
+        assert held.expires == START + 505
+        clock.advance(4.9)
+        with pytest.raises(VersionConflict, match="ada@box:4711"):
+            await take(theirs, "b")
+        clock.advance(0.1)
+        assert await ours.document(lock) is None
+        again = await take(theirs, "b")
+        assert again is not None
+        assert again.value == {"owner": "b"}
+        await theirs.update(lock, lambda _: None, expected_version=again.version)
+        assert await take(ours, "a") is not None
+
+
+async def test_who_waits_for_a_document_is_told_when_it_comes(project: Repository) -> None:
+    """By its pattern, from whichever process, and also what came before, from a position on."""
+    heard: list[Changed] = []
+
+    async def listen(council: Council, after: int) -> None:
+        async with aclosing(council.subscribe("note/*", after)) as changes:
+            async for change in changes:
+                heard.append(change)
+                return
+
+    async with opened(project) as ours, opened(project) as theirs:
+        begin = await ours.position()
+        with anyio.fail_after(20):
+            async with anyio.create_task_group() as group:
+                group.start_soon(listen, ours, begin)
+                await anyio.wait_all_tasks_blocked()
+                assert heard == []
+                await theirs.update(Key("other", "x"), lambda _: {})
+                await theirs.update(NOTE, lambda _: {"n": 1})
+            await listen(theirs, begin)
+    assert [(one.key, one.version, one.value, one.position) for one in heard] == [(NOTE, 1, {"n": 1}, begin + 2)] * 2
+
+
+async def test_nothing_is_changed_beside_a_run_at_work(project: Repository) -> None:
+    """Which would not know of it; what is of no run is."""
+    async with opened(project) as council, Hub(project.top / "hub").run_lock(RUN).hold(0):
+        with pytest.raises(RefusedError, match=f"task/{RUN}/api is of run {RUN}, which is at work"):
+            await council.update(API, lambda _: pytest.fail("called"))
+        assert await council.update(NOTE, lambda _: {}) is not None
+
+
+async def test_runs_that_are_not_over(project: Repository) -> None:
+    """One that was cut off, and the same while a process is at work in it."""
+    async with opened(project) as council:
+        assert [(one.run, one.status) for one in await council.runs(active=True)] == [(RUN, RunStatus.INTERRUPTED)]
+        async with Hub(project.top / "hub").run_lock(RUN).hold(0):
+            assert [one.status for one in await council.runs(active=True)] == [RunStatus.RUNNING]
+        assert [one.run for one in await council.runs()] == ["over", RUN]
