@@ -51,8 +51,7 @@ class FileLock:
 
         Any number may look at once; who only tries to take the lock at that moment may find it held.
         """
-        with anyio.CancelScope(shield=True):
-            return await anyio.to_thread.run_sync(_is_held, self.path)
+        return await anyio.to_thread.run_sync(_is_held, self.path)
 
     @asynccontextmanager
     async def hold(self, timeout: float | None = None) -> AsyncIterator[HeldLock]:  # noqa: ASYNC109  (raises LockHeld)

@@ -152,3 +152,19 @@ async def test_runs_that_are_not_over(project: Repository) -> None:
         async with Hub(project.top / "hub").run_lock(RUN).hold(0):
             assert [one.status for one in await council.runs(active=True)] == [RunStatus.RUNNING]
         assert [one.run for one in await council.runs()] == ["over", RUN]
+
+
+async def test_a_run_that_was_recovered_says_when(repository: Repository) -> None:
+    """Cut off it is active, and who takes it on is its next owner, recorded with the time; landed it is not active."""
+    path = repository.configure([{"id": "a", "prompt": "write a.txt a"}])
+    assert repository.council("run", str(path), failpoints="work.recorded=kill").code < 0
+    async with Council.open(repository.top, environ=repository.environ) as council:
+        [report] = await council.runs(active=True)
+        assert report.status is RunStatus.INTERRUPTED
+        assert (await council.resume(report.run)).status is RunStatus.LANDED
+        claims = [one async for one in council.events(report.run) if one.event.type == "run.claimed"]
+        assert await council.runs(active=True) == []
+    first, second = claims
+    assert (first.event.data["epoch"], second.event.data["epoch"]) == (1, 2)
+    assert first.time < second.time
+    await repository.assert_invariants()
