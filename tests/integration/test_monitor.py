@@ -125,15 +125,17 @@ async def test_a_run_that_logs_without_end_stays_within_its_size(
     state, clock = store
     largest = 20_000
     async with watched(state, clock, tmp_path, Retention(age=None, size=largest)):
-        for _ in range(5):
+        for round_ in range(5):
             for _ in range(100):
                 await state.commit(Commit([], [Event("noise", {"text": "x" * 300})], durable=False))
 
             async def is_within() -> bool:
                 return (await state.statistics()).log_bytes <= largest
 
-            assert not await is_within()
+            # Later a sweep of the round before may still be at work, and take these along.
+            assert round_ > 0 or not await is_within()
             await drive(clock, is_within)
+        assert (await state.statistics()).first >= 300
 
 
 async def test_what_a_person_should_know_is_recorded_once(store: tuple[FileStore, ManualClock], tmp_path: Path) -> None:
