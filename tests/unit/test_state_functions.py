@@ -27,7 +27,9 @@ OUTPUT: Final = (ROOT / "docs/output.md").read_text()
 SECTIONS: Final = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
 
 #: What may stand in code beside names: arguments, keys of the file, places, and words that a sentence is about.
-_NO_NAMES: Final = re.compile(r"\w+=\w+|\{.*\}|(state|state_dir|memory):|\.council/.*|async \w+|anyio\.\w+|COUNCIL_STATE")
+_NO_NAMES: Final = re.compile(
+    r"\w+=\w+|\{.*\}|(state|state_dir|memory):|\.council/.*|async \w+|anyio\.\w+|COUNCIL_STATE"
+)
 _WORDS: Final = {
     *("change", "epoch", "expected_version", "find", "landed", "max_size", "names", "recovered_at", "remove"),
     *("retention", "run", "silence", "ttl"),
