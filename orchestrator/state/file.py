@@ -106,6 +106,7 @@ _REMEDIES: Final = {
     errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
     errno.EROFS: "mount the file system writable",
     errno.EACCES: "give this user access to it",
+    errno.ESTALE: "give the command again",
 }
 
 
@@ -216,6 +217,8 @@ class FileStore:
                     news, current = self._news, self._lock.read()
                 mark = Mark.decode(current) if current != seen else None
                 if mark is None:
+                    with self._explained():
+                        self._lock.check_place()
                     with anyio.move_on_after(pause):
                         await news.wait()
                     pause = min(1.25 * pause, _POLL_SLOWEST)

@@ -104,7 +104,9 @@ class Lock:
     """The permanent lock file, kept open; it carries the mark."""
 
     def __init__(self, directory: Path) -> None:
-        self._file = os.fdopen(os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b", 0)
+        self._path = directory / _LOCK
+        self._file = os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b", 0)
+        self._identity = _identity(os.fstat(self._file.fileno()))
 
     def read(self) -> bytes:
         """Return the mark as it stands; so cheap that it may be done on the event loop."""
@@ -116,9 +118,19 @@ class Lock:
         os.pwrite(self._file.fileno(), data, 0)
         return data
 
+    def check_place(self) -> None:
+        """Raise OSError (ESTALE) unless the file is still where it was opened.
+
+        Where a folder was moved, or a copy took its place, others lock another file there.
+        """
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if _identity(self._path.stat()) == self._identity:
+                return
+        raise OSError(errno.ESTALE, "it was moved or replaced while it was in use")
+
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Exclude all other appenders, of this process too; blocks without a limit."""
+        """Exclude all other appenders, of this process too; blocks without a limit. Raises as `check_place`."""
         # Late: it costs a process that only shows help 40 to 500 ms. The class, because the module's default
         # can be switched by anyone in the process to a lock that any close of the file drops.
         from portalocker.exceptions import LockException  # noqa: PLC0415
@@ -130,6 +142,7 @@ class Lock:
         except LockException as error:
             raise OSError(errno.ENOLCK, str(error)) from error
         try:
+            self.check_place()
             yield
         finally:
             locker.unlock(self._file)
@@ -137,6 +150,10 @@ class Lock:
     def close(self) -> None:
         """Give the file back; every later use raises ValueError."""
         self._file.close()
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
 
 
 def is_store(directory: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -34,6 +35,29 @@ async def test_a_place_that_can_not_be_used_is_said(tmp_path: Path) -> None:
     with pytest.raises(StoreUnavailable):
         async with FileStore.open(tmp_path / "file", SystemClock()):
             pass
+
+
+@pytest.mark.parametrize("what", ["folder", "lock"])
+async def test_a_folder_that_was_replaced_is_written_by_those_who_open_it_alone(tmp_path: Path, what: str) -> None:
+    """Of a copy that takes its place, or a new lock file, a process that had it open before would have another lock."""
+    place, clock = tmp_path / "state", SystemClock()
+    async with FileStore.open(place, clock) as before:
+        await before.commit(Commit(events=[Event("first")]))
+        if what == "lock":
+            (place / "lock").unlink()
+        else:
+            place.rename(tmp_path / "elsewhere")
+            shutil.copytree(tmp_path / "elsewhere", place)
+        async with FileStore.open(place, clock) as after:
+            await after.commit(Commit(events=[Event("second")]))
+            with pytest.raises(StoreUnavailable, match="moved or replaced"):
+                await before.commit(Commit(events=[Event("never")]))
+            with pytest.raises(StoreUnavailable, match="moved or replaced"), anyio.fail_after(10):
+                async for _ in before.watch(2):
+                    pass
+            await after.commit(Commit(events=[Event("third")]))
+            found = await after.verify()
+            assert (found.is_sound, found.position) == (True, 3)
 
 
 async def test_a_follower_is_woken_by_commits_of_its_own_process(
