@@ -17,7 +17,7 @@ from orchestrator.domain.model import Action
 from orchestrator.engine.ledger import read_run
 from orchestrator.engine.report import RunReport, RunStatus
 from orchestrator.errors import CouncilError, RefusedError
-from orchestrator.project import LEGACY_RECORD, Project, council_home, exclude_from_git, find_project
+from orchestrator.project import LEGACY_RECORD, Project, council_home, exclude_from_git, find_project, was_imported
 from orchestrator.protocols import Compacted, Document, JsonObject, Key, Record, RecordedEvent, Store, Verified
 from orchestrator.repo.checkout import check_own
 from orchestrator.repo.hub import Hub
@@ -479,7 +479,7 @@ def _store_of(project: Project, config: RunConfig | None) -> str:
 async def _import(store: Store, project: Project, clock: Clock, environ: Mapping[str, str]) -> Sequence[str]:
     """Import the state of an older layout into a store that is empty or not done with it; return what is to be told."""
     record = await store.get(LEGACY_RECORD)
-    if await store.position() if record is None else record.value["is_complete"]:
+    if await store.position() if record is None else was_imported(record):
         return ()
     if not await anyio.to_thread.run_sync(project.has_legacy):
         return ()

@@ -10,13 +10,18 @@ from secrets import randbelow
 
 from orchestrator.config.store import MEMORY, folder_url
 from orchestrator.errors import RefusedError
-from orchestrator.protocols import Key
+from orchestrator.protocols import Document, Key
 
 FOLDER = ".council"
 #: What older layouts of state are in, from a project's folder: a file with all sessions, and a folder.
 LEGACY_FILE, LEGACY_TREE = ".worktrees/.parallel-dev-state.json", ".worktrees/.state"
 #: The document that says what of them was imported, and whether that is complete.
 LEGACY_RECORD = Key("import", "worktrees")
+
+
+def was_imported(record: Document) -> bool:
+    """Whether that document says so; of one that is damaged it is not known, and nothing is imported twice."""
+    return record.damaged or bool(record.value.get("is_complete", True))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ import orjson
 from orchestrator.domain.legacy import Imported, documents
 from orchestrator.errors import CouncilError
 from orchestrator.failpoints import failpoint
-from orchestrator.project import LEGACY_FILE, LEGACY_RECORD, LEGACY_TREE, Project
+from orchestrator.project import LEGACY_FILE, LEGACY_RECORD, LEGACY_TREE, Project, was_imported
 from orchestrator.protocols import Commit, Event, Key, Store, Write
 from orchestrator.state.legacy_files import Found, Problem, Source, read_layouts
 from orchestrator.state.update import retried
@@ -87,7 +87,7 @@ def _convert(found: Found, project: Project, now: float) -> list[Imported]:
 async def _commit(store: Store, runs: Sequence[Imported], found: Found) -> Import | None:
     """Write what is not there yet; None where somebody else has done that already."""
     record = await store.get(LEGACY_RECORD)
-    if record is not None and record.value["is_complete"]:
+    if record is not None and was_imported(record):
         return None
     version = record.version if record is not None else 0
     problems = found.problems[:_MOST_RECORDED]

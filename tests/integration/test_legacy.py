@@ -327,6 +327,22 @@ async def test_links_out_of_the_project_are_not_followed(repository: Repository,
     ]
 
 
+async def test_damage_to_the_record_of_an_import_stops_no_command(repository: Repository) -> None:
+    """What it said is not known: nothing is imported twice, and the state can be looked at and repaired."""
+    write(repository, LEGACY_FILE, STATE)
+    await imported(repository)
+    (log,) = (repository.top / ".council/state").glob("*.jsonl")
+    data = log.read_bytes()
+    log.write_bytes(data.replace(b'"is_complete":true', b'"is_complete":trUe', 1))
+    (repository.top / ".council/state/snapshot").unlink(missing_ok=True)
+    verified = repository.council("state", "verify", "--json")
+    assert (verified.code, verified.result["is_sound"]) == (1, False)
+    assert str(LEGACY_RECORD) in verified.result["damaged"]
+    assert repository.council("state", "verify", "--repair").code == 0
+    assert repository.council("runs", "--json").code == 0
+    assert await events(repository, "legacy.imported") == []
+
+
 async def test_of_what_is_too_much_the_first_is_taken(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sessions, tasks, bytes of a file, entries of a folder; that is told, for a few files in full."""
     monkeypatch.setattr(legacy_files, "MAX_SESSIONS", 3)
@@ -352,7 +368,7 @@ async def test_a_kill_in_between_changes_nothing_of_what_comes_out(repository: R
     write(repository, LEGACY_FILE, {"sessions": [{"id": "large", "tasks": tasks}, SESSION]})
     assert repository.council("runs", failpoints="legacy.begun=kill").code == -signal.SIGKILL
     async with FileStore.open(repository.top / ".council/state", SystemClock()) as store:
-        assert await store.list("run") == []
+        assert not await store.list("run")
         assert await store.list("task", "large/") != []
     assert repository.council("runs", failpoints="legacy.begun=kill@2").code == -signal.SIGKILL
     found = await runs(repository)
