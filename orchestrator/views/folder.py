@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from orchestrator.errors import RefusedError
 from orchestrator.failpoints import failpoint
 from orchestrator.views.content import Changes, Stand
 from orchestrator.views.names import CONTEXT, EVENTS, INDEX
@@ -166,7 +167,13 @@ class Folder:
         try:
             path.mkdir(mode=0o700)
         except FileExistsError:
-            path.chmod(0o700)
+            if path.is_dir() and not path.is_symlink():
+                path.chmod(0o700)
+            elif not folder:
+                raise RefusedError(f"{path} is no folder", "remove it, so that the views can be made there") from None
+            else:  # nothing of ours: what it leads to is not written
+                path.unlink()
+                path.mkdir(mode=0o700)
         self._made.add(folder)
 
 

@@ -15,6 +15,7 @@ import anyio
 import pytest
 
 from orchestrator.clock import SystemClock
+from orchestrator.errors import RefusedError
 from orchestrator.project import Project
 from orchestrator.protocols import HISTORY, Commit, Event, JsonObject, Key, Store, Write
 from orchestrator.state.file import FileStore
@@ -186,6 +187,32 @@ async def test_deleted_and_falsified_views_change_nothing_and_come_back(reposito
     shutil.rmtree(top)
     assert repository.council("run", str(config)).code in {0, 1}
     await assert_equal_in(repository)
+
+
+async def test_what_stands_in_the_place_of_a_folder_makes_way(
+    store: Store, views: Views, project: Project, tmp_path: Path
+) -> None:
+    """A link, say: what that leads to is neither written nor closed to others. But in the place of all is a refusal."""
+    elsewhere = tmp_path / "elsewhere"
+    project.views.write_text("mine")
+    with pytest.raises(RefusedError, match="is no folder"):
+        await views.refresh()
+    project.views.unlink()
+    await rewrite(store, Key("task", "r/a"), 3)
+    await views.refresh()
+    await assert_equal(project.views, store)
+    run = project.views / "tasks/r"
+    shutil.copytree(run, elsewhere)
+    elsewhere.chmod(0o755)
+    before = content(elsewhere)
+    shutil.rmtree(run)
+    run.symlink_to(elsewhere)
+    await rewrite(store, Key("task", "r/b"), 3)
+    for _ in range(2):  # the first finds out what is missing
+        await views.refresh()
+    await assert_equal(project.views, store)
+    assert content(elsewhere) == before
+    assert elsewhere.stat().st_mode & 0o777 == 0o755
 
 
 @pytest.mark.parametrize("name", ["views.written", "views.replaced"])
