@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from secrets import randbelow
 
-from orchestrator.config.store import MEMORY, folder_url
+from orchestrator.config.store import MEMORY, check_store, folder_url
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Document, Key
 
 FOLDER = ".council"
+_LONGEST_URL = 1 << 16
 #: What older layouts of state are in, from a project's folder: a file with all sessions, and a folder.
 LEGACY_FILE, LEGACY_TREE = ".worktrees/.parallel-dev-state.json", ".worktrees/.state"
 #: The document that says what of them was imported, and whether that is complete.
@@ -46,11 +47,21 @@ class Project:
         return self.folder / "store"
 
     def store(self) -> str:
-        """Return the URL of the store that the newest run is recorded in, as far as files say. Blocks."""
-        try:
-            return self.store_file.read_text().strip()
-        except FileNotFoundError:
+        """Return the URL of the store that the newest run is recorded in, as far as files say. Blocks.
+
+        RefusedError where the file that names it is not as it was written.
+        """
+        if not os.path.lexists(self.store_file):
             return folder_url(self.own_state)
+        lines = [""]
+        if self.store_file.is_file():  # a pipe would be waited for
+            with self.store_file.open("rb") as file:
+                lines = file.read(_LONGEST_URL).decode(errors="replace").strip().split("\n")
+        try:
+            return check_store(lines[0] if len(lines) == 1 else "")
+        except ValueError:
+            remedy = f"write the URL of one into it, or remove it to use {self.own_state}"
+            raise RefusedError(f"{self.store_file} names no store", remedy) from None
 
     def use_store(self, url: str | None) -> None:
         """Have commands look there, or in the project's own store, where they are told nothing else. Blocks."""

@@ -45,7 +45,10 @@ def store_folder(url: str) -> Path | None:
     """
     if scheme_of(url) != "file":
         return None
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # of a host that can't be
+        parts = urlsplit("file://?")
     path = unquote(parts.path)
     if parts.netloc not in {"", "localhost"} or not path.startswith("/") or "\0" in path:
         raise ValueError(f"{shown(url)} names no folder of this machine: write file:///an/absolute/path")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,23 @@ def test_the_flag_counts_before_the_environment_and_that_before_the_file(
     assert holds_a_log(folders["file"])
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"file:///a\nfile:///b\n", b"file://[", b"a folder", None])
+def test_a_choice_that_can_not_be_read_is_told(repository: Repository, content: bytes | None) -> None:
+    """With the file, whatever became of it; a pipe is not waited for."""
+    (repository.top / ".council/state").mkdir(parents=True)
+    chosen = repository.top / ".council/store"
+    if content is None:
+        os.mkfifo(chosen)
+    else:
+        chosen.write_bytes(content)
+    ended = repository.council("runs", "--json")
+    assert (ended.code, ended.result["status"]) == (2, "refused"), ended
+    assert str(chosen) in ended.result["error"]
+    assert "remove it" in ended.result["remedy"]
+    chosen.unlink()
+    assert repository.council("runs", "--json").code == 0
+
+
 def test_a_run_goes_on_in_the_store_that_its_file_named(repository: Repository, tmp_path: Path) -> None:
     """`resume` and `retry` need no file to find it."""
     path = repository.configure([_TASK | {"prompt": "exit 1"}], state_dir=str(tmp_path / "state"))
@@ -101,6 +119,7 @@ def test_cleaning_leaves_what_runs_of_another_store_have(repository: Repository,
     [
         ({"state": "state"}, "is no URL of a store"),
         ({"state": "file:state"}, "names no folder of this machine"),
+        ({"state": "file://[a"}, "names no folder of this machine"),
         ({"state": {"url": "memory:"}, "state_dir": "x"}, "the store is named by `state`, too"),
         ({"state": 3}, "a store can't be"),
         ({"state": {"retention": "5000d"}}, "too long"),
