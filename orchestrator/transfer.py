@@ -90,6 +90,6 @@ async def import_store(file: Path | IO[bytes], store: Store) -> Copied:
     """Load a file that `export_store` wrote into an empty store; see `Council.import_state`. A stream is closed."""
     if not isinstance(file, Path):
         return await import_from("what comes in", lambda: file, store)
-    if not await to_thread.run_sync(file.is_file):
+    if not await to_thread.run_sync(os.path.isfile, file):
         raise RefusedError(f"there is no file {file}", "name one that `council state export` wrote")
     return await import_from(str(file), lambda: file.open("rb"), store)

@@ -8,10 +8,10 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import IO
 
-from orchestrator.errors import StoreUnavailable
+from orchestrator.errors import InvalidDocument, RefusedError, StoreUnavailable
 from orchestrator.protocols import Dump, DumpedCommit, Key, Store
 from orchestrator.state.dumping import not_empty
-from orchestrator.state.portable import Header, commit_line, reading, write
+from orchestrator.state.portable import REMEDY, Header, commit_line, reading, write
 from orchestrator.state.writer import name_of_writer
 
 
@@ -117,7 +117,10 @@ async def import_from(name: str, opens: Callable[[], IO[bytes]], target: Store) 
     RefusedError, and the target stays empty, where not every byte of the file is as it was written. Else as `copy`.
     """
     async with reading(name, opens) as (reader, dump):
-        tally, was_there = await _fill(target, dump)
+        try:
+            tally, was_there = await _fill(target, dump)
+        except InvalidDocument as error:
+            raise RefusedError(f"{name}: {error}", REMEDY) from None
     return replace(await _compared(target, dump, tally, was_there=was_there), packed=reader.bytes)
 
 

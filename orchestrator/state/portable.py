@@ -12,6 +12,7 @@ known before anything is done with it. The lines of commits are also what two st
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,11 +20,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
-from typing import IO, Any, Final, Literal, NoReturn, TypeVar
+from typing import IO, Annotated, Any, Final, Literal, NoReturn, TypeVar
 
 import orjson
 from anyio import to_thread
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from orchestrator.errors import InvalidDocument, RefusedError
 from orchestrator.protocols import Dump, DumpedCommit, DumpedDocument, Event, Key
@@ -35,11 +36,32 @@ VERSION: Final = 1
 
 _LEVEL: Final = 9
 _BATCH_BYTES: Final = 1 << 20
-_READ_BYTES: Final = 4096  # packed: at the very worst they unpack to some 100 MB
+_READ_BYTES: Final = 256  # packed: at the very worst they unpack to some 8 MB, of as many lines
 _LONGEST_LINE: Final = 2 * MAX_COMMIT_BYTES
-_REMEDY: Final = "export the state anew, or take another copy of the file"
+#: What helps where a file is not whole.
+REMEDY: Final = "export the state anew, or take another copy of the file"
+
+#: Where no file can be, whoever asks.
+_NO_PLACE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP})
+#: The highest of what is counted: all readers of JSON tell numbers up to there apart, and there is room behind it.
+_HIGHEST: Final = 1 << 53
+#: Wall-clock seconds that can be shown as a date in every zone.
+_EARLIEST_TIME: Final = -62e9
+_LATEST_TIME: Final = 253e9
 
 Model = TypeVar("Model", bound=BaseModel)
+
+
+def _check_text(text: str) -> str:
+    if any("\ud800" <= one <= "\udfff" for one in text):
+        raise ValueError("it holds half a surrogate pair, which is not text")
+    return text
+
+
+_Text = Annotated[str, AfterValidator(_check_text)]
+_Position = Annotated[int, Field(ge=1, le=_HIGHEST)]
+_Before = Annotated[int, Field(ge=0, le=_HIGHEST)]
+_Time = Annotated[float, Field(ge=_EARLIEST_TIME, le=_LATEST_TIME)]
 
 
 class _Strict(BaseModel):
@@ -51,34 +73,34 @@ class Header(_Strict):
 
     format: Literal["council-state"] = FORMAT
     version: Literal[1] = VERSION
-    position: int = Field(ge=0)
+    position: _Before
     """Of the newest commit."""
-    first: int = Field(ge=0)
+    first: _Before
     """Of the oldest state that can be told; of the commits up to there some are missing, in whole or in part."""
-    time: float
+    time: _Time
     """When it was exported (wall-clock seconds)."""
-    by: str
+    by: _Text
     """The process that did, as `user@host:pid`."""
 
 
 class _Document(_Strict):
-    kind: str
-    id: str
-    version: int = Field(ge=1)
+    kind: _Text
+    id: _Text
+    version: _Position
     value: dict[str, Any] | None
     expires: float | None
-    previous: int = Field(ge=0)
+    previous: _Before
 
 
 class _Event(_Strict):
-    type: str
+    type: _Text
     data: dict[str, Any]
 
 
 class _Commit(_Strict):
-    position: int = Field(ge=1)
-    time: float
-    by: str
+    position: _Position
+    time: _Time
+    by: _Text
     documents: list[_Document]
     events: list[_Event]
 
@@ -163,7 +185,13 @@ class Staged:
         self._path, self._force = path, force
         self._check()
         self._aside = path.with_name(f"{path.name}.{token_hex(6)}.new")
-        self.stream = open(self._aside, "xb", opener=private)  # noqa: SIM115  it is closed by `put` or `discard`
+        try:
+            self.stream = open(self._aside, "xb", opener=private)  # noqa: SIM115  it is closed by `put` or `discard`
+        except OSError as error:
+            if error.errno in _NO_PLACE:
+                what = f"{path} can't be made: {(error.strerror or str(error)).lower()}"
+                raise RefusedError(what, "name a file in a folder that is there") from None
+            raise
 
     def put(self) -> None:
         """Put it into its place, durably."""
@@ -190,9 +218,13 @@ class Staged:
         self._aside.unlink(missing_ok=True)
 
     def _check(self) -> None:
-        if self._path.is_dir():
+        if os.path.isdir(self._path):  # noqa: PTH112  a name that is too long is told of later
             raise RefusedError(f"{self._path} is a folder", "name a file")
-        if not self._force and os.path.lexists(self._path):
+        if not os.path.lexists(self._path):
+            return
+        if not self._path.is_file():  # nobody wants a device or a pipe to become one
+            raise RefusedError(f"{self._path} is no file", "name one, or write to it by `- > FILE`")
+        if not self._force:
             raise RefusedError(f"{self._path} is there already", "name another file, or replace it with --force")
 
 
@@ -246,7 +278,10 @@ class Reader:
             what = f"it has version {value.get('version')} of its format, this council reads version {VERSION}"
             self._refuse(what, "use the version of council that wrote it, or a newer one")
         self._sum.update(line)
-        return self._model(Header, value)
+        header = self._model(Header, value)
+        if header.first > header.position:
+            self._refuse(f"its first position, {header.first}, is behind its newest, {header.position}")
+        return header
 
     def _read_lines(self) -> Iterator[bytes]:
         rest = b""
@@ -298,6 +333,8 @@ class Reader:
         try:
             for one in found.documents:
                 key = Key(one.kind, one.id)
+                if one.previous >= found.position:
+                    self._refuse(f"commit {found.position} says that {key} was written before by {one.previous}")
                 encoded = None if one.value is None else encode_object(key, one.value)
                 documents.append(DumpedDocument(key, one.version, encoded, one.expires, one.previous))
         except InvalidDocument as error:
@@ -305,7 +342,7 @@ class Reader:
         events = tuple(Event(one.type, one.data) for one in found.events)
         return DumpedCommit(found.position, found.time, found.by, tuple(documents), events)
 
-    def _refuse(self, what: str, remedy: str = _REMEDY) -> NoReturn:
+    def _refuse(self, what: str, remedy: str = REMEDY) -> NoReturn:
         raise RefusedError(f"{self._name}: {what}", remedy)
 
 

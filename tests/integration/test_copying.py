@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -15,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import anyio
 import pytest
@@ -424,6 +425,75 @@ async def test_what_is_no_export_is_refused(exported: Path, clock: ManualClock) 
     assert await store.position() == 82
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"position": 1 << 70}, "position"),
+        ({"position": (1 << 64) - 1}, "position"),
+        ({"time": 1e300}, "time"),
+        ({"time": -1e300}, "time"),
+        ({"by": "\ud800"}, "by"),
+        ({"events": [{"type": "\udfff", "data": {}}]}, "events.0.type"),
+        ({"events": [{"type": "e", "data": {"n": float("inf")}}]}, "can't be stored"),
+        ({"events": [{"type": "e", "data": {"text": "x" * (5 << 20)}}]}, "can't be stored"),
+        ({"documents": [{"id": "\ud800"}]}, "documents.0.id"),
+        ({"documents": [{"version": 1 << 64}]}, "documents.0.version"),
+        ({"documents": [{"version": (1 << 64) - 1}]}, "documents.0.version"),
+        ({"documents": [{"previous": 1 << 64}]}, "documents.0.previous"),
+        ({"documents": [{"previous": 1}]}, "was written before by 1"),
+        ({"documents": [{}, {}]}, "one commit writes it twice"),
+    ],
+)
+async def test_what_no_store_can_hold_or_go_on_from_is_refused(
+    changes: dict[str, Any], told: str, tmp_path: Path, clock: ManualClock
+) -> None:
+    """Though the file's own checksum is right; nothing of it is in the store then."""
+    document = {"kind": "task", "id": "a", "version": 1, "value": {}, "expires": None, "previous": 0}
+    commit = {"position": 1, "time": 0.0, "by": "x", "events": [], **changes}
+    commit["documents"] = [document | one for one in changes.get("documents", [])]
+    position = commit["position"]
+    header = {"format": "council-state", "version": 1, "position": position, "first": position - 1, "time": 0, "by": ""}
+    lines = [json.dumps(one).encode() + b"\n" for one in (header, commit)]
+    footer = {"commits": 1, "sha256": hashlib.sha256(b"".join(lines)).hexdigest()}
+    data = packed([*lines, json.dumps(footer).encode() + b"\n"])
+    async with FileStore.open(tmp_path / "state", clock) as store:
+        assert told in await refused(data, store)
+        assert await store.position() == 0
+        assert await store.commit(Commit(events=[Event("e")])) == 1
+
+
+_LITTLE_MEMORY = """
+import anyio, resource, sys
+from pathlib import Path
+from orchestrator.errors import RefusedError
+from orchestrator.transfer import import_store, open_store
+
+async def main():
+    async with open_store("memory:") as store:
+        await import_store(Path("bomb"), store)
+        await store.position()
+
+limit = 1 << 30
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    anyio.run(main)
+except RefusedError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("line", [b"\n", b"x"])
+def test_a_file_that_unpacks_to_far_more_takes_little_memory(tmp_path: Path, line: bytes) -> None:
+    """Neither many empty lines, of which each is an object for us, nor one that does not end."""
+    packer = zstandard.ZstdCompressor().compressobj()
+    part = line * (1 << 20)
+    (tmp_path / "bomb").write_bytes(b"".join(packer.compress(part) for _ in range(300)) + packer.flush())
+    ended = subprocess.run(
+        [sys.executable, "-c", _LITTLE_MEMORY], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stdout.partition(": ")[0]) == (0, "bomb"), ended.stderr
+
+
 async def test_a_file_is_replaced_only_by_force(exported: Path, source: FileStore, tmp_path: Path) -> None:
     """And a folder never; nothing is left beside it."""
     before = exported.read_bytes()
@@ -436,7 +506,11 @@ async def test_a_file_is_replaced_only_by_force(exported: Path, source: FileStor
     assert exported.stat().st_mode & 0o777 == 0o600
     with pytest.raises(RefusedError, match="is a folder"):
         await export_store(source, tmp_path / "source", force=True)
-    assert files(tmp_path) == {"source", exported.name}
+    os.mkfifo(tmp_path / "pipe")  # as /dev/null, which root could replace
+    with pytest.raises(RefusedError, match="is no file"):
+        await export_store(source, tmp_path / "pipe", force=True)
+    assert (tmp_path / "pipe").is_fifo()
+    assert files(tmp_path) == {"source", "pipe", exported.name}
 
 
 async def test_an_export_that_can_not_be_written_leaves_nothing(source: FileStore, tmp_path: Path) -> None:
@@ -448,8 +522,9 @@ async def test_an_export_that_can_not_be_written_leaves_nothing(source: FileStor
 
     with pytest.raises(OSError, match="No space"):
         await export(source, Full(), 0.0)
-    with pytest.raises(FileNotFoundError):
-        await export_store(source, tmp_path / "none" / "file")
+    for place in (tmp_path / "none/file", tmp_path / "source/lock/file", tmp_path / ("long" * 100)):
+        with pytest.raises(RefusedError, match="name a file in a folder that is there"):
+            await export_store(source, place)
     assert files(tmp_path) == {"source"}
 
 
