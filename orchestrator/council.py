@@ -25,7 +25,7 @@ from orchestrator.runs import Runs
 from orchestrator.state import checkpoints
 from orchestrator.state.checkpoints import Checkpoint, Restoration
 from orchestrator.state.file import open_file_store
-from orchestrator.state.reading import is_of_run
+from orchestrator.state.reading import following, is_of_run
 
 # Looking at a run must be quick: what it takes to run one, or to read a file, is imported where that is asked for.
 if TYPE_CHECKING:
@@ -351,7 +351,6 @@ class Council:
         if after is None:
             after = 0 if run is not None else self._opened_at
         is_over = False
-        after = max(after, (await self._store.statistics()).first)  # what it may have let go of since
         async with aclosing(self.records(after)) as records:
             async for record in records:
                 for event in record.events:
@@ -364,8 +363,11 @@ class Council:
                     return
 
     def records(self, after: int) -> AsyncGenerator[Record]:
-        """Yield what is recorded behind a position of the log, of every run, as it happens; never ends by itself."""
-        return self._store.watch(after)
+        """Yield what is recorded behind a position of the log, of every run, as it happens; never ends by itself.
+
+        What the log has let go of is missing.
+        """
+        return following(self._store, after)
 
     async def position(self) -> int:
         """Return the newest position of the log."""

@@ -7,6 +7,7 @@ import os
 import secrets
 import socket
 from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +18,7 @@ from orchestrator.clock import Clock
 from orchestrator.domain.dispatch import Entry
 from orchestrator.domain.lifecycle import Trigger, advance
 from orchestrator.domain.model import AdapterDocument, Request, RunDocument, TaskDocument, TaskStatus
-from orchestrator.errors import RefusedError
+from orchestrator.errors import HistoryGone, RefusedError
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Store, Write
 
@@ -319,13 +320,15 @@ class Ledger:
 
     async def new_requests(self) -> AsyncGenerator[Request]:
         """Yield what was asked and is not done yet, then whatever is asked, as it comes."""
-        position = await self._store.position()
-        for request in await self.requests():
-            yield request
-        async for record in self._store.watch(position):
-            for key, (_, value) in record.documents.items():
-                if key.kind == "request" and key.id.startswith(f"{self.run.id}/") and value is not None:
-                    yield Request.model_validate(value)
+        while True:
+            position = await self._store.position()
+            for request in await self.requests():
+                yield request
+            with suppress(HistoryGone):  # who was stopped for long looks anew
+                async for record in self._store.watch(position):
+                    for key, (_, value) in record.documents.items():
+                        if key.kind == "request" and key.id.startswith(f"{self.run.id}/") and value is not None:
+                            yield Request.model_validate(value)
 
     async def answer(self, request: Request) -> None:
         """Record that a request was dealt with."""

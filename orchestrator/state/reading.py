@@ -37,6 +37,21 @@ async def between(store: Store, after: int, until: int) -> AsyncGenerator[Record
             yield record
 
 
+async def following(store: Store, after: int) -> AsyncGenerator[Record]:
+    """Yield the records behind position `after` as they come; those that the log lets go of meanwhile are missing.
+
+    So who was stopped for long, or reads too slowly, goes on. Never ends by itself.
+    """
+    while True:
+        try:
+            async with aclosing(store.watch(after)) as records:
+                async for record in records:
+                    after = record.position
+                    yield record
+        except HistoryGone as gone:
+            after = gone.first
+
+
 class Tail:
     """The log from a position on, read in parts by whoever wants no more than what is there."""
 

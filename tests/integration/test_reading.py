@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 
+import anyio
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.domain.model import Action
+from orchestrator.domain.secrets import Redactor
+from orchestrator.engine.ledger import Ledger
+from orchestrator.engine.requests import submit
 from orchestrator.errors import HistoryGone, RefusedError
 from orchestrator.protocols import Commit, Event, Key, Record, Store
 from orchestrator.state import reading
 from orchestrator.state.file import FileStore
 from orchestrator.state.memory import MemoryStore
-from orchestrator.state.reading import backwards, between, position_at
+from orchestrator.state.reading import backwards, between, following, position_at
 from orchestrator.testing.clock import ManualClock
+from tests.recorded import RUN, record_run, run_document
 
 TASK = Key("task", "r/a")
 
@@ -143,3 +150,51 @@ async def test_a_log_whose_newest_commit_is_unreadable_still_ends(
         assert await store.position() == 10
         assert [record.position async for record in between(store, 0, 10)] == list(range(1, 10))
         assert await position_at(store, 9999.0) == 9
+
+
+async def forget(store: Store) -> int:
+    """Let the log grow by many segments, and go of all but the newest; return how far back it goes then."""
+    for _ in range(40):
+        await store.commit(Commit(events=[Event("e", {"text": "x" * 500})]))
+    return (await store.compact(math.inf, 1)).first
+
+
+async def test_a_follower_that_was_stopped_goes_on_behind_what_is_gone(tmp_path: Path, clock: ManualClock) -> None:
+    """Whether it had begun or not, and more than once."""
+    async with (
+        FileStore.open(tmp_path, clock, segment_bytes=2_000) as store,
+        aclosing(following(store, 0)) as records,
+    ):
+        await store.commit(Commit(events=[Event("e")]))
+        assert (await anext(records)).position == 1
+        before = 1
+        for _ in range(2):
+            first, last = await forget(store), await store.position()
+            assert before < first < last
+            with anyio.fail_after(10):
+                found = [await anext(records)]
+                while found[-1].position < last:
+                    found.append(await anext(records))
+            positions = [one.position for one in found]
+            assert positions == sorted(positions)
+            assert set(range(first + 1, last + 1)) <= set(positions)
+            before = last
+        async with aclosing(following(store, 0)) as late:
+            assert (await anext(late)).position == first + 1
+
+
+async def test_what_is_asked_of_an_owner_that_was_stopped_is_found_all_the_same(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    """Though the log that told of it is gone."""
+    async with FileStore.open(tmp_path, clock, segment_bytes=2_000) as store:
+        await record_run(store, clock, run_document(tmp_path))
+        ledger = await Ledger.take(store, clock, RUN, Redactor(()), {})
+        async with aclosing(ledger.new_requests()) as requests:
+            for task in ("models", "api"):
+                await submit(store, clock, RUN, Action.CANCEL, [task])
+                await forget(store)
+                with anyio.fail_after(10):
+                    found = await anext(requests)
+                assert list(found.tasks) == [task]
+                await ledger.answer(found)
