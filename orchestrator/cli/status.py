@@ -58,7 +58,10 @@ def runs(active: bool, as_json: bool) -> None:
             found = await council.runs(active=active)
             told = [(report, await council.past.metrics(report.run)) for report in found]
             if as_json:
-                context.output.json({"runs": [{**one.to_json(), "metrics": asdict(metrics)} for one, metrics in told]})
+                listed = [{**one.to_json(), "metrics": asdict(metrics)} for one, metrics in told]
+                context.output.json({"runs": listed, "damage": list(council.damage)})
+            for place in () if as_json else council.damage:  # which may have hit a run that is not listed then
+                context.output.notice(plain(f"The state log is damaged: {place}"))
             for report, metrics in [] if as_json else told:
                 context.output.text(f"{_run_line(report, metrics)}\n")
             return 0

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from orchestrator.clock import Clock
 from orchestrator.domain.dispatch import Entry
@@ -116,11 +116,15 @@ async def seed(store: Store, run: RunDocument, specs: Mapping[str, TaskSpec]) ->
 
 
 async def read_run(store: Store, run: str) -> RunDocument:
-    """Return a run's document; RefusedError if there is none or it is damaged."""
+    """Return a run's document; RefusedError if there is none, it is damaged, or of a version that says other things."""
     found = await store.get(run_key(run))
     if found is None:
         raise RefusedError(f"there is no run {run!r}", "`council status` names the newest")
-    return RunDocument.model_validate_json(_trusted(store, found))
+    try:
+        return RunDocument.model_validate_json(_trusted(store, found))
+    except ValidationError:
+        what = f"the record of run {run} is none that this version of council can read"
+        raise RefusedError(what, "use the version that wrote it, or name another run") from None
 
 
 async def read_task(store: Store, run: str, task: str) -> TaskDocument:

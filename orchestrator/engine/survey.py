@@ -6,10 +6,12 @@ Finding changes nothing. What is found is true for as long as the lock of whoeve
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 import anyio.to_thread
+from pydantic import ValidationError
 
 from orchestrator.clock import Clock
 from orchestrator.domain.leftovers import (
@@ -61,7 +63,7 @@ class Survey:
     async def runs(self) -> Mapping[str, RunDocument | None]:
         """Return all runs that the project's state knows; None for one of which it can't be read."""
         found: Sequence[Document] = [] if self._store is None else await self._store.list("run")
-        return {one.key.id: None if one.damaged else RunDocument.model_validate(one.value) for one in found}
+        return {one.key.id: _readable(one) for one in found}
 
     async def forget_leases(self) -> None:
         """Take the leases of ports back whose places are gone."""
@@ -226,6 +228,12 @@ class Survey:
             return []
         found = await anyio.to_thread.run_sync(unfinished_excludes, repository.git_dir)
         return [_temporary(path, None) for path, changed in found.items() if is_stale(changed, self._clock.now())]
+
+
+def _readable(found: Document) -> RunDocument | None:
+    with suppress(ValidationError):  # another version wrote it
+        return None if found.damaged else RunDocument.model_validate(found.value)
+    return None
 
 
 async def judged(place: Place, *, is_ours: bool = False) -> Leftover | None:

@@ -167,7 +167,7 @@ async def test_a_follower_that_was_stopped_goes_on_behind_what_is_gone(tmp_path:
     ):
         await store.commit(Commit(events=[Event("e")]))
         assert (await anext(records)).position == 1
-        before = 1
+        before = first = 1
         for _ in range(2):
             first, last = await forget(store), await store.position()
             assert before < first < last

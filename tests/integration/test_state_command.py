@@ -7,7 +7,13 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from orchestrator.clock import SystemClock
+from orchestrator.protocols import Commit, Key, Write
+from orchestrator.state.file import FileStore
 from tests.conftest import Repository
+from tests.recorded import RUN, recorded
 from tests.waiting import wait_for
 
 
@@ -102,3 +108,28 @@ async def test_who_follows_ends_when_nobody_reads_any_more(repository: Repositor
     assert follower.wait(timeout=20) == 0
     assert follower.stderr is not None
     follower.stderr.close()
+
+
+async def test_a_run_that_can_not_be_read_is_told(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that another version wrote, by every command in a sentence; one that damage has hit, by the list of runs."""
+    async with recorded(repository.top, monkeypatch):
+        pass
+    place = repository.top / ".council/state"
+    newer = Key("run", "29990101-000000-ffff")
+    async with FileStore.open(place, SystemClock()) as store:
+        await store.commit(Commit([Write(newer, 0, {"id": newer.id, "started": 4e9, "invented": True})]))
+    for words in (["status"], ["runs"], ["state", "show"], ["state", "compact"], ["state", "health"]):
+        ended = repository.council(*words, "--json")
+        assert (ended.code, ended.result["status"]) == (2, "refused"), (words, ended)
+        assert newer.id in ended.result["error"]
+    assert repository.council("clean", "--runs", "1s", "--dry-run").code == 0
+    async with FileStore.open(place, SystemClock()) as store:
+        await store.commit(Commit([Write(newer, 1, None)]))
+    assert repository.council("runs", "--json").result["damage"] == []
+    (log,) = place.glob("*.jsonl")
+    log.write_bytes(log.read_bytes().replace(b'"fixer"', b'"Fixer"', 1))
+    (place / "snapshot").unlink(missing_ok=True)
+    told = repository.council("runs", "--json")
+    assert (told.code, told.result["runs"]) == (0, [])
+    assert RUN in told.result["damage"][0]
+    assert "The state log is damaged" in repository.council("runs").stderr
