@@ -316,7 +316,7 @@ class Council:
 
     async def runs(self, *, active: bool = False) -> list[RunReport]:
         """Describe all runs of the project, or only those that are not over: at work, or cut off; the oldest first."""
-        found = [await self.status(run) for run in await self.run_ids()]
+        found = [await self._runs.status(run, even_gone=True) for run in await self.run_ids()]
         return [report for report in found if not active or report.status in _ACTIVE]
 
     async def run_ids(self) -> list[str]:

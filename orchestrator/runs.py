@@ -77,12 +77,17 @@ class Runs:
         places = ReportPlaces(self.project.logs(record.run.id), Hub(Path(record.run.hub)).trusted)
         return report(record, places=places, status=status, now=self.clock.now(), damage=self.damage)
 
-    async def status(self, run: str) -> RunReport:
-        """Describe a run as it stands now."""
+    async def status(self, run: str, *, even_gone: bool = False) -> RunReport:
+        """Describe a run as it stands now; with `even_gone` one whose repositories are gone, too."""
         record = await self.record(run, whole=False)
         status = None
         if record.run.ended is None:
-            is_live = await (await self.hub(record.run)).run_lock(run).is_held()
+            is_live = False
+            try:
+                is_live = await (await self.hub(record.run)).run_lock(run).is_held()
+            except RefusedError:
+                if not even_gone:
+                    raise
             status = RunStatus.RUNNING if is_live else RunStatus.INTERRUPTED
         return self.describe(record, status)
 

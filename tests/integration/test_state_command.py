@@ -125,7 +125,9 @@ async def test_a_run_that_can_not_be_read_is_told(repository: Repository, monkey
     assert repository.council("clean", "--runs", "1s", "--dry-run").code == 0
     async with FileStore.open(place, SystemClock()) as store:
         await store.commit(Commit([Write(newer, 1, None)]))
-    assert repository.council("runs", "--json").result["damage"] == []
+    listed = repository.council("runs", "--json").result
+    assert [(one["run"], one["status"]) for one in listed["runs"]] == [(RUN, "interrupted")]  # without repositories
+    assert listed["damage"] == []
     (log,) = place.glob("*.jsonl")
     log.write_bytes(log.read_bytes().replace(b'"fixer"', b'"Fixer"', 1))
     (place / "snapshot").unlink(missing_ok=True)
