@@ -160,8 +160,10 @@ class Cleaner:
             if known is None:
                 return True
             project, store, checkpoint = self._survey.project, self._store, self._checkpoints.get(run)
-            if project is None or store is None or checkpoint is None:  # it could not be made
+            if project is None or store is None:
                 return False
+            if checkpoint is None:
+                raise StoreUnavailable(f"run {run}", "no checkpoint could be made of it", "make room, and clean again")
             # One that is not over was found because that was asked for; if it was over then, it says so.
             if not is_still(one, await self._survey.old_run(known, even_cut_off=True)):
                 return False

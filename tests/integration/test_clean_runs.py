@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,6 +18,7 @@ from orchestrator.errors import RefusedError
 from orchestrator.protocols import Key
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Ended, Repository
+from tests.recorded import recorded
 
 DAY = 86400.0
 LANDS: dict[str, Any] = {"id": "a", "prompt": "write a.txt a"}
@@ -169,3 +173,19 @@ async def test_the_command_shows_first(repository: Repository) -> None:
     assert run in repository.council("checkpoint", "list").stdout
     refused = repository.council("clean", "--interrupted")
     assert (refused.code, "--runs are meant" in refused.stderr) == (2, True)
+
+
+async def test_without_a_checkpoint_no_record_goes(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a disk that is full, which is told."""
+    async with recorded(repository.top, monkeypatch):
+        pass
+    (log,) = (repository.top / ".council/state").glob("*.jsonl")
+    before = log.read_bytes()
+    command = [sys.executable, "-m", "orchestrator.cli.main", "clean", "--runs", "1s", "--interrupted", "--yes"]
+    limited = f"ulimit -f {len(before) // 512}; exec {shlex.join(command)}"
+    environ = {**repository.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # which would be cut off, too
+    ended = subprocess.run(
+        ["sh", "-c", limited], cwd=repository.top, env=environ, capture_output=True, text=True, check=False
+    )
+    assert "no checkpoint could be made of it: make room" in ended.stdout + ended.stderr
+    assert log.read_bytes() == before
