@@ -15,7 +15,7 @@ from orchestrator.engine import state_findings as findings
 from orchestrator.engine.findings import Finding, Level
 from orchestrator.engine.ledger import read_run, read_spec, read_tasks, task_documents
 from orchestrator.engine.state_findings import Growth, Silent
-from orchestrator.errors import HistoryGone, RefusedError, StoreUnavailable
+from orchestrator.errors import HistoryGone, StoreUnavailable
 from orchestrator.protocols import Commit, Event, Record, Statistics, Store
 from orchestrator.runs import Runs
 from orchestrator.sessions.output import log_file
@@ -36,7 +36,7 @@ class Health:
         """Return all that was found; one durable commit is made, to see how long that takes."""
         store = self.runs.store
         runs = [await read_run(store, run) for run in await self.runs.ids()]
-        open_runs = {run.id: await self._is_live(run.id) for run in runs if run.ended is None}
+        open_runs = {run.id: await self.runs.seems_live(run.id) for run in runs if run.ended is None}
         sessions = [one for run, is_live in open_runs.items() if is_live for one in await self._sessions(run)]
         statistics = await store.statistics()
         return [
@@ -51,11 +51,6 @@ class Health:
             *findings.judge_silence(sessions),
             findings.judge_conflicts(len(await pending(store))),
         ]
-
-    async def _is_live(self, run: str) -> bool:
-        with suppress(RefusedError):  # one whose repositories are gone
-            return await self.runs.is_live(run)
-        return False
 
     async def _latency(self) -> Finding:
         store, clock = self.runs.store, self.runs.clock

@@ -136,7 +136,7 @@ class Past:
         documents = await read_tasks(self.runs.store, run)
         status = None
         if record.run.ended is None:
-            status = RunStatus.RUNNING if await self._is_live(run) else RunStatus.INTERRUPTED
+            status = RunStatus.RUNNING if await self.runs.seems_live(run) else RunStatus.INTERRUPTED
         checkouts = await anyio.to_thread.run_sync(_worktrees, record.run, record.tasks)
         landed_at = await self._landed_at(record.run, record.tasks, documents)
         return overview(record, self.runs.describe(record, status), landed_at, checkouts, await self._events(run))
@@ -152,11 +152,6 @@ class Past:
                 same = [one.time for one in versions if (one.value or {}).get("landed") == tasks[task].landed]
                 found[task] = min(same, default=time)
         return found
-
-    async def _is_live(self, run: str) -> bool:
-        with suppress(RefusedError):
-            return await self.runs.is_live(run)
-        return False
 
     async def _events(self, run: str) -> list[RecordedEvent]:
         found: deque[RecordedEvent] = deque()

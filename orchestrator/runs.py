@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,6 +105,12 @@ class Runs:
         """Whether a process is at work in a run."""
         document = await read_run(self.store, run)
         return document.imported is None and await (await self.hub(document)).run_lock(run).is_held()
+
+    async def seems_live(self, run: str) -> bool:
+        """Whether a process is at work in a run as far as can be seen: not where its repositories are gone."""
+        with suppress(RefusedError):
+            return await self.is_live(run)
+        return False
 
     @property
     def damage(self) -> tuple[str, ...]:
