@@ -106,10 +106,11 @@ class Council:
 
         `source` is a YAML file, or the same as a `Config`, which `run` then runs (relative paths of a `Config` start
         from the current folder); or a folder, for the runs that were started in its repository; None is the
-        current folder. `state` is the URL of the store (`file:///a/folder`, `memory:`, or what a plugin registers);
-        else `COUNCIL_STATE` of `environ` names it, else the file, or the file of the newest run; else it is
-        `.council/state` of the project. `plugins` stand for what is installed; `environ` for the process's
-        environment: sessions get what they may of it.
+        current folder. `state` is the URL of the store (`file:///a/folder`, `memory:`, or what a plugin registers), or
+        its folder; else `COUNCIL_STATE` of `environ` names it, else the file, or the file of the newest run; else it
+        is `.council/state` of the project. What `state` or `COUNCIL_STATE` names can be looked at from any folder.
+        `plugins` stand for what is installed; `environ` for the process's environment: sessions get what they may of
+        it.
 
         Where the state is empty and `.worktrees` has that of an older layout, it is imported, and `notices` says so;
         not into a store that `state` names.
@@ -118,16 +119,17 @@ class Council:
         """
         clock = clock or SystemClock()
         source = "." if source is None else source
-        config = None
+        config, is_known = None, True
+        chosen = named_store(state or environ.get("COUNCIL_STATE", "")) or None
         if isinstance(source, str | Path) and await anyio.to_thread.run_sync(os.path.isdir, source):
-            project = await anyio.to_thread.run_sync(find_project, Path(source))
+            project, is_known = await anyio.to_thread.run_sync(_looked_at, Path(source), chosen)
         else:
             from orchestrator.loading import load  # noqa: PLC0415
 
             plugins, config, project = await load(source, plugins, environ)
         await check_own(project, environ)
-        await anyio.to_thread.run_sync(project.create)
-        chosen = state or named_store(environ.get("COUNCIL_STATE", "")) or None
+        if is_known:  # from elsewhere a store is only looked at
+            await anyio.to_thread.run_sync(project.create)
         url = await anyio.to_thread.run_sync(_store_of, project, config) if chosen is None else chosen
         async with _open_store(url, project, plugins, clock, environ) as store:
             notices = await _import(store, project, clock, environ) if state is None else ()
@@ -146,9 +148,15 @@ class Council:
     async def _installed(self) -> Plugins:
         return await anyio.to_thread.run_sync(lambda: self.plugins) if self._plugins is None else self._plugins
 
+    def _check_project(self) -> None:
+        """Refuse what writes beside the store where that is looked at from elsewhere. Blocks."""
+        if not self.project.folder.is_dir():
+            find_project(self.project.top)
+
     async def _executing(self) -> Execution:
         from orchestrator.execution import Execution  # noqa: PLC0415
 
+        await anyio.to_thread.run_sync(self._check_project)
         plugins = await self._installed()
         if self._execution is None:
             self._execution = Execution(self._runs, plugins)
@@ -402,7 +410,7 @@ class Council:
         await sweep(self._store, {})
         return await forget_old(self._store, self._runs.clock, age, size, {})
 
-    async def export_state(self, file: Path | IO[bytes], *, force: bool = False) -> Copied:
+    async def export_state(self, file: str | Path | IO[bytes], *, force: bool = False) -> Copied:
         """Write all that is recorded, as it is now, to one file, which `import_state` and other stores take.
 
         RefusedError where not all can be trusted, and where the file is there already, unless `force` says to replace
@@ -412,7 +420,7 @@ class Council:
 
         return await export_store(self._store, file, force=force, clock=self._runs.clock)
 
-    async def import_state(self, file: Path | IO[bytes]) -> Copied:
+    async def import_state(self, file: str | Path | IO[bytes]) -> Copied:
         """Load what `export_state` wrote, positions, versions and all, into a store that has nothing yet.
 
         RefusedError, with nothing changed, where it is not empty, and where the file is not whole.
@@ -428,6 +436,7 @@ class Council:
         """
         from orchestrator.views.updating import Views  # noqa: PLC0415
 
+        await anyio.to_thread.run_sync(self._check_project)
         return await Views(self._store, self._runs.clock, self.project).refresh(anew=anew)
 
     @property
@@ -469,6 +478,19 @@ class Council:
 
         environ = self._runs.environ
         return Cleaner(council_home(environ), environ, self._runs.clock, self.project, self._store, self._runs.url)
+
+
+def _looked_at(folder: Path, chosen: str | None) -> tuple[Project, bool]:
+    """Return the project that a folder is in, and True; the folder, and False, in none if a store is chosen. Blocks.
+
+    RefusedError where there is nothing to look at.
+    """
+    try:
+        return find_project(folder), True
+    except RefusedError:
+        if chosen is None:
+            raise
+        return Project(folder.absolute()), False
 
 
 def _store_of(project: Project, config: RunConfig | None) -> str:

@@ -19,7 +19,7 @@ from orchestrator.plugins import Plugins, load_plugins
 from orchestrator.protocols import Store
 from orchestrator.state.copying import Copied, copy, export, import_from
 from orchestrator.state.portable import Staged
-from orchestrator.state.segments import is_store
+from orchestrator.state.segments import require_store
 
 
 @asynccontextmanager
@@ -39,8 +39,8 @@ async def open_store(
     folder = None
     with suppress(ValueError):  # the store's own refusal says what is wrong with the URL
         folder = store_folder(url)
-    if is_there and folder is not None and not await to_thread.run_sync(is_store, folder):
-        raise RefusedError(f"there is no state in {folder}", "name the folder of a store, such as .council/state")
+    if is_there and folder is not None:
+        await to_thread.run_sync(require_store, folder)
     if plugins is None:
         plugins = await to_thread.run_sync(load_plugins, environ)
     async with plugins.open_store(url, clock or SystemClock()) as store:
@@ -70,13 +70,13 @@ async def copy_state(
 
 
 async def export_store(
-    store: Store, file: Path | IO[bytes], *, force: bool = False, clock: Clock | None = None
+    store: Store, file: str | Path | IO[bytes], *, force: bool = False, clock: Clock | None = None
 ) -> Copied:
     """Write a whole store as it is now to one file; see `Council.export_state`. A stream is written to as it is."""
     now = (clock or SystemClock()).now()
-    if not isinstance(file, Path):
+    if not isinstance(file, str | Path):
         return await export(store, file, now)
-    staged = await to_thread.run_sync(partial(Staged, file, force=force))
+    staged = await to_thread.run_sync(partial(Staged, Path(file), force=force))
     try:
         copied = await export(store, staged.stream, now)
         await to_thread.run_sync(staged.put)
@@ -86,10 +86,10 @@ async def export_store(
     return copied
 
 
-async def import_store(file: Path | IO[bytes], store: Store) -> Copied:
+async def import_store(file: str | Path | IO[bytes], store: Store) -> Copied:
     """Load a file that `export_store` wrote into an empty store; see `Council.import_state`. A stream is closed."""
-    if not isinstance(file, Path):
+    if not isinstance(file, str | Path):
         return await import_from("what comes in", lambda: file, store)
     if not await to_thread.run_sync(os.path.isfile, file):
         raise RefusedError(f"there is no file {file}", "name one that `council state export` wrote")
-    return await import_from(str(file), lambda: file.open("rb"), store)
+    return await import_from(str(file), lambda: Path(file).open("rb"), store)

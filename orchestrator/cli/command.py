@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
+import anyio.to_thread
 import click
 
 from orchestrator.cli.boundary import OUR_FAULT, Log, boundary
@@ -19,10 +20,11 @@ from orchestrator.cli.completing import complete_runs
 from orchestrator.cli.output import Output, plain
 from orchestrator.cli.signals import Interrupt
 from orchestrator.cli.streams import unwritten
-from orchestrator.config.store import named_store
+from orchestrator.config.store import named_store, store_folder
 from orchestrator.council import Council
 from orchestrator.engine.report import RunReport
 from orchestrator.errors import CouncilError, RefusedError
+from orchestrator.state.segments import require_store
 
 if TYPE_CHECKING:
     from orchestrator.config.model import RunConfig
@@ -76,12 +78,24 @@ class Context:
 async def opened(
     log: Log, source: Path | RunConfig | None = None, plugins: Plugins | None = None
 ) -> AsyncIterator[Council]:
-    """Open the council of a run or a folder, of the current folder if none is given, with the store of `--state`."""
+    """Open the council of a run or a folder, of the current folder if none is given, with the store of `--state`.
+
+    Without a run a store that is chosen must be there: to look at one whose name was mistyped makes none.
+    """
+    if source is None:
+        await anyio.to_thread.run_sync(_check_store, chosen_store() or named_store(os.environ.get("COUNCIL_STATE", "")))
     async with Council.open(source, plugins=plugins, state=chosen_store()) as council:
         log.path = council.project.log_file
         for notice in council.notices:
             Output(as_json=False).notice(plain(notice))
         yield council
+
+
+def _check_store(url: str) -> None:
+    """Refuse (RefusedError) a folder that holds no store. Blocks."""
+    with suppress(ValueError):  # the store's own refusal says what is wrong with the URL
+        if (folder := store_folder(url)) is not None:
+            require_store(folder)
 
 
 #: Landed tasks of which it is told how much they changed: each costs git some milliseconds in a large repository.

@@ -120,11 +120,6 @@ COMMANDS: Final = (copy, export, import_)
 
 
 async def _export(context: Context, file: Path | IO[bytes], *, force: bool = False) -> Copied:
-    from orchestrator.transfer import export_store, open_store  # noqa: PLC0415
-
-    if place := chosen_store() or named_store(os.environ.get("COUNCIL_STATE", "")):
-        async with open_store(place, is_there=True) as found:
-            return await export_store(found, file, force=force)
     async with opened(context.log) as council:
         return await council.export_state(file, force=force)
 

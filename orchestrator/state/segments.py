@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from orchestrator.errors import RefusedError
 from orchestrator.state.boot import UNKNOWN
 from orchestrator.state.log import Decoded, Incomplete, Line, Scanned, Unreadable, scan
 from orchestrator.state.packing import Source, Sum
@@ -159,6 +160,12 @@ def _identity(found: os.stat_result) -> tuple[int, int]:
 def is_store(directory: Path) -> bool:
     """Whether a store was ever opened in a folder. Blocks."""
     return (directory / _LOCK).is_file() or (directory.is_dir() and bool(segments(directory)))
+
+
+def require_store(directory: Path) -> None:
+    """Refuse (RefusedError) a folder that holds no store, where else an empty one would be made. Blocks."""
+    if not is_store(directory):
+        raise RefusedError(f"there is no state in {directory}", "name the folder of a store, such as .council/state")
 
 
 def segments(directory: Path) -> list[Segment]:

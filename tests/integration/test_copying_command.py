@@ -87,6 +87,7 @@ async def test_what_can_not_be_done_is_refused(project: Repository, tmp_path: Pa
         (["copy", str(tmp_path / "other"), str(tmp_path / "copy")], "there is no state in", "the folder of a store"),
         (["copy", ".council/state", str(tmp_path / "taken")], "not empty", "such as a new folder"),
         (["export", "file"], "there already", "--force"),
+        (["export", "nowhere/file"], "can't be made", "in a folder that is there"),
         (["export", "out", "--state", "none"], "there is no state in /", "the folder of a store"),
         (["import", "text", "--state", str(tmp_path / "copy")], "no export of the state", "export the state anew"),
     ):
@@ -139,13 +140,13 @@ async def test_beside_a_run_that_is_at_work(repository: Repository, tmp_path: Pa
 async def test_from_python(project: Repository, tmp_path: Path) -> None:
     """The same by methods."""
     async with Council.open(project.top, environ=project.environ) as council:
-        exported = await council.export_state(tmp_path / "file")
+        exported = await council.export_state(str(tmp_path / "file"))
         with pytest.raises(RefusedError, match="not empty"):
             await Council.import_state(council, await _another(tmp_path, council))
     copied = await copy_state(project.top / ".council/state", tmp_path / "copy")
     assert (copied.commits, copied.bytes) == (exported.commits, exported.bytes)
-    async with Council.open(project.top, state=(tmp_path / "new").as_uri(), environ=project.environ) as council:
-        assert (await council.import_state(tmp_path / "file")).documents == 6
+    async with Council.open(project.top, state=str(tmp_path / "new"), environ=project.environ) as council:
+        assert (await council.import_state(str(tmp_path / "file"))).documents == 6
         assert await council.run_ids() == [RUN]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -216,6 +218,37 @@ async def test_another_store_can_be_looked_at(project: Repository, tmp_path: Pat
     assert len(project.council("state", "log").stdout.splitlines()) == 1
     own = (project.top / ".council/state").as_uri()
     assert len(project.council("state", "log", "--state", own).stdout.splitlines()) == 11
+
+
+async def test_a_store_is_looked_at_from_any_folder(project: Repository, tmp_path: Path) -> None:
+    """Also where council never ran; nothing is made there, and what would write there is refused."""
+    (tmp_path / "off").mkdir()
+    own = str(project.top / ".council/state")
+
+    def council(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "orchestrator.cli.main", *words], cwd=tmp_path / "off",
+            env=project.environ, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    assert council("state", "log", "--state", own).stdout == project.council("state", "log").stdout
+    assert f"{RUN}  interrupted" in council("runs", "--state", own).stdout  # although its repositories are nowhere
+    for words in (["state", "views"], ["resume"]):
+        refused = council(*words, "--state", own)
+        assert (refused.returncode, "has not run" in refused.stderr) == (2, True), refused
+    assert not any((tmp_path / "off").iterdir())
+
+
+async def test_looking_makes_no_store(project: Repository, tmp_path: Path) -> None:
+    """A folder whose name was mistyped is refused, whoever names it, and not made."""
+    missing, file = tmp_path / "missing", project.top / "README"
+    file.write_text("no store\n")
+    for place in (missing, file):
+        refused = project.council("state", "log", "--state", str(place), "--json")
+        assert (refused.code, refused.result["error"]) == (2, f"there is no state in {place}")
+    project.environ["COUNCIL_STATE"] = str(missing)
+    assert project.council("runs").code == 2
+    assert not missing.exists()
 
 
 async def test_looking_changes_nothing(project: Repository) -> None:
