@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from orchestrator.cli.columns import aligned
 from orchestrator.cli.figures import figures
-from orchestrator.cli.output import event_text, local_time, one_line, plain
+from orchestrator.cli.output import event_text, local_time, one_line
 from orchestrator.cli.result import summary
 from orchestrator.domain.model import RunDocument
 from orchestrator.engine.overview import Overview, TaskOverview
@@ -40,8 +40,6 @@ def overview_lines(overview: Overview) -> Iterator[str]:
     yield "figures"
     landed = f"{overview.metrics.completed} of {overview.metrics.total_tasks} landed"
     yield "  " + ", ".join(filter(None, [landed, figures(overview.metrics)]))
-    for place in overview.report.damage:
-        yield plain(f"The state log is damaged: {place}")
 
 
 def _options(run: RunDocument) -> list[list[str]]:

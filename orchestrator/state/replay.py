@@ -64,7 +64,9 @@ class Replay:
             path, offset = self._suspects[0].path, self._suspects[0].offset
         if missing > 0:
             first = self.table.position + 1
-            what = f"{missing} commits from {first} on are unreadable: every document may be out of date"
+            last = self.table.position + missing
+            gone = f"commit {first} is" if missing == 1 else f"commits {first} to {last} are"
+            what = f"{gone} unreadable: every document may be out of date"
             self.report(path, offset, None, what)
             self.table.lose(missing)
         elif self._suspects:
