@@ -211,12 +211,7 @@ class Council:
         if whole:
             return await checkpoints.create(self._store, None, reason)
         run = run or await self.newest_run()
-        return await checkpoints.create(self._store, run, reason, is_live=await self._is_at_work(run))
-
-    async def _is_at_work(self, run: str) -> bool:
-        with suppress(RefusedError):  # one that has lost its repositories is at an end, and can be looked at
-            return await self.is_live(run)
-        return False
+        return await checkpoints.create(self._store, run, reason, is_live=await self._runs.seems_live(run))
 
     async def checkpoints(self, run: str | None = None) -> list[Checkpoint]:
         """Return the checkpoints of a run (`all`: those of all runs together), or all there are, the oldest first."""
@@ -306,7 +301,7 @@ class Council:
     async def _check_idle(self, key: Key) -> None:
         """Refuse to write a document of a run beside the process that is at work in it, which would not know."""
         run = next((run for run in await self.run_ids() if is_of_run(key, run)), None)
-        if run is not None and await self._is_at_work(run):
+        if run is not None and await self._runs.seems_live(run):
             raise RefusedError(f"{key} is of run {run}, which is at work", "stop it with SIGINT, or wait for its end")
 
     def stop(self) -> None:

@@ -200,9 +200,11 @@ def _unknown(name: str, keys: Collection[Key], run: str | None, where: str) -> R
     """Return how to refuse a name that fits no document."""
     short = {str(key).replace(f"/{run}/", "/", 1): str(key) for key in keys} if run else {}
     names = [*short, *(full for full in map(str, keys) if full not in short)]
-    near = difflib.get_close_matches(name, names, n=3)
+    folded = name.casefold()  # in capitals, or without its kind, it is what was meant
+    near = [one for one in names if folded in {one.casefold(), one.casefold().partition("/")[2]}]
+    near = near or difflib.get_close_matches(name, names, n=3)
     remedy = f"did you mean {' or '.join(near)}?" if near else "`council state at now` lists the documents"
-    if "/" not in name:
+    if "/" not in name and not near:
         remedy = f"write kind/id, such as task/models: {remedy}"
     return RefusedError(f"there is no document {name!r} {where}", remedy)
 

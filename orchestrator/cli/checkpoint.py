@@ -8,10 +8,11 @@ from dataclasses import asdict
 import click
 
 from orchestrator.cli.command import Context, json_option, opened, perform, run_option, store_option
-from orchestrator.cli.completing import complete_checkpoints
+from orchestrator.cli.completing import complete_checkpoints, complete_runs
 from orchestrator.cli.group import Suggesting
 from orchestrator.cli.output import local_time, plain
 from orchestrator.council import Council
+from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject
 from orchestrator.state.checkpoints import WHOLE, Checkpoint, Restoration
 
@@ -63,8 +64,8 @@ def create(reason: str, run: str | None, whole: bool, as_json: bool) -> None:
 
 
 @checkpoint.command("list")
-@run_option
-@_all_option
+@click.option("--run", "run", metavar="RUN", help="Only those of this run.", shell_complete=complete_runs)
+@click.option("--all", "whole", is_flag=True, help="Only those of all runs together.")
 @store_option
 @json_option
 def list_checkpoints(run: str | None, whole: bool, as_json: bool) -> None:
@@ -80,8 +81,12 @@ def list_checkpoints(run: str | None, whole: bool, as_json: bool) -> None:
     async def command(context: Context) -> int:
         async with opened(context.log) as council:
             found = await council.checkpoints(WHOLE if whole else run)
+            if run is not None and not found and run not in await council.run_ids():
+                raise RefusedError(f"there is no run {run!r}", "`council runs` lists them")
             if as_json:
                 context.output.json({"checkpoints": [_facts(one) for one in found]})
+            elif not found:
+                context.output.text("there is no checkpoint\n")
             for one in [] if as_json else found:
                 told = f"{one.id:<24} {local_time(one.time)}  {one.status or '-':<12} {_phase(one)}  {one.reason}"
                 context.output.text(plain(told) + "\n")
@@ -147,8 +152,10 @@ def restore(checkpoint_id: str, force: bool, run: str | None, as_json: bool) -> 
             told = (
                 f"restored {done.checkpoint}; how things stood before is {done.before or 'nowhere, nothing was there'}"
             )
-            if not done.runs:
+            if not done.written and not done.deleted:
                 told = "nothing is otherwise than it was"
+            elif not done.runs:
+                told += "\nit was over then: there is nothing for `council resume` to go on with"
             context.output.text(f"{told}\n")
             for one in done.runs:
                 context.output.text(f"`council resume {one}` goes on\n")

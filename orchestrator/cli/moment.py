@@ -11,6 +11,7 @@ from orchestrator.errors import RefusedError
 from orchestrator.past import Past
 
 _POSITION: Final = re.compile(r"[0-9]{1,18}")
+_CHECKPOINT: Final = re.compile(r"[^/]+/[0-9]+")
 _LONGEST: Final = 100 * 366 * 86400.0  # seconds
 _REMEDY: Final = (
     "write a position such as 120, a time such as 2026-01-02T03:04, how long ago, such as 2h, a checkpoint's id, or now"
@@ -27,6 +28,8 @@ async def find_position(past: Past, text: str) -> int:
     if instant is not None:
         return await past.position_at(instant)
     found = await past.position_of(text)
+    if found is None and _CHECKPOINT.fullmatch(text):
+        raise RefusedError(f"there is no checkpoint {text!r}", "`council checkpoint list` names them")
     if found is None:
         raise RefusedError(f"{text!r} is no moment of the state log", _REMEDY)
     return found

@@ -119,7 +119,7 @@ async def read_run(store: Store, run: str) -> RunDocument:
     """Return a run's document; RefusedError if there is none, it is damaged, or of a version that says other things."""
     found = await store.get(run_key(run))
     if found is None:
-        raise RefusedError(f"there is no run {run!r}", "`council status` names the newest")
+        raise RefusedError(f"there is no run {run!r}", "`council runs` lists them")
     try:
         return RunDocument.model_validate_json(_trusted(store, found))
     except ValidationError:

@@ -50,7 +50,7 @@ async def restore(store: Store, found: Restoration, guards: Sequence[Guard], env
     return Restored(
         checkpoint=found.checkpoint.id,
         before=before.id if before else None,
-        runs=list(found.runs),
+        runs=[name for name, run in found.runs.items() if run.ended is None],
         written=[str(key) for key in found.written],
         deleted=[str(key) for key in found.deleted],
         left={str(key): why for key, why in found.left.items()},

@@ -131,7 +131,7 @@ async def create(
     while True:
         position, documents = await _now(store, run)
         if run is not None and Key("run", run) not in documents:
-            raise RefusedError(f"there is no run {run!r}", "`council runs` names them")
+            raise RefusedError(f"there is no run {run!r}", "`council runs` lists them")
         key = await _free_key(store, run or WHOLE)
         # In threads, here and below: thousands of tasks take long to decode.
         told = await anyio.to_thread.run_sync(_facts, documents.values(), run, is_live)

@@ -270,6 +270,7 @@ async def test_all_runs_together_and_what_people_are_told(repository: Repository
     """The whole store has checkpoints of its own; every command says in words what it did."""
     path = repository.configure([{"id": "one", "prompt": f"without {flag(repository)} exit 1", "attempts": 1}])
     assert repository.council("run", str(path)).code == 1
+    assert repository.council("checkpoint", "list").stdout == "there is no checkpoint\n"
     assert repository.council("checkpoint", "create", "--all", "--reason", "a\x1bb").stdout == "made checkpoint all/1\n"
     assert repository.council("retry", "one").code == 0
     assert repository.council("run", str(path)).code == 1
@@ -282,7 +283,7 @@ async def test_all_runs_together_and_what_people_are_told(repository: Repository
     done = repository.council("checkpoint", "restore", "all/1")
     assert done.code == 0, done
     assert "how things stood before is all/2" in done.stdout
-    assert f"`council resume {old}` goes on" in done.stdout
+    assert "there is nothing for `council resume` to go on with" in done.stdout
     assert repository.council("checkpoint", "show", "all/1").stdout.endswith("a restore would change nothing\n")
     assert "nothing is otherwise than it was" in repository.council("checkpoint", "restore", "all/1").stdout
     assert repository.council("status", old, "--json").states == {"one": "failed"}
@@ -295,6 +296,7 @@ async def test_all_runs_together_and_what_people_are_told(repository: Repository
         (("show", "7"), "there is no checkpoint"),
         (("restore", "nonsense/1"), "council checkpoint list"),
         (("create", "--run", "nonsense"), "there is no run 'nonsense'"),
+        (("list", "--run", "nonsense"), "there is no run 'nonsense'"),
         (("create", "--run", "x", "--all"), "exclude each other"),
     ],
 )

@@ -101,10 +101,13 @@ async def test_values_are_printed_for_keys(project: Repository) -> None:
         ("at 5 task/modles", "no document 'task/modles' at position 5", "task/models"),
         ("at 5 request/*", "no document 'request/*' at position 5", "council state at now"),
         ("diff 1 x", "'x' is no moment", "a checkpoint's id"),
-        ("history models", "no document 'models'", "write kind/id"),
+        ("history models", "no document 'models'", "did you mean spec/models or task/models?"),
+        ("history Task/Models", "no document 'Task/Models'", "did you mean task/models?"),
+        ("history nothing", "no document 'nothing'", "write kind/id"),
+        (f"at {RUN}/9", f"there is no checkpoint '{RUN}/9'", "council checkpoint list"),
         (f"history task/{RUN}/apj", f"task/{RUN}/apj", f"task/{RUN}/api"),
         ("log --run nobody", "there is no run 'nobody'", "council runs"),
-        ("show nobody", "there is no run 'nobody'", "council status"),
+        ("show nobody", "there is no run 'nobody'", "council runs"),
     ],
 )
 async def test_what_is_not_there_is_refused(project: Repository, words: str, error: str, remedy: str) -> None:
