@@ -97,11 +97,14 @@ async def record_run(store: Store, clock: ManualClock, run: RunDocument) -> None
 
 
 @asynccontextmanager
-async def recorded(top: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FileStore]:
-    """Make a folder a project with that run, written by ada@box:4711; yields its store."""
+async def recorded(top: Path, monkeypatch: pytest.MonkeyPatch, folder: Path | None = None) -> AsyncIterator[FileStore]:
+    """Make a folder a project with that run, written by ada@box:4711; yields its store.
+
+    The run's repositories are in `folder`, which is written down: sizes depend on its length.
+    """
     monkeypatch.setattr(file, "name_of_writer", lambda: "ada@box:4711")
     clock = ManualClock(START)
     (top / ".council").mkdir(mode=0o700)
     async with FileStore.open(top / ".council" / "state", clock) as store:
-        await record_run(store, clock, run_document(top))
+        await record_run(store, clock, run_document(folder or top))
         yield store

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
 
 import click
+from anyio import to_thread
 
 from orchestrator.cli.command import Context, chosen_store, json_option, opened, perform, store_option
 from orchestrator.cli.streams import forget
 from orchestrator.config.quantities import shown_size
-from orchestrator.config.store import named_store
-from orchestrator.errors import RefusedError
-from orchestrator.project import find_project
+from orchestrator.config.store import named_store, store_folder
+from orchestrator.errors import CouncilError, RefusedError
+from orchestrator.project import Project, exclude_from_git, find_project
 
 if TYPE_CHECKING:
     from orchestrator.protocols import JsonObject
@@ -129,7 +131,9 @@ async def _import(context: Context, file: Path | IO[bytes]) -> Copied:
 
     if place := chosen_store() or named_store(os.environ.get("COUNCIL_STATE", "")):
         async with open_store(place) as found:
-            return await import_store(file, found)
+            copied = await import_store(file, found)
+        await _exclude(place)
+        return copied
     try:
         find_project(Path())
     except RefusedError as error:
@@ -137,6 +141,19 @@ async def _import(context: Context, file: Path | IO[bytes]) -> Copied:
         raise RefusedError(error.what, remedy) from None
     async with opened(context.log) as council:
         return await council.import_state(file)
+
+
+async def _exclude(place: str) -> None:
+    """Keep a project's own store out of its commits, as the first run there would."""
+    from orchestrator.repo.checkout import inspect  # noqa: PLC0415
+    from orchestrator.repo.git import Git  # noqa: PLC0415
+
+    folder = store_folder(place)
+    if folder is None or folder != Project(folder.parent.parent).own_state:
+        return
+    with suppress(CouncilError, OSError):  # what is no repository needs no exclusion
+        repository = await inspect(folder.parent.parent, Git(None, users=True, environ=os.environ))
+        await to_thread.run_sync(exclude_from_git, repository.git_dir)
 
 
 def _tell(context: Context, copied: Copied, what: str, *, err: bool = False) -> None:

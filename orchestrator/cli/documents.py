@@ -40,7 +40,11 @@ def _sorted(found: State) -> list[Document]:
 
 
 def _moment(found: State) -> str:
-    return f"position {found.position}, {local_time(found.time)}" if found.position else "position 0, an empty store"
+    return (
+        f"position {found.position}, {local_time(found.time)}"
+        if found.position
+        else "position 0, before the first commit"
+    )
 
 
 def state_lines(found: State, *, with_values: bool) -> Iterator[str]:

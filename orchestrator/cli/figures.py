@@ -6,12 +6,17 @@ from orchestrator.cli.table import amount
 from orchestrator.domain.metrics import Metrics
 
 
+def minutes_text(minutes: float) -> str:
+    """Return a time in minutes; what would be shown as none of them in seconds."""
+    return f"{minutes:.1f} min" if minutes >= 0.1 else f"{minutes * 60:.1f} s"
+
+
 def figures(metrics: Metrics) -> str:
     """Return the figures beside what has landed in a line; what is zero or not known is left out."""
     counts = {"in progress": metrics.in_progress, "failed": metrics.failed, "pending": metrics.pending}
     parts = [f"{count} {name}" for name, count in counts.items() if count]
     if metrics.average_time_minutes is not None:
-        parts.append(f"{metrics.average_time_minutes:.1f} min on average")
+        parts.append(f"{minutes_text(metrics.average_time_minutes)} on average")
     if tokens := metrics.input_tokens + metrics.output_tokens:
         parts.append(f"{amount(tokens)} tokens")
     if metrics.cost is not None:

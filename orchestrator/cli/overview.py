@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 
 from orchestrator.cli.columns import aligned
-from orchestrator.cli.figures import figures
+from orchestrator.cli.figures import figures, minutes_text
 from orchestrator.cli.output import event_text, local_time, one_line
 from orchestrator.cli.result import summary
 from orchestrator.domain.model import RunDocument
@@ -69,7 +69,7 @@ def _task(task: TaskOverview) -> list[str]:
     one = task.report
     attempts = f"{one.attempts} {'attempt' if one.attempts == 1 else 'attempts'}"
     phases = ", ".join(f"{phase.name} {phase.status}" for phase in task.phases)
-    took = "" if task.minutes is None else f"{task.minutes:.1f} min"
+    took = "" if task.minutes is None else minutes_text(task.minutes)
     where = f"landed as {one.landed[:10]}" if one.landed else task.branch or ""
     if task.pull_request is not None:
         where = "; ".join(filter(None, [where, f"pull request {task.pull_request}"]))

@@ -25,7 +25,7 @@ from orchestrator.cli.group import Suggesting
 from orchestrator.cli.moment import find_position
 from orchestrator.cli.output import plain
 from orchestrator.cli.overview import overview_lines
-from orchestrator.cli.soundness import verified_json, verified_lines
+from orchestrator.cli.soundness import Settlement, settlements, verified_json, verified_lines
 from orchestrator.cli.views import views
 from orchestrator.council import Council
 from orchestrator.errors import RefusedError
@@ -259,10 +259,15 @@ def verify(repair: bool, as_json: bool) -> None:
 
     async def command(context: Context) -> int:
         async with opened(context.log) as council:
-            found = await (council.repair() if repair else council.verify())
+            found = await council.verify()
+            settled: list[Settlement] = []
+            if repair and not found.is_sound:
+                begin, found = found.position, await council.repair()
+                limit = max(found.position - begin, 1)
+                settled = settlements(await council.past.newest_commits(limit, after=begin, until=found.position))
             if as_json:
-                context.output.json(verified_json(found))
-            for line in () if as_json else verified_lines(found):
+                context.output.json(verified_json(found, settled))
+            for line in () if as_json else verified_lines(found, settled):
                 context.output.text(f"{line}\n")
             return 0 if found.is_sound else 1
 

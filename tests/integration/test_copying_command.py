@@ -157,3 +157,17 @@ async def _another(folder: Path, council: Council) -> Path:
     async with Council.open(council.project.top, state=(folder / "else").as_uri()) as other:
         await other.export_state(folder / "other-file")
     return folder / "other-file"
+
+
+def test_an_imported_state_is_no_part_of_the_repository(repository: Repository, tmp_path: Path) -> None:
+    """Git is told to leave it out where it becomes the project's, before any run."""
+    assert repository.council("run", str(repository.configure([{"id": "a", "prompt": "write a.txt a"}]))).code == 0
+    assert repository.council("state", "export", str(tmp_path / "file")).code == 0
+    new = tmp_path / "new"
+    repository.git("clone", "--quiet", str(repository.top), str(new))
+    subprocess.run(
+        [sys.executable, "-m", "orchestrator.cli.main", "state", "import", str(tmp_path / "file"),
+         "--state", ".council/state"],
+        cwd=new, env=repository.environ, capture_output=True, check=True,
+    )  # fmt: skip
+    assert repository.git("-C", str(new), "status", "--porcelain") == ""

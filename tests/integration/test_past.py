@@ -34,7 +34,7 @@ MODELS, API = Key("task", f"{RUN}/models"), Key("task", f"{RUN}/api")
 async def project(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Repository:
     """A repository in which the run is recorded, on a machine whose zone is UTC."""
     repository.environ["TZ"] = "UTC"
-    async with recorded(repository.top, monkeypatch):
+    async with recorded(repository.top, monkeypatch, Path("/home/ada/shop")):
         pass
     return repository
 
@@ -80,7 +80,7 @@ async def test_before_the_first_commit_there_is_nothing(project: Repository) -> 
     """That is position 0."""
     told = project.council("state", "at", "2020-01-01", "--json").result
     assert told == {"position": 0, "time": None, "documents": [], "damage": []}
-    assert project.council("state", "at", "0").stdout == "position 0, an empty store: 0 documents\n"
+    assert project.council("state", "at", "0").stdout == "position 0, before the first commit: 0 documents\n"
 
 
 async def test_values_are_printed_for_keys(project: Repository) -> None:
@@ -367,5 +367,7 @@ async def test_damage_is_found_and_settled_for(project: Repository) -> None:
     assert "verify --repair" in project.council("state", "verify").stdout
     repaired = project.council("state", "verify", "--repair", "--json")
     assert (repaired.code, repaired.result["is_sound"], repaired.result["position"]) == (0, True, 12)
+    assert repaired.result["settled"] == [{"key": f"task/{RUN}/models", "version": 6}]
+    assert project.council("state", "verify", "--repair", "--json").result["settled"] == []
     assert project.council("state", "verify").code == 0
     assert project.council("state", "at", "now", "--json").result["damage"] == []

@@ -39,6 +39,7 @@ def figures(first: int = 0, log_bytes: int = 500) -> Statistics:
         (figures(), Growth(100, 600.0, DAY), "within an hour it is full"),
         (figures(first=50), Growth(10, DAY, 2 * DAY), "it goes back 2d, not 30d"),
         (figures(first=50), Growth(10, DAY, 31 * DAY), None),
+        (figures(first=50, log_bytes=100), Growth(10, DAY, 2 * DAY), None),
     ],
 )
 def test_the_log(found: Statistics, growth: Growth, told: str | None) -> None:
