@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Self
 
@@ -269,13 +270,14 @@ class Council:
         """Write what updates of documents amount to; those that compete are resolved by a strategy.
 
         That is `last_write_wins`, `first_write_wins`, `merge`, or `manual`, which keeps them for `settle`. RefusedError
-        for documents of a run that a process is at work in.
+        for documents of a run that a process is at work in, and for what would keep a run from being read.
         """
         from orchestrator.state import conflicts  # noqa: PLC0415  seldom needed
 
         for key in dict.fromkeys(update.key for update in updates):
             await self._check_idle(key)
-        return await conflicts.apply_updates(self._store, updates, strategy)
+        check = await self._check()
+        return await conflicts.apply_updates(self._store, updates, strategy, check=check)
 
     async def conflicts(self) -> list[Conflict]:
         """Return the conflicts of updates that wait for a person, the oldest first."""
@@ -286,8 +288,8 @@ class Council:
     async def settle(self, conflict: str, choice: int | JsonObject, *, force: bool = False) -> Settled:
         """Settle a conflict, named by its id or its document: by the number of a candidate, from 1, or by a value.
 
-        RefusedError where the document was changed since, unless that is forced, and while a process is at work in the
-        run that it is of.
+        RefusedError where the document was changed since, unless that is forced, while a process is at work in the run
+        that it is of, and for what would keep that run from being read.
         """
         from orchestrator.state import conflicts  # noqa: PLC0415  the same
 
@@ -296,7 +298,13 @@ class Council:
             newest = await self.newest_run()
         found = await conflicts.find(self._store, conflict, newest)
         await self._check_idle(found.key)
-        return conflicts.Settled(found, await conflicts.settle(self._store, found.id, choice, force=force))
+        check = await self._check()
+        return conflicts.Settled(found, await conflicts.settle(self._store, found.id, choice, force=force, check=check))
+
+    async def _check(self) -> Callable[[Key, JsonObject | None], None]:
+        from orchestrator.engine.shapes import check_document  # noqa: PLC0415  the same
+
+        return partial(check_document, runs=await self.run_ids())
 
     async def _check_idle(self, key: Key) -> None:
         """Refuse to write a document of a run beside the process that is at work in it, which would not know."""

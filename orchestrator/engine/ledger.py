@@ -153,6 +153,10 @@ async def read_tasks(store: Store, run: str) -> dict[str, Document]:
 
 def task_documents(found: Mapping[str, Document], tasks: Sequence[str]) -> dict[str, TaskDocument]:
     """Return the state of each of the tasks from their documents, in the order of `tasks`."""
+    for task in tasks:
+        if task not in found:
+            what = f"nothing is recorded any more of how task {task} stands"
+            raise RefusedError(what, "go back to a checkpoint (`council checkpoint list`), or start a new run")
     encoded = [found[task].encoded for task in tasks]
     # Those that have not begun are all the same, and none can be changed.
     distinct = dict.fromkeys(encoded)

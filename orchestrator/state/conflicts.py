@@ -6,7 +6,7 @@ A conflict that is kept is a document of the kind `conflict`; the document that 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, NamedTuple
@@ -18,6 +18,9 @@ from orchestrator.state.update import ATTEMPTS, retried
 
 #: The kind of the documents that hold the conflicts that wait for a person.
 KIND: Final = "conflict"
+
+#: Refuses (RefusedError) what must not become a document; None deletes.
+Check = Callable[[Key, JsonObject | None], None]
 
 _MOST_NAMED: Final = 5
 _OF_CANDIDATE: Final = ("time", "writer", "value", "base")
@@ -58,6 +61,7 @@ async def apply_updates(
     strategy: str = Strategy.LAST_WRITE_WINS,
     *,
     guards: Sequence[Guard] = (),
+    check: Check | None = None,
     attempts: int = ATTEMPTS,
 ) -> Applied:
     """Write what updates of any documents amount to, in one commit, and return what became of each document.
@@ -67,11 +71,11 @@ async def apply_updates(
     `state.conflict_kept` (key, conflict, writers). Where an update has a `base` and the document was changed since,
     what it is now competes, too, as of when and by whom it was committed; without one the update replaces whatever
     there is. Where somebody else commits first, all is done anew, as by `update`. Raises RefusedError for an unknown
-    strategy, and what `Store.commit` raises, with nothing changed: also for candidates that are too large together
-    for one document.
+    strategy, what `check` raises for what documents would become, and what `Store.commit` raises, with nothing changed:
+    also for candidates that are too large together for one document.
     """
     chosen = strategy_named(strategy)
-    return await retried(partial(_apply, store, by_key(updates), chosen, guards), attempts)
+    return await retried(partial(_apply, store, by_key(updates), chosen, guards, check), attempts)
 
 
 async def pending(store: Store) -> list[Conflict]:
@@ -113,15 +117,17 @@ async def settle(
     *,
     force: bool = False,
     guards: Sequence[Guard] = (),
+    check: Check | None = None,
     attempts: int = ATTEMPTS,
 ) -> Document | None:
     """Write what a person chose and remove the conflict, in one commit; return the document, None if it is gone.
 
     `conflict` is its id, `choice` the number of a candidate (from 1, in order of time) or a value of its own. The event
     is `state.conflict_settled` (key, conflict, and the writer of the candidate, null for a value). Raises RefusedError
-    for an unknown id or number, and, unless it is forced, where the document was changed since the conflict was found.
+    for an unknown id or number, what `check` raises, and, unless it is forced, where the document was changed since the
+    conflict was found.
     """
-    return await retried(partial(_settle, store, conflict, choice, force, guards), attempts)
+    return await retried(partial(_settle, store, conflict, choice, force, guards, check), attempts)
 
 
 class _Step(NamedTuple):
@@ -133,10 +139,17 @@ class _Step(NamedTuple):
 
 
 async def _apply(
-    store: Store, grouped: Mapping[Key, Sequence[Update[Key]]], strategy: Strategy, guards: Sequence[Guard]
+    store: Store,
+    grouped: Mapping[Key, Sequence[Update[Key]]],
+    strategy: Strategy,
+    guards: Sequence[Guard],
+    check: Check | None,
 ) -> Applied:
     steps = {key: await _step(store, key, updates, strategy) for key, updates in grouped.items()}
     writes = [write for step in steps.values() for write in step.writes]
+    if check is not None:
+        for write in writes:
+            check(write.key, write.value)
     events = [step.event for step in steps.values() if step.event is not None]
     if writes or events:
         await store.commit(Commit(writes, events, guards))
@@ -199,7 +212,7 @@ def _read(document: Document) -> Conflict:
 
 
 async def _settle(
-    store: Store, name: str, choice: int | JsonObject, force: bool, guards: Sequence[Guard]
+    store: Store, name: str, choice: int | JsonObject, force: bool, guards: Sequence[Guard], check: Check | None
 ) -> Document | None:
     record = await store.get(Key(KIND, name))
     if record is None:
@@ -208,6 +221,8 @@ async def _settle(
         raise _damaged(name)
     conflict = _read(record)
     value, writer = (choice, None) if isinstance(choice, dict) else _candidate(conflict, choice)
+    if check is not None:
+        check(conflict.key, value)
     found = await store.get(conflict.key)
     version = found.version if found else 0
     if version != conflict.version and not force:

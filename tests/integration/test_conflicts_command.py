@@ -74,8 +74,8 @@ async def test_conflicts_for_programs(project: Repository) -> None:
     assert (first["number"], first["writer"], first["value"]["status"]) == (1, "ada@box:4711", "failed")
     assert {tuple(field["path"]) for field in first["fields"]["modified"]} == {("status",), ("reason",)}
     assert (second["value"], second["time"], second["base"]) == (None, START + 125, None)
-    done = project.council("state", "settle", NAME, "--take", "2", "--json").result
-    assert done == {"conflict": NAME, "key": str(API), "version": None, "value": None}
+    done = project.council("state", "settle", NAME, "--take", "1", "--json").result
+    assert done == {"conflict": NAME, "key": str(API), "version": 5, "value": first["value"]}
     assert project.council("state", "conflicts", "--json").result == {"conflicts": [], "damage": []}
 
 
@@ -103,6 +103,8 @@ async def test_a_value_of_ones_own(project: Repository) -> None:
         ([NAME], "choose by one of --take and --value"),
         ([NAME, "--take", "1", "--value", "-"], "choose by one of --take and --value"),
         ([NAME, "--value", "-"], "standard input holds is no JSON"),
+        ([NAME, "--take", "2"], f"{API} is part of run {RUN}: `council clean --runs` forgets runs, as a whole"),
+        ([NAME, "--value", "odd.json"], f"what is to be {API} is none of its kind: x: "),
         ([NAME, "--value", "list.json"], "what list.json holds is no JSON object"),
         ([NAME, "--value", "missing.json"], "missing.json"),
     ],
@@ -110,6 +112,7 @@ async def test_a_value_of_ones_own(project: Repository) -> None:
 async def test_what_can_not_be_chosen_is_refused(project: Repository, words: list[str], says: str) -> None:
     """With exit code 2 and the reason; the conflict waits on."""
     (project.top / "list.json").write_text("[1]")
+    (project.top / "odd.json").write_text('{"status": "pending", "x": 1}')
     ended = project.council("state", "settle", *words)
     assert (ended.code, ended.stdout) == (2, "")
     assert says in ended.stderr
@@ -139,6 +142,17 @@ async def test_of_several_about_one_document_the_id_is_asked_for(project: Reposi
         settled = await council.settle(second.id, {"status": "pending"})
         assert settled.document is not None
         assert (settled.conflict, settled.document.value) == (second, {"status": "pending"})
+
+
+async def test_no_update_keeps_a_run_from_being_read(project: Repository) -> None:
+    """Whatever a program writes: what is none of a document's kind, and a task without which there is no run."""
+    async with Council.open(project.top, environ=project.environ) as council:
+        position = await council.position()
+        for value, told in (({"status": "odd"}, "none of its kind: status: "), (None, f"is part of run {RUN}")):
+            with pytest.raises(RefusedError, match=told):
+                await council.apply_updates([Update(API, 1.0, "me", value)])
+        assert await council.position() == position
+        assert [one.run for one in await council.runs()] == [RUN]
 
 
 async def test_nothing_is_written_beside_a_run_at_work(project: Repository) -> None:

@@ -371,3 +371,14 @@ async def test_damage_is_found_and_settled_for(project: Repository) -> None:
     assert project.council("state", "verify", "--repair", "--json").result["settled"] == []
     assert project.council("state", "verify").code == 0
     assert project.council("state", "at", "now", "--json").result["damage"] == []
+
+
+async def test_a_task_whose_record_is_gone_is_named(project: Repository) -> None:
+    """As damage may leave it; a checkpoint brings it back."""
+    assert project.council("checkpoint", "create").code == 0
+    await add(project, Commit([Write(API, 4, None)]))
+    refused = project.council("runs", "--json")
+    assert (refused.code, refused.result["error"]) == (2, "nothing is recorded any more of how task api stands")
+    assert "council checkpoint list" in refused.result["remedy"]
+    assert project.council("checkpoint", "restore", "1").code == 0
+    assert project.council("runs").stdout.startswith(RUN)
