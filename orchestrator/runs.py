@@ -66,12 +66,14 @@ class Runs:
     async def record(self, run: str, *, whole: bool = True) -> RunRecord:
         """Return all that is recorded of a run; unless `whole`, what to do only of tasks that wait or never began."""
         document = await read_run(self.store, run)
-        tasks = task_documents(await read_tasks(self.store, run), document.tasks)
+        found = await read_tasks(self.store, run)
+        tasks = task_documents(found, document.tasks)
         is_ours = document.imported is None
         begun = {task for task, one in tasks.items() if one.status is not TaskStatus.PENDING and one.attempts}
         blank = document.tasks if not is_ours else () if whole else begun
         entries = await read_entries(self.store, document, blank)
-        return RunRecord(document, tasks, entries, await read_adapters(self.store, document))
+        damaged = [task for task, one in found.items() if one.damaged]
+        return RunRecord(document, tasks, entries, await read_adapters(self.store, document), damaged)
 
     def describe(self, record: RunRecord, status: RunStatus | None) -> RunReport:
         """Return the report of a run; with `status` None nothing is at work in it."""

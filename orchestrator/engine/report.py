@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -39,6 +39,7 @@ EXIT_CODES: Mapping[RunStatus, int] = {
 
 
 _FAILURES = frozenset(FailureClass)
+_DAMAGED = "its record in the state log is damaged: this is how it stood before, `council state verify` tells more"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,8 @@ class RunRecord:
     tasks: Mapping[str, TaskDocument]
     entries: Mapping[str, Entry]
     adapters: Mapping[str, AdapterDocument]
+    damaged: Collection[str] = ()
+    """The tasks of which a newer state was recorded than can be read."""
 
     def blocked(self) -> dict[str, str]:
         """Return the tasks that can't start any more, each with a need that will not land."""
@@ -190,7 +193,8 @@ def report(
     for task in record.run.tasks:
         need = blocked.get(task)
         why = stuck.get(task) if need is None else f"needs {need!r}, which did not land"
-        reports.append(_task(task, record.tasks[task], record.entries[task].adapter, why, logs))
+        told = _task(task, record.tasks[task], record.entries[task].adapter, why, logs)
+        reports.append(replace(told, reason=_DAMAGED) if task in record.damaged else told)
     if status is None:
         landed = all(document.status is TaskStatus.LANDED for document in record.tasks.values())
         status = RunStatus.LANDED if landed else RunStatus.INCOMPLETE

@@ -382,3 +382,17 @@ async def test_a_task_whose_record_is_gone_is_named(project: Repository) -> None
     assert "council checkpoint list" in refused.result["remedy"]
     assert project.council("checkpoint", "restore", "1").code == 0
     assert project.council("runs").stdout.startswith(RUN)
+
+
+async def test_a_task_whose_newest_record_is_damaged_says_so(project: Repository) -> None:
+    """It is shown as it stood before; no other task is touched."""
+    (segment,) = (project.top / ".council/state").glob("*.jsonl")
+    lines = segment.read_bytes().splitlines(keepends=True)
+    lines[7] = lines[7][:-3] + bytes([lines[7][-3] ^ 1]) + lines[7][-2:]  # `models` lands there
+    segment.write_bytes(b"".join(lines))
+    shown = project.council("state", "show", "--json").result
+    models, api = shown["tasks"]
+    assert models["status"] == "landing"
+    assert models["reason"].startswith("its record in the state log is damaged")
+    assert "damaged" not in (api["reason"] or "")
+    assert "its record in the state log is damaged" in project.council("state", "show").stdout
