@@ -11,7 +11,13 @@ from tests.conftest import Repository
 from tests.crash.test_crashes import OF_CHECKPOINTS, chain_and_sides, configure, finish
 
 
-@pytest.mark.parametrize("name", sorted(OF_CHECKPOINTS))
+@pytest.mark.parametrize(
+    "name",
+    [
+        "checkpoint.restored",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(OF_CHECKPOINTS - {"checkpoint.restored"})),
+    ],
+)
 async def test_killed_while_a_checkpoint_is_restored(repository: Repository, name: str) -> None:
     """It is restored wholly or not at all; either way the run resumes and lands each task once."""
     config = configure(repository, chain_and_sides(4))

@@ -114,7 +114,7 @@ async def test_killed_at_one_step_after_the_other(repository: Repository) -> Non
     """One run that is killed at each step in turn, whatever the kill before has left, loses and repeats nothing."""
     config = configure(repository, chain_and_sides(TASKS_IN_TURN))
     command = ["run", str(config)]
-    for name in IN_TURN:
+    for name in ("run.seeded", "run.claimed", "adapter.parked", *IN_TURN):
         killed = repository.council(*command, "--json", failpoints=f"{name}=kill")
         assert killed.code == -signal.SIGKILL, (name, killed)
         command = ["resume"]
@@ -124,7 +124,7 @@ async def test_killed_at_one_step_after_the_other(repository: Repository) -> Non
 @pytest.mark.parametrize(
     ("name", "hit"),
     [
-        pytest.param(name, hit, marks=() if hit == 1 and name not in IN_TURN else pytest.mark.slow)
+        pytest.param(name, hit, marks=() if name in {"run.finished", "landing.bounced"} else pytest.mark.slow)
         for name in sorted(FAILPOINTS - IN_RECOVERY - BESIDE)
         for hit in ((1,) if name in ONCE else (1, 3))
     ],
@@ -137,10 +137,13 @@ async def test_killed_at_a_failpoint(repository: Repository, name: str, hit: int
     await finish(repository, 4)
 
 
-@pytest.mark.parametrize("name", sorted(IN_RECOVERY))
 @pytest.mark.parametrize(
-    "again",
-    ["", *(pytest.param(again, marks=pytest.mark.slow) for again in ("landing.intended", "worktree.removed"))],
+    ("name", "again"),
+    [
+        pytest.param(name, again, marks=() if (name, again) == ("recovery.landing_settled", "") else pytest.mark.slow)
+        for name in sorted(IN_RECOVERY)
+        for again in ("", "landing.intended", "worktree.removed")
+    ],
 )
 async def test_killed_inside_a_recovery(repository: Repository, name: str, again: str) -> None:
     """A recovery that is itself killed, and the one after it too, comes to the same end."""
@@ -155,7 +158,8 @@ async def test_killed_inside_a_recovery(repository: Repository, name: str, again
     await finish(repository, 4)
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
 async def test_killed_at_random_moments(repository: Repository, seed: int) -> None:
     """Kills at moments that no one chose, a few in a row, lose nothing and repeat nothing."""
     dice = random.Random(seed)

@@ -81,6 +81,7 @@ async def spend_killed(night: Night, person: Person, kills: int, dice: random.Ra
     await night.assert_ended_well(ended)
 
 
+@pytest.mark.slow
 async def test_a_short_night(short: Night, person: Person) -> None:
     """Tasks that succeed, crash, hang, conflict, break the tests, are cancelled and retried."""
     await spend(short, person)
