@@ -23,6 +23,7 @@ from orchestrator import hookspecs
 from orchestrator.clock import Clock
 from orchestrator.config.entries import Extensions
 from orchestrator.config.model import restore
+from orchestrator.config.store import scheme_of
 from orchestrator.errors import PluginError, RefusedError
 from orchestrator.hookspecs import ENTRY_POINT_GROUP
 from orchestrator.protocols import AdapterType, JsonObject, SinkType, Store, StoreType, TrackerType
@@ -95,7 +96,7 @@ class Plugins:
 
     def open_store(self, url: str, clock: Clock) -> AbstractAsyncContextManager[Store]:
         """Open the store at a URL, for the body of an `async with`; RefusedError where nothing knows its scheme."""
-        scheme = url.partition(":")[0]
+        scheme = scheme_of(url)
         if scheme not in self.stores:
             known = ", ".join(f"{name}:" for name in sorted(self.stores))
             raise RefusedError(f"there is no store for {url!r}", f"write a URL that begins with one of {known}")

@@ -130,6 +130,19 @@ class Document(NamedTuple):
         value: JsonObject = json.loads(self.encoded)
         return value
 
+    def to_json(self) -> JsonObject:
+        """Return the object that programs get."""
+        return {
+            "key": str(self.key),
+            "version": self.version,
+            "position": self.position,
+            "time": self.time,
+            "by": self.by,
+            "expires": self.expires,
+            "damaged": self.damaged,
+            "value": self.value,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Write:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -13,13 +13,13 @@ import anyio
 from anyio import to_thread
 
 from orchestrator.clock import Clock, SystemClock
-from orchestrator.config.store import named_store, store_folder
+from orchestrator.config.store import named_store
 from orchestrator.errors import RefusedError
 from orchestrator.plugins import Plugins, load_plugins
 from orchestrator.protocols import Store
 from orchestrator.state.copying import Copied, copy, export, import_from
+from orchestrator.state.file import require_store
 from orchestrator.state.portable import Staged
-from orchestrator.state.segments import require_store
 
 
 @asynccontextmanager
@@ -36,11 +36,8 @@ async def open_store(
     With `is_there`, a folder that holds none is refused (RefusedError), where else one would be made.
     """
     url = named_store(str(place))
-    folder = None
-    with suppress(ValueError):  # the store's own refusal says what is wrong with the URL
-        folder = store_folder(url)
-    if is_there and folder is not None:
-        await to_thread.run_sync(require_store, folder)
+    if is_there:
+        await to_thread.run_sync(require_store, url)
     if plugins is None:
         plugins = await to_thread.run_sync(load_plugins, environ)
     async with plugins.open_store(url, clock or SystemClock()) as store:

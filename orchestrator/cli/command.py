@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,11 @@ from orchestrator.cli.completing import complete_runs
 from orchestrator.cli.output import Output, plain
 from orchestrator.cli.signals import Interrupt
 from orchestrator.cli.streams import unwritten
-from orchestrator.config.store import named_store, store_folder
+from orchestrator.config.store import named_store
 from orchestrator.council import Council
 from orchestrator.engine.report import RunReport
 from orchestrator.errors import CouncilError, RefusedError
-from orchestrator.state.segments import require_store
+from orchestrator.state.file import require_store
 
 if TYPE_CHECKING:
     from orchestrator.config.model import RunConfig
@@ -61,6 +61,17 @@ def chosen_store() -> str | None:
     return chosen
 
 
+def named_now() -> str:
+    """Return the URL of the store that `--state` names, or else `COUNCIL_STATE`; empty where neither does."""
+    return chosen_store() or named_store(os.environ.get("COUNCIL_STATE", ""))
+
+
+def tell_damage(context: Context, damage: Iterable[str]) -> None:
+    """Tell people of places in the state log that can't be read."""
+    for place in damage:
+        context.output.notice(plain(f"The state log is damaged: {place}"))
+
+
 #: New objects after which Python looks for cycles among them.
 _ALLOCATIONS = 100_000
 
@@ -82,20 +93,13 @@ async def opened(
 
     Without a run a store that is chosen must be there: to look at one whose name was mistyped makes none.
     """
-    if source is None:
-        await anyio.to_thread.run_sync(_check_store, chosen_store() or named_store(os.environ.get("COUNCIL_STATE", "")))
+    if source is None and (url := named_now()):
+        await anyio.to_thread.run_sync(require_store, url)
     async with Council.open(source, plugins=plugins, state=chosen_store()) as council:
         log.path = council.project.log_file
         for notice in council.notices:
             Output(as_json=False).notice(plain(notice))
         yield council
-
-
-def _check_store(url: str) -> None:
-    """Refuse (RefusedError) a folder that holds no store. Blocks."""
-    with suppress(ValueError):  # the store's own refusal says what is wrong with the URL
-        if (folder := store_folder(url)) is not None:
-            require_store(folder)
 
 
 #: Landed tasks of which it is told how much they changed: each costs git some milliseconds in a large repository.

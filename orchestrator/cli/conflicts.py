@@ -11,7 +11,7 @@ import anyio.to_thread
 import click
 import orjson
 
-from orchestrator.cli.command import Context, json_option, opened, perform, store_option
+from orchestrator.cli.command import Context, json_option, opened, perform, store_option, tell_damage
 from orchestrator.cli.differences import field_changes, field_lines
 from orchestrator.cli.output import local_time, plain
 from orchestrator.errors import RefusedError
@@ -50,8 +50,7 @@ def conflicts(as_json: bool) -> None:
                     context.output.text(f"{line}\n")
             if not told:
                 context.output.text("no conflict waits\n")
-            for place in council.damage:
-                context.output.notice(plain(f"The state log is damaged: {place}"))
+            tell_damage(context, council.damage)
             return 0
 
     perform(command, as_json=as_json, brief=True)

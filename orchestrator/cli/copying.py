@@ -12,10 +12,10 @@ from typing import IO, TYPE_CHECKING, Final
 import click
 from anyio import to_thread
 
-from orchestrator.cli.command import Context, chosen_store, json_option, opened, perform, store_option
+from orchestrator.cli.command import Context, json_option, named_now, opened, perform, store_option
 from orchestrator.cli.streams import forget
 from orchestrator.config.quantities import shown_size
-from orchestrator.config.store import named_store, store_folder
+from orchestrator.config.store import store_folder
 from orchestrator.errors import CouncilError, RefusedError
 from orchestrator.project import Project, exclude_from_git, find_project
 
@@ -129,7 +129,7 @@ async def _export(context: Context, file: Path | IO[bytes], *, force: bool = Fal
 async def _import(context: Context, file: Path | IO[bytes]) -> Copied:
     from orchestrator.transfer import import_store, open_store  # noqa: PLC0415
 
-    if place := chosen_store() or named_store(os.environ.get("COUNCIL_STATE", "")):
+    if place := named_now():
         async with open_store(place) as found:
             copied = await import_store(file, found)
         await _exclude(place)

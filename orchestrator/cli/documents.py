@@ -15,24 +15,11 @@ from orchestrator.protocols import Document, JsonObject, Key, State, Version
 
 def state_json(found: State) -> JsonObject:
     """Return the documents of a moment as programs get them."""
-    return {**_moment_json(found), "documents": [_document_json(one) for one in _sorted(found)]}
+    return {**_moment_json(found), "documents": [one.to_json() for one in _sorted(found)]}
 
 
 def _moment_json(found: State) -> JsonObject:
     return {"position": found.position, "time": found.time if found.position else None}
-
-
-def _document_json(one: Document) -> JsonObject:
-    return {
-        "key": str(one.key),
-        "version": one.version,
-        "position": one.position,
-        "time": one.time,
-        "by": one.by,
-        "expires": one.expires,
-        "damaged": one.damaged,
-        "value": one.value,
-    }
 
 
 def _sorted(found: State) -> list[Document]:

@@ -8,7 +8,7 @@ from contextlib import aclosing
 import click
 
 from orchestrator.cli import upkeep
-from orchestrator.cli.command import Context, json_option, opened, perform, run_argument, store_option
+from orchestrator.cli.command import Context, json_option, opened, perform, run_argument, store_option, tell_damage
 from orchestrator.cli.commits import CommitLines, commit_json
 from orchestrator.cli.completing import complete_runs
 from orchestrator.cli.conflicts import conflicts, settle
@@ -23,7 +23,6 @@ from orchestrator.cli.documents import (
 )
 from orchestrator.cli.group import Suggesting
 from orchestrator.cli.moment import find_position
-from orchestrator.cli.output import plain
 from orchestrator.cli.overview import overview_lines
 from orchestrator.cli.soundness import Settlement, settlements, verified_json, verified_lines
 from orchestrator.cli.views import views
@@ -67,15 +66,10 @@ def _look(answer: Callable[[Past], Awaitable[_Answer]], *, as_json: bool) -> Non
                 return 0
             for line in lines:
                 context.output.text(f"{line}\n")
-            _tell_damage(context, council)
+            tell_damage(context, council.damage)
             return 0
 
     perform(command, as_json=as_json, brief=True)
-
-
-def _tell_damage(context: Context, council: Council) -> None:
-    for place in council.damage:
-        context.output.notice(plain(f"The state log is damaged: {place}"))
 
 
 async def _check_run(past: Past, run: str | None) -> None:
@@ -195,7 +189,7 @@ def log(follow: bool, after: int, limit: int | None, run: str | None, as_json: b
                         context.output.text(f"{lines.line(record)}\n")
                     if context.output.has_gone:
                         break
-            _tell_damage(context, council)
+            tell_damage(context, council.damage)
             return 0
 
     perform(command, as_json=as_json)

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from orchestrator.cli.command import Context, json_option, opened, perform, run_argument, show_result, store_option
+from orchestrator.cli.command import (
+    Context,
+    json_option,
+    opened,
+    perform,
+    run_argument,
+    show_result,
+    store_option,
+    tell_damage,
+)
 from orchestrator.cli.output import plain
 from orchestrator.engine.report import RunReport
 
@@ -60,8 +69,8 @@ def runs(active: bool, as_json: bool) -> None:
             if as_json:
                 listed = [{**one.to_json(), "metrics": asdict(metrics)} for one, metrics in told]
                 context.output.json({"runs": listed, "damage": list(council.damage)})
-            for place in () if as_json else council.damage:  # which may have hit a run that is not listed then
-                context.output.notice(plain(f"The state log is damaged: {place}"))
+            if not as_json:  # it may have hit a run that is not listed then
+                tell_damage(context, council.damage)
             for report, metrics in [] if as_json else told:
                 context.output.text(f"{_run_line(report, metrics)}\n")
             return 0

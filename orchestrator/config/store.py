@@ -8,6 +8,7 @@ from typing import Final
 from urllib.parse import quote, unquote, urlsplit
 
 from orchestrator.config.problems import shown
+from orchestrator.errors import RefusedError
 
 #: The URL of the store that is gone with its process.
 MEMORY: Final = "memory:"
@@ -53,6 +54,15 @@ def store_folder(url: str) -> Path | None:
     if parts.netloc not in {"", "localhost"} or not path.startswith("/") or "\0" in path:
         raise ValueError(f"{shown(url)} names no folder of this machine: write file:///an/absolute/path")
     return Path(path)
+
+
+def named_folder(url: str) -> Path | None:
+    """Return the same for a URL that somebody has named; RefusedError if it names none of this machine."""
+    try:
+        return store_folder(url)
+    except ValueError as error:
+        what, _, remedy = str(error).partition(": write ")
+        raise RefusedError(what, f"write {remedy}") from None
 
 
 def folder_url(folder: Path) -> str:

@@ -14,7 +14,7 @@ import anyio.to_thread
 
 from orchestrator.config.adapters import trial_request
 from orchestrator.config.model import RunConfig, make_adapters, used_adapters
-from orchestrator.config.store import named_store, store_folder
+from orchestrator.config.store import named_folder, named_store
 from orchestrator.domain.admission import DEFAULT_DEMAND, Demand
 from orchestrator.engine import findings
 from orchestrator.engine.facts import Machine, Place, look_at_machine, look_at_place
@@ -147,9 +147,8 @@ def _places(
         state = _state(subject, project, environ)
         if state is not None:
             places["state"] = look_at_place(state)
-    except ValueError as error:
-        what, _, remedy = str(error).partition(": write ")
-        troubles.append(Finding("state", Level.PROBLEM, what, f"write {remedy}"))
+    except RefusedError as error:
+        troubles.append(findings.refused("state", error))
     try:
         places["temporary"] = look_at_place(Path(tempfile.gettempdir()))
     except OSError as error:
@@ -162,7 +161,7 @@ def _state(subject: Subject, project: Project | None, environ: Mapping[str, str]
     """Return the folder of the state; None where it is in no folder, or not known."""
     url = named_store(environ.get("COUNCIL_STATE", "")) or (None if subject.run is None else subject.run.state.url)
     if url:
-        return store_folder(url)
+        return named_folder(url)
     return None if project is None else project.own_state
 
 

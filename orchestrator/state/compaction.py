@@ -20,7 +20,7 @@ from orchestrator.failpoints import failpoint
 from orchestrator.protocols import HISTORY, Key
 from orchestrator.state.log import Decoded, Line, encode_line, scan, thinned_line
 from orchestrator.state.packing import pack, sum_of, unpack
-from orchestrator.state.segments import Segment, find_line, make_durable, open_segment, segments, sync_folder
+from orchestrator.state.segments import Segment, find_line, make_durable, open_segment, private, segments, sync_folder
 
 _NEW: Final = ".new"
 
@@ -124,8 +124,7 @@ def _put(path: Path, data: bytes, held: AbstractContextManager[None] | None = No
     """Write a file as a whole, durably, under a name that no log has until it is."""
     staged = path.with_name(f"{path.name}.{token_hex(6)}{_NEW}")
     try:
-        descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
+        with open(staged, "xb", opener=private) as file:
             file.write(data)
         make_durable(staged)
         with held or nullcontext():

@@ -30,7 +30,7 @@ import anyio
 from anyio import to_thread
 
 from orchestrator.clock import Clock
-from orchestrator.config.store import store_folder
+from orchestrator.config.store import named_folder
 from orchestrator.errors import HistoryGone, LockHeld, RefusedError, StateError, StoreUnavailable
 from orchestrator.failpoints import failpoint
 from orchestrator.filelock import FileLock
@@ -81,6 +81,7 @@ from orchestrator.state.segments import (
     create_segment,
     cut,
     find_line,
+    is_store,
     make_durable,
     make_folder,
     rewrite,
@@ -674,13 +675,16 @@ class FileStore:
 
 def open_file_store(url: str, clock: Clock, /) -> AbstractAsyncContextManager[Store]:
     """Open the store in the folder that a `file:` URL names; RefusedError if it names none of this machine."""
-    try:
-        folder = store_folder(url)
-    except ValueError as error:
-        what, _, remedy = str(error).partition(": write ")
-        raise RefusedError(what, f"write {remedy}") from None
+    folder = named_folder(url)
     assert folder is not None, "it is registered for this scheme"  # noqa: S101
     return FileStore.open(folder, clock)
+
+
+def require_store(url: str) -> None:
+    """Refuse (RefusedError) the URL of a folder that holds no store, where else an empty one would be made. Blocks."""
+    folder = named_folder(url)
+    if folder is not None and not is_store(folder):
+        raise RefusedError(f"there is no state in {folder}", "name the folder of a store, such as .council/state")
 
 
 def _size(sums: Mapping[int, Sum]) -> int:

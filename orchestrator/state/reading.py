@@ -28,13 +28,18 @@ async def between(store: Store, after: int, until: int) -> AsyncGenerator[Record
         return
     async with aclosing(store.watch(after)) as records:
         while after < until:
-            record = None
-            with anyio.move_on_after(_PATIENCE if store.damage else math.inf):
-                record = await anext(records, None)
+            record = await _next(store, records)
             if record is None or record.position > until:
                 return
             after = record.position
             yield record
+
+
+async def _next(store: Store, records: AsyncGenerator[Record]) -> Record | None:
+    """Return the next record of one that is not yet to come; None where it can't be read."""
+    with anyio.move_on_after(_PATIENCE if store.damage else math.inf):
+        return await anext(records, None)
+    return None
 
 
 async def following(store: Store, after: int) -> AsyncGenerator[Record]:
@@ -71,9 +76,7 @@ class Tail:
         while self.position < until and len(part) < size:
             if self._records is None:
                 self._records = self._store.watch(self.position)
-            record = None
-            with anyio.move_on_after(_PATIENCE if self._store.damage else math.inf):
-                record = await anext(self._records, None)
+            record = await _next(self._store, self._records)
             if record is None:
                 await self.close()
                 self.position = until

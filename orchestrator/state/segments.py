@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from orchestrator.errors import RefusedError
 from orchestrator.state.boot import UNKNOWN
 from orchestrator.state.log import Decoded, Incomplete, Line, Scanned, Unreadable, scan
 from orchestrator.state.packing import Source, Sum
@@ -160,12 +159,6 @@ def _identity(found: os.stat_result) -> tuple[int, int]:
 def is_store(directory: Path) -> bool:
     """Whether a store was ever opened in a folder. Blocks."""
     return (directory / _LOCK).is_file() or (directory.is_dir() and bool(segments(directory)))
-
-
-def require_store(directory: Path) -> None:
-    """Refuse (RefusedError) a folder that holds no store, where else an empty one would be made. Blocks."""
-    if not is_store(directory):
-        raise RefusedError(f"there is no state in {directory}", "name the folder of a store, such as .council/state")
 
 
 def segments(directory: Path) -> list[Segment]:
@@ -347,7 +340,7 @@ def _find_line(data: bytes, position: int) -> Line | None:
 def create_segment(directory: Path, first: int) -> None:
     """Begin an empty segment, and make its name durable. On an OSError it may be there all the same."""
     path = Segment(first).path(directory)
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    os.close(private(str(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL))
     sync_folder(directory)
 
 

@@ -52,8 +52,14 @@ class Stand:
             told = json.loads(data)
             if told["format"] == _FORMAT:
                 damage = tuple(str(one) for one in told["damage"])
-                found = cls(int(told["position"]), float(told["time"]), str(told["by"]), float(told["updated"]))
-                found = cls(found.position, found.time, found.by, found.updated, int(told["events"]), damage)
+                found = cls(
+                    position=int(told["position"]),
+                    time=float(told["time"]),
+                    by=str(told["by"]),
+                    updated=float(told["updated"]),
+                    events=int(told["events"]),
+                    damage=damage,
+                )
                 return found if found.position >= 0 and found.events >= 0 else None
         return None
 
@@ -92,18 +98,7 @@ def pretty(value: Any) -> bytes:
 
 def document_view(document: Document) -> bytes:
     """Return what the file of a document says."""
-    return pretty(
-        {
-            "key": str(document.key),
-            "version": document.version,
-            "position": document.position,
-            "time": document.time,
-            "by": document.by,
-            "expires": document.expires,
-            "damaged": document.damaged,
-            "value": document.value,
-        }
-    )
+    return pretty(document.to_json())
 
 
 def version_view(key: Key, version: Version) -> bytes:
