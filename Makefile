@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-WORKERS ?= 2
+# More than the cores of a small machine: a third of a test's time is spent waiting for processes to start and end.
+WORKERS ?= 3
 
 .PHONY: help install demo test crash bench schema lint types imports check clean
 .DEFAULT_GOAL := help

@@ -17,6 +17,8 @@ import pytest
 import orchestrator.testing.fake_cli
 from orchestrator.testing.fingerprint import Fingerprint
 from orchestrator.testing.invariants import Scene, assert_invariants
+from tests import command_server
+from tests.command_server import Started
 
 # What ignores signals because these tests were started in the background would do so in the programs under test, too.
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
@@ -130,18 +132,10 @@ class Repository:
         """Take the fingerprint that the end is compared with."""
         self.before[:] = [Fingerprint.of(self.top)]
 
-    def start(self, *arguments: str, failpoints: str = "") -> subprocess.Popen[str]:
+    def start(self, *arguments: str, failpoints: str = "") -> Started:
         """Start the real command in a process group of its own."""
-        return subprocess.Popen(
-            [sys.executable, "-m", "orchestrator.cli.main", *arguments],
-            cwd=self.top,
-            env={**self.environ, **({"COUNCIL_FAILPOINTS": failpoints} if failpoints else {})},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        armed = {"COUNCIL_FAILPOINTS": failpoints} if failpoints else {}
+        return command_server.start(arguments, self.top, {**self.environ, **armed})
 
     def council(self, *arguments: str, failpoints: str = "", timeout: float = 100) -> Ended:
         """Run the real command to its end."""

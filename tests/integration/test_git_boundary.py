@@ -14,6 +14,7 @@ from orchestrator.repo.hub import create_hub, hub_of, internal_ref
 from orchestrator.repo.landing import Landed, Merge, Stale, Target
 from orchestrator.repo.site import find_site
 from orchestrator.repo.source import Source
+from tests.command_server import Started
 from tests.conftest import Repository
 
 KILL_ALL = 'kill -9 "$(cat "{pid}")"; kill -9 0'
@@ -28,7 +29,7 @@ def plant(path: Path, script: str) -> None:
     path.chmod(0o755)
 
 
-def run_armed(repository: Repository, config: Path, pid: Path, armed: Path) -> subprocess.Popen[str]:
+def run_armed(repository: Repository, config: Path, pid: Path, armed: Path) -> Started:
     """Run until what was planted with ONCE ends it."""
     child = repository.start("run", str(config), "--json")
     pid.write_text(str(child.pid))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 from orchestrator.filelock import FileLock
 from orchestrator.repo.hub import hub_of
 from orchestrator.repo.site import find_site
+from tests.command_server import Started
 from tests.conftest import Ended, Repository
 from tests.waiting import wait_for
 
@@ -164,7 +164,7 @@ async def landing_lock(repository: Repository) -> FileLock:
     return hub.landing_lock(site.location, "main")
 
 
-def ended(child: subprocess.Popen[str]) -> Ended:
+def ended(child: Started) -> Ended:
     """Return how a run ended."""
     stdout, stderr = child.communicate(timeout=60)
     return Ended(child.returncode, stdout, stderr)
