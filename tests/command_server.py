@@ -20,12 +20,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, NoReturn, Self
 
 import anyio
 import anyio.abc
@@ -247,10 +249,29 @@ def _import_all() -> None:
                 importlib.import_module(module.name)
 
 
+def _end(run: Callable[..., Any], arguments: Sequence[str]) -> NoReturn:
+    """Run a command and end as an interpreter does, but for giving back all modules, which takes longer than most."""
+    code: Any = 1
+    try:
+        run(arguments, prog_name="council")
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException:  # noqa: BLE001  as the interpreter does
+        traceback.print_exc()
+    if isinstance(code, str):
+        sys.stderr.write(f"{code}\n")
+    threading._shutdown()  # type: ignore[attr-defined]  # what the interpreter calls
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
+
+
 if __name__ == "__main__":
     if os.fork():
         os._exit(0)
     _import_all()
     gc.freeze()  # what no collection looks at stays shared with those that are forked
     if (given := _serve(socket.socket(fileno=int(sys.argv[1])))) is not None:
-        main(given, prog_name="council")
+        _end(main, given)
