@@ -107,7 +107,8 @@ def test_cleaning_leaves_what_runs_of_another_store_have(repository: Repository,
     path = repository.configure([_TASK], state_dir=str(tmp_path / "state"))
     assert repository.council("run", str(path), failpoints="session.ended=kill").code == -signal.SIGKILL
     own = repository.configure([_TASK | {"prompt": "write two.txt 2"}])
-    assert repository.council("run", str(own)).code == 0
+    ended = repository.council("run", str(own))
+    assert ended.code == 0, ended.stdout
     cleaned = repository.council("clean", "--kept", "--yes", "--json").result
     assert [one for one in cleaned["found"] if one["kind"] != "place"] == []
     assert repository.council("resume", "--state", str(tmp_path / "state")).code == 0
