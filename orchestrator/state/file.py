@@ -1,7 +1,8 @@
 """The file store: all state of one machine in one directory, for any number of processes.
 
 A commit is checked and appended under a flock by one thread for all that wait in this process: one write and one
-`fdatasync` for the whole group. Reads are answered from memory after a look at the mark (one system call).
+`fdatasync` for the whole group. What is small and needs no sync is not worth the trip to that thread. Reads are
+answered from memory after a look at the mark (one system call).
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from orchestrator.protocols import (
 from orchestrator.state.compaction import log_size
 from orchestrator.state.dumping import lines_of, refuse_unsound
 from orchestrator.state.history import versions
-from orchestrator.state.journal import Journal, Turn, check_kept, read_dumped, read_records, unavailable
+from orchestrator.state.journal import AtOnce, Journal, Turn, check_kept, read_dumped, read_records, unavailable
 from orchestrator.state.log import Line, encode_commit
 from orchestrator.state.segments import Cursor, Mark, find_line, is_store, thinned_to
 from orchestrator.state.staging import Staging
@@ -60,6 +61,8 @@ T = TypeVar("T")
 SEGMENT_BYTES: Final = 16 << 20
 _POLL_FASTEST: Final = 0.01  # seconds
 _POLL_SLOWEST: Final = 0.25
+_PAUSES: Final = (0, 0.001, 0.005, 0.01, 0.01)
+"""Seconds between one try and the next to commit while other processes are at it, before a thread waits for them."""
 _FOLLOW_BYTES: Final = 1 << 20  # read or written per trip to a thread
 
 
@@ -73,7 +76,8 @@ class FileStore:
         self._turns: deque[Turn] = deque()
         self._group: anyio.Event | None = None
         """Set when the group is over that is being committed."""
-        self._news = anyio.Event()
+        self._news: anyio.Event | None = None
+        """Set when something was committed here; there is one where somebody waits for that."""
         # Our own threads: those of others may all be taken by slow work.
         self._threads = anyio.CapacityLimiter(8)
 
@@ -100,6 +104,8 @@ class FileStore:
         turn = Turn(encode_commit(commit))
         self._turns.append(turn)
         with anyio.CancelScope(shield=True):
+            if not turn.commit.durable:
+                await self._commit_at_once()
             while not turn.is_settled:
                 if self._group is None:
                     await self._lead_group()
@@ -108,6 +114,18 @@ class FileStore:
         if turn.failure:
             raise turn.failure
         return turn.position
+
+    async def _commit_at_once(self) -> None:
+        """Commit what waits without a thread, where that is quicker."""
+        for pause in _PAUSES:
+            await anyio.sleep(pause)  # at first, who else is about to commit comes along
+            if not self._turns or self._group is not None:
+                return
+            done = self._journal.commit_at_once(self._turns)
+            if done is AtOnce.DONE:
+                self._announce()
+            if done is not AtOnce.BUSY:
+                return
 
     async def _lead_group(self) -> None:
         """Commit what waits by now; what comes meanwhile is the next group's."""
@@ -138,13 +156,13 @@ class FileStore:
         """See `Store.watch`; a commit of another process is seen within a quarter of a second."""
         await self._in_thread(partial(check_kept, self._directory, after))
         cursor = await self._in_thread(partial(Cursor, self._directory, after))
-        seen, pause = b"", _POLL_FASTEST
+        seen, pause = Mark(0, 0, 0), _POLL_FASTEST
         try:
             while True:
                 with self._explained():
-                    news, current = self._news, self._journal.read_mark()
-                mark = Mark.decode(current) if current != seen else None
-                if mark is None:
+                    news = self._news = self._news or anyio.Event()
+                    mark = self._journal.mark()
+                if mark is None or mark == seen:
                     with self._explained():
                         self._journal.check_place()
                     with anyio.move_on_after(pause):
@@ -155,7 +173,7 @@ class FileStore:
                 for record in records:
                     after = record.position
                     yield record
-                seen, pause = (current if is_at_mark else seen), _POLL_FASTEST
+                seen, pause = (mark if is_at_mark else seen), _POLL_FASTEST
         finally:
             cursor.close()
 
@@ -291,8 +309,9 @@ class FileStore:
             raise unavailable(self._directory, error) from error
 
     def _announce(self) -> None:
-        self._news.set()
-        self._news = anyio.Event()
+        if self._news is not None:
+            self._news.set()
+            self._news = None
 
     async def _refresh(self) -> None:
         with self._explained():

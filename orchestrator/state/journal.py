@@ -8,11 +8,12 @@ from __future__ import annotations
 import errno
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeGuard
 
 from orchestrator.clock import Clock
 from orchestrator.errors import HistoryGone, StateError, StoreUnavailable
@@ -29,6 +30,7 @@ from orchestrator.state.packing import Sum, sum_of
 from orchestrator.state.replay import Replay
 from orchestrator.state.segments import (
     Cursor,
+    Listing,
     Lock,
     Mark,
     Segment,
@@ -76,6 +78,16 @@ class Turn:
         return bool(self.position or self.failure)
 
 
+class AtOnce(Enum):
+    """What came of it."""
+
+    DONE = auto()
+    BUSY = auto()
+    """Another process is at it, which takes it about as long as that would take."""
+    TOO_MUCH = auto()
+    """There is a sync to wait for, or much to read or write."""
+
+
 class Journal:
     """The log in a directory; nothing but `open` may be called before that."""
 
@@ -84,12 +96,13 @@ class Journal:
         self._directory = directory
         self._clock, self._by = clock, name_of_writer()
         self._segment_bytes = segment_bytes
+        self._listing = Listing(directory)
         self._replay = Replay()
         self._opened = ExitStack()
         self._lock: Lock
         self._cursor: Cursor
         self._saved = 0  # bytes of the log in the newest snapshot that is known
-        self._seen = b""  # the mark up to which the table has the log
+        self._seen: Mark | None = None  # up to where the table has the log
         self._broken: OSError | None = None
         self._rolls = False  # whether the next commit begins a new segment
         # Held by the thread that moves the cursor. The event loop never waits for it, and a task that is
@@ -106,8 +119,8 @@ class Journal:
         """What of it could not be read."""
         return self._replay.damage
 
-    def read_mark(self) -> bytes:
-        """Return how far the log goes, encoded; so cheap that it may be done on the event loop."""
+    def mark(self) -> Mark | None:
+        """Return how far the log goes; so cheap that it may be done on the event loop."""
         return self._lock.read()
 
     def check_place(self) -> None:
@@ -116,19 +129,21 @@ class Journal:
 
     def refresh_at_once(self) -> bool:
         """Take in what others have committed if that is so little that a trip to a thread would take longer."""
-        current = self._lock.read()
-        if current == self._seen:
+        mark = self._lock.read()
+        if mark == self._seen:
             return True
-        mark = Mark.decode(current)
         if mark is None or not self._io.acquire(blocking=False):
             return False
         try:
-            is_near = mark.segment == self._cursor.segment and mark.end - self._cursor.offset <= _AT_ONCE_BYTES
-            if is_near:
-                self._follow(current)
-            return is_near
+            if not self._is_near(mark):
+                return False
+            self._follow(mark)
+            return True
         finally:
             self._io.release()
+
+    def _is_near(self, mark: Mark) -> bool:
+        return mark.segment == self._cursor.segment and mark.end - self._cursor.offset <= _AT_ONCE_BYTES
 
     def begin_segment(self) -> None:
         """Have the next commit begin a new segment."""
@@ -159,10 +174,10 @@ class Journal:
         """Compare what the log tells, read from its beginning, with what is known of it."""
         replay = Replay()
         with closing(Cursor(self._directory)) as cursor:
-            _read_on(replay, cursor, Mark.decode(self._lock.read()))  # most of it while others may commit
+            _read_on(replay, cursor, self._lock.read())  # most of it while others may commit
             with self._io:
                 self._follow(self._lock.read())
-                mark = Mark.decode(self._seen)
+                mark = self._seen
                 _read_on(replay, cursor, mark)
                 replay.finish(mark.position if mark else 0, cursor.path, cursor.offset)
                 damaged, differs = replay.table.compare(self._replay.table)
@@ -211,7 +226,7 @@ class Journal:
         """See `Store.at`."""
         while True:
             check_kept(self._directory, position)
-            first, mark = thinned_to(self._directory), Mark.decode(self._lock.read())
+            first, mark = thinned_to(self._directory), self._lock.read()
             with suppress(FileNotFoundError), closing(Cursor(self._directory)) as cursor:
                 found = cursor.read(mark) if mark else ()
                 lines = (one.item.line for one in found if isinstance(one.item, Decoded))
@@ -259,34 +274,57 @@ class Journal:
         with self._io:
             self._follow(self._lock.read())
 
-    def _follow(self, current: bytes) -> None:
+    def _follow(self, mark: Mark | None) -> None:
         """Take in what others have committed up to a mark; `_io` must be held."""
-        mark = Mark.decode(current)
         # Nobody thins the log out while we go from one segment to the next.
         if mark is None or mark.segment != self._cursor.segment:
             with self._lock.held():
                 self._recover()
-        elif current != self._seen:
+        elif mark != self._seen:
             _read_on(self._replay, self._cursor, mark)
             self._replay.finish(mark.position, self._cursor.path, self._cursor.offset)
-            self._seen = current
+            self._seen = mark
 
     def commit(self, turns: deque[Turn]) -> None:
         """Commit what waits by the time that it can be done, and settle it; what it is taken from may be added to."""
         with self._io:
-            group = [turns.popleft() for _ in range(len(turns))]
-            if not group:
-                return
-            try:
-                with self._lock.held():
+            if turns:
+                with self._settling(_all_of(turns)) as group, self._lock.held():
                     self._recover()
                     self._append(group)
-            except OSError as error:
-                for turn in group:
-                    turn.position, turn.failure = 0, unavailable(self._directory, error)
+
+    def commit_at_once(self, turns: deque[Turn]) -> AtOnce:
+        """Do the same, if that takes so little that a trip to a thread would take longer."""
+        size = sum(len(turn.commit.payload) for turn in turns)
+        if size > _AT_ONCE_BYTES or any(turn.commit.durable for turn in turns) or not self._io.acquire(blocking=False):
+            return AtOnce.TOO_MUCH
+        try:
+            mark = self._lock.read()
+            is_roomy = self._cursor.offset < self._segment_bytes and not self._rolls
+            if not (is_roomy and _is_settled(mark) and self._is_near(mark)):
+                return AtOnce.TOO_MUCH
+            group = list[Turn]()
+            with self._settling(group), self._lock.held_at_once() as is_held:
+                if not is_held:
+                    return AtOnce.BUSY
+                group += _all_of(turns)
+                self._recover()
+                self._append(group)
+            return AtOnce.DONE if group else AtOnce.TOO_MUCH
+        finally:
+            self._io.release()
+
+    @contextmanager
+    def _settling(self, group: list[Turn]) -> Iterator[list[Turn]]:
+        """Settle the commits of a group in which the system fails."""
+        try:
+            yield group
+        except OSError as error:
+            for turn in group:
+                turn.position, turn.failure = 0, unavailable(self._directory, error)
 
     def _append(self, group: Sequence[Turn]) -> None:
-        known = Mark.decode(self._seen) or Mark(0, 0, 0)
+        known = self._seen or Mark(0, 0, 0)
         stage = Stage(self._replay.table, self._by, known.durable)
         staged = []
         now = round(self._clock.now(), 6)
@@ -315,7 +353,8 @@ class Journal:
             failpoint("state.appended")
             durable_end, known_durable = (end, position) if durable else (known.durable_end, known.durable)
             mark = Mark(cursor.segment, end, position, durable_end, known_durable, boot_id())
-            self._seen = self._lock.publish(mark)
+            self._lock.publish(mark)
+            self._seen = mark
         except OSError:
             self._take_back(known)
             raise
@@ -349,18 +388,22 @@ class Journal:
         """Take in all that stands in the log, also what a dead appender left; the flock must be held."""
         if self._cursor.segment == 0:
             put_loaded(self._directory)
-        found_segments = segments(self._directory) or [Segment(0)]
+        found_segments = self._listing.read() or [Segment(0)]
         newest, last = found_segments[-1], found_segments[-1].first
+        mark, cursor = self._lock.read(), self._cursor
+        is_settled = _is_settled(mark)
+        if (
+            mark
+            and is_settled
+            and cursor.segment == mark.segment == last
+            and cursor.offset <= mark.end == cursor.size()
+        ):
+            self._follow(mark)
+            return
         if found_segments[0].last > self._replay.table.position:  # what we had yet to read was thinned out
             self._begin_anew()
         size = size_of(self._directory, newest) if last else 0
-        current, cursor = self._lock.read(), self._cursor
-        mark = Mark.decode(current)
-        is_settled = mark is not None and mark.boot == boot_id() and not mark.is_doubtful
-        place = (cursor.segment, cursor.offset, self._replay.table.position)
-        if is_settled and mark and mark[:3] == place and place[:2] == (last, size):
-            self._seen = current
-            return
+        cursor = self._cursor
         if mark and last and (not is_settled or mark[:2] != (last, size)):
             size = self._drop(mark, newest, size)
         if (last, size) < (cursor.segment, cursor.offset):
@@ -402,7 +445,7 @@ class Journal:
         cursor, position = self._cursor, self._replay.table.position
         end = Mark(cursor.segment, cursor.offset, position, cursor.offset, position, boot_id())
         if mark is not None and mark._replace(durable_end=end.durable_end, durable=end.durable) == end:
-            self._seen = self._lock.read()
+            self._seen = mark
             return
         if cursor.segment:
             is_same = mark is not None and mark.segment == cursor.segment
@@ -411,7 +454,8 @@ class Journal:
                 sync_folder(self._directory)  # whoever began it may have died before
             if start < cursor.offset and not cursor.is_closed:
                 rewrite(cursor.path, start, cursor.sums[cursor.segment])
-        self._seen = self._lock.publish(end)
+        self._lock.publish(end)
+        self._seen = end
 
     def _close_cursor(self) -> None:
         self._cursor.close()
@@ -429,6 +473,15 @@ def unavailable(directory: Path, error: OSError) -> StoreUnavailable:
 
 def _size(sums: Mapping[int, Sum]) -> int:
     return sum(part.size for part in sums.values())
+
+
+def _all_of(turns: deque[Turn]) -> list[Turn]:
+    return [turns.popleft() for _ in range(len(turns))]
+
+
+def _is_settled(mark: Mark | None) -> TypeGuard[Mark]:
+    """Whether all that is written since the machine was started is told by the mark."""
+    return mark is not None and mark.boot == boot_id() and not mark.is_doubtful
 
 
 def _known_position(mark: Mark | None) -> int:

@@ -15,7 +15,7 @@ import json
 import re
 import zlib
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import orjson
@@ -70,8 +70,7 @@ class EncodedCommit:
     durable: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """A commit with its place in the log. `payload` is empty where its bytes are damaged."""
 
     position: int
@@ -88,8 +87,7 @@ class Line:
         return not self.payload
 
 
-@dataclass(frozen=True, slots=True)
-class Decoded:
+class Decoded(NamedTuple):
     """A line whose header is good, ending before offset `end`; `terminator` is what stands for its newline."""
 
     end: int
@@ -164,21 +162,22 @@ def scan(data: bytes, offset: int) -> Scanned:
     is incomplete if no newline follows, and damaged if one does.
     """
     head = _HEAD.match(data, offset)
-    if head is None or not _is_header_good(data, head):
+    header = None if head is None else _good_header(data, head)
+    if head is None or header is None:
         if data.find(b"\n", offset) < 0:
             return Incomplete(len(data))
         return Unreadable(_resync(data, offset))
-    header_end = head.end() + int(head[2], 16)
+    header_end = offset + _HEAD_BYTES + len(header)
     payload_start = header_end + _CHECKSUM_BYTES
     end = payload_start + int(head[3], 16)
-    payload = data[payload_start:end]
+    payload, terminator = data[payload_start:end], data[end : end + 1]
     if len(data) < end and data.find(b"\n", header_end) < 0:
         return Incomplete(len(data))
     if data[header_end:payload_start] == b" %08x " % zlib.crc32(payload):
-        return Decoded(end + len(data[end : end + 1]), _line(data, head, payload), data[end : end + 1])
+        return Decoded(end + len(terminator), _line(header, payload), terminator)
     # The length is trusted only if a newline stands where it says; else bytes were lost, not changed.
-    next_line = end + 1 if data[end : end + 1] == b"\n" else _resync(data, header_end)
-    return Decoded(next_line, _line(data, head, b""), b"\n")
+    next_line = end + 1 if terminator == b"\n" else _resync(data, header_end)
+    return Decoded(next_line, _line(header, b""), b"\n")
 
 
 def never_durable(data: bytes, offset: int, position: int) -> int | None:
@@ -213,7 +212,7 @@ def thinned_line(line: Line, keys: Collection[Key]) -> Line:
     """Return an undamaged line with the changes of some documents only, and with its events."""
     kept = [(change, value) for change, value in values(line) if change.key in keys]
     payload = b"[[%b],%b]" % (b",".join(value for _, value in kept if value is not None), _events(line))
-    return replace(line, changes=tuple(change for change, _ in kept), payload=payload)
+    return line._replace(changes=tuple(change for change, _ in kept), payload=payload)
 
 
 def to_dumped(line: Line) -> DumpedCommit:
@@ -264,16 +263,17 @@ def to_version(line: Line, key: Key) -> Version:
     )
 
 
-def _is_header_good(data: bytes, head: re.Match[bytes]) -> bool:
-    checked = data[head.start() + _CHECKED_FROM : head.end() + int(head[2], 16)]
-    return zlib.crc32(checked) == int(head[1], 16)
+def _good_header(data: bytes, head: re.Match[bytes]) -> bytes | None:
+    crc, length, _ = head.groups()
+    checked = data[head.start() + _CHECKED_FROM : head.end() + int(length, 16)]
+    return checked[_HEAD_BYTES - _CHECKED_FROM :] if zlib.crc32(checked) == int(crc, 16) else None
 
 
-def _line(data: bytes, head: re.Match[bytes], payload: bytes) -> Line:
-    header = orjson.loads(data[head.end() : head.end() + int(head[2], 16)])
-    changes = tuple(Change(Key(kind, name), *rest) for kind, name, *rest in header["changes"])
-    durable = header.get("durable", header["position"] - 1)
-    return Line(header["position"], header["time"], changes, payload, header.get("by", ""), durable)
+def _line(header: bytes, payload: bytes) -> Line:
+    found = orjson.loads(header)
+    position = found["position"]
+    changes = [Change(Key(kind, name), *rest) for kind, name, *rest in found["changes"]]
+    return Line(position, found["time"], changes, payload, found.get("by", ""), found.get("durable", position - 1))
 
 
 def _resync(data: bytes, offset: int) -> int:
@@ -283,7 +283,7 @@ def _resync(data: bytes, offset: int) -> int:
         head = _HEAD.match(data, offset)
         if head is None and len(data) - offset < _HEAD_BYTES:
             return offset
-        if head and (len(data) < head.end() + int(head[2], 16) or _is_header_good(data, head)):
+        if head and (len(data) < head.end() + int(head[2], 16) or _good_header(data, head) is not None):
             return offset
     return len(data)
 

@@ -14,6 +14,7 @@ import fcntl
 import os
 import re
 import sys
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
@@ -28,6 +29,7 @@ from orchestrator.state.packing import Source, Sum
 _READ_BYTES: Final = 1 << 20
 _MARK_BYTES: Final = 148
 _LOCK: Final = "lock"
+_TICK: Final = 3_000_000_000  # nanoseconds that the clock of any file system takes at most to go on
 _NAME: Final = re.compile(r"(\d{20})(?:-(\d{20}))?\.jsonl(\.zst)?")
 
 
@@ -104,19 +106,25 @@ class Lock:
     """The permanent lock file, kept open; it carries the mark."""
 
     def __init__(self, directory: Path) -> None:
-        self._path = directory / _LOCK
+        self._path = str(directory / _LOCK)
         self._file = os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b", 0)
         self._identity = _identity(os.fstat(self._file.fileno()))
+        self._read: tuple[bytes, Mark | None] = b"", None
 
-    def read(self) -> bytes:
-        """Return the mark as it stands; so cheap that it may be done on the event loop."""
-        return os.pread(self._file.fileno(), _MARK_BYTES, 0)
+    def read(self) -> Mark | None:
+        """Return the mark, None if there is none that is whole; so cheap that it may be done on the event loop."""
+        data = os.pread(self._file.fileno(), _MARK_BYTES, 0)
+        known, mark = self._read
+        if data != known:
+            mark = Mark.decode(data)
+            self._read = data, mark
+        return mark
 
-    def publish(self, mark: Mark) -> bytes:
+    def publish(self, mark: Mark) -> None:
         """Let all readers see the log up to `mark`."""
         data = mark.encode()
         os.pwrite(self._file.fileno(), data, 0)
-        return data
+        self._read = data, mark
 
     def check_place(self) -> None:
         """Raise OSError (ESTALE) unless the file is still where it was opened.
@@ -124,28 +132,35 @@ class Lock:
         Where a folder was moved, or a copy took its place, others lock another file there.
         """
         with suppress(FileNotFoundError, NotADirectoryError):
-            if _identity(self._path.stat()) == self._identity:
+            if _identity(os.stat(self._path)) == self._identity:  # noqa: PTH116  at each commit: half the time
                 return
         raise OSError(errno.ESTALE, "it was moved or replaced while it was in use")
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Exclude all other appenders, of this process too; blocks without a limit. Raises as `check_place`."""
-        # Late: it costs a process that only shows help 40 to 500 ms. The class, because the module's default
-        # can be switched by anyone in the process to a lock that any close of the file drops.
-        from portalocker.exceptions import LockException  # noqa: PLC0415
-        from portalocker.portalocker import FlockLocker, LockFlags  # noqa: PLC0415
+        with self._taken(fcntl.LOCK_EX):
+            yield
 
-        locker = FlockLocker()
+    @contextmanager
+    def held_at_once(self) -> Iterator[bool]:
+        """As `held`, if nobody holds it by now; tell whether that is so. Raises as `check_place`."""
+        with self._taken(fcntl.LOCK_EX | fcntl.LOCK_NB) as is_taken:
+            yield is_taken
+
+    @contextmanager
+    def _taken(self, flags: int) -> Iterator[bool]:
+        fd = self._file.fileno()
         try:
-            locker.lock(self._file, LockFlags.EXCLUSIVE)
-        except LockException as error:
-            raise OSError(errno.ENOLCK, str(error)) from error
+            fcntl.flock(fd, flags)
+        except BlockingIOError:
+            yield False
+            return
         try:
             self.check_place()
-            yield
+            yield True
         finally:
-            locker.unlock(self._file)
+            fcntl.flock(fd, fcntl.LOCK_UN)
 
     def close(self) -> None:
         """Give the file back; every later use raises ValueError."""
@@ -166,7 +181,31 @@ def segments(directory: Path) -> list[Segment]:
 
     A crash may leave what has been replaced: older files than the newest thinned one, and the unpacked form of one.
     """
-    matches = (_NAME.fullmatch(name) for name in os.listdir(directory))  # noqa: PTH208  far fewer objects
+    return _segments_of(os.listdir(directory))  # noqa: PTH208  far fewer objects
+
+
+class Listing:
+    """The segments of a folder, which seldom change while they are asked for again and again."""
+
+    def __init__(self, directory: Path) -> None:
+        """Look at a folder later on."""
+        self._directory = str(directory)
+        self._changed = 0
+        self._segments: list[Segment] = []
+
+    def read(self) -> list[Segment]:
+        """Return what `segments` does."""
+        changed = os.stat(self._directory).st_mtime_ns  # noqa: PTH116  at each commit: half the time
+        if changed != self._changed:
+            now = time.time_ns()
+            self._segments = _segments_of(os.listdir(self._directory))  # noqa: PTH208  far fewer objects
+            # Of what is changed once more so soon after, the time may be the same.
+            self._changed = changed if now - changed > _TICK else 0
+        return self._segments
+
+
+def _segments_of(names: list[str]) -> list[Segment]:
+    matches = (_NAME.fullmatch(name) for name in names)
     found = [Segment(int(match[1]), int(match[2] or 0), match[3] is not None) for match in matches if match]
     thinned = max((one for one in found if one.is_thinned), key=lambda one: (one.last, one.is_packed), default=None)
     end = thinned.last if thinned else 0
@@ -205,15 +244,12 @@ class Cursor:
         self.segment, self.offset = 0, 0
         self.sums: dict[int, Sum] = {}
         """What stands before here, of each segment that was read from its beginning."""
+        self.path = directory
+        """The segment's file; without any segment, the directory."""
         self._directory = directory
         self._file = Segment(0)
         self._source: Source | None = None
         self._start = max((one.first for one in segments(directory) if one.first <= after + 1), default=0)
-
-    @property
-    def path(self) -> Path:
-        """The segment's file; without any segment, the directory."""
-        return self._file.path(self._directory) if self.segment else self._directory
 
     @property
     def is_closed(self) -> bool:
@@ -224,6 +260,10 @@ class Cursor:
     def is_summed(self) -> bool:
         """Whether `sums` tells of all that stands before here."""
         return self.segment > 0 and self.sums[self.segment].size == self.offset
+
+    def size(self) -> int:
+        """Return how many bytes the segment's file has by now; -1 if it is packed, and nothing comes any more."""
+        return -1 if self.is_closed else self.path.stat().st_size
 
     def read(self, until: Mark) -> Iterator[Found]:
         """Yield what stands between here and `until`, moving on behind each; a tail that is incomplete stays."""
@@ -247,6 +287,7 @@ class Cursor:
         self.segment = max(sums)
         found = (one for one in segments(self._directory) if one.first == self.segment)
         self._file = next(found, Segment(self.segment))
+        self.path = self._file.path(self._directory)
         self.offset = sums[self.segment].size
 
     def close(self) -> None:
@@ -258,6 +299,7 @@ class Cursor:
     def _move(self, file: Segment) -> None:
         self.close()
         self._file, self.segment, self.offset = file, file.first, 0
+        self.path = file.path(self._directory)
         self.sums[file.first] = Sum(0, 0)
 
     def _rest(self, until: Mark) -> Iterator[Found]:

@@ -135,10 +135,13 @@ class Table:
         return known._replace(damaged=True, value=old.value if old else None, expires=change.expires)
 
     def _put(self, key: Key, entry: Entry) -> None:
-        entries = self._kinds.setdefault(key.kind, {})
-        if key.id not in entries and key.kind in self._sorted_ids:
-            insort(self._sorted_ids[key.kind], key.id)
-        entries[key.id] = entry
+        kind, name = key
+        entries = self._kinds.get(kind)
+        if entries is None:
+            entries = self._kinds[kind] = {}
+        if name not in entries and kind in self._sorted_ids:
+            insort(self._sorted_ids[kind], name)
+        entries[name] = entry
 
     def _ids(self, kind: str, prefix: str) -> list[str]:
         ids = self._sorted_ids.get(kind)
@@ -228,9 +231,8 @@ class Stage:
 
 
 def _entry(line: Line, change: Change, value: bytes | None) -> Entry:
-    return Entry(
-        change.version, value, line.position, time=line.time, by=line.by, expires=change.expires if value else None
-    )
+    expires = change.expires if value else None
+    return Entry(change.version, value, line.position, False, line.time, line.by, expires)
 
 
 def _document(key: Key, entry: Entry) -> Document:
