@@ -14,7 +14,7 @@ from orchestrator.domain.model import Attempt, Intent, RunDocument
 from orchestrator.domain.secrets import Redactor
 from orchestrator.engine.ledger import Ledger, seed
 from orchestrator.protocols import Store
-from orchestrator.state import file
+from orchestrator.state import journal
 from orchestrator.state.file import FileStore
 from orchestrator.testing.clock import ManualClock
 
@@ -102,7 +102,7 @@ async def recorded(top: Path, monkeypatch: pytest.MonkeyPatch, folder: Path | No
 
     The run's repositories are in `folder`, which is written down: sizes depend on its length.
     """
-    monkeypatch.setattr(file, "name_of_writer", lambda: "ada@box:4711")
+    monkeypatch.setattr(journal, "name_of_writer", lambda: "ada@box:4711")
     clock = ManualClock(START)
     (top / ".council").mkdir(mode=0o700)
     async with FileStore.open(top / ".council" / "state", clock) as store:

@@ -61,7 +61,7 @@ T = TypeVar("T")
 SEGMENT_BYTES: Final = 16 << 20
 _POLL_FASTEST: Final = 0.01  # seconds
 _POLL_SLOWEST: Final = 0.25
-_PAUSES: Final = (0, 0.001, 0.005, 0.01, 0.01)
+_PAUSES: Final = (0, 0.005, 0.005, 0.01, 0.01)
 """Seconds between one try and the next to commit while other processes are at it, before a thread waits for them."""
 _FOLLOW_BYTES: Final = 1 << 20  # read or written per trip to a thread
 

@@ -272,7 +272,7 @@ def _good_header(data: bytes, head: re.Match[bytes]) -> bytes | None:
 def _line(header: bytes, payload: bytes) -> Line:
     found = orjson.loads(header)
     position = found["position"]
-    changes = [Change(Key(kind, name), *rest) for kind, name, *rest in found["changes"]]
+    changes = tuple([Change(Key(kind, name), *rest) for kind, name, *rest in found["changes"]])
     return Line(position, found["time"], changes, payload, found.get("by", ""), found.get("durable", position - 1))
 
 
