@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -72,7 +72,7 @@ def assign_adapters(root: Node, problems: Problems) -> dict[int, str]:
     vocabulary = Vocabulary(names, "the adapters")
     default = root.get("defaults", "adapter")
     chosen = [(index, task, task.get("adapter")) for index, task in task_nodes(root)]
-    for choice in (default, *(choice for _, _, choice in chosen)):
+    for choice in (default, *(choice for _, _, choice in chosen), *_fallbacks(root)):
         if choice is not None and isinstance(choice.value, str) and choice.value not in names:
             problems.add(choice.at, f"there is no adapter {shown(choice.value)}", vocabulary.instead_of(choice.value))
     only = next(iter(names)) if len(names) == 1 else None
@@ -86,6 +86,14 @@ def assign_adapters(root: Node, problems: Problems) -> dict[int, str]:
             remedy = "add `adapter:` here or under `defaults:`"
             problems.add(task.at, "the task names no adapter, and there are several", remedy)
     return assigned
+
+
+def _fallbacks(root: Node) -> Iterator[Node]:
+    """Yield each name of an adapter that is to stand in for another."""
+    entries = (root.get("defaults"), *(task for _, task in task_nodes(root)))
+    for told in (None if entry is None else entry.get("fallback") for entry in entries):
+        if told is not None and isinstance(told.value, list):
+            yield from told.children.values()
 
 
 def trial_request(task: str, prompt: str) -> SessionRequest:
@@ -118,14 +126,19 @@ def try_commands(
     """Ask each task's adapter for its command, which starts nothing, and note what it refuses."""
     made = {name: adapter_types[adapter.use](adapter.options) for name, adapter in adapters.items()}
     for index, task in task_nodes(root):
-        name = assigned.get(index)
-        if name not in made or index not in prompts:
+        if index not in prompts:
             continue
-        try:
-            _try_command(name, made[name], trial_request(str(task.value.get("id")), prompts[index]))
-        except RefusedError as error:
-            told = task.get("prompt") or task.get("prompt_file") or task
-            problems.add(told.at, error.what, error.remedy)
+        request = trial_request(str(task.value.get("id")), prompts[index])
+        told = task.get("fallback") or root.get("defaults", "fallback")
+        fallback = [one.value for one in told.children.values()] if told else []
+        for name in dict.fromkeys((assigned.get(index), *fallback)):
+            if not isinstance(name, str) or name not in made:
+                continue
+            try:
+                _try_command(name, made[name], request)
+            except RefusedError as error:
+                prompt = task.get("prompt") or task.get("prompt_file") or task
+                problems.add(prompt.at, error.what, error.remedy)
 
 
 def _try_command(name: str, adapter: Adapter, request: SessionRequest) -> None:

@@ -46,6 +46,8 @@ class TaskSpec(_Model):
     """The tasks that must have landed before this one starts."""
     adapter: str
     """The name of the adapter that runs it."""
+    fallback: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """The names of adapters that stand in while that one is parked or stopped, in this order."""
     timeout: float
     """Wall-clock seconds that one session may take."""
     attempts: int
@@ -70,6 +72,11 @@ class TaskSpec(_Model):
     """The higher, the earlier among those that are ready."""
     owns: Annotated[tuple[str, ...], Field(strict=False)]
     """Patterns of the paths that it works on."""
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of all adapters that may run it, the best first."""
+        return (self.adapter, *self.fallback)
 
     @property
     def builds_on_target(self) -> bool:
@@ -266,7 +273,7 @@ def make_adapters(configs: Mapping[str, AdapterConfig], adapter_types: Mapping[s
 
 def used_adapters(config: RunConfig, adapter_types: Mapping[str, AdapterType]) -> dict[str, Adapter]:
     """Return the adapters that a config's tasks use, made as a resume would make them from what is recorded."""
-    used = {task.adapter for task in config.tasks}
+    used = {name for task in config.tasks for name in task.adapters}
     stored = {name: entry.stored() for name, entry in config.adapters.items() if name in used}
     return make_adapters(restore_adapters(stored, adapter_types), adapter_types)
 

@@ -193,6 +193,8 @@ class TaskDefaults(_Entry):
 
     adapter: str | None = None
     """The adapter that runs the tasks; not needed where there is only one."""
+    fallback: Annotated[tuple[str, ...], Field(strict=False)] | None = None
+    """Adapters that stand in while that one is parked or stopped: the first of them that is not."""
     timeout: Duration | None = None
     """The wall-clock time that one session may take: 30m unless given."""
     attempts: Attempts | None = None

@@ -10,6 +10,7 @@ tasks that do. How tasks with paths wait for each other is in `orchestrator.doma
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -33,6 +34,13 @@ class Entry:
     priority: int = 0
     """Higher first."""
     owns: tuple[str, ...] = ()
+    fallback: tuple[str, ...] = ()
+    """Adapters that stand in, in this order, where the one before is parked or closed."""
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """All that may run it, the best first."""
+        return (self.adapter, *self.fallback)
 
 
 class _State(Enum):
@@ -82,7 +90,12 @@ class Board:
         }
         self._fresh: list[str] = []
         self._until: dict[str, float] = {}
-        self._waiting: dict[str, list[tuple[float, int, str]]] = {entry.adapter: [] for entry in entries.values()}
+        self._waiting: dict[tuple[str, ...], list[tuple[float, int, str]]] = {
+            entry.adapters: [] for entry in entries.values()
+        }
+        """By the adapters that may run them."""
+        self._flexible = dict.fromkeys(task for task, entry in entries.items() if entry.fallback)
+        """Tasks that more than one adapter may run."""
         self.blocked: dict[str, str] = {}
         """Tasks that can't start any more, each with a need that will not land."""
         self.closed: dict[str, str] = {}
@@ -131,7 +144,7 @@ class Board:
         """The task may start again at `until`."""
         self._leave(task, _WAITING)
         self._until[task] = until
-        heapq.heappush(self._waiting[self._entries[task].adapter], (until, self._places[task].order, task))
+        heapq.heappush(self._waiting[self._entries[task].adapters], (until, self._places[task].order, task))
 
     def revive(self, task: str) -> None:
         """A task that had ended is to be tried again: it and what only it blocked are pending again."""
@@ -152,27 +165,48 @@ class Board:
             self._offer(one)
             stack.extend(self._dependents[one])
 
+    def adapter_of(self, task: str) -> str:
+        """Return the adapter that a task runs with, if it runs, or would run with now."""
+        return self._places[task].lane.adapter.name
+
     def park(self, adapter: str, until: float) -> None:
-        """Nothing of this adapter starts before that time."""
+        """Nothing of this adapter starts before that time; what has another to fall back on goes there."""
         self._queue.park(adapter, until)
+        self._move_from(adapter)
 
     def close(self, adapter: str, reason: str) -> None:
-        """Nothing of this adapter starts any more; sessions that run go on."""
+        """Nothing of this adapter starts any more; sessions that run go on, what has a fallback goes there."""
         self.closed[adapter] = reason
         self._queue.close(adapter)
+        self._move_from(adapter)
+
+    def _move_from(self, adapter: str) -> None:
+        for task in self._flexible:
+            if self._state[task] is _READY and self.adapter_of(task) == adapter:
+                place = self._choose(task)
+                self._queue.move(task, place.lane)
+
+    def _choose(self, task: str) -> _Place:
+        """Put a task with the first of its adapters that is open, else with the one that will be first."""
+        entry = self._entries[task]
+        best = min(entry.adapters, key=lambda name: self._queue.adapter(name).parked)  # the first of equals
+        place = self._places[task] = self._places[task]._replace(lane=self._queue.lane(best, entry.owns))
+        return place
 
     def next_time(self) -> float | None:
         """Return when the earliest wait or park ends that could let something start; None if none could."""
         times: list[float] = []
-        for name, waiting in self._waiting.items():
-            adapter = self._queue.adapter(name)
-            if adapter.closed:
+        for names, waiting in self._waiting.items():
+            parked = self._parked(names)
+            if parked == math.inf:
                 continue
             self._drop_stale(waiting)
             if waiting:
-                times.append(max(waiting[0][0], adapter.parked))
-            if adapter.parked and (self._queue.is_movable(adapter) or self._has_fresh(name)):
-                times.append(adapter.parked)
+                times.append(max(waiting[0][0], parked))
+            if parked and self._has_fresh(names):
+                times.append(parked)
+        parks = [one for one in self._queue.adapters() if one.parked and not one.closed]
+        times += [one.parked for one in parks if self._queue.is_movable(one)]
         return min(times, default=None)
 
     def has_work(self) -> bool:
@@ -180,12 +214,17 @@ class Board:
 
         What is held by a task that waits to land is no work by itself: that landing is.
         """
-        for name, waiting in self._waiting.items():
-            adapter = self._queue.adapter(name)
+        for names, waiting in self._waiting.items():
             self._drop_stale(waiting)
-            if not adapter.closed and (waiting or self._queue.is_movable(adapter) or self._has_fresh(name)):
+            if self._parked(names) < math.inf and (waiting or self._has_fresh(names)):
                 return True
+        if any(not adapter.closed and self._queue.is_movable(adapter) for adapter in self._queue.adapters()):
+            return True
         return any(self._state[task] is _RUNNING for task in self._queue.holders())
+
+    def _parked(self, names: tuple[str, ...]) -> float:
+        """Return until when none of some adapters is open: 0.0 if one is, infinity if all are closed."""
+        return min(self._queue.adapter(name).parked for name in names)
 
     def running(self) -> int:
         """How many sessions there are."""
@@ -208,13 +247,13 @@ class Board:
 
     def advance(self, now: float) -> None:
         """Make ready what became so, and end the waits and parks that are over."""
+        self._queue.unpark(now)
         if self._fresh:
             self._add([task for task in self._fresh if self._state[task] is _FRESH], now)
             self._fresh.clear()
-        if not self._until and not self._queue.has_parks():
+        if not self._until:
             return
-        for name, waiting in self._waiting.items():
-            self._queue.unpark(name, now)
+        for waiting in self._waiting.values():
             self._drop_stale(waiting)
             while waiting and waiting[0][0] <= now:
                 until, _, task = heapq.heappop(waiting)
@@ -223,11 +262,11 @@ class Board:
                 self._drop_stale(waiting)
 
     def _add(self, tasks: Iterable[str], since: float) -> None:
-        states, places, ranks = self._state, self._places, dict[int, float]()
+        states, places, flexible, ranks = self._state, self._places, self._flexible, dict[int, float]()
         ready: list[tuple[float, int, str, Lane]] = []
         for task in tasks:
             states[task] = _READY
-            order, priority, lane = places[task]
+            order, priority, lane = self._choose(task) if task in flexible else places[task]
             # What is the same object need not be compared when tasks are.
             rank = ranks.get(priority)
             if rank is None:
@@ -271,8 +310,8 @@ class Board:
     def _is_dead(self, need: str) -> bool:
         return self._state[need] is _OVER or need in self.blocked
 
-    def _has_fresh(self, adapter: str) -> bool:
-        return any(self._state[task] is _FRESH and self._entries[task].adapter == adapter for task in self._fresh)
+    def _has_fresh(self, adapters: tuple[str, ...]) -> bool:
+        return any(self._state[task] is _FRESH and self._entries[task].adapters == adapters for task in self._fresh)
 
     def _drop_stale(self, waiting: list[tuple[float, int, str]]) -> None:
         while waiting and self._until.get(waiting[0][2]) != waiting[0][0]:

@@ -43,9 +43,10 @@ _Place = tuple[float, int, str, Lane]
 class _Adapter:
     """One adapter's ready tasks that may not be held, and what limits it."""
 
-    __slots__ = ("capacity", "closed", "free", "fronts", "has_lanes", "parked", "running")
+    __slots__ = ("capacity", "closed", "free", "fronts", "has_lanes", "name", "parked", "running")
 
-    def __init__(self, capacity: float) -> None:
+    def __init__(self, name: str, capacity: float) -> None:
+        self.name = name
         self.capacity = capacity
         self.running = 0
         self.parked = 0.0  # until when; 0.0 is not at all
@@ -78,7 +79,7 @@ class ReadyQueue:
         """Return what is known of an adapter."""
         known = self._adapters.get(name)
         if known is None:
-            known = self._adapters[name] = _Adapter(self._capacities.get(name, math.inf))
+            known = self._adapters[name] = _Adapter(name, self._capacities.get(name, math.inf))
             self._sources += [(known, known.free.places, 0), (known, known.free.run, -1)]
         return known
 
@@ -117,6 +118,13 @@ class ReadyQueue:
                 lane.run += together
                 lane.run.sort(reverse=True)
 
+    def move(self, task: str, lane: Lane) -> None:
+        """Let a ready task wait in another lane, where it keeps its rank."""
+        rank, order, _, before = self._places[task]
+        if lane is not before:
+            self.discard(task)
+            self.add([(rank, order, task, lane)])
+
     def discard(self, task: str) -> None:
         """A ready task may not start any more."""
         place = self._places.pop(task, None)
@@ -147,15 +155,15 @@ class ReadyQueue:
         adapter.parked = max(adapter.parked, until)
         self._set_aside(adapter)
 
-    def has_parks(self) -> bool:
-        """Whether an adapter is parked."""
-        return any(adapter.parked for adapter in self._adapters.values())
+    def unpark(self, now: float) -> None:
+        """Forget the parks that are over."""
+        for adapter in self._adapters.values():
+            if adapter.parked <= now:
+                adapter.parked = 0.0
 
-    def unpark(self, name: str, now: float) -> None:
-        """Forget a park that is over."""
-        adapter = self.adapter(name)
-        if adapter.parked <= now:
-            adapter.parked = 0.0
+    def adapters(self) -> Iterable[_Adapter]:
+        """Return what is known of all adapters."""
+        return self._adapters.values()
 
     def close(self, name: str) -> None:
         """Look at no task of an adapter again."""

@@ -72,6 +72,7 @@ class Work:
 
     task: str
     spec: TaskSpec
+    adapter: str
     session: Session
     cancelled: bool = field(default=False, init=False)
 
@@ -91,8 +92,8 @@ class Attempts:
     clock: Clock
     _learning: anyio.Lock = field(default_factory=anyio.Lock, init=False)
 
-    def prepare(self, task: str, spec: TaskSpec, base: str) -> Work:
-        """Return the next attempt of a task; nothing of it exists yet."""
+    def prepare(self, task: str, spec: TaskSpec, adapter: str, base: str) -> Work:
+        """Return the next attempt of a task, with one of its adapters; nothing of it exists yet."""
         document = self.ledger.task(task)
         assignment = Assignment(
             worktree=Worktree(self.shop.hub, self.ledger.run.id, task, len(document.attempts) + 1),
@@ -100,27 +101,27 @@ class Attempts:
             start=document.start,
             prompt=spec.prompt,
             told=document.feedback,
-            adapter=self.shop.adapters[spec.adapter],
-            adapter_name=spec.adapter,
-            reach=self.shop.configs[spec.adapter].reach,
+            adapter=self.shop.adapters[adapter],
+            adapter_name=adapter,
+            reach=self.shop.configs[adapter].reach,
             limits=Limits(spec.timeout, spec.silence),
             max_file=spec.max_file,
         )
-        return Work(task, spec, Session(self.shop.tools, self.pool, assignment))
+        return Work(task, spec, adapter, Session(self.shop.tools, self.pool, assignment))
 
     async def perform(self, work: Work) -> After:
         """Record the attempt, run it, record its end, and clean up behind it."""
         what = work.session.assignment
         attempt = Attempt(
             number=what.worktree.attempt,
-            adapter=work.spec.adapter,
+            adapter=work.adapter,
             base=what.base,
             start=what.start,
             started=self.clock.now(),
             secrets=work.session.secret_names(),
         )
         attempts = (*self.ledger.task(work.task).attempts, attempt)
-        details = {"base": what.base, "adapter": work.spec.adapter}
+        details = {"base": what.base, "adapter": work.adapter}
         await self.ledger.change(work.task, Trigger.START, details, attempts=attempts, current=None)
         failpoint("attempt.recorded")
         finished = await work.session.run()
@@ -145,7 +146,7 @@ class Attempts:
             case Built(commit):
                 await self._end(work, Trigger.BUILD, finished, "built", None, commit=commit, start=None, feedback=None)
                 failpoint("work.recorded")
-                await self._trust(work.spec.adapter)
+                await self._trust(work.adapter)
                 return ToLand()
             case Interrupted(reason):
                 await self._end(work, Trigger.INTERRUPT, finished, "interrupted", reason)
@@ -163,10 +164,10 @@ class Attempts:
         match policy_of(failure, work.spec.retry_on):
             case Policy.PARK:
                 await self._end(work, Trigger.HOLD, finished, failure, reason)
-                return await self._park(work.spec.adapter, outcome)
+                return await self._park(work.adapter, outcome)
             case Policy.CLOSE:
                 await self._end(work, Trigger.HOLD, finished, failure, reason)
-                return await self._close(work.spec.adapter, reason)
+                return await self._close(work.adapter, reason)
             case policy:
                 failures = self.ledger.task(work.task).failures + 1
                 if policy is Policy.RETRY and failures < work.spec.attempts:

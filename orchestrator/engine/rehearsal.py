@@ -67,7 +67,9 @@ def rehearse(
 ) -> Rehearsal:
     """Return what a run of `config` would do; `programs` are those of its tasks, `room` what the machine has."""
     specs = {task.id: task for task in config.tasks}
-    entries = {task.id: Entry(task.needs, task.adapter, task.priority, task.owns) for task in config.tasks}
+    entries = {
+        task.id: Entry(task.needs, task.adapter, task.priority, task.owns, task.fallback) for task in config.tasks
+    }
     limits = {name: one.capacity for name, one in config.adapters.items() if one.capacity is not None}
 
     def planned(task: str, follows: str | None) -> PlannedTask:

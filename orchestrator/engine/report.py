@@ -209,7 +209,7 @@ def _stuck(record: RunRecord, closed: Mapping[str, str]) -> dict[str, str]:
     stuck = {
         task: f"the adapter {entry.adapter!r} is stopped: {closed[entry.adapter]}: mend it, then `council resume`"
         for task, entry in record.entries.items()
-        if entry.adapter in closed and record.tasks[task].status is TaskStatus.PENDING
+        if closed.keys() >= set(entry.adapters) and record.tasks[task].status is TaskStatus.PENDING
     }
     for task, held in record.held_up(stuck).items() if stuck else ():
         stuck[task] = f"needs {held!r}, which waits for its adapter"

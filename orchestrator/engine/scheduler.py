@@ -135,7 +135,7 @@ class Scheduler:
                 return
             if not self._board.is_running(task):  # it was cancelled meanwhile
                 continue
-            work = self._works[task] = self._attempts.prepare(task, spec, base)
+            work = self._works[task] = self._attempts.prepare(task, spec, self._board.adapter_of(task), base)
             group.start_soon(self._attempt, work)
 
     def _may_land(self, now: float) -> bool:

@@ -143,6 +143,47 @@ async def test_a_usage_limit_parks_the_adapter_until_it_ends(repository: Reposit
     await repository.assert_invariants()
 
 
+async def test_what_has_a_fallback_does_not_wait_for_a_limit(repository: Repository) -> None:
+    """The limited task goes on with the first of its others that can be used, as does what was ready behind it."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "limited", "prompt": "attempt 1 print limit reached, again in 18000 s\nattempt 1 exit 1\nwrite a.txt a",
+         "attempts": 1},
+        {"id": "behind", "prompt": "write b.txt b", "owns": ["b.txt"], "priority": -1},
+        {"id": "alone", "prompt": "write c.txt c", "priority": -2, "fallback": []},
+    ]  # fmt: skip
+    adapters = {"first": fake(repository, capacity=1), "locked": fake(repository), "third": fake(repository)}
+    defaults = {"adapter": "first", "fallback": ["locked", "third"]}
+    lock = {"id": "lock", "prompt": "print not logged in\nexit 1", "adapter": "locked", "priority": 9, "fallback": []}
+    path = repository.configure([lock, *tasks], adapters=adapters, defaults=defaults, capacity=1)
+    clock = ManualClock()
+    async with Council.open(path, clock=clock, environ=repository.environ) as council:
+        run = await council.create_run()
+        reports: list[RunReport] = []
+
+        async def execute() -> None:
+            reports.append(await council.resume(run))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(execute)
+            await until_event(council, "task.landed", 2)
+            await anyio.wait_all_tasks_blocked()
+            status = await council.status(run)
+            assert {task.id: (task.state, task.adapter) for task in status.tasks} == {
+                "lock": ("pending", "locked"),
+                "limited": ("landed", "third"),
+                "behind": ("landed", "third"),
+                "alone": ("pending", "first"),
+            }
+            clock.advance(18_000)
+    assert {task.id: (task.state, task.attempts) for task in reports[0].tasks} == {
+        "lock": ("blocked", 1),
+        "limited": ("landed", 2),
+        "behind": ("landed", 1),
+        "alone": ("landed", 1),
+    }
+    await repository.assert_invariants()
+
+
 async def test_a_park_outlasts_the_process(repository: Repository) -> None:
     """Whoever resumes keeps the adapter parked until the same instant."""
     tasks = [{"id": "t", "prompt": "attempt 1 print limit reached, again in 7200 s\nattempt 1 exit 1\nwrite a.txt a"}]

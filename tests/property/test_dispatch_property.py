@@ -25,6 +25,7 @@ def entries(draw: st.DrawFn) -> dict[str, Entry]:
             adapter=draw(st.sampled_from(ADAPTERS)),
             priority=draw(st.integers(-1, 1)),
             owns=tuple(draw(st.lists(st.sampled_from(PATTERNS), max_size=2))),
+            fallback=tuple(draw(st.lists(st.sampled_from(ADAPTERS), max_size=2))),
         )
         for index, name in enumerate(names)
     }
@@ -38,6 +39,7 @@ class Run:
         self.tasks, self.capacity, self.capacities = tasks, capacity, capacities
         self.board, self.now = Board(tasks, capacities), 0.0
         self.running, self.built, self.waiting = list[str](), list[str](), dict[str, float]()
+        self.adapters = dict[str, str]()
         self.landed, self.over, self.parked = set[str](), set[str](), dict[str, float]()
 
     def decide(self) -> None:
@@ -45,8 +47,9 @@ class Run:
             self._check_start(task)
             self.waiting.pop(task, None)
             self.running.append(task)
+            self.adapters[task] = self.board.adapter_of(task)
         assert len(self.running) == self.board.running() <= self.capacity
-        counts = Counter(self.tasks[task].adapter for task in self.running)
+        counts = Counter(self.adapters[task] for task in self.running)
         assert all(counts[adapter] <= limit for adapter, limit in self.capacities.items())
         self._check_blocked()
 
@@ -56,9 +59,13 @@ class Run:
         assert set(entry.needs) <= self.landed
         assert task not in {*live, *self.landed, *self.over, *self.board.blocked}
         assert self.waiting.get(task, 0.0) <= self.now
-        assert self.parked.get(entry.adapter, 0.0) <= self.now
-        assert entry.adapter not in self.board.closed
+        adapter = self.board.adapter_of(task)
+        assert adapter in entry.adapters
+        assert self.is_open(adapter)
         assert not [other for other in live if any_overlap(entry.owns, self.tasks[other].owns)]
+
+    def is_open(self, adapter: str) -> bool:
+        return adapter not in self.board.closed and self.parked.get(adapter, 0.0) <= self.now
 
     def _check_blocked(self) -> None:
         dead = self.over | set(self.board.blocked)
@@ -78,8 +85,7 @@ class Run:
             for task, entry in self.tasks.items()
             if task not in busy
             and set(entry.needs) <= self.landed
-            and entry.adapter not in self.board.closed
-            and self.parked.get(entry.adapter, 0.0) <= self.now
+            and any(map(self.is_open, entry.adapters))
             and not any(any_overlap(entry.owns, owns) for owns in live)
         ]
 
@@ -150,7 +156,7 @@ def test_limits_hold_and_every_task_ends(
             break
     left = set(tasks) - run.landed - run.over - set(run.board.blocked)
     assert not run.startable()
-    closed = {task for task in left if tasks[task].adapter in run.board.closed}
+    closed = {task for task in left if set(tasks[task].adapters) <= run.board.closed.keys()}
     assert all(task in closed or set(tasks[task].needs) & left for task in left)
 
 

@@ -118,6 +118,7 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, int, int, str]] = {
     "prompt file missing": (HEAD + "tasks: [{id: a, prompt_file: f}]\n", 3, 30, "no such file"),
     "prompt file is a folder": (HEAD + "tasks: [{id: a, prompt_file: .}]\n", 3, 30, "not a regular file"),
     "unknown adapter": (HEAD + "tasks: [{id: a, prompt: p, adapter: y}]\n", 3, 37, "'y': the adapters are x"),
+    "unknown fallback": (HEAD + TASKS + "defaults: {fallback: [x, y]}\n", 4, 26, "no adapter 'y'"),
     "unknown default adapter": (HEAD + TASKS + "defaults: {adapter: y}\n", 4, 21, "no adapter 'y'"),
     "several adapters, none named": ("version: 1\nadapters:\n  x: {use: command, argv: [x]}\n"
                                      "  y: {use: command, argv: [x]}\n" + TASKS, 5, 9, "names no adapter"),

@@ -53,6 +53,7 @@ EDITOR_LINE = "# yaml-language-server: $schema=council.schema.json\n"
 
 #: What a schema can't say: it takes looking at the world, at other places of the file, or at how the text is written.
 BEYOND = {
+    "unknown fallback",
     "unknown adapter", "unknown default adapter", "several adapters, none named", "duplicate id", "same but for case",
     "self-need", "missing need", "circle", "prompt file missing", "prompt file is a folder", "no folder",
     "unknown scheme", "remote helper", "option as repo", "version 1.0", "long duration", "unknown placeholder",
