@@ -15,6 +15,7 @@ import anyio.to_thread
 
 from orchestrator.domain.metrics import Metrics, measure
 from orchestrator.domain.model import RunDocument, TaskDocument
+from orchestrator.domain.usage import RunUsage, usage_of
 from orchestrator.engine.ledger import read_run, read_tasks, task_documents
 from orchestrator.engine.overview import Overview, landing_times, overview
 from orchestrator.engine.report import RunStatus
@@ -129,6 +130,11 @@ class Past:
         known = await read_run(self.runs.store, run)
         tasks = task_documents(documents, known.tasks)
         return measure(tasks, await self._landed_at(known, tasks, documents))
+
+    async def usage(self, run: str) -> RunUsage:
+        """Return what the sessions of a run used up."""
+        record = await self.runs.record(run)
+        return usage_of(run, record.tasks, self.runs.clock.now())
 
     async def overview(self, run: str) -> Overview:
         """Return all that is known of a run, also of one whose repositories are gone."""

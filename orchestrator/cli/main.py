@@ -47,6 +47,7 @@ COMMANDS: Mapping[str, Mapping[str, Entry]] = {
             "orchestrator.cli.watch:watch", "Show a run that is at work until it ends; Ctrl-C ends only the showing."
         ),
         "runs": Entry("orchestrator.cli.status:runs", "List the runs of this project, the oldest first."),
+        "usage": Entry("orchestrator.cli.usage:usage", "Tell what a run used up, by adapter and by task."),
         "logs": Entry("orchestrator.cli.tasks:logs", "Print what a task's program and checks printed."),
         "diff": Entry("orchestrator.cli.tasks:diff", "Show what a task has changed, so far if it is at work."),
         "state": Entry("orchestrator.cli.state:state", "See what is recorded, now and at any earlier moment."),

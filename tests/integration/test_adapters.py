@@ -211,6 +211,15 @@ async def test_what_was_spent_is_recorded(bench: Bench) -> None:
     for task in ended.result["tasks"]:
         found = tuple(task[key] for key in ("input_tokens", "output_tokens", "cost"))
         assert found == expected[task["id"]], task
+    used = bench.repository.council("usage", "--json").result
+    assert {name: (one["input_tokens"], one["output_tokens"], one["cost"]) for name, one in used["tasks"].items()} == (
+        expected
+    )
+    assert (used["total"]["sessions"], used["total"]["priced"], used["total"]["input_tokens"]) == (4, 3, 7476)
+    shown = bench.repository.council("usage").stdout.splitlines()
+    assert shown[0].split() == ["sessions", "minutes", "tokens", "in", "tokens", "out", "cost"]
+    assert shown[-1].endswith("$0.5225 (of 3 of 4 sessions)")
+    assert [line.split()[:3] for line in shown if line.startswith("task ollama")] == [["task", "ollama", "1"]]
 
 
 async def test_an_agent_reads_and_writes_through_us_in_the_worktree_only(bench: Bench, tmp_path: Path) -> None:

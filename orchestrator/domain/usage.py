@@ -1,0 +1,61 @@
+"""What sessions used up: time, tokens and money, as far as their CLIs told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from orchestrator.domain.model import Attempt, TaskDocument
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What some sessions used up together."""
+
+    sessions: int
+    seconds: float
+    """From their starts to their ends on the wall clock, one after the other; those that run by now count so far."""
+    input_tokens: int
+    output_tokens: int
+    cost: float | None
+    """US dollars, as far as the CLIs told; None where none did."""
+    priced: int
+    """Of how many of the sessions the cost is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunUsage:
+    """What a run used up, in all, by adapter and by task; only those that had a session."""
+
+    run: str
+    total: Usage
+    adapters: Mapping[str, Usage]
+    tasks: Mapping[str, Usage]
+
+
+def usage_of(run: str, tasks: Mapping[str, TaskDocument], now: float) -> RunUsage:
+    """Return what a run's sessions used up by `now` (wall-clock seconds)."""
+    by_adapter = dict[str, list[Attempt]]()
+    for task in tasks.values():
+        for attempt in task.attempts:
+            by_adapter.setdefault(attempt.adapter, []).append(attempt)
+    return RunUsage(
+        run,
+        _sum((one for attempts in by_adapter.values() for one in attempts), now),
+        {name: _sum(by_adapter[name], now) for name in sorted(by_adapter)},
+        {name: _sum(task.attempts, now) for name, task in tasks.items() if task.attempts},
+    )
+
+
+def _sum(attempts: Iterable[Attempt], now: float) -> Usage:
+    found = list(attempts)
+    costs = [one.cost for one in found if one.cost is not None]
+    return Usage(
+        sessions=len(found),
+        # A wall clock may have been set back meanwhile.
+        seconds=sum(max((now if one.ended is None else one.ended) - one.started, 0.0) for one in found),
+        input_tokens=sum(one.input_tokens for one in found),
+        output_tokens=sum(one.output_tokens for one in found),
+        cost=sum(costs) if costs else None,
+        priced=len(costs),
+    )
