@@ -299,16 +299,16 @@ class Journal:
         if size > _AT_ONCE_BYTES or any(turn.commit.durable for turn in turns) or not self._io.acquire(blocking=False):
             return AtOnce.TOO_MUCH
         try:
-            mark = self._lock.read()
-            is_roomy = self._cursor.offset < self._segment_bytes and not self._rolls
-            if not (is_roomy and _is_settled(mark) and self._is_near(mark)):
-                return AtOnce.TOO_MUCH
             group = list[Turn]()
             with self._settling(group), self._lock.held_at_once() as is_held:
                 if not is_held:
                     return AtOnce.BUSY
+                mark = self._lock.read()
+                is_roomy = self._cursor.offset < self._segment_bytes and not self._rolls
+                if mark is None or not (is_roomy and self._is_near(mark) and self._tells_all(mark)):
+                    return AtOnce.TOO_MUCH
                 group += _all_of(turns)
-                self._recover()
+                self._follow(mark)
                 self._append(group)
             return AtOnce.DONE if group else AtOnce.TOO_MUCH
         finally:
@@ -388,18 +388,13 @@ class Journal:
         """Take in all that stands in the log, also what a dead appender left; the flock must be held."""
         if self._cursor.segment == 0:
             put_loaded(self._directory)
-        found_segments = self._listing.read() or [Segment(0)]
-        newest, last = found_segments[-1], found_segments[-1].first
-        mark, cursor = self._lock.read(), self._cursor
-        is_settled = _is_settled(mark)
-        if (
-            mark
-            and is_settled
-            and cursor.segment == mark.segment == last
-            and cursor.offset <= mark.end == cursor.size()
-        ):
+        mark = self._lock.read()
+        if mark is not None and self._tells_all(mark):
             self._follow(mark)
             return
+        found_segments = self._listing.read() or [Segment(0)]
+        newest, last = found_segments[-1], found_segments[-1].first
+        is_settled = _is_settled(mark)
         if found_segments[0].last > self._replay.table.position:  # what we had yet to read was thinned out
             self._begin_anew()
         size = size_of(self._directory, newest) if last else 0
@@ -421,6 +416,12 @@ class Journal:
             cursor.skip(b"\n")
         self._replay.finish(_known_position(mark), cursor.path, cursor.offset)
         self._adopt(mark)
+
+    def _tells_all(self, mark: Mark) -> bool:
+        """Whether the log holds what the mark says and nothing else, and goes on in the segment that is read here."""
+        found, cursor = self._listing.read(), self._cursor
+        is_newest = bool(found) and cursor.segment == mark.segment == found[-1].first
+        return is_newest and _is_settled(mark) and cursor.offset <= mark.end == cursor.size()
 
     def _drop(self, mark: Mark, newest: Segment, size: int) -> int:
         """Cut off what was refused, and what can't be read and was never acknowledged; return what is left."""
