@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.clock import SystemClock
-from orchestrator.protocols import HISTORY, Key
+from orchestrator.protocols import HISTORY, Commit, Key, Write
 from orchestrator.state import snapshot
 from orchestrator.state.file import FileStore
 from tests.integration import file_store_worker
@@ -32,12 +32,11 @@ STEPS = (
 )
 
 
-@pytest.mark.parametrize("step", STEPS)
-async def test_killed_at_a_named_step(tmp_path: Path, step: str) -> None:
-    """Every acknowledged commit is there, perhaps the one under way, and the state is what the log says."""
+def run_killed(place: Path, step: str) -> list[tuple[int, ...]]:
+    """Let another process commit until it is killed at a step; return what it said it was told."""
     name, _, hit = step.partition("@")
     done = subprocess.run(
-        [sys.executable, file_store_worker.__file__, "snapshots", str(tmp_path), "victim"],
+        [sys.executable, file_store_worker.__file__, "snapshots", str(place), "victim"],
         env={**os.environ, "COUNCIL_FAILPOINTS": f"{name}=kill@{hit or 1}"},
         capture_output=True,
         text=True,
@@ -45,7 +44,13 @@ async def test_killed_at_a_named_step(tmp_path: Path, step: str) -> None:
         timeout=60,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    said = [tuple(map(int, line.split()[1:])) for line in done.stdout.splitlines()]
+    return [tuple(map(int, line.split()[1:])) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("step", STEPS)
+async def test_killed_at_a_named_step(tmp_path: Path, step: str) -> None:
+    """Every acknowledged commit is there, perhaps the one under way, and the state is what the log says."""
+    said = run_killed(tmp_path, step)
     async with FileStore.open(tmp_path, SystemClock()) as store:
         position, own = await store.position(), await store.get(OWN)
         reached = (own.version, own.position) if own else (0, 0)
@@ -59,3 +64,16 @@ async def test_killed_at_a_named_step(tmp_path: Path, step: str) -> None:
         assert (await again.position(), (await again.verify()).is_sound) == (position, True)
         await again.compact(-inf, 1 << 30)
     assert not list(tmp_path.glob(f"{snapshot.NAME}*.new"))
+
+
+@pytest.mark.parametrize(("step", "left"), [("state.appended@3", 1), ("state.published@3", 1), ("state.rolled@2", 0)])
+async def test_an_open_store_goes_on_behind_what_a_killed_one_left(tmp_path: Path, step: str, left: int) -> None:
+    """A small commit that needs no sync follows on what stands in the log, though the mark does not tell of it."""
+    async with FileStore.open(tmp_path, SystemClock()) as store:
+        first = await store.commit(Commit([Write(Key("own", "first"), 0, {})]))
+        behind = first + len(run_killed(tmp_path, step)) + left
+        await store.get(OWN)  # so that all that the mark tells of is known
+        position = await store.commit(Commit([Write(Key("own", "other"), 0, {"n": 1})], durable=False))
+        own = await store.get(OWN)
+        assert (position, own and own.position) == (behind + 1, behind)
+        assert (await store.verify()).is_sound
