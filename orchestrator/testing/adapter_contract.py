@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,9 +22,20 @@ from packaging.specifiers import SpecifierSet
 from pydantic import BaseModel
 
 from orchestrator.domain.failures import FailureClass
-from orchestrator.protocols import AdapterType, Command, Program, SessionEnd, SessionEvent, SessionRequest, Spent
-from orchestrator.sessions.transcript import LONGEST_LINE, has_admitted_failure
+from orchestrator.protocols import (
+    Adapter,
+    AdapterType,
+    Command,
+    Program,
+    SessionEnd,
+    SessionEvent,
+    SessionRequest,
+    Spent,
+    UsedTool,
+)
+from orchestrator.sessions.transcript import LONGEST_LINE, NOTHING_SAID, Transcript, has_admitted_failure
 from orchestrator.testing.options_contract import OptionsContract
+from orchestrator.testing.recordings import read_recordings
 
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PROMPTS = ("Fix it.", 'Say "{task}" and {prompt}; $HOME `id`\n\nÄ 漢 🙂', "-rf --help\n", "x" * 20_000)
@@ -44,6 +56,20 @@ _ODD_LINES = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What a recording means: the class of its failure (None: the program's word is that all went well), and, where
+    they are given, the id of its conversation, the result's text, the tokens that went in and came out in all, and the
+    files that its tools named.
+    """
+
+    failure: FailureClass | None = None
+    session: str | None = None
+    text: str | None = None
+    tokens: tuple[int, int] | None = None
+    paths: frozenset[str] | None = None
+
+
 class AdapterContract(OptionsContract):
     """The suite; `adapter_type` is what the plugin registers, `options` a valid mapping as in the YAML file.
 
@@ -56,6 +82,11 @@ class AdapterContract(OptionsContract):
     """Lines that the program was seen to print, and what each means."""
     ends: ClassVar[Sequence[tuple[SessionEnd, FailureClass | None]]] = ()
     """Ends that were seen, and the class that the verdict on each should have; events are parsed from its output."""
+
+    transcripts: ClassVar[Path | None] = None
+    """A folder of recordings (`orchestrator.testing.recordings`), made by running the program."""
+    recorded: ClassVar[Mapping[str, Recorded]] = {}
+    """What each of them means, by its name."""
 
     def options_type(self) -> type[BaseModel]:
         """Return the adapter's `Options`."""
@@ -180,3 +211,25 @@ class AdapterContract(OptionsContract):
             assert (verdict.failure if verdict else None) == failure, end
             admitted = has_admitted_failure(parsed)
             assert verdict is not None or not admitted, f"its last conclusion failed, and the verdict is None: {end}"
+
+    def test_recordings_mean_what_they_should(self) -> None:
+        """Each recording of the folder is named in `recorded`, and means what stands there."""
+        found = read_recordings(self.transcripts) if self.transcripts else {}
+        assert sorted(found) == sorted(self.recorded)
+        adapter = self.adapter_type(self.validated())
+        meant = {name: _meant(adapter, one.end(), self.recorded[name]) for name, one in found.items()}
+        assert meant == self.recorded
+
+
+def _meant(adapter: Adapter, end: SessionEnd, asked: Recorded) -> Recorded:
+    """Return what an end means, as far as it is asked."""
+    parsed = [event for line in end.stdout.splitlines() for event in adapter.parse(line)]
+    verdict = adapter.verdict(replace(end, events=parsed))
+    told = reduce(Transcript.after, parsed, NOTHING_SAID)
+    return Recorded(
+        verdict.failure if verdict else None,
+        None if asked.session is None else told.session,
+        None if asked.text is None else told.words,
+        None if asked.tokens is None else (told.input_tokens, told.output_tokens),
+        None if asked.paths is None else frozenset(p for one in parsed if isinstance(one, UsedTool) for p in one.paths),
+    )

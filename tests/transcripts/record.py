@@ -1,0 +1,138 @@
+"""Record what real programs print: `python -m tests.transcripts.record PROGRAM FOLDER [CASE…]`.
+
+PROGRAM is a name of `PROGRAMS`; FOLDER holds the installed programs (`bin` or `node_modules/.bin`). Each case is run as
+its adapter says, against the scripted model server, in a scratch repository and an environment made from nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from orchestrator.testing.model_server import ModelServer
+
+from orchestrator.protocols import AdapterType, SessionRequest
+from orchestrator.testing.recordings import Recording
+from tests.waiting import wait_for
+
+HERE: Final = Path(__file__).parent
+_LONGEST: Final = 150.0  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One run: the script in the prompt, options and variables beside the program's own, and a signal for its process
+    group once the model has been asked. `is_dead`: nothing listens where the model should be.
+    """
+
+    prompt: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    environ: Mapping[str, str] = field(default_factory=dict)
+    signal: signal.Signals | None = None
+    is_dead: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """How a program is run: its adapter, the options of all cases, and its variables, given the server's URL and its
+    own home.
+    """
+
+    adapter: AdapterType
+    options: Mapping[str, Any]
+    environ: Callable[[str, Path], Mapping[str, str]]
+    cases: Mapping[str, Case]
+
+
+#: What every program is put through; each adds and replaces what is its own.
+CASES: Final[Mapping[str, Case]] = {
+    "edit": Case("write hello.txt hi\nsay It is written.\nusage 120 34"),
+    "tool": Case("run echo from-the-shell\nwrite out/b.txt two\nsay Both done."),
+    "limited": Case("fail 429\nwrite hello.txt hi"),
+    "limited-then-well": Case("fail 429 1 1\nwrite hello.txt hi"),
+    "no-login": Case("fail 401\nwrite hello.txt hi"),
+    "server-error": Case("fail 500\nwrite hello.txt hi"),
+    "dead-server": Case("write hello.txt hi", is_dead=True),
+    "broken-stream": Case("drop\nwrite hello.txt hi"),
+    "interrupted": Case("delay 60\nwrite hello.txt hi", signal=signal.SIGINT),
+    "terminated": Case("delay 60\nwrite hello.txt hi", signal=signal.SIGTERM),
+}
+
+PROGRAMS: Final[Mapping[str, Program]] = {}
+
+
+def record(program: Program, case: Case, folder: str) -> Recording:
+    """Run one case of a program that is installed in a folder, and return what came of it."""
+    path = os.pathsep.join([f"{folder}/bin", f"{folder}/node_modules/.bin", os.environ["PATH"]])
+    with tempfile.TemporaryDirectory() as scratch, ModelServer() as server:
+        place = Path(scratch)
+        worktree, home, prompt = place / "worktree", place / "home", place / "prompt"
+        home.mkdir()
+        environ = {"PATH": path, "HOME": str(home), "LC_ALL": "C.UTF-8", "GIT_CONFIG_NOSYSTEM": "1"}
+        subprocess.run(["git", "init", "--quiet", str(worktree)], check=True, env=environ)
+        prompt.write_text(case.prompt + "\n")
+        adapter = program.adapter(program.adapter.Options.model_validate({**program.options, **case.options}))
+        request = SessionRequest("run", "task", 1, case.prompt, prompt, worktree)
+        command = adapter.command(request)
+        url = "http://127.0.0.1:9" if case.is_dead else server.url
+        given = {**environ, **command.env, **program.environ(url, home), **case.environ}
+        with (place / "out").open("wb") as out, (place / "err").open("wb") as err:
+            child = subprocess.Popen(
+                command.argv,
+                cwd=worktree,
+                env=given,
+                stdin=(command.stdin or Path(os.devnull)).open("rb"),
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+            try:
+                if case.signal is not None:
+                    wait_for(lambda: bool(server.requests), _LONGEST)
+                    os.killpg(child.pid, case.signal)
+                code = child.wait(_LONGEST)
+            finally:
+                if child.poll() is None:
+                    os.killpg(child.pid, signal.SIGKILL)
+                    child.wait()
+        asked = adapter.programs()[0]
+        version = subprocess.run(
+            [asked.name, *asked.version], env=given, cwd=home, capture_output=True, text=True, check=False
+        )
+        known = {str(worktree): "/work", str(place): "/scratch", url: "http://model", folder: "/programs"}
+        return Recording(
+            program=f"{asked.name} {(version.stdout.strip().splitlines() or ['?'])[0]}",
+            exit=code if code >= 0 else None,
+            signal=-code if code < 0 else None,
+            stdout=_sanitized((place / "out").read_text(errors="replace"), known),
+            stderr=_sanitized((place / "err").read_text(errors="replace"), known),
+        )
+
+
+def _sanitized(text: str, known: Mapping[str, str]) -> list[str]:
+    """Return lines without anything of the machine: folders, addresses, host and user."""
+    for found, put in known.items():
+        text = text.replace(found, put)
+    text = re.sub(r"127\.0\.0\.1:\d+", "model", text)
+    for name in (os.uname().nodename, os.uname().release):
+        text = text.replace(name, "machine")
+    return text.splitlines()
+
+
+def main(name: str, folder: str, *cases: str) -> None:
+    """Record some cases of a program, or all."""
+    program = PROGRAMS[name]
+    for case in cases or program.cases:
+        record(program, program.cases[case], folder).write(HERE / name / f"{case}.json")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
