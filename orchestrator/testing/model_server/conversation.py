@@ -1,0 +1,113 @@
+"""What a client asks a model and what the model answers, in no API's own words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+Json: TypeAlias = dict[str, Any]
+DialectName: TypeAlias = Literal["anthropic", "openai-responses", "openai-chat", "gemini", "ollama"]
+#: How the arguments of a tool are given: a JSON object, free text, or the built-in shell of the Responses API.
+ToolKind: TypeAlias = Literal["function", "freeform", "local-shell"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A tool that a request offers; `parameters` is its JSON schema, empty for other kinds than functions."""
+
+    name: str
+    parameters: Json
+    kind: ToolKind = "function"
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A text of the user's, or the result of a tool call (without text: only that there is one matters)."""
+
+    role: Literal["user", "tool"]
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request to a model: its instructions, what user and tools said in order, and the tools that are offered.
+
+    `stream_usage` is whether a stream is to end with its tokens, where an API leaves that to the client.
+    """
+
+    model: str
+    stream: bool
+    system: str
+    turns: tuple[Turn, ...]
+    tools: tuple[Tool, ...] = ()
+    stream_usage: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens that an answer says it cost."""
+
+    input: int = 100
+    output: int = 10
+
+    @property
+    def total(self) -> int:
+        """Both together."""
+        return self.input + self.output
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A tool call; `arguments` is text for a freeform tool and the command for the local shell.
+
+    `number` is unique in its conversation and `key` tells conversations apart; together they make the call's id.
+    """
+
+    name: str
+    arguments: Json | str
+    kind: ToolKind
+    key: str
+    number: int
+
+    def id(self, prefix: str) -> str:
+        """Return the same id for the same call of the same conversation."""
+        return f"{prefix}{self.key}{self.number:04}"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model says: a text, or with `call` a tool call alone."""
+
+    text: str
+    call: Call | None = None
+    usage: Usage = field(default_factory=Usage)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """An HTTP error in place of an answer; `retry_after` in seconds."""
+
+    status: int
+    retry_after: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """An API: how its requests are read, and how answers and errors look.
+
+    `stream` gives the parts of a streamed answer as they are sent, each complete in itself.
+    """
+
+    name: DialectName
+    read: Callable[[str, Mapping[str, Any]], Asked]
+    whole: Callable[[Asked, Answer], Json]
+    stream: Callable[[Asked, Answer], Iterator[bytes]]
+    fault: Callable[[Fault], Json]
+    stream_type: str = "text/event-stream"
+
+
+def pieces(text: str) -> list[str]:
+    """Return a text in several parts, as a stream brings it; none for an empty one."""
+    size = max(1, min(24, (len(text) + 1) // 2))
+    return [text[start : start + size] for start in range(0, len(text), size)]

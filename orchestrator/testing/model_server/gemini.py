@@ -1,0 +1,105 @@
+"""The Gemini API: https://ai.google.dev/api/generate-content."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from orchestrator.testing.model_server.conversation import Answer, Asked, Dialect, Fault, Json, Tool, Turn, pieces
+from orchestrator.testing.model_server.sse import event
+
+#: The path of a request: the model and the method.
+PATH: Final = re.compile(r".*/models/(?P<model>[^/:]+):(?P<method>\w+)")
+
+_FAULTS: Final = {
+    400: ("INVALID_ARGUMENT", "Request contains an invalid argument."),
+    401: ("UNAUTHENTICATED", "Request had invalid authentication credentials."),
+    403: ("PERMISSION_DENIED", "The caller does not have permission."),
+    404: ("NOT_FOUND", "The model is not found."),
+    429: ("RESOURCE_EXHAUSTED", "Resource has been exhausted (e.g. check quota)."),
+    500: ("INTERNAL", "An internal error has occurred. Please retry."),
+    503: ("UNAVAILABLE", "The model is overloaded. Please try again later."),
+    504: ("DEADLINE_EXCEEDED", "Deadline expired before operation could complete."),
+}
+
+
+def _either(mapping: Mapping[str, Any], camel: str) -> Any:
+    """Return a field by either of its spellings; the API takes both."""
+    return mapping.get(camel, mapping.get(re.sub(r"[A-Z]", lambda found: f"_{found[0].lower()}", camel)))
+
+
+def _parts(content: Any) -> list[Json]:
+    return [{"text": content}] if isinstance(content, str) else (content or {}).get("parts") or []
+
+
+def _turns(content: Json) -> Iterator[Turn]:
+    if content.get("role") == "model":
+        return
+    for part in _parts(content):
+        if _either(part, "functionResponse") is not None:
+            yield Turn("tool")
+        elif "text" in part:
+            yield Turn("user", part["text"])
+
+
+def _tools(tools: Any) -> Iterator[Tool]:
+    for tool in tools or ():
+        for function in _either(tool, "functionDeclarations") or ():
+            yield Tool(function["name"], _either(function, "parametersJsonSchema") or function.get("parameters") or {})
+
+
+def _read(path: str, body: Mapping[str, Any]) -> Asked:
+    found = PATH.fullmatch(path)
+    return Asked(
+        found["model"] if found else "",
+        bool(found and found["method"].startswith("stream")),
+        "\n".join(part.get("text", "") for part in _parts(_either(body, "systemInstruction"))),
+        tuple(turn for content in body.get("contents") or () for turn in _turns(content)),
+        tuple(_tools(body.get("tools"))),
+    )
+
+
+def _chunk(asked: Asked, part: Json) -> Json:
+    candidate: Json = {"content": {"parts": [part], "role": "model"}, "index": 0}
+    return {"candidates": [candidate], "modelVersion": asked.model, "responseId": f"scripted-{len(asked.turns)}"}
+
+
+def _ended(chunk: Json, answer: Answer) -> Json:
+    chunk["candidates"][0]["finishReason"] = "STOP"
+    usage = answer.usage
+    counts = {
+        "promptTokenCount": usage.input,
+        "candidatesTokenCount": usage.output,
+        "totalTokenCount": usage.total,
+    }
+    return chunk | {"usageMetadata": counts}
+
+
+def _part(answer: Answer) -> Json:
+    if (call := answer.call) is None:
+        return {"text": answer.text}
+    return {"functionCall": {"id": call.id("call_"), "name": call.name, "args": call.arguments}}
+
+
+def _whole(asked: Asked, answer: Answer) -> Json:
+    return _ended(_chunk(asked, _part(answer)), answer)
+
+
+def _stream(asked: Asked, answer: Answer) -> Iterator[bytes]:
+    parts = [_part(answer)] if answer.call else [{"text": piece} for piece in pieces(answer.text)]
+    for part in parts:
+        yield event(_chunk(asked, part))
+    yield event(_ended(_chunk(asked, {"text": ""}), answer))
+
+
+def _fault(fault: Fault) -> Json:
+    status, message = _FAULTS.get(fault.status, _FAULTS[400 if fault.status < 500 else 500])
+    error: Json = {"code": fault.status, "message": message, "status": status}
+    if fault.retry_after is not None:
+        kind = "type.googleapis.com/google.rpc.RetryInfo"
+        error["details"] = [{"@type": kind, "retryDelay": f"{fault.retry_after}s"}]
+    return {"error": error}
+
+
+DIALECT: Final = Dialect("gemini", _read, _whole, _stream, _fault)

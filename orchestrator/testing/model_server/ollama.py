@@ -1,0 +1,86 @@
+"""The API of Ollama: https://github.com/ollama/ollama/blob/main/docs/api.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from orchestrator.testing.model_server.conversation import Answer, Asked, Dialect, Fault, Json, Turn, pieces
+from orchestrator.testing.model_server.openai_chat import read_messages, read_tools
+
+_FAULTS: Final = {
+    400: "invalid request",
+    401: "unauthorized",
+    404: "model not found",
+    429: "too many requests",
+    500: "internal server error",
+    503: "server busy, please try again. maximum pending requests exceeded",
+}
+_MILLISECOND: Final = 1_000_000
+
+
+def _read_chat(_path: str, body: Mapping[str, Any]) -> Asked:
+    system, turns = read_messages(body.get("messages"))
+    return Asked(
+        str(body.get("model", "")), body.get("stream") is not False, system, turns, read_tools(body.get("tools"))
+    )
+
+
+def _read_generate(_path: str, body: Mapping[str, Any]) -> Asked:
+    turns = (Turn("user", str(body.get("prompt", ""))),)
+    return Asked(str(body.get("model", "")), body.get("stream") is not False, str(body.get("system") or ""), turns)
+
+
+def _frame(asked: Asked) -> Json:
+    return {"model": asked.model, "created_at": datetime.now(UTC).isoformat()}
+
+
+def _ending(answer: Answer) -> Json:
+    return {
+        "done": True,
+        "done_reason": "stop",
+        "total_duration": 3 * _MILLISECOND,
+        "load_duration": _MILLISECOND,
+        "prompt_eval_count": answer.usage.input,
+        "prompt_eval_duration": _MILLISECOND,
+        "eval_count": answer.usage.output,
+        "eval_duration": _MILLISECOND,
+    }
+
+
+def _message(answer: Answer) -> Json:
+    message: Json = {"role": "assistant", "content": answer.text}
+    if (call := answer.call) is not None:
+        message["tool_calls"] = [{"function": {"name": call.name, "arguments": call.arguments}}]
+    return {"message": message}
+
+
+def _response(answer: Answer) -> Json:
+    return {"response": answer.text}
+
+
+def _line(data: Json) -> bytes:
+    return json.dumps(data, ensure_ascii=False).encode() + b"\n"
+
+
+def _fault(fault: Fault) -> Json:
+    return {"error": _FAULTS.get(fault.status, _FAULTS[400 if fault.status < 500 else 500])}
+
+
+def _dialect(read: Callable[[str, Mapping[str, Any]], Asked], said: Callable[[Answer], Json]) -> Dialect:
+    def whole(asked: Asked, answer: Answer) -> Json:
+        return _frame(asked) | said(answer) | _ending(answer)
+
+    def stream(asked: Asked, answer: Answer) -> Iterator[bytes]:
+        parts = [answer] if answer.call else [Answer(piece) for piece in pieces(answer.text)]
+        for part in parts:
+            yield _line(_frame(asked) | said(part) | {"done": False})
+        yield _line(_frame(asked) | said(Answer("")) | _ending(answer))
+
+    return Dialect("ollama", read, whole, stream, _fault, "application/x-ndjson")
+
+
+CHAT: Final = _dialect(_read_chat, _message)
+GENERATE: Final = _dialect(_read_generate, _response)

@@ -1,0 +1,109 @@
+"""The OpenAI Chat Completions API: https://platform.openai.com/docs/api-reference/chat-streaming."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from orchestrator.testing.model_server.conversation import Answer, Asked, Dialect, Json, Tool, Turn, pieces
+from orchestrator.testing.model_server.openai_faults import openai_fault
+from orchestrator.testing.model_server.sse import event
+
+_ID: Final = "chatcmpl-scripted"
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n".join(part.get("text", "") for part in content or () if part.get("type") == "text")
+
+
+def read_messages(messages: Any) -> tuple[str, tuple[Turn, ...]]:
+    """Return the instructions and the turns of a list of messages; Ollama has the same."""
+    system, turns = [], []
+    for message in messages or ():
+        text = _text(message.get("content"))
+        match message.get("role"):
+            case "system" | "developer":
+                system.append(text)
+            case "user":
+                turns.append(Turn("user", text))
+            case "tool" | "function":
+                turns.append(Turn("tool"))
+    return "\n".join(system), tuple(turns)
+
+
+def read_tools(tools: Any) -> tuple[Tool, ...]:
+    """Return the functions in a list of tools; Ollama has the same."""
+    functions = [tool["function"] for tool in tools or () if tool.get("type") == "function"]
+    return tuple(Tool(function["name"], function.get("parameters") or {}) for function in functions)
+
+
+def _read(_path: str, body: Mapping[str, Any]) -> Asked:
+    system, turns = read_messages(body.get("messages"))
+    return Asked(
+        str(body.get("model", "")),
+        bool(body.get("stream")),
+        system,
+        turns,
+        read_tools(body.get("tools")),
+        stream_usage=bool((body.get("stream_options") or {}).get("include_usage")),
+    )
+
+
+def _usage(answer: Answer) -> Json:
+    usage = answer.usage
+    return {"prompt_tokens": usage.input, "completion_tokens": usage.output, "total_tokens": usage.total}
+
+
+def _finish(answer: Answer) -> str:
+    return "stop" if answer.call is None else "tool_calls"
+
+
+def _whole(asked: Asked, answer: Answer) -> Json:
+    message: Json = {"role": "assistant", "content": answer.text or None, "refusal": None}
+    if (call := answer.call) is not None:
+        function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
+        message["tool_calls"] = [{"id": call.id("call_"), "type": "function", "function": function}]
+    return {
+        "id": _ID,
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": asked.model,
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": _finish(answer)}],
+        "usage": _usage(answer),
+    }
+
+
+def _deltas(answer: Answer) -> Iterator[Json]:
+    if (call := answer.call) is None:
+        yield {"role": "assistant", "content": ""}
+        for piece in pieces(answer.text):
+            yield {"content": piece}
+        return
+    opening = {"index": 0, "id": call.id("call_"), "type": "function", "function": {"name": call.name, "arguments": ""}}
+    yield {"role": "assistant", "content": None, "tool_calls": [opening]}
+    for piece in pieces(json.dumps(call.arguments, ensure_ascii=False)):
+        yield {"tool_calls": [{"index": 0, "function": {"arguments": piece}}]}
+
+
+def _stream(asked: Asked, answer: Answer) -> Iterator[bytes]:
+    chunk: Json = {
+        "id": _ID,
+        "object": "chat.completion.chunk",
+        "created": int(time.time()),
+        "model": asked.model,
+    }
+    for delta in _deltas(answer):
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
+        yield event(chunk | {"choices": [choice]})
+    choice = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": _finish(answer)}
+    yield event(chunk | {"choices": [choice]})
+    if asked.stream_usage:
+        yield event(chunk | {"choices": [], "usage": _usage(answer)})
+    yield b"data: [DONE]\n\n"
+
+
+DIALECT: Final = Dialect("openai-chat", _read, _whole, _stream, openai_fault)

@@ -1,0 +1,157 @@
+"""The OpenAI Responses API: https://platform.openai.com/docs/api-reference/responses-streaming."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from orchestrator.testing.model_server.conversation import Answer, Asked, Call, Dialect, Json, Tool, Turn, pieces
+from orchestrator.testing.model_server.openai_faults import openai_fault
+from orchestrator.testing.model_server.sse import event
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n".join(part.get("text", "") for part in content or () if part.get("type") in ("input_text", "text"))
+
+
+def _turns(items: Any) -> Iterator[tuple[str, Turn]]:
+    """Yield each item's role with its turn."""
+    if isinstance(items, str):
+        yield "user", Turn("user", items)
+        return
+    for item in items or ():
+        if str(item.get("type", "")).endswith("_call_output"):
+            yield "tool", Turn("tool")
+        elif item.get("type", "message") == "message" and item.get("role") != "assistant":
+            yield item["role"], Turn("user", _text(item.get("content")))
+
+
+def _tool(tool: Json) -> Tool | None:
+    match tool.get("type"):
+        case "function":
+            return Tool(tool["name"], tool.get("parameters") or {})
+        case "custom":
+            return Tool(tool["name"], {}, "freeform")
+        case "local_shell":
+            return Tool("local_shell", {}, "local-shell")
+    return None
+
+
+def _read(_path: str, body: Mapping[str, Any]) -> Asked:
+    turns = list(_turns(body.get("input")))
+    system = [turn.text for role, turn in turns if role in ("system", "developer")]
+    return Asked(
+        str(body.get("model", "")),
+        bool(body.get("stream")),
+        "\n".join([str(body.get("instructions") or ""), *system]).strip(),
+        tuple(turn for role, turn in turns if role in ("user", "tool")),
+        tuple(tool for each in body.get("tools") or () if (tool := _tool(each)) is not None),
+    )
+
+
+def _call_item(call: Call) -> Json:
+    common = {"call_id": call.id("call_"), "status": "completed"}
+    match call.kind:
+        case "freeform":
+            return {"type": "custom_tool_call", "id": call.id("ctc_"), **common, "name": call.name} | {
+                "input": call.arguments
+            }
+        case "local-shell":
+            action = {"type": "exec", "env": {}, "command": ["bash", "-lc", call.arguments]}
+            return {"type": "local_shell_call", "id": call.id("lsh_"), **common, "action": action}
+        case "function":
+            arguments = json.dumps(call.arguments, ensure_ascii=False)
+            return {"type": "function_call", "id": call.id("fc_"), **common, "name": call.name, "arguments": arguments}
+
+
+def _part(text: str) -> Json:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _item(asked: Asked, answer: Answer) -> Json:
+    if answer.call is not None:
+        return _call_item(answer.call)
+    message = {"type": "message", "id": f"msg_{len(asked.turns):024}", "status": "completed", "role": "assistant"}
+    return message | {"content": [_part(answer.text)]}
+
+
+def _whole(asked: Asked, answer: Answer) -> Json:
+    return {
+        "id": f"resp_{len(asked.turns):024}",
+        "object": "response",
+        "created_at": int(time.time()),
+        "status": "completed",
+        "error": None,
+        "incomplete_details": None,
+        "instructions": None,
+        "max_output_tokens": None,
+        "model": asked.model,
+        "output": [_item(asked, answer)],
+        "parallel_tool_calls": True,
+        "previous_response_id": None,
+        "reasoning": {"effort": None, "summary": None},
+        "store": False,
+        "temperature": 1.0,
+        "text": {"format": {"type": "text"}},
+        "tool_choice": "auto",
+        "tools": [],
+        "top_p": 1.0,
+        "truncation": "disabled",
+        "usage": {
+            "input_tokens": answer.usage.input,
+            "input_tokens_details": {"cached_tokens": 0},
+            "output_tokens": answer.usage.output,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": answer.usage.total,
+        },
+        "user": None,
+        "metadata": {},
+    }
+
+
+def _text_events(item: Json, text: str) -> Iterator[Json]:
+    place = {"item_id": item["id"], "output_index": 0, "content_index": 0}
+    opened = item | {"status": "in_progress", "content": []}
+    yield {"type": "response.output_item.added", "output_index": 0, "item": opened}
+    yield {"type": "response.content_part.added", **place, "part": _part("")}
+    for piece in pieces(text):
+        yield {"type": "response.output_text.delta", **place, "delta": piece, "logprobs": []}
+    yield {"type": "response.output_text.done", **place, "text": text, "logprobs": []}
+    yield {"type": "response.content_part.done", **place, "part": _part(text)}
+
+
+def _call_events(item: Json) -> Iterator[Json]:
+    field, name = {
+        "function_call": ("arguments", "function_call_arguments"),
+        "custom_tool_call": ("input", "custom_tool_call_input"),
+    }.get(item["type"], (None, ""))
+    opened = item | {"status": "in_progress"} | ({field: ""} if field else {})
+    yield {"type": "response.output_item.added", "output_index": 0, "item": opened}
+    if field:
+        place = {"item_id": item["id"], "output_index": 0}
+        for piece in pieces(item[field]):
+            yield {"type": f"response.{name}.delta", **place, "delta": piece}
+        yield {"type": f"response.{name}.done", **place, field: item[field]}
+
+
+def _events(asked: Asked, answer: Answer) -> Iterator[Json]:
+    whole = _whole(asked, answer)
+    item = whole["output"][0]
+    begun = whole | {"status": "in_progress", "output": [], "usage": None}
+    yield {"type": "response.created", "response": begun}
+    yield {"type": "response.in_progress", "response": begun}
+    yield from _text_events(item, answer.text) if answer.call is None else _call_events(item)
+    yield {"type": "response.output_item.done", "output_index": 0, "item": item}
+    yield {"type": "response.completed", "response": whole}
+
+
+def _stream(asked: Asked, answer: Answer) -> Iterator[bytes]:
+    for number, data in enumerate(_events(asked, answer)):
+        yield event(data | {"sequence_number": number}, data["type"])
+
+
+DIALECT: Final = Dialect("openai-responses", _read, _whole, _stream, openai_fault)

@@ -1,0 +1,143 @@
+"""The script that a prompt holds, and what the model does next by it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+from orchestrator.testing.model_server.conversation import Answer, Asked, Call, Fault, Usage
+from orchestrator.testing.model_server.prose import answer_form
+from orchestrator.testing.model_server.tools import Run, Write, call_for
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """The connection ends in the middle of an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disturbance:
+    """What goes wrong, for how many requests; None is all that follow."""
+
+    kind: Fault | Drop
+    times: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """What a prompt tells the model to do."""
+
+    prompt: str
+    steps: tuple[Write | Run, ...]
+    says: tuple[str, ...]
+    disturbances: tuple[Disturbance, ...]
+    delay: float
+    usage: Usage
+
+    def disturbance(self, request: int) -> Fault | Drop | None:
+        """Return what goes wrong with the conversation's n-th model request, counted from 0."""
+        for disturbance in self.disturbances:
+            if disturbance.times is None or request < disturbance.times:
+                return disturbance.kind
+            request -= disturbance.times
+        return None
+
+
+Directive: TypeAlias = Write | Run | str | Disturbance | float | Usage
+
+_LINE: Final = re.compile(
+    r"""[ \t]*(?:
+        write[ ](?P<path>\S+)(?:[ ](?P<content>.*))?
+      | run[ ](?P<command>\S.*)
+      | say[ ](?P<say>\S.*)
+      | fail[ ](?P<status>[45]\d\d)(?:[ ](?P<times>\d+)(?:[ ](?P<after>\d+))?)?[ \t]*
+      | (?P<drop>drop)(?:[ ](?P<drops>\d+))?[ \t]*
+      | delay[ ](?P<delay>\d+(?:\.\d+)?)[ \t]*
+      | usage[ ](?P<input>\d+)[ ](?P<output>\d+)[ \t]*
+    )""",
+    re.VERBOSE,
+)
+# What a CLI adds to a turn in the user's name; such a text has lines of all sorts.
+_REMINDER: Final = re.compile(r"<system-reminder>.*?</system-reminder>", re.DOTALL)
+# Requests that a CLI makes beside the conversation, with the prompt in them and no tools.
+_ASIDE: Final = re.compile(r"\b(?:title|summari[sz]e|classif|topic|router)", re.IGNORECASE)
+
+
+def read_script(text: str) -> Script | None:
+    """Return the script that a text holds, None if no line of it is a directive."""
+    matches = (_LINE.fullmatch(line) for line in _REMINDER.sub("", text).splitlines())
+    directives = [_directive(found) for found in matches if found]
+    if not directives:
+        return None
+    return Script(
+        text,
+        tuple(each for each in directives if isinstance(each, Write | Run)),
+        tuple(each for each in directives if isinstance(each, str)),
+        tuple(each for each in directives if isinstance(each, Disturbance)),
+        sum(each for each in directives if isinstance(each, float)),
+        next((each for each in directives if isinstance(each, Usage)), Usage()),
+    )
+
+
+def _directive(found: re.Match[str]) -> Directive:
+    if found["path"] is not None:
+        return Write(found["path"], f"{found['content'] or ''}\n")
+    if found["command"] is not None:
+        return Run(found["command"])
+    if found["say"] is not None:
+        return found["say"]
+    if found["status"] is not None:
+        fault = Fault(int(found["status"]), int(found["after"]) if found["after"] else None)
+        return Disturbance(fault, int(found["times"]) if found["times"] else None)
+    if found["drop"] is not None:
+        return Disturbance(Drop(), int(found["drops"]) if found["drops"] else None)
+    if found["delay"] is not None:
+        return float(found["delay"])
+    return Usage(int(found["input"]), int(found["output"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a conversation is: its script, and how many tools have answered since the prompt that holds it."""
+
+    script: Script
+    results: int
+
+
+def find_place(asked: Asked) -> Place | None:
+    """Return where a request stands in its script; None if it has none, or is one beside the conversation."""
+    results = 0
+    for turn in reversed(asked.turns):
+        if turn.role == "tool":
+            results += 1
+        elif (script := read_script(turn.text)) is not None:
+            return None if _is_aside(asked, script.steps) else Place(script, results)
+    return None
+
+
+def _is_aside(asked: Asked, steps: Sequence[Write | Run]) -> bool:
+    if asked.tools or answer_form(asked) is not None:
+        return False
+    return bool(steps) or _ASIDE.search(asked.system) is not None
+
+
+def next_answer(asked: Asked, place: Place | None) -> Answer:
+    """Return what the model says: the next step by one of the tools offered, or all in words if there are none."""
+    if place is None:
+        return Answer("Done.")
+    script = place.script
+    last = "\n".join(script.says) or "Done."
+    if (form := answer_form(asked)) is not None:
+        blocks = [form(step) for step in script.steps if isinstance(step, Write)]
+        return Answer("\n".join([*blocks, last]), usage=script.usage)
+    if place.results >= len(script.steps):
+        return Answer(last, usage=script.usage)
+    step = script.steps[place.results]
+    if (made := call_for(step, asked)) is None:
+        offered = ", ".join(tool.name for tool in asked.tools)
+        return Answer(f"None of the tools offered can {step.verb}: {offered}", usage=script.usage)
+    key = hashlib.sha256(script.prompt.encode()).hexdigest()[:16]
+    return Answer("", Call(made.tool.name, made.arguments, made.tool.kind, key, place.results), script.usage)

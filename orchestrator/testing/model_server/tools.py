@@ -1,0 +1,148 @@
+"""Which of the tools that a CLI offers its model carries out a step of the script, and with what arguments."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+from orchestrator.testing.model_server.conversation import Asked, Json, Tool
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Make a file, or replace it."""
+
+    verb: ClassVar[str] = "write a file"
+    path: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Run a shell command."""
+
+    verb: ClassVar[str] = "run a command"
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """A tool and what it is called with."""
+
+    tool: Tool
+    arguments: Json | str
+
+
+# By the CLIs' own names, in order of preference: Claude Code, Gemini CLI and Qwen Code, opencode, Copilot, OpenHands.
+_WRITERS: Final = ("Write", "write_file", "write", "create", "file_editor", "str_replace_editor")
+_NOT_WRITERS: Final = re.compile(r"todo|memory|stdin|plan", re.IGNORECASE)
+# Claude Code, Gemini CLI and Qwen Code, opencode and Copilot, Codex by its version, OpenHands.
+_SHELLS: Final = (
+    "Bash",
+    "run_shell_command",
+    "bash",
+    "shell_command",
+    "exec_command",
+    "shell",
+    "local_shell",
+    "terminal",
+    "execute_bash",
+)
+_ANY_SHELL: Final = re.compile(r"bash|shell|terminal|exec", re.IGNORECASE)
+_PATHS: Final = ("file_path", "filePath", "path", "absolute_path", "filename", "file")
+_CONTENTS: Final = ("content", "contents", "file_text", "text", "new_content")
+_COMMANDS: Final = ("command", "cmd", "script")
+_DIRECTORY: Final = re.compile(
+    r"""(?:
+        working[ ]directory(?:[ ]is)?(?:[ ]\([^)]*\))?:?
+      | working[ ]in[ ]the[ ]directory:
+      | <cwd>
+    )[ \t*`'"]*(?P<path>/[^\s<`'"]*)""",
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def working_directory(asked: Asked) -> str | None:
+    """Return where the CLI says that it works, None if it does not."""
+    for text in (asked.system, *(turn.text for turn in asked.turns)):
+        if (found := _DIRECTORY.search(text)) is not None:
+            return found["path"].rstrip(".,") or "/"
+    return None
+
+
+def call_for(step: Write | Run, asked: Asked) -> ToolUse | None:
+    """Return the tool call that carries out a step; None if no tool offered can."""
+    if isinstance(step, Run):
+        return _shell(step.command, asked.tools)
+    by_name = {tool.name: tool for tool in asked.tools}
+    writers = [by_name[name] for name in _WRITERS if name in by_name]
+    writers += [tool for tool in asked.tools if "write" in tool.name.lower() and not _NOT_WRITERS.search(tool.name)]
+    for tool in writers:
+        if (made := _write(step, tool, working_directory(asked))) is not None:
+            return made
+    if (patcher := by_name.get("apply_patch")) is not None:
+        return _patch(step, patcher)
+    return _shell(_writing_command(step), asked.tools)
+
+
+def _write(step: Write, tool: Tool, directory: str | None) -> ToolUse | None:
+    offered = tool.parameters.get("properties", {})
+    path = next((name for name in _PATHS if name in offered), None)
+    content = next((name for name in _CONTENTS if name in offered), None)
+    if tool.kind != "function" or path is None or content is None:
+        return None
+    # Some of these tools refuse relative paths, and none an absolute one.
+    arguments = {path: posixpath.join(directory, step.path) if directory else step.path, content: step.content}
+    if "create" in offered.get("command", {}).get("enum", ()):
+        arguments["command"] = "create"
+    return ToolUse(tool, _completed(arguments, tool))
+
+
+def _patch(step: Write, tool: Tool) -> ToolUse:
+    # An "Add File" replaces what is there.
+    lines = "".join(f"+{line}\n" for line in step.content.splitlines())
+    patch = f"*** Begin Patch\n*** Add File: {step.path}\n{lines}*** End Patch\n"
+    if tool.kind == "freeform":
+        return ToolUse(tool, patch)
+    name = next(iter(tool.parameters.get("properties", {})), "input")
+    return ToolUse(tool, _completed({name: patch}, tool))
+
+
+def _writing_command(step: Write) -> str:
+    path = shlex.quote(step.path)
+    folder = posixpath.dirname(step.path)
+    make = f"mkdir -p {shlex.quote(folder)} && " if folder else ""
+    return f"{make}printf '%s' {shlex.quote(step.content)} > {path}"
+
+
+def _shell(command: str, tools: Iterable[Tool]) -> ToolUse | None:
+    by_name = {tool.name: tool for tool in tools}
+    shells = [by_name[name] for name in _SHELLS if name in by_name]
+    shells += [tool for tool in by_name.values() if _ANY_SHELL.search(tool.name)]
+    for tool in shells:
+        if tool.kind == "local-shell":
+            return ToolUse(tool, command)
+        offered = tool.parameters.get("properties", {})
+        name = next((name for name in _COMMANDS if name in offered), None)
+        if tool.kind == "function" and name is not None:
+            words = offered[name].get("type") == "array"
+            return ToolUse(tool, _completed({name: ["bash", "-lc", command] if words else command}, tool))
+    return None
+
+
+def _completed(arguments: Json, tool: Tool) -> Json:
+    """Return the arguments with something for all others that the tool requires."""
+    offered = tool.parameters.get("properties", {})
+    missing = [name for name in tool.parameters.get("required", ()) if name not in arguments]
+    return arguments | {name: _something(offered.get(name, {})) for name in missing}
+
+
+def _something(schema: Json) -> Any:
+    if choices := schema.get("enum"):
+        return choices[0]
+    some = {"boolean": False, "integer": 1, "number": 1, "array": [], "object": {}}
+    return some.get(str(schema.get("type", "string")).lower(), "a step of the script")
