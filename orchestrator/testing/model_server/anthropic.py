@@ -56,7 +56,7 @@ def _block(answer: Answer) -> Json:
     if answer.call is None:
         return {"type": "text", "text": answer.text}
     call = answer.call
-    return {"type": "tool_use", "id": call.id("toolu_"), "name": call.name, "input": call.arguments}
+    return {"type": "tool_use", "id": call.id("toolu_"), "name": call.tool.name, "input": call.arguments}
 
 
 def _usage(answer: Answer) -> Json:
@@ -113,7 +113,7 @@ def _stream(asked: Asked, answer: Answer) -> Iterator[bytes]:
 
 def _fault(fault: Fault) -> Json:
     kind, message = _FAULTS.get(fault.status, _FAULTS[400 if fault.status < 500 else 500])
-    return {"type": "error", "error": {"type": kind, "message": message}}
+    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": "req_scripted"}
 
 
 DIALECT: Final = Dialect("anthropic", _read, _whole, _stream, _fault)

@@ -8,17 +8,22 @@ from typing import Any, Literal, TypeAlias
 
 Json: TypeAlias = dict[str, Any]
 DialectName: TypeAlias = Literal["anthropic", "openai-responses", "openai-chat", "gemini", "ollama"]
-#: How the arguments of a tool are given: a JSON object, free text, or the built-in shell of the Responses API.
-ToolKind: TypeAlias = Literal["function", "freeform", "local-shell"]
+#: How a tool is called: with a JSON object, with free text, with a JavaScript program that calls functions (Codex' code
+#: mode), or as the shell built into the Responses API.
+ToolKind: TypeAlias = Literal["function", "freeform", "program", "local-shell"]
 
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A tool that a request offers; `parameters` is its JSON schema, empty for other kinds than functions."""
+    """A tool that a request offers; `parameters` is its JSON schema.
+
+    For a program the properties are the functions that it may call; for the other kinds there are none.
+    """
 
     name: str
     parameters: Json
     kind: ToolKind = "function"
+    namespace: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +64,13 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A tool call; `arguments` is text for a freeform tool and the command for the local shell.
+    """A tool call; `arguments` is a JSON object for a function, text for the other kinds.
 
     `number` is unique in its conversation and `key` tells conversations apart; together they make the call's id.
     """
 
-    name: str
+    tool: Tool
     arguments: Json | str
-    kind: ToolKind
     key: str
     number: int
 

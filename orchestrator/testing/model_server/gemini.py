@@ -79,7 +79,7 @@ def _ended(chunk: Json, answer: Answer) -> Json:
 def _part(answer: Answer) -> Json:
     if (call := answer.call) is None:
         return {"text": answer.text}
-    return {"functionCall": {"id": call.id("call_"), "name": call.name, "args": call.arguments}}
+    return {"functionCall": {"id": call.id("call_"), "name": call.tool.name, "args": call.arguments}}
 
 
 def _whole(asked: Asked, answer: Answer) -> Json:

@@ -53,7 +53,7 @@ def _ending(answer: Answer) -> Json:
 def _message(answer: Answer) -> Json:
     message: Json = {"role": "assistant", "content": answer.text}
     if (call := answer.call) is not None:
-        message["tool_calls"] = [{"function": {"name": call.name, "arguments": call.arguments}}]
+        message["tool_calls"] = [{"function": {"name": call.tool.name, "arguments": call.arguments}}]
     return {"message": message}
 
 

@@ -65,7 +65,7 @@ def _finish(answer: Answer) -> str:
 def _whole(asked: Asked, answer: Answer) -> Json:
     message: Json = {"role": "assistant", "content": answer.text or None, "refusal": None}
     if (call := answer.call) is not None:
-        function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
+        function = {"name": call.tool.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
         message["tool_calls"] = [{"id": call.id("call_"), "type": "function", "function": function}]
     return {
         "id": _ID,
@@ -83,7 +83,12 @@ def _deltas(answer: Answer) -> Iterator[Json]:
         for piece in pieces(answer.text):
             yield {"content": piece}
         return
-    opening = {"index": 0, "id": call.id("call_"), "type": "function", "function": {"name": call.name, "arguments": ""}}
+    opening = {
+        "index": 0,
+        "id": call.id("call_"),
+        "type": "function",
+        "function": {"name": call.tool.name, "arguments": ""},
+    }
     yield {"role": "assistant", "content": None, "tool_calls": [opening]}
     for piece in pieces(json.dumps(call.arguments, ensure_ascii=False)):
         yield {"tool_calls": [{"index": 0, "function": {"arguments": piece}}]}

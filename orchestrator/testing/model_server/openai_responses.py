@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
@@ -10,6 +11,9 @@ from typing import Any, Final
 from orchestrator.testing.model_server.conversation import Answer, Asked, Call, Dialect, Json, Tool, Turn, pieces
 from orchestrator.testing.model_server.openai_faults import openai_fault
 from orchestrator.testing.model_server.sse import event
+
+# How the description of Codex' code mode names what a program may call.
+_NESTED: Final = re.compile(r"^### `(\w+)`$", re.MULTILINE)
 
 
 def _text(content: Any) -> str:
@@ -30,15 +34,29 @@ def _turns(items: Any) -> Iterator[tuple[str, Turn]]:
             yield item["role"], Turn("user", _text(item.get("content")))
 
 
-def _tool(tool: Json) -> Tool | None:
-    match tool.get("type"):
-        case "function":
-            return Tool(tool["name"], tool.get("parameters") or {})
-        case "custom":
-            return Tool(tool["name"], {}, "freeform")
-        case "local_shell":
-            return Tool("local_shell", {}, "local-shell")
-    return None
+def _tools(tools: Any, namespace: str | None = None) -> Iterator[Tool]:
+    for tool in tools or ():
+        match tool.get("type"):
+            case "function":
+                yield Tool(tool["name"], tool.get("parameters") or {}, namespace=namespace)
+            case "custom" if tool.get("description", "").startswith("Run JavaScript"):
+                functions: Json = {name: {} for name in _NESTED.findall(tool["description"])}
+                yield Tool(tool["name"], {"properties": functions}, "program", namespace)
+            case "custom":
+                yield Tool(tool["name"], {}, "freeform", namespace)
+            case "local_shell":
+                yield Tool("local_shell", {}, "local-shell")
+            case "namespace":
+                yield from _tools(tool.get("tools"), tool["name"])
+
+
+def _offered(body: Mapping[str, Any]) -> Iterator[Tool]:
+    yield from _tools(body.get("tools"))
+    # Codex gives some models their tools in the conversation.
+    items = body.get("input")
+    for item in items if isinstance(items, list) else ():
+        if item.get("type") == "additional_tools":
+            yield from _tools(item.get("tools"))
 
 
 def _read(_path: str, body: Mapping[str, Any]) -> Asked:
@@ -49,23 +67,22 @@ def _read(_path: str, body: Mapping[str, Any]) -> Asked:
         bool(body.get("stream")),
         "\n".join([str(body.get("instructions") or ""), *system]).strip(),
         tuple(turn for role, turn in turns if role in ("user", "tool")),
-        tuple(tool for each in body.get("tools") or () if (tool := _tool(each)) is not None),
+        tuple(_offered(body)),
     )
 
 
 def _call_item(call: Call) -> Json:
     common = {"call_id": call.id("call_"), "status": "completed"}
-    match call.kind:
-        case "freeform":
-            return {"type": "custom_tool_call", "id": call.id("ctc_"), **common, "name": call.name} | {
-                "input": call.arguments
-            }
+    name = {"name": call.tool.name} | ({"namespace": call.tool.namespace} if call.tool.namespace else {})
+    match call.tool.kind:
+        case "freeform" | "program":
+            return {"type": "custom_tool_call", "id": call.id("ctc_"), **common, **name, "input": call.arguments}
         case "local-shell":
             action = {"type": "exec", "env": {}, "command": ["bash", "-lc", call.arguments]}
             return {"type": "local_shell_call", "id": call.id("lsh_"), **common, "action": action}
         case "function":
             arguments = json.dumps(call.arguments, ensure_ascii=False)
-            return {"type": "function_call", "id": call.id("fc_"), **common, "name": call.name, "arguments": arguments}
+            return {"type": "function_call", "id": call.id("fc_"), **common, **name, "arguments": arguments}
 
 
 def _part(text: str) -> Json:

@@ -62,13 +62,16 @@ _LINE: Final = re.compile(
 )
 # What a CLI adds to a turn in the user's name; such a text has lines of all sorts.
 _REMINDER: Final = re.compile(r"<system-reminder>.*?</system-reminder>", re.DOTALL)
+# What the Ollama bridge writes between the files that it shows, with lines of all sorts, and the prompt.
+_SHOWN: Final = "\nThe task:\n\n"
 # Requests that a CLI makes beside the conversation, with the prompt in them and no tools.
 _ASIDE: Final = re.compile(r"\b(?:title|summari[sz]e|classif|topic|router)", re.IGNORECASE)
 
 
 def read_script(text: str) -> Script | None:
     """Return the script that a text holds, None if no line of it is a directive."""
-    matches = (_LINE.fullmatch(line) for line in _REMINDER.sub("", text).splitlines())
+    task = _REMINDER.sub("", text).rpartition(_SHOWN)[2]
+    matches = (_LINE.fullmatch(line) for line in task.splitlines())
     directives = [_directive(found) for found in matches if found]
     if not directives:
         return None
@@ -140,4 +143,4 @@ def next_answer(asked: Asked, place: Place | None) -> Answer:
         offered = ", ".join(tool.name for tool in asked.tools)
         return Answer(f"None of the tools offered can {step.verb}: {offered}", usage=script.usage)
     key = hashlib.sha256(script.prompt.encode()).hexdigest()[:16]
-    return Answer("", Call(made.tool.name, made.arguments, made.tool.kind, key, place.results), script.usage)
+    return Answer("", Call(made.tool, made.arguments, key, len(asked.turns)), script.usage)

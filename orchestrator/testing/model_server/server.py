@@ -12,7 +12,6 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Final, Self
@@ -199,8 +198,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.requests.append(request)
 
     def _head(self, status: int, kind: str, more: Iterable[tuple[str, str]]) -> None:
-        known = status in HTTPStatus._value2member_map_
-        self.send_response(status, None if known else "Overloaded")
+        self.send_response(status)
         self.send_header("content-type", kind)
         for name, value in more:
             self.send_header(name, value)

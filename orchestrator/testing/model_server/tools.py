@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 import shlex
@@ -61,6 +62,7 @@ _DIRECTORY: Final = re.compile(
         working[ ]directory(?:[ ]is)?(?:[ ]\([^)]*\))?:?
       | working[ ]in[ ]the[ ]directory:
       | <cwd>
+      | workspace[ ]directories:[*\s]*-[ ]
     )[ \t*`'"]*(?P<path>/[^\s<`'"]*)""",
     re.VERBOSE | re.IGNORECASE,
 )
@@ -86,6 +88,8 @@ def call_for(step: Write | Run, asked: Asked) -> ToolUse | None:
             return made
     if (patcher := by_name.get("apply_patch")) is not None:
         return _patch(step, patcher)
+    if (program := _program("apply_patch", _add_file(step), asked.tools)) is not None:
+        return program
     return _shell(_writing_command(step), asked.tools)
 
 
@@ -102,10 +106,22 @@ def _write(step: Write, tool: Tool, directory: str | None) -> ToolUse | None:
     return ToolUse(tool, _completed(arguments, tool))
 
 
-def _patch(step: Write, tool: Tool) -> ToolUse:
-    # An "Add File" replaces what is there.
+def _add_file(step: Write) -> str:
+    """Return a patch in the form of Codex; one that adds a file replaces what is there."""
     lines = "".join(f"+{line}\n" for line in step.content.splitlines())
-    patch = f"*** Begin Patch\n*** Add File: {step.path}\n{lines}*** End Patch\n"
+    return f"*** Begin Patch\n*** Add File: {step.path}\n{lines}*** End Patch\n"
+
+
+def _program(function: str, argument: Json | str, tools: Iterable[Tool]) -> ToolUse | None:
+    """Return a program that calls one function, if there is a tool that runs programs which may."""
+    for tool in tools:
+        if tool.kind == "program" and function in tool.parameters["properties"]:
+            return ToolUse(tool, f"text(await tools.{function}({json.dumps(argument)}));\n")
+    return None
+
+
+def _patch(step: Write, tool: Tool) -> ToolUse:
+    patch = _add_file(step)
     if tool.kind == "freeform":
         return ToolUse(tool, patch)
     name = next(iter(tool.parameters.get("properties", {})), "input")
@@ -131,7 +147,7 @@ def _shell(command: str, tools: Iterable[Tool]) -> ToolUse | None:
         if tool.kind == "function" and name is not None:
             words = offered[name].get("type") == "array"
             return ToolUse(tool, _completed({name: ["bash", "-lc", command] if words else command}, tool))
-    return None
+    return _program("exec_command", {"cmd": command}, by_name.values())
 
 
 def _completed(arguments: Json, tool: Tool) -> Json:
