@@ -11,6 +11,7 @@ import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -61,8 +62,6 @@ class _Listener(ThreadingHTTPServer):
         self.requests: list[Request] = []
         self.counts: Counter[tuple[str, str]] = Counter()
         self.connections: set[socket.socket] = set()
-        # Readable once the server stops: a thread that waits for a delay waits for this, too.
-        self.stopping, self.stopper = socket.socketpair()
 
     def server_bind(self) -> None:
         # HTTPServer asks the resolver for this machine's name, which can take seconds.
@@ -84,14 +83,11 @@ class _Listener(ThreadingHTTPServer):
 
     def stop(self) -> None:
         self.shutdown()
-        self.stopper.close()
         with self.lock:
+            # A thread that waits for a delay sees its connection end, as if the client had gone away.
             for connection in self.connections:
-                # The other end may be gone already.
-                try:
+                with suppress(OSError):  # the other end may be gone already
                     connection.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    continue
         self.server_close()
 
     def count(self, dialect: Dialect, script: Script) -> int:
@@ -159,7 +155,6 @@ class _Handler(BaseHTTPRequestHandler):
             return True
         with selectors.DefaultSelector() as selector:
             selector.register(self.connection, selectors.EVENT_READ)
-            selector.register(self.server.stopping, selectors.EVENT_READ)
             return not selector.select(seconds)
 
     @property

@@ -63,7 +63,7 @@ _DIRECTORY: Final = re.compile(
       | working[ ]in[ ]the[ ]directory:
       | <cwd>
       | workspace[ ]directories:[*\s]*-[ ]
-    )[ \t*`'"]*(?P<path>/[^\s<`'"]*)""",
+    )[ \t*`'"]*(?P<path>/(?:[^\n<`'",.;]|[,.;](?=\S))*)""",
     re.VERBOSE | re.IGNORECASE,
 )
 
@@ -72,7 +72,7 @@ def working_directory(asked: Asked) -> str | None:
     """Return where the CLI says that it works, None if it does not."""
     for text in (asked.system, *(turn.text for turn in asked.turns)):
         if (found := _DIRECTORY.search(text)) is not None:
-            return found["path"].rstrip(".,") or "/"
+            return found["path"].rstrip()
     return None
 
 

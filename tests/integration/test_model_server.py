@@ -1,0 +1,709 @@
+"""The scripted model server, over real HTTP, read as each API's documentation says."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from adapters.bridges.answer import INSTRUCTIONS, read_answer
+from orchestrator.testing.model_server import ModelServer
+from tests.waiting import wait_for
+
+Json = dict[str, Any]
+SCHEMA = {
+    "type": "object",
+    "properties": {"file_path": {"type": "string"}, "content": {"type": "string"}},
+    "required": ["file_path", "content"],
+}
+COMMAND = {"type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}
+
+
+@dataclass(frozen=True)
+class Heard:
+    """An answer as a client has it: the text, the calls by name and arguments, why it ended, and its tokens."""
+
+    text: str
+    calls: list[tuple[str, Any]]
+    ending: str
+    usage: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Api:
+    """A client of one API: how it asks with so many tool results since the prompt, and how it reads answers."""
+
+    name: str
+    ask: Callable[[str, bool, int, bool], tuple[str, Json]]
+    read: Callable[[bytes, bool], Heard]
+    ended: tuple[str, str]
+    error: Callable[[Json], str]
+    errors: tuple[str, str]
+
+
+def events(raw: bytes) -> list[tuple[str, str]]:
+    """Return name and data of server-sent events, by https://html.spec.whatwg.org/multipage/server-sent-events.html."""
+    found = []
+    assert raw.endswith(b"\n\n"), "an event has no end"
+    for block in raw.decode().strip("\n").split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.split("\n"))
+        found.append((fields.get("event", "message"), fields["data"]))
+    return found
+
+
+def anthropic_ask(prompt: str, stream: bool, results: int, tools: bool) -> tuple[str, Json]:
+    messages: list[Json] = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
+    for number in range(results):
+        use = {"type": "tool_use", "id": f"toolu_{number}", "name": "Write", "input": {}}
+        messages.append({"role": "assistant", "content": [use]})
+        result = {"type": "tool_result", "tool_use_id": f"toolu_{number}", "content": "write wrong.txt x"}
+        messages.append({"role": "user", "content": [result]})
+    body: Json = {"model": "m", "max_tokens": 100, "stream": stream, "messages": messages}
+    if tools:
+        body["tools"] = [
+            {"name": "TodoWrite", "input_schema": SCHEMA},
+            {"name": "Write", "description": "", "input_schema": SCHEMA},
+            {"name": "Bash", "input_schema": COMMAND},
+        ]
+    return "/v1/messages?beta=true", body
+
+
+def anthropic_read(raw: bytes, stream: bool) -> Heard:
+    if not stream:
+        message = json.loads(raw)
+    else:
+        message, partial = {}, ""
+        seen = [(name, json.loads(data)) for name, data in events(raw)]
+        for name, event in seen:
+            assert event["type"] == name
+            match event:
+                case {"type": "message_start", "message": message}:
+                    assert message["content"] == []
+                case {"type": "content_block_start", "index": index, "content_block": block}:
+                    assert index == len(message["content"])
+                    message["content"].append(block)
+                    partial = ""
+                case {"type": "content_block_delta", "index": index, "delta": {"type": "text_delta", "text": text}}:
+                    message["content"][index]["text"] += text
+                case {"type": "content_block_delta", "delta": {"type": "input_json_delta", "partial_json": text}}:
+                    partial += text
+                case {"type": "content_block_stop", "index": index} if partial:
+                    message["content"][index]["input"] = json.loads(partial)
+                case {"type": "message_delta", "delta": delta, "usage": usage}:
+                    message |= delta
+                    message["usage"] |= usage
+        assert seen[-1][1] == {"type": "message_stop"}
+    blocks = message["content"]
+    return Heard(
+        "".join(block["text"] for block in blocks if block["type"] == "text"),
+        [(block["name"], block["input"]) for block in blocks if block["type"] == "tool_use"],
+        message["stop_reason"],
+        (message["usage"]["input_tokens"], message["usage"]["output_tokens"]),
+    )
+
+
+def responses_ask(prompt: str, stream: bool, results: int, tools: bool) -> tuple[str, Json]:
+    items: list[Json] = [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": prompt}]}]
+    for number in range(results):
+        common = {"call_id": f"call_{number}"}
+        items.append({"type": "function_call", "name": "write_file", "arguments": "{}", **common})
+        items.append({"type": "function_call_output", "output": "write wrong.txt x", **common})
+    body: Json = {"model": "m", "stream": stream, "input": items, "instructions": "You are an agent."}
+    if tools:
+        body["tools"] = [
+            {"type": "web_search"},
+            {"type": "function", "name": "write_stdin", "parameters": {"type": "object", "properties": {}}},
+            {"type": "function", "name": "write_file", "parameters": SCHEMA},
+            {"type": "function", "name": "shell", "parameters": COMMAND},
+        ]
+    return "/v1/responses", body
+
+
+def responses_read(raw: bytes, stream: bool) -> Heard:
+    if not stream:
+        response = json.loads(raw)
+    else:
+        seen = [(name, json.loads(data)) for name, data in events(raw)]
+        assert [event["sequence_number"] for _, event in seen] == list(range(len(seen)))
+        assert all(event["type"] == name for name, event in seen)
+        deltas: dict[str, str] = {}
+        done = {}
+        for name, event in seen:
+            if name.endswith(".delta"):
+                deltas[event["item_id"]] = deltas.get(event["item_id"], "") + event["delta"]
+            elif name == "response.output_item.done":
+                done[event["item"]["id"]] = event["item"]
+        name, last = seen[-1]
+        assert (seen[0][0], name) == ("response.created", "response.completed")
+        response = last["response"]
+        assert list(done.values()) == response["output"]
+        for key, item in done.items():
+            whole = item.get("arguments") or item.get("input") or item["content"][0]["text"]
+            assert deltas[key] == whole
+    texts, calls = [], []
+    for item in response["output"]:
+        if item["type"] == "message":
+            texts += [part["text"] for part in item["content"] if part["type"] == "output_text"]
+        elif item["type"] == "function_call":
+            calls.append((item["name"], json.loads(item["arguments"])))
+        else:
+            calls.append((item["name"], item["input"]))
+    usage = response["usage"]
+    assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
+    return Heard("".join(texts), calls, response["status"], (usage["input_tokens"], usage["output_tokens"]))
+
+
+def chat_ask(prompt: str, stream: bool, results: int, tools: bool) -> tuple[str, Json]:
+    messages: list[Json] = [{"role": "system", "content": "You are an agent."}, {"role": "user", "content": prompt}]
+    for number in range(results):
+        function = {"name": "write", "arguments": "{}"}
+        call = {"id": f"call_{number}", "type": "function", "function": function}
+        messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
+        messages.append({"role": "tool", "tool_call_id": f"call_{number}", "content": "write wrong.txt x"})
+    body: Json = {"model": "m", "stream": stream, "messages": messages}
+    if stream:
+        body["stream_options"] = {"include_usage": True}
+    if tools:
+        functions = [("todowrite", SCHEMA), ("write", SCHEMA), ("bash", COMMAND)]
+        body["tools"] = [
+            {"type": "function", "function": {"name": name, "parameters": schema}} for name, schema in functions
+        ]
+    return "/v1/chat/completions", body
+
+
+def chat_read(raw: bytes, stream: bool) -> Heard:
+    if not stream:
+        whole = json.loads(raw)
+        message, ending = whole["choices"][0]["message"], whole["choices"][0]["finish_reason"]
+        calls = [call["function"] for call in message.get("tool_calls", ())]
+        text, usage = message["content"] or "", whole["usage"]
+    else:
+        *chunks, (_, done) = events(raw)
+        assert done == "[DONE]"
+        text, ending, usage, calls = "", "", None, []
+        for _, data in chunks:
+            chunk = json.loads(data)
+            assert chunk["object"] == "chat.completion.chunk"
+            usage = chunk.get("usage") or usage
+            for choice in chunk["choices"]:
+                text += choice["delta"].get("content") or ""
+                ending = choice["finish_reason"] or ending
+                for part in choice["delta"].get("tool_calls", ()):
+                    if part["index"] == len(calls):
+                        calls.append(dict(part["function"]))
+                    else:
+                        calls[part["index"]]["arguments"] += part["function"]["arguments"]
+    assert usage is not None
+    made = [(call["name"], json.loads(call["arguments"])) for call in calls]
+    return Heard(text, made, ending, (usage["prompt_tokens"], usage["completion_tokens"]))
+
+
+def gemini_ask(prompt: str, stream: bool, results: int, tools: bool) -> tuple[str, Json]:
+    contents: list[Json] = [{"role": "user", "parts": [{"text": prompt}]}]
+    for number in range(results):
+        call = {"id": f"c{number}", "name": "write_file", "args": {}}
+        contents.append({"role": "model", "parts": [{"functionCall": call}]})
+        response = {"id": f"c{number}", "name": "write_file", "response": {"output": "write wrong.txt x"}}
+        contents.append({"role": "user", "parts": [{"functionResponse": response}]})
+    body: Json = {"contents": contents, "systemInstruction": {"parts": [{"text": "You are an agent."}]}}
+    if tools:
+        functions = [
+            {"name": "write_todos", "parametersJsonSchema": SCHEMA},
+            {"name": "write_file", "parametersJsonSchema": SCHEMA},
+            {"name": "run_shell_command", "parameters": COMMAND},
+        ]
+        body["tools"] = [{"functionDeclarations": functions}]
+    method = "streamGenerateContent?alt=sse" if stream else "generateContent"
+    return f"/v1beta/models/m:{method}", body
+
+
+def gemini_read(raw: bytes, stream: bool) -> Heard:
+    chunks = [json.loads(data) for _, data in events(raw)] if stream else [json.loads(raw)]
+    parts = [part for chunk in chunks for part in chunk["candidates"][0]["content"]["parts"]]
+    calls = [part["functionCall"] for part in parts if "functionCall" in part]
+    usage = chunks[-1]["usageMetadata"]
+    assert usage["totalTokenCount"] == usage["promptTokenCount"] + usage["candidatesTokenCount"]
+    return Heard(
+        "".join(part.get("text", "") for part in parts),
+        [(call["name"], call["args"]) for call in calls],
+        chunks[-1]["candidates"][0]["finishReason"],
+        (usage["promptTokenCount"], usage["candidatesTokenCount"]),
+    )
+
+
+def ollama_ask(prompt: str, stream: bool, results: int, tools: bool) -> tuple[str, Json]:
+    messages: list[Json] = [{"role": "user", "content": prompt}]
+    for _ in range(results):
+        call = {"function": {"name": "write_file", "arguments": {}}}
+        messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+        messages.append({"role": "tool", "tool_name": "write_file", "content": "write wrong.txt x"})
+    body: Json = {"model": "m", "messages": messages}
+    if not stream:  # unlike the others, it streams by default
+        body["stream"] = False
+    if tools:
+        functions = [("write_file", SCHEMA), ("bash", COMMAND)]
+        body["tools"] = [
+            {"type": "function", "function": {"name": name, "parameters": schema}} for name, schema in functions
+        ]
+    return "/api/chat", body
+
+
+def ollama_read(raw: bytes, stream: bool) -> Heard:
+    parts = [json.loads(line) for line in raw.splitlines()]
+    assert len(parts) > 1 if stream else len(parts) == 1
+    assert [part["done"] for part in parts] == [False] * (len(parts) - 1) + [True]
+    functions = [call["function"] for part in parts for call in part["message"].get("tool_calls", ())]
+    return Heard(
+        "".join(part["message"]["content"] for part in parts),
+        [(function["name"], function["arguments"]) for function in functions],
+        parts[-1]["done_reason"],
+        (parts[-1]["prompt_eval_count"], parts[-1]["eval_count"]),
+    )
+
+
+APIS = [
+    Api(
+        "anthropic",
+        anthropic_ask,
+        anthropic_read,
+        ("tool_use", "end_turn"),
+        lambda body: body["error"]["type"],
+        ("authentication_error", "rate_limit_error"),
+    ),
+    Api(
+        "openai-responses",
+        responses_ask,
+        responses_read,
+        ("completed", "completed"),
+        lambda body: body["error"]["code"],
+        ("invalid_api_key", "rate_limit_exceeded"),
+    ),
+    Api(
+        "openai-chat",
+        chat_ask,
+        chat_read,
+        ("tool_calls", "stop"),
+        lambda body: body["error"]["code"],
+        ("invalid_api_key", "rate_limit_exceeded"),
+    ),
+    Api(
+        "gemini",
+        gemini_ask,
+        gemini_read,
+        ("STOP", "STOP"),
+        lambda body: body["error"]["status"],
+        ("UNAUTHENTICATED", "RESOURCE_EXHAUSTED"),
+    ),
+    Api(
+        "ollama",
+        ollama_ask,
+        ollama_read,
+        ("stop", "stop"),
+        lambda body: body["error"],
+        ("unauthorized", "too many requests"),
+    ),
+]
+
+
+@pytest.fixture
+def server() -> Iterator[ModelServer]:
+    """Serve."""
+    with ModelServer() as server:
+        yield server
+
+
+@pytest.fixture(params=APIS, ids=lambda api: api.name)
+def api(request: pytest.FixtureRequest) -> Api:
+    """Speak each API in turn."""
+    found: Api = request.param
+    return found
+
+
+@pytest.fixture(params=[True, False], ids=["stream", "whole"])
+def stream(request: pytest.FixtureRequest) -> bool:
+    """Ask for a stream, and for a whole answer."""
+    return bool(request.param)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back; `cut` if the connection ended before the answer did."""
+
+    status: int
+    headers: http.client.HTTPMessage
+    raw: bytes
+    cut: bool
+
+
+def post(server: ModelServer, path: str, body: Json, headers: dict[str, str] | None = None) -> Reply:
+    """Ask on a connection of its own."""
+    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=30)
+    try:
+        connection.request("POST", path, json.dumps(body), {"content-type": "application/json", **(headers or {})})
+        response = connection.getresponse()
+        try:
+            return Reply(response.status, response.headers, response.read(), cut=False)
+        except http.client.IncompleteRead as error:
+            return Reply(response.status, response.headers, error.partial, cut=True)
+    finally:
+        connection.close()
+
+
+def hear(server: ModelServer, api: Api, prompt: str, stream: bool, results: int = 0, *, tools: bool = True) -> Heard:
+    """Return the answer to a prompt after so many tool results."""
+    reply = post(server, *api.ask(prompt, stream, results, tools))
+    assert (reply.status, reply.cut) == (200, False), reply
+    return api.read(reply.raw, stream)
+
+
+def test_a_text_is_said_at_the_end(server: ModelServer, api: Api, stream: bool) -> None:
+    """All that is to be said comes as one text, any characters in it, and without any there is some text."""
+    heard = hear(server, api, "You are to\n  say größer 'als' \"x\"\nsay and 🦉 more\nand words", stream)
+    assert heard == Heard("größer 'als' \"x\"\nand 🦉 more", [], api.ended[1], heard.usage)
+    assert hear(server, api, "Hello there", stream).text
+
+
+def test_each_turn_is_the_next_tool_call(server: ModelServer, api: Api, stream: bool) -> None:
+    """Files and commands go through the client's own tools in order, and then the text comes."""
+    prompt = "write a/b.txt some  text: \"q\" ä\nrun echo 'x' && true\nwrite c.txt\nsay ready"
+    writes, commands = hear(server, api, prompt, stream, 0), hear(server, api, prompt, stream, 1)
+    empty, end = hear(server, api, prompt, stream, 2), hear(server, api, prompt, stream, 3)
+    writer = {"anthropic": "Write", "openai-chat": "write"}.get(api.name, "write_file")
+    shell = {"anthropic": "Bash", "openai-responses": "shell", "gemini": "run_shell_command"}.get(api.name, "bash")
+    assert writes.calls == [(writer, {"file_path": "a/b.txt", "content": 'some  text: "q" ä\n'})]
+    assert commands.calls == [(shell, {"command": "echo 'x' && true"})]
+    assert empty.calls == [(writer, {"file_path": "c.txt", "content": "\n"})]
+    assert (writes.text, writes.ending, end.ending) == ("", *api.ended)
+    assert (end.calls, end.text) == ([], "ready")
+
+
+def test_a_failure_is_the_apis_own(server: ModelServer, api: Api, stream: bool) -> None:
+    """Every request of the conversation gets the status and the error's kind."""
+    path, body = api.ask("fail 401\nwrite a.txt x", stream, 0, True)
+    replies = [post(server, path, body) for _ in range(3)]
+    assert [reply.status for reply in replies] == [401, 401, 401]
+    assert {api.error(json.loads(reply.raw)) for reply in replies} == {api.errors[0]}
+    assert "retry-after" not in replies[0].headers
+
+
+def test_a_failure_ends_after_its_times(server: ModelServer, api: Api, stream: bool) -> None:
+    """It says when to come back, and one conversation's failures are no other's."""
+    prompt = "fail 429 2 30\nfail 500 1\nsay better"
+    replies = [post(server, *api.ask(prompt, stream, 0, True)) for _ in range(3)]
+    assert [reply.status for reply in replies] == [429, 429, 500]
+    assert [reply.headers["retry-after"] for reply in replies] == ["30", "30", None]
+    assert api.error(json.loads(replies[0].raw)) == api.errors[1]
+    assert post(server, *api.ask(f"another\n{prompt}", stream, 0, True)).status == 429
+    assert hear(server, api, prompt, stream).text == "better"
+
+
+def test_a_drop_breaks_the_answer_off(server: ModelServer, api: Api, stream: bool) -> None:
+    """The connection ends with part of the answer sent, and the next try has all of it."""
+    prompt = "drop 1\nwrite a.txt x"
+    reply = post(server, *api.ask(prompt, stream, 0, True))
+    assert (reply.status, reply.cut) == (200, True)
+    assert reply.raw
+    assert len(hear(server, api, prompt, stream).calls) == 1
+
+
+def test_the_usage_is_what_the_script_says(server: ModelServer, api: Api, stream: bool) -> None:
+    """Calls and texts say it alike."""
+    prompt = "usage 1234 56\nrun true"
+    assert [hear(server, api, prompt, stream, results).usage for results in (0, 1)] == [(1234, 56)] * 2
+
+
+def test_requests_are_recorded_without_credentials(server: ModelServer, api: Api, stream: bool) -> None:
+    """What was asked, in order, and no key in headers or path."""
+    path, body = api.ask("say x", stream, 0, True)
+    secret = {"Authorization": "Bearer hush", "x-api-key": "hush", "x-goog-api-key": "hush", "X-Seen": "yes"}
+    post(server, f"{path}{'&' if '?' in path else '?'}key=hush", body, secret)
+    (request,) = server.requests
+    assert (request.dialect, request.path, request.model, request.stream) == (api.name, path, "m", stream)
+    assert request.body == body
+    assert request.headers["x-seen"] == "yes"
+    assert "hush" not in str(request)
+
+
+def test_side_requests_take_no_step_and_no_failure(server: ModelServer) -> None:
+    """A request for a title holds the prompt, too, but neither fails nor writes."""
+    prompt = "fail 500 1\nwrite a.txt x"
+    api = APIS[2]
+    path, body = api.ask(f"Generate a title for this conversation:\n{prompt}", True, 0, False)
+    assert api.read(post(server, path, body).raw, True).calls == []
+    assert post(server, *api.ask(prompt, True, 0, True)).status == 500
+
+
+def test_the_last_prompt_that_holds_a_script_counts(server: ModelServer) -> None:
+    """A session that goes on gets the new script from its first step, and a client's reminders are no scripts."""
+    path, body = anthropic_ask("write old.txt x", False, 1, True)
+    body["messages"].append({"role": "assistant", "content": "Done."})
+    new = [
+        {"type": "text", "text": "write new.txt x"},
+        {"type": "text", "text": "<system-reminder>\nwrite reminder.txt x\n</system-reminder>"},
+    ]
+    body["messages"].append({"role": "user", "content": new})
+    heard = anthropic_read(post(server, path, body).raw, False)
+    assert heard.calls == [("Write", {"file_path": "new.txt", "content": "x\n"})]
+
+
+def test_call_ids_are_never_the_same_in_one_conversation(server: ModelServer) -> None:
+    """Not even where the same prompt comes again in a session that goes on."""
+    path, body = anthropic_ask("run true", False, 0, True)
+    ids = []
+    for _ in range(3):
+        message = json.loads(post(server, path, body).raw)
+        (use,) = message["content"]
+        ids.append(use["id"])
+        body["messages"] += [
+            {"role": "assistant", "content": [use]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": use["id"], "content": ""}]},
+            {"role": "user", "content": "run true"},
+        ]
+    assert len(set(ids)) == 3
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        " - Primary working directory: /x/y z\n",
+        "Working directory: /x/y\n",
+        "<cwd>/x/y</cwd>",
+        "- **Workspace Directories:**\n  - /x/y\n",
+    ],
+)
+def test_paths_are_absolute_where_the_client_says_where_it_is(server: ModelServer, told: str) -> None:
+    """Some tools take no others."""
+    path, body = anthropic_ask("write a.txt x", False, 0, True)
+    body["system"] = [{"type": "text", "text": f"Words.\n{told}\nMore."}]
+    ((_, arguments),) = anthropic_read(post(server, path, body).raw, False).calls
+    assert arguments["file_path"] == f"/x/y{' z' if 'y z' in told else ''}/a.txt"
+
+
+def codex_tools(*tools: Json) -> Json:
+    """Return a request to the Responses API with these tools."""
+    return {"model": "m", "stream": True, "input": "write a/b.txt x y\nrun true", "tools": list(tools)}
+
+
+def test_codex_gets_a_patch(server: ModelServer) -> None:
+    """By a freeform tool, in its own language."""
+    body = codex_tools({"type": "function", "name": "exec_command", "parameters": COMMAND})
+    body["tools"].append({"type": "custom", "name": "apply_patch", "description": "", "format": {}})
+    patch = "*** Begin Patch\n*** Add File: a/b.txt\n+x y\n*** End Patch\n"
+    assert responses_read(post(server, "/v1/responses", body).raw, True).calls == [("apply_patch", patch)]
+
+
+def test_codex_without_a_patch_tool_gets_a_command(server: ModelServer) -> None:
+    """The words that it is to run make the file; a list of them where the tool wants that."""
+    listed = {"type": "object", "properties": {"command": {"type": "array", "items": {"type": "string"}}}}
+    body = codex_tools({"type": "function", "name": "shell", "parameters": listed})
+    ((name, arguments),) = responses_read(post(server, "/v1/responses", body).raw, True).calls
+    assert name == "shell"
+    assert arguments["command"][:2] == ["bash", "-lc"]
+
+
+def test_a_command_that_writes_really_writes(server: ModelServer, tmp_path: Any) -> None:
+    """With all that a shell would take for its own."""
+    body = codex_tools({"type": "function", "name": "exec_command", "parameters": COMMAND})
+    body["input"] = "write it's/c.txt x $HOME `id` \\n %s 'q' \"d\""
+    ((_, arguments),) = responses_read(post(server, "/v1/responses", body).raw, True).calls
+    subprocess.run(["bash", "-c", arguments["command"]], cwd=tmp_path, check=True)
+    assert (tmp_path / "it's" / "c.txt").read_text() == "x $HOME `id` \\n %s 'q' \"d\"\n"
+
+
+def test_codex_in_code_mode_gets_a_program(server: ModelServer) -> None:
+    """Its tools come in the conversation, and one of them runs programs that call the others."""
+    description = "Run JavaScript code to orchestrate/compose tool calls\n\n### `apply_patch`\nEdits.\n"
+    program = {"type": "custom", "name": "exec", "description": description}
+    namespace = {"type": "namespace", "name": "functions", "tools": [program]}
+    items = [{"type": "additional_tools", "role": "developer", "tools": [namespace]}]
+    items.append({"type": "message", "role": "user", "content": "write a.txt x"})
+    reply = post(server, "/v1/responses", {"model": "m", "stream": False, "input": items})
+    (item,) = json.loads(reply.raw)["output"]
+    assert (item["type"], item["namespace"], item["name"]) == ("custom_tool_call", "functions", "exec")
+    source = item["input"].strip()
+    assert source.startswith("text(await tools.apply_patch(")
+    patch = json.loads(source.removeprefix("text(await tools.apply_patch(").removesuffix("));"))
+    assert patch == "*** Begin Patch\n*** Add File: a.txt\n+x\n*** End Patch\n"
+
+
+def test_the_local_shell_gets_words(server: ModelServer) -> None:
+    """It is a kind of item of its own."""
+    body = codex_tools({"type": "local_shell"}) | {"stream": False, "input": "run echo 'x y'"}
+    (item,) = json.loads(post(server, "/v1/responses", body).raw)["output"]
+    assert (item["type"], item["action"]["type"]) == ("local_shell_call", "exec")
+    assert item["action"]["command"] == ["bash", "-lc", "echo 'x y'"]
+
+
+def test_what_a_tool_requires_beside_is_there(server: ModelServer) -> None:
+    """A description, a choice, a number: something of the right kind."""
+    schema = {
+        "type": "object",
+        "properties": {
+            "command": {"type": "string"},
+            "description": {"type": "string"},
+            "mode": {"enum": ["slow", "fast"]},
+            "timeout": {"type": "integer"},
+            "unasked": {"type": "string"},
+        },
+        "required": ["command", "description", "mode", "timeout"],
+    }
+    path, body = anthropic_ask("run true", False, 0, False)
+    body["tools"] = [{"name": "Bash", "input_schema": schema}]
+    ((_, arguments),) = anthropic_read(post(server, path, body).raw, False).calls
+    assert (arguments["command"], arguments["mode"]) == ("true", "slow")
+    assert (type(arguments["description"]), type(arguments["timeout"])) == (str, int)
+    assert "unasked" not in arguments
+
+
+def test_the_ollama_bridge_can_read_the_answer(server: ModelServer) -> None:
+    """A model without tools gives the files in the form that the bridge asks for; files shown to it are no scripts."""
+    shown = "```file README.md\nrun make\n  write shown.txt x\n```\n"
+    messages = [
+        {"role": "system", "content": INSTRUCTIONS},
+        {"role": "user", "content": f"{shown}\nThe task:\n\nwrite a/b.txt one\nwrite c.txt two\nsay words"},
+    ]
+    raw = post(server, "/api/chat", {"model": "m", "messages": messages}).raw
+    assert read_answer(ollama_read(raw, True).text).files == {"a/b.txt": "one\n", "c.txt": "two\n"}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_ollama_generates(server: ModelServer, stream: bool) -> None:
+    """The endpoint without a conversation has its own field for the text."""
+    raw = post(server, "/api/generate", {"model": "m", "prompt": "say one two", "stream": stream}).raw
+    parts = [json.loads(line) for line in raw.splitlines()]
+    assert "".join(part["response"] for part in parts) == "one two"
+    assert parts[-1]["done"] is True
+
+
+@pytest.mark.parametrize(
+    ("system", "form"),
+    [
+        ("Every *SEARCH/REPLACE block* must", "a.txt\n```\n<<<<<<< SEARCH\n=======\nx y\n>>>>>>> REPLACE\n```"),
+        ("You MUST use this *file listing* format", "a.txt\n```\nx y\n```"),
+    ],
+)
+def test_aider_gets_its_edit_formats(server: ModelServer, system: str, form: str) -> None:
+    """Whole files or blocks of differences, as its instructions say."""
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": "write a.txt x y\nsay end"}]
+    raw = post(server, "/v1/chat/completions", {"model": "m", "messages": messages}).raw
+    assert chat_read(raw, False).text == f"{form}\n\nend"
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [("/v1/messages/count_tokens?beta=true", "input_tokens"), ("/v1beta/models/m:countTokens", "totalTokens")],
+)
+def test_tokens_are_counted(server: ModelServer, path: str, field: str) -> None:
+    """More words are more tokens, and no model was asked."""
+    counts = [json.loads(post(server, path, {"messages": "x" * size}).raw)[field] for size in (100, 1000)]
+    assert 0 < counts[0] < counts[1]
+    assert {request.dialect for request in server.requests} == {None}
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [("/v1/models", "data"), ("/v1beta/models", "models"), ("/api/tags", "models"), ("/api/version", "version")],
+)
+def test_lookups_are_answered(server: ModelServer, path: str, field: str) -> None:
+    """With something in them, on a connection that goes on."""
+    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=30)
+    connection.request("HEAD", "/")
+    response = connection.getresponse()
+    assert (response.status, response.read()) == (200, b"")
+    connection.request("GET", path)
+    assert json.loads(connection.getresponse().read())[field]
+    connection.close()
+
+
+def test_an_unknown_path_and_a_broken_body_are_errors(server: ModelServer) -> None:
+    """And the server serves on."""
+    assert post(server, "/v1/embeddings", {}).status == 404
+    assert post(server, "/v1/messages", {"messages": [3]}).status == 400
+    assert hear(server, APIS[0], "say still there", True).text == "still there"
+
+
+def test_a_delay_delays(server: ModelServer) -> None:
+    """Each answer comes that much later."""
+    began = time.monotonic()
+    hear(server, APIS[0], "delay 0.3\nsay x", True)
+    assert time.monotonic() - began >= 0.3
+
+
+def served() -> list[threading.Thread]:
+    """Return the threads that answer requests in this process."""
+    return [thread for thread in threading.enumerate() if "process_request_thread" in thread.name]
+
+
+def test_a_delay_ends_with_the_client(server: ModelServer) -> None:
+    """Nothing waits on for a client that has gone away."""
+    path, body = APIS[0].ask("delay 3600\nsay x", True, 0, True)
+    raw = json.dumps(body).encode()
+    address = urlsplit(server.url)
+    before = set(served())
+    with socket.create_connection((address.hostname, address.port)) as connection:
+        connection.sendall(f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(raw)}\r\n\r\n".encode() + raw)
+        wait_for(lambda: server.requests)
+        assert set(served()) - before
+    wait_for(lambda: not set(served()) - before)
+
+
+def test_a_delay_ends_with_the_server() -> None:
+    """Its client sees the connection end, and no thread is left."""
+    before = set(served())
+    ends: list[BaseException] = []
+
+    def ask(server: ModelServer) -> None:
+        try:
+            post(server, *APIS[0].ask("delay 3600\nsay x", True, 0, True))
+        except (http.client.HTTPException, OSError) as error:
+            ends.append(error)
+
+    with ModelServer() as server:
+        client = threading.Thread(target=ask, args=(server,))
+        client.start()
+        wait_for(lambda: server.requests)
+    client.join(20)
+    assert len(ends) == 1
+    wait_for(lambda: not set(served()) - before)
+
+
+def test_many_conversations_at_once(server: ModelServer) -> None:
+    """Each gets its own steps and its own failures."""
+    statuses: dict[int, list[int]] = {}
+
+    def converse(number: int) -> None:
+        path, body = APIS[0].ask(f"task {number}\nfail 529 {number % 3}\nsay {number}", True, 0, True)
+        statuses[number] = [post(server, path, body).status for _ in range(4)]
+
+    threads = [threading.Thread(target=converse, args=(number,)) for number in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert statuses == {number: [529] * (number % 3) + [200] * (4 - number % 3) for number in range(24)}
+
+
+def test_the_program_serves_until_its_input_ends() -> None:
+    """It says where, and ends by itself."""
+    argv = [sys.executable, "-m", "orchestrator.testing.model_server"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdin is not None
+        assert program.stdout is not None
+        address = urlsplit(program.stdout.readline().strip())
+        assert address.hostname == "127.0.0.1"
+        connection = http.client.HTTPConnection(address.netloc, timeout=30)
+        connection.request("GET", "/api/version")
+        assert connection.getresponse().status == 200
+        program.stdin.close()
+        assert program.wait(20) == 0
+        connection.close()
