@@ -599,6 +599,22 @@ def test_aider_gets_its_edit_formats(server: ModelServer, system: str, form: str
     assert chat_read(raw, False).text == f"{form}\n\nend"
 
 
+def test_aider_gets_a_difference_to_what_it_showed(server: ModelServer) -> None:
+    """Without, it would append to the file."""
+    messages = [
+        {"role": "system", "content": "Every *SEARCH/REPLACE block* must"},
+        {
+            "role": "user",
+            "content": "I have *added these files to the chat*.\n\na.txt\n```\nold\nlines\n```\n\nb.txt\n```\n```",
+        },
+        {"role": "assistant", "content": "Ok."},
+        {"role": "user", "content": "write a.txt new"},
+    ]
+    raw = post(server, "/v1/chat/completions", {"model": "m", "messages": messages}).raw
+    block = "a.txt\n```\n<<<<<<< SEARCH\nold\nlines\n=======\nnew\n>>>>>>> REPLACE\n```"
+    assert chat_read(raw, False).text.startswith(block)
+
+
 @pytest.mark.parametrize(
     ("path", "field"),
     [("/v1/messages/count_tokens?beta=true", "input_tokens"), ("/v1beta/models/m:countTokens", "totalTokens")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -15,10 +16,11 @@ def answer_form(asked: Asked) -> Form | None:
     """Return how the client wants files in the answer; None if it has tools for that or says nothing about it."""
     if asked.tools:
         return None
+    shown = "\n".join(turn.text for turn in asked.turns)
     # Aider repeats its instructions in the last user message for some models.
-    told = "\n".join([asked.system, *(turn.text for turn in asked.turns)])
+    told = f"{asked.system}\n{shown}"
     if "SEARCH/REPLACE" in told:
-        return _search_replace
+        return lambda step: _search_replace(step, shown)
     if "*file listing*" in told:
         return _file_listing
     if "```file " in told:
@@ -26,8 +28,14 @@ def answer_form(asked: Asked) -> Form | None:
     return None
 
 
-def _search_replace(step: Write) -> str:
-    return f"{step.path}\n```\n<<<<<<< SEARCH\n=======\n{step.content}>>>>>>> REPLACE\n```\n"
+def _search_replace(step: Write, shown: str) -> str:
+    """Return a block of aider's that replaces all that it showed of the file; with nothing to search, it appends."""
+    file = re.compile(
+        rf"^{re.escape(step.path)}\n(?P<fence>`{{3,}})\w*\n(?P<content>.*?)^(?P=fence)$", re.MULTILINE | re.DOTALL
+    )
+    found = file.search(shown)
+    before = found["content"] if found else ""
+    return f"{step.path}\n```\n<<<<<<< SEARCH\n{before}=======\n{step.content}>>>>>>> REPLACE\n```\n"
 
 
 def _file_listing(step: Write) -> str:
