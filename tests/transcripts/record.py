@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from orchestrator.testing.model_server import ModelServer
-
 from orchestrator.protocols import AdapterType, SessionRequest
+from orchestrator.testing.model_server import ModelServer
 from orchestrator.testing.recordings import Recording
 from tests.waiting import wait_for
 
