@@ -157,7 +157,7 @@ class _Heard:
     def _take(self, event: SessionEvent) -> None:
         match event:
             case UsedTool(name, detail):
-                self.transcript = replace(self.transcript, words=f"{name} {detail}".strip())
+                self.transcript = replace(self.transcript.after(event), words=f"{name} {detail}".strip())
             case _:
                 self.transcript = self.transcript.after(event)
 

@@ -477,9 +477,13 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """The agent's words, as a person would read them."""
+    """The agent's words, as a person would read them.
+
+    `part`: they come as they are made, and go on with the part before without anything in between.
+    """
 
     text: str
+    part: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,10 +26,17 @@ class Transcript:
     input_tokens: int = 0
     output_tokens: int = 0
     cost: float | None = None
+    begun: str = ""
+    """What it is saying, as far as its parts have come."""
 
     def after(self, event: SessionEvent) -> Transcript:
         """Return the transcript with one more event."""
         match event:
+            case Said(text, part=True):
+                begun = (self.begun + text)[-LONGEST_WORDS:]
+                return replace(self, words=begun.strip() or self.words, begun=begun)
+            case _ if self.begun:
+                return replace(self, begun="").after(event)
             case Said(text) | Concluded(text) if text.strip():
                 return replace(self, words=text.strip()[-LONGEST_WORDS:])
             case Identified(session):
