@@ -6,6 +6,7 @@ its adapter says, against the scripted model server, in a scratch repository and
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from adapters.gemini import GeminiAdapter
 from orchestrator.protocols import AdapterType, SessionRequest
 from orchestrator.testing.model_server import ModelServer
 from orchestrator.testing.recordings import Recording
@@ -65,7 +67,41 @@ CASES: Final[Mapping[str, Case]] = {
     "terminated": Case("delay 60\nwrite hello.txt hi", signal=signal.SIGTERM),
 }
 
-PROGRAMS: Final[Mapping[str, Program]] = {}
+
+def _gemini(url: str, home: Path) -> Mapping[str, str]:
+    """Settings take variables. Of its ten attempts, which take minutes, two are left; its reports stay at home."""
+    settings = {
+        "security": {"auth": {"selectedType": "${AUTH_TYPE}"}},
+        "privacy": {"usageStatisticsEnabled": False},
+        "general": {"maxAttempts": 2},
+        "model": {"maxSessionTurns": "${MAX_TURNS}"},
+    }
+    (home / ".gemini").mkdir(exist_ok=True)
+    (home / ".gemini/settings.json").write_text(json.dumps(settings))
+    own = {"AUTH_TYPE": "gemini-api-key", "MAX_TURNS": "-1", "TMPDIR": str(home)}
+    return {"GOOGLE_GEMINI_BASE_URL": url, "GEMINI_API_KEY": "a-key-for-nothing", **own}
+
+
+PROGRAMS: Final[Mapping[str, Program]] = {
+    "gemini": Program(
+        GeminiAdapter,
+        {"model": "gemini-2.5-pro", "approval_mode": "yolo"},
+        _gemini,
+        {
+            **CASES,
+            "refused": Case("write ../beside.txt hi"),
+            "no-shell": Case("run echo from-the-shell\nsay That was it.", {"approval_mode": "auto_edit"}),
+            "limited-for-long": Case("fail 429 9 4000\nwrite hello.txt hi"),
+            "overloaded": Case("fail 503\nwrite hello.txt hi"),
+            "wrong-request": Case("fail 400\nwrite hello.txt hi"),
+            "no-such-model": Case("fail 404\nwrite hello.txt hi"),
+            "turns": Case("write a.txt a\nwrite b.txt b", environ={"MAX_TURNS": "1"}),
+            "no-key": Case("write hello.txt hi", environ={"GEMINI_API_KEY": ""}),
+            "gateway": Case("write hello.txt hi", environ={"AUTH_TYPE": ""}),
+            "untrusted": Case("write hello.txt hi", environ={"GEMINI_CLI_TRUST_WORKSPACE": "false"}),
+        },
+    ),
+}
 
 
 def record(program: Program, case: Case, folder: str) -> Recording:
@@ -117,13 +153,14 @@ def record(program: Program, case: Case, folder: str) -> Recording:
 
 
 def _sanitized(text: str, known: Mapping[str, str]) -> list[str]:
-    """Return lines without anything of the machine: folders, addresses, host and user."""
+    """Return lines without anything of the machine (folders, addresses, host and user), nor frames of JavaScript."""
     for found, put in known.items():
         text = text.replace(found, put)
     text = re.sub(r"127\.0\.0\.1:\d+", "model", text)
     for name in (os.uname().nodename, os.uname().release):
         text = text.replace(name, "machine")
-    return text.splitlines()
+    text = re.sub(r"(local|remote)Port: \d+", r"\1Port: 0", text)
+    return [line for line in text.splitlines() if not re.match(r"\s+at .*[:)>\]]", line)]
 
 
 def main(name: str, folder: str, *cases: str) -> None:

@@ -1,0 +1,316 @@
+"""Gemini CLI, which prints JSON lines (npm `@google/gemini-cli`, https://geminicli.com/docs/cli/headless/).
+
+Its result says what failed by the name of an error and a text: the HTTP status stands there only where the service's
+own answer does. What goes wrong before its first turn, such as a missing login, stands on standard error alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Final, Literal
+
+import pluggy
+from pydantic import BaseModel
+
+from adapters.jsonlines import failure_concluded, number_of, read_object, text_of
+from adapters.options import AdapterOptions, Arguments, ProgramName, Value
+from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.outcome import Failed
+from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
+from orchestrator.protocols import (
+    Command,
+    Concluded,
+    Identified,
+    JsonObject,
+    Program,
+    Said,
+    SessionEnd,
+    SessionEvent,
+    SessionRequest,
+    Spent,
+    UsedTool,
+    Warned,
+)
+
+hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
+
+_KEYS: Final = ("GEMINI_API_KEY", "GOOGLE_API_KEY", "GOOGLE_APPLICATION_CREDENTIALS")
+_PLACES: Final = (
+    *("GEMINI_CLI_HOME", "GOOGLE_GEMINI_BASE_URL", "GOOGLE_VERTEX_BASE_URL", "GOOGLE_GENAI_API_VERSION"),
+    *("GOOGLE_GENAI_USE_GCA", "GOOGLE_GENAI_USE_VERTEXAI", "GOOGLE_CLOUD_PROJECT", "GOOGLE_CLOUD_PROJECT_ID"),
+    *("GOOGLE_CLOUD_LOCATION", "GEMINI_MODEL"),
+)
+_LOG_IN: Final = (
+    "run `gemini` once and log in, or set GEMINI_API_KEY; with GOOGLE_GEMINI_BASE_URL also "
+    "`security.auth.selectedType: gemini-api-key` in its settings.json"
+)
+_PRESET: Final = {
+    "GEMINI_CLI_NO_RELAUNCH": "true",  # else it is a child of itself that hears no signal
+    "GEMINI_CLI_TRUST_WORKSPACE": "true",  # else it refuses folders that nobody has called trusted, as all worktrees
+    "GEMINI_TELEMETRY_ENABLED": "false",
+    "NO_BROWSER": "true",  # else it waits for a login that nobody sees
+}
+
+#: By the name of the error that a result gives; what is named otherwise is told by status or words.
+_NAMES: Final[Mapping[str, FailureClass]] = {
+    "TerminalQuotaError": FailureClass.RATE_LIMITED,
+    "RetryableQuotaError": FailureClass.RATE_LIMITED,
+    "FatalAuthenticationError": FailureClass.AUTH,
+    "UnauthorizedError": FailureClass.AUTH,
+    "ForbiddenError": FailureClass.AUTH,
+    "AccountSuspendedError": FailureClass.AUTH,
+    "ValidationRequiredError": FailureClass.AUTH,
+    "ProjectIdRequiredError": FailureClass.AUTH,
+    "FatalTurnLimitedError": FailureClass.LIMIT,
+    "BadRequestError": FailureClass.INVALID,
+    "ModelNotFoundError": FailureClass.INVALID,
+    "FatalInputError": FailureClass.INVALID,
+    "FatalConfigError": FailureClass.INVALID,
+    "FatalSandboxError": FailureClass.INVALID,
+    "FatalUntrustedWorkspaceError": FailureClass.INVALID,
+    "FatalCancellationError": FailureClass.CRASHED,
+    "FatalToolExecutionError": FailureClass.CRASHED,
+}
+#: By HTTP status; other statuses from 500 on are the service's trouble, from 400 on the request's.
+_STATUSES: Final[Mapping[int, FailureClass]] = {
+    401: FailureClass.AUTH,
+    402: FailureClass.AUTH,
+    403: FailureClass.AUTH,
+    408: FailureClass.TRANSIENT,
+    429: FailureClass.RATE_LIMITED,
+    499: FailureClass.TRANSIENT,
+}
+#: What says more than the status: a wrong key and a prompt that is too long have that of a wrong request.
+_PLAIN: Final[Mapping[FailureClass, re.Pattern[str]]] = {
+    FailureClass.AUTH: re.compile(
+        r"API[ _]KEY[ _](?:not valid|not found|INVALID|expired)|must specify the (?:GEMINI_API_KEY|GOOGLE_)"
+        r"|set an Auth method|authentication is configured|authentication type is|Invalid auth method"
+        r"|Failed to authenticate|Manual authorization is required|Authentication (?:failed|cancelled)",
+        re.IGNORECASE,
+    ),
+    FailureClass.LIMIT: re.compile(
+        r"exceeds the maximum number of tokens|exceeded the token limit|context window will overflow"
+        r"|maximum session turns exceeded|reached max session turns",
+        re.IGNORECASE,
+    ),
+}
+#: By what a text says where there is no status; the first that matches counts.
+_WORDS: Final[Mapping[FailureClass, re.Pattern[str]]] = {
+    FailureClass.RATE_LIMITED: re.compile(
+        r"RESOURCE_EXHAUSTED|resource has been exhausted|exhausted your|\bquota\b|to increase your limits",
+        re.IGNORECASE,
+    ),
+    FailureClass.OVERLOADED: re.compile(r"\boverloaded\b|high demand|\bUNAVAILABLE\b", re.IGNORECASE),
+    FailureClass.AUTH: re.compile(r"UNAUTHENTICATED|PERMISSION_DENIED|invalid_grant"),
+    FailureClass.REFUSED: re.compile(r"was blocked due to"),
+    FailureClass.TRANSIENT: re.compile(
+        r"fetch failed|ECONNREFUSED|ECONNRESET|ENOTFOUND|ETIMEDOUT|EAI_AGAIN|socket hang up|API Error: terminated"
+        r"|incomplete json segment|returned an empty response|premature close|DEADLINE_EXCEEDED",
+        re.IGNORECASE,
+    ),
+    FailureClass.INVALID: re.compile(
+        r"not running in a trusted directory|unknown argument|invalid values:|invalid approval mode|INVALID_ARGUMENT"
+        r"|invalid custom base url|invalid configuration|no input provided|model is not found|is not found for API",
+        re.IGNORECASE,
+    ),
+}
+_NAME: Final = re.compile(r"\b([A-Z]\w+Error): ")
+_STATUS: Final = re.compile(r"\b(?:status|code)\"?\s*:\s*([45][0-9]{2})\b")
+_MESSAGE: Final = re.compile(r'"message"\s*:\s*"([^"]+)"')
+_AFTER: Final = re.compile(
+    r"\b(?:retry (?:after|in)|reset after) "
+    r"(?:([0-9]{1,4})h)?(?:([0-9]{1,5})m(?!s))?(?:([0-9]{1,9}(?:\.[0-9]{1,12})?)(ms|s))?",
+    re.IGNORECASE,
+)
+_COLOR: Final = re.compile(r"\x1b\[[0-9;]*m")
+_REPORT: Final = "Error when talking to Gemini API"
+_NO_RESULT: Final = "it ended without a result: something stopped it"
+_LONGEST_REASON: Final = 300
+_PATH_KEYS: Final = ("file_path", "absolute_path")
+_DETAIL_KEYS: Final = ("command", "pattern", "query", "dir_path", "path", "prompt", "name", "description")
+
+
+class GeminiOptions(AdapterOptions):
+    """What stands under an adapter that says `use: gemini`."""
+
+    bin: ProgramName = "gemini"
+    """The program."""
+    model: Value | None = None
+    """The model, as in `--model`; none: what its own configuration says."""
+    approval_mode: Literal["auto_edit", "yolo"] = "auto_edit"
+    """What it may do unasked: change files, or also run commands and all else (meant for the fence)."""
+    args: Arguments = ()
+    """More arguments, after ours, such as `[--include-directories, /srv/docs]`."""
+
+
+class GeminiAdapter:
+    """Runs `gemini` with the prompt on standard input."""
+
+    Options: ClassVar[type[BaseModel]] = GeminiOptions
+
+    def __init__(self, options: GeminiOptions, /) -> None:
+        self._options = options
+
+    def programs(self) -> Sequence[Program]:
+        """Return Gemini CLI itself, which can't be asked whether it is logged in."""
+        return (
+            Program(
+                self._options.bin,
+                install="install it (`npm install -g @google/gemini-cli`), or correct `bin`",
+                version=("--version",),
+                known=">=0.61,<0.62",
+                keys=_KEYS,
+                log_in=_LOG_IN,
+            ),
+        )
+
+    def command(self, request: SessionRequest) -> Command:
+        """Return the command line."""
+        model = () if self._options.model is None else ("--model", self._options.model)
+        stream = ("--output-format", "stream-json", "--approval-mode", self._options.approval_mode)
+        env, passed = self._options.variables(("HOME", *_KEYS, *_PLACES), **_PRESET)
+        return Command(
+            argv=(self._options.bin, *stream, *model, *self._options.args),
+            stdin=request.prompt_file,
+            env=env,
+            pass_env=passed,
+        )
+
+    def parse(self, line: str) -> Sequence[SessionEvent]:
+        """Return what a JSON line means; a line of text is said as it stands."""
+        value = read_object(line)
+        if value is None:
+            return (Said(line),) if line.strip() and not line.startswith("{") else ()
+        match value.get("type"):
+            case "init" if session := text_of(value.get("session_id")):
+                return (Identified(session),)
+            case "message" if value.get("role") == "assistant" and (text := text_of(value.get("content"))):
+                return (Said(text, part=value.get("delta") is True),)
+            case "tool_use":
+                return tuple(_of_tool(text_of(value.get("tool_name")), value.get("parameters")))
+            case "tool_result" if value.get("status") == "error":
+                return tuple(_of_tool_result(value.get("error")))
+            case "error":
+                return tuple(_of_error(value))
+            case "result":
+                return tuple(_of_result(value))
+            case _:
+                return ()
+
+    def verdict(self, end: SessionEnd) -> Failed | None:
+        """Return what its result says, as far as that tells its class, else what standard error does."""
+        failed = failure_concluded(end)
+        if failed is not None and failed.failure is FailureClass.CRASHED:
+            failed = _failure_told_before(end) or _failure_on_stderr(end.stderr) or failed
+        if failed is None and not _has_result(end):
+            failed = _failure_on_stderr(end.stderr)
+            if failed is None and end.events:
+                # A signal ends it with 0, in the middle of its work.
+                failed = Failed(FailureClass.CRASHED, _NO_RESULT)
+        if failed is None or failed.failure is not FailureClass.RATE_LIMITED:
+            return failed
+        seconds = _seconds_to_wait(end)
+        return Failed(failed.failure, failed.reason, None if seconds is None else end.time + seconds)
+
+
+def _of_tool(name: str, given: Any) -> Iterator[SessionEvent]:
+    given = given if isinstance(given, dict) else {}
+    paths = tuple(given[key] for key in _PATH_KEYS if isinstance(given.get(key), str))
+    details = [given[key] for key in _DETAIL_KEYS if isinstance(given.get(key), str)]
+    if name:
+        yield UsedTool(name, _one_line((paths or details or ("",))[0]), paths)
+
+
+def _of_tool_result(error: Any) -> Iterator[SessionEvent]:
+    message = _one_line(text_of(error.get("message"))) if isinstance(error, dict) else ""
+    if message:
+        yield Warned(f"a tool failed: {message}")
+
+
+def _of_error(value: JsonObject) -> Iterator[SessionEvent]:
+    text = text_of(value.get("message"))
+    if value.get("severity") == "error":
+        yield Concluded("", _failure("", text))
+    elif text.strip():
+        yield Warned(_one_line(text))
+
+
+def _of_result(value: JsonObject) -> Iterator[SessionEvent]:
+    """Success takes back no error told before: it also says so where it stopped because of one."""
+    stats, error = value.get("stats"), value.get("error")
+    stats = stats if isinstance(stats, dict) else {}
+    yield Spent(number_of(stats.get("input_tokens")), number_of(stats.get("output_tokens")), in_all=True)
+    if isinstance(error, dict) or value.get("status") == "error":
+        error = error if isinstance(error, dict) else {}
+        yield Concluded("", _failure(text_of(error.get("type")), text_of(error.get("message"))))
+
+
+def _failure(name: str, text: str) -> Failed:
+    text = text.replace('\\"', '"')
+    failure = _class_in(_PLAIN, text) or _class_of_status(text) or _NAMES.get(name) or _class_in(_WORDS, text)
+    message = _MESSAGE.search(text)
+    said = _one_line(
+        message[1] if message else text.removeprefix("[API Error: ").replace("]\n", "\n").removesuffix("]")
+    )
+    return _failed(failure or FailureClass.CRASHED, said or "it ended with an error")
+
+
+def _failure_told_before(end: SessionEnd) -> Failed | None:
+    """Of an answer that it can't use, its result says no more than that there was an error."""
+    told = [one.failed for one in end.events if isinstance(one, Concluded) and one.failed is not None]
+    return next((one for one in reversed(told) if one.failure is not FailureClass.CRASHED), None)
+
+
+def _failure_on_stderr(stderr: str) -> Failed | None:
+    """Its last report of an error may go over many lines, with the status at the end."""
+    report = stderr[stderr.rfind(_REPORT) :] if _REPORT in stderr else ""
+    names = _NAME.findall(report)
+    failure = _class_in(_PLAIN, report) or _class_of_status(report) or (_NAMES.get(names[-1]) if names else None)
+    if failure is not None:
+        return _failed(failure, _one_line(_NAME.split(report)[-1].partition("\n")[0]))
+    for line in reversed(stderr.splitlines()):
+        if (failure := _class_in(_PLAIN, line) or _class_in(_WORDS, line)) is not None:
+            return _failed(failure, _one_line(_COLOR.sub("", line)))
+    return None
+
+
+def _class_of_status(text: str) -> FailureClass | None:
+    found = _STATUS.search(text)
+    if found is None:
+        return None
+    status = int(found[1])
+    return _STATUSES.get(status, FailureClass.OVERLOADED if status >= 500 else FailureClass.INVALID)
+
+
+def _class_in(patterns: Mapping[FailureClass, re.Pattern[str]], text: str) -> FailureClass | None:
+    return next((failure for failure, pattern in patterns.items() if pattern.search(text)), None)
+
+
+def _failed(failure: FailureClass, reason: str) -> Failed:
+    return Failed(failure, f"{reason.rstrip('.')}: {_LOG_IN}" if failure is FailureClass.AUTH else reason)
+
+
+def _has_result(end: SessionEnd) -> bool:
+    return any(isinstance(event, Spent | Concluded) for event in end.events)
+
+
+def _seconds_to_wait(end: SessionEnd) -> float | None:
+    """What it was told last: by its result, or on standard error."""
+    results = [line for line in end.stdout.splitlines() if '"result"' in line]
+    for text in (*results[-1:], end.stderr):
+        told = [one for one in _AFTER.finditer(text) if any(one.groups())]
+        if told:
+            hours, minutes, amount, unit = told[-1].groups("0")
+            return int(hours) * 3600 + int(minutes) * 60 + float(amount) / (1000 if unit == "ms" else 1)
+    return None
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:_LONGEST_REASON]
+
+
+@hookimpl
+def council_register_adapters(register: RegisterAdapter) -> None:
+    """Register `use: gemini`."""
+    register("gemini", GeminiAdapter)
