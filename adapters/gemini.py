@@ -35,11 +35,11 @@ from orchestrator.protocols import (
 
 hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
-_KEYS: Final = ("GEMINI_API_KEY", "GOOGLE_API_KEY", "GOOGLE_APPLICATION_CREDENTIALS")
+_KEYS: Final = ("GEMINI_API_KEY", "GOOGLE_API_KEY")
 _PLACES: Final = (
     *("GEMINI_CLI_HOME", "GOOGLE_GEMINI_BASE_URL", "GOOGLE_VERTEX_BASE_URL", "GOOGLE_GENAI_API_VERSION"),
     *("GOOGLE_GENAI_USE_GCA", "GOOGLE_GENAI_USE_VERTEXAI", "GOOGLE_CLOUD_PROJECT", "GOOGLE_CLOUD_PROJECT_ID"),
-    *("GOOGLE_CLOUD_LOCATION", "GEMINI_MODEL"),
+    *("GOOGLE_CLOUD_LOCATION", "GOOGLE_APPLICATION_CREDENTIALS", "GEMINI_MODEL"),
 )
 _LOG_IN: Final = (
     "run `gemini` once and log in, or set GEMINI_API_KEY; with GOOGLE_GEMINI_BASE_URL also "
@@ -159,7 +159,7 @@ class GeminiAdapter:
                 self._options.bin,
                 install="install it (`npm install -g @google/gemini-cli`), or correct `bin`",
                 version=("--version",),
-                known=">=0.61,<0.62",
+                known=">=0.61,<1",
                 keys=_KEYS,
                 log_in=_LOG_IN,
             ),

@@ -245,7 +245,8 @@ class TestGemini(AdapterContract):
         (end(gemini_result("No such file", "FatalInputError"), 42), FailureClass("invalid")),
         (
             end(
-                gemini("error", severity="error", message="Maximum session turns exceeded") + f"\n{gemini_result()}\n", 0
+                gemini("error", severity="error", message="Maximum session turns exceeded")
+                + f"\n{gemini_result()}\n", 0
             ),
             FailureClass("limit"),
         ),
@@ -266,7 +267,8 @@ class TestGemini(AdapterContract):
         "tool": Recorded(text="Both done.", paths=frozenset({"out/b.txt"})),
         # The tool answered with an error; the program goes on, and says that all went well.
         "refused": Recorded(text="Done.", paths=frozenset({"../beside.txt"})),
-        "no-shell": Recorded(paths=frozenset()),
+        # Of what it may not do unasked, the model does not even hear.
+        "no-shell": Recorded(paths=frozenset({"hello.txt"})),
         "limited": Recorded(FailureClass.RATE_LIMITED, paths=frozenset()),
         "limited-for-long": Recorded(FailureClass.RATE_LIMITED),
         "limited-then-well": Recorded(text="Done.", paths=frozenset({"hello.txt"})),

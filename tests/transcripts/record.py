@@ -90,7 +90,7 @@ PROGRAMS: Final[Mapping[str, Program]] = {
         {
             **CASES,
             "refused": Case("write ../beside.txt hi"),
-            "no-shell": Case("run echo from-the-shell\nsay That was it.", {"approval_mode": "auto_edit"}),
+            "no-shell": Case("write hello.txt hi\nrun echo from-the-shell", {"approval_mode": "auto_edit"}),
             "limited-for-long": Case("fail 429 9 4000\nwrite hello.txt hi"),
             "overloaded": Case("fail 503\nwrite hello.txt hi"),
             "wrong-request": Case("fail 400\nwrite hello.txt hi"),
