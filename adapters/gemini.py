@@ -125,6 +125,7 @@ _AFTER: Final = re.compile(
 )
 _COLOR: Final = re.compile(r"\x1b\[[0-9;]*m")
 _REPORT: Final = "Error when talking to Gemini API"
+_READ_ONLY: Final = re.compile(r"critical error .*\b(?:EROFS|EACCES)\b.*'(.*/\.gemini)/")
 _NO_RESULT: Final = "it ended without a result: something stopped it"
 _LONGEST_REASON: Final = 300
 _PATH_KEYS: Final = ("file_path", "absolute_path")
@@ -270,6 +271,9 @@ def _failure_on_stderr(stderr: str) -> Failed | None:
     if failure is not None:
         return _failed(failure, _one_line(_NAME.split(report)[-1].partition("\n")[0]))
     for line in reversed(stderr.splitlines()):
+        if (home := _READ_ONLY.search(line)) is not None:
+            reason = f"it can't write to {home[1]}, without which it does not start"
+            return Failed(FailureClass.INVALID, f"{reason}: name that folder under `writable`"[:_LONGEST_REASON])
         if (failure := _class_in(_PLAIN, line) or _class_in(_WORDS, line)) is not None:
             return _failed(failure, _one_line(_COLOR.sub("", line)))
     return None

@@ -259,6 +259,11 @@ class TestGemini(AdapterContract):
         ),
         (end(gemini("result", status="error", stats={}), 1), FailureClass("crashed")),
         (end("", 42, "Unknown argument: frobnicate"), FailureClass("invalid")),
+        (
+            end("", 1, "An unexpected critical error occurred:Error: EROFS: read-only file system, open "
+                "'/home/x/.gemini/projects.json.4d599ce4.tmp'\n    at async main (file:///gemini.js:17457:5)\n"),
+            FailureClass("invalid"),
+        ),
         (end("", 41, ""), None),
     )  # fmt: skip
     transcripts = TRANSCRIPTS / "gemini"
