@@ -203,9 +203,10 @@ class GeminiAdapter:
         """Return what its result says, as far as that tells its class, else what standard error does."""
         failed = failure_concluded(end)
         if failed is not None and failed.failure is FailureClass.CRASHED:
-            failed = _failure_told_before(end) or _failure_on_stderr(end.stderr) or failed
+            failed = _failure_told_before(end) or _failure_reported(end.stderr) or failed
         if failed is None and not _has_result(end):
-            failed = _failure_on_stderr(end.stderr)
+            # Once it works, lines are about what it has overcome, or about its tools.
+            failed = _failure_reported(end.stderr) or (None if _has_begun(end) else _failure_in_lines(end.stderr))
             if failed is None and end.events:
                 # A signal ends it with 0, in the middle of its work.
                 failed = Failed(FailureClass.CRASHED, _NO_RESULT)
@@ -263,13 +264,17 @@ def _failure_told_before(end: SessionEnd) -> Failed | None:
     return next((one for one in reversed(told) if one.failure is not FailureClass.CRASHED), None)
 
 
-def _failure_on_stderr(stderr: str) -> Failed | None:
-    """Its last report of an error may go over many lines, with the status at the end."""
-    report = stderr[stderr.rfind(_REPORT) :] if _REPORT in stderr else ""
+def _failure_reported(stderr: str) -> Failed | None:
+    """Its report of the error that ends it goes over many lines, with the status towards the end."""
+    _, reported, report = stderr.rpartition(_REPORT)
+    if not reported:
+        return None
     names = _NAME.findall(report)
     failure = _class_in(_PLAIN, report) or _class_of_status(report) or (_NAMES.get(names[-1]) if names else None)
-    if failure is not None:
-        return _failed(failure, _one_line(_NAME.split(report)[-1].partition("\n")[0]))
+    return None if failure is None else _failed(failure, _one_line(_NAME.split(report)[-1].partition("\n")[0]))
+
+
+def _failure_in_lines(stderr: str) -> Failed | None:
     for line in reversed(stderr.splitlines()):
         if (home := _READ_ONLY.search(line)) is not None:
             reason = f"it can't write to {home[1]}, without which it does not start"
@@ -293,6 +298,10 @@ def _class_in(patterns: Mapping[FailureClass, re.Pattern[str]], text: str) -> Fa
 
 def _failed(failure: FailureClass, reason: str) -> Failed:
     return Failed(failure, f"{reason.rstrip('.')}: {_LOG_IN}" if failure is FailureClass.AUTH else reason)
+
+
+def _has_begun(end: SessionEnd) -> bool:
+    return any(not isinstance(event, Said) or event.part for event in end.events)
 
 
 def _has_result(end: SessionEnd) -> bool:

@@ -258,6 +258,19 @@ class TestGemini(AdapterContract):
             FailureClass("refused"),
         ),
         (end(gemini("result", status="error", stats={}), 1), FailureClass("crashed")),
+        (
+            end(gemini("init", session_id=SESSION), 0, "Attempt 1 failed: Resource has been exhausted.. Retrying\n"),
+            FailureClass("crashed"),
+        ),
+        (
+            end(
+                gemini("init", session_id=SESSION) + "\n" + gemini_result("[API Error: models/x gone]"), 1,
+                "Error when talking to Gemini API Full report available at: /x.json ModelNotFoundError: models/x gone\n"
+                "    at main (file:///gemini.js:1:2)\n  code: 404\n}\n",
+            ),
+            FailureClass("invalid"),
+        ),
+        (end("Loaded cached credentials.\n", 41, "Authentication failed: x"), FailureClass("auth")),
         (end("", 42, "Unknown argument: frobnicate"), FailureClass("invalid")),
         (
             end("", 1, "An unexpected critical error occurred:Error: EROFS: read-only file system, open "
