@@ -13,6 +13,7 @@ import errno
 import os
 import shutil
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -122,7 +123,7 @@ async def create(worktree: Worktree, checkout: Checkout, prompt: str) -> Worktre
 
 def _lay_out(worktree: Worktree, checkout: Checkout, prompt: str) -> None:
     place, record = checkout.place, checkout.contents.record
-    worktree.root.mkdir(mode=0o700, parents=True)
+    make_root(worktree.root)
     (worktree.root / "place").symlink_to(place.root)
     failpoint("worktree.half_built")
     shutil.copytree(worktree.hub.seed, worktree.git_dir)
@@ -142,6 +143,16 @@ def _lay_out(worktree: Worktree, checkout: Checkout, prompt: str) -> None:
     staged = worktree.index.with_name(f"{worktree.index.name}.lock")
     shutil.copyfile(place.index, staged)
     staged.rename(worktree.index)
+
+
+def make_root(root: Path) -> None:
+    """Make a session's folder. The one that it is in goes with the last session in it, at any moment."""
+    is_made = False
+    while not is_made:
+        root.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            root.mkdir(mode=0o700)
+            is_made = True
 
 
 def _make_sparse(worktree: Worktree, place: Place) -> None:

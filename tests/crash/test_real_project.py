@@ -69,7 +69,7 @@ async def test_twelve_real_edits_land_once_each(project: Repository) -> None:
     await finish(project, len(EDITS))
 
 
-@pytest.mark.parametrize("name", sorted(FAILPOINTS - BESIDE - {"adapter.parked", "landing.bounced"}))
+@pytest.mark.parametrize("name", sorted(FAILPOINTS - BESIDE - {"adapter.parked", "landing.bounced", "sink.sent"}))
 async def test_killed_at_every_failpoint(project: Repository, name: str) -> None:
     """Killed at the fifth time (or the only one) that a step is reached."""
     config = str(configure(project))

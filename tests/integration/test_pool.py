@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -580,3 +581,23 @@ async def test_two_processes_that_are_killed_now_and_then(plain: Yard, repositor
 async def test_ten_thousand(plain: Yard, repository: Repository) -> None:
     """The same, far longer."""
     await _many(plain, repository, 10_000)
+
+
+def test_a_sessions_folder_is_made_while_the_last_one_beside_it_goes(tmp_path: Path) -> None:
+    """Whoever leaves removes the run's folder if nothing else is in it, at any moment."""
+    run, over = tmp_path / "sessions" / "run", threading.Event()
+
+    def leave() -> None:
+        while not over.is_set():
+            with suppress(OSError):
+                run.rmdir()
+
+    leaving = threading.Thread(target=leave)
+    leaving.start()
+    try:
+        for number in range(300):
+            worktrees.make_root(run / str(number))
+            (run / str(number)).rmdir()
+    finally:
+        over.set()
+        leaving.join()

@@ -176,6 +176,8 @@ def _make_folder(top: Path, path: str, other: str) -> None:
 
 
 def _nest(top: Path, path: str, _: str) -> None:
+    if not path:
+        return  # the top is one already
     (top / path).mkdir(exist_ok=True)
     subprocess.run(["git", "init", "-q", str(top / path)], check=True, capture_output=True)
     subprocess.run(["git", "-C", str(top / path), *_IDENTITY, "commit", "-qm", "x", "--allow-empty"], check=True)
