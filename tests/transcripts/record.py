@@ -15,9 +15,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from adapters.codex import CodexAdapter
 from adapters.gemini import GeminiAdapter
 from orchestrator.protocols import AdapterType, SessionRequest
 from orchestrator.testing.model_server import ModelServer
@@ -25,32 +27,41 @@ from orchestrator.testing.recordings import Recording
 from tests.waiting import wait_for
 
 HERE: Final = Path(__file__).parent
+_MODEL: Final = "http://model"
 _LONGEST: Final = 150.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
     """One run: the script in the prompt, options and variables beside the program's own, and a signal for its process
-    group once the model has been asked. `is_dead`: nothing listens where the model should be.
+    group once the model has been asked, or once it has `said` something. `is_dead`: nothing listens where the model
+    should be.
     """
 
     prompt: str
     options: Mapping[str, Any] = field(default_factory=dict)
     environ: Mapping[str, str] = field(default_factory=dict)
     signal: signal.Signals | None = None
+    said: str | None = None
     is_dead: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """How a program is run: its adapter, the options of all cases, and its variables, given the server's URL and its
-    own home.
+    """How a program is run: its adapter, the options of all cases, in which `http://model` stands for the server's URL,
+    and its variables, given that URL and its own home.
     """
 
     adapter: AdapterType
     options: Mapping[str, Any]
     environ: Callable[[str, Path], Mapping[str, str]]
     cases: Mapping[str, Case]
+
+
+def _codex_environ(_url: str, home: Path) -> Mapping[str, str]:
+    """Its home may not be where temporary files are."""
+    (home.parent / "tmp").mkdir()
+    return {"OPENAI_API_KEY": "no-key", "TMPDIR": str(home.parent / "tmp")}
 
 
 #: What every program is put through; each adds and replaces what is its own.
@@ -101,6 +112,28 @@ PROGRAMS: Final[Mapping[str, Program]] = {
             "untrusted": Case("write hello.txt hi", environ={"GEMINI_CLI_TRUST_WORKSPACE": "false"}),
         },
     ),
+    "codex": Program(
+        adapter=CodexAdapter,
+        options={
+            "model": "gpt-5.5",  # its newer ones have no tools but a program of JavaScript
+            "provider": "model",
+            "args": [
+                *("-c", 'model_providers.model.name="model"'),
+                *("-c", 'model_providers.model.base_url="http://model/v1"'),
+                *("-c", 'model_providers.model.env_key="OPENAI_API_KEY"'),
+            ],
+        },
+        environ=_codex_environ,
+        cases={
+            **CASES,
+            "dead-server": Case("write hello.txt hi", signal=signal.SIGTERM, said="waiting for network", is_dead=True),
+            "refused": Case("write hello.txt hi\nrun echo hi > hello.txt", options={"sandbox": "read-only"}),
+            "invalid": Case("fail 400\nwrite hello.txt hi"),
+            "overloaded": Case("fail 503\nwrite hello.txt hi"),
+            "no-key": Case("write hello.txt hi", environ={"OPENAI_API_KEY": ""}),
+            "unwritable": Case("write hello.txt hi", environ={"CODEX_HOME": "/proc/self"}),
+        },
+    ),
 }
 
 
@@ -114,10 +147,11 @@ def record(program: Program, case: Case, folder: str) -> Recording:
         environ = {"PATH": path, "HOME": str(home), "LC_ALL": "C.UTF-8", "GIT_CONFIG_NOSYSTEM": "1"}
         subprocess.run(["git", "init", "--quiet", str(worktree)], check=True, env=environ)
         prompt.write_text(case.prompt + "\n")
-        adapter = program.adapter(program.adapter.Options.model_validate({**program.options, **case.options}))
+        url = "http://127.0.0.1:9" if case.is_dead else server.url
+        options = json.loads(json.dumps({**program.options, **case.options}).replace(_MODEL, url))
+        adapter = program.adapter(program.adapter.Options.model_validate(options))
         request = SessionRequest("run", "task", 1, case.prompt, prompt, worktree)
         command = adapter.command(request)
-        url = "http://127.0.0.1:9" if case.is_dead else server.url
         given = {**environ, **command.env, **program.environ(url, home), **case.environ}
         with (place / "out").open("wb") as out, (place / "err").open("wb") as err:
             child = subprocess.Popen(
@@ -131,7 +165,8 @@ def record(program: Program, case: Case, folder: str) -> Recording:
             )
             try:
                 if case.signal is not None:
-                    wait_for(lambda: bool(server.requests), _LONGEST)
+                    said = None if case.said is None else case.said.encode()
+                    wait_for(partial(_has_come, server, said, place / "out"), _LONGEST)
                     os.killpg(child.pid, case.signal)
                 code = child.wait(_LONGEST)
             finally:
@@ -142,7 +177,7 @@ def record(program: Program, case: Case, folder: str) -> Recording:
         version = subprocess.run(
             [asked.name, *asked.version], env=given, cwd=home, capture_output=True, text=True, check=False
         )
-        known = {str(worktree): "/work", str(place): "/scratch", url: "http://model", folder: "/programs"}
+        known = {str(worktree): "/work", str(place): "/scratch", url: _MODEL, folder: "/programs"}
         return Recording(
             program=f"{asked.name} {(version.stdout.strip().splitlines() or ['?'])[0]}",
             exit=code if code >= 0 else None,
@@ -150,6 +185,10 @@ def record(program: Program, case: Case, folder: str) -> Recording:
             stdout=_sanitized((place / "out").read_text(errors="replace"), known),
             stderr=_sanitized((place / "err").read_text(errors="replace"), known),
         )
+
+
+def _has_come(server: ModelServer, said: bytes | None, out: Path) -> bool:
+    return bool(server.requests) if said is None else said in out.read_bytes()
 
 
 def _sanitized(text: str, known: Mapping[str, str]) -> list[str]:

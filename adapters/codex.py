@@ -1,0 +1,306 @@
+"""Codex, which prints JSON lines (npm `@openai/codex`, https://developers.openai.com/codex/noninteractive).
+
+It says what failed in words alone, `error` and then `turn.failed`; those of an HTTP status hold its number. A sandbox
+of its own that keeps it from writing is no failure to it: it ends well, with nothing changed. Where there is no network
+it waits for ever, and says so again and again.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+import pluggy
+from pydantic import AfterValidator, BaseModel
+
+from adapters.jsonlines import failure_concluded, number_of, read_object, text_of
+from adapters.options import AdapterOptions, Arguments, ProgramName, Value
+from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.outcome import Failed
+from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
+from orchestrator.protocols import (
+    Command,
+    Concluded,
+    Identified,
+    Program,
+    Said,
+    SessionEnd,
+    SessionEvent,
+    SessionRequest,
+    Spent,
+    UsedTool,
+    Warned,
+)
+
+hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
+
+#: What its own provider is asked with; another one's key is in a variable that its `env_key` names.
+_KEYS: Final = ("CODEX_API_KEY", "CODEX_ACCESS_TOKEN")
+_OTHER_KEYS: Final = ("OPENAI_API_KEY", "AZURE_OPENAI_API_KEY", "OPENROUTER_API_KEY")
+_PLACES: Final = ("CODEX_HOME", "CODEX_CA_CERTIFICATE", "OPENAI_ORGANIZATION", "OPENAI_PROJECT")
+_LOG_IN: Final = (
+    "run `codex login`, set CODEX_API_KEY, or add credit; the key of another provider is in the variable that its "
+    "`env_key` names"
+)
+_MAKE_WRITABLE: Final = (
+    "it has to write in its own folder: make that if it is not there, and add it under `writable` (`[~/.codex]`)"
+)
+_SANDBOXES: Final[Mapping[str, tuple[str, ...]]] = {
+    # Not just a sandbox that lets everything through: with approvals it declines MCP tools, as nobody is there to ask.
+    "none": ("--dangerously-bypass-approvals-and-sandbox",),
+    "workspace-write": ("--sandbox", "workspace-write"),
+    "read-only": ("--sandbox", "read-only"),
+}
+_SETTINGS: Final = (
+    *("-c", "analytics.enabled=false"),
+    *("-c", "feedback.enabled=false"),
+    *("-c", "check_for_update_on_startup=false"),
+)
+
+#: By HTTP status; other statuses from 500 on are the service's trouble, from 400 on the request's.
+_STATUSES: Final[Mapping[int, FailureClass]] = {
+    401: FailureClass.AUTH,
+    402: FailureClass.AUTH,
+    403: FailureClass.AUTH,
+    408: FailureClass.TRANSIENT,
+    429: FailureClass.RATE_LIMITED,
+}
+_STATUS: Final = re.compile(r"(?:unexpected status |last status: |\(status |^\{.*\"status\": ?)(\d{3})\b", re.DOTALL)
+#: By what it says where there is no status (codex-rs/protocol/src/error.rs); the first that matches counts.
+_WORDS: Final[Mapping[FailureClass, re.Pattern[str]]] = {
+    FailureClass.AUTH: re.compile(
+        r"quota exceeded|out of credits|spend cap|to use codex with your chatgpt plan|missing environment variable"
+        r"|not logged in|(?:log|sign) in again|access token could not be refreshed|invalid api key|incorrect api key",
+        re.IGNORECASE,
+    ),
+    FailureClass.RATE_LIMITED: re.compile(r"hit your usage limit|rate limit reached", re.IGNORECASE),
+    FailureClass.LIMIT: re.compile(r"ran out of room in the model's context window|session budget exceeded"),
+    FailureClass.REFUSED: re.compile(r"content_filter|\bflagged (?:for|as)\b"),
+    FailureClass.OVERLOADED: re.compile(r"model is at capacity|experiencing high demand|overloaded"),
+    FailureClass.TRANSIENT: re.compile(
+        r"stream disconnected before completion|connection failed|error sending request|request timed out"
+        r"|error while reading the server response|timeout waiting for",
+        re.IGNORECASE,
+    ),
+    FailureClass.INVALID: re.compile(
+        r"read-only file system|permission denied|error loading config|CODEX_HOME points to|unexpected argument"
+        r"|invalid value|is not supported when using codex|\"invalid_request_error\"",
+        re.IGNORECASE,
+    ),
+}
+_UNWRITABLE: Final = re.compile(r"read-only file system|permission denied|CODEX_HOME points to", re.IGNORECASE)
+_RECONNECTING: Final = re.compile(r"Reconnecting\.\.\. ")
+#: In local time; the date stands there unless it is today's: `Mar 3rd, 2026 4:05 PM`.
+_UNTIL: Final = re.compile(
+    r"try again at (?:([A-Z][a-z]{2}) (\d{1,2})(?:st|nd|rd|th), (\d{4}) )?(\d{1,2}):(\d{2}) ([AP])M\b"
+)
+_MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+_PROVIDER: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+#: Those that it has by itself; nothing of them can be set.
+_BUILT_IN: Final = frozenset({"amazon-bedrock", "lmstudio", "ollama", "openai"})
+_LONGEST_REASON: Final = 300
+
+
+def _check_provider(name: str) -> str:
+    if not _PROVIDER.fullmatch(name):
+        raise ValueError(f"{name[:60]!r} can't name a provider: use letters, digits, '_' and '-'")
+    return name
+
+
+_ProviderName = Annotated[str, AfterValidator(_check_provider)]
+
+
+class CodexOptions(AdapterOptions):
+    """What stands under an adapter that says `use: codex`."""
+
+    bin: ProgramName = "codex"
+    """The program."""
+    model: Value | None = None
+    """The model, as in `--model`; none: what its own configuration says."""
+    provider: _ProviderName | None = None
+    """One of `model_providers` in its configuration, with a key of its own; none: what its own configuration says."""
+    sandbox: Literal["none", "workspace-write", "read-only"] = "none"
+    """The sandbox of its own that it works in: none (meant for the fence), or one, in which nothing is written where
+    the fence is."""
+    args: Arguments = ()
+    """More arguments, after ours, such as `[-c, model_reasoning_effort=high]`."""
+
+
+class CodexAdapter:
+    """Runs `codex exec` with the prompt on standard input."""
+
+    Options: ClassVar[type[BaseModel]] = CodexOptions
+
+    def __init__(self, options: CodexOptions, /) -> None:
+        self._options = options
+
+    def programs(self) -> Sequence[Program]:
+        """Return Codex itself, which can be asked whether it is logged in, but not to another provider."""
+        is_own = self._options.provider in {None, "openai"}
+        return (
+            Program(
+                self._options.bin,
+                install="install it (`npm install -g @openai/codex`), or correct `bin`",
+                version=("--version",),
+                known=">=0.160,<0.180",
+                ready=("login", "status") if is_own else (),
+                keys=_KEYS if is_own else (),
+                log_in=_LOG_IN,
+            ),
+        )
+
+    def command(self, request: SessionRequest) -> Command:
+        """Return the command line; only a provider that is named can be told not to be asked again and again."""
+        options = self._options
+        model = () if options.model is None else ("--model", options.model)
+        provider = () if options.provider is None else _provider_settings(options.provider)
+        env, passed = options.variables(("HOME", "USER", *_KEYS, *_OTHER_KEYS, *_PLACES))
+        return Command(
+            argv=(
+                *(options.bin, "exec", "--json", "--skip-git-repo-check", *_SANDBOXES[options.sandbox]),
+                *(*_SETTINGS, *provider, *model, *options.args, "-"),
+            ),
+            stdin=request.prompt_file,
+            env=env,
+            pass_env=passed,
+        )
+
+    def parse(self, line: str) -> Sequence[SessionEvent]:
+        """Return what a JSON line means; a line of text is said as it stands."""
+        value = read_object(line)
+        if value is None:
+            return (Said(line),) if line.strip() and not line.startswith("{") else ()
+        match value:
+            case {"type": "thread.started", "thread_id": str(thread)} if thread:
+                return (Identified(thread),)
+            case {"type": "item.started" | "item.completed" as when, "item": {"type": str(kind)} as item}:
+                return tuple(_of_item(kind, item, is_over=when == "item.completed"))
+            case {"type": "turn.completed"}:
+                return (*_of_usage(value.get("usage")), Concluded())
+            case {"type": "turn.failed"}:
+                error = value.get("error")
+                return (_failure(text_of(error.get("message")) if isinstance(error, dict) else ""),)
+            case {"type": "error", "message": str(message)}:
+                return (Warned(message) if _RECONNECTING.match(message) else _failure(message),)
+            case _:
+                return ()
+
+    def verdict(self, end: SessionEnd) -> Failed | None:
+        """Return what it says of its end, else what its plain words do; a limit with its end if it tells one."""
+        failed = failure_concluded(end) or _failure_in_words(end)
+        if failed is None or failed.failure is not FailureClass.RATE_LIMITED:
+            return failed
+        return Failed(failed.failure, failed.reason, _until(failed.reason, end.time))
+
+
+def _provider_settings(provider: str) -> tuple[str, ...]:
+    """Choose a provider, and have it asked once more at most: the rest is the scheduler's."""
+    chosen = ("-c", f"model_provider={provider}")
+    if provider in _BUILT_IN:
+        return chosen
+    table = f"model_providers.{provider}"
+    return (*chosen, "-c", f"{table}.request_max_retries=1", "-c", f"{table}.stream_max_retries=1")
+
+
+def _of_item(kind: str, item: Mapping[str, Any], *, is_over: bool) -> Iterator[SessionEvent]:
+    match kind, is_over:
+        case "agent_message", True if text_of(item.get("text")).strip():
+            yield Said(text_of(item["text"]))
+        case "error", True:
+            yield Warned(text_of(item.get("message")) or "an error")
+        case "command_execution", False:
+            yield UsedTool("shell", _one_line(text_of(item.get("command"))))
+        case "mcp_tool_call", False:
+            yield UsedTool(".".join(filter(None, (text_of(item.get(key)) for key in ("server", "tool")))) or "mcp")
+        case "web_search", True:
+            yield UsedTool("web_search", _one_line(text_of(item.get("query"))))
+        case "file_change", True:
+            changes = item.get("changes")
+            found = [one.get("path") for one in changes if isinstance(one, dict)] if isinstance(changes, list) else []
+            paths = tuple(path for path in found if isinstance(path, str))
+            yield UsedTool("edit", _one_line(" ".join(paths)), paths)
+        case _:
+            pass
+
+
+def _of_usage(usage: Any) -> Iterator[SessionEvent]:
+    """Tokens of the whole conversation, those of earlier sessions included where it went on with one."""
+    if isinstance(usage, dict):
+        # Cached tokens are among the input's, those of reasoning among the output's.
+        yield Spent(number_of(usage.get("input_tokens")), number_of(usage.get("output_tokens")), in_all=True)
+
+
+def _failure(message: str) -> Concluded:
+    failure = _class_of(message) or FailureClass.CRASHED
+    return Concluded("", _failed(failure, _unwrapped(message)))
+
+
+def _unwrapped(message: str) -> str:
+    """Return the message in an answer of the API, which it may say as it stands."""
+    answer = read_object(message) or {}
+    error = answer.get("error")
+    return (text_of(error.get("message")) if isinstance(error, dict) else "") or message
+
+
+def _class_of(message: str) -> FailureClass | None:
+    by_words = next((failure for failure, pattern in _WORDS.items() if pattern.search(message)), None)
+    found = _STATUS.search(message)
+    status = 0 if found is None else int(found[1])
+    if status >= 500:
+        return FailureClass.OVERLOADED
+    if status >= 400:
+        # What the account lacks is told by words only: its status is that of any request too many.
+        return by_words if by_words is FailureClass.AUTH else _STATUSES.get(status, FailureClass.INVALID)
+    return by_words
+
+
+def _failure_in_words(end: SessionEnd) -> Failed | None:
+    """What it waited for to the last; or, where it could not even begin, what it told on standard error."""
+    match end.events[-1:]:
+        case [Warned(text)] if _RECONNECTING.match(text):
+            return _failure(text).failed
+    if end.exit == 0 or any(isinstance(event, Identified) for event in end.events):
+        return None
+    for line in reversed(end.stderr.splitlines()):
+        if not line.startswith("WARNING") and (failure := _class_of(line[:4096])) is not None:
+            return _failed(failure, line)
+    return None
+
+
+def _failed(failure: FailureClass, message: str) -> Failed:
+    reason = _one_line(message) or "it ended with an error"
+    if failure is FailureClass.AUTH:
+        return Failed(failure, f"{reason}: {_LOG_IN}")
+    if failure is FailureClass.INVALID and _UNWRITABLE.search(reason):
+        return Failed(failure, f"{reason}: {_MAKE_WRITABLE}")
+    return Failed(failure, reason)
+
+
+def _until(reason: str, now: float) -> float | None:
+    found = _UNTIL.search(reason)
+    if found is None:
+        return None
+    month, day, year, hour, minute, half = found.groups()
+    today = time.localtime(now)
+    date = (today.tm_year, today.tm_mon, today.tm_mday)
+    if month is not None:
+        if month not in _MONTHS:
+            return None
+        date = (int(year), _MONTHS.index(month) + 1, int(day))
+    clock = (int(hour) % 12 + (12 if half == "P" else 0), int(minute), 0)
+    try:
+        return time.mktime((*date, *clock, 0, 0, -1))
+    except (OverflowError, ValueError):
+        return None
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:_LONGEST_REASON]
+
+
+@hookimpl
+def council_register_adapters(register: RegisterAdapter) -> None:
+    """Register `use: codex`."""
+    register("codex", CodexAdapter)
