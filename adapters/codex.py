@@ -75,9 +75,9 @@ _WORDS: Final[Mapping[FailureClass, re.Pattern[str]]] = {
         r"|not logged in|(?:log|sign) in again|access token could not be refreshed|invalid api key|incorrect api key",
         re.IGNORECASE,
     ),
-    FailureClass.RATE_LIMITED: re.compile(r"hit your usage limit|rate limit reached", re.IGNORECASE),
+    FailureClass.RATE_LIMITED: re.compile(r"hit your usage limit|rate limit (?:reached|exceeded)", re.IGNORECASE),
     FailureClass.LIMIT: re.compile(r"ran out of room in the model's context window|session budget exceeded"),
-    FailureClass.REFUSED: re.compile(r"content_filter|\bflagged (?:for|as)\b"),
+    FailureClass.REFUSED: re.compile(r"content_filter|\bflagged for\b|for safety reasons"),
     FailureClass.OVERLOADED: re.compile(r"model is at capacity|experiencing high demand|overloaded"),
     FailureClass.TRANSIENT: re.compile(
         r"stream disconnected before completion|connection failed|error sending request|request timed out"
@@ -85,13 +85,17 @@ _WORDS: Final[Mapping[FailureClass, re.Pattern[str]]] = {
         re.IGNORECASE,
     ),
     FailureClass.INVALID: re.compile(
-        r"read-only file system|permission denied|error loading config|CODEX_HOME points to|unexpected argument"
-        r"|invalid value|is not supported when using codex|\"invalid_request_error\"",
+        r"initialize in-process app-server|CODEX_HOME points to|error loading config|unexpected argument"
+        r"|invalid value|is not supported when using codex|does not exist or you do not have access|\"invalid_request_error\"",
         re.IGNORECASE,
     ),
 }
-_UNWRITABLE: Final = re.compile(r"read-only file system|permission denied|CODEX_HOME points to", re.IGNORECASE)
+_UNWRITABLE: Final = re.compile(r"initialize in-process app-server|CODEX_HOME points to")
+#: What a sandbox of its own keeps it from stands in its log only.
+_KEPT_FROM_WRITING: Final = re.compile(r"patch rejected: .+|Failed to write file .+")
+_WITHOUT_SANDBOX: Final = "its own sandbox keeps it from writing: leave `sandbox` at `none`, and have the fence keep it"
 _RECONNECTING: Final = re.compile(r"Reconnecting\.\.\. ")
+_WAIT: Final = re.compile(r"try again in (\d{1,6}(?:\.\d{1,6})?)s\b")
 #: In local time; the date stands there unless it is today's: `Mar 3rd, 2026 4:05 PM`.
 _UNTIL: Final = re.compile(
     r"try again at (?:([A-Z][a-z]{2}) (\d{1,2})(?:st|nd|rd|th), (\d{4}) )?(\d{1,2}):(\d{2}) ([AP])M\b"
@@ -261,7 +265,10 @@ def _failure_in_words(end: SessionEnd) -> Failed | None:
     match end.events[-1:]:
         case [Warned(text)] if _RECONNECTING.match(text):
             return _failure(text).failed
-    if end.exit == 0 or any(isinstance(event, Identified) for event in end.events):
+    if end.exit == 0:
+        kept = _KEPT_FROM_WRITING.search(end.stderr)
+        return None if kept is None else Failed(FailureClass.REFUSED, f"{_one_line(kept[0])}: {_WITHOUT_SANDBOX}")
+    if any(isinstance(event, Identified) for event in end.events):
         return None
     for line in reversed(end.stderr.splitlines()):
         if not line.startswith("WARNING") and (failure := _class_of(line[:4096])) is not None:
@@ -279,8 +286,9 @@ def _failed(failure: FailureClass, message: str) -> Failed:
 
 
 def _until(reason: str, now: float) -> float | None:
-    found = _UNTIL.search(reason)
-    if found is None:
+    if (wait := _WAIT.search(reason)) is not None:
+        return now + float(wait[1])
+    if (found := _UNTIL.search(reason)) is None:
         return None
     month, day, year, hour, minute, half = found.groups()
     today = time.localtime(now)

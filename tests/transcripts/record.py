@@ -131,7 +131,7 @@ PROGRAMS: Final[Mapping[str, Program]] = {
             "invalid": Case("fail 400\nwrite hello.txt hi"),
             "overloaded": Case("fail 503\nwrite hello.txt hi"),
             "no-key": Case("write hello.txt hi", environ={"OPENAI_API_KEY": ""}),
-            "unwritable": Case("write hello.txt hi", environ={"CODEX_HOME": "/proc/self"}),
+            "unwritable": Case("write hello.txt hi", environ={"CODEX_HOME": "/sys"}),
         },
     ),
 }
