@@ -86,7 +86,8 @@ _WORDS: Final[Mapping[FailureClass, re.Pattern[str]]] = {
     ),
     FailureClass.INVALID: re.compile(
         r"initialize in-process app-server|CODEX_HOME points to|error loading config|unexpected argument"
-        r"|invalid value|is not supported when using codex|does not exist or you do not have access|\"invalid_request_error\"",
+        r"|invalid value|is not supported when using codex|does not exist or you do not have access"
+        r"|\"invalid_request_error\"",
         re.IGNORECASE,
     ),
 }
