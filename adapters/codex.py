@@ -38,7 +38,7 @@ hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
 #: What its own provider is asked with; another one's key is in a variable that its `env_key` names.
 _KEYS: Final = ("CODEX_API_KEY", "CODEX_ACCESS_TOKEN")
-_OTHER_KEYS: Final = ("OPENAI_API_KEY", "AZURE_OPENAI_API_KEY", "OPENROUTER_API_KEY")
+_USUAL_KEY: Final = "OPENAI_API_KEY"
 _PLACES: Final = ("CODEX_HOME", "CODEX_CA_CERTIFICATE", "OPENAI_ORGANIZATION", "OPENAI_PROJECT")
 _LOG_IN: Final = (
     "run `codex login`, set CODEX_API_KEY, or add credit; the key of another provider is in the variable that its "
@@ -48,7 +48,7 @@ _MAKE_WRITABLE: Final = (
     "it has to write in its own folder: make that if it is not there, and add it under `writable` (`[~/.codex]`)"
 )
 _SANDBOXES: Final[Mapping[str, tuple[str, ...]]] = {
-    # Not just a sandbox that lets everything through: with approvals it declines MCP tools, as nobody is there to ask.
+    # Nor does it ask for leave, which nobody is there to give.
     "none": ("--dangerously-bypass-approvals-and-sandbox",),
     "workspace-write": ("--sandbox", "workspace-write"),
     "read-only": ("--sandbox", "read-only"),
@@ -161,7 +161,7 @@ class CodexAdapter:
         options = self._options
         model = () if options.model is None else ("--model", options.model)
         provider = () if options.provider is None else _provider_settings(options.provider)
-        env, passed = options.variables(("HOME", "USER", *_KEYS, *_OTHER_KEYS, *_PLACES))
+        env, passed = options.variables(("HOME", "USER", *_KEYS, _USUAL_KEY, *_PLACES))
         return Command(
             argv=(
                 *(options.bin, "exec", "--json", "--skip-git-repo-check", *_SANDBOXES[options.sandbox]),

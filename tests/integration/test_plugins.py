@@ -61,7 +61,7 @@ def site(repository: Repository, tmp_path: Path) -> Path:
 
 
 #: The adapters that come with the package.
-OURS = {"acp", "aider", "claude-code", "command", "gemini", "ollama"}
+OURS = {"acp", "aider", "claude-code", "codex", "command", "gemini", "ollama", "opencode"}
 
 
 def _plugins(repository: Repository, *untrusted: Path, **environ: str) -> dict[str, Any]:

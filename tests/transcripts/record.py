@@ -118,6 +118,7 @@ PROGRAMS: Final[Mapping[str, Program]] = {
             "model": "gpt-5.5",  # its newer ones have no tools but a program of JavaScript
             "provider": "model",
             "args": [
+                *("--disable", "plugins"),  # a list of them is fetched from GitHub
                 *("-c", 'model_providers.model.name="model"'),
                 *("-c", 'model_providers.model.base_url="http://model/v1"'),
                 *("-c", 'model_providers.model.env_key="OPENAI_API_KEY"'),
