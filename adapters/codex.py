@@ -149,7 +149,7 @@ class CodexAdapter:
                 self._options.bin,
                 install="install it (`npm install -g @openai/codex`), or correct `bin`",
                 version=("--version",),
-                known=">=0.160,<0.180",
+                known=">=0.169,<0.180",
                 ready=("login", "status") if is_own else (),
                 keys=_KEYS if is_own else (),
                 log_in=_LOG_IN,
