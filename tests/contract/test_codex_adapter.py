@@ -1,0 +1,213 @@
+"""The contract on the adapter of Codex, with what the program was seen to print."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from adapters.codex import CodexAdapter
+from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.outcome import Failed
+from orchestrator.protocols import (
+    Concluded,
+    Identified,
+    Said,
+    SessionRequest,
+    Spent,
+    UsedTool,
+    Warned,
+)
+from orchestrator.testing.adapter_contract import AdapterContract, Recorded
+from orchestrator.testing.recordings import read_recordings
+from tests.contract.judging import SESSION, TRANSCRIPTS, end, judged
+
+
+def codex_item(when: str, type_: str, **fields: Any) -> str:
+    return json.dumps({"type": f"item.{when}", "item": {"id": "item_0", "type": type_, **fields}})
+
+
+def codex_failure(message: str) -> str:
+    error = {"type": "error", "message": message}
+    return "\n".join(map(json.dumps, (error, {"type": "turn.failed", "error": {"message": message}})))
+
+
+HIT = "You\u2019ve hit your usage limit. To get more access now, send a request to your admin"
+
+
+class TestCodex(AdapterContract):
+    """JSON lines that say in words what failed."""
+
+    adapter_type = CodexAdapter
+    options: ClassVar = {
+        "model": "gpt-5.5",
+        "provider": "azure",
+        "sandbox": "workspace-write",
+        "args": ["-c", "model_reasoning_effort=high"],
+        "env": ["MY_KEY"],
+    }
+    lines: ClassVar = (
+        (json.dumps({"type": "thread.started", "thread_id": SESSION}), (Identified(SESSION),)),
+        ('{"type":"turn.started"}', ()),
+        (codex_item("completed", "agent_message", text="Hi."), (Said("Hi."),)),
+        (codex_item("completed", "agent_message", text=" "), ()),
+        (codex_item("completed", "reasoning", text="Hm."), ()),
+        (
+            codex_item("completed", "error", message="Model metadata for `x` not found."),
+            (Warned("Model metadata for `x` not found."),),
+        ),
+        (
+            codex_item("started", "command_execution", command="/bin/bash -lc 'make\n test'", exit_code=None),
+            (UsedTool("shell", "/bin/bash -lc 'make test'"),),
+        ),
+        (codex_item("completed", "command_execution", command="/bin/bash -lc true", exit_code=0), ()),
+        (codex_item("started", "file_change", changes=[{"path": "/w/a.py", "kind": "add"}]), ()),
+        (
+            codex_item("completed", "file_change", changes=[{"path": "/w/a.py", "kind": "add"}, {"path": "/w/b.py"}]),
+            (UsedTool("edit", "/w/a.py /w/b.py", ("/w/a.py", "/w/b.py")),),
+        ),
+        (codex_item("completed", "file_change", changes=[1, {"path": 2}]), (UsedTool("edit"),)),
+        (codex_item("started", "mcp_tool_call", server="docs", tool="find", arguments={}), (UsedTool("docs.find"),)),
+        (codex_item("completed", "web_search", query="pep 440"), (UsedTool("web_search", "pep 440"),)),
+        (
+            '{"type":"turn.completed","usage":{"input_tokens":120,"cached_input_tokens":100,"output_tokens":34}}',
+            (Spent(120, 34, None, in_all=True), Concluded()),
+        ),
+        ('{"type":"turn.completed","usage":null}', (Concluded(),)),
+        (
+            '{"type":"error","message":"Reconnecting... 1/5 (unexpected status 401 Unauthorized: no)"}',
+            (Warned("Reconnecting... 1/5 (unexpected status 401 Unauthorized: no)"),),
+        ),
+        (
+            '{"type":"turn.failed","error":{"message":"Selected model is at capacity."}}',
+            (Concluded("", Failed(FailureClass.OVERLOADED, "Selected model is at capacity.")),),
+        ),
+        ('{"type":"turn.failed"}', (Concluded("", Failed(FailureClass.CRASHED, "it ended with an error")),)),
+        ("plain words", (Said("plain words"),)),
+    )
+    ends: ClassVar = (
+        (end(codex_failure("unexpected status 403 Forbidden: Country not supported")), FailureClass("auth")),
+        (end(codex_failure("Quota exceeded. Check your plan and billing details.")), FailureClass("auth")),
+        (end(codex_failure("To use Codex with your ChatGPT plan, upgrade to Plus: x")), FailureClass("auth")),
+        (end(codex_failure(f"{HIT} or try again later.")), FailureClass("rate_limited")),
+        (end(codex_failure("exceeded retry limit, last status: 502 Bad Gateway")), FailureClass("overloaded")),
+        (
+            end(codex_failure("Selected model is at capacity. Please try a different model.")),
+            FailureClass("overloaded"),
+        ),
+        (
+            end(codex_failure("Codex ran out of room in the model's context window. Start a new thread or clear …")),
+            FailureClass("limit"),
+        ),
+        (end(codex_failure("This request has been flagged for possible cybersecurity risk.")), FailureClass("refused")),
+        (
+            end(codex_failure("Invalid prompt: we've limited access to this content for safety reasons.")),
+            FailureClass("refused"),
+        ),
+        (
+            end(codex_failure("The model `x` does not exist or you do not have access to it.")),
+            FailureClass("invalid"),
+        ),
+        (end(codex_failure("Something new.")), FailureClass("crashed")),
+        (
+            end("", stderr="Error loading config.toml: model_providers contains reserved built-in provider IDs"),
+            FailureClass("invalid"),
+        ),
+        (end("", 2, "error: unexpected argument '--x' found\n\nUsage: codex exec [OPTIONS]"), FailureClass("invalid")),
+        (end("", stderr='Error finding codex home: CODEX_HOME points to "/x", but that'), FailureClass("invalid")),
+        (end(f'{codex_failure("x")}\n{{"type":"turn.completed","usage":{{}}}}', 0), None),
+        (end("", 1, "Error: something else"), None),
+    )
+    transcripts = TRANSCRIPTS / "codex"
+    recorded: ClassVar = {
+        "edit": Recorded(
+            session="01a20367-e977-74a0-a6b2-e9a9a51bad2e",
+            text="It is written.",
+            tokens=(2 * 120, 2 * 34),
+            paths=frozenset({"/work/hello.txt"}),
+        ),
+        "tool": Recorded(text="Both done.", paths=frozenset({"/work/out/b.txt"})),
+        "limited": Recorded(FailureClass.RATE_LIMITED),
+        "limited-then-well": Recorded(text="Done.", paths=frozenset({"/work/hello.txt"})),
+        "no-login": Recorded(FailureClass.AUTH),
+        "no-key": Recorded(FailureClass.AUTH),
+        "server-error": Recorded(FailureClass.OVERLOADED),
+        "overloaded": Recorded(FailureClass.OVERLOADED),
+        "dead-server": Recorded(FailureClass.TRANSIENT),
+        "broken-stream": Recorded(FailureClass.TRANSIENT),
+        "invalid": Recorded(FailureClass.INVALID),
+        "unwritable": Recorded(FailureClass.INVALID),
+        "refused": Recorded(FailureClass.REFUSED),
+        "interrupted": Recorded(),
+        "terminated": Recorded(),
+    }
+
+
+@pytest.fixture
+def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The machine's own time is UTC."""
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.usefixtures("utc")
+@pytest.mark.parametrize(
+    ("told", "until"),
+    [
+        ("or try again at 2:09 PM.", datetime(2026, 9, 21, 14, 9, tzinfo=UTC)),
+        ("or try again at 12:30 AM.", datetime(2026, 9, 21, 0, 30, tzinfo=UTC)),
+        ("or try again at Sep 23rd, 2026 12:09 PM.", datetime(2026, 9, 23, 12, 9, tzinfo=UTC)),
+        ("or try again at Foo 23rd, 2026 12:09 PM.", None),
+        ("or try again later.", None),
+    ],
+)
+def test_codex_tells_when_its_limit_ends(told: str, until: datetime | None) -> None:
+    """In words, in local time, with the date where it is not today's; the session ended on 2026-09-21, 14:13 UTC."""
+    failed = judged(CodexAdapter, {}, codex_failure(f"{HIT} {told}"))
+    assert failed is not None
+    assert (failed.failure, failed.until) == (FailureClass.RATE_LIMITED, until.timestamp() if until else None)
+
+
+def test_codex_tells_how_long_a_limit_of_requests_lasts() -> None:
+    """In seconds."""
+    failed = judged(
+        CodexAdapter, {}, codex_failure("rate limit exceeded: Rate limit reached. Please try again in 1.5s.")
+    )
+    assert failed is not None
+    assert failed.until == 1_790_000_001.5
+
+
+@pytest.mark.parametrize(
+    ("recording", "remedy"),
+    [("no-login", "codex login"), ("no-key", "env_key"), ("unwritable", "writable"), ("refused", "`sandbox`")],
+)
+def test_codex_comes_with_a_remedy(recording: str, remedy: str) -> None:
+    """What a person has to do stands behind what it said."""
+    adapter = CodexAdapter(CodexAdapter.Options.model_validate({}))  # type: ignore[arg-type]
+    told = read_recordings(TRANSCRIPTS / "codex")[recording].end()
+    events = [event for line in told.stdout.splitlines() for event in adapter.parse(line)]
+    failed = adapter.verdict(replace(told, events=events))
+    assert failed is not None
+    assert remedy in failed.reason
+
+
+@pytest.mark.parametrize(
+    ("provider", "is_asked", "is_set"),
+    [(None, True, False), ("openai", True, False), ("ollama", False, False), ("azure", False, True)],
+)
+def test_codex_and_its_providers(tmp_path: Path, provider: str | None, is_asked: bool, is_set: bool) -> None:
+    """Its login counts for its own provider only, and only one that the file names can be set."""
+    adapter = CodexAdapter(CodexAdapter.Options.model_validate({"provider": provider}))  # type: ignore[arg-type]
+    assert [bool(program.ready) for program in adapter.programs()] == [is_asked]
+    argv = adapter.command(SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path)).argv
+    assert (f"model_provider={provider}" in argv) is (provider is not None)
+    assert (f"model_providers.{provider}.stream_max_retries=1" in argv) is is_set
