@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Final, Literal
 import pluggy
 from pydantic import BaseModel
 
-from adapters.jsonlines import cost_of, failure_concluded, number_of, read_object, text_of
+from adapters.jsonlines import cost_of, failure_concluded, interruption, number_of, read_object, text_of
 from adapters.options import AdapterOptions, Arguments, ProgramName, Value
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
@@ -63,7 +63,9 @@ _WORDS: Final[Mapping[FailureClass, re.Pattern[str]]] = {
     ),
     FailureClass.OVERLOADED: re.compile(r"overloaded|\b529\b|\b503\b", re.IGNORECASE),
     FailureClass.INVALID: re.compile(r"cannot be used with root|unknown option|issue with the selected model"),
-    FailureClass.TRANSIENT: re.compile(r"connection error|unable to connect|ECONNREFUSED", re.IGNORECASE),
+    FailureClass.TRANSIENT: re.compile(
+        r"connection error|unable to connect|connection to the api was lost|ECONNREFUSED|ECONNRESET", re.IGNORECASE
+    ),
 }
 _SUBTYPES: Final[Mapping[str, tuple[FailureClass, str]]] = {
     "error_max_turns": (FailureClass.LIMIT, "it used up its turns (--max-turns)"),
@@ -145,7 +147,7 @@ class ClaudeCodeAdapter:
 
     def verdict(self, end: SessionEnd) -> Failed | None:
         """Return what the result says, else what the program's plain words do; a limit with its end if one is known."""
-        failed = failure_concluded(end) or _failure_in_words(end)
+        failed = failure_concluded(end) or _failure_in_words(end) or interruption(end)
         if failed is None or failed.failure is not FailureClass.RATE_LIMITED or failed.until is not None:
             return failed
         told = [one.failed.until for one in end.events if isinstance(one, Concluded) and one.failed is not None]

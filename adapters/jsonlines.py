@@ -95,6 +95,14 @@ def failure_concluded(end: SessionEnd) -> Failed | None:
     return None if last is None else last.failed
 
 
+def interruption(end: SessionEnd) -> Failed | None:
+    """Return that a program which always says how it went ended with 0 and did not; None if it did, or never began."""
+    began = any(isinstance(event, Identified) for event in end.events)
+    if end.exit != 0 or not began or any(isinstance(event, Concluded) for event in end.events):
+        return None
+    return Failed(FailureClass.CRASHED, "it broke off before it was done, as when it is interrupted")
+
+
 def text_of(value: Any) -> str:
     """Return a JSON value that should be text; empty if it is none."""
     return value if isinstance(value, str) else ""

@@ -15,6 +15,7 @@ from adapters.claude_code import ClaudeCodeAdapter
 from adapters.codex import CodexAdapter
 from adapters.gemini import GeminiAdapter
 from adapters.ollama import OllamaAdapter
+from adapters.opencode import OpencodeAdapter
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
 from orchestrator.protocols import (
@@ -29,8 +30,8 @@ from orchestrator.protocols import (
     UsedTool,
     Warned,
 )
-from orchestrator.testing.adapter_contract import AdapterContract
-from tests.contract.judging import SESSION, end, judged
+from orchestrator.testing.adapter_contract import AdapterContract, Recorded
+from tests.contract.judging import SESSION, TRANSCRIPTS, end, judged
 
 OPENAI = "litellm.RateLimitError: RateLimitError: OpenAIException - stub says rate_limit_error"
 
@@ -146,6 +147,29 @@ class TestClaudeCode(AdapterContract):
         (end("", stderr="Error: Invalid API key · Please run /login"), FailureClass("auth")),
         (end(claude("system", subtype="init"), None), None),
     )
+    transcripts = TRANSCRIPTS / "claude-code"
+    recorded: ClassVar = {
+        "edit": Recorded(
+            session="4bed88d2-6f82-4d37-b63d-09e23746405d",
+            text="It is written.",
+            tokens=(2 * 120, 2 * 34),
+            paths=frozenset({"/work/hello.txt"}),
+        ),
+        "tool": Recorded(text="Both done.", paths=frozenset({"/work/out/b.txt"})),
+        "limited": Recorded(FailureClass.RATE_LIMITED),
+        "limited-until": Recorded(FailureClass.RATE_LIMITED),
+        "limited-then-well": Recorded(text="Done.", paths=frozenset({"/work/hello.txt"})),
+        "no-login": Recorded(FailureClass.AUTH),
+        "server-error": Recorded(FailureClass.OVERLOADED),
+        "overloaded": Recorded(FailureClass.OVERLOADED),
+        "dead-server": Recorded(FailureClass.TRANSIENT),
+        "broken-stream": Recorded(FailureClass.TRANSIENT),
+        "invalid": Recorded(FailureClass.INVALID),
+        "refused": Recorded(text="It is not written."),
+        "turns": Recorded(FailureClass.LIMIT, paths=frozenset({"/work/a.txt"})),
+        "interrupted": Recorded(FailureClass.CRASHED),
+        "terminated": Recorded(),
+    }
 
 
 @pytest.mark.parametrize(
@@ -222,6 +246,9 @@ class TestOllama(AdapterContract):
         (GeminiAdapter, {"model": "--yolo"}),
         (CodexAdapter, {"sandbox": "danger-full-access"}),
         (CodexAdapter, {"provider": "my.own"}),
+        (OpencodeAdapter, {"model": "gpt-5"}),
+        (OpencodeAdapter, {"config": {"provider": {"x": {"options": {"apiKey": "sk-proj-" + "aB3dE5" * 8}}}}}),
+        (OpencodeAdapter, {"config": {"x": {1, 2}}}),
         (AcpAdapter, {}),
         (AcpAdapter, {"argv": []}),
         (AcpAdapter, {"argv": ["./agent"]}),

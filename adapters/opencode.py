@@ -1,0 +1,343 @@
+"""opencode, which prints JSON lines (npm `opencode-ai`, https://opencode.ai/docs/cli).
+
+No line of it is the result: a step that finishes with `stop` ends it well, unless more follows. It tries again five
+times by itself, and why stands in its log alone; so does what it hides behind an `UnknownError`, such as a model that
+it does not know. That is why its log's errors go to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Annotated, Any, ClassVar, Final
+
+import pluggy
+from pydantic import AfterValidator, BaseModel, Field, JsonValue
+
+from adapters.jsonlines import cost_of, failure_concluded, interruption, number_of, read_object, text_of
+from adapters.options import AdapterOptions, Arguments, ProgramName, Value
+from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.outcome import Failed
+from orchestrator.domain.secrets import contains_key, secret_values
+from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
+from orchestrator.protocols import (
+    Command,
+    Concluded,
+    Identified,
+    JsonObject,
+    Program,
+    Said,
+    SessionEnd,
+    SessionEvent,
+    SessionRequest,
+    Spent,
+    UsedTool,
+    Warned,
+)
+
+hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
+
+_KEYS: Final = (
+    *("ANTHROPIC_API_KEY", "GEMINI_API_KEY", "GOOGLE_API_KEY", "GOOGLE_GENERATIVE_AI_API_KEY", "OPENAI_API_KEY"),
+    *("OPENCODE_API_KEY", "OPENROUTER_API_KEY"),
+)
+_PLACES: Final = (
+    *("OPENCODE_CONFIG", "OPENCODE_CONFIG_DIR"),
+    *("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME"),
+)
+_LOG_IN: Final = "run `opencode auth login`, set its provider's key (such as ANTHROPIC_API_KEY), or add credit"
+_PRESET: Final = {
+    "OPENCODE_DISABLE_AUTOUPDATE": "1",
+    "OPENCODE_DISABLE_LSP_DOWNLOAD": "1",
+    "OPENCODE_DISABLE_MODELS_FETCH": "1",  # it has a list of its own
+    "OPENCODE_DISABLE_SHARE": "1",
+}
+_CONFIG: Final[Mapping[str, JsonValue]] = {"autoupdate": False, "share": "disabled"}
+#: What it puts beside a project's own configuration; it has git ignore it, also here.
+_LEAVINGS: Final = tuple(
+    f"/.opencode/{name}" for name in (".gitignore", "bun.lock", "node_modules/", "package-lock.json", "package.json")
+)
+
+#: By HTTP status; other statuses from 500 on are the service's trouble, from 400 on the request's.
+_STATUSES: Final[Mapping[int, FailureClass]] = {
+    401: FailureClass.AUTH,
+    402: FailureClass.AUTH,
+    403: FailureClass.AUTH,
+    408: FailureClass.TRANSIENT,
+    413: FailureClass.LIMIT,
+    429: FailureClass.RATE_LIMITED,
+}
+#: What the account lacks, told by words only: its status is that of a wrong request, or of a limit that ends.
+_WITHOUT_CREDIT: Final = re.compile(
+    r"credit balance is too low|insufficient_quota|api[ _]key[ _](?:not valid|invalid)", re.IGNORECASE
+)
+_ERRORS: Final[Mapping[str, FailureClass]] = {
+    "ProviderAuthError": FailureClass.AUTH,
+    "ContextOverflowError": FailureClass.LIMIT,
+    "MessageOutputLengthError": FailureClass.LIMIT,
+    "StructuredOutputError": FailureClass.LIMIT,
+    "ContentFilterError": FailureClass.REFUSED,
+}
+_REASONS: Final[Mapping[str, tuple[FailureClass, str]]] = {
+    "length": (FailureClass.LIMIT, "its answer was cut off at the model's limit: give it a smaller task"),
+    "content-filter": (FailureClass.REFUSED, "its answer was kept back by the provider's filter"),
+}
+#: By what its log says where no event has a class; the first that matches counts.
+_WORDS: Final[Mapping[FailureClass, re.Pattern[str]]] = {
+    FailureClass.AUTH: re.compile(r"api key is missing|invalid (?:x-)?api[- ]key|incorrect api key", re.IGNORECASE),
+    FailureClass.RATE_LIMITED: re.compile(r"rate[ _-]?limit|too many requests|usage limit", re.IGNORECASE),
+    FailureClass.OVERLOADED: re.compile(r"overloaded|internal server error|service unavailable", re.IGNORECASE),
+    FailureClass.TRANSIENT: re.compile(
+        r"cannot connect to api|unable to connect|connection refused|connection was closed|ECONNREFUSED|ECONNRESET",
+        re.IGNORECASE,
+    ),
+    FailureClass.INVALID: re.compile(
+        r"model not found|ProviderModelNotFoundError|ProviderInitError|ConfigInvalidError|ConfigJsonError"
+        r"|session not found|no providers are available",
+        re.IGNORECASE,
+    ),
+}
+_UNWRITABLE: Final = re.compile(
+    r"\b(?:EACCES|ENOTDIR|EPERM|EROFS)\b.*\bmkdir\b|FileSystem\.\w+ \(/.*/opencode/"
+    r"|unable to open database file|readonly database"
+)
+_WRITE_THERE: Final = (
+    "start it once by hand, and make its folders `writable` (~/.local/share/opencode, ~/.local/state/opencode, "
+    "~/.cache/opencode)"
+)
+_DENIED: Final = "The user has specified a rule which prevents"
+_ERROR_LOGGED: Final = re.compile(r"\berror(?:\.error)?=(\"(?:[^\"\\]|\\.)*\"|\S+)")
+_LONGEST_REASON: Final = 300
+_LONGEST_LINE: Final = 4096
+_DETAIL_KEYS: Final = ("command", "pattern", "description", "url", "query")
+_PATCHED: Final = re.compile(r"^\*\*\* (?:Add File|Update File|Delete File|Move to): (.+)$", re.MULTILINE)
+
+
+def _check_model(model: str) -> str:
+    provider, slash, name = model.partition("/")
+    if not (provider and slash and name):
+        raise ValueError(f"{model[:60]!r} names no provider: write provider/model, as `opencode models` lists them")
+    return model
+
+
+def _check_config(config: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    for name, value in _texts("config", config):
+        if contains_key(value) or secret_values({name: value}):
+            raise ValueError(
+                f"{name} looks like a secret, which no file should hold: write '{{env:NAME}}' for its value"
+            )
+    return config
+
+
+def _texts(name: str, value: JsonValue) -> Iterator[tuple[str, str]]:
+    """Each text in a configuration, by the name of the key that it stands under."""
+    if isinstance(value, str):
+        yield name, "" if value.startswith("{env:") else value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _texts(key, inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(name, inner)
+
+
+_Model = Annotated[Value, AfterValidator(_check_model)]
+_Config = Annotated[dict[str, JsonValue], AfterValidator(_check_config)]
+
+
+class OpencodeOptions(AdapterOptions):
+    """What stands under an adapter that says `use: opencode`."""
+
+    bin: ProgramName = "opencode"
+    """The program."""
+    model: _Model | None = None
+    """The model as `provider/model`; none: what its own configuration says."""
+    agent: Value | None = None
+    """The agent, as in `--agent`; none: what its own configuration says."""
+    config: _Config = Field(default_factory=dict)
+    """Configuration that goes over what its own files say, written as in an `opencode.json`."""
+    args: Arguments = ()
+    """More arguments, after ours, such as `[--variant, high]`."""
+
+
+class OpencodeAdapter:
+    """Runs `opencode run` with the prompt on standard input."""
+
+    Options: ClassVar[type[BaseModel]] = OpencodeOptions
+
+    def __init__(self, options: OpencodeOptions, /) -> None:
+        self._options = options
+
+    def programs(self) -> Sequence[Program]:
+        """Return opencode itself, which can't be asked whether the model's provider takes its key."""
+        return (
+            Program(
+                self._options.bin,
+                install="install it (`npm install -g opencode-ai`), or correct `bin`",
+                version=("--version",),
+                known=">=1.18,<2",
+                keys=_KEYS,
+                log_in=_LOG_IN,
+            ),
+        )
+
+    def command(self, request: SessionRequest) -> Command:
+        """Return the command line; what it is not told to deny it may do unasked."""
+        options = self._options
+        model = () if options.model is None else ("--model", options.model)
+        agent = () if options.agent is None else ("--agent", options.agent)
+        stream = ("run", "--format", "json", "--auto", "--print-logs", "--log-level", "ERROR")
+        config = json.dumps({**_CONFIG, **options.config}, ensure_ascii=False, sort_keys=True)
+        env, passed = options.variables(("HOME", *_KEYS, *_PLACES), **_PRESET, OPENCODE_CONFIG_CONTENT=config)
+        return Command(
+            argv=(options.bin, *stream, *model, *agent, *options.args),
+            stdin=request.prompt_file,
+            env=env,
+            pass_env=passed,
+            leavings=_LEAVINGS,
+        )
+
+    def parse(self, line: str) -> Sequence[SessionEvent]:
+        """Return what a JSON line means; a line of text is said as it stands."""
+        value = read_object(line)
+        if value is None:
+            return (Said(line),) if line.strip() and not line.startswith("{") else ()
+        given = value.get("part")
+        part: JsonObject = given if isinstance(given, dict) else {}
+        match value.get("type"):
+            case "step_start":
+                session = text_of(value.get("sessionID"))
+                return (Identified(session),) if session else ()
+            case "text":
+                text = text_of(part.get("text"))
+                return (Said(text),) if text.strip() else ()
+            case "tool_use":
+                return tuple(_of_tool(part))
+            case "step_finish":
+                return tuple(_of_step(part))
+            case "error":
+                return tuple(_of_error(value))
+            case _:
+                return ()
+
+    def verdict(self, end: SessionEnd) -> Failed | None:
+        """Return what its events say; where they have no class for it, what its log does."""
+        failed = failure_concluded(end)
+        concluded = any(isinstance(event, Concluded) for event in end.events)
+        if concluded and (failed is None or failed.failure is not FailureClass.CRASHED):
+            return failed
+        return _failure_in_words(end.stderr) or failed or interruption(end)
+
+
+def _of_tool(part: JsonObject) -> Iterator[SessionEvent]:
+    state = part.get("state")
+    name = text_of(part.get("tool"))
+    if not isinstance(state, dict) or not name:
+        return
+    given = state.get("input")
+    given = given if isinstance(given, dict) else {}
+    paths = tuple(_paths(given))
+    details = [given[key] for key in _DETAIL_KEYS if isinstance(given.get(key), str)]
+    yield UsedTool(name, " ".join(" ".join(paths or details[:1]).split())[:_LONGEST_REASON], paths)
+    if text_of(state.get("error")).startswith(_DENIED):
+        yield Warned(f"its configuration denies it {name}")
+
+
+def _paths(given: JsonObject) -> Iterator[str]:
+    for key in ("filePath", "path"):
+        if isinstance(given.get(key), str):
+            yield given[key]
+    yield from _PATCHED.findall(text_of(given.get("patchText")))
+
+
+def _of_step(part: JsonObject) -> Iterator[SessionEvent]:
+    tokens = part.get("tokens")
+    if isinstance(tokens, dict):
+        cache = tokens.get("cache")
+        cache = cache if isinstance(cache, dict) else {}
+        sent = number_of(tokens.get("input")) + number_of(cache.get("read")) + number_of(cache.get("write"))
+        received = number_of(tokens.get("output")) + number_of(tokens.get("reasoning"))
+        # It also says 0 of a model whose price it does not know.
+        yield Spent(sent, received, cost_of(part.get("cost")) or None)
+    reason = text_of(part.get("reason"))
+    if reason == "stop":
+        yield Concluded()
+    elif reason in _REASONS:
+        yield Concluded("", Failed(*_REASONS[reason]))
+
+
+def _of_error(value: JsonObject) -> Iterator[SessionEvent]:
+    session = text_of(value.get("sessionID"))
+    if session:
+        yield Identified(session)
+    error = value.get("error")
+    error = error if isinstance(error, dict) else {}
+    data = error.get("data")
+    yield Concluded("", _failure_of(text_of(error.get("name")), data if isinstance(data, dict) else {}, value))
+
+
+def _failure_of(name: str, data: JsonObject, event: JsonObject) -> Failed:
+    said = text_of(data.get("message")).strip()
+    body = text_of(data.get("responseBody"))
+    failure = _ERRORS.get(name)
+    if failure is None and name == "APIError":
+        failure = _class_of_status(number_of(data.get("statusCode"))) or _class_in(said)
+        if failure is None and data.get("isRetryable") is True:
+            failure = FailureClass.TRANSIENT
+        if failure in {FailureClass.INVALID, FailureClass.RATE_LIMITED} and _WITHOUT_CREDIT.search(f"{said}\n{body}"):
+            failure = FailureClass.AUTH
+    failure = failure or _class_in(said) or FailureClass.CRASHED
+    until = _instant(data.get("responseHeaders"), event) if failure is FailureClass.RATE_LIMITED else None
+    return _failed(failure, said[:_LONGEST_REASON] or f"it ended with an error, {name[:60] or 'unnamed'}", until)
+
+
+def _class_of_status(status: int) -> FailureClass | None:
+    if status >= 500:
+        return FailureClass.OVERLOADED
+    return _STATUSES.get(status, FailureClass.INVALID) if status >= 400 else None
+
+
+def _class_in(text: str) -> FailureClass | None:
+    return next((failure for failure, pattern in _WORDS.items() if pattern.search(text)), None)
+
+
+def _instant(headers: Any, event: JsonObject) -> float | None:
+    """Return when a limit ends, from what the answer's headers say (RFC 9110, Retry-After); None if they don't."""
+    told = text_of(headers.get("retry-after")) if isinstance(headers, dict) else ""
+    if told.isascii() and told.isdigit() and len(told) < 10:
+        then = number_of(event.get("timestamp"))
+        return then / 1000 + int(told) if then else None
+    try:
+        date = parsedate_to_datetime(told)
+    except (TypeError, ValueError):
+        return None
+    return _seconds(date)
+
+
+def _seconds(date: datetime) -> float:
+    return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+
+
+def _failure_in_words(log: str) -> Failed | None:
+    """Return what the log's last error with words that are known means."""
+    for line in log.splitlines()[::-1]:
+        text = line[:_LONGEST_LINE]
+        if _UNWRITABLE.search(text):
+            return Failed(FailureClass.INVALID, f"{text.strip()[:_LONGEST_REASON]}: {_WRITE_THERE}")
+        found = _ERROR_LOGGED.search(text)
+        if found is not None and (failure := _class_in(found[1])) is not None:
+            return _failed(failure, found[1].strip('"')[:_LONGEST_REASON], None)
+    return None
+
+
+def _failed(failure: FailureClass, reason: str, until: float | None) -> Failed:
+    return Failed(failure, f"{reason}: {_LOG_IN}" if failure is FailureClass.AUTH else reason, until)
+
+
+@hookimpl
+def council_register_adapters(register: RegisterAdapter) -> None:
+    """Register `use: opencode`."""
+    register("opencode", OpencodeAdapter)

@@ -1,0 +1,173 @@
+"""The contract on the adapter of opencode, with what the program was seen to print."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, ClassVar
+
+from adapters.opencode import OpencodeAdapter
+from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.outcome import Failed
+from orchestrator.protocols import (
+    Concluded,
+    Identified,
+    Said,
+    SessionRequest,
+    Spent,
+    UsedTool,
+    Warned,
+)
+from orchestrator.testing.adapter_contract import AdapterContract, Recorded
+from orchestrator.testing.recordings import read_recordings
+from tests.contract.judging import TRANSCRIPTS, end, judged
+
+
+def opencode(type_: str, part: dict[str, Any] | None = None, **fields: Any) -> str:
+    more = {} if part is None else {"part": {"id": "prt_1", "sessionID": "ses_1", **part}}
+    return json.dumps({"type": type_, "timestamp": 1_790_000_000_500, "sessionID": "ses_1", **more, **fields})
+
+
+def opencode_tool(name: str, status: str = "completed", **state: Any) -> str:
+    return opencode("tool_use", {"type": "tool", "tool": name, "state": {"status": status, **state}})
+
+
+def opencode_step(reason: str, **tokens: int) -> str:
+    counts = {"input": 1, "output": 4, "reasoning": 50, "cache": {"write": 20, "read": 300}, **tokens}
+    return opencode("step_finish", {"type": "step-finish", "reason": reason, "tokens": counts, "cost": 0.25})
+
+
+def opencode_error(name: str, message: str, **data: Any) -> str:
+    return opencode("error", error={"name": name, "data": {"message": message, **data}})
+
+
+def opencode_api_error(status: int, message: str = "No.", **data: Any) -> str:
+    return opencode_error("APIError", message, statusCode=status, isRetryable=False, **data)
+
+
+BEGUN = opencode("step_start", {"type": "step-start"})
+HIDDEN = opencode_error("UnknownError", "Unexpected server error. Check server logs for details.", ref="err_1")
+NO_MODEL = 'timestamp=x level=ERROR run=1 message="failed" error="ProviderModelNotFoundError: Model not found: a/b."'
+WAITS = 'timestamp=x level=ERROR message="stream error" agent=build error.error="AI_APICallError: Rate limit reached"'
+
+
+class TestOpencode(AdapterContract):
+    """JSON lines without a result, and a log that knows more."""
+
+    adapter_type = OpencodeAdapter
+    options: ClassVar = {
+        "model": "openrouter/qwen/qwen3-coder",
+        "agent": "build",
+        "config": {"permission": {"webfetch": "deny"}, "provider": {"x": {"options": {"apiKey": "{env:MY_KEY}"}}}},
+        "args": ["--variant", "high"],
+        "env": ["MY_KEY"],
+    }
+    lines: ClassVar = (
+        (opencode("step_start", {"type": "step-start"}), (Identified("ses_1"),)),
+        (opencode("text", {"type": "text", "text": "Hi."}), (Said("Hi."),)),
+        (opencode("text", {"type": "text", "text": " "}), ()),
+        (opencode("reasoning", {"type": "reasoning", "text": "Hm."}), ()),
+        (opencode_tool("edit", input={"filePath": "/w/a.py"}), (UsedTool("edit", "/w/a.py", ("/w/a.py",)),)),
+        (opencode_tool("bash", input={"command": "make\n test"}), (UsedTool("bash", "make test"),)),
+        (opencode_tool("bash", "error", input={"command": "x"}, error="Timeout"), (UsedTool("bash", "x"),)),
+        (
+            opencode_tool("apply_patch", input={"patchText": "*** Begin Patch\n*** Update File: a.py\n*** Move to: b.py"
+                                                             "\n@@\n-x\n+y\n*** Add File: c d.py\n+z\n*** End Patch"}),
+            (UsedTool("apply_patch", "a.py b.py c d.py", ("a.py", "b.py", "c d.py")),),
+        ),
+        (
+            opencode_tool("write", "error", input={"filePath": "a"}, error="The user has specified a rule which"
+                          " prevents you from using this specific tool call. Here are some of the relevant rules []"),
+            (UsedTool("write", "a", ("a",)), Warned("its configuration denies it write")),
+        ),
+        (opencode_step("tool-calls"), (Spent(321, 54, 0.25),)),
+        (opencode_step("stop"), (Spent(321, 54, 0.25), Concluded())),
+        ('{"type":"step_finish","part":{"reason":"stop","tokens":{"cache":1,"output":true},"cost":0}}',
+         (Spent(), Concluded())),
+        (
+            opencode_api_error(429, responseHeaders={"retry-after": "60"}),
+            (Identified("ses_1"), Concluded("", Failed(FailureClass.RATE_LIMITED, "No.", 1_790_000_060.5))),
+        ),
+        (
+            opencode_api_error(429, responseHeaders={"retry-after": "Mon, 21 Sep 2026 14:13:20 GMT"}),
+            (Identified("ses_1"), Concluded("", Failed(FailureClass.RATE_LIMITED, "No.", 1_790_000_000.0))),
+        ),
+        (
+            opencode_api_error(429, responseHeaders={"retry-after": "soon"}),
+            (Identified("ses_1"), Concluded("", Failed(FailureClass.RATE_LIMITED, "No."))),
+        ),
+        ('{"type":"error"}', (Concluded("", Failed(FailureClass.CRASHED, "it ended with an error, unnamed")),)),
+        ("plain words", (Said("plain words"),)),
+    )  # fmt: skip
+    ends: ClassVar = (
+        (end(opencode_api_error(403)), FailureClass("auth")),
+        (end(opencode_api_error(400, "Your credit balance is too low to access it.")), FailureClass("auth")),
+        (end(opencode_api_error(429, responseBody='{"error":{"code":"insufficient_quota"}}')), FailureClass("auth")),
+        (end(opencode_api_error(404)), FailureClass("invalid")),
+        (end(opencode_error("ProviderAuthError", "x", providerID="openai")), FailureClass("auth")),
+        (end(opencode_error("ContextOverflowError", "prompt is too long")), FailureClass("limit")),
+        (end(f"{opencode_error('ContextOverflowError', 'x')}\n{opencode_step('stop')}"), None),
+        (end(opencode_error("MessageOutputLengthError", "")), FailureClass("limit")),
+        (end(opencode_error("ContentFilterError", "x")), FailureClass("refused")),
+        (end(opencode_step("length"), 0), FailureClass("limit")),
+        (end(opencode_error("APIError", "x", isRetryable=True)), FailureClass("transient")),
+        (end(opencode_error("APIError", "x", isRetryable=False)), FailureClass("crashed")),
+        (end(HIDDEN), FailureClass("crashed")),
+        (end(HIDDEN, stderr=NO_MODEL), FailureClass("invalid")),
+        (end(opencode_step("tool-calls"), None, WAITS), FailureClass("rate_limited")),
+        (end(opencode_step("stop"), 0, WAITS), None),
+        (
+            end(
+                "",
+                stderr="\x1b[91m\x1b[1mError: \x1b[0mUnexpected error\n\n"
+                "Unknown: FileSystem.open (/home/me/.local/share/opencode/log/opencode.log)",
+            ),
+            FailureClass("invalid"),
+        ),
+        (end(f"{BEGUN}\n{opencode_step('tool-calls')}", 0), FailureClass("crashed")),
+        (end(f"{BEGUN}\n{opencode_step('tool-calls')}", None), None),
+        (end("", 0), None),
+    )
+    transcripts = TRANSCRIPTS / "opencode"
+    recorded: ClassVar = {
+        "edit": Recorded(
+            session="ses_dfc986321ffeZTBadsNvnjbr3u",
+            text="It is written.",
+            tokens=(2 * 120, 2 * 34),
+            paths=frozenset({"/work/hello.txt"}),
+        ),
+        "tool": Recorded(text="Both done.", paths=frozenset({"/work/out/b.txt"})),
+        "limited": Recorded(FailureClass.RATE_LIMITED, tokens=(0, 0)),
+        "limited-until": Recorded(FailureClass.RATE_LIMITED),
+        "limited-then-well": Recorded(text="Done.", paths=frozenset({"/work/hello.txt"})),
+        "no-login": Recorded(FailureClass.AUTH),
+        "server-error": Recorded(FailureClass.OVERLOADED),
+        "overloaded": Recorded(FailureClass.OVERLOADED),
+        "dead-server": Recorded(FailureClass.TRANSIENT),
+        "broken-stream": Recorded(FailureClass.TRANSIENT),
+        "invalid": Recorded(FailureClass.INVALID),
+        "unknown-model": Recorded(FailureClass.INVALID),
+        "unwritable": Recorded(FailureClass.INVALID),
+        "refused": Recorded(text="It is not written.", paths=frozenset({"/work/hello.txt"})),
+        "interrupted": Recorded(),
+        "terminated": Recorded(),
+    }
+
+
+def test_opencode_tells_when_its_limit_ends() -> None:
+    """By the header that its last answer had: a second after it."""
+    recording = read_recordings(TRANSCRIPTS / "opencode")["limited-until"]
+    failed = judged(OpencodeAdapter, {}, "\n".join(recording.stdout))
+    assert failed is not None
+    assert failed.until == json.loads(recording.stdout[-1])["timestamp"] / 1000 + 1
+
+
+def test_opencode_gets_its_configuration_over_ours(tmp_path: Any) -> None:
+    """What the file says of a key of ours replaces it; the rest stays."""
+    request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path)
+    options = {"config": {"share": "manual", "permission": {"bash": "deny"}}}
+    command = OpencodeAdapter(OpencodeAdapter.Options.model_validate(options)).command(request)  # type: ignore[arg-type]
+    assert json.loads(command.env["OPENCODE_CONFIG_CONTENT"]) == {
+        "autoupdate": False,
+        "share": "manual",
+        "permission": {"bash": "deny"},
+    }
