@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from adapters.jsonlines import cost_of, failure_concluded, interruption, number_of, read_object, text_of
 from adapters.options import AdapterOptions, Arguments, ProgramName, Value
+from adapters.statuses import class_in, class_of_status
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
@@ -45,14 +46,6 @@ _PRESET: Final = {
     "MCP_CONNECTION_NONBLOCKING": "0",  # else the first turn has no MCP tools
 }
 
-#: By HTTP status; other statuses from 500 on are the service's trouble, from 400 on the request's.
-_STATUSES: Final[Mapping[int, FailureClass]] = {
-    401: FailureClass.AUTH,
-    402: FailureClass.AUTH,
-    403: FailureClass.AUTH,
-    408: FailureClass.TRANSIENT,
-    429: FailureClass.RATE_LIMITED,
-}
 #: By what a result or plain text says where there is no status; the first that matches counts.
 _WORDS: Final[Mapping[FailureClass, re.Pattern[str]]] = {
     FailureClass.RATE_LIMITED: re.compile(r"usage limit reached|hit your .*limit|out of (?:extra )?usage|\b429\b"),
@@ -203,28 +196,18 @@ def _failure_of(value: JsonObject, text: str) -> Failed | None:
         return Failed(known[0], reason or known[1])
     if value.get("is_error") is not True:
         return None
-    by_words = _class_in(text)
-    failure = _class_of_status(number_of(value.get("api_error_status"))) or by_words or FailureClass.CRASHED
+    by_words = class_in(text, _WORDS)
+    failure = class_of_status(number_of(value.get("api_error_status"))) or by_words or FailureClass.CRASHED
     # What the account lacks is told by words only: its status is that of a wrong request.
     if failure is FailureClass.INVALID and by_words is not None:
         failure = by_words
     return _failed(failure, reason or "it ended with an error")
 
 
-def _class_of_status(status: int) -> FailureClass | None:
-    if status >= 500:
-        return FailureClass.OVERLOADED
-    return _STATUSES.get(status, FailureClass.INVALID) if status >= 400 else None
-
-
-def _class_in(text: str) -> FailureClass | None:
-    return next((failure for failure, pattern in _WORDS.items() if pattern.search(text)), None)
-
-
 def _failure_in_words(end: SessionEnd) -> Failed | None:
     said = [line for line in end.stdout.splitlines() if not line.startswith("{")]
     for line in [*said, *end.stderr.splitlines()][::-1]:
-        if (failure := _class_in(line[:4096])) is not None:
+        if (failure := class_in(line[:4096], _WORDS)) is not None:
             return _failed(failure, line.strip()[:_LONGEST_REASON])
     return None
 

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel
 
 from adapters.jsonlines import failure_concluded, number_of, read_object, text_of
 from adapters.options import AdapterOptions, Arguments, ProgramName, Value
+from adapters.statuses import class_in, class_of_status
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
@@ -59,14 +60,6 @@ _SETTINGS: Final = (
     *("-c", "check_for_update_on_startup=false"),
 )
 
-#: By HTTP status; other statuses from 500 on are the service's trouble, from 400 on the request's.
-_STATUSES: Final[Mapping[int, FailureClass]] = {
-    401: FailureClass.AUTH,
-    402: FailureClass.AUTH,
-    403: FailureClass.AUTH,
-    408: FailureClass.TRANSIENT,
-    429: FailureClass.RATE_LIMITED,
-}
 _STATUS: Final = re.compile(r"(?:unexpected status |last status: |\(status |^\{.*\"status\": ?)(\d{3})\b", re.DOTALL)
 #: By what it says where there is no status (codex-rs/protocol/src/error.rs); the first that matches counts.
 _WORDS: Final[Mapping[FailureClass, re.Pattern[str]]] = {
@@ -250,15 +243,12 @@ def _unwrapped(message: str) -> str:
 
 
 def _class_of(message: str) -> FailureClass | None:
-    by_words = next((failure for failure, pattern in _WORDS.items() if pattern.search(message)), None)
+    by_words = class_in(message, _WORDS)
     found = _STATUS.search(message)
-    status = 0 if found is None else int(found[1])
-    if status >= 500:
-        return FailureClass.OVERLOADED
-    if status >= 400:
-        # What the account lacks is told by words only: its status is that of any request too many.
-        return by_words if by_words is FailureClass.AUTH else _STATUSES.get(status, FailureClass.INVALID)
-    return by_words
+    by_status = None if found is None else class_of_status(int(found[1]))
+    # What the account lacks is told by words only: its status is that of any request too many.
+    is_told = by_status is FailureClass.OVERLOADED or (by_status and by_words is not FailureClass.AUTH)
+    return by_status if is_told else by_words
 
 
 def _failure_in_words(end: SessionEnd) -> Failed | None:

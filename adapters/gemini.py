@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from adapters.jsonlines import failure_concluded, number_of, read_object, text_of
 from adapters.options import AdapterOptions, Arguments, ProgramName, Value
+from adapters.statuses import class_in, class_of_status
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
@@ -71,15 +72,6 @@ _NAMES: Final[Mapping[str, FailureClass]] = {
     "FatalUntrustedWorkspaceError": FailureClass.INVALID,
     "FatalCancellationError": FailureClass.CRASHED,
     "FatalToolExecutionError": FailureClass.CRASHED,
-}
-#: By HTTP status; other statuses from 500 on are the service's trouble, from 400 on the request's.
-_STATUSES: Final[Mapping[int, FailureClass]] = {
-    401: FailureClass.AUTH,
-    402: FailureClass.AUTH,
-    403: FailureClass.AUTH,
-    408: FailureClass.TRANSIENT,
-    429: FailureClass.RATE_LIMITED,
-    499: FailureClass.TRANSIENT,
 }
 #: What says more than the status: a wrong key and a prompt that is too long have that of a wrong request.
 _PLAIN: Final[Mapping[FailureClass, re.Pattern[str]]] = {
@@ -250,7 +242,7 @@ def _of_result(value: JsonObject) -> Iterator[SessionEvent]:
 
 def _failure(name: str, text: str) -> Failed:
     text = text.replace('\\"', '"')
-    failure = _class_in(_PLAIN, text) or _class_of_status(text) or _NAMES.get(name) or _class_in(_WORDS, text)
+    failure = class_in(text, _PLAIN) or _class_of_status(text) or _NAMES.get(name) or class_in(text, _WORDS)
     message = _MESSAGE.search(text)
     said = _one_line(
         message[1] if message else text.removeprefix("[API Error: ").replace("]\n", "\n").removesuffix("]")
@@ -270,7 +262,7 @@ def _failure_reported(stderr: str) -> Failed | None:
     if not reported:
         return None
     names = _NAME.findall(report)
-    failure = _class_in(_PLAIN, report) or _class_of_status(report) or (_NAMES.get(names[-1]) if names else None)
+    failure = class_in(report, _PLAIN) or _class_of_status(report) or (_NAMES.get(names[-1]) if names else None)
     return None if failure is None else _failed(failure, _one_line(_NAME.split(report)[-1].partition("\n")[0]))
 
 
@@ -279,21 +271,14 @@ def _failure_in_lines(stderr: str) -> Failed | None:
         if (home := _READ_ONLY.search(line)) is not None:
             reason = f"it can't write to {home[1]}, without which it does not start"
             return Failed(FailureClass.INVALID, f"{reason}: name that folder under `writable`"[:_LONGEST_REASON])
-        if (failure := _class_in(_PLAIN, line) or _class_in(_WORDS, line)) is not None:
+        if (failure := class_in(line, _PLAIN) or class_in(line, _WORDS)) is not None:
             return _failed(failure, _one_line(_COLOR.sub("", line)))
     return None
 
 
 def _class_of_status(text: str) -> FailureClass | None:
     found = _STATUS.search(text)
-    if found is None:
-        return None
-    status = int(found[1])
-    return _STATUSES.get(status, FailureClass.OVERLOADED if status >= 500 else FailureClass.INVALID)
-
-
-def _class_in(patterns: Mapping[FailureClass, re.Pattern[str]], text: str) -> FailureClass | None:
-    return next((failure for failure, pattern in patterns.items() if pattern.search(text)), None)
+    return None if found is None else class_of_status(int(found[1]))
 
 
 def _failed(failure: FailureClass, reason: str) -> Failed:

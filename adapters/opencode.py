@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, Field, JsonValue
 
 from adapters.jsonlines import cost_of, failure_concluded, interruption, number_of, read_object, text_of
 from adapters.options import AdapterOptions, Arguments, ProgramName, Value
+from adapters.statuses import class_in, class_of_status
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
 from orchestrator.domain.secrets import contains_key, secret_values
@@ -61,15 +62,6 @@ _LEAVINGS: Final = tuple(
     f"/.opencode/{name}" for name in (".gitignore", "bun.lock", "node_modules/", "package-lock.json", "package.json")
 )
 
-#: By HTTP status; other statuses from 500 on are the service's trouble, from 400 on the request's.
-_STATUSES: Final[Mapping[int, FailureClass]] = {
-    401: FailureClass.AUTH,
-    402: FailureClass.AUTH,
-    403: FailureClass.AUTH,
-    408: FailureClass.TRANSIENT,
-    413: FailureClass.LIMIT,
-    429: FailureClass.RATE_LIMITED,
-}
 #: What the account lacks, told by words only: its status is that of a wrong request, or of a limit that ends.
 _WITHOUT_CREDIT: Final = re.compile(
     r"credit balance is too low|insufficient_quota|api[ _]key[ _](?:not valid|invalid)", re.IGNORECASE
@@ -284,24 +276,14 @@ def _failure_of(name: str, data: JsonObject, event: JsonObject) -> Failed:
     body = text_of(data.get("responseBody"))
     failure = _ERRORS.get(name)
     if failure is None and name == "APIError":
-        failure = _class_of_status(number_of(data.get("statusCode"))) or _class_in(said)
+        failure = class_of_status(number_of(data.get("statusCode"))) or class_in(said, _WORDS)
         if failure is None and data.get("isRetryable") is True:
             failure = FailureClass.TRANSIENT
         if failure in {FailureClass.INVALID, FailureClass.RATE_LIMITED} and _WITHOUT_CREDIT.search(f"{said}\n{body}"):
             failure = FailureClass.AUTH
-    failure = failure or _class_in(said) or FailureClass.CRASHED
+    failure = failure or class_in(said, _WORDS) or FailureClass.CRASHED
     until = _instant(data.get("responseHeaders"), event) if failure is FailureClass.RATE_LIMITED else None
     return _failed(failure, said[:_LONGEST_REASON] or f"it ended with an error, {name[:60] or 'unnamed'}", until)
-
-
-def _class_of_status(status: int) -> FailureClass | None:
-    if status >= 500:
-        return FailureClass.OVERLOADED
-    return _STATUSES.get(status, FailureClass.INVALID) if status >= 400 else None
-
-
-def _class_in(text: str) -> FailureClass | None:
-    return next((failure for failure, pattern in _WORDS.items() if pattern.search(text)), None)
 
 
 def _instant(headers: Any, event: JsonObject) -> float | None:
@@ -328,7 +310,7 @@ def _failure_in_words(log: str) -> Failed | None:
         if _UNWRITABLE.search(text):
             return Failed(FailureClass.INVALID, f"{text.strip()[:_LONGEST_REASON]}: {_WRITE_THERE}")
         found = _ERROR_LOGGED.search(text)
-        if found is not None and (failure := _class_in(found[1])) is not None:
+        if found is not None and (failure := class_in(found[1], _WORDS)) is not None:
             return _failed(failure, found[1].strip('"')[:_LONGEST_REASON], None)
     return None
 
