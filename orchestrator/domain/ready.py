@@ -34,9 +34,12 @@ class Lane:
         self.held_by: str | Lane | None = None
         """A live task with the paths, or the lane that has reserved them."""
 
+    def __lt__(self, other: object) -> bool:
+        """Of two places of a task that was moved one is given up: which comes first is no matter."""
+        return False
 
-#: What tasks start in the order of: a number that aging made constant, the place in the file; the task and its lane,
-#: which is the same one in all places of the task, and so never compared.
+
+#: What tasks start in the order of: a number that aging made constant, the place in the file; the task and its lane.
 _Place = tuple[float, int, str, Lane]
 
 

@@ -234,3 +234,12 @@ def test_a_start_does_not_hold_once_its_task_was_cancelled_or_revived() -> None:
     board.revive("a")
     assert not board.is_running("a")
     assert decide(board, 1, 0.0) == ["a"]
+
+
+def test_a_task_that_was_moved_is_found_beside_the_place_that_it_left() -> None:
+    """The park that it was moved from is over before it starts: both adapters are looked at."""
+    board = Board({"t": Entry(adapter="a", fallback=("b",))})
+    assert decide(board, 0, 0.0) == []
+    board.park("a", 100.0)
+    assert decide(board, 1, 200.0) == ["t"]
+    assert board.adapter_of("t") == "b"
