@@ -13,6 +13,7 @@ from typing import ClassVar, Final
 import pluggy
 from pydantic import BaseModel
 
+from adapters.failures import LONGEST_REASON
 from adapters.jsonlines import failure_concluded
 from adapters.options import AdapterOptions, Arguments, ProgramName, Value
 from orchestrator.domain.failures import FailureClass
@@ -72,7 +73,6 @@ _COST: Final = re.compile(r"(?:^|received\. )Cost: \$([0-9.]+) message")
 _WARNING: Final = re.compile(
     r"Retrying in |The LLM did not conform|Only \d+ reflections allowed|Warning(?: for \S+)?: "
 )
-_LONGEST_REASON: Final = 300
 
 
 class AiderOptions(AdapterOptions):
@@ -160,14 +160,14 @@ def _number(digits: str) -> float:
 
 def _failure(text: str) -> Failed | None:
     if text.startswith(_NO_KEY):
-        return Failed(FailureClass.AUTH, f"{text} {_LOG_IN}"[:_LONGEST_REASON])
+        return Failed(FailureClass.AUTH, f"{text} {_LOG_IN}"[:LONGEST_REASON])
     if _TOO_LONG.match(text):
-        return Failed(FailureClass.LIMIT, f"{text[:_LONGEST_REASON]} Give it a smaller task or another model")
+        return Failed(FailureClass.LIMIT, f"{text[:LONGEST_REASON]} Give it a smaller task or another model")
     error = _ERROR.match(text)
     if error is None:
         return None
     failure = _ERRORS.get(error[1], FailureClass.CRASHED)
-    reason = text[:_LONGEST_REASON]
+    reason = text[:LONGEST_REASON]
     return Failed(failure, f"{reason}: {_LOG_IN}" if failure is FailureClass.AUTH else reason)
 
 

@@ -13,9 +13,18 @@ from typing import Any, ClassVar, Final, Literal
 import pluggy
 from pydantic import BaseModel
 
-from adapters.jsonlines import cost_of, failure_concluded, interruption, number_of, read_object, text_of
+from adapters.failures import LONGEST_REASON, class_in, class_of_status
+from adapters.jsonlines import (
+    cost_of,
+    failure_concluded,
+    interruption,
+    number_of,
+    read_object,
+    said_plainly,
+    text_of,
+    tool_used,
+)
 from adapters.options import AdapterOptions, Arguments, ProgramName, Value
-from adapters.statuses import class_in, class_of_status
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
@@ -30,7 +39,6 @@ from orchestrator.protocols import (
     SessionEvent,
     SessionRequest,
     Spent,
-    UsedTool,
     Warned,
 )
 
@@ -67,7 +75,6 @@ _SUBTYPES: Final[Mapping[str, tuple[FailureClass, str]]] = {
     "error_during_execution": (FailureClass.CRASHED, "it was interrupted, or ended with an error of its own"),
 }
 _INSTANT: Final = re.compile(r"\|([0-9]{9,11})\b")  # Claude AI usage limit reached|1760000000
-_LONGEST_REASON: Final = 300
 _PATH_KEYS: Final = ("file_path", "notebook_path", "path")
 _DETAIL_KEYS: Final = ("command", "pattern", "description", "url", "query")
 
@@ -125,7 +132,7 @@ class ClaudeCodeAdapter:
         """Return what a JSON line means; a line of text is said as it stands."""
         value = read_object(line)
         if value is None:
-            return (Said(line),) if line.strip() and not line.startswith("{") else ()
+            return said_plainly(line)
         match value.get("type"):
             case "system":
                 return tuple(_of_system(value))
@@ -165,9 +172,7 @@ def _of_message(message: Any) -> Iterator[SessionEvent]:
             case {"type": "text", "text": str(text)} if text.strip():
                 yield Said(text)
             case {"type": "tool_use", "name": str(name), "input": dict(given)}:
-                paths = tuple(given[key] for key in _PATH_KEYS if isinstance(given.get(key), str))
-                details = [given[key] for key in _DETAIL_KEYS if isinstance(given.get(key), str)]
-                yield UsedTool(name, " ".join((paths or details or [""])[0].split())[:_LONGEST_REASON], paths)
+                yield tool_used(name, given, _PATH_KEYS, _DETAIL_KEYS)
             case _:
                 pass
 
@@ -191,7 +196,7 @@ def _of_result(value: JsonObject) -> Iterator[SessionEvent]:
 
 
 def _failure_of(value: JsonObject, text: str) -> Failed | None:
-    reason = text.strip()[:_LONGEST_REASON]
+    reason = text.strip()[:LONGEST_REASON]
     if (known := _SUBTYPES.get(text_of(value.get("subtype")))) is not None:
         return Failed(known[0], reason or known[1])
     if value.get("is_error") is not True:
@@ -208,7 +213,7 @@ def _failure_in_words(end: SessionEnd) -> Failed | None:
     said = [line for line in end.stdout.splitlines() if not line.startswith("{")]
     for line in [*said, *end.stderr.splitlines()][::-1]:
         if (failure := class_in(line[:4096], _WORDS)) is not None:
-            return _failed(failure, line.strip()[:_LONGEST_REASON])
+            return _failed(failure, line.strip()[:LONGEST_REASON])
     return None
 
 

@@ -15,9 +15,9 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 import pluggy
 from pydantic import AfterValidator, BaseModel
 
-from adapters.jsonlines import failure_concluded, number_of, read_object, text_of
+from adapters.failures import class_in, class_of_status, one_line
+from adapters.jsonlines import failure_concluded, number_of, read_object, said_plainly, text_of
 from adapters.options import AdapterOptions, Arguments, ProgramName, Value
-from adapters.statuses import class_in, class_of_status
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
@@ -98,7 +98,6 @@ _MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep",
 _PROVIDER: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 #: Those that it has by itself; nothing of them can be set.
 _BUILT_IN: Final = frozenset({"amazon-bedrock", "lmstudio", "ollama", "openai"})
-_LONGEST_REASON: Final = 300
 
 
 def _check_provider(name: str) -> str:
@@ -169,7 +168,7 @@ class CodexAdapter:
         """Return what a JSON line means; a line of text is said as it stands."""
         value = read_object(line)
         if value is None:
-            return (Said(line),) if line.strip() and not line.startswith("{") else ()
+            return said_plainly(line)
         match value:
             case {"type": "thread.started", "thread_id": str(thread)} if thread:
                 return (Identified(thread),)
@@ -209,16 +208,16 @@ def _of_item(kind: str, item: Mapping[str, Any], *, is_over: bool) -> Iterator[S
         case "error", True:
             yield Warned(text_of(item.get("message")) or "an error")
         case "command_execution", False:
-            yield UsedTool("shell", _one_line(text_of(item.get("command"))))
+            yield UsedTool("shell", one_line(text_of(item.get("command"))))
         case "mcp_tool_call", False:
             yield UsedTool(".".join(filter(None, (text_of(item.get(key)) for key in ("server", "tool")))) or "mcp")
         case "web_search", True:
-            yield UsedTool("web_search", _one_line(text_of(item.get("query"))))
+            yield UsedTool("web_search", one_line(text_of(item.get("query"))))
         case "file_change", True:
             changes = item.get("changes")
             found = [one.get("path") for one in changes if isinstance(one, dict)] if isinstance(changes, list) else []
             paths = tuple(path for path in found if isinstance(path, str))
-            yield UsedTool("edit", _one_line(" ".join(paths)), paths)
+            yield UsedTool("edit", one_line(" ".join(paths)), paths)
         case _:
             pass
 
@@ -247,8 +246,9 @@ def _class_of(message: str) -> FailureClass | None:
     found = _STATUS.search(message)
     by_status = None if found is None else class_of_status(int(found[1]))
     # What the account lacks is told by words only: its status is that of any request too many.
-    is_told = by_status is FailureClass.OVERLOADED or (by_status and by_words is not FailureClass.AUTH)
-    return by_status if is_told else by_words
+    if by_words is FailureClass.AUTH and by_status is not FailureClass.OVERLOADED:
+        return by_words
+    return by_status or by_words
 
 
 def _failure_in_words(end: SessionEnd) -> Failed | None:
@@ -258,7 +258,7 @@ def _failure_in_words(end: SessionEnd) -> Failed | None:
             return _failure(text).failed
     if end.exit == 0:
         kept = _KEPT_FROM_WRITING.search(end.stderr)
-        return None if kept is None else Failed(FailureClass.REFUSED, f"{_one_line(kept[0])}: {_WITHOUT_SANDBOX}")
+        return None if kept is None else Failed(FailureClass.REFUSED, f"{one_line(kept[0])}: {_WITHOUT_SANDBOX}")
     if any(isinstance(event, Identified) for event in end.events):
         return None
     for line in reversed(end.stderr.splitlines()):
@@ -268,7 +268,7 @@ def _failure_in_words(end: SessionEnd) -> Failed | None:
 
 
 def _failed(failure: FailureClass, message: str) -> Failed:
-    reason = _one_line(message) or "it ended with an error"
+    reason = one_line(message) or "it ended with an error"
     if failure is FailureClass.AUTH:
         return Failed(failure, f"{reason}: {_LOG_IN}")
     if failure is FailureClass.INVALID and _UNWRITABLE.search(reason):
@@ -293,10 +293,6 @@ def _until(reason: str, now: float) -> float | None:
         return time.mktime((*date, *clock, 0, 0, -1))
     except (OverflowError, ValueError):
         return None
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:_LONGEST_REASON]
 
 
 @hookimpl

@@ -1,4 +1,4 @@
-"""What failed, by the HTTP status or by the words that a program passes on from a model's API."""
+"""What failed, by the HTTP status or by the words that a program passes on from a model's API, and how it is told."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from typing import Final
 
 from orchestrator.domain.failures import FailureClass
+
+LONGEST_REASON: Final = 300
+"""Characters of what a program says that are told."""
 
 #: What is not just a wrong request, by its status (RFC 9110; 499 is said by proxies whose client went away).
 _STATUSES: Final[Mapping[int, FailureClass]] = {
@@ -30,3 +33,8 @@ def class_of_status(status: int) -> FailureClass | None:
 def class_in(text: str, words: Mapping[FailureClass, re.Pattern[str]]) -> FailureClass | None:
     """Return the first class the words of which a text has; None if it has none of them."""
     return next((failure for failure, pattern in words.items() if pattern.search(text)), None)
+
+
+def one_line(text: str) -> str:
+    """Return as much of a text as is told, on one line."""
+    return " ".join(text.split())[:LONGEST_REASON]

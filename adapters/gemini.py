@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Final, Literal
 import pluggy
 from pydantic import BaseModel
 
-from adapters.jsonlines import failure_concluded, number_of, read_object, text_of
+from adapters.failures import LONGEST_REASON, class_in, class_of_status, one_line
+from adapters.jsonlines import failure_concluded, number_of, read_object, said_plainly, text_of, tool_used
 from adapters.options import AdapterOptions, Arguments, ProgramName, Value
-from adapters.statuses import class_in, class_of_status
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
@@ -30,7 +30,6 @@ from orchestrator.protocols import (
     SessionEvent,
     SessionRequest,
     Spent,
-    UsedTool,
     Warned,
 )
 
@@ -119,7 +118,6 @@ _COLOR: Final = re.compile(r"\x1b\[[0-9;]*m")
 _REPORT: Final = "Error when talking to Gemini API"
 _READ_ONLY: Final = re.compile(r"critical error .*\b(?:EROFS|EACCES)\b.*'(.*/\.gemini)/")
 _NO_RESULT: Final = "it ended without a result: something stopped it"
-_LONGEST_REASON: Final = 300
 _PATH_KEYS: Final = ("file_path", "absolute_path")
 _DETAIL_KEYS: Final = ("command", "pattern", "query", "dir_path", "path", "prompt", "name", "description")
 
@@ -174,7 +172,7 @@ class GeminiAdapter:
         """Return what a JSON line means; a line of text is said as it stands."""
         value = read_object(line)
         if value is None:
-            return (Said(line),) if line.strip() and not line.startswith("{") else ()
+            return said_plainly(line)
         match value.get("type"):
             case "init" if session := text_of(value.get("session_id")):
                 return (Identified(session),)
@@ -209,15 +207,12 @@ class GeminiAdapter:
 
 
 def _of_tool(name: str, given: Any) -> Iterator[SessionEvent]:
-    given = given if isinstance(given, dict) else {}
-    paths = tuple(given[key] for key in _PATH_KEYS if isinstance(given.get(key), str))
-    details = [given[key] for key in _DETAIL_KEYS if isinstance(given.get(key), str)]
     if name:
-        yield UsedTool(name, _one_line((paths or details or ("",))[0]), paths)
+        yield tool_used(name, given if isinstance(given, dict) else {}, _PATH_KEYS, _DETAIL_KEYS)
 
 
 def _of_tool_result(error: Any) -> Iterator[SessionEvent]:
-    message = _one_line(text_of(error.get("message"))) if isinstance(error, dict) else ""
+    message = one_line(text_of(error.get("message"))) if isinstance(error, dict) else ""
     if message:
         yield Warned(f"a tool failed: {message}")
 
@@ -227,7 +222,7 @@ def _of_error(value: JsonObject) -> Iterator[SessionEvent]:
     if value.get("severity") == "error":
         yield Concluded("", _failure("", text))
     elif text.strip():
-        yield Warned(_one_line(text))
+        yield Warned(one_line(text))
 
 
 def _of_result(value: JsonObject) -> Iterator[SessionEvent]:
@@ -244,9 +239,7 @@ def _failure(name: str, text: str) -> Failed:
     text = text.replace('\\"', '"')
     failure = class_in(text, _PLAIN) or _class_of_status(text) or _NAMES.get(name) or class_in(text, _WORDS)
     message = _MESSAGE.search(text)
-    said = _one_line(
-        message[1] if message else text.removeprefix("[API Error: ").replace("]\n", "\n").removesuffix("]")
-    )
+    said = one_line(message[1] if message else text.removeprefix("[API Error: ").replace("]\n", "\n").removesuffix("]"))
     return _failed(failure or FailureClass.CRASHED, said or "it ended with an error")
 
 
@@ -263,16 +256,16 @@ def _failure_reported(stderr: str) -> Failed | None:
         return None
     names = _NAME.findall(report)
     failure = class_in(report, _PLAIN) or _class_of_status(report) or (_NAMES.get(names[-1]) if names else None)
-    return None if failure is None else _failed(failure, _one_line(_NAME.split(report)[-1].partition("\n")[0]))
+    return None if failure is None else _failed(failure, one_line(_NAME.split(report)[-1].partition("\n")[0]))
 
 
 def _failure_in_lines(stderr: str) -> Failed | None:
     for line in reversed(stderr.splitlines()):
         if (home := _READ_ONLY.search(line)) is not None:
             reason = f"it can't write to {home[1]}, without which it does not start"
-            return Failed(FailureClass.INVALID, f"{reason}: name that folder under `writable`"[:_LONGEST_REASON])
+            return Failed(FailureClass.INVALID, f"{reason}: name that folder under `writable`"[:LONGEST_REASON])
         if (failure := class_in(line, _PLAIN) or class_in(line, _WORDS)) is not None:
-            return _failed(failure, _one_line(_COLOR.sub("", line)))
+            return _failed(failure, one_line(_COLOR.sub("", line)))
     return None
 
 
@@ -302,10 +295,6 @@ def _seconds_to_wait(end: SessionEnd) -> float | None:
             hours, minutes, amount, unit = told[-1].groups("0")
             return int(hours) * 3600 + int(minutes) * 60 + float(amount) / (1000 if unit == "ms" else 1)
     return None
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:_LONGEST_REASON]
 
 
 @hookimpl

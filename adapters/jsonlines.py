@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from adapters import bridges
 from adapters.bridges.lines import FIELDS
+from adapters.failures import one_line
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
 from orchestrator.protocols import (
@@ -38,6 +39,11 @@ def read_object(line: str) -> JsonObject | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def said_plainly(line: str) -> Sequence[SessionEvent]:
+    """Return what a line means that holds no object: it is said as it stands, unless it is some of one."""
+    return (Said(line),) if line.strip() and not line.startswith("{") else ()
 
 
 def bridge_command(name: str, *arguments: str) -> tuple[str, ...]:
@@ -87,6 +93,13 @@ def _bridge_failure(value: JsonObject) -> Failed | None:
         return None
     known = value["failure"] in {*FailureClass}
     return Failed(FailureClass(value["failure"]) if known else FailureClass.CRASHED, value["reason"] or "it failed")
+
+
+def tool_used(name: str, given: Mapping[str, Any], path_keys: Sequence[str], detail_keys: Sequence[str]) -> UsedTool:
+    """Return the use of a tool; its arguments name files by some keys, and by others what else a person may see."""
+    paths = tuple(given[key] for key in path_keys if isinstance(given.get(key), str))
+    details = [given[key] for key in detail_keys if isinstance(given.get(key), str)]
+    return UsedTool(name, one_line((paths or details or ("",))[0]), paths)
 
 
 def failure_concluded(end: SessionEnd) -> Failed | None:

@@ -17,9 +17,9 @@ from typing import Annotated, Any, ClassVar, Final
 import pluggy
 from pydantic import AfterValidator, BaseModel, Field, JsonValue
 
-from adapters.jsonlines import cost_of, failure_concluded, interruption, number_of, read_object, text_of
+from adapters.failures import LONGEST_REASON, class_in, class_of_status, one_line
+from adapters.jsonlines import cost_of, failure_concluded, interruption, number_of, read_object, said_plainly, text_of
 from adapters.options import AdapterOptions, Arguments, ProgramName, Value
-from adapters.statuses import class_in, class_of_status
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
 from orchestrator.domain.secrets import contains_key, secret_values
@@ -102,7 +102,6 @@ _WRITE_THERE: Final = (
 )
 _DENIED: Final = "The user has specified a rule which prevents"
 _ERROR_LOGGED: Final = re.compile(r"\berror(?:\.error)?=(\"(?:[^\"\\]|\\.)*\"|\S+)")
-_LONGEST_REASON: Final = 300
 _LONGEST_LINE: Final = 4096
 _DETAIL_KEYS: Final = ("command", "pattern", "description", "url", "query")
 _PATCHED: Final = re.compile(r"^\*\*\* (?:Add File|Update File|Delete File|Move to): (.+)$", re.MULTILINE)
@@ -196,7 +195,7 @@ class OpencodeAdapter:
         """Return what a JSON line means; a line of text is said as it stands."""
         value = read_object(line)
         if value is None:
-            return (Said(line),) if line.strip() and not line.startswith("{") else ()
+            return said_plainly(line)
         given = value.get("part")
         part: JsonObject = given if isinstance(given, dict) else {}
         match value.get("type"):
@@ -233,7 +232,7 @@ def _of_tool(part: JsonObject) -> Iterator[SessionEvent]:
     given = given if isinstance(given, dict) else {}
     paths = tuple(_paths(given))
     details = [given[key] for key in _DETAIL_KEYS if isinstance(given.get(key), str)]
-    yield UsedTool(name, " ".join(" ".join(paths or details[:1]).split())[:_LONGEST_REASON], paths)
+    yield UsedTool(name, one_line(" ".join(paths or details[:1])), paths)
     if text_of(state.get("error")).startswith(_DENIED):
         yield Warned(f"its configuration denies it {name}")
 
@@ -283,7 +282,7 @@ def _failure_of(name: str, data: JsonObject, event: JsonObject) -> Failed:
             failure = FailureClass.AUTH
     failure = failure or class_in(said, _WORDS) or FailureClass.CRASHED
     until = _instant(data.get("responseHeaders"), event) if failure is FailureClass.RATE_LIMITED else None
-    return _failed(failure, said[:_LONGEST_REASON] or f"it ended with an error, {name[:60] or 'unnamed'}", until)
+    return _failed(failure, said[:LONGEST_REASON] or f"it ended with an error, {name[:60] or 'unnamed'}", until)
 
 
 def _instant(headers: Any, event: JsonObject) -> float | None:
@@ -308,10 +307,10 @@ def _failure_in_words(log: str) -> Failed | None:
     for line in log.splitlines()[::-1]:
         text = line[:_LONGEST_LINE]
         if _UNWRITABLE.search(text):
-            return Failed(FailureClass.INVALID, f"{text.strip()[:_LONGEST_REASON]}: {_WRITE_THERE}")
+            return Failed(FailureClass.INVALID, f"{text.strip()[:LONGEST_REASON]}: {_WRITE_THERE}")
         found = _ERROR_LOGGED.search(text)
         if found is not None and (failure := class_in(found[1], _WORDS)) is not None:
-            return _failed(failure, found[1].strip('"')[:_LONGEST_REASON], None)
+            return _failed(failure, found[1].strip('"')[:LONGEST_REASON], None)
     return None
 
 

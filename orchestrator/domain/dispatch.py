@@ -183,8 +183,7 @@ class Board:
     def _move_from(self, adapter: str) -> None:
         for task in self._flexible:
             if self._state[task] is _READY and self.adapter_of(task) == adapter:
-                place = self._choose(task)
-                self._queue.move(task, place.lane)
+                self._queue.move(task, self._choose(task).lane)
 
     def _choose(self, task: str) -> _Place:
         """Put a task with the first of its adapters that is open, else with the one that will be first."""

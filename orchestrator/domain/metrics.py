@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from orchestrator.domain.model import FINAL, REVIVABLE, TaskDocument, TaskStatus
+from orchestrator.domain.model import FINAL, REVIVABLE, TaskDocument, TaskStatus, known_cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,6 @@ def measure(tasks: Mapping[str, TaskDocument], landed_at: Mapping[str, float]) -
     counts = Counter(task.status for task in tasks.values())
     took = [minutes_to_land(task, landed_at.get(name)) for name, task in tasks.items()]
     known = [minutes for minutes in took if minutes is not None]
-    costs = [cost for task in tasks.values() if (cost := task.cost) is not None]
     attempts = [attempt for task in tasks.values() for attempt in task.attempts]
     pending = counts[TaskStatus.PENDING]
     over = sum(counts[status] for status in FINAL)
@@ -61,5 +60,5 @@ def measure(tasks: Mapping[str, TaskDocument], landed_at: Mapping[str, float]) -
         by_status={status.value: counts[status] for status in TaskStatus if counts[status]},
         input_tokens=sum(one.input_tokens for one in attempts),
         output_tokens=sum(one.output_tokens for one in attempts),
-        cost=sum(costs) if costs else None,
+        cost=known_cost(attempts),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Any
 
@@ -71,6 +72,12 @@ class Attempt(_Document):
     """US dollars, if the CLI told."""
 
 
+def known_cost(attempts: Iterable[Attempt]) -> float | None:
+    """Return what attempts cost in US dollars, as far as the CLIs told; None where none did."""
+    costs = [one.cost for one in attempts if one.cost is not None]
+    return sum(costs) if costs else None
+
+
 class Intent(_Document):
     """The landing that is under way: the target is about to move from `old` (None: it does not exist) to `new`."""
 
@@ -136,8 +143,7 @@ class TaskDocument(_Document):
     @property
     def cost(self) -> float | None:
         """What all attempts cost in US dollars, as far as the CLIs told; None where none did."""
-        costs = [one.cost for one in self.attempts if one.cost is not None]
-        return sum(costs) if costs else None
+        return known_cost(self.attempts)
 
     def with_attempt(self, **changes: Any) -> tuple[Attempt, ...]:
         """Return the attempts with that one changed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from orchestrator.domain.model import Attempt, TaskDocument
+from orchestrator.domain.model import Attempt, TaskDocument, known_cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +49,12 @@ def usage_of(run: str, tasks: Mapping[str, TaskDocument], now: float) -> RunUsag
 
 def _sum(attempts: Iterable[Attempt], now: float) -> Usage:
     found = list(attempts)
-    costs = [one.cost for one in found if one.cost is not None]
     return Usage(
         sessions=len(found),
         # A wall clock may have been set back meanwhile.
         seconds=sum(max((now if one.ended is None else one.ended) - one.started, 0.0) for one in found),
         input_tokens=sum(one.input_tokens for one in found),
         output_tokens=sum(one.output_tokens for one in found),
-        cost=sum(costs) if costs else None,
-        priced=len(costs),
+        cost=known_cost(found),
+        priced=sum(one.cost is not None for one in found),
     )

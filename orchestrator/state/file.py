@@ -51,7 +51,16 @@ from orchestrator.protocols import (
 from orchestrator.state.compaction import log_size
 from orchestrator.state.dumping import lines_of, refuse_unsound
 from orchestrator.state.history import versions
-from orchestrator.state.journal import AtOnce, Journal, Turn, check_kept, read_dumped, read_records, unavailable
+from orchestrator.state.journal import (
+    PART_BYTES,
+    AtOnce,
+    Journal,
+    Turn,
+    check_kept,
+    read_dumped,
+    read_records,
+    unavailable,
+)
 from orchestrator.state.log import Line, encode_commit
 from orchestrator.state.segments import Cursor, Mark, find_line, is_store, thinned_to
 from orchestrator.state.staging import Staging
@@ -63,7 +72,6 @@ _POLL_FASTEST: Final = 0.01  # seconds
 _POLL_SLOWEST: Final = 0.25
 _PAUSES: Final = (0, 0.005, 0.005, 0.01, 0.01)
 """Seconds between one try and the next to commit while other processes are at it, before a thread waits for them."""
-_FOLLOW_BYTES: Final = 1 << 20  # read or written per trip to a thread
 
 
 class FileStore:
@@ -278,7 +286,7 @@ class FileStore:
             async for line in found:
                 lines.append(line)
                 size += len(line.payload)
-                if size >= _FOLLOW_BYTES:
+                if size >= PART_BYTES:
                     await self._in_thread(partial(staging.add, lines))
                     lines, size = [], 0
         await self._in_thread(partial(staging.add, lines))

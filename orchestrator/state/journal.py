@@ -61,7 +61,8 @@ _REMEDIES: Final = {
 }
 _AT_ONCE_BYTES: Final = 16 << 10
 """So much is read or written on the event loop: some ten commits, which were written just now, or take no sync."""
-_PART_BYTES: Final = 1 << 20  # read per trip to a thread
+PART_BYTES: Final = 1 << 20
+"""So much is read or written per trip to a thread."""
 
 
 @dataclass(slots=True)
@@ -507,7 +508,7 @@ def read_dumped(cursor: Cursor, end: Mark) -> list[DumpedCommit]:
             raise damaged_at(commits[-1].position if commits else 0)
         commits.append(to_dumped(found.item.line))
         size += len(found.item.line.payload)
-        if size >= _PART_BYTES:
+        if size >= PART_BYTES:
             break
     return commits
 
@@ -529,7 +530,7 @@ def read_records(directory: Path, cursor: Cursor, until: Mark, after: int) -> tu
             if isinstance(found.item, Decoded) and found.item.line.position > after:
                 records.append(to_record(found.item.line))
                 after = found.item.line.position
-            if cursor.segment != start[0] or cursor.offset - start[1] >= _PART_BYTES:
+            if cursor.segment != start[0] or cursor.offset - start[1] >= PART_BYTES:
                 return records, False
     except FileNotFoundError:
         check_kept(directory, after)

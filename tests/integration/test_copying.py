@@ -26,6 +26,7 @@ from orchestrator.clock import SystemClock
 from orchestrator.errors import HistoryGone, RefusedError, StoreUnavailable
 from orchestrator.protocols import Commit, Document, Event, Key, Record, Store, Version, Write
 from orchestrator.state import file as file_store
+from orchestrator.state import journal
 from orchestrator.state.copying import Copied, copy, export, import_from
 from orchestrator.state.file import FileStore
 from orchestrator.state.memory import MemoryStore
@@ -564,7 +565,8 @@ async def test_stores_have_several_names(tmp_path: Path, monkeypatch: pytest.Mon
 
 async def test_large_logs_take_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commits are read and written in parts, whatever the length of the log."""
-    monkeypatch.setattr(file_store, "_FOLLOW_BYTES", 4_000)
+    for module in (file_store, journal):
+        monkeypatch.setattr(module, "PART_BYTES", 4_000)
     clock, most = ManualClock(), 0
     async with (
         FileStore.open(tmp_path / "source", clock) as source,
