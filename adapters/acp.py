@@ -17,10 +17,10 @@ import pluggy
 from pydantic import BaseModel
 
 from adapters.jsonlines import bridge_command, bridge_readable, failure_concluded, parse_bridge_line
-from adapters.options import AdapterOptions, CommandLine, Value
+from adapters.options import AdapterOptions, CommandLine, Value, own_home
 from orchestrator.domain.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
-from orchestrator.protocols import Command, Program, SessionEnd, SessionEvent, SessionRequest
+from orchestrator.protocols import Capability, Command, Home, Program, SessionEnd, SessionEvent, SessionRequest
 
 hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
@@ -51,6 +51,10 @@ class AcpAdapter:
     def __init__(self, options: AcpOptions, /) -> None:
         self._options = options
 
+    def capabilities(self) -> frozenset[Capability]:
+        """Return nothing."""
+        return frozenset()
+
     def programs(self) -> Sequence[Program]:
         """Return the bridge, which can say whether its SDK is installed, and the agent."""
         bridge = bridge_command("acp", "--ready")
@@ -63,12 +67,13 @@ class AcpAdapter:
         """Return the bridge's command line, with the agent's after `--`."""
         model = () if self._options.model is None else ("--model", self._options.model)
         places = ("--prompt-file", str(request.prompt_file), "--worktree", str(request.worktree))
-        env, passed = self._options.variables(("HOME", "USER"), **_PRESET)
+        env, passed = self._options.variables(("HOME", "USER"), **_PRESET, **own_home(self._options, request))
         return Command(
             argv=bridge_command("acp", *places, *model, "--", *self._options.argv),
             env=env,
             pass_env=passed,
             readable=bridge_readable(),
+            home=Home() if self._options.has_own_home else None,
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:

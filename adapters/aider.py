@@ -15,13 +15,15 @@ from pydantic import BaseModel
 
 from adapters.failures import LONGEST_REASON
 from adapters.jsonlines import failure_concluded
-from adapters.options import AdapterOptions, Arguments, ProgramName, Value
+from adapters.options import AdapterOptions, Arguments, ProgramName, Value, given, own_home
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
 from orchestrator.protocols import (
+    Capability,
     Command,
     Concluded,
+    Home,
     Program,
     Said,
     SessionEnd,
@@ -36,6 +38,7 @@ hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
 _KEYS: Final = (*("ANTHROPIC_API_KEY", "DEEPSEEK_API_KEY", "GEMINI_API_KEY", "OPENAI_API_KEY", "OPENROUTER_API_KEY"),)
 _PLACES: Final = ("OLLAMA_API_BASE", "OPENAI_API_BASE")
+_INSTRUCTIONS: Final = "council-instructions.md"
 _LOG_IN: Final = "set its provider's key (such as ANTHROPIC_API_KEY), named under `env` if it is a rare one"
 _ALONE: Final = (
     *("--yes-always", "--no-auto-commits", "--no-gitignore", "--no-check-update", "--analytics-disable"),
@@ -94,6 +97,10 @@ class AiderAdapter:
     def __init__(self, options: AiderOptions, /) -> None:
         self._options = options
 
+    def capabilities(self) -> frozenset[Capability]:
+        """Return what it can."""
+        return frozenset({Capability.INSTRUCTIONS, Capability.READ_ONLY})
+
     def programs(self) -> Sequence[Program]:
         """Return aider itself."""
         return (
@@ -109,15 +116,21 @@ class AiderAdapter:
 
     def command(self, request: SessionRequest) -> Command:
         """Return the command line; its tags cache, which it makes in the worktree, is no work."""
-        model = () if self._options.model is None else ("--model", self._options.model)
-        prompt = ("--message-file", str(request.prompt_file))
+        options = self._options
+        files = {} if request.instructions is None else {_INSTRUCTIONS: request.instructions}
         # It breaks lines at the terminal's width, 80 where there is none.
-        env, passed = self._options.variables(("HOME", *_KEYS, *_PLACES), COLUMNS="1000")
+        env, passed = options.variables(("HOME", *_KEYS, *_PLACES), COLUMNS="1000", **own_home(options, request))
         return Command(
-            argv=(self._options.bin, *model, *prompt, *_ALONE, *self._options.args),
+            argv=(
+                *(options.bin, *given("--model", options.model), "--message-file", str(request.prompt_file), *_ALONE),
+                *(("--read", str(request.home / _INSTRUCTIONS)) if files else ()),
+                *(("--chat-mode", "ask") if request.read_only else ()),
+                *options.args,
+            ),
             env=env,
             pass_env=passed,
             leavings=("/.aider*",),
+            home=Home(files) if files or options.has_own_home else None,
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:

@@ -6,6 +6,7 @@ is announced by a `rate_limit_event` before, which has the instant of its end.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final, Literal
@@ -24,13 +25,15 @@ from adapters.jsonlines import (
     text_of,
     tool_used,
 )
-from adapters.options import AdapterOptions, Arguments, ProgramName, Value
+from adapters.options import AdapterOptions, Arguments, ProgramName, Turns, UsDollars, Value, given, least
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
 from orchestrator.protocols import (
+    Capability,
     Command,
     Concluded,
+    Home,
     Identified,
     JsonObject,
     Program,
@@ -45,7 +48,7 @@ from orchestrator.protocols import (
 hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
 _KEYS: Final = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN")
-_PLACES: Final = ("ANTHROPIC_BASE_URL", "CLAUDE_CONFIG_DIR")
+_PLACE, _FOLDER = "ANTHROPIC_BASE_URL", "CLAUDE_CONFIG_DIR"
 _LOG_IN: Final = "run `claude auth login`, set ANTHROPIC_API_KEY or CLAUDE_CODE_OAUTH_TOKEN, or add credit"
 _PRESET: Final = {
     "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
@@ -76,6 +79,13 @@ _SUBTYPES: Final[Mapping[str, tuple[FailureClass, str]]] = {
 }
 _INSTANT: Final = re.compile(r"\|([0-9]{9,11})\b")  # Claude AI usage limit reached|1760000000
 _PATH_KEYS: Final = ("file_path", "notebook_path", "path")
+#: What of the user's own it finds in a home of the task's.
+_LOGIN: Final = ".credentials.json"
+_LINKS: Final = {
+    name: f"~/.claude/{name}"
+    for name in (_LOGIN, "settings.json", "CLAUDE.md", "agents", "commands", "plugins", "skills")
+}
+_SERVERS: Final = "council-mcp.json"
 _DETAIL_KEYS: Final = ("command", "pattern", "description", "url", "query")
 
 
@@ -88,8 +98,14 @@ class ClaudeCodeOptions(AdapterOptions):
     """The model, as in `--model`; none: what its own configuration says."""
     permission_mode: Literal["acceptEdits", "bypassPermissions"] = "acceptEdits"
     """What it may do unasked: change files, or also run commands and all else (meant for the fence)."""
+    max_turns: Turns | None = None
+    """How many turns a session may take, as in `--max-turns`."""
+    max_cost: UsDollars | None = None
+    """What a session may cost, as in `--max-budget-usd`."""
+    home: Literal["own", "shared"] = "own"
+    """Where it keeps its settings and conversations (`CLAUDE_CONFIG_DIR`): in a folder of the task's, or in yours."""
     args: Arguments = ()
-    """More arguments, after ours, such as `[--max-turns, "30"]`."""
+    """More arguments, after ours, such as `[--effort, high]`."""
 
 
 class ClaudeCodeAdapter:
@@ -99,6 +115,10 @@ class ClaudeCodeAdapter:
 
     def __init__(self, options: ClaudeCodeOptions, /) -> None:
         self._options = options
+
+    def capabilities(self) -> frozenset[Capability]:
+        """Return all; it can't go on with a conversation that it could write nowhere."""
+        return frozenset(Capability) - (frozenset() if self._options.has_own_home else {Capability.RESUME})
 
     def programs(self) -> Sequence[Program]:
         """Return Claude Code itself, which can be asked whether it is logged in."""
@@ -116,16 +136,27 @@ class ClaudeCodeAdapter:
 
     def command(self, request: SessionRequest) -> Command:
         """Return the command line; as root it bypasses permissions only in what it is told to be a sandbox."""
-        mode = self._options.permission_mode
-        model = () if self._options.model is None else ("--model", self._options.model)
-        stream = ("-p", "--output-format", "stream-json", "--verbose", "--permission-mode", mode)
-        sandboxed = {"IS_SANDBOX": "1"} if mode == "bypassPermissions" else {}
-        env, passed = self._options.variables(("HOME", "USER", *_KEYS, *_PLACES), **_PRESET, **sandboxed)
+        options = self._options
+        mode = "plan" if request.read_only else options.permission_mode
+        preset = {**_PRESET, "IS_SANDBOX": "1"} if mode == "bypassPermissions" else _PRESET
+        own = {_FOLDER: str(request.home)} if options.has_own_home else {}
+        places = () if options.has_own_home else (_FOLDER,)
+        env, passed = options.variables(("HOME", "USER", *_KEYS, _PLACE, *places), **preset, **own)
         return Command(
-            argv=(self._options.bin, *stream, *model, *self._options.args),
+            argv=(
+                *(options.bin, "-p", "--output-format", "stream-json", "--verbose", "--permission-mode", mode),
+                *given("--model", options.model),
+                *given("--resume", request.resume),
+                *given("--append-system-prompt", request.instructions),
+                *given("--max-turns", options.max_turns),
+                *given("--max-budget-usd", least(options.max_cost, request.most_cost)),
+                *(("--mcp-config", str(request.home / _SERVERS)) if request.mcp_servers else ()),
+                *options.args,
+            ),
             stdin=request.prompt_file,
             env=env,
             pass_env=passed,
+            home=_home(request, is_own=options.has_own_home),
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
@@ -137,7 +168,7 @@ class ClaudeCodeAdapter:
             case "system":
                 return tuple(_of_system(value))
             case "assistant":
-                return tuple(_of_message(value.get("message")))
+                return (*_of_message(value.get("message")), *_of_usage(value.get("message")))
             case "rate_limit_event":
                 return tuple(_of_limit(value.get("rate_limit_info")))
             case "result":
@@ -152,6 +183,23 @@ class ClaudeCodeAdapter:
             return failed
         told = [one.failed.until for one in end.events if isinstance(one, Concluded) and one.failed is not None]
         return Failed(failed.failure, failed.reason, next((one for one in reversed(told) if one is not None), None))
+
+
+def _home(request: SessionRequest, *, is_own: bool) -> Home | None:
+    files = {_SERVERS: json.dumps({"mcpServers": _servers(request)})} if request.mcp_servers else {}
+    if is_own:
+        return Home(files, _LINKS, (_LOGIN,))
+    return Home(files) if files else None
+
+
+def _servers(request: SessionRequest) -> JsonObject:
+    return {
+        one.name: {"type": "http", "url": one.url}
+        if one.url is not None
+        # Variables of a server's are those of the session, by their names.
+        else {"command": one.argv[0], "args": [*one.argv[1:]], "env": {name: f"${{{name}:-}}" for name in one.env}}
+        for one in request.mcp_servers
+    }
 
 
 def _of_system(value: JsonObject) -> Iterator[SessionEvent]:
@@ -177,6 +225,21 @@ def _of_message(message: Any) -> Iterator[SessionEvent]:
                 pass
 
 
+def _of_usage(message: Any) -> Iterator[SessionEvent]:
+    """What one call of the model used up so far: it is told with each part of the answer."""
+    match message:
+        case {"id": str(call), "usage": dict(usage)} if call:
+            yield _spent(usage, call=call, model=text_of(message.get("model")) or None)
+        case _:
+            pass
+
+
+def _spent(usage: Mapping[str, Any], **more: Any) -> Spent:
+    made, read = (number_of(usage.get(f"cache_{kind}_input_tokens")) for kind in ("creation", "read"))
+    sent = number_of(usage.get("input_tokens")) + made + read
+    return Spent(sent, number_of(usage.get("output_tokens")), cached_tokens=read, **more)
+
+
 def _of_limit(info: Any) -> Iterator[SessionEvent]:
     """What is rejected may still go on with paid usage: the result, which comes later, has the last word."""
     if isinstance(info, dict) and info.get("status") == "rejected":
@@ -187,10 +250,7 @@ def _of_limit(info: Any) -> Iterator[SessionEvent]:
 def _of_result(value: JsonObject) -> Iterator[SessionEvent]:
     usage = value.get("usage")
     if isinstance(usage, dict):
-        kinds = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
-        sent = sum(number_of(usage.get(kind)) for kind in kinds)
-        cost = cost_of(value.get("total_cost_usd"))
-        yield Spent(sent, number_of(usage.get("output_tokens")), cost, in_all=True)
+        yield _spent(usage, cost=cost_of(value.get("total_cost_usd")), in_all=True)
     text = text_of(value.get("result"))
     yield Concluded(text, _failure_of(value, text))
 

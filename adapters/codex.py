@@ -7,6 +7,7 @@ it waits for ever, and says so again and again.
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,13 +18,15 @@ from pydantic import AfterValidator, BaseModel
 
 from adapters.failures import class_in, class_of_status, one_line
 from adapters.jsonlines import failure_concluded, number_of, read_object, said_plainly, text_of
-from adapters.options import AdapterOptions, Arguments, ProgramName, Value
+from adapters.options import AdapterOptions, Arguments, ProgramName, Value, given
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
 from orchestrator.protocols import (
+    Capability,
     Command,
     Concluded,
+    Home,
     Identified,
     Program,
     Said,
@@ -40,19 +43,26 @@ hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 #: What its own provider is asked with; another one's key is in a variable that its `env_key` names.
 _KEYS: Final = ("CODEX_API_KEY", "CODEX_ACCESS_TOKEN")
 _USUAL_KEY: Final = "OPENAI_API_KEY"
-_PLACES: Final = ("CODEX_HOME", "CODEX_CA_CERTIFICATE", "OPENAI_ORGANIZATION", "OPENAI_PROJECT")
+_PLACES: Final = ("CODEX_CA_CERTIFICATE", "OPENAI_ORGANIZATION", "OPENAI_PROJECT")
+_FOLDER: Final = "CODEX_HOME"
+#: What of the user's own it finds in a home of the task's.
+_LOGIN: Final = "auth.json"
+_LINKS: Final = {
+    name: f"~/.codex/{name}" for name in (_LOGIN, "config.toml", "AGENTS.md", "prompts", "rules", "skills")
+}
 _LOG_IN: Final = (
     "run `codex login`, set CODEX_API_KEY, or add credit; the key of another provider is in the variable that its "
     "`env_key` names"
 )
 _MAKE_WRITABLE: Final = (
-    "it has to write in its own folder: make that if it is not there, and add it under `writable` (`[~/.codex]`)"
+    "it has to write in its own folder: leave `home` at `own`, or name that folder under `writable` (`[~/.codex]`)"
 )
 _SANDBOXES: Final[Mapping[str, tuple[str, ...]]] = {
     # Nor does it ask for leave, which nobody is there to give.
     "none": ("--dangerously-bypass-approvals-and-sandbox",),
-    "workspace-write": ("--sandbox", "workspace-write"),
-    "read-only": ("--sandbox", "read-only"),
+    # By the key, because `exec resume` does not take the option.
+    "workspace-write": ("-c", 'sandbox_mode="workspace-write"'),
+    "read-only": ("-c", 'sandbox_mode="read-only"'),
 }
 _SETTINGS: Final = (
     *("-c", "analytics.enabled=false"),
@@ -121,6 +131,8 @@ class CodexOptions(AdapterOptions):
     sandbox: Literal["none", "workspace-write", "read-only"] = "none"
     """The sandbox of its own that it works in: none (meant for the fence), or one, in which nothing is written where
     the fence is."""
+    home: Literal["own", "shared"] = "own"
+    """Where it keeps its settings and conversations (`CODEX_HOME`): in a folder of the task's, or in yours."""
     args: Arguments = ()
     """More arguments, after ours, such as `[-c, model_reasoning_effort=high]`."""
 
@@ -132,6 +144,11 @@ class CodexAdapter:
 
     def __init__(self, options: CodexOptions, /) -> None:
         self._options = options
+
+    def capabilities(self) -> frozenset[Capability]:
+        """Return all but a limit on cost, which it does not know; its conversations stay in a home of the task's."""
+        can = {Capability.INSTRUCTIONS, Capability.MCP, Capability.READ_ONLY}
+        return frozenset(can | {Capability.RESUME} if self._options.has_own_home else can)
 
     def programs(self) -> Sequence[Program]:
         """Return Codex itself, which can be asked whether it is logged in, but not to another provider."""
@@ -151,17 +168,23 @@ class CodexAdapter:
     def command(self, request: SessionRequest) -> Command:
         """Return the command line; only a provider that is named can be told not to be asked again and again."""
         options = self._options
-        model = () if options.model is None else ("--model", options.model)
         provider = () if options.provider is None else _provider_settings(options.provider)
-        env, passed = options.variables(("HOME", "USER", *_KEYS, _USUAL_KEY, *_PLACES))
+        sandbox = _SANDBOXES["read-only" if request.read_only else options.sandbox]
+        own = {_FOLDER: str(request.home)} if options.has_own_home else {}
+        places = _PLACES if options.has_own_home else (_FOLDER, *_PLACES)
+        env, passed = options.variables(("HOME", "USER", *_KEYS, _USUAL_KEY, *places), **own)
         return Command(
             argv=(
-                *(options.bin, "exec", "--json", "--skip-git-repo-check", *_SANDBOXES[options.sandbox]),
-                *(*_SETTINGS, *provider, *model, *options.args, "-"),
+                *(options.bin, "exec", *(() if request.resume is None else ("resume",))),
+                *("--json", "--skip-git-repo-check", *sandbox, *_SETTINGS, *provider),
+                *(*given("--model", options.model), *_request_settings(request), *options.args),
+                *(() if request.resume is None else (request.resume,)),
+                "-",
             ),
             stdin=request.prompt_file,
             env=env,
             pass_env=passed,
+            home=Home(links=_LINKS, renewed=(_LOGIN,)) if options.has_own_home else None,
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
@@ -175,7 +198,7 @@ class CodexAdapter:
             case {"type": "item.started" | "item.completed" as when, "item": {"type": str(kind)} as item}:
                 return tuple(_of_item(kind, item, is_over=when == "item.completed"))
             case {"type": "turn.completed"}:
-                return (*_of_usage(value.get("usage")), Concluded())
+                return (*_of_usage(value.get("usage"), self._options.model), Concluded())
             case {"type": "turn.failed"}:
                 error = value.get("error")
                 return (_failure(text_of(error.get("message")) if isinstance(error, dict) else ""),)
@@ -201,6 +224,22 @@ def _provider_settings(provider: str) -> tuple[str, ...]:
     return (*chosen, "-c", f"{table}.request_max_retries=1", "-c", f"{table}.stream_max_retries=1")
 
 
+def _request_settings(request: SessionRequest) -> Iterator[str]:
+    """What is asked for by keys of its configuration; strings of JSON are strings of TOML."""
+    settings: dict[str, Any] = {}
+    if request.instructions is not None:
+        settings["developer_instructions"] = request.instructions
+    for one in request.mcp_servers:
+        table = f"mcp_servers.{json.dumps(one.name)}"
+        if one.url is not None:
+            settings[f"{table}.url"] = one.url
+        else:
+            settings |= {f"{table}.command": one.argv[0], f"{table}.args": [*one.argv[1:]]}
+            settings[f"{table}.env_vars"] = [*one.env]
+    for key, value in settings.items():
+        yield from ("-c", f"{key}={json.dumps(value, ensure_ascii=False)}")
+
+
 def _of_item(kind: str, item: Mapping[str, Any], *, is_over: bool) -> Iterator[SessionEvent]:
     match kind, is_over:
         case "agent_message", True if text_of(item.get("text")).strip():
@@ -222,11 +261,13 @@ def _of_item(kind: str, item: Mapping[str, Any], *, is_over: bool) -> Iterator[S
             pass
 
 
-def _of_usage(usage: Any) -> Iterator[SessionEvent]:
+def _of_usage(usage: Any, model: str | None) -> Iterator[SessionEvent]:
     """Tokens of the whole conversation, those of earlier sessions included where it went on with one."""
     if isinstance(usage, dict):
         # Cached tokens are among the input's, those of reasoning among the output's.
-        yield Spent(number_of(usage.get("input_tokens")), number_of(usage.get("output_tokens")), in_all=True)
+        sent, received = number_of(usage.get("input_tokens")), number_of(usage.get("output_tokens"))
+        cached = number_of(usage.get("cached_input_tokens"))
+        yield Spent(sent, received, in_all=True, cached_tokens=cached, model=model, of_conversation=True)
 
 
 def _failure(message: str) -> Concluded:

@@ -20,12 +20,12 @@ from typing import Annotated, ClassVar, Final, Literal
 import pluggy
 from pydantic import AfterValidator, BaseModel, Field
 
-from adapters.options import AdapterOptions, check_argument
+from adapters.options import AdapterOptions, check_argument, own_home
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
 from orchestrator.errors import RefusedError
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
-from orchestrator.protocols import Command, Program, Said, SessionEnd, SessionEvent, SessionRequest
+from orchestrator.protocols import Capability, Command, Home, Program, Said, SessionEnd, SessionEvent, SessionRequest
 
 hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
@@ -89,12 +89,13 @@ class CommandAdapter:
             return values[match[2]] if match[2] is not None else f"{{{match[1]}}}"
 
         self._check_prompt(request.prompt)
-        env, passed = self._options.variables()
+        env, passed = self._options.variables(**own_home(self._options, request))
         return Command(
             argv=tuple(_PLACEHOLDER.sub(fill, argument) for argument in self._options.argv),
             stdin=request.prompt_file if self._options.prompt == "stdin" else None,
             env=env,
             pass_env=passed,
+            home=Home() if self._options.has_own_home else None,
         )
 
     def verdict(self, end: SessionEnd) -> Failed | None:
@@ -110,6 +111,10 @@ class CommandAdapter:
             if match is not None:
                 return Failed(FailureClass(failure), match.string.strip()[:_LONGEST_REASON], _until(match, end.time))
         return None
+
+    def capabilities(self) -> frozenset[Capability]:
+        """Return nothing."""
+        return frozenset()
 
     def programs(self) -> Sequence[Program]:
         """Return the program if it is looked for on PATH: neither a path nor known only when a session starts."""

@@ -6,6 +6,7 @@ own answer does. What goes wrong before its first turn, such as a missing login,
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final, Literal
@@ -15,13 +16,15 @@ from pydantic import BaseModel
 
 from adapters.failures import LONGEST_REASON, class_in, class_of_status, one_line
 from adapters.jsonlines import failure_concluded, number_of, read_object, said_plainly, text_of, tool_used
-from adapters.options import AdapterOptions, Arguments, ProgramName, Value
+from adapters.options import AdapterOptions, Arguments, ProgramName, Turns, Value, given
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
 from orchestrator.protocols import (
+    Capability,
     Command,
     Concluded,
+    Home,
     Identified,
     JsonObject,
     Program,
@@ -37,13 +40,24 @@ hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
 _KEYS: Final = ("GEMINI_API_KEY", "GOOGLE_API_KEY")
 _PLACES: Final = (
-    *("GEMINI_CLI_HOME", "GOOGLE_GEMINI_BASE_URL", "GOOGLE_VERTEX_BASE_URL", "GOOGLE_GENAI_API_VERSION"),
+    *("GOOGLE_GEMINI_BASE_URL", "GOOGLE_VERTEX_BASE_URL", "GOOGLE_GENAI_API_VERSION"),
     *("GOOGLE_GENAI_USE_GCA", "GOOGLE_GENAI_USE_VERTEXAI", "GOOGLE_CLOUD_PROJECT", "GOOGLE_CLOUD_PROJECT_ID"),
     *("GOOGLE_CLOUD_LOCATION", "GOOGLE_APPLICATION_CREDENTIALS", "GEMINI_MODEL"),
 )
+_FOLDER: Final = "GEMINI_CLI_HOME"
+_SETTINGS_FILE: Final = "GEMINI_CLI_SYSTEM_SETTINGS_PATH"
+#: What of the user's own it finds in a home of the task's.
+_LOGIN: Final = ".gemini/oauth_creds.json"
+_LINKS: Final = {
+    name: f"~/{name}"
+    for name in (
+        *(_LOGIN, ".gemini/settings.json", ".gemini/google_accounts.json", ".gemini/installation_id"),
+        *(".gemini/GEMINI.md", ".gemini/commands", ".gemini/extensions"),
+    )
+}
+_SETTINGS_NAME: Final = "council-settings.json"
 _LOG_IN: Final = (
-    "run `gemini` once and log in, or set GEMINI_API_KEY; with GOOGLE_GEMINI_BASE_URL also "
-    "`security.auth.selectedType: gemini-api-key` in its settings.json"
+    "run `gemini` once and log in, or set GEMINI_API_KEY; with GOOGLE_GEMINI_BASE_URL also `auth: gemini-api-key`"
 )
 _PRESET: Final = {
     "GEMINI_CLI_NO_RELAUNCH": "true",  # else it is a child of itself that hears no signal
@@ -131,6 +145,12 @@ class GeminiOptions(AdapterOptions):
     """The model, as in `--model`; none: what its own configuration says."""
     approval_mode: Literal["auto_edit", "yolo"] = "auto_edit"
     """What it may do unasked: change files, or also run commands and all else (meant for the fence)."""
+    auth: Literal["gemini-api-key", "oauth-personal", "vertex-ai"] | None = None
+    """How it logs in, as `security.auth.selectedType` of its settings has it; none: as they say, or by what is set."""
+    max_turns: Turns | None = None
+    """How many turns a session may take."""
+    home: Literal["own", "shared"] = "own"
+    """Where it keeps its settings and conversations (`GEMINI_CLI_HOME`): in a folder of the task's, or in yours."""
     args: Arguments = ()
     """More arguments, after ours, such as `[--include-directories, /srv/docs]`."""
 
@@ -142,6 +162,11 @@ class GeminiAdapter:
 
     def __init__(self, options: GeminiOptions, /) -> None:
         self._options = options
+
+    def capabilities(self) -> frozenset[Capability]:
+        """Return what it can; its conversations stay in a home of the task's."""
+        can = {Capability.MCP, Capability.READ_ONLY}
+        return frozenset(can | {Capability.RESUME} if self._options.has_own_home else can)
 
     def programs(self) -> Sequence[Program]:
         """Return Gemini CLI itself, which can't be asked whether it is logged in."""
@@ -157,15 +182,23 @@ class GeminiAdapter:
         )
 
     def command(self, request: SessionRequest) -> Command:
-        """Return the command line."""
-        model = () if self._options.model is None else ("--model", self._options.model)
-        stream = ("--output-format", "stream-json", "--approval-mode", self._options.approval_mode)
-        env, passed = self._options.variables(("HOME", *_KEYS, *_PLACES), **_PRESET)
+        """Return the command line; what has no option is set by a file that goes over the user's settings."""
+        options = self._options
+        mode = "plan" if request.read_only else options.approval_mode
+        own = {_FOLDER: str(request.home)} if options.has_own_home else {}
+        own[_SETTINGS_FILE] = str(request.home / _SETTINGS_NAME)
+        places = _PLACES if options.has_own_home else (_FOLDER, *_PLACES)
+        env, passed = options.variables(("HOME", *_KEYS, *places), **_PRESET, **own)
+        settings = {_SETTINGS_NAME: json.dumps(_settings(options, request))}
         return Command(
-            argv=(self._options.bin, *stream, *model, *self._options.args),
+            argv=(
+                *(options.bin, "--output-format", "stream-json", "--approval-mode", mode),
+                *(*given("--model", options.model), *given("--resume", request.resume), *options.args),
+            ),
             stdin=request.prompt_file,
             env=env,
             pass_env=passed,
+            home=Home(settings, _LINKS, (_LOGIN,)) if options.has_own_home else Home(settings),
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
@@ -185,7 +218,7 @@ class GeminiAdapter:
             case "error":
                 return tuple(_of_error(value))
             case "result":
-                return tuple(_of_result(value))
+                return tuple(_of_result(value, self._options.model))
             case _:
                 return ()
 
@@ -204,6 +237,31 @@ class GeminiAdapter:
             return failed
         seconds = _seconds_to_wait(end)
         return Failed(failed.failure, failed.reason, None if seconds is None else end.time + seconds)
+
+
+def _settings(options: GeminiOptions, request: SessionRequest) -> JsonObject:
+    """Without updates and statistics, with few of its ten attempts, which take minutes: the rest is the scheduler's."""
+    settings: JsonObject = {
+        "general": {"enableAutoUpdate": False, "maxAttempts": 3},
+        "privacy": {"usageStatisticsEnabled": False},
+    }
+    if options.auth is not None:
+        settings["security"] = {"auth": {"selectedType": options.auth}}
+    if options.max_turns is not None:
+        settings["model"] = {"maxSessionTurns": options.max_turns}
+    if request.mcp_servers:
+        settings["mcpServers"] = {
+            one.name: {"httpUrl": one.url, "trust": True}
+            if one.url is not None
+            else {
+                "command": one.argv[0],
+                "args": [*one.argv[1:]],
+                "trust": True,
+                "env": {name: f"${name}" for name in one.env},
+            }
+            for one in request.mcp_servers
+        }
+    return settings
 
 
 def _of_tool(name: str, given: Any) -> Iterator[SessionEvent]:
@@ -225,14 +283,23 @@ def _of_error(value: JsonObject) -> Iterator[SessionEvent]:
         yield Warned(one_line(text))
 
 
-def _of_result(value: JsonObject) -> Iterator[SessionEvent]:
+def _of_result(value: JsonObject, model: str | None) -> Iterator[SessionEvent]:
     """Success takes back no error told before: it also says so where it stopped because of one."""
     stats, error = value.get("stats"), value.get("error")
     stats = stats if isinstance(stats, dict) else {}
-    yield Spent(number_of(stats.get("input_tokens")), number_of(stats.get("output_tokens")), in_all=True)
+    sent, received = number_of(stats.get("input_tokens")), number_of(stats.get("output_tokens"))
+    cached = number_of(stats.get("cached"))
+    yield Spent(sent, received, in_all=True, cached_tokens=cached, model=_most_used(stats.get("models")) or model)
     if isinstance(error, dict) or value.get("status") == "error":
         error = error if isinstance(error, dict) else {}
         yield Concluded("", _failure(text_of(error.get("type")), text_of(error.get("message"))))
+
+
+def _most_used(models: Any) -> str | None:
+    """Return the model that a result tells the most tokens of."""
+    found = models if isinstance(models, dict) else {}
+    used = {name: number_of(one.get("total_tokens")) for name, one in found.items() if isinstance(one, dict)}
+    return max(used, key=lambda name: used[name], default=None)
 
 
 def _failure(name: str, text: str) -> Failed:
@@ -263,7 +330,8 @@ def _failure_in_lines(stderr: str) -> Failed | None:
     for line in reversed(stderr.splitlines()):
         if (home := _READ_ONLY.search(line)) is not None:
             reason = f"it can't write to {home[1]}, without which it does not start"
-            return Failed(FailureClass.INVALID, f"{reason}: name that folder under `writable`"[:LONGEST_REASON])
+            remedy = "leave `home` at `own`, or name that folder under `writable`"
+            return Failed(FailureClass.INVALID, f"{reason}: {remedy}"[:LONGEST_REASON])
         if (failure := class_in(line, _PLAIN) or class_in(line, _WORDS)) is not None:
             return _failed(failure, one_line(_COLOR.sub("", line)))
     return None

@@ -17,7 +17,7 @@ from adapters.jsonlines import bridge_command, bridge_readable, failure_conclude
 from adapters.options import AdapterOptions, Value
 from orchestrator.domain.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
-from orchestrator.protocols import Command, Program, SessionEnd, SessionEvent, SessionRequest
+from orchestrator.protocols import Capability, Command, Program, SessionEnd, SessionEvent, SessionRequest
 
 hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
@@ -56,6 +56,10 @@ class OllamaAdapter:
 
     def __init__(self, options: OllamaOptions, /) -> None:
         self._options = options
+
+    def capabilities(self) -> frozenset[Capability]:
+        """Return nothing."""
+        return frozenset()
 
     def programs(self) -> Sequence[Program]:
         """Return the bridge, which can say whether its client is installed, the server there, and the model on it."""

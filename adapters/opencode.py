@@ -12,21 +12,23 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Annotated, Any, ClassVar, Final
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import pluggy
 from pydantic import AfterValidator, BaseModel, Field, JsonValue
 
 from adapters.failures import LONGEST_REASON, class_in, class_of_status, one_line
 from adapters.jsonlines import cost_of, failure_concluded, interruption, number_of, read_object, said_plainly, text_of
-from adapters.options import AdapterOptions, Arguments, ProgramName, Value
+from adapters.options import AdapterOptions, Arguments, ProgramName, Value, given
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
 from orchestrator.domain.secrets import contains_key, secret_values
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
 from orchestrator.protocols import (
+    Capability,
     Command,
     Concluded,
+    Home,
     Identified,
     JsonObject,
     Program,
@@ -45,10 +47,12 @@ _KEYS: Final = (
     *("ANTHROPIC_API_KEY", "GEMINI_API_KEY", "GOOGLE_API_KEY", "GOOGLE_GENERATIVE_AI_API_KEY", "OPENAI_API_KEY"),
     *("OPENCODE_API_KEY", "OPENROUTER_API_KEY"),
 )
-_PLACES: Final = (
-    *("OPENCODE_CONFIG", "OPENCODE_CONFIG_DIR"),
-    *("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME"),
-)
+_PLACES: Final = ("OPENCODE_CONFIG", "OPENCODE_CONFIG_DIR", "XDG_CONFIG_HOME")
+#: What it keeps, by the name in a home of the task's; its configuration stays the user's.
+_FOLDERS: Final = {"XDG_CACHE_HOME": "cache", "XDG_DATA_HOME": "share", "XDG_STATE_HOME": "state"}
+_LOGIN: Final = "share/opencode/auth.json"
+_LINKS: Final = {_LOGIN: "~/.local/share/opencode/auth.json"}
+_INSTRUCTIONS: Final = "council-instructions.md"
 _LOG_IN: Final = "run `opencode auth login`, set its provider's key (such as ANTHROPIC_API_KEY), or add credit"
 _PRESET: Final = {
     "OPENCODE_DISABLE_AUTOUPDATE": "1",
@@ -97,8 +101,8 @@ _UNWRITABLE: Final = re.compile(
     r"|unable to open database file|readonly database"
 )
 _WRITE_THERE: Final = (
-    "start it once by hand, and make its folders `writable` (~/.local/share/opencode, ~/.local/state/opencode, "
-    "~/.cache/opencode)"
+    "leave `home` at `own`, or start it once by hand, and make its folders `writable` (~/.local/share/opencode, "
+    "~/.local/state/opencode, ~/.cache/opencode)"
 )
 _DENIED: Final = "The user has specified a rule which prevents"
 _ERROR_LOGGED: Final = re.compile(r"\berror(?:\.error)?=(\"(?:[^\"\\]|\\.)*\"|\S+)")
@@ -150,6 +154,10 @@ class OpencodeOptions(AdapterOptions):
     """The agent, as in `--agent`; none: what its own configuration says."""
     config: _Config = Field(default_factory=dict)
     """Configuration that goes over what its own files say, written as in an `opencode.json`."""
+    home: Literal["own", "shared"] = "own"
+    """Where it keeps its logins and conversations (`XDG_DATA_HOME` and its like): in a folder of the task's, or in
+    yours.
+    """
     args: Arguments = ()
     """More arguments, after ours, such as `[--variant, high]`."""
 
@@ -161,6 +169,11 @@ class OpencodeAdapter:
 
     def __init__(self, options: OpencodeOptions, /) -> None:
         self._options = options
+
+    def capabilities(self) -> frozenset[Capability]:
+        """Return what it can; its conversations stay in a home of the task's."""
+        can = {Capability.INSTRUCTIONS, Capability.MCP, Capability.READ_ONLY}
+        return frozenset(can | {Capability.RESUME} if self._options.has_own_home else can)
 
     def programs(self) -> Sequence[Program]:
         """Return opencode itself, which can't be asked whether the model's provider takes its key."""
@@ -178,17 +191,25 @@ class OpencodeAdapter:
     def command(self, request: SessionRequest) -> Command:
         """Return the command line; what it is not told to deny it may do unasked."""
         options = self._options
-        model = () if options.model is None else ("--model", options.model)
-        agent = () if options.agent is None else ("--agent", options.agent)
-        stream = ("run", "--format", "json", "--auto", "--print-logs", "--log-level", "ERROR")
-        config = json.dumps({**_CONFIG, **options.config}, ensure_ascii=False, sort_keys=True)
-        env, passed = options.variables(("HOME", *_KEYS, *_PLACES), **_PRESET, OPENCODE_CONFIG_CONTENT=config)
+        config = json.dumps(_config(options, request), ensure_ascii=False, sort_keys=True)
+        own = {name: str(request.home / part) for name, part in _FOLDERS.items()} if options.has_own_home else {}
+        places = _PLACES if options.has_own_home else (*_PLACES, *_FOLDERS)
+        env, passed = options.variables(("HOME", *_KEYS, *places), **_PRESET, **own, OPENCODE_CONFIG_CONTENT=config)
+        files = {_INSTRUCTIONS: request.instructions} if request.instructions is not None else {}
+        home = Home(files, _LINKS, (_LOGIN,)) if options.has_own_home else Home(files) if files else None
         return Command(
-            argv=(options.bin, *stream, *model, *agent, *options.args),
+            argv=(
+                *(options.bin, "run", "--format", "json", "--auto", "--print-logs", "--log-level", "ERROR"),
+                *given("--model", options.model),
+                *given("--agent", "plan" if request.read_only else options.agent),
+                *given("--session", request.resume),
+                *options.args,
+            ),
             stdin=request.prompt_file,
             env=env,
             pass_env=passed,
             leavings=_LEAVINGS,
+            home=home,
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
@@ -208,7 +229,7 @@ class OpencodeAdapter:
             case "tool_use":
                 return tuple(_of_tool(part))
             case "step_finish":
-                return tuple(_of_step(part))
+                return tuple(_of_step(part, self._options.model))
             case "error":
                 return tuple(_of_error(value))
             case _:
@@ -221,6 +242,27 @@ class OpencodeAdapter:
         if concluded and (failed is None or failed.failure is not FailureClass.CRASHED):
             return failed
         return _failure_in_words(end.stderr) or failed or interruption(end)
+
+
+def _config(options: OpencodeOptions, request: SessionRequest) -> JsonObject:
+    config: JsonObject = {**_CONFIG, **options.config}
+    if request.instructions is not None:
+        told = config.get("instructions")
+        config["instructions"] = [*(told if isinstance(told, list) else ()), str(request.home / _INSTRUCTIONS)]
+    if request.mcp_servers:
+        servers = {
+            one.name: {"type": "remote", "url": one.url}
+            if one.url is not None
+            else {
+                "type": "local",
+                "command": [*one.argv],
+                "environment": {name: f"{{env:{name}}}" for name in one.env},
+            }
+            for one in request.mcp_servers
+        }
+        told = config.get("mcp")
+        config["mcp"] = {**(told if isinstance(told, dict) else {}), **servers}
+    return config
 
 
 def _of_tool(part: JsonObject) -> Iterator[SessionEvent]:
@@ -244,7 +286,7 @@ def _paths(given: JsonObject) -> Iterator[str]:
     yield from _PATCHED.findall(text_of(given.get("patchText")))
 
 
-def _of_step(part: JsonObject) -> Iterator[SessionEvent]:
+def _of_step(part: JsonObject, model: str | None) -> Iterator[SessionEvent]:
     tokens = part.get("tokens")
     if isinstance(tokens, dict):
         cache = tokens.get("cache")
@@ -252,7 +294,8 @@ def _of_step(part: JsonObject) -> Iterator[SessionEvent]:
         sent = number_of(tokens.get("input")) + number_of(cache.get("read")) + number_of(cache.get("write"))
         received = number_of(tokens.get("output")) + number_of(tokens.get("reasoning"))
         # It also says 0 of a model whose price it does not know.
-        yield Spent(sent, received, cost_of(part.get("cost")) or None)
+        cost = cost_of(part.get("cost")) or None
+        yield Spent(sent, received, cost, cached_tokens=number_of(cache.get("read")), model=model)
     reason = text_of(part.get("reason"))
     if reason == "stop":
         yield Concluded()

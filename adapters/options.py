@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from orchestrator.domain.secrets import contains_key, secret_values
+from orchestrator.protocols import SessionRequest
 
 _ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # What git itself takes as bound to one repository (`git rev-parse --local-env-vars`), and its like: it would lead
@@ -108,12 +109,32 @@ _EnvValues = Annotated[
 
 #: A word for the program's command line that is no option.
 Value = Annotated[str, AfterValidator(_check_value)]
+#: How many turns of a model's.
+Turns = Annotated[int, Field(ge=1, le=10_000)]
+UsDollars = Annotated[float, Field(gt=0, le=1_000_000, strict=False)]
 #: A program: a name that is looked for on PATH, or an absolute path.
 ProgramName = Annotated[str, AfterValidator(_check_program)]
 #: Arguments as they are, without placeholders.
 Arguments = Annotated[tuple[Annotated[str, AfterValidator(check_argument)], ...], Field(strict=False)]
 #: A program and its arguments.
 CommandLine = Annotated[Arguments, Field(min_length=1), AfterValidator(_check_program_first)]
+
+
+def given(option: str, value: str | float | None) -> tuple[str, ...]:
+    """Return an option of a command line with its value; nothing where there is none."""
+    if value is None:
+        return ()
+    return (option, value if isinstance(value, str) else f"{value:.6f}".rstrip("0").rstrip("."))
+
+
+def own_home(options: AdapterOptions, request: SessionRequest) -> dict[str, str]:
+    """Return the variable by which a program that has no folder of its own to name keeps all in the task's home."""
+    return {"HOME": str(request.home)} if options.has_own_home else {}
+
+
+def least(*values: float | None) -> float | None:
+    """Return the smallest of the limits that there are."""
+    return min((one for one in values if one is not None), default=None)
 
 
 class AdapterOptions(BaseModel):
@@ -130,6 +151,13 @@ class AdapterOptions(BaseModel):
         ),
     ] = ()
     """Names of variables that are passed on and `NAME=value` for those that are set, or a mapping for the latter."""
+    home: Literal["own", "shared"] = "shared"
+    """Where it keeps its settings, logins and conversations: in a folder of the task's own, or where you keep yours."""
+
+    @property
+    def has_own_home(self) -> bool:
+        """Whether each task has one of its own."""
+        return self.home == "own"
 
     def variables(self, passed: Sequence[str] = (), **preset: str) -> tuple[Mapping[str, str], tuple[str, ...]]:
         """Return the variables that a session sees as `Command.env` and `Command.pass_env` have them.

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -20,8 +19,9 @@ from orchestrator.engine.report import RunRecord
 from orchestrator.errors import CouncilError
 from orchestrator.protocols import Adapter, SessionEvent, UsedTool
 from orchestrator.repo.diffs import Changes
-from orchestrator.sessions.output import TAIL_BYTES, log_file
-from orchestrator.sessions.transcript import NOTHING_SAID, Transcript, parse_lines
+from orchestrator.sessions.following import Follower
+from orchestrator.sessions.output import log_file
+from orchestrator.sessions.transcript import NOTHING_SAID, Transcript
 
 #: Seconds between two looks at what is said, and at what is changed, at least.
 WORDS_PAUSE, CHANGES_PAUSE = 0.5, 1.0
@@ -123,36 +123,19 @@ class Activity:
         viewer.see(session, changes)
 
 
-@dataclass(slots=True)
 class _Heard:
-    """What a file of standard output came to, up to a line of it."""
+    """What a session has said and done, up to a line of it."""
 
-    adapter: Adapter
-    file: Path
-    transcript: Transcript = NOTHING_SAID
-    _at: int = field(default=0, init=False)
+    def __init__(self, adapter: Adapter, file: Path) -> None:
+        self.transcript = NOTHING_SAID
+        self._follower = Follower(adapter, file, newest_only=True)
 
     def listen(self) -> bool:
-        """Take the whole lines that came since the last look, of much only the last; whether any did. Blocks."""
-        try:
-            with self.file.open("rb") as stream:
-                size = stream.seek(0, 2)
-                begin = stream.seek(max(self._at, size - TAIL_BYTES))
-                data = stream.read(size - begin)
-        except OSError:  # there is none yet
-            return False
-        if begin > self._at:  # perhaps in the middle of a line
-            cut = data.find(b"\n") + 1
-            begin, data = begin + cut, data[cut:]
-        end = data.rfind(b"\n")
-        if end < 0:
-            return False
-        self._at = begin + end + 1
-        for line in data[:end].split(b"\n"):
-            with suppress(Exception):  # a mistake of a plugin's must not end a run that is only shown
-                for event in parse_lines(self.adapter, [line]):
-                    self._take(event)
-        return True
+        """Take what came since the last look; whether any did. Blocks."""
+        events = self._follower.read()
+        for event in events or ():
+            self._take(event)
+        return events is not None
 
     def _take(self, event: SessionEvent) -> None:
         match event:

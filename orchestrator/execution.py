@@ -87,6 +87,9 @@ class Execution:
             fence=config.fence.model_dump(mode="json"),
             worktrees=config.worktrees.model_dump(mode="json"),
             retention=config.state.retention.model_dump(mode="json"),
+            mcp_servers={name: one.model_dump(mode="json") for name, one in config.mcp_servers.items()},
+            budget=config.budget.model_dump(mode="json"),
+            prices={name: one.model_dump(mode="json") for name, one in config.prices.items()},
             sinks={name: sink.stored() for name, sink in config.sinks.items()},
             trackers={name: tracker.stored() for name, tracker in config.trackers.items()},
             tasks=tuple(task.id for task in config.tasks),
@@ -154,8 +157,13 @@ class Execution:
                     finished = await scheduler.run()
             finally:
                 self._schedulers.discard(scheduler)
+        if scheduler.halted is not None:
+            await ledger.halt(scheduler.halted)
+        elif not finished:
+            await ledger.note("run.interrupted", {})
         result = self._runs.describe(await self._runs.record(run), None if finished else RunStatus.INTERRUPTED)
-        await (ledger.finish(result.status) if finished else ledger.note("run.interrupted", {}))
+        if finished:
+            await ledger.finish(result.status)
         return result
 
     async def _take(self, run: RunDocument, hub: Hub, lock_fd: int) -> tuple[Ledger, Workshop]:

@@ -17,6 +17,7 @@ import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple, Protocol
 
@@ -31,6 +32,7 @@ __all__ = [
     "LARGE_DOCUMENT",
     "Adapter",
     "AdapterType",
+    "Capability",
     "Command",
     "Commit",
     "Compacted",
@@ -44,9 +46,11 @@ __all__ = [
     "Failed",
     "FailureClass",
     "Guard",
+    "Home",
     "Identified",
     "JsonObject",
     "Key",
+    "McpServer",
     "PathOption",
     "Program",
     "Record",
@@ -444,9 +448,37 @@ class Program:
     """What to do where it is not ready."""
 
 
+class Capability(StrEnum):
+    """What of a request an adapter can pass on to its program; it is asked for nothing else."""
+
+    RESUME = "resume"  #: it goes on with an earlier conversation (`SessionRequest.resume`)
+    READ_ONLY = "read_only"  #: it looks and changes nothing (`SessionRequest.read_only`)
+    INSTRUCTIONS = "instructions"  #: it takes them apart from the prompt; else they are put before it
+    MCP = "mcp"  #: it uses servers of the Model Context Protocol (`SessionRequest.mcp_servers`)
+    COST_LIMIT = "cost_limit"  #: it ends by itself when it has cost so much (`SessionRequest.most_cost`)
+
+
+@dataclass(frozen=True, slots=True)
+class McpServer:
+    """A server of the Model Context Protocol: either a command that speaks on standard input and output, or a URL.
+
+    `env` names variables that are handed on to the command, and that the program is given for that.
+    """
+
+    name: str
+    argv: Sequence[str] = ()
+    env: Sequence[str] = ()
+    url: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class SessionRequest:
-    """What an adapter is asked to run: ids, the prompt both as text and as a 0600 file, and the worktree."""
+    """What an adapter is asked to run: ids, the prompt both as text and as a 0600 file, and the worktree.
+
+    `home` is a folder that the task's sessions with this adapter have to themselves, one after the other; it is there
+    where the command says so (`Command.home`). `resume` is the program's own id of the conversation to go on with: one
+    that it had in this worktree and this home. What follows is asked for only of adapters that can (`Capability`).
+    """
 
     run: str
     task: str
@@ -454,6 +486,28 @@ class SessionRequest:
     prompt: str
     prompt_file: Path
     worktree: Path
+    home: Path
+    resume: str | None = None
+    read_only: bool = False
+    instructions: str | None = None
+    """What it is told apart from the prompt, as a part of what it is told first."""
+    mcp_servers: Sequence[McpServer] = ()
+    most_cost: float | None = None
+    """US dollars."""
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """What a session finds in the home of the request, and may change there.
+
+    `files` are texts by their names in the home, written anew for each session. `links` lead from names in the home to
+    the user's own files and folders, absolute or from `~`, as far as those exist; they can be read, and those that
+    `renewed` names can be written, such as a login that is renewed in use.
+    """
+
+    files: Mapping[str, str] = field(default_factory=dict)
+    links: Mapping[str, str] = field(default_factory=dict)
+    renewed: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -464,7 +518,7 @@ class Command:
     are handed on where they are set; beside a small base set the program sees nothing else. `readable` are files
     and folders (absolute) that it must be able to read even if they lie in what the fence hides. `leavings` are
     patterns (gitignore(5)) of what the program leaves in the worktree for its own use, such as a cache: new files
-    that match are no part of its work.
+    that match are no part of its work. `home` is what it finds in the home of the request (None: it uses none).
     """
 
     argv: Sequence[str]
@@ -473,6 +527,7 @@ class Command:
     pass_env: Sequence[str] = ()
     readable: Sequence[Path] = ()
     leavings: Sequence[str] = ()
+    home: Home | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -499,13 +554,20 @@ class UsedTool:
 class Spent:
     """What was used up since the last `Spent`, or with `in_all` since the program started.
 
-    Tokens, and US dollars (None: not known).
+    Tokens, and US dollars (None: not known). Of the input's tokens `cached_tokens` were read from a cache. What is told
+    of one `call` of the model again and again, more each time, counts once. With `of_conversation` what earlier
+    sessions of the same conversation used up is among it.
     """
 
     input_tokens: int = 0
     output_tokens: int = 0
     cost: float | None = None
     in_all: bool = False
+    cached_tokens: int = 0
+    model: str | None = None
+    """By its name, for its price where the cost is not known."""
+    call: str | None = None
+    of_conversation: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -557,6 +619,9 @@ class Adapter(Protocol):
 
     It keeps no state: one instance serves many sessions at once, and the same question has the same answer.
     """
+
+    def capabilities(self) -> frozenset[Capability]:
+        """Return what it can be asked for beside the prompt."""
 
     def programs(self) -> Sequence[Program]:
         """Return the programs that must be there before a run starts."""

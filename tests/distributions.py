@@ -27,6 +27,9 @@ class Echo:
     def __init__(self, options):
         self.options = options
 
+    def capabilities(self):
+        return frozenset()
+
     def programs(self):
         return ()
 

@@ -27,6 +27,9 @@ def adapter(name, **facts):
         def __init__(self, options, /):
             pass
 
+        def capabilities(self):
+            return frozenset()
+
         def programs(self):
             return (Program(name, **facts),)
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
 from orchestrator.protocols import (
+    Capability,
     Command,
     Failed,
     FailureClass,
@@ -41,6 +42,10 @@ class PatchAdapter:
 
     def __init__(self, options: PatchOptions, /) -> None:
         self._options = options
+
+    def capabilities(self) -> frozenset[Capability]:
+        """Return what it can be asked for beside the prompt."""
+        return frozenset()
 
     def programs(self) -> Sequence[Program]:
         """Return what must be on PATH before a run starts."""

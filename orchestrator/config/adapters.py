@@ -99,7 +99,13 @@ def _fallbacks(root: Node) -> Iterator[Node]:
 def trial_request(task: str, prompt: str) -> SessionRequest:
     """Return what an adapter is asked to see what it would run; its paths don't exist."""
     return SessionRequest(
-        run="run", task=task, attempt=1, prompt=prompt, prompt_file=_NOWHERE / "prompt", worktree=_NOWHERE
+        run="run",
+        task=task,
+        attempt=1,
+        prompt=prompt,
+        prompt_file=_NOWHERE / "prompt",
+        worktree=_NOWHERE,
+        home=_NOWHERE / "home",
     )
 
 

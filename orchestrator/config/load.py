@@ -14,7 +14,9 @@ from orchestrator.config.entries import Extensions, read_sinks, read_trackers
 from orchestrator.config.files import open_regular
 from orchestrator.config.model import (
     Backoff,
+    BudgetConfig,
     FenceConfig,
+    McpServerConfig,
     Retention,
     RunConfig,
     StateConfig,
@@ -23,7 +25,7 @@ from orchestrator.config.model import (
 )
 from orchestrator.config.names import is_url
 from orchestrator.config.problems import Position, Problems, TooManyProblems
-from orchestrator.config.schema import BackoffSettings, Config, Task, TaskDefaults
+from orchestrator.config.schema import BackoffSettings, BudgetSettings, Config, Task, TaskDefaults
 from orchestrator.config.store import folder_url
 from orchestrator.config.validation import validate
 from orchestrator.config.values import read_value
@@ -137,6 +139,7 @@ def _read_run(
     references.check_network(root, problems)
     references.check_shared(root, problems)
     references.check_commands(root, problems)
+    references.check_mcp_servers(root, problems)
     assigned = adapters.assign_adapters(root, problems)
     default = adapters.default_adapter(root, problems) if trackers else None
     adapters.try_commands(root, prompts, assigned, found, adapter_types, problems)
@@ -153,6 +156,12 @@ def _read_run(
         session_memory=file.session_memory,
         fence=FenceConfig(sandbox=file.sandbox, network=file.network == "on", reach=reach),
         worktrees=_worktrees(file),
+        mcp_servers={
+            name: McpServerConfig(argv=one.command or (), env=one.env, url=one.url)
+            for name, one in file.mcp_servers.items()
+        },
+        budget=_budget(file.budget),
+        prices=file.prices,
         state=_state(file, path.parent),
         adapters=found,
         sinks=sinks,
@@ -189,7 +198,18 @@ def _resolve(task: Task, defaults: TaskDefaults, backoff: Backoff, prompt: str, 
         max_file=task.max_file or defaults.max_file or _MAX_FILE,
         priority=_first(task.priority, defaults.priority, 0),
         owns=task.owns,
+        instructions=_first(task.instructions, defaults.instructions, None),
+        budget=_budget(task.budget, defaults.budget),
+        session_budget=_budget(task.session_budget, defaults.session_budget),
     )
+
+
+def _budget(*entries: BudgetSettings | None) -> BudgetConfig:
+    """Return what the entries say, the first of them first, limit by limit."""
+    limits: dict[str, float | int] = {}
+    for entry in entries:
+        limits = (entry.model_dump(exclude_none=True) if entry is not None else {}) | limits
+    return BudgetConfig.model_validate(limits)
 
 
 def _first(own: T | None, default: T | None, otherwise: T) -> T:

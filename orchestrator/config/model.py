@@ -8,10 +8,11 @@ from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
-from orchestrator.domain import retry
+from orchestrator.domain import budget, retry
 from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.prices import Price
 from orchestrator.errors import RefusedError
-from orchestrator.protocols import Adapter, AdapterType, JsonObject, SinkType, TrackerType
+from orchestrator.protocols import Adapter, AdapterType, JsonObject, McpServer, SinkType, TrackerType
 
 
 class _Model(BaseModel):
@@ -33,6 +34,21 @@ class Backoff(_Model):
     def policy(self) -> retry.Backoff:
         """Return the same as the value that `retry_delay` takes."""
         return retry.Backoff(self.initial, self.factor, self.max, self.jitter)
+
+
+class BudgetConfig(_Model):
+    """How much may be used up; None: without a limit."""
+
+    tokens: int | None = None
+    """Tokens in and out."""
+    cost: float | None = None
+    """US dollars."""
+    time: float | None = None
+    """Seconds of sessions."""
+
+    def policy(self) -> budget.Budget:
+        """Return the same as the value that decisions take."""
+        return budget.Budget(self.tokens, self.cost, self.time)
 
 
 class TaskSpec(_Model):
@@ -72,6 +88,12 @@ class TaskSpec(_Model):
     """The higher, the earlier among those that are ready."""
     owns: Annotated[tuple[str, ...], Field(strict=False)]
     """Patterns of the paths that it works on."""
+    instructions: str | None = None
+    """What the CLI is told apart from the prompt."""
+    budget: BudgetConfig = BudgetConfig()
+    """What all of its sessions may use up together."""
+    session_budget: BudgetConfig = BudgetConfig()
+    """What each of them may use up."""
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -154,6 +176,21 @@ class WorktreesConfig(_Model):
     """Ignored files and folders that stay for the next session: names at any depth, or paths with `/` from the top."""
     ports: int = 0
     """How many free ports each of them gets."""
+
+
+class McpServerConfig(_Model):
+    """A server of the Model Context Protocol: a command, or a URL."""
+
+    argv: _Strings = ()
+    """The program and its arguments."""
+    env: _Strings = ()
+    """Names of variables that it gets."""
+    url: str | None = None
+    """Where it is served."""
+
+    def named(self, name: str) -> McpServer:
+        """Return what adapters are told of it."""
+        return McpServer(name, self.argv, self.env, self.url)
 
 
 class AdapterConfig(_Model):
@@ -317,6 +354,12 @@ class RunConfig(_Model):
     """What sessions and checks are fenced in by."""
     worktrees: WorktreesConfig
     """What they take turns in."""
+    mcp_servers: Mapping[str, McpServerConfig] = {}
+    """What sessions can use, by name."""
+    budget: BudgetConfig = BudgetConfig()
+    """What all sessions may use up together."""
+    prices: Mapping[str, Price] = {}
+    """What the file says that models cost, by name."""
     state: StateConfig = StateConfig()
     """Where all is recorded."""
     adapters: Mapping[str, AdapterConfig]

@@ -16,12 +16,16 @@ LONGEST_RETENTION: Final = 3650 * 86400.0
 _SECONDS: Final = (86400.0, 3600.0, 60.0, 1.0, 0.001)
 _DURATION = re.compile("".join(f"(?:([0-9]{{1,12}}){unit})?" for unit in ("d", "h", "m", "s", "ms")))
 _SIZE = re.compile(r"([0-9]{1,16})(K|M|G|T)?(i)?B")
+_COUNT = re.compile(r"([0-9]{1,16})(k|M)?")
+_THOUSANDS: Final = {None: 1, "k": 1000, "M": 1_000_000}
+LARGEST_COUNT: Final = 10**15
 _POWERS: Final = {None: 0, "K": 1, "M": 2, "G": 3, "T": 4}
 LARGEST_SIZE: Final = 1 << 50  # bytes
 # For JSON Schema: the same forms, as searches. What is too long or too large is for the parsers to say.
 DURATION_PATTERN: Final = f"^(?=.*[1-9]){_DURATION.pattern}$"
 SILENCE_PATTERN: Final = f"^off$|{DURATION_PATTERN}"
 SIZE_PATTERN: Final = f"^(?=.*[1-9]){_SIZE.pattern}$"
+COUNT_PATTERN: Final = f"^(?=.*[1-9]){_COUNT.pattern}$"
 _REMEDY: Final = "write whole numbers with units, as in 500ms, 2s, 30m, 1h30m or 2d"
 
 
@@ -68,6 +72,19 @@ def check_seconds(seconds: float, *, longest: float = LONGEST) -> float:
         days = f"{longest / 86400:.0f} days"
         raise ValueError(f"a duration can't be {seconds} s: give more than 0 and at most {longest:.0f} s, {days}")
     return float(seconds)
+
+
+def parse_count(value: Any) -> int:
+    """Return a count (`k` is a thousand, `M` a million); ValueError for any but a positive one."""
+    if type(value) is int and 0 < value <= LARGEST_COUNT:
+        return value
+    match = _COUNT.fullmatch(value) if isinstance(value, str) else None
+    if match is None or not value:
+        raise ValueError(f"a count can't be {kind(value)}: write a positive whole number, as in 200000, 200k or 2M")
+    count = int(match[1]) * _THOUSANDS[match[2]]
+    if not 0 < count <= LARGEST_COUNT:
+        raise ValueError(f"the count {value} is out of range: write a positive one, at most {LARGEST_COUNT}")
+    return count
 
 
 def check_bytes(size: int) -> int:

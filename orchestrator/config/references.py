@@ -57,7 +57,7 @@ def check_emptiness(root: Node, problems: Problems) -> None:
         refuse_empty(node, problems)
     for step in items_of(root.get("worktrees", "setup")):
         refuse_empty(step if isinstance(step.value, dict) else None, problems)
-    for section in ("adapters", "sinks", "trackers"):
+    for section in ("adapters", "mcp_servers", "sinks", "trackers"):
         entries = root.get(section)
         for entry in entries.children.values() if entries is not None else ():
             refuse_empty(entry, problems)
@@ -216,6 +216,19 @@ def check_commands(root: Node, problems: Problems) -> None:
     for command in commands:
         if isinstance(command.value, str):
             _refuse_key(command, command.value, "command", "`env` of `worktrees`", problems)
+
+
+def check_mcp_servers(root: Node, problems: Problems) -> None:
+    """Note servers that are neither a command nor a URL or both, and keys in what is recorded of them."""
+    servers = root.get("mcp_servers")
+    for server in servers.children.values() if servers is not None else ():
+        command, url = server.get("command"), server.get("url")
+        if isinstance(server.value, dict) and (command is None) == (url is None):
+            what = "the server has neither command nor url" if command is None else "there are both command and url"
+            problems.add(server.at, what, "add `command:` or `url:`" if command is None else "keep one of the two")
+        for item in (*items_of(command), *([] if url is None else [url])):
+            if isinstance(item.value, str):
+                _refuse_key(item, item.value, "server", "its `env`", problems)
 
 
 def _refuse_key(node: Node, text: str, what: str, env: str, problems: Problems) -> None:

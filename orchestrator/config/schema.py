@@ -30,7 +30,9 @@ from orchestrator.config.names import (
 )
 from orchestrator.config.problems import kind, shown
 from orchestrator.config.quantities import (
+    COUNT_PATTERN,
     DURATION_PATTERN,
+    LARGEST_COUNT,
     LONGEST_RETENTION,
     SILENCE_PATTERN,
     SIZE_PATTERN,
@@ -38,6 +40,7 @@ from orchestrator.config.quantities import (
     check_seconds,
     format_duration,
     format_size,
+    parse_count,
     parse_duration,
     parse_silence,
     parse_size,
@@ -45,6 +48,7 @@ from orchestrator.config.quantities import (
 from orchestrator.config.store import STORE_PATTERN, check_store
 from orchestrator.domain.failures import RETRYABLE
 from orchestrator.domain.ownership import check_pattern
+from orchestrator.domain.prices import Price
 
 MOST_TASKS = 100_000
 
@@ -161,6 +165,18 @@ Retention = Annotated[
 ]
 StoreUrl = Annotated[str, AfterValidator(check_store), _text(STORE_PATTERN)]
 Size = Annotated[int, BeforeValidator(_bytes), PlainSerializer(format_size, when_used="json"), _text(SIZE_PATTERN)]
+Count = Annotated[
+    int,
+    BeforeValidator(parse_count),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1, "maximum": LARGEST_COUNT},
+                {"type": "string", "pattern": COUNT_PATTERN},
+            ]
+        }
+    ),
+]
 PathPattern = Annotated[str, AfterValidator(check_pattern), _text(r"^(?!/)[^\\]+$")]
 Paths = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
 RepositoryPaths = Annotated[
@@ -186,6 +202,30 @@ class BackoffSettings(_Entry):
     """The longest wait: 5m unless given."""
     jitter: bool | None = None
     """Whether a wait is drawn at random between nothing and its full length: true unless given."""
+
+
+class BudgetSettings(_Entry):
+    """How much may be used up; what is left out has no limit."""
+
+    tokens: Count | None = None
+    """Tokens in and out, such as 500k or 2M."""
+    cost: Annotated[float, Field(gt=0, le=1_000_000, strict=False)] | None = None
+    """US dollars, as far as they are known."""
+    time: Duration | None = None
+    """Wall-clock time of sessions, one after the other."""
+
+
+class McpServerSettings(_Entry):
+    """A server of the Model Context Protocol."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["command"]}, {"required": ["url"]}]})
+
+    command: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False, min_length=1)] | None = None
+    """The program and its arguments, which speaks on standard input and output; or else give `url`."""
+    env: EnvNames = ()
+    """Names of variables that it gets, and the session with it."""
+    url: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = None
+    """Where it is served (streamable HTTP)."""
 
 
 class TaskDefaults(_Entry):
@@ -217,6 +257,12 @@ class TaskDefaults(_Entry):
     """The largest file that may be committed: 50MB unless given."""
     priority: Annotated[int, Field(ge=-100, le=100)] | None = None
     """Which ready tasks start first: the higher, 0 unless given; ten minutes of waiting count as much as one."""
+    instructions: Prompt | None = None
+    """What the CLI is told apart from the prompt, as a part of its system prompt where it has one."""
+    budget: BudgetSettings | None = None
+    """How much a task may use up, in all of its sessions."""
+    session_budget: BudgetSettings | None = None
+    """How much each of its sessions may use up."""
 
 
 class Task(TaskDefaults):
@@ -378,6 +424,12 @@ class Config(_Entry):
         dict[Name, AdapterSettings], Field(min_length=1, json_schema_extra={"additionalProperties": False})
     ]
     """The ways to run a CLI, by a name of your own."""
+    mcp_servers: dict[Name, McpServerSettings] = {}
+    """Servers of the Model Context Protocol that sessions can use, by a name of your own."""
+    budget: BudgetSettings = BudgetSettings()
+    """How much all sessions of the run may use up together."""
+    prices: dict[Annotated[str, Field(min_length=1)], Price] = {}
+    """What a million tokens of a model cost, where its CLI does not tell and where ours are not yours."""
     worktrees: WorktreeSettings = WorktreeSettings()
     """The checkouts that sessions and checks take turns in."""
     state: Annotated[StateSettings, BeforeValidator(_store, json_schema_input_type=StoreUrl | StateSettings)] = (

@@ -16,6 +16,7 @@ class FailureClass(StrEnum):
     INVALID = "invalid"  #: the program can't be run as it is configured
     REFUSED = "refused"  #: the program, or what checks its work, declines it
     LIMIT = "limit"  #: the program's own limit on turns or money
+    BUDGET = "budget"  #: it used up what its session, its task or the run may
     SETUP_FAILED = "setup_failed"  #: what was to make its worktree ready for work did not
     CRASHED = "crashed"  #: it ended with an error
     NO_CHANGE = "no_change"  #: it ended well and changed nothing

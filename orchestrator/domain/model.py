@@ -68,8 +68,18 @@ class Attempt(_Document):
     """What the CLI said last, or its result."""
     input_tokens: int = 0
     output_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the input, what was read from a cache."""
+    model: str | None = None
+    """By its name, if the CLI told."""
     cost: float | None = None
-    """US dollars, if the CLI told."""
+    """US dollars: what the CLI told, or else what its tokens cost by the price of the model."""
+    is_estimated: bool = False
+    """Whether that cost is the latter."""
+    folder: str | None = None
+    """The folder that the CLI worked in, where alone it knows the conversation again."""
+    resumed: bool = False
+    """Whether it went on with the conversation of an earlier attempt."""
 
 
 def known_cost(attempts: Iterable[Attempt]) -> float | None:
@@ -185,6 +195,12 @@ class RunDocument(_Document):
     """What `config.model.WorktreesConfig` holds."""
     retention: dict[str, Any] = {}
     """What `config.model.Retention` holds."""
+    mcp_servers: dict[str, dict[str, Any]] = {}
+    """By name: what `config.model.McpServerConfig` holds."""
+    budget: dict[str, Any] = {}
+    """What `config.model.BudgetConfig` holds."""
+    prices: dict[str, dict[str, Any]] = {}
+    """By model: what `domain.prices.Price` holds, where the file said it."""
     sinks: dict[str, dict[str, Any]] = {}
     """By name: what `config.model.restore` takes, and the patterns of the events."""
     trackers: dict[str, dict[str, Any]] = {}
@@ -197,6 +213,8 @@ class RunDocument(_Document):
     """The folder of the hub and the trusted repository."""
     started: float
     ended: float | None = None
+    halted: str | None = None
+    """Why it was stopped before its end, where its budget was used up."""
     imported: ImportedRun | None = None
     """Where it was not ours: there is its record and nothing else, so that nobody can work in it."""
 

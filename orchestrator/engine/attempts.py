@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, assert_never
 
 import anyio
@@ -11,16 +12,18 @@ from orchestrator.clock import Clock
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.failures import FailureClass, Policy, policy_of
 from orchestrator.domain.lifecycle import Trigger
-from orchestrator.domain.model import AdapterDocument, Attempt
+from orchestrator.domain.model import AdapterDocument, Attempt, TaskDocument
 from orchestrator.domain.outcome import Built, Exhausted, Failed, Interrupted, Limits
 from orchestrator.domain.retry import park_until, retry_delay
+from orchestrator.engine.budgets import Budgets
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.workshop import Workshop
 from orchestrator.failpoints import failpoint
-from orchestrator.protocols import JsonObject
+from orchestrator.protocols import Capability, JsonObject
 from orchestrator.repo.pool import Pool
 from orchestrator.repo.worktrees import Worktree
-from orchestrator.sessions.session import Assignment, Finished, Session
+from orchestrator.sessions.output import log_file
+from orchestrator.sessions.session import Assignment, Conversation, Finished, Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +92,16 @@ class Attempts:
     ledger: Ledger
     shop: Workshop
     pool: Pool
+    budgets: Budgets
     clock: Clock
     _learning: anyio.Lock = field(default_factory=anyio.Lock, init=False)
 
     def prepare(self, task: str, spec: TaskSpec, adapter: str, base: str) -> Work:
         """Return the next attempt of a task, with one of its adapters; nothing of it exists yet."""
         document = self.ledger.task(task)
+        earlier = None
+        if Capability.RESUME in self.shop.adapters[adapter].capabilities():
+            earlier = _conversation(document, adapter)
         assignment = Assignment(
             worktree=Worktree(self.shop.hub, self.ledger.run.id, task, len(document.attempts) + 1),
             base=base,
@@ -106,6 +113,10 @@ class Attempts:
             reach=self.shop.configs[adapter].reach,
             limits=Limits(spec.timeout, spec.silence),
             max_file=spec.max_file,
+            instructions=spec.instructions,
+            mcp_servers=self.shop.mcp_servers,
+            most_cost=self.budgets.cost_left(task, spec),
+            earlier=earlier,
         )
         return Work(task, spec, adapter, Session(self.shop.tools, self.pool, assignment))
 
@@ -124,8 +135,11 @@ class Attempts:
         details = {"base": what.base, "adapter": work.adapter}
         await self.ledger.change(work.task, Trigger.START, details, attempts=attempts, current=None)
         failpoint("attempt.recorded")
-        finished = await work.session.run()
+        number, log = attempt.number, log_file(self.shop.tools.logs, work.task, attempt.number, "stdout")
+        async with self.budgets.watched(work.task, number, work.spec, what.adapter, log, work.session.stop):
+            finished = await work.session.run()
         after = await self._record(work, finished)
+        await self.budgets.count(work.task, work.spec, self.ledger.task(work.task).attempts[number - 1])
         for ref in finished.salvaged:
             await self.ledger.note("task.salvaged", {"task": work.task, "branch": ref})
         for fault in finished.faults:
@@ -213,17 +227,33 @@ class Attempts:
         details: JsonObject | None = None,
         **changes: Any,
     ) -> None:
-        attempts = self.ledger.task(work.task).with_attempt(
+        document, what = self.ledger.task(work.task), work.session.assignment
+        others = [one for one in document.attempts if one.number != what.worktree.attempt]
+        attempts = document.with_attempt(
             ended=self.clock.now(),
             branch=finished.branch,
             outcome=outcome,
             reason=reason,
             is_kept=not finished.collected,
-            **asdict(finished.transcript),
+            folder=None if finished.folder is None else str(finished.folder),
+            resumed=what.earlier is not None,
+            **self.shop.accounting.recorded(finished.transcript, others),
         )
         facts = {"outcome": outcome, "reason": reason, "branch": finished.branch, **(details or {})}
         changes = {"attempts": attempts, "branch": finished.branch, "reason": reason, **changes}
         await self.ledger.change(work.task, trigger, facts, **changes)
+
+
+def _conversation(document: TaskDocument, adapter: str) -> Conversation | None:
+    """Return what a task's next attempt can go on with: the conversation in which was built what it is to mend."""
+    if document.start is None or not document.attempts:
+        return None
+    last = document.attempt
+    if last.adapter != adapter or last.outcome != FailureClass.CHECKS_FAILED:
+        return None
+    if last.session is None or last.folder is None:
+        return None
+    return Conversation(last.session, Path(last.folder))
 
 
 def _is_parked(adapter: AdapterDocument, now: float) -> bool:

@@ -258,8 +258,8 @@ class Ledger:
         lease, epoch = await _next_lease(store, clock, run)
         writes = [lease]
         found = await store.get(run_key(run))
-        if found is not None and ledger.run.ended is not None:
-            ledger.run = ledger.run.model_copy(update={"ended": None})
+        if found is not None and (ledger.run.ended, ledger.run.halted) != (None, None):
+            ledger.run = ledger.run.model_copy(update={"ended": None, "halted": None})
             writes.append(Write(run_key(run), found.version, ledger.run.model_dump(mode="json")))
         claimed = Event("run.claimed", {"run": run, "epoch": epoch, "pid": os.getpid(), **facts})
         await store.commit(Commit(writes, [claimed]))
@@ -375,11 +375,17 @@ class Ledger:
         return item
 
     async def finish(self, status: str) -> None:
-        """Record that nothing is left to do in this run, or that it was interrupted; resuming may follow."""
-        found = await self._store.get(run_key(self.run.id))
-        ended = self.run.model_copy(update={"ended": self._clock.now()})
-        write = Write(run_key(self.run.id), found.version if found else 0, ended.model_dump(mode="json"))
-        event = Event("run.finished", {"run": self.run.id, "status": status})
-        await self._commit(Commit([write], [event], self._guards))
-        self.run = ended
+        """Record that nothing is left to do in this run; resuming may follow."""
+        await self._end("run.finished", {"status": status}, ended=self._clock.now())
         failpoint("run.finished")
+
+    async def halt(self, reason: str) -> None:
+        """Record why this run was stopped before its end; resuming may follow."""
+        await self._end("run.halted", {"reason": reason}, halted=reason)
+
+    async def _end(self, event: str, facts: JsonObject, **changes: Any) -> None:
+        found = await self._store.get(run_key(self.run.id))
+        ended = self.run.model_copy(update=changes)
+        write = Write(run_key(self.run.id), found.version if found else 0, ended.model_dump(mode="json"))
+        await self._commit(Commit([write], [self._event(event, facts)], self._guards))
+        self.run = ended

@@ -18,12 +18,15 @@ from orchestrator.engine.workshop import Workshop
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.failpoints import failpoint
 from orchestrator.process import kill_marked
+from orchestrator.protocols import JsonObject
 from orchestrator.repo import worktrees
 from orchestrator.repo.collect import Collected
 from orchestrator.repo.places import made_by_setup
 from orchestrator.repo.worktrees import Worktree
+from orchestrator.sessions.output import log_file
 from orchestrator.sessions.session import salvage
 from orchestrator.sessions.supervised import wait_released
+from orchestrator.sessions.transcript import NOTHING_SAID, Transcript, read_transcript
 
 #: Seconds within which a supervisor has killed everything once its orchestrator is gone; far above what it takes.
 REAP_LIMIT = 30.0
@@ -99,7 +102,10 @@ async def _rescue(ledger: Ledger, shop: Workshop, clock: Clock, worktree: Worktr
     is_saved = await _save(ledger, shop, worktree, attempt)
     if document.status is TaskStatus.RUNNING and document.attempt == attempt:
         branch = worktree.branch if await shop.git.has_branch(worktree.branch) else None
-        await _return(ledger, clock, worktree.task, branch, is_kept=not is_saved)
+        said = await _said(shop, attempt, worktree.task)
+        others = [one for one in document.attempts if one.number != attempt.number]
+        told = shop.accounting.recorded(said, others)
+        await _return(ledger, clock, worktree.task, branch, is_kept=not is_saved, told=told)
     return is_saved
 
 
@@ -130,10 +136,27 @@ async def _collect(shop: Workshop, worktree: Worktree, base: str, spec: TaskSpec
         return Collected(None, str(error), complete=False)
 
 
-async def _return(ledger: Ledger, clock: Clock, task: str, branch: str | None, *, is_kept: bool = False) -> None:
-    attempts = ledger.task(task).with_attempt(
-        ended=clock.now(), outcome="interrupted", reason=_CUT_OFF, branch=branch, is_kept=is_kept
-    )
+async def _said(shop: Workshop, attempt: Attempt, task: str) -> Transcript:
+    """Return what a cut-off session said and used up, as far as that was written."""
+    log = log_file(shop.tools.logs, task, attempt.number, "stdout")
+    try:
+        said, _ = await anyio.to_thread.run_sync(read_transcript, shop.adapters[attempt.adapter], log)
+    except Exception:  # noqa: BLE001  a mistake of a plugin's, or a disk that can't be read: it is not known then
+        return NOTHING_SAID
+    return said
+
+
+async def _return(
+    ledger: Ledger,
+    clock: Clock,
+    task: str,
+    branch: str | None,
+    *,
+    is_kept: bool = False,
+    told: JsonObject | None = None,
+) -> None:
+    changes = {"outcome": "interrupted", "reason": _CUT_OFF, "branch": branch, "is_kept": is_kept, **(told or {})}
+    attempts = ledger.task(task).with_attempt(ended=clock.now(), **changes)
     details = {"reason": _CUT_OFF, "branch": branch}
     await ledger.change(task, Trigger.INTERRUPT, details, attempts=attempts, branch=branch, reason=_CUT_OFF)
     failpoint("recovery.attempt_returned")

@@ -111,6 +111,8 @@ class RunReport:
     """Places in the state log that could not be read; tasks that they hit say so."""
     imported: str | None = None
     """The file that the run's record was imported from, by the name it has in the project; nobody can work in it."""
+    halted: str | None = None
+    """Why it was stopped before its end, where its budget is used up."""
 
     @property
     def exit_code(self) -> int:
@@ -201,7 +203,8 @@ def report(
     run, source = record.run, record.run.imported.source if record.run.imported else None
     # Its branches, if they are still there, are in the user's own repository.
     repository = str(places.repository) if source is None else run.repo
-    return RunReport(run.id, status, run.target, repository, reports, adapters, damage, source)
+    halted = run.halted if status is not RunStatus.RUNNING else None
+    return RunReport(run.id, status, run.target, repository, reports, adapters, damage, source, halted)
 
 
 def _stuck(record: RunRecord, closed: Mapping[str, str]) -> dict[str, str]:

@@ -12,9 +12,12 @@ from orchestrator.clock import Clock
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.dispatch import Board, decide
 from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import FINAL, REVIVABLE, Action, AdapterDocument, Request, TaskStatus
+from orchestrator.domain.outcome import Failed
 from orchestrator.domain.retry import Backoff, retry_delay
 from orchestrator.engine.attempts import After, Again, Attempts, Closed, Over, Parked, Starved, ToLand, Work
+from orchestrator.engine.budgets import Budgets
 from orchestrator.engine.capacity import Capacity
 from orchestrator.engine.escapes import EscapeDetector
 from orchestrator.engine.ledger import Ledger
@@ -57,7 +60,10 @@ class Scheduler:
         """Take a run whose cut-off attempts have been returned; `board` reflects its documents."""
         self._ledger, self._shop, self._board, self._clock = ledger, workshop, board, clock
         self._capacity, self._monitor = capacity, monitor
-        self._attempts = Attempts(ledger, workshop, pool, clock)
+        self.halted: str | None = None
+        """Why it was stopped before its end, where its budget is used up."""
+        self._budgets = Budgets(ledger, clock, workshop.accounting, self._halt)
+        self._attempts = Attempts(ledger, workshop, pool, self._budgets, clock)
         self._cancelled: set[str] = set()
         self._merging = MergeQueue(ledger, workshop, pool, clock, self._cancelled)
         self._escapes = EscapeDetector(ledger, workshop, self._merging)
@@ -90,6 +96,10 @@ class Scheduler:
         self._merging.stop()
         self._wake.set()
 
+    def _halt(self, reason: str) -> None:
+        self.halted = self.halted or reason
+        self.stop()
+
     async def run(self) -> bool:
         """Work until nothing is left that could be done; False if it was stopped before that."""
         statuses = self._ledger.statuses()
@@ -107,6 +117,7 @@ class Scheduler:
             listening.cancel_scope.cancel()
         if self._stopping and not self._board.is_over(self._ledger.statuses()):
             return False
+        self.halted = None
         await self._escapes.look()
         try:
             await self._merging.verify()
@@ -130,6 +141,11 @@ class Scheduler:
         tips: dict[bool, str] = {}
         for task in starts:
             spec = await self._ledger.spec(task)
+            if self._budgets.is_halted():
+                return
+            if (obstacle := self._budgets.obstacle(task, spec)) is not None:
+                await self._refuse(task, obstacle)
+                continue
             base = await self._base_of(task, spec, tips)
             if self._stopping:  # while we asked where to start from
                 return
@@ -137,6 +153,13 @@ class Scheduler:
                 continue
             work = self._works[task] = self._attempts.prepare(task, spec, self._board.adapter_of(task), base)
             group.start_soon(self._attempt, work)
+
+    async def _refuse(self, task: str, why: Failed) -> None:
+        """End a task that may have no further session."""
+        facts = {"outcome": why.failure, "reason": why.reason}
+        await self._ledger.change(task, Trigger.FAIL, facts, reason=why.reason)
+        self._board.ended(task)
+        self._wake.set()
 
     def _may_land(self, now: float) -> bool:
         """Whether to land what waits now, rather than a little later with what sessions are just about to bring."""

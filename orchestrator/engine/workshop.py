@@ -10,14 +10,17 @@ from pathlib import Path
 import anyio.to_thread
 
 from orchestrator.clock import Clock
-from orchestrator.config.model import AdapterConfig, FenceConfig, TaskSpec, WorktreesConfig
+from orchestrator.config.model import AdapterConfig, FenceConfig, McpServerConfig, TaskSpec, WorktreesConfig
+from orchestrator.config.prices import known_prices
 from orchestrator.config.store import store_folder
 from orchestrator.domain.model import RunDocument
+from orchestrator.domain.prices import Price
 from orchestrator.domain.secrets import Redactor, secret_values
+from orchestrator.engine.accounting import Accounting
 from orchestrator.engine.leases import PortLeases
 from orchestrator.engine.worktree_sources import provisions_of
 from orchestrator.project import Project
-from orchestrator.protocols import Adapter, Commit, Event, JsonObject, Store
+from orchestrator.protocols import Adapter, Commit, Event, JsonObject, McpServer, Store
 from orchestrator.repo.checkout import LocalRepository
 from orchestrator.repo.git import Git
 from orchestrator.repo.hub import Hub, internal_ref
@@ -48,6 +51,8 @@ class Workshop:
     adapters: Mapping[str, Adapter]
     tools: SessionTools
     worktrees: WorktreesConfig
+    accounting: Accounting
+    mcp_servers: tuple[McpServer, ...] = ()
 
     def pool(self, *, sessions: int) -> AbstractAsyncContextManager[Pool]:
         """Open the places of the run; as many are there all the time as are worked in, and one for checks.
@@ -139,4 +144,6 @@ async def open_workshop(
     redactor = Redactor(secret_values(environ) | await provisions.secrets())
     equipment = Equipment(git, worktrees, provisions, lease, tell, fencing, redactor, logs, environ)
     tools = SessionTools(git, fencing, redactor, logs, environ, clock, equipment)
-    return Workshop(hub, git, source, site.repository, target, configs, adapters, tools, worktrees)
+    accounting = Accounting(known_prices() | {name: Price.model_validate(one) for name, one in run.prices.items()})
+    servers = tuple(McpServerConfig.model_validate(one).named(name) for name, one in run.mcp_servers.items())
+    return Workshop(hub, git, source, site.repository, target, configs, adapters, tools, worktrees, accounting, servers)

@@ -165,14 +165,15 @@ class Pool:
         self._newest = commit
         self._make_more()
 
-    async def take(self, commit: str, session: Path, adapter: str = "") -> Checkout:
+    async def take(self, commit: str, session: Path, adapter: str = "", tree: Path | None = None) -> Checkout:
         """Hand out a place that holds a commit, to the session with that folder; waits until there is one.
 
-        Raises GitError, OSError or RefusedError where none can be made, SetupError where none can be set up.
+        It is the one with that `tree` if that is free. Raises GitError, OSError or RefusedError where none can be made,
+        SetupError where none can be set up.
         """
         while True:
             self._newest = commit
-            checkout = await self._next(commit)
+            checkout = await self._next(commit, tree)
             try:
                 with suppress(GitError, OSError):
                     if await self._fit(checkout, commit, session, adapter):
@@ -241,12 +242,12 @@ class Pool:
 
     # Handing out.
 
-    async def _next(self, commit: str) -> Checkout:
+    async def _next(self, commit: str, tree: Path | None) -> Checkout:
         self._waiting += 1
         try:
             while True:
                 changed = self._changed
-                if (checkout := await self._take_idle(commit)) is not None:
+                if (checkout := await self._take_idle(commit, tree)) is not None:
                     return checkout
                 if self._failures:
                     raise self._failures.pop()
@@ -259,14 +260,15 @@ class Pool:
                 self._failures.clear()  # of what nobody wants any more
             self._announce()
 
-    async def _take_idle(self, commit: str) -> Checkout | None:
-        """Return the clean place that is nearest to a commit, if there is one that can go."""
+    async def _take_idle(self, commit: str, tree: Path | None) -> Checkout | None:
+        """Return the clean place with that tree, or else the one nearest to a commit, if there is one that can go."""
         async with self._choosing:
             idle = [self._ours[number] for number in self._idle]
             sources = self._plain(commit)
             # What is being copied is going to be idle again.
             is_short = self._is_making and not self._is_copying and self._waiting > len(idle)
-            for checkout in sorted(idle, key=lambda one: _distance(one.contents.record, commit)):
+            idle.sort(key=lambda one: (one.place.tree != tree, _distance(one.contents.record, commit)))
+            for checkout in idle:
                 if not (is_short and sources == [checkout]) and await self._see(checkout):
                     self._idle.discard(checkout.place.number)
                     return checkout

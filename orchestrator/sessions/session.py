@@ -17,7 +17,7 @@ from orchestrator.domain.secrets import Redactor, secret_values
 from orchestrator.errors import GitError, RefusedError, SessionError, is_exhaustion
 from orchestrator.failpoints import failpoint
 from orchestrator.process import kill_marked
-from orchestrator.protocols import Adapter, Command, SessionEnd, SessionRequest
+from orchestrator.protocols import Adapter, Capability, Command, McpServer, SessionEnd, SessionRequest
 from orchestrator.repo import worktrees
 from orchestrator.repo.collect import Collected, collect
 from orchestrator.repo.git import Git
@@ -25,6 +25,7 @@ from orchestrator.repo.inspection import Admission
 from orchestrator.repo.pool import Checkout, Pool
 from orchestrator.repo.stamps import Differences
 from orchestrator.repo.worktrees import Worktree
+from orchestrator.sessions import homes
 from orchestrator.sessions.environment import session_environment
 from orchestrator.sessions.equipment import Equipment, Provided, SetupFailed
 from orchestrator.sessions.fencing import Fencing, Ground
@@ -53,6 +54,16 @@ class Finished:
     faults: tuple[str, ...] = ()
     """What went wrong in the commands after the session."""
     transcript: Transcript = NOTHING_SAID
+    folder: Path | None = None
+    """The folder that the program worked in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What a CLI can go on with: its own id of it, and the folder in which it was, where alone it knows it."""
+
+    id: str
+    folder: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +71,7 @@ class Assignment:
     """What one session is to do: `base` is the commit that its work is judged against.
 
     `start` is the commit that its worktree begins at where that is not the base; `told` is what it gets to read
-    beside the prompt.
+    beside the prompt. With an `earlier` conversation it goes on with that where it can, and is told only what is new.
     """
 
     worktree: Worktree
@@ -73,11 +84,18 @@ class Assignment:
     reach: Reach
     limits: Limits
     max_file: int
+    instructions: str | None = None
+    mcp_servers: tuple[McpServer, ...] = ()
+    most_cost: float | None = None
+    earlier: Conversation | None = None
 
     @property
     def text(self) -> str:
-        """All that the program is told."""
-        return self.prompt if self.told is None else f"{self.prompt}\n\n{self.told}"
+        """All that the program is told in its prompt."""
+        if self.earlier is not None and self.told is not None:
+            return self.told
+        before = self.instructions if Capability.INSTRUCTIONS not in self.adapter.capabilities() else None
+        return "\n\n".join(part for part in (before, self.prompt, self.told) if part is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +125,15 @@ class Session:
     _checkout: Checkout | None = field(default=None, init=False)
     _found: Differences | None = field(default=None, init=False)
     _provided: Provided | None = field(default=None, init=False)
+    _stopped_for: Failed | None = field(default=None, init=False)
     _running: anyio.CancelScope = field(default_factory=anyio.CancelScope, init=False)
 
-    def stop(self) -> None:
-        """End the CLI and all that it started; `run` then collects what it left and says so."""
+    def stop(self, why: Failed | None = None) -> None:
+        """End the CLI and all that it started; `run` then collects what it left and says so.
+
+        The attempt is interrupted, or has failed where `why` says so.
+        """
+        self._stopped_for = self._stopped_for or why
         self._running.cancel()
 
     async def run(self) -> Finished:
@@ -132,7 +155,7 @@ class Session:
             # What no supervisor vouches for may still live and write: what is there can only be kept.
             return Finished(Failed(FailureClass.TRANSIENT, str(error)), collected=False)
         if self._checkout is None:
-            return Finished(Interrupted("it was stopped before it began"))
+            return Finished(self._stopped_for or Interrupted("it was stopped before it began"))
         failpoint("session.ended")
         what, worktree = self.assignment, self.assignment.worktree
         after = () if self._provided is None else await self.tools.equipment.after(worktree, self._provided)
@@ -145,8 +168,11 @@ class Session:
         stdout, stderr = [await read_tail(self._log(name)) for name in ("stdout", "stderr")]
         transcript, verdict, admitted = await self._understand(exit_, stdout, stderr)
         outcome = judge(exit_, what.limits, left.commit, left.refused, verdict, admitted=admitted, errors=stderr)
+        if isinstance(outcome, Interrupted) and self._stopped_for is not None:
+            outcome = self._stopped_for
         branch = worktree.branch if left.commit else None
-        return Finished(outcome, branch, left.complete, left.salvaged, left.notes, tuple(after), transcript)
+        folder = worktree.tree
+        return Finished(outcome, branch, left.complete, left.salvaged, left.notes, tuple(after), transcript, folder)
 
     async def release(self, *, saved: bool) -> None:
         """Give the place back; unless all that it holds is `saved`, it stays with the session's folder."""
@@ -163,9 +189,12 @@ class Session:
         """Make the worktree, and put into it what it is to have; return why the program can't be started, if so."""
         what, worktree = self.assignment, self.assignment.worktree
         await anyio.to_thread.run_sync(lambda: self.tools.logs.mkdir(mode=0o700, exist_ok=True))
-        checkout = await self.pool.take(what.start or what.base, worktree.root, what.adapter_name)
+        folder = None if what.earlier is None else what.earlier.folder
+        checkout = await self.pool.take(what.start or what.base, worktree.root, what.adapter_name, folder)
         with anyio.CancelScope(shield=True):
             self._checkout = checkout
+            if folder != checkout.place.tree:
+                what = replace(what, earlier=None)
             worktree = await worktrees.create(worktree, checkout, what.text)
             self.assignment = replace(what, worktree=worktree)
         provided = await self.tools.equipment.provide(checkout)
@@ -175,8 +204,10 @@ class Session:
         return await self.tools.equipment.before(worktree, provided)
 
     async def _supervise(self) -> Exit:
-        command = self._command()
-        reach = self.assignment.reach | Reach(readable=tuple(self._adapters_command().readable))
+        command, adapters = self._command(), self._adapters_command()
+        reach = self.assignment.reach | Reach(readable=tuple(adapters.readable))
+        if adapters.home is not None:
+            reach |= await homes.furnish(self._home, adapters.home, self.tools.environ)
         if self._provided is not None:
             reach |= self._provided.reach
         fenced = await self.tools.fencing.around(Ground.of(self.assignment.worktree), command, reach)
@@ -192,17 +223,29 @@ class Session:
         given = {name: self.tools.environ[name] for name in passed if name in self.tools.environ}
         return tuple(sorted(name for name, value in given.items() if secret_values({name: value})))
 
+    @property
+    def _home(self) -> Path:
+        return homes.home_folder(self.tools.logs, self.assignment.worktree.task, self.assignment.adapter_name)
+
     def _adapters_command(self) -> Command:
-        place = self.assignment.worktree
+        what, place = self.assignment, self.assignment.worktree
+        can = what.adapter.capabilities()
         request = SessionRequest(
             run=place.run,
             task=place.task,
             attempt=place.attempt,
-            prompt=self.assignment.text,
+            prompt=what.text,
             prompt_file=place.prompt_file,
             worktree=place.tree,
+            home=self._home,
+            resume=None if what.earlier is None else what.earlier.id,
+            instructions=what.instructions if Capability.INSTRUCTIONS in can else None,
+            mcp_servers=what.mcp_servers if Capability.MCP in can else (),
+            most_cost=what.most_cost if Capability.COST_LIMIT in can else None,
         )
-        return self.assignment.adapter.command(request)
+        command = what.adapter.command(request)
+        servers = [name for one in request.mcp_servers for name in one.env]
+        return replace(command, pass_env=(*command.pass_env, *servers)) if servers else command
 
     @property
     def _variables(self) -> Mapping[str, str]:

@@ -26,8 +26,16 @@ class Transcript:
     input_tokens: int = 0
     output_tokens: int = 0
     cost: float | None = None
+    cached_tokens: int = 0
+    """Of the input, what was read from a cache."""
+    model: str | None = None
+    """The one that was used last, by its name."""
+    of_conversation: bool = False
+    """Whether earlier sessions of the same conversation are among what was used up."""
     begun: str = ""
     """What it is saying, as far as its parts have come."""
+    call: tuple[str, Spent] | None = None
+    """The call of the model that was told of last, with what it had used up by then."""
 
     def after(self, event: SessionEvent) -> Transcript:
         """Return the transcript with one more event."""
@@ -48,13 +56,26 @@ class Transcript:
 
     def _after_spending(self, spent: Spent) -> Transcript:
         if spent.in_all:
-            cost = self.cost if spent.cost is None else spent.cost
-            return replace(self, input_tokens=spent.input_tokens, output_tokens=spent.output_tokens, cost=cost)
+            return replace(
+                self,
+                input_tokens=spent.input_tokens,
+                output_tokens=spent.output_tokens,
+                cached_tokens=spent.cached_tokens,
+                cost=self.cost if spent.cost is None else spent.cost,
+                model=spent.model or self.model,
+                of_conversation=spent.of_conversation,
+                call=None,
+            )
+        told = self.call[1] if self.call is not None and self.call[0] == spent.call else Spent()
+        cost = None if spent.cost is None else spent.cost - (told.cost or 0.0)
         return replace(
             self,
-            input_tokens=self.input_tokens + spent.input_tokens,
-            output_tokens=self.output_tokens + spent.output_tokens,
-            cost=self.cost if spent.cost is None else (self.cost or 0.0) + spent.cost,
+            input_tokens=self.input_tokens + spent.input_tokens - told.input_tokens,
+            output_tokens=self.output_tokens + spent.output_tokens - told.output_tokens,
+            cached_tokens=self.cached_tokens + spent.cached_tokens - told.cached_tokens,
+            cost=self.cost if cost is None else (self.cost or 0.0) + cost,
+            model=spent.model or self.model,
+            call=None if spent.call is None else (spent.call, spent),
         )
 
 

@@ -14,8 +14,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from pathlib import Path
-from typing import ClassVar
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar, Final
 
 import pytest
 from packaging.specifiers import SpecifierSet
@@ -25,7 +25,10 @@ from orchestrator.domain.failures import FailureClass
 from orchestrator.protocols import (
     Adapter,
     AdapterType,
+    Capability,
     Command,
+    Home,
+    McpServer,
     Program,
     SessionEnd,
     SessionEvent,
@@ -39,6 +42,20 @@ from orchestrator.testing.recordings import read_recordings
 
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PROMPTS = ("Fix it.", 'Say "{task}" and {prompt}; $HOME `id`\n\nÄ 漢 🙂', "-rf --help\n", "x" * 20_000)
+
+#: What a request has where it asks for more than a prompt.
+_ASKED: Final[Mapping[Capability, Mapping[str, Any]]] = {
+    Capability.RESUME: {"resume": "0c5b2f3e-1d"},
+    Capability.READ_ONLY: {"read_only": True},
+    Capability.INSTRUCTIONS: {"instructions": 'Speak "plainly".\nÄ 漢 🙂'},
+    Capability.MCP: {
+        "mcp_servers": (
+            McpServer("files", ("mcp-files", "--root", "a b"), env=("MY_TOKEN",)),
+            McpServer("docs", url="http://127.0.0.1:9/mcp"),
+        )
+    },
+    Capability.COST_LIMIT: {"most_cost": 1.5},
+}
 
 _ODD_LINES = (
     "",
@@ -93,7 +110,13 @@ class AdapterContract(OptionsContract):
         return self.adapter_type.Options
 
     def requests(self, folder: Path) -> list[SessionRequest]:
-        """Return requests of all kinds; neither the prompt file nor the worktree exists."""
+        """Return requests of all kinds that it can be asked for; none of the paths exists."""
+        plain = self.plain_requests(folder)
+        asked = [_ASKED[one] for one in sorted(self.adapter_type(self.validated()).capabilities())]
+        return [*plain, *(replace(plain[0], **one) for one in asked)]
+
+    def plain_requests(self, folder: Path) -> list[SessionRequest]:
+        """Return requests that ask for nothing but a prompt."""
         return [
             SessionRequest(
                 run="20260101-abc",
@@ -102,6 +125,7 @@ class AdapterContract(OptionsContract):
                 prompt=prompt,
                 prompt_file=folder / "prompt",
                 worktree=folder / "work tree",
+                home=folder / "home",
             )
             for attempt, prompt in enumerate(_PROMPTS, start=1)
         ]
@@ -116,6 +140,30 @@ class AdapterContract(OptionsContract):
         stored = json.loads(json.dumps(self.validated().model_dump(mode="json"), allow_nan=False))
         adapter = self.adapter_type(self.adapter_type.Options.model_validate(stored))
         assert [adapter.command(request) for request in self.requests(tmp_path)] == self.commands(tmp_path)
+
+    def test_what_it_can_be_asked_for_is_passed_on(self, tmp_path: Path) -> None:
+        """Each capability makes a difference to the command, and what is not one makes none."""
+        adapter = self.adapter_type(self.validated())
+        can = adapter.capabilities()
+        assert can <= frozenset(Capability)
+        request = self.plain_requests(tmp_path)[0]
+        plain = adapter.command(request)
+        passed = {one for one in Capability if adapter.command(replace(request, **_ASKED[one])) != plain}
+        assert passed == can
+
+    def test_home_holds_names_and_texts(self, tmp_path: Path) -> None:
+        """What a session finds in its home has names within it; links lead to absolute places, or from the user's."""
+        for command in self.commands(tmp_path):
+            home = command.home or Home()
+            for name in (*home.files, *home.links):
+                path = PurePosixPath(name)
+                assert name == str(path), f"{name!r} should be {str(path)!r}"
+                assert path.parts, "a name is empty"
+                assert not path.is_absolute(), name
+                assert ".." not in path.parts, name
+            assert [target for target in home.links.values() if not target.startswith(("/", "~/"))] == []
+            assert set(home.renewed) <= set(home.links)
+            assert not home.files.keys() & home.links.keys()
 
     def test_command_is_repeatable(self, tmp_path: Path) -> None:
         """The same request gives the same command, whatever was asked before."""

@@ -118,8 +118,13 @@ class TestClaudeCode(AdapterContract):
                                                       "input": {"command": "make\n test"}}]}),
             (UsedTool("Bash", "make test"),),
         ),
+        (
+            claude("assistant", message={"id": "msg_1", "model": "claude-opus-4-8", "content": [],
+                                         "usage": {"input_tokens": 7, "cache_read_input_tokens": 2, "output_tokens": 1}}),
+            (Spent(9, 1, cached_tokens=2, model="claude-opus-4-8", call="msg_1"),),
+        ),
         (claude("user", message={"content": [{"type": "tool_result", "content": "ok"}]}), ()),
-        (claude_result(result="Done."), (Spent(321, 4, 0.25, in_all=True), Concluded("Done."))),
+        (claude_result(result="Done."), (Spent(321, 4, 0.25, in_all=True, cached_tokens=300), Concluded("Done."))),
         (claude("rate_limit_event", rate_limit_info={"status": "allowed_warning", "resetsAt": 1}), ()),
         ('{"type": "assistant", "message": {"content": [{"type": "text"', ()),
         ('{"type":"result","total_cost_usd":1e999,"usage":{"output_tokens":-1}}',
@@ -267,7 +272,7 @@ def test_wrong_options(adapter_type: AdapterType, options: dict[str, Any]) -> No
 
 def test_what_a_file_says_of_a_variable_replaces_the_adapters_own(tmp_path: Any) -> None:
     """A preset variable can be set anew or passed on, and one that is passed on by itself can be set."""
-    request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path)
+    request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home")
     options = {"env": ["DISABLE_AUTOUPDATER", "CLAUDE_CODE_MAX_RETRIES=9", "HOME=/elsewhere"]}
     command = ClaudeCodeAdapter(ClaudeCodeAdapter.Options.model_validate(options)).command(request)  # type: ignore[arg-type]
     assert "DISABLE_AUTOUPDATER" not in command.env

@@ -77,7 +77,10 @@ class TestCodex(AdapterContract):
         (codex_item("completed", "web_search", query="pep 440"), (UsedTool("web_search", "pep 440"),)),
         (
             '{"type":"turn.completed","usage":{"input_tokens":120,"cached_input_tokens":100,"output_tokens":34}}',
-            (Spent(120, 34, None, in_all=True), Concluded()),
+            (
+                Spent(120, 34, in_all=True, cached_tokens=100, model="gpt-5.5", of_conversation=True),
+                Concluded(),
+            ),
         ),
         ('{"type":"turn.completed","usage":null}', (Concluded(),)),
         (
@@ -208,6 +211,6 @@ def test_codex_and_its_providers(tmp_path: Path, provider: str | None, is_asked:
     """Its login counts for its own provider only, and only one that the file names can be set."""
     adapter = CodexAdapter(CodexAdapter.Options.model_validate({"provider": provider}))  # type: ignore[arg-type]
     assert [bool(program.ready) for program in adapter.programs()] == [is_asked]
-    argv = adapter.command(SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path)).argv
+    argv = adapter.command(SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home")).argv
     assert (f"model_provider={provider}" in argv) is (provider is not None)
     assert (f"model_providers.{provider}.stream_max_retries=1" in argv) is is_set

@@ -74,8 +74,11 @@ class TestGemini(AdapterContract):
             gemini("error", severity="warning", message="Loop detected, stopping execution"),
             (Warned("Loop detected, stopping execution"),),
         ),
-        (gemini_result(), (Spent(300, 20, in_all=True),)),
-        (gemini("result", status="success", stats={"input_tokens": -1}), (Spent(0, 0, in_all=True),)),
+        (gemini_result(), (Spent(300, 20, in_all=True, cached_tokens=100, model="gemini-2.5-pro"),)),
+        (
+            gemini("result", status="success", stats={"input_tokens": -1}),
+            (Spent(0, 0, in_all=True, model="gemini-2.5-pro"),),
+        ),
         ("plain words", (Said("plain words"),)),
     )
     ends: ClassVar = (

@@ -79,10 +79,10 @@ class TestOpencode(AdapterContract):
                           " prevents you from using this specific tool call. Here are some of the relevant rules []"),
             (UsedTool("write", "a", ("a",)), Warned("its configuration denies it write")),
         ),
-        (opencode_step("tool-calls"), (Spent(321, 54, 0.25),)),
-        (opencode_step("stop"), (Spent(321, 54, 0.25), Concluded())),
+        (opencode_step("tool-calls"), (Spent(321, 54, 0.25, cached_tokens=300, model="openrouter/qwen/qwen3-coder"),)),
+        (opencode_step("stop"), (Spent(321, 54, 0.25, cached_tokens=300, model="openrouter/qwen/qwen3-coder"), Concluded())),
         ('{"type":"step_finish","part":{"reason":"stop","tokens":{"cache":1,"output":true},"cost":0}}',
-         (Spent(), Concluded())),
+         (Spent(model="openrouter/qwen/qwen3-coder"), Concluded())),
         (
             opencode_api_error(429, responseHeaders={"retry-after": "60"}),
             (Identified("ses_1"), Concluded("", Failed(FailureClass.RATE_LIMITED, "No.", 1_790_000_060.5))),
@@ -163,7 +163,7 @@ def test_opencode_tells_when_its_limit_ends() -> None:
 
 def test_opencode_gets_its_configuration_over_ours(tmp_path: Any) -> None:
     """What the file says of a key of ours replaces it; the rest stays."""
-    request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path)
+    request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home")
     options = {"config": {"share": "manual", "permission": {"bash": "deny"}}}
     command = OpencodeAdapter(OpencodeAdapter.Options.model_validate(options)).command(request)  # type: ignore[arg-type]
     assert json.loads(command.env["OPENCODE_CONFIG_CONTENT"]) == {

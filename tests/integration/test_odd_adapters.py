@@ -26,6 +26,9 @@ class Odd:
     def __init__(self, options, /):
         pass
 
+    def capabilities(self):
+        return frozenset()
+
     def programs(self):
         return (Program("sh"),)
 

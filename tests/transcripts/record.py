@@ -18,7 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+import anyio
+
 from orchestrator.protocols import SessionRequest
+from orchestrator.sessions.homes import furnish
 from orchestrator.testing.model_server import ModelServer
 from orchestrator.testing.recordings import Recording
 from tests.transcripts.programs import MODEL, PROGRAMS, Case, Program
@@ -41,8 +44,10 @@ def record(program: Program, case: Case, folder: str) -> Recording:
         url = "http://127.0.0.1:9" if case.is_dead else server.url
         options = json.loads(json.dumps({**program.options, **case.options}).replace(MODEL, url))
         adapter = program.adapter(program.adapter.Options.model_validate(options))
-        request = SessionRequest("run", "task", 1, case.prompt, prompt, worktree)
+        request = SessionRequest("run", "task", 1, case.prompt, prompt, worktree, place / "kept")
         command = adapter.command(request)
+        if command.home is not None:
+            anyio.run(furnish, request.home, command.home, environ)
         given = {**environ, **command.env, **program.environ(url, home), **case.environ}
         with (place / "out").open("wb") as out, (place / "err").open("wb") as err:
             child = subprocess.Popen(

@@ -210,7 +210,7 @@ def test_an_agent_that_is_not_there_is_named(environ: dict[str, str], tmp_path: 
     """It may have gone since the run began."""
     (tmp_path / "prompt").write_text("x")
     adapter = AcpAdapter(AcpOptions(argv=("no-such-agent",)))
-    command = adapter.command(SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path))
+    command = adapter.command(SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home"))
     done = subprocess.run(command.argv, env=environ, capture_output=True, text=True, check=False)
     (event,) = adapter.parse(done.stdout.strip())
     assert isinstance(event, ConcludedEvent)

@@ -16,7 +16,7 @@ from orchestrator.testing.adapter_contract import AdapterContract
 
 
 def request(prompt: str = "Fix it.") -> SessionRequest:
-    return SessionRequest("r1", "t1", 2, prompt, Path("/p/prompt"), Path("/w/tree"))
+    return SessionRequest("r1", "t1", 2, prompt, Path("/p/prompt"), Path("/w/tree"), Path("/h"))
 
 
 def command(text: str = "Fix it.", **options: Any) -> Command:

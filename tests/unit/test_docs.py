@@ -109,7 +109,7 @@ def test_every_key_is_documented() -> None:
 def test_every_adapter_is_documented(tmp_path: Path) -> None:
     """docs/adapters.md has a section for each that we ship, with exactly its keys and the variables it passes on."""
     sections = dict(re.findall(r"^## `([a-z-]+)`\n(.*?)(?=^## |\Z)", ADAPTERS, re.MULTILINE | re.DOTALL))
-    request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path)
+    request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home")
     for use, adapter_type in load_plugins({"COUNCIL_PLUGINS": ""}).adapters.items():
         if use != "command":
             keys = set(re.findall(r"^\| `(\w+)` \|", sections[use], re.MULTILINE))

@@ -17,7 +17,7 @@ from orchestrator.engine import probing
 from orchestrator.engine.probing import judge, make_without_options, probe_adapters, read_version
 from orchestrator.errors import RefusedError
 from orchestrator.process import Completed
-from orchestrator.protocols import Command, Failed, Program, SessionEnd, SessionEvent, SessionRequest
+from orchestrator.protocols import Capability, Command, Failed, Program, SessionEnd, SessionEvent, SessionRequest
 from tests.waiting import wait_for
 
 MakeProgram = Callable[[str, str], Path]
@@ -34,6 +34,9 @@ class Stand:
 
     def __init__(self, *programs: Program, **command: Any) -> None:
         self._programs, self._command = programs, command
+
+    def capabilities(self) -> frozenset[Capability]:
+        return frozenset()
 
     def programs(self) -> Sequence[Program]:
         return self._programs

@@ -1,0 +1,53 @@
+"""What a session used up by itself, and what that cost, from what its CLI told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from orchestrator.domain.model import Attempt
+from orchestrator.domain.prices import Price, price_of
+from orchestrator.protocols import JsonObject
+from orchestrator.sessions.transcript import Transcript
+
+
+@dataclass(frozen=True, slots=True)
+class Accounting:
+    """`prices` are those of models, by name."""
+
+    prices: Mapping[str, Price]
+
+    def own(self, said: Transcript, attempts: Sequence[Attempt]) -> Transcript:
+        """Return what a session said without what the task's other `attempts` used up in the same conversation.
+
+        Its cost is estimated where the CLI did not tell it.
+        """
+        if said.of_conversation:
+            before = [one for one in attempts if said.session is not None and one.session == said.session]
+            said = replace(
+                said,
+                input_tokens=max(said.input_tokens - sum(one.input_tokens for one in before), 0),
+                output_tokens=max(said.output_tokens - sum(one.output_tokens for one in before), 0),
+                cached_tokens=max(said.cached_tokens - sum(one.cached_tokens for one in before), 0),
+            )
+        return said if said.cost is not None else replace(said, cost=self._estimate(said))
+
+    def recorded(self, said: Transcript, attempts: Sequence[Attempt]) -> JsonObject:
+        """Return what is recorded of an attempt for what it said; `attempts` are the others of its task."""
+        own = self.own(said, attempts)
+        return {
+            "words": own.words,
+            "session": own.session,
+            "input_tokens": own.input_tokens,
+            "output_tokens": own.output_tokens,
+            "cached_tokens": own.cached_tokens,
+            "model": own.model,
+            "cost": own.cost,
+            "is_estimated": said.cost is None and own.cost is not None,
+        }
+
+    def _estimate(self, said: Transcript) -> float | None:
+        price = price_of(said.model, self.prices)
+        if price is None or not (said.input_tokens or said.output_tokens):
+            return None
+        return price.cost(said.input_tokens, said.output_tokens, said.cached_tokens)

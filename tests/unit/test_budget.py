@@ -1,0 +1,70 @@
+"""How much may be used up, and what tokens cost."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestrator.domain.budget import Budget, Spending, cost_left, shares, spent_by
+from orchestrator.domain.model import Attempt
+from orchestrator.domain.prices import Price, price_of
+
+
+def attempt(**facts: object) -> Attempt:
+    return Attempt.model_validate({"number": 1, "adapter": "a", "base": "b", "started": 10.0, **facts})
+
+
+def test_each_limit_is_held_against_what_was_used_up_of_it() -> None:
+    found = {one.key: one for one in shares(Budget(100, 2.0, 60.0), Spending(80, 1.5, 60.0))}
+    assert {key: (one.is_low, one.is_exhausted) for key, one in found.items()} == {
+        "tokens": (True, False),
+        "cost": (False, False),
+        "time": (True, True),
+    }
+
+
+def test_without_limits_nothing_is_low() -> None:
+    assert list(shares(Budget(), Spending(10**12, 10.0**6, 10.0**9))) == []
+
+
+def test_spending_is_that_of_all_attempts_and_a_clock_set_back_gives_none_away() -> None:
+    done = [
+        attempt(ended=15.0, input_tokens=5, output_tokens=2, cost=0.5),
+        attempt(ended=4.0, input_tokens=1),
+        attempt(ended=None, output_tokens=1),
+    ]
+    assert spent_by(done) == Spending(9, 0.5, 5.0)
+
+
+def test_the_tightest_budget_says_what_may_still_be_spent() -> None:
+    limits = [(Budget(cost=3.0), Spending(cost=2.5)), (Budget(cost=2.0), Spending(cost=0.25)), (Budget(), Spending())]
+    assert cost_left(limits) == 0.5
+    assert cost_left([(Budget(cost=1.0), Spending(cost=4.0))]) == 0.0
+    assert cost_left([(Budget(tokens=1), Spending())]) is None
+
+
+PRICES = {
+    "gpt-5": Price(input=1, output=10, cached_input=0.5),
+    "gpt-5-mini": Price(input=0.25, output=2),
+    "local/llama": Price(input=0, output=0),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("gpt-5", "gpt-5"),
+        ("gpt-5-2025-08-07", "gpt-5"),
+        ("openai/gpt-5-mini-high", "gpt-5-mini"),
+        ("local/llama", "local/llama"),
+        ("gpt-55", None),
+        ("gpt", None),
+        (None, None),
+    ],
+)
+def test_a_price_is_found_by_the_beginning_of_a_name(model: str | None, name: str | None) -> None:
+    assert price_of(model, PRICES) == (None if name is None else PRICES[name])
+
+
+def test_tokens_from_a_cache_have_a_price_of_their_own_if_they_have_one() -> None:
+    assert PRICES["gpt-5"].cost(1_000_000, 100_000, 400_000) == pytest.approx(0.6 + 0.2 + 1.0)
+    assert PRICES["gpt-5-mini"].cost(1_000_000, 0, 400_000) == pytest.approx(0.25)
