@@ -34,7 +34,8 @@ async def remove(logs: Path, task: str) -> None:
 
 
 def _furnish(folder: Path, what: Home, environ: Mapping[str, str]) -> Reach:
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for one in (folder.parents[1], folder.parent, folder):
+        one.mkdir(mode=0o700, exist_ok=True)
     for name, text in what.files.items():
         path = _clear(folder, name)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:

@@ -119,8 +119,8 @@ class TestClaudeCode(AdapterContract):
             (UsedTool("Bash", "make test"),),
         ),
         (
-            claude("assistant", message={"id": "msg_1", "model": "claude-opus-4-8", "content": [],
-                                         "usage": {"input_tokens": 7, "cache_read_input_tokens": 2, "output_tokens": 1}}),
+            claude("assistant", message={"id": "msg_1", "model": "claude-opus-4-8", "content": [], "usage":
+                                         {"input_tokens": 7, "cache_read_input_tokens": 2, "output_tokens": 1}}),
             (Spent(9, 1, cached_tokens=2, model="claude-opus-4-8", call="msg_1"),),
         ),
         (claude("user", message={"content": [{"type": "tool_result", "content": "ok"}]}), ()),

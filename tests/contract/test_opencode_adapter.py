@@ -49,13 +49,16 @@ HIDDEN = opencode_error("UnknownError", "Unexpected server error. Check server l
 NO_MODEL = 'timestamp=x level=ERROR run=1 message="failed" error="ProviderModelNotFoundError: Model not found: a/b."'
 WAITS = 'timestamp=x level=ERROR message="stream error" agent=build error.error="AI_APICallError: Rate limit reached"'
 
+MODEL = "openrouter/qwen/qwen3-coder"
+STEP = Spent(321, 54, 0.25, cached_tokens=300, model=MODEL)
+
 
 class TestOpencode(AdapterContract):
     """JSON lines without a result, and a log that knows more."""
 
     adapter_type = OpencodeAdapter
     options: ClassVar = {
-        "model": "openrouter/qwen/qwen3-coder",
+        "model": MODEL,
         "agent": "build",
         "config": {"permission": {"webfetch": "deny"}, "provider": {"x": {"options": {"apiKey": "{env:MY_KEY}"}}}},
         "args": ["--variant", "high"],
@@ -79,10 +82,10 @@ class TestOpencode(AdapterContract):
                           " prevents you from using this specific tool call. Here are some of the relevant rules []"),
             (UsedTool("write", "a", ("a",)), Warned("its configuration denies it write")),
         ),
-        (opencode_step("tool-calls"), (Spent(321, 54, 0.25, cached_tokens=300, model="openrouter/qwen/qwen3-coder"),)),
-        (opencode_step("stop"), (Spent(321, 54, 0.25, cached_tokens=300, model="openrouter/qwen/qwen3-coder"), Concluded())),
+        (opencode_step("tool-calls"), (STEP,)),
+        (opencode_step("stop"), (STEP, Concluded())),
         ('{"type":"step_finish","part":{"reason":"stop","tokens":{"cache":1,"output":true},"cost":0}}',
-         (Spent(model="openrouter/qwen/qwen3-coder"), Concluded())),
+         (Spent(model=MODEL), Concluded())),
         (
             opencode_api_error(429, responseHeaders={"retry-after": "60"}),
             (Identified("ses_1"), Concluded("", Failed(FailureClass.RATE_LIMITED, "No.", 1_790_000_060.5))),
