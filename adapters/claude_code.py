@@ -126,6 +126,7 @@ class ClaudeCodeAdapter:
             stdin=request.prompt_file,
             env=env,
             pass_env=passed,
+            interrupt=True,  # SIGTERM has it leave the processes of its tools behind, and say nothing
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:

@@ -464,7 +464,9 @@ class Command:
     are handed on where they are set; beside a small base set the program sees nothing else. `readable` are files
     and folders (absolute) that it must be able to read even if they lie in what the fence hides. `leavings` are
     patterns (gitignore(5)) of what the program leaves in the worktree for its own use, such as a cache: new files
-    that match are no part of its work.
+    that match are no part of its work. `interrupt` is whether it is to be interrupted (SIGINT) before it is
+    terminated, because it then tidies up: its child processes, its last words. Only the process that `argv` starts is
+    interrupted; where that is a wrapper, it has to pass the signal on.
     """
 
     argv: Sequence[str]
@@ -473,6 +475,7 @@ class Command:
     pass_env: Sequence[str] = ()
     readable: Sequence[Path] = ()
     leavings: Sequence[str] = ()
+    interrupt: bool = False
 
 
 @dataclass(frozen=True, slots=True)
