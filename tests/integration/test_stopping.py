@@ -107,12 +107,6 @@ async def stopped(house: House, command: SupervisedCommand) -> tuple[Ended, floa
 
 #: Has a tool in its process group, and when it is interrupted says more than fits into a pipe.
 TIDIES = """
-tool = os.fork()
-if tool == 0:
-    hear("tool", {INT: sys.exit, TERM: sys.exit})
-    ready()
-    wait()
-
 def tidy():
     time.sleep(0.2)
     lived = os.waitpid(tool, os.WNOHANG) == (0, 0)
@@ -123,6 +117,10 @@ def tidy():
     sys.exit(3)
 
 hear("cli", {INT: tidy, TERM: sys.exit})
+tool = os.fork()
+if tool == 0:
+    hear("tool", {INT: sys.exit, TERM: sys.exit})
+    ready()
 wait()
 """
 
@@ -160,17 +158,39 @@ async def test_a_cancelled_program_is_interrupted(house: House, program: Run) ->
     assert (house.house.parent / "stdout").read_text().endswith("ended its tool\n")
 
 
+async def test_what_a_program_left_behind_is_not_taken_for_it(house: House, program: Run) -> None:
+    """A process without a parent, whoever looks after it now, gets SIGTERM when the program has ended."""
+    source = """
+hear("cli", {INT: sys.exit})
+if os.fork() == 0:
+    if os.fork() == 0:
+        hear("left", {TERM: save})
+        parent = os.getppid()
+        note(f"began 0 {parent}")
+        while os.getppid() == parent: time.sleep(0.01)
+        ready()
+        wait()
+    while not os.path.exists("notes"): time.sleep(0.01)
+    os._exit(0)
+wait()
+"""
+    ended, took = await stopped(house, program(source, interrupt=True))
+    assert heard(house)[1:] == [("cli", "SIGINT"), ("left", "SIGTERM")]
+    assert (house.tree / "work" / "last-word").exists()
+    assert (ended.exit, ended.killed) == (0, 0)
+    assert took < 5
+
+
 # Programs that do not end of it
 
 
 async def test_a_program_that_goes_on_is_terminated_after_half_of_the_grace(house: House, program: Run) -> None:
     """It and its tool then get SIGTERM, and the rest of the grace."""
     source = """
+hear("cli", {TERM: sys.exit})
 if os.fork() == 0:
     hear("tool", {TERM: save})
     ready()
-    wait()
-hear("cli", {TERM: sys.exit})
 wait()
 """
     ended, took = await stopped(house, program(source, interrupt=True, grace=2))
@@ -199,16 +219,17 @@ if os.fork() == 0:
     os.setsid()
     hear("program", {TERM: save})
     ready()
-    wait()
+wait()
 """
+DIES = "for number in (INT, TERM): signal.signal(number, signal.SIG_DFL)"
+IGNORES = "for number in (INT, TERM): signal.signal(number, signal.SIG_IGN)"
 MODES = pytest.mark.parametrize("interrupt", [False, True], ids=["terminated", "interrupted"])
 
 
 @MODES
 async def test_a_wrapper_that_dies_leaves_its_program_the_grace(house: House, program: Run, interrupt: bool) -> None:
     """Of whichever signal it dies, its program gets SIGTERM at once, and can save."""
-    source = f"{BEHIND}\nfor number in (INT, TERM): signal.signal(number, signal.SIG_DFL)\nwait()"
-    ended, took = await stopped(house, program(source, interrupt=interrupt))
+    ended, took = await stopped(house, program(DIES + BEHIND, interrupt=interrupt))
     assert heard(house) == [("program", "SIGTERM")]
     assert (house.tree / "work" / "last-word").exists()
     assert (ended.exit, ended.signal, ended.killed) == (None, signal.SIGINT if interrupt else signal.SIGTERM, 0)
@@ -218,8 +239,7 @@ async def test_a_wrapper_that_dies_leaves_its_program_the_grace(house: House, pr
 @MODES
 async def test_a_wrapper_that_passes_nothing_on_is_passed_over(house: House, program: Run, interrupt: bool) -> None:
     """Its program gets SIGTERM all the same, and can save; the wrapper is killed."""
-    source = f"{BEHIND}\nfor number in (INT, TERM): signal.signal(number, signal.SIG_IGN)\nwait()"
-    ended, took = await stopped(house, program(source, interrupt=interrupt, grace=1))
+    ended, took = await stopped(house, program(IGNORES + BEHIND, interrupt=interrupt, grace=1))
     assert heard(house) == [("program", "SIGTERM")]
     assert (house.tree / "work" / "last-word").exists()
     assert (ended.exit, ended.signal) == (None, signal.SIGKILL)
@@ -231,8 +251,8 @@ async def test_a_program_that_ignores_all_does_not_outlive_its_wrapper(
     house: House, program: Run, interrupt: bool
 ) -> None:
     """The wrapper's end is not taken for its program's, which is killed after the grace."""
-    source = f"{BEHIND}\nfor number in (INT, TERM): signal.signal(number, signal.SIG_DFL)\nwait()"
-    ended, took = await stopped(house, program(source.replace("save", "ready"), interrupt=interrupt, grace=1))
+    source = DIES + BEHIND.replace("save", "ready")
+    ended, took = await stopped(house, program(source, interrupt=interrupt, grace=1))
     assert heard(house) == [("program", "SIGTERM")]
     assert ended.killed == 1
     assert 1 <= took < 5
@@ -241,12 +261,12 @@ async def test_a_program_that_ignores_all_does_not_outlive_its_wrapper(
 async def test_a_program_gets_one_interrupt_through_its_wrapper(house: House, program: Run) -> None:
     """Not a second one of ours beside that which is passed on, which would tell many programs to end at once."""
     source = """
+hear("wrapper", {INT: lambda: os.kill(behind, INT)})
 behind = os.fork()
 if behind == 0:
     hear("program", {INT: save})
     ready()
     wait()
-hear("wrapper", {INT: lambda: os.kill(behind, INT)})
 os.waitpid(behind, 0)
 """
     ended, took = await stopped(house, program(source, interrupt=True))
