@@ -63,7 +63,7 @@ class Family:
         return self.status is None and (not self._wrapped or _lives(self._interrupted))
 
     def _inside(self) -> int | None:
-        """Return the CLI inside its wrapper, which is stopped so that it outlives it, as in `terminate`."""
+        """Stop the wrapper, so that it does not end with the CLI, and return the CLI inside; None: it has not begun."""
         send(self.cli, signal.SIGSTOP)
         family = {self.cli: 0}
         for _ in "init", "CLI":  # twice, in case the init is listed behind the CLI; 0 is no signal
