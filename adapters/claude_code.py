@@ -157,6 +157,7 @@ class ClaudeCodeAdapter:
             env=env,
             pass_env=passed,
             home=_home(request, is_own=options.has_own_home),
+            interrupt=True,  # SIGTERM has it leave the processes of its tools behind, and say nothing
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:

@@ -1,4 +1,4 @@
-"""The supervisor's hold on the CLI and on all that descends from it: reap, ask to end, kill.
+"""The supervisor's hold on the CLI and on all that descends from it: reap, interrupt, ask to end, kill.
 
 Imported in every session by the supervisor: only the standard library, and little of it.
 """
@@ -28,6 +28,7 @@ class Family:
         self.status: int | None = None
         self._wake = wake
         self._wrapped = wrapped
+        self._interrupted = cli
         self._held: int | None = None
 
     def reap(self) -> bool:
@@ -41,6 +42,35 @@ class Family:
                 return True
             if pid == self.cli:
                 self.status = status
+
+    def interrupt(self) -> bool:
+        """Interrupt the CLI itself; False if it has not begun inside its wrapper. `terminate` is to follow.
+
+        Not its process group, although a terminal would: what it has started must live for it to tidy up, a program
+        behind a wrapper that passes signals on would get two, which often means to end at once, and a bubblewrap is
+        in the group, too.
+        """
+        if self._wrapped:
+            program = self._inside()
+            if program is None:
+                return False
+            self._interrupted = program
+        send(self._interrupted, signal.SIGINT)
+        return True
+
+    def tidies(self) -> bool:
+        """Return whether the CLI that was interrupted is still there."""
+        return self.status is None and (not self._wrapped or _lives(self._interrupted))
+
+    def _inside(self) -> int | None:
+        """Stop the wrapper, so that it does not end with the CLI, and return the CLI inside; None: it has not begun."""
+        send(self.cli, signal.SIGSTOP)
+        family = {self.cli: 0}
+        for _ in "init", "CLI":  # twice, in case the init is listed behind the CLI; 0 is no signal
+            signal_new(0, family, set(), frozenset())
+        # What the CLI's processes leave behind are children of the init, too, but begun later.
+        children = (pid for pid, parent in family.items() if family.get(parent) == self.cli)
+        return min(children, key=_pid_inside, default=None)
 
     def terminate(self) -> bool:
         """Ask all to end; False if there is nobody to be asked, because the CLI has not begun inside its wrapper."""
@@ -169,6 +199,15 @@ def _state(pid: int) -> tuple[bytes, int]:
     with open(f"/proc/{pid}/stat", "rb", 0) as file:  # noqa: PTH123  (pathlib is a slow import)
         state, parent = file.read(1024).rpartition(b")")[2].split()[:2]
     return state, int(parent)
+
+
+def _pid_inside(pid: int) -> int:
+    """Return the pid that a process has in its own namespace; one that is gone is behind all others."""
+    try:
+        with open(f"/proc/{pid}/status", "rb", 0) as file:  # noqa: PTH123  (pathlib is a slow import)
+            return int(file.read(CHUNK_BYTES).partition(b"\nNSpid:")[2].partition(b"\n")[0].split()[-1])
+    except (FileNotFoundError, ProcessLookupError):
+        return sys.maxsize
 
 
 def _lives(pid: int) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import anyio.to_thread
 
 OUTPUT_CAP = 16 * 2**20  # bytes kept of each stream from its beginning; its end is kept as well
-STOP_GRACE = 5.0  # seconds between SIGTERM and SIGKILL
+STOP_GRACE = 5.0  # seconds between the first signal of a stop and SIGKILL
 TAIL_BYTES = 1 << 16
 
 

@@ -263,6 +263,7 @@ class Session:
             cap=OUTPUT_CAP,
             timeout=what.limits.timeout,
             grace=STOP_GRACE,
+            interrupt=command.interrupt,
             lock=place.lock,
             silence=what.limits.silence,
             watched=(place.tree, place.git_dir),

@@ -34,8 +34,10 @@ class SupervisedCommand:
     """One CLI to run: `env` is all the environment it gets, `stdin` a file to read (None: nothing to read).
 
     Of each output the first `cap` bytes and the last MiB are kept. After `timeout` seconds, or when the
-    awaiting task is cancelled, all its processes get SIGTERM and after `grace` seconds SIGKILL. `lock` is the
-    file that is locked while anything of the session lives; its name is the session's in messages.
+    awaiting task is cancelled, all its processes get SIGTERM and after `grace` seconds SIGKILL. With `interrupt` the
+    CLI itself, and nothing that it started, gets SIGINT first: all get SIGTERM once it has ended, but after half of
+    the grace at the latest. `lock` is the file that is locked while anything of the session lives; its name is the
+    session's in messages.
 
     After `silence` seconds without output and without a change beneath the folders `watched`, it is stopped as
     after `timeout`. `redact` is the ASCII source of an expression for bytes: what it finds is not written to
@@ -54,6 +56,7 @@ class SupervisedCommand:
     timeout: float
     grace: float
     lock: Path
+    interrupt: bool = False
     silence: float | None = None
     watched: tuple[Path, ...] = ()
     redact: str | None = None
@@ -157,6 +160,7 @@ def _spec(command: SupervisedCommand) -> bytes:
         "cap": command.cap,
         "timeout": command.timeout,
         "grace": command.grace,
+        "interrupt": command.interrupt,
         "lock": os.fspath(command.lock.absolute()),
         "silence": command.silence,
         "watched": [os.fspath(folder.absolute()) for folder in command.watched],

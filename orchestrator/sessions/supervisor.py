@@ -15,6 +15,11 @@ and tells its end after that: as the child subreaper it inherits each orphan, wh
 ignored. Without a subreaper (macOS) only the CLI's process group is killed, and what left it lives on. It can
 not kill what runs as another user (`sudo`): then it waits, and keeps the lock, until that has ended.
 
+At a stop, whatever asks for it, every process gets SIGTERM, and SIGKILL when the grace is over. A CLI that is to be
+interrupted gets SIGINT before that, and has up to half of the grace to tidy up; then, or as soon as it has ended,
+comes SIGTERM for what is left. So a wrapper that dies and leaves its program behind, or that passes no signal on,
+costs the program at most half of the grace. Its output is read all the while.
+
 Its parts are `family` (the processes), `capture` and `redaction` (the output), `silence` and `landlock`.
 """
 
@@ -43,7 +48,8 @@ if TYPE_CHECKING:
 CONTROL, STATUS = 0, 1
 WRAPPER_STATUS = 3  # where `argv` tells a wrapper to report to
 LOCK_PATIENCE = 2.0  # seconds; longer than anyone who only looks whether the lock is free keeps it
-LOOK_AT_WRAPPER = 0.05  # seconds; between looks whether it is empty
+LOOK_INSIDE = 0.05  # seconds; between looks into a wrapper, whether anybody lives there
+TIDYING = 0.5  # the share of the grace in which a CLI that was interrupted is left alone
 NOTHING: dict[str, object] = {
     "exit": None,
     "signal": None,
@@ -79,6 +85,7 @@ class Spec:
         self.cap: int = fields["cap"]
         self.timeout: float = fields["timeout"]
         self.grace: float = fields["grace"]
+        self.interrupt: bool = fields["interrupt"]
         self.lock: str = fields["lock"]
         self.redact: str | None = fields["redact"]
         self.silence: float | None = fields["silence"]
@@ -238,10 +245,11 @@ class Watch:
     def __init__(self, spec: Spec, family: Family, control: Control, streams: list[Stream], wake: int) -> None:
         self._family, self._control, self._wake = family, control, wake
         self._streams = {stream.read_end: stream for stream in streams}
-        self._grace = spec.grace
+        self._grace, self._interrupt = spec.grace, spec.interrupt
         self._deadline = time.monotonic() + spec.timeout
         self._silence = None if spec.silence is None else Silence(spec.silence, spec.watched)
         self._ended_by: str | None = None
+        self._tidied_by: float | None = None  # until when a CLI that was interrupted is left alone
         self._poll = select.poll()
         for fd in (CONTROL, wake, *self._streams):
             self._poll.register(fd, select.POLLIN)
@@ -254,6 +262,9 @@ class Watch:
             # While it is being stopped, a wrapper's early end does not cut the others' grace short.
             if self._family.status is not None and self._ended_by is None:
                 return "exit"
+            if self._tidied_by is not None and (time.monotonic() >= self._tidied_by or not self._family.tidies()):
+                self._tidied_by = None
+                self._family.terminate()
             left = self._deadline - time.monotonic()
             if left <= 0 and self._ended_by is not None:
                 return self._ended_by
@@ -267,9 +278,11 @@ class Watch:
 
     def _pause(self) -> float:
         """Return for how many seconds there is nothing to do but to listen."""
-        left = max(0, self._deadline - time.monotonic())
+        left = max(0, (self._tidied_by or self._deadline) - time.monotonic())
+        if self._tidied_by is not None:
+            return min(left, LOOK_INSIDE)
         if self._ended_by is not None:
-            return min(left, LOOK_AT_WRAPPER) if self._family.release() else left
+            return min(left, LOOK_INSIDE) if self._family.release() else left
         return left if self._silence is None else min(left, self._silence.due())
 
     def _handle(self, fd: int) -> str | None:
@@ -289,8 +302,11 @@ class Watch:
     def _stop(self, reason: str) -> None:
         if self._ended_by is None:
             self._ended_by = reason
-            asked = self._family.terminate()
-            self._deadline = time.monotonic() + (self._grace if asked else 0)
+            tidies = self._interrupt and self._family.interrupt()
+            asked = tidies or self._family.terminate()
+            now = time.monotonic()
+            self._deadline = now + (self._grace if asked else 0)
+            self._tidied_by = now + TIDYING * self._grace if tidies else None
 
 
 def tell(**event: object) -> None:
@@ -329,8 +345,9 @@ def hold(spec: Spec, control: Control, wake: int) -> dict[str, object]:
     if wrapper is not None and ended_by == "exit" and not wrapper.ran() and code >= 0:
         raise wrapper_error(spec.stderr)
     # A wrapper's own exit code for what a signal has ended; of any other program's it could be its choice.
-    if wrapper is not None and ended_by != "exit" and code == 128 + signal.SIGTERM:
-        code = -signal.SIGTERM
+    sent = (signal.SIGINT, signal.SIGTERM) if spec.interrupt else (signal.SIGTERM,)
+    if wrapper is not None and ended_by != "exit" and code - 128 in sent:
+        code = 128 - code
     return {
         "exit": code if code >= 0 else None,
         "signal": -code if code < 0 else None,

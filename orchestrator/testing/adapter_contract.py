@@ -192,6 +192,10 @@ class AdapterContract(OptionsContract):
             assert command.stdin in {None, tmp_path / "prompt"}, command.stdin
             assert [path for path in command.readable if not path.is_absolute()] == []
 
+    def test_interrupt_is_yes_or_no(self, tmp_path: Path) -> None:
+        """Whether the program is interrupted before it is terminated is plain, and not read out of another value."""
+        assert {type(command.interrupt) for command in self.commands(tmp_path)} == {bool}
+
     def test_leavings_are_patterns(self, tmp_path: Path) -> None:
         """What the program leaves for itself is named by patterns that take something away, one a line."""
         for command in self.commands(tmp_path):

@@ -173,6 +173,7 @@ class TestClaudeCode(AdapterContract):
         "refused": Recorded(text="It is not written."),
         "turns": Recorded(FailureClass.LIMIT, paths=frozenset({"/work/a.txt"})),
         "interrupted": Recorded(FailureClass.CRASHED),
+        "interrupted-tool": Recorded(FailureClass.CRASHED, tokens=(120, 34)),
         "terminated": Recorded(),
     }
 

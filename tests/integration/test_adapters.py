@@ -49,9 +49,11 @@ class Bench:
         }
         return {"use": use, **own.get(use, {}), **more}
 
-    def run(self, use: str, *prompts: str, sandbox: str = "off", options: dict[str, Any] | None = None) -> Ended:
-        """Run tasks t0, t1, … with one adapter."""
-        tasks = [{"id": f"t{number}", "prompt": prompt, "attempts": 1} for number, prompt in enumerate(prompts)]
+    def run(
+        self, use: str, *prompts: str, sandbox: str = "off", options: dict[str, Any] | None = None, **more: Any
+    ) -> Ended:
+        """Run tasks t0, t1, … with one adapter; `more` are keys of each of them."""
+        tasks = [{"id": f"t{number}", "prompt": text, "attempts": 1, **more} for number, text in enumerate(prompts)]
         config = self.repository.configure(
             tasks,
             adapters={"it": self.adapter(use, capacity=1, **(options or {}))},
@@ -192,6 +194,15 @@ async def test_what_failed_has_its_class(bench: Bench, use: str) -> None:
         assert told in task["reason"], prompt
     if use == "acp":
         assert "last words" in bench.said(ended), "what an agent says to its standard error is in the log"
+
+
+@pytest.mark.parametrize("sandbox", SANDBOXES)
+async def test_what_a_program_says_when_it_is_stopped_is_heard(bench: Bench, sandbox: str) -> None:
+    """Claude Code says what was spent when it is interrupted, and only then."""
+    ended = bench.run("claude-code", "hang", sandbox=sandbox, timeout="4s")
+    (task,) = ended.result["tasks"]
+    assert (task["state"], task["failure"]) == ("failed", "timeout"), ended
+    assert (task["input_tokens"], task["output_tokens"], task["cost"]) == (3210, 42, 0.0125)
 
 
 async def test_what_was_spent_is_recorded(bench: Bench) -> None:

@@ -324,20 +324,25 @@ async def test_a_program_that_ignores_sigterm_is_killed_in_a_fence(house: House,
     assert (ended.exit, ended.signal, ended.ended_by) == (None, signal.SIGKILL, "timeout")
 
 
-async def test_a_stop_during_the_start_takes_no_grace(house: House) -> None:
+@pytest.mark.parametrize("interrupt", [False, True])
+async def test_a_stop_during_the_start_takes_no_grace(house: House, interrupt: bool) -> None:
     """A sandbox in which the program has not begun has nothing to save and is not waited for."""
     began = time.monotonic()
-    stuck = house.command(["sh", "-c", "sleep 300; :"], wrapped=True, timeout=0.5, grace=60)
+    stuck = house.command(["sh", "-c", "sleep 300; :"], wrapped=True, timeout=0.5, grace=60, interrupt=interrupt)
     ended = await run_supervised(stuck)
     assert (ended.ended_by, ended.spawn_error) == ("timeout", None)
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.parametrize("interrupt", [False, True])
 @pytest.mark.parametrize("delay", [0.02, 0.04, 0.06])
-async def test_a_cancellation_during_the_start_leaves_nothing(house: House, kind: SandboxKind, delay: float) -> None:
+async def test_a_cancellation_during_the_start_leaves_nothing(
+    house: House, kind: SandboxKind, delay: float, interrupt: bool
+) -> None:
     """However early it comes, nothing lives afterwards."""
+    command = house.command(["sleep", "300"], grace=30, interrupt=interrupt)
     with anyio.move_on_after(delay):
-        await run_supervised(fence_in(kind, house.command(["sleep", "300"], grace=30), house.fence()))
+        await run_supervised(fence_in(kind, command, house.fence()))
     assert not psutil.Process().children()
 
 

@@ -1,6 +1,6 @@
 """A stand-in for Claude Code 2.1: `claude -p --output-format stream-json --verbose …` with the prompt on stdin.
 
-Steps: `write PATH TEXT`, `fail auth|overloaded|turns|drop|plain`, `fail limit SECONDS`.
+Steps: `write PATH TEXT`, `fail auth|overloaded|turns|drop|plain`, `fail limit SECONDS`, `hang` until it is interrupted.
 """
 # ruff: noqa: T201  a program that prints
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -49,6 +50,18 @@ def fail(kind: str, rest: str) -> None:
     sys.exit(1)
 
 
+def hang() -> None:
+    """Of SIGINT it ends with a result, of SIGTERM without."""
+
+    def conclude(*_: object) -> None:
+        result(subtype="error_during_execution", is_error=True, result=None)
+        sys.exit(1)
+
+    signal.signal(signal.SIGINT, conclude)
+    while True:
+        time.sleep(0.02)  # Python sees a signal that comes just before a sleep only after it
+
+
 def main() -> None:
     assert sys.argv[1:5] == ["-p", "--output-format", "stream-json", "--verbose"], sys.argv
     assert "HOME" in os.environ
@@ -61,6 +74,8 @@ def main() -> None:
             write(first, rest)
         elif word == "fail":
             fail(first, rest)
+        elif word == "hang":
+            hang()
     emit("assistant", message={"role": "assistant", "content": [{"type": "text", "text": "Done."}]})
     result()
 

@@ -23,8 +23,8 @@ MODEL: Final = "http://model"
 @dataclass(frozen=True, slots=True)
 class Case:
     """One run: the script in the prompt, options and variables beside the program's own, and a signal for its process
-    group once the model has been asked, or once it has `said` something. `is_dead`: nothing listens where the model
-    should be.
+    group once the model has been asked, or once it has `said` something or `made` a file. `is_dead`: nothing listens
+    where the model should be.
     """
 
     prompt: str
@@ -32,6 +32,7 @@ class Case:
     environ: Mapping[str, str] = field(default_factory=dict)
     signal: signal.Signals | None = None
     said: str | None = None
+    made: str | None = None
     is_dead: bool = False
 
 
@@ -147,6 +148,7 @@ PROGRAMS: Final[Mapping[str, Program]] = {
         cases={
             **CASES,
             "limited-until": Case("fail 429 99 1\nwrite hello.txt hi"),
+            "interrupted-tool": Case("run touch began; sleep 60\nusage 120 34", signal=signal.SIGINT, made="began"),
             "refused": Case(
                 "write .git/hooks/x hi\nsay It is not written.", options={"permission_mode": "acceptEdits"}
             ),

@@ -61,8 +61,7 @@ def record(program: Program, case: Case, folder: str) -> Recording:
             )
             try:
                 if case.signal is not None:
-                    said = None if case.said is None else case.said.encode()
-                    wait_for(partial(_has_come, server, said, place / "out"), _LONGEST)
+                    wait_for(partial(_has_come, server, case, worktree, place / "out"), _LONGEST)
                     os.killpg(child.pid, case.signal)
                 code = child.wait(_LONGEST)
             finally:
@@ -85,8 +84,12 @@ def record(program: Program, case: Case, folder: str) -> Recording:
         )
 
 
-def _has_come(server: ModelServer, said: bytes | None, out: Path) -> bool:
-    return any(one.dialect for one in server.requests) if said is None else said in out.read_bytes()
+def _has_come(server: ModelServer, case: Case, worktree: Path, out: Path) -> bool:
+    if case.made is not None:
+        return (worktree / case.made).exists()
+    if case.said is not None:
+        return case.said.encode() in out.read_bytes()
+    return any(one.dialect for one in server.requests)
 
 
 def _sanitized(text: str, known: Mapping[str, str]) -> list[str]:

@@ -1,0 +1,276 @@
+"""How programs are stopped: those that tidy up when they are interrupted, and those behind wrappers."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import psutil
+import pytest
+
+from orchestrator.sessions.sandbox import SandboxKind, fence_in
+from orchestrator.sessions.supervised import Ended, SupervisedCommand, run_supervised
+from tests.integration.test_sandbox import House, available, until
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there is a sandbox on Linux only")
+
+#: What is run has the test's folder as its first argument. Each process notes the signals that it gets, and when.
+NOTES = """
+import os, signal, sys, time
+INT, TERM = signal.SIGINT, signal.SIGTERM
+
+def note(text):
+    with open("notes", "a") as file:
+        file.write(text + "\\n")
+
+def hear(name, does):
+    def heard(number, _):
+        note(f"{name} {signal.Signals(number).name} {time.monotonic()}")
+        if number in does: does[number]()
+    for number in (INT, TERM): signal.signal(number, heard)
+
+def wait():  # Python sees a signal that comes just before a sleep only after it
+    while True: time.sleep(0.02)
+
+def ready():
+    open("ready", "w").close()
+
+def save():
+    time.sleep(0.2)
+    open("last-word", "w").close()
+    sys.exit(0)
+"""
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    """Folders to work in; what was run there is none of the machine's processes afterwards."""
+    yield House(tmp_path)
+    left = [one for one in psutil.process_iter(["cmdline"]) if str(tmp_path) in (one.info["cmdline"] or ())]
+    for process in left:
+        process.kill()
+    assert not left
+
+
+@pytest.fixture(params=list(SandboxKind))
+async def kind(request: pytest.FixtureRequest) -> SandboxKind:
+    return await available(request.param)
+
+
+Run = Callable[..., SupervisedCommand]
+
+
+@pytest.fixture
+def program(house: House, kind: SandboxKind) -> Run:
+    """Make the command that runs a Python program behind a fence of this kind."""
+
+    def make(source: str, **changes: Any) -> SupervisedCommand:
+        argv = [sys.executable, "-I", "-S", "-c", NOTES + source, str(house.house.parent)]
+        return fence_in(kind, house.command(argv, **changes), house.fence())
+
+    return make
+
+
+def notes(house: House) -> list[tuple[str, str, float]]:
+    """Return who got which signal when, in seconds."""
+    file = house.tree / "work" / "notes"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [(name, number, float(at)) for name, number, at in map(str.split, lines)]
+
+
+def heard(house: House) -> list[tuple[str, str]]:
+    return [(name, number) for name, number, _ in notes(house)]
+
+
+async def stopped(house: House, command: SupervisedCommand) -> tuple[Ended, float]:
+    """Run the command, have its supervisor stop it as soon as it is ready, and return after how many seconds it was."""
+    asked: list[float] = []
+
+    async def stop() -> None:
+        await until((house.tree / "work" / "ready").exists)
+        (supervisor,) = psutil.Process().children()
+        asked.append(time.monotonic())
+        supervisor.send_signal(signal.SIGTERM)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(stop)
+        ended = await run_supervised(command)
+    return ended, time.monotonic() - asked[0]
+
+
+# A program that tidies up
+
+#: Has a tool in its process group, and when it is interrupted says more than fits into a pipe.
+TIDIES = """
+def tidy():
+    time.sleep(0.2)
+    lived = os.waitpid(tool, os.WNOHANG) == (0, 0)
+    os.kill(tool, signal.SIGKILL)
+    os.waitpid(tool, 0)
+    print("x" * 1_000_000)
+    print("ended its tool" if lived else "its tool was gone", flush=True)
+    sys.exit(3)
+
+hear("cli", {INT: tidy, TERM: sys.exit})
+tool = os.fork()
+if tool == 0:
+    hear("tool", {INT: sys.exit, TERM: sys.exit})
+    ready()
+wait()
+"""
+
+
+async def test_a_program_that_is_interrupted_can_tidy_up(house: House, program: Run) -> None:
+    """It alone gets SIGINT, its tool lives until it ends it, all that it says is heard, and nobody waits any longer."""
+    ended, took = await stopped(house, program(TIDIES, interrupt=True))
+    assert heard(house) == [("cli", "SIGINT")]
+    assert (house.house.parent / "stdout").read_text() == "x" * 1_000_000 + "\nended its tool\n"
+    assert (ended.exit, ended.signal, ended.ended_by, ended.killed) == (3, None, "stop", 0)
+    assert took < 5
+
+
+async def test_a_program_that_need_not_be_interrupted_is_not(house: House, program: Run) -> None:
+    """It and its tool get SIGTERM at once."""
+    ended, _ = await stopped(house, program(TIDIES, interrupt=False))
+    assert sorted(heard(house)) == [("cli", "SIGTERM"), ("tool", "SIGTERM")]
+    assert (ended.exit, ended.ended_by, ended.stdout_bytes) == (0, "stop", 0)
+
+
+@pytest.mark.parametrize("why", ["timeout", "silence"])
+async def test_a_program_over_its_limit_is_interrupted(house: House, program: Run, why: str) -> None:
+    """Whatever stops it, it can tidy up."""
+    ended = await run_supervised(program(TIDIES, interrupt=True, **{why: 2.0}))
+    assert (ended.exit, ended.ended_by) == (3, why)
+    assert heard(house) == [("cli", "SIGINT")]
+
+
+async def test_a_cancelled_program_is_interrupted(house: House, program: Run) -> None:
+    """The cancellation goes on when it has tidied up."""
+    async with anyio.create_task_group() as group:
+        group.start_soon(run_supervised, program(TIDIES, interrupt=True))
+        await until((house.tree / "work" / "ready").exists)
+        group.cancel_scope.cancel()
+    assert (house.house.parent / "stdout").read_text().endswith("ended its tool\n")
+
+
+async def test_what_a_program_left_behind_is_not_taken_for_it(house: House, program: Run) -> None:
+    """A process without a parent, whoever looks after it now, gets SIGTERM when the program has ended."""
+    source = """
+hear("cli", {INT: sys.exit})
+if os.fork() == 0:
+    if os.fork() == 0:
+        hear("left", {TERM: save})
+        parent = os.getppid()
+        note(f"began 0 {parent}")
+        while os.getppid() == parent: time.sleep(0.01)
+        ready()
+        wait()
+    while not os.path.exists("notes"): time.sleep(0.01)
+    os._exit(0)
+wait()
+"""
+    ended, took = await stopped(house, program(source, interrupt=True))
+    assert heard(house)[1:] == [("cli", "SIGINT"), ("left", "SIGTERM")]
+    assert (house.tree / "work" / "last-word").exists()
+    assert (ended.exit, ended.killed) == (0, 0)
+    assert took < 5
+
+
+# Programs that do not end of it
+
+
+async def test_a_program_that_goes_on_is_terminated_after_half_of_the_grace(house: House, program: Run) -> None:
+    """It and its tool then get SIGTERM, and the rest of the grace."""
+    source = """
+hear("cli", {TERM: sys.exit})
+if os.fork() == 0:
+    hear("tool", {TERM: save})
+    ready()
+wait()
+"""
+    ended, took = await stopped(house, program(source, interrupt=True, grace=2))
+    assert heard(house)[0] == ("cli", "SIGINT")
+    assert sorted(heard(house)[1:]) == [("cli", "SIGTERM"), ("tool", "SIGTERM")]
+    assert all(at - notes(house)[0][2] >= 0.99 for _, _, at in notes(house)[1:])
+    assert (house.tree / "work" / "last-word").exists()
+    assert (ended.exit, ended.killed) == (0, 0)
+    assert took < 2
+
+
+async def test_a_program_that_ignores_all_is_killed_after_the_grace(house: House, program: Run) -> None:
+    """To be interrupted gives no more time."""
+    source = "hear('cli', {})\nready()\nwait()"
+    ended, took = await stopped(house, program(source, interrupt=True, grace=1))
+    assert heard(house) == [("cli", "SIGINT"), ("cli", "SIGTERM")]
+    assert (ended.exit, ended.signal) == (None, signal.SIGKILL)
+    assert 1 <= took < 5
+
+
+# Wrappers
+
+#: A program in a session of its own, which needs a moment to save when it is told to end.
+BEHIND = """
+if os.fork() == 0:
+    os.setsid()
+    hear("program", {TERM: save})
+    ready()
+wait()
+"""
+DIES = "for number in (INT, TERM): signal.signal(number, signal.SIG_DFL)"
+IGNORES = "for number in (INT, TERM): signal.signal(number, signal.SIG_IGN)"
+MODES = pytest.mark.parametrize("interrupt", [False, True], ids=["terminated", "interrupted"])
+
+
+@MODES
+async def test_a_wrapper_that_dies_leaves_its_program_the_grace(house: House, program: Run, interrupt: bool) -> None:
+    """Of whichever signal it dies, its program gets SIGTERM at once, and can save."""
+    ended, took = await stopped(house, program(DIES + BEHIND, interrupt=interrupt))
+    assert heard(house) == [("program", "SIGTERM")]
+    assert (house.tree / "work" / "last-word").exists()
+    assert (ended.exit, ended.signal, ended.killed) == (None, signal.SIGINT if interrupt else signal.SIGTERM, 0)
+    assert took < 5
+
+
+@MODES
+async def test_a_wrapper_that_passes_nothing_on_is_passed_over(house: House, program: Run, interrupt: bool) -> None:
+    """Its program gets SIGTERM all the same, and can save; the wrapper is killed."""
+    ended, took = await stopped(house, program(IGNORES + BEHIND, interrupt=interrupt, grace=1))
+    assert heard(house) == [("program", "SIGTERM")]
+    assert (house.tree / "work" / "last-word").exists()
+    assert (ended.exit, ended.signal) == (None, signal.SIGKILL)
+    assert 1 <= took < 5
+
+
+@MODES
+async def test_a_program_that_ignores_all_does_not_outlive_its_wrapper(
+    house: House, program: Run, interrupt: bool
+) -> None:
+    """The wrapper's end is not taken for its program's, which is killed after the grace."""
+    source = DIES + BEHIND.replace("save", "ready")
+    ended, took = await stopped(house, program(source, interrupt=interrupt, grace=1))
+    assert heard(house) == [("program", "SIGTERM")]
+    assert ended.killed == 1
+    assert 1 <= took < 5
+
+
+async def test_a_program_gets_one_interrupt_through_its_wrapper(house: House, program: Run) -> None:
+    """Not a second one of ours beside that which is passed on, which would tell many programs to end at once."""
+    source = """
+hear("wrapper", {INT: lambda: os.kill(behind, INT)})
+behind = os.fork()
+if behind == 0:
+    hear("program", {INT: save})
+    ready()
+    wait()
+os.waitpid(behind, 0)
+"""
+    ended, took = await stopped(house, program(source, interrupt=True))
+    assert heard(house) == [("wrapper", "SIGINT"), ("program", "SIGINT")]
+    assert (house.tree / "work" / "last-word").exists()
+    assert (ended.exit, ended.killed) == (0, 0)
+    assert took < 5
