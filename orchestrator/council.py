@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from orchestrator.activity import Activity
     from orchestrator.archive import Archive
     from orchestrator.cleaning import Cleaner
-    from orchestrator.config.model import RunConfig
+    from orchestrator.config.model import BudgetConfig, RunConfig
     from orchestrator.config.schema import Config
     from orchestrator.domain.conflicts import Update
     from orchestrator.engine.findings import Finding
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 #: The events behind which nothing more comes of a run, for now.
 _LAST_EVENTS = frozenset({"run.finished", "run.interrupted", "run.imported", "run.removed"})
 #: How runs stand that are not over.
-_ACTIVE = frozenset({RunStatus.RUNNING, RunStatus.INTERRUPTED})
+_ACTIVE = frozenset({RunStatus.RUNNING, RunStatus.INTERRUPTED, RunStatus.HALTED})
 #: The events that may come behind those without anybody being at work again.
 _LATER_EVENTS = frozenset({"checkpoint.created", "checkpoint.restored", "run.seized"})
 
@@ -182,12 +182,13 @@ class Council:
             raise RefusedError("no file was opened", "open the council with a YAML file")
         return await (await self._executing()).create_run(self.config, allow_deferred=allow_deferred)
 
-    async def resume(self, run: str | None = None) -> RunReport:
+    async def resume(self, run: str | None = None, *, budget: BudgetConfig | None = None) -> RunReport:
         """Take a run to its end, from wherever it stands: new, or cut off.
 
-        Only one process can do that at a time: RefusedError while another one does.
+        What of `budget` is given replaces that limit of the run's. Only one process can do that at a time: RefusedError
+        while another one does.
         """
-        return await (await self._executing()).resume(run or await self.newest_run())
+        return await (await self._executing()).resume(run or await self.newest_run(), budget)
 
     async def cancel(self, *tasks: str, run: str | None = None) -> RunReport:
         """End tasks for good, all that are not over if none is named; return how the run then stands.

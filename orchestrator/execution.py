@@ -10,7 +10,7 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
-from orchestrator.config.model import RunConfig, make_adapters, restore_adapters, used_adapters
+from orchestrator.config.model import BudgetConfig, RunConfig, make_adapters, restore_adapters, used_adapters
 from orchestrator.config.store import MEMORY
 from orchestrator.domain.dispatch import Board
 from orchestrator.domain.model import FINAL, Action, RunDocument
@@ -110,7 +110,7 @@ class Execution:
             for name, one in stored.items()
         ]
 
-    async def resume(self, run: str) -> RunReport:
+    async def resume(self, run: str, budget: BudgetConfig | None = None) -> RunReport:
         """See `Council.resume`."""
         document = await read_run(self._runs.store, run)
         hub = await self._runs.hub(document)
@@ -120,7 +120,7 @@ class Execution:
         kept = keeping(views, self._runs.store, self._runs.clock, run)
         try:
             async with self._ownership(hub, run) as lock, kept, fed:
-                return await self._work(run, hub, lock.fd)
+                return await self._work(run, hub, lock.fd, budget)
         except LockHeld as held:
             raise _is_at_work(run, held) from None
 
@@ -137,11 +137,13 @@ class Execution:
                 held = await stack.enter_async_context(lock.hold(HANDOVER_LIMIT))
             yield held
 
-    async def _work(self, run: str, hub: Hub, lock_fd: int) -> RunReport:
+    async def _work(self, run: str, hub: Hub, lock_fd: int, budget: BudgetConfig | None) -> RunReport:
         before = await self._runs.record(run)
         if before.is_over and not await read_requests(self._runs.store, run):
             return self._runs.describe(before, None)
         ledger, shop = await self._take(before.run, hub, lock_fd)
+        if budget is not None:
+            await ledger.allow(budget.model_dump(mode="json", exclude_none=True))
         capacities = {name: one.capacity for name, one in shop.configs.items() if one.capacity is not None}
         board = Board.of(before.entries, ledger.statuses(), capacities)
         capacity = await Capacity.measure(ledger, self._runs.clock)

@@ -14,7 +14,7 @@ from typing import Final
 import anyio.to_thread
 
 from orchestrator.domain.metrics import Metrics, measure
-from orchestrator.domain.model import RunDocument, TaskDocument
+from orchestrator.domain.model import Attempt, RunDocument, TaskDocument
 from orchestrator.domain.usage import RunUsage, usage_of
 from orchestrator.engine.ledger import read_run, read_tasks, task_documents
 from orchestrator.engine.overview import Overview, landing_times, overview
@@ -24,6 +24,7 @@ from orchestrator.protocols import HISTORY, Document, Key, Record, RecordedEvent
 from orchestrator.repo.hub import Hub
 from orchestrator.repo.worktrees import Worktree
 from orchestrator.runs import Runs
+from orchestrator.sessions.output import last_sign
 from orchestrator.state.checkpoints import KIND
 from orchestrator.state.reading import backwards, between, is_of_run, position_at
 
@@ -133,8 +134,11 @@ class Past:
 
     async def usage(self, run: str) -> RunUsage:
         """Return what the sessions of a run used up."""
-        record = await self.runs.record(run)
-        return usage_of(run, record.tasks, self.runs.clock.now())
+        record, now = await self.runs.record(run), self.runs.clock.now()
+        tasks: Mapping[str, TaskDocument] = record.tasks
+        if not await self.runs.seems_live(run):
+            tasks = await anyio.to_thread.run_sync(_ended, tasks, self.runs.project.logs(run), now)
+        return usage_of(record.run, tasks, now, sorted(record.damaged))
 
     async def overview(self, run: str) -> Overview:
         """Return all that is known of a run, also of one whose repositories are gone."""
@@ -227,3 +231,17 @@ def _refusing() -> Iterator[None]:
 def _gone(gone: HistoryGone) -> RefusedError:
     what = f"the state log does not go back to position {gone.position}, only to {gone.first}"
     return RefusedError(what, f"name a position from {gone.first} on, or a later time")
+
+
+def _ended(tasks: Mapping[str, TaskDocument], logs: Path, now: float) -> dict[str, TaskDocument]:
+    """Return the tasks of a run that nobody is at work in: sessions without an end were cut off. Blocks."""
+
+    def end(task: str, one: Attempt) -> Attempt:
+        if one.ended is not None:
+            return one
+        return one.model_copy(update={"ended": last_sign(logs, task, one.number, one.started, now)})
+
+    return {
+        name: task.model_copy(update={"attempts": tuple(end(name, one) for one in task.attempts)})
+        for name, task in tasks.items()
+    }

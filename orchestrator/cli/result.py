@@ -114,7 +114,9 @@ def hints(report: RunReport) -> Iterator[str]:
     over = {*REVIVABLE, TaskStatus.LANDED}
     is_stopped = any(adapter.closed is not None for adapter in report.adapters)
     waits = is_stopped or any(task.state not in {*over, "blocked"} for task in report.tasks)
-    if report.status is RunStatus.INTERRUPTED or (report.status is RunStatus.INCOMPLETE and waits):
+    if report.halted is not None:
+        yield f"It was halted: {plain(one_line(report.halted))}, or go on by `council resume --budget LIMITS`."
+    elif report.status is RunStatus.INTERRUPTED or (report.status is RunStatus.INCOMPLETE and waits):
         yield f"`council resume {report.run}` goes on with what is left."
     elif report.status is RunStatus.INCOMPLETE and report.imported is None:
         yield "The run is over; after a `council retry`, `council resume` goes on with it."

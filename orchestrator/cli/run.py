@@ -11,8 +11,10 @@ from orchestrator.cli.mermaid import flowchart
 from orchestrator.cli.output import Output
 from orchestrator.cli.plan import plan_text
 from orchestrator.cli.progress import shown
+from orchestrator.cli.quantities import budget_limits
 from orchestrator.cli.source import read_config
 from orchestrator.config.inline import InlineTasks
+from orchestrator.config.model import BudgetConfig
 from orchestrator.council import Council
 from orchestrator.dry_run import rehearse_run
 from orchestrator.engine.rehearsal import Rehearsal
@@ -83,32 +85,34 @@ def _show(rehearsal: Rehearsal, output: Output, *, mermaid: bool) -> None:
 
 @click.command()
 @run_argument
+@click.option("--budget", metavar="LIMITS", callback=budget_limits, help="Other limits of the run's budget.")
 @store_option
 @json_option
-def resume(run: str | None, as_json: bool) -> None:
+def resume(run: str | None, budget: BudgetConfig | None, as_json: bool) -> None:
     """Go on with a run from wherever it was cut off.
 
-    Without RUN it is the newest.
+    Without RUN it is the newest. LIMITS are of tokens, cost (US dollars) or time, separated by commas.
 
     \b
     Examples:
       council resume
       council resume 20260102-030405-ab12
+      council resume --budget tokens=5M,cost=20,time=8h
     """
 
     async def command(context: Context) -> int:
         async with opened(context.log) as council:
             name = run or await council.newest_run()
-            return await _execute(council, name, context, after=await council.position())
+            return await _execute(council, name, context, after=await council.position(), budget=budget)
 
     perform(command, as_json=as_json)
 
 
-async def _execute(council: Council, run: str, context: Context, after: int) -> int:
+async def _execute(council: Council, run: str, context: Context, after: int, budget: BudgetConfig | None = None) -> int:
     """Take a run to its end with its events shown; the first signal then stops it cleanly."""
     context.interrupt.stop = council.stop
     async with shown(council, run, context.output, after) as progress:
-        report = await council.resume(run)
+        report = await council.resume(run, budget=budget)
         await progress.reach(await council.position())
     await show_result(context, council, report)
     return report.exit_code

@@ -10,6 +10,9 @@ import click
 
 from orchestrator.cli.columns import aligned
 from orchestrator.cli.command import Context, json_option, opened, perform, run_argument, store_option
+from orchestrator.cli.figures import minutes_text
+from orchestrator.cli.output import plain
+from orchestrator.domain.budget import Budget, Spending, shares
 
 if TYPE_CHECKING:
     from orchestrator.domain.usage import RunUsage, Usage
@@ -22,7 +25,8 @@ if TYPE_CHECKING:
 def usage(run: str | None, as_json: bool) -> None:
     """Tell what a run used up, by adapter and by task.
 
-    That is the time of its sessions, tokens and US dollars, as far as the CLIs told. Without RUN it is the newest.
+    That is the time of its sessions, tokens and US dollars, as far as the CLIs told; what a session cost whose CLI did
+    not tell is estimated by the price of its model, if that is known. Without RUN it is the newest.
 
     \b
     Examples:
@@ -34,17 +38,19 @@ def usage(run: str | None, as_json: bool) -> None:
         async with opened(context.log) as council:
             found = await council.past.usage(run or await council.past.runs.newest())
             if as_json:
-                context.output.json(asdict(found))
-            else:
-                for line in aligned(list(_rows(found))):
-                    context.output.text(f"{line}\n")
+                context.output.json({**asdict(found), "exit": 0})
+                return 0
+            for line in aligned(list(_rows(found))):
+                context.output.text(f"{line}\n")
+            for line in _notes(found):
+                context.output.text(f"{plain(line)}\n")
             return 0
 
     perform(command, as_json=as_json, brief=True)
 
 
 def _rows(found: RunUsage) -> Iterator[list[str]]:
-    yield ["", "sessions", "minutes", "tokens in", "tokens out", "cost"]
+    yield ["", "sessions", "time", "tokens in", "tokens out", "cost"]
     for name, one in found.adapters.items():
         yield [f"adapter {name}", *_cells(one)]
     for name, one in found.tasks.items():
@@ -53,6 +59,26 @@ def _rows(found: RunUsage) -> Iterator[list[str]]:
 
 
 def _cells(one: Usage) -> list[str]:
-    unknown = "" if one.priced == one.sessions else f" (of {one.priced} of {one.sessions} sessions)"
-    cost = "not told" if one.cost is None else f"${one.cost:.4f}{unknown}"
-    return [str(one.sessions), f"{one.seconds / 60:.1f}", f"{one.input_tokens:,}", f"{one.output_tokens:,}", cost]
+    told = one.input_tokens or one.output_tokens
+    tokens = [f"{one.input_tokens:,}", f"{one.output_tokens:,}"] if told else ["not told"] * 2
+    return [str(one.sessions), minutes_text(one.seconds / 60), *tokens, _cost(one)]
+
+
+def _cost(one: Usage) -> str:
+    if one.cost is None:
+        return "not told"
+    parts = [] if one.priced == one.sessions else [f"of {one.priced} of {one.sessions} sessions"]
+    parts += ["by price"] if one.estimated else []
+    told = f" ({', '.join(parts)})" if parts else ""
+    return f"${one.cost:.4f}{told}"
+
+
+def _notes(found: RunUsage) -> Iterator[str]:
+    limits = Budget(found.budget.get("tokens"), found.budget.get("cost"), found.budget.get("time"))
+    total = found.total
+    spent = Spending(total.input_tokens + total.output_tokens, total.cost or 0.0, total.seconds)
+    for share in shares(limits, spent):
+        yield f"Of its budget: {share.describe()}."
+    if found.damaged:
+        names = ", ".join(found.damaged)
+        yield f"The state log is damaged: {names} may have used up more; `council state verify` tells more."

@@ -140,7 +140,7 @@ class RunView:
                 self._since, self._capacity, self.is_over = time, self.run.capacity, False
             case "run.limited" if not self._groups[PHASES[TaskStatus.RUNNING]]:  # else it is for a moment only
                 self._capacity = event.data["sessions"]
-            case "run.finished" | "run.interrupted":
+            case "run.finished" | "run.interrupted" | "run.halted":
                 self.is_over = True
 
     def _change(self, task: str, after: TaskDocument, time: float) -> None:

@@ -19,6 +19,7 @@ _SIZE = re.compile(r"([0-9]{1,16})(K|M|G|T)?(i)?B")
 _COUNT = re.compile(r"([0-9]{1,16})(k|M)?")
 _THOUSANDS: Final = {None: 1, "k": 1000, "M": 1_000_000}
 LARGEST_COUNT: Final = 10**15
+MOST_DOLLARS: Final = 1_000_000
 _POWERS: Final = {None: 0, "K": 1, "M": 2, "G": 3, "T": 4}
 LARGEST_SIZE: Final = 1 << 50  # bytes
 # For JSON Schema: the same forms, as searches. What is too long or too large is for the parsers to say.

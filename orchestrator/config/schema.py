@@ -34,6 +34,7 @@ from orchestrator.config.quantities import (
     DURATION_PATTERN,
     LARGEST_COUNT,
     LONGEST_RETENTION,
+    MOST_DOLLARS,
     SILENCE_PATTERN,
     SIZE_PATTERN,
     check_bytes,
@@ -209,7 +210,7 @@ class BudgetSettings(_Entry):
 
     tokens: Count | None = None
     """Tokens in and out, such as 500k or 2M."""
-    cost: Annotated[float, Field(gt=0, le=1_000_000, strict=False)] | None = None
+    cost: Annotated[float, Field(gt=0, le=MOST_DOLLARS, strict=False)] | None = None
     """US dollars, as far as they are known."""
     time: Duration | None = None
     """Wall-clock time of sessions, one after the other."""

@@ -28,7 +28,7 @@ class Spending:
 class Budget:
     """What may be used up; None: without a limit. The dollars are those that are known."""
 
-    tokens: int | None = None
+    tokens: float | None = None
     cost: float | None = None
     seconds: float | None = None
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.domain.model import Attempt, TaskDocument, known_cost
+from orchestrator.domain.model import Attempt, RunDocument, TaskDocument, known_cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,13 +14,17 @@ class Usage:
 
     sessions: int
     seconds: float
-    """From their starts to their ends on the wall clock, one after the other; those that run by now count so far."""
+    """From their starts to their ends on the wall clock, one after the other; those at work by now count so far, and
+    those that were cut off until they gave their last sign of life.
+    """
     input_tokens: int
     output_tokens: int
     cost: float | None
-    """US dollars, as far as the CLIs told; None where none did."""
+    """US dollars, as far as they are known; None where they are of no session."""
     priced: int
     """Of how many of the sessions the cost is known."""
+    estimated: int
+    """Of how many of these it comes from the price of the model, because the CLI did not tell it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +35,25 @@ class RunUsage:
     total: Usage
     adapters: Mapping[str, Usage]
     tasks: Mapping[str, Usage]
+    budget: Mapping[str, float]
+    """What the run's sessions may use up in all, as far as there are limits: `tokens`, `cost`, `time` (seconds)."""
+    damaged: Sequence[str]
+    """Tasks of which a newer state was recorded than can be read: of them more may have been used up."""
 
 
-def usage_of(run: str, tasks: Mapping[str, TaskDocument], now: float) -> RunUsage:
-    """Return what a run's sessions used up by `now` (wall-clock seconds)."""
+def usage_of(run: RunDocument, tasks: Mapping[str, TaskDocument], now: float, damaged: Sequence[str] = ()) -> RunUsage:
+    """Return what a run's sessions used up by `now` (wall-clock seconds), of which some records are `damaged`."""
     by_adapter = dict[str, list[Attempt]]()
     for task in tasks.values():
         for attempt in task.attempts:
             by_adapter.setdefault(attempt.adapter, []).append(attempt)
     return RunUsage(
-        run,
+        run.id,
         _sum((one for attempts in by_adapter.values() for one in attempts), now),
         {name: _sum(by_adapter[name], now) for name in sorted(by_adapter)},
         {name: _sum(task.attempts, now) for name, task in tasks.items() if task.attempts},
+        {key: limit for key, limit in run.budget.items() if limit is not None},
+        damaged,
     )
 
 
@@ -57,4 +67,5 @@ def _sum(attempts: Iterable[Attempt], now: float) -> Usage:
         output_tokens=sum(one.output_tokens for one in found),
         cost=known_cost(found),
         priced=sum(one.cost is not None for one in found),
+        estimated=sum(one.is_estimated for one in found),
     )

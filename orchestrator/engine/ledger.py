@@ -376,16 +376,20 @@ class Ledger:
 
     async def finish(self, status: str) -> None:
         """Record that nothing is left to do in this run; resuming may follow."""
-        await self._end("run.finished", {"status": status}, ended=self._clock.now())
+        await self._amend("run.finished", {"status": status}, ended=self._clock.now())
         failpoint("run.finished")
 
     async def halt(self, reason: str) -> None:
         """Record why this run was stopped before its end; resuming may follow."""
-        await self._end("run.halted", {"reason": reason}, halted=reason)
+        await self._amend("run.halted", {"reason": reason}, halted=reason)
 
-    async def _end(self, event: str, facts: JsonObject, **changes: Any) -> None:
+    async def allow(self, limits: JsonObject) -> None:
+        """Record other limits of the run's budget, by their keys."""
+        await self._amend("run.budget_changed", limits, budget={**self.run.budget, **limits})
+
+    async def _amend(self, event: str, facts: JsonObject, **changes: Any) -> None:
         found = await self._store.get(run_key(self.run.id))
-        ended = self.run.model_copy(update=changes)
-        write = Write(run_key(self.run.id), found.version if found else 0, ended.model_dump(mode="json"))
+        amended = self.run.model_copy(update=changes)
+        write = Write(run_key(self.run.id), found.version if found else 0, amended.model_dump(mode="json"))
         await self._commit(Commit([write], [self._event(event, facts)], self._guards))
-        self.run = ended
+        self.run = amended

@@ -23,7 +23,7 @@ from orchestrator.repo import worktrees
 from orchestrator.repo.collect import Collected
 from orchestrator.repo.places import made_by_setup
 from orchestrator.repo.worktrees import Worktree
-from orchestrator.sessions.output import log_file
+from orchestrator.sessions.output import last_sign, log_file
 from orchestrator.sessions.session import salvage
 from orchestrator.sessions.supervised import wait_released
 from orchestrator.sessions.transcript import NOTHING_SAID, Transcript, read_transcript
@@ -104,7 +104,9 @@ async def _rescue(ledger: Ledger, shop: Workshop, clock: Clock, worktree: Worktr
         branch = worktree.branch if await shop.git.has_branch(worktree.branch) else None
         said = await _said(shop, attempt, worktree.task)
         others = [one for one in document.attempts if one.number != attempt.number]
-        told = shop.accounting.recorded(said, others)
+        of = (shop.tools.logs, worktree.task, attempt.number, attempt.started, clock.now())
+        ended = await anyio.to_thread.run_sync(last_sign, *of)
+        told = {**shop.accounting.recorded(said, others), "ended": ended}
         await _return(ledger, clock, worktree.task, branch, is_kept=not is_saved, told=told)
     return is_saved
 
@@ -155,8 +157,8 @@ async def _return(
     is_kept: bool = False,
     told: JsonObject | None = None,
 ) -> None:
-    changes = {"outcome": "interrupted", "reason": _CUT_OFF, "branch": branch, "is_kept": is_kept, **(told or {})}
-    attempts = ledger.task(task).with_attempt(ended=clock.now(), **changes)
+    facts = {"outcome": "interrupted", "reason": _CUT_OFF, "branch": branch, "is_kept": is_kept}
+    attempts = ledger.task(task).with_attempt(**{"ended": clock.now(), **facts, **(told or {})})
     details = {"reason": _CUT_OFF, "branch": branch}
     await ledger.change(task, Trigger.INTERRUPT, details, attempts=attempts, branch=branch, reason=_CUT_OFF)
     failpoint("recovery.attempt_returned")

@@ -27,12 +27,14 @@ class RunStatus(StrEnum):
     LANDED = "landed"  #: every task is on the target
     INCOMPLETE = "incomplete"  #: over, but some tasks are not on the target
     INTERRUPTED = "interrupted"  #: stopped or killed before its end; `council resume` goes on
+    HALTED = "halted"  #: stopped before its end because its budget is used up; `council resume --budget` goes on
     RUNNING = "running"
 
 
 EXIT_CODES: Mapping[RunStatus, int] = {
     RunStatus.LANDED: 0,
     RunStatus.INCOMPLETE: 1,
+    RunStatus.HALTED: 1,
     RunStatus.RUNNING: 1,
     RunStatus.INTERRUPTED: 130,
 }
@@ -203,7 +205,9 @@ def report(
     run, source = record.run, record.run.imported.source if record.run.imported else None
     # Its branches, if they are still there, are in the user's own repository.
     repository = str(places.repository) if source is None else run.repo
-    halted = run.halted if status is not RunStatus.RUNNING else None
+    halted = run.halted if status is RunStatus.INTERRUPTED else None
+    if halted is not None:
+        status = RunStatus.HALTED
     return RunReport(run.id, status, run.target, repository, reports, adapters, damage, source, halted)
 
 

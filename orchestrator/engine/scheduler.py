@@ -29,6 +29,7 @@ from orchestrator.errors import GitError
 from orchestrator.failpoints import failpoint
 from orchestrator.repo.hub import internal_ref
 from orchestrator.repo.pool import Pool
+from orchestrator.sessions import homes
 
 #: Seconds from one push to the next, while there are sessions that may finish meanwhile and fill it.
 GATHERING = 0.25
@@ -281,6 +282,7 @@ class Scheduler:
         match status:
             case TaskStatus.LANDED:
                 self._board.landed(task)
+                await homes.remove(self._shop.tools.logs, task)
             case TaskStatus.PENDING:
                 self._board.wait(task, self._clock.monotonic())
             case status if status in REVIVABLE:

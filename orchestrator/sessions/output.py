@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import anyio.to_thread
@@ -24,6 +25,15 @@ def log_file(logs: Path, task: str, attempt: int, stream: str) -> Path:
     `stream` is stdout, stderr, or one of before, after and check with a number.
     """
     return logs / log_name(task, attempt, stream)
+
+
+def last_sign(logs: Path, task: str, attempt: int, started: float, now: float) -> float:
+    """Return when an attempt that was cut off is known to have been at work last: it used up no time since. Blocks."""
+    latest = started
+    for stream in ("stdout", "stderr"):
+        with suppress(OSError):
+            latest = max(latest, log_file(logs, task, attempt, stream).stat().st_mtime)
+    return min(latest, max(now, started))
 
 
 def place_log(logs: Path, place: int, stream: str) -> Path:

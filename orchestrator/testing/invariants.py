@@ -130,7 +130,9 @@ def _log(state: _State) -> list[str]:
 
 def _modes(top: Path) -> list[str]:
     folder = Project(top).folder
-    paths = [folder, *folder.rglob("*")]
+    # What a session puts into its home is behind the home itself.
+    homes = {home for home in folder.glob("logs/*/homes/*/*") if home.is_dir()}
+    paths = [folder, *(path for path in folder.rglob("*") if not homes.intersection(path.parents))]
     return [f"15: {path} is open to others" for path in paths if path.stat().st_mode & 0o077]
 
 

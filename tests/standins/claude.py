@@ -1,6 +1,8 @@
 """A stand-in for Claude Code 2.1: `claude -p --output-format stream-json --verbose …` with the prompt on stdin.
 
-Steps: `write PATH TEXT`, `fail auth|overloaded|turns|drop|plain`, `fail limit SECONDS`, `hang` until it is interrupted.
+Steps: `write PATH TEXT`, `fail auth|overloaded|turns|drop|plain`, `fail limit SECONDS`, `hang` until it is interrupted,
+`spend TOKENS` (a call of the model, which it tells of twice), `tell PATH` (write its arguments and the prompt). It keeps
+its conversation in its folder, and knows it again by its id only in the worktree where it was.
 """
 # ruff: noqa: T201  a program that prints
 
@@ -62,13 +64,41 @@ def hang() -> None:
         time.sleep(0.02)  # Python sees a signal that comes just before a sleep only after it
 
 
+def spend(tokens: int, call: int) -> None:
+    """Tell of a call while it is under way, and when it is done."""
+    for output in (1, tokens - 10):
+        usage = {"input_tokens": 10, "output_tokens": output}
+        emit("assistant", message={"id": f"msg_{call}", "model": "claude-opus-4-8", "content": [], "usage": usage})
+
+
+def go_on(prompt: str) -> None:
+    """Keep the conversation; end where it is to be gone on with one that is not known."""
+    folder = os.environ.get("CLAUDE_CONFIG_DIR")
+    place = None if folder is None else Path(folder) / "projects" / str(Path.cwd()).replace("/", "-")
+    if "--resume" in sys.argv:
+        wanted = sys.argv[sys.argv.index("--resume") + 1]
+        if place is None or not (place / f"{wanted}.jsonl").exists():
+            sys.exit(f"No conversation found with session ID: {wanted}")
+    if place is not None:
+        place.mkdir(parents=True, exist_ok=True)
+        with (place / f"{SESSION}.jsonl").open("a") as file:
+            file.write(json.dumps(prompt) + "\n")
+
+
 def main() -> None:
     assert sys.argv[1:5] == ["-p", "--output-format", "stream-json", "--verbose"], sys.argv
     assert "HOME" in os.environ
     assert os.environ["DISABLE_AUTOUPDATER"] == "1"
     emit("system", subtype="init", cwd=str(Path.cwd()), tools=["Edit", "Write"], model="claude-opus-4-8[1m]")
-    for word, first, rest in steps(sys.stdin.read()):
-        if word == "write":
+    prompt, spent = sys.stdin.read(), 0
+    go_on(prompt)
+    for number, (word, first, rest) in enumerate(steps(prompt)):
+        if word == "spend":
+            spend(int(first), number)
+            spent += int(first)
+        elif word == "tell":
+            Path(first).write_text(json.dumps({"argv": sys.argv[1:], "prompt": prompt}))
+        elif word == "write":
             call = {"type": "tool_use", "id": "t", "name": "Write", "input": {"file_path": first, "content": rest}}
             emit("assistant", message={"role": "assistant", "content": [call]})
             write(first, rest)
@@ -77,7 +107,7 @@ def main() -> None:
         elif word == "hang":
             hang()
     emit("assistant", message={"role": "assistant", "content": [{"type": "text", "text": "Done."}]})
-    result()
+    result(**({"usage": {"input_tokens": spent}, "total_cost_usd": spent / 1000} if spent else {}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,129 @@
+"""Sessions, tasks and runs end when they have used up what they may, and are warned before."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Ended, Repository
+from tests.standins.script import ROOT, install
+
+#: Longer than any of these tests: who is not stopped before fails them.
+LONG = "90s"
+
+
+@pytest.fixture
+def claude(repository: Repository, tmp_path: Path) -> Repository:
+    """A repository with a stand-in for Claude Code on PATH."""
+    install(tmp_path / "bin", "claude", "tests.standins.claude")
+    repository.environ["PATH"] = f"{tmp_path / 'bin'}:{repository.environ['PATH']}"
+    return repository
+
+
+def configured(repository: Repository, *prompts: str, task: dict[str, Any] | None = None, **more: Any) -> Path:
+    """Write a file with tasks t0, t1, … in a row."""
+    tasks = [
+        {"id": f"t{number}", "prompt": prompt, **({"needs": [f"t{number - 1}"]} if number else {}), **(task or {})}
+        for number, prompt in enumerate(prompts)
+    ]
+    defaults = {"timeout": LONG, "attempts": 2, "backoff": {"initial": "10ms", "max": "10ms", "jitter": False}}
+    adapters = {"claude": {"use": "claude-code"}}
+    readable = [str(repository.top.parent / "bin"), sys.prefix, str(ROOT / "tests")]
+    return repository.configure(tasks, adapters=adapters, defaults=defaults, readable=readable, sandbox="off", **more)
+
+
+def happened(ended: Ended, event: str) -> list[dict[str, Any]]:
+    return [line for line in ended.lines if line.get("event") == event]
+
+
+async def test_a_session_is_stopped_when_its_tokens_are_used_up(claude: Repository) -> None:
+    """While it is at work; a call that is told of twice counts once; another attempt does not follow by itself."""
+    prompt = "spend 400\nspend 401\nwrite a.txt half\nspend 200\nhang"
+    ended = claude.council("run", str(configured(claude, prompt, task={"session_budget": {"tokens": 1000}})), "--json")
+    (task,) = ended.result["tasks"]
+    assert (task["state"], task["failure"], task["attempts"]) == ("failed", "budget", 1), ended
+    assert "1,001 of 1,000 tokens" in task["reason"]
+    assert "session_budget" in task["reason"]
+    kept = claude.git("--git-dir", ended.result["repository"], "show", f"{task['branch']}:a.txt")
+    assert kept == "half", "what it did is kept"
+    await claude.assert_invariants()
+
+
+async def test_a_session_near_its_budget_is_warned_of_once(claude: Repository) -> None:
+    """At 80 %, and it goes on."""
+    budget = {"session_budget": {"tokens": 1000}, "budget": {"tokens": 1000}}
+    ended = claude.council("run", str(configured(claude, "spend 800\nwrite a.txt a", task=budget)), "--json")
+    assert ended.states == {"t0": "landed"}, ended
+    assert [one["scope"] for one in happened(ended, "budget.low")] in (["task"], ["session", "task"])
+
+
+async def test_a_task_has_no_further_session_when_its_budget_is_used_up(claude: Repository) -> None:
+    """What its first attempt used up counts, also where that is known at its end only."""
+    prompt = "attempt 1 spend 600\nattempt 1 fail overloaded\nattempt 2 write a.txt a"
+    ended = claude.council("run", str(configured(claude, prompt, task={"budget": {"tokens": 600}})), "--json")
+    (task,) = ended.result["tasks"]
+    assert (task["state"], task["attempts"]) == ("failed", 1), ended
+    assert "the task's budget is used up" in task["reason"]
+
+
+async def test_a_run_is_halted_when_its_budget_is_used_up_and_goes_on_with_more(claude: Repository) -> None:
+    """Nothing is lost: what waits is done once there is more."""
+    prompts = (
+        "spend 700\nwrite a.txt a",
+        "attempt 1 spend 400\nattempt 1 hang\nattempt 2 write b.txt b",
+        "write c.txt c",
+    )
+    path = configured(claude, *prompts, budget={"tokens": 1000})
+    ended = claude.council("run", str(path), "--json")
+    assert (ended.result["status"], ended.code) == ("halted", 1), ended
+    assert ended.states == {"t0": "landed", "t1": "pending", "t2": "pending"}
+    assert "the run's budget is used up" in ended.result["halted"]
+    again = claude.council("resume", "--json")
+    assert again.result["status"] == "halted"
+    assert [task["attempts"] for task in again.result["tasks"]] == [1, 1, 0], "nothing was started"
+    shown = claude.council("status")
+    assert "--budget" in shown.stdout
+    done = claude.council("resume", "--budget", "tokens=10k", "--json")
+    assert set(done.states.values()) == {"landed"}, done
+    assert done.result["halted"] is None
+    await claude.assert_invariants()
+
+
+async def test_money_is_held_against_the_price_of_the_model_where_the_program_does_not_tell(claude: Repository) -> None:
+    """It was stopped before its result, which has the cost."""
+    prices = {"claude-opus-4-8": {"input": 1000, "output": 1000}}
+    path = configured(claude, "spend 600\nspend 401\nhang", task={"session_budget": {"cost": 1}}, prices=prices)
+    ended = claude.council("run", str(path), "--json")
+    (task,) = ended.result["tasks"]
+    assert (task["failure"], task["attempts"]) == ("budget", 1), ended
+    assert "$1.0010 of $1" in task["reason"]
+
+
+async def test_time_of_sessions_is_limited_over_all_attempts(claude: Repository) -> None:
+    """A session that is silent uses up time all the same."""
+    ended = claude.council("run", str(configured(claude, "hang", task={"budget": {"time": "2s"}})), "--json")
+    (task,) = ended.result["tasks"]
+    assert (task["failure"], task["attempts"]) == ("budget", 1), ended
+    usage = claude.council("usage", "--json").result
+    assert 2 <= usage["total"]["seconds"] < 30
+
+
+@pytest.mark.parametrize(
+    ("limits", "told"),
+    [
+        ("tokens=0", "positive"),
+        ("cost=nan", "US dollars"),
+        ("time=5", "unit"),
+        ("tokens=1,tokens=2", "at most once"),
+        ("tokns=1", "no limit"),
+        ("", "no limit"),
+    ],
+)
+async def test_limits_that_are_none_are_refused(claude: Repository, limits: str, told: str) -> None:
+    """With what to write."""
+    ended = claude.council("resume", "--budget", limits)
+    assert ended.code == 2
+    assert told in ended.stderr

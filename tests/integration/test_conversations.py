@@ -1,0 +1,125 @@
+"""What a task's sessions are given beside the prompt, and whether the next one goes on where the last one ended."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Ended, Repository
+from tests.standins.script import ROOT, install
+
+#: It passes once somebody has written `right` into the file.
+CHECK = "grep -q right a.txt"
+
+
+@pytest.fixture
+def bin_folder(repository: Repository, tmp_path: Path) -> Path:
+    """A stand-in for Claude Code on PATH."""
+    folder = tmp_path / "bin"
+    install(folder, "claude", "tests.standins.claude")
+    repository.environ["PATH"] = f"{folder}:{repository.environ['PATH']}"
+    return folder
+
+
+def run(repository: Repository, folder: Path, prompt: str, adapter: dict[str, Any] | None = None, **more: Any) -> Ended:
+    """Run one task with Claude Code, whose work is checked, in the fence."""
+    task = {"id": "t", "prompt": prompt, "attempts": 3, **more.pop("task", {})}
+    config = repository.configure(
+        [task],
+        adapters={"claude": {"use": "claude-code", **(adapter or {})}},
+        readable=[str(folder), sys.prefix, str(ROOT / "tests")],
+        defaults={"checks": [CHECK], "backoff": {"initial": "10ms", "max": "10ms", "jitter": False}},
+        **more,
+    )
+    return repository.council("run", str(config), "--json")
+
+
+def attempts(repository: Repository, ended: Ended) -> list[dict[str, Any]]:
+    """Return what is recorded of the task's attempts."""
+    shown = repository.council("state", "history", f"task/{ended.result['run']}/t", "--json")
+    found: list[dict[str, Any]] = shown.result["versions"][0]["new"]["attempts"]
+    return found
+
+
+def told(repository: Repository, name: str) -> dict[str, Any]:
+    """Return what the program of an attempt was given, from the file that it wrote."""
+    found: dict[str, Any] = json.loads((repository.top / name).read_text())
+    return found
+
+
+async def test_what_is_to_be_mended_is_told_in_the_same_conversation(repository: Repository, bin_folder: Path) -> None:
+    """Only what is new: the rest is known there."""
+    ended = run(repository, bin_folder, "attempt 1 write a.txt wrong\nattempt 1 tell one.json")
+    assert ended.states == {"t": "failed"}, ended  # the feedback holds no step: nothing is mended
+    first, second = attempts(repository, ended)[:2]
+    assert (first["resumed"], second["resumed"]) == (False, True)
+    assert first["folder"] == second["folder"]
+    homes = repository.top / ".council/logs" / ended.result["run"] / "homes/t/claude"
+    (kept,) = homes.rglob("*.jsonl")
+    prompts = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert len(prompts) == 2 + (len(attempts(repository, ended)) > 2 and attempts(repository, ended)[2]["resumed"])
+    assert "attempt 1 write" in prompts[0]
+    assert "attempt 1 write" not in prompts[1]
+    assert "grep -q right" in prompts[1]
+    await repository.assert_invariants()
+
+
+async def test_without_a_home_of_its_own_the_next_session_is_told_everything(
+    repository: Repository, bin_folder: Path
+) -> None:
+    """It has nothing to go on with."""
+    prompt = "attempt 1 write a.txt wrong\nattempt 2 write a.txt right\nattempt 2 tell two.json"
+    ended = run(repository, bin_folder, prompt, {"home": "shared"})
+    assert ended.states == {"t": "landed"}, ended
+    assert [one["resumed"] for one in attempts(repository, ended)] == [False, False]
+    assert prompt in told(repository, "two.json")["prompt"]
+
+
+async def test_a_home_goes_when_its_task_has_landed(repository: Repository, bin_folder: Path) -> None:
+    """Nobody goes on with it."""
+    ended = run(repository, bin_folder, "write a.txt right")
+    assert ended.states == {"t": "landed"}, ended
+    assert not list((repository.top / ".council/logs" / ended.result["run"] / "homes").glob("*"))
+    await repository.assert_invariants()
+
+
+async def test_instructions_servers_and_limits_reach_the_program(repository: Repository, bin_folder: Path) -> None:
+    """As its own options have them."""
+    servers = {"files": {"command": ["mcp-files", "."], "env": ["MY_TOKEN"]}, "docs": {"url": "http://127.0.0.1:9/mcp"}}
+    ended = run(
+        repository,
+        bin_folder,
+        "write a.txt right\ntell it.json",
+        {"max_turns": 7},
+        mcp_servers=servers,
+        task={"instructions": "Speak plainly.", "session_budget": {"cost": 2}, "budget": {"cost": 1.5}},
+    )
+    assert ended.states == {"t": "landed"}, ended
+    argv = told(repository, "it.json")["argv"]
+    given = dict(pairwise(argv))
+    assert given["--append-system-prompt"] == "Speak plainly."
+    assert (given["--max-turns"], given["--max-budget-usd"]) == ("7", "1.5")
+    assert given["--mcp-config"].endswith("/homes/t/claude/council-mcp.json")
+
+
+async def test_a_login_of_the_users_is_found_and_can_be_renewed(
+    repository: Repository, bin_folder: Path, tmp_path: Path
+) -> None:
+    """In a home of the task's there are links to it; nothing else of the user's can be written there."""
+    user = tmp_path / "user"
+    (user / ".claude").mkdir(parents=True)
+    (user / ".claude/.credentials.json").write_text("login\n")
+    (user / ".claude/settings.json").write_text("{}\n")
+    repository.environ["HOME"] = str(user)
+    program = bin_folder / "claude"
+    renew = 'echo new >> "$CLAUDE_CONFIG_DIR/.credentials.json"; echo bad >> "$CLAUDE_CONFIG_DIR/settings.json"'
+    program.write_text(program.read_text().replace("PYTHONPATH", f'[ "$1" = -p ] && {{ {renew}; }}\nPYTHONPATH', 1))
+    ended = run(repository, bin_folder, "write a.txt right")
+    assert ended.states == {"t": "landed"}, ended
+    assert (user / ".claude/.credentials.json").read_text() == "login\nnew\n"
+    assert (user / ".claude/settings.json").read_text() == "{}\n"
