@@ -1,8 +1,8 @@
 """A stand-in for Claude Code 2.1: `claude -p --output-format stream-json --verbose …` with the prompt on stdin.
 
 Steps: `write PATH TEXT`, `fail auth|overloaded|turns|drop|plain`, `fail limit SECONDS`, `hang` until it is interrupted,
-`spend TOKENS` (a call of the model, which it tells of twice), `tell PATH` (write its arguments and the prompt). It keeps
-its conversation in its folder, and knows it again by its id only in the worktree where it was.
+`spend TOKENS` (a call of the model, which it tells of twice), `tell PATH` (write its arguments and the prompt). It
+keeps its conversation in its folder, and knows it again by its id only in the worktree where it was.
 """
 # ruff: noqa: T201  a program that prints
 
