@@ -21,10 +21,12 @@ from typing import Final
 from orchestrator.protocols import SessionRequest
 from orchestrator.testing.model_server import ModelServer
 from orchestrator.testing.recordings import Recording
-from tests.transcripts.programs import MODEL, PROGRAMS, Case, Program
+from tests.transcripts.programs import PROGRAMS
+from tests.transcripts.programs.case import MODEL, Case, Program
 from tests.waiting import wait_for
 
 HERE: Final = Path(__file__).parent
+_PROJECT: Final = HERE.parents[1]
 _LONGEST: Final = 150.0  # seconds
 
 
@@ -64,15 +66,15 @@ def record(program: Program, case: Case, folder: str) -> Recording:
                 if child.poll() is None:
                     os.killpg(child.pid, signal.SIGKILL)
                     child.wait()
-        asked = adapter.programs()[0]
-        version = subprocess.run(
-            [asked.name, *asked.version], env=environ, cwd=home, capture_output=True, text=True, check=False
-        )
+        first = adapter.programs()[0]
+        name, *asked = program.version or (first.name, first.name, *first.version)
+        version = subprocess.run(asked, env=environ, cwd=home, capture_output=True, text=True, check=True).stdout
         # Claude Code names a folder of its own after the worktree.
         dashed = str(worktree).replace("/", "-")
         known = {str(worktree): "/work", dashed: "-work", str(place): "/scratch", url: MODEL, folder: "/programs"}
+        known |= {sys.prefix: "/python", sys.base_prefix: "/python", str(_PROJECT): "/council"}
         return Recording(
-            program=f"{asked.name} {(version.stdout.strip().splitlines() or ['?'])[0]}",
+            program=f"{name} {version.strip().splitlines()[0]}",
             exit=code if code >= 0 else None,
             signal=-code if code < 0 else None,
             stdout=_sanitized((place / "out").read_text(errors="replace"), known),
