@@ -48,8 +48,11 @@ _PLAIN: Final[Mapping[str, re.Pattern[str]]] = {
         r"|premature close|cannot connect to api|unable to connect|connection (?:error|refused|was closed)",
         re.IGNORECASE,
     ),
-    "limit": re.compile(r"prompt is too long|token count .*exceeds|context length|context window", re.IGNORECASE),
+    "limit": re.compile(
+        r"prompt is too long|token count .*exceeds|context length|context window|output token maximum", re.IGNORECASE
+    ),
 }
+_STATUS: Final = re.compile(r"\bAPI Error: ([45]\d\d)\b")
 #: What an error means that has no code of its own; the first that matches counts.
 _WORDS: Final[Mapping[str, re.Pattern[str]]] = {
     "rate_limited": re.compile(r"rate.?limit|usage limit|quota|resource_exhausted|\b429\b", re.IGNORECASE),
@@ -275,7 +278,9 @@ def _message_in(text: str) -> str:
 
 def _failure(code: int, told: str) -> str:
     """Return the class of an error; its code may be the HTTP status that the model's API had."""
-    by_status = failure_of_status(code) if code < 600 else None
+    found = _STATUS.search(told)
+    status = int(found[1]) if found is not None else code if code < 600 else 0
+    by_status = failure_of_status(status)
     return _named(_PLAIN, told) or by_status or _named(_WORDS, told) or "crashed"
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
 from typing import ClassVar
 
-from adapters.aider import AiderAdapter
+from adapters.aider import AiderAdapter, AiderOptions
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
-from orchestrator.protocols import Concluded, Said, Spent, UsedTool, Warned
+from orchestrator.protocols import Concluded, Said, SessionRequest, Spent, UsedTool, Warned
 from orchestrator.testing.adapter_contract import AdapterContract, Recorded
 from orchestrator.testing.recordings import read_recordings
 from tests.contract.judging import TRANSCRIPTS, end
@@ -76,7 +78,11 @@ class TestAider(AdapterContract):
     }
 
 
-def test_aider_is_told_of_no_news() -> None:
-    """It would open them in a browser, and does not even name their page."""
+def test_aider_opens_no_browser(tmp_path: Path) -> None:
+    """It is told yes whenever it offers a page, so its browser is one that does nothing; of news it does not ask."""
+    request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path)
+    command = AiderAdapter(AiderOptions()).command(request)
+    browser = subprocess.run([command.env["BROWSER"], "http://model"], capture_output=True, check=True)
+    assert (browser.stdout, browser.stderr) == (b"", b"")
     recordings = read_recordings(TRANSCRIPTS / "aider").values()
     assert [line for one in recordings for line in one.stdout if "HISTORY" in line] == []

@@ -106,6 +106,27 @@ class TestAcpOpencode(AdapterContract):
     }
 
 
+class TestAcpClaude(AdapterContract):
+    """The same with Claude Code, which asks leave for everything."""
+
+    adapter_type = AcpAdapter
+    options: ClassVar = {"argv": ["claude-agent-acp"], "env": ["ANTHROPIC_API_KEY"]}
+    transcripts = TRANSCRIPTS / "acp-claude"
+    recorded: ClassVar = {
+        **_AGENTS,
+        "edit": Recorded(
+            session="20da8ec5-508d-4221-bca9-d8e8625f3893",
+            text="It is written.",
+            tokens=(2 * 120, 2 * 34),
+            paths=frozenset({"/work/hello.txt"}),
+        ),
+        "invalid": Recorded(FailureClass.INVALID),
+        "too-long": Recorded(FailureClass.LIMIT),
+        "out-of-tokens": Recorded(FailureClass.LIMIT),
+        "outside": Recorded(text="It is not written.", paths=frozenset({"/work/../beside.txt"})),
+    }
+
+
 class TestOllama(AdapterContract):
     """HTTP, through a bridge."""
 
@@ -136,7 +157,7 @@ class TestOllama(AdapterContract):
     }
 
 
-@pytest.mark.parametrize("program", ["acp-gemini", "acp-opencode", "ollama"])
+@pytest.mark.parametrize("program", ["acp-claude", "acp-gemini", "acp-opencode", "ollama"])
 def test_a_bridge_that_is_interrupted_says_nothing_of_its_code(program: str) -> None:
     """It ends by the signal, as any program does, once its agent is gone."""
     interrupted = read_recordings(TRANSCRIPTS / program)["interrupted"]

@@ -174,6 +174,7 @@ ENDS = {
         ('fail 400 {"error":{"message":"It is wrong."}}', "invalid", "says: It is wrong."),
         ("fail 500 exception TypeError: fetch failed sending request", "transient", "fetch failed"),
         ("fail 500 An internal error has occurred.", "overloaded", "internal error"),
+        ("fail -32603 Internal error: API Error: 400 It is wrong.", "invalid", "400"),
         ("fail 400 The input token count (9) exceeds the maximum", "limit", "exceeds"),
     ],
     "ollama": [

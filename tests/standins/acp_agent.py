@@ -95,7 +95,7 @@ class Agent:
                 raise acp.RequestError.auth_required()
             case "fail", "limit":
                 raise acp.RequestError.internal_error({"details": "429 rate_limit_error: try later"})
-            case "fail", code if code.isdigit():
+            case "fail", code if code.lstrip("-").isdigit():
                 raise acp.RequestError(int(code), rest)
             case "work", _:
                 await self.say(session, f"chosen: {await self.request_leave(session, self.at('.'))}")

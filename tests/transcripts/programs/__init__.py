@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from tests.transcripts.programs.acp import ACP_GEMINI, ACP_OPENCODE
+from tests.transcripts.programs.acp import ACP_CLAUDE, ACP_GEMINI, ACP_OPENCODE
 from tests.transcripts.programs.aider import AIDER
 from tests.transcripts.programs.case import Program
 from tests.transcripts.programs.claude_code import CLAUDE_CODE
@@ -16,6 +16,7 @@ from tests.transcripts.programs.opencode import OPENCODE
 
 #: By the name of the folder that holds their recordings.
 PROGRAMS: Final[Mapping[str, Program]] = {
+    "acp-claude": ACP_CLAUDE,
     "acp-gemini": ACP_GEMINI,
     "acp-opencode": ACP_OPENCODE,
     "aider": AIDER,

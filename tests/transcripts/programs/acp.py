@@ -8,6 +8,7 @@ from typing import Final
 
 from adapters.acp import AcpAdapter
 from tests.transcripts.programs.case import CASES, Case, Program
+from tests.transcripts.programs.claude_code import claude_environ
 from tests.transcripts.programs.gemini import gemini_environ
 from tests.transcripts.programs.opencode import opencode_environ
 
@@ -45,4 +46,16 @@ ACP_OPENCODE: Final = Program(
         "overloaded": Case("fail 529\nwrite hello.txt hi"),
         "asking": Case("run echo from-the-shell\nwrite hello.txt hi", environ=_ASKING),
     },
+)
+#: It has no option for that.
+_CLAUDE_VERSION: Final = (
+    'cd "$(dirname "$(realpath "$(command -v claude-agent-acp)")")" && node -p "require(\'../package.json\').version"'
+)
+
+ACP_CLAUDE: Final = Program(
+    adapter=AcpAdapter,
+    options={"argv": ["claude-agent-acp"]},
+    environ=claude_environ,
+    version=("claude-agent-acp", "sh", "-c", _CLAUDE_VERSION),
+    cases={**_CASES, "overloaded": Case("fail 529\nwrite hello.txt hi")},
 )
