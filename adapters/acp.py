@@ -29,6 +29,7 @@ _PRESET: Final = {
     "CLAUDE_CODE_MAX_RETRIES": "3",
     "DISABLE_AUTOUPDATER": "1",
     "GEMINI_CLI_NO_RELAUNCH": "true",
+    "GEMINI_CLI_TRUST_WORKSPACE": "true",  # else it leaves out what the project tells it, as in all new worktrees
     "QWEN_CODE_NO_RELAUNCH": "true",
 }
 _INSTALL: Final = "`pip install 'cli-council[acp]'` into the environment of `council`"

@@ -42,7 +42,7 @@ _INSTRUCTIONS: Final = "council-instructions.md"
 _LOG_IN: Final = "set its provider's key (such as ANTHROPIC_API_KEY), named under `env` if it is a rare one"
 _ALONE: Final = (
     *("--yes-always", "--no-auto-commits", "--no-gitignore", "--no-check-update", "--analytics-disable"),
-    *("--no-pretty", "--no-fancy-input", "--no-suggest-shell-commands", "--no-detect-urls"),
+    *("--no-pretty", "--no-fancy-input", "--no-suggest-shell-commands", "--no-detect-urls", "--no-show-release-notes"),
     *("--input-history-file", "/dev/null", "--chat-history-file", "/dev/null"),
 )
 
@@ -66,9 +66,16 @@ _ERRORS: Final[Mapping[str, FailureClass]] = {
     "Timeout": FailureClass.TRANSIENT,
     "APIConnection": FailureClass.TRANSIENT,
 }
-_ERROR: Final = re.compile(r"litellm\.(\w+?)(?:Error)?: ")
+#: One that breaks an answer off stands in the middle of a line, and says which provider it is from.
+_ERROR: Final = re.compile(
+    r"^litellm\.(?P<first>\w+?)(?:Error)?: "
+    r"|litellm\.(?P<within>\w+?)(?:Error)?: (?:(?:litellm\.)?\w+: )?\w+Exception - "
+)
+#: A server that could not be asked is an internal error to LiteLLM.
+_UNREACHED: Final = re.compile(r" - (?:\[Errno \d+\] )?Connection (?:error|refused|reset)")
 _NO_KEY: Final = "No LLM model was specified and no API keys were provided."
 _TOO_LONG: Final = re.compile(r"Model \S+ has hit a token limit!")
+_INTERRUPTED: Final = re.compile(r"\^C (?:again to exit|KeyboardInterrupt)")
 _EDIT: Final = re.compile(r"Applied edit to (.+)")
 _COUNT: Final = r"([0-9][0-9.,]*)(k?)"
 _TOKENS: Final = re.compile(rf"Tokens: {_COUNT} sent,(?: .*,)? {_COUNT} received\.")
@@ -118,8 +125,10 @@ class AiderAdapter:
         """Return the command line; its tags cache, which it makes in the worktree, is no work."""
         options = self._options
         files = {} if request.instructions is None else {_INSTRUCTIONS: request.instructions}
-        # It breaks lines at the terminal's width, 80 where there is none.
-        env, passed = options.variables(("HOME", *_KEYS, *_PLACES), COLUMNS="1000", **own_home(options, request))
+        # It breaks lines at the terminal's width, 80 where there is none; and being told yes to everything, it opens a
+        # page of its manual with every second error.
+        preset = {"COLUMNS": "1000", "BROWSER": "true", **own_home(options, request)}
+        env, passed = options.variables(("HOME", *_KEYS, *_PLACES), **preset)
         return Command(
             argv=(
                 *(options.bin, *given("--model", options.model), "--message-file", str(request.prompt_file), *_ALONE),
@@ -174,12 +183,17 @@ def _number(digits: str) -> float:
 def _failure(text: str) -> Failed | None:
     if text.startswith(_NO_KEY):
         return Failed(FailureClass.AUTH, f"{text} {_LOG_IN}"[:LONGEST_REASON])
+    if _INTERRUPTED.fullmatch(text):
+        return Failed(FailureClass.CRASHED, "it was interrupted")
     if _TOO_LONG.match(text):
         return Failed(FailureClass.LIMIT, f"{text[:LONGEST_REASON]} Give it a smaller task or another model")
-    error = _ERROR.match(text)
+    error = _ERROR.search(text)
     if error is None:
         return None
-    failure = _ERRORS.get(error[1], FailureClass.CRASHED)
+    text = text[error.start() :]
+    failure = _ERRORS.get(error["first"] or error["within"], FailureClass.CRASHED)
+    if failure is FailureClass.OVERLOADED and _UNREACHED.search(text):
+        failure = FailureClass.TRANSIENT
     reason = text[:LONGEST_REASON]
     return Failed(failure, f"{reason}: {_LOG_IN}" if failure is FailureClass.AUTH else reason)
 

@@ -6,28 +6,17 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
+from adapters.bridges.statuses import failure_of_status
 from orchestrator.domain.failures import FailureClass
 
 LONGEST_REASON: Final = 300
 """Characters of what a program says that are told."""
 
-#: What is not just a wrong request, by its status (RFC 9110; 499 is said by proxies whose client went away).
-_STATUSES: Final[Mapping[int, FailureClass]] = {
-    401: FailureClass.AUTH,
-    402: FailureClass.AUTH,
-    403: FailureClass.AUTH,
-    408: FailureClass.TRANSIENT,
-    413: FailureClass.LIMIT,
-    429: FailureClass.RATE_LIMITED,
-    499: FailureClass.TRANSIENT,
-}
-
 
 def class_of_status(status: int) -> FailureClass | None:
     """Return the class of a failure by an HTTP status; None for one that is no failure."""
-    if status >= 500:
-        return FailureClass.OVERLOADED
-    return _STATUSES.get(status, FailureClass.INVALID) if status >= 400 else None
+    name = failure_of_status(status)
+    return None if name is None else FailureClass(name)
 
 
 def class_in(text: str, words: Mapping[FailureClass, re.Pattern[str]]) -> FailureClass | None:

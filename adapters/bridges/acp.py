@@ -10,9 +10,11 @@ or write are in the worktree, or the answer is an error. `--ready` says whether 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -24,6 +26,7 @@ import anyio
 import anyio.to_thread
 
 from adapters.bridges.lines import Concluded, Words, write
+from adapters.bridges.statuses import failure_of_status
 from adapters.bridges.worktree import OutsideError, Worktree
 
 try:
@@ -38,11 +41,23 @@ _LONGEST_MESSAGE: Final = 50 << 20  # bytes of one message
 _PATIENCE: Final = 5.0  # seconds for an agent that closed its output to end
 #: Keys under which agents put paths into a tool's raw input.
 _PATH_KEYS: Final = ("file_path", "filePath", "path", "abs_path", "absolute_path", "notebook_path")
+#: What can be nothing else, whatever code the error has: Gemini CLI has 500 for all that went wrong on the way to it.
+_PLAIN: Final[Mapping[str, re.Pattern[str]]] = {
+    "transient": re.compile(
+        r"fetch failed|\bterminated$|ECONN(?:REFUSED|RESET)|ENOTFOUND|ETIMEDOUT|EAI_AGAIN|socket hang up"
+        r"|premature close|cannot connect to api|unable to connect|connection (?:error|refused|was closed)",
+        re.IGNORECASE,
+    ),
+    "limit": re.compile(
+        r"prompt is too long|token count .*exceeds|context length|context window|output token maximum", re.IGNORECASE
+    ),
+}
+_STATUS: Final = re.compile(r"\bAPI Error: ([45]\d\d)\b")
 #: What an error means that has no code of its own; the first that matches counts.
 _WORDS: Final[Mapping[str, re.Pattern[str]]] = {
     "rate_limited": re.compile(r"rate.?limit|usage limit|quota|resource_exhausted|\b429\b", re.IGNORECASE),
     "auth": re.compile(r"authenticat|not logged in|/login|api.?key|unauthorized|\b40[13]\b", re.IGNORECASE),
-    "overloaded": re.compile(r"overloaded|unavailable|\b5(?:00|02|03|29)\b", re.IGNORECASE),
+    "overloaded": re.compile(r"overloaded|unavailable|internal server error|\b5(?:00|02|03|29)\b", re.IGNORECASE),
 }
 _STOPS: Final[Mapping[str, tuple[str, str]]] = {
     "refusal": ("refused", "the agent refuses to go on"),
@@ -66,6 +81,8 @@ class _Client:
         self._worktree = worktree
         self.words = Words()
         self.cost: float | None = None
+        self.refused = ""
+        """What it asked leave for and did not get, as long as it has not gone on."""
         self._named: dict[str, set[str]] = {}
 
     async def session_update(self, session_id: str, update: Any, **_: Any) -> None:  # noqa: ARG002  (the protocol's)
@@ -73,7 +90,9 @@ class _Client:
         match update:
             case schema.AgentMessageChunk(content=schema.TextContentBlock(text=text)):
                 self.words.add(text)
+                self.refused = ""
             case schema.ToolCallStart() | schema.ToolCallProgress():
+                self.refused = "" if isinstance(update, schema.ToolCallStart) else self.refused
                 self._used(update, is_new=isinstance(update, schema.ToolCallStart))
             case schema.UsageUpdate(cost=schema.Cost(amount=amount, currency=currency)) if currency.upper() == "USD":
                 self.cost = amount
@@ -91,11 +110,12 @@ class _Client:
         named = self._named.get(tool_call.tool_call_id, set()) | set(_paths_of(tool_call))
         try:
             for name in sorted(named):
-                self._worktree.locate(name)
+                self._worktree.place(name)
             wanted = ("allow_once", "allow_always")
         except OutsideError as error:
             wanted = ("reject_once", "reject_always")
-            write("warned", text=f"not allowed: {tool_call.title or tool_call.tool_call_id}: {error}")
+            self.refused = f"not allowed: {tool_call.title or tool_call.tool_call_id}: {error}"
+            write("warned", text=self.refused)
         chosen = next((one for kind in wanted for one in options if one.kind == kind), None)
         if chosen is None:
             return schema.RequestPermissionResponse(outcome=schema.DeniedOutcome(outcome="cancelled"))
@@ -192,10 +212,12 @@ async def _converse(agent: Any, client: _Client, top: Path, prompt: str, model: 
     except acp.RequestError as error:
         raise _concluded(error, known.auth_methods or ()) from error
     said = client.words.flush()
-    _tell_spent(answer.usage, client.cost)
+    _tell_spent(answer.usage or _usage_beside(answer), client.cost)
     if answer.stop_reason in _STOPS:
         failure, reason = _STOPS[answer.stop_reason]
         return Concluded(reason, failure)
+    if client.refused:
+        return Concluded(f"the agent went no further: {client.refused}", "refused")
     return Concluded(said[-2_000:])
 
 
@@ -217,6 +239,16 @@ def _values(options: Iterable[schema.SessionConfigSelectOption | schema.SessionC
             yield one.value
 
 
+def _usage_beside(answer: schema.PromptResponse) -> schema.Usage | None:
+    """Return the tokens that Gemini CLI tells where the protocol has room for anything; None if there are none."""
+    try:
+        count = (answer.field_meta or {})["quota"]["token_count"]
+        sent, received = count["input_tokens"], count["output_tokens"]
+        return schema.Usage(input_tokens=sent, output_tokens=received, total_tokens=sent + received)
+    except (LookupError, TypeError, ValueError):
+        return None
+
+
 def _tell_spent(usage: schema.Usage | None, cost: float | None) -> None:
     if usage is not None or cost is not None:
         read = 0 if usage is None else usage.input_tokens + (usage.cached_read_tokens or 0)
@@ -226,15 +258,34 @@ def _tell_spent(usage: schema.Usage | None, cost: float | None) -> None:
 
 def _concluded(error: acp.RequestError, methods: Sequence[Any]) -> Concluded:
     details = error.data.get("details") or error.data.get("message") if isinstance(error.data, dict) else error.data
-    told = " ".join(f"{error}{f': {details}' if isinstance(details, str) and details else ''}".split())[:300]
-    if error.code == _AUTH_REQUIRED:
-        failure = "auth"
-    else:
-        failure = next((name for name, pattern in _WORDS.items() if pattern.search(told)), "crashed")
+    said = _message_in(str(error))
+    told = " ".join(f"{said}{f': {details}' if isinstance(details, str) and details else ''}".split())[:300]
+    failure = "auth" if error.code == _AUTH_REQUIRED else _failure(error.code, told)
     if failure != "auth":
         return Concluded(f"the agent says: {told}", failure)
     ways = ", ".join(one.name for one in methods)
     return Concluded(f"the agent says: {told}: log in by the agent itself{f' ({ways})' if ways else ''}", failure)
+
+
+def _message_in(text: str) -> str:
+    """Return the message of an API's error that stands as it came from there; any other text as it is."""
+    try:
+        message = json.loads(text)["error"]["message"]
+    except (ValueError, LookupError, TypeError):
+        return text
+    return message if isinstance(message, str) else text
+
+
+def _failure(code: int, told: str) -> str:
+    """Return the class of an error; its code may be the HTTP status that the model's API had."""
+    found = _STATUS.search(told)
+    status = int(found[1]) if found is not None else code if code < 600 else 0
+    by_status = failure_of_status(status)
+    return _named(_PLAIN, told) or by_status or _named(_WORDS, told) or "crashed"
+
+
+def _named(words: Mapping[str, re.Pattern[str]], told: str) -> str | None:
+    return next((name for name, pattern in words.items() if pattern.search(told)), None)
 
 
 async def _run(argv: Sequence[str], worktree: Worktree, prompt: str, model: str | None) -> Concluded:
@@ -281,7 +332,12 @@ def main() -> int:
     log.setFormatter(_OneLine())
     logging.basicConfig(handlers=[log])
     prompt = options.prompt_file.read_text(encoding="utf-8")
-    return anyio.run(_run, options.argv, Worktree(options.worktree), prompt, options.model).tell()
+    try:
+        return anyio.run(_run, options.argv, Worktree(options.worktree), prompt, options.model).tell()
+    except KeyboardInterrupt:  # the agent is gone by now
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
+        raise
 
 
 if __name__ == "__main__":

@@ -13,16 +13,18 @@ that its tasks wait for that and lose no attempts. One that breaks off in the mi
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 from adapters.bridges.answer import INSTRUCTIONS, UnfitError, apply_answer, read_answer
 from adapters.bridges.context import describe
 from adapters.bridges.lines import Concluded, Words, write
+from adapters.bridges.statuses import failure_of_status
 from adapters.bridges.worktree import OutsideError, Worktree
 
 try:
@@ -35,15 +37,6 @@ except ImportError:
 _PATIENCE: Final = 5.0  # seconds for a server that is just being started
 _CONNECTING: Final = 10.0  # seconds
 _BYTES_A_TOKEN: Final = 3  # of source code, on the safe side
-
-#: By HTTP status; others from 500 on are `transient`, from 400 on `invalid`.
-_STATUSES: Final[Mapping[int, str]] = {
-    401: "auth",
-    403: "auth",
-    408: "transient",
-    429: "overloaded",
-    503: "overloaded",
-}
 
 
 def _client(host: str) -> ollama.Client:
@@ -60,7 +53,9 @@ def _rejected(error: ollama.ResponseError, model: str) -> Concluded:
     status = error.status_code
     if status == 404:
         return Concluded(f"the server does not have the model {model!r} ({told}): `ollama pull {model}`", "invalid")
-    failure = _STATUSES.get(status, "invalid" if 400 <= status < 500 else "transient")
+    if "the context length" in told:
+        return Concluded(f"the server says: {told}: lower `context`, so that it is sent less", "limit")
+    failure = failure_of_status(status) or "transient"  # none: it said so in the middle of its answer
     remedy = ": set OLLAMA_API_KEY, or log in with `ollama signin`" if failure == "auth" else ""
     return Concluded(f"the server says: {told}{f' ({status})' if status > 0 else ''}{remedy}", failure)
 
@@ -152,6 +147,7 @@ def main() -> int:
     parser.add_argument("--context", type=int)
     parser.add_argument("--ready", action="store_true")
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # it ends at once, without the way there through the client's code
     if options.ready:
         return _ready(options.host, options.model).tell(plain=True)
     return _perform(options).tell()

@@ -21,10 +21,17 @@ class Worktree:
 
         Raises OutsideError if that is not inside of the worktree, is the worktree itself, or belongs to git.
         """
+        path = self.place(name)
+        if path == self.top:
+            raise OutsideError(f"{name!r} is outside of the worktree")
+        return path
+
+    def place(self, name: str) -> Path:
+        """Return the same for a place to work in, which may be the worktree itself."""
         if not name or "\0" in name:
             raise OutsideError(f"{name!r} is no path")
         path = Path(os.path.realpath(self.top / name))
-        if path == self.top or not path.is_relative_to(self.top):
+        if not path.is_relative_to(self.top):
             raise OutsideError(f"{name!r} is outside of the worktree")
         if any(part.lower() == ".git" for part in path.relative_to(self.top).parts):
             raise OutsideError(f"{name!r} belongs to git")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import pytest
@@ -17,14 +16,11 @@ from adapters.gemini import GeminiAdapter
 from adapters.ollama import OllamaAdapter
 from adapters.opencode import OpencodeAdapter
 from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.outcome import Failed
 from orchestrator.protocols import (
     AdapterType,
     Concluded,
     Identified,
     Said,
-    SessionEnd,
-    SessionEvent,
     SessionRequest,
     Spent,
     UsedTool,
@@ -32,46 +28,6 @@ from orchestrator.protocols import (
 )
 from orchestrator.testing.adapter_contract import AdapterContract, Recorded
 from tests.contract.judging import SESSION, TRANSCRIPTS, end, judged
-
-OPENAI = "litellm.RateLimitError: RateLimitError: OpenAIException - stub says rate_limit_error"
-
-
-class TestAider(AdapterContract):
-    """Plain text, and an exit code that says nothing."""
-
-    adapter_type = AiderAdapter
-    options: ClassVar = {"model": "openai/gpt-5", "args": ["--map-tokens", "0"], "env": ["MY_KEY", "OPENAI_API_BASE=x"]}
-    lines: ClassVar = (
-        ("Aider v0.86.1", (Said("Aider v0.86.1"),)),
-        ("", ()),
-        (
-            "Tokens: 4.2k sent, 1.1k received. Cost: $0.01 message, $0.02 session.",
-            (Spent(4200, 1100, 0.01), Concluded()),
-        ),
-        ("Tokens: 12k sent, 10k cache write, 5k cache hit, 300 received.", (Spent(12_000, 300), Concluded())),
-        ("Cost: $0.00012 message, $1.25 session.", (Spent(cost=0.00012), Concluded())),
-        ("Tokens: 1,234 sent, 5 received.", (Spent(1234, 5), Concluded())),
-        ("Applied edit to src/a b.py", (UsedTool("edit", "src/a b.py", ("src/a b.py",)),)),
-        ("Retrying in 0.2 seconds...", (Warned("Retrying in 0.2 seconds..."),)),
-        ("Only 3 reflections allowed, stopping.", (Warned("Only 3 reflections allowed, stopping."),)),
-        ("Only the tests change.", (Said("Only the tests change."),)),
-        (OPENAI, (Concluded(OPENAI, Failed(FailureClass.RATE_LIMITED, OPENAI)),)),
-    )
-    ends: ClassVar = (
-        (
-            end("litellm.AuthenticationError: AuthenticationError: OpenAIException - x\nCheck your API key.", 0),
-            FailureClass("auth"),
-        ),
-        (end("No LLM model was specified and no API keys were provided.\n"), FailureClass("auth")),
-        (end(f"{OPENAI}\nRetrying in 0.2 seconds...\n{OPENAI}\n", 0), FailureClass("rate_limited")),
-        (end(f"{OPENAI}\nRetrying in 0.2 seconds...\nTokens: 1k sent, 2 received.\n", 0), None),
-        (end("Tokens: 9k sent, 0 received.\n\nModel openai/x has hit a token limit!\n", 0), FailureClass("limit")),
-        (end("litellm.InternalServerError: x", 0), FailureClass("overloaded")),
-        (end("litellm.Timeout: Timeout: x", 0), FailureClass("transient")),
-        (end("litellm.BadRequestError: x", 0), FailureClass("invalid")),
-        (end("litellm.SomethingNewError: x", 0), FailureClass("crashed")),
-        (end("Aider v0.86.1\n", 0), None),
-    )
 
 
 def claude(type_: str, **fields: Any) -> str:
@@ -191,51 +147,6 @@ def test_claude_tells_when_its_limit_ends(stdout: str) -> None:
     failed = judged(ClaudeCodeAdapter, {}, stdout)
     assert failed is not None
     assert (failed.failure, failed.until) == (FailureClass.RATE_LIMITED, 1_790_003_600.0)
-
-
-BRIDGE_LINES: Sequence[tuple[str, Sequence[SessionEvent]]] = (
-    ('{"type": "said", "text": "Hi."}', (Said("Hi."),)),
-    ('{"type": "tool", "name": "edit", "detail": "x", "paths": ["a", 1]}', (UsedTool("edit", "x", ("a",)),)),
-    ('{"type": "spent", "input_tokens": 1, "output_tokens": 2, "cost": null}', (Spent(1, 2, None, in_all=True),)),
-    ('{"type": "spent", "input_tokens": 1, "output_tokens": 2, "cost": NaN}', (Spent(1, 2, None, in_all=True),)),
-    ('{"type": "session", "id": "s"}', (Identified("s"),)),
-    ('{"type": "warned", "text": "x"}', (Warned("x"),)),
-    ('{"type": "alive"}', ()),
-    ('{"type": "concluded", "text": "x", "failure": null, "reason": ""}', (Concluded("x"),)),
-    (
-        '{"type": "concluded", "text": "x", "failure": "auth", "reason": "y"}',
-        (Concluded("x", Failed(FailureClass.AUTH, "y")),),
-    ),
-    (
-        '{"type": "concluded", "text": "", "failure": "news", "reason": ""}',
-        (Concluded("", Failed(FailureClass.CRASHED, "it failed")),),
-    ),
-    ('{"type": "said", "text": 1}', ()),
-    ('{"type": "spent", "input_tokens": 1}', ()),
-)
-BRIDGE_ENDS: Sequence[tuple[SessionEnd, FailureClass | None]] = (
-    (end('{"type": "concluded", "text": "x", "failure": "overloaded", "reason": "y"}'), FailureClass.OVERLOADED),
-    (end('{"type": "concluded", "text": "", "failure": null, "reason": ""}', 0), None),
-    (end('{"type": "said", "text": "x"}', None, "Traceback"), None),
-)
-
-
-class TestAcp(AdapterContract):
-    """A conversation, through a bridge."""
-
-    adapter_type = AcpAdapter
-    options: ClassVar = {"argv": ["gemini", "--acp"], "model": "x", "env": ["GEMINI_API_KEY"]}
-    lines = BRIDGE_LINES
-    ends = BRIDGE_ENDS
-
-
-class TestOllama(AdapterContract):
-    """HTTP, through a bridge."""
-
-    adapter_type = OllamaAdapter
-    options: ClassVar = {"model": "qwen3-coder:30b", "host": "http://[::1]:11434", "context": 65536}
-    lines = BRIDGE_LINES
-    ends = BRIDGE_ENDS
 
 
 @pytest.mark.parametrize(

@@ -169,11 +169,19 @@ ENDS = {
         ("fail plain", "invalid", "root"),
     ],
     "aider": [("fail context", "limit", "token limit")],
-    "acp": [("fail die", "crashed", "exit code 7"), ("fail refuse", "refused", "refuses")],
+    "acp": [
+        ("fail die", "crashed", "exit code 7"),
+        ("fail refuse", "refused", "refuses"),
+        ("stop ../up.txt", "refused", "outside of the worktree"),
+        ('fail 400 {"error":{"message":"It is wrong."}}', "invalid", "says: It is wrong."),
+        ("fail 500 exception TypeError: fetch failed sending request", "transient", "fetch failed"),
+        ("fail 500 An internal error has occurred.", "overloaded", "internal error"),
+        ("fail -32603 Internal error: API Error: 400 It is wrong.", "invalid", "400"),
+        ("fail 400 The input token count (9) exceeds the maximum", "limit", "exceeds"),
+    ],
     "ollama": [
-        ("fail 429", "overloaded", "429"),
         ("fail 503", "overloaded", "503"),
-        ("fail 500", "transient", "500"),
+        ("fail 500", "overloaded", "500"),
         ("fail 400", "invalid", "400"),
         ("fail drop", "transient", "broke off"),
         ("fail error", "transient", "while running the model"),
@@ -248,12 +256,12 @@ async def test_an_agent_reads_and_writes_through_us_in_the_worktree_only(bench: 
 
 
 async def test_an_agent_gets_leave_for_what_is_in_the_worktree(bench: Bench, tmp_path: Path) -> None:
-    """It is allowed once, never always; a path outside is rejected."""
+    """It is allowed once, never always, and to work in it; a path outside is rejected."""
     target = tmp_path / "outside.txt"
-    ended = bench.run("acp", f"edit in.txt x\nedit {target} x\nedit ../up.txt x")
+    ended = bench.run("acp", f"edit in.txt x\nedit {target} x\nedit ../up.txt x\nwork")
     assert ended.states == {"t0": "landed"}, ended
     chosen = re.findall(r'"said", "text": "chosen: (\w+)"', bench.said(ended))
-    assert chosen == ["once", "no", "no"]
+    assert chosen == ["once", "no", "no", "once"]
     assert not target.exists()
 
 
@@ -264,6 +272,12 @@ async def test_the_model_of_an_agent_can_be_chosen(bench: Bench) -> None:
     assert "with large" in bench.said(ended)
     task = bench.run("acp", "write a.txt x", options={"model": "huge"}).result["tasks"][0]
     assert (task["failure"], "small, large" in task["reason"]) == ("invalid", True), task
+
+
+async def test_tokens_that_an_agent_tells_beside_the_protocol_are_recorded(bench: Bench) -> None:
+    """As Gemini CLI does."""
+    (task,) = bench.run("acp", "write a.txt x", options={"env": {"ACP_BESIDE": "1"}}).result["tasks"]
+    assert (task["input_tokens"], task["output_tokens"]) == (40, 20)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ class Api:
     name: str
     ask: Callable[[str, bool, int, bool], tuple[str, Json]]
     read: Callable[[bytes, bool], Heard]
-    ended: tuple[str, str]
+    ended: tuple[str, str, str]
     error: Callable[[Json], str]
     errors: tuple[str, str]
 
@@ -144,8 +144,8 @@ def responses_read(raw: bytes, stream: bool) -> Heard:
             elif name == "response.output_item.done":
                 done[event["item"]["id"]] = event["item"]
         name, last = seen[-1]
-        assert (seen[0][0], name) == ("response.created", "response.completed")
         response = last["response"]
+        assert (seen[0][0], name) == ("response.created", f"response.{response['status']}")
         assert list(done.values()) == response["output"]
         for key, item in done.items():
             whole = item.get("arguments") or item.get("input") or item["content"][0]["text"]
@@ -276,7 +276,7 @@ APIS = [
         "anthropic",
         anthropic_ask,
         anthropic_read,
-        ("tool_use", "end_turn"),
+        ("tool_use", "end_turn", "max_tokens"),
         lambda body: body["error"]["type"],
         ("authentication_error", "rate_limit_error"),
     ),
@@ -284,7 +284,7 @@ APIS = [
         "openai-responses",
         responses_ask,
         responses_read,
-        ("completed", "completed"),
+        ("completed", "completed", "incomplete"),
         lambda body: body["error"]["code"],
         ("invalid_api_key", "rate_limit_exceeded"),
     ),
@@ -292,7 +292,7 @@ APIS = [
         "openai-chat",
         chat_ask,
         chat_read,
-        ("tool_calls", "stop"),
+        ("tool_calls", "stop", "length"),
         lambda body: body["error"]["code"],
         ("invalid_api_key", "rate_limit_exceeded"),
     ),
@@ -300,7 +300,7 @@ APIS = [
         "gemini",
         gemini_ask,
         gemini_read,
-        ("STOP", "STOP"),
+        ("STOP", "STOP", "MAX_TOKENS"),
         lambda body: body["error"]["status"],
         ("UNAUTHENTICATED", "RESOURCE_EXHAUSTED"),
     ),
@@ -308,7 +308,7 @@ APIS = [
         "ollama",
         ollama_ask,
         ollama_read,
-        ("stop", "stop"),
+        ("stop", "stop", "length"),
         lambda body: body["error"],
         ("unauthorized", "too many requests"),
     ),
@@ -383,7 +383,7 @@ def test_each_turn_is_the_next_tool_call(server: ModelServer, api: Api, stream: 
     assert writes.calls == [(writer, {"file_path": "a/b.txt", "content": 'some  text: "q" ä\n'})]
     assert commands.calls == [(shell, {"command": "echo 'x' && true"})]
     assert empty.calls == [(writer, {"file_path": "c.txt", "content": "\n"})]
-    assert (writes.text, writes.ending, end.ending) == ("", *api.ended)
+    assert (writes.text, writes.ending, end.ending) == ("", *api.ended[:2])
     assert (end.calls, end.text) == ([], "ready")
 
 
@@ -414,6 +414,24 @@ def test_a_drop_breaks_the_answer_off(server: ModelServer, api: Api, stream: boo
     assert (reply.status, reply.cut) == (200, True)
     assert reply.raw
     assert len(hear(server, api, prompt, stream).calls) == 1
+
+
+def test_an_answer_is_cut_for_its_length(server: ModelServer, api: Api, stream: bool) -> None:
+    """Half of it comes, no tool is called, the end says why, and the next try has all of it."""
+    prompt = "cut 1\nsay 12345678"
+    heard = [hear(server, api, prompt, stream) for _ in range(2)]
+    assert [(one.text, one.calls, one.ending) for one in heard] == [
+        ("1234", [], api.ended[2]),
+        ("12345678", [], api.ended[1]),
+    ]
+
+
+def test_a_prompt_is_too_long(server: ModelServer, api: Api, stream: bool) -> None:
+    """It is a wrong request, in words of the API's own, and stays one."""
+    replies = [post(server, *api.ask("overflow\nwrite a.txt x", stream, 0, True)) for _ in range(2)]
+    assert [reply.status for reply in replies] == [400, 400]
+    plain = post(server, *api.ask("fail 400\nwrite a.txt x", stream, 0, True))
+    assert len({replies[0].raw, replies[1].raw, plain.raw}) == 2
 
 
 def test_the_usage_is_what_the_script_says(server: ModelServer, api: Api, stream: bool) -> None:

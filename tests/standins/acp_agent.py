@@ -1,7 +1,9 @@
 """An agent that speaks the Agent Client Protocol, built on the agent's side of the SDK.
 
 Steps: `write PATH TEXT` (by asking us to), `edit PATH TEXT` (itself, after asking leave), `read PATH`, `say TEXT`,
-`fail auth|limit|die|refuse|limit`. What it was answered it says.
+`work` (in the worktree itself, after asking leave), `fail auth|limit|die|refuse`, `fail CODE MESSAGE`; `stop PATH` is
+`edit`, and the end where it is refused. What it was answered it says. With ACP_BESIDE it tells its tokens as Gemini
+CLI does.
 """
 
 from __future__ import annotations
@@ -59,6 +61,9 @@ class Agent:
         for word, first, rest in steps(prompt[0].text):
             if word == "fail" and first == "refuse":
                 return schema.PromptResponse(stop_reason="refusal")
+            if word == "stop":
+                await self.request_leave(session_id, self.at(first))
+                return schema.PromptResponse(stop_reason="end_turn")
             await self.step(session_id, word, first, rest)
         await self.client.session_update(
             session_id,
@@ -66,6 +71,9 @@ class Agent:
                 session_update="usage_update", used=1, size=2, cost=schema.Cost(amount=0.5, currency="USD")
             ),
         )
+        if "ACP_BESIDE" in os.environ:
+            count = {"token_count": {"input_tokens": 40, "output_tokens": 20}}
+            return schema.PromptResponse(stop_reason="end_turn", field_meta={"quota": count})
         usage = schema.Usage(total_tokens=60, input_tokens=10, output_tokens=20, cached_read_tokens=30)
         return schema.PromptResponse(stop_reason="end_turn", usage=usage)
 
@@ -87,6 +95,10 @@ class Agent:
                 raise acp.RequestError.auth_required()
             case "fail", "limit":
                 raise acp.RequestError.internal_error({"details": "429 rate_limit_error: try later"})
+            case "fail", code if code.lstrip("-").isdigit():
+                raise acp.RequestError(int(code), rest)
+            case "work", _:
+                await self.say(session, f"chosen: {await self.request_leave(session, self.at('.'))}")
             case "fail", "die":
                 sys.stderr.write("x" * 300_000 + "last words")
                 sys.stderr.flush()
@@ -103,15 +115,18 @@ class Agent:
             await self.say(session, f"refused: {error.data}")
 
     async def edit(self, session: str, path: str, text: str) -> None:
-        location = schema.ToolCallLocation(path=path)
-        start = acp.start_tool_call("c-1", "Edit a file", kind="edit", status="pending", locations=[location])
-        await self.client.session_update(session, start)
-        call = schema.ToolCallUpdate(tool_call_id="c-1", title="Edit a file")
-        answer = await self.client.request_permission(session_id=session, tool_call=call, options=OPTIONS)
-        chosen = answer.outcome.option_id
+        chosen = await self.request_leave(session, path)
         await self.say(session, f"chosen: {chosen}")
         if chosen == "once":
             write(path, text)
+
+    async def request_leave(self, session: str, path: str) -> str:
+        location = schema.ToolCallLocation(path=path)
+        start = acp.start_tool_call(path, "Edit a file", kind="edit", status="pending", locations=[location])
+        await self.client.session_update(session, start)
+        call = schema.ToolCallUpdate(tool_call_id=path, title="Edit a file")
+        answer = await self.client.request_permission(session_id=session, tool_call=call, options=OPTIONS)
+        return str(answer.outcome.option_id)
 
     async def say(self, session: str, text: str) -> None:
         for piece in (text[:3], text[3:], "\n"):

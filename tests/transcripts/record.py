@@ -14,20 +14,23 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 import anyio
 
-from orchestrator.protocols import SessionRequest
+from orchestrator.protocols import Adapter, Command, Identified, SessionRequest
 from orchestrator.sessions.homes import furnish
 from orchestrator.testing.model_server import ModelServer
 from orchestrator.testing.recordings import Recording
-from tests.transcripts.programs import MODEL, PROGRAMS, Case, Program
+from tests.transcripts.programs import PROGRAMS
+from tests.transcripts.programs.case import MODEL, Case, Program
 from tests.waiting import wait_for
 
 HERE: Final = Path(__file__).parent
+_PROJECT: Final = HERE.parents[1]
 _LONGEST: Final = 150.0  # seconds
 
 
@@ -40,15 +43,15 @@ def record(program: Program, case: Case, folder: str) -> Recording:
         home.mkdir()
         environ = {"PATH": path, "HOME": str(home), "LC_ALL": "C.UTF-8", "GIT_CONFIG_NOSYSTEM": "1"}
         subprocess.run(["git", "init", "--quiet", str(worktree)], check=True, env=environ)
-        prompt.write_text(case.prompt + "\n")
         url = "http://127.0.0.1:9" if case.is_dead else server.url
         options = json.loads(json.dumps({**program.options, **case.options}).replace(MODEL, url))
         adapter = program.adapter(program.adapter.Options.model_validate(options))
-        request = SessionRequest("run", "task", 1, case.prompt, prompt, worktree, place / "kept")
-        command = adapter.command(request)
-        if command.home is not None:
-            anyio.run(furnish, request.home, command.home, environ)
-        given = {**environ, **command.env, **program.environ(url, home), **case.environ}
+        more = {**program.environ(url, home), **case.environ}
+        request = SessionRequest("run", "task", 1, case.prompt, prompt, worktree, place / "kept", **case.asked)
+        if case.after is not None:
+            begun = _begin(adapter, replace(request, prompt=case.after), environ, more)
+            request = replace(request, resume=begun, attempt=2)
+        command, given = _prepared(adapter, request, environ, more)
         with (place / "out").open("wb") as out, (place / "err").open("wb") as err:
             child = subprocess.Popen(
                 command.argv,
@@ -68,20 +71,42 @@ def record(program: Program, case: Case, folder: str) -> Recording:
                 if child.poll() is None:
                     os.killpg(child.pid, signal.SIGKILL)
                     child.wait()
-        asked = adapter.programs()[0]
-        version = subprocess.run(
-            [asked.name, *asked.version], env=environ, cwd=home, capture_output=True, text=True, check=False
-        )
+        first = adapter.programs()[0]
+        name, *asked = program.version or (first.name, first.name, *first.version)
+        version = subprocess.run(asked, env=environ, cwd=home, capture_output=True, text=True, check=True).stdout
         # Claude Code names a folder of its own after the worktree.
         dashed = str(worktree).replace("/", "-")
         known = {str(worktree): "/work", dashed: "-work", str(place): "/scratch", url: MODEL, folder: "/programs"}
+        known |= {sys.prefix: "/python", sys.base_prefix: "/python", str(_PROJECT): "/council"}
         return Recording(
-            program=f"{asked.name} {(version.stdout.strip().splitlines() or ['?'])[0]}",
+            program=f"{name} {version.strip().splitlines()[0]}",
             exit=code if code >= 0 else None,
             signal=-code if code < 0 else None,
             stdout=_sanitized((place / "out").read_text(errors="replace"), known),
             stderr=_sanitized((place / "err").read_text(errors="replace"), known),
         )
+
+
+def _prepared(
+    adapter: Adapter, request: SessionRequest, environ: Mapping[str, str], more: Mapping[str, str]
+) -> tuple[Command, dict[str, str]]:
+    """Return what is to be run, with its variables, when its prompt and its home are there."""
+    request.prompt_file.write_text(request.prompt + "\n")
+    command = adapter.command(request)
+    if command.home is not None:
+        anyio.run(furnish, request.home, command.home, environ)
+    return command, {**environ, **command.env, **more}
+
+
+def _begin(adapter: Adapter, request: SessionRequest, environ: Mapping[str, str], more: Mapping[str, str]) -> str:
+    """Have a conversation that can be gone on with; return its id."""
+    command, given = _prepared(adapter, request, environ, more)
+    with (command.stdin or Path(os.devnull)).open("rb") as stdin:
+        done = subprocess.run(
+            command.argv, cwd=request.worktree, env=given, stdin=stdin, capture_output=True, text=True, check=True
+        )
+    events = (event for line in done.stdout.splitlines() for event in adapter.parse(line))
+    return next(event.session for event in events if isinstance(event, Identified))
 
 
 def _has_come(server: ModelServer, case: Case, worktree: Path, out: Path) -> bool:

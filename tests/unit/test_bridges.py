@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from adapters.acp import AcpAdapter, AcpOptions
@@ -24,9 +26,11 @@ from orchestrator.domain.outcome import Failed
 from orchestrator.protocols import Adapter, Said, SessionRequest
 from orchestrator.protocols import Concluded as ConcludedEvent
 from orchestrator.sessions.transcript import LONGEST_LINE
+from orchestrator.testing.model_server import ModelServer
 from tests.conftest import Repository
 from tests.standins.ollama_server import serving
 from tests.standins.script import install
+from tests.waiting import wait_for
 
 
 def ready(adapter: Adapter, environ: dict[str, str]) -> tuple[int, str]:
@@ -222,3 +226,26 @@ def test_bridges_need_nothing_of_ours(environ: dict[str, str]) -> None:
     """A bridge starts where `orchestrator` can't be imported."""
     code = "import sys; sys.modules['orchestrator'] = None; import adapters.bridges.acp, adapters.bridges.ollama"
     subprocess.run([sys.executable, "-P", "-c", code], env={**environ, "HOME": os.devnull}, check=True)
+
+
+@pytest.mark.parametrize("use", ["acp", "ollama"])
+def test_a_bridge_that_is_interrupted_ends_by_the_signal(use: str, environ: dict[str, str], tmp_path: Path) -> None:
+    """Nothing of its code is told, and its agent is gone."""
+    (tmp_path / "prompt").write_text("delay 60\nsay x\n")
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True, env=environ)
+    with ModelServer() as server:
+        adapter: Adapter = (
+            AcpAdapter(AcpOptions(argv=("sleep", "60")))
+            if use == "acp"
+            else OllamaAdapter(OllamaOptions(model="scripted", host=server.url))
+        )
+        command = adapter.command(SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path))
+        child = subprocess.Popen(command.argv, env=environ, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        process = psutil.Process(child.pid)
+        wait_for(process.children if use == "acp" else lambda: server.requests)
+        agents = process.children()
+        process.send_signal(signal.SIGINT)
+        _, errors = child.communicate(timeout=20)
+    assert child.returncode == -signal.SIGINT
+    assert errors == ""
+    assert [one for one in agents if one.is_running()] == []

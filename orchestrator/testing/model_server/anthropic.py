@@ -22,6 +22,7 @@ _FAULTS: Final = {
     504: ("timeout_error", "The request timed out."),
     529: ("overloaded_error", "Overloaded"),
 }
+_TOO_LONG: Final = ("invalid_request_error", "prompt is too long: 210000 tokens > 200000 maximum")
 
 
 def _text(content: Any) -> str:
@@ -76,7 +77,7 @@ def _whole(asked: Asked, answer: Answer) -> Json:
         "role": "assistant",
         "model": asked.model,
         "content": [_block(answer)],
-        "stop_reason": "end_turn" if answer.call is None else "tool_use",
+        "stop_reason": "max_tokens" if answer.is_cut else "end_turn" if answer.call is None else "tool_use",
         "stop_sequence": None,
         "usage": _usage(answer),
     }
@@ -112,7 +113,8 @@ def _stream(asked: Asked, answer: Answer) -> Iterator[bytes]:
 
 
 def _fault(fault: Fault) -> Json:
-    kind, message = _FAULTS.get(fault.status, _FAULTS[400 if fault.status < 500 else 500])
+    told = _FAULTS.get(fault.status, _FAULTS[400 if fault.status < 500 else 500])
+    kind, message = _TOO_LONG if fault.is_too_long else told
     return {"type": "error", "error": {"type": kind, "message": message}, "request_id": "req_scripted"}
 
 

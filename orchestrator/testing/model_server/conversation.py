@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 Json: TypeAlias = dict[str, Any]
@@ -81,19 +81,25 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the model says: a text, or with `call` a tool call alone."""
+    """What the model says: a text, or with `call` a tool call alone; `is_cut` if it had no tokens left to go on."""
 
     text: str
     call: Call | None = None
     usage: Usage = field(default_factory=Usage)
+    is_cut: bool = False
+
+    def cut(self) -> Answer:
+        """Return the first half of it; a call is none then."""
+        return replace(self, text=self.text[: len(self.text) // 2], call=None, is_cut=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """An HTTP error in place of an answer; `retry_after` in seconds."""
+    """An HTTP error in place of an answer; `retry_after` in seconds. `is_too_long` if the prompt is, for the model."""
 
     status: int
     retry_after: int | None = None
+    is_too_long: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,10 @@ _FAULTS: Final = {
     503: ("UNAVAILABLE", "The model is overloaded. Please try again later."),
     504: ("DEADLINE_EXCEEDED", "Deadline expired before operation could complete."),
 }
+_TOO_LONG: Final = (
+    "INVALID_ARGUMENT",
+    "The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).",
+)
 
 
 def _either(mapping: Mapping[str, Any], camel: str) -> Any:
@@ -66,7 +70,7 @@ def _chunk(asked: Asked, part: Json) -> Json:
 
 
 def _ended(chunk: Json, answer: Answer) -> Json:
-    chunk["candidates"][0]["finishReason"] = "STOP"
+    chunk["candidates"][0]["finishReason"] = "MAX_TOKENS" if answer.is_cut else "STOP"
     usage = answer.usage
     counts = {
         "promptTokenCount": usage.input,
@@ -94,7 +98,8 @@ def _stream(asked: Asked, answer: Answer) -> Iterator[bytes]:
 
 
 def _fault(fault: Fault) -> Json:
-    status, message = _FAULTS.get(fault.status, _FAULTS[400 if fault.status < 500 else 500])
+    told = _FAULTS.get(fault.status, _FAULTS[400 if fault.status < 500 else 500])
+    status, message = _TOO_LONG if fault.is_too_long else told
     error: Json = {"code": fault.status, "message": message, "status": status}
     if fault.retry_after is not None:
         kind = "type.googleapis.com/google.rpc.RetryInfo"

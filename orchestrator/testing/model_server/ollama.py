@@ -18,6 +18,7 @@ _FAULTS: Final = {
     500: "internal server error",
     503: "server busy, please try again. maximum pending requests exceeded",
 }
+_TOO_LONG: Final = "the input length exceeds the context length"
 _MILLISECOND: Final = 1_000_000
 
 
@@ -40,7 +41,7 @@ def _frame(asked: Asked) -> Json:
 def _ending(answer: Answer) -> Json:
     return {
         "done": True,
-        "done_reason": "stop",
+        "done_reason": "length" if answer.is_cut else "stop",
         "total_duration": 3 * _MILLISECOND,
         "load_duration": _MILLISECOND,
         "prompt_eval_count": answer.usage.input,
@@ -66,6 +67,8 @@ def _line(data: Json) -> bytes:
 
 
 def _fault(fault: Fault) -> Json:
+    if fault.is_too_long:
+        return {"error": _TOO_LONG}
     return {"error": _FAULTS.get(fault.status, _FAULTS[400 if fault.status < 500 else 500])}
 
 

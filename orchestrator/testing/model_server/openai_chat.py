@@ -59,6 +59,8 @@ def _usage(answer: Answer) -> Json:
 
 
 def _finish(answer: Answer) -> str:
+    if answer.is_cut:
+        return "length"
     return "stop" if answer.call is None else "tool_calls"
 
 

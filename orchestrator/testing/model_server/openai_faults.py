@@ -15,9 +15,15 @@ _FAULTS: Final = {
     500: ("server_error", None, "The server had an error while processing your request."),
     503: ("server_error", None, "The engine is currently overloaded, please try again later."),
 }
+_TOO_LONG: Final = (
+    "invalid_request_error",
+    "context_length_exceeded",
+    "This model's maximum context length is 128000 tokens. However, your messages resulted in 200000 tokens.",
+)
 
 
 def openai_fault(fault: Fault) -> Json:
     """Return the body of an error."""
-    kind, code, message = _FAULTS.get(fault.status, _FAULTS[400 if fault.status < 500 else 500])
+    told = _FAULTS.get(fault.status, _FAULTS[400 if fault.status < 500 else 500])
+    kind, code, message = _TOO_LONG if fault.is_too_long else told
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}

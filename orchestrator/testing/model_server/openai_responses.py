@@ -101,9 +101,9 @@ def _whole(asked: Asked, answer: Answer) -> Json:
         "id": f"resp_{len(asked.turns):024}",
         "object": "response",
         "created_at": int(time.time()),
-        "status": "completed",
+        "status": "incomplete" if answer.is_cut else "completed",
         "error": None,
-        "incomplete_details": None,
+        "incomplete_details": {"reason": "max_output_tokens"} if answer.is_cut else None,
         "instructions": None,
         "max_output_tokens": None,
         "model": asked.model,
@@ -163,7 +163,7 @@ def _events(asked: Asked, answer: Answer) -> Iterator[Json]:
     yield {"type": "response.in_progress", "response": begun}
     yield from _text_events(item, answer.text) if answer.call is None else _call_events(item)
     yield {"type": "response.output_item.done", "output_index": 0, "item": item}
-    yield {"type": "response.completed", "response": whole}
+    yield {"type": f"response.{whole['status']}", "response": whole}
 
 
 def _stream(asked: Asked, answer: Answer) -> Iterator[bytes]:

@@ -19,10 +19,15 @@ class Drop:
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """The answer ends halfway for its length."""
+
+
+@dataclass(frozen=True, slots=True)
 class Disturbance:
     """What goes wrong, for how many requests; None is all that follow."""
 
-    kind: Fault | Drop
+    kind: Fault | Drop | Cut
     times: int | None
 
 
@@ -37,7 +42,7 @@ class Script:
     delay: float
     usage: Usage
 
-    def disturbance(self, request: int) -> Fault | Drop | None:
+    def disturbance(self, request: int) -> Fault | Drop | Cut | None:
         """Return what goes wrong with the conversation's n-th model request, counted from 0."""
         for disturbance in self.disturbances:
             if disturbance.times is None or request < disturbance.times:
@@ -55,6 +60,8 @@ _LINE: Final = re.compile(
       | say[ ](?P<say>\S.*)
       | fail[ ](?P<status>[45]\d\d)(?:[ ](?P<times>\d+)(?:[ ](?P<after>\d+))?)?[ \t]*
       | (?P<drop>drop)(?:[ ](?P<drops>\d+))?[ \t]*
+      | (?P<cut>cut)(?:[ ](?P<cuts>\d+))?[ \t]*
+      | (?P<overflow>overflow)[ \t]*
       | delay[ ](?P<delay>\d+(?:\.\d+)?)[ \t]*
       | usage[ ](?P<input>\d+)[ ](?P<output>\d+)[ \t]*
     )""",
@@ -86,20 +93,28 @@ def read_script(text: str) -> Script | None:
 
 
 def _directive(found: re.Match[str]) -> Directive:
+    if (disturbance := _disturbance(found)) is not None:
+        return disturbance
     if found["path"] is not None:
         return Write(found["path"], f"{found['content'] or ''}\n")
     if found["command"] is not None:
         return Run(found["command"])
     if found["say"] is not None:
         return found["say"]
+    if found["delay"] is not None:
+        return float(found["delay"])
+    return Usage(int(found["input"]), int(found["output"]))
+
+
+def _disturbance(found: re.Match[str]) -> Disturbance | None:
     if found["status"] is not None:
         fault = Fault(int(found["status"]), int(found["after"]) if found["after"] else None)
         return Disturbance(fault, int(found["times"]) if found["times"] else None)
     if found["drop"] is not None:
         return Disturbance(Drop(), int(found["drops"]) if found["drops"] else None)
-    if found["delay"] is not None:
-        return float(found["delay"])
-    return Usage(int(found["input"]), int(found["output"]))
+    if found["cut"] is not None:
+        return Disturbance(Cut(), int(found["cuts"]) if found["cuts"] else None)
+    return None if found["overflow"] is None else Disturbance(Fault(400, is_too_long=True), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from orchestrator.testing.model_server import anthropic, gemini, lookups, ollama, openai_chat, openai_responses
 from orchestrator.testing.model_server.conversation import Asked, Dialect, DialectName, Fault, Json
-from orchestrator.testing.model_server.script import Drop, Script, find_place, next_answer
+from orchestrator.testing.model_server.script import Cut, Drop, Script, find_place, next_answer
 
 _SECRETS: Final = frozenset(
     {"authorization", "x-api-key", "x-goog-api-key", "api-key", "cookie", "proxy-authorization"}
@@ -143,6 +143,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_fault(dialect, disturbance)
             return
         answer = next_answer(asked, place)
+        if isinstance(disturbance, Cut):
+            answer = answer.cut()
         if not asked.stream:
             self._send_json(200, dialect.whole(asked, answer), cut=isinstance(disturbance, Drop))
             return

@@ -1,0 +1,88 @@
+"""The contract on the adapter of aider, with what the program was seen to print."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import ClassVar
+
+from adapters.aider import AiderAdapter, AiderOptions
+from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.outcome import Failed
+from orchestrator.protocols import Concluded, Said, SessionRequest, Spent, UsedTool, Warned
+from orchestrator.testing.adapter_contract import AdapterContract, Recorded
+from orchestrator.testing.recordings import read_recordings
+from tests.contract.judging import TRANSCRIPTS, end
+
+OPENAI = "litellm.RateLimitError: RateLimitError: OpenAIException - stub says rate_limit_error"
+
+
+class TestAider(AdapterContract):
+    """Plain text, and an exit code that says nothing."""
+
+    adapter_type = AiderAdapter
+    options: ClassVar = {"model": "openai/gpt-5", "args": ["--map-tokens", "0"], "env": ["MY_KEY", "OPENAI_API_BASE=x"]}
+    lines: ClassVar = (
+        ("Aider v0.86.1", (Said("Aider v0.86.1"),)),
+        ("", ()),
+        (
+            "Tokens: 4.2k sent, 1.1k received. Cost: $0.01 message, $0.02 session.",
+            (Spent(4200, 1100, 0.01), Concluded()),
+        ),
+        ("Tokens: 12k sent, 10k cache write, 5k cache hit, 300 received.", (Spent(12_000, 300), Concluded())),
+        ("Cost: $0.00012 message, $1.25 session.", (Spent(cost=0.00012), Concluded())),
+        ("Tokens: 1,234 sent, 5 received.", (Spent(1234, 5), Concluded())),
+        ("Applied edit to src/a b.py", (UsedTool("edit", "src/a b.py", ("src/a b.py",)),)),
+        ("Retrying in 0.2 seconds...", (Warned("Retrying in 0.2 seconds..."),)),
+        ("Only 3 reflections allowed, stopping.", (Warned("Only 3 reflections allowed, stopping."),)),
+        ("Only the tests change.", (Said("Only the tests change."),)),
+        (OPENAI, (Concluded(OPENAI, Failed(FailureClass.RATE_LIMITED, OPENAI)),)),
+        (f"half a li{OPENAI}", (Concluded(f"half a li{OPENAI}", Failed(FailureClass.RATE_LIMITED, OPENAI)),)),
+        ("It raises litellm.RateLimitError: then.", (Said("It raises litellm.RateLimitError: then."),)),
+    )
+    ends: ClassVar = (
+        (
+            end("litellm.AuthenticationError: AuthenticationError: OpenAIException - x\nCheck your API key.", 0),
+            FailureClass("auth"),
+        ),
+        (end("No LLM model was specified and no API keys were provided.\n"), FailureClass("auth")),
+        (end(f"{OPENAI}\nRetrying in 0.2 seconds...\n{OPENAI}\n", 0), FailureClass("rate_limited")),
+        (end(f"{OPENAI}\nRetrying in 0.2 seconds...\nTokens: 1k sent, 2 received.\n", 0), None),
+        (end("Tokens: 9k sent, 0 received.\n\nModel openai/x has hit a token limit!\n", 0), FailureClass("limit")),
+        (end("litellm.InternalServerError: x", 0), FailureClass("overloaded")),
+        (end("litellm.Timeout: Timeout: x", 0), FailureClass("transient")),
+        (end("litellm.BadRequestError: x", 0), FailureClass("invalid")),
+        (end("litellm.SomethingNewError: x", 0), FailureClass("crashed")),
+        (end("Aider v0.86.1\n", 0), None),
+    )
+    transcripts = TRANSCRIPTS / "aider"
+    recorded: ClassVar = {
+        "edit": Recorded(tokens=(1900, 20), paths=frozenset({"hello.txt"})),
+        "tool": Recorded(paths=frozenset({"out/b.txt"})),
+        "limited": Recorded(FailureClass.RATE_LIMITED, tokens=(0, 0)),
+        "limited-then-well": Recorded(paths=frozenset({"hello.txt"})),
+        "no-login": Recorded(FailureClass.AUTH),
+        "no-key": Recorded(FailureClass.AUTH),
+        "no-model": Recorded(FailureClass.AUTH),
+        "server-error": Recorded(FailureClass.OVERLOADED),
+        "overloaded": Recorded(FailureClass.OVERLOADED),
+        "dead-server": Recorded(FailureClass.TRANSIENT),
+        "broken-stream": Recorded(FailureClass.TRANSIENT, paths=frozenset()),
+        "invalid": Recorded(FailureClass.INVALID),
+        "unknown-model": Recorded(FailureClass.INVALID),
+        "no-such-model": Recorded(FailureClass.INVALID),
+        "too-long": Recorded(FailureClass.LIMIT),
+        "out-of-tokens": Recorded(FailureClass.LIMIT),
+        "interrupted": Recorded(FailureClass.CRASHED),
+        "terminated": Recorded(),
+    }
+
+
+def test_aider_opens_no_browser(tmp_path: Path) -> None:
+    """It is told yes whenever it offers a page, so its browser is one that does nothing; of news it does not ask."""
+    request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path)
+    command = AiderAdapter(AiderOptions()).command(request)
+    browser = subprocess.run([command.env["BROWSER"], "http://model"], capture_output=True, check=True)
+    assert (browser.stdout, browser.stderr) == (b"", b"")
+    recordings = read_recordings(TRANSCRIPTS / "aider").values()
+    assert [line for one in recordings for line in one.stdout if "HISTORY" in line] == []

@@ -1,0 +1,171 @@
+"""The contract on the adapters that talk through a bridge of ours, with what it printed beside real agents."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import pytest
+
+from adapters.acp import AcpAdapter
+from adapters.ollama import OllamaAdapter
+from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.outcome import Failed
+from orchestrator.protocols import Concluded, Identified, Said, SessionEnd, SessionEvent, Spent, UsedTool, Warned
+from orchestrator.testing.adapter_contract import AdapterContract, Recorded
+from orchestrator.testing.recordings import read_recordings
+from tests.contract.judging import TRANSCRIPTS, end
+
+BRIDGE_LINES: Sequence[tuple[str, Sequence[SessionEvent]]] = (
+    ('{"type": "said", "text": "Hi."}', (Said("Hi."),)),
+    ('{"type": "tool", "name": "edit", "detail": "x", "paths": ["a", 1]}', (UsedTool("edit", "x", ("a",)),)),
+    ('{"type": "spent", "input_tokens": 1, "output_tokens": 2, "cost": null}', (Spent(1, 2, None, in_all=True),)),
+    ('{"type": "spent", "input_tokens": 1, "output_tokens": 2, "cost": NaN}', (Spent(1, 2, None, in_all=True),)),
+    ('{"type": "session", "id": "s"}', (Identified("s"),)),
+    ('{"type": "warned", "text": "x"}', (Warned("x"),)),
+    ('{"type": "alive"}', ()),
+    ('{"type": "concluded", "text": "x", "failure": null, "reason": ""}', (Concluded("x"),)),
+    (
+        '{"type": "concluded", "text": "x", "failure": "auth", "reason": "y"}',
+        (Concluded("x", Failed(FailureClass.AUTH, "y")),),
+    ),
+    (
+        '{"type": "concluded", "text": "", "failure": "news", "reason": ""}',
+        (Concluded("", Failed(FailureClass.CRASHED, "it failed")),),
+    ),
+    ('{"type": "said", "text": 1}', ()),
+    ('{"type": "spent", "input_tokens": 1}', ()),
+)
+BRIDGE_ENDS: Sequence[tuple[SessionEnd, FailureClass | None]] = (
+    (end('{"type": "concluded", "text": "x", "failure": "overloaded", "reason": "y"}'), FailureClass.OVERLOADED),
+    (end('{"type": "concluded", "text": "", "failure": null, "reason": ""}', 0), None),
+    (end('{"type": "said", "text": "x"}', None, "Traceback"), None),
+)
+
+
+#: What all agents make of what all programs are put through.
+_AGENTS: Mapping[str, Recorded] = {
+    "tool": Recorded(text="Both done."),
+    "limited": Recorded(FailureClass.RATE_LIMITED),
+    "limited-then-well": Recorded(text="Done.", paths=frozenset({"/work/hello.txt"})),
+    "no-login": Recorded(FailureClass.AUTH),
+    "server-error": Recorded(FailureClass.OVERLOADED),
+    "overloaded": Recorded(FailureClass.OVERLOADED),
+    "dead-server": Recorded(FailureClass.TRANSIENT),
+    "broken-stream": Recorded(FailureClass.TRANSIENT),
+    "unknown-model": Recorded(FailureClass.INVALID),
+    "out-of-tokens": Recorded(tokens=(100, 10)),  # they say that their turn is over, and nothing else
+    "interrupted": Recorded(),
+    "terminated": Recorded(),
+}
+
+
+class TestAcp(AdapterContract):
+    """A conversation, through a bridge, with Gemini CLI, which asks leave for everything."""
+
+    adapter_type = AcpAdapter
+    options: ClassVar = {"argv": ["gemini", "--acp"], "model": "x", "env": ["GEMINI_API_KEY"]}
+    lines = BRIDGE_LINES
+    ends = BRIDGE_ENDS
+    transcripts = TRANSCRIPTS / "acp-gemini"
+    recorded: ClassVar = {
+        **_AGENTS,
+        "edit": Recorded(
+            session="5957b2fb-b08e-4bcf-b6d1-3062d25e682e",
+            text="It is written.",
+            tokens=(2 * 120, 2 * 34),
+            paths=frozenset({"/work/hello.txt"}),
+        ),
+        "invalid": Recorded(FailureClass.INVALID),
+        "no-key": Recorded(FailureClass.AUTH),
+        "not-installed": Recorded(FailureClass.INVALID),
+        "too-long": Recorded(FailureClass.LIMIT),
+        "outside": Recorded(text="It is not written.", paths=frozenset()),  # it refuses that by itself
+    }
+
+
+class TestAcpOpencode(AdapterContract):
+    """The same with opencode, which asks leave for what its configuration says, and tells no status."""
+
+    adapter_type = AcpAdapter
+    options: ClassVar = {"argv": ["opencode", "acp"], "env": ["ANTHROPIC_API_KEY"]}
+    transcripts = TRANSCRIPTS / "acp-opencode"
+    recorded: ClassVar = {
+        **_AGENTS,
+        "edit": Recorded(
+            session="ses_dfc4c7d93ffeqLiKgR5FEgCDIq",
+            text="It is written.",
+            tokens=(120, 34),  # of its last answer
+            paths=frozenset({"/work/hello.txt"}),
+        ),
+        "asking": Recorded(text="Done.", paths=frozenset({"/work", "/work/hello.txt"})),
+        "outside": Recorded(FailureClass.REFUSED),
+        "invalid": Recorded(FailureClass.CRASHED),
+        "too-long": Recorded(text="Done.Done."),  # it sums up and goes on
+    }
+
+
+class TestAcpClaude(AdapterContract):
+    """The same with Claude Code, which asks leave for everything."""
+
+    adapter_type = AcpAdapter
+    options: ClassVar = {"argv": ["claude-agent-acp"], "env": ["ANTHROPIC_API_KEY"]}
+    transcripts = TRANSCRIPTS / "acp-claude"
+    recorded: ClassVar = {
+        **_AGENTS,
+        "edit": Recorded(
+            session="20da8ec5-508d-4221-bca9-d8e8625f3893",
+            text="It is written.",
+            tokens=(2 * 120, 2 * 34),
+            paths=frozenset({"/work/hello.txt"}),
+        ),
+        "invalid": Recorded(FailureClass.INVALID),
+        "too-long": Recorded(FailureClass.LIMIT),
+        "out-of-tokens": Recorded(FailureClass.LIMIT),
+        "outside": Recorded(text="It is not written.", paths=frozenset({"/work/../beside.txt"})),
+    }
+
+
+class TestOllama(AdapterContract):
+    """HTTP, through a bridge."""
+
+    adapter_type = OllamaAdapter
+    options: ClassVar = {"model": "qwen3-coder:30b", "host": "http://[::1]:11434", "context": 65536}
+    lines = BRIDGE_LINES
+    ends = BRIDGE_ENDS
+    transcripts = TRANSCRIPTS / "ollama"
+    recorded: ClassVar = {
+        "edit": Recorded(text="It is written.", tokens=(120, 34), paths=frozenset({"hello.txt"})),
+        "tool": Recorded(text="Both done.", paths=frozenset({"out/b.txt"})),
+        "limited": Recorded(FailureClass.RATE_LIMITED, tokens=(0, 0)),
+        "limited-then-well": Recorded(FailureClass.RATE_LIMITED),
+        "no-login": Recorded(FailureClass.AUTH),
+        "server-error": Recorded(FailureClass.OVERLOADED),
+        "overloaded": Recorded(FailureClass.OVERLOADED),
+        "dead-server": Recorded(FailureClass.AUTH),  # somebody has to start it
+        "broken-stream": Recorded(FailureClass.TRANSIENT, paths=frozenset()),
+        "invalid": Recorded(FailureClass.INVALID),
+        "unknown-model": Recorded(FailureClass.INVALID),
+        "too-long": Recorded(FailureClass.LIMIT),
+        "out-of-tokens": Recorded(FailureClass.LIMIT, tokens=(100, 10), paths=frozenset()),
+        "cut-off": Recorded(FailureClass.CRASHED, paths=frozenset()),
+        "unfit": Recorded(FailureClass.CRASHED, paths=frozenset()),
+        "outside": Recorded(FailureClass.REFUSED, paths=frozenset()),
+        "interrupted": Recorded(),
+        "terminated": Recorded(),
+    }
+
+
+@pytest.mark.parametrize("program", ["acp-claude", "acp-gemini", "acp-opencode", "ollama"])
+def test_a_bridge_that_is_interrupted_says_nothing_of_its_code(program: str) -> None:
+    """It ends by the signal, as any program does, once its agent is gone."""
+    interrupted = read_recordings(TRANSCRIPTS / program)["interrupted"]
+    assert interrupted.signal == signal.SIGINT
+    assert not any("Traceback" in line for line in interrupted.stderr)
+
+
+def test_an_agent_trusts_the_worktree() -> None:
+    """Gemini CLI would leave out what the project tells it, and says so."""
+    recordings = read_recordings(TRANSCRIPTS / "acp-gemini").values()
+    assert [line for one in recordings for line in one.stderr if "trusted" in line] == []

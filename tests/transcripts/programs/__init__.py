@@ -1,0 +1,28 @@
+"""Which real programs are recorded, and what each is put through."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from tests.transcripts.programs.acp import ACP_CLAUDE, ACP_GEMINI, ACP_OPENCODE
+from tests.transcripts.programs.aider import AIDER
+from tests.transcripts.programs.case import Program
+from tests.transcripts.programs.claude_code import CLAUDE_CODE
+from tests.transcripts.programs.codex import CODEX
+from tests.transcripts.programs.gemini import GEMINI
+from tests.transcripts.programs.ollama import OLLAMA
+from tests.transcripts.programs.opencode import OPENCODE
+
+#: By the name of the folder that holds their recordings.
+PROGRAMS: Final[Mapping[str, Program]] = {
+    "acp-claude": ACP_CLAUDE,
+    "acp-gemini": ACP_GEMINI,
+    "acp-opencode": ACP_OPENCODE,
+    "aider": AIDER,
+    "claude-code": CLAUDE_CODE,
+    "codex": CODEX,
+    "gemini": GEMINI,
+    "ollama": OLLAMA,
+    "opencode": OPENCODE,
+}

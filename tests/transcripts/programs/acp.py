@@ -1,0 +1,61 @@
+"""Agents that our bridge speaks the Agent Client Protocol with (the extra `acp`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Final
+
+from adapters.acp import AcpAdapter
+from tests.transcripts.programs.case import CASES, Case, Program
+from tests.transcripts.programs.claude_code import claude_environ
+from tests.transcripts.programs.gemini import gemini_environ
+from tests.transcripts.programs.opencode import opencode_environ
+
+_CASES: Final[Mapping[str, Case]] = {
+    **CASES,
+    "outside": Case("write ../beside.txt hi\nsay It is not written."),
+    "too-long": Case("overflow\nwrite hello.txt hi"),
+    "out-of-tokens": Case("cut\nwrite hello.txt hi"),
+    "invalid": Case("fail 400\nwrite hello.txt hi"),
+    "unknown-model": Case("write hello.txt hi", options={"model": "no-such-model"}),
+}
+
+#: It asks for leave only where it is told to.
+_ASKING: Final = {"OPENCODE_CONFIG_CONTENT": json.dumps({"permission": {"edit": "ask", "bash": "ask"}})}
+
+ACP_GEMINI: Final = Program(
+    adapter=AcpAdapter,
+    options={"argv": ["gemini", "--acp", "-m", "gemini-2.5-pro"]},
+    environ=gemini_environ,
+    version=("gemini", "gemini", "--version"),
+    cases={
+        **_CASES,
+        "overloaded": Case("fail 503\nwrite hello.txt hi"),
+        "no-key": Case("write hello.txt hi", environ={"GEMINI_API_KEY": ""}),
+        "not-installed": Case("write hello.txt hi", options={"argv": ["no-such-agent"]}),
+    },
+)
+ACP_OPENCODE: Final = Program(
+    adapter=AcpAdapter,
+    options={"argv": ["opencode", "acp"], "model": "anthropic/claude-sonnet-4-5"},
+    environ=opencode_environ,
+    version=("opencode", "opencode", "--version"),
+    cases={
+        **_CASES,
+        "overloaded": Case("fail 529\nwrite hello.txt hi"),
+        "asking": Case("run echo from-the-shell\nwrite hello.txt hi", environ=_ASKING),
+    },
+)
+#: It has no option for that.
+_CLAUDE_VERSION: Final = (
+    'cd "$(dirname "$(realpath "$(command -v claude-agent-acp)")")" && node -p "require(\'../package.json\').version"'
+)
+
+ACP_CLAUDE: Final = Program(
+    adapter=AcpAdapter,
+    options={"argv": ["claude-agent-acp"]},
+    environ=claude_environ,
+    version=("claude-agent-acp", "sh", "-c", _CLAUDE_VERSION),
+    cases={**_CASES, "overloaded": Case("fail 529\nwrite hello.txt hi")},
+)
