@@ -6,13 +6,12 @@ own answer does. What goes wrong before its first turn, such as a missing login,
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final, Literal, Self
 
 import pluggy
-from pydantic import BaseModel
+from pydantic import BaseModel, model_validator
 
 from adapters.failures import LONGEST_REASON, class_in, class_of_status, one_line
 from adapters.jsonlines import failure_concluded, number_of, read_object, said_plainly, text_of, tool_used
@@ -27,6 +26,7 @@ from orchestrator.protocols import (
     Home,
     Identified,
     JsonObject,
+    Overlay,
     Program,
     Said,
     SessionEnd,
@@ -45,17 +45,16 @@ _PLACES: Final = (
     *("GOOGLE_CLOUD_LOCATION", "GOOGLE_APPLICATION_CREDENTIALS", "GEMINI_MODEL"),
 )
 _FOLDER: Final = "GEMINI_CLI_HOME"
-_SETTINGS_FILE: Final = "GEMINI_CLI_SYSTEM_SETTINGS_PATH"
 #: What of the user's own it finds in a home of the task's.
 _LOGIN: Final = ".gemini/oauth_creds.json"
 _LINKS: Final = {
     name: f"~/{name}"
     for name in (
-        *(_LOGIN, ".gemini/settings.json", ".gemini/google_accounts.json", ".gemini/installation_id"),
-        *(".gemini/GEMINI.md", ".gemini/commands", ".gemini/extensions"),
+        *(_LOGIN, ".gemini/google_accounts.json", ".gemini/installation_id", ".gemini/GEMINI.md"),
+        *(".gemini/commands", ".gemini/extensions"),
     )
 }
-_SETTINGS_NAME: Final = "council-settings.json"
+_SETTINGS: Final = ".gemini/settings.json"
 _LOG_IN: Final = (
     "run `gemini` once and log in, or set GEMINI_API_KEY; with GOOGLE_GEMINI_BASE_URL also `auth: gemini-api-key`"
 )
@@ -154,6 +153,15 @@ class GeminiOptions(AdapterOptions):
     args: Arguments = ()
     """More arguments, after ours, such as `[--include-directories, /srv/docs]`."""
 
+    @model_validator(mode="after")
+    def _check_settings(self) -> Self:
+        if not self.has_own_home and (self.auth is not None or self.max_turns is not None):
+            raise ValueError(
+                "`auth` and `max_turns` are settings of a home of the task's: leave `home` at `own`, or write them "
+                "into your own settings.json"
+            )
+        return self
+
 
 class GeminiAdapter:
     """Runs `gemini` with the prompt on standard input."""
@@ -164,9 +172,9 @@ class GeminiAdapter:
         self._options = options
 
     def capabilities(self) -> frozenset[Capability]:
-        """Return what it can; its conversations stay in a home of the task's."""
-        can = {Capability.MCP, Capability.READ_ONLY}
-        return frozenset(can | {Capability.RESUME} if self._options.has_own_home else can)
+        """Return what it can; its conversations stay in a home of the task's, which alone has settings of ours."""
+        in_own = {Capability.MCP, Capability.RESUME} if self._options.has_own_home else set()
+        return frozenset({Capability.READ_ONLY, *in_own})
 
     def programs(self) -> Sequence[Program]:
         """Return Gemini CLI itself, which can't be asked whether it is logged in."""
@@ -182,14 +190,13 @@ class GeminiAdapter:
         )
 
     def command(self, request: SessionRequest) -> Command:
-        """Return the command line; what has no option is set by a file that goes over the user's settings."""
+        """Return the command line; what has no option is set by settings that go over the user's."""
         options = self._options
         mode = "plan" if request.read_only else options.approval_mode
         own = {_FOLDER: str(request.home)} if options.has_own_home else {}
-        own[_SETTINGS_FILE] = str(request.home / _SETTINGS_NAME)
         places = _PLACES if options.has_own_home else (_FOLDER, *_PLACES)
         env, passed = options.variables(("HOME", *_KEYS, *places), **_PRESET, **own)
-        settings = {_SETTINGS_NAME: json.dumps(_settings(options, request))}
+        settings = {_SETTINGS: Overlay(f"~/{_SETTINGS}", _settings(options, request))}
         return Command(
             argv=(
                 *(options.bin, "--output-format", "stream-json", "--approval-mode", mode),
@@ -198,7 +205,7 @@ class GeminiAdapter:
             stdin=request.prompt_file,
             env=env,
             pass_env=passed,
-            home=Home(settings, _LINKS, (_LOGIN,)) if options.has_own_home else Home(settings),
+            home=Home({}, _LINKS, (_LOGIN,), settings) if options.has_own_home else None,
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:

@@ -51,6 +51,7 @@ __all__ = [
     "JsonObject",
     "Key",
     "McpServer",
+    "Overlay",
     "PathOption",
     "Program",
     "Record",
@@ -497,17 +498,29 @@ class SessionRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Overlay:
+    """A JSON object of the user's, in the file `of` (absolute or from `~`, which may be missing), with `over` over it.
+
+    Objects in both are merged, key by key; of all else what is in `over` counts.
+    """
+
+    of: str
+    over: JsonObject
+
+
+@dataclass(frozen=True, slots=True)
 class Home:
     """What a session finds in the home of the request, and may change there.
 
-    `files` are texts by their names in the home, written anew for each session. `links` lead from names in the home to
-    the user's own files and folders, absolute or from `~`, as far as those exist; they can be read, and those that
-    `renewed` names can be written, such as a login that is renewed in use.
+    `files` are texts by their names in the home, and `settings` JSON; both are written anew for each session. `links`
+    lead from names in the home to the user's own files and folders, absolute or from `~`, as far as those exist; they
+    can be read, and those that `renewed` names can be written, such as a login that is renewed in use.
     """
 
     files: Mapping[str, str] = field(default_factory=dict)
     links: Mapping[str, str] = field(default_factory=dict)
     renewed: Sequence[str] = ()
+    settings: Mapping[str, Overlay] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

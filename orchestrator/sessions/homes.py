@@ -5,6 +5,7 @@ A session may write in it what it likes, links too. So what we put there never g
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -15,7 +16,8 @@ from pathlib import Path
 import anyio.to_thread
 
 from orchestrator.config.model import Reach
-from orchestrator.protocols import Home
+from orchestrator.errors import RefusedError
+from orchestrator.protocols import Home, JsonObject, Overlay
 
 
 def home_folder(logs: Path, task: str, adapter: str) -> Path:
@@ -24,7 +26,10 @@ def home_folder(logs: Path, task: str, adapter: str) -> Path:
 
 
 async def furnish(folder: Path, what: Home, environ: Mapping[str, str]) -> Reach:
-    """Put into a home what a session is to find there; return what it may reach for it. Raises OSError."""
+    """Put into a home what a session is to find there; return what it may reach for it.
+
+    Raises OSError; RefusedError where settings are to go over what is not JSON.
+    """
     return await anyio.to_thread.run_sync(_furnish, folder, what, environ)
 
 
@@ -35,8 +40,9 @@ async def remove(logs: Path, task: str) -> None:
 
 def _furnish(folder: Path, what: Home, environ: Mapping[str, str]) -> Reach:
     for one in (folder.parents[1], folder.parent, folder):
-        one.mkdir(mode=0o700, exist_ok=True)
-    for name, text in what.files.items():
+        one.mkdir(mode=0o700, parents=True, exist_ok=True)
+    texts = {name: _laid_over(one, environ) for name, one in what.settings.items()}
+    for name, text in {**what.files, **texts}.items():
         path = _clear(folder, name)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
             file.write(text)
@@ -52,6 +58,24 @@ def _furnish(folder: Path, what: Home, environ: Mapping[str, str]) -> Reach:
             _clear(folder, name).symlink_to(target)
             (writable if name in what.renewed else readable).append(target)
     return Reach(writable=tuple(writable), readable=tuple(readable))
+
+
+def _laid_over(settings: Overlay, environ: Mapping[str, str]) -> str:
+    file = _expanded(settings.of, environ)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file is not None and file.exists() else {}
+    except ValueError:
+        remedy = "correct it (comments are none of JSON), or set `home: shared`, with which it is left as it is"
+        raise RefusedError(f"{file} is not JSON, and settings of a session's own are to go over it", remedy) from None
+    return json.dumps(_merged(found if isinstance(found, dict) else {}, settings.over))
+
+
+def _merged(below: JsonObject, over: JsonObject) -> JsonObject:
+    both = {
+        key: _merged(below[key], value) if isinstance(value, dict) and isinstance(below.get(key), dict) else value
+        for key, value in over.items()
+    }
+    return {**below, **both}
 
 
 def _expanded(path: str, environ: Mapping[str, str]) -> Path | None:

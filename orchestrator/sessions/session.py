@@ -207,7 +207,10 @@ class Session:
         command, adapters = self._command(), self._adapters_command()
         reach = self.assignment.reach | Reach(readable=tuple(adapters.readable))
         if adapters.home is not None:
-            reach |= await homes.furnish(self._home, adapters.home, self.tools.environ)
+            try:
+                reach |= await homes.furnish(self._home, adapters.home, self.tools.environ)
+            except RefusedError as refused:
+                return Exit("exit", None, None, str(refused))
         if self._provided is not None:
             reach |= self._provided.reach
         fenced = await self.tools.fencing.around(Ground.of(self.assignment.worktree), command, reach)

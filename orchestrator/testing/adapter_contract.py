@@ -155,7 +155,7 @@ class AdapterContract(OptionsContract):
         """What a session finds in its home has names within it; links lead to absolute places, or from the user's."""
         for command in self.commands(tmp_path):
             home = command.home or Home()
-            for name in (*home.files, *home.links):
+            for name in (*home.files, *home.links, *home.settings):
                 path = PurePosixPath(name)
                 assert name == str(path), f"{name!r} should be {str(path)!r}"
                 assert path.parts, "a name is empty"
@@ -163,7 +163,9 @@ class AdapterContract(OptionsContract):
                 assert ".." not in path.parts, name
             assert [target for target in home.links.values() if not target.startswith(("/", "~/"))] == []
             assert set(home.renewed) <= set(home.links)
-            assert not home.files.keys() & home.links.keys()
+            places = [*home.files, *home.links, *home.settings]
+            assert len(places) == len(set(places)), "a name stands for two things"
+            assert [one.of for one in home.settings.values() if not one.of.startswith(("/", "~/"))] == []
 
     def test_command_is_repeatable(self, tmp_path: Path) -> None:
         """The same request gives the same command, whatever was asked before."""

@@ -110,6 +110,13 @@ class TestClaudeCode(AdapterContract):
     )
     transcripts = TRANSCRIPTS / "claude-code"
     recorded: ClassVar = {
+        "resumed": Recorded(
+            session="af571613-75db-40bd-83d9-e050c6c1020c",
+            text="Both are there.",
+            tokens=(2 * 20, 2 * 4),
+            paths=frozenset({"/work/b.txt"}),
+        ),
+        "read-only": Recorded(text="It is looked at.", paths=frozenset({"/work/hello.txt"})),
         "edit": Recorded(
             session="4bed88d2-6f82-4d37-b63d-09e23746405d",
             text="It is written.",

@@ -80,7 +80,7 @@ class TestAider(AdapterContract):
 
 def test_aider_opens_no_browser(tmp_path: Path) -> None:
     """It is told yes whenever it offers a page, so its browser is one that does nothing; of news it does not ask."""
-    request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path)
+    request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home")
     command = AiderAdapter(AiderOptions()).command(request)
     browser = subprocess.run([command.env["BROWSER"], "http://model"], capture_output=True, check=True)
     assert (browser.stdout, browser.stderr) == (b"", b"")

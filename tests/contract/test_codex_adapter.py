@@ -129,6 +129,13 @@ class TestCodex(AdapterContract):
     )
     transcripts = TRANSCRIPTS / "codex"
     recorded: ClassVar = {
+        "resumed": Recorded(
+            session="01a203c4-e80d-7503-b13e-fcc6f0fb2765",
+            text="Both are there.",
+            tokens=(2 * 120 + 2 * 20, 2 * 34 + 2 * 4),
+            paths=frozenset({"/work/b.txt"}),
+        ),
+        "read-only": Recorded(FailureClass.REFUSED, text="It is looked at.", paths=frozenset()),
         "edit": Recorded(
             session="01a20367-e977-74a0-a6b2-e9a9a51bad2e",
             text="It is written.",

@@ -130,6 +130,13 @@ class TestGemini(AdapterContract):
     )  # fmt: skip
     transcripts = TRANSCRIPTS / "gemini"
     recorded: ClassVar = {
+        "resumed": Recorded(
+            session="4e5f5457-0b1e-4832-9f0c-ca8359ded3b8",
+            text="Both are there.",
+            tokens=(2 * 20, 2 * 4),
+            paths=frozenset({"/work/b.txt"}),
+        ),
+        "read-only": Recorded(text="It is looked at.", paths=frozenset({"/work/hello.txt"})),
         "edit": Recorded(text="It is written.", tokens=(240, 68), paths=frozenset({"hello.txt"})),
         "tool": Recorded(text="Both done.", paths=frozenset({"out/b.txt"})),
         # The tool answered with an error; the program goes on, and says that all went well.

@@ -132,6 +132,13 @@ class TestOpencode(AdapterContract):
     )
     transcripts = TRANSCRIPTS / "opencode"
     recorded: ClassVar = {
+        "resumed": Recorded(
+            session="ses_dfc3ada87ffe7Zbxaq2o2A54xT",
+            text="Both are there.",
+            tokens=(2 * 20, 2 * 4),
+            paths=frozenset({"/work/b.txt"}),
+        ),
+        "read-only": Recorded(text="It is looked at.", paths=frozenset({"/work/hello.txt"})),
         "edit": Recorded(
             session="ses_dfc986321ffeZTBadsNvnjbr3u",
             text="It is written.",

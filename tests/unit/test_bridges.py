@@ -239,7 +239,7 @@ def test_a_bridge_that_is_interrupted_ends_by_the_signal(use: str, environ: dict
             if use == "acp"
             else OllamaAdapter(OllamaOptions(model="scripted", host=server.url))
         )
-        command = adapter.command(SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path))
+        command = adapter.command(SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home"))
         child = subprocess.Popen(command.argv, env=environ, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
         process = psutil.Process(child.pid)
         wait_for(process.children if use == "acp" else lambda: server.requests)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from orchestrator.config.model import Reach
-from orchestrator.protocols import Home
+from orchestrator.errors import RefusedError
+from orchestrator.protocols import Home, Overlay
 from orchestrator.sessions.homes import furnish
 
 
@@ -59,6 +61,24 @@ async def test_nothing_is_written_through_a_link_that_a_session_left(tmp_path: P
     assert [path.name for path in outside.iterdir()] == ["victim"]
     assert (outside / "victim").read_text() == "precious"
     assert [(home / name).read_text() for name in files] == ["ours"] * 3
+
+
+async def test_settings_go_over_those_of_the_users(tmp_path: Path, user: Path) -> None:
+    home = tmp_path / "home"
+    theirs = {"ui": {"theme": "dark", "size": 1}, "list": [1, 2], "odd": {"a": 1}}
+    (user / ".tool/settings").write_text(json.dumps(theirs))
+    over = {"ui": {"size": 2}, "list": [3], "odd": None, "new": {"b": 2}}
+    await furnish(home, Home(settings={"set.json": Overlay("~/.tool/settings", over)}), {"HOME": str(user)})
+    merged = {"ui": {"theme": "dark", "size": 2}, "list": [3], "odd": None, "new": {"b": 2}}
+    assert json.loads((home / "set.json").read_text()) == merged
+    assert json.loads((user / ".tool/settings").read_text()) == theirs
+    await furnish(home, Home(settings={"set.json": Overlay("~/.tool/missing", over)}), {"HOME": str(user)})
+    assert json.loads((home / "set.json").read_text()) == over
+
+
+async def test_settings_that_are_not_json_are_refused(tmp_path: Path, user: Path) -> None:
+    with pytest.raises(RefusedError, match="settings is not JSON"):
+        await furnish(tmp_path / "home", Home(settings={"x": Overlay("~/.tool/settings", {})}), {"HOME": str(user)})
 
 
 async def test_without_a_home_of_the_users_nothing_is_linked(tmp_path: Path) -> None:

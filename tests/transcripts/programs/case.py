@@ -51,7 +51,6 @@ class Program:
 CASES: Final[Mapping[str, Case]] = {
     "edit": Case("write hello.txt hi\nsay It is written.\nusage 120 34"),
     "tool": Case("run echo from-the-shell\nwrite out/b.txt two\nsay Both done."),
-    "read-only": Case("write hello.txt hi\nsay It is looked at.", asked={"read_only": True}),
     "limited": Case("fail 429\nwrite hello.txt hi"),
     "limited-then-well": Case("fail 429 1 1\nwrite hello.txt hi"),
     "no-login": Case("fail 401\nwrite hello.txt hi"),
@@ -62,5 +61,8 @@ CASES: Final[Mapping[str, Case]] = {
     "terminated": Case("delay 60\nwrite hello.txt hi", signal=signal.SIGTERM),
 }
 
-#: Of those that can go on with a conversation.
-RESUMED: Final = Case("write b.txt two\nsay Both are there.\nusage 20 4", after="write a.txt one\nusage 120 34")
+#: What those are put through, too, that can go on with a conversation, and look without changing anything.
+ASKED: Final[Mapping[str, Case]] = {
+    "resumed": Case("write b.txt two\nsay Both are there.\nusage 20 4", after="write a.txt one\nusage 120 34"),
+    "read-only": Case("write hello.txt hi\nsay It is looked at.", asked={"read_only": True}),
+}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from adapters.claude_code import ClaudeCodeAdapter
-from tests.transcripts.programs.case import CASES, RESUMED, Case, Program
+from tests.transcripts.programs.case import ASKED, CASES, Case, Program
 
 
 def claude_environ(url: str, _home: Path) -> Mapping[str, str]:
@@ -23,7 +23,7 @@ CLAUDE_CODE: Final = Program(
     cases={
         **CASES,
         "limited-until": Case("fail 429 99 1\nwrite hello.txt hi"),
-        "resumed": RESUMED,
+        **ASKED,
         "interrupted-tool": Case("run touch began; sleep 60\nusage 120 34", signal=signal.SIGINT, made="began"),
         "refused": Case("write .git/hooks/x hi\nsay It is not written.", options={"permission_mode": "acceptEdits"}),
         "turns": Case("write a.txt a\nwrite b.txt b", options={"max_turns": 1}),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from adapters.codex import CodexAdapter
-from tests.transcripts.programs.case import CASES, RESUMED, Case, Program
+from tests.transcripts.programs.case import ASKED, CASES, Case, Program
 
 
 def _environ(_url: str, home: Path) -> Mapping[str, str]:
@@ -32,7 +32,7 @@ CODEX: Final = Program(
     environ=_environ,
     cases={
         **CASES,
-        "resumed": RESUMED,
+        **ASKED,
         "dead-server": Case("write hello.txt hi", signal=signal.SIGTERM, said="waiting for network", is_dead=True),
         "refused": Case("write hello.txt hi\nrun echo hi > hello.txt", options={"sandbox": "read-only"}),
         "invalid": Case("fail 400\nwrite hello.txt hi"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from adapters.gemini import GeminiAdapter
-from tests.transcripts.programs.case import CASES, RESUMED, Case, Program
+from tests.transcripts.programs.case import ASKED, CASES, Case, Program
 
 
 def gemini_environ(url: str, home: Path) -> Mapping[str, str]:
@@ -31,7 +31,7 @@ GEMINI: Final = Program(
     environ=gemini_environ,
     cases={
         **CASES,
-        "resumed": RESUMED,
+        **ASKED,
         "refused": Case("write ../beside.txt hi"),
         "no-shell": Case("write hello.txt hi\nrun echo from-the-shell", {"approval_mode": "auto_edit"}),
         "limited-for-long": Case("fail 429 9 4000\nwrite hello.txt hi"),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from adapters.opencode import OpencodeAdapter
-from tests.transcripts.programs.case import CASES, RESUMED, Case, Program
+from tests.transcripts.programs.case import ASKED, CASES, Case, Program
 
 
 def opencode_environ(url: str, home: Path) -> Mapping[str, str]:
@@ -29,7 +29,7 @@ OPENCODE: Final = Program(
     environ=opencode_environ,
     cases={
         **CASES,
-        "resumed": RESUMED,
+        **ASKED,
         "limited-until": Case("fail 429 99 1\nwrite hello.txt hi"),
         "refused": Case("write hello.txt hi\nsay It is not written.", options={"config": _DENIED}),
         "invalid": Case("fail 400\nwrite hello.txt hi"),
