@@ -180,6 +180,7 @@ def test_tasks_override_defaults_key_by_key(tmp_path: Path) -> None:
     assert config.adapters["other"].options.model_dump() == {
         "argv": ("other",),
         "env": {"MODE": "on"},
+        "home": "shared",
         "prompt": "stdin",
         "failures": {},
     }

@@ -116,7 +116,8 @@ def test_every_adapter_is_documented(tmp_path: Path) -> None:
             assert keys == adapter_type.Options.model_fields.keys(), use
             example = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", sections[use], re.DOTALL)[0])["adapters"]
             own = {key: value for key, value in next(iter(example.values())).items() if key in keys - {"env"}}
-            passed = adapter_type(adapter_type.Options.model_validate(own)).command(request).pass_env
+            homes = [adapter_type.Options.model_validate({**own, "home": home}) for home in ("own", "shared")]
+            passed = [name for one in homes for name in adapter_type(one).command(request).pass_env]
             row = next(line for line in sections[use].splitlines() if line.startswith("| `env`"))
             assert set(re.findall(r"`([A-Z_]+)`", row)) == set(passed), use
 
