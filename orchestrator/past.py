@@ -18,7 +18,7 @@ from orchestrator.domain.model import Attempt, RunDocument, TaskDocument
 from orchestrator.domain.usage import RunUsage, usage_of
 from orchestrator.engine.ledger import read_run, read_tasks, task_documents
 from orchestrator.engine.overview import Overview, landing_times, overview
-from orchestrator.engine.report import RunStatus
+from orchestrator.engine.report import AdapterFailure, RunStatus, last_failures
 from orchestrator.errors import HistoryGone, RefusedError
 from orchestrator.protocols import HISTORY, Document, Key, Record, RecordedEvent, State, Version
 from orchestrator.repo.hub import Hub
@@ -139,6 +139,10 @@ class Past:
         if not await self.runs.seems_live(run):
             tasks = await anyio.to_thread.run_sync(_ended, tasks, self.runs.project.logs(run), now)
         return usage_of(record.run, tasks, now, sorted(record.damaged))
+
+    async def last_failures(self, run: str) -> dict[str, AdapterFailure]:
+        """Return of each adapter of a run the last session that failed, by the adapter's name."""
+        return last_failures(await self.runs.record(run))
 
     async def overview(self, run: str) -> Overview:
         """Return all that is known of a run, also of one whose repositories are gone."""

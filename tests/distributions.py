@@ -11,6 +11,13 @@ import pluggy
 hookimpl = pluggy.HookimplMarker("cli_council")
 """
 
+#: What registers a type under a name.
+REGISTERS = """
+@hookimpl
+def council_register_{kind}(register):
+    register({name!r}, {type})
+"""
+
 #: An adapter type that is complete, and runs the program that its option names.
 ADAPTER = (
     REGISTER

@@ -9,44 +9,53 @@ from dataclasses import asdict, dataclass
 import anyio.to_thread
 import click
 
+from orchestrator.cli.adapter_test import test
 from orchestrator.cli.command import Context, json_option, opened, perform, store_option
+from orchestrator.cli.group import Suggesting
 from orchestrator.cli.output import local_time, one_line, plain
 from orchestrator.cli.scene import Scene, look_around
 from orchestrator.config.model import RunConfig, make_adapters
 from orchestrator.engine.findings import describe
 from orchestrator.engine.probing import AdapterStatus, make_without_options, probe_adapters
-from orchestrator.engine.report import AdapterReport
+from orchestrator.engine.report import AdapterFailure, AdapterReport
 from orchestrator.errors import ConfigError, CouncilError, RefusedError
-from orchestrator.protocols import JsonObject
+from orchestrator.protocols import Adapter, JsonObject
 
 
-@click.command()
+@click.group(cls=Suggesting, invoke_without_command=True)
 @store_option
 @json_option
-def adapters(as_json: bool) -> None:
+@click.pass_context
+def adapters(context: click.Context, as_json: bool) -> None:
     """List the adapters that are installed, with what there is of their programs.
 
-    Then those of the council.yaml of this folder or of its repository's top, and which of them the newest run can't use
-    now.
+    Then those of the council.yaml of this folder or of its repository's top: what each can be asked for beside a
+    prompt, and, as the newest run has it, whether it can be used now, and which of its sessions failed last.
 
     \b
     Examples:
       council adapters
       council adapters --json
+      council adapters test claude
     """
+    if context.invoked_subcommand is not None:
+        return
 
     async def command(context: Context) -> int:
         scene = await look_around()
         types, named = await _list(scene)
-        learned = await _learned(context) if scene.top is not None or named else {}
+        learned, failed = await _learned(context) if scene.top is not None or named else ({}, {})
         if as_json:
-            context.output.json(_json(scene, types, named, learned))
+            context.output.json(_json(scene, types, named, learned, failed))
         else:
-            for line in _lines(scene, types, named, learned):
+            for line in _lines(scene, types, named, learned, failed):
                 context.output.text(plain(line) + "\n")
         return 0
 
     perform(command, as_json=as_json)
+
+
+adapters.add_command(test)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +66,7 @@ class _Listed:
     use: str
     needs: str | None
     status: AdapterStatus
+    can: Sequence[str] = ()
 
 
 async def _list(scene: Scene) -> tuple[list[_Listed], list[_Listed]]:
@@ -71,23 +81,36 @@ async def _list(scene: Scene) -> tuple[list[_Listed], list[_Listed]]:
     nothing = AdapterStatus([])
     types = [_Listed(name, name, needs.get(name), statuses.get((True, name), nothing)) for name in sorted(installed)]
     named = run.adapters.items() if run is not None else ()
-    return types, [_Listed(name, adapter.use, None, statuses[False, name]) for name, adapter in named]
+    listed = [_Listed(name, one.use, None, statuses[False, name], _can(of_file[name])) for name, one in named]
+    return types, listed
 
 
-async def _learned(context: Context) -> dict[str, AdapterReport]:
-    """Return the adapters that the newest run can't use now; none where there is no run."""
+def _can(adapter: Adapter) -> list[str]:
+    try:
+        return sorted(adapter.capabilities())
+    except Exception as error:  # noqa: BLE001  a plugin's own code
+        return [f"can't be asked: {type(error).__name__}: {error}"]
+
+
+async def _learned(context: Context) -> tuple[dict[str, AdapterReport], dict[str, AdapterFailure]]:
+    """Return the adapters that the newest run can't use now, and what failed last; nothing where there is no run."""
     try:
         async with opened(context.log) as council:
-            return {one.name: one for one in (await council.status()).adapters}
+            report = await council.status()
+            return {one.name: one for one in report.adapters}, await council.past.last_failures(report.run)
     except RefusedError:
-        return {}
+        return {}, {}
     except (CouncilError, OSError) as error:
         context.output.notice(plain(f"council: the newest run can't be looked at: {one_line(str(error))}"))
-        return {}
+        return {}, {}
 
 
 def _json(
-    scene: Scene, types: Sequence[_Listed], named: Sequence[_Listed], learned: Mapping[str, AdapterReport]
+    scene: Scene,
+    types: Sequence[_Listed],
+    named: Sequence[_Listed],
+    learned: Mapping[str, AdapterReport],
+    failed: Mapping[str, AdapterFailure],
 ) -> JsonObject:
     nothing = AdapterReport("", None, None)
     state = {one.name: learned.get(one.name, nothing) for one in named}
@@ -111,6 +134,8 @@ def _json(
                 **one.status.to_json(),
                 "parked_until": state[one.name].parked_until,
                 "closed": state[one.name].closed,
+                "capabilities": list(one.can),
+                "last_failure": asdict(failed[one.name]) if one.name in failed else None,
             }
             for one in named
         ],
@@ -119,7 +144,11 @@ def _json(
 
 
 def _lines(
-    scene: Scene, types: Sequence[_Listed], named: Sequence[_Listed], learned: Mapping[str, AdapterReport]
+    scene: Scene,
+    types: Sequence[_Listed],
+    named: Sequence[_Listed],
+    learned: Mapping[str, AdapterReport],
+    failed: Mapping[str, AdapterFailure],
 ) -> Iterator[str]:
     for one in types:
         plugin = scene.plugins.bringers["adapters", one.name]
@@ -132,8 +161,12 @@ def _lines(
     for one in named:
         yield f"{one.name} (use: {one.use}, of {scene.file})"
         yield from _programs(one.status)
+        yield f"  can be asked for: {one_line(', '.join(one.can)) or 'a prompt alone'}"
         if one.name in learned:
             yield f"  {_now(learned[one.name])}"
+        if one.name in failed:
+            last = failed[one.name]
+            yield f"  failed last {local_time(last.time)}, {last.task}: {last.failure}: {one_line(last.reason)}"
 
 
 def _needs(one: _Listed) -> str:

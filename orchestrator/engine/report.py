@@ -92,6 +92,20 @@ class AdapterReport:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterFailure:
+    """The last session of an adapter that failed."""
+
+    failure: str
+    """Its class."""
+    reason: str
+    """What happened, and what to do."""
+    time: float
+    """When (seconds since the epoch)."""
+    task: str
+    """Of which task."""
+
+
+@dataclass(frozen=True, slots=True)
 class RunReport:
     """How a run stands: what the commands that take `--json` print last."""
 
@@ -209,6 +223,19 @@ def report(
     if halted is not None:
         status = RunStatus.HALTED
     return RunReport(run.id, status, run.target, repository, reports, adapters, damage, source, halted)
+
+
+def last_failures(record: RunRecord) -> dict[str, AdapterFailure]:
+    """Return of each adapter of a run the last session that failed, if there is one."""
+    found: dict[str, AdapterFailure] = {}
+    for name, document in record.tasks.items():
+        for one in document.attempts:
+            if one.outcome is None or one.outcome not in _FAILURES or one.ended is None:
+                continue
+            before = found.get(one.adapter)
+            if before is None or before.time <= one.ended:
+                found[one.adapter] = AdapterFailure(one.outcome, one.reason or "", one.ended, name)
+    return found
 
 
 def _stuck(record: RunRecord, closed: Mapping[str, str]) -> dict[str, str]:

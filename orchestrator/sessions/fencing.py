@@ -12,7 +12,7 @@ import anyio.to_thread
 
 from orchestrator.config.model import Reach
 from orchestrator.repo.worktrees import Worktree
-from orchestrator.sessions.sandbox import Fence, SandboxKind, fence_in
+from orchestrator.sessions.sandbox import REPLACED, Fence, SandboxKind, fence_in
 from orchestrator.sessions.supervised import SupervisedCommand
 
 
@@ -59,7 +59,8 @@ class Fencing:
             return ""
         places = {Path(found).absolute(), Path(found).resolve()}
         allowed = (*self.reach.writable, *self.reach.readable, *reach.writable, *reach.readable)
-        hidden = [place for place in places if any(place.is_relative_to(folder) for folder in self.hidden)]
+        covered = (*self.hidden, *(map(Path, REPLACED) if self.kind is SandboxKind.BUBBLEWRAP else ()))
+        hidden = [place for place in places if any(place.is_relative_to(folder) for folder in covered)]
         if all(any(place.is_relative_to(folder) for folder in allowed) for place in hidden):
             return ""
         return f" ({hidden[0]} is hidden from sessions: name its folder under `readable`)"

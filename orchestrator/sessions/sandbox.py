@@ -43,6 +43,8 @@ from orchestrator.sessions import landlock
 from orchestrator.sessions.supervised import SupervisedCommand
 
 _PROBE_PATIENCE = 20.0  # seconds; a start takes milliseconds
+#: Folders of the machine in whose place a session has others of its own, with bubblewrap.
+REPLACED = ("/tmp", "/var/tmp", "/run")  # noqa: S108  (not to write there)
 _RESOLVER = Path("/etc/resolv.conf")
 _NODES = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "shm")
 

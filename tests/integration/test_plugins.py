@@ -12,13 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Repository
-from tests.distributions import ADAPTER, REGISTER, install
-
-_REGISTERS = """
-@hookimpl
-def council_register_{kind}(register):
-    register({name!r}, {type})
-"""
+from tests.distributions import ADAPTER, REGISTER, REGISTERS, install
 
 _BROKEN = {
     "broken-import": ("import no_such_module_anywhere", "No module named 'no_such_module_anywhere'"),
@@ -32,23 +26,23 @@ _BROKEN = {
     "raises": (REGISTER + "@hookimpl\ndef council_register_adapters(register): 1 / 0", "ZeroDivisionError"),
     "thief": (
         ADAPTER
-        + _REGISTERS.format(kind="sinks", name="stolen", type="Echo")
-        + _REGISTERS.format(kind="adapters", name="command", type="Echo"),
+        + REGISTERS.format(kind="sinks", name="stolen", type="Echo")
+        + REGISTERS.format(kind="adapters", name="command", type="Echo"),
         "'command' among the adapters is already the plugin 'command' of cli-council",
     ),
-    "twice": (ADAPTER + _REGISTERS.format(kind="adapters", name="a", type="Echo") + '    register("a", Echo)', "twice"),
+    "twice": (ADAPTER + REGISTERS.format(kind="adapters", name="a", type="Echo") + '    register("a", Echo)', "twice"),
     "outdated": (
-        ADAPTER + "\ndel Echo.parse\n" + _REGISTERS.format(kind="adapters", name="old", type="Echo"),
+        ADAPTER + "\ndel Echo.parse\n" + REGISTERS.format(kind="adapters", name="old", type="Echo"),
         "'old' has no parse: it is made for another version of the contract",
     ),
     "optionless": (
-        ADAPTER + "\nEcho.Options = dict\n" + _REGISTERS.format(kind="adapters", name="loose", type="Echo"),
+        ADAPTER + "\nEcho.Options = dict\n" + REGISTERS.format(kind="adapters", name="loose", type="Echo"),
         "the Options of 'loose' are no pydantic model",
     ),
-    "typeless": (REGISTER + _REGISTERS.format(kind="stores", name="s", type="None"), "a name and a type are wanted"),
+    "typeless": (REGISTER + REGISTERS.format(kind="stores", name="s", type="None"), "a name and a type are wanted"),
 }  # fmt: skip
 
-_ECHO = ADAPTER + _REGISTERS.format(kind="adapters", name="echo", type="Echo")
+_ECHO = ADAPTER + REGISTERS.format(kind="adapters", name="echo", type="Echo")
 
 
 @pytest.fixture

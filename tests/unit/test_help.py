@@ -43,7 +43,7 @@ def test_help_ends_with_examples_that_parse(path: tuple[str, ...]) -> None:
 def _parse(words: list[str]) -> None:
     """Have click read a command's words, without running anything."""
     command: click.Command = main
-    while isinstance(command, click.Group):
+    while isinstance(command, click.Group) and words and not words[0].startswith("-"):
         found = command.get_command(click.Context(command), words.pop(0))
         assert found is not None
         command = found

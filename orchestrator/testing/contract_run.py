@@ -1,0 +1,90 @@
+"""The contract of adapters, run against one as it is configured: `python -m orchestrator.testing.contract_run`.
+
+It reads a JSON object from standard input, `{"name", "stored", "options", "places"}`: the adapter's name, what
+`AdapterConfig.stored` gave, the options as in the file, and where local plugins are looked for. It prints one JSON
+object, `{"results": [{"test", "promise", "passed", "said"}]}`, or `{"error"}` where it can't be run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pytest
+
+    from orchestrator.testing.adapter_contract import AdapterContract
+
+_SPEC = "COUNCIL_TESTED_ADAPTER"
+_MODULE = "from orchestrator.testing.contract_run import contract\n\nTestAdapter = contract()\n"
+_LONGEST = 2_000  # characters of what a failed test says
+INSTALL = "pip install 'cli-council[testing]'"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of one test of the contract."""
+
+    test: str
+    promise: str
+    passed: bool
+    said: str = ""
+
+
+def contract() -> type[AdapterContract]:
+    """Return the suite for the adapter that this process was started for."""
+    from orchestrator.plugins import load_plugins  # noqa: PLC0415  (the command only asks for constants)
+    from orchestrator.testing.adapter_contract import AdapterContract  # noqa: PLC0415
+
+    spec = json.loads(os.environ[_SPEC])
+    types = load_plugins(os.environ, [Path(place) for place in spec["places"]]).adapters
+    body = {"adapter_type": types[spec["stored"]["use"]], "options": spec["options"]}
+    return type("TestAdapter", (AdapterContract,), body)
+
+
+@dataclass(slots=True)
+class _Recorder:
+    """A plugin of pytest's that keeps what came of each test."""
+
+    results: list[Result] = field(default_factory=list)
+    _promises: dict[str, str] = field(default_factory=dict)
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            told = getattr(getattr(item, "function", None), "__doc__", None) or item.name
+            self._promises[item.nodeid] = " ".join(told.split())
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.failed:
+            said = report.longreprtext[-_LONGEST:] if report.failed else ""
+            name = report.nodeid.rpartition("::")[2]
+            self.results.append(Result(name, self._promises.get(report.nodeid, name), report.passed, said))
+
+
+def main() -> dict[str, Any]:
+    """Run the suite, and return what is to be printed."""
+    os.environ[_SPEC] = sys.stdin.read()
+    try:
+        import pytest  # noqa: PLC0415  (an extra)
+    except ImportError:
+        return {"error": f"the contract is run by pytest, which is not installed: {INSTALL}"}
+    recorder = _Recorder()
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()) as said:
+        module = Path(folder) / "test_adapter.py"
+        module.write_text(_MODULE)
+        options = ["-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", folder, str(module)]
+        pytest.main(options, plugins=[recorder])
+    if not recorder.results:
+        return {"error": f"the contract could not be run: {said.getvalue().strip()[-_LONGEST:]}"}
+    return {"results": [asdict(one) for one in recorder.results]}
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(main()) + "\n")

@@ -1,0 +1,105 @@
+"""`council adapters test`: the contract and a small task, for adapters that are right and for those that are not."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.testing.fake_cli import __file__ as fake_cli
+from tests import distributions
+from tests.conftest import Ended, Repository
+from tests.distributions import ADAPTER, REGISTERS
+from tests.standins.script import ROOT, install
+
+PROMPT = ("--prompt", "write hello.txt hello")
+
+
+@pytest.fixture
+def claude(repository: Repository, tmp_path: Path) -> Repository:
+    """A project with a council.yaml, and a stand-in for Claude Code on PATH."""
+    folder = tmp_path / "bin"
+    install(folder, "claude", "tests.standins.claude")
+    repository.environ["PATH"] = f"{folder}{os.pathsep}{repository.environ['PATH']}"
+    fake = {"use": "command", "argv": [sys.executable, "-S", fake_cli, "{prompt_file}"]}
+    config = {
+        "version": 1,
+        "sandbox": "off",
+        "readable": [str(folder), sys.prefix, str(ROOT / "tests")],
+        "adapters": {"claude": {"use": "claude-code"}, "fake": fake},
+        "defaults": {"adapter": "claude", "attempts": 1},
+        "tasks": [{"id": "t", "prompt": "write a.txt a"}],
+    }
+    (repository.top / "council.yaml").write_text(json.dumps(config))
+    return repository
+
+
+def tried(repository: Repository, name: str, *options: str) -> Ended:
+    return repository.council("adapters", "test", name, *options, "--json")
+
+
+@pytest.mark.parametrize("name", ["claude", "fake"])
+async def test_an_adapter_that_is_right_keeps_its_promises_and_lands(claude: Repository, name: str) -> None:
+    """With nothing left of it where the command was given."""
+    before = sorted(claude.top.iterdir())
+    ended = tried(claude, name, *PROMPT)
+    assert (ended.code, ended.result["live"]["state"]) == (0, "landed"), ended
+    results = ended.result["contract"]["results"]
+    assert len(results) > 30
+    assert [one for one in results if not one["passed"]] == []
+    assert sorted(claude.top.iterdir()) == before
+    assert claude.git("branch", "--format=%(refname:short)") == "main"
+
+
+async def test_a_task_that_is_not_done_says_why(claude: Repository) -> None:
+    """The check did not pass, or the program said that it failed; with what it printed."""
+    ended = claude.council("adapters", "test", "fake", "--prompt", "print nothing to do")
+    assert ended.code == 1
+    assert "session   no_change" in ended.stdout
+    assert "nothing to do" in ended.stdout
+    ended = claude.council("adapters", "test", "claude", "--prompt", "fail auth")
+    assert ended.code == 1
+    assert "claude auth login" in ended.stdout
+
+
+async def test_without_a_session_nothing_is_asked_of_the_program(claude: Repository, tmp_path: Path) -> None:
+    """But its version; it may even be missing."""
+    (tmp_path / "bin/claude").unlink()
+    ended = tried(claude, "claude", "--no-live")
+    assert (ended.code, ended.result["live"]) == (0, None), ended
+    assert ended.result["programs"][0]["path"] is None
+
+
+async def test_a_promise_that_is_broken_is_named(claude: Repository, tmp_path: Path) -> None:
+    """An adapter of a plugin that remembers what it was asked."""
+    honest = "        return Command(["
+    counts = "        self.asked = getattr(self, 'asked', 0) + 1\n        return Command([str(self.asked), "
+    assert honest in ADAPTER
+    registered = REGISTERS.format(kind="adapters", name="echo", type="Echo")
+    distributions.install(tmp_path / "site", "echo", ADAPTER.replace(honest, counts) + registered)
+    claude.environ["PYTHONPATH"] = str(tmp_path / "site")
+    ended = claude.council("adapters", "test", "echo", "--no-live")
+    assert ended.code == 1, ended
+    assert "test_command_is_repeatable: The same request gives the same command" in ended.stdout
+
+
+async def test_a_name_that_is_none_is_refused(claude: Repository) -> None:
+    """With those that there are; a type that needs options is named in the file first."""
+    ended = claude.council("adapters", "test", "cluade")
+    assert (ended.code, "claude" in ended.stderr) == (2, True), ended
+    ended = claude.council("adapters", "test", "acp")
+    assert (ended.code, "argv" in ended.stderr) == (2, True), ended
+
+
+async def test_what_failed_last_is_listed(claude: Repository) -> None:
+    """With its class, the task and the reason."""
+    claude.council("run", "--task", "fail overloaded", "--adapter", "claude")
+    listed = {one["name"]: one for one in claude.council("adapters", "--json").result["adapters"]}
+    assert listed["claude"]["last_failure"]["failure"] == "overloaded"
+    assert "529" in listed["claude"]["last_failure"]["reason"]
+    assert listed["fake"]["last_failure"] is None
+    assert "resume" in listed["claude"]["capabilities"]
+    assert "overloaded: API Error: 529" in claude.council("adapters").stdout
