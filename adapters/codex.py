@@ -230,7 +230,8 @@ def _request_settings(request: SessionRequest) -> Iterator[str]:
     if request.instructions is not None:
         settings["developer_instructions"] = request.instructions
     for one in request.mcp_servers:
-        table = f"mcp_servers.{json.dumps(one.name)}"
+        # A dot would begin another table; quotes it does not know.
+        table = f"mcp_servers.{one.name.replace('.', '_')}"
         if one.url is not None:
             settings[f"{table}.url"] = one.url
         else:
