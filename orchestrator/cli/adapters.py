@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import anyio.to_thread
 import click
 
 from orchestrator.cli.adapter_test import test
-from orchestrator.cli.command import Context, json_option, opened, perform, store_option
+from orchestrator.cli.command import Context, json_option, perform, store_option
 from orchestrator.cli.group import Suggesting
-from orchestrator.cli.output import local_time, one_line, plain
+from orchestrator.cli.learned import Learned, learned
+from orchestrator.cli.output import one_line, plain
 from orchestrator.cli.scene import Scene, look_around
 from orchestrator.config.model import RunConfig, make_adapters
 from orchestrator.engine.findings import describe
 from orchestrator.engine.probing import AdapterStatus, make_without_options, probe_adapters
-from orchestrator.engine.report import AdapterFailure, AdapterReport
-from orchestrator.errors import ConfigError, CouncilError, RefusedError
+from orchestrator.engine.report import AdapterReport
+from orchestrator.errors import ConfigError
 from orchestrator.protocols import Adapter, JsonObject
 
 
@@ -44,11 +45,11 @@ def adapters(context: click.Context, as_json: bool) -> None:
     async def command(context: Context) -> int:
         scene = await look_around()
         types, named = await _list(scene)
-        learned, failed = await _learned(context) if scene.top is not None or named else ({}, {})
+        known = await learned(context) if scene.top is not None or named else Learned()
         if as_json:
-            context.output.json(_json(scene, types, named, learned, failed))
+            context.output.json(_json(scene, types, named, known))
         else:
-            for line in _lines(scene, types, named, learned, failed):
+            for line in _lines(scene, types, named, known):
                 context.output.text(plain(line) + "\n")
         return 0
 
@@ -92,28 +93,9 @@ def _can(adapter: Adapter) -> list[str]:
         return [f"can't be asked: {type(error).__name__}: {error}"]
 
 
-async def _learned(context: Context) -> tuple[dict[str, AdapterReport], dict[str, AdapterFailure]]:
-    """Return the adapters that the newest run can't use now, and what failed last; nothing where there is no run."""
-    try:
-        async with opened(context.log) as council:
-            report = await council.status()
-            return {one.name: one for one in report.adapters}, await council.past.last_failures(report.run)
-    except RefusedError:
-        return {}, {}
-    except (CouncilError, OSError) as error:
-        context.output.notice(plain(f"council: the newest run can't be looked at: {one_line(str(error))}"))
-        return {}, {}
-
-
-def _json(
-    scene: Scene,
-    types: Sequence[_Listed],
-    named: Sequence[_Listed],
-    learned: Mapping[str, AdapterReport],
-    failed: Mapping[str, AdapterFailure],
-) -> JsonObject:
+def _json(scene: Scene, types: Sequence[_Listed], named: Sequence[_Listed], known: Learned) -> JsonObject:
     nothing = AdapterReport("", None, None)
-    state = {one.name: learned.get(one.name, nothing) for one in named}
+    state = {one.name: known.unusable.get(one.name, nothing) for one in named}
     return {
         "types": [
             {
@@ -135,7 +117,7 @@ def _json(
                 "parked_until": state[one.name].parked_until,
                 "closed": state[one.name].closed,
                 "capabilities": list(one.can),
-                "last_failure": asdict(failed[one.name]) if one.name in failed else None,
+                "last_failure": asdict(known.failed[one.name]) if one.name in known.failed else None,
             }
             for one in named
         ],
@@ -143,13 +125,7 @@ def _json(
     }
 
 
-def _lines(
-    scene: Scene,
-    types: Sequence[_Listed],
-    named: Sequence[_Listed],
-    learned: Mapping[str, AdapterReport],
-    failed: Mapping[str, AdapterFailure],
-) -> Iterator[str]:
+def _lines(scene: Scene, types: Sequence[_Listed], named: Sequence[_Listed], known: Learned) -> Iterator[str]:
     for one in types:
         plugin = scene.plugins.bringers["adapters", one.name]
         yield f"{one.name} ({plugin.distribution} {plugin.version}){_needs(one)}"
@@ -162,11 +138,7 @@ def _lines(
         yield f"{one.name} (use: {one.use}, of {scene.file})"
         yield from _programs(one.status)
         yield f"  can be asked for: {one_line(', '.join(one.can)) or 'a prompt alone'}"
-        if one.name in learned:
-            yield f"  {_now(learned[one.name])}"
-        if one.name in failed:
-            last = failed[one.name]
-            yield f"  failed last {local_time(last.time)}, {last.task}: {last.failure}: {one_line(last.reason)}"
+        yield from (f"  {line}" for line in known.lines(one.name))
 
 
 def _needs(one: _Listed) -> str:
@@ -182,9 +154,3 @@ def _programs(status: AdapterStatus) -> Iterator[str]:
             yield f"    it is made for {program.known}"
         if program.remedy is not None:
             yield f"    → {one_line(program.remedy)}"
-
-
-def _now(learned: AdapterReport) -> str:
-    if learned.closed is not None:
-        return f"stopped: {one_line(learned.closed)}"
-    return f"pauses until {local_time(learned.parked_until or 0.0)}"
