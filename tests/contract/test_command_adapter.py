@@ -59,6 +59,12 @@ class TestQwenCode(AdapterContract):
     transcripts = TRANSCRIPTS / "qwen-code"
     recorded: ClassVar = {
         "edit": Recorded(text="It is written.", tokens=(2 * 120, 2 * 34)),
+        "resumed": Recorded(
+            session="72cde56b-a359-453c-a80e-efb673b668d5",
+            text="Both are there.",
+            tokens=(2 * 120 + 2 * 20, 2 * 34 + 2 * 4),
+        ),
+        "read-only": Recorded(tokens=(2 * 100, 2 * 10)),
         "tool": Recorded(text="Both done."),
         "limited-then-well": Recorded(text="Done."),
         "no-login": Recorded(FailureClass.AUTH),
@@ -120,6 +126,8 @@ class TestCodexFromYaml(AdapterContract):
         "edit": Recorded(
             session="01a20367-e977-74a0-a6b2-e9a9a51bad2e", text="It is written.", tokens=(2 * 120, 2 * 34)
         ),
+        "resumed": Recorded(text="Both are there.", tokens=(2 * 120 + 2 * 20, 2 * 34 + 2 * 4)),
+        "read-only": Recorded(FailureClass.REFUSED, text="It is looked at."),
         "tool": Recorded(text="Both done."),
         "limited": Recorded(FailureClass.RATE_LIMITED),
         "limited-then-well": Recorded(text="Done."),
@@ -184,6 +192,8 @@ class TestOpencodeFromYaml(AdapterContract):
     transcripts = TRANSCRIPTS / "opencode"
     recorded: ClassVar = {
         "edit": Recorded(session="ses_dfc986321ffeZTBadsNvnjbr3u", text="It is written.", tokens=(2 * 120, 2 * 34)),
+        "resumed": Recorded(text="Both are there.", tokens=(2 * 20, 2 * 4)),
+        "read-only": Recorded(text="It is looked at."),
         "tool": Recorded(text="Both done."),
         "limited": Recorded(FailureClass.RATE_LIMITED, tokens=(0, 0)),
         "limited-until": Recorded(FailureClass.RATE_LIMITED),
