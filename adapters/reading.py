@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, WithJsonSchema, model_validator
 
 from adapters.failures import class_of_status, one_line
 from adapters.jsonlines import cost_of, number_of, read_object, said_plainly, text_of
@@ -99,17 +99,27 @@ class Rule(BaseModel):
     done: bool = False
     """Whether such a line says that all is done: if any rule does, a session without such a line has failed."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_empty(cls, value: Any, info: ValidationInfo) -> Any:
+        """What is stored has nothing where the file says nothing."""
+        is_from_file = bool(info.context and info.context.get("from_file"))
+        empty = [key for key, one in value.items() if one is None] if is_from_file and isinstance(value, dict) else []
+        if empty:
+            raise ValueError(f"{empty[0]} is empty: give it a value or leave it out")
+        return value
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         groups = () if self.match is None else re.compile(self.match).groupindex
         paths = [name for name in _FACTS if getattr(self, name) is not None]
-        if not (groups or paths or self.done):
+        if not (self.reads or self.done):
             raise ValueError("the rule reads nothing: add a fact such as `text` or `input_tokens`, or `done: true`")
         if twice := [name for name in paths if name in groups]:
             raise ValueError(f"`{twice[0]}` is a path and a group of `match`: keep one of them")
         if self.done and self.match is None and not self.when:
             raise ValueError("each line would say that all is done: add `when` or `match` to this rule")
-        if self.usage != "line" and not any(name in groups or name in paths for name in _SPENT):
+        if self.usage != "line" and not self.reads.intersection(_SPENT):
             raise ValueError("`usage` is of tokens or a cost, and the rule reads none: add `input_tokens` or the like")
         return self
 
@@ -191,9 +201,8 @@ class Reader:
     def _failure(self, found: Sequence[_Facts]) -> Failed | None:
         told = [one for facts in found for one in facts["error"]]
         # Of an error that has parts all are told.
-        message = ": ".join(
-            filter(None, (json.dumps(one) if one and isinstance(one, dict) else text_of(one) for one in told))
-        )
+        words = [json.dumps(one) if one and isinstance(one, dict) else text_of(one).strip() for one in told]
+        message = ": ".join(filter(None, words))
         status = next((number for facts in found for number in map(_count, facts["status"]) if number), 0)
         by_status = class_of_status(status)
         if not message and by_status is None:

@@ -128,7 +128,19 @@ def test_what_usage_is_of(usage: str, spent: Spent) -> None:
 
 @pytest.mark.parametrize(
     ("given", "tokens"),
-    [(12, 12), ("12", 12), ("1,234", 1234), ("4.2k", 4200), ("2M", 2_000_000), (True, 0), (-3, 0), ("many", 0)],
+    [
+        (12, 12),
+        (12.0, 12),
+        (float("inf"), 0),
+        (float("nan"), 0),
+        ("12", 12),
+        ("1,234", 1234),
+        ("4.2k", 4200),
+        ("2M", 2_000_000),
+        (True, 0),
+        (-3, 0),
+        ("many", 0),
+    ],
 )
 def test_counts(given: Any, tokens: int) -> None:
     """Numbers of JSON, and those that are printed for people; anything else counts as nothing."""
@@ -186,6 +198,7 @@ def test_lines_of_text_among_json() -> None:
         ({"status": 200}, None, ""),
         ({"error": None}, None, ""),
         ({"error": {"message": ""}}, None, ""),
+        ({"error": {"message": " \n"}}, None, ""),
     ],
 )
 def test_errors_are_classed(line: dict[str, Any], failure: str | None, reason: str) -> None:
