@@ -8,66 +8,163 @@ adapters:
     failures:
       auth: not logged in|invalid api key
       rate_limited: 'try again in (?P<seconds>[0-9]+) s'
+
+What its output means beside that stands under `read` (`adapters.reading`); what it can be asked for beside the prompt,
+under the names of the capabilities.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Annotated, ClassVar, Final, Literal
+from functools import partial
+from typing import Annotated, ClassVar, Final, Literal, Self
 
 import pluggy
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
+from adapters.jsonlines import failure_concluded
 from adapters.options import AdapterOptions, check_argument, own_home
+from adapters.placeholders import check_placeholders, filled, words
+from adapters.reading import LONGEST_LINE, Pattern, Reader, Rule
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
 from orchestrator.errors import RefusedError
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
-from orchestrator.protocols import Capability, Command, Home, Program, Said, SessionEnd, SessionEvent, SessionRequest
+from orchestrator.protocols import (
+    Capability,
+    Command,
+    Concluded,
+    Home,
+    JsonObject,
+    McpServer,
+    Program,
+    SessionEnd,
+    SessionEvent,
+    SessionRequest,
+)
 
 hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
-# One pass: doubled braces come first, so that what they protect is not looked at again.
-_PLACEHOLDER: Final = re.compile(r"\{\{([a-z_]+)\}\}|\{([a-z_]+)\}")
-_PLACEHOLDERS: Final = ("prompt", "prompt_file", "worktree", "task", "run", "attempt")
+_REQUESTED: Final = ("prompt", "prompt_file", "worktree", "task", "run", "attempt", "home")
+_PLACEHOLDERS: Final = (*_REQUESTED, "model")
+_FOR_RESUME: Final = ("session",)
+_FOR_INSTRUCTIONS: Final = ("instructions", "instructions_file")
+_FOR_MCP: Final = ("mcp_file",)
+#: Where in argv the arguments go that not every session has.
+_OPTIONS: Final = "{options}"
+_INSTRUCTIONS: Final = "council-instructions.md"
+_SERVERS: Final = "council-mcp.json"
 #: The classes that a program's words can mean; the others are known from facts.
 _SaidClass = Literal["transient", "overloaded", "rate_limited", "auth", "invalid", "refused", "limit", "crashed"]
-_LONGEST_LINE: Final = 4096  # characters: patterns are a user's, lines an agent's
 _LONGEST_REASON: Final = 300
 # Linux takes at most 128 KiB for one argument (MAX_ARG_STRLEN, execve(2)); the rest is left to what surrounds it.
 _LARGEST_IN_ARGV: Final = 100 * 1024
+#: What may be long, and how else it is passed on.
+_LONG: Final[Mapping[str, str]] = {
+    "prompt": "use {prompt_file} in argv, or `prompt: stdin`",
+    "instructions": "use {instructions_file} instead of {instructions}",
+}
 
 
-def _check_argument(argument: str) -> str:
-    for match in _PLACEHOLDER.finditer(argument):
-        word = match[2]
-        if word is not None and word not in _PLACEHOLDERS:
-            known = ", ".join(f"{{{name}}}" for name in _PLACEHOLDERS)
-            raise ValueError(
-                f"{{{word}}} is no placeholder: use one of {known}, or double the braces, {{{{{word}}}}}, for the text"
-            )
-    return check_argument(argument)
+def _check_argument(argument: str, more: Sequence[str] = ()) -> str:
+    return check_placeholders(argument, (*_PLACEHOLDERS, *more))
 
 
-def _check_pattern(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern[:60]!r} is no regular expression, {error}: correct it") from None
-    return pattern
+def _check_argv(argv: tuple[str, ...]) -> tuple[str, ...]:
+    if words(argv).count("options") > argv[1:].count(_OPTIONS) or argv.count(_OPTIONS) > 1:
+        raise ValueError("{options} is a place for arguments: write it once, as an argument of its own")
+    return argv
+
+
+def _check_used(arguments: tuple[str, ...], one_of: Sequence[str]) -> tuple[str, ...]:
+    if not set(one_of) & set(words(arguments)):
+        wanted = " or ".join(f"{{{name}}}" for name in one_of)
+        raise ValueError(f"{wanted} does not stand in these arguments: write it where it is to go")
+    return arguments
+
+
+_Filled = Annotated[str, AfterValidator(_check_argument)]
+_Arguments = Annotated[tuple[_Filled, ...], Field(strict=False, min_length=1)]
+_Argv = Annotated[
+    tuple[Annotated[str, AfterValidator(partial(_check_argument, more=("options",)))], ...],
+    Field(strict=False, min_length=1),
+    AfterValidator(_check_argv),
+]
+_Resume = Annotated[
+    tuple[Annotated[str, AfterValidator(partial(_check_argument, more=_FOR_RESUME))], ...],
+    Field(strict=False, min_length=1),
+    AfterValidator(partial(_check_used, one_of=_FOR_RESUME)),
+]
+_Instructions = Annotated[
+    tuple[Annotated[str, AfterValidator(partial(_check_argument, more=_FOR_INSTRUCTIONS))], ...],
+    Field(strict=False, min_length=1),
+    AfterValidator(partial(_check_used, one_of=_FOR_INSTRUCTIONS)),
+]
+_Mcp = Annotated[
+    tuple[Annotated[str, AfterValidator(partial(_check_argument, more=_FOR_MCP))], ...],
+    Field(strict=False, min_length=1),
+    AfterValidator(partial(_check_used, one_of=_FOR_MCP)),
+]
 
 
 class CommandOptions(AdapterOptions):
     """What stands under an adapter that says `use: command`."""
 
-    argv: Annotated[tuple[Annotated[str, AfterValidator(_check_argument)], ...], Field(strict=False, min_length=1)]
+    argv: _Argv
     """The program and its arguments, with placeholders such as {prompt_file}."""
-    failures: dict[_SaidClass, Annotated[str, AfterValidator(_check_pattern)]] = Field(default_factory=dict)
+    failures: dict[_SaidClass, Pattern] = Field(default_factory=dict)
     """Regular expressions, by the class of failure that the program's last words mean where they match."""
     prompt: Literal["stdin"] | None = None
     """`stdin` feeds the prompt there; otherwise it goes where argv names it."""
+    model: Annotated[str, AfterValidator(check_argument)] | None = None
+    """What {model} stands for, and the name by which its price is looked up."""
+    output: Literal["text", "jsonl"] = "text"
+    """What its standard output holds: lines of text, or lines of JSON."""
+    read: Annotated[tuple[Rule, ...], Field(strict=False)] = ()
+    """What its lines mean beside words: each entry is for one kind of line."""
+    resume: _Resume | None = None
+    """Arguments, with {session}, by which it goes on with an earlier conversation."""
+    read_only: _Arguments | None = None
+    """Arguments of a session that may only look."""
+    read_write: _Arguments | None = None
+    """Arguments of any other session, in the place of `read_only`."""
+    instructions: _Instructions | None = None
+    """Arguments, with {instructions} or {instructions_file}, for what it is told apart from the prompt."""
+    mcp: _Mcp | None = None
+    """Arguments, with {mcp_file}, by which it gets servers of the Model Context Protocol."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_rules(self)
+        lists = (self.argv, self.resume, self.read_only, self.read_write, self.instructions, self.mcp)
+        if self.model is None and any("model" in words(one) for one in lists if one is not None):
+            raise ValueError("{model} stands for nothing: add `model`, or write the name in its place")
+        if self.read_write is not None and self.read_only is None:
+            raise ValueError(
+                "all sessions would have the arguments of `read_write`: move them to `argv`, or add `read_only`"
+            )
+        if self.resume is not None and not any("session" in rule.reads for rule in self.read):
+            raise ValueError("`resume` needs the id of a conversation: add a rule with `session` to `read`")
+        if self.resume is not None and "home" not in self.model_fields_set:
+            raise ValueError(
+                "`resume` needs a place where conversations stay: write `home: own`, or `home: shared` if `writable` "
+                "names the folder of yours that it keeps them in"
+            )
+        return self
+
+
+def _check_rules(options: CommandOptions) -> None:
+    if options.output == "jsonl" and not options.read:
+        raise ValueError("nothing says what its lines of JSON mean: add `read` with a rule for each kind of line")
+    if options.output == "text" and any(rule.needs_json for rule in options.read):
+        raise ValueError(
+            "`read` looks into lines of JSON, and the output is text: write `output: jsonl`, or only `match` in its "
+            "rules, with a named group for each fact"
+        )
 
 
 class CommandAdapter:
@@ -77,67 +174,138 @@ class CommandAdapter:
 
     def __init__(self, options: CommandOptions, /) -> None:
         self._options = options
+        self._reader = Reader(options.read, options.output == "jsonl", options.model, self._class_in)
 
     def command(self, request: SessionRequest) -> Command:
         """Return argv with its placeholders filled, each once: what a prompt holds is never filled again.
 
-        Raises RefusedError if the prompt can't be an argument: too long, or with a NUL character.
+        Raises RefusedError if the prompt or the instructions can't be an argument: too long, or with a NUL character.
         """
-        values = {name: str(getattr(request, name)) for name in _PLACEHOLDERS}
-
-        def fill(match: re.Match[str]) -> str:
-            return values[match[2]] if match[2] is not None else f"{{{match[1]}}}"
-
-        self._check_prompt(request.prompt)
-        env, passed = self._options.variables(**own_home(self._options, request))
+        options = self._options
+        values = {name: str(getattr(request, name)) for name in _REQUESTED} | {
+            "model": options.model or "",
+            "session": request.resume or "",
+            "instructions": request.instructions or "",
+            "instructions_file": str(request.home / _INSTRUCTIONS),
+            "mcp_file": str(request.home / _SERVERS),
+        }
+        arguments = tuple(_arguments(options, request))
+        for name in _LONG:
+            _check_size(name, values[name], words(arguments).count(name))
+        env, passed = options.variables(**own_home(options, request))
+        files = dict(_files(options, request))
         return Command(
-            argv=tuple(_PLACEHOLDER.sub(fill, argument) for argument in self._options.argv),
-            stdin=request.prompt_file if self._options.prompt == "stdin" else None,
+            argv=filled(arguments, values),
+            stdin=request.prompt_file if options.prompt == "stdin" else None,
             env=env,
             pass_env=passed,
-            home=Home() if self._options.has_own_home else None,
+            home=Home(files) if options.has_own_home or files or "home" in words(arguments) else None,
         )
 
     def verdict(self, end: SessionEnd) -> Failed | None:
-        """Return the first of the options' `failures` whose pattern matches a line that the program printed last.
+        """Return what failed by the rules of `read`, else by the first of `failures` that matches a line printed last.
 
         A group named `seconds`, or `until` (an ISO 8601 time, or seconds since the epoch), says when it may be
         used again.
         """
-        lines = [*end.stdout.splitlines(), *end.stderr.splitlines()][::-1]
-        for failure, pattern in self._options.failures.items():
-            compiled = re.compile(pattern, re.IGNORECASE)
-            match = next(filter(None, (compiled.search(line[:_LONGEST_LINE]) for line in lines)), None)
-            if match is not None:
-                return Failed(FailureClass(failure), match.string.strip()[:_LONGEST_REASON], _until(match, end.time))
-        return None
+        failed = failure_concluded(end)
+        if failed is None or failed.failure is FailureClass.CRASHED:
+            failed = self._failure_in_words(end) or failed
+        elif failed.failure is FailureClass.RATE_LIMITED:
+            failed = replace(failed, until=self._until(failed.reason, end.time))
+        awaited = self._reader.awaited
+        if awaited is None or end.exit != 0 or any(isinstance(event, Concluded) for event in end.events):
+            return failed
+        failed = failed or Failed(FailureClass.CRASHED, f"it ended without {awaited}"[:_LONGEST_REASON])
+        return replace(failed, unfinished=True)
 
     def capabilities(self) -> frozenset[Capability]:
-        """Return nothing."""
-        return frozenset()
+        """Return those that options are given for."""
+        options = self._options
+        given = {
+            Capability.RESUME: options.resume,
+            Capability.READ_ONLY: options.read_only,
+            Capability.INSTRUCTIONS: options.instructions,
+            Capability.MCP: options.mcp,
+        }
+        return frozenset(one for one, arguments in given.items() if arguments is not None)
 
     def programs(self) -> Sequence[Program]:
         """Return the program if it is looked for on PATH: neither a path nor known only when a session starts."""
         program = self._options.argv[0]
-        return () if "/" in program or _PLACEHOLDER.search(program) else (Program(program),)
+        return () if "/" in program or words([program]) else (Program(program),)
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
-        """Return each line that is not empty as something that the program said."""
-        return (Said(line),) if line.strip() else ()
+        """Return what the rules of `read` say of a line; one that none is for is said, unless it is JSON."""
+        return self._reader.read(line)
 
-    def _check_prompt(self, prompt: str) -> None:
-        used = [match[2] for argument in self._options.argv for match in _PLACEHOLDER.finditer(argument)]
-        size = len(prompt.encode()) * used.count("prompt")
-        if size > _LARGEST_IN_ARGV:
-            raise RefusedError(
-                f"the prompt takes {size} bytes of argv, the system's limit is near {_LARGEST_IN_ARGV}",
-                "use {prompt_file} in argv, or `prompt: stdin`",
-            )
-        if "\0" in prompt and "prompt" in used:
-            raise RefusedError("the prompt holds a NUL character, which no argument can", "remove it")
+    def _failure_in_words(self, end: SessionEnd) -> Failed | None:
+        """Lines of JSON hold what was only talked of, too: of those the rules say which are errors."""
+        is_json = self._options.output == "jsonl"
+        said = [line for line in end.stdout.splitlines() if not (is_json and line.startswith("{"))]
+        lines = [*said, *end.stderr.splitlines()][::-1]
+        for failure in self._options.failures:
+            match = next(filter(None, (self._search(failure, line) for line in lines)), None)
+            if match is not None:
+                reason = match.string.strip()[:_LONGEST_REASON]
+                return Failed(FailureClass(failure), reason, _instant(match, end.time))
+        return None
+
+    def _class_in(self, text: str) -> FailureClass | None:
+        return next((FailureClass(one) for one in self._options.failures if self._search(one, text)), None)
+
+    def _until(self, reason: str, now: float) -> float | None:
+        match = self._search("rate_limited", reason)
+        return None if match is None else _instant(match, now)
+
+    def _search(self, failure: _SaidClass, text: str) -> re.Match[str] | None:
+        pattern = self._options.failures.get(failure)
+        return None if pattern is None else re.search(pattern, text[:LONGEST_LINE], re.IGNORECASE)
 
 
-def _until(match: re.Match[str], now: float) -> float | None:
+def _arguments(options: CommandOptions, request: SessionRequest) -> Iterator[str]:
+    """Yield the arguments of a session, not filled yet."""
+    asked = (
+        options.resume if request.resume is not None else None,
+        options.read_only if request.read_only else options.read_write,
+        options.instructions if request.instructions is not None else None,
+        options.mcp if request.mcp_servers else None,
+    )
+    more = [argument for arguments in asked for argument in arguments or ()]
+    for argument in options.argv if _OPTIONS in options.argv else (*options.argv, _OPTIONS):
+        yield from more if argument == _OPTIONS else [argument]
+
+
+def _files(options: CommandOptions, request: SessionRequest) -> Iterator[tuple[str, str]]:
+    """Yield the files that arguments name."""
+    if request.instructions is not None and "instructions_file" in words(options.instructions or ()):
+        yield _INSTRUCTIONS, request.instructions
+    if request.mcp_servers and options.mcp is not None:
+        yield _SERVERS, json.dumps({"mcpServers": {one.name: _server(one) for one in request.mcp_servers}})
+
+
+def _server(one: McpServer) -> JsonObject:
+    """A server as most programs read it; its variables are those that the program hands on to it.
+
+    To some, `url` alone is of an older kind than what others call by `type`.
+    """
+    if one.url is not None:
+        return {"type": "http", "url": one.url, "httpUrl": one.url}
+    return {"command": one.argv[0], "args": [*one.argv[1:]]}
+
+
+def _check_size(name: str, text: str, times: int) -> None:
+    size = len(text.encode()) * times
+    what = "the prompt" if name == "prompt" else "what `instructions` says"
+    if size > _LARGEST_IN_ARGV:
+        raise RefusedError(
+            f"{what} takes {size} bytes of argv, the system's limit is near {_LARGEST_IN_ARGV}", _LONG[name]
+        )
+    if "\0" in text and times:
+        raise RefusedError(f"{what} holds a NUL character, which no argument can", "remove it")
+
+
+def _instant(match: re.Match[str], now: float) -> float | None:
     """Return the instant that a match names, in wall-clock seconds; None if it names none that can be read."""
     groups = match.groupdict()
     try:

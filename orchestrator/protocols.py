@@ -660,8 +660,9 @@ class Adapter(Protocol):
     def verdict(self, end: SessionEnd) -> Failed | None:
         """Return what a session's words say about why it failed, or None if they say nothing.
 
-        Heard only where the program ended with an error, or well but with everything as it was, or well but with
-        `failed` in its last `Concluded`, whatever it has changed by then: its word counts against it, never for it.
+        Heard only where the program ended with an error, or well but with everything as it was, or, whatever it has
+        changed by then, well but with `failed` in its last `Concluded` or with a verdict of `unfinished`: without what
+        it prints whenever it comes to its end. Its word counts against it, never for it.
         Where the last `Concluded` failed, the verdict is never None. The failure's class
         (`orchestrator.domain.failures`) decides what follows: RATE_LIMITED parks the adapter (`until`: wall-clock
         seconds, if known) and AUTH stops it, both without counting the attempt; the `reason` of AUTH says how to

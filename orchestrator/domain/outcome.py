@@ -19,11 +19,15 @@ class Built:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The attempt failed; `until` is when an account that is rate limited may be used again (wall-clock seconds)."""
+    """The attempt failed; `until` is when an account that is rate limited may be used again (wall-clock seconds).
+
+    `unfinished`: what has been built by then is half of the work, though the program ended well.
+    """
 
     failure: FailureClass
     reason: str
     until: float | None = None
+    unfinished: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +83,9 @@ def judge(
 
     `commit` is what the worktree holds beyond its base (None: nothing), `refused` why it can't be taken (None:
     it can), `verdict` what the adapter reads from the program's words. Those count only against it: they are
-    heard where it failed, left everything as it was, or has itself `admitted` at its end that it failed. A zero
-    exit proves nothing, and neither does half of the work. `errors` is the end of its standard error: the last line is
+    heard where it failed, left everything as it was, or has itself `admitted` at its end that it failed, and where
+    they lack what it always says at its end (`unfinished`). A zero exit proves nothing, and neither does half of the
+    work. `errors` is the end of its standard error: the last line is
     told with an exit code that nobody can explain.
     """
     if exit_.spawn_error is not None:
@@ -92,7 +97,7 @@ def judge(
     if exit_.code != 0:
         how = f"got signal {exit_.signal}" if exit_.code is None else f"ended with exit code {exit_.code}"
         return verdict or Failed(FailureClass.CRASHED, f"the program {how}{_last_line(errors)}")
-    if admitted and verdict is not None:
+    if verdict is not None and (admitted or verdict.unfinished):
         return verdict
     if refused is not None:
         return Failed(FailureClass.REFUSED, refused)

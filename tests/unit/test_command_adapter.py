@@ -1,5 +1,7 @@
 """`use: command`: any program, with nothing but YAML."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,7 +13,7 @@ import adapters.command
 from adapters.command import CommandAdapter, CommandOptions
 from orchestrator import hookspecs
 from orchestrator.errors import RefusedError
-from orchestrator.protocols import Command, SessionEnd, SessionRequest
+from orchestrator.protocols import Capability, Command, Home, McpServer, SessionEnd, SessionRequest
 from orchestrator.testing.adapter_contract import AdapterContract
 
 
@@ -201,3 +203,106 @@ def test_registers_itself() -> None:
     plugins.check_pending()
     plugins.hook.council_register_adapters(register=found.__setitem__)
     assert found == {"command": CommandAdapter}
+
+
+ALL: dict[str, Any] = {
+    "argv": ["x", "{options}", "--", "{prompt_file}"],
+    "home": "own",
+    "read": [{"match": r"(?P<session>\d+)"}],
+    "resume": ["resume", "{session}"],
+    "read_only": ["--look"],
+    "read_write": ["--edit"],
+    "instructions": ["--system", "{instructions}"],
+    "mcp": ["--mcp", "{mcp_file}"],
+}
+
+
+SERVERS = (McpServer("files", ("mcp-files", "a b"), env=("MY_TOKEN",)), McpServer("docs", url="http://127.0.0.1:9/mcp"))
+
+
+def asked(options: dict[str, Any], **more: Any) -> Command:
+    return CommandAdapter(CommandOptions.model_validate(options)).command(replace(request(), **more))
+
+
+def test_arguments_that_not_every_session_has() -> None:
+    """They go where argv says, else behind it; those of a session that may change files in the place of the others."""
+    everything: dict[str, Any] = {"resume": "s1", "instructions": "Speak {task}.", "mcp_servers": SERVERS}
+    given = ("resume", "s1", "--edit", "--system", "Speak {task}.", "--mcp", "/h/council-mcp.json")
+    assert asked(ALL, **everything).argv == ("x", *given, "--", "/p/prompt")
+    assert asked({**ALL, "argv": ["x"]}, **everything).argv == ("x", *given)
+    assert asked(ALL).argv == ("x", "--edit", "--", "/p/prompt")
+    assert asked(ALL, read_only=True).argv == ("x", "--look", "--", "/p/prompt")
+
+
+def test_each_option_is_a_capability() -> None:
+    """What no option is given for, it is not asked for."""
+    assert CommandAdapter(CommandOptions.model_validate(ALL)).capabilities() == {
+        Capability.RESUME,
+        Capability.READ_ONLY,
+        Capability.INSTRUCTIONS,
+        Capability.MCP,
+    }
+    for name, one in {"read_only": Capability.READ_ONLY, "instructions": Capability.INSTRUCTIONS}.items():
+        options = CommandOptions.model_validate({"argv": ["x"], name: ALL[name]})
+        assert CommandAdapter(options).capabilities() == {one}
+
+
+def test_files_in_the_home() -> None:
+    """Servers and instructions stand in files where arguments name those; no variable's value does."""
+    home = asked(ALL, mcp_servers=SERVERS, instructions="Speak.").home
+    assert home is not None
+    assert {name: json.loads(text) for name, text in home.files.items()} == {
+        "council-mcp.json": {
+            "mcpServers": {
+                "files": {"command": "mcp-files", "args": ["a b"]},
+                "docs": {"type": "http", "url": "http://127.0.0.1:9/mcp", "httpUrl": "http://127.0.0.1:9/mcp"},
+            }
+        }
+    }
+    by_file = {"argv": ["x"], "instructions": ["--system={instructions_file}"]}
+    told = asked(by_file, instructions="Speak.")
+    assert told.argv == ("x", "--system=/h/council-instructions.md")
+    assert told.home == Home({"council-instructions.md": "Speak."})
+    assert asked(by_file).home is None
+    assert asked({"argv": ["x", "{home}"]}).home == Home()
+
+
+def test_long_instructions_need_a_file() -> None:
+    """As an argument they have the limit of one, by a file none."""
+    long = "x" * (100 * 1024 + 1)
+    with pytest.raises(RefusedError, match=r"use \{instructions_file\} instead of"):
+        asked(ALL, instructions=long)
+    asked({"argv": ["x"], "instructions": ["{instructions_file}"]}, instructions=long)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"argv": ["x", "{model}"]}, "{model} stands for nothing: add `model`"),
+        ({"argv": ["x", "{session}"]}, "{session} is no placeholder"),
+        ({"argv": ["{options}"]}, "write it once, as an argument of its own"),
+        ({"argv": ["x", "{options}", "{options}"]}, "write it once, as an argument of its own"),
+        ({"argv": ["x", "--with={options}"]}, "write it once, as an argument of its own"),
+        ({"read_write": ["--edit"]}, "move them to `argv`, or add `read_only`"),
+        ({"read_only": []}, "at least 1 item"),
+        ({"read_only": ["{options}"]}, "{options} is no placeholder"),
+        ({"resume": ["--continue"]}, "{session} does not stand in these arguments: write it"),
+        ({"resume": ["{session}"], "home": "own"}, "add a rule with `session` to `read`"),
+        ({"resume": ["{session}"], "read": ALL["read"]}, "write `home: own`, or `home: shared` if `writable`"),
+        ({"instructions": ["--system"]}, "{instructions} or {instructions_file} does not stand in"),
+        ({"mcp": ["--mcp", "x.json"]}, "{mcp_file} does not stand in these arguments"),
+        ({"mcp": "--mcp {mcp_file}"}, "tuple"),
+    ],
+)
+def test_mistakes_in_what_it_can_be_asked_for(options: dict[str, Any], told: str) -> None:
+    """Each is explained when the file is loaded."""
+    with pytest.raises(ValidationError) as raised:
+        CommandOptions.model_validate({"argv": ["x"], **options})
+    assert told in str(raised.value)
+
+
+def test_conversations_are_kept_where_the_file_says() -> None:
+    """By a home of the task's, or in the user's own, which has to be said."""
+    for home in ("own", "shared"):
+        options = CommandOptions.model_validate({**ALL, "home": home})
+        assert Capability.RESUME in CommandAdapter(options).capabilities()

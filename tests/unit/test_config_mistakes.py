@@ -33,6 +33,10 @@ def adapter(options: str) -> str:
     return f"version: 1\nadapters:\n  x:\n    use: command\n{options}{TASKS}"
 
 
+def reading(rule: str) -> str:
+    return adapter(f"    argv: [x]\n    output: jsonl\n    read: [{{{rule}}}]\n")
+
+
 def worktrees(settings: str, top: str = "") -> str:
     return f"{HEAD}{TASKS}{top}worktrees:\n{settings}"
 
@@ -137,6 +141,16 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, int, int, str]] = {
     "env value": (adapter("    argv: [x]\n    env: {A: 1}\n"), 6, 14, "A is the number 1: write text"),
     "env form": (adapter("    argv: [x]\n    env: A\n"), 6, 10, "env is the text 'A': write a list of names"),
     "git env": (adapter("    argv: [x]\n    env: [GIT_DIR]\n"), 6, 11, "another repository than the session's"),
+    "unknown in a rule": (reading("session: id, sesion: id"), 7, 26, "did you mean 'session'?"),
+    "empty in a rule": (reading("session: id, text: null"), 7, 12, "text is empty: give it a value or leave it out"),
+    "rule of nothing": (reading("when: {type: end}"), 7, 12, "reads nothing: add a fact such as `text`"),
+    "no path in a rule": (reading("text: .type"), 7, 19, "'.type' is no path into a line of JSON: write names with"),
+    "no path in a when": (reading("when: {.x: y}, done: true"), 7, 20, "'.x' is no path into a line of JSON: write"),
+    "list in a when": (reading("when: {x: [y]}, done: true"), 7, 23, "or false can be waited for: write one"),
+    "usage of all": (reading("cost: x, usage: all"), 7, 29, "write 'line', 'session' or 'conversation'"),
+    "unknown output": (adapter("    argv: [x]\n    output: json\n"), 6, 13, "write 'text' or 'jsonl'"),
+    "braces in resume": (adapter("    argv: [x]\n    resume: [{session}]\n"), 6, 14, 'quote it: "{session}"'),
+    "resume of none": (adapter('    argv: [x]\n    resume: ["{session}"]\n'), 4, 5, "add a rule with `session`"),
     "max of none": (worktrees("  max: 0\n"), 5, 8, "max is the number 0: write 1 or more"),
     "max 1001": (worktrees("  max: 1001\n"), 5, 8, "write 1000 or less"),
     "bare size": (worktrees("  max_size: 20\n"), 5, 13, "a size can't be the number 20: write a whole number with a"),

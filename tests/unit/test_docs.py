@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from adapters.command import CommandAdapter
+from adapters.reading import Rule
 from orchestrator.cli.main import COMMANDS, main
 from orchestrator.cli.output import SENTENCES
 from orchestrator.config.load import load_config
@@ -98,6 +99,7 @@ def test_every_key_is_documented() -> None:
         WorktreeSettings,
         SetupSettings,
         CommandAdapter.Options,
+        Rule,
         JsonLines.Options,
         Checklist.Options,
     )

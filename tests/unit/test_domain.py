@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -237,6 +238,14 @@ def test_who_admits_that_it_failed_is_believed_whatever_it_has_changed(commit: s
     limits = Limits(60.0)
     assert judge(Exit("exit", 0, None, None), limits, commit, refused, BUSY, admitted=True) == BUSY
     assert isinstance(judge(Exit("stop", 0, None, None), limits, commit, refused, BUSY, admitted=True), Interrupted)
+
+
+def test_what_did_not_come_to_its_end_has_failed_whatever_it_has_changed() -> None:
+    """A zero exit without what the program always says at its end is a failure; words alone are none."""
+    limits = Limits(60.0)
+    cut = replace(BUSY, unfinished=True)
+    assert judge(Exit("exit", 0, None, None), limits, "c", None, cut) == cut
+    assert judge(Exit("exit", 0, None, None), limits, "c", None, BUSY) == Built("c")
 
 
 @pytest.mark.parametrize(

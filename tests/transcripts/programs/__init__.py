@@ -13,6 +13,7 @@ from tests.transcripts.programs.codex import CODEX
 from tests.transcripts.programs.gemini import GEMINI
 from tests.transcripts.programs.ollama import OLLAMA
 from tests.transcripts.programs.opencode import OPENCODE
+from tests.transcripts.programs.qwen_code import QWEN_CODE
 
 #: By the name of the folder that holds their recordings.
 PROGRAMS: Final[Mapping[str, Program]] = {
@@ -25,4 +26,5 @@ PROGRAMS: Final[Mapping[str, Program]] = {
     "gemini": GEMINI,
     "ollama": OLLAMA,
     "opencode": OPENCODE,
+    "qwen-code": QWEN_CODE,
 }

@@ -1,0 +1,222 @@
+"""The contract on `use: command`: with all that it can be asked for, and with what real CLIs printed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from adapters.command import CommandAdapter
+from orchestrator.domain.failures import FailureClass
+from orchestrator.protocols import Concluded, Identified, Said, Spent
+from orchestrator.testing.adapter_contract import AdapterContract, Recorded
+from tests.contract.judging import SESSION, TRANSCRIPTS, end
+from tests.transcripts.programs.qwen_code import QWEN_CODE
+
+
+class TestEverything(AdapterContract):
+    """All options at once, the arguments in the middle, long texts by files."""
+
+    adapter_type = CommandAdapter
+    options: ClassVar[dict[str, Any]] = {
+        "argv": ["tool", "{options}", "--model", "{model}", "--data", "{home}", "--", "{prompt_file}"],
+        "model": "big",
+        "home": "own",
+        "resume": ["resume", "{session}"],
+        "read_only": ["--mode", "look"],
+        "read_write": ["--mode", "edit"],
+        "instructions": ["--system", "{instructions_file}"],
+        "mcp": ["--mcp", "{mcp_file}"],
+        "output": "jsonl",
+        "read": [{"session": "id"}, {"match": "^the end$", "done": True}],
+        "failures": {"rate_limited": r"again in (?P<seconds>\d+) s"},
+    }
+    lines: ClassVar = (('{"id": "s1"}', (Identified("s1"),)), ("the end", (Concluded(),)), ("words", (Said("words"),)))
+    ends: ClassVar = ((end("words", 0), FailureClass.CRASHED), (end("the end", 0), None), (end("words"), None))
+
+
+class TestInArguments(AdapterContract):
+    """Instructions as an argument, each without the others; the home is yours."""
+
+    adapter_type = CommandAdapter
+    options: ClassVar = {
+        "argv": ["tool"],
+        "prompt": "stdin",
+        "home": "shared",
+        "resume": ["--resume={session}"],
+        "instructions": ["--system", "{instructions}"],
+        "read": [{"match": r"^id (?P<session>\S+)"}],
+    }
+
+
+class TestQwenCode(AdapterContract):
+    """The adapter of configs/any-cli.yaml, with what Qwen Code was seen to print."""
+
+    adapter_type = CommandAdapter
+    options: ClassVar = QWEN_CODE.options
+    transcripts = TRANSCRIPTS / "qwen-code"
+    recorded: ClassVar = {
+        "edit": Recorded(text="It is written.", tokens=(2 * 120, 2 * 34)),
+        "resumed": Recorded(
+            session="72cde56b-a359-453c-a80e-efb673b668d5",
+            text="Both are there.",
+            tokens=(2 * 120 + 2 * 20, 2 * 34 + 2 * 4),
+        ),
+        "read-only": Recorded(tokens=(2 * 100, 2 * 10)),
+        "tool": Recorded(text="Both done."),
+        "limited-then-well": Recorded(text="Done."),
+        "no-login": Recorded(FailureClass.AUTH),
+        "no-key": Recorded(FailureClass.AUTH),
+        "server-error": Recorded(FailureClass.OVERLOADED),
+        "dead-server": Recorded(FailureClass.TRANSIENT),
+        "broken-stream": Recorded(FailureClass.TRANSIENT),
+        "invalid": Recorded(FailureClass.INVALID),
+        "interrupted": Recorded(),
+        "terminated": Recorded(),
+    }
+
+
+class TestCodexFromYaml(AdapterContract):
+    """What our adapter of Codex reads can be said in YAML, but for the tools that it used."""
+
+    adapter_type = CommandAdapter
+    options: ClassVar = yaml.safe_load(r"""
+        argv: [codex, exec, "{options}", --json, --skip-git-repo-check, --model, "{model}", "-"]
+        prompt: stdin
+        model: gpt-5.5
+        home: own
+        resume: [resume, "{session}"]
+        output: jsonl
+        read:
+          - session: thread_id
+          - when: {type: item.completed, item.type: agent_message}
+            text: item.text
+          - when: {type: turn.completed}
+            input_tokens: usage.input_tokens
+            output_tokens: usage.output_tokens
+            cached_tokens: usage.cached_input_tokens
+            usage: conversation
+            done: true
+          - when: {type: turn.failed}
+            error: error.message
+          - when: {type: turn.failed}
+            match: 'status:? (?P<status>[0-9]{3})'
+        failures:
+          auth: missing environment variable
+          overloaded: experiencing high demand
+          transient: stream disconnected
+          invalid: invalid_request_error|initialize in-process
+          refused: patch rejected
+    """)
+    lines: ClassVar = (
+        (json.dumps({"type": "thread.started", "thread_id": SESSION}), (Identified(SESSION),)),
+        ('{"type":"turn.started"}', ()),
+        (
+            '{"type":"turn.completed","usage":{"input_tokens":120,"cached_input_tokens":100,"output_tokens":34}}',
+            (
+                Spent(120, 34, in_all=True, cached_tokens=100, model="gpt-5.5", of_conversation=True),
+                Concluded(),
+            ),
+        ),
+    )
+    transcripts = TRANSCRIPTS / "codex"
+    recorded: ClassVar = {
+        "edit": Recorded(
+            session="01a20367-e977-74a0-a6b2-e9a9a51bad2e", text="It is written.", tokens=(2 * 120, 2 * 34)
+        ),
+        "resumed": Recorded(text="Both are there.", tokens=(2 * 120 + 2 * 20, 2 * 34 + 2 * 4)),
+        "read-only": Recorded(FailureClass.REFUSED, text="It is looked at."),
+        "tool": Recorded(text="Both done."),
+        "limited": Recorded(FailureClass.RATE_LIMITED),
+        "limited-then-well": Recorded(text="Done."),
+        "no-login": Recorded(FailureClass.AUTH),
+        "no-key": Recorded(FailureClass.AUTH),
+        "server-error": Recorded(FailureClass.OVERLOADED),
+        "overloaded": Recorded(FailureClass.OVERLOADED),
+        "dead-server": Recorded(),
+        "broken-stream": Recorded(FailureClass.TRANSIENT),
+        "invalid": Recorded(FailureClass.INVALID),
+        "unwritable": Recorded(FailureClass.INVALID),
+        "refused": Recorded(FailureClass.REFUSED),
+        "interrupted": Recorded(),
+        "terminated": Recorded(),
+    }
+
+
+class TestOpencodeFromYaml(AdapterContract):
+    """The same for opencode, whose usage is of each step."""
+
+    adapter_type = CommandAdapter
+    options: ClassVar = yaml.safe_load(r"""
+        argv: [opencode, run, --format, json, --auto, --print-logs, --log-level, ERROR]
+        prompt: stdin
+        home: own
+        resume: [--session, "{session}"]
+        read_only: [--agent, plan]
+        output: jsonl
+        read:
+          - session: sessionID
+          - when: {type: text}
+            text: part.text
+          - when: {type: step_finish}
+            input_tokens: part.tokens.input + part.tokens.cache.read + part.tokens.cache.write
+            output_tokens: part.tokens.output + part.tokens.reasoning
+            cached_tokens: part.tokens.cache.read
+            cost: part.cost
+          - when: {type: step_finish, part.reason: stop}
+            done: true
+          - when: {type: error}
+            error: error.data.message
+            status: error.data.statusCode
+        failures:
+          transient: unable to connect|connection reset
+          invalid: model not found|EACCES|EPERM|ENOTDIR
+    """)
+    lines: ClassVar = (
+        (
+            json.dumps(
+                {
+                    "type": "step_finish",
+                    "part": {
+                        "reason": "stop",
+                        "cost": 0.25,
+                        "tokens": {"input": 1, "output": 4, "reasoning": 50, "cache": {"read": 300, "write": 20}},
+                    },
+                }
+            ),
+            (Spent(321, 54, 0.25, cached_tokens=300), Concluded()),
+        ),
+    )
+    transcripts = TRANSCRIPTS / "opencode"
+    recorded: ClassVar = {
+        "edit": Recorded(session="ses_dfc986321ffeZTBadsNvnjbr3u", text="It is written.", tokens=(2 * 120, 2 * 34)),
+        "resumed": Recorded(text="Both are there.", tokens=(2 * 20, 2 * 4)),
+        "read-only": Recorded(text="It is looked at."),
+        "tool": Recorded(text="Both done."),
+        "limited": Recorded(FailureClass.RATE_LIMITED, tokens=(0, 0)),
+        "limited-until": Recorded(FailureClass.RATE_LIMITED),
+        "limited-then-well": Recorded(text="Done."),
+        "no-login": Recorded(FailureClass.AUTH),
+        "server-error": Recorded(FailureClass.OVERLOADED),
+        "overloaded": Recorded(FailureClass.OVERLOADED),
+        "dead-server": Recorded(FailureClass.TRANSIENT),
+        "broken-stream": Recorded(FailureClass.TRANSIENT),
+        "invalid": Recorded(FailureClass.INVALID),
+        "unknown-model": Recorded(FailureClass.INVALID),
+        "unwritable": Recorded(FailureClass.INVALID),
+        "refused": Recorded(text="It is not written."),
+        "interrupted": Recorded(),
+        "terminated": Recorded(),
+    }
+
+
+def test_the_arguments_of_a_session_of_qwen_code(tmp_path: Path) -> None:
+    """All that it is asked for stands behind what every session has; its home has the servers."""
+    contract = TestQwenCode()
+    adapter = CommandAdapter(contract.validated())
+    plain, *_, last = contract.requests(tmp_path)
+    assert adapter.command(plain).argv[-2:] == ("--approval-mode", "yolo")
+    assert last.resume == "0c5b2f3e-1d"
+    assert adapter.command(last).argv[-4:] == ("--resume", "0c5b2f3e-1d", "--approval-mode", "yolo")

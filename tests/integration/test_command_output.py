@@ -1,0 +1,53 @@
+"""A program that is driven from YAML alone: what it prints decides how it ended, and it goes on where it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.conftest import Repository
+
+#: It keeps its conversation in its home, and tells all that this has used up; it breaks off in the first session.
+PROGRAM = r"""
+id=${2:-s1}
+echo "$id $*" >> "$HOME/conversation"
+sessions=$(wc -l < "$HOME/conversation")
+echo "{\"id\": \"$id\"}"
+echo "{\"type\": \"usage\", \"in\": $((sessions * 100)), \"out\": $((sessions * 10))}"
+echo "$sessions" > sessions.txt
+test "$sessions" -lt 2 || echo '{"type": "end", "text": "All is done."}'
+"""
+OPTIONS: dict[str, Any] = {
+    "use": "command",
+    "argv": ["sh", "-c", PROGRAM, "program"],
+    "home": "own",
+    "resume": ["--resume", "{session}"],
+    "output": "jsonl",
+    "read": [
+        {"session": "id"},
+        {"when": {"type": "usage"}, "input_tokens": "in", "output_tokens": "out", "usage": "conversation"},
+        {"when": {"type": "end"}, "text": "text", "done": True},
+    ],
+}
+
+
+async def test_half_of_the_work_does_not_land_and_is_gone_on_with(repository: Repository) -> None:
+    """A zero exit without the end that the file waits for is a failure; the next attempt has the conversation."""
+    tasks = [{"id": "t", "prompt": "x", "attempts": 2}]
+    backoff = {"initial": "10ms", "max": "10ms"}
+    config = repository.configure(tasks, adapters={"x": OPTIONS}, defaults={"backoff": backoff})
+    ended = repository.council("run", str(config), "--json")
+    task = ended.result["tasks"][0]
+    assert (task["state"], task["attempts"]) == ("landed", 2), ended
+    assert (repository.top / "sessions.txt").read_text() == "2\n"
+    assert (task["input_tokens"], task["output_tokens"]) == (200, 20)
+    await repository.assert_invariants()
+
+
+async def test_without_its_end_all_attempts_fail(repository: Repository) -> None:
+    """Also where it has changed files; the reason names what was missing."""
+    options = {**OPTIONS, "argv": ["sh", "-c", "echo x > x.txt"]}
+    config = repository.configure([{"id": "t", "prompt": "x", "attempts": 1}], adapters={"x": options})
+    task = repository.council("run", str(config), "--json").result["tasks"][0]
+    assert (task["state"], task["failure"]) == ("failed", "crashed")
+    assert task["reason"] == 'it ended without a line with type: "end"'
+    await repository.assert_invariants()

@@ -1,0 +1,321 @@
+"""What lines of output mean by rules of the file."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from adapters.command import CommandAdapter, CommandOptions
+from adapters.paths import values_at
+from adapters.reading import Rule
+from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.outcome import Failed
+from orchestrator.protocols import Concluded, Identified, Said, SessionEnd, SessionEvent, Spent
+
+LINE = {
+    "type": "result",
+    "is_error": False,
+    "session_id": "s1",
+    "choices": [{"text": "a", "n": 1}, {"text": "b", "n": 2}],
+    "usage": {"input": 100, "cache": {"read": 20, "write": 3}, "output": 7, "none": None},
+    "models": {"gpt-5.5": {"tokens": 4}, "o9": {"tokens": 5}},
+}
+
+
+def read(line: Any, *rules: dict[str, Any], **options: Any) -> list[SessionEvent]:
+    """Return what a line means; one that is no text is printed as JSON."""
+    text = isinstance(line, str)
+    options = {"argv": ["x"], "output": "text" if text else "jsonl", "read": [*rules], **options}
+    adapter = CommandAdapter(CommandOptions.model_validate(options))
+    return list(adapter.parse(line if text else json.dumps(line)))
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("type", ["result"]),
+        ("choices.0.text", ["a"]),
+        ("choices.1.text", ["b"]),
+        ("choices.2.text", []),
+        ("choices.-1.text", []),
+        ("choices.text", []),
+        ("choices.*.text", ["a", "b"]),
+        ("models.*.tokens", [4, 5]),
+        ("usage.cache.read", [20]),
+        ("usage.input + usage.cache.read + usage.cache.write", [100, 20, 3]),
+        ("usage.none", []),
+        ("usage.input.deeper", []),
+        ("is_error", [False]),
+        ("nothing", []),
+        ("choices.99999999999999999999.text", []),
+        ("choices.²", []),
+    ],
+)
+def test_paths(path: str, found: list[Any]) -> None:
+    """Names and numbers lead on, `*` everywhere, `+` adds; what is not there, or null, is no value."""
+    Rule.model_validate({"text": path})
+    assert values_at(LINE, path) == found
+
+
+@pytest.mark.parametrize("path", ["", ".", ".type", "usage.", "a..b", "a b", "a +", "+ a", "a+b", "$.type", "$"])
+def test_what_is_no_path(path: str) -> None:
+    """It is refused with an example of one, or a hint where to begin."""
+    with pytest.raises(ValidationError, match=r"is no path .*usage\.input_tokens|begins with a '\$': begin with"):
+        Rule.model_validate({"text": path})
+
+
+def test_facts_of_a_line() -> None:
+    """All facts of all rules that are for a line, and none of another's."""
+    rules = (
+        {"session": "session_id"},
+        {"when": {"type": "result"}, "text": "choices.*.text", "model": "type"},
+        {"when": {"type": "other"}, "text": "type"},
+        {
+            "when": {"type": "result", "is_error": False},
+            "input_tokens": "usage.input + usage.cache.read + usage.cache.write",
+            "output_tokens": "usage.output",
+            "cached_tokens": "usage.cache.read",
+            "cost": "choices.*.n",
+        },
+    )
+    assert read(LINE, *rules, model="m") == [
+        Identified("s1"),
+        Said("a\nb"),
+        Spent(model="result"),
+        Spent(123, 7, 3.0, cached_tokens=20, model="m"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("when", "fits"),
+    [
+        ({"type": "result"}, True),
+        ({"type": "Result"}, False),
+        ({"type": "result", "is_error": True}, False),
+        ({"is_error": False}, True),
+        ({"is_error": 0}, False),
+        ({"usage.output": 7}, True),
+        ({"usage.output": 7.0}, True),
+        ({"usage.output": "7"}, False),
+        ({"choices.*.text": "b"}, True),
+        ({"nothing": "x"}, False),
+    ],
+)
+def test_when(when: dict[str, Any], fits: bool) -> None:
+    """A value is equal only to one of its kind, and each has to be."""
+    assert read(LINE, {"when": when, "session": "session_id"}) == ([Identified("s1")] if fits else [])
+
+
+@pytest.mark.parametrize(
+    ("usage", "spent"),
+    [
+        ("line", Spent(7)),
+        ("session", Spent(7, in_all=True)),
+        ("conversation", Spent(7, in_all=True, of_conversation=True)),
+    ],
+)
+def test_what_usage_is_of(usage: str, spent: Spent) -> None:
+    """Of the line, of the session so far, or with the conversation's earlier ones; a model alone takes nothing back."""
+    rule = {"input_tokens": "usage.output", "model": "m", "usage": usage}
+    assert read({"usage": {"output": 7}}, rule) == [spent]
+    assert read({"m": "x"}, rule) == [Spent(model="x")]
+
+
+@pytest.mark.parametrize(
+    ("given", "tokens"),
+    [
+        (12, 12),
+        (12.0, 12),
+        (float("inf"), 0),
+        (float("nan"), 0),
+        ("12", 12),
+        ("1,234", 1234),
+        ("4.2k", 4200),
+        ("2M", 2_000_000),
+        (True, 0),
+        (-3, 0),
+        ("many", 0),
+    ],
+)
+def test_counts(given: Any, tokens: int) -> None:
+    """Numbers of JSON, and those that are printed for people; anything else counts as nothing."""
+    assert read({"n": given}, {"input_tokens": "n"}) == [Spent(tokens)]
+
+
+@pytest.mark.parametrize(
+    ("given", "cost"), [(0.5, 0.5), (0, 0.0), ("$1.25", 1.25), ("free", None), (float("nan"), None)]
+)
+def test_costs(given: Any, cost: float | None) -> None:
+    """US dollars, with their sign or without; what is none is not known."""
+    assert read({"n": given}, {"cost": "n"}) == [Spent(cost=cost)]
+
+
+def test_text_by_named_groups() -> None:
+    """A line that a rule is for means what its groups say and is not said; another is said as it stands."""
+    rules = (
+        {"match": r"^session: (?P<session>\S+)$"},
+        {"match": r"tokens: (?P<input_tokens>\S+) sent, (?P<output_tokens>\S+) received", "usage": "session"},
+        {"match": r"cost: (?P<cost>\S+)"},
+        {"match": r"^agent> (?P<text>.*)"},
+        {"match": r"^error: (?P<error>.*)"},
+        {"match": r"^all done"},
+    )
+    rules[-1]["done"] = True  # type: ignore[assignment]
+    assert read("Session: s1", *rules) == [Identified("s1")]
+    assert read("Tokens: 4.2k sent, 1,100 received. Cost: $0.07", *rules) == [
+        Spent(4200, 1100, in_all=True),
+        Spent(cost=0.07),
+    ]
+    assert read("agent> Hello.", *rules) == [Said("Hello.")]
+    assert read("Hello.", *rules) == [Said("Hello.")]
+    assert read(" ", *rules) == []
+    assert read("All done!", *rules) == [Concluded()]
+    assert read("error: it broke", *rules) == [Concluded("", Failed(FailureClass.CRASHED, "it broke"))]
+
+
+def test_lines_of_text_among_json() -> None:
+    """They are said, unless `match` is for them; what was to be JSON and is none is nothing."""
+    options: dict[str, Any] = {"output": "jsonl"}
+    assert read("Welcome!", {"text": "text"}, **options) == [Said("Welcome!")]
+    assert read("id s1", {"match": r"^id (?P<session>\S+)"}, **options) == [Identified("s1")]
+    assert read('{"text": "cut o', {"text": "text"}, **options) == []
+    assert read('{"id": "s1"}', {"match": '"id": "(?P<session>[^"]+)"'}, **options) == [Identified("s1")]
+
+
+@pytest.mark.parametrize(
+    ("line", "failure", "reason"),
+    [
+        ({"error": {"message": "no"}}, "crashed", "no"),
+        ({"error": {"message": "no"}, "status": 429}, "rate_limited", "no"),
+        ({"error": {"message": "no"}, "status": "503"}, "overloaded", "no"),
+        ({"error": {"message": "credit is low"}, "status": 400}, "auth", "credit is low"),
+        ({"status": 401}, "auth", "it ended with the status 401"),
+        ({"status": 200}, None, ""),
+        ({"error": None}, None, ""),
+        ({"error": {"message": ""}}, None, ""),
+        ({"error": {"message": " \n"}}, None, ""),
+    ],
+)
+def test_errors_are_classed(line: dict[str, Any], failure: str | None, reason: str) -> None:
+    """By the words that the file knows, then by their status; a line without an error is none."""
+    events = read(line, {"error": "error.message", "status": "status"}, failures={"auth": "credit"})
+    assert events == ([Concluded("", Failed(FailureClass(failure), reason))] if failure else [])
+
+
+def test_an_error_with_parts_is_told_whole() -> None:
+    """A path that leads to more than text gives its JSON; several give all."""
+    assert read({"e": {"code": 7}}, {"error": "e"}) == [Concluded("", Failed(FailureClass.CRASHED, '{"code": 7}'))]
+    several = read(
+        {"e": {"name": "Quota", "message": "no"}}, {"error": "e.name + e.message"}, failures={"limit": "^quota"}
+    )
+    assert several == [Concluded("", Failed(FailureClass.LIMIT, "Quota: no"))]
+
+
+def test_an_error_outweighs_done_on_one_line() -> None:
+    """Whatever the order of the rules, and the result's text is kept."""
+    rules = ({"when": {"type": "result"}, "text": "text", "done": True}, {"error": "error"})
+    for order in (rules, rules[::-1]):
+        assert read({"type": "result", "text": "a", "error": "b"}, *order) == [
+            Concluded("a", Failed(FailureClass.CRASHED, "b"))
+        ]
+        assert read({"type": "result", "text": "a"}, *order) == [Concluded("a")]
+
+
+def verdict(lines: list[str], code: int | None = 0, **options: Any) -> Failed | None:
+    adapter = CommandAdapter(CommandOptions.model_validate({"argv": ["x"], **options}))
+    events = [event for line in lines for event in adapter.parse(line)]
+    return adapter.verdict(SessionEnd(code, None, 1_000_000.0, "\n".join(lines), "", events))
+
+
+def test_what_is_to_be_seen_at_the_end() -> None:
+    """Without it a zero exit is a failure, whatever was built; with it, or with another failure, that stands."""
+    options: dict[str, Any] = {"read": [{"match": "^done", "done": True}], "failures": {"auth": "log in"}}
+    missing = Failed(FailureClass.CRASHED, "it ended without a line with ^done", unfinished=True)
+    assert verdict([], **options) == missing
+    assert verdict(["hello"], **options) == missing
+    assert verdict(["please log in"], **options) == Failed(FailureClass.AUTH, "please log in", unfinished=True)
+    assert verdict(["hello", "Done.", "bye"], **options) is None
+    assert verdict(["hello"], code=1, **options) is None
+    by_path: dict[str, Any] = {"output": "jsonl", "read": [{"when": {"type": "end", "ok": True}, "done": True}]}
+    assert str(verdict([], **by_path)).count("""a line with type: "end" and ok: true""") == 1
+
+
+def test_a_limit_told_in_an_error_has_its_end() -> None:
+    """The pattern of the limit is looked for in the message, also where the class is known by the status."""
+    options: dict[str, Any] = {"output": "jsonl", "read": [{"error": "message", "status": "status"}]}
+    line = json.dumps({"message": "slow down, again in 90 s", "status": 429})
+    assert verdict([line], 1, **options) == Failed(FailureClass.RATE_LIMITED, "slow down, again in 90 s")
+    told = verdict([line], 1, failures={"rate_limited": r"again in (?P<seconds>\d+) s"}, **options)
+    assert told == Failed(FailureClass.RATE_LIMITED, "slow down, again in 90 s", 1_000_090.0)
+
+
+def test_what_is_only_talked_of_in_json_is_no_failure() -> None:
+    """Patterns of failures are for errors, and for what is no JSON."""
+    options: dict[str, Any] = {"output": "jsonl", "read": [{"text": "text"}], "failures": {"auth": "not logged in"}}
+    assert verdict(['{"text": "It says: not logged in."}'], 1, **options) is None
+    assert verdict(["not logged in"], 1, **options) == Failed(FailureClass.AUTH, "not logged in")
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "x", "4.2k", "-1", "1,0"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+)
+NAMES = st.lists(st.sampled_from(["a", "b", "0", "*"]), min_size=1, max_size=3).map(".".join)
+
+
+@given(
+    st.dictionaries(st.sampled_from("abc"), VALUES),
+    st.fixed_dictionaries(
+        dict.fromkeys(
+            ("text", "session", "input_tokens", "output_tokens", "cached_tokens", "cost", "model", "error", "status"),
+            NAMES,
+        )
+    ),
+)
+def test_anything_can_be_read(line: dict[str, Any], rule: dict[str, str]) -> None:
+    """Whatever a line holds where a rule looks, the same comes of it, in numbers that any store takes."""
+    events = read(line, rule)
+    assert events == read(line, rule)
+    for event in events:
+        if isinstance(event, Spent):
+            assert min(event.input_tokens, event.output_tokens, event.cached_tokens, event.cost or 0) >= 0
+            json.dumps([event.input_tokens, event.cost], allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"output": "json"}, "'text' or 'jsonl'"),
+        ({"output": "jsonl"}, "add `read` with a rule"),
+        ({"read": [{"text": "text"}]}, "write `output: jsonl`"),
+        ({"read": [{"match": "x", "session": "id"}]}, "write `output: jsonl`"),
+        ({"read": [{"match": "("}]}, "no regular expression"),
+        ({"read": [{"match": "(?P<tokens>x)"}]}, "the group 'tokens' is no fact that is read: name it one of text, "),
+        ({"read": [{"match": "x"}]}, "the rule reads nothing: add a fact"),
+        ({"read": [{"done": True}]}, "add `when` or `match`"),
+        ({"read": [{}]}, "the rule reads nothing"),
+        ({"read": {"text": "x"}}, "tuple"),
+        ({"output": "jsonl", "read": [{"when": {"type": "x"}}]}, "the rule reads nothing"),
+        (
+            {"output": "jsonl", "read": [{"when": {"type": ["x"]}, "done": True}]},
+            "only a text, a number, true or false",
+        ),
+        ({"output": "jsonl", "read": [{"when": {".type": "x"}, "done": True}]}, "is no path into a line of JSON"),
+        ({"output": "jsonl", "read": [{"text": "t", "usage": "session"}]}, "the rule reads none: add `input_tokens`"),
+        (
+            {"output": "jsonl", "read": [{"match": "(?P<text>x)", "text": "t"}]},
+            "is a path and a group of `match`: keep",
+        ),
+        ({"output": "jsonl", "read": [{"texts": "t"}]}, "texts"),
+    ],
+)
+def test_mistakes_are_explained(options: dict[str, Any], told: str) -> None:
+    """Each says what to write."""
+    with pytest.raises(ValidationError) as raised:
+        CommandOptions.model_validate({"argv": ["x"], **options})
+    assert told in str(raised.value)
