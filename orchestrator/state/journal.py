@@ -18,10 +18,10 @@ from typing import Final, TypeGuard
 from orchestrator.clock import Clock
 from orchestrator.errors import HistoryGone, StateError, StoreUnavailable
 from orchestrator.failpoints import failpoint
-from orchestrator.protocols import Compacted, Damage, DumpedCommit, Record, State, Verified
+from orchestrator.protocols import Compacted, Damage, DumpedCommit, Key, Record, State, Verified
 from orchestrator.state import snapshot
 from orchestrator.state.boot import boot_id
-from orchestrator.state.compaction import log_size, pack_closed, remove_replaced, thin, to_thin
+from orchestrator.state.compaction import log_size, pack_closed, remove_replaced, thin, to_thin, told_after_repair
 from orchestrator.state.dumping import damaged_at, not_empty
 from orchestrator.state.history import state_at
 from orchestrator.state.log import Decoded, EncodedCommit, Incomplete, encode_line, never_durable, to_dumped, to_record
@@ -185,6 +185,16 @@ class Journal:
         if replay.damage:  # what we know and the log does not tell any more is what the damage has hit
             damaged, differs = sorted({*damaged, *differs}), []
         return Verified(replay.table.position, log_size(self._directory), tuple(replay.damage), damaged, differs)
+
+    def to_settle(self) -> list[Key]:
+        """Return the documents of which the log tells otherwise than is known once what is damaged is passed over.
+
+        Those that were deleted are among them: they could come back, or their versions be used once more.
+        """
+        with self._io, self._lock.held():
+            self._recover()
+            damaged, differs = told_after_repair(self._directory).compare(self._replay.table)
+            return [*damaged, *differs]
 
     def replace_damaged(self, damage: Sequence[Damage]) -> None:
         """Put what can be read of closed segments in their place where any has one of these damages."""
