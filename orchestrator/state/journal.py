@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final, TypeGuard
 
 from orchestrator.clock import Clock
-from orchestrator.errors import HistoryGone, StateError, StoreUnavailable
+from orchestrator.errors import HistoryGone, StateError, StateLost, StoreUnavailable
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Compacted, Damage, DumpedCommit, Key, Record, State, Verified
 from orchestrator.state import snapshot
@@ -32,6 +32,7 @@ from orchestrator.state.segments import (
     Cursor,
     Listing,
     Lock,
+    LogLostError,
     Mark,
     Segment,
     Thinned,
@@ -413,7 +414,7 @@ class Journal:
         if mark and last and (not is_settled or mark[:2] != (last, size)):
             size = self._drop(mark, newest, size)
         if (last, size) < (cursor.segment, cursor.offset):
-            raise OSError(errno.EIO, "the log is shorter than what was read from it")
+            raise LogLostError("the log is shorter than what was read from it")
         lacks_end = False
         for found in cursor.read(Mark(last, size, 0)):
             if isinstance(found.item, Incomplete) and cursor.segment == last:
@@ -479,6 +480,8 @@ class Journal:
 
 def unavailable(directory: Path, error: OSError) -> StoreUnavailable:
     """Return what an error of the system means to who uses the store."""
+    if isinstance(error, LogLostError):
+        return StateLost(directory, str(error.strerror))
     remedy = _REMEDIES.get(error.errno or 0, "check the disk and the system's log")
     return StoreUnavailable(directory, error.strerror or str(error), remedy)
 

@@ -63,6 +63,13 @@ class Mark(NamedTuple):
         return cls(segment, end, position, durable_end, durable, fields[5].decode(), fields[6] != b"0")
 
 
+class LogLostError(OSError):
+    """The log does not hold any more what was read from it."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(errno.EIO, why)
+
+
 class Segment(NamedTuple):
     """A file of the log, with the commits from `first` on."""
 
@@ -460,7 +467,7 @@ def rewrite(path: Path, start: int, known: Sum) -> None:
     with _opened(path, os.O_RDWR) as fd:
         data = os.pread(fd, known.size, 0)
         if Sum(len(data), zlib.crc32(data)) != known:
-            raise OSError(errno.EIO, "the log is not what was read from it")
+            raise LogLostError("the log is not what was read from it")
         _write_at(fd, data[start:], start)
         _make_durable(fd)
 
