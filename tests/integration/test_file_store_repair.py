@@ -223,3 +223,19 @@ async def test_a_log_of_which_nothing_is_left_is_settled_for(tmp_path: Path) -> 
         assert not (await store.verify()).is_sound
         await store.repair()
         assert await store.commit(Commit([Write(WHOLE, 0, {"n": 0})])) > 3
+
+
+async def test_a_copy_that_comes_while_a_store_is_open_hits_nothing(tmp_path: Path) -> None:
+    """Who has it open goes on behind it."""
+    (segment,) = await requested(tmp_path)
+    async with FileStore.open(tmp_path, ManualClock()) as store:
+        await store.commit(Commit([Write(WHOLE, 2, {"n": 2})]))
+        data = segment.read_bytes()
+        segment.write_bytes(data + data.splitlines(keepends=True)[-1])
+        assert await store.commit(Commit([Write(WHOLE, 3, {"n": 3})])) == 5
+        assert [one.keys for one in store.damage] == [()]
+    async with FileStore.open(tmp_path, ManualClock()) as store:
+        found = await store.get(WHOLE)
+        assert found is not None
+        assert (found.value, found.damaged) == ({"n": 3}, False)
+        assert (await store.repair()).is_sound
