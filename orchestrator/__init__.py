@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         LockHeld,
         Problem,
         RefusedError,
+        StateLost,
         StoreUnavailable,
         VersionConflict,
     )
@@ -89,6 +90,7 @@ __all__ = [
     "RunStatus",
     "Settled",
     "SetupSettings",
+    "StateLost",
     "StoreUnavailable",
     "Strategy",
     "Task",
@@ -125,6 +127,7 @@ _MODULES = {
         "LockHeld",
         "Problem",
         "RefusedError",
+        "StateLost",
         "StoreUnavailable",
         "VersionConflict",
     ),

@@ -10,6 +10,7 @@
         VersionConflict    somebody else wrote the document first
         LeaseLost          the guard's epoch is no longer the current one
       StoreUnavailable     the disk is full, read-only or failing
+        StateLost          what was recorded is not there any more
       LockHeld             a file lock was not free in time
       GitError             a git command failed that should not
       SessionError         a supervisor ended without its report
@@ -141,6 +142,14 @@ class StoreUnavailable(CouncilError):
     def __init__(self, place: Path | str, why: str, remedy: str) -> None:
         self.what, self.remedy = f"{place}: {why}", remedy
         super().__init__(f"{self.what}: {remedy}")
+
+
+class StateLost(StoreUnavailable):
+    """Something that was acknowledged, and read by this process, is not in the store any more."""
+
+    def __init__(self, place: Path | str, why: str) -> None:
+        remedy = "`council state verify --repair` settles for what can be read, and `council resume` goes on from there"
+        super().__init__(place, why, remedy)
 
 
 class LockHeld(CouncilError):

@@ -394,9 +394,10 @@ class Store(Protocol):
     async def repair(self) -> Verified:
         """Settle for what can be read, and return what `verify` finds then.
 
-        Each damaged document's newest value that is known becomes its next version; one of which none is known is
-        deleted. That is one commit, with an event `state.repaired` for each that names it and the version that was
-        `lost`. Without damage nothing happens.
+        Each damaged document's newest value that is known becomes its next version, for as long as it had; one of
+        which none is known is deleted. That is one commit, with an event `state.repaired` for each that names it and
+        the version that was `lost`. What was deleted stays so, and its versions never go back. Without damage nothing
+        happens.
         """
 
     def dump(self) -> AbstractAsyncContextManager[Dump]:

@@ -13,13 +13,14 @@ import anyio
 from anyio import to_thread
 
 from orchestrator.clock import Clock, SystemClock
-from orchestrator.config.store import named_store
+from orchestrator.config.store import MEMORY, named_folder, named_store
 from orchestrator.errors import RefusedError
 from orchestrator.plugins import Plugins, load_plugins
 from orchestrator.protocols import Store
 from orchestrator.state.copying import Copied, copy, export, import_from
 from orchestrator.state.file import require_store
 from orchestrator.state.portable import Staged
+from orchestrator.state.target import TargetFolder
 
 
 @asynccontextmanager
@@ -44,6 +45,39 @@ async def open_store(
         yield store
 
 
+@asynccontextmanager
+async def open_target(
+    place: str | Path,
+    source: str | Path | None = None,
+    *,
+    plugins: Plugins | None = None,
+    clock: Clock | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> AsyncIterator[Store]:
+    """Open the store at a URL or in a folder to load a whole one into it, for the body of the `async with`.
+
+    Where that fails and nothing was committed to it, nothing of a folder stays that was made for it. RefusedError for
+    the store that is gone with the process, and for a folder that can't be one of a store of its own; `source` is where
+    that to copy is.
+    """
+    url = named_store(str(place))
+    if url == MEMORY:
+        raise RefusedError("what is copied to memory: is gone at once", "name a folder, or the URL of another store")
+    folder, within = named_folder(url), named_folder(named_store(str(source))) if source is not None else None
+    if folder is None:
+        async with open_store(url, plugins=plugins, clock=clock, environ=environ) as store:
+            yield store
+        return
+    target = await to_thread.run_sync(TargetFolder, folder, within)
+    try:
+        async with open_store(url, plugins=plugins, clock=clock, environ=environ) as store:
+            yield store
+    except BaseException:
+        with anyio.CancelScope(shield=True):
+            await to_thread.run_sync(target.undo)
+        raise
+
+
 async def copy_state(
     source: str | Path,
     target: str | Path,
@@ -55,14 +89,14 @@ async def copy_state(
     """Copy a whole store into an empty one, each named by its URL or folder, also while a run is at work in it.
 
     Positions, times, versions, events: the past of the copy is that of the original. RefusedError, with nothing
-    changed, where not all of the original can be trusted, and where something is in the target already that is not the
-    same.
+    changed, where not all of the original can be trusted, where something is in the target already that is not the
+    same, and where no store of its own can be there.
     """
     if plugins is None:
         plugins = await to_thread.run_sync(load_plugins, environ)
     async with AsyncExitStack() as stores:
         original = await stores.enter_async_context(open_store(source, is_there=True, plugins=plugins, clock=clock))
-        copied = await stores.enter_async_context(open_store(target, plugins=plugins, clock=clock))
+        copied = await stores.enter_async_context(open_target(target, source, plugins=plugins, clock=clock))
         return await copy(original, copied)
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import click
 
 from orchestrator.cli.output import Output
-from orchestrator.errors import ConfigError, CouncilError, RefusedError, as_refusal
+from orchestrator.errors import ConfigError, CouncilError, RefusedError, StateLost, as_refusal
 from orchestrator.protocols import JsonObject
 
 if TYPE_CHECKING:
@@ -93,7 +93,10 @@ def boundary(output: Output, log: Log) -> Iterator[None]:
             )
         path = log.write(raised)
         what = str(error) if isinstance(error, CouncilError) else f"internal error: {type(error).__name__}: {error}"
-        message = f"council: {what}\nNothing that was recorded is lost: `council resume` goes on. Details: {path}"
+        stands = "Nothing that was recorded is lost: `council resume` goes on."
+        if isinstance(error, StateLost):
+            stands = "Some of what was recorded is lost."
+        message = f"council: {what}\n{stands} Details: {path}"
         _end(output, OUR_FAULT, {"status": "error", "error": what, "log": str(path)}, message)
 
 

@@ -127,10 +127,10 @@ async def _export(context: Context, file: Path | IO[bytes], *, force: bool = Fal
 
 
 async def _import(context: Context, file: Path | IO[bytes]) -> Copied:
-    from orchestrator.transfer import import_store, open_store  # noqa: PLC0415
+    from orchestrator.transfer import import_store, open_target  # noqa: PLC0415
 
     if place := named_now():
-        async with open_store(place) as found:
+        async with open_target(place) as found:
             copied = await import_store(file, found)
         await _exclude(place)
         return copied

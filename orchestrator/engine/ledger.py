@@ -198,10 +198,11 @@ def _trusted(store: Store, found: Document) -> bytes:
 
 
 def _damaged(store: Store, found: Document) -> RefusedError:
-    places = ", ".join(f"{one.path} at byte {one.offset}" for one in store.damage)
+    places = ", ".join(dict.fromkeys(f"{one.path} at byte {one.offset}" for one in store.damage))
     return RefusedError(
         f"the record of {found.key} is damaged in the state log ({places})",
-        "start a new run; what has landed stays landed, and the branches of this run are kept",
+        "`council state verify --repair` settles for what can be read, and `council resume` goes on from there; or "
+        "start a new run: what has landed stays landed, and the branches of this run are kept",
     )
 
 

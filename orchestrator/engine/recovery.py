@@ -33,6 +33,7 @@ REAP_LIMIT = 30.0
 
 _CUT_OFF = "the orchestrator ended before the session did"
 _TURNED_BACK = "a checkpoint was restored that is older than the end of its session"
+_LOST = "the record of the attempt was lost with a part of the state log"
 _UNCHECKED = "the orchestrator ended before the checks did"
 
 
@@ -80,10 +81,48 @@ async def _reap(ledger: Ledger, shop: Workshop, clock: Clock, worktree: Worktree
     failpoint("recovery.session_reaped")
     document = ledger.task(worktree.task)
     held = holding(document, worktree.attempt, is_check=worktree.is_check)
+    if held is Holding.UNKNOWN and await _record_lost(ledger, shop, clock, worktree):
+        return
     if held is Holding.UNSAVED and await _rescue(ledger, shop, clock, worktree):
         held = Holding.NOTHING
     if held is Holding.NOTHING:
         await worktrees.leave(worktree)  # its place is thrown away where places are next looked at
+
+
+async def _record_lost(ledger: Ledger, shop: Workshop, clock: Clock, worktree: Worktree) -> bool:
+    """Put the attempt on record once more whose worktree this is, if its record was lost: its number is taken.
+
+    The worktree stays: which secrets it was given, and what it began at, is not known any more. One in which nothing
+    can have run goes. False where the task is not one that is tried again from where it stands.
+    """
+    task, number = worktree.task, worktree.attempt
+    if ledger.task(task).status is TaskStatus.RUNNING and ledger.task(task).attempt.ended is None:
+        await _return(ledger, clock, task, None)
+    known = ledger.task(task).attempts
+    if ledger.task(task).status is not TaskStatus.PENDING or task in ledger.damaged or number <= len(known):
+        return False
+    if not await anyio.to_thread.run_sync(worktrees.unlock, worktree):
+        await worktrees.leave(worktree)
+        return True
+    spec, base, now = await ledger.spec(task), await shop.target.tip(), clock.now()
+    lost = [
+        Attempt(
+            number=one,
+            adapter=spec.adapter,
+            base=base,
+            started=now,
+            ended=now,
+            outcome="interrupted",
+            reason=_LOST,
+            is_kept=one == number,
+        )
+        for one in range(len(known) + 1, number + 1)
+    ]
+    facts = {"base": base, "adapter": spec.adapter}
+    await ledger.change(task, Trigger.START, facts, attempts=(*known, *lost))
+    await ledger.change(task, Trigger.INTERRUPT, {"reason": _LOST, "branch": None}, branch=None, reason=_LOST)
+    await ledger.note("task.worktree_kept", {"task": task, "worktree": str(worktree.tree), "reason": _LOST})
+    return True
 
 
 async def end_session(worktree: Worktree) -> None:

@@ -220,14 +220,17 @@ def remove_if_empty(folder: Path) -> None:
 
 
 def left_over(hub: Hub, run_id: str, tasks: Collection[str] | None) -> list[Worktree]:
-    """Return the worktrees that exist for a run's tasks, in whatever state; what is none of ours is passed over.
+    """Return the worktrees that exist for a run's tasks, in whatever state, those of a task in order of its attempts.
+
+    What is none of ours is passed over.
 
     `tasks` is None for a run of which nothing is known.
     """
     folder = hub.sessions / run_id
     is_ours = folder.is_dir() and folder.resolve().is_relative_to(hub.root.resolve())  # else a link leads elsewhere
-    names = sorted(path.name for path in folder.iterdir()) if is_ours else []
-    return [found for name in names if (found := _named(hub, run_id, name, tasks)) is not None]
+    names = [path.name for path in folder.iterdir()] if is_ours else []
+    found = [one for name in names if (one := _named(hub, run_id, name, tasks)) is not None]
+    return sorted(found, key=lambda one: (one.task, one.attempt, one.is_check))
 
 
 def _named(hub: Hub, run_id: str, name: str, tasks: Collection[str] | None) -> Worktree | None:

@@ -18,9 +18,10 @@ from typing import Final
 
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import HISTORY, Key
-from orchestrator.state.log import Decoded, Line, encode_line, scan, thinned_line
+from orchestrator.state.log import Decoded, Line, encode_line, known_of, scan, thinned_line
 from orchestrator.state.packing import pack, sum_of, unpack
 from orchestrator.state.segments import Segment, find_line, make_durable, open_segment, private, segments, sync_folder
+from orchestrator.state.table import Table
 
 _NEW: Final = ".new"
 
@@ -101,22 +102,31 @@ def _left(directory: Path, old: Sequence[Segment], *, is_strict: bool) -> Iterat
             yield thinned_line(line, keys)
 
 
+def told_after_repair(directory: Path) -> Table:
+    """Return what the log tells once all that is damaged in it is passed over. Blocks."""
+    table = Table()
+    for line in _lines(directory, segments(directory), is_strict=False):
+        table.apply(line)
+    return table
+
+
 def _lines(directory: Path, old: Sequence[Segment], *, is_strict: bool) -> Iterator[Line]:
-    position = old[0].first - 1
+    """Yield what some segments tell, in order: of a line with a bad payload, which documents it deleted."""
+    position = old[0].first - 1 if old else 0
     for segment in old:
         with closing(open_segment(directory, segment)) as source:
             data, offset = source.read(source.size(), 0), 0
             is_whole = not source.is_damaged
         while offset < len(data):
             item = scan(data, offset)
-            line = item.line if isinstance(item, Decoded) and not item.line.is_damaged else None
+            line = item.line if isinstance(item, Decoded) else None
             follows = line is not None and (segment.is_thinned or line.position == position + 1)
-            if is_strict and not (follows and is_whole):
+            if is_strict and (line is None or line.is_damaged or not (follows and is_whole)):
                 raise ValueError(f"{segment.path(directory)} can't be read wholly")
             offset = item.end
             if line is not None and line.position > position:
                 position = line.position
-                yield line
+                yield known_of(line)
         position = max(position, segment.last)
 
 

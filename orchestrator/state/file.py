@@ -61,7 +61,7 @@ from orchestrator.state.journal import (
     read_records,
     unavailable,
 )
-from orchestrator.state.log import Line, encode_commit
+from orchestrator.state.log import MAX_TTL, Line, encode_commit
 from orchestrator.state.segments import Cursor, Mark, find_line, is_store, thinned_to
 from orchestrator.state.staging import Staging
 
@@ -226,21 +226,30 @@ class FileStore:
         """
         found = await self.verify()
         if found.damage or found.damaged:
-            entries = {key: entry for key in found.damaged if (entry := self._journal.table.entry(key)) is not None}
-            known = {key: None if entry.value is None else json.loads(entry.value) for key, entry in entries.items()}
-            events = [
-                Event("state.repaired", {"key": str(key), "lost": entry.version, "is_known": entry.value is not None})
-                for key, entry in entries.items()
-            ]
-            now = self._clock.now()
-            writes = [
-                Write(key, entry.version if entry.exists(now) else 0, known[key]) for key, entry in entries.items()
-            ]
             async with self._alone():
+                keys = {*found.damaged, *await self._in_thread(self._journal.to_settle)}
                 self._journal.begin_segment()
-                await self.commit(Commit(writes, [*events, Event("state.log_repaired", {"damage": len(found.damage)})]))
+                await self.commit(self._settlement(sorted(keys), len(found.damage)))
                 await self._in_thread(partial(self._journal.replace_damaged, found.damage))
         return await self.verify()
+
+    def _settlement(self, keys: Sequence[Key], damage: int) -> Commit:
+        """Return the commit by which what is known of some documents counts, be it that they are gone."""
+        now, writes, events = self._clock.now(), list[Write](), list[Event]()
+        for key in keys:
+            entry = self._journal.table.entry(key)
+            if entry is None:
+                continue
+            if not entry.exists(now):  # nobody had lost it: only its version is to go on counting
+                writes.append(Write(key, 0, None))
+                continue
+            known = None if entry.value is None else json.loads(entry.value)
+            ttl = None if entry.expires is None else min(entry.expires - now, MAX_TTL)
+            writes.append(Write(key, entry.version, known, ttl))
+            events.append(
+                Event("state.repaired", {"key": str(key), "lost": entry.version, "is_known": known is not None})
+            )
+        return Commit(writes, [*events, Event("state.log_repaired", {"damage": damage})])
 
     @asynccontextmanager
     async def dump(self) -> AsyncIterator[Dump]:

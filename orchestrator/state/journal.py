@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Final, TypeGuard
 
 from orchestrator.clock import Clock
-from orchestrator.errors import HistoryGone, StateError, StoreUnavailable
+from orchestrator.errors import HistoryGone, StateError, StateLost, StoreUnavailable
 from orchestrator.failpoints import failpoint
-from orchestrator.protocols import Compacted, Damage, DumpedCommit, Record, State, Verified
+from orchestrator.protocols import Compacted, Damage, DumpedCommit, Key, Record, State, Verified
 from orchestrator.state import snapshot
 from orchestrator.state.boot import boot_id
-from orchestrator.state.compaction import log_size, pack_closed, remove_replaced, thin, to_thin
+from orchestrator.state.compaction import log_size, pack_closed, remove_replaced, thin, to_thin, told_after_repair
 from orchestrator.state.dumping import damaged_at, not_empty
 from orchestrator.state.history import state_at
 from orchestrator.state.log import Decoded, EncodedCommit, Incomplete, encode_line, never_durable, to_dumped, to_record
@@ -32,6 +32,7 @@ from orchestrator.state.segments import (
     Cursor,
     Listing,
     Lock,
+    LogLostError,
     Mark,
     Segment,
     Thinned,
@@ -185,6 +186,16 @@ class Journal:
         if replay.damage:  # what we know and the log does not tell any more is what the damage has hit
             damaged, differs = sorted({*damaged, *differs}), []
         return Verified(replay.table.position, log_size(self._directory), tuple(replay.damage), damaged, differs)
+
+    def to_settle(self) -> list[Key]:
+        """Return the documents of which the log tells otherwise than is known once what is damaged is passed over.
+
+        Those that were deleted are among them: they could come back, or their versions be used once more.
+        """
+        with self._io, self._lock.held():
+            self._recover()
+            damaged, differs = told_after_repair(self._directory).compare(self._replay.table)
+            return [*damaged, *differs]
 
     def replace_damaged(self, damage: Sequence[Damage]) -> None:
         """Put what can be read of closed segments in their place where any has one of these damages."""
@@ -403,7 +414,7 @@ class Journal:
         if mark and last and (not is_settled or mark[:2] != (last, size)):
             size = self._drop(mark, newest, size)
         if (last, size) < (cursor.segment, cursor.offset):
-            raise OSError(errno.EIO, "the log is shorter than what was read from it")
+            raise LogLostError("the log is shorter than what was read from it")
         lacks_end = False
         for found in cursor.read(Mark(last, size, 0)):
             if isinstance(found.item, Incomplete) and cursor.segment == last:
@@ -469,6 +480,8 @@ class Journal:
 
 def unavailable(directory: Path, error: OSError) -> StoreUnavailable:
     """Return what an error of the system means to who uses the store."""
+    if isinstance(error, LogLostError):
+        return StateLost(directory, str(error.strerror))
     remedy = _REMEDIES.get(error.errno or 0, "check the disk and the system's log")
     return StoreUnavailable(directory, error.strerror or str(error), remedy)
 

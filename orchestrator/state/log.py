@@ -215,6 +215,13 @@ def thinned_line(line: Line, keys: Collection[Key]) -> Line:
     return line._replace(changes=tuple(change for change, _ in kept), payload=payload)
 
 
+def known_of(line: Line) -> Line:
+    """Return what a line tells for certain, as one that is undamaged: of a damaged one, which documents it deleted."""
+    if not line.is_damaged:
+        return line
+    return line._replace(changes=tuple(one for one in line.changes if one.length == 0), payload=_payload((), ()))
+
+
 def to_dumped(line: Line) -> DumpedCommit:
     """Return an undamaged line as another store takes it."""
     documents = tuple(

@@ -222,6 +222,8 @@ class Staged:
             raise RefusedError(f"{self._path} is a folder", "name a file")
         if not os.path.lexists(self._path):
             return
+        if self._path.is_symlink():  # to replace it would leave what it leads to as it is, and as old
+            raise RefusedError(f"{self._path} is a link", "name the file that it leads to")
         if not self._path.is_file():  # nobody wants a device or a pipe to become one
             raise RefusedError(f"{self._path} is no file", "name one, or write to it by `- > FILE`")
         if not self._force:

@@ -29,6 +29,10 @@ class Replay:
         if isinstance(found.item, Thinned):
             self._end_thinned(found.path, found.item.last)
             return
+        if isinstance(found.item, Decoded) and found.is_copy:
+            what = f"commit {found.item.line.position} stands there twice: its copy is skipped"
+            self.report(found.path, found.offset, (), what)
+            return
         if not isinstance(found.item, Decoded) or found.item.line.position <= self.table.position:
             self._suspects.append(found)
             return

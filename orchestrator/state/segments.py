@@ -63,6 +63,13 @@ class Mark(NamedTuple):
         return cls(segment, end, position, durable_end, durable, fields[5].decode(), fields[6] != b"0")
 
 
+class LogLostError(OSError):
+    """The log does not hold any more what was read from it."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(errno.EIO, why)
+
+
 class Segment(NamedTuple):
     """A file of the log, with the commits from `first` on."""
 
@@ -94,12 +101,16 @@ class Thinned:
 
 
 class Found(NamedTuple):
-    """What stands in the log at a place; `is_thinned` where positions before it may be missing on purpose."""
+    """What stands in the log at a place; `is_thinned` where positions before it may be missing on purpose.
+
+    `is_copy`: its bytes are those of the line right before it.
+    """
 
     path: Path
     offset: int
     item: Scanned | Thinned
     is_thinned: bool = False
+    is_copy: bool = False
 
 
 class Lock:
@@ -249,6 +260,7 @@ class Cursor:
         self._directory = directory
         self._file = Segment(0)
         self._source: Source | None = None
+        self._before = 0  # the position of the line right before here; 0 where that is not known
         self._start = max((one.first for one in segments(directory) if one.first <= after + 1), default=0)
 
     @property
@@ -279,6 +291,7 @@ class Cursor:
     def skip(self, data: bytes) -> None:
         """Stand behind what this process has appended here."""
         self.offset += len(data)
+        self._before = 0
         self._add(data)
 
     def resume(self, sums: Mapping[int, Sum]) -> None:
@@ -298,7 +311,7 @@ class Cursor:
 
     def _move(self, file: Segment) -> None:
         self.close()
-        self._file, self.segment, self.offset = file, file.first, 0
+        self._file, self.segment, self.offset, self._before = file, file.first, 0, 0
         self.path = file.path(self._directory)
         self.sums[file.first] = Sum(0, 0)
 
@@ -318,7 +331,8 @@ class Cursor:
             data = source.read(min(span, end - start), start)
             for item_start, item in _items(data, is_whole=start + len(data) >= end):
                 self.offset = start + (item_start if isinstance(item, Incomplete) else item.end)
-                yield Found(path, start + item_start, item, is_thinned)
+                is_copy = self._is_copy(source, start + item_start, item, item.end - item_start)
+                yield Found(path, start + item_start, item, is_thinned, is_copy)
                 is_cut_off = isinstance(item, Incomplete)
             self._add(memoryview(data)[: self.offset - start])
             if is_cut_off:
@@ -326,6 +340,16 @@ class Cursor:
             span = _READ_BYTES if self.offset > start else 2 * span
         if is_thinned:
             yield Found(path, self.offset, Thinned(self._file.last), is_thinned)
+
+    def _is_copy(self, source: Source, offset: int, item: Scanned, size: int) -> bool:
+        """Whether the same bytes stand right before some, which are all of an item."""
+        if not isinstance(item, Decoded):
+            return False
+        before, self._before = self._before, item.line.position
+        if before not in {0, item.line.position} or offset < size:
+            return False
+        both = source.read(2 * size, offset - size)
+        return both[:size] == both[size:]
 
     def _add(self, data: bytes | memoryview) -> None:
         size, crc = self.sums[self.segment]
@@ -443,7 +467,7 @@ def rewrite(path: Path, start: int, known: Sum) -> None:
     with _opened(path, os.O_RDWR) as fd:
         data = os.pread(fd, known.size, 0)
         if Sum(len(data), zlib.crc32(data)) != known:
-            raise OSError(errno.EIO, "the log is not what was read from it")
+            raise LogLostError("the log is not what was read from it")
         _write_at(fd, data[start:], start)
         _make_durable(fd)
 

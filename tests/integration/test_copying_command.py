@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,54 @@ async def test_what_can_not_be_done_is_refused(project: Repository, tmp_path: Pa
     )  # fmt: skip
     assert elsewhere.returncode == 2
     assert "--state .council/state" in elsewhere.stderr
+
+
+async def test_where_no_store_of_its_own_can_be_nothing_is_copied(project: Repository, tmp_path: Path) -> None:
+    """Neither loaded; and nothing is made or changed there."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_text("mine")
+    os.mkfifo(outside / "pipe")
+    (outside / "loop").symlink_to("loop")
+    assert project.council("state", "export", str(tmp_path / "whole")).code == 0
+    before = [sorted(folder.rglob("*")) for folder in (outside, project.top / ".council/state")]
+    for target, error in (
+        (outside / "file", "is no folder"),
+        (outside / "file" / "under", "is no folder"),
+        (outside / "pipe", "is no folder"),
+        (outside / "loop", "is no folder"),
+        (outside / ("x" * 300), "can't be used"),
+        (outside, "holds other files, and no store"),
+        (project.top, "holds other files, and no store"),
+        ("memory:", "gone at once"),
+    ):
+        for words in (
+            ["copy", ".council/state", str(target)],
+            ["import", str(tmp_path / "whole"), "--state", str(target)],
+        ):
+            refused = project.council("state", *words, "--json")
+            assert (refused.code, refused.result["status"]) == (2, "refused"), (words, refused)
+            assert error in refused.result["error"], words
+            assert "resume" not in refused.stderr
+    inside = project.council("state", "copy", ".council/state", ".council/state/sub/copy")
+    assert inside.code == 2
+    assert "inside of the store to copy" in inside.stderr
+    assert [sorted(folder.rglob("*")) for folder in (outside, project.top / ".council/state")] == before
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+async def test_what_is_refused_leaves_nothing(project: Repository, tmp_path: Path, *, is_there: bool) -> None:
+    """Neither the folder that was made nor what is in that of any store; an empty one stays empty."""
+    (project.top / "text").write_text("no export\n")
+    target = tmp_path / "new" / "folder"
+    if is_there:
+        target.mkdir(parents=True)
+    segment = next((project.top / ".council/state").glob("*.jsonl"))
+    segment.write_bytes(segment.read_bytes().replace(b'"landed":"4f0c2d1e9b', b'"landed":"000000000b', 1))
+    for words in (["import", "text", "--state", str(target)], ["copy", ".council/state", str(target)]):
+        assert project.council("state", *words).code == 2
+        assert target.exists() == (tmp_path / "new").exists() == is_there
+        assert not is_there or not any(target.iterdir())
 
 
 async def test_damage_is_not_copied(project: Repository, tmp_path: Path) -> None:

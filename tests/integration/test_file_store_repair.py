@@ -10,10 +10,11 @@ import pytest
 from orchestrator.errors import HistoryGone
 from orchestrator.protocols import Commit, Event, Key, Write
 from orchestrator.state import snapshot
-from orchestrator.state.file import FileStore
+from orchestrator.state.file import SEGMENT_BYTES, FileStore
+from orchestrator.state.reading import between
 from orchestrator.testing.clock import ManualClock
 
-HIT, WHOLE, NEVER = Key("task", "hit"), Key("task", "whole"), Key("task", "never")
+HIT, WHOLE, NEVER, GONE = Key("task", "hit"), Key("task", "whole"), Key("task", "never"), Key("request", "gone")
 
 
 @pytest.fixture
@@ -106,3 +107,135 @@ async def test_damage_in_the_newest_segment_is_repaired(place: Path) -> None:
         found = await store.get(WHOLE)
         assert found is not None
         assert found.value == {"n": 10}
+
+
+async def requested(place: Path, *, follow: bool = True, segment_bytes: int = SEGMENT_BYTES) -> list[Path]:
+    """Make a store in which a request was answered (`GONE`), with or without more behind it; return its segments."""
+    async with FileStore.open(place, ManualClock(), segment_bytes=segment_bytes) as store:
+        await store.commit(Commit([Write(GONE, 0, {"n": "asked"}), Write(WHOLE, 0, {"n": 0})]))
+        await store.commit(Commit([Write(GONE, 1, None)], [Event("answered")]))
+        if follow:
+            await store.commit(Commit([Write(WHOLE, 1, {"n": 1})], [Event("counted")]))
+    return log(place)
+
+
+@pytest.mark.parametrize("follow", [True, False])
+async def test_what_was_deleted_stays_deleted(tmp_path: Path, *, follow: bool) -> None:
+    """Though the commit that did it is damaged: its header says so, and what of it is told of the past."""
+    await requested(tmp_path, follow=follow)
+    spoil(tmp_path, b'"answered"', b'"answerEd"')
+    async with FileStore.open(tmp_path, ManualClock()) as store:
+        assert not (await store.verify()).damaged
+        before = await store.position()
+        assert await store.get(GONE) is None
+        assert (await store.repair()).is_sound
+        assert await store.get(GONE) is None
+    async with FileStore.open(tmp_path, ManualClock()) as store:
+        assert (await store.verify()).is_sound
+        assert await store.get(GONE) is None
+        assert GONE not in (await store.at(before)).documents
+        await store.commit(Commit([Write(GONE, 0, {"n": "again"})]))
+        found = await store.get(GONE)
+        assert found is not None
+        assert found.version > 2
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+async def test_versions_of_what_was_deleted_never_go_back(tmp_path: Path, *, is_open: bool) -> None:
+    """A commit that is lost may have made and deleted it once more; the store was opened before or after that."""
+    (segment,) = await requested(tmp_path)
+    async with FileStore.open(tmp_path, ManualClock()) as known:
+        lines = segment.read_bytes().splitlines(keepends=True)
+        segment.write_bytes(b"".join([*lines[:2], b"x" * (len(lines[2]) - 1) + b"\n"]))
+        async with FileStore.open(tmp_path, ManualClock()) as anew:
+            store = known if is_open else anew
+            assert WHOLE in (await store.verify()).damaged
+            assert (await store.repair()).is_sound
+    async with FileStore.open(tmp_path, ManualClock()) as store:
+        assert (await store.verify()).is_sound
+        assert await store.get(GONE) is None
+        await store.commit(Commit([Write(GONE, 0, {"n": "again"})]))
+        found = await store.get(GONE)
+        assert found is not None
+        assert found.version > 3
+        told = [event.data["key"] async for record in between(store, 3, await store.position())
+                for event in record.events if event.type == "state.repaired"]  # fmt: skip
+        assert told == ["task/whole"]
+
+
+async def test_what_expires_does_so_after_a_repair(tmp_path: Path) -> None:
+    """What is settled for has no more time than it had; what had none left is not there again."""
+    clock, late = ManualClock(), Key("task", "late")
+    async with FileStore.open(tmp_path, clock) as store:
+        await store.commit(Commit([Write(HIT, 0, {"n": 1}, ttl=100.0), Write(late, 0, {"n": 1}, ttl=10.0)]))
+        await store.commit(Commit([Write(WHOLE, 0, {"n": 0})]))
+    (segment,) = log(tmp_path)
+    lines = segment.read_bytes().splitlines(keepends=True)
+    segment.write_bytes(lines[0] + b"\n")
+    clock.advance(50.0)
+    async with FileStore.open(tmp_path, clock) as store:
+        assert (await store.repair()).is_sound
+        assert await store.get(late) is None
+        found = await store.get(HIT)
+        assert found is not None
+        assert found.expires == clock.now() + 50.0
+        clock.advance(50.0)
+        assert await store.get(HIT) is None
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("with_snapshot", [True, False])
+async def test_a_copy_of_a_commit_right_behind_it_hits_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, *, with_snapshot: bool
+) -> None:
+    """Of the newest as of any other, also where the log is read from a snapshot on."""
+    monkeypatch.setattr(snapshot, "WORTH_BYTES", 1 if with_snapshot else 1 << 20)
+    segment = (await requested(tmp_path, segment_bytes=1))[number]
+    segment.write_bytes(2 * segment.read_bytes())
+    async with FileStore.open(tmp_path, ManualClock()) as store:
+        (damage,) = store.damage
+        assert damage.keys == ()
+        found = await store.verify()
+        assert (found.is_sound, found.position, found.damaged, found.differs) == (False, 3, [], [])
+        whole = await store.get(WHOLE)
+        assert whole is not None
+        assert (whole.version, whole.damaged) == (2, False)
+        assert (await store.repair()).is_sound
+        assert await store.get(WHOLE) == whole
+        assert await store.get(GONE) is None
+
+
+async def test_a_copy_in_the_place_of_another_commit_hits_all(tmp_path: Path) -> None:
+    """It is known that there is one more."""
+    (segment,) = await requested(tmp_path)
+    lines = segment.read_bytes().splitlines(keepends=True)
+    segment.write_bytes(b"".join([lines[0], lines[0], lines[2]]))
+    async with FileStore.open(tmp_path, ManualClock()) as store:
+        assert None in [one.keys for one in store.damage]
+        assert {GONE, WHOLE} <= set((await store.verify()).damaged)
+
+
+async def test_a_log_of_which_nothing_is_left_is_settled_for(tmp_path: Path) -> None:
+    """Its mark says that there was one; positions go on."""
+    (segment,) = await requested(tmp_path)
+    segment.unlink()
+    async with FileStore.open(tmp_path, ManualClock()) as store:
+        assert not (await store.verify()).is_sound
+        await store.repair()
+        assert await store.commit(Commit([Write(WHOLE, 0, {"n": 0})])) > 3
+
+
+async def test_a_copy_that_comes_while_a_store_is_open_hits_nothing(tmp_path: Path) -> None:
+    """Who has it open goes on behind it."""
+    (segment,) = await requested(tmp_path)
+    async with FileStore.open(tmp_path, ManualClock()) as store:
+        await store.commit(Commit([Write(WHOLE, 2, {"n": 2})]))
+        data = segment.read_bytes()
+        segment.write_bytes(data + data.splitlines(keepends=True)[-1])
+        assert await store.commit(Commit([Write(WHOLE, 3, {"n": 3})])) == 5
+        assert [one.keys for one in store.damage] == [()]
+    async with FileStore.open(tmp_path, ManualClock()) as store:
+        found = await store.get(WHOLE)
+        assert found is not None
+        assert (found.value, found.damaged) == ({"n": 3}, False)
+        assert (await store.repair()).is_sound
