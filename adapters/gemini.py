@@ -239,7 +239,7 @@ class GeminiAdapter:
             failed = _failure_reported(end.stderr) or (None if _has_begun(end) else _failure_in_lines(end.stderr))
             if failed is None and end.events:
                 # A signal ends it with 0, in the middle of its work.
-                failed = Failed(FailureClass.CRASHED, _NO_RESULT)
+                failed = Failed(FailureClass.CRASHED, _NO_RESULT, unfinished=True)
         if failed is None or failed.failure is not FailureClass.RATE_LIMITED:
             return failed
         seconds = _seconds_to_wait(end)

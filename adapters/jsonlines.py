@@ -113,7 +113,8 @@ def interruption(end: SessionEnd) -> Failed | None:
     began = any(isinstance(event, Identified) for event in end.events)
     if end.exit != 0 or not began or any(isinstance(event, Concluded) for event in end.events):
         return None
-    return Failed(FailureClass.CRASHED, "it broke off before it was done, as when it is interrupted")
+    reason = "it broke off before it was done, as when it is interrupted"
+    return Failed(FailureClass.CRASHED, reason, unfinished=True)
 
 
 def text_of(value: Any) -> str:

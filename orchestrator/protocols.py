@@ -533,7 +533,7 @@ class Command:
     and folders (absolute) that it must be able to read even if they lie in what the fence hides. `leavings` are
     patterns (gitignore(5)) of what the program leaves in the worktree for its own use, such as a cache: new files
     that match are no part of its work. `home` is what it finds in the home of the request (None: it uses none).
-    that match are no part of its work. `interrupt` is whether it is to be interrupted (SIGINT) before it is
+    `interrupt` is whether it is to be interrupted (SIGINT) before it is
     terminated, because it then tidies up: its child processes, its last words. Only the process that `argv` starts is
     interrupted; where that is a wrapper, it has to pass the signal on.
     """

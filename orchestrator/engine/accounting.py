@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from orchestrator.domain.model import Attempt
+from orchestrator.domain.model import Attempt, known_cost
 from orchestrator.domain.prices import Price, price_of
 from orchestrator.protocols import JsonObject
 from orchestrator.sessions.transcript import Transcript
@@ -29,6 +29,7 @@ class Accounting:
                 input_tokens=max(said.input_tokens - sum(one.input_tokens for one in before), 0),
                 output_tokens=max(said.output_tokens - sum(one.output_tokens for one in before), 0),
                 cached_tokens=max(said.cached_tokens - sum(one.cached_tokens for one in before), 0),
+                cost=None if said.cost is None else max(said.cost - (known_cost(before) or 0.0), 0.0),
             )
         return said if said.cost is not None else replace(said, cost=self._estimate(said))
 

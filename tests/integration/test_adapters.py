@@ -155,6 +155,13 @@ async def test_half_of_the_work_does_not_land_where_the_program_says_that_it_fai
     assert not (bench.repository.top / "a.txt").exists()
 
 
+async def test_half_of_the_work_does_not_land_where_the_program_breaks_off(bench: Bench) -> None:
+    """It ends with 0, as interrupted ones do, but has not said how it went."""
+    ended = bench.run("claude-code", "write a.txt half\nfail silently")
+    assert (ended.states, ended.result["tasks"][0]["failure"]) == ({"t0": "failed"}, "crashed"), ended
+    assert not (bench.repository.top / "a.txt").exists()
+
+
 async def test_an_error_that_passes_by_itself_is_none(bench: Bench) -> None:
     """Aider tries again and succeeds: what it said in between does not count."""
     ended = bench.run("aider", "stumble\nwrite a.txt a")
@@ -236,7 +243,7 @@ async def test_what_was_spent_is_recorded(bench: Bench) -> None:
     )
     assert (used["total"]["sessions"], used["total"]["priced"], used["total"]["input_tokens"]) == (4, 3, 7476)
     shown = bench.repository.council("usage").stdout.splitlines()
-    assert shown[0].split() == ["sessions", "minutes", "tokens", "in", "tokens", "out", "cost"]
+    assert shown[0].split() == ["sessions", "time", "tokens", "in", "tokens", "out", "cost"]
     assert shown[-1].endswith("$0.5225 (of 3 of 4 sessions)")
     assert [line.split()[:3] for line in shown if line.startswith("task ollama")] == [["task", "ollama", "1"]]
 

@@ -1,8 +1,8 @@
 """A stand-in for Claude Code 2.1: `claude -p --output-format stream-json --verbose …` with the prompt on stdin.
 
-Steps: `write PATH TEXT`, `fail auth|overloaded|turns|drop|plain`, `fail limit SECONDS`, `hang` until it is interrupted,
-`spend TOKENS` (a call of the model, which it tells of twice), `tell PATH` (write its arguments and the prompt). It
-keeps its conversation in its folder, and knows it again by its id only in the worktree where it was.
+Steps: `write PATH TEXT`, `fail auth|overloaded|turns|drop|plain|silently`, `fail limit SECONDS`, `hang` until it is
+interrupted, `spend TOKENS` (a call of the model, which it tells of twice), `tell PATH` (write its arguments and the
+prompt). It keeps its conversation in its folder, and knows it again by its id only in the worktree where it was.
 """
 # ruff: noqa: T201  a program that prints
 
@@ -45,6 +45,8 @@ def fail(kind: str, rest: str) -> None:
             result(is_error=True, api_error_status=429, result="You've hit your session limit · resets 3pm")
         case "overloaded":
             result(is_error=True, api_error_status=529, result="API Error: 529 stub says overloaded_error.")
+        case "silently":
+            sys.exit(0)
         case "turns":
             result(subtype="error_max_turns", is_error=True, result=None)
         case "plain":

@@ -1,0 +1,53 @@
+"""What sessions used up by themselves, from what their CLIs told."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestrator.domain.model import Attempt
+from orchestrator.domain.prices import Price
+from orchestrator.engine.accounting import Accounting
+from orchestrator.sessions.transcript import Transcript
+
+ATTEMPT = {"number": 1, "adapter": "a", "base": "b", "started": 0.0}
+ACCOUNTING = Accounting({"m": Price(input=10, output=20, cached_input=1)})
+
+
+def earlier(session: str | None, **used: float) -> Attempt:
+    return Attempt.model_validate(
+        {"number": 1, "adapter": "a", "base": "b", "started": 0.0, "session": session, **used}
+    )
+
+
+def test_what_earlier_sessions_of_a_conversation_used_up_is_taken_off() -> None:
+    """Only theirs, and never more than there is."""
+    said = Transcript(session="s", input_tokens=100, output_tokens=50, cached_tokens=40, cost=3.0, of_conversation=True)
+    before = [
+        earlier("s", input_tokens=60, output_tokens=20, cached_tokens=10, cost=1.0),
+        earlier("s", input_tokens=10, output_tokens=5, cached_tokens=50),
+        earlier("other", input_tokens=1000, cost=9.0),
+        earlier(None, input_tokens=1000),
+    ]
+    own = ACCOUNTING.own(said, before)
+    assert (own.input_tokens, own.output_tokens, own.cached_tokens, own.cost) == (30, 25, 0, 2.0)
+
+
+def test_what_a_program_tells_of_itself_alone_stays() -> None:
+    said = Transcript(session="s", input_tokens=100, cost=3.0)
+    assert ACCOUNTING.own(said, [earlier("s", input_tokens=60, cost=1.0)]) == said
+
+
+def test_a_cost_that_is_not_told_is_estimated_of_the_session_alone() -> None:
+    """And recorded as such."""
+    said = Transcript(
+        session="s", input_tokens=300, output_tokens=100, cached_tokens=100, model="m-2", of_conversation=True
+    )
+    found = ACCOUNTING.recorded(said, [earlier("s", input_tokens=100, output_tokens=50)])
+    assert found["cost"] == pytest.approx((100 * 10 + 100 * 1 + 50 * 20) / 1e6)
+    assert found["is_estimated"] is True
+    assert ACCOUNTING.recorded(Transcript(cost=0.5), [])["is_estimated"] is False
+
+
+def test_without_tokens_or_a_price_nothing_is_estimated() -> None:
+    assert ACCOUNTING.recorded(Transcript(model="m"), [])["cost"] is None
+    assert ACCOUNTING.recorded(Transcript(model="unknown", input_tokens=5), [])["cost"] is None
