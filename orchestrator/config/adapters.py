@@ -96,8 +96,8 @@ def _fallbacks(root: Node) -> Iterator[Node]:
             yield from told.children.values()
 
 
-def trial_request(task: str, prompt: str) -> SessionRequest:
-    """Return what an adapter is asked to see what it would run; its paths don't exist."""
+def trial_request(task: str, prompt: str, home: Path = _NOWHERE / "home") -> SessionRequest:
+    """Return what an adapter is asked to see what it would run; its paths don't exist, but for the home perhaps."""
     return SessionRequest(
         run="run",
         task=task,
@@ -105,7 +105,7 @@ def trial_request(task: str, prompt: str) -> SessionRequest:
         prompt=prompt,
         prompt_file=_NOWHERE / "prompt",
         worktree=_NOWHERE,
-        home=_NOWHERE / "home",
+        home=home,
     )
 
 

@@ -1,7 +1,7 @@
 """Which programs adapters need, and what there is of them: where, of which version, ready to be used or not.
 
-A program is strange until it has answered: it has nothing to read, an empty folder, ten seconds, and what it prints is
-read to 64 KiB. What it leaves running is killed.
+A program is strange until it has answered: it has nothing to read, an empty folder, a home like a session's where it is
+to have one of its own, ten seconds, and what it prints is read to 64 KiB. What it leaves running is killed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -26,9 +26,11 @@ from pydantic import ValidationError
 
 from orchestrator.config.adapters import trial_request
 from orchestrator.domain.secrets import Redactor, secret_values
+from orchestrator.errors import RefusedError
 from orchestrator.process import Completed, kill_marked, run_stranger
-from orchestrator.protocols import Adapter, AdapterType, JsonObject, Program
+from orchestrator.protocols import Adapter, AdapterType, Home, JsonObject, Program
 from orchestrator.sessions.environment import BASE_ENVIRONMENT
+from orchestrator.sessions.homes import furnish
 
 K = TypeVar("K", bound=Hashable)
 
@@ -37,6 +39,7 @@ _AT_ONCE: Final = 8
 _MOST_OUTPUT: Final = 64 << 10
 _LONGEST_WORDS: Final = 200
 _MARK: Final = "COUNCIL_PROBE"
+_HOME: Final = Path("/council-home-of-a-probe")
 
 # CSI and OSC sequences of ECMA-48, the latter ended by BEL or ST; then whatever else is not text.
 _ESCAPES: Final = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.")
@@ -107,50 +110,57 @@ async def probe_adapters(adapters: Mapping[K, Adapter], environ: Mapping[str, st
     """Look for the programs of all adapters and ask each what it is, side by side; the same one is asked once."""
     wanted, broken = await anyio.to_thread.run_sync(_programs_of, adapters, environ)
     mark = f"{_MARK}={secrets.token_hex(8)}"
-    questions = {_key(program, env): (program, env) for found in wanted.values() for program, env in found}
+    questions = {repr(one): one for found in wanted.values() for one in found}
     answers: dict[str, ProgramStatus] = {}
     limiter = anyio.CapacityLimiter(_AT_ONCE)
 
-    async def ask(key: str, program: Program, env: Mapping[str, str]) -> None:
+    async def ask(key: str, question: _Question) -> None:
         async with limiter:
-            answers[key] = await _probe(program, {**env, _MARK: mark.partition("=")[2]})
+            answers[key] = await _probe(question, {_MARK: mark.partition("=")[2]}, environ)
 
     try:
         async with anyio.create_task_group() as group:
-            for key, (program, env) in questions.items():
-                group.start_soon(ask, key, program, env)
+            for key, question in questions.items():
+                group.start_soon(ask, key, question)
     finally:
         # What left its process group has still the mark.
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(kill_marked, mark.encode())
     return {
-        name: AdapterStatus([answers[_key(*one)] for one in wanted.get(name, ())], broken.get(name))
-        for name in adapters
+        name: AdapterStatus([answers[repr(one)] for one in wanted.get(name, ())], broken.get(name)) for name in adapters
     }
 
 
-def _key(program: Program, env: Mapping[str, str]) -> str:
-    return repr((program, sorted(env.items())))
+class _Question(NamedTuple):
+    """A program, the variables that its adapter gives it, sorted, and what it finds in its home.
+
+    Where a variable has the path of the home, `_HOME` stands for it.
+    """
+
+    program: Program
+    env: tuple[tuple[str, str], ...]
+    home: Home | None
 
 
 def _programs_of(
     adapters: Mapping[K, Adapter], environ: Mapping[str, str]
-) -> tuple[dict[K, list[tuple[Program, dict[str, str]]]], dict[K, str]]:
-    """Return each adapter's programs with the environment that it gives them, and why others have none."""
-    found: dict[K, list[tuple[Program, dict[str, str]]]] = {}
+) -> tuple[dict[K, list[_Question]], dict[K, str]]:
+    """Return each adapter's programs with what it gives them, and why others have none."""
+    found: dict[K, list[_Question]] = {}
     broken: dict[K, str] = {}
     for name, adapter in adapters.items():
         try:
-            command = adapter.command(trial_request("task", "Do nothing."))
+            command = adapter.command(trial_request("task", "Do nothing.", _HOME))
             names = {*BASE_ENVIRONMENT, "HOME", *command.pass_env}
             env = {"PATH": os.defpath, **{key: environ[key] for key in names if key in environ}, **command.env}
-            found[name] = [(program, env) for program in adapter.programs()]
+            found[name] = [_Question(one, tuple(sorted(env.items())), command.home) for one in adapter.programs()]
         except Exception as error:  # noqa: BLE001  a plugin's own code
             broken[name] = f"{type(error).__name__}: {error}"
     return found, broken
 
 
-async def _probe(program: Program, env: Mapping[str, str]) -> ProgramStatus:
+async def _probe(question: _Question, more: Mapping[str, str], environ: Mapping[str, str]) -> ProgramStatus:
+    program, env = question.program, {**dict(question.env), **more}
     path = await anyio.to_thread.run_sync(_find, program.name, env["PATH"])
     if path is None:
         return judge(program, None)
@@ -158,15 +168,22 @@ async def _probe(program: Program, env: Mapping[str, str]) -> ProgramStatus:
         folder = Path(await anyio.to_thread.run_sync(partial(tempfile.mkdtemp, prefix="council-probe-")))
     except OSError as error:
         return judge(program, path, f"it can't be asked: no temporary folder can be made, {error.strerror}")
+    home = folder.with_name(f"{folder.name}-home")
+    env = {name: value.replace(str(_HOME), str(home)) for name, value in env.items()}
     has_key = any(env.get(key) for key in program.keys)
     try:
+        if question.home is not None:
+            await furnish(home, question.home, environ)
         version = await _ask([path, *program.version], env, folder) if program.version else None
         # Who does not even answer that would only hang once more.
         is_asked = bool(program.ready) and not has_key and not isinstance(version, str)
         ready = await _ask([path, *program.ready], env, folder) if is_asked else None
+    except (OSError, RefusedError) as error:
+        return judge(program, path, f"it can't be given a home: {error}")
     finally:
         with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(partial(shutil.rmtree, folder, ignore_errors=True))
+            for place in (folder, home):
+                await anyio.to_thread.run_sync(partial(shutil.rmtree, place, ignore_errors=True))
     return judge(program, path, version, ready, has_key=has_key, hide=secret_values(env))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from orchestrator.engine import probing
 from orchestrator.engine.probing import judge, make_without_options, probe_adapters, read_version
 from orchestrator.errors import RefusedError
 from orchestrator.process import Completed
-from orchestrator.protocols import Capability, Command, Failed, Program, SessionEnd, SessionEvent, SessionRequest
+from orchestrator.protocols import Capability, Command, Failed, Home, Program, SessionEnd, SessionEvent, SessionRequest
 from tests.waiting import wait_for
 
 MakeProgram = Callable[[str, str], Path]
@@ -51,6 +52,14 @@ class Stand:
         return None
 
 
+class AtHome(Stand):
+    """One whose programs have a home of the task's."""
+
+    def command(self, request: SessionRequest) -> Command:
+        links = {"login": "~/.tool/login"}
+        return Command(["x"], env={"TOOL_HOME": str(request.home / "kept")}, home=Home({"kept/set": "1"}, links))
+
+
 @pytest.fixture
 def bin_folder(tmp_path: Path, environ: dict[str, str]) -> Path:
     folder = tmp_path / "bin"
@@ -70,6 +79,27 @@ def program(bin_folder: Path) -> MakeProgram:
         return path
 
     return make
+
+
+async def test_a_program_with_a_home_of_the_tasks_is_asked_in_one(
+    program: MakeProgram, environ: dict[str, str], tmp_path: Path
+) -> None:
+    """With the user's login in it, and gone afterwards, with all that it wrote there."""
+    told = tmp_path / "told"
+    looks = (
+        f'echo "$TOOL_HOME" > {told}; touch "$TOOL_HOME/new"; [ -e "$TOOL_HOME/set" ] && [ -e "$TOOL_HOME/../login" ]'
+    )
+    program("tool", looks)
+    environ["HOME"] = str(tmp_path / "user")
+    adapter = AtHome(Program("tool", ready=["ready"], log_in="log in"))
+    without = (await probe_adapters({"it": adapter}, environ))["it"].programs[0]
+    (tmp_path / "user/.tool").mkdir(parents=True)
+    (tmp_path / "user/.tool/login").touch()
+    with_login = (await probe_adapters({"it": adapter}, environ))["it"].programs[0]
+    assert (without.ready, with_login.ready) == (False, True)
+    home = Path(told.read_text().strip())
+    assert not home.parent.exists()
+    assert home.is_relative_to(tempfile.gettempdir())
 
 
 @pytest.mark.parametrize(
