@@ -6,11 +6,11 @@ STAMP := $(VENV)/.installed
 # More than the cores of a small machine: a third of a test's time is spent waiting for processes to start and end.
 WORKERS ?= 3
 
-.PHONY: help install demo test crash bench schema lint types imports check clean
+.PHONY: help install demo test test-clis crash bench schema lint types imports check clean
 .DEFAULT_GOAL := help
 
 help:  ## say what there is
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: $(STAMP)  ## make .venv with the package and all that developing needs
 
@@ -24,8 +24,12 @@ $(STAMP): pyproject.toml
 demo: install  ## run configs/quickstart.yaml on a clone of this repository and check what came of it
 	@$(BIN)/python examples/demo.py
 
-test: install  ## all tests but the slow ones
-	@$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
+test: install  ## all tests but the slow ones and those of real programs
+	@$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow and not clis'
+
+test-clis: install  ## runs through real programs, which it installs in .clis; CLIS="claude-code codex" names some
+	@CLIS='$(CLIS)' $(BIN)/python -m tests.clis.install
+	@CLIS='$(CLIS)' $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m clis --durations=20 tests/clis
 
 crash: install  ## the long crash runs: every failpoint, random moments, kills inside recovery
 	@$(BIN)/python -m pytest -n $(WORKERS) -m slow
@@ -49,4 +53,4 @@ imports: install
 check: lint types imports test  ## what CI runs
 
 clean:  ## remove what `make` made
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .clis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

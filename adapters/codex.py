@@ -68,6 +68,8 @@ _SETTINGS: Final = (
     *("-c", "analytics.enabled=false"),
     *("-c", "feedback.enabled=false"),
     *("-c", "check_for_update_on_startup=false"),
+    # A file with all variables, keys too, which stays where it is killed.
+    *("-c", "features.shell_snapshot=false"),
 )
 
 _STATUS: Final = re.compile(r"(?:unexpected status |last status: |\(status |^\{.*\"status\": ?)(\d{3})\b", re.DOTALL)

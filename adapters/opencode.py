@@ -47,11 +47,29 @@ _KEYS: Final = (
     *("ANTHROPIC_API_KEY", "GEMINI_API_KEY", "GOOGLE_API_KEY", "GOOGLE_GENERATIVE_AI_API_KEY", "OPENAI_API_KEY"),
     *("OPENCODE_API_KEY", "OPENROUTER_API_KEY"),
 )
-_PLACES: Final = ("OPENCODE_CONFIG", "OPENCODE_CONFIG_DIR", "XDG_CONFIG_HOME")
-#: What it keeps, by the name in a home of the task's; its configuration stays the user's.
-_FOLDERS: Final = {"XDG_CACHE_HOME": "cache", "XDG_DATA_HOME": "share", "XDG_STATE_HOME": "state"}
+_PLACES: Final = ("OPENCODE_CONFIG", "OPENCODE_CONFIG_DIR")
+#: What it keeps, by the name in a home of the task's. Its configuration's folder is one: it does not start where it
+#: can't write there.
+_FOLDERS: Final = {
+    "XDG_CACHE_HOME": "cache",
+    "XDG_CONFIG_HOME": "config",
+    "XDG_DATA_HOME": "share",
+    "XDG_STATE_HOME": "state",
+}
 _LOGIN: Final = "share/opencode/auth.json"
-_LINKS: Final = {_LOGIN: "~/.local/share/opencode/auth.json"}
+#: What of the user's own it finds there, and the git that it runs.
+_LINKS: Final = {
+    _LOGIN: "~/.local/share/opencode/auth.json",
+    "config/git": "~/.config/git",
+    **{
+        f"config/opencode/{name}": f"~/.config/opencode/{name}"
+        for name in (
+            *("opencode.json", "opencode.jsonc", "config.json", "AGENTS.md"),
+            *("agent", "agents", "command", "commands", "mode", "modes", "plugin", "plugins"),
+            *("skill", "skills", "themes", "tool", "tools"),
+        )
+    },
+}
 _INSTRUCTIONS: Final = "council-instructions.md"
 _LOG_IN: Final = "run `opencode auth login`, set its provider's key (such as ANTHROPIC_API_KEY), or add credit"
 _PRESET: Final = {

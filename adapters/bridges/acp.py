@@ -194,7 +194,8 @@ def _paths_of(call: schema.ToolCallUpdate | schema.ToolCallStart | schema.ToolCa
 
 async def _converse(agent: Any, client: _Client, top: Path, prompt: str, model: str | None) -> Concluded:
     """Have one conversation; raises Concluded, or the error that cut it off."""
-    ability = schema.FileSystemCapabilities(read_text_file=True, write_text_file=True)
+    # Not reading: Gemini CLI does not know our answer that a file is not there, and then writes no new one.
+    ability = schema.FileSystemCapabilities(read_text_file=False, write_text_file=True)
     known = await agent.initialize(
         protocol_version=acp.PROTOCOL_VERSION,
         client_capabilities=schema.ClientCapabilities(fs=ability),

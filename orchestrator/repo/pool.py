@@ -118,6 +118,8 @@ class Pool:
         """Every place that we hold the lock of."""
         self._idle: set[int] = set()
         """Those that are clean and nobody's."""
+        self._cleaning: set[int] = set()
+        """Those that were given back and are going to be idle."""
         self._unseen: set[int] = set()
         """Idle ones that another process left, of which it is not known whether they still are what it left."""
         self._waiting = self._wanted = 0
@@ -168,8 +170,8 @@ class Pool:
     async def take(self, commit: str, session: Path, adapter: str = "", tree: Path | None = None) -> Checkout:
         """Hand out a place that holds a commit, to the session with that folder; waits until there is one.
 
-        It is the one with that `tree` if that is free. Raises GitError, OSError or RefusedError where none can be made,
-        SetupError where none can be set up.
+        It is the one with that `tree` if that is free, or was given back and soon will be. Raises GitError, OSError or
+        RefusedError where none can be made, SetupError where none can be set up.
         """
         while True:
             self._newest = commit
@@ -186,6 +188,7 @@ class Pool:
 
     def give_back(self, checkout: Checkout, found: Differences | None) -> None:
         """Take a place back whose session's folder is gone; what differs is removed in the background."""
+        self._cleaning.add(checkout.place.number)
         self._group.start_soon(self._clean, checkout, found)
 
     async def discard(self, checkout: Checkout) -> None:
@@ -201,6 +204,7 @@ class Pool:
         number = checkout.place.number
         self._ours.pop(number, None)
         self._idle.discard(number)
+        self._cleaning.discard(number)
         self._unseen.discard(number)
         await checkout.let_go()
         self._announce()
@@ -263,6 +267,8 @@ class Pool:
     async def _take_idle(self, commit: str, tree: Path | None) -> Checkout | None:
         """Return the clean place with that tree, or else the one nearest to a commit, if there is one that can go."""
         async with self._choosing:
+            if tree is not None and any(self._ours[number].place.tree == tree for number in self._cleaning):
+                return None
             idle = [self._ours[number] for number in self._idle]
             sources = self._plain(commit)
             # What is being copied is going to be idle again.
@@ -500,6 +506,7 @@ class Pool:
             await self.discard(checkout)
             self._make_more()
             return
+        self._cleaning.discard(checkout.place.number)
         self._idle.add(checkout.place.number)
         self._announce()
 

@@ -220,4 +220,5 @@ def test_codex_and_its_providers(tmp_path: Path, provider: str | None, is_asked:
     assert [bool(program.ready) for program in adapter.programs()] == [is_asked]
     argv = adapter.command(SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home")).argv
     assert (f"model_provider={provider}" in argv) is (provider is not None)
+    assert "features.shell_snapshot=false" in argv  # else the keys that it is given are in a file
     assert (f"model_providers.{provider}.stream_max_retries=1" in argv) is is_set

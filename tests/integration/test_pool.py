@@ -10,6 +10,7 @@ import threading
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -601,3 +602,37 @@ def test_a_sessions_folder_is_made_while_the_last_one_beside_it_goes(tmp_path: P
     finally:
         over.set()
         leaving.join()
+
+
+async def test_a_place_that_is_asked_for_while_it_is_cleaned_is_waited_for(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A conversation goes on in its own folder alone, and not in another that is clean already."""
+    main = await yard.fetch()
+    clean, begun, may_end = reset.clean, anyio.Event(), anyio.Event()
+
+    async def slowly(*arguments: Any) -> Any:
+        begun.set()
+        await may_end.wait()
+        return await clean(*arguments)
+
+    async with yard.open() as pool:
+        first, mine = await yard.begin(pool, "first", main)
+        second, other = await yard.begin(pool, "second", main)
+        await yard.end(pool, second, other)
+        await idle(pool, 1)
+        monkeypatch.setattr(reset, "clean", slowly)
+        await yard.end(pool, first, mine)
+        await begun.wait()
+        async with anyio.create_task_group() as group:
+            group.start_soon(let_go_once, pool, may_end)
+            again = await pool.take(main, yard.worktree("first", 2).root, tree=mine.place.tree)
+        assert again.place.tree == mine.place.tree
+        await pool.discard(again)
+
+
+async def let_go_once(pool: Pool, may_end: anyio.Event) -> None:
+    """Let the cleaning end as soon as somebody waits for a place."""
+    while not pool._waiting:
+        await anyio.sleep(0.01)
+    may_end.set()

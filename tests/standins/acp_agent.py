@@ -33,11 +33,16 @@ class Agent:
         self.client: Any = None
         self.cwd = Path()
         self.model = "small"
+        self.reads_by_client = False
 
     def on_connect(self, client: Any) -> None:
         self.client = client
 
-    async def initialize(self, protocol_version: int, **_: Any) -> schema.InitializeResponse:
+    async def initialize(
+        self, protocol_version: int, client_capabilities: schema.ClientCapabilities | None = None, **_: Any
+    ) -> schema.InitializeResponse:
+        files = client_capabilities.fs if client_capabilities else None
+        self.reads_by_client = bool(files and files.read_text_file)
         methods = [schema.AuthMethodAgent(id="login", name="agent login")]
         version = int(os.environ.get("ACP_VERSION", protocol_version))
         return schema.InitializeResponse(protocol_version=version, auth_methods=methods)
@@ -80,9 +85,7 @@ class Agent:
     async def step(self, session: str, word: str, first: str, rest: str) -> None:
         match word, first:
             case "write", _:
-                await self.ask(
-                    session, self.client.write_text_file(session_id=session, path=self.at(first), content=rest + "\n")
-                )
+                await self.write(session, self.at(first), rest + "\n")
             case "read", _:
                 await self.ask(
                     session, self.client.read_text_file(session_id=session, path=self.at(first), line=1, limit=1)
@@ -103,6 +106,11 @@ class Agent:
                 sys.stderr.write("x" * 300_000 + "last words")
                 sys.stderr.flush()
                 os._exit(7)
+
+    async def write(self, session: str, path: str, content: str) -> None:
+        """Write as Gemini CLI does: it looks for the file, and does not know the client's answer that there is none."""
+        if not self.reads_by_client or Path(path).exists():
+            await self.ask(session, self.client.write_text_file(session_id=session, path=path, content=content))
 
     def at(self, path: str) -> str:
         return str(self.cwd / path)

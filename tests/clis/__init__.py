@@ -1,0 +1,1 @@
+"""Runs of the real command through the real programs, against the scripted model server: `make test-clis`."""

@@ -1,0 +1,178 @@
+"""A stage for real programs: a user who has set them up, a repository, and the server that is all their models."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+import pytest
+
+from orchestrator.clock import SystemClock
+from orchestrator.domain.model import TaskDocument
+from orchestrator.project import Project
+from orchestrator.state.file import open_file_store
+from orchestrator.testing.fingerprint import Fingerprint
+from orchestrator.testing.model_server import ModelServer
+from tests.clis.programs import CLIS, MODEL, Program, selected
+from tests.command_server import Started
+from tests.conftest import FAKE_CLI, Ended, Repository
+from tests.waiting import wait_for
+
+#: Nothing listens there.
+_NOWHERE: Final = "http://127.0.0.1:9"
+_LONGEST: Final = 280.0  # seconds for a run: some programs take ten to start on a machine that is busy
+SELECTED: Final = selected(os.environ.get("CLIS", ""))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Runs of some programs, by name; `url` is where their models are."""
+
+    repository: Repository
+    server: ModelServer
+    programs: Mapping[str, Program]
+    url: str
+    _before: list[Fingerprint] = field(default_factory=list)
+
+    @property
+    def home(self) -> Path:
+        """The user's home."""
+        return Path(self.repository.environ["HOME"])
+
+    def set_up(self, *, logged_in: bool = True) -> None:
+        """Write the files that the programs' user has at home, and set the variables."""
+        environ = self.repository.environ
+        environ["PATH"] = os.pathsep.join((str(CLIS / "bin"), str(CLIS / "node_modules/.bin"), environ["PATH"]))
+        for name, program in self.programs.items():
+            if program.needs is not None and shutil.which(program.needs, path=environ["PATH"]) is None:
+                pytest.fail(f"{name} is not installed in {CLIS}: `make test-clis` installs it, or name others by CLIS")
+            for path, content in program.files.items():
+                text = content if isinstance(content, str) else json.dumps(content)
+                (self.home / path).parent.mkdir(parents=True, exist_ok=True)
+                (self.home / path).write_text(self._with_url(text))
+            given = {**program.environ, **(program.keys if logged_in else {})}
+            for variable, value in given.items():
+                environ[variable] = str(self.home / value[2:]) if value.startswith("~/") else self._with_url(value)
+        self._before[:] = [Fingerprint.of(self.home)]
+
+    def configure(self, tasks: Sequence[Mapping[str, Any]], **settings: Any) -> Path:
+        """Write a file with tasks for these programs, all of them as their adapters are by default."""
+        adapters = {name: json.loads(self._with_url(json.dumps(one.adapter))) for name, one in self.programs.items()}
+        # All of this may lie in `/tmp`, and a session has one of its own.
+        readable = [sys.prefix, str(FAKE_CLI.parents[2]), str(CLIS), str(self.home)]
+        return self.repository.configure(tasks, adapters=adapters, readable=readable, **settings)
+
+    def start(self, prompt: str, **more: Any) -> Started:
+        """Start a run of one task."""
+        adapter = next(iter(self.programs))
+        path = self.configure([{"id": "task", "adapter": adapter, "timeout": "3m", "prompt": prompt, **more}])
+        return self.repository.start("run", str(path), "--json")
+
+    def run(self, prompt: str, **more: Any) -> Ended:
+        """Run one task to its end."""
+        return self.end(self.start(prompt, **more))
+
+    def end(self, started: Started) -> Ended:
+        """Wait for the end of a run."""
+        try:
+            stdout, stderr = started.communicate(timeout=_LONGEST)
+        finally:
+            started.kill()
+        return Ended(started.returncode, stdout, stderr)
+
+    def tell(self, ended: Ended) -> str:
+        """Return what a person would look at to see why a run ended as it did."""
+        lines = [ended.stderr]
+        for task in ended.result.get("tasks", [ended.result]):
+            lines.append(json.dumps(task, indent=1))
+            for stream in ("stdout", "stderr"):
+                for log in sorted(Project(self.repository.top).folder.glob(f"logs/*/{task.get('id')}.*.{stream}")):
+                    lines += [f"--- {log.name}", log.read_text()[-2000:]]
+        return "\n".join(lines)
+
+    async def tasks(self) -> list[TaskDocument]:
+        """Return the tasks as they are recorded."""
+        async with open_file_store(Project(self.repository.top).store(), SystemClock()) as store:
+            return [TaskDocument.model_validate(one.value) for one in await store.list("task")]
+
+    async def task(self) -> TaskDocument:
+        """Return the one task."""
+        (task,) = await self.tasks()
+        return task
+
+    def clients(self) -> list[psutil.Process]:
+        """Return the processes, not ours, that are connected to the server."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                ends = [one.raddr[1:] for one in process.net_connections("tcp4")]  # () of what listens
+            except psutil.Error:  # it is gone, or not the user's
+                continue
+            if (self._port,) in ends and process.pid != os.getpid():
+                found.append(process)
+        return found
+
+    async def assert_clean(self) -> None:
+        """Check all that must hold after any run, and that nothing at home has changed."""
+        await self.repository.assert_invariants(canaries=["a-key-for-nothing"])
+        after, (before,) = Fingerprint.of(self.home), self._before
+        assert after.files == before.files
+        wait_for(lambda: not self.clients())
+
+    @cached_property
+    def _port(self) -> int:
+        return int(self.server.url.rpartition(":")[2])
+
+    def _with_url(self, text: str) -> str:
+        return text.replace(MODEL, self.url)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Put every program that is chosen through each test that asks for one."""
+    if "name" in metafunc.fixturenames:
+        metafunc.parametrize("name", SELECTED)
+
+
+@pytest.fixture
+def server() -> Iterator[ModelServer]:
+    """All models."""
+    with ModelServer() as made:
+        yield made
+
+
+@pytest.fixture
+def program(name: str) -> Program:
+    """The program that the test is about."""
+    return SELECTED[name]
+
+
+@pytest.fixture
+def stage(repository: Repository, server: ModelServer, name: str, program: Program) -> Stage:
+    """One program that is set up."""
+    made = Stage(repository, server, {name: program}, server.url)
+    made.set_up()
+    return made
+
+
+@pytest.fixture
+def logged_out(repository: Repository, server: ModelServer, name: str, program: Program) -> Stage:
+    """One program that lacks a login."""
+    made = Stage(repository, server, {name: program}, server.url)
+    made.set_up(logged_in=False)
+    return made
+
+
+@pytest.fixture
+def cut_off(repository: Repository, server: ModelServer, name: str, program: Program) -> Stage:
+    """One program whose server is gone."""
+    made = Stage(repository, server, {name: program}, _NOWHERE)
+    made.set_up()
+    return made

@@ -1,0 +1,100 @@
+"""Install real programs under `.clis` of this repository: `python -m tests.clis.install [PROGRAM…]`.
+
+Without names those of `CLIS`, or all. What is installed already, as it is asked for here, is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from typing import Final
+
+from tests.clis.programs import CLIS, selected
+
+#: By the program: what npm installs, or pip.
+NPM: Final = {
+    "claude": "@anthropic-ai/claude-code@2",
+    "codex": "@openai/codex@0.169",
+    "gemini": "@google/gemini-cli@0.61",
+    "opencode": "opencode-ai@1.18",
+}
+PYPI: Final = {"aider": "aider-chat==0.86.*"}
+_RECORD: Final = CLIS / "installed.json"
+_OLDEST_NODE: Final = 20
+
+
+class NotInstalledError(Exception):
+    """A program can't be installed, with what to do."""
+
+
+def install(programs: set[str]) -> None:
+    """Install programs by their names, as far as they are not there. Raises NotInstalledError."""
+    for_npm = {name: what for name, what in NPM.items() if name in programs}
+    for_pip = {name: what for name, what in PYPI.items() if name in programs}
+    missing = _missing(for_npm)
+    if missing:
+        _check_node(missing)
+        # npm removes what a folder has beyond its package.json, which it keeps itself: one call for what is new.
+        _run("npm", "install", "--no-audit", "--no-fund", "--loglevel=error", f"--prefix={CLIS}", *missing.values())
+        _keep(missing)
+    for name, what in _missing(for_pip).items():
+        _run(sys.executable, "-m", "venv", str(CLIS / name))
+        _run(str(CLIS / name / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", what)
+        (CLIS / "bin").mkdir(exist_ok=True)
+        (CLIS / "bin" / name).unlink(missing_ok=True)
+        (CLIS / "bin" / name).symlink_to(CLIS / name / "bin" / name)
+        _keep({name: what})
+
+
+def _missing(wanted: dict[str, str]) -> dict[str, str]:
+    known = _kept()
+    places = (CLIS / "bin", CLIS / "node_modules/.bin")
+    return {
+        name: what
+        for name, what in wanted.items()
+        if known.get(name) != what or not any((place / name).exists() for place in places)
+    }
+
+
+def _kept() -> dict[str, str]:
+    return dict(json.loads(_RECORD.read_text())) if _RECORD.exists() else {}
+
+
+def _keep(installed: dict[str, str]) -> None:
+    _RECORD.write_text(json.dumps(_kept() | installed, indent=1) + "\n")
+
+
+def _check_node(wanted: dict[str, str]) -> None:
+    names = ", ".join(sorted(wanted))
+    for program in ("node", "npm"):
+        if shutil.which(program) is None:
+            raise NotInstalledError(
+                f"{program} is missing, without which there is no {names}: install Node.js {_OLDEST_NODE} "
+                'or newer with npm, or name other programs, as in CLIS="aider ollama"'
+            )
+    version = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    if int(version.removeprefix("v").partition(".")[0]) < _OLDEST_NODE:
+        raise NotInstalledError(f"node is {version}: install {_OLDEST_NODE} or newer for {names}")
+
+
+def _run(*argv: str) -> None:
+    done = subprocess.run(argv, check=False, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise NotInstalledError(f"`{' '.join(argv)}` ended with {done.returncode}")
+
+
+def main(*names: str) -> None:
+    """Install what the programs of these names need."""
+    chosen = selected(" ".join(names) or os.environ.get("CLIS", ""))
+    CLIS.mkdir(exist_ok=True)
+    try:
+        install({one.needs for one in chosen.values() if one.needs is not None})
+    except NotInstalledError as error:
+        sys.exit(f"not installed: {error}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,111 @@
+"""What becomes of one task of each real program: done, resumed, limited, cut off, killed, without a login."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import pytest
+
+from orchestrator.domain.model import TaskStatus
+from orchestrator.testing.model_server import Request, anthropic, gemini, ollama, openai_chat, openai_responses
+from tests.clis.conftest import Stage
+from tests.clis.programs import Program
+from tests.waiting import wait_for
+
+pytestmark = [pytest.mark.clis, pytest.mark.timeout(300)]
+
+_DIALECTS: Final = {
+    one.name: one
+    for one in (anthropic.DIALECT, gemini.DIALECT, ollama.CHAT, openai_chat.DIALECT, openai_responses.DIALECT)
+}
+
+
+async def test_a_task_that_edits_a_file_lands_with_its_tokens(stage: Stage, program: Program) -> None:
+    """The file is on the target, and what the model said that it cost is in the result."""
+    ended = stage.run("write hello.txt hi\nsay It is written.\nusage 120 34")
+    assert ended.states == {"task": "landed"}, stage.tell(ended)
+    assert stage.repository.git("show", "main:hello.txt") == "hi"
+    (task,) = ended.result["tasks"]
+    assert task["attempts"] == 1
+    least = (120, 34) if program.tells_tokens else (1, 1)
+    assert task["input_tokens"] >= least[0]
+    assert task["output_tokens"] >= least[1]
+    await stage.assert_clean()
+
+
+async def test_what_fails_its_check_is_gone_on_with(stage: Stage, program: Program) -> None:
+    """Those that can go on in the same conversation, the model then sees it whole; the others begin a new one."""
+    check = "test -e second.txt || { echo write second.txt 2; exit 1; }"
+    ended = stage.run("write first.txt 1\nsay The first is written.", checks=[check])
+    assert ended.states == {"task": "landed"}, stage.tell(ended)
+    first, second = (await stage.task()).attempts
+    assert (first.outcome, first.resumed) == ("checks_failed", False)
+    assert (second.outcome, second.resumed) == ("built", program.can_resume)
+    if program.can_resume:
+        assert first.session == second.session
+    assert any(map(_goes_on, stage.server.requests)) is program.can_resume
+    assert stage.repository.git("show", "main:first.txt").startswith("1")
+    assert stage.repository.git("show", "main:second.txt") == "2"
+    await stage.assert_clean()
+
+
+async def test_a_limit_is_waited_out_and_costs_no_attempt(stage: Stage, program: Program) -> None:
+    """The only attempt that it has is not spent on the limit."""
+    ended = stage.run(f"fail 429 {program.calls} 1\nwrite hello.txt hi", attempts=1)
+    assert ended.states == {"task": "landed"}, stage.tell(ended)
+    (parked,) = [line for line in ended.lines if line.get("event") == "adapter.parked"]
+    assert parked["adapter"] in stage.programs
+    task = await stage.task()
+    assert [one.outcome for one in task.attempts] == ["rate_limited", "built"]
+    assert task.failures == 0
+    assert ended.result["adapters"] == []
+    await stage.assert_clean()
+
+
+async def test_a_server_that_is_gone_is_no_fault_of_the_task(cut_off: Stage, program: Program) -> None:
+    """Nothing lands, and the class of the failure is that of the network."""
+    ended = cut_off.run(
+        "write hello.txt hi", attempts=1, timeout="20s" if program.without_server == "timeout" else "2m"
+    )
+    (task,) = ended.result["tasks"]
+    assert task["failure"] == program.without_server, cut_off.tell(ended)
+    assert task["state"] != "landed"
+    assert [one.outcome for one in (await cut_off.task()).attempts] == [program.without_server]
+    assert cut_off.repository.git("rev-list", "--count", "main") == "1"
+    await cut_off.assert_clean()
+
+
+async def test_a_program_that_is_killed_has_crashed_and_is_tried_again(stage: Stage) -> None:
+    """It is killed while its model thinks."""
+    started = stage.start("delay 2\nwrite hello.txt hi", attempts=2)
+    try:
+        wait_for(lambda: any(one.dialect for one in stage.server.requests), 60)
+        for process in stage.clients():
+            process.kill()
+    finally:
+        ended = stage.end(started)
+    assert ended.states == {"task": "landed"}, stage.tell(ended)
+    assert [one.outcome for one in (await stage.task()).attempts] == ["crashed", "built"]
+    await stage.assert_clean()
+
+
+async def test_without_a_login_the_adapter_is_closed_with_the_remedy(logged_out: Stage, program: Program) -> None:
+    """The attempt is not spent, and whoever reads the result knows what to do."""
+    ended = logged_out.run("write hello.txt hi" if program.keys else "fail 401\nwrite hello.txt hi", attempts=1)
+    (adapter,) = ended.result["adapters"]
+    assert program.remedy in adapter["closed"], logged_out.tell(ended)
+    assert ended.states == {"task": "blocked"}
+    task = await logged_out.task()
+    assert (task.status, task.failures) == (TaskStatus.PENDING, 0)
+    assert [one.outcome for one in task.attempts] == ["auth"]
+    await logged_out.assert_clean()
+
+
+def _goes_on(request: Request) -> bool:
+    """Whether a request holds an earlier prompt, with what was done for it, before the one that it is about."""
+    if request.dialect is None:
+        return False
+    turns = _DIALECTS[request.dialect].read(request.path, request.body).turns
+    worked = next((number for number, turn in enumerate(turns) if turn.role == "tool"), len(turns))
+    asked = [number for number, turn in enumerate(turns) if "write second.txt" in turn.text]
+    return bool(asked) and asked[-1] > worked and any("write first.txt" in turn.text for turn in turns[:worked])

@@ -1,0 +1,41 @@
+"""All of the real programs at work on one repository at the same time."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from orchestrator.testing.model_server import ModelServer
+from tests.clis.conftest import SELECTED, Stage
+from tests.conftest import Repository
+
+pytestmark = [pytest.mark.clis, pytest.mark.timeout(300)]
+
+#: Those that are told apart by what they are, not by the protocol that they speak.
+_PROGRAMS = ("claude-code", "codex", "gemini", "opencode", "aider")
+_TASKS = 15
+
+
+async def test_all_that_they_do_side_by_side_lands(repository: Repository, server: ModelServer) -> None:
+    """Five programs, three tasks each, five at once: every file is on the target, each from its own attempt."""
+    programs = {name: SELECTED[name] for name in _PROGRAMS if name in SELECTED}
+    stage = Stage(repository, server, programs, server.url)
+    stage.set_up()
+    names = list(programs)
+    tasks = [
+        {
+            "id": f"task-{number}",
+            "adapter": names[number % len(names)],
+            "prompt": f"write out/{number}.txt {number}\nsay Number {number} is written.",
+        }
+        for number in range(_TASKS)
+    ]
+    checks = {"checks": ["test -s README.md"], "timeout": "3m"}
+    path = stage.configure(tasks, capacity=5, session_memory="64MiB", defaults=checks)
+    ended = stage.end(repository.start("run", str(path), "--json"))
+    assert Counter(ended.states.values()) == {"landed": _TASKS}, stage.tell(ended)
+    assert [len(task.attempts) for task in await stage.tasks()] == [1] * _TASKS
+    written = {number: repository.git("show", f"main:out/{number}.txt") for number in range(_TASKS)}
+    assert written == {number: str(number) for number in range(_TASKS)}
+    await stage.assert_clean()
