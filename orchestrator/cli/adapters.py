@@ -10,13 +10,14 @@ import anyio.to_thread
 import click
 
 from orchestrator.cli.command import Context, json_option, opened, perform, store_option
-from orchestrator.cli.output import local_time, one_line, plain
+from orchestrator.cli.output import one_line, plain
 from orchestrator.cli.scene import Scene, look_around
 from orchestrator.config.model import RunConfig, make_adapters
 from orchestrator.engine.findings import describe
 from orchestrator.engine.probing import AdapterStatus, make_without_options, probe_adapters
 from orchestrator.engine.report import AdapterReport
 from orchestrator.errors import ConfigError, CouncilError, RefusedError
+from orchestrator.instants import local_time
 from orchestrator.protocols import JsonObject
 
 
