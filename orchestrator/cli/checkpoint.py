@@ -10,9 +10,10 @@ import click
 from orchestrator.cli.command import Context, json_option, opened, perform, run_option, store_option
 from orchestrator.cli.completing import complete_checkpoints, complete_runs
 from orchestrator.cli.group import Suggesting
-from orchestrator.cli.output import local_time, plain
+from orchestrator.cli.output import plain
 from orchestrator.council import Council
 from orchestrator.errors import RefusedError
+from orchestrator.instants import local_time
 from orchestrator.protocols import JsonObject
 from orchestrator.state.checkpoints import WHOLE, Checkpoint, Restoration
 

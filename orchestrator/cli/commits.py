@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from orchestrator.cli.output import local_time, plain
+from orchestrator.cli.output import plain
+from orchestrator.instants import local_time
 from orchestrator.protocols import Event, JsonObject, Record
 
 #: Documents of a commit that a line names: with its run all of its tasks are recorded.

@@ -13,8 +13,9 @@ import orjson
 
 from orchestrator.cli.command import Context, json_option, opened, perform, store_option, tell_damage
 from orchestrator.cli.differences import field_changes, field_lines
-from orchestrator.cli.output import local_time, plain
+from orchestrator.cli.output import plain
 from orchestrator.errors import RefusedError
+from orchestrator.instants import local_time
 from orchestrator.protocols import Document, JsonObject
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from orchestrator.cli.columns import aligned
 from orchestrator.cli.commits import event_name, events_json
 from orchestrator.cli.differences import field_changes, field_lines
-from orchestrator.cli.output import local_time, plain
+from orchestrator.cli.output import plain
+from orchestrator.instants import local_time
 from orchestrator.protocols import Document, JsonObject, Key, State, Version
 
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from orchestrator.cli.command import Context, opened
-from orchestrator.cli.output import local_time, one_line, plain
+from orchestrator.cli.output import one_line, plain
 from orchestrator.engine.findings import Finding, Level
 from orchestrator.engine.report import AdapterFailure, AdapterReport
 from orchestrator.errors import CouncilError, RefusedError
+from orchestrator.instants import local_time
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from orchestrator.cli.streams import forget, has_gone
+from orchestrator.instants import local_time
 
 if TYPE_CHECKING:
     from orchestrator.engine.report import RunReport
@@ -27,6 +28,7 @@ SENTENCES: Mapping[str, str] = {
     "legacy.imported": "imported {tasks} tasks from {sources}",
     "legacy.damaged": "not imported as it is: {path}: {reason}",
     "run.limited": "no more than {sessions} sessions at once: {reason}",
+    "run.waiting": "nothing is left to do before {until} but to wait for {adapters}",
     "run.paused": "nothing starts for {retry_in:g} s: {reason}",
     "repository.changed": "in your repository, not by council, while {sessions} ran: {changes}",
     "plugin.left_out": "left out: {reason}",
@@ -227,11 +229,6 @@ def plain(text: str, keep: str = "") -> str:
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() or char in keep else "\N{REPLACEMENT CHARACTER}" for char in text)
-
-
-def local_time(instant: float) -> str:
-    """Return an instant (seconds since the epoch) as a person here reads it."""
-    return f"{datetime.fromtimestamp(instant, UTC).astimezone():%Y-%m-%d %H:%M:%S}"
 
 
 def lines(changes: Changes) -> str:

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 from orchestrator.cli.columns import aligned
 from orchestrator.cli.figures import figures, minutes_text
-from orchestrator.cli.output import event_text, local_time, one_line
+from orchestrator.cli.output import event_text, one_line
 from orchestrator.cli.result import summary
 from orchestrator.domain.model import RunDocument
 from orchestrator.engine.overview import Overview, TaskOverview
+from orchestrator.instants import local_time
 
 
 def overview_lines(overview: Overview) -> Iterator[str]:

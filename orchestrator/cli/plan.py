@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from orchestrator.cli.output import one_line, plain
+from orchestrator.config.problems import listed
 from orchestrator.config.quantities import format_duration
 from orchestrator.engine.rehearsal import PlannedTask, PlannedWave, Rehearsal
 
@@ -86,12 +87,6 @@ def _relations(task: PlannedTask) -> Iterator[str]:
         yield f"needs {listed(task.needs)}"
     if task.follows is not None:
         yield f"waits for {task.follows}, which owns some of its paths"
-
-
-def listed(names: Sequence[str], most: int = 5) -> str:
-    """Return some of the names, and how many there are beside."""
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _tree(waves: Sequence[PlannedWave]) -> Iterator[str]:

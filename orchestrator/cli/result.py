@@ -6,10 +6,11 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from orchestrator.cli.output import lines, local_time, one_line, plain
+from orchestrator.cli.output import lines, one_line, plain
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.model import REVIVABLE, TaskStatus
 from orchestrator.engine.report import AdapterReport, RunReport, RunStatus, TaskReport
+from orchestrator.instants import local_time
 from orchestrator.repo.diffs import Changes
 
 

@@ -12,7 +12,7 @@ from orchestrator.cli.command import Context, json_option, perform
 from orchestrator.cli.output import Output, plain
 from orchestrator.cli.plan import counted
 from orchestrator.cli.source import read_config
-from orchestrator.config.model import RunConfig
+from orchestrator.config.model import RunConfig, make_adapters
 from orchestrator.config.warnings import ConfigWarning, find_warnings
 from orchestrator.engine.preflight import surroundings_of
 
@@ -33,9 +33,10 @@ def validate(file: Path | None, as_json: bool) -> None:
     """
 
     async def command(context: Context) -> int:
-        _, config = await read_config(file)
+        plugins, config = await read_config(file)
         around = await surroundings_of(config, os.environ)
-        _show(config, find_warnings(config, around), context.output)
+        adapters = make_adapters(config.adapters, plugins.adapters)
+        _show(config, find_warnings(config, around, adapters), context.output)
         return 0
 
     perform(command, as_json=as_json)

@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from orchestrator.cli.command import Context, json_option, opened, perform, store_option
-from orchestrator.cli.output import local_time, plain
+from orchestrator.cli.output import plain
+from orchestrator.instants import local_time
 
 
 def _shown(path: Path) -> str:

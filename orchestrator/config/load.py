@@ -185,7 +185,7 @@ def _resolve(task: Task, defaults: TaskDefaults, backoff: Backoff, prompt: str, 
         prompt=prompt,
         needs=task.needs,
         adapter=adapter,
-        fallback=tuple(one for one in dict.fromkeys(_first(task.fallback, defaults.fallback, ())) if one != adapter),
+        fallback=_fallback(task, defaults),
         timeout=task.timeout or defaults.timeout or _TIMEOUT,
         silence=None if silence == math.inf else silence,
         attempts=task.attempts or defaults.attempts or _ATTEMPTS,
@@ -210,6 +210,13 @@ def _budget(*entries: BudgetSettings | None) -> BudgetConfig:
     for entry in entries:
         limits = (entry.model_dump(exclude_none=True) if entry is not None else {}) | limits
     return BudgetConfig.model_validate(limits)
+
+
+def _fallback(task: Task, defaults: TaskDefaults) -> tuple[str, ...]:
+    """Return who stands in, as it is written; but the default list may well name the adapter that a task chose."""
+    if task.fallback is not None or task.adapter is None:
+        return _first(task.fallback, defaults.fallback, ())
+    return tuple(one for one in defaults.fallback or () if one != task.adapter)
 
 
 def _first(own: T | None, default: T | None, otherwise: T) -> T:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -62,6 +62,12 @@ class Problems:
 def shown(value: str) -> str:
     """Return text as it is quoted in a message: escaped and cut to a readable length."""
     return repr(value if len(value) <= _LONGEST_SHOWN else value[:_LONGEST_SHOWN] + "…")
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Return some of the names, and how many there are beside."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def kind(value: Any) -> str:

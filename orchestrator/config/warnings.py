@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.config.model import RunConfig
+from orchestrator.config.problems import listed
+from orchestrator.protocols import Adapter, Capability
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +33,8 @@ class ConfigWarning:
         return f"{self.what}: {self.remedy}"
 
 
-def find_warnings(config: RunConfig, around: Surroundings) -> list[ConfigWarning]:
-    """Return what to tell of a file that is right."""
+def find_warnings(config: RunConfig, around: Surroundings, adapters: Mapping[str, Adapter]) -> list[ConfigWarning]:
+    """Return what to tell of a file that is right; `adapters` are all of its own, by name."""
     found = []
     if config.target == config.base and around.target_checkout is not None:
         what = f"the target {config.target!r} is also the base, and checked out in {around.target_checkout}"
@@ -48,7 +51,27 @@ def find_warnings(config: RunConfig, around: Surroundings) -> list[ConfigWarning
     if not any(spec.checks for spec in specs):
         what = "no task has checks: nothing proves the work"
         found.append(ConfigWarning(what, "add the command of your tests as `checks:` under `defaults:`"))
+    found += _repeated_fallbacks(config)
+    used = dict.fromkeys(name for spec in specs for name in spec.adapters)
+    unable = [repr(name) for name in used if Capability.MCP not in adapters[name].capabilities()]
+    if config.mcp_servers and unable:
+        what = f"sessions of {listed(unable)} are not told of `mcp_servers`: {listed([*map(repr, config.mcp_servers)])}"
+        found.append(ConfigWarning(what, "give tasks that need them an adapter that can use them"))
     return found
+
+
+def _repeated_fallbacks(config: RunConfig) -> Iterator[ConfigWarning]:
+    """Yield a warning for each list of adapters that names one again, which never stands in."""
+    specs = [(repr(spec.id), spec.adapters) for spec in config.tasks]
+    specs += [] if config.template is None else [("tasks of trackers", config.template.adapters)]
+    tasks: dict[tuple[str, ...], list[str]] = {}
+    for task, adapters in specs:
+        if len(set(adapters)) < len(adapters):
+            tasks.setdefault(adapters, []).append(task)
+    for (first, *rest), whose in tasks.items():
+        again = dict.fromkeys(repr(name) for place, name in enumerate(rest) if name in {first, *rest[:place]})
+        what = f"`fallback` of {listed(whose)} names {listed([*again])} again: an adapter can't stand in for itself"
+        yield ConfigWarning(what, f"name others than `adapter: {first}` there, each once")
 
 
 def _open_repository(config: RunConfig, around: Surroundings) -> list[Path]:

@@ -3,21 +3,22 @@
 No clock and no I/O here: the scheduler says what time it is, performs what `decide` returns, and feeds what
 came of it back by `built`, `landed`, `ended`, `wait` and `revive`. Times are its monotonic seconds.
 
-Each step costs O(log n) in the number of tasks, plus the adapters, plus, for tasks that own paths, a look at the live
-tasks that do. How tasks with paths wait for each other is in `orchestrator.domain.ready`.
+Each step costs O(log n) in the number of tasks, plus the adapters and the lists of them that tasks name, plus, for
+tasks that own paths, a look at the live tasks that do. How tasks with paths wait for each other is in
+`orchestrator.domain.ready`.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple
 
 from orchestrator.domain.model import FINAL, TaskStatus
-from orchestrator.domain.ready import Lane, ReadyQueue
+from orchestrator.domain.ready import Lane, ReadyQueue, Roster
 
 #: Seconds of waiting that are worth one level of priority.
 AGING = 600.0
@@ -85,17 +86,14 @@ class Board:
                 self._dependents[need].append(task)
         self._queue = ReadyQueue(capacities)
         self._places = {
-            task: _Place(order, entry.priority, self._queue.lane(entry.adapter, entry.owns))
+            task: _Place(order, entry.priority, self._queue.lane(entry.adapters, entry.owns))
             for order, (task, entry) in enumerate(entries.items())
         }
         self._fresh: list[str] = []
         self._until: dict[str, float] = {}
-        self._waiting: dict[tuple[str, ...], list[tuple[float, int, str]]] = {
-            entry.adapters: [] for entry in entries.values()
+        self._waiting: dict[Roster, list[tuple[float, int, str]]] = {
+            place.lane.roster: [] for place in self._places.values()
         }
-        """By the adapters that may run them."""
-        self._flexible = dict.fromkeys(task for task, entry in entries.items() if entry.fallback)
-        """Tasks that more than one adapter may run."""
         self.blocked: dict[str, str] = {}
         """Tasks that can't start any more, each with a need that will not land."""
         self.closed: dict[str, str] = {}
@@ -144,7 +142,8 @@ class Board:
         """The task may start again at `until`."""
         self._leave(task, _WAITING)
         self._until[task] = until
-        heapq.heappush(self._waiting[self._entries[task].adapters], (until, self._places[task].order, task))
+        place = self._places[task]
+        heapq.heappush(self._waiting[place.lane.roster], (until, place.order, task))
 
     def revive(self, task: str) -> None:
         """A task that had ended is to be tried again: it and what only it blocked are pending again."""
@@ -167,63 +166,55 @@ class Board:
 
     def adapter_of(self, task: str) -> str:
         """Return the adapter that a task runs with, if it runs, or would run with now."""
-        return self._places[task].lane.adapter.name
+        return self._queue.adapter_of(task, self._places[task].lane)
 
     def park(self, adapter: str, until: float) -> None:
-        """Nothing of this adapter starts before that time; what has another to fall back on goes there."""
+        """Start nothing with this adapter before that time; what has another to fall back on goes there until then."""
         self._queue.park(adapter, until)
-        self._move_from(adapter)
 
     def close(self, adapter: str, reason: str) -> None:
-        """Nothing of this adapter starts any more; sessions that run go on, what has a fallback goes there."""
+        """Start nothing with this adapter any more; sessions that run go on, what has a fallback goes there."""
         self.closed[adapter] = reason
         self._queue.close(adapter)
-        self._move_from(adapter)
-
-    def _move_from(self, adapter: str) -> None:
-        for task in self._flexible:
-            if self._state[task] is _READY and self.adapter_of(task) == adapter:
-                self._queue.move(task, self._choose(task).lane)
-
-    def _choose(self, task: str) -> _Place:
-        """Put a task with the first of its adapters that is open, else with the one that will be first."""
-        entry = self._entries[task]
-        best = min(entry.adapters, key=lambda name: self._queue.adapter(name).parked)  # the first of equals
-        place = self._places[task] = self._places[task]._replace(lane=self._queue.lane(best, entry.owns))
-        return place
 
     def next_time(self) -> float | None:
         """Return when the earliest wait or park ends that could let something start; None if none could."""
         times: list[float] = []
-        for names, waiting in self._waiting.items():
-            parked = self._parked(names)
-            if parked == math.inf:
-                continue
+        for roster, waiting in self._waiting.items():
             self._drop_stale(waiting)
             if waiting:
-                times.append(max(waiting[0][0], parked))
-            if parked and self._has_fresh(names):
-                times.append(parked)
-        parks = [one for one in self._queue.adapters() if one.parked and not one.closed]
-        times += [one.parked for one in parks if self._queue.is_movable(one)]
-        return min(times, default=None)
+                times.append(max(waiting[0][0], roster.parked))
+            if self._queue.is_movable(roster) or (roster.parked and self._has_fresh(roster)):
+                times.append(roster.next_opening)
+        return min((time for time in times if time < math.inf), default=None)
 
     def has_work(self) -> bool:
         """Whether something may start, now or later, without a landing: it is ready, waits, or is held by a session.
 
         What is held by a task that waits to land is no work by itself: that landing is.
         """
-        for names, waiting in self._waiting.items():
-            self._drop_stale(waiting)
-            if self._parked(names) < math.inf and (waiting or self._has_fresh(names)):
-                return True
-        if any(not adapter.closed and self._queue.is_movable(adapter) for adapter in self._queue.adapters()):
+        if any(roster.parked < math.inf for roster in self._rosters_with_work()):
             return True
         return any(self._state[task] is _RUNNING for task in self._queue.holders())
 
-    def _parked(self, names: tuple[str, ...]) -> float:
-        """Return until when none of some adapters is open: 0.0 if one is, infinity if all are closed."""
-        return min(self._queue.adapter(name).parked for name in names)
+    def awaited(self) -> dict[str, float]:
+        """Return the parked adapters that all that could still start waits for, each with the time at which it is open.
+
+        Empty if something waits for anything else.
+        """
+        found: dict[str, float] = {}
+        for roster in self._rosters_with_work():
+            if not roster.parked:
+                return {}
+            found |= {one.name: one.parked for one in roster.adapters if not one.closed}
+        return found
+
+    def _rosters_with_work(self) -> Iterator[Roster]:
+        """Yield the adapters of what is ready or waits and is not held."""
+        for roster, waiting in self._waiting.items():
+            self._drop_stale(waiting)
+            if waiting or self._has_fresh(roster) or self._queue.is_movable(roster):
+                yield roster
 
     def running(self) -> int:
         """How many sessions there are."""
@@ -261,11 +252,11 @@ class Board:
                 self._drop_stale(waiting)
 
     def _add(self, tasks: Iterable[str], since: float) -> None:
-        states, places, flexible, ranks = self._state, self._places, self._flexible, dict[int, float]()
+        states, places, ranks = self._state, self._places, dict[int, float]()
         ready: list[tuple[float, int, str, Lane]] = []
         for task in tasks:
             states[task] = _READY
-            order, priority, lane = self._choose(task) if task in flexible else places[task]
+            order, priority, lane = places[task]
             # What is the same object need not be compared when tasks are.
             rank = ranks.get(priority)
             if rank is None:
@@ -291,7 +282,7 @@ class Board:
 
     def _free_slot(self, task: str) -> None:
         if self._state[task] is _RUNNING:
-            self._queue.free_slot(self._places[task].lane)
+            self._queue.free_slot(task)
 
     def _resume(self, task: str, *, running: bool) -> None:
         self._state[task] = _RUNNING if running else _BUILT
@@ -309,8 +300,8 @@ class Board:
     def _is_dead(self, need: str) -> bool:
         return self._state[need] is _OVER or need in self.blocked
 
-    def _has_fresh(self, adapters: tuple[str, ...]) -> bool:
-        return any(self._state[task] is _FRESH and self._entries[task].adapters == adapters for task in self._fresh)
+    def _has_fresh(self, roster: Roster) -> bool:
+        return any(self._state[task] is _FRESH and self._places[task].lane.roster is roster for task in self._fresh)
 
     def _drop_stale(self, waiting: list[tuple[float, int, str]]) -> None:
         while waiting and self._until.get(waiting[0][2]) != waiting[0][0]:

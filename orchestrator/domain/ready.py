@@ -1,11 +1,14 @@
 """The tasks that are ready, best placed first, within the limits of adapters and of paths that only one may change.
 
-Tasks of one adapter that own the same paths share a lane: where the first of them can't start because its paths are
+Tasks that the same adapters may run share a roster, which takes the first of them that is open. So none has to be moved
+when an adapter is parked, or is open again: what is looked at is which adapter its roster takes now.
+
+Tasks of one roster that own the same paths share a lane: where the first of them can't start because its paths are
 taken, none can, so each decision looks at lanes. A lane that can't start is held by what holds its paths and is not
 looked at again before that lets go. Lanes without paths are never held.
 
 So that a held task does not starve, the best placed of them reserves its paths: what overlaps with it and comes behind
-it waits, too. The reservation ends when it starts, or when its adapter is parked or closed.
+it waits, too. The reservation ends when it starts, or when none of its adapters is open any more.
 """
 
 from __future__ import annotations
@@ -21,12 +24,12 @@ _MANY = 64
 
 
 class Lane:
-    """Ready tasks that run with the same adapter and own the same paths."""
+    """Ready tasks that the same adapters may run and that own the same paths."""
 
-    __slots__ = ("adapter", "held_by", "owns", "places", "run")
+    __slots__ = ("held_by", "owns", "places", "roster", "run")
 
-    def __init__(self, adapter: _Adapter, owns: tuple[str, ...]) -> None:
-        self.adapter, self.owns = adapter, owns
+    def __init__(self, roster: Roster, owns: tuple[str, ...]) -> None:
+        self.roster, self.owns = roster, owns
         self.places: list[_Place] = []
         """A heap."""
         self.run: list[_Place] = []
@@ -34,19 +37,16 @@ class Lane:
         self.held_by: str | Lane | None = None
         """A live task with the paths, or the lane that has reserved them."""
 
-    def __lt__(self, other: object) -> bool:
-        """Of two places of a task that was moved one is given up: which comes first is no matter."""
-        return False
 
-
-#: What tasks start in the order of: a number that aging made constant, the place in the file; the task and its lane.
+#: What tasks start in the order of: a number that aging made constant, the place in the file; the task and its lane,
+#: which is the same one in all places of the task, and so never compared.
 _Place = tuple[float, int, str, Lane]
 
 
 class _Adapter:
-    """One adapter's ready tasks that may not be held, and what limits it."""
+    """What limits the sessions of one adapter."""
 
-    __slots__ = ("capacity", "closed", "free", "fronts", "has_lanes", "name", "parked", "running")
+    __slots__ = ("capacity", "closed", "name", "parked", "running")
 
     def __init__(self, name: str, capacity: float) -> None:
         self.name = name
@@ -54,11 +54,38 @@ class _Adapter:
         self.running = 0
         self.parked = 0.0  # until when; 0.0 is not at all
         self.closed = False
+
+
+class Roster:
+    """Adapters that may run the same tasks, the best first, and those of the tasks that are ready and not held."""
+
+    __slots__ = ("adapters", "current", "free", "fronts", "has_lanes")
+
+    def __init__(self, adapters: tuple[_Adapter, ...]) -> None:
+        self.adapters = adapters
         self.free = Lane(self, ())
         """Tasks without paths."""
         self.fronts: list[_Place] = []
         """The first places of the lanes with paths."""
         self.has_lanes = False
+        self.choose()
+
+    def choose(self) -> None:
+        """Take the first that is open, else the one that will be first."""
+        self.current = min(self.adapters, key=lambda one: one.parked)  # the first of equals
+
+    @property
+    def parked(self) -> float:
+        """Until when none of them is open: 0.0 if one is, infinity if all are closed."""
+        return self.current.parked
+
+    @property
+    def next_opening(self) -> float:
+        """When the end of a park lets it take a better one, or take one at all; infinity: never."""
+        if self.current.parked:
+            return self.current.parked
+        better = self.adapters[: self.adapters.index(self.current)]
+        return min((one.parked for one in better), default=math.inf)
 
 
 class ReadyQueue:
@@ -68,36 +95,43 @@ class ReadyQueue:
         """Take how many sessions each adapter may have at once; one that is missing has no limit of its own."""
         self._capacities = capacities
         self._adapters: dict[str, _Adapter] = {}
-        self._sources: list[tuple[_Adapter, list[_Place], int]] = []
+        self._rosters: dict[tuple[str, ...], Roster] = {}
+        self._sources: list[tuple[Roster, list[_Place], int]] = []
         """Heaps, the best place of which is the first, and runs, where it is the last (-1)."""
-        self._lanes: dict[tuple[str, tuple[str, ...]], Lane] = {}
+        self._lanes: dict[tuple[tuple[str, ...], tuple[str, ...]], Lane] = {}
         self._places: dict[str, _Place] = {}
-        self._running = 0
+        self._sessions: dict[str, _Adapter] = {}
         self._owners: dict[str, tuple[str, ...]] = {}
         self._followers: dict[str | Lane, list[Lane]] = {}
         self._held: list[_Place] = []
         self._reserved: Lane | None = None
 
-    def adapter(self, name: str) -> _Adapter:
-        """Return what is known of an adapter."""
-        known = self._adapters.get(name)
+    def roster(self, names: tuple[str, ...]) -> Roster:
+        """Return what takes the first of these adapters that is open."""
+        known = self._rosters.get(names)
         if known is None:
-            known = self._adapters[name] = _Adapter(name, self._capacities.get(name, math.inf))
+            known = self._rosters[names] = Roster(tuple(map(self._adapter, names)))
             self._sources += [(known, known.free.places, 0), (known, known.free.run, -1)]
         return known
 
-    def lane(self, adapter: str, owns: tuple[str, ...]) -> Lane:
-        """Return where tasks of an adapter that own these paths wait."""
-        known = self.adapter(adapter)
+    def lane(self, names: tuple[str, ...], owns: tuple[str, ...]) -> Lane:
+        """Return where tasks wait that these adapters may run, the best first, and that own these paths."""
+        known = self.roster(names)
         if not owns:
             return known.free
-        lane = self._lanes.get((adapter, owns))
+        lane = self._lanes.get((names, owns))
         if lane is None:
-            lane = self._lanes[adapter, owns] = Lane(known, owns)
+            lane = self._lanes[names, owns] = Lane(known, owns)
             if not known.has_lanes:
                 known.has_lanes = True
                 self._sources.append((known, known.fronts, 0))
         return lane
+
+    def _adapter(self, name: str) -> _Adapter:
+        known = self._adapters.get(name)
+        if known is None:
+            known = self._adapters[name] = _Adapter(name, self._capacities.get(name, math.inf))
+        return known
 
     def add(self, places: Iterable[_Place]) -> None:
         """Tasks may start, each before those of a higher rank, and of the same rank before those later in the file."""
@@ -121,13 +155,6 @@ class ReadyQueue:
                 lane.run += together
                 lane.run.sort(reverse=True)
 
-    def move(self, task: str, lane: Lane) -> None:
-        """Let a ready task wait in another lane, where it keeps its rank."""
-        rank, order, _, before = self._places[task]
-        if lane is not before:
-            self.discard(task)
-            self.add([(rank, order, task, lane)])
-
     def discard(self, task: str) -> None:
         """A ready task may not start any more."""
         place = self._places.pop(task, None)
@@ -139,13 +166,16 @@ class ReadyQueue:
         if lane.owns:
             self._owners[task] = lane.owns
         if slot:
-            lane.adapter.running += 1
-            self._running += 1
+            adapter = self._sessions[task] = lane.roster.current
+            adapter.running += 1
 
-    def free_slot(self, lane: Lane) -> None:
-        """The session of a task of this lane is over."""
-        lane.adapter.running -= 1
-        self._running -= 1
+    def free_slot(self, task: str) -> None:
+        """The session of a task is over."""
+        self._sessions.pop(task).running -= 1
+
+    def adapter_of(self, task: str, lane: Lane) -> str:
+        """Return the adapter that a task of this lane runs with, or would run with now."""
+        return (self._sessions.get(task) or lane.roster.current).name
 
     def free_paths(self, task: str) -> None:
         """A task is not live any more: what waited for its paths is looked at again."""
@@ -153,39 +183,37 @@ class ReadyQueue:
             self._let_go(task)
 
     def park(self, name: str, until: float) -> None:
-        """Look at no task of an adapter before a time; they reserve nothing meanwhile."""
-        adapter = self.adapter(name)
+        """Start no task with an adapter before a time; those that have no other reserve nothing meanwhile."""
+        adapter = self._adapter(name)
         adapter.parked = max(adapter.parked, until)
-        self._set_aside(adapter)
+        self._set_aside()
 
     def unpark(self, now: float) -> None:
         """Forget the parks that are over."""
-        for adapter in self._adapters.values():
-            if adapter.parked <= now:
-                adapter.parked = 0.0
-
-    def adapters(self) -> Iterable[_Adapter]:
-        """Return what is known of all adapters."""
-        return self._adapters.values()
+        over = [adapter for adapter in self._adapters.values() if 0.0 < adapter.parked <= now]
+        for adapter in over:
+            adapter.parked = 0.0
+        if over:
+            self._choose()
 
     def close(self, name: str) -> None:
-        """Look at no task of an adapter again."""
-        adapter = self.adapter(name)
+        """Start no task with an adapter again."""
+        adapter = self._adapter(name)
         adapter.closed, adapter.parked = True, math.inf
-        self._set_aside(adapter)
+        self._set_aside()
 
     def running(self) -> int:
         """How many sessions there are."""
-        return self._running
+        return len(self._sessions)
 
-    def is_movable(self, adapter: _Adapter) -> bool:
-        """Whether an adapter has a ready task that is not known to be held."""
-        run = adapter.free.run
+    def is_movable(self, roster: Roster) -> bool:
+        """Whether a roster has a ready task that is not known to be held."""
+        run = roster.free.run
         while run:
             if self._lane_of(run[-1]) is not None:
                 return True
             run.pop()
-        for places in (adapter.free.places, adapter.fronts):
+        for places in (roster.free.places, roster.fronts):
             while places:
                 lane = self._lane_of(places[0])
                 if lane is not None and lane.held_by is None:
@@ -201,7 +229,7 @@ class ReadyQueue:
 
     def take(self, most: int, now: float) -> list[str]:
         """Remove and return the best placed tasks that may start now, in order; they are live from then on."""
-        known, sources = self._places, self._open(now)
+        known, sessions, sources = self._places, self._sessions, self._open(now)
         taken: list[str] = []
         while len(taken) < most:
             best, source, front = None, None, 0
@@ -225,19 +253,18 @@ class ReadyQueue:
                 task = self._take_owner(lane)
             del known[task]
             taken.append(task)
-            adapter = lane.adapter
+            adapter = sessions[task] = lane.roster.current
             adapter.running += 1
             if adapter.running >= adapter.capacity:
                 sources = self._open(now)
-        self._running += len(taken)
         return taken
 
     def _open(self, now: float) -> list[tuple[list[_Place], int]]:
-        """Return the sources of the adapters that may start something."""
+        """Return the sources of the rosters whose adapter may start something."""
         return [
             (places, end)
-            for adapter, places, end in self._sources
-            if adapter.running < adapter.capacity and adapter.parked <= now
+            for roster, places, end in self._sources
+            if (adapter := roster.current).running < adapter.capacity and adapter.parked <= now
         ]
 
     def _holder(self, lane: Lane) -> str | Lane | None:
@@ -275,19 +302,25 @@ class ReadyQueue:
             self._give_up_reservation()
         first = self._first(lane)
         if first is not None:
-            heappush(lane.adapter.fronts, first)
+            heappush(lane.roster.fronts, first)
 
     def _let_go(self, holder: str | Lane) -> None:
         for lane in self._followers.pop(holder, ()):
             if lane.held_by is holder or lane.held_by == holder:
                 lane.held_by = None
-                heappush(lane.adapter.fronts, lane.places[0])
+                heappush(lane.roster.fronts, lane.places[0])
 
-    def _set_aside(self, adapter: _Adapter) -> None:
+    def _choose(self) -> None:
+        for roster in self._rosters.values():
+            roster.choose()
+
+    def _set_aside(self) -> None:
+        """Let nothing hold others up, or be held, that no adapter can start now."""
+        self._choose()
         for lane in self._lanes.values():
-            if lane.adapter is adapter and lane.held_by is not None:
+            if lane.held_by is not None and lane.roster.parked:
                 self._loosen(lane)
-        if self._reserved is not None and self._reserved.adapter is adapter:
+        if self._reserved is not None and self._reserved.roster.parked:
             self._give_up_reservation()
 
     def _reservation(self) -> Lane | None:

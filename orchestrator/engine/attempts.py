@@ -25,6 +25,9 @@ from orchestrator.repo.worktrees import Worktree
 from orchestrator.sessions.output import log_file
 from orchestrator.sessions.session import Assignment, Conversation, Finished, Session
 
+#: By how many seconds the end of a limit must be later than was known to be told again: programs tell whole seconds.
+_LATER = 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class ToLand:
@@ -197,8 +200,11 @@ class Attempts:
         async with self._learning:
             known, now = await self.ledger.adapter(adapter), self.clock.now()
             # Sessions that run into one limit side by side are one park.
-            parks = known.parks if _is_parked(known, now) else known.parks + 1
-            until = max(park_until(now, outcome.until, parks), known.parked_until or 0.0)
+            parked_until = known.parked_until if _is_parked(known, now) else None
+            parks = known.parks + (parked_until is None)
+            until = park_until(now, outcome.until, parks)
+            if parked_until is not None and (outcome.until is None or until - parked_until < _LATER):
+                return Parked(adapter, parked_until)
             learned = AdapterDocument(parked_until=until, parks=parks)
             await self.ledger.learn(adapter, learned, "adapter.parked", {"until": until, "reason": outcome.reason})
         failpoint("adapter.parked")

@@ -14,6 +14,7 @@ from pydantic import ConfigDict
 from orchestrator.domain.dispatch import Entry
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.model import FINAL, REVIVABLE, AdapterDocument, RunDocument, TaskDocument, TaskStatus
+from orchestrator.instants import local_time
 from orchestrator.protocols import JsonObject
 from orchestrator.sessions.output import log_name
 
@@ -207,11 +208,13 @@ def report(
     ]
     closed = {one.name: one.closed for one in adapters if one.closed is not None}
     stuck = {} if status is RunStatus.RUNNING else _stuck(record, closed)
+    waiting = _waiting(record, adapters)
     reports, logs = [], str(places.logs)
     for task in record.run.tasks:
         need = blocked.get(task)
         why = stuck.get(task) if need is None else f"needs {need!r}, which did not land"
         told = _task(task, record.tasks[task], record.entries[task].adapter, why, logs)
+        told = replace(told, reason=waiting[task]) if task in waiting else told
         reports.append(replace(told, reason=_DAMAGED) if task in record.damaged else told)
     if status is None:
         landed = all(document.status is TaskStatus.LANDED for document in record.tasks.values())
@@ -241,13 +244,46 @@ def last_failures(record: RunRecord) -> dict[str, AdapterFailure]:
 def _stuck(record: RunRecord, closed: Mapping[str, str]) -> dict[str, str]:
     """Return the tasks that wait for an adapter that is stopped, themselves or by what they need, and why."""
     stuck = {
-        task: f"the adapter {entry.adapter!r} is stopped: {closed[entry.adapter]}: mend it, then `council resume`"
+        task: _stopped({name: closed[name] for name in entry.adapters})
         for task, entry in record.entries.items()
         if closed.keys() >= set(entry.adapters) and record.tasks[task].status is TaskStatus.PENDING
     }
     for task, held in record.held_up(stuck).items() if stuck else ():
         stuck[task] = f"needs {held!r}, which waits for its adapter"
     return stuck
+
+
+def _stopped(closed: Mapping[str, str]) -> str:
+    """Say that all adapters of a task are stopped, and why each of them."""
+    if len(closed) == 1:
+        [(name, why)] = closed.items()
+        return f"the adapter {name!r} is stopped: {why}: mend it, then `council resume`"
+    each = "; ".join(f"{name!r}: {why}" for name, why in closed.items())
+    return f"all of its adapters are stopped ({each}): mend one of them, then `council resume`"
+
+
+def _waiting(record: RunRecord, out: Sequence[AdapterReport]) -> dict[str, str]:
+    """Return the tasks that only the park of an adapter keeps from starting, and until when."""
+    if all(one.parked_until is None for one in out):
+        return {}
+    known, told = {one.name: one for one in out}, dict[tuple[str, ...], str]()
+    waiting = {}
+    for task, entry in record.entries.items():
+        if record.tasks[task].status is not TaskStatus.PENDING or not known.keys() >= set(entry.adapters):
+            continue
+        if all(record.tasks[need].status is TaskStatus.LANDED for need in entry.needs):
+            if entry.adapters not in told:
+                told[entry.adapters] = _parked([known[name] for name in dict.fromkeys(entry.adapters)])
+            waiting[task] = told[entry.adapters]
+    return {task: words for task, words in waiting.items() if words}
+
+
+def _parked(adapters: Sequence[AdapterReport]) -> str:
+    """Say which of a task's adapters it waits for, the first to open first, and which won't open; else nothing."""
+    ends = sorted((one.parked_until, one.name) for one in adapters if one.closed is None and one.parked_until)
+    stopped = "".join(f"; {one.name!r} is stopped: {one.closed}" for one in adapters if one.closed is not None)
+    each = ", or for ".join(f"{name!r} until {local_time(until)}" for until, name in ends)
+    return f"waits for the adapter {each}{stopped}" if ends else ""
 
 
 def _task(task: str, document: TaskDocument, adapter: str, why_blocked: str | None, logs: str) -> TaskReport:

@@ -78,6 +78,8 @@ class Scheduler:
         self._paused_until = 0.0
         self._obeying = False
         self._stopping = False
+        self._awaited: Mapping[str, float] = {}
+        """The parked adapters that were last told to be all that is waited for."""
         self._wake = anyio.Event()
         self._base: str | None = None
 
@@ -154,6 +156,16 @@ class Scheduler:
                 continue
             work = self._works[task] = self._attempts.prepare(task, spec, self._board.adapter_of(task), base)
             group.start_soon(self._attempt, work)
+        await self._tell_what_is_awaited()
+
+    async def _tell_what_is_awaited(self) -> None:
+        """Say once that nothing is left to do but to wait for adapters that are parked."""
+        awaited = {} if self._is_at_work() or self._waits_to_land() else self._board.awaited()
+        if awaited and awaited != self._awaited:
+            self._awaited = awaited
+            ends = [(await self._ledger.adapter(name)).parked_until for name in awaited]
+            facts = {"until": min(filter(None, ends)), "adapters": sorted(awaited, key=awaited.__getitem__)}
+            await self._ledger.note("run.waiting", facts)
 
     async def _refuse(self, task: str, why: Failed) -> None:
         """End a task that may have no further session."""
@@ -174,11 +186,14 @@ class Scheduler:
             return 0
         return await self._capacity.free(len(self._works))
 
+    def _is_at_work(self) -> bool:
+        return bool(self._works or self._landing or self._obeying)
+
+    def _waits_to_land(self) -> bool:
+        return bool(self._merging.waiting or (self._deferred and self._last_tries > 0))
+
     def _idle(self) -> bool:
-        if self._works or self._landing or self._obeying:
-            return False
-        waits_to_land = self._merging.waiting or (self._deferred and self._last_tries > 0)
-        return self._stopping or not (waits_to_land or self._board.has_work())
+        return not self._is_at_work() and (self._stopping or not (self._waits_to_land() or self._board.has_work()))
 
     async def _pause(self) -> None:
         times: list[float | None] = []

@@ -9,8 +9,11 @@ from typing import Any
 import anyio
 import pytest
 
+from orchestrator.cli.output import event_text
 from orchestrator.council import Council
 from orchestrator.engine.report import RunReport, RunStatus
+from orchestrator.instants import local_time
+from orchestrator.protocols import Event
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import FAKE_CLI, Repository
 from tests.integration.test_scheduler import until_event
@@ -318,13 +321,67 @@ async def test_a_machine_without_room_is_waited_for(repository: Repository) -> N
 
 
 async def test_sessions_that_run_into_one_limit_side_by_side_are_one_park(repository: Repository) -> None:
-    """However many hit it at once, the adapter is parked once, and all of them go on afterwards."""
+    """However many hit it at once, the adapter is parked once, and told again only where the limit ends later."""
     gate = repository.spawns.parent / "gate"
-    prompt = f"attempt 1 meet {gate} 4\nattempt 1 print limit reached, again in 0 s\nattempt 1 exit 1\nwrite {{}}.txt x"
-    tasks = [{"id": f"t{n}", "prompt": prompt.format(n), "attempts": 1} for n in range(4)]
-    ended = repository.council("run", str(repository.configure(tasks, adapters={"fake": fake(repository)})), "--json")
-    assert set(ended.states.values()) == {"landed"}, ended
-    parked = [line for line in ended.lines if line.get("event") == "adapter.parked"]
-    assert len(parked) == 4
-    assert max(line["until"] for line in parked) - min(line["time"] for line in parked) < 10
+    prompt = f"attempt 1 meet {gate} 4\nattempt 1 print limit reached{{}}\nattempt 1 exit 1\nwrite {{}}.txt x"
+    says = [", again in 18000 s", "", ", again in 18000 s", ", again in 19000 s"]
+    tasks = [{"id": f"t{n}", "prompt": prompt.format(said, n), "attempts": 1} for n, said in enumerate(says)]
+    path = repository.configure(tasks, adapters={"fake": fake(repository)})
+    clock = ManualClock()
+    async with Council.open(path, clock=clock, environ=repository.environ) as council:
+        run = await council.create_run()
+        async with anyio.create_task_group() as group:
+            group.start_soon(council.resume, run)
+            await until_event(council, "run.waiting", 1)
+            until = clock.now() + 19_000
+            clock.advance(19_000)
+        told = [event.data["until"] for event in await events_of(council, run, "adapter.parked")]
+        assert told == sorted(set(told))
+        assert told[-1] == until
+        report = await council.status(run)
+    assert {task.id: task.state for task in report.tasks} == {f"t{n}": "landed" for n in range(4)}
     await repository.assert_invariants()
+
+
+async def test_a_run_that_only_waits_for_adapters_says_so_once(repository: Repository) -> None:
+    """With its first adapter stopped and its second parked, a task says until when; the run says it, once a park."""
+    limited = "attempt {0} print limit reached, again in {1} s\nattempt {0} exit 1\n"
+    prompt = "attempt 1 print not logged in\nattempt 1 exit 1\n" + limited.format(2, 600) + limited.format(3, 7200)
+    tasks: list[dict[str, Any]] = [
+        {"id": "t", "prompt": f"{prompt}write a.txt a", "attempts": 1},
+        *({"id": f"after{n}", "prompt": "write b.txt b", "needs": ["t"]} for n in (1, 2)),
+        {"id": "other", "prompt": "write c.txt c", "adapter": "other", "fallback": []},
+    ]
+    adapters = {name: fake(repository) for name in ("locked", "limited", "other")}
+    path = repository.configure(tasks, adapters=adapters, defaults={"adapter": "locked", "fallback": ["limited"]})
+    clock = ManualClock()
+    async with Council.open(path, clock=clock, environ=repository.environ) as council:
+        run = await council.create_run()
+        instants = []
+        async with anyio.create_task_group() as group:
+            group.start_soon(council.resume, run)
+            for count, seconds in enumerate((600, 7200), 1):
+                await until_event(council, "run.waiting", count)
+                instants.append(clock.now() + seconds)
+                reasons = {task.id: task.reason for task in (await council.status(run)).tasks}
+                waits = f"waits for the adapter 'limited' until {local_time(instants[-1])}; 'locked' is stopped: "
+                assert str(reasons["t"]).startswith(waits)
+                assert (reasons["after2"], reasons["other"]) == (None, None)
+                await council.cancel(f"after{count}", run=run)  # it looks again at what is to do
+                await anyio.wait_all_tasks_blocked()
+                clock.advance(seconds)
+        waited = await events_of(council, run, "run.waiting")
+    assert [event.data["until"] for event in waited] == instants
+    assert {tuple(event.data["adapters"]) for event in waited} == {("limited",)}
+    assert event_text(waited[0]) == (f"nothing is left to do before {local_time(instants[0])} but to wait for limited")
+    await repository.assert_invariants()
+
+
+async def events_of(council: Council, run: str, name: str) -> list[Event]:
+    """Return all events of a name that a run has had so far, which is over."""
+    found: list[Event] = []
+    async for record in council.records(0):
+        found += [event for event in record.events if event.type == name]
+        if any(event.type == "run.finished" and event.data["run"] == run for event in record.events):
+            break
+    return found

@@ -47,18 +47,19 @@ async def test_file_with_mistakes_is_told_as_run_tells_it(repository: Repository
 
 
 async def test_what_is_seldom_meant_is_a_warning_with_a_remedy(repository: Repository) -> None:
-    """A target under your hands, a repository that sessions may write, work that nothing proves; the exit code is 0."""
-    config = repository.configure(TASKS, target="main", writable=[str(repository.top)])
+    """A target under your hands, a repository to write, work that nothing proves, servers for nobody; exit code 0."""
+    servers = {"tickets": {"command": ["tickets-mcp"]}}
+    config = repository.configure(TASKS, target="main", writable=[str(repository.top)], mcp_servers=servers)
     told = repository.council("validate", str(config), "--json")
     assert (told.code, told.result["exit"]) == (0, 0)
     assert [warning["what"].split(" ", 2)[0:2] for warning in told.result["warnings"]] == [
-        ["the", "target"], ["`writable`", "lets"], ["no", "task"],
+        ["the", "target"], ["`writable`", "lets"], ["no", "task"], ["sessions", "of"],
     ]  # fmt: skip
     assert all(warning["remedy"] for warning in told.result["warnings"])
     text = repository.council("validate", str(config))
-    assert text.stdout.count("\nwarning: ") == 3
+    assert text.stdout.count("\nwarning: ") == 4
     (repository.top / ".git").rename(repository.top / "no-git")
-    assert len(repository.council("validate", str(config), "--json").result["warnings"]) == 1
+    assert len(repository.council("validate", str(config), "--json").result["warnings"]) == 2
 
 
 async def test_the_file_is_found(repository: Repository) -> None:

@@ -13,6 +13,7 @@ from orchestrator.domain.ownership import any_overlap
 
 PATTERNS = ("a/**", "a/b", "b/*", "**/b", "c", "**")
 ADAPTERS = ("x", "y", "z")
+LIMITS = st.dictionaries(st.sampled_from(ADAPTERS), st.integers(1, 2))
 
 
 @st.composite
@@ -52,6 +53,29 @@ class Run:
         counts = Counter(self.adapters[task] for task in self.running)
         assert all(counts[adapter] <= limit for adapter, limit in self.capacities.items())
         self._check_blocked()
+        self._check_adapters()
+
+    def _check_adapters(self) -> None:
+        """What is left ready, and owns nothing that it could wait for, waits for room or for the end of a park."""
+        counts = Counter(self.adapters[task] for task in self.running)
+        for task in self.startable(with_parked=True):
+            best = self.first_open(task)
+            assert best is None or self.board.adapter_of(task) == best
+            if self.tasks[task].owns:
+                continue
+            if best is not None and len(self.running) < self.capacity:
+                assert counts[best] >= self.capacities.get(best, self.capacity), "its adapter is open and has room"
+            ends = [self.parked[one] for one in self.better(task, best) if one not in self.board.closed]
+            due = self.board.next_time()
+            assert not ends or (due is not None and due <= min(ends)), "nobody looks when its adapter is open again"
+
+    def first_open(self, task: str) -> str | None:
+        return next(filter(self.is_open, self.tasks[task].adapters), None)
+
+    def better(self, task: str, adapter: str | None) -> tuple[str, ...]:
+        """The adapters of a task before that one; all of them without one."""
+        adapters = self.tasks[task].adapters
+        return adapters if adapter is None else adapters[: adapters.index(adapter)]
 
     def _check_start(self, task: str) -> None:
         entry = self.tasks[task]
@@ -59,9 +83,7 @@ class Run:
         assert set(entry.needs) <= self.landed
         assert task not in {*live, *self.landed, *self.over, *self.board.blocked}
         assert self.waiting.get(task, 0.0) <= self.now
-        adapter = self.board.adapter_of(task)
-        assert adapter in entry.adapters
-        assert self.is_open(adapter)
+        assert self.board.adapter_of(task) == self.first_open(task)
         assert not [other for other in live if any_overlap(entry.owns, self.tasks[other].owns)]
 
     def is_open(self, adapter: str) -> bool:
@@ -76,8 +98,8 @@ class Run:
         untouched = set(self.tasks) - dead - self.landed
         assert not [task for task in untouched if set(self.tasks[task].needs) & dead]
 
-    def startable(self) -> list[str]:
-        """What could start now, were there room for all, by the plainest means."""
+    def startable(self, *, with_parked: bool = False) -> list[str]:
+        """What could start now, were there room for all (and no adapter parked or closed), by the plainest means."""
         busy = {*self.running, *self.built, *self.landed, *self.over, *self.waiting, *self.board.blocked}
         live = [self.tasks[task].owns for task in (*self.running, *self.built)]
         return [
@@ -85,7 +107,7 @@ class Run:
             for task, entry in self.tasks.items()
             if task not in busy
             and set(entry.needs) <= self.landed
-            and any(map(self.is_open, entry.adapters))
+            and (with_parked or any(map(self.is_open, entry.adapters)))
             and not any(any_overlap(entry.owns, owns) for owns in live)
         ]
 
@@ -128,7 +150,7 @@ class Run:
 
 
 @settings(max_examples=400, deadline=None)
-@given(entries(), st.integers(1, 4), st.dictionaries(st.sampled_from(ADAPTERS), st.integers(1, 2)), st.data())
+@given(entries(), st.integers(1, 4), LIMITS, st.data())
 def test_limits_hold_and_every_task_ends(
     tasks: dict[str, Entry], capacity: int, capacities: dict[str, int], data: st.DataObject
 ) -> None:
@@ -173,6 +195,27 @@ def test_what_is_said_to_be_no_work_can_not_start(tasks: dict[str, Entry], capac
             assert run.built or not run.startable(), held
             break
         run.end(run.running[0], data.draw(st.sampled_from(["build", "land", "end"])), 0.0)
+
+
+LISTS = st.lists(st.sampled_from(ADAPTERS), min_size=1, max_size=3)
+STEPS = st.lists(st.tuples(st.sampled_from(["park", "pass", "land", "retry"]), st.integers(0, 9), st.integers(1, 3)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(LISTS, min_size=2, max_size=8), st.integers(1, 3), LIMITS, STEPS)
+def test_a_fallback_stands_in_only_while_all_before_it_are_parked(
+    lists: list[list[str]], capacity: int, capacities: dict[str, int], steps: list[tuple[str, int, int]]
+) -> None:
+    """At every decision, with more tasks ready than can start, and parks that begin and end meanwhile."""
+    tasks = {f"t{one}": Entry(adapter=names[0], fallback=tuple(names[1:])) for one, names in enumerate(lists)}
+    run = Run(tasks, capacity, capacities)
+    run.decide()
+    for what, which, delay in steps:
+        if what in {"park", "pass"}:
+            run.disturb(what, f"t{which % len(tasks)}", delay)
+        elif run.running:
+            run.end(run.running[which % len(run.running)], what, delay)
+        run.decide()
 
 
 STREAM = st.lists(

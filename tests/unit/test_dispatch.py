@@ -236,10 +236,52 @@ def test_a_start_does_not_hold_once_its_task_was_cancelled_or_revived() -> None:
     assert decide(board, 1, 0.0) == ["a"]
 
 
-def test_a_task_that_was_moved_is_found_beside_the_place_that_it_left() -> None:
-    """The park that it was moved from is over before it starts: both adapters are looked at."""
-    board = Board({"t": Entry(adapter="a", fallback=("b",))})
-    assert decide(board, 0, 0.0) == []
-    board.park("a", 100.0)
-    assert decide(board, 1, 200.0) == ["t"]
-    assert board.adapter_of("t") == "b"
+def test_a_fallback_stands_in_only_while_the_adapter_before_it_is_parked() -> None:
+    """What did not find room there goes back when the park is over, and takes all the room that there is then."""
+    board = Board({f"t{one}": Entry((), "a", 0, (), ("b",)) for one in range(5)}, {"a": 3, "b": 1})
+    board.park("a", 10.0)
+    assert [(task, board.adapter_of(task)) for task in started(board)] == [("t0", "b")]
+    assert board.adapter_of("t1") == "b"
+    assert board.next_time() == 10.0
+    assert started(board, now=9.0) == []
+    assert [(task, board.adapter_of(task)) for task in started(board, now=10.0)] == [
+        ("t1", "a"), ("t2", "a"), ("t3", "a"),
+    ]  # fmt: skip
+    assert board.adapter_of("t0") == "b"
+    board.built("t0")
+    assert started(board, now=11.0) == []
+    board.park("a", 20.0)
+    assert [(task, board.adapter_of(task)) for task in started(board, now=11.0)] == [("t4", "b")]
+
+
+@pytest.mark.parametrize(("is_open", "first"), [(True, []), (False, ["behind"])])
+def test_a_reservation_lasts_as_long_as_an_adapter_is_open(is_open: bool, first: list[str]) -> None:
+    """A held task with a fallback keeps its paths from what comes behind it; without one they are free meanwhile."""
+    board = Board(owners(live="a") | {"held": Entry((), "x", 0, ("*",), ("y",))} | owners(behind="b"))
+    assert started(board) == ["live"]
+    board.park("x", 50.0)
+    if not is_open:
+        board.park("y", 60.0)
+    assert started(board, now=1.0) == first
+    for task in ("live", *first):
+        board.landed(task)
+    assert started(board, now=2.0) == (["held"] if is_open else [])
+    assert started(board, now=50.0) == ([] if is_open else ["held"])
+    assert board.adapter_of("held") == ("y" if is_open else "x")
+
+
+def test_what_all_the_rest_waits_for_is_told() -> None:
+    """Parked adapters of what is left, unless something waits for anything else: an open adapter, or a landing."""
+    tasks = {"a": Entry(adapter="x", fallback=("y", "z")), "b": Entry(adapter="z"), "c": Entry(("b",), "open")}
+    board = Board(tasks)
+    board.park("x", 50.0)
+    assert board.awaited() == {}
+    board.park("y", 30.0)
+    board.close("z", "its login failed")
+    assert board.awaited() == {"x": 50.0, "y": 30.0}
+    assert started(board) == []
+    assert board.awaited() == {"x": 50.0, "y": 30.0}
+    assert started(board, now=30.0) == ["a"]
+    assert board.awaited() == {}
+    board.wait("a", 31.0)
+    assert board.awaited() == {}

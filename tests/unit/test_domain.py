@@ -24,6 +24,7 @@ from orchestrator.domain.outcome import Built, Exhausted, Exit, Failed, Interrup
 from orchestrator.domain.retry import LONGEST_PARK, PARK, Backoff, park_until, retry_delay
 from orchestrator.engine.report import AdapterReport, ReportPlaces, RunRecord, RunReport, RunStatus, report
 from orchestrator.errors import InvalidTransition, RefusedError
+from orchestrator.instants import local_time
 
 DIAMOND = {"a": Entry(), "b": Entry(("a",)), "c": Entry(("a",)), "d": Entry(("b", "c"))}
 
@@ -305,6 +306,36 @@ def test_a_report_names_adapters_that_can_not_be_used() -> None:
     assert [task.state for task in live.tasks] == ["pending", "pending"]
     assert [task.state for task in over.tasks] == ["blocked", "pending"]
     assert "log in" in str(over.tasks[0].reason)
+
+
+def test_a_report_names_all_adapters_that_a_task_waits_for() -> None:
+    """Mending any that is stopped is enough; what is only parked says until when, at work or not."""
+    entries = {
+        "both": Entry(adapter="shut", fallback=("barred",)),
+        "parked": Entry(adapter="parked"),
+        "late": Entry(adapter="shut", fallback=("later", "parked", "parked")),
+        "open": Entry(adapter="parked", fallback=("past",)),
+        "needy": Entry(("parked",), "parked"),
+        "failed": Entry(adapter="parked"),
+    }
+    tasks = {task: TaskDocument() for task in entries} | {"failed": TaskDocument(status=TaskStatus.FAILED, reason="no")}
+    learned = {name: AdapterDocument(parked_until=until) for name, until in (("parked", 200.0), ("later", 300.0))}
+    stopped = {name: AdapterDocument(closed=why) for name, why in (("shut", "log in"), ("barred", "no key"))}
+    made = record(tasks, entries, **learned, **stopped, past=AdapterDocument(parked_until=99.0))
+    live, over = ({task.id: task for task in reported(made, one).tasks} for one in (RunStatus.RUNNING, None))
+    assert over["both"].state == "blocked"
+    assert all(part in str(over["both"].reason) for part in ("'shut': log in", "'barred': no key", "mend one of them"))
+    first, second = local_time(200.0), local_time(300.0)
+    for tasks_by_id in (live, over):
+        assert {task.id: task.reason for task in tasks_by_id.values() if task.id != "both"} == {
+            "parked": f"waits for the adapter 'parked' until {first}",
+            "late": f"waits for the adapter 'parked' until {first}, or for 'later' until {second}; "
+            "'shut' is stopped: log in",
+            "open": None,
+            "needy": None,
+            "failed": "no",
+        }
+        assert tasks_by_id["late"].state == "pending"
 
 
 @pytest.mark.parametrize(

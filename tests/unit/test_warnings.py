@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 
+from adapters.codex import CodexAdapter
 from adapters.command import CommandAdapter
 from orchestrator.config.load import load_value
+from orchestrator.config.model import make_adapters
 from orchestrator.config.warnings import Surroundings, find_warnings
+from orchestrator.protocols import AdapterType
 
+TYPES: Mapping[str, AdapterType] = {"command": CommandAdapter, "codex": CodexAdapter}
 CHECKED = {"checks": ["true"]}
 
 
@@ -26,7 +30,8 @@ def warnings(
         "tasks": [{"id": "a", "prompt": "p"}, {"id": "b", "prompt": "p"}],
         **settings,
     }
-    return [str(found) for found in find_warnings(load_value(value, tmp_path, {"command": CommandAdapter}), around)]
+    config = load_value(value, tmp_path, TYPES)
+    return [str(found) for found in find_warnings(config, around, make_adapters(config.adapters, TYPES))]
 
 
 @pytest.mark.parametrize(
@@ -77,3 +82,60 @@ def test_no_task_with_checks(tmp_path: Path) -> None:
     assert found.startswith("no task has checks: nothing proves the work: add ")
     tasks = [{"id": "a", "prompt": "p"}, {"id": "b", "prompt": "p", **CHECKED}]
     assert warnings(tmp_path, Surroundings(), defaults={}, tasks=tasks) == []
+
+
+COMMAND = {"use": "command", "argv": ["x"]}
+SERVERS = {"tickets": {"command": ["tickets-mcp"]}}
+
+
+@pytest.mark.parametrize(
+    ("fallback", "again"),
+    [(["b"], None), (["b", "c"], None), (["a"], "'a'"), (["b", "b", "a"], "'b', 'a'"), (["b", "c", "b"], "'b'")],
+)
+def test_an_adapter_that_would_stand_in_for_itself(tmp_path: Path, fallback: list[str], again: str | None) -> None:
+    """One warning for all tasks that have the same list, by the names that come again."""
+    tasks = [{"id": f"t{n}", "prompt": "p", "adapter": "a", "fallback": fallback} for n in range(7)]
+    tasks.append({"id": "alone", "prompt": "p", "adapter": "a"})
+    found = warnings(tmp_path, Surroundings(), adapters=dict.fromkeys("abc", COMMAND), tasks=tasks)
+    assert len(found) == (again is not None)
+    beginning = f"`fallback` of 't0', 't1', 't2', 't3', 't4' and 2 more names {again} again"
+    assert all(one.startswith(beginning) for one in found)
+
+
+@pytest.mark.parametrize(
+    ("servers", "adapter", "fallback", "told"),
+    [
+        (SERVERS, "able", [], None),
+        (SERVERS, "plain", [], "sessions of 'plain' are not told of `mcp_servers`: 'tickets'"),
+        (SERVERS, "able", ["other", "plain"], "sessions of 'other', 'plain' are not told of"),
+        ({}, "plain", [], None),
+    ],
+)
+def test_servers_that_an_adapter_can_not_use(
+    tmp_path: Path, servers: dict[str, Any], adapter: str, fallback: list[str], told: str | None
+) -> None:
+    """Only where there are servers, and only of adapters that tasks may use, as a fallback too."""
+    adapters = {"plain": COMMAND, "other": COMMAND, "able": {"use": "codex"}}
+    tasks = [{"id": "t", "prompt": "p", "adapter": adapter, "fallback": fallback}]
+    found = warnings(tmp_path, Surroundings(), adapters=adapters, mcp_servers=servers, tasks=tasks)
+    assert len(found) == (told is not None)
+    assert all(one.startswith(str(told)) for one in found)
+
+
+@pytest.mark.parametrize(
+    ("defaults", "task", "many"),
+    [
+        ({"adapter": "a", "fallback": ["b", "c"]}, {"adapter": "b"}, 0),
+        ({"adapter": "a", "fallback": ["b", "c", "b"]}, {"adapter": "a"}, 1),
+        ({"adapter": "a", "fallback": ["a", "c"]}, {}, 1),
+        ({"adapter": "a", "fallback": ["b", "c"]}, {"adapter": "b", "fallback": ["b"]}, 1),
+    ],
+)
+def test_a_default_list_may_have_the_adapter_that_a_task_chose(
+    tmp_path: Path, defaults: dict[str, Any], task: dict[str, Any], many: int
+) -> None:
+    """It serves tasks with other adapters, too; all else that comes again is written by mistake."""
+    tasks, adapters = [{"id": "t", "prompt": "p", **task}], dict.fromkeys("abc", COMMAND)
+    found = warnings(tmp_path, Surroundings(), adapters=adapters, defaults=CHECKED | defaults, tasks=tasks)
+    assert len(found) == many
+    assert all("an adapter can't stand in for itself" in one for one in found)
