@@ -1,0 +1,64 @@
+"""What docs/adapters.md says of another CLI works as it stands there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from pathlib import Path
+from textwrap import dedent
+
+import yaml
+
+from tests.conftest import Repository
+
+DOCS = Path(__file__).parents[2] / "docs" / "adapters.md"
+
+
+def section(title: str) -> str:
+    """Return a section of the page, by its title."""
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## )", DOCS.read_text(), re.MULTILINE | re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def block(text: str, language: str) -> str:
+    """Return what stands in the first block of a language."""
+    found = re.search(rf"^ *```{language}\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    assert found is not None
+    return dedent(found[1])
+
+
+async def test_another_cli_works_as_the_guide_says(repository: Repository, tmp_path: Path) -> None:
+    """Its program and its entry keep all promises, land a task, go on after a failed check, and stop without a key."""
+    guide = section("Another CLI in fifteen minutes")
+    program = tmp_path / "bin" / "mini"
+    program.parent.mkdir()
+    program.write_text(block(guide, "sh"))
+    program.chmod(0o755)
+    repository.environ["PATH"] = f"{program.parent}{os.pathsep}{repository.environ['PATH']}"
+    entry = yaml.safe_load(block(guide, "yaml"))["adapters"]
+    (mini,) = entry
+    checks = {"checks": ["grep -q right a.txt"], "attempts": 2}
+    config = {
+        "version": 1,
+        "target": "main",
+        "readable": [str(program.parent)],
+        "adapters": entry,
+        "tasks": [{"id": "t", "prompt": "write a.txt wrong", **checks}, {"id": "f", "prompt": "fail"}],
+    }
+    (repository.top.parent / "council.yaml").write_text(yaml.safe_dump({**config, "repo": str(repository.top)}))
+    (repository.top / "council.yaml").write_text(yaml.safe_dump(config))
+    first, *words = shlex.split(block(guide, "console").removeprefix("$ "))
+    assert (first, words[:3]) == ("council", ["adapters", "test", mini])
+    tried = repository.council(*words, "--json")
+    assert (tried.code, tried.result["live"]["state"], tried.result["live"]["input_tokens"]) == (0, "landed", 12), tried
+    (repository.top / "council.yaml").unlink()
+    ended = repository.council("run", str(repository.top.parent / "council.yaml"), "--json")
+    mended, stopped = ended.result["tasks"]
+    assert (mended["failure"], mended["attempts"]) == ("checks_failed", 2), ended
+    assert (stopped["failure"], stopped["state"]) == ("auth", "blocked"), ended
+    key = f"task/{ended.result['run']}/t"
+    (version, *_) = repository.council("state", "history", key, "--json").result["versions"]
+    assert [one["resumed"] for one in version["new"]["attempts"]] == [False, True]
+    assert len({one["session"] for one in version["new"]["attempts"]}) == 1
