@@ -194,7 +194,8 @@ def _paths_of(call: schema.ToolCallUpdate | schema.ToolCallStart | schema.ToolCa
 
 async def _converse(agent: Any, client: _Client, top: Path, prompt: str, model: str | None) -> Concluded:
     """Have one conversation; raises Concluded, or the error that cut it off."""
-    ability = schema.FileSystemCapabilities(read_text_file=True, write_text_file=True)
+    # Files are read by the agents themselves: Gemini CLI would take none for missing, and so make no new ones.
+    ability = schema.FileSystemCapabilities(read_text_file=False, write_text_file=True)
     known = await agent.initialize(
         protocol_version=acp.PROTOCOL_VERSION,
         client_capabilities=schema.ClientCapabilities(fs=ability),
