@@ -151,6 +151,7 @@ class TestOllama(AdapterContract):
         "out-of-tokens": Recorded(FailureClass.LIMIT, tokens=(100, 10), paths=frozenset()),
         "cut-off": Recorded(FailureClass.CRASHED, paths=frozenset()),
         "unfit": Recorded(FailureClass.CRASHED, paths=frozenset()),
+        "read-only": Recorded(tokens=(100, 10), paths=frozenset()),
         "outside": Recorded(FailureClass.REFUSED, paths=frozenset()),
         "interrupted": Recorded(),
         "terminated": Recorded(),
