@@ -9,15 +9,17 @@ adapters:
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
-from collections.abc import Sequence
-from typing import ClassVar, Final
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, Final, Self
 
 import pluggy
-from pydantic import BaseModel
+from pydantic import BaseModel, model_validator
 
 from adapters.jsonlines import bridge_command, bridge_readable, failure_concluded, parse_bridge_line
-from adapters.options import AdapterOptions, CommandLine, Value, own_home
+from adapters.options import AdapterOptions, CommandLine, Value, given, own_home
 from orchestrator.domain.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
 from orchestrator.protocols import Capability, Command, Home, Program, SessionEnd, SessionEvent, SessionRequest
@@ -42,6 +44,16 @@ class AcpOptions(AdapterOptions):
     """The agent and its arguments, such as `[gemini, --acp]`; it speaks on standard input and output."""
     model: Value | None = None
     """The model, one of those that the agent offers; none: the agent's own choice."""
+    resumes: bool = False
+    """Whether the agent can load earlier conversations, so that work is mended in the one in which it was done."""
+
+    @model_validator(mode="after")
+    def _check_resumes(self) -> Self:
+        if self.resumes and not self.has_own_home:
+            raise ValueError(
+                "`resumes` needs conversations that are kept, which are those in a home of the task's: set `home: own`"
+            )
+        return self
 
 
 class AcpAdapter:
@@ -53,8 +65,9 @@ class AcpAdapter:
         self._options = options
 
     def capabilities(self) -> frozenset[Capability]:
-        """Return nothing."""
-        return frozenset()
+        """Return what it can; whether its agent loads conversations only the agent knows, once it runs."""
+        can = {Capability.MCP, Capability.READ_ONLY}
+        return frozenset(can | {Capability.RESUME} if self._options.resumes else can)
 
     def programs(self) -> Sequence[Program]:
         """Return the bridge, which can say whether its SDK is installed, and the agent."""
@@ -66,11 +79,13 @@ class AcpAdapter:
 
     def command(self, request: SessionRequest) -> Command:
         """Return the bridge's command line, with the agent's after `--`."""
-        model = () if self._options.model is None else ("--model", self._options.model)
         places = ("--prompt-file", str(request.prompt_file), "--worktree", str(request.worktree))
         env, passed = self._options.variables(("HOME", "USER"), **_PRESET, **own_home(self._options, request))
         return Command(
-            argv=bridge_command("acp", *places, *model, "--", *self._options.argv),
+            argv=bridge_command(
+                *("acp", *places, *given("--model", self._options.model)),
+                *(*_asked(request, resumes=self._options.resumes), "--", *self._options.argv),
+            ),
             env=env,
             pass_env=passed,
             readable=bridge_readable(),
@@ -84,6 +99,15 @@ class AcpAdapter:
     def verdict(self, end: SessionEnd) -> Failed | None:
         """Return what the bridge concluded."""
         return failure_concluded(end)
+
+
+def _asked(request: SessionRequest, *, resumes: bool) -> Iterator[str]:
+    if resumes:
+        yield from given("--resume", request.resume)
+    if request.read_only:
+        yield "--read-only"
+    for one in request.mcp_servers:
+        yield from ("--mcp-server", json.dumps(dataclasses.asdict(one)))
 
 
 @hookimpl

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from adapters.failures import LONGEST_REASON
 from adapters.jsonlines import failure_concluded
-from adapters.options import AdapterOptions, Arguments, ProgramName, Value, given, own_home
+from adapters.options import INSTRUCTIONS_FILE, AdapterOptions, Arguments, ProgramName, Value, given, own_home
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
@@ -38,7 +38,6 @@ hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
 _KEYS: Final = (*("ANTHROPIC_API_KEY", "DEEPSEEK_API_KEY", "GEMINI_API_KEY", "OPENAI_API_KEY", "OPENROUTER_API_KEY"),)
 _PLACES: Final = ("OLLAMA_API_BASE", "OPENAI_API_BASE")
-_INSTRUCTIONS: Final = "council-instructions.md"
 _LOG_IN: Final = "set its provider's key (such as ANTHROPIC_API_KEY), named under `env` if it is a rare one"
 _ALONE: Final = (
     *("--yes-always", "--no-auto-commits", "--no-gitignore", "--no-check-update", "--analytics-disable"),
@@ -124,7 +123,7 @@ class AiderAdapter:
     def command(self, request: SessionRequest) -> Command:
         """Return the command line; its tags cache, which it makes in the worktree, is no work."""
         options = self._options
-        files = {} if request.instructions is None else {_INSTRUCTIONS: request.instructions}
+        files = {} if request.instructions is None else {INSTRUCTIONS_FILE: request.instructions}
         # It breaks lines at the terminal's width, 80 where there is none; and being told yes to everything, it opens a
         # page of its manual with every second error.
         preset = {"COLUMNS": "1000", "BROWSER": "true", **own_home(options, request)}
@@ -132,7 +131,7 @@ class AiderAdapter:
         return Command(
             argv=(
                 *(options.bin, *given("--model", options.model), "--message-file", str(request.prompt_file), *_ALONE),
-                *(("--read", str(request.home / _INSTRUCTIONS)) if files else ()),
+                *(("--read", str(request.home / INSTRUCTIONS_FILE)) if files else ()),
                 *(("--chat-mode", "ask") if request.read_only else ()),
                 *options.args,
             ),

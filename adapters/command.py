@@ -27,7 +27,7 @@ import pluggy
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from adapters.jsonlines import failure_concluded
-from adapters.options import AdapterOptions, check_argument, own_home
+from adapters.options import INSTRUCTIONS_FILE, AdapterOptions, check_argument, own_home
 from adapters.placeholders import check_placeholders, filled, words
 from adapters.reading import LONGEST_LINE, Pattern, Reader, Rule
 from orchestrator.domain.failures import FailureClass
@@ -56,7 +56,7 @@ _FOR_INSTRUCTIONS: Final = ("instructions", "instructions_file")
 _FOR_MCP: Final = ("mcp_file",)
 #: Where in argv the arguments go that not every session has.
 _OPTIONS: Final = "{options}"
-_INSTRUCTIONS: Final = "council-instructions.md"
+
 _SERVERS: Final = "council-mcp.json"
 #: The classes that a program's words can mean; the others are known from facts.
 _SaidClass = Literal["transient", "overloaded", "rate_limited", "auth", "invalid", "refused", "limit", "crashed"]
@@ -186,7 +186,7 @@ class CommandAdapter:
             "model": options.model or "",
             "session": request.resume or "",
             "instructions": request.instructions or "",
-            "instructions_file": str(request.home / _INSTRUCTIONS),
+            "instructions_file": str(request.home / INSTRUCTIONS_FILE),
             "mcp_file": str(request.home / _SERVERS),
         }
         arguments = tuple(_arguments(options, request))
@@ -279,7 +279,7 @@ def _arguments(options: CommandOptions, request: SessionRequest) -> Iterator[str
 def _files(options: CommandOptions, request: SessionRequest) -> Iterator[tuple[str, str]]:
     """Yield the files that arguments name."""
     if request.instructions is not None and "instructions_file" in words(options.instructions or ()):
-        yield _INSTRUCTIONS, request.instructions
+        yield INSTRUCTIONS_FILE, request.instructions
     if request.mcp_servers and options.mcp is not None:
         yield _SERVERS, json.dumps({"mcpServers": {one.name: _server(one) for one in request.mcp_servers}})
 

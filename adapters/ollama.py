@@ -14,10 +14,10 @@ import pluggy
 from pydantic import AfterValidator, BaseModel, Field
 
 from adapters.jsonlines import bridge_command, bridge_readable, failure_concluded, parse_bridge_line
-from adapters.options import AdapterOptions, Value
+from adapters.options import INSTRUCTIONS_FILE, AdapterOptions, Value
 from orchestrator.domain.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
-from orchestrator.protocols import Capability, Command, Program, SessionEnd, SessionEvent, SessionRequest
+from orchestrator.protocols import Capability, Command, Home, Program, SessionEnd, SessionEvent, SessionRequest
 
 hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
@@ -58,8 +58,8 @@ class OllamaAdapter:
         self._options = options
 
     def capabilities(self) -> frozenset[Capability]:
-        """Return nothing."""
-        return frozenset()
+        """Return what it can."""
+        return frozenset({Capability.INSTRUCTIONS, Capability.READ_ONLY})
 
     def programs(self) -> Sequence[Program]:
         """Return the bridge, which can say whether its client is installed, the server there, and the model on it."""
@@ -74,12 +74,17 @@ class OllamaAdapter:
     def command(self, request: SessionRequest) -> Command:
         """Return the bridge's command line."""
         places = ("--prompt-file", str(request.prompt_file), "--worktree", str(request.worktree))
+        told = () if request.instructions is None else ("--instructions-file", str(request.home / INSTRUCTIONS_FILE))
+        looking = ("--read-only",) if request.read_only else ()
         env, passed = self._options.variables(_KEYS)
         return Command(
-            argv=bridge_command("ollama", *self._server(), *places, "--context", str(self._options.context)),
+            argv=bridge_command(
+                *("ollama", *self._server(), *places, "--context", str(self._options.context), *told, *looking)
+            ),
             env=env,
             pass_env=passed,
             readable=bridge_readable(),
+            home=None if request.instructions is None else Home({INSTRUCTIONS_FILE: request.instructions}),
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, Field, JsonValue
 
 from adapters.failures import LONGEST_REASON, class_in, class_of_status, one_line
 from adapters.jsonlines import cost_of, failure_concluded, interruption, number_of, read_object, said_plainly, text_of
-from adapters.options import AdapterOptions, Arguments, ProgramName, Value, given
+from adapters.options import INSTRUCTIONS_FILE, AdapterOptions, Arguments, ProgramName, Value, given
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
 from orchestrator.domain.secrets import contains_key, secret_values
@@ -70,7 +70,6 @@ _LINKS: Final = {
         )
     },
 }
-_INSTRUCTIONS: Final = "council-instructions.md"
 _LOG_IN: Final = "run `opencode auth login`, set its provider's key (such as ANTHROPIC_API_KEY), or add credit"
 _PRESET: Final = {
     "OPENCODE_DISABLE_AUTOUPDATE": "1",
@@ -213,7 +212,7 @@ class OpencodeAdapter:
         own = {name: str(request.home / part) for name, part in _FOLDERS.items()} if options.has_own_home else {}
         places = _PLACES if options.has_own_home else (*_PLACES, *_FOLDERS)
         env, passed = options.variables(("HOME", *_KEYS, *places), **_PRESET, **own, OPENCODE_CONFIG_CONTENT=config)
-        files = {_INSTRUCTIONS: request.instructions} if request.instructions is not None else {}
+        files = {INSTRUCTIONS_FILE: request.instructions} if request.instructions is not None else {}
         home = Home(files, _LINKS, (_LOGIN,)) if options.has_own_home else Home(files) if files else None
         return Command(
             argv=(
@@ -266,7 +265,7 @@ def _config(options: OpencodeOptions, request: SessionRequest) -> JsonObject:
     config: JsonObject = {**_CONFIG, **options.config}
     if request.instructions is not None:
         told = config.get("instructions")
-        config["instructions"] = [*(told if isinstance(told, list) else ()), str(request.home / _INSTRUCTIONS)]
+        config["instructions"] = [*(told if isinstance(told, list) else ()), str(request.home / INSTRUCTIONS_FILE)]
     if request.mcp_servers:
         servers = {
             one.name: {"type": "remote", "url": one.url}

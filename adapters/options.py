@@ -107,6 +107,9 @@ _EnvValues = Annotated[
     dict[_EnvName, Annotated[str, AfterValidator(_check_env_value)]], AfterValidator(_check_not_secret)
 ]
 
+#: What a program's instructions are called in the home of the request, where it takes them from a file.
+INSTRUCTIONS_FILE: Final = "council-instructions.md"
+
 #: A word for the program's command line that is no option.
 Value = Annotated[str, AfterValidator(_check_value)]
 #: How many turns of a model's.

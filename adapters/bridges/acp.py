@@ -1,10 +1,15 @@
 """Speaks the Agent Client Protocol with an agent, for one prompt, and prints what happens as lines of JSON.
 
-    python3 -P acp.py --prompt-file FILE --worktree FOLDER [--model M] -- AGENT [ARGUMENT]...
+    python3 -P acp.py --prompt-file FILE --worktree FOLDER [OPTION]... -- AGENT [ARGUMENT]...
     python3 -P acp.py --ready
 
 What the agent asks leave for is granted unless it names a path outside of the worktree; files that it asks us to read
 or write are in the worktree, or the answer is an error. `--ready` says whether the SDK is installed.
+
+--model M             one that the agent offers
+--resume ID           go on with this conversation, which the agent loads
+--read-only           nothing is granted or written that could change anything
+--mcp-server JSON     a server for the agent to use (`conversations.Asked`), again for each
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -32,15 +37,22 @@ from adapters.bridges.worktree import OutsideError, Worktree
 try:
     import acp
     from acp import schema
+
+    from adapters.bridges.conversations import Asked, check_loads, choose_model, choose_reading, servers_for
 except ImportError:
     _MISSING = Concluded("the SDK of the Agent Client Protocol is missing: pip install 'cli-council[acp]'", "invalid")
     sys.exit(_MISSING.tell(plain="--ready" in sys.argv))
 
 _AUTH_REQUIRED: Final = -32000  # agentclientprotocol.com/protocol/v1/schema, ErrorCode
 _LONGEST_MESSAGE: Final = 50 << 20  # bytes of one message
-_PATIENCE: Final = 5.0  # seconds for an agent that closed its output to end
+_PATIENCE: Final = 5.0  # seconds for an agent that closed its output to end, or to have told what was before
+_QUIET: Final = 0.3  # seconds without more of what was before, until that is taken for all
+#: Kinds of tools that change nothing. What is of any other kind may, also what an agent has no kind for; and a change
+#: of the mode would take back that nothing is to be changed.
+_LOOKING: Final = ("fetch", "read", "search", "think")
 #: Keys under which agents put paths into a tool's raw input.
 _PATH_KEYS: Final = ("file_path", "filePath", "path", "abs_path", "absolute_path", "notebook_path")
+_ONLY_LOOKING: Final = "nothing is to be changed"
 #: What can be nothing else, whatever code the error has: Gemini CLI has 500 for all that went wrong on the way to it.
 _PLAIN: Final[Mapping[str, re.Pattern[str]]] = {
     "transient": re.compile(
@@ -77,16 +89,41 @@ class _OneLine(logging.Formatter):
 class _Client:
     """Our side of the conversation: what the agent tells us and asks of us (`acp.interfaces.Client`)."""
 
-    def __init__(self, worktree: Worktree) -> None:
+    def __init__(self, worktree: Worktree, *, read_only: bool) -> None:
         self._worktree = worktree
+        self._read_only = read_only
         self.words = Words()
-        self.cost: float | None = None
         self.refused = ""
         """What it asked leave for and did not get, as long as it has not gone on."""
+        self._cost: float | None = None
+        self._cost_before = 0.0
         self._named: dict[str, set[str]] = {}
+        self._kinds: dict[str, str] = {}
+        self._is_asked = False
+        self._told_before = 0.0
+
+    @property
+    def cost(self) -> float | None:
+        """US dollars, without what a conversation had cost before it was loaded; None: not known."""
+        return None if self._cost is None else max(self._cost - self._cost_before, 0.0)
+
+    async def settle(self) -> None:
+        """Wait until it tells no more of what was before; Gemini CLI says that all is loaded, and then goes on."""
+        with anyio.move_on_after(_PATIENCE):
+            rest = _QUIET
+            while rest > 0:
+                await anyio.sleep(rest)
+                rest = self._told_before + _QUIET - anyio.current_time()
+
+    def listen(self) -> None:
+        """From now on what it tells is printed and counted: it is an answer to what it is asked."""
+        self._is_asked = True
 
     async def session_update(self, session_id: str, update: Any, **_: Any) -> None:  # noqa: ARG002  (the protocol's)
         """Print what the agent says and does."""
+        if not self._is_asked:
+            self._told_earlier(update)
+            return
         match update:
             case schema.AgentMessageChunk(content=schema.TextContentBlock(text=text)):
                 self.words.add(text)
@@ -95,9 +132,16 @@ class _Client:
                 self.refused = "" if isinstance(update, schema.ToolCallStart) else self.refused
                 self._used(update, is_new=isinstance(update, schema.ToolCallStart))
             case schema.UsageUpdate(cost=schema.Cost(amount=amount, currency=currency)) if currency.upper() == "USD":
-                self.cost = amount
+                self._cost = amount
             case _:
                 self.words.show_life()
+
+    def _told_earlier(self, update: Any) -> None:
+        self._told_before = anyio.current_time()
+        match update:
+            case schema.UsageUpdate(cost=schema.Cost(amount=amount, currency=currency)) if currency.upper() == "USD":
+                self._cost_before = amount
+        self.words.show_life()
 
     async def request_permission(
         self,
@@ -106,21 +150,28 @@ class _Client:
         options: Sequence[schema.PermissionOption],
         **_: Any,
     ) -> schema.RequestPermissionResponse:
-        """Allow once what stays in the worktree, and reject what names a path outside."""
-        named = self._named.get(tool_call.tool_call_id, set()) | set(_paths_of(tool_call))
-        try:
-            for name in sorted(named):
-                self._worktree.place(name)
-            wanted = ("allow_once", "allow_always")
-        except OutsideError as error:
-            wanted = ("reject_once", "reject_always")
-            self.refused = f"not allowed: {tool_call.title or tool_call.tool_call_id}: {error}"
+        """Allow once what stays in the worktree, and reject what names a path outside or is more than looking."""
+        why = self._why_not(tool_call)
+        wanted = ("allow_once", "allow_always") if why is None else ("reject_once", "reject_always")
+        if why is not None:
+            self.refused = f"not allowed: {tool_call.title or tool_call.tool_call_id}: {why}"
             write("warned", text=self.refused)
         chosen = next((one for kind in wanted for one in options if one.kind == kind), None)
         if chosen is None:
             return schema.RequestPermissionResponse(outcome=schema.DeniedOutcome(outcome="cancelled"))
         outcome = schema.AllowedOutcome(outcome="selected", option_id=chosen.option_id)
         return schema.RequestPermissionResponse(outcome=outcome)
+
+    def _why_not(self, call: schema.ToolCallUpdate) -> str | None:
+        kind = call.kind or self._kinds.get(call.tool_call_id, "other")
+        if self._read_only and kind not in _LOOKING:
+            return _ONLY_LOOKING
+        try:
+            for name in sorted(self._named.get(call.tool_call_id, set()) | set(_paths_of(call))):
+                self._worktree.place(name)
+        except OutsideError as error:
+            return str(error)
+        return None
 
     async def read_text_file(
         self,
@@ -151,8 +202,12 @@ class _Client:
         content: str,
         **_: Any,
     ) -> schema.WriteTextFileResponse:
-        """Write a file of the worktree, with the folders that it needs."""
+        """Write a file of the worktree, with the folders that it needs, unless nothing is to be changed."""
         place = self._locate(path)
+        if self._read_only:
+            # It is offered all the same: an agent that can't ask us writes by itself.
+            write("warned", text=f"not allowed: {path!r}: {_ONLY_LOOKING}")
+            raise acp.RequestError.invalid_params({"details": _ONLY_LOOKING})
         try:
             await anyio.to_thread.run_sync(_write, place, content)
         except OSError as error:
@@ -168,6 +223,8 @@ class _Client:
 
     def _used(self, call: schema.ToolCallStart | schema.ToolCallProgress, *, is_new: bool) -> None:
         self.words.flush()
+        if call.kind is not None:
+            self._kinds[call.tool_call_id] = call.kind
         told = self._named.setdefault(call.tool_call_id, set())
         paths = [path for path in dict.fromkeys(_paths_of(call)) if path not in told]
         told.update(paths)
@@ -192,7 +249,7 @@ def _paths_of(call: schema.ToolCallUpdate | schema.ToolCallStart | schema.ToolCa
         yield from (call.raw_input[key] for key in _PATH_KEYS if isinstance(call.raw_input.get(key), str))
 
 
-async def _converse(agent: Any, client: _Client, top: Path, prompt: str, model: str | None) -> Concluded:
+async def _converse(agent: Any, client: _Client, top: Path, prompt: str, asked: Asked) -> Concluded:
     """Have one conversation; raises Concluded, or the error that cut it off."""
     # Not reading: Gemini CLI does not know our answer that a file is not there, and then writes no new one.
     ability = schema.FileSystemCapabilities(read_text_file=False, write_text_file=True)
@@ -205,11 +262,9 @@ async def _converse(agent: Any, client: _Client, top: Path, prompt: str, model: 
         told = f"the agent speaks version {known.protocol_version} of the protocol, not {acp.PROTOCOL_VERSION}"
         raise Concluded(f"{told}: install another version of it", "invalid")
     try:
-        session = await agent.new_session(cwd=str(top), mcp_servers=[])
-        write("session", id=session.session_id)
-        if model is not None:
-            await _choose_model(agent, session, model)
-        answer = await agent.prompt(session_id=session.session_id, prompt=[acp.text_block(prompt)])
+        session = await _begin(agent, known, client, top, asked)
+        client.listen()
+        answer = await agent.prompt(session_id=session, prompt=[acp.text_block(prompt)])
     except acp.RequestError as error:
         raise _concluded(error, known.auth_methods or ()) from error
     said = client.words.flush()
@@ -222,22 +277,36 @@ async def _converse(agent: Any, client: _Client, top: Path, prompt: str, model: 
     return Concluded(said[-2_000:])
 
 
-async def _choose_model(agent: Any, session: schema.NewSessionResponse, model: str) -> None:
-    options = [one for one in session.config_options or () if isinstance(one, schema.SessionConfigOptionSelect)]
-    choice = next((one for one in options if one.category == "model"), None)
-    offered = [] if choice is None else list(_values(choice.options))
-    if choice is None or model not in offered:
-        names = f"only {', '.join(offered[:20])}" if offered else "none: choose it by the agent's own arguments"
-        raise Concluded(f"the agent does not offer the model {model!r}, {names}", "invalid")
-    await agent.set_config_option(config_id=choice.id, session_id=session.session_id, value=model)
+async def _begin(agent: Any, known: schema.InitializeResponse, client: _Client, top: Path, asked: Asked) -> str:
+    """Have a conversation begin, or go on; return its id."""
+    started: schema.NewSessionResponse | schema.LoadSessionResponse
+    if asked.resume is None:
+        started = await agent.new_session(cwd=str(top), mcp_servers=servers_for(known, asked.servers))
+        session = started.session_id
+    else:
+        check_loads(known)
+        session = asked.resume
+        started = await _load(agent, session, top, servers_for(known, asked.servers))
+        await client.settle()
+    write("session", id=session)
+    if asked.model is not None:
+        await choose_model(agent, session, started, asked.model)
+    if asked.read_only:
+        await choose_reading(agent, session, started)
+    return session
 
 
-def _values(options: Iterable[schema.SessionConfigSelectOption | schema.SessionConfigSelectGroup]) -> Iterator[str]:
-    for one in options:
-        if isinstance(one, schema.SessionConfigSelectGroup):
-            yield from _values(one.options)
-        else:
-            yield one.value
+async def _load(agent: Any, session: str, top: Path, servers: Sequence[Any]) -> schema.LoadSessionResponse:
+    try:
+        return cast(
+            "schema.LoadSessionResponse",
+            await agent.load_session(cwd=str(top), session_id=session, mcp_servers=servers),
+        )
+    except acp.RequestError as error:
+        if error.code == _AUTH_REQUIRED:
+            raise
+        # The next session begins anew, and may well work.
+        raise Concluded(f"the agent can't load the conversation {session}: {_told(error)}", "transient") from error
 
 
 def _usage_beside(answer: schema.PromptResponse) -> schema.Usage | None:
@@ -258,14 +327,18 @@ def _tell_spent(usage: schema.Usage | None, cost: float | None) -> None:
 
 
 def _concluded(error: acp.RequestError, methods: Sequence[Any]) -> Concluded:
-    details = error.data.get("details") or error.data.get("message") if isinstance(error.data, dict) else error.data
-    said = _message_in(str(error))
-    told = " ".join(f"{said}{f': {details}' if isinstance(details, str) and details else ''}".split())[:300]
+    told = _told(error)
     failure = "auth" if error.code == _AUTH_REQUIRED else _failure(error.code, told)
     if failure != "auth":
         return Concluded(f"the agent says: {told}", failure)
     ways = ", ".join(one.name for one in methods)
     return Concluded(f"the agent says: {told}: log in by the agent itself{f' ({ways})' if ways else ''}", failure)
+
+
+def _told(error: acp.RequestError) -> str:
+    details = error.data.get("details") or error.data.get("message") if isinstance(error.data, dict) else error.data
+    said = _message_in(str(error))
+    return " ".join(f"{said}{f': {details}' if isinstance(details, str) and details else ''}".split())[:300]
 
 
 def _message_in(text: str) -> str:
@@ -289,8 +362,8 @@ def _named(words: Mapping[str, re.Pattern[str]], told: str) -> str | None:
     return next((name for name, pattern in words.items() if pattern.search(told)), None)
 
 
-async def _run(argv: Sequence[str], worktree: Worktree, prompt: str, model: str | None) -> Concluded:
-    client = _Client(worktree)
+async def _run(argv: Sequence[str], worktree: Worktree, prompt: str, asked: Asked) -> Concluded:
+    client = _Client(worktree, read_only=asked.read_only)
     # Its errors go where ours go: a pipe that nobody reads would stop it.
     streams = {"stderr": None, "limit": _LONGEST_MESSAGE}
     async with AsyncExitStack() as stack:
@@ -302,7 +375,7 @@ async def _run(argv: Sequence[str], worktree: Worktree, prompt: str, model: str 
         except OSError as error:
             return Concluded(f"the agent {argv[0]!r} can't be started: {error.strerror}", "invalid")
         try:
-            return await _converse(agent, client, worktree.top, prompt, model)
+            return await _converse(agent, client, worktree.top, prompt, asked)
         except Concluded as concluded:
             return concluded
         except acp.RequestError as error:
@@ -324,6 +397,9 @@ def main() -> int:
     parser.add_argument("--prompt-file", type=Path)
     parser.add_argument("--worktree", type=Path)
     parser.add_argument("--model")
+    parser.add_argument("--resume")
+    parser.add_argument("--read-only", action="store_true")
+    parser.add_argument("--mcp-server", action="append", default=[], type=json.loads)
     parser.add_argument("--ready", action="store_true")
     parser.add_argument("argv", nargs="*")
     options = parser.parse_args()
@@ -333,8 +409,9 @@ def main() -> int:
     log.setFormatter(_OneLine())
     logging.basicConfig(handlers=[log])
     prompt = options.prompt_file.read_text(encoding="utf-8")
+    asked = Asked(options.model, options.resume, options.read_only, options.mcp_server)
     try:
-        return anyio.run(_run, options.argv, Worktree(options.worktree), prompt, options.model).tell()
+        return anyio.run(_run, options.argv, Worktree(options.worktree), prompt, asked).tell()
     except KeyboardInterrupt:  # the agent is gone by now
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)

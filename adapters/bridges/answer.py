@@ -37,6 +37,12 @@ Paths are relative to the top of the repository. Where the content itself has li
 use a fence of four. Change nothing that the task does not need. Beside the blocks write no more than a few sentences.
 """
 
+#: What it is told where it is not to change anything.
+LOOKING: Final = """\
+You look at the files of a git repository, and change nothing. You can't run anything: your answer is read as it stands,
+and nothing of it is applied. Answer in words, with the paths and lines that you mean.
+"""
+
 _FENCE: Final = re.compile(r"(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`]*)")
 _FILE: Final = re.compile(r"file[ :=]+(?P<path>.+)")
 _DIFFS: Final = ("diff", "patch")

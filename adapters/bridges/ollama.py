@@ -1,10 +1,13 @@
 """Has a model that Ollama serves do one task in a worktree, and prints what happens as lines of JSON.
 
-    python3 -P ollama.py --host URL --model M --prompt-file FILE --worktree FOLDER --context TOKENS
+    python3 -P ollama.py --host URL --model M --prompt-file FILE --worktree FOLDER --context TOKENS [OPTION]...
     python3 -P ollama.py --host URL --model M --ready
 
 Without tools of its own the model is shown the files and answers with blocks, which are applied all or not at all.
 `--ready` says whether the client is installed, the server there, and the model on it.
+
+--instructions-file FILE    more of what the model is told first, before the files and the task
+--read-only                 the model is asked for words, and nothing of its answer is applied
 
 A server that can't be reached for some seconds is one that somebody has to start: the adapter is closed (`auth`), so
 that its tasks wait for that and lose no attempts. One that breaks off in the middle is tried again (`transient`).
@@ -17,11 +20,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from adapters.bridges.answer import INSTRUCTIONS, UnfitError, apply_answer, read_answer
+from adapters.bridges.answer import INSTRUCTIONS, LOOKING, UnfitError, apply_answer, read_answer
 from adapters.bridges.context import describe
 from adapters.bridges.lines import Concluded, Words, write
 from adapters.bridges.statuses import failure_of_status
@@ -60,12 +63,8 @@ def _rejected(error: ollama.ResponseError, model: str) -> Concluded:
     return Concluded(f"the server says: {told}{f' ({status})' if status > 0 else ''}{remedy}", failure)
 
 
-def _answer(host: str, model: str, prompt: str, shown: str, context: int) -> str:
+def _answer(host: str, model: str, messages: Sequence[Mapping[str, str]], context: int) -> str:
     """Return the model's whole answer, printing it meanwhile; raises Concluded if there is none."""
-    messages = [
-        {"role": "system", "content": INSTRUCTIONS},
-        {"role": "user", "content": f"{shown}\nThe task:\n\n{prompt}"},
-    ]
     words = Words()
     client = _client(host)
     began = time.monotonic()
@@ -104,14 +103,21 @@ def _read(parts: Iterator[ollama.ChatResponse], words: Words) -> str:
 def _perform(options: argparse.Namespace) -> Concluded:
     worktree = Worktree(options.worktree)
     prompt = options.prompt_file.read_text(encoding="utf-8")
+    told = LOOKING if options.read_only else INSTRUCTIONS
+    more = "" if options.instructions_file is None else options.instructions_file.read_text(encoding="utf-8")
     try:
         # Half of the context is for what is sent, half for the answer; a server cuts off what is too long in silence.
-        budget = options.context * _BYTES_A_TOKEN // 2 - len(prompt.encode())
+        budget = options.context * _BYTES_A_TOKEN // 2 - len(prompt.encode()) - len(more.encode())
         if budget < 0:
-            return Concluded("the prompt alone takes more than half of the model's context: raise `context`", "limit")
+            return Concluded("the prompt takes more than half of the model's context: raise `context`", "limit")
         shown = describe(worktree, prompt, budget)
-        text = _answer(options.host, options.model, prompt, shown, options.context)
-        changed = apply_answer(read_answer(text), worktree)
+        messages = (
+            # In one message: a model's template may have room for no more.
+            {"role": "system", "content": f"{told}\n{more}" if more else told},
+            {"role": "user", "content": f"{shown}\nThe task:\n\n{prompt}"},
+        )
+        text = _answer(options.host, options.model, messages, options.context)
+        changed = () if options.read_only else apply_answer(read_answer(text), worktree)
     except Concluded as concluded:
         return concluded
     except (OSError, subprocess.CalledProcessError) as error:
@@ -145,6 +151,8 @@ def main() -> int:
     parser.add_argument("--prompt-file", type=Path)
     parser.add_argument("--worktree", type=Path)
     parser.add_argument("--context", type=int)
+    parser.add_argument("--instructions-file", type=Path)
+    parser.add_argument("--read-only", action="store_true")
     parser.add_argument("--ready", action="store_true")
     options = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # it ends at once, without the way there through the client's code

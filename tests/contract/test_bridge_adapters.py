@@ -58,6 +58,7 @@ _AGENTS: Mapping[str, Recorded] = {
     "out-of-tokens": Recorded(tokens=(100, 10)),  # they say that their turn is over, and nothing else
     "interrupted": Recorded(),
     "terminated": Recorded(),
+    "read-only": Recorded(text="It is looked at."),
 }
 
 
@@ -76,6 +77,12 @@ class TestAcp(AdapterContract):
             text="It is written.",
             tokens=(2 * 120, 2 * 34),
             paths=frozenset({"/work/hello.txt"}),
+        ),
+        "resumed": Recorded(
+            session="b0b76deb-32df-4659-b447-42897f325ffa",
+            text="Both are there.",
+            tokens=(2 * 20, 2 * 4),
+            paths=frozenset({"/work/b.txt"}),  # what was done before is not told again
         ),
         "invalid": Recorded(FailureClass.INVALID),
         "no-key": Recorded(FailureClass.AUTH),
@@ -99,6 +106,12 @@ class TestAcpOpencode(AdapterContract):
             tokens=(120, 34),  # of its last answer
             paths=frozenset({"/work/hello.txt"}),
         ),
+        "resumed": Recorded(
+            session="ses_dfc2c6d43ffeKE1ac0k7FfdnyB",
+            text="Both are there.",
+            tokens=(20, 4),
+            paths=frozenset({"/work/b.txt"}),  # what was done before is not told again
+        ),
         "asking": Recorded(text="Done.", paths=frozenset({"/work", "/work/hello.txt"})),
         "outside": Recorded(FailureClass.REFUSED),
         "invalid": Recorded(FailureClass.CRASHED),
@@ -110,7 +123,7 @@ class TestAcpClaude(AdapterContract):
     """The same with Claude Code, which asks leave for everything."""
 
     adapter_type = AcpAdapter
-    options: ClassVar = {"argv": ["claude-agent-acp"], "env": ["ANTHROPIC_API_KEY"]}
+    options: ClassVar = {"argv": ["claude-agent-acp"], "env": ["ANTHROPIC_API_KEY"], "home": "own", "resumes": True}
     transcripts = TRANSCRIPTS / "acp-claude"
     recorded: ClassVar = {
         **_AGENTS,
@@ -119,6 +132,12 @@ class TestAcpClaude(AdapterContract):
             text="It is written.",
             tokens=(2 * 120, 2 * 34),
             paths=frozenset({"/work/hello.txt"}),
+        ),
+        "resumed": Recorded(
+            session="d724235b-ba5f-4afe-9767-2b6bf276f295",
+            text="Both are there.",
+            tokens=(2 * 20, 2 * 4),
+            paths=frozenset({"/work/b.txt"}),  # what was done before is not told again
         ),
         "invalid": Recorded(FailureClass.INVALID),
         "too-long": Recorded(FailureClass.LIMIT),
@@ -151,6 +170,7 @@ class TestOllama(AdapterContract):
         "out-of-tokens": Recorded(FailureClass.LIMIT, tokens=(100, 10), paths=frozenset()),
         "cut-off": Recorded(FailureClass.CRASHED, paths=frozenset()),
         "unfit": Recorded(FailureClass.CRASHED, paths=frozenset()),
+        "read-only": Recorded(tokens=(100, 10), paths=frozenset()),
         "outside": Recorded(FailureClass.REFUSED, paths=frozenset()),
         "interrupted": Recorded(),
         "terminated": Recorded(),

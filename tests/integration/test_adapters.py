@@ -298,6 +298,50 @@ async def test_an_agent_that_can_not_begin_says_why(bench: Bench, env: dict[str,
     assert ("agent login" in task["reason"]) == (failure is None)
 
 
+@pytest.mark.parametrize(
+    ("env", "resumed"), [({"ACP_LOADS": "1"}, [False, True]), ({"ACP_MODES": "one"}, [False, True, False])]
+)
+async def test_an_agent_mends_its_work_in_the_same_conversation(
+    bench: Bench, env: dict[str, str], resumed: list[bool]
+) -> None:
+    """One that can't after all loses that attempt, and mends it in the next, told everything."""
+    config = bench.repository.configure(
+        [{"id": "t0", "prompt": "attempt 1 write a.txt wrong\nattempt 3 write a.txt right", "attempts": 3}],
+        adapters={"it": bench.adapter("acp", home="own", resumes=True, env=env)},
+        readable=[str(bench.bin), sys.prefix, str(ROOT / "tests")],
+        defaults={
+            # What it says of the check is what it is told: a step of the stand-in's.
+            "checks": ["grep -q right a.txt || { echo 'write a.txt right' ; echo 'say MENDED'; exit 1; }"],
+            "backoff": {"initial": "10ms", "max": "10ms", "jitter": False},
+        },
+    )
+    ended = bench.repository.council("run", str(config), "--json")
+    assert ended.states == {"t0": "landed"}, ended
+    shown = bench.repository.council("state", "history", f"task/{ended.result['run']}/t0", "--json")
+    attempts = shown.result["versions"][0]["new"]["attempts"]
+    assert [one["resumed"] for one in attempts] == resumed
+    assert [one["outcome"] for one in attempts] == [
+        "checks_failed",
+        *(["transient"] if len(resumed) == 3 else []),
+        "built",
+    ]
+    await bench.repository.assert_invariants()
+
+
+async def test_servers_reach_an_agent_with_the_values_of_their_variables(bench: Bench) -> None:
+    """The file has their names alone."""
+    bench.repository.environ["MY_SETTING"] = "what it is"
+    config = bench.repository.configure(
+        [{"id": "t0", "prompt": "servers\nwrite a.txt x"}],
+        adapters={"it": bench.adapter("acp")},
+        sandbox="off",
+        mcp_servers={"files": {"command": ["mcp-files", "."], "env": ["MY_SETTING"]}},
+    )
+    ended = bench.repository.council("run", str(config), "--json")
+    assert ended.states == {"t0": "landed"}, ended
+    assert '{\\"name\\":\\"MY_SETTING\\",\\"value\\":\\"what it is\\"}' in bench.said(ended)
+
+
 HOSTILE = {
     "absolute": "```file /tmp/council-hostile.txt\nx\n```",
     "above": "```file ../../hostile.txt\nx\n```",

@@ -1,9 +1,12 @@
 """An agent that speaks the Agent Client Protocol, built on the agent's side of the SDK.
 
 Steps: `write PATH TEXT` (by asking us to), `edit PATH TEXT` (itself, after asking leave), `read PATH`, `say TEXT`,
-`work` (in the worktree itself, after asking leave), `fail auth|limit|die|refuse`, `fail CODE MESSAGE`; `stop PATH` is
-`edit`, and the end where it is refused. What it was answered it says. With ACP_BESIDE it tells its tokens as Gemini
-CLI does.
+`work` (in the worktree itself, after asking leave), `ask KIND` (leave for a tool of that kind), `servers`
+(which it was given), `fail auth|limit|die|refuse`, `fail CODE MESSAGE`; `stop PATH` is `edit`, and the end where it is
+refused. What it was answered it says. With ACP_BESIDE it tells its tokens as Gemini CLI does.
+
+With ACP_LOADS it keeps what it is told, takes servers by their URLs, and goes on with a conversation: it tells all that
+was in it, some of it late. ACP_MODES are the modes that it offers.
 """
 
 from __future__ import annotations
@@ -34,6 +37,10 @@ class Agent:
         self.cwd = Path()
         self.model = "small"
         self.reads_by_client = False
+        self.mode = ""
+        self.servers: list[Any] = []
+        self.cost = 0.0
+        self.late: Any = None
 
     def on_connect(self, client: Any) -> None:
         self.client = client
@@ -45,17 +52,53 @@ class Agent:
         self.reads_by_client = bool(files and files.read_text_file)
         methods = [schema.AuthMethodAgent(id="login", name="agent login")]
         version = int(os.environ.get("ACP_VERSION", protocol_version))
-        return schema.InitializeResponse(protocol_version=version, auth_methods=methods)
+        loads = "ACP_LOADS" in os.environ
+        can = schema.AgentCapabilities(load_session=loads, mcp_capabilities=schema.McpCapabilities(http=loads))
+        return schema.InitializeResponse(protocol_version=version, auth_methods=methods, agent_capabilities=can)
 
-    async def new_session(self, cwd: str, **_: Any) -> schema.NewSessionResponse:
+    async def new_session(self, cwd: str, mcp_servers: list[Any], **_: Any) -> schema.NewSessionResponse:
         if "ACP_LOGGED_OUT" in os.environ:
             raise acp.RequestError.auth_required()
-        self.cwd = Path(cwd)
+        self.begin(cwd, mcp_servers)
         models = [schema.SessionConfigSelectOption(value=name, name=name) for name in ("small", "large")]
         option = schema.SessionConfigOptionSelect(
             id="m", name="Model", category="model", type="select", current_value="small", options=models
         )
-        return schema.NewSessionResponse(session_id="s-1", config_options=[option])
+        return schema.NewSessionResponse(session_id="s-1", config_options=[option], modes=self.modes())
+
+    async def load_session(
+        self, cwd: str, session_id: str, mcp_servers: list[Any], **_: Any
+    ) -> schema.LoadSessionResponse:
+        self.begin(cwd, mcp_servers)
+        if not self.kept.exists():
+            raise acp.RequestError.internal_error({"details": f"no session {session_id}"})
+        before = self.kept.read_text()
+        await self.client.session_update(session_id, acp.update_user_message_text(before))
+        await self.say(session_id, f"before: {before}")
+        await self.spend(session_id)
+        self.late = asyncio.create_task(self.replay_late(session_id))
+        return schema.LoadSessionResponse(modes=self.modes())
+
+    async def replay_late(self, session: str) -> None:
+        await asyncio.sleep(0.05)
+        await self.say(session, "before, told late")
+
+    def begin(self, cwd: str, servers: list[Any]) -> None:
+        self.cwd = Path(cwd)
+        self.servers = servers
+
+    @property
+    def kept(self) -> Path:
+        return Path(os.environ["HOME"]) / "acp-agent.txt"
+
+    def modes(self) -> schema.SessionModeState | None:
+        modes = [schema.SessionMode(id=one, name=one) for one in os.environ.get("ACP_MODES", "").split()]
+        return schema.SessionModeState(current_mode_id=modes[0].id, available_modes=modes) if modes else None
+
+    async def set_session_mode(self, mode_id: str, session_id: str, **_: Any) -> schema.SetSessionModeResponse:
+        assert session_id == "s-1"
+        self.mode = mode_id
+        return schema.SetSessionModeResponse()
 
     async def set_config_option(self, config_id: str, session_id: str, value: str | bool, **_: Any) -> Any:
         assert (config_id, session_id) == ("m", "s-1")
@@ -63,6 +106,11 @@ class Agent:
         return schema.SetSessionConfigOptionResponse(config_options=[])
 
     async def prompt(self, session_id: str, prompt: list[Any], **_: Any) -> schema.PromptResponse:
+        if self.late is not None:
+            await self.late
+        if "ACP_LOADS" in os.environ:
+            with self.kept.open("a") as file:
+                file.write(prompt[0].text)
         for word, first, rest in steps(prompt[0].text):
             if word == "fail" and first == "refuse":
                 return schema.PromptResponse(stop_reason="refusal")
@@ -70,17 +118,18 @@ class Agent:
                 await self.request_leave(session_id, self.at(first))
                 return schema.PromptResponse(stop_reason="end_turn")
             await self.step(session_id, word, first, rest)
-        await self.client.session_update(
-            session_id,
-            schema.UsageUpdate(
-                session_update="usage_update", used=1, size=2, cost=schema.Cost(amount=0.5, currency="USD")
-            ),
-        )
+        await self.spend(session_id)
         if "ACP_BESIDE" in os.environ:
             count = {"token_count": {"input_tokens": 40, "output_tokens": 20}}
             return schema.PromptResponse(stop_reason="end_turn", field_meta={"quota": count})
         usage = schema.Usage(total_tokens=60, input_tokens=10, output_tokens=20, cached_read_tokens=30)
         return schema.PromptResponse(stop_reason="end_turn", usage=usage)
+
+    async def spend(self, session: str) -> None:
+        self.cost += 0.5
+        cost = schema.Cost(amount=self.cost, currency="USD")
+        update = schema.UsageUpdate(session_update="usage_update", used=1, size=2, cost=cost)
+        await self.client.session_update(session, update)
 
     async def step(self, session: str, word: str, first: str, rest: str) -> None:
         match word, first:
@@ -93,19 +142,29 @@ class Agent:
             case "edit", _:
                 await self.edit(session, self.at(first), rest)
             case "say", _:
-                await self.say(session, f"{first} {rest}".replace("MODEL", self.model))
-            case "fail", "auth":
-                raise acp.RequestError.auth_required()
-            case "fail", "limit":
-                raise acp.RequestError.internal_error({"details": "429 rate_limit_error: try later"})
-            case "fail", code if code.lstrip("-").isdigit():
-                raise acp.RequestError(int(code), rest)
+                await self.say(session, f"{first} {rest}".replace("MODEL", self.model).replace("MODE", self.mode))
+            case "ask", _:
+                await self.say(session, f"chosen: {await self.request_leave(session, f'{first}-1', first)}")
+            case "servers", _:
+                for one in self.servers:
+                    await self.say(session, f"server: {one.model_dump_json(exclude_none=True)}")
+            case "fail", _:
+                self.fail(first, rest)
             case "work", _:
                 await self.say(session, f"chosen: {await self.request_leave(session, self.at('.'))}")
-            case "fail", "die":
+
+    def fail(self, how: str, message: str) -> None:
+        match how:
+            case "auth":
+                raise acp.RequestError.auth_required()
+            case "limit":
+                raise acp.RequestError.internal_error({"details": "429 rate_limit_error: try later"})
+            case "die":
                 sys.stderr.write("x" * 300_000 + "last words")
                 sys.stderr.flush()
                 os._exit(7)
+            case code:
+                raise acp.RequestError(int(code), message)
 
     async def write(self, session: str, path: str, content: str) -> None:
         """Write as Gemini CLI does: it looks for the file, and does not know the client's answer that there is none."""
@@ -128,9 +187,9 @@ class Agent:
         if chosen == "once":
             write(path, text)
 
-    async def request_leave(self, session: str, path: str) -> str:
+    async def request_leave(self, session: str, path: str, kind: Any = "edit") -> str:
         location = schema.ToolCallLocation(path=path)
-        start = acp.start_tool_call(path, "Edit a file", kind="edit", status="pending", locations=[location])
+        start = acp.start_tool_call(path, "Edit a file", kind=kind, status="pending", locations=[location])
         await self.client.session_update(session, start)
         call = schema.ToolCallUpdate(tool_call_id=path, title="Edit a file")
         answer = await self.client.request_permission(session_id=session, tool_call=call, options=OPTIONS)

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -50,6 +51,7 @@ def record(program: Program, case: Case, folder: str) -> Recording:
         request = SessionRequest("run", "task", 1, case.prompt, prompt, worktree, place / "kept", **case.asked)
         if case.after is not None:
             begun = _begin(adapter, replace(request, prompt=case.after), environ, more)
+            time.sleep(case.pause)
             request = replace(request, resume=begun, attempt=2)
         command, given = _prepared(adapter, request, environ, more)
         with (place / "out").open("wb") as out, (place / "err").open("wb") as err:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anyio
 import psutil
 import pytest
 
 from adapters.acp import AcpAdapter, AcpOptions
-from adapters.bridges.answer import Answer, UnfitError, apply_answer, read_answer
+from adapters.bridges.answer import INSTRUCTIONS, Answer, UnfitError, apply_answer, read_answer
 from adapters.bridges.context import fenced
 from adapters.bridges.lines import FIELDS, LONGEST, Concluded, Words, write
 from adapters.bridges.worktree import OutsideError, Worktree
@@ -23,8 +26,19 @@ from adapters.jsonlines import parse_bridge_line
 from adapters.ollama import OllamaAdapter, OllamaOptions
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
-from orchestrator.protocols import Adapter, Said, SessionRequest
+from orchestrator.protocols import (
+    Adapter,
+    Identified,
+    McpServer,
+    Said,
+    SessionEvent,
+    SessionRequest,
+    Spent,
+    UsedTool,
+    Warned,
+)
 from orchestrator.protocols import Concluded as ConcludedEvent
+from orchestrator.sessions.homes import furnish
 from orchestrator.sessions.transcript import LONGEST_LINE
 from orchestrator.testing.model_server import ModelServer
 from tests.conftest import Repository
@@ -220,6 +234,156 @@ def test_an_agent_that_is_not_there_is_named(environ: dict[str, str], tmp_path: 
     assert isinstance(event, ConcludedEvent)
     assert event.failed == Failed(FailureClass.INVALID, event.text)
     assert "'no-such-agent' can't be started" in event.text
+
+
+@dataclass(frozen=True)
+class Place:
+    """A worktree with a home beside it, and what programs find there."""
+
+    folder: Path
+    environ: dict[str, str]
+
+    @property
+    def worktree(self) -> Path:
+        return self.folder / "worktree"
+
+    def perform(self, adapter: Adapter, prompt: str, **asked: Any) -> list[SessionEvent]:
+        """Run one session of an adapter; return what it tells."""
+        prompt_file, home = self.folder / "prompt", self.folder / "home"
+        prompt_file.write_text(prompt)
+        command = adapter.command(SessionRequest("r", "t", 1, prompt, prompt_file, self.worktree, home, **asked))
+        if command.home is not None:
+            anyio.run(furnish, home, command.home, self.environ)
+        environ = {**self.environ, **command.env}
+        done = subprocess.run(command.argv, env=environ, cwd=self.worktree, capture_output=True, text=True, check=False)
+        return [event for line in done.stdout.splitlines() for event in adapter.parse(line)]
+
+    def converse(self, prompt: str, options: dict[str, Any] | None = None, **asked: Any) -> list[SessionEvent]:
+        """Have a conversation with the stand-in of an agent."""
+        return self.perform(AcpAdapter(AcpOptions(argv=("acp-agent",), **(options or {}))), prompt, **asked)
+
+
+@pytest.fixture
+def place(environ: dict[str, str], tmp_path: Path) -> Place:
+    """An empty worktree, and an agent on PATH."""
+    install(tmp_path / "bin", "acp-agent", "tests.standins.acp_agent")
+    subprocess.run(["git", "init", "--quiet", str(tmp_path / "worktree")], check=True, env=environ)
+    return Place(tmp_path, {**environ, "PATH": f"{tmp_path / 'bin'}{os.pathsep}{environ['PATH']}"})
+
+
+def words(events: list[SessionEvent]) -> list[str]:
+    """Return the lines that were said."""
+    return [line for event in events if isinstance(event, Said) for line in event.text.splitlines()]
+
+
+def warnings(events: list[SessionEvent]) -> list[str]:
+    """Return what a person is warned of."""
+    return [event.text for event in events if isinstance(event, Warned)]
+
+
+LOOKING = ("fetch", "read", "search", "think")
+CHANGING = ("delete", "edit", "execute", "move", "other", "switch_mode")
+
+
+def test_an_agent_that_is_to_look_gets_no_leave_to_change_anything(place: Place) -> None:
+    """For tools of no other kinds than those that look; a file it asks us to write is an error."""
+    kinds = (*LOOKING, *CHANGING)
+    prompt = "\n".join(("write a.txt x", "edit b.txt x", *(f"ask {kind}" for kind in kinds)))
+    modes = {"env": {"ACP_MODES": "default plan"}}
+    events = place.converse(prompt, modes, read_only=True)
+    refused, *answers = words(events)
+    assert refused == "refused: {'details': 'nothing is to be changed'}"
+    assert answers == [f"chosen: {one}" for one in ("no", *("once" for _ in LOOKING), *("no" for _ in CHANGING))]
+    assert len(warnings(events)) == 2 + len(CHANGING)
+    assert [one.name for one in place.worktree.iterdir()] == [".git"]
+    assert words(place.converse(prompt, modes)) == ["done", *("chosen: once" for _ in ("b.txt", *kinds))]
+
+
+@pytest.mark.parametrize(
+    ("modes", "chosen"),
+    [
+        ("default plan", "plan"),
+        ("ask code Read_Only", "Read_Only"),
+        ("https://host/modes#agent https://host/modes#plan", "https://host/modes#plan"),
+        ("code autopilot", None),
+        ("", None),
+    ],
+)
+def test_a_mode_for_looking_is_chosen_where_there_is_one(place: Place, modes: str, chosen: str | None) -> None:
+    """Where there is none, a person is told; where changes are wanted, it stays as it is."""
+    options = {"env": {"ACP_MODES": modes}}
+    events = place.converse("say in MODE.", options, read_only=True)
+    assert words(events) == [f"in {chosen or ''}."]
+    assert [("no mode" in one) for one in warnings(events)] == ([] if chosen else [True])
+    assert words(place.converse("say in MODE.", options)) == ["in ."]
+
+
+def test_an_agent_is_given_the_servers_that_it_can_take(place: Place) -> None:
+    """Programs by their paths, with the values of variables that are set; URLs where it says that it takes them."""
+    servers = (
+        McpServer("files", ("sh", "-c", "x y"), env=("MY_TOKEN", "NOT_SET")),
+        McpServer("odd", ("no-such-program",)),
+        McpServer("docs", url="http://127.0.0.1:9/mcp"),
+    )
+    program = {"name": "files", "command": shutil.which("sh"), "args": ["-c", "x y"]}
+    commands = [
+        {**program, "env": [{"name": "MY_TOKEN", "value": "a token"}]},
+        {"name": "odd", "command": "no-such-program", "args": [], "env": []},
+    ]
+    place.environ["MY_TOKEN"] = "a token"
+    url = {"type": "http", "name": "docs", "url": "http://127.0.0.1:9/mcp", "headers": []}
+    for can, given in (({"ACP_LOADS": "1"}, [*commands, url]), ({}, commands)):
+        events = place.converse("servers", {"env": can}, mcp_servers=servers)
+        told = [json.loads(line.removeprefix("server: ")) for line in words(events)]
+        assert told == given
+        assert ["'docs'" in one for one in warnings(events)] == ([] if can else [True])
+
+
+RESUMES = {"home": "own", "resumes": True, "env": {"ACP_LOADS": "1"}}
+
+
+def test_what_is_told_of_an_earlier_conversation_is_not_told_again(place: Place) -> None:
+    """Nor counted, also what comes once the agent has said that it is loaded."""
+    first = place.converse("say it once", RESUMES)
+    assert words(first) == ["it once"]
+    second = place.converse("servers\nsay it twice", RESUMES, resume="s-1", mcp_servers=(McpServer("odd", ("x",)),))
+    assert [line for line in words(second) if "server" not in line] == ["it twice"]
+    assert sum("server" in line for line in words(second)) == 1
+    for events in (first, second):
+        assert Identified("s-1") in events
+        assert [event.cost for event in events if isinstance(event, Spent)] == [0.5]
+        assert events[-1] == ConcludedEvent("\n".join((*words(events), "")))
+
+
+@pytest.mark.parametrize("loads", [True, False])
+def test_an_agent_that_can_not_go_on_is_asked_nothing(place: Place, loads: bool) -> None:
+    """It says why, as what may work the next time, which begins anew: that it can't at all, or has lost it."""
+    options = RESUMES if loads else {"home": "own", "resumes": True}
+    (event,) = place.converse("write a.txt x", options, resume="s-1")
+    assert isinstance(event, ConcludedEvent)
+    assert event.failed is not None
+    assert event.failed.failure is FailureClass.TRANSIENT
+    assert ("remove `resumes`" in event.text, "no session s-1" in event.text) == (not loads, loads)
+    assert [one.name for one in place.worktree.iterdir()] == [".git"]
+
+
+def test_a_model_that_is_to_look_is_asked_for_words(place: Place) -> None:
+    """What it answers is said, and nothing of it applied; instructions come with what it is told first."""
+    answer = "```file a.txt\nx\n```"
+    with serving() as server:
+        adapter = OllamaAdapter(OllamaOptions(model="stub", host=server.url))
+        looked = place.perform(adapter, answer, read_only=True, instructions="Speak plainly.")
+        assert not (place.worktree / "a.txt").exists()
+        changed = place.perform(adapter, answer)
+        assert (place.worktree / "a.txt").read_text() == "x\n"
+        system, plain = (one["messages"][0] for one in server.asked)
+    assert "\n".join(words(looked)) == "\n".join(words(changed)) == answer
+    assert [looked[-1], changed[-1]] == [ConcludedEvent(), ConcludedEvent()]
+    assert [isinstance(event, UsedTool) for event in (looked[-2], changed[-2])] == [False, True]
+    assert (system["role"], plain["content"]) == ("system", INSTRUCTIONS)
+    assert system["content"].endswith("\nSpeak plainly.")
+    assert "change nothing" in system["content"]
+    assert "```" not in system["content"]
 
 
 def test_bridges_need_nothing_of_ours(environ: dict[str, str]) -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
 from adapters.acp import AcpAdapter
-from tests.transcripts.programs.case import CASES, Case, Program
+from tests.transcripts.programs.case import ASKED, CASES, Case, Program
 from tests.transcripts.programs.claude_code import claude_environ
 from tests.transcripts.programs.gemini import gemini_environ
 from tests.transcripts.programs.opencode import opencode_environ
 
+_RESUMED: Final = replace(ASKED["resumed"], options={"home": "own", "resumes": True})
 _CASES: Final[Mapping[str, Case]] = {
     **CASES,
+    **ASKED,
+    "resumed": _RESUMED,
     "outside": Case("write ../beside.txt hi\nsay It is not written."),
     "too-long": Case("overflow\nwrite hello.txt hi"),
     "out-of-tokens": Case("cut\nwrite hello.txt hi"),
@@ -31,6 +35,8 @@ ACP_GEMINI: Final = Program(
     version=("gemini", "gemini", "--version"),
     cases={
         **_CASES,
+        # It loads no conversation that was begun in the same minute: their files have the same name.
+        "resumed": replace(_RESUMED, pause=61.0),
         "overloaded": Case("fail 503\nwrite hello.txt hi"),
         "no-key": Case("write hello.txt hi", environ={"GEMINI_API_KEY": ""}),
         "not-installed": Case("write hello.txt hi", options={"argv": ["no-such-agent"]}),

@@ -19,7 +19,7 @@ class Case:
     """One run: the script in the prompt, options and variables beside the program's own, what else is asked for, and a
     signal for its process group once the model has been asked, or once it has `said` something or `made` a file.
     `is_dead`: nothing listens where the model should be. `after` is the script of a run before, in whose conversation
-    this one goes on.
+    this one goes on, `pause` seconds later.
     """
 
     prompt: str
@@ -30,6 +30,7 @@ class Case:
     made: str | None = None
     is_dead: bool = False
     after: str | None = None
+    pause: float = 0.0
     asked: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from adapters.ollama import OllamaAdapter
-from tests.transcripts.programs.case import CASES, MODEL, Case, Program
+from tests.transcripts.programs.case import ASKED, CASES, MODEL, Case, Program
 
 
 def _environ(_url: str, _home: Path) -> Mapping[str, str]:
@@ -26,6 +26,7 @@ OLLAMA: Final = Program(
     version=("ollama-python", sys.executable, "-c", "import importlib.metadata as m; print(m.version('ollama'))"),
     cases={
         **CASES,
+        "read-only": ASKED["read-only"],
         "overloaded": Case("fail 503\nwrite hello.txt hi"),
         "invalid": Case("fail 400\nwrite hello.txt hi"),
         "unknown-model": Case("fail 404\nwrite hello.txt hi"),

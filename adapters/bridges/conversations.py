@@ -1,0 +1,107 @@
+"""How a conversation with an agent begins: anew or where an earlier one ended, with which servers, model and mode."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from acp import schema
+
+from adapters.bridges.lines import Concluded, write
+
+#: Modes in which agents look and change nothing, by what their ids end with; the first that is offered is chosen.
+_READING: Final = ("read-only", "readonly", "plan", "architect", "ask")
+
+_Servers = list[schema.HttpMcpServer | schema.SseMcpServer | schema.AcpMcpServer | schema.McpServerStdio]
+_Started = schema.NewSessionResponse | schema.LoadSessionResponse
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a conversation is to be beside what is said in it; `resume` is the agent's id of an earlier one.
+
+    Each of `servers` has a `name` and either a `url` or the `argv` of a command with the names of its variables, `env`.
+    """
+
+    model: str | None = None
+    resume: str | None = None
+    read_only: bool = False
+    servers: Sequence[Mapping[str, Any]] = ()
+
+
+def check_loads(known: schema.InitializeResponse) -> None:
+    """Raise Concluded where an agent can't go on with an earlier conversation.
+
+    What it is then to be told is only what is new: to one that knows nothing else it would mean nothing. A session
+    that fails like this is followed by one that begins anew.
+    """
+    if known.agent_capabilities is None or not known.agent_capabilities.load_session:
+        raise Concluded("the agent can't go on with an earlier conversation: remove `resumes`", "transient")
+
+
+def servers_for(known: schema.InitializeResponse, asked: Iterable[Mapping[str, Any]]) -> _Servers:
+    """Return the servers that an agent can take, as the protocol has them, with variables from our own environment."""
+    ability = known.agent_capabilities
+    takes_urls = ability is not None and ability.mcp_capabilities is not None and bool(ability.mcp_capabilities.http)
+    servers: _Servers = []
+    for one in asked:
+        if one["url"] is None:
+            servers.append(_command(one))
+        elif takes_urls:
+            servers.append(schema.HttpMcpServer(type="http", name=one["name"], url=one["url"], headers=[]))
+        else:
+            write("warned", text=f"the agent takes no server by its URL: it does without {one['name']!r}")
+    return servers
+
+
+def _command(one: Mapping[str, Any]) -> schema.McpServerStdio:
+    program, *arguments = one["argv"]
+    found = shutil.which(program)
+    given = [schema.EnvVariable(name=name, value=os.environ[name]) for name in one["env"] if name in os.environ]
+    path = program if found is None else str(Path(found).absolute())
+    return schema.McpServerStdio(name=one["name"], command=path, args=arguments, env=given)
+
+
+async def choose_model(agent: Any, session: str, started: _Started, model: str) -> None:
+    """Choose a model; raises Concluded if the agent does not offer it."""
+    choice = _option(started, "model")
+    offered = [] if choice is None else list(_values(choice.options))
+    if choice is None or model not in offered:
+        names = f"only {', '.join(offered[:20])}" if offered else "none: choose it by the agent's own arguments"
+        raise Concluded(f"the agent does not offer the model {model!r}, {names}", "invalid")
+    await agent.set_config_option(config_id=choice.id, session_id=session, value=model)
+
+
+async def choose_reading(agent: Any, session: str, started: _Started) -> None:
+    """Choose a mode in which the agent changes nothing, where it offers one."""
+    choice = _option(started, "mode")
+    modes = () if started.modes is None else started.modes.available_modes
+    if (mode := _reading(one.id for one in modes)) is not None:
+        await agent.set_session_mode(mode_id=mode, session_id=session)
+    elif choice is not None and (mode := _reading(_values(choice.options))) is not None:
+        await agent.set_config_option(config_id=choice.id, session_id=session, value=mode)
+    else:
+        write("warned", text="the agent offers no mode for looking only: what it does without asking, it can do")
+
+
+def _reading(offered: Iterable[str]) -> str | None:
+    # Some ids are URLs, with what they mean behind a `#`.
+    known = {one.rpartition("#")[2].lower().replace("_", "-"): one for one in offered}
+    return next((known[name] for name in _READING if name in known), None)
+
+
+def _option(started: _Started, category: str) -> schema.SessionConfigOptionSelect | None:
+    options = [one for one in started.config_options or () if isinstance(one, schema.SessionConfigOptionSelect)]
+    return next((one for one in options if one.category == category), None)
+
+
+def _values(options: Iterable[schema.SessionConfigSelectOption | schema.SessionConfigSelectGroup]) -> Iterator[str]:
+    for one in options:
+        if isinstance(one, schema.SessionConfigSelectGroup):
+            yield from _values(one.options)
+        else:
+            yield one.value
