@@ -70,15 +70,15 @@ class Stage:
         readable = [sys.prefix, str(FAKE_CLI.parents[2]), str(CLIS), str(self.home)]
         return self.repository.configure(tasks, adapters=adapters, readable=readable, **settings)
 
-    def start(self, prompt: str, **more: Any) -> Started:
-        """Start a run of one task."""
-        adapter = next(iter(self.programs))
-        path = self.configure([{"id": "task", "adapter": adapter, "timeout": "3m", "prompt": prompt, **more}])
+    def start(self, prompt: str, settings: Mapping[str, Any] | None = None, **more: Any) -> Started:
+        """Start a run of one task; `settings` are those of the run, all others the task's."""
+        task = {"id": "task", "adapter": next(iter(self.programs)), "timeout": "3m", "prompt": prompt, **more}
+        path = self.configure([task], **(settings or {}))
         return self.repository.start("run", str(path), "--json")
 
-    def run(self, prompt: str, **more: Any) -> Ended:
+    def run(self, prompt: str, settings: Mapping[str, Any] | None = None, **more: Any) -> Ended:
         """Run one task to its end."""
-        return self.end(self.start(prompt, **more))
+        return self.end(self.start(prompt, settings, **more))
 
     def end(self, started: Started) -> Ended:
         """Wait for the end of a run."""

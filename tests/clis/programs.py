@@ -20,8 +20,8 @@ class Program:
     A variable that begins with `~/` is a path at home. `needs` is what has to be installed. `calls` is how often one
     session asks a model that always answers 429.
     `without_server` is the class of a failure where nothing listens; `remedy` is part of what is told without a login,
-    which is one without `keys`, or, where it has none, one that the server refuses. `tells_tokens`: what the model says
-    that it cost, and no estimate of its own.
+    which is one without `keys`, or, where it has none, one that the server refuses. `has_servers`: it uses those of the
+    Model Context Protocol. `tells_tokens`: what the model says that it cost, and no estimate of its own.
     """
 
     adapter: Mapping[str, Any]
@@ -32,6 +32,7 @@ class Program:
     environ: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, Any] = field(default_factory=dict)
     can_resume: bool = True
+    has_servers: bool = True
     without_server: str = "transient"
     tells_tokens: bool = True
 
@@ -102,6 +103,7 @@ PROGRAMS: Final[Mapping[str, Program]] = {
         # It looks up prices of models, unless it has them.
         files={".aider/caches/model_prices_and_context_window.json": {"none": {}}},
         can_resume=False,
+        has_servers=False,
         tells_tokens=False,
     ),
     "acp-gemini": Program(
@@ -136,6 +138,7 @@ PROGRAMS: Final[Mapping[str, Program]] = {
         calls=1,
         remedy="log in",
         can_resume=False,
+        has_servers=False,
         without_server="auth",
     ),
 }

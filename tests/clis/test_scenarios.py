@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -10,6 +13,7 @@ from orchestrator.domain.model import TaskStatus
 from orchestrator.testing.model_server import Request, anthropic, gemini, ollama, openai_chat, openai_responses
 from tests.clis.conftest import Stage
 from tests.clis.programs import Program
+from tests.standins import mcp_server
 from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.clis, pytest.mark.timeout(300)]
@@ -46,6 +50,24 @@ async def test_what_fails_its_check_is_gone_on_with(stage: Stage, program: Progr
     assert any(map(_goes_on, stage.server.requests)) is program.can_resume
     assert stage.repository.git("show", "main:first.txt").startswith("1")
     assert stage.repository.git("show", "main:second.txt") == "2"
+    await stage.assert_clean()
+
+
+async def test_instructions_and_servers_reach_the_model(stage: Stage, program: Program, tmp_path: Path) -> None:
+    """Instructions somewhere in what it is told; a server is started with its variable, and asked for its tools."""
+    log = tmp_path / "servers" / "log"
+    log.parent.mkdir()
+    stage.repository.environ["LOOKUP_TOKEN"] = "a-word-for-the-server"
+    command = [sys.executable, "-S", mcp_server.__file__, str(log)]
+    settings = {
+        "mcp_servers": {"lookup": {"command": command, "env": ["LOOKUP_TOKEN"]}},
+        "writable": [str(log.parent)],
+    }
+    ended = stage.run("write hello.txt hi", settings, instructions="Speak as plainly as a QUAKER would.")
+    assert ended.states == {"task": "landed"}, stage.tell(ended)
+    assert any("QUAKER" in json.dumps(one.body) for one in stage.server.requests if one.dialect)
+    asked = log.read_text().splitlines() if log.exists() else []
+    assert ("a-word-for-the-server" in asked, "tools/list" in asked) == (program.has_servers,) * 2, asked
     await stage.assert_clean()
 
 

@@ -1,0 +1,47 @@
+"""A server of the Model Context Protocol with one tool, on standard input and output: `mcp_server.py LOG`.
+
+It writes to LOG what it is asked, and first the value of LOOKUP_TOKEN.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+TOOL = {"name": "lookup", "description": "Looks something up.", "inputSchema": {"type": "object", "properties": {}}}
+
+
+def answer(method: str, params: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the result for a request; None for one that is not known."""
+    match method:
+        case "initialize":
+            told = {"name": "lookup", "version": "1"}
+            return {"protocolVersion": params["protocolVersion"], "capabilities": {"tools": {}}, "serverInfo": told}
+        case "tools/list":
+            return {"tools": [TOOL]}
+        case "ping":
+            return {}
+        case _:
+            return None
+
+
+def main() -> None:
+    """Answer until there is nothing more to read."""
+    with Path(sys.argv[1]).open("a", buffering=1) as log:
+        log.write(f"{os.environ.get('LOOKUP_TOKEN', 'no token')}\n")
+        for line in sys.stdin:
+            asked = json.loads(line)
+            log.write(f"{asked.get('method')}\n")
+            if "id" not in asked or "method" not in asked:
+                continue
+            result = answer(asked["method"], asked.get("params") or {})
+            said = {"error": {"code": -32601, "message": "not known"}} if result is None else {"result": result}
+            sys.stdout.write(json.dumps({"jsonrpc": "2.0", "id": asked["id"], **said}) + "\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
