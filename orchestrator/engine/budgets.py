@@ -64,8 +64,9 @@ class Budgets:
         self._ledger, self._clock, self._accounting, self._halt = ledger, clock, accounting, halt
         self._run = BudgetConfig.model_validate(ledger.run.budget).policy()
         self._over = Spending()
-        for task in ledger.run.tasks:
-            self._over += spent_by(ledger.task(task).attempts)
+        if self._run.is_limited:  # with many tasks that takes its time
+            for task in ledger.run.tasks:
+                self._over += spent_by(ledger.task(task).attempts)
         self._meters: dict[str, _Meter] = {}
         self._warned: set[tuple[str, str, str]] = set()
 
