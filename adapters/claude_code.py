@@ -207,6 +207,10 @@ def _of_system(value: JsonObject) -> Iterator[SessionEvent]:
     session = text_of(value.get("session_id"))
     if value.get("subtype") == "init" and session:
         yield Identified(session)
+        servers = value.get("mcp_servers")
+        for server in servers if isinstance(servers, list) else ():
+            if isinstance(server, dict) and server.get("status") == "failed":
+                yield Warned(f"the MCP server {text_of(server.get('name'))} did not start")
     if value.get("subtype") == "api_retry":
         what = text_of(value.get("error")) or "an error"
         attempt, most = number_of(value.get("attempt")), number_of(value.get("max_retries"))

@@ -28,7 +28,7 @@ from orchestrator.council import Council
 from orchestrator.engine.findings import describe
 from orchestrator.engine.probing import AdapterStatus, make_without_options, probe_adapters
 from orchestrator.engine.report import TaskReport
-from orchestrator.errors import RefusedError
+from orchestrator.errors import ConfigError, RefusedError
 from orchestrator.protocols import JsonObject
 from orchestrator.repo.git import IDENTITY, Git
 from orchestrator.sessions.output import read_tail
@@ -154,6 +154,8 @@ def _live_lines(live: TaskReport | str | None) -> Iterator[str]:
 
 
 async def _find(scene: Scene, name: str) -> AdapterConfig:
+    if isinstance(scene.config, ConfigError) and name not in scene.plugins.adapters:
+        raise scene.config
     if isinstance(scene.config, RunConfig) and name in scene.config.adapters:
         return scene.config.adapters[name]
     types = scene.plugins.adapters

@@ -50,7 +50,8 @@ def next_step(task: TaskReport, report: RunReport, *, is_newest: bool = True) ->
             return ""  # what it needs has a row of its own
         case _:
             resume = "council resume" if is_newest else f"council resume {report.run}"
-            return "" if report.status is RunStatus.RUNNING else resume
+            more = " --budget LIMITS" if report.halted is not None else ""
+            return "" if report.status is RunStatus.RUNNING else f"{resume}{more}"
 
 
 def kept_as(task: TaskReport) -> str | None:
@@ -116,7 +117,7 @@ def hints(report: RunReport) -> Iterator[str]:
     is_stopped = any(adapter.closed is not None for adapter in report.adapters)
     waits = is_stopped or any(task.state not in {*over, "blocked"} for task in report.tasks)
     if report.halted is not None:
-        yield f"It was halted: {plain(one_line(report.halted))}, or go on by `council resume --budget LIMITS`."
+        yield f"It was halted: {plain(one_line(report.halted))}."
     elif report.status is RunStatus.INTERRUPTED or (report.status is RunStatus.INCOMPLETE and waits):
         yield f"`council resume {report.run}` goes on with what is left."
     elif report.status is RunStatus.INCOMPLETE and report.imported is None:

@@ -60,11 +60,15 @@ class Share:
         """Return it in words."""
         match self.key:
             case "cost":
-                return f"${self.used:.4f} of ${self.limit:g}"
+                return f"${self.used:.4f} of ${self.limit:.2f}"
             case "time":
-                return f"{self.used:.0f} of {self.limit:.0f} s of sessions"
+                return f"{_shown(self.used)} of {_shown(self.limit)} of sessions"
             case _:
                 return f"{self.used:,.0f} of {self.limit:,.0f} tokens"
+
+
+def _shown(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
 
 
 def shares(budget: Budget, spent: Spending) -> Iterator[Share]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -81,6 +81,13 @@ class Work:
     adapter: str
     session: Session
     cancelled: bool = field(default=False, init=False)
+    is_spent: bool = field(default=False, init=False)
+    """Whether the task's budget is used up, so that no other attempt follows."""
+
+    def exhaust(self, why: Failed, *, for_good: bool) -> None:
+        """End it because a budget is used up: its session's, or `for_good` the task's."""
+        self.is_spent = for_good
+        self.session.stop(why)
 
     def cancel(self) -> None:
         """End it for good."""
@@ -139,8 +146,9 @@ class Attempts:
         await self.ledger.change(work.task, Trigger.START, details, attempts=attempts, current=None)
         failpoint("attempt.recorded")
         number, log = attempt.number, log_file(self.shop.tools.logs, work.task, attempt.number, "stdout")
-        async with self.budgets.watched(work.task, number, work.spec, what.adapter, log, work.session.stop):
+        async with self.budgets.watched(work.task, number, work.spec, what.adapter, log, work.exhaust):
             finished = await work.session.run()
+        finished = self._by_budget(work, finished)
         after = await self._record(work, finished)
         await self.budgets.count(work.task, work.spec, self.ledger.task(work.task).attempts[number - 1])
         for ref in finished.salvaged:
@@ -153,6 +161,17 @@ class Attempts:
             await self.ledger.note("task.worktree_kept", kept)
         await work.session.release(saved=finished.collected)
         return after
+
+    def _by_budget(self, work: Work, finished: Finished) -> Finished:
+        """Return the end of a session; one that stopped itself at a limit of ours is that limit's."""
+        if not isinstance(finished.outcome, Failed) or finished.outcome.failure is not FailureClass.LIMIT:
+            return finished
+        attempt = self.ledger.task(work.task).attempts[-1]
+        found = self.budgets.reached(work.task, work.spec, attempt, finished.transcript)
+        if found is None:
+            return finished
+        work.is_spent = found.scope == "task"
+        return replace(finished, outcome=found.outcome)
 
     async def _record(self, work: Work, finished: Finished) -> After:
         if work.cancelled:
@@ -187,7 +206,7 @@ class Attempts:
                 return await self._close(work.adapter, reason)
             case policy:
                 failures = self.ledger.task(work.task).failures + 1
-                if policy is Policy.RETRY and failures < work.spec.attempts:
+                if policy is Policy.RETRY and failures < work.spec.attempts and not work.is_spent:
                     delay = round(retry_delay(work.spec.backoff.policy(), failures), 3)
                     facts = {"retry_in": delay}
                     await self._end(work, Trigger.RETRY, finished, failure, reason, facts, failures=failures)

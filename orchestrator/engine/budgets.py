@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import anyio
 import anyio.to_thread
@@ -16,21 +16,22 @@ from orchestrator.config.model import BudgetConfig, TaskSpec
 from orchestrator.domain.budget import Budget, Share, Spending, cost_left, shares, spent_by
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.model import Attempt
-from orchestrator.domain.outcome import Failed
+from orchestrator.domain.outcome import Failed, Interrupted
 from orchestrator.engine.accounting import Accounting
 from orchestrator.engine.ledger import Ledger
-from orchestrator.protocols import Adapter, JsonObject
+from orchestrator.protocols import Adapter
 from orchestrator.sessions.following import Follower
+from orchestrator.sessions.output import OUTPUT_CAP
 from orchestrator.sessions.transcript import NOTHING_SAID, Transcript
 
 #: Seconds between two looks at what a session has used up.
 PAUSE = 1.0
 
-#: Where each budget stands in a file.
-_SETTINGS = {
-    "session": "`session_budget` of the task or the defaults",
-    "task": "`budget` of the task or the defaults",
-    "run": "`budget` at the top of the file",
+#: What to do where each is used up; a run keeps its file as it was.
+_REMEDIES = {
+    "session": "for a new run raise its `session_budget`, or split the task",
+    "task": "for a new run raise its `budget`, or split the task",
+    "run": "`council resume --budget` goes on with more",
 }
 
 
@@ -42,6 +43,18 @@ class _Limit(NamedTuple):
     budget: Budget
     spent: Spending
 
+    @property
+    def of(self) -> str:
+        """Whose it is, in words."""
+        return f"{self.scope} {self.owner}" if self.owner else f"the {self.scope}"
+
+
+class Reached(NamedTuple):
+    """A budget that is used up, and what that makes of the attempt that used it up."""
+
+    scope: str
+    outcome: Failed | Interrupted
+
 
 @dataclass(slots=True)
 class _Meter:
@@ -50,11 +63,22 @@ class _Meter:
     follower: Follower
     started: float
     said: Transcript = NOTHING_SAID
+    tokens: int = 0
+    cost: float = 0.0
 
-    def read(self) -> None:
-        """Take what has come. Blocks."""
-        for event in self.follower.read() or ():
+    def read(self) -> bool:
+        """Take what has come; whether any did. Blocks."""
+        events = self.follower.read()
+        for event in events or ():
             self.said = self.said.after(event)
+        return events is not None
+
+
+class Stop(Protocol):
+    """What ends a session, and `for_good` all attempts of its task."""
+
+    def __call__(self, why: Failed, *, for_good: bool) -> None:
+        """End it."""
 
 
 class Budgets:
@@ -68,7 +92,9 @@ class Budgets:
             for task in ledger.run.tasks:
                 self._over += spent_by(ledger.task(task).attempts)
         self._meters: dict[str, _Meter] = {}
-        self._warned: set[tuple[str, str, str]] = set()
+        # Of all sessions at work, so that a look at the run does not go through them.
+        self._tokens, self._cost, self._started = 0, 0.0, 0.0
+        self._told: set[tuple[str, str, str]] = set()
 
     def cost_left(self, task: str, spec: TaskSpec) -> float | None:
         """Return how many dollars a task's next session may cost; None: without a limit."""
@@ -90,13 +116,14 @@ class Budgets:
 
     @asynccontextmanager
     async def watched(
-        self, task: str, attempt: int, spec: TaskSpec, adapter: Adapter, log: Path, stop: Callable[[Failed], None]
+        self, task: str, attempt: int, spec: TaskSpec, adapter: Adapter, log: Path, stop: Stop
     ) -> AsyncIterator[None]:
-        """Watch over a session for the body: call `stop` when it has used up what it may."""
+        """Watch over a session for the body: call `stop` when it has used up what it or its task may."""
         if not any(one.is_limited for one in (spec.session_budget.policy(), spec.budget.policy(), self._run)):
             yield
             return
         meter = self._meters[task] = _Meter(Follower(adapter, log), self._clock.now())
+        self._started += meter.started
         try:
             async with anyio.create_task_group() as group:
                 group.start_soon(self._watch, task, attempt, spec, meter, stop)
@@ -104,22 +131,62 @@ class Budgets:
                 group.cancel_scope.cancel()
         finally:
             del self._meters[task]
+            self._started -= meter.started
+            self._tokens, self._cost = self._tokens - meter.tokens, self._cost - meter.cost
+
+    def reached(self, task: str, spec: TaskSpec, attempt: Attempt, said: Transcript) -> Reached | None:
+        """Return the budget that a session has used up by what it said to the last; it is over, but not counted yet."""
+        own = self._accounting.own(said, [one for one in self._ledger.task(task).attempts if one != attempt])
+        last = Spending(own.input_tokens + own.output_tokens, own.cost or 0.0, 0.0)
+        for limit in (
+            _Limit("session", task, spec.session_budget.policy(), last),
+            _Limit("task", task, spec.budget.policy(), spent_by(self._ledger.task(task).attempts) + last),
+            _Limit("run", "", self._run, self._spent_by_run() + last),
+        ):
+            reason = self._exhausted(limit)
+            if reason is not None and limit.scope == "run":
+                self._halt(reason)
+                return Reached(limit.scope, Interrupted(reason))
+            if reason is not None:
+                return Reached(limit.scope, Failed(FailureClass.BUDGET, reason))
+        return None
 
     async def count(self, task: str, spec: TaskSpec, attempt: Attempt) -> None:
-        """Take what an attempt that is over used up, and warn where that is a good part of what there is."""
+        """Take what an attempt that is over used up, and tell where that is a good part of what there is, or more."""
         self._over += spent_by([attempt])
-        for limit in (
+        limits = (
             _Limit("task", task, spec.budget.policy(), spent_by(self._ledger.task(task).attempts)),
             _Limit("run", "", self._run, self._spent_by_run()),
-        ):
+        )
+        for limit in limits:
             await self._warn(limit)
+            for share in shares(limit.budget, limit.spent):
+                if share.is_exhausted:
+                    await self._tell("budget.exhausted", limit, share)
+        counts_money = any(one.budget.cost is not None for one in limits) or spec.session_budget.cost is not None
+        if counts_money and attempt.cost is None and (attempt.input_tokens or attempt.output_tokens):
+            await self._tell_unpriced(attempt)
 
-    async def _watch(
-        self, task: str, attempt: int, spec: TaskSpec, meter: _Meter, stop: Callable[[Failed], None]
-    ) -> None:
+    async def _tell_unfollowed(self, of: str) -> None:
+        mark = ("unfollowed", of, "")
+        if mark not in self._told:
+            self._told.add(mark)
+            await self._ledger.note("budget.unfollowed", {"of": of})
+
+    async def _tell_unpriced(self, attempt: Attempt) -> None:
+        mark = ("price", attempt.adapter, attempt.model or "")
+        if mark not in self._told:
+            self._told.add(mark)
+            facts = {"adapter": attempt.adapter, "model": attempt.model}
+            await self._ledger.note("budget.unpriced", facts)
+
+    async def _watch(self, task: str, attempt: int, spec: TaskSpec, meter: _Meter, stop: Stop) -> None:
         while True:
             await self._clock.wait(anyio.Event(), self._clock.monotonic() + PAUSE)
-            await anyio.to_thread.run_sync(meter.read)
+            if await anyio.to_thread.run_sync(meter.read):
+                self._weigh(task, meter)
+            if meter.follower.at >= OUTPUT_CAP:
+                await self._tell_unfollowed(f"session {task}.{attempt}")
             for limit in self._limits(task, spec, f"{task}.{attempt}"):
                 await self._warn(limit)
                 reason = self._exhausted(limit)
@@ -128,7 +195,7 @@ class Budgets:
                 if limit.scope == "run":
                     self._halt(reason)
                 else:
-                    stop(Failed(FailureClass.BUDGET, reason))
+                    stop(Failed(FailureClass.BUDGET, reason), for_good=limit.scope == "task")
                 return
 
     def _limits(self, task: str, spec: TaskSpec, session: str) -> Iterator[_Limit]:
@@ -137,36 +204,38 @@ class Budgets:
         yield _Limit("task", task, spec.budget.policy(), spent_by(self._ledger.task(task).attempts) + now)
         yield _Limit("run", "", self._run, self._spent_by_run())
 
+    def _weigh(self, task: str, meter: _Meter) -> None:
+        own = self._accounting.own(meter.said, self._ledger.task(task).attempts)
+        tokens, cost = own.input_tokens + own.output_tokens, own.cost or 0.0
+        self._tokens, self._cost = self._tokens + tokens - meter.tokens, self._cost + cost - meter.cost
+        meter.tokens, meter.cost = tokens, cost
+
     def _spent_by_run(self) -> Spending:
-        total = self._over
-        for task in self._meters:
-            total += self._now(task)
-        return total
+        seconds = max(len(self._meters) * self._clock.now() - self._started, 0.0)
+        return self._over + Spending(self._tokens, self._cost, seconds)
 
     def _now(self, task: str) -> Spending:
         """Return what the session of a task that is at work has used up so far."""
         meter = self._meters.get(task)
         if meter is None:
             return Spending()
-        said = self._accounting.own(meter.said, self._ledger.task(task).attempts)
-        seconds = max(self._clock.now() - meter.started, 0.0)
-        return Spending(said.input_tokens + said.output_tokens, said.cost or 0.0, seconds)
+        return Spending(meter.tokens, meter.cost, max(self._clock.now() - meter.started, 0.0))
 
     def _exhausted(self, limit: _Limit) -> str | None:
         """Return in words that nothing is left of a budget, if so."""
         found = next((one for one in shares(limit.budget, limit.spent) if one.is_exhausted), None)
         if found is None:
             return None
-        return f"the {limit.scope}'s budget is used up, {found.describe()}: raise {_SETTINGS[limit.scope]}"
+        return f"the {limit.scope}'s budget is used up, {found.describe()}: {_REMEDIES[limit.scope]}"
 
     async def _warn(self, limit: _Limit) -> None:
         for share in shares(limit.budget, limit.spent):
-            mark = (limit.scope, limit.owner, share.key)
-            if share.is_low and mark not in self._warned:
-                self._warned.add(mark)
-                await self._ledger.note("budget.low", _facts(limit, share))
+            if share.is_low and not share.is_exhausted:
+                await self._tell("budget.low", limit, share)
 
-
-def _facts(limit: _Limit, share: Share) -> JsonObject:
-    owner = {"run": {}, "task": {"task": limit.owner}, "session": {"session": limit.owner}}[limit.scope]
-    return {"scope": limit.scope, **owner, "limit": share.key, "reason": share.describe()}
+    async def _tell(self, event: str, limit: _Limit, share: Share) -> None:
+        mark = (event, limit.of, share.key)
+        if mark not in self._told:
+            self._told.add(mark)
+            facts = {"scope": limit.scope, "of": limit.of, "limit": share.key, "reason": share.describe()}
+            await self._ledger.note(event, facts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import assert_never
 
 import anyio
@@ -41,6 +41,7 @@ LAST_TRIES, LAST_PAUSE = 3, 1.0
 #: How long nothing starts after the machine had not enough of something.
 STARVED = Backoff(initial=5.0, factor=2.0, max=300.0, jitter=False)
 
+_LANDED = frozenset({TaskStatus.LANDED})
 #: What a task has that did not fit onto the target as the target is now.
 _STALE = frozenset({FailureClass.CONFLICT, FailureClass.CHECKS_FAILED})
 
@@ -100,8 +101,11 @@ class Scheduler:
         self._wake.set()
 
     def _halt(self, reason: str) -> None:
+        """Start nothing more and stop sessions; what is built lands, which costs nothing of a budget."""
         self.halted = self.halted or reason
-        self.stop()
+        for work in self._works.values():
+            work.session.stop()
+        self._wake.set()
 
     async def run(self) -> bool:
         """Work until nothing is left that could be done; False if it was stopped before that."""
@@ -112,13 +116,14 @@ class Scheduler:
             listening.start_soon(self._obey_all)
             listening.start_soon(self._monitor.watch)
             async with anyio.create_task_group() as group:
+                group.start_soon(self._forget_homes, [one for one, is_at in statuses.items() if is_at in _LANDED])
                 await self._tick(group)
                 while not self._idle():
                     await self._pause()
                     self._wake = anyio.Event()
                     await self._tick(group)
             listening.cancel_scope.cancel()
-        if self._stopping and not self._board.is_over(self._ledger.statuses()):
+        if self._starts_nothing and not self._board.is_over(self._ledger.statuses()):
             return False
         self.halted = None
         await self._escapes.look()
@@ -139,28 +144,35 @@ class Scheduler:
             self._deferred.clear()
         if not self._landing and self._may_land(now):
             self._landing = True
-            group.start_soon(self._land)
+            group.start_soon(self._land, group)
         starts = decide(self._board, await self._free(now), now)
         tips: dict[bool, str] = {}
         for task in starts:
-            spec = await self._ledger.spec(task)
-            if self._budgets.is_halted():
+            work = await self._prepare(task, tips)
+            if self._starts_nothing:  # while we asked where to start from
                 return
-            if (obstacle := self._budgets.obstacle(task, spec)) is not None:
-                await self._refuse(task, obstacle)
-                continue
-            base = await self._base_of(task, spec, tips)
-            if self._stopping:  # while we asked where to start from
-                return
-            if not self._board.is_running(task):  # it was cancelled meanwhile
-                continue
-            work = self._works[task] = self._attempts.prepare(task, spec, self._board.adapter_of(task), base)
-            group.start_soon(self._attempt, work)
+            if work is not None:
+                self._works[task] = work
+                group.start_soon(self._attempt, work)
         await self._tell_what_is_awaited()
+
+    async def _prepare(self, task: str, tips: dict[bool, str]) -> Work | None:
+        """Return the next attempt of a task that is to start; None where it may not any more."""
+        spec = await self._ledger.spec(task)
+        if self._budgets.is_halted():
+            return None
+        if (obstacle := self._budgets.obstacle(task, spec)) is not None:
+            await self._refuse(task, obstacle)
+            return None
+        base = await self._base_of(task, spec, tips)
+        if not self._board.is_running(task):  # it was cancelled meanwhile
+            return None
+        return self._attempts.prepare(task, spec, self._board.adapter_of(task), base)
 
     async def _tell_what_is_awaited(self) -> None:
         """Say once that nothing is left to do but to wait for adapters that are parked."""
-        awaited = {} if self._is_at_work() or self._waits_to_land() else self._board.awaited()
+        is_busy = self._is_at_work() or self._waits_to_land() or self.halted is not None
+        awaited = {} if is_busy else self._board.awaited()
         if awaited and awaited != self._awaited:
             self._awaited = awaited
             ends = [(await self._ledger.adapter(name)).parked_until for name in awaited]
@@ -182,9 +194,14 @@ class Scheduler:
 
     async def _free(self, now: float) -> int:
         """How many sessions may start. None while more is built than can be landed: it would only grow stale."""
-        if len(self._merging.waiting) >= self._ledger.run.capacity or now < self._paused_until:
+        is_full = len(self._merging.waiting) >= self._ledger.run.capacity
+        if is_full or now < self._paused_until or self.halted is not None:
             return 0
         return await self._capacity.free(len(self._works))
+
+    @property
+    def _starts_nothing(self) -> bool:
+        return self._stopping or self.halted is not None
 
     def _is_at_work(self) -> bool:
         return bool(self._works or self._landing or self._obeying)
@@ -193,13 +210,15 @@ class Scheduler:
         return bool(self._merging.waiting or (self._deferred and self._last_tries > 0))
 
     def _idle(self) -> bool:
-        return not self._is_at_work() and (self._stopping or not (self._waits_to_land() or self._board.has_work()))
+        has_work = self.halted is None and self._board.has_work()
+        return not self._is_at_work() and (self._stopping or not (self._waits_to_land() or has_work))
 
     async def _pause(self) -> None:
         times: list[float | None] = []
         if not self._stopping:
             is_paused = self._paused_until > self._clock.monotonic()
-            times.append(self._paused_until if is_paused else self._board.next_time())
+            starts = self._board.next_time() if self.halted is None else None
+            times.append(self._paused_until if is_paused else starts)
             times.append(self._deferred_until if self._deferred else None)
             times.append(self._gather_until if self._merging.waiting and not self._landing else None)
             times.append(self._capacity.look_again)
@@ -282,12 +301,18 @@ class Scheduler:
             self._deferred.remove(task)
         self._board.ended(task)
 
-    async def _land(self) -> None:
+    async def _land(self, group: TaskGroup) -> None:
         for task in await self._merging.land():
             await self._feed_landing(task)
+            if self._ledger.task(task).status is TaskStatus.LANDED:
+                group.start_soon(self._forget_homes, [task])
         self._gather_until = self._clock.monotonic() + GATHERING
         self._landing = False
         self._wake.set()
+
+    async def _forget_homes(self, tasks: Sequence[str]) -> None:
+        """Remove the homes of tasks that have landed: nobody goes on with them."""
+        await homes.remove(self._shop.tools.logs, tasks, self._shop.tools.environ)
 
     async def _feed_landing(self, task: str) -> None:
         status = self._ledger.task(task).status
@@ -297,7 +322,6 @@ class Scheduler:
         match status:
             case TaskStatus.LANDED:
                 self._board.landed(task)
-                await homes.remove(self._shop.tools.logs, task)
             case TaskStatus.PENDING:
                 self._board.wait(task, self._clock.monotonic())
             case status if status in REVIVABLE:

@@ -18,26 +18,27 @@ class Follower:
 
     def __init__(self, adapter: Adapter, file: Path, *, newest_only: bool = False) -> None:
         self._adapter, self._file, self._newest_only = adapter, file, newest_only
-        self._at = 0
+        self.at = 0
+        """How many bytes were read."""
 
     def read(self) -> list[SessionEvent] | None:
         """Return what the whole lines mean that came since the last look; None where none did. Blocks."""
         try:
             with self._file.open("rb") as stream:
                 size = stream.seek(0, 2)
-                begin = stream.seek(max(self._at, size - TAIL_BYTES) if self._newest_only else self._at)
+                begin = stream.seek(max(self.at, size - TAIL_BYTES) if self._newest_only else self.at)
                 data = stream.read(min(size - begin, _CHUNK))
         except OSError:  # there is none yet
             return None
-        if begin > self._at:  # perhaps in the middle of a line
+        if begin > self.at:  # perhaps in the middle of a line
             cut = data.find(b"\n") + 1
             begin, data = begin + cut, data[cut:]
         end = data.rfind(b"\n")
         if end < 0:
             # A line that is longer than any that means something.
-            self._at += len(data) if len(data) == _CHUNK else 0
+            self.at += len(data) if len(data) == _CHUNK else 0
             return None
-        self._at = begin + end + 1
+        self.at = begin + end + 1
         events: list[SessionEvent] = []
         for line in data[:end].split(b"\n"):
             with suppress(Exception):  # a mistake of a plugin's must not end what only looks

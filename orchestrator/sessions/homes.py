@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import anyio.to_thread
 
 from orchestrator.config.model import Reach
-from orchestrator.errors import RefusedError
+from orchestrator.errors import GitError, RefusedError
 from orchestrator.protocols import Home, JsonObject, Overlay
+from orchestrator.repo.removal import remove_all
+
+#: Bytes of settings and of a login, at most.
+_LARGEST = 1 << 20
+_SHARE = "set `home: shared`, with which it is left as it is"
 
 
 def home_folder(logs: Path, task: str, adapter: str) -> Path:
@@ -28,22 +31,52 @@ def home_folder(logs: Path, task: str, adapter: str) -> Path:
 async def furnish(folder: Path, what: Home, environ: Mapping[str, str]) -> Reach:
     """Put into a home what a session is to find there; return what it may reach for it.
 
-    Raises OSError; RefusedError where settings are to go over what is not JSON.
+    Raises OSError and GitError; RefusedError where settings are to go over what is not JSON.
     """
+    in_the_way = await anyio.to_thread.run_sync(_make, folder, [*what.files, *what.settings])
+    if in_the_way:
+        await remove_all(in_the_way, environ)
     return await anyio.to_thread.run_sync(_furnish, folder, what, environ)
 
 
-async def remove(logs: Path, task: str) -> None:
-    """Remove all homes of a task."""
-    await anyio.to_thread.run_sync(partial(shutil.rmtree, logs / "homes" / task, ignore_errors=True))
+async def bring_back(folder: Path, what: Home, environ: Mapping[str, str]) -> None:
+    """Give the user a login that a session renewed by putting a new file in the place of the link. Best effort."""
+    with suppress(OSError):
+        await anyio.to_thread.run_sync(_bring_back, folder, what, environ)
+
+
+async def remove(logs: Path, tasks: Sequence[str], environ: Mapping[str, str]) -> None:
+    """Remove all homes of some tasks; what can't be removed stays with the logs of the run."""
+    found = await anyio.to_thread.run_sync(_homes_of, logs, tasks)
+    with suppress(OSError, GitError):
+        if found:
+            await remove_all(found, environ)
+
+
+def _homes_of(logs: Path, tasks: Sequence[str]) -> list[Path]:
+    folder, named = logs / "homes", frozenset(tasks)
+    return [one for one in folder.iterdir() if one.name in named] if folder.is_dir() else []
+
+
+def _make(folder: Path, names: Iterable[str]) -> list[Path]:
+    """Make a home, and return the folders that are where files and links are to be.
+
+    They are not removed here: an agent may have made trees of any depth.
+    """
+    for one in (folder.parents[1], folder.parent, folder):
+        if one.is_symlink():
+            one.unlink()
+        one.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    places = [_place(folder, name) for name in names]
+    return [place for place in places if place.is_dir() and not place.is_symlink()]
 
 
 def _furnish(folder: Path, what: Home, environ: Mapping[str, str]) -> Reach:
-    for one in (folder.parents[1], folder.parent, folder):
-        one.mkdir(mode=0o700, parents=True, exist_ok=True)
     texts = {name: _laid_over(one, environ) for name, one in what.settings.items()}
     for name, text in {**what.files, **texts}.items():
-        path = _clear(folder, name)
+        path = _place(folder, name)
+        path.unlink(missing_ok=True)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
             file.write(text)
     readable: list[Path] = []
@@ -52,21 +85,40 @@ def _furnish(folder: Path, what: Home, environ: Mapping[str, str]) -> Reach:
         target = _expanded(leads_to, environ)
         if target is None or not target.exists():
             continue
-        path = folder / name
+        path = _place(folder, name)
         # What the program has put in its place, such as a newer login, stays.
         if path.is_symlink() or not path.exists():
-            _clear(folder, name).symlink_to(target)
+            path.unlink(missing_ok=True)
+            path.symlink_to(target)
             (writable if name in what.renewed else readable).append(target)
     return Reach(writable=tuple(writable), readable=tuple(readable))
 
 
+def _bring_back(folder: Path, what: Home, environ: Mapping[str, str]) -> None:
+    for name in what.renewed:
+        path, target = folder / name, _expanded(what.links[name], environ)
+        if target is None or not target.is_file() or path.is_symlink() or not path.is_file():
+            continue
+        with path.open("rb") as file:
+            content = file.read(_LARGEST + 1)
+        if len(content) <= _LARGEST:
+            with target.open("r+b") as theirs:
+                theirs.write(content)
+                theirs.truncate()
+            path.unlink()
+
+
 def _laid_over(settings: Overlay, environ: Mapping[str, str]) -> str:
     file = _expanded(settings.of, environ)
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file is not None and file.exists() else {}
-    except ValueError:
-        remedy = "correct it (comments are none of JSON), or set `home: shared`, with which it is left as it is"
-        raise RefusedError(f"{file} is not JSON, and settings of a session's own are to go over it", remedy) from None
+    found: object = {}
+    if file is not None and file.exists():
+        if not file.is_file() or file.stat().st_size > _LARGEST:
+            raise RefusedError(f"{file} is no file of settings, or over 1 MiB", f"correct it, or {_SHARE}")
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            what = f"{file} is not JSON that can be read, and settings of a session's own are to go over it"
+            raise RefusedError(what, f"correct it (comments are none of JSON), or {_SHARE}") from None
     return json.dumps(_merged(found if isinstance(found, dict) else {}, settings.over))
 
 
@@ -85,18 +137,12 @@ def _expanded(path: str, environ: Mapping[str, str]) -> Path | None:
     return None if not home else Path(home) / path[2:]
 
 
-def _clear(folder: Path, name: str) -> Path:
-    """Return the path of a name where nothing is any more, and that no link leads to."""
+def _place(folder: Path, name: str) -> Path:
+    """Return the path of a name, to which no link leads; the folders on the way are made."""
     path = folder
     for part in Path(name).parts[:-1]:
         path /= part
         if path.is_symlink() or not path.is_dir():
             path.unlink(missing_ok=True)
             path.mkdir(mode=0o700)
-    path /= Path(name).name
-    with suppress(FileNotFoundError):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    return path
+    return path / Path(name).name

@@ -157,6 +157,8 @@ class Session:
         if self._checkout is None:
             return Finished(self._stopped_for or Interrupted("it was stopped before it began"))
         failpoint("session.ended")
+        if (home := self._adapters_command().home) is not None:
+            await homes.bring_back(self._home, home, self.tools.environ)
         what, worktree = self.assignment, self.assignment.worktree
         after = () if self._provided is None else await self.tools.equipment.after(worktree, self._provided)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,9 @@ LONGEST_LINE = 1 << 20  # bytes; longer ones are left out
 MOST_EVENTS = 1_000
 #: Characters of the last words that are recorded.
 LONGEST_WORDS = 2_000
+#: Ids become arguments again: none that is an option, or that no argument can be.
+_ID = re.compile(r"[A-Za-z0-9_][!-~]{0,199}")
+_MOST = 1 << 53
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +51,10 @@ class Transcript:
                 return replace(self, begun="").after(event)
             case Said(text) | Concluded(text) if text.strip():
                 return replace(self, words=text.strip()[-LONGEST_WORDS:])
-            case Identified(session):
+            case Identified(session) if _ID.fullmatch(session):
                 return replace(self, session=session)
             case Spent():
-                return self._after_spending(event)
+                return self._after_spending(_counted(event))
             case _:
                 return self
 
@@ -80,6 +84,18 @@ class Transcript:
 
 
 NOTHING_SAID = Transcript()
+
+
+def _counted(spent: Spent) -> Spent:
+    """Return what was used up with counts and amounts that mean something: parsers are plugins, too."""
+    cost = spent.cost
+    return replace(
+        spent,
+        input_tokens=min(max(spent.input_tokens, 0), _MOST),
+        output_tokens=min(max(spent.output_tokens, 0), _MOST),
+        cached_tokens=min(max(spent.cached_tokens, 0), _MOST),
+        cost=cost if cost is not None and 0 <= cost <= _MOST else None,
+    )
 
 
 def has_admitted_failure(events: Sequence[SessionEvent]) -> bool:

@@ -79,7 +79,8 @@ def main() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()) as said:
         module = Path(folder) / "test_adapter.py"
         module.write_text(_MODULE)
-        options = ["-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", folder, str(module)]
+        places = [f"--basetemp={folder}/temporary", "-c", os.devnull, "--rootdir", folder, str(module)]
+        options = ["-q", "-p", "no:cacheprovider", *places]
         pytest.main(options, plugins=[recorder])
     if not recorder.results:
         return {"error": f"the contract could not be run: {said.getvalue().strip()[-_LONGEST:]}"}

@@ -37,8 +37,11 @@ async def test_another_cli_works_as_the_guide_says(repository: Repository, tmp_p
     program.write_text(block(guide, "sh"))
     program.chmod(0o755)
     repository.environ["PATH"] = f"{program.parent}{os.pathsep}{repository.environ['PATH']}"
-    entry = yaml.safe_load(block(guide, "yaml"))["adapters"]
-    (mini,) = entry
+    whole = yaml.safe_load(block(guide, "yaml"))
+    (mini,) = entry = whole["adapters"]
+    (repository.top / "council.yaml").write_text(yaml.safe_dump({**whole, "readable": [str(program.parent)]}))
+    bare = repository.council("adapters", "test", mini, "--no-live", "--json")
+    assert bare.code == 0, bare
     checks = {"checks": ["grep -q right a.txt"], "attempts": 2}
     config = {
         "version": 1,

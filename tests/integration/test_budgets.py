@@ -57,7 +57,7 @@ async def test_a_session_near_its_budget_is_warned_of_once(claude: Repository) -
     budget = {"session_budget": {"tokens": 1000}, "budget": {"tokens": 1000}}
     ended = claude.council("run", str(configured(claude, "spend 800\nwrite a.txt a", task=budget)), "--json")
     assert ended.states == {"t0": "landed"}, ended
-    assert [one["scope"] for one in happened(ended, "budget.low")] in (["task"], ["session", "task"])
+    assert [one["of"] for one in happened(ended, "budget.low")] in (["task t0"], ["session t0.1", "task t0"])
 
 
 async def test_a_task_has_no_further_session_when_its_budget_is_used_up(claude: Repository) -> None:
@@ -99,7 +99,38 @@ async def test_money_is_held_against_the_price_of_the_model_where_the_program_do
     ended = claude.council("run", str(path), "--json")
     (task,) = ended.result["tasks"]
     assert (task["failure"], task["attempts"]) == ("budget", 1), ended
-    assert "$1.0010 of $1" in task["reason"]
+    assert "$1.0010 of $1.00" in task["reason"]
+
+
+async def test_a_program_that_stops_at_what_is_left_of_a_budget_has_used_that_up(claude: Repository) -> None:
+    """It says that it reached a limit of its own, which is ours."""
+    prompt = "attempt 1 spend 600\nattempt 1 fail turns\nattempt 2 write a.txt a"
+    ended = claude.council("run", str(configured(claude, prompt, budget={"cost": 0.01})), "--json")
+    assert ended.result["status"] == "halted", ended
+    done = claude.council("resume", "--budget", "cost=5", "--json")
+    assert set(done.states.values()) == {"landed"}, done
+
+
+async def test_a_task_that_used_up_its_own_is_not_tried_again(claude: Repository) -> None:
+    """Also where its session's is worth another attempt."""
+    task = {"budget": {"tokens": 1000}, "retry_on": ["budget"], "attempts": 3}
+    ended = claude.council("run", str(configured(claude, "spend 600\nspend 401\nhang", task=task)), "--json")
+    (told,) = ended.result["tasks"]
+    assert (told["failure"], told["attempts"]) == ("budget", 1), ended
+    task = {"session_budget": {"tokens": 1000}, "retry_on": ["budget"], "attempts": 2}
+    prompt = "attempt 1 spend 1001\nattempt 1 hang\nattempt 2 write b.txt b"
+    ended = claude.council("run", str(configured(claude, prompt, task=task)), "--json")
+    assert ended.states == {"t0": "landed"}, ended
+
+
+async def test_money_that_can_not_be_counted_is_told_of(claude: Repository) -> None:
+    """Where neither the program nor a price says what it cost."""
+    program = claude.top.parent / "bin" / "claude"
+    program.write_text(program.read_text().replace("exec ", "exec env CLAUDE_STAND_IN_COST=no "))
+    path = configured(claude, "spend 600\nfail silently", budget={"cost": 1}, prices={})
+    ended = claude.council("run", str(path), "--json")
+    (told,) = happened(ended, "budget.unpriced") or [{}]
+    assert told.get("adapter", "claude") == "claude"
 
 
 async def test_time_of_sessions_is_limited_over_all_attempts(claude: Repository) -> None:

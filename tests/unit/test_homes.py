@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import pytest
 from orchestrator.config.model import Reach
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Home, Overlay
-from orchestrator.sessions.homes import furnish
+from orchestrator.sessions.homes import bring_back, furnish, remove
 
 
 @pytest.fixture
@@ -45,6 +48,53 @@ async def test_a_newer_login_that_took_a_links_place_stays(tmp_path: Path, user:
     reach = await furnish(home, Home({}, LINKS, ("login",)), {"HOME": str(user)})
     assert (home / "login").read_text() == "newer"
     assert user / ".tool/login" not in reach.writable
+
+
+async def test_a_login_that_was_renewed_by_another_file_is_brought_back(tmp_path: Path, user: Path) -> None:
+    home, what = tmp_path / "home", Home({}, LINKS, ("login",))
+    await furnish(home, what, {"HOME": str(user)})
+    (home / "new").write_text("newer, and longer than before")
+    (home / "new").replace(home / "login")
+    (home / "conf/settings").unlink()
+    (home / "conf/settings").write_text("changed")
+    await bring_back(home, what, {"HOME": str(user)})
+    assert (user / ".tool/login").read_text() == "newer, and longer than before"
+    assert (user / ".tool/settings").read_text() == "set"
+    await furnish(home, what, {"HOME": str(user)})
+    assert (home / "login").is_symlink()
+
+
+async def test_a_home_that_was_made_a_link_is_made_anew(tmp_path: Path, user: Path) -> None:
+    home = tmp_path / "homes/t/a"
+    home.parent.mkdir(parents=True)
+    home.symlink_to(user)
+    await furnish(home, Home({".tool/settings": "ours"}), {})
+    assert (user / ".tool/settings").read_text() == "set"
+    assert (home / ".tool/settings").read_text() == "ours"
+
+
+async def test_trees_of_any_depth_are_no_obstacle(tmp_path: Path) -> None:
+    home = tmp_path / "logs/homes/t/a"
+    await furnish(home, Home(), {})
+    deepen = "import os\nfor _ in range(3000):\n    os.mkdir('d')\n    os.chdir('d')"
+    (home / "file").mkdir()
+    subprocess.run([sys.executable, "-S", "-c", deepen], cwd=home / "file", check=True)
+    await furnish(home, Home({"file": "ours"}), {})
+    assert (home / "file").read_text() == "ours"
+    subprocess.run([sys.executable, "-S", "-c", deepen], cwd=home, check=True)
+    await remove(tmp_path / "logs", ["t", "other"], {})
+    assert not (tmp_path / "logs/homes/t").exists()
+
+
+async def test_settings_that_are_no_file_are_refused(tmp_path: Path, user: Path) -> None:
+    (user / ".tool/settings").unlink()
+    os.mkfifo(user / ".tool/settings")
+    with pytest.raises(RefusedError, match="no file of settings"):
+        await furnish(tmp_path / "home", Home(settings={"x": Overlay("~/.tool/settings", {})}), {"HOME": str(user)})
+    (user / ".tool/settings").unlink()
+    (user / ".tool/settings").write_text('{"a":' * 100_000)
+    with pytest.raises(RefusedError, match="not JSON"):
+        await furnish(tmp_path / "home", Home(settings={"x": Overlay("~/.tool/settings", {})}), {"HOME": str(user)})
 
 
 async def test_nothing_is_written_through_a_link_that_a_session_left(tmp_path: Path, user: Path) -> None:
