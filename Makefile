@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # More than the cores of a small machine: a third of a test's time is spent waiting for processes to start and end.
-WORKERS ?= 3
+WORKERS ?= 4
 
 .PHONY: help install demo test test-clis crash bench schema lint types imports check clean
 .DEFAULT_GOAL := help

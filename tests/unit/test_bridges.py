@@ -303,9 +303,11 @@ def test_an_agent_that_is_to_look_gets_no_leave_to_change_anything(place: Place)
     ("modes", "chosen"),
     [
         ("default plan", "plan"),
-        ("ask code Read_Only", "Read_Only"),
-        ("https://host/modes#agent https://host/modes#plan", "https://host/modes#plan"),
-        ("code autopilot", None),
+        pytest.param("ask code Read_Only", "Read_Only", marks=pytest.mark.slow),
+        pytest.param(
+            "https://host/modes#agent https://host/modes#plan", "https://host/modes#plan", marks=pytest.mark.slow
+        ),
+        pytest.param("code autopilot", None, marks=pytest.mark.slow),
         ("", None),
     ],
 )
