@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Ended, Repository
+from tests.conftest import FAKE_CLI, Ended, Repository
 from tests.standins.script import ROOT, install
 
 #: Longer than any of these tests: who is not stopped before fails them.
@@ -123,14 +123,24 @@ async def test_a_task_that_used_up_its_own_is_not_tried_again(claude: Repository
     assert ended.states == {"t0": "landed"}, ended
 
 
-async def test_money_that_can_not_be_counted_is_told_of(claude: Repository) -> None:
+async def test_money_that_can_not_be_counted_is_told_of(repository: Repository) -> None:
     """Where neither the program nor a price says what it cost."""
-    program = claude.top.parent / "bin" / "claude"
-    program.write_text(program.read_text().replace("exec ", "exec env CLAUDE_STAND_IN_COST=no "))
-    path = configured(claude, "spend 600\nfail silently", budget={"cost": 1}, prices={})
-    ended = claude.council("run", str(path), "--json")
-    (told,) = happened(ended, "budget.unpriced") or [{}]
-    assert told.get("adapter", "claude") == "claude"
+    adapter = {
+        "use": "command",
+        "argv": [sys.executable, "-S", str(FAKE_CLI), "{prompt_file}"],
+        "output": "jsonl",
+        "model": "nobody-knows",
+        "read": [{"input_tokens": "n"}],
+    }
+    task = {"id": "t", "prompt": 'print {"n": 50}\nwrite a.txt a'}
+    path = repository.configure([task], adapters={"it": adapter}, sandbox="off", budget={"cost": 1})
+    ended = repository.council("run", str(path), "--json")
+    assert ended.states == {"t": "landed"}, ended
+    (told,) = happened(ended, "budget.unpriced")
+    assert (told["adapter"], told["model"]) == ("it", "nobody-knows")
+    known = repository.configure([task], adapters={"it": adapter}, sandbox="off", budget={"cost": 1}, target="two",
+                                 prices={"nobody-knows": {"input": 1, "output": 1}})  # fmt: skip
+    assert happened(repository.council("run", str(known), "--json"), "budget.unpriced") == []
 
 
 async def test_time_of_sessions_is_limited_over_all_attempts(claude: Repository) -> None:
