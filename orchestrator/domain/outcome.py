@@ -85,8 +85,7 @@ def judge(
     it can), `verdict` what the adapter reads from the program's words. Those count only against it: they are
     heard where it failed, left everything as it was, or has itself `admitted` at its end that it failed, and where
     they lack what it always says at its end (`unfinished`). A zero exit proves nothing, and neither does half of the
-    work. `errors` is the end of its standard error: the last line is
-    told with an exit code that nobody can explain.
+    work. `errors` is the end of its standard error: the last line is told with an exit code that nobody can explain.
     """
     if exit_.spawn_error is not None:
         return _not_started(exit_.spawn_error, exhausted=exit_.exhausted)

@@ -18,9 +18,10 @@ class Accounting:
     prices: Mapping[str, Price]
 
     def own(self, said: Transcript, attempts: Sequence[Attempt]) -> Transcript:
-        """Return what a session said without what the task's other `attempts` used up in the same conversation.
+        """Return what a session said without what the task's `attempts` before it used up in the same conversation.
 
-        Its cost is estimated where the CLI did not tell it.
+        Its own attempt may be among them, since nothing is recorded of that yet. Its cost is estimated where the CLI
+        did not tell it.
         """
         if said.of_conversation:
             before = [one for one in attempts if said.session is not None and one.session == said.session]
@@ -34,7 +35,7 @@ class Accounting:
         return said if said.cost is not None else replace(said, cost=self._estimate(said))
 
     def recorded(self, said: Transcript, attempts: Sequence[Attempt]) -> JsonObject:
-        """Return what is recorded of an attempt for what it said; `attempts` are the others of its task."""
+        """Return what is recorded of an attempt for what it said; `attempts` are those of its task, as for `own`."""
         own = self.own(said, attempts)
         return {
             "words": own.words,

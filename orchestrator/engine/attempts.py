@@ -15,7 +15,7 @@ from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import AdapterDocument, Attempt, TaskDocument
 from orchestrator.domain.outcome import Built, Exhausted, Failed, Interrupted, Limits
 from orchestrator.domain.retry import park_until, retry_delay
-from orchestrator.engine.budgets import Budgets
+from orchestrator.engine.budgets import Budgets, Reached
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.workshop import Workshop
 from orchestrator.failpoints import failpoint
@@ -84,10 +84,10 @@ class Work:
     is_spent: bool = field(default=False, init=False)
     """Whether the task's budget is used up, so that no other attempt follows."""
 
-    def exhaust(self, why: Failed, *, for_good: bool) -> None:
-        """End it because a budget is used up: its session's, or `for_good` the task's."""
-        self.is_spent = for_good
-        self.session.stop(why)
+    def exhaust(self, found: Reached) -> None:
+        """End it because a budget is used up."""
+        self.is_spent = found.scope == "task"
+        self.session.stop(found.outcome if isinstance(found.outcome, Failed) else None)
 
     def cancel(self) -> None:
         """End it for good."""
@@ -166,8 +166,7 @@ class Attempts:
         """Return the end of a session; one that stopped itself at a limit of ours is that limit's."""
         if not isinstance(finished.outcome, Failed) or finished.outcome.failure is not FailureClass.LIMIT:
             return finished
-        attempt = self.ledger.task(work.task).attempts[-1]
-        found = self.budgets.reached(work.task, work.spec, attempt, finished.transcript)
+        found = self.budgets.reached(work.task, work.spec, finished.transcript)
         if found is None:
             return finished
         work.is_spent = found.scope == "task"
@@ -252,8 +251,7 @@ class Attempts:
         details: JsonObject | None = None,
         **changes: Any,
     ) -> None:
-        document, what = self.ledger.task(work.task), work.session.assignment
-        others = [one for one in document.attempts if one.number != what.worktree.attempt]
+        document = self.ledger.task(work.task)
         attempts = document.with_attempt(
             ended=self.clock.now(),
             branch=finished.branch,
@@ -261,8 +259,8 @@ class Attempts:
             reason=reason,
             is_kept=not finished.collected,
             folder=None if finished.folder is None else str(finished.folder),
-            resumed=what.earlier is not None,
-            **self.shop.accounting.recorded(finished.transcript, others),
+            resumed=work.session.assignment.earlier is not None,
+            **self.shop.accounting.recorded(finished.transcript, document.attempts),
         )
         facts = {"outcome": outcome, "reason": reason, "branch": finished.branch, **(details or {})}
         changes = {"attempts": attempts, "branch": finished.branch, "reason": reason, **changes}

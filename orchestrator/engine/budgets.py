@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import anyio
 import anyio.to_thread
@@ -19,7 +19,7 @@ from orchestrator.domain.model import Attempt
 from orchestrator.domain.outcome import Failed, Interrupted
 from orchestrator.engine.accounting import Accounting
 from orchestrator.engine.ledger import Ledger
-from orchestrator.protocols import Adapter
+from orchestrator.protocols import Adapter, JsonObject
 from orchestrator.sessions.following import Follower
 from orchestrator.sessions.output import OUTPUT_CAP
 from orchestrator.sessions.transcript import NOTHING_SAID, Transcript
@@ -27,6 +27,7 @@ from orchestrator.sessions.transcript import NOTHING_SAID, Transcript
 #: Seconds between two looks at what a session has used up.
 PAUSE = 1.0
 
+_NOTHING = Spending()
 #: What to do where each is used up; a run keeps its file as it was.
 _REMEDIES = {
     "session": "for a new run raise its `session_budget`, or split the task",
@@ -74,13 +75,6 @@ class _Meter:
         return events is not None
 
 
-class Stop(Protocol):
-    """What ends a session, and `for_good` all attempts of its task."""
-
-    def __call__(self, why: Failed, *, for_good: bool) -> None:
-        """End it."""
-
-
 class Budgets:
     """The budgets of a run, its tasks and their sessions; `halt` ends the run, with the reason."""
 
@@ -94,31 +88,26 @@ class Budgets:
         self._meters: dict[str, _Meter] = {}
         # Of all sessions at work, so that a look at the run does not go through them.
         self._tokens, self._cost, self._started = 0, 0.0, 0.0
-        self._told: set[tuple[str, str, str]] = set()
+        self._told: set[tuple[str, ...]] = set()
 
     def cost_left(self, task: str, spec: TaskSpec) -> float | None:
         """Return how many dollars a task's next session may cost; None: without a limit."""
-        limits = self._limits(task, spec, "")
-        return cost_left((one.budget, one.spent) for one in limits)
+        return cost_left((one.budget, one.spent) for one in self._limits(task, spec, ""))
 
     def is_halted(self) -> bool:
         """Whether the run has nothing left to use up; it is halted then."""
-        reason = self._exhausted(_Limit("run", "", self._run, self._spent_by_run()))
-        if reason is not None:
-            self._halt(reason)
-        return reason is not None
+        return self._reach(self._of_run()) is not None
 
     def obstacle(self, task: str, spec: TaskSpec) -> Failed | None:
         """Return why a task may have no further session."""
-        budget = spec.budget.policy()
-        found = self._exhausted(_Limit("task", task, budget, spent_by(self._ledger.task(task).attempts)))
-        return None if found is None else Failed(FailureClass.BUDGET, found)
+        reason = _exhausted(self._of_task(task, spec))
+        return None if reason is None else Failed(FailureClass.BUDGET, reason)
 
     @asynccontextmanager
     async def watched(
-        self, task: str, attempt: int, spec: TaskSpec, adapter: Adapter, log: Path, stop: Stop
+        self, task: str, attempt: int, spec: TaskSpec, adapter: Adapter, log: Path, stop: Callable[[Reached], None]
     ) -> AsyncIterator[None]:
-        """Watch over a session for the body: call `stop` when it has used up what it or its task may."""
+        """Watch over a session for the body: call `stop` when it has used up what it, its task or the run may."""
         if not any(one.is_limited for one in (spec.session_budget.policy(), spec.budget.policy(), self._run)):
             yield
             return
@@ -134,75 +123,58 @@ class Budgets:
             self._started -= meter.started
             self._tokens, self._cost = self._tokens - meter.tokens, self._cost - meter.cost
 
-    def reached(self, task: str, spec: TaskSpec, attempt: Attempt, said: Transcript) -> Reached | None:
+    def reached(self, task: str, spec: TaskSpec, said: Transcript) -> Reached | None:
         """Return the budget that a session has used up by what it said to the last; it is over, but not counted yet."""
-        own = self._accounting.own(said, [one for one in self._ledger.task(task).attempts if one != attempt])
-        last = Spending(own.input_tokens + own.output_tokens, own.cost or 0.0, 0.0)
-        for limit in (
-            _Limit("session", task, spec.session_budget.policy(), last),
-            _Limit("task", task, spec.budget.policy(), spent_by(self._ledger.task(task).attempts) + last),
-            _Limit("run", "", self._run, self._spent_by_run() + last),
-        ):
-            reason = self._exhausted(limit)
-            if reason is not None and limit.scope == "run":
-                self._halt(reason)
-                return Reached(limit.scope, Interrupted(reason))
-            if reason is not None:
-                return Reached(limit.scope, Failed(FailureClass.BUDGET, reason))
-        return None
+        own = self._accounting.own(said, self._ledger.task(task).attempts)
+        last = Spending(own.input_tokens + own.output_tokens, own.cost or 0.0)
+        session = _Limit("session", task, spec.session_budget.policy(), last)
+        limits = (session, self._of_task(task, spec, last), self._of_run(last))
+        return next(filter(None, map(self._reach, limits)), None)
 
     async def count(self, task: str, spec: TaskSpec, attempt: Attempt) -> None:
         """Take what an attempt that is over used up, and tell where that is a good part of what there is, or more."""
         self._over += spent_by([attempt])
-        limits = (
-            _Limit("task", task, spec.budget.policy(), spent_by(self._ledger.task(task).attempts)),
-            _Limit("run", "", self._run, self._spent_by_run()),
-        )
+        limits = (self._of_task(task, spec), self._of_run())
         for limit in limits:
             await self._warn(limit)
             for share in shares(limit.budget, limit.spent):
                 if share.is_exhausted:
-                    await self._tell("budget.exhausted", limit, share)
+                    await self._tell_share("budget.exhausted", limit, share)
         counts_money = any(one.budget.cost is not None for one in limits) or spec.session_budget.cost is not None
         if counts_money and attempt.cost is None and (attempt.input_tokens or attempt.output_tokens):
-            await self._tell_unpriced(attempt)
-
-    async def _tell_unfollowed(self, of: str) -> None:
-        mark = ("unfollowed", of, "")
-        if mark not in self._told:
-            self._told.add(mark)
-            await self._ledger.note("budget.unfollowed", {"of": of})
-
-    async def _tell_unpriced(self, attempt: Attempt) -> None:
-        mark = ("price", attempt.adapter, attempt.model or "")
-        if mark not in self._told:
-            self._told.add(mark)
             facts = {"adapter": attempt.adapter, "model": attempt.model}
-            await self._ledger.note("budget.unpriced", facts)
+            await self._tell_once("budget.unpriced", facts, attempt.adapter, attempt.model or "")
 
-    async def _watch(self, task: str, attempt: int, spec: TaskSpec, meter: _Meter, stop: Stop) -> None:
+    async def _watch(
+        self, task: str, attempt: int, spec: TaskSpec, meter: _Meter, stop: Callable[[Reached], None]
+    ) -> None:
+        session = f"{task}.{attempt}"
         while True:
             await self._clock.wait(anyio.Event(), self._clock.monotonic() + PAUSE)
             if await anyio.to_thread.run_sync(meter.read):
                 self._weigh(task, meter)
             if meter.follower.at >= OUTPUT_CAP:
-                await self._tell_unfollowed(f"session {task}.{attempt}")
-            for limit in self._limits(task, spec, f"{task}.{attempt}"):
+                await self._tell_once("budget.unfollowed", {"of": f"session {session}"}, session)
+            for limit in self._limits(task, spec, session):
                 await self._warn(limit)
-                reason = self._exhausted(limit)
-                if reason is None:
-                    continue
-                if limit.scope == "run":
-                    self._halt(reason)
-                else:
-                    stop(Failed(FailureClass.BUDGET, reason), for_good=limit.scope == "task")
-                return
+                if (found := self._reach(limit)) is not None:
+                    stop(found)
+                    return
 
     def _limits(self, task: str, spec: TaskSpec, session: str) -> Iterator[_Limit]:
         now = self._now(task)
         yield _Limit("session", session, spec.session_budget.policy(), now)
-        yield _Limit("task", task, spec.budget.policy(), spent_by(self._ledger.task(task).attempts) + now)
-        yield _Limit("run", "", self._run, self._spent_by_run())
+        yield self._of_task(task, spec, now)
+        yield self._of_run()
+
+    def _of_task(self, task: str, spec: TaskSpec, more: Spending = _NOTHING) -> _Limit:
+        """Return the limit of a task; `more` was used up beside what is recorded."""
+        return _Limit("task", task, spec.budget.policy(), spent_by(self._ledger.task(task).attempts) + more)
+
+    def _of_run(self, more: Spending = _NOTHING) -> _Limit:
+        """Return the limit of the run, sessions at work included; `more` was used up beside all that."""
+        seconds = max(len(self._meters) * self._clock.now() - self._started, 0.0)
+        return _Limit("run", "", self._run, self._over + Spending(self._tokens, self._cost, seconds) + more)
 
     def _weigh(self, task: str, meter: _Meter) -> None:
         own = self._accounting.own(meter.said, self._ledger.task(task).attempts)
@@ -210,32 +182,41 @@ class Budgets:
         self._tokens, self._cost = self._tokens + tokens - meter.tokens, self._cost + cost - meter.cost
         meter.tokens, meter.cost = tokens, cost
 
-    def _spent_by_run(self) -> Spending:
-        seconds = max(len(self._meters) * self._clock.now() - self._started, 0.0)
-        return self._over + Spending(self._tokens, self._cost, seconds)
-
     def _now(self, task: str) -> Spending:
         """Return what the session of a task that is at work has used up so far."""
         meter = self._meters.get(task)
         if meter is None:
-            return Spending()
+            return _NOTHING
         return Spending(meter.tokens, meter.cost, max(self._clock.now() - meter.started, 0.0))
 
-    def _exhausted(self, limit: _Limit) -> str | None:
-        """Return in words that nothing is left of a budget, if so."""
-        found = next((one for one in shares(limit.budget, limit.spent) if one.is_exhausted), None)
-        if found is None:
+    def _reach(self, limit: _Limit) -> Reached | None:
+        """Return what comes of a limit if nothing is left of it; where it is the run's, that is halted."""
+        reason = _exhausted(limit)
+        if reason is None:
             return None
-        return f"the {limit.scope}'s budget is used up, {found.describe()}: {_REMEDIES[limit.scope]}"
+        if limit.scope != "run":
+            return Reached(limit.scope, Failed(FailureClass.BUDGET, reason))
+        self._halt(reason)
+        return Reached(limit.scope, Interrupted(reason))
 
     async def _warn(self, limit: _Limit) -> None:
         for share in shares(limit.budget, limit.spent):
             if share.is_low and not share.is_exhausted:
-                await self._tell("budget.low", limit, share)
+                await self._tell_share("budget.low", limit, share)
 
-    async def _tell(self, event: str, limit: _Limit, share: Share) -> None:
-        mark = (event, limit.of, share.key)
-        if mark not in self._told:
-            self._told.add(mark)
-            facts = {"scope": limit.scope, "of": limit.of, "limit": share.key, "reason": share.describe()}
+    async def _tell_share(self, event: str, limit: _Limit, share: Share) -> None:
+        facts = {"scope": limit.scope, "of": limit.of, "limit": share.key, "reason": share.describe()}
+        await self._tell_once(event, facts, limit.of, share.key)
+
+    async def _tell_once(self, event: str, facts: JsonObject, *of: str) -> None:
+        if (event, *of) not in self._told:
+            self._told.add((event, *of))
             await self._ledger.note(event, facts)
+
+
+def _exhausted(limit: _Limit) -> str | None:
+    """Return in words that nothing is left of a budget, if so."""
+    found = next((one for one in shares(limit.budget, limit.spent) if one.is_exhausted), None)
+    if found is None:
+        return None
+    return f"the {limit.scope}'s budget is used up, {found.describe()}: {_REMEDIES[limit.scope]}"

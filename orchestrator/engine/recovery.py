@@ -142,10 +142,9 @@ async def _rescue(ledger: Ledger, shop: Workshop, clock: Clock, worktree: Worktr
     if document.status is TaskStatus.RUNNING and document.attempt == attempt:
         branch = worktree.branch if await shop.git.has_branch(worktree.branch) else None
         said = await _said(shop, attempt, worktree.task)
-        others = [one for one in document.attempts if one.number != attempt.number]
         of = (shop.tools.logs, worktree.task, attempt.number, attempt.started, clock.now())
         ended = await anyio.to_thread.run_sync(last_sign, *of)
-        told = {**shop.accounting.recorded(said, others), "ended": ended}
+        told = {**shop.accounting.recorded(said, document.attempts), "ended": ended}
         await _return(ledger, clock, worktree.task, branch, is_kept=not is_saved, told=told)
     return is_saved
 

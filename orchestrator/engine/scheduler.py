@@ -41,7 +41,6 @@ LAST_TRIES, LAST_PAUSE = 3, 1.0
 #: How long nothing starts after the machine had not enough of something.
 STARVED = Backoff(initial=5.0, factor=2.0, max=300.0, jitter=False)
 
-_LANDED = frozenset({TaskStatus.LANDED})
 #: What a task has that did not fit onto the target as the target is now.
 _STALE = frozenset({FailureClass.CONFLICT, FailureClass.CHECKS_FAILED})
 
@@ -116,7 +115,8 @@ class Scheduler:
             listening.start_soon(self._obey_all)
             listening.start_soon(self._monitor.watch)
             async with anyio.create_task_group() as group:
-                group.start_soon(self._forget_homes, [one for one, is_at in statuses.items() if is_at in _LANDED])
+                landed = [task for task, status in statuses.items() if status is TaskStatus.LANDED]
+                group.start_soon(self._forget_homes, landed)
                 await self._tick(group)
                 while not self._idle():
                     await self._pause()
