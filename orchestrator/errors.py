@@ -136,6 +136,16 @@ class LeaseLost(StateError):
         super().__init__(f"{subject} is at epoch {current}, not {held}: another process took over")
 
 
+class Fenced(LeaseLost):
+    """This process was taken for gone, and another has taken over all that it was at."""
+
+    def __init__(self, run: str, orchestrator: str, why: str) -> None:
+        self.what = f"this process ({orchestrator}) has lost its part in run {run}: {why}"
+        self.remedy = "what it was at goes on elsewhere; `council work` joins the run again"
+        super().__init__(f"orchestrator {orchestrator}", 1, None)
+        self.args = (f"{self.what}: {self.remedy}",)
+
+
 class StoreUnavailable(CouncilError):
     """The store can't be read or written now; nothing that was acknowledged is lost."""
 

@@ -16,6 +16,7 @@ FAILPOINTS: Final = frozenset(
     {
         "run.seeded",  # the run and its tasks are in the store
         "run.claimed",  # this process is the run's owner, under a new epoch
+        "claims.swept",  # the claims of an orchestrator that is gone are this one's, nothing of its work is saved
         "run.finished",  # the run's end is in the store
         "run.removed",  # the documents of an old run are deleted
         "run.seized",  # this process is the run's owner, to restore a checkpoint

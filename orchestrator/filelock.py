@@ -228,7 +228,7 @@ def _sign(fd: int) -> None:
     pid = os.getpid()
     # The signature only serves messages: a full disk, or no descriptor to spare, must not keep anyone from locking.
     with suppress(OSError):
-        record = {"pid": pid, "started": _start_ticks(pid), "since": time.time()}
+        record = {"pid": pid, "started": start_ticks(pid), "since": time.time()}
         os.ftruncate(fd, 0)
         os.pwrite(fd, json.dumps(record).encode(), 0)
 
@@ -248,7 +248,7 @@ def _describe_holder(path: Path) -> tuple[str, bool]:
 
 def _is_alive(pid: int, started: int | None) -> bool:
     if started is not None:
-        return _start_ticks(pid) == started
+        return start_ticks(pid) == started
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -258,7 +258,7 @@ def _is_alive(pid: int, started: int | None) -> bool:
     return True
 
 
-def _start_ticks(pid: int) -> int | None:
+def start_ticks(pid: int) -> int | None:
     """When the process started, in the kernel's ticks since boot; None for a zombie or without /proc."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()

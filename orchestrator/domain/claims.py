@@ -1,0 +1,178 @@
+"""Claims: which of several orchestrators may work on a task, and from when on another may take it over.
+
+A claim is a lease on a task of a run. It names the orchestrator that has it and carries an epoch, which rises with each
+change of hands: whatever an earlier holder still wants to write is refused by it (a fencing token; see Kleppmann, "How
+to do distributed locking", 2016). An orchestrator gives signs of life for all of its claims at once, by its own record.
+When a claim may be taken over is a matter of efficiency; that only one holder's writes count is a matter of its epoch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Role(StrEnum):
+    """What an orchestrator may do about the claims of others."""
+
+    COORDINATOR = "coordinator"  #: override those of orchestrators that are none
+    WORKER = "worker"  #: wait for them
+
+
+class Release(StrEnum):
+    """Why a claim was given back."""
+
+    COMPLETE = "complete"  #: the task has landed, or nothing was to be done
+    ABANDONED = "abandoned"  #: another attempt may follow, by whoever claims the task
+    FAILED = "failed"  #: the task is over without having landed
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+
+
+class Owner(_Document):
+    """An orchestrator: a process at work in a run, and by what it is told from any other."""
+
+    id: str
+    """Its name among those of the run."""
+    host: str
+    boot: str
+    """Which start of the machine it is of."""
+    pid: int
+    started: int | None
+    """When the process started, in the kernel's ticks since the machine did; None where that is not known."""
+    role: Role = Role.WORKER
+
+
+class Counters(_Document):
+    """What became of an orchestrator's claims."""
+
+    claims: int = 0
+    """Tasks that it took."""
+    conflicts: int = 0
+    """Those that another was quicker to take, or had already."""
+    renewals: int = 0
+    """Signs of life."""
+    takeovers: int = 0
+    """Tasks that it took from an orchestrator that was gone, or that it overrode."""
+    retries: int = 0
+    """Of its claims, those that were not the first of their task."""
+    sweeps: int = 0
+    """Looks for orchestrators that were gone."""
+    refused: int = 0
+    """Its own writes that were refused because somebody else had taken over."""
+
+    def plus(self, **more: int) -> Counters:
+        """Return them with more of some."""
+        return self.model_copy(update={name: getattr(self, name) + count for name, count in more.items()})
+
+
+class Orchestrator(_Document):
+    """The record of one: the lease that all of its claims hang on. Times are wall-clock seconds."""
+
+    owner: Owner
+    epoch: int
+    since: float
+    heartbeat: float
+    """Its last sign of life."""
+    expires: float
+    """From when on others may take over, unless it gives another."""
+    ended: float | None = None
+    reason: str | None = None
+    """Why it ended, where that was not of its own doing."""
+    counters: Counters = Counters()
+
+
+class Claim(_Document):
+    """The claim on one task. Times are wall-clock seconds."""
+
+    owner: Owner
+    epoch: int
+    since: float
+    retries: int = 0
+    """How many claims of the task came before this one since a person last had it tried again."""
+    released: Release | None = None
+    reason: str | None = None
+    """Why it was released or taken over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """When signs of life are given and missed, in seconds."""
+
+    heartbeat: float = 60.0
+    stale: float = 300.0
+    """Without a sign of life, an orchestrator of another machine is gone."""
+    owner_stale: float = 600.0
+    """The same for one of this machine, of which it can't be proven that it is dead."""
+    sweep: float = 90.0
+    """From one look for such to the next."""
+    max_retries: int = 3
+    """How often a task is tried again."""
+
+
+class Standing(StrEnum):
+    """How an orchestrator stands in the eyes of another."""
+
+    ENDED = "ended"  #: it said so, or was told to have
+    ALIVE = "alive"
+    STALE = "stale"  #: it has given no sign of life for too long
+    DEAD = "dead"  #: its process is known to have ended
+
+
+#: How many heartbeats long a missing sign of life must have been watched for: a machine that slept has not looked.
+WATCHED = 1.5
+
+
+def standing(
+    one: Orchestrator, now: float, watched: float, timing: Timing, *, is_here: bool, is_dead: bool
+) -> Standing:
+    """Return how an orchestrator stands at `now` (wall-clock seconds).
+
+    `watched` is for how many seconds of its own uninterrupted time whoever asks has seen no other sign of life.
+    `is_here` says that it is of this machine, `is_dead` that its process is proven to have ended.
+    """
+    if one.ended is not None:
+        return Standing.ENDED
+    if is_dead:
+        return Standing.DEAD
+    silence = now - one.heartbeat
+    limit = timing.owner_stale if is_here else timing.stale
+    if silence > limit and watched >= min(WATCHED * timing.heartbeat, limit):
+        return Standing.STALE
+    return Standing.ALIVE
+
+
+def may_take(claim: Claim | None, me: Owner, holder: Standing | None, *, override: bool = False) -> bool:
+    """Whether an orchestrator may take a task; `holder` is how the claim's owner stands, None where that is not known.
+
+    First come, first served among equals. With `override` a coordinator takes it from one that is none.
+    """
+    if claim is None or claim.released is not None:
+        return True
+    if holder not in {Standing.ALIVE, None}:
+        return True
+    return override and me.role is Role.COORDINATOR and claim.owner.role is not Role.COORDINATOR
+
+
+class Verdict(StrEnum):
+    """Whether a task should be tried now."""
+
+    TRY = "try"
+    IGNORED = "ignored"  #: a person said so
+    TRIED_OUT = "tried_out"  #: it was tried as often as it may be
+    CLAIMED = "claimed"  #: somebody who lives is at it
+
+
+def should_try(claim: Claim | None, holder: Standing | None, timing: Timing, *, ignored: str | None) -> Verdict:
+    """Return whether a task should be tried, in the order in which that is asked."""
+    if ignored is not None:
+        return Verdict.IGNORED
+    if claim is None:
+        return Verdict.TRY
+    if claim.released is None and holder in {Standing.ALIVE, None}:
+        return Verdict.CLAIMED
+    return Verdict.TRIED_OUT if claim.retries >= timing.max_retries else Verdict.TRY

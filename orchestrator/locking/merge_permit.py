@@ -1,0 +1,143 @@
+"""The merge permit: the right to land on one branch of one repository, held by one orchestrator at a time.
+
+A lease in the store, so that it holds between machines, given in the order of asking. It is for order and carries an
+epoch, under which alone a landing can be intended; that a landing is no other's is proven by the lease of its push.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import anyio
+from pydantic import BaseModel, ConfigDict
+
+from orchestrator.clock import Clock
+from orchestrator.domain.claims import Standing
+from orchestrator.errors import VersionConflict
+from orchestrator.locking.orchestrators import Orchestrators
+from orchestrator.protocols import Commit, Document, Guard, Key, Store, Write
+
+#: Seconds between two looks whether it is this one's turn.
+_PAUSE = 0.05
+
+
+class _Party(BaseModel):
+    """An orchestrator that has the permit or waits for it, since when (wall-clock seconds)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+
+    id: str
+    host: str
+    pid: int
+    run: str
+    since: float
+
+
+class MergeLease(BaseModel):
+    """Who may land, and who is next."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+
+    epoch: int = 0
+    holder: _Party | None = None
+    waiting: tuple[_Party, ...] = ()
+    """In the order of their turns."""
+    repository: str
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
+class MergePermit:
+    """The right to land on a branch, as long as its guard holds; made by `MergePermits.hold` alone."""
+
+    scope: str
+    guard: Guard
+
+
+def scope_of(repository: str, target: str) -> str:
+    """Return what stands for a branch of a repository (its path or URL) in names: 16 hexadecimal digits."""
+    return hashlib.sha256(f"{repository}\0{target}".encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def permit_key(scope: str) -> Key:
+    """Return the key of the lease on landing on a branch."""
+    return Key("lease", f"merge/{scope}")
+
+
+class MergePermits:
+    """The turns of one orchestrator to land on one branch."""
+
+    def __init__(self, store: Store, clock: Clock, orchestrators: Orchestrators, repository: str, target: str) -> None:
+        self._store, self._clock, self._others = store, clock, orchestrators
+        self._blank = MergeLease(repository=repository, target=target)
+        self.scope = scope_of(repository, target)
+        self._key = permit_key(self.scope)
+
+    @asynccontextmanager
+    async def hold(self) -> AsyncIterator[MergePermit]:
+        """Wait for the turn, and have the permit for the body. LeaseLost where this orchestrator is taken for gone."""
+        try:
+            guard = await self._take()
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._leave(0)
+            raise
+        try:
+            yield MergePermit(self.scope, guard)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._leave(guard.epoch)
+
+    async def _take(self) -> Guard:
+        while True:
+            document, lease = await self._read()
+            is_free = lease.holder is None or await self._is_gone(lease.holder)
+            while lease.waiting and lease.waiting[0].id != self._others.me.id and await self._is_gone(lease.waiting[0]):
+                lease = lease.model_copy(update={"waiting": lease.waiting[1:]})
+            is_first = not lease.waiting or lease.waiting[0].id == self._others.me.id
+            if is_free and is_first:
+                rest = tuple(one for one in lease.waiting if one.id != self._others.me.id)
+                taken = lease.model_copy(update={"epoch": lease.epoch + 1, "holder": self._party(), "waiting": rest})
+                if await self._write(document, taken):
+                    return Guard(self._key, taken.epoch)
+            elif all(one.id != self._others.me.id for one in lease.waiting):
+                await self._write(document, lease.model_copy(update={"waiting": (*lease.waiting, self._party())}))
+            else:
+                await self._clock.wait(anyio.Event(), self._clock.monotonic() + _PAUSE)
+
+    async def _leave(self, epoch: int) -> None:
+        """Give the permit back, or the place among those that wait for it."""
+        while True:
+            document, lease = await self._read()
+            changes: dict[str, object] = {}
+            if lease.holder is not None and lease.holder.id == self._others.me.id and lease.epoch == epoch:
+                changes |= {"epoch": lease.epoch + 1, "holder": None}
+            if any(one.id == self._others.me.id for one in lease.waiting):
+                changes["waiting"] = tuple(one for one in lease.waiting if one.id != self._others.me.id)
+            if not changes or await self._write(document, lease.model_copy(update=changes), is_guarded=False):
+                return
+
+    def _party(self) -> _Party:
+        me = self._others.me
+        return _Party(id=me.id, host=me.host, pid=me.pid, run=self._others.run, since=self._clock.now())
+
+    async def _is_gone(self, party: _Party) -> bool:
+        return (
+            party.id == self._others.me.id or await self._others.standing_of(party.id, party.run) is not Standing.ALIVE
+        )
+
+    async def _read(self) -> tuple[Document | None, MergeLease]:
+        document = await self._store.get(self._key)
+        return document, self._blank if document is None else MergeLease.model_validate(document.value)
+
+    async def _write(self, document: Document | None, lease: MergeLease, *, is_guarded: bool = True) -> bool:
+        write = Write(self._key, 0 if document is None else document.version, lease.model_dump(mode="json"))
+        try:
+            guards = [self._others.guard] if is_guarded else []
+            await self._store.commit(Commit([write], guards=guards, durable=False))
+        except VersionConflict:
+            return False
+        return True
