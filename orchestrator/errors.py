@@ -136,6 +136,15 @@ class LeaseLost(StateError):
         super().__init__(f"{subject} is at epoch {current}, not {held}: another process took over")
 
 
+class ClaimLost(LeaseLost):
+    """Another orchestrator has the claim on a task now; this one's work on it does not count any more."""
+
+    def __init__(self, task: str, held: int, current: int, by: str) -> None:
+        """`by` is the name of the orchestrator that has it."""
+        self.task, self.by = task, by
+        super().__init__(f"the claim on task {task!r}, which {by} has taken over,", held, current)
+
+
 class Fenced(LeaseLost):
     """This process was taken for gone, and another has taken over all that it was at."""
 
