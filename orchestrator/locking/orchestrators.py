@@ -11,22 +11,13 @@ import os
 import secrets
 import socket
 from collections.abc import Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-import anyio.to_thread
 
 from orchestrator.clock import Clock
 from orchestrator.domain.claims import Counters, Orchestrator, Owner, Role, Standing, Timing, standing
 from orchestrator.errors import Fenced, VersionConflict
-from orchestrator.filelock import FileLock, HeldLock, start_ticks
+from orchestrator.filelock import start_ticks
 from orchestrator.protocols import Commit, Document, Guard, Key, Store, Write
 from orchestrator.state.boot import boot_id
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
 
 _KIND = "orchestrator"
 
@@ -55,31 +46,6 @@ async def read_orchestrators(store: Store, run: str) -> dict[str, Orchestrator]:
     return {one.key.id.partition("/")[2]: Orchestrator.model_validate(one.value) for one in found if not one.damaged}
 
 
-@dataclass(frozen=True, slots=True)
-class LifeLocks:
-    """The locks in a folder that orchestrators of this machine hold while they, or git commands of theirs, live."""
-
-    folder: Path
-
-    def lock(self, orchestrator: str) -> FileLock:
-        """Return the lock of one."""
-        return FileLock(self.folder / f"orchestrator-{orchestrator}")
-
-    @asynccontextmanager
-    async def held(self, orchestrator: str) -> AsyncIterator[HeldLock]:
-        """Hold the lock of this process for the body."""
-        async with self.lock(orchestrator).hold(0) as held:
-            yield held
-
-    async def is_dead(self, owner: Owner) -> bool:
-        """Whether it is proven that a process of this machine has ended, and all its git commands have."""
-        lock = self.lock(owner.id)
-        # Its lock may lie on another machine, which may have the same name.
-        if not await anyio.Path(lock.path).exists():
-            return False
-        return not await lock.is_held()
-
-
 class Orchestrators:
     """Those of one run, as one of them, `me`, sees them."""
 
@@ -90,9 +56,9 @@ class Orchestrators:
         run: str,
         me: Owner,
         timing: Timing,
-        is_dead: Callable[[Owner], Awaitable[bool]],
+        is_dead: Callable[[str, Owner], Awaitable[bool]],
     ) -> None:
-        """Take a run; `is_dead` tells whether a process is proven to have ended."""
+        """Take a run; `is_dead` tells whether a process is proven to have ended, by its run and itself."""
         self.run, self.me, self.timing = run, me, timing
         self.counters = Counters()
         self.guard = Guard(orchestrator_key(run, me.id), 1)
@@ -177,7 +143,7 @@ class Orchestrators:
             return Standing.ALIVE if one.ended is None else Standing.ENDED
         is_here = (one.owner.host, one.owner.boot) == (self.me.host, self.me.boot)
         # Nothing of a process outlives the machine's start; whose host has the same name is told by its lock.
-        is_dead = one.ended is None and one.owner.host == self.me.host and await self._is_dead(one.owner)
+        is_dead = one.ended is None and one.owner.host == self.me.host and await self._is_dead(run or self.run, one.owner)
         now, watched = self._clock.now(), self._watched(run or self.run, one)
         return standing(one, now, watched, self.timing, is_here=is_here, is_dead=is_dead)
 

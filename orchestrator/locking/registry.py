@@ -32,7 +32,7 @@ _TRIES: Final = 50
 
 def scope_of(repository: str, target: str) -> str:
     """Return the name of what is owned in: the paths of one target branch of the repository at one place."""
-    return hashlib.sha256(f"{repository}\0{target}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{repository}\0{target}".encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def claim_key(session: SessionName) -> Key:
