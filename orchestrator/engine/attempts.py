@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -11,15 +13,18 @@ import anyio
 from orchestrator.clock import Clock
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.failures import FailureClass, Policy, policy_of
+from orchestrator.domain.holdings import HeldBy as OwnedBy
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import AdapterDocument, Attempt, TaskDocument
 from orchestrator.domain.outcome import Built, Exhausted, Failed, Interrupted, Limits
 from orchestrator.domain.retry import park_until, retry_delay
+from orchestrator.domain.sessions import SessionName
 from orchestrator.engine.budgets import Budgets, Reached
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.workshop import Workshop
+from orchestrator.errors import ClaimLost
 from orchestrator.failpoints import failpoint
-from orchestrator.protocols import Capability, JsonObject
+from orchestrator.protocols import Capability, Guard, JsonObject, Write
 from orchestrator.repo.pool import Pool
 from orchestrator.repo.worktrees import Worktree
 from orchestrator.sessions.output import log_file
@@ -69,7 +74,12 @@ class Starved:
     reason: str
 
 
-After = ToLand | Over | Again | Parked | Closed | Starved
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """Another orchestrator has the task, or paths that it is to own: where it is now is in the ledger."""
+
+
+After = ToLand | Over | Again | Parked | Closed | Starved | Elsewhere
 
 
 @dataclass(slots=True)
@@ -83,6 +93,12 @@ class Work:
     cancelled: bool = field(default=False, init=False)
     is_spent: bool = field(default=False, init=False)
     """Whether the task's budget is used up, so that no other attempt follows."""
+
+    @property
+    def name(self) -> SessionName:
+        """What its session is called."""
+        worktree = self.session.assignment.worktree
+        return SessionName(worktree.run, worktree.task, worktree.attempt)
 
     def exhaust(self, found: Reached) -> None:
         """End it because a budget is used up."""
@@ -143,13 +159,21 @@ class Attempts:
         )
         attempts = (*self.ledger.task(work.task).attempts, attempt)
         details = {"base": what.base, "adapter": work.adapter}
-        await self.ledger.change(work.task, Trigger.START, details, attempts=attempts, current=None)
+        taken = await self.ledger.start(work.task, details, partial(self._paths, work), attempts=attempts, current=None)
+        if taken is not None:
+            return Elsewhere()
         failpoint("attempt.recorded")
         number, log = attempt.number, log_file(self.shop.tools.logs, work.task, attempt.number, "stdout")
         async with self.budgets.watched(work.task, number, work.spec, what.adapter, log, work.exhaust):
             finished = await work.session.run()
         finished = self._by_budget(work, finished)
-        after = await self._record(work, finished)
+        try:
+            after = await self._record(work, finished)
+        except ClaimLost as lost:
+            facts = {"task": work.task, "attempt": number, "by": lost.by, "branch": finished.branch}
+            await self.ledger.note("task.claim_lost", facts)
+            await work.session.release(saved=finished.collected)
+            return Elsewhere()
         await self.budgets.count(work.task, work.spec, self.ledger.task(work.task).attempts[number - 1])
         for ref in finished.salvaged:
             await self.ledger.note("task.salvaged", {"task": work.task, "branch": ref})
@@ -161,6 +185,13 @@ class Attempts:
             await self.ledger.note("task.worktree_kept", kept)
         await work.session.release(saved=finished.collected)
         return after
+
+    async def _paths(self, work: Work, claim: Guard) -> Sequence[Write] | OwnedBy:
+        """Return what it takes to own a task's paths under a claim that is about to be taken."""
+        if not work.spec.owns:
+            return []
+        orchestrator = self.ledger.orchestrators.me.id
+        return await self.shop.registry.plan(work.name, work.spec.owns, orchestrator=orchestrator, claim=claim)
 
     def _by_budget(self, work: Work, finished: Finished) -> Finished:
         """Return the end of a session; one that stopped itself at a limit of ours is that limit's."""

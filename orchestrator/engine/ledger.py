@@ -265,6 +265,8 @@ class Change(NamedTuple):
 
     task: str | None = None
     """Where a task is now is in the ledger."""
+    before: TaskDocument | None = None
+    """Where it was."""
     retry_in: float | None = None
     """After how many seconds it may be tried again, where it waits for that."""
     adapter: tuple[str, AdapterDocument] | None = None
@@ -272,6 +274,8 @@ class Change(NamedTuple):
     request: Request | None = None
     is_lost: bool = False
     """Whether the task had been claimed by this orchestrator."""
+    halted: str | None = None
+    """Why the run was stopped before its end."""
 
 
 class Ledger:
@@ -381,6 +385,7 @@ class Ledger:
             return False
         with suppress(VersionConflict):  # another was quicker
             await self._lead([], {})
+            self.orchestrators.promote()
         return self.coordinates.is_set()
 
     def task(self, task: str) -> TaskDocument:
@@ -399,14 +404,16 @@ class Ledger:
         """Move a task along its lifecycle and record it, with an event that carries `details`."""
         await self.change_all(trigger, {task: Update(details or {}, changes)})
 
-    async def change_all(self, trigger: Trigger, updates: Mapping[str, Update]) -> None:
-        """Move tasks along their lifecycles and record it as `change` does, all of them or none.
+    async def change_all(self, trigger: Trigger, updates: Mapping[str, Update], permits: Sequence[Guard] = ()) -> None:
+        """Move tasks along their lifecycles and record it as `change` does, all of them or none; `permits` must hold.
 
         ClaimLost where another has taken one of them over.
         """
         writes, events, moved = [], [], {}
-        guards: list[Guard] = []
+        guards: list[Guard] = list(permits)
         for task, update in updates.items():
+            if self.is_elsewhere(task):
+                await self._tell_lost([task])
             moved[task] = after = self._after(task, trigger, update)
             events.append(self._task_event(task, trigger, after, update))
             writes.append(Write(task_key(self.run.id, task), self._versions[task], after.model_dump(mode="json")))
@@ -415,6 +422,9 @@ class Ledger:
                 if after.status not in CLAIMED:
                     counts = trigger in {Trigger.RETRY, Trigger.BOUNCE}
                     writes.append(self.claims.ending(task, _RELEASES[after.status], after.reason, counts=counts))
+        if trigger is Trigger.REVIVE and self.claims is not None:
+            for task in updates:
+                writes += await self.claims.afresh(task)
         self._under_way.update(updates)
         try:
             await self._commit(Commit(writes, events, [*self._guards, *guards]))
@@ -447,7 +457,7 @@ class Ledger:
                 self.orchestrators.count(conflicts=1)
                 await self.refresh(task)
                 return taking
-            more = await also(taking.guard if taking is not None else self._guards[-1])
+            more = [] if taking is None else await also(taking.guard)
             if isinstance(more, OwnedBy):
                 return more
             after = self._after(task, Trigger.START, update)
@@ -510,11 +520,13 @@ class Ledger:
         self.orchestrators.count(refused=1)
         if (fenced := await self.orchestrators.fenced()) is not None:
             raise fenced
+        if self.claims is None:
+            return
         for task in tasks:
-            guard = None if self.claims is None else self.claims.guard(task)
-            claim = None if self.claims is None or guard is None else await self.claims.read(task)
-            if claim is not None and guard is not None and claim.epoch != guard.epoch:
-                raise ClaimLost(task, guard.epoch, claim.epoch, claim.owner.id)
+            guard, claim = self.claims.guard(task), await self.claims.read(task)
+            if claim is not None and (guard is None or claim.epoch != guard.epoch):
+                self.claims.released(task)
+                raise ClaimLost(task, 0 if guard is None else guard.epoch, claim.epoch, claim.owner.id)
 
     async def note(self, event: str, details: JsonObject) -> None:
         """Record something that happened to the run and changes no document."""
@@ -550,20 +562,25 @@ class Ledger:
         while True:
             position = await self._store.position()
             for task in self.run.tasks:
+                before = self._tasks[task]
                 if task not in self._under_way and await self.refresh(task):
-                    yield Change(task)
+                    yield Change(task, before)
             for request in await self.requests():
                 yield Change(request=request)
             with suppress(HistoryGone):  # who was stopped for long looks anew
                 async for record in self._store.watch(position):
                     for key, (version, value) in record.documents.items():
-                        if value is not None and key.id.startswith(f"{self.run.id}/"):
+                        if value is not None and f"{key.id}/".startswith(f"{self.run.id}/"):
                             for change in self._seen(record, key, version, value):
                                 yield change
 
     def _seen(self, record: Record, key: Key, version: int, value: JsonObject) -> Iterable[Change]:
         name = key.id.partition("/")[2]
-        if key.kind == "request":
+        if key == run_key(self.run.id):
+            self.run = RunDocument.model_validate(value)
+            if self.run.halted is not None:
+                yield Change(halted=self.run.halted)
+        elif key.kind == "request":
             yield Change(request=Request.model_validate(value))
         elif key.kind == "adapter":
             yield Change(adapter=(name, AdapterDocument.model_validate(value)))
@@ -571,9 +588,10 @@ class Ledger:
             is_lost = self.claims is not None and name in self.claims
             if is_lost and self.claims is not None:
                 self.claims.released(name)
+            before = self._tasks[name]
             self._take_in(name, version, TaskDocument.model_validate(value))
             delays = [one.data.get("retry_in") for one in record.events if one.data.get("task") == name]
-            yield Change(name, next(filter(None, delays), None), is_lost=is_lost)
+            yield Change(name, before, next(filter(None, delays), None), is_lost=is_lost)
 
     async def answer(self, request: Request) -> None:
         """Record that a request was dealt with."""

@@ -25,9 +25,10 @@ from orchestrator.engine.ledger import Ledger, Update
 from orchestrator.engine.workshop import Workshop
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.failpoints import failpoint
+from orchestrator.locking.merge_permit import MergePermit, MergePermits
 from orchestrator.protocols import JsonObject
 from orchestrator.repo.hub import internal_ref, work_branch
-from orchestrator.repo.landing import AlreadyThere, Conflict, Deferred, Landed, Merge, MergePermit, Stale, joined
+from orchestrator.repo.landing import AlreadyThere, Conflict, Deferred, Landed, Merge, Stale, joined
 from orchestrator.repo.pool import Pool
 from orchestrator.sessions.checks import Checks, Passed, Unchecked
 from orchestrator.sessions.shell import CommandFailed
@@ -59,8 +60,17 @@ class Rejection:
 class MergeQueue:
     """Lands the queued tasks of one run, in their order."""
 
-    def __init__(self, ledger: Ledger, shop: Workshop, pool: Pool, clock: Clock, cancelled: Collection[str]) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        shop: Workshop,
+        pool: Pool,
+        clock: Clock,
+        permits: MergePermits,
+        cancelled: Collection[str],
+    ) -> None:
         """Take a run and what it works with; `cancelled` are the tasks that somebody does not want any more."""
+        self._permits = permits
         self.ledger, self.clock, self._shop, self._pool = ledger, clock, shop, pool
         self.target, self.git = shop.target, shop.git
         self.is_moving = False
@@ -108,7 +118,7 @@ class MergeQueue:
             permit = None
             # Whoever has the turn may be at their checks, for as long as those take.
             with self._turn:
-                permit = await stack.enter_async_context(self.target.permit())
+                permit = await stack.enter_async_context(self._permits.hold())
             if permit is None or not self.waiting:
                 return []
             try:
@@ -245,7 +255,7 @@ class MergeQueue:
         intended = {
             task: Update({"old": merge.old, "new": merge.new}, {"intent": intent}) for task, merge in merges.items()
         }
-        await self.ledger.change_all(Trigger.INTEND, intended)
+        await self.ledger.change_all(Trigger.INTEND, intended, [permit.guard])
         failpoint("landing.intended")
         self.is_moving = True
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from orchestrator.domain.secrets import Redactor, secret_values
 from orchestrator.engine.accounting import Accounting
 from orchestrator.engine.leases import PortLeases
 from orchestrator.engine.worktree_sources import provisions_of
+from orchestrator.locking.registry import Registry, scope_of
 from orchestrator.project import Project
 from orchestrator.protocols import Adapter, Commit, Event, JsonObject, McpServer, Store
 from orchestrator.repo.checkout import LocalRepository
@@ -52,6 +53,8 @@ class Workshop:
     tools: SessionTools
     worktrees: WorktreesConfig
     accounting: Accounting
+    registry: Registry
+    """Who owns which paths of the target."""
     mcp_servers: tuple[McpServer, ...] = ()
 
     def pool(self, *, sessions: int) -> AbstractAsyncContextManager[Pool]:
@@ -107,16 +110,16 @@ async def open_workshop(
     *,
     store: Store,
     store_url: str,
-    lock_fd: int,
+    lock_fds: Sequence[int],
     environ: Mapping[str, str],
     clock: Clock,
 ) -> Workshop:
-    """Open what a run works with; every git command of its holds `lock_fd` until it has ended.
+    """Open what a run works with; every git command of its holds `lock_fds` until it has ended.
 
     RefusedError where the repository is gone, or where this machine has no such sandbox.
     """
     site = await find_site(run.repo, is_url=run.is_url, environ=environ)
-    git = Git(hub.trusted, keep_fds=(lock_fd,), environ=environ)
+    git = Git(hub.trusted, keep_fds=tuple(lock_fds), environ=environ)
     source = site.source(git)
     ref = internal_ref(run.id, "target")
     target = Target(hub, git, source, site.repository, branch=run.target, start=run.start, ref=ref)
@@ -146,4 +149,18 @@ async def open_workshop(
     tools = SessionTools(git, fencing, redactor, logs, environ, clock, equipment)
     accounting = Accounting(known_prices() | {name: Price.model_validate(one) for name, one in run.prices.items()})
     servers = tuple(McpServerConfig.model_validate(one).named(name) for name, one in run.mcp_servers.items())
-    return Workshop(hub, git, source, site.repository, target, configs, adapters, tools, worktrees, accounting, servers)
+    registry = Registry(store, clock, scope_of(source.location, run.target))
+    return Workshop(
+        hub,
+        git,
+        source,
+        site.repository,
+        target,
+        configs,
+        adapters,
+        tools,
+        worktrees,
+        accounting,
+        registry,
+        servers,
+    )

@@ -154,6 +154,13 @@ class Claims:
         finally:
             self.released(task)
 
+    async def afresh(self, task: str) -> list[Write]:
+        """Return what a commit must also write so that a task which is nobody's has all of its retries before it."""
+        found = await self._store.get(claim_key(self._others.run, task))
+        if found is None or not found.value["retries"]:
+            return []
+        return [Write(found.key, found.version, {**found.value, "epoch": found.version + 1, "retries": 0})]
+
     async def _epoch(self, task: str) -> int | None:
         claim = await self.read(task)
         return None if claim is None else claim.epoch

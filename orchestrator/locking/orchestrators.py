@@ -69,6 +69,10 @@ class Orchestrators:
         self._seen: dict[tuple[str, str], tuple[float, float]] = {}
         """By run and name: the last heartbeat that was seen, and since when (monotonic seconds)."""
 
+    def promote(self) -> None:
+        """This orchestrator has become the coordinator of its run."""
+        self.me = self.me.model_copy(update={"role": Role.COORDINATOR})
+
     def count(self, **more: int) -> None:
         """Count what became of claims; it is recorded with the next sign of life."""
         self.counters = self.counters.plus(**more)
@@ -142,9 +146,10 @@ class Orchestrators:
         if one.owner.id == self.me.id:
             return Standing.ALIVE if one.ended is None else Standing.ENDED
         is_here = (one.owner.host, one.owner.boot) == (self.me.host, self.me.boot)
+        run = run or self.run
         # Nothing of a process outlives the machine's start; whose host has the same name is told by its lock.
-        is_dead = one.ended is None and one.owner.host == self.me.host and await self._is_dead(run or self.run, one.owner)
-        now, watched = self._clock.now(), self._watched(run or self.run, one)
+        is_dead = one.ended is None and one.owner.host == self.me.host and await self._is_dead(run, one.owner)
+        now, watched = self._clock.now(), self._watched(run, one)
         return standing(one, now, watched, self.timing, is_here=is_here, is_dead=is_dead)
 
     def _watched(self, run: str, one: Orchestrator) -> float:
