@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from orchestrator.config.model import (
     used_adapters,
 )
 from orchestrator.config.store import MEMORY
+from orchestrator.domain.claims import Owner, Role
 from orchestrator.domain.dispatch import Board
 from orchestrator.domain.model import FINAL, Action, RunDocument
 from orchestrator.domain.secrets import Redactor, secret_values
@@ -28,14 +29,16 @@ from orchestrator.engine.ledger import Ledger, new_run_id, read_requests, read_r
 from orchestrator.engine.monitor import Monitor
 from orchestrator.engine.preflight import check_run
 from orchestrator.engine.recovery import recover
-from orchestrator.engine.report import RunReport, RunStatus
+from orchestrator.engine.report import RunRecord, RunReport, RunStatus
 from orchestrator.engine.requests import check_request, is_answered, obey, submit
 from orchestrator.engine.restoring import Restored, restore
 from orchestrator.engine.scheduler import Scheduler
 from orchestrator.engine.sinks import Outlet, feeding
 from orchestrator.engine.workshop import Workshop, open_workshop
-from orchestrator.errors import LockHeld, RefusedError
+from orchestrator.errors import LockHeld, RefusedError, StoreUnavailable
 from orchestrator.filelock import HeldLock
+from orchestrator.locking.merge_permit import MergePermits
+from orchestrator.locking.orchestrators import Orchestrators, this_process
 from orchestrator.plugins import Plugins
 from orchestrator.project import exclude_from_git
 from orchestrator.protocols import Guard
@@ -127,17 +130,49 @@ class Execution:
     ) -> RunReport:
         """See `Council.resume`."""
         document = await read_run(self._runs.store, run)
-        coordinate(CoordinationConfig.model_validate(document.coordination), self._runs.environ, coordination)
+        settings = self._settings(document, coordination)
         hub = await self._runs.hub(document)
-        redactor = Redactor(secret_values(self._runs.environ))
-        fed = feeding(self._runs.store, self._runs.clock, redactor, run, self._outlets(document))
-        views = Views(self._runs.store, self._runs.clock, self._runs.project)
-        kept = keeping(views, self._runs.store, self._runs.clock, run)
         try:
-            async with self._ownership(hub, run) as lock, kept, fed:
-                return await self._work(run, hub, lock.fd, budget)
+            async with self._ownership(hub, run) as lock, self._serving(document):
+                before = await self._runs.record(run)
+                if before.is_over and not await read_requests(self._runs.store, run):
+                    return self._runs.describe(before, None)
+                async with self._taken(document, hub, lock, settings) as (ledger, shop):
+                    if budget is not None:
+                        await ledger.allow(budget.model_dump(mode="json", exclude_none=True))
+                    return await self._work(before, ledger, shop)
         except LockHeld as held:
             raise _is_at_work(run, held) from None
+
+    async def work(self, run: str, coordination: CoordinationOverrides | None = None) -> RunReport:
+        """See `Council.work`."""
+        document = await read_run(self._runs.store, run)
+        settings = self._settings(document, coordination)
+        if not settings.enabled:
+            raise RefusedError(f"run {run} is not shared", "write `coordination: {enabled: true}` in its file")
+        hub = await self._runs.hub(document)
+        async with anyio.create_task_group() as group, self._joined(document, hub, settings) as (ledger, shop):
+            group.start_soon(self._serve_once_coordinating, document, ledger)
+            report = await self._work(await self._runs.record(run), ledger, shop)
+            group.cancel_scope.cancel()
+        return report
+
+    async def _serve_once_coordinating(self, run: RunDocument, ledger: Ledger) -> None:
+        await ledger.coordinates.wait()
+        async with self._serving(run):
+            await anyio.sleep_forever()
+
+    @asynccontextmanager
+    async def _serving(self, run: RunDocument) -> AsyncIterator[None]:
+        """Feed a run's sinks and trackers, and keep the views, beside the body."""
+        redactor = Redactor(secret_values(self._runs.environ))
+        fed = feeding(self._runs.store, self._runs.clock, redactor, run.id, self._outlets(run))
+        views = Views(self._runs.store, self._runs.clock, self._runs.project)
+        async with keeping(views, self._runs.store, self._runs.clock, run.id), fed:
+            yield
+
+    def _settings(self, run: RunDocument, coordination: CoordinationOverrides | None) -> CoordinationConfig:
+        return coordinate(CoordinationConfig.model_validate(run.coordination), self._runs.environ, coordination)
 
     @asynccontextmanager
     async def _ownership(self, hub: Hub, run: str) -> AsyncIterator[HeldLock]:
@@ -152,19 +187,21 @@ class Execution:
                 held = await stack.enter_async_context(lock.hold(HANDOVER_LIMIT))
             yield held
 
-    async def _work(self, run: str, hub: Hub, lock_fd: int, budget: BudgetConfig | None) -> RunReport:
-        before = await self._runs.record(run)
-        if before.is_over and not await read_requests(self._runs.store, run):
-            return self._runs.describe(before, None)
-        ledger, shop = await self._take(before.run, hub, lock_fd)
-        if budget is not None:
-            await ledger.allow(budget.model_dump(mode="json", exclude_none=True))
+    async def _work(self, before: RunRecord, ledger: Ledger, shop: Workshop) -> RunReport:
+        runs, run = self._runs, before.run.id
         capacities = {name: one.capacity for name, one in shop.configs.items() if one.capacity is not None}
-        board = Board.of(before.entries, ledger.statuses(), capacities)
-        capacity = await Capacity.measure(ledger, self._runs.clock)
+        statuses = ledger.statuses()
+        board = Board.of(before.entries, statuses, capacities)
+        for task, status in statuses.items():
+            if ledger.is_elsewhere(task):
+                board.mirror(task, status, runs.clock.monotonic())
+        capacity = await Capacity.measure(ledger, runs.clock)
         async with shop.pool(sessions=min(before.run.capacity, len(before.run.tasks))) as pool:
-            monitor = Monitor(ledger, self._runs.store, self._runs.clock)
-            scheduler = Scheduler(ledger, shop, pool, board, capacity, monitor, self._runs.clock)
+            monitor = Monitor(ledger, runs.store, runs.clock)
+            permits = MergePermits(
+                runs.store, runs.clock, ledger.orchestrators, shop.source.location, before.run.target
+            )
+            scheduler = Scheduler(ledger, shop, pool, board, capacity, monitor, permits, runs.clock)
             await scheduler.remember(before.adapters)
             self._schedulers.add(scheduler)
             if self._stopping:
@@ -174,20 +211,62 @@ class Execution:
                     finished = await scheduler.run()
             finally:
                 self._schedulers.discard(scheduler)
-        if scheduler.halted is not None:
+        coordinates = ledger.coordinates.is_set()
+        if scheduler.halted is not None and coordinates:
             await ledger.halt(scheduler.halted)
-        elif not finished:
+        elif not finished and coordinates:
             await ledger.note("run.interrupted", {})
-        result = self._runs.describe(await self._runs.record(run), None if finished else RunStatus.INTERRUPTED)
-        if finished:
+        if not finished and not coordinates:
+            return await runs.status(run)
+        result = runs.describe(await runs.record(run), None if finished else RunStatus.INTERRUPTED)
+        if finished and coordinates:
             await ledger.finish(result.status)
         return result
 
-    async def _take(self, run: RunDocument, hub: Hub, lock_fd: int) -> tuple[Ledger, Workshop]:
-        """Become the run's owner, bring back what an earlier one left, and do what was asked of it."""
+    @asynccontextmanager
+    async def _taken(
+        self, run: RunDocument, hub: Hub, lock: HeldLock, settings: CoordinationConfig
+    ) -> AsyncIterator[tuple[Ledger, Workshop]]:
+        """Coordinate a run for the body: bring back what an earlier owner left, and do what was asked of it."""
+        me = this_process(Role.COORDINATOR)
+        async with hub.life_locks.of(run.id, me.id).hold(0) as life:
+            others = self._orchestrators(run, hub, me, settings)
+            shop = await self._open_workshop(run, hub, [lock.fd, life.fd])
+            facts = {"sandbox": str(shop.tools.fencing.kind)}
+            store, clock, redactor = self._runs.store, self._runs.clock, shop.tools.redactor
+            ledger = await Ledger.take(store, clock, redactor, others, facts, is_shared=settings.enabled)
+            async with _leaving(others):
+                for left_out in self._plugins.left_out:
+                    facts = {"plugin": left_out.plugin.name, "reason": str(left_out)}
+                    await ledger.note("plugin.left_out", facts)
+                await recover(ledger, shop, clock)
+                for request in await ledger.requests():
+                    await obey(ledger, request)
+                yield ledger, shop
+
+    @asynccontextmanager
+    async def _joined(
+        self, run: RunDocument, hub: Hub, settings: CoordinationConfig
+    ) -> AsyncIterator[tuple[Ledger, Workshop]]:
+        """Be at work in a run for the body, beside others."""
+        me = this_process(Role.COORDINATOR if settings.role == "coordinator" else Role.WORKER)
+        async with hub.life_locks.of(run.id, me.id).hold(0) as life:
+            others = self._orchestrators(run, hub, me, settings)
+            shop = await self._open_workshop(run, hub, [life.fd])
+            facts = {"sandbox": str(shop.tools.fencing.kind)}
+            store, clock = self._runs.store, self._runs.clock
+            ledger = await Ledger.join(store, clock, shop.tools.redactor, others, facts)
+            async with _leaving(others):
+                yield ledger, shop
+
+    def _orchestrators(self, run: RunDocument, hub: Hub, me: Owner, settings: CoordinationConfig) -> Orchestrators:
+        store, clock = self._runs.store, self._runs.clock
+        return Orchestrators(store, clock, run.id, me, settings.timing(), hub.life_locks.is_dead)
+
+    async def _open_workshop(self, run: RunDocument, hub: Hub, lock_fds: Sequence[int]) -> Workshop:
         runs, types = self._runs, self._plugins.adapters
         configs = restore_adapters(run.adapters, types, self._plugins.explain)
-        shop = await open_workshop(
+        return await open_workshop(
             run,
             hub,
             runs.project,
@@ -195,18 +274,10 @@ class Execution:
             make_adapters(configs, types),
             store=runs.store,
             store_url=runs.url,
-            lock_fd=lock_fd,
+            lock_fds=lock_fds,
             environ=runs.environ,
             clock=runs.clock,
         )
-        facts = {"sandbox": str(shop.tools.fencing.kind)}
-        ledger = await Ledger.take(runs.store, runs.clock, run.id, shop.tools.redactor, facts)
-        for left_out in self._plugins.left_out:
-            await ledger.note("plugin.left_out", {"plugin": left_out.plugin.name, "reason": str(left_out)})
-        await recover(ledger, shop, runs.clock)
-        for request in await ledger.requests():
-            await obey(ledger, request)
-        return ledger, shop
 
     async def ask(self, run: str, action: Action, tasks: Sequence[str]) -> None:
         """Have a live owner do it; where there is none, do it here, and `resume` goes on from there.
@@ -227,8 +298,11 @@ class Execution:
         hub = await runs.hub(record.run)
         while not await is_answered(runs.store, run, asked):
             try:
-                async with self._ownership(hub, run) as lock:
-                    ledger, shop = await self._take(record.run, hub, lock.fd)
+                settings = self._settings(record.run, None)
+                async with (
+                    self._ownership(hub, run) as lock,
+                    self._taken(record.run, hub, lock, settings) as (ledger, shop),
+                ):
                     statuses = ledger.statuses()
                     if record.run.ended is not None or Board.of(record.entries, statuses).is_over(statuses):
                         await ledger.finish(runs.describe(await runs.record(run), None).status)
@@ -262,7 +336,8 @@ class Execution:
                 for run in new:
                     await self._hold(stack, run, force=force)
                 for run in new:
-                    guards[run.id] = await seize(store, self._runs.clock, run.id)
+                    me = this_process(Role.COORDINATOR)
+                    guards[run.id] = await seize(store, self._runs.clock, run.id, me)
 
     async def _hold(self, stack: AsyncExitStack, run: RunDocument, *, force: bool) -> None:
         """Keep everybody else from beginning to work in a run; with `force`, somebody may be at work in it."""
@@ -271,6 +346,8 @@ class Execution:
             return
         try:
             await stack.enter_async_context(self._ownership(hub, run.id))
+            if (living := await hub.life_locks.held(run.id)) and not force:
+                raise await living[0].held_error()
         except LockHeld as held:
             if not force:
                 raise _is_at_work(run.id, held, or_else="take it over by --force") from None
@@ -280,6 +357,16 @@ class Execution:
         self._stopping = True
         for scheduler in self._schedulers:
             scheduler.stop()
+
+
+@asynccontextmanager
+async def _leaving(others: Orchestrators) -> AsyncIterator[None]:
+    """Say at the body's end, however it ends, that this orchestrator is at work no more."""
+    try:
+        yield
+    finally:
+        with anyio.CancelScope(shield=True), suppress(StoreUnavailable):
+            await others.leave()
 
 
 def _is_at_work(run: str, held: LockHeld, *, or_else: str = "") -> RefusedError:

@@ -53,6 +53,11 @@ class FileLock:
         """
         return await anyio.to_thread.run_sync(_is_held, self.path)
 
+    async def held_error(self) -> LockHeld:
+        """Return the error that names who holds the lock."""
+        holder, lives = await anyio.to_thread.run_sync(_describe_holder, self.path)
+        return LockHeld(self.path, holder, owner_lives=lives)
+
     @asynccontextmanager
     async def hold(self, timeout: float | None = None) -> AsyncIterator[HeldLock]:  # noqa: ASYNC109  (raises LockHeld)
         """Hold the lock for the body; `timeout` is how many seconds to wait for it, 0 only tries.
@@ -68,8 +73,7 @@ class FileLock:
                 releases.callback(queue.turn.release)
                 fd = await queue.lock(only_try=timeout == 0)
             if fd is None:
-                holder, lives = await anyio.to_thread.run_sync(_describe_holder, self.path)
-                raise LockHeld(self.path, holder, owner_lives=lives)
+                raise await self.held_error()
             releases.callback(_unlock, fd)
             yield HeldLock(self.path, fd)
 

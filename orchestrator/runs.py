@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from orchestrator.domain.model import RunDocument, TaskStatus
 from orchestrator.engine.ledger import read_adapters, read_entries, read_run, read_tasks, task_documents
 from orchestrator.engine.report import ReportPlaces, RunRecord, RunReport, RunStatus, report
 from orchestrator.errors import RefusedError
+from orchestrator.locking.orchestrators import read_orchestrators
 from orchestrator.project import Project
 from orchestrator.protocols import Store
 from orchestrator.repo.hub import Hub
@@ -87,7 +89,7 @@ class Runs:
         if record.run.ended is None:
             is_live = False
             try:
-                is_live = await (await self.hub(record.run)).run_lock(run).is_held()
+                is_live = await self._is_live(record.run)
             except RefusedError:
                 if not even_gone:
                     raise
@@ -106,7 +108,15 @@ class Runs:
     async def is_live(self, run: str) -> bool:
         """Whether a process is at work in a run."""
         document = await read_run(self.store, run)
-        return document.imported is None and await (await self.hub(document)).run_lock(run).is_held()
+        return document.imported is None and await self._is_live(document)
+
+    async def _is_live(self, run: RunDocument) -> bool:
+        hub = await self.hub(run)
+        if await hub.run_lock(run.id).is_held() or await hub.life_locks.held(run.id):
+            return True
+        others = (await read_orchestrators(self.store, run.id)).values()
+        here, now = socket.gethostname(), self.clock.now()
+        return any(one.ended is None and one.owner.host != here and now < one.expires for one in others)
 
     async def seems_live(self, run: str) -> bool:
         """Whether a process is at work in a run as far as can be seen: not where its repositories are gone."""

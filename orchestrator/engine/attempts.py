@@ -74,12 +74,12 @@ class Starved:
     reason: str
 
 
+After = ToLand | Over | Again | Parked | Closed | Starved
+
+
 @dataclass(frozen=True, slots=True)
 class Elsewhere:
     """Another orchestrator has the task, or paths that it is to own: where it is now is in the ledger."""
-
-
-After = ToLand | Over | Again | Parked | Closed | Starved | Elsewhere
 
 
 @dataclass(slots=True)
@@ -146,7 +146,7 @@ class Attempts:
         )
         return Work(task, spec, adapter, Session(self.shop.tools, self.pool, assignment))
 
-    async def perform(self, work: Work) -> After:
+    async def perform(self, work: Work) -> After | Elsewhere:
         """Record the attempt, run it, record its end, and clean up behind it."""
         what = work.session.assignment
         attempt = Attempt(

@@ -437,7 +437,7 @@ class Ledger:
             self._take_in(task, self._versions[task] + 1, after)
 
     async def start(
-        self, task: str, details: JsonObject, also: Callable[[Guard], Plan], **changes: Any
+        self, task: str, details: JsonObject, also: Callable[[Guard], Plan] | None = None, **changes: Any
     ) -> HeldBy | OwnedBy | None:
         """Claim a task and record its next attempt, in one commit; return who was quicker, if somebody was.
 
@@ -449,7 +449,7 @@ class Ledger:
         finally:
             self._under_way.discard(task)
 
-    async def _start(self, task: str, update: Update, also: Callable[[Guard], Plan]) -> HeldBy | OwnedBy | None:
+    async def _start(self, task: str, update: Update, also: Callable[[Guard], Plan] | None) -> HeldBy | OwnedBy | None:
         key = task_key(self.run.id, task)
         while True:
             taking = None if self.claims is None else await self.claims.plan(task)
@@ -457,7 +457,7 @@ class Ledger:
                 self.orchestrators.count(conflicts=1)
                 await self.refresh(task)
                 return taking
-            more = [] if taking is None else await also(taking.guard)
+            more = [] if taking is None or also is None else await also(taking.guard)
             if isinstance(more, OwnedBy):
                 return more
             after = self._after(task, Trigger.START, update)
@@ -517,9 +517,6 @@ class Ledger:
 
     async def _tell_lost(self, tasks: Iterable[str]) -> None:
         """Raise the error that says by whom tasks were taken over, if they were."""
-        self.orchestrators.count(refused=1)
-        if (fenced := await self.orchestrators.fenced()) is not None:
-            raise fenced
         if self.claims is None:
             return
         for task in tasks:
@@ -608,7 +605,13 @@ class Ledger:
 
     async def _commit(self, commit: Commit) -> None:
         began = self._clock.monotonic()
-        await self._store.commit(commit)
+        try:
+            await self._store.commit(commit)
+        except LeaseLost:
+            self.orchestrators.count(refused=1)
+            if (fenced := await self.orchestrators.fenced()) is not None:
+                raise fenced from None
+            raise
         self._slowest = max(self._slowest, self._clock.monotonic() - began)
 
     def _event(self, event: str, details: JsonObject) -> Event:

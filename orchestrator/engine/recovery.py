@@ -10,9 +10,9 @@ import anyio.to_thread
 
 from orchestrator.clock import Clock
 from orchestrator.config.model import TaskSpec
+from orchestrator.domain.claims import Standing
 from orchestrator.domain.leftovers import Holding, holding
 from orchestrator.domain.lifecycle import Trigger
-from orchestrator.domain.claims import Standing
 from orchestrator.domain.model import CLAIMED, FINAL, Attempt, TaskStatus
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.workshop import Workshop

@@ -12,10 +12,10 @@ from anyio.abc import TaskGroup
 
 from orchestrator.clock import Clock
 from orchestrator.config.model import TaskSpec
+from orchestrator.domain.claims import Verdict, should_try
 from orchestrator.domain.dispatch import Board, decide
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.lifecycle import Trigger
-from orchestrator.domain.claims import Verdict, should_try
 from orchestrator.domain.model import CLAIMED, FINAL, REVIVABLE, Action, AdapterDocument, Request, TaskStatus
 from orchestrator.domain.outcome import Failed
 from orchestrator.domain.retry import Backoff, retry_delay
@@ -298,7 +298,10 @@ class Scheduler:
         del self._works[work.task]
         if not self._works:  # nothing else is at work that the wait for the user could be hidden behind
             self._deferred_until = min(self._deferred_until, self._clock.monotonic() + LAST_PAUSE)
-        await self._feed(work.task, after)
+        if isinstance(after, Elsewhere):
+            self._mirror(work.task, None)
+        else:
+            await self._feed(work.task, after)
         self._wake.set()
 
     async def _feed(self, task: str, after: After) -> None:
@@ -318,8 +321,6 @@ class Scheduler:
             case Closed(adapter, reason):
                 self._board.close(adapter, reason)
                 self._board.wait(task, now)
-            case Elsewhere():
-                self._mirror(task, None)
             case Starved(reason):
                 pause = retry_delay(STARVED, self._starved)
                 self._paused_until = now + pause
@@ -327,8 +328,6 @@ class Scheduler:
                 await self._ledger.note("run.paused", {"reason": reason, "retry_in": pause})
             case _:
                 assert_never(after)
-        if isinstance(after, Elsewhere):
-            return
         match self._ledger.task(task).status:  # a person may have asked for something since the end was recorded
             case TaskStatus.CANCELLED:
                 self._drop(task)
