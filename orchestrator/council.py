@@ -206,6 +206,32 @@ class Council:
         execution = await self._executing()
         return await execution.resume(run or await self.newest_run(), budget, coordination)
 
+    async def work(
+        self, run: str, *, capacity: int | None = None, coordination: CoordinationOverrides | None = None
+    ) -> RunReport:
+        """Be at work in a run beside others, until nothing is left there to do; return how the run then stands.
+
+        Tasks are claimed that are free and whose adapter works here, at most `capacity` at once (None: as many as the
+        run has). Where nobody coordinates the run any more, this process does.
+        """
+        return await (await self._executing()).work(run, capacity, coordination)
+
+    async def active_runs(self, *, follow: bool = False) -> AsyncGenerator[str]:
+        """Yield the runs that somebody is at work in, the oldest first; with `follow` those that begin later, too."""
+        position = await self._store.position()
+        known = set()
+        for run in await self._runs.ids():
+            if (await read_run(self._store, run)).ended is None and await self._runs.seems_live(run):
+                known.add(run)
+                yield run
+        if follow:
+            async for record in self._store.watch(position):
+                for event in record.events:
+                    run = event.data.get("run", "")
+                    if event.type == "run.claimed" and run not in known:
+                        known.add(run)
+                        yield run
+
     async def cancel(self, *tasks: str, run: str | None = None) -> RunReport:
         """End tasks for good, all that are not over if none is named; return how the run then stands.
 

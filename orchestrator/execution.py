@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from orchestrator.engine.capacity import Capacity
 from orchestrator.engine.ledger import Ledger, new_run_id, read_requests, read_run, read_task, seed, seize
 from orchestrator.engine.monitor import Monitor
 from orchestrator.engine.preflight import check_run
+from orchestrator.engine.probing import missing_programs
 from orchestrator.engine.recovery import recover
 from orchestrator.engine.report import RunRecord, RunReport, RunStatus
 from orchestrator.engine.requests import check_request, is_answered, obey, submit
@@ -58,6 +59,8 @@ HANDOVER_LIMIT = 60.0
 _ANSWER_PAUSE = 0.1
 #: Seconds that a cancelled session gets to be over before whoever asked is told how it stands.
 _STOP_PATIENCE = 15.0
+
+_NONE: Mapping[str, str] = {}
 
 
 class Execution:
@@ -144,7 +147,9 @@ class Execution:
         except LockHeld as held:
             raise _is_at_work(run, held) from None
 
-    async def work(self, run: str, coordination: CoordinationOverrides | None = None) -> RunReport:
+    async def work(
+        self, run: str, capacity: int | None = None, coordination: CoordinationOverrides | None = None
+    ) -> RunReport:
         """See `Council.work`."""
         document = await read_run(self._runs.store, run)
         settings = self._settings(document, coordination)
@@ -153,7 +158,8 @@ class Execution:
         hub = await self._runs.hub(document)
         async with anyio.create_task_group() as group, self._joined(document, hub, settings) as (ledger, shop):
             group.start_soon(self._serve_once_coordinating, document, ledger)
-            report = await self._work(await self._runs.record(run), ledger, shop)
+            closed = await missing_programs(shop.adapters, self._runs.environ)
+            report = await self._work(await self._runs.record(run), ledger, shop, capacity=capacity, closed=closed)
             group.cancel_scope.cancel()
         return report
 
@@ -187,7 +193,16 @@ class Execution:
                 held = await stack.enter_async_context(lock.hold(HANDOVER_LIMIT))
             yield held
 
-    async def _work(self, before: RunRecord, ledger: Ledger, shop: Workshop) -> RunReport:
+    async def _work(
+        self,
+        before: RunRecord,
+        ledger: Ledger,
+        shop: Workshop,
+        *,
+        capacity: int | None = None,
+        closed: Mapping[str, str] = _NONE,
+    ) -> RunReport:
+        """Be at work in a run until nothing is left to do for this process, with the adapters that are not `closed`."""
         runs, run = self._runs, before.run.id
         capacities = {name: one.capacity for name, one in shop.configs.items() if one.capacity is not None}
         statuses = ledger.statuses()
@@ -195,13 +210,16 @@ class Execution:
         for task, status in statuses.items():
             if ledger.is_elsewhere(task):
                 board.mirror(task, status, runs.clock.monotonic())
-        capacity = await Capacity.measure(ledger, runs.clock)
-        async with shop.pool(sessions=min(before.run.capacity, len(before.run.tasks))) as pool:
+        for name, reason in closed.items():
+            board.close(name, reason)
+        wanted = capacity or before.run.capacity
+        room = await Capacity.measure(wanted, ledger, runs.clock)
+        async with shop.pool(sessions=min(wanted, len(before.run.tasks))) as pool:
             monitor = Monitor(ledger, runs.store, runs.clock)
             permits = MergePermits(
                 runs.store, runs.clock, ledger.orchestrators, shop.source.location, before.run.target
             )
-            scheduler = Scheduler(ledger, shop, pool, board, capacity, monitor, permits, runs.clock)
+            scheduler = Scheduler(ledger, shop, pool, board, room, monitor, permits, runs.clock)
             await scheduler.remember(before.adapters)
             self._schedulers.add(scheduler)
             if self._stopping:
@@ -231,7 +249,7 @@ class Execution:
         me = this_process(Role.COORDINATOR)
         async with hub.life_locks.of(run.id, me.id).hold(0) as life:
             others = self._orchestrators(run, hub, me, settings)
-            shop = await self._open_workshop(run, hub, [lock.fd, life.fd])
+            shop = await self._open_workshop(run, hub, [lock.fd, life.fd], None)
             facts = {"sandbox": str(shop.tools.fencing.kind)}
             store, clock, redactor = self._runs.store, self._runs.clock, shop.tools.redactor
             ledger = await Ledger.take(store, clock, redactor, others, facts, is_shared=settings.enabled)
@@ -252,7 +270,7 @@ class Execution:
         me = this_process(Role.COORDINATOR if settings.role == "coordinator" else Role.WORKER)
         async with hub.life_locks.of(run.id, me.id).hold(0) as life:
             others = self._orchestrators(run, hub, me, settings)
-            shop = await self._open_workshop(run, hub, [life.fd])
+            shop = await self._open_workshop(run, hub, [life.fd], me.id)
             facts = {"sandbox": str(shop.tools.fencing.kind)}
             store, clock = self._runs.store, self._runs.clock
             ledger = await Ledger.join(store, clock, shop.tools.redactor, others, facts)
@@ -263,7 +281,7 @@ class Execution:
         store, clock = self._runs.store, self._runs.clock
         return Orchestrators(store, clock, run.id, me, settings.timing(), hub.life_locks.is_dead)
 
-    async def _open_workshop(self, run: RunDocument, hub: Hub, lock_fds: Sequence[int]) -> Workshop:
+    async def _open_workshop(self, run: RunDocument, hub: Hub, lock_fds: Sequence[int], worker: str | None) -> Workshop:
         runs, types = self._runs, self._plugins.adapters
         configs = restore_adapters(run.adapters, types, self._plugins.explain)
         return await open_workshop(
@@ -275,6 +293,7 @@ class Execution:
             store=runs.store,
             store_url=runs.url,
             lock_fds=lock_fds,
+            worker=worker,
             environ=runs.environ,
             clock=runs.clock,
         )

@@ -25,6 +25,7 @@ COMMANDS: Mapping[str, Mapping[str, Entry]] = {
     "Run": {
         "run": Entry("orchestrator.cli.run:run_file", "Run the tasks of FILE and land what they build."),
         "resume": Entry("orchestrator.cli.run:resume", "Go on with a run from wherever it was cut off."),
+        "work": Entry("orchestrator.cli.run:work", "Join the runs that are at work as one more process."),
     },
     "Set up": {
         "init": Entry("orchestrator.cli.init:init", "Write a council.yaml for this repository."),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from pathlib import Path
 
 import click
 
 from orchestrator.cli.command import Context, json_option, opened, perform, run_argument, show_result, store_option
+from orchestrator.cli.completing import complete_runs
 from orchestrator.cli.coordinating import coordination_options
 from orchestrator.cli.mermaid import flowchart
 from orchestrator.cli.output import Output
@@ -112,6 +114,60 @@ def resume(run: str | None, budget: BudgetConfig | None, as_json: bool, coordina
             return await _execute(council, name, context, after=after, coordination=coordination, budget=budget)
 
     perform(command, as_json=as_json)
+
+
+@click.command()
+@click.option("--run", "run", metavar="RUN", shell_complete=complete_runs, help="This run alone, at work or not.")
+@click.option("--capacity", type=click.IntRange(min=1), help="Sessions at once; else as many as the run's.")
+@click.option("--follow", is_flag=True, help="Stay, and join the runs that begin later.")
+@coordination_options
+@store_option
+@json_option
+def work(
+    run: str | None, capacity: int | None, follow: bool, as_json: bool, coordination: CoordinationOverrides
+) -> None:
+    """Join the runs that are at work as one more process.
+
+    It claims tasks that are free and whose CLI is installed here, and takes over those of processes that are gone. Ends
+    when nothing is left.
+
+    \b
+    Examples:
+      council work
+      council work --run 20260102-030405-ab12 --capacity 2
+      council work --follow
+    """
+    if run is not None and follow:
+        raise click.UsageError("--follow joins whatever runs begin; --run names one.")
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            if run is not None:
+                return await _join(council, run, context, capacity, coordination)
+            code = None
+            async with aclosing(council.active_runs(follow=follow)) as runs:
+                async for name in runs:
+                    code = max(code or 0, await _join(council, name, context, capacity, coordination))
+                    if context.interrupt.is_stopping:
+                        break
+            if code is None:
+                context.output.notice("no run is at work: `council run` starts one, `council resume` goes on with one")
+            return code or 0
+
+    perform(command, as_json=as_json)
+
+
+async def _join(
+    council: Council, run: str, context: Context, capacity: int | None, coordination: CoordinationOverrides
+) -> int:
+    """Be at work in a run with its events shown."""
+    context.interrupt.stop = council.stop
+    after = await council.position()
+    async with shown(council, run, context.output, after) as progress:
+        report = await council.work(run, capacity=capacity, coordination=coordination)
+        await progress.reach(await council.position())
+    await show_result(context, council, report)
+    return report.exit_code
 
 
 async def _execute(

@@ -32,7 +32,6 @@ from orchestrator.engine.workshop import Workshop
 from orchestrator.errors import ClaimLost, GitError, StoreUnavailable, VersionConflict
 from orchestrator.failpoints import failpoint
 from orchestrator.locking.merge_permit import MergePermits
-from orchestrator.repo.hub import internal_ref
 from orchestrator.repo.pool import Pool
 from orchestrator.sessions import homes
 
@@ -224,12 +223,12 @@ class Scheduler:
     def _may_land(self, now: float) -> bool:
         """Whether to land what waits now, rather than a little later with what sessions are just about to bring."""
         waiting = len(self._merging.waiting)
-        is_full = waiting >= self._ledger.run.capacity or not self._works
+        is_full = waiting >= self._capacity.sessions or not self._works
         return waiting > 0 and (is_full or now >= self._gather_until)
 
     async def _free(self, now: float) -> int:
         """How many sessions may start. None while more is built than can be landed: it would only grow stale."""
-        is_full = len(self._merging.waiting) >= self._ledger.run.capacity
+        is_full = len(self._merging.waiting) >= self._capacity.sessions
         if is_full or now < self._paused_until or self.halted is not None:
             return 0
         return await self._capacity.free(len(self._works))
@@ -278,8 +277,7 @@ class Scheduler:
                 return await self._shop.target.tip()
             tip = await self._shop.source.tip(self._ledger.run.base)
             if tip is not None and tip != self._base:
-                ref = internal_ref(self._ledger.run.id, "base")
-                self._base = await self._shop.source.fetch(self._ledger.run.base, ref)
+                self._base = await self._shop.source.fetch(self._ledger.run.base, self._shop.refs("base"))
         except GitError:
             # A remote that can't be reached for a moment: what was seen last will do.
             if builds_on_target and self._shop.target.known is not None:

@@ -40,6 +40,18 @@ from orchestrator.sessions.session import SessionTools
 
 
 @dataclass(frozen=True, slots=True)
+class Refs:
+    """The refs that keep what an orchestrator has fetched for a run; two that fetched into one would both fail."""
+
+    run: str
+    suffix: str
+
+    def __call__(self, name: str) -> str:
+        """Return the one of a name."""
+        return internal_ref(self.run, f"{name}{self.suffix}")
+
+
+@dataclass(frozen=True, slots=True)
 class Workshop:
     """What is opened once for a run; `repository` is the user's, None where it is reached by a URL."""
 
@@ -53,6 +65,7 @@ class Workshop:
     tools: SessionTools
     worktrees: WorktreesConfig
     accounting: Accounting
+    refs: Refs
     registry: Registry
     """Who owns which paths of the target."""
     mcp_servers: tuple[McpServer, ...] = ()
@@ -111,18 +124,21 @@ async def open_workshop(
     store: Store,
     store_url: str,
     lock_fds: Sequence[int],
+    worker: str | None,
     environ: Mapping[str, str],
     clock: Clock,
 ) -> Workshop:
     """Open what a run works with; every git command of its holds `lock_fds` until it has ended.
+
+    `worker` is the name of this orchestrator, if it is not the one that coordinates the run.
 
     RefusedError where the repository is gone, or where this machine has no such sandbox.
     """
     site = await find_site(run.repo, is_url=run.is_url, environ=environ)
     git = Git(hub.trusted, keep_fds=tuple(lock_fds), environ=environ)
     source = site.source(git)
-    ref = internal_ref(run.id, "target")
-    target = Target(hub, git, source, site.repository, branch=run.target, start=run.start, ref=ref)
+    refs = Refs(run.id, "" if worker is None else f"-{worker}")
+    target = Target(hub, git, source, site.repository, branch=run.target, start=run.start, ref=refs("target"))
     fence = FenceConfig.model_validate(run.fence)
     kind = await choose_sandbox(fence.sandbox, network=fence.network, environ=environ)
     fencing = Fencing(kind, hidden_from_sessions(site, project, store_url, hub), fence.network, fence.reach)
@@ -161,6 +177,7 @@ async def open_workshop(
         tools,
         worktrees,
         accounting,
+        refs,
         registry,
         servers,
     )
