@@ -149,8 +149,12 @@ class Orchestrators:
 
     async def join(self) -> None:
         """Become one of them."""
-        await self._store.commit(Commit([self.joining()]))
-        self.joined()
+        try:
+            await self._store.commit(Commit([self.joining()]))
+        except VersionConflict:  # nobody else has this name: a commit that we never learned of has done it
+            self._version = await self._own_version()
+        else:
+            self.joined()
 
     async def renew(self) -> None:
         """Give a sign of life for this orchestrator and all of its claims. Fenced where another took over."""
