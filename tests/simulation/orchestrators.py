@@ -22,20 +22,20 @@ from orchestrator.clock import SystemClock
 from orchestrator.domain.claims import Owner, Release, Role, Timing, Verdict
 from orchestrator.errors import LeaseLost, StoreUnavailable, VersionConflict
 from orchestrator.locking.claims import Claims, HeldBy
-from orchestrator.locking.merge_permit import MergePermits, permit_key
+from orchestrator.locking.merge_permit import MergePermits, permit_key, scope_of
 from orchestrator.locking.orchestrators import Orchestrators
 from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Record, Store, Write
 from orchestrator.state.memory import MemoryStore
 from orchestrator.testing.claim_history import ClaimHistory
 from tests.simulation.virtual import run_virtually
 
-RUN = "r"
+RUN, REPOSITORY, TARGET = "r", "repository", "main"
 TIMING = Timing(heartbeat=6.0, stale=30.0, owner_stale=60.0, sweep=9.0, max_retries=1_000)
 SKEW = 3.0
 """Seconds by which a clock is wrong at most."""
-STORM = 240.0
+STORM = 180.0
 """Seconds after which nothing goes wrong any more."""
-PATIENCE = 20 * TIMING.owner_stale
+PATIENCE = 30 * TIMING.owner_stale
 """Seconds within which all has to be done from then on."""
 
 #: Each task of the event loop throws its own dice: what one of them draws does not depend on whose turn it was.
@@ -50,8 +50,8 @@ class Crashed(BaseException):
 class Weather:
     """How likely it is that something happens at a step, or with a commit."""
 
-    crash: float = 0.002
-    stop: float = 0.004
+    crash: float = 0.004
+    stop: float = 0.008
     fail: float = 0.01
     lose: float = 0.02
     """A commit is done, and its caller gets an error."""
@@ -66,6 +66,11 @@ class SkewedClock(SystemClock):
     def now(self) -> float:
         """Seconds since the epoch."""
         return 1e9 + self.monotonic() + self._skew
+
+    async def wait(self, event: anyio.Event, until: float | None) -> None:
+        """Wait for a time: the code under test waits for nothing else."""
+        assert until is not None
+        await asyncio.sleep(max(0.0, until - self.monotonic()))
 
 
 @dataclass
@@ -82,14 +87,12 @@ class World:
     seen: Counter[str] = field(default_factory=Counter)
     """What has happened, and how often."""
 
-    @property
-    def time(self) -> float:
-        """Virtual seconds."""
-        return asyncio.get_running_loop().time()
+    def __post_init__(self) -> None:
+        self.time = asyncio.get_running_loop().time
 
     def is_struck(self, chance: float) -> bool:
         """Whether something happens now that is so likely while the storm lasts."""
-        return self.time < STORM and _dice.get().random() < chance
+        return self.time() < STORM and _dice.get().random() < chance
 
 
 class Process:
@@ -107,15 +110,19 @@ class Process:
 
     async def step(self) -> None:
         """Get from one moment to the next."""
-        await asyncio.sleep(_dice.get().uniform(0, 0.1))
-        if self.world.is_struck(self.world.weather.crash):
-            self.world.seen["crashed"] += 1
-            self.is_over = True
-        if self.world.is_struck(self.world.weather.stop):
-            self.world.seen["stopped"] += 1
-            self._stopped_until = self.world.time + _dice.get().uniform(0, 3) * TIMING.owner_stale
-        while self.world.time < self._stopped_until and not self.is_over:
-            await asyncio.sleep(self._stopped_until - self.world.time)
+        dice, world = _dice.get(), self.world
+        fate = dice.random()
+        if fate > 0.5:  # others have their turns in between
+            await asyncio.sleep(0.2 * (fate - 0.5))
+        elif world.time() < STORM:
+            if fate < world.weather.crash:
+                world.seen["crashed"] += 1
+                self.is_over = True
+            elif fate < world.weather.crash + world.weather.stop:
+                world.seen["stopped"] += 1
+                self._stopped_until = world.time() + dice.uniform(0, 3) * TIMING.owner_stale
+        while world.time() < self._stopped_until and not self.is_over:
+            await asyncio.sleep(self._stopped_until - world.time())
         if self.is_over:
             raise Crashed
 
@@ -157,7 +164,6 @@ class Process:
 
     async def is_dead(self, owner: Owner) -> bool:
         """Whether a process of this machine is known to have ended."""
-        await self.step()
         other = self.world.processes[owner.id]
         return other.host == self.host and other.is_over
 
@@ -179,7 +185,7 @@ class Orchestrator:
         self.store = cast("Store", process)
         self.others = Orchestrators(self.store, process.clock, RUN, process.owner, TIMING, process.is_dead)
         self.claims = Claims(self.store, process.clock, self.others)
-        self.permits = MergePermits(self.store, process.clock, self.others, "repository", "main")
+        self.permits = MergePermits(self.store, process.clock, self.others, REPOSITORY, TARGET)
         self._busy: set[str] = set()
 
     async def live(self) -> None:
@@ -246,7 +252,7 @@ class Orchestrator:
                             self._busy.discard(task)
             except StoreUnavailable:
                 pass
-            await self._pause(_dice.get().uniform(1, 3))
+            await self._pause(_dice.get().uniform(1, 6))
 
     async def _try(self, task: str) -> None:
         override = self.process.world.is_struck(0.01)
@@ -326,10 +332,11 @@ def simulate(
     seed: int, *, processes: int = 3, tasks: int = 5, weather: Weather = Weather(), is_fenced: bool = True
 ) -> Outcome:
     """Have orchestrators do tasks; the same seed gives the same again."""
-    return run_virtually(_simulate(World(seed, weather, is_fenced), processes, tasks))
+    return run_virtually(_simulate(seed, processes, tasks, weather, is_fenced))
 
 
-async def _simulate(world: World, processes: int, tasks: int) -> Outcome:
+async def _simulate(seed: int, processes: int, tasks: int, weather: Weather, is_fenced: bool) -> Outcome:
+    world = World(seed, weather, is_fenced)
     _dice.set(Random(f"{world.seed}"))
     blank = {"state": "pending", "by": None, "epoch": None, "permit": None}
     await world.store.commit(Commit([Write(work_key(f"t{number}"), 0, blank) for number in range(tasks)]))
@@ -378,7 +385,9 @@ async def _records(store: MemoryStore) -> list[Record]:
 def check(records: Sequence[Record]) -> list[str]:
     """Return what is wrong in the history of a store."""
     history, permits, found = ClaimHistory(_authorship), dict[Key, int](), list[str]()
-    permit = permit_key(MergePermits(cast("Store", None), SystemClock(), cast("Orchestrators", None), "repository", "main").scope)
+    permit = permit_key(scope_of(REPOSITORY, TARGET))
+        MergePermits(cast("Store", None), SystemClock(), cast("Orchestrators", None), REPOSITORY, TARGET).scope
+    )
     for record in records:
         history.add(record)
         for key, (_, value) in record.documents.items():
