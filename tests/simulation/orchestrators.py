@@ -386,8 +386,6 @@ def check(records: Sequence[Record]) -> list[str]:
     """Return what is wrong in the history of a store."""
     history, permits, found = ClaimHistory(_authorship), dict[Key, int](), list[str]()
     permit = permit_key(scope_of(REPOSITORY, TARGET))
-        MergePermits(cast("Store", None), SystemClock(), cast("Orchestrators", None), REPOSITORY, TARGET).scope
-    )
     for record in records:
         history.add(record)
         for key, (_, value) in record.documents.items():
