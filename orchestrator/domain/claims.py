@@ -93,7 +93,7 @@ class Claim(_Document):
     epoch: int
     since: float
     retries: int = 0
-    """How many claims of the task came before this one since a person last had it tried again."""
+    """How many tries of the task had been in vain when it was written, since a person last had it tried again."""
     released: Release | None = None
     reason: str | None = None
     """Why it was released or taken over."""
@@ -132,8 +132,9 @@ def standing(
 ) -> Standing:
     """Return how an orchestrator stands at `now` (wall-clock seconds).
 
-    `watched` is for how many seconds of its own uninterrupted time whoever asks has seen no other sign of life.
-    `is_here` says that it is of this machine, `is_dead` that its process is proven to have ended.
+    `watched` is for how many seconds of its own uninterrupted time whoever asks has seen no other sign of life: long
+    enough, and no clock of anybody's is asked. `is_here` says that it is of this machine, `is_dead` that its process is
+    proven to have ended.
     """
     if one.ended is not None:
         return Standing.ENDED
@@ -141,7 +142,7 @@ def standing(
         return Standing.DEAD
     silence = now - one.heartbeat
     limit = timing.owner_stale if is_here else timing.stale
-    if silence > limit and watched >= min(WATCHED * timing.heartbeat, limit):
+    if watched > limit or (silence > limit and watched >= min(WATCHED * timing.heartbeat, limit)):
         return Standing.STALE
     return Standing.ALIVE
 
@@ -158,6 +159,11 @@ def may_take(claim: Claim | None, me: Owner, holder: Standing | None, *, overrid
     return override and me.role is Role.COORDINATOR and claim.owner.role is not Role.COORDINATOR
 
 
+def tries_before(claim: Claim | None) -> int:
+    """Return how many tries of a task will have been in vain for who claims it next: to be taken over is one."""
+    return 0 if claim is None else claim.retries + int(claim.released is None)
+
+
 class Verdict(StrEnum):
     """Whether a task should be tried now."""
 
@@ -171,8 +177,6 @@ def should_try(claim: Claim | None, holder: Standing | None, timing: Timing, *, 
     """Return whether a task should be tried, in the order in which that is asked."""
     if ignored is not None:
         return Verdict.IGNORED
-    if claim is None:
-        return Verdict.TRY
-    if claim.released is None and holder in {Standing.ALIVE, None}:
+    if claim is not None and claim.released is None and holder in {Standing.ALIVE, None}:
         return Verdict.CLAIMED
-    return Verdict.TRIED_OUT if claim.retries >= timing.max_retries else Verdict.TRY
+    return Verdict.TRIED_OUT if tries_before(claim) > timing.max_retries else Verdict.TRY

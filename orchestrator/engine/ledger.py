@@ -454,7 +454,6 @@ class Ledger:
         while True:
             taking = None if self.claims is None else await self.claims.plan(task)
             if isinstance(taking, HeldBy):
-                self.orchestrators.count(conflicts=1)
                 await self.refresh(task)
                 return taking
             more = [] if taking is None or also is None else await also(taking.guard)

@@ -7,17 +7,20 @@ written when they are taken, released or taken over; signs of life are given for
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.clock import Clock
-from orchestrator.domain.claims import Claim, Release, Standing, Verdict, may_take, should_try
-from orchestrator.errors import LeaseLost, VersionConflict
+from orchestrator.domain.claims import Claim, Release, Standing, Verdict, may_take, should_try, tries_before
+from orchestrator.errors import CouncilError, LeaseLost, VersionConflict
 from orchestrator.failpoints import failpoint
 from orchestrator.locking.orchestrators import Orchestrators
-from orchestrator.protocols import Commit, Event, Guard, Key, Store, Write
+from orchestrator.protocols import Commit, Document, Event, Guard, Key, Store, Write
 
 _KIND = "claim"
+
+_log = logging.getLogger("orchestrator.claims")
 
 
 def claim_key(run: str, task: str) -> Key:
@@ -33,11 +36,16 @@ async def read_claims(store: Store, run: str) -> dict[str, Claim]:
 
 @dataclass(frozen=True, slots=True)
 class Taking:
-    """A claim that is about to be taken: the write that a commit must have, and the guard of what follows it."""
+    """A claim that is about to be taken: the write that a commit must have, and the guard of what follows it.
+
+    That commit itself is guarded by the orchestrator's own record, so that none is taken by one that is over.
+    """
 
     write: Write
     guard: Guard
     claim: Claim
+    is_takeover: bool = False
+    """Whether somebody else has it, who is gone or is overridden."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +57,16 @@ class HeldBy:
 
 
 class Claims:
-    """What one orchestrator has claimed of its run."""
+    """What one orchestrator has claimed of its run. Its tasks plan for the same task of the run one at a time."""
 
     def __init__(self, store: Store, clock: Clock, orchestrators: Orchestrators) -> None:
         self._store, self._clock, self._others = store, clock, orchestrators
         self._held: dict[str, Guard] = {}
         self._claims: dict[str, Claim] = {}
+        self._owners: dict[str, tuple[int, str | None]] = {}
+        """By task: the version of a claim, and whose it was in that, or that it was released."""
+        self._strays: dict[str, int] = {}
+        """Claims that were ours at the last sweep without our knowing of them, and their versions."""
 
     def __contains__(self, task: str) -> bool:
         """Whether a task is claimed by this orchestrator."""
@@ -69,58 +81,73 @@ class Claims:
         return self._held.get(task)
 
     async def read(self, task: str) -> Claim | None:
-        """Return the claim on a task, whoever has it."""
-        found = await self._store.get(claim_key(self._others.run, task))
-        return None if found is None else Claim.model_validate(found.value)
+        """Return the claim on a task, whoever has it; None where there is none that can be read."""
+        return _read(await self._store.get(claim_key(self._others.run, task)))
 
     async def verdict(self, task: str, *, ignored: str | None = None) -> Verdict:
         """Return whether a task should be tried now."""
-        claim = await self.read(task)
-        return should_try(claim, await self._holder(claim), self._others.timing, ignored=ignored)
+        try:
+            _, claim, holder = await self._look(task)
+        except CouncilError as error:
+            _log.warning("claim check failed: run %s, task %s: %s", self._others.run, task, error)
+            raise
+        return should_try(claim, holder, self._others.timing, ignored=ignored)
 
-    async def _holder(self, claim: Claim | None) -> Standing | None:
+    async def _look(self, task: str) -> tuple[int, Claim | None, Standing | None]:
+        """Return the version of a claim, the claim, and how its owner stands."""
+        document = await self._store.get(claim_key(self._others.run, task))
+        version, claim = 0 if document is None else document.version, _read(document)
         if claim is None or claim.released is not None:
-            return None
-        return await self._others.standing_of(claim.owner.id)
+            return version, claim, None
+        if claim.owner.id == self._others.me.id and task not in self._held:
+            # It was committed, and we never learned of that: nothing has been done under it.
+            return version, claim.model_copy(update={"released": Release.ABANDONED}), None
+        return version, claim, await self._others.standing_of(claim.owner.id)
 
     async def plan(self, task: str, *, override: bool = False, retries: int | None = None) -> Taking | HeldBy:
         """Return what it takes to claim a task, or who has it; `took` is to follow once that is committed.
 
         With `override` a coordinator takes it from one that is none. `retries` is the count to go on with, if not the
-        one that the claim has.
+        one that follows from the claim.
         """
         key = claim_key(self._others.run, task)
-        found = await self._store.get(key)
-        before = None if found is None else Claim.model_validate(found.value)
-        holder = await self._holder(before)
+        version, before, holder = await self._look(task)
         if not may_take(before, self._others.me, holder, override=override):
             assert before is not None, "what nobody has is free"  # noqa: S101
+            self._others.count(conflicts=1)
+            _log.info("claim refused: run %s, task %s is %s's", self._others.run, task, before.owner.id)
             return HeldBy(before, holder)
-        version = 0 if found is None else found.version
-        count = retries if retries is not None else before.retries if before is not None else 0
+        count = tries_before(before) if retries is None else retries
         claim = Claim(owner=self._others.me, epoch=version + 1, since=self._clock.now(), retries=count)
-        return Taking(Write(key, version, claim.model_dump(mode="json")), Guard(key, version + 1), claim)
+        is_takeover = before is not None and before.released is None
+        return Taking(
+            Write(key, version, claim.model_dump(mode="json")), Guard(key, version + 1), claim, is_takeover=is_takeover
+        )
 
     def took(self, task: str, taking: Taking) -> None:
         """A claim that was planned is committed."""
+        known = self._held.get(task)
+        if known is not None and known.epoch >= taking.guard.epoch:
+            return
         self._held[task], self._claims[task] = taking.guard, taking.claim
-        self._others.count(claims=1, retries=int(taking.claim.retries > 0))
+        self._others.count(claims=1, retries=int(taking.claim.retries > 0), takeovers=int(taking.is_takeover))
+        _log.info("claim taken: run %s, task %s, epoch %d", self._others.run, task, taking.guard.epoch)
 
     async def claim(self, task: str, *, override: bool = False) -> Guard | HeldBy:
         """Claim a task by itself; what is written about it from then on is to carry the guard."""
         while True:
             planned = await self.plan(task, override=override)
             if isinstance(planned, HeldBy):
-                self._others.count(conflicts=1)
                 return planned
             facts = {"run": self._others.run, "task": task, "owner": self._others.me.id, "epoch": planned.claim.epoch}
             try:
                 await self._store.commit(Commit([planned.write], [Event("claim.taken", facts)], [self._others.guard]))
             except VersionConflict:
                 continue
+            except CouncilError as error:
+                _log.warning("claim failed: run %s, task %s: %s", self._others.run, task, error)
+                raise
             self.took(task, planned)
-            if override and planned.write.expected:
-                self._others.count(takeovers=1)
             return planned.guard
 
     def ending(self, task: str, how: Release, reason: str | None, *, counts: bool = False) -> Write:
@@ -142,17 +169,37 @@ class Claims:
         self._held.pop(task, None)
         self._claims.pop(task, None)
 
-    async def release(self, task: str, how: Release, reason: str | None = None) -> None:
-        """Release a claim by itself. LeaseLost where somebody else has it by now."""
+    def lost(self, task: str) -> None:
+        """A write under a claim of ours was refused: somebody else has it by now."""
+        self._others.count(refused=1)
+        _log.warning("claim lost: run %s, task %s was taken over", self._others.run, task)
+        self.released(task)
+
+    async def release(self, task: str, how: Release, reason: str | None = None, *, counts: bool = False) -> None:
+        """Release a claim by itself. LeaseLost where somebody else has it by now; with any other error it is kept."""
         guard = self._held.get(task)
         if guard is None:
             raise LeaseLost(f"the claim on task {task!r}", 0, await self._epoch(task))
         facts = {"run": self._others.run, "task": task, "as": how, "reason": reason}
         event = Event("claim.released", facts)
         try:
-            await self._store.commit(Commit([self.ending(task, how, reason)], [event], [guard]))
-        finally:
-            self.released(task)
+            await self._store.commit(Commit([self.ending(task, how, reason, counts=counts)], [event], [guard]))
+        except LeaseLost:
+            if not await self._was_released(task, guard):
+                self.lost(task)
+                raise
+        except CouncilError as error:
+            _log.warning("claim release failed: run %s, task %s: %s", self._others.run, task, error)
+            raise
+        _log.info("claim released: run %s, task %s as %s", self._others.run, task, how)
+        self.released(task)
+
+    async def _was_released(self, task: str, guard: Guard) -> bool:
+        """Whether a commit of ours that we never learned of has released the claim."""
+        claim = await self.read(task)
+        if claim is None or claim.released is None or claim.epoch != guard.epoch + 1:
+            return False
+        return claim.owner.id == self._others.me.id
 
     async def afresh(self, task: str) -> list[Write]:
         """Return what a commit must also write so that a task which is nobody's has all of its retries before it."""
@@ -168,26 +215,51 @@ class Claims:
     async def sweep(self, *, counts: bool = True) -> Mapping[str, str]:
         """Take over all claims of orchestrators that are gone: they are ours then, each by the name of whose it was.
 
-        `counts` says that each is a retry of its task, as it is unless a person has had the run gone on with.
+        `counts` says that each is a retry of its task, as it is unless a person has had the run gone on with. By our
+        own name come those that we have had since the last sweep, or longer, without ever having learned of it.
         """
         gone = await self._others.gone()
-        claims = await read_claims(self._store, self._others.run)
-        left: dict[str, dict[str, Claim]] = {name: {} for name in gone}
-        for task, claim in claims.items():
-            if claim.released is None and task not in self._held:
-                left.setdefault(claim.owner.id, {})[task] = claim
+        left: dict[str, dict[str, Document]] = {name: {} for name in gone}
+        for task, owner, document in await self._unreleased():
+            if task not in self._held:
+                left.setdefault(owner, {})[task] = document
+        ours = left.pop(self._others.me.id, {})
         taken: dict[str, str] = {}
         for name, theirs in left.items():
             # Who has ended may have claimed something after it was last looked at what it has.
             if name in gone or await self._others.standing_of(name) is Standing.ENDED:
                 fence = [self._others.ending(*gone[name])] if name in gone else []
                 taken |= dict.fromkeys(await self._take_over(name, theirs, fence, counts=counts), name)
+        strays = {task: document for task, document in ours.items() if self._strays.get(task) == document.version}
+        self._strays = {task: document.version for task, document in ours.items()}
+        if strays:
+            name = self._others.me.id
+            taken |= dict.fromkeys(await self._take_over(name, strays, (), counts=False), name)
         return taken
 
+    async def _unreleased(self) -> list[tuple[str, str, Document]]:
+        """Return tasks that are claimed, by whom, and the claims."""
+        found: list[tuple[str, str, Document]] = []
+        for document in await self._store.list(_KIND, f"{self._others.run}/"):
+            if document.damaged:  # nobody's writes are accepted under it
+                continue
+            task = document.key.id.partition("/")[2]
+            version, owner = self._owners.get(task, (0, None))
+            if version != document.version:  # of thousands, few have changed since the last look
+                claim = document.value
+                owner = claim["owner"]["id"] if claim["released"] is None else None
+                self._owners[task] = document.version, owner
+            if owner is not None:
+                found.append((task, owner, document))
+        return found
+
     async def _take_over(
-        self, name: str, claims: Mapping[str, Claim], fence: Sequence[Write], *, counts: bool
+        self, name: str, claims: Mapping[str, Document], fence: Sequence[Write], *, counts: bool
     ) -> list[str]:
-        takings = {task: self._taking(task, claim, counts=counts) for task, claim in claims.items()}
+        is_takeover = name != self._others.me.id
+        takings = {
+            task: self._taking(document, counts=counts, is_takeover=is_takeover) for task, document in claims.items()
+        }
         tasks = sorted(takings)
         facts = {"run": self._others.run, "orchestrator": name, "count": len(tasks), "tasks": tasks}
         writes = [*fence, *(one.write for one in takings.values())]
@@ -195,14 +267,23 @@ class Claims:
             await self._store.commit(Commit(writes, [Event("claims.swept", facts)], [self._others.guard]))
         except VersionConflict:  # it lives after all, or somebody else was quicker
             return []
+        except CouncilError as error:
+            _log.warning("claim sweep failed: run %s, %d of %s: %s", self._others.run, len(tasks), name, error)
+            raise
         failpoint("claims.swept")
-        self._others.count(takeovers=len(tasks))
         for task in tasks:
             self.took(task, takings[task])
+        _log.info("claims swept: run %s, %d of %s: %s", self._others.run, len(tasks), name, ", ".join(tasks) or "none")
         return tasks
 
-    def _taking(self, task: str, claim: Claim, *, counts: bool) -> Taking:
-        key, epoch = claim_key(self._others.run, task), claim.epoch + 1
+    def _taking(self, document: Document, *, counts: bool, is_takeover: bool) -> Taking:
+        claim, epoch = Claim.model_validate(document.value), document.version + 1
         changes = {"owner": self._others.me, "epoch": epoch, "since": self._clock.now()}
         after = claim.model_copy(update={**changes, "retries": claim.retries + int(counts)})
-        return Taking(Write(key, claim.epoch, after.model_dump(mode="json")), Guard(key, epoch), after)
+        write = Write(document.key, document.version, after.model_dump(mode="json"))
+        return Taking(write, Guard(document.key, epoch), after, is_takeover=is_takeover)
+
+
+def _read(document: Document | None) -> Claim | None:
+    """Return a claim; None where there is none, or nobody knows what it is by now."""
+    return None if document is None or document.damaged else Claim.model_validate(document.value)

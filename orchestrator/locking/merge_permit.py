@@ -15,13 +15,13 @@ from pydantic import BaseModel, ConfigDict
 
 from orchestrator.clock import Clock
 from orchestrator.domain.claims import Standing
-from orchestrator.errors import VersionConflict
+from orchestrator.errors import StoreUnavailable, VersionConflict
 from orchestrator.locking.orchestrators import Orchestrators
 from orchestrator.locking.registry import scope_of
 from orchestrator.protocols import Commit, Document, Guard, Key, Store, Write
 
-#: Seconds between two looks whether it is this one's turn.
-_PAUSE = 0.05
+#: Seconds between two looks whether it is this one's turn: at first, and at last.
+_PAUSES = (0.05, 1.0)
 
 
 class _Party(BaseModel):
@@ -74,46 +74,54 @@ class MergePermits:
     @asynccontextmanager
     async def hold(self) -> AsyncIterator[MergePermit]:
         """Wait for the turn, and have the permit for the body. LeaseLost where this orchestrator is taken for gone."""
-        try:
-            guard = await self._take()
-        except BaseException:
-            with anyio.CancelScope(shield=True):
-                await self._leave(0)
-            raise
-        try:
-            yield MergePermit(self.scope, guard)
-        finally:
-            with anyio.CancelScope(shield=True):
-                await self._leave(guard.epoch)
+        async with self._others.turn(f"merge/{self.scope}"):
+            try:
+                yield MergePermit(self.scope, await self._take())
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await self._leave()
 
     async def _take(self) -> Guard:
+        me, begin = self._others.me.id, self._clock.monotonic()
         while True:
             document, lease = await self._read()
             is_free = lease.holder is None or await self._is_gone(lease.holder)
-            while lease.waiting and lease.waiting[0].id != self._others.me.id and await self._is_gone(lease.waiting[0]):
+            while lease.waiting and lease.waiting[0].id != me and await self._is_gone(lease.waiting[0]):
                 lease = lease.model_copy(update={"waiting": lease.waiting[1:]})
-            is_first = not lease.waiting or lease.waiting[0].id == self._others.me.id
+            is_first = not lease.waiting or lease.waiting[0].id == me
             if is_free and is_first:
-                rest = tuple(one for one in lease.waiting if one.id != self._others.me.id)
+                rest = tuple(one for one in lease.waiting if one.id != me)
                 taken = lease.model_copy(update={"epoch": lease.epoch + 1, "holder": self._party(), "waiting": rest})
                 if await self._write(document, taken):
                     return Guard(self._key, taken.epoch)
-            elif all(one.id != self._others.me.id for one in lease.waiting):
+            elif all(one.id != me for one in lease.waiting):
                 await self._write(document, lease.model_copy(update={"waiting": (*lease.waiting, self._party())}))
             else:
-                await self._clock.wait(anyio.Event(), self._clock.monotonic() + _PAUSE)
+                now, (first, last) = self._clock.monotonic(), _PAUSES
+                await self._clock.wait(anyio.Event(), now + min(max(first, (now - begin) / 10), last))
 
-    async def _leave(self, epoch: int) -> None:
-        """Give the permit back, or the place among those that wait for it."""
-        while True:
-            document, lease = await self._read()
-            changes: dict[str, object] = {}
-            if lease.holder is not None and lease.holder.id == self._others.me.id and lease.epoch == epoch:
-                changes |= {"epoch": lease.epoch + 1, "holder": None}
-            if any(one.id == self._others.me.id for one in lease.waiting):
-                changes["waiting"] = tuple(one for one in lease.waiting if one.id != self._others.me.id)
-            if not changes or await self._write(document, lease.model_copy(update=changes), is_guarded=False):
-                return
+    async def _leave(self) -> None:
+        """Give back all that this orchestrator has of it: the permit, and its place among those that wait."""
+        me = self._others.me.id
+        try:
+            while True:
+                document, lease = await self._read()
+                changes: dict[str, object] = {}
+                if lease.holder is not None and lease.holder.id == me:
+                    changes |= {"epoch": lease.epoch + 1, "holder": None}
+                if any(one.id == me for one in lease.waiting):
+                    changes["waiting"] = tuple(one for one in lease.waiting if one.id != me)
+                if not changes or await self._write(document, lease.model_copy(update=changes), is_guarded=False):
+                    return
+        except StoreUnavailable:
+            self._others.owe(self._leave_later)  # or all others wait for as long as this process lives
+
+    async def _leave_later(self) -> None:
+        turn = self._others.turn(f"merge/{self.scope}")
+        if turn.locked():  # whoever has it leaves nothing behind
+            return
+        async with turn:
+            await self._leave()
 
     def _party(self) -> _Party:
         me = self._others.me
@@ -126,7 +134,11 @@ class MergePermits:
 
     async def _read(self) -> tuple[Document | None, MergeLease]:
         document = await self._store.get(self._key)
-        return document, self._blank if document is None else MergeLease.model_validate(document.value)
+        if document is None:
+            return None, self._blank
+        if document.damaged:  # no epoch was ever higher than the version
+            return document, self._blank.model_copy(update={"epoch": document.version})
+        return document, MergeLease.model_validate(document.value)
 
     async def _write(self, document: Document | None, lease: MergeLease, *, is_guarded: bool = True) -> bool:
         write = Write(self._key, 0 if document is None else document.version, lease.model_dump(mode="json"))

@@ -7,19 +7,27 @@ still want to write is accepted.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
 from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+import anyio
 
 from orchestrator.clock import Clock
 from orchestrator.domain.claims import Counters, Orchestrator, Owner, Role, Standing, Timing, standing
-from orchestrator.errors import Fenced, VersionConflict
+from orchestrator.errors import CouncilError, Fenced, VersionConflict
 from orchestrator.filelock import start_ticks
 from orchestrator.protocols import Commit, Document, Guard, Key, Store, Write
 from orchestrator.state.boot import boot_id
 
 _KIND = "orchestrator"
+
+_log = logging.getLogger("orchestrator.claims")
+# Who wants to read it says so: without a handler, Python would print warnings to the terminal.
+_log.addHandler(logging.NullHandler())
 
 
 def orchestrator_key(run: str, orchestrator: str) -> Key:
@@ -42,8 +50,21 @@ def this_process(role: Role) -> Owner:
 
 async def read_orchestrators(store: Store, run: str) -> dict[str, Orchestrator]:
     """Return the records of all that were ever at work in a run, by their names."""
-    found = await store.list(_KIND, f"{run}/")
-    return {one.key.id.partition("/")[2]: Orchestrator.model_validate(one.value) for one in found if not one.damaged}
+    found = [_read(document) for document in await store.list(_KIND, f"{run}/")]
+    return {one.owner.id: one for one in found if one is not None}
+
+
+def _read(document: Document | None) -> Orchestrator | None:
+    """Return a record; None where there is none, or nobody knows what it is by now."""
+    return None if document is None or document.damaged else Orchestrator.model_validate(document.value)
+
+
+class _Seen(NamedTuple):
+    """A sign of life: which, since when it is the last, and when that was last looked at (monotonic seconds)."""
+
+    heartbeat: float
+    since: float
+    looked: float
 
 
 class Orchestrators:
@@ -66,8 +87,11 @@ class Orchestrators:
         self._store, self._clock, self._is_dead = store, clock, is_dead
         self._version = 0
         self._record: Orchestrator | None = None
-        self._seen: dict[tuple[str, str], tuple[float, float]] = {}
-        """By run and name: the last heartbeat that was seen, and since when (monotonic seconds)."""
+        self._writing = anyio.Lock()
+        self._turns: dict[str, anyio.Lock] = {}
+        self._owed: list[Callable[[], Awaitable[None]]] = []
+        self._seen: dict[tuple[str, str], _Seen] = {}
+        """By run and name."""
 
     def promote(self) -> None:
         """This orchestrator has become the coordinator of its run."""
@@ -76,6 +100,14 @@ class Orchestrators:
     def count(self, **more: int) -> None:
         """Count what became of claims; it is recorded with the next sign of life."""
         self.counters = self.counters.plus(**more)
+
+    def turn(self, what: str) -> anyio.Lock:
+        """Return what the tasks of this process take turns by at something that all of them do as this orchestrator."""
+        return self._turns.setdefault(what, anyio.Lock())
+
+    def owe(self, what: Callable[[], Awaitable[None]]) -> None:
+        """Have something done with the next sign of life: the store could not be reached for it now."""
+        self._owed.append(what)
 
     def joining(self) -> Write:
         """Return the write that makes this process one of them; `joined` is to follow."""
@@ -90,14 +122,25 @@ class Orchestrators:
 
     async def join(self) -> None:
         """Become one of them."""
-        await self._store.commit(Commit([self.joining()]))
-        self.joined()
+        try:
+            await self._store.commit(Commit([self.joining()]))
+        except VersionConflict:  # nobody else has this name: a commit that we never learned of has done it
+            self._version = await self._own_version()
+        else:
+            self.joined()
 
     async def renew(self) -> None:
         """Give a sign of life for this orchestrator and all of its claims. Fenced where another took over."""
         now = self._clock.now()
         self.count(renewals=1)
-        await self._write(heartbeat=now, expires=now + self.timing.stale)
+        try:
+            await self._write(heartbeat=now, expires=now + self.timing.stale)
+        except CouncilError as error:
+            _log.warning("claim sync failed: run %s, %s: %s", self.run, self.me.id, error)
+            raise
+        _log.info("claims synced: run %s, %s", self.run, self.me.id)
+        while self._owed:
+            await self._owed.pop(0)()
 
     async def leave(self, reason: str | None = None) -> None:
         """Say that this orchestrator is at work no more, which holds no claims by then; nothing where it is fenced."""
@@ -107,25 +150,36 @@ class Orchestrators:
             return
 
     async def _write(self, **changes: object) -> None:
-        assert self._record is not None, "it has joined"  # noqa: S101
-        record = self._record.model_copy(update={**changes, "counters": self.counters})
-        write = Write(self.guard.key, self._version, record.model_dump(mode="json"))
-        try:
-            await self._store.commit(Commit([write], durable=False))
-        except VersionConflict:
-            raise await self.fenced() or Fenced(
-                self.run, self.me.id, "its record was changed by somebody else"
-            ) from None
-        self._version, self._record = self._version + 1, record
+        async with self._writing:
+            assert self._record is not None, "it has joined"  # noqa: S101
+            record = self._record.model_copy(update={**changes, "counters": self.counters})
+            value = record.model_dump(mode="json")
+            while True:
+                write = Write(self.guard.key, self._version, value)
+                try:
+                    await self._store.commit(Commit([write], durable=False))
+                except VersionConflict:
+                    self._version = await self._own_version()
+                else:
+                    self._version, self._record = self._version + 1, record
+                    return
+
+    async def _own_version(self) -> int:
+        """Return the version of our record, which a commit that we never learned of may have written."""
+        found = await self._store.get(self.guard.key)
+        record = _read(found)
+        if found is None or record is None or record.epoch != self.guard.epoch:
+            raise self._error(record)
+        return found.version
 
     async def fenced(self) -> Fenced | None:
         """Return the error that says why this orchestrator may write nothing any more; None if it still may."""
-        found = await self._store.get(self.guard.key)
-        record = None if found is None else Orchestrator.model_validate(found.value)
-        if record is not None and record.epoch == self.guard.epoch:
-            return None
-        why = None if record is None else record.reason
-        return Fenced(self.run, self.me.id, why or "its record is gone")
+        record = _read(await self._store.get(self.guard.key))
+        return None if record is not None and record.epoch == self.guard.epoch else self._error(record)
+
+    def _error(self, record: Orchestrator | None) -> Fenced:
+        why = "its record is gone" if record is None else record.reason or "it has said that it ended"
+        return Fenced(self.run, self.me.id, why)
 
     async def all(self) -> dict[str, Orchestrator]:
         """Return the records of all that were ever at work in the run, by their names."""
@@ -133,8 +187,7 @@ class Orchestrators:
 
     async def find(self, orchestrator: str, run: str | None = None) -> Orchestrator | None:
         """Return the record of one, of this run or another."""
-        found = await self._store.get(orchestrator_key(run or self.run, orchestrator))
-        return None if found is None or found.damaged else Orchestrator.model_validate(found.value)
+        return _read(await self._store.get(orchestrator_key(run or self.run, orchestrator)))
 
     async def standing_of(self, orchestrator: str, run: str | None = None) -> Standing:
         """Return how one stands by its name; one without a record has ended."""
@@ -153,11 +206,13 @@ class Orchestrators:
         return standing(one, now, watched, self.timing, is_here=is_here, is_dead=is_dead)
 
     def _watched(self, run: str, one: Orchestrator) -> float:
-        now = self._clock.monotonic()
-        heartbeat, since = self._seen.get((run, one.owner.id), (None, now))
-        if heartbeat != one.heartbeat:
-            since = now
-            self._seen[run, one.owner.id] = (one.heartbeat, now)
+        """Return for how many seconds this has been seen to be its last sign of life, without a long look away."""
+        now, seen = self._clock.monotonic(), self._seen.get((run, one.owner.id))
+        # A process that was stopped, or a whole machine, has to look anew: so may have been the other.
+        away = max(self.timing.stale, 2 * self.timing.sweep)
+        is_new = seen is None or seen.heartbeat != one.heartbeat or now - seen.looked > away
+        since = now if seen is None or is_new else seen.since
+        self._seen[run, one.owner.id] = _Seen(one.heartbeat, since, now)
         return now - since
 
     async def gone(self) -> dict[str, tuple[Document, Orchestrator, Standing]]:
@@ -165,8 +220,8 @@ class Orchestrators:
         self.count(sweeps=1)
         found: dict[str, tuple[Document, Orchestrator, Standing]] = {}
         for document in await self._store.list(_KIND, f"{self.run}/"):
-            one = Orchestrator.model_validate(document.value)
-            if (stands := await self.standing(one)) in {Standing.STALE, Standing.DEAD}:
+            one = _read(document)
+            if one is not None and (stands := await self.standing(one)) in {Standing.STALE, Standing.DEAD}:
                 found[one.owner.id] = (document, one, stands)
         return found
 

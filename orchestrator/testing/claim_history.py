@@ -1,0 +1,107 @@
+"""What the history of a store must show of claims, whatever the orchestrators of a run went through.
+
+Feed it the records of a store in their order, from the first; `violations` says what should never have been accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from orchestrator.domain.claims import Claim, Orchestrator
+from orchestrator.protocols import JsonObject, Key, Record
+
+#: Tells of a document's new value under which epoch of which task's claim, and by whom, it was written: (task, epoch,
+#: orchestrator). None: under none.
+Authorship = Callable[[Key, JsonObject], tuple[str, int, str] | None]
+
+
+@dataclass
+class ClaimHistory:
+    """The claims of all runs of a store, as far as its records were looked at.
+
+    - An orchestrator's record begins at epoch 1, and nothing is written to it once its epoch has changed.
+    - The epoch of a claim is its version; it is taken by orchestrators that are not over, and released by its owner.
+    - What is written under a claim is written by its owner under its epoch.
+    - The epoch of a merge permit rises with each change of hands.
+    """
+
+    authorship: Authorship = lambda _key, _value: None
+    violations: list[str] = field(default_factory=list)
+    claims: dict[str, Claim] = field(default_factory=dict)
+    """By run and task, as `run/task`."""
+    orchestrators: dict[str, Orchestrator] = field(default_factory=dict)
+    """By run and name, as `run/name`."""
+    takeovers: int = 0
+    """How often a claim went from one orchestrator to another that had not been given it."""
+    _permits: dict[Key, JsonObject] = field(default_factory=dict)
+    _versions: dict[Key, int] = field(default_factory=dict)
+
+    def add(self, record: Record) -> None:
+        """Look at the next record."""
+        before, over = dict[str, Claim](), {name for name, one in self.orchestrators.items() if one.epoch != 1}
+        found: list[str] = []
+        for key, (version, value) in record.documents.items():
+            if version != self._versions.get(key, 0) + 1:
+                found.append(f"{key} went from version {self._versions.get(key, 0)} to {version}")
+            self._versions[key] = version
+            if key.kind == "orchestrator":
+                found += self._orchestrator(key.id, value)
+            elif key.kind == "claim":
+                if (claim := self.claims.get(key.id)) is not None:
+                    before[key.id] = claim
+                found += self._claim(key.id, version, value, over)
+            elif key.kind == "lease" and key.id.startswith("merge/"):
+                found += self._permit(key, value)
+        for key, (_, value) in record.documents.items():
+            if value is not None and (written := self.authorship(key, value)) is not None:
+                found += self._work(key, written, before)
+        self.violations += [f"at {record.position}: {one}" for one in found]
+
+    def _orchestrator(self, name: str, value: JsonObject | None) -> Iterator[str]:
+        if value is None:
+            yield f"the record of {name} was deleted"
+            return
+        before, one = self.orchestrators.get(name), Orchestrator.model_validate(value)
+        self.orchestrators[name] = one
+        if before is None and one.epoch != 1:
+            yield f"{name} began at epoch {one.epoch}"
+        if before is not None and before.epoch != 1:
+            yield f"{name} wrote its record although it was over: {before.reason}"
+
+    def _claim(self, task: str, version: int, value: JsonObject | None, over: set[str]) -> Iterator[str]:
+        if value is None:
+            yield f"the claim on {task} was deleted"
+            return
+        before, claim = self.claims.get(task), Claim.model_validate(value)
+        self.claims[task] = claim
+        run, owner = task.partition("/")[0], claim.owner.id
+        held = before.owner.id if before is not None and before.released is None else None
+        if claim.epoch != version:
+            yield f"the claim on {task} has epoch {claim.epoch} in version {version}"
+        if claim.released is not None and held != owner:
+            yield f"{owner} released {task}, which {held or 'nobody'} had"
+        if claim.released is None and f"{run}/{owner}" not in self.orchestrators:
+            yield f"{owner} took {task} without having joined"
+        if claim.released is None and f"{run}/{owner}" in over:
+            yield f"{owner} took {task} although it was over"
+        self.takeovers += held is not None and owner != held
+
+    def _work(self, key: Key, written: tuple[str, int, str], before: dict[str, Claim]) -> Iterator[str]:
+        task, epoch, owner = written
+        # The commit that takes or releases a claim may write under it, too.
+        claims = [one for one in (before.get(task), self.claims.get(task)) if one is not None and one.released is None]
+        if not any((one.epoch, one.owner.id) == (epoch, owner) for one in claims):
+            now = self.claims.get(task)
+            has = "nobody has it" if now is None else f"{now.owner.id} has it at {now.epoch}, released {now.released}"
+            yield f"{owner} wrote {key} under epoch {epoch} of the claim on {task}, but {has}"
+
+    def _permit(self, key: Key, value: JsonObject | None) -> Iterator[str]:
+        if value is None:
+            yield f"{key} was deleted"
+            return
+        before = self._permits.get(key, {"epoch": 0, "holder": None})
+        self._permits[key] = value
+        rises, has_changed = value["epoch"] - before["epoch"], before["holder"] != value["holder"]
+        if not int(has_changed) <= rises <= 1:
+            yield f"{key} went from epoch {before['epoch']} to {value['epoch']}"

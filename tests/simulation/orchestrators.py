@@ -1,0 +1,401 @@
+"""Orchestrators that work at one queue while everything goes wrong that may: a simulation of all that claims promise.
+
+The classes under test are the real ones, over the store in memory. Between any two steps a process may be stopped for
+longer than its lease, or end; a commit may fail, or be done although its caller hears that it failed; the processes'
+clocks differ by up to three seconds. After a while the weather calms down, and everything has to come to its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from random import Random
+from typing import cast
+
+import anyio
+
+from orchestrator.clock import SystemClock
+from orchestrator.domain.claims import Owner, Release, Role, Timing, Verdict
+from orchestrator.errors import LeaseLost, StoreUnavailable, VersionConflict
+from orchestrator.locking.claims import Claims, HeldBy
+from orchestrator.locking.merge_permit import MergePermits, permit_key
+from orchestrator.locking.orchestrators import Orchestrators
+from orchestrator.locking.registry import scope_of
+from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Record, Store, Write
+from orchestrator.state.memory import MemoryStore
+from orchestrator.testing.claim_history import ClaimHistory
+from tests.simulation.virtual import run_virtually
+
+RUN, REPOSITORY, TARGET = "r", "repository", "main"
+TIMING = Timing(heartbeat=6.0, stale=30.0, owner_stale=60.0, sweep=9.0, max_retries=1_000)
+SKEW = 3.0
+"""Seconds by which a clock is wrong at most."""
+STORM = 180.0
+"""Seconds after which nothing goes wrong any more."""
+PATIENCE = 30 * TIMING.owner_stale
+"""Seconds within which all has to be done from then on."""
+
+#: Each task of the event loop throws its own dice: what one of them draws does not depend on whose turn it was.
+_dice: ContextVar[Random] = ContextVar("dice")
+
+
+class Crashed(BaseException):
+    """The process has ended in the midst of what it did."""
+
+
+@dataclass(frozen=True)
+class Weather:
+    """How likely it is that something happens at a step, or with a commit."""
+
+    crash: float = 0.004
+    stop: float = 0.008
+    fail: float = 0.01
+    lose: float = 0.02
+    """A commit is done, and its caller gets an error."""
+
+
+class SkewedClock(SystemClock):
+    """The clock of a machine: virtual, and a bit wrong."""
+
+    def __init__(self, skew: float) -> None:
+        self._skew = skew
+
+    def now(self) -> float:
+        """Seconds since the epoch."""
+        return 1e9 + self.monotonic() + self._skew
+
+    async def wait(self, event: anyio.Event, until: float | None) -> None:
+        """Wait for a time: the code under test waits for nothing else."""
+        assert until is not None
+        await asyncio.sleep(max(0.0, until - self.monotonic()))
+
+
+@dataclass
+class World:
+    """What all processes share: the store, the target branch, and the weather."""
+
+    seed: int
+    weather: Weather
+    is_fenced: bool
+    store: MemoryStore = field(default_factory=lambda: MemoryStore(SkewedClock(0)))
+    target: list[str] = field(default_factory=list)
+    """What has landed, in its order; its length stands for the commit that the branch is at."""
+    processes: dict[str, Process] = field(default_factory=dict)
+    seen: Counter[str] = field(default_factory=Counter)
+    """What has happened, and how often."""
+
+    def __post_init__(self) -> None:
+        self.time = asyncio.get_running_loop().time
+
+    def is_struck(self, chance: float) -> bool:
+        """Whether something happens now that is so likely while the storm lasts."""
+        return self.time() < STORM and _dice.get().random() < chance
+
+
+class Process:
+    """One orchestrator's process: where it may be stopped, or end, and its way to the store and the target."""
+
+    def __init__(self, world: World, number: int, role: Role) -> None:
+        dice = Random(f"{world.seed}/{number}")
+        self.world, self.number = world, number
+        self.host = dice.choice("ab")
+        self.owner = Owner(id=f"p{number}", host=self.host, boot="1", pid=number, started=number, role=role)
+        self.clock = SkewedClock(dice.uniform(-SKEW, SKEW))
+        self.is_over = False
+        self._stopped_until = 0.0
+        world.processes[self.owner.id] = self
+
+    async def step(self) -> None:
+        """Get from one moment to the next."""
+        dice, world = _dice.get(), self.world
+        fate = dice.random()
+        if fate > 0.5:  # others have their turns in between
+            await asyncio.sleep(0.2 * (fate - 0.5))
+        elif world.time() < STORM:
+            if fate < world.weather.crash:
+                world.seen["crashed"] += 1
+                self.is_over = True
+            elif fate < world.weather.crash + world.weather.stop:
+                world.seen["stopped"] += 1
+                self._stopped_until = world.time() + dice.uniform(0, 3) * TIMING.owner_stale
+        while world.time() < self._stopped_until and not self.is_over:
+            await asyncio.sleep(self._stopped_until - world.time())
+        if self.is_over:
+            raise Crashed
+
+    async def commit(self, commit: Commit) -> int:
+        """See `Store.commit`."""
+        await self.step()
+        if self.world.is_struck(self.world.weather.fail):
+            raise _unavailable()
+        position = await self.world.store.commit(commit if self.world.is_fenced else replace(commit, guards=()))
+        await self.step()
+        if self.world.is_struck(self.world.weather.lose):
+            self.world.seen["lost acknowledgement"] += 1
+            raise _unavailable()
+        return position
+
+    async def get(self, key: Key) -> Document | None:
+        """See `Store.get`."""
+        await self.step()
+        return await self.world.store.get(key)
+
+    async def list(self, kind: str, prefix: str = "") -> Sequence[Document]:
+        """See `Store.list`."""
+        await self.step()
+        return await self.world.store.list(kind, prefix)
+
+    async def fetch(self) -> Sequence[str]:
+        """Return what is on the target."""
+        await self.step()
+        return tuple(self.world.target)
+
+    async def push(self, old: int, task: str) -> bool:
+        """Move the target from `old` by a task; False where it is not there any more."""
+        await self.step()
+        if len(self.world.target) != old:
+            return False
+        self.world.target.append(task)
+        await self.step()
+        return True
+
+    async def is_dead(self, _run: str, owner: Owner) -> bool:
+        """Whether a process of this machine is known to have ended."""
+        other = self.world.processes[owner.id]
+        return other.host == self.host and other.is_over
+
+
+def _unavailable() -> StoreUnavailable:
+    return StoreUnavailable("the store", "no answer", "wait")
+
+
+def work_key(task: str) -> Key:
+    """Return the key of what is recorded of a task's work."""
+    return Key("work", f"{RUN}/{task}")
+
+
+class Orchestrator:
+    """An engine in small: it claims tasks, works at each step by step, lands it and releases the claim."""
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+        self.store = cast("Store", process)
+        self.others = Orchestrators(self.store, process.clock, RUN, process.owner, TIMING, process.is_dead)
+        self.claims = Claims(self.store, process.clock, self.others)
+        self.permits = MergePermits(self.store, process.clock, self.others, REPOSITORY, TARGET)
+        self._busy: set[str] = set()
+
+    async def live(self) -> None:
+        """Work until nothing is left to do. LeaseLost where it was taken for gone, Crashed where it ended."""
+        try:
+            await self._until_it_works(self.others.join)
+            async with anyio.create_task_group() as group:
+                for number, job in enumerate((self._beat, self._sweep)):
+                    group.start_soon(self._with_dice, number, job)
+                async with anyio.create_task_group() as slots:
+                    for number in (2, 3):
+                        slots.start_soon(self._with_dice, number, self._work)
+                group.cancel_scope.cancel()
+            await self._until_it_works(self.others.leave)
+        except BaseExceptionGroup as errors:
+            rest = errors.split((Crashed, LeaseLost))[1]
+            if rest is not None:
+                raise
+            raise (Crashed() if errors.subgroup(Crashed) else LeaseLost(self.others.me.id, 1, None)) from None
+        finally:
+            self.process.is_over = True
+
+    async def _with_dice(self, number: int, job: Callable[[], object]) -> None:
+        _dice.set(Random(f"{self.process.world.seed}/{self.process.number}/{number}"))
+        await job()  # type: ignore[misc]
+
+    async def _until_it_works(self, do: Callable[[], object]) -> None:
+        while True:
+            try:
+                await do()  # type: ignore[misc]
+            except StoreUnavailable:
+                await self._pause(0.5)
+            else:
+                return
+
+    async def _pause(self, seconds: float) -> None:
+        await self.process.clock.wait(anyio.Event(), self.process.clock.monotonic() + seconds)
+
+    async def _beat(self) -> None:
+        while True:
+            await self._until_it_works(self.others.renew)
+            await self._pause(TIMING.heartbeat)
+
+    async def _sweep(self) -> None:
+        while True:
+            await self._until_it_works(self.claims.sweep)
+            await self._pause(TIMING.sweep)
+
+    async def _work(self) -> None:
+        while True:
+            try:
+                documents = await self.store.list("work", f"{RUN}/")
+                left = [one.key.id.partition("/")[2] for one in documents if one.value["state"] != "landed"]
+                left = [*left, *(task for task in self.claims if task not in left)]
+                if not left:
+                    return
+                _dice.get().shuffle(left)
+                for task in left:
+                    if task not in self._busy:
+                        self._busy.add(task)
+                        try:
+                            await self._try(task)
+                        finally:
+                            self._busy.discard(task)
+            except StoreUnavailable:
+                pass
+            await self._pause(_dice.get().uniform(1, 6))
+
+    async def _try(self, task: str) -> None:
+        override = self.process.world.is_struck(0.01)
+        if task not in self.claims:
+            verdict = await self.claims.verdict(task)
+            if verdict is not Verdict.TRY and not override:
+                return
+            if isinstance(await self.claims.claim(task, override=override), HeldBy):
+                return
+        guard = self.claims.guard(task)
+        assert guard is not None
+        try:
+            await self._do(task, guard)
+        except (LeaseLost, VersionConflict):
+            claim = await self.claims.read(task)
+            if claim is None or claim.epoch != guard.epoch:
+                self.claims.lost(task)
+            error = await self.others.fenced()
+            if error is not None:
+                raise error from None
+
+    async def _do(self, task: str, guard: Guard) -> None:
+        if await self._adopts(task, guard):
+            return
+        await self._write(task, [guard], {"state": "running"})
+        for _ in range(_dice.get().randint(1, 3)):
+            await self._pause(_dice.get().uniform(1, 8))
+            await self._write(task, [guard], {})
+        if self.process.world.is_struck(0.1):
+            await self.claims.release(task, Release.ABANDONED, "it failed", counts=True)
+            return
+        async with self.permits.hold() as permit:
+            while not await self._adopts(task, guard):
+                there = await self.process.fetch()
+                if task in there:
+                    continue
+                await self._write(task, [guard, permit.guard], {"state": "landing", "permit": permit.guard.epoch})
+                if await self.process.push(len(there), task):
+                    await self._land(task, guard)
+                    return
+
+    async def _adopts(self, task: str, guard: Guard) -> bool:
+        """Whether the task is on the target already, by whose work ever."""
+        found = await self.store.get(work_key(task))
+        assert found is not None
+        if found.value["state"] == "landed":
+            await self.claims.release(task, Release.COMPLETE)
+            return True
+        if task not in await self.process.fetch():
+            return False
+        self.process.world.seen["adopted"] += 1
+        await self._land(task, guard)
+        return True
+
+    async def _land(self, task: str, guard: Guard) -> None:
+        await self._write(task, [guard], {"state": "landed"}, self.claims.ending(task, Release.COMPLETE, None))
+        self.claims.released(task)
+
+    async def _write(self, task: str, guards: Sequence[Guard], changes: JsonObject, *more: Write) -> None:
+        found = await self.store.get(work_key(task))
+        assert found is not None
+        value = {**found.value, **changes, "by": self.others.me.id, "epoch": guards[0].epoch}
+        writes = [Write(found.key, found.version, value), *more]
+        await self.store.commit(Commit(writes, [Event("work", {"by": self.others.me.id})], guards))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a simulation."""
+
+    violations: Sequence[str]
+    records: Sequence[Record]
+    seen: Counter[str]
+
+
+def simulate(
+    seed: int, *, processes: int = 3, tasks: int = 5, weather: Weather = Weather(), is_fenced: bool = True
+) -> Outcome:
+    """Have orchestrators do tasks; the same seed gives the same again."""
+    return run_virtually(_simulate(seed, processes, tasks, weather, is_fenced))
+
+
+async def _simulate(seed: int, processes: int, tasks: int, weather: Weather, is_fenced: bool) -> Outcome:
+    world = World(seed, weather, is_fenced)
+    _dice.set(Random(f"{world.seed}"))
+    blank = {"state": "pending", "by": None, "epoch": None, "permit": None}
+    await world.store.commit(Commit([Write(work_key(f"t{number}"), 0, blank) for number in range(tasks)]))
+    is_stuck = True
+    with anyio.move_on_after(STORM + PATIENCE):
+        async with anyio.create_task_group() as group:
+            for number in range(processes):
+                group.start_soon(_lives, world, number, processes)
+        is_stuck = False
+    records = await _records(world.store)
+    violations = [*check(records), *(f"{task} landed twice" for task, n in Counter(world.target).items() if n > 1)]
+    left = [one.key.id for one in await world.store.list("work") if one.value["state"] != "landed"]
+    if left or is_stuck:
+        violations.append(f"not done in the end: {left}, {world.seen}")
+    return Outcome(violations, records, world.seen)
+
+
+async def _lives(world: World, number: int, processes: int) -> None:
+    """Have a process that ends followed by another; only of some, but for the first."""
+    dice = Random(f"{world.seed}/{number}/lives")
+    _dice.set(dice)
+    role = Role.COORDINATOR if number == 0 else Role.WORKER
+    while True:
+        try:
+            await Orchestrator(Process(world, number, role)).live()
+        except (Crashed, LeaseLost) as error:
+            world.seen[type(error).__name__] += 1
+            if number % processes and dice.random() < 0.3:
+                return
+        else:
+            return
+        await asyncio.sleep(dice.uniform(0, TIMING.owner_stale))
+        number += processes
+
+
+async def _records(store: MemoryStore) -> list[Record]:
+    found, end = list[Record](), await store.position()
+    async with aclosing(store.watch()) as records:
+        async for record in records:
+            found.append(record)
+            if record.position == end:
+                break
+    return found
+
+
+def check(records: Sequence[Record]) -> list[str]:
+    """Return what is wrong in the history of a store."""
+    history, permits, found = ClaimHistory(_authorship), dict[Key, int](), list[str]()
+    permit = permit_key(scope_of(REPOSITORY, TARGET))
+    for record in records:
+        history.add(record)
+        for key, (_, value) in record.documents.items():
+            if key == permit and value is not None:
+                permits[key] = value["epoch"]
+            if key.kind == "work" and value and value["state"] == "landing" and value["permit"] != permits.get(permit):
+                found.append(f"at {record.position}: {value['by']} intended to land under the permit {value['permit']}")
+    return [*history.violations, *found]
+
+
+def _authorship(key: Key, value: JsonObject) -> tuple[str, int, str] | None:
+    return (key.id, value["epoch"], value["by"]) if key.kind == "work" and value["by"] is not None else None
