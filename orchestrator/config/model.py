@@ -89,6 +89,8 @@ class TaskSpec(_Model):
     """The higher, the earlier among those that are ready."""
     owns: Annotated[tuple[str, ...], Field(strict=False)]
     """Patterns of the paths that it works on."""
+    on_escape: Literal["bounce", "extend", "allow"] = "bounce"
+    """What follows where it owns paths and has changed others."""
     instructions: str | None = None
     """What the CLI is told apart from the prompt."""
     budget: BudgetConfig = BudgetConfig()
