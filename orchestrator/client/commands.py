@@ -12,6 +12,9 @@ PATH = "path"
 PATHS = "paths"
 SECONDS = "seconds"
 
+#: The name of our own server of the Model Context Protocol among those of a session.
+SERVER = "council"
+
 #: Bytes of a request, at most; characters of a text or of a path; how many paths.
 LARGEST_REQUEST = 1 << 17
 LONGEST_TEXT = 16_000

@@ -64,14 +64,19 @@ def ask(session: Session, typed: Typed, cwd: str) -> Mapping[str, Any]:
     """Ask as a session, with paths as they are typed in `cwd`; raises AskError."""
     arguments = dict(typed.arguments)
     for one in typed.command.arguments:
-        if one.name in arguments and one.kind == PATH:
-            arguments[one.name] = _within(session, arguments[one.name], cwd)
-        elif one.name in arguments and one.kind == PATHS:
-            arguments[one.name] = [_within(session, path, cwd) for path in arguments[one.name]]
-    return session.ask(typed.command.name, arguments, PATIENCE + arguments.get("wait", 0))
+        value = arguments.get(one.name)
+        if one.kind == PATH and isinstance(value, str):
+            arguments[one.name] = _within(session, value, cwd)
+        elif one.kind == PATHS and isinstance(value, list):
+            arguments[one.name] = [_within(session, path, cwd) for path in value]
+    wait = arguments.get("wait")
+    return session.ask(typed.command.name, arguments, PATIENCE + (wait if isinstance(wait, int | float) else 0))
 
 
-def _within(session: Session, path: str, cwd: str) -> str:
+def _within(session: Session, path: Any, cwd: str) -> Any:
+    """Return a path from the worktree's top; what is none the orchestrator refuses."""
+    if not isinstance(path, str) or "\0" in path:
+        return path
     found = session.within(path, cwd)
     if found is None:
         raise AskError(f"{path} is not in this session's worktree", f"name files in {session.tree}")

@@ -17,7 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import TracebackType
-    from typing import Any, Self
+    from typing import Any
 
 VARIABLE = "COUNCIL_SESSION"
 SOCKET, CARD = "socket", "session.json"
@@ -144,7 +144,7 @@ class ShortName:
             return f"/proc/self/fd/{self._descriptor}"
         import tempfile  # noqa: PLC0415  seldom needed, and slow
 
-        self._made = tempfile.mkdtemp(prefix="council-", dir="/tmp")  # noqa: S108  the usual one may be long, too
+        self._made = tempfile.mkdtemp(prefix="council-", dir="/tmp")
         os.symlink(self._folder, f"{self._made}/s")  # noqa: PTH211
         return f"{self._made}/s"
 
