@@ -1,7 +1,7 @@
 """Which session a program is in, and how it asks the orchestrator: one line of JSON there, one back.
 
-A session is found by `COUNCIL_SESSION`, or, because CLIs keep variables from their tools, by the `.git` of the worktree:
-its git directory and the mailbox are neighbours.
+A session is found by `COUNCIL_SESSION`, or, because CLIs keep variables from their tools, by the `.git` of the
+worktree: its git directory and the mailbox are neighbours.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 # Not `socket`, which takes longer to import than all else here.
 from _socket import AF_UNIX, SOCK_STREAM
 from _socket import socket as Socket  # noqa: N812  a class, whatever it is called
+from time import monotonic, sleep
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ MAILBOX = "mailbox"
 
 #: Seconds for which an answer is waited for, beside what the request itself says.
 PATIENCE = 30.0
+_REST = 0.05  # seconds between two tries to be let in
 _LONGEST_ANSWER = 1 << 26
 _LONGEST_NAME = 100  # of a unix socket, in bytes; 104 to 108 by system
 
@@ -60,13 +62,13 @@ class Session:
         return None if found == os.pardir or found.startswith(os.pardir + os.sep) else found
 
     def ask(self, command: str, arguments: Mapping[str, Any], patience: float = PATIENCE) -> dict[str, Any]:
-        """Ask and return the result; raises AskError. Blocks, for at most `patience` seconds from one byte to the next."""
+        """Ask and return the result; raises AskError. Blocks, at most `patience` seconds from one byte to the next."""
         request = {"token": self.token, "command": command, "arguments": dict(arguments)}
         connected = Socket(AF_UNIX, SOCK_STREAM)
         try:
             connected.settimeout(patience)
             with ShortName(self.folder) as folder:
-                connected.connect(f"{folder}/{SOCKET}")
+                _connect(connected, f"{folder}/{SOCKET}", monotonic() + patience)
             connected.sendall(json.dumps(request).encode() + b"\n")
             line = _line(connected)
         except OSError as error:
@@ -103,6 +105,16 @@ def _beside_git(folder: str) -> str | None:
             continue
         git_dir = first.removeprefix("gitdir: ").rstrip("\n")
         return f"{os.path.dirname(os.path.join(folder, git_dir))}/{MAILBOX}"  # noqa: PTH118, PTH120
+
+
+def _connect(connected: Socket, address: str, deadline: float) -> None:
+    while True:
+        try:
+            return connected.connect(address)
+        except BlockingIOError:  # too many wait already, and with a time limit the system does not wait for them
+            if monotonic() > deadline:
+                raise
+            sleep(_REST)
 
 
 def _line(connected: Socket) -> bytes:
