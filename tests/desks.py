@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import anyio
+import pytest
 
+from orchestrator import execution
 from orchestrator.domain.sessions import SessionName
+from orchestrator.engine.workshop import Workshop, open_workshop
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject
 
@@ -77,3 +81,13 @@ class MemoryDesk:
         told = {"adapter": "fake", "status": "working", "file": None, "progress": None, "message": None}
         more = {"blocked_on": None, "files": files, "updated": 1.0, "is_me": one == me}
         return {**one._asdict(), **told, **more}
+
+
+def answer_in_runs(desk: MemoryDesk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have sessions of the runs in this process ask a desk."""
+
+    async def opened(*arguments: Any, **more: Any) -> Workshop:
+        shop = await open_workshop(*arguments, **more)
+        return replace(shop, tools=replace(shop.tools, desk=desk))
+
+    monkeypatch.setattr(execution, "open_workshop", opened)

@@ -22,6 +22,7 @@ class Program:
     `without_server` is the class of a failure where nothing listens; `remedy` is part of what is told without a login,
     which is one without `keys`, or, where it has none, one that the server refuses. `has_servers`: it uses those of the
     Model Context Protocol. `tells_tokens`: what the model says that it cost, and no estimate of its own.
+    `asks_before_edits`: it can be told to.
     """
 
     adapter: Mapping[str, Any]
@@ -35,6 +36,7 @@ class Program:
     has_servers: bool = True
     without_server: str = "transient"
     tells_tokens: bool = True
+    asks_before_edits: bool = False
 
 
 _GEMINI: Final[Mapping[str, Any]] = {
@@ -65,6 +67,7 @@ PROGRAMS: Final[Mapping[str, Program]] = {
         remedy="claude auth login",
         keys={"ANTHROPIC_API_KEY": "a-key-for-nothing"},
         files={".claude/settings.json": {"env": {"ANTHROPIC_BASE_URL": MODEL}}},
+        asks_before_edits=True,
     ),
     "codex": Program(
         # Its newer models have no tools but a program of JavaScript; a list of plugins is fetched from GitHub.
@@ -85,6 +88,7 @@ PROGRAMS: Final[Mapping[str, Program]] = {
         {"use": "gemini", "model": "gemini-2.5-pro", "approval_mode": "yolo"},
         calls=3,
         remedy="GEMINI_API_KEY",
+        asks_before_edits=True,
         **_GEMINI,
     ),
     "opencode": Program(
