@@ -2,8 +2,8 @@
 
     python benchmarks/asking.py [--quick]
 
-95 of 100 take no longer than what is told. Beside a Python that does nothing, in turn with it, on the clock; who answers
-is a mailbox as sessions have it, whose desk knows the answer at once.
+95 of 100 take no longer than what is told. Beside a Python that does nothing, in turn with it, on the clock; who
+answers is a mailbox as sessions have it, whose desk knows the answer at once.
 """
 
 from __future__ import annotations

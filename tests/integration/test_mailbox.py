@@ -348,3 +348,55 @@ async def test_half_a_line_is_left_alone(site: Site) -> None:
 
         assert await anyio.to_thread.run_sync(wait) == b""
     assert site.desk.asked == []
+
+
+# The hook before an edit
+
+CALLS: list[tuple[str, dict[str, Any], str]] = [
+    ("PreToolUse", {"file_path": "{tree}/src/theirs.py", "content": "x"}, "Claude Code's Write"),
+    ("PreToolUse", {"notebook_path": "{tree}/src/theirs.py"}, "Claude Code's NotebookEdit"),
+    ("BeforeTool", {"file_path": "src/theirs.py", "old_string": "a"}, "Gemini CLI's replace"),
+    ("PreToolUse", {"command": "*** Begin Patch\n*** Update File: src/theirs.py\n@@\n*** End Patch"}, "a patch"),
+    ("PreToolUse", {"file_path": "{tree}/src/link.py"}, "through a link"),
+]
+
+
+@pytest.mark.parametrize(("event", "given", "what"), CALLS, ids=[what for _, _, what in CALLS])
+async def test_an_edit_of_anothers_file_is_denied(site: Site, event: str, given: dict[str, Any], what: str) -> None:
+    """In the form that the CLI knows, with whose it is; other files may be edited."""
+    site.desk.foreign["src/theirs.py"] = "run-0/other.1"
+    async with site.session() as (worktree, mailbox):
+        (worktree.tree / "src" / "link.py").symlink_to("theirs.py")
+
+        async def call(given: dict[str, Any]) -> str:
+            put = {key: value.replace("{tree}", str(worktree.tree)) for key, value in given.items()}
+            told = {"hook_event_name": event, "cwd": str(worktree.tree), "tool_name": "Write", "tool_input": put}
+            worktree.prompt_file.write_text(json.dumps(told))
+            code, said = await site.run(
+                SandboxKind.OFF, worktree, mailbox, list(mailbox.hook), stdin=worktree.prompt_file
+            )
+            assert code == 0
+            return said
+
+        denied = json.loads(await call(given))
+        assert await call({"file_path": "src/ours.py"}) == ""
+        assert await call({"file_path": "/etc/passwd"}) == ""
+    if event == "BeforeTool":
+        assert denied["decision"] == "deny"
+        reason = denied["reason"]
+    else:
+        assert denied["hookSpecificOutput"]["permissionDecision"] == "deny"
+        assert denied["hookSpecificOutput"]["hookEventName"] == "PreToolUse"
+        reason = denied["hookSpecificOutput"]["permissionDecisionReason"]
+    assert "src/theirs.py belongs to run-0/other.1" in reason
+
+
+async def test_a_hook_whose_orchestrator_is_gone_allows(site: Site) -> None:
+    """What lands is checked all the same."""
+    site.desk.foreign["src/theirs.py"] = "run-0/other.1"
+    async with site.session() as (worktree, mailbox):
+        pass
+    told = {"hook_event_name": "PreToolUse", "cwd": str(worktree.tree), "tool_input": {"file_path": "src/theirs.py"}}
+    worktree.prompt_file.write_text(json.dumps(told))
+    ended = await site.run(SandboxKind.OFF, worktree, mailbox, list(mailbox.hook), stdin=worktree.prompt_file)
+    assert ended == (0, "")
