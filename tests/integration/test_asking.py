@@ -1,4 +1,4 @@
-"""Sessions of a run can ask their orchestrator, by what their adapter can be asked for; without a desk there is none."""
+"""Sessions of a run can ask their orchestrator, by what their adapter can be asked for; without a desk none can."""
 
 from __future__ import annotations
 
