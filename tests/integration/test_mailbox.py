@@ -307,25 +307,27 @@ async def test_who_leaves_is_not_answered(site: Site) -> None:
                 await anyio.sleep(0)
 
 
-async def test_a_thousand_that_say_nothing_keep_nobody_waiting_for_long(site: Site) -> None:
-    """Of this session's requests the next is answered once the first of them have been left; others' at once."""
+async def test_a_thousand_that_say_nothing_harm_no_other(site: Site) -> None:
+    """Few of them are served, few wait; another session is answered at once, and this one once they have gone."""
     async with site.session() as (worktree, _), site.session("api", 2) as (other, _):
         caller, neighbour = Caller(worktree), Caller(other)
         idle: list[socket.socket] = []
+        let_in = 0
         try:
-            for number in range(1000):
+            for _number in range(1000):
                 one = socket.socket(socket.AF_UNIX)
                 one.setblocking(False)
                 idle.append(one)
                 there = os.open(caller.folder, os.O_RDONLY)
                 try:
                     one.connect(f"/proc/self/fd/{there}/socket")
-                    one.send(b'{"half')
+                    let_in += one.send(b"{") == 1
                 except BlockingIOError:  # the kernel keeps no more of them waiting
-                    assert number > 30
+                    pass
                 finally:
                     os.close(there)
                 await anyio.sleep(0)
+            assert 0 < let_in < 300
             start = time.monotonic()
             assert (await anyio.to_thread.run_sync(neighbour.say, neighbour.line("peers")))["ok"] is True
             assert time.monotonic() - start < 2
