@@ -11,6 +11,8 @@ from orchestrator.domain.ownership import any_overlap
 
 #: Bytes (UTF-8) of a note's text, characters of its topic, and how many paths it can name.
 LONGEST_TEXT, LONGEST_TOPIC, MOST_PATHS = 4096, 100, 50
+#: Characters of one of these.
+LONGEST_PATH: Final = 1000
 #: How many notes there are of a scope; then the oldest go.
 MOST_NOTES: Final = 500
 #: Characters of notes that a prompt has.
@@ -70,15 +72,14 @@ def block(notes: Sequence[Note], most: int = LONGEST_BLOCK) -> str | None:
     told: list[str] = []
     room = most - sum(len(line) + 1 for line in _HEAD) - _FOOT_ROOM
     for note in reversed(notes):
-        lines = _lines(note)
-        room -= sum(len(line) + 1 for line in lines)
-        if room < 0:
-            break
-        told.append("\n".join(lines))
+        lines = "\n".join(_lines(note))
+        if len(lines) < room:
+            room -= len(lines) + 1
+            told.append(lines)
     if not told:
         return None
     left = len(notes) - len(told)
-    foot = [f"({left} older {'note is' if left == 1 else 'notes are'} left out.)"] if left else []
+    foot = [f"({left} more {'is' if left == 1 else 'are'} left out.)"] if left else []
     return "\n".join((*_HEAD, *told, *foot)) + "\n"
 
 

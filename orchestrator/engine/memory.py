@@ -11,7 +11,16 @@ from pydantic import TypeAdapter
 
 from orchestrator.clock import Clock
 from orchestrator.domain.holdings import checked
-from orchestrator.domain.notes import LONGEST_TEXT, LONGEST_TOPIC, MOST_NOTES, MOST_PATHS, Note, concerning, found
+from orchestrator.domain.notes import (
+    LONGEST_PATH,
+    LONGEST_TEXT,
+    LONGEST_TOPIC,
+    MOST_NOTES,
+    MOST_PATHS,
+    Note,
+    concerning,
+    found,
+)
 from orchestrator.domain.secrets import Redactor
 from orchestrator.domain.sessions import SessionName
 from orchestrator.errors import RefusedError
@@ -109,3 +118,5 @@ def _check(text: str, topic: str | None, paths: Sequence[str]) -> None:
         raise RefusedError(f"the topic has {len(topic)} characters", f"name it in 1 to {LONGEST_TOPIC}")
     if len(paths) > MOST_PATHS:
         raise RefusedError(f"the note names {len(paths)} paths, {MOST_PATHS} fit", "name folders by patterns")
+    if (longest := max(map(len, paths), default=0)) > LONGEST_PATH:
+        raise RefusedError(f"a path of the note has {longest} characters", f"name one of at most {LONGEST_PATH}")
