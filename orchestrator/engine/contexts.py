@@ -31,7 +31,7 @@ from orchestrator.domain.contexts import (
 )
 from orchestrator.domain.secrets import Redactor
 from orchestrator.domain.sessions import SessionName
-from orchestrator.errors import LeaseLost, RefusedError, VersionConflict
+from orchestrator.errors import LeaseLost, RefusedError, StoreUnavailable, VersionConflict
 from orchestrator.protocols import Commit, Guard, Key, Store, Write
 
 KIND: Final = "context"
@@ -115,7 +115,7 @@ class Contexts:
             updated=now,
         )
         self._own[session] = _Own(context)
-        return await self._write(session, {})
+        return await self._note(session, {})
 
     async def update(self, session: SessionName, **changes: Unpack[Report]) -> SessionContext:
         """Record what a session tells of itself, and that it lives. RefusedError where it is not at work here."""
@@ -131,20 +131,20 @@ class Contexts:
 
     async def hold(self, session: SessionName, files: Sequence[str]) -> SessionContext:
         """Record which files a session has locked, in all."""
-        return await self._write(session, {"files": tuple(sorted(files))})
+        return await self._note(session, {"files": tuple(sorted(files))})
 
     @asynccontextmanager
     async def waiting(self, session: SessionName, what: str) -> AsyncIterator[None]:
         """Have a session wait for something for the body; it then is as it was, unless it has said otherwise."""
         before = self._owned(session).context
-        await self._write(session, {"status": SessionStatus.WAITING, "blocked_on": what})
+        await self._note(session, {"status": SessionStatus.WAITING, "blocked_on": what})
         try:
             yield
         finally:
             own = self._own.get(session)
             if own is not None and own.context.status is SessionStatus.WAITING:
                 with anyio.CancelScope(shield=True), suppress(LeaseLost):
-                    await self._write(session, {"status": before.status, "blocked_on": before.blocked_on})
+                    await self._note(session, {"status": before.status, "blocked_on": before.blocked_on})
 
     async def end(self, session: SessionName) -> None:
         """Record that a session is over and holds nothing; what it said last stays to be read for half an hour.
@@ -157,7 +157,7 @@ class Contexts:
                 return
             self._own[session] = _Own(SessionContext.model_validate_json(found.encoded), found.version)
         try:
-            await self._write(session, {"status": SessionStatus.DONE, "files": (), "blocked_on": None})
+            await self._note(session, {"status": SessionStatus.DONE, "files": (), "blocked_on": None})
         except LeaseLost:  # whoever has taken the task over says how it goes on
             pass
         finally:
@@ -193,6 +193,12 @@ class Contexts:
         if own is None:
             raise RefusedError(f"session {session} is not at work here", "ask from within a session that is")
         return own
+
+    async def _note(self, session: SessionName, changes: dict[str, Any]) -> SessionContext:
+        """Record what nobody has asked for: where the store can't be reached, what is being done goes on without."""
+        with suppress(StoreUnavailable):
+            await self._write(session, changes)
+        return self._owned(session).context
 
     async def _write(self, session: SessionName, changes: dict[str, Any] | Report) -> SessionContext:
         own = self._owned(session)
