@@ -33,6 +33,7 @@ from orchestrator.domain.secrets import Redactor
 from orchestrator.domain.sessions import SessionName
 from orchestrator.errors import LeaseLost, RefusedError, StoreUnavailable, VersionConflict
 from orchestrator.protocols import Commit, Guard, Key, Store, Write
+from orchestrator.state.reading import validated
 
 KIND: Final = "context"
 
@@ -67,7 +68,7 @@ def context_key(session: SessionName) -> Key:
 async def read_contexts(store: Store, run: str | None = None) -> list[SessionContext]:
     """Return what the sessions of a run, or of all runs, are at, those that have ended within half an hour, too."""
     found = [one.encoded for one in await store.list(KIND, f"{run}/" if run else "") if not one.damaged]
-    return _CONTEXTS().validate_json(b"[" + b",".join(found) + b"]")
+    return validated(_CONTEXTS(), found)
 
 
 async def clean_contexts(store: Store, now: float, after: float = STALE_AFTER) -> list[str]:

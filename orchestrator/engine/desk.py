@@ -186,7 +186,8 @@ class SessionDesk:
     async def leave(self, session: SessionName, *, keep_ownership: bool = False) -> None:
         """Give back all that a session has, however it has ended.
 
-        Safe to repeat, and for a session of a process that is gone. With `keep_ownership` its paths stay its own, where they are to be its task's until that has landed.
+        Safe to repeat, and for a session of a process that is gone. With `keep_ownership` its paths stay its own, where
+        they are to be its task's until that has landed.
         """
         self._here.pop(session, None)
         await self._files.release_all(session)

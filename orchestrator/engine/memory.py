@@ -25,6 +25,7 @@ from orchestrator.domain.secrets import Redactor
 from orchestrator.domain.sessions import SessionName
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Commit, Document, Event, Guard, Key, Store, Write
+from orchestrator.state.reading import validated
 from orchestrator.state.update import retried
 
 KIND: Final = "note"
@@ -71,8 +72,8 @@ class Memory:
 
     async def all(self) -> list[Note]:
         """Return all notes, the oldest first."""
-        readable = (one.encoded for one in await self._documents() if not one.damaged)
-        return _NOTES().validate_json(b"[" + b",".join(readable) + b"]")
+        readable = [one.encoded for one in await self._documents() if not one.damaged]
+        return validated(_NOTES(), readable)
 
     async def find(self, *, task: str | None = None, topic: str | None = None, paths: Sequence[str] = ()) -> list[Note]:
         """Return the notes of a task, of a topic and about paths (patterns that overlap), the oldest first.
