@@ -6,19 +6,18 @@ locked, which counts on this one. They are given back in the opposite order. All
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Final, Protocol, TypeVar
+from typing import Annotated, Final, TypeVar
 
 import anyio
 import anyio.to_thread
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from orchestrator.clock import Clock
-from orchestrator.domain.contexts import SessionContext, SessionStatus, at_work, path_within
+from orchestrator.domain.contexts import SessionContext, SessionStatus, at_work
 from orchestrator.domain.holdings import HeldBy, pattern_of
 from orchestrator.domain.ownership import matches
 from orchestrator.domain.secrets import Redactor
@@ -26,13 +25,14 @@ from orchestrator.domain.sessions import SessionName
 from orchestrator.engine.contexts import Contexts, Report
 from orchestrator.engine.details import Workplace, details
 from orchestrator.engine.memory import Memory
-from orchestrator.engine.observing import observed, tops_of
-from orchestrator.errors import LeaseLost, LockHeld, RefusedError, StoreUnavailable, VersionConflict
+from orchestrator.engine.observing import observed
+from orchestrator.errors import FileHeld, LeaseLost, RefusedError, StoreUnavailable, VersionConflict
 from orchestrator.instants import local_time
+from orchestrator.locking.files import FileLocks
+from orchestrator.locking.names import canonical
 from orchestrator.locking.registry import Registry
 from orchestrator.protocols import Commit, Guard, JsonObject, Store
 from orchestrator.repo.git import Git
-from orchestrator.repo.worktrees import Worktree
 from orchestrator.sessions.output import log_file
 
 #: Seconds that a session can wait for a lock, and how many paths it can name at once.
@@ -44,26 +44,6 @@ MOST_TOLD: Final = 50
 Paths = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=4096)]], Field(min_length=1, max_length=MOST_PATHS)
 ]
-
-
-class FileLocks(Protocol):
-    """What the desk needs of `locking.files.FileLocks`."""
-
-    async def acquire(
-        self,
-        session: SessionName,
-        paths: Sequence[str],
-        *,
-        shared: bool = False,
-        timeout: float = 5.0,  # noqa: ASYNC109
-    ) -> Sequence[Any]:
-        """Lock files, all or none."""
-
-    async def release(self, session: SessionName, paths: Sequence[str]) -> int:
-        """Unlock those of the files that the session has."""
-
-    async def release_all(self, session: SessionName) -> int:
-        """Unlock all."""
 
 
 class _Asked(BaseModel):
@@ -122,6 +102,8 @@ class _Sitting:
 
 
 A = TypeVar("A", bound=_Asked)
+
+_ALLOWED: Final[JsonObject] = {"allowed": True, "owner": None, "since": None, "reason": None}
 
 
 class SessionDesk:
@@ -242,14 +224,14 @@ class SessionDesk:
     async def _own(self, session: SessionName, patterns: Sequence[str], claim: Guard, until: float) -> None:
         if not patterns:
             return
-        taking = {"orchestrator": self._orchestrator, "claim": claim}
-        held = await self._registry.plan(session, patterns, **taking)  # type: ignore[arg-type]
+        who = self._orchestrator
+        held = await self._registry.plan(session, patterns, orchestrator=who, claim=claim)
         left = until - self._clock.monotonic()
         if isinstance(held, HeldBy) and left > 0:
             async with self._contexts.waiting(session, f"{held.wanted}, which {held.holder.task} has"):
-                still = await self._registry.take(session, patterns, **taking, wait=left)  # type: ignore[arg-type]
+                still = await self._registry.take(session, patterns, orchestrator=who, claim=claim, wait=left)
         else:
-            still = await self._registry.take(session, patterns, **taking)  # type: ignore[arg-type]
+            still = await self._registry.take(session, patterns, orchestrator=who, claim=claim)
         if still is not None:
             what = f"{still.describe()} since {local_time(still.since)}"
             raise RefusedError(what, "work on something else meanwhile, or ask again with a longer wait")
@@ -257,16 +239,12 @@ class SessionDesk:
     async def _lock_files(self, session: SessionName, paths: Sequence[str], until: float) -> None:
         try:
             await self._files.acquire(session, paths, timeout=0)
-        except LockHeld as held:
+        except FileHeld as held:
             left = until - self._clock.monotonic()
             if left <= 0:
-                raise RefusedError(f"{held.path} is locked by {held.holder}", "ask again with a longer wait") from None
-            async with self._contexts.waiting(session, str(held.path)):
-                try:
-                    await self._files.acquire(session, paths, timeout=left)
-                except LockHeld as still:
-                    what = f"{still.path} is locked by {still.holder}"
-                    raise RefusedError(what, "ask again with a longer wait") from None
+                raise
+            async with self._contexts.waiting(session, f"{held.path}, which {held.holder} has"):
+                await self._files.acquire(session, paths, timeout=left)
 
     async def _unlock(self, session: SessionName, arguments: JsonObject) -> JsonObject:
         sitting = self._here[session]
@@ -339,35 +317,28 @@ class SessionDesk:
 
     async def _check_edit(self, session: SessionName, arguments: JsonObject) -> JsonObject:
         path = _checked(_CheckEdit, "check_edit", arguments).path
-        inside = await anyio.to_thread.run_sync(_inside, self._here[session].at.worktree, path)
-        for one in await self._registry.holdings() if inside is not None else ():
-            pattern = next((pattern for pattern in one.patterns if matches(pattern, inside or "")), None)
+        try:
+            [inside] = await self._paths(session, [path])
+        except RefusedError:  # whatever that is, it is nobody's here
+            return _ALLOWED
+        for one in await self._registry.holdings():
+            pattern = next((pattern for pattern in one.patterns if matches(pattern, inside)), None)
             if pattern is None or one.session[:2] == session[:2]:
                 continue
             since = one.taken.get(pattern, one.since)
             reason = f"task {one.session.task} of run {one.session.run} owns {pattern} since {local_time(since)}"
             return {"allowed": False, "owner": str(one.session), "since": since, "reason": reason}
-        return {"allowed": True, "owner": None, "since": None, "reason": None}
+        return _ALLOWED
 
     async def _paths(self, session: SessionName, paths: Sequence[str]) -> list[str]:
-        """Return paths from the top of the repository, each once; RefusedError for one that lies elsewhere."""
+        """Return the one spelling of each path, each once; RefusedError for one that lies outside of the worktree."""
         worktree = self._here[session].at.worktree
-        found = await anyio.to_thread.run_sync(lambda: [(path, _inside(worktree, path)) for path in paths])
-        outside = next((path for path, inside in found if inside is None), None)
-        if outside is not None:
-            raise RefusedError(f"{outside!r} is no file in the worktree", "name it from the top of the worktree")
-        return list(dict.fromkeys(inside for _, inside in found if inside is not None))
 
+        def look() -> list[str]:
+            tree = worktree.tree
+            return list(dict.fromkeys(canonical(path, tree) for path in paths))
 
-def _inside(worktree: Worktree, path: str) -> str | None:
-    """Return a path as `path_within` does, where links lead in the worktree; None where that is elsewhere. Blocks."""
-    tops = tops_of(worktree)
-    inside = path_within(path, tops)
-    if inside is None:
-        return None
-    folder, name = os.path.split(inside)
-    # Git knows a link by its own name, but what lies behind one by where that is.
-    return path_within(os.path.join(os.path.realpath(os.path.join(tops[-1], folder)), name), tops)  # noqa: PTH118
+        return await anyio.to_thread.run_sync(look)
 
 
 def _peer(one: SessionContext, me: SessionName) -> JsonObject:
