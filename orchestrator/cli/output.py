@@ -65,6 +65,8 @@ SENTENCES: Mapping[str, str] = {
     "task.requeued": "can't land now: {reason}",
     "task.deferred": "can't land now: {reason}",
     "task.conflict": "{reason}",
+    "task.ownership_extended": "owns what else it changed, too",
+    "task.escape_allowed": "changed what it does not own, and may",
     "task.landed": "landed as {landed:.10}",
     "task.salvaged": "work that was on no branch is kept on {branch}",
     "task.after_run_failed": "a command after its session failed: {reason}",

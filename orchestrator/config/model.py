@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
@@ -88,6 +88,8 @@ class TaskSpec(_Model):
     """The higher, the earlier among those that are ready."""
     owns: Annotated[tuple[str, ...], Field(strict=False)]
     """Patterns of the paths that it works on."""
+    on_escape: Literal["bounce", "extend", "allow"] = "bounce"
+    """What follows where it owns paths and has changed others."""
     instructions: str | None = None
     """What the CLI is told apart from the prompt."""
     budget: BudgetConfig = BudgetConfig()

@@ -254,6 +254,8 @@ class TaskDefaults(_Entry):
     """Names of variables that checks see beside the base set."""
     on_checks_failed: Literal["retry", "fail"] | None = None
     """Whether another attempt is told what the checks said, or the task is over: retry unless given."""
+    on_escape: Literal["bounce", "extend", "allow"] | None = None
+    """What follows where a task with `owns` has changed other paths: another attempt, owning those too, or nothing."""
     max_file: Size | None = None
     """The largest file that may be committed: 50MB unless given."""
     priority: Annotated[int, Field(ge=-100, le=100)] | None = None

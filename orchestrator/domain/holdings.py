@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from orchestrator.domain.ownership import check_pattern, matches, overlap
+from orchestrator.domain.ownership import check_pattern, overlap
 from orchestrator.domain.sessions import SessionName
 from orchestrator.errors import RefusedError
 
@@ -149,8 +149,3 @@ def checked(patterns: Sequence[str]) -> list[str]:
             what, _, remedy = str(error).partition(": ")
             raise RefusedError(f"{one!r} is no path to own: {what}", remedy) from None
     return list(dict.fromkeys(patterns))
-
-
-def escaped(owned: Sequence[str], paths: Iterable[str]) -> list[str]:
-    """Return those of the paths that lie in none of the patterns."""
-    return [path for path in paths if not any(matches(pattern, path) for pattern in owned)]

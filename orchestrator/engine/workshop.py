@@ -19,6 +19,7 @@ from orchestrator.domain.secrets import Redactor, secret_values
 from orchestrator.engine.accounting import Accounting
 from orchestrator.engine.leases import PortLeases
 from orchestrator.engine.worktree_sources import provisions_of
+from orchestrator.locking.registry import Registry, scope_of
 from orchestrator.project import Project
 from orchestrator.protocols import Adapter, Commit, Event, JsonObject, McpServer, Store
 from orchestrator.repo.checkout import LocalRepository
@@ -52,6 +53,7 @@ class Workshop:
     tools: SessionTools
     worktrees: WorktreesConfig
     accounting: Accounting
+    registry: Registry
     mcp_servers: tuple[McpServer, ...] = ()
 
     def pool(self, *, sessions: int) -> AbstractAsyncContextManager[Pool]:
@@ -146,4 +148,6 @@ async def open_workshop(
     tools = SessionTools(git, fencing, redactor, logs, environ, clock, equipment)
     accounting = Accounting(known_prices() | {name: Price.model_validate(one) for name, one in run.prices.items()})
     servers = tuple(McpServerConfig.model_validate(one).named(name) for name, one in run.mcp_servers.items())
-    return Workshop(hub, git, source, site.repository, target, configs, adapters, tools, worktrees, accounting, servers)
+    registry = Registry(store, clock, scope_of(source.location, run.target))
+    places = (hub, git, source, site.repository, target)
+    return Workshop(*places, configs, adapters, tools, worktrees, accounting, registry, servers)

@@ -144,6 +144,18 @@ class Registry:
         known = await self._read()
         return sorted((one for _, one in known.live.values()), key=lambda one: (one.since, one.session))
 
+    async def extend(self, session: SessionName, patterns: Sequence[str]) -> HeldBy | None:
+        """Have a session own more patterns after its end, unless somebody else does: who does is returned.
+
+        Without a claim on its task nothing is recorded as owned.
+        """
+        claim = _value(await self._store.get(key := claim_key(session)))
+        known = await self._read()
+        if claim is None or claim.get("released") is not None:
+            return in_the_way(session, checked(patterns), (one for _, one in known.live.values()))
+        orchestrator = known.live[session][1].orchestrator if session in known.live else ""
+        return await self.take(session, patterns, orchestrator=orchestrator, claim=Guard(key, claim["epoch"]))
+
     async def owner(self, session: SessionName, path_pattern: str) -> HeldBy | None:
         """Return who else owns what a pattern names; None where nobody does."""
         known = await self._read()
