@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Final
 
+from orchestrator.client.commands import SERVER
 from orchestrator.config.circles import find_circles
 from orchestrator.config.document import Node
 from orchestrator.config.names import check_path, check_repo, is_url
@@ -221,6 +222,9 @@ def check_commands(root: Node, problems: Problems) -> None:
 def check_mcp_servers(root: Node, problems: Problems) -> None:
     """Note servers that are neither a command nor a URL or both, and keys in what is recorded of them."""
     servers = root.get("mcp_servers")
+    if servers is not None and SERVER in servers.keys:
+        what = f"{SERVER!r} is the name of the server that sessions get of us, to ask about each other"
+        problems.add(servers.keys[SERVER], what, "give yours another name")
     for server in servers.children.values() if servers is not None else ():
         command, url = server.get("command"), server.get("url")
         if isinstance(server.value, dict) and (command is None) == (url is None):
