@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from orchestrator.activity import Activity
     from orchestrator.archive import Archive
     from orchestrator.cleaning import Cleaner
+    from orchestrator.config.coordination import CoordinationOverrides
     from orchestrator.config.model import BudgetConfig, RunConfig
     from orchestrator.config.schema import Config
     from orchestrator.domain.conflicts import Update
@@ -170,30 +171,45 @@ class Council:
                 self._execution.stop()
         return self._execution
 
-    async def run(self, *, allow_deferred: bool = False) -> RunReport:
+    async def run(
+        self, *, allow_deferred: bool = False, coordination: CoordinationOverrides | None = None
+    ) -> RunReport:
         """Run the tasks of the file that this was opened with, to their end.
 
         With `allow_deferred` it starts although the target's checkout has changes of the user's own; what can't land
-        then lands on `resume`. Raises RefusedError, with nothing started, if something stands in the way.
+        then lands on `resume`. What of `coordination` is given stands above the file's and above the environment.
+        Raises RefusedError, with nothing started, if something stands in the way.
         """
-        return await self.resume(await self.create_run(allow_deferred=allow_deferred))
+        run = await self.create_run(allow_deferred=allow_deferred, coordination=coordination)
+        return await self.resume(run, coordination=coordination)
 
-    async def create_run(self, *, allow_deferred: bool = False) -> str:
+    async def create_run(
+        self, *, allow_deferred: bool = False, coordination: CoordinationOverrides | None = None
+    ) -> str:
         """Check that the file can run, record it, and return the run's id; nothing is started yet.
 
         RefusedError says what stands in the way, as `engine.preflight.check_run` does.
         """
         if self.config is None:
             raise RefusedError("no file was opened", "open the council with a YAML file")
-        return await (await self._executing()).create_run(self.config, allow_deferred=allow_deferred)
+        execution = await self._executing()
+        return await execution.create_run(self.config, allow_deferred=allow_deferred, coordination=coordination)
 
-    async def resume(self, run: str | None = None, *, budget: BudgetConfig | None = None) -> RunReport:
+    async def resume(
+        self,
+        run: str | None = None,
+        *,
+        budget: BudgetConfig | None = None,
+        coordination: CoordinationOverrides | None = None,
+    ) -> RunReport:
         """Take a run to its end, from wherever it stands: new, or cut off.
 
-        What of `budget` is given replaces that limit of the run's. Only one process can do that at a time: RefusedError
-        while another one does.
+        What of `budget` is given replaces that limit of the run's; what of `coordination` is, stands above the run's
+        and the environment for as long as this goes on. Only one process can do that at a time: RefusedError while
+        another one does.
         """
-        return await (await self._executing()).resume(run or await self.newest_run(), budget)
+        execution = await self._executing()
+        return await execution.resume(run or await self.newest_run(), budget, coordination)
 
     async def cancel(self, *tasks: str, run: str | None = None) -> RunReport:
         """End tasks for good, all that are not over if none is named; return how the run then stands.

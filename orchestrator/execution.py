@@ -10,7 +10,15 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
-from orchestrator.config.model import BudgetConfig, RunConfig, make_adapters, restore_adapters, used_adapters
+from orchestrator.config.coordination import CoordinationOverrides, coordinate
+from orchestrator.config.model import (
+    BudgetConfig,
+    CoordinationConfig,
+    RunConfig,
+    make_adapters,
+    restore_adapters,
+    used_adapters,
+)
 from orchestrator.config.store import MEMORY
 from orchestrator.domain.dispatch import Board
 from orchestrator.domain.model import FINAL, Action, RunDocument
@@ -57,9 +65,12 @@ class Execution:
         self._schedulers: set[Scheduler] = set()
         self._stopping = False
 
-    async def create_run(self, config: RunConfig, *, allow_deferred: bool) -> str:
+    async def create_run(
+        self, config: RunConfig, *, allow_deferred: bool, coordination: CoordinationOverrides | None = None
+    ) -> str:
         """See `Council.create_run`."""
         runs = self._runs
+        coordinated = coordinate(config.coordination, runs.environ, coordination)
         config = await with_tracked(config, self._plugins)
         run = new_run_id(runs.clock.now())
         site = await find_site(config.repo, is_url=config.is_url, environ=runs.environ)
@@ -89,6 +100,7 @@ class Execution:
             retention=config.state.retention.model_dump(mode="json"),
             mcp_servers={name: one.model_dump(mode="json") for name, one in config.mcp_servers.items()},
             budget=config.budget.model_dump(mode="json"),
+            coordination=coordinated.model_dump(mode="json"),
             prices={name: one.model_dump(mode="json") for name, one in config.prices.items()},
             sinks={name: sink.stored() for name, sink in config.sinks.items()},
             trackers={name: tracker.stored() for name, tracker in config.trackers.items()},
@@ -110,9 +122,12 @@ class Execution:
             for name, one in stored.items()
         ]
 
-    async def resume(self, run: str, budget: BudgetConfig | None = None) -> RunReport:
+    async def resume(
+        self, run: str, budget: BudgetConfig | None = None, coordination: CoordinationOverrides | None = None
+    ) -> RunReport:
         """See `Council.resume`."""
         document = await read_run(self._runs.store, run)
+        coordinate(CoordinationConfig.model_validate(document.coordination), self._runs.environ, coordination)
         hub = await self._runs.hub(document)
         redactor = Redactor(secret_values(self._runs.environ))
         fed = feeding(self._runs.store, self._runs.clock, redactor, run, self._outlets(document))

@@ -199,6 +199,8 @@ class RunDocument(_Document):
     """By name: what `config.model.McpServerConfig` holds."""
     budget: dict[str, Any] = {}
     """What `config.model.BudgetConfig` holds."""
+    coordination: dict[str, Any] = {}
+    """What `config.model.CoordinationConfig` holds, as it was when the run was made."""
     prices: dict[str, dict[str, Any]] = {}
     """By model: what `domain.prices.Price` holds, where the file said it."""
     sinks: dict[str, dict[str, Any]] = {}
