@@ -73,6 +73,7 @@ SENTENCES: Mapping[str, str] = {
     "place.teardown_failed": "{place}: a command of its teardown failed: {reason}",
     "place.ports_changed": "{place} got other ports, somebody else has {lost}",
     "task.worktree_kept": "its worktree stays in {worktree}: {reason}",
+    "note.left": "left a note {note} for later sessions",
 }
 
 

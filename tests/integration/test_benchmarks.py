@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks import asking, cycle, scheduler, startup, state, worktrees
+from benchmarks import asking, contexts, cycle, scheduler, startup, state, worktrees
 from benchmarks.measure import Cost, Row, median, paired, table, timed
 
 
@@ -60,7 +60,12 @@ def test_the_state_is_measured() -> None:
     check(rows, [*alone, "claims by priority", "99 of 100 within", "a change seen", "a watcher at rest", "followed by"])
 
 
-@pytest.mark.parametrize("name", ["asking", "startup", "scheduler", "cycle", "state", "worktrees"])
+def test_what_sessions_are_at_is_measured() -> None:
+    """A word of one, and a look at a hundred."""
+    check(contexts.measure(quick=True), ["a word of a session", "a look at 100 sessions"])
+
+
+@pytest.mark.parametrize("name", ["asking", "startup", "scheduler", "cycle", "state", "contexts", "worktrees"])
 def test_each_is_a_program(name: str) -> None:
     """It can be run by its path, and says what it can do."""
     done = subprocess.run([sys.executable, f"benchmarks/{name}.py", "--help"], check=False, capture_output=True)
