@@ -34,6 +34,7 @@ from orchestrator.engine.report import RunRecord, RunReport, RunStatus
 from orchestrator.engine.requests import check_request, is_answered, obey, submit
 from orchestrator.engine.restoring import Restored, restore
 from orchestrator.engine.scheduler import Scheduler
+from orchestrator.engine.seating import with_desk
 from orchestrator.engine.sinks import Outlet, feeding
 from orchestrator.engine.workshop import Workshop, open_workshop
 from orchestrator.errors import LockHeld, RefusedError, StoreUnavailable
@@ -260,7 +261,7 @@ class Execution:
                 await recover(ledger, shop, clock)
                 for request in await ledger.requests():
                     await obey(ledger, request)
-                yield ledger, shop
+                yield ledger, self._seated(shop, ledger, settings)
 
     @asynccontextmanager
     async def _joined(
@@ -275,7 +276,12 @@ class Execution:
             store, clock = self._runs.store, self._runs.clock
             ledger = await Ledger.join(store, clock, shop.tools.redactor, others, facts)
             async with _leaving(others):
-                yield ledger, shop
+                yield ledger, self._seated(shop, ledger, settings)
+
+    def _seated(self, shop: Workshop, ledger: Ledger, settings: CoordinationConfig) -> Workshop:
+        if not (settings.enabled and settings.tools):
+            return shop
+        return with_desk(shop, ledger, self._runs.store, self._runs.clock, self._runs.project)
 
     def _orchestrators(self, run: RunDocument, hub: Hub, me: Owner, settings: CoordinationConfig) -> Orchestrators:
         store, clock = self._runs.store, self._runs.clock

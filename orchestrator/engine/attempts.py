@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,12 @@ from orchestrator.domain.failures import FailureClass, Policy, policy_of
 from orchestrator.domain.holdings import HeldBy as OwnedBy
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import AdapterDocument, Attempt, TaskDocument
+from orchestrator.domain.notes import block
 from orchestrator.domain.outcome import Built, Exhausted, Failed, Interrupted, Limits
 from orchestrator.domain.retry import park_until, retry_delay
 from orchestrator.domain.sessions import SessionName
 from orchestrator.engine.budgets import Budgets, Reached
+from orchestrator.engine.details import Workplace
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.workshop import Workshop
 from orchestrator.errors import ClaimLost
@@ -122,8 +125,11 @@ class Attempts:
     clock: Clock
     _learning: anyio.Lock = field(default_factory=anyio.Lock, init=False)
 
-    def prepare(self, task: str, spec: TaskSpec, adapter: str, base: str) -> Work:
-        """Return the next attempt of a task, with one of its adapters; nothing of it exists yet."""
+    def prepare(self, task: str, spec: TaskSpec, adapter: str, base: str, notes: str | None) -> Work:
+        """Return the next attempt of a task, with one of its adapters; nothing of it exists yet.
+
+        `notes` are what it gets to read beside its prompt.
+        """
         document = self.ledger.task(task)
         earlier = None
         if Capability.RESUME in self.shop.adapters[adapter].capabilities():
@@ -133,7 +139,7 @@ class Attempts:
             base=base,
             start=document.start,
             prompt=spec.prompt,
-            told=document.feedback,
+            told="\n\n".join(filter(None, (notes, document.feedback))) or None,
             adapter=self.shop.adapters[adapter],
             adapter_name=adapter,
             reach=self.shop.configs[adapter].reach,
@@ -164,7 +170,12 @@ class Attempts:
             return Elsewhere()
         failpoint("attempt.recorded")
         number, log = attempt.number, log_file(self.shop.tools.logs, work.task, attempt.number, "stdout")
-        async with self.budgets.watched(work.task, number, work.spec, what.adapter, log, work.exhaust):
+        async with AsyncExitStack() as stack:
+            watched = self.budgets.watched(work.task, number, work.spec, what.adapter, log, work.exhaust)
+            await stack.enter_async_context(watched)
+            if self.shop.desk is not None:
+                seat = self.shop.desk.seated(work.name, work.adapter, self._workplace(work), keep_ownership=True)
+                await stack.enter_async_context(seat)
             finished = await work.session.run()
         finished = self._by_budget(work, finished)
         try:
@@ -185,6 +196,16 @@ class Attempts:
             await self.ledger.note("task.worktree_kept", kept)
         await work.session.release(saved=finished.collected)
         return after
+
+    def _workplace(self, work: Work) -> Workplace:
+        what, tools = work.session.assignment, self.shop.tools
+        return Workplace(what.worktree, what.base, what.adapter, tools.logs, tools.admission(what.max_file))
+
+    async def notes(self, task: str, spec: TaskSpec) -> str | None:
+        """Return what earlier sessions left for one of this task, or of the paths that it owns, to read."""
+        if self.shop.desk is None:
+            return None
+        return block(await self.shop.desk.memory.concerning(task, spec.owns))
 
     async def _paths(self, work: Work, claim: Guard) -> Sequence[Write] | OwnedBy:
         """Return what it takes to own a task's paths under a claim that is about to be taken."""

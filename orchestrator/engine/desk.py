@@ -129,7 +129,7 @@ class SessionDesk:
         elsewhere: Callable[[SessionName], Awaitable[Workplace]],
     ) -> None:
         self._store, self._clock, self._git = store, clock, git
-        self._contexts, self._memory, self._files, self._registry = contexts, memory, files, registry
+        self._contexts, self.memory, self._files, self._registry = contexts, memory, files, registry
         self._redactor, self._orchestrator, self._claim, self._elsewhere = redactor, orchestrator, claim, elsewhere
         self._here: dict[SessionName, _Sitting] = {}
         self._answers: Mapping[str, Callable[[SessionName, JsonObject], Awaitable[JsonObject]]] = {
@@ -294,12 +294,12 @@ class SessionDesk:
     async def _note(self, session: SessionName, arguments: JsonObject) -> JsonObject:
         asked = _checked(_Note, "note", arguments)
         claim = self._claim(session)
-        note = await self._memory.leave(session, asked.text, topic=asked.topic, paths=asked.paths, claim=claim)
+        note = await self.memory.leave(session, asked.text, topic=asked.topic, paths=asked.paths, claim=claim)
         return {"id": note.id}
 
     async def _notes(self, _session: SessionName, arguments: JsonObject) -> JsonObject:
         asked = _checked(_Notes, "notes", arguments)
-        found = await self._memory.find(task=asked.task, topic=asked.topic, paths=asked.paths or ())
+        found = await self.memory.find(task=asked.task, topic=asked.topic, paths=asked.paths or ())
         told = [note.to_json() for note in found[-MOST_TOLD:]]
         names = ("id", "task", "topic", "paths", "text", "time")
         return {"notes": [{name: note[name] for name in names} for note in told]}

@@ -184,7 +184,8 @@ class Scheduler:
         base = await self._base_of(task, spec, tips)
         if not self._board.is_running(task):  # it was cancelled meanwhile
             return None
-        return self._attempts.prepare(task, spec, self._board.adapter_of(task), base)
+        notes = await self._attempts.notes(task, spec)
+        return self._attempts.prepare(task, spec, self._board.adapter_of(task), base, notes)
 
     async def _is_tried_out(self, task: str, spec: TaskSpec) -> Failed | None:
         """Return why a task may not be tried again: its own attempts and those that were taken over were too many."""

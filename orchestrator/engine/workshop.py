@@ -17,6 +17,7 @@ from orchestrator.domain.model import RunDocument
 from orchestrator.domain.prices import Price
 from orchestrator.domain.secrets import Redactor, secret_values
 from orchestrator.engine.accounting import Accounting
+from orchestrator.engine.desk import SessionDesk
 from orchestrator.engine.leases import PortLeases
 from orchestrator.engine.worktree_sources import provisions_of
 from orchestrator.locking.registry import Registry, scope_of
@@ -69,6 +70,8 @@ class Workshop:
     registry: Registry
     """Who owns which paths of the target."""
     mcp_servers: tuple[McpServer, ...] = ()
+    desk: SessionDesk | None = None
+    """Where sessions are answered; None: nowhere."""
 
     def pool(self, *, sessions: int) -> AbstractAsyncContextManager[Pool]:
         """Open the places of the run; as many are there all the time as are worked in, and one for checks.
