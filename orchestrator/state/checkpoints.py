@@ -13,6 +13,7 @@ cursor      never: what sinks and trackers have been told can't be taken back.
 adapter     never: a usage limit that was hit since, or a login that ran out, is a fact of the world outside.
 checkpoint  never: to be able to go forward again.
 ports       never: they are of places on this machine, and of no run.
+ownership   never: it is of sessions that are at work now.
 
 A run that began after a checkpoint of the whole store stays, and one that is gone since comes back. What is damaged
 then or now is not guessed: such a task stays as it is.
