@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         StoreUnavailable,
         VersionConflict,
     )
+    from orchestrator.locking.overview import Lock, LockLayer, LockUser
     from orchestrator.past import Past
     from orchestrator.plugins import Plugins
     from orchestrator.protocols import Document, Event, Key, RecordedEvent, Verified
@@ -79,7 +80,10 @@ __all__ = [
     "FailureClass",
     "KeptWork",
     "Key",
+    "Lock",
     "LockHeld",
+    "LockLayer",
+    "LockUser",
     "LogPart",
     "Note",
     "Past",
@@ -143,6 +147,7 @@ _MODULES = {
         "StoreUnavailable",
         "VersionConflict",
     ),
+    "locking.overview": ("LockLayer", "Lock", "LockUser"),
     "past": ("Past",),
     "plugins": ("Plugins",),
     "protocols": ("Document", "Event", "Key", "RecordedEvent", "Verified"),

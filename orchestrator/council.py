@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from orchestrator.engine.memory import Memory
     from orchestrator.engine.restoring import Restored
     from orchestrator.execution import Execution
+    from orchestrator.locking.overview import Lock, Overview
     from orchestrator.past import Past
     from orchestrator.plugins import Plugins
     from orchestrator.state.conflicts import Applied, Conflict, Settled
@@ -359,6 +360,22 @@ class Council:
         run = next((run for run in await self.run_ids() if is_of_run(key, run)), None)
         if run is not None and await self._runs.seems_live(run):
             raise RefusedError(f"{key} is of run {run}, which is at work", "stop it with SIGINT, or wait for its end")
+
+    async def locks(self) -> list[Lock]:
+        """Return what is locked in all three layers, with who holds it and who waits for it."""
+        return await (await self._locking()).locks()
+
+    async def break_lock(self, name: str, reason: str) -> Lock:
+        """Take a lock away from whoever holds it, by its name (`locks`); the reason is recorded. Returns it as it was.
+
+        RefusedError where nobody holds it, and where only the process that does can give it back.
+        """
+        return await (await self._locking()).break_lock(name, reason)
+
+    async def _locking(self) -> Overview:
+        from orchestrator.locking.overview import Overview  # noqa: PLC0415  seldom needed
+
+        return Overview(self._store, self._runs.clock, self.project.file_locks)
 
     def stop(self) -> None:
         """End what is under way here cleanly: sessions are stopped, what they did is kept.

@@ -341,6 +341,19 @@ def _own_start(pid: int) -> int | None:
     return start_ticks(pid)
 
 
+def waiting_processes(path: Path) -> list[int]:
+    """Return the processes that wait for a lock right now, the first first; none where the system does not tell."""
+    try:
+        status, table = path.stat(), Path("/proc/locks").read_text(encoding="ascii")
+    except OSError:
+        return []
+    file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    # As in `7: -> FLOCK  ADVISORY  WRITE 4711 08:01:1234 0 EOF`; who holds it has no arrow (proc_locks(5)).
+    rows = [line.split() for line in table.splitlines()]
+    found = [row[5] for row in rows if len(row) > 6 and row[1:3] == ["->", "FLOCK"] and row[6] == file]
+    return [int(pid) for pid in found]
+
+
 def _is_alive(pid: int, started: int | None) -> bool:
     if started is not None:
         return start_ticks(pid) == started

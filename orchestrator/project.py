@@ -94,6 +94,11 @@ class Project:
         return self.all_logs / run
 
     @property
+    def file_locks(self) -> Path:
+        """The lock files of the files that sessions have locked."""
+        return self.folder / "locks" / "files"
+
+    @property
     def views(self) -> Path:
         """Copies of the state for people to read."""
         return self.folder / "views"

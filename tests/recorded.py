@@ -69,11 +69,11 @@ def _spec(task: str, prompt: str) -> TaskSpec:
     )
 
 
-def orchestrators(store: Store, clock: Clock, run: str) -> Orchestrators:
-    """Return those of a run as a process with a name of its own sees them: it knows that all others are dead."""
+def orchestrators(store: Store, clock: Clock, run: str, *, alone: bool = True) -> Orchestrators:
+    """Return those of a run as a process with a name of its own sees them: `alone`, it knows that all others are dead."""
 
     async def is_dead(run: str, owner: Owner) -> bool:
-        return True
+        return alone
 
     return Orchestrators(store, clock, run, this_process(Role.COORDINATOR), Timing(), is_dead)
 

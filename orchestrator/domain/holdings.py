@@ -48,6 +48,10 @@ class Holding:
         """Whether there is nothing to it any more that others have to know."""
         return not self.patterns and self.waiting is None and not self.had
 
+    def stands_in_the_way(self, session: SessionName, patterns: Sequence[str]) -> bool:
+        """Whether a session can't own patterns because of what this one owns."""
+        return in_the_way(session, patterns, [self]) is not None
+
     def with_taken(self, patterns: Sequence[str], now: float) -> Holding:
         """Return it with more patterns; those that it has already stay as they are."""
         new = dict.fromkeys(one for one in patterns if one not in self.taken)

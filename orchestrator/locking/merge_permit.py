@@ -24,7 +24,7 @@ from orchestrator.protocols import Commit, Document, Guard, Key, Store, Write
 _PAUSES = (0.05, 1.0)
 
 
-class _Party(BaseModel):
+class MergeParty(BaseModel):
     """An orchestrator that has the permit or waits for it, since when (wall-clock seconds)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
@@ -42,8 +42,8 @@ class MergeLease(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     epoch: int = 0
-    holder: _Party | None = None
-    waiting: tuple[_Party, ...] = ()
+    holder: MergeParty | None = None
+    waiting: tuple[MergeParty, ...] = ()
     """In the order of their turns."""
     repository: str
     target: str
@@ -60,6 +60,14 @@ class MergePermit:
 def permit_key(scope: str) -> Key:
     """Return the key of the lease on landing on a branch."""
     return Key("lease", f"merge/{scope}")
+
+
+async def read_leases(store: Store) -> dict[str, tuple[Document, MergeLease]]:
+    """Return all leases on landing with their documents, by scope."""
+    found = await store.list("lease", "merge/")
+    return {
+        one.key.id.partition("/")[2]: (one, MergeLease.model_validate(one.value)) for one in found if not one.damaged
+    }
 
 
 class MergePermits:
@@ -123,11 +131,11 @@ class MergePermits:
         async with turn:
             await self._leave()
 
-    def _party(self) -> _Party:
+    def _party(self) -> MergeParty:
         me = self._others.me
-        return _Party(id=me.id, host=me.host, pid=me.pid, run=self._others.run, since=self._clock.now())
+        return MergeParty(id=me.id, host=me.host, pid=me.pid, run=self._others.run, since=self._clock.now())
 
-    async def _is_gone(self, party: _Party) -> bool:
+    async def _is_gone(self, party: MergeParty) -> bool:
         return (
             party.id == self._others.me.id or await self._others.standing_of(party.id, party.run) is not Standing.ALIVE
         )

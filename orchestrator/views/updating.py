@@ -25,7 +25,10 @@ from orchestrator.views.sessions import Sessions
 T = TypeVar("T")
 
 #: The kinds of documents that there are; others are known once they are written.
-KINDS: Final = ("run", "spec", "task", "lease", "adapter", "cursor", "request", "conflict", "checkpoint", "ports")
+KINDS: Final = (
+    *("run", "spec", "task", "lease", "adapter", "cursor", "request", "conflict", "checkpoint", "ports"),
+    "ownership",
+)
 #: Records, and documents, that are dealt with at once: no more of the log is ever held.
 _PART: Final = 256
 #: Seconds in which whoever else writes the views is to have come far enough, and between two looks whether it has.

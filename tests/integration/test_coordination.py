@@ -11,6 +11,7 @@ from orchestrator.repo.hub import internal_ref
 from orchestrator.repo.landing import Landed, Merge, Target
 from orchestrator.repo.site import find_site
 from tests.conftest import Repository
+from tests.permits import permits
 from tests.team import Team, team_at
 
 
@@ -116,7 +117,7 @@ async def test_merge_lock_coordination(repository: Repository, tmp_path: Path) -
         branch, order = await target(team), list[str]()
 
         async def take_turn(name: str, commit: str) -> None:
-            async with branch.permit() as permit:
+            async with (await permits(team.store, team.clock, str(team.yard.top), "main")).hold() as permit:
                 order.append(f"{name} begins")
                 merge = await branch.prepare(permit, f"run1/{name}", commit, team.base)
                 assert isinstance(merge, Merge)
@@ -189,7 +190,7 @@ async def test_parallel_execution_workflow(repository: Repository, tmp_path: Pat
             await team.ask(session, "unlock", paths=[shared])
             commit = (await team.collect(session)).commit
             assert commit is not None
-            async with branch.permit() as permit:
+            async with (await permits(team.store, team.clock, str(team.yard.top), "main")).hold() as permit:
                 merge = await branch.prepare(permit, f"run1/t{number}", commit, team.base)
                 assert isinstance(merge, Merge)
                 assert isinstance(await branch.move(permit, {f"run1/t{number}": merge}), Landed)

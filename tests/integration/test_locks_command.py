@@ -1,0 +1,171 @@
+"""`council locks`: who holds and awaits what in all three layers is seen, and can be taken away with a reason."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import pytest
+
+from orchestrator import Council, RefusedError
+from orchestrator.clock import SystemClock
+from orchestrator.domain.sessions import SessionName
+from orchestrator.errors import LeaseLost
+from orchestrator.locking.files import FileLocks
+from orchestrator.locking.merge_permit import MergeLease, MergeParty
+from orchestrator.locking.overview import heed
+from orchestrator.locking.registry import Registry, claim_key, scope_of
+from orchestrator.project import Project
+from orchestrator.protocols import Commit, Guard, Key, Record, Store, Write
+from orchestrator.repo.site import find_site
+from orchestrator.state.file import FileStore
+from tests.conftest import Ended, Repository
+from tests.permits import permits
+
+ADA, BOB = (SessionName("r", task, 1) for task in ("ada", "bob"))
+
+
+@asynccontextmanager
+async def opened(repository: Repository) -> AsyncIterator[Store]:
+    project = Project(repository.top)
+    project.create()
+    async with FileStore.open(project.own_state, SystemClock()) as store:
+        yield store
+
+
+async def claim(store: Store, session: SessionName) -> Guard:
+    key = claim_key(session)
+    await store.commit(Commit([Write(key, 0, {"epoch": 1, "released": None})]))
+    return Guard(key, 1)
+
+
+def listed(repository: Repository) -> list[dict[str, Any]]:
+    ended = repository.council("locks", "--json")
+    assert ended.code == 0, ended
+    locks: list[dict[str, Any]] = ended.result["locks"]
+    return locks
+
+
+def owners(users: list[dict[str, Any]]) -> list[str]:
+    for user in users:
+        assert user["since"] is None or 0 <= user["age"] <= time.time() - user["since"] + 5
+    return [user["owner"] for user in users]
+
+
+def broken(repository: Repository, name: str, reason: str = "it hangs") -> Ended:
+    return repository.council("locks", "break", name, "--reason", reason, "--json")
+
+
+async def last(store: Store) -> Record:
+    records = store.watch(await store.position() - 1)
+    record = await anext(records)
+    await records.aclose()
+    return record
+
+
+async def test_without_locks_there_is_nothing(repository: Repository) -> None:
+    """Neither for people nor for programs."""
+    async with opened(repository):
+        assert repository.council("locks").stdout == "nothing is locked\n"
+        assert listed(repository) == []
+
+
+async def test_all_three_layers_are_shown_with_who_waits(repository: Repository) -> None:
+    """Files by any process, ownership and the merge permit from the store."""
+    repository.council("run", str(repository.configure([{"id": "t", "prompt": "write a.txt x"}])), "--json")
+    site = await find_site(str(repository.top), is_url=False, environ=repository.environ)
+    scope = scope_of(site.location, "main")
+    async with opened(repository) as store:
+        files = FileLocks(Project(repository.top).file_locks, SystemClock())
+        registry = Registry(store, SystemClock(), scope)
+        ada, bob = await claim(store, ADA), await claim(store, BOB)
+        await registry.take(ADA, ["src/**", "a.md"], orchestrator="o1", claim=ada)
+        await files.acquire(ADA, ["src/a.py"])
+        landing, other = [await permits(store, SystemClock(), site.location, "main") for _ in range(2)]
+        async with landing.hold(), anyio.create_task_group() as group:
+            group.start_soon(lambda: files.acquire(BOB, ["src/a.py"], timeout=60))
+            await registry.waits(BOB, ["src/b.py"], orchestrator="o1", claim=bob)
+            group.start_soon(other.hold().__aenter__)
+            with anyio.fail_after(20):
+                while not ((merge := listed(repository)[2])["waiters"] and listed(repository)[0]["waiters"]):
+                    await anyio.sleep(0)
+            file, owned, _ = listed(repository)
+            text = repository.council("locks").stdout
+            group.cancel_scope.cancel()
+    assert (file["name"], file["layer"], file["mode"]) == ("file/src/a.py", "file", "exclusive")
+    assert (owners(file["holders"]), owners(file["waiters"])) == (["r/ada.1"], ["r/bob.1"])
+    assert (owned["name"], owned["what"], owned["epoch"]) == ("ownership/r/ada.1", ["src/**", "a.md"], 1)
+    assert (owners(owned["holders"]), owned["waiters"][0]["wants"]) == (["r/ada.1"], ["src/b.py"])
+    assert merge["name"] == f"merge/{scope}"
+    assert merge["what"] == [f"main of {site.location}"]
+    assert all(f"(process {os.getpid()} on " in owners(merge[part])[0] for part in ("holders", "waiters"))
+    assert "file/src/a.py" in text
+    assert "awaited by" in text
+
+
+async def test_broken_ownership_is_free_and_its_owner_gives_its_files_back(repository: Repository) -> None:
+    """The record has the reason; the process that held it learns from that what to give back."""
+    async with opened(repository) as store:
+        files = FileLocks(Project(repository.top).file_locks, SystemClock())
+        registry = Registry(store, SystemClock(), "0" * 16)
+        await registry.take(ADA, ["a"], orchestrator="o1", claim=await claim(store, ADA))
+        await files.acquire(ADA, ["a", "b"])
+        await files.acquire(BOB, ["c"])
+        ended = broken(repository, "ownership/r/ada.1")
+        assert ended.result["broken"]["holders"][0]["owner"] == "r/ada.1"
+        record = await last(store)
+        assert [(event.type, event.data["reason"]) for event in record.events] == [("lock.broken", "it hangs")]
+        assert await registry.holdings() == []
+        assert await heed(record, files, [ADA, BOB]) == 2
+        assert [one.path for one in files.held()] == ["c"]
+        again = broken(repository, "ownership/r/ada.1")
+        assert (again.code, "nobody holds" in again.result["error"]) == (2, True)
+
+
+async def test_a_broken_file_lock_is_given_back_by_its_process(repository: Repository) -> None:
+    """That one file alone; of a dead process there is nothing to break, and the sentence says so."""
+    async with opened(repository) as store:
+        files = FileLocks(Project(repository.top).file_locks, SystemClock())
+        await files.acquire(ADA, ["a", "b"])
+        assert broken(repository, "file/a").code == 0
+        assert await heed(await last(store), files, [ADA]) == 1
+        assert [one.path for one in files.held()] == ["b"]
+        refused = broken(repository, "file/a")
+        assert refused.code == 2
+        assert "free already" in str(refused.result)
+
+
+async def test_who_held_a_broken_merge_permit_is_refused(repository: Repository) -> None:
+    """The permit's next epoch is written, so that the holder's guard fails; nobody holds it then."""
+    async with opened(repository) as store:
+        key = Key("lease", "merge/" + "0" * 16)
+        holder = {"id": "o1", "host": "box", "pid": 4711, "run": "r", "since": time.time() - 9}
+        permit = MergeLease(epoch=1, holder=MergeParty(**holder), repository="shop", target="main")
+        await store.commit(Commit([Write(key, 0, permit.model_dump(mode="json"))]))
+        (lock,) = listed(repository)
+        assert (owners(lock["holders"]), lock["epoch"]) == (["o1 (process 4711 on box)"], 1)
+        assert broken(repository, lock["name"]).code == 0
+        with pytest.raises(LeaseLost):
+            await store.commit(Commit([Write(Key("task", "r/t"), 0, {})], guards=[Guard(key, 1)]))
+        found = await store.get(key)
+        assert found is not None
+        assert (found.value["epoch"], found.value["holder"]) == (2, None)
+        assert listed(repository) == []
+
+
+async def test_from_python_the_same(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Council.locks` and `Council.break_lock`."""
+    monkeypatch.chdir(repository.top)
+    async with opened(repository) as store:
+        registry = Registry(store, SystemClock(), "0" * 16)
+        await registry.take(ADA, ["a"], orchestrator="o1", claim=await claim(store, ADA))
+        async with Council.open(repository.top, environ=repository.environ) as council:
+            assert [(one.name, one.what) for one in await council.locks()] == [("ownership/r/ada.1", ("a",))]
+            assert (await council.break_lock("ownership/r/ada.1", "why not")).epoch == 1
+            assert await council.locks() == []
+            with pytest.raises(RefusedError, match="nobody holds 'zzz'"):
+                await council.break_lock("zzz", "why not")
