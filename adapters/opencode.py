@@ -159,6 +159,24 @@ def _texts(name: str, value: JsonValue) -> Iterator[tuple[str, str]]:
 _Model = Annotated[Value, AfterValidator(_check_model)]
 _Config = Annotated[dict[str, JsonValue], AfterValidator(_check_config)]
 
+#: A plugin (https://opencode.ai/docs/plugins) that has a command asked before a file is edited.
+_HOOK_FILE: Final = "council-hook.js"
+_HOOK: Final = """\
+import { spawnSync } from "node:child_process"
+const [program, ...args] = ARGV
+const editors = ["write", "edit", "multiedit", "patch", "apply_patch"]
+export const Council = async ({ directory }) => ({
+  "tool.execute.before": async ({ tool }, { args: given }) => {
+    if (!editors.includes(tool)) return
+    const call = { hook_event_name: "PreToolUse", cwd: directory, tool_name: tool, tool_input: given }
+    const done = spawnSync(program, args, { input: JSON.stringify(call), encoding: "utf8", timeout: 10000 })
+    let told
+    try { told = JSON.parse(done.stdout).hookSpecificOutput } catch { return }
+    if (told?.permissionDecision === "deny") throw new Error(told.permissionDecisionReason)
+  },
+})
+"""
+
 
 class OpencodeOptions(AdapterOptions):
     """What stands under an adapter that says `use: opencode`."""
@@ -189,7 +207,7 @@ class OpencodeAdapter:
 
     def capabilities(self) -> frozenset[Capability]:
         """Return what it can; its conversations stay in a home of the task's."""
-        can = {Capability.INSTRUCTIONS, Capability.MCP, Capability.READ_ONLY}
+        can = {Capability.INSTRUCTIONS, Capability.MCP, Capability.PRE_EDIT, Capability.READ_ONLY}
         return frozenset(can | {Capability.RESUME} if self._options.has_own_home else can)
 
     def programs(self) -> Sequence[Program]:
@@ -213,6 +231,8 @@ class OpencodeAdapter:
         places = _PLACES if options.has_own_home else (*_PLACES, *_FOLDERS)
         env, passed = options.variables(("HOME", *_KEYS, *places), **_PRESET, **own, OPENCODE_CONFIG_CONTENT=config)
         files = {INSTRUCTIONS_FILE: request.instructions} if request.instructions is not None else {}
+        if request.pre_edit:
+            files[_HOOK_FILE] = _HOOK.replace("ARGV", json.dumps([*request.pre_edit]))
         home = Home(files, _LINKS, (_LOGIN,)) if options.has_own_home else Home(files) if files else None
         return Command(
             argv=(
@@ -266,6 +286,9 @@ def _config(options: OpencodeOptions, request: SessionRequest) -> JsonObject:
     if request.instructions is not None:
         told = config.get("instructions")
         config["instructions"] = [*(told if isinstance(told, list) else ()), str(request.home / INSTRUCTIONS_FILE)]
+    if request.pre_edit:
+        told = config.get("plugin")
+        config["plugin"] = [*(told if isinstance(told, list) else ()), (request.home / _HOOK_FILE).as_uri()]
     if request.mcp_servers:
         servers = {
             one.name: {"type": "remote", "url": one.url}

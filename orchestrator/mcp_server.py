@@ -19,10 +19,11 @@ from orchestrator.client.commands import COMMANDS, PATHS, SECONDS, SERVER, Argum
 from orchestrator.client.session import AskError, Session, find_session
 from orchestrator.client.words import Typed
 from orchestrator.errors import RefusedError
-from orchestrator.protocols import JsonObject
 
 if TYPE_CHECKING:
     from mcp_types import CallToolRequestParams, CallToolResult, ListToolsResult, PaginatedRequestParams
+
+    from orchestrator.protocols import JsonObject
 
 _INSTALL = "`pip install 'cli-council[mcp]'` into the environment of `council`"
 _INSTRUCTIONS = (

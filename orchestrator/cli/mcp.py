@@ -1,10 +1,12 @@
-"""`council mcp`."""
+"""`council mcp`. Not by `orchestrator.cli.command`, whose imports take a second: CLIs do not wait long for a server."""
 
 from __future__ import annotations
 
+import anyio
 import click
 
-from orchestrator.cli.command import Context, perform
+from orchestrator.cli.boundary import Log, boundary
+from orchestrator.cli.output import Output
 
 
 @click.command()
@@ -18,11 +20,7 @@ def mcp() -> None:
     Examples:
       council mcp
     """
+    from orchestrator import mcp_server  # noqa: PLC0415  as late as its SDK
 
-    async def command(_: Context) -> int:
-        from orchestrator import mcp_server  # noqa: PLC0415  as late as its SDK
-
-        await mcp_server.serve()
-        return 0
-
-    perform(command, as_json=False)
+    with boundary(Output(as_json=False), Log()):
+        anyio.run(mcp_server.serve)

@@ -23,7 +23,7 @@ _PATIENCE = 5.0  # seconds: an agent waits for it at each edit
 _LONGEST_INPUT = 1 << 26  # it holds the whole new text of the file
 _MOST_PATHS = 200
 _PATHS = ("file_path", "notebook_path", "path", "filePath", "absolute_path")
-_TEXTS = ("command", "input", "patch")
+_TEXTS = ("command", "input", "patch", "patchText")
 _PATCH = ("*** Add File: ", "*** Update File: ", "*** Delete File: ", "*** Move to: ")
 
 

@@ -96,6 +96,7 @@ PROGRAMS: Final[Mapping[str, Program]] = {
     "opencode": Program(
         {"use": "opencode", "model": "anthropic/claude-sonnet-4-5"},
         calls=6,
+        asks_before_edits=True,
         remedy="opencode auth login",
         **_OPENCODE,
     ),

@@ -359,6 +359,8 @@ CALLS: list[tuple[str, dict[str, Any], str]] = [
     ("PreToolUse", {"notebook_path": "{tree}/src/theirs.py"}, "Claude Code's NotebookEdit"),
     ("BeforeTool", {"file_path": "src/theirs.py", "old_string": "a"}, "Gemini CLI's replace"),
     ("PreToolUse", {"command": "*** Begin Patch\n*** Update File: src/theirs.py\n@@\n*** End Patch"}, "a patch"),
+    ("PreToolUse", {"filePath": "{tree}/src/theirs.py"}, "opencode's write"),
+    ("PreToolUse", {"patchText": "*** Begin Patch\n*** Delete File: src/theirs.py\n*** End Patch"}, "opencode's patch"),
     ("PreToolUse", {"file_path": "{tree}/src/link.py"}, "through a link"),
 ]
 
