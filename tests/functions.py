@@ -1,4 +1,4 @@
-"""Pages that say what has become of functions of earlier designs: their tables, and whether what these name is there."""
+"""Pages that say what has become of functions of earlier designs: their tables, and whether what they name exists."""
 
 from __future__ import annotations
 
