@@ -70,7 +70,7 @@ def _spec(task: str, prompt: str) -> TaskSpec:
 
 
 def orchestrators(store: Store, clock: Clock, run: str, *, alone: bool = True) -> Orchestrators:
-    """Return those of a run as a process with a name of its own sees them: `alone`, it knows that all others are dead."""
+    """Return those of a run as a process with a name of its own sees them; `alone` says that all others are dead."""
 
     async def is_dead(run: str, owner: Owner) -> bool:
         return alone

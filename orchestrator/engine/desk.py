@@ -226,12 +226,14 @@ class SessionDesk:
             return
         who = self._orchestrator
         held = await self._registry.plan(session, patterns, orchestrator=who, claim=claim)
-        left = until - self._clock.monotonic()
-        if isinstance(held, HeldBy) and left > 0:
-            async with self._contexts.waiting(session, f"{held.wanted}, which {held.holder.task} has"):
-                still = await self._registry.take(session, patterns, orchestrator=who, claim=claim, wait=left)
-        else:
+        # Only tried first where it looks free: who is refused is on record, and who waits is so by another record.
+        still = held if isinstance(held, HeldBy) else None
+        if still is None:
             still = await self._registry.take(session, patterns, orchestrator=who, claim=claim)
+        left = until - self._clock.monotonic()
+        if still is not None and left > 0:
+            async with self._contexts.waiting(session, f"{still.wanted}, which {still.holder.task} has"):
+                still = await self._registry.take(session, patterns, orchestrator=who, claim=claim, wait=left)
         if still is not None:
             what = f"{still.describe()} since {local_time(still.since)}"
             raise RefusedError(what, "work on something else meanwhile, or ask again with a longer wait")

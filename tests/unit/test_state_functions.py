@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields, is_dataclass
-from functools import reduce
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import click
 import pytest
-from pydantic import BaseModel
 
-import orchestrator
-from orchestrator.cli.main import main
 from orchestrator.domain.model import TaskStatus
 from orchestrator.engine.findings import Level
 from orchestrator.engine.report import RunStatus
 from orchestrator.state.checkpoints import Maker
+from tests import functions
+from tests.functions import check_command, check_name, check_row, check_test, in_code
 
 ROOT: Final = Path(__file__).parents[2]
 PAGE: Final = (ROOT / "docs/state-functions.md").read_text()
 OUTPUT: Final = (ROOT / "docs/output.md").read_text()
-SECTIONS: Final = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
+SECTIONS: Final = functions.sections(PAGE)
 
 #: What may stand in code beside names: arguments, keys of the file, places, and words that a sentence is about.
 _NO_NAMES: Final = re.compile(
@@ -38,8 +32,7 @@ _WORDS: Final = {
 
 def rows(section: str) -> list[list[str]]:
     """Return the cells of the tables of a section, without their heads."""
-    lines = [line for line in SECTIONS[section].splitlines() if line.startswith("| ")]
-    return [cells for line in lines if (cells := line.strip("| ").split(" | "))[0] != "there"]
+    return functions.rows(SECTIONS[section])
 
 
 FUNCTIONS: Final = [
@@ -48,72 +41,34 @@ FUNCTIONS: Final = [
 ]  # fmt: skip
 
 
-def named(*, column: int) -> list[str]:
-    """Return all that stands in code in a column of the tables of functions, each once."""
-    return list(dict.fromkeys(name for row in FUNCTIONS for name in re.findall(r"`([^`]+)`", row[column])))
-
-
-COMMANDS: Final = [name for name in named(column=1) if name.startswith("council ")]
+COMMANDS: Final = [name for name in in_code(FUNCTIONS, 1) if name.startswith("council ")]
 _OTHERS: Final = {*COMMANDS, *_WORDS, *re.findall(r"^\| `(\w+\.\w+)`", OUTPUT, re.MULTILINE)}  # these are events
-PYTHON: Final = [name for name in named(column=1) if name not in _OTHERS and not _NO_NAMES.fullmatch(name)]
+PYTHON: Final = [name for name in in_code(FUNCTIONS, 1) if name not in _OTHERS and not _NO_NAMES.fullmatch(name)]
 
 
 def test_each_row_says_what_is_here_and_what_shows_it() -> None:
     """A row without a test promises what nobody has seen."""
     assert len(FUNCTIONS) > 80
     for row in FUNCTIONS:
-        assert len(row) == 3, row
-        assert re.fullmatch(r"(`tests/[\w/]+\.py(::\w+)+`(, )?)+", row[2]), row
+        check_row(row)
 
 
-@pytest.mark.parametrize("name", named(column=2))
+@pytest.mark.parametrize("name", in_code(FUNCTIONS, 2))
 def test_each_test_is_there(name: str) -> None:
     """By its file and its name, also where it is of a contract that the file's class has inherited."""
-    path, *names = name.split("::")
-    assert names[-1].startswith("test_")
-    module = import_module(path.removesuffix(".py").replace("/", "."))
-    assert callable(reduce(getattr, names, module))
+    check_test(name)
 
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_each_command_is_there(line: str) -> None:
     """With the options that are named."""
-    _, *words = line.split()
-    command: click.Command = main
-    while isinstance(command, click.Group):
-        found = command.get_command(click.Context(command), words[0])
-        assert found is not None, f"{command.name} has no {words[0]}"
-        command, words = found, words[1:]
-    known = {option for parameter in command.params for option in parameter.opts}
-    assert {word for word in words if word.startswith("-")} <= known
+    check_command(line)
 
 
 @pytest.mark.parametrize("name", PYTHON)
 def test_each_name_of_python_is_there(name: str) -> None:
     """A public name, or one within a module of ours, with attributes and fields."""
-    owner, steps = _owner(name.split("."))
-    for step in steps:
-        owner = _attribute(owner, step)
-
-
-def _owner(steps: list[str]) -> tuple[Any, list[str]]:
-    if steps[0] in orchestrator.__all__:
-        return getattr(orchestrator, steps[0]), steps[1:]
-    module = "orchestrator"
-    while steps and find_spec(f"{module}.{steps[0]}"):
-        module, steps = f"{module}.{steps[0]}", steps[1:]
-        if not hasattr(import_module(module), "__path__"):
-            break
-    assert module != "orchestrator", f"neither public nor a module: {steps[0]}"
-    return import_module(module), steps
-
-
-def _attribute(owner: Any, name: str) -> Any:
-    if is_dataclass(owner) and name in {one.name for one in fields(owner)}:
-        return None
-    if isinstance(owner, type) and issubclass(owner, BaseModel) and name in owner.model_fields:
-        return None
-    return getattr(owner, name)
+    check_name(name)
 
 
 def test_words_events_and_fields_are_ours() -> None:

@@ -1,0 +1,86 @@
+"""Pages that say what has become of functions of earlier designs: their tables, and whether what they name exists."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from functools import reduce
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import click
+from pydantic import BaseModel
+
+import orchestrator
+from orchestrator.cli.main import main
+
+
+def sections(page: str) -> dict[str, str]:
+    """Return the texts of a page by their headings."""
+    return dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+
+
+def rows(section: str) -> list[list[str]]:
+    """Return the cells of the tables of a section, without their heads."""
+    lines = [line for line in section.splitlines() if line.startswith("| ")]
+    return [cells for line in lines if (cells := line.strip("| ").split(" | "))[0] not in {"there", "variable"}]
+
+
+def in_code(table: Sequence[Sequence[str]], column: int) -> list[str]:
+    """Return all that stands in code in a column, each once."""
+    return list(dict.fromkeys(name for row in table for name in re.findall(r"`([^`]+)`", row[column])))
+
+
+def check_row(row: Sequence[str]) -> None:
+    """A row without a test promises what nobody has seen."""
+    assert len(row) == 3, row
+    assert re.fullmatch(r"(`tests/[\w/]+\.py(::\w+)+`(, )?)+", row[2]), row
+
+
+def check_test(name: str) -> None:
+    """It is there by its file and its name, also where it is of a contract that the file's class has inherited."""
+    path, *names = name.split("::")
+    assert names[-1].startswith("test_")
+    module = import_module(path.removesuffix(".py").replace("/", "."))
+    assert callable(reduce(getattr, names, module))
+
+
+def check_command(line: str) -> None:
+    """It is there with the options that are named."""
+    _, *words = line.split()
+    command: click.Command = main
+    while isinstance(command, click.Group):
+        found = command.get_command(click.Context(command), words[0])
+        assert found is not None, f"{command.name} has no {words[0]}"
+        command, words = found, words[1:]
+    known = {option for parameter in command.params for option in parameter.opts}
+    assert {word for word in words if word.startswith("-")} <= known
+
+
+def check_name(name: str) -> None:
+    """It is a public name, or one within a module of ours, with attributes and fields."""
+    owner, steps = _owner(name.split("."))
+    for step in steps:
+        owner = _attribute(owner, step)
+
+
+def _owner(steps: list[str]) -> tuple[Any, list[str]]:
+    if steps[0] in orchestrator.__all__:
+        return getattr(orchestrator, steps[0]), steps[1:]
+    module = "orchestrator"
+    while steps and find_spec(f"{module}.{steps[0]}"):
+        module, steps = f"{module}.{steps[0]}", steps[1:]
+        if not hasattr(import_module(module), "__path__"):
+            break
+    assert module != "orchestrator", f"neither public nor a module: {steps[0]}"
+    return import_module(module), steps
+
+
+def _attribute(owner: Any, name: str) -> Any:
+    if is_dataclass(owner) and name in {one.name for one in fields(owner)}:
+        return None
+    if isinstance(owner, type) and issubclass(owner, BaseModel) and name in owner.model_fields:
+        return None
+    return getattr(owner, name)

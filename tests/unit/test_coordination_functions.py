@@ -1,0 +1,91 @@
+"""docs/coordination.md names commands, Python names, variables and tests that there are."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from orchestrator.domain.contexts import LONGEST_MESSAGE, STALE_AFTER, SessionContext
+from orchestrator.domain.notes import LONGEST_BLOCK, LONGEST_TEXT, MOST_NOTES
+from orchestrator.engine import details
+from tests.functions import check_command, check_name, check_row, check_test, in_code, rows, sections
+
+ROOT: Final = Path(__file__).parents[2]
+PAGE: Final = (ROOT / "docs/coordination.md").read_text()
+CLAIMS, SESSIONS = "Distributed claims", "Parallel sessions"
+TEN: Final = (
+    "test_create_session_worktree",
+    "test_parallel_sessions_same_task",
+    "test_commit_in_worktree",
+    "test_file_lock_acquisition",
+    "test_lock_conflict_detection",
+    "test_merge_lock_coordination",
+    "test_update_and_read_context",
+    "test_conflict_detection",
+    "test_task_summary",
+    "test_parallel_execution_workflow",
+)
+
+#: The tables of functions; behind each is one of something else, of two columns.
+FUNCTIONS: Final = [row for name in (CLAIMS, SESSIONS) for row in rows(sections(PAGE)[name]) if len(row) == 3]
+HERE: Final = in_code(FUNCTIONS, 1)
+COMMANDS: Final = [name for name in HERE if name.startswith("council ")]
+#: What else stands in code: keys, values and arguments, and the name of a logger.
+_WORDS: Final = {
+    *("async with", "continue", "enabled", "heartbeat", "max_retries", "orchestrator.claims", "override"),
+    *("owner_stale", "pause", "stale", "when_unreachable"),
+}
+PYTHON: Final = [name for name in HERE if name not in {*COMMANDS, *_WORDS}]
+
+
+def test_each_row_says_what_is_here_and_what_shows_it() -> None:
+    """A row without a test promises what nobody has seen."""
+    assert len(FUNCTIONS) > 40
+    for row in FUNCTIONS:
+        check_row(row)
+
+
+@pytest.mark.parametrize("name", in_code(FUNCTIONS, 2))
+def test_each_test_is_there(name: str) -> None:
+    """By its file and its name."""
+    check_test(name)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_each_command_is_there(line: str) -> None:
+    """With the options that are named."""
+    check_command(line)
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_each_name_of_python_is_there(name: str) -> None:
+    """A public name, or one within a module of ours."""
+    check_name(name)
+
+
+def test_the_ten_tests_of_parallel_sessions_are_there_and_named() -> None:
+    """By their names, in one file."""
+    for name in TEN:
+        whole = f"tests/integration/test_coordination.py::{name}"
+        check_test(whole)
+        assert f"`{whole}`" in PAGE
+
+
+def test_each_variable_is_one_of_the_example() -> None:
+    """And none of the example's is missing."""
+    named = {row[0].strip("`") for row in rows(sections(PAGE)[CLAIMS]) if row[0].startswith(("`SHARED", "`TASK"))}
+    assert named == set(re.findall(r"^([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
+
+
+def test_the_fields_of_a_record_and_the_bounds_are_those_of_the_code() -> None:
+    """Scope and process are for programs alone."""
+    told = {name for row in rows(sections(PAGE)["What a session is at"]) for name in re.findall(r"`(\w+)`", row[0])}
+    assert told == set(SessionContext.model_fields) - {"scope", "orchestrator"}
+    text = " ".join(PAGE.split())
+    assert (STALE_AFTER, LONGEST_MESSAGE) == (1800, 500)
+    for bound in (f"up to {LONGEST_TEXT // 1024} KiB", f"of {MOST_NOTES} the oldest", f"most {LONGEST_BLOCK:,} char"):
+        assert bound in text
+    assert f"{details.LONGEST_DIFF:,} characters, the log to the last {details.LONGEST_LOG:,}" in text
