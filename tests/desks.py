@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import anyio
 import pytest
 
 from orchestrator import execution
 from orchestrator.domain.sessions import SessionName
-from orchestrator.engine.workshop import Workshop, open_workshop
+from orchestrator.engine.workshop import Workshop
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject
 
@@ -84,10 +83,9 @@ class MemoryDesk:
 
 
 def answer_in_runs(desk: MemoryDesk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have sessions of the runs in this process ask a desk."""
+    """Have runs of this process answer their sessions at a desk."""
 
-    async def opened(*arguments: Any, **more: Any) -> Workshop:
-        shop = await open_workshop(*arguments, **more)
+    def seat(shop: Workshop, *_: object) -> Workshop:
         return replace(shop, tools=replace(shop.tools, desk=desk))
 
-    monkeypatch.setattr(execution, "open_workshop", opened)
+    monkeypatch.setattr(execution, "with_desk", seat)

@@ -190,6 +190,8 @@ class Attempts:
             await self.ledger.note("task.salvaged", {"task": work.task, "branch": ref})
         for fault in finished.faults:
             await self.ledger.note("task.after_run_failed", {"task": work.task, "reason": fault})
+        for fault in finished.desk_faults:
+            await self.ledger.note("task.desk_failed", {"task": work.task, "reason": fault})
         if not finished.collected:
             reason = "; ".join(("it holds what is on no branch", *finished.notes))
             kept = {"task": work.task, "worktree": str(what.worktree.tree), "reason": reason}
