@@ -66,7 +66,8 @@ async def test_without_a_desk_nothing_is_given(
     repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither server nor hook."""
-    report = await run(repository, tmp_path / "bin", monkeypatch, "write theirs.txt yes\ntell told.json")
+    prompt = "write theirs.txt yes\ntell told.json"
+    report = await run(repository, tmp_path / "bin", monkeypatch, prompt, coordination={"tools": False})
     assert [task.state for task in report.tasks] == ["landed"], report
     argv = json.loads((repository.top / "told.json").read_text())["argv"]
     assert not {"--settings", "--mcp-config"} & set(argv)

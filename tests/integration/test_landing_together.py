@@ -5,16 +5,22 @@ from __future__ import annotations
 import shutil
 import signal
 from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
+from orchestrator.clock import SystemClock
 from orchestrator.filelock import FileLock
+from orchestrator.project import Project
 from orchestrator.repo.hub import hub_of
 from orchestrator.repo.site import find_site
+from orchestrator.state.file import FileStore
 from tests.command_server import Started
 from tests.conftest import Ended, Repository
+from tests.permits import permits
 from tests.waiting import wait_for
 
 
@@ -173,8 +179,11 @@ def ended(child: Started) -> Ended:
 async def test_a_task_that_waits_for_another_runs_landing_can_be_cancelled(repository: Repository) -> None:
     """It is over at once; what waits with it lands when its turn has come."""
     config = repository.configure(files(2))
-    assert repository.council("run", str(config), "--dry-run").code == 0
-    async with (await landing_lock(repository)).hold():
+    project, clock = Project(repository.top), SystemClock()
+    await anyio.to_thread.run_sync(project.create)
+    async with FileStore.open(project.own_state, clock) as store, AsyncExitStack() as stack:
+        site = await find_site(str(repository.top), is_url=False, environ=repository.environ)
+        await stack.enter_async_context((await permits(store, clock, site.location, "main")).hold())
         child = repository.start("run", str(config), "--json")
         wait_for(lambda: states(repository) == {"t0": "queued", "t1": "queued"})
         assert repository.council("cancel", "t0").code == 0
