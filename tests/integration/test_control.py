@@ -324,7 +324,10 @@ async def test_what_can_not_be_ignored_is_refused(
     repository: Repository, arguments: tuple[str, ...], fragment: str
 ) -> None:
     """Exit code 2 with what is wrong."""
-    tasks = [{"id": "done", "prompt": "write d.txt x"}, {"id": "a", "prompt": "exit 1", "attempts": 1}]
+    tasks: list[dict[str, Any]] = [
+        {"id": "done", "prompt": "write d.txt x"},
+        {"id": "a", "prompt": "exit 1", "attempts": 1},
+    ]
     assert repository.council("run", str(repository.configure(tasks))).code == 1
     refused = repository.council("task", "ignore", *arguments)
     assert refused.code == 2
