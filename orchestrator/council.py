@@ -245,6 +245,13 @@ class Council:
         """
         return await self._ask(run or await self.newest_run(), Action.CANCEL, tasks)
 
+    async def ignore(self, *tasks: str, reason: str, run: str | None = None) -> RunReport:
+        """End tasks as `cancel` does, and have nobody try them before `retry`; return how the run then stands."""
+        from orchestrator.engine.requests import check_reason  # noqa: PLC0415  seldom needed
+
+        check_reason(reason)
+        return await self._ask(run or await self.newest_run(), Action.IGNORE, tasks, reason)
+
     async def retry(self, *tasks: str, run: str | None = None) -> RunReport:
         """Have tasks tried again that are over without having landed; return how the run then stands.
 
@@ -252,8 +259,8 @@ class Council:
         """
         return await self._ask(run or await self.newest_run(), Action.RETRY, tasks)
 
-    async def _ask(self, run: str, action: Action, tasks: tuple[str, ...]) -> RunReport:
-        await (await self._executing()).ask(run, action, tasks)
+    async def _ask(self, run: str, action: Action, tasks: tuple[str, ...], reason: str | None = None) -> RunReport:
+        await (await self._executing()).ask(run, action, tasks, reason)
         return await self.status(run)
 
     async def checkpoint(self, run: str | None = None, *, reason: str = "by hand", whole: bool = False) -> Checkpoint:

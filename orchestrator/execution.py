@@ -304,7 +304,7 @@ class Execution:
             clock=runs.clock,
         )
 
-    async def ask(self, run: str, action: Action, tasks: Sequence[str]) -> None:
+    async def ask(self, run: str, action: Action, tasks: Sequence[str], reason: str | None = None) -> None:
         """Have a live owner do it; where there is none, do it here, and `resume` goes on from there.
 
         With no task named, all that are not over are meant.
@@ -316,10 +316,10 @@ class Execution:
             record.run.check_task(task)
         check_request(action, tasks, record.tasks, record.blocked())
         named = tasks or [task for task, one in record.tasks.items() if one.status not in FINAL]
-        if action is Action.CANCEL:
+        if action is not Action.RETRY:
             is_live = await runs.is_live(run)
-            await create(runs.store, run, "before cancel", maker=Maker.COUNCIL, is_live=is_live)
-        asked = await submit(runs.store, runs.clock, run, action, named)
+            await create(runs.store, run, f"before {action}", maker=Maker.COUNCIL, is_live=is_live)
+        asked = await submit(runs.store, runs.clock, run, action, named, reason)
         hub = await runs.hub(record.run)
         while not await is_answered(runs.store, run, asked):
             try:
@@ -337,7 +337,7 @@ class Execution:
                 if not held.owner_lives:
                     raise _is_at_work(run, held) from None
                 await anyio.sleep(_ANSWER_PAUSE)
-        if action is Action.CANCEL:
+        if action is not Action.RETRY:
             await self._until_over(run, named)
 
     async def _until_over(self, run: str, tasks: Sequence[str]) -> None:

@@ -63,6 +63,7 @@ COMMANDS: Mapping[str, Mapping[str, Entry]] = {
     "Steer": {
         "cancel": Entry("orchestrator.cli.tasks:cancel", "End tasks for good; without TASK, all that are not over."),
         "retry": Entry("orchestrator.cli.tasks:retry", "Try tasks again that are over without having landed."),
+        "task": Entry("orchestrator.cli.tasks:task", "Say what is to become of single tasks."),
         "salvage": Entry("orchestrator.cli.salvage:salvage", "See, take over or drop work that is on no target."),
         "checkpoint": Entry(
             "orchestrator.cli.checkpoint:checkpoint", "Name how a run stands now, or go back to how it stood."

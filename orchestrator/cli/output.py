@@ -57,6 +57,7 @@ SENTENCES: Mapping[str, str] = {
     "task.interrupted": "interrupted: {reason}",
     "task.held": "put off: {reason}",
     "task.cancelled": "cancelled",
+    "task.ignored": "ignored: {reason}",
     "task.revived": "will be tried again",
     "task.failed": "failed: {reason}",
     "task.no_change": "changed nothing",

@@ -10,6 +10,7 @@ import click
 
 from orchestrator.cli.command import Context, json_option, opened, perform, run_option, show_result, store_option
 from orchestrator.cli.completing import complete_live_tasks, complete_revivable_tasks, complete_tasks
+from orchestrator.cli.group import Suggesting
 from orchestrator.cli.output import Output
 from orchestrator.domain.model import Action
 
@@ -44,6 +45,42 @@ def cancel(tasks: tuple[str, ...], run: str | None, as_json: bool) -> None:
       council cancel --run 20260102-030405-ab12
     """
     _ask(Action.CANCEL, tasks, run, as_json=as_json)
+
+
+@click.group(cls=Suggesting)
+def task() -> None:
+    """Say what is to become of single tasks.
+
+    \b
+    Examples:
+      council task ignore models --reason "done by hand"
+    """
+
+
+@task.command("ignore")
+@click.argument("tasks", metavar="TASK...", nargs=-1, required=True, shell_complete=complete_live_tasks)
+@click.option("--reason", metavar="TEXT", required=True, help="Why nobody is to try them.")
+@run_option
+@store_option
+@json_option
+def ignore_tasks(tasks: tuple[str, ...], reason: str, run: str | None, as_json: bool) -> None:
+    """End tasks, and have nobody try them again.
+
+    They are cancelled, whichever process is at work on them, and stay so until `council retry`.
+
+    \b
+    Examples:
+      council task ignore models --reason "done by hand"
+      council task ignore models api --reason "not before the release"
+    """
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            report = await council.ignore(*tasks, reason=reason, run=run)
+            await show_result(context, council, report, code=0)
+            return 0
+
+    perform(command, as_json=as_json)
 
 
 @click.command()

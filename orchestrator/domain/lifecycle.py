@@ -32,6 +32,7 @@ class Trigger(StrEnum):
     LOSE = "lose"  #: the target was rewritten without it
     DISTRUST = "distrust"  #: the task's own record is damaged
     CANCEL = "cancel"  #: a person wants it to end
+    IGNORE = "ignore"  #: a person does not want it to be tried again
     REVIVE = "revive"  #: a person wants it to be tried again
 
 
@@ -64,6 +65,7 @@ TRANSITIONS: Final[dict[tuple[TaskStatus, Trigger], TaskStatus]] = {
     **{(status, _T.BOUNCE): _S.PENDING for status in (_S.QUEUED, _S.CHECKING)},
     **{(status, _T.REJECT): _S.FAILED for status in (_S.QUEUED, _S.CHECKING)},
     **{(status, _T.CANCEL): _S.CANCELLED for status in (_S.PENDING, _S.RUNNING, _S.QUEUED, _S.CHECKING)},
+    (_S.CANCELLED, _T.IGNORE): _S.CANCELLED,
     **{(status, _T.DISTRUST): _S.FAILED for status in set(_S) - FINAL},
     **{(status, _T.REVIVE): _S.PENDING for status in REVIVABLE},
 }

@@ -135,6 +135,8 @@ class TaskDocument(_Document):
     """What the next attempt is told about the last one, beside its prompt."""
     current: int | None = None
     """The number of the attempt that all this is about, where later ones were made before a checkpoint was restored."""
+    ignored: str | None = None
+    """Why a person does not want it to be tried, until a person does."""
     pull_request: int | None = None
     """The number of the pull request that is about it."""
     imported: ImportedTask | None = None
@@ -254,6 +256,7 @@ class Action(StrEnum):
     """What a person can ask of a run from another process."""
 
     CANCEL = "cancel"
+    IGNORE = "ignore"
     RETRY = "retry"
 
 
@@ -264,3 +267,5 @@ class Request(_Document):
     action: Action
     tasks: tuple[str, ...]
     asked: float
+    reason: str | None = None
+    """Why tasks are to be ignored."""

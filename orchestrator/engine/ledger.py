@@ -51,6 +51,7 @@ TASK_EVENTS: Mapping[Trigger, str] = {
     Trigger.LOSE: "task.failed",
     Trigger.DISTRUST: "task.failed",
     Trigger.CANCEL: "task.cancelled",
+    Trigger.IGNORE: "task.ignored",
     Trigger.REVIVE: "task.revived",
 }
 

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from typing import Final
+
+import anyio
 
 from orchestrator.clock import Clock
 from orchestrator.domain.lifecycle import TRANSITIONS, Trigger
-from orchestrator.domain.model import REVIVABLE, Action, Request, TaskDocument, TaskStatus
+from orchestrator.domain.model import FINAL, REVIVABLE, Action, Request, TaskDocument, TaskStatus
+from orchestrator.domain.secrets import contains_key
 from orchestrator.engine.ledger import Ledger, request_key
 from orchestrator.errors import RefusedError
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Commit, Event, Store, Write
 from orchestrator.repo.hub import work_branch
+
+#: Seconds that a session gets to be over that was told to stop, and between two looks whether it is.
+_STOP_LIMIT: Final = 60.0
+_LOOK_PAUSE: Final = 0.05
 
 
 def check_request(
@@ -21,8 +29,8 @@ def check_request(
     """Refuse what can't be done for tasks as they stand; `blocked` are those that wait in vain, with the need."""
     for task in tasks:
         status = documents[task].status
-        if action is Action.CANCEL and status in REVIVABLE | {TaskStatus.LANDED}:
-            raise RefusedError(f"task {task!r} is over: it is {status}", "there is nothing to cancel")
+        if action is not Action.RETRY and status in FINAL:
+            raise RefusedError(f"task {task!r} is over: it is {status}", f"there is nothing to {action}")
         if action is Action.RETRY and status is TaskStatus.LANDED:
             raise RefusedError(f"task {task!r} has landed", "revert its commit and start a new run to do it again")
         if action is Action.RETRY and task in blocked:
@@ -32,9 +40,19 @@ def check_request(
             raise RefusedError(f"task {task!r} is not over: it is {status}", "cancel it first, or wait")
 
 
-async def submit(store: Store, clock: Clock, run: str, action: Action, tasks: Sequence[str]) -> Request:
+def check_reason(reason: str) -> None:
+    """Refuse what says nothing, and what may not be recorded."""
+    if not reason.strip():
+        raise RefusedError("the reason is empty", "say why nobody is to try the task")
+    if contains_key(reason):
+        raise RefusedError("the reason holds what looks like a secret key, and is recorded", "leave it out")
+
+
+async def submit(
+    store: Store, clock: Clock, run: str, action: Action, tasks: Sequence[str], reason: str | None = None
+) -> Request:
     """Record a request; whoever owns the run, or does so next, deals with it."""
-    asked = Request(id=secrets.token_hex(4), action=action, tasks=tuple(tasks), asked=clock.now())
+    asked = Request(id=secrets.token_hex(4), action=action, tasks=tuple(tasks), asked=clock.now(), reason=reason)
     event = Event("request.made", {"run": run, "request": asked.id, "action": str(action), "tasks": list(tasks)})
     await store.commit(Commit([Write(request_key(run, asked.id), 0, asked.model_dump(mode="json"))], [event]))
     failpoint("request.recorded")
@@ -49,7 +67,8 @@ async def is_answered(store: Store, run: str, request: Request) -> bool:
 async def obey(ledger: Ledger, request: Request) -> None:
     """Do what was asked of a run at which nothing is at work."""
     for task in request.tasks:
-        await (cancel if request.action is Action.CANCEL else revive)(ledger, task)
+        await (revive if request.action is Action.RETRY else cancel)(ledger, task)
+    await ignore(ledger, request)
     failpoint("request.obeyed")
     await ledger.answer(request)
 
@@ -67,10 +86,24 @@ async def cancel(ledger: Ledger, task: str) -> bool:
     return True
 
 
+async def ignore(ledger: Ledger, request: Request) -> None:
+    """Note of tasks that are being cancelled why nobody is to try them; what has landed by then has.
+
+    Until a session that is stopped is over, its attempt has the task's document to itself.
+    """
+    for task in request.tasks if request.action is Action.IGNORE else ():
+        with anyio.move_on_after(_STOP_LIMIT):
+            while ledger.task(task).status not in FINAL:  # noqa: ASYNC110  another task of ours, or none any more
+                await anyio.sleep(_LOOK_PAUSE)
+        if ledger.task(task).status is TaskStatus.CANCELLED:
+            changes = {"reason": f"ignored: {request.reason}", "ignored": request.reason}
+            await ledger.change(task, Trigger.IGNORE, {"reason": request.reason}, **changes)
+
+
 async def revive(ledger: Ledger, task: str) -> bool:
     """Have a task that is over tried again, with all of its attempts before it; False if it is not over."""
     if ledger.task(task).status not in REVIVABLE:
         return False
     changes = {"failures": 0, "reason": None, "paths": (), "commit": None, "start": None, "feedback": None}
-    await ledger.change(task, Trigger.REVIVE, {}, **changes)
+    await ledger.change(task, Trigger.REVIVE, {}, ignored=None, **changes)
     return True

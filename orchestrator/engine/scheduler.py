@@ -27,7 +27,7 @@ from orchestrator.engine.ledger import Change, Ledger
 from orchestrator.engine.merging import MergeQueue
 from orchestrator.engine.monitor import Monitor
 from orchestrator.engine.recovery import recover_tasks
-from orchestrator.engine.requests import cancel, revive
+from orchestrator.engine.requests import cancel, ignore, revive
 from orchestrator.engine.workshop import Workshop
 from orchestrator.errors import ClaimLost, GitError, StoreUnavailable, VersionConflict
 from orchestrator.failpoints import failpoint
@@ -455,10 +455,8 @@ class Scheduler:
     async def _obey(self, request: Request) -> None:
         self._obeying = True
         for task in request.tasks:
-            if request.action is Action.CANCEL:
-                await self._cancel(task)
-            else:
-                await self._revive(task)
+            await (self._revive if request.action is Action.RETRY else self._cancel)(task)
+        await ignore(self._ledger, request)
         failpoint("request.obeyed")
         await self._ledger.answer(request)
         self._obeying = False

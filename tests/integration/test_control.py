@@ -277,3 +277,58 @@ async def test_all_runs_are_listed(repository: Repository) -> None:
     assert first["run"] in repository.council("runs").stdout
     [kept] = repository.council("salvage", "list", "--json").result["kept"]
     assert "b.txt" in repository.council("salvage", "show", kept["name"], "--run", kept["run"]).stdout
+
+
+def of(ended: Ended, task: str) -> dict[str, Any]:
+    """Return what the result says of a task."""
+    return next(one for one in ended.result["tasks"] if one["id"] == task)
+
+
+async def test_a_task_that_is_ignored_is_not_tried_until_a_person_says_so(repository: Repository) -> None:
+    """Whether a session is at work on it, it waits, or nobody is at work; `status` says why."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "long", "prompt": "write half.txt half\nattempt 1 hang"},
+        {"id": "waits", "prompt": "write waits.txt x", "needs": ["long"]},
+        {"id": "other", "prompt": "write other.txt x\nattempt 1 hang"},
+    ]
+    child = repository.start("run", str(repository.configure(tasks)), "--json")
+    has_begun(repository, "long", "other")
+    ignored = repository.council("task", "ignore", "long", "waits", "--reason", "done by hand", "--json")
+    assert ignored.code == 0, ignored
+    for task in ("long", "waits"):
+        assert (of(ignored, task)["state"], of(ignored, task)["reason"]) == ("cancelled", "ignored: done by hand")
+    assert "half" in repository.council("salvage", "show", "long/1").stdout
+    child.kill()
+    child.communicate()
+    resumed = repository.council("resume", "--json")
+    assert resumed.states == {"long": "cancelled", "waits": "cancelled", "other": "landed"}, resumed
+    assert of(resumed, "waits")["reason"] == "ignored: done by hand"
+    assert repository.council("retry", "long", "--json").code == 0
+    resumed = repository.council("resume", "--json")
+    assert resumed.states == {"long": "landed", "waits": "cancelled", "other": "landed"}, resumed
+    assert of(resumed, "long")["reason"] is None
+    await repository.assert_invariants()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (("done", "--reason", "x"), "task 'done' is over: it is landed: there is nothing to ignore"),
+        (("a", "--reason", " "), "the reason is empty: say why"),
+        (("a", "--reason", f"sk-ant-api03-{'aB3' * 30}"), "looks like a secret key"),
+        (("a",), "Missing option '--reason'"),
+        (("nonsense", "--reason", "x"), "no task 'nonsense'"),
+    ],
+)
+async def test_what_can_not_be_ignored_is_refused(
+    repository: Repository, arguments: tuple[str, ...], fragment: str
+) -> None:
+    """Exit code 2 with what is wrong."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "done", "prompt": "write d.txt x"},
+        {"id": "a", "prompt": "exit 1", "attempts": 1},
+    ]
+    assert repository.council("run", str(repository.configure(tasks))).code == 1
+    refused = repository.council("task", "ignore", *arguments)
+    assert refused.code == 2
+    assert fragment in refused.stderr

@@ -39,7 +39,8 @@ def test_every_pair_of_status_and_trigger(status: TaskStatus, trigger: Trigger) 
     """A row leads to its status; a missing row raises; a final status is left by a person or a rewritten target."""
     task = TaskDocument(status=status)
     if (status, trigger) in TRANSITIONS:
-        assert status not in FINAL or trigger is (Trigger.REVIVE if status in REVIVABLE else Trigger.LOSE)
+        leaves = TRANSITIONS[status, trigger] is not status
+        assert status not in FINAL or not leaves or trigger is (Trigger.REVIVE if status in REVIVABLE else Trigger.LOSE)
         assert advance("task", task, trigger, reason="why") == TaskDocument(
             status=TRANSITIONS[status, trigger], reason="why"
         )
