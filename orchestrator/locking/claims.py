@@ -134,7 +134,10 @@ class Claims:
         _log.info("claim taken: run %s, task %s, epoch %d", self._others.run, task, taking.guard.epoch)
 
     async def claim(self, task: str, *, override: bool = False) -> Guard | HeldBy:
-        """Claim a task by itself; what is written about it from then on is to carry the guard."""
+        """Claim a task by itself; what is written about it from then on is to carry the guard.
+
+        Whether anything is left to do is to be read only then: it may have been done since it was last looked at.
+        """
         while True:
             planned = await self.plan(task, override=override)
             if isinstance(planned, HeldBy):

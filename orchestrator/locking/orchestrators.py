@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 _KIND = "orchestrator"
 
+#: For so many seconds a process that was not dead is taken not to be, without a look at it.
+_TRUSTED = 1.0
+
 _log = logging.getLogger("orchestrator.claims")
 # Who wants to read it says so: without a handler, Python would print warnings to the terminal.
 _log.addHandler(logging.NullHandler())
@@ -123,6 +126,8 @@ class Orchestrators:
         self._owed: list[Callable[[], Awaitable[None]]] = []
         self._seen: dict[tuple[str, str], _Seen] = {}
         """By run and name."""
+        self._alive: dict[str, float] = {}
+        """When a process was last asked for, and was not proven to have ended (monotonic seconds)."""
 
     def count(self, **more: int) -> None:
         """Count what became of claims; it is recorded with the next sign of life."""
@@ -227,9 +232,19 @@ class Orchestrators:
             return Standing.ALIVE if one.ended is None else Standing.ENDED
         is_here = (one.owner.host, one.owner.boot) == (self.me.host, self.me.boot)
         # Nothing of a process outlives the machine's start; whose host has the same name is told by its lock.
-        is_dead = one.ended is None and one.owner.host == self.me.host and await self._is_dead(one.owner)
+        is_dead = one.ended is None and one.owner.host == self.me.host and await self._is_proven_dead(one.owner)
         now, watched = self._clock.now(), self._watched(run or self.run, one)
         return standing(one, now, watched, self.timing, is_here=is_here, is_dead=is_dead)
+
+    async def _is_proven_dead(self, owner: Owner) -> bool:
+        # As many tasks as somebody has claimed, as often it is asked how that one stands.
+        now, asked = self._clock.monotonic(), self._alive.get(owner.id)
+        if asked is not None and now - asked < _TRUSTED:
+            return False
+        if await self._is_dead(owner):
+            return True
+        self._alive[owner.id] = now
+        return False
 
     def _watched(self, run: str, one: Orchestrator) -> float:
         """Return for how many seconds this has been seen to be its last sign of life, without a long look away."""
