@@ -31,7 +31,7 @@ def claim_key(run: str, task: str) -> Key:
 async def read_claims(store: Store, run: str) -> dict[str, Claim]:
     """Return the claims on a run's tasks, released ones too, by task."""
     found = await store.list(_KIND, f"{run}/")
-    return {one.key.id.partition("/")[2]: Claim.model_validate(one.value) for one in found if not one.damaged}
+    return {one.key.id.partition("/")[2]: Claim.model_validate_json(one.encoded) for one in found if not one.damaged}
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +273,7 @@ class Claims:
         return tasks
 
     def _taking(self, document: Document, *, counts: bool, is_takeover: bool) -> Taking:
-        claim, epoch = Claim.model_validate(document.value), document.version + 1
+        claim, epoch = Claim.model_validate_json(document.encoded), document.version + 1
         changes = {"owner": self._others.me, "epoch": epoch, "since": self._clock.now()}
         after = claim.model_copy(update={**changes, "retries": claim.retries + int(counts)})
         write = Write(document.key, document.version, after.model_dump(mode="json"))
@@ -282,4 +282,4 @@ class Claims:
 
 def _read(document: Document | None) -> Claim | None:
     """Return a claim; None where there is none, or nobody knows what it is by now."""
-    return None if document is None or document.damaged else Claim.model_validate(document.value)
+    return None if document is None or document.damaged else Claim.model_validate_json(document.encoded)

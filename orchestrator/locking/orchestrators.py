@@ -65,7 +65,7 @@ async def read_orchestrators(store: Store, run: str) -> dict[str, Orchestrator]:
 
 def _read(document: Document | None) -> Orchestrator | None:
     """Return a record; None where there is none, or nobody knows what it is by now."""
-    return None if document is None or document.damaged else Orchestrator.model_validate(document.value)
+    return None if document is None or document.damaged else Orchestrator.model_validate_json(document.encoded)
 
 
 @dataclass(frozen=True, slots=True)

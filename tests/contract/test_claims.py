@@ -217,6 +217,12 @@ class ClaimsContract(ABC):
                 await place.write(guard)
         with pytest.raises(LeaseLost):
             await a.claims.claim("v")
+        c = await place.join("c")
+        await gets(c, "w")
+        await c.others.leave()
+        with pytest.raises(LeaseLost):
+            await a.claims.sweep()
+        assert (await place.claim("w")).owner == c.others.me
         with pytest.raises(LeaseLost):
             await a.claims.release("t", Release.COMPLETE)
         assert "t" not in a.claims
@@ -224,9 +230,9 @@ class ClaimsContract(ABC):
         with pytest.raises(Fenced, match=r"b took over: nothing had been heard of it for 391 s"):
             await a.others.renew()
         await a.others.leave()
-        assert await b.claims.sweep() == {}
+        assert await b.claims.sweep() == {"w": "c"}
         counters = b.others.counters
-        assert (counters.takeovers, counters.claims, counters.retries) == (1, 1, 1)
+        assert (counters.takeovers, counters.claims, counters.retries) == (2, 2, 2)
 
     async def test_one_of_this_machine_is_given_more_time_unless_it_is_dead(self, place: Place) -> None:
         """Its process can be looked at: it may just be busy, or it is proven to be gone, and not a second is lost."""
@@ -241,6 +247,17 @@ class ClaimsContract(ABC):
         assert await c.claims.sweep() == {}
         place.clock.advance(2.0)
         assert await c.claims.sweep() == {"u": "b"}
+
+    async def test_one_that_dies_is_noticed_within_a_second(self, place: Place) -> None:
+        """However often it is asked how it stands: not each of thousands of claims costs a look at its process."""
+        a, b = [await place.join(name, host="box") for name in "ab"]
+        await gets(a, "t")
+        assert await b.claims.verdict("t") is Verdict.CLAIMED
+        place.dead.add("a")
+        place.clock.advance(0.9)
+        assert await b.claims.verdict("t") is Verdict.CLAIMED
+        place.clock.advance(0.1)
+        assert await b.claims.verdict("t") is Verdict.TRY
 
     async def test_a_look_away_proves_nothing(self, place: Place) -> None:
         """Whoever was stopped for long, as all of the machine may have been, has to watch anew."""
