@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final, Literal
 
@@ -86,6 +87,10 @@ _LINKS: Final = {
     for name in (_LOGIN, "settings.json", "CLAUDE.md", "agents", "commands", "plugins", "skills")
 }
 _SERVERS: Final = "council-mcp.json"
+#: What goes over the settings of the user and of the project; hooks of all of them run.
+_SETTINGS: Final = "council-settings.json"
+_EDITORS: Final = "Edit|Write|MultiEdit|NotebookEdit"
+_HOOK_TIMEOUT: Final = 10  # seconds
 _DETAIL_KEYS: Final = ("command", "pattern", "description", "url", "query")
 
 
@@ -151,6 +156,7 @@ class ClaudeCodeAdapter:
                 *given("--max-turns", options.max_turns),
                 *given("--max-budget-usd", least(options.max_cost, request.most_cost)),
                 *(("--mcp-config", str(request.home / _SERVERS)) if request.mcp_servers else ()),
+                *(("--settings", str(request.home / _SETTINGS)) if request.pre_edit else ()),
                 *options.args,
             ),
             stdin=request.prompt_file,
@@ -188,9 +194,16 @@ class ClaudeCodeAdapter:
 
 def _home(request: SessionRequest, *, is_own: bool) -> Home | None:
     files = {_SERVERS: json.dumps({"mcpServers": _servers(request)})} if request.mcp_servers else {}
+    if request.pre_edit:
+        files[_SETTINGS] = json.dumps(_hook(request.pre_edit))
     if is_own:
         return Home(files, _LINKS, (_LOGIN,))
     return Home(files) if files else None
+
+
+def _hook(command: Sequence[str]) -> JsonObject:
+    run = {"type": "command", "command": shlex.join(command), "timeout": _HOOK_TIMEOUT}
+    return {"hooks": {"PreToolUse": [{"matcher": _EDITORS, "hooks": [run]}]}}
 
 
 def _servers(request: SessionRequest) -> JsonObject:

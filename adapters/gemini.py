@@ -7,6 +7,7 @@ own answer does. What goes wrong before its first turn, such as a missing login,
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final, Literal, Self
 
@@ -55,6 +56,8 @@ _LINKS: Final = {
     )
 }
 _SETTINGS: Final = ".gemini/settings.json"
+_EDITORS: Final = "^(write_file|replace)$"
+_HOOK_TIMEOUT: Final = 10_000  # milliseconds
 _LOG_IN: Final = (
     "run `gemini` once and log in, or set GEMINI_API_KEY; with GOOGLE_GEMINI_BASE_URL also `auth: gemini-api-key`"
 )
@@ -173,7 +176,7 @@ class GeminiAdapter:
 
     def capabilities(self) -> frozenset[Capability]:
         """Return what it can; its conversations stay in a home of the task's, which alone has settings of ours."""
-        in_own = {Capability.MCP, Capability.RESUME} if self._options.has_own_home else set()
+        in_own = {Capability.MCP, Capability.PRE_EDIT, Capability.RESUME} if self._options.has_own_home else set()
         return frozenset({Capability.READ_ONLY, *in_own})
 
     def programs(self) -> Sequence[Program]:
@@ -196,7 +199,7 @@ class GeminiAdapter:
         own = {_FOLDER: str(request.home)} if options.has_own_home else {}
         places = _PLACES if options.has_own_home else (_FOLDER, *_PLACES)
         env, passed = options.variables(("HOME", *_KEYS, *places), **_PRESET, **own)
-        settings = {_SETTINGS: Overlay(f"~/{_SETTINGS}", _settings(options, request))}
+        settings = {_SETTINGS: Overlay(f"~/{_SETTINGS}", _settings(options, request), _hooks(request.pre_edit))}
         return Command(
             argv=(
                 *(options.bin, "--output-format", "stream-json", "--approval-mode", mode),
@@ -269,6 +272,14 @@ def _settings(options: GeminiOptions, request: SessionRequest) -> JsonObject:
             for one in request.mcp_servers
         }
     return settings
+
+
+def _hooks(command: Sequence[str]) -> JsonObject:
+    """Beside those of the user: what to run before a file is edited."""
+    if not command:
+        return {}
+    run = {"name": "council", "type": "command", "command": shlex.join(command), "timeout": _HOOK_TIMEOUT}
+    return {"hooks": {"BeforeTool": [{"matcher": _EDITORS, "hooks": [run]}]}}
 
 
 def _of_tool(name: str, given: Any) -> Iterator[SessionEvent]:

@@ -13,10 +13,13 @@ import anyio
 
 from orchestrator.clock import SystemClock
 from orchestrator.config.model import Backoff, TaskSpec, WorktreesConfig
+from orchestrator.domain.claims import Role, Timing
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import Attempt, Intent, RunDocument
 from orchestrator.domain.secrets import Redactor
 from orchestrator.engine.ledger import Ledger, seed
+from orchestrator.locking.life_locks import LifeLocks
+from orchestrator.locking.orchestrators import Orchestrators, this_process
 from orchestrator.project import Project
 from orchestrator.state.file import FileStore
 
@@ -45,7 +48,10 @@ async def _record_run(project: Project, tasks: int) -> None:
     specs = {one.id: one for one in map(_spec, range(tasks))}
     async with FileStore.open(project.own_state, clock) as store:
         await seed(store, _document(run, top, hub, tuple(specs)), specs)
-        ledger = await Ledger.take(store, clock, run, Redactor(frozenset()), {})
+        others = Orchestrators(
+            store, clock, run, this_process(Role.COORDINATOR), Timing(), LifeLocks(hub / "locks").is_dead
+        )
+        ledger = await Ledger.take(store, clock, Redactor(frozenset()), others, {})
         work = iter(specs)
         async with anyio.create_task_group() as group:
             for _ in range(_AT_ONCE):
@@ -125,7 +131,7 @@ async def _record(ledger: Ledger, task: str, number: int, tasks: int) -> None:
 async def _attempt(ledger: Ledger, task: str, end: Trigger, commit: str) -> None:
     before = ledger.task(task).attempts
     attempt = Attempt(number=len(before) + 1, adapter="x", base=_commit(0), started=1767225600.5)
-    await ledger.change(task, Trigger.START, {"adapter": "agent"}, attempts=(*before, attempt))
+    await ledger.start(task, {"adapter": "agent"}, attempts=(*before, attempt))
     outcome = "built" if end is Trigger.BUILD else "no_change" if end is Trigger.IDLE else "crashed"
     branch = f"council/{ledger.run.id}/{task}/{attempt.number}"
     reason = None if end is Trigger.BUILD else "it ended with exit code 1: the options can't be read"

@@ -34,9 +34,12 @@ if TYPE_CHECKING:
     )
     from orchestrator.council import Council, Places
     from orchestrator.domain.conflicts import Strategy, Update
+    from orchestrator.domain.contexts import SessionContext, SessionStatus, TaskSummary
     from orchestrator.domain.failures import FailureClass
     from orchestrator.domain.model import TaskStatus
-    from orchestrator.engine.report import AdapterReport, RunReport, RunStatus, TaskReport
+    from orchestrator.domain.notes import Note
+    from orchestrator.engine.details import SessionDetails
+    from orchestrator.engine.report import AdapterReport, RunReport, RunStatus, SessionReport, TaskReport
     from orchestrator.engine.restoring import Restored
     from orchestrator.errors import (
         ConfigError,
@@ -78,6 +81,7 @@ __all__ = [
     "Key",
     "LockHeld",
     "LogPart",
+    "Note",
     "Past",
     "Places",
     "Plugins",
@@ -88,6 +92,10 @@ __all__ = [
     "Restored",
     "RunReport",
     "RunStatus",
+    "SessionContext",
+    "SessionDetails",
+    "SessionReport",
+    "SessionStatus",
     "Settled",
     "SetupSettings",
     "StateLost",
@@ -97,6 +105,7 @@ __all__ = [
     "TaskDefaults",
     "TaskReport",
     "TaskStatus",
+    "TaskSummary",
     "Update",
     "Verified",
     "VersionConflict",
@@ -117,9 +126,12 @@ _MODULES = {
     ),
     "council": ("Council", "Places"),
     "domain.conflicts": ("Strategy", "Update"),
+    "domain.contexts": ("SessionContext", "SessionStatus", "TaskSummary"),
     "domain.failures": ("FailureClass",),
     "domain.model": ("TaskStatus",),
-    "engine.report": ("AdapterReport", "RunReport", "RunStatus", "TaskReport"),
+    "domain.notes": ("Note",),
+    "engine.details": ("SessionDetails",),
+    "engine.report": ("AdapterReport", "RunReport", "RunStatus", "SessionReport", "TaskReport"),
     "engine.restoring": ("Restored",),
     "errors": (
         "ConfigError",

@@ -12,10 +12,12 @@ import anyio.to_thread
 
 from orchestrator.domain.model import FINAL, Attempt, RunDocument, TaskDocument, TaskStatus
 from orchestrator.domain.secrets import Redactor, secret_values
-from orchestrator.engine.ledger import read_run, read_spec, read_task
+from orchestrator.domain.sessions import SessionName
+from orchestrator.engine.details import SessionDetails, details, find_workplace, session_files
+from orchestrator.engine.ledger import read_run, read_task
 from orchestrator.errors import RefusedError
 from orchestrator.project import Project
-from orchestrator.protocols import Store
+from orchestrator.protocols import Adapter, Store
 from orchestrator.repo import diffs, salvage, worktrees
 from orchestrator.repo.diffs import Changes
 from orchestrator.repo.git import Git
@@ -108,6 +110,15 @@ class Archive:
             return await diffs.count_live(git, worktree, document.attempt.base, admit=admit)
         return await diffs.count(git, *await self._ends(git, task, document))
 
+    async def details(self, run: str, task: str, adapters: Mapping[str, Adapter]) -> SessionDetails:
+        """Return what the session of a task has done so far; RefusedError where none is at work."""
+        document = await self._task(run, task)
+        if document.status is not TaskStatus.RUNNING or not await self._is_live(run):
+            raise RefusedError(f"task {task!r} has no session at work", f"`council diff {task}` shows what it left")
+        session, redactor = SessionName(run, task, document.attempt.number), self._redactor()
+        at = await find_workplace(self._store, adapters, self._project.all_logs, redactor, session)
+        return await details(await self._git(run), at, redactor)
+
     async def landed(self, run: str, commits: Sequence[str]) -> dict[str, Changes]:
         """Return how much each of the commits by which tasks landed changes in the target."""
         return await diffs.count_landed(await self._git(run), commits)
@@ -181,13 +192,10 @@ class Archive:
 
     async def _session(self, run: str, task: str, attempt: Attempt) -> tuple[Worktree, Admission]:
         """Return where an attempt works, and what of it may be shown."""
-        document, spec = await read_run(self._store, run), await read_spec(self._store, run, task)
-        worktree = Worktree(Hub(Path(document.hub)), run, task, attempt.number)
-        from orchestrator.config.model import WorktreesConfig  # noqa: PLC0415  only live work needs it
+        return await session_files(self._store, SessionName(run, task, attempt.number), self._redactor())
 
-        given = WorktreesConfig.model_validate(document.worktrees)
-        withheld = given.copied + given.linked
-        return worktree, Admission(Redactor(secret_values(self._environ)), spec.max_file, withheld=withheld)
+    def _redactor(self) -> Redactor:
+        return Redactor(secret_values(self._environ))
 
     async def _described(self, one: Kept) -> KeptWork:
         document = await read_task(self._store, one.run, one.task)

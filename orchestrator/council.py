@@ -19,7 +19,7 @@ from orchestrator.engine.ledger import read_run
 from orchestrator.engine.report import RunReport, RunStatus
 from orchestrator.errors import CouncilError, RefusedError
 from orchestrator.project import LEGACY_RECORD, Project, council_home, exclude_from_git, find_project, was_imported
-from orchestrator.protocols import Compacted, Document, JsonObject, Key, Record, RecordedEvent, Store, Verified
+from orchestrator.protocols import Adapter, Compacted, Document, JsonObject, Key, Record, RecordedEvent, Store, Verified
 from orchestrator.repo.checkout import check_own
 from orchestrator.repo.hub import Hub
 from orchestrator.runs import Runs
@@ -33,10 +33,16 @@ if TYPE_CHECKING:
     from orchestrator.activity import Activity
     from orchestrator.archive import Archive
     from orchestrator.cleaning import Cleaner
+    from orchestrator.config.coordination import CoordinationOverrides
     from orchestrator.config.model import BudgetConfig, RunConfig
     from orchestrator.config.schema import Config
     from orchestrator.domain.conflicts import Update
+    from orchestrator.domain.contexts import SessionContext, TaskSummary
+    from orchestrator.domain.model import RunDocument
+    from orchestrator.domain.notes import Note
+    from orchestrator.engine.details import SessionDetails
     from orchestrator.engine.findings import Finding
+    from orchestrator.engine.memory import Memory
     from orchestrator.engine.restoring import Restored
     from orchestrator.execution import Execution
     from orchestrator.past import Past
@@ -165,30 +171,71 @@ class Council:
                 self._execution.stop()
         return self._execution
 
-    async def run(self, *, allow_deferred: bool = False) -> RunReport:
+    async def run(
+        self, *, allow_deferred: bool = False, coordination: CoordinationOverrides | None = None
+    ) -> RunReport:
         """Run the tasks of the file that this was opened with, to their end.
 
         With `allow_deferred` it starts although the target's checkout has changes of the user's own; what can't land
-        then lands on `resume`. Raises RefusedError, with nothing started, if something stands in the way.
+        then lands on `resume`. What of `coordination` is given stands above the file's and above the environment.
+        Raises RefusedError, with nothing started, if something stands in the way.
         """
-        return await self.resume(await self.create_run(allow_deferred=allow_deferred))
+        run = await self.create_run(allow_deferred=allow_deferred, coordination=coordination)
+        return await self.resume(run, coordination=coordination)
 
-    async def create_run(self, *, allow_deferred: bool = False) -> str:
+    async def create_run(
+        self, *, allow_deferred: bool = False, coordination: CoordinationOverrides | None = None
+    ) -> str:
         """Check that the file can run, record it, and return the run's id; nothing is started yet.
 
         RefusedError says what stands in the way, as `engine.preflight.check_run` does.
         """
         if self.config is None:
             raise RefusedError("no file was opened", "open the council with a YAML file")
-        return await (await self._executing()).create_run(self.config, allow_deferred=allow_deferred)
+        execution = await self._executing()
+        return await execution.create_run(self.config, allow_deferred=allow_deferred, coordination=coordination)
 
-    async def resume(self, run: str | None = None, *, budget: BudgetConfig | None = None) -> RunReport:
+    async def resume(
+        self,
+        run: str | None = None,
+        *,
+        budget: BudgetConfig | None = None,
+        coordination: CoordinationOverrides | None = None,
+    ) -> RunReport:
         """Take a run to its end, from wherever it stands: new, or cut off.
 
-        What of `budget` is given replaces that limit of the run's. Only one process can do that at a time: RefusedError
-        while another one does.
+        What of `budget` is given replaces that limit of the run's; what of `coordination` is, stands above the run's
+        and the environment for as long as this goes on. Only one process can do that at a time: RefusedError while
+        another one does.
         """
-        return await (await self._executing()).resume(run or await self.newest_run(), budget)
+        execution = await self._executing()
+        return await execution.resume(run or await self.newest_run(), budget, coordination)
+
+    async def work(
+        self, run: str, *, capacity: int | None = None, coordination: CoordinationOverrides | None = None
+    ) -> RunReport:
+        """Be at work in a run beside others, until nothing is left there to do; return how the run then stands.
+
+        Tasks are claimed that are free and whose adapter works here, at most `capacity` at once (None: as many as the
+        run has). Where nobody coordinates the run any more, this process does.
+        """
+        return await (await self._executing()).work(run, capacity, coordination)
+
+    async def active_runs(self, *, follow: bool = False) -> AsyncGenerator[str]:
+        """Yield the runs that somebody is at work in, the oldest first; with `follow` those that begin later, too."""
+        position = await self._store.position()
+        known = set()
+        for run in await self._runs.ids():
+            if (await read_run(self._store, run)).ended is None and await self._runs.seems_live(run):
+                known.add(run)
+                yield run
+        if follow:
+            async for record in self._store.watch(position):
+                for event in record.events:
+                    run = event.data.get("run", "")
+                    if event.type == "run.claimed" and run not in known:
+                        known.add(run)
+                        yield run
 
     async def cancel(self, *tasks: str, run: str | None = None) -> RunReport:
         """End tasks for good, all that are not over if none is named; return how the run then stands.
@@ -465,15 +512,76 @@ class Council:
     async def activity(self, run: str) -> Activity:
         """Return how a run stands, and a way to see what its sessions do from then on."""
         from orchestrator.activity import Activity  # noqa: PLC0415
-        from orchestrator.config.model import make_adapters, restore_adapters  # noqa: PLC0415
 
         position, record = await self.position(), await self._runs.record(run)
         specs = await self._store.list("spec", f"{run}/")
         attempts = {found.key.id.partition("/")[2]: int(found.value["attempts"]) for found in specs}
-        plugins = await self._installed()
-        configs = restore_adapters(record.run.adapters, plugins.adapters, plugins.explain)
-        adapters = make_adapters(configs, plugins.adapters)
+        adapters = await self._adapters(record.run)
         return Activity(record, position, attempts, self.archive, adapters, self.project.logs(run))
+
+    async def _adapters(self, run: RunDocument) -> Mapping[str, Adapter]:
+        from orchestrator.config.model import make_adapters, restore_adapters  # noqa: PLC0415
+
+        plugins = await self._installed()
+        return make_adapters(restore_adapters(run.adapters, plugins.adapters, plugins.explain), plugins.adapters)
+
+    async def contexts(self, run: str | None = None) -> list[SessionContext]:
+        """Return what the sessions of a run are at, whichever processes run them; the last half hour of each."""
+        from orchestrator.engine.contexts import read_contexts  # noqa: PLC0415  seldom needed
+
+        return await read_contexts(self._store, run or await self.newest_run())
+
+    async def file_conflicts(self, run: str | None = None) -> dict[str, list[SessionContext]]:
+        """Return the files that several sessions of a run are at work on or have locked, with these."""
+        from orchestrator.domain.contexts import conflicts  # noqa: PLC0415  the same
+
+        return conflicts(await self.contexts(run))
+
+    async def task_summary(self, task: str, run: str | None = None) -> TaskSummary:
+        """Return the sessions of a task at a glance. RefusedError where the run has no such task."""
+        from orchestrator.domain.contexts import summarize  # noqa: PLC0415  the same
+
+        run = run or await self.newest_run()
+        (await read_run(self._store, run)).check_task(task)
+        return summarize(task, await self.contexts(run))
+
+    async def clean_contexts(self, after: float = 1800.0) -> list[str]:
+        """Remove what sessions said that were not heard of for `after` seconds; return their names."""
+        from orchestrator.engine.contexts import clean_contexts  # noqa: PLC0415  the same
+
+        return await clean_contexts(self._store, self._runs.clock.now(), after)
+
+    async def details(self, task: str, run: str | None = None) -> SessionDetails:
+        """Return what the session of a task has done so far. RefusedError where it has none at work."""
+        run = run or await self.newest_run()
+        return await self.archive.details(run, task, await self._adapters(await read_run(self._store, run)))
+
+    async def notes(
+        self,
+        run: str | None = None,
+        *,
+        task: str | None = None,
+        topic: str | None = None,
+        paths: Sequence[str] = (),
+    ) -> list[Note]:
+        """Return the notes that sessions left for the target of a run, in whatever run, the oldest first.
+
+        Only those of a task, of a topic and about paths (patterns that overlap), as far as these are given.
+        """
+        return await (await self._memory(run)).find(task=task, topic=topic, paths=paths)
+
+    async def drop_note(self, note: str, run: str | None = None) -> None:
+        """Delete a note by its id. RefusedError where there is none."""
+        await (await self._memory(run)).drop(note)
+
+    async def _memory(self, run: str | None) -> Memory:
+        from orchestrator.domain.secrets import Redactor, secret_values  # noqa: PLC0415  the same
+        from orchestrator.engine.memory import Memory  # noqa: PLC0415  the same
+        from orchestrator.locking.registry import scope_of  # noqa: PLC0415  the same
+
+        document = await read_run(self._store, run or await self.newest_run())
+        redactor = Redactor(secret_values(self._runs.environ))
+        return Memory(self._store, self._runs.clock, scope_of(document.repo, document.target), redactor)
 
     @property
     def cleaner(self) -> Cleaner:

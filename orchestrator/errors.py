@@ -3,6 +3,7 @@
     CouncilError
       ConfigError          the YAML file is wrong, all problems at once        exit 2
       RefusedError         the request can't be served as things stand         exit 2
+        FileHeld           another session has locked the file
       PluginError          a plugin broke its contract: it is named and left out
       StateError
         InvalidDocument    a value that the store can't hold
@@ -64,6 +65,16 @@ class RefusedError(CouncilError):
     def __init__(self, what: str, remedy: str) -> None:
         self.what, self.remedy = what, remedy
         super().__init__(f"{what}: {remedy}")
+
+
+class FileHeld(RefusedError):
+    """A file that a session wants to lock was not free in time."""
+
+    def __init__(self, path: str, holder: str, since: float | None) -> None:
+        """`holder` is who has locked the file, in words, and `since` when it did (wall-clock seconds), if known."""
+        self.path, self.holder, self.since = path, holder, since
+        when = "" if since is None else f" (since {datetime.fromtimestamp(since, UTC):%Y-%m-%d %H:%M:%S} UTC)"
+        super().__init__(f"{path} is locked by {holder}{when}", "wait for it, or work at something else")
 
 
 def refuse_together(found: Sequence[tuple[str, str]], remedy: str) -> None:
@@ -134,6 +145,15 @@ class LeaseLost(StateError):
     def __init__(self, subject: str, held: int, current: int | None) -> None:
         self.held, self.current = held, current
         super().__init__(f"{subject} is at epoch {current}, not {held}: another process took over")
+
+
+class ClaimLost(LeaseLost):
+    """Another orchestrator has the claim on a task now; this one's work on it does not count any more."""
+
+    def __init__(self, task: str, held: int, current: int, by: str) -> None:
+        """`by` is the name of the orchestrator that has it."""
+        self.task, self.by = task, by
+        super().__init__(f"the claim on task {task!r}, which {by} has taken over,", held, current)
 
 
 class Fenced(LeaseLost):

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import anyio
 import anyio.to_thread
 
-from orchestrator.config.model import BudgetConfig, RunConfig, make_adapters, restore_adapters, used_adapters
+from orchestrator.config.coordination import CoordinationOverrides, coordinate
+from orchestrator.config.model import (
+    BudgetConfig,
+    CoordinationConfig,
+    RunConfig,
+    make_adapters,
+    restore_adapters,
+    used_adapters,
+)
 from orchestrator.config.store import MEMORY
+from orchestrator.domain.claims import Owner, Role
 from orchestrator.domain.dispatch import Board
 from orchestrator.domain.model import FINAL, Action, RunDocument
 from orchestrator.domain.secrets import Redactor, secret_values
@@ -19,15 +28,19 @@ from orchestrator.engine.capacity import Capacity
 from orchestrator.engine.ledger import Ledger, new_run_id, read_requests, read_run, read_task, seed, seize
 from orchestrator.engine.monitor import Monitor
 from orchestrator.engine.preflight import check_run
+from orchestrator.engine.probing import missing_programs
 from orchestrator.engine.recovery import recover
-from orchestrator.engine.report import RunReport, RunStatus
+from orchestrator.engine.report import RunRecord, RunReport, RunStatus
 from orchestrator.engine.requests import check_request, is_answered, obey, submit
 from orchestrator.engine.restoring import Restored, restore
 from orchestrator.engine.scheduler import Scheduler
+from orchestrator.engine.seating import with_desk
 from orchestrator.engine.sinks import Outlet, feeding
 from orchestrator.engine.workshop import Workshop, open_workshop
-from orchestrator.errors import LockHeld, RefusedError
+from orchestrator.errors import LockHeld, RefusedError, StoreUnavailable
 from orchestrator.filelock import HeldLock
+from orchestrator.locking.merge_permit import MergePermits
+from orchestrator.locking.orchestrators import Orchestrators, this_process
 from orchestrator.plugins import Plugins
 from orchestrator.project import exclude_from_git
 from orchestrator.protocols import Guard
@@ -48,6 +61,8 @@ _ANSWER_PAUSE = 0.1
 #: Seconds that a cancelled session gets to be over before whoever asked is told how it stands.
 _STOP_PATIENCE = 15.0
 
+_NONE: Mapping[str, str] = {}
+
 
 class Execution:
     """What this process has under way in a project's runs."""
@@ -57,9 +72,12 @@ class Execution:
         self._schedulers: set[Scheduler] = set()
         self._stopping = False
 
-    async def create_run(self, config: RunConfig, *, allow_deferred: bool) -> str:
+    async def create_run(
+        self, config: RunConfig, *, allow_deferred: bool, coordination: CoordinationOverrides | None = None
+    ) -> str:
         """See `Council.create_run`."""
         runs = self._runs
+        coordinated = coordinate(config.coordination, runs.environ, coordination)
         config = await with_tracked(config, self._plugins)
         run = new_run_id(runs.clock.now())
         site = await find_site(config.repo, is_url=config.is_url, environ=runs.environ)
@@ -89,6 +107,7 @@ class Execution:
             retention=config.state.retention.model_dump(mode="json"),
             mcp_servers={name: one.model_dump(mode="json") for name, one in config.mcp_servers.items()},
             budget=config.budget.model_dump(mode="json"),
+            coordination=coordinated.model_dump(mode="json"),
             prices={name: one.model_dump(mode="json") for name, one in config.prices.items()},
             sinks={name: sink.stored() for name, sink in config.sinks.items()},
             trackers={name: tracker.stored() for name, tracker in config.trackers.items()},
@@ -110,19 +129,57 @@ class Execution:
             for name, one in stored.items()
         ]
 
-    async def resume(self, run: str, budget: BudgetConfig | None = None) -> RunReport:
+    async def resume(
+        self, run: str, budget: BudgetConfig | None = None, coordination: CoordinationOverrides | None = None
+    ) -> RunReport:
         """See `Council.resume`."""
         document = await read_run(self._runs.store, run)
+        settings = self._settings(document, coordination)
         hub = await self._runs.hub(document)
-        redactor = Redactor(secret_values(self._runs.environ))
-        fed = feeding(self._runs.store, self._runs.clock, redactor, run, self._outlets(document))
-        views = Views(self._runs.store, self._runs.clock, self._runs.project)
-        kept = keeping(views, self._runs.store, self._runs.clock, run)
         try:
-            async with self._ownership(hub, run) as lock, kept, fed:
-                return await self._work(run, hub, lock.fd, budget)
+            async with self._ownership(hub, run) as lock, self._serving(document):
+                before = await self._runs.record(run)
+                if before.is_over and not await read_requests(self._runs.store, run):
+                    return self._runs.describe(before, None)
+                async with self._taken(document, hub, lock, settings) as (ledger, shop):
+                    if budget is not None:
+                        await ledger.allow(budget.model_dump(mode="json", exclude_none=True))
+                    return await self._work(before, ledger, shop)
         except LockHeld as held:
             raise _is_at_work(run, held) from None
+
+    async def work(
+        self, run: str, capacity: int | None = None, coordination: CoordinationOverrides | None = None
+    ) -> RunReport:
+        """See `Council.work`."""
+        document = await read_run(self._runs.store, run)
+        settings = self._settings(document, coordination)
+        if not settings.enabled:
+            raise RefusedError(f"run {run} is not shared", "write `coordination: {enabled: true}` in its file")
+        hub = await self._runs.hub(document)
+        async with anyio.create_task_group() as group, self._joined(document, hub, settings) as (ledger, shop):
+            group.start_soon(self._serve_once_coordinating, document, ledger)
+            closed = await missing_programs(shop.adapters, self._runs.environ)
+            report = await self._work(await self._runs.record(run), ledger, shop, capacity=capacity, closed=closed)
+            group.cancel_scope.cancel()
+        return report
+
+    async def _serve_once_coordinating(self, run: RunDocument, ledger: Ledger) -> None:
+        await ledger.coordinates.wait()
+        async with self._serving(run):
+            await anyio.sleep_forever()
+
+    @asynccontextmanager
+    async def _serving(self, run: RunDocument) -> AsyncIterator[None]:
+        """Feed a run's sinks and trackers, and keep the views, beside the body."""
+        redactor = Redactor(secret_values(self._runs.environ))
+        fed = feeding(self._runs.store, self._runs.clock, redactor, run.id, self._outlets(run))
+        views = Views(self._runs.store, self._runs.clock, self._runs.project)
+        async with keeping(views, self._runs.store, self._runs.clock, run.id), fed:
+            yield
+
+    def _settings(self, run: RunDocument, coordination: CoordinationOverrides | None) -> CoordinationConfig:
+        return coordinate(CoordinationConfig.model_validate(run.coordination), self._runs.environ, coordination)
 
     @asynccontextmanager
     async def _ownership(self, hub: Hub, run: str) -> AsyncIterator[HeldLock]:
@@ -137,19 +194,33 @@ class Execution:
                 held = await stack.enter_async_context(lock.hold(HANDOVER_LIMIT))
             yield held
 
-    async def _work(self, run: str, hub: Hub, lock_fd: int, budget: BudgetConfig | None) -> RunReport:
-        before = await self._runs.record(run)
-        if before.is_over and not await read_requests(self._runs.store, run):
-            return self._runs.describe(before, None)
-        ledger, shop = await self._take(before.run, hub, lock_fd)
-        if budget is not None:
-            await ledger.allow(budget.model_dump(mode="json", exclude_none=True))
+    async def _work(
+        self,
+        before: RunRecord,
+        ledger: Ledger,
+        shop: Workshop,
+        *,
+        capacity: int | None = None,
+        closed: Mapping[str, str] = _NONE,
+    ) -> RunReport:
+        """Be at work in a run until nothing is left to do for this process, with the adapters that are not `closed`."""
+        runs, run = self._runs, before.run.id
         capacities = {name: one.capacity for name, one in shop.configs.items() if one.capacity is not None}
-        board = Board.of(before.entries, ledger.statuses(), capacities)
-        capacity = await Capacity.measure(ledger, self._runs.clock)
-        async with shop.pool(sessions=min(before.run.capacity, len(before.run.tasks))) as pool:
-            monitor = Monitor(ledger, self._runs.store, self._runs.clock)
-            scheduler = Scheduler(ledger, shop, pool, board, capacity, monitor, self._runs.clock)
+        statuses = ledger.statuses()
+        board = Board.of(before.entries, statuses, capacities)
+        for task, status in statuses.items():
+            if ledger.is_elsewhere(task):
+                board.mirror(task, status, runs.clock.monotonic())
+        for name, reason in closed.items():
+            board.close(name, reason)
+        wanted = capacity or before.run.capacity
+        room = await Capacity.measure(wanted, ledger, runs.clock)
+        async with shop.pool(sessions=min(wanted, len(before.run.tasks))) as pool:
+            monitor = Monitor(ledger, runs.store, runs.clock)
+            permits = MergePermits(
+                runs.store, runs.clock, ledger.orchestrators, shop.source.location, before.run.target
+            )
+            scheduler = Scheduler(ledger, shop, pool, board, room, monitor, permits, runs.clock)
             await scheduler.remember(before.adapters)
             self._schedulers.add(scheduler)
             if self._stopping:
@@ -159,20 +230,67 @@ class Execution:
                     finished = await scheduler.run()
             finally:
                 self._schedulers.discard(scheduler)
-        if scheduler.halted is not None:
+        coordinates = ledger.coordinates.is_set()
+        if scheduler.halted is not None and coordinates:
             await ledger.halt(scheduler.halted)
-        elif not finished:
+        elif not finished and coordinates:
             await ledger.note("run.interrupted", {})
-        result = self._runs.describe(await self._runs.record(run), None if finished else RunStatus.INTERRUPTED)
-        if finished:
+        if not finished and not coordinates:
+            return await runs.status(run)
+        result = runs.describe(await runs.record(run), None if finished else RunStatus.INTERRUPTED)
+        if finished and coordinates:
             await ledger.finish(result.status)
         return result
 
-    async def _take(self, run: RunDocument, hub: Hub, lock_fd: int) -> tuple[Ledger, Workshop]:
-        """Become the run's owner, bring back what an earlier one left, and do what was asked of it."""
+    @asynccontextmanager
+    async def _taken(
+        self, run: RunDocument, hub: Hub, lock: HeldLock, settings: CoordinationConfig
+    ) -> AsyncIterator[tuple[Ledger, Workshop]]:
+        """Coordinate a run for the body: bring back what an earlier owner left, and do what was asked of it."""
+        me = this_process(Role.COORDINATOR)
+        async with hub.life_locks.of(run.id, me.id).hold(0) as life:
+            others = self._orchestrators(run, hub, me, settings)
+            shop = await self._open_workshop(run, hub, [lock.fd, life.fd], None)
+            facts = {"sandbox": str(shop.tools.fencing.kind)}
+            store, clock, redactor = self._runs.store, self._runs.clock, shop.tools.redactor
+            ledger = await Ledger.take(store, clock, redactor, others, facts, is_shared=settings.enabled)
+            async with _leaving(others):
+                for left_out in self._plugins.left_out:
+                    facts = {"plugin": left_out.plugin.name, "reason": str(left_out)}
+                    await ledger.note("plugin.left_out", facts)
+                await recover(ledger, shop, clock)
+                for request in await ledger.requests():
+                    await obey(ledger, request)
+                yield ledger, self._seated(shop, ledger, settings)
+
+    @asynccontextmanager
+    async def _joined(
+        self, run: RunDocument, hub: Hub, settings: CoordinationConfig
+    ) -> AsyncIterator[tuple[Ledger, Workshop]]:
+        """Be at work in a run for the body, beside others."""
+        me = this_process(Role.COORDINATOR if settings.role == "coordinator" else Role.WORKER)
+        async with hub.life_locks.of(run.id, me.id).hold(0) as life:
+            others = self._orchestrators(run, hub, me, settings)
+            shop = await self._open_workshop(run, hub, [life.fd], me.id)
+            facts = {"sandbox": str(shop.tools.fencing.kind)}
+            store, clock = self._runs.store, self._runs.clock
+            ledger = await Ledger.join(store, clock, shop.tools.redactor, others, facts)
+            async with _leaving(others):
+                yield ledger, self._seated(shop, ledger, settings)
+
+    def _seated(self, shop: Workshop, ledger: Ledger, settings: CoordinationConfig) -> Workshop:
+        if not (settings.enabled and settings.tools):
+            return shop
+        return with_desk(shop, ledger, self._runs.store, self._runs.clock, self._runs.project)
+
+    def _orchestrators(self, run: RunDocument, hub: Hub, me: Owner, settings: CoordinationConfig) -> Orchestrators:
+        store, clock = self._runs.store, self._runs.clock
+        return Orchestrators(store, clock, run.id, me, settings.timing(), hub.life_locks.is_dead)
+
+    async def _open_workshop(self, run: RunDocument, hub: Hub, lock_fds: Sequence[int], worker: str | None) -> Workshop:
         runs, types = self._runs, self._plugins.adapters
         configs = restore_adapters(run.adapters, types, self._plugins.explain)
-        shop = await open_workshop(
+        return await open_workshop(
             run,
             hub,
             runs.project,
@@ -180,18 +298,11 @@ class Execution:
             make_adapters(configs, types),
             store=runs.store,
             store_url=runs.url,
-            lock_fd=lock_fd,
+            lock_fds=lock_fds,
+            worker=worker,
             environ=runs.environ,
             clock=runs.clock,
         )
-        facts = {"sandbox": str(shop.tools.fencing.kind)}
-        ledger = await Ledger.take(runs.store, runs.clock, run.id, shop.tools.redactor, facts)
-        for left_out in self._plugins.left_out:
-            await ledger.note("plugin.left_out", {"plugin": left_out.plugin.name, "reason": str(left_out)})
-        await recover(ledger, shop, runs.clock)
-        for request in await ledger.requests():
-            await obey(ledger, request)
-        return ledger, shop
 
     async def ask(self, run: str, action: Action, tasks: Sequence[str]) -> None:
         """Have a live owner do it; where there is none, do it here, and `resume` goes on from there.
@@ -212,8 +323,11 @@ class Execution:
         hub = await runs.hub(record.run)
         while not await is_answered(runs.store, run, asked):
             try:
-                async with self._ownership(hub, run) as lock:
-                    ledger, shop = await self._take(record.run, hub, lock.fd)
+                settings = self._settings(record.run, None)
+                async with (
+                    self._ownership(hub, run) as lock,
+                    self._taken(record.run, hub, lock, settings) as (ledger, shop),
+                ):
                     statuses = ledger.statuses()
                     if record.run.ended is not None or Board.of(record.entries, statuses).is_over(statuses):
                         await ledger.finish(runs.describe(await runs.record(run), None).status)
@@ -247,7 +361,8 @@ class Execution:
                 for run in new:
                     await self._hold(stack, run, force=force)
                 for run in new:
-                    guards[run.id] = await seize(store, self._runs.clock, run.id)
+                    me = this_process(Role.COORDINATOR)
+                    guards[run.id] = await seize(store, self._runs.clock, run.id, me)
 
     async def _hold(self, stack: AsyncExitStack, run: RunDocument, *, force: bool) -> None:
         """Keep everybody else from beginning to work in a run; with `force`, somebody may be at work in it."""
@@ -256,6 +371,8 @@ class Execution:
             return
         try:
             await stack.enter_async_context(self._ownership(hub, run.id))
+            if (living := await hub.life_locks.held(run.id)) and not force:
+                raise await living[0].held_error()
         except LockHeld as held:
             if not force:
                 raise _is_at_work(run.id, held, or_else="take it over by --force") from None
@@ -265,6 +382,16 @@ class Execution:
         self._stopping = True
         for scheduler in self._schedulers:
             scheduler.stop()
+
+
+@asynccontextmanager
+async def _leaving(others: Orchestrators) -> AsyncIterator[None]:
+    """Say at the body's end, however it ends, that this orchestrator is at work no more."""
+    try:
+        yield
+    finally:
+        with anyio.CancelScope(shield=True), suppress(StoreUnavailable):
+            await others.leave()
 
 
 def _is_at_work(run: str, held: LockHeld, *, or_else: str = "") -> RefusedError:

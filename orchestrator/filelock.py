@@ -6,6 +6,9 @@ even within one process, and a child that keeps the descriptor keeps the lock if
 that lives gives it back by an unlock, which takes it from such children, too: what it waited for has ended, and
 what else they left behind (a daemon of a hook of the user's) must not hold it for ever. Lock files are
 permanent: unlinking one while somebody waits makes two holders.
+
+A lock can be held by one, or be shared by any number that all ask for it so. Who holds it alone has signed its file
+(`Signature`), for messages and for people.
 """
 
 from __future__ import annotations
@@ -13,13 +16,16 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
 import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
+from typing import Any, Final, Literal
 from weakref import WeakValueDictionary
 
 import anyio
@@ -27,6 +33,59 @@ import anyio.to_thread
 from anyio.lowlevel import RunVar
 
 from orchestrator.errors import LockHeld, StoreUnavailable
+
+#: A signature has room for so many bytes, and for as many more again as it takes: what was there before is covered.
+_ROOM: Final = 512
+
+Mode = Literal["exclusive", "shared"]
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What a lock's file says of who holds it."""
+
+    id: str
+    """Of this one taking, no other's."""
+    pid: int
+    started: int | None
+    """When that process started, in the kernel's ticks since boot; None where they can't be told."""
+    since: float
+    """Wall-clock seconds."""
+    mode: Mode = "exclusive"
+    owner: str = ""
+    """For whom the process took it, in its own words."""
+    subject: str = ""
+    """What is locked, in its own words."""
+
+    @classmethod
+    def now(cls, since: float, mode: Mode = "exclusive", owner: str = "", subject: str = "") -> Signature:
+        """Return a signature of this process."""
+        pid = os.getpid()
+        return cls(secrets.token_hex(8), pid, _own_start(pid), since, mode, owner, subject)
+
+    @classmethod
+    def read(cls, path: Path) -> Signature | None:
+        """Return the signature that a file has; None if it has none, or one that can't be read."""
+        try:
+            raw = path.read_bytes()
+            record: dict[str, Any] = json.loads(raw.partition(b"\n")[0])
+            if not (isinstance(record["pid"], int) and isinstance(record["since"], int | float)):
+                return None
+            known = {name: record[name] for name in cls.__slots__ if name in record}
+            return cls(**{"id": "", "started": None, **known})
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def encoded(self) -> bytes:
+        """Return the line that `read` reads, with room behind it."""
+        record = {name: getattr(self, name) for name in self.__slots__}
+        raw = json.dumps(record).encode() + b"\n"
+        return raw.ljust(-(-len(raw) // _ROOM) * _ROOM)
+
+    @property
+    def lives(self) -> bool:
+        """Whether the process that signed lives, as far as is known."""
+        return _is_alive(self.pid, self.started)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +95,21 @@ class HeldLock:
     path: Path
     fd: int
 
+    def sign(self, signature: Signature | None) -> None:
+        """Say in its file who holds it, or that nobody does; who shares a lock must not.
+
+        It only serves messages: a full disk must not keep anyone from locking.
+        """
+        with suppress(OSError):
+            os.pwrite(self.fd, b"\n" if signature is None else signature.encoded(), 0)
+
+    def release(self) -> None:
+        """Give it back; once."""
+        _unlock(self.fd)
+
 
 class FileLock:
-    """The exclusive lock on `path`, whose folder must exist; the file is made if it is missing.
+    """The lock on `path`, whose folder must exist; the file is made if it is missing.
 
     The tasks of one event loop get it in the order of their asking, if they spell the path the same way.
     """
@@ -53,9 +124,39 @@ class FileLock:
         """
         return await anyio.to_thread.run_sync(_is_held, self.path)
 
+    async def held_error(self) -> LockHeld:
+        """Return the error that names who holds the lock."""
+        holder, lives = await anyio.to_thread.run_sync(_describe_holder, self.path)
+        return LockHeld(self.path, holder, owner_lives=lives)
+
+    def take_now(self, *, shared: bool = False) -> HeldLock | None:
+        """Take the lock if it is free, before anybody of this event loop who waits for it; None if it is not.
+
+        Blocks for no longer than it takes to open a local file. It is not signed. Raises as `hold` does.
+        """
+        fd, locked = _open_and_try(self.path, shared=shared)
+        if not locked:
+            os.close(fd)
+            return None
+        return HeldLock(self.path, fd)
+
+    async def take(self, *, shared: bool = False) -> HeldLock:
+        """Wait until the lock is free, and take it; whoever has it may give it back in any task.
+
+        It is not signed. Raises as `hold` does. A cancelled wait leaves nothing locked.
+        """
+        queue = _queue_of(self.path)
+        await queue.take_turn()
+        try:
+            fd = await queue.lock(shared=shared)
+        finally:
+            queue.turn.release()
+        assert fd is not None, "only who does not wait gets none"  # noqa: S101  by the contract of `lock`
+        return HeldLock(self.path, fd)
+
     @asynccontextmanager
     async def hold(self, timeout: float | None = None) -> AsyncIterator[HeldLock]:  # noqa: ASYNC109  (raises LockHeld)
-        """Hold the lock for the body; `timeout` is how many seconds to wait for it, 0 only tries.
+        """Hold the lock alone for the body; `timeout` is how many seconds to wait for it, 0 only tries.
 
         Raises LockHeld, which names the holder, StoreUnavailable where the file system has no locks, and
         OSError if the file can't be opened. A cancelled wait leaves nothing locked.
@@ -68,10 +169,12 @@ class FileLock:
                 releases.callback(queue.turn.release)
                 fd = await queue.lock(only_try=timeout == 0)
             if fd is None:
-                holder, lives = await anyio.to_thread.run_sync(_describe_holder, self.path)
-                raise LockHeld(self.path, holder, owner_lives=lives)
+                raise await self.held_error()
             releases.callback(_unlock, fd)
-            yield HeldLock(self.path, fd)
+            held = HeldLock(self.path, fd)
+            with suppress(OSError):  # without a descriptor to spare it stays unsigned
+                held.sign(Signature.now(time.time()))
+            yield held
 
 
 class _Queue:
@@ -89,20 +192,26 @@ class _Queue:
         except anyio.WouldBlock:
             await self.turn.acquire()
 
-    async def lock(self, *, only_try: bool) -> int | None:
+    async def lock(self, *, shared: bool = False, only_try: bool = False) -> int | None:
         """Return a descriptor that holds the lock; None only if it was to be tried and is not free."""
-        if self._waiter is None:
-            with anyio.CancelScope(shield=True):
-                fd, locked = await anyio.to_thread.run_sync(_open_and_try, self._path)
-            if locked:
-                return fd
-            if only_try:
-                os.close(fd)
+        while True:
+            if self._waiter is None:
+                with anyio.CancelScope(shield=True):
+                    fd, locked = await anyio.to_thread.run_sync(lambda: _open_and_try(self._path, shared=shared))
+                if locked:
+                    return fd
+                if only_try:
+                    os.close(fd)
+                    return None
+                self._waiter = _Waiter(self, self._path, fd, shared=shared)
+            elif only_try:
                 return None
-            self._waiter = _Waiter(self, self._path, fd)
-        elif only_try:
-            return None
-        return await self._adopt(self._waiter)
+            waiter = self._waiter
+            fd = await self._adopt(waiter)
+            if waiter.shared == shared:
+                return fd
+            # Somebody gave up who wanted it in the other way: ask for it anew, since a change is no single step.
+            _unlock(fd)
 
     async def _adopt(self, waiter: _Waiter) -> int:
         waiter.wanted = True
@@ -133,8 +242,8 @@ class _Waiter:
     end while another still holds the lock.
     """
 
-    def __init__(self, queue: _Queue, path: Path, fd: int) -> None:
-        self.fd = fd
+    def __init__(self, queue: _Queue, path: Path, fd: int, *, shared: bool) -> None:
+        self.fd, self.shared = fd, shared
         self.wanted = True
         self.settled = anyio.Event()
         self.error: StoreUnavailable | None = None
@@ -145,7 +254,7 @@ class _Waiter:
     def _wait(self) -> None:
         error = None
         try:
-            _flock(self._path, self.fd, block=True)
+            _flock(self._path, self.fd, block=True, shared=self.shared)
         except StoreUnavailable as exc:
             error = exc
         try:
@@ -176,23 +285,18 @@ def _open(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
-def _open_and_try(path: Path) -> tuple[int, bool]:
+def _open_and_try(path: Path, *, shared: bool = False) -> tuple[int, bool]:
     fd = _open(path)
     try:
-        return fd, _flock(path, fd, block=False)
+        return fd, _flock(path, fd, block=False, shared=shared)
     except BaseException:
         os.close(fd)
         raise
 
 
 def _is_held(path: Path) -> bool:
-    fd = _open(path)
-    try:
-        # Shared, or two that look at the same moment would take each other for a holder.
-        is_free = _flock(path, fd, block=False, shared=True)
-    except BaseException:
-        os.close(fd)
-        raise
+    # Shared, or two that look at the same moment would take each other for a holder.
+    fd, is_free = _open_and_try(path, shared=True)
     _unlock(fd)
     return not is_free
 
@@ -210,8 +314,6 @@ def _flock(path: Path, fd: int, *, block: bool, shared: bool = False) -> bool:
         return False
     except LockException as exc:
         raise StoreUnavailable(path, str(exc), "put it on a local file system") from exc
-    if not shared:
-        _sign(fd)
     return True
 
 
@@ -224,26 +326,19 @@ def _unlock(fd: int) -> None:
         os.close(fd)
 
 
-def _sign(fd: int) -> None:
-    pid = os.getpid()
-    # The signature only serves messages: a full disk, or no descriptor to spare, must not keep anyone from locking.
-    with suppress(OSError):
-        record = {"pid": pid, "started": start_ticks(pid), "since": time.time()}
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, json.dumps(record).encode(), 0)
-
-
 def _describe_holder(path: Path) -> tuple[str, bool]:
     """Return who signed the lock file, in words, and whether that process lives as far as is known."""
-    try:
-        record = json.loads(path.read_bytes())
-        pid, started = int(record["pid"]), record.get("started")
-        since = datetime.fromtimestamp(record["since"], UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    except (OSError, ValueError, KeyError, TypeError):
+    found = Signature.read(path)
+    if found is None:
         return "a process that has not signed it", True
-    lives = _is_alive(pid, started)
-    state = "alive" if lives else "ended, but something it started holds it"
-    return f"process {pid} ({state}, since {since})", lives
+    since = datetime.fromtimestamp(found.since, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    state = "alive" if found.lives else "ended, but something it started holds it"
+    return f"process {found.pid} ({state}, since {since})", found.lives
+
+
+@cache
+def _own_start(pid: int) -> int | None:
+    return start_ticks(pid)
 
 
 def _is_alive(pid: int, started: int | None) -> bool:

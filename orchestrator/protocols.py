@@ -458,6 +458,7 @@ class Capability(StrEnum):
     INSTRUCTIONS = "instructions"  #: it takes them apart from the prompt; else they are put before it
     MCP = "mcp"  #: it uses servers of the Model Context Protocol (`SessionRequest.mcp_servers`)
     COST_LIMIT = "cost_limit"  #: it ends by itself when it has cost so much (`SessionRequest.most_cost`)
+    PRE_EDIT = "pre_edit"  #: it runs a command before it edits a file, which may deny that (`SessionRequest.pre_edit`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -496,17 +497,24 @@ class SessionRequest:
     mcp_servers: Sequence[McpServer] = ()
     most_cost: float | None = None
     """US dollars."""
+    pre_edit: Sequence[str] = ()
+    """A command to run before each edit of a file: it reads a JSON object from standard input with `hook_event_name`,
+    `cwd` and `tool_input`, which names the file (`file_path`, `path` and the like, or an `apply_patch`). It prints
+    nothing where that may be done; else a JSON object with the decision and the reason, in the form of Claude Code's
+    hook `PreToolUse`, or, where the event is `BeforeTool`, in that of Gemini CLI. It always ends with 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Overlay:
     """A JSON object of the user's, in the file `of` (absolute or from `~`, which may be missing), with `over` over it.
 
-    Objects in both are merged, key by key; of all else what is in `over` counts.
+    Objects in both are merged, key by key; of all else what is in `over` counts. So is `added` then, but its lists go
+    after those that are there.
     """
 
     of: str
     over: JsonObject
+    added: JsonObject = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,9 @@ import anyio.to_thread
 from orchestrator.clock import Clock
 from orchestrator.domain.model import RunDocument, TaskStatus
 from orchestrator.engine.ledger import read_adapters, read_entries, read_run, read_tasks, task_documents
-from orchestrator.engine.report import ReportPlaces, RunRecord, RunReport, RunStatus, report
+from orchestrator.engine.report import ReportPlaces, RunRecord, RunReport, RunStatus, SessionReport, report
 from orchestrator.errors import RefusedError
+from orchestrator.locking.orchestrators import read_orchestrators
 from orchestrator.project import Project
 from orchestrator.protocols import Store
 from orchestrator.repo.hub import Hub
@@ -87,12 +89,34 @@ class Runs:
         if record.run.ended is None:
             is_live = False
             try:
-                is_live = await (await self.hub(record.run)).run_lock(run).is_held()
+                is_live = await self._is_live(record.run)
             except RefusedError:
                 if not even_gone:
                     raise
             status = RunStatus.RUNNING if is_live else RunStatus.INTERRUPTED
-        return self.describe(record, status)
+        described = self.describe(record, status)
+        return replace(described, sessions=await self._sessions(run)) if status is RunStatus.RUNNING else described
+
+    async def _sessions(self, run: str) -> list[SessionReport]:
+        """Return what the sessions of a run are at, in the order of their names."""
+        from orchestrator.domain.contexts import at_work  # noqa: PLC0415  only of a run at work
+        from orchestrator.engine.contexts import read_contexts  # noqa: PLC0415  the same
+
+        return [
+            SessionReport(
+                task=one.task,
+                attempt=one.attempt,
+                adapter=one.adapter,
+                status=one.status.value,
+                file=one.file,
+                progress=one.progress,
+                message=one.words,
+                blocked_on=one.blocked_on,
+                files=one.files,
+                updated=one.updated,
+            )
+            for one in at_work(await read_contexts(self.store, run))
+        ]
 
     async def hub(self, run: RunDocument) -> Hub:
         """Return the repositories of a run; RefusedError if they are gone, or it never had any here."""
@@ -106,7 +130,15 @@ class Runs:
     async def is_live(self, run: str) -> bool:
         """Whether a process is at work in a run."""
         document = await read_run(self.store, run)
-        return document.imported is None and await (await self.hub(document)).run_lock(run).is_held()
+        return document.imported is None and await self._is_live(document)
+
+    async def _is_live(self, run: RunDocument) -> bool:
+        hub = await self.hub(run)
+        if await hub.run_lock(run.id).is_held() or await hub.life_locks.held(run.id):
+            return True
+        others = (await read_orchestrators(self.store, run.id)).values()
+        here, now = socket.gethostname(), self.clock.now()
+        return any(one.ended is None and one.owner.host != here and now < one.expires for one in others)
 
     async def seems_live(self, run: str) -> bool:
         """Whether a process is at work in a run as far as can be seen: not where its repositories are gone."""

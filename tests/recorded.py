@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.clock import Clock
 from orchestrator.config.model import Backoff, TaskSpec
+from orchestrator.domain.claims import Owner, Role, Timing
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import Attempt, Intent, RunDocument
 from orchestrator.domain.secrets import Redactor
 from orchestrator.engine.ledger import Ledger, seed
+from orchestrator.locking.orchestrators import Orchestrators, this_process
 from orchestrator.protocols import Store
 from orchestrator.state import journal
 from orchestrator.state.file import FileStore
@@ -66,14 +69,24 @@ def _spec(task: str, prompt: str) -> TaskSpec:
     )
 
 
+def orchestrators(store: Store, clock: Clock, run: str) -> Orchestrators:
+    """Return those of a run as a process with a name of its own sees them: it knows that all others are dead."""
+
+    async def is_dead(run: str, owner: Owner) -> bool:
+        return True
+
+    return Orchestrators(store, clock, run, this_process(Role.COORDINATOR), Timing(), is_dead)
+
+
 async def record_run(store: Store, clock: ManualClock, run: RunDocument) -> None:
     """Record a run in eleven commits: `models` lands after 90 s, `api` fails once and is tried again."""
     await seed(store, run, {"models": _spec("models", "Add a User model."), "api": _spec("api", "Add an API.")})
-    ledger = await Ledger.take(store, clock, run.id, Redactor(()), {"sandbox": "bubblewrap"})
+    others = orchestrators(store, clock, run.id)
+    ledger = await Ledger.take(store, clock, Redactor(()), others, {"sandbox": "bubblewrap"})
     for task in ("models", "api"):
         clock.advance(5)
         attempt = Attempt(number=1, adapter="fixer", base=OLD, started=clock.now())
-        await ledger.change(task, Trigger.START, {"base": OLD, "adapter": "fixer"}, attempts=(attempt,))
+        assert await ledger.start(task, {"base": OLD, "adapter": "fixer"}, attempts=(attempt,)) is None
     clock.advance(30)
     failed = {"outcome": "crashed", "reason": "it ended with 1", "branch": None, "retry_in": 2.0}
     tried = ledger.task("api").with_attempt(ended=clock.now(), outcome="crashed", reason="it ended with 1")
@@ -90,7 +103,7 @@ async def record_run(store: Store, clock: ManualClock, run: RunDocument) -> None
     clock.advance(1)
     again = Attempt(number=2, adapter="fixer", base=NEW, started=clock.now())
     attempts = (*ledger.task("api").attempts, again)
-    await ledger.change("api", Trigger.START, {"base": NEW, "adapter": "fixer"}, attempts=attempts)
+    assert await ledger.start("api", {"base": NEW, "adapter": "fixer"}, attempts=attempts) is None
     clock.advance(9)
     await ledger.note("run.paused", {"reason": "memory is short", "retry_in": 5.0})
     await ledger.note("run.interrupted", {})

@@ -11,6 +11,7 @@ import click
 
 from orchestrator.cli.group import Suggesting
 from orchestrator.cli.streams import usable_streams
+from orchestrator.client.commands import COMMANDS as SESSION_COMMANDS
 
 
 class Entry(NamedTuple):
@@ -25,6 +26,7 @@ COMMANDS: Mapping[str, Mapping[str, Entry]] = {
     "Run": {
         "run": Entry("orchestrator.cli.run:run_file", "Run the tasks of FILE and land what they build."),
         "resume": Entry("orchestrator.cli.run:resume", "Go on with a run from wherever it was cut off."),
+        "work": Entry("orchestrator.cli.run:work", "Join the runs that are at work as one more process."),
     },
     "Set up": {
         "init": Entry("orchestrator.cli.init:init", "Write a council.yaml for this repository."),
@@ -52,6 +54,10 @@ COMMANDS: Mapping[str, Mapping[str, Entry]] = {
         "diff": Entry("orchestrator.cli.tasks:diff", "Show what a task has changed, so far if it is at work."),
         "state": Entry("orchestrator.cli.state:state", "See what is recorded, now and at any earlier moment."),
         "where": Entry("orchestrator.cli.status:where", "Say where everything is kept."),
+    },
+    "In a session": {
+        **{name: Entry(f"orchestrator.cli.session:{name}", one.help) for name, one in SESSION_COMMANDS.items()},
+        "mcp": Entry("orchestrator.cli.mcp:mcp", "Serve the commands of a session by the Model Context Protocol."),
     },
     "Steer": {
         "cancel": Entry("orchestrator.cli.tasks:cancel", "End tasks for good; without TASK, all that are not over."),

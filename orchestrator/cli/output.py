@@ -65,12 +65,15 @@ SENTENCES: Mapping[str, str] = {
     "task.requeued": "can't land now: {reason}",
     "task.deferred": "can't land now: {reason}",
     "task.conflict": "{reason}",
+    "task.ownership_extended": "owns what else it changed, too",
+    "task.escape_allowed": "changed what it does not own, and may",
     "task.landed": "landed as {landed:.10}",
     "task.salvaged": "work that was on no branch is kept on {branch}",
     "task.after_run_failed": "a command after its session failed: {reason}",
     "place.teardown_failed": "{place}: a command of its teardown failed: {reason}",
     "place.ports_changed": "{place} got other ports, somebody else has {lost}",
     "task.worktree_kept": "its worktree stays in {worktree}: {reason}",
+    "note.left": "left a note {note} for later sessions",
 }
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from orchestrator.cli.output import lines, one_line, plain
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.model import REVIVABLE, TaskStatus
-from orchestrator.engine.report import AdapterReport, RunReport, RunStatus, TaskReport
+from orchestrator.engine.report import AdapterReport, RunReport, RunStatus, SessionReport, TaskReport
 from orchestrator.instants import local_time
 from orchestrator.repo.diffs import Changes
 
@@ -61,14 +61,27 @@ def kept_as(task: TaskReport) -> str | None:
 
 def result_rows(report: RunReport, changes: Mapping[str, Changes], *, is_newest: bool = True) -> Iterator[ResultRow]:
     """Yield a row for each task in the order of the file; `changes` says how much each commit changes."""
+    sessions = {one.task: one for one in report.sessions}
     for task in report.tasks:
+        session = sessions.get(task.id) if task.state == TaskStatus.RUNNING else None
         yield ResultRow(
             plain(task.id),
             task.state.replace("_", " "),
             task.attempts,
-            _what(task, report.target, changes),
+            _what(task, report.target, changes) if session is None else session_line(session),
             plain(next_step(task, report, is_newest=is_newest)),
         )
+
+
+def session_line(session: SessionReport) -> str:
+    """Say what a session is at: how it does where it is not simply working, the file, and its words."""
+    parts = [] if session.status == "working" else [session.status]
+    if session.blocked_on is not None:
+        parts.append(f"for {session.blocked_on}" if session.status == "waiting" else f"on {session.blocked_on}")
+    if session.progress is not None:
+        parts.append(session.progress)
+    at = ": ".join(filter(None, [session.file, session.message]))
+    return plain(one_line("; ".join(filter(None, [" ".join(parts), at]))))
 
 
 def _what(task: TaskReport, target: str, changes: Mapping[str, Changes]) -> str:

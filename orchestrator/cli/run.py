@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from pathlib import Path
 
 import click
 
 from orchestrator.cli.command import Context, json_option, opened, perform, run_argument, show_result, store_option
+from orchestrator.cli.completing import complete_runs
+from orchestrator.cli.coordinating import coordination_options
 from orchestrator.cli.mermaid import flowchart
 from orchestrator.cli.output import Output
 from orchestrator.cli.plan import plan_text
 from orchestrator.cli.progress import shown
 from orchestrator.cli.quantities import budget_limits
 from orchestrator.cli.source import read_config
+from orchestrator.config.coordination import CoordinationOverrides
 from orchestrator.config.inline import InlineTasks
 from orchestrator.config.model import BudgetConfig
 from orchestrator.council import Council
@@ -30,6 +34,7 @@ from orchestrator.engine.rehearsal import Rehearsal
 @click.option("--allow-deferred", is_flag=True, help="Start although the target's checkout is dirty; land on resume.")
 @click.option("--dry-run", is_flag=True, help="Check all, and show what would run in which order; start nothing.")
 @click.option("--mermaid", is_flag=True, help="With --dry-run: print a Mermaid flowchart.")
+@coordination_options
 @store_option
 @json_option
 def run_file(  # noqa: PLR0917  as many as there are options
@@ -43,6 +48,7 @@ def run_file(  # noqa: PLR0917  as many as there are options
     dry_run: bool,
     mermaid: bool,
     as_json: bool,
+    coordination: CoordinationOverrides,
 ) -> None:
     """Run the tasks of FILE and land what they build.
 
@@ -66,12 +72,12 @@ def run_file(  # noqa: PLR0917  as many as there are options
     async def command(context: Context) -> int:
         plugins, config = await read_config(file, tasks)
         if dry_run:
-            rehearsal = await rehearse_run(config, plugins, allow_deferred=allow_deferred)
+            rehearsal = await rehearse_run(config, plugins, allow_deferred=allow_deferred, coordination=coordination)
             _show(rehearsal, context.output, mermaid=mermaid)
             return 0
         async with opened(context.log, config, plugins) as council:
-            run = await council.create_run(allow_deferred=allow_deferred)
-            return await _execute(council, run, context, after=0)
+            run = await council.create_run(allow_deferred=allow_deferred, coordination=coordination)
+            return await _execute(council, run, context, after=0, coordination=coordination)
 
     perform(command, as_json=as_json)
 
@@ -86,9 +92,10 @@ def _show(rehearsal: Rehearsal, output: Output, *, mermaid: bool) -> None:
 @click.command()
 @run_argument
 @click.option("--budget", metavar="LIMITS", callback=budget_limits, help="Other limits of the run's budget.")
+@coordination_options
 @store_option
 @json_option
-def resume(run: str | None, budget: BudgetConfig | None, as_json: bool) -> None:
+def resume(run: str | None, budget: BudgetConfig | None, as_json: bool, coordination: CoordinationOverrides) -> None:
     """Go on with a run from wherever it was cut off.
 
     Without RUN it is the newest. LIMITS are of tokens, cost (US dollars) or time, separated by commas.
@@ -103,16 +110,78 @@ def resume(run: str | None, budget: BudgetConfig | None, as_json: bool) -> None:
     async def command(context: Context) -> int:
         async with opened(context.log) as council:
             name = run or await council.newest_run()
-            return await _execute(council, name, context, after=await council.position(), budget=budget)
+            after = await council.position()
+            return await _execute(council, name, context, after=after, coordination=coordination, budget=budget)
 
     perform(command, as_json=as_json)
 
 
-async def _execute(council: Council, run: str, context: Context, after: int, budget: BudgetConfig | None = None) -> int:
+@click.command()
+@click.option("--run", "run", metavar="RUN", shell_complete=complete_runs, help="This run alone, at work or not.")
+@click.option("--capacity", type=click.IntRange(min=1), help="Sessions at once; else as many as the run's.")
+@click.option("--follow", is_flag=True, help="Stay, and join the runs that begin later.")
+@coordination_options
+@store_option
+@json_option
+def work(
+    run: str | None, capacity: int | None, follow: bool, as_json: bool, coordination: CoordinationOverrides
+) -> None:
+    """Join the runs that are at work as one more process.
+
+    It claims tasks that are free and whose CLI is installed here, and takes over those of processes that are gone. Ends
+    when nothing is left.
+
+    \b
+    Examples:
+      council work
+      council work --run 20260102-030405-ab12 --capacity 2
+      council work --follow
+    """
+    if run is not None and follow:
+        raise click.UsageError("--follow joins whatever runs begin; --run names one.")
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            if run is not None:
+                return await _join(council, run, context, capacity, coordination)
+            code = None
+            async with aclosing(council.active_runs(follow=follow)) as runs:
+                async for name in runs:
+                    code = max(code or 0, await _join(council, name, context, capacity, coordination))
+                    if context.interrupt.is_stopping:
+                        break
+            if code is None:
+                context.output.notice("no run is at work: `council run` starts one, `council resume` goes on with one")
+            return code or 0
+
+    perform(command, as_json=as_json)
+
+
+async def _join(
+    council: Council, run: str, context: Context, capacity: int | None, coordination: CoordinationOverrides
+) -> int:
+    """Be at work in a run with its events shown."""
+    context.interrupt.stop = council.stop
+    after = await council.position()
+    async with shown(council, run, context.output, after) as progress:
+        report = await council.work(run, capacity=capacity, coordination=coordination)
+        await progress.reach(await council.position())
+    await show_result(context, council, report)
+    return report.exit_code
+
+
+async def _execute(
+    council: Council,
+    run: str,
+    context: Context,
+    after: int,
+    coordination: CoordinationOverrides,
+    budget: BudgetConfig | None = None,
+) -> int:
     """Take a run to its end with its events shown; the first signal then stops it cleanly."""
     context.interrupt.stop = council.stop
     async with shown(council, run, context.output, after) as progress:
-        report = await council.resume(run, budget=budget)
+        report = await council.resume(run, budget=budget, coordination=coordination)
         await progress.reach(await council.position())
     await show_result(context, council, report)
     return report.exit_code

@@ -21,6 +21,8 @@ class Interrupt:
 
     def __init__(self, output: Output) -> None:
         self._output = output
+        self.is_stopping = False
+        """Whether the first signal has come."""
         self.stop: Callable[[], None] | None = None
         """Called instead, where it is set; the command then ends by itself."""
 
@@ -39,9 +41,8 @@ class Interrupt:
         heeded = [one for one in _ENDING if signal.getsignal(one) is not signal.SIG_IGN]
         with anyio.open_signal_receiver(*heeded) as signals:
             task_status.started()
-            stopping = False
             async for _ in signals:
-                if stopping:
+                if self.is_stopping:
                     # The supervisors see us go and kill what they run; all that is recorded is there for `resume`.
                     self._output.failure(
                         {"status": "interrupted", "exit": INTERRUPTED},
@@ -49,7 +50,7 @@ class Interrupt:
                     )
                     sys.stdout.flush()
                     os._exit(INTERRUPTED)
-                stopping = True
+                self.is_stopping = True
                 if self.stop is None:
                     scope.cancel()
                 else:

@@ -15,6 +15,7 @@ from orchestrator.config.files import open_regular
 from orchestrator.config.model import (
     Backoff,
     BudgetConfig,
+    CoordinationConfig,
     FenceConfig,
     McpServerConfig,
     Retention,
@@ -136,6 +137,7 @@ def _read_run(
     trackers = read_trackers(root, path.parent, extensions, problems)
     reach = adapters.read_reach(root, path.parent, problems)
     references.check_state(root, problems)
+    references.check_coordination(root, problems)
     references.check_network(root, problems)
     references.check_shared(root, problems)
     references.check_commands(root, problems)
@@ -163,6 +165,7 @@ def _read_run(
         budget=_budget(file.budget),
         prices=file.prices,
         state=_state(file, path.parent),
+        coordination=CoordinationConfig.model_validate(file.coordination.model_dump()),
         adapters=found,
         sinks=sinks,
         trackers=trackers,
@@ -198,6 +201,7 @@ def _resolve(task: Task, defaults: TaskDefaults, backoff: Backoff, prompt: str, 
         max_file=task.max_file or defaults.max_file or _MAX_FILE,
         priority=_first(task.priority, defaults.priority, 0),
         owns=task.owns,
+        on_escape=task.on_escape or defaults.on_escape or "bounce",
         instructions=_first(task.instructions, defaults.instructions, None),
         budget=_budget(task.budget, defaults.budget),
         session_budget=_budget(task.session_budget, defaults.session_budget),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
 from orchestrator.domain import budget, retry
+from orchestrator.domain.claims import Timing
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.prices import Price
 from orchestrator.errors import RefusedError
@@ -88,6 +89,8 @@ class TaskSpec(_Model):
     """The higher, the earlier among those that are ready."""
     owns: Annotated[tuple[str, ...], Field(strict=False)]
     """Patterns of the paths that it works on."""
+    on_escape: Literal["bounce", "extend", "allow"] = "bounce"
+    """What follows where it owns paths and has changed others."""
     instructions: str | None = None
     """What the CLI is told apart from the prompt."""
     budget: BudgetConfig = BudgetConfig()
@@ -333,6 +336,35 @@ class StateConfig(_Model):
     """How much of the past it keeps."""
 
 
+class CoordinationConfig(_Model):
+    """How the processes that work in one run keep out of each other's way; durations are in seconds."""
+
+    enabled: bool = True
+    """Whether others can join; without it nothing is claimed beside the run itself."""
+    heartbeat: float = 60.0
+    """How often an owner renews its claims."""
+    stale: float = 300.0
+    """How long a claim holds without that."""
+    owner_stale: float = 600.0
+    """The same for an owner on this machine that is not proven dead."""
+    sweep: float = 90.0
+    """How often claims that no longer hold are looked for."""
+    max_retries: int = 3
+    """How often a task is tried again, by whomever."""
+    when_unreachable: Literal["pause", "continue"] = "pause"
+    """What is done while the store can't be reached."""
+    role: Literal["auto", "coordinator", "worker"] = "auto"
+    """Whether it may override the claims of others: `auto` as long as it coordinates the run."""
+    tools: bool = True
+    """Whether sessions can ask who else is at work."""
+    lock_timeout: float = 5.0
+    """How long somebody waits for the lock of a file."""
+
+    def timing(self) -> Timing:
+        """Return what of it decisions about claims take."""
+        return Timing(self.heartbeat, self.stale, self.owner_stale, self.sweep, self.max_retries)
+
+
 class RunConfig(_Model):
     """What one file asks for."""
 
@@ -362,6 +394,8 @@ class RunConfig(_Model):
     """What the file says that models cost, by name."""
     state: StateConfig = StateConfig()
     """Where all is recorded."""
+    coordination: CoordinationConfig = CoordinationConfig()
+    """How those that work in it keep out of each other's way."""
     adapters: Mapping[str, AdapterConfig]
     """The adapters by name."""
     sinks: Mapping[str, SinkConfig] = {}

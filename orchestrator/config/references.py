@@ -11,13 +11,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Final
 
+from orchestrator.client.commands import SERVER
 from orchestrator.config.circles import find_circles
+from orchestrator.config.coordination import explain, misfits
 from orchestrator.config.document import Node
+from orchestrator.config.model import CoordinationConfig
 from orchestrator.config.names import check_path, check_repo, is_url
 from orchestrator.config.problems import Position, Problems, Vocabulary, shown
 from orchestrator.config.prompts import read_prompt
-from orchestrator.config.schema import MOST_TASKS
-from orchestrator.config.validation import refuse_empty
+from orchestrator.config.schema import MOST_TASKS, CoordinationSettings
+from orchestrator.config.validation import refuse_empty, validate
 from orchestrator.domain.secrets import contains_key
 
 _MOST_NAMED: Final = 8
@@ -53,8 +56,10 @@ def check_presence(root: Node, problems: Problems) -> None:
 
 def check_emptiness(root: Node, problems: Problems) -> None:
     """Note keys without a value, wherever a key may be left out."""
-    for node in (root, root.get("defaults"), root.get("defaults", "backoff"), root.get("worktrees"), root.get("state")):
+    for node in (root, root.get("defaults"), root.get("defaults", "backoff")):
         refuse_empty(node, problems)
+    for section in ("worktrees", "state", "coordination"):
+        refuse_empty(root.get(section), problems)
     for step in items_of(root.get("worktrees", "setup")):
         refuse_empty(step if isinstance(step.value, dict) else None, problems)
     for section in ("adapters", "mcp_servers", "sinks", "trackers"):
@@ -92,6 +97,20 @@ def check_state(root: Node, problems: Problems) -> None:
         problems.add(folder.at, "the store is named by `state`, too", "remove one of them")
     if isinstance(folder.value, str) and "\0" in folder.value:
         problems.add(folder.at, "a path can't hold a NUL character", "write a path relative to this file")
+
+
+def check_coordination(root: Node, problems: Problems) -> None:
+    """Note durations of `coordination` that contradict each other, of which one may be what it is unless given."""
+    node = root.get("coordination")
+    if node is None or not isinstance(node.value, dict):
+        return
+    found = validate(CoordinationSettings, node, Problems(""))
+    if found is None:  # which is told of with the file's shape
+        return
+    config = CoordinationConfig.model_validate(found.model_dump())
+    for misfit in misfits(config):
+        at = node.get(misfit.short) or node.get(misfit.long) or node
+        problems.add(at.at, *explain(misfit, config))
 
 
 def check_network(root: Node, problems: Problems) -> None:
@@ -221,6 +240,9 @@ def check_commands(root: Node, problems: Problems) -> None:
 def check_mcp_servers(root: Node, problems: Problems) -> None:
     """Note servers that are neither a command nor a URL or both, and keys in what is recorded of them."""
     servers = root.get("mcp_servers")
+    if servers is not None and SERVER in servers.keys:
+        what = f"{SERVER!r} is the name of the server that sessions get of us, to ask about each other"
+        problems.add(servers.keys[SERVER], what, "give yours another name")
     for server in servers.children.values() if servers is not None else ():
         command, url = server.get("command"), server.get("url")
         if isinstance(server.value, dict) and (command is None) == (url is None):

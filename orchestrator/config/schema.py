@@ -52,6 +52,7 @@ from orchestrator.domain.ownership import check_pattern
 from orchestrator.domain.prices import Price
 
 MOST_TASKS = 100_000
+MOST_RETRIES = 99
 
 
 def _check_version(version: int) -> int:
@@ -254,6 +255,8 @@ class TaskDefaults(_Entry):
     """Names of variables that checks see beside the base set."""
     on_checks_failed: Literal["retry", "fail"] | None = None
     """Whether another attempt is told what the checks said, or the task is over: retry unless given."""
+    on_escape: Literal["bounce", "extend", "allow"] | None = None
+    """What follows where a task with `owns` has changed other paths: another attempt, owning those too, or nothing."""
     max_file: Size | None = None
     """The largest file that may be committed: 50MB unless given."""
     priority: Annotated[int, Field(ge=-100, le=100)] | None = None
@@ -389,6 +392,35 @@ class StateSettings(_Entry):
     """What the log may take on disk, before what is younger goes, too."""
 
 
+def _unless_given(default: str) -> Any:
+    return Field(json_schema_extra={"default": default})
+
+
+class CoordinationSettings(_Entry):
+    """How the processes that work in one run, and their sessions, keep out of each other's way."""
+
+    enabled: bool = True
+    """Whether others can join a run (`council work`): without it the run's own process has all to itself."""
+    heartbeat: Annotated[Duration, _unless_given("60s")] = 60.0
+    """How often the claim on a task is renewed: at most a third of `stale`."""
+    stale: Annotated[Duration, _unless_given("300s")] = 300.0
+    """How long after that a claim counts no more, and somebody else takes the task over."""
+    owner_stale: Annotated[Duration, _unless_given("600s")] = 600.0
+    """The same for an owner on this machine, unless it is proven dead: at least `stale`."""
+    sweep: Annotated[Duration, _unless_given("90s")] = 90.0
+    """How often tasks whose claim counts no more are looked for."""
+    max_retries: Annotated[int, Field(ge=0, le=MOST_RETRIES)] = 3
+    """How often a task is tried again after its first attempt, whoever does; a takeover counts as one."""
+    when_unreachable: Literal["pause", "continue"] = "pause"
+    """While the store can't be reached: wait for it, or go on with what this machine knows."""
+    role: Literal["auto", "coordinator", "worker"] = "auto"
+    """Whether claims of others can be overridden: `auto` only by who coordinates the run."""
+    tools: bool = True
+    """Whether sessions can ask who else is at work, take files and leave notes."""
+    lock_timeout: Annotated[Duration, _unless_given("5s")] = 5.0
+    """How long a session waits for a file that another one holds."""
+
+
 class Config(_Entry):
     """The whole file."""
 
@@ -439,6 +471,8 @@ class Config(_Entry):
     """The store that all is recorded in: .council/state of the repository unless given."""
     state_dir: Annotated[str, Field(min_length=1)] | None = None
     """The folder of the store, relative to this file, instead of its URL."""
+    coordination: CoordinationSettings = CoordinationSettings()
+    """How those that work in one run keep out of each other's way."""
     defaults: TaskDefaults = TaskDefaults()
     """What holds for each task that doesn't say otherwise."""
     sinks: dict[Name, SinkSettings] = {}

@@ -164,6 +164,28 @@ class Board:
             self._offer(one)
             stack.extend(self._dependents[one])
 
+    def mirror(self, task: str, status: TaskStatus, until: float) -> None:
+        """Take over where a task is that somebody else has moved; it may start again at `until` where that is here.
+
+        One that is at work elsewhere takes no slot here, and its paths are its own.
+        """
+        state = self._state[task]
+        if state is _OVER and (status is TaskStatus.LANDED or status not in FINAL):
+            self.revive(task)
+            state = self._state[task]
+        if status is TaskStatus.LANDED:
+            if state is not _LANDED:
+                self.landed(task)
+        elif status in FINAL:
+            if state is not _OVER:
+                self.ended(task)
+        elif status is not TaskStatus.PENDING:
+            if state is not _BUILT:
+                self._leave(task, _BUILT)
+                self._queue.occupy(task, self._places[task].lane, slot=False)
+        elif state is _RUNNING or state is _BUILT:
+            self.wait(task, until)
+
     def adapter_of(self, task: str) -> str:
         """Return the adapter that a task runs with, if it runs, or would run with now."""
         return self._queue.adapter_of(task, self._places[task].lane)

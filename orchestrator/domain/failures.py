@@ -22,6 +22,7 @@ class FailureClass(StrEnum):
     NO_CHANGE = "no_change"  #: it ended well and changed nothing
     CONFLICT = "conflict"  #: its work does not merge
     CHECKS_FAILED = "checks_failed"  #: its work merges, but the merged tree does not pass
+    ESCAPED = "escaped"  #: its work merges, but changes what the task does not own
     TIMEOUT = "timeout"  #: it ran for longer than its limit
     SILENCE = "silence"  #: for longer than its limit it neither said nor changed anything
 
@@ -52,7 +53,7 @@ _FIXED: Mapping[FailureClass, Policy] = {
 }
 
 #: What a task may name under `retry_on`: whatever is not decided otherwise.
-RETRYABLE = frozenset(FailureClass) - _FIXED.keys() - {FailureClass.CHECKS_FAILED}
+RETRYABLE = frozenset(FailureClass) - _FIXED.keys() - {FailureClass.CHECKS_FAILED, FailureClass.ESCAPED}
 
 
 def policy_of(failure: FailureClass, retried: Collection[FailureClass]) -> Policy:

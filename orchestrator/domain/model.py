@@ -29,6 +29,8 @@ class TaskStatus(StrEnum):
 
 #: States in which the task is over without having landed; a person may have it tried again.
 REVIVABLE = frozenset({TaskStatus.NO_CHANGE, TaskStatus.CONFLICT, TaskStatus.FAILED, TaskStatus.CANCELLED})
+#: States in which a task is somebody's: an orchestrator holds the claim on it.
+CLAIMED = frozenset({TaskStatus.RUNNING, TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.LANDING})
 #: States in which the run has nothing left to do for a task.
 FINAL = REVIVABLE | {TaskStatus.LANDED}
 
@@ -199,6 +201,8 @@ class RunDocument(_Document):
     """By name: what `config.model.McpServerConfig` holds."""
     budget: dict[str, Any] = {}
     """What `config.model.BudgetConfig` holds."""
+    coordination: dict[str, Any] = {}
+    """What `config.model.CoordinationConfig` holds, as it was when the run was made."""
     prices: dict[str, dict[str, Any]] = {}
     """By model: what `domain.prices.Price` holds, where the file said it."""
     sinks: dict[str, dict[str, Any]] = {}

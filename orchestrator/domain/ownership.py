@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -85,6 +85,11 @@ def overlap(left: str, right: str) -> bool:
 def any_overlap(left: Sequence[str], right: Sequence[str]) -> bool:
     """Whether a pattern of one side overlaps with one of the other."""
     return any(overlap(a, b) for a in left for b in right)
+
+
+def escaped(owned: Sequence[str], paths: Iterable[str]) -> list[str]:
+    """Return those of the paths that no pattern of what is owned names."""
+    return [path for path in paths if not any(matches(pattern, path) for pattern in owned)]
 
 
 def literal_prefix(pattern: str) -> str:

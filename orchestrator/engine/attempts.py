@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -11,15 +14,20 @@ import anyio
 from orchestrator.clock import Clock
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.failures import FailureClass, Policy, policy_of
+from orchestrator.domain.holdings import HeldBy as OwnedBy
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import AdapterDocument, Attempt, TaskDocument
+from orchestrator.domain.notes import block
 from orchestrator.domain.outcome import Built, Exhausted, Failed, Interrupted, Limits
 from orchestrator.domain.retry import park_until, retry_delay
+from orchestrator.domain.sessions import SessionName
 from orchestrator.engine.budgets import Budgets, Reached
+from orchestrator.engine.details import Workplace
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.workshop import Workshop
+from orchestrator.errors import ClaimLost
 from orchestrator.failpoints import failpoint
-from orchestrator.protocols import Capability, JsonObject
+from orchestrator.protocols import Capability, Guard, JsonObject, Write
 from orchestrator.repo.pool import Pool
 from orchestrator.repo.worktrees import Worktree
 from orchestrator.sessions.output import log_file
@@ -72,6 +80,11 @@ class Starved:
 After = ToLand | Over | Again | Parked | Closed | Starved
 
 
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """Another orchestrator has the task, or paths that it is to own: where it is now is in the ledger."""
+
+
 @dataclass(slots=True)
 class Work:
     """An attempt under way; `cancelled` says that a person does not want the task any more."""
@@ -83,6 +96,12 @@ class Work:
     cancelled: bool = field(default=False, init=False)
     is_spent: bool = field(default=False, init=False)
     """Whether the task's budget is used up, so that no other attempt follows."""
+
+    @property
+    def name(self) -> SessionName:
+        """What its session is called."""
+        worktree = self.session.assignment.worktree
+        return SessionName(worktree.run, worktree.task, worktree.attempt)
 
     def exhaust(self, found: Reached) -> None:
         """End it because a budget is used up."""
@@ -106,8 +125,11 @@ class Attempts:
     clock: Clock
     _learning: anyio.Lock = field(default_factory=anyio.Lock, init=False)
 
-    def prepare(self, task: str, spec: TaskSpec, adapter: str, base: str) -> Work:
-        """Return the next attempt of a task, with one of its adapters; nothing of it exists yet."""
+    def prepare(self, task: str, spec: TaskSpec, adapter: str, base: str, notes: str | None) -> Work:
+        """Return the next attempt of a task, with one of its adapters; nothing of it exists yet.
+
+        `notes` are what it gets to read beside its prompt.
+        """
         document = self.ledger.task(task)
         earlier = None
         if Capability.RESUME in self.shop.adapters[adapter].capabilities():
@@ -117,7 +139,7 @@ class Attempts:
             base=base,
             start=document.start,
             prompt=spec.prompt,
-            told=document.feedback,
+            told="\n\n".join(filter(None, (notes, document.feedback))) or None,
             adapter=self.shop.adapters[adapter],
             adapter_name=adapter,
             reach=self.shop.configs[adapter].reach,
@@ -130,7 +152,7 @@ class Attempts:
         )
         return Work(task, spec, adapter, Session(self.shop.tools, self.pool, assignment))
 
-    async def perform(self, work: Work) -> After:
+    async def perform(self, work: Work) -> After | Elsewhere:
         """Record the attempt, run it, record its end, and clean up behind it."""
         what = work.session.assignment
         attempt = Attempt(
@@ -143,13 +165,26 @@ class Attempts:
         )
         attempts = (*self.ledger.task(work.task).attempts, attempt)
         details = {"base": what.base, "adapter": work.adapter}
-        await self.ledger.change(work.task, Trigger.START, details, attempts=attempts, current=None)
+        taken = await self.ledger.start(work.task, details, partial(self._paths, work), attempts=attempts, current=None)
+        if taken is not None:
+            return Elsewhere()
         failpoint("attempt.recorded")
         number, log = attempt.number, log_file(self.shop.tools.logs, work.task, attempt.number, "stdout")
-        async with self.budgets.watched(work.task, number, work.spec, what.adapter, log, work.exhaust):
+        async with AsyncExitStack() as stack:
+            watched = self.budgets.watched(work.task, number, work.spec, what.adapter, log, work.exhaust)
+            await stack.enter_async_context(watched)
+            if self.shop.desk is not None:
+                seat = self.shop.desk.seated(work.name, work.adapter, self._workplace(work), keep_ownership=True)
+                await stack.enter_async_context(seat)
             finished = await work.session.run()
         finished = self._by_budget(work, finished)
-        after = await self._record(work, finished)
+        try:
+            after = await self._record(work, finished)
+        except ClaimLost as lost:
+            facts = {"task": work.task, "attempt": number, "by": lost.by, "branch": finished.branch}
+            await self.ledger.note("task.claim_lost", facts)
+            await work.session.release(saved=finished.collected)
+            return Elsewhere()
         await self.budgets.count(work.task, work.spec, self.ledger.task(work.task).attempts[number - 1])
         for ref in finished.salvaged:
             await self.ledger.note("task.salvaged", {"task": work.task, "branch": ref})
@@ -161,6 +196,23 @@ class Attempts:
             await self.ledger.note("task.worktree_kept", kept)
         await work.session.release(saved=finished.collected)
         return after
+
+    def _workplace(self, work: Work) -> Workplace:
+        what, tools = work.session.assignment, self.shop.tools
+        return Workplace(what.worktree, what.base, what.adapter, tools.logs, tools.admission(what.max_file))
+
+    async def notes(self, task: str, spec: TaskSpec) -> str | None:
+        """Return what earlier sessions left for one of this task, or of the paths that it owns, to read."""
+        if self.shop.desk is None:
+            return None
+        return block(await self.shop.desk.memory.concerning(task, spec.owns))
+
+    async def _paths(self, work: Work, claim: Guard) -> Sequence[Write] | OwnedBy:
+        """Return what it takes to own a task's paths under a claim that is about to be taken."""
+        if not work.spec.owns:
+            return []
+        orchestrator = self.ledger.orchestrators.me.id
+        return await self.shop.registry.plan(work.name, work.spec.owns, orchestrator=orchestrator, claim=claim)
 
     def _by_budget(self, work: Work, finished: Finished) -> Finished:
         """Return the end of a session; one that stopped itself at a limit of ours is that limit's."""

@@ -15,7 +15,7 @@ from orchestrator.clock import Clock
 from orchestrator.config.model import BudgetConfig, TaskSpec
 from orchestrator.domain.budget import Budget, Share, Spending, cost_left, shares, spent_by
 from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.model import Attempt
+from orchestrator.domain.model import Attempt, TaskDocument
 from orchestrator.domain.outcome import Failed, Interrupted
 from orchestrator.engine.accounting import Accounting
 from orchestrator.engine.ledger import Ledger
@@ -102,6 +102,11 @@ class Budgets:
         """Return why a task may have no further session."""
         reason = _exhausted(self._of_task(task, spec))
         return None if reason is None else Failed(FailureClass.BUDGET, reason)
+
+    def take_in(self, before: TaskDocument, after: TaskDocument) -> None:
+        """Take what sessions of other orchestrators used up of which the end has been recorded."""
+        known = {one.number for one in before.attempts if one.ended is not None}
+        self._over += spent_by(one for one in after.attempts if one.ended is not None and one.number not in known)
 
     @asynccontextmanager
     async def watched(

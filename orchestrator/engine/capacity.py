@@ -35,10 +35,10 @@ class Capacity:
         """When (monotonic seconds) memory that was short should be looked at again; None if it was not."""
 
     @classmethod
-    async def measure(cls, ledger: Ledger, clock: Clock) -> Capacity:
-        """Raise the limit of descriptors and look what fits; RefusedError if not even one session does."""
+    async def measure(cls, wanted: int, ledger: Ledger, clock: Clock) -> Capacity:
+        """Raise the limit of descriptors and look how many of the wanted fit; RefusedError if not even one does."""
         demand = Demand(memory=ledger.run.session_memory)
-        found = await measure_room(ledger.run.capacity, demand)
+        found = await measure_room(wanted, demand)
         if found.limited_by is not None:
             await ledger.note("run.limited", {"sessions": found.sessions, "reason": found.limited_by})
         return cls(found.sessions, demand, ledger, clock)

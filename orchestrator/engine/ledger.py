@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import math
-import os
 import secrets
-import socket
-from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import anyio
 from pydantic import TypeAdapter, ValidationError
 
 from orchestrator.clock import Clock
+from orchestrator.domain.claims import Owner, Release, Standing
 from orchestrator.domain.dispatch import Entry
+from orchestrator.domain.holdings import HeldBy as OwnedBy
 from orchestrator.domain.lifecycle import Trigger, advance
-from orchestrator.domain.model import AdapterDocument, Request, RunDocument, TaskDocument, TaskStatus
-from orchestrator.errors import HistoryGone, RefusedError
+from orchestrator.domain.model import CLAIMED, AdapterDocument, Request, RunDocument, TaskDocument, TaskStatus
+from orchestrator.errors import ClaimLost, HistoryGone, LeaseLost, RefusedError, VersionConflict
 from orchestrator.failpoints import failpoint
-from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Store, Write
+from orchestrator.locking.claims import Claims, HeldBy
+from orchestrator.locking.orchestrators import Orchestrators
+from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Record, Store, Write
 
 if TYPE_CHECKING:
     from orchestrator.config.model import TaskSpec
@@ -51,6 +54,16 @@ TASK_EVENTS: Mapping[Trigger, str] = {
     Trigger.REVIVE: "task.revived",
 }
 
+
+#: What each status in which a task is nobody's makes of the claim on it.
+_RELEASES: Mapping[TaskStatus, Release] = {
+    TaskStatus.PENDING: Release.ABANDONED,
+    TaskStatus.CANCELLED: Release.ABANDONED,
+    TaskStatus.LANDED: Release.COMPLETE,
+    TaskStatus.NO_CHANGE: Release.COMPLETE,
+    TaskStatus.CONFLICT: Release.FAILED,
+    TaskStatus.FAILED: Release.FAILED,
+}
 
 #: How many of the checkpoints stay that a run makes by the clock.
 KEPT_CHECKPOINTS = 12
@@ -212,22 +225,32 @@ async def _named(store: Store, kind: str, run: str) -> dict[str, Document]:
     return {found.key.id[len(prefix) :]: found for found in await store.list(kind, prefix)}
 
 
-async def _next_lease(store: Store, clock: Clock, run: str) -> tuple[Write, int]:
-    """Return the write that makes this process a run's owner, and the epoch under which it is."""
+async def _next_lease(store: Store, clock: Clock, run: str, owner: Owner) -> tuple[Write, int]:
+    """Return the write that makes an orchestrator a run's coordinator, and the epoch under which it is."""
     lease = await store.get(_lease_key(run))
     version = lease.version if lease else 0
     # Each owner writes the lease once: its version is the epoch, and known even where its bytes are damaged.
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": clock.now(), "epoch": version + 1}
-    return Write(_lease_key(run), version, owner), version + 1
+    value = {"orchestrator": owner.id, "host": owner.host, "pid": owner.pid, "since": clock.now(), "epoch": version + 1}
+    return Write(_lease_key(run), version, value), version + 1
 
 
-async def seize(store: Store, clock: Clock, run: str) -> Guard:
+async def seize(store: Store, clock: Clock, run: str, owner: Owner) -> Guard:
     """Become a run's owner under the next epoch without working in it; whoever was can write nothing any more."""
-    write, epoch = await _next_lease(store, clock, run)
-    seized = Event("run.seized", {"run": run, "epoch": epoch, "pid": os.getpid()})
-    await store.commit(Commit([write], [seized]))
+    write, epoch = await _next_lease(store, clock, run, owner)
+    ended = {"ended": clock.now(), "reason": "a checkpoint of the run was restored"}
+    fences = [
+        Write(one.key, one.version, {**one.value, **ended, "epoch": one.value["epoch"] + 1})
+        for one in await store.list("orchestrator", f"{run}/")
+        if one.value["ended"] is None
+    ]
+    seized = Event("run.seized", {"run": run, "epoch": epoch, "pid": owner.pid})
+    await store.commit(Commit([write, *fences], [seized]))
     failpoint("run.seized")
     return Guard(_lease_key(run), epoch)
+
+
+#: What a commit that starts an attempt must also write, or who is in the way.
+Plan = Awaitable[Sequence[Write] | OwnedBy]
 
 
 class Update(NamedTuple):
@@ -237,36 +260,133 @@ class Update(NamedTuple):
     changes: Mapping[str, Any]
 
 
+class Change(NamedTuple):
+    """What another orchestrator or a person did to a run."""
+
+    task: str | None = None
+    """Where a task is now is in the ledger."""
+    before: TaskDocument | None = None
+    """Where it was."""
+    retry_in: float | None = None
+    """After how many seconds it may be tried again, where it waits for that."""
+    adapter: tuple[str, AdapterDocument] | None = None
+    """What was learned about an adapter, by its name."""
+    request: Request | None = None
+    is_lost: bool = False
+    """Whether the task had been claimed by this orchestrator."""
+    halted: str | None = None
+    """Why the run was stopped before its end."""
+
+
 class Ledger:
-    """A run under one owner. The caller holds the run's file lock; the epoch is what the store checks."""
+    """A run as one of its orchestrators has it: what it changes is refused once another has taken over.
+
+    One of them coordinates: it holds the run's lease and does what is to be done once. Each holds a claim on every task
+    that it is at, from its start until it is over or waits to be tried again.
+    """
 
     def __init__(
-        self, store: Store, clock: Clock, run: RunDocument, tasks: Mapping[str, Document], redactor: Redactor
+        self,
+        store: Store,
+        run: RunDocument,
+        tasks: Mapping[str, Document],
+        redactor: Redactor,
+        orchestrators: Orchestrators,
+        clock: Clock,
+        *,
+        is_shared: bool = True,
     ) -> None:
-        """Take the documents as read; `redactor` takes secrets out of all that is recorded."""
+        """Take the documents as read; `redactor` takes secrets out of all that is recorded.
+
+        Unless it `is_shared`, there are no claims: nobody but the coordinator can be at work in the run.
+        """
         self.run, self._redactor = run, redactor
+        self.orchestrators = orchestrators
+        self.claims = Claims(store, clock, orchestrators) if is_shared else None
+        self.coordinates = anyio.Event()
+        """Set once this orchestrator is the coordinator."""
+        self._under_way: set[str] = set()
+        """Tasks that are being changed by this orchestrator."""
         self.damaged = frozenset(task for task, found in tasks.items() if found.damaged)
         self._store, self._clock = store, clock
         self._tasks = task_documents(tasks, run.tasks)
         self._versions = {task: tasks[task].version for task in run.tasks}
-        self._guards: tuple[Guard, ...] = ()
+        self._guards: tuple[Guard, ...] = (orchestrators.guard,)
         self._slowest = 0.0
 
     @classmethod
-    async def take(cls, store: Store, clock: Clock, run: str, redactor: Redactor, facts: JsonObject) -> Ledger:
-        """Load a run and become its owner under the next epoch; `facts` are recorded with that."""
-        ledger = cls(store, clock, await read_run(store, run), await read_tasks(store, run), redactor)
-        lease, epoch = await _next_lease(store, clock, run)
-        writes = [lease]
+    async def take(
+        cls,
+        store: Store,
+        clock: Clock,
+        redactor: Redactor,
+        orchestrators: Orchestrators,
+        facts: JsonObject,
+        *,
+        is_shared: bool = True,
+    ) -> Ledger:
+        """Load a run and become its coordinator under the next epoch; `facts` are recorded with that.
+
+        RefusedError where somebody else who lives is.
+        """
+        run = orchestrators.run
+        tasks = await read_tasks(store, run)
+        document = await read_run(store, run)
+        ledger = cls(store, document, tasks, redactor, orchestrators, clock, is_shared=is_shared)
+        if (holder := await ledger._coordinator()) is not None:
+            what = f"run {run} is at work under process {holder.pid} on {holder.host}"
+            raise RefusedError(what, "wait for it, stop it with SIGINT, or join it by `council work`")
         found = await store.get(run_key(run))
+        amended = []
         if found is not None and (ledger.run.ended, ledger.run.halted) != (None, None):
             ledger.run = ledger.run.model_copy(update={"ended": None, "halted": None})
-            writes.append(Write(run_key(run), found.version, ledger.run.model_dump(mode="json")))
-        claimed = Event("run.claimed", {"run": run, "epoch": epoch, "pid": os.getpid(), **facts})
-        await store.commit(Commit(writes, [claimed]))
-        ledger._guards = (Guard(_lease_key(run), epoch),)
-        failpoint("run.claimed")
+            amended.append(Write(run_key(run), found.version, ledger.run.model_dump(mode="json")))
+        await ledger._lead([orchestrators.joining(), *amended], facts)
+        orchestrators.joined()
         return ledger
+
+    @classmethod
+    async def join(
+        cls, store: Store, clock: Clock, redactor: Redactor, orchestrators: Orchestrators, facts: JsonObject
+    ) -> Ledger:
+        """Load a run and become one of those who are at work in it; `facts` are recorded with that."""
+        run = orchestrators.run
+        tasks = await read_tasks(store, run)
+        ledger = cls(store, await read_run(store, run), tasks, redactor, orchestrators, clock)
+        me = orchestrators.me
+        joined = Event("run.joined", {"run": run, "orchestrator": me.id, "host": me.host, "pid": me.pid, **facts})
+        await store.commit(Commit([orchestrators.joining()], [joined]))
+        orchestrators.joined()
+        return ledger
+
+    async def _coordinator(self) -> Owner | None:
+        """Return who coordinates the run, if somebody else does who lives."""
+        lease = await self._store.get(_lease_key(self.run.id))
+        found = None if lease is None or lease.damaged else lease.value.get("orchestrator")
+        if found in {None, self.orchestrators.me.id}:
+            return None
+        holder = await self.orchestrators.find(found)
+        if holder is None or await self.orchestrators.standing(holder) is not Standing.ALIVE:
+            return None
+        return holder.owner
+
+    async def _lead(self, writes: Sequence[Write], facts: JsonObject) -> None:
+        me, run = self.orchestrators.me, self.run.id
+        lease, epoch = await _next_lease(self._store, self._clock, run, me)
+        claimed = Event("run.claimed", {"run": run, "epoch": epoch, "pid": me.pid, **facts})
+        await self._store.commit(Commit([lease, *writes], [claimed]))
+        self._guards = (self.orchestrators.guard, Guard(_lease_key(run), epoch))
+        self.coordinates.set()
+        failpoint("run.claimed")
+
+    async def campaign(self) -> bool:
+        """Become the coordinator if nobody who lives is; whether this orchestrator has become it now."""
+        if self.coordinates.is_set() or await self._coordinator() is not None:
+            return False
+        with suppress(VersionConflict):  # another was quicker
+            await self._lead([], {})
+            self.orchestrators.promote()
+        return self.coordinates.is_set()
 
     def task(self, task: str) -> TaskDocument:
         """Return a task's current state."""
@@ -284,19 +404,125 @@ class Ledger:
         """Move a task along its lifecycle and record it, with an event that carries `details`."""
         await self.change_all(trigger, {task: Update(details or {}, changes)})
 
-    async def change_all(self, trigger: Trigger, updates: Mapping[str, Update]) -> None:
-        """Move tasks along their lifecycles and record it as `change` does, all of them or none."""
+    async def change_all(self, trigger: Trigger, updates: Mapping[str, Update], permits: Sequence[Guard] = ()) -> None:
+        """Move tasks along their lifecycles and record it as `change` does, all of them or none; `permits` must hold.
+
+        ClaimLost where another has taken one of them over.
+        """
         writes, events, moved = [], [], {}
+        guards: list[Guard] = list(permits)
         for task, update in updates.items():
-            after = advance(f"task {task!r}", self._tasks[task], trigger, **update.changes)
-            moved[task] = after = TaskDocument.model_validate(self._redacted(after.model_dump(mode="json")))
-            attempt = {"attempt": after.attempt.number} if after.attempts else {}
-            events.append(self._event(TASK_EVENTS[trigger], {"task": task, **attempt, **update.details}))
+            if self.is_elsewhere(task):
+                await self._tell_lost([task])
+            moved[task] = after = self._after(task, trigger, update)
+            events.append(self._task_event(task, trigger, after, update))
             writes.append(Write(task_key(self.run.id, task), self._versions[task], after.model_dump(mode="json")))
-        await self._commit(Commit(writes, events, self._guards))
-        self._tasks |= moved
-        for task in moved:
-            self._versions[task] += 1
+            if self.claims is not None and (guard := self.claims.guard(task)) is not None:
+                guards.append(guard)
+                if after.status not in CLAIMED:
+                    counts = trigger in {Trigger.RETRY, Trigger.BOUNCE}
+                    writes.append(self.claims.ending(task, _RELEASES[after.status], after.reason, counts=counts))
+        if trigger is Trigger.REVIVE and self.claims is not None:
+            for task in updates:
+                writes += await self.claims.afresh(task)
+        self._under_way.update(updates)
+        try:
+            await self._commit(Commit(writes, events, [*self._guards, *guards]))
+        except (LeaseLost, VersionConflict):
+            await self._tell_lost(updates)
+            raise
+        finally:
+            self._under_way.difference_update(updates)
+        for task, after in moved.items():
+            self._take_in(task, self._versions[task] + 1, after)
+
+    async def start(
+        self, task: str, details: JsonObject, also: Callable[[Guard], Plan] | None = None, **changes: Any
+    ) -> HeldBy | OwnedBy | None:
+        """Claim a task and record its next attempt, in one commit; return who was quicker, if somebody was.
+
+        `also` plans, by the guard of the claim, what else is to be had with it: the writes, or who is in the way.
+        """
+        self._under_way.add(task)
+        try:
+            return await self._start(task, Update(details, changes), also)
+        finally:
+            self._under_way.discard(task)
+
+    async def _start(self, task: str, update: Update, also: Callable[[Guard], Plan] | None) -> HeldBy | OwnedBy | None:
+        key = task_key(self.run.id, task)
+        while True:
+            taking = None if self.claims is None else await self.claims.plan(task)
+            if isinstance(taking, HeldBy):
+                await self.refresh(task)
+                return taking
+            more = [] if taking is None or also is None else await also(taking.guard)
+            if isinstance(more, OwnedBy):
+                return more
+            after = self._after(task, Trigger.START, update)
+            event = self._task_event(task, Trigger.START, after, update)
+            writes = [Write(key, self._versions[task], after.model_dump(mode="json")), *more]
+            try:
+                await self._commit(
+                    Commit([*writes, *([taking.write] if taking is not None else [])], [event], self._guards)
+                )
+            except VersionConflict:
+                self.orchestrators.count(conflicts=1)
+                if await self.refresh(task) and self._tasks[task].status is not TaskStatus.PENDING:
+                    claim = None if self.claims is None else await self.claims.read(task)
+                    if claim is None:
+                        raise
+                    return HeldBy(claim, None)
+                continue
+            if taking is not None and self.claims is not None:
+                self.claims.took(task, taking)
+            self._take_in(task, self._versions[task] + 1, after)
+            return None
+
+    async def claim(self, task: str, *, override: bool = False) -> bool:
+        """Claim a task where it stands, such as one that waits to land and is nobody's; whether it is ours now."""
+        if self.claims is None:
+            return True
+        if task not in self.claims and isinstance(await self.claims.claim(task, override=override), HeldBy):
+            return False
+        await self.refresh(task)
+        return True
+
+    def is_elsewhere(self, task: str) -> bool:
+        """Whether a task is at work, or waits to land, by another orchestrator."""
+        return self.claims is not None and self._tasks[task].status in CLAIMED and task not in self.claims
+
+    async def refresh(self, task: str) -> bool:
+        """Look where a task is now; whether that is another place than was known."""
+        found = await self._store.get(task_key(self.run.id, task))
+        if found is None or found.version <= self._versions[task]:
+            return False
+        self._take_in(task, found.version, TaskDocument.model_validate_json(found.encoded))
+        return True
+
+    def _take_in(self, task: str, version: int, after: TaskDocument) -> None:
+        if version > self._versions[task]:
+            self._tasks[task], self._versions[task] = after, version
+        if self.claims is not None and after.status not in CLAIMED:
+            self.claims.released(task)
+
+    def _after(self, task: str, trigger: Trigger, update: Update) -> TaskDocument:
+        after = advance(f"task {task!r}", self._tasks[task], trigger, **update.changes)
+        return TaskDocument.model_validate(self._redacted(after.model_dump(mode="json")))
+
+    def _task_event(self, task: str, trigger: Trigger, after: TaskDocument, update: Update) -> Event:
+        attempt = {"attempt": after.attempt.number} if after.attempts else {}
+        return self._event(TASK_EVENTS[trigger], {"task": task, **attempt, **update.details})
+
+    async def _tell_lost(self, tasks: Iterable[str]) -> None:
+        """Raise the error that says by whom tasks were taken over, if they were."""
+        if self.claims is None:
+            return
+        for task in tasks:
+            guard, claim = self.claims.guard(task), await self.claims.read(task)
+            if claim is not None and (guard is None or claim.epoch != guard.epoch):
+                self.claims.released(task)
+                raise ClaimLost(task, 0 if guard is None else guard.epoch, claim.epoch, claim.owner.id)
 
     async def note(self, event: str, details: JsonObject) -> None:
         """Record something that happened to the run and changes no document."""
@@ -327,17 +553,41 @@ class Ledger:
         """Return what was asked of the run's owner and is not done yet, the oldest first."""
         return await read_requests(self._store, self.run.id)
 
-    async def new_requests(self) -> AsyncGenerator[Request]:
-        """Yield what was asked and is not done yet, then whatever is asked, as it comes."""
+    async def changes(self) -> AsyncGenerator[Change]:
+        """Yield what was asked of the run and is not done yet, then whatever others do to it or ask, as it comes."""
         while True:
             position = await self._store.position()
+            for task in self.run.tasks:
+                before = self._tasks[task]
+                if task not in self._under_way and await self.refresh(task):
+                    yield Change(task, before)
             for request in await self.requests():
-                yield request
+                yield Change(request=request)
             with suppress(HistoryGone):  # who was stopped for long looks anew
                 async for record in self._store.watch(position):
-                    for key, (_, value) in record.documents.items():
-                        if key.kind == "request" and key.id.startswith(f"{self.run.id}/") and value is not None:
-                            yield Request.model_validate(value)
+                    for key, (version, value) in record.documents.items():
+                        if value is not None and f"{key.id}/".startswith(f"{self.run.id}/"):
+                            for change in self._seen(record, key, version, value):
+                                yield change
+
+    def _seen(self, record: Record, key: Key, version: int, value: JsonObject) -> Iterable[Change]:
+        name = key.id.partition("/")[2]
+        if key == run_key(self.run.id):
+            self.run = RunDocument.model_validate(value)
+            if self.run.halted is not None:
+                yield Change(halted=self.run.halted)
+        elif key.kind == "request":
+            yield Change(request=Request.model_validate(value))
+        elif key.kind == "adapter":
+            yield Change(adapter=(name, AdapterDocument.model_validate(value)))
+        elif key.kind == "task" and version > self._versions[name] and name not in self._under_way:
+            is_lost = self.claims is not None and name in self.claims
+            if is_lost and self.claims is not None:
+                self.claims.released(name)
+            before = self._tasks[name]
+            self._take_in(name, version, TaskDocument.model_validate(value))
+            delays = [one.data.get("retry_in") for one in record.events if one.data.get("task") == name]
+            yield Change(name, before, next(filter(None, delays), None), is_lost=is_lost)
 
     async def answer(self, request: Request) -> None:
         """Record that a request was dealt with."""
@@ -354,7 +604,13 @@ class Ledger:
 
     async def _commit(self, commit: Commit) -> None:
         began = self._clock.monotonic()
-        await self._store.commit(commit)
+        try:
+            await self._store.commit(commit)
+        except LeaseLost:
+            self.orchestrators.count(refused=1)
+            if (fenced := await self.orchestrators.fenced()) is not None:
+                raise fenced from None
+            raise
         self._slowest = max(self._slowest, self._clock.monotonic() - began)
 
     def _event(self, event: str, details: JsonObject) -> Event:

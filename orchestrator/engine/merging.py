@@ -21,13 +21,16 @@ from orchestrator.config.model import TaskSpec
 from orchestrator.domain.failures import FailureClass, Policy, policy_of
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import Intent, TaskStatus
+from orchestrator.engine.borders import Borders, Escape
 from orchestrator.engine.ledger import Ledger, Update
 from orchestrator.engine.workshop import Workshop
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.failpoints import failpoint
+from orchestrator.locking.merge_permit import MergePermit, MergePermits
 from orchestrator.protocols import JsonObject
+from orchestrator.repo.git import shown
 from orchestrator.repo.hub import internal_ref, work_branch
-from orchestrator.repo.landing import AlreadyThere, Conflict, Deferred, Landed, Merge, MergePermit, Stale, joined
+from orchestrator.repo.landing import AlreadyThere, Conflict, Deferred, Landed, Merge, Stale, joined
 from orchestrator.repo.pool import Pool
 from orchestrator.sessions.checks import Checks, Passed, Unchecked
 from orchestrator.sessions.shell import CommandFailed
@@ -59,10 +62,20 @@ class Rejection:
 class MergeQueue:
     """Lands the queued tasks of one run, in their order."""
 
-    def __init__(self, ledger: Ledger, shop: Workshop, pool: Pool, clock: Clock, cancelled: Collection[str]) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        shop: Workshop,
+        pool: Pool,
+        clock: Clock,
+        permits: MergePermits,
+        cancelled: Collection[str],
+    ) -> None:
         """Take a run and what it works with; `cancelled` are the tasks that somebody does not want any more."""
+        self._permits = permits
         self.ledger, self.clock, self._shop, self._pool = ledger, clock, shop, pool
         self.target, self.git = shop.target, shop.git
+        self._borders = Borders(ledger, shop.git, shop.registry)
         self.is_moving = False
         """Whether the target is being moved: until that is over its parts don't fit together."""
         self.waiting: deque[str] = deque()
@@ -108,7 +121,7 @@ class MergeQueue:
             permit = None
             # Whoever has the turn may be at their checks, for as long as those take.
             with self._turn:
-                permit = await stack.enter_async_context(self.target.permit())
+                permit = await stack.enter_async_context(self._permits.hold())
             if permit is None or not self.waiting:
                 return []
             try:
@@ -245,7 +258,7 @@ class MergeQueue:
         intended = {
             task: Update({"old": merge.old, "new": merge.new}, {"intent": intent}) for task, merge in merges.items()
         }
-        await self.ledger.change_all(Trigger.INTEND, intended)
+        await self.ledger.change_all(Trigger.INTEND, intended, [permit.guard])
         failpoint("landing.intended")
         self.is_moving = True
         try:
@@ -264,10 +277,13 @@ class MergeQueue:
         return moved
 
     async def _may_move(self, task: str, merge: Merge) -> bool:
-        """Whether a merge has passed its checks and nothing stands in its way; if not, that is recorded."""
+        """Whether a merge has passed all that it is held against and nothing is in its way; else that is recorded."""
         if self._stopping or task in self._cancelled:
             return False
         spec = await self.ledger.spec(task)
+        if (escape := await self._borders.judge(task, spec, merge)) is not None:
+            await self._turn_back(task, spec, merge, escape)
+            return False
         if not spec.checks:
             return True
         tree = await self.git.line("rev-parse", f"{merge.new}^{{tree}}")
@@ -312,6 +328,19 @@ class MergeQueue:
         if spec.retry_checks and document.failures + 1 < spec.attempts:
             start = await self.target.restart(merge, internal_ref(self.ledger.run.id, f"again/{task}"))
             feedback = _told(failed, secrets.token_hex(8))
+            await self._reject(task, Trigger.BOUNCE, rejection, start=start, feedback=feedback, commit=None)
+        else:
+            await self._reject(task, Trigger.REJECT, rejection)
+
+    async def _turn_back(self, task: str, spec: TaskSpec, merge: Merge, escape: Escape) -> None:
+        """The merge changes what the task does not own: have it made without that, or end the task."""
+        document = self.ledger.task(task)
+        branch = work_branch(self.ledger.run.id, task, str(document.attempt.number))
+        facts: JsonObject = {"paths": [shown(path) for path in escape.paths]}
+        rejection = Rejection(FailureClass.ESCAPED, escape.describe(), branch, facts)
+        if document.failures + 1 < spec.attempts:
+            start = await self._borders.restart(task, merge, escape)
+            feedback = escape.told(secrets.token_hex(8))
             await self._reject(task, Trigger.BOUNCE, rejection, start=start, feedback=feedback, commit=None)
         else:
             await self._reject(task, Trigger.REJECT, rejection)

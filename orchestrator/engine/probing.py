@@ -131,6 +131,18 @@ async def probe_adapters(adapters: Mapping[K, Adapter], environ: Mapping[str, st
     }
 
 
+async def missing_programs(adapters: Mapping[str, Adapter], environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the adapters that can't be used on this machine, each with the reason."""
+    found = await probe_adapters(adapters, environ)
+    return {name: why for name, status in found.items() if (why := _obstacle(status)) is not None}
+
+
+def _obstacle(status: AdapterStatus) -> str | None:
+    if status.trouble is not None:
+        return status.trouble
+    return next((f"{one.name} is not installed here" for one in status.programs if one.path is None), None)
+
+
 class _Question(NamedTuple):
     """A program, the variables that its adapter gives it, sorted, and what it finds in its home.
 

@@ -10,9 +10,10 @@ import anyio.to_thread
 
 from orchestrator.clock import Clock
 from orchestrator.config.model import TaskSpec
+from orchestrator.domain.claims import Standing
 from orchestrator.domain.leftovers import Holding, holding
 from orchestrator.domain.lifecycle import Trigger
-from orchestrator.domain.model import FINAL, Attempt, TaskStatus
+from orchestrator.domain.model import CLAIMED, FINAL, Attempt, TaskStatus
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.workshop import Workshop
 from orchestrator.errors import GitError, RefusedError
@@ -43,16 +44,20 @@ async def recover(ledger: Ledger, shop: Workshop, clock: Clock) -> None:
     Landings that were cut off are not decided here: the tasks stay `landing`, and the merge queue settles them
     first. May itself be killed anywhere and run again.
     """
-    await worktrees.remove_stale_locks(shop.hub, ledger.run.id)
+    alone = not await _others(ledger)
+    if alone:  # else a lock may be a living git command's
+        await worktrees.remove_stale_locks(shop.hub, ledger.run.id)
     try:
         landed = await shop.target.landings()
     except GitError as error:
         raise RefusedError(
             f"the target can't be looked at: {error.stderr}", "try again when it can be reached"
         ) from None
-    for worktree in worktrees.left_over(shop.hub, ledger.run.id, ledger.run.tasks):
+    taken = await _take_over(ledger, counts=False)
+    tasks = ledger.run.tasks if alone else taken
+    for worktree in worktrees.left_over(shop.hub, ledger.run.id, tasks):
         await _reap(ledger, shop, clock, worktree)
-    for task in ledger.run.tasks:
+    for task in tasks:
         await _bring_back(ledger, clock, task, landed.get(f"{ledger.run.id}/{task}"))
     for task in ledger.damaged:
         if ledger.task(task).status not in FINAL:
@@ -60,10 +65,51 @@ async def recover(ledger: Ledger, shop: Workshop, clock: Clock) -> None:
             await ledger.change(task, Trigger.DISTRUST, {"reason": reason}, reason=reason)
 
 
+async def recover_tasks(ledger: Ledger, shop: Workshop, clock: Clock) -> list[str]:
+    """Take over what orchestrators had that are gone, as `recover` does at a start; return the tasks.
+
+    Each takeover is a retry of its task. May itself be killed anywhere: what is ours then is taken over the same way.
+    """
+    taken = await _take_over(ledger, counts=True)
+    if not taken:
+        return []
+    try:
+        landed = await shop.target.landings()
+    except GitError:  # it is looked at again when they land
+        landed = {}
+    for worktree in worktrees.left_over(shop.hub, ledger.run.id, taken):
+        if ledger.task(worktree.task).status in CLAIMED:
+            # Its orchestrator may have been stopped, and not ended: then its supervisor goes on.
+            await anyio.to_thread.run_sync(kill_marked, worktree.marker)
+            await _reap(ledger, shop, clock, worktree)
+    for task in taken:
+        await _bring_back(ledger, clock, task, landed.get(f"{ledger.run.id}/{task}"))
+    return taken
+
+
+async def _take_over(ledger: Ledger, *, counts: bool) -> list[str]:
+    """Claim what is nobody's who lives, and return it; its documents are where they were left."""
+    if ledger.claims is None:
+        return []
+    taken = set(await ledger.claims.sweep(counts=counts))
+    for task in taken:
+        await ledger.refresh(task)
+    # What a checkpoint brought back, or was imported, was never claimed.
+    taken.update([task for task in ledger.run.tasks if ledger.is_elsewhere(task) and await ledger.claim(task)])
+    return [task for task in ledger.run.tasks if task in taken]
+
+
+async def _others(ledger: Ledger) -> bool:
+    """Whether another orchestrator is at work in the run."""
+    others = ledger.orchestrators
+    found = [one for one in (await others.all()).values() if one.owner.id != others.me.id]
+    return any([await others.standing(one) in {Standing.ALIVE, Standing.STALE} for one in found])
+
+
 async def _bring_back(ledger: Ledger, clock: Clock, task: str, landed: str | None) -> None:
     """Return a task to where it can go on from; `landed` is the commit that it is on the target by, if it is."""
     document = ledger.task(task)
-    if document.status in FINAL or document.status is TaskStatus.LANDING:
+    if document.status in FINAL or document.status is TaskStatus.LANDING or ledger.is_elsewhere(task):
         return
     if landed is not None:
         await ledger.change(task, Trigger.ADOPT, {"landed": landed}, landed=landed, reason=None)

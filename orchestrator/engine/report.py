@@ -107,6 +107,34 @@ class AdapterFailure:
 
 
 @dataclass(frozen=True, slots=True)
+class SessionReport:
+    """What a session is at that is at work now."""
+
+    __pydantic_config__: ClassVar = _DESCRIBED
+
+    task: str
+    """Of which task."""
+    attempt: int
+    """Its attempt's number."""
+    adapter: str
+    """What runs it."""
+    status: str
+    """How it says that it does: `working`, `blocked`, `waiting` for files, or `done`."""
+    file: str | None
+    """The file that it is at."""
+    progress: str | None
+    """How far it is, in its own words."""
+    message: str | None
+    """What it does, in its own words; of one that does not say, what it was seen to do."""
+    blocked_on: str | None
+    """What it waits for."""
+    files: Sequence[str]
+    """The files that it has locked."""
+    updated: float
+    """When it was heard of last (seconds since the epoch)."""
+
+
+@dataclass(frozen=True, slots=True)
 class RunReport:
     """How a run stands: what the commands that take `--json` print last."""
 
@@ -130,6 +158,8 @@ class RunReport:
     """The file that the run's record was imported from, by the name it has in the project; nobody can work in it."""
     halted: str | None = None
     """Why it was stopped before its end, where its budget is used up."""
+    sessions: Sequence[SessionReport] = ()
+    """What sessions are at, while a process is at work in the run."""
 
     @property
     def exit_code(self) -> int:

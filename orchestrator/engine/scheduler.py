@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import assert_never
 
 import anyio
@@ -10,24 +12,26 @@ from anyio.abc import TaskGroup
 
 from orchestrator.clock import Clock
 from orchestrator.config.model import TaskSpec
+from orchestrator.domain.claims import Verdict, should_try
 from orchestrator.domain.dispatch import Board, decide
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.lifecycle import Trigger
-from orchestrator.domain.model import FINAL, REVIVABLE, Action, AdapterDocument, Request, TaskStatus
+from orchestrator.domain.model import CLAIMED, FINAL, REVIVABLE, Action, AdapterDocument, Request, TaskStatus
 from orchestrator.domain.outcome import Failed
 from orchestrator.domain.retry import Backoff, retry_delay
-from orchestrator.engine.attempts import After, Again, Attempts, Closed, Over, Parked, Starved, ToLand, Work
+from orchestrator.engine.attempts import After, Again, Attempts, Closed, Elsewhere, Over, Parked, Starved, ToLand, Work
 from orchestrator.engine.budgets import Budgets
 from orchestrator.engine.capacity import Capacity
 from orchestrator.engine.escapes import EscapeDetector
-from orchestrator.engine.ledger import Ledger
+from orchestrator.engine.ledger import Change, Ledger
 from orchestrator.engine.merging import MergeQueue
 from orchestrator.engine.monitor import Monitor
+from orchestrator.engine.recovery import recover_tasks
 from orchestrator.engine.requests import cancel, revive
 from orchestrator.engine.workshop import Workshop
-from orchestrator.errors import GitError
+from orchestrator.errors import ClaimLost, GitError, StoreUnavailable, VersionConflict
 from orchestrator.failpoints import failpoint
-from orchestrator.repo.hub import internal_ref
+from orchestrator.locking.merge_permit import MergePermits
 from orchestrator.repo.pool import Pool
 from orchestrator.sessions import homes
 
@@ -40,6 +44,9 @@ DEFERRED_PAUSE = 30.0
 LAST_TRIES, LAST_PAUSE = 3, 1.0
 #: How long nothing starts after the machine had not enough of something.
 STARVED = Backoff(initial=5.0, factor=2.0, max=300.0, jitter=False)
+
+#: Seconds that an orchestrator which gave a task back has to take it again before others do.
+_OTHERS_PAUSE = 0.5
 
 #: What a task has that did not fit onto the target as the target is now.
 _STALE = frozenset({FailureClass.CONFLICT, FailureClass.CHECKS_FAILED})
@@ -56,6 +63,7 @@ class Scheduler:
         board: Board,
         capacity: Capacity,
         monitor: Monitor,
+        permits: MergePermits,
         clock: Clock,
     ) -> None:
         """Take a run whose cut-off attempts have been returned; `board` reflects its documents."""
@@ -66,9 +74,11 @@ class Scheduler:
         self._budgets = Budgets(ledger, clock, workshop.accounting, self._halt)
         self._attempts = Attempts(ledger, workshop, pool, self._budgets, clock)
         self._cancelled: set[str] = set()
-        self._merging = MergeQueue(ledger, workshop, pool, clock, self._cancelled)
+        self._merging = MergeQueue(ledger, workshop, pool, clock, permits, self._cancelled)
         self._escapes = EscapeDetector(ledger, workshop, self._merging)
         self._works: dict[str, Work] = {}
+        self._elsewhere = {task for task in ledger.run.tasks if ledger.is_elsewhere(task)}
+        """Tasks that other orchestrators have claimed."""
         self._deferred: list[str] = []
         self._deferred_until = 0.0
         self._last_tries = LAST_TRIES
@@ -110,10 +120,14 @@ class Scheduler:
         """Work until nothing is left that could be done; False if it was stopped before that."""
         statuses = self._ledger.statuses()
         for wanted in (TaskStatus.LANDING, TaskStatus.QUEUED):
-            self._merging.waiting.extend(task for task, status in statuses.items() if status is wanted)
+            ours = (task for task, status in statuses.items() if status is wanted and task not in self._elsewhere)
+            self._merging.waiting.extend(ours)
         async with anyio.create_task_group() as listening:
-            listening.start_soon(self._obey_all)
-            listening.start_soon(self._monitor.watch)
+            listening.start_soon(self._follow)
+            listening.start_soon(self._coordinate)
+            if self._ledger.claims is not None:
+                listening.start_soon(self._renew)
+                listening.start_soon(self._sweep_all)
             async with anyio.create_task_group() as group:
                 landed = [task for task, status in statuses.items() if status is TaskStatus.LANDED]
                 group.start_soon(self._forget_homes, landed)
@@ -127,6 +141,8 @@ class Scheduler:
             return False
         self.halted = None
         await self._escapes.look()
+        if not self._ledger.coordinates.is_set():
+            return True
         try:
             await self._merging.verify()
         except GitError as error:
@@ -161,13 +177,27 @@ class Scheduler:
         spec = await self._ledger.spec(task)
         if self._budgets.is_halted():
             return None
-        if (obstacle := self._budgets.obstacle(task, spec)) is not None:
+        obstacle = self._budgets.obstacle(task, spec) or await self._is_tried_out(task, spec)
+        if obstacle is not None:
             await self._refuse(task, obstacle)
             return None
         base = await self._base_of(task, spec, tips)
         if not self._board.is_running(task):  # it was cancelled meanwhile
             return None
-        return self._attempts.prepare(task, spec, self._board.adapter_of(task), base)
+        notes = await self._attempts.notes(task, spec)
+        return self._attempts.prepare(task, spec, self._board.adapter_of(task), base, notes)
+
+    async def _is_tried_out(self, task: str, spec: TaskSpec) -> Failed | None:
+        """Return why a task may not be tried again: its own attempts and those that were taken over were too many."""
+        claims, timing = self._ledger.claims, self._ledger.orchestrators.timing
+        if claims is None:
+            return None
+        allowed = replace(timing, max_retries=max(timing.max_retries, spec.attempts - 1))
+        claim = await claims.read(task)
+        if claim is None or should_try(claim, None, allowed, ignored=None) is not Verdict.TRIED_OUT:
+            return None
+        reason = f"it was tried {claim.retries + 1} times, some of them by orchestrators that were gone before its end"
+        return Failed(FailureClass.CRASHED, f"{reason}: see to those, then `council retry {task}`")
 
     async def _tell_what_is_awaited(self) -> None:
         """Say once that nothing is left to do but to wait for adapters that are parked."""
@@ -182,19 +212,24 @@ class Scheduler:
     async def _refuse(self, task: str, why: Failed) -> None:
         """End a task that may have no further session."""
         facts = {"outcome": why.failure, "reason": why.reason}
-        await self._ledger.change(task, Trigger.FAIL, facts, reason=why.reason)
-        self._board.ended(task)
+        try:
+            await self._ledger.change(task, Trigger.FAIL, facts, reason=why.reason)
+        except (ClaimLost, VersionConflict):  # another orchestrator was quicker
+            await self._ledger.refresh(task)
+            self._mirror(task, None)
+        else:
+            self._board.ended(task)
         self._wake.set()
 
     def _may_land(self, now: float) -> bool:
         """Whether to land what waits now, rather than a little later with what sessions are just about to bring."""
         waiting = len(self._merging.waiting)
-        is_full = waiting >= self._ledger.run.capacity or not self._works
+        is_full = waiting >= self._capacity.sessions or not self._works
         return waiting > 0 and (is_full or now >= self._gather_until)
 
     async def _free(self, now: float) -> int:
         """How many sessions may start. None while more is built than can be landed: it would only grow stale."""
-        is_full = len(self._merging.waiting) >= self._ledger.run.capacity
+        is_full = len(self._merging.waiting) >= self._capacity.sessions
         if is_full or now < self._paused_until or self.halted is not None:
             return 0
         return await self._capacity.free(len(self._works))
@@ -211,7 +246,8 @@ class Scheduler:
 
     def _idle(self) -> bool:
         has_work = self.halted is None and self._board.has_work()
-        return not self._is_at_work() and (self._stopping or not (self._waits_to_land() or has_work))
+        is_awaited = self.halted is None and bool(self._elsewhere)
+        return not self._is_at_work() and (self._stopping or not (self._waits_to_land() or has_work or is_awaited))
 
     async def _pause(self) -> None:
         times: list[float | None] = []
@@ -242,8 +278,7 @@ class Scheduler:
                 return await self._shop.target.tip()
             tip = await self._shop.source.tip(self._ledger.run.base)
             if tip is not None and tip != self._base:
-                ref = internal_ref(self._ledger.run.id, "base")
-                self._base = await self._shop.source.fetch(self._ledger.run.base, ref)
+                self._base = await self._shop.source.fetch(self._ledger.run.base, self._shop.refs("base"))
         except GitError:
             # A remote that can't be reached for a moment: what was seen last will do.
             if builds_on_target and self._shop.target.known is not None:
@@ -262,7 +297,10 @@ class Scheduler:
         del self._works[work.task]
         if not self._works:  # nothing else is at work that the wait for the user could be hidden behind
             self._deferred_until = min(self._deferred_until, self._clock.monotonic() + LAST_PAUSE)
-        await self._feed(work.task, after)
+        if isinstance(after, Elsewhere):
+            self._mirror(work.task, None)
+        else:
+            await self._feed(work.task, after)
         self._wake.set()
 
     async def _feed(self, task: str, after: After) -> None:
@@ -296,9 +334,8 @@ class Scheduler:
                 self._board.revive(task)
 
     def _drop(self, task: str) -> None:
-        self._merging.cancel(task)
-        if task in self._deferred:
-            self._deferred.remove(task)
+        self._drop_landing(task)
+        self._elsewhere.discard(task)
         self._board.ended(task)
 
     async def _land(self, group: TaskGroup) -> None:
@@ -332,11 +369,88 @@ class Scheduler:
                     self._deferred_until = self._clock.monotonic() + pause
                 self._deferred.append(task)
 
-    async def _obey_all(self) -> None:
-        async for request in self._ledger.new_requests():
+    async def _follow(self) -> None:
+        """Keep up with what other orchestrators do, and do what is asked of this one."""
+        async for change in self._ledger.changes():
             # What is half done would leave the board and the documents apart.
             with anyio.CancelScope(shield=True):
-                await self._obey(request)
+                await self._take_note(change)
+
+    async def _take_note(self, change: Change) -> None:
+        if change.request is not None:
+            if self._ledger.coordinates.is_set():
+                await self._obey(change.request)
+            return
+        if change.halted is not None:
+            self._halt(change.halted)
+        if change.adapter is not None:
+            name, learned = change.adapter
+            if learned.closed is not None:
+                self._board.close(name, learned.closed)
+            elif learned.parked_until is not None:
+                self._board.park(name, self._clock.monotonic() + learned.parked_until - self._clock.now())
+        if change.task is not None and change.before is not None:
+            self._budgets.take_in(change.before, self._ledger.task(change.task))
+            if change.task in self._works:
+                self._works[change.task].session.stop()  # when it is over, the board is told where the task is
+            else:
+                self._drop_landing(change.task)
+                self._mirror(change.task, change.retry_in)
+        self._wake.set()
+
+    def _mirror(self, task: str, retry_in: float | None) -> None:
+        """Have the board show where a task is that another orchestrator moved, or a person."""
+        status = self._ledger.task(task).status
+        is_elsewhere = self._ledger.is_elsewhere(task)
+        (self._elsewhere.add if is_elsewhere else self._elsewhere.discard)(task)
+        if status in CLAIMED and not is_elsewhere:
+            return
+        if status is TaskStatus.PENDING and retry_in is None:
+            retry_in = _OTHERS_PAUSE
+        self._board.mirror(task, status, self._clock.monotonic() + (retry_in or 0.0))
+
+    async def _renew(self) -> None:
+        """Give signs of life, whatever else is going on."""
+        others = self._ledger.orchestrators
+        while True:
+            await self._clock.wait(anyio.Event(), self._clock.monotonic() + others.timing.heartbeat)
+            with suppress(StoreUnavailable):  # whatever must be recorded will say so
+                await others.renew()
+
+    async def _sweep_all(self) -> None:
+        """Take over what orchestrators had that are gone, and their run if nobody coordinates it."""
+        while True:
+            await self._clock.wait(anyio.Event(), self._clock.monotonic() + self._ledger.orchestrators.timing.sweep)
+            with suppress(StoreUnavailable):
+                await self._sweep()
+
+    async def _sweep(self) -> None:
+        with anyio.CancelScope(shield=True):
+            if self._starts_nothing:
+                return
+            self._obeying = True
+            try:
+                if await self._ledger.campaign():
+                    for request in await self._ledger.requests():
+                        await self._obey(request)
+                for task in await recover_tasks(self._ledger, self._shop, self._clock):
+                    self._elsewhere.discard(task)
+                    self._take_up(task)
+            finally:
+                self._obeying = False
+                self._wake.set()
+
+    def _take_up(self, task: str) -> None:
+        """Go on with a task that was another orchestrator's, from where it is now."""
+        status = self._ledger.task(task).status
+        self._board.mirror(task, status, self._clock.monotonic())
+        if status in {TaskStatus.QUEUED, TaskStatus.LANDING}:
+            self._merging.waiting.append(task)
+
+    async def _coordinate(self) -> None:
+        """Look after the state, once this is the run's coordinator."""
+        await self._ledger.coordinates.wait()
+        await self._monitor.watch()
 
     async def _obey(self, request: Request) -> None:
         self._obeying = True
@@ -350,14 +464,28 @@ class Scheduler:
         self._obeying = False
         self._wake.set()
 
+    def _drop_landing(self, task: str) -> None:
+        """Land a task no more that is not this orchestrator's."""
+        self._merging.cancel(task)
+        if task in self._deferred:
+            self._deferred.remove(task)
+
     async def _revive(self, task: str) -> None:
         if self._ledger.task(task).status in REVIVABLE:
             self._cancelled.discard(task)
             await revive(self._ledger, task)
             self._board.revive(task)
 
+    async def _override(self, task: str) -> bool:
+        """Take a task from the orchestrator that has it; a landing is brought to its end by whoever began it."""
+        if self._ledger.task(task).status is TaskStatus.LANDING:
+            return False
+        return await self._ledger.claim(task, override=True)
+
     async def _cancel(self, task: str) -> None:
         if self._ledger.task(task).status in FINAL:
+            return
+        if self._ledger.is_elsewhere(task) and not await self._override(task):
             return
         self._cancelled.add(task)
         if task in self._works:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,10 @@ from orchestrator.domain.model import RunDocument
 from orchestrator.domain.prices import Price
 from orchestrator.domain.secrets import Redactor, secret_values
 from orchestrator.engine.accounting import Accounting
+from orchestrator.engine.desk import SessionDesk
 from orchestrator.engine.leases import PortLeases
 from orchestrator.engine.worktree_sources import provisions_of
+from orchestrator.locking.registry import Registry, scope_of
 from orchestrator.project import Project
 from orchestrator.protocols import Adapter, Commit, Event, JsonObject, McpServer, Store
 from orchestrator.repo.checkout import LocalRepository
@@ -39,6 +41,18 @@ from orchestrator.sessions.session import SessionTools
 
 
 @dataclass(frozen=True, slots=True)
+class Refs:
+    """The refs that keep what an orchestrator has fetched for a run; two that fetched into one would both fail."""
+
+    run: str
+    suffix: str
+
+    def __call__(self, name: str) -> str:
+        """Return the one of a name."""
+        return internal_ref(self.run, f"{name}{self.suffix}")
+
+
+@dataclass(frozen=True, slots=True)
 class Workshop:
     """What is opened once for a run; `repository` is the user's, None where it is reached by a URL."""
 
@@ -52,7 +66,12 @@ class Workshop:
     tools: SessionTools
     worktrees: WorktreesConfig
     accounting: Accounting
+    refs: Refs
+    registry: Registry
+    """Who owns which paths of the target."""
     mcp_servers: tuple[McpServer, ...] = ()
+    desk: SessionDesk | None = None
+    """Where sessions are answered; None: nowhere."""
 
     def pool(self, *, sessions: int) -> AbstractAsyncContextManager[Pool]:
         """Open the places of the run; as many are there all the time as are worked in, and one for checks.
@@ -107,19 +126,22 @@ async def open_workshop(
     *,
     store: Store,
     store_url: str,
-    lock_fd: int,
+    lock_fds: Sequence[int],
+    worker: str | None,
     environ: Mapping[str, str],
     clock: Clock,
 ) -> Workshop:
-    """Open what a run works with; every git command of its holds `lock_fd` until it has ended.
+    """Open what a run works with; every git command of its holds `lock_fds` until it has ended.
+
+    `worker` is the name of this orchestrator, if it is not the one that coordinates the run.
 
     RefusedError where the repository is gone, or where this machine has no such sandbox.
     """
     site = await find_site(run.repo, is_url=run.is_url, environ=environ)
-    git = Git(hub.trusted, keep_fds=(lock_fd,), environ=environ)
+    git = Git(hub.trusted, keep_fds=tuple(lock_fds), environ=environ)
     source = site.source(git)
-    ref = internal_ref(run.id, "target")
-    target = Target(hub, git, source, site.repository, branch=run.target, start=run.start, ref=ref)
+    refs = Refs(run.id, "" if worker is None else f"-{worker}")
+    target = Target(hub, git, source, site.repository, branch=run.target, start=run.start, ref=refs("target"))
     fence = FenceConfig.model_validate(run.fence)
     kind = await choose_sandbox(fence.sandbox, network=fence.network, environ=environ)
     fencing = Fencing(kind, hidden_from_sessions(site, project, store_url, hub), fence.network, fence.reach)
@@ -146,4 +168,19 @@ async def open_workshop(
     tools = SessionTools(git, fencing, redactor, logs, environ, clock, equipment)
     accounting = Accounting(known_prices() | {name: Price.model_validate(one) for name, one in run.prices.items()})
     servers = tuple(McpServerConfig.model_validate(one).named(name) for name, one in run.mcp_servers.items())
-    return Workshop(hub, git, source, site.repository, target, configs, adapters, tools, worktrees, accounting, servers)
+    registry = Registry(store, clock, scope_of(source.location, run.target))
+    return Workshop(
+        hub,
+        git,
+        source,
+        site.repository,
+        target,
+        configs,
+        adapters,
+        tools,
+        worktrees,
+        accounting,
+        refs,
+        registry,
+        servers,
+    )

@@ -204,6 +204,13 @@ class Claims:
             return False
         return claim.owner.id == self._others.me.id
 
+    async def afresh(self, task: str) -> list[Write]:
+        """Return what a commit must also write so that a task which is nobody's has all of its retries before it."""
+        found = await self._store.get(claim_key(self._others.run, task))
+        if found is None or found.damaged or not found.value["retries"]:
+            return []
+        return [Write(found.key, found.version, {**found.value, "epoch": found.version + 1, "retries": 0})]
+
     async def _epoch(self, task: str) -> int | None:
         claim = await self.read(task)
         return None if claim is None else claim.epoch

@@ -6,7 +6,6 @@ epoch, under which alone a landing can be intended; that a landing is no other's
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from orchestrator.clock import Clock
 from orchestrator.domain.claims import Standing
 from orchestrator.errors import StoreUnavailable, VersionConflict
 from orchestrator.locking.orchestrators import Orchestrators
+from orchestrator.locking.registry import scope_of
 from orchestrator.protocols import Commit, Document, Guard, Key, Store, Write
 
 #: Seconds between two looks whether it is this one's turn: at first, and at last.
@@ -55,11 +55,6 @@ class MergePermit:
 
     scope: str
     guard: Guard
-
-
-def scope_of(repository: str, target: str) -> str:
-    """Return what stands for a branch of a repository (its path or URL) in names: 16 hexadecimal digits."""
-    return hashlib.sha256(f"{repository}\0{target}".encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def permit_key(scope: str) -> Key:

@@ -12,22 +12,16 @@ import os
 import secrets
 import socket
 from collections.abc import Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import anyio
 
 from orchestrator.clock import Clock
 from orchestrator.domain.claims import Counters, Orchestrator, Owner, Role, Standing, Timing, standing
 from orchestrator.errors import CouncilError, Fenced, VersionConflict
-from orchestrator.filelock import FileLock, HeldLock, start_ticks
+from orchestrator.filelock import start_ticks
 from orchestrator.protocols import Commit, Document, Guard, Key, Store, Write
 from orchestrator.state.boot import boot_id
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
 
 _KIND = "orchestrator"
 
@@ -68,31 +62,6 @@ def _read(document: Document | None) -> Orchestrator | None:
     return None if document is None or document.damaged else Orchestrator.model_validate_json(document.encoded)
 
 
-@dataclass(frozen=True, slots=True)
-class LifeLocks:
-    """The locks in a folder that orchestrators of this machine hold while they, or git commands of theirs, live."""
-
-    folder: Path
-
-    def lock(self, orchestrator: str) -> FileLock:
-        """Return the lock of one."""
-        return FileLock(self.folder / f"orchestrator-{orchestrator}")
-
-    @asynccontextmanager
-    async def held(self, orchestrator: str) -> AsyncIterator[HeldLock]:
-        """Hold the lock of this process for the body."""
-        async with self.lock(orchestrator).hold(0) as held:
-            yield held
-
-    async def is_dead(self, owner: Owner) -> bool:
-        """Whether it is proven that a process of this machine has ended, and all its git commands have."""
-        lock = self.lock(owner.id)
-        # Its lock may lie on another machine, which may have the same name.
-        if not await anyio.Path(lock.path).exists():
-            return False
-        return not await lock.is_held()
-
-
 class _Seen(NamedTuple):
     """A sign of life: which, since when it is the last, and when that was last looked at (monotonic seconds)."""
 
@@ -111,9 +80,9 @@ class Orchestrators:
         run: str,
         me: Owner,
         timing: Timing,
-        is_dead: Callable[[Owner], Awaitable[bool]],
+        is_dead: Callable[[str, Owner], Awaitable[bool]],
     ) -> None:
-        """Take a run; `is_dead` tells whether a process is proven to have ended."""
+        """Take a run; `is_dead` tells whether a process is proven to have ended, by its run and itself."""
         self.run, self.me, self.timing = run, me, timing
         self.counters = Counters()
         self.guard = Guard(orchestrator_key(run, me.id), 1)
@@ -128,6 +97,10 @@ class Orchestrators:
         """By run and name."""
         self._alive: dict[str, float] = {}
         """When a process was last asked for, and was not proven to have ended (monotonic seconds)."""
+
+    def promote(self) -> None:
+        """This orchestrator has become the coordinator of its run."""
+        self.me = self.me.model_copy(update={"role": Role.COORDINATOR})
 
     def count(self, **more: int) -> None:
         """Count what became of claims; it is recorded with the next sign of life."""
@@ -231,17 +204,18 @@ class Orchestrators:
         if one.owner.id == self.me.id:
             return Standing.ALIVE if one.ended is None else Standing.ENDED
         is_here = (one.owner.host, one.owner.boot) == (self.me.host, self.me.boot)
+        run = run or self.run
         # Nothing of a process outlives the machine's start; whose host has the same name is told by its lock.
-        is_dead = one.ended is None and one.owner.host == self.me.host and await self._is_proven_dead(one.owner)
-        now, watched = self._clock.now(), self._watched(run or self.run, one)
+        is_dead = one.ended is None and one.owner.host == self.me.host and await self._is_proven_dead(run, one.owner)
+        now, watched = self._clock.now(), self._watched(run, one)
         return standing(one, now, watched, self.timing, is_here=is_here, is_dead=is_dead)
 
-    async def _is_proven_dead(self, owner: Owner) -> bool:
+    async def _is_proven_dead(self, run: str, owner: Owner) -> bool:
         # As many tasks as somebody has claimed, as often it is asked how that one stands.
         now, asked = self._clock.monotonic(), self._alive.get(owner.id)
         if asked is not None and now - asked < _TRUSTED:
             return False
-        if await self._is_dead(owner):
+        if await self._is_dead(run, owner):
             return True
         self._alive[owner.id] = now
         return False

@@ -12,16 +12,22 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
-from orchestrator.errors import RefusedError
+from orchestrator.errors import GitError, RefusedError
 from orchestrator.repo.git import Git, is_object_id, shown
+from orchestrator.repo.history import make_view
 from orchestrator.repo.inspection import Admission
 from orchestrator.repo.quarantine import Quarantine
+from orchestrator.repo.session_refs import read_session_refs
 from orchestrator.repo.staging import Staged, Staging, blocking, stage
 from orchestrator.repo.worktrees import Worktree
 
 # No program that a configuration names may run, and what is shown depends on nobody's settings.
 _PLAIN = ("--no-ext-diff", "--no-textconv", "--find-renames", "--submodule=short")
 _COUNTS = (*_PLAIN, "--numstat")
+#: More commits of a session are not counted.
+MOST_COMMITS = 10_000
+#: Seconds that git may take to count them.
+_LIMIT = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +97,25 @@ async def count_live(git: Git, worktree: Worktree, base: str, *, admit: Admissio
     return _counted(done.stdout.splitlines())
 
 
+async def count_commits(git: Git, worktree: Worktree, base: str) -> int:
+    """Return how many commits of its own a session has made on its branch by now; 0 where they can't be read."""
+    left = await anyio.to_thread.run_sync(read_session_refs, worktree.git_dir)
+    tip = left.refs.get(f"refs/heads/{worktree.branch}", base)
+    if tip == base:
+        return 0
+    folder = await anyio.to_thread.run_sync(_live_folder, worktree)
+    try:
+        await anyio.to_thread.run_sync(make_view, worktree.git_dir, folder / "theirs")
+        env = {"GIT_ALTERNATE_OBJECT_DIRECTORIES": str(folder / "theirs")}
+        command = ("rev-list", "--count", f"--max-count={MOST_COMMITS}", tip, f"^{base}")
+        return int((await git(*command, env=env, limit=_LIMIT)).stdout)
+    except GitError:  # it may be writing them
+        return 0
+    finally:
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
 def _counted(lines: Iterable[bytes]) -> Changes:
     """Return what lines of `git diff --numstat` come to."""
     found = [line.split(b"\t", 2) for line in lines if line]
@@ -122,10 +147,14 @@ def _prepare(worktree: Worktree) -> Path:
         raise RefusedError(f"attempt {name} has no checkout", remedy)
     if pipe := next(blocking(worktree.tree), None):
         raise RefusedError(f"{shown(str(pipe))!r} is no file that git can read", remedy)
-    folder = Path(tempfile.mkdtemp(prefix=f"{worktree.index.name}.live-", dir=worktree.index.parent))
+    folder = _live_folder(worktree)
     try:
         shutil.copyfile(worktree.index, folder / "index")
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return folder
+
+
+def _live_folder(worktree: Worktree) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f"{worktree.index.name}.live-", dir=worktree.index.parent))

@@ -65,7 +65,7 @@ class History:
 
     async def look(self) -> None:
         """Take hold of the session's objects; before anything else is asked for."""
-        await anyio.to_thread.run_sync(_make_view, self.worktree.git_dir, self._view)
+        await anyio.to_thread.run_sync(make_view, self.worktree.git_dir, self._view)
 
     async def _theirs(self, *args: str, ok: tuple[int, ...] = (0,), input_: bytes | None = None) -> str:
         env = {"GIT_ALTERNATE_OBJECT_DIRECTORIES": str(self._view)}
@@ -111,10 +111,10 @@ class History:
         return {path: meta.split(" ")[2] for meta, _, path in rows}
 
 
-def _make_view(git_dir: Path, view: Path) -> None:
+def make_view(git_dir: Path, view: Path) -> None:
     """Make a folder through which git sees the objects of a session and nothing else of it.
 
-    No alternates, which name any folder of the machine, and no pipes, which git would wait for.
+    No alternates, which name any folder of the machine, and no pipes, which git would wait for. Blocks.
     """
     shutil.rmtree(view, ignore_errors=True)
     view.mkdir(mode=0o700, parents=True)

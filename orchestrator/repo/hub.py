@@ -28,6 +28,7 @@ import anyio.to_thread
 
 from orchestrator.errors import RefusedError
 from orchestrator.filelock import FileLock
+from orchestrator.locking.life_locks import LifeLocks
 from orchestrator.repo import origin
 from orchestrator.repo.git import IDENTITY, Git
 from orchestrator.repo.removal import remove_all
@@ -92,8 +93,13 @@ class Hub:
         return self.lock(f"landing-{digest}")
 
     def run_lock(self, run: str) -> FileLock:
-        """Return the lock of a run's owner."""
+        """Return the lock of a run's coordinator."""
         return self.lock(f"run-{run}")
+
+    @property
+    def life_locks(self) -> LifeLocks:
+        """The locks of the orchestrators of this machine that work with it."""
+        return LifeLocks(self.root / "locks")
 
 
 def is_within(hub: Hub, place: Path) -> bool:

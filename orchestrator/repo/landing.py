@@ -7,14 +7,17 @@ several that follow each other. What was cut off in between is finished or undon
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import anyio.to_thread
 
+from orchestrator.errors import LockHeld
 from orchestrator.failpoints import failpoint
+from orchestrator.filelock import FileLock
+from orchestrator.locking.merge_permit import MergePermit
+from orchestrator.locking.registry import scope_of
 from orchestrator.repo.checkout import LocalRepository, changes_in, checkout_of, locks_in_way, settle
 from orchestrator.repo.git import Git, shown, split_nul
 from orchestrator.repo.hub import Hub
@@ -22,20 +25,11 @@ from orchestrator.repo.source import Source
 
 TRAILER = "Council-Task"
 
+#: Seconds that whoever is moving the target gets to be done with it: a push, which a stopped process may have begun.
+_MOVING_LIMIT = 30.0
+
 #: Up to so many landings git finds the base of a merge faster than we can tell it.
 _FEW = 200
-
-
-@dataclass(frozen=True, slots=True)
-class MergePermit:
-    """The right to land on one target, held by one process at a time; made by `Target.permit` alone.
-
-    `fd` is the lock's descriptor. A push inherits it, so that whoever gets the permit next knows that no push
-    of an earlier holder is still under way, even if that holder was killed.
-    """
-
-    target: str
-    fd: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +101,7 @@ class Target:
         """
         self.branch = branch
         self._hub, self._git, self._source, self._repository = hub, git, source, repository
+        self._scope = scope_of(source.location, branch)
         self._start, self._ref = start, ref
         self.known: str | None = None
         """The commit that the target was at when it was last looked at or moved; None if it does not exist."""
@@ -114,12 +109,6 @@ class Target:
         self._trees: dict[str, str] = {}
         """The trees of merges that were made here."""
         self._contained: set[str] = set()
-
-    @asynccontextmanager
-    async def permit(self) -> AsyncIterator[MergePermit]:
-        """Wait for the target's turn; the lock is for order, the push's lease is the proof."""
-        async with self._hub.landing_lock(self._source.location, self.branch).hold() as lock:
-            yield MergePermit(self.branch, lock.fd)
 
     async def tip(self) -> str:
         """Return the commit that work which builds on the target starts from."""
@@ -242,11 +231,19 @@ class Target:
     async def move(self, permit: MergePermit, merges: Mapping[str, Merge]) -> Landed | Stale | Deferred:
         """Move the target over the merges, by label and each prepared `after` the one before it, all or none of them.
 
-        It is one push that holds only if nobody else moved the target.
+        It is one push that holds only if nobody else moved the target. The push holds the landing's file lock, so that
+        whoever lands next knows that none is under way, even if we are killed.
         """
         self._check(permit)
+        try:
+            async with self._landing_lock.hold(_MOVING_LIMIT) as lock:
+                return await self._move(merges, lock.fd)
+        except LockHeld as held:
+            return Deferred(_is_being_moved(held))
+
+    async def _move(self, merges: Mapping[str, Merge], fd: int) -> Landed | Stale | Deferred:
         whole = joined(merges.values())
-        pushed = await self._source.push(whole.new, self.branch, whole.old, (permit.fd,))
+        pushed = await self._source.push(whole.new, self.branch, whole.old, (fd,))
         failpoint("landing.pushed")
         tip = whole.new if pushed.moved and self._repository is None else await self._source.tip(self.branch)
         if tip == whole.old and whole.old is not None and self._repository is not None:
@@ -290,6 +287,13 @@ class Target:
     async def settle(self, permit: MergePermit, merge: Merge, label: str, since: float) -> Landed | Deferred | Stale:
         """Finish or undo a move that was cut off; Stale means that it did not happen and may be tried again."""
         self._check(permit)
+        try:
+            async with self._landing_lock.hold(_MOVING_LIMIT):
+                return await self._settle(merge, label, since)
+        except LockHeld as held:
+            return Deferred(_is_being_moved(held))
+
+    async def _settle(self, merge: Merge, label: str, since: float) -> Landed | Deferred | Stale:
         foreign: list[str] = []
         if self._repository is not None:
             checkout, git = await self._checkout(), self._users_git()
@@ -310,9 +314,17 @@ class Target:
     def _users_git(self) -> Git:
         return Git(None, users=True, keep_fds=self._git.keep_fds, environ=self._git.environ)
 
+    @property
+    def _landing_lock(self) -> FileLock:
+        return self._hub.landing_lock(self._source.location, self.branch)
+
     def _check(self, permit: MergePermit) -> None:
-        if permit.target != self.branch:
-            raise ValueError(f"a permit for {permit.target!r} does not allow landing on {self.branch!r}")
+        if permit.scope != self._scope:
+            raise ValueError(f"this is no permit to land on {self.branch!r} of {self._source.location}")
+
+
+def _is_being_moved(held: LockHeld) -> str:
+    return f"the target is being moved by {held.holder}: if that is not at work any more, end it"
 
 
 def _existing(folder: Path, names: list[str]) -> list[str]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import anyio.to_thread
 
+from orchestrator.client.session import MAILBOX
 from orchestrator.failpoints import failpoint
 from orchestrator.repo.hub import Hub, work_branch
 from orchestrator.repo.places import Place, place_of, throw_away, user_of
@@ -87,6 +88,11 @@ class Worktree:
     def marker(self) -> bytes:
         """What every process of the session has in its environment, unless it cleared that."""
         return b"COUNCIL_PROMPT_FILE=" + os.fsencode(self.prompt_file)
+
+    @property
+    def mailbox(self) -> Path:
+        """The folder with the socket by which the session asks its orchestrator."""
+        return self.root / MAILBOX
 
     @property
     def lock(self) -> Path:

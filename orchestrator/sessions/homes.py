@@ -119,15 +119,22 @@ def _laid_over(settings: Overlay, environ: Mapping[str, str]) -> str:
         except (ValueError, RecursionError):
             what = f"{file} is not JSON that can be read, and settings of a session's own are to go over it"
             raise RefusedError(what, f"correct it (comments are none of JSON), or {_SHARE}") from None
-    return json.dumps(_merged(found if isinstance(found, dict) else {}, settings.over))
+    over = _merged(found if isinstance(found, dict) else {}, settings.over)
+    return json.dumps(_merged(over, settings.added, adds=True))
 
 
-def _merged(below: JsonObject, over: JsonObject) -> JsonObject:
-    both = {
-        key: _merged(below[key], value) if isinstance(value, dict) and isinstance(below.get(key), dict) else value
-        for key, value in over.items()
-    }
-    return {**below, **both}
+def _merged(below: JsonObject, over: JsonObject, *, adds: bool = False) -> JsonObject:
+    """Return `over` over `below`; where it `adds`, lists follow each other."""
+    both = dict(below)
+    for key, value in over.items():
+        match below.get(key), value:
+            case dict(under), dict():
+                both[key] = _merged(under, value, adds=adds)
+            case list(under), list() if adds:
+                both[key] = [*under, *value]
+            case _:
+                both[key] = value
+    return both
 
 
 def _expanded(path: str, environ: Mapping[str, str]) -> Path | None:

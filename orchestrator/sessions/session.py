@@ -29,6 +29,7 @@ from orchestrator.sessions import homes
 from orchestrator.sessions.environment import session_environment
 from orchestrator.sessions.equipment import Equipment, Provided, SetupFailed
 from orchestrator.sessions.fencing import Fencing, Ground
+from orchestrator.sessions.mailbox import Desk, Mailbox, open_mailbox
 from orchestrator.sessions.output import OUTPUT_CAP, STOP_GRACE, log_file, read_tail
 from orchestrator.sessions.supervised import SupervisedCommand, run_supervised
 from orchestrator.sessions.transcript import NOTHING_SAID, Transcript, has_admitted_failure, read_transcript
@@ -53,6 +54,8 @@ class Finished:
     """What was left in the worktree beside the files, and why."""
     faults: tuple[str, ...] = ()
     """What went wrong in the commands after the session."""
+    desk_faults: tuple[str, ...] = ()
+    """What went wrong when the session asked its orchestrator."""
     transcript: Transcript = NOTHING_SAID
     folder: Path | None = None
     """The folder that the program worked in."""
@@ -109,6 +112,10 @@ class SessionTools:
     environ: Mapping[str, str]
     clock: Clock
     equipment: Equipment
+    desk: Desk | None = None
+    """Who answers what sessions ask; None: nobody, and they are given nothing to ask by."""
+    has_server: bool = True
+    """Whether those whose CLI can use it get our own server of the Model Context Protocol, to ask by."""
 
     def admission(self, max_file: int, unignored: Iterable[str] = ()) -> Admission:
         """Return what may become part of a commit; `unignored` is what setup made and git does not ignore."""
@@ -126,6 +133,7 @@ class Session:
     _found: Differences | None = field(default=None, init=False)
     _provided: Provided | None = field(default=None, init=False)
     _stopped_for: Failed | None = field(default=None, init=False)
+    _mailbox: Mailbox | None = field(default=None, init=False)
     _running: anyio.CancelScope = field(default_factory=anyio.CancelScope, init=False)
 
     def stop(self, why: Failed | None = None) -> None:
@@ -174,7 +182,10 @@ class Session:
             outcome = self._stopped_for
         branch = worktree.branch if left.commit else None
         folder = worktree.tree
-        return Finished(outcome, branch, left.complete, left.salvaged, left.notes, tuple(after), transcript, folder)
+        faults = () if self._mailbox is None else tuple(self._mailbox.faults)
+        return Finished(
+            outcome, branch, left.complete, left.salvaged, left.notes, tuple(after), faults, transcript, folder
+        )
 
     async def release(self, *, saved: bool) -> None:
         """Give the place back; unless all that it holds is `saved`, it stays with the session's folder."""
@@ -206,6 +217,12 @@ class Session:
         return await self.tools.equipment.before(worktree, provided)
 
     async def _supervise(self) -> Exit:
+        if self.tools.desk is None:
+            return await self._run_program()
+        async with open_mailbox(self.assignment.worktree, self.tools.desk) as self._mailbox:
+            return await self._run_program()
+
+    async def _run_program(self) -> Exit:
         command, adapters = self._command(), self._adapters_command()
         reach = self.assignment.reach | Reach(readable=tuple(adapters.readable))
         if adapters.home is not None:
@@ -215,6 +232,8 @@ class Session:
                 return Exit("exit", None, None, str(refused))
         if self._provided is not None:
             reach |= self._provided.reach
+        if self._mailbox is not None:
+            reach |= self._mailbox.reach
         fenced = await self.tools.fencing.around(Ground.of(self.assignment.worktree), command, reach)
         ended = await run_supervised(fenced, on_spawned=lambda: failpoint("session.spawned"))
         error = ended.spawn_error
@@ -234,7 +253,9 @@ class Session:
 
     def _adapters_command(self) -> Command:
         what, place = self.assignment, self.assignment.worktree
-        can = what.adapter.capabilities()
+        can, box = what.adapter.capabilities(), self._mailbox
+        own = box.server if box is not None and self.tools.has_server else None
+        servers = what.mcp_servers if own is None else (*what.mcp_servers, own)
         request = SessionRequest(
             run=place.run,
             task=place.task,
@@ -245,12 +266,13 @@ class Session:
             home=self._home,
             resume=None if what.earlier is None else what.earlier.id,
             instructions=what.instructions if Capability.INSTRUCTIONS in can else None,
-            mcp_servers=what.mcp_servers if Capability.MCP in can else (),
+            mcp_servers=servers if Capability.MCP in can else (),
             most_cost=what.most_cost if Capability.COST_LIMIT in can else None,
+            pre_edit=box.hook if box is not None and Capability.PRE_EDIT in can else (),
         )
         command = what.adapter.command(request)
-        servers = [name for one in request.mcp_servers for name in one.env]
-        return replace(command, pass_env=(*command.pass_env, *servers)) if servers else command
+        needed = [name for one in request.mcp_servers for name in one.env]
+        return replace(command, pass_env=(*command.pass_env, *needed)) if needed else command
 
     @property
     def _variables(self) -> Mapping[str, str]:
@@ -258,9 +280,10 @@ class Session:
 
     def _command(self) -> SupervisedCommand:
         what, place, command = self.assignment, self.assignment.worktree, self._adapters_command()
+        env = session_environment(command, self.tools.environ, place, self._variables)
         return SupervisedCommand(
             argv=command.argv,
-            env=session_environment(command, self.tools.environ, place, self._variables),
+            env=env if self._mailbox is None else self._mailbox.added_to(env),
             cwd=place.tree,
             stdin=command.stdin,
             stdout=self._log("stdout"),

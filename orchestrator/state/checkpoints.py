@@ -8,11 +8,14 @@ run, spec   as they were, and so is `imported`. But a run has no end as long as 
             `council resume` settles.
 task        as `domain.turning_back` says: what has landed stays landed, and attempts stay on record.
 lease       never: epochs only rise, so that whoever lost the run stays without it.
+note        what a session of the run left and is gone since is there again; what was left since stays, because what
+            was learned is no less true for going back.
 request     never: what a person has asked for since, and nobody has done yet, is still asked for.
 cursor      never: what sinks and trackers have been told can't be taken back.
 adapter     never: a usage limit that was hit since, or a login that ran out, is a fact of the world outside.
 checkpoint  never: to be able to go forward again.
 ports       never: they are of places on this machine, and of no run.
+claim, orchestrator, ownership, context  never: they are of processes and sessions that are at work now.
 
 A run that began after a checkpoint of the whole store stays, and one that is gone since comes back. What is damaged
 then or now is not guessed: such a task stays as it is.
@@ -42,6 +45,10 @@ WHOLE: Final = "all"
 
 #: The kinds that are turned back.
 _TURNED_BACK: Final = ("run", "spec", "task", "imported")
+#: Notes of sessions, which only come back. Their names begin with what they are about, and not with their run.
+_NOTE: Final = "note"
+#: The kinds that are looked at.
+_KEPT: Final = (*_TURNED_BACK, _NOTE)
 _AT_WORK: Final = frozenset({TaskStatus.RUNNING, TaskStatus.CHECKING, TaskStatus.LANDING})
 #: How often all is read between two commits of others before it is taken from the log, which takes longer.
 _LOOKS: Final = 5
@@ -214,17 +221,19 @@ async def _now(store: Store, run: str | None) -> tuple[int, Mapping[Key, Documen
     """Return the newest position, and what can be turned back as it is there."""
     position = await store.position()
     for _ in range(_LOOKS):
-        documents = [one for kind in _TURNED_BACK for one in await _listed(store, kind, run)]
+        documents = [one for kind in _KEPT for one in await _listed(store, kind, run)]
         before, position = position, await store.position()
         if before == position:
             return position, {one.key: one for one in documents}
     found = (await store.at(position)).documents
-    return position, {key: one for key, one in found.items() if key.kind in _TURNED_BACK and _is_of(key, run)}
+    return position, {key: one for key, one in found.items() if key.kind in _KEPT and _is_of(one, run)}
 
 
 async def _listed(store: Store, kind: str, run: str | None) -> Iterable[Document]:
     if run is None:
         return await store.list(kind)
+    if kind == _NOTE:
+        return [one for one in await store.list(kind) if _is_of(one, run)]
     own = await store.get(Key(kind, run))
     return [*([] if own is None else [own]), *await store.list(kind, f"{run}/")]
 
@@ -237,11 +246,13 @@ async def _then(store: Store, checkpoint: Checkpoint) -> Mapping[Key, Document]:
             f"checkpoint {checkpoint.id} is of position {checkpoint.position}, the state log goes back to {gone.first}"
         )
         raise RefusedError(what, "choose a later one") from None
-    return {key: one for key, one in found.documents.items() if _is_of(key, checkpoint.run)}
+    return {key: one for key, one in found.documents.items() if _is_of(one, checkpoint.run)}
 
 
-def _is_of(key: Key, run: str | None) -> bool:
-    return run is None or is_of_run(key, run)
+def _is_of(found: Document, run: str | None) -> bool:
+    if run is None or is_of_run(found.key, run):
+        return True
+    return found.key.kind == _NOTE and not found.damaged and found.value.get("run") == run
 
 
 def _run_of(key: Key) -> str:
@@ -291,6 +302,9 @@ def _decide(checkpoint: Checkpoint, then: Mapping[Key, Document], now: Mapping[K
             if changed or found is None or found.damaged:
                 runs[name] = _run(then[key], [now[one] for one in keys if one in now])
                 writes += [*_write_run(runs[name], found), *changed]
+    for key, note in then.items():
+        if key.kind == _NOTE and key not in now and not note.damaged:
+            writes.append(_write(note.value, key, None))
     return Restoration(checkpoint, writes, left, runs)
 
 

@@ -55,6 +55,7 @@ _ASKED: Final[Mapping[Capability, Mapping[str, Any]]] = {
         )
     },
     Capability.COST_LIMIT: {"most_cost": 1.5},
+    Capability.PRE_EDIT: {"pre_edit": ("/opt/a b/council", "hook", "pre-edit")},
 }
 
 _ODD_LINES = (

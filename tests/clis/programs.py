@@ -22,6 +22,7 @@ class Program:
     `without_server` is the class of a failure where nothing listens; `remedy` is part of what is told without a login,
     which is one without `keys`, or, where it has none, one that the server refuses. `has_servers`: it uses those of the
     Model Context Protocol. `tells_tokens`: what the model says that it cost, and no estimate of its own.
+    `asks_before_edits`: it can be told to. `keeps_path`: its shell looks for commands where the program itself does.
     """
 
     adapter: Mapping[str, Any]
@@ -35,6 +36,8 @@ class Program:
     has_servers: bool = True
     without_server: str = "transient"
     tells_tokens: bool = True
+    asks_before_edits: bool = False
+    keeps_path: bool = True
 
 
 _GEMINI: Final[Mapping[str, Any]] = {
@@ -65,6 +68,7 @@ PROGRAMS: Final[Mapping[str, Program]] = {
         remedy="claude auth login",
         keys={"ANTHROPIC_API_KEY": "a-key-for-nothing"},
         files={".claude/settings.json": {"env": {"ANTHROPIC_BASE_URL": MODEL}}},
+        asks_before_edits=True,
     ),
     "codex": Program(
         # Its newer models have no tools but a program of JavaScript; a list of plugins is fetched from GitHub.
@@ -80,11 +84,13 @@ PROGRAMS: Final[Mapping[str, Program]] = {
             )
         },
         without_server="timeout",  # it waits for the network for ever
+        keeps_path=False,  # a login shell, whose profile sets another
     ),
     "gemini": Program(
         {"use": "gemini", "model": "gemini-2.5-pro", "approval_mode": "yolo"},
         calls=3,
         remedy="GEMINI_API_KEY",
+        asks_before_edits=True,
         **_GEMINI,
     ),
     "opencode": Program(

@@ -316,3 +316,21 @@ async def test_between_the_commits_of_others_it_is_taken_from_the_log() -> None:
     made = await create(store, RUN, "x")
     assert made.phase == {"pending": 2}
     assert (await contents(store, made.id)).keys() == {Key("run", RUN), key("a"), key("b")}
+
+
+async def test_notes_of_a_run_come_back_and_none_is_lost(store: Store) -> None:
+    """Those of its sessions are part of its checkpoint; later ones stay, and so do those of other runs as they are."""
+    ours, later, theirs = (Key("note", f"0123456789abcdef/{name}") for name in ("1", "2", "3"))
+    await seed(store, a=task())
+    await put(store, {ours: {"run": RUN, "text": "x"}, theirs: {"run": "another", "text": "y"}})
+    made = await create(store, RUN, "before")
+    assert {key for key in await contents(store, made.id) if key.kind == "note"} == {ours}
+    await put(store, {ours: None, theirs: None, later: {"run": RUN, "text": "z"}})
+    found = await restoration(store, made.id)
+    assert [(write.key, write.value) for write in found.writes] == [(ours, {"run": RUN, "text": "x"})]
+    assert (found.deleted, found.left) == ([], {})
+    await store.commit(Commit(found.writes))
+    assert {one.key for one in await store.list("note")} == {ours, later}
+    whole = await create(store, None, "all")
+    await put(store, {ours: None, later: None})
+    assert {write.key for write in (await restoration(store, whole.id)).writes} == {ours, later}

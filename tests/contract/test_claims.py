@@ -77,7 +77,7 @@ class Place:
         """Have another orchestrator join, of a machine of its own unless it is said."""
         owner = Owner(id=name, host=host or name, boot="1", pid=len(name), started=None, role=role)
 
-        async def is_dead(other: Owner) -> bool:
+        async def is_dead(_run: str, other: Owner) -> bool:
             return other.id in self.dead
 
         line, clock = Line(self.store), clock or self.clock
@@ -340,6 +340,10 @@ class ClaimsContract(ABC):
                     await a.claims.release("t", Release.ABANDONED)
         assert await a.claims.verdict("t") is Verdict.TRIED_OUT
         assert await a.claims.verdict("t", ignored="not now") is Verdict.IGNORED
+        afresh = await a.claims.afresh("t")
+        await place.store.commit(Commit(afresh))
+        assert await a.claims.verdict("t") is Verdict.TRY
+        assert await a.claims.afresh("t") == await a.claims.afresh("never claimed") == []
         again = await a.claims.plan("t", retries=0)
         assert isinstance(again, Taking)
         assert again.claim.retries == 0

@@ -1,14 +1,16 @@
-"""Both stores of one machine keep the contract that every store keeps."""
+"""Both stores of one machine keep the contract that every store keeps, also behind what survives their absence."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 from orchestrator.clock import SystemClock
-from orchestrator.protocols import Store
+from orchestrator.protocols import Event, Store
 from orchestrator.state.file import FileStore
 from orchestrator.state.memory import MemoryStore
+from orchestrator.state.outage import surviving
 from orchestrator.testing.store_contract import StoreContract
 
 
@@ -39,3 +41,30 @@ class TestFileStoreOfTinySegments(TestFileStore):
     """The contract on disk where nearly each commit begins a new segment."""
 
     segment_bytes = 100
+
+
+async def _tell(event: Event) -> None:
+    raise AssertionError(event)
+
+
+class TestPausing(StoreContract):
+    """The contract of a store that is waited for where it can't be reached."""
+
+    mode: Literal["pause", "continue"] = "pause"
+
+    @asynccontextmanager
+    async def open_store(self) -> AsyncIterator[Store]:
+        """Wrap an empty store."""
+        with TemporaryDirectory() as directory:
+            folder, clock = Path(directory), SystemClock()
+            async with (
+                FileStore.open(folder / "state", clock) as store,
+                surviving(store, self.mode, clock, folder / "outage", _tell) as survivor,
+            ):
+                yield survivor
+
+
+class TestContinuing(TestPausing):
+    """The contract of one that is gone on without."""
+
+    mode = "continue"

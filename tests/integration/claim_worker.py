@@ -16,7 +16,8 @@ from orchestrator.clock import SystemClock
 from orchestrator.domain.claims import Release, Role, Timing
 from orchestrator.errors import LeaseLost
 from orchestrator.locking.claims import Claims, HeldBy
-from orchestrator.locking.orchestrators import LifeLocks, Orchestrators, this_process
+from orchestrator.locking.life_locks import LifeLocks
+from orchestrator.locking.orchestrators import Orchestrators, this_process
 from orchestrator.protocols import Commit, Guard, Key, Store, Write
 from orchestrator.state.file import FileStore
 
@@ -53,7 +54,7 @@ class Worker:
         me = this_process(Role.WORKER)
         others = Orchestrators(self.store, self.clock, RUN, me, self.timing, self.locks.is_dead)
         claims = Claims(self.store, self.clock, others)
-        async with self.locks.held(me.id):
+        async with self.locks.of(RUN, me.id).hold(0):
             await others.join()
             try:
                 async with anyio.create_task_group() as group:
@@ -84,9 +85,11 @@ class Worker:
                 claim = await claims.read(task)
                 if claim is not None and claim.released is Release.COMPLETE:
                     continue
-                if task not in claims and isinstance(await claims.claim(task), HeldBy):
-                    rest.append(task)
-                    continue
+                if task not in claims:
+                    is_held = claim is not None and claim.released is None  # its owner's end is noticed by the sweep
+                    if is_held or isinstance(await claims.claim(task), HeldBy):
+                        rest.append(task)
+                        continue
                 if await self.store.get(work_key(task)) is not None:  # done between the look and the claim
                     await claims.release(task, Release.COMPLETE)
                     continue

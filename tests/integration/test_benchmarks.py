@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks import cycle, scheduler, startup, state, worktrees
+from benchmarks import asking, contexts, cycle, scheduler, startup, state, worktrees
 from benchmarks.measure import Cost, Row, median, paired, table, timed
 
 
@@ -27,6 +27,11 @@ def check(rows: list[Row], expected: list[str]) -> None:
 def test_startup_is_measured() -> None:
     """The help of the command, and a status with and without a snapshot."""
     check(startup.measure(quick=True), ["council --help", "council status", "without a snapshot"])
+
+
+def test_what_sessions_ask_by_is_measured() -> None:
+    """A command and the hook, beside a Python that does nothing."""
+    check(asking.measure(quick=True), ["council peers", "the hook"])
 
 
 def test_the_scheduler_is_measured() -> None:
@@ -55,7 +60,12 @@ def test_the_state_is_measured() -> None:
     check(rows, [*alone, "claims by priority", "99 of 100 within", "a change seen", "a watcher at rest", "followed by"])
 
 
-@pytest.mark.parametrize("name", ["startup", "scheduler", "cycle", "state", "worktrees"])
+def test_what_sessions_are_at_is_measured() -> None:
+    """A word of one, and a look at a hundred."""
+    check(contexts.measure(quick=True), ["a word of a session", "a look at 100 sessions"])
+
+
+@pytest.mark.parametrize("name", ["asking", "startup", "scheduler", "cycle", "state", "contexts", "worktrees"])
 def test_each_is_a_program(name: str) -> None:
     """It can be run by its path, and says what it can do."""
     done = subprocess.run([sys.executable, f"benchmarks/{name}.py", "--help"], check=False, capture_output=True)

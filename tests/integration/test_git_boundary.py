@@ -16,6 +16,7 @@ from orchestrator.repo.site import find_site
 from orchestrator.repo.source import Source
 from tests.command_server import Started
 from tests.conftest import Repository
+from tests.permits import permit_for
 
 KILL_ALL = 'kill -9 "$(cat "{pid}")"; kill -9 0'
 KILL_COUNCIL = 'kill -9 "$(cat "{pid}")"; sleep 0.2'
@@ -189,9 +190,9 @@ async def test_a_late_zombie_that_lands_first_is_adopted(repository: Repository)
         return Target(hub, git, source, site.repository, branch="main", start=start, ref=internal_ref("r", "target"))
 
     zombie, successor = owner(), owner()
-    async with zombie.permit() as permit:
+    async with permit_for(source, "main") as permit:
         old_merge = await zombie.prepare(permit, "r/task", await work_of(1), start)
-    async with successor.permit() as permit:
+    async with permit_for(source, "main") as permit:
         new_merge = await successor.prepare(permit, "r/task", await work_of(2), start)
         assert isinstance(old_merge, Merge)
         assert isinstance(new_merge, Merge)

@@ -12,6 +12,7 @@ from orchestrator.repo.hub import create_hub, hub_of, internal_ref
 from orchestrator.repo.landing import Landed, Merge, Target
 from orchestrator.repo.site import find_site
 from tests.conftest import Repository
+from tests.permits import permit_for
 
 
 @pytest.mark.parametrize("few", [-1, 200], ids=["many have landed", "few have landed"])
@@ -35,7 +36,7 @@ async def test_work_that_the_target_has_a_part_of_merges_as_git_would(
         return await git.line("commit-tree", tree, "-p", parent, input_=b"work")
 
     async def land(task: str, commit: str) -> None:
-        async with target.permit() as permit:
+        async with permit_for(source, "main") as permit:
             merge = await target.prepare(permit, f"r/{task}", commit, start)
             assert isinstance(merge, Merge)
             assert isinstance(await target.move(permit, {f"r/{task}": merge}), Landed)

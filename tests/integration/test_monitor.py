@@ -19,7 +19,7 @@ from orchestrator.state.file import FileStore
 from orchestrator.state.reading import between
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
-from tests.recorded import RUN, START, record_run, run_document
+from tests.recorded import RUN, START, orchestrators, record_run, run_document
 from tests.waiting import wait_for
 
 LOCK, LATER = Key("lock", "a"), Key("lock", "b")
@@ -30,7 +30,7 @@ async def watched(store: Store, clock: ManualClock, folder: Path, retention: Ret
     """Have a run at work looked after."""
     run = run_document(folder).model_copy(update={"retention": retention.model_dump(mode="json")})
     await record_run(store, clock, run)
-    ledger = await Ledger.take(store, clock, RUN, Redactor(()), {})
+    ledger = await Ledger.take(store, clock, Redactor(()), orchestrators(store, clock, RUN), {})
     async with anyio.create_task_group() as group:
         group.start_soon(Monitor(ledger, store, clock).watch)
         await anyio.wait_all_tasks_blocked()

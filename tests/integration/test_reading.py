@@ -23,7 +23,7 @@ from orchestrator.state.file import FileStore
 from orchestrator.state.memory import MemoryStore
 from orchestrator.state.reading import backwards, between, following, position_at
 from orchestrator.testing.clock import ManualClock
-from tests.recorded import RUN, record_run, run_document
+from tests.recorded import RUN, orchestrators, record_run, run_document
 
 TASK = Key("task", "r/a")
 
@@ -189,12 +189,13 @@ async def test_what_is_asked_of_an_owner_that_was_stopped_is_found_all_the_same(
     """Though the log that told of it is gone."""
     async with FileStore.open(tmp_path, clock, segment_bytes=2_000) as store:
         await record_run(store, clock, run_document(tmp_path))
-        ledger = await Ledger.take(store, clock, RUN, Redactor(()), {})
-        async with aclosing(ledger.new_requests()) as requests:
+        ledger = await Ledger.take(store, clock, Redactor(()), orchestrators(store, clock, RUN), {})
+        async with aclosing(ledger.changes()) as changes:
             for task in ("models", "api"):
                 await submit(store, clock, RUN, Action.CANCEL, [task])
                 await forget(store)
                 with anyio.fail_after(10):
-                    found = await anext(requests)
+                    found = (await anext(changes)).request
+                assert found is not None
                 assert list(found.tasks) == [task]
                 await ledger.answer(found)

@@ -22,8 +22,9 @@ from orchestrator.clock import SystemClock
 from orchestrator.domain.claims import Owner, Release, Role, Timing, Verdict
 from orchestrator.errors import LeaseLost, StoreUnavailable, VersionConflict
 from orchestrator.locking.claims import Claims, HeldBy
-from orchestrator.locking.merge_permit import MergePermits, permit_key, scope_of
+from orchestrator.locking.merge_permit import MergePermits, permit_key
 from orchestrator.locking.orchestrators import Orchestrators
+from orchestrator.locking.registry import scope_of
 from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Record, Store, Write
 from orchestrator.state.memory import MemoryStore
 from orchestrator.testing.claim_history import ClaimHistory
@@ -166,7 +167,7 @@ class Process:
         await self.step()
         return True
 
-    async def is_dead(self, owner: Owner) -> bool:
+    async def is_dead(self, _run: str, owner: Owner) -> bool:
         """Whether a process of this machine is known to have ended."""
         other = self.world.processes[owner.id]
         return other.host == self.host and other.is_over

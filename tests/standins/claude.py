@@ -2,7 +2,8 @@
 
 Steps: `write PATH TEXT`, `fail auth|overloaded|turns|drop|plain|silently`, `fail limit SECONDS`, `hang` until it is
 interrupted, `spend TOKENS` (a call of the model, which it tells of twice), `tell PATH` (write its arguments and the
-prompt). It keeps its conversation in its folder, and knows it again by its id only in the worktree where it was.
+prompt), `run COMMAND`. Before it writes it asks the hook of its settings. It keeps its conversation in its folder, and
+knows it again by its id only in the worktree where it was.
 """
 # ruff: noqa: T201  a program that prints
 
@@ -10,7 +11,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -73,6 +76,27 @@ def spend(tokens: int, call: int) -> None:
         emit("assistant", message={"id": f"msg_{call}", "model": "claude-opus-4-8", "content": [], "usage": usage})
 
 
+def denied(path: str) -> bool:
+    """Whether a hook of its settings denies that a file is written."""
+    if "--settings" not in sys.argv:
+        return False
+    settings = json.loads(Path(sys.argv[sys.argv.index("--settings") + 1]).read_text())
+    told = {"file_path": str(Path.cwd() / path), "content": "…"}
+    call = {"cwd": str(Path.cwd()), "hook_event_name": "PreToolUse", "tool_name": "Write", "tool_input": told}
+    for group in settings["hooks"]["PreToolUse"]:
+        if re.fullmatch(group["matcher"], "Write"):
+            for hook in group["hooks"]:
+                done = subprocess.run(
+                    hook["command"], shell=True, input=json.dumps(call), capture_output=True, text=True, check=True
+                )
+                answer = json.loads(done.stdout or "{}").get("hookSpecificOutput", {})
+                if answer.get("permissionDecision") == "deny":
+                    said = {"type": "text", "text": answer["permissionDecisionReason"]}
+                    emit("assistant", message={"role": "assistant", "content": [said]})
+                    return True
+    return False
+
+
 def go_on(prompt: str) -> None:
     """Keep the conversation; end where it is to be gone on with one that is not known."""
     folder = os.environ.get("CLAUDE_CONFIG_DIR")
@@ -103,7 +127,10 @@ def main() -> None:
         elif word == "write":
             call = {"type": "tool_use", "id": "t", "name": "Write", "input": {"file_path": first, "content": rest}}
             emit("assistant", message={"role": "assistant", "content": [call]})
-            write(first, rest)
+            if not denied(first):
+                write(first, rest)
+        elif word == "run":
+            subprocess.run(f"{first} {rest}", shell=True, check=True)
         elif word == "fail":
             fail(first, rest)
         elif word == "hang":

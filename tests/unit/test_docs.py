@@ -21,6 +21,7 @@ from orchestrator.config.schema import (
     AdapterSettings,
     BackoffSettings,
     Config,
+    CoordinationSettings,
     SetupSettings,
     SinkSettings,
     StateSettings,
@@ -96,6 +97,7 @@ def test_every_key_is_documented() -> None:
     models = (
         *sections,
         StateSettings,
+        CoordinationSettings,
         WorktreeSettings,
         SetupSettings,
         CommandAdapter.Options,

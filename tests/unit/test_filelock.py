@@ -19,6 +19,7 @@ import pytest
 
 from orchestrator.errors import LockHeld
 from orchestrator.filelock import FileLock
+from tests.programs import python
 
 HOLDER = """
 import sys, anyio
@@ -66,18 +67,6 @@ anyio.run(main)
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "a.lock"
-
-
-@contextmanager
-def python(code: str, *args: object) -> Iterator[subprocess.Popen[str]]:
-    """A Python program of our own that is dead, whatever happens, when the block ends."""
-    argv = [sys.executable, "-c", code, *map(str, args)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True, env={"PYTHONPATH": str(Path.cwd())}) as child:
-        try:
-            yield child
-        finally:
-            child.kill()
 
 
 @contextmanager

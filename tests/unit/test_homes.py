@@ -135,3 +135,13 @@ async def test_without_a_home_of_the_users_nothing_is_linked(tmp_path: Path) -> 
     home = tmp_path / "home"
     assert await furnish(home, Home({}, LINKS), {}) == Reach(writable=(home,))
     assert list(home.iterdir()) == []
+
+
+async def test_what_is_added_to_lists_goes_after_what_is_there(tmp_path: Path, user: Path) -> None:
+    """Beside what goes over the user's settings."""
+    (user / ".tool/settings").write_text('{"hooks": {"before": ["theirs"], "after": ["theirs"]}, "keep": [1]}')
+    added = {"hooks": {"before": ["ours"]}, "new": ["ours"]}
+    what = Home(settings={"s.json": Overlay("~/.tool/settings", {"hooks": {"after": []}}, added)})
+    await furnish(tmp_path / "home", what, {"HOME": str(user)})
+    found = json.loads((tmp_path / "home/s.json").read_text())
+    assert found == {"hooks": {"before": ["theirs", "ours"], "after": []}, "keep": [1], "new": ["ours"]}

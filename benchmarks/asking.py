@@ -1,0 +1,86 @@
+"""How long a command takes that a session asks by, and the hook before an edit, from start to end.
+
+    python benchmarks/asking.py [--quick]
+
+95 of 100 take no longer than what is told. Beside a Python that does nothing, in turn with it, on the clock; who
+answers is a mailbox as sessions have it, whose desk knows the answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from anyio.from_thread import start_blocking_portal
+
+from benchmarks.measure import QUICK_ROUNDS, Cost, Row, environment, paired, parser, scratch, show, timed
+from orchestrator.domain.sessions import SessionName
+from orchestrator.protocols import JsonObject
+from orchestrator.repo.hub import Hub
+from orchestrator.repo.places import Place
+from orchestrator.repo.worktrees import Worktree
+from orchestrator.sessions.mailbox import Mailbox, open_mailbox
+
+_ROUNDS: Final = 100
+_LIMIT: Final = 0.05
+_EDIT: Final = {"hook_event_name": "PreToolUse", "tool_name": "Write", "tool_input": {"file_path": "src/a.py"}}
+
+
+class _Desk:
+    async def answer(self, _session: SessionName, command: str, _arguments: JsonObject) -> JsonObject:
+        told = {"allowed": True, "owner": None, "since": None, "reason": None}
+        return told if command == "check_edit" else {"peers": []}
+
+
+def measure(*, quick: bool, folder: Path | None = None) -> list[Row]:
+    """Return the rows of this benchmark."""
+    rounds = QUICK_ROUNDS if quick else _ROUNDS
+    with scratch(folder) as place, _session(place) as (worktree, mailbox):
+        return [
+            _row("council peers, in a session", worktree, [mailbox.command, "peers"], b"", rounds),
+            _row("the hook before an edit", worktree, list(mailbox.hook), json.dumps(_EDIT).encode(), rounds),
+        ]
+
+
+def _row(what: str, worktree: Worktree, argv: list[str], given: bytes, rounds: int) -> Row:
+    bare = [sys.executable, "-c", "pass"]
+    env = environment()
+    pairs = paired(lambda: _cost(argv, env, worktree.tree, given), lambda: _cost(bare, env, worktree.tree, b""), rounds)
+    took, base = (_slow([pair[side].wall for pair in pairs]) for side in (0, 1))
+    return Row(f"{what}: 95 of 100 within", took, "s", f"python -c pass: {base:.3g} s", took / base, _LIMIT)
+
+
+def _slow(seconds: list[float]) -> float:
+    return sorted(seconds)[max(0, -(-len(seconds) * 95 // 100) - 1)]
+
+
+def _cost(argv: list[str], env: dict[str, str], cwd: Path, given: bytes) -> Cost:
+    with timed() as cost:
+        subprocess.run(argv, env=env, cwd=cwd, input=given, stdout=subprocess.DEVNULL, check=True)
+    return cost()
+
+
+@contextmanager
+def _session(folder: Path) -> Iterator[tuple[Worktree, Mailbox]]:
+    """Serve a mailbox from a thread of its own, as an orchestrator does from another process."""
+    hub = Hub(folder / "hub")
+    place = Place(hub, 1)
+    worktree = Worktree(hub, "run-1", "task", 1, held=place)
+    for one in (worktree.git_dir, place.tree / "src"):
+        one.mkdir(parents=True)
+    (place.tree / ".git").write_text(f"gitdir: {worktree.git_dir}\n")
+    with (
+        start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(open_mailbox(worktree, _Desk())) as mailbox,
+    ):
+        yield worktree, mailbox
+
+
+if __name__ == "__main__":
+    options = parser(__doc__).parse_args()
+    show(measure(quick=options.quick, folder=options.folder))

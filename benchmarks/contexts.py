@@ -1,0 +1,91 @@
+"""What sessions are at: one word of a session and a look at a hundred, beside JSON files that are renamed into place.
+
+python benchmarks/contexts.py [--quick] [--folder PATH]
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Final
+
+import anyio
+
+from benchmarks.measure import QUICK_ROUNDS, ROUNDS, Cost, Row, median, parser, scratch, show, timed
+from orchestrator.clock import SystemClock
+from orchestrator.domain.contexts import SessionContext
+from orchestrator.domain.secrets import Redactor
+from orchestrator.domain.sessions import SessionName
+from orchestrator.engine.contexts import Contexts
+from orchestrator.state.file import FileStore
+
+SESSIONS: Final = 100
+WRITE_LIMIT, READ_LIMIT = 1.0, 5.0  # ms
+#: As many secrets as an environment may have, which are looked for in all that is said.
+_SECRETS: Final = tuple(f"a-secret-of-this-machine-{one}" for one in range(20))
+
+
+def measure(*, quick: bool, folder: Path | None = None) -> list[Row]:
+    """Return the rows of this benchmark."""
+    with scratch(folder) as place:
+        return anyio.run(_measure, place, QUICK_ROUNDS if quick else ROUNDS)
+
+
+async def _measure(place: Path, rounds: int) -> list[Row]:
+    sessions = [SessionName("20260102-030405-ab12", f"task-{one}", 1) for one in range(SESSIONS)]
+    files = place / "files"
+    files.mkdir()
+    async with FileStore.open(place / "state", SystemClock()) as store:
+        contexts = Contexts(store, SystemClock(), "0123456789abcdef", Redactor(_SECRETS), orchestrator="bench")
+        for session in sessions:
+            await contexts.begin(session, "claude-code")
+        writes, reads = list[tuple[Cost, Cost]](), list[tuple[Cost, Cost]]()
+        for number in range(rounds + 1):
+            message = f"step {number} of adding the endpoint for what was ordered"
+            with timed() as ours:
+                for session in sessions:
+                    await contexts.update(session, file=f"src/{session.task}.py", message=message, progress="50%")
+            with timed() as theirs:
+                for session in sessions:
+                    _write(files, session, message)
+            with timed() as our_look:
+                found = await contexts.all()
+            with timed() as their_look:
+                read = [json.loads(path.read_bytes()) for path in files.glob("*.json")]
+            assert len(found) == len(read) == SESSIONS  # noqa: S101  else something else was measured
+            if number:  # the first is to have files in memory
+                writes.append((ours(), theirs()))
+                reads.append((our_look(), their_look()))
+    return [
+        _row("a word of a session", writes, SESSIONS, WRITE_LIMIT),
+        _row(f"a look at {SESSIONS} sessions", reads, 1, READ_LIMIT),
+    ]
+
+
+def _row(what: str, pairs: list[tuple[Cost, Cost]], each: int, limit: float) -> Row:
+    ours, theirs = (median([pair[side].wall for pair in pairs]) / each * 1e3 for side in (0, 1))
+    ratio = median([one.wall / other.wall for one, other in pairs])
+    return Row(what, ours, "ms", f"JSON files, renamed: {theirs:.3g} ms", ratio, limit)
+
+
+def _write(folder: Path, session: SessionName, message: str) -> None:
+    context = SessionContext(
+        **session._asdict(),
+        adapter="claude-code",
+        orchestrator="bench",
+        scope="0123456789abcdef",
+        file=f"src/{session.task}.py",
+        message=message,
+        progress="50%",
+        started=time.time(),
+        updated=time.time(),
+    )
+    staged = folder / f"{session.task}.new"
+    staged.write_bytes(json.dumps(context.to_json()).encode())
+    staged.replace(folder / f"{session.task}.json")
+
+
+if __name__ == "__main__":
+    options = parser(__doc__).parse_args()
+    show(measure(quick=options.quick, folder=options.folder))

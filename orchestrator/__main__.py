@@ -1,0 +1,25 @@
+"""The `council` command, with a short way for what sessions ask: nothing else is imported for that."""
+
+from __future__ import annotations
+
+import sys
+
+from orchestrator.client.main import run
+
+
+def main() -> None:
+    """Run `council` with the arguments of this process, and end it."""
+    code = run(sys.argv[1:])
+    if code is not None:
+        sys.exit(code)
+    if sys.flags.no_site:  # as the command in a session is started, which is quicker
+        import site  # noqa: PLC0415
+
+        site.main()
+    from orchestrator.cli.main import main as whole  # noqa: PLC0415  the long way
+
+    whole(prog_name="council")
+
+
+if __name__ == "__main__":
+    main()

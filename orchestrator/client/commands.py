@@ -1,0 +1,135 @@
+"""What a session can ask for: one table, of which commands, tools, help and the check of what comes in are made."""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+TEXT = "text"
+PATH = "path"
+PATHS = "paths"
+SECONDS = "seconds"
+
+#: The name of our own server of the Model Context Protocol among those of a session.
+SERVER = "council"
+
+#: Bytes of a request, at most; characters of a text or of a path; how many paths.
+LARGEST_REQUEST = 1 << 17
+LONGEST_TEXT = 16_000
+LONGEST_PATH = 4096
+MOST_PATHS = 1000
+LONGEST_WAIT = 600.0
+
+
+class Argument:
+    """One fact that a command takes: a word of the command line where `is_word`, else an option."""
+
+    __slots__ = ("choices", "default", "help", "is_needed", "is_word", "kind", "metavar", "name", "option")
+
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        help: str,  # noqa: A002  as click names it
+        *,
+        is_word: bool = False,
+        is_needed: bool = False,
+        default: Any = None,
+        choices: Sequence[str] = (),
+        option: str = "",
+        metavar: str = "",
+    ) -> None:
+        self.name, self.kind, self.help = name, kind, help
+        self.is_word, self.is_needed, self.default, self.choices = is_word, is_needed, default, tuple(choices)
+        self.option = option or "--" + name.replace("_", "-")
+        self.metavar = metavar or name.upper()
+
+
+class Asked:
+    """A command: its name on the wire, what it takes, and how it is explained."""
+
+    __slots__ = ("arguments", "examples", "help", "more", "name")
+
+    def __init__(self, name: str, help: str, more: str, *arguments: Argument, examples: Sequence[str] = ()) -> None:  # noqa: A002
+        self.name, self.help, self.more = name, help, more
+        self.arguments, self.examples = arguments, tuple(examples)
+
+
+_PATHS_HELP = "Files or patterns such as `src/**`, from the current folder."
+
+#: What an agent can ask for, by name; all of these are commands of `council` and tools of its MCP server.
+COMMANDS = {
+    one.name: one
+    for one in (
+        Asked(
+            "lock",
+            "Take files for this session alone, all of them or none.",
+            "Who takes files that another session has is told whose they are and since when.",
+            Argument("paths", PATHS, _PATHS_HELP, is_word=True, is_needed=True, metavar="PATH"),
+            Argument("wait", SECONDS, "Seconds to wait for files that others have; 5 by default.", default=5.0),
+            examples=("council lock src/models.py", "council lock 'src/api/**' docs/api.md --wait 60"),
+        ),
+        Asked(
+            "unlock",
+            "Give files back that this session took.",
+            "At the end of a session all that it took is given back.",
+            Argument("paths", PATHS, _PATHS_HELP, is_word=True, is_needed=True, metavar="PATH"),
+            examples=("council unlock src/models.py",),
+        ),
+        Asked(
+            "report",
+            "Tell the other sessions what this one is at.",
+            "What is not given stays as it was told last.",
+            Argument("status", TEXT, "How it stands.", choices=("working", "blocked", "waiting", "done")),
+            Argument("file", PATH, "The file that it works at."),
+            Argument("message", TEXT, "A sentence for the others."),
+            Argument("progress", TEXT, "How far it is, such as `50%`."),
+            Argument("blocked_on", TEXT, "What it waits for, such as a task or a file."),
+            examples=(
+                "council report --status working --file src/models.py --progress 50%",
+                "council report --status blocked --blocked-on models --message 'waits for the User model'",
+            ),
+        ),
+        Asked(
+            "peers",
+            "List the sessions that are at work now, and what they are at.",
+            "This one is among them, marked.",
+            examples=("council peers", "council peers --json"),
+        ),
+        Asked(
+            "note",
+            "Leave a note for later sessions.",
+            "They find it by its task, its topic or its paths.",
+            Argument("text", TEXT, "What to remember.", is_word=True, is_needed=True),
+            Argument("topic", TEXT, "What it is about, in a word."),
+            Argument("paths", PATHS, "A file that it is about; may be repeated.", option="--path", metavar="PATH"),
+            examples=("council note 'The tests need the database of port 5433.' --topic tests",),
+        ),
+        Asked(
+            "notes",
+            "Show the notes that sessions left.",
+            "Without an option, those of this session's own task.",
+            Argument("task", TEXT, "Only those of this task."),
+            Argument("topic", TEXT, "Only those about this topic."),
+            Argument("paths", PATHS, "Only those about this file; may be repeated.", option="--path", metavar="PATH"),
+            examples=("council notes --topic tests", "council notes --path src/models.py --json"),
+        ),
+        Asked(
+            "ask",
+            "Show how another task stands: its plan, its changes so far, what its program says.",
+            "It is not disturbed by that.",
+            Argument("task", TEXT, "The id of the task.", is_word=True, is_needed=True),
+            examples=("council ask models", "council ask models --json"),
+        ),
+    )
+}
+
+#: What a hook asks before an edit; no command of its own.
+CHECK_EDIT = Asked(
+    "check_edit",
+    "Whether this session may edit a file.",
+    "",
+    Argument("path", PATH, "The file.", is_word=True, is_needed=True),
+)

@@ -1,0 +1,87 @@
+"""The commands that a program in a session types, from its words to the exit code.
+
+0 done · 1 refused, for example because another session has the file · 2 bad input, or no session to ask
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from orchestrator.client.commands import PATH, PATHS
+from orchestrator.client.session import PATIENCE, AskError, Session, find_session
+from orchestrator.client.telling import clean, tell
+from orchestrator.client.words import Typed, read
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
+REFUSED = 1
+BAD_INPUT = 2
+
+
+def run(words: Sequence[str]) -> int | None:
+    """Do what the words after `council` ask for, and return the exit code; None where they are for somebody else."""
+    if words[:2] == ["hook", "pre-edit"] and len(words) == 2:
+        from orchestrator.client import hook  # noqa: PLC0415  only where it is wanted
+
+        return hook.run(sys.stdin.buffer, sys.stdout)
+    typed = read(words)
+    return None if typed is None else perform(typed)
+
+
+def perform(typed: Typed) -> int:
+    """Ask the orchestrator, print what it says, and return the exit code."""
+    try:
+        result = ask_from_here(typed)
+    except AskError as error:
+        code = REFUSED if error.is_refused else BAD_INPUT
+        if typed.as_json:
+            _print({"status": "refused", "error": error.what, "remedy": error.remedy, "exit": code})
+        else:
+            sys.stderr.write(clean(f"council: {error}\n"))
+        return code
+    if typed.as_json:
+        _print({**result, "exit": 0})
+    else:
+        sys.stdout.write(clean(tell(typed.command.name, result)))
+    return 0
+
+
+def ask_from_here(typed: Typed) -> Mapping[str, Any]:
+    """Ask as the session that this process is in; raises AskError."""
+    try:
+        cwd = os.getcwd()  # noqa: PTH109  pathlib takes 10 ms
+    except FileNotFoundError:
+        raise AskError("the current folder does not exist any more", "cd to one that does") from None
+    return ask(find_session(os.environ, cwd), typed, cwd)
+
+
+def ask(session: Session, typed: Typed, cwd: str) -> Mapping[str, Any]:
+    """Ask as a session, with paths as they are typed in `cwd`; raises AskError."""
+    arguments = dict(typed.arguments)
+    for one in typed.command.arguments:
+        value = arguments.get(one.name)
+        if one.kind == PATH and isinstance(value, str):
+            arguments[one.name] = _within(session, value, cwd)
+        elif one.kind == PATHS and isinstance(value, list):
+            arguments[one.name] = [_within(session, path, cwd) for path in value]
+    wait = arguments.get("wait")
+    return session.ask(typed.command.name, arguments, PATIENCE + (wait if isinstance(wait, int | float) else 0))
+
+
+def _within(session: Session, path: Any, cwd: str) -> Any:
+    """Return a path from the worktree's top; what is none the orchestrator refuses."""
+    if not isinstance(path, str) or "\0" in path:
+        return path
+    found = session.within(path, cwd)
+    if found is None:
+        raise AskError(f"{path} is not in this session's worktree", f"name files in {session.tree}")
+    return found
+
+
+def _print(value: Mapping[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")

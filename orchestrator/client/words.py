@@ -1,0 +1,73 @@
+"""What is typed, read the quick way: whatever is not plain is left to the full command line, which explains it."""
+
+from __future__ import annotations
+
+from orchestrator.client.commands import COMMANDS, PATHS, SECONDS, Asked
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+
+class Typed:
+    """A command with its arguments, and whether JSON is wanted."""
+
+    __slots__ = ("arguments", "as_json", "command")
+
+    def __init__(self, command: Asked, arguments: dict[str, Any], *, as_json: bool) -> None:
+        self.command, self.arguments, self.as_json = command, arguments, as_json
+
+
+def read(words: Sequence[str]) -> Typed | None:
+    """Return what the words after `council` ask for; None where they are none of these commands, or not right."""
+    command = COMMANDS.get(words[0]) if words else None
+    if command is None:
+        return None
+    options = {one.option: one for one in command.arguments if not one.is_word}
+    found: dict[str, Any] = {}
+    plain: list[str] = []
+    as_json = False
+    rest = iter(words[1:])
+    for word in rest:
+        if word == "--json":
+            as_json = True
+        elif word == "--":
+            plain += rest
+        elif not word.startswith("-") or word == "-":
+            plain.append(word)
+        else:
+            name, equals, value = word.partition("=")
+            option = options.get(name)
+            given = value if equals else next(rest, None)
+            if option is None or given is None or (option.choices and given not in option.choices):
+                return None
+            if option.kind == PATHS:
+                found.setdefault(option.name, []).append(given)
+            elif option.kind != SECONDS:
+                found[option.name] = given
+            elif (seconds := _seconds(given)) is not None:
+                found[option.name] = seconds
+            else:
+                return None
+    return Typed(command, found, as_json=as_json) if _put(command, plain, found) else None
+
+
+def _put(command: Asked, plain: list[str], found: dict[str, Any]) -> bool:
+    """Put plain words where they belong; return whether that is right."""
+    word = next((one for one in command.arguments if one.is_word), None)
+    if word is None:
+        return not plain
+    if word.kind == PATHS:
+        found[word.name] = plain
+        return bool(plain)
+    found[word.name] = plain[0] if plain else ""
+    return len(plain) == 1
+
+
+def _seconds(text: str) -> float | None:
+    try:
+        seconds = float(text)
+    except ValueError:
+        return None
+    return seconds if 0 <= seconds < float("inf") else None

@@ -1,0 +1,152 @@
+"""How runs are shared: what a file says of it, the environment above that, and a command above both."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal, NamedTuple
+
+from orchestrator.config.model import CoordinationConfig
+from orchestrator.config.problems import shown
+from orchestrator.config.quantities import LONGEST, format_duration
+from orchestrator.config.schema import MOST_RETRIES
+from orchestrator.errors import refuse_together
+
+#: By the key of the file: the variable that stands above it.
+VARIABLES: Final[Mapping[str, str]] = {
+    "enabled": "SHARED_STATE_ENABLED",
+    "heartbeat": "SHARED_STATE_HEARTBEAT_INTERVAL_MS",
+    "stale": "SHARED_STATE_STALE_THRESHOLD_MS",
+    "owner_stale": "TASK_CLAIM_OWNER_STALE_TTL_MS",
+    "max_retries": "SHARED_STATE_MAX_RETRIES",
+}
+#: By the key of the file: the option of commands that stands above both.
+OPTIONS: Final[Mapping[str, str]] = {"heartbeat": "--heartbeat", "stale": "--stale", "max_retries": "--max-retries"}
+
+#: What fits how often into what: two beats may be lost before a claim is, and nobody that may well be alive loses one
+#: earlier than a stranger.
+_FITS: Final = (("heartbeat", "stale", 3), ("stale", "owner_stale", 1))
+_BOOLEANS: Final = {"true": True, "1": True, "false": False, "0": False}
+_WHOLE: Final = re.compile("[0-9]{1,15}")
+_MILLISECONDS: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinationOverrides:
+    """What stands above the `coordination` of a run, key by key; None: nothing does. Durations are in seconds."""
+
+    enabled: bool | None = None
+    heartbeat: float | None = None
+    stale: float | None = None
+    owner_stale: float | None = None
+    max_retries: int | None = None
+    when_unreachable: Literal["pause", "continue"] | None = None
+
+    def given(self) -> dict[str, Any]:
+        """Return those that do, by key."""
+        values = {key: getattr(self, key) for key in self.__slots__}
+        return {key: value for key, value in values.items() if value is not None}
+
+
+class Misfit(NamedTuple):
+    """A duration that does not fit `times` into another, by the keys of both."""
+
+    short: str
+    long: str
+    times: int
+
+
+def misfits(config: CoordinationConfig) -> Iterator[Misfit]:
+    """Yield each pair of durations that contradict each other."""
+    for short, long, times in _FITS:
+        if getattr(config, short) * times > getattr(config, long):
+            yield Misfit(short, long, times)
+
+
+def explain(misfit: Misfit, config: CoordinationConfig) -> tuple[str, str]:
+    """Return what is wrong and what would be right, in the words of the file."""
+    return _explain(misfit, config, {})
+
+
+def read_environment(environ: Mapping[str, str]) -> CoordinationOverrides:
+    """Return what the environment says; an empty variable says nothing.
+
+    RefusedError names each variable that can't be read, and what to write.
+    """
+    found: dict[str, Any] = {}
+    wrong: list[tuple[str, str]] = []
+    for key, name in VARIABLES.items():
+        text = environ.get(name, "").strip()
+        if not text:
+            continue
+        try:
+            found[key] = _read(key, text)
+        except ValueError as error:
+            wrong.append((f"{name} can't be {shown(text)}", str(error)))
+    refuse_together(wrong, "correct these variables, or unset them")
+    return CoordinationOverrides(**found)
+
+
+def _read(key: str, text: str) -> float | bool:
+    if key == "enabled":
+        if text.lower() not in _BOOLEANS:
+            raise ValueError("write true or false")
+        return _BOOLEANS[text.lower()]
+    number = int(text) if _WHOLE.fullmatch(text) else -1
+    if key == "max_retries":
+        if not 0 <= number <= MOST_RETRIES:
+            raise ValueError(f"write a whole number from 0 to {MOST_RETRIES}, as in 3")
+        return number
+    if not 0 < number <= LONGEST * _MILLISECONDS:
+        default = _milliseconds(getattr(CoordinationConfig(), key))
+        raise ValueError(f"write milliseconds as a whole number above 0, as in {default}")
+    return number / _MILLISECONDS
+
+
+def coordinate(
+    config: CoordinationConfig, environ: Mapping[str, str], options: CoordinationOverrides | None = None
+) -> CoordinationConfig:
+    """Return what holds of a run's `config`, with the environment above it and a command's `options` above both.
+
+    RefusedError names the variable that can't be read, or what contradicts what.
+    """
+    found, above = read_environment(environ).given(), {} if options is None else options.given()
+    names = {**{key: VARIABLES[key] for key in found}, **{key: OPTIONS[key] for key in above if key in OPTIONS}}
+    config = config.model_copy(update={**found, **above})
+    refuse_together([_explain(one, config, names) for one in misfits(config)], "change these settings")
+    return config
+
+
+def _explain(misfit: Misfit, config: CoordinationConfig, names: Mapping[str, str]) -> tuple[str, str]:
+    """Return the same with the names by which keys were given; those of the file where a key is not among `names`."""
+    short, long = getattr(config, misfit.short), getattr(config, misfit.long)
+    limit = {1: "", 3: "a third of "}[misfit.times]
+    one, other = (_named(key, config, names) for key in (misfit.short, misfit.long))
+    what = f"{one} is more than {limit}{other}"
+    # Whoever gave one of the two in one place can give the other one there, too.
+    places = names.get(misfit.short, names.get(misfit.long, "")), names.get(misfit.long, names.get(misfit.short, ""))
+    at_most = math.floor(long * _MILLISECONDS / misfit.times) / _MILLISECONDS
+    remedy = f"write at most {_written(misfit.short, at_most, places[0])}"
+    return what, f"{remedy}, or at least {_written(misfit.long, short * misfit.times, places[1])}"
+
+
+def _named(key: str, config: CoordinationConfig, names: Mapping[str, str]) -> str:
+    name, value = names.get(key), getattr(config, key)
+    if name == VARIABLES[key]:
+        return f"{name} ({_milliseconds(value)})"
+    return f"{name or f'`{key}`'} ({format_duration(value)})"
+
+
+def _written(key: str, seconds: float, like: str) -> str:
+    """Return how a key is given a value in the place where `like` was given: a variable, an option, or the file."""
+    if like.startswith("--") and key in OPTIONS:
+        return f"{OPTIONS[key]} {format_duration(seconds)}"
+    if like:
+        return f"{VARIABLES[key]}={_milliseconds(seconds)}"
+    return f"`{key}: {format_duration(seconds)}`"
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * _MILLISECONDS)

@@ -1,0 +1,358 @@
+"""What sessions ask while they are at work is answered here: locks, reports, peers, notes.
+
+A lock is two: the paths become the session's in the registry, which counts on all machines, then their files are
+locked, which counts on this one. They are given back in the opposite order. All that a session has goes with `leave`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Annotated, Final, TypeVar
+
+import anyio
+import anyio.to_thread
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from orchestrator.clock import Clock
+from orchestrator.domain.contexts import SessionContext, SessionStatus, at_work
+from orchestrator.domain.holdings import HeldBy, pattern_of
+from orchestrator.domain.ownership import matches
+from orchestrator.domain.secrets import Redactor
+from orchestrator.domain.sessions import SessionName
+from orchestrator.engine.contexts import Contexts, Report
+from orchestrator.engine.details import Workplace, details
+from orchestrator.engine.memory import Memory
+from orchestrator.engine.observing import observed
+from orchestrator.errors import FileHeld, LeaseLost, RefusedError, StoreUnavailable, VersionConflict
+from orchestrator.instants import local_time
+from orchestrator.locking.files import FileLocks
+from orchestrator.locking.names import canonical
+from orchestrator.locking.registry import Registry
+from orchestrator.protocols import Commit, Guard, JsonObject, Store
+from orchestrator.repo.git import Git
+from orchestrator.sessions.output import log_file
+
+#: Seconds that a session can wait for a lock, and how many paths it can name at once.
+LONGEST_WAIT: Final = 600.0
+MOST_PATHS: Final = 200
+#: How many notes are told at once, the newest.
+MOST_TOLD: Final = 50
+
+Paths = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=4096)]], Field(min_length=1, max_length=MOST_PATHS)
+]
+
+
+class _Asked(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Lock(_Asked):
+    paths: Paths
+    wait: Annotated[float, Field(ge=0, le=LONGEST_WAIT)] = 5.0
+
+
+class _Unlock(_Asked):
+    paths: Paths
+
+
+class _Report(_Asked):
+    status: SessionStatus | None = None
+    file: str | None = None
+    message: str | None = None
+    progress: str | int | float | None = None
+    blocked_on: str | None = None
+
+
+class _Nothing(_Asked):
+    pass
+
+
+class _Note(_Asked):
+    text: str
+    topic: str | None = None
+    paths: list[str] = []
+
+
+class _Notes(_Asked):
+    task: str | None = None
+    topic: str | None = None
+    paths: list[str] | None = None
+
+
+class _Ask(_Asked):
+    task: str
+
+
+class _CheckEdit(_Asked):
+    path: Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+@dataclass(slots=True)
+class _Sitting:
+    """A session of this process, and what it has taken."""
+
+    at: Workplace
+    taken: Counter[str] = field(default_factory=Counter)
+    """The patterns that it has for its locks, and for how many; what it owned before is not among them."""
+    locked: set[str] = field(default_factory=set)
+
+
+A = TypeVar("A", bound=_Asked)
+
+_ALLOWED: Final[JsonObject] = {"allowed": True, "owner": None, "since": None, "reason": None}
+
+
+class SessionDesk:
+    """Answers the sessions of one process, which all work for one repository and target.
+
+    `claim` returns the guard of the claim on a session's task, None where there is none: it may then look, and lock
+    nothing. `elsewhere` finds where sessions of other processes work; `git` runs in the trusted repository.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        clock: Clock,
+        git: Git,
+        contexts: Contexts,
+        memory: Memory,
+        files: FileLocks,
+        registry: Registry,
+        redactor: Redactor,
+        orchestrator: str,
+        claim: Callable[[SessionName], Guard | None],
+        elsewhere: Callable[[SessionName], Awaitable[Workplace]],
+    ) -> None:
+        self._store, self._clock, self._git = store, clock, git
+        self._contexts, self.memory, self._files, self._registry = contexts, memory, files, registry
+        self._redactor, self._orchestrator, self._claim, self._elsewhere = redactor, orchestrator, claim, elsewhere
+        self._here: dict[SessionName, _Sitting] = {}
+        self._answers: Mapping[str, Callable[[SessionName, JsonObject], Awaitable[JsonObject]]] = {
+            "lock": self._lock,
+            "unlock": self._unlock,
+            "report": self._report,
+            "peers": self._peers,
+            "note": self._note,
+            "notes": self._notes,
+            "ask": self._ask,
+            "check_edit": self._check_edit,
+        }
+
+    @asynccontextmanager
+    async def seated(
+        self, session: SessionName, adapter: str, at: Workplace, *, keep_ownership: bool = False
+    ) -> AsyncIterator[None]:
+        """Answer a session for the body, and record what it is seen to do; it has nothing left behind that.
+
+        `adapter` is what its adapter is called. For `keep_ownership` see `leave`.
+        """
+        await self.enter(session, adapter, at)
+        try:
+            log = log_file(at.logs, session.task, session.attempt, "stdout")
+            async with observed(self._contexts, session, at.adapter, log, at.worktree, self._clock):
+                yield
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self.leave(session, keep_ownership=keep_ownership)
+
+    async def enter(self, session: SessionName, adapter: str, at: Workplace) -> None:
+        """Answer a session from now on."""
+        self._here[session] = _Sitting(at)
+        await self._contexts.begin(session, adapter)
+
+    async def leave(self, session: SessionName, *, keep_ownership: bool = False) -> None:
+        """Give back all that a session has, however it has ended.
+
+        Safe to repeat, and for a session of a process that is gone. With `keep_ownership` its paths stay its own, where
+        they are to be its task's until that has landed.
+        """
+        self._here.pop(session, None)
+        await self._files.release_all(session)
+        with suppress(StoreUnavailable):  # what must be recorded of its end will say so
+            await (self._registry.stops_waiting(session) if keep_ownership else self._release(session))
+        await self._contexts.end(session)
+
+    async def _release(self, session: SessionName) -> None:
+        while writes := await self._registry.release(session):
+            guard = self._claim(session)
+            with suppress(VersionConflict):  # it has just stopped waiting
+                with suppress(LeaseLost):  # nothing of it counts any more
+                    await self._store.commit(Commit(writes, (), [guard] if guard else []))
+                return
+
+    async def answer(self, session: SessionName, command: str, arguments: JsonObject) -> JsonObject:
+        """Do what a session asks, and return the result. RefusedError says what can't be done, and what to do."""
+        answer = self._answers.get(command)
+        if answer is None:
+            raise RefusedError(f"there is no command {command!r}", f"name one of {', '.join(self._answers)}")
+        if session not in self._here:
+            raise RefusedError(f"session {session} is over", "its work goes on in a later one, if at all")
+        try:
+            return await answer(session, arguments)
+        except LeaseLost:
+            what = f"task {session.task} was taken over by another process"
+            raise RefusedError(what, "end here: what this session still does won't land") from None
+
+    async def _lock(self, session: SessionName, arguments: JsonObject) -> JsonObject:
+        asked = _checked(_Lock, "lock", arguments)
+        claim = self._claim(session)
+        if claim is None:
+            raise RefusedError(f"there is no claim on task {session.task}", "locks are for tasks that are at work")
+        until = self._clock.monotonic() + asked.wait
+        paths = await self._paths(session, asked.paths)
+        sitting = self._here[session]
+        # What it owned before it asked is not the lock's to give back.
+        mine = next((one.patterns for one in await self._registry.holdings() if one.session == session), ())
+        wanted = [pattern for pattern in map(pattern_of, paths) if pattern in sitting.taken or pattern not in mine]
+        sitting.taken.update(wanted)
+        try:
+            await self._own(session, wanted, claim, until)
+            await self._lock_files(session, paths, until)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._disown(session, sitting, wanted)
+            raise
+        sitting.locked.update(paths)
+        await self._contexts.hold(session, sorted(sitting.locked))
+        return {"locked": paths}
+
+    async def _own(self, session: SessionName, patterns: Sequence[str], claim: Guard, until: float) -> None:
+        if not patterns:
+            return
+        who = self._orchestrator
+        held = await self._registry.plan(session, patterns, orchestrator=who, claim=claim)
+        left = until - self._clock.monotonic()
+        if isinstance(held, HeldBy) and left > 0:
+            async with self._contexts.waiting(session, f"{held.wanted}, which {held.holder.task} has"):
+                still = await self._registry.take(session, patterns, orchestrator=who, claim=claim, wait=left)
+        else:
+            still = await self._registry.take(session, patterns, orchestrator=who, claim=claim)
+        if still is not None:
+            what = f"{still.describe()} since {local_time(still.since)}"
+            raise RefusedError(what, "work on something else meanwhile, or ask again with a longer wait")
+
+    async def _lock_files(self, session: SessionName, paths: Sequence[str], until: float) -> None:
+        try:
+            await self._files.acquire(session, paths, timeout=0)
+        except FileHeld as held:
+            left = until - self._clock.monotonic()
+            if left <= 0:
+                raise
+            async with self._contexts.waiting(session, f"{held.path}, which {held.holder} has"):
+                await self._files.acquire(session, paths, timeout=left)
+
+    async def _unlock(self, session: SessionName, arguments: JsonObject) -> JsonObject:
+        sitting = self._here[session]
+        paths = await self._paths(session, _checked(_Unlock, "unlock", arguments).paths)
+        held = [path for path in paths if path in sitting.locked]
+        sitting.locked.difference_update(held)
+        await self._files.release(session, held)
+        await self._disown(session, sitting, [one for one in map(pattern_of, held) if one in sitting.taken])
+        await self._contexts.hold(session, sorted(sitting.locked))
+        return {"unlocked": held}
+
+    async def _disown(self, session: SessionName, sitting: _Sitting, patterns: Sequence[str]) -> None:
+        """Give back patterns that no other lock of the session needs."""
+        sitting.taken.subtract(patterns)
+        given = [pattern for pattern in patterns if sitting.taken[pattern] <= 0]
+        for pattern in given:
+            del sitting.taken[pattern]
+        claim = self._claim(session)
+        if given and claim is not None:
+            with suppress(LeaseLost):  # nothing of it counts any more
+                await self._registry.give_back(session, given, claim)
+
+    async def _report(self, session: SessionName, arguments: JsonObject) -> JsonObject:
+        asked = _checked(_Report, "report", arguments)
+        told: Report = {}
+        if asked.status is not None:
+            told["status"] = asked.status
+            told["blocked_on"] = None  # that of the status before
+        if asked.file is not None:
+            [told["file"]] = await self._paths(session, [asked.file])
+        if asked.message is not None:
+            told["message"] = asked.message
+        if asked.progress is not None:
+            said = asked.progress
+            told["progress"] = said if isinstance(said, str) else f"{said:g}%"
+        if asked.blocked_on is not None:
+            told["blocked_on"] = asked.blocked_on
+        await self._contexts.update(session, **told)
+        return {}
+
+    async def _peers(self, session: SessionName, arguments: JsonObject) -> JsonObject:
+        _checked(_Nothing, "peers", arguments)
+        found = await self._contexts.all()
+        working = {one.session for one in at_work(found)} | {session}
+        return {"peers": [_peer(one, session) for one in found if one.session in working]}
+
+    async def _note(self, session: SessionName, arguments: JsonObject) -> JsonObject:
+        asked = _checked(_Note, "note", arguments)
+        claim = self._claim(session)
+        note = await self.memory.leave(session, asked.text, topic=asked.topic, paths=asked.paths, claim=claim)
+        return {"id": note.id}
+
+    async def _notes(self, _session: SessionName, arguments: JsonObject) -> JsonObject:
+        asked = _checked(_Notes, "notes", arguments)
+        found = await self.memory.find(task=asked.task, topic=asked.topic, paths=asked.paths or ())
+        told = [note.to_json() for note in found[-MOST_TOLD:]]
+        names = ("id", "task", "topic", "paths", "text", "time")
+        return {"notes": [{name: note[name] for name in names} for note in told]}
+
+    async def _ask(self, session: SessionName, arguments: JsonObject) -> JsonObject:
+        task = _checked(_Ask, "ask", arguments).task
+        found = [one for one in at_work(await self._contexts.all(session.run)) if one.task == task]
+        if not found:
+            raise RefusedError(f"task {task!r} has no session at work in this run", "`peers` names those that have")
+        newest = max(found, key=lambda one: one.attempt)
+        here = self._here.get(newest.session)
+        at = await self._elsewhere(newest.session) if here is None else here.at
+        told = await details(self._git, at, self._redactor)
+        return {**told.to_json(), "status": newest.status.value}
+
+    async def _check_edit(self, session: SessionName, arguments: JsonObject) -> JsonObject:
+        path = _checked(_CheckEdit, "check_edit", arguments).path
+        try:
+            [inside] = await self._paths(session, [path])
+        except RefusedError:  # whatever that is, it is nobody's here
+            return _ALLOWED
+        for one in await self._registry.holdings():
+            pattern = next((pattern for pattern in one.patterns if matches(pattern, inside)), None)
+            if pattern is None or one.session[:2] == session[:2]:
+                continue
+            since = one.taken.get(pattern, one.since)
+            reason = f"task {one.session.task} of run {one.session.run} owns {pattern} since {local_time(since)}"
+            return {"allowed": False, "owner": str(one.session), "since": since, "reason": reason}
+        return _ALLOWED
+
+    async def _paths(self, session: SessionName, paths: Sequence[str]) -> list[str]:
+        """Return the one spelling of each path, each once; RefusedError for one that lies outside of the worktree."""
+        worktree = self._here[session].at.worktree
+
+        def look() -> list[str]:
+            tree = worktree.tree
+            return list(dict.fromkeys(canonical(path, tree) for path in paths))
+
+        return await anyio.to_thread.run_sync(look)
+
+
+def _peer(one: SessionContext, me: SessionName) -> JsonObject:
+    value = one.to_json()
+    names = ("run", "task", "attempt", "adapter", "status", "file", "progress", "blocked_on", "files", "updated")
+    return {**{name: value[name] for name in names}, "message": one.words, "is_me": one.session == me}
+
+
+def _checked(model: type[A], command: str, arguments: JsonObject) -> A:
+    try:
+        return model.model_validate(arguments)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        known = ", ".join(model.model_fields) or "none"
+        what = f"`{command}` can't be asked like this: {f'{place}: ' if place else ''}{first['msg'].lower()}"
+        raise RefusedError(what, f"its arguments are: {known}") from None

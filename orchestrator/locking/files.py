@@ -1,0 +1,218 @@
+"""File locks of sessions: which session works at which file now, between the processes of one machine.
+
+For correctness: the kernel frees them when the process that took them dies, whatever its CLIs do then. Each file has a
+permanent lock file (`locking.names`), which whoever holds it alone has signed, and a gate, a second lock: who takes the
+lock passes the gate first, and who has to wait does so in the gate. So nobody who comes later overtakes, and those who
+share a lock do not keep out for ever who wants it alone. Within one process the order is that of asking.
+
+Several are taken in the order of their names or not at all, so that there is no circle; what one call does not know of,
+what its session holds from before, is what the time-out is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import anyio
+
+from orchestrator.clock import Clock
+from orchestrator.domain.sessions import SessionName
+from orchestrator.errors import FileHeld, RefusedError
+from orchestrator.filelock import FileLock, HeldLock, Mode, Signature
+from orchestrator.locking.marks import Mark, all_marks, marked
+from orchestrator.locking.names import canonical, folds_case, lock_name
+
+#: Seconds that a file is waited for.
+TIMEOUT: Final = 5.0
+
+_LOCK, _GATE = ".lock", ".gate"
+
+
+@dataclass(frozen=True, slots=True)
+class FileLockRecord:
+    """One lock of a session's on one file, held or waited for."""
+
+    id: str
+    path: str
+    """Relative to the top of the repository, in the one spelling that the lock is known by."""
+    mode: Mode
+    owner: str
+    """The session, as `<run>/<task>.<attempt>`."""
+    since: float
+    """Wall-clock seconds."""
+    pid: int
+    """Of the process that takes it for the session."""
+    state: Literal["held", "waiting"] = "held"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object that programs get."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    record: FileLockRecord
+    lock: HeldLock
+    mark: Mark | None
+    """Of one that is shared: its lock file has no room for all that share it."""
+
+    def release(self) -> None:
+        if self.mark is None:
+            self.lock.sign(None)
+        self.lock.release()
+        if self.mark is not None:
+            self.mark.drop()
+
+
+class FileLocks:
+    """The file locks that one process takes for its sessions; `folder` is the same for all processes of a project."""
+
+    def __init__(self, folder: Path, clock: Clock) -> None:
+        self._folder, self._clock = folder, clock
+        self._held: dict[SessionName, dict[str, _Held]] = {}
+        self._asked: set[tuple[SessionName, str]] = set()
+
+    async def acquire(
+        self,
+        session: SessionName,
+        paths: Sequence[str],
+        *,
+        shared: bool = False,
+        timeout: float = TIMEOUT,  # noqa: ASYNC109  it raises FileHeld
+        top: Path | None = None,
+    ) -> Sequence[FileLockRecord]:
+        """Lock files for a session, all or none, and return the records; `timeout` is in seconds, 0 only tries.
+
+        `top` is the worktree in which the paths are looked up; without it no link is followed. Raises FileHeld, which
+        names who was in the way, and RefusedError at once for a path outside of the repository and for one that the
+        session has locked, or is waiting for, already. A cancelled call has locked nothing.
+        """
+        wanted = self._wanted(session, paths, top)
+        self._asked |= {(session, path) for path in wanted}
+        at = next(iter(wanted), "")
+        try:
+            with ExitStack() as releases:
+                taken: dict[str, _Held] = {}
+                with anyio.move_on_after(timeout):
+                    for path in wanted:
+                        at = path
+                        taken[path] = await self._take(session, path, shared=shared, patient=timeout > 0)
+                        releases.callback(taken[path].release)
+                if len(taken) < len(wanted):
+                    raise self._refusal(at)
+                self._held.setdefault(session, {}).update(taken)
+                releases.pop_all()
+                return [held.record for held in taken.values()]
+        finally:
+            self._asked -= {(session, path) for path in wanted}
+
+    async def release(self, session: SessionName, paths: Sequence[str], *, top: Path | None = None) -> int:
+        """Give locks of a session's back; return how many of the paths it had locked."""
+        held = self._held.get(session, {})
+        given = {self._canonical(path, top) for path in paths} & held.keys()
+        return self._give_back(session, given)
+
+    async def release_all(self, session: SessionName) -> int:
+        """Give back all that a session has locked; return how much that was."""
+        return self._give_back(session, list(self._held.get(session, {})))
+
+    def held(self, session: SessionName | None = None) -> Sequence[FileLockRecord]:
+        """Return what this process holds, for one session or for all."""
+        chosen = self._held if session is None else {session: self._held.get(session, {})}
+        return [one.record for held in chosen.values() for one in held.values()]
+
+    @cached_property
+    def _folds_case(self) -> bool:
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folds_case(self._folder)
+
+    def _canonical(self, path: str, top: Path | None) -> str:
+        return canonical(path, top, folds_case=self._folds_case)
+
+    def _wanted(self, session: SessionName, paths: Sequence[str], top: Path | None) -> list[str]:
+        wanted = sorted({self._canonical(path, top) for path in paths})
+        for path in wanted:
+            if path in self._held.get(session, {}):
+                raise RefusedError(f"{session} has locked {path} already", "go on with it, or unlock it first")
+            if (session, path) in self._asked:
+                raise RefusedError(f"{session} is waiting for {path} already", "wait for that, or cancel it first")
+        return wanted
+
+    async def _take(self, session: SessionName, path: str, *, shared: bool, patient: bool) -> _Held:
+        name = lock_name(path)
+        mode: Mode = "shared" if shared else "exclusive"
+        lock = self._pass(name, shared=shared)
+        if lock is None:
+            if not patient:
+                raise self._refusal(path)
+            with marked(self._folder, "waits", self._signature(session, path, mode)):
+                gate = await FileLock(self._folder / f"{name}{_GATE}").take()
+                try:
+                    lock = await FileLock(self._folder / f"{name}{_LOCK}").take(shared=shared)
+                finally:
+                    gate.release()
+        signature = self._signature(session, path, mode)
+        with ExitStack() as stack:
+            stack.callback(lock.release)
+            mark = Mark(self._folder, "shares", signature) if shared else None
+            if mark is None:
+                lock.sign(signature)
+            stack.pop_all()
+        return _Held(_record(signature), lock, mark)
+
+    def _pass(self, name: str, *, shared: bool) -> HeldLock | None:
+        """Take a lock that nobody holds or waits for."""
+        # On the loop: what has not to wait costs less than handing it to a thread.
+        gate = FileLock(self._folder / f"{name}{_GATE}").take_now()
+        if gate is None:
+            return None
+        try:
+            return FileLock(self._folder / f"{name}{_LOCK}").take_now(shared=shared)
+        finally:
+            gate.release()
+
+    def _signature(self, session: SessionName, path: str, mode: Mode) -> Signature:
+        return Signature.now(self._clock.now(), mode, str(session), path)
+
+    def _refusal(self, path: str) -> FileHeld:
+        for one in records(self._folder, lock_name(path)):
+            if one.path == path and one.state == "held":
+                return FileHeld(path, f"{one.owner} (process {one.pid})", one.since)
+        return FileHeld(path, "somebody who has not signed it", None)
+
+    def _give_back(self, session: SessionName, paths: Iterable[str]) -> int:
+        held = self._held.get(session, {})
+        given = [held.pop(path) for path in paths]
+        if not held:
+            self._held.pop(session, None)
+        for one in given:
+            one.release()
+        return len(given)
+
+
+def records(folder: Path, name: str = "*") -> list[FileLockRecord]:
+    """Return all file locks of a folder, held and waited for, the oldest first; of one lock by its `lock_name`.
+
+    Any process can look. Whoever only tries to take a lock at that moment may find it held.
+    """
+    found = [_record(one.signature, "held" if one.kind == "shares" else "waiting") for one in all_marks(folder)]
+    for path in folder.glob(f"{name}{_LOCK}"):
+        signature = Signature.read(path)
+        if signature is None:  # nobody has it alone
+            continue
+        if (free := FileLock(path).take_now(shared=True)) is not None:
+            free.release()  # its process died with it
+        else:
+            found.append(_record(signature))
+    return sorted(found, key=lambda one: (one.since, one.path, one.owner))
+
+
+def _record(signature: Signature, state: Literal["held", "waiting"] = "held") -> FileLockRecord:
+    return FileLockRecord(
+        signature.id, signature.subject, signature.mode, signature.owner, signature.since, signature.pid, state
+    )

@@ -1,0 +1,83 @@
+"""Marks: small files that say who shares a lock or waits for one, for as long as whoever made them lives.
+
+A mark proves nothing and decides nothing: it is there for people to see. Its maker holds a lock on it, so that one
+that was left behind is known by its being free.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Final, Literal, NamedTuple
+
+from orchestrator.filelock import FileLock, Signature
+
+Kind = Literal["shares", "waits"]
+
+#: More than it takes to make a mark, by far.
+_SECONDS_TO_MAKE: Final = 60.0
+
+
+class Found(NamedTuple):
+    """A mark of somebody who lives."""
+
+    kind: Kind
+    signature: Signature
+
+
+class Mark:
+    """A mark that is there until it is dropped."""
+
+    def __init__(self, folder: Path, kind: Kind, signature: Signature) -> None:
+        """Make a mark; OSError if that can't be done."""
+        self._path = folder / f"{signature.id}.{kind}"
+        made = folder / f"{signature.id}.new"
+        lock = FileLock(made).take_now()
+        assert lock is not None, "nobody else knows of it"  # noqa: S101  its name is new
+        self._lock = lock
+        with ExitStack() as stack:
+            stack.callback(lock.release)
+            stack.callback(made.unlink, missing_ok=True)
+            lock.sign(signature)
+            made.rename(self._path)  # from now on it can be found, and is locked already
+            stack.pop_all()
+
+    def drop(self) -> None:
+        """Remove it; once."""
+        self._path.unlink(missing_ok=True)
+        self._lock.release()
+
+
+@contextmanager
+def marked(folder: Path, kind: Kind, signature: Signature) -> Iterator[None]:
+    """Have a mark for the body."""
+    mark = Mark(folder, kind, signature)
+    try:
+        yield
+    finally:
+        mark.drop()
+
+
+def all_marks(folder: Path) -> Iterator[Found]:
+    """Yield the marks of those who live, and remove what others left."""
+    kinds: tuple[Kind, Kind] = ("shares", "waits")
+    for kind in kinds:
+        for path in sorted(folder.glob(f"*.{kind}")):
+            signature = Signature.read(path)
+            # Shared, or two that look at once would take each other for its maker.
+            if (left := FileLock(path).take_now(shared=True)) is not None:
+                path.unlink(missing_ok=True)
+                left.release()
+            elif signature is not None:
+                yield Found(kind, signature)
+    for path in folder.glob("*.new"):
+        _remove_old(path)
+
+
+def _remove_old(path: Path) -> None:
+    """Remove what was to become a mark when its maker was killed; one that is being made is younger."""
+    with suppress(FileNotFoundError):
+        if time.time() - path.stat().st_mtime > _SECONDS_TO_MAKE:
+            path.unlink()

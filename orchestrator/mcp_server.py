@@ -1,0 +1,102 @@
+"""The commands of a session as tools, by the Model Context Protocol (https://modelcontextprotocol.io).
+
+A face like the command line: what it is asked goes through the session's mailbox, and it may no more than that session.
+The official SDK is imported when it is needed, for it takes long and is an extra.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio.to_thread
+
+from orchestrator.client import main as client
+from orchestrator.client.commands import COMMANDS, PATHS, SECONDS, SERVER, Argument, Asked
+from orchestrator.client.session import AskError, Session, find_session
+from orchestrator.client.words import Typed
+from orchestrator.errors import RefusedError
+from orchestrator.protocols import JsonObject
+
+if TYPE_CHECKING:
+    from mcp_types import CallToolRequestParams, CallToolResult, ListToolsResult, PaginatedRequestParams
+
+_INSTALL = "`pip install 'cli-council[mcp]'` into the environment of `council`"
+_INSTRUCTIONS = (
+    "Other agents work on the same repository at the same time, each in a worktree of its own. Lock the files that you "
+    "are about to change, tell by report what you are at, and leave notes that later sessions should know."
+)
+
+
+async def serve() -> None:
+    """Serve on standard input and output until that ends.
+
+    Raises RefusedError where this process is in no session, or where the SDK is not installed.
+    """
+    try:
+        from mcp.server.lowlevel import Server  # noqa: PLC0415  an extra
+        from mcp.server.stdio import stdio_server  # noqa: PLC0415
+    except ImportError:
+        raise RefusedError("the SDK of the Model Context Protocol is not installed", _INSTALL) from None
+    try:
+        session = find_session(os.environ, str(Path.cwd()))
+    except AskError as error:
+        raise RefusedError(error.what, error.remedy) from None
+
+    async def call(_: Any, params: CallToolRequestParams) -> CallToolResult:
+        return await anyio.to_thread.run_sync(partial(_call, session, params.name, params.arguments or {}))
+
+    server = Server(SERVER, instructions=_INSTRUCTIONS, on_list_tools=_list, on_call_tool=call)
+    async with stdio_server() as (incoming, outgoing):
+        await server.run(incoming, outgoing, server.create_initialization_options())
+
+
+async def _list(_: Any, _params: PaginatedRequestParams | None) -> ListToolsResult:
+    from mcp_types import ListToolsResult, Tool  # noqa: PLC0415
+
+    return ListToolsResult(
+        tools=[
+            Tool(name=one.name, description=f"{one.help} {one.more}", input_schema=input_schema(one))
+            for one in COMMANDS.values()
+        ]
+    )
+
+
+def _call(session: Session, name: str, given: JsonObject) -> CallToolResult:
+    from mcp_types import CallToolResult, TextContent  # noqa: PLC0415
+
+    def said(text: str, *, is_error: bool = False, result: JsonObject | None = None) -> CallToolResult:
+        return CallToolResult(content=[TextContent(text=text)], structured_content=result, is_error=is_error)
+
+    command = COMMANDS.get(name)
+    if command is None:
+        return said(f"there is no tool {name[:40]!r}: there are {', '.join(COMMANDS)}", is_error=True)
+    try:
+        result = dict(client.ask(session, Typed(command, given, as_json=True), session.tree))
+    except AskError as error:
+        return said(str(error), is_error=True)
+    return said(json.dumps(result), result=result)
+
+
+def input_schema(command: Asked) -> JsonObject:
+    """Return the JSON Schema of what a command takes; paths are from the worktree's top."""
+    return {
+        "type": "object",
+        "properties": {one.name: _schema(one) for one in command.arguments},
+        "required": [one.name for one in command.arguments if one.is_needed],
+        "additionalProperties": False,
+    }
+
+
+def _schema(argument: Argument) -> JsonObject:
+    schema: JsonObject = {"type": "string"}
+    if argument.kind == PATHS:
+        schema = {"type": "array", "items": {"type": "string"}}
+    elif argument.kind == SECONDS:
+        schema = {"type": "number", "minimum": 0}
+    elif argument.choices:
+        schema["enum"] = list(argument.choices)
+    return {**schema, "description": argument.help}

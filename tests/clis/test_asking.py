@@ -1,0 +1,39 @@
+"""Real programs, and the sessions beside them: what they can ask their orchestrator by, and what keeps them off."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from orchestrator import Council
+from tests.clis.conftest import Stage
+from tests.clis.programs import Program
+from tests.desks import MemoryDesk, answer_in_runs
+
+pytestmark = [pytest.mark.clis, pytest.mark.timeout(300)]
+
+
+async def test_a_session_asks_and_leaves_alone_what_is_anothers(
+    stage: Stage, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its shell knows `council`, its model the tools, and a file of another session is not written."""
+    for name, value in stage.repository.environ.items():
+        monkeypatch.setenv(name, value)
+    desk = MemoryDesk(foreign={"theirs.txt": "run-0/other.1"})
+    answer_in_runs(desk, monkeypatch)
+    prompt = "write theirs.txt hi\nrun council lock ours.txt\nwrite ours.txt hi"
+    path = stage.configure([{"id": "task", "adapter": next(iter(stage.programs)), "timeout": "3m", "prompt": prompt}])
+    async with Council.open(path) as council:
+        report = await council.run()
+    assert [task.state for task in report.tasks] == ["landed"], report
+    names = stage.repository.git("ls-tree", "--name-only", "main").splitlines()
+    assert ("ours.txt" in names, "theirs.txt" in names) == (True, not program.asks_before_edits)
+    told = [json.dumps(one.body) for one in stage.server.requests if one.dialect]
+    assert any("theirs.txt belongs to run-0/other.1" in one for one in told) is program.asks_before_edits
+    if program.has_servers:  # and with that tools at all
+        # One that has its model search for tools tells it of the server alone.
+        assert any("Take files for this session alone" in one or "Other agents work on the same" in one for one in told)
+        asked = [arguments for _, command, arguments in desk.asked if command == "lock"]
+        assert asked == ([{"paths": ["ours.txt"], "wait": 5.0}] if program.keeps_path else [])
+    await stage.assert_clean()

@@ -1,0 +1,203 @@
+"""What sessions are at, on each store: written under their claims, read by all, gone after a while."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import anyio
+import pytest
+
+from orchestrator.domain.contexts import STALE_AFTER, SessionStatus
+from orchestrator.domain.secrets import REDACTED, Redactor
+from orchestrator.domain.sessions import SessionName
+from orchestrator.engine.contexts import Contexts, context_key, read_contexts
+from orchestrator.errors import LeaseLost, RefusedError
+from orchestrator.locking.registry import claim_key
+from orchestrator.protocols import Commit, Guard, Store, Write
+from orchestrator.state.file import FileStore
+from orchestrator.state.memory import MemoryStore
+from orchestrator.state.upkeep import sweep
+from orchestrator.testing.clock import ManualClock
+
+API, WEB, OTHER = SessionName("r", "api", 1), SessionName("r", "web", 2), SessionName("s", "api", 1)
+SECRET = "hunter2hunter2"
+SCOPE = "0123456789abcdef"
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture(params=["memory", "file"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path, clock: ManualClock) -> AsyncIterator[Store]:
+    """Each kind of store."""
+    async with AsyncExitStack() as stack:
+        if request.param == "memory":
+            yield MemoryStore(clock)
+        else:
+            yield await stack.enter_async_context(FileStore.open(tmp_path / "state", clock))
+
+
+@pytest.fixture
+def contexts(store: Store, clock: ManualClock) -> Contexts:
+    """Those of one process."""
+    return Contexts(store, clock, SCOPE, Redactor([SECRET]), orchestrator="o1")
+
+
+@pytest.fixture
+def others(store: Store, clock: ManualClock) -> Contexts:
+    """Those of another process on the same store."""
+    return Contexts(store, clock, SCOPE, Redactor(), orchestrator="o2")
+
+
+async def test_what_one_session_reports_every_process_reads(
+    contexts: Contexts, others: Contexts, clock: ManualClock
+) -> None:
+    """What is not named stays as it was; each report says when."""
+    await contexts.begin(API, "fixer")
+    clock.advance(5)
+    await contexts.update(API, file="src/api.py", message="adds an endpoint", progress="50%")
+    await contexts.update(API, status=SessionStatus.WORKING)
+    found = await others.read(API)
+    assert found is not None
+    assert (found.session, found.adapter, found.orchestrator) == (API, "fixer", "o1")
+    assert (found.file, found.message, found.progress) == ("src/api.py", "adds an endpoint", "50%")
+    assert (found.updated - found.started, found.status) == (5, SessionStatus.WORKING)
+    await contexts.mark_blocked(API, "waits for the schema", "src/models.py")
+    found = await others.read(API)
+    assert found is not None
+    assert (found.status, found.blocked_on, found.message) == ("blocked", "src/models.py", "waits for the schema")
+    assert [one.session for one in await others.all("r")] == [API]
+    assert await others.all("s") == []
+
+
+async def test_files_that_several_are_on_are_conflicts(contexts: Contexts, others: Contexts) -> None:
+    """At work on it or having it locked; not those that are done, and not those of another scope."""
+    await contexts.begin(API, "fixer")
+    await others.begin(WEB, "fixer")
+    await others.begin(OTHER, "fixer")
+    await contexts.update(API, file="src/api.py")
+    await others.hold(WEB, ["src/api.py", "src/web.py"])
+    await others.update(OTHER, file="src/web.py", status=SessionStatus.DONE)
+    assert {path: [one.task for one in on] for path, on in (await contexts.conflicts()).items()} == {
+        "src/api.py": ["api", "web"]
+    }
+    assert [one.session for one in await contexts.on("src/web.py")] == [WEB]
+    await others.end(WEB)
+    assert await contexts.conflicts() == {}
+
+
+async def test_a_task_at_a_glance(contexts: Contexts) -> None:
+    """Its sessions are counted by status, with the files that they are on."""
+    sessions = [SessionName("r", "api", number) for number in (1, 2, 3)]
+    for one in sessions:
+        await contexts.begin(one, "fixer")
+    await contexts.begin(WEB, "fixer")
+    await contexts.update(sessions[0], file="b.py")
+    await contexts.mark_blocked(sessions[1], "x", "y")
+    await contexts.hold(sessions[1], ["a.py"])
+    await contexts.end(sessions[2])
+    found = await contexts.summary("r", "api")
+    assert found.by_status == {"working": 1, "blocked": 1, "waiting": 0, "done": 1}
+    assert (found.total, found.files) == (3, ["a.py", "b.py"])
+
+
+async def test_who_waits_is_as_before_when_it_is_over(contexts: Contexts) -> None:
+    """Unless it has said otherwise in the meantime."""
+    await contexts.begin(API, "fixer")
+    await contexts.mark_blocked(API, "x", "the schema")
+    async with contexts.waiting(API, "src/a.py"):
+        found = await contexts.read(API)
+        assert found is not None
+        assert (found.status, found.blocked_on) == ("waiting", "src/a.py")
+    found = await contexts.read(API)
+    assert found is not None
+    assert (found.status, found.blocked_on) == ("blocked", "the schema")
+    async with contexts.waiting(API, "src/a.py"):
+        await contexts.update(API, status=SessionStatus.DONE)
+    found = await contexts.read(API)
+    assert found is not None
+    assert found.status == "done"
+
+
+async def test_what_was_not_heard_of_for_half_an_hour_is_gone(
+    contexts: Contexts, others: Contexts, store: Store, clock: ManualClock
+) -> None:
+    """By itself; each word renews it, and one that speaks again is there again with all that it said."""
+    await contexts.begin(API, "fixer")
+    await contexts.begin(WEB, "fixer")
+    await contexts.update(API, message="long work")
+    clock.advance(STALE_AFTER - 1)
+    await contexts.update(WEB, progress="1 of 2")
+    clock.advance(1)
+    assert [one.session for one in await others.all()] == [WEB]
+    assert await sweep(store, {}) == [context_key(API)]
+    await contexts.update(API, progress="90%")
+    found = await others.read(API)
+    assert found is not None
+    assert (found.message, found.progress) == ("long work", "90%")
+
+
+async def test_old_ones_are_removed_on_request(contexts: Contexts, others: Contexts, clock: ManualClock) -> None:
+    """Those that are older than is said, and those whose time is over; whoever wrote them."""
+    await contexts.begin(API, "fixer")
+    clock.advance(STALE_AFTER)
+    await contexts.begin(WEB, "fixer")
+    clock.advance(60)
+    await contexts.begin(OTHER, "fixer")
+    assert await others.clean(61) == ["r/api.1"]
+    assert await others.clean(60) == ["r/web.2"]
+    assert await others.clean(0) == ["s/api.1"]
+    assert await others.clean(0) == []
+    await contexts.update(OTHER, message="still there")
+    assert [one.message for one in await others.all()] == ["still there"]
+
+
+async def test_who_was_taken_over_writes_nothing_any_more(store: Store, clock: ManualClock) -> None:
+    """A record is written under the claim of its task; the new owner ends what the old one has left."""
+    key = claim_key(API)
+    await store.commit(Commit([Write(key, 0, {"epoch": 1, "released": None})]))
+    old = Contexts(store, clock, SCOPE, Redactor(), orchestrator="o1", claim=lambda _: Guard(key, 1))
+    await old.begin(API, "fixer")
+    await store.commit(Commit([Write(key, 1, {"epoch": 2, "released": None})]))
+    new = Contexts(store, clock, SCOPE, Redactor(), orchestrator="o2", claim=lambda _: Guard(key, 2))
+    await new.end(API)
+    with pytest.raises(LeaseLost):
+        await old.update(API, message="am I here?")
+    await old.end(API)
+    found = await new.read(API)
+    assert found is not None
+    assert (found.status, found.message) == ("done", None)
+    await new.end(SessionName("r", "nobody", 1))
+    assert len(await new.all()) == 1
+
+
+async def test_words_of_programs_are_made_fit(contexts: Contexts) -> None:
+    """Secrets are hidden, half characters replaced, long messages cut; who is not at work here is refused."""
+    await contexts.begin(API, "fixer")
+    found = await contexts.update(API, message=f"uses {SECRET} \ud800 " + "x" * 600, progress="9" * 50)
+    assert found.message is not None
+    assert found.message.startswith(f"uses {REDACTED} ? xxx")
+    assert (len(found.message), len(found.progress or "")) == (500, 40)
+    assert (await contexts.saw(API, f"Bash curl {SECRET}", None)).seen == f"Bash curl {REDACTED}"
+    with pytest.raises(RefusedError, match="not at work here"):
+        await contexts.update(WEB, message="x")
+
+
+async def test_many_words_at_once_are_all_there(contexts: Contexts, others: Contexts, store: Store) -> None:
+    """Of one session none overtakes another, and what is cleaned away meanwhile comes back."""
+    await contexts.begin(API, "fixer")
+
+    async def say(number: int) -> None:
+        await (contexts.update(API, progress=str(number)) if number % 2 else contexts.hold(API, [f"{number}.py"]))
+
+    async with anyio.create_task_group() as group:
+        for number in range(20):
+            group.start_soon(say, number)
+        group.start_soon(others.clean, 0)
+    await contexts.update(API, message="last")
+    [found] = await read_contexts(store, "r")
+    assert (found.progress, found.files, found.message) == ("19", ("18.py",), "last")

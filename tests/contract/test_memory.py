@@ -1,0 +1,127 @@
+"""Notes that sessions leave, on each store: found again, bounded, kept by checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import anyio
+import pytest
+
+from orchestrator.domain import notes as bounds
+from orchestrator.domain.secrets import REDACTED, Redactor
+from orchestrator.domain.sessions import SessionName
+from orchestrator.engine.memory import Memory
+from orchestrator.errors import LeaseLost, RefusedError
+from orchestrator.locking.registry import claim_key
+from orchestrator.protocols import Commit, Guard, Store, Write
+from orchestrator.state.file import FileStore
+from orchestrator.state.memory import MemoryStore
+from orchestrator.testing.clock import ManualClock
+
+API, WEB = SessionName("r", "api", 1), SessionName("s", "web", 2)
+SECRET = "hunter2hunter2"
+SCOPE = "0123456789abcdef"
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture(params=["memory", "file"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path, clock: ManualClock) -> AsyncIterator[Store]:
+    """Each kind of store."""
+    async with AsyncExitStack() as stack:
+        if request.param == "memory":
+            yield MemoryStore(clock)
+        else:
+            yield await stack.enter_async_context(FileStore.open(tmp_path / "state", clock))
+
+
+@pytest.fixture
+def memory(store: Store, clock: ManualClock) -> Memory:
+    """The notes of a scope."""
+    return Memory(store, clock, SCOPE, Redactor([SECRET]))
+
+
+async def test_notes_are_found_by_task_topic_and_path(memory: Memory, store: Store, clock: ManualClock) -> None:
+    """Paths are patterns that overlap, topics count in whatever case, and all that is asked must fit."""
+    first = await memory.leave(API, "the port is 8080", topic="Set-up", paths=["src/api/**"])
+    clock.advance(1)
+    second = await memory.leave(WEB, "run npm ci first", topic="set-up")
+    assert await memory.all() == [first, second]
+    assert await memory.find(task="api") == [first]
+    assert await memory.find(topic="SET-UP") == [first, second]
+    assert await memory.find(paths=["src/*/routes.py"]) == [first]
+    assert await memory.find(topic="set-up", task="web", paths=["src"]) == []
+    assert await memory.concerning("web", ["src/**"]) == [first, second]
+    assert await memory.concerning("docs", ["docs/**"]) == []
+    assert await Memory(store, clock, "another", Redactor()).all() == []
+    with pytest.raises(RefusedError, match="no path"):
+        await memory.find(paths=["/etc"])
+    assert (first.text, first.task, first.attempt, first.run) == ("the port is 8080", "api", 1, "r")
+
+
+async def test_of_too_many_the_oldest_go(memory: Memory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scope has room for so many."""
+    monkeypatch.setattr("orchestrator.engine.memory.MOST_NOTES", 3)
+    for number in range(5):
+        await memory.leave(API, f"note {number}")
+        clock.advance(0.002)
+    assert [one.text for one in await memory.all()] == ["note 2", "note 3", "note 4"]
+
+
+async def test_many_at_once_all_stay(memory: Memory) -> None:
+    """Nobody's note takes another's place."""
+    async with anyio.create_task_group() as group:
+        for number in range(20):
+            group.start_soon(memory.leave, API, f"note {number}")
+    assert {one.text for one in await memory.all()} == {f"note {number}" for number in range(20)}
+
+
+@pytest.mark.parametrize(
+    ("text", "topic", "paths", "why"),
+    [
+        ("  \n", None, [], "has no text"),
+        ("ä" * 2049, None, [], "4098 bytes, 4096 fit"),
+        ("x", "t" * 101, [], "101 characters"),
+        ("x", " ", [], "0 characters"),
+        ("x", None, ["a"] * 51, "51 paths, 50 fit"),
+        ("x", None, ["a" * 1001], "1001 characters"),
+        ("x", None, ["../a"], "no path to own"),
+    ],
+)
+async def test_what_does_not_fit_is_refused(
+    memory: Memory, text: str, topic: str | None, paths: list[str], why: str
+) -> None:
+    """With what would fit; nothing is kept."""
+    with pytest.raises(RefusedError, match=why):
+        await memory.leave(API, text, topic=topic, paths=paths)
+    assert await memory.all() == []
+
+
+async def test_secrets_stay_out_and_the_largest_note_fits(memory: Memory) -> None:
+    """Also in topics; what is not Unicode is replaced."""
+    note = await memory.leave(API, f"key {SECRET}\ud800", topic=f"about {SECRET}")
+    assert (note.text, note.topic) == (f"key {REDACTED}?", f"about {REDACTED}")
+    assert len((await memory.leave(API, "x" * bounds.LONGEST_TEXT)).text) == bounds.LONGEST_TEXT
+
+
+async def test_a_note_is_dropped_by_its_id(memory: Memory) -> None:
+    """One that is not there is refused."""
+    note = await memory.leave(API, "wrong")
+    await memory.drop(note.id)
+    assert await memory.all() == []
+    with pytest.raises(RefusedError, match="no note"):
+        await memory.drop(note.id)
+
+
+async def test_who_was_taken_over_leaves_no_note(memory: Memory, store: Store) -> None:
+    """It is written under the claim of its task."""
+    await store.commit(Commit([Write(claim_key(API), 0, {"epoch": 2, "released": None})]))
+    with pytest.raises(LeaseLost):
+        await memory.leave(API, "late", claim=Guard(claim_key(API), 1))
+    await memory.leave(API, "in time", claim=Guard(claim_key(API), 2))
+    assert [one.text for one in await memory.all()] == ["in time"]

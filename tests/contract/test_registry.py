@@ -1,0 +1,261 @@
+"""The registry of ownership on each store: who owns what, in which order, and what is left behind."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import anyio
+import pytest
+
+from orchestrator.clock import SystemClock
+from orchestrator.domain.holdings import HeldBy
+from orchestrator.domain.sessions import SessionName
+from orchestrator.errors import LeaseLost, RefusedError, VersionConflict
+from orchestrator.locking.registry import Registry, claim_key, scope_of
+from orchestrator.protocols import Commit, Guard, Store, Write
+from orchestrator.state.file import FileStore
+from orchestrator.state.memory import MemoryStore
+
+SCOPE = scope_of("/repo", "main")
+ADA, BOB, EVE = (SessionName("r", task, 1) for task in ("ada", "bob", "eve"))
+
+
+async def claimed(store: Store, session: SessionName) -> Guard:
+    """Claim a session's task anew, under the next epoch."""
+    key = claim_key(session)
+    found = await store.get(key)
+    version = found.version if found else 0
+    await store.commit(Commit([Write(key, version, {"epoch": version + 1, "released": None})]))
+    return Guard(key, version + 1)
+
+
+async def end(store: Store, claim: Guard, how: str) -> None:
+    """Release a claim."""
+    found = await store.get(claim.key)
+    assert found is not None
+    await store.commit(Commit([Write(claim.key, found.version, {**found.value, "released": how})]))
+
+
+class Owners:
+    """Sessions that take of one registry, each with a claim of its own."""
+
+    def __init__(self, store: Store, scope: str = SCOPE) -> None:
+        self.store, self.registry = store, Registry(store, SystemClock(), scope)
+        self.claims: dict[SessionName, Guard] = {}
+
+    async def take(self, session: SessionName, *patterns: str, wait: float = 0.0) -> HeldBy | None:
+        if session not in self.claims:
+            self.claims[session] = await claimed(self.store, session)
+        return await self.registry.take(session, patterns, orchestrator="o1", claim=self.claims[session], wait=wait)
+
+    async def owned(self) -> dict[str, Sequence[str]]:
+        return {one.session.task: one.patterns for one in await self.registry.holdings() if one.patterns}
+
+    async def events(self, *types: str) -> list[str]:
+        found = []
+        until, records = await self.store.position(), self.store.watch()
+        async for record in records:
+            found += [f"{event.type} {event.data['task']}" for event in record.events if event.type in types]
+            if record.position == until:
+                break
+        await records.aclose()
+        return found
+
+
+class RegistryContract(ABC):
+    """What holds on every store."""
+
+    @abstractmethod
+    def open_store(self) -> AbstractAsyncContextManager[Store]:
+        """Open an empty store."""
+
+    @asynccontextmanager
+    async def owners(self) -> AsyncIterator[Owners]:
+        async with self.open_store() as store:
+            yield Owners(store)
+
+    async def test_what_is_taken_is_refused_to_others_by_name(self) -> None:
+        """The refusal says who holds which pattern since when; what does not overlap is free."""
+        async with self.owners() as owners:
+            assert await owners.take(ADA, "src/models/**", "docs/a.md") is None
+            held = await owners.take(BOB, "tests/**", "src/models/user.py")
+            assert held is not None
+            assert (held.holder, held.pattern, held.wanted) == (ADA, "src/models/**", "src/models/user.py")
+            (holding,) = await owners.registry.holdings()
+            assert held.since == holding.since
+            assert await owners.take(BOB, "tests/**") is None
+            assert await owners.owned() == {"ada": ("src/models/**", "docs/a.md"), "bob": ("tests/**",)}
+            assert await owners.events("ownership.taken", "ownership.refused") == [
+                "ownership.taken ada",
+                "ownership.refused bob",
+                "ownership.taken bob",
+            ]
+
+    async def test_a_session_takes_more_and_gives_back(self) -> None:
+        """What it takes twice it has once; what it gives back is free, and on record as what it had."""
+        async with self.owners() as owners:
+            await owners.take(ADA, "a", "b")
+            await owners.take(ADA, "b", "c")
+            assert await owners.owned() == {"ada": ("a", "b", "c")}
+            assert await owners.registry.give_back(ADA, ["a", "zzz"], owners.claims[ADA]) == ["a"]
+            assert await owners.registry.give_back(ADA, ["a"], owners.claims[ADA]) == []
+            assert await owners.take(BOB, "a") is None
+            assert await owners.owned() == {"ada": ("b", "c"), "bob": ("a",)}
+            assert await owners.registry.had(ADA) == ("a", "b", "c")
+            assert await owners.events("ownership.given_back") == ["ownership.given_back ada"]
+
+    async def test_two_that_plan_at_once_do_not_both_get_it(self) -> None:
+        """The second commit of two that were planned on the same state is refused, whatever their patterns are."""
+        async with self.owners() as owners:
+            plans = []
+            for session in (ADA, BOB):
+                claim = await claimed(owners.store, session)
+                plan = await owners.registry.plan(session, ["a"], orchestrator="o1", claim=claim)
+                assert not isinstance(plan, HeldBy)
+                plans.append(plan)
+            await owners.store.commit(Commit(plans[0]))
+            with pytest.raises(VersionConflict):
+                await owners.store.commit(Commit(plans[1]))
+            assert await owners.owned() == {"ada": ("a",)}
+
+    async def test_a_plan_and_its_claim_are_one_commit(self) -> None:
+        """The claim may be written by the commit that takes; before it there is nothing that counts."""
+        async with self.owners() as owners:
+            claim = Guard(claim_key(ADA), 1)
+            plan = await owners.registry.plan(ADA, ["a"], orchestrator="o1", claim=claim)
+            assert not isinstance(plan, HeldBy)
+            assert await owners.registry.holdings() == []
+            write = Write(claim.key, 0, {"epoch": 1, "released": None})
+            await owners.store.commit(Commit([write, *plan]))
+            assert await owners.owned() == {"ada": ("a",)}
+
+    async def test_what_ends_with_its_session_is_free(self) -> None:
+        """`release` gives what the ending commit must write; the patterns stay on record."""
+        async with self.owners() as owners:
+            await owners.take(ADA, "a")
+            await owners.store.commit(Commit(await owners.registry.release(ADA)))
+            assert await owners.registry.release(ADA) == []
+            assert await owners.take(BOB, "a") is None
+            assert await owners.registry.had(ADA) == ("a",)
+
+    @pytest.mark.parametrize("how", ["complete", "abandoned", "failed"])
+    async def test_a_holding_of_a_claim_that_is_over_does_not_count(self, how: str) -> None:
+        """Whoever takes next has it, and the document that was left is gone."""
+        async with self.owners() as owners:
+            await owners.take(ADA, "a")
+            await end(owners.store, owners.claims[ADA], how)
+            assert await owners.owned() == {}
+            assert await owners.take(BOB, "a") is None
+            assert await owners.store.get(owners.registry.key(ADA)) is None
+
+    async def test_who_was_taken_over_can_neither_take_nor_give_back(self) -> None:
+        """The claim's new epoch makes what the old owner holds stale, and refuses what it writes."""
+        async with self.owners() as owners:
+            await owners.take(ADA, "a")
+            old = owners.claims.pop(ADA)
+            again = ADA._replace(attempt=2)
+            owners.claims[again] = await claimed(owners.store, ADA)
+            assert await owners.owned() == {}
+            with pytest.raises(LeaseLost):
+                await owners.registry.take(ADA, ["b"], orchestrator="o1", claim=old)
+            with pytest.raises(LeaseLost):
+                await owners.registry.give_back(ADA, ["a"], old)
+            assert await owners.take(again, "a") is None
+            assert [one.session for one in await owners.registry.holdings()] == [again]
+
+    async def test_attempts_of_one_task_are_not_in_each_others_way(self) -> None:
+        """Under one claim, what an earlier attempt left goes over to the next."""
+        async with self.owners() as owners:
+            await owners.take(ADA, "a", "b")
+            again = ADA._replace(attempt=2)
+            owners.claims[again] = owners.claims[ADA]
+            assert await owners.take(again, "a") is None
+            assert [(one.session, one.patterns) for one in await owners.registry.holdings()] == [(again, ("a",))]
+
+    async def test_who_waits_is_on_record_and_gets_it_when_it_is_free(self) -> None:
+        """A wait shows in the holdings for as long as it lasts."""
+        async with self.owners() as owners:
+            await owners.take(ADA, "a")
+            got: list[HeldBy | None] = []
+
+            async def wait() -> None:
+                got.append(await owners.take(BOB, "a", wait=60))
+
+            async with anyio.create_task_group() as group:
+                group.start_soon(wait)
+                while not (waiting := [one for one in await owners.registry.holdings() if one.waiting]):
+                    await anyio.sleep(0)
+                assert waiting[0].session == BOB
+                assert waiting[0].waiting is not None
+                assert waiting[0].waiting.patterns == ("a",)
+                await owners.registry.give_back(ADA, ["a"], owners.claims[ADA])
+            assert got == [None]
+            assert [one.waiting for one in await owners.registry.holdings()] == [None, None]
+            assert (await owners.owned())["bob"] == ("a",)
+
+    async def test_a_wait_that_ends_in_vain_or_is_cancelled_leaves_nothing(self) -> None:
+        """Neither ownership nor a waiter is left."""
+        async with self.owners() as owners:
+            await owners.take(ADA, "a")
+            held = await owners.take(BOB, "a", wait=0.05)
+            assert held is not None
+            assert held.holder == ADA
+            async with anyio.create_task_group() as group:
+                group.start_soon(lambda: owners.take(EVE, "a", wait=60))
+                while len(await owners.registry.holdings()) < 2:
+                    await anyio.sleep(0)
+                group.cancel_scope.cancel()
+            assert [one.session for one in await owners.registry.holdings()] == [ADA]
+            assert await owners.store.get(owners.registry.key(BOB)) is None
+
+    async def test_scopes_have_nothing_to_do_with_each_other(self) -> None:
+        """The same path of another target or repository is another path."""
+        async with self.owners() as owners:
+            other = Owners(owners.store, scope_of("/repo", "next"))
+            await owners.take(ADA, "a")
+            assert await other.take(BOB, "a") is None
+            assert await owners.owned() == {"ada": ("a",)}
+            assert await other.owned() == {"bob": ("a",)}
+
+    async def test_many_that_take_at_once_never_share_a_path(self) -> None:
+        """Of twelve tasks that want overlapping paths at once one has each, and nobody is told a conflict."""
+        async with self.owners() as owners:
+            sessions = [SessionName("r", f"t{number}", 1) for number in range(12)]
+            for session in sessions:
+                owners.claims[session] = await claimed(owners.store, session)
+            async with anyio.create_task_group() as group:
+                for number, session in enumerate(sessions):
+                    group.start_soon(owners.take, session, f"{number % 3}/**")
+            owned = await owners.owned()
+            assert sorted(patterns[0] for patterns in owned.values()) == ["0/**", "1/**", "2/**"]
+
+    async def test_what_is_no_path_is_refused(self) -> None:
+        """The sentence names it, and nothing is taken."""
+        async with self.owners() as owners:
+            with pytest.raises(RefusedError, match=r"'\.\./a' is no path to own"):
+                await owners.take(ADA, "a", "../a")
+            assert await owners.owned() == {}
+
+
+class TestRegistryInMemory(RegistryContract):
+    """The registry on the memory store."""
+
+    @asynccontextmanager
+    async def open_store(self) -> AsyncIterator[Store]:
+        """Make an empty store."""
+        yield MemoryStore(SystemClock())
+
+
+class TestRegistryOnFiles(RegistryContract):
+    """The registry on the file store."""
+
+    @asynccontextmanager
+    async def open_store(self) -> AsyncIterator[Store]:
+        """Open a store in a directory of its own."""
+        with TemporaryDirectory() as directory:
+            async with FileStore.open(Path(directory) / "state", SystemClock()) as store:
+                yield store

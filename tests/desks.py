@@ -1,0 +1,93 @@
+"""A desk for tests of mailboxes: it answers from memory, and does as the paths that it is asked about say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import anyio
+import pytest
+
+from orchestrator import execution
+from orchestrator.domain.sessions import SessionName
+from orchestrator.engine.workshop import Workshop, open_workshop
+from orchestrator.errors import RefusedError
+from orchestrator.protocols import JsonObject
+
+
+@dataclass
+class MemoryDesk:
+    """Files have one owner; `foreign` belong to somebody who never gives them back.
+
+    Locking `fault` makes it fail, `never` takes until who asked has gone.
+    """
+
+    foreign: dict[str, str] = field(default_factory=dict)
+    owners: dict[str, SessionName] = field(default_factory=dict)
+    asked: list[tuple[SessionName, str, JsonObject]] = field(default_factory=list)
+    left: int = 0
+    """How many did not wait for their answer."""
+
+    async def answer(self, session: SessionName, command: str, arguments: JsonObject) -> JsonObject:
+        """Answer as the wire has it."""
+        self.asked.append((session, command, arguments))
+        match command:
+            case "lock":
+                return await self._lock(session, arguments["paths"])
+            case "unlock":
+                had = [path for path in arguments["paths"] if self.owners.pop(path, None) is not None]
+                return {"unlocked": had}
+            case "peers":
+                return {"peers": [self._peer(one, session) for one in dict.fromkeys([session, *self.owners.values()])]}
+            case "note":
+                return {"id": "n1"}
+            case "notes":
+                note = {
+                    "id": "n1",
+                    "task": session.task,
+                    "topic": "tests",
+                    "paths": [],
+                    "text": "one\ntwo",
+                    "time": 1.0,
+                }
+                return {"notes": [note]}
+            case "ask":
+                stats = {"commits": 1, "files": 2, "added": 3, "removed": 4}
+                told = {"plan": "a plan", "diff": "+a line", "log": "said", "handoffs": [], "stats": stats}
+                return {"task": arguments["task"], "attempt": 1, "status": "working", **told}
+            case "check_edit":
+                owner = self.foreign.get(arguments["path"])
+                return {"allowed": owner is None, "owner": owner, "since": None, "reason": None}
+            case _:
+                return {}
+
+    async def _lock(self, session: SessionName, paths: list[str]) -> JsonObject:
+        if "fault" in paths:
+            raise ZeroDivisionError("a fault of the desk's")
+        if "never" in paths:
+            try:
+                await anyio.sleep_forever()
+            finally:
+                self.left += 1
+        for path in paths:
+            owner = self.foreign.get(path) or str(self.owners.get(path, session))
+            if owner != str(session):
+                raise RefusedError(f"{path} is locked by {owner}", "wait for it, or work at other files")
+        self.owners.update(dict.fromkeys(paths, session))
+        return {"locked": paths}
+
+    def _peer(self, one: SessionName, me: SessionName) -> JsonObject:
+        files = [path for path, owner in self.owners.items() if owner == one]
+        told = {"adapter": "fake", "status": "working", "file": None, "progress": None, "message": None}
+        more = {"blocked_on": None, "files": files, "updated": 1.0, "is_me": one == me}
+        return {**one._asdict(), **told, **more}
+
+
+def answer_in_runs(desk: MemoryDesk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have sessions of the runs in this process ask a desk."""
+
+    async def opened(*arguments: Any, **more: Any) -> Workshop:
+        shop = await open_workshop(*arguments, **more)
+        return replace(shop, tools=replace(shop.tools, desk=desk))
+
+    monkeypatch.setattr(execution, "open_workshop", opened)

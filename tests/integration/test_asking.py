@@ -1,0 +1,82 @@
+"""Sessions of a run can ask their orchestrator, by what their adapter can be asked for; without a desk none can."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator import Council
+from orchestrator.engine.report import RunReport
+from tests.conftest import Repository
+from tests.desks import MemoryDesk, answer_in_runs
+from tests.standins.script import ROOT, install
+
+
+@pytest.fixture
+def desk() -> MemoryDesk:
+    """One to whom a file belongs that is of no session here."""
+    return MemoryDesk(foreign={"theirs.txt": "run-0/other.1"})
+
+
+async def run(
+    repository: Repository, folder: Path, monkeypatch: pytest.MonkeyPatch, prompt: str, **settings: Any
+) -> RunReport:
+    """Run one task with a stand-in for Claude Code, in the fence."""
+    install(folder, "claude", "tests.standins.claude")
+    monkeypatch.setenv("PATH", f"{folder}:{repository.environ['PATH']}")
+    config = repository.configure(
+        [{"id": "t", "prompt": prompt, "attempts": 1}],
+        adapters={"claude": {"use": "claude-code"}},
+        readable=[str(folder), sys.prefix, str(ROOT / "tests"), str(ROOT / "orchestrator")],
+        **settings,
+    )
+    async with Council.open(config) as council:
+        return await council.run()
+
+
+async def test_a_session_asks_by_its_shell_and_its_hook(
+    repository: Repository, desk: MemoryDesk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is known by who it is; what belongs to another is not written."""
+    answer_in_runs(desk, monkeypatch)
+    prompt = "write theirs.txt no\nrun council lock ours.txt\nwrite ours.txt yes\ntell told.json"
+    report = await run(repository, tmp_path / "bin", monkeypatch, prompt)
+    assert [task.state for task in report.tasks] == ["landed"], report
+    assert repository.git("ls-tree", "--name-only", "main").splitlines() == [
+        "README.md",
+        "ours.txt",
+        "src",
+        "told.json",
+    ]
+    assert [(str(session), command) for session, command, _ in desk.asked] == [
+        (f"{report.run}/t.1", "check_edit"),
+        (f"{report.run}/t.1", "lock"),
+        (f"{report.run}/t.1", "check_edit"),
+    ]
+    argv = json.loads((repository.top / "told.json").read_text())["argv"]
+    assert {"--settings", "--mcp-config"} <= set(argv)
+    await repository.assert_invariants()
+
+
+async def test_without_a_desk_nothing_is_given(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither server nor hook."""
+    report = await run(repository, tmp_path / "bin", monkeypatch, "write theirs.txt yes\ntell told.json")
+    assert [task.state for task in report.tasks] == ["landed"], report
+    argv = json.loads((repository.top / "told.json").read_text())["argv"]
+    assert not {"--settings", "--mcp-config"} & set(argv)
+    await repository.assert_invariants()
+
+
+def test_a_server_of_the_users_has_another_name(repository: Repository) -> None:
+    """Ours would take its place."""
+    config = repository.configure([{"id": "t", "prompt": "x"}], mcp_servers={"council": {"command": ["x"]}})
+    ended = repository.council("validate", str(config))
+    assert ended.code == 2
+    assert "'council' is the name of the server that sessions get of us" in ended.stderr
+    assert "give yours another name" in ended.stderr

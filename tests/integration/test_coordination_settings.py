@@ -1,0 +1,39 @@
+"""What holds of a shared run is recorded with it, and judged before anything starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orchestrator.council import Council
+from orchestrator.protocols import Key
+from tests.conftest import Repository
+
+TASK = [{"id": "a", "prompt": "write a.txt a"}]
+
+
+async def recorded(repository: Repository) -> dict[str, Any]:
+    async with Council.open(repository.top, environ=repository.environ) as council:
+        document = await council.document(Key("run", await council.newest_run()))
+    assert document is not None
+    found: dict[str, Any] = document.value["coordination"]
+    return found
+
+
+async def test_a_run_records_what_held_when_it_was_made(repository: Repository) -> None:
+    """The file's, the environment above it, and the options above both."""
+    file = repository.configure(TASK, coordination={"heartbeat": "1s", "stale": "9s", "owner_stale": "9s"})
+    repository.environ["SHARED_STATE_STALE_THRESHOLD_MS"] = "7000"
+    assert repository.council("run", str(file), "--max-retries", "5").code == 0
+    found = await recorded(repository)
+    assert (found["heartbeat"], found["stale"], found["max_retries"]) == (1.0, 7.0, 5)
+
+
+def test_an_environment_that_is_wrong_stops_a_run_before_it_starts(repository: Repository) -> None:
+    """Also its rehearsal, and a resume of one that is there."""
+    file = repository.configure(TASK)
+    assert repository.council("run", str(file)).code == 0
+    repository.environ["SHARED_STATE_MAX_RETRIES"] = "many"
+    for words in (["run", str(file)], ["run", str(file), "--dry-run"], ["resume"]):
+        ended = repository.council(*words)
+        assert ended.code == 2, words
+        assert "SHARED_STATE_MAX_RETRIES can't be 'many'" in ended.stderr

@@ -1,0 +1,235 @@
+"""What a session at work asks is answered, and what it can't have is refused with nothing changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from orchestrator.domain.contexts import SessionStatus
+from orchestrator.engine.details import LONGEST_DIFF
+from orchestrator.errors import RefusedError
+from orchestrator.locking.files import FileLocks
+from orchestrator.locking.registry import claim_key
+from orchestrator.protocols import Commit, Write
+from tests.conftest import Repository
+from tests.team import SECRET, team_at
+
+
+async def test_a_lock_twice_is_refused_and_changes_nothing(repository: Repository, tmp_path: Path) -> None:
+    """The session still owns what it has locked, and no more of what it asked for with it."""
+    async with team_at(repository, tmp_path) as team:
+        session = await team.join("auth")
+        await team.ask(session, "lock", paths=["a.py"])
+        assert "has locked a.py already" in await team.refused(session, "lock", paths=["a.py", "b.py"])
+        assert await team.owned() == {"auth.1": ("a.py",)}
+        assert [one.path for one in team.files.held(session)] == ["a.py"]
+        assert await team.ask(session, "unlock", paths=["a.py"]) == {"unlocked": ["a.py"]}
+        assert await team.owned() == {}
+
+
+async def test_what_was_owned_from_the_start_stays_owned(repository: Repository, tmp_path: Path) -> None:
+    """A lock on it and its end take nothing of that away."""
+    async with team_at(repository, tmp_path) as team:
+        session = await team.join("auth", owns=["src/**", "a.py"])
+        await team.ask(session, "lock", paths=["a.py", "src/api.py", "b.py"])
+        await team.ask(session, "unlock", paths=["a.py", "src/api.py", "b.py"])
+        assert await team.owned() == {"auth.1": ("src/**", "a.py")}
+
+
+async def test_names_with_special_characters_are_taken_as_they_are(repository: Repository, tmp_path: Path) -> None:
+    """A star in a file's name owns no other file."""
+    async with team_at(repository, tmp_path) as team:
+        first, second = await team.join("auth"), await team.join("web")
+        await team.ask(first, "lock", paths=["src/[id].tsx", "src/*.py"])
+        assert await team.ask(second, "lock", paths=["src/i.tsx", "src/a.py"], wait=0)
+        assert "owns src/[[]id].tsx" in await team.refused(second, "lock", paths=["src/[id].tsx"], wait=0)
+
+
+async def test_what_the_second_layer_refuses_is_undone_in_the_first(repository: Repository, tmp_path: Path) -> None:
+    """A file that somebody has locked whom the registry does not know, such as a session on another target."""
+    async with team_at(repository, tmp_path) as team:
+        session, other = await team.join("auth"), FileLocks(team.folder / "locks", team.clock)
+        stranger = session._replace(task="stranger")
+        await other.acquire(stranger, ["b.py"])
+        assert "b.py is locked by run1/stranger.1" in await team.refused(
+            session, "lock", paths=["a.py", "b.py"], wait=0
+        )
+        assert await team.owned() == {}
+        assert team.files.held() == []
+        async with anyio.create_task_group() as group:
+            group.start_soon(team.desk.answer, session, "lock", {"paths": ["a.py", "b.py"], "wait": 30})
+            while (await team.context(session)).status is not SessionStatus.WAITING:
+                await anyio.sleep(0.01)
+            holder = f"run1/stranger.1 (process {other.held()[0].pid})"
+            assert (await team.context(session)).blocked_on == f"b.py, which {holder} has"
+            await other.release_all(stranger)
+        assert (await team.context(session)).files == ("a.py", "b.py")
+        assert await team.owned() == {"auth.1": ("a.py", "b.py")}
+
+
+async def test_a_wait_that_is_cut_off_leaves_nothing(repository: Repository, tmp_path: Path) -> None:
+    """Neither a lock nor a waiter; the session is as it was."""
+    async with team_at(repository, tmp_path) as team:
+        first, second = await team.join("auth"), await team.join("web")
+        await team.ask(first, "lock", paths=["a.py"])
+        await team.ask(second, "report", status="blocked", blocked_on="the schema")
+        async with anyio.create_task_group() as group:
+            group.start_soon(team.desk.answer, second, "lock", {"paths": ["a.py", "b.py"], "wait": 60})
+            while not any(one.waiting for one in await team.registry.holdings()):
+                await anyio.sleep(0.01)
+            group.cancel_scope.cancel()
+        assert [one.session for one in await team.registry.holdings()] == [first]
+        found = await team.context(second)
+        assert (found.status, found.blocked_on) == (SessionStatus.BLOCKED, "the schema")
+        await team.ask(first, "unlock", paths=["a.py"])
+        assert await team.ask(second, "lock", paths=["a.py"], wait=0) == {"locked": ["a.py"]}
+
+
+async def test_all_goes_with_the_session(repository: Repository, tmp_path: Path) -> None:
+    """Locks, ownership, and what it waits for; again is no mistake, and it is answered no more."""
+    async with team_at(repository, tmp_path) as team:
+        first, second = await team.join("auth", owns=["src/**"]), await team.join("web")
+        await team.ask(first, "lock", paths=["a.py"])
+        await team.desk.leave(first)
+        await team.desk.leave(first)
+        assert await team.owned() == {}
+        assert team.files.held() == []
+        found = await team.context(first)
+        assert (found.status, found.files) == (SessionStatus.DONE, ())
+        assert "session run1/auth.1 is over" in await team.refused(first, "peers")
+        assert [one["task"] for one in (await team.ask(second, "peers"))["peers"]] == ["web"]
+        assert await team.ask(second, "lock", paths=["a.py", "src/api.py"], wait=0)
+        await team.desk.leave(second, keep_ownership=True)
+        assert team.files.held() == []
+        assert await team.owned() == {"web.1": ("a.py", "src/api.py")}
+
+
+async def test_an_edit_of_what_another_owns_is_denied(repository: Repository, tmp_path: Path) -> None:
+    """By whatever name; what nobody else owns may be edited, and so may what is not in the repository."""
+    async with team_at(repository, tmp_path) as team:
+        first, second = await team.join("auth", owns=["src/**"]), await team.join("web")
+        tree = team.tree(second)
+        (tree / "link").symlink_to("src")
+        for path in ("src/api.py", str(tree / "src/api.py"), "link/api.py", "docs/../src/new.py"):
+            told = await team.ask(second, "check_edit", path=path)
+            assert (told["allowed"], told["owner"]) == (False, str(first)), path
+            assert "task auth of run run1 owns src/**" in told["reason"]
+            assert told["since"] <= team.clock.now()
+        for session, path in ((second, "docs/a.md"), (second, "/etc/hosts"), (second, "../x"), (first, "src/api.py")):
+            told = await team.ask(session, "check_edit", path=path)
+            assert told == {"allowed": True, "owner": None, "since": None, "reason": None}, path
+        again = await team.join("auth", 2)
+        assert (await team.ask(again, "check_edit", path="src/api.py"))["allowed"], "attempts of one task share"
+
+
+async def test_details_are_there_while_a_session_is_at_work(repository: Repository, tmp_path: Path) -> None:
+    """The plan, the diff so far, its last words and its figures, without secrets; nothing of it is touched."""
+    async with team_at(repository, tmp_path) as team:
+        session, asker = await team.join("auth"), await team.join("web")
+        team.write(session, "src/auth.py", f"one\ntwo\nkey = '{SECRET}'\n")
+        team.write(session, "README.md", "shorter\n")
+        team.says(session, {"type": "text", "text": "1. write the model\n2. write the API"})
+        edit = {"file_path": str(team.tree(session) / "src/auth.py"), "content": SECRET}
+        team.says(session, {"type": "tool_use", "name": "Write", "input": edit})
+        team.says(session, {"type": "text", "text": f"Done with {SECRET}."})
+        found = await team.ask(asker, "ask", task="auth")
+        assert set(found) == {"task", "attempt", "status", "plan", "diff", "log", "handoffs", "stats"}
+        assert (found["task"], found["attempt"], found["status"], found["handoffs"]) == ("auth", 1, "working", [])
+        assert found["plan"] == "1. write the model\n2. write the API"
+        assert "+shorter" in found["diff"]
+        assert "# left out: 'src/auth.py'" in found["diff"]
+        assert found["log"].endswith("src/auth.py\nDone with [redacted].\n")
+        assert SECRET not in str(found)
+        assert (found["stats"]["files"], found["stats"]["added"], found["stats"]["commits"]) == (1, 1, 0)
+        team.write(session, "src/large.py", "x\n" * 40_000)
+        found = await team.ask(asker, "ask", task="auth")
+        assert len(found["diff"]) <= LONGEST_DIFF + 100
+        assert found["diff"].endswith("more characters are left out\n")
+        assert "has no session at work" in await team.refused(asker, "ask", task="docs")
+
+
+async def test_what_a_program_prints_is_what_its_session_is_seen_at(repository: Repository, tmp_path: Path) -> None:
+    """Without its saying a word to us: what it did last, and the file that it changed."""
+    async with team_at(repository, tmp_path) as team:
+        session = await team.join("auth")
+        tree = team.tree(session)
+
+        def used(name: str, **given: str) -> dict[str, Any]:
+            return {"type": "tool_use", "name": name, "input": given}
+
+        async with team.desk.seated(session, "fixer", team.workplace(session)):
+            team.says(session, used("Read", file_path=str(tree / "README.md")))
+            team.says(session, used("Edit", file_path=str(tree / "src/api.py")), used("Bash", command=f"echo {SECRET}"))
+            with anyio.fail_after(20):
+                while (found := await team.context(session)).seen is None:
+                    await anyio.sleep(0.01)
+            assert (found.file, found.seen, found.words) == (
+                "src/api.py",
+                "Bash echo [redacted]",
+                "Bash echo [redacted]",
+            )
+            await team.ask(session, "report", message="tries it out")
+            assert (await team.context(session)).words == "tries it out"
+        assert (await team.context(session)).status is SessionStatus.DONE
+
+
+async def test_notes_are_left_and_found(repository: Repository, tmp_path: Path) -> None:
+    """By any session of the same target; those of a task, of a topic, about paths."""
+    async with team_at(repository, tmp_path) as team:
+        first, second = await team.join("auth"), await team.join("web")
+        left = await team.ask(first, "note", text="the port is 8080", topic="set-up", paths=["src/api/**"])
+        [note] = (await team.ask(second, "notes", paths=["src/**"]))["notes"]
+        assert set(note) == {"id", "task", "topic", "paths", "text", "time"}
+        assert (note["id"], note["task"], note["text"]) == (left["id"], "auth", "the port is 8080")
+        assert (await team.ask(second, "notes", task="web"))["notes"] == []
+        assert (await team.ask(second, "notes", topic="Set-Up"))["notes"] == [note]
+        assert "has no text" in await team.refused(first, "note", text=" ")
+
+
+async def test_who_was_taken_over_is_told_to_end(repository: Repository, tmp_path: Path) -> None:
+    """Whatever it wants to write is refused, and nothing of it is written."""
+    async with team_at(repository, tmp_path) as team:
+        session = await team.join("auth")
+        key = claim_key(session)
+        await team.store.commit(Commit([Write(key, 1, {"epoch": 2, "released": None})]))
+        for command, arguments in (
+            ("lock", {"paths": ["a.py"]}),
+            ("report", {"message": "x"}),
+            ("note", {"text": "x"}),
+        ):
+            told = await team.refused(session, command, **arguments)
+            assert told.startswith("task auth was taken over by another process: end here"), command
+        assert team.files.held() == []
+        assert await team.memory.all() == []
+        await team.desk.leave(session)
+        assert (await team.context(session)).message is None
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "why"),
+    [
+        ("fly", {}, "there is no command 'fly'"),
+        ("lock", {}, "paths: field required"),
+        ("lock", {"paths": []}, "paths"),
+        ("lock", {"paths": ["a"], "wait": 1e9}, "wait"),
+        ("lock", {"paths": ["a"], "wait": float("nan")}, "wait"),
+        ("lock", {"paths": ["../a"]}, "outside|no file"),
+        ("lock", {"paths": ["."]}, "outside|no file"),
+        ("report", {"status": "asleep"}, "status"),
+        ("report", {"file": "/etc/passwd"}, "no file"),
+        ("peers", {"run": "x"}, "run"),
+        ("ask", {"task": 5}, "task"),
+    ],
+)
+async def test_what_can_t_be_asked_is_refused(
+    repository: Repository, tmp_path: Path, command: str, arguments: dict[str, Any], why: str
+) -> None:
+    """With what is wrong and what would be right."""
+    async with team_at(repository, tmp_path) as team:
+        session = await team.join("auth")
+        with pytest.raises(RefusedError, match=why):
+            await team.desk.answer(session, command, arguments)
+        assert team.files.held() == []

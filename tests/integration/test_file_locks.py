@@ -1,0 +1,334 @@
+"""File locks of sessions between real processes: order, fairness, death, and what a look at them shows."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import anyio
+import pytest
+
+from orchestrator.clock import SystemClock
+from orchestrator.domain.sessions import SessionName
+from orchestrator.errors import FileHeld, RefusedError
+from orchestrator.locking.files import FileLocks, records
+from tests.programs import python
+
+ADA, BOB, EVE = (SessionName("r", task, 1) for task in ("ada", "bob", "eve"))
+
+#: Takes a file for a session, says so, and gives it back when its standard input ends.
+HOLDER = """
+import sys, anyio
+from pathlib import Path
+from orchestrator.clock import SystemClock
+from orchestrator.domain.sessions import SessionName
+from orchestrator.locking.files import FileLocks
+
+async def main(folder, task, path, mode):
+    locks, me = FileLocks(Path(folder), SystemClock()), SessionName("r", task, 1)
+    await locks.acquire(me, [path], shared=mode == "shared", timeout=60)
+    print("held", flush=True)
+    await anyio.to_thread.run_sync(sys.stdin.readline)
+    await locks.release_all(me)
+anyio.run(main, *sys.argv[1:])
+"""
+
+#: The same, with a child that lives on.
+WITH_A_CHILD = HOLDER.replace(
+    'print("held", flush=True)',
+    'import subprocess; child = subprocess.Popen(["sleep", "600"], close_fds=False); print(child.pid, flush=True)',
+)
+
+#: Takes and gives back one file again and again for so many seconds, and says how often it had it.
+AGAIN_AND_AGAIN = """
+import sys, time, anyio
+from pathlib import Path
+from orchestrator.clock import SystemClock
+from orchestrator.domain.sessions import SessionName
+from orchestrator.locking.files import FileLocks
+
+async def main(folder, task, mode, seconds):
+    locks, me, had = FileLocks(Path(folder), SystemClock()), SessionName("r", task, 1), 0
+    print("ready", flush=True)
+    sys.stdin.readline()
+    end = time.monotonic() + float(seconds)
+    while time.monotonic() < end:
+        await locks.acquire(me, ["a"], shared=mode == "shared", timeout=60)
+        time.sleep(0.0005)  # it is at work
+        await locks.release(me, ["a"])
+        had += 1
+    print(had)
+anyio.run(main, *sys.argv[1:])
+"""
+
+#: Takes files in the order given, so many times, each time all of them; counts in a file that nothing else protects.
+ROUNDS = """
+import sys, anyio
+from pathlib import Path
+from orchestrator.clock import SystemClock
+from orchestrator.domain.sessions import SessionName
+from orchestrator.locking.files import FileLocks
+
+async def main(folder, task, rounds, *paths):
+    locks, me = FileLocks(Path(folder), SystemClock()), SessionName("r", task, 1)
+    count = Path(folder).with_name("count")
+    for _ in range(int(rounds)):
+        await locks.acquire(me, paths, timeout=60)
+        count.write_text(str(int(count.read_text()) + 1))
+        await locks.release(me, paths)
+anyio.run(main, *sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "locks"
+
+
+def locks_of(folder: Path) -> FileLocks:
+    return FileLocks(folder, SystemClock())
+
+
+def line(child: subprocess.Popen[str]) -> str:
+    assert child.stdout is not None
+    return child.stdout.readline().strip()
+
+
+def let_go(child: subprocess.Popen[str]) -> None:
+    assert child.stdin is not None
+    child.stdin.close()
+
+
+@contextmanager
+def held_elsewhere(folder: Path, task: str, path: str, mode: str = "exclusive") -> Iterator[subprocess.Popen[str]]:
+    with python(HOLDER, folder, task, path, mode) as child:
+        assert line(child) == "held"
+        yield child
+
+
+def locked_files(folder: Path) -> list[str]:
+    """Ask the kernel which of the files in a folder are locked by anybody."""
+    found = []
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                found.append(path.name)
+    return found
+
+
+async def until_waiting(folder: Path, owner: SessionName) -> None:
+    with anyio.fail_after(20):
+        while not any(one.owner == str(owner) and one.state == "waiting" for one in records(folder)):
+            await anyio.sleep(0.002)
+
+
+async def until_no_thread() -> None:
+    with anyio.fail_after(20):
+        while any(thread.name.startswith("flock ") for thread in threading.enumerate()):
+            await anyio.sleep(0.002)
+
+
+async def test_a_file_of_another_process_is_refused_with_its_holder(folder: Path) -> None:
+    """The refusal says which session of which process has it since when; other files are free."""
+    with held_elsewhere(folder, "ada", "src/a.py") as child:
+        began = time.monotonic()
+        with pytest.raises(FileHeld) as caught:
+            await locks_of(folder).acquire(BOB, ["src/a.py"], timeout=0.05)
+        assert time.monotonic() - began < 4
+        assert caught.value.holder == f"r/ada.1 (process {child.pid})"
+        assert caught.value.since is not None
+        assert 0 <= time.time() - caught.value.since < 60
+        (record,) = await locks_of(folder).acquire(BOB, ["src/b.py"])
+        assert (record.path, record.mode, record.owner, record.pid) == ("src/b.py", "exclusive", "r/bob.1", os.getpid())
+
+
+async def test_it_is_waited_for_until_it_is_free(folder: Path) -> None:
+    """The default is to wait; whoever waits is seen, with what it waits for."""
+    locks = locks_of(folder)
+    with held_elsewhere(folder, "ada", "a") as child:
+        async with anyio.create_task_group() as group:
+            group.start_soon(lambda: locks.acquire(BOB, ["a"], timeout=60))
+            await until_waiting(folder, BOB)
+            seen = [(one.owner, one.path, one.mode, one.state) for one in records(folder)]
+            assert seen == [("r/ada.1", "a", "exclusive", "held"), ("r/bob.1", "a", "exclusive", "waiting")]
+            let_go(child)
+    assert [(one.owner, one.state) for one in records(folder)] == [("r/bob.1", "held")]
+    assert await locks.release_all(BOB) == 1
+    assert records(folder) == []
+
+
+async def test_several_are_taken_all_or_none(folder: Path) -> None:
+    """Where one of three is not free, the others are free again."""
+    locks = locks_of(folder)
+    with held_elsewhere(folder, "ada", "b"):
+        with pytest.raises(FileHeld, match=r"^b is locked by r/ada\.1"):
+            await locks.acquire(BOB, ["c", "b", "a"], timeout=0)
+        assert locks.held() == []
+        taken = await locks.acquire(EVE, ["c", "a", "./a"], timeout=0)
+        assert [one.path for one in taken] == ["a", "c"]
+
+
+async def test_a_second_take_of_its_own_file_is_refused_and_never_waits(folder: Path) -> None:
+    """By any spelling, shared or not, held or waited for: the sentence names the file, and all stays as it was."""
+    locks = locks_of(folder)
+    await locks.acquire(ADA, ["src/a"])
+    for shared in (False, True):
+        with anyio.fail_after(2), pytest.raises(RefusedError, match=r"r/ada\.1 has locked src/a already"):
+            await locks.acquire(ADA, ["b", "src/x/../a"], shared=shared, timeout=600)
+    assert [one.path for one in locks.held(ADA)] == ["src/a"]
+    async with anyio.create_task_group() as group:
+        group.start_soon(lambda: locks.acquire(BOB, ["src/a"], timeout=600))
+        await until_waiting(folder, BOB)
+        with anyio.fail_after(2), pytest.raises(RefusedError, match=r"r/bob\.1 is waiting for src/a already"):
+            await locks.acquire(BOB, ["src/a"], timeout=600)
+        assert await locks.release(ADA, ["src//a", "never"]) == 1
+    assert [one.path for one in locks.held(BOB)] == ["src/a"]
+
+
+async def test_sessions_of_one_process_exclude_each_other(folder: Path) -> None:
+    """It is the session that holds a file, not the process."""
+    locks = locks_of(folder)
+    await locks.acquire(ADA, ["a"])
+    with pytest.raises(FileHeld, match=r"locked by r/ada\.1"):
+        await locks.acquire(BOB, ["a"], timeout=0.02)
+    await locks.release_all(ADA)
+    await locks.acquire(BOB, ["a"])
+
+
+async def test_shared_locks_go_together_and_keep_out_who_wants_it_alone(folder: Path) -> None:
+    """Within a process and between two; all who share it are seen."""
+    locks = locks_of(folder)
+    with held_elsewhere(folder, "ada", "a", "shared") as child:
+        await locks.acquire(BOB, ["a"], shared=True, timeout=0)
+        await locks.acquire(EVE, ["a"], shared=True, timeout=0)
+        seen = [(one.owner, one.mode, one.state) for one in records(folder)]
+        assert sorted(seen) == [(f"r/{task}.1", "shared", "held") for task in ("ada", "bob", "eve")]
+        writer = SessionName("r", "writer", 1)
+        with pytest.raises(FileHeld, match="is locked by r/"):
+            await locks.acquire(writer, ["a"], timeout=0.02)
+        async with anyio.create_task_group() as group:
+            group.start_soon(lambda: locks.acquire(writer, ["a"], timeout=60))
+            await until_waiting(folder, writer)
+            late = SessionName("r", "late", 1)
+            with pytest.raises(FileHeld):  # who comes behind a writer does not overtake it
+                await locks.acquire(late, ["a"], shared=True, timeout=0.02)
+            let_go(child)
+            await locks.release_all(BOB)
+            await locks.release_all(EVE)
+        assert [one.owner for one in records(folder)] == ["r/writer.1"]
+
+
+@pytest.mark.parametrize("turns", range(0, 12, 2))
+@pytest.mark.parametrize("shared", [False, True])
+async def test_a_cancelled_wait_leaves_nothing_locked(folder: Path, turns: int, *, shared: bool) -> None:
+    """Wherever in the acquisition of two files the cancellation comes, nothing is locked or marked afterwards."""
+    locks = locks_of(folder)
+    with held_elsewhere(folder, "ada", "b") as child:
+        async with anyio.create_task_group() as group:
+            group.start_soon(lambda: locks.acquire(BOB, ["a", "b"], shared=shared, timeout=60))
+            for _ in range(turns):
+                await anyio.sleep(0.0005)
+            group.cancel_scope.cancel()
+        assert [one.owner for one in records(folder)] == ["r/ada.1"]
+        let_go(child)
+        child.wait(20)
+    await locks.acquire(EVE, ["a", "b"], timeout=20)
+    await locks.release_all(EVE)
+    await until_no_thread()
+    assert locked_files(folder) == []
+    assert {path.suffix for path in folder.iterdir()} == {".lock", ".gate"}
+
+
+async def test_who_gave_up_waiting_to_share_leaves_room_for_who_wants_it_alone(folder: Path) -> None:
+    """The thread that an abandoned wait has left is taken over by a wait of the other kind."""
+    locks = locks_of(folder)
+    with held_elsewhere(folder, "ada", "a") as child:
+        for shared in (True, False, True):
+            with pytest.raises(FileHeld):
+                await locks.acquire(BOB, ["a"], shared=shared, timeout=0.05)
+        async with anyio.create_task_group() as group:
+            group.start_soon(lambda: locks.acquire(EVE, ["a"], timeout=60))
+            await until_waiting(folder, EVE)
+            let_go(child)
+    with pytest.raises(FileHeld, match=r"r/eve\.1"):
+        await locks.acquire(BOB, ["a"], shared=True, timeout=0)
+    await until_no_thread()
+
+
+async def test_free_when_the_owner_is_killed_though_its_child_lives_on(folder: Path) -> None:
+    """`kill -9` frees what it had locked at once: no child of its own inherits a lock, even one that inherits all."""
+    with python(WITH_A_CHILD, folder, "ada", "a", "exclusive") as owner:
+        child = int(line(owner))
+        try:
+            assert [one.owner for one in records(folder)] == ["r/ada.1"]
+            owner.kill()
+            owner.wait(20)
+            os.kill(child, 0)
+            assert records(folder) == []
+            await locks_of(folder).acquire(BOB, ["a"], timeout=0)
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+async def test_what_a_killed_process_shared_or_waited_for_is_not_shown(folder: Path) -> None:
+    """Its marks are removed by whoever looks."""
+    with held_elsewhere(folder, "ada", "a"), python(HOLDER, folder, "bob", "a", "exclusive") as waiter:
+        await until_waiting(folder, BOB)
+        with held_elsewhere(folder, "eve", "b", "shared") as sharer:
+            assert {one.owner for one in records(folder)} == {"r/ada.1", "r/bob.1", "r/eve.1"}
+            for child in (waiter, sharer):
+                child.kill()
+                child.wait(20)
+        assert [one.owner for one in records(folder)] == ["r/ada.1"]
+        assert {path.suffix for path in folder.iterdir()} == {".lock", ".gate"}
+
+
+def shares(folder: Path, modes: list[str], seconds: float) -> list[int]:
+    """How often each of so many processes had the file that all of them want all the time."""
+    stack = [python(AGAIN_AND_AGAIN, folder, number, mode, seconds) for number, mode in enumerate(modes)]
+    children = [one.__enter__() for one in stack]
+    try:
+        assert {line(child) for child in children} == {"ready"}
+        for child in children:
+            let_go(child)
+        return [int(line(child)) for child in children]
+    finally:
+        for one in stack:
+            one.__exit__(None, None, None)
+
+
+async def test_eight_processes_share_a_file_fairly(folder: Path) -> None:
+    """Nobody has it more than three times as often as anybody else."""
+    had = shares(folder, ["exclusive"] * 8, 2)
+    assert min(had) > 0
+    assert max(had) / min(had) <= 3, had
+
+
+async def test_a_writer_is_not_starved_by_four_readers(folder: Path) -> None:
+    """Who wants it alone has it about as often as each of those who could hold it together without a break."""
+    writer, *readers = shares(folder, ["exclusive", *["shared"] * 4], 2)
+    assert writer > 0
+    assert max(readers) / writer <= 3, (writer, readers)
+
+
+@pytest.mark.parametrize("rounds", [100, pytest.param(1_000, marks=pytest.mark.slow)])
+async def test_opposite_orders_never_block_each_other(folder: Path, rounds: int) -> None:
+    """Two sessions take the same three files in opposite orders; none waits for ever, and no count is lost."""
+    paths = ["x/a", "b", "c"]
+    count = folder.with_name("count")
+    count.write_text("0")
+    with (
+        python(ROUNDS, folder, "ada", rounds, *paths) as one,
+        python(ROUNDS, folder, "bob", rounds, *reversed(paths)) as other,
+    ):
+        assert [one.wait(100), other.wait(100)] == [0, 0]
+    assert int(count.read_text()) == 2 * rounds

@@ -1,0 +1,404 @@
+"""A session asks its orchestrator: from inside of each fence, as itself alone, and whatever it sends."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from orchestrator.client.commands import LARGEST_REQUEST
+from orchestrator.client.session import Session
+from orchestrator.config.model import Reach
+from orchestrator.repo.hub import Hub
+from orchestrator.repo.places import Place
+from orchestrator.repo.worktrees import Worktree
+from orchestrator.sessions.fencing import Fencing, Ground
+from orchestrator.sessions.mailbox import Mailbox, open_mailbox
+from orchestrator.sessions.sandbox import SandboxKind
+from orchestrator.sessions.supervised import SupervisedCommand, run_supervised
+from tests.desks import MemoryDesk
+from tests.integration.test_sandbox import available
+
+KINDS = [SandboxKind.BUBBLEWRAP, SandboxKind.LANDLOCK, SandboxKind.OFF]
+
+
+@pytest.fixture(params=KINDS)
+async def kind(request: pytest.FixtureRequest) -> SandboxKind:
+    """A kind of fence that works here, or none."""
+    return request.param if request.param is SandboxKind.OFF else await available(request.param)
+
+
+@dataclass
+class Site:
+    """Sessions of one run, each with its worktree, all hidden from each other."""
+
+    hub: Hub
+    desk: MemoryDesk
+
+    def worktree(self, task: str, number: int) -> Worktree:
+        """Make the folders of a session."""
+        place = Place(self.hub, number)
+        made = Worktree(self.hub, "run-1", task, 1, held=place)
+        for folder in (made.git_dir, made.tree / "src", self.hub.objects):
+            folder.mkdir(parents=True, exist_ok=True)
+        (made.tree / ".git").write_text(f"gitdir: {made.git_dir}\n")
+        made.prompt_file.write_text("Fix it.")
+        return made
+
+    @asynccontextmanager
+    async def session(self, task: str = "models", number: int = 1) -> AsyncIterator[tuple[Worktree, Mailbox]]:
+        """Open the mailbox of a session."""
+        worktree = self.worktree(task, number)
+        async with open_mailbox(worktree, self.desk) as mailbox:
+            yield worktree, mailbox
+
+    async def run(
+        self, kind: SandboxKind, worktree: Worktree, mailbox: Mailbox, argv: list[str], **changes: Any
+    ) -> tuple[int | None, str]:
+        """Run a program in the session's fence; return its exit code and all that it printed."""
+        said = [self.hub.root.parent / f"{worktree.task}.{stream}" for stream in ("out", "err")]
+        for one in said:
+            one.unlink(missing_ok=True)
+        command = SupervisedCommand(
+            argv=argv,
+            env=mailbox.added_to({"PATH": os.defpath}),
+            cwd=worktree.tree,
+            stdin=None,
+            stdout=said[0],
+            stderr=said[1],
+            cap=1 << 20,
+            timeout=60,
+            grace=5,
+            lock=worktree.lock,
+        )
+        fencing = Fencing(kind, (self.hub.root,), network=True, reach=Reach())
+        fenced = await fencing.around(Ground.of(worktree), replace(command, **changes), mailbox.reach)
+        ended = await run_supervised(fenced)
+        assert ended.spawn_error is None, ended
+        return ended.exit, "".join(one.read_text() for one in said)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    """A place whose paths are longer than a socket's address may be."""
+    hub = Hub(tmp_path / ("a-long-name-" * 10) / "hub")
+    hub.root.mkdir(parents=True)
+    return Site(hub, MemoryDesk())
+
+
+# From inside
+
+
+async def test_a_program_in_a_fence_asks_as_its_session(site: Site, kind: SandboxKind) -> None:
+    """`council` is found, and needs to be told nothing about who asks."""
+    async with site.session() as (worktree, mailbox):
+        assert await site.run(kind, worktree, mailbox, ["council", "lock", "src/a.py", "./src/../b.py"]) == (
+            0,
+            "locked: src/a.py, b.py\n",
+        )
+        code, said = await site.run(kind, worktree, mailbox, ["council", "peers", "--json"])
+    assert code == 0, said
+    (peer,) = json.loads(said)["peers"]
+    assert (peer["task"], peer["files"], peer["is_me"]) == ("models", ["src/a.py", "b.py"], True)
+    assert {str(session) for session, _, _ in site.desk.asked} == {"run-1/models.1"}
+
+
+async def test_the_session_is_found_without_a_variable(site: Site, kind: SandboxKind) -> None:
+    """A CLI may keep its variables from its tools, or give them a folder further down."""
+    async with site.session() as (worktree, mailbox):
+        argv = [sys.executable, "-P", "-m", "orchestrator", "lock", "a.py"]
+        code, said = await site.run(kind, worktree, mailbox, argv, env={"PATH": os.defpath}, cwd=worktree.tree / "src")
+    assert (code, said) == (0, "locked: src/a.py\n")
+
+
+async def test_files_of_another_are_refused_with_whose_they_are(site: Site) -> None:
+    """The exit code tells a refusal from a mistake."""
+    async with site.session() as (first, _), site.session("api", 2) as (second, mailbox):
+        async with site.session("docs", 3) as (third, thirds):
+            assert (await site.run(SandboxKind.OFF, third, thirds, ["council", "lock", "a.py"]))[0] == 0
+            code, said = await site.run(SandboxKind.OFF, second, mailbox, ["council", "lock", "a.py", "--json"])
+        assert first.mailbox.is_dir()
+    assert code == 1
+    told = json.loads(said)
+    assert told["status"] == "refused"
+    assert "run-1/docs.1" in told["error"]
+    assert told["exit"] == 1
+
+
+INTRUDE = """
+import json, socket, sys
+folder, token = sys.argv[1:]
+try:
+    found = open(folder + "/session.json").read()
+except OSError as error:
+    found = ""
+try:
+    import os
+    there = os.open(folder, os.O_PATH)
+    one = socket.socket(socket.AF_UNIX)
+    one.settimeout(10)
+    one.connect(f"/proc/self/fd/{there}/socket")
+    one.sendall(json.dumps({"token": token, "command": "peers", "arguments": {}}).encode() + b"\\n")
+    said = one.makefile().readline()
+except OSError as error:
+    said = ""
+print(json.dumps({"card": bool(found), "said": said}))
+"""
+
+
+async def test_another_sessions_mailbox_is_of_no_use(site: Site, kind: SandboxKind) -> None:
+    """It can't be read in a fence; where its socket can be reached, a token of another session is refused."""
+    async with site.session() as (first, mailbox), site.session("api", 2) as (second, _):
+        token = json.loads((first.mailbox / "session.json").read_text())["token"]
+        argv = [sys.executable, "-I", "-S", "-c", INTRUDE, str(second.mailbox), token]
+        code, said = await site.run(kind, first, mailbox, argv)
+    assert code == 0, said
+    found = json.loads(said)
+    assert found["card"] is (kind is SandboxKind.OFF)
+    if kind is SandboxKind.BUBBLEWRAP:
+        assert found["said"] == ""
+    else:
+        assert "not of this session" in json.loads(found["said"])["error"]
+    assert site.desk.asked == []
+
+
+async def test_the_end_of_a_session_ends_its_mailbox(site: Site) -> None:
+    """Whoever asks then is told so, and what the body raises comes out as it is."""
+    with pytest.raises(KeyError, match="as it is"):
+        async with site.session() as (worktree, mailbox):
+            raise KeyError("as it is")
+    code, said = await site.run(SandboxKind.OFF, worktree, mailbox, ["council", "peers"])
+    assert code == 2
+    assert "does not answer" in said
+
+
+def test_outside_of_a_session_it_is_said_what_to_do(tmp_path: Path) -> None:
+    """As any bad input."""
+    argv = [sys.executable, "-P", "-m", "orchestrator", "peers"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "no worktree of a session" in done.stderr
+    told = subprocess.run([*argv, "--json"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert json.loads(told.stdout)["exit"] == 2
+
+
+# Whatever is sent
+
+
+class Caller:
+    """Speaks to a mailbox as no client of ours does."""
+
+    def __init__(self, worktree: Worktree) -> None:
+        self.folder = worktree.mailbox
+        self.token = json.loads((self.folder / "session.json").read_text())["token"]
+
+    def connect(self) -> socket.socket:
+        made = socket.socket(socket.AF_UNIX)
+        made.settimeout(20)
+        there = os.open(self.folder, os.O_RDONLY)
+        try:
+            made.connect(f"/proc/self/fd/{there}/socket")
+        finally:
+            os.close(there)
+        return made
+
+    def line(self, command: Any, **arguments: Any) -> bytes:
+        return json.dumps({"token": self.token, "command": command, "arguments": arguments}).encode() + b"\n"
+
+    def say(self, data: bytes) -> dict[str, Any]:
+        with self.connect() as one, one.makefile() as answers:
+            one.sendall(data)
+            answer: dict[str, Any] = json.loads(answers.readline())
+            return answer
+
+
+ODD = [
+    b"\n",
+    b"hello\n",
+    b"null\n",
+    b"[]\n",
+    b"{}\n",
+    b"\xff\xfe\n",
+    b"[" * 50_000 + b"\n",
+    b'{"token": null, "command": "peers", "arguments": {}}\n',
+    b'{"token": "\xc3\xa9", "command": "peers", "arguments": {}}\n',
+    b'{"command": "peers", "arguments": {}}\n',
+]
+REFUSED: list[tuple[Any, dict[str, Any]]] = [
+    ("shutdown", {}),
+    (["peers"], {}),
+    ("peers", {"session": "run-1/api.1"}),
+    ("lock", {}),
+    ("lock", {"paths": "src"}),
+    ("lock", {"paths": []}),
+    ("lock", {"paths": [1]}),
+    ("lock", {"paths": ["../other"]}),
+    ("lock", {"paths": ["/etc/passwd"]}),
+    ("lock", {"paths": ["."]}),
+    ("lock", {"paths": ["a\0b"]}),
+    ("lock", {"paths": ["\ud800"]}),
+    ("lock", {"paths": ["x" * 5000]}),
+    ("lock", {"paths": ["a"], "wait": -1}),
+    ("lock", {"paths": ["a"], "wait": True}),
+    ("lock", {"paths": ["a"], "wait": float("nan")}),
+    ("lock", {"paths": ["a"], "wait": 1e9}),
+    ("report", {"status": "asleep"}),
+    ("note", {"text": " "}),
+]
+
+
+async def test_odd_requests_are_refused_and_harm_nothing(site: Site) -> None:
+    """Each gets an answer that says what to do, and the next request one, too."""
+    async with site.session() as (worktree, mailbox):
+        caller = Caller(worktree)
+        for data in ODD:
+            answer = await anyio.to_thread.run_sync(caller.say, data)
+            assert (answer["ok"], bool(answer["remedy"])) == (False, True), data
+        for command, arguments in REFUSED:
+            answer = await anyio.to_thread.run_sync(caller.say, caller.line(command, **arguments))
+            assert (answer["ok"], bool(answer["remedy"])) == (False, True), (command, arguments)
+        assert site.desk.asked == []
+        inside = caller.line("lock", paths=[str(worktree.tree / "src" / "a.py")])
+        assert await anyio.to_thread.run_sync(caller.say, inside) == {"ok": True, "result": {"locked": ["src/a.py"]}}
+    assert mailbox.faults == []
+
+
+async def test_a_request_that_is_too_large_is_refused(site: Site) -> None:
+    """Without reading all of it."""
+    async with site.session() as (worktree, _):
+        caller = Caller(worktree)
+        answer = await anyio.to_thread.run_sync(caller.say, b"x" * (LARGEST_REQUEST + 1))
+        assert "larger than" in answer["error"]
+        assert (await anyio.to_thread.run_sync(caller.say, caller.line("peers")))["ok"] is True
+
+
+async def test_a_fault_of_the_desk_is_told_and_kept(site: Site) -> None:
+    """The session goes on."""
+    async with site.session() as (worktree, mailbox):
+        caller = Caller(worktree)
+        answer = await anyio.to_thread.run_sync(caller.say, caller.line("lock", paths=["fault"]))
+        assert (answer["ok"], "fault" in answer["error"]) == (False, True)
+        assert (await anyio.to_thread.run_sync(caller.say, caller.line("peers")))["ok"] is True
+    assert mailbox.faults == ["ZeroDivisionError: a fault of the desk's"]
+
+
+async def test_who_leaves_is_not_answered(site: Site) -> None:
+    """What was begun for it is given up."""
+    async with site.session() as (worktree, _):
+        caller = Caller(worktree)
+        with caller.connect() as one:
+            one.sendall(caller.line("lock", paths=["never"]))
+            with anyio.fail_after(10):
+                while not site.desk.asked:
+                    await anyio.sleep(0)
+        with anyio.fail_after(10):
+            while not site.desk.left:
+                await anyio.sleep(0)
+
+
+async def test_a_thousand_that_say_nothing_harm_no_other(site: Site) -> None:
+    """Few of them are served, few wait; another session is answered at once, and this one once they have gone."""
+    async with site.session() as (worktree, _), site.session("api", 2) as (other, _):
+        caller, neighbour = Caller(worktree), Caller(other)
+        idle: list[socket.socket] = []
+        let_in = 0
+        try:
+            for _number in range(1000):
+                one = socket.socket(socket.AF_UNIX)
+                one.setblocking(False)
+                idle.append(one)
+                there = os.open(caller.folder, os.O_RDONLY)
+                try:
+                    one.connect(f"/proc/self/fd/{there}/socket")
+                    let_in += one.send(b"{") == 1
+                except BlockingIOError:  # the kernel keeps no more of them waiting
+                    pass
+                finally:
+                    os.close(there)
+                await anyio.sleep(0)
+            assert 0 < let_in < 300
+            start = time.monotonic()
+            assert (await anyio.to_thread.run_sync(neighbour.say, neighbour.line("peers")))["ok"] is True
+            assert time.monotonic() - start < 2
+        finally:
+            for one in idle:
+                one.close()
+        ours = Session(str(caller.folder), caller.token, str(worktree.tree))
+        assert (await anyio.to_thread.run_sync(ours.ask, "peers", {}))["peers"]
+
+
+async def test_half_a_line_is_left_alone(site: Site) -> None:
+    """The connection is closed after a while, without an answer."""
+    async with site.session() as (worktree, _):
+        caller = Caller(worktree)
+
+        def wait() -> bytes:
+            with caller.connect() as one:
+                one.sendall(caller.line("peers")[:-1])
+                return one.recv(100)
+
+        assert await anyio.to_thread.run_sync(wait) == b""
+    assert site.desk.asked == []
+
+
+# The hook before an edit
+
+CALLS: list[tuple[str, dict[str, Any], str]] = [
+    ("PreToolUse", {"file_path": "{tree}/src/theirs.py", "content": "x"}, "Claude Code's Write"),
+    ("PreToolUse", {"notebook_path": "{tree}/src/theirs.py"}, "Claude Code's NotebookEdit"),
+    ("BeforeTool", {"file_path": "src/theirs.py", "old_string": "a"}, "Gemini CLI's replace"),
+    ("PreToolUse", {"command": "*** Begin Patch\n*** Update File: src/theirs.py\n@@\n*** End Patch"}, "a patch"),
+    ("PreToolUse", {"file_path": "{tree}/src/link.py"}, "through a link"),
+]
+
+
+@pytest.mark.parametrize(("event", "given", "what"), CALLS, ids=[what for _, _, what in CALLS])
+async def test_an_edit_of_anothers_file_is_denied(site: Site, event: str, given: dict[str, Any], what: str) -> None:
+    """In the form that the CLI knows, with whose it is; other files may be edited."""
+    site.desk.foreign["src/theirs.py"] = "run-0/other.1"
+    async with site.session() as (worktree, mailbox):
+        (worktree.tree / "src" / "link.py").symlink_to("theirs.py")
+
+        async def call(given: dict[str, Any]) -> str:
+            put = {key: value.replace("{tree}", str(worktree.tree)) for key, value in given.items()}
+            told = {"hook_event_name": event, "cwd": str(worktree.tree), "tool_name": "Write", "tool_input": put}
+            worktree.prompt_file.write_text(json.dumps(told))
+            code, said = await site.run(
+                SandboxKind.OFF, worktree, mailbox, list(mailbox.hook), stdin=worktree.prompt_file
+            )
+            assert code == 0
+            return said
+
+        denied = json.loads(await call(given))
+        assert await call({"file_path": "src/ours.py"}) == ""
+        assert await call({"file_path": "/etc/passwd"}) == ""
+    if event == "BeforeTool":
+        assert denied["decision"] == "deny"
+        reason = denied["reason"]
+    else:
+        assert denied["hookSpecificOutput"]["permissionDecision"] == "deny"
+        assert denied["hookSpecificOutput"]["hookEventName"] == "PreToolUse"
+        reason = denied["hookSpecificOutput"]["permissionDecisionReason"]
+    assert "src/theirs.py belongs to run-0/other.1" in reason
+
+
+async def test_a_hook_whose_orchestrator_is_gone_allows(site: Site) -> None:
+    """What lands is checked all the same."""
+    site.desk.foreign["src/theirs.py"] = "run-0/other.1"
+    async with site.session() as (worktree, mailbox):
+        pass
+    told = {"hook_event_name": "PreToolUse", "cwd": str(worktree.tree), "tool_input": {"file_path": "src/theirs.py"}}
+    worktree.prompt_file.write_text(json.dumps(told))
+    ended = await site.run(SandboxKind.OFF, worktree, mailbox, list(mailbox.hook), stdin=worktree.prompt_file)
+    assert ended == (0, "")

@@ -1,0 +1,67 @@
+"""`council mcp` as a client of the Model Context Protocol finds it, in a session of its own."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import jsonschema
+import pytest
+from mcp import ClientSession, StdioServerParameters, stdio_client
+
+from orchestrator.client.commands import COMMANDS
+from orchestrator.mcp_server import input_schema
+from orchestrator.repo.hub import Hub
+from tests.desks import MemoryDesk
+from tests.integration.test_mailbox import Site
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    """A place for sessions."""
+    (tmp_path / "hub").mkdir()
+    return Site(Hub(tmp_path / "hub"), MemoryDesk(foreign={"theirs.txt": "run-0/other.1"}))
+
+
+@asynccontextmanager
+async def client(site: Site) -> AsyncIterator[ClientSession]:
+    """Connect to the server of a session, started as a CLI does: without the session's variables."""
+    async with site.session() as (_, mailbox):
+        server = mailbox.server
+        assert server is not None
+        started = StdioServerParameters(command=server.argv[0], args=[*server.argv[1:]], cwd="/")
+        async with stdio_client(started) as streams, ClientSession(*streams) as session:
+            await session.initialize()
+            yield session
+
+
+async def test_the_tools_are_the_commands(site: Site) -> None:
+    """Each is explained, and says what it takes."""
+    async with client(site) as session:
+        tools = (await session.list_tools()).tools
+    assert [tool.name for tool in tools] == list(COMMANDS)
+    assert all(tool.description for tool in tools)
+    assert tools[0].input_schema["required"] == ["paths"]
+
+
+async def test_a_tool_asks_as_the_session(site: Site) -> None:
+    """And tells what it is answered; what is refused is an error that says whose the file is."""
+    async with client(site) as session:
+        peers = await session.call_tool("peers", {})
+        assert peers.structured_content is not None
+        assert [one["task"] for one in peers.structured_content["peers"]] == ["models"]
+        assert (await session.call_tool("lock", {"paths": ["src/a.py"]})).structured_content == {"locked": ["src/a.py"]}
+        refused = await session.call_tool("lock", {"paths": ["theirs.txt"]})
+        assert (refused.is_error, "run-0/other.1" in str(refused.content)) == (True, True)
+        for odd in ({"paths": "a"}, {"paths": [1]}, {"paths": ["../a"]}, {"paths": ["a"], "wait": "long"}, {}):
+            assert (await session.call_tool("lock", odd)).is_error, odd
+        assert (await session.call_tool("shutdown", {})).is_error
+        assert not (await session.call_tool("peers", {})).is_error
+    assert {str(session) for session, _, _ in site.desk.asked} == {"run-1/models.1"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_schema_is_one(name: str) -> None:
+    """By the standard."""
+    jsonschema.Draft202012Validator.check_schema(input_schema(COMMANDS[name]))

@@ -1,0 +1,117 @@
+"""What a task changed is held against what it owned before it lands: it goes back, owns more, or may."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.clock import SystemClock
+from orchestrator.domain.sessions import SessionName
+from orchestrator.locking.registry import Registry, claim_key, scope_of
+from orchestrator.project import Project
+from orchestrator.protocols import Commit, Guard, Write
+from orchestrator.repo.site import find_site
+from orchestrator.state.file import FileStore
+from tests.conftest import Ended, Repository
+
+DEFAULTS = {"backoff": {"initial": "10ms", "max": "10ms", "jitter": False}, "timeout": "60s"}
+
+
+def run(repository: Repository, *tasks: dict[str, Any], **defaults: Any) -> Ended:
+    config = repository.configure(list(tasks), defaults={**DEFAULTS, **defaults})
+    return repository.council("run", str(config), "--json")
+
+
+def events(ended: Ended, event: str) -> list[dict[str, Any]]:
+    return [line for line in ended.lines if line.get("event") == event]
+
+
+async def test_work_outside_goes_back_and_the_next_attempt_is_told(repository: Repository) -> None:
+    """It begins with what it did inside; all else is as it was, be it changed, new, gone, or a folder now."""
+    repository.commit({"gone.txt": "x\n", "file": "x\n", "deep/er.txt": "x\n"}, "more")
+    repository.remember()
+    outside = ["append README.md evil", "write new.txt x", "delete gone.txt", "delete file", "write file/in x"]
+    outside += ["wipe deep", "write deep x"]
+    first = ["write src/a.txt one", *outside]
+    prompt = "\n".join([f"attempt 1 {step}" for step in first] + ["attempt 2 append src/a.txt two", "keep-prompt"])
+    ended = run(repository, {"id": "t", "prompt": prompt, "owns": ["src/**"]})
+    assert ended.states == {"t": "landed"}, ended
+    assert repository.git("diff", "--name-only", "HEAD^1", "HEAD") == "src/a.txt"
+    assert (repository.top / "src/a.txt").read_text() == "one\ntwo\n"
+    (retried,) = events(ended, "task.retrying")
+    assert retried["outcome"] == "escaped"
+    assert sorted(retried["paths"]) == ["README.md", "deep", "deep/er.txt", "file", "file/in", "gone.txt", "new.txt"]
+    told = Path(ended.result["tasks"][0]["log"]).with_name("t.2.stdout").read_text()
+    forbidden, _, allowed = told.partition("not to be touched]")[2].partition("what the task may change]")
+    assert '"new.txt"' in forbidden
+    assert '"src/**"' in allowed
+    await repository.assert_invariants()
+
+
+async def test_a_task_that_keeps_going_outside_fails_and_its_work_is_kept(repository: Repository) -> None:
+    """The last attempt's branch has it all; the reason names the paths."""
+    ended = run(repository, {"id": "t", "prompt": "append README.md x", "owns": ["src/**"]}, attempts=2)
+    (task,) = ended.result["tasks"]
+    assert (task["state"], task["failure"], task["attempts"]) == ("failed", "escaped", 2)
+    assert "README.md" in task["reason"]
+    assert (Path(ended.result["repository"]) / "refs/heads" / task["branch"]).exists()
+    await repository.assert_invariants()
+
+
+async def test_one_that_goes_outside_does_not_take_others_with_it(repository: Repository) -> None:
+    """Of three that are ready together two land; a name of a file can't get out of what it is told in."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "a", "prompt": "write a.txt x", "owns": ["a.txt"]},
+        {"id": "b", "prompt": "write c.txt x", "owns": ["b.txt"]},
+        {"id": "c", "prompt": "write d.txt x"},
+    ]
+    ended = run(repository, *tasks, attempts=1)
+    assert ended.states == {"a": "landed", "b": "failed", "c": "landed"}, ended
+    await repository.assert_invariants()
+
+
+async def test_without_owns_anything_may_change(repository: Repository) -> None:
+    """Nothing is held against a task that declared nothing."""
+    ended = run(repository, {"id": "t", "prompt": "append README.md x"}, on_escape="bounce")
+    assert ended.states == {"t": "landed"}, ended
+
+
+async def test_allow_lands_it_and_says_so_once(repository: Repository) -> None:
+    """Checks and all: the event names what was changed outside; a task may say otherwise than the defaults."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "free", "prompt": "append README.md x\nwrite src/a.txt x", "owns": ["src/**"]},
+        {"id": "held", "prompt": "write b.txt x", "owns": ["docs/**"], "on_escape": "bounce"},
+    ]
+    ended = run(repository, *tasks, on_escape="allow", attempts=1, checks=["true"])
+    assert ended.states == {"free": "landed", "held": "failed"}, ended
+    (allowed,) = events(ended, "task.escape_allowed")
+    assert (allowed["task"], allowed["paths"]) == ("free", ["README.md"])
+    await repository.assert_invariants()
+
+
+async def test_extend_lands_what_nobody_else_owns(repository: Repository) -> None:
+    """The event names what the task owns from then on."""
+    task = {"id": "t", "prompt": "append README.md x", "owns": ["src/**"], "on_escape": "extend"}
+    ended = run(repository, task)
+    assert ended.states == {"t": "landed"}, ended
+    assert [line["paths"] for line in events(ended, "task.ownership_extended")] == [["README.md"]]
+
+
+@pytest.mark.parametrize("pattern", ["*.md", "other/**"])
+async def test_extend_goes_back_where_another_session_owns_the_path(repository: Repository, pattern: str) -> None:
+    """A live session of another run holds it: the reason says who. What it holds besides is in nobody's way."""
+    site = await find_site(str(repository.top), is_url=False, environ=repository.environ)
+    session = SessionName("another", "task", 1)
+    async with FileStore.open(Project(repository.top).own_state, SystemClock()) as store:
+        key = claim_key(session)
+        await store.commit(Commit([Write(key, 0, {"epoch": 1, "released": None})]))
+        registry = Registry(store, SystemClock(), scope_of(site.location, "main"))
+        assert await registry.take(session, [pattern], orchestrator="o", claim=Guard(key, 1)) is None
+    task = {"id": "t", "prompt": "append README.md x", "owns": ["src/**"], "on_escape": "extend", "attempts": 1}
+    ended = run(repository, task)
+    expected = "failed" if pattern == "*.md" else "landed"
+    assert ended.states == {"t": expected}, ended
+    if expected == "failed":
+        assert "task task of run another owns README.md (as *.md)" in ended.result["tasks"][0]["reason"]

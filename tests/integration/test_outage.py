@@ -1,0 +1,469 @@
+"""A store that can't be reached costs nothing but time, or is gone on without; what others did meanwhile counts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Literal
+
+import anyio
+import pytest
+
+from orchestrator.clock import SystemClock
+from orchestrator.errors import LeaseLost, RefusedError, StateLost, StoreUnavailable, VersionConflict
+from orchestrator.protocols import Commit, Event, Guard, JsonObject, Key, Store, Write
+from orchestrator.state.file import FileStore
+from orchestrator.state.memory import MemoryStore
+from orchestrator.state.outage import surviving
+from tests.outage import QUICK, Line
+
+A, B, CLAIM = Key("task", "r/a"), Key("task", "r/b"), Key("claim", "r/a")
+PATIENCE = 20
+
+
+def writing(key: Key, expected: int, value: JsonObject | None = None, *guards: Guard) -> Commit:
+    return Commit([Write(key, expected, {"n": expected + 1} if value is None else value)], [Event("done")], guards)
+
+
+class Scene:
+    """A real store, the line to it, and what was told."""
+
+    def __init__(self, folder: Path) -> None:
+        self.real = MemoryStore(SystemClock())
+        self.line = Line(self.real)
+        self.folder = folder
+        self.told: list[Event] = []
+        self._news = anyio.Event()
+
+    async def tell(self, event: Event) -> None:
+        self.told.append(event)
+        self._news.set()
+        self._news = anyio.Event()
+
+    async def until_told(self, kind: str) -> Event:
+        with anyio.fail_after(PATIENCE):
+            while (found := next((one for one in self.told if one.type == kind), None)) is None:
+                await self._news.wait()
+        return found
+
+    async def back(self) -> None:
+        """Mend the line, and wait until that is noticed."""
+        self.told.clear()
+        self.line.mend()
+        await self.until_told("outage.over")
+
+    @asynccontextmanager
+    async def opened(self, mode: Literal["pause", "continue"]) -> AsyncIterator[Store]:
+        with anyio.fail_after(PATIENCE):
+            async with surviving(self.line, mode, SystemClock(), self.folder, self.tell, pauses=QUICK) as store:
+                yield store
+
+    async def value(self, key: Key) -> JsonObject | None:
+        found = await self.real.get(key)
+        return None if found is None else found.value
+
+    async def events(self) -> list[str]:
+        """Return the types of all events that the real store has."""
+        found: list[str] = []
+        position = await self.real.position()
+        if position:
+            async for record in self.real.watch():
+                found += [event.type for event in record.events]
+                if record.position == position:
+                    break
+        return found
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Scene:
+    """One of them, with nothing in the store."""
+    return Scene(tmp_path / "outage")
+
+
+async def test_commits_wait_in_their_order_and_it_is_told_twice(scene: Scene) -> None:
+    """Once when it begins and once when it is over, however many wait."""
+    async with scene.opened("pause") as store:
+        await store.commit(writing(A, 0))
+        scene.line.cut()
+        positions: dict[int, int] = {}
+
+        async def commit(number: int) -> None:
+            positions[number] = await store.commit(Commit([Write(Key("task", str(number)), 0, {})]))
+
+        async with anyio.create_task_group() as group:
+            for number in range(20):
+                group.start_soon(commit, number)
+                await anyio.wait_all_tasks_blocked()
+            await scene.until_told("outage.began")
+            assert positions == {}
+            scene.line.mend()
+        assert positions == {number: number + 2 for number in range(20)}
+    assert [one.type for one in scene.told] == ["outage.began", "outage.over"]
+    assert scene.told[0].data["mode"] == "pause"
+    assert "does not answer" in scene.told[0].data["reason"]
+
+
+async def test_reads_and_who_watches_wait_too(scene: Scene) -> None:
+    """What is read then is what is there when it is over; who watches misses nothing and sees nothing twice."""
+    async with scene.opened("pause") as store:
+        await store.commit(writing(A, 0))
+        seen: list[int] = []
+
+        async def watch() -> None:
+            async for record in store.watch():
+                seen.append(record.position)
+                if record.position == 3:
+                    return
+
+        async def read() -> None:
+            found = await store.get(A)
+            assert found is not None
+            assert found.value == {"n": 2}
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(watch)
+            await anyio.wait_all_tasks_blocked()
+            scene.line.cut()
+            group.start_soon(read)
+            await scene.until_told("outage.began")
+            await scene.real.commit(writing(A, 1))
+            await scene.real.commit(writing(B, 0))
+            scene.line.mend()
+        assert seen == [1, 2, 3]
+
+
+async def test_who_gives_up_waiting_has_committed_nothing(scene: Scene) -> None:
+    """And holds nobody up who waits behind."""
+    async with scene.opened("pause") as store:
+        scene.line.cut()
+        async with anyio.create_task_group() as group:
+            with anyio.CancelScope() as scope:
+                group.start_soon(store.commit, writing(B, 0))
+                await scene.until_told("outage.began")
+                scope.cancel()
+                await store.commit(writing(A, 0))
+            scene.line.mend()
+        assert await scene.value(A) is None
+        assert await scene.value(B) == {"n": 1}
+
+
+async def test_a_commit_whose_answer_is_lost_is_made_once(scene: Scene) -> None:
+    """It is known again by what it wrote; one that somebody else beat is refused as ever."""
+    async with scene.opened("pause") as store:
+        scene.line.loses_answers = 1
+        assert await store.commit(writing(A, 0)) == 1
+        scene.line.loses_answers = 1
+        assert await store.commit(Commit([Write(A, 1, None), Write(B, 0, {"n": 1})])) == 2
+        assert await scene.real.position() == 2
+        scene.line.cut()
+        async with anyio.create_task_group() as group:
+
+            async def lose() -> None:
+                with pytest.raises(VersionConflict):
+                    await store.commit(writing(B, 1, {"n": "mine"}))
+
+            scene.told.clear()
+            group.start_soon(lose)
+            await scene.until_told("outage.began")
+            await scene.real.commit(writing(B, 1, {"n": "theirs"}))
+            scene.line.mend()
+
+
+class Emptied(MemoryStore):
+    """One that has lost what it had."""
+
+    async def commit(self, commit: Commit) -> int:
+        raise StateLost("there", "it is gone")
+
+
+@pytest.mark.parametrize("mode", ["pause", "continue"])
+async def test_what_is_lost_is_not_waited_for(tmp_path: Path, mode: Literal["pause", "continue"]) -> None:
+    """No waiting brings it back, and going on would hide it."""
+
+    async def tell(event: Event) -> None:
+        raise AssertionError(event)
+
+    with pytest.raises(StateLost), anyio.fail_after(PATIENCE):
+        async with surviving(Emptied(SystemClock()), mode, SystemClock(), tmp_path / "x", tell) as store:
+            await store.commit(writing(A, 0))
+
+
+@pytest.mark.parametrize("mode", ["pause", "continue"])
+async def test_a_disk_that_is_full_is_waited_for(tmp_path: Path, mode: Literal["pause", "continue"]) -> None:
+    """Also by what would go on, if its own place is there, too; nothing is lost once there is room."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)]
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"a small file system can't be mounted here: {mounted.stderr.strip()}")
+    began = anyio.Event()
+
+    async def tell(event: Event) -> None:
+        if event.type == "outage.began":
+            began.set()
+
+    clock, number, ballast = SystemClock(), 0, disk / "ballast"
+    try:
+        with anyio.fail_after(PATIENCE):
+            async with (
+                FileStore.open(disk / "state", clock) as inner,
+                surviving(inner, mode, clock, disk / "outage", tell, pauses=QUICK) as store,
+            ):
+                await store.commit(writing(A, 0))
+                with suppress(OSError), ballast.open("wb", buffering=0) as file:
+                    while True:
+                        file.write(bytes(4096))
+
+                async def fill() -> None:
+                    nonlocal number
+                    for number in range(1, 20):
+                        await store.commit(writing(A, number, {"n": number, "x": "x" * 1000}))
+
+                async with anyio.create_task_group() as group:
+                    group.start_soon(fill)
+                    await began.wait()
+                    ballast.unlink()
+                found = await inner.get(A)
+                assert found is not None
+                assert (found.version, found.value["n"]) == (20, 19)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+async def test_work_goes_on_and_is_told_in_its_order(scene: Scene) -> None:
+    """Versions, values, events and guards; nothing is left of it on the disk."""
+    async with scene.opened("continue") as store:
+        await store.commit(writing(CLAIM, 0, {"epoch": 1}))
+        assert await store.get(A) is None
+        assert list(await store.list("task", "r/")) == []
+        scene.line.cut()
+        for number in range(3):
+            await store.commit(writing(A, number, None, Guard(CLAIM, 1)))
+        found = await store.get(A)
+        assert found is not None
+        assert (found.version, found.value) == (3, {"n": 3})
+        assert [one.key for one in await store.list("task", "r/")] == [A]
+        with pytest.raises(VersionConflict):
+            await store.commit(writing(A, 1))
+        with pytest.raises(LeaseLost):
+            await store.commit(writing(A, 3, None, Guard(CLAIM, 2)))
+        assert await scene.value(A) is None
+        assert [one.type for one in scene.told] == ["outage.began"]
+        assert list(scene.folder.iterdir())
+        await scene.back()
+        assert scene.told[-1].data | {"seconds": 0} == {"mode": "continue", "seconds": 0, "replayed": 3, "refused": 0}
+        assert [one.value for one in await scene.real.history(A)] == [{"n": 3}, {"n": 2}, {"n": 1}]
+        assert await scene.events() == ["done"] * 4
+        await store.commit(writing(A, 3, None, Guard(CLAIM, 1)))
+    assert list(scene.folder.iterdir()) == []
+
+
+async def test_what_somebody_else_did_meanwhile_counts(scene: Scene) -> None:
+    """What builds on a claim that was theirs is refused, told, and whoever relied on it learns so; the rest stays."""
+    async with scene.opened("continue") as store:
+        await store.list("claim")
+        await store.list("task")
+        scene.line.cut()
+        await store.commit(writing(CLAIM, 0, {"epoch": 1, "owner": "here"}))
+        await store.commit(writing(A, 0, {"by": "here"}, Guard(CLAIM, 1)))
+        await store.commit(writing(B, 0, {"by": "here"}))
+        await scene.real.commit(writing(CLAIM, 0, {"epoch": 1, "owner": "there"}))
+        await scene.back()
+        assert [one.data["keys"] for one in scene.told if one.type == "outage.refused"] == [[str(CLAIM)], [str(A)]]
+        assert scene.told[-1].data["refused"] == 2
+        assert [await scene.value(key) for key in (CLAIM, A, B)] == [
+            {"epoch": 1, "owner": "there"}, None, {"by": "here"},
+        ]  # fmt: skip
+        # Their epoch has the same number, and yet the one that was had here is not theirs.
+        with pytest.raises(LeaseLost):
+            await store.commit(writing(A, 0, {"by": "here"}, Guard(CLAIM, 1)))
+        with pytest.raises(VersionConflict):
+            await store.commit(writing(CLAIM, 1, {"epoch": 2, "owner": "here"}))
+        found = await store.get(CLAIM)
+        assert found is not None
+        assert found.value["owner"] == "there"
+        await store.commit(writing(CLAIM, 1, {"epoch": 2, "owner": "here"}))
+        await store.commit(writing(A, 0, {"by": "here"}, Guard(CLAIM, 2)))
+
+
+async def test_a_lease_that_is_taken_anew_holds_whatever_its_epoch(scene: Scene) -> None:
+    """Also one by an epoch that was had in vain while the store could not be reached."""
+    async with scene.opened("continue") as store:
+        await store.list("claim")
+        scene.line.cut()
+        await store.commit(writing(CLAIM, 0, {"epoch": 1}))
+        await store.commit(writing(CLAIM, 1, {"epoch": 2}))
+        await scene.real.commit(writing(CLAIM, 0, {"epoch": 1, "owner": "there"}))
+        await scene.back()
+        with pytest.raises(LeaseLost):
+            await store.commit(Commit(events=[Event("late")], guards=[Guard(CLAIM, 2)]))
+        await store.get(CLAIM)
+        await store.commit(writing(CLAIM, 1, {"epoch": 2, "owner": "here"}))
+        await store.commit(Commit(events=[Event("well")], guards=[Guard(CLAIM, 2)]))
+
+
+async def test_versions_that_were_given_here_are_known_as_those_that_are_there(scene: Scene) -> None:
+    """Where nobody here knew that the document had been there before, and been deleted."""
+    for commit in (writing(A, 0), writing(A, 1), Commit([Write(A, 2, None)])):
+        await scene.real.commit(commit)
+    async with scene.opened("continue") as store:
+        await store.list("task")
+        scene.line.cut()
+        await store.commit(writing(A, 0, {"n": "first"}))
+        await store.commit(writing(A, 1, {"n": "second"}))
+        await scene.back()
+        assert [one.version for one in await scene.real.history(A)] == [5, 4, 3, 2, 1]
+        await store.commit(writing(A, 2, {"n": "third"}))
+        assert await scene.value(A) == {"n": "third"}
+
+
+async def test_nothing_is_said_of_what_was_never_seen(scene: Scene) -> None:
+    """It may be there or not; what is new can be written all the same."""
+    await scene.real.commit(writing(A, 0))
+    async with scene.opened("continue") as store:
+        scene.line.cut()
+        for refused in (
+            store.get(A),
+            store.list("task"),
+            store.commit(writing(A, 1)),
+            store.commit(Commit(guards=[Guard(A, 1)])),
+        ):
+            with pytest.raises(RefusedError, match=r"never (read|listed) here"):
+                await refused
+        await store.commit(writing(B, 0))
+        assert await store.get(B) is not None
+        await scene.back()
+        assert await store.get(A) is not None
+
+
+async def test_who_watches_sees_what_is_there_when_it_is_over(scene: Scene) -> None:
+    """At the positions that it has there, and nothing twice."""
+    async with scene.opened("continue") as store:
+        await store.list("task")
+        await store.commit(writing(A, 0))
+        seen: list[tuple[int, list[Key]]] = []
+
+        async def watch() -> None:
+            async for record in store.watch():
+                seen.append((record.position, list(record.documents)))
+                if record.position == 3:
+                    return
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(watch)
+            await anyio.wait_all_tasks_blocked()
+            scene.line.cut()
+            await store.commit(writing(A, 1))
+            await scene.real.commit(writing(B, 0))
+            scene.line.mend()
+        assert seen == [(1, [A]), (2, [B]), (3, [A])]
+
+
+async def test_a_moment_is_no_outage(scene: Scene) -> None:
+    """One failure is followed by another try, and a commit that was made by the first is known again."""
+    async with scene.opened("continue") as store:
+        scene.line.loses_answers = 1
+        await store.commit(writing(A, 0))
+        await store.commit(writing(A, 1))
+    assert scene.told == []
+    assert await scene.real.position() == 2
+
+
+async def test_a_commit_whose_answer_was_lost_at_the_beginning_is_made_once(scene: Scene) -> None:
+    """It is made here, too, since nobody can know, and known again there."""
+    async with scene.opened("continue") as store:
+        await store.list("task")
+        scene.line.loses_answers = 1
+        commits = writing(A, 0, {"n": "once"})
+        original = scene.line.commit
+
+        async def lose_then_cut(commit: Commit) -> int:
+            scene.line.commit = original  # type: ignore[method-assign]
+            try:
+                return await original(commit)
+            finally:
+                scene.line.cut()
+
+        scene.line.commit = lose_then_cut  # type: ignore[method-assign]
+        await store.commit(commits)
+        await store.commit(writing(A, 1, {"n": "twice"}))
+        await scene.back()
+        assert [one.value for one in await scene.real.history(A)] == [{"n": "twice"}, {"n": "once"}]
+
+
+CRASH = """
+import os, sys
+import anyio
+from pathlib import Path
+from orchestrator.clock import SystemClock
+from orchestrator.protocols import Commit, Event, Key, Write
+from orchestrator.state.file import FileStore
+from orchestrator.state.outage import surviving
+from tests.outage import QUICK, Line
+
+async def main() -> None:
+    place = Path(sys.argv[1])
+    async def tell(event: Event) -> None:
+        pass
+    async with FileStore.open(place / "state", SystemClock()) as real:
+        line = Line(real)
+        async with surviving(line, "continue", SystemClock(), place / "outage", tell, pauses=QUICK) as store:
+            await store.list("task")
+            line.cut()
+            for number in range(5):
+                await store.commit(Commit([Write(Key("task", "r/a"), number, {"n": number + 1})], [Event("done")]))
+            os.kill(os.getpid(), 9)
+
+anyio.run(main)
+"""
+
+
+async def test_what_a_killed_process_did_alone_is_told_by_the_next(tmp_path: Path) -> None:
+    """Nothing of it is lost; what that one had told before it was killed in turn is not told twice."""
+    killed = subprocess.run([sys.executable, "-c", CRASH, str(tmp_path)], check=False, cwd=Path(__file__).parents[2])
+    assert killed.returncode == -9
+    clock = SystemClock()
+    told: list[Event] = []
+
+    async def tell(event: Event) -> None:
+        told.append(event)
+
+    async with FileStore.open(tmp_path / "state", clock) as real:
+        assert await real.get(A) is None
+        # As if the next had been killed after the first of them.
+        await real.commit(Commit([Write(A, 0, {"n": 1})], [Event("done")]))
+        for _ in range(2):
+            async with surviving(real, "continue", clock, tmp_path / "outage", tell) as store:
+                found = await store.get(A)
+                assert found is not None
+                assert (found.version, found.value) == (5, {"n": 5})
+        assert await real.position() == 5
+    assert [(one.type, one.data["replayed"]) for one in told] == [("outage.over", 5)]
+    assert list((tmp_path / "outage").iterdir()) == []
+
+
+async def test_what_is_left_at_the_end_is_kept_and_told_by_the_next(scene: Scene) -> None:
+    """Who ends while the store can't be reached says where it is; who lives and holds it is left alone."""
+    async with scene.opened("continue") as store:
+        await store.list("task")
+        scene.line.cut()
+        await store.commit(writing(A, 0))
+        async with surviving(scene.real, "continue", SystemClock(), scene.folder, scene.tell):
+            assert await scene.value(A) is None
+    assert [one.type for one in scene.told] == ["outage.began", "outage.kept"]
+    scene.line.mend()
+    async with scene.opened("continue"):
+        assert await scene.value(A) == {"n": 1}
+
+
+async def test_what_goes_wrong_inside_comes_out_as_it_is(scene: Scene) -> None:
+    """In neither mode in a group."""
+    modes: Sequence[Literal["pause", "continue"]] = ("pause", "continue")
+    for mode in modes:
+        with pytest.raises(StoreUnavailable, match="of another kind"):
+            async with scene.opened(mode):
+                raise StoreUnavailable("this", "of another kind", "no remedy")

@@ -1,0 +1,146 @@
+"""What the sessions of a run are at, as it is seen from outside: by Python and in the shell."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import pytest
+
+from orchestrator import Council, RefusedError
+from orchestrator.clock import SystemClock
+from orchestrator.domain.contexts import SessionStatus
+from orchestrator.domain.secrets import Redactor
+from orchestrator.domain.sessions import SessionName
+from orchestrator.engine.contexts import Contexts
+from orchestrator.engine.memory import Memory
+from orchestrator.locking.registry import scope_of
+from orchestrator.state.file import FileStore
+from tests.command_server import Started
+from tests.conftest import Repository
+from tests.waiting import wait_for
+
+TASKS = [{"id": name, "prompt": f"write {name}.txt x\nhang"} for name in ("auth", "web")]
+
+
+def started(repository: Repository) -> tuple[Started, str]:
+    """Start a run of two sessions that do not end; return its id once both are at work."""
+    child = repository.start("run", str(repository.configure(TASKS)))
+    spawned = wait_for(lambda: repository.spawns.exists() and len(repository.spawns.read_text().splitlines()) == 2)
+    assert spawned
+    return child, str(repository.council("status", "--json").result["run"])
+
+
+def ended(repository: Repository, child: Started) -> None:
+    child.send_signal(signal.SIGINT)
+    child.communicate(timeout=60)
+
+
+async def test_what_sessions_are_at_is_seen_from_outside(repository: Repository) -> None:
+    """In the result, in text and in Python; conflicts on files and a task at a glance, too; gone with the run."""
+    child, run = started(repository)
+    try:
+        async with (
+            FileStore.open(repository.top / ".council/state", SystemClock()) as store,
+            Council.open(repository.top, environ=repository.environ) as council,
+        ):
+            scope = scope_of(str(repository.top), "main")
+            contexts = Contexts(store, SystemClock(), scope, Redactor(), orchestrator="o1")
+            auth, web = SessionName(run, "auth", 1), SessionName(run, "web", 1)
+            for one in (auth, web):
+                await contexts.begin(one, "fake")
+                await contexts.update(one, file="src/api.py")
+            await contexts.update(auth, message="adds an endpoint", progress="50%")
+            await contexts.mark_blocked(web, "needs it", "the schema")
+            assert {one.session: one.status for one in await council.contexts()} == {
+                auth: SessionStatus.WORKING,
+                web: SessionStatus.BLOCKED,
+            }
+            assert {path: len(found) for path, found in (await council.file_conflicts(run)).items()} == {
+                "src/api.py": 2
+            }
+            assert (await council.task_summary("web")).by_status[SessionStatus.BLOCKED] == 1
+            with pytest.raises(RefusedError, match="has no task"):
+                await council.task_summary("nothing")
+            report = await council.status()
+            assert [(one.task, one.file, one.progress) for one in report.sessions] == [
+                ("auth", "src/api.py", "50%"),
+                ("web", "src/api.py", None),
+            ]
+            text = repository.council("status").stdout
+            assert "50%; src/api.py: adds an endpoint" in text
+            assert "blocked on the schema; src/api.py: needs it" in text
+            [told] = [one for one in repository.council("status", "--json").result["sessions"] if one["task"] == "web"]
+            assert (told["status"], told["blocked_on"], told["attempt"]) == ("blocked", "the schema", 1)
+            assert await council.clean_contexts(0) == [f"{run}/auth.1", f"{run}/web.1"]
+            assert await council.contexts() == []
+    finally:
+        ended(repository, child)
+    assert repository.council("status", "--json").result["sessions"] == []
+
+
+async def test_details_of_a_session_are_seen_from_outside(repository: Repository) -> None:
+    """As long as it is at work."""
+    child, run = started(repository)
+    try:
+        async with Council.open(repository.top, environ=repository.environ) as council:
+            found = await council.details("auth", run)
+            assert (found.task, found.attempt, found.stats.files, found.stats.added) == ("auth", 1, 1, 1)
+            assert "+++ b/auth.txt" in found.diff
+            with pytest.raises(RefusedError, match="has no task"):
+                await council.details("nothing")
+    finally:
+        ended(repository, child)
+    async with Council.open(repository.top, environ=repository.environ) as council:
+        with pytest.raises(RefusedError, match="has no session at work"):
+            await council.details("auth", run)
+
+
+async def test_notes_are_seen_and_dropped_from_outside(repository: Repository) -> None:
+    """Those of all runs on the same target; they outlive the runs' records."""
+    tasks = [{"id": "a", "prompt": "write a.txt a"}]
+    runs = []
+    for _ in range(2):
+        repository.council("run", str(repository.configure(tasks)))
+        runs.append(str(repository.council("status", "--json").result["run"]))
+    async with (
+        FileStore.open(repository.top / ".council/state", SystemClock()) as store,
+        Council.open(repository.top, environ=repository.environ) as council,
+    ):
+        memory = Memory(store, SystemClock(), scope_of(str(repository.top), "main"), Redactor())
+        first = await memory.leave(SessionName(runs[0], "a", 1), "of the first", topic="order", paths=["src/**"])
+        second = await memory.leave(SessionName(runs[1], "a", 1), "of the second")
+        assert await council.notes() == await council.notes(runs[0], task="a") == [first, second]
+        assert await council.notes(paths=["src/a.py"]) == await council.notes(topic="Order") == [first]
+        third = await memory.leave(SessionName(runs[1], "a", 1), "wrong")
+        await council.drop_note(third.id)
+        for run in runs:
+            await forget(council, run)
+        assert await memory.all() == [first, second], "the next run on that target is told"
+
+
+async def test_notes_about_a_branch_of_a_runs_own_go_with_its_record(repository: Repository) -> None:
+    """And come back with it."""
+    config = repository.configure([{"id": "a", "prompt": "write a.txt a"}])
+    settings = json.loads(config.read_text())
+    del settings["target"]
+    config.write_text(json.dumps(settings))
+    run = repository.council("run", str(config), "--json").result["run"]
+    async with (
+        FileStore.open(repository.top / ".council/state", SystemClock()) as store,
+        Council.open(repository.top, environ=repository.environ) as council,
+    ):
+        memory = Memory(store, SystemClock(), scope_of(str(repository.top), f"council/{run}"), Redactor())
+        note = await memory.leave(SessionName(run, "a", 1), "x")
+        assert await council.notes() == [note]
+        await forget(council, run)
+        assert await memory.all() == []
+        [checkpoint] = await council.checkpoints(run)
+        await council.restore(checkpoint.id)
+        assert await council.notes() == [note]
+
+
+async def forget(council: Council, run: str) -> None:
+    """Remove the record of a run."""
+    found = [one for one in await council.cleaner.find(runs=0) if one.kind == "run" and one.run == run]
+    assert [one.error for one in await council.cleaner.remove(found)] == [None]

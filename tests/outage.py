@@ -1,0 +1,131 @@
+"""What the tests of outages share: a store that can be put out of reach, in front of a real one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
+
+import anyio
+
+from orchestrator.errors import StoreUnavailable
+from orchestrator.protocols import (
+    HISTORY,
+    Commit,
+    Compacted,
+    Damage,
+    Document,
+    Dump,
+    Key,
+    Record,
+    State,
+    Statistics,
+    Store,
+    Verified,
+    Version,
+)
+from orchestrator.state.outage import Pauses
+
+#: Tests wait for nothing.
+QUICK = Pauses(first=0.001, longest=0.005)
+
+
+class Line:
+    """A store at the other end of a line that can be cut."""
+
+    def __init__(self, inner: Store) -> None:
+        self._inner = inner
+        self._is_cut = False
+        self._news = anyio.Event()
+        self.loses_answers = 0
+        """How many of the next commits are made without their maker's getting to know."""
+
+    def cut(self) -> None:
+        """Put it out of reach; who watches finds out, too."""
+        self._is_cut = True
+        self._news.set()
+        self._news = anyio.Event()
+
+    def mend(self) -> None:
+        """Put it within reach again."""
+        self._is_cut = False
+
+    def _check(self) -> None:
+        if self._is_cut:
+            raise StoreUnavailable("the other end", "it does not answer", "wait")
+
+    async def commit(self, commit: Commit) -> int:
+        self._check()
+        position = await self._inner.commit(commit)
+        if self.loses_answers:
+            self.loses_answers -= 1
+            raise StoreUnavailable("the other end", "it does not answer", "wait")
+        return position
+
+    async def get(self, key: Key) -> Document | None:
+        self._check()
+        return await self._inner.get(key)
+
+    async def list(self, kind: str, prefix: str = "") -> Sequence[Document]:
+        self._check()
+        return await self._inner.list(kind, prefix)
+
+    async def position(self) -> int:
+        self._check()
+        return await self._inner.position()
+
+    async def watch(self, after: int = 0) -> AsyncGenerator[Record]:
+        self._check()
+        async with aclosing(self._inner.watch(after)) as records:
+            while (record := await self._next(records)) is not None:
+                yield record
+
+    async def _next(self, records: AsyncGenerator[Record]) -> Record | None:
+        found, cut = list[Record](), self._news
+
+        async with anyio.create_task_group() as group:
+
+            async def take() -> None:
+                found.append(await anext(records))
+                group.cancel_scope.cancel()
+
+            group.start_soon(take)
+            await cut.wait()
+            group.cancel_scope.cancel()
+        self._check()
+        return found[0] if found else None
+
+    async def history(self, key: Key, limit: int = HISTORY) -> Sequence[Version]:
+        self._check()
+        return await self._inner.history(key, limit)
+
+    async def at(self, position: int) -> State:
+        self._check()
+        return await self._inner.at(position)
+
+    async def compact(self, older_than: float, largest: int) -> Compacted:
+        self._check()
+        return await self._inner.compact(older_than, largest)
+
+    async def statistics(self) -> Statistics:
+        self._check()
+        return await self._inner.statistics()
+
+    async def verify(self) -> Verified:
+        self._check()
+        return await self._inner.verify()
+
+    async def repair(self) -> Verified:
+        self._check()
+        return await self._inner.repair()
+
+    def dump(self) -> AbstractAsyncContextManager[Dump]:
+        self._check()
+        return self._inner.dump()
+
+    async def load(self, dump: Dump) -> None:
+        self._check()
+        await self._inner.load(dump)
+
+    @property
+    def damage(self) -> Sequence[Damage]:
+        return self._inner.damage

@@ -1,0 +1,21 @@
+"""Python programs that tests run beside themselves."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def python(code: str, *args: object) -> Iterator[subprocess.Popen[str]]:
+    """A program with our code that is dead, whatever happens, when the block ends."""
+    argv = [sys.executable, "-c", code, *map(str, args)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True, env={"PYTHONPATH": str(Path.cwd())}) as child:
+        try:
+            yield child
+        finally:
+            child.kill()

@@ -1,0 +1,121 @@
+"""Names of file locks against the file system itself: one lock for one file, whatever it is called."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.errors import RefusedError
+from orchestrator.locking.names import canonical, folds_case, lock_name
+
+# Pairs that a careless name would take for one: a/b and a_b, small and capital, and long ones with the same beginning.
+LETTERS = st.sampled_from(["a", "b", "_", "A", "é", "ß", ".", " ", "-", "%", "\n", "x" * 60, "\udcff"])
+names = st.lists(LETTERS, min_size=1, max_size=4).map("".join).filter(lambda name: name not in {".", ".."})
+paths = st.lists(names, min_size=1, max_size=3).map("/".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(paths, min_size=2, max_size=8, unique=True))
+def test_distinct_files_have_distinct_locks(files: list[str]) -> None:
+    """And every name fits into a folder, beside its extension."""
+    locks = [lock_name(canonical(path)) for path in files]
+    assert len(set(locks)) == len({unicodedata.normalize("NFC", os.path.normpath(path)) for path in files})
+    for lock in locks:
+        assert "/" not in lock
+        assert not lock.startswith(".")
+        assert len(os.fsencode(lock)) <= 200
+
+
+SHORT = st.sampled_from(["a", "b", "link", "up", "a_b", "A"])
+steps = st.lists(st.one_of(SHORT, st.just(".."), st.just("."), st.just("")), min_size=1, max_size=7)
+
+
+@pytest.fixture(scope="module")
+def tree() -> Iterator[Path]:
+    """A tree with links to folders, to files, to links, upwards, and out of it."""
+    with TemporaryDirectory() as made:
+        top = Path(made, "repo")
+        for folder in ("a/b", "b/a", "a_b/a"):
+            (top / folder).mkdir(parents=True)
+        for file in ("a/a", "a/A", "b/b", "a_b/b", "A"):
+            (top / file).write_text(file)
+        (top / "link").symlink_to("a/b")
+        (top / "up").symlink_to("b/link")
+        (top / "b/link").symlink_to(top / "a")
+        (top / "a/link").symlink_to("../b/b")
+        (top / "a/b/up").symlink_to("..")
+        (top / "b/up").symlink_to("../../outside")
+        (top.parent / "outside").mkdir()
+        yield top
+
+
+@settings(max_examples=800, deadline=None)
+@given(st.data())
+def test_a_file_has_one_lock_by_any_spelling(tree: Path, data: st.DataObject) -> None:
+    """Two spellings have the same lock exactly if they are one file of the file system's."""
+    first, second = (data.draw(steps.map("/".join).filter(bool)) for _ in range(2))
+    found = []
+    for spelled in (first, second):
+        real = (tree / spelled.lstrip("/")).resolve()
+        try:
+            lock = lock_name(canonical(spelled.lstrip("/") or ".", tree))
+        except RefusedError:
+            assert not real.is_relative_to(tree.resolve()) or real == tree.resolve()
+            return
+        assert real.is_relative_to(tree.resolve())
+        found.append((lock, real))
+    assert (found[0][0] == found[1][0]) is (found[0][1] == found[1][1])
+    if all(real.exists() for _, real in found):
+        assert (found[0][0] == found[1][0]) is found[0][1].samefile(found[1][1])
+
+
+@settings(max_examples=300, deadline=None)
+@given(paths)
+def test_forms_of_characters_make_no_other_file(path: str) -> None:
+    """Composed and decomposed are one anywhere; small and capital are where the file system takes them for one."""
+    for form in ("NFC", "NFD"):
+        assert canonical(unicodedata.normalize(form, path)) == canonical(path)
+        spelled = unicodedata.normalize(form, path.upper())
+        assert canonical(spelled, folds_case=True) == canonical(path.lower(), folds_case=True)
+    if path.swapcase() != path and "ß" not in path:
+        assert canonical(path.swapcase()) != canonical(path)
+
+
+def test_whether_letters_count_alike_is_asked_of_the_file_system(tmp_path: Path) -> None:
+    """It says what is so there, and leaves nothing."""
+    (tmp_path / "case").touch()
+    alike = (tmp_path / "CASE").exists()
+    (tmp_path / "case").unlink()
+    assert folds_case(tmp_path) is alike
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_long_paths_have_names_that_can_be_made(tmp_path: Path) -> None:
+    """Far more than 255 bytes, of which only the middle differs."""
+    names = [lock_name(canonical("/".join(["é" * 100] * 20 + [middle] + ["ü" * 100] * 20))) for middle in "ab"]
+    for name in names:
+        (tmp_path / f"{name}.lock").touch()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("path", ["", ".", "..", "a/..", "../x", "a/../../b", "/etc/passwd", "a\0"])
+def test_what_is_no_file_of_the_repository_is_refused(path: str, tmp_path: Path) -> None:
+    """With and without a tree to look it up in."""
+    for top in (None, tmp_path):
+        with pytest.raises(RefusedError):
+            canonical(path, top)
+
+
+def test_an_absolute_path_within_the_tree_is_the_file(tmp_path: Path) -> None:
+    """Also where the tree is reached by a link."""
+    (tmp_path / "repo").mkdir()
+    (tmp_path / "alias").symlink_to("repo")
+    assert canonical(str(tmp_path / "alias" / "a"), tmp_path / "repo") == "a"
+    assert canonical(str(tmp_path / "repo" / "a"), tmp_path / "alias") == "a"

@@ -1,0 +1,182 @@
+"""Sessions that work side by side on one repository, as one process has them: real worktrees, store, locks and desk."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adapters.claude_code import ClaudeCodeAdapter, ClaudeCodeOptions
+from orchestrator.clock import Clock, SystemClock
+from orchestrator.domain.contexts import SessionContext
+from orchestrator.domain.secrets import Redactor
+from orchestrator.domain.sessions import SessionName
+from orchestrator.engine.contexts import Contexts
+from orchestrator.engine.desk import SessionDesk
+from orchestrator.engine.details import Workplace
+from orchestrator.engine.memory import Memory
+from orchestrator.errors import RefusedError
+from orchestrator.locking.files import FileLocks
+from orchestrator.locking.registry import Registry, claim_key, scope_of
+from orchestrator.protocols import Commit, Guard, JsonObject, Store, Write
+from orchestrator.repo import worktrees
+from orchestrator.repo.collect import Collected, collect
+from orchestrator.repo.diffs import Changes, count
+from orchestrator.repo.inspection import Admission
+from orchestrator.repo.pool import Checkout, Pool
+from orchestrator.repo.worktrees import Worktree
+from orchestrator.sessions.output import log_file
+from orchestrator.state.file import FileStore
+from tests.conftest import Repository
+from tests.places import Yard
+
+#: A secret of the machine that the sessions work on.
+SECRET = "hunter2hunter2"
+#: Yards are of one run.
+RUN = "run1"
+
+
+@dataclass
+class Team:
+    """The sessions of one process; several teams on one store and folder are several processes."""
+
+    store: Store
+    yard: Yard
+    pool: Pool
+    base: str
+    folder: Path
+    """For logs and locks."""
+    environ: Mapping[str, str]
+    name: str = "o1"
+    clock: Clock = field(default_factory=SystemClock)
+    claims: dict[SessionName, Guard] = field(default_factory=dict)
+    checkouts: dict[SessionName, tuple[Worktree, Checkout]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Open the desk."""
+        scope, redactor = scope_of(str(self.yard.top), "main"), Redactor([SECRET])
+        self.registry = Registry(self.store, self.clock, scope)
+        self.files = FileLocks(self.folder / "locks", self.clock)
+        self.memory = Memory(self.store, self.clock, scope, redactor)
+        self.contexts = Contexts(self.store, self.clock, scope, redactor, orchestrator=self.name, claim=self.claims.get)
+        self.desk = SessionDesk(
+            store=self.store,
+            clock=self.clock,
+            git=self.yard.git,
+            contexts=self.contexts,
+            memory=self.memory,
+            files=self.files,
+            registry=self.registry,
+            redactor=redactor,
+            orchestrator=self.name,
+            claim=self.claims.get,
+            elsewhere=self._elsewhere,
+        )
+
+    async def join(self, task: str, attempt: int = 1, *, owns: Sequence[str] = ()) -> SessionName:
+        """Begin a session in a worktree of its own, under a claim, with what its task owns."""
+        session = SessionName(RUN, task, attempt)
+        worktree = self.yard.worktree(task, attempt)
+        checkout = await self.pool.take(self.base, worktree.root)
+        self.checkouts[session] = await worktrees.create(worktree, checkout, "prompt"), checkout
+        await self.claim(session)
+        assert await self.registry.take(session, owns, orchestrator=self.name, claim=self.claims[session]) is None
+        await self.desk.enter(session, "fixer", self.workplace(session))
+        return session
+
+    async def claim(self, session: SessionName) -> None:
+        """Take a claim on a task, unless an earlier session of it here has that."""
+        key = claim_key(session)
+        held = next((guard for guard in self.claims.values() if guard.key == key), None)
+        if held is None:
+            found = await self.store.get(key)
+            version = found.version if found else 0
+            await self.store.commit(Commit([Write(key, version, {"epoch": version + 1, "released": None})]))
+            held = Guard(key, version + 1)
+        self.claims[session] = held
+
+    def workplace(self, session: SessionName) -> Workplace:
+        """Return where a session works."""
+        worktree = self.yard.worktree(session.task, session.attempt)
+        adapter = ClaudeCodeAdapter(ClaudeCodeOptions())
+        self.folder.joinpath("logs").mkdir(exist_ok=True)
+        return Workplace(worktree, self.base, adapter, self.folder / "logs", Admission(Redactor([SECRET]), 100_000))
+
+    async def _elsewhere(self, session: SessionName) -> Workplace:
+        return self.workplace(session)
+
+    def tree(self, session: SessionName) -> Path:
+        """Return a session's worktree."""
+        return self.checkouts[session][0].tree
+
+    def write(self, session: SessionName, name: str, text: str) -> None:
+        """Change a file as the session's program would."""
+        path = self.tree(session) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    def git(self, session: SessionName, *arguments: str) -> None:
+        """Run git as the session's program would."""
+        identity = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for what, value in
+                    (("NAME", "Agent"), ("EMAIL", "agent@example.org"))}  # fmt: skip
+        environ = {**self.environ, **identity}
+        subprocess.run(["git", *arguments], cwd=self.tree(session), env=environ, check=True, capture_output=True)
+
+    def says(self, session: SessionName, *content: Mapping[str, Any]) -> None:
+        """Have a session print what its CLI prints of an answer."""
+        line = json.dumps({"type": "assistant", "message": {"content": content}})
+        with log_file(self.folder / "logs", session.task, session.attempt, "stdout").open("a") as log:
+            log.write(f"{line}\n")
+
+    async def collect(self, session: SessionName) -> Collected:
+        """Commit what a session has done."""
+        admit = self.workplace(session).admit
+        return await collect(self.yard.git, self.checkouts[session][0], self.base, "work", admit=admit)
+
+    async def changes(self, collected: Collected) -> Changes:
+        """Return how much that changes."""
+        assert collected.commit is not None
+        return await count(self.yard.git, self.base, collected.commit)
+
+    async def end(self, session: SessionName) -> None:
+        """End a session: all that it has goes, its place is clean for another."""
+        await self.desk.leave(session)
+        await self.yard.end(self.pool, *self.checkouts.pop(session))
+
+    async def ask(self, session: SessionName, command: str, **arguments: Any) -> JsonObject:
+        """Ask the desk as a session."""
+        return await self.desk.answer(session, command, arguments)
+
+    async def refused(self, session: SessionName, command: str, **arguments: Any) -> str:
+        """Ask the desk for what it refuses; return what it says."""
+        try:
+            found = await self.ask(session, command, **arguments)
+        except RefusedError as error:
+            return str(error)
+        raise AssertionError(f"not refused: {found}")
+
+    async def context(self, session: SessionName) -> SessionContext:
+        """Return what a session is at."""
+        found = await self.contexts.read(session)
+        assert found is not None
+        return found
+
+    async def owned(self) -> dict[str, tuple[str, ...]]:
+        """Return what the registry says that each session owns."""
+        return {f"{one.session.task}.{one.session.attempt}": one.patterns
+                for one in await self.registry.holdings() if one.patterns}  # fmt: skip
+
+
+@asynccontextmanager
+async def team_at(repository: Repository, folder: Path) -> AsyncIterator[Team]:
+    """Gather a team at a repository, on a store of files; `folder` is for all that it needs beside that."""
+    place = folder / "team"
+    place.mkdir()
+    yard = await Yard.of(repository.top, Path(repository.environ["COUNCIL_HOME"]), repository.environ)
+    base = await yard.fetch()
+    async with FileStore.open(place / "state", SystemClock()) as store, yard.open() as pool:
+        yield Team(store, yard, pool, base, place, repository.environ)

@@ -1,0 +1,138 @@
+"""The commands that sessions type: both ways of reading them agree, and the quick one is quick; odd calls of hooks."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from orchestrator.cli import session as long_way
+from orchestrator.client import hook
+from orchestrator.client.commands import COMMANDS
+from orchestrator.client.telling import clean, tell
+from orchestrator.client.words import read
+from orchestrator.domain.sessions import SessionName
+from tests.desks import MemoryDesk
+
+PLAIN = [
+    "lock a b --wait 1.5",
+    "lock --wait=2 -- -a",
+    "unlock a",
+    "report",
+    "report --status blocked --blocked-on x --file a --message 'two words' --progress 50%",
+    "peers --json",
+    "note --topic t --path a --path b text",
+    "notes --task t",
+    "ask --json t",
+]
+NOT_RIGHT = [
+    *(
+        "",
+        "status",
+        "lock",
+        "lock --help",
+        "lock a --wait",
+        "lock a --wait soon",
+        "lock a --wait -1",
+        "lock a --wait inf",
+    ),
+    *("report --status asleep", "report x", "peers x", "note", "note a b", "ask", "ask -h", "lock a --frce"),
+]
+
+
+@pytest.mark.parametrize("line", PLAIN)
+def test_both_ways_read_the_same(line: str) -> None:
+    """What the quick way takes, click takes too, and as the same."""
+    words = line.replace("'two words'", "two-words").split()
+    typed = read(words)
+    assert typed is not None
+    command: click.Command = getattr(long_way, words[0])
+    given = command.make_context(words[0], words[1:]).params
+    assert given.pop("as_json") is typed.as_json
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
+    assert {key: value for key, value in plain.items() if value not in (None, [])} == typed.arguments
+
+
+@pytest.mark.parametrize("line", NOT_RIGHT)
+def test_what_is_not_plain_is_left_to_the_long_way(line: str) -> None:
+    """It explains, or is for another command."""
+    assert read(line.split()) is None
+
+
+def test_the_quick_way_imports_nothing_that_takes_long(tmp_path: Path) -> None:
+    """Neither ours nor the standard library's."""
+    code = (
+        "import sys; from orchestrator.__main__ import main; sys.argv[1:] = ['peers']\n"
+        "try: main()\nexcept SystemExit: print(*sys.modules)"
+    )
+    root = Path(__file__).parents[2]
+    argv = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.append({str(root)!r})\n{code}"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    slow = {
+        "typing",
+        "dataclasses",
+        "pathlib",
+        "argparse",
+        "socket",
+        "contextlib",
+        "inspect",
+        "subprocess",
+        "click",
+        "site",
+    }
+    assert loaded & slow == set()
+    assert {name for name in loaded if name.startswith("orchestrator.")} == {
+        "orchestrator.__main__",
+        *(f"orchestrator.client{name}" for name in ("", ".commands", ".main", ".session", ".telling", ".words")),
+    }
+
+
+async def test_each_result_is_told_in_words() -> None:
+    """With all that it holds."""
+    desk, me = MemoryDesk(), SessionName("r", "t", 1)
+    told = {name: tell(name, await desk.answer(me, name, {"paths": ["a.py"], "task": "models"})) for name in COMMANDS}
+    assert told["lock"] == "locked: a.py\n"
+    assert told["unlock"] == "unlocked: a.py\n"
+    assert told["peers"] == "t.1 (fake, this session): working\n"
+    assert told["notes"] == "n1 (task t, topic tests):\n  one\n  two\n"
+    assert "models, attempt 1: working\n1 commits, 2 files, +3 -4\n\nplan:\na plan\n" in told["ask"]
+    assert all(told.values())
+
+
+def test_what_others_wrote_moves_no_terminal() -> None:
+    """Neither by escapes nor by returns."""
+    assert clean("a\x1b[2Jb\rc\n") == "a[2Jbc\n"
+
+
+ODD_CALLS: list[Any] = [
+    None,
+    [],
+    {},
+    {"tool_input": None},
+    {"tool_input": {"file_path": 1}},
+    {"tool_input": {}, "cwd": 1},
+]
+
+
+@pytest.mark.parametrize("call", [b"", b"{", b"\xff", *(json.dumps(one).encode() for one in ODD_CALLS)])
+def test_a_hook_that_is_told_something_odd_allows(call: bytes) -> None:
+    """And ends well."""
+    out = io.StringIO()
+    assert hook.run(io.BytesIO(call), out) == 0
+    assert out.getvalue() == ""
+
+
+def test_a_hook_outside_of_a_session_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nobody to ask."""
+    monkeypatch.chdir(tmp_path)
+    call = {"hook_event_name": "PreToolUse", "cwd": str(tmp_path), "tool_input": {"file_path": str(tmp_path / "a")}}
+    out = io.StringIO()
+    assert hook.run(io.BytesIO(json.dumps(call).encode()), out) == 0
+    assert out.getvalue() == ""

@@ -1,0 +1,175 @@
+"""What holds of a shared run: options above the environment above the file; mistakes where they were made."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from adapters.command import CommandAdapter
+from orchestrator.cli.coordinating import coordination_options
+from orchestrator.config.coordination import VARIABLES, CoordinationOverrides, coordinate, read_environment
+from orchestrator.config.load import load_config
+from orchestrator.config.model import CoordinationConfig
+from orchestrator.config.schema import CoordinationSettings
+from orchestrator.domain.claims import Timing
+from orchestrator.errors import ConfigError, RefusedError
+from tests.unit.test_config_load import SMALLEST
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = (ROOT / ".env.example").read_text()
+LINES = dict(re.findall(r"^([A-Z_]+)=(.*)$", EXAMPLE, re.MULTILINE))
+DEFAULT = CoordinationConfig()
+
+
+def loaded(folder: Path, section: str) -> CoordinationConfig:
+    path = folder / "council.yaml"
+    path.write_text(f"coordination: {section}\n{SMALLEST}")
+    return load_config(path, {"command": CommandAdapter}).coordination
+
+
+def refused(environ: dict[str, str], options: CoordinationOverrides | None = None) -> str:
+    with pytest.raises(RefusedError) as caught:
+        coordinate(DEFAULT, environ, options)
+    return str(caught.value)
+
+
+def test_the_example_of_an_environment_has_each_variable_with_its_default() -> None:
+    """`.env.example` changes nothing where it is taken as it is, and names nothing else."""
+    assert LINES.keys() == set(VARIABLES.values())
+    assert read_environment(LINES).given() == {key: getattr(DEFAULT, key) for key in VARIABLES}
+    assert coordinate(DEFAULT, LINES) == DEFAULT
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "key", "value"),
+    [
+        ("SHARED_STATE_ENABLED", "false", "enabled", False),
+        ("SHARED_STATE_ENABLED", "0", "enabled", False),
+        ("SHARED_STATE_HEARTBEAT_INTERVAL_MS", "1500", "heartbeat", 1.5),
+        ("SHARED_STATE_STALE_THRESHOLD_MS", "240000", "stale", 240.0),
+        ("TASK_CLAIM_OWNER_STALE_TTL_MS", "300000", "owner_stale", 300.0),
+        ("SHARED_STATE_MAX_RETRIES", "0", "max_retries", 0),
+    ],
+)
+def test_each_variable_is_read(variable: str, text: str, key: str, value: float | bool) -> None:
+    """It stands above what the file says, and an empty one says nothing."""
+    assert coordinate(DEFAULT, {variable: text}) == DEFAULT.model_copy(update={key: value})
+    assert coordinate(DEFAULT, {variable: " "}) == DEFAULT
+
+
+def test_options_stand_above_the_environment_and_that_above_the_file(tmp_path: Path) -> None:
+    """Key by key: what is not given in one place comes from the next."""
+    file = loaded(tmp_path, "{heartbeat: 10s, stale: 100s, max_retries: 7, when_unreachable: continue}")
+    environ = {"SHARED_STATE_STALE_THRESHOLD_MS": "200000", "SHARED_STATE_MAX_RETRIES": "8"}
+    found = coordinate(file, environ, CoordinationOverrides(max_retries=9))
+    assert found.timing() == Timing(heartbeat=10.0, stale=200.0, owner_stale=600.0, sweep=90.0, max_retries=9)
+    assert found.when_unreachable == "continue"
+
+
+def test_a_file_that_says_nothing_gets_the_defaults(tmp_path: Path) -> None:
+    """Which are the same in the file's schema, in the resolved run, and in decisions."""
+    assert loaded(tmp_path, "{}") == DEFAULT
+    assert CoordinationSettings().model_dump() == DEFAULT.model_dump()
+    assert DEFAULT.timing() == Timing()
+    assert asdict(Timing()) == {
+        "heartbeat": 60.0,
+        "stale": 300.0,
+        "owner_stale": 600.0,
+        "sweep": 90.0,
+        "max_retries": 3,
+    }
+
+
+def test_every_key_is_taken(tmp_path: Path) -> None:
+    """None of them is dropped on the way, and what was resolved survives being recorded."""
+    section = (
+        "{enabled: false, heartbeat: 1s, stale: 3s, owner_stale: 4s, sweep: 5s, max_retries: 6, "
+        "when_unreachable: continue, role: worker, tools: false, lock_timeout: 7s}"
+    )
+    found = loaded(tmp_path, section)
+    assert list(found.model_dump().values()) == [False, 1.0, 3.0, 4.0, 5.0, 6, "continue", "worker", False, 7.0]
+    assert CoordinationConfig.model_validate(found.model_dump(mode="json")) == found
+
+
+@pytest.mark.parametrize(
+    ("section", "column", "message"),
+    [
+        ("{heartbeat: 2m}", 27, "`heartbeat` (2m) is more than a third of `stale` (5m): write at most"),
+        ("{heartbeat: 2m}", 27, "`heartbeat: 1m40s`, or at least `stale: 6m`"),
+        ("{stale: 30s}", 23, "`heartbeat` (1m) is more than a third of `stale` (30s): write at most `heartbeat: 10s`"),
+        ("{stale: 15m}", 23, "`stale` (15m) is more than `owner_stale` (10m): write at most `stale: 10m`"),
+        ("{owner_stale: 1m}", 29, "`stale` (5m) is more than `owner_stale` (1m)"),
+        ("{heartbeat: 60}", 27, "a duration can't be the bare number 60: add its unit"),
+        ("{max_retries: 100}", 29, "write 99 or less"),
+        ("{when_unreachable: wait}", 34, "write 'pause' or 'continue'"),
+        ("{heartbeats: 1s}", 16, "did you mean 'heartbeat'?"),
+        ("{stale: }", 23, "stale is empty"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_told_at_its_place(tmp_path: Path, section: str, column: int, message: str) -> None:
+    """With what would be right, which for two durations that contradict each other is either of them."""
+    with pytest.raises(ConfigError) as caught:
+        loaded(tmp_path, section)
+    (problem,) = caught.value.problems
+    assert (problem.line, problem.column) == (1, column), problem
+    assert message in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "remedy"),
+    [
+        ("SHARED_STATE_ENABLED", "maybe", "write true or false"),
+        ("SHARED_STATE_HEARTBEAT_INTERVAL_MS", "60s", "write milliseconds as a whole number above 0, as in 60000"),
+        ("SHARED_STATE_STALE_THRESHOLD_MS", "0", "as in 300000"),
+        ("TASK_CLAIM_OWNER_STALE_TTL_MS", "9" * 12, "as in 600000"),
+        ("SHARED_STATE_MAX_RETRIES", "-1", "write a whole number from 0 to 99, as in 3"),
+        ("SHARED_STATE_MAX_RETRIES", "٣", "write a whole number from 0 to 99, as in 3"),
+    ],
+)
+def test_what_can_not_be_read_of_the_environment_is_refused_by_name(variable: str, text: str, remedy: str) -> None:
+    """With what to write."""
+    assert refused({variable: text}).startswith(f"{variable} can't be {text!r}: ")
+    assert remedy in refused({variable: text})
+
+
+def test_all_that_is_wrong_with_the_environment_is_told_at_once() -> None:
+    """Each by its name."""
+    told = refused({"SHARED_STATE_ENABLED": "x", "SHARED_STATE_MAX_RETRIES": "y"})
+    assert "SHARED_STATE_ENABLED" in told
+    assert "SHARED_STATE_MAX_RETRIES" in told
+
+
+def test_a_contradiction_is_told_in_the_words_of_whoever_made_it() -> None:
+    """Variables by their names and in milliseconds, options as they are typed."""
+    told = refused({"SHARED_STATE_STALE_THRESHOLD_MS": "30000"})
+    assert "`heartbeat` (1m) is more than a third of SHARED_STATE_STALE_THRESHOLD_MS (30000)" in told
+    assert "write at most SHARED_STATE_HEARTBEAT_INTERVAL_MS=10000" in told
+    assert "or at least SHARED_STATE_STALE_THRESHOLD_MS=180000" in told
+    told = refused({}, CoordinationOverrides(stale=10.0))
+    assert "more than a third of --stale (10s): write at most --heartbeat 3s333ms, or at least --stale 3m" in told
+    told = refused({}, CoordinationOverrides(stale=700.0))
+    assert "or at least TASK_CLAIM_OWNER_STALE_TTL_MS=700000" in told, "there is no option for it"
+
+
+def test_options_reach_the_command() -> None:
+    """As one value, beside its own."""
+    got = []
+
+    @click.command()
+    @click.option("--other")
+    @coordination_options
+    def command(other: str | None, coordination: CoordinationOverrides) -> None:
+        got.append((other, coordination))
+
+    words = ["--heartbeat=1s", "--stale=1m", "--max-retries=2", "--when-unreachable=continue", "--no-coordination"]
+    assert CliRunner().invoke(command, [*words, "--other=x"]).exit_code == 0
+    given = CoordinationOverrides(enabled=False, heartbeat=1.0, stale=60.0, max_retries=2, when_unreachable="continue")
+    assert CliRunner().invoke(command, []).exit_code == 0
+    assert got == [("x", given), (None, CoordinationOverrides())]
+    for wrong in ("--heartbeat 1", "--max-retries -1", "--when-unreachable stop"):
+        assert CliRunner().invoke(command, wrong.split()).exit_code == 2
