@@ -107,6 +107,7 @@ class Claims:
     async def plan(self, task: str, *, override: bool = False, retries: int | None = None) -> Taking | HeldBy:
         """Return what it takes to claim a task, or who has it; `took` is to follow once that is committed.
 
+        From one that is gone this takes the one task, and does not say of it that it is over, as `sweep` does.
         With `override` a coordinator takes it from one that is none. `retries` is the count to go on with, if not the
         one that follows from the claim.
         """
