@@ -31,7 +31,7 @@ def claim_key(run: str, task: str) -> Key:
 async def read_claims(store: Store, run: str) -> dict[str, Claim]:
     """Return the claims on a run's tasks, released ones too, by task."""
     found = await store.list(_KIND, f"{run}/")
-    return {one.key.id.partition("/")[2]: Claim.model_validate(one.value) for one in found if not one.damaged}
+    return {one.key.id.partition("/")[2]: Claim.model_validate_json(one.encoded) for one in found if not one.damaged}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +107,7 @@ class Claims:
     async def plan(self, task: str, *, override: bool = False, retries: int | None = None) -> Taking | HeldBy:
         """Return what it takes to claim a task, or who has it; `took` is to follow once that is committed.
 
+        From one that is gone this takes the one task, and does not say of it that it is over, as `sweep` does.
         With `override` a coordinator takes it from one that is none. `retries` is the count to go on with, if not the
         one that follows from the claim.
         """
@@ -134,7 +135,10 @@ class Claims:
         _log.info("claim taken: run %s, task %s, epoch %d", self._others.run, task, taking.guard.epoch)
 
     async def claim(self, task: str, *, override: bool = False) -> Guard | HeldBy:
-        """Claim a task by itself; what is written about it from then on is to carry the guard."""
+        """Claim a task by itself; what is written about it from then on is to carry the guard.
+
+        Whether anything is left to do is to be read only then: it may have been done since it was last looked at.
+        """
         while True:
             planned = await self.plan(task, override=override)
             if isinstance(planned, HeldBy):
@@ -204,7 +208,7 @@ class Claims:
     async def afresh(self, task: str) -> list[Write]:
         """Return what a commit must also write so that a task which is nobody's has all of its retries before it."""
         found = await self._store.get(claim_key(self._others.run, task))
-        if found is None or not found.value["retries"]:
+        if found is None or found.damaged or not found.value["retries"]:
             return []
         return [Write(found.key, found.version, {**found.value, "epoch": found.version + 1, "retries": 0})]
 
@@ -277,7 +281,7 @@ class Claims:
         return tasks
 
     def _taking(self, document: Document, *, counts: bool, is_takeover: bool) -> Taking:
-        claim, epoch = Claim.model_validate(document.value), document.version + 1
+        claim, epoch = Claim.model_validate_json(document.encoded), document.version + 1
         changes = {"owner": self._others.me, "epoch": epoch, "since": self._clock.now()}
         after = claim.model_copy(update={**changes, "retries": claim.retries + int(counts)})
         write = Write(document.key, document.version, after.model_dump(mode="json"))
@@ -286,4 +290,4 @@ class Claims:
 
 def _read(document: Document | None) -> Claim | None:
     """Return a claim; None where there is none, or nobody knows what it is by now."""
-    return None if document is None or document.damaged else Claim.model_validate(document.value)
+    return None if document is None or document.damaged else Claim.model_validate_json(document.encoded)

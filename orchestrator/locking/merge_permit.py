@@ -146,7 +146,7 @@ class MergePermits:
             return None, self._blank
         if document.damaged:  # no epoch was ever higher than the version
             return document, self._blank.model_copy(update={"epoch": document.version})
-        return document, MergeLease.model_validate(document.value)
+        return document, MergeLease.model_validate_json(document.encoded)
 
     async def _write(self, document: Document | None, lease: MergeLease, *, is_guarded: bool = True) -> bool:
         write = Write(self._key, 0 if document is None else document.version, lease.model_dump(mode="json"))

@@ -25,6 +25,9 @@ from orchestrator.state.boot import boot_id
 
 _KIND = "orchestrator"
 
+#: For so many seconds a process that was not dead is taken not to be, without a look at it.
+_TRUSTED = 1.0
+
 _log = logging.getLogger("orchestrator.claims")
 # Who wants to read it says so: without a handler, Python would print warnings to the terminal.
 _log.addHandler(logging.NullHandler())
@@ -56,7 +59,7 @@ async def read_orchestrators(store: Store, run: str) -> dict[str, Orchestrator]:
 
 def _read(document: Document | None) -> Orchestrator | None:
     """Return a record; None where there is none, or nobody knows what it is by now."""
-    return None if document is None or document.damaged else Orchestrator.model_validate(document.value)
+    return None if document is None or document.damaged else Orchestrator.model_validate_json(document.encoded)
 
 
 class _Seen(NamedTuple):
@@ -92,6 +95,8 @@ class Orchestrators:
         self._owed: list[Callable[[], Awaitable[None]]] = []
         self._seen: dict[tuple[str, str], _Seen] = {}
         """By run and name."""
+        self._alive: dict[str, float] = {}
+        """When a process was last asked for, and was not proven to have ended (monotonic seconds)."""
 
     def promote(self) -> None:
         """This orchestrator has become the coordinator of its run."""
@@ -201,9 +206,19 @@ class Orchestrators:
         is_here = (one.owner.host, one.owner.boot) == (self.me.host, self.me.boot)
         run = run or self.run
         # Nothing of a process outlives the machine's start; whose host has the same name is told by its lock.
-        is_dead = one.ended is None and one.owner.host == self.me.host and await self._is_dead(run, one.owner)
+        is_dead = one.ended is None and one.owner.host == self.me.host and await self._is_proven_dead(run, one.owner)
         now, watched = self._clock.now(), self._watched(run, one)
         return standing(one, now, watched, self.timing, is_here=is_here, is_dead=is_dead)
+
+    async def _is_proven_dead(self, run: str, owner: Owner) -> bool:
+        # As many tasks as somebody has claimed, as often it is asked how that one stands.
+        now, asked = self._clock.monotonic(), self._alive.get(owner.id)
+        if asked is not None and now - asked < _TRUSTED:
+            return False
+        if await self._is_dead(run, owner):
+            return True
+        self._alive[owner.id] = now
+        return False
 
     def _watched(self, run: str, one: Orchestrator) -> float:
         """Return for how many seconds this has been seen to be its last sign of life, without a long look away."""

@@ -22,6 +22,7 @@ class ClaimHistory:
 
     - An orchestrator's record begins at epoch 1, and nothing is written to it once its epoch has changed.
     - The epoch of a claim is its version; it is taken by orchestrators that are not over, and released by its owner.
+      Of one that is released, only the count of tries may begin anew.
     - What is written under a claim is written by its owner under its epoch.
     - The epoch of a merge permit rises with each change of hands.
     """
@@ -79,7 +80,8 @@ class ClaimHistory:
         held = before.owner.id if before is not None and before.released is None else None
         if claim.epoch != version:
             yield f"the claim on {task} has epoch {claim.epoch} in version {version}"
-        if claim.released is not None and held != owner:
+        is_afresh = before is not None and claim == before.model_copy(update={"epoch": claim.epoch, "retries": 0})
+        if claim.released is not None and held != owner and not is_afresh:
             yield f"{owner} released {task}, which {held or 'nobody'} had"
         if claim.released is None and f"{run}/{owner}" not in self.orchestrators:
             yield f"{owner} took {task} without having joined"

@@ -56,6 +56,10 @@ class Weather:
     fail: float = 0.01
     lose: float = 0.02
     """A commit is done, and its caller gets an error."""
+    give_up: float = 0.1
+    """A try is in vain."""
+    override: float = 0.01
+    """A coordinator takes what another is at."""
 
 
 class SkewedClock(SystemClock):
@@ -256,7 +260,7 @@ class Orchestrator:
             await self._pause(_dice.get().uniform(1, 6))
 
     async def _try(self, task: str) -> None:
-        override = self.process.world.is_struck(0.01)
+        override = self.process.world.is_struck(self.process.world.weather.override)
         if task not in self.claims:
             verdict = await self.claims.verdict(task)
             if verdict is not Verdict.TRY and not override:
@@ -282,7 +286,7 @@ class Orchestrator:
         for _ in range(_dice.get().randint(1, 3)):
             await self._pause(_dice.get().uniform(1, 8))
             await self._write(task, [guard], {})
-        if self.process.world.is_struck(0.1):
+        if self.process.world.is_struck(self.process.world.weather.give_up):
             await self.claims.release(task, Release.ABANDONED, "it failed", counts=True)
             return
         async with self.permits.hold() as permit:
@@ -327,6 +331,8 @@ class Outcome:
     violations: Sequence[str]
     records: Sequence[Record]
     seen: Counter[str]
+    """What went wrong, and how often."""
+    takeovers: int
 
 
 def simulate(
@@ -348,11 +354,12 @@ async def _simulate(seed: int, processes: int, tasks: int, weather: Weather, is_
                 group.start_soon(_lives, world, number, processes)
         is_stuck = False
     records = await _records(world.store)
-    violations = [*check(records), *(f"{task} landed twice" for task, n in Counter(world.target).items() if n > 1)]
+    violations, takeovers = check(records)
+    violations += [f"{task} landed twice" for task, times in Counter(world.target).items() if times > 1]
     left = [one.key.id for one in await world.store.list("work") if one.value["state"] != "landed"]
     if left or is_stuck:
         violations.append(f"not done in the end: {left}, {world.seen}")
-    return Outcome(violations, records, world.seen)
+    return Outcome(violations, records, world.seen, takeovers)
 
 
 async def _lives(world: World, number: int, processes: int) -> None:
@@ -383,8 +390,8 @@ async def _records(store: MemoryStore) -> list[Record]:
     return found
 
 
-def check(records: Sequence[Record]) -> list[str]:
-    """Return what is wrong in the history of a store."""
+def check(records: Sequence[Record]) -> tuple[list[str], int]:
+    """Return what is wrong in the history of a store, and how often a claim was taken over."""
     history, permits, found = ClaimHistory(_authorship), dict[Key, int](), list[str]()
     permit = permit_key(scope_of(REPOSITORY, TARGET))
     for record in records:
@@ -394,7 +401,7 @@ def check(records: Sequence[Record]) -> list[str]:
                 permits[key] = value["epoch"]
             if key.kind == "work" and value and value["state"] == "landing" and value["permit"] != permits.get(permit):
                 found.append(f"at {record.position}: {value['by']} intended to land under the permit {value['permit']}")
-    return [*history.violations, *found]
+    return [*history.violations, *found], history.takeovers
 
 
 def _authorship(key: Key, value: JsonObject) -> tuple[str, int, str] | None:

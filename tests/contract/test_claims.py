@@ -1,0 +1,600 @@
+"""Claims, orchestrators and merge permits do the same over every store."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from orchestrator.clock import Clock, SystemClock
+from orchestrator.domain.claims import Claim, Owner, Release, Role, Standing, Timing, Verdict
+from orchestrator.errors import Fenced, LeaseLost, StoreUnavailable
+from orchestrator.locking.claims import Claims, HeldBy, Taking, claim_key, read_claims
+from orchestrator.locking.merge_permit import MergeLease, MergePermits, permit_key
+from orchestrator.locking.orchestrators import Orchestrators, orchestrator_key
+from orchestrator.protocols import Commit, Event, Guard, Key, Store, Write
+from orchestrator.state.file import FileStore
+from orchestrator.state.memory import MemoryStore
+from orchestrator.testing.clock import ManualClock
+
+RUN = "run"
+PATIENCE = 20.0
+TASK = Key("task", f"{RUN}/a")
+
+
+class Line:
+    """The way of one process to a store; what is in `faults` happens to its next commits, in that order."""
+
+    def __init__(self, store: Store) -> None:
+        self.faults: list[str] = []
+        self.get, self.list, self._store = store.get, store.list, store
+
+    async def commit(self, commit: Commit) -> int:
+        """See `Store.commit`."""
+        fault = self.faults.pop(0) if self.faults else ""
+        if fault == "fails":
+            raise StoreUnavailable("store", "no answer", "wait")
+        position = await self._store.commit(commit)
+        if fault == "is not acknowledged":
+            raise StoreUnavailable("store", "no answer", "wait")
+        return position
+
+
+@dataclass
+class Process:
+    """An orchestrator that has joined."""
+
+    line: Line
+    others: Orchestrators
+    claims: Claims
+    permits: MergePermits
+
+    @property
+    def name(self) -> str:
+        """By what it is told from any other."""
+        return self.others.me.id
+
+
+@dataclass
+class Place:
+    """A store, a clock, and the processes that are known to have ended."""
+
+    store: Store
+    clock: ManualClock
+    dead: set[str] = field(default_factory=set)
+
+    async def join(
+        self, name: str, role: Role = Role.WORKER, *, host: str = "", run: str = RUN, clock: Clock | None = None
+    ) -> Process:
+        """Have another orchestrator join, of a machine of its own unless it is said."""
+        owner = Owner(id=name, host=host or name, boot="1", pid=len(name), started=None, role=role)
+
+        async def is_dead(_run: str, other: Owner) -> bool:
+            return other.id in self.dead
+
+        line, clock = Line(self.store), clock or self.clock
+        others = Orchestrators(line, clock, run, owner, Timing(), is_dead)  # type: ignore[arg-type]
+        claims = Claims(line, clock, others)  # type: ignore[arg-type]
+        permits = MergePermits(line, clock, others, "/repository", "main")  # type: ignore[arg-type]
+        await others.join()
+        return Process(line, others, claims, permits)
+
+    async def claim(self, task: str) -> Claim:
+        """Return the claim on a task."""
+        return (await read_claims(self.store, RUN))[task]
+
+    async def write(self, *guards: Guard | None) -> None:
+        """Commit something under guards."""
+        await self.store.commit(Commit(events=[Event("work")], guards=[one for one in guards if one is not None]))
+
+    async def lease(self, process: Process) -> MergeLease:
+        """Return the merge permit's document."""
+        found = await self.store.get(permit_key(process.permits.scope))
+        assert found is not None
+        return MergeLease.model_validate(found.value)
+
+
+async def gets(process: Process, task: str, **how: bool) -> Guard:
+    """Claim a task, which must work."""
+    found = await process.claims.claim(task, **how)
+    assert isinstance(found, Guard)
+    return found
+
+
+async def comes_true(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Let other tasks go on until something is so."""
+    with anyio.fail_after(PATIENCE):
+        while not await condition():
+            await anyio.lowlevel.checkpoint()
+
+
+async def watch_for(process: Process, seconds: float, clock: ManualClock) -> None:
+    """Let time pass in which a process looks, and gives signs of life, as it does at work."""
+    left = seconds
+    while left > 0:
+        await process.others.gone()
+        clock.advance(min(60.0, left))
+        left -= 60.0
+        await process.others.renew()
+    await process.others.gone()
+
+
+class ClaimsContract(ABC):
+    """What orchestrators may rely on, over a store."""
+
+    @abstractmethod
+    def open_store(self, clock: Clock) -> AbstractAsyncContextManager[Store]:
+        """Open an empty store."""
+
+    @pytest.fixture
+    async def place(self) -> AsyncIterator[Place]:
+        """A place for orchestrators."""
+        clock = ManualClock()
+        async with self.open_store(clock) as store:
+            yield Place(store, clock)
+
+    async def test_the_first_to_come_has_it_until_it_is_released(self, place: Place) -> None:
+        """Among equals; who is refused learns who has it. Each change raises the epoch, and makes the last one void."""
+        a, b = await place.join("a"), await place.join("b", Role.COORDINATOR)
+        first = await gets(a, "t")
+        assert (list(a.claims), "t" in a.claims, a.claims.guard("t")) == (["t"], True, first)
+        held = await b.claims.claim("t")
+        assert isinstance(held, HeldBy)
+        assert (held.claim.owner, held.standing, "t" in b.claims) == (a.others.me, Standing.ALIVE, False)
+        await place.write(first)
+        await a.claims.release("t", Release.ABANDONED, "later", counts=True)
+        assert "t" not in a.claims
+        with pytest.raises(LeaseLost):
+            await place.write(first)
+        given = await place.claim("t")
+        assert (given.released, given.reason, given.retries, given.epoch) == (Release.ABANDONED, "later", 1, 2)
+        second = await gets(b, "t")
+        assert second.epoch == 3
+        await place.write(second)
+        assert (await place.claim("t")).retries == 1
+        assert (a.others.counters.claims, a.others.counters.conflicts) == (1, 0)
+        counters = b.others.counters
+        assert (counters.claims, counters.conflicts, counters.retries, counters.takeovers) == (1, 1, 1, 0)
+
+    async def test_of_many_at_once_one_has_it(self, place: Place) -> None:
+        """All others are told who."""
+        processes = [await place.join(f"p{number}") for number in range(8)]
+        found = list[Guard | HeldBy]()
+
+        async def claim(process: Process) -> None:
+            found.append(await process.claims.claim("t"))
+
+        async with anyio.create_task_group() as group:
+            for process in processes:
+                group.start_soon(claim, process)
+        (guard,) = (one for one in found if isinstance(one, Guard))
+        assert guard == Guard(claim_key(RUN, "t"), 1)
+        winner = (await place.claim("t")).owner
+        assert {one.claim.owner for one in found if isinstance(one, HeldBy)} == {winner}
+        assert sum(process.others.counters.conflicts for process in processes) == 7
+
+    async def test_signs_of_life_write_no_claim_and_keep_all_of_them(self, place: Place) -> None:
+        """However long it takes; the counters come along."""
+        a, b = await place.join("a"), await place.join("b")
+        for task in ("t", "u"):
+            await gets(a, task)
+        before = await place.store.list("claim")
+        for _ in range(20):
+            place.clock.advance(60.0)
+            await a.others.renew()
+            assert await b.claims.sweep() == {}
+            assert await b.claims.verdict("t") is Verdict.CLAIMED
+        assert list(await place.store.list("claim")) == list(before)
+        record = (await b.others.all())["a"]
+        assert (record.heartbeat, record.expires) == (place.clock.now(), place.clock.now() + 300.0)
+        assert (record.counters.claims, record.counters.renewals) == (2, 20)
+
+    async def test_one_that_is_silent_is_taken_over_with_all_it_has(self, place: Place) -> None:
+        """In one commit, once it was watched; what it then still wants to do is refused, and it learns why."""
+        a, b = await place.join("a"), await place.join("b")
+        guards = [await gets(a, task) for task in ("t", "u")]
+        await a.claims.release("u", Release.COMPLETE)
+        place.clock.advance(301.0)
+        assert await b.claims.sweep() == {}  # b has not looked until now
+        await watch_for(b, 90.0, place.clock)
+        before = await place.store.position()
+        assert await b.claims.sweep() == {"t": "a"}
+        assert await place.store.position() == before + 1
+        taken = await place.claim("t")
+        assert (taken.owner, taken.epoch, taken.retries) == (b.others.me, 2, 1)
+        assert (await place.claim("u")).owner == a.others.me
+        await place.write(b.claims.guard("t"))
+        for guard in (*guards, a.others.guard):
+            with pytest.raises(LeaseLost):
+                await place.write(guard)
+        with pytest.raises(LeaseLost):
+            await a.claims.claim("v")
+        c = await place.join("c")
+        await gets(c, "w")
+        await c.others.leave()
+        with pytest.raises(LeaseLost):
+            await a.claims.sweep()
+        assert (await place.claim("w")).owner == c.others.me
+        with pytest.raises(LeaseLost):
+            await a.claims.release("t", Release.COMPLETE)
+        assert "t" not in a.claims
+        assert a.others.counters.refused == 1
+        with pytest.raises(Fenced, match=r"b took over: nothing had been heard of it for 391 s"):
+            await a.others.renew()
+        await a.others.leave()
+        assert await b.claims.sweep() == {"w": "c"}
+        counters = b.others.counters
+        assert (counters.takeovers, counters.claims, counters.retries) == (2, 2, 2)
+
+    async def test_one_of_this_machine_is_given_more_time_unless_it_is_dead(self, place: Place) -> None:
+        """Its process can be looked at: it may just be busy, or it is proven to be gone, and not a second is lost."""
+        a, b, c = [await place.join(name, host="box") for name in "abc"]
+        for process, task in ((a, "t"), (b, "u")):
+            await gets(process, task)
+        place.dead.add("a")
+        assert await c.claims.sweep() == {"t": "a"}
+        record = (await c.others.all())["a"]
+        assert (record.epoch, record.reason) == (2, "c took over: its process had ended")
+        await watch_for(c, 599.0, place.clock)
+        assert await c.claims.sweep() == {}
+        place.clock.advance(2.0)
+        assert await c.claims.sweep() == {"u": "b"}
+
+    async def test_one_that_dies_is_noticed_within_a_second(self, place: Place) -> None:
+        """However often it is asked how it stands: not each of thousands of claims costs a look at its process."""
+        a, b = [await place.join(name, host="box") for name in "ab"]
+        await gets(a, "t")
+        assert await b.claims.verdict("t") is Verdict.CLAIMED
+        place.dead.add("a")
+        place.clock.advance(0.9)
+        assert await b.claims.verdict("t") is Verdict.CLAIMED
+        place.clock.advance(0.1)
+        assert await b.claims.verdict("t") is Verdict.TRY
+
+    async def test_a_look_away_proves_nothing(self, place: Place) -> None:
+        """Whoever was stopped for long, as all of the machine may have been, has to watch anew."""
+        a, b = await place.join("a"), await place.join("b")
+        await gets(a, "t")
+        assert await b.claims.sweep() == {}
+        place.clock.advance(400.0)
+        assert await b.claims.sweep() == {}
+        place.clock.advance(80.0)
+        assert await b.claims.sweep() == {}
+        place.clock.advance(20.0)
+        assert await b.claims.sweep() == {"t": "a"}
+
+    async def test_a_claim_by_one_that_had_just_been_taken_over_is_swept_next(self, place: Place) -> None:
+        """Its claim may come between the look at what it has and the commit that fences it."""
+        a, b = await place.join("a"), await place.join("b")
+        await gets(a, "t")
+        place.dead.add("a")
+        late = await a.claims.plan("late")
+        assert isinstance(late, Taking)
+        await place.store.commit(Commit([late.write], guards=[a.others.guard]))
+        gone = await b.others.gone()
+        assert not gone  # it is of another machine
+        document, record = await place.store.get(orchestrator_key(RUN, "a")), (await b.others.all())["a"]
+        assert document is not None
+        await place.store.commit(Commit([b.others.ending(document, record, Standing.DEAD)]))
+        assert await b.claims.sweep() == {"t": "a", "late": "a"}
+
+    async def test_one_that_has_left_is_no_holder(self, place: Place) -> None:
+        """Nor is one whose record is gone: what it had is free for whoever asks first, as a retry."""
+        a, b = await place.join("a"), await place.join("b")
+        old = await gets(a, "t")
+        await a.others.leave("it was told to")
+        await a.others.leave()
+        assert await b.claims.verdict("t") is Verdict.TRY
+        await gets(b, "t")
+        assert (await place.claim("t")).retries == 1
+        assert b.others.counters.takeovers == 1
+        with pytest.raises(LeaseLost):
+            await place.write(old)
+        found = await place.store.get(b.others.guard.key)
+        assert found is not None
+        await place.store.commit(Commit([Write(found.key, found.version, None)]))
+        c = await place.join("c")
+        assert await c.claims.sweep() == {"t": "b"}
+        with pytest.raises(Fenced, match="its record is gone"):
+            await b.others.renew()
+
+    async def test_a_coordinator_overrides_those_that_are_none(self, place: Place) -> None:
+        """If it says so; that counts as a takeover and as a try. A worker overrides nobody."""
+        a, chief, b = await place.join("a"), await place.join("chief", Role.COORDINATOR), await place.join("b")
+        old = await gets(a, "t")
+        assert isinstance(await chief.claims.claim("t"), HeldBy)
+        assert isinstance(await b.claims.claim("t", override=True), HeldBy)
+        await gets(chief, "t", override=True)
+        assert ((await place.claim("t")).retries, chief.others.counters.takeovers) == (1, 1)
+        with pytest.raises(LeaseLost):
+            await place.write(old)
+        other = await place.join("other chief", Role.COORDINATOR)
+        assert isinstance(await other.claims.claim("t", override=True), HeldBy)
+        await chief.claims.release("t", Release.ABANDONED)
+        await gets(chief, "t", override=True)
+        assert ((await place.claim("t")).retries, chief.others.counters.takeovers) == (1, 1)
+
+    async def test_tries_are_counted_until_it_was_tried_out(self, place: Place) -> None:
+        """Four of them, in whichever way they end; a person may have the count begin anew."""
+        a = await place.join("a")
+        for number in range(4):
+            assert await a.claims.verdict("t") is Verdict.TRY
+            await gets(a, "t")
+            assert (await place.claim("t")).retries == number
+            if number % 2:
+                await a.claims.release("t", Release.FAILED, counts=True)
+            else:
+                b = await place.join(f"b{number}")
+                await a.others.leave()
+                a = b
+                if number == 0:
+                    assert await a.claims.sweep() == {"t": "a"}
+                    await a.claims.release("t", Release.ABANDONED)
+        assert await a.claims.verdict("t") is Verdict.TRIED_OUT
+        assert await a.claims.verdict("t", ignored="not now") is Verdict.IGNORED
+        afresh = await a.claims.afresh("t")
+        await place.store.commit(Commit(afresh))
+        assert await a.claims.verdict("t") is Verdict.TRY
+        assert await a.claims.afresh("t") == await a.claims.afresh("never claimed") == []
+        again = await a.claims.plan("t", retries=0)
+        assert isinstance(again, Taking)
+        assert again.claim.retries == 0
+
+    async def test_a_sweep_for_a_person_counts_no_try(self, place: Place) -> None:
+        """Who has a run gone on with has not tried in vain."""
+        a, b = await place.join("a"), await place.join("b")
+        await gets(a, "t")
+        await a.others.leave()
+        assert await b.claims.sweep(counts=False) == {"t": "a"}
+        assert (await place.claim("t")).retries == 0
+
+    async def test_a_planned_claim_comes_with_the_work_s_first_commit(self, place: Place) -> None:
+        """All or nothing: what is planned twice is had once."""
+        a, b = await place.join("a"), await place.join("b")
+        plans = [await process.claims.plan("t") for process in (a, b)]
+        mine, theirs = [one for one in plans if isinstance(one, Taking)]
+        await place.store.commit(Commit([theirs.write, Write(TASK, 0, {"by": "b"})], guards=[b.others.guard]))
+        b.claims.took("t", theirs)
+        assert b.claims.guard("t") == theirs.guard
+        with pytest.raises(Exception, match=r"is at version 1 .*, not 0"):
+            await place.store.commit(Commit([mine.write, Write(TASK, 1, {"by": "a"})], guards=[a.others.guard]))
+        done = b.claims.ending("t", Release.COMPLETE, None)
+        await place.store.commit(Commit([done, Write(TASK, 1, {"by": "b"})], guards=[theirs.guard]))
+        b.claims.released("t")
+        assert ("t" in b.claims, (await place.claim("t")).released) == (False, Release.COMPLETE)
+
+    @pytest.mark.parametrize("fault", ["fails", "is not acknowledged"])
+    async def test_no_fault_of_a_commit_loses_anything(self, place: Place, fault: str) -> None:
+        """Whether it was done or not: it is tried again, by whoever can, and costs neither a claim nor a try."""
+        a, b = await place.join("a"), await place.join("b")
+        a.line.faults = [fault]
+        with pytest.raises(StoreUnavailable):
+            await a.others.renew()
+        await a.others.renew()
+        a.line.faults = [fault]
+        with pytest.raises(StoreUnavailable):
+            await a.claims.claim("t")
+        assert await a.claims.verdict("t") is Verdict.TRY
+        await gets(a, "t")
+        assert (await place.claim("t")).retries == 0
+        a.line.faults = [fault]
+        with pytest.raises(StoreUnavailable):
+            await a.claims.release("t", Release.COMPLETE, "done")
+        assert "t" in a.claims
+        await a.claims.release("t", Release.COMPLETE, "done")
+        assert ("t" in a.claims, (await place.claim("t")).reason) == (False, "done")
+        await gets(a, "u")
+        await a.others.leave()
+        b.line.faults = [fault]
+        with pytest.raises(StoreUnavailable):
+            await b.claims.sweep()
+        found = [await b.claims.sweep(), await b.claims.sweep()]
+        assert found == ([{"u": "a"}, {}] if fault == "fails" else [{}, {"u": "b"}])
+        assert ((await place.claim("u")).owner, (await place.claim("u")).retries) == (b.others.me, 1)
+        await place.write(b.claims.guard("u"))
+        b.line.faults = [fault]
+        with pytest.raises(StoreUnavailable):
+            await b.others.leave()
+        await b.others.leave()
+
+    async def test_what_is_about_to_be_claimed_is_not_swept_from_under_it(self, place: Place) -> None:
+        """A sweep between the commit of a claim and the word of that is nothing to worry about."""
+        a = await place.join("a")
+        taking = await a.claims.plan("t")
+        assert isinstance(taking, Taking)
+        await place.store.commit(Commit([taking.write]))
+        assert await a.claims.sweep() == {}
+        a.claims.took("t", taking)
+        assert await a.claims.sweep() == {}
+        await place.write(a.claims.guard("t"))
+
+    async def test_joining_is_done_once_whatever_is_heard_of_it(self, place: Place) -> None:
+        """Its record is its own, be its commit acknowledged or not."""
+        a = await place.join("a")
+        await a.others.join()
+        await a.others.renew()
+        await a.others.leave()
+        with pytest.raises(Fenced, match="it has said that it ended"):
+            await a.others.join()
+
+    async def test_what_happens_is_logged(self, place: Place, caplog: pytest.LogCaptureFixture) -> None:
+        """What goes well for who wants to know, what does not as a warning."""
+        caplog.set_level(logging.INFO, "orchestrator.claims")
+        a, b = await place.join("a"), await place.join("b")
+        for task in ("t", "u"):
+            await gets(a, task)
+        await a.others.renew()
+        await a.claims.release("t", Release.COMPLETE)
+        await gets(a, "t")
+        await a.others.leave()
+        await b.claims.sweep()
+        with pytest.raises(LeaseLost):
+            await a.claims.release("t", Release.COMPLETE)
+        a.line.faults = ["fails"]
+        with pytest.raises(StoreUnavailable):
+            await a.others.renew()
+        told = [(one.levelname, one.getMessage()) for one in caplog.records if " taken: " not in one.getMessage()]
+        assert told == [
+            ("INFO", "claims synced: run run, a"),
+            ("INFO", "claim released: run run, task t as complete"),
+            ("INFO", "claims swept: run run, 2 of a: t, u"),
+            ("WARNING", "claim lost: run run, task t was taken over"),
+            ("WARNING", "claim sync failed: run run, a: store: no answer: wait"),
+        ]
+
+    async def test_the_permit_is_had_by_one_in_the_order_of_asking(self, place: Place) -> None:
+        """Of several orchestrators with several tasks each; each turn has an epoch of its own."""
+        clock, turns, most = SystemClock(), list[tuple[str, int]](), 0
+        processes = [await place.join(name, clock=clock) for name in "abcd"]
+        inside = 0
+
+        async def land(process: Process) -> None:
+            nonlocal inside, most
+            async with process.permits.hold() as permit:
+                inside += 1
+                most = max(most, inside)
+                await place.write(permit.guard, process.others.guard)
+                turns.append((process.name, permit.guard.epoch))
+                inside -= 1
+
+        async with anyio.create_task_group() as group, processes[0].permits.hold():
+            for number, process in enumerate(processes[1:], 1):
+                group.start_soon(land, process)
+                await comes_true(lambda many=number: self._are_waiting(place, processes[0], many))  # type: ignore[misc]
+            group.start_soon(land, processes[0])
+        assert [name for name, _ in turns] == ["b", "c", "d", "a"]
+        assert most == 1
+        epochs = [epoch for _, epoch in turns]
+        assert epochs == sorted(set(epochs))
+        lease = await place.lease(processes[0])
+        assert (lease.holder, lease.waiting, lease.epoch) == (None, (), 10)
+
+    async def _are_waiting(self, place: Place, process: Process, many: int) -> bool:
+        return len((await place.lease(process)).waiting) == many
+
+    async def test_two_landings_of_one_orchestrator_take_turns(self, place: Place) -> None:
+        """Its own name on the permit is not a leftover as long as another task of it has it."""
+        a, order = await place.join("a"), list[str]()
+
+        async def second() -> None:
+            async with MergePermits(place.store, place.clock, a.others, "/repository", "main").hold() as permit:
+                order.append("second")
+                await place.write(permit.guard)
+
+        async with anyio.create_task_group() as group, a.permits.hold() as permit:
+            group.start_soon(second)
+            await anyio.wait_all_tasks_blocked()
+            await place.write(permit.guard)
+            order.append("first")
+        assert order == ["first", "second"]
+
+    @pytest.mark.parametrize("is_dead", [False, True])
+    async def test_the_permit_of_one_that_is_gone_passes_on(self, place: Place, is_dead: bool) -> None:
+        """It passes over those who wait and are gone, too; who had it can't land any more, and takes nothing back."""
+        a, gone, b = [await place.join(name, host="box" if is_dead else "") for name in ("a", "gone", "b")]
+        done = anyio.Event()
+
+        async def take() -> None:
+            async with b.permits.hold() as permit:
+                await place.write(permit.guard)
+                done.set()
+
+        async with a.permits.hold() as permit, anyio.create_task_group() as group:
+            async with anyio.create_task_group() as waits:
+                waits.start_soon(self._hold, gone)
+                await comes_true(lambda: self._are_waiting(place, a, 1))
+                gone.line.faults = ["fails"]
+                waits.cancel_scope.cancel()
+            group.start_soon(take)
+            await comes_true(lambda: self._are_waiting(place, a, 2))
+            if is_dead:
+                place.dead |= {"a", "gone"}
+                place.clock.advance(1.0)
+            else:
+                for _ in range(4):
+                    place.clock.advance(100.0)
+                    await b.others.renew()
+                    await anyio.wait_all_tasks_blocked()
+            with anyio.fail_after(PATIENCE):
+                while not done.is_set():
+                    place.clock.advance(1.0)
+                    await anyio.lowlevel.checkpoint()
+            with pytest.raises(LeaseLost):
+                await place.write(permit.guard)
+        lease = await place.lease(b)
+        assert (lease.holder, lease.waiting) == (None, ())
+
+    async def _hold(self, process: Process) -> None:
+        async with process.permits.hold():
+            pass
+
+    async def test_a_cancelled_wait_leaves_no_trace(self, place: Place) -> None:
+        """Who waits no longer holds up nobody."""
+        a, b = await place.join("a"), await place.join("b")
+        async with a.permits.hold():
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._hold, b)
+                await comes_true(lambda: self._are_waiting(place, a, 1))
+                group.cancel_scope.cancel()
+            lease = await place.lease(a)
+            assert lease.holder is not None
+            assert (lease.holder.id, lease.waiting) == ("a", ())
+        assert (await place.lease(a)).holder is None
+
+    async def test_one_that_is_over_gets_no_permit(self, place: Place) -> None:
+        """It is told so at once, and leaves nothing behind."""
+        a, b = await place.join("a"), await place.join("b")
+        await a.others.leave()
+        with pytest.raises(LeaseLost):
+            await self._hold(a)
+        async with b.permits.hold():
+            with pytest.raises(LeaseLost):
+                await self._hold(a)
+            assert (await place.lease(b)).waiting == ()
+
+    @pytest.mark.parametrize("fault", ["fails", "is not acknowledged"])
+    @pytest.mark.parametrize("number", [0, 1])
+    async def test_a_permit_that_could_not_be_given_back_is_so_with_the_next_sign_of_life(
+        self, place: Place, fault: str, number: int
+    ) -> None:
+        """Or all others would wait for as long as that process lives: whether taking it failed, or giving it back."""
+        a, b = await place.join("a"), await place.join("b")
+        a.line.faults = [[fault, "fails"], ["", fault]][number]
+        if number:
+            await self._hold(a)
+        else:
+            with pytest.raises(StoreUnavailable):
+                await self._hold(a)
+        a.line.faults = []
+        await a.others.renew()
+        await self._hold(b)
+        await self._hold(a)
+        assert (await place.lease(a)).holder is None
+
+
+class TestClaimsInMemory(ClaimsContract):
+    """In memory."""
+
+    @asynccontextmanager
+    async def open_store(self, clock: Clock) -> AsyncIterator[Store]:
+        """Make an empty store."""
+        yield MemoryStore(clock)
+
+
+class TestClaimsInFiles(ClaimsContract):
+    """On disk."""
+
+    @asynccontextmanager
+    async def open_store(self, clock: Clock) -> AsyncIterator[Store]:
+        """Open a store in a directory of its own."""
+        with TemporaryDirectory() as directory:
+            async with FileStore.open(Path(directory) / "state", clock) as store:
+                yield store

@@ -1,0 +1,153 @@
+"""Orchestrators that share a queue: `python claim_worker.py STATE LOCKS PATIENCE FATE…`, a process for each fate.
+
+A fate is what the process does to itself when it has claimed its so-many-th task, before it works at it: `none`,
+`kill@N` or `stop@N`. `seed COUNT` instead of a patience makes the queue.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import anyio
+
+from orchestrator.clock import SystemClock
+from orchestrator.domain.claims import Release, Role, Timing
+from orchestrator.errors import LeaseLost
+from orchestrator.locking.claims import Claims, HeldBy
+from orchestrator.locking.life_locks import LifeLocks
+from orchestrator.locking.orchestrators import Orchestrators, this_process
+from orchestrator.protocols import Commit, Guard, Key, Store, Write
+from orchestrator.state.file import FileStore
+
+RUN = "run"
+QUEUE = Key("queue", RUN)
+
+
+def say(*words: object) -> None:
+    """Print a line in one piece: several processes share this output."""
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())
+
+
+def work_key(task: str) -> Key:
+    """Return the key of what a task's work comes to."""
+    return Key("work", f"{RUN}/{task}")
+
+
+class Worker:
+    """What one process does."""
+
+    def __init__(self, store: Store, locks: LifeLocks, patience: float, number: int, fate: str) -> None:
+        self.store, self.locks, self.number, self.fate = store, locks, number, fate
+        self.timing = Timing(heartbeat=0.25, stale=patience, owner_stale=patience, sweep=0.25, max_retries=100)
+        self.clock = SystemClock()
+        self.claimed = self.done = 0
+
+    async def work(self) -> None:
+        """Be at work until every task is done; whoever is taken for gone says so, and joins again."""
+        while not await self._joins():
+            pass
+        say(self.number, "done", self.done)
+
+    async def _joins(self) -> bool:
+        me = this_process(Role.WORKER)
+        others = Orchestrators(self.store, self.clock, RUN, me, self.timing, self.locks.is_dead)
+        claims = Claims(self.store, self.clock, others)
+        async with self.locks.of(RUN, me.id).hold(0):
+            await others.join()
+            try:
+                async with anyio.create_task_group() as group:
+                    group.start_soon(self._again_and_again, others.renew, self.timing.heartbeat)
+                    group.start_soon(self._again_and_again, claims.sweep, self.timing.sweep)
+                    await self._empty(claims, others)
+                    group.cancel_scope.cancel()
+            except BaseExceptionGroup as errors:
+                if errors.split(LeaseLost)[1] is not None:
+                    raise
+                say(self.number, "fenced", await others.fenced())
+                return False
+            await others.leave()
+            return True
+
+    async def _again_and_again(self, do: Callable[[], Awaitable[object]], seconds: float) -> None:
+        while True:
+            await do()
+            await anyio.sleep(seconds)
+
+    async def _empty(self, claims: Claims, others: Orchestrators) -> None:
+        queue = await self.store.get(QUEUE)
+        assert queue is not None
+        left: list[str] = queue.value["tasks"]
+        while left:
+            begin, rest = self.done, list[str]()
+            for task in left:
+                claim = await claims.read(task)
+                if claim is not None and claim.released is Release.COMPLETE:
+                    continue
+                if task not in claims:
+                    is_held = claim is not None and claim.released is None  # its owner's end is noticed by the sweep
+                    if is_held or isinstance(await claims.claim(task), HeldBy):
+                        rest.append(task)
+                        continue
+                if await self.store.get(work_key(task)) is not None:  # done between the look and the claim
+                    await claims.release(task, Release.COMPLETE)
+                    continue
+                guard = claims.guard(task)
+                assert guard is not None
+                self._meet_fate(task)
+                if not await self._finishes(task, guard, claims, others):
+                    rest.append(task)
+            left = rest
+            if begin == self.done:
+                await anyio.sleep(0.02)
+
+    def _meet_fate(self, task: str) -> None:
+        self.claimed += 1
+        kind, _, at = self.fate.partition("@")
+        if at and self.claimed == int(at):
+            say(self.number, kind, task, os.getpid())
+            os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+
+    async def _finishes(self, task: str, guard: Guard, claims: Claims, others: Orchestrators) -> bool:
+        work = Write(work_key(task), 0, {"by": others.me.id, "epoch": guard.epoch})
+        try:
+            await self.store.commit(Commit([work, claims.ending(task, Release.COMPLETE, None)], guards=[guard]))
+        except LeaseLost:
+            say(self.number, "refused", task)
+            claims.lost(task)
+            if (error := await others.fenced()) is not None:
+                raise error from None
+            return False
+        claims.released(task)
+        self.done += 1
+        return True
+
+
+async def seed(state: str, count: str) -> None:
+    """Make the queue."""
+    async with FileStore.open(Path(state), SystemClock()) as store:
+        await store.commit(Commit([Write(QUEUE, 0, {"tasks": [f"t{number:04}" for number in range(int(count))]})]))
+
+
+async def main(state: str, locks: str, patience: str, number: int, fate: str) -> None:
+    """Work in one process."""
+    async with FileStore.open(Path(state), SystemClock()) as store:
+        await Worker(store, LifeLocks(Path(locks)), float(patience), number, fate).work()
+
+
+def fork_all(state: str, locks: str, patience: str, *fates: str) -> None:
+    """Start a process for each fate, forked after the imports, which would cost most of the time."""
+    for number, fate in enumerate(fates):
+        if os.fork() == 0:
+            anyio.run(main, state, locks, patience, number, fate)
+            os._exit(0)
+    codes = [os.waitstatus_to_exitcode(os.wait()[1]) for _ in fates]
+    sys.exit(sum(code not in {0, -signal.SIGKILL} for code in codes))
+
+
+if __name__ == "__main__":
+    if sys.argv[2] == "seed":
+        anyio.run(seed, sys.argv[1], sys.argv[3])
+    else:
+        fork_all(*sys.argv[1:])

@@ -1,0 +1,130 @@
+"""Many processes claim from one queue over the file store: every task once, whoever is killed or stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import aclosing, contextmanager, suppress
+from pathlib import Path
+
+import anyio
+import pytest
+
+from orchestrator.clock import SystemClock
+from orchestrator.locking.claims import claim_key
+from orchestrator.protocols import JsonObject, Key, Record, Store
+from orchestrator.state.file import FileStore
+from orchestrator.testing.claim_history import ClaimHistory
+from tests.integration import claim_worker
+from tests.integration.claim_worker import RUN, work_key
+
+WORKER = Path(claim_worker.__file__)
+PATIENCE = 90.0
+
+
+@contextmanager
+def started(state: Path, locks: Path, patience: float, *fates: str) -> Iterator[subprocess.Popen[str]]:
+    """Start a process for each fate; none is left in the end."""
+    locks.mkdir()
+    argv = [sys.executable, str(WORKER), str(state), str(locks), str(patience), *fates]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+async def is_taken_over(store: Store, task: str, pid: int) -> None:
+    """Wait until the claim of a process has become another's."""
+    had = False
+    with anyio.fail_after(PATIENCE):
+        async with aclosing(store.watch()) as records:
+            async for record in records:
+                _, claim = record.documents.get(claim_key(RUN, task), (0, None))
+                if claim is not None:
+                    if had and claim["owner"]["pid"] != pid:
+                        return
+                    had = claim["owner"]["pid"] == pid
+
+
+async def records_of(store: Store) -> list[Record]:
+    """Return the whole log."""
+    found, end = list[Record](), await store.position()
+    async with aclosing(store.watch()) as records:
+        async for record in records:
+            found.append(record)
+            if record.position == end:
+                break
+    return found
+
+
+def authorship(key: Key, value: JsonObject) -> tuple[str, int, str] | None:
+    """Tell under which claim work was recorded."""
+    return (key.id, value["epoch"], value["by"]) if key.kind == "work" else None
+
+
+def check(records: list[Record], tasks: int) -> ClaimHistory:
+    """Every task was done once, by who had it, and what was claimed was claimed by the process that it names."""
+    history, done = ClaimHistory(authorship), Counter[Key]()
+    for record in records:
+        history.add(record)
+        done.update(key for key in record.documents if key.kind == "work")
+        author = int(record.by.rpartition(":")[2])
+        for key in record.documents:
+            assert key.kind != "claim" or history.claims[key.id].owner.pid == author
+    assert not history.violations
+    assert done == {work_key(f"t{number:04}"): 1 for number in range(tasks)}
+    assert {claim.released for claim in history.claims.values()} == {"complete"}
+    return history
+
+
+FEW = ["none", "kill@7"]
+SOME = ["none", "kill@5", "stop@5", "none", "kill@11", "none", "stop@3", "none"]
+MANY = [*SOME, *SOME, *SOME, *SOME]
+
+
+@pytest.mark.parametrize(
+    ("fates", "tasks", "patience"),
+    [
+        pytest.param(FEW, 150, 2.0, id="two"),
+        pytest.param(SOME, 300, 2.0, id="eight"),
+        *(
+            pytest.param(fates, 5_000, 10.0, id=name, marks=[pytest.mark.slow, pytest.mark.timeout(900)])
+            for fates, name in ((FEW, "two-long"), (SOME, "eight-long"), (MANY, "thirty-two-long"))
+        ),
+    ],
+)
+async def test_every_task_of_a_queue_is_done_once(
+    tmp_path: Path, fates: list[str], tasks: int, patience: float
+) -> None:
+    """Those who are killed are followed at once, those who are stopped in time; what these then write is refused."""
+    state = tmp_path / "state"
+    await claim_worker.seed(str(state), str(tasks))
+    said = list[list[str]]()
+    async with FileStore.open(state, SystemClock()) as store:
+        with started(state, tmp_path / "locks", patience, *fates) as process:
+            assert process.stdout is not None
+            lines = anyio.wrap_file(process.stdout)
+            async for line in lines:
+                said.append(line.split(maxsplit=3))
+                match said[-1]:
+                    case [_, "stop", task, pid]:
+                        await is_taken_over(store, task, int(pid))
+                        os.kill(int(pid), signal.SIGCONT)
+            assert process.wait() == 0
+        history = check(await records_of(store), tasks)
+    killed, stopped = [[one for one in said if one[1] == kind] for kind in ("kill", "stop")]
+    assert (len(killed), len(stopped)) == tuple(
+        sum(fate.startswith(kind) for fate in fates) for kind in ("kill", "stop")
+    )
+    for number, _, task, _ in stopped:
+        assert [number, "refused", task] in said
+        (why,) = [" ".join(one[2:]) for one in said if one[:2] == [number, "fenced"]][:1]
+        assert "took over: nothing had been heard of it for" in why
+    assert history.takeovers >= len(killed) + len(stopped)
+    assert sum(int(one[2]) for one in said if one[1] == "done") <= tasks

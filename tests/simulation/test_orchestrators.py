@@ -1,0 +1,66 @@
+"""Thousands of bad nights of several orchestrators: no claim is held by two, no task lands twice, none is left."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+from tests.simulation.orchestrators import Weather, simulate
+
+MANY, CHUNK = 10_000, 625
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Have nothing logged: it would be kept for a message that nobody reads."""
+    logger = logging.getLogger("orchestrator.claims")
+    logger.disabled = True
+    yield
+    logger.disabled = False
+
+
+@pytest.mark.parametrize(
+    ("first", "seeds"),
+    [
+        pytest.param(0, 120, id="few"),
+        *(pytest.param(n, CHUNK, marks=[pytest.mark.slow, pytest.mark.timeout(600)]) for n in range(0, MANY, CHUNK)),
+    ],
+)
+def test_whatever_goes_wrong_every_task_lands_once(first: int, seeds: int) -> None:
+    """Stopped for longer than a lease, ended in the midst of anything, without an answer, with wrong clocks."""
+    seen, takeovers = Counter[str](), 0
+    for seed in range(first, first + seeds):
+        outcome = simulate(seed)
+        assert not outcome.violations, f"seed {seed}: {outcome.violations}"
+        seen += outcome.seen
+        takeovers += outcome.takeovers
+    # It was bad enough.
+    assert (
+        min(seen[one] for one in ("crashed", "stopped", "lost acknowledgement", "adopted", "LeaseLost")) > seeds // 20
+    )
+    assert takeovers > seeds
+
+
+def test_without_fencing_the_same_nights_go_wrong() -> None:
+    """What is held against the history finds what the guards of commits prevent."""
+    found = [simulate(seed, is_fenced=False).violations for seed in range(60)]
+    assert sum(map(bool, found)) >= 15
+    for kind in ("wrote work/", "although it was over"):
+        assert any(kind in text for one in found for text in one)
+
+
+@pytest.mark.parametrize("seed", [3, 17])
+def test_the_same_seed_is_the_same_night(seed: int) -> None:
+    """Down to the time of each commit."""
+    first, second = simulate(seed), simulate(seed)
+    assert first == second
+    assert first.records != simulate(seed + 1).records
+
+
+def test_eight_orchestrators_do_forty_tasks_in_good_weather() -> None:
+    """Nobody is taken over, nothing is tried twice."""
+    outcome = simulate(1, processes=8, tasks=40, weather=Weather(0, 0, 0, 0, give_up=0, override=0))
+    assert (outcome.violations, outcome.takeovers, outcome.seen) == ([], 0, Counter())
