@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from orchestrator.config.model import (
     restore_adapters,
     used_adapters,
 )
-from orchestrator.config.store import MEMORY
+from orchestrator.config.store import MEMORY, store_folder
 from orchestrator.domain.claims import Owner, Role
 from orchestrator.domain.dispatch import Board
 from orchestrator.domain.model import FINAL, Action, RunDocument
@@ -43,12 +45,13 @@ from orchestrator.locking.merge_permit import MergePermits
 from orchestrator.locking.orchestrators import Orchestrators, this_process
 from orchestrator.plugins import Plugins
 from orchestrator.project import exclude_from_git
-from orchestrator.protocols import Guard
+from orchestrator.protocols import Commit, Event, Guard
 from orchestrator.repo.hub import Hub
 from orchestrator.repo.site import find_site
 from orchestrator.runs import Runs
 from orchestrator.sessions.supervised import forking
 from orchestrator.state.checkpoints import Maker, create, restoration
+from orchestrator.state.outage import surviving
 from orchestrator.tracking import with_tracked
 from orchestrator.views.keeping import keeping
 from orchestrator.views.updating import Views
@@ -62,6 +65,8 @@ _ANSWER_PAUSE = 0.1
 _STOP_PATIENCE = 15.0
 
 _NONE: Mapping[str, str] = {}
+
+_log = logging.getLogger("orchestrator.outage")
 
 
 class Execution:
@@ -141,10 +146,13 @@ class Execution:
                 before = await self._runs.record(run)
                 if before.is_over and not await read_requests(self._runs.store, run):
                     return self._runs.describe(before, None)
-                async with self._taken(document, hub, lock, settings) as (ledger, shop):
+                async with (
+                    self._reachable(run, settings) as runs,
+                    self._taken(runs, document, hub, lock, settings) as (ledger, shop),
+                ):
                     if budget is not None:
                         await ledger.allow(budget.model_dump(mode="json", exclude_none=True))
-                    return await self._work(before, ledger, shop)
+                    return await self._work(runs, before, ledger, shop)
         except LockHeld as held:
             raise _is_at_work(run, held) from None
 
@@ -157,10 +165,14 @@ class Execution:
         if not settings.enabled:
             raise RefusedError(f"run {run} is not shared", "write `coordination: {enabled: true}` in its file")
         hub = await self._runs.hub(document)
-        async with anyio.create_task_group() as group, self._joined(document, hub, settings) as (ledger, shop):
+        async with (
+            anyio.create_task_group() as group,
+            self._reachable(run, settings) as runs,
+            self._joined(runs, document, hub, settings) as (ledger, shop),
+        ):
             group.start_soon(self._serve_once_coordinating, document, ledger)
             closed = await missing_programs(shop.adapters, self._runs.environ)
-            report = await self._work(await self._runs.record(run), ledger, shop, capacity=capacity, closed=closed)
+            report = await self._work(runs, await runs.record(run), ledger, shop, capacity=capacity, closed=closed)
             group.cancel_scope.cancel()
         return report
 
@@ -177,6 +189,25 @@ class Execution:
         views = Views(self._runs.store, self._runs.clock, self._runs.project)
         async with keeping(views, self._runs.store, self._runs.clock, run.id), fed:
             yield
+
+    @asynccontextmanager
+    async def _reachable(self, run: str, settings: CoordinationConfig) -> AsyncIterator[Runs]:
+        """Yield the runs in a store that is waited for, or gone on without, while it can't be reached.
+
+        One of this machine always can be: where its disk is full, the run ends, and goes on when there is room.
+        """
+        if self._runs.url == MEMORY or store_folder(self._runs.url) is not None:
+            yield self._runs
+            return
+        store, clock = self._runs.store, self._runs.clock
+
+        async def tell(event: Event) -> None:
+            _log.warning("%s: %s", event.type, event.data)
+            await survived.commit(Commit([], [Event(event.type, {"run": run, **event.data})]))
+
+        folder = self._runs.project.folder / "outage"
+        async with surviving(store, settings.when_unreachable, clock, folder, tell) as survived:
+            yield replace(self._runs, store=survived)
 
     def _settings(self, run: RunDocument, coordination: CoordinationOverrides | None) -> CoordinationConfig:
         return coordinate(CoordinationConfig.model_validate(run.coordination), self._runs.environ, coordination)
@@ -196,6 +227,7 @@ class Execution:
 
     async def _work(
         self,
+        runs: Runs,
         before: RunRecord,
         ledger: Ledger,
         shop: Workshop,
@@ -204,7 +236,7 @@ class Execution:
         closed: Mapping[str, str] = _NONE,
     ) -> RunReport:
         """Be at work in a run until nothing is left to do for this process, with the adapters that are not `closed`."""
-        runs, run = self._runs, before.run.id
+        run = before.run.id
         capacities = {name: one.capacity for name, one in shop.configs.items() if one.capacity is not None}
         statuses = ledger.statuses()
         board = Board.of(before.entries, statuses, capacities)
@@ -244,15 +276,15 @@ class Execution:
 
     @asynccontextmanager
     async def _taken(
-        self, run: RunDocument, hub: Hub, lock: HeldLock, settings: CoordinationConfig
+        self, runs: Runs, run: RunDocument, hub: Hub, lock: HeldLock, settings: CoordinationConfig
     ) -> AsyncIterator[tuple[Ledger, Workshop]]:
         """Coordinate a run for the body: bring back what an earlier owner left, and do what was asked of it."""
         me = this_process(Role.COORDINATOR)
         async with hub.life_locks.of(run.id, me.id).hold(0) as life:
-            others = self._orchestrators(run, hub, me, settings)
-            shop = await self._open_workshop(run, hub, [lock.fd, life.fd], None)
+            others = _orchestrators(runs, run, hub, me, settings)
+            shop = await self._open_workshop(runs, run, hub, [lock.fd, life.fd], None)
             facts = {"sandbox": str(shop.tools.fencing.kind)}
-            store, clock, redactor = self._runs.store, self._runs.clock, shop.tools.redactor
+            store, clock, redactor = runs.store, runs.clock, shop.tools.redactor
             ledger = await Ledger.take(store, clock, redactor, others, facts, is_shared=settings.enabled)
             async with _leaving(others):
                 for left_out in self._plugins.left_out:
@@ -261,34 +293,27 @@ class Execution:
                 await recover(ledger, shop, clock)
                 for request in await ledger.requests():
                     await obey(ledger, request)
-                yield ledger, self._seated(shop, ledger, settings)
+                yield ledger, _seated(runs, shop, ledger, settings)
 
     @asynccontextmanager
     async def _joined(
-        self, run: RunDocument, hub: Hub, settings: CoordinationConfig
+        self, runs: Runs, run: RunDocument, hub: Hub, settings: CoordinationConfig
     ) -> AsyncIterator[tuple[Ledger, Workshop]]:
         """Be at work in a run for the body, beside others."""
         me = this_process(Role.COORDINATOR if settings.role == "coordinator" else Role.WORKER)
         async with hub.life_locks.of(run.id, me.id).hold(0) as life:
-            others = self._orchestrators(run, hub, me, settings)
-            shop = await self._open_workshop(run, hub, [life.fd], me.id)
+            others = _orchestrators(runs, run, hub, me, settings)
+            shop = await self._open_workshop(runs, run, hub, [life.fd], me.id)
             facts = {"sandbox": str(shop.tools.fencing.kind)}
-            store, clock = self._runs.store, self._runs.clock
+            store, clock = runs.store, runs.clock
             ledger = await Ledger.join(store, clock, shop.tools.redactor, others, facts)
             async with _leaving(others):
-                yield ledger, self._seated(shop, ledger, settings)
+                yield ledger, _seated(runs, shop, ledger, settings)
 
-    def _seated(self, shop: Workshop, ledger: Ledger, settings: CoordinationConfig) -> Workshop:
-        if not (settings.enabled and settings.tools):
-            return shop
-        return with_desk(shop, ledger, self._runs.store, self._runs.clock, self._runs.project)
-
-    def _orchestrators(self, run: RunDocument, hub: Hub, me: Owner, settings: CoordinationConfig) -> Orchestrators:
-        store, clock = self._runs.store, self._runs.clock
-        return Orchestrators(store, clock, run.id, me, settings.timing(), hub.life_locks.is_dead)
-
-    async def _open_workshop(self, run: RunDocument, hub: Hub, lock_fds: Sequence[int], worker: str | None) -> Workshop:
-        runs, types = self._runs, self._plugins.adapters
+    async def _open_workshop(
+        self, runs: Runs, run: RunDocument, hub: Hub, lock_fds: Sequence[int], worker: str | None
+    ) -> Workshop:
+        types = self._plugins.adapters
         configs = restore_adapters(run.adapters, types, self._plugins.explain)
         return await open_workshop(
             run,
@@ -326,7 +351,7 @@ class Execution:
                 settings = self._settings(record.run, None)
                 async with (
                     self._ownership(hub, run) as lock,
-                    self._taken(record.run, hub, lock, settings) as (ledger, shop),
+                    self._taken(runs, record.run, hub, lock, settings) as (ledger, shop),
                 ):
                     statuses = ledger.statuses()
                     if record.run.ended is not None or Board.of(record.entries, statuses).is_over(statuses):
@@ -382,6 +407,16 @@ class Execution:
         self._stopping = True
         for scheduler in self._schedulers:
             scheduler.stop()
+
+
+def _orchestrators(runs: Runs, run: RunDocument, hub: Hub, me: Owner, settings: CoordinationConfig) -> Orchestrators:
+    return Orchestrators(runs.store, runs.clock, run.id, me, settings.timing(), hub.life_locks.is_dead)
+
+
+def _seated(runs: Runs, shop: Workshop, ledger: Ledger, settings: CoordinationConfig) -> Workshop:
+    if not (settings.enabled and settings.tools):
+        return shop
+    return with_desk(shop, ledger, runs.store, runs.clock, runs.project)
 
 
 @asynccontextmanager

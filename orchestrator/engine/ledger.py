@@ -522,7 +522,7 @@ class Ledger:
         for task in tasks:
             guard, claim = self.claims.guard(task), await self.claims.read(task)
             if claim is not None and (guard is None or claim.epoch != guard.epoch):
-                self.claims.released(task)
+                self.claims.lost(task)
                 raise ClaimLost(task, 0 if guard is None else guard.epoch, claim.epoch, claim.owner.id)
 
     async def note(self, event: str, details: JsonObject) -> None:
@@ -608,8 +608,8 @@ class Ledger:
         try:
             await self._store.commit(commit)
         except LeaseLost:
-            self.orchestrators.count(refused=1)
             if (fenced := await self.orchestrators.fenced()) is not None:
+                self.orchestrators.count(refused=1)
                 raise fenced from None
             raise
         self._slowest = max(self._slowest, self._clock.monotonic() - began)
