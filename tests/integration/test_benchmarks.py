@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks import cycle, scheduler, startup, state, worktrees
+from benchmarks import cycle, locks, scheduler, startup, state, worktrees
 from benchmarks.measure import Cost, Row, median, paired, table, timed
 
 
@@ -55,7 +55,12 @@ def test_the_state_is_measured() -> None:
     check(rows, [*alone, "claims by priority", "99 of 100 within", "a change seen", "a watcher at rest", "followed by"])
 
 
-@pytest.mark.parametrize("name", ["startup", "scheduler", "cycle", "state", "worktrees"])
+def test_locks_are_measured() -> None:
+    """Beside each of the others, and together with ownership."""
+    check(locks.measure(quick=True), ["beside filelock", "beside portalocker", "beside raw flock", "own a path"])
+
+
+@pytest.mark.parametrize("name", ["startup", "scheduler", "cycle", "locks", "state", "worktrees"])
 def test_each_is_a_program(name: str) -> None:
     """It can be run by its path, and says what it can do."""
     done = subprocess.run([sys.executable, f"benchmarks/{name}.py", "--help"], check=False, capture_output=True)
