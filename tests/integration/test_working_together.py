@@ -27,9 +27,14 @@ QUICK = {"heartbeat": "200ms", "stale": "1500ms", "owner_stale": "1500ms", "swee
 def shared(count: int) -> list[dict[str, Any]]:
     """Return tasks of which every fourth has to do with the same file, and says so."""
     return [
-        {"id": f"t{one}", "prompt": f"append shared/{one % 4}.txt {one}", "owns": [f"shared/{one % 4}.txt"]}
-        for one in range(count)
+        {"id": f"t{one}", "prompt": f"append s{one % 4}.txt {one}", "owns": [f"s{one % 4}.txt"]} for one in range(count)
     ]
+
+
+def states(repository: Repository) -> dict[str, str]:
+    """Return the state of each task; nothing before there is a run."""
+    result = repository.council("status", "--json").result
+    return {task["id"]: task["state"] for task in result.get("tasks", ())}
 
 
 async def happened(repository: Repository) -> list[Event]:
@@ -77,23 +82,23 @@ async def test_three_processes_finish_one_queue_though_one_of_them_is_killed(
     children = [repository.start("run", str(config), "--json")]
     wait_for(lambda: repository.council("status", "--json").result.get("status") == "running")
     children += [repository.start("work", "--json") for _ in range(2)]
-    wait_for(lambda: Counter(repository.council("status", "--json").states.values())["landed"] >= count // 4, 60)
+    wait_for(lambda: Counter(states(repository).values())["landed"] >= count // 4, 60)
     children[killed].send_signal(signal.SIGKILL)
     codes = ended(*children)
     assert codes.pop(killed) == -signal.SIGKILL
     assert codes == [0, 0]
-    assert set(repository.council("status", "--json").states.values()) == {"landed"}
+    assert set(states(repository).values()) == {"landed"}
     await assert_each_landed_once(repository, [task["id"] for task in tasks])
     names = Counter(event.type for event in await happened(repository))
     assert names["task.conflict"] == 0
     assert names["run.joined"] == 2
-    lines = [int(line) for path in (repository.top / "shared").iterdir() for line in path.read_text().split()]
+    lines = [int(line) for path in repository.top.glob("s?.txt") for line in path.read_text().split()]
     assert sorted(lines) == list(range(count))
 
 
 async def test_who_was_stopped_past_its_lease_is_refused_and_says_why(repository: Repository) -> None:
     """Another takes over and lands; what the stopped one then writes does not count, and it ends by itself."""
-    tasks = [
+    tasks: list[dict[str, Any]] = [
         {"id": "slow", "prompt": "attempt 1 hang\nwrite slow.txt x"},
         {"id": "next", "prompt": "write next.txt x", "needs": ["slow"]},
     ]
@@ -110,7 +115,7 @@ async def test_who_was_stopped_past_its_lease_is_refused_and_says_why(repository
     assert owner.wait() == 3
     assert "has lost its part in run" in out
     assert "nothing had been heard of it" in out
-    assert repository.council("status", "--json").states == {"slow": "landed", "next": "landed"}
+    assert states(repository) == {"slow": "landed", "next": "landed"}
     await assert_each_landed_once(repository, ["slow", "next"])
 
 
@@ -119,21 +124,20 @@ async def test_a_cancelled_task_of_another_process_ends_there(repository: Reposi
     tasks = [{"id": name, "prompt": f"write {name}.txt x\nhang"} for name in ("a", "b")]
     config = repository.configure(tasks, capacity=1, coordination=QUICK)
     coordinator = repository.start("run", str(config), "--json")
-    wait_for(lambda: "running" in repository.council("status", "--json").states.values())
+    wait_for(lambda: "running" in states(repository).values())
     helper = repository.start("work", "--json")
-    wait_for(lambda: list(repository.council("status", "--json").states.values()) == ["running", "running"])
+    wait_for(lambda: list(states(repository).values()) == ["running", "running"])
     assert repository.council("cancel", "a", "b").code == 0
     ended(coordinator, helper)
-    assert repository.council("status", "--json").states == {"a": "cancelled", "b": "cancelled"}
+    assert states(repository) == {"a": "cancelled", "b": "cancelled"}
     await repository.assert_invariants()
 
 
 async def test_nobody_joins_a_run_that_is_not_shared(repository: Repository) -> None:
     """The switch is off: there are no claims, and whoever asks is told what to write."""
-    tasks = [{"id": "a", "prompt": "hang"}]
-    config = repository.configure(tasks, coordination={"enabled": False})
+    config = repository.configure([{"id": "a", "prompt": "hang"}], coordination={"enabled": False})
     child = repository.start("run", str(config), "--json")
-    wait_for(lambda: repository.council("status", "--json").states == {"a": "running"})
+    wait_for(lambda: states(repository) == {"a": "running"})
     run = repository.council("status", "--json").result["run"]
     refused = repository.council("work", "--run", run)
     assert (refused.code, "enabled: true" in refused.stderr) == (2, True)
@@ -151,7 +155,8 @@ async def test_a_worker_alone_takes_a_run_to_its_end(repository: Repository) -> 
     killed = repository.council("run", str(config), failpoints="attempt.recorded=kill")
     assert killed.code == -signal.SIGKILL
     run = repository.council("status", "--json").result["run"]
-    assert repository.council("work", "--run", run, "--json").code == 0
+    ended_well = repository.council("work", "--run", run, "--json")
+    assert ended_well.code == 0, ended_well
     status = repository.council("status", "--json").result
     assert status["status"] == "landed"
     await assert_each_landed_once(repository, [f"t{one}" for one in range(4)])
