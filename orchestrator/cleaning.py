@@ -183,6 +183,8 @@ class Cleaner:
             fds: tuple[int, ...] = ()
             if await exists(_hub(one)):  # without it nobody can work in the run
                 fds = ((await stack.enter_async_context(_hub(one).run_lock(one.run).hold(0))).fd,)
+                if living := await _hub(one).life_locks.held(one.run):  # beside whoever coordinates, or after it
+                    raise await living[0].held_error()
             yield Git(_hub(one).trusted, keep_fds=fds, environ=self._environ), one.run
 
     async def _remove_hub(self, one: Leftover) -> bool:

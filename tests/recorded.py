@@ -25,6 +25,15 @@ RUN = "20260102-030405-ab12"
 #: 2026-01-02 03:04:05 UTC.
 START = 1767323045.0
 OLD, NEW = "0" * 40, "4f0c2d1e9b" * 4
+#: The process that was at work in it, on a machine of which nothing was heard since.
+OWNER = Owner(
+    id="box-4711-9b3e50",
+    host="box",
+    boot="5f0a7c1e-2b7d-4f5e-9a3c-6d1b8e4f2a90",
+    pid=4711,
+    started=90210,
+    role=Role.COORDINATOR,
+)
 
 
 def run_document(folder: Path, run: str = RUN, started: float = START) -> RunDocument:
@@ -69,19 +78,21 @@ def _spec(task: str, prompt: str) -> TaskSpec:
     )
 
 
-def orchestrators(store: Store, clock: Clock, run: str, *, alone: bool = True) -> Orchestrators:
-    """Return those of a run as a process with a name of its own sees them; `alone` says that all others are dead."""
+def orchestrators(
+    store: Store, clock: Clock, run: str, *, alone: bool = True, me: Owner | None = None
+) -> Orchestrators:
+    """Return those of a run as `me` sees them, else a process with a name of its own; `alone`: all others are dead."""
 
     async def is_dead(run: str, owner: Owner) -> bool:
         return alone
 
-    return Orchestrators(store, clock, run, this_process(Role.COORDINATOR), Timing(), is_dead)
+    return Orchestrators(store, clock, run, me or this_process(Role.COORDINATOR), Timing(), is_dead)
 
 
-async def record_run(store: Store, clock: ManualClock, run: RunDocument) -> None:
-    """Record a run in eleven commits: `models` lands after 90 s, `api` fails once and is tried again."""
+async def record_run(store: Store, clock: ManualClock, run: RunDocument, me: Owner | None = None) -> None:
+    """Record a run in eleven commits as `me`: `models` lands after 90 s, `api` fails once and is tried again."""
     await seed(store, run, {"models": _spec("models", "Add a User model."), "api": _spec("api", "Add an API.")})
-    others = orchestrators(store, clock, run.id)
+    others = orchestrators(store, clock, run.id, me=me)
     ledger = await Ledger.take(store, clock, Redactor(()), others, {"sandbox": "bubblewrap"})
     for task in ("models", "api"):
         clock.advance(5)
@@ -119,5 +130,5 @@ async def recorded(top: Path, monkeypatch: pytest.MonkeyPatch, folder: Path | No
     clock = ManualClock(START)
     (top / ".council").mkdir(mode=0o700)
     async with FileStore.open(top / ".council" / "state", clock) as store:
-        await record_run(store, clock, run_document(folder or top))
+        await record_run(store, clock, run_document(folder or top), OWNER)
         yield store

@@ -492,6 +492,12 @@ class Ledger:
         await self.claims.release(task, _RELEASES[status])  # it was over before
         return False
 
+    async def let_go(self, task: str) -> None:
+        """Release the claim on a task that is nobody's where it stands: a checkpoint may have brought it back there."""
+        document = self._tasks[task]
+        if self.claims is not None and task in self.claims and document.status not in CLAIMED:
+            await self.claims.release(task, _RELEASES[document.status], document.reason)
+
     def is_elsewhere(self, task: str) -> bool:
         """Whether a task is at work, or waits to land, by another orchestrator."""
         return self.claims is not None and self._tasks[task].status in CLAIMED and task not in self.claims

@@ -94,6 +94,7 @@ async def _take_over(ledger: Ledger, *, counts: bool) -> list[str]:
     taken = set(await ledger.claims.sweep(counts=counts))
     for task in taken:
         await ledger.refresh(task)
+        await ledger.let_go(task)
     # What a checkpoint brought back, or was imported, was never claimed.
     taken.update([task for task in ledger.run.tasks if ledger.is_elsewhere(task) and await ledger.claim(task)])
     return [task for task in ledger.run.tasks if task in taken]

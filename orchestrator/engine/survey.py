@@ -277,13 +277,17 @@ async def _unused(found: Sequence[Leftover]) -> list[Leftover]:
     """
     used = set()
     for hub, run in {(Path(str(one.hub)), str(one.run)) for one in found}:
-        if await exists(Hub(hub)) and await Hub(hub).run_lock(run).is_held():
+        if await exists(Hub(hub)) and await _is_used(Hub(hub), run):
             used.add(run)
     return [one for one in found if one.run not in used]
 
 
+async def _is_used(hub: Hub, run: str) -> bool:
+    return await hub.run_lock(run).is_held() or bool(await hub.life_locks.held(run))
+
+
 async def run_locks(hub: Hub) -> list[FileLock]:
-    """Return the locks of all runs that were ever at work in a hub."""
+    """Return the locks of all runs that were ever at work in a hub, and of their orchestrators."""
     found = await anyio.to_thread.run_sync(lambda: sorted((hub.root / "locks").glob("run-*")))
     return [FileLock(path) for path in found]
 

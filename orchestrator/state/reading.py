@@ -120,6 +120,8 @@ async def backwards(store: Store, until: int, after: int = 0) -> AsyncGenerator[
 
 def is_of_run(key: Key, run: str) -> bool:
     """Whether a document is one of a run's."""
+    if key.kind == "ownership":  # of what, and then whose
+        return key.id.partition("/")[2].startswith(f"{run}/")
     return key.id == run or key.id.startswith(f"{run}/") or key == Key("lease", f"run/{run}")
 
 

@@ -193,7 +193,8 @@ async def test_a_run_at_work_is_not_restored_unless_it_is_taken_over(repository:
     # The request wakes the old owner, which would write what it does about it. Nobody answers while it lives.
     asking = repository.start("cancel", "first")
     assert owner.wait(timeout=60) == 3
-    assert "another process took over" in owner.communicate()[0]
+    assert "has lost its part in run" in (said := owner.communicate()[0])
+    assert "a checkpoint of the run was restored" in said
     assert asking.wait(timeout=60) == 0
     asking.communicate()
     flag(repository).touch()

@@ -14,8 +14,8 @@ import pytest
 
 from orchestrator.clock import SystemClock
 from orchestrator.council import Council
-from orchestrator.errors import RefusedError
-from orchestrator.protocols import Key
+from orchestrator.errors import LeaseLost, RefusedError
+from orchestrator.protocols import Commit, Guard, Key
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Ended, Repository
 from tests.recorded import recorded
@@ -76,7 +76,7 @@ async def test_old_runs_go_and_come_back(repository: Repository) -> None:
             ("run.removed", {"run": run, "checkpoint": checkpoint})
         ]
         assert all(value is None for _, value in gone.documents.values())
-        assert await documents(council, run) == {"lease", "checkpoint"}
+        assert await documents(council, run) == {"lease", "claim", "checkpoint"}
         assert (await council.run_ids(), logs.exists()) == ([], False)
         assert [one.id for one in await council.checkpoints(run)] == [checkpoint]
         with pytest.raises(RefusedError, match="there is no run"):
@@ -121,6 +121,25 @@ async def test_what_can_be_resumed_stays_unless_that_is_said(repository: Reposit
         assert await judged(council, even_cut_off=True) == {}
 
 
+async def test_no_epoch_comes_back_with_a_run(repository: Repository) -> None:
+    """What a process had before its run was forgotten is refused when the run is back, and the task is anybody's."""
+    run = run_once(repository, LANDS, failpoints="session.spawned=kill")
+    claim, old = Key("claim", f"{run}/a"), 1
+    async with later(repository, 8) as council:
+        assert (before := await council.document(claim)) is not None
+        assert (before.value["epoch"], before.value["released"]) == (old, None)
+        assert await removed(council, even_cut_off=True) == [None]
+        assert await documents(council, run) == {"lease", "claim", "checkpoint"}
+        [checkpoint] = await council.checkpoints(run)
+        assert (await council.restore(checkpoint.id)).runs == [run]
+        assert [task.state for task in (await council.resume(run)).tasks] == ["landed"]
+        assert (after := await council.document(claim)) is not None
+        assert (after.value["epoch"], after.value["released"]) == (after.version, "complete")
+        with pytest.raises(LeaseLost):
+            await council._store.commit(Commit([], [], [Guard(claim, old)]))
+    await repository.assert_invariants()
+
+
 async def test_a_run_at_work_never_goes(repository: Repository) -> None:
     """It is not even listed; one that somebody begins to work in after the list was made stays, too."""
     run = run_once(repository, LANDS)
@@ -128,10 +147,12 @@ async def test_a_run_at_work_never_goes(repository: Repository) -> None:
         hub = await council._runs.hub((await council._runs.record(run)).run)
         cleaner = council.cleaner
         found = [one for one in await cleaner.find(runs=7 * DAY) if one.kind == "run"]
-        async with hub.run_lock(run).hold(0):
-            assert await judged(council, even_cut_off=True) == {}
-            [removal] = await cleaner.remove(found)
-            assert removal.error is not None
+        # Who coordinates it, and who works in it beside that, or goes on where that was killed.
+        for lock in (hub.run_lock(run), hub.life_locks.of(run, "box-1-ab12cd")):
+            async with lock.hold(0):
+                assert await judged(council, even_cut_off=True) == {}
+                [removal] = await cleaner.remove(found)
+                assert removal.error is not None
         assert await council.run_ids() == [run]
 
 
@@ -148,13 +169,13 @@ async def test_what_changed_since_it_was_shown_stays(repository: Repository) -> 
 
 
 async def test_a_kill_in_between_leaves_what_can_be_cleaned_again(repository: Repository) -> None:
-    """With the logs gone and the record deleted, nothing of the run is left but its checkpoints and its lease."""
+    """With the logs gone and the record deleted, nothing is left but its checkpoints, its lease and its claims."""
     run = run_once(repository, LANDS)
     words = ("clean", "--runs", "1ms", "--yes")
     assert repository.council(*words, failpoints="run.removed=kill").code == -signal.SIGKILL
     assert repository.council(*words, "--json").result["found"][0]["kind"] != "run"
     async with later(repository, 0) as council:
-        assert await documents(council, run) == {"lease", "checkpoint"}
+        assert await documents(council, run) == {"lease", "claim", "checkpoint"}
         assert await council._store.get(Key("lease", f"run/{run}")) is not None
 
 

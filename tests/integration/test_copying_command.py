@@ -36,7 +36,7 @@ def log_of(repository: Repository, *words: str) -> str:
 async def test_from_folder_to_file_to_folder(project: Repository, tmp_path: Path) -> None:
     """Each says how much it was; the log of the last is that of the first."""
     copied = project.council("state", "copy", ".council/state", str(tmp_path / "copy"), "--json").result
-    assert (copied["position"], copied["first"], copied["commits"], copied["documents"]) == (11, 0, 11, 6)
+    assert (copied["position"], copied["first"], copied["commits"], copied["documents"]) == (11, 0, 11, 9)
     assert (copied["packed_bytes"], copied["ratio"], copied["was_there"]) == (None, None, False)
     place = (tmp_path / "copy").as_uri()
     assert log_of(project, "--state", place) == log_of(project)
@@ -195,7 +195,7 @@ async def test_from_python(project: Repository, tmp_path: Path) -> None:
     copied = await copy_state(project.top / ".council/state", tmp_path / "copy")
     assert (copied.commits, copied.bytes) == (exported.commits, exported.bytes)
     async with Council.open(project.top, state=str(tmp_path / "new"), environ=project.environ) as council:
-        assert (await council.import_state(str(tmp_path / "file"))).documents == 6
+        assert (await council.import_state(str(tmp_path / "file"))).documents == 9
         assert await council.run_ids() == [RUN]
 
 

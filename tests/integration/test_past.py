@@ -27,7 +27,7 @@ from tests.integration.test_reading import ForgetfulStore
 from tests.recorded import RUN, START, record_run, recorded, run_document
 
 GUIDE = (Path(__file__).parents[2] / "docs/state.md").read_text()
-MODELS, API = Key("task", f"{RUN}/models"), Key("task", f"{RUN}/api")
+MODELS, API, CLAIM = Key("task", f"{RUN}/models"), Key("task", f"{RUN}/api"), Key("claim", f"{RUN}/models")
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ async def test_a_moment_can_be_named_in_many_ways(project: Repository, moment: s
     """Position, times with and without a zone, and a checkpoint lead to the same documents."""
     await add(project, Commit([Write(Key("checkpoint", f"{RUN}/1"), 0, {"position": 5})]))
     told = project.council("state", "at", moment, "--json").result
-    assert (told["position"], told["time"], len(told["documents"])) == (5, START + 40, 6)
+    assert (told["position"], told["time"], len(told["documents"])) == (5, START + 40, 9)
     api = next(one for one in told["documents"] if one["key"] == str(API))
     assert (api["version"], api["position"], api["by"]) == (3, 5, "ada@box:4711")
     assert (api["value"]["status"], api["value"]["failures"]) == ("pending", 1)
@@ -101,7 +101,7 @@ async def test_values_are_printed_for_keys(project: Repository) -> None:
         ("at 5 task/modles", "no document 'task/modles' at position 5", "task/models"),
         ("at 5 request/*", "no document 'request/*' at position 5", "council state at now"),
         ("diff 1 x", "'x' is no moment", "a checkpoint's id"),
-        ("history models", "no document 'models'", "did you mean spec/models or task/models?"),
+        ("history models", "no document 'models'", "did you mean spec/models or task/models or claim/models?"),
         ("history Task/Models", "no document 'Task/Models'", "did you mean task/models?"),
         ("history nothing", "no document 'nothing'", "write kind/id"),
         (f"at {RUN}/9", f"there is no checkpoint '{RUN}/9'", "council checkpoint list"),
@@ -131,8 +131,9 @@ async def test_a_difference_names_what_came_went_and_changed(project: Repository
     ]
     [removed] = project.council("state", "diff", "12", "now", "--json").result["documents"]
     assert (removed["kind"], removed["old_version"], removed["new_version"]) == ("removed", 1, None)
-    [changed] = project.council("state", "diff", "7", "8", "--run", RUN, "--json").result["documents"]
-    assert changed["key"] == str(MODELS)
+    claim, changed = project.council("state", "diff", "7", "8", "--run", RUN, "--json").result["documents"]
+    assert (claim["key"], changed["key"]) == (str(CLAIM), str(MODELS))
+    assert {"path": ["released"], "old": None, "new": "complete"} in claim["fields"]["modified"]
     assert {tuple(one["path"]) for one in changed["fields"]["modified"]} == {
         ("status",),
         ("intent",),
@@ -363,11 +364,11 @@ async def test_damage_is_found_and_settled_for(project: Repository) -> None:
     segment.write_bytes(before + b'"landed":"000000000b' + after)
     found = project.council("state", "verify", "--json")
     assert (found.code, found.result["is_sound"]) == (1, False)
-    assert found.result["damaged"] == [f"task/{RUN}/models"]
+    assert found.result["damaged"] == [str(CLAIM), str(MODELS)]  # one commit landed the task and gave back its claim
     assert "verify --repair" in project.council("state", "verify").stdout
     repaired = project.council("state", "verify", "--repair", "--json")
     assert (repaired.code, repaired.result["is_sound"], repaired.result["position"]) == (0, True, 12)
-    assert repaired.result["settled"] == [{"key": f"task/{RUN}/models", "version": 6}]
+    assert repaired.result["settled"] == [{"key": str(CLAIM), "version": 3}, {"key": str(MODELS), "version": 6}]
     assert project.council("state", "verify", "--repair", "--json").result["settled"] == []
     assert project.council("state", "verify").code == 0
     assert project.council("state", "at", "now", "--json").result["damage"] == []
