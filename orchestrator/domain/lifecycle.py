@@ -62,6 +62,8 @@ TRANSITIONS: Final[dict[tuple[TaskStatus, Trigger], TaskStatus]] = {
     (_S.LANDED, _T.LOSE): _S.FAILED,
     (_S.RUNNING, _T.ADOPT): _S.LANDED,
     (_S.LANDING, _T.ADOPT): _S.LANDED,
+    (_S.CONFLICT, _T.ADOPT): _S.LANDED,
+    (_S.FAILED, _T.ADOPT): _S.LANDED,
     **{(status, _T.BOUNCE): _S.PENDING for status in (_S.QUEUED, _S.CHECKING)},
     **{(status, _T.REJECT): _S.FAILED for status in (_S.QUEUED, _S.CHECKING)},
     **{(status, _T.CANCEL): _S.CANCELLED for status in (_S.PENDING, _S.RUNNING, _S.QUEUED, _S.CHECKING)},

@@ -26,6 +26,7 @@ from orchestrator.engine.escapes import EscapeDetector
 from orchestrator.engine.ledger import Change, Ledger
 from orchestrator.engine.merging import MergeQueue
 from orchestrator.engine.monitor import Monitor
+from orchestrator.engine.reconciling import Reconciler
 from orchestrator.engine.recovery import recover_tasks
 from orchestrator.engine.requests import cancel, ignore, revive
 from orchestrator.engine.workshop import Workshop
@@ -76,6 +77,7 @@ class Scheduler:
         self._attempts = Attempts(ledger, workshop, pool, self._budgets, clock)
         self._cancelled: set[str] = set()
         self._merging = MergeQueue(ledger, workshop, pool, clock, permits, self._cancelled)
+        self._reconciler = Reconciler(ledger, workshop)
         self._escapes = EscapeDetector(ledger, workshop, self._merging)
         self._works: dict[str, Work] = {}
         self._elsewhere = {task for task in ledger.run.tasks if ledger.is_elsewhere(task)}
@@ -126,9 +128,8 @@ class Scheduler:
         async with anyio.create_task_group() as listening:
             listening.start_soon(self._follow)
             listening.start_soon(self._coordinate)
-            if self._ledger.claims is not None:
-                listening.start_soon(self._renew)
-                listening.start_soon(self._sweep_all)
+            listening.start_soon(self._renew)
+            listening.start_soon(self._sweep_all)
             async with anyio.create_task_group() as group:
                 landed = [task for task, status in statuses.items() if status is TaskStatus.LANDED]
                 group.start_soon(self._forget_homes, landed)
@@ -419,7 +420,7 @@ class Scheduler:
                 await others.renew()
 
     async def _sweep_all(self) -> None:
-        """Take over what orchestrators had that are gone, and their run if nobody coordinates it."""
+        """Take over what is of orchestrators that are gone, and a run that nobody coordinates; see what others landed."""
         while True:
             await self._clock.wait(anyio.Event(), self._clock.monotonic() + self._ledger.orchestrators.timing.sweep)
             with suppress(StoreUnavailable):
@@ -440,6 +441,12 @@ class Scheduler:
                     self._take_up(task)
                 if taken:
                     await self._pool.clear()
+                for task in await self._reconciler.look(frozenset(self._merging.landing)):
+                    if task in self._works:
+                        self._works[task].session.stop()
+                    else:
+                        self._drop_landing(task)
+                        self._mirror(task, None)
             finally:
                 self._obeying = False
                 self._wake.set()
