@@ -51,7 +51,9 @@ async def assert_equal(views: Path, store: Store) -> None:
             if kind == "task":
                 for version in await store.history(document.key):
                     expected[version_path(document.key, version.version)] = version_view(document.key, version)
-    assert {name: data for name, data in found.items() if name not in OTHERS and not name.startswith("context/")} == expected
+    assert {
+        name: data for name, data in found.items() if name not in OTHERS and not name.startswith("context/")
+    } == expected
     position, events = await store.position(), []
     async for record in store.watch():
         events += [(record.position, record.time, event.type, event.data) for event in record.events]
