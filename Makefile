@@ -37,7 +37,7 @@ crash: install  ## the long crash runs: every failpoint, random moments, kills i
 schema: install  ## bring configs/council.schema.json up to date with the file's models and the adapters
 	@$(BIN)/council schema > configs/council.schema.json
 
-bench: install  ## measure start-up, the scheduler, worktrees and the whole cycle beside baselines; the table goes to build/bench.md, too
+bench: install  ## measure start-up, the scheduler, locks, worktrees and the whole cycle beside baselines; the table goes to build/bench.md, too
 	@$(BIN)/python -m benchmarks
 
 lint: install

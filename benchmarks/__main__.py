@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from benchmarks import asking, contexts, cycle, scheduler, startup, state, worktrees
+from benchmarks import asking, contexts, cycle, locks, scheduler, startup, state, worktrees
 from benchmarks.measure import parser, table
 
 RESULTS: Final = Path("build", "bench.md")
@@ -26,6 +26,7 @@ def main() -> None:
         *scheduler.measure(quick=options.quick),
         *state.measure(quick=options.quick, folder=options.folder),
         *contexts.measure(quick=options.quick, folder=options.folder),
+        *locks.measure(quick=options.quick, folder=options.folder),
         *worktrees.measure(quick=options.quick, folder=options.folder),
         *cycle.measure(quick=options.quick, folder=options.folder),
     ]

@@ -301,27 +301,43 @@ def _is_held(path: Path) -> bool:
     return not is_free
 
 
-def _flock(path: Path, fd: int, *, block: bool, shared: bool = False) -> bool:
-    # Importing portalocker takes up to half a second where redis is installed.
-    from portalocker import AlreadyLocked, LockException, LockFlags  # noqa: PLC0415
-    from portalocker.portalocker import FlockLocker  # noqa: PLC0415
+class _Locker:
+    """`flock` by portalocker, its own locker: the module's default is a global that anyone may set to lockf."""
 
-    # Its own locker, since the module's default is a global that anyone may set to lockf.
-    flags = LockFlags.SHARED if shared else LockFlags.EXCLUSIVE
+    def __init__(self) -> None:
+        # Late: importing portalocker takes up to half a second where redis is installed.
+        from portalocker import AlreadyLocked, LockException, LockFlags  # noqa: PLC0415
+        from portalocker.portalocker import FlockLocker  # noqa: PLC0415
+
+        self.locker = FlockLocker()
+        self.held, self.failed = AlreadyLocked, LockException
+        modes = {False: LockFlags.EXCLUSIVE, True: LockFlags.SHARED}
+        self.flags = {
+            (block, shared): flags if block else flags | LockFlags.NON_BLOCKING
+            for shared, flags in modes.items()
+            for block in (False, True)
+        }
+
+
+@cache
+def _locker() -> _Locker:
+    return _Locker()
+
+
+def _flock(path: Path, fd: int, *, block: bool, shared: bool = False) -> bool:
+    flock = _locker()
     try:
-        FlockLocker().lock(fd, flags if block else flags | LockFlags.NON_BLOCKING)
-    except AlreadyLocked:
+        flock.locker.lock(fd, flock.flags[block, shared])
+    except flock.held:
         return False
-    except LockException as exc:
+    except flock.failed as exc:
         raise StoreUnavailable(path, str(exc), "put it on a local file system") from exc
     return True
 
 
 def _unlock(fd: int) -> None:
-    from portalocker.portalocker import FlockLocker  # noqa: PLC0415  see _flock
-
     try:
-        FlockLocker().unlock(fd)
+        _locker().locker.unlock(fd)
     finally:
         os.close(fd)
 

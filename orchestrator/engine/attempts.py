@@ -227,6 +227,7 @@ class Attempts:
         return replace(finished, outcome=found.outcome)
 
     async def _record(self, work: Work, finished: Finished) -> After:
+        await self.ledger.hold(work.task)
         if work.cancelled:
             await self._end(work, Trigger.CANCEL, finished, "cancelled", "on request, while it ran")
             return Over()

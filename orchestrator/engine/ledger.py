@@ -17,7 +17,7 @@ from orchestrator.clock import Clock
 from orchestrator.domain.claims import Owner, Release, Standing
 from orchestrator.domain.dispatch import Entry
 from orchestrator.domain.holdings import HeldBy as OwnedBy
-from orchestrator.domain.lifecycle import Trigger, advance
+from orchestrator.domain.lifecycle import TRANSITIONS, Trigger, advance
 from orchestrator.domain.model import CLAIMED, AdapterDocument, Request, RunDocument, TaskDocument, TaskStatus
 from orchestrator.errors import ClaimLost, HistoryGone, LeaseLost, RefusedError, VersionConflict
 from orchestrator.failpoints import failpoint
@@ -413,8 +413,8 @@ class Ledger:
         writes, events, moved = [], [], {}
         guards: list[Guard] = list(permits)
         for task, update in updates.items():
-            if self.is_elsewhere(task):
-                await self._tell_lost([task])
+            if self.is_elsewhere(task) or (self._tasks[task].status, trigger) not in TRANSITIONS:
+                await self.hold(task)
             moved[task] = after = self._after(task, trigger, update)
             events.append(self._task_event(task, trigger, after, update))
             writes.append(Write(task_key(self.run.id, task), self._versions[task], after.model_dump(mode="json")))
@@ -486,8 +486,11 @@ class Ledger:
             return True
         if task not in self.claims and isinstance(await self.claims.claim(task, override=override), HeldBy):
             return False
-        await self.refresh(task)
-        return True
+        await self.refresh(task, released=False)
+        if (status := self._tasks[task].status) in CLAIMED:
+            return True
+        await self.claims.release(task, _RELEASES[status])  # it was over before
+        return False
 
     async def let_go(self, task: str) -> None:
         """Release the claim on a task that is nobody's where it stands: a checkpoint may have brought it back there."""
@@ -499,12 +502,25 @@ class Ledger:
         """Whether a task is at work, or waits to land, by another orchestrator."""
         return self.claims is not None and self._tasks[task].status in CLAIMED and task not in self.claims
 
-    async def refresh(self, task: str) -> bool:
-        """Look where a task is now; whether that is another place than was known."""
+    async def hold(self, task: str) -> None:
+        """Make sure that this orchestrator has the claim on a task; ClaimLost where another has taken it over."""
+        if self.claims is not None and task not in self.claims:
+            await self.refresh(task)
+            await self._tell_lost([task])
+
+    async def refresh(self, task: str, *, released: bool = True) -> bool:
+        """Look where a task is now; whether that is another place than was known.
+
+        Unless `released`, a claim on it stays though it may be over.
+        """
         found = await self._store.get(task_key(self.run.id, task))
         if found is None or found.version <= self._versions[task]:
             return False
-        self._take_in(task, found.version, TaskDocument.model_validate_json(found.encoded))
+        after = TaskDocument.model_validate_json(found.encoded)
+        if released:
+            self._take_in(task, found.version, after)
+        else:
+            self._tasks[task], self._versions[task] = after, found.version
         return True
 
     def _take_in(self, task: str, version: int, after: TaskDocument) -> None:

@@ -20,11 +20,11 @@ from orchestrator.clock import Clock
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.failures import FailureClass, Policy, policy_of
 from orchestrator.domain.lifecycle import Trigger
-from orchestrator.domain.model import Intent, TaskStatus
+from orchestrator.domain.model import CLAIMED, Intent, TaskStatus
 from orchestrator.engine.borders import Borders, Escape
 from orchestrator.engine.ledger import Ledger, Update
 from orchestrator.engine.workshop import Workshop
-from orchestrator.errors import GitError, RefusedError
+from orchestrator.errors import ClaimLost, GitError, RefusedError
 from orchestrator.failpoints import failpoint
 from orchestrator.locking.merge_permit import MergePermit, MergePermits
 from orchestrator.protocols import JsonObject
@@ -136,6 +136,9 @@ class MergeQueue:
                 left = await self._settle_all(permit, tasks)
             else:
                 left = await self._land_together(permit, tasks)
+        except ClaimLost as lost:
+            tasks = [task for task in tasks if task != lost.task]
+            left = [task for task in tasks if self._status(task) in CLAIMED]
         except _FAULTS as error:
             left = []
             for task in tasks:

@@ -72,6 +72,7 @@ class Scheduler:
         self.halted: str | None = None
         """Why it was stopped before its end, where its budget is used up."""
         self._budgets = Budgets(ledger, clock, workshop.accounting, self._halt)
+        self._pool = pool
         self._attempts = Attempts(ledger, workshop, pool, self._budgets, clock)
         self._cancelled: set[str] = set()
         self._merging = MergeQueue(ledger, workshop, pool, clock, permits, self._cancelled)
@@ -433,9 +434,12 @@ class Scheduler:
                 if await self._ledger.campaign():
                     for request in await self._ledger.requests():
                         await self._obey(request)
-                for task in await recover_tasks(self._ledger, self._shop, self._clock):
+                taken = await recover_tasks(self._ledger, self._shop, self._clock)
+                for task in taken:
                     self._elsewhere.discard(task)
                     self._take_up(task)
+                if taken:
+                    await self._pool.clear()
             finally:
                 self._obeying = False
                 self._wake.set()

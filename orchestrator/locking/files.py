@@ -31,6 +31,8 @@ from orchestrator.locking.names import canonical, folds_case, lock_name
 TIMEOUT: Final = 5.0
 
 _LOCK, _GATE = ".lock", ".gate"
+#: Of how many files at most it is kept what their locks are called.
+_MOST_KNOWN: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ class FileLocks:
         self._folder, self._clock = folder, clock
         self._held: dict[SessionName, dict[str, _Held]] = {}
         self._asked: set[tuple[SessionName, str]] = set()
+        self._known: dict[str, tuple[FileLock, FileLock]] = {}
 
     async def acquire(
         self,
@@ -94,17 +97,19 @@ class FileLocks:
         """
         wanted = self._wanted(session, paths, top)
         self._asked |= {(session, path) for path in wanted}
-        at = next(iter(wanted), "")
         try:
             with ExitStack() as releases:
                 taken: dict[str, _Held] = {}
-                with anyio.move_on_after(timeout):
-                    for path in wanted:
-                        at = path
-                        taken[path] = await self._take(session, path, shared=shared, patient=timeout > 0)
-                        releases.callback(taken[path].release)
-                if len(taken) < len(wanted):
-                    raise self._refusal(at)
+                until = anyio.current_time() + timeout
+                for path in wanted:
+                    held = self._take_now(session, path, shared=shared)
+                    if held is None and timeout > 0:
+                        with anyio.CancelScope(deadline=until):
+                            held = await self._wait(session, path, shared=shared)
+                    if held is None:
+                        raise self._refusal(path)
+                    taken[path] = held
+                    releases.callback(held.release)
                 self._held.setdefault(session, {}).update(taken)
                 releases.pop_all()
                 return [held.record for held in taken.values()]
@@ -143,41 +148,52 @@ class FileLocks:
                 raise RefusedError(f"{session} is waiting for {path} already", "wait for that, or cancel it first")
         return wanted
 
-    async def _take(self, session: SessionName, path: str, *, shared: bool, patient: bool) -> _Held:
-        name = lock_name(path)
-        mode: Mode = "shared" if shared else "exclusive"
-        lock = self._pass(name, shared=shared)
-        if lock is None:
-            if not patient:
-                raise self._refusal(path)
-            with marked(self._folder, "waits", self._signature(session, path, mode)):
-                gate = await FileLock(self._folder / f"{name}{_GATE}").take()
-                try:
-                    lock = await FileLock(self._folder / f"{name}{_LOCK}").take(shared=shared)
-                finally:
-                    gate.release()
-        signature = self._signature(session, path, mode)
-        with ExitStack() as stack:
-            stack.callback(lock.release)
-            mark = Mark(self._folder, "shares", signature) if shared else None
-            if mark is None:
-                lock.sign(signature)
-            stack.pop_all()
-        return _Held(_record(signature), lock, mark)
-
-    def _pass(self, name: str, *, shared: bool) -> HeldLock | None:
-        """Take a lock that nobody holds or waits for."""
+    def _take_now(self, session: SessionName, path: str, *, shared: bool) -> _Held | None:
+        """Take a lock that nobody holds or waits for; None if somebody does."""
         # On the loop: what has not to wait costs less than handing it to a thread.
-        gate = FileLock(self._folder / f"{name}{_GATE}").take_now()
-        if gate is None:
+        gate, lock = self._locks_of(path)
+        passing = gate.take_now()
+        if passing is None:
             return None
         try:
-            return FileLock(self._folder / f"{name}{_LOCK}").take_now(shared=shared)
+            taken = lock.take_now(shared=shared)
         finally:
-            gate.release()
+            passing.release()
+        return None if taken is None else self._signed(taken, session, path, shared=shared)
 
-    def _signature(self, session: SessionName, path: str, mode: Mode) -> Signature:
-        return Signature.now(self._clock.now(), mode, str(session), path)
+    async def _wait(self, session: SessionName, path: str, *, shared: bool) -> _Held:
+        gate, lock = self._locks_of(path)
+        with marked(self._folder, "waits", self._signature(session, path, shared=shared)):
+            passing = await gate.take()
+            try:
+                taken = await lock.take(shared=shared)
+            finally:
+                passing.release()
+        return self._signed(taken, session, path, shared=shared)
+
+    def _signed(self, lock: HeldLock, session: SessionName, path: str, *, shared: bool) -> _Held:
+        signature = self._signature(session, path, shared=shared)
+        if not shared:
+            lock.sign(signature)
+            return _Held(_record(signature), lock, None)
+        try:
+            return _Held(_record(signature), lock, Mark(self._folder, "shares", signature))
+        except BaseException:
+            lock.release()
+            raise
+
+    def _locks_of(self, path: str) -> tuple[FileLock, FileLock]:
+        """Return the gate and the lock of a file."""
+        if (known := self._known.get(path)) is None:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            name = lock_name(path)
+            known = FileLock(self._folder / f"{name}{_GATE}"), FileLock(self._folder / f"{name}{_LOCK}")
+            self._known[path] = known
+        return known
+
+    def _signature(self, session: SessionName, path: str, *, shared: bool) -> Signature:
+        return Signature.now(self._clock.now(), "shared" if shared else "exclusive", str(session), path)
 
     def _refusal(self, path: str) -> FileHeld:
         for one in records(self._folder, lock_name(path)):

@@ -159,7 +159,7 @@ class Orchestrators:
     async def _write(self, **changes: object) -> None:
         async with self._writing:
             assert self._record is not None, "it has joined"  # noqa: S101
-            record = self._record.model_copy(update={**changes, "counters": self.counters})
+            record = self._record.model_copy(update={"owner": self.me, **changes, "counters": self.counters})
             value = record.model_dump(mode="json")
             while True:
                 write = Write(self.guard.key, self._version, value)

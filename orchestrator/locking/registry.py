@@ -40,14 +40,12 @@ def claim_key(session: SessionName) -> Key:
     return Key(CLAIM, f"{session.run}/{session.task}")
 
 
-class _Known(NamedTuple):
-    """The registry as it was read, the turnstile's version first: a commit fails if anything was taken since."""
+class _Found(NamedTuple):
+    """What the registry holds, be it stale or not: documents' versions, and what they say."""
 
     turnstile: int
-    live: dict[SessionName, tuple[int, Holding]]
-    """What counts, with the versions of its documents."""
-    stale: dict[Key, int]
-    """Documents that nothing stands behind any more, with their versions."""
+    """The version of the turnstile, which was read first: a commit fails if anything was taken since."""
+    holdings: dict[SessionName, tuple[int, Holding]]
 
 
 class Registry:
@@ -56,6 +54,7 @@ class Registry:
     def __init__(self, store: Store, clock: Clock, scope: str) -> None:
         self._store, self._clock, self.scope = store, clock, scope
         self._turnstile = Key(KIND, scope)
+        self._known: dict[Key, tuple[int, Holding]] = {}
 
     def key(self, session: SessionName) -> Key:
         """Return the key of what a session holds."""
@@ -72,9 +71,17 @@ class Registry:
         wanted = checked(patterns)
         if not wanted:
             return []
-        known = await self._read()
-        held = in_the_way(session, wanted, (one for _, one in known.live.values()))
-        return held or self._taking(session, wanted, orchestrator, claim, known)
+        found = await self._read()
+        over: list[Holding] = []
+        live: list[Holding] = []
+        for _, one in found.holdings.values():
+            # Attempts of a task follow each other: what an earlier one left is over with the next.
+            if one.session[:2] == session[:2]:
+                over += [one] if one.session != session else []
+            elif one.stands_in_the_way(session, wanted):
+                (live if await self._counts(one) else over).append(one)
+        held = in_the_way(session, wanted, live)
+        return held or self._taking(session, wanted, orchestrator, claim, found, over)
 
     async def take(
         self,
@@ -95,7 +102,7 @@ class Registry:
         if held is None:
             return None
         facts = {"patterns": list(patterns), "holder": str(held.holder), "held": held.pattern}
-        await self._store.commit(Commit([], [_event("ownership.refused", session, **facts)], [claim]))
+        await self._commit([], _event("ownership.refused", session, **facts), claim)
         if wait <= 0:
             return held
         until = self._clock.monotonic() + wait
@@ -122,7 +129,7 @@ class Registry:
             if given:
                 write = Write(self.key(session), version, holding.without(given).to_json())
                 event = _event("ownership.given_back", session, patterns=given)
-                await self._store.commit(Commit([write], [event], [claim]))
+                await self._commit([write], event, claim)
             return given
 
         return await retried(attempt, _TRIES)
@@ -141,8 +148,13 @@ class Registry:
 
     async def holdings(self) -> Sequence[Holding]:
         """Return what counts of the scope: who owns and waits for what, the oldest first."""
-        known = await self._read()
-        return sorted((one for _, one in known.live.values()), key=lambda one: (one.since, one.session))
+        return sorted(await self._live(), key=lambda one: (one.since, one.session))
+
+    async def sweep(self) -> Sequence[Write]:
+        """Return what a commit must write to be rid of all that claims which are over have left."""
+        found = await self._read()
+        stale = [one for _, one in found.holdings.values() if not await self._counts(one)]
+        return [Write(self.key(one.session), found.holdings[one.session][0], None) for one in stale]
 
     async def extend(self, session: SessionName, patterns: Sequence[str]) -> HeldBy | None:
         """Have a session own more patterns after its end, unless somebody else does: who does is returned.
@@ -150,16 +162,15 @@ class Registry:
         Without a claim on its task nothing is recorded as owned.
         """
         claim = _value(await self._store.get(key := claim_key(session)))
-        known = await self._read()
         if claim is None or claim.get("released") is not None:
-            return in_the_way(session, checked(patterns), (one for _, one in known.live.values()))
-        orchestrator = known.live[session][1].orchestrator if session in known.live else ""
+            return in_the_way(session, checked(patterns), await self._live())
+        own = await self._own(session)
+        orchestrator = "" if own is None else own[1].orchestrator
         return await self.take(session, patterns, orchestrator=orchestrator, claim=Guard(key, claim["epoch"]))
 
     async def owner(self, session: SessionName, path_pattern: str) -> HeldBy | None:
         """Return who else owns what a pattern names; None where nobody does."""
-        known = await self._read()
-        return in_the_way(session, [path_pattern], (one for _, one in known.live.values()))
+        return in_the_way(session, [path_pattern], await self._live())
 
     async def waits(self, session: SessionName, patterns: Sequence[str], *, orchestrator: str, claim: Guard) -> None:
         """Record that a session waits for patterns from now on."""
@@ -170,7 +181,7 @@ class Registry:
             version, holding = found or (0, self._blank(session, orchestrator, claim))
             write = Write(self.key(session), version, holding.with_waiting(waiting).to_json())
             event = _event("ownership.waiting", session, patterns=list(waiting.patterns))
-            await self._store.commit(Commit([write], [event], [claim]))
+            await self._commit([write], event, claim)
 
         await retried(attempt, _TRIES)
 
@@ -183,7 +194,7 @@ class Registry:
                 return
             version, holding = found[0], found[1].with_waiting(None)
             value = None if holding.is_idle else holding.to_json()
-            await self._store.commit(Commit([Write(self.key(session), version, value)]))
+            await self._store.commit(Commit([Write(self.key(session), version, value)], durable=False))
 
         await retried(attempt, _TRIES)
 
@@ -196,54 +207,61 @@ class Registry:
                 return planned
             if planned:
                 event = _event("ownership.taken", session, patterns=list(patterns))
-                await self._store.commit(Commit(planned, [event], [claim]))
+                await self._commit(planned, event, claim)
             return None
 
         return await retried(attempt, _TRIES)
 
     def _taking(
-        self, session: SessionName, patterns: Sequence[str], orchestrator: str, claim: Guard, known: _Known
+        self,
+        session: SessionName,
+        patterns: Sequence[str],
+        orchestrator: str,
+        claim: Guard,
+        found: _Found,
+        over: Sequence[Holding],
     ) -> list[Write]:
-        mine = self.key(session)
-        version, holding = known.live.get(session) or (known.stale.get(mine, 0), None)
+        version, holding = found.holdings.get(session, (0, None))
         if holding is None or holding.epoch != claim.epoch:
             holding = self._blank(session, orchestrator, claim)
         taken = holding.with_taken(patterns, self._clock.now()).with_waiting(None)
-        # Attempts of a task follow each other: what an earlier one left is over with the next.
-        over = {
-            self.key(one): at for one, (at, _) in known.live.items() if one != session and one[:2] == session[:2]
-        } | {key: at for key, at in known.stale.items() if key != mine}
         return [
-            Write(self._turnstile, known.turnstile, {"since": self._clock.now()}),
-            Write(mine, version, taken.to_json()),
-            *(Write(key, at, None) for key, at in over.items()),
+            Write(self._turnstile, found.turnstile, {"since": self._clock.now()}),
+            Write(self.key(session), version, taken.to_json()),
+            *(Write(self.key(one.session), found.holdings[one.session][0], None) for one in over),
         ]
 
     def _blank(self, session: SessionName, orchestrator: str, claim: Guard) -> Holding:
         return Holding(session, (), self._clock.now(), orchestrator, claim.epoch)
 
+    async def _commit(self, writes: Sequence[Write], event: Event, claim: Guard) -> None:
+        # What sessions own counts while they live: the end of the machine's power is theirs, too.
+        await self._store.commit(Commit(writes, [event], [claim], durable=False))
+
     async def _own(self, session: SessionName) -> tuple[int, Holding] | None:
         found = await self._store.get(self.key(session))
         return None if found is None else (found.version, Holding.from_json(found.value))
 
-    async def _read(self) -> _Known:
+    async def _read(self) -> _Found:
         turnstile = await self._store.get(self._turnstile)
-        found = await self._store.list(KIND, f"{self.scope}/")
-        # Claims come last: one that is not the holding's now was not any more when the holding was read, or has ended
-        # since, and epochs never come back.
-        live: dict[SessionName, tuple[int, Holding]] = {}
-        stale: dict[Key, int] = {}
-        claims: dict[Key, JsonObject | None] = {}
-        for document in found:
-            holding = Holding.from_json(document.value)
-            key = claim_key(holding.session)
-            if key not in claims:
-                claims[key] = _value(await self._store.get(key))
-            if counts(holding, claims[key]):
-                live[holding.session] = document.version, holding
-            else:
-                stale[document.key] = document.version
-        return _Known(turnstile.version if turnstile else 0, live, stale)
+        documents = await self._store.list(KIND, f"{self.scope}/")
+        known, self._known = self._known, {}
+        for document in documents:
+            before = known.get(document.key)
+            if before is None or before[0] != document.version:
+                before = document.version, Holding.from_json(document.value)
+            self._known[document.key] = before
+        holdings = {holding.session: (version, holding) for version, holding in self._known.values()}
+        return _Found(turnstile.version if turnstile else 0, holdings)
+
+    async def _counts(self, holding: Holding) -> bool:
+        # A claim that is not the holding's now was not any more when the holding was read, or has ended since: epochs
+        # never come back.
+        return counts(holding, _value(await self._store.get(claim_key(holding.session))))
+
+    async def _live(self) -> list[Holding]:
+        found = await self._read()
+        return [one for _, one in found.holdings.values() if await self._counts(one)]
 
     async def _change(self, position: int, until: float) -> None:
         """Wait until something of what decides who owns what has changed since a position, or the time has come."""

@@ -162,6 +162,13 @@ class Pool:
         with anyio.CancelScope(shield=True):
             await pool._close()
 
+    async def clear(self) -> None:
+        """Throw away what is of unknown state by now, which another process left that was killed."""
+        for place in await anyio.to_thread.run_sync(places_of, self._hub):
+            if place.number not in self._ours:
+                await self._adopt(place)
+        self._group.start_soon(self._sweep)
+
     def warm(self, commit: str) -> None:
         """Begin to make what is to be there all the time; does not wait for it."""
         self._newest = commit

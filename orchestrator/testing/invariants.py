@@ -32,6 +32,7 @@ from orchestrator.repo.hub import Hub
 from orchestrator.repo.landing import TRAILER
 from orchestrator.repo.places import places_of, read_record, user_of
 from orchestrator.state.file import open_file_store
+from orchestrator.testing.claim_history import ClaimHistory
 from orchestrator.testing.fingerprint import Fingerprint
 
 
@@ -111,7 +112,9 @@ def _log(state: _State) -> list[str]:
     versions: dict[Key, int] = defaultdict(int)
     replayed: dict[Key, JsonObject] = {}
     epochs: dict[Key, int] = defaultdict(int)
+    claims = ClaimHistory()
     for record in state.records:
+        claims.add(record)
         for key, (version, value) in record.documents.items():
             if version != versions[key] + 1:
                 broken.append(f"5: {key} went from version {versions[key]} to {version}")
@@ -119,12 +122,13 @@ def _log(state: _State) -> list[str]:
             replayed.pop(key, None)
             if value is not None:
                 replayed[key] = value
-                if key.kind in {"lease", "claim"}:
+                if key.kind == "lease":
                     # Who waits for the permit to land is written beside it, under the epoch of who has it.
                     is_same = key.id.startswith("merge/") and value["epoch"] == epochs[key]
                     if value["epoch"] <= epochs[key] and not is_same:
                         broken.append(f"3: {key} went from epoch {epochs[key]} to {value['epoch']}")
                     epochs[key] = value["epoch"]
+    broken += [f"3: {one}" for one in claims.violations]
     if replayed != state.documents:
         broken.append("6: replaying the log gives another state")
     return broken

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks import asking, contexts, cycle, scheduler, startup, state, worktrees
+from benchmarks import asking, contexts, cycle, locks, scheduler, startup, state, worktrees
 from benchmarks.measure import Cost, Row, median, paired, table, timed
 
 
@@ -65,7 +65,12 @@ def test_what_sessions_are_at_is_measured() -> None:
     check(contexts.measure(quick=True), ["a word of a session", "a look at 100 sessions"])
 
 
-@pytest.mark.parametrize("name", ["asking", "startup", "scheduler", "cycle", "state", "contexts", "worktrees"])
+def test_locks_are_measured() -> None:
+    """Beside each of the others, and together with ownership."""
+    check(locks.measure(quick=True), ["beside filelock", "beside portalocker", "beside raw flock", "own a path"])
+
+
+@pytest.mark.parametrize("name", ["asking", "startup", "scheduler", "cycle", "state", "contexts", "locks", "worktrees"])
 def test_each_is_a_program(name: str) -> None:
     """It can be run by its path, and says what it can do."""
     done = subprocess.run([sys.executable, f"benchmarks/{name}.py", "--help"], check=False, capture_output=True)

@@ -131,6 +131,12 @@ async def until_waiting(folder: Path, owner: SessionName) -> None:
             await anyio.sleep(0.002)
 
 
+async def until_in_the_gate(folder: Path) -> None:
+    with anyio.fail_after(20):
+        while not any(name.endswith(".gate") for name in locked_files(folder)):
+            await anyio.sleep(0.002)
+
+
 async def until_no_thread() -> None:
     with anyio.fail_after(20):
         while any(thread.name.startswith("flock ") for thread in threading.enumerate()):
@@ -217,7 +223,7 @@ async def test_shared_locks_go_together_and_keep_out_who_wants_it_alone(folder: 
             await locks.acquire(writer, ["a"], timeout=0.02)
         async with anyio.create_task_group() as group:
             group.start_soon(lambda: locks.acquire(writer, ["a"], timeout=60))
-            await until_waiting(folder, writer)
+            await until_in_the_gate(folder)
             late = SessionName("r", "late", 1)
             with pytest.raises(FileHeld):  # who comes behind a writer does not overtake it
                 await locks.acquire(late, ["a"], shared=True, timeout=0.02)

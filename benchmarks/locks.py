@@ -1,0 +1,122 @@
+"""What it costs to lock a file that nobody else wants, beside raw `flock`, portalocker and filelock, and to own it.
+
+    python benchmarks/locks.py [--quick] [--folder PATH]
+
+A lock of ours is signed, passes a gate, can be seen by any process and is found by the file's path, whatever its
+spelling; the baselines lock a file of a name that is known. With ownership it is two commits of the file store, one
+that takes and one that gives back, and a look at what twenty others own.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import anyio
+import filelock
+import portalocker
+
+from benchmarks.measure import Cost, Row, median, paired, parser, scratch, show, timed
+from orchestrator.clock import SystemClock
+from orchestrator.domain.sessions import SessionName
+from orchestrator.locking.files import FileLocks
+from orchestrator.locking.registry import Registry, claim_key
+from orchestrator.protocols import Commit, Guard, Write
+from orchestrator.state.file import FileStore
+
+TIMES: Final = 2_000
+QUICK_TIMES: Final = 50
+ROUNDS: Final = 9
+QUICK_ROUNDS: Final = 1
+OTHERS: Final = 20
+TOGETHER_LIMIT: Final = 1_000.0  # µs
+_ME: Final = SessionName("run", "task", 1)
+_PATH: Final = "src/models/user.py"
+
+
+def measure(*, quick: bool, folder: Path | None = None) -> list[Row]:
+    """Return the rows of this benchmark."""
+    times, rounds = (QUICK_TIMES, QUICK_ROUNDS) if quick else (TIMES, ROUNDS)
+    # Not in shared memory: locks are where the project is.
+    with scratch(folder or Path("/var/tmp")) as place:  # noqa: S108  a folder of our own is made there
+        beside: dict[str, tuple[Callable[[Path, int], Cost], float | None]] = {
+            "filelock": (_by_filelock, 1.0),
+            "portalocker": (_by_portalocker, None),
+            "raw flock": (_by_flock, None),
+        }
+        rows = [_row(name, place, by, limit, times, rounds) for name, (by, limit) in beside.items()]
+        took = [anyio.run(_together, place / f"state{one}", times // 10) for one in range(rounds)]
+        together = median([one.wall for one in took]) / (times // 10) * 1e6
+        return [*rows, Row("own a path, lock its file, give both back", together, "µs", limit=TOGETHER_LIMIT)]
+
+
+def _row(name: str, place: Path, by: Callable[[Path, int], Cost], limit: float | None, times: int, rounds: int) -> Row:
+    pairs = paired(lambda: anyio.run(_by_ours, place / "ours", times), lambda: by(place / name, times), rounds)
+    ours, theirs = (median([pair[side].wall for pair in pairs]) / times * 1e6 for side in (0, 1))
+    ratio = median([one.wall / other.wall for one, other in pairs])
+    what = f"lock a file and unlock it, beside {name}"
+    return Row(what, ours, "µs", f"{name}: {theirs:.3g} µs", ratio, limit, is_ratio_limited=True)
+
+
+async def _by_ours(folder: Path, times: int) -> Cost:
+    locks = FileLocks(folder, SystemClock())
+    with timed() as cost:
+        for _ in range(times):
+            await locks.acquire(_ME, [_PATH])
+            await locks.release(_ME, [_PATH])
+    return cost()
+
+
+def _by_filelock(path: Path, times: int) -> Cost:
+    lock = filelock.FileLock(path)
+    with timed() as cost:
+        for _ in range(times):
+            with lock:
+                pass
+    return cost()
+
+
+def _by_portalocker(path: Path, times: int) -> Cost:
+    lock = portalocker.Lock(path)
+    with timed() as cost:
+        for _ in range(times):
+            with lock:
+                pass
+    return cost()
+
+
+def _by_flock(path: Path, times: int) -> Cost:
+    with timed() as cost:
+        for _ in range(times):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            fcntl.flock(fd, fcntl.LOCK_UN)
+            os.close(fd)
+    return cost()
+
+
+async def _together(place: Path, times: int) -> Cost:
+    async with FileStore.open(place / "store", SystemClock()) as store:
+        registry, files = Registry(store, SystemClock(), "scope"), FileLocks(place / "locks", SystemClock())
+        for one in range(OTHERS):
+            other = SessionName("run", f"other-{one}", 1)
+            key = claim_key(other)
+            await store.commit(Commit([Write(key, 0, {"epoch": 1, "released": None})]))
+            await registry.take(other, [f"lib/{one}/**", f"docs/{one}.md"], orchestrator="o", claim=Guard(key, 1))
+        claim = Guard(claim_key(_ME), 1)
+        await store.commit(Commit([Write(claim.key, 0, {"epoch": 1, "released": None})]))
+        with timed() as cost:
+            for _ in range(times):
+                assert await registry.take(_ME, [_PATH], orchestrator="o", claim=claim) is None  # noqa: S101
+                await files.acquire(_ME, [_PATH])
+                await files.release(_ME, [_PATH])
+                await registry.give_back(_ME, [_PATH], claim)
+        return cost()
+
+
+if __name__ == "__main__":
+    chosen = parser(__doc__).parse_args()
+    show(measure(quick=chosen.quick, folder=chosen.folder))

@@ -1,0 +1,170 @@
+"""Several processes in one run: each task is claimed by one of them, and whoever is gone is stood in for."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from orchestrator.clock import SystemClock
+from orchestrator.domain.claims import Release
+from orchestrator.locking.claims import read_claims
+from orchestrator.locking.orchestrators import read_orchestrators
+from orchestrator.project import Project
+from orchestrator.protocols import Event
+from orchestrator.state.file import FileStore
+from tests.command_server import Started
+from tests.conftest import Repository
+from tests.waiting import wait_for
+
+#: Whoever is silent for so long is gone; without the proof that its process has ended.
+QUICK = {"heartbeat": "200ms", "stale": "1500ms", "owner_stale": "1500ms", "sweep": "300ms"}
+
+
+def shared(count: int) -> list[dict[str, Any]]:
+    """Return tasks of which every fourth has to do with the same file, and says so."""
+    return [
+        {"id": f"t{one}", "prompt": f"append s{one % 4}.txt {one}", "owns": [f"s{one % 4}.txt"]} for one in range(count)
+    ]
+
+
+def states(repository: Repository) -> dict[str, str]:
+    """Return the state of each task; nothing before there is a run."""
+    result = repository.council("status", "--json").result
+    return {task["id"]: task["state"] for task in result.get("tasks", ())}
+
+
+async def happened(repository: Repository) -> list[Event]:
+    """Return all events of the repository's runs."""
+    async with FileStore.open(Project(repository.top).own_state, SystemClock()) as store:
+        until = await store.position()
+        found: list[Event] = []
+        async for record in store.watch(0):
+            found += record.events
+            if record.position == until:
+                break
+        return found
+
+
+def ended(*children: Started) -> list[int]:
+    """Return how processes end."""
+    for child in children:
+        child.communicate(timeout=120)
+    return [child.wait() for child in children]
+
+
+async def assert_each_landed_once(repository: Repository, tasks: Sequence[str]) -> None:
+    """Each task is on the target by one merge, and was worked at by one process at a time."""
+    landed = Counter(
+        line.rpartition("/")[2]
+        for line in repository.git("log", "--format=%(trailers:key=Council-Task,valueonly)", "main").splitlines()
+        if line
+    )
+    assert landed == dict.fromkeys(tasks, 1)
+    async with FileStore.open(Project(repository.top).own_state, SystemClock()) as store:
+        [run] = await store.list("run")
+        claims = await read_claims(store, run.key.id)
+        assert {one.released for one in claims.values()} == {Release.COMPLETE}
+    await repository.assert_invariants()
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("count", [24, pytest.param(60, marks=pytest.mark.slow)])
+async def test_three_processes_finish_one_queue_though_one_of_them_is_killed(
+    repository: Repository, count: int, killed: int
+) -> None:
+    """Its tasks are taken over; tasks that say what they own are never in conflict."""
+    tasks = shared(count)
+    config = repository.configure(tasks, capacity=2, coordination=QUICK)
+    children = [repository.start("run", str(config), "--json")]
+    wait_for(lambda: repository.council("status", "--json").result.get("status") == "running")
+    children += [repository.start("work", "--json") for _ in range(2)]
+    wait_for(lambda: Counter(states(repository).values())["landed"] >= count // 4, 60)
+    children[killed].send_signal(signal.SIGKILL)
+    codes = ended(*children)
+    assert codes.pop(killed) == -signal.SIGKILL
+    assert codes == [0, 0]
+    assert set(states(repository).values()) == {"landed"}
+    await assert_each_landed_once(repository, [task["id"] for task in tasks])
+    names = Counter(event.type for event in await happened(repository))
+    assert names["task.conflict"] == 0
+    assert names["run.joined"] == 2
+    lines = [int(line) for path in repository.top.glob("s?.txt") for line in path.read_text().split()]
+    assert sorted(lines) == list(range(count))
+
+
+async def test_who_was_stopped_past_its_lease_is_refused_and_says_why(repository: Repository) -> None:
+    """Another takes over and lands; what the stopped one then writes does not count, and it ends by itself."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "slow", "prompt": "attempt 1 hang\nwrite slow.txt x"},
+        {"id": "next", "prompt": "write next.txt x", "needs": ["slow"]},
+    ]
+    owner = repository.start("run", str(repository.configure(tasks, coordination=QUICK)), "--json")
+    wait_for(repository.spawns.exists)
+    helper = repository.start("work", "--json")
+    wait_for(lambda: "run.joined" in repository.council("state", "log", "--json").stdout)
+    owner.send_signal(signal.SIGSTOP)
+    try:
+        assert ended(helper) == [0]
+    finally:
+        owner.send_signal(signal.SIGCONT)
+    out = owner.communicate(timeout=60)[0]
+    assert owner.wait() == 3
+    assert "has lost its part in run" in out
+    assert "nothing had been heard of it" in out
+    assert states(repository) == {"slow": "landed", "next": "landed"}
+    await assert_each_landed_once(repository, ["slow", "next"])
+
+
+async def test_a_cancelled_task_of_another_process_ends_there(repository: Repository) -> None:
+    """The coordinator overrides its claim; the other goes on with what else there is."""
+    tasks = [{"id": name, "prompt": f"write {name}.txt x\nhang"} for name in ("a", "b")]
+    config = repository.configure(tasks, capacity=1, coordination=QUICK)
+    coordinator = repository.start("run", str(config), "--json")
+    wait_for(lambda: "running" in states(repository).values())
+    helper = repository.start("work", "--json")
+    wait_for(lambda: list(states(repository).values()) == ["running", "running"])
+    assert repository.council("cancel", "a", "b").code == 0
+    ended(coordinator, helper)
+    assert states(repository) == {"a": "cancelled", "b": "cancelled"}
+    await repository.assert_invariants()
+
+
+async def test_nobody_joins_a_run_that_is_not_shared(repository: Repository) -> None:
+    """The switch is off: there are no claims, and whoever asks is told what to write."""
+    config = repository.configure([{"id": "a", "prompt": "hang"}], coordination={"enabled": False})
+    child = repository.start("run", str(config), "--json")
+    wait_for(lambda: states(repository) == {"a": "running"})
+    run = repository.council("status", "--json").result["run"]
+    refused = repository.council("work", "--run", run)
+    assert (refused.code, "enabled: true" in refused.stderr) == (2, True)
+    child.send_signal(signal.SIGINT)
+    ended(child)
+    async with FileStore.open(Project(repository.top).own_state, SystemClock()) as store:
+        assert await read_claims(store, run) == {}
+        [one] = (await read_orchestrators(store, run)).values()
+        assert one.ended is not None
+
+
+async def test_a_worker_alone_takes_a_run_to_its_end(repository: Repository) -> None:
+    """Its coordinator was killed before: it coordinates then, and records the end."""
+    config = repository.configure(shared(4), coordination=QUICK)
+    killed = repository.council("run", str(config), failpoints="attempt.recorded=kill")
+    assert killed.code == -signal.SIGKILL
+    run = repository.council("status", "--json").result["run"]
+    ended_well = repository.council("work", "--run", run, "--json")
+    assert ended_well.code == 0, ended_well
+    status = repository.council("status", "--json").result
+    assert status["status"] == "landed"
+    await assert_each_landed_once(repository, [f"t{one}" for one in range(4)])
+
+
+async def test_without_a_run_at_work_there_is_nothing_to_join(repository: Repository) -> None:
+    """It says so, and ends well."""
+    repository.council("run", str(repository.configure(shared(1))))
+    ended_at_once = repository.council("work")
+    assert ended_at_once.code == 0
+    assert "no run is at work" in ended_at_once.stderr
