@@ -39,7 +39,14 @@ if TYPE_CHECKING:
     from orchestrator.domain.model import TaskStatus
     from orchestrator.domain.notes import Note
     from orchestrator.engine.details import SessionDetails
-    from orchestrator.engine.report import AdapterReport, RunReport, RunStatus, SessionReport, TaskReport
+    from orchestrator.engine.report import (
+        AdapterReport,
+        OrchestratorReport,
+        RunReport,
+        RunStatus,
+        SessionReport,
+        TaskReport,
+    )
     from orchestrator.engine.restoring import Restored
     from orchestrator.errors import (
         ConfigError,
@@ -86,6 +93,7 @@ __all__ = [
     "LockUser",
     "LogPart",
     "Note",
+    "OrchestratorReport",
     "Past",
     "Places",
     "Plugins",
@@ -135,7 +143,14 @@ _MODULES = {
     "domain.model": ("TaskStatus",),
     "domain.notes": ("Note",),
     "engine.details": ("SessionDetails",),
-    "engine.report": ("AdapterReport", "RunReport", "RunStatus", "SessionReport", "TaskReport"),
+    "engine.report": (
+        "AdapterReport",
+        "OrchestratorReport",
+        "RunReport",
+        "RunStatus",
+        "SessionReport",
+        "TaskReport",
+    ),
     "engine.restoring": ("Restored",),
     "errors": (
         "ConfigError",

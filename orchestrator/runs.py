@@ -75,7 +75,8 @@ class Runs:
         blank = document.tasks if not is_ours else () if whole else begun
         entries = await read_entries(self.store, document, blank)
         damaged = [task for task, one in found.items() if one.damaged]
-        return RunRecord(document, tasks, entries, await read_adapters(self.store, document), damaged)
+        adapters, others = await read_adapters(self.store, document), await read_orchestrators(self.store, run)
+        return RunRecord(document, tasks, entries, adapters, damaged, list(others.values()))
 
     def describe(self, record: RunRecord, status: RunStatus | None) -> RunReport:
         """Return the report of a run; with `status` None nothing is at work in it."""

@@ -121,7 +121,8 @@ def text_lines(rows: Sequence[ResultRow]) -> Iterator[str]:
 
 
 def hints(report: RunReport) -> Iterator[str]:
-    """Say what to type next."""
+    """Say who is at work, where that are several, and what to type next."""
+    yield from _at_work(report)
     for adapter in report.adapters:
         yield adapter_line(adapter)
     if report.imported is not None:
@@ -141,6 +142,13 @@ def hints(report: RunReport) -> Iterator[str]:
         yield f"The state log is damaged: {place}"
     if any(task.branch is not None for task in report.tasks):
         yield "What is kept can be seen and brought over: `council salvage list`, `show`, `apply`."
+
+
+def _at_work(report: RunReport) -> Iterator[str]:
+    others = [one for one in report.orchestrators if one.ended is None]
+    if report.status is RunStatus.RUNNING and len(others) > 1:
+        each = ", ".join(f"{one.pid} on {plain(one.host)}" for one in others)
+        yield f"{len(others)} processes are at work: {each}."
 
 
 def adapter_line(adapter: AdapterReport) -> str:

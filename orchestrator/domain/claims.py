@@ -8,8 +8,10 @@ When a claim may be taken over is a matter of efficiency; that only one holder's
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import reduce
 
 from pydantic import BaseModel, ConfigDict
 
@@ -50,6 +52,8 @@ class Owner(_Document):
 class Counters(_Document):
     """What became of an orchestrator's claims."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     claims: int = 0
     """Tasks that it took."""
     conflicts: int = 0
@@ -68,6 +72,11 @@ class Counters(_Document):
     def plus(self, **more: int) -> Counters:
         """Return them with more of some."""
         return self.model_copy(update={name: getattr(self, name) + count for name, count in more.items()})
+
+
+def total(counters: Iterable[Counters]) -> Counters:
+    """Return what became of the claims of several orchestrators."""
+    return reduce(lambda one, more: one.plus(**more.model_dump()), counters, Counters())
 
 
 class Orchestrator(_Document):

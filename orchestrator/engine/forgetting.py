@@ -1,9 +1,9 @@
 """Removing the record of a run that is over: its documents go in one commit, and a checkpoint brings them back.
 
-What no checkpoint brings back stays, a few bytes each: the lease and the claims, whose epochs must go on rising, and how
-far sinks and trackers have been told. So do the run's checkpoints, to be found by. Notes of its sessions stay for later
-runs, unless its target was a branch of its own. The records of its orchestrators go, whose names never come again: who
-has none has ended, so that claims which one left are anybody's.
+What no checkpoint brings back stays, a few bytes each: the lease and the claims, whose epochs must go on rising, and
+how far sinks and trackers have been told. So do the run's checkpoints, to be found by. Notes of its sessions stay for
+later runs, unless its target was a branch of its own. The records of its orchestrators go, whose names never come
+again: who has none has ended, so that claims which one left are anybody's.
 """
 
 from __future__ import annotations

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import ClassVar
 
 from pydantic import ConfigDict
 
+from orchestrator.domain.claims import Counters, Orchestrator, total
 from orchestrator.domain.dispatch import Entry
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.model import FINAL, REVIVABLE, AdapterDocument, RunDocument, TaskDocument, TaskStatus
@@ -135,6 +136,36 @@ class SessionReport:
 
 
 @dataclass(frozen=True, slots=True)
+class OrchestratorReport:
+    """A process that is at work in a run, or was."""
+
+    __pydantic_config__: ClassVar = _DESCRIBED
+
+    id: str
+    """Its name in the run."""
+    host: str
+    """The machine that it is on."""
+    pid: int
+    """Its process id there."""
+    role: str
+    """What it may do about the claims of others: `coordinator` or `worker`."""
+    since: float
+    """When it joined (seconds since the epoch)."""
+    heartbeat: float
+    """Its last sign of life (seconds since the epoch)."""
+    ended: float | None
+    """When it ended, or was taken for gone (seconds since the epoch)."""
+    reason: str | None
+    """Why it ended, where that was not of its own doing."""
+
+    @classmethod
+    def of(cls, one: Orchestrator) -> OrchestratorReport:
+        """Return what is told of an orchestrator by its record."""
+        owner = one.owner
+        return cls(owner.id, owner.host, owner.pid, owner.role, one.since, one.heartbeat, one.ended, one.reason)
+
+
+@dataclass(frozen=True, slots=True)
 class RunReport:
     """How a run stands: what the commands that take `--json` print last."""
 
@@ -160,6 +191,10 @@ class RunReport:
     """Why it was stopped before its end, where its budget is used up."""
     sessions: Sequence[SessionReport] = ()
     """What sessions are at, while a process is at work in the run."""
+    orchestrators: Sequence[OrchestratorReport] = ()
+    """The processes that were ever at work in it, by the time when they joined."""
+    claims: Counters = field(default_factory=Counters)
+    """What became of the claims of all of them, as each told with its last sign of life."""
 
     @property
     def exit_code(self) -> int:
@@ -170,7 +205,8 @@ class RunReport:
         """Return the result object."""
         # `asdict` copies all that it meets, which takes long for thousands of tasks.
         tasks = [{name: getattr(task, name) for name in TaskReport.__slots__} for task in self.tasks]
-        return {**asdict(replace(self, tasks=())), "tasks": tasks, "exit": self.exit_code}
+        claims = self.claims.model_dump()
+        return {**asdict(replace(self, tasks=())), "tasks": tasks, "claims": claims, "exit": self.exit_code}
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +219,8 @@ class RunRecord:
     adapters: Mapping[str, AdapterDocument]
     damaged: Collection[str] = ()
     """The tasks of which a newer state was recorded than can be read."""
+    orchestrators: Sequence[Orchestrator] = ()
+    """Those that are at work in it, or were."""
 
     def blocked(self) -> dict[str, str]:
         """Return the tasks that can't start any more, each with a need that will not land."""
@@ -255,7 +293,20 @@ def report(
     halted = run.halted if status is RunStatus.INTERRUPTED else None
     if halted is not None:
         status = RunStatus.HALTED
-    return RunReport(run.id, status, run.target, repository, reports, adapters, damage, source, halted)
+    told = sorted(record.orchestrators, key=lambda one: (one.since, one.owner.id))
+    return RunReport(
+        run=run.id,
+        status=status,
+        target=run.target,
+        repository=repository,
+        tasks=reports,
+        adapters=adapters,
+        damage=damage,
+        imported=source,
+        halted=halted,
+        orchestrators=[OrchestratorReport.of(one) for one in told],
+        claims=total(one.counters for one in told),
+    )
 
 
 def last_failures(record: RunRecord) -> dict[str, AdapterFailure]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import TypeAdapter
 
+from orchestrator.domain.claims import Counters
 from orchestrator.domain.model import TaskStatus
 from orchestrator.engine.report import EXIT_CODES, RunReport, TaskReport
 from orchestrator.protocols import JsonObject
@@ -16,4 +17,5 @@ def result_schema() -> JsonObject:
     task["state"]["enum"] = [*map(str, TaskStatus), "blocked"]
     schema["properties"]["exit"] = {"description": "The exit code.", "enum": sorted(set(EXIT_CODES.values()))}
     schema["required"].append("exit")
+    del schema["$defs"][Counters.__name__]["additionalProperties"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

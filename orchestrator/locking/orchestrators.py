@@ -101,6 +101,8 @@ class Orchestrators:
     def promote(self) -> None:
         """This orchestrator has become the coordinator of its run."""
         self.me = self.me.model_copy(update={"role": Role.COORDINATOR})
+        if self._record is not None:
+            self._record = self._record.model_copy(update={"owner": self.me})
 
     def count(self, **more: int) -> None:
         """Count what became of claims; it is recorded with the next sign of life."""
