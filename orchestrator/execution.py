@@ -279,7 +279,7 @@ class Execution:
         self, runs: Runs, run: RunDocument, hub: Hub, lock: HeldLock, settings: CoordinationConfig
     ) -> AsyncIterator[tuple[Ledger, Workshop]]:
         """Coordinate a run for the body: bring back what an earlier owner left, and do what was asked of it."""
-        me = this_process(Role.COORDINATOR)
+        me = this_process(Role.WORKER if settings.role == "worker" else Role.COORDINATOR)
         async with hub.life_locks.of(run.id, me.id).hold(0) as life:
             others = _orchestrators(runs, run, hub, me, settings)
             shop = await self._open_workshop(runs, run, hub, [lock.fd, life.fd], None)

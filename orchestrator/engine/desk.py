@@ -26,10 +26,11 @@ from orchestrator.engine.contexts import Contexts, Report
 from orchestrator.engine.details import Workplace, details
 from orchestrator.engine.memory import Memory
 from orchestrator.engine.observing import observed
-from orchestrator.errors import FileHeld, LeaseLost, RefusedError, StoreUnavailable, VersionConflict
+from orchestrator.errors import FileHeld, HistoryGone, LeaseLost, RefusedError, StoreUnavailable, VersionConflict
 from orchestrator.instants import local_time
 from orchestrator.locking.files import FileLocks
 from orchestrator.locking.names import canonical
+from orchestrator.locking.overview import heed
 from orchestrator.locking.registry import Registry
 from orchestrator.protocols import Commit, Guard, JsonObject, Store
 from orchestrator.repo.git import Git
@@ -184,6 +185,13 @@ class SessionDesk:
                 with suppress(LeaseLost):  # nothing of it counts any more
                     await self._store.commit(Commit(writes, (), [guard] if guard else []))
                 return
+
+    async def heed(self) -> None:
+        """Have sessions give back the file locks that a person breaks, until it is cancelled."""
+        while True:
+            with suppress(HistoryGone):  # who was stopped for long looks anew
+                async for record in self._store.watch(await self._store.position()):
+                    await heed(record, self._files, tuple(self._here))
 
     async def answer(self, session: SessionName, command: str, arguments: JsonObject) -> JsonObject:
         """Do what a session asks, and return the result. RefusedError says what can't be done, and what to do."""

@@ -23,6 +23,7 @@ from orchestrator.errors import ClaimLost, HistoryGone, LeaseLost, RefusedError,
 from orchestrator.failpoints import failpoint
 from orchestrator.locking.claims import Claims, HeldBy
 from orchestrator.locking.orchestrators import Orchestrators
+from orchestrator.locking.registry import Registry
 from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Record, Store, Write
 
 if TYPE_CHECKING:
@@ -550,6 +551,12 @@ class Ledger:
     async def note(self, event: str, details: JsonObject) -> None:
         """Record something that happened to the run and changes no document."""
         await self._commit(Commit([], [self._event(event, details)], self._guards))
+
+    async def tidy(self, registry: Registry) -> None:
+        """Forget who owned which paths under claims that are over."""
+        with suppress(VersionConflict):  # whoever takes paths does so, too
+            if writes := await registry.sweep():
+                await self._commit(Commit(writes, guards=self._guards, durable=False))
 
     async def adapter(self, adapter: str) -> AdapterDocument:
         """Return what the run has learned about an adapter."""

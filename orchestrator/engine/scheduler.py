@@ -128,6 +128,8 @@ class Scheduler:
         async with anyio.create_task_group() as listening:
             listening.start_soon(self._follow)
             listening.start_soon(self._coordinate)
+            if self._shop.desk is not None:
+                listening.start_soon(self._shop.desk.heed)
             listening.start_soon(self._renew)
             listening.start_soon(self._sweep_all)
             async with anyio.create_task_group() as group:
@@ -420,7 +422,7 @@ class Scheduler:
                 await others.renew()
 
     async def _sweep_all(self) -> None:
-        """Take over what is of orchestrators that are gone, and a run that nobody coordinates; see what others landed."""
+        """Take over from orchestrators that are gone, coordinate if nobody does, and see what others landed."""
         while True:
             await self._clock.wait(anyio.Event(), self._clock.monotonic() + self._ledger.orchestrators.timing.sweep)
             with suppress(StoreUnavailable):
@@ -435,6 +437,7 @@ class Scheduler:
                 if await self._ledger.campaign():
                     for request in await self._ledger.requests():
                         await self._obey(request)
+                await self._ledger.tidy(self._shop.registry)
                 taken = await recover_tasks(self._ledger, self._shop, self._clock)
                 for task in taken:
                     self._elsewhere.discard(task)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from tests.waiting import wait_for
 @pytest.mark.parametrize("squashed", [True, False])
 async def test_work_that_a_person_has_merged_counts_as_landed(repository: Repository, squashed: bool) -> None:
     """Though its checks did not pass, and no trailer says so; what needs it goes on."""
-    tasks = [
+    tasks: list[dict[str, Any]] = [
         {"id": "built", "prompt": "write built.txt x", "checks": ["false"], "attempts": 1},
         {"id": "more", "prompt": "write more.txt x", "needs": ["built"]},
         {"id": "long", "prompt": "hang"},
