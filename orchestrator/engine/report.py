@@ -293,7 +293,7 @@ def report(
     halted = run.halted if status is RunStatus.INTERRUPTED else None
     if halted is not None:
         status = RunStatus.HALTED
-    at_work = sorted(record.orchestrators, key=lambda one: (one.since, one.owner.id))
+    others = sorted(record.orchestrators, key=lambda one: (one.since, one.owner.id))
     return RunReport(
         run=run.id,
         status=status,
@@ -304,8 +304,8 @@ def report(
         damage=damage,
         imported=source,
         halted=halted,
-        orchestrators=[OrchestratorReport.of(one) for one in at_work],
-        claims=total(one.counters for one in at_work),
+        orchestrators=[OrchestratorReport.of(one) for one in others],
+        claims=total(one.counters for one in others),
     )
 
 

@@ -144,3 +144,21 @@ async def forget(council: Council, run: str) -> None:
     """Remove the record of a run."""
     found = [one for one in await council.cleaner.find(runs=0) if one.kind == "run" and one.run == run]
     assert [one.error for one in await council.cleaner.remove(found)] == [None]
+
+
+async def test_who_was_at_work_and_what_became_of_their_claims_is_told(repository: Repository) -> None:
+    """Of one that was killed and of the one that took over; the claim of a second attempt is a retry."""
+    config = str(repository.configure([{"id": "a", "prompt": "attempt 1 exit 1\nwrite a.txt a"}]))
+    assert repository.council("run", config, failpoints="session.spawned=kill").code == -signal.SIGKILL
+    [killed] = repository.council("status", "--json").result["orchestrators"]
+    assert (killed["role"], killed["ended"], killed["reason"]) == ("coordinator", None, None)
+    assert repository.council("resume").code == 0
+    told = repository.council("status", "--json").result
+    before, after = told["orchestrators"]
+    assert before["id"] == killed["id"] != after["id"]
+    assert before["reason"].endswith("its process had ended")
+    assert (after["reason"], after["ended"] >= after["heartbeat"] >= after["since"]) == (None, True)
+    claims = told["claims"]
+    assert (claims["takeovers"], claims["conflicts"], claims["refused"]) == (1, 0, 0)
+    assert claims["claims"] >= claims["takeovers"] + 1
+    assert claims.keys() == {"claims", "conflicts", "renewals", "takeovers", "retries", "sweeps", "refused"}

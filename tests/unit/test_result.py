@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.cli.draw import MOST_ROWS, result_text
 from orchestrator.cli.result import ResultRow, hints, next_step, result_rows, summary, text_lines
-from orchestrator.engine.report import AdapterReport, RunReport, RunStatus, TaskReport
+from orchestrator.engine.report import AdapterReport, OrchestratorReport, RunReport, RunStatus, TaskReport
 from orchestrator.repo.diffs import Changes
 
 COMMIT = "0123456789" * 4
@@ -125,3 +125,13 @@ def test_the_drawn_form_sums_up_what_is_alike(monkeypatch: pytest.MonkeyPatch) -
     assert f"f{MOST_ROWS + 4} " in text
     assert "and 5 more landed" in text
     assert "[red]why[/red]" in text
+
+
+def test_several_processes_at_work_are_told() -> None:
+    """By process id and machine; one is nothing to tell, nor are those that have ended."""
+    two = [OrchestratorReport(f"o{pid}", "box", pid, "worker", 1.0, 1.0, None, None) for pid in (7, 8)]
+    running = replace(run(task("running"), status=RunStatus.RUNNING), orchestrators=two)
+    assert list(hints(running)) == ["2 processes are at work: 7 on box, 8 on box."]
+    assert list(hints(replace(running, orchestrators=[two[0], replace(two[1], ended=2.0)]))) == []
+    over = replace(running, status=RunStatus.LANDED, tasks=[task("landed", landed=COMMIT)])
+    assert list(hints(over)) == []
