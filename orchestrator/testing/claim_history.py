@@ -20,7 +20,8 @@ Authorship = Callable[[Key, JsonObject], tuple[str, int, str] | None]
 class ClaimHistory:
     """The claims of all runs of a store, as far as its records were looked at.
 
-    - An orchestrator's record begins at epoch 1, and nothing is written to it once its epoch has changed.
+    - An orchestrator's record begins at epoch 1, and nothing is written to it once its epoch has changed. It is only
+      deleted with the record of its run, and is over by that.
     - The epoch of a claim is its version; it is taken by orchestrators that are not over, and released by its owner.
       Of one that is released, only the count of tries may begin anew.
     - What is written under a claim is written by its owner under its epoch.
@@ -47,7 +48,8 @@ class ClaimHistory:
                 found.append(f"{key} went from version {self._versions.get(key, 0)} to {version}")
             self._versions[key] = version
             if key.kind == "orchestrator":
-                found += self._orchestrator(key.id, value)
+                runs = {event.data["run"] for event in record.events if event.type == "run.removed"}
+                found += self._orchestrator(key.id, value, runs)
             elif key.kind == "claim":
                 if (claim := self.claims.get(key.id)) is not None:
                     before[key.id] = claim
@@ -59,9 +61,12 @@ class ClaimHistory:
                 found += self._work(key, written, before)
         self.violations += [f"at {record.position}: {one}" for one in found]
 
-    def _orchestrator(self, name: str, value: JsonObject | None) -> Iterator[str]:
+    def _orchestrator(self, name: str, value: JsonObject | None, removed: set[str]) -> Iterator[str]:
         if value is None:
-            yield f"the record of {name} was deleted"
+            known = self.orchestrators[name]
+            self.orchestrators[name] = known.model_copy(update={"epoch": known.epoch + 1})
+            if name.partition("/")[0] not in removed:
+                yield f"the record of {name} was deleted"
             return
         before, one = self.orchestrators.get(name), Orchestrator.model_validate(value)
         self.orchestrators[name] = one
