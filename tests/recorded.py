@@ -57,7 +57,8 @@ def run_document(folder: Path, run: str = RUN, started: float = START) -> RunDoc
     )
 
 
-def _spec(task: str, prompt: str) -> TaskSpec:
+def task_spec(task: str, prompt: str) -> TaskSpec:
+    """Return a task of the fixer that was read from a file which says little of it."""
     return TaskSpec(
         id=task,
         prompt=prompt,
@@ -91,7 +92,7 @@ def orchestrators(
 
 async def record_run(store: Store, clock: ManualClock, run: RunDocument, me: Owner | None = None) -> None:
     """Record a run in eleven commits as `me`: `models` lands after 90 s, `api` fails once and is tried again."""
-    await seed(store, run, {"models": _spec("models", "Add a User model."), "api": _spec("api", "Add an API.")})
+    await seed(store, run, {"models": task_spec("models", "Add a User model."), "api": task_spec("api", "Add an API.")})
     others = orchestrators(store, clock, run.id, me=me)
     ledger = await Ledger.take(store, clock, Redactor(()), others, {"sandbox": "bubblewrap"})
     for task in ("models", "api"):

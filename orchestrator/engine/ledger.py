@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -307,8 +307,10 @@ class Ledger:
         self.claims = Claims(store, clock, orchestrators) if is_shared else None
         self.coordinates = anyio.Event()
         """Set once this orchestrator is the coordinator."""
-        self._under_way: set[str] = set()
-        """Tasks that are being changed by this orchestrator."""
+        self._under_way: dict[str, anyio.Event] = {}
+        """Tasks that are being changed by this orchestrator, each with what is set when that is over."""
+        self._untold: dict[str, TaskDocument] = {}
+        """Where tasks were before it was looked where they are now; `changes` has yet to tell of their moves."""
         self.damaged = frozenset(task for task, found in tasks.items() if found.damaged)
         self._store, self._clock = store, clock
         self._tasks = task_documents(tasks, run.tasks)
@@ -427,16 +429,14 @@ class Ledger:
         if trigger is Trigger.REVIVE and self.claims is not None:
             for task in updates:
                 writes += await self.claims.afresh(task)
-        self._under_way.update(updates)
-        try:
-            await self._commit(Commit(writes, events, [*self._guards, *guards]))
-        except (LeaseLost, VersionConflict):
-            await self._tell_lost(updates)
-            raise
-        finally:
-            self._under_way.difference_update(updates)
-        for task, after in moved.items():
-            self._take_in(task, self._versions[task] + 1, after)
+        with self._changing(updates):
+            try:
+                await self._commit(Commit(writes, events, [*self._guards, *guards]))
+            except (LeaseLost, VersionConflict):
+                await self._tell_lost(updates)
+                raise
+            for task, after in moved.items():
+                self._moved(task, after)
 
     async def start(
         self, task: str, details: JsonObject, also: Callable[[Guard], Plan] | None = None, **changes: Any
@@ -445,11 +445,8 @@ class Ledger:
 
         `also` plans, by the guard of the claim, what else is to be had with it: the writes, or who is in the way.
         """
-        self._under_way.add(task)
-        try:
+        with self._changing([task]):
             return await self._start(task, Update(details, changes), also)
-        finally:
-            self._under_way.discard(task)
 
     async def _start(self, task: str, update: Update, also: Callable[[Guard], Plan] | None) -> HeldBy | OwnedBy | None:
         key = task_key(self.run.id, task)
@@ -478,7 +475,7 @@ class Ledger:
                 continue
             if taking is not None and self.claims is not None:
                 self.claims.took(task, taking)
-            self._take_in(task, self._versions[task] + 1, after)
+            self._moved(task, after)
             return None
 
     async def claim(self, task: str, *, override: bool = False) -> bool:
@@ -489,6 +486,7 @@ class Ledger:
             return False
         await self.refresh(task, released=False)
         if (status := self._tasks[task].status) in CLAIMED:
+            self._untold.pop(task, None)
             return True
         await self.claims.release(task, _RELEASES[status])  # it was over before
         return False
@@ -517,12 +515,36 @@ class Ledger:
         found = await self._store.get(task_key(self.run.id, task))
         if found is None or found.version <= self._versions[task]:
             return False
+        self._untold.setdefault(task, self._tasks[task])
         after = TaskDocument.model_validate_json(found.encoded)
         if released:
             self._take_in(task, found.version, after)
         else:
             self._tasks[task], self._versions[task] = after, found.version
         return True
+
+    @contextmanager
+    def _changing(self, tasks: Iterable[str]) -> Iterator[None]:
+        """Have it wait until the body is over whether what is seen of tasks is of this orchestrator's own doing."""
+        over = anyio.Event()
+        names = list(tasks)
+        self._under_way.update(dict.fromkeys(names, over))
+        try:
+            yield
+        finally:
+            for name in names:
+                if self._under_way.get(name) is over:
+                    del self._under_way[name]
+            over.set()
+
+    async def _settled(self, task: str) -> None:
+        while (over := self._under_way.get(task)) is not None:
+            await over.wait()
+
+    def _moved(self, task: str, after: TaskDocument) -> None:
+        """This orchestrator has moved a task."""
+        self._untold.pop(task, None)
+        self._take_in(task, self._versions[task] + 1, after)
 
     def _take_in(self, task: str, version: int, after: TaskDocument) -> None:
         if version > self._versions[task]:
@@ -588,8 +610,9 @@ class Ledger:
         while True:
             position = await self._store.position()
             for task in self.run.tasks:
-                before = self._tasks[task]
-                if task not in self._under_way and await self.refresh(task):
+                await self._settled(task)
+                await self.refresh(task)
+                if (before := self._untold.pop(task, None)) is not None:
                     yield Change(task, before)
             for request in await self.requests():
                 yield Change(request=request)
@@ -597,6 +620,8 @@ class Ledger:
                 async for record in self._store.watch(position):
                     for key, (version, value) in record.documents.items():
                         if value is not None and f"{key.id}/".startswith(f"{self.run.id}/"):
+                            if key.kind == "task":
+                                await self._settled(key.id.partition("/")[2])
                             for change in self._seen(record, key, version, value):
                                 yield change
 
@@ -610,14 +635,20 @@ class Ledger:
             yield Change(request=Request.model_validate(value))
         elif key.kind == "adapter":
             yield Change(adapter=(name, AdapterDocument.model_validate(value)))
-        elif key.kind == "task" and version > self._versions[name] and name not in self._under_way:
-            is_lost = self.claims is not None and name in self.claims
-            if is_lost and self.claims is not None:
-                self.claims.released(name)
-            before = self._tasks[name]
-            self._take_in(name, version, TaskDocument.model_validate(value))
+        elif key.kind == "task" and (version > self._versions[name] or self._is_untold(name, version)):
+            is_ours = self.claims is not None and name in self.claims
+            before = self._untold.pop(name, self._tasks[name])
+            if version > self._versions[name]:
+                if is_ours and self.claims is not None:
+                    self.claims.released(name)
+                self._take_in(name, version, TaskDocument.model_validate(value))
+            elif is_ours:  # it was looked at when it was taken over, and whoever did that knows
+                return
             delays = [one.data.get("retry_in") for one in record.events if one.data.get("task") == name]
-            yield Change(name, before, next(filter(None, delays), None), is_lost=is_lost)
+            yield Change(name, before, next(filter(None, delays), None), is_lost=is_ours)
+
+    def _is_untold(self, task: str, version: int) -> bool:
+        return task in self._untold and version == self._versions[task]
 
     async def answer(self, request: Request) -> None:
         """Record that a request was dealt with."""

@@ -1,0 +1,46 @@
+"""A run as several orchestrators have it: each hears of whatever the others do to it."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from pathlib import Path
+
+import anyio
+
+from orchestrator.domain.lifecycle import Trigger
+from orchestrator.domain.model import Attempt, TaskStatus
+from orchestrator.domain.secrets import Redactor
+from orchestrator.engine.ledger import Ledger, seed
+from orchestrator.state.memory import MemoryStore
+from orchestrator.testing.clock import ManualClock
+from tests.recorded import NEW, OLD, orchestrators, run_document, task_spec
+
+
+async def begin(ledger: Ledger, task: str) -> None:
+    """Have a task at work."""
+    attempt = Attempt(number=1, adapter="fixer", base=OLD, started=0.0)
+    assert await ledger.start(task, {"base": OLD, "adapter": "fixer"}, attempts=(attempt,)) is None
+
+
+async def test_who_looks_where_a_task_is_still_hears_that_another_moved_it(tmp_path: Path) -> None:
+    """A claim that comes too late sees that the task has landed; whoever follows what others do is told so as well."""
+    clock = ManualClock()
+    store = MemoryStore(clock)
+    run = run_document(tmp_path)
+    await seed(store, run, {task: task_spec(task, "Do it.") for task in run.tasks})
+    ours, theirs = [
+        await Ledger.join(store, clock, Redactor([]), orchestrators(store, clock, run.id, alone=False), {})
+        for _ in range(2)
+    ]
+    async with aclosing(ours.changes()) as changes:
+        with anyio.fail_after(10):
+            async with anyio.create_task_group() as group:
+                group.start_soon(begin, theirs, "models")
+                assert (await anext(changes)).task == "models"
+            await theirs.change("models", Trigger.BUILD, commit=NEW)
+            await theirs.change("models", Trigger.ADOPT, landed=NEW)
+            assert not await ours.claim("models")
+            change = await anext(changes)
+    assert change.before is not None
+    assert (change.task, change.before.status) == ("models", TaskStatus.RUNNING)
+    assert ours.task("models").status is TaskStatus.LANDED
