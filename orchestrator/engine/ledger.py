@@ -467,6 +467,8 @@ class Ledger:
                 )
             except VersionConflict:
                 self.orchestrators.count(conflicts=1)
+                if await self._store.get(key) is None:
+                    raise RefusedError(f"run {self.run.id} was removed", "start a new run") from None
                 if await self.refresh(task) and self._tasks[task].status is not TaskStatus.PENDING:
                     claim = None if self.claims is None else await self.claims.read(task)
                     if claim is None:
