@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
@@ -20,17 +20,12 @@ from orchestrator.filelock import FileLock
 from orchestrator.protocols import (
     HISTORY,
     Commit,
-    Compacted,
-    Damage,
     Document,
-    Dump,
     Event,
     Key,
     Record,
     State,
-    Statistics,
     Store,
-    Verified,
     Version,
     Write,
 )
@@ -38,6 +33,7 @@ from orchestrator.state.fork import Fork, Replayed
 from orchestrator.state.mirror import Mirror
 from orchestrator.state.outage import Outage, Pauses, beside, commit_again, is_outage
 from orchestrator.state.reading import following
+from orchestrator.state.wrapping import Wrapping
 
 T = TypeVar("T")
 
@@ -51,7 +47,7 @@ _UNREACHABLE: Final = "the state can't be reached"
 _UNSEEN: Final = "wait until it can be, as `when_unreachable: pause` does by itself"
 
 
-class Continuing:
+class Continuing(Wrapping):
     """A store in front of another: passed on to it, or to a fork of it on this machine while it can't be reached.
 
     What is watched, and what is asked of the past, waits for the other store: positions and what was recorded at them
@@ -61,7 +57,8 @@ class Continuing:
     def __init__(
         self, inner: Store, mirror: Mirror, outage: Outage, pauses: Pauses, clock: Clock, place: Path, news: News
     ) -> None:
-        self._inner, self._mirror, self._outage, self._pauses, self._clock = inner, mirror, outage, pauses, clock
+        super().__init__(inner)
+        self._mirror, self._outage, self._pauses, self._clock = mirror, outage, pauses, clock
         self._place, self._news = place, news
         self._held, self._open = AsyncExitStack(), AsyncExitStack()
         self._fork: Fork | None = None
@@ -304,35 +301,6 @@ class Continuing:
         with anyio.CancelScope(shield=True):
             await self._open.aclose()
             await self._held.aclose()
-
-    async def compact(self, older_than: float, largest: int) -> Compacted:
-        """See `Store.compact`."""
-        return await self._inner.compact(older_than, largest)
-
-    async def statistics(self) -> Statistics:
-        """See `Store.statistics`."""
-        return await self._inner.statistics()
-
-    async def verify(self) -> Verified:
-        """See `Store.verify`."""
-        return await self._inner.verify()
-
-    async def repair(self) -> Verified:
-        """See `Store.repair`."""
-        return await self._inner.repair()
-
-    def dump(self) -> AbstractAsyncContextManager[Dump]:
-        """See `Store.dump`."""
-        return self._inner.dump()
-
-    async def load(self, dump: Dump) -> None:
-        """See `Store.load`."""
-        await self._inner.load(dump)
-
-    @property
-    def damage(self) -> Sequence[Damage]:
-        """See `Store.damage`."""
-        return self._inner.damage
 
 
 def _lock(place: Path) -> FileLock:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,19 +23,15 @@ from orchestrator.errors import LeaseLost, StateLost, StoreUnavailable, VersionC
 from orchestrator.protocols import (
     HISTORY,
     Commit,
-    Compacted,
-    Damage,
     Document,
-    Dump,
     Event,
     Key,
     Record,
     State,
-    Statistics,
     Store,
-    Verified,
     Version,
 )
+from orchestrator.state.wrapping import Wrapping
 
 T = TypeVar("T")
 
@@ -139,11 +135,12 @@ class Outage:
         await self._clock.wait(self._over, self._clock.monotonic() + seconds)
 
 
-class Pausing:
+class Pausing(Wrapping):
     """A store that waits where another can't be reached: nothing is lost, and commits keep their order."""
 
     def __init__(self, inner: Store, outage: Outage) -> None:
-        self._inner, self._outage = inner, outage
+        super().__init__(inner)
+        self._outage = outage
         self._line = anyio.Lock()
         """Held by the commit that is tried; others stand behind it in the order in which they came."""
         self._waiting = 0
@@ -200,35 +197,6 @@ class Pausing:
 
     async def _read(self, read: Callable[[], Awaitable[T]]) -> T:
         return await self._outage.until_reached(read)
-
-    async def compact(self, older_than: float, largest: int) -> Compacted:
-        """See `Store.compact`."""
-        return await self._inner.compact(older_than, largest)
-
-    async def statistics(self) -> Statistics:
-        """See `Store.statistics`."""
-        return await self._inner.statistics()
-
-    async def verify(self) -> Verified:
-        """See `Store.verify`."""
-        return await self._inner.verify()
-
-    async def repair(self) -> Verified:
-        """See `Store.repair`."""
-        return await self._inner.repair()
-
-    def dump(self) -> AbstractAsyncContextManager[Dump]:
-        """See `Store.dump`."""
-        return self._inner.dump()
-
-    async def load(self, dump: Dump) -> None:
-        """See `Store.load`."""
-        await self._inner.load(dump)
-
-    @property
-    def damage(self) -> Sequence[Damage]:
-        """See `Store.damage`."""
-        return self._inner.damage
 
 
 @asynccontextmanager

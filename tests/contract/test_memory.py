@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
-from pathlib import Path
-
 import anyio
 import pytest
 
@@ -16,28 +12,11 @@ from orchestrator.engine.memory import Memory
 from orchestrator.errors import LeaseLost, RefusedError
 from orchestrator.locking.registry import claim_key
 from orchestrator.protocols import Commit, Guard, Store, Write
-from orchestrator.state.file import FileStore
-from orchestrator.state.memory import MemoryStore
 from orchestrator.testing.clock import ManualClock
 
 API, WEB = SessionName("r", "api", 1), SessionName("s", "web", 2)
 SECRET = "hunter2hunter2"
 SCOPE = "0123456789abcdef"
-
-
-@pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
-
-
-@pytest.fixture(params=["memory", "file"])
-async def store(request: pytest.FixtureRequest, tmp_path: Path, clock: ManualClock) -> AsyncIterator[Store]:
-    """Each kind of store."""
-    async with AsyncExitStack() as stack:
-        if request.param == "memory":
-            yield MemoryStore(clock)
-        else:
-            yield await stack.enter_async_context(FileStore.open(tmp_path / "state", clock))
 
 
 @pytest.fixture
