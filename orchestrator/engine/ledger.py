@@ -484,14 +484,15 @@ class Ledger:
         """Claim a task where it stands, such as one that waits to land and is nobody's; whether it is ours now."""
         if self.claims is None:
             return True
-        if task not in self.claims and isinstance(await self.claims.claim(task, override=override), HeldBy):
+        with self._changing([task]):
+            if task not in self.claims and isinstance(await self.claims.claim(task, override=override), HeldBy):
+                return False
+            await self.refresh(task, released=False)
+            if (status := self._tasks[task].status) in CLAIMED:
+                self._untold.pop(task, None)
+                return True
+            await self.claims.release(task, _RELEASES[status])  # it was over before
             return False
-        await self.refresh(task, released=False)
-        if (status := self._tasks[task].status) in CLAIMED:
-            self._untold.pop(task, None)
-            return True
-        await self.claims.release(task, _RELEASES[status])  # it was over before
-        return False
 
     async def let_go(self, task: str) -> None:
         """Release the claim on a task that is nobody's where it stands: a checkpoint may have brought it back there."""

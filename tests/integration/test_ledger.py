@@ -6,11 +6,14 @@ from contextlib import aclosing
 from pathlib import Path
 
 import anyio
+import pytest
 
+from orchestrator.clock import Clock
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import Attempt, TaskStatus
 from orchestrator.domain.secrets import Redactor
 from orchestrator.engine.ledger import Ledger, seed
+from orchestrator.protocols import Commit
 from orchestrator.state.memory import MemoryStore
 from orchestrator.testing.clock import ManualClock
 from tests.recorded import NEW, OLD, orchestrators, run_document, task_spec
@@ -22,25 +25,50 @@ async def begin(ledger: Ledger, task: str) -> None:
     assert await ledger.start(task, {"base": OLD, "adapter": "fixer"}, attempts=(attempt,)) is None
 
 
-async def test_who_looks_where_a_task_is_still_hears_that_another_moved_it(tmp_path: Path) -> None:
+class Watched(MemoryStore):
+    """A store in which all others do what they can before a claim is given back."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock)
+        self.is_giving_back = anyio.Event()
+
+    async def commit(self, commit: Commit) -> int:
+        if any(event.type == "claim.released" for event in commit.events):
+            self.is_giving_back.set()
+            await anyio.wait_all_tasks_blocked()
+        return await super().commit(commit)
+
+
+@pytest.mark.parametrize("is_looked_meanwhile", [False, True])
+async def test_who_looks_where_a_task_is_still_hears_that_another_moved_it(
+    tmp_path: Path, is_looked_meanwhile: bool
+) -> None:
     """A claim that comes too late sees that the task has landed; whoever follows what others do is told so as well."""
     clock = ManualClock()
-    store = MemoryStore(clock)
+    store = Watched(clock)
     run = run_document(tmp_path)
     await seed(store, run, {task: task_spec(task, "Do it.") for task in run.tasks})
     ours, theirs = [
         await Ledger.join(store, clock, Redactor([]), orchestrators(store, clock, run.id, alone=False), {})
         for _ in range(2)
     ]
+    claimed = anyio.Event()
     async with aclosing(ours.changes()) as changes:
+
+        async def claim() -> None:
+            assert not await ours.claim("models")
+            claimed.set()
+
         with anyio.fail_after(10):
             async with anyio.create_task_group() as group:
                 group.start_soon(begin, theirs, "models")
                 assert (await anext(changes)).task == "models"
             await theirs.change("models", Trigger.BUILD, commit=NEW)
             await theirs.change("models", Trigger.ADOPT, landed=NEW)
-            assert not await ours.claim("models")
-            change = await anext(changes)
+            async with anyio.create_task_group() as group:
+                group.start_soon(claim)
+                await (store.is_giving_back if is_looked_meanwhile else claimed).wait()
+                change = await anext(changes)
     assert change.before is not None
     assert (change.task, change.before.status) == ("models", TaskStatus.RUNNING)
     assert ours.task("models").status is TaskStatus.LANDED
