@@ -18,8 +18,8 @@ from tests.conftest import Repository
 from tests.unit.test_inline import TYPES
 
 TASKS: list[dict[str, Any]] = [
-    {"id": "models", "prompt": "write m.txt m", "owns": ["src/**"]},
-    {"id": "views", "prompt": "write v.txt v", "owns": ["src/app.py"]},
+    {"id": "models", "prompt": "write src/m.txt m", "owns": ["src/**"]},
+    {"id": "views", "prompt": "write src/app.py v", "owns": ["src/app.py"]},
     {"id": "docs", "prompt": "write d.txt d", "priority": 1, "checks": ["true"], "timeout": "90s"},
     {"id": "api", "prompt": "write a.txt a", "needs": ["models", "docs"]},
 ]
