@@ -163,7 +163,10 @@ class Attempts:
             started=self.clock.now(),
             secrets=work.session.secret_names(),
         )
-        attempts = (*self.ledger.task(work.task).attempts, attempt)
+        earlier = self.ledger.task(work.task).attempts
+        if len(earlier) + 1 != attempt.number:  # another orchestrator has tried it since this one was prepared
+            return Elsewhere()
+        attempts = (*earlier, attempt)
         details = {"base": what.base, "adapter": work.adapter}
         taken = await self.ledger.start(work.task, details, partial(self._paths, work), attempts=attempts, current=None)
         if taken is not None:

@@ -262,6 +262,12 @@ class Update(NamedTuple):
     changes: Mapping[str, Any]
 
 
+class Moved(NamedTuple):
+    """A task that somebody else has moved meanwhile."""
+
+    status: TaskStatus
+
+
 class Change(NamedTuple):
     """What another orchestrator or a person did to a run."""
 
@@ -440,7 +446,7 @@ class Ledger:
 
     async def start(
         self, task: str, details: JsonObject, also: Callable[[Guard], Plan] | None = None, **changes: Any
-    ) -> HeldBy | OwnedBy | None:
+    ) -> HeldBy | OwnedBy | Moved | None:
         """Claim a task and record its next attempt, in one commit; return who was quicker, if somebody was.
 
         `also` plans, by the guard of the claim, what else is to be had with it: the writes, or who is in the way.
@@ -448,8 +454,10 @@ class Ledger:
         with self._changing([task]):
             return await self._start(task, Update(details, changes), also)
 
-    async def _start(self, task: str, update: Update, also: Callable[[Guard], Plan] | None) -> HeldBy | OwnedBy | None:
-        key = task_key(self.run.id, task)
+    async def _start(
+        self, task: str, update: Update, also: Callable[[Guard], Plan] | None
+    ) -> HeldBy | OwnedBy | Moved | None:
+        key, version = task_key(self.run.id, task), self._versions[task]
         while True:
             taking = None if self.claims is None else await self.claims.plan(task)
             if isinstance(taking, HeldBy):
@@ -458,22 +466,23 @@ class Ledger:
             more = [] if taking is None or also is None else await also(taking.guard)
             if isinstance(more, OwnedBy):
                 return more
+            status = self._tasks[task].status
+            if self.claims is not None and (self._versions[task] != version or status is not TaskStatus.PENDING):
+                return Moved(status)  # what is to be recorded was made of what it was before
             after = self._after(task, Trigger.START, update)
             event = self._task_event(task, Trigger.START, after, update)
-            writes = [Write(key, self._versions[task], after.model_dump(mode="json")), *more]
+            writes = [Write(key, version, after.model_dump(mode="json")), *more]
             try:
                 await self._commit(
                     Commit([*writes, *([taking.write] if taking is not None else [])], [event], self._guards)
                 )
             except VersionConflict:
+                if self.claims is None:
+                    raise
                 self.orchestrators.count(conflicts=1)
                 if await self._store.get(key) is None:
                     raise RefusedError(f"run {self.run.id} was removed", "start a new run") from None
-                if await self.refresh(task) and self._tasks[task].status is not TaskStatus.PENDING:
-                    claim = None if self.claims is None else await self.claims.read(task)
-                    if claim is None:
-                        raise
-                    return HeldBy(claim, None)
+                await self.refresh(task)
                 continue
             if taking is not None and self.claims is not None:
                 self.claims.took(task, taking)

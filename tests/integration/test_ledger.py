@@ -9,20 +9,32 @@ import anyio
 import pytest
 
 from orchestrator.clock import Clock
+from orchestrator.domain.holdings import HeldBy as OwnedBy
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import Attempt, TaskStatus
 from orchestrator.domain.secrets import Redactor
-from orchestrator.engine.ledger import Ledger, seed
-from orchestrator.protocols import Commit
+from orchestrator.engine.ledger import Ledger, Moved, seed
+from orchestrator.locking.claims import HeldBy
+from orchestrator.protocols import Commit, Store
 from orchestrator.state.memory import MemoryStore
 from orchestrator.testing.clock import ManualClock
 from tests.recorded import NEW, OLD, orchestrators, run_document, task_spec
 
 
-async def begin(ledger: Ledger, task: str) -> None:
-    """Have a task at work."""
+async def start(ledger: Ledger, task: str) -> HeldBy | OwnedBy | Moved | None:
+    """Record the first attempt of a task."""
     attempt = Attempt(number=1, adapter="fixer", base=OLD, started=0.0)
-    assert await ledger.start(task, {"base": OLD, "adapter": "fixer"}, attempts=(attempt,)) is None
+    return await ledger.start(task, {"base": OLD, "adapter": "fixer"}, attempts=(attempt,))
+
+
+async def two_ledgers(store: Store, clock: Clock, folder: Path) -> list[Ledger]:
+    """Return a new run as each of two orchestrators has it."""
+    run = run_document(folder)
+    await seed(store, run, {task: task_spec(task, "Do it.") for task in run.tasks})
+    return [
+        await Ledger.join(store, clock, Redactor([]), orchestrators(store, clock, run.id, alone=False), {})
+        for _ in range(2)
+    ]
 
 
 class Watched(MemoryStore):
@@ -46,12 +58,7 @@ async def test_who_looks_where_a_task_is_still_hears_that_another_moved_it(
     """A claim that comes too late sees that the task has landed; whoever follows what others do is told so as well."""
     clock = ManualClock()
     store = Watched(clock)
-    run = run_document(tmp_path)
-    await seed(store, run, {task: task_spec(task, "Do it.") for task in run.tasks})
-    ours, theirs = [
-        await Ledger.join(store, clock, Redactor([]), orchestrators(store, clock, run.id, alone=False), {})
-        for _ in range(2)
-    ]
+    ours, theirs = await two_ledgers(store, clock, tmp_path)
     claimed = anyio.Event()
     async with aclosing(ours.changes()) as changes:
 
@@ -61,7 +68,7 @@ async def test_who_looks_where_a_task_is_still_hears_that_another_moved_it(
 
         with anyio.fail_after(10):
             async with anyio.create_task_group() as group:
-                group.start_soon(begin, theirs, "models")
+                group.start_soon(start, theirs, "models")
                 assert (await anext(changes)).task == "models"
             await theirs.change("models", Trigger.BUILD, commit=NEW)
             await theirs.change("models", Trigger.ADOPT, landed=NEW)
@@ -72,3 +79,17 @@ async def test_who_looks_where_a_task_is_still_hears_that_another_moved_it(
     assert change.before is not None
     assert (change.task, change.before.status) == ("models", TaskStatus.RUNNING)
     assert ours.task("models").status is TaskStatus.LANDED
+
+
+@pytest.mark.parametrize("trigger", [Trigger.INTERRUPT, Trigger.IDLE])
+async def test_what_another_has_tried_meanwhile_is_not_started_as_it_was_before(
+    tmp_path: Path, trigger: Trigger
+) -> None:
+    """What is to be recorded does not know of the other's attempt, and would take its number."""
+    clock = ManualClock()
+    ours, theirs = await two_ledgers(MemoryStore(clock), clock, tmp_path)
+    assert await start(theirs, "models") is None
+    await theirs.change("models", trigger, reason="theirs")
+    status = theirs.task("models").status
+    assert await start(ours, "models") == Moved(status)
+    assert ours.task("models") == theirs.task("models")
