@@ -308,6 +308,7 @@ class Ledger:
         """Set once this orchestrator is the coordinator."""
         self._under_way: set[str] = set()
         """Tasks that are being changed by this orchestrator."""
+        self._read: list[Change] = []
         self.damaged = frozenset(task for task, found in tasks.items() if found.damaged)
         self._store, self._clock = store, clock
         self._tasks = task_documents(tasks, run.tasks)
@@ -484,13 +485,24 @@ class Ledger:
         """Claim a task where it stands, such as one that waits to land and is nobody's; whether it is ours now."""
         if self.claims is None:
             return True
-        if task not in self.claims and isinstance(await self.claims.claim(task, override=override), HeldBy):
+        self._under_way.add(task)  # what another did to it before is read here, and is no loss of this claim
+        try:
+            if task not in self.claims and isinstance(await self.claims.claim(task, override=override), HeldBy):
+                return False
+            before = self._tasks[task]
+            if await self.refresh(task, released=False):
+                self._read.append(Change(task, before))
+            if (status := self._tasks[task].status) in CLAIMED:
+                return True
+            await self.claims.release(task, _RELEASES[status])  # it was over before
             return False
-        await self.refresh(task, released=False)
-        if (status := self._tasks[task].status) in CLAIMED:
-            return True
-        await self.claims.release(task, _RELEASES[status])  # it was over before
-        return False
+        finally:
+            self._under_way.discard(task)
+
+    def read_by_claiming(self) -> Sequence[Change]:
+        """Return once what others had done to tasks and was read when these were claimed: `changes` won't tell it."""
+        read, self._read = self._read, []
+        return read
 
     async def let_go(self, task: str) -> None:
         """Release the claim on a task that is nobody's where it stands: a checkpoint may have brought it back there."""

@@ -82,6 +82,7 @@ class Scheduler:
         self._works: dict[str, Work] = {}
         self._elsewhere = {task for task in ledger.run.tasks if ledger.is_elsewhere(task)}
         """Tasks that other orchestrators have claimed."""
+        ledger.read_by_claiming()  # the board reflects it
         self._deferred: list[str] = []
         self._deferred_until = 0.0
         self._last_tries = LAST_TRIES
@@ -436,6 +437,7 @@ class Scheduler:
                     for request in await self._ledger.requests():
                         await self._obey(request)
                 taken = await recover_tasks(self._ledger, self._shop, self._clock)
+                await self._catch_up()
                 for task in taken:
                     self._elsewhere.discard(task)
                     self._take_up(task)
@@ -489,7 +491,14 @@ class Scheduler:
         """Take a task from the orchestrator that has it; a landing is brought to its end by whoever began it."""
         if self._ledger.task(task).status is TaskStatus.LANDING:
             return False
-        return await self._ledger.claim(task, override=True)
+        is_ours = await self._ledger.claim(task, override=True)
+        await self._catch_up()
+        return is_ours
+
+    async def _catch_up(self) -> None:
+        """Take note of what others had done before this orchestrator claimed, or tried to claim, what was theirs."""
+        for change in self._ledger.read_by_claiming():
+            await self._take_note(change)
 
     async def _cancel(self, task: str) -> None:
         if self._ledger.task(task).status in FINAL:
