@@ -421,7 +421,7 @@ class Scheduler:
                 await others.renew()
 
     async def _sweep_all(self) -> None:
-        """Take over what is of orchestrators that are gone, and a run that nobody coordinates; see what others landed."""
+        """Take over what is of orchestrators that are gone, or a run nobody coordinates; see what others landed."""
         while True:
             await self._clock.wait(anyio.Event(), self._clock.monotonic() + self._ledger.orchestrators.timing.sweep)
             with suppress(StoreUnavailable):

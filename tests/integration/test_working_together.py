@@ -198,7 +198,7 @@ async def test_what_ends_elsewhere_just_before_it_is_claimed_is_over_here(
 
     monkeypatch.setattr(Ledger, "changes", told_late)
     monkeypatch.setattr(Ledger, "claim", claim_and_tell)
-    tasks = [{"id": "here", "prompt": "hang"}, {"id": "there", "prompt": "exit 1", "attempts": 1}]
+    tasks: list[dict[str, Any]] = [{"id": "here", "prompt": "hang"}, {"id": "there", "prompt": "exit 1", "attempts": 1}]
     path = repository.configure(tasks, capacity=1, coordination=QUICK)
     reports: list[RunReport] = []
     async with Council.open(path, environ=repository.environ) as council:
