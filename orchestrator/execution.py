@@ -416,7 +416,7 @@ def _orchestrators(runs: Runs, run: RunDocument, hub: Hub, me: Owner, settings: 
 def _seated(runs: Runs, shop: Workshop, ledger: Ledger, settings: CoordinationConfig) -> Workshop:
     if not (settings.enabled and settings.tools):
         return shop
-    return with_desk(shop, ledger, runs.store, runs.clock, runs.project)
+    return with_desk(shop, ledger, runs.store, runs.clock, runs.project, settings.lock_timeout)
 
 
 @asynccontextmanager

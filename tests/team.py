@@ -53,6 +53,7 @@ class Team:
     environ: Mapping[str, str]
     name: str = "o1"
     clock: Clock = field(default_factory=SystemClock)
+    lock_timeout: float = 5.0
     claims: dict[SessionName, Guard] = field(default_factory=dict)
     checkouts: dict[SessionName, tuple[Worktree, Checkout]] = field(default_factory=dict)
 
@@ -75,6 +76,7 @@ class Team:
             orchestrator=self.name,
             claim=self.claims.get,
             elsewhere=self._elsewhere,
+            lock_timeout=self.lock_timeout,
         )
 
     async def join(self, task: str, attempt: int = 1, *, owns: Sequence[str] = ()) -> SessionName:

@@ -5,7 +5,6 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Any
 
 TEXT = "text"
 PATH = "path"
@@ -26,7 +25,7 @@ LONGEST_WAIT = 600.0
 class Argument:
     """One fact that a command takes: a word of the command line where `is_word`, else an option."""
 
-    __slots__ = ("choices", "default", "help", "is_needed", "is_word", "kind", "metavar", "name", "option")
+    __slots__ = ("choices", "help", "is_needed", "is_word", "kind", "metavar", "name", "option")
 
     def __init__(
         self,
@@ -36,13 +35,12 @@ class Argument:
         *,
         is_word: bool = False,
         is_needed: bool = False,
-        default: Any = None,
         choices: Sequence[str] = (),
         option: str = "",
         metavar: str = "",
     ) -> None:
         self.name, self.kind, self.help = name, kind, help
-        self.is_word, self.is_needed, self.default, self.choices = is_word, is_needed, default, tuple(choices)
+        self.is_word, self.is_needed, self.choices = is_word, is_needed, tuple(choices)
         self.option = option or "--" + name.replace("_", "-")
         self.metavar = metavar or name.upper()
 
@@ -57,7 +55,7 @@ class Asked:
         self.arguments, self.examples = arguments, tuple(examples)
 
 
-_PATHS_HELP = "Files or patterns such as `src/**`, from the current folder."
+_PATHS_HELP = "Files, or folders with all in them, from the current folder."
 
 #: What an agent can ask for, by name; all of these are commands of `council` and tools of its MCP server.
 COMMANDS = {
@@ -68,8 +66,8 @@ COMMANDS = {
             "Take files for this session alone, all of them or none.",
             "Who takes files that another session has is told whose they are and since when.",
             Argument("paths", PATHS, _PATHS_HELP, is_word=True, is_needed=True, metavar="PATH"),
-            Argument("wait", SECONDS, "Seconds to wait for files that others have; 5 by default.", default=5.0),
-            examples=("council lock src/models.py", "council lock 'src/api/**' docs/api.md --wait 60"),
+            Argument("wait", SECONDS, "Seconds to wait for files that others have; by default 5, or the run's."),
+            examples=("council lock src/models.py", "council lock src/api docs/api.md --wait 60"),
         ),
         Asked(
             "unlock",

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 
-from orchestrator.client.commands import PATH, PATHS
+from orchestrator.client.commands import LONGEST_WAIT, PATH, PATHS, SECONDS
 from orchestrator.client.session import PATIENCE, AskError, Session, find_session
 from orchestrator.client.telling import clean, tell
 from orchestrator.client.words import Typed, read
@@ -69,7 +69,9 @@ def ask(session: Session, typed: Typed, cwd: str) -> Mapping[str, Any]:
             arguments[one.name] = _within(session, value, cwd)
         elif one.kind == PATHS and isinstance(value, list):
             arguments[one.name] = [_within(session, path, cwd) for path in value]
-    wait = arguments.get("wait")
+    waits = next((one.name for one in typed.command.arguments if one.kind == SECONDS), None)
+    # Who does not say how long is waited for as long as the run says.
+    wait = 0.0 if waits is None else arguments.get(waits, LONGEST_WAIT)
     return session.ask(typed.command.name, arguments, PATIENCE + (wait if isinstance(wait, int | float) else 0))
 
 

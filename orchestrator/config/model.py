@@ -357,6 +357,8 @@ class CoordinationConfig(_Model):
     """Whether it may override the claims of others: `auto` as long as it coordinates the run."""
     tools: bool = True
     """Whether sessions can ask who else is at work."""
+    lock_timeout: float = 5.0
+    """How many seconds a session waits for a lock, where it does not say."""
 
     def timing(self) -> Timing:
         """Return what of it decisions about claims take."""

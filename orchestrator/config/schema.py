@@ -417,6 +417,8 @@ class CoordinationSettings(_Entry):
     """Whether claims of others can be overridden: `auto` only by who coordinates the run."""
     tools: bool = True
     """Whether sessions can ask who else is at work, take files and leave notes."""
+    lock_timeout: Annotated[Duration, _unless_given("5s")] = 5.0
+    """How long a session waits for files that another one has, where it does not say."""
 
 
 class Config(_Entry):

@@ -16,6 +16,7 @@ import anyio
 import anyio.to_thread
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from orchestrator.client.commands import LONGEST_WAIT
 from orchestrator.clock import Clock
 from orchestrator.domain.contexts import SessionContext, SessionStatus, at_work
 from orchestrator.domain.holdings import HeldBy, pattern_of
@@ -28,7 +29,7 @@ from orchestrator.engine.memory import Memory
 from orchestrator.engine.observing import observed
 from orchestrator.errors import FileHeld, HistoryGone, LeaseLost, RefusedError, StoreUnavailable, VersionConflict
 from orchestrator.instants import local_time
-from orchestrator.locking.files import FileLocks
+from orchestrator.locking.files import TIMEOUT, FileLocks
 from orchestrator.locking.names import canonical
 from orchestrator.locking.overview import heed
 from orchestrator.locking.registry import Registry
@@ -36,8 +37,7 @@ from orchestrator.protocols import Commit, Guard, JsonObject, Store
 from orchestrator.repo.git import Git
 from orchestrator.sessions.output import log_file
 
-#: Seconds that a session can wait for a lock, and how many paths it can name at once.
-LONGEST_WAIT: Final = 600.0
+#: How many paths a session can name at once.
 MOST_PATHS: Final = 200
 #: How many notes are told at once, the newest.
 MOST_TOLD: Final = 50
@@ -53,7 +53,7 @@ class _Asked(BaseModel):
 
 class _Lock(_Asked):
     paths: Paths
-    wait: Annotated[float, Field(ge=0, le=LONGEST_WAIT)] = 5.0
+    wait: Annotated[float, Field(ge=0, le=LONGEST_WAIT)] | None = None
 
 
 class _Unlock(_Asked):
@@ -128,10 +128,13 @@ class SessionDesk:
         orchestrator: str,
         claim: Callable[[SessionName], Guard | None],
         elsewhere: Callable[[SessionName], Awaitable[Workplace]],
+        lock_timeout: float = TIMEOUT,
     ) -> None:
+        """Have who does not say how long to wait for a lock wait `lock_timeout` seconds."""
         self._store, self._clock, self._git = store, clock, git
         self._contexts, self.memory, self._files, self._registry = contexts, memory, files, registry
         self._redactor, self._orchestrator, self._claim, self._elsewhere = redactor, orchestrator, claim, elsewhere
+        self._lock_timeout = min(lock_timeout, LONGEST_WAIT)
         self._here: dict[SessionName, _Sitting] = {}
         self._answers: Mapping[str, Callable[[SessionName, JsonObject], Awaitable[JsonObject]]] = {
             "lock": self._lock,
@@ -211,7 +214,7 @@ class SessionDesk:
         claim = self._claim(session)
         if claim is None:
             raise RefusedError(f"there is no claim on task {session.task}", "locks are for tasks that are at work")
-        until = self._clock.monotonic() + asked.wait
+        until = self._clock.monotonic() + (self._lock_timeout if asked.wait is None else asked.wait)
         paths = await self._paths(session, asked.paths)
         sitting = self._here[session]
         # What it owned before it asked is not the lock's to give back.

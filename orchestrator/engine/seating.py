@@ -18,8 +18,13 @@ from orchestrator.project import Project
 from orchestrator.protocols import Guard, Store
 
 
-def with_desk(shop: Workshop, ledger: Ledger, store: Store, clock: Clock, project: Project) -> Workshop:
-    """Return a run's places and tools with a desk at which its sessions are answered."""
+def with_desk(
+    shop: Workshop, ledger: Ledger, store: Store, clock: Clock, project: Project, lock_timeout: float
+) -> Workshop:
+    """Return a run's places and tools with a desk at which its sessions are answered.
+
+    They wait `lock_timeout` seconds for a lock where they don't say how long.
+    """
     scope, redactor, me = shop.registry.scope, shop.tools.redactor, ledger.orchestrators.me.id
     claims = ledger.claims
 
@@ -38,5 +43,6 @@ def with_desk(shop: Workshop, ledger: Ledger, store: Store, clock: Clock, projec
         orchestrator=me,
         claim=claim,
         elsewhere=partial(find_workplace, store, shop.adapters, project.all_logs, redactor),
+        lock_timeout=lock_timeout,
     )
     return replace(shop, desk=desk, tools=replace(shop.tools, desk=desk))

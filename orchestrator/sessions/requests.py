@@ -59,8 +59,6 @@ def _arguments(command: Asked, given: JsonObject, tree: Path) -> JsonObject:
             arguments[one.name] = _checked(one, arguments[one.name], tree)
         elif one.is_needed:
             raise RefusedError(f"{command.name} needs {one.name}", one.help)
-        elif one.default is not None:
-            arguments[one.name] = one.default
     return arguments
 
 
@@ -95,7 +93,7 @@ def _path(argument: Argument, value: Any, tree: Path) -> str:
     text = _text(argument, value, LONGEST_PATH)
     inside = os.path.relpath(os.path.join(tree, text), tree)  # noqa: PTH118  no look at the disk
     if inside in {os.curdir, os.pardir} or inside.startswith(f"{os.pardir}{os.sep}"):
-        raise _odd(argument, "paths of files in the worktree, or patterns such as `src/**`")
+        raise _odd(argument, "paths of files or folders in the worktree")
     return inside
 
 

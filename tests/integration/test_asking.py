@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator import Council
+from orchestrator import Council, execution
 from orchestrator.engine.report import RunReport
+from orchestrator.engine.workshop import Workshop
 from tests.conftest import Repository
 from tests.desks import MemoryDesk, answer_in_runs
 from tests.standins.script import ROOT, install
@@ -60,6 +61,21 @@ async def test_a_session_asks_by_its_shell_and_its_hook(
     argv = json.loads((repository.top / "told.json").read_text())["argv"]
     assert {"--settings", "--mcp-config"} <= set(argv)
     await repository.assert_invariants()
+
+
+async def test_the_file_says_how_long_a_lock_is_waited_for(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the session does not."""
+    told: list[float] = []
+
+    def seat(shop: Workshop, *rest: Any) -> Workshop:
+        told.append(rest[-1])
+        return shop
+
+    monkeypatch.setattr(execution, "with_desk", seat)
+    await run(repository, tmp_path / "bin", monkeypatch, "write a.txt x", coordination={"lock_timeout": "2s"})
+    assert told == [2.0]
 
 
 async def test_without_a_desk_nothing_is_given(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from orchestrator.errors import RefusedError
 from orchestrator.locking.files import FileLocks
 from orchestrator.locking.registry import claim_key
 from orchestrator.protocols import Commit, Write
+from orchestrator.state.reading import between
 from tests.conftest import Repository
 from tests.team import SECRET, team_at
 
@@ -28,6 +30,18 @@ async def test_a_lock_twice_is_refused_and_changes_nothing(repository: Repositor
         assert [one.path for one in team.files.held(session)] == ["a.py"]
         assert await team.ask(session, "unlock", paths=["a.py"]) == {"unlocked": ["a.py"]}
         assert await team.owned() == {}
+
+
+async def test_who_does_not_say_how_long_to_wait_waits_as_the_run_says(repository: Repository, tmp_path: Path) -> None:
+    """With nothing of that, it is refused at once, and was never seen to wait."""
+    async with team_at(repository, tmp_path) as gathered:
+        team = replace(gathered, lock_timeout=0.0)
+        first, second = await team.join("auth"), await team.join("web")
+        await team.ask(first, "lock", paths=["a.py"])
+        position = await team.store.position()
+        assert "owns a.py" in await team.refused(second, "lock", paths=["a.py"])
+        records = [one async for one in between(team.store, position, await team.store.position())]
+        assert [event.type for one in records for event in one.events] == []
 
 
 async def test_what_was_owned_from_the_start_stays_owned(repository: Repository, tmp_path: Path) -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import anyio
 import pytest
 
 from orchestrator.clock import SystemClock
+from orchestrator.council import Council
 from orchestrator.domain.claims import Release
+from orchestrator.domain.model import TaskStatus
+from orchestrator.engine.ledger import Change, Ledger
+from orchestrator.engine.report import RunReport
 from orchestrator.locking.claims import read_claims
 from orchestrator.locking.orchestrators import read_orchestrators
 from orchestrator.project import Project
@@ -18,6 +23,7 @@ from orchestrator.protocols import Event
 from orchestrator.state.file import FileStore
 from tests.command_server import Started
 from tests.conftest import Repository
+from tests.integration.test_scheduler import until_event
 from tests.waiting import wait_for
 
 #: Whoever is silent for so long is gone; without the proof that its process has ended.
@@ -169,3 +175,45 @@ async def test_without_a_run_at_work_there_is_nothing_to_join(repository: Reposi
     ended_at_once = repository.council("work")
     assert ended_at_once.code == 0
     assert "no run is at work" in ended_at_once.stderr
+
+
+async def test_what_ends_elsewhere_just_before_it_is_claimed_is_over_here(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep reads it before this process was told of it; the run still comes to its end."""
+    claimed = anyio.Event()
+    changes, claim = Ledger.changes, Ledger.claim
+
+    async def told_late(ledger: Ledger) -> AsyncIterator[Change]:
+        async for change in changes(ledger):
+            yield change
+            if change.task == "there" and not claimed.is_set():
+                await claimed.wait()
+
+    async def claim_and_tell(ledger: Ledger, task: str, *, override: bool = False) -> bool:
+        is_ours = await claim(ledger, task, override=override)
+        if ledger.task(task).status is TaskStatus.FAILED:
+            claimed.set()
+        return is_ours
+
+    monkeypatch.setattr(Ledger, "changes", told_late)
+    monkeypatch.setattr(Ledger, "claim", claim_and_tell)
+    tasks: list[dict[str, Any]] = [{"id": "here", "prompt": "hang"}, {"id": "there", "prompt": "exit 1", "attempts": 1}]
+    path = repository.configure(tasks, capacity=1, coordination=QUICK)
+    reports: list[RunReport] = []
+    async with Council.open(path, environ=repository.environ) as council:
+        run = await council.create_run()
+
+        async def execute() -> None:
+            reports.append(await council.resume(run))
+
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as group:
+                group.start_soon(execute)
+                await until_event(council, "task.started", 1)
+                other = repository.start("work", "--run", run)
+                await claimed.wait()
+                await council.cancel("here")
+        ended(other)
+    assert {task.id: task.state for task in reports[0].tasks} == {"here": "cancelled", "there": "failed"}
+    await repository.assert_invariants()

@@ -89,10 +89,10 @@ def test_every_key_is_taken(tmp_path: Path) -> None:
     """None of them is dropped on the way, and what was resolved survives being recorded."""
     section = (
         "{enabled: false, heartbeat: 1s, stale: 3s, owner_stale: 4s, sweep: 5s, max_retries: 6, "
-        "when_unreachable: continue, role: worker, tools: false}"
+        "when_unreachable: continue, role: worker, tools: false, lock_timeout: 7s}"
     )
     found = loaded(tmp_path, section)
-    assert list(found.model_dump().values()) == [False, 1.0, 3.0, 4.0, 5.0, 6, "continue", "worker", False]
+    assert list(found.model_dump().values()) == [False, 1.0, 3.0, 4.0, 5.0, 6, "continue", "worker", False, 7.0]
     assert CoordinationConfig.model_validate(found.model_dump(mode="json")) == found
 
 
