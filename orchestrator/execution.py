@@ -170,16 +170,19 @@ class Execution:
             self._reachable(run, settings) as runs,
             self._joined(runs, document, hub, settings) as (ledger, shop),
         ):
-            group.start_soon(self._serve_once_coordinating, document, ledger)
+            over = anyio.Event()
+            group.start_soon(self._serve_once_coordinating, document, ledger, over)
             closed = await missing_programs(shop.adapters, self._runs.environ)
             report = await self._work(runs, await runs.record(run), ledger, shop, capacity=capacity, closed=closed)
-            group.cancel_scope.cancel()
+            over.set()
+            if not ledger.coordinates.is_set():
+                group.cancel_scope.cancel()
         return report
 
-    async def _serve_once_coordinating(self, run: RunDocument, ledger: Ledger) -> None:
+    async def _serve_once_coordinating(self, run: RunDocument, ledger: Ledger, over: anyio.Event) -> None:
         await ledger.coordinates.wait()
-        async with self._serving(run):
-            await anyio.sleep_forever()
+        async with self._serving(run):  # which is to hear of the run's end
+            await over.wait()
 
     @asynccontextmanager
     async def _serving(self, run: RunDocument) -> AsyncIterator[None]:

@@ -145,8 +145,10 @@ class Scheduler:
             return False
         self.halted = None
         await self._escapes.look()
-        if not self._ledger.coordinates.is_set():
+        # Whoever coordinated may be gone since it was last looked, and the others as far as this one.
+        if not self._ledger.coordinates.is_set() and not await self._ledger.campaign():
             return True
+        await self._pool.clear()
         try:
             await self._merging.verify()
         except GitError as error:
@@ -442,8 +444,7 @@ class Scheduler:
                 for task in taken:
                     self._elsewhere.discard(task)
                     self._take_up(task)
-                if taken:
-                    await self._pool.clear()
+                await self._pool.clear()  # who is gone had places without a task, too
                 for task in await self._reconciler.look(frozenset(self._merging.landing)):
                     if task in self._works:
                         self._works[task].session.stop()

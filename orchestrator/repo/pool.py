@@ -147,8 +147,12 @@ class Pool:
         """
         await anyio.to_thread.run_sync(lambda: hub.places.mkdir(mode=0o700, exist_ok=True))
         can_tell = await anyio.to_thread.run_sync(stamps_mappings, hub.places)
-        async with Walker.open() as walker, anyio.create_task_group() as group:
+        async with AsyncExitStack() as stack:
+            walker = await stack.enter_async_context(Walker.open())
+            group = anyio.create_task_group()
             pool = cls(git, hub, clock, limits, care, group, walker)
+            stack.push_async_callback(pool._close)  # when nothing is at work in them any more, whatever has ended that
+            await stack.enter_async_context(group)
             pool._can_tell, pool._wanted = can_tell, warm
             try:
                 for place in await anyio.to_thread.run_sync(places_of, hub):
@@ -159,8 +163,6 @@ class Pool:
                 pool._wanted = 0
                 for setup in pool._setups:
                     setup.cancel()
-        with anyio.CancelScope(shield=True):
-            await pool._close()
 
     async def clear(self) -> None:
         """Throw away what is of unknown state by now, which another process left that was killed."""
@@ -243,13 +245,25 @@ class Pool:
         return checkout
 
     async def _close(self) -> None:
-        """Write down what is clean, and give all locks back."""
-        for number, checkout in self._ours.items():
-            if number in self._idle and number not in self._unseen:
-                with suppress(OSError):  # nobody will know of it, and the next one throws it away
-                    contents = checkout.contents
-                    await anyio.to_thread.run_sync(write_record, checkout.place, contents.record, contents.stamps)
-            await checkout.let_go()
+        """Write down what is clean, throw away what is nobody's, and give all locks back."""
+        with anyio.CancelScope(shield=True):
+            is_thrown = False
+            for number, checkout in self._ours.items():
+                with suppress(OSError, GitError):  # nobody will know of it, and the next one throws it away
+                    if number in self._idle and number not in self._unseen:
+                        contents = checkout.contents
+                        await anyio.to_thread.run_sync(write_record, checkout.place, contents.record, contents.stamps)
+                    elif await self._is_nobodys(checkout.place):
+                        await self._throw_away(checkout.place)
+                        is_thrown = True
+                await checkout.let_go()
+            if is_thrown:
+                await self._sweep()
+
+    async def _is_nobodys(self, place: Place) -> bool:
+        """Whether a place is of a session whose folder is gone: another process may have seen to that."""
+        judged = await anyio.to_thread.run_sync(standing_of, place)
+        return judged is not None and judged[0] is Standing.LEFT_OVER
 
     # Handing out.
 

@@ -124,6 +124,25 @@ async def test_many_takers_get_places_of_their_own(yard: Yard, tmp_path: Path) -
     await assert_no_leaks(yard)
 
 
+async def test_whatever_ends_a_pool_nothing_is_left_of_unknown_state(yard: Yard) -> None:
+    """What is idle is there for the next; a place goes whose session another process has taken away."""
+    commit = await yard.fetch()
+
+    async def be_fenced() -> None:
+        async with yard.open(warm=2) as pool:
+            pool.warm(commit)
+            await idle(pool, 2)
+            worktree, _ = await yard.begin(pool, "task", commit)
+            await settled(pool)
+            await worktrees.leave(worktree)
+            raise ValueError("fenced")
+
+    with pytest.raises(ExceptionGroup, match="TaskGroup"):
+        await be_fenced()
+    await assert_no_leaks(yard)
+    assert len(places_of(yard.hub)) == 1
+
+
 async def test_a_warm_pool_makes_places_ahead(yard: Yard) -> None:
     """As many as are wanted, once it is known of which commit; also the last one, which others are copied from."""
     commit = await yard.fetch()

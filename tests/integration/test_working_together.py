@@ -169,6 +169,19 @@ async def test_a_worker_alone_takes_a_run_to_its_end(repository: Repository) -> 
     await assert_each_landed_once(repository, [f"t{one}" for one in range(4)])
 
 
+async def test_who_comes_last_records_the_end_of_a_run(repository: Repository) -> None:
+    """Its coordinator was killed when nothing was left to do, and nobody has looked since; sinks hear of the end."""
+    sink = repository.top.parent / "events.jsonl"
+    config = repository.configure(shared(1), sinks={"log": {"use": "jsonlines", "file": str(sink)}})
+    killed = repository.council("run", str(config), failpoints="landing.recorded=kill")
+    assert killed.code == -signal.SIGKILL
+    run = repository.council("status", "--json").result["run"]
+    assert repository.council("work", "--run", run, "--json").code == 0
+    assert repository.council("status", "--json").result["status"] == "landed"
+    assert sink.read_text().count('"run.finished"') == 1
+    await repository.assert_invariants()
+
+
 async def test_without_a_run_at_work_there_is_nothing_to_join(repository: Repository) -> None:
     """It says so, and ends well."""
     repository.council("run", str(repository.configure(shared(1))))
