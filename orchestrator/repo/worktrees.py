@@ -155,7 +155,8 @@ def make_root(root: Path) -> None:
     """Make a session's folder. The one that it is in goes with the last session in it, at any moment."""
     is_made = False
     while not is_made:
-        root.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # also where it was there, and has gone since
+            root.parent.mkdir(mode=0o700, parents=True)
         with suppress(FileNotFoundError):
             root.mkdir(mode=0o700)
             is_made = True
