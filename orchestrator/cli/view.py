@@ -147,6 +147,8 @@ class RunView:
         before = self._tasks[task].status
         if before is not after.status:
             self._pace.change(task, after, time)
+            if before in FINAL and after.status is TaskStatus.LANDED:
+                self._board.revive(task)  # what it blocked waits for others alone
             if after.status is TaskStatus.LANDED:
                 self._board.landed(task)
             elif after.status in FINAL:
