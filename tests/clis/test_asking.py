@@ -36,5 +36,5 @@ async def test_a_session_asks_and_leaves_alone_what_is_anothers(
         known = ("Take files for this session alone", "Other agents work on the same")
         assert not program.keeps_path or any(part in one for one in told for part in known)
         asked = [arguments for _, command, arguments in desk.asked if command == "lock"]
-        assert asked == ([{"paths": ["ours.txt"], "wait": 5.0}] if program.keeps_path else [])
+        assert asked == ([{"paths": ["ours.txt"]}] if program.keeps_path else [])
     await stage.assert_clean()
