@@ -14,7 +14,7 @@ from orchestrator.domain.model import FINAL, Attempt, RunDocument, TaskDocument,
 from orchestrator.domain.secrets import Redactor, secret_values
 from orchestrator.domain.sessions import SessionName
 from orchestrator.engine.details import SessionDetails, details, find_workplace, session_files
-from orchestrator.engine.ledger import read_run, read_task
+from orchestrator.engine.records import read_run, read_task
 from orchestrator.errors import RefusedError
 from orchestrator.project import Project
 from orchestrator.protocols import Adapter, Store

@@ -15,7 +15,7 @@ import anyio.to_thread
 from orchestrator.clock import Clock, SystemClock
 from orchestrator.config.store import folder_url, named_store, scheme_of, store_folder
 from orchestrator.domain.model import Action
-from orchestrator.engine.ledger import read_run
+from orchestrator.engine.records import read_run
 from orchestrator.engine.report import RunReport, RunStatus
 from orchestrator.errors import CouncilError, RefusedError
 from orchestrator.project import LEGACY_RECORD, Project, council_home, exclude_from_git, find_project, was_imported

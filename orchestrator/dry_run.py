@@ -11,8 +11,8 @@ from orchestrator.config.coordination import CoordinationOverrides, coordinate
 from orchestrator.config.model import RunConfig, used_adapters
 from orchestrator.domain.admission import Demand
 from orchestrator.engine.capacity import measure_room
-from orchestrator.engine.ledger import new_run_id
 from orchestrator.engine.preflight import check_run, forget, project_at
+from orchestrator.engine.records import new_run_id
 from orchestrator.engine.rehearsal import Rehearsal, rehearse
 from orchestrator.plugins import Plugins
 from orchestrator.repo.checkout import check_own

@@ -27,10 +27,12 @@ from orchestrator.domain.dispatch import Board
 from orchestrator.domain.model import FINAL, Action, RunDocument
 from orchestrator.domain.secrets import Redactor, secret_values
 from orchestrator.engine.capacity import Capacity
-from orchestrator.engine.ledger import Ledger, new_run_id, read_requests, read_run, read_task, seed, seize
+from orchestrator.engine.coordinator import seize
+from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.monitor import Monitor
 from orchestrator.engine.preflight import check_run
 from orchestrator.engine.probing import missing_programs
+from orchestrator.engine.records import new_run_id, read_requests, read_run, read_task, seed
 from orchestrator.engine.recovery import recover
 from orchestrator.engine.report import RunRecord, RunReport, RunStatus
 from orchestrator.engine.requests import check_request, is_answered, obey, submit

@@ -13,7 +13,7 @@ import anyio.to_thread
 from orchestrator.domain.model import TaskStatus
 from orchestrator.engine import state_findings as findings
 from orchestrator.engine.findings import Finding, Level
-from orchestrator.engine.ledger import read_run, read_spec, read_tasks, task_documents
+from orchestrator.engine.records import read_run, read_spec, read_tasks, task_documents
 from orchestrator.engine.state_findings import Growth, Silent
 from orchestrator.errors import HistoryGone, StoreUnavailable
 from orchestrator.protocols import Commit, Event, Record, Statistics, Store

@@ -16,8 +16,8 @@ import anyio.to_thread
 from orchestrator.domain.metrics import Metrics, measure
 from orchestrator.domain.model import Attempt, RunDocument, TaskDocument
 from orchestrator.domain.usage import RunUsage, usage_of
-from orchestrator.engine.ledger import read_run, read_tasks, task_documents
 from orchestrator.engine.overview import Overview, landing_times, overview
+from orchestrator.engine.records import read_run, read_tasks, task_documents
 from orchestrator.engine.report import AdapterFailure, RunStatus, last_failures
 from orchestrator.errors import HistoryGone, RefusedError
 from orchestrator.protocols import HISTORY, Document, Key, Record, RecordedEvent, State, Version

@@ -13,7 +13,7 @@ import anyio.to_thread
 
 from orchestrator.clock import Clock
 from orchestrator.domain.model import RunDocument, TaskStatus
-from orchestrator.engine.ledger import read_adapters, read_entries, read_run, read_tasks, task_documents
+from orchestrator.engine.records import read_adapters, read_entries, read_run, read_tasks, task_documents
 from orchestrator.engine.report import ReportPlaces, RunRecord, RunReport, RunStatus, SessionReport, report
 from orchestrator.errors import RefusedError
 from orchestrator.locking.orchestrators import read_orchestrators

@@ -14,7 +14,7 @@ import anyio.to_thread
 
 from orchestrator.domain.secrets import Redactor
 from orchestrator.domain.sessions import SessionName
-from orchestrator.engine.ledger import read_run, read_spec, read_task
+from orchestrator.engine.records import read_run, read_spec, read_task
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Adapter, Concluded, Said, SessionEvent, Store, UsedTool, Warned
 from orchestrator.repo.diffs import count_commits, count_live, live_diff

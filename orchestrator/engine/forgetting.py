@@ -11,8 +11,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Final
 
-from orchestrator.engine.ledger import run_key
 from orchestrator.engine.memory import KIND as NOTE
+from orchestrator.engine.records import run_key
 from orchestrator.failpoints import failpoint
 from orchestrator.locking.registry import scope_of
 from orchestrator.protocols import Commit, Document, Event, Store, Write

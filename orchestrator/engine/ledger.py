@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import math
-import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
-from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
-from pydantic import TypeAdapter, ValidationError
 
 from orchestrator.clock import Clock
-from orchestrator.domain.claims import Owner, Release, Standing
-from orchestrator.domain.dispatch import Entry
+from orchestrator.domain.claims import Release
 from orchestrator.domain.holdings import HeldBy as OwnedBy
 from orchestrator.domain.lifecycle import TRANSITIONS, Trigger, advance
 from orchestrator.domain.model import CLAIMED, AdapterDocument, Request, RunDocument, TaskDocument, TaskStatus
+from orchestrator.engine.coordinator import next_lease, other_coordinator
+from orchestrator.engine.recordable import recordable
+from orchestrator.engine.records import (
+    adapter_key,
+    read_requests,
+    read_run,
+    read_spec,
+    read_tasks,
+    request_key,
+    run_key,
+    task_documents,
+    task_key,
+)
 from orchestrator.errors import ClaimLost, HistoryGone, LeaseLost, RefusedError, VersionConflict
 from orchestrator.failpoints import failpoint
 from orchestrator.locking.claims import Claims, HeldBy
@@ -70,187 +77,6 @@ _RELEASES: Mapping[TaskStatus, Release] = {
 #: How many of the checkpoints stay that a run makes by the clock.
 KEPT_CHECKPOINTS = 12
 
-#: Thousands of documents are validated in one go: one call for each would cost several times as much.
-_TASKS = cache(lambda: TypeAdapter(list[TaskDocument]))
-_ENTRIES = cache(lambda: TypeAdapter(list[Entry]))
-
-#: The fields of documents and events whose text is not our own.
-_SAID = frozenset({"reason", "feedback", "paths", "closed", "changes", "worktree", "words"})
-
-
-def new_run_id(now: float) -> str:
-    """Return a run id that sorts by time: date, time (UTC) and a few random characters."""
-    return f"{datetime.fromtimestamp(now, UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-
-
-def run_key(run: str) -> Key:
-    """Return the key of a run's document."""
-    return Key("run", run)
-
-
-def task_key(run: str, task: str) -> Key:
-    """Return the key of a task's state."""
-    return Key("task", f"{run}/{task}")
-
-
-def spec_key(run: str, task: str) -> Key:
-    """Return the key of what a task was asked to do; written once."""
-    return Key("spec", f"{run}/{task}")
-
-
-def request_key(run: str, request: str) -> Key:
-    """Return the key of what was asked of a run's owner; deleted when it is done."""
-    return Key("request", f"{run}/{request}")
-
-
-def cursor_key(run: str, kind: str, name: str) -> Key:
-    """Return the key of how far a run's events have been delivered, to a `sink` or a `tracker`."""
-    return Key("cursor", f"{run}/{kind}/{name}")
-
-
-def _adapter_key(run: str, adapter: str) -> Key:
-    return Key("adapter", f"{run}/{adapter}")
-
-
-def _lease_key(run: str) -> Key:
-    return Key("lease", f"run/{run}")
-
-
-async def seed(store: Store, run: RunDocument, specs: Mapping[str, TaskSpec]) -> None:
-    """Record a new run with all of its tasks, at once."""
-    writes = [Write(run_key(run.id), 0, run.model_dump(mode="json"))]
-    for task, spec in specs.items():
-        writes.append(Write(spec_key(run.id, task), 0, spec.model_dump(mode="json")))
-        writes.append(Write(task_key(run.id, task), 0, TaskDocument().model_dump(mode="json")))
-    begin = {"position": await store.position()}
-    for kind, names in (("sink", run.sinks), ("tracker", run.trackers)):
-        writes += [Write(cursor_key(run.id, kind, name), 0, begin) for name in names]
-    created = Event("run.created", {"run": run.id, "tasks": len(specs), "target": run.target})
-    await store.commit(Commit(writes, [created]))
-    failpoint("run.seeded")
-
-
-async def read_run(store: Store, run: str) -> RunDocument:
-    """Return a run's document; RefusedError if there is none, it is damaged, or of a version that says other things."""
-    found = await store.get(run_key(run))
-    if found is None:
-        raise RefusedError(f"there is no run {run!r}", "`council runs` lists them")
-    try:
-        return RunDocument.model_validate_json(_trusted(store, found))
-    except ValidationError:
-        what = f"the record of run {run} is none that this version of council can read"
-        raise RefusedError(what, "use the version that wrote it, or name another run") from None
-
-
-async def read_task(store: Store, run: str, task: str) -> TaskDocument:
-    """Return where one task is."""
-    found = await store.get(task_key(run, task))
-    if found is None:
-        raise RefusedError(f"run {run} has no task {task!r}", "`council status` names them")
-    return TaskDocument.model_validate_json(found.encoded)
-
-
-async def read_spec(store: Store, run: str, task: str) -> TaskSpec:
-    """Return what a task was asked to do; RefusedError if that is missing or damaged."""
-    # Late: its models take as long to make as all of what shows a run takes to read.
-    from orchestrator.config.model import TaskSpec  # noqa: PLC0415
-
-    found = await store.get(spec_key(run, task))
-    if found is None:
-        raise RefusedError(f"the record of task {task!r} is missing", "start a new run")
-    return TaskSpec.model_validate_json(_trusted(store, found))
-
-
-async def read_tasks(store: Store, run: str) -> dict[str, Document]:
-    """Return the state documents of a run's tasks by task id."""
-    return await _named(store, "task", run)
-
-
-def task_documents(found: Mapping[str, Document], tasks: Sequence[str]) -> dict[str, TaskDocument]:
-    """Return the state of each of the tasks from their documents, in the order of `tasks`."""
-    for task in tasks:
-        if task not in found:
-            what = f"nothing is recorded any more of how task {task} stands"
-            raise RefusedError(what, "go back to a checkpoint (`council checkpoint list`), or start a new run")
-    encoded = [found[task].encoded for task in tasks]
-    # Those that have not begun are all the same, and none can be changed.
-    distinct = dict.fromkeys(encoded)
-    read = dict(zip(distinct, _TASKS().validate_json(_joined(distinct)), strict=True))
-    return {task: read[one] for task, one in zip(tasks, encoded, strict=True)}
-
-
-async def read_entries(store: Store, run: RunDocument, blank: Collection[str] = ()) -> dict[str, Entry]:
-    """Return what decisions need of each task, in the order of the file; of those that are `blank`, nothing."""
-    found = await _named(store, "spec", run.id)
-    for item in found.values():
-        if item.damaged:
-            raise _damaged(store, item)
-    wanted = [task for task in run.tasks if task not in blank]
-    read = _ENTRIES().validate_json(_joined(found[task].encoded for task in wanted))
-    return {**dict.fromkeys(run.tasks, Entry()), **dict(zip(wanted, read, strict=True))}
-
-
-async def read_adapters(store: Store, run: RunDocument) -> dict[str, AdapterDocument]:
-    """Return what a run has learned about its adapters, by name."""
-    found = await _named(store, "adapter", run.id)
-    return {name: AdapterDocument.model_validate(item.value) for name, item in found.items()}
-
-
-async def read_requests(store: Store, run: str) -> list[Request]:
-    """Return what was asked of a run's owner and is not done yet, the oldest first."""
-    found = sorted(await store.list("request", f"{run}/"), key=lambda one: one.position)
-    return [Request.model_validate(one.value) for one in found]
-
-
-def _joined(values: Iterable[bytes]) -> bytes:
-    return b"[" + b",".join(values) + b"]"
-
-
-def _trusted(store: Store, found: Document) -> bytes:
-    if found.damaged:
-        raise _damaged(store, found)
-    return found.encoded
-
-
-def _damaged(store: Store, found: Document) -> RefusedError:
-    places = ", ".join(dict.fromkeys(f"{one.path} at byte {one.offset}" for one in store.damage))
-    return RefusedError(
-        f"the record of {found.key} is damaged in the state log ({places})",
-        "`council state verify --repair` settles for what can be read, and `council resume` goes on from there; or "
-        "start a new run: what has landed stays landed, and the branches of this run are kept",
-    )
-
-
-async def _named(store: Store, kind: str, run: str) -> dict[str, Document]:
-    """Return the documents of a kind that a run has, each by the rest of its id."""
-    prefix = f"{run}/"
-    return {found.key.id[len(prefix) :]: found for found in await store.list(kind, prefix)}
-
-
-async def _next_lease(store: Store, clock: Clock, run: str, owner: Owner) -> tuple[Write, int]:
-    """Return the write that makes an orchestrator a run's coordinator, and the epoch under which it is."""
-    lease = await store.get(_lease_key(run))
-    version = lease.version if lease else 0
-    # Each owner writes the lease once: its version is the epoch, and known even where its bytes are damaged.
-    value = {"orchestrator": owner.id, "host": owner.host, "pid": owner.pid, "since": clock.now(), "epoch": version + 1}
-    return Write(_lease_key(run), version, value), version + 1
-
-
-async def seize(store: Store, clock: Clock, run: str, owner: Owner) -> Guard:
-    """Become a run's owner under the next epoch without working in it; whoever was can write nothing any more."""
-    write, epoch = await _next_lease(store, clock, run, owner)
-    ended = {"ended": clock.now(), "reason": "a checkpoint of the run was restored"}
-    fences = [
-        Write(one.key, one.version, {**one.value, **ended, "epoch": one.value["epoch"] + 1})
-        for one in await store.list("orchestrator", f"{run}/")
-        if one.value["ended"] is None
-    ]
-    seized = Event("run.seized", {"run": run, "epoch": epoch, "pid": owner.pid})
-    await store.commit(Commit([write, *fences], [seized]))
-    failpoint("run.seized")
-    return Guard(_lease_key(run), epoch)
-
-
 #: What a commit that starts an attempt must also write, or who is in the way.
 Plan = Awaitable[Sequence[Write] | OwnedBy]
 
@@ -260,6 +86,14 @@ class Update(NamedTuple):
 
     details: JsonObject
     changes: Mapping[str, Any]
+
+
+class _Step(NamedTuple):
+    """One step of a task along its lifecycle, and what a commit records it with."""
+
+    after: TaskDocument
+    write: Write
+    event: Event
 
 
 class Moved(NamedTuple):
@@ -280,8 +114,6 @@ class Change(NamedTuple):
     adapter: tuple[str, AdapterDocument] | None = None
     """What was learned about an adapter, by its name."""
     request: Request | None = None
-    is_lost: bool = False
-    """Whether the task had been claimed by this orchestrator."""
     halted: str | None = None
     """Why the run was stopped before its end."""
 
@@ -343,7 +175,7 @@ class Ledger:
         tasks = await read_tasks(store, run)
         document = await read_run(store, run)
         ledger = cls(store, document, tasks, redactor, orchestrators, clock, is_shared=is_shared)
-        if (holder := await ledger._coordinator()) is not None:
+        if (holder := await other_coordinator(store, orchestrators)) is not None:
             what = f"run {run} is at work under process {holder.pid} on {holder.host}"
             raise RefusedError(what, "wait for it, stop it with SIGINT, or join it by `council work`")
         found = await store.get(run_key(run))
@@ -369,29 +201,18 @@ class Ledger:
         orchestrators.joined()
         return ledger
 
-    async def _coordinator(self) -> Owner | None:
-        """Return who coordinates the run, if somebody else does who lives."""
-        lease = await self._store.get(_lease_key(self.run.id))
-        found = None if lease is None or lease.damaged else lease.value.get("orchestrator")
-        if found in {None, self.orchestrators.me.id}:
-            return None
-        holder = await self.orchestrators.find(found)
-        if holder is None or await self.orchestrators.standing(holder) is not Standing.ALIVE:
-            return None
-        return holder.owner
-
     async def _lead(self, writes: Sequence[Write], facts: JsonObject) -> None:
         me, run = self.orchestrators.me, self.run.id
-        lease, epoch = await _next_lease(self._store, self._clock, run, me)
-        claimed = Event("run.claimed", {"run": run, "epoch": epoch, "pid": me.pid, **facts})
+        lease, guard = await next_lease(self._store, self._clock, run, me)
+        claimed = Event("run.claimed", {"run": run, "epoch": guard.epoch, "pid": me.pid, **facts})
         await self._store.commit(Commit([lease, *writes], [claimed]))
-        self._guards = (self.orchestrators.guard, Guard(_lease_key(run), epoch))
+        self._guards = (self.orchestrators.guard, guard)
         self.coordinates.set()
         failpoint("run.claimed")
 
     async def campaign(self) -> bool:
         """Become the coordinator if nobody who lives is; whether this orchestrator has become it now."""
-        if self.coordinates.is_set() or await self._coordinator() is not None:
+        if self.coordinates.is_set() or await other_coordinator(self._store, self.orchestrators) is not None:
             return False
         with suppress(VersionConflict):  # another was quicker
             await self._lead([], {})
@@ -419,30 +240,28 @@ class Ledger:
 
         ClaimLost where another has taken one of them over.
         """
-        writes, events, moved = [], [], {}
-        guards: list[Guard] = list(permits)
+        writes, guards, steps = list[Write](), list(permits), dict[str, _Step]()
         for task, update in updates.items():
             if self.is_elsewhere(task) or (self._tasks[task].status, trigger) not in TRANSITIONS:
                 await self.hold(task)
-            moved[task] = after = self._after(task, trigger, update)
-            events.append(self._task_event(task, trigger, after, update))
-            writes.append(Write(task_key(self.run.id, task), self._versions[task], after.model_dump(mode="json")))
+            steps[task] = step = self._step(task, trigger, update)
+            writes.append(step.write)
             if self.claims is not None and (guard := self.claims.guard(task)) is not None:
                 guards.append(guard)
-                if after.status not in CLAIMED:
+                if (status := step.after.status) not in CLAIMED:
                     counts = trigger in {Trigger.RETRY, Trigger.BOUNCE}
-                    writes.append(self.claims.ending(task, _RELEASES[after.status], after.reason, counts=counts))
+                    writes.append(self.claims.ending(task, _RELEASES[status], step.after.reason, counts=counts))
         if trigger is Trigger.REVIVE and self.claims is not None:
             for task in updates:
                 writes += await self.claims.afresh(task)
         with self._changing(updates):
             try:
-                await self._commit(Commit(writes, events, [*self._guards, *guards]))
+                await self._commit(Commit(writes, [step.event for step in steps.values()], [*self._guards, *guards]))
             except (LeaseLost, VersionConflict):
                 await self._tell_lost(updates)
                 raise
-            for task, after in moved.items():
-                self._moved(task, after)
+            for task, step in steps.items():
+                self._moved(task, step.after)
 
     async def start(
         self, task: str, details: JsonObject, also: Callable[[Guard], Plan] | None = None, **changes: Any
@@ -451,42 +270,38 @@ class Ledger:
 
         `also` plans, by the guard of the claim, what else is to be had with it: the writes, or who is in the way.
         """
+        if self.claims is None:
+            await self.change(task, Trigger.START, details, **changes)
+            return None
         with self._changing([task]):
-            return await self._start(task, Update(details, changes), also)
+            return await self._start(self.claims, task, Update(details, changes), also)
 
     async def _start(
-        self, task: str, update: Update, also: Callable[[Guard], Plan] | None
+        self, claims: Claims, task: str, update: Update, also: Callable[[Guard], Plan] | None
     ) -> HeldBy | OwnedBy | Moved | None:
         key, version = task_key(self.run.id, task), self._versions[task]
         while True:
-            taking = None if self.claims is None else await self.claims.plan(task)
+            taking = await claims.plan(task)
             if isinstance(taking, HeldBy):
                 await self.refresh(task)
                 return taking
-            more = [] if taking is None or also is None else await also(taking.guard)
+            more = [] if also is None else await also(taking.guard)
             if isinstance(more, OwnedBy):
                 return more
             status = self._tasks[task].status
-            if self.claims is not None and (self._versions[task] != version or status is not TaskStatus.PENDING):
+            if self._versions[task] != version or status is not TaskStatus.PENDING:
                 return Moved(status)  # what is to be recorded was made of what it was before
-            after = self._after(task, Trigger.START, update)
-            event = self._task_event(task, Trigger.START, after, update)
-            writes = [Write(key, version, after.model_dump(mode="json")), *more]
+            step = self._step(task, Trigger.START, update)
             try:
-                await self._commit(
-                    Commit([*writes, *([taking.write] if taking is not None else [])], [event], self._guards)
-                )
+                await self._commit(Commit([step.write, *more, taking.write], [step.event], self._guards))
             except VersionConflict:
-                if self.claims is None:
-                    raise
                 self.orchestrators.count(conflicts=1)
                 if await self._store.get(key) is None:
                     raise RefusedError(f"run {self.run.id} was removed", "start a new run") from None
                 await self.refresh(task)
                 continue
-            if taking is not None and self.claims is not None:
-                self.claims.took(task, taking)
-            self._moved(task, after)
+            claims.took(task, taking)
+            self._moved(task, step.after)
             return None
 
     async def claim(self, task: str, *, override: bool = False) -> bool:
@@ -564,13 +379,13 @@ class Ledger:
         if self.claims is not None and after.status not in CLAIMED:
             self.claims.released(task)
 
-    def _after(self, task: str, trigger: Trigger, update: Update) -> TaskDocument:
-        after = advance(f"task {task!r}", self._tasks[task], trigger, **update.changes)
-        return TaskDocument.model_validate(self._redacted(after.model_dump(mode="json")))
-
-    def _task_event(self, task: str, trigger: Trigger, after: TaskDocument, update: Update) -> Event:
+    def _step(self, task: str, trigger: Trigger, update: Update) -> _Step:
+        changed = advance(f"task {task!r}", self._tasks[task], trigger, **update.changes)
+        after = TaskDocument.model_validate(self._redacted(changed.model_dump(mode="json")))
         attempt = {"attempt": after.attempt.number} if after.attempts else {}
-        return self._event(TASK_EVENTS[trigger], {"task": task, **attempt, **update.details})
+        event = self._event(TASK_EVENTS[trigger], {"task": task, **attempt, **update.details})
+        write = Write(task_key(self.run.id, task), self._versions[task], after.model_dump(mode="json"))
+        return _Step(after, write, event)
 
     async def _tell_lost(self, tasks: Iterable[str]) -> None:
         """Raise the error that says by whom tasks were taken over, if they were."""
@@ -594,12 +409,12 @@ class Ledger:
 
     async def adapter(self, adapter: str) -> AdapterDocument:
         """Return what the run has learned about an adapter."""
-        found = await self._store.get(_adapter_key(self.run.id, adapter))
+        found = await self._store.get(adapter_key(self.run.id, adapter))
         return AdapterDocument() if found is None else AdapterDocument.model_validate(found.value)
 
     async def learn(self, adapter: str, learned: AdapterDocument, event: str, details: JsonObject) -> None:
         """Record what the run now knows about an adapter."""
-        key = _adapter_key(self.run.id, adapter)
+        key = adapter_key(self.run.id, adapter)
         found = await self._store.get(key)
         value = self._redacted(learned.model_dump(mode="json"))
         recorded = self._event(event, {"adapter": adapter, **details})
@@ -648,16 +463,15 @@ class Ledger:
         elif key.kind == "adapter":
             yield Change(adapter=(name, AdapterDocument.model_validate(value)))
         elif key.kind == "task" and (version > self._versions[name] or self._is_untold(name, version)):
-            is_ours = self.claims is not None and name in self.claims
             before = self._untold.pop(name, self._tasks[name])
             if version > self._versions[name]:
-                if is_ours and self.claims is not None:
+                if self.claims is not None:
                     self.claims.released(name)
                 self._take_in(name, version, TaskDocument.model_validate(value))
-            elif is_ours:  # it was looked at when it was taken over, and whoever did that knows
-                return
+            elif self.claims is not None and name in self.claims:
+                return  # it was looked at when it was taken over, and whoever did that knows
             delays = [one.data.get("retry_in") for one in record.events if one.data.get("task") == name]
-            yield Change(name, before, next(filter(None, delays), None), is_lost=is_ours)
+            yield Change(name, before, next(filter(None, delays), None))
 
     def _is_untold(self, task: str, version: int) -> bool:
         return task in self._untold and version == self._versions[task]
@@ -690,19 +504,7 @@ class Ledger:
         return Event(event, self._redacted({"run": self.run.id, **details}))
 
     def _redacted(self, value: JsonObject) -> JsonObject:
-        """Take secrets out of what comes from programs; names and ids of our own stay, whatever they look like."""
-        return {key: self._redacted_item(key, item) for key, item in value.items()}
-
-    def _redacted_item(self, key: str, item: Any) -> Any:
-        if isinstance(item, str):  # programs that cut text in two leave half a surrogate pair, which no store takes
-            item = item.encode(errors="replace").decode()
-        if isinstance(item, float) and not math.isfinite(item):
-            return None
-        if key in _SAID:
-            return self._redactor.json(item)
-        if isinstance(item, list):
-            return [self._redacted(one) if isinstance(one, dict) else one for one in item]
-        return item
+        return recordable(value, self._redactor)
 
     async def finish(self, status: str) -> None:
         """Record that nothing is left to do in this run; resuming may follow."""

@@ -12,7 +12,8 @@ from orchestrator.clock import Clock
 from orchestrator.domain.lifecycle import TRANSITIONS, Trigger
 from orchestrator.domain.model import FINAL, REVIVABLE, Action, Request, TaskDocument, TaskStatus
 from orchestrator.domain.secrets import contains_key
-from orchestrator.engine.ledger import Ledger, request_key
+from orchestrator.engine.ledger import Ledger
+from orchestrator.engine.records import request_key
 from orchestrator.errors import RefusedError
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Commit, Event, Store, Write

@@ -17,7 +17,7 @@ import anyio
 from orchestrator.clock import Clock
 from orchestrator.domain.retry import Backoff, retry_delay
 from orchestrator.domain.secrets import Redactor
-from orchestrator.engine.ledger import cursor_key
+from orchestrator.engine.records import cursor_key
 from orchestrator.errors import CouncilError, HistoryGone
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Commit, Event, JsonObject, Record, RecordedEvent, Sink, Store, Write

@@ -27,7 +27,7 @@ from orchestrator.domain.leftovers import (
 )
 from orchestrator.domain.model import RunDocument, TaskDocument
 from orchestrator.engine.leases import forget, stale_leases
-from orchestrator.engine.ledger import read_entries, read_tasks, task_documents
+from orchestrator.engine.records import read_entries, read_tasks, task_documents
 from orchestrator.engine.report import RunRecord
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.filelock import FileLock

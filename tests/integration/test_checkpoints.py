@@ -12,8 +12,8 @@ import pytest
 
 from orchestrator.council import Council
 from orchestrator.domain.model import TaskDocument
-from orchestrator.engine.ledger import read_task
 from orchestrator.engine.monitor import CHECKPOINT_PAUSE
+from orchestrator.engine.records import read_task
 from orchestrator.engine.report import RunStatus
 from orchestrator.state.checkpoints import Maker
 from orchestrator.testing.clock import ManualClock

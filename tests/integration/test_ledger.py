@@ -13,7 +13,8 @@ from orchestrator.domain.holdings import HeldBy as OwnedBy
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import Attempt, TaskStatus
 from orchestrator.domain.secrets import Redactor
-from orchestrator.engine.ledger import Ledger, Moved, seed
+from orchestrator.engine.ledger import Ledger, Moved
+from orchestrator.engine.records import seed
 from orchestrator.locking.claims import HeldBy
 from orchestrator.protocols import Commit, Store
 from orchestrator.state.memory import MemoryStore

@@ -14,7 +14,7 @@ from orchestrator import AdapterSettings, Config, Council, SetupSettings, Task, 
 from orchestrator.clock import SystemClock
 from orchestrator.config.load import load_config
 from orchestrator.config.model import SetupStep, WorktreesConfig, restore_adapter
-from orchestrator.engine.ledger import read_run
+from orchestrator.engine.records import read_run
 from orchestrator.engine.worktree_sources import Base, check_sources
 from orchestrator.errors import RefusedError
 from orchestrator.repo.git import Git

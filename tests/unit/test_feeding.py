@@ -14,7 +14,7 @@ from orchestrator.clock import SystemClock
 from orchestrator.domain.retry import Backoff
 from orchestrator.domain.secrets import Redactor
 from orchestrator.engine import sinks
-from orchestrator.engine.ledger import cursor_key
+from orchestrator.engine.records import cursor_key
 from orchestrator.engine.sinks import Outlet, Patience, feeding
 from orchestrator.errors import RefusedError, StoreUnavailable
 from orchestrator.protocols import Commit, Event, Key, Record, RecordedEvent, Sink, Store, Write

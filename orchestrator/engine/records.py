@@ -1,0 +1,170 @@
+"""What is on record of a run: the keys of its documents, how they begin, and how they are read."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import cache
+from typing import TYPE_CHECKING
+
+from pydantic import TypeAdapter, ValidationError
+
+from orchestrator.domain.dispatch import Entry
+from orchestrator.domain.model import AdapterDocument, Request, RunDocument, TaskDocument
+from orchestrator.errors import RefusedError
+from orchestrator.failpoints import failpoint
+from orchestrator.protocols import Commit, Document, Event, Key, Store, Write
+
+if TYPE_CHECKING:
+    from orchestrator.config.model import TaskSpec
+
+#: Thousands of documents are validated in one go: one call for each would cost several times as much.
+_TASKS = cache(lambda: TypeAdapter(list[TaskDocument]))
+_ENTRIES = cache(lambda: TypeAdapter(list[Entry]))
+
+
+def new_run_id(now: float) -> str:
+    """Return a run id that sorts by time: date, time (UTC) and a few random characters."""
+    return f"{datetime.fromtimestamp(now, UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+def run_key(run: str) -> Key:
+    """Return the key of a run's document."""
+    return Key("run", run)
+
+
+def task_key(run: str, task: str) -> Key:
+    """Return the key of a task's state."""
+    return Key("task", f"{run}/{task}")
+
+
+def spec_key(run: str, task: str) -> Key:
+    """Return the key of what a task was asked to do; written once."""
+    return Key("spec", f"{run}/{task}")
+
+
+def request_key(run: str, request: str) -> Key:
+    """Return the key of what was asked of a run's owner; deleted when it is done."""
+    return Key("request", f"{run}/{request}")
+
+
+def cursor_key(run: str, kind: str, name: str) -> Key:
+    """Return the key of how far a run's events have been delivered, to a `sink` or a `tracker`."""
+    return Key("cursor", f"{run}/{kind}/{name}")
+
+
+def adapter_key(run: str, adapter: str) -> Key:
+    """Return the key of what a run has learned about an adapter."""
+    return Key("adapter", f"{run}/{adapter}")
+
+
+async def seed(store: Store, run: RunDocument, specs: Mapping[str, TaskSpec]) -> None:
+    """Record a new run with all of its tasks, at once."""
+    writes = [Write(run_key(run.id), 0, run.model_dump(mode="json"))]
+    for task, spec in specs.items():
+        writes.append(Write(spec_key(run.id, task), 0, spec.model_dump(mode="json")))
+        writes.append(Write(task_key(run.id, task), 0, TaskDocument().model_dump(mode="json")))
+    begin = {"position": await store.position()}
+    for kind, names in (("sink", run.sinks), ("tracker", run.trackers)):
+        writes += [Write(cursor_key(run.id, kind, name), 0, begin) for name in names]
+    created = Event("run.created", {"run": run.id, "tasks": len(specs), "target": run.target})
+    await store.commit(Commit(writes, [created]))
+    failpoint("run.seeded")
+
+
+async def read_run(store: Store, run: str) -> RunDocument:
+    """Return a run's document; RefusedError if there is none, it is damaged, or of a version that says other things."""
+    found = await store.get(run_key(run))
+    if found is None:
+        raise RefusedError(f"there is no run {run!r}", "`council runs` lists them")
+    try:
+        return RunDocument.model_validate_json(_trusted(store, found))
+    except ValidationError:
+        what = f"the record of run {run} is none that this version of council can read"
+        raise RefusedError(what, "use the version that wrote it, or name another run") from None
+
+
+async def read_task(store: Store, run: str, task: str) -> TaskDocument:
+    """Return where one task is."""
+    found = await store.get(task_key(run, task))
+    if found is None:
+        raise RefusedError(f"run {run} has no task {task!r}", "`council status` names them")
+    return TaskDocument.model_validate_json(found.encoded)
+
+
+async def read_spec(store: Store, run: str, task: str) -> TaskSpec:
+    """Return what a task was asked to do; RefusedError if that is missing or damaged."""
+    # Late: its models take as long to make as all of what shows a run takes to read.
+    from orchestrator.config.model import TaskSpec  # noqa: PLC0415
+
+    found = await store.get(spec_key(run, task))
+    if found is None:
+        raise RefusedError(f"the record of task {task!r} is missing", "start a new run")
+    return TaskSpec.model_validate_json(_trusted(store, found))
+
+
+async def read_tasks(store: Store, run: str) -> dict[str, Document]:
+    """Return the state documents of a run's tasks by task id."""
+    return await _named(store, "task", run)
+
+
+def task_documents(found: Mapping[str, Document], tasks: Sequence[str]) -> dict[str, TaskDocument]:
+    """Return the state of each of the tasks from their documents, in the order of `tasks`."""
+    for task in tasks:
+        if task not in found:
+            what = f"nothing is recorded any more of how task {task} stands"
+            raise RefusedError(what, "go back to a checkpoint (`council checkpoint list`), or start a new run")
+    encoded = [found[task].encoded for task in tasks]
+    # Those that have not begun are all the same, and none can be changed.
+    distinct = dict.fromkeys(encoded)
+    read = dict(zip(distinct, _TASKS().validate_json(_joined(distinct)), strict=True))
+    return {task: read[one] for task, one in zip(tasks, encoded, strict=True)}
+
+
+async def read_entries(store: Store, run: RunDocument, blank: Collection[str] = ()) -> dict[str, Entry]:
+    """Return what decisions need of each task, in the order of the file; of those that are `blank`, nothing."""
+    found = await _named(store, "spec", run.id)
+    for item in found.values():
+        if item.damaged:
+            raise _damaged(store, item)
+    wanted = [task for task in run.tasks if task not in blank]
+    read = _ENTRIES().validate_json(_joined(found[task].encoded for task in wanted))
+    return {**dict.fromkeys(run.tasks, Entry()), **dict(zip(wanted, read, strict=True))}
+
+
+async def read_adapters(store: Store, run: RunDocument) -> dict[str, AdapterDocument]:
+    """Return what a run has learned about its adapters, by name."""
+    found = await _named(store, "adapter", run.id)
+    return {name: AdapterDocument.model_validate(item.value) for name, item in found.items()}
+
+
+async def read_requests(store: Store, run: str) -> list[Request]:
+    """Return what was asked of a run's owner and is not done yet, the oldest first."""
+    found = sorted(await store.list("request", f"{run}/"), key=lambda one: one.position)
+    return [Request.model_validate(one.value) for one in found]
+
+
+def _joined(values: Iterable[bytes]) -> bytes:
+    return b"[" + b",".join(values) + b"]"
+
+
+def _trusted(store: Store, found: Document) -> bytes:
+    if found.damaged:
+        raise _damaged(store, found)
+    return found.encoded
+
+
+def _damaged(store: Store, found: Document) -> RefusedError:
+    places = ", ".join(dict.fromkeys(f"{one.path} at byte {one.offset}" for one in store.damage))
+    return RefusedError(
+        f"the record of {found.key} is damaged in the state log ({places})",
+        "`council state verify --repair` settles for what can be read, and `council resume` goes on from there; or "
+        "start a new run: what has landed stays landed, and the branches of this run are kept",
+    )
+
+
+async def _named(store: Store, kind: str, run: str) -> dict[str, Document]:
+    """Return the documents of a kind that a run has, each by the rest of its id."""
+    prefix = f"{run}/"
+    return {found.key.id[len(prefix) :]: found for found in await store.list(kind, prefix)}
