@@ -6,6 +6,8 @@ lock file of theirs can belong to anything alive.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import anyio.to_thread
 
 from orchestrator.clock import Clock
@@ -55,10 +57,7 @@ async def recover(ledger: Ledger, shop: Workshop, clock: Clock) -> None:
         ) from None
     taken = await _take_over(ledger, counts=False)
     tasks = ledger.run.tasks if alone else taken
-    for worktree in worktrees.left_over(shop.hub, ledger.run.id, tasks):
-        await _reap(ledger, shop, clock, worktree)
-    for task in tasks:
-        await _bring_back(ledger, clock, task, landed.get(f"{ledger.run.id}/{task}"))
+    await _clear_up(ledger, shop, clock, tasks, landed, at_start=True)
     for task in ledger.damaged:
         if ledger.task(task).status not in FINAL:
             reason = "its record in the state log is damaged, what it did is not known: run it again in a new run"
@@ -71,20 +70,32 @@ async def recover_tasks(ledger: Ledger, shop: Workshop, clock: Clock) -> list[st
     Each takeover is a retry of its task. May itself be killed anywhere: what is ours then is taken over the same way.
     """
     taken = await _take_over(ledger, counts=True)
-    if not taken:
-        return []
-    try:
-        landed = await shop.target.landings()
-    except GitError:  # it is looked at again when they land
-        landed = {}
-    for worktree in worktrees.left_over(shop.hub, ledger.run.id, taken):
-        if ledger.task(worktree.task).status in CLAIMED:
-            # Its orchestrator may have been stopped, and not ended: then its supervisor goes on.
-            await anyio.to_thread.run_sync(kill_marked, worktree.marker)
-            await _reap(ledger, shop, clock, worktree)
-    for task in taken:
-        await _bring_back(ledger, clock, task, landed.get(f"{ledger.run.id}/{task}"))
+    if taken:
+        try:
+            landed = await shop.target.landings()
+        except GitError:  # it is looked at again when they land
+            landed = {}
+        await _clear_up(ledger, shop, clock, taken, landed, at_start=False)
     return taken
+
+
+async def _clear_up(
+    ledger: Ledger, shop: Workshop, clock: Clock, tasks: Sequence[str], landed: Mapping[str, str], *, at_start: bool
+) -> None:
+    """End what goes on of the sessions of tasks, keep their work, and return each task to where it can go on from.
+
+    `landed` has the commits by which tasks are on the target. Later than `at_start`, orchestrators may be gone that
+    were stopped and have not ended, and only what is claimed is ours to end.
+    """
+    for worktree in worktrees.left_over(shop.hub, ledger.run.id, tasks):
+        if not at_start:
+            if ledger.task(worktree.task).status not in CLAIMED:
+                continue
+            # Else the supervisor of one that was stopped would go on.
+            await anyio.to_thread.run_sync(kill_marked, worktree.marker)
+        await _reap(ledger, shop, clock, worktree)
+    for task in tasks:
+        await _bring_back(ledger, clock, task, landed.get(f"{ledger.run.id}/{task}"))
 
 
 async def _take_over(ledger: Ledger, *, counts: bool) -> list[str]:
