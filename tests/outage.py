@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import TypeVar
 
 import anyio
 
 from orchestrator.errors import StoreUnavailable
-from orchestrator.protocols import (
-    HISTORY,
-    Commit,
-    Compacted,
-    Damage,
-    Document,
-    Dump,
-    Key,
-    Record,
-    State,
-    Statistics,
-    Store,
-    Verified,
-    Version,
-)
+from orchestrator.protocols import Commit, Record, Store
 from orchestrator.state.outage import Pauses
+from orchestrator.state.wrapping import Wrapping
+
+T = TypeVar("T")
 
 #: Tests wait for nothing.
 QUICK = Pauses(first=0.001, longest=0.005)
 
 
-class Line:
+class Line(Wrapping):
     """A store at the other end of a line that can be cut."""
 
     def __init__(self, inner: Store) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._is_cut = False
         self._news = anyio.Event()
         self.loses_answers = 0
@@ -61,17 +51,9 @@ class Line:
             raise StoreUnavailable("the other end", "it does not answer", "wait")
         return position
 
-    async def get(self, key: Key) -> Document | None:
+    async def _read(self, read: Callable[[], Awaitable[T]]) -> T:
         self._check()
-        return await self._inner.get(key)
-
-    async def list(self, kind: str, prefix: str = "") -> Sequence[Document]:
-        self._check()
-        return await self._inner.list(kind, prefix)
-
-    async def position(self) -> int:
-        self._check()
-        return await self._inner.position()
+        return await read()
 
     async def watch(self, after: int = 0) -> AsyncGenerator[Record]:
         self._check()
@@ -93,39 +75,3 @@ class Line:
             group.cancel_scope.cancel()
         self._check()
         return found[0] if found else None
-
-    async def history(self, key: Key, limit: int = HISTORY) -> Sequence[Version]:
-        self._check()
-        return await self._inner.history(key, limit)
-
-    async def at(self, position: int) -> State:
-        self._check()
-        return await self._inner.at(position)
-
-    async def compact(self, older_than: float, largest: int) -> Compacted:
-        self._check()
-        return await self._inner.compact(older_than, largest)
-
-    async def statistics(self) -> Statistics:
-        self._check()
-        return await self._inner.statistics()
-
-    async def verify(self) -> Verified:
-        self._check()
-        return await self._inner.verify()
-
-    async def repair(self) -> Verified:
-        self._check()
-        return await self._inner.repair()
-
-    def dump(self) -> AbstractAsyncContextManager[Dump]:
-        self._check()
-        return self._inner.dump()
-
-    async def load(self, dump: Dump) -> None:
-        self._check()
-        await self._inner.load(dump)
-
-    @property
-    def damage(self) -> Sequence[Damage]:
-        return self._inner.damage

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -17,18 +17,7 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait
 from orchestrator.clock import Clock
 from orchestrator.errors import LeaseLost, LockHeld, RefusedError, StoreUnavailable, VersionConflict
 from orchestrator.filelock import FileLock
-from orchestrator.protocols import (
-    HISTORY,
-    Commit,
-    Document,
-    Event,
-    Key,
-    Record,
-    State,
-    Store,
-    Version,
-    Write,
-)
+from orchestrator.protocols import Commit, Document, Event, Key, Store, Write
 from orchestrator.state.fork import Fork, Replayed
 from orchestrator.state.mirror import Mirror
 from orchestrator.state.outage import Outage, Pauses, beside, commit_again, is_outage
@@ -135,7 +124,7 @@ class Continuing(Wrapping):
             self._lost_versions.pop(key, None)
             return found
 
-        return await self._read(there, here)
+        return await self._either(there, here)
 
     async def list(self, kind: str, prefix: str = "") -> Sequence[Document]:
         """See `Store.list`; RefusedError in a fork for what nobody here has ever listed."""
@@ -152,7 +141,7 @@ class Continuing(Wrapping):
                 del self._lost_versions[key]
             return found
 
-        return await self._read(there, here)
+        return await self._either(there, here)
 
     async def position(self) -> int:
         """See `Store.position`; in a fork it is the last that is known."""
@@ -160,9 +149,9 @@ class Continuing(Wrapping):
         async def here(_: Fork) -> int:
             return self._mirror.position
 
-        return await self._read(self._inner.position, here)
+        return await self._either(self._inner.position, here)
 
-    async def _read(self, there: Callable[[], Awaitable[T]], here: Callable[[Fork], Awaitable[T]]) -> T:
+    async def _either(self, there: Callable[[], Awaitable[T]], here: Callable[[Fork], Awaitable[T]]) -> T:
         while True:
             if self._fork is None:
                 try:
@@ -177,33 +166,17 @@ class Continuing(Wrapping):
         if not self._mirror.knows(key) and not await fork.store.history(key, 1):
             raise RefusedError(f"{key} was never read here, and {_UNREACHABLE}", _UNSEEN)
 
-    async def watch(self, after: int = 0) -> AsyncGenerator[Record]:
-        """See `Store.watch`; it goes on behind the last record when the other store is back."""
-        while True:
-            try:
-                async with aclosing(self._inner.watch(after)) as records:
-                    async for record in records:
-                        after = record.position
-                        yield record
-            except StoreUnavailable as error:
-                await self._depart(error)
-                await self._back()
-
-    async def history(self, key: Key, limit: int = HISTORY) -> Sequence[Version]:
-        """See `Store.history`."""
-        return await self._past(partial(self._inner.history, key, limit))
-
-    async def at(self, position: int) -> State:
-        """See `Store.at`."""
-        return await self._past(partial(self._inner.at, position))
-
-    async def _past(self, read: Callable[[], Awaitable[T]]) -> T:
+    async def _read(self, read: Callable[[], Awaitable[T]]) -> T:
         while True:
             await self._back()
             try:
                 return await self._tried(read)
             except StoreUnavailable as error:
                 await self._depart(error)
+
+    async def _until_back(self, error: StoreUnavailable) -> None:
+        await self._depart(error)
+        await self._back()
 
     async def _back(self) -> None:
         while self._fork is not None:

@@ -7,8 +7,8 @@ A store that is wrapped in this way is one by the same contract. While all is we
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,17 +20,7 @@ from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
 
 from orchestrator.clock import Clock
 from orchestrator.errors import LeaseLost, StateLost, StoreUnavailable, VersionConflict
-from orchestrator.protocols import (
-    HISTORY,
-    Commit,
-    Document,
-    Event,
-    Key,
-    Record,
-    State,
-    Store,
-    Version,
-)
+from orchestrator.protocols import Commit, Event, Store
 from orchestrator.state.wrapping import Wrapping
 
 T = TypeVar("T")
@@ -161,42 +151,14 @@ class Pausing(Wrapping):
         finally:
             self._waiting -= 1
 
-    async def get(self, key: Key) -> Document | None:
-        """See `Store.get`."""
-        return await self._read(partial(self._inner.get, key))
-
-    async def list(self, kind: str, prefix: str = "") -> Sequence[Document]:
-        """See `Store.list`."""
-        return await self._read(partial(self._inner.list, kind, prefix))
-
-    async def position(self) -> int:
-        """See `Store.position`."""
-        return await self._read(self._inner.position)
-
-    async def watch(self, after: int = 0) -> AsyncGenerator[Record]:
-        """See `Store.watch`; it goes on behind the last record."""
-        while True:
-            try:
-                async with aclosing(self._inner.watch(after)) as records:
-                    async for record in records:
-                        after = record.position
-                        yield record
-            except StoreUnavailable as error:
-                if not is_outage(error):
-                    raise
-                self._outage.begin(error)
-            await self.position()
-
-    async def history(self, key: Key, limit: int = HISTORY) -> Sequence[Version]:
-        """See `Store.history`."""
-        return await self._read(partial(self._inner.history, key, limit))
-
-    async def at(self, position: int) -> State:
-        """See `Store.at`."""
-        return await self._read(partial(self._inner.at, position))
-
     async def _read(self, read: Callable[[], Awaitable[T]]) -> T:
         return await self._outage.until_reached(read)
+
+    async def _until_back(self, error: StoreUnavailable) -> None:
+        if not is_outage(error):
+            raise error
+        self._outage.begin(error)
+        await self.position()
 
 
 @asynccontextmanager

@@ -1,18 +1,75 @@
-"""What a store that stands before another passes on as it is: upkeep and copying, for which nobody is kept waiting."""
+"""What a store that stands before another passes on: reads; upkeep and copying, for which nobody is kept waiting."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
+from functools import partial
+from typing import TypeVar
 
-from orchestrator.protocols import Compacted, Damage, Dump, Statistics, Store, Verified
+from orchestrator.errors import StoreUnavailable
+from orchestrator.protocols import (
+    HISTORY,
+    Compacted,
+    Damage,
+    Document,
+    Dump,
+    Key,
+    Record,
+    State,
+    Statistics,
+    Store,
+    Verified,
+    Version,
+)
+
+T = TypeVar("T")
 
 
 class Wrapping:
-    """The part of a `Store` that is the inner store's; what reads and writes is the subclass's."""
+    """The part of a `Store` that is the inner store's; commits, and reads that fail, are the subclass's."""
 
     def __init__(self, inner: Store) -> None:
         self._inner = inner
+
+    async def _read(self, read: Callable[[], Awaitable[T]]) -> T:
+        """Return what is read of the inner store; a subclass says what becomes of it where that can't be reached."""
+        return await read()
+
+    async def _until_back(self, error: StoreUnavailable) -> None:
+        """Return once the inner store can be watched again, or raise the error with which it could be no more."""
+        raise error
+
+    async def get(self, key: Key) -> Document | None:
+        """See `Store.get`."""
+        return await self._read(partial(self._inner.get, key))
+
+    async def list(self, kind: str, prefix: str = "") -> Sequence[Document]:
+        """See `Store.list`."""
+        return await self._read(partial(self._inner.list, kind, prefix))
+
+    async def position(self) -> int:
+        """See `Store.position`."""
+        return await self._read(self._inner.position)
+
+    async def watch(self, after: int = 0) -> AsyncGenerator[Record]:
+        """See `Store.watch`; it goes on behind the last record once the inner store is back."""
+        while True:
+            try:
+                async with aclosing(self._inner.watch(after)) as records:
+                    async for record in records:
+                        after = record.position
+                        yield record
+            except StoreUnavailable as error:
+                await self._until_back(error)
+
+    async def history(self, key: Key, limit: int = HISTORY) -> Sequence[Version]:
+        """See `Store.history`."""
+        return await self._read(partial(self._inner.history, key, limit))
+
+    async def at(self, position: int) -> State:
+        """See `Store.at`."""
+        return await self._read(partial(self._inner.at, position))
 
     async def compact(self, older_than: float, largest: int) -> Compacted:
         """See `Store.compact`."""
