@@ -12,6 +12,8 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -43,8 +45,8 @@ def measure(*, quick: bool, folder: Path | None = None) -> list[Row]:
     # Not in shared memory: locks are where the project is.
     with scratch(folder or Path("/var/tmp")) as place:  # noqa: S108  a folder of our own is made there
         beside: dict[str, tuple[Callable[[Path, int], Cost], float | None]] = {
-            "filelock": (_by_filelock, 1.0),
-            "portalocker": (_by_portalocker, None),
+            "filelock": (partial(_by_entering, filelock.FileLock), 1.0),
+            "portalocker": (partial(_by_entering, portalocker.Lock), None),
             "raw flock": (_by_flock, None),
         }
         rows = [_row(name, place, by, limit, times, rounds) for name, (by, limit) in beside.items()]
@@ -70,17 +72,8 @@ async def _by_ours(folder: Path, times: int) -> Cost:
     return cost()
 
 
-def _by_filelock(path: Path, times: int) -> Cost:
-    lock = filelock.FileLock(path)
-    with timed() as cost:
-        for _ in range(times):
-            with lock:
-                pass
-    return cost()
-
-
-def _by_portalocker(path: Path, times: int) -> Cost:
-    lock = portalocker.Lock(path)
+def _by_entering(lock_of: Callable[[Path], AbstractContextManager[object]], path: Path, times: int) -> Cost:
+    lock = lock_of(path)
     with timed() as cost:
         for _ in range(times):
             with lock:

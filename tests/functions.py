@@ -8,13 +8,67 @@ from dataclasses import fields, is_dataclass
 from functools import reduce
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar
 
 import click
+import pytest
 from pydantic import BaseModel
 
 import orchestrator
 from orchestrator.cli.main import main
+
+
+class FunctionsContract:
+    """What holds of such a page; a subclass takes the rows of its tables."""
+
+    functions: ClassVar[Sequence[Sequence[str]]]
+    """The rows: what there was, what is here now, and the tests that show it."""
+    fewest: ClassVar[int]
+    """How many rows there are at the least."""
+
+    def is_word(self, name: str) -> bool:
+        """Whether what stands in code is neither a command nor a name of Python's; a subclass knows."""
+        raise NotImplementedError
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Have a test for each of what the tables name."""
+        here = in_code(self.functions, 1)
+        commands = [name for name in here if name.startswith("council ")]
+        cases = {
+            "line": commands,
+            "name": [name for name in here if name not in commands and not self.is_word(name)],
+            "test": in_code(self.functions, 2),
+        }
+        for argument in cases.keys() & {*metafunc.fixturenames}:
+            metafunc.parametrize(argument, cases[argument])
+
+    def test_each_row_says_what_is_here_and_what_shows_it(self) -> None:
+        """A row without a test promises what nobody has seen."""
+        assert len(self.functions) > self.fewest
+        for row in self.functions:
+            assert len(row) == 3, row
+            assert re.fullmatch(r"(`tests/[\w/]+\.py(::\w+)+`(, )?)+", row[2]), row
+
+    def test_each_test_is_there(self, test: str) -> None:
+        """By its file and its name, also where it is of a contract that the file's class has inherited."""
+        check_test(test)
+
+    def test_each_command_is_there(self, line: str) -> None:
+        """With the options that are named."""
+        _, *words = line.split()
+        command: click.Command = main
+        while isinstance(command, click.Group):
+            found = command.get_command(click.Context(command), words[0])
+            assert found is not None, f"{command.name} has no {words[0]}"
+            command, words = found, words[1:]
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert {word for word in words if word.startswith("-")} <= known
+
+    def test_each_name_of_python_is_there(self, name: str) -> None:
+        """A public name, or one within a module of ours, with attributes and fields."""
+        owner, steps = _owner(name.split("."))
+        for step in steps:
+            owner = _attribute(owner, step)
 
 
 def sections(page: str) -> dict[str, str]:
@@ -33,37 +87,12 @@ def in_code(table: Sequence[Sequence[str]], column: int) -> list[str]:
     return list(dict.fromkeys(name for row in table for name in re.findall(r"`([^`]+)`", row[column])))
 
 
-def check_row(row: Sequence[str]) -> None:
-    """A row without a test promises what nobody has seen."""
-    assert len(row) == 3, row
-    assert re.fullmatch(r"(`tests/[\w/]+\.py(::\w+)+`(, )?)+", row[2]), row
-
-
 def check_test(name: str) -> None:
     """It is there by its file and its name, also where it is of a contract that the file's class has inherited."""
     path, *names = name.split("::")
     assert names[-1].startswith("test_")
     module = import_module(path.removesuffix(".py").replace("/", "."))
     assert callable(reduce(getattr, names, module))
-
-
-def check_command(line: str) -> None:
-    """It is there with the options that are named."""
-    _, *words = line.split()
-    command: click.Command = main
-    while isinstance(command, click.Group):
-        found = command.get_command(click.Context(command), words[0])
-        assert found is not None, f"{command.name} has no {words[0]}"
-        command, words = found, words[1:]
-    known = {option for parameter in command.params for option in parameter.opts}
-    assert {word for word in words if word.startswith("-")} <= known
-
-
-def check_name(name: str) -> None:
-    """It is a public name, or one within a module of ours, with attributes and fields."""
-    owner, steps = _owner(name.split("."))
-    for step in steps:
-        owner = _attribute(owner, step)
 
 
 def _owner(steps: list[str]) -> tuple[Any, list[str]]:

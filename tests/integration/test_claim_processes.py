@@ -18,6 +18,7 @@ from orchestrator.clock import SystemClock
 from orchestrator.locking.claims import claim_key
 from orchestrator.protocols import JsonObject, Key, Record, Store
 from orchestrator.state.file import FileStore
+from orchestrator.state.reading import between
 from orchestrator.testing.claim_history import ClaimHistory
 from tests.integration import claim_worker
 from tests.integration.claim_worker import RUN, work_key
@@ -50,17 +51,6 @@ async def is_taken_over(store: Store, task: str, pid: int) -> None:
                     if had and claim["owner"]["pid"] != pid:
                         return
                     had = claim["owner"]["pid"] == pid
-
-
-async def records_of(store: Store) -> list[Record]:
-    """Return the whole log."""
-    found, end = list[Record](), await store.position()
-    async with aclosing(store.watch()) as records:
-        async for record in records:
-            found.append(record)
-            if record.position == end:
-                break
-    return found
 
 
 def authorship(key: Key, value: JsonObject) -> tuple[str, int, str] | None:
@@ -117,7 +107,7 @@ async def test_every_task_of_a_queue_is_done_once(
                         await is_taken_over(store, task, int(pid))
                         os.kill(int(pid), signal.SIGCONT)
             assert process.wait() == 0
-        history = check(await records_of(store), tasks)
+        history = check([record async for record in between(store, 0, await store.position())], tasks)
     killed, stopped = [[one for one in said if one[1] == kind] for kind in ("kill", "stop")]
     assert (len(killed), len(stopped)) == tuple(
         sum(fate.startswith(kind) for fate in fates) for kind in ("kill", "stop")

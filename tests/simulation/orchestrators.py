@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -27,6 +26,7 @@ from orchestrator.locking.orchestrators import Orchestrators
 from orchestrator.locking.registry import scope_of
 from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Record, Store, Write
 from orchestrator.state.memory import MemoryStore
+from orchestrator.state.reading import between
 from orchestrator.testing.claim_history import ClaimHistory
 from tests.simulation.virtual import run_virtually
 
@@ -353,7 +353,7 @@ async def _simulate(seed: int, processes: int, tasks: int, weather: Weather, is_
             for number in range(processes):
                 group.start_soon(_lives, world, number, processes)
         is_stuck = False
-    records = await _records(world.store)
+    records = [record async for record in between(world.store, 0, await world.store.position())]
     violations, takeovers = check(records)
     violations += [f"{task} landed twice" for task, times in Counter(world.target).items() if times > 1]
     left = [one.key.id for one in await world.store.list("work") if one.value["state"] != "landed"]
@@ -378,16 +378,6 @@ async def _lives(world: World, number: int, processes: int) -> None:
             return
         await asyncio.sleep(dice.uniform(0, TIMING.owner_stale))
         number += processes
-
-
-async def _records(store: MemoryStore) -> list[Record]:
-    found, end = list[Record](), await store.position()
-    async with aclosing(store.watch()) as records:
-        async for record in records:
-            found.append(record)
-            if record.position == end:
-                break
-    return found
 
 
 def check(records: Sequence[Record]) -> tuple[list[str], int]:

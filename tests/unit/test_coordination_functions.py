@@ -6,12 +6,10 @@ import re
 from pathlib import Path
 from typing import Final
 
-import pytest
-
 from orchestrator.domain.contexts import LONGEST_MESSAGE, STALE_AFTER, SessionContext
 from orchestrator.domain.notes import LONGEST_BLOCK, LONGEST_TEXT, MOST_NOTES
 from orchestrator.engine import details
-from tests.functions import check_command, check_name, check_row, check_test, in_code, rows, sections
+from tests.functions import FunctionsContract, check_test, rows, sections
 
 ROOT: Final = Path(__file__).parents[2]
 PAGE: Final = (ROOT / "docs/coordination.md").read_text()
@@ -31,39 +29,22 @@ TEN: Final = (
 
 #: The tables of functions; behind each is one of something else, of two columns.
 FUNCTIONS: Final = [row for name in (CLAIMS, SESSIONS) for row in rows(sections(PAGE)[name]) if len(row) == 3]
-HERE: Final = in_code(FUNCTIONS, 1)
-COMMANDS: Final = [name for name in HERE if name.startswith("council ")]
 #: What else stands in code: keys, values and arguments, and the name of a logger.
 _WORDS: Final = {
     *("async with", "continue", "enabled", "heartbeat", "max_retries", "orchestrator.claims", "override"),
     *("owner_stale", "pause", "stale", "when_unreachable"),
 }
-PYTHON: Final = [name for name in HERE if name not in {*COMMANDS, *_WORDS}]
 
 
-def test_each_row_says_what_is_here_and_what_shows_it() -> None:
-    """A row without a test promises what nobody has seen."""
-    assert len(FUNCTIONS) > 40
-    for row in FUNCTIONS:
-        check_row(row)
+class TestFunctions(FunctionsContract):
+    """Of both tables."""
 
+    functions = FUNCTIONS
+    fewest = 40
 
-@pytest.mark.parametrize("name", in_code(FUNCTIONS, 2))
-def test_each_test_is_there(name: str) -> None:
-    """By its file and its name."""
-    check_test(name)
-
-
-@pytest.mark.parametrize("line", COMMANDS)
-def test_each_command_is_there(line: str) -> None:
-    """With the options that are named."""
-    check_command(line)
-
-
-@pytest.mark.parametrize("name", PYTHON)
-def test_each_name_of_python_is_there(name: str) -> None:
-    """A public name, or one within a module of ours."""
-    check_name(name)
+    def is_word(self, name: str) -> bool:
+        """Keys, values, arguments, and a logger."""
+        return name in _WORDS
 
 
 def test_the_ten_tests_of_parallel_sessions_are_there_and_named() -> None:

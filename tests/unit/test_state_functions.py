@@ -6,14 +6,12 @@ import re
 from pathlib import Path
 from typing import Final
 
-import pytest
-
 from orchestrator.domain.model import TaskStatus
 from orchestrator.engine.findings import Level
 from orchestrator.engine.report import RunStatus
 from orchestrator.state.checkpoints import Maker
 from tests import functions
-from tests.functions import check_command, check_name, check_row, check_test, in_code
+from tests.functions import FunctionsContract
 
 ROOT: Final = Path(__file__).parents[2]
 PAGE: Final = (ROOT / "docs/state-functions.md").read_text()
@@ -41,34 +39,18 @@ FUNCTIONS: Final = [
 ]  # fmt: skip
 
 
-COMMANDS: Final = [name for name in in_code(FUNCTIONS, 1) if name.startswith("council ")]
-_OTHERS: Final = {*COMMANDS, *_WORDS, *re.findall(r"^\| `(\w+\.\w+)`", OUTPUT, re.MULTILINE)}  # these are events
-PYTHON: Final = [name for name in in_code(FUNCTIONS, 1) if name not in _OTHERS and not _NO_NAMES.fullmatch(name)]
+_EVENTS: Final = {*re.findall(r"^\| `(\w+\.\w+)`", OUTPUT, re.MULTILINE)}
 
 
-def test_each_row_says_what_is_here_and_what_shows_it() -> None:
-    """A row without a test promises what nobody has seen."""
-    assert len(FUNCTIONS) > 80
-    for row in FUNCTIONS:
-        check_row(row)
+class TestFunctions(FunctionsContract):
+    """Of the three modules that there were."""
 
+    functions = FUNCTIONS
+    fewest = 80
 
-@pytest.mark.parametrize("name", in_code(FUNCTIONS, 2))
-def test_each_test_is_there(name: str) -> None:
-    """By its file and its name, also where it is of a contract that the file's class has inherited."""
-    check_test(name)
-
-
-@pytest.mark.parametrize("line", COMMANDS)
-def test_each_command_is_there(line: str) -> None:
-    """With the options that are named."""
-    check_command(line)
-
-
-@pytest.mark.parametrize("name", PYTHON)
-def test_each_name_of_python_is_there(name: str) -> None:
-    """A public name, or one within a module of ours, with attributes and fields."""
-    check_name(name)
+    def is_word(self, name: str) -> bool:
+        """Events, and whatever else sentences are about."""
+        return name in _WORDS or name in _EVENTS or _NO_NAMES.fullmatch(name) is not None
 
 
 def test_words_events_and_fields_are_ours() -> None:
