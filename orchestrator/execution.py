@@ -12,7 +12,7 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
-from orchestrator.config.coordination import CoordinationOverrides, coordinate
+from orchestrator.config.coordination import VARIABLES, CoordinationOverrides, coordinate, read_environment
 from orchestrator.config.model import (
     BudgetConfig,
     CoordinationConfig,
@@ -165,7 +165,7 @@ class Execution:
         document = await read_run(self._runs.store, run)
         settings = self._settings(document, coordination)
         if not settings.enabled:
-            raise RefusedError(f"run {run} is not shared", "write `coordination: {enabled: true}` in its file")
+            raise RefusedError(f"run {run} is not shared", _how_to_share(run, self._runs.environ, coordination))
         hub = await self._runs.hub(document)
         async with (
             anyio.create_task_group() as group,
@@ -284,7 +284,8 @@ class Execution:
         self, runs: Runs, run: RunDocument, hub: Hub, lock: HeldLock, settings: CoordinationConfig
     ) -> AsyncIterator[tuple[Ledger, Workshop]]:
         """Coordinate a run for the body: bring back what an earlier owner left, and do what was asked of it."""
-        me = this_process(Role.WORKER if settings.role == "worker" else Role.COORDINATOR)
+        role = Role.WORKER if settings.role == "worker" else Role.COORDINATOR
+        me = this_process(role, shares=settings.enabled)
         async with hub.life_locks.of(run.id, me.id).hold(0) as life:
             others = _orchestrators(runs, run, hub, me, settings)
             shop = await self._open_workshop(runs, run, hub, [lock.fd, life.fd], None)
@@ -292,6 +293,7 @@ class Execution:
             store, clock, redactor = runs.store, runs.clock, shop.tools.redactor
             ledger = await Ledger.take(store, clock, redactor, others, facts, is_shared=settings.enabled)
             async with _leaving(others):
+                await _check_company(others)
                 for left_out in self._plugins.left_out:
                     facts = {"plugin": left_out.plugin.name, "reason": str(left_out)}
                     await ledger.note("plugin.left_out", facts)
@@ -313,6 +315,7 @@ class Execution:
             store, clock = runs.store, runs.clock
             ledger = await Ledger.join(store, clock, shop.tools.redactor, others, facts)
             async with _leaving(others):
+                await _check_company(others)
                 yield ledger, _seated(runs, shop, ledger, settings)
 
     async def _open_workshop(
@@ -432,6 +435,29 @@ async def _leaving(others: Orchestrators) -> AsyncIterator[None]:
     finally:
         with anyio.CancelScope(shield=True), suppress(StoreUnavailable):
             await others.leave()
+
+
+async def _check_company(others: Orchestrators) -> None:
+    """Refuse (RefusedError) to be beside others where one of them, or this process, shares the run with nobody."""
+    beside = await others.unshared()
+    if beside is None:
+        return
+    what = f"process {beside.owner.pid} on {beside.owner.host} is at work in run {others.run}"
+    if beside.owner.shares:
+        raise RefusedError(f"{what}, too", "wait for it, stop it with SIGINT, or share the run with it")
+    again = f"`{VARIABLES['enabled']}=true council resume {others.run}`"
+    raise RefusedError(f"{what} and shares it with nobody", f"wait for it, or stop it with SIGINT and go on by {again}")
+
+
+def _how_to_share(run: str, environ: Mapping[str, str], options: CoordinationOverrides | None) -> str:
+    """Return what to change where the settings of whoever wants to join a run share it with nobody."""
+    if options is not None and options.enabled is False:
+        return "leave out what switches that off for this process"
+    name = VARIABLES["enabled"]
+    if read_environment(environ).enabled is False:
+        return f"unset {name}, or set it to true"
+    again = f"stop it, and go on by `{name}=true council resume {run}`"
+    return f"{again}; `coordination: {{enabled: true}}` in the file holds for new runs"
 
 
 def _is_at_work(run: str, held: LockHeld, *, or_else: str = "") -> RefusedError:

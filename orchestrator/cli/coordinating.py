@@ -23,12 +23,15 @@ _OPTIONS = (
         type=click.Choice(["pause", "continue"]),
         help="What is done while the store can't be reached.",
     ),
-    click.option("--no-coordination", is_flag=True, help="Nobody else can join the run."),
 )
+_ALONE = click.option("--no-coordination", is_flag=True, help="Nobody else can join the run.")
 
 
-def coordination_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command these options; it gets them as `coordination`, a CoordinationOverrides."""
+def coordination_options(command: Callable[..., None], *, joins: bool = False) -> Callable[..., None]:
+    """Give a command these options; it gets them as `coordination`, a CoordinationOverrides.
+
+    One that only `joins` others can't choose to be alone.
+    """
 
     @wraps(command)
     def with_coordination(
@@ -37,7 +40,7 @@ def coordination_options(command: Callable[..., None]) -> Callable[..., None]:
         stale: float | None,
         max_retries: int | None,
         when_unreachable: Literal["pause", "continue"] | None,
-        no_coordination: bool,
+        no_coordination: bool = False,
         **kwargs: Any,
     ) -> None:
         coordination = CoordinationOverrides(
@@ -49,6 +52,6 @@ def coordination_options(command: Callable[..., None]) -> Callable[..., None]:
         )
         command(*args, coordination=coordination, **kwargs)
 
-    for option in reversed(_OPTIONS):
+    for option in reversed(_OPTIONS if joins else (*_OPTIONS, _ALONE)):
         with_coordination = option(with_coordination)
     return with_coordination

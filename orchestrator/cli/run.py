@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 
 import click
@@ -120,7 +121,7 @@ def resume(run: str | None, budget: BudgetConfig | None, as_json: bool, coordina
 @click.option("--run", "run", metavar="RUN", shell_complete=complete_runs, help="This run alone, at work or not.")
 @click.option("--capacity", type=click.IntRange(min=1), help="Sessions at once; else as many as the run's.")
 @click.option("--follow", is_flag=True, help="Stay, and join the runs that begin later.")
-@coordination_options
+@partial(coordination_options, joins=True)
 @store_option
 @json_option
 def work(

@@ -47,6 +47,8 @@ class Owner(_Document):
     started: int | None
     """When the process started, in the kernel's ticks since the machine did; None where that is not known."""
     role: Role = Role.WORKER
+    shares: bool = True
+    """Whether it claims what it works at; beside one that does not, nobody else can be at work in the run."""
 
 
 class Counters(_Document):

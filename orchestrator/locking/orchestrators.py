@@ -38,8 +38,8 @@ def orchestrator_key(run: str, orchestrator: str) -> Key:
     return Key(_KIND, f"{run}/{orchestrator}")
 
 
-def this_process(role: Role) -> Owner:
-    """Return this process as an orchestrator under a new name."""
+def this_process(role: Role, *, shares: bool = True) -> Owner:
+    """Return this process as an orchestrator under a new name; `shares` says whether others can be beside it."""
     host, pid = socket.gethostname(), os.getpid()
     return Owner(
         id=f"{host}-{pid}-{secrets.token_hex(3)}",
@@ -48,6 +48,7 @@ def this_process(role: Role) -> Owner:
         pid=pid,
         started=start_ticks(pid),
         role=role,
+        shares=shares,
     )
 
 
@@ -191,6 +192,19 @@ class Orchestrators:
     async def all(self) -> dict[str, Orchestrator]:
         """Return the records of all that were ever at work in the run, by their names."""
         return await read_orchestrators(self._store, self.run)
+
+    async def unshared(self) -> Orchestrator | None:
+        """Return one beside which this one can't be at work, as one of the two shares the run with nobody.
+
+        Each looks when it has joined: of two who join at once, one at least sees the other.
+        """
+        for one in (await self.all()).values():
+            is_me = one.owner.id == self.me.id
+            if is_me or (one.owner.shares and self.me.shares):
+                continue
+            if await self.standing(one) is Standing.ALIVE:
+                return one
+        return None
 
     async def find(self, orchestrator: str, run: str | None = None) -> Orchestrator | None:
         """Return the record of one, of this run or another."""

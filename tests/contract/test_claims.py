@@ -72,10 +72,17 @@ class Place:
     dead: set[str] = field(default_factory=set)
 
     async def join(
-        self, name: str, role: Role = Role.WORKER, *, host: str = "", run: str = RUN, clock: Clock | None = None
+        self,
+        name: str,
+        role: Role = Role.WORKER,
+        *,
+        host: str = "",
+        run: str = RUN,
+        clock: Clock | None = None,
+        shares: bool = True,
     ) -> Process:
         """Have another orchestrator join, of a machine of its own unless it is said."""
-        owner = Owner(id=name, host=host or name, boot="1", pid=len(name), started=None, role=role)
+        owner = Owner(id=name, host=host or name, boot="1", pid=len(name), started=None, role=role, shares=shares)
 
         async def is_dead(_run: str, other: Owner) -> bool:
             return other.id in self.dead
@@ -415,6 +422,19 @@ class ClaimsContract(ABC):
         a.claims.took("t", taking)
         assert await a.claims.sweep() == {}
         await place.write(a.claims.guard("t"))
+
+    @pytest.mark.parametrize("alone", ["first", "second"])
+    async def test_who_is_alone_and_another_know_of_each_other(self, place: Place, alone: str) -> None:
+        """Whichever of the two shares the run with nobody; who has ended is in nobody's way."""
+        first = await place.join("first", shares=alone != "first")
+        assert await first.others.unshared() is None
+        second = await place.join("second", shares=alone != "second")
+        seen = [await one.others.unshared() for one in (first, second)]
+        assert [one and one.owner.id for one in seen] == [second.others.me.id, first.others.me.id]
+        await first.others.leave()
+        assert await second.others.unshared() is None
+        third = await place.join("third", shares=alone != "second")
+        assert (await third.others.unshared() is None) is (alone == "first")
 
     async def test_joining_is_done_once_whatever_is_heard_of_it(self, place: Place) -> None:
         """Its record is its own, be its commit acknowledged or not."""

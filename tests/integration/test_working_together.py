@@ -156,6 +156,40 @@ async def test_nobody_joins_a_run_that_is_not_shared(repository: Repository) -> 
         assert one.ended is not None
 
 
+@pytest.mark.parametrize("by", ["option", "environment"])
+async def test_nobody_joins_a_process_that_is_alone_whatever_the_record_says(repository: Repository, by: str) -> None:
+    """It claims nothing, so that both would be at one task: whoever comes is refused, and the first goes on."""
+    config = repository.configure([{"id": "a", "prompt": "hang"}, {"id": "b", "prompt": "hang"}], capacity=1)
+    if by == "option":  # which is of that process, and in no record
+        stopped = repository.start("run", str(config), "--json")
+        wait_for(lambda: "running" in states(repository).values())
+        stopped.send_signal(signal.SIGINT)
+        ended(stopped)
+        alone = repository.start("resume", "--no-coordination", "--json")
+    else:  # which has the last word where somebody joins
+        alone = repository.start("run", str(config), "--no-coordination", "--json")
+        repository.environ["SHARED_STATE_ENABLED"] = "true"
+    wait_for(lambda: "running" in states(repository).values())
+    run = repository.council("status", "--json").result["run"]
+    refused = repository.council("work", "--run", run)
+    assert (refused.code, f"process {alone.pid} on" in refused.stderr) == (2, True), refused
+    assert f"SHARED_STATE_ENABLED=true council resume {run}" in refused.stderr
+    assert sorted(states(repository).values()) == ["pending", "running"]
+    alone.send_signal(signal.SIGINT)
+    assert ended(alone) == [130]
+    await repository.assert_invariants()
+
+
+def test_who_joins_can_not_choose_to_be_alone(repository: Repository) -> None:
+    """There is no such option, and where a variable says so, it is named."""
+    assert "--no-coordination" not in repository.council("work", "--help").stdout
+    config = repository.configure([{"id": "a", "prompt": "write a.txt x"}])
+    run = repository.council("run", str(config), "--json").result["run"]
+    repository.environ["SHARED_STATE_ENABLED"] = "false"
+    refused = repository.council("work", "--run", run)
+    assert (refused.code, "unset SHARED_STATE_ENABLED" in refused.stderr) == (2, True), refused
+
+
 async def test_a_worker_alone_takes_a_run_to_its_end(repository: Repository) -> None:
     """Its coordinator was killed before: it coordinates then, and records the end."""
     config = repository.configure(shared(4), coordination=QUICK)
