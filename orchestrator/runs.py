@@ -108,6 +108,7 @@ class Runs:
                 task=one.task,
                 attempt=one.attempt,
                 adapter=one.adapter,
+                orchestrator=one.orchestrator,
                 status=one.status.value,
                 file=one.file,
                 progress=one.progress,

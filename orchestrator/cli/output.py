@@ -70,7 +70,7 @@ SENTENCES: Mapping[str, str] = {
     "task.escape_allowed": "changed what it does not own, and may",
     "task.landed": "landed as {landed:.10}",
     "task.salvaged": "work that was on no branch is kept on {branch}",
-    "task.claim_lost": "taken over by {by}; what its session left is on {branch}",
+    "task.claim_lost": "taken over by {by}; {left}",
     "task.desk_failed": "a question of its session could not be answered: {reason}",
     "claim.taken": "claimed by {owner}",
     "claims.swept": "{count} tasks of {orchestrator}, which is gone, were taken over",
@@ -224,6 +224,9 @@ def _readable(data: JsonObject) -> JsonObject:
     }
     if "until" in told:
         told["until"] = local_time(told["until"])
+    if "branch" in told:
+        kept = told["branch"]
+        told["left"] = f"what its session left is on {kept}" if kept else "its session left no branch"
     if isinstance(told.get("reason"), str):
         told["reason"] = one_line(told["reason"])
     return told

@@ -9,7 +9,14 @@ from typing import NamedTuple
 from orchestrator.cli.output import lines, one_line, plain
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.model import REVIVABLE, TaskStatus
-from orchestrator.engine.report import AdapterReport, RunReport, RunStatus, SessionReport, TaskReport
+from orchestrator.engine.report import (
+    AdapterReport,
+    OrchestratorReport,
+    RunReport,
+    RunStatus,
+    SessionReport,
+    TaskReport,
+)
 from orchestrator.instants import local_time
 from orchestrator.repo.diffs import Changes
 
@@ -147,8 +154,14 @@ def hints(report: RunReport) -> Iterator[str]:
 def _at_work(report: RunReport) -> Iterator[str]:
     others = [one for one in report.orchestrators if one.ended is None]
     if report.status is RunStatus.RUNNING and len(others) > 1:
-        each = ", ".join(f"{one.pid} on {plain(one.host)}" for one in others)
+        each = ", ".join(f"{one.pid} on {plain(one.host)}{_at(report, one)}" for one in others)
         yield f"{len(others)} processes are at work: {each}."
+
+
+def _at(report: RunReport, process: OrchestratorReport) -> str:
+    """Return in brackets the tasks whose sessions a process runs; nothing where it runs none."""
+    tasks = [one.task for one in report.sessions if one.orchestrator == process.id]
+    return f" ({plain(', '.join(tasks))})" if tasks else ""
 
 
 def adapter_line(adapter: AdapterReport) -> str:

@@ -28,7 +28,7 @@ def _parameter(argument: Argument) -> click.Parameter:
         [argument.option, argument.name],
         type=kind,
         multiple=argument.kind == PATHS,
-        help=argument.help,
+        help=f"{argument.help.removesuffix('.')}; may be repeated." if argument.kind == PATHS else argument.help,
         metavar=None if argument.choices else argument.metavar,
     )
 

@@ -178,7 +178,9 @@ def totals_line(totals: Totals) -> str:
     parts.append(duration(totals.elapsed))
     if totals.left is not None:
         parts.append(f"{about(totals.left)} left")
-    parts.append(f"{totals.sessions} of {totals.capacity} sessions")
+    # The capacity is that of one process, and others may be at work beside it.
+    most = f" of {totals.capacity}" if totals.sessions <= totals.capacity else ""
+    parts.append(f"{totals.sessions}{most} sessions")
     if totals.changes.files:
         parts.append(lines(totals.changes))
     if totals.tokens:

@@ -19,7 +19,7 @@ LARGEST_REQUEST = 1 << 17
 LONGEST_TEXT = 16_000
 LONGEST_PATH = 4096
 MOST_PATHS = 1000
-LONGEST_WAIT = 600.0
+LONGEST_WAIT = 600
 
 
 class Argument:
@@ -66,7 +66,12 @@ COMMANDS = {
             "Take files for this session alone, all of them or none.",
             "Who takes files that another session has is told whose they are and since when.",
             Argument("paths", PATHS, _PATHS_HELP, is_word=True, is_needed=True, metavar="PATH"),
-            Argument("wait", SECONDS, "Seconds to wait for files that others have; by default 5, or the run's."),
+            Argument(
+                "wait",
+                SECONDS,
+                "Seconds to wait for files that others have; by default 5, or the run's.",
+                metavar="SECONDS",
+            ),
             examples=("council lock src/models.py", "council lock src/api docs/api.md --wait 60"),
         ),
         Asked(
@@ -102,16 +107,16 @@ COMMANDS = {
             "They find it by its task, its topic or its paths.",
             Argument("text", TEXT, "What to remember.", is_word=True, is_needed=True),
             Argument("topic", TEXT, "What it is about, in a word."),
-            Argument("paths", PATHS, "A file that it is about; may be repeated.", option="--path", metavar="PATH"),
+            Argument("paths", PATHS, "A file or a pattern that it is about.", option="--path", metavar="PATH"),
             examples=("council note 'The tests need the database of port 5433.' --topic tests",),
         ),
         Asked(
             "notes",
             "Show the notes that sessions left.",
-            "Without an option, those of this session's own task.",
+            "Without an option all of them, whichever task left them; of many the newest.",
             Argument("task", TEXT, "Only those of this task."),
             Argument("topic", TEXT, "Only those about this topic."),
-            Argument("paths", PATHS, "Only those about this file; may be repeated.", option="--path", metavar="PATH"),
+            Argument("paths", PATHS, "Only those about this file or pattern.", option="--path", metavar="PATH"),
             examples=("council notes --topic tests", "council notes --path src/models.py --json"),
         ),
         Asked(

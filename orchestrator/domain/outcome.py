@@ -106,7 +106,8 @@ def judge(
 
 
 def _last_line(errors: str) -> str:
-    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    # A rule, such as ends a traceback of several errors, says nothing.
+    lines = [line.strip() for line in errors.splitlines() if any(map(str.isalnum, line))]
     return f": {lines[-1][:_LONGEST_LINE]}" if lines else ""
 
 

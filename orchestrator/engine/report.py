@@ -119,6 +119,8 @@ class SessionReport:
     """Its attempt's number."""
     adapter: str
     """What runs it."""
+    orchestrator: str
+    """The process that it is of, by its name in the run."""
     status: str
     """How it says that it does: `working`, `blocked`, `waiting` for files, or `done`."""
     file: str | None

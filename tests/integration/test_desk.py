@@ -200,6 +200,7 @@ async def test_notes_are_left_and_found(repository: Repository, tmp_path: Path) 
         assert (note["id"], note["task"], note["text"]) == (left["id"], "auth", "the port is 8080")
         assert (await team.ask(second, "notes", task="web"))["notes"] == []
         assert (await team.ask(second, "notes", topic="Set-Up"))["notes"] == [note]
+        assert (await team.ask(second, "notes"))["notes"] == [note]  # whoever left it
         assert "has no text" in await team.refused(first, "note", text=" ")
 
 

@@ -226,10 +226,12 @@ def test_outcomes_are_judged_by_facts(
 
 
 def test_the_last_line_of_standard_error_explains_an_exit_code() -> None:
-    """Where the adapter has no word for it; blank lines are none, and a long one is cut."""
+    """Where the adapter has no word for it; blank lines and rules are none, and a long one is cut."""
     failed, limits = Exit("exit", 2, None, None), Limits(60.0)
     told = judge(failed, limits, None, None, None, errors="started\n sh: no such file \n\n")
     assert told == Failed(CRASHED, "the program ended with exit code 2: sh: no such file")
+    ruled = judge(failed, limits, None, None, None, errors="  | OSError: no room\n  +-----------\n")
+    assert ruled == Failed(CRASHED, "the program ended with exit code 2: | OSError: no room")
     cut = judge(failed, limits, None, None, None, errors="x" * 999)
     assert cut == Failed(CRASHED, f"the program ended with exit code 2: {'x' * 300}")
     assert judge(failed, limits, None, None, BUSY, errors="no\n") == BUSY

@@ -9,7 +9,14 @@ import pytest
 
 from orchestrator.cli.draw import MOST_ROWS, result_text
 from orchestrator.cli.result import ResultRow, hints, next_step, result_rows, summary, text_lines
-from orchestrator.engine.report import AdapterReport, OrchestratorReport, RunReport, RunStatus, TaskReport
+from orchestrator.engine.report import (
+    AdapterReport,
+    OrchestratorReport,
+    RunReport,
+    RunStatus,
+    SessionReport,
+    TaskReport,
+)
 from orchestrator.repo.diffs import Changes
 
 COMMIT = "0123456789" * 4
@@ -132,6 +139,9 @@ def test_several_processes_at_work_are_told() -> None:
     two = [OrchestratorReport(f"o{pid}", "box", pid, "worker", 1.0, 1.0, None, None) for pid in (7, 8)]
     running = replace(run(task("running"), status=RunStatus.RUNNING), orchestrators=two)
     assert list(hints(running)) == ["2 processes are at work: 7 on box, 8 on box."]
+    at = SessionReport("task", 1, "fixer", "o8", "working", None, None, None, None, [], 1.0)
+    [told] = hints(replace(running, sessions=[at, replace(at, task="other", orchestrator="gone")]))
+    assert told == "2 processes are at work: 7 on box, 8 on box (task)."
     assert list(hints(replace(running, orchestrators=[two[0], replace(two[1], ended=2.0)]))) == []
     over = replace(running, status=RunStatus.LANDED, tasks=[task("landed", landed=COMMIT)])
     assert list(hints(over)) == []

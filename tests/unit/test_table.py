@@ -169,6 +169,15 @@ def test_a_resumed_run_counts_its_own_time_and_room() -> None:
     assert shown.is_over
 
 
+def test_sessions_of_several_processes_are_not_held_against_the_capacity_of_one() -> None:
+    """Each has as many as it is told to."""
+    shown = view(tasks(3), capacity=2)
+    for number in range(3):
+        assert "of 2 sessions" in shown.frame(50.0, 5).totals
+        shown.apply(record(f"t{number}", TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
+    assert shown.frame(50.0, 5).totals.endswith(" · 3 sessions")
+
+
 @pytest.mark.parametrize(
     ("ahead", "expected"),
     [
