@@ -54,14 +54,16 @@ def locks(context: click.Context, as_json: bool) -> None:
 @store_option
 @json_option
 def break_(name: str, reason: str, as_json: bool) -> None:
-    """Take a lock away from whoever holds it, by its name as `council locks` has it.
+    """Take a lock away from whoever holds it.
 
-    A file that a live process has locked it gives back as soon as it reads of that; one of a dead process needs no
-    breaking, it is free. Whoever held a merge permit can't land by it any more.
+    NAME is as `council locks` has it. To let others have what a session locked, break its ownership: all that it owns
+    is free then, and the files go with their paths. A file alone, which its process gives back as soon as it reads of
+    that, stays the session's own. What was a dead process's is free, and needs no breaking. Whoever held a merge permit
+    can't land by it any more.
 
     \b
     Examples:
-      council locks break file/src/models.py --reason "the session hangs"
+      council locks break ownership/20260102-030405-ab12/models.1 --reason "the session hangs"
       council locks break merge/3f9ac0d1e2b45678 --reason "its machine is gone"
     """
 

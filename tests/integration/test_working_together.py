@@ -171,7 +171,7 @@ async def test_nobody_joins_a_process_that_is_alone_whatever_the_record_says(rep
         repository.environ["SHARED_STATE_ENABLED"] = "true"
     wait_for(lambda: "running" in states(repository).values())
     run = repository.council("status", "--json").result["run"]
-    refused = repository.council("work", "--run", run)
+    refused = repository.council("work", "--run", run, timeout=30)  # who is let in stays
     assert (refused.code, f"process {alone.pid} on" in refused.stderr) == (2, True), refused
     assert f"SHARED_STATE_ENABLED=true council resume {run}" in refused.stderr
     assert sorted(states(repository).values()) == ["pending", "running"]
