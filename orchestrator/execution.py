@@ -313,6 +313,7 @@ class Execution:
             shop = await self._open_workshop(runs, run, hub, [life.fd], me.id)
             facts = {"sandbox": str(shop.tools.fencing.kind)}
             store, clock = runs.store, runs.clock
+            await _check_company(others)  # before anybody is told that it has come, and after, for who came meanwhile
             ledger = await Ledger.join(store, clock, shop.tools.redactor, others, facts)
             async with _leaving(others):
                 await _check_company(others)

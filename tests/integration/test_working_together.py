@@ -174,6 +174,7 @@ async def test_nobody_joins_a_process_that_is_alone_whatever_the_record_says(rep
     refused = repository.council("work", "--run", run, timeout=30)  # who is let in stays
     assert (refused.code, f"process {alone.pid} on" in refused.stderr) == (2, True), refused
     assert f"SHARED_STATE_ENABLED=true council resume {run}" in refused.stderr
+    assert len(repository.council("status", "--json").result["orchestrators"]) == (2 if by == "option" else 1)
     assert sorted(states(repository).values()) == ["pending", "running"]
     alone.send_signal(signal.SIGINT)
     assert ended(alone) == [130]
