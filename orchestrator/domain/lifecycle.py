@@ -19,6 +19,13 @@ class Trigger(StrEnum):
     FAIL = "fail"  #: the last attempt failed
     IDLE = "idle"  #: the program ended well and changed nothing
     BUILD = "build"  #: the attempt's work is a commit
+    ADVANCE = "advance"  #: its phase is complete, another follows
+    REPEAT = "repeat"  #: its phase, or an earlier one, is to be done once more
+    ASK = "ask"  #: a person is to approve what its phase came to
+    APPROVE = "approve"  #: a person did
+    SEND_BACK = "send_back"  #: a person did not
+    QUEUE = "queue"  #: no phase is left, what was built waits to land
+    FINISH = "finish"  #: no phase is left, and there is nothing to land
     CHECK = "check"  #: the merge is to be checked
     REQUEUE = "requeue"  #: the checks were cut off
     BOUNCE = "bounce"  #: it can't land as it is, another attempt may follow
@@ -37,6 +44,7 @@ class Trigger(StrEnum):
 
 
 _S, _T = TaskStatus, Trigger
+_CANCELLABLE = (_S.PENDING, _S.WAITING, _S.RUNNING, _S.QUEUED, _S.CHECKING)
 
 TRANSITIONS: Final[dict[tuple[TaskStatus, Trigger], TaskStatus]] = {
     (_S.PENDING, _T.START): _S.RUNNING,
@@ -48,6 +56,14 @@ TRANSITIONS: Final[dict[tuple[TaskStatus, Trigger], TaskStatus]] = {
     (_S.RUNNING, _T.FAIL): _S.FAILED,
     (_S.RUNNING, _T.IDLE): _S.NO_CHANGE,
     (_S.RUNNING, _T.BUILD): _S.QUEUED,
+    (_S.RUNNING, _T.ADVANCE): _S.PENDING,
+    (_S.RUNNING, _T.REPEAT): _S.PENDING,
+    (_S.RUNNING, _T.ASK): _S.WAITING,
+    (_S.RUNNING, _T.FINISH): _S.DONE,
+    (_S.WAITING, _T.APPROVE): _S.PENDING,
+    (_S.WAITING, _T.SEND_BACK): _S.PENDING,
+    (_S.PENDING, _T.QUEUE): _S.QUEUED,
+    (_S.PENDING, _T.FINISH): _S.DONE,
     (_S.QUEUED, _T.CHECK): _S.CHECKING,
     (_S.CHECKING, _T.REQUEUE): _S.QUEUED,
     (_S.CHECKING, _T.INTEND): _S.LANDING,
@@ -66,7 +82,7 @@ TRANSITIONS: Final[dict[tuple[TaskStatus, Trigger], TaskStatus]] = {
     (_S.FAILED, _T.ADOPT): _S.LANDED,
     **{(status, _T.BOUNCE): _S.PENDING for status in (_S.QUEUED, _S.CHECKING)},
     **{(status, _T.REJECT): _S.FAILED for status in (_S.QUEUED, _S.CHECKING)},
-    **{(status, _T.CANCEL): _S.CANCELLED for status in (_S.PENDING, _S.RUNNING, _S.QUEUED, _S.CHECKING)},
+    **{(status, _T.CANCEL): _S.CANCELLED for status in _CANCELLABLE},
     (_S.CANCELLED, _T.IGNORE): _S.CANCELLED,
     **{(status, _T.DISTRUST): _S.FAILED for status in set(_S) - FINAL},
     **{(status, _T.REVIVE): _S.PENDING for status in REVIVABLE},

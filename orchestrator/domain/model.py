@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from orchestrator.domain.phases import PhaseRecord
 from orchestrator.errors import RefusedError
 
 
@@ -21,6 +22,8 @@ class TaskStatus(StrEnum):
     CHECKING = "checking"  #: merged, the checks run on the merged tree
     LANDING = "landing"  #: the intent to move the target is recorded
     LANDED = "landed"
+    WAITING = "waiting"  #: a person is to approve what one of its phases came to
+    DONE = "done"  #: its last phase handed over, and there is nothing to land
     NO_CHANGE = "no_change"
     CONFLICT = "conflict"
     FAILED = "failed"
@@ -31,8 +34,10 @@ class TaskStatus(StrEnum):
 REVIVABLE = frozenset({TaskStatus.NO_CHANGE, TaskStatus.CONFLICT, TaskStatus.FAILED, TaskStatus.CANCELLED})
 #: States in which a task is somebody's: an orchestrator holds the claim on it.
 CLAIMED = frozenset({TaskStatus.RUNNING, TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.LANDING})
+#: States in which what needs the task may start.
+SUCCESSFUL = frozenset({TaskStatus.LANDED, TaskStatus.DONE})
 #: States in which the run has nothing left to do for a task.
-FINAL = REVIVABLE | {TaskStatus.LANDED}
+FINAL = REVIVABLE | SUCCESSFUL
 
 #: Names of tasks that are told to somebody who named none of them.
 _MOST_NAMED = 5
@@ -82,6 +87,8 @@ class Attempt(_Document):
     """The folder that the CLI worked in, where alone it knows the conversation again."""
     resumed: bool = False
     """Whether it went on with the conversation of an earlier attempt."""
+    phase: str | None = None
+    """The phase of the task's workflow that it was made at; None: the task has no workflow."""
 
 
 def known_cost(attempts: Iterable[Attempt]) -> float | None:
@@ -130,13 +137,23 @@ class TaskDocument(_Document):
     paths: tuple[str, ...] = ()
     """The paths in conflict."""
     start: str | None = None
-    """The commit that the next attempt's worktree begins at, to mend what the last one built."""
+    """The commit that the next attempt's worktree begins at, to go on with what an earlier one built."""
+    base: str | None = None
+    """The commit that what begins there is judged against."""
     feedback: str | None = None
     """What the next attempt is told about the last one, beside its prompt."""
     current: int | None = None
     """The number of the attempt that all this is about, where later ones were made before a checkpoint was restored."""
     ignored: str | None = None
     """Why a person does not want it to be tried, until a person does."""
+    phase: str | None = None
+    """The phase that it is at, or is to enter next; None: none is left, or it has no workflow."""
+    phases: tuple[PhaseRecord, ...] = ()
+    """The phases that it was at, visit by visit."""
+    built: int | None = None
+    """The number of the attempt that built `commit`, where others came after it."""
+    expanded: tuple[str, ...] = ()
+    """The tasks that its plan became: what follows waits until they have landed."""
     pull_request: int | None = None
     """The number of the pull request that is about it."""
     imported: ImportedTask | None = None
@@ -153,6 +170,11 @@ class TaskDocument(_Document):
     def attempt(self) -> Attempt:
         """The attempt that the status is about: the newest, but for what came of a checkpoint."""
         return self.attempts[-1 if self.current is None else self.current - 1]
+
+    @property
+    def builder(self) -> Attempt:
+        """The attempt that built what waits to land."""
+        return self.attempt if self.built is None else self.attempts[self.built - 1]
 
     @property
     def cost(self) -> float | None:
@@ -193,6 +215,8 @@ class RunDocument(_Document):
     """Bytes that one session is expected to take."""
     adapters: dict[str, dict[str, Any]]
     """By name: what `config.model.restore_adapter` takes."""
+    workflows: dict[str, list[dict[str, Any]]] = {}
+    """By name: the phases, each what `domain.workflow.Phase` holds."""
     fence: dict[str, Any]
     """What `config.model.FenceConfig` holds."""
     worktrees: dict[str, Any]
@@ -258,6 +282,8 @@ class Action(StrEnum):
     CANCEL = "cancel"
     IGNORE = "ignore"
     RETRY = "retry"
+    APPROVE = "approve"
+    REJECT = "reject"
 
 
 class Request(_Document):
@@ -268,4 +294,6 @@ class Request(_Document):
     tasks: tuple[str, ...]
     asked: float
     reason: str | None = None
-    """Why tasks are to be ignored."""
+    """Why tasks are to be ignored; or what a person notes who approves or rejects."""
+    phase: str | None = None
+    """The phase from which on they are to be tried again; None: as they stand."""

@@ -1,0 +1,186 @@
+"""Which phase of its workflow a task is at, and what follows. Pure: what came of a session is told, not looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from orchestrator.domain.model import TaskDocument
+from orchestrator.domain.phases import OPEN, PhaseRecord, PhaseStatus, PhaseTrigger, step
+
+_Strings = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+class Expansion(BaseModel):
+    """How the tasks of a plan become tasks of the run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    most: int = 20
+    """How many there may be at most."""
+    workflow: str | None = None
+    """The workflow that each of them has; None: none."""
+
+
+class Phase(BaseModel):
+    """One step of a workflow, everything resolved but what a task says: its adapter, where this names none."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: str
+    adapter: str | None = None
+    """Who does it; None: the task's own adapter."""
+    fallback: _Strings = ()
+    """Who stands in, where it names its adapter."""
+    writes: bool = True
+    """Whether what it changes counts; else that is discarded."""
+    produces: str | None = None
+    """The kind of its handoff; None: it hands nothing over but its work."""
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    """The JSON Schema of its handoff, where its kind is one of the user's own."""
+    prompt: str | None = None
+    """The template of what its session is told; None: the task's prompt as it is."""
+    needs: _Strings | None = None
+    """The names of the values that it is given; None: those that its kind of phase needs."""
+    context: dict[str, Any] = {}
+    """Values of its own, which later phases do not inherit."""
+    when: str | None = None
+    """The condition (an expression over the values that it could be given) without which it is skipped."""
+    approve: bool = False
+    """Whether a person is to approve its result before anything follows."""
+    continues: str | None = None
+    """The earlier phase with whose session it goes on, where its adapter can; None: with none."""
+    handoff: Literal["direct", "mediated", "shared"] = "direct"
+    """How its result gets to the next phase."""
+    transform: str | None = None
+    """The transformation that mediates; None: the one that is registered for the two kinds, or the default."""
+    mediator: str | None = None
+    """The phase that mediates, between this one and the next."""
+    key: str | None = None
+    """The key under which its result is shared."""
+    until: _Strings = ()
+    """Shell commands that must succeed on its work before it is complete."""
+    on_reject: str | None = None
+    """The phase that a review's rejection goes back to; None: the last one before it that writes."""
+    max_rounds: int = 3
+    """How often it may be sent back by `until`, or send back itself, before the task has failed."""
+    expand: Expansion | None = None
+    """How the tasks of its plan become tasks of the run; None: they do not."""
+    timeout: float | None = None
+    """Wall-clock seconds that one session of it may take; None: the task's limit."""
+
+
+#: What a task without a workflow does.
+BUILD: Final = Phase(name="build")
+PLAIN: Final = (BUILD,)
+
+
+@dataclass(frozen=True, slots=True)
+class Workflow:
+    """The phases of a task, in their order; names are unique."""
+
+    phases: Sequence[Phase] = PLAIN
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the one phase that a task without a workflow has, of which nothing is recorded."""
+        return self.phases is PLAIN or tuple(self.phases) == PLAIN
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any phase writes: then its task is done only when it has landed."""
+        return any(phase.writes for phase in self.phases)
+
+    def phase(self, name: str) -> Phase:
+        """Return a phase by its name; KeyError without one."""
+        for phase in self.phases:
+            if phase.name == name:
+                return phase
+        raise KeyError(name)
+
+    def index(self, name: str) -> int:
+        """Return the place of a phase; KeyError without one."""
+        return self.phases.index(self.phase(name))
+
+    def before(self, name: str) -> Sequence[Phase]:
+        """Return the phases before one."""
+        return self.phases[: self.index(name)]
+
+    def after(self, name: str) -> Sequence[Phase]:
+        """Return the phases after one."""
+        return self.phases[self.index(name) + 1 :]
+
+    def sent_back_to(self, name: str) -> Phase:
+        """Return the phase that a rejection by another goes back to: that which it names, or the last that writes."""
+        reviewer = self.phase(name)
+        if reviewer.on_reject is not None:
+            return self.phase(reviewer.on_reject)
+        earlier = self.before(name)
+        return next((one for one in reversed(earlier) if one.writes), earlier[-1] if earlier else reviewer)
+
+    def mended_by(self) -> Phase:
+        """Return the phase that mends what can't land: the last that writes."""
+        return next(one for one in reversed(self.phases) if one.writes)
+
+
+def latest(task: TaskDocument, phase: str) -> PhaseRecord | None:
+    """Return the last visit of a phase; None without one."""
+    return next((one for one in reversed(task.phases) if one.phase == phase), None)
+
+
+def is_open(task: TaskDocument) -> bool:
+    """Whether the last visit is not over."""
+    return bool(task.phases) and task.phases[-1].status in OPEN
+
+
+def current(workflow: Workflow, task: TaskDocument) -> Phase | None:
+    """Return the phase that a task is at, or that it is to enter next; None where none is left."""
+    if is_open(task):
+        return workflow.phase(task.phases[-1].phase)
+    if task.phase is not None:
+        return workflow.phase(task.phase)
+    return None if task.phases else workflow.phases[0]
+
+
+def completed(workflow: Workflow, task: TaskDocument) -> Mapping[str, PhaseRecord]:
+    """Return the last complete visit of each phase that precedes the one that a task is at, in the workflow's order.
+
+    What was complete and is to be done again does not count, nor does what followed it.
+    """
+    at = current(workflow, task)
+    found: dict[str, PhaseRecord] = {}
+    for phase in workflow.phases if at is None else workflow.before(at.name):
+        record = latest(task, phase.name)
+        if record is not None and record.status is PhaseStatus.COMPLETED:
+            found[phase.name] = record
+    return found
+
+
+def entered(
+    workflow: Workflow, task: TaskDocument, phase: Phase, attempt: int, now: float, **given: Any
+) -> dict[str, Any]:
+    """Return the changes to a task whose attempt begins at a phase: a visit is begun, or goes on."""
+    if workflow.is_plain:
+        return {}
+    last = task.phases[-1] if is_open(task) else None
+    if last is not None:
+        record = last.model_copy(update={"attempts": (*last.attempts, attempt), **given})
+        return {"phases": (*task.phases[:-1], record)}
+    record = step(phase.name, None, PhaseTrigger.ENTER, phase=phase.name, started=now, attempts=(attempt,), **given)
+    return {"phases": (*task.phases, record), "phase": phase.name}
+
+
+def skipped(phases: Sequence[PhaseRecord], phase: Phase, reason: str, now: float) -> tuple[PhaseRecord, ...]:
+    """Return the visits with one more that was none."""
+    return (*phases, step(phase.name, None, PhaseTrigger.SKIP, phase=phase.name, started=now, ended=now, reason=reason))
+
+
+def changed(task: TaskDocument, trigger: PhaseTrigger | None, **changes: Any) -> tuple[PhaseRecord, ...]:
+    """Return the visits with the last one after `trigger` (None: where it is), and with `changes` to it."""
+    last = task.phases[-1]
+    if trigger is None:
+        return (*task.phases[:-1], last.model_copy(update=changes))
+    return (*task.phases[:-1], step(last.phase, last, trigger, **changes))
