@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple
 
-from orchestrator.domain.model import FINAL, TaskStatus
+from orchestrator.domain.model import FINAL, REVIVABLE, SUCCESSFUL, TaskStatus
 from orchestrator.domain.ready import Lane, ReadyQueue, Roster
 
 #: Seconds of waiting that are worth one level of priority.
@@ -37,6 +37,8 @@ class Entry:
     owns: tuple[str, ...] = ()
     fallback: tuple[str, ...] = ()
     """Adapters that stand in, in this order, where the one before is parked or closed."""
+    workflow: str | None = None
+    """The workflow whose phases say which adapters these are: `Board.assign`."""
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -111,12 +113,12 @@ class Board:
         """Return the board of a run that is under way. What is built owns its paths until it has landed."""
         board = cls(entries, capacities)
         for task, status in statuses.items():
-            if status is TaskStatus.LANDED:
+            if status in SUCCESSFUL:
                 board.landed(task)
             elif status not in FINAL and status is not TaskStatus.PENDING:
                 board._resume(task, running=status is TaskStatus.RUNNING)
         for task, status in statuses.items():
-            if status in FINAL and status is not TaskStatus.LANDED:
+            if status in REVIVABLE:
                 board.ended(task)
         return board
 
@@ -126,7 +128,7 @@ class Board:
         self._state[task] = _BUILT
 
     def landed(self, task: str) -> None:
-        """The task is on the target: what needed only this may start."""
+        """The task is on the target, or done without that: what needed only this may start."""
         self._leave(task, _LANDED)
         for dependent in self._dependents[task]:
             self._missing[dependent] -= 1
@@ -170,10 +172,10 @@ class Board:
         One that is at work elsewhere takes no slot here, and its paths are its own.
         """
         state = self._state[task]
-        if state is _OVER and (status is TaskStatus.LANDED or status not in FINAL):
+        if state is _OVER and status not in REVIVABLE:
             self.revive(task)
             state = self._state[task]
-        if status is TaskStatus.LANDED:
+        if status in SUCCESSFUL:
             if state is not _LANDED:
                 self.landed(task)
         elif status in FINAL:
@@ -185,6 +187,24 @@ class Board:
                 self._queue.occupy(task, self._places[task].lane, slot=False)
         elif state is _RUNNING or state is _BUILT:
             self.wait(task, until)
+
+    def entry(self, task: str) -> Entry:
+        """Return what was told of a task."""
+        return self._entries[task]
+
+    def assign(self, task: str, adapters: tuple[str, ...]) -> None:
+        """Other adapters are to run a task from now on, the best first; and it waits no more."""
+        place = self._places[task]
+        if tuple(one.name for one in place.lane.roster.adapters) == adapters:
+            return
+        state = self._state[task]
+        if state is _READY or state is _WAITING or state is _FRESH:
+            self._leave(task, _PENDING)
+        lane = self._queue.lane(adapters, self._entries[task].owns)
+        self._places[task] = place._replace(lane=lane)
+        self._waiting.setdefault(lane.roster, [])
+        if state is _FRESH or state is _READY or state is _WAITING:
+            self._offer(task)
 
     def adapter_of(self, task: str) -> str:
         """Return the adapter that a task runs with, if it runs, or would run with now."""

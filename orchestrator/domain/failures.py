@@ -23,6 +23,8 @@ class FailureClass(StrEnum):
     CONFLICT = "conflict"  #: its work does not merge
     CHECKS_FAILED = "checks_failed"  #: its work merges, but the merged tree does not pass
     ESCAPED = "escaped"  #: its work merges, but changes what the task does not own
+    INVALID_HANDOFF = "invalid_handoff"  #: what its phase is to hand over is missing or wrong, also after a repair
+    REJECTED = "rejected"  #: a review, or a person, sent its work back more often than is allowed
     TIMEOUT = "timeout"  #: it ran for longer than its limit
     SILENCE = "silence"  #: for longer than its limit it neither said nor changed anything
 
@@ -53,7 +55,11 @@ _FIXED: Mapping[FailureClass, Policy] = {
 }
 
 #: What a task may name under `retry_on`: whatever is not decided otherwise.
-RETRYABLE = frozenset(FailureClass) - _FIXED.keys() - {FailureClass.CHECKS_FAILED, FailureClass.ESCAPED}
+RETRYABLE = frozenset(FailureClass) - _FIXED.keys() - {
+    FailureClass.CHECKS_FAILED,
+    FailureClass.ESCAPED,
+    FailureClass.REJECTED,
+}
 
 
 def policy_of(failure: FailureClass, retried: Collection[FailureClass]) -> Policy:

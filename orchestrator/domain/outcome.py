@@ -18,6 +18,11 @@ class Built:
 
 
 @dataclass(frozen=True, slots=True)
+class Answered:
+    """The session ended well, and was not to change anything."""
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The attempt failed; `until` is when an account that is rate limited may be used again (wall-clock seconds).
 
@@ -44,7 +49,7 @@ class Exhausted:
     reason: str
 
 
-Outcome = Built | Failed | Interrupted | Exhausted
+Outcome = Built | Answered | Failed | Interrupted | Exhausted
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +82,7 @@ def judge(
     verdict: Failed | None,
     *,
     admitted: bool = False,
+    writes: bool = True,
     errors: str = "",
 ) -> Outcome:
     """Return the outcome.
@@ -85,7 +91,7 @@ def judge(
     it can), `verdict` what the adapter reads from the program's words. Those count only against it: they are
     heard where it failed, left everything as it was, or has itself `admitted` at its end that it failed, and where
     they lack what it always says at its end (`unfinished`). A zero exit proves nothing, and neither does half of the
-    work. `errors` is the end of its standard error: the last line is told with an exit code that nobody can explain.
+    work. Unless it `writes`, it was not to change anything. `errors` is the end of its standard error: the last line is told with an exit code that nobody can explain.
     """
     if exit_.spawn_error is not None:
         return _not_started(exit_.spawn_error, exhausted=exit_.exhausted)
@@ -98,6 +104,8 @@ def judge(
         return verdict or Failed(FailureClass.CRASHED, f"the program {how}{_last_line(errors)}")
     if verdict is not None and (admitted or verdict.unfinished):
         return verdict
+    if not writes:
+        return Answered()
     if refused is not None:
         return Failed(FailureClass.REFUSED, refused)
     if commit is None:

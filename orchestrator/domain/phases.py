@@ -84,6 +84,10 @@ class PhaseRecord(BaseModel):
     given: Given | None = None
     received: tuple[str, ...] = ()
     """The ids of the handoffs that it was given."""
+    commit: str | None = None
+    """The commit that holds the task's work up to its end, where it writes."""
+    base: str | None = None
+    """The commit that this is judged against."""
     handoff: str | None = None
     """The id of the handoff that came of it."""
     verdict: str | None = None

@@ -20,7 +20,7 @@ from orchestrator.process import kill_marked
 from orchestrator.protocols import Adapter, Capability, Command, McpServer, SessionEnd, SessionRequest
 from orchestrator.repo import worktrees
 from orchestrator.repo.collect import Collected, collect
-from orchestrator.repo.git import Git
+from orchestrator.repo.git import Git, shown
 from orchestrator.repo.inspection import Admission
 from orchestrator.repo.pool import Checkout, Pool
 from orchestrator.repo.stamps import Differences
@@ -32,7 +32,7 @@ from orchestrator.sessions.fencing import Fencing, Ground
 from orchestrator.sessions.mailbox import Desk, Mailbox, open_mailbox
 from orchestrator.sessions.output import OUTPUT_CAP, STOP_GRACE, log_file, read_tail
 from orchestrator.sessions.supervised import SupervisedCommand, run_supervised
-from orchestrator.sessions.transcript import NOTHING_SAID, Transcript, has_admitted_failure, read_transcript
+from orchestrator.sessions.transcript import NOTHING_SAID, Transcript, has_admitted_failure, last_answer, read_transcript
 
 _LONGEST_REASON = 500  # characters
 _STOPPED = Exit("stop", None, None, None)
@@ -59,6 +59,10 @@ class Finished:
     transcript: Transcript = NOTHING_SAID
     folder: Path | None = None
     """The folder that the program worked in."""
+    answer: str = ""
+    """All that the program answered at its end."""
+    discarded: tuple[str, ...] = ()
+    """The paths that it changed though nothing of what it changes counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,8 @@ class Assignment:
     """What one session is to do: `base` is the commit that its work is judged against.
 
     `start` is the commit that its worktree begins at where that is not the base; `told` is what it gets to read
-    beside the prompt. With an `earlier` conversation it goes on with that where it can, and is told only what is new.
+    beside the prompt. With an `earlier` conversation it goes on with that where it can, and is told only what is new
+    (`follow_up`). Unless it `writes`, what it changes is discarded. `about` is what the task was asked to do.
     """
 
     worktree: Worktree
@@ -91,12 +96,15 @@ class Assignment:
     mcp_servers: tuple[McpServer, ...] = ()
     most_cost: float | None = None
     earlier: Conversation | None = None
+    follow_up: str | None = None
+    about: str = ""
+    writes: bool = True
 
     @property
     def text(self) -> str:
         """All that the program is told in its prompt."""
-        if self.earlier is not None and self.told is not None:
-            return self.told
+        if self.earlier is not None and self.follow_up is not None:
+            return self.follow_up
         before = self.instructions if Capability.INSTRUCTIONS not in self.adapter.capabilities() else None
         return "\n\n".join(part for part in (before, self.prompt, self.told) if part is not None)
 
@@ -172,19 +180,36 @@ class Session:
         try:
             self._found = await self._checkout.compare()
             left = await self._collect()
+            discarded = () if what.writes else await self._discard(left)
         except (GitError, OSError) as error:
             reason = f"what it left in {worktree.tree} could not be collected: {error}"
             return Finished(Failed(FailureClass.TRANSIENT, reason), collected=False)
         stdout, stderr = [await read_tail(self._log(name)) for name in ("stdout", "stderr")]
-        transcript, verdict, admitted = await self._understand(exit_, stdout, stderr)
-        outcome = judge(exit_, what.limits, left.commit, left.refused, verdict, admitted=admitted, errors=stderr)
+        transcript, verdict, admitted, answer = await self._understand(exit_, stdout, stderr)
+        outcome = judge(
+            exit_,
+            what.limits,
+            left.commit,
+            left.refused,
+            verdict,
+            admitted=admitted,
+            writes=what.writes,
+            errors=stderr,
+        )
         if isinstance(outcome, Interrupted) and self._stopped_for is not None:
             outcome = self._stopped_for
-        branch = worktree.branch if left.commit else None
-        folder = worktree.tree
-        faults = () if self._mailbox is None else tuple(self._mailbox.faults)
         return Finished(
-            outcome, branch, left.complete, left.salvaged, left.notes, tuple(after), faults, transcript, folder
+            outcome,
+            branch=worktree.branch if left.commit and what.writes else None,
+            collected=left.complete or not what.writes,
+            salvaged=left.salvaged,
+            notes=left.notes,
+            faults=tuple(after),
+            desk_faults=() if self._mailbox is None else tuple(self._mailbox.faults),
+            transcript=transcript,
+            folder=worktree.tree,
+            answer=answer,
+            discarded=discarded,
         )
 
     async def release(self, *, saved: bool) -> None:
@@ -268,6 +293,7 @@ class Session:
             instructions=what.instructions if Capability.INSTRUCTIONS in can else None,
             mcp_servers=servers if Capability.MCP in can else (),
             most_cost=what.most_cost if Capability.COST_LIMIT in can else None,
+            read_only=not what.writes and Capability.READ_ONLY in can,
             pre_edit=box.hook if box is not None and Capability.PRE_EDIT in can else (),
         )
         command = what.adapter.command(request)
@@ -300,21 +326,31 @@ class Session:
 
     async def _collect(self) -> Collected:
         what = self.assignment
-        message = self.tools.redactor.text(commit_message(what.worktree, what.prompt))
+        message = self.tools.redactor.text(commit_message(what.worktree, what.about))
         made = () if self._checkout is None else self._checkout.contents.record.unignored
         admit = replace(self.tools.admission(what.max_file, made), leavings=tuple(self._adapters_command().leavings))
-        return await collect(self.tools.git, what.worktree, what.base, message, admit=admit, found=self._found)
+        base = what.base if what.writes else what.start or what.base
+        return await collect(self.tools.git, what.worktree, base, message, admit=admit, found=self._found)
 
-    async def _understand(self, exit_: Exit, stdout: str, stderr: str) -> tuple[Transcript, Failed | None, bool]:
-        """Return what the program said, the adapter's verdict, and whether the program may have said that it failed."""
+    async def _discard(self, left: Collected) -> tuple[str, ...]:
+        """Forget what a session changed that was to change nothing; return the paths."""
+        if left.commit is None:
+            return left.left_out
+        what, git = self.assignment, self.tools.git
+        changes = await git.changes(what.start or what.base, left.commit)
+        await git("update-ref", "-d", f"refs/heads/{what.worktree.branch}")
+        return tuple(dict.fromkeys((*(shown(change.path) for change in changes), *left.left_out)))
+
+    async def _understand(self, exit_: Exit, stdout: str, stderr: str) -> tuple[Transcript, Failed | None, bool, str]:
+        """Return what the program said, the adapter's verdict, whether it may have said that it failed, its answer."""
         adapter = self.assignment.adapter
         try:
             transcript, events = await anyio.to_thread.run_sync(read_transcript, adapter, self._log("stdout"))
             end = SessionEnd(exit_.code, exit_.signal, self.tools.clock.now(), stdout, stderr, events)
-            return transcript, adapter.verdict(end), has_admitted_failure(events)
+            return transcript, adapter.verdict(end), has_admitted_failure(events), last_answer(events)
         except Exception as error:  # noqa: BLE001  a mistake of a plugin's is the matter of its tasks alone
             reason = f"its adapter could not make sense of its output, {type(error).__name__}: {error}"
-            return NOTHING_SAID, Failed(FailureClass.CRASHED, " ".join(reason.split())[:_LONGEST_REASON]), True
+            return NOTHING_SAID, Failed(FailureClass.CRASHED, " ".join(reason.split())[:_LONGEST_REASON]), True, ""
 
     def _log(self, stream: str) -> Path:
         return log_file(self.tools.logs, self.assignment.worktree.task, self.assignment.worktree.attempt, stream)

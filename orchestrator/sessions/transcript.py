@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-from orchestrator.protocols import Adapter, Concluded, Identified, Said, SessionEvent, Spent
+from orchestrator.protocols import Adapter, Concluded, Identified, Said, SessionEvent, Spent, UsedTool
 
 LONGEST_LINE = 1 << 20  # bytes; longer ones are left out
 MOST_EVENTS = 1_000
+#: Characters of an answer, from its end.
+LONGEST_ANSWER = 1 << 20
 #: Characters of the last words that are recorded.
 LONGEST_WORDS = 2_000
 #: Ids become arguments again: none that is an option, or that no argument can be.
@@ -102,6 +104,27 @@ def has_admitted_failure(events: Sequence[SessionEvent]) -> bool:
     """Whether the program's last word about its end was that it failed."""
     last = next((event for event in reversed(events) if isinstance(event, Concluded)), None)
     return last is not None and last.failed is not None
+
+
+def last_answer(events: Sequence[SessionEvent]) -> str:
+    """Return all that was said since a tool was used last, or the result that the program itself named, if it is more.
+
+    Programs differ in whether their result repeats what they said, and in whether they say it by lines or in parts.
+    """
+    said: list[str] = []
+    result = ""
+    for event in events:
+        match event:
+            case UsedTool():
+                said.clear()
+            case Said(text, part=part):
+                said.append(text if part else f"{text}\n")
+            case Concluded(text) if text.strip():
+                result = text
+            case _:
+                pass
+    whole = "".join(said)
+    return (whole if len(whole.strip()) > len(result.strip()) else result)[-LONGEST_ANSWER:]
 
 
 def read_transcript(adapter: Adapter, file: Path) -> tuple[Transcript, list[SessionEvent]]:
