@@ -10,6 +10,7 @@
         InvalidTransition  a row that the lifecycle tables do not have
         VersionConflict    somebody else wrote the document first
         LeaseLost          the guard's epoch is no longer the current one
+        HandoffBroken      what a phase is to be given is not what was handed over
       StoreUnavailable     the disk is full, read-only or failing
         StateLost          what was recorded is not there any more
       LockHeld             a file lock was not free in time
@@ -154,6 +155,15 @@ class ClaimLost(LeaseLost):
         """`by` is the name of the orchestrator that has it."""
         self.task, self.by = task, by
         super().__init__(f"the claim on task {task!r}, which {by} has taken over,", held, current)
+
+
+class HandoffBroken(StateError):
+    """What a phase is to be given is not what was handed over."""
+
+    def __init__(self, handoff: str, why: str) -> None:
+        self.handoff, self.why = handoff, why
+        remedy = "`council check` says what else is wrong, `council retry TASK --from PHASE` makes it anew"
+        super().__init__(f"handoff {handoff}: {why}: {remedy}")
 
 
 class Fenced(LeaseLost):
