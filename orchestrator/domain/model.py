@@ -181,9 +181,10 @@ class TaskDocument(_Document):
         """What all attempts cost in US dollars, as far as the CLIs told; None where none did."""
         return known_cost(self.attempts)
 
-    def with_attempt(self, **changes: Any) -> tuple[Attempt, ...]:
-        """Return the attempts with that one changed."""
-        changed = self.attempt.model_copy(update=changes)
+    def with_attempt(self, number: int | None = None, **changes: Any) -> tuple[Attempt, ...]:
+        """Return the attempts with one of them changed: that one, unless a number says another."""
+        one = self.attempt if number is None else self.attempts[number - 1]
+        changed = one.model_copy(update=changes)
         return tuple(changed if one.number == changed.number else one for one in self.attempts)
 
 

@@ -54,6 +54,17 @@ PHASE_TRANSITIONS: Final[dict[tuple[PhaseStatus | None, PhaseTrigger], PhaseStat
     (_S.AWAITING, _T.CANCEL): _S.CANCELLED,
 }
 
+#: The event that each status is recorded with.
+PHASE_EVENTS: Final[dict[PhaseStatus, str]] = {
+    _S.IN_PROGRESS: "phase.entered",
+    _S.AWAITING: "phase.awaiting",
+    _S.COMPLETED: "phase.completed",
+    _S.REJECTED: "phase.rejected",
+    _S.FAILED: "phase.failed",
+    _S.SKIPPED: "phase.skipped",
+    _S.CANCELLED: "phase.cancelled",
+}
+
 #: Visits that go on: by another session, or by a person's word.
 OPEN: Final = frozenset({PhaseStatus.IN_PROGRESS, PhaseStatus.AWAITING})
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from orchestrator.domain.model import TaskDocument
-from orchestrator.domain.phases import OPEN, PhaseRecord, PhaseStatus, PhaseTrigger, step
+from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.model import FINAL, TaskDocument, TaskStatus
+from orchestrator.domain.phases import (
+    OPEN,
+    PHASE_EVENTS,
+    PHASE_TRANSITIONS,
+    PhaseRecord,
+    PhaseStatus,
+    PhaseTrigger,
+    step,
+)
 
 _Strings = Annotated[tuple[str, ...], Field(strict=False)]
 
@@ -73,6 +82,9 @@ class Phase(BaseModel):
     """Wall-clock seconds that one session of it may take; None: the task's limit."""
 
 
+#: Ends of sessions that another turn of the same conversation is to mend.
+_MENDED: Final = frozenset({FailureClass.INVALID_HANDOFF, FailureClass.CHECKS_FAILED})
+
 #: What a task without a workflow does.
 BUILD: Final = Phase(name="build")
 PLAIN: Final = (BUILD,)
@@ -131,6 +143,18 @@ def latest(task: TaskDocument, phase: str) -> PhaseRecord | None:
     return next((one for one in reversed(task.phases) if one.phase == phase), None)
 
 
+def onward(
+    workflow: Workflow, phases: Sequence[PhaseRecord], start: int, holds: Callable[[str], bool], now: float
+) -> tuple[tuple[PhaseRecord, ...], Phase | None]:
+    """Return the next phase from a place on whose condition holds, None without one, and the visits with those skipped."""
+    found = tuple(phases)
+    for phase in workflow.phases[start:]:
+        if phase.when is None or holds(phase.when):
+            return found, phase
+        found = skipped(found, phase, f"its condition does not hold: {phase.when}", now)
+    return found, None
+
+
 def is_open(task: TaskDocument) -> bool:
     """Whether the last visit is not over."""
     return bool(task.phases) and task.phases[-1].status in OPEN
@@ -184,3 +208,89 @@ def changed(task: TaskDocument, trigger: PhaseTrigger | None, **changes: Any) ->
     if trigger is None:
         return (*task.phases[:-1], last.model_copy(update=changes))
     return (*task.phases[:-1], step(last.phase, last, trigger, **changes))
+
+
+def closed(task: TaskDocument, now: float) -> TaskDocument:
+    """Return a task without an open visit where the task is over."""
+    if task.status not in FINAL or not is_open(task):
+        return task
+    trigger = PhaseTrigger.CANCEL if task.status is TaskStatus.CANCELLED else PhaseTrigger.FAIL
+    if (task.phases[-1].status, trigger) not in PHASE_TRANSITIONS:  # it was over, and waited for a person
+        trigger = PhaseTrigger.CANCEL
+    return task.model_copy(update={"phases": changed(task, trigger, ended=now, reason=task.reason)})
+
+
+def phase_events(
+    before: Sequence[PhaseRecord], after: Sequence[PhaseRecord]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield an event for each visit that has come to another status: its type, and what it says."""
+    for index, record in enumerate(after):
+        was = before[index] if index < len(before) and before[index].phase == record.phase else None
+        if was is None or was.status is not record.status:
+            facts = {
+                "phase": record.phase,
+                "visit": sum(one.phase == record.phase for one in after[: index + 1]),
+                "handoff": record.handoff,
+                "verdict": record.verdict,
+                "reason": record.reason,
+            }
+            told = {name: value for name, value in facts.items() if value is not None}
+            yield PHASE_EVENTS[record.status], told
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a task has built so far: the commit, what it is judged against, and the number of the attempt."""
+
+    commit: str
+    base: str
+    attempt: int
+
+
+def work_before(workflow: Workflow, task: TaskDocument) -> Work | None:
+    """Return what was built before the phase that a task is at; None where nothing was."""
+    found = None
+    for record in completed(workflow, task).values():
+        if record.commit is not None and record.base is not None:
+            found = Work(record.commit, record.base, record.attempts[-1])
+    return found
+
+
+def goes_on_with(workflow: Workflow, task: TaskDocument, phase: Phase) -> int | None:
+    """Return the number of the attempt whose conversation the next one of a phase is to go on with; None: of none."""
+    if workflow.is_plain:
+        mends = task.start is not None and task.attempts and task.attempt.outcome == FailureClass.CHECKS_FAILED
+        return task.attempt.number if mends else None
+    if is_open(task):
+        last = task.phases[-1].attempts[-1]
+        return last if task.attempts[last - 1].outcome in _MENDED else None
+    before = latest(task, phase.name)
+    if task.start is not None and before is not None and before.attempts:
+        return before.attempts[-1]
+    record = None if phase.continues is None else latest(task, phase.continues)
+    return record.attempts[-1] if record is not None and record.attempts else None
+
+
+def restarted(workflow: Workflow, task: TaskDocument, phase: str | None = None) -> dict[str, Any]:
+    """Return the changes to a task that is to be tried again from a phase on; KeyError if there is none of the name.
+
+    Without a name it is the one that it was at, or, where all were complete, the last that writes.
+    """
+    if workflow.is_plain:
+        return {}
+    if phase is not None:
+        return {"phase": workflow.phase(phase).name}
+    if task.phases and task.phases[-1].status in {PhaseStatus.COMPLETED, PhaseStatus.SKIPPED} and task.phase is None:
+        at = workflow.mended_by() if workflow.has_work else workflow.phases[-1]
+        return {"phase": at.name}
+    return {"phase": task.phases[-1].phase if task.phases and task.phase is None else task.phase}
+
+
+def adapters_at(
+    workflow: Workflow, task: TaskDocument, adapter: str, fallback: Sequence[str]
+) -> tuple[str, ...]:
+    """Return the adapters of the phase that a task is at, the best first; `adapter` and `fallback` are the task's."""
+    phase = current(workflow, task)
+    if phase is None or phase.adapter is None:
+        return (adapter, *fallback)
+    return (phase.adapter, *phase.fallback)

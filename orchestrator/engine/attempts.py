@@ -18,20 +18,24 @@ from orchestrator.domain.holdings import HeldBy as OwnedBy
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import AdapterDocument, Attempt, TaskDocument
 from orchestrator.domain.notes import block
-from orchestrator.domain.outcome import Built, Exhausted, Failed, Interrupted, Limits
+from orchestrator.domain.outcome import Answered, Built, Exhausted, Failed, Interrupted, Limits
 from orchestrator.domain.retry import park_until, retry_delay
 from orchestrator.domain.sessions import SessionName
 from orchestrator.engine.budgets import Budgets, Reached
 from orchestrator.engine.details import Workplace
-from orchestrator.engine.ledger import Ledger, Outdated
+from orchestrator.engine.ledger import Ledger, Outdated, Update
+from orchestrator.engine.phasing import Ended, Phasing, Rest, Turn
 from orchestrator.engine.starting_points import Start, StartingPoints
 from orchestrator.engine.workshop import Workshop
-from orchestrator.errors import ClaimLost
+from orchestrator.errors import ClaimLost, VersionConflict
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Capability, Guard, JsonObject, Write
 from orchestrator.repo.pool import Pool
 from orchestrator.repo.worktrees import Worktree
+from orchestrator.sessions.checks import Checks, Passed, Unchecked
+from orchestrator.sessions.handing_over import read_handed_over
 from orchestrator.sessions.output import log_file
+from orchestrator.sessions.shell import CommandFailed
 from orchestrator.sessions.session import Assignment, Conversation, Finished, Session
 
 #: By how many seconds the end of a limit must be later than was known to be told again: programs tell whole seconds.
@@ -49,6 +53,16 @@ class ToLand:
 @dataclass(frozen=True, slots=True)
 class Over:
     """No attempt follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Nothing is left to do, and there is nothing to land."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A person is to approve what its phase came to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +95,7 @@ class Starved:
     reason: str
 
 
-After = ToLand | Over | Again | Parked | Closed | Starved
+After = ToLand | Over | Done | Asked | Again | Parked | Closed | Starved
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +111,11 @@ class Work:
     spec: TaskSpec
     adapter: str
     session: Session
+    turn: Turn
+    checks: Checks | None = field(default=None, init=False)
+    """What its work has to pass before its phase is complete, while that is under way."""
+    handed_over: JsonObject | None = field(default=None, init=False)
+    """What its session handed over while it ran."""
     cancelled: bool = field(default=False, init=False)
     is_spent: bool = field(default=False, init=False)
     """Whether the task's budget is used up, so that no other attempt follows."""
@@ -112,10 +131,16 @@ class Work:
         self.is_spent = found.scope == "task"
         self.session.stop(found.outcome if isinstance(found.outcome, Failed) else None)
 
+    def stop(self) -> None:
+        """End its session, and the checks that follow that."""
+        self.session.stop()
+        if self.checks is not None:
+            self.checks.stop()
+
     def cancel(self) -> None:
         """End it for good."""
         self.cancelled = True
-        self.session.stop()
+        self.stop()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,35 +152,40 @@ class Attempts:
     pool: Pool
     budgets: Budgets
     starts: StartingPoints
+    phasing: Phasing
     clock: Clock
     _learning: anyio.Lock = field(default_factory=anyio.Lock, init=False)
 
-    def prepare(self, task: str, spec: TaskSpec, adapter: str, start: Start, notes: str | None) -> Work:
-        """Return the next attempt of a task, with one of its adapters, from `start`; nothing of it exists yet.
-
-        `notes` are what it gets to read beside its prompt.
-        """
+    async def prepare(self, task: str, spec: TaskSpec, turn: Turn, adapter: str, start: Start) -> Work:
+        """Return the next attempt of a task, at its turn, with one of its adapters; nothing of it exists yet."""
         document = self.ledger.task(task)
-        earlier, goes_on = None, start.commit is not None
-        if goes_on and Capability.RESUME in self.shop.adapters[adapter].capabilities():
-            earlier = _conversation(document, adapter)
+        notes = await self._notes(task, spec)
+        turn = replace(turn, base=start.base, start=start.commit)
+        brief = await self.phasing.brief(task, spec, turn)
+        earlier = None
+        if Capability.RESUME in self.shop.adapters[adapter].capabilities():
+            earlier = _conversation(document, turn.earlier, adapter)
+        timeout = turn.phase.timeout or spec.timeout
         assignment = Assignment(
             worktree=Worktree(self.shop.hub, self.ledger.run.id, task, len(document.attempts) + 1),
             base=start.base,
             start=start.commit,
-            prompt=spec.prompt,
-            told="\n\n".join(filter(None, (notes, document.feedback if goes_on else None))) or None,
+            prompt=brief.text,
+            told="\n\n".join(filter(None, (notes, brief.told))) or None,
             adapter=self.shop.adapters[adapter],
             adapter_name=adapter,
             reach=self.shop.configs[adapter].reach,
-            limits=Limits(spec.timeout, spec.silence),
+            limits=Limits(timeout, spec.silence),
             max_file=spec.max_file,
             instructions=spec.instructions,
             mcp_servers=self.shop.mcp_servers,
             most_cost=self.budgets.cost_left(task, spec),
             earlier=earlier,
+            follow_up="\n\n".join(filter(None, (notes, brief.follow_up))) or None,
+            about=spec.prompt,
+            writes=turn.phase.writes,
         )
-        return Work(task, spec, adapter, Session(self.shop.tools, self.pool, assignment))
+        return Work(task, spec, adapter, Session(self.shop.tools, self.pool, assignment), replace(turn, brief=brief))
 
     async def perform(self, work: Work) -> After | Elsewhere:
         """Record the attempt, run it, record its end, and clean up behind it."""
@@ -167,16 +197,18 @@ class Attempts:
             start=what.start,
             started=self.clock.now(),
             secrets=work.session.secret_names(),
+            phase=None if work.turn.workflow.is_plain else work.turn.phase.name,
         )
         earlier = self.ledger.task(work.task).attempts
         if len(earlier) + 1 != attempt.number:  # another orchestrator has tried it since this one was prepared
             return Elsewhere()
-        attempts = (*earlier, attempt)
-        details, changes = {"base": what.base, "adapter": work.adapter}, {"attempts": attempts, "current": None}
-        if what.start is None and self.ledger.task(work.task).start is not None:
-            details |= {"reason": _DOES_NOT_FIT}
-            changes |= {"start": None, "feedback": None}
-        taken = await self.ledger.start(work.task, details, partial(self._paths, work), **changes)
+        update = self.phasing.entering(work.task, work.turn, attempt, (*earlier, attempt))
+        if work.turn.is_anew:
+            update = update._replace(
+                details={**update.details, "reason": _DOES_NOT_FIT},
+                changes={**update.changes, "start": None, "base": None, "feedback": None},
+            )
+        taken = await self.ledger.start(work.task, update, partial(self._paths, work))
         if taken is not None:
             return Elsewhere()
         failpoint("attempt.recorded")
@@ -185,9 +217,14 @@ class Attempts:
             watched = self.budgets.watched(work.task, number, work.spec, what.adapter, log, work.exhaust)
             await stack.enter_async_context(watched)
             if self.shop.desk is not None:
-                seat = self.shop.desk.seated(work.name, work.adapter, self._workplace(work), keep_ownership=True)
+                takes = self.phasing.checker(work.turn.phase)
+                seat = self.shop.desk.seated(
+                    work.name, work.adapter, self._workplace(work), keep_ownership=True, takes=takes
+                )
                 await stack.enter_async_context(seat)
             finished = await work.session.run()
+            if self.shop.desk is not None:
+                work.handed_over = self.shop.desk.handed_over(work.name)
         finished = self._by_budget(work, finished)
         try:
             after = await self._record(work, finished)
@@ -204,6 +241,9 @@ class Attempts:
             await self.ledger.note("task.after_run_failed", {"task": work.task, "reason": fault})
         for fault in finished.desk_faults:
             await self.ledger.note("task.desk_failed", {"task": work.task, "reason": fault})
+        if finished.discarded:
+            facts = {"task": work.task, "attempt": number, "paths": list(finished.discarded)}
+            await self.ledger.note("task.changes_discarded", facts)
         if not finished.collected:
             reason = "; ".join(("it holds what is on no branch", *finished.notes))
             kept = {"task": work.task, "worktree": str(what.worktree.tree), "reason": reason}
@@ -215,7 +255,7 @@ class Attempts:
         what, tools = work.session.assignment, self.shop.tools
         return Workplace(what.worktree, what.base, what.adapter, tools.logs, tools.admission(what.max_file))
 
-    async def notes(self, task: str, spec: TaskSpec) -> str | None:
+    async def _notes(self, task: str, spec: TaskSpec) -> str | None:
         """Return what earlier sessions left for one of this task, or of the paths that it owns, to read."""
         if self.shop.desk is None:
             return None
@@ -250,11 +290,8 @@ class Attempts:
             return Over()
         outcome = finished.outcome
         match outcome:
-            case Built(commit):
-                await self._end(work, Trigger.BUILD, finished, "built", None, commit=commit, start=None, feedback=None)
-                failpoint("work.recorded")
-                await self._trust(work.adapter)
-                return ToLand()
+            case Built() | Answered():
+                return await self._concluded(work, finished)
             case Interrupted(reason):
                 await self._end(work, Trigger.INTERRUPT, finished, "interrupted", reason)
                 return Again(None)
@@ -265,6 +302,73 @@ class Attempts:
                 return await self._failed(work, finished, outcome)
             case _:
                 assert_never(outcome)
+
+    async def _concluded(self, work: Work, finished: Finished) -> After:
+        """Record what a session that ended well makes of its phase."""
+        commit = finished.outcome.commit if isinstance(finished.outcome, Built) else None
+        failed = await self._until(work, commit) if commit is not None and work.turn.phase.until else None
+        if isinstance(failed, Unchecked):
+            await self._end(work, Trigger.INTERRUPT, finished, "interrupted", failed.reason)
+            return Again(None)
+        if work.cancelled:
+            await self._end(work, Trigger.CANCEL, finished, "cancelled", "on request, while it ran")
+            return Over()
+        place = work.session.assignment.worktree
+        file = await read_handed_over(place) if work.turn.phase.produces is not None else None
+        used = self.shop.accounting.own(finished.transcript, self.ledger.task(work.task).attempts)
+        ended = Ended(commit, failed, file, work.handed_over, finished.answer, used)
+        while True:
+            concluded = await self.phasing.conclude(work.task, work.spec, work.turn, ended)
+            if isinstance(concluded, Failed):
+                return await self._failed(work, finished, concluded)
+            try:
+                await self._end(
+                    work,
+                    concluded.trigger,
+                    finished,
+                    concluded.outcome,
+                    concluded.reason,
+                    concluded.details,
+                    writes=concluded.writes,
+                    events=concluded.events,
+                    **concluded.changes,
+                )
+            except VersionConflict:  # what is shared was written meanwhile
+                continue
+            break
+        failpoint("work.recorded")
+        await self._trust(work.adapter)
+        match concluded.trigger:
+            case Trigger.BUILD:
+                return ToLand()
+            case Trigger.FINISH:
+                return Done()
+            case Trigger.ASK:
+                return Asked()
+            case Trigger.FAIL:
+                return Over()
+            case _:
+                return Again(0.0)
+
+    async def _until(self, work: Work, commit: str) -> CommandFailed | Unchecked | None:
+        """Return why a session's work is not what its phase is to be done until; None if it is."""
+        what = work.session.assignment.worktree
+        work.checks = self.shop.checks(
+            self.pool, what.run, what.task, what.attempt, work.spec, commands=work.turn.phase.until
+        )
+        try:
+            result = await work.checks.run(commit)
+        finally:
+            work.checks = None
+        return None if isinstance(result, Passed) else result
+
+    async def rest(self, task: str, rest: Rest) -> After | Elsewhere:
+        """Record what is left for a task without another session: its work waits to land, or it is done."""
+        update, trigger = self.phasing.resting(task, rest)
+        if await self.ledger.start(task, update, trigger=trigger) is not None:
+            return Elsewhere()
+        failpoint("phase.rested")
+        return ToLand() if trigger is Trigger.QUEUE else Done()
 
     async def _failed(self, work: Work, finished: Finished, outcome: Failed) -> After:
         failure, reason = outcome.failure, outcome.reason
@@ -321,6 +425,9 @@ class Attempts:
         outcome: str,
         reason: str | None,
         details: JsonObject | None = None,
+        *,
+        writes: Sequence[Write] = (),
+        events: Sequence[tuple[str, JsonObject]] = (),
         **changes: Any,
     ) -> None:
         document = self.ledger.task(work.task)
@@ -334,21 +441,24 @@ class Attempts:
             resumed=work.session.assignment.earlier is not None,
             **self.shop.accounting.recorded(finished.transcript, document.attempts),
         )
+        branch = finished.branch if work.turn.phase.writes else document.branch
         facts = {"outcome": outcome, "reason": reason, "branch": finished.branch, **(details or {})}
-        changes = {"attempts": attempts, "branch": finished.branch, "reason": reason, **changes}
-        await self.ledger.change(work.task, trigger, facts, **changes)
+        changes = {"attempts": attempts, "branch": branch, "reason": reason, **changes}
+        await self.ledger.change_all(trigger, {work.task: Update(facts, changes, writes, events)})
 
 
-def _conversation(document: TaskDocument, adapter: str) -> Conversation | None:
-    """Return what a task's next attempt can go on with: the conversation in which was built what it is to mend."""
-    if not document.attempts:
+def _conversation(document: TaskDocument, turn: Turn, adapter: str) -> Conversation | None:
+    """Return what a task's next attempt can go on with: the conversation that led to what it is to mend, or go on from.
+
+    It must have been with the same adapter.
+    """
+    number = turn.goes_on_with(document)
+    if number is None:
         return None
-    last = document.attempt
-    if last.adapter != adapter or last.outcome != FailureClass.CHECKS_FAILED:
+    one = document.attempts[number - 1]
+    if one.adapter != adapter or one.session is None or one.folder is None:
         return None
-    if last.session is None or last.folder is None:
-        return None
-    return Conversation(last.session, Path(last.folder))
+    return Conversation(one.session, Path(one.folder))
 
 
 def _is_parked(adapter: AdapterDocument, now: float) -> bool:

@@ -10,13 +10,17 @@ import anyio
 
 from orchestrator.clock import Clock
 from orchestrator.domain.claims import Release
+from orchestrator.domain.handoffs import Handoff
 from orchestrator.domain.holdings import HeldBy as OwnedBy
 from orchestrator.domain.lifecycle import TRANSITIONS, Trigger, advance
 from orchestrator.domain.model import CLAIMED, AdapterDocument, Request, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.workflow import Phase, Workflow, closed, phase_events
 from orchestrator.engine.coordinator import next_lease, other_coordinator
 from orchestrator.engine.recordable import recordable
 from orchestrator.engine.records import (
     adapter_key,
+    handoff_key,
+    read_handoffs,
     read_requests,
     read_run,
     read_spec,
@@ -46,6 +50,13 @@ TASK_EVENTS: Mapping[Trigger, str] = {
     Trigger.FAIL: "task.failed",
     Trigger.IDLE: "task.no_change",
     Trigger.BUILD: "task.queued",
+    Trigger.ADVANCE: "task.advanced",
+    Trigger.REPEAT: "task.repeating",
+    Trigger.ASK: "task.waiting",
+    Trigger.APPROVE: "task.approved",
+    Trigger.SEND_BACK: "task.sent_back",
+    Trigger.QUEUE: "task.queued",
+    Trigger.FINISH: "task.done",
     Trigger.CHECK: "task.checking",
     Trigger.REQUEUE: "task.requeued",
     Trigger.BOUNCE: "task.retrying",
@@ -67,6 +78,8 @@ TASK_EVENTS: Mapping[Trigger, str] = {
 #: What each status in which a task is nobody's makes of the claim on it.
 _RELEASES: Mapping[TaskStatus, Release] = {
     TaskStatus.PENDING: Release.ABANDONED,
+    TaskStatus.WAITING: Release.ABANDONED,
+    TaskStatus.DONE: Release.COMPLETE,
     TaskStatus.CANCELLED: Release.ABANDONED,
     TaskStatus.LANDED: Release.COMPLETE,
     TaskStatus.NO_CHANGE: Release.COMPLETE,
@@ -82,18 +95,21 @@ Plan = Awaitable["Sequence[Write] | OwnedBy | Outdated"]
 
 
 class Update(NamedTuple):
-    """What an event says of a task, and which fields of its document change."""
+    """What an event says of a task, and which fields of its document change; and what else is written with that."""
 
     details: JsonObject
     changes: Mapping[str, Any]
+    writes: Sequence[Write] = ()
+    events: Sequence[tuple[str, JsonObject]] = ()
+    """Their types, and what they say beside the run."""
 
 
 class _Step(NamedTuple):
     """One step of a task along its lifecycle, and what a commit records it with."""
 
     after: TaskDocument
-    write: Write
-    event: Event
+    writes: Sequence[Write]
+    events: Sequence[Event]
 
 
 class Outdated(NamedTuple):
@@ -159,6 +175,7 @@ class Ledger:
         self._versions = {task: tasks[task].version for task in run.tasks}
         self._guards: tuple[Guard, ...] = (orchestrators.guard,)
         self._slowest = 0.0
+        self._workflows: dict[str, Workflow] = {}
 
     @classmethod
     async def take(
@@ -235,6 +252,27 @@ class Ledger:
         """Return what a task was asked to do."""
         return await read_spec(self._store, self.run.id, task)
 
+    def workflow(self, name: str | None) -> Workflow:
+        """Return the workflow of a name, and for None what a task without one does."""
+        if name is None:
+            return Workflow()
+        if name not in self._workflows:
+            self._workflows[name] = Workflow(tuple(map(Phase.model_validate, self.run.workflows[name])))
+        return self._workflows[name]
+
+    async def handoffs(self, task: str) -> dict[str, tuple[int, Handoff]]:
+        """Return what the phases of a task have handed over, by id, with the versions of the documents."""
+        return await read_handoffs(self._store, self.run.id, task)
+
+    def handed_over(self, handoff: Handoff, version: int = 0) -> Write:
+        """Return the write that records a handoff, or what became of it."""
+        return Write(handoff_key(handoff.id), version, handoff.model_dump(mode="json"))
+
+    def redacted(self, value: JsonObject) -> JsonObject:
+        """Return what agents said without the secrets in it."""
+        found: JsonObject = self._redactor.json(value)
+        return found
+
     async def change(self, task: str, trigger: Trigger, details: JsonObject | None = None, **changes: Any) -> None:
         """Move a task along its lifecycle and record it, with an event that carries `details`."""
         await self.change_all(trigger, {task: Update(details or {}, changes)})
@@ -249,18 +287,22 @@ class Ledger:
             if self.is_elsewhere(task) or (self._tasks[task].status, trigger) not in TRANSITIONS:
                 await self.hold(task)
             steps[task] = step = self._step(task, trigger, update)
-            writes.append(step.write)
+            writes += step.writes
             if self.claims is not None and (guard := self.claims.guard(task)) is not None:
                 guards.append(guard)
                 if (status := step.after.status) not in CLAIMED:
                     counts = trigger in {Trigger.RETRY, Trigger.BOUNCE}
-                    writes.append(self.claims.ending(task, _RELEASES[status], step.after.reason, counts=counts))
+                    ending = self.claims.ending(
+                        task, _RELEASES[status], step.after.reason, counts=counts, afresh=trigger is Trigger.ADVANCE
+                    )
+                    writes.append(ending)
         if trigger is Trigger.REVIVE and self.claims is not None:
             for task in updates:
                 writes += await self.claims.afresh(task)
+        events = [event for step in steps.values() for event in step.events]
         with self._changing(updates):
             try:
-                await self._commit(Commit(writes, [step.event for step in steps.values()], [*self._guards, *guards]))
+                await self._commit(Commit(writes, events, [*self._guards, *guards]))
             except (LeaseLost, VersionConflict):
                 await self._tell_lost(updates)
                 raise
@@ -268,20 +310,31 @@ class Ledger:
                 self._moved(task, step.after)
 
     async def start(
-        self, task: str, details: JsonObject, also: Callable[[Guard], Plan] | None = None, **changes: Any
+        self,
+        task: str,
+        update: Update,
+        also: Callable[[Guard], Plan] | None = None,
+        *,
+        trigger: Trigger = Trigger.START,
     ) -> HeldBy | OwnedBy | Outdated | Moved | None:
         """Claim a task and record its next attempt, in one commit; return who was quicker, if somebody was.
 
-        `also` plans, by the guard of the claim, what else is to be had with it: the writes, or who is in the way.
+        `also` plans, by the guard of the claim, what else is to be had with it: the writes, or who is in the way. With
+        another trigger something else begins.
         """
         if self.claims is None:
-            await self.change(task, Trigger.START, details, **changes)
+            await self.change_all(trigger, {task: update})
             return None
         with self._changing([task]):
-            return await self._start(self.claims, task, Update(details, changes), also)
+            return await self._start(self.claims, task, trigger, update, also)
 
     async def _start(
-        self, claims: Claims, task: str, update: Update, also: Callable[[Guard], Plan] | None
+        self,
+        claims: Claims,
+        task: str,
+        trigger: Trigger,
+        update: Update,
+        also: Callable[[Guard], Plan] | None,
     ) -> HeldBy | OwnedBy | Outdated | Moved | None:
         key, version = task_key(self.run.id, task), self._versions[task]
         while True:
@@ -295,9 +348,9 @@ class Ledger:
             status = self._tasks[task].status
             if self._versions[task] != version or status is not TaskStatus.PENDING:
                 return Moved(status)  # what is to be recorded was made of what it was before
-            step = self._step(task, Trigger.START, update)
+            step = self._step(task, trigger, update)
             try:
-                await self._commit(Commit([step.write, *more, taking.write], [step.event], self._guards))
+                await self._commit(Commit([*step.writes, *more, taking.write], step.events, self._guards))
             except VersionConflict:
                 self.orchestrators.count(conflicts=1)
                 if await self._store.get(key) is None:
@@ -391,12 +444,18 @@ class Ledger:
             self.claims.released(task)
 
     def _step(self, task: str, trigger: Trigger, update: Update) -> _Step:
-        changed = advance(f"task {task!r}", self._tasks[task], trigger, **update.changes)
+        before = self._tasks[task]
+        changed = advance(f"task {task!r}", before, trigger, **update.changes)
+        changed = closed(changed, self._clock.now())
         after = TaskDocument.model_validate(self._redacted(changed.model_dump(mode="json")))
         attempt = {"attempt": after.attempt.number} if after.attempts else {}
-        event = self._event(TASK_EVENTS[trigger], {"task": task, **attempt, **update.details})
+        told = [
+            (TASK_EVENTS[trigger], {"task": task, **attempt, **update.details}),
+            *((event, {"task": task, **facts}) for event, facts in phase_events(before.phases, after.phases)),
+            *update.events,
+        ]
         write = Write(task_key(self.run.id, task), self._versions[task], after.model_dump(mode="json"))
-        return _Step(after, write, event)
+        return _Step(after, [write, *update.writes], [self._event(event, facts) for event, facts in told])
 
     async def _tell_lost(self, tasks: Iterable[str]) -> None:
         """Raise the error that says by whom tasks were taken over, if they were."""

@@ -21,6 +21,7 @@ from orchestrator.config.model import TaskSpec
 from orchestrator.domain.failures import FailureClass, Policy, policy_of
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import CLAIMED, Intent, TaskStatus
+from orchestrator.domain.workflow import restarted
 from orchestrator.engine.borders import Borders, Escape
 from orchestrator.engine.ledger import Ledger, Update
 from orchestrator.engine.workshop import Workshop
@@ -179,7 +180,7 @@ class MergeQueue:
             document = self.ledger.task(task)
             if document.landed is None or self._label(task) in landings or await self.target.holds(document.landed):
                 continue
-            branch = work_branch(self.ledger.run.id, task, str(document.attempt.number))
+            branch = work_branch(self.ledger.run.id, task, str(document.builder.number))
             await self.git("update-ref", f"refs/heads/{branch}", document.commit or document.landed)
             reason = f"its commit {document.landed[:10]} is no longer on the target, which was rewritten"
             details = {"reason": reason, "branch": branch}
@@ -215,7 +216,7 @@ class MergeQueue:
         last: Merge | None = None
         for index, task in enumerate(tasks):
             document = self.ledger.task(task)
-            commit, base = document.commit or "", document.attempt.base
+            commit, base = document.commit or "", document.builder.base
             try:
                 made = await self.target.prepare(permit, self._label(task), commit, base, last)
             except _FAULTS as error:
@@ -298,7 +299,7 @@ class MergeQueue:
         await self.ledger.change(task, Trigger.CHECK, {"merge": merge.new})
         failpoint("landing.checking")
         self._checks = self._shop.checks(
-            self._pool, self.ledger.run.id, task, self.ledger.task(task).attempt.number, spec
+            self._pool, self.ledger.run.id, task, self.ledger.task(task).builder.number, spec
         )
         try:
             result = await self._checks.run(merge.new)
@@ -326,25 +327,25 @@ class MergeQueue:
         """The merge does not pass: have it mended by another attempt, or end the task."""
         reason = failed.describe("on the merged tree")
         document = self.ledger.task(task)
-        branch = work_branch(self.ledger.run.id, task, str(document.attempt.number))
+        branch = work_branch(self.ledger.run.id, task, str(document.builder.number))
         rejection = Rejection(FailureClass.CHECKS_FAILED, reason, branch, {"log": str(failed.log)}, str(failed.log))
         if spec.retry_checks and document.failures + 1 < spec.attempts:
             start = await self.target.restart(merge, internal_ref(self.ledger.run.id, f"again/{task}"))
             feedback = _told(failed, secrets.token_hex(8))
-            await self._reject(task, Trigger.BOUNCE, rejection, start=start, feedback=feedback, commit=None)
+            await self._bring_back(task, spec, rejection, start, feedback)
         else:
             await self._reject(task, Trigger.REJECT, rejection)
 
     async def _turn_back(self, task: str, spec: TaskSpec, merge: Merge, escape: Escape) -> None:
         """The merge changes what the task does not own: have it made without that, or end the task."""
         document = self.ledger.task(task)
-        branch = work_branch(self.ledger.run.id, task, str(document.attempt.number))
+        branch = work_branch(self.ledger.run.id, task, str(document.builder.number))
         facts: JsonObject = {"paths": [shown(path) for path in escape.paths]}
         rejection = Rejection(FailureClass.ESCAPED, escape.describe(), branch, facts)
         if document.failures + 1 < spec.attempts:
             start = await self._borders.restart(task, merge, escape)
             feedback = escape.told(secrets.token_hex(8))
-            await self._reject(task, Trigger.BOUNCE, rejection, start=start, feedback=feedback, commit=None)
+            await self._bring_back(task, spec, rejection, start, feedback)
         else:
             await self._reject(task, Trigger.REJECT, rejection)
 
@@ -357,14 +358,25 @@ class MergeQueue:
         document, spec = self.ledger.task(task), await self.ledger.spec(task)
         is_retried = policy_of(FailureClass.CONFLICT, spec.retry_on) is Policy.RETRY
         if is_retried and document.failures + 1 < spec.attempts:
-            await self._reject(task, Trigger.BOUNCE, rejection, commit=None)
+            again = restarted(self.ledger.workflow(spec.workflow), document)
+            await self._reject(task, Trigger.BOUNCE, rejection, commit=None, built=None, **again)
         else:
             await self._reject(task, Trigger.CONFLICT, rejection, paths=conflict.paths)
+
+    async def _bring_back(self, task: str, spec: TaskSpec, rejection: Rejection, start: str, feedback: str) -> None:
+        """Have what can't land mended by another attempt, which begins at the merge; the phases after it follow again."""
+        base = await self.git.line("rev-parse", f"{start}^1")
+        again = restarted(self.ledger.workflow(spec.workflow), self.ledger.task(task))
+        await self._reject(
+            task, Trigger.BOUNCE, rejection, start=start, base=base, feedback=feedback, commit=None, built=None, **again
+        )
 
     async def _reject(self, task: str, trigger: Trigger, rejection: Rejection, **changes: Any) -> None:
         """Record that what an attempt built can't land as it is."""
         document, reason, branch = self.ledger.task(task), rejection.reason, rejection.branch
-        attempts = document.with_attempt(outcome=rejection.failure, reason=reason, check_log=rejection.check_log)
+        number = document.builder.number
+        facts = {"outcome": rejection.failure, "reason": reason, "check_log": rejection.check_log}
+        attempts = document.with_attempt(number, **facts)
         details = {"outcome": rejection.failure, "reason": reason, "branch": branch, **rejection.facts}
         changes |= {"failures": document.failures + 1, "attempts": attempts, "reason": reason, "branch": branch}
         await self.ledger.change(task, trigger, details, **changes)
@@ -423,7 +435,7 @@ class MergeQueue:
     async def _drop_branches(self, tasks: Iterable[str]) -> None:
         documents = {task: self.ledger.task(task) for task in tasks}
         branches = [
-            work_branch(self.ledger.run.id, task, str(document.attempt.number))
+            work_branch(self.ledger.run.id, task, str(document.builder.number))
             for task, document in documents.items()
             if document.status is TaskStatus.LANDED and document.commit is not None
         ]

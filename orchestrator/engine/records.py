@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from pydantic import TypeAdapter, ValidationError
 
 from orchestrator.domain.dispatch import Entry
+from orchestrator.domain.handoffs import Handoff
 from orchestrator.domain.model import AdapterDocument, Request, RunDocument, TaskDocument
 from orchestrator.errors import RefusedError
 from orchestrator.failpoints import failpoint
@@ -57,6 +58,20 @@ def cursor_key(run: str, kind: str, name: str) -> Key:
 def adapter_key(run: str, adapter: str) -> Key:
     """Return the key of what a run has learned about an adapter."""
     return Key("adapter", f"{run}/{adapter}")
+
+
+def handoff_key(handoff: str) -> Key:
+    """Return the key of what a phase handed over, by its id."""
+    return Key("handoff", handoff)
+
+
+async def read_handoffs(store: Store, run: str, task: str) -> dict[str, tuple[int, Handoff]]:
+    """Return what the phases of a task have handed over, by id, with the versions of the documents."""
+    found = {}
+    for item in await store.list("handoff", f"{run}/{task}/"):
+        handoff = Handoff.model_validate_json(_trusted(store, item))
+        found[handoff.id] = (item.version, handoff)
+    return found
 
 
 async def seed(store: Store, run: RunDocument, specs: Mapping[str, TaskSpec]) -> None:

@@ -74,7 +74,7 @@ async def cancel(ledger: Ledger, task: str) -> bool:
         return False
     branch = document.branch
     if document.commit is not None:
-        branch = work_branch(ledger.run.id, task, str(document.attempt.number))
+        branch = work_branch(ledger.run.id, task, str(document.builder.number))
     reason = "on request"
     await ledger.change(task, Trigger.CANCEL, {"reason": reason, "branch": branch}, reason=reason, branch=branch)
     return True

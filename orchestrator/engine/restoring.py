@@ -78,7 +78,7 @@ async def _keep_work(run: str, hub: Hub, writes: Sequence[Write], environ: Mappi
         if write.key.kind == "task" and owner == run and write.value is not None:
             document = TaskDocument.model_validate(write.value)
             if document.status in _WAITS_TO_LAND and document.commit is not None:
-                branch = work_branch(run, task, str(document.attempt.number))
+                branch = work_branch(run, task, str(document.builder.number))
                 lines.append(f"update refs/heads/{branch} {document.commit}\n")
     if not lines or not await anyio.to_thread.run_sync(hub.trusted.is_dir):
         return

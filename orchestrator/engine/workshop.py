@@ -88,13 +88,15 @@ class Workshop:
         warm = min(sessions + 1, config.max) if sessions else 0
         return Pool.open(self.git, self.hub, self.tools.clock, limits, care, warm=warm)
 
-    def checks(self, pool: Pool, run: str, task: str, attempt: int, spec: TaskSpec) -> Checks:
-        """Return the checks of what an attempt built."""
+    def checks(
+        self, pool: Pool, run: str, task: str, attempt: int, spec: TaskSpec, commands: Sequence[str] | None = None
+    ) -> Checks:
+        """Return the checks of what an attempt built: its task's, unless other commands are given."""
         return Checks(
             pool=pool,
             equipment=self.tools.equipment,
             worktree=Worktree(self.hub, run, task, attempt, is_check=True),
-            commands=spec.checks,
+            commands=spec.checks if commands is None else commands,
             timeout=spec.checks_timeout,
             env=spec.checks_env,
             fencing=self.tools.fencing,

@@ -156,17 +156,19 @@ class Claims:
             self.took(task, planned)
             return planned.guard
 
-    def ending(self, task: str, how: Release, reason: str | None, *, counts: bool = False) -> Write:
+    def ending(
+        self, task: str, how: Release, reason: str | None, *, counts: bool = False, afresh: bool = False
+    ) -> Write:
         """Return the write that releases a claim of ours; `released` is to follow once it is committed.
 
-        `counts` says that the task was tried in vain.
+        `counts` says that the task was tried in vain, `afresh` that its tries before this do not count any more.
         """
         claim, guard = self._claims[task], self._held[task]
         changes = {
             "epoch": guard.epoch + 1,
             "released": how,
             "reason": reason,
-            "retries": claim.retries + int(counts),
+            "retries": 0 if afresh else claim.retries + int(counts),
         }
         return Write(guard.key, guard.epoch, claim.model_copy(update=changes).model_dump(mode="json"))
 

@@ -1,0 +1,103 @@
+"""What a phase could be given: what its task began with, and what the phases before it handed over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from orchestrator.domain.handoff_kinds import Facts, Kind
+from orchestrator.domain.handoffs import Handoff, payload
+from orchestrator.domain.phase_context import PhaseContext, context_of
+from orchestrator.domain.phases import PhaseRecord
+from orchestrator.domain.workflow import Phase, Workflow
+from orchestrator.engine.sharing import Sharing
+
+#: The value that says what is to be done with what was mediated.
+INSTRUCTIONS: Final = "handoff_instructions"
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseValues:
+    """The values of a phase by name, and the handoffs that they come from."""
+
+    context: PhaseContext
+    produced: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What each earlier phase added."""
+    handoffs: Mapping[str, tuple[int, Handoff]] = field(default_factory=dict)
+    """What each of them handed over, by the phase, with the version of the document."""
+    results: Mapping[str, Any] = field(default_factory=dict)
+    """The same as the phases were given it."""
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """All that it could be given."""
+        return self.context.complete()
+
+    def wanted(self, phase: Phase, needs: Sequence[str] | None) -> Sequence[str] | None:
+        """Return the names of the values that a phase gets: what was mediated for it is all for it."""
+        if needs is None:
+            return None
+        made = [
+            name
+            for handoff in (one for _, one in self.handoffs.values())
+            if handoff.mediation is not None and handoff.to == phase.name
+            for name in (*handoff.mediation.processed, INSTRUCTIONS)
+        ]
+        return tuple(dict.fromkeys((*needs, *made)))
+
+    def received(self, given: Mapping[str, Any]) -> dict[str, tuple[int, Handoff]]:
+        """Return the handoffs that given values come from, by id, with the versions of their documents."""
+        return {
+            found[1].id: found
+            for phase, found in self.handoffs.items()
+            if not self.produced[phase] or any(name in given for name in self.produced[phase])
+        }
+
+    def with_produced(self, added: Mapping[str, Any], phase: str, result: Mapping[str, Any]) -> PhaseValues:
+        """Return the values once the phase itself has added some, for what follows."""
+        context = replace(self.context, produced=added)
+        return replace(self, context=context, results={**self.results, phase: result})
+
+
+async def phase_values(
+    workflow: Workflow,
+    phase: Phase,
+    inherited: Mapping[str, Any],
+    done: Mapping[str, PhaseRecord],
+    handoffs: Mapping[str, tuple[int, Handoff]],
+    kind_of: Callable[[Phase], Kind],
+    sharing: Sharing,
+) -> PhaseValues:
+    """Return the values of a phase; `done` are the visits before it that count, `handoffs` all of the task by id."""
+    produced: dict[str, Mapping[str, Any]] = {}
+    results: dict[str, Any] = {}
+    found: dict[str, tuple[int, Handoff]] = {}
+    for name, record in done.items():
+        if record.handoff is None or record.handoff not in handoffs:
+            continue
+        source = workflow.phase(name)
+        if source.mediator not in {None, phase.name} and source.mediator in done:
+            continue  # what stands between has made of it what is to be known
+        found[name] = handoffs[record.handoff]
+        handoff = found[name][1]
+        results[name] = await _payload(handoff, kind_of(source), sharing)
+        if handoff.mediation is None:
+            produced[name] = kind_of(source).exports(results[name])
+        else:
+            produced[name] = dict(handoff.mediation.processed)
+            if handoff.to == phase.name:
+                produced[name] = {**produced[name], INSTRUCTIONS: handoff.mediation.instructions}
+    context = context_of(phase, workflow.before(phase.name), inherited, produced)
+    return PhaseValues(context, produced, found, results)
+
+
+async def _payload(handoff: Handoff, kind: Kind, sharing: Sharing) -> dict[str, Any]:
+    """Return what was handed over; where it is shared, what others have made of it since, as far as that fits."""
+    if handoff.key is not None and handoff.protocol == "shared":
+        now = await sharing.get(handoff.key)
+        if now is not None and now.version != handoff.version and isinstance(now.value, dict):
+            checked = kind.check(now.value, Facts())
+            if checked.data is not None:
+                return checked.data
+    return payload(handoff)
