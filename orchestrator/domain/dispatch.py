@@ -38,7 +38,7 @@ class Entry:
     fallback: tuple[str, ...] = ()
     """Adapters that stand in, in this order, where the one before is parked or closed."""
     workflow: str | None = None
-    """The workflow whose phases say which adapters these are: `Board.assign`."""
+    """The workflow whose phases say which adapters these are, and `Board.wait` which at the time."""
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -115,6 +115,8 @@ class Board:
         for task, status in statuses.items():
             if status in SUCCESSFUL:
                 board.landed(task)
+            elif status is TaskStatus.WAITING:
+                board.rest(task, keeps_paths=False)
             elif status not in FINAL and status is not TaskStatus.PENDING:
                 board._resume(task, running=status is TaskStatus.RUNNING)
         for task, status in statuses.items():
@@ -140,12 +142,23 @@ class Board:
         self.blocked.pop(task, None)
         self._block(task)
 
-    def wait(self, task: str, until: float) -> None:
-        """The task may start again at `until`."""
+    def wait(
+        self, task: str, until: float, adapters: tuple[str, ...] | None = None, *, keeps_paths: bool = False
+    ) -> None:
+        """The task may start again at `until`, with other adapters if some are named, the best first.
+
+        With `keeps_paths` they stay its own meanwhile, since it goes on with what it has built.
+        """
         self._leave(task, _WAITING)
         self._until[task] = until
+        self._replace(task, adapters, keeps_paths=keeps_paths)
         place = self._places[task]
         heapq.heappush(self._waiting[place.lane.roster], (until, place.order, task))
+
+    def rest(self, task: str, *, keeps_paths: bool) -> None:
+        """A person is to say how the task goes on; `wait` is to follow."""
+        self._leave(task, _PENDING)
+        self._replace(task, None, keeps_paths=keeps_paths)
 
     def revive(self, task: str) -> None:
         """A task that had ended is to be tried again: it and what only it blocked are pending again."""
@@ -166,10 +179,18 @@ class Board:
             self._offer(one)
             stack.extend(self._dependents[one])
 
-    def mirror(self, task: str, status: TaskStatus, until: float) -> None:
+    def mirror(
+        self,
+        task: str,
+        status: TaskStatus,
+        until: float,
+        adapters: tuple[str, ...] | None = None,
+        *,
+        keeps_paths: bool = False,
+    ) -> None:
         """Take over where a task is that somebody else has moved; it may start again at `until` where that is here.
 
-        One that is at work elsewhere takes no slot here, and its paths are its own.
+        One that is at work elsewhere takes no slot here, and its paths are its own. For the rest see `wait`.
         """
         state = self._state[task]
         if state is _OVER and status not in REVIVABLE:
@@ -181,30 +202,18 @@ class Board:
         elif status in FINAL:
             if state is not _OVER:
                 self.ended(task)
+        elif status is TaskStatus.WAITING:
+            self.rest(task, keeps_paths=keeps_paths)
         elif status is not TaskStatus.PENDING:
             if state is not _BUILT:
                 self._leave(task, _BUILT)
-                self._queue.occupy(task, self._places[task].lane, slot=False)
-        elif state is _RUNNING or state is _BUILT:
-            self.wait(task, until)
+                self._queue.keep_paths(task, self._entries[task].owns)
+        elif state is _RUNNING or state is _BUILT or adapters is not None:
+            self.wait(task, until, adapters, keeps_paths=keeps_paths)
 
     def entry(self, task: str) -> Entry:
         """Return what was told of a task."""
         return self._entries[task]
-
-    def assign(self, task: str, adapters: tuple[str, ...]) -> None:
-        """Other adapters are to run a task from now on, the best first; and it waits no more."""
-        place = self._places[task]
-        if tuple(one.name for one in place.lane.roster.adapters) == adapters:
-            return
-        state = self._state[task]
-        if state is _READY or state is _WAITING or state is _FRESH:
-            self._leave(task, _PENDING)
-        lane = self._queue.lane(adapters, self._entries[task].owns)
-        self._places[task] = place._replace(lane=lane)
-        self._waiting.setdefault(lane.roster, [])
-        if state is _FRESH or state is _READY or state is _WAITING:
-            self._offer(task)
 
     def adapter_of(self, task: str) -> str:
         """Return the adapter that a task runs with, if it runs, or would run with now."""
@@ -313,9 +322,9 @@ class Board:
 
     def _leave(self, task: str, state: _State) -> None:
         before = self._state[task]
+        self._queue.free_paths(task)
         if before is _RUNNING or before is _BUILT:
             self._free_slot(task)
-            self._queue.free_paths(task)
         elif before is _READY:
             self._queue.discard(task)
         elif before is _WAITING:
@@ -328,7 +337,20 @@ class Board:
 
     def _resume(self, task: str, *, running: bool) -> None:
         self._state[task] = _RUNNING if running else _BUILT
-        self._queue.occupy(task, self._places[task].lane, slot=running)
+        self._queue.keep_paths(task, self._entries[task].owns)
+        if running:
+            self._queue.occupy(task, self._places[task].lane)
+
+    def _replace(self, task: str, adapters: tuple[str, ...] | None, *, keeps_paths: bool) -> None:
+        """Have a task wait where it belongs: whoever keeps its paths need not wait for them."""
+        entry, place = self._entries[task], self._places[task]
+        names = adapters or tuple(one.name for one in place.lane.roster.adapters)
+        if keeps_paths:
+            self._queue.keep_paths(task, entry.owns)
+        lane = self._queue.lane(names, () if keeps_paths else entry.owns)
+        if lane is not place.lane:
+            self._places[task] = place._replace(lane=lane)
+            self._waiting.setdefault(lane.roster, [])
 
     def _block(self, task: str) -> None:
         stack = [task]

@@ -161,13 +161,15 @@ class ReadyQueue:
         if place is not None and place[3].owns and place[3].places[0] is place:
             self._loosen(place[3])
 
-    def occupy(self, task: str, lane: Lane, *, slot: bool) -> None:
-        """A task is live: its paths are its own, and with `slot` it counts for its adapter."""
-        if lane.owns:
-            self._owners[task] = lane.owns
-        if slot:
-            adapter = self._sessions[task] = lane.roster.current
-            adapter.running += 1
+    def keep_paths(self, task: str, owns: tuple[str, ...]) -> None:
+        """A task has paths to itself until they are freed."""
+        if owns:
+            self._owners[task] = owns
+
+    def occupy(self, task: str, lane: Lane) -> None:
+        """A task has a session, which counts for its adapter."""
+        adapter = self._sessions[task] = lane.roster.current
+        adapter.running += 1
 
     def free_slot(self, task: str) -> None:
         """The session of a task is over."""

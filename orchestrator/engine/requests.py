@@ -6,11 +6,14 @@ import secrets
 from collections.abc import Mapping, Sequence
 
 from orchestrator.clock import Clock
+from orchestrator.domain.phases import PhaseTrigger
+from orchestrator.domain.workflow import changed, restarted
 from orchestrator.domain.lifecycle import TRANSITIONS, Trigger
 from orchestrator.domain.model import FINAL, REVIVABLE, Action, Request, TaskDocument, TaskStatus
 from orchestrator.domain.secrets import contains_key
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.records import request_key
+from orchestrator.engine.prompting import told_rejection
 from orchestrator.errors import RefusedError
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Commit, Event, Store, Write
@@ -23,10 +26,17 @@ def check_request(
     """Refuse what can't be done for tasks as they stand; `blocked` are those that wait in vain, with the need."""
     for task in tasks:
         status = documents[task].status
+        if action in {Action.APPROVE, Action.REJECT}:
+            if status is not TaskStatus.WAITING:
+                what = f"task {task!r} does not wait for approval: it is {status}"
+                raise RefusedError(what, "`council status` names those that do")
+            continue
         if action is not Action.RETRY and status in FINAL:
             raise RefusedError(f"task {task!r} is over: it is {status}", f"there is nothing to {action}")
         if action is Action.RETRY and status is TaskStatus.LANDED:
             raise RefusedError(f"task {task!r} has landed", "revert its commit and start a new run to do it again")
+        if action is Action.RETRY and status is TaskStatus.DONE:
+            raise RefusedError(f"task {task!r} is done", "start a new run to do it again")
         if action is Action.RETRY and task in blocked:
             need = blocked[task]
             raise RefusedError(f"task {task!r} waits for {need!r}, which did not land", f"`council retry {need}`")
@@ -42,11 +52,27 @@ def check_reason(reason: str) -> None:
         raise RefusedError("the reason holds what looks like a secret key, and is recorded", "leave it out")
 
 
+def check_phase(phase: str, specs: Mapping[str, TaskSpec], workflows: Mapping[str, Sequence[str]]) -> None:
+    """Refuse a phase that the workflows of tasks do not have; `workflows` are their phases by name."""
+    for task, spec in specs.items():
+        known = workflows.get(spec.workflow or "", ())
+        if phase not in known:
+            what = f"task {task!r} has no phase {phase!r}"
+            raise RefusedError(what, f"name one of: {', '.join(known)}" if known else "it has no workflow: leave `--from` out")
+
+
 async def submit(
-    store: Store, clock: Clock, run: str, action: Action, tasks: Sequence[str], reason: str | None = None
+    store: Store,
+    clock: Clock,
+    run: str,
+    action: Action,
+    tasks: Sequence[str],
+    reason: str | None = None,
+    phase: str | None = None,
 ) -> Request:
     """Record a request; whoever owns the run, or does so next, deals with it."""
-    asked = Request(id=secrets.token_hex(4), action=action, tasks=tuple(tasks), asked=clock.now(), reason=reason)
+    name = secrets.token_hex(4)
+    asked = Request(id=name, action=action, tasks=tuple(tasks), asked=clock.now(), reason=reason, phase=phase)
     event = Event("request.made", {"run": run, "request": asked.id, "action": str(action), "tasks": list(tasks)})
     await store.commit(Commit([Write(request_key(run, asked.id), 0, asked.model_dump(mode="json"))], [event]))
     failpoint("request.recorded")
@@ -61,7 +87,15 @@ async def is_answered(store: Store, run: str, request: Request) -> bool:
 async def obey(ledger: Ledger, request: Request) -> None:
     """Do what was asked of a run at which nothing is at work."""
     for task in request.tasks:
-        await (revive if request.action is Action.RETRY else cancel)(ledger, task)
+        match request.action:
+            case Action.RETRY:
+                await revive(ledger, task, request.phase)
+            case Action.APPROVE:
+                await approve(ledger, task, request.reason)
+            case Action.REJECT:
+                await send_back(ledger, task, request.reason)
+            case _:
+                await cancel(ledger, task)
     await ignore(ledger, request)
     failpoint("request.obeyed")
     await ledger.answer(request)
@@ -88,10 +122,45 @@ async def ignore(ledger: Ledger, request: Request) -> None:
             await ledger.change(task, Trigger.IGNORE, {"reason": request.reason}, **changes)
 
 
-async def revive(ledger: Ledger, task: str) -> bool:
-    """Have a task that is over tried again, with all of its attempts before it; False if it is not over."""
-    if ledger.task(task).status not in REVIVABLE:
+async def revive(ledger: Ledger, task: str, phase: str | None = None) -> bool:
+    """Have a task that is over tried again, from a phase on, with all of its attempts before it; False if it is not."""
+    document = ledger.task(task)
+    if document.status not in REVIVABLE:
         return False
-    changes = {"failures": 0, "reason": None, "paths": (), "commit": None, "start": None, "feedback": None}
-    await ledger.change(task, Trigger.REVIVE, {}, ignored=None, **changes)
+    workflow = ledger.workflow((await ledger.spec(task)).workflow)
+    again = restarted(workflow, document, phase)
+    work = {"commit": None, "built": None, "start": None, "base": None, "feedback": None}
+    await ledger.change(task, Trigger.REVIVE, {}, ignored=None, failures=0, reason=None, paths=(), **work, **again)
+    return True
+
+
+async def approve(ledger: Ledger, task: str, note: str | None) -> bool:
+    """Let a task go on from what a person has approved; False if it waits for nobody."""
+    document = ledger.task(task)
+    if document.status is not TaskStatus.WAITING:
+        return False
+    phase = document.phases[-1].phase
+    following = ledger.workflow((await ledger.spec(task)).workflow).after(phase)
+    phases = changed(document, PhaseTrigger.APPROVE, note=note)
+    changes = {"phases": phases, "phase": following[0].name if following else None, "reason": None}
+    await ledger.change(task, Trigger.APPROVE, {"phase": phase, "note": note}, **changes)
+    return True
+
+
+async def send_back(ledger: Ledger, task: str, note: str | None) -> bool:
+    """Have a phase done again whose result a person has not approved; False if it waits for nobody."""
+    document = ledger.task(task)
+    if document.status is not TaskStatus.WAITING:
+        return False
+    visit = document.phases[-1]
+    reason = "a person did not approve it" if note is None else f"a person did not approve it: {note}"
+    changes = {
+        "phases": changed(document, PhaseTrigger.REJECT, note=note, reason=reason),
+        "phase": visit.phase,
+        "start": visit.commit,
+        "base": visit.base,
+        "feedback": told_rejection(note),
+        "reason": reason,
+    }
+    await ledger.change(task, Trigger.SEND_BACK, {"phase": visit.phase, "note": note, "reason": reason}, **changes)
     return True
