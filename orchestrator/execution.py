@@ -109,6 +109,10 @@ class Execution:
             capacity=config.capacity,
             session_memory=config.session_memory,
             adapters={name: entry.stored() for name, entry in config.adapters.items()},
+            workflows={
+                name: [phase.model_dump(mode="json", by_alias=True) for phase in phases]
+                for name, phases in config.workflows.items()
+            },
             fence=config.fence.model_dump(mode="json"),
             worktrees=config.worktrees.model_dump(mode="json"),
             retention=config.state.retention.model_dump(mode="json"),

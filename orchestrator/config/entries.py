@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from pydantic import BaseModel
 
@@ -33,6 +33,11 @@ def _unexplained(_name: str) -> str | None:
     return None
 
 
+#: The kinds of handoffs, and the transformations between them, that there are without plugins.
+KINDS: Final = ("scout", "plan", "build", "test", "deploy", "review")
+TRANSFORMATIONS: Final = ("scout_to_plan",)
+
+
 @dataclass(frozen=True, slots=True)
 class Extensions:
     """What plugins bring to a file beside adapters, and why something may be missing."""
@@ -40,6 +45,10 @@ class Extensions:
     sinks: Mapping[str, SinkType] = field(default_factory=dict)
     trackers: Mapping[str, TrackerType] = field(default_factory=dict)
     explain: Explain = _unexplained
+    kinds: Collection[str] = KINDS
+    """The names of the kinds of handoffs, those that are there already among them."""
+    transformations: Collection[str] = TRANSFORMATIONS
+    """The same of what mediates."""
 
 
 class Used(NamedTuple):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from orchestrator.config import adapters, references
+from orchestrator.config import adapters, references, workflows
 from orchestrator.config.document import Node, read_document
 from orchestrator.config.entries import Extensions, read_sinks, read_trackers
 from orchestrator.config.files import open_regular
@@ -26,7 +26,7 @@ from orchestrator.config.model import (
 )
 from orchestrator.config.names import is_url
 from orchestrator.config.problems import Position, Problems, TooManyProblems
-from orchestrator.config.schema import BackoffSettings, BudgetSettings, Config, Task, TaskDefaults
+from orchestrator.config.schema import NO_WORKFLOW, BackoffSettings, BudgetSettings, Config, Task, TaskDefaults
 from orchestrator.config.store import folder_url
 from orchestrator.config.validation import validate
 from orchestrator.config.values import read_value
@@ -142,6 +142,8 @@ def _read_run(
     references.check_shared(root, problems)
     references.check_commands(root, problems)
     references.check_mcp_servers(root, problems)
+    phases = workflows.read_workflows(root, path.parent, extensions, problems)
+    workflows.check_contexts(root, problems)
     assigned = adapters.assign_adapters(root, problems)
     default = adapters.default_adapter(root, problems) if trackers else None
     adapters.try_commands(root, prompts, assigned, found, adapter_types, problems)
@@ -169,19 +171,22 @@ def _read_run(
         adapters=found,
         sinks=sinks,
         trackers=trackers,
-        template=_template(file.defaults, backoff, default) if default is not None else None,
+        workflows=phases,
+        context=file.context,
+        template=_template(file, backoff, default) if default is not None else None,
         tasks=tuple(
-            _resolve(task, file.defaults, backoff, prompts[index], assigned[index])
-            for index, task in enumerate(file.tasks)
+            _resolve(task, file, backoff, prompts[index], assigned[index]) for index, task in enumerate(file.tasks)
         ),
     )
 
 
-def _template(defaults: TaskDefaults, backoff: Backoff, adapter: str) -> TaskSpec:
-    return _resolve(Task(id="template"), defaults, backoff, "", adapter)
+def _template(file: Config, backoff: Backoff, adapter: str) -> TaskSpec:
+    return _resolve(Task(id="template"), file, backoff, "", adapter)
 
 
-def _resolve(task: Task, defaults: TaskDefaults, backoff: Backoff, prompt: str, adapter: str) -> TaskSpec:
+def _resolve(task: Task, file: Config, backoff: Backoff, prompt: str, adapter: str) -> TaskSpec:
+    defaults, workflow = file.defaults, task.workflow or file.defaults.workflow
+    workflow = None if workflow == NO_WORKFLOW else workflow
     silence = task.silence or defaults.silence or _SILENCE
     return TaskSpec(
         id=task.id,
@@ -205,6 +210,8 @@ def _resolve(task: Task, defaults: TaskDefaults, backoff: Backoff, prompt: str, 
         instructions=_first(task.instructions, defaults.instructions, None),
         budget=_budget(task.budget, defaults.budget),
         session_budget=_budget(task.session_budget, defaults.session_budget),
+        workflow=workflow,
+        context={} if workflow is None else {**file.context, **task.context},
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
@@ -12,6 +12,7 @@ from orchestrator.domain import budget, retry
 from orchestrator.domain.claims import Timing
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.prices import Price
+from orchestrator.domain.workflow import Phase
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Adapter, AdapterType, JsonObject, McpServer, SinkType, TrackerType
 
@@ -97,6 +98,12 @@ class TaskSpec(_Model):
     """What all of its sessions may use up together."""
     session_budget: BudgetConfig = BudgetConfig()
     """What each of them may use up."""
+    workflow: str | None = None
+    """The name of the phases that it goes through; None: the one phase `build`."""
+    context: dict[str, Any] = {}
+    """The values that its first phase inherits: its own before those of the file; none without a workflow."""
+    tracker: str | None = None
+    """The name of the tracker that it came from; None: the user's file has it."""
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -313,7 +320,7 @@ def make_adapters(configs: Mapping[str, AdapterConfig], adapter_types: Mapping[s
 
 def used_adapters(config: RunConfig, adapter_types: Mapping[str, AdapterType]) -> dict[str, Adapter]:
     """Return the adapters that a config's tasks use, made as a resume would make them from what is recorded."""
-    used = {name for task in config.tasks for name in task.adapters}
+    used = {name for task in config.tasks for name in config.adapters_of(task)}
     stored = {name: entry.stored() for name, entry in config.adapters.items() if name in used}
     return make_adapters(restore_adapters(stored, adapter_types), adapter_types)
 
@@ -404,5 +411,18 @@ class RunConfig(_Model):
     """Where further tasks are taken from when the run is made, by name."""
     tasks: Annotated[tuple[TaskSpec, ...], Field(strict=False)]
     """The tasks in the file's order."""
+    workflows: Mapping[str, Annotated[tuple[Phase, ...], Field(strict=False)]] = {}
+    """The phases of the workflows that tasks go through, and of those that tasks of their plans will, by name."""
+    context: dict[str, Any] = {}
+    """What the file gives to the phases of all tasks; the tasks' own `context` has it already."""
     template: TaskSpec | None = None
     """What a task is that says nothing but its id, its prompt and its needs; None where there is no tracker."""
+
+    def adapters_of(self, task: TaskSpec) -> tuple[str, ...]:
+        """Return the names of all adapters that may run a phase of a task, its own first."""
+        if task.workflow is None:
+            return task.adapters
+        phases = self.workflows[task.workflow]
+        own = task.adapters if any(phase.adapter is None for phase in phases) else ()
+        named = [name for phase in phases if phase.adapter is not None for name in (phase.adapter, *phase.fallback)]
+        return tuple(dict.fromkeys((*own, *named)))

@@ -234,7 +234,7 @@ def check_commands(root: Node, problems: Problems) -> None:
         commands += items_of(root.get("worktrees", key))
     for command in commands:
         if isinstance(command.value, str):
-            _refuse_key(command, command.value, "command", "`env` of `worktrees`", problems)
+            refuse_key(command, command.value, "command", "`env` of `worktrees`", problems)
 
 
 def check_mcp_servers(root: Node, problems: Problems) -> None:
@@ -250,17 +250,18 @@ def check_mcp_servers(root: Node, problems: Problems) -> None:
             problems.add(server.at, what, "add `command:` or `url:`" if command is None else "keep one of the two")
         for item in (*items_of(command), *([] if url is None else [url])):
             if isinstance(item.value, str):
-                _refuse_key(item, item.value, "server", "its `env`", problems)
+                refuse_key(item, item.value, "server", "its `env`", problems)
 
 
-def _refuse_key(node: Node, text: str, what: str, env: str, problems: Problems) -> None:
+def refuse_key(node: Node, text: str, what: str, env: str, problems: Problems) -> None:
+    """Note what looks like a secret in a text that is recorded; `env` is where a variable can be named instead."""
     if contains_key(text):
         remedy = f"take it out, and pass a variable on by its name under {env}"
         problems.add(node.at, f"the {what} holds what looks like a secret key, and {what}s are recorded", remedy)
 
 
 def _refuse_key_in_prompt(node: Node, prompt: str, problems: Problems) -> None:
-    _refuse_key(node, prompt, "prompt", "the adapter's `env`", problems)
+    refuse_key(node, prompt, "prompt", "the adapter's `env`", problems)
 
 
 def read_prompts(root: Node, folder: Path, problems: Problems) -> dict[int, str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -53,6 +54,12 @@ from orchestrator.domain.prices import Price
 
 MOST_TASKS = 100_000
 MOST_RETRIES = 99
+MOST_PHASES = 50
+#: What a task says that has no workflow although the defaults name one.
+NO_WORKFLOW: Final = "none"
+#: Bytes of one `context:` as JSON.
+LARGEST_CONTEXT: Final = 64 << 10
+VALUE_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
 
 def _check_version(version: int) -> int:
@@ -156,6 +163,77 @@ def _store(value: Any) -> Any:
     raise ValueError(f"a store can't be {kind(value)}: write its URL, or a mapping")
 
 
+def _produces(value: Any) -> Any:
+    match value:
+        case str():
+            return {"kind": value}
+        case dict() | BaseModel():
+            return value
+    raise ValueError(f"a handoff can't be {kind(value)}: write its kind, or a mapping with `kind:` and `schema:`")
+
+
+def _session(value: Any) -> Any:
+    match value:
+        case "continue":
+            return {}
+        case dict() | BaseModel():
+            return value
+    raise ValueError(f"a session can't be {kind(value)}: write `continue`, or {{continue: PHASE}}")
+
+
+def _expand(value: Any) -> Any:
+    match value:
+        case True:
+            return {}
+        case False:
+            return None
+        case dict() | BaseModel():
+            return value
+    raise ValueError(f"expand can't be {kind(value)}: write true, or a mapping with `max:` and `workflow:`")
+
+
+def _phase(value: Any) -> Any:
+    match value:
+        case str():
+            return {value: {}}
+        case dict() if len(value) == 1:
+            name, settings = next(iter(value.items()))
+            if settings is not None:
+                return value
+            raise ValueError(f"the phase {shown(str(name))} is empty: write `- {name}`, or its keys")
+        case dict() if value and next(iter(value.values())) is None:
+            name = next(iter(value))
+            raise ValueError(f"the keys of the phase {shown(str(name))} are beside its name: indent them more than it")
+    raise ValueError(f"a phase can't be {kind(value)}: write `- NAME: {{…}}`, one name with the keys of the phase")
+
+
+def _check_value_name(name: str) -> str:
+    if not VALUE_NAME.fullmatch(name):
+        raise ValueError(
+            f"{shown(name)} can't name a value: use up to 64 letters, digits and '_', not beginning with a digit"
+        )
+    return name
+
+
+def _check_context(context: dict[str, Any]) -> dict[str, Any]:
+    size = len(json.dumps(context, ensure_ascii=False, default=str).encode())
+    if size > LARGEST_CONTEXT:
+        raise ValueError(f"these values take {size} bytes: keep them within {LARGEST_CONTEXT}, or name a file to read")
+    return context
+
+
+def _check_workflow_name(name: str) -> str:
+    if name == NO_WORKFLOW:
+        raise ValueError(f"{NO_WORKFLOW!r} is what a task says that has no workflow: give this one another name")
+    return check_name(name)
+
+
+def _check_key(key: str) -> str:
+    for part in key.split("/"):
+        check_name(part)
+    return key
+
+
 RetryableName = Annotated[str, AfterValidator(_check_retryable), WithJsonSchema({"enum": sorted(RETRYABLE)})]
 EnvName = Annotated[str, AfterValidator(_check_env_name), _text(f"^{_ENV_NAME.pattern}$")]
 Command = Annotated[str, AfterValidator(_check_command), _text(_NOT_BLANK)]
@@ -187,6 +265,10 @@ RepositoryPaths = Annotated[
 Kept = Annotated[tuple[Annotated[str, AfterValidator(check_kept), _text(KEPT_PATTERN)], ...], Field(strict=False)]
 Commands = Annotated[tuple[Command, ...], Field(strict=False)]
 EnvNames = Annotated[tuple[EnvName, ...], Field(strict=False)]
+ValueName = Annotated[str, AfterValidator(_check_value_name), _text(f"^{VALUE_NAME.pattern}$")]
+Context = Annotated[dict[ValueName, Any], AfterValidator(_check_context)]
+WorkflowName = Annotated[str, AfterValidator(_check_workflow_name), _text(NAME_PATTERN)]
+Key = Annotated[str, AfterValidator(_check_key), _text(r"\S")]
 
 
 class _Entry(BaseModel):
@@ -230,6 +312,89 @@ class McpServerSettings(_Entry):
     """Where it is served (streamable HTTP)."""
 
 
+class HandoffSettings(_Entry):
+    """What a phase hands over."""
+
+    kind: Name
+    """The kind: scout, plan, build, test, deploy, review, what a plugin brings, or, with `schema`, one of your own."""
+    schema_: Annotated[str, Field(min_length=1)] | dict[str, Any] | None = Field(None, alias="schema")
+    """The JSON Schema (draft 2020-12) that it has to fit: a file, relative to this one, or the schema itself."""
+
+
+class ContinueSettings(_Entry):
+    """Whose conversation a phase goes on with."""
+
+    continue_: Name | None = Field(None, alias="continue")
+    """An earlier phase: the one before unless given."""
+
+
+class ExpansionSettings(_Entry):
+    """How the tasks of a plan become tasks of the run."""
+
+    max: Annotated[int, Field(ge=1, le=1000)] = 20
+    """How many there may be."""
+    workflow: WorkflowName | None = None
+    """The workflow of each of them: none unless given."""
+
+
+class PhaseSettings(_Entry):
+    """One step of a workflow: a session with a purpose of its own."""
+
+    adapter: str | None = None
+    """The adapter that does it: the task's unless given."""
+    fallback: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Adapters that stand in while that one is parked or stopped."""
+    access: Literal["read", "write"] = "write"
+    """With `read`, whatever it changes is discarded."""
+    produces: Annotated[HandoffSettings, BeforeValidator(_produces, json_schema_input_type=Name | HandoffSettings)] | (
+        None
+    ) = None
+    """What it hands to the next phase: a kind; nothing but its work unless given."""
+    prompt: Prompt | None = None
+    """The template of what its session is told: that of its kind, or of its name, unless given."""
+    prompt_file: Annotated[str, Field(min_length=1)] | None = None
+    """A file that holds the template, relative to this one."""
+    needs: Annotated[tuple[ValueName, ...], Field(strict=False)] | None = None
+    """The values that it is given: what its kind of phase needs, else all, unless given."""
+    context: Context = {}
+    """Values that this phase alone has."""
+    when: Annotated[str, Field(min_length=1)] | None = None
+    """An expression over the values that are known: where it does not hold, the phase is skipped."""
+    approve: bool = False
+    """Whether a person has to approve its result before anything follows."""
+    session: (
+        Annotated[
+            ContinueSettings,
+            BeforeValidator(_session, json_schema_input_type=Literal["continue"] | ContinueSettings),
+        ]
+        | None
+    ) = None
+    """`continue`: it goes on with the conversation of an earlier phase, where its adapter can."""
+    handoff: Literal["direct", "mediated", "shared"] = "direct"
+    """How its result gets to the next phase: as it is, prepared for it, or under a key that others read, too."""
+    transform: Name | None = None
+    """With `mediated`: the transformation that prepares it, as a plugin names it."""
+    mediator: Name | None = None
+    """With `mediated`: the phase that prepares it, which is the next one."""
+    key: Key | None = None
+    """With `shared`: the key."""
+    until: Commands = ()
+    """Shell commands that must succeed on its work before the phase is complete."""
+    on_reject: Name | None = None
+    """Of a review: the earlier phase that a rejection goes back to, the last one that writes unless given."""
+    max_rounds: Annotated[int, Field(ge=1, le=20)] | None = None
+    """How often `until` or a rejection may send work back before the task fails: 3 unless given."""
+    expand: Annotated[
+        ExpansionSettings | None, BeforeValidator(_expand, json_schema_input_type=bool | ExpansionSettings)
+    ] = None
+    """Of a plan: whether its tasks become tasks of the run."""
+    timeout: Duration | None = None
+    """The wall-clock time that one session of it may take: the task's unless given."""
+
+
+_OnePhase = Name | Annotated[dict[Name, PhaseSettings], Field(min_length=1, max_length=1)]
+
+
 class TaskDefaults(_Entry):
     """What holds for each task that doesn't say otherwise."""
 
@@ -267,6 +432,8 @@ class TaskDefaults(_Entry):
     """How much a task may use up, in all of its sessions."""
     session_budget: BudgetSettings | None = None
     """How much each of its sessions may use up."""
+    workflow: Name | None = None
+    """The phases that a task goes through: a name under `workflows`, `adw`, or `none`, as it is unless given."""
 
 
 class Task(TaskDefaults):
@@ -286,6 +453,8 @@ class Task(TaskDefaults):
     """The tasks that must have landed before this one starts."""
     owns: Annotated[tuple[PathPattern, ...], Field(strict=False)] = ()
     """Patterns of the paths that it works on: tasks whose patterns overlap are never at work at the same time."""
+    context: Context = {}
+    """Values for the phases of its workflow, beside those of the file."""
 
 
 class AdapterSettings(_Entry):
@@ -475,6 +644,22 @@ class Config(_Entry):
     """How those that work in one run keep out of each other's way."""
     defaults: TaskDefaults = TaskDefaults()
     """What holds for each task that doesn't say otherwise."""
+    workflows: dict[
+        WorkflowName,
+        Annotated[
+            tuple[
+                Annotated[
+                    dict[Name, PhaseSettings],
+                    BeforeValidator(_phase, json_schema_input_type=_OnePhase),
+                ],
+                ...,
+            ],
+            Field(strict=False, min_length=1, max_length=MOST_PHASES),
+        ],
+    ] = {}
+    """Phases that tasks go through one after the other, by a name of your own; `adw` is there already."""
+    context: Context = {}
+    """Values that the phases of all tasks are given."""
     sinks: dict[Name, SinkSettings] = {}
     """Who gets to know what happens, by a name of your own."""
     trackers: dict[Name, TrackerSettings] = {}

@@ -36,8 +36,11 @@ def add_tracked(
         adapters.try_commands(ours, prompts, assigned, config.adapters, adapter_types, problems)
     if problems or template is None:
         raise problems.error()
+    trackers = [name for name, tasks in found.items() for _ in tasks]
     specs = [
-        template.model_copy(update={"id": entry.id, "prompt": prompts[index], "needs": entry.needs})
+        template.model_copy(
+            update={"id": entry.id, "prompt": prompts[index], "needs": entry.needs, "tracker": trackers[index]}
+        )
         for index, entry in enumerate(entries)
         if entry is not None
     ]

@@ -8,6 +8,7 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict
 
 from orchestrator.domain.ownership import any_overlap
+from orchestrator.domain.quoting import barred, plain
 
 #: Bytes (UTF-8) of a note's text, characters of its topic, and how many paths it can name.
 LONGEST_TEXT, LONGEST_TOPIC, MOST_PATHS = 4096, 100, 50
@@ -88,11 +89,5 @@ _FOOT_ROOM: Final = 60
 
 def _lines(note: Note) -> list[str]:
     about = ", ".join(filter(None, [note.topic and f"topic {note.topic}", *note.paths]))
-    head = f"| [{note.task}, attempt {note.attempt} of run {note.run}{f'; {about}' if about else ''}]"
-    # `splitlines` knows every character that a reader may take for the end of a line.
-    return [_plain(head), *(f"| {_plain(line)}" for line in note.text.splitlines())]
-
-
-def _plain(line: str) -> str:
-    """Return a line without what could hide or move what stands in it."""
-    return "".join(one if one.isprintable() or one == "\t" else " " for one in line)
+    head = f"[{note.task}, attempt {note.attempt} of run {note.run}{f'; {about}' if about else ''}]"
+    return [*barred(plain(head)), *barred(note.text)]
