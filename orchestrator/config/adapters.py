@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from orchestrator.config.document import Node
 from orchestrator.config.entries import Explain, read_entries
 from orchestrator.config.model import AdapterConfig, Reach
 from orchestrator.config.names import check_kept
-from orchestrator.config.problems import Problems, Vocabulary, shown
-from orchestrator.config.references import task_nodes
+from orchestrator.config.problems import Position, Problems, Vocabulary, shown
+from orchestrator.config.references import items_of, task_nodes
 from orchestrator.config.schema import AdapterSettings
+from orchestrator.config.validation import validate
+from orchestrator.config.workflows import phase_nodes, workflow_of
+from orchestrator.domain.workflow import Phase
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Adapter, AdapterType, SessionRequest
 
@@ -62,24 +65,69 @@ def read_reach(node: Node, folder: Path, problems: Problems) -> Reach:
     return Reach(writable=tuple(found["writable"]), readable=tuple(found["readable"]))
 
 
-def assign_adapters(root: Node, problems: Problems) -> dict[int, str]:
-    """Return the name of each task's adapter by the task's index, for those that have one: its own, else the default
-    one, else the only one."""
+def with_named_types(root: Node, folder: Path, adapter_types: Mapping[str, AdapterType]) -> Node:
+    """Return the file with an entry for each adapter that is named, has none, and is a type that needs no options."""
+    section = root.get("adapters")
+    if section is not None and not isinstance(section.value, dict):  # which is told of with the file's shape
+        return root
+    entries: dict[str | int, Node] = {} if section is None else dict(section.children)
+    named = {one.value: one for one in _named(root) if isinstance(one.value, str)}
+    added: dict[str | int, Node] = {
+        name: Node(one.at, {"use": name}, {"use": Node(one.at, name)}, {"use": one.at})
+        for name, one in named.items()
+        if name not in entries and name in adapter_types and needs_no_options(adapter_types[name], folder)
+    }
+    if not added:
+        return root
+    entries |= added
+    value = {str(name): one.value for name, one in entries.items()}
+    keys = {} if section is None else section.keys
+    made = Node(
+        root.at if section is None else section.at,
+        value,
+        entries,
+        {**keys, **{str(name): one.at for name, one in added.items()}},
+    )
+    return root._replace(value={**root.value, "adapters": value}, children={**root.children, "adapters": made})
+
+
+def needs_no_options(adapter_type: AdapterType, folder: Path) -> bool:
+    """Whether an adapter type can be used without a word on it."""
+    nothing = Node(Position(1, 1), {})
+    return validate(adapter_type.Options, nothing, Problems(""), folder=folder) is not None
+
+
+def only_adapter(written: Node, root: Node) -> str | None:
+    """Return the adapter of what names none: the only one that the file has an entry for, or else names; None if there
+    are several. `root` is the file with the entries that `with_named_types` adds to what is `written`."""
+    for file in (written, root):
+        section = file.get("adapters")
+        if section is not None and isinstance(section.value, dict) and section.value:
+            return str(next(iter(section.value))) if len(section.value) == 1 else None
+    return None
+
+
+def assign_adapters(
+    root: Node, only: str | None, workflows: Mapping[str, Sequence[Phase]], problems: Problems
+) -> dict[int, str]:
+    """Return the name of each task's adapter by the task's index, for those that have one.
+
+    That is its own, else the default one, else the only one, else that of the phase that does its work, where the
+    phases of its workflow name all of theirs. Adapters that are named and not there are noted.
+    """
     adapters = root.get("adapters")
     if adapters is None or not isinstance(adapters.value, dict) or not adapters.value:
         return {}
     names = adapters.value.keys()
     vocabulary = Vocabulary(names, "the adapters")
+    for named in _named(root):
+        if isinstance(named.value, str) and named.value not in names:
+            problems.add(named.at, f"there is no adapter {shown(named.value)}", vocabulary.instead_of(named.value))
     default = root.get("defaults", "adapter")
-    chosen = [(index, task, task.get("adapter")) for index, task in task_nodes(root)]
-    for choice in (default, *(choice for _, _, choice in chosen), *_fallbacks(root)):
-        if choice is not None and isinstance(choice.value, str) and choice.value not in names:
-            problems.add(choice.at, f"there is no adapter {shown(choice.value)}", vocabulary.instead_of(choice.value))
-    only = next(iter(names)) if len(names) == 1 else None
     assigned: dict[int, str] = {}
-    for index, task, own in chosen:
-        choice = own or default
-        name = only if choice is None else choice.value
+    for index, task in task_nodes(root):
+        choice = task.get("adapter") or default
+        name: Any = (only or _of_phases(task, root, workflows)) if choice is None else choice.value
         if isinstance(name, str):
             assigned[index] = name
         elif choice is None:
@@ -88,12 +136,23 @@ def assign_adapters(root: Node, problems: Problems) -> dict[int, str]:
     return assigned
 
 
-def _fallbacks(root: Node) -> Iterator[Node]:
-    """Yield each name of an adapter that is to stand in for another."""
-    entries = (root.get("defaults"), *(task for _, task in task_nodes(root)))
-    for told in (None if entry is None else entry.get("fallback") for entry in entries):
-        if told is not None and isinstance(told.value, list):
-            yield from told.children.values()
+def _of_phases(task: Node, root: Node, workflows: Mapping[str, Sequence[Phase]]) -> str | None:
+    """Return the adapter of the phase that does a task's work, where all phases of its workflow name theirs."""
+    phases = workflows.get(workflow_of(task, root) or "", ())
+    if not phases or any(phase.adapter is None for phase in phases):
+        return None
+    return next((phase for phase in reversed(phases) if phase.writes), phases[-1]).adapter
+
+
+def _named(root: Node) -> Iterator[Node]:
+    """Yield each name of an adapter in the file: of those that work, and of those that stand in for them."""
+    section = root.get("workflows")
+    workflows = section.children.values() if section is not None and isinstance(section.value, dict) else ()
+    phases = (phase.node for workflow in workflows for phase in phase_nodes(workflow))
+    for entry in (root.get("defaults"), *(task for _, task in task_nodes(root)), *phases):
+        if entry is not None and (choice := entry.get("adapter")) is not None:
+            yield choice
+        yield from items_of(None if entry is None else entry.get("fallback"))
 
 
 def trial_request(task: str, prompt: str, home: Path = _NOWHERE / "home") -> SessionRequest:
@@ -109,36 +168,51 @@ def trial_request(task: str, prompt: str, home: Path = _NOWHERE / "home") -> Ses
     )
 
 
-def default_adapter(root: Node, problems: Problems) -> str | None:
+def default_adapter(
+    root: Node, only: str | None, workflows: Mapping[str, Sequence[Phase]], problems: Problems
+) -> str | None:
     """Return the adapter of tasks that trackers give; noted where there is none."""
     default, adapters, trackers = root.get("defaults", "adapter"), root.get("adapters"), root.get("trackers")
     names = list(adapters.value) if adapters is not None and isinstance(adapters.value, dict) else []
     if default is not None:
         return default.value if default.value in names else None
-    if len(names) > 1 and trackers is not None:
+    found = only or _of_phases(root, root, workflows)
+    if found is None and len(names) > 1 and trackers is not None:
         remedy = "add `adapter:` under `defaults:`"
         problems.add(trackers.at, "the tasks of trackers have no adapter, and there are several", remedy)
-    return names[0] if len(names) == 1 else None
+    return found
+
+
+def possible_adapters(
+    root: Node, assigned: Mapping[int, str], workflows: Mapping[str, Sequence[Phase]]
+) -> dict[int, list[str]]:
+    """Return the names of all adapters that may run a task or a phase of it, by the task's index."""
+    found: dict[int, list[str]] = {}
+    for index, task in task_nodes(root):
+        told = task.get("fallback") or root.get("defaults", "fallback")
+        phases = workflows.get(workflow_of(task, root) or "", ())
+        names = [assigned.get(index), *(one.value for one in items_of(told))]
+        names += [name for phase in phases for name in (phase.adapter, *phase.fallback)]
+        found[index] = [name for name in dict.fromkeys(names) if isinstance(name, str)]
+    return found
 
 
 def try_commands(
     root: Node,
     prompts: Mapping[int, str],
-    assigned: Mapping[int, str],
+    possible: Mapping[int, Sequence[str]],
     adapters: Mapping[str, AdapterConfig],
     adapter_types: Mapping[str, AdapterType],
     problems: Problems,
 ) -> None:
-    """Ask each task's adapter for its command, which starts nothing, and note what it refuses."""
+    """Ask each task's adapters for their command, which starts nothing, and note what they refuse."""
     made = {name: adapter_types[adapter.use](adapter.options) for name, adapter in adapters.items()}
     for index, task in task_nodes(root):
         if index not in prompts:
             continue
         request = trial_request(str(task.value.get("id")), prompts[index])
-        told = task.get("fallback") or root.get("defaults", "fallback")
-        fallback = [one.value for one in told.children.values()] if told else []
-        for name in dict.fromkeys((assigned.get(index), *fallback)):
-            if not isinstance(name, str) or name not in made:
+        for name in possible.get(index, ()):
+            if name not in made:
                 continue
             try:
                 _try_command(name, made[name], request)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.config.adapters import needs_no_options
 from orchestrator.config.document import Node
 from orchestrator.config.entries import Extensions
 from orchestrator.config.load import NONE_INSTALLED, judge, read_file
@@ -48,7 +49,8 @@ def load_inline(
         below = read_value({"version": 1}, problems) if file is None else read_file(file, problems)
         if below is None:
             return None
-        above = read_value(_settings(tasks) | choose_adapter(tasks.adapter, below, adapter_types), problems)
+        check_choice(tasks.adapter, below, folder, adapter_types)
+        above = read_value(_settings(tasks), problems)
         return None if above is None else _laid_over(_without(below, "trackers"), above)
 
     return judge(read, path, adapter_types, extensions, problems)
@@ -62,30 +64,27 @@ def _settings(tasks: InlineTasks) -> JsonObject:
     return {"tasks": entries, **{key: branch for key, branch in branches.items() if branch is not None}}
 
 
-def choose_adapter(wanted: str | None, file: Node, adapter_types: Mapping[str, AdapterType]) -> JsonObject:
-    """Return what is to be added to the file for an adapter to be there; RefusedError if there is no such choice.
+def check_choice(wanted: str | None, file: Node, folder: Path, adapter_types: Mapping[str, AdapterType]) -> None:
+    """Raise RefusedError if there is no such adapter, or none is wanted and it is not clear which is meant.
 
     An adapter is one that the file names, or an installed type that takes no options or only optional ones.
     """
     named = file.value.get("adapters", {})
     if not isinstance(named, dict):  # which is told of as any mistake of the file
-        return {}
-    ready = [use for use, kind in sorted(adapter_types.items()) if _needs_no_options(kind)]
+        return
+    ready = [use for use, kind in sorted(adapter_types.items()) if needs_no_options(kind, folder)]
     possible = [*named, *(use for use in ready if use not in named)]
     if wanted is None:
         default = file.get("defaults", "adapter")
         if default is None and len(named) != 1:
             what = "the file has several adapters and no default" if named else "there is no file that names an adapter"
             raise RefusedError(what, _choices(possible))
-        return {}
-    if wanted in named:
-        return {}
-    if wanted in ready:
-        return {"adapters": {wanted: {"use": wanted}}}
+        return
+    if wanted in possible:
+        return
     what = f"there is no adapter {wanted!r}"
     if wanted in adapter_types:
         what = f"{wanted!r} takes options, which only a file can give"
-        possible = [name for name in possible if name != wanted]
     raise RefusedError(what, Vocabulary(possible, "possible ones").instead_of(wanted) if possible else _choices([]))
 
 
@@ -95,20 +94,13 @@ def _choices(possible: Sequence[str]) -> str:
     return f"name one by --adapter: {', '.join(possible)}"
 
 
-def _needs_no_options(kind: AdapterType) -> bool:
-    return not any(field.is_required() for field in kind.Options.model_fields.values())
-
-
 def _without(node: Node, key: str) -> Node:
     children = {name: child for name, child in node.children.items() if name != key}
     return node._replace(value={name: value for name, value in node.value.items() if name != key}, children=children)
 
 
 def _laid_over(below: Node, above: Node) -> Node:
-    """Return one mapping of both: what is above counts, but for `adapters`, which are taken together."""
+    """Return one mapping of both: what is above counts."""
     children = {**below.children, **above.children}
-    adapters, added = below.get("adapters"), above.get("adapters")
-    if adapters is not None and added is not None and isinstance(adapters.value, dict):
-        children["adapters"] = _laid_over(adapters, added)
     value = {key: child.value for key, child in children.items()}
     return Node(below.at, value, children, {**below.keys, **above.keys})

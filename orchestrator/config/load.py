@@ -121,10 +121,12 @@ def _read_text(path: Path, problems: Problems) -> str | None:
 
 
 def _read_run(
-    root: Node, path: Path, adapter_types: Mapping[str, AdapterType], extensions: Extensions, problems: Problems
+    written: Node, path: Path, adapter_types: Mapping[str, AdapterType], extensions: Extensions, problems: Problems
 ) -> RunConfig | None:
-    if not references.check_size(root, problems):
+    if not references.check_size(written, problems):
         return None
+    root = adapters.with_named_types(written, path.parent, adapter_types)
+    only = adapters.only_adapter(written, root)
     file = validate(Config, root, problems)
     references.check_presence(root, problems)
     references.check_emptiness(root, problems)
@@ -144,9 +146,10 @@ def _read_run(
     references.check_mcp_servers(root, problems)
     phases = workflows.read_workflows(root, path.parent, extensions, problems)
     workflows.check_contexts(root, problems)
-    assigned = adapters.assign_adapters(root, problems)
-    default = adapters.default_adapter(root, problems) if trackers else None
-    adapters.try_commands(root, prompts, assigned, found, adapter_types, problems)
+    assigned = adapters.assign_adapters(root, only, phases, problems)
+    default = adapters.default_adapter(root, only, phases, problems) if trackers else None
+    possible = adapters.possible_adapters(root, assigned, phases)
+    adapters.try_commands(root, prompts, possible, found, adapter_types, problems)
     if file is None or problems:
         return None
     backoff = _backoff(file.defaults.backoff, Backoff())

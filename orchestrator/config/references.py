@@ -44,7 +44,9 @@ def check_size(root: Node, problems: Problems) -> bool:
 
 
 def check_presence(root: Node, problems: Problems) -> None:
-    """Note that there are no tasks and no tracker that could give some."""
+    """Note that there are no adapters, or no tasks and no tracker that could give some."""
+    if root.get("adapters") is None:
+        problems.add(root.at, "the key 'adapters' is missing", "add `adapters:` here")
     tasks, trackers = root.get("tasks"), root.get("trackers")
     if trackers is not None and trackers.children:
         return

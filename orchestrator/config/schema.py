@@ -624,8 +624,8 @@ class Config(_Entry):
     """Files and folders inside of what is hidden that sessions and checks may read."""
     adapters: Annotated[
         dict[Name, AdapterSettings], Field(min_length=1, json_schema_extra={"additionalProperties": False})
-    ]
-    """The ways to run a CLI, by a name of your own."""
+    ] = {}
+    """The ways to run a CLI, by a name of your own; types that need no options can be named without an entry here."""
     mcp_servers: dict[Name, McpServerSettings] = {}
     """Servers of the Model Context Protocol that sessions can use, by a name of your own."""
     budget: BudgetSettings = BudgetSettings()

@@ -32,8 +32,8 @@ def add_tracked(
     prompts = references.read_prompts(ours, config.path.parent, problems)
     template = config.template
     if template is not None:
-        assigned = dict.fromkeys(range(len(tracked)), template.adapter)
-        adapters.try_commands(ours, prompts, assigned, config.adapters, adapter_types, problems)
+        possible = dict.fromkeys(range(len(tracked)), config.adapters_of(template))
+        adapters.try_commands(ours, prompts, possible, config.adapters, adapter_types, problems)
     if problems or template is None:
         raise problems.error()
     trackers = [name for name, tasks in found.items() for _ in tasks]

@@ -52,7 +52,7 @@ def find_warnings(config: RunConfig, around: Surroundings, adapters: Mapping[str
         what = "no task has checks: nothing proves the work"
         found.append(ConfigWarning(what, "add the command of your tests as `checks:` under `defaults:`"))
     found += _repeated_fallbacks(config)
-    used = dict.fromkeys(name for spec in specs for name in spec.adapters)
+    used = dict.fromkeys(name for spec in specs for name in config.adapters_of(spec))
     unable = [repr(name) for name in used if Capability.MCP not in adapters[name].capabilities()]
     if config.mcp_servers and unable:
         what = f"sessions of {listed(unable)} are not told of `mcp_servers`: {listed([*map(repr, config.mcp_servers)])}"

@@ -58,7 +58,10 @@ def read_workflows(root: Node, folder: Path, extensions: Extensions, problems: P
 
 
 def workflow_of(task: Node, root: Node) -> str | None:
-    """Return the name of a task's workflow, be there one of that name or not; None where it has none."""
+    """Return the name of a task's workflow, be there one of that name or not; None where it has none.
+
+    Of the file itself it is that of tasks which say nothing.
+    """
     named = task.get("workflow") or root.get("defaults", "workflow")
     return named.value if named is not None and isinstance(named.value, str) and named.value != NO_WORKFLOW else None
 
