@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from orchestrator.engine.findings import Finding
     from orchestrator.engine.memory import Memory
     from orchestrator.engine.restoring import Restored
+    from orchestrator.engine.sharing import Sharing
     from orchestrator.execution import Execution
     from orchestrator.locking.overview import Lock, Overview
     from orchestrator.past import Past
@@ -606,6 +607,18 @@ class Council:
         document = await read_run(self._store, run or await self.newest_run())
         redactor = Redactor(secret_values(self._runs.environ))
         return Memory(self._store, self._runs.clock, scope_of(document.repo, document.target), redactor)
+
+    async def sharing(self, run: str | None = None) -> Sharing:
+        """Return what the sessions of a run share: values by keys, to put, to get, to wait for and to list.
+
+        RefusedError where there is no such run.
+        """
+        from orchestrator.domain.secrets import Redactor, secret_values  # noqa: PLC0415  the same
+        from orchestrator.engine.sharing import Sharing  # noqa: PLC0415  the same
+
+        document = await read_run(self._store, run or await self.newest_run())
+        redactor = Redactor(secret_values(self._runs.environ))
+        return Sharing(self._store, self._runs.clock, redactor, document.id)
 
     @property
     def cleaner(self) -> Cleaner:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import anyio.to_thread
 
 from orchestrator.client import main as client
-from orchestrator.client.commands import COMMANDS, PATHS, SECONDS, SERVER, Argument, Asked
+from orchestrator.client.commands import COMMANDS, OBJECT, PATHS, SECONDS, SERVER, VALUE, VERSION, Argument, Asked
 from orchestrator.client.session import AskError, Session, find_session
 from orchestrator.client.words import Typed
 from orchestrator.errors import RefusedError
@@ -98,6 +98,12 @@ def _schema(argument: Argument) -> JsonObject:
         schema = {"type": "array", "items": {"type": "string"}}
     elif argument.kind == SECONDS:
         schema = {"type": "number", "minimum": 0}
+    elif argument.kind == VERSION:
+        schema = {"type": "integer", "minimum": 0}
+    elif argument.kind == VALUE:
+        schema = {}
+    elif argument.kind == OBJECT:
+        schema = {"type": "object"}
     elif argument.choices:
         schema["enum"] = list(argument.choices)
     return {**schema, "description": argument.help}

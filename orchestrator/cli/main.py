@@ -57,7 +57,12 @@ COMMANDS: Mapping[str, Mapping[str, Entry]] = {
         "where": Entry("orchestrator.cli.status:where", "Say where everything is kept."),
     },
     "In a session": {
-        **{name: Entry(f"orchestrator.cli.session:{name}", one.help) for name, one in SESSION_COMMANDS.items()},
+        **{
+            one.typed[0]: Entry(f"orchestrator.cli.session:{name}", one.help)
+            for name, one in SESSION_COMMANDS.items()
+            if not one.is_for_all
+        },
+        "share": Entry("orchestrator.cli.share:share", "Share values between the sessions of a run, or look at them."),
         "mcp": Entry("orchestrator.cli.mcp:mcp", "Serve the commands of a session by the Model Context Protocol."),
     },
     "Steer": {

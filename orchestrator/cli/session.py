@@ -11,19 +11,35 @@ from typing import Any
 import click
 
 from orchestrator.client import main as client
-from orchestrator.client.commands import COMMANDS, LONGEST_WAIT, PATHS, SECONDS, Argument, Asked
+from orchestrator.client.commands import (
+    COMMANDS,
+    LONGEST_WAIT,
+    OBJECT,
+    PATHS,
+    SECONDS,
+    STANDARD_INPUT,
+    VERSION,
+    Argument,
+    Asked,
+)
 from orchestrator.client.words import Typed
 
 
-def _parameter(argument: Argument) -> click.Parameter:
+def parameter(argument: Argument) -> click.Parameter:
+    """Return what click has to know of an argument."""
     kind: click.ParamType[Any] = click.STRING
     if argument.kind == SECONDS:
         kind = click.FloatRange(0, LONGEST_WAIT)
+    elif argument.kind == VERSION:
+        kind = click.IntRange(0, (1 << 53) - 1)
     elif argument.choices:
         kind = click.Choice(argument.choices)
     if argument.is_word:
         many = -1 if argument.kind == PATHS else 1
-        return click.Argument([argument.name], type=kind, nargs=many, required=True, metavar=_word(argument))
+        default = {"default": STANDARD_INPUT} if argument.kind == OBJECT else {}
+        return click.Argument(
+            [argument.name], type=kind, nargs=many, required=not default, metavar=_word(argument), **default
+        )
     return click.Option(
         [argument.option, argument.name],
         type=kind,
@@ -34,6 +50,8 @@ def _parameter(argument: Argument) -> click.Parameter:
 
 
 def _word(argument: Argument) -> str:
+    if argument.kind == OBJECT:
+        return f"[{argument.metavar}]"
     return f"{argument.metavar}..." if argument.kind == PATHS else argument.metavar
 
 
@@ -46,14 +64,17 @@ def _command(name: str) -> click.Command:
         sys.exit(client.perform(Typed(asked, said, as_json=as_json)))
 
     as_json = click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object.")
-    parameters = [*map(_parameter, asked.arguments), as_json]
-    return click.Command(name, params=parameters, callback=perform, help=_help(asked))
+    parameters = [*map(parameter, asked.arguments), as_json]
+    return click.Command(asked.typed[-1], params=parameters, callback=perform, help=help_of(asked))
 
 
-def _help(asked: Asked) -> str:
+def help_of(asked: Asked) -> str:
+    """Return the help of a command: what it does, for whom it is, and examples."""
     examples = "\n".join(f"  {line}" for line in asked.examples)
-    where = "For programs that `council run` has started, in their worktree."
+    where = "" if asked.is_for_all else "For programs that `council run` has started, in their worktree."
     return f"{asked.help}\n\n{asked.more} {where}\n\n\b\nExamples:\n{examples}"
 
 
-lock, unlock, report, peers, note, notes, ask = map(_command, COMMANDS)
+lock, unlock, report, peers, note, notes, ask, hand_over = (
+    _command(name) for name, one in COMMANDS.items() if not one.is_for_all
+)

@@ -10,16 +10,26 @@ TEXT = "text"
 PATH = "path"
 PATHS = "paths"
 SECONDS = "seconds"
+#: A document's version.
+VERSION = "version"
+#: Any value of JSON; on a command line other text stands for itself, and `-` for what is on standard input.
+VALUE = "value"
+#: An object of JSON; on a command line the name of a file that holds it, or else standard input.
+OBJECT = "object"
+STANDARD_INPUT = "-"
 
 #: The name of our own server of the Model Context Protocol among those of a session.
 SERVER = "council"
 
 #: Bytes of a request, at most; characters of a text or of a path; how many paths.
-LARGEST_REQUEST = 1 << 17
+LARGEST_REQUEST = (1 << 20) + (1 << 17)
 LONGEST_TEXT = 16_000
 LONGEST_PATH = 4096
 MOST_PATHS = 1000
 LONGEST_WAIT = 600
+#: Bytes of what a session hands over, and of a value that it shares, as JSON in UTF-8.
+LARGEST_HANDOFF = 1 << 20
+LARGEST_SHARED = 1 << 18
 
 
 class Argument:
@@ -46,16 +56,31 @@ class Argument:
 
 
 class Asked:
-    """A command: its name on the wire, what it takes, and how it is explained."""
+    """A command: its name on the wire, the words by which it is typed, what it takes, and how it is explained.
 
-    __slots__ = ("arguments", "examples", "help", "more", "name")
+    One that `is_for_all` can be typed outside of sessions, too.
+    """
 
-    def __init__(self, name: str, help: str, more: str, *arguments: Argument, examples: Sequence[str] = ()) -> None:  # noqa: A002
+    __slots__ = ("arguments", "examples", "help", "is_for_all", "more", "name", "typed")
+
+    def __init__(
+        self,
+        name: str,
+        help: str,  # noqa: A002
+        more: str,
+        *arguments: Argument,
+        examples: Sequence[str] = (),
+        typed: str = "",
+        is_for_all: bool = False,
+    ) -> None:
         self.name, self.help, self.more = name, help, more
         self.arguments, self.examples = arguments, tuple(examples)
+        self.typed = tuple((typed or name).split())
+        self.is_for_all = is_for_all
 
 
 _PATHS_HELP = "Files, or folders with all in them, from the current folder."
+_KEY = Argument("key", TEXT, "Its name, such as `api/port`.", is_word=True, is_needed=True)
 
 #: What an agent can ask for, by name; all of these are commands of `council` and tools of its MCP server.
 COMMANDS = {
@@ -126,8 +151,72 @@ COMMANDS = {
             Argument("task", TEXT, "The id of the task.", is_word=True, is_needed=True),
             examples=("council ask models", "council ask models --json"),
         ),
+        Asked(
+            "share_put",
+            "Share a value with the other sessions of the run.",
+            "It replaces what is there under its key, and whoever waits for that is told.",
+            _KEY,
+            Argument(
+                "value",
+                VALUE,
+                "What to share: JSON of at most 256 KiB, or text.",
+                is_word=True,
+                is_needed=True,
+            ),
+            Argument("if_version", VERSION, "Only if it is at this version now; 0: only if there is none."),
+            examples=("council share put api/port 8080", "council share put schema - --if-version 3 < schema.json"),
+            typed="share put",
+            is_for_all=True,
+        ),
+        Asked(
+            "share_get",
+            "Show a value that sessions share.",
+            "With its version, and who put it there.",
+            _KEY,
+            examples=("council share get api/port", "council share get schema --json"),
+            typed="share get",
+            is_for_all=True,
+        ),
+        Asked(
+            "share_wait",
+            "Wait for a value that another session is to share.",
+            "What is there already is had at once, unless a later version is asked for.",
+            _KEY,
+            Argument("after", VERSION, "Wait for a later version than this one."),
+            Argument("timeout", SECONDS, "Seconds to wait; by default 30."),
+            examples=("council share wait api/port", "council share wait schema --after 3 --timeout 300"),
+            typed="share wait",
+            is_for_all=True,
+        ),
+        Asked(
+            "share_list",
+            "List what the sessions of the run share.",
+            "Keys with their versions and sizes, without the values.",
+            Argument("prefix", TEXT, "Only keys that begin with this."),
+            examples=("council share list", "council share list --prefix api/"),
+            typed="share list",
+            is_for_all=True,
+        ),
+        Asked(
+            "hand_over",
+            "Hand over what this session's phase is to produce.",
+            "Who hands over what is not right is told why, and can mend it; of several the last counts.",
+            Argument(
+                "data",
+                OBJECT,
+                "The handoff, a JSON object of at most 1 MiB.",
+                is_word=True,
+                is_needed=True,
+                metavar="FILE",
+            ),
+            examples=("council hand-over plan.json", "council hand-over < plan.json"),
+            typed="hand-over",
+        ),
     )
 }
+
+#: The same by the words by which they are typed.
+TYPED = {one.typed: one for one in COMMANDS.values()}
 
 #: What a hook asks before an edit; no command of its own.
 CHECK_EDIT = Asked(

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 
-from orchestrator.client.commands import LONGEST_WAIT, PATH, PATHS, SECONDS
+from orchestrator.client.commands import LONGEST_WAIT, OBJECT, PATH, PATHS, SECONDS, VALUE
 from orchestrator.client.session import PATIENCE, AskError, Session, find_session
 from orchestrator.client.telling import clean, tell
 from orchestrator.client.words import Typed, read
@@ -30,7 +30,17 @@ def run(words: Sequence[str]) -> int | None:
 
         return hook.run(sys.stdin.buffer, sys.stdout)
     typed = read(words)
-    return None if typed is None else perform(typed)
+    # What others can ask for, too, is theirs where there is no session.
+    return None if typed is None or (typed.command.is_for_all and not is_in_session()) else perform(typed)
+
+
+def is_in_session() -> bool:
+    """Whether this process is part of a session that is at work."""
+    try:
+        find_session(os.environ, os.getcwd())  # noqa: PTH109  pathlib takes 10 ms
+    except (AskError, FileNotFoundError):
+        return False
+    return True
 
 
 def perform(typed: Typed) -> int:
@@ -57,7 +67,12 @@ def ask_from_here(typed: Typed) -> Mapping[str, Any]:
         cwd = os.getcwd()  # noqa: PTH109  pathlib takes 10 ms
     except FileNotFoundError:
         raise AskError("the current folder does not exist any more", "cd to one that does") from None
-    return ask(find_session(os.environ, cwd), typed, cwd)
+    session = find_session(os.environ, cwd)
+    if any(one.kind in {VALUE, OBJECT} for one in typed.command.arguments):
+        from orchestrator.client.giving import given  # noqa: PLC0415  only where it is wanted
+
+        typed = Typed(typed.command, given(typed.command, typed.arguments), as_json=typed.as_json)
+    return ask(session, typed, cwd)
 
 
 def ask(session: Session, typed: Typed, cwd: str) -> Mapping[str, Any]:

@@ -69,7 +69,8 @@ class Session:
             connected.settimeout(patience)
             with ShortName(self.folder) as folder:
                 _connect(connected, f"{folder}/{SOCKET}", monotonic() + patience)
-            connected.sendall(json.dumps(request).encode() + b"\n")
+            # As it is: a character escaped would take up to six times its bytes of what a request may have.
+            connected.sendall(json.dumps(request, ensure_ascii=False).encode(errors="surrogatepass") + b"\n")
             line = _line(connected)
         except OSError as error:
             why = error.strerror or str(error)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -67,6 +69,26 @@ def _asked(result: Mapping[str, Any]) -> Iterator[str]:
         yield f"\nhandoff: {one}"
 
 
+def _shared(result: Mapping[str, Any]) -> Iterator[str]:
+    yield f"shared as version {result['version']} of {result['key']}"
+
+
+def _value(result: Mapping[str, Any]) -> Iterator[str]:
+    value = result["value"]
+    yield value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def _listed(result: Mapping[str, Any]) -> Iterator[str]:
+    if not result["shared"]:
+        yield "nothing is shared"
+    for one in result["shared"]:
+        yield f"{one['key']}: version {one['version']}, {one['size']} bytes, by {one['writer'] or 'hand'}"
+
+
+def _handed_over(result: Mapping[str, Any]) -> Iterator[str]:
+    yield f"handed over: {result['size']} bytes"
+
+
 _LINES = {
     "lock": _locked,
     "unlock": _unlocked,
@@ -75,4 +97,9 @@ _LINES = {
     "note": _noted,
     "notes": _notes,
     "ask": _asked,
+    "share_put": _shared,
+    "share_get": _value,
+    "share_wait": _value,
+    "share_list": _listed,
+    "hand_over": _handed_over,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.client.commands import COMMANDS, PATHS, SECONDS, Asked
+from orchestrator.client.commands import OBJECT, PATHS, SECONDS, STANDARD_INPUT, TYPED, VERSION, Asked
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,14 +21,14 @@ class Typed:
 
 def read(words: Sequence[str]) -> Typed | None:
     """Return what the words after `council` ask for; None where they are none of these commands, or not right."""
-    command = COMMANDS.get(words[0]) if words else None
+    command = TYPED.get(tuple(words[:1])) or TYPED.get(tuple(words[:2]))
     if command is None:
         return None
     options = {one.option: one for one in command.arguments if not one.is_word}
     found: dict[str, Any] = {}
     plain: list[str] = []
     as_json = False
-    rest = iter(words[1:])
+    rest = iter(words[len(command.typed) :])
     for word in rest:
         if word == "--json":
             as_json = True
@@ -44,10 +44,10 @@ def read(words: Sequence[str]) -> Typed | None:
                 return None
             if option.kind == PATHS:
                 found.setdefault(option.name, []).append(given)
-            elif option.kind != SECONDS:
+            elif option.kind not in _NUMBERS:
                 found[option.name] = given
-            elif (seconds := _seconds(given)) is not None:
-                found[option.name] = seconds
+            elif (number := _NUMBERS[option.kind](given)) is not None:
+                found[option.name] = number
             else:
                 return None
     return Typed(command, found, as_json=as_json) if _put(command, plain, found) else None
@@ -55,14 +55,14 @@ def read(words: Sequence[str]) -> Typed | None:
 
 def _put(command: Asked, plain: list[str], found: dict[str, Any]) -> bool:
     """Put plain words where they belong; return whether that is right."""
-    word = next((one for one in command.arguments if one.is_word), None)
-    if word is None:
-        return not plain
-    if word.kind == PATHS:
-        found[word.name] = plain
+    places = [one for one in command.arguments if one.is_word]
+    if places and places[0].kind == PATHS:
+        found[places[0].name] = plain
         return bool(plain)
-    found[word.name] = plain[0] if plain else ""
-    return len(plain) == 1
+    if not plain and [one.kind for one in places] == [OBJECT]:
+        plain = [STANDARD_INPUT]
+    found.update((one.name, word) for one, word in zip(places, plain, strict=False))
+    return len(plain) == len(places)
 
 
 def _seconds(text: str) -> float | None:
@@ -71,3 +71,10 @@ def _seconds(text: str) -> float | None:
     except ValueError:
         return None
     return seconds if 0 <= seconds < float("inf") else None
+
+
+def _version(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 16 else None  # noqa: PLR2004  exact in JSON
+
+
+_NUMBERS = {SECONDS: _seconds, VERSION: _version}

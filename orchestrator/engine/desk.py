@@ -14,9 +14,10 @@ from typing import Annotated, Final, TypeVar
 
 import anyio
 import anyio.to_thread
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from orchestrator.client.commands import LONGEST_WAIT
+from orchestrator.client.commands import LARGEST_HANDOFF, LONGEST_WAIT
 from orchestrator.clock import Clock
 from orchestrator.domain.contexts import SessionContext, SessionStatus, at_work
 from orchestrator.domain.holdings import HeldBy, pattern_of
@@ -27,6 +28,7 @@ from orchestrator.engine.contexts import Contexts, Report
 from orchestrator.engine.details import Workplace, details
 from orchestrator.engine.memory import Memory
 from orchestrator.engine.observing import observed
+from orchestrator.engine.sharing import PATIENCE, Sharing, come, had
 from orchestrator.errors import FileHeld, HistoryGone, LeaseLost, RefusedError, StoreUnavailable, VersionConflict
 from orchestrator.instants import local_time
 from orchestrator.locking.files import TIMEOUT, FileLocks
@@ -88,8 +90,36 @@ class _Ask(_Asked):
     task: str
 
 
+class _SharePut(_Asked):
+    key: str
+    value: JsonValue
+    if_version: Annotated[int, Field(ge=0)] | None = None
+
+
+class _ShareGet(_Asked):
+    key: str
+
+
+class _ShareWait(_Asked):
+    key: str
+    after: Annotated[int, Field(ge=0)] | None = None
+    timeout: Annotated[float, Field(ge=0, le=LONGEST_WAIT)] = PATIENCE
+
+
+class _ShareList(_Asked):
+    prefix: str = ""
+
+
+class _HandOver(_Asked):
+    data: JsonObject
+
+
 class _CheckEdit(_Asked):
     path: Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+#: Returns what is wrong with what a session hands over, a sentence each; nothing where it is taken.
+Takes = Callable[[JsonObject], Awaitable[Sequence[str]]]
 
 
 @dataclass(slots=True)
@@ -100,6 +130,8 @@ class _Sitting:
     taken: Counter[str] = field(default_factory=Counter)
     """The patterns that it has for its locks, and for how many; what it owned before is not among them."""
     locked: set[str] = field(default_factory=set)
+    takes: Takes | None = None
+    handed_over: JsonObject | None = None
 
 
 A = TypeVar("A", bound=_Asked)
@@ -144,18 +176,29 @@ class SessionDesk:
             "note": self._note,
             "notes": self._notes,
             "ask": self._ask,
+            "share_put": self._share_put,
+            "share_get": self._share_get,
+            "share_wait": self._share_wait,
+            "share_list": self._share_list,
+            "hand_over": self._hand_over,
             "check_edit": self._check_edit,
         }
 
     @asynccontextmanager
     async def seated(
-        self, session: SessionName, adapter: str, at: Workplace, *, keep_ownership: bool = False
+        self,
+        session: SessionName,
+        adapter: str,
+        at: Workplace,
+        *,
+        keep_ownership: bool = False,
+        takes: Takes | None = None,
     ) -> AsyncIterator[None]:
         """Answer a session for the body, and record what it is seen to do; it has nothing left behind that.
 
-        `adapter` is what its adapter is called. For `keep_ownership` see `leave`.
+        `adapter` is what its adapter is called. For `keep_ownership` see `leave`, for `takes` see `enter`.
         """
-        await self.enter(session, adapter, at)
+        await self.enter(session, adapter, at, takes=takes)
         try:
             log = log_file(at.logs, session.task, session.attempt, "stdout")
             async with observed(self._contexts, session, at.adapter, log, at.worktree, self._clock):
@@ -164,10 +207,21 @@ class SessionDesk:
             with anyio.CancelScope(shield=True):
                 await self.leave(session, keep_ownership=keep_ownership)
 
-    async def enter(self, session: SessionName, adapter: str, at: Workplace) -> None:
-        """Answer a session from now on."""
-        self._here[session] = _Sitting(at)
+    async def enter(self, session: SessionName, adapter: str, at: Workplace, *, takes: Takes | None = None) -> None:
+        """Answer a session from now on.
+
+        `takes` says what is wrong with what it hands over; None: it has nothing to hand over.
+        """
+        self._here[session] = _Sitting(at, takes=takes)
         await self._contexts.begin(session, adapter)
+
+    def handed_over(self, session: SessionName) -> JsonObject | None:
+        """Return what a session has handed over last that was taken, without secrets; None where nothing was.
+
+        To be asked before the session leaves.
+        """
+        sitting = self._here.get(session)
+        return None if sitting is None else sitting.handed_over
 
     async def leave(self, session: SessionName, *, keep_ownership: bool = False) -> None:
         """Give back all that a session has, however it has ended.
@@ -327,6 +381,48 @@ class SessionDesk:
         at = await self._elsewhere(newest.session) if here is None else here.at
         told = await details(self._git, at, self._redactor)
         return {**told.to_json(), "status": newest.status.value}
+
+    def _shared(self, session: SessionName) -> Sharing:
+        return Sharing(self._store, self._clock, self._redactor, session.run)
+
+    async def _share_put(self, session: SessionName, arguments: JsonObject) -> JsonObject:
+        asked = _checked(_SharePut, "share_put", arguments)
+        put = await self._shared(session).put(
+            asked.key, asked.value, writer=session, claim=self._claim(session), if_version=asked.if_version
+        )
+        return {"key": put.key, "version": put.version}
+
+    async def _share_get(self, session: SessionName, arguments: JsonObject) -> JsonObject:
+        key = _checked(_ShareGet, "share_get", arguments).key
+        return had(key, await self._shared(session).get(key)).to_json()
+
+    async def _share_wait(self, session: SessionName, arguments: JsonObject) -> JsonObject:
+        asked = _checked(_ShareWait, "share_wait", arguments)
+        shared = self._shared(session)
+        found = await shared.wait(asked.key, after=asked.after, timeout=0)
+        if found is None and asked.timeout > 0:
+            async with self._contexts.waiting(session, f"the shared value {asked.key}"):
+                found = await shared.wait(asked.key, after=asked.after, timeout=asked.timeout)
+        return come(asked.key, found, asked.timeout).to_json()
+
+    async def _share_list(self, session: SessionName, arguments: JsonObject) -> JsonObject:
+        asked = _checked(_ShareList, "share_list", arguments)
+        return {"shared": [one.to_json() for one in await self._shared(session).list(asked.prefix)]}
+
+    async def _hand_over(self, session: SessionName, arguments: JsonObject) -> JsonObject:
+        data: JsonObject = self._redactor.json(_checked(_HandOver, "hand_over", arguments).data)
+        sitting = self._here[session]
+        if sitting.takes is None:
+            raise RefusedError("this session has nothing to hand over", "what it is to do ends with its changes")
+        if (size := len(orjson.dumps(data))) > LARGEST_HANDOFF:
+            remedy = "hand over what the next phase needs, and name files for the rest"
+            raise RefusedError(f"the handoff has {size} bytes, {LARGEST_HANDOFF} fit", remedy)
+        wrong = await sitting.takes(data)
+        if wrong:
+            what = "".join(f"\n- {one}" for one in wrong)
+            raise RefusedError(f"the handoff is not taken{what}\n", "mend that, and hand all of it over again")
+        sitting.handed_over = data
+        return {"size": size}
 
     async def _check_edit(self, session: SessionName, arguments: JsonObject) -> JsonObject:
         path = _checked(_CheckEdit, "check_edit", arguments).path

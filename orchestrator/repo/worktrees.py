@@ -85,6 +85,11 @@ class Worktree:
         return self.root / "prompt.md"
 
     @property
+    def handoff_file(self) -> Path:
+        """Where the session may write what it hands over; the folder of the file is its own. Never follow a link there."""
+        return self.root / "handoff" / "handoff.json"
+
+    @property
     def marker(self) -> bytes:
         """What every process of the session has in its environment, unless it cleared that."""
         return b"COUNCIL_PROMPT_FILE=" + os.fsencode(self.prompt_file)
@@ -140,6 +145,7 @@ def _lay_out(worktree: Worktree, checkout: Checkout, prompt: str) -> None:
     if record.sparse:
         _make_sparse(worktree, place)
     worktree.scratch.mkdir(mode=0o700)
+    worktree.handoff_file.parent.mkdir(mode=0o700)
     (place.tree / ".git").write_text(f"gitdir: {worktree.git_dir}\n")
     descriptor = os.open(worktree.prompt_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from orchestrator.protocols import Command
 from orchestrator.repo.worktrees import Worktree
+from orchestrator.sessions.handing_over import VARIABLE as HANDOFF
 
 #: What every program needs to work at all; whatever else it sees is named in the config.
 BASE_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR")
@@ -46,6 +47,7 @@ def session_environment(
 
     `variables` are those of the place that it is in.
     """
-    base = base_environment(command.pass_env, environ, worktree.tree, {**variables, **attempt_variables(worktree)})
+    told = {**variables, **attempt_variables(worktree), HANDOFF: str(worktree.handoff_file)}
+    base = base_environment(command.pass_env, environ, worktree.tree, told)
     ours = {name: value for name, value in base.items() if name.startswith("COUNCIL_")}
     return {**base, **command.env, **ours}

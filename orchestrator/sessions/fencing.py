@@ -26,9 +26,9 @@ class Ground:
 
     @classmethod
     def of(cls, worktree: Worktree) -> Ground:
-        """Return what each program of an attempt needs: its files, its own git directory, its prompt."""
+        """Return what each program of an attempt needs: its files, its own git directory, its prompt, where it hands over."""
         readable = (worktree.prompt_file, worktree.hub.objects)
-        return cls((worktree.tree, worktree.git_dir), readable, worktree.scratch)
+        return cls((worktree.tree, worktree.git_dir, worktree.handoff_file.parent), readable, worktree.scratch)
 
 
 @dataclass(frozen=True, slots=True)

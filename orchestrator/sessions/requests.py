@@ -10,7 +10,7 @@ from pathlib import Path
 from secrets import compare_digest
 from typing import Any, NamedTuple
 
-from orchestrator.client import commands
+from orchestrator.client import commands, strict
 from orchestrator.client.commands import LONGEST_PATH, LONGEST_TEXT, LONGEST_WAIT, MOST_PATHS, Argument, Asked
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject
@@ -47,9 +47,10 @@ def read_request(line: bytes, token: str, tree: Path) -> Request:
 
 
 def _arguments(command: Asked, given: JsonObject, tree: Path) -> JsonObject:
-    """Return the arguments of a command; null is as good as none."""
-    arguments: JsonObject = {key: value for key, value in given.items() if value is not None}
+    """Return the arguments of a command; null is as good as none, except where any value is one."""
     known = {one.name: one for one in command.arguments}
+    values = {one.name for one in command.arguments if one.kind == commands.VALUE}
+    arguments: JsonObject = {key: value for key, value in given.items() if value is not None or key in values}
     for key in arguments:
         if key not in known:
             takes = ", ".join(known) or "nothing"
@@ -77,6 +78,14 @@ def _checked(argument: Argument, value: Any, tree: Path) -> Any:
             if not is_number or not math.isfinite(value) or not 0 <= value <= LONGEST_WAIT:
                 raise _odd(argument, f"seconds, from 0 to {LONGEST_WAIT:g}")
             return float(value)
+        case commands.VERSION:
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 53:
+                raise _odd(argument, "a version: a number from 0 on")
+            return value
+        case commands.VALUE:
+            return _value(argument, value)
+        case commands.OBJECT:
+            return _object(argument, value)
         case other:
             raise ValueError(f"no kind of argument is {other!r}")
 
@@ -87,6 +96,26 @@ def _text(argument: Argument, value: Any, longest: int = LONGEST_TEXT) -> str:
     if argument.choices and value not in argument.choices:
         raise _odd(argument, f"one of {', '.join(argument.choices)}")
     return value
+
+
+def _value(argument: Argument, value: Any) -> Any:
+    try:
+        strict.check(value)
+    except ValueError as error:
+        raise RefusedError(f"{argument.name} can't be taken: {error}", "give plain JSON") from None
+    return value
+
+
+def _object(argument: Argument, value: Any) -> JsonObject:
+    if isinstance(value, str):  # models like to write their objects as text
+        try:
+            value = strict.parse(value.encode())
+        except ValueError as error:
+            raise RefusedError(f"{argument.name} can't be taken: {error}", "give a JSON object") from None
+    if not isinstance(value, dict):
+        raise _odd(argument, "a JSON object")
+    checked: JsonObject = _value(argument, value)
+    return checked
 
 
 def _path(argument: Argument, value: Any, tree: Path) -> str:

@@ -1,0 +1,88 @@
+"""What a session leaves for whoever goes on: the file that `$COUNCIL_HANDOFF` names, read once the session is over.
+
+An agent wrote it, or whatever it likes: no link is followed, nothing but a file is opened, and no more is read than fits.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from stat import S_ISREG
+
+import anyio.to_thread
+
+from orchestrator.client import strict
+from orchestrator.client.commands import LARGEST_HANDOFF
+from orchestrator.protocols import JsonObject
+from orchestrator.repo.worktrees import Worktree
+
+#: Names the file to a session.
+VARIABLE = "COUNCIL_HANDOFF"
+
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# Nothing is waited for that somebody else would have to write.
+_FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """A session wrote a JSON object; whether it is what was wanted of it is for others to say."""
+
+    data: JsonObject
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """A session wrote what can't be read as a JSON object; `why` is told to the agent, with what to do."""
+
+    why: str
+
+
+async def read_handed_over(worktree: Worktree) -> Delivered | Malformed | None:
+    """Return what a session wrote that is over; None where it wrote nothing."""
+    return await anyio.to_thread.run_sync(_read, worktree)
+
+
+def _read(worktree: Worktree) -> Delivered | Malformed | None:
+    file = worktree.handoff_file
+    try:
+        folder = os.open(file.parent, _FOLDER_FLAGS)
+    except FileNotFoundError:
+        return None
+    except OSError:  # a link, or no folder
+        return Malformed(f"the folder of ${VARIABLE} was replaced: leave it as it is")
+    try:
+        data = _bytes_of(file.name, folder)
+    except OSError as error:
+        return Malformed(f"${VARIABLE} can't be read ({error.strerror}): write a plain file there")
+    finally:
+        os.close(folder)
+    if not isinstance(data, bytes):
+        return data
+    try:
+        value = strict.parse(data)
+    except ValueError as error:
+        return Malformed(f"${VARIABLE}: {error}: write one JSON object there")
+    if not isinstance(value, dict):
+        return Malformed(f"${VARIABLE} holds no object: write one JSON object there")
+    return Delivered(value)
+
+
+def _bytes_of(name: str, folder: int) -> bytes | Malformed | None:
+    try:
+        descriptor = os.open(name, _FILE_FLAGS, dir_fd=folder)
+    except FileNotFoundError:
+        return None
+    try:
+        found = os.fstat(descriptor)
+        if not S_ISREG(found.st_mode) or found.st_nlink > 1:
+            return Malformed(f"${VARIABLE} is a link or no file: write a plain file there")
+        data = bytearray()
+        while len(data) <= LARGEST_HANDOFF and (part := os.read(descriptor, LARGEST_HANDOFF + 1 - len(data))):
+            data += part
+    finally:
+        os.close(descriptor)
+    if len(data) > LARGEST_HANDOFF:
+        remedy = "hand over what the next phase needs, and name files for the rest"
+        return Malformed(f"${VARIABLE} has more than {LARGEST_HANDOFF} bytes: {remedy}")
+    return bytes(data)
