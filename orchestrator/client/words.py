@@ -74,7 +74,7 @@ def _seconds(text: str) -> float | None:
 
 
 def _version(text: str) -> int | None:
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < 16 else None  # noqa: PLR2004  exact in JSON
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 16 else None
 
 
 _NUMBERS = {SECONDS: _seconds, VERSION: _version}

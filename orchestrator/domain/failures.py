@@ -55,11 +55,15 @@ _FIXED: Mapping[FailureClass, Policy] = {
 }
 
 #: What a task may name under `retry_on`: whatever is not decided otherwise.
-RETRYABLE = frozenset(FailureClass) - _FIXED.keys() - {
-    FailureClass.CHECKS_FAILED,
-    FailureClass.ESCAPED,
-    FailureClass.REJECTED,
-}
+RETRYABLE = (
+    frozenset(FailureClass)
+    - _FIXED.keys()
+    - {
+        FailureClass.CHECKS_FAILED,
+        FailureClass.ESCAPED,
+        FailureClass.REJECTED,
+    }
+)
 
 
 def policy_of(failure: FailureClass, retried: Collection[FailureClass]) -> Policy:

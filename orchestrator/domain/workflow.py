@@ -220,9 +220,7 @@ def closed(task: TaskDocument, now: float) -> TaskDocument:
     return task.model_copy(update={"phases": changed(task, trigger, ended=now, reason=task.reason)})
 
 
-def phase_events(
-    before: Sequence[PhaseRecord], after: Sequence[PhaseRecord]
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def phase_events(before: Sequence[PhaseRecord], after: Sequence[PhaseRecord]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield an event for each visit that has come to another status: its type, and what it says."""
     for index, record in enumerate(after):
         was = before[index] if index < len(before) and before[index].phase == record.phase else None
@@ -286,9 +284,7 @@ def restarted(workflow: Workflow, task: TaskDocument, phase: str | None = None) 
     return {"phase": task.phases[-1].phase if task.phases and task.phase is None else task.phase}
 
 
-def adapters_at(
-    workflow: Workflow, task: TaskDocument, adapter: str, fallback: Sequence[str]
-) -> tuple[str, ...]:
+def adapters_at(workflow: Workflow, task: TaskDocument, adapter: str, fallback: Sequence[str]) -> tuple[str, ...]:
     """Return the adapters of the phase that a task is at, the best first; `adapter` and `fallback` are the task's."""
     phase = current(workflow, task)
     if phase is None or phase.adapter is None:

@@ -35,8 +35,8 @@ from orchestrator.repo.worktrees import Worktree
 from orchestrator.sessions.checks import Checks, Passed, Unchecked
 from orchestrator.sessions.handing_over import read_handed_over
 from orchestrator.sessions.output import log_file
-from orchestrator.sessions.shell import CommandFailed
 from orchestrator.sessions.session import Assignment, Conversation, Finished, Session
+from orchestrator.sessions.shell import CommandFailed
 
 #: By how many seconds the end of a limit must be later than was known to be told again: programs tell whole seconds.
 _LATER = 1.0
@@ -447,12 +447,11 @@ class Attempts:
         await self.ledger.change_all(trigger, {work.task: Update(facts, changes, writes, events)})
 
 
-def _conversation(document: TaskDocument, turn: Turn, adapter: str) -> Conversation | None:
-    """Return what a task's next attempt can go on with: the conversation that led to what it is to mend, or go on from.
+def _conversation(document: TaskDocument, number: int | None, adapter: str) -> Conversation | None:
+    """Return what a task's next attempt can go on with: the conversation of the attempt of a number.
 
     It must have been with the same adapter.
     """
-    number = turn.goes_on_with(document)
     if number is None:
         return None
     one = document.attempts[number - 1]

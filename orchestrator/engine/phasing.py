@@ -258,7 +258,7 @@ class Phasing:
         checked = await self._handed_over(document, phase, session)
         if isinstance(checked, Sequence):
             return self._repaired(document, phase, session, base, checked)
-        record = {"ended": self.clock.now(), "reason": None}
+        record: dict[str, Any] = {"ended": self.clock.now(), "reason": None}
         if session.commit is not None:
             record |= {"commit": session.commit, "base": base}
         return await self._completed(task, spec, turn, session, checked, record)
@@ -357,7 +357,7 @@ class Phasing:
         phases = changed(document, PhaseTrigger.COMPLETE, **record)
         reason = f"phase {phase.name!r} rejected the work: {in_words(findings)}"
         if before >= phase.max_rounds:
-            changes = {"phases": phases, "phase": None, "failures": document.failures + 1}
+            changes: dict[str, Any] = {"phases": phases, "phase": None, "failures": document.failures + 1}
             return Concluded(Trigger.FAIL, FailureClass.REJECTED, reason, {}, changes, writes, events)
         back = turn.workflow.sent_back_to(phase.name)
         changes = {
@@ -378,9 +378,10 @@ class Phasing:
         if phase.handoff == "mediated" and phase.mediator is None:
             to_kind = None if following is None else following.produces or following.name
             named = phase.transform
-            mediation = mediate(checked.data, checked.kind.name, to_kind, self.transformations, named)
-            if isinstance(mediation, Violation):
-                return mediation
+            made = mediate(checked.data, checked.kind.name, to_kind, self.transformations, named)
+            if isinstance(made, Violation):
+                return made
+            mediation = made
         attempts = [one for one in document.attempts if one.number != document.attempt.number]
         costs = known_cost(attempts)
         told = session.used

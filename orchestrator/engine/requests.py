@@ -6,14 +6,14 @@ import secrets
 from collections.abc import Mapping, Sequence
 
 from orchestrator.clock import Clock
-from orchestrator.domain.phases import PhaseTrigger
-from orchestrator.domain.workflow import changed, restarted
 from orchestrator.domain.lifecycle import TRANSITIONS, Trigger
 from orchestrator.domain.model import FINAL, REVIVABLE, Action, Request, TaskDocument, TaskStatus
+from orchestrator.domain.phases import PhaseTrigger
 from orchestrator.domain.secrets import contains_key
+from orchestrator.domain.workflow import changed, restarted
 from orchestrator.engine.ledger import Ledger
-from orchestrator.engine.records import request_key
 from orchestrator.engine.prompting import told_rejection
+from orchestrator.engine.records import request_key
 from orchestrator.errors import RefusedError
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Commit, Event, Store, Write
@@ -52,13 +52,11 @@ def check_reason(reason: str) -> None:
         raise RefusedError("the reason holds what looks like a secret key, and is recorded", "leave it out")
 
 
-def check_phase(phase: str, specs: Mapping[str, TaskSpec], workflows: Mapping[str, Sequence[str]]) -> None:
-    """Refuse a phase that the workflows of tasks do not have; `workflows` are their phases by name."""
-    for task, spec in specs.items():
-        known = workflows.get(spec.workflow or "", ())
-        if phase not in known:
-            what = f"task {task!r} has no phase {phase!r}"
-            raise RefusedError(what, f"name one of: {', '.join(known)}" if known else "it has no workflow: leave `--from` out")
+def check_phase(task: str, phase: str, known: Sequence[str]) -> None:
+    """Refuse to go back to a phase that is none of those `known` of a task."""
+    if phase not in known:
+        remedy = f"name one of: {', '.join(known)}" if known else "it has no workflow: leave `--from` out"
+        raise RefusedError(f"task {task!r} has no phase {phase!r}", remedy)
 
 
 async def submit(

@@ -32,7 +32,13 @@ from orchestrator.sessions.fencing import Fencing, Ground
 from orchestrator.sessions.mailbox import Desk, Mailbox, open_mailbox
 from orchestrator.sessions.output import OUTPUT_CAP, STOP_GRACE, log_file, read_tail
 from orchestrator.sessions.supervised import SupervisedCommand, run_supervised
-from orchestrator.sessions.transcript import NOTHING_SAID, Transcript, has_admitted_failure, last_answer, read_transcript
+from orchestrator.sessions.transcript import (
+    NOTHING_SAID,
+    Transcript,
+    has_admitted_failure,
+    last_answer,
+    read_transcript,
+)
 
 _LONGEST_REASON = 500  # characters
 _STOPPED = Exit("stop", None, None, None)
