@@ -17,7 +17,7 @@ from orchestrator.domain.claims import Role, Timing
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import Attempt, Intent, RunDocument
 from orchestrator.domain.secrets import Redactor
-from orchestrator.engine.ledger import Ledger
+from orchestrator.engine.ledger import Ledger, Update
 from orchestrator.engine.records import seed
 from orchestrator.locking.life_locks import LifeLocks
 from orchestrator.locking.orchestrators import Orchestrators, this_process
@@ -132,7 +132,7 @@ async def _record(ledger: Ledger, task: str, number: int, tasks: int) -> None:
 async def _attempt(ledger: Ledger, task: str, end: Trigger, commit: str) -> None:
     before = ledger.task(task).attempts
     attempt = Attempt(number=len(before) + 1, adapter="x", base=_commit(0), started=1767225600.5)
-    await ledger.start(task, {"adapter": "agent"}, attempts=(*before, attempt))
+    await ledger.start(task, Update({"adapter": "agent"}, {"attempts": (*before, attempt)}))
     outcome = "built" if end is Trigger.BUILD else "no_change" if end is Trigger.IDLE else "crashed"
     branch = f"council/{ledger.run.id}/{task}/{attempt.number}"
     reason = None if end is Trigger.BUILD else "it ended with exit code 1: the options can't be read"

@@ -24,21 +24,25 @@ from orchestrator.config.model import (
 from orchestrator.config.store import MEMORY, store_folder
 from orchestrator.domain.claims import Owner, Role
 from orchestrator.domain.dispatch import Board
+from orchestrator.domain.handoff_kinds import KINDS
+from orchestrator.domain.mediation import TRANSFORMATIONS
 from orchestrator.domain.model import FINAL, Action, RunDocument
 from orchestrator.domain.secrets import Redactor, secret_values
 from orchestrator.engine.capacity import Capacity
 from orchestrator.engine.coordinator import seize
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.monitor import Monitor
+from orchestrator.engine.phasing import Phasing
 from orchestrator.engine.preflight import check_run
 from orchestrator.engine.probing import missing_programs
-from orchestrator.engine.records import new_run_id, read_requests, read_run, read_task, seed
+from orchestrator.engine.records import new_run_id, read_requests, read_run, read_spec, read_task, seed
 from orchestrator.engine.recovery import recover
 from orchestrator.engine.report import RunRecord, RunReport, RunStatus
-from orchestrator.engine.requests import check_request, is_answered, obey, submit
+from orchestrator.engine.requests import check_phase, check_request, is_answered, obey, submit
 from orchestrator.engine.restoring import Restored, restore
 from orchestrator.engine.scheduler import Scheduler
 from orchestrator.engine.seating import with_desk
+from orchestrator.engine.sharing import Sharing
 from orchestrator.engine.sinks import Outlet, feeding
 from orchestrator.engine.workshop import Workshop, open_workshop
 from orchestrator.errors import LockHeld, RefusedError, StoreUnavailable
@@ -261,7 +265,9 @@ class Execution:
             permits = MergePermits(
                 runs.store, runs.clock, ledger.orchestrators, shop.source.location, before.run.target
             )
-            scheduler = Scheduler(ledger, shop, pool, board, room, monitor, permits, runs.clock)
+            sharing = Sharing(runs.store, runs.clock, shop.tools.redactor, run)
+            phasing = Phasing(ledger, shop, runs.clock, KINDS, TRANSFORMATIONS, sharing)
+            scheduler = Scheduler(ledger, shop, pool, board, room, monitor, permits, phasing, runs.clock)
             await scheduler.remember(before.adapters)
             self._schedulers.add(scheduler)
             if self._stopping:
@@ -342,7 +348,14 @@ class Execution:
             clock=runs.clock,
         )
 
-    async def ask(self, run: str, action: Action, tasks: Sequence[str], reason: str | None = None) -> None:
+    async def ask(
+        self,
+        run: str,
+        action: Action,
+        tasks: Sequence[str],
+        reason: str | None = None,
+        phase: str | None = None,
+    ) -> None:
         """Have a live owner do it; where there is none, do it here, and `resume` goes on from there.
 
         With no task named, all that are not over are meant.
@@ -353,11 +366,16 @@ class Execution:
         for task in tasks:
             record.run.check_task(task)
         check_request(action, tasks, record.tasks, record.blocked())
+        if phase is not None:
+            for task in tasks:
+                workflow = (await read_spec(runs.store, run, task)).workflow
+                phases = [] if workflow is None else record.run.workflows[workflow]
+                check_phase(task, phase, [one["name"] for one in phases])
         named = tasks or [task for task, one in record.tasks.items() if one.status not in FINAL]
-        if action is not Action.RETRY:
+        if action in {Action.CANCEL, Action.IGNORE}:
             is_live = await runs.is_live(run)
             await create(runs.store, run, f"before {action}", maker=Maker.COUNCIL, is_live=is_live)
-        asked = await submit(runs.store, runs.clock, run, action, named, reason)
+        asked = await submit(runs.store, runs.clock, run, action, named, reason, phase)
         hub = await runs.hub(record.run)
         while not await is_answered(runs.store, run, asked):
             try:
@@ -375,7 +393,7 @@ class Execution:
                 if not held.owner_lives:
                     raise _is_at_work(run, held) from None
                 await anyio.sleep(_ANSWER_PAUSE)
-        if action is not Action.RETRY:
+        if action in {Action.CANCEL, Action.IGNORE}:
             await self._until_over(run, named)
 
     async def _until_over(self, run: str, tasks: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from orchestrator.domain.claims import Owner, Role, Timing
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import Attempt, Intent, RunDocument
 from orchestrator.domain.secrets import Redactor
-from orchestrator.engine.ledger import Ledger
+from orchestrator.engine.ledger import Ledger, Update
 from orchestrator.engine.records import seed
 from orchestrator.locking.orchestrators import Orchestrators, this_process
 from orchestrator.protocols import Store
@@ -99,14 +100,14 @@ async def record_run(store: Store, clock: ManualClock, run: RunDocument, me: Own
     for task in ("models", "api"):
         clock.advance(5)
         attempt = Attempt(number=1, adapter="fixer", base=OLD, started=clock.now())
-        assert await ledger.start(task, {"base": OLD, "adapter": "fixer"}, attempts=(attempt,)) is None
+        assert await ledger.start(task, Update({"base": OLD, "adapter": "fixer"}, {"attempts": (attempt,)})) is None
     clock.advance(30)
     failed = {"outcome": "crashed", "reason": "it ended with 1", "branch": None, "retry_in": 2.0}
     tried = ledger.task("api").with_attempt(ended=clock.now(), outcome="crashed", reason="it ended with 1")
     await ledger.change("api", Trigger.RETRY, failed, attempts=tried, failures=1)
     clock.advance(53)
     branch = f"council/{run.id}/models/1"
-    spent = {"input_tokens": 12_000, "output_tokens": 800, "cost": 0.12}
+    spent: dict[str, Any] = {"input_tokens": 12_000, "output_tokens": 800, "cost": 0.12}
     built = ledger.task("models").with_attempt(ended=clock.now(), outcome="built", branch=branch, **spent)
     await ledger.change("models", Trigger.BUILD, {"branch": branch}, attempts=built, commit=NEW, branch=branch)
     intent = Intent(old=OLD, new=NEW, recorded=clock.now())
@@ -116,7 +117,7 @@ async def record_run(store: Store, clock: ManualClock, run: RunDocument, me: Own
     clock.advance(1)
     again = Attempt(number=2, adapter="fixer", base=NEW, started=clock.now())
     attempts = (*ledger.task("api").attempts, again)
-    assert await ledger.start("api", {"base": NEW, "adapter": "fixer"}, attempts=attempts) is None
+    assert await ledger.start("api", Update({"base": NEW, "adapter": "fixer"}, {"attempts": attempts})) is None
     clock.advance(9)
     await ledger.note("run.paused", {"reason": "memory is short", "retry_in": 5.0})
     await ledger.note("run.interrupted", {})

@@ -155,6 +155,15 @@ class Board:
         place = self._places[task]
         heapq.heappush(self._waiting[place.lane.roster], (until, place.order, task))
 
+    def place(self, task: str, adapters: tuple[str, ...], *, keeps_paths: bool = False) -> None:
+        """Have other adapters run a task that nothing of has begun here; for the rest see `wait`."""
+        state = self._state[task]
+        if state is not _PENDING:
+            self._leave(task, _PENDING)
+        self._replace(task, adapters, keeps_paths=keeps_paths)
+        if state is not _PENDING:
+            self._offer(task)
+
     def rest(self, task: str, *, keeps_paths: bool) -> None:
         """A person is to say how the task goes on; `wait` is to follow."""
         self._leave(task, _PENDING)

@@ -284,6 +284,11 @@ def restarted(workflow: Workflow, task: TaskDocument, phase: str | None = None) 
     return {"phase": task.phases[-1].phase if task.phases and task.phase is None else task.phase}
 
 
+def keeps_paths(task: TaskDocument) -> bool:
+    """Whether a task that waits goes on with what it has built, so that its paths are to stay its own."""
+    return task.start is not None or (bool(task.phases) and any(one.commit is not None for one in task.phases))
+
+
 def adapters_at(workflow: Workflow, task: TaskDocument, adapter: str, fallback: Sequence[str]) -> tuple[str, ...]:
     """Return the adapters of the phase that a task is at, the best first; `adapter` and `fallback` are the task's."""
     phase = current(workflow, task)

@@ -160,11 +160,12 @@ class Attempts:
         """Return the next attempt of a task, at its turn, with one of its adapters; nothing of it exists yet."""
         document = self.ledger.task(task)
         notes = await self._notes(task, spec)
-        turn = replace(turn, base=start.base, start=start.commit)
+        is_anew = document.start is not None and start.commit is None
+        turn = replace(turn, base=start.base, start=start.commit, is_anew=is_anew, is_newest=start.is_newest)
         brief = await self.phasing.brief(task, spec, turn)
         earlier = None
         if Capability.RESUME in self.shop.adapters[adapter].capabilities():
-            earlier = _conversation(document, turn.earlier, adapter)
+            earlier = None if turn.is_anew else _conversation(document, turn.earlier, adapter)
         timeout = turn.phase.timeout or spec.timeout
         assignment = Assignment(
             worktree=Worktree(self.shop.hub, self.ledger.run.id, task, len(document.attempts) + 1),
@@ -269,7 +270,9 @@ class Attempts:
         orchestrator = self.ledger.orchestrators.me.id
         planned = await self.shop.registry.plan(work.name, owns, orchestrator=orchestrator, claim=claim)
         # Whoever had them may have landed since it was looked where to start; from now on nobody else can.
-        if isinstance(planned, OwnedBy) or not await self.starts.is_outdated(owns, work.session.assignment.base):
+        if isinstance(planned, OwnedBy) or not work.turn.is_newest:
+            return planned
+        if not await self.starts.is_outdated(owns, work.session.assignment.base):
             return planned
         return Outdated()
 
@@ -364,7 +367,7 @@ class Attempts:
 
     async def rest(self, task: str, rest: Rest) -> After | Elsewhere:
         """Record what is left for a task without another session: its work waits to land, or it is done."""
-        update, trigger = self.phasing.resting(task, rest)
+        update, trigger = self.phasing.resting(rest)
         if await self.ledger.start(task, update, trigger=trigger) is not None:
             return Elsewhere()
         failpoint("phase.rested")

@@ -16,7 +16,7 @@ from orchestrator.engine.in_hand import InHand
 from orchestrator.engine.ledger import Change, Ledger
 from orchestrator.engine.reconciling import Reconciler
 from orchestrator.engine.recovery import recover_tasks, remove_abandoned
-from orchestrator.engine.requests import cancel, ignore, revive
+from orchestrator.engine.requests import approve, cancel, ignore, revive, send_back
 from orchestrator.engine.workshop import Workshop
 from orchestrator.errors import ClaimLost, StoreUnavailable, VersionConflict
 from orchestrator.failpoints import failpoint
@@ -131,7 +131,17 @@ class Following:
 
     async def _obey(self, request: Request) -> None:
         for task in request.tasks:
-            await (self._revive if request.action is Action.RETRY else self._cancel)(task)
+            match request.action:
+                case Action.RETRY:
+                    await self._revive(task, request.phase)
+                case Action.APPROVE:
+                    if await approve(self._ledger, task, request.reason):
+                        self._hand.wait(task)
+                case Action.REJECT:
+                    if await send_back(self._ledger, task, request.reason):
+                        self._hand.wait(task)
+                case _:
+                    await self._cancel(task)
         if request.action is Action.IGNORE:
             await self._until_over(request.tasks)
         await ignore(self._ledger, request)
@@ -148,11 +158,11 @@ class Following:
     def _is_yet_to_end(self, task: str) -> bool:
         return self._ledger.task(task).status not in FINAL and not self._ledger.is_elsewhere(task)
 
-    async def _revive(self, task: str) -> None:
+    async def _revive(self, task: str, phase: str | None) -> None:
         if self._ledger.task(task).status in REVIVABLE:
             self._hand.cancelled.discard(task)
-            await revive(self._ledger, task)
-            self._hand.board.revive(task)
+            await revive(self._ledger, task, phase)
+            self._hand.revive(task)
 
     async def _cancel(self, task: str) -> None:
         is_done = False

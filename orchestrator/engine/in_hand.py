@@ -10,6 +10,7 @@ import anyio
 from orchestrator.clock import Clock
 from orchestrator.domain.dispatch import Board
 from orchestrator.domain.model import CLAIMED, AdapterDocument, TaskStatus
+from orchestrator.domain.workflow import adapters_at, keeps_paths
 from orchestrator.engine.attempts import Work
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.merging import MergeQueue
@@ -33,6 +34,15 @@ class InHand:
         self.deferred: list[str] = []
         """Tasks that could not be landed now."""
         self._woken = anyio.Event()
+        for task in ledger.run.tasks:
+            if ledger.task(task).status in {TaskStatus.PENDING, TaskStatus.WAITING}:
+                self._place(task)
+
+    def _place(self, task: str) -> None:
+        """Have a task wait for the adapters of its phase, where it has any of its own."""
+        adapters = self._adapters(task)
+        if adapters is not None:
+            self.board.place(task, adapters, keeps_paths=keeps_paths(self._ledger.task(task)))
 
     def wake(self) -> None:
         """Have the scheduler look at all this now."""
@@ -62,7 +72,29 @@ class InHand:
 
     def show(self, task: str, retry_in: float) -> None:
         """Have the board show where a task is; one that is to be tried again starts in so many seconds."""
-        self.board.mirror(task, self._ledger.task(task).status, self._clock.monotonic() + retry_in)
+        until = self._clock.monotonic() + retry_in
+        document, adapters = self._ledger.task(task), self._adapters(task)
+        keeps = adapters is not None and keeps_paths(document)
+        self.board.mirror(task, document.status, until, adapters, keeps_paths=keeps)
+
+    def wait(self, task: str, delay: float = 0.0) -> None:
+        """Have a task go on in so many seconds, at its phase."""
+        adapters = self._adapters(task)
+        keeps = adapters is not None and keeps_paths(self._ledger.task(task))
+        self.board.wait(task, self._clock.monotonic() + delay, adapters, keeps_paths=keeps)
+
+    def revive(self, task: str) -> None:
+        """Have a task tried again that was over."""
+        self._place(task)
+        self.board.revive(task)
+
+    def _adapters(self, task: str) -> tuple[str, ...] | None:
+        """Return the adapters of the phase that a task is at; None where it has no workflow."""
+        entry = self.board.entry(task)
+        if entry.workflow is None:
+            return None
+        workflow = self._ledger.workflow(entry.workflow)
+        return adapters_at(workflow, self._ledger.task(task), entry.adapter, entry.fallback)
 
     def mirror(self, task: str, retry_in: float | None = None) -> None:
         """Take over where a task is that another orchestrator moved, or a person."""

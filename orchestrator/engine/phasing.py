@@ -93,6 +93,10 @@ class Turn:
     earlier: int | None = None
     """The attempt whose conversation it is to go on with."""
     brief: Brief | None = None
+    is_anew: bool = False
+    """Whether it begins anew, because the work that it was to mend does not fit any more."""
+    is_newest: bool = True
+    """Whether it begins at the newest state of what it builds on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +181,8 @@ class Phasing:
         """Return what the session of a turn is told and given."""
         document = self.ledger.task(task)
         if turn.workflow.is_plain:
-            return Brief(asked(spec), told=document.feedback, follow_up=document.feedback)
+            feedback = None if turn.is_anew else document.feedback
+            return Brief(asked(spec), told=feedback, follow_up=feedback)
         phase = turn.phase
         values = await self._values(task, spec, turn.workflow, phase)
         kind = None if phase.produces is None else self._kind(phase)
@@ -194,7 +199,7 @@ class Phasing:
             writes=phase.writes,
             given=given,
             results=values.results,
-            feedback=document.feedback,
+            feedback=None if turn.is_anew else document.feedback,
             base=turn.base,
             owns=spec.owns,
             handing=self._handing(phase),
@@ -228,7 +233,7 @@ class Phasing:
         writes = [self.ledger.handed_over(one, version) for version, one in taken.values()]
         return Update(details, changes, writes, events)
 
-    def resting(self, task: str, rest: Rest) -> tuple[Update, Trigger]:
+    def resting(self, rest: Rest) -> tuple[Update, Trigger]:
         """Return what is recorded, and by which trigger, where no session is left for a task."""
         changes: dict[str, Any] = {"phases": rest.phases, "phase": None, "reason": None}
         if rest.commit is None:

@@ -18,7 +18,20 @@ from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import CLAIMED, AdapterDocument, TaskStatus
 from orchestrator.domain.outcome import Failed
 from orchestrator.domain.retry import Backoff, retry_delay
-from orchestrator.engine.attempts import After, Again, Attempts, Closed, Elsewhere, Over, Parked, Starved, ToLand, Work
+from orchestrator.engine.attempts import (
+    After,
+    Again,
+    Asked,
+    Attempts,
+    Closed,
+    Done,
+    Elsewhere,
+    Over,
+    Parked,
+    Starved,
+    ToLand,
+    Work,
+)
 from orchestrator.engine.budgets import Budgets
 from orchestrator.engine.capacity import Capacity
 from orchestrator.engine.escapes import EscapeDetector
@@ -27,10 +40,11 @@ from orchestrator.engine.in_hand import InHand
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.merging import MergeQueue
 from orchestrator.engine.monitor import Monitor
+from orchestrator.engine.phasing import Phasing, Rest
 from orchestrator.engine.requests import cancel
 from orchestrator.engine.starting_points import StartingPoints
 from orchestrator.engine.workshop import Workshop
-from orchestrator.errors import ClaimLost, GitError, VersionConflict
+from orchestrator.errors import ClaimLost, GitError, HandoffBroken, RefusedError, VersionConflict
 from orchestrator.locking.merge_permit import MergePermits
 from orchestrator.repo.pool import Pool
 from orchestrator.sessions import homes
@@ -58,6 +72,7 @@ class Scheduler:
         capacity: Capacity,
         monitor: Monitor,
         permits: MergePermits,
+        phasing: Phasing,
         clock: Clock,
     ) -> None:
         """Take a run whose cut-off attempts have been returned; `board` reflects its documents."""
@@ -68,7 +83,8 @@ class Scheduler:
         self._budgets = Budgets(ledger, clock, workshop.accounting, self._halt)
         self._pool = pool
         self._starts = StartingPoints(ledger, workshop)
-        self._attempts = Attempts(ledger, workshop, pool, self._budgets, self._starts, clock)
+        self._phasing = phasing
+        self._attempts = Attempts(ledger, workshop, pool, self._budgets, self._starts, phasing, clock)
         cancelled: set[str] = set()
         self._merging = MergeQueue(ledger, workshop, pool, clock, permits, cancelled)
         self._escapes = EscapeDetector(ledger, workshop, self._merging)
@@ -173,11 +189,18 @@ class Scheduler:
         if obstacle is not None:
             await self._refuse(task, obstacle)
             return None
-        start = await self._starts.of(task, spec, tips)
-        if not self._board.is_running(task):  # it was cancelled meanwhile
+        try:
+            turn = await self._phasing.turn(task, spec)
+            if isinstance(turn, Rest):
+                await self._feed(task, await self._attempts.rest(task, turn))
+                return None
+            start = await self._starts.of(task, spec, turn, tips)
+            if not self._board.is_running(task):  # it was cancelled meanwhile
+                return None
+            return await self._attempts.prepare(task, spec, turn, self._board.adapter_of(task), start)
+        except (RefusedError, HandoffBroken) as error:  # a template, a condition, or what was handed over is at fault
+            await self._refuse(task, Failed(FailureClass.INVALID, str(error)))
             return None
-        notes = await self._attempts.notes(task, spec)
-        return self._attempts.prepare(task, spec, self._board.adapter_of(task), start, notes)
 
     async def _is_tried_out(self, task: str, spec: TaskSpec) -> Failed | None:
         """Return why a task may not be tried again: its own attempts and those that were taken over were too many."""
@@ -236,9 +259,12 @@ class Scheduler:
     def _waits_to_land(self) -> bool:
         return bool(self._merging.waiting or (self._hand.deferred and self._last_tries > 0))
 
+    def _waits_for_people(self) -> bool:
+        return any(status is TaskStatus.WAITING for status in self._ledger.statuses().values())
+
     def _idle(self) -> bool:
         has_work = self.halted is None and self._board.has_work()
-        is_awaited = self.halted is None and bool(self._hand.elsewhere)
+        is_awaited = self.halted is None and (bool(self._hand.elsewhere) or self._waits_for_people())
         return not self._is_at_work() and (self._stopping or not (self._waits_to_land() or has_work or is_awaited))
 
     async def _pause(self) -> None:
@@ -262,33 +288,35 @@ class Scheduler:
         del self._hand.works[work.task]
         if not self._hand.works:  # nothing else is at work that the wait for the user could be hidden behind
             self._deferred_until = min(self._deferred_until, self._clock.monotonic() + LAST_PAUSE)
-        if isinstance(after, Elsewhere):
-            self._hand.mirror(work.task)
-        else:
-            await self._feed(work.task, after)
+        await self._feed(work.task, after)
         self._hand.wake()
 
-    async def _feed(self, task: str, after: After) -> None:
+    async def _feed(self, task: str, after: After | Elsewhere) -> None:
         now = self._clock.monotonic()
         self._starved = self._starved + 1 if isinstance(after, Starved) else 0
         match after:
             case ToLand():
                 self._board.built(task)
                 self._merging.waiting.append(task)
+            case Elsewhere():
+                self._hand.mirror(task)
+                return
             case Over():
                 self._board.ended(task)
+            case Done() | Asked():
+                self._hand.show(task, 0.0)
             case Again(delay):
-                self._board.wait(task, now + (delay or 0.0))
+                self._hand.wait(task, delay or 0.0)
             case Parked(adapter, until):
                 self._hand.park(adapter, until)
-                self._board.wait(task, now)
+                self._hand.wait(task)
             case Closed(adapter, reason):
                 self._board.close(adapter, reason)
-                self._board.wait(task, now)
+                self._hand.wait(task)
             case Starved(reason):
                 pause = retry_delay(STARVED, self._starved)
                 self._paused_until = now + pause
-                self._board.wait(task, now)
+                self._hand.wait(task)
                 await self._ledger.note("run.paused", {"reason": reason, "retry_in": pause})
             case _:
                 assert_never(after)

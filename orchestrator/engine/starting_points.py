@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final, NamedTuple
 
 import anyio
@@ -11,6 +12,7 @@ from orchestrator.config.model import TaskSpec
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.ownership import escaped
 from orchestrator.engine.ledger import Ledger
+from orchestrator.engine.phasing import Turn
 from orchestrator.engine.workshop import Workshop
 from orchestrator.errors import GitError
 
@@ -25,6 +27,8 @@ class Start(NamedTuple):
     """The commit that its work is judged against."""
     commit: str | None = None
     """What its worktree begins at where that is not the base: earlier work, merged onto it."""
+    is_newest: bool = True
+    """Whether the base is the newest state of what it builds on."""
 
 
 class StartingPoints:
@@ -35,23 +39,26 @@ class StartingPoints:
         self._base: str | None = None
         self._asking = anyio.Lock()
 
-    async def of(self, task: str, spec: TaskSpec, tips: dict[bool, str]) -> Start:
+    async def of(self, task: str, spec: TaskSpec, turn: Turn, tips: dict[bool, str]) -> Start:
         """Return where the next attempt of a task starts; `tips` keeps what was asked for others of the same moment.
 
-        Earlier work goes on where it fits onto the target as it is now. Where it does not, the task is done anew.
+        Earlier work goes on where it fits onto the target as it is now. Where it does not, what it is to mend is done
+        anew, and what only follows it takes it as it is: that it does not fit is for its landing to say.
         """
         document = self._ledger.task(task)
         was_stale = any(attempt.outcome in _STALE for attempt in document.attempts)
-        builds_on_target = spec.builds_on_target or was_stale or document.start is not None
+        builds_on_target = spec.builds_on_target or was_stale or turn.start is not None
         if builds_on_target not in tips:
             tips[builds_on_target] = await self._newest(builds_on_target)
         tip = tips[builds_on_target]
-        if document.start is None:
+        if turn.start is None:
             return Start(tip)
-        try:
-            return Start(tip, await self._shop.target.again(document.start, tip, self._shop.refs(f"again/{task}")))
-        except GitError:  # what it was made of is not here, or has nothing in common with a target that was rewritten
-            return Start(tip)
+        with suppress(GitError):  # what it was made of is not here, or the target was rewritten
+            if (merged := await self._shop.target.again(turn.start, tip, self._shop.refs(f"again/{task}"))) is not None:
+                return Start(tip, merged)
+        if document.start is None and turn.base is not None:
+            return Start(turn.base, turn.start, is_newest=False)
+        return Start(tip)
 
     async def is_outdated(self, owns: Sequence[str], base: str) -> bool:
         """Whether what a task owns has changed on the target since a base; asked once nobody else can own it."""

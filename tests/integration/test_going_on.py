@@ -8,7 +8,9 @@ import pytest
 
 from orchestrator.config.model import TaskSpec
 from orchestrator.council import Council
-from orchestrator.engine.attempts import Attempts
+from orchestrator.engine.attempts import Attempts, Work
+from orchestrator.engine.phasing import Turn
+from orchestrator.engine.starting_points import Start
 from tests.conftest import Repository
 
 
@@ -49,15 +51,17 @@ async def test_what_is_owned_may_have_changed_since_it_was_looked_where_to_start
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever had it has landed in between: the attempt starts from that, and not from what was seen before."""
-    notes, looks = Attempts.notes, [1, 2]
+    prepare, looks = Attempts.prepare, [1, 2]
 
-    async def land_meanwhile(attempts: Attempts, task: str, spec: TaskSpec) -> str | None:
+    async def land_meanwhile(
+        attempts: Attempts, task: str, spec: TaskSpec, turn: Turn, adapter: str, start: Start
+    ) -> Work:
         if looks.pop() == 2:
             repository.commit({"s.txt": "another\n"}, "another")
             repository.remember()
-        return await notes(attempts, task, spec)
+        return await prepare(attempts, task, spec, turn, adapter, start)
 
-    monkeypatch.setattr(Attempts, "notes", land_meanwhile)
+    monkeypatch.setattr(Attempts, "prepare", land_meanwhile)
     path = repository.configure([{"id": "t", "prompt": "append s.txt mine", "owns": ["s.txt"]}])
     async with Council.open(path, environ=repository.environ) as council:
         report = await council.resume(await council.create_run())

@@ -14,7 +14,7 @@ from orchestrator.domain.holdings import HeldBy as OwnedBy
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import Attempt, TaskStatus
 from orchestrator.domain.secrets import Redactor
-from orchestrator.engine.ledger import Ledger, Moved, Outdated
+from orchestrator.engine.ledger import Ledger, Moved, Outdated, Update
 from orchestrator.engine.records import seed
 from orchestrator.locking.claims import HeldBy
 from orchestrator.protocols import Commit, Document, Key, Store
@@ -26,7 +26,7 @@ from tests.recorded import NEW, OLD, orchestrators, run_document, task_spec
 async def start(ledger: Ledger, task: str) -> HeldBy | OwnedBy | Outdated | Moved | None:
     """Record the first attempt of a task."""
     attempt = Attempt(number=1, adapter="fixer", base=OLD, started=0.0)
-    return await ledger.start(task, {"base": OLD, "adapter": "fixer"}, attempts=(attempt,))
+    return await ledger.start(task, Update({"base": OLD, "adapter": "fixer"}, {"attempts": (attempt,)}))
 
 
 async def two_ledgers(store: Store, clock: Clock, folder: Path) -> list[Ledger]:
