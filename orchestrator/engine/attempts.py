@@ -184,6 +184,7 @@ class Attempts:
             earlier=earlier,
             follow_up="\n\n".join(filter(None, (notes, brief.follow_up))) or None,
             about=spec.prompt,
+            phase=None if turn.workflow.is_plain else turn.phase.name,
             writes=turn.phase.writes,
         )
         return Work(task, spec, adapter, Session(self.shop.tools, self.pool, assignment), replace(turn, brief=brief))

@@ -85,7 +85,8 @@ class Assignment:
 
     `start` is the commit that its worktree begins at where that is not the base; `told` is what it gets to read
     beside the prompt. With an `earlier` conversation it goes on with that where it can, and is told only what is new
-    (`follow_up`). Unless it `writes`, what it changes is discarded. `about` is what the task was asked to do.
+    (`follow_up`). Unless it `writes`, what it changes is discarded. `about` is what the task was asked to do, `phase`
+    what the step of its workflow is called.
     """
 
     worktree: Worktree
@@ -104,6 +105,7 @@ class Assignment:
     earlier: Conversation | None = None
     follow_up: str | None = None
     about: str = ""
+    phase: str | None = None
     writes: bool = True
 
     @property
@@ -313,6 +315,8 @@ class Session:
     def _command(self) -> SupervisedCommand:
         what, place, command = self.assignment, self.assignment.worktree, self._adapters_command()
         env = session_environment(command, self.tools.environ, place, self._variables)
+        if what.phase is not None:
+            env["COUNCIL_PHASE"] = what.phase
         return SupervisedCommand(
             argv=command.argv,
             env=env if self._mailbox is None else self._mailbox.added_to(env),

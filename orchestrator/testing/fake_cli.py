@@ -4,7 +4,8 @@
 
 Standard library alone. Each line of the prompt is a step; lines that are none are ignored, as a person's words
 would be. `attempt N` before a step makes it happen in that attempt only, `once` only the first time that the task
-gets there in whatever attempt (needs `FAKE_CLI_LEDGER`), `without PATH` only as long as there is no such file.
+gets there in whatever attempt (needs `FAKE_CLI_LEDGER`), `without PATH` only as long as there is no such file, `in
+PHASE` only in that phase of the task's workflow.
 
     write PATH TEXT…     replace a file          commit MESSAGE…   commit everything, with git
     append PATH TEXT…    add a line to a file     git ARGS…         run git
@@ -18,6 +19,9 @@ gets there in whatever attempt (needs `FAKE_CLI_LEDGER`), `without PATH` only as
     print-env NAME       print a variable         write-env PATH NAME    write it to a file
     wipe PATH            remove a file, or a folder with all that is in it
     intrude PATH TEXT…   try to write a file, and go on if that is denied
+    hand-over JSON       write it where the session hands over     answer JSON    end the answer with it
+    tell JSON            give it to the command for that, and print what is wrong with it
+    built PATH…          hand over a build of these files
     plant PATH           leave hooks and configuration in the session's git directory that would write PATH
 
 With `FAKE_CLI_LEDGER` set, every start appends `run task attempt` to that file first.
@@ -26,6 +30,8 @@ With `FAKE_CLI_LEDGER` set, every start appends `run task attempt` to that file 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shlex
 import shutil
@@ -104,6 +110,15 @@ def _step(words: list[str], rest: str) -> None:
             _wipe(Path(path))
         case ["intrude", path, *_]:
             _intrude(path, rest.partition(" ")[2])
+        case ["hand-over", *_]:
+            Path(os.environ["COUNCIL_HANDOFF"]).write_text(rest)
+        case ["answer", *_]:
+            print(f"Here it is.\n```json\n{rest}\n```", flush=True)
+        case ["tell", *_]:
+            subprocess.run(["council", "hand-over"], input=rest, text=True, check=False, stderr=subprocess.STDOUT)
+        case ["built", *paths]:
+            sums = [{"path": path, "checksum": hashlib.sha256(Path(path).read_bytes()).hexdigest()} for path in paths]
+            Path(os.environ["COUNCIL_HANDOFF"]).write_text(json.dumps({"artifacts": sums, "summary": "built"}))
         case ["plant", path]:
             _plant(path)
         case ["keep-prompt"]:
@@ -153,6 +168,8 @@ def _due(line: str, number: int, attempt: str) -> str:
     match line.split(maxsplit=2):
         case ["attempt", wanted, step]:
             return _due(step, number, attempt) if wanted == attempt else ""
+        case ["in", phase, step]:
+            return _due(step, number, attempt) if phase == os.environ.get("COUNCIL_PHASE") else ""
         case ["without", path, step]:
             return "" if Path(path).exists() else _due(step, number, attempt)
         case ["once", *_]:
