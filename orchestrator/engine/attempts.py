@@ -27,7 +27,7 @@ from orchestrator.engine.ledger import Ledger, Outdated, Update
 from orchestrator.engine.phasing import Ended, Phasing, Rest, Turn
 from orchestrator.engine.starting_points import Start, StartingPoints
 from orchestrator.engine.workshop import Workshop
-from orchestrator.errors import ClaimLost, VersionConflict
+from orchestrator.errors import ClaimLost, HandoffBroken, RefusedError, VersionConflict
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Capability, Guard, JsonObject, Write
 from orchestrator.repo.pool import Pool
@@ -322,7 +322,10 @@ class Attempts:
         used = self.shop.accounting.own(finished.transcript, self.ledger.task(work.task).attempts)
         ended = Ended(commit, failed, file, work.handed_over, finished.answer, used)
         while True:
-            concluded = await self.phasing.conclude(work.task, work.spec, work.turn, ended)
+            try:
+                concluded = await self.phasing.conclude(work.task, work.spec, work.turn, ended)
+            except (RefusedError, HandoffBroken) as error:  # a condition, or what was handed over before, is at fault
+                concluded = Failed(FailureClass.INVALID, str(error))
             if isinstance(concluded, Failed):
                 return await self._failed(work, finished, concluded)
             try:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
-from tests.conftest import Repository
+from tests.conftest import Ended, Repository
 
 SCOUT = json.dumps({"scout_findings": ["there is a.txt"], "requirements": ["b.txt"], "constraints": []})
 PLAN = json.dumps({"tasks": [{"id": "t1", "prompt": "write b"}], "dependencies": [], "timeline": [], "resources": []})
@@ -12,6 +13,16 @@ APPROVE = json.dumps({"verdict": "approve", "findings": []})
 REJECT = json.dumps(
     {"verdict": "reject", "findings": [{"path": "b.txt", "line": 1, "severity": "major", "message": "say more"}]}
 )
+
+
+def task_of(ended: Ended, task: str) -> dict[str, Any]:
+    """Return what the result says of a task."""
+    return next(one for one in ended.result["tasks"] if one["id"] == task)
+
+
+def phases_of(ended: Ended, event: str) -> list[str]:
+    """Return the phases of which an event was told, in order."""
+    return [one["phase"] for one in ended.lines if one.get("event") == event]
 
 
 async def test_a_task_goes_through_its_phases_and_lands(repository: Repository) -> None:
@@ -29,4 +40,113 @@ async def test_a_task_goes_through_its_phases_and_lands(repository: Repository) 
     ended = repository.council("run", str(path), "--json")
     assert ended.states == {"t": "landed"}, ended
     assert (repository.top / "b.txt").read_text() == "hello\n"
+    await repository.assert_invariants()
+
+
+async def test_a_review_sends_work_back_until_it_approves(repository: Repository) -> None:
+    """What a review found is what the build is told next; it goes on from its own work."""
+    steps = (
+        "in build attempt 1 write b.txt hello",
+        "in build attempt 3 append b.txt more",
+        "in build attempt 3 keep-prompt",
+        "in build built b.txt",
+        f"in review attempt 2 hand-over {REJECT}",
+        f"in review attempt 4 hand-over {APPROVE}",
+    )
+    workflow = [{"build": {"produces": "build"}}, {"review": {"access": "read", "produces": "review"}}]
+    path = repository.configure(
+        [{"id": "t", "prompt": "\n".join(steps), "workflow": "two"}], workflows={"two": workflow}
+    )
+    ended = repository.council("run", str(path), "--json")
+    assert ended.states == {"t": "landed"}, ended
+    assert (repository.top / "b.txt").read_text() == "hello\nmore\n"
+    assert "say more" in repository.council("logs", "t", "--attempt", "3").stdout
+    assert phases_of(ended, "phase.entered") == ["build", "review", "build", "review"]
+    await repository.assert_invariants()
+
+
+async def test_rejections_have_an_end_and_keep_the_work(repository: Repository) -> None:
+    """A review that never approves fails the task with what it found; the branch stays."""
+    steps = ("in build append b.txt more", "in build built b.txt", f"in review hand-over {REJECT}")
+    workflow = [
+        {"build": {"produces": "build"}},
+        {"review": {"access": "read", "produces": "review", "on_reject": "build", "max_rounds": 1}},
+    ]
+    path = repository.configure(
+        [{"id": "t", "prompt": "\n".join(steps), "workflow": "two"}], workflows={"two": workflow}
+    )
+    ended = repository.council("run", str(path), "--json")
+    assert ended.states == {"t": "failed"}, ended
+    assert "b.txt:1 say more" in task_of(ended, "t")["reason"]
+    assert task_of(ended, "t")["branch"]
+    assert phases_of(ended, "phase.entered") == ["build", "review", "build", "review"]
+    await repository.assert_invariants()
+
+
+async def test_what_is_handed_over_wrong_is_mended_once(repository: Repository) -> None:
+    """A session is told what is wrong, and may try once more; then its phase has failed."""
+    wrong = json.dumps({"tasks": []})
+    steps = (f"in plan attempt 1 hand-over {wrong}", f"in plan attempt 2 hand-over {PLAN}", "in plan keep-prompt")
+    workflow = [{"plan": {"access": "read", "produces": "plan"}}]
+    tasks = [
+        {"id": "mends", "prompt": "\n".join(steps), "workflow": "one"},
+        {"id": "never", "prompt": f"in plan hand-over {wrong}", "workflow": "one"},
+        {"id": "silent", "prompt": "print nothing", "workflow": "one"},
+    ]
+    path = repository.configure(tasks, workflows={"one": workflow})
+    ended = repository.council("run", str(path), "--json")
+    assert ended.states == {"mends": "done", "never": "failed", "silent": "failed"}, ended
+    assert "What is wrong with it" in repository.council("logs", "mends", "--attempt", "2").stdout
+    assert "tasks" in task_of(ended, "never")["reason"]
+    assert "nothing was handed over" in task_of(ended, "silent")["reason"]
+    await repository.assert_invariants()
+
+
+async def test_what_a_reader_changes_is_discarded_and_told(repository: Repository) -> None:
+    """Access to read is enforced, whatever the program does."""
+    steps = ("in plan write a.txt mine", "in plan write new.txt mine", f"in plan hand-over {PLAN}")
+    path = repository.configure(
+        [{"id": "t", "prompt": "\n".join(steps), "workflow": "one"}],
+        workflows={"one": [{"plan": {"access": "read", "produces": "plan"}}]},
+    )
+    ended = repository.council("run", str(path), "--json")
+    assert ended.states == {"t": "done"}, ended
+    [told] = [one for one in ended.lines if one.get("event") == "task.changes_discarded"]
+    assert sorted(told["paths"]) == ["a.txt", "new.txt"]
+    await repository.assert_invariants()
+
+
+async def test_a_phase_goes_on_until_its_commands_succeed(repository: Repository) -> None:
+    """What they print is what it is told; after so many rounds it has failed."""
+    steps = ("attempt 1 write b.txt one", "attempt 2 write c.txt two", "attempt 2 keep-prompt")
+    until = {"build": {"until": ["test -f c.txt || { echo c is missing; exit 1; }"]}}
+    never = {"build": {"until": ["false"], "max_rounds": 1}}
+    tasks = [
+        {"id": "t", "prompt": "\n".join(steps), "workflow": "until"},
+        {"id": "never", "prompt": "write d.txt x", "workflow": "never"},
+    ]
+    path = repository.configure(tasks, workflows={"until": [until], "never": [never]})
+    ended = repository.council("run", str(path), "--json")
+    assert ended.states == {"t": "landed", "never": "failed"}, ended
+    assert "c is missing" in repository.council("logs", "t", "--attempt", "2").stdout
+    assert task_of(ended, "never")["attempts"] == 2
+    await repository.assert_invariants()
+
+
+async def test_phases_are_skipped_by_what_is_known(repository: Repository) -> None:
+    """A condition sees what earlier phases handed over."""
+    scout = json.dumps({"scout_findings": ["x"], "risks": []})
+    workflow = [
+        {"scout": {"access": "read", "produces": "scout"}},
+        {"plan": {"access": "read", "produces": "plan", "when": "risks | length > 0"}},
+        {"build": {}},
+        {"review": {"access": "read", "produces": "review", "when": "false"}},
+    ]
+    path = repository.configure(
+        [{"id": "t", "prompt": f"in scout hand-over {scout}\nin build write b.txt x", "workflow": "some"}],
+        workflows={"some": workflow},
+    )
+    ended = repository.council("run", str(path), "--json")
+    assert ended.states == {"t": "landed"}, ended
+    assert phases_of(ended, "phase.skipped") == ["plan", "review"]
     await repository.assert_invariants()
