@@ -5,9 +5,11 @@ What those hold that come with it is said in `handoff_models`.
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache, partial
 from typing import Any, Final
 
 from pydantic import AliasChoices, BaseModel, ValidationError
@@ -15,11 +17,8 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import ErrorDetails
 
 from orchestrator.domain.json_values import LARGEST, canonical, flaw_of, mended
-from orchestrator.domain.violations import Violation
+from orchestrator.domain.violations import MOST_VIOLATIONS, Violation, fault_of, found_by
 from orchestrator.errors import RefusedError
-
-#: Violations that are told of one handoff.
-MOST_VIOLATIONS: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +135,38 @@ def schema_kind(name: str, schema: Mapping[str, Any]) -> Kind:
 
     Nothing is fetched: it can refer to nothing but itself.
     """
-    check_schema(schema)
-    fixed = dict(schema)
+    return _schema_kind(name, canonical(dict(schema)))
+
+
+@lru_cache(maxsize=64)
+def _schema_kind(name: str, encoded: bytes) -> Kind:
+    fixed: dict[str, Any] = json.loads(encoded)
+    check_schema(fixed)
 
     def check(data: dict[str, Any], _facts: Facts) -> Checked:
         return _guarded(name, data, lambda plain: _check_schema_data(name, fixed, plain))
 
     return Kind(name, lambda: fixed, check, _whole(name))
+
+
+def validated(kind: Kind, validators: Mapping[str, Validator]) -> Kind:
+    """Return a kind that those of the validators (by name) check, too, that are made for it."""
+    mine = {name: one.check for name, one in validators.items() if one.kind == kind.name}
+    if not mine:
+        return kind
+
+    def check(data: dict[str, Any], facts: Facts) -> Checked:
+        checked = kind.check(data, facts)
+        if checked.data is None:
+            return checked
+        found = list[Violation]()
+        for name, one in mine.items():
+            # A check must not change what it judges.
+            call = partial(one, copy.deepcopy(checked.data), facts)
+            found += found_by(f"{kind.name}.{name}", f"validator {name!r}", call)
+        return Checked(None, _bounded(kind.name, found)) if found else checked
+
+    return replace(kind, check=check)
 
 
 def check_schema(schema: Mapping[str, Any]) -> None:
@@ -193,7 +217,7 @@ def _guarded(kind: str, data: Any, check: Callable[[dict[str, Any]], Checked]) -
     try:
         return check(plain)
     except Exception as error:  # noqa: BLE001  what a plugin's model or a schema of the user's does wrong is told
-        fault = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        fault = fault_of(error)
         remedy = "mend the plugin or the schema that defines this kind"
         return Checked(None, (Violation(f"{kind}.check", f"kind {kind!r}", f"its check failed: {fault}", remedy),))
 

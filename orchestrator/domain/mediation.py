@@ -15,12 +15,10 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict
 
 from orchestrator.domain.json_values import flaw_of
-from orchestrator.domain.violations import Violation
+from orchestrator.domain.violations import Violation, fault_of
 
 #: What a transformation is: a function of a result and its analysis that returns a JSON object, at once.
 Transformation = Callable[[dict[str, Any], dict[str, Any]], Any]
-
-_LONGEST_FAULT: Final = 500  # characters
 
 
 class Mediation(BaseModel):
@@ -125,8 +123,7 @@ def _transformed(
         # What it does with its arguments must not change what is on record.
         made = transformation(copy.deepcopy(dict(data)), copy.deepcopy(analysis))
     except Exception as error:  # noqa: BLE001  what a plugin does wrong is told, and ends the phase alone
-        fault = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_FAULT]
-        return Violation("mediation.failed", place, f"it raised {fault}", "mend the plugin that brings it")
+        return Violation("mediation.failed", place, f"it raised {fault_of(error)}", "mend the plugin that brings it")
     if inspect.iscoroutine(made):
         made.close()
         return Violation("mediation.result", place, "it is asynchronous", "register a plain function")

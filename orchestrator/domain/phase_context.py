@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.domain.handoff_kinds import NEEDS, Kind
+from orchestrator.domain.handoff_kinds import NEEDS, Kind, schema_kind
 from orchestrator.domain.json_values import canonical
 from orchestrator.domain.phases import Given
 from orchestrator.domain.workflow import Phase
@@ -57,6 +57,13 @@ def context_of(
 ) -> PhaseContext:
     """Return the context of a phase that begins, after the phases before it."""
     return chained([*before, phase], inherited, {one.name: produced.get(one.name, {}) for one in before})[-1]
+
+
+def kind_of(phase: Phase, kinds: Mapping[str, Kind]) -> Kind | None:
+    """Return the kind of what a phase hands over; None where it hands nothing over, or nobody knows the kind."""
+    if phase.produces is None:
+        return None
+    return kinds.get(phase.produces) if phase.schema_ is None else schema_kind(phase.produces, phase.schema_)
 
 
 def needs_of(phase: Phase, kind: Kind | None) -> tuple[str, ...] | None:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Final
+
+#: Violations that are told of one check.
+MOST_VIOLATIONS: Final = 20
+_LONGEST_FAULT: Final = 500  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +31,19 @@ class Violation:
         return asdict(self)
 
 
-def told(violations: Sequence[Violation], most: int = 20) -> str:
-    """Return violations as lines, at most so many of them."""
-    lines = [f"- {one}" for one in violations[:most]]
-    left = len(violations) - len(lines)
-    return "\n".join([*lines, *([f"- and {left} more"] if left > 0 else [])])
+def fault_of(error: Exception) -> str:
+    """Return what a plugin's own code raised, on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_FAULT]
+
+
+def found_by(rule: str, subject: str, check: Callable[[], Iterable[Violation]]) -> list[Violation]:
+    """Return what a plugin's check finds; what is wrong with the check is found, too, and raises nothing."""
+    try:
+        found = list(islice(check(), MOST_VIOLATIONS))
+    except Exception as error:  # noqa: BLE001  a plugin's own code
+        return [Violation(rule, subject, f"its check failed: {fault_of(error)}", "mend the plugin that brings it")]
+    strange = next((one for one in found if not isinstance(one, Violation)), None)
+    if strange is not None:
+        what = f"its check found {type(strange).__name__}, no Violation"
+        return [Violation(rule, subject, what, "mend the plugin that brings it")]
+    return found
