@@ -5,11 +5,17 @@ A hook registers and does nothing else: no file is read, nothing is started, no 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import pluggy
+from pydantic import BaseModel
 
+from orchestrator.domain.handoff_kinds import Kind, Validator
+from orchestrator.domain.mediation import Transformation
 from orchestrator.protocols import AdapterType, SinkType, StoreType, TrackerType
+
+if TYPE_CHECKING:  # it brings what most programs do without
+    from orchestrator.domain.consistency import Constraint
 
 #: The name of the entry-point group, and of the project that a plugin's `pluggy.HookimplMarker` names.
 ENTRY_POINT_GROUP = "cli_council"
@@ -45,6 +51,34 @@ class RegisterTracker(Protocol):
         """Make `tracker` available as `use: NAME` under `trackers:`."""
 
 
+class RegisterHandoffKind(Protocol):
+    """How a plugin announces a kind of handoff."""
+
+    def __call__(self, name: str, kind: type[BaseModel] | Kind, /) -> None:
+        """Make what a model takes available as `produces: NAME` of a phase; a kind says more than a model can."""
+
+
+class RegisterTransformation(Protocol):
+    """How a plugin announces what mediates between two phases."""
+
+    def __call__(self, name: str, transformation: Transformation, /) -> None:
+        """Make it available as `transform: NAME` of a phase; `KIND_to_KIND` is taken without being named."""
+
+
+class RegisterValidator(Protocol):
+    """How a plugin announces a check of what is handed over."""
+
+    def __call__(self, name: str, validator: Validator, /) -> None:
+        """Have it run on each handoff of its kind, after the kind's own check; `name` stands in what it finds."""
+
+
+class RegisterConstraint(Protocol):
+    """How a plugin announces a rule over all that is recorded of a task."""
+
+    def __call__(self, name: str, constraint: Constraint, /) -> None:
+        """Have it run by `council check`; `name` says which rule it is where it fails."""
+
+
 @hookspec
 def council_register_adapters(register: RegisterAdapter) -> None:
     """Call `register(name, adapter)` for each adapter that this plugin brings."""
@@ -63,3 +97,23 @@ def council_register_sinks(register: RegisterSink) -> None:
 @hookspec
 def council_register_trackers(register: RegisterTracker) -> None:
     """Call `register(name, tracker)` for each tracker that this plugin brings."""
+
+
+@hookspec
+def council_register_handoff_kinds(register: RegisterHandoffKind) -> None:
+    """Call `register(name, model)` for each kind of handoff that this plugin brings."""
+
+
+@hookspec
+def council_register_transformations(register: RegisterTransformation) -> None:
+    """Call `register(name, function)` for each transformation that this plugin brings."""
+
+
+@hookspec
+def council_register_validators(register: RegisterValidator) -> None:
+    """Call `register(name, Validator(kind, function))` for each check of handoffs that this plugin brings."""
+
+
+@hookspec
+def council_register_constraints(register: RegisterConstraint) -> None:
+    """Call `register(name, function)` for each rule over a task's whole way that this plugin brings."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import Distribution, EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 from pydantic import BaseModel
@@ -24,9 +24,14 @@ from orchestrator.clock import Clock
 from orchestrator.config.entries import Extensions
 from orchestrator.config.model import restore
 from orchestrator.config.store import scheme_of
+from orchestrator.domain.handoff_kinds import Kind, Validator, model_kind, validated
+from orchestrator.domain.mediation import Transformation
 from orchestrator.errors import PluginError, RefusedError
 from orchestrator.hookspecs import ENTRY_POINT_GROUP
 from orchestrator.protocols import AdapterType, JsonObject, SinkType, Store, StoreType, TrackerType
+
+if TYPE_CHECKING:  # it brings what most programs do without
+    from orchestrator.domain.consistency import Constraint
 
 #: The distribution whose plugins are always there.
 OURS = "cli-council"
@@ -36,6 +41,17 @@ LIMIT = "COUNCIL_PLUGINS"
 #: What an adapter must have; one that was written for another version of the contract lacks some of it.
 _ADAPTER = ("Options", "programs", "command", "parse", "verdict")
 _SINK = ("Options",)
+#: By the kind of what is registered: what it must have.
+_WANTED: Mapping[str, Sequence[str]] = {
+    "adapters": _ADAPTER,
+    "stores": (),
+    "sinks": _SINK,
+    "trackers": _SINK,
+    "handoff_kinds": (),
+    "transformations": (),
+    "validators": (),
+    "constraints": (),
+}
 
 #: Where the package that is running lies.
 _HOUSE = Path(__file__).resolve().parents[1]
@@ -73,6 +89,10 @@ class Plugins:
     stores: dict[str, StoreType] = field(default_factory=dict)
     sinks: dict[str, SinkType] = field(default_factory=dict)
     trackers: dict[str, TrackerType] = field(default_factory=dict)
+    handoff_kinds: dict[str, Kind] = field(default_factory=dict)
+    transformations: dict[str, Transformation] = field(default_factory=dict)
+    validators: dict[str, Validator] = field(default_factory=dict)
+    constraints: dict[str, Constraint] = field(default_factory=dict)
     loaded: list[Found] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     not_wanted: list[Found] = field(default_factory=list)
@@ -82,7 +102,11 @@ class Plugins:
 
     def kinds(self) -> Mapping[str, dict[str, Any]]:
         """Return the registries by the kind's name in the plural, as the hooks have it."""
-        return {"adapters": self.adapters, "stores": self.stores, "sinks": self.sinks, "trackers": self.trackers}
+        return {kind: getattr(self, kind) for kind in _WANTED}
+
+    def checked_kinds(self) -> dict[str, Kind]:
+        """Return the kinds of handoffs by name, each with the checks that plugins add to it."""
+        return {name: validated(kind, self.validators) for name, kind in self.handoff_kinds.items()}
 
     def extensions(self) -> Extensions:
         """Return what a file can use beside adapters."""
@@ -203,14 +227,38 @@ def _call_hooks(entry: EntryPoint, found: Found, registered: Mapping[str, dict[s
         raise PluginError(found.name, "it registers nothing: it has none of the hooks that this version calls")
 
 
+#: What is wanted of those kinds that are no types.
+_FIT: Mapping[str, str] = {
+    "handoff_kinds": "a pydantic model or a Kind of that name",
+    "transformations": "a function",
+    "validators": "a Validator",
+    "constraints": "a function",
+}
+
+
+def _is_fit(kind: str, name: str, registered: Any) -> bool:
+    match kind:
+        case "handoff_kinds":
+            if isinstance(registered, Kind):
+                return registered.name == name
+            return isinstance(registered, type) and issubclass(registered, BaseModel)
+        case "validators":
+            return isinstance(registered, Validator)
+        case _:
+            return callable(registered)
+
+
 def _register(found: Found, kind: str, registry: dict[str, Any]) -> Callable[[Any, Any], None]:
-    wanted = {"adapters": _ADAPTER, "stores": (), "sinks": _SINK, "trackers": _SINK}[kind]
+    wanted = _WANTED[kind]
 
     def register(name: Any, registered: Any) -> None:
-        if not isinstance(name, str) or not name or not callable(registered):
-            raise PluginError(found.name, f"it registers {registered!r} as {name!r}: a name and a type are wanted")
+        if not isinstance(name, str) or not name or not _is_fit(kind, name, registered):
+            what = _FIT.get(kind, "a type")
+            raise PluginError(found.name, f"it registers {registered!r} as {name!r}: a name and {what} are wanted")
         if name in registry:
             raise PluginError(found.name, f"it registers {name!r} twice")
+        if kind == "handoff_kinds" and not isinstance(registered, Kind):
+            registered = model_kind(name, registered)
         registry[name] = registered
         # A type that is made by a function shows what it lacks only when it is used.
         names = wanted if isinstance(registered, type) else [one for one in wanted if one == "Options"]

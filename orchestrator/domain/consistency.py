@@ -20,7 +20,7 @@ from orchestrator.domain.workflow import Phase, Workflow, latest
 IDLE_AFTER: Final = 300.0
 
 _MENDED: Final = "`council retry TASK --from PHASE` does it once more"
-_EDITED: Final = "something else than `council` has written it: `council state restore` goes back to a checkpoint"
+_EDITED: Final = "something else than `council` has written it: `council checkpoint restore` goes back to how it was"
 
 
 @dataclass(frozen=True, slots=True)

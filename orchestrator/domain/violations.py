@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Final
+from typing import Any, Final
 
 #: Violations that are told of one check.
 MOST_VIOLATIONS: Final = 20
@@ -39,7 +39,7 @@ def fault_of(error: Exception) -> str:
 def found_by(rule: str, subject: str, check: Callable[[], Iterable[Violation]]) -> list[Violation]:
     """Return what a plugin's check finds; what is wrong with the check is found, too, and raises nothing."""
     try:
-        found = list(islice(check(), MOST_VIOLATIONS))
+        found: list[Any] = list(islice(check(), MOST_VIOLATIONS))
     except Exception as error:  # noqa: BLE001  a plugin's own code
         return [Violation(rule, subject, f"its check failed: {fault_of(error)}", "mend the plugin that brings it")]
     strange = next((one for one in found if not isinstance(one, Violation)), None)
