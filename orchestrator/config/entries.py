@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from pydantic import BaseModel
 
@@ -14,6 +14,8 @@ from orchestrator.config.model import SinkConfig, TrackerConfig
 from orchestrator.config.problems import Problems, Vocabulary, shown
 from orchestrator.config.schema import SinkSettings, TrackerSettings
 from orchestrator.config.validation import validate
+from orchestrator.domain.handoff_kinds import KINDS
+from orchestrator.domain.mediation import TRANSFORMATIONS
 from orchestrator.protocols import SinkType, TrackerType
 
 
@@ -33,11 +35,6 @@ def _unexplained(_name: str) -> str | None:
     return None
 
 
-#: The kinds of handoffs, and the transformations between them, that there are without plugins.
-KINDS: Final = ("scout", "plan", "build", "test", "deploy", "review")
-TRANSFORMATIONS: Final = ("scout_to_plan",)
-
-
 @dataclass(frozen=True, slots=True)
 class Extensions:
     """What plugins bring to a file beside adapters, and why something may be missing."""
@@ -45,9 +42,9 @@ class Extensions:
     sinks: Mapping[str, SinkType] = field(default_factory=dict)
     trackers: Mapping[str, TrackerType] = field(default_factory=dict)
     explain: Explain = _unexplained
-    kinds: Collection[str] = KINDS
+    kinds: Collection[str] = tuple(KINDS)
     """The names of the kinds of handoffs, those that are there already among them."""
-    transformations: Collection[str] = TRANSFORMATIONS
+    transformations: Collection[str] = tuple(TRANSFORMATIONS)
     """The same of what mediates."""
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from orchestrator.config.document import UNREADABLE, Node, read_document
 from orchestrator.config.entries import Extensions
@@ -17,11 +17,14 @@ from orchestrator.config.references import items_of, refuse_key, task_nodes
 from orchestrator.config.schema import LARGEST_CONTEXT, NO_WORKFLOW, ExpansionSettings, PhaseSettings
 from orchestrator.config.templating import compiled, compiled_condition, supplied_file, supplied_template, template_for
 from orchestrator.config.validation import refuse_empty, validate
+from orchestrator.domain.handoff_kinds import check_schema
 from orchestrator.domain.workflow import Expansion, Phase
+from orchestrator.errors import RefusedError
 
 _ROUNDS: Final = 3
 _ENV: Final = "the adapter's `env`"
 
+T = TypeVar("T")
 Phases = tuple[Phase, ...]
 
 
@@ -205,28 +208,27 @@ def _json(name: str, text: str) -> Any:
 
 def _check_schema(schema: Any) -> None:
     """Raise ValueError, with the remedy, for what is no JSON Schema of an object, or is too large to be told."""
-    remedy = "write a schema (draft 2020-12) of an object, as in {type: object, required: [answer]}"
     if not isinstance(schema, dict) or schema.get("type", "object") != "object":
-        raise ValueError(f"this is no schema of an object, which every handoff is: {remedy}")
-    if len(json.dumps(schema, default=str)) > LARGEST_CONTEXT:
-        raise ValueError(f"the schema is larger than {LARGEST_CONTEXT} bytes: shorten it, sessions are told all of it")
-    from jsonschema import Draft202012Validator, SchemaError  # noqa: PLC0415  only kinds of the user's own need it
-
-    try:
-        Draft202012Validator.check_schema(schema)
-    except SchemaError as error:
-        what = f"this is no JSON Schema, {error.json_path} {error.message}".replace(":", ",")
-        raise ValueError(f"{what}: {remedy}") from error
+        what = "this is no schema of an object, which every handoff is"
+        raise ValueError(f"{what}: write one as in {{type: object, required: [answer]}}")
+    size = len(json.dumps(schema, ensure_ascii=False, default=str).encode())
+    if size > LARGEST_CONTEXT:
+        raise ValueError(
+            f"the schema takes {size} bytes: keep it within {LARGEST_CONTEXT}, sessions are told all of it"
+        )
+    check_schema(schema)
 
 
-def _note_fault(read: Any, phase: WrittenPhase, key: str, problems: Problems) -> Any:
-    """Return what is read; None where that raises ValueError, which is noted at a key of a phase."""
+def _note_fault(read: Callable[[], T], phase: WrittenPhase, key: str, problems: Problems) -> T | None:
+    """Return what is read; None where it can't be, which is noted at a key of a phase."""
     try:
         return read()
+    except RefusedError as error:
+        problems.add(phase.at(key), error.what, error.remedy)
     except ValueError as error:
         what, _, remedy = str(error).partition(": ")
         problems.add(phase.at(key), what, remedy)
-        return None
+    return None
 
 
 def _refuse_keys(node: Node | None, what: str, problems: Problems) -> None:
