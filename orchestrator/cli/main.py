@@ -38,6 +38,9 @@ COMMANDS: Mapping[str, Mapping[str, Entry]] = {
             "orchestrator.cli.adapters:adapters",
             "List the adapters that are installed, with what there is of their programs.",
         ),
+        "workflow": Entry(
+            "orchestrator.cli.workflow:workflow", "Show the workflows that there are, or copy one to change it."
+        ),
         "schema": Entry("orchestrator.cli.schema:schema", "Print the JSON Schema of the file, for your editor."),
         "completion": Entry(
             "orchestrator.cli.completion:completion", "Print a script that completes commands in SHELL."

@@ -17,7 +17,8 @@ from orchestrator.config.references import items_of, refuse_key, task_nodes
 from orchestrator.config.schema import LARGEST_CONTEXT, NO_WORKFLOW, ExpansionSettings, PhaseSettings
 from orchestrator.config.templating import compiled, compiled_condition, supplied_file, supplied_template, template_for
 from orchestrator.config.validation import refuse_empty, validate
-from orchestrator.domain.handoff_kinds import check_schema
+from orchestrator.domain.handoff_kinds import KINDS, check_schema
+from orchestrator.domain.mediation import TRANSFORMATIONS
 from orchestrator.domain.workflow import Expansion, Phase
 from orchestrator.errors import RefusedError
 
@@ -37,6 +38,14 @@ def supplied_workflows() -> Mapping[str, Node]:
     if found is None or problems:
         raise problems.error()
     return {str(name): node for name, node in found.children.items()}
+
+
+def supplied_phases() -> Mapping[str, Phases]:
+    """Return the same, resolved."""
+    problems = Problems("workflows.yaml")
+    written = supplied_workflows()
+    names = Vocabularies(tuple(KINDS), tuple(TRANSFORMATIONS), written)
+    return {name: _read(node, Path(), names, problems) for name, node in written.items()}
 
 
 def read_workflows(root: Node, folder: Path, extensions: Extensions, problems: Problems) -> dict[str, Phases]:
