@@ -138,7 +138,8 @@ def _check_kind(phase: WrittenPhase, settings: PhaseSettings, kinds: Collection[
     at = phase.name_at if found is None else found.at
     if settings.produces.schema_ is None and kind not in kinds:
         instead = Vocabulary(kinds, "the kinds of handoffs").instead_of(kind)
-        remedy = f"{instead}, or give yours a schema: `produces: {{kind: {kind}, schema: FILE}}`"
+        end = "" if instead.endswith("?") else "."
+        remedy = f"{instead}{end} One of yours has a schema: `produces: {{kind: {kind}, schema: FILE}}`"
         problems.add(at, f"there is no kind of handoff {shown(kind)}", remedy)
     elif settings.produces.schema_ is not None and kind in kinds:
         problems.add(at, f"the kind {shown(kind)} is there already", "remove `schema`, or give yours another name")

@@ -176,7 +176,7 @@ def _expansion(settings: ExpansionSettings | None) -> Expansion | None:
 def _template(phase: WrittenPhase, settings: PhaseSettings, folder: Path, problems: Problems) -> str | None:
     """Return the template of what a phase's session is told; None where its mistake is noted."""
     key, text = "prompt", settings.prompt
-    if settings.prompt_file is not None:
+    if text is None and settings.prompt_file is not None:
         key = "prompt_file"
         text = _note_fault(lambda: read_prompt(folder / str(settings.prompt_file)), phase, key, problems)
     elif text is None:
