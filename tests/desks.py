@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import anyio
 import pytest
@@ -24,6 +25,8 @@ class MemoryDesk:
     foreign: dict[str, str] = field(default_factory=dict)
     owners: dict[str, SessionName] = field(default_factory=dict)
     asked: list[tuple[SessionName, str, JsonObject]] = field(default_factory=list)
+    shared: dict[str, Any] = field(default_factory=dict)
+    handed_over: list[JsonObject] = field(default_factory=list)
     left: int = 0
     """How many did not wait for their answer."""
 
@@ -54,6 +57,11 @@ class MemoryDesk:
                 stats = {"commits": 1, "files": 2, "added": 3, "removed": 4}
                 told = {"plan": "a plan", "diff": "+a line", "log": "said", "handoffs": [], "stats": stats}
                 return {"task": arguments["task"], "attempt": 1, "status": "working", **told}
+            case "share_put" | "share_get" | "share_wait" | "share_list":
+                return self._share(command, arguments)
+            case "hand_over":
+                self.handed_over.append(arguments["data"])
+                return {"size": 2}
             case "check_edit":
                 owner = self.foreign.get(arguments["path"])
                 return {"allowed": owner is None, "owner": owner, "since": None, "reason": None}
@@ -74,6 +82,16 @@ class MemoryDesk:
                 raise RefusedError(f"{path} is locked by {owner}", "wait for it, or work at other files")
         self.owners.update(dict.fromkeys(paths, session))
         return {"locked": paths}
+
+    def _share(self, command: str, arguments: JsonObject) -> JsonObject:
+        if command == "share_put":
+            self.shared[arguments["key"]] = arguments["value"]
+            return {"key": arguments["key"], "version": len(self.shared)}
+        told = {"version": 1, "writer": None, "time": 1.0}
+        if command == "share_list":
+            return {"shared": [{"key": key, "size": 2, **told} for key in self.shared]}
+        key = arguments["key"]
+        return {"key": key, "value": self.shared[key], **told}
 
     def _peer(self, one: SessionName, me: SessionName) -> JsonObject:
         files = [path for path, owner in self.owners.items() if owner == one]

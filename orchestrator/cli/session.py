@@ -13,6 +13,7 @@ import click
 from orchestrator.client import main as client
 from orchestrator.client.commands import (
     COMMANDS,
+    HIGHEST_VERSION,
     LONGEST_WAIT,
     OBJECT,
     PATHS,
@@ -31,7 +32,7 @@ def parameter(argument: Argument) -> click.Parameter:
     if argument.kind == SECONDS:
         kind = click.FloatRange(0, LONGEST_WAIT)
     elif argument.kind == VERSION:
-        kind = click.IntRange(0, (1 << 53) - 1)
+        kind = click.IntRange(0, HIGHEST_VERSION)
     elif argument.choices:
         kind = click.Choice(argument.choices)
     if argument.is_word:

@@ -27,6 +27,8 @@ LONGEST_TEXT = 16_000
 LONGEST_PATH = 4096
 MOST_PATHS = 1000
 LONGEST_WAIT = 600
+#: What JSON numbers are exact up to.
+HIGHEST_VERSION = (1 << 53) - 1
 #: Bytes of what a session hands over, and of a value that it shares, as JSON in UTF-8.
 LARGEST_HANDOFF = 1 << 20
 LARGEST_SHARED = 1 << 18
@@ -164,7 +166,7 @@ COMMANDS = {
                 is_needed=True,
             ),
             Argument("if_version", VERSION, "Only if it is at this version now; 0: only if there is none."),
-            examples=("council share put api/port 8080", "council share put schema - --if-version 3 < schema.json"),
+            examples=("council share put api/port 8080", "council share put api/routes '[\"/login\"]' --if-version 3"),
             typed="share put",
             is_for_all=True,
         ),
@@ -209,7 +211,7 @@ COMMANDS = {
                 is_needed=True,
                 metavar="FILE",
             ),
-            examples=("council hand-over plan.json", "council hand-over < plan.json"),
+            examples=("council hand-over plan.json", "council hand-over - --json"),
             typed="hand-over",
         ),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.client.commands import OBJECT, PATHS, SECONDS, STANDARD_INPUT, TYPED, VERSION, Asked
+from orchestrator.client.commands import HIGHEST_VERSION, OBJECT, PATHS, SECONDS, STANDARD_INPUT, TYPED, VERSION, Asked
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _seconds(text: str) -> float | None:
 
 
 def _version(text: str) -> int | None:
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < 16 else None
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < len(str(HIGHEST_VERSION)) else None
 
 
 _NUMBERS = {SECONDS: _seconds, VERSION: _version}

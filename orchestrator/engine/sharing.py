@@ -31,6 +31,8 @@ KIND: Final = "shared"
 #: Characters of a key; how many keys a run has. Whoever writes at the very same moment may get past that.
 LONGEST_KEY: Final = 200
 MOST_KEYS: Final = 1000
+#: Bytes of all values of a run, as they are stored: one commit must be able to write them all.
+MOST_BYTES: Final = 32 << 20
 #: Seconds for which a value is waited for by whoever does not say how long.
 PATIENCE: Final = 30.0
 
@@ -44,7 +46,10 @@ class _Stored(BaseModel):
 
 
 class SharedValue(NamedTuple):
-    """A value as it was read: its version, which session put it there (None: none did), and when (wall-clock seconds)."""
+    """A value as it was read: its version, the session that put it there, and when (wall-clock seconds).
+
+    Without a writer, no session did.
+    """
 
     key: str
     version: int
@@ -98,14 +103,11 @@ class Sharing:
             version = found.version if found else 0
             if if_version is not None and if_version != version:
                 raise _moved(key, if_version, version)
-            if found is None:
-                await self._check_room(key)
             stored = _Stored(value=kept, writer=None if writer is None else str(writer), time=self._clock.now())
-            who = (
-                {"task": None, "attempt": None} if writer is None else {"task": writer.task, "attempt": writer.attempt}
-            )
-            event = Event("shared.put", {"run": self._run, **who, "key": key})
+            task, attempt = (None, None) if writer is None else (writer.task, writer.attempt)
+            event = Event("shared.put", {"run": self._run, "task": task, "attempt": attempt, "key": key})
             write = Write(name, version, stored.model_dump())
+            await self._check_room(name, len(orjson.dumps(write.value)))
             position = await self._store.commit(Commit([write], [event], [claim] if claim else []))
             made = version + 1 if found else await self._version_at(name, position)
             return SharedValue(key, made, stored.value, stored.writer, stored.time)
@@ -120,7 +122,13 @@ class Sharing:
         found = await self._store.get(self._named(key))
         return None if found is None else _read(key, found)
 
-    async def wait(self, key: str, *, after: int | None = None, timeout: float = PATIENCE) -> SharedValue | None:
+    async def wait(
+        self,
+        key: str,
+        *,
+        after: int | None = None,
+        timeout: float = PATIENCE,  # noqa: ASYNC109  (by the clock, and nothing is not an error)
+    ) -> SharedValue | None:
         """Return what is under a key as soon as there is anything, or a version later than `after`.
 
         None where nothing such comes within `timeout` seconds. RefusedError for what is no key.
@@ -158,11 +166,15 @@ class Sharing:
             await self._clock.wait(changed, None if math.isinf(until) else until)
             group.cancel_scope.cancel()
 
-    async def _check_room(self, key: str) -> None:
-        count = len(await self._store.list(KIND, f"{self._run}/"))
-        if count >= MOST_KEYS:
-            what = f"there is no room for {key}: run {self._run} has {count} shared keys"
-            raise RefusedError(what, "use a key that is there; `council share list` names them")
+    async def _check_room(self, name: Key, size: int) -> None:
+        """Refuse a document of so many bytes where the run has no room for it beside the others."""
+        sizes = {one.key: len(one.encoded) for one in await self._store.list(KIND, f"{self._run}/")}
+        sizes[name] = size
+        if len(sizes) > MOST_KEYS or sum(sizes.values()) > MOST_BYTES:
+            key = name.id.removeprefix(f"{self._run}/")
+            what = f"there is no room for {key}: run {self._run} has {len(sizes) - 1} other shared values"
+            remedy = f"{MOST_KEYS} fit, of {MOST_BYTES >> 20} MiB in all: use a key that is there, or less text"
+            raise RefusedError(what, remedy)
 
     async def _version_at(self, name: Key, position: int) -> int:
         """Return the version that a commit made: versions go on behind those of a document that was gone."""

@@ -86,7 +86,7 @@ class Worktree:
 
     @property
     def handoff_file(self) -> Path:
-        """Where the session may write what it hands over; the folder of the file is its own. Never follow a link there."""
+        """Where the session may write what it hands over, in a folder that it writes: never follow a link there."""
         return self.root / "handoff" / "handoff.json"
 
     @property

@@ -26,7 +26,7 @@ class Ground:
 
     @classmethod
     def of(cls, worktree: Worktree) -> Ground:
-        """Return what each program of an attempt needs: its files, its own git directory, its prompt, where it hands over."""
+        """Return what each program of an attempt needs: its files, git directory, prompt, and handoff."""
         readable = (worktree.prompt_file, worktree.hub.objects)
         return cls((worktree.tree, worktree.git_dir, worktree.handoff_file.parent), readable, worktree.scratch)
 

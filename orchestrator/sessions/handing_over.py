@@ -1,6 +1,6 @@
 """What a session leaves for whoever goes on: the file that `$COUNCIL_HANDOFF` names, read once the session is over.
 
-An agent wrote it, or whatever it likes: no link is followed, nothing but a file is opened, and no more is read than fits.
+An agent wrote it, or whatever it likes: no link is followed, only a file is read, and no more of it than fits.
 """
 
 from __future__ import annotations

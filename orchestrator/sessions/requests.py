@@ -11,7 +11,15 @@ from secrets import compare_digest
 from typing import Any, NamedTuple
 
 from orchestrator.client import commands, strict
-from orchestrator.client.commands import LONGEST_PATH, LONGEST_TEXT, LONGEST_WAIT, MOST_PATHS, Argument, Asked
+from orchestrator.client.commands import (
+    HIGHEST_VERSION,
+    LONGEST_PATH,
+    LONGEST_TEXT,
+    LONGEST_WAIT,
+    MOST_PATHS,
+    Argument,
+    Asked,
+)
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject
 
@@ -73,15 +81,8 @@ def _checked(argument: Argument, value: Any, tree: Path) -> Any:
             if not isinstance(value, Sequence) or isinstance(value, str) or not 0 < len(value) <= MOST_PATHS:
                 raise _odd(argument, f"a list of 1 to {MOST_PATHS} paths")
             return list(dict.fromkeys(_path(argument, one, tree) for one in value))
-        case commands.SECONDS:
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or not math.isfinite(value) or not 0 <= value <= LONGEST_WAIT:
-                raise _odd(argument, f"seconds, from 0 to {LONGEST_WAIT:g}")
-            return float(value)
-        case commands.VERSION:
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 53:
-                raise _odd(argument, "a version: a number from 0 on")
-            return value
+        case commands.SECONDS | commands.VERSION:
+            return _number(argument, value)
         case commands.VALUE:
             return _value(argument, value)
         case commands.OBJECT:
@@ -96,6 +97,17 @@ def _text(argument: Argument, value: Any, longest: int = LONGEST_TEXT) -> str:
     if argument.choices and value not in argument.choices:
         raise _odd(argument, f"one of {', '.join(argument.choices)}")
     return value
+
+
+def _number(argument: Argument, value: Any) -> float:
+    if argument.kind == commands.VERSION:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= HIGHEST_VERSION:
+            raise _odd(argument, "a version: a number from 0 on")
+        return value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not 0 <= value <= LONGEST_WAIT:
+        raise _odd(argument, f"seconds, from 0 to {LONGEST_WAIT:g}")
+    return float(value)
 
 
 def _value(argument: Argument, value: Any) -> Any:

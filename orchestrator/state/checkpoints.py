@@ -7,6 +7,7 @@ What is written back of a run, kind by kind:
 run, spec   as they were, and so is `imported`. But a run has no end as long as something of it is cut off, which
             `council resume` settles.
 task        as `domain.turning_back` says: what has landed stays landed, and attempts stay on record.
+shared      as it was: what sessions have shared since, those that are had again share anew. Versions go on.
 lease       never: epochs only rise, so that whoever lost the run stays without it.
 note        what a session of the run left and is gone since is there again; what was left since stays, because what
             was learned is no less true for going back.
@@ -44,7 +45,7 @@ KIND: Final = "checkpoint"
 WHOLE: Final = "all"
 
 #: The kinds that are turned back.
-_TURNED_BACK: Final = ("run", "spec", "task", "imported")
+_TURNED_BACK: Final = ("run", "spec", "task", "imported", "shared")
 #: Notes of sessions, which only come back. Their names begin with what they are about, and not with their run.
 _NOTE: Final = "note"
 #: The kinds that are looked at.

@@ -11,6 +11,8 @@ import anyio
 import pytest
 
 from orchestrator.domain.model import Attempt, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.secrets import Redactor
+from orchestrator.engine.sharing import Sharing
 from orchestrator.errors import HistoryGone, LeaseLost, RefusedError
 from orchestrator.protocols import Commit, Document, Guard, JsonObject, Key, State, Store, Write
 from orchestrator.state.checkpoints import (
@@ -334,3 +336,17 @@ async def test_notes_of_a_run_come_back_and_none_is_lost(store: Store) -> None:
     whole = await create(store, None, "all")
     await put(store, {ours: None, later: None})
     assert {write.key for write in (await restoration(store, whole.id)).writes} == {ours, later}
+
+
+async def test_what_was_shared_comes_back_as_it_was(store: Store) -> None:
+    """What was not there yet goes: sessions that are had again share it anew."""
+    sharing = Sharing(store, ManualClock(), Redactor(), RUN)
+    await store.commit(Commit([Write(Key("run", RUN), 0, run_document(ended=2.0))]))
+    await sharing.put("k", "then")
+    made = await create(store, RUN, "by hand")
+    await sharing.put("k", "since")
+    await sharing.put("new", 1)
+    found = {write.key.id: write.value for write in (await restoration(store, made.id)).writes}
+    assert found.keys() == {f"{RUN}/k", f"{RUN}/new"}
+    assert (found[f"{RUN}/k"] or {})["value"] == "then"
+    assert found[f"{RUN}/new"] is None

@@ -9,6 +9,7 @@ from typing import Any
 import anyio
 import pytest
 
+from orchestrator.client.commands import LARGEST_HANDOFF
 from orchestrator.domain.contexts import SessionStatus
 from orchestrator.engine.details import LONGEST_DIFF
 from orchestrator.errors import RefusedError
@@ -248,3 +249,74 @@ async def test_what_can_t_be_asked_is_refused(
         with pytest.raises(RefusedError, match=why):
             await team.desk.answer(session, command, arguments)
         assert team.files.held() == []
+
+
+async def test_sessions_share_values(repository: Repository, tmp_path: Path) -> None:
+    """By whoever put them; who waits is seen to, and is told where nothing comes."""
+    async with team_at(repository, tmp_path) as team:
+        first, second = await team.join("auth"), await team.join("web")
+        assert "nothing is shared as api/port" in await team.refused(second, "share_get", key="api/port")
+        assert "within 0 s" in await team.refused(second, "share_wait", key="api/port", timeout=0)
+        got: list[Any] = []
+
+        async def wait() -> None:
+            got.append(await team.ask(second, "share_wait", key="api/port", timeout=60))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(wait)
+            while (await team.context(second)).status is not SessionStatus.WAITING:
+                await anyio.sleep(0.01)
+            assert (await team.context(second)).blocked_on == "the shared value api/port"
+            assert await team.ask(first, "share_put", key="api/port", value=SECRET) == {"key": "api/port", "version": 1}
+        assert (await team.context(second)).status is SessionStatus.WORKING
+        (told,) = got
+        assert (told["value"], told["version"], told["writer"]) == ("[redacted]", 1, str(first))
+        assert await team.ask(second, "share_get", key="api/port") == told
+        assert "at version 1, not at version 4" in await team.refused(
+            second, "share_put", key="api/port", value=1, if_version=4
+        )
+        listed = (await team.ask(second, "share_list", prefix="api"))["shared"]
+        assert [(one["key"], one["version"], one["writer"]) for one in listed] == [("api/port", 1, str(first))]
+        assert await team.ask(second, "share_list", prefix="web") == {"shared": []}
+
+
+async def test_who_was_taken_over_shares_nothing(repository: Repository, tmp_path: Path) -> None:
+    """And is told so."""
+    async with team_at(repository, tmp_path) as team:
+        session = await team.join("auth")
+        key = claim_key(session)
+        await team.store.commit(Commit([Write(key, 1, {"epoch": 9, "released": None})]))
+        assert "taken over" in await team.refused(session, "share_put", key="k", value=1)
+        assert await team.ask(session, "share_list") == {"shared": []}
+
+
+async def test_what_is_handed_over_is_judged_at_once(repository: Repository, tmp_path: Path) -> None:
+    """What is wrong is told, so that it can be mended; the last that is right counts, without secrets."""
+    judged: list[Any] = []
+
+    async def takes(data: dict[str, Any]) -> list[str]:
+        judged.append(data)
+        return [] if "summary" in data else ["summary: there is none", "tasks: there are none"]
+
+    async with team_at(repository, tmp_path) as team:
+        session = await team.join("auth")
+        assert "nothing to hand over" in await team.refused(session, "hand_over", data={"summary": "x"})
+        await team.desk.enter(session, "fixer", team.workplace(session), takes=takes)
+        assert team.desk.handed_over(session) is None
+        said = await team.refused(session, "hand_over", data={})
+        assert "- summary: there is none\n- tasks: there are none\n" in said
+        assert "mend that" in said
+        assert team.desk.handed_over(session) is None
+        assert (await team.ask(session, "hand_over", data={"summary": "a"}))["size"] == len('{"summary":"a"}')
+        await team.ask(session, "hand_over", data={"summary": f"key {SECRET}"})
+        assert team.desk.handed_over(session) == judged[-1] == {"summary": "key [redacted]"}
+        await team.refused(session, "hand_over", data={"worse": 1})
+        large = {"summary": "x" * (LARGEST_HANDOFF - len('{"summary":""}'))}
+        assert f"{LARGEST_HANDOFF + 1} bytes" in await team.refused(
+            session, "hand_over", data={"summary": large["summary"] + "x"}
+        )
+        assert team.desk.handed_over(session) == {"summary": "key [redacted]"}
+        await team.ask(session, "hand_over", data=large)
+        assert team.desk.handed_over(session) == large
+        await team.desk.leave(session)
+        assert team.desk.handed_over(session) is None

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 
 from orchestrator.cli import session as long_way
+from orchestrator.cli.share import share
 from orchestrator.client import hook
 from orchestrator.client.commands import COMMANDS
 from orchestrator.client.telling import clean, tell
@@ -30,6 +30,13 @@ PLAIN = [
     "note --topic t --path a --path b text",
     "notes --task t",
     "ask --json t",
+    "share put api/port 8080",
+    "share put k - --if-version 0",
+    "share get --json k",
+    "share wait k --after 3 --timeout=2",
+    "share list --prefix api/",
+    "hand-over",
+    "hand-over plan.json --json",
 ]
 NOT_RIGHT = [
     *(
@@ -43,6 +50,8 @@ NOT_RIGHT = [
         "lock a --wait inf",
     ),
     *("report --status asleep", "report x", "peers x", "note", "note a b", "ask", "ask -h", "lock a --frce"),
+    *("share", "share put k", "share drop k", "share list --run r", "share wait k --after 1.5", "hand-over a b"),
+    *("share wait k --after -1", "share wait k --after 99999999999999999", "hand_over", "share_put k v"),
 ]
 
 
@@ -52,8 +61,11 @@ def test_both_ways_read_the_same(line: str) -> None:
     words = line.replace("'two words'", "two-words").split()
     typed = read(words)
     assert typed is not None
-    command: click.Command = getattr(long_way, words[0])
-    given = command.make_context(words[0], words[1:]).params
+    words = words[len(typed.command.typed) :]
+    name = typed.command.name
+    command = share.commands[typed.command.typed[-1]] if typed.command.is_for_all else getattr(long_way, name)
+    given = command.make_context(name, words).params
+    given.pop("run", None)
     assert given.pop("as_json") is typed.as_json
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
     assert {key: value for key, value in plain.items() if value not in (None, [])} == typed.arguments
@@ -97,12 +109,17 @@ def test_the_quick_way_imports_nothing_that_takes_long(tmp_path: Path) -> None:
 async def test_each_result_is_told_in_words() -> None:
     """With all that it holds."""
     desk, me = MemoryDesk(), SessionName("r", "t", 1)
-    told = {name: tell(name, await desk.answer(me, name, {"paths": ["a.py"], "task": "models"})) for name in COMMANDS}
+    arguments = {"paths": ["a.py"], "task": "models", "key": "k", "value": [1, "é"], "data": {}}
+    told = {name: tell(name, await desk.answer(me, name, arguments)) for name in COMMANDS}
     assert told["lock"] == "locked: a.py\n"
     assert told["unlock"] == "unlocked: a.py\n"
     assert told["peers"] == "t.1 (fake, this session): working\n"
     assert told["notes"] == "n1 (task t, topic tests):\n  one\n  two\n"
     assert "models, attempt 1: working\n1 commits, 2 files, +3 -4\n\nplan:\na plan\n" in told["ask"]
+    assert told["share_put"] == "shared as version 1 of k\n"
+    assert told["share_get"] == told["share_wait"] == '[\n  1,\n  "é"\n]\n'
+    assert told["share_list"] == "k: version 1, 2 bytes, by hand\n"
+    assert told["hand_over"] == "handed over: 2 bytes\n"
     assert all(told.values())
 
 

@@ -1,0 +1,284 @@
+"""Values that sessions share, on each store: by versions, waited for, bounded, and nobody's who was taken over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anyio
+import pytest
+
+from orchestrator.client.commands import LARGEST_SHARED
+from orchestrator.client.strict import DEEPEST
+from orchestrator.domain.secrets import REDACTED, Redactor
+from orchestrator.domain.sessions import SessionName
+from orchestrator.engine.sharing import KIND, LONGEST_KEY, SharedValue, Sharing
+from orchestrator.errors import LeaseLost, RefusedError
+from orchestrator.locking.registry import claim_key
+from orchestrator.protocols import Commit, Guard, Key, Store, Write
+from orchestrator.state.reading import between
+from orchestrator.testing.clock import ManualClock
+
+API, WEB = SessionName("r", "api", 1), SessionName("r", "web", 2)
+SECRET = "hunter2hunter2"
+
+
+@pytest.fixture
+def sharing(store: Store, clock: ManualClock) -> Sharing:
+    """What the sessions of a run share."""
+    return Sharing(store, clock, Redactor([SECRET]), "r")
+
+
+async def test_what_one_puts_all_read_by_its_key(sharing: Sharing, store: Store, clock: ManualClock) -> None:
+    """With its version, who put it there and when; nobody of another run."""
+    await sharing.put("api/port", 8080, writer=API)
+    clock.advance(1)
+    put = await sharing.put("api/port", {"ports": [8081, None]}, writer=WEB)
+    assert put == SharedValue("api/port", 2, {"ports": [8081, None]}, "r/web.2", clock.now())
+    assert await sharing.get("api/port") == put
+    assert await sharing.get("api") is None
+    assert await Sharing(store, clock, Redactor(), "s").get("api/port") is None
+    await sharing.put("done", None)
+    listed = await sharing.list()
+    assert [(one.key, one.version, one.size, one.writer) for one in listed] == [
+        ("api/port", 2, len('{"ports":[8081,null]}'), "r/web.2"),
+        ("done", 1, 4, None),
+    ]
+    assert [one.key for one in await sharing.list("api/")] == ["api/port"]
+
+
+async def test_each_put_is_told_without_its_value(sharing: Sharing, store: Store) -> None:
+    """Sinks get the events of a run: they hear that there is something, and where."""
+    await sharing.put("api/port", 8080, writer=API)
+    await sharing.put("api/port", 8081)
+    events = [event async for record in between(store, 0, await store.position()) for event in record.events]
+    assert [event.type for event in events] == ["shared.put"] * 2
+    assert events[0].data == {"run": "r", "task": "api", "attempt": 1, "key": "api/port"}
+    assert events[1].data == {"run": "r", "task": None, "attempt": None, "key": "api/port"}
+
+
+async def test_who_put_a_value_by_its_version_overwrites_nobody(sharing: Sharing) -> None:
+    """Of many that build on one version, one puts the next; those that do not say so all do."""
+    await sharing.put("count", 0, if_version=0)
+    done: list[int] = []
+    refused: list[str] = []
+
+    async def count(number: int) -> None:
+        try:
+            await sharing.put("count", number, if_version=1)
+        except RefusedError as error:
+            refused.append(error.what)
+        else:
+            done.append(number)
+
+    async with anyio.create_task_group() as group:
+        for number in range(1, 6):
+            group.start_soon(count, number)
+    found = await sharing.get("count")
+    assert found is not None
+    assert (found.version, [found.value]) == (2, done)
+    assert refused == ["count is at version 2, not at version 1"] * 4
+    with pytest.raises(RefusedError, match="is at version 2, and was to be new"):
+        await sharing.put("count", 9, if_version=0)
+    with pytest.raises(RefusedError, match="other is not there, not at version 1"):
+        await sharing.put("other", 9, if_version=1)
+
+
+async def test_many_at_once_all_count(sharing: Sharing) -> None:
+    """Each is a version of its own."""
+    made: list[int] = []
+
+    async def put(number: int) -> None:
+        made.append((await sharing.put("k", number)).version)
+
+    async with anyio.create_task_group() as group:
+        for number in range(4):
+            group.start_soon(put, number)
+    assert sorted(made) == [1, 2, 3, 4]
+
+
+class AwaitedClock(ManualClock):
+    """Tells when somebody waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.awaited = anyio.Event()
+
+    async def wait(self, event: anyio.Event, until: float | None) -> None:
+        """As the clock that it is."""
+        self.awaited.set()
+        await super().wait(event, until)
+
+
+async def test_who_waits_is_woken_by_the_next_version(sharing: Sharing, store: Store) -> None:
+    """By whoever puts it, and by nothing else; what is there already is had at once."""
+    got: list[SharedValue | None] = []
+    clock = AwaitedClock()
+
+    async def wait(after: int | None) -> None:
+        got.append(await Sharing(store, clock, Redactor(), "r").wait("k", after=after))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(wait, None)
+        await clock.awaited.wait()
+        await sharing.put("other", 1)
+        first = await sharing.put("k", "one", writer=API)
+    assert got == [first]
+    assert await sharing.wait("k", timeout=0) == first
+    clock.awaited = anyio.Event()
+    async with anyio.create_task_group() as group:
+        group.start_soon(wait, 1)
+        await clock.awaited.wait()
+        second = await sharing.put("k", "two", writer=WEB)
+    assert got == [first, second]
+
+
+async def test_a_chain_of_sessions_goes_over_one_key(sharing: Sharing) -> None:
+    """Each takes what the one before it made, in order, whichever began to wait first."""
+    made: list[Any] = []
+
+    async def step(number: int) -> None:
+        before = await sharing.wait("chain", after=number - 1)
+        assert before is not None
+        made.append(before.value)
+        await sharing.put("chain", [*before.value, number], if_version=before.version)
+
+    async with anyio.create_task_group() as group:
+        for number in (3, 1, 2):
+            group.start_soon(step, number)
+        await sharing.put("chain", [0])
+    assert made == [[0], [0, 1], [0, 1, 2]]
+
+
+async def test_nothing_that_comes_is_none_after_its_time(store: Store) -> None:
+    """Half a minute, unless another time is said."""
+    got: list[SharedValue | None] = []
+    clock = AwaitedClock()
+    sharing = Sharing(store, clock, Redactor(), "r")
+
+    async def wait() -> None:
+        got.append(await sharing.wait("k"))
+
+    assert await sharing.wait("k", timeout=0) is None
+    async with anyio.create_task_group() as group:
+        group.start_soon(wait)
+        await clock.awaited.wait()
+        clock.advance(29)
+        await anyio.wait_all_tasks_blocked()
+        assert got == []
+        clock.advance(1)
+    assert got == [None]
+
+
+@pytest.mark.parametrize("key", ["", "/", "a/", "/a", "a//b", "../a", "a b", "a*", "ä", "x.lock", "a/" * 101 + "a"])
+async def test_what_is_no_key_is_refused(sharing: Sharing, key: str) -> None:
+    """By all that take one."""
+    for refused in (sharing.put(key, 1), sharing.get(key), sharing.wait(key, timeout=0)):
+        with pytest.raises(RefusedError, match="can't be the key"):
+            await refused
+    assert await sharing.list() == []
+
+
+async def test_the_longest_key_is_one(sharing: Sharing) -> None:
+    """Of several names."""
+    key = "/".join(["a" * 49] * 4) + "b"
+    assert len(key) == LONGEST_KEY
+    assert (await sharing.put(key, 1)).key == key
+
+
+async def test_secrets_are_neither_keys_nor_kept(sharing: Sharing) -> None:
+    """Names of fields are hidden, too."""
+    put = await sharing.put("k", {SECRET: [f"key {SECRET}"]})
+    assert put.value == {REDACTED: [f"key {REDACTED}"]}
+    assert await sharing.get("k") == put
+    with pytest.raises(RefusedError, match="has a secret"):
+        await sharing.put(SECRET, 1)
+
+
+def _nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("x" * (LARGEST_SHARED - 1), f"{LARGEST_SHARED + 1} bytes, {LARGEST_SHARED} fit"),
+        ("ä" * (LARGEST_SHARED // 2), "fit"),
+        (float("inf"), "infinite"),
+        (["\ud800"], "can't be shared"),
+        ("a\0b", r"U\+0000"),
+        ({1: 2}, "can't be shared"),
+        (1 << 70, "can't be shared"),
+        (_nested(DEEPEST + 1), "nested more than"),
+        (_nested(5000), "can't be shared"),
+        (object(), "can't be shared"),
+    ],
+    ids=range(10),
+)
+async def test_what_does_not_fit_is_refused(sharing: Sharing, value: Any, why: str) -> None:
+    """Nothing is kept."""
+    with pytest.raises(RefusedError, match=why):
+        await sharing.put("k", value)
+    assert await sharing.get("k") is None
+
+
+async def test_the_largest_and_the_deepest_fit(sharing: Sharing) -> None:
+    """As they are."""
+    for value in ("x" * (LARGEST_SHARED - 2), _nested(DEEPEST)):
+        await sharing.put("k", value)
+        found = await sharing.get("k")
+        assert found is not None
+        assert found.value == value
+
+
+async def test_a_run_has_room_for_so_many_keys(sharing: Sharing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are there can still be written."""
+    monkeypatch.setattr("orchestrator.engine.sharing.MOST_KEYS", 2)
+    await sharing.put("a", 1)
+    await sharing.put("b", 1)
+    with pytest.raises(RefusedError, match="no room for c: run r has 2 other"):
+        await sharing.put("c", 1)
+    assert (await sharing.put("a", 2)).version == 2
+
+
+async def test_a_run_has_room_for_so_many_bytes(sharing: Sharing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit that goes back to a checkpoint has to hold all of them; what takes another's place adds what it is more."""
+    monkeypatch.setattr("orchestrator.engine.sharing.MOST_BYTES", 1000)
+    await sharing.put("a", "x" * 300)
+    await sharing.put("b", "x" * 300)
+    with pytest.raises(RefusedError, match="no room for c"):
+        await sharing.put("c", "x" * 400)
+    assert (await sharing.put("a", "x" * 400)).version == 2
+    with pytest.raises(RefusedError, match="no room for a"):
+        await sharing.put("a", "x" * 900)
+
+
+async def test_who_was_taken_over_puts_nothing(sharing: Sharing, store: Store) -> None:
+    """It is written under the claim of its task."""
+    await store.commit(Commit([Write(claim_key(API), 0, {"epoch": 2, "released": None})]))
+    with pytest.raises(LeaseLost):
+        await sharing.put("k", "late", writer=API, claim=Guard(claim_key(API), 1))
+    assert await sharing.get("k") is None
+    await sharing.put("k", "in time", writer=API, claim=Guard(claim_key(API), 2))
+
+
+async def test_versions_go_on_behind_what_was_removed(sharing: Sharing, store: Store) -> None:
+    """So that who waits for a later one is not told of an old one, nor misses the new one."""
+    await sharing.put("k", 1)
+    await store.commit(Commit([Write(Key(KIND, "r/k"), 1, None)]))
+    assert await sharing.get("k") is None
+    put = await sharing.put("k", 2, if_version=0)
+    assert put == await sharing.get("k")
+    assert put.version > 1
+    assert await sharing.wait("k", after=1, timeout=0) == put
+
+
+async def test_what_somebody_else_wrote_there_is_no_value(sharing: Sharing, store: Store) -> None:
+    """It can be replaced."""
+    await store.commit(Commit([Write(Key(KIND, "r/k"), 0, {"odd": 1})]))
+    with pytest.raises(RefusedError, match="can't be read: put it there anew"):
+        await sharing.get("k")
+    assert [(one.key, one.writer) for one in await sharing.list()] == [("k", None)]
+    assert (await sharing.put("k", 1)).version == 2

@@ -1,0 +1,135 @@
+"""JSON that agents write is read by one strict rule; on a command line values are given in words, files and streams."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.client import giving
+from orchestrator.client.commands import COMMANDS, LARGEST_HANDOFF
+from orchestrator.client.session import AskError
+from orchestrator.client.strict import DEEPEST, check, parse
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
+    lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner),
+    max_leaves=20,
+)
+
+
+@given(VALUES)
+def test_all_plain_values_are_read_as_they_are(value: Any) -> None:
+    """However they are spelled."""
+    for is_ascii in (True, False):
+        assert parse(json.dumps(value, ensure_ascii=is_ascii).encode()) == value
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "no JSON: Expecting value in line 1, column 1"),
+        (b'{"a": 1,\n}', "in line 2, column 1"),
+        (b"{} {}", "Extra data"),
+        (b"{'a': 1}", "no JSON"),
+        (b'{"a": NaN}', "NaN is no number"),
+        (b"[-Infinity]", "-Infinity is no number"),
+        (b"[1e999]", "infinite"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "'c' twice"),
+        (b'"\xff"', "no UTF-8 from byte 1 on"),
+        (rb'["\ud800"]', r"U\+D800"),
+        (rb'{"\u0000": 1}', r"U\+0000"),
+        (b"[" * (DEEPEST + 1) + b"]" * (DEEPEST + 1), f"more than {DEEPEST} deep"),
+        (b"[" * 100_000, f"more than {DEEPEST} deep"),
+        (b"9" * 5000, "integer"),
+    ],
+    ids=range(14),
+)
+def test_what_means_no_one_thing_is_refused(data: bytes, why: str) -> None:
+    """And it is said why, and where."""
+    with pytest.raises(ValueError, match=why):
+        parse(data)
+
+
+def test_the_deepest_is_read() -> None:
+    """A mark that says what it is written in is left out."""
+    assert check(parse(b"[" * DEEPEST + b"]" * DEEPEST)) is None
+    assert parse(b"\xef\xbb\xbf{}") == {}
+
+
+class Typed(io.TextIOWrapper):
+    """Standard input with these bytes."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data))
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("8080", 8080),
+        ("text", "text"),
+        ("two words", "two words"),
+        ("null", None),
+        ("true", True),
+        ("NaN", "NaN"),
+        (' {"a": [1]}', {"a": [1]}),
+        ('"8080"', "8080"),
+        ("", ""),
+    ],
+)
+def test_a_word_is_json_or_text(word: str, value: Any) -> None:
+    """Text that looks like none stands for itself."""
+    assert giving.value_of(word) == value
+
+
+@pytest.mark.parametrize("word", ["{", '["a"', '{"a": 1, "a": 2}', '"a'])
+def test_what_looks_like_json_must_be_some(word: str) -> None:
+    """Else a mistake would be shared as text."""
+    with pytest.raises(AskError, match="can't be taken"):
+        giving.value_of(word)
+
+
+def test_a_value_comes_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As JSON or text, too."""
+    monkeypatch.setattr(sys, "stdin", Typed(b'{"a":\n1}\n'))
+    assert giving.value_of("-") == {"a": 1}
+    monkeypatch.setattr(sys, "stdin", Typed("größer\n".encode()))
+    assert giving.value_of("-") == "größer\n"
+
+
+def test_a_handoff_comes_from_a_file_or_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One object."""
+    command = COMMANDS["hand_over"]
+    (tmp_path / "plan.json").write_text('{"tasks": []}')
+    assert giving.given(command, {"data": str(tmp_path / "plan.json")}) == {"data": {"tasks": []}}
+    monkeypatch.setattr(sys, "stdin", Typed(b'{"tasks": [1]}'))
+    assert giving.given(command, {"data": "-"}) == {"data": {"tasks": [1]}}
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[]", "is no object"),
+        ("", "can't be taken: it is no JSON"),
+        ('{"a": NaN}', "NaN is no number"),
+        (" " * (LARGEST_HANDOFF + 1), f"more than {LARGEST_HANDOFF} bytes"),
+        (None, "can't be read: No such file"),
+    ],
+    ids=range(5),
+)
+def test_a_handoff_that_is_none_is_refused(tmp_path: Path, text: str | None, why: str) -> None:
+    """With what to do."""
+    file = tmp_path / "plan.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(AskError, match=why) as refused:
+        giving.given(COMMANDS["hand_over"], {"data": str(file)})
+    assert refused.value.remedy
