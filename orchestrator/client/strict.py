@@ -38,9 +38,11 @@ def parse(data: bytes) -> Any:
 def check(value: Any) -> None:
     """Raise ValueError where a value, as `json` reads it, can't be passed on as it is."""
     level = [value]
-    for _ in range(DEEPEST + 1):
+    for depth in range(DEEPEST + 1):
         inner: list[Any] = []
         for one in level:
+            if depth == DEEPEST and isinstance(one, (dict, list)):
+                raise ValueError(f"it is nested more than {DEEPEST} deep")
             if isinstance(one, dict):
                 _check_text(one)
                 inner += one.values()
@@ -50,10 +52,7 @@ def check(value: Any) -> None:
                 _check_text((one,))
             elif isinstance(one, float) and not isfinite(one):
                 raise ValueError("it has a number that is infinite or none")
-        if not inner:
-            return
         level = inner
-    raise ValueError(f"it is nested more than {DEEPEST} deep")
 
 
 def _check_text(texts: Iterable[str]) -> None:

@@ -244,7 +244,7 @@ async def test_a_run_has_room_for_so_many_keys(sharing: Sharing, monkeypatch: py
 
 
 async def test_a_run_has_room_for_so_many_bytes(sharing: Sharing, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A commit that goes back to a checkpoint has to hold all of them; what takes another's place adds what it is more."""
+    """A commit that goes back to a checkpoint has to hold all of them; what is replaced does not count."""
     monkeypatch.setattr("orchestrator.engine.sharing.MOST_BYTES", 1000)
     await sharing.put("a", "x" * 300)
     await sharing.put("b", "x" * 300)

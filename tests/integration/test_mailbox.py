@@ -17,7 +17,7 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator.client.commands import LARGEST_REQUEST
+from orchestrator.client.commands import LARGEST_HANDOFF, LARGEST_REQUEST
 from orchestrator.client.session import Session
 from orchestrator.config.model import Reach
 from orchestrator.repo.hub import Hub
@@ -112,6 +112,21 @@ async def test_a_program_in_a_fence_asks_as_its_session(site: Site, kind: Sandbo
     (peer,) = json.loads(said)["peers"]
     assert (peer["task"], peer["files"], peer["is_me"]) == ("models", ["src/a.py", "b.py"], True)
     assert {str(session) for session, _, _ in site.desk.asked} == {"run-1/models.1"}
+
+
+async def test_a_program_in_a_fence_hands_over_and_shares(site: Site, kind: SandboxKind) -> None:
+    """What is in a file, and what is said in a word; a file that is none is said so."""
+    async with site.session() as (worktree, mailbox):
+        (worktree.tree / "plan.json").write_text('{"tasks": []}')
+        argv = ["council", "hand-over", "../tree/plan.json"]
+        assert await site.run(kind, worktree, mailbox, argv) == (0, "handed over: 2 bytes\n")
+        code, said = await site.run(kind, worktree, mailbox, ["council", "hand-over", "none.json"])
+        assert (code, "can't be read" in said) == (2, True)
+        put = ["council", "share", "put", "api/ports", '[1, "two"]']
+        assert await site.run(kind, worktree, mailbox, put) == (0, "shared as version 1 of api/ports\n")
+        code, said = await site.run(kind, worktree, mailbox, ["council", "share", "get", "api/ports", "--json"])
+    assert (code, json.loads(said)["value"]) == (0, [1, "two"])
+    assert site.desk.handed_over == [{"tasks": []}]
 
 
 async def test_the_session_is_found_without_a_variable(site: Site, kind: SandboxKind) -> None:
@@ -255,6 +270,19 @@ REFUSED: list[tuple[Any, dict[str, Any]]] = [
     ("lock", {"paths": ["a"], "wait": 1e9}),
     ("report", {"status": "asleep"}),
     ("note", {"text": " "}),
+    ("share_put", {"key": "k"}),
+    ("share_put", {"key": "k", "value": float("inf")}),
+    ("share_put", {"key": "k", "value": ["\ud800"]}),
+    ("share_put", {"key": "k", "value": {"a\0": 1}}),
+    ("share_put", {"key": "k", "value": 1, "if_version": -1}),
+    ("share_put", {"key": "k", "value": 1, "if_version": 1.0}),
+    ("share_wait", {"key": "k", "after": True}),
+    ("share_wait", {"key": "k", "timeout": 601}),
+    ("hand_over", {"data": None}),
+    ("hand_over", {"data": [1]}),
+    ("hand_over", {"data": "[1]"}),
+    ("hand_over", {"data": '{"a": NaN}'}),
+    ("hand_over", {"data": {"a": float("nan")}}),
 ]
 
 
@@ -272,6 +300,19 @@ async def test_odd_requests_are_refused_and_harm_nothing(site: Site) -> None:
         inside = caller.line("lock", paths=[str(worktree.tree / "src" / "a.py")])
         assert await anyio.to_thread.run_sync(caller.say, inside) == {"ok": True, "result": {"locked": ["src/a.py"]}}
     assert mailbox.faults == []
+
+
+async def test_the_largest_handoff_fits_into_a_request(site: Site) -> None:
+    """As a session sends it, whatever its characters; an object that a model wrote as text is one, too."""
+    largest = {"a": "ä" * (LARGEST_HANDOFF // 2 - 4)}
+    async with site.session() as (worktree, _):
+        caller = Caller(worktree)
+        session = Session(str(worktree.mailbox), caller.token, str(worktree.tree))
+        assert await anyio.to_thread.run_sync(session.ask, "hand_over", {"data": largest}) == {"size": 2}
+        await anyio.to_thread.run_sync(session.ask, "hand_over", {"data": '{"b": [null]}'})
+        await anyio.to_thread.run_sync(session.ask, "share_put", {"key": "k", "value": None})
+    assert site.desk.handed_over == [largest, {"b": [None]}]
+    assert site.desk.shared == {"k": None}
 
 
 async def test_a_request_that_is_too_large_is_refused(site: Site) -> None:

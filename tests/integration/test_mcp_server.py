@@ -61,6 +61,20 @@ async def test_a_tool_asks_as_the_session(site: Site) -> None:
     assert {str(session) for session, _, _ in site.desk.asked} == {"run-1/models.1"}
 
 
+async def test_values_go_as_they_are(site: Site) -> None:
+    """What is shared is any value of JSON, what is handed over an object."""
+    async with client(site) as session:
+        value = {"ports": [8080, None], "name": "größer"}
+        assert not (await session.call_tool("share_put", {"key": "k", "value": value})).is_error
+        got = (await session.call_tool("share_wait", {"key": "k", "after": 0, "timeout": 1})).structured_content
+        assert got is not None
+        assert got["value"] == value
+        assert not (await session.call_tool("hand_over", {"data": {"summary": "done"}})).is_error
+        for odd in ({}, {"data": [1]}, {"data": "none"}):
+            assert (await session.call_tool("hand_over", odd)).is_error, odd
+    assert site.desk.handed_over == [{"summary": "done"}]
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_schema_is_one(name: str) -> None:
     """By the standard."""

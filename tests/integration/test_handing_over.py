@@ -1,0 +1,193 @@
+"""What sessions leave in the file that `$COUNCIL_HANDOFF` names: written from inside of each fence, read with care."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import anyio
+import pytest
+
+from orchestrator import Council, RefusedError
+from orchestrator.client.commands import LARGEST_HANDOFF
+from orchestrator.protocols import Command
+from orchestrator.repo import worktrees
+from orchestrator.repo.hub import Hub
+from orchestrator.repo.worktrees import Worktree
+from orchestrator.sessions.environment import session_environment
+from orchestrator.sessions.handing_over import VARIABLE, Delivered, Malformed, read_handed_over
+from orchestrator.sessions.sandbox import SandboxKind
+from tests.conftest import Repository
+from tests.desks import MemoryDesk
+from tests.integration.test_mailbox import KINDS, Site
+from tests.integration.test_sandbox import available
+from tests.places import Yard
+
+
+@pytest.fixture(params=KINDS)
+async def kind(request: pytest.FixtureRequest) -> SandboxKind:
+    """A kind of fence that works here, or none."""
+    return request.param if request.param is SandboxKind.OFF else await available(request.param)
+
+
+@pytest.fixture
+def worktree(tmp_path: Path) -> Worktree:
+    """The folders of a session that is over."""
+    made = Worktree(Hub(tmp_path / "hub"), "run-1", "t", 1)
+    made.handoff_file.parent.mkdir(parents=True)
+    return made
+
+
+async def test_a_session_has_a_folder_for_it(repository: Repository) -> None:
+    """Its own from its beginning, gone with it, and its environment says where."""
+    yard = await Yard.of(repository.top, Path(repository.environ["COUNCIL_HOME"]), repository.environ)
+    base = await yard.fetch()
+    async with yard.open() as pool:
+        worktree = yard.worktree("t")
+        checkout = await pool.take(base, worktree.root)
+        worktree = await worktrees.create(worktree, checkout, "prompt")
+        folder = worktree.handoff_file.parent
+        assert (folder.is_dir(), folder.stat().st_mode & 0o777, list(folder.iterdir())) == (True, 0o700, [])
+        env = session_environment(Command(["x"], env={VARIABLE: "/elsewhere"}), {}, worktree, {})
+        assert env[VARIABLE] == str(worktree.handoff_file)
+        assert await read_handed_over(worktree) is None
+        worktree.handoff_file.write_text("{}")
+        assert await read_handed_over(worktree) == Delivered({})
+        await yard.end(pool, worktree, checkout)
+        assert not folder.exists()
+        assert await read_handed_over(worktree) is None
+
+
+WRITE = """
+import json, os, sys
+said = {}
+for name in sys.argv[1:]:
+    try:
+        with open(name, "w") as file:
+            file.write('{"by": "the program"}')
+        said[name] = True
+    except OSError:
+        said[name] = False
+print(json.dumps(said))
+"""
+
+
+async def test_a_program_in_a_fence_writes_its_own_alone(tmp_path: Path, kind: SandboxKind) -> None:
+    """Neither another session's nor the prompt."""
+    hub = Hub(tmp_path / "hub")
+    hub.root.mkdir()
+    site = Site(hub, MemoryDesk())
+    async with site.session() as (first, mailbox), site.session("api", 2) as (second, _):
+        for one in (first, second):
+            one.handoff_file.parent.mkdir()
+        names = [str(one) for one in (first.handoff_file, second.handoff_file, first.prompt_file)]
+        code, said = await site.run(kind, first, mailbox, [sys.executable, "-I", "-S", "-c", WRITE, *names])
+        assert code == 0, said
+        is_off = kind is SandboxKind.OFF
+        assert json.loads(said) == {names[0]: True, names[1]: is_off, names[2]: is_off}
+        assert await read_handed_over(first) == Delivered({"by": "the program"})
+        assert await read_handed_over(second) == (Delivered({"by": "the program"}) if is_off else None)
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "no JSON"),
+        (b"# a plan\n", "no JSON"),
+        (b"[1]", "no object"),
+        (b'{"a": NaN}', "NaN is no number"),
+        (b'{"a": 1, "a": 2}', "'a' twice"),
+        (b'{"a": "\xff"}', "no UTF-8"),
+        (b"{" + b" " * (LARGEST_HANDOFF - 1) + b"}", f"more than {LARGEST_HANDOFF} bytes"),
+    ],
+    ids=range(7),
+)
+async def test_what_is_no_object_is_told(worktree: Worktree, data: bytes, why: str) -> None:
+    """With why, and what to do."""
+    worktree.handoff_file.write_bytes(data)
+    found = await read_handed_over(worktree)
+    assert isinstance(found, Malformed)
+    assert why in found.why
+    assert f"${VARIABLE}" in found.why
+
+
+async def test_the_largest_is_read(worktree: Worktree) -> None:
+    """To its last byte."""
+    data = {"a": "x" * (LARGEST_HANDOFF - len('{"a": ""}'))}
+    worktree.handoff_file.write_text(json.dumps(data))
+    assert worktree.handoff_file.stat().st_size == LARGEST_HANDOFF
+    assert await read_handed_over(worktree) == Delivered(data)
+
+
+@pytest.mark.parametrize("what", ["link", "hard link", "pipe", "folder", "socket", "linked folder", "file for folder"])
+async def test_nothing_but_a_file_is_read(worktree: Worktree, tmp_path: Path, what: str) -> None:
+    """Whatever else is there leads nowhere, and is not waited for."""
+    file, secret = worktree.handoff_file, tmp_path / "secret.json"
+    secret.write_text('{"password": "x"}')
+    match what:
+        case "link":
+            file.symlink_to(secret)
+        case "hard link":
+            file.hardlink_to(secret)
+        case "pipe":
+            os.mkfifo(file)
+        case "folder":
+            file.mkdir()
+        case "socket":
+            os.mknod(file, 0o140600)
+        case "linked folder":
+            file.parent.rmdir()
+            (tmp_path / "elsewhere").mkdir()
+            secret.rename(tmp_path / "elsewhere" / file.name)
+            file.parent.symlink_to(tmp_path / "elsewhere")
+        case "file for folder":
+            file.parent.rmdir()
+            file.parent.write_text("{}")
+    with anyio.fail_after(10):
+        found = await read_handed_over(worktree)
+    assert isinstance(found, Malformed)
+    assert "password" not in found.why
+
+
+async def test_sessions_of_a_run_share_and_a_person_looks(repository: Repository) -> None:
+    """One waits for what another puts there; from outside it is seen, changed, and waited for."""
+    script = {"use": "command", "argv": ["sh", "-e", "{prompt_file}"]}
+    odd = "! council hand-over /dev/null 2> err.txt\necho '{}' | council hand-over 2>> err.txt || true"
+    config = repository.configure(
+        [
+            {"id": "reads", "prompt": "council share wait greeting --timeout 60 > got.txt"},
+            {"id": "puts", "prompt": 'council share put greeting \'{"text": "hello"}\' > put.txt'},
+            {"id": "errs", "prompt": odd},
+        ],
+        adapters={"sh": script},
+        readable=[sys.prefix, str(Path(worktrees.__file__).parents[1])],
+    )
+    ended = repository.council("run", str(config), "--json")
+    assert ended.states == {"reads": "landed", "puts": "landed", "errs": "landed"}, ended
+    assert json.loads((repository.top / "got.txt").read_text()) == {"text": "hello"}
+    assert "nothing to hand over" in (repository.top / "err.txt").read_text()
+    async with Council.open(config) as council:
+        (entry,) = await (await council.sharing()).list()
+    assert (entry.key, entry.version, entry.writer) == ("greeting", 1, f"{ended.result['run']}/puts.1")
+    await repository.assert_invariants()
+
+
+async def test_a_person_looks_at_what_is_shared_and_puts_it(repository: Repository) -> None:
+    """Outside of sessions it is by the run; what is refused is bad input."""
+    config = repository.configure([{"id": "t", "prompt": "write a.txt x"}])
+    async with Council.open(config) as council:
+        run = await council.create_run()
+        await (await council.sharing()).put("greeting", {"text": "hello"})
+        assert repository.council("share", "get", "greeting", "--run", run).stdout == '{\n  "text": "hello"\n}\n'
+        put = repository.council("share", "put", "greeting", "bye", "--if-version", "1")
+        assert (put.code, put.stdout) == (0, "shared as version 2 of greeting\n")
+        (entry,) = repository.council("share", "list", "--json").result["shared"]
+        assert (entry["key"], entry["version"], entry["writer"]) == ("greeting", 2, None)
+        assert repository.council("share", "wait", "greeting", "--after", "1").stdout == "bye\n"
+        late = repository.council("share", "wait", "greeting", "--after", "2", "--timeout", "0.1", "--json")
+        assert (late.code, late.result["status"]) == (2, "refused")
+        assert repository.council("share", "put", "greeting", "{", "--run", run).code == 2
+        with pytest.raises(RefusedError, match="none"):
+            await council.sharing("none")
