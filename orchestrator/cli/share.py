@@ -62,7 +62,7 @@ def by_hand(asked: Asked, words: JsonObject, run: str | None, *, as_json: bool) 
         async with opened(context.log) as council:
             result = await _result(council, asked, arguments, run)
         if as_json:
-            context.output.json(result)
+            context.output.json({**result, "exit": 0})
         else:
             context.output.text(clean(tell(asked.name, result)))
         return 0

@@ -294,8 +294,8 @@ def _place(path: Iterable[Any]) -> str:
 
 
 def _those_of(*keys: str) -> Exports:
-    """Export these keys, where they say anything."""
-    return lambda data: {key: data[key] for key in keys if data.get(key) not in (None, "", [], {})}
+    """Export these keys; those that say nothing, too, since conditions ask for them."""
+    return lambda data: {key: data[key] for key in keys if key in data}
 
 
 def _plan_exports(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,9 +6,12 @@ import re
 from pathlib import Path
 from typing import Final
 
+from orchestrator.client.commands import LARGEST_HANDOFF, LARGEST_REQUEST, LARGEST_SHARED, LONGEST_WAIT
+from orchestrator.client.strict import DEEPEST
 from orchestrator.domain.contexts import LONGEST_MESSAGE, STALE_AFTER, SessionContext
 from orchestrator.domain.notes import LONGEST_BLOCK, LONGEST_TEXT, MOST_NOTES
 from orchestrator.engine import details
+from orchestrator.engine.sharing import LONGEST_KEY, MOST_BYTES, MOST_KEYS, PATIENCE
 from tests.functions import FunctionsContract, check_test, rows, sections
 
 ROOT: Final = Path(__file__).parents[2]
@@ -69,4 +72,9 @@ def test_the_fields_of_a_record_and_the_bounds_are_those_of_the_code() -> None:
     assert (STALE_AFTER, LONGEST_MESSAGE) == (1800, 500)
     for bound in (f"up to {LONGEST_TEXT // 1024} KiB", f"of {MOST_NOTES} the oldest", f"most {LONGEST_BLOCK:,} char"):
         assert bound in text
+    assert f"at most {LARGEST_SHARED >> 10} KiB; a run has up to {MOST_KEYS} of them, of {MOST_BYTES >> 20} MiB" in text
+    assert f"up to {LONGEST_KEY} characters" in text
+    assert f"gives up after {PATIENCE:g} s (`--timeout`, at most {LONGEST_WAIT:g} s)" in text
+    assert f"at most {LARGEST_HANDOFF >> 20} MiB of JSON in UTF-8, nested at most {DEEPEST} deep" in text
+    assert f"has at most {LARGEST_REQUEST / (1 << 20):g} MiB" in text
     assert f"{details.LONGEST_DIFF:,} characters, the log to the last {details.LONGEST_LOG:,}" in text
