@@ -24,8 +24,6 @@ from orchestrator.config.model import (
 from orchestrator.config.store import MEMORY, store_folder
 from orchestrator.domain.claims import Owner, Role
 from orchestrator.domain.dispatch import Board
-from orchestrator.domain.handoff_kinds import KINDS
-from orchestrator.domain.mediation import TRANSFORMATIONS
 from orchestrator.domain.model import FINAL, Action, RunDocument
 from orchestrator.domain.secrets import Redactor, secret_values
 from orchestrator.engine.capacity import Capacity
@@ -266,8 +264,10 @@ class Execution:
                 runs.store, runs.clock, ledger.orchestrators, shop.source.location, before.run.target
             )
             sharing = Sharing(runs.store, runs.clock, shop.tools.redactor, run)
-            phasing = Phasing(ledger, shop, runs.clock, KINDS, TRANSFORMATIONS, sharing)
-            scheduler = Scheduler(ledger, shop, pool, board, room, monitor, permits, phasing, runs.clock)
+            phasing = Phasing(
+                ledger, shop, runs.clock, self._plugins.checked_kinds(), self._plugins.transformations, sharing
+            )
+            scheduler = Scheduler(ledger, shop, pool, board, room, monitor, permits, phasing)
             await scheduler.remember(before.adapters)
             self._schedulers.add(scheduler)
             if self._stopping:

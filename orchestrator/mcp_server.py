@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 _INSTALL = "`pip install 'cli-council[mcp]'` into the environment of `council`"
 _INSTRUCTIONS = (
     "Other agents work on the same repository at the same time, each in a worktree of its own. Lock the files that you "
-    "are about to change, tell by report what you are at, share what they wait for, and leave notes that later sessions should know."
+    "are about to change, tell by report what you are at, share what they wait for, and leave notes that later "
+    "sessions should know."
 )
 
 

@@ -91,7 +91,8 @@ def judge(
     it can), `verdict` what the adapter reads from the program's words. Those count only against it: they are
     heard where it failed, left everything as it was, or has itself `admitted` at its end that it failed, and where
     they lack what it always says at its end (`unfinished`). A zero exit proves nothing, and neither does half of the
-    work. Unless it `writes`, it was not to change anything. `errors` is the end of its standard error: the last line is told with an exit code that nobody can explain.
+    work. Unless it `writes`, it was not to change anything. `errors` is the end of its standard error: the last line is
+    told with an exit code that nobody can explain.
     """
     if exit_.spawn_error is not None:
         return _not_started(exit_.spawn_error, exhausted=exit_.exhausted)
@@ -104,8 +105,10 @@ def judge(
         return verdict or Failed(FailureClass.CRASHED, f"the program {how}{_last_line(errors)}")
     if verdict is not None and (admitted or verdict.unfinished):
         return verdict
-    if not writes:
-        return Answered()
+    return _ended_well(commit, refused, verdict) if writes else Answered()
+
+
+def _ended_well(commit: str | None, refused: str | None, verdict: Failed | None) -> Outcome:
     if refused is not None:
         return Failed(FailureClass.REFUSED, refused)
     if commit is None:

@@ -1,7 +1,7 @@
 """The phases of a task as they are recorded: every change of one is a row of a table; a missing row is the error.
 
-A task enters a phase anew each time it has to be done again from its beginning, so the records tell its whole way: those
-of a name that is there twice are two visits.
+A task enters a phase anew each time it has to be done again from its beginning, so the records tell its whole way:
+those of a name that is there twice are two visits.
 """
 
 from __future__ import annotations

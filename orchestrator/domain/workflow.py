@@ -146,7 +146,7 @@ def latest(task: TaskDocument, phase: str) -> PhaseRecord | None:
 def onward(
     workflow: Workflow, phases: Sequence[PhaseRecord], start: int, holds: Callable[[str], bool], now: float
 ) -> tuple[tuple[PhaseRecord, ...], Phase | None]:
-    """Return the next phase from a place on whose condition holds, None without one, and the visits with those skipped."""
+    """Return the next phase from a place on whose condition holds, if any, and the visits with those skipped."""
     found = tuple(phases)
     for phase in workflow.phases[start:]:
         if phase.when is None or holds(phase.when):

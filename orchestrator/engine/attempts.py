@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,10 +24,10 @@ from orchestrator.domain.sessions import SessionName
 from orchestrator.engine.budgets import Budgets, Reached
 from orchestrator.engine.details import Workplace
 from orchestrator.engine.ledger import Ledger, Outdated, Update
-from orchestrator.engine.phasing import Ended, Phasing, Rest, Turn
+from orchestrator.engine.phasing import Concluded, Ended, Phasing, Rest, Turn
 from orchestrator.engine.starting_points import Start, StartingPoints
 from orchestrator.engine.workshop import Workshop
-from orchestrator.errors import ClaimLost, HandoffBroken, RefusedError, VersionConflict
+from orchestrator.errors import ClaimLost, HandoffBroken, RefusedError
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Capability, Guard, JsonObject, Write
 from orchestrator.repo.pool import Pool
@@ -40,6 +40,8 @@ from orchestrator.sessions.shell import CommandFailed
 
 #: By how many seconds the end of a limit must be later than was known to be told again: programs tell whole seconds.
 _LATER = 1.0
+#: Paths that an event names.
+MOST_TOLD = 200
 
 #: Why an attempt begins anew though there is work that it was to mend.
 _DOES_NOT_FIT = "what was built before conflicts with what has landed since: it is done anew"
@@ -191,43 +193,11 @@ class Attempts:
 
     async def perform(self, work: Work) -> After | Elsewhere:
         """Record the attempt, run it, record its end, and clean up behind it."""
-        what = work.session.assignment
-        attempt = Attempt(
-            number=what.worktree.attempt,
-            adapter=work.adapter,
-            base=what.base,
-            start=what.start,
-            started=self.clock.now(),
-            secrets=work.session.secret_names(),
-            phase=None if work.turn.workflow.is_plain else work.turn.phase.name,
-        )
-        earlier = self.ledger.task(work.task).attempts
-        if len(earlier) + 1 != attempt.number:  # another orchestrator has tried it since this one was prepared
-            return Elsewhere()
-        update = self.phasing.entering(work.task, work.turn, attempt, (*earlier, attempt))
-        if work.turn.is_anew:
-            update = update._replace(
-                details={**update.details, "reason": _DOES_NOT_FIT},
-                changes={**update.changes, "start": None, "base": None, "feedback": None},
-            )
-        taken = await self.ledger.start(work.task, update, partial(self._paths, work))
-        if taken is not None:
+        if not await self._begin(work):
             return Elsewhere()
         failpoint("attempt.recorded")
-        number, log = attempt.number, log_file(self.shop.tools.logs, work.task, attempt.number, "stdout")
-        async with AsyncExitStack() as stack:
-            watched = self.budgets.watched(work.task, number, work.spec, what.adapter, log, work.exhaust)
-            await stack.enter_async_context(watched)
-            if self.shop.desk is not None:
-                takes = self.phasing.checker(work.turn.phase)
-                seat = self.shop.desk.seated(
-                    work.name, work.adapter, self._workplace(work), keep_ownership=True, takes=takes
-                )
-                await stack.enter_async_context(seat)
-            finished = await work.session.run()
-            if self.shop.desk is not None:
-                work.handed_over = self.shop.desk.handed_over(work.name)
-        finished = self._by_budget(work, finished)
+        number = work.session.assignment.worktree.attempt
+        finished = self._by_budget(work, await self._run(work))
         try:
             after = await self._record(work, finished)
         except ClaimLost as lost:
@@ -237,21 +207,49 @@ class Attempts:
             return Elsewhere()
         failpoint("attempt.ended")
         await self.budgets.count(work.task, work.spec, self.ledger.task(work.task).attempts[number - 1])
-        for ref in finished.salvaged:
-            await self.ledger.note("task.salvaged", {"task": work.task, "branch": ref})
-        for fault in finished.faults:
-            await self.ledger.note("task.after_run_failed", {"task": work.task, "reason": fault})
-        for fault in finished.desk_faults:
-            await self.ledger.note("task.desk_failed", {"task": work.task, "reason": fault})
-        if finished.discarded:
-            facts = {"task": work.task, "attempt": number, "paths": list(finished.discarded)}
-            await self.ledger.note("task.changes_discarded", facts)
-        if not finished.collected:
-            reason = "; ".join(("it holds what is on no branch", *finished.notes))
-            kept = {"task": work.task, "worktree": str(what.worktree.tree), "reason": reason}
-            await self.ledger.note("task.worktree_kept", kept)
+        for event, facts in _told(work, finished):
+            await self.ledger.note(event, {"task": work.task, **facts})
         await work.session.release(saved=finished.collected)
         return after
+
+    async def _begin(self, work: Work) -> bool:
+        """Record an attempt, with all that it is to have; False where another orchestrator has it, or had its paths."""
+        what = work.session.assignment
+        attempt = Attempt(
+            number=what.worktree.attempt,
+            adapter=work.adapter,
+            base=what.base,
+            start=what.start,
+            started=self.clock.now(),
+            secrets=work.session.secret_names(),
+            phase=what.phase,
+        )
+        earlier = self.ledger.task(work.task).attempts
+        if len(earlier) + 1 != attempt.number:  # another orchestrator has tried it since this one was prepared
+            return False
+        update = self.phasing.entering(work.task, work.turn, attempt, (*earlier, attempt))
+        if work.turn.is_anew:
+            update = update._replace(
+                details={**update.details, "reason": _DOES_NOT_FIT},
+                changes={**update.changes, "start": None, "base": None, "feedback": None},
+            )
+        return await self.ledger.start(work.task, update, partial(self._paths, work)) is None
+
+    async def _run(self, work: Work) -> Finished:
+        """Have an attempt's session at work, within its budget, with a seat at the desk."""
+        what, desk = work.session.assignment, self.shop.desk
+        log = log_file(self.shop.tools.logs, work.task, what.worktree.attempt, "stdout")
+        async with AsyncExitStack() as stack:
+            watched = self.budgets.watched(work.task, what.worktree.attempt, work.spec, what.adapter, log, work.exhaust)
+            await stack.enter_async_context(watched)
+            if desk is None:
+                return await work.session.run()
+            takes = self.phasing.checker(work.turn.phase)
+            seat = desk.seated(work.name, work.adapter, self._workplace(work), keep_ownership=True, takes=takes)
+            await stack.enter_async_context(seat)
+            finished = await work.session.run()
+            work.handed_over = desk.handed_over(work.name)
+        return finished
 
     def _workplace(self, work: Work) -> Workplace:
         what, tools = work.session.assignment, self.shop.tools
@@ -321,28 +319,9 @@ class Attempts:
         file = await read_handed_over(place) if work.turn.phase.produces is not None else None
         used = self.shop.accounting.own(finished.transcript, self.ledger.task(work.task).attempts)
         ended = Ended(commit, failed, file, work.handed_over, finished.answer, used)
-        while True:
-            try:
-                concluded = await self.phasing.conclude(work.task, work.spec, work.turn, ended)
-            except (RefusedError, HandoffBroken) as error:  # a condition, or what was handed over before, is at fault
-                concluded = Failed(FailureClass.INVALID, str(error))
-            if isinstance(concluded, Failed):
-                return await self._failed(work, finished, concluded)
-            try:
-                await self._end(
-                    work,
-                    concluded.trigger,
-                    finished,
-                    concluded.outcome,
-                    concluded.reason,
-                    concluded.details,
-                    writes=concluded.writes,
-                    events=concluded.events,
-                    **concluded.changes,
-                )
-            except VersionConflict:  # what is shared was written meanwhile
-                continue
-            break
+        concluded = await self._conclude(work, finished, ended)
+        if isinstance(concluded, Failed):
+            return await self._failed(work, finished, concluded)
         failpoint("work.recorded")
         await self._trust(work.adapter)
         match concluded.trigger:
@@ -356,6 +335,26 @@ class Attempts:
                 return Over()
             case _:
                 return Again(0.0)
+
+    async def _conclude(self, work: Work, finished: Finished, ended: Ended) -> Concluded | Failed:
+        """Record what a session makes of its phase, and return it; nothing is recorded where the phase has failed."""
+        try:
+            concluded = await self.phasing.conclude(work.task, work.spec, work.turn, ended)
+        except (RefusedError, HandoffBroken) as error:  # a condition, or what was handed over before, is at fault
+            return Failed(FailureClass.INVALID, str(error))
+        if isinstance(concluded, Concluded):
+            await self._end(
+                work,
+                concluded.trigger,
+                finished,
+                concluded.outcome,
+                concluded.reason,
+                concluded.details,
+                writes=concluded.writes,
+                events=concluded.events,
+                **concluded.changes,
+            )
+        return concluded
 
     async def _until(self, work: Work, commit: str) -> CommandFailed | Unchecked | None:
         """Return why a session's work is not what its phase is to be done until; None if it is."""
@@ -452,6 +451,22 @@ class Attempts:
         facts = {"outcome": outcome, "reason": reason, "branch": finished.branch, **(details or {})}
         changes = {"attempts": attempts, "branch": branch, "reason": reason, **changes}
         await self.ledger.change_all(trigger, {work.task: Update(facts, changes, writes, events)})
+
+
+def _told(work: Work, finished: Finished) -> Iterator[tuple[str, JsonObject]]:
+    """Yield what a session's end has to be told of beside the end itself: events, and what they say."""
+    for ref in finished.salvaged:
+        yield "task.salvaged", {"branch": ref}
+    for fault in finished.faults:
+        yield "task.after_run_failed", {"reason": fault}
+    for fault in finished.desk_faults:
+        yield "task.desk_failed", {"reason": fault}
+    if finished.discarded:
+        number = work.session.assignment.worktree.attempt
+        yield "task.changes_discarded", {"attempt": number, "paths": list(finished.discarded[:MOST_TOLD])}
+    if not finished.collected:
+        reason = "; ".join(("it holds what is on no branch", *finished.notes))
+        yield "task.worktree_kept", {"worktree": str(work.session.assignment.worktree.tree), "reason": reason}
 
 
 def _conversation(document: TaskDocument, number: int | None, adapter: str) -> Conversation | None:

@@ -365,7 +365,7 @@ class MergeQueue:
             await self._reject(task, Trigger.CONFLICT, rejection, paths=conflict.paths)
 
     async def _bring_back(self, task: str, spec: TaskSpec, rejection: Rejection, start: str, feedback: str) -> None:
-        """Have what can't land mended by another attempt, which begins at the merge; the phases after it follow again."""
+        """Have what can't land mended by another attempt, from the merge on; the phases after it follow again."""
         base = await self.git.line("rev-parse", f"{start}^1")
         again = restarted(self.ledger.workflow(spec.workflow), self.ledger.task(task))
         await self._reject(

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from orchestrator.domain.handoff_kinds import Facts, Kind
-from orchestrator.domain.handoffs import Handoff, payload
+from orchestrator.domain.handoffs import Handoff, is_intact, payload
 from orchestrator.domain.phase_context import PhaseContext, context_of
 from orchestrator.domain.phases import PhaseRecord
 from orchestrator.domain.workflow import Phase, Workflow
 from orchestrator.engine.sharing import Sharing
+from orchestrator.errors import HandoffBroken
 
 #: The value that says what is to be done with what was mediated.
 INSTRUCTIONS: Final = "handoff_instructions"
@@ -80,6 +81,8 @@ async def phase_values(
         if source.mediator not in {None, phase.name} and source.mediator in done:
             continue  # what stands between has made of it what is to be known
         found[name] = handoffs[record.handoff]
+        if not is_intact(found[name][1]):
+            raise HandoffBroken(record.handoff, "its digest does not match what it holds")
         handoff = found[name][1]
         results[name] = await _payload(handoff, kind_of(source), sharing)
         if handoff.mediation is None:

@@ -1,7 +1,7 @@
 """What the phases of a task are told, what they hand over, and what follows from that.
 
-Which phase follows which is decided in `domain.workflow`; here its facts are brought together: values that earlier phases
-handed over, what a session left, what is to be written with the change of its task.
+Which phase follows which is decided in `domain.workflow`; here its facts are brought together: values that earlier
+phases handed over, what a session left, what is to be written with the change of its task.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Brief:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The phase that a task is to have a session for now; `phases` are its visits so far, with those that are skipped."""
+    """The phase that a task is to have a session for now; `phases` are its visits so far, those skipped with them."""
 
     workflow: Workflow
     phase: Phase
@@ -241,7 +241,7 @@ class Phasing:
         return Update({}, {**changes, "commit": rest.commit, "built": rest.built}), Trigger.QUEUE
 
     def checker(self, phase: Phase) -> Callable[[JsonObject], Awaitable[Sequence[str]]] | None:
-        """Return what says what is wrong with a result that a session hands over while it runs; None where it has none."""
+        """Return what judges a result that a session hands over while it runs; None where it is to hand over nothing."""
         if phase.produces is None:
             return None
 
@@ -260,7 +260,7 @@ class Phasing:
             return Concluded(Trigger.BUILD, "built", changes=changes)
         if session.failed is not None:
             return self._once_more(document, phase, session, base)
-        checked = await self._handed_over(document, phase, session)
+        checked = await self._handed_over(phase, session)
         if isinstance(checked, Sequence):
             return self._repaired(document, phase, session, base, checked)
         record: dict[str, Any] = {"ended": self.clock.now(), "reason": None}
@@ -325,7 +325,7 @@ class Phasing:
         events = [] if handoff is None else [_delivered(handoff)]
         fresh: dict[str, Any] = {"failures": 0, "start": None, "base": None, "feedback": None}
         if verdict == "reject" and checked is not None:
-            return self._rejected(task, turn, session, checked, record, writes, events)
+            return self._rejected(task, turn, checked, record, writes, events)
         if phase.approve:
             phases = changed(document, PhaseTrigger.ASK, **record)
             return Concluded(Trigger.ASK, outcome, None, {}, {**fresh, "phases": phases}, writes, events)
@@ -349,7 +349,6 @@ class Phasing:
         self,
         task: str,
         turn: Turn,
-        session: Ended,
         checked: _Checked,
         record: dict[str, Any],
         writes: Sequence[Write],
@@ -416,9 +415,7 @@ class Phasing:
             version=version,
         )
 
-    async def _handed_over(
-        self, document: TaskDocument, phase: Phase, session: Ended
-    ) -> _Checked | Sequence[Violation] | None:
+    async def _handed_over(self, phase: Phase, session: Ended) -> _Checked | Sequence[Violation] | None:
         """Return what a session handed over, or what is wrong with it; None where nothing is to be."""
         if phase.produces is None:
             return None
@@ -457,7 +454,7 @@ class Phasing:
 
 
 def asked(spec: TaskSpec) -> str:
-    """Return what a task without a workflow is asked to do; what comes from a tracker is marked off as what others said."""
+    """Return what a task without a workflow is asked to do; what comes from a tracker is marked off as data."""
     if spec.tracker is None:
         return spec.prompt
     mark = secrets.token_hex(8)

@@ -9,7 +9,6 @@ from typing import assert_never
 import anyio
 from anyio.abc import TaskGroup
 
-from orchestrator.clock import Clock
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.claims import Verdict, should_try
 from orchestrator.domain.dispatch import Board, decide
@@ -73,10 +72,10 @@ class Scheduler:
         monitor: Monitor,
         permits: MergePermits,
         phasing: Phasing,
-        clock: Clock,
     ) -> None:
         """Take a run whose cut-off attempts have been returned; `board` reflects its documents."""
-        self._ledger, self._shop, self._board, self._clock = ledger, workshop, board, clock
+        self._ledger, self._shop, self._board = ledger, workshop, board
+        clock = self._clock = workshop.tools.clock
         self._capacity, self._monitor = capacity, monitor
         self.halted: str | None = None
         """Why it was stopped before its end, where its budget is used up."""
@@ -292,18 +291,16 @@ class Scheduler:
         self._hand.wake()
 
     async def _feed(self, task: str, after: After | Elsewhere) -> None:
+        if isinstance(after, Elsewhere):
+            self._hand.mirror(task)
+            return
         now = self._clock.monotonic()
         self._starved = self._starved + 1 if isinstance(after, Starved) else 0
         match after:
             case ToLand():
                 self._board.built(task)
                 self._merging.waiting.append(task)
-            case Elsewhere():
-                self._hand.mirror(task)
-                return
-            case Over():
-                self._board.ended(task)
-            case Done() | Asked():
+            case Over() | Done() | Asked():
                 self._hand.show(task, 0.0)
             case Again(delay):
                 self._hand.wait(task, delay or 0.0)
