@@ -36,6 +36,9 @@ FAILPOINTS: Final = frozenset(
         "request.recorded",  # a person's request is in the store
         "request.obeyed",  # it was done, the store still asks for it
         "attempt.ended",  # the attempt's end is in the store, its worktree is still there
+        "phase.checked",  # what a phase is done until has been tried, the store does not know
+        "handoff.taken",  # what a phase handed over is read and valid, the store does not know
+        "phase.rested",  # the store knows that no phase is left for a task
         "work.recorded",  # the store knows the commit: the task is queued
         "worktree.removed",  # the session's folder is gone, its place is not clean
         "place.half_clean",  # some of what a session changed in its place is as it was before

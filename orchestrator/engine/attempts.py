@@ -343,6 +343,8 @@ class Attempts:
         except (RefusedError, HandoffBroken) as error:  # a condition, or what was handed over before, is at fault
             return Failed(FailureClass.INVALID, str(error))
         if isinstance(concluded, Concluded):
+            if not work.turn.workflow.is_plain:
+                failpoint("handoff.taken")
             await self._end(
                 work,
                 concluded.trigger,
@@ -366,6 +368,7 @@ class Attempts:
             result = await work.checks.run(commit)
         finally:
             work.checks = None
+        failpoint("phase.checked")
         return None if isinstance(result, Passed) else result
 
     async def rest(self, task: str, rest: Rest) -> After | Elsewhere:

@@ -241,7 +241,7 @@ class Phasing:
         return Update({}, {**changes, "commit": rest.commit, "built": rest.built}), Trigger.QUEUE
 
     def checker(self, phase: Phase) -> Callable[[JsonObject], Awaitable[Sequence[str]]] | None:
-        """Return what judges a result that a session hands over while it runs; None where it is to hand over nothing."""
+        """Return what judges a result that a session hands over while it runs; None: it is to hand over nothing."""
         if phase.produces is None:
             return None
 
