@@ -51,6 +51,7 @@ from orchestrator.engine.prompting import (
 )
 from orchestrator.engine.sharing import Sharing
 from orchestrator.engine.workshop import Workshop
+from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject, Write
 from orchestrator.repo.checksums import checksums
 from orchestrator.sessions.handing_over import Delivered, Malformed
@@ -445,7 +446,12 @@ class Phasing:
 
     def _kind(self, phase: Phase) -> Kind:
         name = phase.produces or phase.name
-        return self.kinds[name] if phase.schema_ is None else schema_kind(name, phase.schema_)
+        if phase.schema_ is not None:
+            return schema_kind(name, phase.schema_)
+        if name not in self.kinds:
+            what = f"phase {phase.name!r} produces a {name!r}, which no installed plugin brings"
+            raise RefusedError(what, "install the plugin that does, then `council retry` the task")
+        return self.kinds[name]
 
     def _handing(self, phase: Phase) -> HandingOver | None:
         if phase.produces is None:
