@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from orchestrator.config.problems import Vocabulary, shown
 
 if TYPE_CHECKING:
-    from jinja2 import Template, TemplateError
+    from jinja2 import Template
     from jinja2.environment import TemplateExpression
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -75,7 +75,7 @@ def compiled(text: str) -> Template:
         unknown = sorted(meta.find_undeclared_variables(tree) - set(NAMES) - set(environment().globals))
         referred = list(meta.find_referenced_templates(tree))
         template = environment().from_string(text)
-    except TemplateError as error:
+    except (TemplateError, RecursionError) as error:
         raise ValueError(f"the template can't be read, {_where(error)}{_said(error)}: {_REMEDY}") from error
     if unknown:
         instead = Vocabulary(NAMES, "the names in a template").instead_of(unknown[0])
@@ -93,7 +93,7 @@ def compiled_condition(text: str) -> TemplateExpression:
     try:
         # A name that is not there is to be an error when it is asked for the truth, too.
         return environment().compile_expression(text, undefined_to_none=False)
-    except TemplateError as error:
+    except (TemplateError, RecursionError) as error:
         remedy = "write an expression over values, as in `plan.tasks | length > 1`"
         raise ValueError(f"the condition can't be read, {_said(error)}: {remedy}") from error
 
@@ -101,11 +101,11 @@ def compiled_condition(text: str) -> TemplateExpression:
 _REMEDY: Final = "write it as Jinja2 has it, as in {{ data(given.plan) }} or {% if feedback %} … {% endif %}"
 
 
-def _where(error: TemplateError) -> str:
+def _where(error: Exception) -> str:
     line: Any = getattr(error, "lineno", None)
     return "" if line is None else f"line {line} of it: "
 
 
-def _said(error: TemplateError) -> str:
+def _said(error: Exception) -> str:
     # What stands before the first colon is told as what is wrong, and what stands behind as the remedy.
-    return " ".join((error.message or type(error).__name__).replace(":", ",").split()).rstrip(".")
+    return " ".join((str(error) or type(error).__name__).replace(":", ",").split()).rstrip(".")

@@ -21,6 +21,8 @@ from orchestrator.protocols import JsonObject
 LONGEST_VALUE: Final = 40_000
 LONGEST_PROMPT: Final = 400_000
 
+#: What an expression of a template can raise beside Jinja2's own errors.
+_FAULTS: Final = (ArithmeticError, LookupError, RecursionError, TypeError, ValueError)
 _WORD: Final = re.compile(r"[A-Za-z0-9_ .-]{1,64}")
 
 
@@ -91,9 +93,7 @@ def render(template: str, facts: PromptFacts) -> Prompt:
     wrapping = _Wrapping(facts.mark)
     try:
         text = compiled(template).render(_names(facts, hand_over, wrapping)).strip()
-    except TemplateError as error:
-        raise _refusal(facts.name, error) from error
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+    except (TemplateError, *_FAULTS) as error:
         raise _refusal(facts.name, error) from error
     if wrapping.has_marked:
         text = f"{_marks_mean(facts)}\n\n{text}"
@@ -115,7 +115,7 @@ def holds(condition: str, values: Mapping[str, Any]) -> bool:
     try:
         wrapped = _Wrapping("data").value({**values})
         return bool(compiled_condition(condition)({name: wrapped[name] for name in values}, values=wrapped))
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+    except (TemplateError, *_FAULTS) as error:
         what = f"the condition `{condition}` can't be judged, {_said(error)}"
         raise RefusedError(what, "name a value that is there, or write `NAME is defined and …`") from error
 
