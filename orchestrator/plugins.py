@@ -110,7 +110,9 @@ class Plugins:
 
     def extensions(self) -> Extensions:
         """Return what a file can use beside adapters."""
-        return Extensions(self.sinks, self.trackers, self.explain)
+        return Extensions(
+            self.sinks, self.trackers, self.explain, tuple(self.handoff_kinds), tuple(self.transformations)
+        )
 
     def open(self, kind: str, name: str, stored: JsonObject) -> AbstractAsyncContextManager[Any]:
         """Open a `sink` or `tracker` from what its run has stored of it, for the body of an `async with`."""

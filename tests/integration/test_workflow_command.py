@@ -1,0 +1,107 @@
+"""Workflows as they are shown and copied, and as a run records them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import yaml
+
+from orchestrator import Config, Council
+from orchestrator.clock import SystemClock
+from orchestrator.config.workflows import supplied_phases
+from orchestrator.domain.workflow import Phase
+from orchestrator.engine.records import read_run, read_spec
+from orchestrator.state.file import FileStore
+from tests.conftest import Repository
+
+OWN = {"mine": [{"look": {"access": "read", "prompt": "Look at {{ task.id }}."}}, "build"]}
+
+
+async def test_the_supplied_workflow_is_shown_as_a_file_has_it(repository: Repository) -> None:
+    """It can be put into a file as it is printed."""
+    shown = repository.council("workflow", "show", "adw")
+    assert (shown.code, shown.stderr) == (0, "")
+    section = yaml.safe_load(shown.stdout)
+    assert [next(iter(one)) for one in section["workflows"]["adw"]] == ["scout", "plan", "build", "review"]
+    config = repository.configure([{"id": "a", "prompt": "p", "workflow": "adw"}], **section)
+    assert repository.council("validate", str(config)).code == 0
+    assert yaml.safe_load(repository.council("workflow", "show").stdout) == section
+
+
+async def test_workflows_of_a_file_are_shown_beside_it(repository: Repository) -> None:
+    """Those that its tasks go through, with what their sessions are told where it is their own."""
+    config = repository.configure([{"id": "a", "prompt": "p", "workflow": "mine"}], workflows=OWN)
+    shown = repository.council("workflow", "show", "--file", str(config), "--json")
+    assert shown.code == 0
+    assert set(shown.result["workflows"]) == {"adw", "mine"}
+    assert shown.result["workflows"]["mine"] == [
+        {"name": "look", "access": "read", "prompt": "Look at {{ task.id }}."},
+        {"name": "build"},
+    ]
+
+
+async def test_a_copied_workflow_can_be_changed(repository: Repository) -> None:
+    """What is in the copied templates is what sessions are told; files that are there are not replaced."""
+    copied = repository.council("workflow", "copy", "adw", "flows", "--json")
+    assert copied.code == 0
+    names = ["adw.yaml", *(f"{name}.md.j2" for name in ("scout", "plan", "build", "review"))]
+    assert copied.result["files"] == [f"flows/{name}" for name in names]
+    assert sorted(one.name for one in (repository.top / "flows").iterdir()) == sorted(names)
+    (repository.top / "flows/scout.md.j2").write_text("Only look.\n")
+    again = repository.council("workflow", "copy", "adw", "flows")
+    assert (again.code, "is there already: --force replaces it" in again.stderr) == (2, True)
+    assert (repository.top / "flows/scout.md.j2").read_text() == "Only look.\n"
+    section = yaml.safe_load((repository.top / "flows/adw.yaml").read_text())
+    tasks = [{"id": "a", "prompt": "p", "workflow": "adw"}]
+    path = repository.top / "council.yaml"
+    path.write_text(repository.configure(tasks, **section).read_text())
+    shown = repository.council("workflow", "show", "adw", "--file", str(path), "--json")
+    prompts = [one.get("prompt") for one in shown.result["workflows"]["adw"]]
+    assert prompts == ["Only look.\n", None, None, None]
+    assert repository.council("workflow", "copy", "adw", "flows", "--force").code == 0
+    assert (repository.top / "flows/scout.md.j2").read_text() == supplied_phases()["adw"][0].prompt
+
+
+async def test_what_is_not_there_is_refused(repository: Repository) -> None:
+    """With what there is; and a folder that can't be one."""
+    refused = repository.council("workflow", "copy", "adv", "flows")
+    assert (refused.code, refused.stderr) == (
+        2,
+        "council: there is no workflow 'adv': did you mean 'adw'?; --file names a file with others\n",
+    )
+    assert not (repository.top / "flows").exists()
+    (repository.top / "file").write_text("")
+    refused = repository.council("workflow", "copy", "adw", "file/flows")
+    assert (refused.code, "can't be written" in refused.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("from_code", [False, True])
+async def test_a_run_records_its_workflows(repository: Repository, from_code: bool) -> None:
+    """A resume has phases, values and the tracker of each task without the file."""
+    todo = repository.top.parent / "todo.md"
+    todo.write_text("- [ ] write t.txt t\n")
+    settings: dict[str, Any] = {
+        "workflows": {**OWN, "unused": ["build"]},
+        "context": {"style": "plain"},
+        "defaults": {"workflow": "mine"},
+        "trackers": {"todo": {"use": "checklist", "file": str(todo)}},
+    }
+    tasks = [{"id": "a", "prompt": "p", "context": {"n": 1}}, {"id": "b", "prompt": "p", "workflow": "none"}]
+    path = repository.configure(tasks, **settings)
+    source = Config.model_validate(json.loads(path.read_text())) if from_code else path
+    async with Council.open(source, environ=repository.environ) as council:
+        run = await council.create_run()
+    async with FileStore.open(repository.top / ".council/state", SystemClock()) as store:
+        document = await read_run(store, run)
+        specs = [await read_spec(store, run, task) for task in document.tasks]
+    assert set(document.workflows) == {"mine"}
+    phases = [Phase.model_validate(one) for one in document.workflows["mine"]]
+    assert [(one.name, one.writes) for one in phases] == [("look", False), ("build", True)]
+    assert phases[0].prompt == "Look at {{ task.id }}."
+    assert [(one.id, one.workflow, one.context, one.tracker) for one in specs] == [
+        ("a", "mine", {"style": "plain", "n": 1}, None),
+        ("b", None, {}, None),
+        ("write-t-txt-t", "mine", {"style": "plain"}, "todo"),
+    ]
