@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jinja2.environment import TemplateExpression
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-#: What a template can name: see docs/workflows.md, and `engine.prompting`, which gives each its value.
+#: What a template can name: see docs/configuration.md, and `engine.prompting`, which gives each its value.
 NAMES: Final = (
     "task",
     "phase",
