@@ -64,6 +64,12 @@ def _repeated_fallbacks(config: RunConfig) -> Iterator[ConfigWarning]:
     """Yield a warning for each list of adapters that names one again, which never stands in."""
     specs = [(repr(spec.id), spec.adapters) for spec in config.tasks]
     specs += [] if config.template is None else [("tasks of trackers", config.template.adapters)]
+    specs += [
+        (f"phase {phase.name!r}", (phase.adapter, *phase.fallback))
+        for phases in config.workflows.values()
+        for phase in phases
+        if phase.adapter is not None
+    ]
     tasks: dict[tuple[str, ...], list[str]] = {}
     for task, adapters in specs:
         if len(set(adapters)) < len(adapters):

@@ -92,7 +92,7 @@ async def _adapters(subject: Subject, environ: Mapping[str, str]) -> list[Findin
     else:
         made = make_adapters(run.adapters, subject.types)
     tasks = () if run is None else (*run.tasks, *filter(None, [run.template]))
-    used = {name for task in tasks for name in task.adapters}
+    used = set() if run is None else {name for task in tasks for name in run.adapters_of(task)}
     statuses = await probe_adapters(made, environ)
     return [one for name in made for one in findings.judge_adapter(name, statuses[name], is_used=name in used)]
 

@@ -139,3 +139,10 @@ def test_a_default_list_may_have_the_adapter_that_a_task_chose(
     found = warnings(tmp_path, Surroundings(), adapters=adapters, defaults=CHECKED | defaults, tasks=tasks)
     assert len(found) == many
     assert all("an adapter can't stand in for itself" in one for one in found)
+
+
+def test_a_phase_whose_adapter_would_stand_in_for_itself(tmp_path: Path) -> None:
+    """It is told of as a task is, by the name of the phase."""
+    workflows = {"w": [{"look": {"adapter": "x", "fallback": ["codex", "x"]}}, {"build": {"adapter": "codex"}}]}
+    (found,) = warnings(tmp_path, Surroundings(), workflows=workflows, tasks=[{"id": "a", "prompt": "p", "workflow": "w"}])
+    assert found.startswith("`fallback` of phase 'look' names 'x' again")
