@@ -88,7 +88,10 @@ async def test_a_run_records_its_workflows(repository: Repository, from_code: bo
         "defaults": {"workflow": "mine"},
         "trackers": {"todo": {"use": "checklist", "file": str(todo)}},
     }
-    tasks = [{"id": "a", "prompt": "p", "context": {"n": 1}}, {"id": "b", "prompt": "p", "workflow": "none"}]
+    tasks: list[dict[str, Any]] = [
+        {"id": "a", "prompt": "p", "context": {"n": 1}},
+        {"id": "b", "prompt": "p", "workflow": "none"},
+    ]
     path = repository.configure(tasks, **settings)
     source = Config.model_validate(json.loads(path.read_text())) if from_code else path
     async with Council.open(source, environ=repository.environ) as council:

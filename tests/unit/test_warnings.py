@@ -144,5 +144,7 @@ def test_a_default_list_may_have_the_adapter_that_a_task_chose(
 def test_a_phase_whose_adapter_would_stand_in_for_itself(tmp_path: Path) -> None:
     """It is told of as a task is, by the name of the phase."""
     workflows = {"w": [{"look": {"adapter": "x", "fallback": ["codex", "x"]}}, {"build": {"adapter": "codex"}}]}
-    (found,) = warnings(tmp_path, Surroundings(), workflows=workflows, tasks=[{"id": "a", "prompt": "p", "workflow": "w"}])
+    (found,) = warnings(
+        tmp_path, Surroundings(), workflows=workflows, tasks=[{"id": "a", "prompt": "p", "workflow": "w"}]
+    )
     assert found.startswith("`fallback` of phase 'look' names 'x' again")
