@@ -410,10 +410,11 @@ class SessionDesk:
         return {"shared": [one.to_json() for one in await self._shared(session).list(asked.prefix)]}
 
     async def _hand_over(self, session: SessionName, arguments: JsonObject) -> JsonObject:
-        data: JsonObject = self._redactor.json(_checked(_HandOver, "hand_over", arguments).data)
+        given = _checked(_HandOver, "hand_over", arguments).data
         sitting = self._here[session]
         if sitting.takes is None:
             raise RefusedError("this session has nothing to hand over", "what it is to do ends with its changes")
+        data: JsonObject = await anyio.to_thread.run_sync(self._redactor.json, given)
         if (size := len(orjson.dumps(data))) > LARGEST_HANDOFF:
             remedy = "hand over what the next phase needs, and name files for the rest"
             raise RefusedError(f"the handoff has {size} bytes, {LARGEST_HANDOFF} fit", remedy)

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any, Final, NamedTuple
 
 import anyio
+import anyio.to_thread
 import orjson
 from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter
 
@@ -96,7 +97,7 @@ class Sharing:
         With `if_version`, only if that is its version still (0: if there is none). RefusedError for what does not fit,
         with nothing changed; LeaseLost where the `claim` is not the writer's.
         """
-        name, kept = self._named(key), self._fitting(value)
+        name, kept = self._named(key), await anyio.to_thread.run_sync(self._fitting, value)
 
         async def attempt() -> SharedValue:
             found = await self._store.get(name)
@@ -196,6 +197,7 @@ class Sharing:
         return Key(KIND, f"{self._run}/{key}")
 
     def _fitting(self, value: Any) -> Any:
+        """Return a value as it is stored. Takes its time."""
         try:
             plain = orjson.loads(orjson.dumps(value))
             strict.check(value)  # what orjson writes as null, it does not tell of

@@ -26,7 +26,7 @@ _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """A session wrote a JSON object; whether it is what was wanted of it is for others to say."""
+    """A session wrote a JSON object, which may hold secrets; whether it is what was wanted is for others to say."""
 
     data: JsonObject
 

@@ -18,6 +18,7 @@ import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from secrets import token_hex
@@ -44,6 +45,7 @@ _WAITING = 128
 _PATIENCE = 5.0  # seconds for a request to come in, and for its answer to be taken
 _REST = 0.1  # seconds until the next try where the machine has no descriptor left
 _MOST_FAULTS = 10
+_READ_AT_ONCE = 1 << 14  # bytes of a request whose reading holds nobody up
 _FAULT = "the orchestrator could not answer, by a fault of its own"
 _FAULT_REMEDY = "go on without it: what you change is checked when it lands"
 
@@ -145,7 +147,8 @@ class _Clerk:
     async def answer(self, line: bytes) -> JsonObject:
         """Return the line back; raises nothing but cancellation."""
         try:
-            request = read_request(line, self.token, self.tree)
+            read = partial(read_request, line, self.token, self.tree)
+            request = read() if len(line) <= _READ_AT_ONCE else await anyio.to_thread.run_sync(read)
             return {"ok": True, "result": await self.desk.answer(self.session, request.command, request.arguments)}
         except RefusedError as refused:
             return _refusal(refused.what, refused.remedy)
