@@ -185,7 +185,7 @@ COMMANDS = {
             "What is there already is had at once, unless a later version is asked for.",
             _KEY,
             Argument("after", VERSION, "Wait for a later version than this one."),
-            Argument("timeout", SECONDS, "Seconds to wait; by default 30."),
+            Argument("timeout", SECONDS, "Seconds to wait; by default 30.", metavar="SECONDS"),
             examples=("council share wait api/port", "council share wait schema --after 3 --timeout 300"),
             typed="share wait",
             is_for_all=True,

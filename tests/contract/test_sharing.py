@@ -20,6 +20,7 @@ from orchestrator.testing.clock import ManualClock
 
 API, WEB = SessionName("r", "api", 1), SessionName("r", "web", 2)
 SECRET = "hunter2hunter2"
+PATIENT = 30  # seconds for what is to happen at once
 
 
 @pytest.fixture
@@ -117,18 +118,20 @@ async def test_who_waits_is_woken_by_the_next_version(sharing: Sharing, store: S
     async def wait(after: int | None) -> None:
         got.append(await Sharing(store, clock, Redactor(), "r").wait("k", after=after))
 
-    async with anyio.create_task_group() as group:
-        group.start_soon(wait, None)
-        await clock.awaited.wait()
-        await sharing.put("other", 1)
-        first = await sharing.put("k", "one", writer=API)
+    with anyio.fail_after(PATIENT):
+        async with anyio.create_task_group() as group:
+            group.start_soon(wait, None)
+            await clock.awaited.wait()
+            await sharing.put("other", 1)
+            first = await sharing.put("k", "one", writer=API)
     assert got == [first]
     assert await sharing.wait("k", timeout=0) == first
     clock.awaited = anyio.Event()
-    async with anyio.create_task_group() as group:
-        group.start_soon(wait, 1)
-        await clock.awaited.wait()
-        second = await sharing.put("k", "two", writer=WEB)
+    with anyio.fail_after(PATIENT):
+        async with anyio.create_task_group() as group:
+            group.start_soon(wait, 1)
+            await clock.awaited.wait()
+            second = await sharing.put("k", "two", writer=WEB)
     assert got == [first, second]
 
 
@@ -142,10 +145,11 @@ async def test_a_chain_of_sessions_goes_over_one_key(sharing: Sharing) -> None:
         made.append(before.value)
         await sharing.put("chain", [*before.value, number], if_version=before.version)
 
-    async with anyio.create_task_group() as group:
-        for number in (3, 1, 2):
-            group.start_soon(step, number)
-        await sharing.put("chain", [0])
+    with anyio.fail_after(PATIENT):
+        async with anyio.create_task_group() as group:
+            for number in (3, 1, 2):
+                group.start_soon(step, number)
+            await sharing.put("chain", [0])
     assert made == [[0], [0, 1], [0, 1, 2]]
 
 
@@ -159,13 +163,14 @@ async def test_nothing_that_comes_is_none_after_its_time(store: Store) -> None:
         got.append(await sharing.wait("k"))
 
     assert await sharing.wait("k", timeout=0) is None
-    async with anyio.create_task_group() as group:
-        group.start_soon(wait)
-        await clock.awaited.wait()
-        clock.advance(29)
-        await anyio.wait_all_tasks_blocked()
-        assert got == []
-        clock.advance(1)
+    with anyio.fail_after(PATIENT):
+        async with anyio.create_task_group() as group:
+            group.start_soon(wait)
+            await clock.awaited.wait()
+            clock.advance(29)
+            await anyio.wait_all_tasks_blocked()
+            assert got == []
+            clock.advance(1)
     assert got == [None]
 
 
