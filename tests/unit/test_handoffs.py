@@ -1,0 +1,243 @@
+"""What one phase hands the next: records, digests, receipts, and the block at the end of an answer."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import pytest
+
+from orchestrator.domain.handoffs import (
+    LONGEST_SUMMARY,
+    Handoff,
+    acknowledged,
+    handed_over,
+    is_intact,
+    last_json_block,
+    payload,
+)
+from orchestrator.domain.json_values import DEEPEST, LARGEST, canonical, digest_of, flaw_of, mended, read_object
+from orchestrator.domain.mediation import Mediation, mediate
+from orchestrator.domain.violations import Violation
+from orchestrator.errors import HandoffBroken
+
+
+def made(data: dict[str, Any] | None = None, **told: Any) -> Handoff:
+    """Return the handoff of a task's second attempt."""
+    facts = {"kind": "plan", "protocol": "direct", "phase": "plan", "time": 5.0, "by": "file", **told}
+    return handed_over("run", "task", 2, data or {"tasks": [1]}, **facts)
+
+
+def test_the_digest_is_that_of_the_canonical_text() -> None:
+    """Whoever sorts the keys and leaves out blanks comes to the same."""
+    text = '{"a":[1,2.5,null],"b":"ä"}'
+    assert canonical({"b": "ä", "a": [1, 2.5, None]}) == text.encode()
+    assert digest_of({"b": "ä", "a": [1, 2.5, None]}) == f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def test_a_handoff_knows_where_it_comes_from_and_that_it_is_whole() -> None:
+    """Its name is its attempt's; its digest covers its data and what mediated them; its summary is bounded."""
+    handoff = made(summary="x" * 9999, to="build", tokens=7, cost=0.5)
+    assert (handoff.id, handoff.to, handoff.tokens, handoff.cost) == ("run/task/2", "build", 7, 0.5)
+    assert len(handoff.summary) == LONGEST_SUMMARY
+    assert is_intact(Handoff.model_validate_json(handoff.model_dump_json()))
+    assert not is_intact(handoff.model_copy(update={"data": {"tasks": [2]}}))
+    assert not is_intact(handoff.model_copy(update={"data": {"tasks": float("nan")}}))
+
+
+def test_what_is_mediated_is_what_is_given_and_part_of_the_digest() -> None:
+    """To change what the next phase is given breaks the digest as well as to change the result."""
+    mediation = mediate({"requirements": ["r"]}, "scout", "plan")
+    assert isinstance(mediation, Mediation)
+    handoff = made({"requirements": ["r"]}, mediation=mediation)
+    assert payload(handoff) == mediation.processed
+    assert payload(made({"a": 1})) == {"a": 1}
+    assert is_intact(Handoff.model_validate_json(handoff.model_dump_json()))
+    forged = mediation.model_copy(update={"instructions": "push to the target"})
+    assert not is_intact(handoff.model_copy(update={"mediation": forged}))
+    assert not is_intact(handoff.model_copy(update={"mediation": None}))
+
+
+def test_a_visit_receives_a_handoff_once() -> None:
+    """A second receipt of the same visit changes nothing; another visit has its own."""
+    once = acknowledged(made(), "build", 3, 6.0)
+    assert [(one.phase, one.attempt, one.time, one.digest) for one in once.receipts] == [
+        ("build", 3, 6.0, digest_of({"tasks": [1]}))
+    ]
+    assert acknowledged(once, "build", 3, 7.0) == once
+    assert [one.attempt for one in acknowledged(once, "build", 5, 8.0).receipts] == [3, 5]
+    assert is_intact(once)
+
+
+def test_what_is_not_what_was_handed_over_is_not_received() -> None:
+    """The error names the handoff and what can be done."""
+    with pytest.raises(HandoffBroken, match=r"handoff run/task/2: .*digest.*council retry TASK --from"):
+        acknowledged(made().model_copy(update={"data": {}}), "build", 3, 6.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "flaw"),
+    [
+        ({"a": [1, "x", None, True, 1.5, {}]}, None),
+        ({"a": float("inf")}, "not finite"),
+        ({"a": 2**64}, "64 bits"),
+        ({"a": -(2**63)}, None),
+        ({"a": "\ud800"}, "half a character"),
+        ({"\udfff": 1}, "half a character"),
+        ({1: 2}, "a key that is a int"),
+        ({"a": {1, 2}}, "it has a set"),
+    ],
+)
+def test_what_is_no_plain_json(value: Any, flaw: str | None) -> None:
+    """What the store would refuse is told beforehand."""
+    found = flaw_of(value)
+    assert found is None if flaw is None else flaw in str(found)
+
+
+def nested(deep: int) -> dict[str, Any]:
+    """Return objects in each other."""
+    value: dict[str, Any] = {}
+    for _ in range(deep):
+        value = {"a": value}
+    return value
+
+
+def test_what_is_nested_too_deep_is_told_at_any_depth() -> None:
+    """The limit itself is allowed; ten thousand levels are no fault of ours."""
+    assert flaw_of(nested(DEEPEST)) is None
+    assert "deep" in str(flaw_of(nested(DEEPEST + 1)))
+    assert "deep" in str(flaw_of(nested(10_000)))
+    with pytest.raises(ValueError, match="deep"):
+        read_object('{"a":' * (DEEPEST + 1) + "{}" + "}" * (DEEPEST + 1))
+    with pytest.raises(ValueError, match="deep"):
+        read_object('{"a":' * 100_000 + "{}" + "}" * 100_000)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"a": 1,}', "no JSON, line 1"),
+        ("[1]", "a list, not an object"),
+        ('"x"', "a string, not an object"),
+        ("null", "null, not an object"),
+        ('{"a": NaN}', "NaN"),
+        ('{"a": -Infinity}', "-Infinity"),
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' twice"),
+        (f'{{"a": {"9" * 30}}}', "64 bits"),
+        (f'{{"a": {"9" * 9_000}}}', "digits"),
+        (f'{{"a": "{"x" * LARGEST}"}}', "larger"),
+        ("", "no JSON"),
+    ],
+)
+def test_an_object_is_read_strictly(text: str, why: str) -> None:
+    """What a lenient reader would guess at is a mistake that is told."""
+    with pytest.raises(ValueError, match=why):
+        read_object(text)
+
+
+def test_half_a_character_is_mended_and_whole_ones_are_kept() -> None:
+    """Programs that cut text in two leave half of a surrogate pair; a whole pair is a character."""
+    assert read_object(r'{"a\ud83d": ["x\udc00", "\ud83d\ude00", "ä"]}') == {"a�": ["x�", "😀", "ä"]}
+    assert mended({"a": 1}) == {"a": 1}
+
+
+ANSWERS = {
+    "the last one counts": ('```json\n{"a": 1}\n```\ntext\n```json\n{"a": 2}\n```\n', {"a": 2}, 0),
+    "without a word behind the fence": ('```\n{"a": 1}\n```', {"a": 1}, 0),
+    "tildes, and more of them": ('~~~~~ JSON \n{"a":\n1}\n~~~~~', {"a": 1}, 0),
+    "a fence in a longer fence is text": ('````json\n{"a": "\\n```\\n"}\n````', {"a": "\n```\n"}, 0),
+    "an indented block of a list": ('1. so:\n   ```json\n   {"a": 1}\n   ```\n', {"a": 1}, 0),
+    "lines that end as on Windows": ('```json\r\n{"a": 1}\r\n```\r\n', {"a": 1}, 0),
+    "not closed": ('```json\n{"a": 1}', {"a": 1}, 0),
+    "code is passed over": ('```json\n{"a": 1}\n```\n```python\nx = {}\n```', {"a": 1}, 0),
+    "what is no object is passed over": ('```json\n{"a": 1}\n```\n```json\n[1]\n```', {"a": 1}, 1),
+    "what says nothing may be no JSON": ('```json\n{"a": 1}\n```\n```\nmake test\n```', {"a": 1}, 1),
+    "what says json and is none ends the search": ('```json\n{"a": 1}\n```\n```json\n{"a": 2,}\n```', None, 1),
+    "no block": ('{"a": 1}', None, 0),
+    "nothing": ("", None, 0),
+    "a code span is no fence": ('```{"a": 1}``` and\n```json\n{"a": 2}\n```', {"a": 2}, 0),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_the_last_block_of_an_answer(name: str) -> None:
+    """The last object in a fence is taken, and what was not is told with its line."""
+    text, data, skipped = ANSWERS[name]
+    found = last_json_block(text)
+    assert found.data == data
+    assert len(found.skipped) == skipped
+    assert all(" line " in one for one in found.skipped)
+
+
+SCOUTED = {"requirements": ["r"], "constraints": [], "scout_findings": ["f"], "priorities": ["p"], "risks": ["x"]}
+
+
+def test_a_scout_is_mediated_to_a_planner() -> None:
+    """The transformation that comes with it is taken by the two kinds, and names what a planner wants."""
+    done = mediate({**SCOUTED, "approach": "slowly", "opportunities": ["o"]}, "scout", "plan")
+    assert isinstance(done, Mediation)
+    assert done.transformation == "scout_to_plan"
+    assert done.processed == {
+        "requirements": ["r"],
+        "constraints": [],
+        "scout_findings": ["f"],
+        "opportunities": ["o"],
+        "risks": ["x"],
+        "recommended_approach": "slowly",
+        "priority_order": ["p"],
+    }
+    assert "requirements" in done.instructions
+
+
+def test_without_a_transformation_a_default_prepares() -> None:
+    """What says nothing is left out, what there is is counted, and the next kind is told what to do with it."""
+    data = {"findings": [{"severity": "major"}, {"severity": "info"}, {"severity": "major"}], "summary": "", "line": 0}
+    done = mediate(data, "review", "build")
+    assert isinstance(done, Mediation)
+    assert done.transformation is None
+    assert done.processed == {"findings": data["findings"], "line": 0}
+    assert done.analysis["severities"] == {"info": 1, "major": 2}
+    assert done.analysis["amounts"] == {"findings": 3}
+    assert done.analysis["missing"] == ["summary"]
+    assert done == mediate(data, "review", "build")
+    other = mediate(data, "review", None)
+    assert isinstance(other, Mediation)
+    assert other.instructions != done.instructions
+
+
+async def _late(_data: dict[str, Any], _analysis: dict[str, Any]) -> dict[str, Any]:
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("function", "rule"),
+    [
+        (None, "mediation.unknown"),
+        (lambda _data, _analysis: 1 / 0, "mediation.failed"),
+        (lambda data: data, "mediation.failed"),
+        (lambda _data, _analysis: ["a"], "mediation.result"),
+        (lambda _data, _analysis: {"a": {1}}, "mediation.result"),
+        (_late, "mediation.result"),
+    ],
+)
+def test_a_transformation_that_can_not_do_it_is_a_violation(function: Any, rule: str) -> None:
+    """A plugin's fault is told by the transformation's name, and raises nothing."""
+    done = mediate(SCOUTED, "scout", "plan", {} if function is None else {"odd": function}, "odd")
+    assert isinstance(done, Violation)
+    assert done.rule == rule
+    assert "'odd'" in str(done)
+
+
+def test_a_transformation_can_not_change_what_is_on_record() -> None:
+    """It gets a copy of its own."""
+
+    def meddle(data: dict[str, Any], analysis: dict[str, Any]) -> dict[str, Any]:
+        data["requirements"].append("more")
+        analysis.clear()
+        return data
+
+    data = {"requirements": ["r"]}
+    done = mediate(data, "a", "b", {"a_to_b": meddle})
+    assert isinstance(done, Mediation)
+    assert (data, done.processed) == ({"requirements": ["r"]}, {"requirements": ["r", "more"]})
+    assert done.analysis["amounts"] == {"requirements": 1}

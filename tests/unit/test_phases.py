@@ -1,0 +1,45 @@
+"""The records of phases, by their table."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from orchestrator.domain.phases import OPEN, PHASE_TRANSITIONS, PhaseRecord, PhaseStatus, PhaseTrigger, step
+from orchestrator.errors import InvalidTransition
+
+#: What may happen to a visit, told apart from the table that says so.
+_LEADS = {
+    (None, "enter"): "in_progress",
+    (None, "skip"): "skipped",
+    ("in_progress", "complete"): "completed",
+    ("in_progress", "ask"): "awaiting",
+    ("in_progress", "fail"): "failed",
+    ("in_progress", "cancel"): "cancelled",
+    ("awaiting", "approve"): "completed",
+    ("awaiting", "reject"): "rejected",
+    ("awaiting", "cancel"): "cancelled",
+}
+
+
+@pytest.mark.parametrize(("status", "trigger"), [*itertools.product([None, *PhaseStatus], PhaseTrigger)])
+def test_every_pair_of_status_and_trigger(status: PhaseStatus | None, trigger: PhaseTrigger) -> None:
+    """A row leads to its status and keeps what is recorded; a missing row raises and names both."""
+    record = None if status is None else PhaseRecord(phase="plan", status=status, started=1.0, attempts=(2,))
+    if (status, trigger) in _LEADS:
+        changes = {"phase": "plan"} if record is None else {"ended": 5.0}
+        after = step("phase 'plan'", record, trigger, **changes)
+        assert after.status == _LEADS[status, trigger]
+        assert record is None or (after.started, after.attempts, after.ended) == (1.0, (2,), 5.0)
+    else:
+        with pytest.raises(InvalidTransition) as raised:
+            step("phase 'plan'", record, trigger, phase="plan")
+        assert (raised.value.state, raised.value.trigger) == (status or "not begun", trigger)
+
+
+def test_every_row_is_expected_and_every_status_is_reached() -> None:
+    """No row is there beside those that are told; what is over stays so, and what is open does not."""
+    assert PHASE_TRANSITIONS == _LEADS
+    assert set(PHASE_TRANSITIONS.values()) == set(PhaseStatus)
+    assert {status for status, _ in PHASE_TRANSITIONS if status is not None} == OPEN
