@@ -227,12 +227,20 @@ def _check_model(name: str, model: type[BaseModel], rule: Rule, data: dict[str, 
         made = model.model_validate(data)
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=True, include_input=False)
-        return Checked(None, _bounded(name, [_violation(name, one) for one in details]))
+        return Checked(None, _bounded(name, [_violation(name, one) for one in details if _is_own(one, details)]))
     found = list(rule(made, facts))
     if found:
         return Checked(None, _bounded(name, found))
     known = _known_keys(model)
     return Checked(made.model_dump(mode="json"), (), tuple(key for key in data if key not in known))
+
+
+def _is_own(error: ErrorDetails, errors: Sequence[ErrorDetails]) -> bool:
+    """Whether it is not only that a list is too short when what is wrong in it does not count."""
+    place = error["loc"]
+    return error["type"] != "too_short" or not any(
+        one["loc"][: len(place)] == place and len(one["loc"]) > len(place) for one in errors
+    )
 
 
 def _known_keys(model: type[BaseModel]) -> frozenset[str]:
@@ -283,7 +291,7 @@ def _check_schema_data(name: str, schema: dict[str, Any], data: dict[str, Any]) 
         Violation(f"{name}.schema", _place(error.absolute_path) or "the handoff", error.message[:300], remedy)
         for error, _ in zip(validator.iter_errors(data), range(MOST_VIOLATIONS), strict=False)
     ]
-    return Checked(None, found) if found else Checked(data)
+    return Checked(None, sorted(found, key=lambda one: one.place)) if found else Checked(data)
 
 
 def _place(path: Iterable[Any]) -> str:

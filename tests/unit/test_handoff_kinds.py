@@ -1,0 +1,359 @@
+"""The kinds of handoffs: what is taken, what is asked for again, and what comes of it."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+from pydantic import BaseModel
+
+from orchestrator.domain import handoff_models
+from orchestrator.domain.handoff_kinds import (
+    KINDS,
+    NEEDS,
+    Facts,
+    Validator,
+    model_kind,
+    schema_kind,
+    validated,
+)
+from orchestrator.domain.violations import MOST_VIOLATIONS, Violation
+from orchestrator.errors import RefusedError
+
+SUM = "0123456789abcdef" * 4
+PLAN = {"tasks": [{"id": "a", "prompt": "do it"}], "dependencies": [], "timeline": [], "resources": []}
+
+
+def taken(kind: str, data: dict[str, Any], facts: Facts | None = None) -> dict[str, Any]:
+    """Return what is handed over as its kind has it."""
+    checked = KINDS[kind].check(data, facts or Facts())
+    assert checked.data is not None, [str(one) for one in checked.violations]
+    return checked.data
+
+
+def wrong(kind: str, data: Any, facts: Facts | None = None) -> list[tuple[str, str]]:
+    """Return the rules and places of what is wrong with what is handed over."""
+    checked = KINDS[kind].check(data, facts or Facts())
+    assert checked.data is None
+    assert all(one.what and one.remedy for one in checked.violations)
+    return [(one.rule, one.place) for one in checked.violations]
+
+
+#: By kind: what may be written, and what is made of it, as far as it is told.
+LIBERAL: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("scout", {"findings": "one file"}, {"scout_findings": ["one file"], "requirements": [], "approach": ""}),
+    ("scout", {"observations": [{"file": "a.py"}, 3, None]}, {"scout_findings": [{"file": "a.py"}, "3"]}),
+    (
+        "scout",
+        {"scout_findings": [], "priority_order": ["p"], "recommended_approach": ["one", "two"]},
+        {"priorities": ["p"], "approach": "one\ntwo", "scout_findings": []},
+    ),
+    ("plan", {**PLAN, "timeline": None, "resources": "pip"}, {"timeline": [], "resources": ["pip"]}),
+    ("plan", {**PLAN, "schedule": {"day 1": "a"}} | {"timeline": {"x": 1}}, {"timeline": {"x": 1}}),
+    (
+        "plan",
+        {**PLAN, "tasks": ["first", "second"]},
+        {
+            "tasks": [
+                {"id": "t1", "prompt": "first", "dependencies": [], "owns": []},
+                {"id": "t2", "prompt": "second", "dependencies": [], "owns": []},
+            ]
+        },
+    ),
+    (
+        "plan",
+        {**PLAN, "tasks": {"a": "first", "b": {"description": "second", "depends_on": "a", "files": "x.py, y.py"}}},
+        {
+            "tasks": [
+                {"id": "a", "prompt": "first", "dependencies": [], "owns": []},
+                {"id": "b", "prompt": "second", "dependencies": ["a"], "owns": ["x.py", "y.py"]},
+            ]
+        },
+    ),
+    (
+        "plan",
+        {**PLAN, "tasks": [{"id": 1, "title": "x"}, {"id": 2, "task": "y", "needs": [{"id": 1}], "depends_on": "none"}]},
+        {
+            "tasks": [
+                {"id": "1", "prompt": "x", "dependencies": [], "owns": []},
+                {"id": "2", "prompt": "y", "dependencies": [], "owns": []},
+            ]
+        },
+    ),
+    ("build", {"artifacts": {"./a/b": f"SHA256:{SUM.upper()}"}}, {"artifacts": [{"path": "a/b", "checksum": SUM}]}),
+    ("build", {"artifacts": {"path": "a", "sha256": SUM}}, {"artifacts": [{"path": "a", "checksum": SUM}]}),
+    ("build", {"files": None, "changes": "x", "tests": ["t"]}, {"artifacts": [], "implementation": ["x"], "test_cases": ["t"]}),
+    ("test", {"status": "Passed", "coverage": 91.5}, {"passed": True, "coverage": "91.5"}),
+    ("test", {"success": False, "errors": "boom"}, {"passed": False, "failures": ["boom"]}),
+    ("deploy", {"status": "rolled_back", "env": "staging"}, {"deployed": False, "environment": "staging"}),
+    ("review", {"decision": "LGTM"}, {"verdict": "approve", "findings": []}),
+    ("review", {"approved": True}, {"verdict": "approve"}),
+    (
+        "review",
+        {"verdict": "Request changes", "issues": ["bad", {"file": "a", "line": "L12-15", "severity": "High", "comment": "c"}]},
+        {
+            "verdict": "reject",
+            "findings": [
+                {"path": None, "line": None, "severity": "major", "message": "bad"},
+                {"path": "a", "line": 12, "severity": "major", "message": "c"},
+            ],
+        },
+    ),
+    (
+        "review",
+        {"verdict": "reject", "findings": {"message": "m", "line": 0, "severity": "P1"}},
+        {"findings": [{"path": None, "line": None, "severity": "major", "message": "m"}]},
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "data", "expected"), LIBERAL)
+def test_what_is_meant_is_taken(kind: str, data: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Other spellings, one thing for a list, mappings for lists; what is taken is taken again as it is."""
+    made = taken(kind, data)
+    assert {key: made[key] for key in expected} == expected
+    assert taken(kind, made) == made
+    Draft202012Validator(KINDS[kind].schema).validate({key: one for key, one in made.items() if key != "findings"})
+
+
+WRONG: list[tuple[str, Any, list[tuple[str, str]]]] = [
+    ("scout", {}, [("scout.required", "scout_findings")]),
+    ("plan", {"tasks": []}, [
+        ("plan.empty", "tasks"), ("plan.required", "dependencies"), ("plan.required", "timeline"),
+        ("plan.required", "resources"),
+    ]),
+    ("plan", {**PLAN, "tasks": [{"prompt": "x"}, {"id": "b"}, 3]}, [
+        ("plan.required", "tasks[0].id"), ("plan.required", "tasks[1].prompt"), ("plan.form", "tasks[2]"),
+    ]),
+    ("plan", {**PLAN, "tasks": [{"id": "a", "prompt": "x"}, {"id": "a", "prompt": "y"}]}, [("plan.ids", "tasks[1].id")]),
+    ("plan", {**PLAN, "tasks": [{"id": "a", "prompt": "x", "needs": ["b"]}]}, [
+        ("plan.dependencies", "tasks[0].dependencies[0]"),
+    ]),
+    ("plan", {**PLAN, "dependencies": {"a": ["requests"]}}, [("plan.dependencies", "dependencies.a")]),
+    ("plan", {**PLAN, "tasks": [{"id": "a", "prompt": "x", "needs": "a"}]}, [("plan.circle", "tasks")]),
+    ("plan", {**PLAN, "tasks": ["x", "y"], "dependencies": {"t1": "t2", "t2": ["t1"]}}, [("plan.circle", "tasks")]),
+    ("plan", {**PLAN, "resources": ["x"] * 501}, [("plan.form", "resources")]),
+    ("plan", {**PLAN, "tasks": ["x"] * 201}, [("plan.size", "tasks")]),
+    ("build", {}, [("build.required", "artifacts")]),
+    ("build", {"artifacts": ["a.py"]}, [("build.form", "artifacts[0]")]),
+    ("build", {"artifacts": [{"path": "a"}]}, [("build.required", "artifacts[0].checksum")]),
+    ("build", {"artifacts": {"a": "abc"}}, [("build.form", "artifacts[0].checksum")]),
+    ("build", {"artifacts": {"../a": SUM, "/b": SUM, "c//d": SUM}}, [
+        ("build.path", f"artifacts[{place}].path") for place in range(3)
+    ]),
+    ("review", {"verdict": "perhaps"}, [("review.choice", "verdict")]),
+    ("review", {"verdict": "reject"}, [("review.findings", "findings")]),
+    ("review", {"verdict": "reject", "findings": [{"path": "a", "message": ""}]}, [("review.empty", "findings[0].message")]),
+    ("test", {"passed": "maybe"}, [("test.form", "passed")]),
+    ("scout", ["x"], [("scout.object", "the handoff")]),
+    ("scout", {"findings": float("nan")}, [("scout.json", "the handoff")]),
+    ("scout", {"findings": "x" * 1_100_000}, [("scout.json", "the handoff")]),
+    ("scout", {"findings": "x" * 20_001}, [("scout.form", "findings")]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "data", "expected"), WRONG)
+def test_what_can_not_be_meant_is_named_with_its_place(kind: str, data: Any, expected: list[tuple[str, str]]) -> None:
+    """Each mistake has a rule, a place and a remedy; all are told at once."""
+    assert wrong(kind, data) == expected
+
+
+def test_few_of_many_mistakes_are_told() -> None:
+    """A prompt with all of them would be longer than the work."""
+    found = wrong("build", {"artifacts": [{"path": "a"}] * 100})
+    assert len(found) == MOST_VIOLATIONS + 1
+    assert found[-1] == ("build.more", "the handoff")
+
+
+@pytest.mark.parametrize(
+    ("checksums", "expected"),
+    [
+        ({"a": SUM}, []),
+        ({"a": f"sha256:{SUM}"}, []),
+        ({}, []),
+        ({"a": None}, [("build.artifacts", "artifacts[0].path")]),
+        ({"a": "f" * 64}, [("build.checksum", "artifacts[0].checksum")]),
+    ],
+)
+def test_artifacts_match_the_tree(checksums: dict[str, str | None], expected: list[tuple[str, str]]) -> None:
+    """What is not there, or is something else, is named; what was not looked at is not judged."""
+    data, facts = {"artifacts": {"a": SUM}}, Facts(checksums)
+    assert (wrong("build", data, facts) if expected else [] if taken("build", data, facts) else None) == expected
+    assert KINDS["build"].paths({"artifacts": {"./a": SUM, "../b": SUM}}) == ("a",)
+    assert KINDS["build"].paths({"artifacts": 3}) == KINDS["scout"].paths({"artifacts": {"a": SUM}}) == ()
+
+
+def test_what_a_kind_does_not_know_is_left_out_and_told() -> None:
+    """An unknown key is no mistake."""
+    checked = KINDS["scout"].check({"findings": [], "mood": "good"}, Facts())
+    assert checked.ignored == ("mood",)
+    assert checked.data is not None
+    assert "mood" not in checked.data
+
+
+def test_what_a_planned_task_waits_for() -> None:
+    """What it says itself and what the plan says about it, each once; what is no task does not count."""
+    data = {
+        **PLAN,
+        "tasks": [{"id": "a", "prompt": "x"}, {"id": "b", "prompt": "y", "needs": "a"}, {"id": "c", "prompt": "z"}],
+    }
+    data["dependencies"] = {"b": ["a"], "c": "a, b"}
+    plan = handoff_models.Plan.model_validate(data)
+    assert handoff_models.planned_needs(plan) == {"a": (), "b": ("a",), "c": ("a", "b")}
+
+
+EXPORTED = {
+    "scout": ({"findings": ["f"], "constraints": ["c"], "summary": "s"}, {"scout_findings": ["f"], "constraints": ["c"]}),
+    "plan": (
+        {**PLAN, "specs": ["s"], "dependencies": {"x": "y"}, "summary": "so"},
+        {
+            "plan": {
+                "tasks": [{"id": "a", "prompt": "do it", "dependencies": [], "owns": []}],
+                "timeline": [],
+                "resources": [],
+                "summary": "so",
+            },
+            "specifications": ["s"],
+            "dependencies": {"x": "y"},
+        },
+    ),
+    "build": (
+        {"artifacts": {"a": SUM}, "config": ["k"]},
+        {"artifacts": [{"path": "a", "checksum": SUM}], "configuration": ["k"]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", EXPORTED)
+def test_what_later_phases_inherit(kind: str) -> None:
+    """Values by the names that phases need; what says nothing hides nothing that was known before."""
+    data, expected = EXPORTED[kind]
+    assert KINDS[kind].exports(taken(kind, data)) == expected
+
+
+def test_no_two_kinds_export_the_same_and_all_needs_are_met() -> None:
+    """Each need of a phase is exported by one kind."""
+    text = ["x"]
+    full = {
+        "scout": {key: text for key in handoff_models.Scout.model_fields},
+        "plan": {**PLAN, "specifications": text, "dependencies": text},
+        "build": {**{key: text for key in handoff_models.Build.model_fields}, "artifacts": {"a": SUM}},
+        "test": {"passed": True},
+        "deploy": {"deployed": True},
+        "review": {"verdict": "approve"},
+    }
+    exported = {name: set(KINDS[name].exports(taken(name, data))) for name, data in full.items()}
+    assert exported.keys() == KINDS.keys()
+    assert all(not one & other for one, other in itertools.combinations(exported.values(), 2))
+    assert {need for needs in NEEDS.values() for need in needs} <= set().union(*exported.values())
+    assert {name: kind.required for name, kind in KINDS.items()} == {
+        "scout": ("scout_findings",),
+        "plan": ("tasks", "dependencies", "timeline", "resources"),
+        "build": ("artifacts",),
+        "test": ("passed",),
+        "deploy": ("deployed",),
+        "review": ("verdict",),
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_each_schema_is_one(kind: Any) -> None:
+    """What sessions are shown is a JSON Schema of what is required, small enough for a prompt."""
+    Draft202012Validator.check_schema(kind.schema)
+    assert not Draft202012Validator(kind.schema).is_valid({})
+    assert len(str(kind.schema)) < 2500
+
+
+RISK = {
+    "type": "object",
+    "required": ["risks"],
+    "properties": {"risks": {"type": "array", "items": {"$ref": "#/$defs/risk"}}},
+    "$defs": {"risk": {"type": "object", "required": ["name"], "properties": {"level": {"enum": [1, 2, 3]}}}},
+}
+
+
+def test_a_kind_of_the_users_own() -> None:
+    """Its schema is what it is checked by; its data are one value of its name."""
+    kind = schema_kind("risk", RISK)
+    good = kind.check({"risks": [{"name": "x", "level": 2}], "more": 1}, Facts())
+    assert good.data == {"risks": [{"name": "x", "level": 2}], "more": 1}
+    assert kind.exports(good.data) == {"risk": good.data}
+    assert kind.required == ("risks",)
+    bad = kind.check({"risks": [{"level": 9}]}, Facts())
+    assert [(one.rule, one.place) for one in bad.violations] == [
+        ("risk.schema", "risks[0]"),
+        ("risk.schema", "risks[0].level"),
+    ]
+    assert kind.check({}, Facts()).violations[0].place == "the handoff"
+
+
+@pytest.mark.parametrize(
+    ("schema", "fragment"),
+    [
+        ({"type": "objekt"}, "type"),
+        ({"properties": {"a": {"minimum": "3"}}}, "properties.a.minimum"),
+        ({"properties": {"a": {"$ref": "https://example.org/schema.json"}}}, "nothing is fetched"),
+        ({"items": [{"$dynamicRef": "other.json#x"}], "$defs": {}}, "items"),
+    ],
+)
+def test_what_is_no_schema_of_ours_is_refused(schema: dict[str, Any], fragment: str) -> None:
+    """Nothing is fetched, and a mistake in a schema is no mistake of a session."""
+    with pytest.raises(RefusedError, match=fragment):
+        schema_kind("risk", schema)
+
+
+@pytest.mark.parametrize("schema", [{"$ref": "#/$defs/gone"}, {"allOf": [{"$ref": "#"}]}])
+def test_a_schema_that_can_not_be_followed_is_a_violation(schema: dict[str, Any]) -> None:
+    """What refers to nothing, or to itself for ever, fails the phase and not the run."""
+    checked = schema_kind("odd", schema).check({"a": 1}, Facts())
+    assert [one.rule for one in checked.violations] == ["odd.check"]
+
+
+class Estimate(BaseModel):
+    """What a plugin brings."""
+
+    days: int
+
+
+def test_a_kind_of_a_plugin() -> None:
+    """A pydantic model is a kind; a fault of its own code is a violation."""
+
+    def too_long(estimate: Estimate, _facts: Facts) -> list[Violation]:
+        return [Violation("estimate.long", "days", "too long", "shorten it")] if 10 // estimate.days < 1 else []
+
+    kind = model_kind("estimate", Estimate, rule=too_long, needs=("plan",))
+    assert kind.check({"days": "3"}, Facts()).data == {"days": 3}
+    assert [one.rule for one in kind.check({"days": 11}, Facts()).violations] == ["estimate.long"]
+    assert [one.rule for one in kind.check({"days": "x"}, Facts()).violations] == ["estimate.form"]
+    fault = kind.check({"days": 0}, Facts()).violations
+    assert "ZeroDivisionError" in str(fault[0])
+
+
+def test_checks_that_plugins_add() -> None:
+    """They see what passed, can't change it, and are told by their names; one that fails hides no other."""
+
+    def meddling(data: dict[str, Any], _facts: Facts) -> list[Violation]:
+        data.clear()
+        return []
+
+    def never(_data: dict[str, Any], _facts: Facts) -> list[Violation]:
+        raise AssertionError("it is for another kind")
+
+    found = Violation("mine", "tasks", "no estimate", "add one")
+    good = validated(KINDS["plan"], {"m": Validator("plan", meddling), "n": Validator("build", never)})
+    assert good.check(PLAN, Facts()).data == taken("plan", PLAN)
+    bad = validated(
+        KINDS["plan"],
+        {
+            "broken": Validator("plan", lambda data, _facts: data["gone"]),
+            "strange": Validator("plan", lambda _data, _facts: ["x"]),  # type: ignore[list-item]
+            "right": Validator("plan", lambda _data, _facts: [found]),
+        },
+    )
+    checked = bad.check(PLAN, Facts())
+    assert checked.data is None
+    assert [one.rule for one in checked.violations] == ["plan.broken", "plan.strange", "mine"]
+    assert [one.rule for one in bad.check({}, Facts()).violations].count("plan.required") == 4
+    assert validated(KINDS["plan"], {}) is KINDS["plan"]
