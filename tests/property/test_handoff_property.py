@@ -1,0 +1,172 @@
+"""Whatever the values: what a phase is given, what a chain passes on, what a digest tells, where an answer ends."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.domain.handoff_kinds import KINDS, Facts
+from orchestrator.domain.handoffs import acknowledged, handed_over, is_intact, last_json_block
+from orchestrator.domain.json_values import canonical, digest_of, flaw_of, read_object
+from orchestrator.domain.phase_context import chained, context_of, filtered, needs_of
+from orchestrator.domain.phases import PHASE_TRANSITIONS, PhaseRecord, PhaseTrigger, step
+from orchestrator.domain.workflow import Phase
+from orchestrator.errors import InvalidTransition
+
+#: Characters of one to four bytes, and those that mean something to JSON or a fence.
+TEXT = st.text(st.sampled_from('aB1é€😀 \n\t`~"\\{}[]:,\0'), max_size=12)
+NAMES = st.sampled_from(["plan", "build", "requirements", "constraints", "scout_findings", "specifications", "x", "y"])
+SCALARS = (
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False) | TEXT
+)
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4))
+CONTEXTS = st.dictionaries(NAMES, VALUES, max_size=6)
+
+
+@settings(deadline=None)
+@given(CONTEXTS, st.none() | st.lists(NAMES, max_size=6))
+def test_a_filter_gives_what_is_needed_and_tells_the_rest(values: dict[str, Any], needs: list[str] | None) -> None:
+    """Nothing is made up, changed or lost: what is given and what is left out is all there was, and so are the bytes."""
+    chosen, told = filtered(values, needs)
+    assert chosen == {key: values[key] for key in chosen}
+    assert set(chosen) == (set(values) if needs is None else set(values) & set(needs))
+    assert told.keys == tuple(chosen)
+    assert sorted((*told.keys, *told.left_out)) == sorted(values)
+    assert (told.size, told.whole) == (len(canonical(chosen)), len(canonical(values)))
+    assert told.size <= told.whole
+    assert filtered(chosen, needs)[0] == chosen
+
+
+@st.composite
+def workflows(draw: st.DrawFn) -> list[Phase]:
+    """Some phases with values of their own."""
+    names = draw(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=6, unique=True))
+    return [Phase(name=name, context=draw(CONTEXTS)) for name in names]
+
+
+@settings(deadline=None)
+@given(workflows(), CONTEXTS, st.data())
+def test_a_chain_passes_on_what_is_produced_and_nothing_local(
+    phases: list[Phase], inherited: dict[str, Any], data: st.DataObject
+) -> None:
+    """Each phase knows the newest value of each name that was produced before it, and its own before those."""
+    produced = {phase.name: data.draw(CONTEXTS) for phase in phases if data.draw(st.booleans())}
+    chain = chained(phases, inherited, produced)
+    assert [one.phase for one in chain] == [phase.name for phase in phases]
+    known = dict(inherited)
+    for place, (phase, context) in enumerate(zip(phases, chain, strict=True)):
+        assert context.inherited == known
+        assert context.known() == {**known, **phase.context}
+        known.update(produced.get(phase.name, {}))
+        assert context.complete() == {**context.known(), **produced.get(phase.name, {})}
+        begun = context_of(phase, phases[:place], inherited, produced)
+        assert (begun.known(), begun.produced) == (context.known(), {})
+    assert chain[-1].passed_on() == known
+
+
+@settings(deadline=None)
+@given(NAMES, st.none() | st.sampled_from(sorted(KINDS)), st.none() | st.lists(NAMES).map(tuple))
+def test_what_a_phase_declares_comes_first(name: str, kind: str | None, needs: tuple[str, ...] | None) -> None:
+    """Then what its kind needs, then what phases of its name do; else everything."""
+    found = needs_of(Phase(name=name, needs=needs), None if kind is None else KINDS[kind])
+    by_name = {
+        "plan": ("requirements", "constraints", "scout_findings"),
+        "build": ("plan", "specifications", "dependencies"),
+        "test": ("implementation", "test_cases", "coverage_requirements"),
+        "deploy": ("artifacts", "configuration", "environment"),
+    }
+    assert found == (needs if needs is not None else by_name.get(str(kind), by_name.get(name)))
+
+
+@settings(deadline=None)
+@given(st.dictionaries(TEXT, VALUES, max_size=5), st.data())
+def test_a_digest_is_the_same_for_the_same_and_for_nothing_else(value: dict[str, Any], data: st.DataObject) -> None:
+    """The order of keys and a way through the store do not matter; any other value does."""
+    keys = data.draw(st.permutations(list(value)))
+    assert digest_of({key: value[key] for key in keys}) == digest_of(value) == digest_of(json.loads(json.dumps(value)))
+    assert flaw_of(value) is None
+    other = data.draw(st.dictionaries(TEXT, VALUES, max_size=5))
+    assert (digest_of(other) == digest_of(value)) == (canonical(other) == canonical(value))
+    handoff = handed_over("r", "t", 1, value, kind="x", protocol="direct", phase="p", time=0.0, by="tool")
+    assert is_intact(handoff)
+    assert is_intact(handoff.model_copy(update={"data": other})) == (canonical(other) == canonical(value))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["build", "review"]), st.integers(1, 4)), max_size=8))
+def test_each_visit_has_one_receipt(visits: list[tuple[str, int]]) -> None:
+    """However often it is acknowledged."""
+    handoff = handed_over("r", "t", 1, {}, kind="x", protocol="direct", phase="p", time=0.0, by="tool")
+    for now, (phase, attempt) in enumerate(visits):
+        handoff = acknowledged(handoff, phase, attempt, float(now))
+    assert [(one.phase, one.attempt) for one in handoff.receipts] == list(dict.fromkeys(visits))
+
+
+OBJECTS = st.dictionaries(TEXT, VALUES, max_size=4)
+PROSE = st.text(st.sampled_from('aé😀 \n\t\r{}"#-'), max_size=40)
+
+
+@settings(deadline=None)
+@given(OBJECTS, st.lists(st.tuples(PROSE, OBJECTS), max_size=3), PROSE, st.sampled_from(["```", "`````", "~~~"]))
+def test_the_last_block_is_found_in_any_answer(
+    last: dict[str, Any], earlier: list[tuple[str, dict[str, Any]]], tail: str, fence: str
+) -> None:
+    """Whatever stands before, between and behind."""
+    blocks = [f"{text}\n```json\n{json.dumps(one)}\n```\n" for text, one in earlier]
+    answer = "".join(blocks) + f"{fence}json\n{json.dumps(last, indent=1, ensure_ascii=False)}\n{fence}\n{tail}"
+    assert last_json_block(answer).data == last
+
+
+@settings(deadline=None)
+@given(st.text(st.sampled_from('`~{}[]":,a1 \n\\')))
+def test_no_answer_is_a_fault(answer: str) -> None:
+    """Any text has a last block or none, and what is read is plain JSON."""
+    found = last_json_block(answer)
+    assert found.data is None or flaw_of(found.data) is None
+
+
+@settings(deadline=None)
+@given(st.text(st.sampled_from('{}[]":,a1eE+-.\\ud8 ')))
+def test_what_is_read_is_what_json_has(text: str) -> None:
+    """A strict reader takes nothing that a lenient one does not, and comes to the same."""
+    try:
+        value = read_object(text)
+    except ValueError:
+        return
+    assert flaw_of(value) is None
+    assert value == json.loads(canonical(value))
+
+
+@settings(deadline=None)
+@given(st.sampled_from(sorted(KINDS)), st.dictionaries(st.sampled_from(
+    ["tasks", "dependencies", "timeline", "resources", "findings", "verdict", "artifacts", "passed", "summary", "id",
+     "scout_findings", "message", "path", "line", "checksum", "deployed", "approach", "specs"]), VALUES))  # fmt: skip
+def test_any_object_is_taken_or_named_as_wrong(name: str, data: dict[str, Any]) -> None:
+    """A kind never raises; what it takes, it takes again as it is, and what is exported is plain JSON."""
+    kind = KINDS[name]
+    checked = kind.check(data, Facts())
+    assert (checked.data is None) == bool(checked.violations)
+    assert "check" not in {one.rule.partition(".")[2] for one in checked.violations}
+    if checked.data is not None:
+        assert kind.check(checked.data, Facts()).data == checked.data
+        assert flaw_of(kind.exports(checked.data)) is None
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(PhaseTrigger), max_size=8))
+def test_visits_go_as_the_table_says(triggers: list[PhaseTrigger]) -> None:
+    """After any triggers a visit is where the rows lead; a missing row raises and leaves it as it was."""
+    record: PhaseRecord | None = None
+    for trigger in triggers:
+        status = None if record is None else record.status
+        changes = {"phase": "p"} if record is None else {}
+        if (status, trigger) in PHASE_TRANSITIONS:
+            record = step("p", record, trigger, **changes)
+            assert record.status is PHASE_TRANSITIONS[status, trigger]
+        else:
+            with pytest.raises(InvalidTransition):
+                step("p", record, trigger, **changes)
