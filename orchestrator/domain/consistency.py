@@ -193,8 +193,30 @@ def _chain_holds(facts: WorkflowFacts) -> Iterator[Violation]:
                 "chain.target", place, f"it is for {handoff.to!r}, which the workflow does not have", _EDITED
             )
         yield from _receipts_hold(facts, place, handoff)
-    for place, _, record in facts.visits:
+    for number, (place, _, record) in enumerate(facts.visits):
         yield from _received_fits(facts, place, record)
+        yield from _lost(facts, number, place, record)
+
+
+def _lost(facts: WorkflowFacts, number: int, place: str, record: PhaseRecord) -> Iterator[Violation]:
+    """A visit that was given values of what was handed over to it has received that."""
+    last: dict[str, tuple[Phase, Handoff]] = {}
+    for _, phase, earlier in facts.visits[:number]:
+        handoff = facts.handoffs.get(earlier.handoff or "")
+        if earlier.status is PhaseStatus.COMPLETED and handoff is not None:
+            last[phase.name] = phase, handoff
+    for phase, handoff in last.values():
+        kind = kind_of(phase, facts.kinds)
+        if kind is None or handoff.to != record.phase or handoff.id in record.received or handoff.mediation is not None:
+            continue
+        # What a plugin's kind exports is its own code.
+        yield from found_by("chain.lost", place, partial(_given_of, place, record, handoff, kind))
+
+
+def _given_of(place: str, record: PhaseRecord, handoff: Handoff, kind: Kind) -> Iterator[Violation]:
+    if record.given is not None and set(record.given.keys) & set(kind.exports(handoff.data)):
+        what = f"it was given values of handoff {handoff.id}, and has not received it"
+        yield Violation("chain.lost", place, what, _EDITED)
 
 
 def _receipts_hold(facts: WorkflowFacts, place: str, handoff: Handoff) -> Iterator[Violation]:

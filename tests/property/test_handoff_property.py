@@ -20,9 +20,8 @@ from orchestrator.errors import InvalidTransition
 #: Characters of one to four bytes, and those that mean something to JSON or a fence.
 TEXT = st.text(st.sampled_from('aB1é€😀 \n\t`~"\\{}[]:,\0'), max_size=12)
 NAMES = st.sampled_from(["plan", "build", "requirements", "constraints", "scout_findings", "specifications", "x", "y"])
-SCALARS = (
-    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False) | TEXT
-)
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+SCALARS = st.none() | st.booleans() | st.integers(-(2**63), 2**63) | FLOATS | TEXT
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4))
 CONTEXTS = st.dictionaries(NAMES, VALUES, max_size=6)
 

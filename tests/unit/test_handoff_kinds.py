@@ -74,7 +74,10 @@ LIBERAL: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ),
     (
         "plan",
-        {**PLAN, "tasks": [{"id": 1, "title": "x"}, {"id": 2, "task": "y", "needs": [{"id": 1}], "depends_on": "none"}]},
+        {
+            **PLAN,
+            "tasks": [{"id": 1, "title": "x"}, {"id": 2, "task": "y", "needs": [{"id": 1}], "depends_on": "none"}],
+        },
         {
             "tasks": [
                 {"id": "1", "prompt": "x", "dependencies": [], "owns": []},
@@ -84,7 +87,11 @@ LIBERAL: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ),
     ("build", {"artifacts": {"./a/b": f"SHA256:{SUM.upper()}"}}, {"artifacts": [{"path": "a/b", "checksum": SUM}]}),
     ("build", {"artifacts": {"path": "a", "sha256": SUM}}, {"artifacts": [{"path": "a", "checksum": SUM}]}),
-    ("build", {"files": None, "changes": "x", "tests": ["t"]}, {"artifacts": [], "implementation": ["x"], "test_cases": ["t"]}),
+    (
+        "build",
+        {"files": None, "changes": "x", "tests": ["t"]},
+        {"artifacts": [], "implementation": ["x"], "test_cases": ["t"]},
+    ),
     ("test", {"status": "Passed", "coverage": 91.5}, {"passed": True, "coverage": "91.5"}),
     ("test", {"success": False, "errors": "boom"}, {"passed": False, "failures": ["boom"]}),
     ("deploy", {"status": "rolled_back", "env": "staging"}, {"deployed": False, "environment": "staging"}),
@@ -92,7 +99,10 @@ LIBERAL: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("review", {"approved": True}, {"verdict": "approve"}),
     (
         "review",
-        {"verdict": "Request changes", "issues": ["bad", {"file": "a", "line": "L12-15", "severity": "High", "comment": "c"}]},
+        {
+            "verdict": "Request changes",
+            "issues": ["bad", {"file": "a", "line": "L12-15", "severity": "High", "comment": "c"}],
+        },
         {
             "verdict": "reject",
             "findings": [
@@ -127,7 +137,9 @@ WRONG: list[tuple[str, Any, list[tuple[str, str]]]] = [
     ("plan", {**PLAN, "tasks": [{"prompt": "x"}, {"id": "b"}, 3]}, [
         ("plan.required", "tasks[0].id"), ("plan.required", "tasks[1].prompt"), ("plan.form", "tasks[2]"),
     ]),
-    ("plan", {**PLAN, "tasks": [{"id": "a", "prompt": "x"}, {"id": "a", "prompt": "y"}]}, [("plan.ids", "tasks[1].id")]),
+    ("plan", {**PLAN, "tasks": [{"id": "a", "prompt": "x"}, {"id": "a", "prompt": "y"}]}, [
+        ("plan.ids", "tasks[1].id"),
+    ]),
     ("plan", {**PLAN, "tasks": [{"id": "a", "prompt": "x", "needs": ["b"]}]}, [
         ("plan.dependencies", "tasks[0].dependencies[0]"),
     ]),
@@ -145,7 +157,9 @@ WRONG: list[tuple[str, Any, list[tuple[str, str]]]] = [
     ]),
     ("review", {"verdict": "perhaps"}, [("review.choice", "verdict")]),
     ("review", {"verdict": "reject"}, [("review.findings", "findings")]),
-    ("review", {"verdict": "reject", "findings": [{"path": "a", "message": ""}]}, [("review.empty", "findings[0].message")]),
+    ("review", {"verdict": "reject", "findings": [{"path": "a", "message": ""}]}, [
+        ("review.empty", "findings[0].message"),
+    ]),
     ("test", {"passed": "maybe"}, [("test.form", "passed")]),
     ("scout", ["x"], [("scout.object", "the handoff")]),
     ("scout", {"findings": float("nan")}, [("scout.json", "the handoff")]),
@@ -199,13 +213,15 @@ def test_what_a_planned_task_waits_for() -> None:
         **PLAN,
         "tasks": [{"id": "a", "prompt": "x"}, {"id": "b", "prompt": "y", "needs": "a"}, {"id": "c", "prompt": "z"}],
     }
-    data["dependencies"] = {"b": ["a"], "c": "a, b"}
-    plan = handoff_models.Plan.model_validate(data)
+    plan = handoff_models.Plan.model_validate({**data, "dependencies": {"b": ["a"], "c": "a, b"}})
     assert handoff_models.planned_needs(plan) == {"a": (), "b": ("a",), "c": ("a", "b")}
 
 
-EXPORTED = {
-    "scout": ({"findings": ["f"], "constraints": ["c"], "summary": "s"}, {"scout_findings": ["f"], "constraints": ["c"]}),
+EXPORTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "scout": (
+        {"findings": ["f"], "constraints": ["c"], "summary": "s"},
+        {"scout_findings": ["f"], "constraints": ["c"]},
+    ),
     "plan": (
         {**PLAN, "specs": ["s"], "dependencies": {"x": "y"}, "summary": "so"},
         {
@@ -236,10 +252,10 @@ def test_what_later_phases_inherit(kind: str) -> None:
 def test_no_two_kinds_export_the_same_and_all_needs_are_met() -> None:
     """Each need of a phase is exported by one kind."""
     text = ["x"]
-    full = {
-        "scout": {key: text for key in handoff_models.Scout.model_fields},
+    full: dict[str, dict[str, Any]] = {
+        "scout": dict.fromkeys(handoff_models.Scout.model_fields, text),
         "plan": {**PLAN, "specifications": text, "dependencies": text},
-        "build": {**{key: text for key in handoff_models.Build.model_fields}, "artifacts": {"a": SUM}},
+        "build": {**dict.fromkeys(handoff_models.Build.model_fields, text), "artifacts": {"a": SUM}},
         "test": {"passed": True},
         "deploy": {"deployed": True},
         "review": {"verdict": "approve"},
