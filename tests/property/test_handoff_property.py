@@ -29,7 +29,7 @@ CONTEXTS = st.dictionaries(NAMES, VALUES, max_size=6)
 @settings(deadline=None)
 @given(CONTEXTS, st.none() | st.lists(NAMES, max_size=6))
 def test_a_filter_gives_what_is_needed_and_tells_the_rest(values: dict[str, Any], needs: list[str] | None) -> None:
-    """Nothing is made up, changed or lost: what is given and what is left out is all there was, and so are the bytes."""
+    """Nothing is made up, changed or lost: what is given and what is left out is all there was; bytes are told."""
     chosen, told = filtered(values, needs)
     assert chosen == {key: values[key] for key in chosen}
     assert set(chosen) == (set(values) if needs is None else set(values) & set(needs))
