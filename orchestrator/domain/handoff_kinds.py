@@ -16,7 +16,8 @@ from pydantic import AliasChoices, BaseModel, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import ErrorDetails
 
-from orchestrator.domain.json_values import LARGEST, canonical, flaw_of, mended
+from orchestrator.client.commands import LARGEST_HANDOFF
+from orchestrator.domain.json_values import canonical, flaw_of
 from orchestrator.domain.violations import MOST_VIOLATIONS, Violation, fault_of, found_by
 from orchestrator.errors import RefusedError
 
@@ -205,17 +206,13 @@ def _guarded(kind: str, data: Any, check: Callable[[dict[str, Any]], Checked]) -
     if not isinstance(data, dict):
         what = f"it is {type(data).__name__}, no JSON object"
         return Checked(None, (Violation(f"{kind}.object", "the handoff", what, "hand over a JSON object"),))
-    try:
-        plain = mended(data)
-        flaw = flaw_of(plain)
-        if flaw is None and len(canonical(plain)) > LARGEST:
-            flaw = f"it is larger than {LARGEST} bytes"
-    except RecursionError:
-        flaw, plain = "it is nested too deep", {}
+    flaw = flaw_of(data)
+    if flaw is None and len(canonical(data)) > LARGEST_HANDOFF:
+        flaw = f"it is larger than {LARGEST_HANDOFF} bytes"
     if flaw is not None:
         return Checked(None, (Violation(f"{kind}.json", "the handoff", flaw, "hand over a small, plain JSON object"),))
     try:
-        return check(plain)
+        return check(data)
     except Exception as error:  # noqa: BLE001  what a plugin's model or a schema of the user's does wrong is told
         fault = fault_of(error)
         remedy = "mend the plugin or the schema that defines this kind"

@@ -13,7 +13,6 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from orchestrator.domain.handoff_kinds import Facts
-from orchestrator.domain.json_values import mended
 from orchestrator.domain.violations import Violation
 
 #: Characters of one text, items of one list, and entries of one mapping in what is handed over.
@@ -413,7 +412,7 @@ def _is_inside(path: str) -> bool:
 def artifact_paths(data: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the paths of the artifacts that what was handed over names; none where it can't be read."""
     try:
-        build = Build.model_validate(mended(dict(data)))
+        build = Build.model_validate(dict(data))
     except (ValidationError, RecursionError):
         return ()  # the check says so
     return tuple(dict.fromkeys(one.path for one in build.artifacts if _is_inside(one.path)))

@@ -220,7 +220,12 @@ def test_what_a_planned_task_waits_for() -> None:
 EXPORTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "scout": (
         {"findings": ["f"], "constraints": ["c"], "summary": "s"},
-        {"scout_findings": ["f"], "constraints": ["c"]},
+        {
+            **{key: [] for key in ("requirements", "priorities", "risks", "opportunities")},
+            "scout_findings": ["f"],
+            "constraints": ["c"],
+            "approach": "",
+        },
     ),
     "plan": (
         {**PLAN, "specs": ["s"], "dependencies": {"x": "y"}, "summary": "so"},
@@ -237,14 +242,18 @@ EXPORTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "build": (
         {"artifacts": {"a": SUM}, "config": ["k"]},
-        {"artifacts": [{"path": "a", "checksum": SUM}], "configuration": ["k"]},
+        {
+            **{key: [] for key in ("implementation", "test_cases", "coverage_requirements", "environment")},
+            "artifacts": [{"path": "a", "checksum": SUM}],
+            "configuration": ["k"],
+        },
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", EXPORTED)
 def test_what_later_phases_inherit(kind: str) -> None:
-    """Values by the names that phases need; what says nothing hides nothing that was known before."""
+    """Values by the names that phases need, those that say nothing, too: conditions ask for them."""
     data, expected = EXPORTED[kind]
     assert KINDS[kind].exports(taken(kind, data)) == expected
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.client.strict import DEEPEST
 from orchestrator.domain.handoffs import (
     LONGEST_SUMMARY,
     Handoff,
@@ -16,7 +17,7 @@ from orchestrator.domain.handoffs import (
     last_json_block,
     payload,
 )
-from orchestrator.domain.json_values import DEEPEST, LARGEST, canonical, digest_of, flaw_of, mended, read_object
+from orchestrator.domain.json_values import canonical, digest_of, flaw_of, read_object
 from orchestrator.domain.mediation import Mediation, mediate
 from orchestrator.domain.violations import Violation
 from orchestrator.errors import HandoffBroken
@@ -79,13 +80,13 @@ def test_what_is_not_what_was_handed_over_is_not_received() -> None:
     ("value", "flaw"),
     [
         ({"a": [1, "x", None, True, 1.5, {}]}, None),
-        ({"a": float("inf")}, "not finite"),
+        ({"a": float("inf")}, "infinite"),
         ({"a": 2**64}, "64 bits"),
         ({"a": -(2**63)}, None),
-        ({"a": "\ud800"}, "half a character"),
-        ({"\udfff": 1}, "half a character"),
-        ({1: 2}, "a key that is a int"),
-        ({"a": {1, 2}}, "it has a set"),
+        ({"a": "\ud800"}, "U+D800"),
+        ({"\udfff": 1}, "U+DFFF"),
+        ({1: 2}, "a key that is of type int"),
+        ({"a": {1, 2}}, "of type set"),
     ],
 )
 def test_what_is_no_plain_json(value: Any, flaw: str | None) -> None:
@@ -104,9 +105,12 @@ def nested(deep: int) -> dict[str, Any]:
 
 def test_what_is_nested_too_deep_is_told_at_any_depth() -> None:
     """The limit itself is allowed; ten thousand levels are no fault of ours."""
-    assert flaw_of(nested(DEEPEST)) is None
-    assert "deep" in str(flaw_of(nested(DEEPEST + 1)))
+    assert flaw_of(nested(DEEPEST - 1)) is None
+    assert "deep" in str(flaw_of(nested(DEEPEST)))
     assert "deep" in str(flaw_of(nested(10_000)))
+    endless: dict[str, Any] = {}
+    endless["a"] = endless
+    assert "deep" in str(flaw_of(endless))
     with pytest.raises(ValueError, match="deep"):
         read_object('{"a":' * (DEEPEST + 1) + "{}" + "}" * (DEEPEST + 1))
     with pytest.raises(ValueError, match="deep"):
@@ -116,16 +120,15 @@ def test_what_is_nested_too_deep_is_told_at_any_depth() -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ('{"a": 1,}', "no JSON, line 1"),
-        ("[1]", "a list, not an object"),
-        ('"x"', "a string, not an object"),
-        ("null", "null, not an object"),
+        ('{"a": 1,}', "no JSON: .* in line 1"),
+        ("[1]", "not an object"),
+        ('"x"', "not an object"),
+        ("null", "not an object"),
         ('{"a": NaN}', "NaN"),
         ('{"a": -Infinity}', "-Infinity"),
-        ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' twice"),
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "'c' twice"),
         (f'{{"a": {"9" * 30}}}', "64 bits"),
         (f'{{"a": {"9" * 9_000}}}', "digits"),
-        (f'{{"a": "{"x" * LARGEST}"}}', "larger"),
         ("", "no JSON"),
     ],
 )
@@ -133,12 +136,6 @@ def test_an_object_is_read_strictly(text: str, why: str) -> None:
     """What a lenient reader would guess at is a mistake that is told."""
     with pytest.raises(ValueError, match=why):
         read_object(text)
-
-
-def test_half_a_character_is_mended_and_whole_ones_are_kept() -> None:
-    """Programs that cut text in two leave half of a surrogate pair; a whole pair is a character."""
-    assert read_object(r'{"a\ud83d": ["x\udc00", "\ud83d\ude00", "ä"]}') == {"a�": ["x�", "😀", "ä"]}
-    assert mended({"a": 1}) == {"a": 1}
 
 
 ANSWERS = {
