@@ -20,6 +20,8 @@ PHASES: Mapping[TaskStatus, str] = {
     TaskStatus.CHECKING: "checks",
     TaskStatus.LANDING: "landing",
     TaskStatus.LANDED: "landed",
+    TaskStatus.WAITING: "approval",
+    TaskStatus.DONE: "done",
     TaskStatus.NO_CHANGE: "no change",
     TaskStatus.CONFLICT: "conflict",
     TaskStatus.FAILED: "failed",
@@ -56,10 +58,12 @@ class Totals:
     """How many tasks are where, and what all of them took; times in seconds."""
 
     landed: int
+    """And those that are done with nothing to land."""
     running: int
     """At work: in a session, in checks, landing."""
     queued: int
     waiting: int
+    """For their turn, or for a person to approve them."""
     blocked: int
     failed: int
     """Over without having landed, for whatever reason."""

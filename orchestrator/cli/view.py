@@ -26,7 +26,7 @@ from orchestrator.cli.table import (
     totals_line,
 )
 from orchestrator.domain.dispatch import Board
-from orchestrator.domain.model import FINAL, AdapterDocument, TaskDocument, TaskStatus
+from orchestrator.domain.model import FINAL, SUCCESSFUL, AdapterDocument, TaskDocument, TaskStatus
 from orchestrator.engine.report import RunRecord
 from orchestrator.protocols import Event, Record
 from orchestrator.repo.diffs import Changes
@@ -147,9 +147,9 @@ class RunView:
         before = self._tasks[task].status
         if before is not after.status:
             self._pace.change(task, after, time)
-            if before in FINAL and after.status is TaskStatus.LANDED:
+            if before in FINAL and after.status in SUCCESSFUL:
                 self._board.revive(task)  # what it blocked waits for others alone
-            if after.status is TaskStatus.LANDED:
+            if after.status in SUCCESSFUL:
                 self._board.landed(task)
             elif after.status in FINAL:
                 self._board.ended(task)
@@ -231,7 +231,7 @@ class RunView:
     def _chosen(self, room: int) -> list[str]:
         working = chain.from_iterable(self._groups[name] for name in ("landing", "checks", "build"))
         blocked = self._board.blocked
-        pending = chain.from_iterable(self._groups[name] for name in ("queued", RETRY, "waiting"))
+        pending = chain.from_iterable(self._groups[name] for name in ("approval", "queued", RETRY, "waiting"))
         waiting = chain((task for task in pending if task not in blocked), blocked)
         return choose(working, waiting, reversed(self._over), room)
 
@@ -249,7 +249,7 @@ class RunView:
     def _row(self, task: str, now: float) -> Row:
         document = self._tasks[task]
         begun, elapsed = len(document.attempts), ""
-        if begun and document.status is not TaskStatus.PENDING:
+        if begun and document.status not in {TaskStatus.PENDING, TaskStatus.WAITING}:
             end = self._changed[task] if document.status in FINAL else now
             elapsed = duration(end - document.attempt.started)
         return Row(
@@ -273,7 +273,7 @@ class RunView:
             return self._said.get(task, NOTHING_SAID).words or ""
         if document.attempts:
             return document.reason or document.attempt.words or ""
-        missing = [need for need in self._entries[task].needs if self._tasks[need].landed is None]
+        missing = [need for need in self._entries[task].needs if self._tasks[need].status not in SUCCESSFUL]
         return f"needs {', '.join(missing)}" if missing else ""
 
     def totals(self, now: float) -> Totals:
@@ -283,12 +283,12 @@ class RunView:
         running = [self._said[task] for task in self._groups["build"] if task in self._said]
         costs = [cost for cost in (self._spending.cost, *(one.cost for one in running)) if cost is not None]
         return Totals(
-            landed=count["landed"],
+            landed=sum(count[PHASES[status]] for status in SUCCESSFUL),
             running=sum(count[PHASES[status]] for status in _AT_WORK),
             queued=count["queued"],
-            waiting=count["waiting"] + count[RETRY] - blocked,
+            waiting=count["waiting"] + count["approval"] + count[RETRY] - blocked,
             blocked=blocked,
-            failed=len(self._over) - count["landed"],
+            failed=len(self._over) - sum(count[PHASES[status]] for status in SUCCESSFUL),
             sessions=count["build"],
             capacity=self._capacity,
             changes=self._in_all,

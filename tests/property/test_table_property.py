@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from orchestrator.cli.view import RunView
 from orchestrator.domain.dispatch import Entry
 from orchestrator.domain.lifecycle import TRANSITIONS, Trigger, advance
-from orchestrator.domain.model import FINAL, Attempt, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.model import FINAL, SUCCESSFUL, Attempt, RunDocument, TaskDocument, TaskStatus
 from orchestrator.engine.report import RunRecord
 from orchestrator.protocols import Key, Record
 
@@ -56,7 +56,7 @@ def test_records_and_documents_make_the_same_table(entries: dict[str, Entry], da
     view = RunView(RunRecord(run, dict(tasks), entries, {}), limits)
     for now in range(1, data.draw(st.integers(2, 25))):
         name = data.draw(st.sampled_from(sorted(tasks)))
-        may_start = all(tasks[need].status is TaskStatus.LANDED for need in entries[name].needs)
+        may_start = all(tasks[need].status in SUCCESSFUL for need in entries[name].needs)
         triggers = [
             trigger
             for status, trigger in TRANSITIONS

@@ -182,7 +182,8 @@ def test_every_failure_has_a_policy(failure: FailureClass) -> None:
     for retried in (frozenset(FailureClass), frozenset[FailureClass](), RETRIED):
         expected = fixed.get(failure, Policy.RETRY if failure in retried else Policy.FAIL)
         assert policy_of(failure, retried) is expected
-    assert (failure in RETRYABLE) == (failure not in {*fixed, FailureClass.CHECKS_FAILED, FailureClass.ESCAPED})
+    others = {FailureClass.CHECKS_FAILED, FailureClass.ESCAPED, FailureClass.REJECTED}
+    assert (failure in RETRYABLE) == (failure not in {*fixed, *others})
 
 
 ENDED_WELL = Exit("exit", 0, None, None)
