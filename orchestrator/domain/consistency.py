@@ -117,7 +117,7 @@ def _end_fits(facts: WorkflowFacts) -> Iterator[Violation]:
 
 
 def _attempts_fit(facts: WorkflowFacts) -> Iterator[Violation]:
-    """Each attempt is part of one visit, and of the phase that it says."""
+    """Each attempt is part of one visit at most (a restored checkpoint takes visits back), and of the phase that it says."""
     attempts = {one.number: one for one in facts.document.attempts}
     seen: set[int] = set()
     for place, phase, record in facts.visits:
@@ -130,12 +130,6 @@ def _attempts_fit(facts: WorkflowFacts) -> Iterator[Violation]:
             if number in seen:
                 yield Violation("attempts.twice", place, f"its attempt {number} is another visit's, too", _EDITED)
             seen.add(number)
-    # A checkpoint that was restored takes back visits, but no attempts.
-    if facts.document.current is None:
-        for number, attempt in attempts.items():
-            if attempt.phase is not None and number not in seen:
-                place = f"{facts.place}, attempt {number}"
-                yield Violation("attempts.stray", place, f"no visit of {attempt.phase!r} has it", _EDITED)
 
 
 def _outputs_are_there(facts: WorkflowFacts) -> Iterator[Violation]:

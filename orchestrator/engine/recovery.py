@@ -270,7 +270,9 @@ async def _return(
     told: JsonObject | None = None,
 ) -> None:
     facts = {"outcome": "interrupted", "reason": _CUT_OFF, "branch": branch, "is_kept": is_kept}
-    attempts = ledger.task(task).with_attempt(**{"ended": clock.now(), **facts, **(told or {})})
+    document = ledger.task(task)
+    attempts = document.with_attempt(**{"ended": clock.now(), **facts, **(told or {})})
     details = {"reason": _CUT_OFF, "branch": branch}
-    await ledger.change(task, Trigger.INTERRUPT, details, attempts=attempts, branch=branch, reason=_CUT_OFF)
+    kept = branch or (document.branch if document.phases else None)  # what earlier phases built
+    await ledger.change(task, Trigger.INTERRUPT, details, attempts=attempts, branch=kept, reason=_CUT_OFF)
     failpoint("recovery.attempt_returned")

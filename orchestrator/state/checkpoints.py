@@ -45,7 +45,7 @@ KIND: Final = "checkpoint"
 WHOLE: Final = "all"
 
 #: The kinds that are turned back.
-_TURNED_BACK: Final = ("run", "spec", "task", "imported", "shared")
+_TURNED_BACK: Final = ("run", "spec", "task", "imported", "handoff", "shared")
 #: Notes of sessions, which only come back. Their names begin with what they are about, and not with their run.
 _NOTE: Final = "note"
 #: The kinds that are looked at.

@@ -27,7 +27,7 @@ T = TypeVar("T")
 #: The kinds of documents that there are; others are known once they are written.
 KINDS: Final = (
     *("run", "spec", "task", "lease", "adapter", "cursor", "request", "conflict", "checkpoint", "ports"),
-    *("claim", "orchestrator", "ownership", "context", "note", "shared"),
+    *("claim", "orchestrator", "ownership", "context", "note", "handoff", "shared"),
 )
 #: Records, and documents, that are dealt with at once: no more of the log is ever held.
 _PART: Final = 256
