@@ -21,7 +21,7 @@ PHASE` only in that phase of the task's workflow.
     intrude PATH TEXT…   try to write a file, and go on if that is denied
     hand-over JSON       write it where the session hands over     answer JSON    end the answer with it
     tell JSON            give it to the command for that, and print what is wrong with it
-    built PATH…          hand over a build of these files
+    built PATH…          hand over a build of these files      share KEY JSON    share it with the others
     plant PATH           leave hooks and configuration in the session's git directory that would write PATH
 
 With `FAKE_CLI_LEDGER` set, every start appends `run task attempt` to that file first.
@@ -116,6 +116,8 @@ def _step(words: list[str], rest: str) -> None:
             print(f"Here it is.\n```json\n{rest}\n```", flush=True)
         case ["tell", *_]:
             subprocess.run(["council", "hand-over"], input=rest, text=True, check=False, stderr=subprocess.STDOUT)
+        case ["share", key, *_]:
+            subprocess.run(["council", "share", "put", key, rest.partition(" ")[2]], check=True)
         case ["built", *paths]:
             sums = [{"path": path, "checksum": hashlib.sha256(Path(path).read_bytes()).hexdigest()} for path in paths]
             Path(os.environ["COUNCIL_HANDOFF"]).write_text(json.dumps({"artifacts": sums, "summary": "built"}))

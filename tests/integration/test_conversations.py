@@ -123,3 +123,44 @@ async def test_a_login_of_the_users_is_found_and_can_be_renewed(
     assert ended.states == {"t": "landed"}, ended
     assert (user / ".claude/.credentials.json").read_text() == "login\nnew\n"
     assert (user / ".claude/settings.json").read_text() == "{}\n"
+
+
+#: What a phase hands over.
+NUMBER = {"kind": "number", "schema": {"type": "object", "required": ["n"]}}
+
+
+def prompts_of(repository: Repository, ended: Ended) -> list[str]:
+    """Return what the program was told, as it keeps its conversation."""
+    (kept,) = (repository.top / ".council/logs" / ended.result["run"] / "homes/t/claude").rglob("*.jsonl")
+    return [json.loads(line) for line in kept.read_text().splitlines()]
+
+
+async def test_a_handoff_is_mended_in_the_conversation_that_it_came_from(
+    repository: Repository, bin_folder: Path
+) -> None:
+    """Only what is wrong with it is told: the rest is known there."""
+    workflow = [{"ask": {"access": "read", "produces": NUMBER}}]
+    prompt = """attempt 1 run printf '{"m": 1}' > $COUNCIL_HANDOFF"""
+    ended = run(repository, bin_folder, prompt, task={"workflow": "one"}, workflows={"one": workflow})
+    assert ended.states == {"t": "failed"}, ended  # what is told then holds no step
+    first, second = attempts(repository, ended)
+    assert (first["outcome"], second["outcome"]) == ("invalid_handoff", "invalid_handoff")
+    assert (first["resumed"], second["resumed"]) == (False, True)
+    whole, errors = prompts_of(repository, ended)
+    assert prompt in whole
+    assert prompt not in errors
+    assert "'n' is a required property" in errors
+    await repository.assert_invariants()
+
+
+async def test_a_phase_that_continues_goes_on_with_an_earlier_ones_conversation(
+    repository: Repository, bin_folder: Path
+) -> None:
+    """It is told its own prompt; another adapter could not go on with it."""
+    workflow = [{"ask": {"access": "read", "produces": NUMBER}}, {"build": {"session": {"continue": "ask"}}}]
+    prompt = """attempt 1 run printf '{"n": 1}' > $COUNCIL_HANDOFF\nattempt 2 tell two.json\nwrite a.txt right"""
+    ended = run(repository, bin_folder, prompt, task={"workflow": "two"}, workflows={"two": workflow})
+    assert ended.states == {"t": "landed"}, ended
+    assert [(one["phase"], one["resumed"]) for one in attempts(repository, ended)] == [("ask", False), ("build", True)]
+    assert prompt in told(repository, "two.json")["prompt"]
+    await repository.assert_invariants()

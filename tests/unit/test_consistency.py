@@ -123,7 +123,6 @@ BROKEN: list[tuple[str, Any]] = [
     ("attempts.missing", lambda one: changed(one, 1, attempts=(2, 9))),
     ("attempts.phase", lambda one: changed(one, attempts=attempts("plan", "plan", "review"))),
     ("attempts.twice", lambda one: changed(one, 1, attempts=(2, 1))),
-    ("attempts.stray", lambda one: changed(one, attempts=attempts("plan", "build", "review", "build"))),
     ("outputs.missing", lambda one: changed(one, 0, handoff=None)),
     ("outputs.missing", lambda one: replace(one, handoffs={})),
     ("outputs.extra", lambda one: replace(one, workflow=Workflow((Phase(name="plan"), *WORKFLOW.phases[1:])))),
