@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -39,6 +40,17 @@ _BROKEN = {
         ADAPTER + "\nEcho.Options = dict\n" + REGISTERS.format(kind="adapters", name="loose", type="Echo"),
         "the Options of 'loose' are no pydantic model",
     ),
+    "kindless": (
+        REGISTER + REGISTERS.format(kind="handoff_kinds", name="k", type="dict"),
+        "a name and a pydantic model or a Kind of that name are wanted",
+    ),
+    "plan-thief": (
+        REGISTER
+        + "from pydantic import BaseModel\n"
+        + REGISTERS.format(kind="handoff_kinds", name="plan", type="BaseModel"),
+        "'plan' among the handoff_kinds is already the plugin 'handoffs' of cli-council",
+    ),
+    "lax": (REGISTER + REGISTERS.format(kind="validators", name="v", type="dict"), "a name and a Validator are wanted"),
     "typeless": (REGISTER + REGISTERS.format(kind="stores", name="s", type="None"), "a name and a type are wanted"),
 }  # fmt: skip
 
@@ -82,8 +94,58 @@ print(json.dumps({
     return found
 
 
+def test_what_a_plugin_says_of_handoffs_is_there_with_ours(repository: Repository, site: Path) -> None:
+    """A model becomes a kind; a check that is added to one of ours is part of it."""
+    code = """
+    from orchestrator.domain.handoff_kinds import Validator
+    from orchestrator.domain.violations import Violation
+    from pydantic import BaseModel
+
+    class Risks(BaseModel):
+        risks: list[str]
+
+    @hookimpl
+    def council_register_handoff_kinds(register):
+        register("risks", Risks)
+
+    @hookimpl
+    def council_register_validators(register):
+        register("strict", Validator("scout", lambda data, facts: [Violation("mine", "all", "no", "do")]))
+
+    @hookimpl
+    def council_register_transformations(register):
+        register("risks_to_plan", lambda data, analysis: data)
+
+    @hookimpl
+    def council_register_constraints(register):
+        register("never", lambda facts: ())
+    """
+    install(site, "risks", REGISTER + dedent(code))
+    asked = """
+import json
+from orchestrator.domain.handoff_kinds import Facts
+from orchestrator.plugins import load_plugins
+found = load_plugins()
+kinds = found.checked_kinds()
+print(json.dumps([
+    sorted(kinds), sorted(found.transformations), sorted(found.constraints), kinds["risks"].schema["required"],
+    [one.rule for one in kinds["scout"].check({"findings": []}, Facts()).violations],
+    [one.rule for one in kinds["risks"].check({}, Facts()).violations],
+]))
+"""
+    done = subprocess.run([sys.executable, "-c", asked], env=repository.environ, check=True, capture_output=True)
+    assert json.loads(done.stdout) == [
+        ["build", "deploy", "plan", "review", "risks", "scout", "test"],
+        ["risks_to_plan", "scout_to_plan"],
+        ["never"],
+        ["risks"],
+        ["mine"],
+        ["risks.required"],
+    ]
+
+
 async def test_whatever_is_wrong_with_plugins_is_told_and_the_run_goes_on(repository: Repository, site: Path) -> None:
-    """Eleven kinds of broken plugins are each named with a reason; the run lands, and one that is whole is used."""
+    """Many kinds of broken plugins are each named with a reason; the run lands, and one that is whole is used."""
     for name, (code, _) in _BROKEN.items():
         install(site, name, code)
     install(site, "whole", _ECHO)
