@@ -253,15 +253,41 @@ class Council:
         check_reason(reason)
         return await self._ask(run or await self.newest_run(), Action.IGNORE, tasks, reason)
 
-    async def retry(self, *tasks: str, run: str | None = None) -> RunReport:
+    async def retry(self, *tasks: str, run: str | None = None, from_phase: str | None = None) -> RunReport:
         """Have tasks tried again that are over without having landed; return how the run then stands.
 
-        A process that is at work in the run does so at once; otherwise the next `resume` does.
+        Those with a workflow go on at the phase that they were at, or at `from_phase`: what came of the phases before
+        that stays. A process that is at work in the run does so at once; otherwise the next `resume` does.
         """
-        return await self._ask(run or await self.newest_run(), Action.RETRY, tasks)
+        return await self._ask(run or await self.newest_run(), Action.RETRY, tasks, phase=from_phase)
 
-    async def _ask(self, run: str, action: Action, tasks: tuple[str, ...], reason: str | None = None) -> RunReport:
-        await (await self._executing()).ask(run, action, tasks, reason)
+    async def approve(self, *tasks: str, note: str | None = None, run: str | None = None) -> RunReport:
+        """Approve what a phase of each task came to, so that it goes on; return how the run then stands.
+
+        RefusedError where one waits for no approval. Whichever process is at work in the run goes on at once; otherwise
+        the next `resume` does.
+        """
+        return await self._answer(Action.APPROVE, tasks, note, run)
+
+    async def reject(self, *tasks: str, note: str | None = None, run: str | None = None) -> RunReport:
+        """Have the phases done again whose result waits to be approved; for the rest see `approve`.
+
+        The note is what their sessions are told.
+        """
+        return await self._answer(Action.REJECT, tasks, note, run)
+
+    async def _answer(self, action: Action, tasks: tuple[str, ...], note: str | None, run: str | None) -> RunReport:
+        from orchestrator.engine.requests import check_note  # noqa: PLC0415  seldom needed
+
+        check_note(note)
+        if not tasks:  # the engine would take all that are not over
+            raise RefusedError("no task is named", "`council status` names those that wait for approval")
+        return await self._ask(run or await self.newest_run(), action, tasks, note)
+
+    async def _ask(
+        self, run: str, action: Action, tasks: tuple[str, ...], reason: str | None = None, phase: str | None = None
+    ) -> RunReport:
+        await (await self._executing()).ask(run, action, tasks, reason, phase)
         return await self.status(run)
 
     async def checkpoint(self, run: str | None = None, *, reason: str = "by hand", whole: bool = False) -> Checkpoint:

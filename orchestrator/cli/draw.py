@@ -24,6 +24,9 @@ _STYLES: Mapping[str, str] = {
     "queued": "blue",
     "retry": "magenta",
     "landed": "green",
+    "done": "green",
+    "approval": "bold yellow",
+    "waiting for approval": "bold yellow",
     "conflict": "red",
     "failed": "red",
     "cancelled": "red",
@@ -36,7 +39,7 @@ _WIDEST: Mapping[str, int] = {"task": 32, "adapter": 16}
 _PART = 3
 _GAP = 2
 #: States of which there may be thousands, all alike, and how many of each have a row in a result that is drawn.
-_PLENTIFUL = frozenset({"landed", "pending", "blocked"})
+_PLENTIFUL = frozenset({"landed", "done", "pending", "blocked"})
 MOST_ROWS = 200
 
 
@@ -63,7 +66,7 @@ def _columns(rows: Sequence[Row]) -> dict[str, list[_Cell]]:
     """Return the cells of each column, as text and style."""
     return {
         "task": [(row.task, "none") for row in rows],
-        "phase": [(row.phase, _STYLES.get(row.phase, "dim")) for row in rows],
+        "phase": [(row.stage or row.phase, _STYLES.get(row.phase, "dim")) for row in rows],
         "adapter": [(row.adapter, "dim") for row in rows],
         "attempt": [(row.attempt, "dim") for row in rows],
         "time": [(row.elapsed, "none") for row in rows],

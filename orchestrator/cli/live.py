@@ -32,7 +32,9 @@ _PAUSE = 0.25
 #: Lines that are not for rows: the header, the totals, and one where the cursor can stand.
 _OTHER_LINES = 3
 #: What is told of a task beside the table: it has no row for it.
-_TOLD_OF_TASKS = frozenset({"task.salvaged", "task.worktree_kept"})
+_TOLD_OF_TASKS = frozenset({"task.salvaged", "task.worktree_kept", "task.changes_discarded", "task.waiting"})
+#: What events that are about a task begin with.
+_OF_TASKS = ("task.", "phase.", "handoff.")
 
 
 class LiveTable:
@@ -88,7 +90,7 @@ def _adapters(learned: Mapping[str, AdapterDocument]) -> Iterator[str]:
 
 
 def _is_told(event: Event) -> bool:
-    return event.type in _TOLD_OF_TASKS or not event.type.startswith("task.")
+    return event.type in _TOLD_OF_TASKS or not event.type.startswith(_OF_TASKS)
 
 
 class _Screen:

@@ -48,6 +48,7 @@ COMMANDS: Mapping[str, Mapping[str, Entry]] = {
     },
     "Look": {
         "status": Entry("orchestrator.cli.status:status", "Show how a run stands; the exit code says so too."),
+        "show": Entry("orchestrator.cli.show:show", "Tell the whole story of a task: phases, sessions, handoffs."),
         "watch": Entry(
             "orchestrator.cli.watch:watch", "Show a run that is at work until it ends; Ctrl-C ends only the showing."
         ),
@@ -71,6 +72,8 @@ COMMANDS: Mapping[str, Mapping[str, Entry]] = {
     "Steer": {
         "cancel": Entry("orchestrator.cli.tasks:cancel", "End tasks for good; without TASK, all that are not over."),
         "retry": Entry("orchestrator.cli.tasks:retry", "Try tasks again that are over without having landed."),
+        "approve": Entry("orchestrator.cli.tasks:approve", "Approve what tasks came to, so that they go on."),
+        "reject": Entry("orchestrator.cli.tasks:reject", "Have done again what waits for approval."),
         "task": Entry("orchestrator.cli.tasks:task", "Say what is to become of single tasks."),
         "salvage": Entry("orchestrator.cli.salvage:salvage", "See, take over or drop work that is on no target."),
         "checkpoint": Entry(

@@ -28,7 +28,7 @@ SENTENCES: Mapping[str, str] = {
     "legacy.imported": "imported {tasks} tasks from {sources}",
     "legacy.damaged": "not imported as it is: {path}: {reason}",
     "run.limited": "no more than {sessions} sessions at once: {reason}",
-    "run.waiting": "nothing is left to do before {until} but to wait for {adapters}",
+    "run.waiting": "nothing is left to do{before} but to wait for {awaited}",
     "run.paused": "nothing starts for {retry_in:g} s: {reason}",
     "repository.changed": "in your repository, not by council, while {sessions} ran: {changes}",
     "plugin.left_out": "left out: {reason}",
@@ -69,6 +69,22 @@ SENTENCES: Mapping[str, str] = {
     "task.ownership_extended": "owns what else it changed, too",
     "task.escape_allowed": "changed what it does not own, and may",
     "task.landed": "landed as {landed:.10}",
+    "task.advanced": "goes on to phase {next}",
+    "task.repeating": "{reason}; another round follows",
+    "task.waiting": "a person is to approve this: `council approve {task}`, or `council reject {task} --note TEXT`",
+    "task.approved": "phase {phase} is approved{noted}",
+    "task.sent_back": "phase {phase} is sent back{noted}",
+    "task.done": "done",
+    "task.changes_discarded": "a phase that is to change nothing changed this, it was discarded: {paths}",
+    "phase.entered": "phase {phase} begins",
+    "phase.awaiting": "phase {phase} waits for approval",
+    "phase.completed": "phase {phase} is complete",
+    "phase.failed": "phase {phase} has failed",
+    "phase.skipped": "phase {phase} is skipped: {reason}",
+    "phase.cancelled": "phase {phase} is cancelled",
+    "handoff.delivered": "phase {phase} has handed over: {kind}",
+    "handoff.invalid": "phase {phase} has handed over what is not valid",
+    "shared.put": "shared as {key}",
     "task.salvaged": "work that was on no branch is kept on {branch}",
     "task.claim_lost": "taken over by {by}; {left}",
     "task.desk_failed": "a question of its session could not be answered: {reason}",
@@ -222,8 +238,13 @@ def _readable(data: JsonObject) -> JsonObject:
     told: JsonObject = {
         key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in data.items()
     }
-    if "until" in told:
+    if told.get("until") is not None:
         told["until"] = local_time(told["until"])
+    told["before"] = f" before {told['until']}" if told.get("until") else ""
+    if "approvals" in told:
+        who = (told["adapters"], f"somebody to approve {told['approvals']}" if told["approvals"] else "")
+        told["awaited"] = ", and for ".join(filter(None, who))
+    told["noted"] = f": {one_line(told['note'])}" if told.get("note") else ""
     if "branch" in told:
         kept = told["branch"]
         told["left"] = f"what its session left is on {kept}" if kept else "its session left no branch"

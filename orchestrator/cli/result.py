@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from orchestrator.cli.output import lines, one_line, plain
 from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.model import REVIVABLE, TaskStatus
+from orchestrator.domain.model import REVIVABLE, SUCCESSFUL, TaskStatus
 from orchestrator.engine.report import (
     AdapterReport,
     OrchestratorReport,
@@ -19,6 +20,9 @@ from orchestrator.engine.report import (
 )
 from orchestrator.instants import local_time
 from orchestrator.repo.diffs import Changes
+
+#: States that read otherwise than they are called.
+_STATES: Mapping[str, str] = {TaskStatus.WAITING: "waiting for approval"}
 
 
 class ResultRow(NamedTuple):
@@ -45,6 +49,9 @@ def next_step(task: TaskReport, report: RunReport, *, is_newest: bool = True) ->
         branch = f" --branch {shlex.quote(f'{task.id}-conflict')}" if task.state == TaskStatus.CONFLICT else ""
         apply = f"council salvage apply {shlex.quote(kept)}{branch}{run}, or "
     match task.state:
+        case TaskStatus.DONE | TaskStatus.WAITING:
+            answers = f", then council approve {name}{run}, or council reject {name}{run} --note TEXT"
+            return f"council show {name}{run}{answers if task.state == TaskStatus.WAITING else ''}"
         case TaskStatus.CONFLICT | TaskStatus.CANCELLED:
             return apply + retry
         case TaskStatus.FAILED if task.failure == FailureClass.SETUP_FAILED:
@@ -73,7 +80,7 @@ def result_rows(report: RunReport, changes: Mapping[str, Changes], *, is_newest:
         session = sessions.get(task.id) if task.state == TaskStatus.RUNNING else None
         yield ResultRow(
             plain(task.id),
-            task.state.replace("_", " "),
+            _STATES.get(task.state, task.state.replace("_", " ")),
             task.attempts,
             _what(task, report.target, changes) if session is None else session_line(session),
             plain(next_step(task, report, is_newest=is_newest)),
@@ -107,8 +114,14 @@ def _what(task: TaskReport, target: str, changes: Mapping[str, Changes]) -> str:
 
 def summary(report: RunReport) -> str:
     """Return the run in a line."""
-    landed = sum(task.state == TaskStatus.LANDED for task in report.tasks)
-    return f"run {report.run}: {report.status}, {landed} of {len(report.tasks)} landed{plain(landing_place(report))}"
+    states = Counter(task.state for task in report.tasks)
+    landed = landed_words(states[TaskStatus.LANDED], states[TaskStatus.DONE], len(report.tasks))
+    return f"run {report.run}: {report.status}, {landed}{plain(landing_place(report))}"
+
+
+def landed_words(landed: int, done: int, tasks: int) -> str:
+    """Return how many tasks came to what was asked: what is done has nothing that could land."""
+    return f"{f'{done} done, ' if done else ''}{landed} of {tasks} landed"
 
 
 def landing_place(report: RunReport) -> str:
@@ -134,7 +147,10 @@ def hints(report: RunReport) -> Iterator[str]:
         yield adapter_line(adapter)
     if report.imported is not None:
         yield f"Only its record is here, nobody can go on with it: `council state show {report.run}` shows all of it."
-    over = {*REVIVABLE, TaskStatus.LANDED}
+    asked = [task.id for task in report.tasks if task.state == TaskStatus.WAITING]
+    if asked:
+        yield f"Waiting for a person to approve: {plain(', '.join(asked))}."
+    over = {*REVIVABLE, *SUCCESSFUL}
     is_stopped = any(adapter.closed is not None for adapter in report.adapters)
     waits = is_stopped or any(task.state not in {*over, "blocked"} for task in report.tasks)
     if report.halted is not None:

@@ -18,6 +18,7 @@ from orchestrator.cli.command import (
     tell_damage,
 )
 from orchestrator.cli.output import plain
+from orchestrator.domain.model import TaskStatus
 from orchestrator.engine.report import RunReport
 
 if TYPE_CHECKING:
@@ -80,9 +81,10 @@ def runs(active: bool, as_json: bool) -> None:
 
 def _run_line(report: RunReport, metrics: Metrics) -> str:
     from orchestrator.cli.figures import figures  # noqa: PLC0415  `status` is quicker without
-    from orchestrator.cli.result import landing_place  # noqa: PLC0415  the same
+    from orchestrator.cli.result import landed_words, landing_place  # noqa: PLC0415  the same
 
-    landed = f"{metrics.completed} of {metrics.total_tasks} landed{landing_place(report)}"
+    done = metrics.by_status.get(TaskStatus.DONE, 0)
+    landed = f"{landed_words(metrics.completed - done, done, metrics.total_tasks)}{landing_place(report)}"
     return plain(f"{report.run}  {report.status:<12} {', '.join(filter(None, [landed, figures(metrics)]))}")
 
 

@@ -35,9 +35,14 @@ def phase(task: TaskDocument, *, is_blocked: bool = False) -> str:
     """Return what a task is doing, in a word."""
     if task.status is TaskStatus.PENDING and is_blocked:
         return "blocked"
-    if task.status is TaskStatus.PENDING and task.attempts:
+    if task.status is TaskStatus.PENDING and task.attempts and not _goes_on(task):
         return RETRY
     return PHASES[task.status]
+
+
+def _goes_on(task: TaskDocument) -> bool:
+    """Whether a task waits for its next phase, and not because anything has failed."""
+    return bool(task.phases) and task.attempt.outcome in {"built", "completed"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,8 @@ class Row:
     elapsed: str
     changes: Changes
     words: str
+    stage: str = ""
+    """The phase of its workflow that a session is at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +65,13 @@ class Totals:
     """How many tasks are where, and what all of them took; times in seconds."""
 
     landed: int
-    """And those that are done with nothing to land."""
     running: int
     """At work: in a session, in checks, landing."""
     queued: int
     waiting: int
-    """For their turn, or for a person to approve them."""
     blocked: int
     failed: int
-    """Over without having landed, for whatever reason."""
+    """Over without having landed or being done, for whatever reason."""
     sessions: int
     capacity: int
     changes: Changes
@@ -74,6 +79,10 @@ class Totals:
     cost: float | None
     elapsed: float
     left: float | None
+    done: int = 0
+    """Over, with nothing that could land."""
+    asked: int = 0
+    """A person is to approve what they came to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +181,11 @@ def totals_line(totals: Totals) -> str:
     """Return the totals as one line; what is zero and need not be told is left out."""
     counts = {
         "landed": totals.landed,
+        "done": totals.done,
         "running": totals.running,
         "queued": totals.queued,
         "waiting": totals.waiting,
+        "to be approved": totals.asked,
         "blocked": totals.blocked,
         "failed": totals.failed,
     }

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import asdict
 
 import click
 
 from orchestrator.cli.command import Context, json_option, opened, perform, run_option, show_result, store_option
-from orchestrator.cli.completing import complete_live_tasks, complete_revivable_tasks, complete_tasks
+from orchestrator.cli.completing import (
+    complete_live_tasks,
+    complete_revivable_tasks,
+    complete_tasks,
+    complete_waiting_tasks,
+)
 from orchestrator.cli.group import Suggesting
 from orchestrator.cli.output import Output
-from orchestrator.domain.model import Action
+from orchestrator.council import Council
+from orchestrator.engine.report import RunReport
 
 _color = click.option("--color/--no-color", default=None, help="Colours; by default on a terminal only.")
 stat_option = click.option("--stat", is_flag=True, help="Files and counts of lines only.")
 
 
-def _ask(action: Action, tasks: tuple[str, ...], run: str | None, *, as_json: bool) -> None:
+def _ask(ask: Callable[[Council], Awaitable[RunReport]], *, as_json: bool) -> None:
     async def command(context: Context) -> int:
         async with opened(context.log) as council:
-            ask = council.cancel if action is Action.CANCEL else council.retry
-            report = await ask(*tasks, run=run)
-            await show_result(context, council, report, code=0)
+            await show_result(context, council, await ask(council), code=0)
             return 0
 
     perform(command, as_json=as_json)
@@ -44,7 +49,7 @@ def cancel(tasks: tuple[str, ...], run: str | None, as_json: bool) -> None:
       council cancel models api
       council cancel --run 20260102-030405-ab12
     """
-    _ask(Action.CANCEL, tasks, run, as_json=as_json)
+    _ask(lambda council: council.cancel(*tasks, run=run), as_json=as_json)
 
 
 @click.group(cls=Suggesting)
@@ -73,32 +78,68 @@ def ignore_tasks(tasks: tuple[str, ...], reason: str, run: str | None, as_json: 
       council task ignore models --reason "done by hand"
       council task ignore models api --reason "not before the release"
     """
-
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
-            report = await council.ignore(*tasks, reason=reason, run=run)
-            await show_result(context, council, report, code=0)
-            return 0
-
-    perform(command, as_json=as_json)
+    _ask(lambda council: council.ignore(*tasks, reason=reason, run=run), as_json=as_json)
 
 
 @click.command()
 @click.argument("tasks", metavar="TASK...", nargs=-1, required=True, shell_complete=complete_revivable_tasks)
+@click.option("--from", "phase", metavar="PHASE", help="Go on at this phase of their workflow.")
 @run_option
 @store_option
 @json_option
-def retry(tasks: tuple[str, ...], run: str | None, as_json: bool) -> None:
+def retry(tasks: tuple[str, ...], phase: str | None, run: str | None, as_json: bool) -> None:
     """Try tasks again that are over without having landed.
 
-    They have all of their attempts before them. A run that is at work does so at once; otherwise `council resume` does.
+    They have all of their attempts before them. Those with a workflow go on at the phase that they were at, or at
+    PHASE; what came of the phases before that stays. A run that is at work does so at once; otherwise `council resume`
+    does.
 
     \b
     Examples:
       council retry models
+      council retry models --from plan
       council retry models api --run 20260102-030405-ab12
     """
-    _ask(Action.RETRY, tasks, run, as_json=as_json)
+    _ask(lambda council: council.retry(*tasks, run=run, from_phase=phase), as_json=as_json)
+
+
+@click.command()
+@click.argument("tasks", metavar="TASK...", nargs=-1, required=True, shell_complete=complete_waiting_tasks)
+@click.option("--note", metavar="TEXT", help="Why, for the record.")
+@run_option
+@store_option
+@json_option
+def approve(tasks: tuple[str, ...], note: str | None, run: str | None, as_json: bool) -> None:
+    """Approve what tasks came to, so that they go on.
+
+    `council status` lists those that wait for it, `council show TASK` has what they came to. A run that is at work goes
+    on at once; otherwise `council resume` does.
+
+    \b
+    Examples:
+      council approve models
+      council approve models --note "as discussed"
+    """
+    _ask(lambda council: council.approve(*tasks, note=note, run=run), as_json=as_json)
+
+
+@click.command()
+@click.argument("tasks", metavar="TASK...", nargs=-1, required=True, shell_complete=complete_waiting_tasks)
+@click.option("--note", metavar="TEXT", help="What is to be better, as their sessions are told.")
+@run_option
+@store_option
+@json_option
+def reject(tasks: tuple[str, ...], note: str | None, run: str | None, as_json: bool) -> None:
+    """Have done again what waits for approval.
+
+    The phase that each task is at begins anew, with the note. A run that is at work goes on at once; otherwise `council
+    resume` does. To have none of it, `council cancel TASK`.
+
+    \b
+    Examples:
+      council reject models --note "keep the old names"
+    """
+    _ask(lambda council: council.reject(*tasks, note=note, run=run), as_json=as_json)
 
 
 @click.command()

@@ -26,7 +26,7 @@ from orchestrator.cli.table import (
     totals_line,
 )
 from orchestrator.domain.dispatch import Board
-from orchestrator.domain.model import FINAL, SUCCESSFUL, AdapterDocument, TaskDocument, TaskStatus
+from orchestrator.domain.model import FINAL, SUCCESSFUL, AdapterDocument, Attempt, TaskDocument, TaskStatus
 from orchestrator.engine.report import RunRecord
 from orchestrator.protocols import Event, Record
 from orchestrator.repo.diffs import Changes
@@ -156,7 +156,7 @@ class RunView:
             elif before in FINAL:
                 self._board.revive(task)
         self._set(task, after, time)
-        if before is TaskStatus.LANDED is not after.status:  # what it let start may be blocked after all
+        if before in SUCCESSFUL and after.status not in SUCCESSFUL:  # what it let start may be blocked after all
             self._board = Board.of(self._entries, {name: one.status for name, one in self._tasks.items()})
 
     def _set(self, task: str, after: TaskDocument, time: float) -> None:
@@ -183,14 +183,14 @@ class RunView:
 
     def working(self) -> list[Working]:
         """See `activity.Viewer`."""
-        return [self._session(task) for task in self._groups[PHASES[TaskStatus.RUNNING]]]
+        return [self._session(task, self._tasks[task].attempt) for task in self._groups[PHASES[TaskStatus.RUNNING]]]
 
     def built(self) -> list[Working]:
         """See `activity.Viewer`."""
-        return [self._session(task) for task in self._unseen]
+        return [self._session(task, self._tasks[task].builder) for task in self._unseen]
 
-    def _session(self, task: str) -> Working:
-        return Working(task, self._tasks[task].attempt.number, self._entries[task].adapter)
+    def _session(self, task: str, attempt: Attempt) -> Working:
+        return Working(task, attempt.number, attempt.adapter)
 
     def uncounted(self, most: int) -> dict[str, str]:
         """See `activity.Viewer`."""
@@ -214,7 +214,8 @@ class RunView:
 
     def _is_at(self, session: Working) -> bool:
         document = self._tasks[session.task]
-        return document.landed is None and bool(document.attempts) and document.attempt.number == session.attempt
+        numbers = {one.number for one in (document.attempt, document.builder)} if document.attempts else set()
+        return document.landed is None and session.attempt in numbers
 
     def _replace(self, task: str, changes: Changes) -> None:
         before = self._changes.get(task, Changes())
@@ -231,7 +232,8 @@ class RunView:
     def _chosen(self, room: int) -> list[str]:
         working = chain.from_iterable(self._groups[name] for name in ("landing", "checks", "build"))
         blocked = self._board.blocked
-        pending = chain.from_iterable(self._groups[name] for name in ("approval", "queued", RETRY, "waiting"))
+        asked = PHASES[TaskStatus.WAITING]
+        pending = chain.from_iterable(self._groups[name] for name in (asked, "queued", RETRY, "waiting"))
         waiting = chain((task for task in pending if task not in blocked), blocked)
         return choose(working, waiting, reversed(self._over), room)
 
@@ -255,12 +257,20 @@ class RunView:
         return Row(
             task=plain(task),
             phase=self._phase(task),
-            adapter=plain(self._entries[task].adapter),
-            attempt=f"{begun}/{max(self._attempts[task], begun)}" if begun else "",
+            adapter=plain(document.attempt.adapter if begun else self._entries[task].adapter),
+            attempt=self._attempt(task, document),
             elapsed=elapsed,
             changes=self._changes.get(task, Changes()),
             words=plain(one_line(self._words(task, document))),
+            stage=plain(document.phases[-1].phase) if document.status is TaskStatus.RUNNING and document.phases else "",
         )
+
+    def _attempt(self, task: str, document: TaskDocument) -> str:
+        """Return the number of the newest attempt, and of those that there may be where no phases follow."""
+        begun = len(document.attempts)
+        if not begun or document.phases:
+            return str(begun or "")
+        return f"{begun}/{max(self._attempts[task], begun)}"
 
     def _words(self, task: str, document: TaskDocument) -> str:
         """Return what a row says at its end: the last words, where a task landed, or why it did not."""
@@ -271,6 +281,8 @@ class RunView:
             return f"{document.landed[:10]} on {self.run.target}"
         if document.status is TaskStatus.RUNNING:
             return self._said.get(task, NOTHING_SAID).words or ""
+        if document.status is TaskStatus.WAITING:
+            return f"`council approve {task}`, or `council reject {task} --note TEXT`: {document.attempt.words or ''}"
         if document.attempts:
             return document.reason or document.attempt.words or ""
         missing = [need for need in self._entries[task].needs if self._tasks[need].status not in SUCCESSFUL]
@@ -283,12 +295,12 @@ class RunView:
         running = [self._said[task] for task in self._groups["build"] if task in self._said]
         costs = [cost for cost in (self._spending.cost, *(one.cost for one in running)) if cost is not None]
         return Totals(
-            landed=sum(count[PHASES[status]] for status in SUCCESSFUL),
+            landed=count["landed"],
             running=sum(count[PHASES[status]] for status in _AT_WORK),
             queued=count["queued"],
-            waiting=count["waiting"] + count["approval"] + count[RETRY] - blocked,
+            waiting=count["waiting"] + count[RETRY] - blocked,
             blocked=blocked,
-            failed=len(self._over) - sum(count[PHASES[status]] for status in SUCCESSFUL),
+            failed=len(self._over) - count["landed"] - count["done"],
             sessions=count["build"],
             capacity=self._capacity,
             changes=self._in_all,
@@ -296,13 +308,15 @@ class RunView:
             cost=sum(costs) if costs else None,
             elapsed=now - self._since,
             left=self._left(now),
+            done=count["done"],
+            asked=count[PHASES[TaskStatus.WAITING]],
         )
 
     def _left(self, now: float) -> float | None:
         """Return the seconds that are left; None where nobody can know."""
         build, learned = self._pace.build(), self._adapters.values()
         is_held = any(one.closed is not None or (one.parked_until or 0.0) > now for one in learned)
-        if build is None or self.is_over or is_held:
+        if build is None or self.is_over or is_held or self._groups[PHASES[TaskStatus.WAITING]]:
             return None
         pending = [self._chains[task] for name in ("waiting", RETRY) for task in self._groups[name]
                    if task not in self._board.blocked]  # fmt: skip

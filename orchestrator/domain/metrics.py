@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from orchestrator.domain.model import FINAL, REVIVABLE, TaskDocument, TaskStatus, known_cost
+from orchestrator.domain.model import FINAL, REVIVABLE, SUCCESSFUL, TaskDocument, TaskStatus, known_cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,13 +15,13 @@ class Metrics:
 
     total_tasks: int
     completed: int
-    """Landed."""
+    """Landed, or done without that."""
     in_progress: int
-    """In a session, built, checked or landing."""
+    """In a session, built, checked, landing, or waiting for a person to approve something."""
     failed: int
-    """Over without having landed, for whatever reason."""
+    """Over without that, for whatever reason."""
     pending: int
-    """Not begun, or waiting for another attempt."""
+    """Not begun, or waiting for another attempt or the next phase."""
     average_time_minutes: float | None
     """From the first attempt's start to the landing, of the tasks that landed; None where that is known of none."""
     by_status: Mapping[str, int]
@@ -52,7 +52,7 @@ def measure(tasks: Mapping[str, TaskDocument], landed_at: Mapping[str, float]) -
     over = sum(counts[status] for status in FINAL)
     return Metrics(
         total_tasks=len(tasks),
-        completed=counts[TaskStatus.LANDED],
+        completed=sum(counts[status] for status in SUCCESSFUL),
         in_progress=len(tasks) - pending - over,
         failed=sum(counts[status] for status in REVIVABLE),
         pending=pending,

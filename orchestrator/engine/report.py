@@ -14,7 +14,16 @@ from pydantic import ConfigDict
 from orchestrator.domain.claims import Counters, Orchestrator, total
 from orchestrator.domain.dispatch import Entry
 from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.model import FINAL, REVIVABLE, AdapterDocument, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.model import (
+    FINAL,
+    REVIVABLE,
+    SUCCESSFUL,
+    AdapterDocument,
+    RunDocument,
+    TaskDocument,
+    TaskStatus,
+)
+from orchestrator.domain.phases import OPEN
 from orchestrator.instants import local_time
 from orchestrator.protocols import JsonObject
 from orchestrator.sessions.output import log_name
@@ -26,8 +35,8 @@ _DESCRIBED = ConfigDict(use_attribute_docstrings=True)
 class RunStatus(StrEnum):
     """How a run stands; the exit code follows from it."""
 
-    LANDED = "landed"  #: every task is on the target
-    INCOMPLETE = "incomplete"  #: over, but some tasks are not on the target
+    LANDED = "landed"  #: every task is on the target, or done without that
+    INCOMPLETE = "incomplete"  #: over, but some tasks are neither
     INTERRUPTED = "interrupted"  #: stopped or killed before its end; `council resume` goes on
     HALTED = "halted"  #: stopped before its end because its budget is used up; `council resume --budget` goes on
     RUNNING = "running"
@@ -77,6 +86,8 @@ class TaskReport:
     output_tokens: int
     cost: float | None
     """US dollars of all attempts, as far as their CLIs told."""
+    phase: str | None
+    """The phase of its workflow that it is at, or is to enter next; null: none is left, or it has no workflow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +235,16 @@ class RunRecord:
     orchestrators: Sequence[Orchestrator] = ()
     """Those that are at work in it, or were."""
 
+    def adapters_of(self, task: str) -> tuple[str, ...]:
+        """Return the adapters that may run what a task is at, the best first."""
+        entry = self.entries[task]
+        if entry.workflow is None:
+            return entry.adapters
+        from orchestrator.domain.workflow import Phase, Workflow, adapters_at  # noqa: PLC0415  seldom needed
+
+        workflow = Workflow(tuple(map(Phase.model_validate, self.run.workflows[entry.workflow])))
+        return adapters_at(workflow, self.tasks[task], entry.adapter, entry.fallback)
+
     def blocked(self) -> dict[str, str]:
         """Return the tasks that can't start any more, each with a need that will not land."""
         return self.held_up([task for task, document in self.tasks.items() if document.status in REVIVABLE])
@@ -287,8 +308,8 @@ def report(
         told = replace(told, reason=waiting[task]) if task in waiting else told
         reports.append(replace(told, reason=_DAMAGED) if task in record.damaged else told)
     if status is None:
-        landed = all(document.status is TaskStatus.LANDED for document in record.tasks.values())
-        status = RunStatus.LANDED if landed else RunStatus.INCOMPLETE
+        is_there = all(document.status in SUCCESSFUL for document in record.tasks.values())
+        status = RunStatus.LANDED if is_there else RunStatus.INCOMPLETE
     run, source = record.run, record.run.imported.source if record.run.imported else None
     # Its branches, if they are still there, are in the user's own repository.
     repository = str(places.repository) if source is None else run.repo
@@ -327,9 +348,9 @@ def last_failures(record: RunRecord) -> dict[str, AdapterFailure]:
 def _stuck(record: RunRecord, closed: Mapping[str, str]) -> dict[str, str]:
     """Return the tasks that wait for an adapter that is stopped, themselves or by what they need, and why."""
     stuck = {
-        task: _stopped({name: closed[name] for name in entry.adapters})
-        for task, entry in record.entries.items()
-        if closed.keys() >= set(entry.adapters) and record.tasks[task].status is TaskStatus.PENDING
+        task: _stopped({name: closed[name] for name in record.adapters_of(task)})
+        for task in record.entries
+        if closed and record.tasks[task].status is TaskStatus.PENDING and closed.keys() >= set(record.adapters_of(task))
     }
     for task, held in record.held_up(stuck).items() if stuck else ():
         stuck[task] = f"needs {held!r}, which waits for its adapter"
@@ -352,12 +373,15 @@ def _waiting(record: RunRecord, out: Sequence[AdapterReport]) -> dict[str, str]:
     known, told = {one.name: one for one in out}, dict[tuple[str, ...], str]()
     waiting = {}
     for task, entry in record.entries.items():
-        if record.tasks[task].status is not TaskStatus.PENDING or not known.keys() >= set(entry.adapters):
+        if record.tasks[task].status is not TaskStatus.PENDING:
             continue
-        if all(record.tasks[need].status is TaskStatus.LANDED for need in entry.needs):
-            if entry.adapters not in told:
-                told[entry.adapters] = _parked([known[name] for name in dict.fromkeys(entry.adapters)])
-            waiting[task] = told[entry.adapters]
+        adapters = record.adapters_of(task)
+        if not known.keys() >= set(adapters):
+            continue
+        if all(record.tasks[need].status in SUCCESSFUL for need in entry.needs):
+            if adapters not in told:
+                told[adapters] = _parked([known[name] for name in dict.fromkeys(adapters)])
+            waiting[task] = told[adapters]
     return {task: words for task, words in waiting.items() if words}
 
 
@@ -373,6 +397,9 @@ def _task(task: str, document: TaskDocument, adapter: str, why_blocked: str | No
     state, reason = document.status.value, document.reason
     if why_blocked is not None and document.status is TaskStatus.PENDING:
         state, reason = "blocked", why_blocked
+    at = phase_at(document)
+    if document.status is TaskStatus.WAITING:
+        reason = f"phase {at!r} waits for a person to approve it"
     attempts = document.attempts
     newest = document.attempt if attempts else None
     outcome = None if newest is None else newest.outcome
@@ -392,4 +419,11 @@ def _task(task: str, document: TaskDocument, adapter: str, why_blocked: str | No
         input_tokens=sum([one.input_tokens for one in attempts]),
         output_tokens=sum([one.output_tokens for one in attempts]),
         cost=document.cost,
+        phase=at,
     )
+
+
+def phase_at(task: TaskDocument) -> str | None:
+    """Return the phase that a task is at, or is to enter next; None: none is left, or it has no workflow."""
+    last = task.phases[-1] if task.phases else None
+    return last.phase if last is not None and last.status in OPEN else task.phase

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from orchestrator.clock import Clock
 from orchestrator.domain.lifecycle import TRANSITIONS, Trigger
@@ -18,6 +19,9 @@ from orchestrator.errors import RefusedError
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Commit, Event, Store, Write
 from orchestrator.repo.hub import work_branch
+
+#: Characters of what a person says of what they approve or reject.
+LONGEST_NOTE: Final = 10_000
 
 
 def check_request(
@@ -40,6 +44,9 @@ def check_request(
         if action is Action.RETRY and task in blocked:
             need = blocked[task]
             raise RefusedError(f"task {task!r} waits for {need!r}, which did not land", f"`council retry {need}`")
+        if action is Action.RETRY and status is TaskStatus.WAITING:
+            remedy = f"`council approve {task}`, or `council reject {task}` has its phase done again"
+            raise RefusedError(f"task {task!r} waits for approval", remedy)
         if action is Action.RETRY and status not in REVIVABLE:
             raise RefusedError(f"task {task!r} is not over: it is {status}", "cancel it first, or wait")
 
@@ -50,6 +57,18 @@ def check_reason(reason: str) -> None:
         raise RefusedError("the reason is empty", "say why nobody is to try the task")
     if contains_key(reason):
         raise RefusedError("the reason holds what looks like a secret key, and is recorded", "leave it out")
+
+
+def check_note(note: str | None) -> None:
+    """Refuse what may not be recorded, and what would be too much to tell a session."""
+    if note is None:
+        return
+    if not note.strip():
+        raise RefusedError("the note is empty", "say something, or leave `--note` out")
+    if len(note) > LONGEST_NOTE:
+        raise RefusedError(f"the note has {len(note)} characters", f"say it in {LONGEST_NOTE}")
+    if contains_key(note):
+        raise RefusedError("the note holds what looks like a secret key, and is recorded", "leave it out")
 
 
 def check_phase(task: str, phase: str, known: Sequence[str]) -> None:

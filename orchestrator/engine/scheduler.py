@@ -14,7 +14,7 @@ from orchestrator.domain.claims import Verdict, should_try
 from orchestrator.domain.dispatch import Board, decide
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.lifecycle import Trigger
-from orchestrator.domain.model import CLAIMED, AdapterDocument, TaskStatus
+from orchestrator.domain.model import CLAIMED, SUCCESSFUL, AdapterDocument, TaskStatus
 from orchestrator.domain.outcome import Failed
 from orchestrator.domain.retry import Backoff, retry_delay
 from orchestrator.engine.attempts import (
@@ -98,8 +98,8 @@ class Scheduler:
         self._starved = 0
         self._paused_until = 0.0
         self._stopping = False
-        self._awaited: Mapping[str, float] = {}
-        """The parked adapters that were last told to be all that is waited for."""
+        self._awaited: tuple[Mapping[str, float], Mapping[str, int]] = {}, {}
+        """The parked adapters and the tasks to be approved that were last told to be all that is waited for."""
 
     async def remember(self, learned: Mapping[str, AdapterDocument]) -> None:
         """Keep the adapters parked that an earlier owner parked; those that it closed are tried again."""
@@ -135,8 +135,8 @@ class Scheduler:
             listening.start_soon(self._others.renew)
             listening.start_soon(self._others.sweep)
             async with anyio.create_task_group() as group:
-                landed = [task for task, status in statuses.items() if status is TaskStatus.LANDED]
-                group.start_soon(self._forget_homes, landed)
+                over = [task for task, status in statuses.items() if status in SUCCESSFUL]
+                group.start_soon(self._forget_homes, over)
                 await self._tick(group)
                 while not self._idle():
                     await self._pause()
@@ -214,14 +214,16 @@ class Scheduler:
         return Failed(FailureClass.CRASHED, f"{reason}: see to those, then `council retry {task}`")
 
     async def _tell_what_is_awaited(self) -> None:
-        """Say once that nothing is left to do but to wait for adapters that are parked."""
-        is_busy = self._is_at_work() or self._waits_to_land() or self.halted is not None
-        awaited = {} if is_busy else self._board.awaited()
-        if awaited and awaited != self._awaited:
-            self._awaited = awaited
-            ends = [(await self._ledger.adapter(name)).parked_until for name in awaited]
-            facts = {"until": min(filter(None, ends)), "adapters": sorted(awaited, key=awaited.__getitem__)}
-            await self._ledger.note("run.waiting", facts)
+        """Say once that nothing is left to do but to wait for adapters that are parked, and for people."""
+        if self._is_at_work() or self._waits_to_land() or self._hand.elsewhere or self.halted is not None:
+            return
+        awaited, asked = self._board.awaited(), self._to_be_approved()
+        if (not awaited and self._board.has_work()) or not (awaited or asked) or (awaited, asked) == self._awaited:
+            return
+        self._awaited = awaited, asked
+        ends = [(await self._ledger.adapter(name)).parked_until for name in awaited]
+        facts = {"until": min(filter(None, ends), default=None), "adapters": sorted(awaited, key=awaited.__getitem__)}
+        await self._ledger.note("run.waiting", {**facts, "approvals": list(asked)})
 
     async def _refuse(self, task: str, why: Failed) -> None:
         """End a task that may have no further session."""
@@ -258,12 +260,14 @@ class Scheduler:
     def _waits_to_land(self) -> bool:
         return bool(self._merging.waiting or (self._hand.deferred and self._last_tries > 0))
 
-    def _waits_for_people(self) -> bool:
-        return any(status is TaskStatus.WAITING for status in self._ledger.statuses().values())
+    def _to_be_approved(self) -> dict[str, int]:
+        """Return the tasks that wait for a person, each with the number of the phases that it was at."""
+        statuses = self._ledger.statuses().items()
+        return {task: len(self._ledger.task(task).phases) for task, status in statuses if status is TaskStatus.WAITING}
 
     def _idle(self) -> bool:
         has_work = self.halted is None and self._board.has_work()
-        is_awaited = self.halted is None and (bool(self._hand.elsewhere) or self._waits_for_people())
+        is_awaited = self.halted is None and (bool(self._hand.elsewhere) or bool(self._to_be_approved()))
         return not self._is_at_work() and (self._stopping or not (self._waits_to_land() or has_work or is_awaited))
 
     async def _pause(self) -> None:
@@ -302,6 +306,8 @@ class Scheduler:
                 self._merging.waiting.append(task)
             case Over() | Done() | Asked():
                 self._hand.show(task, 0.0)
+                if isinstance(after, Done):
+                    await self._forget_homes([task])
             case Again(delay):
                 self._hand.wait(task, delay or 0.0)
             case Parked(adapter, until):
@@ -333,7 +339,7 @@ class Scheduler:
         self._hand.wake()
 
     async def _forget_homes(self, tasks: Sequence[str]) -> None:
-        """Remove the homes of tasks that have landed: nobody goes on with them."""
+        """Remove the homes of tasks that have landed or are done: nobody goes on with them."""
         await homes.remove(self._shop.tools.logs, tasks, self._shop.tools.environ)
 
     async def _feed_landing(self, task: str) -> None:

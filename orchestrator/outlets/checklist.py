@@ -40,6 +40,8 @@ _ID: Final = re.compile(r"\{#([^{}\s]+)\}\s*$")
 _FENCE: Final = re.compile(rb"[ ]{0,3}(`{3,}|~{3,})")
 _NOT_IN_SLUG: Final = re.compile(r"[^a-z0-9]+")
 _LONGEST_SLUG: Final = 48
+#: Events of tasks that came to what was asked.
+_SUCCESSFUL: Final = frozenset({"task.landed", "task.done"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +123,10 @@ class Checklist:
         return [TrackedTask(item.id, item.text) for item in items if not item.done]
 
     async def send(self, events: Sequence[RecordedEvent]) -> None:
-        """Tick what has landed."""
-        landed = {str(one.event.data.get("task")) for one in events if one.event.type == "task.landed"}
-        if landed:
-            await anyio.to_thread.run_sync(self._tick, landed, abandon_on_cancel=True)
+        """Tick what has landed, or is done without that."""
+        over = {str(one.event.data.get("task")) for one in events if one.event.type in _SUCCESSFUL}
+        if over:
+            await anyio.to_thread.run_sync(self._tick, over, abandon_on_cancel=True)
 
     async def _check_untracked(self) -> None:
         """Refuse a file whose ticks would be changes in somebody's checkout: they would keep work from landing."""
@@ -144,11 +146,11 @@ class Checklist:
             what = f"{self._path} can't be read, {(error.strerror or str(error)).lower()}"
             raise RefusedError(what, "name a checklist that is there") from error
 
-    def _tick(self, landed: set[str]) -> None:
+    def _tick(self, over: set[str]) -> None:
         path = self._path.resolve()
         data = before = path.read_bytes()
         for item in read_items(data):
-            if item.id in landed and not item.done:
+            if item.id in over and not item.done:
                 data = data[: item.offset] + b"x" + data[item.offset + 1 :]
         if data != before:
             _replace(path, data)

@@ -33,7 +33,7 @@ from typing import Any, Final
 
 import anyio.to_thread
 
-from orchestrator.domain.model import RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.model import SUCCESSFUL, RunDocument, TaskDocument, TaskStatus
 from orchestrator.domain.turning_back import turn_back
 from orchestrator.errors import HistoryGone, RefusedError, VersionConflict
 from orchestrator.failpoints import failpoint
@@ -281,7 +281,7 @@ def _status(run: str | None, ended: float | None, phase: Mapping[str, int], is_l
         return None
     if ended is None:
         return "running" if is_live else "interrupted"
-    return "landed" if phase.keys() <= {TaskStatus.LANDED} else "incomplete"
+    return "landed" if phase.keys() <= SUCCESSFUL else "incomplete"
 
 
 def _decide(checkpoint: Checkpoint, then: Mapping[Key, Document], now: Mapping[Key, Document]) -> Restoration:

@@ -260,6 +260,8 @@ async def _starts(
         for need in spec.needs:
             for attempt in tasks[task].attempts:
                 landed = tasks[need].landed
+                if tasks[need].status is TaskStatus.DONE:
+                    continue
                 if landed is None:
                     yield f"7: {task} started before {need} had landed"
                 elif (await git("merge-base", "--is-ancestor", landed, attempt.base, ok=(0, 1))).returncode:
