@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from orchestrator.engine.memory import Memory
     from orchestrator.engine.restoring import Restored
     from orchestrator.engine.sharing import Sharing
+    from orchestrator.engine.story import Story
     from orchestrator.execution import Execution
     from orchestrator.locking.overview import Lock, Overview
     from orchestrator.past import Past
@@ -423,6 +424,13 @@ class Council:
     async def status(self, run: str | None = None) -> RunReport:
         """Describe a run as it stands now."""
         return await self._runs.status(run or await self.newest_run())
+
+    async def story(self, task: str, run: str | None = None) -> Story:
+        """Return all that is known of a task: phases, sessions, handoffs, landing. RefusedError where there is none.
+
+        Without `run` it is the task of the newest run.
+        """
+        return await self.past.story(run or await self.newest_run(), task)
 
     async def runs(self, *, active: bool = False) -> list[RunReport]:
         """Describe all runs of the project, or only those that are not over: at work, or cut off; the oldest first."""

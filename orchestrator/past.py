@@ -6,10 +6,10 @@ import difflib
 from collections import deque
 from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import anyio.to_thread
 
@@ -17,7 +17,7 @@ from orchestrator.domain.metrics import Metrics, measure
 from orchestrator.domain.model import Attempt, RunDocument, TaskDocument
 from orchestrator.domain.usage import RunUsage, usage_of
 from orchestrator.engine.overview import Overview, landing_times, overview
-from orchestrator.engine.records import read_run, read_tasks, task_documents
+from orchestrator.engine.records import read_handoffs, read_run, read_spec, read_tasks, task_documents
 from orchestrator.engine.report import AdapterFailure, RunStatus, last_failures
 from orchestrator.errors import HistoryGone, RefusedError
 from orchestrator.protocols import HISTORY, Document, Key, Record, RecordedEvent, State, Version
@@ -27,6 +27,9 @@ from orchestrator.runs import Runs
 from orchestrator.sessions.output import last_sign
 from orchestrator.state.checkpoints import KIND
 from orchestrator.state.reading import backwards, between, is_of_run, position_at
+
+if TYPE_CHECKING:
+    from orchestrator.engine.story import Story
 
 #: How many events of a run are shown with it.
 EVENTS: Final = 100
@@ -143,6 +146,39 @@ class Past:
     async def last_failures(self, run: str) -> dict[str, AdapterFailure]:
         """Return of each adapter of a run the last session that failed, by the adapter's name."""
         return last_failures(await self.runs.record(run))
+
+    async def story(self, run: str, task: str) -> Story:
+        """Return the whole story of a task. RefusedError where the run has none of that name."""
+        from orchestrator.engine.story import Asked, story  # noqa: PLC0415  seldom needed
+
+        document = await read_run(self.runs.store, run)
+        document.check_task(task)
+        record = await self.runs.record(run)
+        status = None
+        if record.run.ended is None:
+            status = RunStatus.RUNNING if await self.runs.seems_live(run) else RunStatus.INTERRUPTED
+        report = next(one for one in self.runs.describe(record, status).tasks if one.id == task)
+        asked = Asked()
+        if record.run.imported is None:
+            spec = await read_spec(self.runs.store, run, task)
+            asked = Asked(spec.prompt, spec.tracker, spec.needs)
+            if spec.workflow is not None:
+                names = [phase["name"] for phase in record.run.workflows[spec.workflow]]
+                asked = replace(asked, workflow=spec.workflow, phases=names)
+        handoffs = await read_handoffs(self.runs.store, run, task)
+        found = await read_tasks(self.runs.store, run)
+        landed_at = await self._landed_at(record.run, {task: record.tasks[task]}, found)
+        return story(
+            run,
+            report,
+            record.tasks[task],
+            asked,
+            {name: one for name, (_, one) in handoffs.items()},
+            target=record.run.target,
+            landed_at=landed_at.get(task),
+            logs=str(self.runs.project.logs(run)),
+            damage=self.runs.damage,
+        )
 
     async def overview(self, run: str) -> Overview:
         """Return all that is known of a run, also of one whose repositories are gone."""

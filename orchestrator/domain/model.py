@@ -89,6 +89,8 @@ class Attempt(_Document):
     """Whether it went on with the conversation of an earlier attempt."""
     phase: str | None = None
     """The phase of the task's workflow that it was made at; None: the task has no workflow."""
+    discarded: tuple[str, ...] = ()
+    """The first of the paths that it changed though it was to change nothing, which was discarded."""
 
 
 def known_cost(attempts: Iterable[Attempt]) -> float | None:

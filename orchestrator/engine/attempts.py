@@ -40,6 +40,8 @@ from orchestrator.sessions.shell import CommandFailed
 
 #: By how many seconds the end of a limit must be later than was known to be told again: programs tell whole seconds.
 _LATER = 1.0
+#: Paths that are recorded of what was discarded.
+_DISCARDED = 100
 #: Paths that an event names.
 MOST_TOLD = 200
 
@@ -448,6 +450,7 @@ class Attempts:
             is_kept=not finished.collected,
             folder=None if finished.folder is None else str(finished.folder),
             resumed=work.session.assignment.earlier is not None,
+            discarded=finished.discarded[:_DISCARDED],
             **self.shop.accounting.recorded(finished.transcript, document.attempts),
         )
         branch = finished.branch if work.turn.phase.writes else document.branch

@@ -1,0 +1,39 @@
+"""The command that tells the whole story of a task."""
+
+from __future__ import annotations
+
+import click
+
+from orchestrator.cli.command import Context, json_option, opened, perform, run_option, store_option
+from orchestrator.cli.completing import complete_tasks
+from orchestrator.cli.story import story_lines
+
+
+@click.command()
+@click.argument("task", shell_complete=complete_tasks)
+@run_option
+@store_option
+@json_option
+def show(task: str, run: str | None, as_json: bool) -> None:
+    """Tell the whole story of a task: phases, sessions, handoffs.
+
+    With what each phase was given and what was left out, findings, tokens, cost and time, and its landing. What was
+    handed over is shortened; with --json it is there as it is.
+
+    \b
+    Examples:
+      council show models
+      council show models --run 20260102-030405-ab12 --json
+    """
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            story = await council.story(task, run)
+            if as_json:
+                context.output.json({**story.to_json(), "exit": 0})
+                return 0
+            for line in story_lines(story):
+                context.output.text(f"{line}\n")
+            return 0
+
+    perform(command, as_json=as_json, brief=True)
