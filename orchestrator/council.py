@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from orchestrator.domain.contexts import SessionContext, TaskSummary
     from orchestrator.domain.model import RunDocument
     from orchestrator.domain.notes import Note
+    from orchestrator.engine.checking import RunCheck
     from orchestrator.engine.details import SessionDetails
     from orchestrator.engine.findings import Finding
     from orchestrator.engine.memory import Memory
@@ -498,6 +499,17 @@ class Council:
     async def repair(self) -> Verified:
         """Settle for what can be read of what is recorded; return what `verify` finds then (see `Store.repair`)."""
         return await self._store.repair()
+
+    async def check(self, run: str | None = None) -> RunCheck:
+        """Hold all that is recorded of a run's workflows against the rules, those of plugins with them.
+
+        Nothing is changed, and a run may be at work meanwhile.
+        """
+        from orchestrator.engine.checking import check_run  # noqa: PLC0415  seldom needed
+
+        plugins, runs = await self._installed(), self._runs
+        kinds, name = plugins.checked_kinds(), run or await self.newest_run()
+        return await check_run(self._store, name, kinds, plugins.constraints, runs.clock, runs.environ)
 
     async def health(self) -> list[Finding]:
         """Look at the health of the state: soundness, size, latency, what is cut off, silent or waits for a person.

@@ -56,6 +56,7 @@ COMMANDS: Mapping[str, Mapping[str, Entry]] = {
         "usage": Entry("orchestrator.cli.usage:usage", "Tell what a run used up, by adapter and by task."),
         "logs": Entry("orchestrator.cli.tasks:logs", "Print what a task's program and checks printed."),
         "diff": Entry("orchestrator.cli.tasks:diff", "Show what a task has changed, so far if it is at work."),
+        "check": Entry("orchestrator.cli.check:check", "Hold what is recorded of a run's workflows against the rules."),
         "state": Entry("orchestrator.cli.state:state", "See what is recorded, now and at any earlier moment."),
         "locks": Entry("orchestrator.cli.locks:locks", "List what is locked, by whom and since when, and who waits."),
         "where": Entry("orchestrator.cli.status:where", "Say where everything is kept."),

@@ -8,7 +8,7 @@ The numbers are those of the project's list of invariants:
  5 the log is whole, versions have no gaps                                   11 fsck and worktree list succeed
  6 replaying the log gives the state                                         12 the user's repository is as it was
  7 no task starts before its needs have landed, none is lost or invented     14 no secret is in a log, record or commit
-                                                                            15 state is the owner's alone
+17 all that is recorded of workflows agrees with itself                     15 state is the owner's alone
 
 (4 and 16 are what the tests that call this do with time and processes; 13 is `finish` of the crash tests; for 14 they
 name the canaries that they planted.)
@@ -18,16 +18,20 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import anyio.to_thread
 
 from orchestrator.clock import SystemClock
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.model import REVIVABLE, RunDocument, TaskDocument, TaskStatus
+from orchestrator.engine.checking import RunCheck, check_run
 from orchestrator.engine.contexts import KIND as CONTEXT
+from orchestrator.plugins import load_plugins
 from orchestrator.project import Project
-from orchestrator.protocols import JsonObject, Key, Record
+from orchestrator.protocols import JsonObject, Key, Record, Store
 from orchestrator.repo.git import Git
 from orchestrator.repo.hub import Hub
 from orchestrator.repo.landing import TRAILER
@@ -60,6 +64,7 @@ class _State:
     records: list[Record]
     documents: dict[Key, JsonObject]
     damage: int
+    checks: list[RunCheck]
 
     def of(self, kind: str) -> dict[str, JsonObject]:
         return {key.id: value for key, value in self.documents.items() if key.kind == kind}
@@ -67,13 +72,13 @@ class _State:
 
 async def assert_invariants(scene: Scene) -> None:
     """Raise AssertionError that lists every invariant which does not hold."""
-    state = await _read(scene.top)
+    state = await _read(scene)
     broken = [violation async for violation in _violations(scene, state)]
     assert not broken, "\n".join(broken)  # noqa: S101  the purpose of this function
 
 
-async def _read(top: Path) -> _State:
-    async with open_file_store(Project(top).store(), SystemClock()) as store:
+async def _read(scene: Scene) -> _State:
+    async with open_file_store(Project(scene.top).store(), SystemClock()) as store:
         last, records = await store.position(), list[Record]()
         if last:
             async for record in store.watch():
@@ -82,11 +87,21 @@ async def _read(top: Path) -> _State:
                     break
         kinds = {key.kind for record in records for key in record.documents}
         found = [document for kind in sorted(kinds) for document in await store.list(kind)]
-        return _State(records, {one.key: one.value for one in found}, len(store.damage))
+        documents = {one.key: one.value for one in found}
+        runs = [key.id for key, value in documents.items() if key.kind == "run" and value.get("workflows")]
+        return _State(records, documents, len(store.damage), await _checked(scene, store, runs))
+
+
+async def _checked(scene: Scene, store: Store, runs: Sequence[str]) -> list[RunCheck]:
+    if not runs:
+        return []
+    plugins = await anyio.to_thread.run_sync(load_plugins, scene.environ)
+    kinds, constraints = plugins.checked_kinds(), plugins.constraints
+    return [await check_run(store, run, kinds, constraints, SystemClock(), scene.environ) for run in runs]
 
 
 async def _violations(scene: Scene, state: _State) -> AsyncIterator[str]:
-    for violation in (*_log(state), *_modes(scene.top)):
+    for violation in (*_log(state), *_modes(scene.top), *_workflows(state)):
         yield violation
     async for violation in _secrets(scene, state):
         yield violation
@@ -134,6 +149,11 @@ def _log(state: _State) -> list[str]:
     if replayed != {key: value for key, value in state.documents.items() if key.kind != CONTEXT}:
         broken.append("6: replaying the log gives another state")
     return broken
+
+
+def _workflows(state: _State) -> list[str]:
+    broken = [f"17: {one.rule}: {one}" for check in state.checks for one in check.violations]
+    return broken + [f"17: {one}" for check in state.checks for task in check.tasks for one in task.unseen]
 
 
 def _modes(top: Path) -> list[str]:
