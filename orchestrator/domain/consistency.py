@@ -117,7 +117,7 @@ def _end_fits(facts: WorkflowFacts) -> Iterator[Violation]:
 
 
 def _attempts_fit(facts: WorkflowFacts) -> Iterator[Violation]:
-    """Each attempt is part of one visit at most, since a checkpoint takes visits back, and of the phase that it says."""
+    """Each attempt is part of one visit at most, as a checkpoint takes visits back, and of the phase that it says."""
     attempts = {one.number: one for one in facts.document.attempts}
     seen: set[int] = set()
     for place, phase, record in facts.visits:

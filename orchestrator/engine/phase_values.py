@@ -18,6 +18,9 @@ from orchestrator.errors import HandoffBroken
 INSTRUCTIONS: Final = "handoff_instructions"
 
 
+_NOTHING: Final[tuple[Any, ...]] = (None, "", [], {})
+
+
 @dataclass(frozen=True, slots=True)
 class PhaseValues:
     """The values of a phase by name, and the handoffs that they come from."""
@@ -72,6 +75,7 @@ async def phase_values(
 ) -> PhaseValues:
     """Return the values of a phase; `done` are the visits before it that count, `handoffs` all of the task by id."""
     produced: dict[str, Mapping[str, Any]] = {}
+    known = set(inherited)
     results: dict[str, Any] = {}
     found: dict[str, tuple[int, Handoff]] = {}
     for name, record in done.items():
@@ -86,11 +90,14 @@ async def phase_values(
         handoff = found[name][1]
         results[name] = await _payload(handoff, kind_of(source), sharing)
         if handoff.mediation is None:
-            produced[name] = kind_of(source).exports(results[name])
+            added = kind_of(source).exports(results[name])
         else:
-            produced[name] = dict(handoff.mediation.processed)
+            added = dict(handoff.mediation.processed)
             if handoff.to == phase.name:
-                produced[name] = {**produced[name], INSTRUCTIONS: handoff.mediation.instructions}
+                added[INSTRUCTIONS] = handoff.mediation.instructions
+        # What says nothing takes the place of nothing.
+        produced[name] = {key: value for key, value in added.items() if key not in known or value not in _NOTHING}
+        known |= produced[name].keys()
     context = context_of(phase, workflow.before(phase.name), inherited, produced)
     return PhaseValues(context, produced, found, results)
 

@@ -298,16 +298,16 @@ class Scheduler:
         if isinstance(after, Elsewhere):
             self._hand.mirror(task)
             return
-        now = self._clock.monotonic()
         self._starved = self._starved + 1 if isinstance(after, Starved) else 0
         match after:
             case ToLand():
                 self._board.built(task)
                 self._merging.waiting.append(task)
-            case Over() | Done() | Asked():
+            case Done():
                 self._hand.show(task, 0.0)
-                if isinstance(after, Done):
-                    await self._forget_homes([task])
+                await self._forget_homes([task])
+            case Over() | Asked():
+                self._hand.show(task, 0.0)
             case Again(delay):
                 self._hand.wait(task, delay or 0.0)
             case Parked(adapter, until):
@@ -317,12 +317,19 @@ class Scheduler:
                 self._board.close(adapter, reason)
                 self._hand.wait(task)
             case Starved(reason):
-                pause = retry_delay(STARVED, self._starved)
-                self._paused_until = now + pause
                 self._hand.wait(task)
-                await self._ledger.note("run.paused", {"reason": reason, "retry_in": pause})
+                await self._rest(reason)
             case _:
                 assert_never(after)
+        self._catch_up(task)
+
+    async def _rest(self, reason: str) -> None:
+        """Start nothing for a while: the machine has not enough of something."""
+        pause = retry_delay(STARVED, self._starved)
+        self._paused_until = self._clock.monotonic() + pause
+        await self._ledger.note("run.paused", {"reason": reason, "retry_in": pause})
+
+    def _catch_up(self, task: str) -> None:
         match self._ledger.task(task).status:  # a person may have asked for something since the end was recorded
             case TaskStatus.CANCELLED:
                 self._hand.drop(task)

@@ -222,3 +222,22 @@ async def test_text_of_agents_stays_data(repository: Repository) -> None:
     assert "{{ 7 * 7 }}" in told
     assert "49" not in told
     await repository.assert_invariants()
+
+
+async def test_what_a_phase_says_nothing_about_stays_as_the_file_has_it(repository: Repository) -> None:
+    """An empty list of requirements is not one that takes the place of the user's own."""
+    scout = json.dumps({"scout_findings": ["x"], "requirements": []})
+    workflow = [
+        {"scout": {"access": "read", "produces": "scout"}},
+        {"build": {"needs": ["requirements", "constraints"], "context": {"constraints": ["of the phase"]}}},
+    ]
+    steps = (f"in scout hand-over {scout}", "in build keep-prompt", "in build write b.txt x")
+    path = repository.configure(
+        [{"id": "t", "prompt": "\n".join(steps), "workflow": "some", "context": {"requirements": ["of the file"]}}],
+        workflows={"some": workflow},
+    )
+    ended = repository.council("run", str(path), "--json")
+    assert ended.states == {"t": "landed"}, ended
+    told = repository.council("logs", "t", "--attempt", "2").stdout
+    assert "of the file" in told
+    assert "of the phase" in told
