@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         TaskReport,
     )
     from orchestrator.engine.restoring import Restored
+    from orchestrator.engine.story import Story
     from orchestrator.errors import (
         ConfigError,
         CouncilError,
@@ -112,6 +113,7 @@ __all__ = [
     "SetupSettings",
     "StateLost",
     "StoreUnavailable",
+    "Story",
     "Strategy",
     "Task",
     "TaskDefaults",
@@ -152,6 +154,7 @@ _MODULES = {
         "TaskReport",
     ),
     "engine.restoring": ("Restored",),
+    "engine.story": ("Story",),
     "errors": (
         "ConfigError",
         "CouncilError",

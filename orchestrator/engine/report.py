@@ -86,7 +86,7 @@ class TaskReport:
     output_tokens: int
     cost: float | None
     """US dollars of all attempts, as far as their CLIs told."""
-    phase: str | None
+    phase: str | None = None
     """The phase of its workflow that it is at, or is to enter next; null: none is left, or it has no workflow."""
 
 

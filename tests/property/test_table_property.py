@@ -80,10 +80,12 @@ def test_records_and_documents_make_the_same_table(entries: dict[str, Entry], da
 def check(kept: RunView, made: RunView, count: int) -> None:
     """Compare what both show."""
     one, other = kept.totals(100.0), made.totals(100.0)
-    assert (one.landed, one.running, one.queued, one.waiting, one.blocked, one.failed, one.tokens, one.cost) == (
-        other.landed, other.running, other.queued, other.waiting, other.blocked, other.failed, other.tokens, other.cost
-    )  # fmt: skip
-    assert one.landed + one.running + one.queued + one.waiting + one.blocked + one.failed == count
+    counts, others = (
+        (both.landed, both.done, both.running, both.queued, both.waiting, both.asked, both.blocked, both.failed)
+        for both in (one, other)
+    )
+    assert (counts, one.tokens, one.cost) == (others, other.tokens, other.cost)
+    assert sum(counts) == count
     assert shown(kept) == shown(made)
     for room in range(count):
         frame = kept.frame(100.0, room)

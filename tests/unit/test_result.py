@@ -58,6 +58,12 @@ def run(*tasks: TaskReport, status: RunStatus = RunStatus.INCOMPLETE, closed: st
             "council salvage apply t/1, or council retry t",
         ),
         (task("blocked"), RunStatus.INCOMPLETE, ""),
+        (task("done"), RunStatus.INCOMPLETE, "council show t"),
+        (
+            task("waiting"),
+            RunStatus.RUNNING,
+            "council show t, then council approve t, or council reject t --note TEXT",
+        ),
         (task("queued"), RunStatus.INCOMPLETE, "council resume"),
         (task("pending"), RunStatus.INTERRUPTED, "council resume"),
         (task("pending"), RunStatus.RUNNING, ""),

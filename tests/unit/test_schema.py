@@ -35,7 +35,7 @@ from orchestrator.config.quantities import (
     parse_silence,
     parse_size,
 )
-from orchestrator.engine.result_schema import result_schema
+from orchestrator.engine.result_schema import result_schema, story_schema
 from orchestrator.plugins import load_plugins
 from tests.unit.test_config_from_value import read
 from tests.unit.test_config_load import FULL, SMALLEST, WORKTREES
@@ -76,7 +76,7 @@ def parsed(text: str) -> Any:
 
 def test_both_are_schemas() -> None:
     """Each is right by the dialect that it names."""
-    for schema in (SCHEMA, result_schema()):
+    for schema in (SCHEMA, result_schema(), story_schema()):
         assert schema["$schema"] == Draft202012Validator.META_SCHEMA["$id"]
         Draft202012Validator.check_schema(schema)
 

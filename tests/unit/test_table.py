@@ -36,7 +36,7 @@ COMMIT = "0123456789" * 4
 
 
 def attempt(number: int = 1, **facts: Any) -> Attempt:
-    return Attempt(number=number, adapter="x", base=COMMIT, **{"started": 10.0, **facts})
+    return Attempt(number=number, adapter="fake", base=COMMIT, **{"started": 10.0, **facts})
 
 
 BUILT = attempt(ended=30.0, outcome="built")

@@ -1,0 +1,223 @@
+"""What `council show` tells of a task, made of documents as they are recorded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from orchestrator.cli.story import story_lines
+from orchestrator.domain.handoffs import Handoff, Receipt, handed_over
+from orchestrator.domain.mediation import Mediation
+from orchestrator.domain.model import Attempt, ImportedTask, TaskDocument, TaskStatus
+from orchestrator.domain.phases import Given, PhaseRecord, PhaseStatus
+from orchestrator.engine.report import TaskReport
+from orchestrator.engine.result_schema import story_schema
+from orchestrator.engine.story import Asked, Story, story
+
+COMMIT, BASE = "0123456789" * 4, "f" * 40
+FINDINGS = [{"path": "a.py", "line": 3, "severity": "major", "message": "say \x1b[31mmore"}, {"message": "and less"}]
+FOUR = Asked("Add login.", "tickets", ("models",), "adw", ("scout", "plan", "build", "review"))
+
+
+def attempt(number: int, phase: str | None, outcome: str | None = "completed", **facts: Any) -> Attempt:
+    times = {"started": 100.0 * number, "ended": None if outcome is None else 100.0 * number + 30}
+    told = {"adapter": f"cli-{number}", "input_tokens": 1000, "output_tokens": 10, "cost": 0.5, **facts}
+    return Attempt(number=number, base=BASE, phase=phase, outcome=outcome, **times, **told)
+
+
+def handoff(number: int, phase: str, kind: str, data: dict[str, Any], **facts: Any) -> Handoff:
+    told = {"protocol": "direct", "time": 130.0, "by": "file", "tokens": 1010, **facts}
+    return handed_over("run", "t", number, data, kind=kind, phase=phase, **told)
+
+
+def told(document: TaskDocument, asked: Asked = FOUR, *handoffs: Handoff, **facts: Any) -> Story:
+    report = TaskReport(
+        id="t", state=document.status.value, attempts=len(document.attempts), landed=document.landed,
+        branch=document.branch, failure=None, reason=document.reason, paths=document.paths, log=None, adapter="fake",
+        words=None, input_tokens=0, output_tokens=0, cost=None,
+    )  # fmt: skip
+    more: dict[str, Any] = {"target": "main", "landed_at": None, "logs": "/logs", **facts}
+    return story("run", report, document, asked, {one.id: one for one in handoffs}, **more)
+
+
+def text(one: Story) -> str:
+    return "\n".join(story_lines(one))
+
+
+def reviewed() -> tuple[TaskDocument, list[Handoff]]:
+    """Return a task whose review sent its work back, and that is built anew now."""
+    scout = handoff(1, "scout", "scout", {"scout_findings": ["x" * 500]}, to="plan")
+    receipt = Receipt(phase="plan", attempt=2, time=201.0, digest=scout.digest)
+    mediation = Mediation(transformation="shorter", analysis={}, processed={"tasks": []}, instructions="Go on.")
+    plan = handoff(2, "plan", "plan", {"tasks": []}, to="build", protocol="mediated", mediation=mediation)
+    review = handoff(5, "review", "review", {"verdict": "reject", "findings": FINDINGS})
+    handoffs = [scout.model_copy(update={"receipts": (receipt,)}), plan, review]
+    given = Given(keys=("requirements",), left_out=("risks",), size=120, whole=3400)
+    phases = (
+        PhaseRecord(
+            phase="scout", status=PhaseStatus.COMPLETED, started=100.0, ended=130.0, attempts=(1,), handoff=scout.id
+        ),
+        PhaseRecord(
+            phase="plan", status=PhaseStatus.COMPLETED, started=200.0, ended=330.0, attempts=(2, 3), repairs=1,
+            given=given, received=(scout.id,), handoff=plan.id, note="as discussed",
+        ),
+        PhaseRecord(
+            phase="build", status=PhaseStatus.COMPLETED, started=400.0, ended=430.0, attempts=(4,), rounds=2,
+            commit=COMMIT, base=BASE,
+        ),
+        PhaseRecord(
+            phase="review", status=PhaseStatus.COMPLETED, started=500.0, ended=530.0, attempts=(5,),
+            verdict="reject", handoff=review.id,
+        ),
+        PhaseRecord(phase="build", status=PhaseStatus.IN_PROGRESS, started=600.0, attempts=(6,)),
+    )  # fmt: skip
+    attempts = (
+        attempt(1, "scout"),
+        attempt(2, "plan", "invalid_handoff", reason="no tasks"),
+        attempt(3, "plan", resumed=True, adapter="cli-2"),
+        attempt(4, "build", "built", branch="council/run/t/4"),
+        attempt(5, "review", discarded=("a.py", "b.py")),
+        attempt(6, "build", None, cost=None),
+    )
+    document = TaskDocument(
+        status=TaskStatus.RUNNING, attempts=attempts, phases=phases, phase="build", branch="council/run/t/4"
+    )
+    return document, handoffs
+
+
+def test_each_visit_has_what_came_of_it() -> None:
+    """Visits are numbered by phase; what their sessions used up, were given and left is with them."""
+    document, handoffs = reviewed()
+    one = told(document, FOUR, *handoffs)
+    assert [(visit.phase, visit.visit, visit.status) for visit in one.phases] == [
+        ("scout", 1, "completed"),
+        ("plan", 1, "completed"),
+        ("build", 1, "completed"),
+        ("review", 1, "completed"),
+        ("build", 2, "in_progress"),
+    ]
+    plan, review, again = one.phases[1], one.phases[3], one.phases[4]
+    assert (plan.figures.sessions, plan.figures.seconds, plan.figures.cost) == (2, 60.0, 1.0)
+    assert plan.adapters == ["cli-2"]
+    assert list(review.findings) == FINDINGS
+    assert review.discarded == ["a.py", "b.py"]
+    assert (again.figures.seconds, again.figures.cost) == (0, None)
+    assert one.ahead == ["review"]
+    assert (one.figures.sessions, one.figures.input_tokens, one.figures.cost) == (6, 6000, 2.5)
+    assert [one.seconds for one in one.sessions] == [30.0] * 5 + [None]
+
+
+def test_a_person_reads_all_of_it() -> None:
+    """With sizes, findings, notes and paths; what agents said is shown, and obeyed by no terminal."""
+    document, handoffs = reviewed()
+    shown = text(told(document, FOUR, *handoffs))
+    for part in (
+        "task t of run run: running",
+        "Add login. (from tickets)",
+        "requirements (120 of 3,400 bytes; left out: risks)",
+        "scout of scout (attempt 1)",
+        "as discussed",
+        "build (visit 2): in progress",
+        "review: to come",
+        "verdict: reject",
+        "a.py:3 (major) say \N{REPLACEMENT CHARACTER}[31mmore",
+        "a.py, b.py",
+        "invalid_handoff, cli-2, 0:30, 1.0k tokens, $0.5000",
+        "went on with an earlier conversation",
+        "/logs/t.4.stdout",
+        "run/t/1, scout: scout to plan; direct; by file; sha256:",
+        "plan (attempt 2)",
+        "by nobody yet",
+        "all of it by --json",
+        "by shorter",
+        "not landed; what there is is kept on council/run/t/4",
+        "6 sessions, 2:30, 6.1k tokens, $2.5000",
+    ):
+        assert part in shown, part
+    assert "\x1b" not in shown
+    assert "x" * 500 not in shown
+
+
+def test_programs_get_all_of_it() -> None:
+    """What was handed over is whole, and the object is what its schema says."""
+    document, handoffs = reviewed()
+    told_as = {**told(document, FOUR, *handoffs).to_json(), "exit": 0}
+    assert [error.message for error in Draft202012Validator(story_schema()).iter_errors(told_as)] == []
+    assert [one["data"] for one in told_as["handoffs"]] == [one.data for one in handoffs]
+    assert told_as["handoffs"][1]["mediation"]["processed"] == {"tasks": []}
+    assert told_as["handoffs"][0]["receipts"][0]["phase"] == "plan"
+
+
+def test_a_handoff_that_was_changed_is_told_of() -> None:
+    """Its digest is of what it held when it was handed over."""
+    document, handoffs = reviewed()
+    changed = handoffs[0].model_copy(update={"data": {"scout_findings": []}})
+    one = told(document, FOUR, changed, *handoffs[1:])
+    assert [each.is_intact for each in one.handoffs] == [False, True, True]
+    assert "NOT intact" in text(one)
+
+
+@pytest.mark.parametrize(
+    ("status", "outcome", "expected"),
+    [
+        (TaskStatus.PENDING, "crashed", "in_progress"),
+        (TaskStatus.RUNNING, None, "in_progress"),
+        (TaskStatus.QUEUED, "built", "completed"),
+        (TaskStatus.LANDED, "built", "completed"),
+        (TaskStatus.CONFLICT, "built", "completed"),
+        (TaskStatus.FAILED, "crashed", "failed"),
+        (TaskStatus.NO_CHANGE, "no_change", "failed"),
+        (TaskStatus.CANCELLED, "cancelled", "cancelled"),
+    ],
+)
+def test_a_task_without_a_workflow_has_one_phase(status: TaskStatus, outcome: str | None, expected: str) -> None:
+    """All of its attempts are at that."""
+    attempts = (attempt(1, None, "crashed"), attempt(2, None, outcome))
+    one = told(TaskDocument(status=status, attempts=attempts), Asked("Fix it."))
+    [visit] = one.phases
+    assert (visit.phase, visit.status, list(visit.attempts)) == ("build", expected, [1, 2])
+    assert [session.phase for session in one.sessions] == ["build", "build"]
+    assert one.ahead == []
+
+
+def test_what_has_not_begun_is_ahead() -> None:
+    """So are the phases behind one that waits for a person, and none once the task is over."""
+    assert told(TaskDocument()).ahead == list(FOUR.phases)
+    assert told(TaskDocument(), Asked("Fix it.")).ahead == ["build"]
+    asks = PhaseRecord(phase="plan", status=PhaseStatus.AWAITING, attempts=(1,))
+    waits = TaskDocument(status=TaskStatus.WAITING, attempts=(attempt(1, "plan"),), phases=(asks,))
+    assert told(waits).ahead == ["build", "review"]
+    assert "plan: waiting for approval" in text(told(waits))
+    approved = asks.model_copy(update={"status": PhaseStatus.COMPLETED})
+    later = waits.model_copy(update={"status": TaskStatus.PENDING, "phases": (approved,), "phase": "build"})
+    assert told(later).ahead == ["build", "review"]
+    over = waits.model_copy(update={"status": TaskStatus.CANCELLED})
+    assert told(over).ahead == []
+
+
+def test_the_landing_says_where_the_work_is() -> None:
+    """On the target, in its queue, in conflict, or nowhere."""
+    attempts = (attempt(1, None, "built"), attempt(2, None))
+    landed = TaskDocument(status=TaskStatus.LANDED, attempts=attempts, commit=COMMIT, landed=COMMIT, built=1)
+    assert "landed as 0123456789 on main, " in text(told(landed, Asked("x"), landed_at=5.0))
+    assert told(landed, Asked("x"), landed_at=5.0).landing.attempt == 1
+    queued = landed.model_copy(update={"status": TaskStatus.QUEUED, "landed": None})
+    assert "0123456789, built by attempt 1, waits to land on main" in text(told(queued, Asked("x")))
+    conflict = queued.model_copy(update={"status": TaskStatus.CONFLICT, "paths": ("a",), "branch": "council/run/t/c"})
+    assert "conflicts with main in a; kept on council/run/t/c" in text(told(conflict, Asked("x")))
+    assert "nothing has landed" in text(told(TaskDocument(), Asked("x")))
+
+
+def test_an_imported_task_tells_what_was_written_of_it() -> None:
+    """Its phases have the words that were found, and there are no sessions."""
+    was = ImportedTask(status="merged", phases={"plan": {"status": "complete"}, "build": "running", "odd": 7})
+    one = told(TaskDocument(status=TaskStatus.LANDED, imported=was), Asked())
+    assert [(visit.phase, visit.status) for visit in one.phases] == [
+        ("plan", "complete"),
+        ("build", "running"),
+        ("odd", "unknown"),
+    ]
+    assert one.sessions == []
+    assert "plan: complete" in text(one)
