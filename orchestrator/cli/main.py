@@ -131,7 +131,7 @@ def main() -> None:
     council logs TASK -f        what a task's program prints
     council retry TASK          try again what failed
 
-    Exit codes: 0 all landed or done, 1 some did not, 2 bad input, 3 our fault (the log's path is printed), 130 interrupted.
+    Exit codes: 0 all landed or done, 1 some did not, 2 bad input, 3 our fault (the log is named), 130 interrupted.
     """
 
 

@@ -1,4 +1,4 @@
-"""The shapes of what `--json` prints as JSON Schema (draft 2020-12), for programs: the result, and the story of a task."""
+"""The shapes of what `--json` prints as JSON Schema (draft 2020-12): the result, and the story of a task."""
 
 from __future__ import annotations
 

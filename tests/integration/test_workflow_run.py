@@ -1,0 +1,136 @@
+"""A whole run of tasks that go through workflows: what git, the state and the events say of it agrees."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.clock import SystemClock
+from orchestrator.domain.model import TaskStatus
+from orchestrator.engine.records import read_handoffs, read_run, read_tasks, task_documents
+from orchestrator.protocols import Event
+from orchestrator.state.file import FileStore
+from tests.conftest import Ended, Repository
+from tests.waiting import wait_for
+
+EMPTY: dict[str, list[str]] = {"dependencies": [], "timeline": [], "resources": []}
+REJECT = {"verdict": "reject", "findings": [{"path": "src/app.py", "line": 1, "message": "not yet"}]}
+APPROVE = {"verdict": "approve"}
+
+
+def plan(*tasks: dict[str, Any]) -> str:
+    """Return a plan of tasks as JSON."""
+    return json.dumps({"tasks": list(tasks) or [{"id": "one", "prompt": "do it"}], **EMPTY})
+
+
+def steps(name: str, *more: str, review: str = f"in review tell {json.dumps(APPROVE)}") -> str:
+    """Return what a task does in each phase of the built-in workflow, beside `more`."""
+    return "\n".join(
+        (
+            f'in scout hand-over {{"scout_findings": ["what {name} is about"]}}',
+            f"in plan answer {plan()}",
+            f"in build append notes/{name}.txt built",
+            f"in build built notes/{name}.txt",
+            *more,
+            review,
+        )
+    )
+
+
+def tasks(count: int) -> list[dict[str, Any]]:
+    """Return so many tasks, each of the first with something of its own."""
+    rejected = f"in review attempt 4 tell {json.dumps(REJECT)}\nin review attempt 6 tell {json.dumps(APPROVE)}"
+    never = f"in review tell {json.dumps(REJECT)}"
+    special: list[dict[str, Any]] = [
+        {"id": "plain", "prompt": steps("plain")},
+        {"id": "rejected", "prompt": steps("rejected", review=rejected)},
+        {"id": "never", "prompt": steps("never", review=never)},
+        {"id": "repaired", "prompt": steps("repaired").replace("in plan answer", "in plan attempt 3 answer")},
+        {"id": "invalid", "prompt": steps("invalid").replace("in scout hand-over", "in scout print")},
+        {"id": "editor", "prompt": steps("editor", "in review write src/app.py wrong")},
+        {"id": "crashes", "prompt": f"in build attempt 3 exit 3\n{steps('crashes')}"},
+        {"id": "careful", "prompt": steps("careful"), "workflow": "careful"},
+        {
+            "id": "large",
+            "prompt": "in plan hand-over "
+            + plan(
+                *({"id": f"p{n}", "prompt": f"write parts/{n}.txt x", "owns": [f"parts/{n}.txt"]} for n in range(5))
+            ),
+            "workflow": "large",
+        },
+        {"id": "after", "prompt": steps("after"), "needs": ["large"]},
+    ]
+    usual = [{"id": f"t{n}", "prompt": steps(f"t{n}")} for n in range(count - len(special))]
+    return [{"workflow": "adw", **one} for one in (*special, *usual)][:count]
+
+
+def configure(repository: Repository, count: int) -> Path:
+    """Write the config of so many tasks."""
+    careful = [
+        {"scout": {"access": "read", "produces": "scout"}},
+        {"plan": {"access": "read", "produces": "plan", "approve": True}},
+        {"build": {"produces": "build"}},
+        {"review": {"access": "read", "produces": "review"}},
+    ]
+    large = [{"plan": {"access": "read", "produces": "plan", "expand": True}}]
+    return repository.configure(tasks(count), workflows={"careful": careful, "large": large}, capacity=4)
+
+
+async def read(repository: Repository, run: str) -> tuple[dict[str, Any], list[Event], dict[str, int]]:
+    """Return the tasks as they are on record, the events, and how many handoffs each task has."""
+    async with FileStore.open(repository.top / ".council/state", SystemClock()) as store:
+        document = await read_run(store, run)
+        found = task_documents(await read_tasks(store, run), document.tasks)
+        handoffs = {task: len(await read_handoffs(store, run, task)) for task in document.tasks}
+        last, events = await store.position(), list[Event]()
+        async for record in store.watch():
+            events += record.events
+            if record.position == last:
+                break
+    return dict(found), events, handoffs
+
+
+@pytest.mark.parametrize("count", [pytest.param(9), pytest.param(20, marks=pytest.mark.slow)])
+async def test_what_git_the_state_and_the_events_say_agrees(repository: Repository, count: int) -> None:
+    """Rejected, repaired, invalid, edited, crashed, approved, expanded: each comes to what it has to."""
+    path = configure(repository, count)
+    started = repository.start("run", str(path), "--json")
+
+    def is_asked() -> bool:
+        status = repository.council("status", "--json")
+        return status.code == 0 and status.states.get("careful") == "waiting"
+
+    wait_for(is_asked, 90)
+    assert repository.council("approve", "careful", "--note", "go on").code == 0
+    stdout, stderr = started.communicate(timeout=110)
+    ended = Ended(started.returncode, stdout, stderr)
+    failed = {"never": "failed", "invalid": "failed"}
+    done = {"large": "done"}
+    parts = {f"large-p{n}": "landed" for n in range(5)}
+    named = [one["id"] for one in tasks(count)]
+    assert ended.states == {**dict.fromkeys(named, "landed"), **failed, **done, **parts}, ended
+    found, events, handoffs = await read(repository, ended.result["run"])
+    told = Counter((event.data.get("task"), event.type) for event in events)
+    trailers = repository.git(
+        "log", "--first-parent", "--format=%(trailers:key=Council-Task,valueonly)", "main"
+    ).split()
+    for task, document in found.items():
+        is_landed = document.status is TaskStatus.LANDED
+        assert trailers.count(f"{ended.result['run']}/{task}") == int(is_landed), task
+        assert told[task, "task.landed"] == int(is_landed)
+        completed = [one for one in document.phases if one.status == "completed"]
+        assert told[task, "phase.completed"] == len(completed)
+        assert told[task, "phase.entered"] == sum(one.status != "skipped" for one in document.phases)
+        assert handoffs[task] == told[task, "handoff.delivered"] == sum(one.handoff is not None for one in completed)
+        assert told[task, "task.started"] == len(document.attempts)
+    assert [one.phase for one in found["rejected"].phases].count("build") == 2
+    assert "not yet" in (found["never"].reason or "")
+    assert told["editor", "task.changes_discarded"] == 1
+    assert repository.git("show", "main:src/app.py").startswith("def main")
+    assert found["careful"].phases[1].note == "go on"
+    assert sorted(repository.git("ls-tree", "--name-only", "main:parts").split()) == [f"{n}.txt" for n in range(5)]
+    await repository.assert_invariants()
