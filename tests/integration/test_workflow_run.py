@@ -102,7 +102,7 @@ async def test_what_git_the_state_and_the_events_say_agrees(repository: Reposito
 
     def is_asked() -> bool:
         status = repository.council("status", "--json")
-        return status.code == 0 and status.states.get("careful") == "waiting"
+        return "tasks" in status.result and status.states.get("careful") == "waiting"
 
     wait_for(is_asked, 90)
     assert repository.council("approve", "careful", "--note", "go on").code == 0
