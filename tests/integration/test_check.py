@@ -1,0 +1,265 @@
+"""What is recorded of workflows is held against the rules: by a command, from Python, and while a run is at work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from orchestrator import Council
+from orchestrator.domain.consistency import IDLE_AFTER, WorkflowFacts
+from orchestrator.domain.contexts import SessionContext, SessionStatus
+from orchestrator.domain.handoff_kinds import KINDS
+from orchestrator.domain.json_values import digest_of
+from orchestrator.domain.violations import Violation
+from orchestrator.engine.checking import check_run
+from orchestrator.plugins import load_plugins
+from orchestrator.protocols import Commit, JsonObject, Key, Write
+from orchestrator.state.file import FileStore
+from orchestrator.testing.clock import ManualClock
+from tests.conftest import Repository
+
+TWO = [{"plan": {"access": "read", "produces": "plan"}}, {"build": {"produces": "build"}}]
+PLAN = {"tasks": [{"id": "t1", "prompt": "b"}], "dependencies": [], "timeline": [], "resources": []}
+STEPS = f"in plan hand-over {json.dumps(PLAN)}\nin build write b.txt hello\nin build built b.txt"
+
+
+def landed(repository: Repository) -> str:
+    """Have a task with two phases land, and one without a workflow; return the run."""
+    tasks = [{"id": "t", "prompt": STEPS, "workflow": "two"}, {"id": "plain", "prompt": "write c.txt x"}]
+    ended = repository.council("run", str(repository.configure(tasks, workflows={"two": TWO})), "--json")
+    assert ended.states == {"t": "landed", "plain": "landed"}, ended
+    run: str = ended.result["run"]
+    return run
+
+
+def council_of(repository: Repository, **options: Any) -> AbstractAsyncContextManager[Council]:
+    """Open the project's state."""
+    return Council.open(repository.top, environ=repository.environ, **options)
+
+
+async def test_a_run_that_keeps_all_rules(repository: Repository) -> None:
+    """One line for people, an object for programs, and for tests the same in Python."""
+    run = landed(repository)
+    told = repository.council("check")
+    assert (told.code, told.stdout) == (0, f"run {run}: 1 task with a workflow, 2 handoffs: all rules hold\n")
+    assert repository.council("check", run, "--json").result == {
+        "run": run,
+        "is_sound": True,
+        "tasks": [{"id": "t", "workflow": "two", "visits": 2, "handoffs": 2, "violations": [], "unseen": []}],
+        "exit": 0,
+    }
+    assert repository.council("check", "nobody").code == 2
+    async with council_of(repository) as council:
+        found = await council.check()
+    assert (found.is_sound, found.violations, [task.id for task in found.tasks]) == (True, [], ["t"])
+    await repository.assert_invariants()
+
+
+async def test_a_run_without_workflows_says_so(repository: Repository) -> None:
+    """There is nothing to look at."""
+    ended = repository.council("run", str(repository.configure([{"id": "t", "prompt": "write t.txt x"}])), "--json")
+    told = repository.council("check")
+    assert (told.code, told.stdout) == (0, f"run {ended.result['run']}: no task has a workflow\n")
+    assert repository.council("check", "--json").result["tasks"] == []
+
+
+def changed_handoff(value: JsonObject | None) -> JsonObject | None:
+    """Change what was handed over behind its digest."""
+    assert value is not None
+    return {**value, "data": {**value["data"], "summary": "something else"}}
+
+
+def no_plan(value: JsonObject | None) -> JsonObject | None:
+    """Have a plan's task wait for one that there is not."""
+    assert value is not None
+    data = {**value["data"], "tasks": [{**value["data"]["tasks"][0], "dependencies": ["nobody"]}]}
+    return {**value, "data": data, "digest": digest_of(data)}
+
+
+def other_checksum(value: JsonObject | None) -> JsonObject | None:
+    """Name another checksum than that of the file."""
+    assert value is not None
+    data = {**value["data"], "artifacts": [{"path": "b.txt", "checksum": "0" * 64}]}
+    return {**value, "data": data, "digest": digest_of(data)}
+
+
+def no_file(value: JsonObject | None) -> JsonObject | None:
+    """Name a file that is not there."""
+    assert value is not None
+    data = {**value["data"], "artifacts": [{"path": "gone.txt", "checksum": "0" * 64}]}
+    return {**value, "data": data, "digest": digest_of(data)}
+
+
+def no_receipts(value: JsonObject | None) -> JsonObject | None:
+    """Have nobody acknowledge it."""
+    assert value is not None
+    return {**value, "receipts": []}
+
+
+def open_visit(value: JsonObject | None) -> JsonObject | None:
+    """Have the first visit go on."""
+    assert value is not None
+    return {**value, "phases": [{**value["phases"][0], "status": "in_progress"}, *value["phases"][1:]]}
+
+
+def put_back(value: JsonObject, _: JsonObject | None) -> JsonObject:
+    """Return what was there before."""
+    return value
+
+
+#: What is changed by hand, the rule that is broken then, and where.
+BROKEN: Final[Sequence[tuple[str, Callable[[JsonObject | None], JsonObject | None], str, str]]] = (
+    ("handoff/1", changed_handoff, "chain.digest", "handoff RUN/t/1"),
+    ("handoff/1", lambda _: None, "outputs.missing", "task 't', phase 'plan', visit 1"),
+    ("handoff/1", no_receipts, "chain.received", "task 't', phase 'build', visit 1"),
+    ("handoff/1", no_plan, "plan.dependencies", "task 't', phase 'plan', visit 1, tasks[0].dependencies[0]"),
+    ("handoff/2", other_checksum, "build.checksum", "task 't', phase 'build', visit 1, artifacts[0].checksum"),
+    ("handoff/2", no_file, "build.artifacts", "task 't', phase 'build', visit 1, artifacts[0].path"),
+    ("handoff/2", lambda _: {"id": "no handoff"}, "records.form", "task 't'"),
+    ("task", open_visit, "phases.open", "task 't', phase 'plan'"),
+)
+
+
+async def test_what_breaks_a_rule_is_found_and_named(repository: Repository) -> None:
+    """By the rule, the place and what to do; when it is as it was, nothing is wrong."""
+    run = landed(repository)
+    async with council_of(repository) as council:
+        for name, change, rule, place in BROKEN:
+            kind, _, attempt = name.partition("/")
+            key = Key(kind, "/".join(part for part in (run, "t", attempt) if part))
+            before = await council.document(key)
+            assert before is not None
+            await council.update(key, change)
+            found = (await council.check()).violations
+            assert (rule, place.replace("RUN", run)) in {(one.rule, one.place) for one in found}, (name, found)
+            assert all(one.what and one.remedy for one in found)
+            await council.update(key, partial(put_back, before.value))
+            assert (await council.check()).is_sound
+
+
+async def test_a_broken_rule_is_told_to_people_and_programs(repository: Repository) -> None:
+    """The exit code says so, too, and no test of a run passes by it."""
+    run = landed(repository)
+    async with council_of(repository) as council:
+        await council.update(Key("handoff", f"{run}/t/1"), no_receipts)
+    told = repository.council("check", "--json")
+    assert told.code == told.result["exit"] == 1
+    assert told.result["is_sound"] is False
+    [one] = told.result["tasks"][0]["violations"]
+    text = repository.council("check")
+    assert text.code == 1
+    assert text.stdout.splitlines() == [
+        f"{one['rule']}  {one['place']}: {one['what']}",
+        f"  → {one['remedy']}",
+        f"run {run}: 1 task with a workflow, 2 handoffs: 1 violation",
+    ]
+    with pytest.raises(AssertionError, match=r"^17: chain\.received"):
+        await repository.assert_invariants()
+
+
+async def test_what_can_not_be_looked_at_is_told_and_breaks_nothing(repository: Repository) -> None:
+    """Where the repositories of a run are gone, nobody knows its files any more."""
+    run = landed(repository)
+    shutil.rmtree(Path(repository.environ["COUNCIL_HOME"]))
+    told = repository.council("check")
+    assert told.code == 0
+    assert "not looked at: task 't', phase 'build', visit 1: files" in told.stdout
+    assert f"run {run}: 1 task with a workflow" in told.stdout
+
+
+async def test_a_session_that_is_done_and_ends_nothing_is_told(repository: Repository) -> None:
+    """Its task would wait for it for ever."""
+    run = landed(repository)
+    clock = ManualClock()
+    idle = SessionContext(
+        run=run,
+        task="t",
+        attempt=2,
+        adapter="fake",
+        orchestrator="",
+        scope="",
+        status=SessionStatus.DONE,
+        started=clock.now(),
+        updated=clock.now(),
+    )
+    async with FileStore.open(repository.top / ".council/state", clock) as store:
+        at_work = await store.get(Key("task", f"{run}/t"))
+        assert at_work is not None
+        attempts = [*at_work.value["attempts"][:1], {**at_work.value["attempts"][1], "ended": None}]
+        context = await store.get(Key("context", f"{run}/t.2"))
+        writes = [
+            Write(at_work.key, at_work.version, {**at_work.value, "attempts": attempts}),
+            Write(Key("context", f"{run}/t.2"), context.version if context else 0, idle.to_json()),
+        ]
+        await store.commit(Commit(writes))
+        for seconds, rules in ((IDLE_AFTER - 1, []), (2, ["sessions.idle"])):
+            clock.advance(seconds)
+            found = await check_run(store, run, KINDS, {}, clock, repository.environ)
+            assert [one.rule for one in found.violations] == rules
+
+
+async def test_rules_of_plugins_run_too_and_their_faults_are_told(repository: Repository) -> None:
+    """A rule that fails is no reason to look at nothing else."""
+    landed(repository)
+
+    def names(facts: WorkflowFacts) -> Iterable[Violation]:
+        yield Violation("names.short", facts.place, "its name is short", "give it a longer one")
+
+    def broken(_facts: WorkflowFacts) -> Iterable[Violation]:
+        raise ZeroDivisionError
+
+    plugins = load_plugins(repository.environ)
+    plugins.constraints.update(names=names, broken=broken)
+    async with council_of(repository, plugins=plugins) as council:
+        found = (await council.check()).violations
+    assert [(one.rule, one.place) for one in found] == [
+        ("names.short", "task 't'"),
+        ("constraint.broken", "constraint 'broken'"),
+    ]
+    assert "ZeroDivisionError" in found[1].what
+
+
+async def test_a_run_at_work_gives_no_false_alarm(repository: Repository) -> None:
+    """However often it is looked at while its tasks go from phase to phase."""
+    tasks = [
+        {"id": f"t{number}", "prompt": STEPS.replace("b.txt", f"{number}.txt"), "workflow": "two"}
+        for number in range(4)
+    ]
+    path = repository.configure(tasks, workflows={"two": TWO}, capacity=2)
+    seen = set()
+    running = repository.start("run", str(path), "--json")
+    try:
+        async with Council.open(path, environ=repository.environ) as council:
+            with anyio.fail_after(60):
+                while running.poll() is None:
+                    if await council.run_ids():
+                        found = await council.check()
+                        assert found.violations == []
+                        seen.add(sum(task.visits for task in found.tasks))
+                    await anyio.lowlevel.checkpoint()
+    finally:
+        if running.poll() is None:
+            running.kill()
+        stdout, _ = running.communicate()
+    assert json.loads(stdout.splitlines()[-1])["status"] == "landed"
+    assert len(seen) > 2, "it was looked at on its way"
+
+
+async def test_a_run_that_was_killed_keeps_all_rules(repository: Repository) -> None:
+    """What belongs together is recorded by one commit, so that there is nothing in between."""
+    tasks = [{"id": "t", "prompt": STEPS, "workflow": "two"}]
+    path = repository.configure(tasks, workflows={"two": TWO})
+    for command, failpoint, handoffs in ((["run", str(path)], "handoff.taken", 0), (["resume"], "work.recorded", 1)):
+        assert repository.council(*command, failpoints=f"{failpoint}=kill").code == -signal.SIGKILL
+        told = repository.council("check", "--json")
+        assert (told.code, told.result["tasks"][0]["handoffs"]) == (0, handoffs), told
