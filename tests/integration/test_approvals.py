@@ -1,0 +1,200 @@
+"""A person approves what a phase came to, or has it done again, from another terminal; and tasks go back to a phase."""
+
+from __future__ import annotations
+
+import json
+import signal
+from typing import Any
+
+import anyio
+
+from orchestrator.cli.output import event_text
+from orchestrator.council import Council
+from orchestrator.protocols import Event
+from tests.command_server import Started
+from tests.conftest import Ended, Repository
+from tests.integration.test_workflow import PLAN
+from tests.waiting import wait_for
+
+#: A person is to say whether the plan is right before anything is built.
+ASKS = {
+    "asks": [
+        {"plan": {"access": "read", "produces": "plan", "approve": True}},
+        {"build": {"produces": "build"}},
+    ]
+}
+STEPS = (f"in plan hand-over {PLAN}", "in build write b.txt hello", "in build built b.txt")
+
+
+def configured(repository: Repository, *more: str, **facts: Any) -> str:
+    task = {"id": "t", "prompt": "\n".join((*STEPS, *more)), "workflow": "asks", **facts}
+    return str(repository.configure([task, {"id": "after", "prompt": "write c.txt x", "needs": ["t"]}], workflows=ASKS))
+
+
+def until_asked(repository: Repository, session: int = 1) -> dict[str, Any]:
+    """Return what `status` says of the task once it waits after so many sessions."""
+
+    def asked() -> dict[str, Any] | None:
+        ended = repository.council("status", "--json")
+        found = next((one for one in ended.result.get("tasks", ()) if one["id"] == "t"), None) if ended.stdout else None
+        return found if found and (found["state"], found["attempts"]) == ("waiting", session) else None
+
+    found = wait_for(asked)
+    assert found is not None
+    return found
+
+
+def finished(child: Started) -> Ended:
+    stdout, stderr = child.communicate(timeout=60)
+    return Ended(child.returncode, stdout, stderr)
+
+
+def events(ended: Ended, name: str) -> list[dict[str, Any]]:
+    return [one for one in ended.lines if one.get("event") == name]
+
+
+async def test_a_run_that_waits_for_a_person_stays_and_goes_on_when_it_is_approved(repository: Repository) -> None:
+    """Status says what to type; the run says once what it waits for, and lands what follows."""
+    child = repository.start("run", configured(repository), "--json")
+    waits = until_asked(repository)
+    assert (waits["phase"], waits["reason"]) == ("plan", "phase 'plan' waits for a person to approve it")
+    told = repository.council("status").stdout
+    assert "waiting for approval" in told
+    assert "next: council show t, then council approve t, or council reject t --note TEXT" in told
+    assert "Waiting for a person to approve: t." in told
+    assert "plan: waiting for approval" in repository.council("show", "t").stdout
+    assert child.poll() is None
+    approved = repository.council("approve", "t", "--note", "as discussed", "--json")
+    assert approved.code == 0, approved
+    ended = finished(child)
+    assert (ended.code, ended.states) == (0, {"t": "landed", "after": "landed"}), ended
+    assert [one["approvals"] for one in events(ended, "run.waiting")] == [["t"]]
+    assert [one["note"] for one in events(ended, "task.approved")] == ["as discussed"]
+    assert "note         as discussed" in repository.council("show", "t").stdout
+    await repository.assert_invariants()
+
+
+async def test_what_is_rejected_is_done_again_with_the_note(repository: Repository) -> None:
+    """The session is told what is to be better; that it waits once more is told once more."""
+    child = repository.start("run", configured(repository, "in plan attempt 2 keep-prompt"), "--json")
+    until_asked(repository)
+    assert repository.council("reject", "t", "--note", "keep the old names").code == 0
+    until_asked(repository, 2)
+    assert "keep the old names" in repository.council("logs", "t", "--attempt", "2").stdout
+    assert repository.council("approve", "t").code == 0
+    ended = finished(child)
+    assert ended.states["t"] == "landed", ended
+    assert [one["approvals"] for one in events(ended, "run.waiting")] == [["t"], ["t"]]
+    assert [one["note"] for one in events(ended, "task.sent_back")] == ["keep the old names"]
+    await repository.assert_invariants()
+
+
+async def test_an_approval_outlives_the_process_that_asked_for_it(repository: Repository) -> None:
+    """Nobody is at work when the answer is given; `resume` goes on from it."""
+    child = repository.start("run", configured(repository), "--json")
+    until_asked(repository)
+    child.send_signal(signal.SIGINT)
+    assert finished(child).code == 130
+    cut_off = repository.council("status")
+    assert "next: council show t, then council approve t" in cut_off.stdout
+    assert repository.council("approve", "t").code == 0
+    ended = repository.council("resume", "--json")
+    assert ended.states == {"t": "landed", "after": "landed"}, ended
+    assert [one["attempt"] for one in events(ended, "task.started") if one["task"] == "t"] == [2]
+    await repository.assert_invariants()
+
+
+async def test_what_waits_can_be_cancelled(repository: Repository) -> None:
+    """It is over then, and so is the run."""
+    child = repository.start("run", configured(repository), "--json")
+    until_asked(repository)
+    assert repository.council("cancel", "t").code == 0
+    ended = finished(child)
+    assert (ended.code, ended.states) == (1, {"t": "cancelled", "after": "blocked"}), ended
+    await repository.assert_invariants()
+
+
+def test_only_what_waits_can_be_answered(repository: Repository) -> None:
+    """What is refused is told with what to do instead, and changes nothing."""
+    ended = repository.council("run", str(repository.configure([{"id": "t", "prompt": "write b.txt x"}])), "--json")
+    assert ended.states == {"t": "landed"}
+    for command in (["approve", "t"], ["reject", "t"]):
+        refused = repository.council(*command)
+        assert refused.code == 2
+        assert "does not wait for approval" in refused.stderr
+    for note, why in (
+        ("", "the note is empty"),
+        ("sk-ant-api03-" + "a1B2" * 24, "secret key"),
+        ("x" * 10_001, "10001"),
+    ):
+        refused = repository.council("reject", "t", "--note", note)
+        assert refused.code == 2
+        assert why in refused.stderr
+    assert "no task 'x'" in repository.council("approve", "x").stderr
+
+
+async def test_a_task_is_tried_again_from_an_earlier_phase(repository: Repository) -> None:
+    """What came of the phases before that stays; a name that is none of its phases is refused."""
+    workflow = [
+        {"scout": {"access": "read", "produces": "scout"}},
+        {"plan": {"access": "read", "produces": "plan"}},
+        {"build": {"produces": "build"}},
+    ]
+    steps = (
+        f"in scout hand-over {json.dumps({'scout_findings': ['x']})}",
+        f"in plan hand-over {PLAN}",
+        "in build attempt 3 exit 3",
+        "in build write b.txt hello",
+        "in build built b.txt",
+    )
+    task = {"id": "t", "prompt": "\n".join(steps), "workflow": "three", "attempts": 1}
+    path = repository.configure(
+        [task, {"id": "plain", "prompt": "exit 3", "attempts": 1}], workflows={"three": workflow}
+    )
+    assert repository.council("run", str(path), "--json").states == {"t": "failed", "plain": "failed"}
+    refused = repository.council("retry", "t", "--from", "biuld")
+    assert (refused.code, "name one of: scout, plan, build" in refused.stderr) == (2, True)
+    assert "leave `--from` out" in repository.council("retry", "plain", "--from", "build").stderr
+    assert repository.council("retry", "t", "--from", "plan").code == 0
+    ended = repository.council("resume", "--json")
+    assert ended.states == {"t": "landed", "plain": "failed"}, ended
+    assert [one["phase"] for one in events(ended, "phase.entered")] == ["plan", "build"]
+    await repository.assert_invariants()
+
+
+async def test_approvals_are_answered_from_python(repository: Repository) -> None:
+    """The same as the commands do; and nobody is to be named by leaving the names out."""
+    refusals = []
+    async with Council.open(configured(repository), environ=repository.environ) as council:
+        run = await council.create_run()
+        async with anyio.create_task_group() as group:
+            group.start_soon(council.resume, run)
+            await until_waiting(council, run, 1)
+            try:
+                await council.approve(run=run)
+            except Exception as error:  # noqa: BLE001  which one is told below
+                refusals.append(str(error))
+            await council.reject("t", note="no", run=run)
+            waited = await until_waiting(council, run, 2)
+            await council.approve("t", run=run)
+        story = await council.story("t", run)
+    assert ["no task is named" in one for one in refusals] == [True]
+    assert event_text(waited) == "nothing is left to do but to wait for somebody to approve t"
+    assert [(one.phase, one.visit, one.status, one.note) for one in story.phases] == [
+        ("plan", 1, "rejected", "no"),
+        ("plan", 2, "completed", None),
+        ("build", 1, "completed", None),
+    ]
+    assert story.state == "landed"
+    await repository.assert_invariants()
+
+
+async def until_waiting(council: Council, run: str, count: int) -> Event:
+    """Return the event that a run only waits, once it was told so often."""
+    with anyio.fail_after(60):
+        async for record in council.records(0):
+            for event in record.events:
+                count -= event.type == "run.waiting" and event.data["run"] == run
+                if not count:
+                    return event
+    raise AssertionError("the log never ends")
