@@ -60,6 +60,8 @@ from orchestrator.sessions.transcript import Transcript
 
 #: How often a session is asked to mend what it handed over.
 REPAIRS: Final = 1
+#: What a phase can say of the work; one that rejects it sends it back.
+VERDICTS: Final = ("approve", "reject")
 #: What a phase is told that has no template.
 _AS_IT_IS: Final = "{{ task.prompt }}"
 #: Findings that a reason names.
@@ -306,7 +308,7 @@ class Phasing:
     ) -> Concluded | Failed:
         document, workflow, phase = self.ledger.task(task), turn.workflow, turn.phase
         verdict = None if checked is None else checked.data.get("verdict")
-        if verdict is not None:
+        if verdict in VERDICTS:
             record["verdict"] = verdict
         outcome = "built" if session.commit is not None else "completed"
         handoff, following = None, None

@@ -241,3 +241,57 @@ async def test_what_a_phase_says_nothing_about_stays_as_the_file_has_it(reposito
     told = repository.council("logs", "t", "--attempt", "2").stdout
     assert "of the file" in told
     assert "of the phase" in told
+
+
+async def test_a_phase_mediates_between_two_others(repository: Repository) -> None:
+    """What it makes of a result is what the phase after it knows; that phase does not see the result itself."""
+    scout = json.dumps({"scout_findings": ["a long story"]})
+    brief = json.dumps({"scout_findings": ["in short"]})
+    workflow: list[dict[str, dict[str, Any]]] = [
+        {"scout": {"access": "read", "produces": "scout", "handoff": "mediated", "mediator": "edit"}},
+        {"edit": {"access": "read", "produces": "scout", "needs": ["scout_findings"]}},
+        {"build": {"needs": ["scout_findings"]}},
+    ]
+    steps = (
+        f"in scout hand-over {scout}",
+        "in edit keep-prompt",
+        f"in edit hand-over {brief}",
+        "in build keep-prompt",
+        "in build write b.txt x",
+    )
+    (repository.top.parent / "phase.md").write_text("{{ task.prompt }}\n{{ data(given) }}\n")
+    for phase in workflow[1:]:
+        next(iter(phase.values()))["prompt_file"] = "phase.md"
+    path = repository.configure(
+        [{"id": "t", "prompt": "\n".join(steps), "workflow": "some"}], workflows={"some": workflow}
+    )
+    ended = repository.council("run", str(path), "--json")
+    assert ended.states == {"t": "landed"}, ended
+    given = [repository.council("logs", "t", "--attempt", str(number)).stdout.split("begins]")[1:] for number in (2, 3)]
+    assert ["a long story" in "".join(one) for one in given] == [True, False]
+    assert ["in short" in "".join(one) for one in given] == [False, True]
+    await repository.assert_invariants()
+
+
+async def test_secrets_are_in_nothing_that_is_handed_over(repository: Repository) -> None:
+    """Neither on record nor in what the next phase is told."""
+    secret = "sk-ant-api03-" + "a1B2" * 20
+    scout = json.dumps({"scout_findings": [f"the key is {secret}"]})
+    workflow = [{"scout": {"access": "read", "produces": "scout"}}, {"build": {"needs": ["scout_findings"]}}]
+    steps = (f"in scout hand-over {scout.replace('sk-', 'sk' + chr(92) + 'u002d')}",)
+    path = repository.configure(
+        [
+            {
+                "id": "t",
+                "prompt": "\n".join((*steps, "in build keep-prompt", "in build write b.txt x")),
+                "workflow": "some",
+            }
+        ],
+        workflows={"some": workflow},
+    )
+    ended = repository.council("run", str(path), "--json")
+    assert ended.states == {"t": "landed"}, ended
+    told = repository.council("logs", "t", "--attempt", "2").stdout
+    assert "the key is" in told
+    assert secret not in told
+    await repository.assert_invariants(canaries=[secret])
