@@ -97,6 +97,8 @@ def _details(visit: VisitStory, story: Story) -> Iterator[list[str]]:
 
 def _given(given: Given) -> str:
     """Say what a phase was given, how much of all that is, and what was left out."""
+    if not given.keys and not given.left_out:
+        return "nothing, as nothing was known"
     names = ", ".join(given.keys) or "nothing"
     left = f"; left out: {', '.join(given.left_out)}" if given.left_out else ""
     return f"{names} ({given.size:,} of {given.whole:,} bytes{left})"
@@ -132,14 +134,15 @@ def _session(one: SessionStory) -> Iterator[str]:
 
 
 def _handoff(one: HandoffStory) -> Iterator[str]:
-    where = f"{one.phase} to {one.to}" if one.to is not None else f"{one.phase}, for nobody"
+    where = f"of {one.phase}" if one.to is None else f"{one.phase} to {one.to}"
     state = "intact" if one.is_intact else "NOT intact: it does not hold what its digest says"
     parts = [where, one.protocol, f"by {one.by}", f"{one.digest[: _SHORT + len('sha256:')]}, {state}"]
     if one.key is not None:
         parts.append(f"shared as {one.key}, version {one.version}")
     yield plain(f"  {one.id}, {one.kind}: {'; '.join(parts)}")
     received = ", ".join(f"{receipt.phase} (attempt {receipt.attempt})" for receipt in one.receipts)
-    yield from aligned([["received", received or "by nobody yet"], ["holds", _short(one.data)]], "    ")
+    taken = [["received", received or "by nobody yet"]] if received or one.to is not None else []
+    yield from aligned([*taken, ["holds", _short(one.data)]], "    ")
     if one.mediation is not None:
         how = one.mediation.transformation or "the default"
         yield from aligned([["mediated", f"by {how}"], ["made", _short(one.mediation.processed)]], "    ")

@@ -17,9 +17,10 @@ _NO_OPTIONS = {"id", "tasks", "started", "ended", "imported"}
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A part of a task's work and the attempts at it; there is one, `build`, but of imported tasks those they had.
+    """A part of a task's work and the attempts at it; without a workflow there is one, `build`.
 
-    `status` is `pending`, `running`, `interrupted`, or the newest attempt's outcome; of imported ones what it said.
+    `status` is `pending`, `running`, `interrupted`, or the newest attempt's outcome; with a workflow that of the last
+    visit, of imported tasks what it said.
     """
 
     name: str
@@ -137,7 +138,7 @@ def overview(
             TaskOverview(
                 report=one,
                 worktree=worktrees.get(one.id) if was is None else was.worktree,
-                phases=[_build(document, is_live=is_live)] if was is None else _phases(was),
+                phases=_imported(was) if was is not None else _phases(document, is_live=is_live),
                 minutes=minutes_to_land(document, landed_at.get(one.id)),
                 branch=one.branch if was is None else was.branch,
                 pull_request=document.pull_request,
@@ -147,14 +148,20 @@ def overview(
     return Overview(record, report, tasks, sessions, events, measure(record.tasks, landed_at))
 
 
-def _build(task: TaskDocument, *, is_live: bool) -> Phase:
+def _phases(task: TaskDocument, *, is_live: bool) -> list[Phase]:
+    """Return the phases that a task has been at, each once, or the one of a task without a workflow."""
+    if task.phases:
+        last = {one.phase: one.status for one in task.phases}
+        return [
+            Phase(name, str(word), [one for one in task.attempts if one.phase == name]) for name, word in last.items()
+        ]
     status = "pending"
     if task.attempts:
         status = task.attempt.outcome or ("running" if is_live else "interrupted")
-    return Phase("build", status, task.attempts)
+    return [Phase("build", status, task.attempts)]
 
 
-def _phases(was: ImportedTask) -> list[Phase]:
+def _imported(was: ImportedTask) -> list[Phase]:
     words = {name: one.get("status") if isinstance(one, dict) else one for name, one in was.phases.items()}
     return [Phase(name, word if isinstance(word, str) else "unknown", ()) for name, word in words.items()]
 

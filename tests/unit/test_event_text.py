@@ -5,7 +5,41 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.cli.output import event_text
+from orchestrator.instants import local_time
 from orchestrator.protocols import Event
+
+
+@pytest.mark.parametrize(
+    ("adapters", "approvals", "awaited"),
+    [
+        (["a", "b"], [], "nothing is left to do before {until} but to wait for a, b"),
+        ([], ["t", "u"], "nothing is left to do but to wait for somebody to approve t, u"),
+        (["a"], ["t"], "nothing is left to do before {until} but to wait for a, and for somebody to approve t"),
+    ],
+)
+def test_what_a_run_waits_for_is_told(adapters: list[str], approvals: list[str], awaited: str) -> None:
+    """Parked adapters with the time when the first is open, and people, without one."""
+    until = 1e9 if adapters else None
+    event = Event("run.waiting", {"run": "r", "until": until, "adapters": adapters, "approvals": approvals})
+    assert event_text(event) == awaited.format(until=local_time(1e9))
+
+
+@pytest.mark.parametrize(
+    ("type_", "facts", "words"),
+    [
+        ("task.waiting", {}, "t: a person is to approve this: `council approve t`, or `council reject t --note TEXT`"),
+        ("task.approved", {"phase": "plan", "note": None}, "t: phase plan is approved"),
+        ("task.sent_back", {"phase": "plan", "note": "keep\nit"}, "t: phase plan is sent back: keep: it"),
+        ("task.advanced", {"next": "build"}, "t: goes on to phase build"),
+        ("task.changes_discarded", {"paths": ["a", "b"]},
+         "t: a phase that is to change nothing changed this, it was discarded: a, b"),
+        ("phase.skipped", {"phase": "plan", "reason": "its condition does not hold: false"},
+         "t: phase plan is skipped: its condition does not hold: false"),
+    ],
+)  # fmt: skip
+def test_what_becomes_of_phases_is_told(type_: str, facts: dict[str, object], words: str) -> None:
+    """With what a person said, where they said anything."""
+    assert event_text(Event(type_, {"run": "r", "task": "t", **facts})) == words
 
 
 @pytest.mark.parametrize(

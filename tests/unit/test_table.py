@@ -27,6 +27,7 @@ from orchestrator.cli.table import (
 from orchestrator.cli.view import RunView
 from orchestrator.domain.dispatch import Entry
 from orchestrator.domain.model import AdapterDocument, Attempt, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.phases import PhaseRecord, PhaseStatus
 from orchestrator.engine.report import RunRecord
 from orchestrator.protocols import Event, Key, Record
 from orchestrator.repo.diffs import Changes
@@ -36,10 +37,12 @@ COMMIT = "0123456789" * 4
 
 
 def attempt(number: int = 1, **facts: Any) -> Attempt:
-    return Attempt(number=number, adapter="fake", base=COMMIT, **{"started": 10.0, **facts})
+    return Attempt(number=number, base=COMMIT, **{"adapter": "fake", "started": 10.0, **facts})
 
 
 BUILT = attempt(ended=30.0, outcome="built")
+CRASHED = attempt(ended=30.0, outcome="crashed")
+PLANNED = PhaseRecord(phase="plan", status=PhaseStatus.COMPLETED, attempts=(1,))
 
 
 def view(entries: Mapping[str, Entry], attempts: int = 3, capacity: int = 2) -> RunView:
@@ -78,6 +81,10 @@ def row(frame: Frame, task: str) -> Row:
         (TaskDocument(status=TaskStatus.CHECKING), False, "checks"),
         (TaskDocument(status=TaskStatus.LANDING), True, "landing"),
         (TaskDocument(status=TaskStatus.NO_CHANGE), False, "no change"),
+        (TaskDocument(status=TaskStatus.WAITING), False, "approval"),
+        (TaskDocument(status=TaskStatus.DONE), False, "done"),
+        (TaskDocument(attempts=(BUILT,), phases=(PLANNED,)), False, "waiting"),
+        (TaskDocument(attempts=(CRASHED,), phases=(PLANNED,)), False, "retry"),
     ],
 )
 def test_a_status_has_its_word(document: TaskDocument, is_blocked: bool, expected: str) -> None:
@@ -122,6 +129,49 @@ def test_the_counts_follow_what_is_recorded() -> None:
     shown.apply(record("t0", TaskDocument(attempts=(BUILT,))))
     totals = shown.totals(40.0)
     assert (totals.landed, totals.failed, totals.blocked, totals.waiting) == (1, 0, 0, 4)
+
+
+def test_a_row_tells_which_phase_a_session_is_at_and_who_runs_it() -> None:
+    """How many attempts there may be is nobody's to say then; the phase stands where else `build` does."""
+    shown = view(tasks(1))
+    plan = PLANNED.model_copy(update={"status": PhaseStatus.IN_PROGRESS, "attempts": (1, 2)})
+    two = (BUILT, attempt(2, adapter="planner", phase="plan"))
+    shown.apply(record("t0", TaskDocument(status=TaskStatus.RUNNING, attempts=two, phases=(plan,))))
+    one = shown.frame(40.0, 10).rows[0]
+    assert (one.phase, one.stage, one.adapter, one.attempt) == ("build", "plan", "planner", "2")
+    assert shown.working() == [Working("t0", 2, "planner")]
+    drawn = "".join(segment.text for line in frame_lines(shown.frame(40.0, 10), 100) for segment in line)
+    assert "plan  " in drawn
+    assert "build" not in drawn
+
+
+def test_what_waits_for_a_person_has_a_row_that_says_what_to_type() -> None:
+    """It is counted by itself, before all that waits for its turn; when it will be over nobody can know."""
+    shown = view({**tasks(6), "asks": Entry(adapter="fake")})
+    shown.apply(record("t0", TaskDocument(status=TaskStatus.LANDED, attempts=(BUILT,), landed=COMMIT)))
+    assert shown.totals(40.0).left is not None
+    asks = PLANNED.model_copy(update={"status": PhaseStatus.AWAITING})
+    said = attempt(ended=30.0, outcome="completed", words="Here it is.")
+    shown.apply(record("asks", TaskDocument(status=TaskStatus.WAITING, attempts=(said,), phases=(asks,))))
+    one = row(shown.frame(40.0, 3), "asks")
+    assert (one.phase, one.words) == (
+        "approval",
+        "`council approve asks`, or `council reject asks --note TEXT`: Here it is.",
+    )
+    totals = shown.totals(40.0)
+    assert (totals.asked, totals.waiting, totals.left) == (1, 5, None)
+    assert "1 to be approved" in shown.frame(40.0, 3).totals
+
+
+def test_what_is_done_lets_others_start_and_is_no_failure() -> None:
+    """It counts by itself; what needs it does not wait for a landing that never comes."""
+    shown = view({**tasks(1), "child": Entry(("t0",))})
+    assert row(shown.frame(40.0, 10), "child").words == "needs t0"
+    shown.apply(record("t0", TaskDocument(status=TaskStatus.DONE, attempts=(BUILT,), phases=(PLANNED,))))
+    assert row(shown.frame(40.0, 10), "child").words == ""
+    totals = shown.totals(40.0)
+    assert (totals.landed, totals.done, totals.failed, totals.blocked) == (0, 1, 0, 0)
+    assert shown.frame(40.0, 10).totals.startswith("0 landed · 1 done · 0 running")
 
 
 def test_lines_are_counted_once() -> None:

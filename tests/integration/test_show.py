@@ -1,0 +1,123 @@
+"""What `council show` tells of tasks that were really run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jsonschema import Draft202012Validator
+
+from orchestrator.council import Council
+from orchestrator.domain.json_values import digest_of
+from tests.conftest import Repository
+from tests.integration.test_workflow import APPROVE, PLAN, REJECT, SCOUT
+
+FOUR: list[dict[str, Any]] = [
+    {"scout": {"access": "read", "produces": "scout"}},
+    {"plan": {"access": "read", "produces": "plan"}},
+    {"build": {"produces": "build"}},
+    {"review": {"access": "read", "produces": "review", "on_reject": "build"}},
+]
+#: The plan is mended once, the first review rejects, and reviewers change what they are to read.
+STEPS = (
+    f"in scout hand-over {SCOUT}",
+    'in plan attempt 2 hand-over {"tasks": []}',
+    f"in plan attempt 3 hand-over {PLAN}",
+    "in build attempt 4 write b.txt hello",
+    "in build attempt 6 append b.txt more",
+    "in build built b.txt",
+    "in review write a.txt mine",
+    f"in review attempt 5 hand-over {REJECT}",
+    f"in review attempt 7 hand-over {APPROVE}",
+    "print all is well",
+)
+
+
+async def test_the_story_of_a_task_with_phases_is_told(repository: Repository) -> None:
+    """Each visit with its sessions, what it was given, handed over and found; handoffs with who received them."""
+    task = {"id": "t", "prompt": "\n".join(STEPS), "workflow": "four"}
+    path = repository.configure([task, {"id": "plain", "prompt": "write p.txt x"}], workflows={"four": FOUR})
+    ran = repository.council("run", str(path), "--json")
+    assert ran.states == {"t": "landed", "plain": "landed"}, ran
+    told = repository.council("show", "t", "--json")
+    assert told.code == 0, told
+    story = json.loads(told.stdout)
+    schema = json.loads(repository.council("schema", "--story").stdout)
+    assert [error.message for error in Draft202012Validator(schema).iter_errors(story)] == []
+    visits = {(one["phase"], one["visit"]): one for one in story["phases"]}
+    assert list(visits) == [("scout", 1), ("plan", 1), ("build", 1), ("review", 1), ("build", 2), ("review", 2)]
+    assert [one["attempts"] for one in story["phases"]] == [[1], [2, 3], [4], [5], [6], [7]]
+    assert {one["status"] for one in story["phases"]} == {"completed"}
+    assert (visits["plan", 1]["repairs"], visits["review", 1]["verdict"]) == (1, "reject")
+    assert [one["message"] for one in visits["review", 1]["findings"]] == ["say more"]
+    assert [one["discarded"] for one in story["phases"]] == [[], [], [], ["a.txt"], [], ["a.txt"]]
+    given = visits["plan", 1]["given"]
+    assert "requirements" in given["keys"]
+    assert 0 < given["size"] <= given["whole"]
+    handoffs = {one["id"]: one for one in story["handoffs"]}
+    assert [one["attempt"] for one in story["handoffs"]] == [1, 3, 4, 5, 6, 7]
+    assert all(one["is_intact"] and one["digest"] == digest_of(one["data"]) for one in story["handoffs"])
+    scout = handoffs[visits["scout", 1]["handoff"]]
+    # Reviewers are given all that is known.
+    assert [(one["phase"], one["attempt"]) for one in scout["receipts"]] == [("plan", 2), ("review", 5), ("review", 7)]
+    assert visits["plan", 1]["received"] == [scout["id"]]
+    assert all(Path(one["log"]).is_file() for one in story["sessions"])
+    result = next(one for one in ran.result["tasks"] if one["id"] == "t")
+    assert (story["landing"]["landed"], story["landing"]["attempt"]) == (result["landed"], 6)
+    assert story["landing"]["time"] >= story["sessions"][-1]["ended"]
+    read = repository.council("show", "t").stdout
+    for part in ("build (visit 2): completed", "b.txt:1 (major) say more", "discarded", "bytes", "landed as "):
+        assert part in read, part
+    async with Council.open(repository.top, environ=repository.environ) as council:
+        assert {**(await council.story("t")).to_json(), "exit": 0} == story
+        plain = await council.story("plain")
+    assert [(one.phase, one.status, list(one.attempts)) for one in plain.phases] == [("build", "completed", [1])]
+    assert (plain.workflow, plain.handoffs) == (None, [])
+    await repository.assert_invariants()
+
+
+def test_the_newest_run_is_meant_unless_another_is_named(repository: Repository) -> None:
+    """A task of the same name in two runs has two stories; a name that is none is refused with one that is near."""
+    first = repository.council("run", str(repository.configure([{"id": "build", "prompt": "write a.txt x"}])), "--json")
+    repository.council("run", str(repository.configure([{"id": "build", "prompt": "exit 3", "attempts": 1}])), "--json")
+    newest, named = (
+        json.loads(repository.council("show", "build", "--json", *run).stdout)
+        for run in ([], ["--run", first.result["run"]])
+    )
+    assert (newest["state"], newest["sessions"][0]["outcome"]) == ("failed", "crashed")
+    assert (named["run"], named["state"], named["asked"]) == (first.result["run"], "landed", "write a.txt x")
+    refused = repository.council("show", "biuld")
+    assert (refused.code, "did you mean 'build'?" in refused.stderr) == (2, True)
+
+
+def test_a_task_that_is_done_has_nothing_to_land(repository: Repository) -> None:
+    """A run of such tasks is a success; what needs them may start, and a checklist ticks them."""
+    one = [{"plan": {"access": "read", "produces": "plan"}}]
+    tasks: list[dict[str, Any]] = [
+        {"id": "thinks", "prompt": f"in plan hand-over {PLAN}", "workflow": "one"},
+        {"id": "after", "prompt": "write c.txt x", "needs": ["thinks"]},
+    ]
+    ended = repository.council("run", str(repository.configure(tasks, workflows={"one": one})), "--json")
+    assert (ended.code, ended.result["status"]) == (0, "landed"), ended
+    assert ended.states == {"thinks": "done", "after": "landed"}
+    assert "1 done, 1 of 2 landed on main" in repository.council("status").stdout
+    assert "1 done, 1 of 2 landed on main" in repository.council("runs").stdout
+    assert "nothing has landed" in repository.council("show", "thinks").stdout
+    refused = repository.council("retry", "thinks")
+    assert (refused.code, "is done" in refused.stderr) == (2, True)
+
+
+def test_a_checklist_ticks_what_is_done(repository: Repository) -> None:
+    """An item is over when its workflow is, with or without a landing."""
+    todo = repository.top.parent / "todo.md"
+    todo.write_text(f"- [ ] in plan hand-over {PLAN} {{#thinks}}\n- [ ] exit 3 {{#fails}}\n")
+    path = repository.configure(
+        [],
+        workflows={"one": [{"plan": {"access": "read", "produces": "plan"}}]},
+        trackers={"todo": {"use": "checklist", "file": str(todo)}},
+        defaults={"workflow": "one", "attempts": 1},
+    )
+    ended = repository.council("run", str(path), "--json")
+    assert ended.states == {"thinks": "done", "fails": "failed"}, ended
+    assert [line[:5] for line in todo.read_text().splitlines()] == ["- [x]", "- [ ]"]
