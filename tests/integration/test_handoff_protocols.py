@@ -1,0 +1,164 @@
+"""How what one phase came to gets to the next, as it is on record: whole runs by a real program."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from orchestrator import Council
+from orchestrator.clock import SystemClock
+from orchestrator.domain.handoffs import Handoff, is_intact
+from orchestrator.domain.model import TaskDocument
+from orchestrator.domain.phases import PhaseStatus
+from orchestrator.domain.workflow import Phase, Workflow, completed
+from orchestrator.engine.records import read_handoffs, read_task
+from orchestrator.state.file import FileStore
+from tests.conftest import FAKE_CLI, Repository
+
+SCOUT = json.dumps({"scout_findings": ["there is a README"], "requirements": ["a login"], "risks": ["a race"]})
+PLAN = json.dumps({"tasks": [{"id": "t1", "prompt": "b"}], "dependencies": [], "timeline": [], "resources": []})
+REJECT = json.dumps({"verdict": "reject", "findings": [{"path": "b.txt", "message": "say more"}]})
+
+
+def telling(repository: Repository) -> dict[str, Any]:
+    """Return an adapter for the fake CLI whose words say what it used up."""
+    return {
+        "use": "command",
+        "argv": [sys.executable, "-S", str(FAKE_CLI), "{prompt_file}"],
+        "env": {"FAKE_CLI_LEDGER": str(repository.spawns)},
+        "writable": [str(repository.spawns.parent)],
+        "read": [{"match": r"^used (?P<input_tokens>\d+) (?P<output_tokens>\d+) (?P<cost>\S+)$"}],
+    }
+
+
+async def recorded(repository: Repository, run: str) -> tuple[TaskDocument, dict[str, Handoff]]:
+    """Return what is on record of the task `t`, and what its phases handed over, by the phase and attempt."""
+    async with FileStore.open(repository.top / ".council/state", SystemClock()) as store:
+        handoffs = await read_handoffs(store, run, "t")
+        found = {f"{one.phase}.{one.attempt}": one for _, one in handoffs.values()}
+        return await read_task(store, run, "t"), found
+
+
+async def test_a_direct_handoff_tells_where_it_comes_from(repository: Repository) -> None:
+    """Who made it and for whom, what the task had used up by then, what was said; and that it was received whole."""
+    workflow = [
+        {"scout": {"access": "read", "produces": "scout"}},
+        {"plan": {"access": "read", "produces": "plan", "context": {"style": "short"}, "needs": ["risks", "style"]}},
+        {"build": {"produces": "build"}},
+    ]
+    steps = (
+        *("in scout print used 100 20 $0.25", f"in scout hand-over {SCOUT}"),
+        *(
+            "in plan keep-prompt",
+            "in plan print used 10 5 $0.50",
+            "in plan print planned it",
+            f"in plan hand-over {PLAN}",
+        ),
+        *("in build write b.txt x", "in build built b.txt"),
+    )
+    task = {"id": "t", "prompt": "\n".join(steps), "workflow": "three", "adapter": "telling"}
+    path = repository.configure([task], workflows={"three": workflow}, adapters={"telling": telling(repository)})
+    ended = repository.council("run", str(path), "--json")
+    assert ended.states == {"t": "landed"}, ended
+    document, handoffs = await recorded(repository, ended.result["run"])
+    scout, plan, build = handoffs["scout.1"], handoffs["plan.2"], handoffs["build.3"]
+    assert [(one.phase, one.to) for one in (scout, plan, build)] == [
+        ("scout", "plan"),
+        ("plan", "build"),
+        ("build", None),
+    ]
+    assert [(one.tokens, one.cost) for one in (scout, plan, build)] == [(120, 0.25), (135, 0.75), (135, 0.75)]
+    assert {(one.protocol, one.status, one.by) for one in handoffs.values()} == {("direct", "completed", "file")}
+    assert scout.data["risks"] == ["a race"]
+    assert "planned it" in plan.summary
+    assert all(map(is_intact, handoffs.values()))
+    received = [(one.phase, one.attempt, one.digest) for one in scout.receipts]
+    assert received[0] == ("plan", 2, scout.digest)
+    # What was needed, and nothing else of what was known.
+    given = document.phases[1].given
+    assert given is not None
+    assert (given.keys, "requirements" in given.left_out) == (("risks", "style"), True)
+    assert 0 < given.size < given.whole
+    told = repository.council("logs", "t", "--attempt", "2").stdout
+    assert "a race" in told
+    assert "a login" not in told.replace(SCOUT, "")
+    await repository.assert_invariants()
+
+
+async def test_a_phase_that_is_named_mediates(repository: Repository) -> None:
+    """What it makes of a result stands for that; what earlier phases handed over is there as `results`."""
+    prepared = json.dumps({"scout_findings": ["made ready"], "requirements": []})
+    known = "{{ 'old' if results.scout is defined else 'new' }}"
+    told = f"{{{{ task.prompt }}}}\nkeep-prompt\nGiven: {{{{ given.scout_findings | join }}}}, {known}"
+    workflow = [
+        {"scout": {"access": "read", "produces": "scout", "handoff": "mediated", "mediator": "prepare"}},
+        {"prepare": {"access": "read", "produces": "scout", "prompt": told}},
+        {"build": {"needs": ["scout_findings"], "prompt": told}},
+    ]
+    steps = (f"in scout hand-over {SCOUT}", f"in prepare hand-over {prepared}", "in build write b.txt x")
+    path = repository.configure(
+        [{"id": "t", "prompt": "\n".join(steps), "workflow": "mediated"}], workflows={"mediated": workflow}
+    )
+    ended = repository.council("run", str(path), "--json")
+    assert ended.states == {"t": "landed"}, ended
+    document, handoffs = await recorded(repository, ended.result["run"])
+    assert handoffs["scout.1"].mediation is None
+    mediating, building = (repository.council("logs", "t", "--attempt", number).stdout for number in ("2", "3"))
+    assert "there is a README" in mediating.partition("Given: ")[2]
+    assert "made ready" in building.partition("Given: ")[2]
+    assert "there is a README" not in building.partition("Given: ")[2]
+    assert (mediating.count(", old"), building.count(", new")) == (1, 1)
+    assert document.phases[2].received == (handoffs["prepare.2"].id,)
+    await repository.assert_invariants()
+
+
+async def test_a_phase_that_fails_says_why(repository: Repository) -> None:
+    """In the visit, in its task, and by an event; what came before stays."""
+    workflow = [{"scout": {"access": "read", "produces": "scout"}}, {"build": {}}]
+    steps = (f"in scout hand-over {SCOUT}", "in build exit 3 no room")
+    path = repository.configure(
+        [{"id": "t", "prompt": "\n".join(steps), "workflow": "two", "attempts": 2}], workflows={"two": workflow}
+    )
+    ended = repository.council("run", str(path), "--json")
+    assert ended.states == {"t": "failed"}, ended
+    document, handoffs = await recorded(repository, ended.result["run"])
+    scout, build = document.phases
+    assert (scout.status, scout.handoff, list(handoffs)) == (PhaseStatus.COMPLETED, handoffs["scout.1"].id, ["scout.1"])
+    assert (build.status, build.attempts) == (PhaseStatus.FAILED, (2, 3))
+    assert build.reason is not None
+    assert build.reason == document.reason
+    assert "3" in build.reason
+    assert build.started is not None
+    assert build.ended is not None
+    assert scout.ended is not None
+    assert scout.ended <= build.started <= build.ended
+    [told] = [one for one in ended.lines if one.get("event") == "phase.failed"]
+    assert (told["phase"], told["reason"]) == ("build", build.reason)
+    await repository.assert_invariants()
+
+
+async def test_only_what_is_complete_counts(repository: Repository) -> None:
+    """Where a phase has to be done again, what it came to before is no result of it any more."""
+    review = {"access": "read", "produces": "review", "max_rounds": 1}
+    workflow: list[dict[str, Any]] = [{"build": {"produces": "build"}}, {"review": review}]
+    steps = ("in build append b.txt more", "in build built b.txt", f"in review hand-over {REJECT}")
+    path = repository.configure(
+        [{"id": "t", "prompt": "\n".join(steps), "workflow": "two"}], workflows={"two": workflow}
+    )
+    repository.council("run", str(path), "--json", failpoints="attempt.recorded=kill@3")
+    async with Council.open(repository.top, environ=repository.environ) as council:
+        run = await council.newest_run()
+        document, handoffs = await recorded(repository, run)
+        phases = Workflow((Phase(name="build", produces="build"), Phase(name="review", writes=False)))
+        # The review has sent it back, and the build is at it again.
+        assert [(one.phase, one.status) for one in document.phases] == [
+            ("build", PhaseStatus.COMPLETED),
+            ("review", PhaseStatus.COMPLETED),
+            ("build", PhaseStatus.IN_PROGRESS),
+        ]
+        assert completed(phases, document) == {}
+        assert sorted(handoffs) == ["build.1", "review.2"]
+    ended = repository.council("resume", "--json")
+    assert ended.states == {"t": "failed"}, ended
+    await repository.assert_invariants()
