@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from orchestrator.domain.failures import FailureClass
     from orchestrator.domain.model import TaskStatus
     from orchestrator.domain.notes import Note
+    from orchestrator.domain.violations import Violation
+    from orchestrator.engine.checking import CheckedTask, RunCheck
     from orchestrator.engine.details import SessionDetails
     from orchestrator.engine.report import (
         AdapterReport,
@@ -76,6 +78,7 @@ __all__ = [
     "Archive",
     "BackoffSettings",
     "Changed",
+    "CheckedTask",
     "Checkpoint",
     "Config",
     "ConfigError",
@@ -103,6 +106,7 @@ __all__ = [
     "RefusedError",
     "Restoration",
     "Restored",
+    "RunCheck",
     "RunReport",
     "RunStatus",
     "SessionContext",
@@ -123,6 +127,7 @@ __all__ = [
     "Update",
     "Verified",
     "VersionConflict",
+    "Violation",
     "WorktreeSettings",
     "copy_state",
 ]
@@ -144,6 +149,8 @@ _MODULES = {
     "domain.failures": ("FailureClass",),
     "domain.model": ("TaskStatus",),
     "domain.notes": ("Note",),
+    "domain.violations": ("Violation",),
+    "engine.checking": ("CheckedTask", "RunCheck"),
     "engine.details": ("SessionDetails",),
     "engine.report": (
         "AdapterReport",

@@ -1,0 +1,123 @@
+"""docs/workflows.md says what the code does: its examples, its tables, and the functions that it names."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from orchestrator.client.commands import LARGEST_HANDOFF
+from orchestrator.config.load import load_config
+from orchestrator.domain import handoff_models
+from orchestrator.domain.handoff_kinds import KINDS, NEEDS, Facts
+from orchestrator.domain.phases import PHASE_EVENTS
+from orchestrator.engine.prompting import LONGEST_VALUE
+from orchestrator.engine.sharing import PATIENCE
+from orchestrator.plugins import load_plugins
+from tests.functions import FunctionsContract, rows, sections
+from tests.unit.test_consistency import BROKEN
+
+ROOT: Final = Path(__file__).parents[2]
+PAGE: Final = (ROOT / "docs/workflows.md").read_text()
+README: Final = sections((ROOT / "README.md").read_text())["Phases that hand over"]
+SECTIONS: Final = sections(PAGE)
+FUNCTIONS: Final = rows(SECTIONS["Functions of the framework"])
+
+#: What else stands in code: keys of the file, arguments, and how values are called.
+_WORDS: Final = {"KIND_to_KIND", "if_version", "key", "results.PHASE"}
+_SETTING: Final = re.compile(r"(handoff|workflow|mediator): ?\w*")
+_RULE: Final = re.compile(r"(chain|sessions)\.\w+")
+
+
+class TestFunctions(FunctionsContract):
+    """Of workflows, handoffs and validation."""
+
+    functions = FUNCTIONS
+    fewest = 40
+
+    def is_word(self, name: str) -> bool:
+        """Events, rules, settings and arguments."""
+        known = name in _WORDS or name in PHASE_EVENTS.values()
+        return known or _SETTING.fullmatch(name) is not None or _RULE.fullmatch(name) is not None
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *("initialize_workflow", "enter_phase", "complete_phase", "fail_phase", "get_phase_results", "save", "load"),
+        *("emit_event", "execute_adw_with_state", "create_phase_context", "update_context", "get_context_for_phase"),
+        *("create_handoff_context", "filter_context", "execute_handoff", "verify_handoff", "register_transformation"),
+        *("scout_to_planner_transform", "write_shared_state", "read_shared_state", "notify_subscribers"),
+        *("coordinate_handoff", "register_validator", "add_constraint", "validate_state"),
+        *("validate_workflow_consistency", "validate_plan_state", "validate_build_state"),
+    ],
+)
+def test_no_function_is_forgotten(function: str) -> None:
+    """Each has a row."""
+    assert any(f"`{function}(" in row[0] for row in FUNCTIONS)
+
+
+def test_each_rule_that_is_named_is_one() -> None:
+    """There is a record that breaks it."""
+    named = set(re.findall(r"`((?:chain|sessions)\.\w+)`", SECTIONS["Functions of the framework"]))
+    broken = {rule for rule, _ in BROKEN}
+    assert {name for name in named if name.startswith("chain.")} == {
+        rule for rule in broken if rule.startswith("chain.")
+    }
+
+
+def test_what_phases_need_is_what_the_page_says() -> None:
+    """The defaults of the filter."""
+    table = {row[0].strip("`"): re.findall(r"`(\w+)`", row[1]) for row in rows(SECTIONS["What a phase is given"])[1:]}
+    assert table == {name: list(needs) for name, needs in NEEDS.items()}
+
+
+def test_fields_of_kinds_are_what_the_page_says() -> None:
+    """Those that must be there, and the other names that they have."""
+    table = {row[0].split("`")[0] + row[0].split("`")[1]: row[1] for row in rows(SECTIONS["Kinds of handoffs"])[1:]}
+    parts = {
+        "a task of a plan": "PlannedTask",
+        "an artifact of a build": "Artifact",
+        "a finding of a review": "Finding",
+    }
+    assert set(table) == {*KINDS, *parts}
+    for name, told in table.items():
+        model: type[BaseModel] = getattr(handoff_models, parts.get(name, name.capitalize()))
+        assert told == ", ".join(_field(field, model) for field in model.model_fields), name
+
+
+def _field(name: str, model: type[BaseModel]) -> str:
+    field = model.model_fields[name]
+    others = [one for one in getattr(field.validation_alias, "choices", ()) if one != name]
+    also = f" ({', '.join(f'`{one}`' for one in others)})" if others else ""
+    return (f"**`{name}`**" if field.is_required() else f"`{name}`") + also
+
+
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", PAGE + README, re.DOTALL))
+def test_each_file_loads(block: str, tmp_path: Path) -> None:
+    """Each example of a file is one, put into an otherwise smallest file."""
+    smallest = {"version": 1, "adapters": {"x": {"use": "command", "argv": ["x"]}}, "defaults": {"adapter": "x"}}
+    (tmp_path / "council.yaml").write_text(json.dumps({**smallest, **yaml.safe_load(block)}))
+    plugins = load_plugins({"COUNCIL_PLUGINS": ""})
+    config = load_config(tmp_path / "council.yaml", plugins.adapters, plugins.extensions())
+    assert all(task.workflow in config.workflows for task in config.tasks)
+
+
+@pytest.mark.parametrize("block", re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL))
+def test_each_handoff_is_valid(block: str) -> None:
+    """Each example of what is handed over is of its kind, with nothing in it that this does not know."""
+    example: dict[str, Any] = json.loads(block)
+    checked = KINDS[example["kind"]].check(example["data"], Facts())
+    assert (checked.data is not None, checked.violations, checked.ignored) == (True, (), ())
+
+
+def test_bounds_are_those_of_the_code() -> None:
+    """As sentences have them."""
+    text = " ".join(PAGE.split())
+    assert f"cut at {LONGEST_VALUE:,} characters, a handoff has at most {LARGEST_HANDOFF >> 20} MiB" in text
+    assert f"({PATIENCE:g} seconds unless told otherwise)" in text
