@@ -449,11 +449,10 @@ class Ledger:
         changed = closed(changed, self._clock.now())
         after = TaskDocument.model_validate(self._redacted(changed.model_dump(mode="json")))
         attempt = {"attempt": after.attempt.number} if after.attempts else {}
-        told = [
-            (TASK_EVENTS[trigger], {"task": task, **attempt, **update.details}),
-            *((event, {"task": task, **facts}) for event, facts in phase_events(before.phases, after.phases)),
-            *update.events,
-        ]
+        own = (TASK_EVENTS[trigger], {"task": task, **attempt, **update.details})
+        phases = [(event, {"task": task, **facts}) for event, facts in phase_events(before.phases, after.phases)]
+        # In the order in which a person would tell it: what was handed over ends the phase, which moves the task.
+        told = [own, *phases, *update.events] if trigger is Trigger.START else [*update.events, *phases, own]
         write = Write(task_key(self.run.id, task), self._versions[task], after.model_dump(mode="json"))
         return _Step(after, [write, *update.writes], [self._event(event, facts) for event, facts in told])
 
