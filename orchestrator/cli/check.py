@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from orchestrator.cli.command import Context, json_option, opened, perform, run_argument, store_option
+from orchestrator.cli.command import Context, json_option, opened, perform, run_argument, store_option, tell_damage
 from orchestrator.cli.output import one_line, plain
 
 if TYPE_CHECKING:
@@ -35,9 +35,11 @@ def check(run: str | None, as_json: bool) -> None:
             found = await council.check(run)
             code = 0 if found.is_sound else 1
             if as_json:
-                context.output.json({**found.to_json(), "exit": code})
-            for line in () if as_json else _lines(found):
+                context.output.json({**found.to_json(), "damage": list(council.damage), "exit": code})
+                return code
+            for line in _lines(found):
                 context.output.text(f"{plain(line)}\n")
+            tell_damage(context, council.damage)
             return code
 
     perform(command, as_json=as_json, brief=True)

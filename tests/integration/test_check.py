@@ -16,6 +16,7 @@ import anyio.lowlevel
 import pytest
 
 from orchestrator import Council
+from orchestrator.clock import SystemClock
 from orchestrator.domain.consistency import IDLE_AFTER, WorkflowFacts
 from orchestrator.domain.contexts import SessionContext, SessionStatus
 from orchestrator.domain.handoff_kinds import KINDS
@@ -23,8 +24,9 @@ from orchestrator.domain.json_values import digest_of
 from orchestrator.domain.violations import Violation
 from orchestrator.engine.checking import check_run
 from orchestrator.plugins import load_plugins
-from orchestrator.protocols import Commit, JsonObject, Key, Write
+from orchestrator.protocols import Commit, Document, JsonObject, Key, Write
 from orchestrator.state.file import FileStore
+from orchestrator.state.memory import MemoryStore
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
 
@@ -56,6 +58,7 @@ async def test_a_run_that_keeps_all_rules(repository: Repository) -> None:
         "run": run,
         "is_sound": True,
         "tasks": [{"id": "t", "workflow": "two", "visits": 2, "handoffs": 2, "violations": [], "unseen": []}],
+        "damage": [],
         "exit": 0,
     }
     assert repository.council("check", "nobody").code == 2
@@ -227,6 +230,45 @@ async def test_rules_of_plugins_run_too_and_their_faults_are_told(repository: Re
         ("constraint.broken", "constraint 'broken'"),
     ]
     assert "ZeroDivisionError" in found[1].what
+
+
+class Overtaking(MemoryStore):
+    """A store in which somebody else is always faster: before handoffs are read, what is `next` is committed."""
+
+    next: Sequence[Write] = ()
+
+    async def list(self, kind: str, prefix: str = "") -> Sequence[Document]:
+        """Commit, then return what there is."""
+        if kind == "handoff" and self.next:
+            writes, self.next = self.next, ()
+            await self.commit(Commit(writes))
+        return await super().list(kind, prefix)
+
+
+async def test_what_belongs_together_is_read_as_of_one_moment(repository: Repository) -> None:
+    """Also where the next phase has received a handoff between two looks."""
+    run = landed(repository)
+    async with FileStore.open(repository.top / ".council/state", SystemClock()) as store:
+        last, positions = await store.position(), list[int]()
+        async for record in store.watch():
+            if any(event.type == "handoff.received" for event in record.events):
+                positions += [record.position - 1, record.position]
+            if record.position == last:
+                break
+        before, after = [(await store.at(position)).documents for position in positions[:2]]
+    overtaking = Overtaking(SystemClock())
+    await overtaking.commit(Commit([Write(key, 0, one.value) for key, one in before.items() if key.kind != "lease"]))
+    changed = [one for key, one in after.items() if key.kind in {"task", "handoff"} and one != before.get(key)]
+    writes = list[Write]()
+    for one in changed:
+        known = await overtaking.get(one.key)
+        writes.append(Write(one.key, known.version if known else 0, one.value))
+    assert {write.key.kind for write in writes} == {"task", "handoff"}
+    overtaking.next = writes
+    found = await check_run(overtaking, run, KINDS, {}, SystemClock(), repository.environ)
+    assert not found.violations
+    assert not overtaking.next
+    assert found.tasks[0].visits == 2, "what came meanwhile was seen"
 
 
 async def test_a_run_at_work_gives_no_false_alarm(repository: Repository) -> None:
