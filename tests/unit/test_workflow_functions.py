@@ -62,6 +62,14 @@ def test_no_function_is_forgotten(function: str) -> None:
     assert any(f"`{function}(" in row[0] for row in FUNCTIONS)
 
 
+def test_each_command_of_the_page_is_there() -> None:
+    """Those in sentences, too, with their options."""
+    lines = set(re.findall(r"`(council \w[^`]*)`", " ".join(PAGE.split())))
+    assert {"council approve TASK", "council retry TASK --from plan"} <= lines
+    for line in lines:
+        TestFunctions().test_each_command_is_there(line)
+
+
 def test_each_rule_that_is_named_is_one() -> None:
     """There is a record that breaks it."""
     named = set(re.findall(r"`((?:chain|sessions)\.\w+)`", SECTIONS["Functions of the framework"]))
