@@ -92,6 +92,17 @@ def escaped(owned: Sequence[str], paths: Iterable[str]) -> list[str]:
     return [path for path in paths if not any(matches(pattern, path) for pattern in owned)]
 
 
+def is_within(pattern: str, owned: Sequence[str]) -> bool:
+    """Whether one of the patterns of what is owned names every path that a pattern names, as far as that is plain.
+
+    A path without wildcards counts as that of a file. What only several patterns name together is not found.
+    """
+    inner = _compile(pattern).segments
+    is_file = _WILDCARD.search(pattern) is None and not pattern.endswith("/")
+    ways = [inner, inner[:-1]] if is_file else [inner]
+    return any(_covers(_compile(one).segments, way, _segment_covers) for one in owned for way in ways)
+
+
 def literal_prefix(pattern: str) -> str:
     """Return what every path that a pattern matches begins with; two overlap only if one's begins with the other's."""
     return _compile(pattern).prefix
@@ -183,5 +194,27 @@ def _meet(left: Sequence[object], right: Sequence[object], meet: Callable[[Any, 
                 row[at] = below[at] or row[at + 1]
             else:
                 row[at] = below[at + 1] and meet(a, b)
+        below = row
+    return below[0]
+
+
+def _segment_covers(outer: str | _Wild, inner: str | _Wild) -> bool:
+    is_any = not isinstance(outer, str) and outer[0] == _ANY and set(outer[1:]) == {None}
+    return is_any or _covers(_tokens(outer), _tokens(inner), _characters_cover)
+
+
+def _characters_cover(outer: _Characters, inner: _Characters) -> bool:
+    return not _without(inner, outer)
+
+
+def _covers(outer: Sequence[object], inner: Sequence[object], covers: Callable[[Any, Any], bool]) -> bool:
+    """Whether all that one sequence can stand for, another does: only if so, and where each part is within another."""
+    columns = len(inner)
+    below = [False] * columns + [True]
+    for a in reversed(outer):
+        row = [a is None and below[columns]] * (columns + 1)
+        for at in range(columns - 1, -1, -1):
+            b = inner[at]
+            row[at] = below[at] or row[at + 1] if a is None else b is not None and below[at + 1] and covers(a, b)
         below = row
     return below[0]

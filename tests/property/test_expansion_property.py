@@ -1,0 +1,100 @@
+"""Whatever a plan says: it becomes tasks that a run can have, or is told what is wrong; what is within is within."""
+
+from __future__ import annotations
+
+import re
+
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from orchestrator.config.circles import find_circles
+from orchestrator.config.names import check_name
+from orchestrator.domain.dispatch import Board, Entry, decide
+from orchestrator.domain.expansion import Part, parts_of
+from orchestrator.domain.ownership import check_pattern, is_within, matches
+
+IDS = st.one_of(st.sampled_from(["a", "b", "c", "A", "a b", "d.lock"]), st.text(min_size=1, max_size=80))
+PATHS = st.sampled_from(["src/a.py", "src/", "src/**", "docs/*.md", "/etc", "../x", "src/[ab]", "**", "x\\y", ".git/x"])
+PATTERNS = st.text("ab*?/", min_size=1, max_size=7)
+
+
+@st.composite
+def tasks(draw: st.DrawFn) -> list[dict[str, object]]:
+    """Draw the tasks of a plan, most of which fit each other."""
+    ids = draw(st.lists(IDS, min_size=1, max_size=6))
+    return [
+        {
+            "id": one,
+            "prompt": "do it",
+            "dependencies": draw(st.lists(st.sampled_from(ids), max_size=2)),
+            "owns": draw(st.lists(PATHS, max_size=2)),
+        }
+        for one in ids
+    ]
+
+
+@given(tasks(), st.sampled_from([(), ("src/",), ("**",)]), st.sets(st.sampled_from(["p-a", "P-B", "q"])))
+def test_what_becomes_of_a_plan_is_what_a_run_can_have(
+    drawn: list[dict[str, object]], owns: tuple[str, ...], taken: set[str]
+) -> None:
+    """Names, needs, paths and number are fit for a file; else every mistake has a place and a remedy."""
+    assume(all(str(one["id"]).strip() for one in drawn))
+    plan = {"tasks": drawn, "dependencies": [], "timeline": [], "resources": []}
+    found = parts_of(plan, "p-", most=5, owns=owns, taken=taken)
+    assert found
+    parts = [one for one in found if isinstance(one, Part)]
+    if not parts:
+        assert all(str(one) for one in found)
+        return
+    assert len(parts) == len(found) == len(drawn) <= 5
+    names = [check_name(one.id) for one in parts]
+    folded = [name.casefold() for name in names]
+    assert len(set(folded)) == len(folded)
+    assert not set(folded) & {one.casefold() for one in taken}
+    assert all(name.startswith("p-") for name in names)
+    needs = {one.id: one.needs for one in parts}
+    assert not find_circles(needs)
+    assert {need for each in needs.values() for need in each} <= set(names)
+    for one in parts:
+        assert all(not owns or is_within(check_pattern(path), owns) for path in one.owns)
+
+
+@given(PATTERNS, PATTERNS, st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=3))
+def test_what_is_within_names_no_path_beyond(inner: str, outer: str, parts: list[str]) -> None:
+    """But for what would be below a path without wildcards, which counts as a file's."""
+    path = "/".join(parts)
+    try:
+        check_pattern(inner), check_pattern(outer)
+    except ValueError:
+        return
+    if is_within(inner, (outer,)) and matches(inner, path):
+        is_below_a_file = re.search(r"[*?\[]", inner) is None and path != inner
+        assert matches(outer, path) or is_below_a_file
+
+
+@given(st.lists(st.sampled_from(["land", "fail", "revive", "plan"]), max_size=20), st.integers(1, 3))
+def test_a_board_that_grew_is_as_one_that_was_made_so(steps: list[str], size: int) -> None:
+    """Whatever happens to the tasks of a plan, what needs what is as if they had been there from the beginning."""
+    names = [f"p-{one}" for one in range(size)]
+    chain = {name: Entry(tuple(names[place - 1 : place])) for place, name in enumerate(names)}
+    board = Board({"p": Entry(), "last": Entry(("p",))})
+    decide(board, 9, 0.0)
+    board.add(chain, {name: 0.1 * place for place, name in enumerate(names)})
+    board.need("p", names)
+    board.wait("p", 0.0)
+    whole = Board({"p": Entry(tuple(names), parts=tuple(names)), **chain, "last": Entry(("p",))})
+    running, failed = list[str](), list[str]()
+    for step in steps:
+        begun = decide(board, 9, 1.0)
+        assert begun == decide(whole, 9, 1.0)
+        running += begun
+        if step in {"land", "fail"} and running:
+            task = running.pop()
+            for one in (board, whole):
+                one.landed(task) if step == "land" else one.ended(task)
+            failed += [task] if step == "fail" else []
+        elif step == "revive" and failed:
+            task = failed.pop()
+            board.revive(task)
+            whole.revive(task)
+        assert board.blocked == whole.blocked
