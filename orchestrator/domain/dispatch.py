@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import NamedTuple
 
-from orchestrator.domain.model import FINAL, REVIVABLE, SUCCESSFUL, TaskStatus
+from orchestrator.domain.model import FINAL, REVIVABLE, SUCCESSFUL, TaskDocument, TaskStatus
 from orchestrator.domain.ready import Lane, ReadyQueue, Roster
 
 #: Seconds of waiting that are worth one level of priority.
@@ -39,11 +39,28 @@ class Entry:
     """Adapters that stand in, in this order, where the one before is parked or closed."""
     workflow: str | None = None
     """The workflow whose phases say which adapters these are, and `Board.wait` which at the time."""
+    parts: tuple[str, ...] = ()
+    """Of the needs, the tasks that its own plan became."""
 
     @property
     def adapters(self) -> tuple[str, ...]:
         """All that may run it, the best first."""
         return (self.adapter, *self.fallback)
+
+    def with_parts(self, parts: Sequence[str]) -> Entry:
+        """Return the same with other tasks that its plan became."""
+        if tuple(parts) == self.parts:
+            return self
+        needs = tuple(need for need in self.needs if need not in self.parts)
+        return replace(self, needs=(*needs, *parts), parts=tuple(parts))
+
+
+def with_parts(entries: Mapping[str, Entry], documents: Mapping[str, TaskDocument]) -> dict[str, Entry]:
+    """Return entries by what their tasks need as these stand: also the tasks that their plans became, if known."""
+    return {
+        task: entry.with_parts([one for one in documents[task].expanded if one in entries])
+        for task, entry in entries.items()
+    }
 
 
 class _State(Enum):
@@ -64,7 +81,7 @@ _PENDING, _FRESH, _READY, _WAITING, _RUNNING, _BUILT, _LANDED, _OVER = _State
 class _Place(NamedTuple):
     """What of a task says when it starts once it is ready."""
 
-    order: int
+    order: float
     priority: int
     lane: Lane
 
@@ -79,7 +96,7 @@ class Board:
 
     def __init__(self, entries: Mapping[str, Entry], capacities: Mapping[str, int] = _NO_LIMITS) -> None:
         """Take every task by its id, all of them pending, and how many sessions each adapter may have at once."""
-        self._entries = entries
+        self._entries = dict(entries)
         self._state = dict.fromkeys(entries, _PENDING)
         self._missing = {task: len(set(entry.needs)) for task, entry in entries.items()}
         self._dependents: dict[str, list[str]] = {task: [] for task in entries}
@@ -93,7 +110,7 @@ class Board:
         }
         self._fresh: list[str] = []
         self._until: dict[str, float] = {}
-        self._waiting: dict[Roster, list[tuple[float, int, str]]] = {
+        self._waiting: dict[Roster, list[tuple[float, float, str]]] = {
             place.lane.roster: [] for place in self._places.values()
         }
         self.blocked: dict[str, str] = {}
@@ -124,6 +141,41 @@ class Board:
                 board.ended(task)
         return board
 
+    def add(self, entries: Mapping[str, Entry], orders: Mapping[str, float]) -> None:
+        """Take more tasks, pending, each of which stands at a place of the file; they may need each other."""
+        self._entries |= entries
+        for task, entry in entries.items():
+            self._state[task], self._dependents[task] = _PENDING, []
+            lane = self._queue.lane(entry.adapters, entry.owns)
+            self._places[task] = _Place(orders[task], entry.priority, lane)
+            self._waiting.setdefault(lane.roster, [])
+        for task, entry in entries.items():
+            self._link(task, entry.needs)
+        for task in entries:
+            if task not in self.blocked and not self._is_blocked_by_a_need(task):
+                self._offer(task)
+
+    def need(self, task: str, parts: Sequence[str]) -> None:
+        """The plan of a task became these: it goes on only once they have landed. `wait`, `rest` or `revive` follows.
+
+        Where they are fewer than before, the others are nothing to it any more.
+        """
+        before = self._entries[task]
+        after = self._entries[task] = before.with_parts(parts)
+        if after is before:
+            return
+        for need in set(before.needs) - set(after.needs):
+            self._dependents[need].remove(task)
+        self._link(task, [need for need in after.needs if need not in before.needs])
+
+    def order(self, task: str) -> float:
+        """Return the place of a task in the file."""
+        return self._places[task].order
+
+    def has(self, task: str) -> bool:
+        """Whether a task is known here."""
+        return task in self._entries
+
     def built(self, task: str) -> None:
         """The session is over and its work waits to land: its slot is free, its paths stay its own."""
         self._free_slot(task)
@@ -147,8 +199,13 @@ class Board:
     ) -> None:
         """The task may start again at `until`, with other adapters if some are named, the best first.
 
-        With `keeps_paths` they stay its own meanwhile, since it goes on with what it has built.
+        With `keeps_paths` they stay its own meanwhile, since it goes on with what it has built. What waits for the
+        tasks that its plan became goes on when they have landed, and leaves its paths to them.
         """
+        if self._waits_for_parts(task):
+            self.rest(task, keeps_paths=False, adapters=adapters)
+            self._is_blocked_by_a_need(task)
+            return
         self._leave(task, _WAITING)
         self._until[task] = until
         self._replace(task, adapters, keeps_paths=keeps_paths)
@@ -160,14 +217,14 @@ class Board:
         state = self._state[task]
         if state is not _PENDING:
             self._leave(task, _PENDING)
-        self._replace(task, adapters, keeps_paths=keeps_paths)
+        self._replace(task, adapters, keeps_paths=keeps_paths and not self._waits_for_parts(task))
         if state is not _PENDING:
             self._offer(task)
 
-    def rest(self, task: str, *, keeps_paths: bool) -> None:
-        """A person is to say how the task goes on; `wait` is to follow."""
+    def rest(self, task: str, *, keeps_paths: bool, adapters: tuple[str, ...] | None = None) -> None:
+        """A person is to say how the task goes on; `wait` is to follow, for the rest see there."""
         self._leave(task, _PENDING)
-        self._replace(task, None, keeps_paths=keeps_paths)
+        self._replace(task, adapters, keeps_paths=keeps_paths)
 
     def revive(self, task: str) -> None:
         """A task that had ended is to be tried again: it and what only it blocked are pending again."""
@@ -313,7 +370,7 @@ class Board:
 
     def _add(self, tasks: Iterable[str], since: float) -> None:
         states, places, ranks = self._state, self._places, dict[int, float]()
-        ready: list[tuple[float, int, str, Lane]] = []
+        ready: list[tuple[float, float, str, Lane]] = []
         for task in tasks:
             states[task] = _READY
             order, priority, lane = places[task]
@@ -370,13 +427,31 @@ class Board:
                     self.blocked[dependent] = need
                     stack.append(dependent)
 
+    def _link(self, task: str, needs: Iterable[str]) -> None:
+        """Have a task wait for more."""
+        for need in dict.fromkeys(needs):
+            self._dependents[need].append(task)
+        every = set(self._entries[task].needs)
+        self._missing[task] = sum(self._state[need] is not _LANDED for need in every)
+
+    def _waits_for_parts(self, task: str) -> bool:
+        return any(self._state[part] is not _LANDED for part in self._entries[task].parts)
+
+    def _is_blocked_by_a_need(self, task: str) -> bool:
+        """Block a pending task, and what needs it, where one of its own needs will not land; whether that is so."""
+        need = next((need for need in self._entries[task].needs if self._is_dead(need)), None)
+        if need is not None:
+            self.blocked[task] = need
+            self._block(task)
+        return need is not None
+
     def _is_dead(self, need: str) -> bool:
         return self._state[need] is _OVER or need in self.blocked
 
     def _has_fresh(self, roster: Roster) -> bool:
         return any(self._state[task] is _FRESH and self._places[task].lane.roster is roster for task in self._fresh)
 
-    def _drop_stale(self, waiting: list[tuple[float, int, str]]) -> None:
+    def _drop_stale(self, waiting: list[tuple[float, float, str]]) -> None:
         while waiting and self._until.get(waiting[0][2]) != waiting[0][0]:
             heapq.heappop(waiting)
 

@@ -40,7 +40,7 @@ class Lane:
 
 #: What tasks start in the order of: a number that aging made constant, the place in the file; the task and its lane,
 #: which is the same one in all places of the task, and so never compared.
-_Place = tuple[float, int, str, Lane]
+_Place = tuple[float, float, str, Lane]
 
 
 class _Adapter:

@@ -1,0 +1,184 @@
+"""What a plan becomes, and how a board learns of it while a run is under way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from orchestrator.config.names import check_name
+from orchestrator.domain.dispatch import Board, Entry, decide, with_parts
+from orchestrator.domain.expansion import Part, name_of, parts_of
+from orchestrator.domain.model import TaskDocument
+from orchestrator.domain.ownership import is_within
+from orchestrator.domain.violations import Violation
+
+
+def plan(*tasks: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Return a plan as its kind has it."""
+    return {"tasks": list(tasks), "dependencies": [], "timeline": [], "resources": [], **more}
+
+
+def task(id_: str, **more: Any) -> dict[str, Any]:
+    """Return one of its tasks."""
+    return {"id": id_, "prompt": f"do {id_}", **more}
+
+
+def parts(given: dict[str, Any], **options: Any) -> list[Part]:
+    """Return what a plan becomes."""
+    found = parts_of(given, "p-", **{"most": 9, "owns": (), "taken": (), **options})
+    assert all(isinstance(one, Part) for one in found), found
+    return [one for one in found if isinstance(one, Part)]
+
+
+def rules(given: dict[str, Any], **options: Any) -> list[tuple[str, str]]:
+    """Return what keeps a plan from becoming tasks: rules and places."""
+    found = parts_of(given, "p-", **{"most": 9, "owns": (), "taken": (), **options})
+    return [(one.rule, one.place) for one in found if isinstance(one, Violation)]
+
+
+def test_dependencies_of_either_kind_become_needs() -> None:
+    """As a task says them, and as the plan does."""
+    given = plan(task("a"), task("b", dependencies=["a"]), task("c"), dependencies={"c": ["a", "b"]})
+    assert [(one.id, one.needs) for one in parts(given)] == [
+        ("p-a", ()),
+        ("p-b", ("p-a",)),
+        ("p-c", ("p-a", "p-b")),
+    ]
+
+
+def test_paths_are_those_of_the_plan_or_else_all_of_the_tasks_own() -> None:
+    """Where the task owns any; one that names none would own nothing at all otherwise."""
+    given = plan(task("a", owns=["./src/a.py", "src/a.py"]), task("b"))
+    assert [one.owns for one in parts(given, owns=("src/",))] == [("src/a.py",), ("src/",)]
+    assert [one.owns for one in parts(given)] == [("src/a.py",), ()]
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "expected"),
+    [
+        (plan(task("a"), task("b")), {"most": 1}, [("expansion.most", "tasks")]),
+        (plan(task("a"), task("a")), {}, [("plan.ids", "tasks[1].id")]),
+        (plan(task("a b"), task("a-b")), {}, [("expansion.names", "tasks[1].id")]),
+        (plan(task("a")), {"taken": {"P-A"}}, [("expansion.names", "tasks[0].id")]),
+        (plan(task("a", dependencies=["b"])), {}, [("plan.dependencies", "tasks[0].dependencies[0]")]),
+        (plan(task("a", dependencies=["a"])), {}, [("plan.circle", "tasks")]),
+        (plan(task("a", owns=["/etc/passwd"])), {}, [("expansion.paths", "tasks[0].owns[0]")]),
+        (plan(task("a", owns=["a/../../b"])), {}, [("expansion.paths", "tasks[0].owns[0]")]),
+        (plan(task("a", owns=[".git/config"])), {}, [("expansion.paths", "tasks[0].owns[0]")]),
+        (plan(task("a", owns=["src/\x1b[31m"])), {}, [("expansion.paths", "tasks[0].owns[0]")]),
+        (plan(task("a", owns=["docs/x"])), {"owns": ("src/",)}, [("expansion.paths", "tasks[0].owns[0]")]),
+    ],
+)
+def test_each_rule_is_told_at_its_place(
+    given: dict[str, Any], options: dict[str, Any], expected: list[tuple[str, str]]
+) -> None:
+    """Nothing becomes a task where anything is wrong."""
+    found = rules(given, **options)
+    assert [one for one in found if one in expected] == expected
+    assert {rule for rule, _ in found} <= {rule for rule, _ in expected} | {"expansion.names"}
+
+
+@pytest.mark.parametrize(
+    "id_", ["a", "Add a login!", "ü", "..", "a..b", "x.lock", "-", "../../etc", "a/b", "x" * 100, "y" * 62, "a\nb"]
+)
+def test_whatever_a_plan_calls_its_tasks_is_made_a_name(id_: str) -> None:
+    """One that a task of a file could have."""
+    assert check_name(name_of("p-", id_)).startswith("p-")
+
+
+def test_names_that_are_cut_stay_apart() -> None:
+    """By what was cut off."""
+    assert name_of("p-", "x" * 100 + "1") != name_of("p-", "x" * 100 + "2")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "owned", "expected"),
+    [
+        ("src/a.py", ("src/a.py",), True),
+        ("src/a.py", ("src/",), True),
+        ("src/a.py", ("src/*.py",), True),
+        ("src/a.py", ("lib/", "**/*.py"), True),
+        ("src/*.py", ("src/*",), True),
+        ("src/a*.py", ("src/*.py",), True),
+        ("src/[ab].py", ("src/[a-c].py",), True),
+        ("src/**/x", ("src/**",), True),
+        ("src/", ("src/**",), True),
+        ("src/**", ("src/",), True),
+        ("src/", ("src/*.py",), False),
+        ("src/*", ("src/*.py",), False),
+        ("src/[a-d].py", ("src/[a-c].py",), False),
+        ("**", ("src/**",), False),
+        ("src2/a", ("src",), False),
+        ("src/**/x", ("src/*/x",), False),
+    ],
+)
+def test_what_is_within_what_is_owned(pattern: str, owned: tuple[str, ...], expected: bool) -> None:
+    """Whatever the one names, the other does."""
+    assert is_within(pattern, owned) is expected
+
+
+def grown() -> Board:
+    """Return a board where the plan of a task that runs has just become two tasks; another task needs it."""
+    board = Board({"p": Entry(owns=("src/",)), "last": Entry(("p",)), "other": Entry()})
+    assert decide(board, 1, 0.0) == ["p"]
+    board.add({"p-a": Entry(owns=("src/a",)), "p-b": Entry(("p-a",), owns=("src/b",))}, {"p-a": 0.3, "p-b": 0.6})
+    board.need("p", ("p-a", "p-b"))
+    board.wait("p", 0.0, keeps_paths=True)
+    return board
+
+
+def test_a_task_goes_on_when_what_its_plan_became_has_landed() -> None:
+    """And what needs it only then; its paths are theirs meanwhile, and they come before later tasks of the file."""
+    board = grown()
+    assert decide(board, 9, 0.0) == ["p-a", "other"]
+    board.landed("p-a")
+    assert decide(board, 9, 1.0) == ["p-b"]
+    board.landed("p-b")
+    assert decide(board, 9, 1.0) == ["p"]
+    board.landed("p")
+    assert decide(board, 9, 1.0) == ["last"]
+
+
+def test_what_fails_of_a_plan_blocks_the_task_and_what_needs_that() -> None:
+    """Until it is tried again."""
+    board = grown()
+    decide(board, 9, 1.0)
+    board.ended("p-a")
+    assert board.blocked == {"p": "p-a", "p-b": "p-a", "last": "p"}
+    board.revive("p-a")
+    assert board.blocked == {}
+    assert decide(board, 9, 2.0) == ["p-a"]
+
+
+def test_a_task_that_makes_another_plan_waits_for_nothing_of_the_first() -> None:
+    """What has not landed of that is given up."""
+    board = grown()
+    decide(board, 9, 1.0)
+    for one in ("p-a", "p-b", "p"):
+        board.ended(one)
+    board.need("p", ())
+    board.revive("p")
+    assert decide(board, 9, 2.0) == ["p"]
+    board.landed("p")
+    assert decide(board, 9, 2.0) == ["last"]
+
+
+def test_a_task_can_come_to_need_what_is_blocked_already() -> None:
+    """Then it is blocked, too."""
+    board = Board({"p": Entry(), "dead": Entry(), "last": Entry(("p",))})
+    decide(board, 1, 0.0)
+    board.ended("dead")
+    board.add({"p-a": Entry(("dead",))}, {"p-a": 0.5})
+    board.need("p", ("p-a",))
+    board.wait("p", 0.0)
+    assert board.blocked == {"p-a": "dead", "p": "p-a", "last": "p"}
+
+
+def test_entries_know_what_plans_became() -> None:
+    """As the tasks' documents say: what is not known yet is left out."""
+    entries = {"p": Entry(("x",)), "x": Entry(), "p-a": Entry()}
+    documents = {"p": TaskDocument(expanded=("p-a", "p-b")), "x": TaskDocument(), "p-a": TaskDocument()}
+    found = with_parts(entries, documents)
+    assert (found["p"].needs, found["p"].parts) == (("x", "p-a"), ("p-a",))
+    assert with_parts(found, {**documents, "p": TaskDocument()})["p"] == Entry(("x",))
