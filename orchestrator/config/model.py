@@ -104,6 +104,8 @@ class TaskSpec(_Model):
     """The values that its first phase inherits: its own before those of the file; none without a workflow."""
     tracker: str | None = None
     """The name of the tracker that it came from; None: the user's file has it."""
+    plan: str | None = None
+    """The id of the handoff with the plan that it came of: an agent wrote its prompt; None: no plan."""
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -419,10 +421,16 @@ class RunConfig(_Model):
     """What a task is that says nothing but its id, its prompt and its needs; None where there is no tracker."""
 
     def adapters_of(self, task: TaskSpec) -> tuple[str, ...]:
-        """Return the names of all adapters that may run a phase of a task, its own first."""
-        if task.workflow is None:
-            return task.adapters
-        phases = self.workflows[task.workflow]
-        own = task.adapters if any(phase.adapter is None for phase in phases) else ()
+        """Return the names of all adapters that may run a phase of a task, or of what its plan becomes."""
+        workflows = [task.workflow]
+        for name in workflows:  # those of what plans become with them
+            expansions = [one.expand for one in self.phases_of(name) if one.expand is not None]
+            workflows += dict.fromkeys(one.workflow for one in expansions if one.workflow not in workflows)
+        phases = [phase for name in workflows for phase in self.phases_of(name)]
+        own = task.adapters if None in workflows or any(phase.adapter is None for phase in phases) else ()
         named = [name for phase in phases if phase.adapter is not None for name in (phase.adapter, *phase.fallback)]
         return tuple(dict.fromkeys((*own, *named)))
+
+    def phases_of(self, workflow: str | None) -> tuple[Phase, ...]:
+        """Return the phases of a workflow; None has none."""
+        return () if workflow is None else self.workflows[workflow]

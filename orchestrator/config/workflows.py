@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from orchestrator.config.circles import find_circles
 from orchestrator.config.document import UNREADABLE, Node, read_document
 from orchestrator.config.entries import Extensions
 from orchestrator.config.phase_checks import Vocabularies, WrittenPhase, check_keys, check_order, continued
@@ -66,7 +67,18 @@ def read_workflows(root: Node, folder: Path, extensions: Extensions, problems: P
         if name not in found:
             found[name] = judged[name] if name in judged else _read(written[name], folder, names, problems)
             waiting += (one for one in _expanded(found[name]) if one in written)
+    _check_expansions({**judged, **found}, written, problems)
     return found
+
+
+def _check_expansions(found: Mapping[str, Phases], written: Mapping[str, Node], problems: Problems) -> None:
+    """Note plans that become tasks with plans that become tasks, and so on: no run would come to its end."""
+    for circle in find_circles({name: tuple(_expanded(phases)) for name, phases in found.items()}):
+        begin = min(circle, key=list(found).index)
+        place = circle.index(begin)
+        way = " -> ".join([*circle[place:], *circle[:place], begin])
+        what = f"the tasks of its plans have plans that become tasks without an end: {way}"
+        problems.add(written[begin].at, what, "name another workflow under `expand:`, or none")
 
 
 def workflow_of(task: Node, root: Node) -> str | None:

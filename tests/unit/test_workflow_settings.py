@@ -260,6 +260,11 @@ MISTAKES: dict[str, tuple[list[Any], str, str]] = {
         f"{AT}.expand.workflow",
         "no workflow 'v'",
     ),
+    "expansion into itself": (
+        [{"build": {"produces": "plan", "expand": {"workflow": "w"}}}],
+        "workflows.w",
+        "without an end: w -> w",
+    ),
     "handoff of nothing": ([{"build": {"handoff": "shared"}}], f"{AT}.handoff", "hands nothing over"),
     "transformation of what is direct": (
         [{"build": {"produces": "plan", "transform": "scout_to_plan"}}],
