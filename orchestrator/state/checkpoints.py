@@ -5,7 +5,7 @@ so far. Going back is a commit like any other, which writes old values anew: no 
 What is written back of a run, kind by kind:
 
 run, spec   as they were, and so is `imported`. But a run has no end as long as something of it is cut off, which
-            `council resume` settles.
+            `council resume` settles, and tasks that plans became since are of it where sessions were at them.
 task        as `domain.turning_back` says: what has landed stays landed, and attempts stay on record.
 shared      as it was: what sessions have shared since, those that are had again share anew. Versions go on.
 lease       never: epochs only rise, so that whoever lost the run stays without it.
@@ -33,7 +33,7 @@ from typing import Any, Final
 
 import anyio.to_thread
 
-from orchestrator.domain.model import SUCCESSFUL, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.model import FINAL, SUCCESSFUL, RunDocument, TaskDocument, TaskStatus
 from orchestrator.domain.turning_back import turn_back
 from orchestrator.errors import HistoryGone, RefusedError, VersionConflict
 from orchestrator.failpoints import failpoint
@@ -297,11 +297,14 @@ def _decide(checkpoint: Checkpoint, then: Mapping[Key, Document], now: Mapping[K
             left[key] = _DAMAGED_THEN
         else:
             judged = {one: _judge(then.get(one), now.get(one)) for one in keys if one != key}
+            # What a plan became since, and sessions were at, stays a task of the run.
+            staying = [one for one, what in judged.items() if one not in then and one.kind == "task" and _stays(what)]
+            judged |= {spec: _BEGUN for one in staying if (spec := Key("spec", one.id)) in judged}
             left |= {one: why for one, why in judged.items() if isinstance(why, str)}
             changed = [one for one in judged.values() if isinstance(one, Write)]
             found = now.get(key)
             if changed or found is None or found.damaged:
-                runs[name] = _run(then[key], [now[one] for one in keys if one in now])
+                runs[name] = _run(then[key], [now[one] for one in keys if one in now], staying)
                 writes += [*_write_run(runs[name], found), *changed]
     for key, note in then.items():
         if key.kind == _NOTE and key not in now and not note.damaged:
@@ -310,6 +313,7 @@ def _decide(checkpoint: Checkpoint, then: Mapping[Key, Document], now: Mapping[K
 
 
 _DAMAGED_THEN: Final = "its record of that time is damaged"
+_BEGUN: Final = "what its sessions did stays on record"
 _DAMAGED_NOW: Final = "its record is damaged, what it did since is not known"
 
 
@@ -350,17 +354,32 @@ def _judge_task(then: Document, now: Document | None) -> Write | str | None:
     return None if after == found else _write(after.model_dump(mode="json"), then.key, now)
 
 
+def _stays(judged: Write | str | None) -> bool:
+    return isinstance(judged, str) or (judged is not None and judged.value is not None)
+
+
 def _delete(now: Document) -> Write | str:
+    """Return what becomes of what was not there: a task that sessions were at stays on record, and is cancelled."""
     if now.key.kind == "task" and not now.damaged:
-        status = TaskDocument.model_validate_json(now.encoded).status
-        if status in {TaskStatus.LANDED, TaskStatus.LANDING}:
+        task = TaskDocument.model_validate_json(now.encoded)
+        if task.status in {TaskStatus.LANDED, TaskStatus.LANDING}:
             return "it has landed, or may have"
+        if task.status in FINAL:
+            return _BEGUN
+        if task.attempts:
+            over = {"status": TaskStatus.CANCELLED, "reason": "the plan that it was of is undone"}
+            return _write(task.model_copy(update=over).model_dump(mode="json"), now.key, now)
     return Write(now.key, now.version, None)
 
 
-def _run(then: Document, now: Iterable[Document]) -> RunDocument:
-    """Return a run as it was, without an end if anything of it is at work, and perhaps cut off, now."""
+def _run(then: Document, now: Iterable[Document], staying: Sequence[Key]) -> RunDocument:
+    """Return a run as it was, without an end if anything of it is at work, and perhaps cut off, now.
+
+    Tasks that are `staying` came since, and can't go.
+    """
     document = RunDocument.model_validate_json(then.encoded)
+    tasks = dict.fromkeys((*document.tasks, *(one.id.partition("/")[2] for one in staying)))
+    document = document.model_copy(update={"tasks": tuple(tasks)})
     at_work = any(one.key.kind == "task" and one.value.get("status") in _AT_WORK for one in now)
     return document.model_copy(update={"ended": None}) if at_work else document
 

@@ -221,14 +221,28 @@ async def test_of_the_whole_store_what_began_since_stays_and_what_is_gone_comes_
     assert (await restoration(store, made.id)).writes == []
 
 
-async def test_a_task_that_was_not_there_then_is_deleted_unless_it_landed(store: Store) -> None:
-    """What was added to a run since goes with it, but nothing that is on the target."""
+async def test_a_task_that_was_not_there_then_is_deleted_unless_a_session_was_at_it(store: Store) -> None:
+    """What was added to a run since goes with it, but for what is on the target, and attempts stay on record."""
     await seed(store, a=task())
     made = await create(store, RUN, "x")
-    landed = task(TaskStatus.LANDED, 1, landed="d" * 40)
-    await put(store, {key("b"): task(), Key("spec", f"{RUN}/b"): {"x": 1}, key("c"): landed})
+    since = {
+        "b": task(),
+        "c": task(TaskStatus.LANDED, 1, landed="d" * 40),
+        "d": task(TaskStatus.FAILED, 1),
+        "e": task(TaskStatus.PENDING, 1),
+    }
+    specs = {name: Key("spec", f"{RUN}/{name}") for name in since}
+    await put(store, {key(name): one for name, one in since.items()} | {one: {"x": 1} for one in specs.values()})
     found = await restoration(store, made.id)
-    assert (set(found.deleted), set(found.left)) == ({key("b"), Key("spec", f"{RUN}/b")}, {key("c")})
+    assert set(found.deleted) == {key("b"), specs["b"]}
+    assert set(found.left) == {key("c"), key("d"), *(specs[name] for name in "cde")}
+    assert found.runs[RUN].tasks == ("a", "c", "d", "e")
+    written = {write.key: write.value for write in found.writes if write.value is not None}
+    assert written[key("e")] == {
+        **since["e"],
+        "status": "cancelled",
+        "reason": "the plan that it was of is undone",
+    }
 
 
 async def test_what_is_not_there_is_refused(store: Store) -> None:
