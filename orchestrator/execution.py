@@ -23,7 +23,7 @@ from orchestrator.config.model import (
 )
 from orchestrator.config.store import MEMORY, store_folder
 from orchestrator.domain.claims import Owner, Role
-from orchestrator.domain.dispatch import Board
+from orchestrator.domain.dispatch import Board, Entry, with_parts
 from orchestrator.domain.model import FINAL, Action, RunDocument
 from orchestrator.domain.secrets import Redactor, secret_values
 from orchestrator.engine.capacity import Capacity
@@ -33,7 +33,7 @@ from orchestrator.engine.monitor import Monitor
 from orchestrator.engine.phasing import Phasing
 from orchestrator.engine.preflight import check_run
 from orchestrator.engine.probing import missing_programs
-from orchestrator.engine.records import new_run_id, read_requests, read_run, read_spec, read_task, seed
+from orchestrator.engine.records import new_run_id, read_entries, read_requests, read_run, read_spec, read_task, seed
 from orchestrator.engine.recovery import recover
 from orchestrator.engine.report import RunRecord, RunReport, RunStatus
 from orchestrator.engine.requests import check_phase, check_request, is_answered, obey, submit
@@ -250,7 +250,7 @@ class Execution:
         run = before.run.id
         capacities = {name: one.capacity for name, one in shop.configs.items() if one.capacity is not None}
         statuses = ledger.statuses()
-        board = Board.of(before.entries, statuses, capacities)
+        board = Board.of(await _entries(runs, before, ledger), statuses, capacities)
         for task, status in statuses.items():
             if ledger.is_elsewhere(task):
                 board.mirror(task, status, runs.clock.monotonic())
@@ -258,7 +258,7 @@ class Execution:
             board.close(name, reason)
         wanted = capacity or before.run.capacity
         room = await Capacity.measure(wanted, ledger, runs.clock)
-        async with shop.pool(sessions=min(wanted, len(before.run.tasks))) as pool:
+        async with shop.pool(sessions=_most_sessions(wanted, before.run)) as pool:
             monitor = Monitor(ledger, runs.store, runs.clock)
             permits = MergePermits(
                 runs.store, runs.clock, ledger.orchestrators, shop.source.location, before.run.target
@@ -384,9 +384,9 @@ class Execution:
                     self._ownership(hub, run) as lock,
                     self._taken(runs, record.run, hub, lock, settings) as (ledger, shop),
                 ):
-                    statuses = ledger.statuses()
-                    if record.run.ended is not None or Board.of(record.entries, statuses).is_over(statuses):
-                        await ledger.finish(runs.describe(await runs.record(run), None).status)
+                    now, statuses = await runs.record(run), ledger.statuses()
+                    if record.run.ended is not None or Board.of(now.entries, statuses).is_over(statuses):
+                        await ledger.finish(runs.describe(now, None).status)
                     async with shop.pool(sessions=0):
                         pass  # nobody may ever resume it
             except LockHeld as held:
@@ -438,6 +438,20 @@ class Execution:
         self._stopping = True
         for scheduler in self._schedulers:
             scheduler.stop()
+
+
+async def _entries(runs: Runs, before: RunRecord, ledger: Ledger) -> dict[str, Entry]:
+    """Return what decisions need of the tasks that the ledger knows, as they stand there; some may be of plans."""
+    known = before.entries
+    if ledger.run.tasks != before.run.tasks:
+        known = await read_entries(runs.store, ledger.run)
+    return with_parts({task: known[task] for task in ledger.run.tasks}, ledger.documents())
+
+
+def _most_sessions(wanted: int, run: RunDocument) -> int:
+    """Return how many sessions there can be at once where so many are wanted: plans may become further tasks."""
+    can_grow = any(phase.get("expand") is not None for phases in run.workflows.values() for phase in phases)
+    return wanted if can_grow else min(wanted, len(run.tasks))
 
 
 def _orchestrators(runs: Runs, run: RunDocument, hub: Hub, me: Owner, settings: CoordinationConfig) -> Orchestrators:

@@ -40,6 +40,7 @@ FAILPOINTS: Final = frozenset(
         "handoff.taken",  # what a phase handed over is read and valid, the store does not know
         "phase.rested",  # the store knows that no phase is left for a task
         "work.recorded",  # the store knows the commit: the task is queued
+        "plan.expanded",  # what a plan became are tasks in the store, its own task waits for them
         "worktree.removed",  # the session's folder is gone, its place is not clean
         "place.half_clean",  # some of what a session changed in its place is as it was before
         "place.clean",  # all of it is, nobody knows yet

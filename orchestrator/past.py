@@ -130,8 +130,8 @@ class Past:
 
     async def metrics(self, run: str) -> Metrics:
         """Return the figures of a run."""
+        known = await read_run(self.runs.store, run)  # first: it may grow by tasks meanwhile
         documents = await read_tasks(self.runs.store, run)
-        known = await read_run(self.runs.store, run)
         tasks = task_documents(documents, known.tasks)
         return measure(tasks, await self._landed_at(known, tasks, documents))
 
@@ -161,7 +161,7 @@ class Past:
         asked = Asked()
         if record.run.imported is None:
             spec = await read_spec(self.runs.store, run, task)
-            asked = Asked(spec.prompt, spec.tracker, spec.needs)
+            asked = Asked(spec.prompt, spec.tracker, spec.needs, plan=spec.plan)
             if spec.workflow is not None:
                 names = [phase["name"] for phase in record.run.workflows[spec.workflow]]
                 asked = replace(asked, workflow=spec.workflow, phases=names)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import anyio.to_thread
 
 from orchestrator.clock import Clock
+from orchestrator.domain.dispatch import with_parts
 from orchestrator.domain.model import RunDocument, TaskStatus
 from orchestrator.engine.records import read_adapters, read_entries, read_run, read_tasks, task_documents
 from orchestrator.engine.report import ReportPlaces, RunRecord, RunReport, RunStatus, SessionReport, report
@@ -73,7 +74,7 @@ class Runs:
         is_ours = document.imported is None
         begun = {task for task, one in tasks.items() if one.status is not TaskStatus.PENDING and one.attempts}
         blank = document.tasks if not is_ours else () if whole else begun
-        entries = await read_entries(self.store, document, blank)
+        entries = with_parts(await read_entries(self.store, document, blank), tasks)
         damaged = [task for task, one in found.items() if one.damaged]
         adapters, others = await read_adapters(self.store, document), await read_orchestrators(self.store, run)
         return RunRecord(document, tasks, entries, adapters, damaged, list(others.values()))

@@ -69,6 +69,7 @@ SENTENCES: Mapping[str, str] = {
     "task.ownership_extended": "owns what else it changed, too",
     "task.escape_allowed": "changed what it does not own, and may",
     "task.landed": "landed as {landed:.10}",
+    "task.expanded": "its plan became tasks: {count}",
     "task.repeating": "{reason}; another round follows",
     "task.waiting": "a person is to approve this: `council approve {task}`, or `council reject {task} --note TEXT`",
     "task.approved": "phase {phase} is approved{noted}",

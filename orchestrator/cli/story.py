@@ -51,7 +51,9 @@ def _head(story: Story) -> Iterator[list[str]]:
     source = "" if story.tracker is None else f" (from {story.tracker})"
     told = {
         "asked": "" if story.asked is None else f"{one_line(story.asked, _LONGEST)}{source}",
+        "plan of": "" if story.plan is None else story.plan.removeprefix(f"{story.run}/"),
         "workflow": story.workflow or "",
+        "became": ", ".join(story.expanded),
         "adapter": story.adapter,
         "needs": ", ".join(story.needs),
         "reason": one_line(story.reason or ""),

@@ -20,6 +20,7 @@ class Trigger(StrEnum):
     IDLE = "idle"  #: the program ended well and changed nothing
     BUILD = "build"  #: the attempt's work is a commit
     ADVANCE = "advance"  #: its phase is complete, another follows
+    EXPAND = "expand"  #: its phase is complete, and what its plan became comes first
     REPEAT = "repeat"  #: its phase, or an earlier one, is to be done once more
     ASK = "ask"  #: a person is to approve what its phase came to
     APPROVE = "approve"  #: a person did
@@ -57,6 +58,7 @@ TRANSITIONS: Final[dict[tuple[TaskStatus, Trigger], TaskStatus]] = {
     (_S.RUNNING, _T.IDLE): _S.NO_CHANGE,
     (_S.RUNNING, _T.BUILD): _S.QUEUED,
     (_S.RUNNING, _T.ADVANCE): _S.PENDING,
+    (_S.RUNNING, _T.EXPAND): _S.PENDING,
     (_S.RUNNING, _T.REPEAT): _S.PENDING,
     (_S.RUNNING, _T.ASK): _S.WAITING,
     (_S.RUNNING, _T.FINISH): _S.DONE,

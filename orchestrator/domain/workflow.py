@@ -278,6 +278,8 @@ def restarted(workflow: Workflow, task: TaskDocument, phase: str | None = None) 
         return {}
     if phase is not None:
         return {"phase": workflow.phase(phase).name}
+    if task.expanded and task.phase is None and task.commit is None and not is_open(task):
+        return {}  # it waits for what its plan became
     if task.phases and task.phases[-1].status in {PhaseStatus.COMPLETED, PhaseStatus.SKIPPED} and task.phase is None:
         at = workflow.mended_by() if workflow.has_work else workflow.phases[-1]
         return {"phase": at.name}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any, Final, assert_never
 
 import anyio
 
@@ -42,6 +42,7 @@ from orchestrator.sessions.shell import CommandFailed
 _LATER = 1.0
 #: Paths that are recorded of what was discarded.
 _DISCARDED = 100
+_NO_TASKS: Final[Mapping[str, TaskSpec]] = {}
 #: Paths that an event names.
 MOST_TOLD = 200
 
@@ -246,7 +247,7 @@ class Attempts:
             await stack.enter_async_context(watched)
             if desk is None:
                 return await work.session.run()
-            takes = self.phasing.checker(work.turn.phase)
+            takes = self.phasing.checker(work.task, work.spec, work.turn.phase)
             seat = desk.seated(work.name, work.adapter, self._workplace(work), keep_ownership=True, takes=takes)
             await stack.enter_async_context(seat)
             finished = await work.session.run()
@@ -356,6 +357,7 @@ class Attempts:
                 concluded.details,
                 writes=concluded.writes,
                 events=concluded.events,
+                tasks=concluded.tasks,
                 **concluded.changes,
             )
         return concluded
@@ -439,6 +441,7 @@ class Attempts:
         *,
         writes: Sequence[Write] = (),
         events: Sequence[tuple[str, JsonObject]] = (),
+        tasks: Mapping[str, TaskSpec] = _NO_TASKS,
         **changes: Any,
     ) -> None:
         document = self.ledger.task(work.task)
@@ -456,7 +459,7 @@ class Attempts:
         branch = finished.branch if work.turn.phase.writes else document.branch
         facts = {"outcome": outcome, "reason": reason, "branch": finished.branch, **(details or {})}
         changes = {"attempts": attempts, "branch": branch, "reason": reason, **changes}
-        await self.ledger.change_all(trigger, {work.task: Update(facts, changes, writes, events)})
+        await self.ledger.change_all(trigger, {work.task: Update(facts, changes, writes, events, tasks)})
 
 
 def _told(work: Work, finished: Finished) -> Iterator[tuple[str, JsonObject]]:

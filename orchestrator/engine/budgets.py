@@ -173,8 +173,16 @@ class Budgets:
         yield self._of_run()
 
     def _of_task(self, task: str, spec: TaskSpec, more: Spending = _NOTHING) -> _Limit:
-        """Return the limit of a task; `more` was used up beside what is recorded."""
-        return _Limit("task", task, spec.budget.policy(), spent_by(self._ledger.task(task).attempts) + more)
+        """Return the limit of a task; `more` was used up beside what is recorded.
+
+        A task and all that its plan became, sessions at work included, have one budget.
+        """
+        spent = more
+        for one in self._ledger.family(task):
+            spent += spent_by(self._ledger.task(one).attempts)
+            if one != task:
+                spent += self._now(one)
+        return _Limit("task", task, spec.budget.policy(), spent)
 
     def _of_run(self, more: Spending = _NOTHING) -> _Limit:
         """Return the limit of the run, sessions at work included; `more` was used up beside all that."""

@@ -12,6 +12,7 @@ import anyio
 from orchestrator.clock import Clock
 from orchestrator.domain.model import FINAL, REVIVABLE, Action, Request, TaskStatus
 from orchestrator.engine.budgets import Budgets
+from orchestrator.engine.expanding import replaced_parts
 from orchestrator.engine.in_hand import InHand
 from orchestrator.engine.ledger import Change, Ledger
 from orchestrator.engine.reconciling import Reconciler
@@ -72,6 +73,8 @@ class Following:
             self._halt(change.halted)
         if change.adapter is not None:
             self._hand.learn(*change.adapter)
+        if change.is_grown:
+            self._hand.grow()
         if change.task is not None and change.before is not None:
             self._budgets.take_in(change.before, self._ledger.task(change.task))
             self._hand.mirror(change.task, change.retry_in)
@@ -130,6 +133,9 @@ class Following:
                 self._hand.wake()
 
     async def _obey(self, request: Request) -> None:
+        if any(task not in self._ledger for task in request.tasks):
+            await self._ledger.learn_tasks()
+            self._hand.grow()
         for task in request.tasks:
             match request.action:
                 case Action.RETRY:
@@ -159,7 +165,11 @@ class Following:
         return self._ledger.task(task).status not in FINAL and not self._ledger.is_elsewhere(task)
 
     async def _revive(self, task: str, phase: str | None) -> None:
-        if self._ledger.task(task).status in REVIVABLE:
+        document = self._ledger.task(task)
+        if document.status in REVIVABLE:
+            workflow = self._ledger.workflow((await self._ledger.spec(task)).workflow)
+            for part in replaced_parts(self._ledger, workflow, document, phase):
+                await self._cancel(part)
             self._hand.cancelled.discard(task)
             await revive(self._ledger, task, phase)
             self._hand.revive(task)

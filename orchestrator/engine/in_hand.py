@@ -5,11 +5,13 @@ The scheduler works by it; whatever others do to the run is entered here (`engin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import anyio
 
 from orchestrator.clock import Clock
 from orchestrator.domain.dispatch import Board
-from orchestrator.domain.model import CLAIMED, AdapterDocument, TaskStatus
+from orchestrator.domain.model import CLAIMED, SUCCESSFUL, AdapterDocument, TaskStatus
 from orchestrator.domain.workflow import adapters_at, keeps_paths
 from orchestrator.engine.attempts import Work
 from orchestrator.engine.ledger import Ledger
@@ -44,6 +46,46 @@ class InHand:
         if adapters is not None:
             self.board.place(task, adapters, keeps_paths=keeps_paths(self._ledger.task(task)))
 
+    def grow(self) -> None:
+        """Have the board know the tasks that plans have become, each at its place of the file."""
+        new = [task for task in self._ledger.added if not self.board.has(task)]
+        if not new:
+            return
+        self.board.add({task: self._ledger.added[task] for task in new}, self._orders(new))
+        for task in new:
+            if self._ledger.task(task).status is TaskStatus.PENDING:
+                self.board.need(task, self._ledger.parts(task))
+                self._place(task)
+            else:
+                self.mirror(task)
+
+    def _orders(self, new: Sequence[str]) -> dict[str, float]:
+        """Return where new tasks stand in the file: those that came together share the room between others."""
+        found: dict[str, float] = {}
+        together: list[str] = []
+        before, is_new = -1.0, set(new)
+        for task in (*self._ledger.run.tasks, None):
+            if task is not None and task in is_new:
+                together.append(task)
+                continue
+            here = before + 1.0 if task is None else self.board.order(task)
+            share = (here - before) / (len(together) + 1)
+            found |= {one: before + share * number for number, one in enumerate(together, 1)}
+            together, before = [], here
+        return found
+
+    def waits_for_parts(self, task: str) -> bool:
+        """Whether something that the plan of a task became has neither landed nor is done, as far as is recorded."""
+        return any(
+            one not in self._ledger or self._ledger.task(one).status not in SUCCESSFUL
+            for one in self._ledger.task(task).expanded
+        )
+
+    def _need(self, task: str) -> None:
+        """Have a task wait for what its plan became, where it became anything."""
+        self.grow()
+        self.board.need(task, self._ledger.parts(task))
+
     def wake(self) -> None:
         """Have the scheduler look at all this now."""
         self._woken.set()
@@ -72,6 +114,7 @@ class InHand:
 
     def show(self, task: str, retry_in: float) -> None:
         """Have the board show where a task is; one that is to be tried again starts in so many seconds."""
+        self._need(task)
         until = self._clock.monotonic() + retry_in
         document, adapters = self._ledger.task(task), self._adapters(task)
         keeps = adapters is not None and keeps_paths(document)
@@ -79,12 +122,14 @@ class InHand:
 
     def wait(self, task: str, delay: float = 0.0) -> None:
         """Have a task go on in so many seconds, at its phase."""
+        self._need(task)
         adapters = self._adapters(task)
         keeps = adapters is not None and keeps_paths(self._ledger.task(task))
         self.board.wait(task, self._clock.monotonic() + delay, adapters, keeps_paths=keeps)
 
     def revive(self, task: str) -> None:
         """Have a task tried again that was over."""
+        self._need(task)
         self._place(task)
         self.board.revive(task)
 

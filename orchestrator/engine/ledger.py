@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 
 from orchestrator.clock import Clock
 from orchestrator.domain.claims import Release
+from orchestrator.domain.dispatch import Entry
 from orchestrator.domain.handoffs import Handoff
 from orchestrator.domain.holdings import HeldBy as OwnedBy
 from orchestrator.domain.lifecycle import TRANSITIONS, Trigger, advance
@@ -19,6 +21,8 @@ from orchestrator.engine.coordinator import next_lease, other_coordinator
 from orchestrator.engine.recordable import recordable
 from orchestrator.engine.records import (
     adapter_key,
+    added,
+    entry_of,
     handoff_key,
     read_handoffs,
     read_requests,
@@ -27,6 +31,7 @@ from orchestrator.engine.records import (
     read_tasks,
     request_key,
     run_key,
+    spec_key,
     task_documents,
     task_key,
 )
@@ -51,6 +56,7 @@ TASK_EVENTS: Mapping[Trigger, str] = {
     Trigger.IDLE: "task.no_change",
     Trigger.BUILD: "task.queued",
     Trigger.ADVANCE: "task.advanced",
+    Trigger.EXPAND: "task.expanded",
     Trigger.REPEAT: "task.repeating",
     Trigger.ASK: "task.waiting",
     Trigger.APPROVE: "task.approved",
@@ -102,6 +108,8 @@ class Update(NamedTuple):
     writes: Sequence[Write] = ()
     events: Sequence[tuple[str, JsonObject]] = ()
     """Their types, and what they say beside the run."""
+    tasks: Mapping[str, TaskSpec] = {}
+    """The tasks that are added to the run, behind this one: what its plan became."""
 
 
 class _Step(NamedTuple):
@@ -136,6 +144,8 @@ class Change(NamedTuple):
     request: Request | None = None
     halted: str | None = None
     """Why the run was stopped before its end."""
+    is_grown: bool = False
+    """Whether plans have become tasks; they are in the ledger."""
 
 
 class Ledger:
@@ -170,9 +180,13 @@ class Ledger:
         self._untold: dict[str, TaskDocument] = {}
         """Where tasks were before it was looked where they are now; `changes` has yet to tell of their moves."""
         self.damaged = frozenset(task for task, found in tasks.items() if found.damaged)
+        self.added: dict[str, Entry] = {}
+        """The tasks that plans have become since this was made, and what decisions need of each."""
         self._store, self._clock = store, clock
         self._tasks = task_documents(tasks, run.tasks)
         self._versions = {task: tasks[task].version for task in run.tasks}
+        self._planners = {part: task for task, one in self._tasks.items() for part in one.expanded}
+        """By what a plan became, the task whose plan it was."""
         self._guards: tuple[Guard, ...] = (orchestrators.guard,)
         self._slowest = 0.0
         self._workflows: dict[str, Workflow] = {}
@@ -193,17 +207,18 @@ class Ledger:
         RefusedError where somebody else who lives is.
         """
         run = orchestrators.run
+        document = await read_run(store, run)  # first: it may grow by tasks meanwhile
         tasks = await read_tasks(store, run)
-        document = await read_run(store, run)
         ledger = cls(store, document, tasks, redactor, orchestrators, clock, is_shared=is_shared)
         if (holder := await other_coordinator(store, orchestrators)) is not None:
             what = f"run {run} is at work under process {holder.pid} on {holder.host}"
             raise RefusedError(what, "wait for it, stop it with SIGINT, or join it by `council work`")
-        found = await store.get(run_key(run))
         amended = []
-        if found is not None and (ledger.run.ended, ledger.run.halted) != (None, None):
-            ledger.run = ledger.run.model_copy(update={"ended": None, "halted": None})
-            amended.append(Write(run_key(run), found.version, ledger.run.model_dump(mode="json")))
+        if (ledger.run.ended, ledger.run.halted) != (None, None):
+            version, found = await ledger._newest_run()
+            again = found.model_copy(update={"ended": None, "halted": None})
+            amended.append(Write(run_key(run), version, again.model_dump(mode="json")))
+            ledger._take_run(again)
         await ledger._lead([orchestrators.joining(), *amended], facts)
         orchestrators.joined()
         return ledger
@@ -214,8 +229,9 @@ class Ledger:
     ) -> Ledger:
         """Load a run and become one of those who are at work in it; `facts` are recorded with that."""
         run = orchestrators.run
+        document = await read_run(store, run)
         tasks = await read_tasks(store, run)
-        ledger = cls(store, await read_run(store, run), tasks, redactor, orchestrators, clock)
+        ledger = cls(store, document, tasks, redactor, orchestrators, clock)
         me = orchestrators.me
         joined = Event("run.joined", {"run": run, "orchestrator": me.id, "host": me.host, "pid": me.pid, **facts})
         await store.commit(Commit([orchestrators.joining()], [joined]))
@@ -243,6 +259,27 @@ class Ledger:
     def task(self, task: str) -> TaskDocument:
         """Return a task's current state."""
         return self._tasks[task]
+
+    def __contains__(self, task: str) -> bool:
+        """Whether a task is known: what plans have become elsewhere is only once it was looked."""
+        return task in self._versions
+
+    def parts(self, task: str) -> tuple[str, ...]:
+        """Return what is known of the tasks that the plan of a task became."""
+        return tuple(one for one in self._tasks[task].expanded if one in self._versions)
+
+    def family(self, task: str) -> list[str]:
+        """Return a task with all that are of one plan with it, or of a plan of those: alone where there is none."""
+        while task in self._planners:
+            task = self._planners[task]
+        found = [task]
+        for one in found:
+            found += self.parts(one)
+        return found
+
+    def documents(self) -> Mapping[str, TaskDocument]:
+        """Return the current state of every task."""
+        return self._tasks
 
     def statuses(self) -> dict[str, TaskStatus]:
         """Return the status of every task, in the order of the file."""
@@ -293,7 +330,11 @@ class Ledger:
                 if (status := step.after.status) not in CLAIMED:
                     counts = trigger in {Trigger.RETRY, Trigger.BOUNCE}
                     ending = self.claims.ending(
-                        task, _RELEASES[status], step.after.reason, counts=counts, afresh=trigger is Trigger.ADVANCE
+                        task,
+                        _RELEASES[status],
+                        step.after.reason,
+                        counts=counts,
+                        afresh=trigger in {Trigger.ADVANCE, Trigger.EXPAND},
                     )
                     writes.append(ending)
         if trigger is Trigger.REVIVE and self.claims is not None:
@@ -302,12 +343,73 @@ class Ledger:
         events = [event for step in steps.values() for event in step.events]
         with self._changing(updates):
             try:
-                await self._commit(Commit(writes, events, [*self._guards, *guards]))
+                if any(update.tasks for update in updates.values()):
+                    await self._grow(updates, Commit(writes, events, [*self._guards, *guards]))
+                else:
+                    await self._commit(Commit(writes, events, [*self._guards, *guards]))
             except (LeaseLost, VersionConflict):
                 await self._tell_lost(updates)
                 raise
             for task, step in steps.items():
                 self._moved(task, step.after)
+
+    async def _grow(self, updates: Mapping[str, Update], commit: Commit) -> None:
+        """Record changes with the tasks that plans became; others may change the run's own document meanwhile."""
+        new = {task: spec for update in updates.values() for task, spec in update.tasks.items()}
+        while True:
+            version, before = await self._newest_run()
+            tasks = list(before.tasks)
+            for task, update in updates.items():
+                place = 1 + max(tasks.index(one) for one in (task, *self._tasks[task].expanded) if one in tasks)
+                tasks[place:place] = update.tasks
+            after = before.model_copy(update={"tasks": tuple(tasks)})
+            grown = [Write(run_key(after.id), version, after.model_dump(mode="json")), *added(after, new)]
+            try:
+                await self._commit(replace(commit, writes=[*commit.writes, *grown]))
+            except VersionConflict:
+                if (await self._newest_run())[0] == version:
+                    raise
+                continue
+            break
+        failpoint("plan.expanded")
+        for task, spec in new.items():
+            if task in self._versions:  # it was seen at once in the log
+                continue
+            self._know(task, 1, TaskDocument(), entry_of(spec.model_dump(mode="json")))
+        self._take_run(after)
+
+    def _know(self, task: str, version: int, document: TaskDocument, entry: Entry) -> None:
+        self._tasks[task], self._versions[task] = document, version
+        self._planners |= dict.fromkeys(document.expanded, task)
+        self.added[task] = entry
+
+    def _take_run(self, document: RunDocument) -> None:
+        """Take the run's own document, but for tasks of which nothing else is known yet; none go."""
+        tasks = tuple(one for one in document.tasks if one in self._versions)
+        self.run = document.model_copy(update={"tasks": max(tasks, self.run.tasks, key=len)})
+
+    async def _newest_run(self) -> tuple[int, RunDocument]:
+        found = await self._store.get(run_key(self.run.id))
+        if found is None:
+            raise RefusedError(f"run {self.run.id} was removed", "start a new run")
+        return found.version, RunDocument.model_validate_json(found.encoded)
+
+    async def learn_tasks(self) -> bool:
+        """Take in the tasks that plans have become in other processes; whether there are any."""
+        _, document = await self._newest_run()
+        is_grown = False
+        for task in document.tasks:
+            if task not in self._versions:
+                found = await self._store.get(task_key(self.run.id, task))
+                spec = await self._store.get(spec_key(self.run.id, task))
+                if found is None or spec is None or task in self._versions:
+                    continue
+                self._know(task, found.version, TaskDocument.model_validate_json(found.encoded), entry_of(spec.value))
+                if found.version > 1:
+                    self._untold[task] = TaskDocument()
+                is_grown = True
+        self._take_run(document)
+        return is_grown
 
     async def start(
         self,
@@ -412,6 +514,7 @@ class Ledger:
             self._take_in(task, found.version, after)
         else:
             self._tasks[task], self._versions[task] = after, found.version
+            self._planners |= dict.fromkeys(after.expanded, task)
         return True
 
     @contextmanager
@@ -440,6 +543,7 @@ class Ledger:
     def _take_in(self, task: str, version: int, after: TaskDocument) -> None:
         if version > self._versions[task]:
             self._tasks[task], self._versions[task] = after, version
+            self._planners |= dict.fromkeys(after.expanded, task)
         if self.claims is not None and after.status not in CLAIMED:
             self.claims.released(task)
 
@@ -505,6 +609,8 @@ class Ledger:
         """Yield what was asked of the run and is not done yet, then whatever others do to it or ask, as it comes."""
         while True:
             position = await self._store.position()
+            if await self.learn_tasks():
+                yield Change(is_grown=True)
             for task in self.run.tasks:
                 await self._settled(task)
                 await self.refresh(task)
@@ -514,24 +620,29 @@ class Ledger:
                 yield Change(request=request)
             with suppress(HistoryGone):  # who was stopped for long looks anew
                 async for record in self._store.watch(position):
-                    for key, (version, value) in record.documents.items():
-                        if value is not None and f"{key.id}/".startswith(f"{self.run.id}/"):
-                            if key.kind == "task":
-                                await self._settled(key.id.partition("/")[2])
-                            for change in self._seen(record, key, version, value):
-                                yield change
+                    async for change in self._changes_in(record):
+                        yield change
+
+    async def _changes_in(self, record: Record) -> AsyncGenerator[Change]:
+        if run_key(self.run.id) in record.documents and await self.learn_tasks():
+            yield Change(is_grown=True)
+        for key, (version, value) in record.documents.items():
+            if value is not None and f"{key.id}/".startswith(f"{self.run.id}/"):
+                if key.kind == "task":
+                    await self._settled(key.id.partition("/")[2])
+                for change in self._seen(record, key, version, value):
+                    yield change
 
     def _seen(self, record: Record, key: Key, version: int, value: JsonObject) -> Iterable[Change]:
         name = key.id.partition("/")[2]
         if key == run_key(self.run.id):
-            self.run = RunDocument.model_validate(value)
-            if self.run.halted is not None:
-                yield Change(halted=self.run.halted)
+            if value["halted"] is not None:
+                yield Change(halted=value["halted"])
         elif key.kind == "request":
             yield Change(request=Request.model_validate(value))
         elif key.kind == "adapter":
             yield Change(adapter=(name, AdapterDocument.model_validate(value)))
-        elif key.kind == "task" and (version > self._versions[name] or self._is_untold(name, version)):
+        elif key.kind == "task" and (version > self._versions.get(name, version) or self._is_untold(name, version)):
             before = self._untold.pop(name, self._tasks[name])
             if version > self._versions[name]:
                 if self.claims is not None:
@@ -544,6 +655,11 @@ class Ledger:
 
     def _is_untold(self, task: str, version: int) -> bool:
         return task in self._untold and version == self._versions[task]
+
+    async def parts_before(self, task: str) -> dict[str, JsonObject]:
+        """Return what was ever recorded to be done by tasks whose names begin as those that a plan of this one has."""
+        found = await self._store.list("spec", f"{self.run.id}/{task}")
+        return {one.key.id.partition("/")[2]: one.value for one in found if not one.damaged}
 
     async def answer(self, request: Request) -> None:
         """Record that a request was dealt with."""
@@ -589,8 +705,13 @@ class Ledger:
         await self._amend("run.budget_changed", limits, budget={**self.run.budget, **limits})
 
     async def _amend(self, event: str, facts: JsonObject, **changes: Any) -> None:
-        found = await self._store.get(run_key(self.run.id))
-        amended = self.run.model_copy(update=changes)
-        write = Write(run_key(self.run.id), found.version if found else 0, amended.model_dump(mode="json"))
-        await self._commit(Commit([write], [self._event(event, facts)], self._guards))
-        self.run = amended
+        while True:
+            version, before = await self._newest_run()
+            amended = before.model_copy(update=changes)
+            write = Write(run_key(self.run.id), version, amended.model_dump(mode="json"))
+            try:
+                await self._commit(Commit([write], [self._event(event, facts)], self._guards))
+            except VersionConflict:  # a plan has become tasks
+                continue
+            break
+        self._take_run(amended)

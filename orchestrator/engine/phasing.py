@@ -37,6 +37,7 @@ from orchestrator.domain.workflow import (
     onward,
     work_before,
 )
+from orchestrator.engine.expanding import expanded, told, waiting_for
 from orchestrator.engine.ledger import Ledger, Update
 from orchestrator.engine.phase_values import PhaseValues, phase_values
 from orchestrator.engine.prompting import (
@@ -45,6 +46,7 @@ from orchestrator.engine.prompting import (
     asked,
     holds,
     render,
+    source_of,
     told_errors,
     told_failure,
     told_findings,
@@ -147,6 +149,8 @@ class Concluded:
     changes: Mapping[str, Any] = field(default_factory=dict)
     writes: Sequence[Write] = ()
     events: Sequence[tuple[str, JsonObject]] = ()
+    tasks: Mapping[str, TaskSpec] = field(default_factory=dict)
+    """What its plan became."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +189,7 @@ class Phasing:
         document = self.ledger.task(task)
         if turn.workflow.is_plain:
             feedback = None if turn.is_anew else document.feedback
-            text = spec.prompt if spec.tracker is None else asked(spec.prompt, spec.tracker, secrets.token_hex(8))
-            return Brief(text, told=feedback, follow_up=feedback)
+            return Brief(told_task(spec), told=feedback, follow_up=feedback)
         phase = turn.phase
         values = await self._values(task, spec, turn.workflow, phase)
         kind = None if phase.produces is None else self._kind(phase)
@@ -199,6 +202,7 @@ class Phasing:
             phase=phase.name,
             name=phase.name,
             tracker=spec.tracker,
+            planner=planner_of(spec),
             round=max(len(visits) + (not is_open(document)), 1),
             writes=phase.writes,
             given=given,
@@ -244,14 +248,22 @@ class Phasing:
             return Update({}, changes), Trigger.FINISH
         return Update({}, {**changes, "commit": rest.commit, "built": rest.built}), Trigger.QUEUE
 
-    def checker(self, phase: Phase) -> Callable[[JsonObject], Awaitable[Sequence[str]]] | None:
+    def checker(
+        self, task: str, spec: TaskSpec, phase: Phase
+    ) -> Callable[[JsonObject], Awaitable[Sequence[str]]] | None:
         """Return what judges a result that a session hands over while it runs; None: it is to hand over nothing."""
         if phase.produces is None:
             return None
 
         async def check(data: JsonObject) -> Sequence[str]:
             # What it names of its work can be judged only when that is done.
-            return [str(one) for one in self._kind(phase).check(self.ledger.redacted(data), Facts()).violations]
+            kind = self._kind(phase)
+            checked = kind.check(self.ledger.redacted(data), Facts())
+            found = checked.violations
+            if checked.data is not None:
+                planned = await self._planned(task, spec, phase, _Checked(kind, checked.data, "tool"))
+                found = planned if isinstance(planned, Sequence) else ()
+            return [str(one) for one in found]
 
         return check
 
@@ -267,10 +279,21 @@ class Phasing:
         checked = await self._handed_over(phase, session)
         if isinstance(checked, Sequence):
             return self._repaired(document, phase, session, base, checked)
+        tasks = await self._planned(task, spec, phase, checked)
+        if isinstance(tasks, Sequence):
+            return self._repaired(document, phase, session, base, tasks)
         record: dict[str, Any] = {"ended": self.clock.now(), "reason": None}
         if session.commit is not None:
             record |= {"commit": session.commit, "base": base}
-        return await self._completed(task, spec, turn, session, checked, record)
+        return await self._completed(task, spec, turn, session, checked, record, tasks)
+
+    async def _planned(
+        self, task: str, spec: TaskSpec, phase: Phase, checked: _Checked | None
+    ) -> Mapping[str, TaskSpec] | Sequence[Violation]:
+        """Return the tasks that what was handed over becomes, or why it can't."""
+        if phase.expand is None or checked is None:
+            return {}
+        return await expanded(self.ledger, task, spec, phase, checked.data, self.ledger.task(task).attempt.number)
 
     def _once_more(self, document: TaskDocument, phase: Phase, session: Ended, base: str) -> Concluded | Failed:
         """Have a phase's work mended that is not what it is to be done until."""
@@ -305,6 +328,7 @@ class Phasing:
         session: Ended,
         checked: _Checked | None,
         record: dict[str, Any],
+        tasks: Mapping[str, TaskSpec],
     ) -> Concluded | Failed:
         document, workflow, phase = self.ledger.task(task), turn.workflow, turn.phase
         verdict = None if checked is None else checked.data.get("verdict")
@@ -313,12 +337,7 @@ class Phasing:
         outcome = "built" if session.commit is not None else "completed"
         handoff, following = None, None
         if verdict != "reject":
-            values = await self._values(task, spec, workflow, phase)
-            if checked is not None:
-                values = values.with_produced(checked.kind.exports(checked.data), phase.name, checked.data)
-            condition = partial(holds, values=values.known)
-            place = workflow.index(phase.name) + 1
-            _, following = onward(workflow, (), place, condition, self.clock.now())
+            following = await self._following(task, spec, workflow, phase, checked)
         if checked is not None:
             made = await self._handoff(task, phase, following, session, checked)
             if isinstance(made, Violation):
@@ -333,21 +352,40 @@ class Phasing:
         if phase.approve:
             phases = changed(document, PhaseTrigger.ASK, **record)
             return Concluded(Trigger.ASK, outcome, None, {}, {**fresh, "phases": phases}, writes, events)
-        phases = changed(document, PhaseTrigger.COMPLETE, **record)
-        after = document.model_copy(update={"phases": phases, "phase": None})
-        next_ = workflow.after(phase.name)
+        after = document.model_copy(
+            update={"phases": changed(document, PhaseTrigger.COMPLETE, **record), "phase": None}
+        )
+        concluded = replace(self._onward(workflow, phase, after, following), outcome=outcome)
+        if tasks:  # it goes on, or lands or is done, only once they have landed
+            at = {name: concluded.changes[name] for name in ("phases", "phase")}
+            changes = {**at, **waiting_for(self.ledger, task, tasks)}
+            details = told(phase, tasks)
+            concluded = replace(concluded, trigger=Trigger.EXPAND, details=details, changes=changes, tasks=tasks)
+        return replace(concluded, changes={**fresh, **concluded.changes}, writes=writes, events=events)
+
+    def _onward(self, workflow: Workflow, phase: Phase, after: TaskDocument, following: Phase | None) -> Concluded:
+        """Return what a task comes to whose phase is complete: another follows, its work lands, or it is done."""
         if following is not None:
-            changes = {**fresh, "phases": phases, "phase": next_[0].name}
-            return Concluded(Trigger.ADVANCE, outcome, None, {"next": following.name}, changes, writes, events)
+            changes = {"phases": after.phases, "phase": workflow.after(phase.name)[0].name}
+            return Concluded(Trigger.ADVANCE, "", details={"next": following.name}, changes=changes)
         # The condition of what is left does not hold, or nothing is left.
         place = workflow.index(phase.name) + 1
-        phases, _ = onward(workflow, phases, place, lambda _: False, self.clock.now())
+        phases, _ = onward(workflow, after.phases, place, lambda _: False, self.clock.now())
         work = work_before(workflow, after)
-        changes = {**fresh, "phases": phases, "phase": None}
         if work is None:
-            return Concluded(Trigger.FINISH, outcome, None, {}, changes, writes, events)
-        changes |= {"commit": work.commit, "built": work.attempt}
-        return Concluded(Trigger.BUILD, outcome, None, {}, changes, writes, events)
+            return Concluded(Trigger.FINISH, "", changes={"phases": phases, "phase": None})
+        built = {"phases": phases, "phase": None, "commit": work.commit, "built": work.attempt}
+        return Concluded(Trigger.BUILD, "", changes=built)
+
+    async def _following(
+        self, task: str, spec: TaskSpec, workflow: Workflow, phase: Phase, checked: _Checked | None
+    ) -> Phase | None:
+        """Return the phase that follows one which is complete; None where none is left."""
+        values = await self._values(task, spec, workflow, phase)
+        if checked is not None:
+            values = values.with_produced(checked.kind.exports(checked.data), phase.name, checked.data)
+        condition = partial(holds, values=values.known)
+        return onward(workflow, (), workflow.index(phase.name) + 1, condition, self.clock.now())[1]
 
     def _rejected(
         self,
@@ -392,14 +430,14 @@ class Phasing:
             mediation = made
         attempts = [one for one in document.attempts if one.number != document.attempt.number]
         costs = known_cost(attempts)
-        told = session.used
+        used = session.used
         version = None
         if phase.handoff == "shared" and phase.key is not None:
             claims = self.ledger.claims
             guard = None if claims is None else claims.guard(task)
             writer = SessionName(self.ledger.run.id, task, document.attempt.number)
             version = (await self.sharing.put(phase.key, checked.data, writer=writer, claim=guard)).version
-        tokens = sum(one.input_tokens + one.output_tokens for one in attempts) + told.input_tokens + told.output_tokens
+        tokens = sum(one.input_tokens + one.output_tokens for one in attempts) + used.input_tokens + used.output_tokens
         return handed_over(
             self.ledger.run.id,
             task,
@@ -411,9 +449,9 @@ class Phasing:
             phase=phase.name,
             to=None if following is None else following.name,
             time=self.clock.now(),
-            summary=told.words or "",
+            summary=used.words or "",
             tokens=tokens,
-            cost=None if costs is None and told.cost is None else (costs or 0.0) + (told.cost or 0.0),
+            cost=None if costs is None and used.cost is None else (costs or 0.0) + (used.cost or 0.0),
             by=checked.by,
             key=phase.key,
             version=version,
@@ -460,6 +498,17 @@ class Phasing:
         if phase.produces is None:
             return None
         return HandingOver(phase.produces, self._kind(phase).schema, has_tools=self.shop.desk is not None)
+
+
+def told_task(spec: TaskSpec) -> str:
+    """Return what a task without a workflow is asked to do; what a tracker or a plan says is marked off."""
+    source = source_of(spec.tracker, planner_of(spec))
+    return spec.prompt if source is None else f"{asked(spec.prompt, source, secrets.token_hex(8))}\n"
+
+
+def planner_of(spec: TaskSpec) -> str | None:
+    """Return the task whose plan a task came of; None where it came of none."""
+    return None if spec.plan is None else spec.plan.split("/")[1]
 
 
 def delivered(

@@ -15,7 +15,7 @@ from orchestrator.domain.handoffs import Handoff
 from orchestrator.domain.model import AdapterDocument, Request, RunDocument, TaskDocument
 from orchestrator.errors import RefusedError
 from orchestrator.failpoints import failpoint
-from orchestrator.protocols import Commit, Document, Event, Key, Store, Write
+from orchestrator.protocols import Commit, Document, Event, JsonObject, Key, Store, Write
 
 if TYPE_CHECKING:
     from orchestrator.config.model import TaskSpec
@@ -76,10 +76,7 @@ async def read_handoffs(store: Store, run: str, task: str) -> dict[str, tuple[in
 
 async def seed(store: Store, run: RunDocument, specs: Mapping[str, TaskSpec]) -> None:
     """Record a new run with all of its tasks, at once."""
-    writes = [Write(run_key(run.id), 0, run.model_dump(mode="json"))]
-    for task, spec in specs.items():
-        writes.append(Write(spec_key(run.id, task), 0, spec.model_dump(mode="json")))
-        writes.append(Write(task_key(run.id, task), 0, TaskDocument().model_dump(mode="json")))
+    writes = [Write(run_key(run.id), 0, run.model_dump(mode="json")), *added(run, specs)]
     begin = {"position": await store.position()}
     for kind, names in (("sink", run.sinks), ("tracker", run.trackers)):
         writes += [Write(cursor_key(run.id, kind, name), 0, begin) for name in names]
@@ -138,7 +135,10 @@ def task_documents(found: Mapping[str, Document], tasks: Sequence[str]) -> dict[
 
 
 async def read_entries(store: Store, run: RunDocument, blank: Collection[str] = ()) -> dict[str, Entry]:
-    """Return what decisions need of each task, in the order of the file; of those that are `blank`, nothing."""
+    """Return what decisions need of each task, in the order of the file; of those that are `blank`, nothing.
+
+    What their plans became is told by the tasks' documents, see `dispatch.with_parts`.
+    """
     found = await _named(store, "spec", run.id)
     for item in found.values():
         if item.damaged:
@@ -146,6 +146,21 @@ async def read_entries(store: Store, run: RunDocument, blank: Collection[str] = 
     wanted = [task for task in run.tasks if task not in blank]
     read = _ENTRIES().validate_json(_joined(found[task].encoded for task in wanted))
     return {**dict.fromkeys(run.tasks, Entry()), **dict(zip(wanted, read, strict=True))}
+
+
+def entry_of(spec: JsonObject) -> Entry:
+    """Return what decisions need of a task by what it was asked to do."""
+    [entry] = _ENTRIES().validate_python([spec])
+    return entry
+
+
+def added(run: RunDocument, specs: Mapping[str, TaskSpec]) -> list[Write]:
+    """Return the writes that record tasks of a run beside its own document."""
+    writes = []
+    for task, spec in specs.items():
+        writes.append(Write(spec_key(run.id, task), 0, spec.model_dump(mode="json")))
+        writes.append(Write(task_key(run.id, task), 0, TaskDocument().model_dump(mode="json")))
+    return writes
 
 
 async def read_adapters(store: Store, run: RunDocument) -> dict[str, AdapterDocument]:

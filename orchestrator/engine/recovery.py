@@ -119,6 +119,8 @@ async def _take_over(ledger: Ledger, *, counts: bool) -> list[str]:
     if ledger.claims is None:
         return []
     taken = set(await ledger.claims.sweep(counts=counts))
+    if any(task not in ledger for task in taken):
+        await ledger.learn_tasks()
     for task in taken:
         await ledger.refresh(task)
         await ledger.let_go(task)

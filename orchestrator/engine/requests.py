@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from orchestrator.clock import Clock
+from orchestrator.config.model import TaskSpec
 from orchestrator.domain.lifecycle import TRANSITIONS, Trigger
 from orchestrator.domain.model import FINAL, REVIVABLE, Action, Request, TaskDocument, TaskStatus
 from orchestrator.domain.phases import PhaseTrigger
 from orchestrator.domain.secrets import contains_key
-from orchestrator.domain.workflow import changed, restarted
-from orchestrator.engine.ledger import Ledger
+from orchestrator.domain.violations import Violation
+from orchestrator.domain.workflow import Phase, changed, restarted
+from orchestrator.engine.expanding import expanded, landed_parts, replaced_parts, told, waiting_for
+from orchestrator.engine.ledger import Ledger, Update
 from orchestrator.engine.prompting import told_rejection
 from orchestrator.engine.records import request_key
 from orchestrator.errors import RefusedError
@@ -145,7 +148,12 @@ async def revive(ledger: Ledger, task: str, phase: str | None = None) -> bool:
     if document.status not in REVIVABLE:
         return False
     workflow = ledger.workflow((await ledger.spec(task)).workflow)
+    replaced = replaced_parts(ledger, workflow, document, phase)
+    for part in replaced:
+        await cancel(ledger, part)
     again = restarted(workflow, document, phase)
+    if replaced:
+        again["expanded"] = landed_parts(ledger, document)
     work = {"commit": None, "built": None, "start": None, "base": None, "feedback": None}
     await ledger.change(task, Trigger.REVIVE, {}, ignored=None, failures=0, reason=None, paths=(), **work, **again)
     return True
@@ -153,15 +161,34 @@ async def revive(ledger: Ledger, task: str, phase: str | None = None) -> bool:
 
 async def approve(ledger: Ledger, task: str, note: str | None) -> bool:
     """Let a task go on from what a person has approved; False if it waits for nobody."""
-    document = ledger.task(task)
+    document, spec = ledger.task(task), await ledger.spec(task)
     if document.status is not TaskStatus.WAITING:
         return False
-    phase = document.phases[-1].phase
-    following = ledger.workflow((await ledger.spec(task)).workflow).after(phase)
+    workflow = ledger.workflow(spec.workflow)
+    phase = workflow.phase(document.phases[-1].phase)
+    tasks = await _planned(ledger, task, spec, phase)
+    if isinstance(tasks, Sequence):  # what the run has come to meanwhile is in its way
+        return await send_back(ledger, task, "; ".join(map(str, tasks)))
+    following = workflow.after(phase.name)
     phases = changed(document, PhaseTrigger.APPROVE, note=note)
     changes = {"phases": phases, "phase": following[0].name if following else None, "reason": None}
-    await ledger.change(task, Trigger.APPROVE, {"phase": phase, "note": note}, **changes)
+    changes |= waiting_for(ledger, task, tasks)
+    facts = {"phase": phase.name, "note": note}
+    events = [("task.expanded", {"task": task, **told(phase, tasks)})] if tasks else []
+    update = Update(facts, changes, events=events, tasks=tasks)
+    await ledger.change_all(Trigger.APPROVE, {task: update})
     return True
+
+
+async def _planned(
+    ledger: Ledger, task: str, spec: TaskSpec, phase: Phase
+) -> Mapping[str, TaskSpec] | Sequence[Violation]:
+    """Return the tasks that a plan becomes which is approved, or why it can't."""
+    name = ledger.task(task).phases[-1].handoff
+    if phase.expand is None or name is None:
+        return {}
+    _, handoff = (await ledger.handoffs(task))[name]
+    return await expanded(ledger, task, spec, phase, handoff.data, handoff.attempt)
 
 
 async def send_back(ledger: Ledger, task: str, note: str | None) -> bool:

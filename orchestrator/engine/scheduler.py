@@ -184,6 +184,11 @@ class Scheduler:
         spec = await self._ledger.spec(task)
         if self._budgets.is_halted():
             return None
+        if self._hand.waits_for_parts(task):  # which its plan became elsewhere
+            await self._ledger.learn_tasks()
+            self._hand.wait(task)
+            self._hand.wake()
+            return None
         obstacle = self._budgets.obstacle(task, spec) or await self._is_tried_out(task, spec)
         if obstacle is not None:
             await self._refuse(task, obstacle)
@@ -192,6 +197,7 @@ class Scheduler:
             turn = await self._phasing.turn(task, spec)
             if isinstance(turn, Rest):
                 await self._feed(task, await self._attempts.rest(task, turn))
+                self._hand.wake()  # what needs it may start
                 return None
             start = await self._starts.of(task, spec, turn, tips)
             if not self._board.is_running(task):  # it was cancelled meanwhile

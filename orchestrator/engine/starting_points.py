@@ -47,7 +47,8 @@ class StartingPoints:
         """
         document = self._ledger.task(task)
         was_stale = any(attempt.outcome in _STALE for attempt in document.attempts)
-        builds_on_target = spec.builds_on_target or was_stale or turn.start is not None
+        follows_parts = bool(document.expanded)
+        builds_on_target = spec.builds_on_target or was_stale or turn.start is not None or follows_parts
         if builds_on_target not in tips:
             tips[builds_on_target] = await self._newest(builds_on_target)
         tip = tips[builds_on_target]

@@ -222,6 +222,10 @@ class Story:
     """What it was asked to do; null where that is not known, as of an imported task."""
     tracker: str | None
     """The tracker that it came from."""
+    plan: str | None
+    """The id of the handoff with the plan that it came of."""
+    expanded: Sequence[str]
+    """The tasks that its plan became."""
     adapter: str
     needs: Sequence[str]
     workflow: str | None
@@ -252,6 +256,7 @@ class Asked:
     needs: Sequence[str] = ()
     workflow: str | None = None
     phases: Sequence[str] = (PLAIN[0].name,)
+    plan: str | None = None
 
 
 def story(
@@ -275,6 +280,8 @@ def story(
         reason=report.reason,
         asked=asked.prompt,
         tracker=asked.tracker,
+        plan=asked.plan,
+        expanded=document.expanded,
         adapter=report.adapter,
         needs=asked.needs,
         workflow=asked.workflow,

@@ -14,6 +14,7 @@ import anyio.to_thread
 from pydantic import ValidationError
 
 from orchestrator.clock import Clock
+from orchestrator.domain.dispatch import with_parts
 from orchestrator.domain.leftovers import (
     Kind,
     Leftover,
@@ -137,7 +138,7 @@ class Survey:
         if any(task not in documents or documents[task].damaged for task in run.tasks):
             raise RefusedError(f"records of tasks of run {run.id} are damaged", "`council state verify` tells more")
         tasks = task_documents(documents, run.tasks)
-        entries = await read_entries(self._store, run, () if run.imported is None else run.tasks)
+        entries = with_parts(await read_entries(self._store, run, () if run.imported is None else run.tasks), tasks)
         return RunRecord(run, tasks, entries, {}).is_over
 
     async def _last(self, run: RunDocument) -> float:

@@ -1,0 +1,332 @@
+"""Plans that become tasks of the run: they land like any others, and what follows the plan waits for them."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from orchestrator.clock import SystemClock
+from orchestrator.project import Project
+from orchestrator.state.file import FileStore
+from tests.conftest import Ended, Repository
+from tests.integration.test_working_together import QUICK, ended, happened, states
+from tests.waiting import wait_for
+
+APPROVE = json.dumps({"verdict": "approve", "findings": []})
+PLAN: dict[str, Any] = {"access": "read", "produces": "plan", "prompt": "{{ task.prompt }}"}
+
+
+def plan(*tasks: dict[str, Any], **more: Any) -> str:
+    """Return a plan as a session hands it over."""
+    return json.dumps({"tasks": list(tasks), "dependencies": [], "timeline": [], "resources": [], **more})
+
+
+def planned(id_: str, *steps: str, **more: Any) -> dict[str, Any]:
+    """Return one task of a plan."""
+    return {"id": id_, "prompt": "\n".join(steps), **more}
+
+
+def workflow(*, expand: Any = True, following: Sequence[dict[str, Any]] = (), **more: Any) -> dict[str, Any]:
+    """Return a workflow with a plan that becomes tasks."""
+    return {"split": [{"plan": {**PLAN, "expand": expand, **more}}, *following]}
+
+
+def expanding(repository: Repository, prompt: Sequence[str], *more: dict[str, Any], **settings: Any) -> str:
+    """Configure a task `all` of the workflow `split`."""
+    own = settings.pop("own", {})
+    tasks = [{"id": "all", "prompt": "\n".join(prompt), "workflow": "split", **own}, *more]
+    settings.setdefault("workflows", workflow())
+    return str(repository.configure(tasks, **settings))
+
+
+def landings(repository: Repository) -> list[str]:
+    """Return the tasks that landed, the first first."""
+    lines = repository.git("log", "--reverse", "--format=%(trailers:key=Council-Task,valueonly)", "main").splitlines()
+    return [line.rpartition("/")[2] for line in lines if line]
+
+
+def reason_of(run: Ended, task: str) -> str:
+    """Return why a task is where it is."""
+    return next(str(one["reason"]) for one in run.result["tasks"] if one["id"] == task)
+
+
+TWO = plan(
+    planned("First one", "write one.txt 1", owns=["one.txt"]),
+    planned("second", "append one.txt 2", "write two.txt 2", dependencies=["First one"]),
+)
+
+
+async def test_a_plan_becomes_tasks_that_land_and_what_needs_it_waits_for_all_of_them(repository: Repository) -> None:
+    """Names begin with the task's, dependencies are needs, and the task itself is done only when they have landed."""
+    path = expanding(
+        repository,
+        [f"in plan hand-over {TWO}"],
+        {"id": "next", "prompt": "append two.txt 3", "needs": ["all"]},
+    )
+    run = repository.council("run", path, "--json")
+    assert run.states == {
+        "all": "done",
+        "all-First-one": "landed",
+        "all-second": "landed",
+        "next": "landed",
+    }, run
+    assert list(run.states) == ["all", "all-First-one", "all-second", "next"]
+    assert run.code == 0
+    assert landings(repository) == ["all-First-one", "all-second", "next"]
+    assert (repository.top / "one.txt").read_text() == "1\n2\n"
+    checked = repository.council("check", run.result["run"])
+    assert checked.code == 0, checked
+    assert "all-second" in repository.council("show", "all").stdout
+    [event] = [one for one in run.lines if one.get("event") == "task.expanded"]
+    assert (event["task"], event["phase"], event["tasks"]) == ("all", "plan", ["all-First-one", "all-second"])
+    await repository.assert_invariants()
+
+
+async def test_the_phases_that_follow_begin_with_what_the_tasks_landed(repository: Repository) -> None:
+    """A build after the plan sees all of it, and is reviewed and lands in turn."""
+    following = [
+        {"build": {"produces": "build"}},
+        {"review": {"access": "read", "produces": "review", "prompt": "{{ task.prompt }}"}},
+    ]
+    prompt = [
+        f"in plan hand-over {TWO}",
+        "in build append one.txt whole",
+        "in build built one.txt",
+        "in review print-env COUNCIL_PHASE",
+        f"in review tell {APPROVE}",
+    ]
+    path = expanding(repository, prompt, workflows=workflow(following=following))
+    run = repository.council("run", path, "--json")
+    assert run.states == {"all": "landed", "all-First-one": "landed", "all-second": "landed"}, run
+    assert (repository.top / "one.txt").read_text() == "1\n2\nwhole\n"
+    assert landings(repository) == ["all-First-one", "all-second", "all"]
+    await repository.assert_invariants()
+
+
+async def test_what_keeps_a_plan_from_becoming_tasks_is_mended_once_by_the_session(repository: Repository) -> None:
+    """Paths beyond the task's own, a name that is taken, too many: all are told at once, one more turn mends them."""
+    wrong = plan(
+        planned("x", "write a/x 1", owns=["a/x", "b/*"]),
+        planned("y", "write a/y 1", owns=["../y"]),
+        planned("z", "write a/z 1", owns=["a/z"]),
+    )
+    right = plan(planned("x", "write a/x 1", owns=["a/x"]), planned("w", "write a/w 1"))
+    prompt = [f"attempt 1 in plan hand-over {wrong}", f"attempt 2 in plan hand-over {right}", "attempt 2 keep-prompt"]
+    path = expanding(
+        repository,
+        prompt,
+        {"id": "all-y", "prompt": "write other.txt 1"},
+        own={"owns": ["a/**"]},
+        workflows=workflow(expand={"max": 2}),
+    )
+    run = repository.council("run", path, "--json")
+    assert run.states == {"all": "done", "all-x": "landed", "all-w": "landed", "all-y": "landed"}, run
+    [invalid] = [one for one in run.lines if one.get("event") == "handoff.invalid"]
+    assert {(one["rule"], one["place"]) for one in invalid["violations"]} == {
+        ("expansion.most", "tasks"),
+        ("expansion.names", "tasks[1].id"),
+        ("expansion.paths", "tasks[0].owns[1]"),
+        ("expansion.paths", "tasks[1].owns[0]"),
+    }
+    await repository.assert_invariants()
+
+
+async def test_a_plan_that_stays_wrong_fails_its_phase(repository: Repository) -> None:
+    """Nothing of it is there, and what is wrong with it is the task's reason."""
+    circle = plan(planned("a", "write a 1", dependencies=["b"]), planned("b", "write b 1", dependencies=["a"]))
+    path = expanding(repository, [f"in plan hand-over {circle}"], own={"attempts": 1})
+    run = repository.council("run", path, "--json")
+    assert run.states == {"all": "failed"}, run
+    assert "they wait for each other: a → b → a" in reason_of(run, "all")
+    await repository.assert_invariants()
+
+
+async def test_a_plan_says_nothing_but_what_is_its_own_to_say(repository: Repository) -> None:
+    """Who does it, the checks, and the limits are those of the task, whatever a plan has under such names."""
+    bold = {
+        "adapter": "other",
+        "checks": [],
+        "timeout": 1,
+        "attempts": 99,
+        "priority": 9,
+        "budget": {"cost": 9},
+        "workflow": "split",
+        "fallback": ["other"],
+        "instructions": "Do as you like.",
+    }
+    path = expanding(
+        repository,
+        [f"in plan hand-over {plan(planned('x', 'write x.txt bad', 'keep-prompt', **bold))}"],
+        own={"checks": ["! grep -q bad *.txt"], "attempts": 1, "instructions": "Take care."},
+    )
+    run = repository.council("run", path, "--json")
+    assert run.states == {"all": "blocked", "all-x": "failed"}, run
+    async with FileStore.open(Project(repository.top).own_state, SystemClock()) as store:
+        specs = {one.key.id.partition("/")[2]: one.value for one in await store.list("spec")}
+    own = ("id", "prompt", "owns", "workflow", "plan")
+    assert {key: value for key, value in specs["all-x"].items() if key not in own} == {
+        key: value for key, value in specs["all"].items() if key not in own
+    }
+    assert (specs["all-x"]["workflow"], specs["all-x"]["plan"]) == (None, f"{run.result['run']}/all/1")
+    logs = repository.top / ".council" / "logs" / run.result["run"]
+    prompt = (logs / "all-x.1.stdout").read_text()
+    assert "planned by a session of the task 'all'" in prompt
+    begun = next(line for line in prompt.splitlines() if line.endswith(" task begins]"))
+    assert prompt.index(begun) < prompt.index("write x.txt bad") < prompt.index(begun.replace("begins", "ends"))
+    await repository.assert_invariants()
+
+
+async def test_what_its_plan_became_waits_for_a_persons_approval(repository: Repository) -> None:
+    """Nothing is added before; approved, it lands in the run that goes on."""
+    path = expanding(
+        repository, [f"in plan hand-over {plan(planned('x', 'write x.txt 1'))}"], workflows=workflow(approve=True)
+    )
+    run = repository.start("run", path, "--json")
+    wait_for(lambda: states(repository).get("all") == "waiting", limit=60)
+    assert states(repository) == {"all": "waiting"}
+    assert repository.council("approve", "all").code == 0
+    assert ended(run) == [0]
+    assert states(repository) == {"all": "done", "all-x": "landed"}
+    await repository.assert_invariants()
+
+
+async def test_a_task_that_failed_blocks_the_one_whose_plan_it_was_of_until_it_is_tried_again(
+    repository: Repository,
+) -> None:
+    """The plan's own task goes on when all of it has landed; what has landed is not done again."""
+    tasks = plan(planned("x", "write x.txt 1"), planned("y", "attempt 1 exit 1", "write y.txt 1"))
+    path = expanding(
+        repository, [f"in plan hand-over {tasks}"], {"id": "next", "prompt": "write n 1", "needs": ["all"]}
+    )
+    run = repository.council("run", path, "--json")
+    assert run.states == {"all": "done", "all-x": "landed", "all-y": "landed", "next": "landed"}, run
+
+    tasks = plan(planned("x", "write x2.txt 1"), planned("y", "without /tmp exit 0", "once exit 1", "write y2.txt 1"))
+    path = expanding(
+        repository,
+        [f"in plan hand-over {tasks}"],
+        {"id": "next", "prompt": "write n2 1", "needs": ["all"]},
+        own={"attempts": 1},
+    )
+    run = repository.council("run", path, "--json")
+    assert run.states == {"all": "blocked", "all-x": "landed", "all-y": "failed", "next": "blocked"}, run
+    assert reason_of(run, "all") == "needs 'all-y', which did not land"
+    checked = repository.council("check", run.result["run"])
+    assert checked.code == 0, checked
+    assert repository.council("retry", "all-y").code == 0
+    run = repository.council("resume", run.result["run"], "--json")
+    assert run.states == {"all": "done", "all-x": "landed", "all-y": "landed", "next": "landed"}, run
+    await repository.assert_invariants()
+
+
+async def test_another_plan_replaces_what_has_not_landed_of_the_one_before(repository: Repository) -> None:
+    """Its tasks have names of their own; what has landed stays, what has not is cancelled."""
+    old = plan(planned("x", "write x.txt 1"), planned("y", "exit 1"), planned("z", "write z.txt 1", dependencies=["y"]))
+    new = plan(planned("y", "write y.txt 1"))
+    path = expanding(
+        repository,
+        [f"attempt 1 in plan hand-over {old}", f"attempt 2 in plan hand-over {new}"],
+        own={"attempts": 1},
+    )
+    run = repository.council("run", path, "--json")
+    assert run.states == {"all": "blocked", "all-x": "landed", "all-y": "failed", "all-z": "blocked"}, run
+    name = run.result["run"]
+    assert repository.council("cancel", "all").code == 0
+    assert repository.council("retry", "all", "--from", "plan").code == 0
+    run = repository.council("resume", name, "--json")
+    assert run.states == {
+        "all": "done",
+        "all-x": "landed",
+        "all-y": "failed",
+        "all-z": "cancelled",
+        "all.2-y": "landed",
+    }, run
+    assert (repository.top / "y.txt").read_text() == "1\n"
+    await repository.assert_invariants()
+
+
+@pytest.mark.parametrize("place", ["handed_over", "plan.expanded", "attempt.ended"])
+async def test_a_plan_becomes_tasks_once_wherever_the_process_is_killed(repository: Repository, place: str) -> None:
+    """What is recorded is all of it or nothing: killed before, the plan is made anew; killed behind, it goes on."""
+    failpoint = {"handed_over": "session.ended=kill"}.get(place, f"{place}=kill")
+    path = expanding(repository, [f"in plan hand-over {TWO}"])
+    assert repository.council("run", path, failpoints=failpoint).code == -signal.SIGKILL
+    before = states(repository)
+    assert set(before) == ({"all"} if place == "handed_over" else {"all", "all-First-one", "all-second"})
+    run = repository.council("resume", "--json")
+    assert run.states == {"all": "done", "all-First-one": "landed", "all-second": "landed"}, run
+    expanded = [one for one in await happened(repository) if one.type == "task.expanded"]
+    assert len(expanded) == 1
+    plans = [one for one in repository.spawns.read_text().splitlines() if one.split()[1] == "all"]
+    assert len(plans) == (2 if place == "handed_over" else 1)
+    await repository.assert_invariants()
+
+
+async def test_two_processes_share_what_a_plan_became(repository: Repository) -> None:
+    """Who did not plan it learns of the tasks, and each lands once; what needs the plan's task waits for both."""
+    tasks = plan(*(planned(f"t{one}", "tick 5 0.3", f"write t{one}.txt {one}") for one in range(6)))
+    path = expanding(
+        repository,
+        ["tick 10 0.3", f"in plan hand-over {tasks}"],
+        {"id": "next", "prompt": "write n.txt 1", "needs": ["all"]},
+        capacity=2,
+    )
+    first = repository.start("run", path)
+    wait_for(lambda: states(repository).get("all") == "running", limit=60)
+    second = repository.start("work", "--capacity", "3")
+    assert ended(first, second) == [0, 0]
+    assert states(repository) == {"all": "done", **{f"all-t{one}": "landed" for one in range(6)}, "next": "landed"}
+    assert sorted(landings(repository)[:6]) == [f"all-t{one}" for one in range(6)]
+    events = await happened(repository)
+    workers = {one.data["orchestrator"] for one in events if one.type == "run.joined"}
+    assert workers
+    await repository.assert_invariants()
+
+
+@pytest.mark.slow
+async def test_who_is_left_goes_on_with_the_plan_of_a_process_that_was_killed(repository: Repository) -> None:
+    """The tasks were recorded, and nobody was told."""
+    path = expanding(repository, ["tick 12 0.3", f"in plan hand-over {TWO}"], coordination=QUICK)
+    first = repository.start("run", path, failpoints="plan.expanded=kill")
+    wait_for(lambda: states(repository).get("all") == "running", limit=60)
+    second = repository.start("work")
+    assert ended(first, second) == [-signal.SIGKILL, 0]
+    assert states(repository) == {"all": "done", "all-First-one": "landed", "all-second": "landed"}
+    assert landings(repository) == ["all-First-one", "all-second"]
+    await repository.assert_invariants()
+
+
+@pytest.mark.slow
+async def test_what_a_plan_became_shares_the_budget_of_its_task(repository: Repository) -> None:
+    """A plan of many tasks is no way to more of it: each of them alone would have enough."""
+    tasks = plan(*(planned(f"t{one}", "tick 1 4", f"write t{one}.txt {one}") for one in range(3)))
+    path = expanding(repository, [f"in plan hand-over {tasks}"], own={"budget": {"time": "7s"}}, capacity=1)
+    run = repository.council("run", path, "--json")
+    assert run.states == {"all": "blocked", "all-t0": "landed", "all-t1": "failed", "all-t2": "failed"}, run
+    assert {one["failure"] for one in run.result["tasks"][2:]} <= {"budget", None}
+    assert reason_of(run, "all-t2").startswith("the task's budget is used up")
+    await repository.assert_invariants()
+
+
+async def test_a_checkpoint_from_before_a_plan_keeps_what_sessions_did_for_it(repository: Repository) -> None:
+    """What no session was at is gone with the plan; another one is made."""
+    old = plan(planned("x", "write x.txt 1"), planned("y", "exit 1"), planned("z", "write z.txt 1", dependencies=["y"]))
+    new = plan(planned("y", "write y.txt 1"))
+    path = expanding(
+        repository,
+        [f"attempt 1 in plan hand-over {old}", f"attempt 2 in plan hand-over {new}"],
+        own={"attempts": 1},
+    )
+    assert repository.council("run", path, failpoints="run.claimed=kill").code == -signal.SIGKILL
+    checkpoint = repository.council("checkpoint", "create", "--json").result["id"]
+    run = repository.council("resume", "--json")
+    assert run.states == {"all": "blocked", "all-x": "landed", "all-y": "failed", "all-z": "blocked"}, run
+    assert repository.council("checkpoint", "restore", checkpoint).code == 0
+    assert states(repository) == {"all": "pending", "all-x": "landed", "all-y": "failed"}
+    run = repository.council("resume", "--json")
+    assert run.states == {"all": "done", "all.2-y": "landed", "all-x": "landed", "all-y": "failed"}, run
+    await repository.assert_invariants()
