@@ -25,10 +25,19 @@ from orchestrator.cli.table import (
     time_left,
     totals_line,
 )
-from orchestrator.domain.dispatch import Board
-from orchestrator.domain.model import FINAL, SUCCESSFUL, AdapterDocument, Attempt, TaskDocument, TaskStatus
+from orchestrator.domain.dispatch import Board, with_parts
+from orchestrator.domain.model import (
+    FINAL,
+    SUCCESSFUL,
+    AdapterDocument,
+    Attempt,
+    RunDocument,
+    TaskDocument,
+    TaskStatus,
+)
+from orchestrator.engine.records import entry_of, run_key, spec_key
 from orchestrator.engine.report import RunRecord
-from orchestrator.protocols import Event, Record
+from orchestrator.protocols import Event, JsonObject, Record
 from orchestrator.repo.diffs import Changes
 from orchestrator.sessions.transcript import NOTHING_SAID, Transcript
 
@@ -98,7 +107,7 @@ class RunView:
 
     def __init__(self, record: RunRecord, attempts: Mapping[str, int]) -> None:
         """Take a run as it stands; `attempts` says how many each task has."""
-        self.run, self._entries, self._attempts = record.run, record.entries, attempts
+        self.run, self._entries, self._attempts = record.run, dict(record.entries), dict(attempts)
         self._adapters: dict[str, AdapterDocument] = dict(record.adapters)
         self._board = Board.of(record.entries, {task: one.status for task, one in record.tasks.items()})
         self._chains = chains(record.entries)
@@ -122,6 +131,8 @@ class RunView:
     def apply(self, record: Record) -> None:
         """Take what was recorded."""
         prefix = f"{self.run.id}/"
+        if (grown := record.documents.get(run_key(self.run.id))) is not None and grown[1] is not None:
+            self._grow(RunDocument.model_validate(grown[1]), record)
         for key, (_, value) in record.documents.items():
             name = key.id.removeprefix(prefix)
             if name == key.id or value is None:
@@ -134,6 +145,28 @@ class RunView:
             if event.data.get("run") == self.run.id:
                 self._happened(event, record.time)
 
+    def _grow(self, run: RunDocument, record: Record) -> None:
+        """Take the tasks that a plan has become; what records them has all of them."""
+        self.run = run
+        new = [task for task in run.tasks if task not in self._order]
+        specs = [record.documents.get(spec_key(run.id, task)) for task in new]
+        if not new or any(one is None or one[1] is None for one in specs):
+            return
+        for task, one in zip(new, specs, strict=True):
+            value: JsonObject = one[1] if one is not None and one[1] is not None else {}
+            self._entries[task], self._attempts[task] = entry_of(value), value["attempts"]
+            self._tasks[task] = TaskDocument()
+            self._groups[phase(self._tasks[task])][task] = None
+            self._changed[task] = record.time
+        self._order = {task: number for number, task in enumerate(run.tasks)}
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Look anew at what waits for what."""
+        self._entries = with_parts(self._entries, self._tasks)
+        self._board = Board.of(self._entries, {name: one.status for name, one in self._tasks.items()})
+        self._chains = chains(self._entries)
+
     def _happened(self, event: Event, time: float) -> None:
         match event.type:
             case "run.claimed":
@@ -144,7 +177,7 @@ class RunView:
                 self.is_over = True
 
     def _change(self, task: str, after: TaskDocument, time: float) -> None:
-        before = self._tasks[task].status
+        before, parts = self._tasks[task].status, self._tasks[task].expanded
         if before is not after.status:
             self._pace.change(task, after, time)
             if before in FINAL and after.status in SUCCESSFUL:
@@ -158,6 +191,8 @@ class RunView:
         self._set(task, after, time)
         if before in SUCCESSFUL and after.status not in SUCCESSFUL:  # what it let start may be blocked after all
             self._board = Board.of(self._entries, {name: one.status for name, one in self._tasks.items()})
+        if after.expanded != parts:
+            self._arrange()
 
     def _set(self, task: str, after: TaskDocument, time: float) -> None:
         before = self._tasks.get(task)

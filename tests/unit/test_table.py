@@ -368,3 +368,23 @@ def test_ten_thousand_tasks_are_redrawn_at_once() -> None:
         return time.thread_time() - began
 
     assert min(redraw() for _ in range(10)) < 0.020
+
+
+def test_what_a_plan_became_has_rows_behind_its_task() -> None:
+    """The task waits for them, is blocked where one fails, and its own row tells of which."""
+    shown = view(tasks(2))
+    planned = TaskDocument(attempts=(BUILT,), expanded=("t0-a", "t0-b"))
+    run = shown.run.model_copy(update={"tasks": ("t0", "t0-a", "t0-b", "t1")})
+    spec = {"adapter": "fake", "attempts": 2, "needs": []}
+    documents = {
+        Key("task", "run/t0"): (2, planned.model_dump(mode="json")),
+        Key("run", "run"): (2, run.model_dump(mode="json")),
+        **{Key("spec", f"run/t0-{name}"): (1, spec) for name in "ab"},
+        **{Key("task", f"run/t0-{name}"): (1, TaskDocument().model_dump(mode="json")) for name in "ab"},
+    }
+    shown.apply(Record(1, 30.0, documents, []))
+    assert [one.task for one in shown.frame(31.0, 10).rows] == ["t0", "t0-a", "t0-b", "t1"]
+    shown.apply(record("t0-a", TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(1, started=31.0),)), 31.0))
+    assert row(shown.frame(40.0, 10), "t0-a").attempt == "1/2"
+    shown.apply(record("t0-a", TaskDocument(status=TaskStatus.FAILED, attempts=(BUILT,)), 41.0))
+    assert row(shown.frame(42.0, 10), "t0").phase == "blocked"
