@@ -12,12 +12,11 @@ import anyio
 from orchestrator.clock import Clock
 from orchestrator.domain.model import FINAL, REVIVABLE, Action, Request, TaskStatus
 from orchestrator.engine.budgets import Budgets
-from orchestrator.engine.expanding import replaced_parts
 from orchestrator.engine.in_hand import InHand
 from orchestrator.engine.ledger import Change, Ledger
 from orchestrator.engine.reconciling import Reconciler
 from orchestrator.engine.recovery import recover_tasks, remove_abandoned
-from orchestrator.engine.requests import approve, cancel, ignore, revive, send_back
+from orchestrator.engine.requests import approve, cancel, given_up, ignore, revive, send_back
 from orchestrator.engine.workshop import Workshop
 from orchestrator.errors import ClaimLost, StoreUnavailable, VersionConflict
 from orchestrator.failpoints import failpoint
@@ -165,10 +164,8 @@ class Following:
         return self._ledger.task(task).status not in FINAL and not self._ledger.is_elsewhere(task)
 
     async def _revive(self, task: str, phase: str | None) -> None:
-        document = self._ledger.task(task)
-        if document.status in REVIVABLE:
-            workflow = self._ledger.workflow((await self._ledger.spec(task)).workflow)
-            for part in replaced_parts(self._ledger, workflow, document, phase):
+        if self._ledger.task(task).status in REVIVABLE:
+            for part in await given_up(self._ledger, task, phase):
                 await self._cancel(part)
             self._hand.cancelled.discard(task)
             await revive(self._ledger, task, phase)

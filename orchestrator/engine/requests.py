@@ -109,6 +109,8 @@ async def obey(ledger: Ledger, request: Request) -> None:
     for task in request.tasks:
         match request.action:
             case Action.RETRY:
+                for part in await given_up(ledger, task, request.phase):
+                    await cancel(ledger, part)
                 await revive(ledger, task, request.phase)
             case Action.APPROVE:
                 await approve(ledger, task, request.reason)
@@ -142,17 +144,22 @@ async def ignore(ledger: Ledger, request: Request) -> None:
             await ledger.change(task, Trigger.IGNORE, {"reason": request.reason}, **changes)
 
 
+async def given_up(ledger: Ledger, task: str, phase: str | None) -> tuple[str, ...]:
+    """Return what of an earlier plan is to be cancelled where a task is tried again from a phase on."""
+    document = ledger.task(task)
+    if document.status not in REVIVABLE:
+        return ()
+    return replaced_parts(ledger, ledger.workflow((await ledger.spec(task)).workflow), document, phase)
+
+
 async def revive(ledger: Ledger, task: str, phase: str | None = None) -> bool:
     """Have a task that is over tried again, from a phase on, with all of its attempts before it; False if it is not."""
     document = ledger.task(task)
     if document.status not in REVIVABLE:
         return False
     workflow = ledger.workflow((await ledger.spec(task)).workflow)
-    replaced = replaced_parts(ledger, workflow, document, phase)
-    for part in replaced:
-        await cancel(ledger, part)
     again = restarted(workflow, document, phase)
-    if replaced:
+    if replaced_parts(ledger, workflow, document, phase):
         again["expanded"] = landed_parts(ledger, document)
     work = {"commit": None, "built": None, "start": None, "base": None, "feedback": None}
     await ledger.change(task, Trigger.REVIVE, {}, ignored=None, failures=0, reason=None, paths=(), **work, **again)

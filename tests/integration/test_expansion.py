@@ -249,6 +249,22 @@ async def test_another_plan_replaces_what_has_not_landed_of_the_one_before(repos
     await repository.assert_invariants()
 
 
+async def test_another_plan_ends_the_sessions_of_the_one_before(repository: Repository) -> None:
+    """Asked of a run that is at work: what is being built of the old plan is stopped, and the new one is made."""
+    old = plan(planned("x", "hang"))
+    new = plan(planned("x", "write x.txt 1"))
+    path = expanding(
+        repository, [f"attempt 1 in plan hand-over {old}", f"attempt 2 in plan hand-over {new}"], capacity=2
+    )
+    run = repository.start("run", path)
+    wait_for(lambda: states(repository).get("all-x") == "running", limit=60)
+    assert repository.council("cancel", "all").code == 0
+    assert repository.council("retry", "all", "--from", "plan").code == 0
+    assert ended(run) == [1]
+    assert states(repository) == {"all": "done", "all-x": "cancelled", "all.2-x": "landed"}
+    await repository.assert_invariants()
+
+
 @pytest.mark.parametrize("place", ["handed_over", "plan.expanded", "attempt.ended"])
 async def test_a_plan_becomes_tasks_once_wherever_the_process_is_killed(repository: Repository, place: str) -> None:
     """What is recorded is all of it or nothing: killed before, the plan is made anew; killed behind, it goes on."""
