@@ -33,7 +33,7 @@ def steps(name: str, *more: str, review: str = f"in review tell {json.dumps(APPR
         (
             f'in scout hand-over {{"scout_findings": ["what {name} is about"]}}',
             f"in plan answer {plan()}",
-            f"in build append notes/{name}.txt built",
+            f"in build write notes/{name}.txt built",
             f"in build built notes/{name}.txt",
             *more,
             review,
