@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator.clock import SystemClock
+from orchestrator.domain.holdings import LONGEST_OWNED, MOST_OWNED
 from orchestrator.domain.sessions import SessionName
+from orchestrator.engine.borders import Escape
 from orchestrator.locking.registry import Registry, claim_key, scope_of
 from orchestrator.project import Project
 from orchestrator.protocols import Commit, Guard, Write
@@ -97,6 +101,45 @@ async def test_extend_lands_what_nobody_else_owns(repository: Repository) -> Non
     ended = run(repository, task)
     assert ended.states == {"t": "landed"}, ended
     assert [line["paths"] for line in events(ended, "task.ownership_extended")] == [["README.md"]]
+
+
+@pytest.mark.parametrize("name", [b"back\\slash", b"na\xefve", b"[star]*?", b"two\nlines"])
+async def test_extend_lands_whatever_a_file_is_called(repository: Repository, name: bytes) -> None:
+    """Also what no pattern can say; and nothing else of the run is held up by that."""
+    program = repository.top.parent / "odd.py"
+    program.write_text(f"open({name!r}, 'w').write('x')\n")
+    adapter = {"use": "command", "argv": [sys.executable, "-S", str(program)], "readable": [str(program.parent)]}
+    task = {"id": "t", "prompt": "x", "owns": ["src/**"], "on_escape": "extend", "attempts": 1}
+    ended = repository.council("run", str(repository.configure([task], adapters={"odd": adapter})), "--json")
+    assert ended.states == {"t": "landed"}, ended
+    landed = subprocess.run(
+        ["git", "ls-tree", "-z", "--name-only", "main"], cwd=repository.top, check=True, capture_output=True
+    )
+    assert name in landed.stdout.split(b"\0")
+    await repository.assert_invariants()
+
+
+async def test_extend_goes_back_where_there_are_too_many(repository: Repository) -> None:
+    """As many as no record should have; the reason says how many would fit."""
+    program = repository.top.parent / "many.py"
+    program.write_text(f"for n in range({MOST_OWNED + 1}): open(f'{{n}}.txt', 'w').write('x')\n")
+    adapter = {"use": "command", "argv": [sys.executable, "-S", str(program)], "readable": [str(program.parent)]}
+    task = {"id": "t", "prompt": "x", "owns": ["src/**"], "on_escape": "extend", "attempts": 1}
+    ended = repository.council("run", str(repository.configure([task], adapters={"many": adapter})), "--json")
+    assert ended.states == {"t": "failed"}, ended
+    assert f"{MOST_OWNED} of {LONGEST_OWNED} fit" in ended.result["tasks"][0]["reason"]
+    (failed,) = events(ended, "task.failed")
+    assert 0 < len(failed["paths"]) < MOST_OWNED
+    await repository.assert_invariants()
+
+
+def test_of_very_many_paths_some_are_told() -> None:
+    """A session may leave any number of files, and neither prompt nor record may grow with it; how many is said."""
+    escape = Escape(tuple(f"node_modules/{'d' * 100}/{number}" for number in range(100_000)), ("src/**",))
+    assert len(escape.told("mark")) < 100_000
+    assert '"node_modules' in escape.told("mark")
+    assert "and 99800 more\n[mark what the task may change]" in escape.told("mark")
+    assert len(escape.recorded) == 200
 
 
 @pytest.mark.parametrize("pattern", ["*.md", "other/**"])
