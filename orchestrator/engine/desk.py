@@ -97,6 +97,8 @@ class _Sitting:
     """A session of this process, and what it has taken."""
 
     at: Workplace
+    claim: Guard | None
+    """That on its task when it began; it has no other: who was taken over is refused by that, whoever has it now."""
     taken: Counter[str] = field(default_factory=Counter)
     """The patterns that it has for its locks, and for how many; what it owned before is not among them."""
     locked: set[str] = field(default_factory=set)
@@ -166,7 +168,7 @@ class SessionDesk:
 
     async def enter(self, session: SessionName, adapter: str, at: Workplace) -> None:
         """Answer a session from now on."""
-        self._here[session] = _Sitting(at)
+        self._here[session] = _Sitting(at, self._claim(session))
         await self._contexts.begin(session, adapter)
 
     async def leave(self, session: SessionName, *, keep_ownership: bool = False) -> None:
@@ -175,18 +177,18 @@ class SessionDesk:
         Safe to repeat, and for a session of a process that is gone. With `keep_ownership` its paths stay its own, where
         they are to be its task's until that has landed.
         """
-        self._here.pop(session, None)
+        sitting = self._here.pop(session, None)
+        claim = self._claim(session) if sitting is None else sitting.claim
         await self._files.release_all(session)
         with suppress(StoreUnavailable):  # what must be recorded of its end will say so
-            await (self._registry.stops_waiting(session) if keep_ownership else self._release(session))
+            await (self._registry.stops_waiting(session) if keep_ownership else self._release(session, claim))
         await self._contexts.end(session)
 
-    async def _release(self, session: SessionName) -> None:
+    async def _release(self, session: SessionName, claim: Guard | None) -> None:
         while writes := await self._registry.release(session):
-            guard = self._claim(session)
             with suppress(VersionConflict):  # it has just stopped waiting
                 with suppress(LeaseLost):  # nothing of it counts any more
-                    await self._store.commit(Commit(writes, (), [guard] if guard else []))
+                    await self._store.commit(Commit(writes, (), [claim] if claim else []))
                 return
 
     async def heed(self) -> None:
@@ -211,12 +213,12 @@ class SessionDesk:
 
     async def _lock(self, session: SessionName, arguments: JsonObject) -> JsonObject:
         asked = _checked(_Lock, "lock", arguments)
-        claim = self._claim(session)
+        sitting = self._here[session]
+        claim = sitting.claim
         if claim is None:
             raise RefusedError(f"there is no claim on task {session.task}", "locks are for tasks that are at work")
         until = self._clock.monotonic() + (self._lock_timeout if asked.wait is None else asked.wait)
         paths = await self._paths(session, asked.paths)
-        sitting = self._here[session]
         # What it owned before it asked is not the lock's to give back.
         mine = next((one.patterns for one in await self._registry.holdings() if one.session == session), ())
         wanted = [pattern for pattern in map(pattern_of, paths) if pattern in sitting.taken or pattern not in mine]
@@ -275,10 +277,9 @@ class SessionDesk:
         given = [pattern for pattern in patterns if sitting.taken[pattern] <= 0]
         for pattern in given:
             del sitting.taken[pattern]
-        claim = self._claim(session)
-        if given and claim is not None:
+        if given and sitting.claim is not None:
             with suppress(LeaseLost):  # nothing of it counts any more
-                await self._registry.give_back(session, given, claim)
+                await self._registry.give_back(session, given, sitting.claim)
 
     async def _report(self, session: SessionName, arguments: JsonObject) -> JsonObject:
         asked = _checked(_Report, "report", arguments)
@@ -306,7 +307,7 @@ class SessionDesk:
 
     async def _note(self, session: SessionName, arguments: JsonObject) -> JsonObject:
         asked = _checked(_Note, "note", arguments)
-        claim = self._claim(session)
+        claim = self._here[session].claim
         note = await self.memory.leave(session, asked.text, topic=asked.topic, paths=asked.paths, claim=claim)
         return {"id": note.id}
 
