@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Final
 
 from orchestrator.domain.contexts import LONGEST_MESSAGE, STALE_AFTER, SessionContext
-from orchestrator.domain.notes import LONGEST_BLOCK, LONGEST_TEXT, MOST_NOTES
+from orchestrator.domain.holdings import LONGEST_OWNED, MOST_OWNED
+from orchestrator.domain.notes import LONGEST_BLOCK, LONGEST_PATHS, LONGEST_TEXT, MOST_NOTES, MOST_OF_TASK
 from orchestrator.engine import details
 from tests.functions import FunctionsContract, check_test, rows, sections
 
@@ -67,6 +68,8 @@ def test_the_fields_of_a_record_and_the_bounds_are_those_of_the_code() -> None:
     assert told == set(SessionContext.model_fields) - {"scope", "orchestrator"}
     text = " ".join(PAGE.split())
     assert (STALE_AFTER, LONGEST_MESSAGE) == (1800, 500)
-    for bound in (f"up to {LONGEST_TEXT // 1024} KiB", f"of {MOST_NOTES} the oldest", f"most {LONGEST_BLOCK:,} char"):
+    for bound in (f"up to {LONGEST_TEXT // 1024} KiB", f"of {MOST_NOTES} the oldest", f"most {LONGEST_BLOCK:,} char",
+                  f"up to {LONGEST_PATHS:,} characters", f"task's {MOST_OF_TASK} ",
+                  f"{MOST_OWNED:,} paths of {LONGEST_OWNED:,} characters"):  # fmt: skip
         assert bound in text
     assert f"{details.LONGEST_DIFF:,} characters, the log to the last {details.LONGEST_LOG:,}" in text
