@@ -102,6 +102,8 @@ class _Sitting:
     taken: Counter[str] = field(default_factory=Counter)
     """The patterns that it has for its locks, and for how many; what it owned before is not among them."""
     locked: set[str] = field(default_factory=set)
+    looking: anyio.Lock = field(default_factory=anyio.Lock)
+    """For what takes long to answer: one at a time, or who asks much at once would keep all others waiting."""
 
 
 A = TypeVar("A", bound=_Asked)
@@ -311,9 +313,10 @@ class SessionDesk:
         note = await self.memory.leave(session, asked.text, topic=asked.topic, paths=asked.paths, claim=claim)
         return {"id": note.id}
 
-    async def _notes(self, _session: SessionName, arguments: JsonObject) -> JsonObject:
+    async def _notes(self, session: SessionName, arguments: JsonObject) -> JsonObject:
         asked = _checked(_Notes, "notes", arguments)
-        found = await self.memory.find(task=asked.task, topic=asked.topic, paths=asked.paths or ())
+        async with self._here[session].looking:
+            found = await self.memory.find(task=asked.task, topic=asked.topic, paths=asked.paths or ())
         told = [note.to_json() for note in found[-MOST_TOLD:]]
         names = ("id", "task", "topic", "paths", "text", "time")
         return {"notes": [{name: note[name] for name in names} for note in told]}
@@ -326,7 +329,8 @@ class SessionDesk:
         newest = max(found, key=lambda one: one.attempt)
         here = self._here.get(newest.session)
         at = await self._elsewhere(newest.session) if here is None else here.at
-        told = await details(self._git, at, self._redactor)
+        async with self._here[session].looking:
+            told = await details(self._git, at, self._redactor)
         return {**told.to_json(), "status": newest.status.value}
 
     async def _check_edit(self, session: SessionName, arguments: JsonObject) -> JsonObject:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Final
 
-from anyio.lowlevel import checkpoint
+import anyio.to_thread
 from pydantic import TypeAdapter
 
 from orchestrator.clock import Clock
@@ -87,14 +87,14 @@ class Memory:
         """
         _check_paths(paths)
         patterns, told = checked(paths), []
-        for one in await self.all():
-            told += found([one], task=task, topic=topic, paths=patterns)
-            await checkpoint()  # odd patterns take long to compare, and whoever else is at work goes on meanwhile
+        for one in found(await self.all(), task=task, topic=topic):
+            # Odd patterns take long to compare: whoever else is at work goes on meanwhile, and who asked may leave.
+            told += await anyio.to_thread.run_sync(partial(found, [one], paths=patterns)) if patterns else [one]
         return told
 
     async def concerning(self, task: str, owns: Sequence[str]) -> list[Note]:
         """Return the notes that a session of a task, which owns these patterns, is to be told."""
-        return concerning(await self.all(), task, owns)
+        return await anyio.to_thread.run_sync(concerning, await self.all(), task, owns)
 
     async def drop(self, note: str) -> None:
         """Delete a note by its id; RefusedError where there is none."""

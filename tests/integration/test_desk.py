@@ -222,6 +222,30 @@ async def test_notes_are_left_and_found(repository: Repository, tmp_path: Path) 
         assert "has no text" in await team.refused(first, "note", text=" ")
 
 
+async def test_what_takes_long_is_answered_one_at_a_time(repository: Repository, tmp_path: Path) -> None:
+    """Who asks for much at once waits for itself alone, and holds nobody else up."""
+    async with team_at(repository, tmp_path) as team:
+        session = await team.join("auth")
+        for number in range(5):
+            await team.ask(session, "note", text="x", paths=["*a" * 200 + str(number)])
+        done: list[float] = []
+        others = 0
+
+        async def look() -> None:
+            await team.ask(session, "notes", paths=["*a" * 200 + "?"])
+            done.append(anyio.current_time())
+
+        begin = anyio.current_time()
+        async with anyio.create_task_group() as group:
+            for _ in range(3):
+                group.start_soon(look)
+            while len(done) < 3:
+                await anyio.sleep(0)
+                others += 1
+        assert done[0] - begin < (done[-1] - begin) / 2
+        assert others > 500
+
+
 async def test_who_was_taken_over_is_told_to_end(repository: Repository, tmp_path: Path) -> None:
     """Whatever it wants to write is refused, and nothing of it is written."""
     async with team_at(repository, tmp_path) as team:
