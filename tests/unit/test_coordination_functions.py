@@ -68,7 +68,7 @@ def test_the_fields_of_a_record_and_the_bounds_are_those_of_the_code() -> None:
     assert told == set(SessionContext.model_fields) - {"scope", "orchestrator"}
     text = " ".join(PAGE.split())
     assert (STALE_AFTER, LONGEST_MESSAGE) == (1800, 500)
-    for bound in (f"up to {LONGEST_TEXT // 1024} KiB", f"of {MOST_NOTES} the oldest", f"most {LONGEST_BLOCK:,} char",
+    for bound in (f"up to {LONGEST_TEXT // 1024} KiB", f"Of {MOST_NOTES} the oldest", f"most {LONGEST_BLOCK:,} char",
                   f"up to {LONGEST_PATHS:,} characters", f"task's {MOST_OF_TASK} ",
                   f"{MOST_OWNED:,} paths of {LONGEST_OWNED:,} characters"):  # fmt: skip
         assert bound in text
