@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import assert_never
 
@@ -16,22 +15,21 @@ from orchestrator.domain.claims import Verdict, should_try
 from orchestrator.domain.dispatch import Board, decide
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.lifecycle import Trigger
-from orchestrator.domain.model import CLAIMED, FINAL, REVIVABLE, Action, AdapterDocument, Request, TaskStatus
+from orchestrator.domain.model import CLAIMED, AdapterDocument, TaskStatus
 from orchestrator.domain.outcome import Failed
 from orchestrator.domain.retry import Backoff, retry_delay
 from orchestrator.engine.attempts import After, Again, Attempts, Closed, Elsewhere, Over, Parked, Starved, ToLand, Work
 from orchestrator.engine.budgets import Budgets
 from orchestrator.engine.capacity import Capacity
 from orchestrator.engine.escapes import EscapeDetector
-from orchestrator.engine.ledger import Change, Ledger
+from orchestrator.engine.following import Following
+from orchestrator.engine.in_hand import InHand
+from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.merging import MergeQueue
 from orchestrator.engine.monitor import Monitor
-from orchestrator.engine.reconciling import Reconciler
-from orchestrator.engine.recovery import recover_tasks
-from orchestrator.engine.requests import cancel, ignore, revive
+from orchestrator.engine.requests import cancel
 from orchestrator.engine.workshop import Workshop
-from orchestrator.errors import ClaimLost, GitError, StoreUnavailable, VersionConflict
-from orchestrator.failpoints import failpoint
+from orchestrator.errors import ClaimLost, GitError, VersionConflict
 from orchestrator.locking.merge_permit import MergePermits
 from orchestrator.repo.pool import Pool
 from orchestrator.sessions import homes
@@ -45,9 +43,6 @@ DEFERRED_PAUSE = 30.0
 LAST_TRIES, LAST_PAUSE = 3, 1.0
 #: How long nothing starts after the machine had not enough of something.
 STARVED = Backoff(initial=5.0, factor=2.0, max=300.0, jitter=False)
-
-#: Seconds that an orchestrator which gave a task back has to take it again before others do.
-_OTHERS_PAUSE = 0.5
 
 #: What a task has that did not fit onto the target as the target is now.
 _STALE = frozenset({FailureClass.CONFLICT, FailureClass.CHECKS_FAILED})
@@ -75,25 +70,22 @@ class Scheduler:
         self._budgets = Budgets(ledger, clock, workshop.accounting, self._halt)
         self._pool = pool
         self._attempts = Attempts(ledger, workshop, pool, self._budgets, clock)
-        self._cancelled: set[str] = set()
-        self._merging = MergeQueue(ledger, workshop, pool, clock, permits, self._cancelled)
-        self._reconciler = Reconciler(ledger, workshop)
+        cancelled: set[str] = set()
+        self._merging = MergeQueue(ledger, workshop, pool, clock, permits, cancelled)
         self._escapes = EscapeDetector(ledger, workshop, self._merging)
-        self._works: dict[str, Work] = {}
-        self._elsewhere = {task for task in ledger.run.tasks if ledger.is_elsewhere(task)}
-        """Tasks that other orchestrators have claimed."""
-        self._deferred: list[str] = []
+        self._hand = InHand(ledger, board, self._merging, clock, cancelled)
+        self._others = Following(
+            ledger, workshop, pool, self._hand, self._budgets, clock, self._halt, lambda: self._starts_nothing
+        )
         self._deferred_until = 0.0
         self._last_tries = LAST_TRIES
         self._landing = False
         self._gather_until = 0.0
         self._starved = 0
         self._paused_until = 0.0
-        self._obeying = False
         self._stopping = False
         self._awaited: Mapping[str, float] = {}
         """The parked adapters that were last told to be all that is waited for."""
-        self._wake = anyio.Event()
         self._base: str | None = None
 
     async def remember(self, learned: Mapping[str, AdapterDocument]) -> None:
@@ -102,43 +94,38 @@ class Scheduler:
             if one.closed is not None:
                 await self._ledger.learn(adapter, AdapterDocument(), "adapter.opened", {})
             elif one.parked_until is not None:
-                self._board.park(adapter, self._clock.monotonic() + one.parked_until - self._clock.now())
+                self._hand.park(adapter, one.parked_until)
 
     def stop(self) -> None:
         """Start nothing more and stop sessions and checks; a move of the target is brought to its end."""
         self._stopping = True
-        for work in self._works.values():
-            work.session.stop()
         self._merging.stop()
-        self._wake.set()
+        self._hand.stop_sessions()
 
     def _halt(self, reason: str) -> None:
         """Start nothing more and stop sessions; what is built lands, which costs nothing of a budget."""
         self.halted = self.halted or reason
-        for work in self._works.values():
-            work.session.stop()
-        self._wake.set()
+        self._hand.stop_sessions()
 
     async def run(self) -> bool:
         """Work until nothing is left that could be done; False if it was stopped before that."""
         statuses = self._ledger.statuses()
         for wanted in (TaskStatus.LANDING, TaskStatus.QUEUED):
-            ours = (task for task, status in statuses.items() if status is wanted and task not in self._elsewhere)
+            ours = (task for task, status in statuses.items() if status is wanted and task not in self._hand.elsewhere)
             self._merging.waiting.extend(ours)
         async with anyio.create_task_group() as listening:
-            listening.start_soon(self._follow)
+            listening.start_soon(self._others.follow)
             listening.start_soon(self._coordinate)
             if self._shop.desk is not None:
                 listening.start_soon(self._shop.desk.heed)
-            listening.start_soon(self._renew)
-            listening.start_soon(self._sweep_all)
+            listening.start_soon(self._others.renew)
+            listening.start_soon(self._others.sweep)
             async with anyio.create_task_group() as group:
                 landed = [task for task, status in statuses.items() if status is TaskStatus.LANDED]
                 group.start_soon(self._forget_homes, landed)
                 await self._tick(group)
                 while not self._idle():
                     await self._pause()
-                    self._wake = anyio.Event()
                     await self._tick(group)
             listening.cancel_scope.cancel()
         if self._starts_nothing and not self._board.is_over(self._ledger.statuses()):
@@ -159,11 +146,11 @@ class Scheduler:
         if self._stopping:
             return
         now = self._clock.monotonic()
-        if self._deferred and now >= self._deferred_until:
-            if not self._works:
+        if self._hand.deferred and now >= self._deferred_until:
+            if not self._hand.works:
                 self._last_tries -= 1
-            self._merging.waiting.extendleft(reversed(self._deferred))
-            self._deferred.clear()
+            self._merging.waiting.extendleft(reversed(self._hand.deferred))
+            self._hand.deferred.clear()
         if not self._landing and self._may_land(now):
             self._landing = True
             group.start_soon(self._land, group)
@@ -174,7 +161,7 @@ class Scheduler:
             if self._starts_nothing:  # while we asked where to start from
                 return
             if work is not None:
-                self._works[task] = work
+                self._hand.works[task] = work
                 group.start_soon(self._attempt, work)
         await self._tell_what_is_awaited()
 
@@ -222,15 +209,15 @@ class Scheduler:
             await self._ledger.change(task, Trigger.FAIL, facts, reason=why.reason)
         except (ClaimLost, VersionConflict):  # another orchestrator was quicker
             await self._ledger.refresh(task)
-            self._mirror(task, None)
+            self._hand.mirror(task)
         else:
             self._board.ended(task)
-        self._wake.set()
+        self._hand.wake()
 
     def _may_land(self, now: float) -> bool:
         """Whether to land what waits now, rather than a little later with what sessions are just about to bring."""
         waiting = len(self._merging.waiting)
-        is_full = waiting >= self._capacity.sessions or not self._works
+        is_full = waiting >= self._capacity.sessions or not self._hand.works
         return waiting > 0 and (is_full or now >= self._gather_until)
 
     async def _free(self, now: float) -> int:
@@ -238,21 +225,21 @@ class Scheduler:
         is_full = len(self._merging.waiting) >= self._capacity.sessions
         if is_full or now < self._paused_until or self.halted is not None:
             return 0
-        return await self._capacity.free(len(self._works))
+        return await self._capacity.free(len(self._hand.works))
 
     @property
     def _starts_nothing(self) -> bool:
         return self._stopping or self.halted is not None
 
     def _is_at_work(self) -> bool:
-        return bool(self._works or self._landing or self._obeying)
+        return bool(self._hand.works or self._landing or self._others.is_busy)
 
     def _waits_to_land(self) -> bool:
-        return bool(self._merging.waiting or (self._deferred and self._last_tries > 0))
+        return bool(self._merging.waiting or (self._hand.deferred and self._last_tries > 0))
 
     def _idle(self) -> bool:
         has_work = self.halted is None and self._board.has_work()
-        is_awaited = self.halted is None and bool(self._elsewhere)
+        is_awaited = self.halted is None and bool(self._hand.elsewhere)
         return not self._is_at_work() and (self._stopping or not (self._waits_to_land() or has_work or is_awaited))
 
     async def _pause(self) -> None:
@@ -261,10 +248,10 @@ class Scheduler:
             is_paused = self._paused_until > self._clock.monotonic()
             starts = self._board.next_time() if self.halted is None else None
             times.append(self._paused_until if is_paused else starts)
-            times.append(self._deferred_until if self._deferred else None)
+            times.append(self._deferred_until if self._hand.deferred else None)
             times.append(self._gather_until if self._merging.waiting and not self._landing else None)
             times.append(self._capacity.look_again)
-        await self._clock.wait(self._wake, min((time for time in times if time is not None), default=None))
+        await self._hand.pause(min((time for time in times if time is not None), default=None))
 
     async def _base_of(self, task: str, spec: TaskSpec, tips: dict[bool, str]) -> str:
         """Return the commit that an attempt's work is judged against, asking for each tip once a tick."""
@@ -297,17 +284,17 @@ class Scheduler:
         await self._escapes.begin(work.task)
         after = await self._attempts.perform(work)
         await self._escapes.end(work.task)
-        if work.task in self._cancelled:  # perhaps only since the attempt's end was recorded
+        if work.task in self._hand.cancelled:  # perhaps only since the attempt's end was recorded
             await cancel(self._ledger, work.task)
         # The board hears of it last: from then on the task may have its next session.
-        del self._works[work.task]
-        if not self._works:  # nothing else is at work that the wait for the user could be hidden behind
+        del self._hand.works[work.task]
+        if not self._hand.works:  # nothing else is at work that the wait for the user could be hidden behind
             self._deferred_until = min(self._deferred_until, self._clock.monotonic() + LAST_PAUSE)
         if isinstance(after, Elsewhere):
-            self._mirror(work.task, None)
+            self._hand.mirror(work.task)
         else:
             await self._feed(work.task, after)
-        self._wake.set()
+        self._hand.wake()
 
     async def _feed(self, task: str, after: After) -> None:
         now = self._clock.monotonic()
@@ -321,7 +308,7 @@ class Scheduler:
             case Again(delay):
                 self._board.wait(task, now + (delay or 0.0))
             case Parked(adapter, until):
-                self._board.park(adapter, now + until - self._clock.now())
+                self._hand.park(adapter, until)
                 self._board.wait(task, now)
             case Closed(adapter, reason):
                 self._board.close(adapter, reason)
@@ -335,14 +322,9 @@ class Scheduler:
                 assert_never(after)
         match self._ledger.task(task).status:  # a person may have asked for something since the end was recorded
             case TaskStatus.CANCELLED:
-                self._drop(task)
+                self._hand.drop(task)
             case TaskStatus.PENDING:
                 self._board.revive(task)
-
-    def _drop(self, task: str) -> None:
-        self._drop_landing(task)
-        self._elsewhere.discard(task)
-        self._board.ended(task)
 
     async def _land(self, group: TaskGroup) -> None:
         for task in await self._merging.land():
@@ -351,7 +333,7 @@ class Scheduler:
                 group.start_soon(self._forget_homes, [task])
         self._gather_until = self._clock.monotonic() + GATHERING
         self._landing = False
-        self._wake.set()
+        self._hand.wake()
 
     async def _forget_homes(self, tasks: Sequence[str]) -> None:
         """Remove the homes of tasks that have landed: nobody goes on with them."""
@@ -359,152 +341,18 @@ class Scheduler:
 
     async def _feed_landing(self, task: str) -> None:
         status = self._ledger.task(task).status
-        if task in self._cancelled and status in {TaskStatus.QUEUED, TaskStatus.CHECKING}:
+        if task in self._hand.cancelled and status in {TaskStatus.QUEUED, TaskStatus.CHECKING}:
             await cancel(self._ledger, task)
             status = TaskStatus.CANCELLED
-        match status:
-            case TaskStatus.LANDED:
-                self._board.landed(task)
-            case TaskStatus.PENDING:
-                self._board.wait(task, self._clock.monotonic())
-            case status if status in REVIVABLE:
-                self._board.ended(task)
-            case _:
-                pause = DEFERRED_PAUSE if self._works else LAST_PAUSE
-                if not self._deferred or not self._works:
-                    self._deferred_until = self._clock.monotonic() + pause
-                self._deferred.append(task)
-
-    async def _follow(self) -> None:
-        """Keep up with what other orchestrators do, and do what is asked of this one."""
-        async for change in self._ledger.changes():
-            # What is half done would leave the board and the documents apart.
-            with anyio.CancelScope(shield=True):
-                await self._take_note(change)
-
-    async def _take_note(self, change: Change) -> None:
-        if change.request is not None:
-            if self._ledger.coordinates.is_set():
-                await self._obey(change.request)
+        if status not in CLAIMED:
+            self._hand.show(task, 0.0)
             return
-        if change.halted is not None:
-            self._halt(change.halted)
-        if change.adapter is not None:
-            name, learned = change.adapter
-            if learned.closed is not None:
-                self._board.close(name, learned.closed)
-            elif learned.parked_until is not None:
-                self._board.park(name, self._clock.monotonic() + learned.parked_until - self._clock.now())
-        if change.task is not None and change.before is not None:
-            self._budgets.take_in(change.before, self._ledger.task(change.task))
-            if change.task in self._works:
-                self._works[change.task].session.stop()  # when it is over, the board is told where the task is
-            else:
-                self._drop_landing(change.task)
-                self._mirror(change.task, change.retry_in)
-        self._wake.set()
-
-    def _mirror(self, task: str, retry_in: float | None) -> None:
-        """Have the board show where a task is that another orchestrator moved, or a person."""
-        status = self._ledger.task(task).status
-        is_elsewhere = self._ledger.is_elsewhere(task)
-        (self._elsewhere.add if is_elsewhere else self._elsewhere.discard)(task)
-        if status in CLAIMED and not is_elsewhere:
-            return
-        if status is TaskStatus.PENDING and retry_in is None:
-            retry_in = _OTHERS_PAUSE
-        self._board.mirror(task, status, self._clock.monotonic() + (retry_in or 0.0))
-
-    async def _renew(self) -> None:
-        """Give signs of life, whatever else is going on."""
-        others = self._ledger.orchestrators
-        while True:
-            await self._clock.wait(anyio.Event(), self._clock.monotonic() + others.timing.heartbeat)
-            with suppress(StoreUnavailable):  # whatever must be recorded will say so
-                await others.renew()
-
-    async def _sweep_all(self) -> None:
-        """Take over from orchestrators that are gone, coordinate if nobody does, and see what others landed."""
-        while True:
-            await self._clock.wait(anyio.Event(), self._clock.monotonic() + self._ledger.orchestrators.timing.sweep)
-            with suppress(StoreUnavailable):
-                await self._sweep()
-
-    async def _sweep(self) -> None:
-        with anyio.CancelScope(shield=True):
-            if self._starts_nothing:
-                return
-            self._obeying = True
-            try:
-                if await self._ledger.campaign():
-                    for request in await self._ledger.requests():
-                        await self._obey(request)
-                await self._ledger.tidy(self._shop.registry)
-                taken = await recover_tasks(self._ledger, self._shop, self._clock)
-                for task in taken:
-                    self._elsewhere.discard(task)
-                    self._take_up(task)
-                await self._pool.clear()  # who is gone had places without a task, too
-                for task in await self._reconciler.look(frozenset(self._merging.landing)):
-                    if task in self._works:
-                        self._works[task].session.stop()
-                    else:
-                        self._drop_landing(task)
-                        self._mirror(task, None)
-            finally:
-                self._obeying = False
-                self._wake.set()
-
-    def _take_up(self, task: str) -> None:
-        """Go on with a task that was another orchestrator's, from where it is now."""
-        status = self._ledger.task(task).status
-        self._board.mirror(task, status, self._clock.monotonic())
-        if status in {TaskStatus.QUEUED, TaskStatus.LANDING}:
-            self._merging.waiting.append(task)
+        pause = DEFERRED_PAUSE if self._hand.works else LAST_PAUSE
+        if not self._hand.deferred or not self._hand.works:
+            self._deferred_until = self._clock.monotonic() + pause
+        self._hand.deferred.append(task)
 
     async def _coordinate(self) -> None:
         """Look after the state, once this is the run's coordinator."""
         await self._ledger.coordinates.wait()
         await self._monitor.watch()
-
-    async def _obey(self, request: Request) -> None:
-        self._obeying = True
-        for task in request.tasks:
-            await (self._revive if request.action is Action.RETRY else self._cancel)(task)
-        await ignore(self._ledger, request)
-        failpoint("request.obeyed")
-        await self._ledger.answer(request)
-        self._obeying = False
-        self._wake.set()
-
-    def _drop_landing(self, task: str) -> None:
-        """Land a task no more that is not this orchestrator's."""
-        self._merging.cancel(task)
-        if task in self._deferred:
-            self._deferred.remove(task)
-
-    async def _revive(self, task: str) -> None:
-        if self._ledger.task(task).status in REVIVABLE:
-            self._cancelled.discard(task)
-            await revive(self._ledger, task)
-            self._board.revive(task)
-
-    async def _override(self, task: str) -> bool:
-        """Take a task from the orchestrator that has it; a landing is brought to its end by whoever began it."""
-        if self._ledger.task(task).status is TaskStatus.LANDING:
-            return False
-        return await self._ledger.claim(task, override=True)
-
-    async def _cancel(self, task: str) -> None:
-        if self._ledger.task(task).status in FINAL:
-            return
-        if self._ledger.is_elsewhere(task) and not await self._override(task):
-            return
-        self._cancelled.add(task)
-        if task in self._works:
-            self._works[task].cancel()
-        elif task in self._merging.landing or self._ledger.task(task).status is TaskStatus.LANDING:
-            self._merging.cancel(task)  # what comes of it is told when it is known whether the target moved
-        else:
-            self._drop(task)
-            await cancel(self._ledger, task)
