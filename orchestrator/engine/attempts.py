@@ -23,7 +23,8 @@ from orchestrator.domain.retry import park_until, retry_delay
 from orchestrator.domain.sessions import SessionName
 from orchestrator.engine.budgets import Budgets, Reached
 from orchestrator.engine.details import Workplace
-from orchestrator.engine.ledger import Ledger
+from orchestrator.engine.ledger import Ledger, Outdated
+from orchestrator.engine.starting_points import Start, StartingPoints
 from orchestrator.engine.workshop import Workshop
 from orchestrator.errors import ClaimLost
 from orchestrator.failpoints import failpoint
@@ -35,6 +36,9 @@ from orchestrator.sessions.session import Assignment, Conversation, Finished, Se
 
 #: By how many seconds the end of a limit must be later than was known to be told again: programs tell whole seconds.
 _LATER = 1.0
+
+#: Why an attempt begins anew though there is work that it was to mend.
+_DOES_NOT_FIT = "what was built before conflicts with what has landed since: it is done anew"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +86,7 @@ After = ToLand | Over | Again | Parked | Closed | Starved
 
 @dataclass(frozen=True, slots=True)
 class Elsewhere:
-    """Another orchestrator has the task, or paths that it is to own: where it is now is in the ledger."""
+    """Another orchestrator has the task, or had paths that it is to own: where it is now is in the ledger."""
 
 
 @dataclass(slots=True)
@@ -122,24 +126,25 @@ class Attempts:
     shop: Workshop
     pool: Pool
     budgets: Budgets
+    starts: StartingPoints
     clock: Clock
     _learning: anyio.Lock = field(default_factory=anyio.Lock, init=False)
 
-    def prepare(self, task: str, spec: TaskSpec, adapter: str, base: str, notes: str | None) -> Work:
-        """Return the next attempt of a task, with one of its adapters; nothing of it exists yet.
+    def prepare(self, task: str, spec: TaskSpec, adapter: str, start: Start, notes: str | None) -> Work:
+        """Return the next attempt of a task, with one of its adapters, from `start`; nothing of it exists yet.
 
         `notes` are what it gets to read beside its prompt.
         """
         document = self.ledger.task(task)
-        earlier = None
-        if Capability.RESUME in self.shop.adapters[adapter].capabilities():
+        earlier, goes_on = None, start.commit is not None
+        if goes_on and Capability.RESUME in self.shop.adapters[adapter].capabilities():
             earlier = _conversation(document, adapter)
         assignment = Assignment(
             worktree=Worktree(self.shop.hub, self.ledger.run.id, task, len(document.attempts) + 1),
-            base=base,
-            start=document.start,
+            base=start.base,
+            start=start.commit,
             prompt=spec.prompt,
-            told="\n\n".join(filter(None, (notes, document.feedback))) or None,
+            told="\n\n".join(filter(None, (notes, document.feedback if goes_on else None))) or None,
             adapter=self.shop.adapters[adapter],
             adapter_name=adapter,
             reach=self.shop.configs[adapter].reach,
@@ -167,8 +172,11 @@ class Attempts:
         if len(earlier) + 1 != attempt.number:  # another orchestrator has tried it since this one was prepared
             return Elsewhere()
         attempts = (*earlier, attempt)
-        details = {"base": what.base, "adapter": work.adapter}
-        taken = await self.ledger.start(work.task, details, partial(self._paths, work), attempts=attempts, current=None)
+        details, changes = {"base": what.base, "adapter": work.adapter}, {"attempts": attempts, "current": None}
+        if what.start is None and self.ledger.task(work.task).start is not None:
+            details |= {"reason": _DOES_NOT_FIT}
+            changes |= {"start": None, "feedback": None}
+        taken = await self.ledger.start(work.task, details, partial(self._paths, work), **changes)
         if taken is not None:
             return Elsewhere()
         failpoint("attempt.recorded")
@@ -212,12 +220,17 @@ class Attempts:
             return None
         return block(await self.shop.desk.memory.concerning(task, spec.owns))
 
-    async def _paths(self, work: Work, claim: Guard) -> Sequence[Write] | OwnedBy:
+    async def _paths(self, work: Work, claim: Guard) -> Sequence[Write] | OwnedBy | Outdated:
         """Return what it takes to own a task's paths under a claim that is about to be taken."""
-        if not work.spec.owns:
+        owns = work.spec.owns
+        if not owns:
             return []
         orchestrator = self.ledger.orchestrators.me.id
-        return await self.shop.registry.plan(work.name, work.spec.owns, orchestrator=orchestrator, claim=claim)
+        planned = await self.shop.registry.plan(work.name, owns, orchestrator=orchestrator, claim=claim)
+        # Whoever had them may have landed since it was looked where to start; from now on nobody else can.
+        if isinstance(planned, OwnedBy) or not await self.starts.is_outdated(owns, work.session.assignment.base):
+            return planned
+        return Outdated()
 
     def _by_budget(self, work: Work, finished: Finished) -> Finished:
         """Return the end of a session; one that stopped itself at a limit of ours is that limit's."""
@@ -327,7 +340,7 @@ class Attempts:
 
 def _conversation(document: TaskDocument, adapter: str) -> Conversation | None:
     """Return what a task's next attempt can go on with: the conversation in which was built what it is to mend."""
-    if document.start is None or not document.attempts:
+    if not document.attempts:
         return None
     last = document.attempt
     if last.adapter != adapter or last.outcome != FailureClass.CHECKS_FAILED:

@@ -78,7 +78,7 @@ _RELEASES: Mapping[TaskStatus, Release] = {
 KEPT_CHECKPOINTS = 12
 
 #: What a commit that starts an attempt must also write, or who is in the way.
-Plan = Awaitable[Sequence[Write] | OwnedBy]
+Plan = Awaitable["Sequence[Write] | OwnedBy | Outdated"]
 
 
 class Update(NamedTuple):
@@ -94,6 +94,10 @@ class _Step(NamedTuple):
     after: TaskDocument
     write: Write
     event: Event
+
+
+class Outdated(NamedTuple):
+    """An attempt was to start from what is not the newest any more."""
 
 
 class Moved(NamedTuple):
@@ -265,7 +269,7 @@ class Ledger:
 
     async def start(
         self, task: str, details: JsonObject, also: Callable[[Guard], Plan] | None = None, **changes: Any
-    ) -> HeldBy | OwnedBy | Moved | None:
+    ) -> HeldBy | OwnedBy | Outdated | Moved | None:
         """Claim a task and record its next attempt, in one commit; return who was quicker, if somebody was.
 
         `also` plans, by the guard of the claim, what else is to be had with it: the writes, or who is in the way.
@@ -278,7 +282,7 @@ class Ledger:
 
     async def _start(
         self, claims: Claims, task: str, update: Update, also: Callable[[Guard], Plan] | None
-    ) -> HeldBy | OwnedBy | Moved | None:
+    ) -> HeldBy | OwnedBy | Outdated | Moved | None:
         key, version = task_key(self.run.id, task), self._versions[task]
         while True:
             taking = await claims.plan(task)
@@ -286,7 +290,7 @@ class Ledger:
                 await self.refresh(task)
                 return taking
             more = [] if also is None else await also(taking.guard)
-            if isinstance(more, OwnedBy):
+            if isinstance(more, OwnedBy | Outdated):
                 return more
             status = self._tasks[task].status
             if self._versions[task] != version or status is not TaskStatus.PENDING:

@@ -28,6 +28,7 @@ from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.merging import MergeQueue
 from orchestrator.engine.monitor import Monitor
 from orchestrator.engine.requests import cancel
+from orchestrator.engine.starting_points import StartingPoints
 from orchestrator.engine.workshop import Workshop
 from orchestrator.errors import ClaimLost, GitError, VersionConflict
 from orchestrator.locking.merge_permit import MergePermits
@@ -43,9 +44,6 @@ DEFERRED_PAUSE = 30.0
 LAST_TRIES, LAST_PAUSE = 3, 1.0
 #: How long nothing starts after the machine had not enough of something.
 STARVED = Backoff(initial=5.0, factor=2.0, max=300.0, jitter=False)
-
-#: What a task has that did not fit onto the target as the target is now.
-_STALE = frozenset({FailureClass.CONFLICT, FailureClass.CHECKS_FAILED})
 
 
 class Scheduler:
@@ -69,7 +67,8 @@ class Scheduler:
         """Why it was stopped before its end, where its budget is used up."""
         self._budgets = Budgets(ledger, clock, workshop.accounting, self._halt)
         self._pool = pool
-        self._attempts = Attempts(ledger, workshop, pool, self._budgets, clock)
+        self._starts = StartingPoints(ledger, workshop)
+        self._attempts = Attempts(ledger, workshop, pool, self._budgets, self._starts, clock)
         cancelled: set[str] = set()
         self._merging = MergeQueue(ledger, workshop, pool, clock, permits, cancelled)
         self._escapes = EscapeDetector(ledger, workshop, self._merging)
@@ -86,7 +85,6 @@ class Scheduler:
         self._stopping = False
         self._awaited: Mapping[str, float] = {}
         """The parked adapters that were last told to be all that is waited for."""
-        self._base: str | None = None
 
     async def remember(self, learned: Mapping[str, AdapterDocument]) -> None:
         """Keep the adapters parked that an earlier owner parked; those that it closed are tried again."""
@@ -174,11 +172,11 @@ class Scheduler:
         if obstacle is not None:
             await self._refuse(task, obstacle)
             return None
-        base = await self._base_of(task, spec, tips)
+        start = await self._starts.of(task, spec, tips)
         if not self._board.is_running(task):  # it was cancelled meanwhile
             return None
         notes = await self._attempts.notes(task, spec)
-        return self._attempts.prepare(task, spec, self._board.adapter_of(task), base, notes)
+        return self._attempts.prepare(task, spec, self._board.adapter_of(task), start, notes)
 
     async def _is_tried_out(self, task: str, spec: TaskSpec) -> Failed | None:
         """Return why a task may not be tried again: its own attempts and those that were taken over were too many."""
@@ -252,33 +250,6 @@ class Scheduler:
             times.append(self._gather_until if self._merging.waiting and not self._landing else None)
             times.append(self._capacity.look_again)
         await self._hand.pause(min((time for time in times if time is not None), default=None))
-
-    async def _base_of(self, task: str, spec: TaskSpec, tips: dict[bool, str]) -> str:
-        """Return the commit that an attempt's work is judged against, asking for each tip once a tick."""
-        document = self._ledger.task(task)
-        if document.start is not None:
-            return await self._shop.git.line("rev-parse", f"{document.start}^1")
-        was_stale = any(attempt.outcome in _STALE for attempt in document.attempts)
-        builds_on_target = spec.builds_on_target or was_stale
-        if builds_on_target not in tips:
-            tips[builds_on_target] = await self._start_point(builds_on_target)
-        return tips[builds_on_target]
-
-    async def _start_point(self, builds_on_target: bool) -> str:
-        """Return the commit that new work starts from: the base as it is now, or the target if it needs others."""
-        try:
-            if builds_on_target:
-                return await self._shop.target.tip()
-            tip = await self._shop.source.tip(self._ledger.run.base)
-            if tip is not None and tip != self._base:
-                self._base = await self._shop.source.fetch(self._ledger.run.base, self._shop.refs("base"))
-        except GitError:
-            # A remote that can't be reached for a moment: what was seen last will do.
-            if builds_on_target and self._shop.target.known is not None:
-                return self._shop.target.known
-            if builds_on_target or self._base is None:
-                raise
-        return self._base or self._ledger.run.start
 
     async def _attempt(self, work: Work) -> None:
         await self._escapes.begin(work.task)

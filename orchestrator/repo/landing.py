@@ -190,6 +190,16 @@ class Target:
         parents = await self._git.line("rev-parse", f"{merge.new}^1", f"{merge.new}^2")
         tree = await self._git.line("rev-parse", f"{merge.new}^{{tree}}")
         first, second = parents.split()
+        return await self._restart(tree, first, second, ref)
+
+    async def again(self, work: str, onto: str, ref: str) -> str | None:
+        """Return what `restart` made on a newer commit of the target, kept by `ref`; None where the two conflict."""
+        if await self._git.line("rev-parse", f"{work}^1") == onto:
+            return work
+        tree, paths = await self._git.merge_tree(onto, work)
+        return None if paths else await self._restart(tree, onto, work, ref)
+
+    async def _restart(self, tree: str, first: str, second: str, ref: str) -> str:
         commit = await self._commit(tree, first, second, "Merge for another attempt\n")
         await self._git("update-ref", ref, commit)
         return commit

@@ -13,7 +13,7 @@ from orchestrator.domain.holdings import HeldBy as OwnedBy
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import Attempt, TaskStatus
 from orchestrator.domain.secrets import Redactor
-from orchestrator.engine.ledger import Ledger, Moved
+from orchestrator.engine.ledger import Ledger, Moved, Outdated
 from orchestrator.engine.records import seed
 from orchestrator.locking.claims import HeldBy
 from orchestrator.protocols import Commit, Store
@@ -22,7 +22,7 @@ from orchestrator.testing.clock import ManualClock
 from tests.recorded import NEW, OLD, orchestrators, run_document, task_spec
 
 
-async def start(ledger: Ledger, task: str) -> HeldBy | OwnedBy | Moved | None:
+async def start(ledger: Ledger, task: str) -> HeldBy | OwnedBy | Outdated | Moved | None:
     """Record the first attempt of a task."""
     attempt = Attempt(number=1, adapter="fixer", base=OLD, started=0.0)
     return await ledger.start(task, {"base": OLD, "adapter": "fixer"}, attempts=(attempt,))

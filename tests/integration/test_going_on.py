@@ -1,0 +1,66 @@
+"""A task that did not pass goes on from what the target is by then: what it owns may have been another's meanwhile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from orchestrator.config.model import TaskSpec
+from orchestrator.council import Council
+from orchestrator.engine.attempts import Attempts
+from tests.conftest import Repository
+
+
+def mended(path: str) -> list[dict[str, Any]]:
+    """Return a task that is mended once, and one that owns the same and lands while that one waits to go on."""
+    mend = [
+        f"attempt 1 append {path} bad",
+        "attempt 2 without other.txt exit 1 what has landed is not here",
+        f"attempt 2 append {path} good",
+    ]
+    return [
+        {"id": "mended", "prompt": "\n".join(mend), "owns": ["src/**"], "checks": [f"grep -q good {path}"]},
+        {"id": "other", "prompt": "write other.txt x\nappend src/shared.txt x", "owns": ["src/**", "other.txt"]},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "reason"),
+    [
+        ("src/own.txt", "bad\ngood\n", None),
+        ("src/shared.txt", "x\ngood\n", "what was built before conflicts with what has landed since: it is done anew"),
+    ],
+)
+async def test_what_was_owned_by_another_meanwhile_is_merged_or_done_anew(
+    repository: Repository, path: str, content: str, reason: str | None
+) -> None:
+    """Where both fit together the earlier work goes on; no task that says what it owns is ever in conflict."""
+    config = repository.configure(mended(path), capacity=1)
+    ended = repository.council("run", str(config), "--json")
+    assert ended.states == {"mended": "landed", "other": "landed"}, ended
+    assert (repository.top / path).read_text() == content
+    started = [one for one in ended.lines if one.get("event") == "task.started" and one["task"] == "mended"]
+    assert [one.get("reason") for one in started] == [None, reason]
+    await repository.assert_invariants()
+
+
+async def test_what_is_owned_may_have_changed_since_it_was_looked_where_to_start(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever had it has landed in between: the attempt starts from that, and not from what was seen before."""
+    notes, looks = Attempts.notes, [1, 2]
+
+    async def land_meanwhile(attempts: Attempts, task: str, spec: TaskSpec) -> str | None:
+        if looks.pop() == 2:
+            repository.commit({"s.txt": "another\n"}, "another")
+            repository.remember()
+        return await notes(attempts, task, spec)
+
+    monkeypatch.setattr(Attempts, "notes", land_meanwhile)
+    path = repository.configure([{"id": "t", "prompt": "append s.txt mine", "owns": ["s.txt"]}])
+    async with Council.open(path, environ=repository.environ) as council:
+        report = await council.resume(await council.create_run())
+    assert [(one.state, one.attempts) for one in report.tasks] == [("landed", 1)], report
+    assert (repository.top / "s.txt").read_text() == "another\nmine\n"
+    await repository.assert_invariants()
