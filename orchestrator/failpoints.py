@@ -35,6 +35,7 @@ FAILPOINTS: Final = frozenset(
         "sink.sent",  # a sink has got events, the store does not know
         "request.recorded",  # a person's request is in the store
         "request.obeyed",  # it was done, the store still asks for it
+        "attempt.ended",  # the attempt's end is in the store, its worktree is still there
         "work.recorded",  # the store knows the commit: the task is queued
         "worktree.removed",  # the session's folder is gone, its place is not clean
         "place.half_clean",  # some of what a session changed in its place is as it was before

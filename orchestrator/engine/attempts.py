@@ -196,6 +196,7 @@ class Attempts:
             await self.ledger.note("task.claim_lost", facts)
             await work.session.release(saved=finished.collected)
             return Elsewhere()
+        failpoint("attempt.ended")
         await self.budgets.count(work.task, work.spec, self.ledger.task(work.task).attempts[number - 1])
         for ref in finished.salvaged:
             await self.ledger.note("task.salvaged", {"task": work.task, "branch": ref})

@@ -13,7 +13,7 @@ from orchestrator.engine.budgets import Budgets
 from orchestrator.engine.in_hand import InHand
 from orchestrator.engine.ledger import Change, Ledger
 from orchestrator.engine.reconciling import Reconciler
-from orchestrator.engine.recovery import recover_tasks
+from orchestrator.engine.recovery import recover_tasks, remove_abandoned
 from orchestrator.engine.requests import cancel, ignore, revive
 from orchestrator.engine.workshop import Workshop
 from orchestrator.errors import StoreUnavailable
@@ -101,9 +101,14 @@ class Following:
             await self._ledger.tidy(self._shop.registry)
             for task in await recover_tasks(self._ledger, self._shop, self._clock):
                 self._hand.take_up(task)
-            await self._pool.clear()  # who is gone had places without a task, too
+            await self.clear_away()
             for task in await self._reconciler.look(frozenset(self._hand.merging.landing)):
                 self._hand.mirror(task)
+
+    async def clear_away(self) -> None:
+        """Remove what orchestrators that are gone left behind and no task is at any more: sessions, then places."""
+        await remove_abandoned(self._ledger, self._shop)
+        await self._pool.clear()
 
     async def _obey(self, request: Request) -> None:
         with self._at_work():

@@ -7,6 +7,7 @@ lock file of theirs can belong to anything alive.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import anyio.to_thread
 
@@ -18,7 +19,7 @@ from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import CLAIMED, FINAL, Attempt, TaskStatus
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.workshop import Workshop
-from orchestrator.errors import GitError, RefusedError
+from orchestrator.errors import GitError, LockHeld, RefusedError
 from orchestrator.failpoints import failpoint
 from orchestrator.process import kill_marked
 from orchestrator.protocols import JsonObject
@@ -96,6 +97,21 @@ async def _clear_up(
         await _reap(ledger, shop, clock, worktree)
     for task in tasks:
         await _bring_back(ledger, clock, task, landed.get(f"{ledger.run.id}/{task}"))
+
+
+async def remove_abandoned(ledger: Ledger, shop: Workshop) -> None:
+    """Remove what is left of sessions whose attempts are over, and whose process ended before it had done so.
+
+    That nobody holds the lock of its place is proof of that: a process keeps it until the session's folder is gone.
+    """
+    for worktree in await anyio.to_thread.run_sync(worktrees.left_over, shop.hub, ledger.run.id, ledger.run.tasks):
+        held = holding(ledger.task(worktree.task), worktree.attempt, is_check=worktree.is_check)
+        place = await anyio.to_thread.run_sync(lambda one: one.place, worktree)
+        if held is Holding.NOTHING and place is not None:
+            with suppress(LockHeld):
+                async with place.lock.hold(0):
+                    await end_session(worktree)
+                    await worktrees.leave(worktree)
 
 
 async def _take_over(ledger: Ledger, *, counts: bool) -> list[str]:

@@ -133,7 +133,7 @@ class Scheduler:
         # Whoever coordinated may be gone since it was last looked, and the others as far as this one.
         if not self._ledger.coordinates.is_set() and not await self._ledger.campaign():
             return True
-        await self._pool.clear()
+        await self._others.clear_away()
         try:
             await self._merging.verify()
         except GitError as error:

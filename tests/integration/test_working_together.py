@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -137,6 +138,23 @@ async def test_a_cancelled_task_of_another_process_ends_there(repository: Reposi
     assert repository.council("cancel", "a", "b").code == 0
     ended(coordinator, helper)
     assert states(repository) == {"a": "cancelled", "b": "cancelled"}
+    await repository.assert_invariants()
+
+
+async def test_what_a_killed_process_left_of_a_session_that_is_over_goes_in_the_sweep(repository: Repository) -> None:
+    """Its task was given back already, so that nobody takes it over; what the session had is of use to nobody."""
+    tasks = [{"id": "long", "prompt": "hang"}, {"id": "t", "prompt": "attempt 1 exit 1\nwrite t.txt x"}]
+    owner = repository.start("run", str(repository.configure(tasks, capacity=1, coordination=QUICK)), "--json")
+    wait_for(repository.spawns.exists)
+    assert repository.council("work", failpoints="attempt.ended=kill").code == -signal.SIGKILL
+    result = repository.council("status", "--json").result
+    trusted = Path(result["repository"])
+    session, index = trusted.parent / f"sessions/{result['run']}/t.1", trusted / f"indexes/{result['run']}-t.1"
+    wait_for(lambda: not session.exists() and not index.exists())
+    assert (trusted.parent / f"sessions/{result['run']}/long.1").exists()
+    assert repository.council("cancel", "long").code == 0
+    ended(owner)
+    assert states(repository) == {"long": "cancelled", "t": "landed"}
     await repository.assert_invariants()
 
 
