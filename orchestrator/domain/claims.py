@@ -158,12 +158,15 @@ def standing(
     return Standing.ALIVE
 
 
-def may_take(claim: Claim | None, me: Owner, holder: Standing | None, *, override: bool = False) -> bool:
+def may_take(
+    claim: Claim | None, me: Owner, holder: Standing | None, *, override: bool = False, is_asked: bool = False
+) -> bool:
     """Whether an orchestrator may take a task; `holder` is how the claim's owner stands, None where that is not known.
 
-    First come, first served among equals. With `override` a coordinator takes it from one that is none.
+    First come, first served among equals. With `override` a coordinator takes it from one that is none. Where a person
+    wants that (`is_asked`), anybody takes it from whoever has it.
     """
-    if claim is None or claim.released is not None:
+    if claim is None or claim.released is not None or is_asked:
         return True
     if holder not in {Standing.ALIVE, None}:
         return True

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Final
 
 import anyio
 
@@ -16,9 +18,13 @@ from orchestrator.engine.reconciling import Reconciler
 from orchestrator.engine.recovery import recover_tasks, remove_abandoned
 from orchestrator.engine.requests import cancel, ignore, revive
 from orchestrator.engine.workshop import Workshop
-from orchestrator.errors import StoreUnavailable
+from orchestrator.errors import ClaimLost, StoreUnavailable, VersionConflict
 from orchestrator.failpoints import failpoint
 from orchestrator.repo.pool import Pool
+
+#: Seconds that a session which was told to stop, or a landing, gets to be over, and between two looks whether it is.
+_STOP_LIMIT: Final = 60.0
+_LOOK_PAUSE: Final = 0.05
 
 
 class Following:
@@ -40,24 +46,18 @@ class Following:
         self._budgets, self._clock = budgets, clock
         self._halt, self._is_ending = halt, is_ending
         self._reconciler = Reconciler(ledger, workshop)
-        self._busy = 0
+        self._asked: deque[Request] = deque()
+        """What is yet to be done of what was asked for, in its order."""
+        self._is_asked = anyio.Event()
+        self._is_sweeping = False
 
     @property
     def is_busy(self) -> bool:
         """Whether something is being done for others, of which more work may come."""
-        return self._busy > 0
-
-    @contextmanager
-    def _at_work(self) -> Iterator[None]:
-        self._busy += 1
-        try:
-            yield
-        finally:
-            self._busy -= 1
-            self._hand.wake()
+        return self._is_sweeping or bool(self._asked)
 
     async def follow(self) -> None:
-        """Keep up with what other orchestrators do, and do what is asked of this one."""
+        """Keep up with what other orchestrators do, and hear what is asked of this one."""
         async for change in self._ledger.changes():
             # What is half done would leave the board and the documents apart.
             with anyio.CancelScope(shield=True):
@@ -66,7 +66,7 @@ class Following:
     async def _take_note(self, change: Change) -> None:
         if change.request is not None:
             if self._ledger.coordinates.is_set():
-                await self._obey(change.request)
+                self._hear(change.request)
             return
         if change.halted is not None:
             self._halt(change.halted)
@@ -91,32 +91,62 @@ class Following:
             await self._clock.wait(anyio.Event(), self._clock.monotonic() + self._ledger.orchestrators.timing.sweep)
             with suppress(StoreUnavailable), anyio.CancelScope(shield=True):
                 if not self._is_ending():
-                    await self._sweep()
+                    self._is_sweeping = True
+                    try:
+                        await self._sweep()
+                    finally:
+                        self._is_sweeping = False
+                        self._hand.wake()
 
     async def _sweep(self) -> None:
-        with self._at_work():
-            if await self._ledger.campaign():
-                for request in await self._ledger.requests():
-                    await self._obey(request)
-            await self._ledger.tidy(self._shop.registry)
-            for task in await recover_tasks(self._ledger, self._shop, self._clock):
-                self._hand.take_up(task)
-            await self.clear_away()
-            for task in await self._reconciler.look(frozenset(self._hand.merging.landing)):
-                self._hand.mirror(task)
+        if await self._ledger.campaign():
+            for request in await self._ledger.requests():
+                self._hear(request)
+        await self._ledger.tidy(self._shop.registry)
+        for task in await recover_tasks(self._ledger, self._shop, self._clock):
+            self._hand.take_up(task)
+        await self.clear_away()
+        for task in await self._reconciler.look(frozenset(self._hand.merging.landing)):
+            self._hand.mirror(task)
 
     async def clear_away(self) -> None:
         """Remove what orchestrators that are gone left behind and no task is at any more: sessions, then places."""
         await remove_abandoned(self._ledger, self._shop)
         await self._pool.clear()
 
+    def _hear(self, request: Request) -> None:
+        self._asked.append(request)
+        self._is_asked.set()
+
+    async def obey(self) -> None:
+        """Do what is asked of the run, one after the other; what others do is followed meanwhile."""
+        while True:
+            await self._is_asked.wait()
+            self._is_asked = anyio.Event()
+            while self._asked:
+                with anyio.CancelScope(shield=True):  # what is half done would leave the board and the documents apart
+                    await self._obey(self._asked[0])
+                self._asked.popleft()
+                self._hand.wake()
+
     async def _obey(self, request: Request) -> None:
-        with self._at_work():
-            for task in request.tasks:
-                await (self._revive if request.action is Action.RETRY else self._cancel)(task)
-            await ignore(self._ledger, request)
-            failpoint("request.obeyed")
-            await self._ledger.answer(request)
+        for task in request.tasks:
+            await (self._revive if request.action is Action.RETRY else self._cancel)(task)
+        if request.action is Action.IGNORE:
+            await self._until_over(request.tasks)
+        await ignore(self._ledger, request)
+        failpoint("request.obeyed")
+        await self._ledger.answer(request)
+
+    async def _until_over(self, tasks: Sequence[str]) -> None:
+        """Wait for sessions that are being stopped: until they are over, attempts have the documents to themselves."""
+        with anyio.move_on_after(_STOP_LIMIT):
+            for task in tasks:
+                while self._is_yet_to_end(task):  # noqa: ASYNC110  another task of ours
+                    await anyio.sleep(_LOOK_PAUSE)
+
+    def _is_yet_to_end(self, task: str) -> bool:
+        return self._ledger.task(task).status not in FINAL and not self._ledger.is_elsewhere(task)
 
     async def _revive(self, task: str) -> None:
         if self._ledger.task(task).status in REVIVABLE:
@@ -125,10 +155,15 @@ class Following:
             self._hand.board.revive(task)
 
     async def _cancel(self, task: str) -> None:
-        if self._ledger.task(task).status in FINAL:
-            return
-        if self._ledger.is_elsewhere(task) and not await self._override(task):
-            return
+        is_done = False
+        while not is_done and self._ledger.task(task).status not in FINAL:
+            try:
+                is_done = not await self._get_hold_of(task) or await self._end(task)
+            except (ClaimLost, VersionConflict):  # another orchestrator was quicker: it is where that says
+                await self._ledger.refresh(task)
+
+    async def _end(self, task: str) -> bool:
+        """End a task that is not elsewhere, now or as soon as it can be; False if it was over."""
         hand = self._hand
         hand.cancelled.add(task)
         if task in hand.works:
@@ -137,10 +172,17 @@ class Following:
             hand.merging.cancel(task)  # what comes of it is told when it is known whether the target moved
         else:
             hand.drop(task)
-            await cancel(self._ledger, task)
+            return await cancel(self._ledger, task)
+        return True
 
-    async def _override(self, task: str) -> bool:
-        """Take a task from the orchestrator that has it; a landing is brought to its end by whoever began it."""
-        if self._ledger.task(task).status is TaskStatus.LANDING:
-            return False
-        return await self._ledger.claim(task, override=True)
+    async def _get_hold_of(self, task: str) -> bool:
+        """Take a task from the orchestrator that has it; a landing is first brought to its end by whoever began it."""
+        with anyio.move_on_after(_STOP_LIMIT):
+            while self._is_landing_elsewhere(task) and not self._is_ending():  # noqa: ASYNC110  another process
+                await anyio.sleep(_LOOK_PAUSE)
+        if self._ledger.is_elsewhere(task) and not self._is_landing_elsewhere(task):
+            await self._ledger.claim(task, is_asked=True)
+        return not self._ledger.is_elsewhere(task)
+
+    def _is_landing_elsewhere(self, task: str) -> bool:
+        return self._ledger.is_elsewhere(task) and self._ledger.task(task).status is TaskStatus.LANDING

@@ -308,13 +308,20 @@ class Ledger:
             self._moved(task, step.after)
             return None
 
-    async def claim(self, task: str, *, override: bool = False) -> bool:
-        """Claim a task where it stands, such as one that waits to land and is nobody's; whether it is ours now."""
+    async def claim(self, task: str, *, is_asked: bool = False) -> bool:
+        """Claim a task where it stands, such as one that waits to land and is nobody's; whether it is ours now.
+
+        Where a person wants that (`is_asked`), it may be anybody's.
+        """
         if self.claims is None:
             return True
         with self._changing([task]):
-            if task not in self.claims and isinstance(await self.claims.claim(task, override=override), HeldBy):
-                return False
+            if task not in self.claims:
+                await self.refresh(task)
+                if self._tasks[task].status not in CLAIMED:  # nothing is left to be claimed for
+                    return False
+                if isinstance(await self.claims.claim(task, is_asked=is_asked), HeldBy):
+                    return False
             await self.refresh(task, released=False)
             if (status := self._tasks[task].status) in CLAIMED:
                 self._untold.pop(task, None)

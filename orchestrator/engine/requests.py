@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import Final
-
-import anyio
 
 from orchestrator.clock import Clock
 from orchestrator.domain.lifecycle import TRANSITIONS, Trigger
@@ -18,10 +15,6 @@ from orchestrator.errors import RefusedError
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Commit, Event, Store, Write
 from orchestrator.repo.hub import work_branch
-
-#: Seconds that a session gets to be over that was told to stop, and between two looks whether it is.
-_STOP_LIMIT: Final = 60.0
-_LOOK_PAUSE: Final = 0.05
 
 
 def check_request(
@@ -88,14 +81,8 @@ async def cancel(ledger: Ledger, task: str) -> bool:
 
 
 async def ignore(ledger: Ledger, request: Request) -> None:
-    """Note of tasks that are being cancelled why nobody is to try them; what has landed by then has.
-
-    Until a session that is stopped is over, its attempt has the task's document to itself.
-    """
+    """Note of tasks that were cancelled why nobody is to try them; what has landed by then has."""
     for task in request.tasks if request.action is Action.IGNORE else ():
-        with anyio.move_on_after(_STOP_LIMIT):
-            while ledger.task(task).status not in FINAL:  # noqa: ASYNC110  another task of ours, or none any more
-                await anyio.sleep(_LOOK_PAUSE)
         if ledger.task(task).status is TaskStatus.CANCELLED:
             changes = {"reason": f"ignored: {request.reason}", "ignored": request.reason}
             await ledger.change(task, Trigger.IGNORE, {"reason": request.reason}, **changes)

@@ -113,6 +113,7 @@ class Scheduler:
             self._merging.waiting.extend(ours)
         async with anyio.create_task_group() as listening:
             listening.start_soon(self._others.follow)
+            listening.start_soon(self._others.obey)
             listening.start_soon(self._coordinate)
             if self._shop.desk is not None:
                 listening.start_soon(self._shop.desk.heed)

@@ -104,16 +104,18 @@ class Claims:
             return version, claim.model_copy(update={"released": Release.ABANDONED}), None
         return version, claim, await self._others.standing_of(claim.owner.id)
 
-    async def plan(self, task: str, *, override: bool = False, retries: int | None = None) -> Taking | HeldBy:
+    async def plan(
+        self, task: str, *, override: bool = False, is_asked: bool = False, retries: int | None = None
+    ) -> Taking | HeldBy:
         """Return what it takes to claim a task, or who has it; `took` is to follow once that is committed.
 
         From one that is gone this takes the one task, and does not say of it that it is over, as `sweep` does.
-        With `override` a coordinator takes it from one that is none. `retries` is the count to go on with, if not the
-        one that follows from the claim.
+        With `override` a coordinator takes it from one that is none, where a person wants that (`is_asked`) anybody
+        from whoever has it. `retries` is the count to go on with, if not the one that follows from the claim.
         """
         key = claim_key(self._others.run, task)
         version, before, holder = await self._look(task)
-        if not may_take(before, self._others.me, holder, override=override):
+        if not may_take(before, self._others.me, holder, override=override, is_asked=is_asked):
             assert before is not None, "what nobody has is free"  # noqa: S101
             self._others.count(conflicts=1)
             _log.info("claim refused: run %s, task %s is %s's", self._others.run, task, before.owner.id)
@@ -134,13 +136,13 @@ class Claims:
         self._others.count(claims=1, retries=int(taking.claim.retries > 0), takeovers=int(taking.is_takeover))
         _log.info("claim taken: run %s, task %s, epoch %d", self._others.run, task, taking.guard.epoch)
 
-    async def claim(self, task: str, *, override: bool = False) -> Guard | HeldBy:
+    async def claim(self, task: str, *, override: bool = False, is_asked: bool = False) -> Guard | HeldBy:
         """Claim a task by itself; what is written about it from then on is to carry the guard.
 
         Whether anything is left to do is to be read only then: it may have been done since it was last looked at.
         """
         while True:
-            planned = await self.plan(task, override=override)
+            planned = await self.plan(task, override=override, is_asked=is_asked)
             if isinstance(planned, HeldBy):
                 return planned
             facts = {"run": self._others.run, "task": task, "owner": self._others.me.id, "epoch": planned.claim.epoch}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from orchestrator.domain.secrets import Redactor
 from orchestrator.engine.ledger import Ledger, Moved, Outdated
 from orchestrator.engine.records import seed
 from orchestrator.locking.claims import HeldBy
-from orchestrator.protocols import Commit, Store
+from orchestrator.protocols import Commit, Document, Key, Store
 from orchestrator.state.memory import MemoryStore
 from orchestrator.testing.clock import ManualClock
 from tests.recorded import NEW, OLD, orchestrators, run_document, task_spec
@@ -39,11 +40,18 @@ async def two_ledgers(store: Store, clock: Clock, folder: Path) -> list[Ledger]:
 
 
 class Watched(MemoryStore):
-    """A store in which all others do what they can before a claim is given back."""
+    """A store in which something happens before a claim is looked at, and all else that can before it is given back."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__(clock)
         self.is_giving_back = anyio.Event()
+        self.before_claim: Callable[[], Awaitable[None]] | None = None
+
+    async def get(self, key: Key) -> Document | None:
+        if key.kind == "claim" and self.before_claim is not None:
+            happens, self.before_claim = self.before_claim, None
+            await happens()
+        return await super().get(key)
 
     async def commit(self, commit: Commit) -> int:
         if any(event.type == "claim.released" for event in commit.events):
@@ -63,6 +71,9 @@ async def test_who_looks_where_a_task_is_still_hears_that_another_moved_it(
     claimed = anyio.Event()
     async with aclosing(ours.changes()) as changes:
 
+        async def land() -> None:
+            await theirs.change("models", Trigger.ADOPT, landed=NEW)
+
         async def claim() -> None:
             assert not await ours.claim("models")
             claimed.set()
@@ -72,7 +83,10 @@ async def test_who_looks_where_a_task_is_still_hears_that_another_moved_it(
                 group.start_soon(start, theirs, "models")
                 assert (await anext(changes)).task == "models"
             await theirs.change("models", Trigger.BUILD, commit=NEW)
-            await theirs.change("models", Trigger.ADOPT, landed=NEW)
+            if is_looked_meanwhile:
+                store.before_claim = land
+            else:
+                await land()
             async with anyio.create_task_group() as group:
                 group.start_soon(claim)
                 await (store.is_giving_back if is_looked_meanwhile else claimed).wait()
@@ -80,6 +94,19 @@ async def test_who_looks_where_a_task_is_still_hears_that_another_moved_it(
     assert change.before is not None
     assert (change.task, change.before.status) == ("models", TaskStatus.RUNNING)
     assert ours.task("models").status is TaskStatus.LANDED
+
+
+async def test_nothing_is_claimed_that_is_over(tmp_path: Path) -> None:
+    """Whoever has not heard yet that a task has failed elsewhere looks, and leaves its claim as it is."""
+    clock = ManualClock()
+    store = MemoryStore(clock)
+    ours, theirs = await two_ledgers(store, clock, tmp_path)
+    assert await start(theirs, "models") is None
+    assert await ours.refresh("models")
+    await theirs.change("models", Trigger.FAIL, reason="theirs")
+    before = await store.position()
+    assert not await ours.claim("models")
+    assert await store.position() == before
 
 
 @pytest.mark.parametrize("trigger", [Trigger.INTERRUPT, Trigger.IDLE])

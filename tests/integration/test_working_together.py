@@ -127,10 +127,11 @@ async def test_who_was_stopped_past_its_lease_is_refused_and_says_why(repository
     await assert_each_landed_once(repository, ["slow", "next"])
 
 
-async def test_a_cancelled_task_of_another_process_ends_there(repository: Repository) -> None:
-    """The coordinator overrides its claim; the other goes on with what else there is."""
+@pytest.mark.parametrize("role", ["auto", "coordinator", "worker"])
+async def test_a_cancelled_task_of_another_process_ends_there(repository: Repository, role: str) -> None:
+    """Its claim is overridden, since a person wants it; the other goes on with what else there is."""
     tasks = [{"id": name, "prompt": f"write {name}.txt x\nhang"} for name in ("a", "b")]
-    config = repository.configure(tasks, capacity=1, coordination=QUICK)
+    config = repository.configure(tasks, capacity=1, coordination={**QUICK, "role": role})
     coordinator = repository.start("run", str(config), "--json")
     wait_for(lambda: "running" in states(repository).values())
     helper = repository.start("work", "--json")
@@ -138,6 +139,28 @@ async def test_a_cancelled_task_of_another_process_ends_there(repository: Reposi
     assert repository.council("cancel", "a", "b").code == 0
     ended(coordinator, helper)
     assert states(repository) == {"a": "cancelled", "b": "cancelled"}
+    await repository.assert_invariants()
+
+
+async def test_what_lands_elsewhere_is_over_before_a_request_about_it_is(repository: Repository) -> None:
+    """Whoever asks that it be ignored hears so as soon as it has landed, and what else is asked is done meanwhile."""
+    begun, free = (repository.spawns.parent / name for name in ("begun", "free"))
+    hook = repository.top / ".git/hooks/pre-receive"
+    hook.write_text(f"#!/bin/sh\ntouch {begun}\nwhile [ ! -e {free} ]; do sleep 0.05; done\n")
+    hook.chmod(0o755)
+    repository.remember()
+    tasks = [{"id": "long", "prompt": "hang"}, {"id": "t", "prompt": "write t.txt x"}]
+    owner = repository.start("run", str(repository.configure(tasks, capacity=1)), "--json")
+    wait_for(repository.spawns.exists)
+    helper = repository.start("work", "--json")
+    wait_for(begun.exists)
+    asked = repository.start("task", "ignore", "t", "--reason", "not wanted")
+    wait_for(lambda: "request.made" in repository.council("state", "log", "--json").stdout)
+    free.touch()
+    wait_for(lambda: "request.answered" in repository.council("state", "log", "--json").stdout)
+    assert repository.council("cancel", "long").code == 0
+    ended(asked, owner, helper)
+    assert states(repository) == {"long": "cancelled", "t": "landed"}
     await repository.assert_invariants()
 
 
@@ -256,8 +279,8 @@ async def test_what_ends_elsewhere_just_before_it_is_claimed_is_over_here(
             if change.task == "there" and not claimed.is_set():
                 await claimed.wait()
 
-    async def claim_and_tell(ledger: Ledger, task: str, *, override: bool = False) -> bool:
-        is_ours = await claim(ledger, task, override=override)
+    async def claim_and_tell(ledger: Ledger, task: str, *, is_asked: bool = False) -> bool:
+        is_ours = await claim(ledger, task, is_asked=is_asked)
         if ledger.task(task).status is TaskStatus.FAILED:
             claimed.set()
         return is_ours

@@ -109,6 +109,13 @@ def test_only_a_coordinator_takes_from_the_living(
     assert may_take(claim(role=other), owner("me", me), holder, override=override) is expected
 
 
+@pytest.mark.parametrize("me", list(Role))
+@pytest.mark.parametrize("other", list(Role))
+def test_what_a_person_asks_for_reaches_whoever_has_it(me: Role, other: Role) -> None:
+    """A role is between processes."""
+    assert may_take(claim(role=other), owner("me", me), Standing.ALIVE, is_asked=True)
+
+
 @pytest.mark.parametrize(
     ("found", "holder", "expected"),
     [
