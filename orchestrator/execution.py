@@ -257,7 +257,7 @@ class Execution:
             permits = MergePermits(
                 runs.store, runs.clock, ledger.orchestrators, shop.source.location, before.run.target
             )
-            scheduler = Scheduler(ledger, shop, pool, board, room, monitor, permits, runs.clock)
+            scheduler = Scheduler(ledger, shop, pool, board, room, monitor, permits, runs.clock, lacking=closed)
             await scheduler.remember(before.adapters)
             self._schedulers.add(scheduler)
             if self._stopping:

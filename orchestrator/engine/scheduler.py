@@ -59,8 +59,14 @@ class Scheduler:
         monitor: Monitor,
         permits: MergePermits,
         clock: Clock,
+        *,
+        lacking: Mapping[str, str],
     ) -> None:
-        """Take a run whose cut-off attempts have been returned; `board` reflects its documents."""
+        """Take a run whose cut-off attempts have been returned; `board` reflects its documents.
+
+        `lacking` has the adapters that are closed for this process alone, each with the reason.
+        """
+        self._lacking = lacking
         self._ledger, self._shop, self._board, self._clock = ledger, workshop, board, clock
         self._capacity, self._monitor = capacity, monitor
         self.halted: str | None = None
@@ -127,7 +133,8 @@ class Scheduler:
                     await self._pause()
                     await self._tick(group)
             listening.cancel_scope.cancel()
-        if self._starts_nothing and not self._board.is_over(self._ledger.statuses()):
+        is_over = self._board.is_over(self._ledger.statuses())
+        if not is_over and (self._starts_nothing or self._lacks_what_is_left()):
             return False
         self.halted = None
         await self._escapes.look()
@@ -140,6 +147,11 @@ class Scheduler:
         except GitError as error:
             await self._ledger.note("run.target_unreachable", {"reason": str(error)})
         return True
+
+    def _lacks_what_is_left(self) -> bool:
+        """Whether another process could do what this one can't: then the run's end is not this one's to record."""
+        lacking = {name for name, why in self._lacking.items() if self._board.closed.get(name) == why}
+        return any(lacking.intersection(adapters) for adapters in self._board.left(self._ledger.statuses()))
 
     async def _tick(self, group: TaskGroup) -> None:
         if self._stopping:

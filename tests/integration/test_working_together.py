@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from orchestrator.project import Project
 from orchestrator.protocols import Event
 from orchestrator.state.file import FileStore
 from tests.command_server import Started
-from tests.conftest import Repository
+from tests.conftest import FAKE_CLI, Repository
 from tests.integration.test_scheduler import until_event
 from tests.waiting import wait_for
 
@@ -243,6 +244,33 @@ async def test_a_worker_alone_takes_a_run_to_its_end(repository: Repository) -> 
     status = repository.council("status", "--json").result
     assert status["status"] == "landed"
     await assert_each_landed_once(repository, [f"t{one}" for one in range(4)])
+
+
+async def test_who_lacks_a_program_leaves_the_end_of_a_run_to_others(repository: Repository) -> None:
+    """Nobody else is at work, and it coordinates: what it can't do is no end of the run, another still can."""
+    program = repository.spawns.parent / "an-agent"
+    script = f'#!/bin/sh\nexec {sys.executable} -S {FAKE_CLI} "$@"\n'
+    program.write_text(script)
+    program.chmod(0o755)
+    repository.environ["PATH"] = f"{program.parent}:{repository.environ['PATH']}"
+    agent = {
+        "use": "command",
+        "argv": [program.name, "{prompt_file}"],
+        "env": {"FAKE_CLI_LEDGER": str(repository.spawns)},
+    }
+    adapters = {"agent": {**agent, "writable": [str(repository.spawns.parent)]}}
+    config = repository.configure([{"id": "t", "prompt": "write t.txt x"}], adapters=adapters, coordination=QUICK)
+    assert repository.council("run", str(config), failpoints="attempt.recorded=kill").code == -signal.SIGKILL
+    run = repository.council("status", "--json").result["run"]
+    program.unlink()
+    repository.council("work", "--run", run)
+    assert "run.finished" not in repository.council("state", "log", "--json").stdout
+    assert repository.council("status", "--json").result["status"] == "interrupted"
+    program.write_text(script)
+    program.chmod(0o755)
+    assert repository.council("work", "--run", run).code == 0
+    assert states(repository) == {"t": "landed"}
+    await repository.assert_invariants()
 
 
 async def test_who_comes_last_records_the_end_of_a_run(repository: Repository) -> None:
