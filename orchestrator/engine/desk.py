@@ -6,6 +6,7 @@ locked, which counts on this one. They are given back in the opposite order. All
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -294,8 +295,7 @@ class SessionDesk:
         if asked.message is not None:
             told["message"] = asked.message
         if asked.progress is not None:
-            said = asked.progress
-            told["progress"] = said if isinstance(said, str) else f"{said:g}%"
+            told["progress"] = _percent(asked.progress)
         if asked.blocked_on is not None:
             told["blocked_on"] = asked.blocked_on
         await self._contexts.update(session, **told)
@@ -374,3 +374,10 @@ def _checked(model: type[A], command: str, arguments: JsonObject) -> A:
         known = ", ".join(model.model_fields) or "none"
         what = f"`{command}` can't be asked like this: {f'{place}: ' if place else ''}{first['msg'].lower()}"
         raise RefusedError(what, f"its arguments are: {known}") from None
+
+
+def _percent(said: str | float) -> str:
+    """Return progress in words: a number alone, as typed or as a number, is a percentage."""
+    if isinstance(said, str) and re.fullmatch(r"\d+(\.\d+)?", said.strip(), re.ASCII) is None:
+        return said
+    return f"{float(said):g}%"
