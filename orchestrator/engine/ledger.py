@@ -96,6 +96,14 @@ class _Step(NamedTuple):
     event: Event
 
 
+class Learned(NamedTuple):
+    """What a run now knows about an adapter, and the event that tells it."""
+
+    document: AdapterDocument
+    event: str
+    details: JsonObject
+
+
 class Outdated(NamedTuple):
     """An attempt was to start from what is not the newest any more."""
 
@@ -423,13 +431,24 @@ class Ledger:
         found = await self._store.get(adapter_key(self.run.id, adapter))
         return AdapterDocument() if found is None else AdapterDocument.model_validate(found.value)
 
-    async def learn(self, adapter: str, learned: AdapterDocument, event: str, details: JsonObject) -> None:
-        """Record what the run now knows about an adapter."""
+    async def learn(
+        self, adapter: str, judge: Callable[[AdapterDocument], Learned | None]
+    ) -> tuple[AdapterDocument, bool]:
+        """Record what follows from what the run knows about an adapter; return what it knows then, and if that is new.
+
+        `judge` is asked anew where another orchestrator has learned something meanwhile.
+        """
         key = adapter_key(self.run.id, adapter)
-        found = await self._store.get(key)
-        value = self._redacted(learned.model_dump(mode="json"))
-        recorded = self._event(event, {"adapter": adapter, **details})
-        await self._commit(Commit([Write(key, found.version if found else 0, value)], [recorded], self._guards))
+        while True:
+            found = await self._store.get(key)
+            known = AdapterDocument() if found is None else AdapterDocument.model_validate(found.value)
+            if (learned := judge(known)) is None:
+                return known, False
+            value = self._redacted(learned.document.model_dump(mode="json"))
+            event = self._event(learned.event, {"adapter": adapter, **learned.details})
+            with suppress(VersionConflict):
+                await self._commit(Commit([Write(key, found.version if found else 0, value)], [event], self._guards))
+                return learned.document, True
 
     async def checkpoint(self) -> None:
         """Make the checkpoint that is due by the clock; of those before it the newest stay."""

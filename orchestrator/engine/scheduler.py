@@ -24,7 +24,7 @@ from orchestrator.engine.capacity import Capacity
 from orchestrator.engine.escapes import EscapeDetector
 from orchestrator.engine.following import Following
 from orchestrator.engine.in_hand import InHand
-from orchestrator.engine.ledger import Ledger
+from orchestrator.engine.ledger import Learned, Ledger
 from orchestrator.engine.merging import MergeQueue
 from orchestrator.engine.monitor import Monitor
 from orchestrator.engine.requests import cancel
@@ -94,9 +94,10 @@ class Scheduler:
 
     async def remember(self, learned: Mapping[str, AdapterDocument]) -> None:
         """Keep the adapters parked that an earlier owner parked; those that it closed are tried again."""
+        opened = Learned(AdapterDocument(), "adapter.opened", {})
         for adapter, one in learned.items():
             if one.closed is not None:
-                await self._ledger.learn(adapter, AdapterDocument(), "adapter.opened", {})
+                await self._ledger.learn(adapter, lambda known: None if known.closed is None else opened)
             elif one.parked_until is not None:
                 self._hand.park(adapter, one.parked_until)
 
