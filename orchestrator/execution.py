@@ -33,7 +33,7 @@ from orchestrator.engine.monitor import Monitor
 from orchestrator.engine.preflight import check_run
 from orchestrator.engine.probing import missing_programs
 from orchestrator.engine.records import new_run_id, read_requests, read_run, read_task, seed
-from orchestrator.engine.recovery import recover
+from orchestrator.engine.recovery import has_company, recover
 from orchestrator.engine.report import RunRecord, RunReport, RunStatus
 from orchestrator.engine.requests import check_request, is_answered, obey, submit
 from orchestrator.engine.restoring import Restored, restore
@@ -41,7 +41,7 @@ from orchestrator.engine.scheduler import Scheduler
 from orchestrator.engine.seating import with_desk
 from orchestrator.engine.sinks import Outlet, feeding
 from orchestrator.engine.workshop import Workshop, open_workshop
-from orchestrator.errors import LockHeld, RefusedError, StoreUnavailable
+from orchestrator.errors import LockHeld, RefusedError, RunAtWork, StoreUnavailable
 from orchestrator.filelock import HeldLock
 from orchestrator.locking.merge_permit import MergePermits
 from orchestrator.locking.orchestrators import Orchestrators, this_process
@@ -363,10 +363,13 @@ class Execution:
                     self._taken(runs, record.run, hub, lock, settings) as (ledger, shop),
                 ):
                     statuses = ledger.statuses()
-                    if record.run.ended is not None or Board.of(record.entries, statuses).is_over(statuses):
+                    is_over = record.run.ended is not None or Board.of(record.entries, statuses).is_over(statuses)
+                    if is_over and not await has_company(ledger):
                         await ledger.finish(runs.describe(await runs.record(run), None).status)
                     async with shop.pool(sessions=0):
                         pass  # nobody may ever resume it
+            except RunAtWork:
+                await anyio.sleep(_ANSWER_PAUSE)
             except LockHeld as held:
                 if not held.owner_lives:
                     raise _is_at_work(run, held) from None

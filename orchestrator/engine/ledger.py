@@ -26,7 +26,7 @@ from orchestrator.engine.records import (
     task_documents,
     task_key,
 )
-from orchestrator.errors import ClaimLost, HistoryGone, LeaseLost, RefusedError, VersionConflict
+from orchestrator.errors import ClaimLost, HistoryGone, LeaseLost, RefusedError, RunAtWork, VersionConflict
 from orchestrator.failpoints import failpoint
 from orchestrator.locking.claims import Claims, HeldBy
 from orchestrator.locking.orchestrators import Orchestrators
@@ -181,15 +181,32 @@ class Ledger:
     ) -> Ledger:
         """Load a run and become its coordinator under the next epoch; `facts` are recorded with that.
 
-        RefusedError where somebody else who lives is.
+        RunAtWork where somebody else who lives is.
         """
+        while True:
+            try:
+                return await cls._take(store, clock, redactor, orchestrators, facts, is_shared=is_shared)
+            except VersionConflict:
+                if await orchestrators.find(orchestrators.me.id) is not None:  # else somebody was quicker
+                    raise
+
+    @classmethod
+    async def _take(
+        cls,
+        store: Store,
+        clock: Clock,
+        redactor: Redactor,
+        orchestrators: Orchestrators,
+        facts: JsonObject,
+        *,
+        is_shared: bool,
+    ) -> Ledger:
         run = orchestrators.run
         tasks = await read_tasks(store, run)
         document = await read_run(store, run)
         ledger = cls(store, document, tasks, redactor, orchestrators, clock, is_shared=is_shared)
         if (holder := await other_coordinator(store, orchestrators)) is not None:
-            what = f"run {run} is at work under process {holder.pid} on {holder.host}"
-            raise RefusedError(what, "wait for it, stop it with SIGINT, or join it by `council work`")
+            raise RunAtWork(run, holder.pid, holder.host)
         found = await store.get(run_key(run))
         amended = []
         if found is not None and (ledger.run.ended, ledger.run.halted) != (None, None):
@@ -319,15 +336,16 @@ class Ledger:
     async def claim(self, task: str, *, is_asked: bool = False) -> bool:
         """Claim a task where it stands, such as one that waits to land and is nobody's; whether it is ours now.
 
-        Where a person wants that (`is_asked`), it may be anybody's.
+        Where a person wants that (`is_asked`), it may be anybody's; one that is being landed stays with who began that.
         """
         if self.claims is None:
             return True
         with self._changing([task]):
             if task not in self.claims:
                 await self.refresh(task)
-                if self._tasks[task].status not in CLAIMED:  # nothing is left to be claimed for
-                    return False
+                status = self._tasks[task].status
+                if status not in CLAIMED or (is_asked and status is TaskStatus.LANDING):
+                    return False  # nothing is left to be claimed for, or will be
                 if isinstance(await self.claims.claim(task, is_asked=is_asked), HeldBy):
                     return False
             await self.refresh(task, released=False)

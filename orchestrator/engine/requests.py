@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from orchestrator.clock import Clock
 from orchestrator.domain.lifecycle import TRANSITIONS, Trigger
@@ -11,10 +12,13 @@ from orchestrator.domain.model import FINAL, REVIVABLE, Action, Request, TaskDoc
 from orchestrator.domain.secrets import contains_key
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.records import request_key
-from orchestrator.errors import RefusedError
+from orchestrator.errors import ClaimLost, RefusedError, VersionConflict
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Commit, Event, Store, Write
 from orchestrator.repo.hub import work_branch
+
+#: Another orchestrator has just begun a task, or ended it.
+_OVERTAKEN: Final = (ClaimLost, VersionConflict)
 
 
 def check_request(
@@ -59,7 +63,7 @@ async def is_answered(store: Store, run: str, request: Request) -> bool:
 
 
 async def obey(ledger: Ledger, request: Request) -> None:
-    """Do what was asked of a run at which nothing is at work."""
+    """Do what was asked of a run in which this process is at nothing; others may be."""
     for task in request.tasks:
         await (revive if request.action is Action.RETRY else cancel)(ledger, task)
     await ignore(ledger, request)
@@ -68,16 +72,33 @@ async def obey(ledger: Ledger, request: Request) -> None:
 
 
 async def cancel(ledger: Ledger, task: str) -> bool:
-    """End a task that waits for a session or to land; what it built stays on its branch. False if it is over."""
-    document = ledger.task(task)
-    if (document.status, Trigger.CANCEL) not in TRANSITIONS:
-        return False
-    branch = document.branch
-    if document.commit is not None:
-        branch = work_branch(ledger.run.id, task, str(document.attempt.number))
-    reason = "on request"
-    await ledger.change(task, Trigger.CANCEL, {"reason": reason, "branch": branch}, reason=reason, branch=branch)
-    return True
+    """End a task that waits for a session or to land, or is another orchestrator's; what it built stays on its branch.
+
+    False if it is over, or being landed: whoever has begun that brings it to its end.
+    """
+    while await _is_ours_to_cancel(ledger, task):
+        document = ledger.task(task)
+        branch, reason = document.branch, "on request"
+        if document.commit is not None:
+            branch = work_branch(ledger.run.id, task, str(document.attempt.number))
+        facts = {"reason": reason, "branch": branch}
+        try:
+            await ledger.change(task, Trigger.CANCEL, facts, **facts)
+        except _OVERTAKEN:
+            await ledger.refresh(task)
+        else:
+            return True
+    return False
+
+
+async def _is_ours_to_cancel(ledger: Ledger, task: str) -> bool:
+    """Whether a task can be cancelled where it is now; it is taken from whoever has it."""
+    while (ledger.task(task).status, Trigger.CANCEL) in TRANSITIONS:
+        if not ledger.is_elsewhere(task):
+            return True
+        if not await ledger.claim(task, is_asked=True) and ledger.is_elsewhere(task):
+            return False
+    return False
 
 
 async def ignore(ledger: Ledger, request: Request) -> None:
@@ -90,8 +111,12 @@ async def ignore(ledger: Ledger, request: Request) -> None:
 
 async def revive(ledger: Ledger, task: str) -> bool:
     """Have a task that is over tried again, with all of its attempts before it; False if it is not over."""
-    if ledger.task(task).status not in REVIVABLE:
-        return False
     changes = {"failures": 0, "reason": None, "paths": (), "commit": None, "start": None, "feedback": None}
-    await ledger.change(task, Trigger.REVIVE, {}, ignored=None, **changes)
-    return True
+    while ledger.task(task).status in REVIVABLE:
+        try:
+            await ledger.change(task, Trigger.REVIVE, {}, ignored=None, **changes)
+        except _OVERTAKEN:
+            await ledger.refresh(task)
+        else:
+            return True
+    return False
