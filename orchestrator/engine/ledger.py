@@ -240,8 +240,10 @@ class Ledger:
         failpoint("run.claimed")
 
     async def campaign(self) -> bool:
-        """Become the coordinator if nobody who lives is; whether this orchestrator has become it now."""
+        """Become the coordinator if nobody who lives is and the run goes on; whether that is so from now."""
         if self.coordinates.is_set() or await other_coordinator(self._store, self.orchestrators) is not None:
+            return False
+        if (await read_run(self._store, self.run.id)).ended is not None:  # who was it has left nothing to do
             return False
         with suppress(VersionConflict):  # another was quicker
             await self._lead([], {})
