@@ -12,6 +12,7 @@ gets there in whatever attempt (needs `FAKE_CLI_LEDGER`), `without PATH` only as
     discard PATH         remove it if it is there
     exit CODE TEXT…      say something, then end  flood BYTES       print that many bytes
     hang                 never end                stubborn          ignore SIGTERM and SIGINT from here on
+    await PATH           wait until there is such a file
     keep-prompt          print the whole prompt       tick TIMES SECONDS   print, and wait, so many times
     daemon PATH          leave a process behind that has a session of its own and no environment, ignores
                          SIGTERM, and appends to PATH for ever
@@ -22,7 +23,7 @@ gets there in whatever attempt (needs `FAKE_CLI_LEDGER`), `without PATH` only as
 
 With `FAKE_CLI_LEDGER` set, every start appends `run task attempt` to that file first.
 """
-# ruff: noqa: C901, PLR0912, S606, S607, T201 - a stand-alone program that behaves as badly as it is told to
+# ruff: noqa: C901, PLR0912, PLR0915, S606, S607, T201 - a stand-alone program that behaves as badly as it is told to
 
 from __future__ import annotations
 
@@ -112,6 +113,9 @@ def _step(words: list[str], rest: str) -> None:
             for _ in range(int(times)):
                 print("tick", flush=True)
                 time.sleep(float(seconds))
+        case ["await", path]:
+            while not Path(path).exists():
+                time.sleep(0.02)
         case ["hang"]:
             while True:
                 time.sleep(3600)
