@@ -63,9 +63,9 @@ def test_each_variable_is_one_of_the_example() -> None:
 
 
 def test_the_fields_of_a_record_and_the_bounds_are_those_of_the_code() -> None:
-    """Scope and process are for programs alone."""
+    """None is left out, and none is told that is not there."""
     told = {name for row in rows(sections(PAGE)["What a session is at"]) for name in re.findall(r"`(\w+)`", row[0])}
-    assert told == set(SessionContext.model_fields) - {"scope", "orchestrator"}
+    assert told == set(SessionContext.model_fields)
     text = " ".join(PAGE.split())
     assert (STALE_AFTER, LONGEST_MESSAGE) == (1800, 500)
     for bound in (f"up to {LONGEST_TEXT // 1024} KiB", f"Of {MOST_NOTES} the oldest", f"most {LONGEST_BLOCK:,} char",
