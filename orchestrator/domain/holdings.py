@@ -44,7 +44,7 @@ class Holding:
     epoch: int
     """Of the claim that it is part of."""
     had: tuple[str, ...] = ()
-    """All that it has ever owned, what it gave back too: what it may have changed with right."""
+    """All that it has ever owned, what it gave back too, but not what was taken from it: what it may have changed."""
     waiting: Waiting | None = None
     taken: Mapping[str, float] = field(default_factory=dict)
     """When it took each of its patterns."""
@@ -70,6 +70,11 @@ class Holding:
         """Return it without patterns, as they were taken."""
         taken = {one: when for one, when in self.taken.items() if one not in patterns}
         return replace(self, patterns=tuple(taken), taken=taken, since=min(taken.values(), default=self.since))
+
+    def taken_away(self) -> Holding:
+        """Return it without all that it owns, as if it had never owned that: a person wants it so."""
+        had = tuple(one for one in self.had if one not in self.taken)
+        return replace(self, patterns=(), taken={}, had=had)
 
     def with_waiting(self, waiting: Waiting | None) -> Holding:
         """Return it with what it waits for."""

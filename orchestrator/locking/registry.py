@@ -143,7 +143,7 @@ class Registry:
         return [] if found is None else [Write(found.key, found.version, None)]
 
     async def had(self, session: SessionName) -> Sequence[str]:
-        """Return all patterns that a session has ever owned, whether or not it is over."""
+        """Return all patterns that a session has owned, whether or not it is over, but for what a person took away."""
         for version in await self._store.history(self.key(session)):
             if version.value is not None:
                 return Holding.from_json(version.value).had
@@ -151,7 +151,8 @@ class Registry:
 
     async def holdings(self) -> Sequence[Holding]:
         """Return what counts of the scope: who owns and waits for what, the oldest first."""
-        return sorted(await self._live(), key=lambda one: (one.since, one.session))
+        live = [one for one in await self._live() if not one.is_idle]
+        return sorted(live, key=lambda one: (one.since, one.session))
 
     async def sweep(self) -> Sequence[Write]:
         """Return what a commit must write to be rid of all that claims which are over have left."""

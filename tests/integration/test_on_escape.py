@@ -19,6 +19,7 @@ from orchestrator.protocols import Commit, Guard, Write
 from orchestrator.repo.site import find_site
 from orchestrator.state.file import FileStore
 from tests.conftest import Ended, Repository
+from tests.waiting import wait_for
 
 DEFAULTS = {"backoff": {"initial": "10ms", "max": "10ms", "jitter": False}, "timeout": "60s"}
 
@@ -101,6 +102,25 @@ async def test_extend_lands_what_nobody_else_owns(repository: Repository) -> Non
     ended = run(repository, task)
     assert ended.states == {"t": "landed"}, ended
     assert [line["paths"] for line in events(ended, "task.ownership_extended")] == [["README.md"]]
+
+
+async def test_what_a_person_broke_away_does_not_land(repository: Repository) -> None:
+    """A session has locked a file and gone on with it though it is not its own any more."""
+    locked, freed = (repository.top.parent / name for name in ("locked", "freed"))
+    script = f"council lock README.md && touch {locked}; until [ -e {freed} ]; do sleep 0.05; done; echo x >> README.md"
+    adapter = {"use": "command", "argv": ["sh", "-c", script], "writable": [str(locked.parent)]}
+    task = {"id": "t", "prompt": "x", "owns": ["src/**"], "attempts": 1}
+    path = repository.configure([task], adapters={"odd": adapter})
+    running = repository.start("run", str(path), "--json")
+    wait_for(locked.exists)
+    (name,) = (one["name"] for one in repository.council("locks", "--json").result["locks"] if one["layer"] != "file")
+    assert repository.council("locks", "break", name, "--reason", "another needs it").code == 0
+    freed.touch()
+    running.communicate()
+    (failed,) = repository.council("status", "--json").result["tasks"]
+    assert (failed["state"], failed["failure"]) == ("failed", "escaped"), failed
+    assert "README.md" in failed["reason"]
+    await repository.assert_invariants()
 
 
 @pytest.mark.parametrize("name", [b"back\\slash", b"na\xefve", b"[star]*?", b"two\nlines"])
