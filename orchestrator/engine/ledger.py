@@ -205,6 +205,7 @@ class Ledger:
         tasks = await read_tasks(store, run)
         document = await read_run(store, run)
         ledger = cls(store, document, tasks, redactor, orchestrators, clock, is_shared=is_shared)
+        lease = await next_lease(store, clock, run, orchestrators.me)
         if (holder := await other_coordinator(store, orchestrators)) is not None:
             raise RunAtWork(run, holder.pid, holder.host)
         found = await store.get(run_key(run))
@@ -212,7 +213,7 @@ class Ledger:
         if found is not None and (ledger.run.ended, ledger.run.halted) != (None, None):
             ledger.run = ledger.run.model_copy(update={"ended": None, "halted": None})
             amended.append(Write(run_key(run), found.version, ledger.run.model_dump(mode="json")))
-        await ledger._lead([orchestrators.joining(), *amended], facts)
+        await ledger._lead(lease, [orchestrators.joining(), *amended], facts)
         orchestrators.joined()
         return ledger
 
@@ -230,23 +231,25 @@ class Ledger:
         orchestrators.joined()
         return ledger
 
-    async def _lead(self, writes: Sequence[Write], facts: JsonObject) -> None:
-        me, run = self.orchestrators.me, self.run.id
-        lease, guard = await next_lease(self._store, self._clock, run, me)
-        claimed = Event("run.claimed", {"run": run, "epoch": guard.epoch, "pid": me.pid, **facts})
-        await self._store.commit(Commit([lease, *writes], [claimed]))
+    async def _lead(self, lease: tuple[Write, Guard], writes: Sequence[Write], facts: JsonObject) -> None:
+        write, guard = lease
+        facts = {"run": self.run.id, "epoch": guard.epoch, "pid": self.orchestrators.me.pid, **facts}
+        await self._store.commit(Commit([write, *writes], [Event("run.claimed", facts)]))
         self._guards = (self.orchestrators.guard, guard)
         self.coordinates.set()
         failpoint("run.claimed")
 
     async def campaign(self) -> bool:
         """Become the coordinator if nobody who lives is and the run goes on; whether that is so from now."""
-        if self.coordinates.is_set() or await other_coordinator(self._store, self.orchestrators) is not None:
+        if self.coordinates.is_set():
+            return False
+        lease = await next_lease(self._store, self._clock, self.run.id, self.orchestrators.me)
+        if await other_coordinator(self._store, self.orchestrators) is not None:
             return False
         if (await read_run(self._store, self.run.id)).ended is not None:  # who was it has left nothing to do
             return False
         with suppress(VersionConflict):  # another was quicker
-            await self._lead([], {})
+            await self._lead(lease, [], {})
             self.orchestrators.promote()
         return self.coordinates.is_set()
 

@@ -54,39 +54,44 @@ async def coordinator_and_worker(store: Store, clock: Clock, folder: Path) -> tu
     return await Ledger.take(store, clock, Redactor([]), others, {}), await join(store, clock, run.id)
 
 
-class Watched(MemoryStore):
-    """A store in which something happens before a claim is looked at, and all else that can before it is given back."""
+class Overtaken(MemoryStore):
+    """A store in which somebody else is quicker, once.
 
-    def __init__(self, clock: Clock) -> None:
+    That is with what comes with an event of some type, or before a document of some kind is looked at.
+    """
+
+    def __init__(self, clock: Clock, what: str) -> None:
         super().__init__(clock)
-        self.is_giving_back = anyio.Event()
-        self.before_claim: Callable[[], Awaitable[None]] | None = None
+        self._what = what
+        self.quicker: Callable[[], Awaitable[object]] | None = None
 
     async def get(self, key: Key) -> Document | None:
-        if key.kind == "claim" and self.before_claim is not None:
-            happens, self.before_claim = self.before_claim, None
-            await happens()
+        if key.kind == self._what:
+            await self._overtake()
         return await super().get(key)
+
+    async def commit(self, commit: Commit) -> int:
+        if any(event.type == self._what for event in commit.events):
+            await self._overtake()
+        return await super().commit(commit)
+
+    async def _overtake(self) -> None:
+        if self.quicker is not None:
+            quicker, self.quicker = self.quicker, None
+            await quicker()
+
+
+class Watched(Overtaken):
+    """One in which all else happens that can before a claim is given back, and before one is looked at."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock, "claim")
+        self.is_giving_back = anyio.Event()
 
     async def commit(self, commit: Commit) -> int:
         if any(event.type == "claim.released" for event in commit.events):
             self.is_giving_back.set()
             await anyio.wait_all_tasks_blocked()
-        return await super().commit(commit)
-
-
-class Overtaken(MemoryStore):
-    """A store in which somebody else is quicker with what comes with an event of some type, once."""
-
-    def __init__(self, clock: Clock, event: str) -> None:
-        super().__init__(clock)
-        self._event = event
-        self.quicker: Callable[[], Awaitable[object]] | None = None
-
-    async def commit(self, commit: Commit) -> int:
-        if self.quicker is not None and any(event.type == self._event for event in commit.events):
-            quicker, self.quicker = self.quicker, None
-            await quicker()
         return await super().commit(commit)
 
 
@@ -114,7 +119,7 @@ async def test_who_looks_where_a_task_is_still_hears_that_another_moved_it(
                 assert (await anext(changes)).task == "models"
             await theirs.change("models", Trigger.BUILD, commit=NEW)
             if is_looked_meanwhile:
-                store.before_claim = land
+                store.quicker = land
             else:
                 await land()
             async with anyio.create_task_group() as group:
@@ -232,3 +237,14 @@ async def test_who_takes_a_run_when_another_becomes_its_coordinator_is_told_who_
     run = theirs.run.id
     with pytest.raises(RunAtWork, match=f"under process {theirs.orchestrators.me.pid}"):
         await Ledger.take(store, clock, Redactor([]), orchestrators(store, clock, run, alone=False), {})
+
+
+async def test_of_two_who_find_that_nobody_coordinates_one_does(tmp_path: Path) -> None:
+    """The other has looked before, and is not the later one that takes it over from who lives."""
+    clock = ManualClock()
+    store = Overtaken(clock, "run")
+    ours, theirs = await two_ledgers(store, clock, tmp_path)
+    store.quicker = theirs.campaign
+    assert not await ours.campaign()
+    assert theirs.coordinates.is_set()
+    await theirs.note("run.waiting", {})
