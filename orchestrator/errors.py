@@ -68,6 +68,14 @@ class RefusedError(CouncilError):
         super().__init__(f"{what}: {remedy}")
 
 
+class RunAtWork(RefusedError):
+    """Another process coordinates a run."""
+
+    def __init__(self, run: str, pid: int, host: str) -> None:
+        what = f"run {run} is at work under process {pid} on {host}"
+        super().__init__(what, "wait for it, stop it with SIGINT, or join it by `council work`")
+
+
 class FileHeld(RefusedError):
     """A file that a session wants to lock was not free in time."""
 

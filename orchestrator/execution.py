@@ -34,7 +34,7 @@ from orchestrator.engine.phasing import Phasing
 from orchestrator.engine.preflight import check_run
 from orchestrator.engine.probing import missing_programs
 from orchestrator.engine.records import new_run_id, read_entries, read_requests, read_run, read_spec, read_task, seed
-from orchestrator.engine.recovery import recover
+from orchestrator.engine.recovery import has_company, recover
 from orchestrator.engine.report import RunRecord, RunReport, RunStatus
 from orchestrator.engine.requests import check_phase, check_request, is_answered, obey, submit
 from orchestrator.engine.restoring import Restored, restore
@@ -43,7 +43,7 @@ from orchestrator.engine.seating import with_desk
 from orchestrator.engine.sharing import Sharing
 from orchestrator.engine.sinks import Outlet, feeding
 from orchestrator.engine.workshop import Workshop, open_workshop
-from orchestrator.errors import LockHeld, RefusedError, StoreUnavailable
+from orchestrator.errors import LockHeld, RefusedError, RunAtWork, StoreUnavailable
 from orchestrator.filelock import HeldLock
 from orchestrator.locking.merge_permit import MergePermits
 from orchestrator.locking.orchestrators import Orchestrators, this_process
@@ -267,7 +267,7 @@ class Execution:
             phasing = Phasing(
                 ledger, shop, runs.clock, self._plugins.checked_kinds(), self._plugins.transformations, sharing
             )
-            scheduler = Scheduler(ledger, shop, pool, board, room, monitor, permits, phasing)
+            scheduler = Scheduler(ledger, shop, pool, board, room, monitor, permits, phasing, lacking=closed)
             await scheduler.remember(before.adapters)
             self._schedulers.add(scheduler)
             if self._stopping:
@@ -366,11 +366,7 @@ class Execution:
         for task in tasks:
             record.run.check_task(task)
         check_request(action, tasks, record.tasks, record.blocked())
-        if phase is not None:
-            for task in tasks:
-                workflow = (await read_spec(runs.store, run, task)).workflow
-                phases = [] if workflow is None else record.run.workflows[workflow]
-                check_phase(task, phase, [one["name"] for one in phases])
+        await self._check_phase(record.run, tasks, phase)
         named = tasks or [task for task, one in record.tasks.items() if one.status not in FINAL]
         if action in {Action.CANCEL, Action.IGNORE}:
             is_live = await runs.is_live(run)
@@ -385,16 +381,25 @@ class Execution:
                     self._taken(runs, record.run, hub, lock, settings) as (ledger, shop),
                 ):
                     now, statuses = await runs.record(run), ledger.statuses()
-                    if record.run.ended is not None or Board.of(now.entries, statuses).is_over(statuses):
+                    is_over = record.run.ended is not None or Board.of(now.entries, statuses).is_over(statuses)
+                    if is_over and not await has_company(ledger):
                         await ledger.finish(runs.describe(now, None).status)
                     async with shop.pool(sessions=0):
                         pass  # nobody may ever resume it
+            except RunAtWork:
+                await anyio.sleep(_ANSWER_PAUSE)
             except LockHeld as held:
                 if not held.owner_lives:
                     raise _is_at_work(run, held) from None
                 await anyio.sleep(_ANSWER_PAUSE)
         if action in {Action.CANCEL, Action.IGNORE}:
             await self._until_over(run, named)
+
+    async def _check_phase(self, run: RunDocument, tasks: Sequence[str], phase: str | None) -> None:
+        for task in tasks if phase is not None else ():
+            workflow = (await read_spec(self._runs.store, run.id, task)).workflow
+            phases = [] if workflow is None else run.workflows[workflow]
+            check_phase(task, phase or "", [one["name"] for one in phases])
 
     async def _until_over(self, run: str, tasks: Sequence[str]) -> None:
         """Wait, for as long as a session may take to stop, until tasks that were cancelled are over."""

@@ -11,7 +11,7 @@ import sys
 
 from orchestrator.client.commands import LONGEST_WAIT, OBJECT, PATH, PATHS, SECONDS, VALUE
 from orchestrator.client.session import PATIENCE, AskError, Session, find_session
-from orchestrator.client.telling import clean, tell
+from orchestrator.client.telling import clean, in_one_line, tell
 from orchestrator.client.words import Typed, read
 
 TYPE_CHECKING = False
@@ -52,7 +52,7 @@ def perform(typed: Typed) -> int:
         if typed.as_json:
             _print({"status": "refused", "error": error.what, "remedy": error.remedy, "exit": code})
         else:
-            sys.stderr.write(clean(f"council: {error}\n"))
+            sys.stderr.write(clean(f"council: {in_one_line(str(error))}\n"))
         return code
     if typed.as_json:
         _print({**result, "exit": 0})

@@ -14,6 +14,8 @@ from _socket import AF_UNIX, SOCK_STREAM
 from _socket import socket as Socket  # noqa: N812  a class, whatever it is called
 from time import monotonic, sleep
 
+from orchestrator.client.commands import LARGEST_REQUEST
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -64,13 +66,18 @@ class Session:
     def ask(self, command: str, arguments: Mapping[str, Any], patience: float = PATIENCE) -> dict[str, Any]:
         """Ask and return the result; raises AskError. Blocks, at most `patience` seconds from one byte to the next."""
         request = {"token": self.token, "command": command, "arguments": dict(arguments)}
+        # As it is: a character escaped would take up to six times its bytes of what a request may have.
+        encoded = json.dumps(request, ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
+        if len(encoded) > LARGEST_REQUEST:
+            raise AskError(
+                f"the request has {len(encoded)} bytes, {LARGEST_REQUEST} fit", "ask for less at once", is_refused=True
+            )
         connected = Socket(AF_UNIX, SOCK_STREAM)
         try:
             connected.settimeout(patience)
             with ShortName(self.folder) as folder:
                 _connect(connected, f"{folder}/{SOCKET}", monotonic() + patience)
-            # As it is: a character escaped would take up to six times its bytes of what a request may have.
-            connected.sendall(json.dumps(request, ensure_ascii=False).encode(errors="surrogatepass") + b"\n")
+            connected.sendall(encoded)
             line = _line(connected)
         except OSError as error:
             why = error.strerror or str(error)

@@ -343,7 +343,13 @@ class Board:
 
     def is_over(self, statuses: Mapping[str, TaskStatus]) -> bool:
         """Whether every task is in a final status or blocked for good."""
-        return all(status in FINAL or task in self.blocked for task, status in statuses.items())
+        return not any(self.left(statuses))
+
+    def left(self, statuses: Mapping[str, TaskStatus]) -> Iterator[Sequence[str]]:
+        """Yield, of each task that is neither in a final status nor blocked for good, the adapters that may run it."""
+        for task, status in statuses.items():
+            if status not in FINAL and task not in self.blocked:
+                yield self._entries[task].adapters
 
     def take(self, most: int, now: float) -> list[str]:
         """Remove and return the best placed tasks that may start now, in order; they run from then on."""

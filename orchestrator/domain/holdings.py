@@ -14,7 +14,13 @@ from orchestrator.domain.ownership import check_pattern, overlap
 from orchestrator.domain.sessions import SessionName
 from orchestrator.errors import RefusedError
 
-_SPECIAL: Final = str.maketrans({one: f"[{one}]" for one in "*?["})
+#: How many paths a session can own in all, with those that it has given back, and of how many characters: each
+#: change writes them all.
+MOST_OWNED, LONGEST_OWNED = 2000, 200_000
+
+#: What no pattern can say, a backslash and bytes that are not UTF-8, is any character there.
+_UNSAYABLE: Final = ("\\", *map(chr, range(0xDC80, 0xDD00)))
+_SPECIAL: Final = str.maketrans({**{one: f"[{one}]" for one in "*?["}, **dict.fromkeys(_UNSAYABLE, "?")})
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +44,7 @@ class Holding:
     epoch: int
     """Of the claim that it is part of."""
     had: tuple[str, ...] = ()
-    """All that it has ever owned, what it gave back too: what it may have changed with right."""
+    """All that it has ever owned, what it gave back too, but not what was taken from it: what it may have changed."""
     waiting: Waiting | None = None
     taken: Mapping[str, float] = field(default_factory=dict)
     """When it took each of its patterns."""
@@ -64,6 +70,11 @@ class Holding:
         """Return it without patterns, as they were taken."""
         taken = {one: when for one, when in self.taken.items() if one not in patterns}
         return replace(self, patterns=tuple(taken), taken=taken, since=min(taken.values(), default=self.since))
+
+    def taken_away(self) -> Holding:
+        """Return it without all that it owns, as if it had never owned that: a person wants it so."""
+        had = tuple(one for one in self.had if one not in self.taken)
+        return replace(self, patterns=(), taken={}, had=had)
 
     def with_waiting(self, waiting: Waiting | None) -> Holding:
         """Return it with what it waits for."""
@@ -142,6 +153,15 @@ def in_the_way(session: SessionName, patterns: Sequence[str], holdings: Iterable
 def pattern_of(path: str) -> str:
     """Return the pattern that names one path, and what lies below it, whatever characters it has."""
     return path.translate(_SPECIAL)
+
+
+def check_room(had: Sequence[str], wanted: Sequence[str]) -> None:
+    """Raise RefusedError where a session that has owned patterns can't come to own so many more."""
+    all_ = {*had, *wanted}
+    count, length = len(all_), sum(map(len, all_))
+    if count > MOST_OWNED or length > LONGEST_OWNED:
+        what = f"that would be {count} paths of {length} characters in all that one session owns or has owned"
+        raise RefusedError(f"{what}, {MOST_OWNED} of {LONGEST_OWNED} fit", "name the folders that they are in")
 
 
 def checked(patterns: Sequence[str]) -> list[str]:

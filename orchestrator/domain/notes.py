@@ -12,10 +12,11 @@ from orchestrator.domain.quoting import barred, plain
 
 #: Bytes (UTF-8) of a note's text, characters of its topic, and how many paths it can name.
 LONGEST_TEXT, LONGEST_TOPIC, MOST_PATHS = 4096, 100, 50
-#: Characters of one of these.
-LONGEST_PATH: Final = 1000
-#: How many notes there are of a scope; then the oldest go.
-MOST_NOTES: Final = 500
+#: Characters of one of these, and of all together: what patterns have in common is looked for in steps that are the
+#: product of their lengths.
+LONGEST_PATH, LONGEST_PATHS = 1000, 2000
+#: How many notes there are of a scope, and of one task in it; then the oldest go.
+MOST_NOTES, MOST_OF_TASK = 500, 100
 #: Characters of notes that a prompt has.
 LONGEST_BLOCK: Final = 16_000
 

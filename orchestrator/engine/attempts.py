@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, assert_never
 
-import anyio
-
 from orchestrator.clock import Clock
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.failures import FailureClass, Policy, policy_of
@@ -23,7 +21,7 @@ from orchestrator.domain.retry import park_until, retry_delay
 from orchestrator.domain.sessions import SessionName
 from orchestrator.engine.budgets import Budgets, Reached
 from orchestrator.engine.details import Workplace
-from orchestrator.engine.ledger import Ledger, Outdated, Update
+from orchestrator.engine.ledger import Learned, Ledger, Outdated, Update
 from orchestrator.engine.phasing import Concluded, Ended, Phasing, Rest, Turn
 from orchestrator.engine.starting_points import Start, StartingPoints
 from orchestrator.engine.workshop import Workshop
@@ -159,7 +157,6 @@ class Attempts:
     starts: StartingPoints
     phasing: Phasing
     clock: Clock
-    _learning: anyio.Lock = field(default_factory=anyio.Lock, init=False)
 
     async def prepare(self, task: str, spec: TaskSpec, turn: Turn, adapter: str, start: Start) -> Work:
         """Return the next attempt of a task, at its turn, with one of its adapters; nothing of it exists yet."""
@@ -404,31 +401,33 @@ class Attempts:
                 return Over()
 
     async def _park(self, adapter: str, outcome: Failed) -> Parked:
-        async with self._learning:
-            known, now = await self.ledger.adapter(adapter), self.clock.now()
+        now = self.clock.now()
+
+        def judge(known: AdapterDocument) -> Learned | None:
             # Sessions that run into one limit side by side are one park.
             parked_until = known.parked_until if _is_parked(known, now) else None
             parks = known.parks + (parked_until is None)
             until = park_until(now, outcome.until, parks)
             if parked_until is not None and (outcome.until is None or until - parked_until < _LATER):
-                return Parked(adapter, parked_until)
+                return None
             learned = AdapterDocument(parked_until=until, parks=parks)
-            await self.ledger.learn(adapter, learned, "adapter.parked", {"until": until, "reason": outcome.reason})
-        failpoint("adapter.parked")
-        return Parked(adapter, until)
+            return Learned(learned, "adapter.parked", {"until": until, "reason": outcome.reason})
+
+        known, is_new = await self.ledger.learn(adapter, judge)
+        if is_new:
+            failpoint("adapter.parked")
+        assert known.parked_until is not None, "else it would have been parked"  # noqa: S101
+        return Parked(adapter, known.parked_until)
 
     async def _close(self, adapter: str, reason: str) -> Closed:
-        async with self._learning:
-            if (await self.ledger.adapter(adapter)).closed is None:
-                await self.ledger.learn(adapter, AdapterDocument(closed=reason), "adapter.closed", {"reason": reason})
+        closed = Learned(AdapterDocument(closed=reason), "adapter.closed", {"reason": reason})
+        await self.ledger.learn(adapter, lambda known: closed if known.closed is None else None)
         return Closed(adapter, reason)
 
     async def _trust(self, adapter: str) -> None:
         """Forget that an adapter was parked: a session of it has ended well that did not begin before that."""
-        async with self._learning:
-            known = await self.ledger.adapter(adapter)
-            if known.parks and not _is_parked(known, self.clock.now()):
-                await self.ledger.learn(adapter, AdapterDocument(), "adapter.opened", {})
+        opened, now = Learned(AdapterDocument(), "adapter.opened", {}), self.clock.now()
+        await self.ledger.learn(adapter, lambda known: opened if known.parks and not _is_parked(known, now) else None)
 
     async def _end(
         self,

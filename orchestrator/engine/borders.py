@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from orchestrator.config.model import TaskSpec
@@ -12,14 +12,16 @@ from orchestrator.domain.holdings import pattern_of
 from orchestrator.domain.ownership import escaped
 from orchestrator.domain.sessions import SessionName
 from orchestrator.engine.ledger import Ledger
+from orchestrator.errors import RefusedError
 from orchestrator.locking.registry import Registry
 from orchestrator.repo.git import Git, shown
 from orchestrator.repo.hub import internal_ref
 from orchestrator.repo.landing import Merge
 from orchestrator.repo.putting_back import put_back
 
-#: How many paths a sentence names.
+#: How many paths a sentence names, and how many a record: a session may have left any number of files.
 _NAMED: Final = 5
+_RECORDED: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,12 @@ class Escape:
     paths: tuple[str, ...]
     owned: tuple[str, ...]
     holder: str = ""
-    """Who else owns one of the paths, in words."""
+    """Who else owns one of the paths, or why the task can't, in words."""
+
+    @property
+    def recorded(self) -> list[str]:
+        """The paths that an event names: not all where they are very many."""
+        return _recorded(self.paths)
 
     def describe(self) -> str:
         """Return that in words, for people."""
@@ -74,9 +81,8 @@ class Borders:
                     case "bounce":
                         return escape
                     case "extend":
-                        held = await self._registry.extend(self._session(task), list(map(pattern_of, outside)))
-                        if held is not None:
-                            return Escape(escape.paths, escape.owned, held.describe())
+                        if (why := await self._extend(task, outside)) is not None:
+                            return replace(escape, holder=why)
                         await self._note("task.ownership_extended", task, outside)
                     case "allow":
                         await self._note("task.escape_allowed", task, outside)
@@ -95,13 +101,26 @@ class Borders:
         had = [await self._registry.had(SessionName(self._ledger.run.id, task, number)) for number in numbers]
         return list(dict.fromkeys((*spec.owns, *(one for patterns in had for one in patterns))))
 
+    async def _extend(self, task: str, outside: Sequence[str]) -> str | None:
+        """Have a task own more paths; return why it can't."""
+        try:
+            held = await self._registry.extend(self._session(task), list(dict.fromkeys(map(pattern_of, outside))))
+        except RefusedError as refused:
+            return refused.what
+        return None if held is None else held.describe()
+
     async def _note(self, event: str, task: str, paths: Sequence[str]) -> None:
         attempt = self._ledger.task(task).attempt.number
-        await self._ledger.note(event, {"task": task, "attempt": attempt, "paths": list(map(shown, paths))})
+        await self._ledger.note(event, {"task": task, "attempt": attempt, "paths": _recorded(paths)})
 
     def _session(self, task: str) -> SessionName:
         return SessionName(self._ledger.run.id, task, self._ledger.task(task).attempt.number)
 
 
+def _recorded(names: Sequence[str]) -> list[str]:
+    return list(map(shown, names[:_RECORDED]))
+
+
 def _listed(names: Sequence[str]) -> str:
-    return "\n".join(json.dumps(shown(one), ensure_ascii=False) for one in names)
+    lines = [json.dumps(one, ensure_ascii=False) for one in _recorded(names)]
+    return "\n".join([*lines, *([f"and {len(names) - _RECORDED} more"] if len(names) > _RECORDED else [])])

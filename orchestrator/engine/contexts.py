@@ -115,7 +115,7 @@ class Contexts:
             started=now,
             updated=now,
         )
-        self._own[session] = _Own(context)
+        self._own[session] = _Own(context, claim=self._claim(session))
         return await self._note(session, {})
 
     async def update(self, session: SessionName, **changes: Unpack[Report]) -> SessionContext:
@@ -156,7 +156,8 @@ class Contexts:
             found = await self._store.get(context_key(session))
             if found is None or found.damaged:
                 return
-            self._own[session] = _Own(SessionContext.model_validate_json(found.encoded), found.version)
+            left = SessionContext.model_validate_json(found.encoded)
+            self._own[session] = _Own(left, found.version, self._claim(session))
         try:
             await self._note(session, {"status": SessionStatus.DONE, "files": (), "blocked_on": None})
         except LeaseLost:  # whoever has taken the task over says how it goes on
@@ -204,14 +205,13 @@ class Contexts:
     async def _write(self, session: SessionName, changes: dict[str, Any] | Report) -> SessionContext:
         own = self._owned(session)
         said = {name: self._fit(name, value) for name, value in changes.items()}
-        guard = self._claim(session)
         # One at a time, or each of two would find the other's version.
         async with own.turn:
             own.context = own.context.model_copy(update={**said, "updated": self._clock.now()})
             for left in reversed(range(_TRIES)):
                 write = Write(context_key(session), own.version, own.context.to_json(), STALE_AFTER)
                 try:
-                    await self._store.commit(Commit([write], (), [guard] if guard else [], durable=False))
+                    await self._store.commit(Commit([write], (), [own.claim] if own.claim else [], durable=False))
                 except VersionConflict:
                     if not left:
                         raise
@@ -238,8 +238,8 @@ class Contexts:
 
 
 class _Own:
-    """The record of a session of this process: as it was written last, and under which version."""
+    """The record of a session: as it was written last, under which version, and the claim that it began under."""
 
-    def __init__(self, context: SessionContext, version: int = 0) -> None:
-        self.context, self.version = context, version
+    def __init__(self, context: SessionContext, version: int = 0, claim: Guard | None = None) -> None:
+        self.context, self.version, self.claim = context, version, claim
         self.turn = anyio.Lock()

@@ -26,7 +26,10 @@ async def other_coordinator(store: Store, orchestrators: Orchestrators) -> Owner
 
 
 async def next_lease(store: Store, clock: Clock, run: str, owner: Owner) -> tuple[Write, Guard]:
-    """Return the write that makes an orchestrator a run's coordinator, and the guard under which it is one then."""
+    """Return the write that makes an orchestrator a run's coordinator, and the guard under which it is one then.
+
+    The write fails if somebody has become it since this was asked: so ask before looking whether anybody is.
+    """
     key = _lease_key(run)
     lease = await store.get(key)
     version = lease.version if lease else 0

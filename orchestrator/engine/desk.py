@@ -6,6 +6,7 @@ locked, which counts on this one. They are given back in the opposite order. All
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -127,9 +128,13 @@ class _Sitting:
     """A session of this process, and what it has taken."""
 
     at: Workplace
+    claim: Guard | None
+    """That on its task when it began; it has no other: who was taken over is refused by that, whoever has it now."""
     taken: Counter[str] = field(default_factory=Counter)
     """The patterns that it has for its locks, and for how many; what it owned before is not among them."""
     locked: set[str] = field(default_factory=set)
+    looking: anyio.Lock = field(default_factory=anyio.Lock)
+    """For what takes long to answer: one at a time, or who asks much at once would keep all others waiting."""
     takes: Takes | None = None
     handed_over: JsonObject | None = None
 
@@ -212,7 +217,7 @@ class SessionDesk:
 
         `takes` says what is wrong with what it hands over; None: it has nothing to hand over.
         """
-        self._here[session] = _Sitting(at, takes=takes)
+        self._here[session] = _Sitting(at, self._claim(session), takes=takes)
         await self._contexts.begin(session, adapter)
 
     def handed_over(self, session: SessionName) -> JsonObject | None:
@@ -229,18 +234,18 @@ class SessionDesk:
         Safe to repeat, and for a session of a process that is gone. With `keep_ownership` its paths stay its own, where
         they are to be its task's until that has landed.
         """
-        self._here.pop(session, None)
+        sitting = self._here.pop(session, None)
+        claim = self._claim(session) if sitting is None else sitting.claim
         await self._files.release_all(session)
         with suppress(StoreUnavailable):  # what must be recorded of its end will say so
-            await (self._registry.stops_waiting(session) if keep_ownership else self._release(session))
+            await (self._registry.stops_waiting(session) if keep_ownership else self._release(session, claim))
         await self._contexts.end(session)
 
-    async def _release(self, session: SessionName) -> None:
+    async def _release(self, session: SessionName, claim: Guard | None) -> None:
         while writes := await self._registry.release(session):
-            guard = self._claim(session)
             with suppress(VersionConflict):  # it has just stopped waiting
                 with suppress(LeaseLost):  # nothing of it counts any more
-                    await self._store.commit(Commit(writes, (), [guard] if guard else []))
+                    await self._store.commit(Commit(writes, (), [claim] if claim else []))
                 return
 
     async def heed(self) -> None:
@@ -265,12 +270,12 @@ class SessionDesk:
 
     async def _lock(self, session: SessionName, arguments: JsonObject) -> JsonObject:
         asked = _checked(_Lock, "lock", arguments)
-        claim = self._claim(session)
+        sitting = self._here[session]
+        claim = sitting.claim
         if claim is None:
             raise RefusedError(f"there is no claim on task {session.task}", "locks are for tasks that are at work")
         until = self._clock.monotonic() + (self._lock_timeout if asked.wait is None else asked.wait)
         paths = await self._paths(session, asked.paths)
-        sitting = self._here[session]
         # What it owned before it asked is not the lock's to give back.
         mine = next((one.patterns for one in await self._registry.holdings() if one.session == session), ())
         wanted = [pattern for pattern in map(pattern_of, paths) if pattern in sitting.taken or pattern not in mine]
@@ -329,10 +334,9 @@ class SessionDesk:
         given = [pattern for pattern in patterns if sitting.taken[pattern] <= 0]
         for pattern in given:
             del sitting.taken[pattern]
-        claim = self._claim(session)
-        if given and claim is not None:
+        if given and sitting.claim is not None:
             with suppress(LeaseLost):  # nothing of it counts any more
-                await self._registry.give_back(session, given, claim)
+                await self._registry.give_back(session, given, sitting.claim)
 
     async def _report(self, session: SessionName, arguments: JsonObject) -> JsonObject:
         asked = _checked(_Report, "report", arguments)
@@ -345,8 +349,7 @@ class SessionDesk:
         if asked.message is not None:
             told["message"] = asked.message
         if asked.progress is not None:
-            said = asked.progress
-            told["progress"] = said if isinstance(said, str) else f"{said:g}%"
+            told["progress"] = _percent(asked.progress)
         if asked.blocked_on is not None:
             told["blocked_on"] = asked.blocked_on
         await self._contexts.update(session, **told)
@@ -360,13 +363,14 @@ class SessionDesk:
 
     async def _note(self, session: SessionName, arguments: JsonObject) -> JsonObject:
         asked = _checked(_Note, "note", arguments)
-        claim = self._claim(session)
+        claim = self._here[session].claim
         note = await self.memory.leave(session, asked.text, topic=asked.topic, paths=asked.paths, claim=claim)
         return {"id": note.id}
 
-    async def _notes(self, _session: SessionName, arguments: JsonObject) -> JsonObject:
+    async def _notes(self, session: SessionName, arguments: JsonObject) -> JsonObject:
         asked = _checked(_Notes, "notes", arguments)
-        found = await self.memory.find(task=asked.task, topic=asked.topic, paths=asked.paths or ())
+        async with self._here[session].looking:
+            found = await self.memory.find(task=asked.task, topic=asked.topic, paths=asked.paths or ())
         told = [note.to_json() for note in found[-MOST_TOLD:]]
         names = ("id", "task", "topic", "paths", "text", "time")
         return {"notes": [{name: note[name] for name in names} for note in told]}
@@ -379,7 +383,8 @@ class SessionDesk:
         newest = max(found, key=lambda one: one.attempt)
         here = self._here.get(newest.session)
         at = await self._elsewhere(newest.session) if here is None else here.at
-        told = await details(self._git, at, self._redactor)
+        async with self._here[session].looking:
+            told = await details(self._git, at, self._redactor)
         return {**told.to_json(), "status": newest.status.value}
 
     def _shared(self, session: SessionName) -> Sharing:
@@ -466,3 +471,10 @@ def _checked(model: type[A], command: str, arguments: JsonObject) -> A:
         known = ", ".join(model.model_fields) or "none"
         what = f"`{command}` can't be asked like this: {f'{place}: ' if place else ''}{first['msg'].lower()}"
         raise RefusedError(what, f"its arguments are: {known}") from None
+
+
+def _percent(said: str | float) -> str:
+    """Return progress in words: a number alone, as typed or as a number, is a percentage."""
+    if isinstance(said, str) and re.fullmatch(r"\d+(\.\d+)?", said.strip(), re.ASCII) is None:
+        return said
+    return f"{float(said):g}%"

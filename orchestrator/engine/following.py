@@ -18,7 +18,7 @@ from orchestrator.engine.reconciling import Reconciler
 from orchestrator.engine.recovery import recover_tasks, remove_abandoned
 from orchestrator.engine.requests import approve, cancel, given_up, ignore, revive, send_back
 from orchestrator.engine.workshop import Workshop
-from orchestrator.errors import ClaimLost, StoreUnavailable, VersionConflict
+from orchestrator.errors import StoreUnavailable
 from orchestrator.failpoints import failpoint
 from orchestrator.repo.pool import Pool
 
@@ -132,6 +132,8 @@ class Following:
                 self._hand.wake()
 
     async def _obey(self, request: Request) -> None:
+        if request not in await self._ledger.requests():  # who has just become the coordinator hears some of them twice
+            return
         if any(task not in self._ledger for task in request.tasks):
             await self._ledger.learn_tasks()
             self._hand.grow()
@@ -168,38 +170,42 @@ class Following:
             for part in await given_up(self._ledger, task, phase):
                 await self._cancel(part)
             self._hand.cancelled.discard(task)
-            await revive(self._ledger, task, phase)
-            self._hand.revive(task)
+            if await revive(self._ledger, task, phase):
+                self._hand.revive(task)
 
     async def _cancel(self, task: str) -> None:
-        is_done = False
-        while not is_done and self._ledger.task(task).status not in FINAL:
-            try:
-                is_done = not await self._get_hold_of(task) or await self._end(task)
-            except (ClaimLost, VersionConflict):  # another orchestrator was quicker: it is where that says
-                await self._ledger.refresh(task)
+        until = self._clock.monotonic() + _STOP_LIMIT
+        while not await self._is_seen_to(task):
+            if self._is_ending() or self._clock.monotonic() >= until:
+                break
+            await anyio.sleep(_LOOK_PAUSE)
 
-    async def _end(self, task: str) -> bool:
-        """End a task that is not elsewhere, now or as soon as it can be; False if it was over."""
-        hand = self._hand
+    async def _is_seen_to(self, task: str) -> bool:
+        """Whether a task that is not wanted is over now or ends as soon as it can; not while it lands elsewhere."""
+        hand, status = self._hand, self._ledger.task(task).status
+        is_elsewhere, is_landing = self._ledger.is_elsewhere(task), status is TaskStatus.LANDING
+        if status in FINAL:
+            return True
+        if is_elsewhere and is_landing:
+            return False
         hand.cancelled.add(task)
-        if task in hand.works:
+        if task in hand.works and not is_elsewhere:
             hand.works[task].cancel()
-        elif task in hand.merging.landing or self._ledger.task(task).status is TaskStatus.LANDING:
+        elif (task in hand.merging.landing or is_landing) and not is_elsewhere:
             hand.merging.cancel(task)  # what comes of it is told when it is known whether the target moved
         else:
-            hand.drop(task)
-            return await cancel(self._ledger, task)
+            return await self._end(task)
         return True
 
-    async def _get_hold_of(self, task: str) -> bool:
-        """Take a task from the orchestrator that has it; a landing is first brought to its end by whoever began it."""
-        with anyio.move_on_after(_STOP_LIMIT):
-            while self._is_landing_elsewhere(task) and not self._is_ending():  # noqa: ASYNC110  another process
-                await anyio.sleep(_LOOK_PAUSE)
-        if self._ledger.is_elsewhere(task) and not self._is_landing_elsewhere(task):
-            await self._ledger.claim(task, is_asked=True)
-        return not self._ledger.is_elsewhere(task)
-
-    def _is_landing_elsewhere(self, task: str) -> bool:
-        return self._ledger.is_elsewhere(task) and self._ledger.task(task).status is TaskStatus.LANDING
+    async def _end(self, task: str) -> bool:
+        """End a task that this process is not at, wherever it is; False where somebody has just begun to land it."""
+        hand = self._hand
+        hand.drop(task)
+        if await cancel(self._ledger, task):
+            return True
+        if not self._ledger.is_elsewhere(task) and self._ledger.task(task).status is TaskStatus.LANDING:
+            hand.take_up(task)  # that was begun where it was, just before it was taken from there
+            return True
+        hand.cancelled.discard(task)
+        hand.mirror(task)
+        return self._ledger.task(task).status in FINAL

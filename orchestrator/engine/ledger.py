@@ -35,7 +35,7 @@ from orchestrator.engine.records import (
     task_documents,
     task_key,
 )
-from orchestrator.errors import ClaimLost, HistoryGone, LeaseLost, RefusedError, VersionConflict
+from orchestrator.errors import ClaimLost, HistoryGone, LeaseLost, RefusedError, RunAtWork, VersionConflict
 from orchestrator.failpoints import failpoint
 from orchestrator.locking.claims import Claims, HeldBy
 from orchestrator.locking.orchestrators import Orchestrators
@@ -118,6 +118,14 @@ class _Step(NamedTuple):
     after: TaskDocument
     writes: Sequence[Write]
     events: Sequence[Event]
+
+
+class Learned(NamedTuple):
+    """What a run now knows about an adapter, and the event that tells it."""
+
+    document: AdapterDocument
+    event: str
+    details: JsonObject
 
 
 class Outdated(NamedTuple):
@@ -204,22 +212,40 @@ class Ledger:
     ) -> Ledger:
         """Load a run and become its coordinator under the next epoch; `facts` are recorded with that.
 
-        RefusedError where somebody else who lives is.
+        RunAtWork where somebody else who lives is.
         """
+        while True:
+            try:
+                return await cls._take(store, clock, redactor, orchestrators, facts, is_shared=is_shared)
+            except VersionConflict:
+                if await orchestrators.find(orchestrators.me.id) is not None:  # else somebody was quicker
+                    raise
+
+    @classmethod
+    async def _take(
+        cls,
+        store: Store,
+        clock: Clock,
+        redactor: Redactor,
+        orchestrators: Orchestrators,
+        facts: JsonObject,
+        *,
+        is_shared: bool,
+    ) -> Ledger:
         run = orchestrators.run
         document = await read_run(store, run)  # first: it may grow by tasks meanwhile
         tasks = await read_tasks(store, run)
         ledger = cls(store, document, tasks, redactor, orchestrators, clock, is_shared=is_shared)
+        lease = await next_lease(store, clock, run, orchestrators.me)
         if (holder := await other_coordinator(store, orchestrators)) is not None:
-            what = f"run {run} is at work under process {holder.pid} on {holder.host}"
-            raise RefusedError(what, "wait for it, stop it with SIGINT, or join it by `council work`")
+            raise RunAtWork(run, holder.pid, holder.host)
         amended = []
         if (ledger.run.ended, ledger.run.halted) != (None, None):
             version, found = await ledger._newest_run()
             again = found.model_copy(update={"ended": None, "halted": None})
             amended.append(Write(run_key(run), version, again.model_dump(mode="json")))
             ledger._take_run(again)
-        await ledger._lead([orchestrators.joining(), *amended], facts)
+        await ledger._lead(lease, [orchestrators.joining(), *amended], facts)
         orchestrators.joined()
         return ledger
 
@@ -238,21 +264,25 @@ class Ledger:
         orchestrators.joined()
         return ledger
 
-    async def _lead(self, writes: Sequence[Write], facts: JsonObject) -> None:
-        me, run = self.orchestrators.me, self.run.id
-        lease, guard = await next_lease(self._store, self._clock, run, me)
-        claimed = Event("run.claimed", {"run": run, "epoch": guard.epoch, "pid": me.pid, **facts})
-        await self._store.commit(Commit([lease, *writes], [claimed]))
+    async def _lead(self, lease: tuple[Write, Guard], writes: Sequence[Write], facts: JsonObject) -> None:
+        write, guard = lease
+        facts = {"run": self.run.id, "epoch": guard.epoch, "pid": self.orchestrators.me.pid, **facts}
+        await self._store.commit(Commit([write, *writes], [Event("run.claimed", facts)]))
         self._guards = (self.orchestrators.guard, guard)
         self.coordinates.set()
         failpoint("run.claimed")
 
     async def campaign(self) -> bool:
-        """Become the coordinator if nobody who lives is; whether this orchestrator has become it now."""
-        if self.coordinates.is_set() or await other_coordinator(self._store, self.orchestrators) is not None:
+        """Become the coordinator if nobody who lives is and the run goes on; whether that is so from now."""
+        if self.coordinates.is_set():
+            return False
+        lease = await next_lease(self._store, self._clock, self.run.id, self.orchestrators.me)
+        if await other_coordinator(self._store, self.orchestrators) is not None:
+            return False
+        if (await read_run(self._store, self.run.id)).ended is not None:  # who was it has left nothing to do
             return False
         with suppress(VersionConflict):  # another was quicker
-            await self._lead([], {})
+            await self._lead(lease, [], {})
             self.orchestrators.promote()
         return self.coordinates.is_set()
 
@@ -466,15 +496,16 @@ class Ledger:
     async def claim(self, task: str, *, is_asked: bool = False) -> bool:
         """Claim a task where it stands, such as one that waits to land and is nobody's; whether it is ours now.
 
-        Where a person wants that (`is_asked`), it may be anybody's.
+        Where a person wants that (`is_asked`), it may be anybody's; one that is being landed stays with who began that.
         """
         if self.claims is None:
             return True
         with self._changing([task]):
             if task not in self.claims:
                 await self.refresh(task)
-                if self._tasks[task].status not in CLAIMED:  # nothing is left to be claimed for
-                    return False
+                status = self._tasks[task].status
+                if status not in CLAIMED or (is_asked and status is TaskStatus.LANDING):
+                    return False  # nothing is left to be claimed for, or will be
                 if isinstance(await self.claims.claim(task, is_asked=is_asked), HeldBy):
                     return False
             await self.refresh(task, released=False)
@@ -585,13 +616,24 @@ class Ledger:
         found = await self._store.get(adapter_key(self.run.id, adapter))
         return AdapterDocument() if found is None else AdapterDocument.model_validate(found.value)
 
-    async def learn(self, adapter: str, learned: AdapterDocument, event: str, details: JsonObject) -> None:
-        """Record what the run now knows about an adapter."""
+    async def learn(
+        self, adapter: str, judge: Callable[[AdapterDocument], Learned | None]
+    ) -> tuple[AdapterDocument, bool]:
+        """Record what follows from what the run knows about an adapter; return what it knows then, and if that is new.
+
+        `judge` is asked anew where another orchestrator has learned something meanwhile.
+        """
         key = adapter_key(self.run.id, adapter)
-        found = await self._store.get(key)
-        value = self._redacted(learned.model_dump(mode="json"))
-        recorded = self._event(event, {"adapter": adapter, **details})
-        await self._commit(Commit([Write(key, found.version if found else 0, value)], [recorded], self._guards))
+        while True:
+            found = await self._store.get(key)
+            known = AdapterDocument() if found is None else AdapterDocument.model_validate(found.value)
+            if (learned := judge(known)) is None:
+                return known, False
+            value = self._redacted(learned.document.model_dump(mode="json"))
+            event = self._event(learned.event, {"adapter": adapter, **learned.details})
+            with suppress(VersionConflict):
+                await self._commit(Commit([Write(key, found.version if found else 0, value)], [event], self._guards))
+                return learned.document, True
 
     async def checkpoint(self) -> None:
         """Make the checkpoint that is due by the clock; of those before it the newest stay."""

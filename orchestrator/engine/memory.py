@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Final
 
+import anyio.to_thread
 from pydantic import TypeAdapter
 
 from orchestrator.clock import Clock
 from orchestrator.domain.holdings import checked
 from orchestrator.domain.notes import (
     LONGEST_PATH,
+    LONGEST_PATHS,
     LONGEST_TEXT,
     LONGEST_TOPIC,
     MOST_NOTES,
+    MOST_OF_TASK,
     MOST_PATHS,
     Note,
     concerning,
@@ -48,7 +51,7 @@ class Memory:
         paths: Sequence[str] = (),
         claim: Guard | None = None,
     ) -> Note:
-        """Keep a note; where there are too many, the oldest go.
+        """Keep a note; where there are too many, the oldest go: of the task, else of all.
 
         RefusedError for one that is too large or says nothing; LeaseLost where the `claim` is not the session's.
         """
@@ -62,7 +65,9 @@ class Memory:
             # Sorts by time, and no two sessions that write in one moment take the same.
             name = f"{int(now * 1000):013d}-{secrets.token_hex(3)}"
             note = Note(id=name, **session._asdict(), topic=topic, paths=patterns, text=text, time=now)
-            old = kept[: max(len(kept) - MOST_NOTES + 1, 0)]
+            # One that leaves many takes the place of its own.
+            own = [one for one in kept if not one.damaged and one.value["task"] == session.task]
+            old = own[: max(len(own) - MOST_OF_TASK + 1, 0)] or kept[: max(len(kept) - MOST_NOTES + 1, 0)]
             writes = [Write(self._key(name), 0, note.to_json()), *(Write(one.key, one.version, None) for one in old)]
             event = Event("note.left", {**session._asdict(), "note": name, "topic": topic, "paths": list(patterns)})
             await self._store.commit(Commit(writes, [event], [claim] if claim else []))
@@ -78,13 +83,18 @@ class Memory:
     async def find(self, *, task: str | None = None, topic: str | None = None, paths: Sequence[str] = ()) -> list[Note]:
         """Return the notes of a task, of a topic and about paths (patterns that overlap), the oldest first.
 
-        What is not asked for is not looked at. RefusedError for what is no pattern.
+        What is not asked for is not looked at. RefusedError for what is no pattern, and for more than a note can name.
         """
-        return found(await self.all(), task=task, topic=topic, paths=checked(paths))
+        _check_paths(paths)
+        patterns, told = checked(paths), []
+        for one in found(await self.all(), task=task, topic=topic):
+            # Odd patterns take long to compare: whoever else is at work goes on meanwhile, and who asked may leave.
+            told += await anyio.to_thread.run_sync(partial(found, [one], paths=patterns)) if patterns else [one]
+        return told
 
     async def concerning(self, task: str, owns: Sequence[str]) -> list[Note]:
         """Return the notes that a session of a task, which owns these patterns, is to be told."""
-        return concerning(await self.all(), task, owns)
+        return await anyio.to_thread.run_sync(concerning, await self.all(), task, owns)
 
     async def drop(self, note: str) -> None:
         """Delete a note by its id; RefusedError where there is none."""
@@ -117,7 +127,13 @@ def _check(text: str, topic: str | None, paths: Sequence[str]) -> None:
         raise RefusedError(f"the note has {size} bytes, {LONGEST_TEXT} fit", remedy)
     if topic is not None and not 0 < len(topic) <= LONGEST_TOPIC:
         raise RefusedError(f"the topic has {len(topic)} characters", f"name it in 1 to {LONGEST_TOPIC}")
+    _check_paths(paths)
+
+
+def _check_paths(paths: Sequence[str]) -> None:
     if len(paths) > MOST_PATHS:
-        raise RefusedError(f"the note names {len(paths)} paths, {MOST_PATHS} fit", "name folders by patterns")
+        raise RefusedError(f"these are {len(paths)} paths, {MOST_PATHS} fit", "name folders by patterns")
     if (longest := max(map(len, paths), default=0)) > LONGEST_PATH:
-        raise RefusedError(f"a path of the note has {longest} characters", f"name one of at most {LONGEST_PATH}")
+        raise RefusedError(f"one of the paths has {longest} characters", f"name one of at most {LONGEST_PATH}")
+    if (length := sum(map(len, paths))) > LONGEST_PATHS:
+        raise RefusedError(f"the paths have {length} characters, {LONGEST_PATHS} fit", "name folders by patterns")

@@ -30,7 +30,6 @@ from orchestrator.errors import ClaimLost, GitError, RefusedError
 from orchestrator.failpoints import failpoint
 from orchestrator.locking.merge_permit import MergePermit, MergePermits
 from orchestrator.protocols import JsonObject
-from orchestrator.repo.git import shown
 from orchestrator.repo.hub import internal_ref, work_branch
 from orchestrator.repo.landing import AlreadyThere, Conflict, Deferred, Landed, Merge, Stale, joined
 from orchestrator.repo.pool import Pool
@@ -341,7 +340,7 @@ class MergeQueue:
         """The merge changes what the task does not own: have it made without that, or end the task."""
         document = self.ledger.task(task)
         branch = work_branch(self.ledger.run.id, task, str(document.builder.number))
-        facts: JsonObject = {"paths": [shown(path) for path in escape.paths]}
+        facts: JsonObject = {"paths": escape.recorded}
         rejection = Rejection(FailureClass.ESCAPED, escape.describe(), branch, facts)
         if document.failures + 1 < spec.attempts:
             start = await self._borders.restart(task, merge, escape)

@@ -47,7 +47,7 @@ async def recover(ledger: Ledger, shop: Workshop, clock: Clock) -> None:
     Landings that were cut off are not decided here: the tasks stay `landing`, and the merge queue settles them
     first. May itself be killed anywhere and run again.
     """
-    alone = not await _others(ledger)
+    alone = not await has_company(ledger)
     if alone:  # else a lock may be a living git command's
         await worktrees.remove_stale_locks(shop.hub, ledger.run.id)
     try:
@@ -129,7 +129,7 @@ async def _take_over(ledger: Ledger, *, counts: bool) -> list[str]:
     return [task for task in ledger.run.tasks if task in taken]
 
 
-async def _others(ledger: Ledger) -> bool:
+async def has_company(ledger: Ledger) -> bool:
     """Whether another orchestrator is at work in the run."""
     others = ledger.orchestrators
     found = [one for one in (await others.all()).values() if one.owner.id != others.me.id]

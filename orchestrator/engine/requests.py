@@ -18,13 +18,15 @@ from orchestrator.engine.expanding import expanded, landed_parts, replaced_parts
 from orchestrator.engine.ledger import Ledger, Update
 from orchestrator.engine.prompting import told_rejection
 from orchestrator.engine.records import request_key
-from orchestrator.errors import RefusedError
+from orchestrator.errors import ClaimLost, RefusedError, VersionConflict
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Commit, Event, Store, Write
 from orchestrator.repo.hub import work_branch
 
 #: Characters of what a person says of what they approve or reject.
 LONGEST_NOTE: Final = 10_000
+#: Another orchestrator has just begun a task, or ended it.
+_OVERTAKEN: Final = (ClaimLost, VersionConflict)
 
 
 def check_request(
@@ -105,7 +107,7 @@ async def is_answered(store: Store, run: str, request: Request) -> bool:
 
 
 async def obey(ledger: Ledger, request: Request) -> None:
-    """Do what was asked of a run at which nothing is at work."""
+    """Do what was asked of a run in which this process is at nothing; others may be."""
     for task in request.tasks:
         match request.action:
             case Action.RETRY:
@@ -124,16 +126,33 @@ async def obey(ledger: Ledger, request: Request) -> None:
 
 
 async def cancel(ledger: Ledger, task: str) -> bool:
-    """End a task that waits for a session or to land; what it built stays on its branch. False if it is over."""
-    document = ledger.task(task)
-    if (document.status, Trigger.CANCEL) not in TRANSITIONS:
-        return False
-    branch = document.branch
-    if document.commit is not None:
-        branch = work_branch(ledger.run.id, task, str(document.builder.number))
-    reason = "on request"
-    await ledger.change(task, Trigger.CANCEL, {"reason": reason, "branch": branch}, reason=reason, branch=branch)
-    return True
+    """End a task that waits for a session or to land, or is another orchestrator's; what it built stays on its branch.
+
+    False if it is over, or being landed: whoever has begun that brings it to its end.
+    """
+    while await _is_ours_to_cancel(ledger, task):
+        document = ledger.task(task)
+        branch, reason = document.branch, "on request"
+        if document.commit is not None:
+            branch = work_branch(ledger.run.id, task, str(document.builder.number))
+        facts = {"reason": reason, "branch": branch}
+        try:
+            await ledger.change(task, Trigger.CANCEL, facts, **facts)
+        except _OVERTAKEN:
+            await ledger.refresh(task)
+        else:
+            return True
+    return False
+
+
+async def _is_ours_to_cancel(ledger: Ledger, task: str) -> bool:
+    """Whether a task can be cancelled where it is now; it is taken from whoever has it."""
+    while (ledger.task(task).status, Trigger.CANCEL) in TRANSITIONS:
+        if not ledger.is_elsewhere(task):
+            return True
+        if not await ledger.claim(task, is_asked=True) and ledger.is_elsewhere(task):
+            return False
+    return False
 
 
 async def ignore(ledger: Ledger, request: Request) -> None:
@@ -154,16 +173,21 @@ async def given_up(ledger: Ledger, task: str, phase: str | None) -> tuple[str, .
 
 async def revive(ledger: Ledger, task: str, phase: str | None = None) -> bool:
     """Have a task that is over tried again, from a phase on, with all of its attempts before it; False if it is not."""
-    document = ledger.task(task)
-    if document.status not in REVIVABLE:
-        return False
     workflow = ledger.workflow((await ledger.spec(task)).workflow)
-    again = restarted(workflow, document, phase)
-    if replaced_parts(ledger, workflow, document, phase):
-        again["expanded"] = landed_parts(ledger, document)
     work = {"commit": None, "built": None, "start": None, "base": None, "feedback": None}
-    await ledger.change(task, Trigger.REVIVE, {}, ignored=None, failures=0, reason=None, paths=(), **work, **again)
-    return True
+    while (document := ledger.task(task)).status in REVIVABLE:
+        again = restarted(workflow, document, phase)
+        if replaced_parts(ledger, workflow, document, phase):
+            again["expanded"] = landed_parts(ledger, document)
+        try:
+            await ledger.change(
+                task, Trigger.REVIVE, {}, ignored=None, failures=0, reason=None, paths=(), **work, **again
+            )
+        except _OVERTAKEN:
+            await ledger.refresh(task)
+        else:
+            return True
+    return False
 
 
 async def approve(ledger: Ledger, task: str, note: str | None) -> bool:

@@ -36,7 +36,7 @@ from orchestrator.engine.capacity import Capacity
 from orchestrator.engine.escapes import EscapeDetector
 from orchestrator.engine.following import Following
 from orchestrator.engine.in_hand import InHand
-from orchestrator.engine.ledger import Ledger
+from orchestrator.engine.ledger import Learned, Ledger
 from orchestrator.engine.merging import MergeQueue
 from orchestrator.engine.monitor import Monitor
 from orchestrator.engine.phasing import Phasing, Rest
@@ -72,8 +72,14 @@ class Scheduler:
         monitor: Monitor,
         permits: MergePermits,
         phasing: Phasing,
+        *,
+        lacking: Mapping[str, str],
     ) -> None:
-        """Take a run whose cut-off attempts have been returned; `board` reflects its documents."""
+        """Take a run whose cut-off attempts have been returned; `board` reflects its documents.
+
+        `lacking` has the adapters that are closed for this process alone, each with the reason.
+        """
+        self._lacking = lacking
         self._ledger, self._shop, self._board = ledger, workshop, board
         clock = self._clock = workshop.tools.clock
         self._capacity, self._monitor = capacity, monitor
@@ -103,9 +109,10 @@ class Scheduler:
 
     async def remember(self, learned: Mapping[str, AdapterDocument]) -> None:
         """Keep the adapters parked that an earlier owner parked; those that it closed are tried again."""
+        opened = Learned(AdapterDocument(), "adapter.opened", {})
         for adapter, one in learned.items():
             if one.closed is not None:
-                await self._ledger.learn(adapter, AdapterDocument(), "adapter.opened", {})
+                await self._ledger.learn(adapter, lambda known: None if known.closed is None else opened)
             elif one.parked_until is not None:
                 self._hand.park(adapter, one.parked_until)
 
@@ -142,7 +149,8 @@ class Scheduler:
                     await self._pause()
                     await self._tick(group)
             listening.cancel_scope.cancel()
-        if self._starts_nothing and not self._board.is_over(self._ledger.statuses()):
+        is_over = self._board.is_over(self._ledger.statuses())
+        if not is_over and (self._starts_nothing or self._lacks_what_is_left()):
             return False
         self.halted = None
         await self._escapes.look()
@@ -155,6 +163,11 @@ class Scheduler:
         except GitError as error:
             await self._ledger.note("run.target_unreachable", {"reason": str(error)})
         return True
+
+    def _lacks_what_is_left(self) -> bool:
+        """Whether another process could do what this one can't: then the run's end is not this one's to record."""
+        lacking = {name for name, why in self._lacking.items() if self._board.closed.get(name) == why}
+        return any(lacking.intersection(adapters) for adapters in self._board.left(self._ledger.statuses()))
 
     async def _tick(self, group: TaskGroup) -> None:
         if self._stopping:

@@ -18,7 +18,7 @@ from orchestrator.clock import Clock
 from orchestrator.domain.retry import Backoff, retry_delay
 from orchestrator.domain.secrets import Redactor
 from orchestrator.engine.records import cursor_key
-from orchestrator.errors import CouncilError, HistoryGone
+from orchestrator.errors import CouncilError, HistoryGone, VersionConflict
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Commit, Event, JsonObject, Record, RecordedEvent, Sink, Store, Write
 
@@ -128,7 +128,7 @@ class Feeder:
                     await self._failed(why)
                     await self._pause(failures)
         except (CouncilError, OSError):
-            # The store can't be used, or another process feeds this outlet: whoever resumes delivers the rest.
+            # The store can't be used: whoever resumes delivers the rest.
             return
 
     def end(self, goal: int) -> None:
@@ -241,10 +241,17 @@ class Feeder:
             raise _StoreFailed(error) from error
 
     async def _record(self) -> None:
-        if self._delivered > self._recorded:
-            await self._store.commit(Commit([Write(self._key, self._version, {"position": self._delivered})]))
-            self._version += 1
-            self._recorded, self._recorded_at = self._delivered, self._clock.monotonic()
+        while self._delivered > self._recorded:
+            try:
+                await self._store.commit(Commit([Write(self._key, self._version, {"position": self._delivered})]))
+            except VersionConflict:  # whoever coordinated before, or wanted to, has delivered some of it, too
+                found = await self._store.get(self._key)
+                if found is None:  # the record of the run is removed
+                    raise
+                self._version, self._recorded = found.version, int(found.value["position"])
+            else:
+                self._version += 1
+                self._recorded, self._recorded_at = self._delivered, self._clock.monotonic()
 
     async def _failed(self, why: str) -> None:
         if not self._is_failing:

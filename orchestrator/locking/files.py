@@ -133,7 +133,8 @@ class FileLocks:
 
     @cached_property
     def _folds_case(self) -> bool:
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # a folder made as another's parent is open
+        self._folder.mkdir(mode=0o700, exist_ok=True)
         return folds_case(self._folder)
 
     def _canonical(self, path: str, top: Path | None) -> str:

@@ -112,7 +112,9 @@ class Overview:
             case LockLayer.OWNERSHIP:
                 holder = lock.holders[0].owner
                 found = [one for one in await self.store.list(KIND) if one.key.id.endswith(f"/{holder}")]
-                return [Write(one.key, one.version, None) for one in found]
+                # It stays on record without them: what it once had would count where what it changed is to land.
+                left = {one.key: Holding.from_json(one.value).taken_away() for one in found}
+                return [Write(one.key, one.version, left[one.key].to_json()) for one in found]
             case LockLayer.MERGE:
                 document, lease = (await read_leases(self.store))[lock.name.removeprefix(_MERGE)]
                 freed = lease.model_copy(update={"epoch": lease.epoch + 1, "holder": None})

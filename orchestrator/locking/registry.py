@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 import anyio
 
 from orchestrator.clock import Clock
-from orchestrator.domain.holdings import HeldBy, Holding, Waiting, checked, counts, in_the_way
+from orchestrator.domain.holdings import HeldBy, Holding, Waiting, check_room, checked, counts, in_the_way
 from orchestrator.domain.sessions import SessionName
 from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Store, Write
 from orchestrator.state.reading import following
@@ -95,8 +95,11 @@ class Registry:
         """Have a session own more patterns, all or none; return who stood in the way, None if it owns them now.
 
         `wait` is for how many seconds it is waited for whoever holds them, recorded for all to see. Raises LeaseLost if
-        the claim is not the session's any more, RefusedError for what is no pattern. A cancelled wait takes nothing.
+        the claim is not the session's any more, RefusedError for what is no pattern and for too many. A cancelled wait
+        takes nothing.
         """
+        own = await self._own(session)
+        check_room(() if own is None else own[1].had, patterns)
         position = await self._store.position()
         held = await self._take(session, patterns, orchestrator, claim)
         if held is None:
@@ -140,7 +143,7 @@ class Registry:
         return [] if found is None else [Write(found.key, found.version, None)]
 
     async def had(self, session: SessionName) -> Sequence[str]:
-        """Return all patterns that a session has ever owned, whether or not it is over."""
+        """Return all patterns that a session has owned, whether or not it is over, but for what a person took away."""
         for version in await self._store.history(self.key(session)):
             if version.value is not None:
                 return Holding.from_json(version.value).had
@@ -148,7 +151,8 @@ class Registry:
 
     async def holdings(self) -> Sequence[Holding]:
         """Return what counts of the scope: who owns and waits for what, the oldest first."""
-        return sorted(await self._live(), key=lambda one: (one.since, one.session))
+        live = [one for one in await self._live() if not one.is_idle]
+        return sorted(live, key=lambda one: (one.since, one.session))
 
     async def sweep(self) -> Sequence[Write]:
         """Return what a commit must write to be rid of all that claims which are over have left."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,7 +104,7 @@ def _number(argument: Argument, value: Any) -> float:
             raise _odd(argument, "a version: a number from 0 on")
         return value
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not 0 <= value <= LONGEST_WAIT:
+    if not is_number or not 0 <= value <= LONGEST_WAIT:
         raise _odd(argument, f"seconds, from 0 to {LONGEST_WAIT:g}")
     return float(value)
 

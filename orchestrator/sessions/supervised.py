@@ -118,8 +118,9 @@ async def wait_released(lock: Path, timeout: float) -> None:  # noqa: ASYNC109  
     """
     if not await anyio.Path(lock).exists():
         return
-    async with FileLock(lock).hold(timeout):
-        pass
+    with suppress(FileNotFoundError):  # whoever else sees to that session has just removed all that was left of it
+        async with FileLock(lock).hold(timeout):
+            pass
 
 
 @asynccontextmanager

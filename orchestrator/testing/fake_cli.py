@@ -13,6 +13,7 @@ PHASE` only in that phase of the task's workflow.
     discard PATH         remove it if it is there
     exit CODE TEXT…      say something, then end  flood BYTES       print that many bytes
     hang                 never end                stubborn          ignore SIGTERM and SIGINT from here on
+    await PATH           wait until there is such a file
     keep-prompt          print the whole prompt       tick TIMES SECONDS   print, and wait, so many times
     daemon PATH          leave a process behind that has a session of its own and no environment, ignores
                          SIGTERM, and appends to PATH for ever
@@ -129,6 +130,9 @@ def _step(words: list[str], rest: str) -> None:
             for _ in range(int(times)):
                 print("tick", flush=True)
                 time.sleep(float(seconds))
+        case ["await", path]:
+            while not Path(path).exists():
+                time.sleep(0.02)
         case ["hang"]:
             while True:
                 time.sleep(3600)

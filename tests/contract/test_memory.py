@@ -52,6 +52,25 @@ async def test_of_too_many_the_oldest_go(memory: Memory, clock: ManualClock, mon
     assert [one.text for one in await memory.all()] == ["note 2", "note 3", "note 4"]
 
 
+async def test_of_too_many_of_one_task_its_own_go(
+    memory: Memory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever leaves notes without end takes no other task's away."""
+    monkeypatch.setattr("orchestrator.engine.memory.MOST_OF_TASK", 2)
+    await memory.leave(WEB, "of another")
+    for number in range(5):
+        clock.advance(0.002)
+        await memory.leave(API, f"note {number}")
+    assert [one.text for one in await memory.all()] == ["of another", "note 3", "note 4"]
+
+
+async def test_no_more_is_looked_for_than_a_note_can_name(memory: Memory) -> None:
+    """What patterns have in common takes as long as both together are."""
+    for paths, why in ((["a"] * 51, "51 paths"), (["*" * 1001], "1001 characters"), (["a" * 999] * 3, "2997 char")):
+        with pytest.raises(RefusedError, match=why):
+            await memory.find(paths=paths)
+
+
 async def test_many_at_once_all_stay(memory: Memory) -> None:
     """Nobody's note takes another's place."""
     async with anyio.create_task_group() as group:
@@ -69,6 +88,7 @@ async def test_many_at_once_all_stay(memory: Memory) -> None:
         ("x", " ", [], "0 characters"),
         ("x", None, ["a"] * 51, "51 paths, 50 fit"),
         ("x", None, ["a" * 1001], "1001 characters"),
+        ("x", None, [f"{number}{'a' * 900}" for number in range(3)], "2703 characters, 2000 fit"),
         ("x", None, ["../a"], "no path to own"),
     ],
 )

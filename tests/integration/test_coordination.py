@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import anyio
+import pytest
 
 from orchestrator.domain.contexts import SessionStatus
 from orchestrator.repo.hub import internal_ref
@@ -132,11 +133,14 @@ async def test_merge_lock_coordination(repository: Repository, tmp_path: Path) -
         assert (team.yard.top / "web.py").exists()
 
 
-async def test_update_and_read_context(repository: Repository, tmp_path: Path) -> None:
+@pytest.mark.parametrize("progress", [50, "50", "50%"])
+async def test_update_and_read_context(repository: Repository, tmp_path: Path, progress: int | str) -> None:
     """What a session reports, the others are told, by whichever process they are run."""
     async with team_at(repository, tmp_path) as team:
         first, second = await team.join("auth"), await team.join("web")
-        await team.ask(first, "report", status="working", file="src/api.py", message="adds an endpoint", progress=50)
+        await team.ask(
+            first, "report", status="working", file="src/api.py", message="adds an endpoint", progress=progress
+        )
         peers = (await team.ask(second, "peers"))["peers"]
         assert [(one["task"], one["is_me"]) for one in peers] == [("auth", False), ("web", True)]
         told = {name: peers[0][name] for name in ("status", "file", "message", "progress", "adapter")}

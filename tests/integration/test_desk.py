@@ -11,11 +11,12 @@ import pytest
 
 from orchestrator.client.commands import LARGEST_HANDOFF
 from orchestrator.domain.contexts import SessionStatus
+from orchestrator.domain.holdings import LONGEST_OWNED, MOST_OWNED
 from orchestrator.engine.details import LONGEST_DIFF
 from orchestrator.errors import RefusedError
 from orchestrator.locking.files import FileLocks
 from orchestrator.locking.registry import claim_key
-from orchestrator.protocols import Commit, Write
+from orchestrator.protocols import Commit, Guard, Write
 from orchestrator.state.reading import between
 from tests.conftest import Repository
 from tests.team import SECRET, team_at
@@ -61,6 +62,23 @@ async def test_names_with_special_characters_are_taken_as_they_are(repository: R
         await team.ask(first, "lock", paths=["src/[id].tsx", "src/*.py"])
         assert await team.ask(second, "lock", paths=["src/i.tsx", "src/a.py"], wait=0)
         assert "owns src/[[]id].tsx" in await team.refused(second, "lock", paths=["src/[id].tsx"], wait=0)
+        assert await team.ask(first, "lock", paths=["back\\slash"]) == {"locked": ["back\\slash"]}
+        assert "owns back?slash" in await team.refused(second, "lock", paths=["back\\slash"], wait=0)
+
+
+async def test_a_session_can_not_take_without_end(repository: Repository, tmp_path: Path) -> None:
+    """Neither by many locks nor by giving each back: its record is written anew with each. Others are not held up."""
+    async with team_at(repository, tmp_path) as team:
+        first, second = await team.join("auth"), await team.join("web")
+        for number in range(0, MOST_OWNED, 200):
+            paths = [f"{number + one}" for one in range(200)]
+            await team.ask(first, "lock", paths=paths)
+            await team.ask(first, "unlock", paths=paths[1:])
+        assert f"{MOST_OWNED} of {LONGEST_OWNED} fit" in await team.refused(first, "lock", paths=["more"])
+        assert len(team.files.held(first)) == MOST_OWNED // 200
+        assert await team.ask(first, "lock", paths=["1"])
+        assert await team.ask(second, "lock", paths=["more", "2"])
+        assert "characters" in await team.refused(second, "lock", paths=[f"{n}/{'x' * 3000}" for n in range(100)])
 
 
 async def test_what_the_second_layer_refuses_is_undone_in_the_first(repository: Repository, tmp_path: Path) -> None:
@@ -205,6 +223,30 @@ async def test_notes_are_left_and_found(repository: Repository, tmp_path: Path) 
         assert "has no text" in await team.refused(first, "note", text=" ")
 
 
+async def test_what_takes_long_is_answered_one_at_a_time(repository: Repository, tmp_path: Path) -> None:
+    """Who asks for much at once waits for itself alone, and holds nobody else up."""
+    async with team_at(repository, tmp_path) as team:
+        session = await team.join("auth")
+        for number in range(5):
+            await team.ask(session, "note", text="x", paths=["*a" * 200 + str(number)])
+        done: list[float] = []
+        others = 0
+
+        async def look() -> None:
+            await team.ask(session, "notes", paths=["*a" * 200 + "?"])
+            done.append(anyio.current_time())
+
+        begin = anyio.current_time()
+        async with anyio.create_task_group() as group:
+            for _ in range(3):
+                group.start_soon(look)
+            while len(done) < 3:
+                await anyio.sleep(0)
+                others += 1
+        assert done[0] - begin < (done[-1] - begin) / 2
+        assert others > 500
+
+
 async def test_who_was_taken_over_is_told_to_end(repository: Repository, tmp_path: Path) -> None:
     """Whatever it wants to write is refused, and nothing of it is written."""
     async with team_at(repository, tmp_path) as team:
@@ -222,6 +264,33 @@ async def test_who_was_taken_over_is_told_to_end(repository: Repository, tmp_pat
         assert await team.memory.all() == []
         await team.desk.leave(session)
         assert (await team.context(session)).message is None
+
+
+async def test_who_was_taken_over_is_refused_also_once_this_process_knows(
+    repository: Repository, tmp_path: Path
+) -> None:
+    """It has seen in the log that the claim is another's, or has the task once more: neither is that session's."""
+    async with team_at(repository, tmp_path) as team:
+        session = await team.join("auth")
+        await team.ask(session, "lock", paths=["a.py"])
+        await team.store.commit(Commit([Write(claim_key(session), 1, {"epoch": 2, "released": None})]))
+        for now in (None, Guard(claim_key(session), 2)):
+            team.claims.pop(session)
+            if now is not None:
+                team.claims[session] = now
+            for command, arguments in (
+                ("lock", {"paths": ["b.py"]}),
+                ("report", {"message": "x"}),
+                ("note", {"text": "x"}),
+            ):
+                told = await team.refused(session, command, **arguments)
+                assert told.startswith("task auth was taken over by another process: end here"), (command, now)
+            team.claims[session] = Guard(claim_key(session), 2)
+        assert await team.memory.all() == []
+        assert (await team.context(session)).message is None
+        await team.desk.leave(session)
+        assert team.files.held() == []
+        assert await team.owned() == {}
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,17 @@ import anyio
 import pytest
 
 from orchestrator.clock import Clock
+from orchestrator.domain.claims import Role
 from orchestrator.domain.holdings import HeldBy as OwnedBy
 from orchestrator.domain.lifecycle import Trigger
-from orchestrator.domain.model import Attempt, TaskStatus
+from orchestrator.domain.model import AdapterDocument, Attempt, TaskStatus
 from orchestrator.domain.secrets import Redactor
-from orchestrator.engine.ledger import Ledger, Moved, Outdated, Update
+from orchestrator.engine.ledger import Learned, Ledger, Moved, Outdated, Update
 from orchestrator.engine.records import seed
+from orchestrator.engine.requests import cancel, revive
+from orchestrator.errors import RunAtWork
 from orchestrator.locking.claims import HeldBy
+from orchestrator.locking.orchestrators import this_process
 from orchestrator.protocols import Commit, Document, Key, Store
 from orchestrator.state.memory import MemoryStore
 from orchestrator.testing.clock import ManualClock
@@ -33,25 +37,56 @@ async def two_ledgers(store: Store, clock: Clock, folder: Path) -> list[Ledger]:
     """Return a new run as each of two orchestrators has it."""
     run = run_document(folder)
     await seed(store, run, {task: task_spec(task, "Do it.") for task in run.tasks})
-    return [
-        await Ledger.join(store, clock, Redactor([]), orchestrators(store, clock, run.id, alone=False), {})
-        for _ in range(2)
-    ]
+    return [await join(store, clock, run.id) for _ in range(2)]
 
 
-class Watched(MemoryStore):
-    """A store in which something happens before a claim is looked at, and all else that can before it is given back."""
+async def join(store: Store, clock: Clock, run: str) -> Ledger:
+    """Return a run as one more orchestrator has it, which is a worker."""
+    others = orchestrators(store, clock, run, alone=False, me=this_process(Role.WORKER))
+    return await Ledger.join(store, clock, Redactor([]), others, {})
 
-    def __init__(self, clock: Clock) -> None:
+
+async def coordinator_and_worker(store: Store, clock: Clock, folder: Path) -> tuple[Ledger, Ledger]:
+    """Return a new run as its coordinator has it, and as a worker has it."""
+    run = run_document(folder)
+    await seed(store, run, {task: task_spec(task, "Do it.") for task in run.tasks})
+    others = orchestrators(store, clock, run.id, alone=False)
+    return await Ledger.take(store, clock, Redactor([]), others, {}), await join(store, clock, run.id)
+
+
+class Overtaken(MemoryStore):
+    """A store in which somebody else is quicker, once.
+
+    That is with what comes with an event of some type, or before a document of some kind is looked at.
+    """
+
+    def __init__(self, clock: Clock, what: str) -> None:
         super().__init__(clock)
-        self.is_giving_back = anyio.Event()
-        self.before_claim: Callable[[], Awaitable[None]] | None = None
+        self._what = what
+        self.quicker: Callable[[], Awaitable[object]] | None = None
 
     async def get(self, key: Key) -> Document | None:
-        if key.kind == "claim" and self.before_claim is not None:
-            happens, self.before_claim = self.before_claim, None
-            await happens()
+        if key.kind == self._what:
+            await self._overtake()
         return await super().get(key)
+
+    async def commit(self, commit: Commit) -> int:
+        if any(event.type == self._what for event in commit.events):
+            await self._overtake()
+        return await super().commit(commit)
+
+    async def _overtake(self) -> None:
+        if self.quicker is not None:
+            quicker, self.quicker = self.quicker, None
+            await quicker()
+
+
+class Watched(Overtaken):
+    """One in which all else happens that can before a claim is given back, and before one is looked at."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock, "claim")
+        self.is_giving_back = anyio.Event()
 
     async def commit(self, commit: Commit) -> int:
         if any(event.type == "claim.released" for event in commit.events):
@@ -84,7 +119,7 @@ async def test_who_looks_where_a_task_is_still_hears_that_another_moved_it(
                 assert (await anext(changes)).task == "models"
             await theirs.change("models", Trigger.BUILD, commit=NEW)
             if is_looked_meanwhile:
-                store.before_claim = land
+                store.quicker = land
             else:
                 await land()
             async with anyio.create_task_group() as group:
@@ -121,3 +156,95 @@ async def test_what_another_has_tried_meanwhile_is_not_started_as_it_was_before(
     status = theirs.task("models").status
     assert await start(ours, "models") == Moved(status)
     assert ours.task("models") == theirs.task("models")
+
+
+async def test_who_learns_of_an_adapter_at_the_same_time_as_another_judges_anew(tmp_path: Path) -> None:
+    """Of two sessions of one limit, in two processes, the later one sees that it is known."""
+    clock = ManualClock()
+    store = Overtaken(clock, "adapter.parked")
+    ours, theirs = await two_ledgers(store, clock, tmp_path)
+
+    def judge(known: AdapterDocument) -> Learned | None:
+        return None if known.parks else Learned(AdapterDocument(parked_until=60.0, parks=1), "adapter.parked", {})
+
+    store.quicker = lambda: theirs.learn("fixer", judge)
+    assert await ours.learn("fixer", judge) == (AdapterDocument(parked_until=60.0, parks=1), False)
+    assert (await ours.adapter("fixer")).parks == 1
+
+
+async def test_a_task_is_cancelled_that_another_has_just_begun(tmp_path: Path) -> None:
+    """It was pending when it was last looked at: the coordinator takes it, and the other is told when it goes on."""
+    clock = ManualClock()
+    ours, theirs = await coordinator_and_worker(MemoryStore(clock), clock, tmp_path)
+    assert await start(theirs, "models") is None
+    assert await cancel(ours, "models")
+    assert ours.task("models").status is TaskStatus.CANCELLED
+    assert ours.claims is not None
+    claim = await ours.claims.read("models")
+    assert claim is not None
+    assert claim.released is not None
+    await theirs.refresh("models")
+    assert theirs.claims is not None
+    assert "models" not in theirs.claims
+
+
+async def test_a_task_is_cancelled_that_another_has_just_given_back(tmp_path: Path) -> None:
+    """It was at work elsewhere when it was last looked at."""
+    clock = ManualClock()
+    ours, theirs = await coordinator_and_worker(MemoryStore(clock), clock, tmp_path)
+    assert await start(theirs, "models") is None
+    await ours.refresh("models")
+    await theirs.change("models", Trigger.RETRY)
+    assert await cancel(ours, "models")
+    assert ours.task("models").status is TaskStatus.CANCELLED
+
+
+@pytest.mark.parametrize("seen", [TaskStatus.RUNNING, TaskStatus.LANDING])
+async def test_a_task_that_another_is_just_landing_is_not_cancelled(tmp_path: Path, seen: TaskStatus) -> None:
+    """Whoever has begun that brings it to its end, be it that the task was yet at work when it was last looked at."""
+    clock = ManualClock()
+    ours, theirs = await coordinator_and_worker(MemoryStore(clock), clock, tmp_path)
+    assert await start(theirs, "models") is None
+    await ours.refresh("models")
+    await theirs.change("models", Trigger.BUILD, commit=NEW)
+    await theirs.change("models", Trigger.INTEND)
+    if seen is TaskStatus.LANDING:
+        await ours.refresh("models")
+    assert ours.task("models").status is seen
+    assert not await cancel(ours, "models")
+    await theirs.change("models", Trigger.LAND, landed=NEW)
+    assert not await cancel(ours, "models")
+
+
+async def test_a_task_is_not_tried_again_that_another_has_just_found_landed(tmp_path: Path) -> None:
+    """It had failed when it was last looked at."""
+    clock = ManualClock()
+    ours, theirs = await coordinator_and_worker(MemoryStore(clock), clock, tmp_path)
+    assert await start(ours, "models") is None
+    await ours.change("models", Trigger.FAIL)
+    await theirs.refresh("models")
+    await theirs.change("models", Trigger.ADOPT, landed=NEW)
+    assert not await revive(ours, "models")
+    assert ours.task("models").status is TaskStatus.LANDED
+
+
+async def test_who_takes_a_run_when_another_becomes_its_coordinator_is_told_who_that_is(tmp_path: Path) -> None:
+    """The other was quicker by a moment."""
+    clock = ManualClock()
+    store = Overtaken(clock, "run.claimed")
+    theirs, _ = await two_ledgers(store, clock, tmp_path)
+    store.quicker = theirs.campaign
+    run = theirs.run.id
+    with pytest.raises(RunAtWork, match=f"under process {theirs.orchestrators.me.pid}"):
+        await Ledger.take(store, clock, Redactor([]), orchestrators(store, clock, run, alone=False), {})
+
+
+async def test_of_two_who_find_that_nobody_coordinates_one_does(tmp_path: Path) -> None:
+    """The other has looked before, and is not the later one that takes it over from who lives."""
+    clock = ManualClock()
+    store = Overtaken(clock, "run")
+    ours, theirs = await two_ledgers(store, clock, tmp_path)
+    store.quicker = theirs.campaign
+    assert not await ours.campaign()
+    assert theirs.coordinates.is_set()
+    await theirs.note("run.waiting", {})

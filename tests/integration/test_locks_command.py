@@ -126,6 +126,20 @@ async def test_broken_ownership_is_free_and_its_owner_gives_its_files_back(repos
         assert (again.code, "nobody holds" in again.result["error"]) == (2, True)
 
 
+async def test_what_was_broken_is_nothing_that_its_owner_had(repository: Repository) -> None:
+    """Else it could land what it changes there; what it had given back before it may have changed with right."""
+    async with opened(repository) as store:
+        registry, guard = Registry(store, SystemClock(), "0" * 16), await claim(store, ADA)
+        await registry.take(ADA, ["a", "b"], orchestrator="o1", claim=guard)
+        await registry.give_back(ADA, ["a"], guard)
+        assert broken(repository, "ownership/r/ada.1").code == 0
+        assert await registry.had(ADA) == ("a",)
+        assert await registry.take(BOB, ["b"], orchestrator="o1", claim=await claim(store, BOB)) is None
+        await registry.take(ADA, ["c"], orchestrator="o1", claim=guard)
+        await store.commit(Commit(await registry.release(ADA)))
+        assert await registry.had(ADA) == ("a", "c")
+
+
 async def test_a_broken_file_lock_is_given_back_by_its_process(repository: Repository) -> None:
     """That one file alone; of a dead process there is nothing to break, and the sentence says so."""
     async with opened(repository) as store:

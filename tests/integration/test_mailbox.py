@@ -268,6 +268,7 @@ REFUSED: list[tuple[Any, dict[str, Any]]] = [
     ("lock", {"paths": ["a"], "wait": True}),
     ("lock", {"paths": ["a"], "wait": float("nan")}),
     ("lock", {"paths": ["a"], "wait": 1e9}),
+    ("lock", {"paths": ["a"], "wait": 10**400}),
     ("report", {"status": "asleep"}),
     ("note", {"text": " "}),
     ("share_put", {"key": "k"}),
@@ -322,6 +323,14 @@ async def test_a_request_that_is_too_large_is_refused(site: Site) -> None:
         answer = await anyio.to_thread.run_sync(caller.say, b"x" * (LARGEST_REQUEST + 1))
         assert "larger than" in answer["error"]
         assert (await anyio.to_thread.run_sync(caller.say, caller.line("peers")))["ok"] is True
+
+
+async def test_who_types_too_much_is_told_so(site: Site) -> None:
+    """And not that nobody answers; JSON makes more of what is typed."""
+    async with site.session() as (worktree, mailbox):
+        argv = ["council", "note", "\u00e9" * 30_000]
+        code, said = await site.run(SandboxKind.OFF, worktree, mailbox, argv)
+    assert (code, f"{LARGEST_REQUEST} fit: ask for less at once" in said) == (1, True), said
 
 
 async def test_a_fault_of_the_desk_is_told_and_kept(site: Site) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator.clock import SystemClock
+from orchestrator.domain.holdings import LONGEST_OWNED, MOST_OWNED
 from orchestrator.domain.sessions import SessionName
+from orchestrator.engine.borders import Escape
 from orchestrator.locking.registry import Registry, claim_key, scope_of
 from orchestrator.project import Project
 from orchestrator.protocols import Commit, Guard, Write
 from orchestrator.repo.site import find_site
 from orchestrator.state.file import FileStore
 from tests.conftest import Ended, Repository
+from tests.waiting import wait_for
 
 DEFAULTS = {"backoff": {"initial": "10ms", "max": "10ms", "jitter": False}, "timeout": "60s"}
 
@@ -97,6 +102,64 @@ async def test_extend_lands_what_nobody_else_owns(repository: Repository) -> Non
     ended = run(repository, task)
     assert ended.states == {"t": "landed"}, ended
     assert [line["paths"] for line in events(ended, "task.ownership_extended")] == [["README.md"]]
+
+
+async def test_what_a_person_broke_away_does_not_land(repository: Repository) -> None:
+    """A session has locked a file and gone on with it though it is not its own any more."""
+    locked, freed = (repository.top.parent / name for name in ("locked", "freed"))
+    script = f"council lock README.md && touch {locked}; until [ -e {freed} ]; do sleep 0.05; done; echo x >> README.md"
+    adapter = {"use": "command", "argv": ["sh", "-c", script], "writable": [str(locked.parent)]}
+    task = {"id": "t", "prompt": "x", "owns": ["src/**"], "attempts": 1}
+    path = repository.configure([task], adapters={"odd": adapter})
+    running = repository.start("run", str(path), "--json")
+    wait_for(locked.exists)
+    (name,) = (one["name"] for one in repository.council("locks", "--json").result["locks"] if one["layer"] != "file")
+    assert repository.council("locks", "break", name, "--reason", "another needs it").code == 0
+    freed.touch()
+    running.communicate()
+    (failed,) = repository.council("status", "--json").result["tasks"]
+    assert (failed["state"], failed["failure"]) == ("failed", "escaped"), failed
+    assert "README.md" in failed["reason"]
+    await repository.assert_invariants()
+
+
+@pytest.mark.parametrize("name", [b"back\\slash", b"na\xefve", b"[star]*?", b"two\nlines"])
+async def test_extend_lands_whatever_a_file_is_called(repository: Repository, name: bytes) -> None:
+    """Also what no pattern can say; and nothing else of the run is held up by that."""
+    program = repository.top.parent / "odd.py"
+    program.write_text(f"open({name!r}, 'w').write('x')\n")
+    adapter = {"use": "command", "argv": [sys.executable, "-S", str(program)], "readable": [str(program.parent)]}
+    task = {"id": "t", "prompt": "x", "owns": ["src/**"], "on_escape": "extend", "attempts": 1}
+    ended = repository.council("run", str(repository.configure([task], adapters={"odd": adapter})), "--json")
+    assert ended.states == {"t": "landed"}, ended
+    landed = subprocess.run(
+        ["git", "ls-tree", "-z", "--name-only", "main"], cwd=repository.top, check=True, capture_output=True
+    )
+    assert name in landed.stdout.split(b"\0")
+    await repository.assert_invariants()
+
+
+async def test_extend_goes_back_where_there_are_too_many(repository: Repository) -> None:
+    """As many as no record should have; the reason says how many would fit."""
+    program = repository.top.parent / "many.py"
+    program.write_text(f"for n in range({MOST_OWNED + 1}): open(f'{{n}}.txt', 'w').write('x')\n")
+    adapter = {"use": "command", "argv": [sys.executable, "-S", str(program)], "readable": [str(program.parent)]}
+    task = {"id": "t", "prompt": "x", "owns": ["src/**"], "on_escape": "extend", "attempts": 1}
+    ended = repository.council("run", str(repository.configure([task], adapters={"many": adapter})), "--json")
+    assert ended.states == {"t": "failed"}, ended
+    assert f"{MOST_OWNED} of {LONGEST_OWNED} fit" in ended.result["tasks"][0]["reason"]
+    (failed,) = events(ended, "task.failed")
+    assert 0 < len(failed["paths"]) < MOST_OWNED
+    await repository.assert_invariants()
+
+
+def test_of_very_many_paths_some_are_told() -> None:
+    """A session may leave any number of files, and neither prompt nor record may grow with it; how many is said."""
+    escape = Escape(tuple(f"node_modules/{'d' * 100}/{number}" for number in range(100_000)), ("src/**",))
+    assert len(escape.told("mark")) < 100_000
+    assert '"node_modules' in escape.told("mark")
+    assert "and 99800 more\n[mark what the task may change]" in escape.told("mark")
+    assert len(escape.recorded) == 200
 
 
 @pytest.mark.parametrize("pattern", ["*.md", "other/**"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
+import shutil
 import signal
 import stat
 import subprocess
@@ -607,6 +608,25 @@ async def test_the_session_lock_is_held_as_long_as_the_session_lives(agent: Agen
 async def test_a_session_that_never_began_is_released(tmp_path: Path) -> None:
     """Where no lock was ever made there is nothing to wait for, and none is made."""
     await wait_released(tmp_path / "never" / "task.lock", timeout=0)
+
+
+async def test_a_lock_that_goes_while_it_is_looked_at_belongs_to_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process sees to the same session, and is done in between."""
+    lock = tmp_path / "session" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    exists = anyio.Path.exists
+
+    async def go_after_that(path: anyio.Path) -> bool:
+        is_there = await exists(path)
+        shutil.rmtree(lock.parent)
+        return is_there
+
+    monkeypatch.setattr(anyio.Path, "exists", go_after_that)
+    await wait_released(lock, timeout=0)
+    assert not lock.parent.exists()
     assert not (tmp_path / "never").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from orchestrator.project import Project
 from orchestrator.protocols import Event
 from orchestrator.state.file import FileStore
 from tests.command_server import Started
-from tests.conftest import Repository
+from tests.conftest import FAKE_CLI, Repository
 from tests.integration.test_scheduler import until_event
 from tests.waiting import wait_for
 
@@ -181,6 +182,60 @@ async def test_what_a_killed_process_left_of_a_session_that_is_over_goes_in_the_
     await repository.assert_invariants()
 
 
+@pytest.mark.parametrize("sweep", ["300ms", "60s"], ids=["found", "unnoticed"])
+@pytest.mark.parametrize("action", ["cancel", "retry"])
+async def test_what_is_asked_when_the_coordinator_is_gone_is_done(
+    repository: Repository, action: str, sweep: str
+) -> None:
+    """Whoever stands in for it does it; where nobody has noticed yet, the one who asks does, beside the others."""
+    gate = repository.spawns.parent / "gate"
+    tasks: list[dict[str, Any]] = [
+        {"id": "failed", "prompt": "attempt 1 exit 1\nwrite failed.txt x", "attempts": 1},
+        *({"id": name, "prompt": f"await {gate}\nwrite {name}.txt x"} for name in ("a", "b")),
+    ]
+    config = repository.configure(tasks, capacity=1, coordination={**QUICK, "sweep": sweep})
+    coordinator = repository.start("run", str(config), "--json")
+    wait_for(lambda: states(repository) == {"failed": "failed", "a": "running", "b": "pending"})
+    worker = repository.start("work", "--json")
+    wait_for(lambda: states(repository)["b"] == "running")
+    coordinator.send_signal(signal.SIGKILL)
+    coordinator.communicate()
+    if sweep == "300ms":
+        while [event.type for event in await happened(repository)].count("run.claimed") < 2:
+            pass
+    task = {"cancel": "b", "retry": "failed"}[action]
+    asked = repository.council(action, task)
+    gate.touch()
+    assert asked.code == 0, asked
+    assert ended(worker) == [int(action == "cancel")]
+    other = {"cancel": ("failed", "cancelled"), "retry": ("landed", "landed")}[action]
+    assert states(repository) == {"failed": other[0], "a": "landed", "b": other[1]}
+    assert repository.council("status", "--json").result["status"] in {"landed", "incomplete"}
+    assert [event.type for event in await happened(repository)].count("run.finished") == 1
+    await repository.assert_invariants()
+
+
+async def test_who_sees_too_late_that_the_run_is_over_does_not_end_it_again(repository: Repository) -> None:
+    """Its coordinator has recorded the end, told its sinks of it, and is gone."""
+    gate = repository.spawns.parent / "gate"
+    config = repository.configure(
+        [{"id": "a", "prompt": f"await {gate}\nwrite a.txt x"}],
+        coordination={**QUICK, "stale": "1m", "owner_stale": "1m"},
+    )
+    coordinator = repository.start("run", str(config), "--json")
+    wait_for(repository.spawns.exists)
+    worker = repository.start("work", "--json")
+    wait_for(lambda: "run.joined" in repository.council("state", "log", "--json").stdout)
+    worker.send_signal(signal.SIGSTOP)
+    gate.touch()
+    assert ended(coordinator) == [0]
+    worker.send_signal(signal.SIGCONT)
+    assert ended(worker) == [0]
+    names = Counter(event.type for event in await happened(repository))
+    assert (names["run.finished"], names["run.claimed"]) == (1, 1)
+    await assert_each_landed_once(repository, ["a"])
+
+
 async def test_nobody_joins_a_run_that_is_not_shared(repository: Repository) -> None:
     """The switch is off: there are no claims, and whoever asks is told what to write."""
     config = repository.configure([{"id": "a", "prompt": "hang"}], coordination={"enabled": False})
@@ -243,6 +298,33 @@ async def test_a_worker_alone_takes_a_run_to_its_end(repository: Repository) -> 
     status = repository.council("status", "--json").result
     assert status["status"] == "landed"
     await assert_each_landed_once(repository, [f"t{one}" for one in range(4)])
+
+
+async def test_who_lacks_a_program_leaves_the_end_of_a_run_to_others(repository: Repository) -> None:
+    """Nobody else is at work, and it coordinates: what it can't do is no end of the run, another still can."""
+    program = repository.spawns.parent / "an-agent"
+    script = f'#!/bin/sh\nexec {sys.executable} -S {FAKE_CLI} "$@"\n'
+    program.write_text(script)
+    program.chmod(0o755)
+    repository.environ["PATH"] = f"{program.parent}:{repository.environ['PATH']}"
+    agent = {
+        "use": "command",
+        "argv": [program.name, "{prompt_file}"],
+        "env": {"FAKE_CLI_LEDGER": str(repository.spawns)},
+    }
+    adapters = {"agent": {**agent, "writable": [str(repository.spawns.parent)]}}
+    config = repository.configure([{"id": "t", "prompt": "write t.txt x"}], adapters=adapters, coordination=QUICK)
+    assert repository.council("run", str(config), failpoints="attempt.recorded=kill").code == -signal.SIGKILL
+    run = repository.council("status", "--json").result["run"]
+    program.unlink()
+    repository.council("work", "--run", run)
+    assert "run.finished" not in repository.council("state", "log", "--json").stdout
+    assert repository.council("status", "--json").result["status"] == "interrupted"
+    program.write_text(script)
+    program.chmod(0o755)
+    assert repository.council("work", "--run", run).code == 0
+    assert states(repository) == {"t": "landed"}
+    await repository.assert_invariants()
 
 
 async def test_who_comes_last_records_the_end_of_a_run(repository: Repository) -> None:

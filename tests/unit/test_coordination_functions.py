@@ -9,7 +9,8 @@ from typing import Final
 from orchestrator.client.commands import LARGEST_HANDOFF, LARGEST_REQUEST, LARGEST_SHARED, LONGEST_WAIT
 from orchestrator.client.strict import DEEPEST
 from orchestrator.domain.contexts import LONGEST_MESSAGE, STALE_AFTER, SessionContext
-from orchestrator.domain.notes import LONGEST_BLOCK, LONGEST_TEXT, MOST_NOTES
+from orchestrator.domain.holdings import LONGEST_OWNED, MOST_OWNED
+from orchestrator.domain.notes import LONGEST_BLOCK, LONGEST_PATHS, LONGEST_TEXT, MOST_NOTES, MOST_OF_TASK
 from orchestrator.engine import details
 from orchestrator.engine.sharing import LONGEST_KEY, MOST_BYTES, MOST_KEYS, PATIENCE
 from tests.functions import FunctionsContract, check_test, rows, sections
@@ -65,12 +66,14 @@ def test_each_variable_is_one_of_the_example() -> None:
 
 
 def test_the_fields_of_a_record_and_the_bounds_are_those_of_the_code() -> None:
-    """Scope and process are for programs alone."""
+    """None is left out, and none is told that is not there."""
     told = {name for row in rows(sections(PAGE)["What a session is at"]) for name in re.findall(r"`(\w+)`", row[0])}
-    assert told == set(SessionContext.model_fields) - {"scope", "orchestrator"}
+    assert told == set(SessionContext.model_fields)
     text = " ".join(PAGE.split())
     assert (STALE_AFTER, LONGEST_MESSAGE) == (1800, 500)
-    for bound in (f"up to {LONGEST_TEXT // 1024} KiB", f"of {MOST_NOTES} the oldest", f"most {LONGEST_BLOCK:,} char"):
+    for bound in (f"up to {LONGEST_TEXT // 1024} KiB", f"Of {MOST_NOTES} the oldest", f"most {LONGEST_BLOCK:,} char",
+                  f"up to {LONGEST_PATHS:,} characters", f"task's {MOST_OF_TASK} ",
+                  f"{MOST_OWNED:,} paths of {LONGEST_OWNED:,} characters"):  # fmt: skip
         assert bound in text
     assert f"at most {LARGEST_SHARED >> 10} KiB; a run has up to {MOST_KEYS} of them, of {MOST_BYTES >> 20} MiB" in text
     assert f"up to {LONGEST_KEY} characters" in text

@@ -388,3 +388,24 @@ async def test_a_store_that_fails_is_the_runs_matter() -> None:
         async with bench.feeding(outlet(ear)):
             await anyio.sleep(0.05)
     assert ear.numbers == []
+
+
+async def test_whoever_else_has_fed_a_sink_the_rest_is_delivered() -> None:
+    """The cursor is written by another process in between, as where one stands in for a coordinator that is gone."""
+    bench, listener = Bench(), Listener()
+    key = cursor_key("r", "sink", "ear")
+    await bench.store.commit(Commit([Write(key, 0, {"position": 0})]))
+    async with bench.feeding(outlet(listener)):
+        await bench.happen()
+        await until(lambda: listener.numbers == [1])
+        while (cursor := await bench.store.get(key)) is None or cursor.value["position"] == 0:
+            await anyio.sleep(0.005)
+        await bench.store.commit(Commit([Write(key, cursor.version, cursor.value)]))
+        await bench.happen(2)
+        await until(lambda: listener.numbers == [1, 2, 3])
+        await bench.happen()
+        await until(lambda: listener.numbers == [1, 2, 3, 4])
+    written = await bench.store.get(key)
+    assert written is not None
+    assert written.value["position"] == (await bench.records())[-2].position
+    assert await bench.told() == []

@@ -1,0 +1,181 @@
+"""Of several processes in one run any is killed anywhere: the others finish, nothing is lost, repeated or left."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from orchestrator.clock import SystemClock
+from orchestrator.engine.records import read_requests
+from orchestrator.failpoints import FAILPOINTS
+from orchestrator.locking.orchestrators import read_orchestrators
+from orchestrator.project import Project
+from orchestrator.state.file import FileStore
+from tests.command_server import Started
+from tests.conftest import Repository
+from tests.crash.test_crashes import BESIDE, IN_RECOVERY, LEADS_TO, assert_told, chain_and_sides, configure
+from tests.integration.test_working_together import QUICK, assert_each_landed_once, ended, happened, states
+from tests.waiting import wait_for
+
+#: What only the coordinator reaches.
+COORDINATING: Final = frozenset({"run.seeded", "run.claimed", "run.finished", "sink.sent"})
+#: What only who stands in for another reaches.
+STANDING_IN: Final = IN_RECOVERY | {"claims.swept"}
+#: What a process reaches before the session of its first task is at work.
+EARLY: Final = frozenset(
+    {"attempt.recorded", "place.half_made", "place.moved", "worktree.half_built", "worktree.created", "session.spawned"}
+)
+#: Commits, of which each process makes many.
+COMMITS: Final = frozenset({"state.appended", "state.published"})
+ANYWHERE: Final = FAILPOINTS - BESIDE - COORDINATING - STANDING_IN | COMMITS
+#: The short form: one of the coordinator, one of a worker, one of who stands in for it.
+QUICKLY: Final = {
+    ("coordinator", "landing.pushed", 1),
+    ("worker", "adapter.parked", 1),
+    ("stand-in", "claims.swept", 1),
+}
+
+#: Whoever is dead is known to be by its lock, and who is only slow is left alone.
+PROVEN: Final = {**QUICK, "stale": "60s", "owner_stale": "60s"}
+
+#: Tasks that wait for a word of the test's: while a process has one, it starts no other.
+GATED: Final = ("first", "second", "third")
+COUNT: Final = 5
+
+
+@dataclass
+class Crew:
+    """Processes in one run, each of which begins with a task that waits until it may end."""
+
+    repository: Repository
+    processes: list[Started] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Write the config."""
+        tasks: list[dict[str, object]] = [
+            {
+                "id": task,
+                "prompt": f"await {self._gate(task)}\nwrite {task}.txt x",
+                "priority": 10,
+                "owns": [f"{task}.txt"],
+            }
+            for task in GATED
+        ]
+        self.tasks = [*GATED, *(f"t{one}" for one in range(COUNT))]
+        path = configure(self.repository, [*tasks, *chain_and_sides(COUNT)])
+        config = {**json.loads(path.read_text()), "capacity": 1, "coordination": PROVEN}
+        path.write_text(json.dumps(config))
+        self.config = path
+
+    def _gate(self, task: str) -> Path:
+        return self.repository.spawns.parent / f"gate-{task}"
+
+    def open(self, *tasks: str) -> None:
+        """Have tasks end that waited."""
+        for task in tasks:
+            self._gate(task).touch()
+
+    def run(self, failpoints: str = "") -> Started:
+        """Start the run; return once its process is at a session or dead."""
+        child = self.repository.start("run", str(self.config), "--json", failpoints=failpoints)
+        return self._added(child)
+
+    def work(self, failpoints: str = "") -> Started:
+        """Have one more process join; return once it is at a session or dead."""
+        child = self.repository.start("work", "--run", self.id, "--json", failpoints=failpoints)
+        return self._added(child)
+
+    def _added(self, child: Started) -> Started:
+        self.processes.append(child)
+        before = self.begun()
+        wait_for(lambda: self.begun() > before or child.poll() is not None)
+        return child
+
+    def begun(self) -> int:
+        """Return how many sessions have begun."""
+        spawns = self.repository.spawns
+        return len(spawns.read_text().splitlines()) if spawns.exists() else 0
+
+    @property
+    def id(self) -> str:
+        """The run's."""
+        return str(self.repository.council("status", "--json").result["run"])
+
+    async def claimed(self) -> int:
+        """Return how often somebody has become the coordinator."""
+        return sum(event.type == "run.claimed" for event in await happened(self.repository))
+
+
+def killed(child: Started) -> bool:
+    """Whether a process has been killed by now."""
+    return child.poll() == -signal.SIGKILL
+
+
+def cases() -> list[object]:
+    """Return who is killed where, at which time that it gets there."""
+    found = [("coordinator", name, 1 + (name in EARLY - {"place.half_made"})) for name in ANYWHERE | COORDINATING]
+    found += [("worker", name, 1) for name in ANYWHERE]
+    found += [("stand-in", name, 1) for name in STANDING_IN | COORDINATING - {"run.seeded"}]
+    found += [(who, name, hit) for who in ("coordinator", "worker") for name in COMMITS for hit in (20, 33)]
+    return [pytest.param(*one, marks=() if one in QUICKLY else pytest.mark.slow) for one in sorted(found)]
+
+
+@pytest.mark.parametrize(("who", "name", "hit"), cases())
+async def test_the_others_finish_what_one_left(repository: Repository, who: str, name: str, hit: int) -> None:
+    """One is killed at a failpoint while the others are at sessions: each task lands once, nothing is left."""
+    crew = Crew(repository)
+    spec = f"{name}=kill@{hit}"
+    if who == "stand-in":
+        first = crew.run(f"{LEADS_TO[name]}=kill" if LEADS_TO.get(name) == "landing.pushed" else "")
+        victim = crew.work(spec)
+        if LEADS_TO.get(name) == "landing.pushed":
+            crew.open("first")
+        else:
+            first.send_signal(signal.SIGKILL)
+        wait_for(lambda: killed(first))
+        while await crew.claimed() < 2 and not killed(victim):
+            pass
+        crew.work()
+        crew.open(*GATED)
+    else:
+        own = GATED[who == "worker"]
+        children = [crew.run(spec if who == "coordinator" else ""), crew.work(spec if who == "worker" else "")]
+        crew.work()
+        crew.open(own)
+        victim = children[who == "worker"]
+        if name == "run.finished":
+            crew.open(*GATED)
+    wait_for(lambda: victim.poll() is not None, 60)
+    assert killed(victim), victim.communicate()
+    crew.open(*GATED)
+    codes = ended(*crew.processes)
+    assert {code for code in codes if code != -signal.SIGKILL} <= {0}, [one.communicate() for one in crew.processes]
+    is_over = name == "run.finished"
+    if is_over:  # nobody was left to tell sinks of it: who comes next does
+        assert repository.council("resume").code == 0
+    await assert_finished(repository, crew.tasks, unended=int(is_over))
+
+
+async def assert_finished(repository: Repository, tasks: Sequence[str], *, unended: int = 0) -> None:
+    """Check that a run is over with every task landed once, and that nothing of its processes is left.
+
+    `unended` is how many were killed when the run was over, of which nobody has said since that they are gone.
+    """
+    status = repository.council("status", "--json").result
+    assert (status["status"], set(states(repository).values())) == ("landed", {"landed"})
+    await assert_each_landed_once(repository, tasks)
+    await assert_told(repository)
+    async with FileStore.open(Project(repository.top).own_state, SystemClock()) as store:
+        crew = (await read_orchestrators(store, status["run"])).values()
+        assert sum(one.ended is None for one in crew) == unended
+        assert await read_requests(store, status["run"]) == []
+    assert repository.council("locks", "--json").result["locks"] == []
+    left = repository.council("clean", "--dry-run", "--json").result["found"]
+    assert [one for one in left if one["standing"] != "ready"] == []
+    assert repository.council("state", "verify").code == 0
