@@ -17,8 +17,9 @@ from orchestrator.domain.claims import Role, Timing
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import Attempt, Intent, RunDocument
 from orchestrator.domain.secrets import Redactor
-from orchestrator.engine.ledger import Ledger, Update
+from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.records import seed
+from orchestrator.engine.steps import Update
 from orchestrator.locking.life_locks import LifeLocks
 from orchestrator.locking.orchestrators import Orchestrators, this_process
 from orchestrator.project import Project

@@ -21,9 +21,10 @@ from orchestrator.domain.retry import park_until, retry_delay
 from orchestrator.domain.sessions import SessionName
 from orchestrator.engine.budgets import Budgets, Reached
 from orchestrator.engine.details import Workplace
-from orchestrator.engine.ledger import Learned, Ledger, Outdated, Update
+from orchestrator.engine.ledger import Learned, Ledger, Outdated
 from orchestrator.engine.phasing import Concluded, Ended, Phasing, Rest, Turn
 from orchestrator.engine.starting_points import Start, StartingPoints
+from orchestrator.engine.steps import Update
 from orchestrator.engine.workshop import Workshop
 from orchestrator.errors import ClaimLost, HandoffBroken, RefusedError
 from orchestrator.failpoints import failpoint

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import anyio
 
 from orchestrator.clock import Clock
-from orchestrator.domain.claims import Release
 from orchestrator.domain.dispatch import Entry
 from orchestrator.domain.handoffs import Handoff
 from orchestrator.domain.holdings import HeldBy as OwnedBy
-from orchestrator.domain.lifecycle import TRANSITIONS, Trigger, advance
+from orchestrator.domain.lifecycle import TRANSITIONS, Trigger
 from orchestrator.domain.model import CLAIMED, AdapterDocument, Request, RunDocument, TaskDocument, TaskStatus
-from orchestrator.domain.workflow import Phase, Workflow, closed, phase_events
+from orchestrator.domain.workflow import Phase, Workflow
 from orchestrator.engine.coordinator import next_lease, other_coordinator
 from orchestrator.engine.recordable import recordable
 from orchestrator.engine.records import (
@@ -35,6 +34,7 @@ from orchestrator.engine.records import (
     task_documents,
     task_key,
 )
+from orchestrator.engine.steps import RELEASES, Step, Update, step
 from orchestrator.errors import ClaimLost, HistoryGone, LeaseLost, RefusedError, RunAtWork, VersionConflict
 from orchestrator.failpoints import failpoint
 from orchestrator.locking.claims import Claims, HeldBy
@@ -46,78 +46,11 @@ if TYPE_CHECKING:
     from orchestrator.config.model import TaskSpec
     from orchestrator.domain.secrets import Redactor
 
-#: The event that each change of a task is recorded with.
-TASK_EVENTS: Mapping[Trigger, str] = {
-    Trigger.START: "task.started",
-    Trigger.RETRY: "task.retrying",
-    Trigger.HOLD: "task.held",
-    Trigger.INTERRUPT: "task.interrupted",
-    Trigger.FAIL: "task.failed",
-    Trigger.IDLE: "task.no_change",
-    Trigger.BUILD: "task.queued",
-    Trigger.ADVANCE: "task.advanced",
-    Trigger.EXPAND: "task.expanded",
-    Trigger.REPEAT: "task.repeating",
-    Trigger.ASK: "task.waiting",
-    Trigger.APPROVE: "task.approved",
-    Trigger.SEND_BACK: "task.sent_back",
-    Trigger.QUEUE: "task.queued",
-    Trigger.FINISH: "task.done",
-    Trigger.CHECK: "task.checking",
-    Trigger.REQUEUE: "task.requeued",
-    Trigger.BOUNCE: "task.retrying",
-    Trigger.REJECT: "task.failed",
-    Trigger.INTEND: "task.landing",
-    Trigger.UNDO: "task.landing_undone",
-    Trigger.DEFER: "task.deferred",
-    Trigger.CONFLICT: "task.conflict",
-    Trigger.ADOPT: "task.landed",
-    Trigger.LAND: "task.landed",
-    Trigger.LOSE: "task.failed",
-    Trigger.DISTRUST: "task.failed",
-    Trigger.CANCEL: "task.cancelled",
-    Trigger.IGNORE: "task.ignored",
-    Trigger.REVIVE: "task.revived",
-}
-
-
-#: What each status in which a task is nobody's makes of the claim on it.
-_RELEASES: Mapping[TaskStatus, Release] = {
-    TaskStatus.PENDING: Release.ABANDONED,
-    TaskStatus.WAITING: Release.ABANDONED,
-    TaskStatus.DONE: Release.COMPLETE,
-    TaskStatus.CANCELLED: Release.ABANDONED,
-    TaskStatus.LANDED: Release.COMPLETE,
-    TaskStatus.NO_CHANGE: Release.COMPLETE,
-    TaskStatus.CONFLICT: Release.FAILED,
-    TaskStatus.FAILED: Release.FAILED,
-}
-
 #: How many of the checkpoints stay that a run makes by the clock.
 KEPT_CHECKPOINTS = 12
 
 #: What a commit that starts an attempt must also write, or who is in the way.
 Plan = Awaitable["Sequence[Write] | OwnedBy | Outdated"]
-
-
-class Update(NamedTuple):
-    """What an event says of a task, and which fields of its document change; and what else is written with that."""
-
-    details: JsonObject
-    changes: Mapping[str, Any]
-    writes: Sequence[Write] = ()
-    events: Sequence[tuple[str, JsonObject]] = ()
-    """Their types, and what they say beside the run."""
-    tasks: Mapping[str, TaskSpec] = {}
-    """The tasks that are added to the run, behind this one: what its plan became."""
-
-
-class _Step(NamedTuple):
-    """One step of a task along its lifecycle, and what a commit records it with."""
-
-    after: TaskDocument
-    writes: Sequence[Write]
-    events: Sequence[Event]
 
 
 class Learned(NamedTuple):
@@ -349,7 +282,7 @@ class Ledger:
 
         ClaimLost where another has taken one of them over.
         """
-        writes, guards, steps = list[Write](), list(permits), dict[str, _Step]()
+        writes, guards, steps = list[Write](), list(permits), dict[str, Step]()
         for task, update in updates.items():
             if self.is_elsewhere(task) or (self._tasks[task].status, trigger) not in TRANSITIONS:
                 await self.hold(task)
@@ -361,7 +294,7 @@ class Ledger:
                     counts = trigger in {Trigger.RETRY, Trigger.BOUNCE}
                     ending = self.claims.ending(
                         task,
-                        _RELEASES[status],
+                        RELEASES[status],
                         step.after.reason,
                         counts=counts,
                         afresh=trigger in {Trigger.ADVANCE, Trigger.EXPAND},
@@ -512,14 +445,14 @@ class Ledger:
             if (status := self._tasks[task].status) in CLAIMED:
                 self._untold.pop(task, None)
                 return True
-            await self.claims.release(task, _RELEASES[status])  # it was over before
+            await self.claims.release(task, RELEASES[status])  # it was over before
             return False
 
     async def let_go(self, task: str) -> None:
         """Release the claim on a task that is nobody's where it stands: a checkpoint may have brought it back there."""
         document = self._tasks[task]
         if self.claims is not None and task in self.claims and document.status not in CLAIMED:
-            await self.claims.release(task, _RELEASES[document.status], document.reason)
+            await self.claims.release(task, RELEASES[document.status], document.reason)
 
     def is_elsewhere(self, task: str) -> bool:
         """Whether a task is at work, or waits to land, by another orchestrator."""
@@ -578,18 +511,9 @@ class Ledger:
         if self.claims is not None and after.status not in CLAIMED:
             self.claims.released(task)
 
-    def _step(self, task: str, trigger: Trigger, update: Update) -> _Step:
-        before = self._tasks[task]
-        changed = advance(f"task {task!r}", before, trigger, **update.changes)
-        changed = closed(changed, self._clock.now())
-        after = TaskDocument.model_validate(self._redacted(changed.model_dump(mode="json")))
-        attempt = {"attempt": after.attempt.number} if after.attempts else {}
-        own = (TASK_EVENTS[trigger], {"task": task, **attempt, **update.details})
-        phases = [(event, {"task": task, **facts}) for event, facts in phase_events(before.phases, after.phases)]
-        # In the order in which a person would tell it: what was handed over ends the phase, which moves the task.
-        told = [own, *phases, *update.events] if trigger is Trigger.START else [*update.events, *phases, own]
-        write = Write(task_key(self.run.id, task), self._versions[task], after.model_dump(mode="json"))
-        return _Step(after, [write, *update.writes], [self._event(event, facts) for event, facts in told])
+    def _step(self, task: str, trigger: Trigger, update: Update) -> Step:
+        key = task_key(self.run.id, task)
+        return step(key, self._tasks[task], self._versions[task], trigger, update, self._clock.now(), self._redactor)
 
     async def _tell_lost(self, tasks: Iterable[str]) -> None:
         """Raise the error that says by whom tasks were taken over, if they were."""

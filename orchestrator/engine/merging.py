@@ -24,7 +24,8 @@ from orchestrator.domain.model import CLAIMED, Intent, TaskStatus
 from orchestrator.domain.quoting import marked
 from orchestrator.domain.workflow import restarted
 from orchestrator.engine.borders import Borders, Escape
-from orchestrator.engine.ledger import Ledger, Update
+from orchestrator.engine.ledger import Ledger
+from orchestrator.engine.steps import Update
 from orchestrator.engine.workshop import Workshop
 from orchestrator.errors import ClaimLost, GitError, RefusedError
 from orchestrator.failpoints import failpoint

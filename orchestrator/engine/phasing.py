@@ -38,7 +38,7 @@ from orchestrator.domain.workflow import (
     work_before,
 )
 from orchestrator.engine.expanding import expanded, told, waiting_for
-from orchestrator.engine.ledger import Ledger, Update
+from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.phase_values import PhaseValues, phase_values
 from orchestrator.engine.prompting import (
     HandingOver,
@@ -52,6 +52,7 @@ from orchestrator.engine.prompting import (
     told_findings,
 )
 from orchestrator.engine.sharing import Sharing
+from orchestrator.engine.steps import Update
 from orchestrator.engine.workshop import Workshop
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject, Write

@@ -15,9 +15,10 @@ from orchestrator.domain.secrets import contains_key
 from orchestrator.domain.violations import Violation
 from orchestrator.domain.workflow import Phase, changed, restarted
 from orchestrator.engine.expanding import expanded, landed_parts, replaced_parts, told, waiting_for
-from orchestrator.engine.ledger import Ledger, Update
+from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.prompting import told_rejection
 from orchestrator.engine.records import request_key
+from orchestrator.engine.steps import Update
 from orchestrator.errors import ClaimLost, RefusedError, VersionConflict
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Commit, Event, Store, Write

@@ -15,9 +15,10 @@ from orchestrator.domain.holdings import HeldBy as OwnedBy
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import AdapterDocument, Attempt, TaskStatus
 from orchestrator.domain.secrets import Redactor
-from orchestrator.engine.ledger import Learned, Ledger, Moved, Outdated, Update
+from orchestrator.engine.ledger import Learned, Ledger, Moved, Outdated
 from orchestrator.engine.records import seed
 from orchestrator.engine.requests import cancel, revive
+from orchestrator.engine.steps import Update
 from orchestrator.errors import RunAtWork
 from orchestrator.locking.claims import HeldBy
 from orchestrator.locking.orchestrators import this_process

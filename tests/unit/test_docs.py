@@ -35,8 +35,8 @@ from orchestrator.config.schema import (
 )
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.model import TaskStatus
-from orchestrator.engine.ledger import TASK_EVENTS
 from orchestrator.engine.report import RunReport, RunStatus, TaskReport
+from orchestrator.engine.steps import TASK_EVENTS
 from orchestrator.outlets.checklist import Checklist, read_items
 from orchestrator.outlets.jsonlines import JsonLines
 from orchestrator.plugins import load_plugins
