@@ -8,8 +8,8 @@ from typing import Final, NamedTuple
 from orchestrator.config.document import Node
 from orchestrator.config.problems import Position, Problems, Vocabulary, shown
 from orchestrator.config.schema import PhaseSettings
+from orchestrator.domain.workflow import REVIEW
 
-REVIEW: Final = "review"
 PLAN: Final = "plan"
 
 

@@ -14,7 +14,7 @@ from orchestrator.domain.model import FINAL, TaskDocument, TaskStatus
 from orchestrator.domain.phase_context import kind_of
 from orchestrator.domain.phases import OPEN, PhaseRecord, PhaseStatus
 from orchestrator.domain.violations import Violation, found_by
-from orchestrator.domain.workflow import Phase, Workflow, latest
+from orchestrator.domain.workflow import Phase, Workflow, latest, verdict_of
 
 #: Seconds that a session may still run after it has said that it is done.
 IDLE_AFTER: Final = 300.0
@@ -146,8 +146,8 @@ def _outputs_are_there(facts: WorkflowFacts) -> Iterator[Violation]:
             what = f"it is {record.status}, and the {phase.produces} that it is to produce is not there"
             yield Violation("outputs.missing", place, what, _MENDED)
             continue
-        if record.verdict != handoff.data.get("verdict", record.verdict):
-            what = f"its verdict is {record.verdict!r}, that of what it handed over {handoff.data['verdict']!r}"
+        if record.verdict != (verdict := verdict_of(phase, handoff.data)):
+            what = f"its verdict is {record.verdict!r}, that of what it handed over {verdict!r}"
             yield Violation("outputs.verdict", place, what, _EDITED)
         yield from _data_fits(facts, place, phase, handoff)
 

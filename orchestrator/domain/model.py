@@ -129,6 +129,8 @@ class TaskDocument(_Document):
     attempts: tuple[Attempt, ...] = ()
     failures: int = 0
     """Attempts that ended in failure; those that were cut off by our own end do not count."""
+    bounces: int = 0
+    """How often what it built could not land, which no phase that is complete begins to count anew."""
     commit: str | None = None
     """What waits to land: the commit of the attempt that was built."""
     intent: Intent | None = None
@@ -152,6 +154,8 @@ class TaskDocument(_Document):
     """The phase that it is at, or is to enter next; None: none is left, or it has no workflow."""
     phases: tuple[PhaseRecord, ...] = ()
     """The phases that it was at, visit by visit."""
+    revived: int = 0
+    """How many of those visits were before a person last had it tried again."""
     built: int | None = None
     """The number of the attempt that built `commit`, where others came after it."""
     expanded: tuple[str, ...] = ()

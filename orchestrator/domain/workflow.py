@@ -85,6 +85,10 @@ class Phase(BaseModel):
 #: Ends of sessions that another turn of the same conversation is to mend.
 _MENDED: Final = frozenset({FailureClass.INVALID_HANDOFF, FailureClass.CHECKS_FAILED})
 
+#: The kind that says whether work is to go on, and how it says that it is not; nothing else sends work back.
+REVIEW: Final = "review"
+REJECTED: Final = "reject"
+
 #: What a task without a workflow does.
 BUILD: Final = Phase(name="build")
 PLAIN: Final = (BUILD,)
@@ -125,17 +129,25 @@ class Workflow:
         """Return the phases after one."""
         return self.phases[self.index(name) + 1 :]
 
-    def sent_back_to(self, name: str) -> Phase:
-        """Return the phase that a rejection by another goes back to: that which it names, or the last that writes."""
-        reviewer = self.phase(name)
-        if reviewer.on_reject is not None:
-            return self.phase(reviewer.on_reject)
-        earlier = self.before(name)
-        return next((one for one in reversed(earlier) if one.writes), earlier[-1] if earlier else reviewer)
+    def sent_back_to(self, name: str, task: TaskDocument) -> Phase:
+        """Return the phase that a task's rejection by another goes back to.
 
-    def mended_by(self) -> Phase:
-        """Return the phase that mends what can't land: the last that writes."""
-        return next(one for one in reversed(self.phases) if one.writes)
+        It is that which the other names, or the last one before it that writes. What was skipped can mend nothing.
+        """
+        reviewer, earlier = self.phase(name), self.before(name)
+        if reviewer.on_reject is not None and not _is_skipped(task, reviewer.on_reject):
+            return self.phase(reviewer.on_reject)
+        made = [one for one in earlier if not _is_skipped(task, one.name)]
+        return next((one for one in reversed(made) if one.writes), made[-1] if made else reviewer)
+
+    def builders(self, task: TaskDocument) -> Sequence[Phase]:
+        """Return the phases that write, but for those that a task has skipped."""
+        return [one for one in self.phases if one.writes and not _is_skipped(task, one.name)]
+
+
+def _is_skipped(task: TaskDocument, phase: str) -> bool:
+    record = latest(task, phase)
+    return record is not None and record.status is PhaseStatus.SKIPPED
 
 
 def latest(task: TaskDocument, phase: str) -> PhaseRecord | None:
@@ -158,6 +170,11 @@ def onward(
 def is_open(task: TaskDocument) -> bool:
     """Whether the last visit is not over."""
     return bool(task.phases) and task.phases[-1].status in OPEN
+
+
+def verdict_of(phase: Phase, data: Mapping[str, Any]) -> str | None:
+    """Return what a phase says of the work by what it hands over; None where it is no review."""
+    return data.get("verdict") if phase.produces == REVIEW else None
 
 
 def current(workflow: Workflow, task: TaskDocument) -> Phase | None:
@@ -281,9 +298,28 @@ def restarted(workflow: Workflow, task: TaskDocument, phase: str | None = None) 
     if task.expanded and task.phase is None and task.commit is None and not is_open(task):
         return {}  # it waits for what its plan became
     if task.phases and task.phases[-1].status in {PhaseStatus.COMPLETED, PhaseStatus.SKIPPED} and task.phase is None:
-        at = workflow.mended_by() if workflow.has_work else workflow.phases[-1]
-        return {"phase": at.name}
+        return {"phase": [*workflow.phases, *workflow.builders(task)][-1].name}
     return {"phase": task.phases[-1].phase if task.phases and task.phase is None else task.phase}
+
+
+def anew(workflow: Workflow, task: TaskDocument) -> dict[str, Any]:
+    """Return the changes to a task whose work is to be done anew, by all phases that made it."""
+    return restarted(workflow, task, workflow.builders(task)[0].name)
+
+
+def rejections(task: TaskDocument, phase: str) -> int:
+    """Return how often a phase has rejected a task's work, since a person last had that tried again."""
+    return sum(one.phase == phase and one.verdict == REJECTED for one in task.phases[task.revived :])
+
+
+def carried_on(workflow: Workflow, task: TaskDocument, phase: Phase) -> dict[str, Any]:
+    """Return where the next session begins once a phase is complete, where that is not what those before it built.
+
+    What a review has sent back to a phase that only reads is still what the next one that writes is to mend.
+    """
+    if phase.writes or not any(one.writes for one in workflow.after(phase.name)):
+        return {"start": None, "base": None}
+    return {"start": task.start, "base": task.base}
 
 
 def keeps_paths(task: TaskDocument) -> bool:

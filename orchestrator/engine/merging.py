@@ -22,7 +22,7 @@ from orchestrator.domain.failures import FailureClass, Policy, policy_of
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import CLAIMED, Intent, TaskStatus
 from orchestrator.domain.quoting import marked
-from orchestrator.domain.workflow import restarted
+from orchestrator.domain.workflow import anew, restarted
 from orchestrator.engine.borders import Borders, Escape
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.steps import Update
@@ -359,7 +359,7 @@ class MergeQueue:
         document, spec = self.ledger.task(task), await self.ledger.spec(task)
         is_retried = policy_of(FailureClass.CONFLICT, spec.retry_on) is Policy.RETRY
         if is_retried and document.failures + 1 < spec.attempts:
-            again = restarted(self.ledger.workflow(spec.workflow), document)
+            again = anew(self.ledger.workflow(spec.workflow), document)
             await self._reject(task, Trigger.BOUNCE, rejection, commit=None, built=None, **again)
         else:
             await self._reject(task, Trigger.CONFLICT, rejection, paths=conflict.paths)
@@ -379,7 +379,8 @@ class MergeQueue:
         facts = {"outcome": rejection.failure, "reason": reason, "check_log": rejection.check_log}
         attempts = document.with_attempt(number, **facts)
         details = {"outcome": rejection.failure, "reason": reason, "branch": branch, **rejection.facts}
-        changes |= {"failures": document.failures + 1, "attempts": attempts, "reason": reason, "branch": branch}
+        changes |= {"failures": document.failures + 1, "bounces": document.bounces + 1}
+        changes |= {"attempts": attempts, "reason": reason, "branch": branch}
         await self.ledger.change(task, trigger, details, **changes)
         failpoint("landing.bounced")
 

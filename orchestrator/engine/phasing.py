@@ -26,8 +26,10 @@ from orchestrator.domain.phases import Given, PhaseRecord, PhaseTrigger
 from orchestrator.domain.sessions import SessionName
 from orchestrator.domain.violations import Violation
 from orchestrator.domain.workflow import (
+    REJECTED,
     Phase,
     Workflow,
+    carried_on,
     changed,
     completed,
     current,
@@ -35,6 +37,8 @@ from orchestrator.domain.workflow import (
     goes_on_with,
     is_open,
     onward,
+    rejections,
+    verdict_of,
     work_before,
 )
 from orchestrator.engine.expanding import expanded, told, waiting_for
@@ -63,8 +67,6 @@ from orchestrator.sessions.transcript import Transcript
 
 #: How often a session is asked to mend what it handed over.
 REPAIRS: Final = 1
-#: What a phase can say of the work; one that rejects it sends it back.
-VERDICTS: Final = ("approve", "reject")
 #: What a phase is told that has no template.
 _AS_IT_IS: Final = "{{ task.prompt }}"
 #: Findings that a reason names.
@@ -332,12 +334,12 @@ class Phasing:
         tasks: Mapping[str, TaskSpec],
     ) -> Concluded | Failed:
         document, workflow, phase = self.ledger.task(task), turn.workflow, turn.phase
-        verdict = None if checked is None else checked.data.get("verdict")
-        if verdict in VERDICTS:
+        verdict = None if checked is None else verdict_of(phase, checked.data)
+        if verdict is not None:
             record["verdict"] = verdict
         outcome = "built" if session.commit is not None else "completed"
         handoff, following = None, None
-        if verdict != "reject":
+        if verdict != REJECTED:
             following = await self._following(task, spec, workflow, phase, checked)
         if checked is not None:
             made = await self._handoff(task, phase, following, session, checked)
@@ -347,8 +349,9 @@ class Phasing:
             record["handoff"] = handoff.id
         writes = [] if handoff is None else [self.ledger.handed_over(handoff)]
         events = [] if handoff is None else [_delivered(handoff)]
-        fresh: dict[str, Any] = {"failures": 0, "start": None, "base": None, "feedback": None}
-        if verdict == "reject" and checked is not None:
+        carried = carried_on(workflow, document, phase)
+        fresh: dict[str, Any] = {"failures": document.bounces, "feedback": None, **carried}
+        if verdict == REJECTED and checked is not None:
             return self._rejected(task, turn, checked, record, writes, events)
         if phase.approve:
             phases = changed(document, PhaseTrigger.ASK, **record)
@@ -400,22 +403,21 @@ class Phasing:
         """Send work back to the phase that a review names, with what it found."""
         document, phase = self.ledger.task(task), turn.phase
         findings = checked.data.get("findings") or checked.data.get("summary") or ""
-        before = sum(one.phase == phase.name and one.verdict == "reject" for one in document.phases)
         phases = changed(document, PhaseTrigger.COMPLETE, **record)
         reason = f"phase {phase.name!r} rejected the work: {in_words(findings)}"
-        if before >= phase.max_rounds:
+        if rejections(document, phase.name) >= phase.max_rounds:
             changes: dict[str, Any] = {"phases": phases, "phase": None, "failures": document.failures + 1}
             return Concluded(Trigger.FAIL, FailureClass.REJECTED, reason, {}, changes, writes, events)
-        back = turn.workflow.sent_back_to(phase.name)
+        back = turn.workflow.sent_back_to(phase.name, document)
         changes = {
             "phases": phases,
             "phase": back.name,
             "start": turn.start,
             "base": turn.base,
             "feedback": told_findings(phase.name, findings, secrets.token_hex(8)),
-            "failures": 0,
+            "failures": document.bounces,
         }
-        details = {"next": back.name, "verdict": "reject"}
+        details = {"next": back.name, "verdict": REJECTED}
         return Concluded(Trigger.REPEAT, "completed", reason, details, changes, writes, events)
 
     async def _handoff(

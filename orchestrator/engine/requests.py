@@ -180,10 +180,9 @@ async def revive(ledger: Ledger, task: str, phase: str | None = None) -> bool:
         again = restarted(workflow, document, phase)
         if replaced_parts(ledger, workflow, document, phase):
             again["expanded"] = landed_parts(ledger, document)
+        fresh = {"failures": 0, "bounces": 0, "revived": len(document.phases), "reason": None, "paths": ()}
         try:
-            await ledger.change(
-                task, Trigger.REVIVE, {}, ignored=None, failures=0, reason=None, paths=(), **work, **again
-            )
+            await ledger.change(task, Trigger.REVIVE, {}, ignored=None, **fresh, **work, **again)
         except _OVERTAKEN:
             await ledger.refresh(task)
         else:
@@ -233,8 +232,8 @@ async def send_back(ledger: Ledger, task: str, note: str | None) -> bool:
     changes = {
         "phases": changed(document, PhaseTrigger.REJECT, note=note, reason=reason),
         "phase": visit.phase,
-        "start": visit.commit,
-        "base": visit.base,
+        "start": visit.commit or document.start,
+        "base": visit.base if visit.commit else document.base,
         "feedback": told_rejection(note),
         "reason": reason,
     }

@@ -18,6 +18,7 @@ from orchestrator.config.model import RunConfig, used_adapters
 from orchestrator.config.templating import SUPPLIED, supplied_template
 from orchestrator.config.workflow_text import as_yaml, copied
 from orchestrator.config.workflows import supplied_phases
+from orchestrator.domain.model import TaskDocument
 from orchestrator.domain.workflow import Expansion, Phase, Workflow
 from orchestrator.errors import ConfigError
 from orchestrator.protocols import AdapterType
@@ -85,7 +86,7 @@ def test_the_supplied_workflow_looks_plans_builds_and_reviews(tmp_path: Path) ->
         ("build", "build", True),
         ("review", "review", False),
     ]
-    assert Workflow(phases).sent_back_to("review").name == "build"
+    assert Workflow(phases).sent_back_to("review", TaskDocument()).name == "build"
     assert config.tasks[0].adapter == "x"
 
 

@@ -1,0 +1,147 @@
+"""Workflows whose work can't land, is sent back or cut off: the work survives, and every loop has an end."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tests.conftest import Ended, Repository
+
+PLAN = json.dumps({"tasks": [{"id": "t1", "prompt": "write b"}], "dependencies": [], "timeline": [], "resources": []})
+APPROVE = json.dumps({"verdict": "approve"})
+REJECT = json.dumps({"verdict": "reject", "findings": ["say more"]})
+REVIEW: dict[str, Any] = {"review": {"access": "read", "produces": "review"}}
+
+
+def entered(ended: Ended) -> list[str]:
+    """Return the phases that were entered, in order."""
+    return [one["phase"] for one in ended.lines if one.get("event") == "phase.entered"]
+
+
+async def test_work_that_never_passes_the_checks_has_an_end(repository: Repository) -> None:
+    """Each complete phase counts nothing anew of what could not land."""
+    steps = ("in build append b.txt more", f"in review hand-over {APPROVE}")
+    path = repository.configure(
+        [{"id": "t", "prompt": "\n".join(steps), "workflow": "two", "attempts": 2, "checks": ["false"]}],
+        workflows={"two": [{"build": {}}, REVIEW]},
+    )
+    ended = repository.council("run", str(path), "--json", timeout=60)
+    assert ended.states == {"t": "failed"}, ended
+    assert entered(ended) == ["build", "review", "build", "review"]
+    await repository.assert_invariants()
+
+
+async def test_what_can_not_land_is_mended_by_a_phase_that_was_not_skipped(repository: Repository) -> None:
+    """The last phase that writes may not have been entered: the one before it has the work."""
+    steps = ("in build append b.txt more", f"in review hand-over {APPROVE}")
+    docs = {"docs": {"when": "false"}}
+    path = repository.configure(
+        [
+            {
+                "id": "t",
+                "prompt": "\n".join(steps),
+                "workflow": "three",
+                "attempts": 3,
+                "checks": ["test $(wc -l < b.txt) = 2"],
+            }
+        ],
+        workflows={"three": [{"build": {}}, docs, REVIEW]},
+    )
+    ended = repository.council("run", str(path), "--json", timeout=60)
+    assert ended.states == {"t": "landed"}, ended
+    assert entered(ended) == ["build", "review", "build", "review"]
+    await repository.assert_invariants()
+
+
+async def test_what_is_sent_back_to_a_skipped_phase(repository: Repository) -> None:
+    """A rejection goes back to a phase that has made something."""
+    steps = (
+        "in build append b.txt more",
+        f"in review attempt 2 hand-over {REJECT}",
+        f"in review attempt 4 hand-over {APPROVE}",
+    )
+    docs = {"docs": {"when": "false"}}
+    path = repository.configure(
+        [{"id": "t", "prompt": "\n".join(steps), "workflow": "three"}],
+        workflows={"three": [{"build": {}}, docs, REVIEW]},
+    )
+    ended = repository.council("run", str(path), "--json", timeout=60)
+    assert ended.states == {"t": "landed"}, ended
+    assert entered(ended) == ["build", "review", "build", "review"]
+    await repository.assert_invariants()
+
+
+async def test_work_survives_another_plan(repository: Repository) -> None:
+    """A review may send back to a phase that only reads: what was built goes on from where it was."""
+    steps = (
+        f"in plan hand-over {PLAN}",
+        "in plan keep-prompt",
+        "in build append b.txt more",
+        "in build keep-prompt",
+        f"in review attempt 3 hand-over {REJECT}",
+        f"in review attempt 6 hand-over {APPROVE}",
+    )
+    plan = {"plan": {"access": "read", "produces": "plan"}}
+    review = {"review": {"access": "read", "produces": "review", "on_reject": "plan"}}
+    path = repository.configure(
+        [{"id": "t", "prompt": "\n".join(steps), "workflow": "three"}],
+        workflows={"three": [plan, {"build": {}}, review]},
+    )
+    ended = repository.council("run", str(path), "--json", timeout=60)
+    assert ended.states == {"t": "landed"}, ended
+    assert entered(ended) == ["plan", "build", "review"] * 2
+    assert "say more" in repository.council("logs", "t", "--attempt", "4").stdout
+    assert (repository.top / "b.txt").read_text() == "more\nmore\n"
+    await repository.assert_invariants()
+
+
+async def test_who_tries_again_has_all_rounds_before_them(repository: Repository) -> None:
+    """Rejections before `council retry` are not counted again."""
+    steps = (
+        "in build append b.txt more",
+        *(f"in review attempt {n} hand-over {REJECT}" for n in (2, 4, 6)),
+        f"in review attempt 8 hand-over {APPROVE}",
+    )
+    review = {"review": {"access": "read", "produces": "review", "max_rounds": 1}}
+    path = repository.configure(
+        [{"id": "t", "prompt": "\n".join(steps), "workflow": "two"}], workflows={"two": [{"build": {}}, review]}
+    )
+    ended = repository.council("run", str(path), "--json", timeout=60)
+    assert ended.states == {"t": "failed"}, ended
+    repository.council("retry", "t")
+    ended = repository.council("resume", "--json", timeout=60)
+    assert ended.states == {"t": "landed"}, ended
+    await repository.assert_invariants()
+
+
+async def test_only_a_review_sends_back_what_it_is_about(repository: Repository) -> None:
+    """What else has a field of that name is data: it ends, and passes the check."""
+    own: dict[str, Any] = {"access": "read", "produces": {"kind": "opinion", "schema": {"type": "object"}}}
+    path = repository.configure(
+        [
+            {"id": "rejects", "prompt": f"in ask hand-over {REJECT}", "workflow": "own"},
+            {"id": "other", "prompt": 'in ask hand-over {"verdict": ["perhaps"]}', "workflow": "own"},
+        ],
+        workflows={"own": [{"ask": own}]},
+    )
+    ended = repository.council("run", str(path), "--json", timeout=60)
+    assert ended.states == {"rejects": "done", "other": "done"}, ended
+    assert entered(ended) == ["ask", "ask"]
+    await repository.assert_invariants()
+
+
+async def test_what_several_phases_built_is_done_anew_by_all_where_it_conflicts(repository: Repository) -> None:
+    """The last of them would go on from what conflicts."""
+    steps = ("in one write src/app.py one", "in two append two.txt more")
+    path = repository.configure(
+        [
+            {"id": "first", "prompt": "write src/app.py first"},
+            {"id": "t", "prompt": "\n".join(steps), "workflow": "pair", "attempts": 3, "retry_on": ["conflict"]},
+        ],
+        workflows={"pair": [{"one": {}}, {"two": {}}]},
+    )
+    ended = repository.council("run", str(path), "--json", timeout=60)
+    assert ended.states == {"t": "landed", "first": "landed"}, ended
+    assert entered(ended) == ["one", "two"] * 2
+    assert (repository.top / "src/app.py").read_text() == "one\n"
+    await repository.assert_invariants()
