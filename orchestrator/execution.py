@@ -26,11 +26,13 @@ from orchestrator.domain.claims import Owner, Role
 from orchestrator.domain.dispatch import Board, Entry, with_parts
 from orchestrator.domain.model import FINAL, Action, RunDocument
 from orchestrator.domain.secrets import Redactor, secret_values
+from orchestrator.engine.briefing import Briefing
 from orchestrator.engine.capacity import Capacity
+from orchestrator.engine.concluding import Concluding, Phasing
 from orchestrator.engine.coordinator import seize
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.monitor import Monitor
-from orchestrator.engine.phasing import Phasing
+from orchestrator.engine.phase_values import PhaseInputs
 from orchestrator.engine.preflight import check_run
 from orchestrator.engine.probing import missing_programs
 from orchestrator.engine.records import new_run_id, read_entries, read_requests, read_run, read_spec, read_task, seed
@@ -264,8 +266,10 @@ class Execution:
                 runs.store, runs.clock, ledger.orchestrators, shop.source.location, before.run.target
             )
             sharing = Sharing(runs.store, runs.clock, shop.tools.redactor, run)
+            inputs = PhaseInputs(ledger, self._plugins.checked_kinds(), sharing)
             phasing = Phasing(
-                ledger, shop, runs.clock, self._plugins.checked_kinds(), self._plugins.transformations, sharing
+                Briefing(ledger, inputs, runs.clock, has_tools=shop.desk is not None),
+                Concluding(ledger, inputs, shop.git, runs.clock, self._plugins.transformations),
             )
             scheduler = Scheduler(ledger, shop, pool, board, room, monitor, permits, phasing, lacking=closed)
             await scheduler.remember(before.adapters)

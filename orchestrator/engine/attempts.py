@@ -19,10 +19,11 @@ from orchestrator.domain.notes import block
 from orchestrator.domain.outcome import Answered, Built, Exhausted, Failed, Interrupted, Limits
 from orchestrator.domain.retry import park_until, retry_delay
 from orchestrator.domain.sessions import SessionName
+from orchestrator.engine.briefing import Rest, Turn
 from orchestrator.engine.budgets import Budgets, Reached
+from orchestrator.engine.concluding import Concluded, Ended, Phasing
 from orchestrator.engine.details import Workplace
 from orchestrator.engine.ledger import Learned, Ledger, Outdated
-from orchestrator.engine.phasing import Concluded, Ended, Phasing, Rest, Turn
 from orchestrator.engine.starting_points import Start, StartingPoints
 from orchestrator.engine.steps import Update
 from orchestrator.engine.workshop import Workshop
@@ -165,7 +166,7 @@ class Attempts:
         notes = await self._notes(task, spec)
         is_anew = document.start is not None and start.commit is None
         turn = replace(turn, base=start.base, start=start.commit, is_anew=is_anew, is_newest=start.is_newest)
-        brief = await self.phasing.brief(task, spec, turn)
+        brief = await self.phasing.briefing.brief(task, spec, turn)
         earlier = None
         if Capability.RESUME in self.shop.adapters[adapter].capabilities():
             earlier = None if turn.is_anew else _conversation(document, turn.earlier, adapter)
@@ -228,7 +229,7 @@ class Attempts:
         earlier = self.ledger.task(work.task).attempts
         if len(earlier) + 1 != attempt.number:  # another orchestrator has tried it since this one was prepared
             return False
-        update = self.phasing.entering(work.task, work.turn, attempt, (*earlier, attempt))
+        update = self.phasing.briefing.entering(work.task, work.turn, attempt, (*earlier, attempt))
         if work.turn.is_anew:
             update = update._replace(
                 details={**update.details, "reason": _DOES_NOT_FIT},
@@ -245,7 +246,7 @@ class Attempts:
             await stack.enter_async_context(watched)
             if desk is None:
                 return await work.session.run()
-            takes = self.phasing.checker(work.task, work.spec, work.turn.phase)
+            takes = self.phasing.concluding.checker(work.task, work.spec, work.turn.phase)
             seat = desk.seated(work.name, work.adapter, self._workplace(work), keep_ownership=True, takes=takes)
             await stack.enter_async_context(seat)
             finished = await work.session.run()
@@ -340,7 +341,7 @@ class Attempts:
     async def _conclude(self, work: Work, finished: Finished, ended: Ended) -> Concluded | Failed:
         """Record what a session makes of its phase, and return it; nothing is recorded where the phase has failed."""
         try:
-            concluded = await self.phasing.conclude(work.task, work.spec, work.turn, ended)
+            concluded = await self.phasing.concluding.conclude(work.task, work.spec, work.turn, ended)
         except (RefusedError, HandoffBroken) as error:  # a condition, or what was handed over before, is at fault
             return Failed(FailureClass.INVALID, str(error))
         if isinstance(concluded, Concluded):
@@ -375,7 +376,7 @@ class Attempts:
 
     async def rest(self, task: str, rest: Rest) -> After | Elsewhere:
         """Record what is left for a task without another session: its work waits to land, or it is done."""
-        update, trigger = self.phasing.resting(rest)
+        update, trigger = self.phasing.briefing.resting(rest)
         if await self.ledger.start(task, update, trigger=trigger) is not None:
             return Elsewhere()
         failpoint("phase.rested")

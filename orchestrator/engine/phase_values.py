@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from orchestrator.domain.handoff_kinds import Facts, Kind
+from orchestrator.config.model import TaskSpec
+from orchestrator.domain.handoff_kinds import Facts, Kind, schema_kind
 from orchestrator.domain.handoffs import Handoff, is_intact, payload
 from orchestrator.domain.phase_context import PhaseContext, context_of
 from orchestrator.domain.phases import PhaseRecord
-from orchestrator.domain.workflow import Phase, Workflow
+from orchestrator.domain.workflow import Phase, Workflow, completed
+from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.sharing import Sharing
-from orchestrator.errors import HandoffBroken
+from orchestrator.errors import HandoffBroken, RefusedError
 
 #: The value that says what is to be done with what was mediated.
 INSTRUCTIONS: Final = "handoff_instructions"
@@ -62,6 +64,33 @@ class PhaseValues:
         """Return the values once the phase itself has added some, for what follows."""
         context = replace(self.context, produced=added)
         return replace(self, context=context, results={**self.results, phase: result})
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseInputs:
+    """Finds what the phases of one run's tasks could be given."""
+
+    ledger: Ledger
+    kinds: Mapping[str, Kind]
+    """What can be handed over, by name, beside what a workflow's own schemas say."""
+    sharing: Sharing
+
+    async def values(self, task: str, spec: TaskSpec, workflow: Workflow, phase: Phase) -> PhaseValues:
+        """Return what a phase could be given, or its condition be about."""
+        document = self.ledger.task(task)
+        handoffs = await self.ledger.handoffs(task)
+        done = completed(workflow, document)
+        return await phase_values(workflow, phase, spec.context, done, handoffs, self.kind, self.sharing)
+
+    def kind(self, phase: Phase) -> Kind:
+        """Return the kind of what a phase hands over; RefusedError where nothing brings it any more."""
+        name = phase.produces or phase.name
+        if phase.schema_ is not None:
+            return schema_kind(name, phase.schema_)
+        if name not in self.kinds:
+            what = f"phase {phase.name!r} produces a {name!r}, which no installed plugin brings"
+            raise RefusedError(what, "install the plugin that does, then `council retry` the task")
+        return self.kinds[name]
 
 
 async def phase_values(

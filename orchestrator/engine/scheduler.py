@@ -31,15 +31,16 @@ from orchestrator.engine.attempts import (
     ToLand,
     Work,
 )
+from orchestrator.engine.briefing import Rest
 from orchestrator.engine.budgets import Budgets
 from orchestrator.engine.capacity import Capacity
+from orchestrator.engine.concluding import Phasing
 from orchestrator.engine.escapes import EscapeDetector
 from orchestrator.engine.following import Following
 from orchestrator.engine.in_hand import InHand
 from orchestrator.engine.ledger import Learned, Ledger
 from orchestrator.engine.merging import MergeQueue
 from orchestrator.engine.monitor import Monitor
-from orchestrator.engine.phasing import Phasing, Rest
 from orchestrator.engine.requests import cancel
 from orchestrator.engine.starting_points import StartingPoints
 from orchestrator.engine.workshop import Workshop
@@ -88,7 +89,7 @@ class Scheduler:
         self._budgets = Budgets(ledger, clock, workshop.accounting, self._halt)
         self._pool = pool
         self._starts = StartingPoints(ledger, workshop)
-        self._phasing = phasing
+        self._briefing = phasing.briefing
         self._attempts = Attempts(ledger, workshop, pool, self._budgets, self._starts, phasing, clock)
         cancelled: set[str] = set()
         self._merging = MergeQueue(ledger, workshop, pool, clock, permits, cancelled)
@@ -207,7 +208,7 @@ class Scheduler:
             await self._refuse(task, obstacle)
             return None
         try:
-            turn = await self._phasing.turn(task, spec)
+            turn = await self._briefing.turn(task, spec)
             if isinstance(turn, Rest):
                 await self._feed(task, await self._attempts.rest(task, turn))
                 self._hand.wake()  # what needs it may start

@@ -11,8 +11,8 @@ import anyio
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.ownership import escaped
+from orchestrator.engine.briefing import Turn
 from orchestrator.engine.ledger import Ledger
-from orchestrator.engine.phasing import Turn
 from orchestrator.engine.workshop import Workshop
 from orchestrator.errors import GitError
 

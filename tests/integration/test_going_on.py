@@ -9,7 +9,7 @@ import pytest
 from orchestrator.config.model import TaskSpec
 from orchestrator.council import Council
 from orchestrator.engine.attempts import Attempts, Work
-from orchestrator.engine.phasing import Turn
+from orchestrator.engine.briefing import Turn
 from orchestrator.engine.starting_points import Start
 from tests.conftest import Repository
 

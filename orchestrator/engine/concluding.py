@@ -1,7 +1,7 @@
-"""What the phases of a task are told, what they hand over, and what follows from that.
+"""What a session that ended well makes of its task: what it handed over, and what follows from that.
 
-Which phase follows which is decided in `domain.workflow`; here its facts are brought together: values that earlier
-phases handed over, what a session left, what is to be written with the change of its task.
+Which phase follows which is decided in `domain.workflow`; here its facts are brought together, and what is to be
+written with the change of the task.
 """
 
 from __future__ import annotations
@@ -10,19 +10,18 @@ import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from orchestrator.clock import Clock
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.handoff_kinds import Facts, Kind, schema_kind
-from orchestrator.domain.handoffs import Delivery, Handoff, acknowledged, handed_over, last_json_block
+from orchestrator.domain.handoff_kinds import Facts, Kind
+from orchestrator.domain.handoffs import Delivery, Handoff, handed_over, last_json_block
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.mediation import Transformation, mediate
-from orchestrator.domain.model import Attempt, TaskDocument, known_cost
+from orchestrator.domain.model import TaskDocument, known_cost
 from orchestrator.domain.outcome import Failed
-from orchestrator.domain.phase_context import filtered, needs_of
-from orchestrator.domain.phases import Given, PhaseRecord, PhaseTrigger
+from orchestrator.domain.phases import PhaseTrigger
 from orchestrator.domain.sessions import SessionName
 from orchestrator.domain.violations import Violation
 from orchestrator.domain.workflow import (
@@ -31,36 +30,24 @@ from orchestrator.domain.workflow import (
     Workflow,
     carried_on,
     changed,
-    completed,
-    current,
-    entered,
-    goes_on_with,
-    is_open,
     onward,
     rejections,
     verdict_of,
     work_before,
 )
+from orchestrator.engine.briefing import Briefing, Turn
 from orchestrator.engine.expanding import expanded, told, waiting_for
 from orchestrator.engine.ledger import Ledger
-from orchestrator.engine.phase_values import PhaseValues, phase_values
+from orchestrator.engine.phase_values import PhaseInputs
 from orchestrator.engine.prompting import (
-    HandingOver,
-    PromptFacts,
-    asked,
     holds,
-    render,
-    source_of,
     told_errors,
     told_failure,
     told_findings,
 )
-from orchestrator.engine.sharing import Sharing
-from orchestrator.engine.steps import Update
-from orchestrator.engine.workshop import Workshop
-from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject, Write
 from orchestrator.repo.checksums import checksums
+from orchestrator.repo.git import Git
 from orchestrator.sessions.handing_over import Delivered, Malformed
 from orchestrator.sessions.shell import CommandFailed
 from orchestrator.sessions.transcript import Transcript
@@ -71,49 +58,6 @@ REPAIRS: Final = 1
 _AS_IT_IS: Final = "{{ task.prompt }}"
 #: Findings that a reason names.
 _NAMED: Final = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Brief:
-    """What a session is told beside its notes."""
-
-    text: str
-    told: str | None = None
-    """What stands behind that, where it begins a conversation."""
-    follow_up: str | None = None
-    """What it is told instead, where it goes on with one."""
-    given: Given = field(default_factory=Given)
-    received: Mapping[str, tuple[int, Handoff]] = field(default_factory=dict)
-    """The handoffs that it is given, by id, with the versions of their documents."""
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """The phase that a task is to have a session for now; `phases` are its visits so far, those skipped with them."""
-
-    workflow: Workflow
-    phase: Phase
-    phases: tuple[PhaseRecord, ...] = ()
-    start: str | None = None
-    """The commit that it begins at, where that is not the base."""
-    base: str | None = None
-    """The commit that its work is judged against, where it begins elsewhere."""
-    earlier: int | None = None
-    """The attempt whose conversation it is to go on with."""
-    brief: Brief | None = None
-    is_anew: bool = False
-    """Whether it begins anew, because the work that it was to mend does not fit any more."""
-    is_newest: bool = True
-    """Whether it begins at the newest state of what it builds on."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rest:
-    """No session is left for a task; `commit` is what it has built, None: nothing."""
-
-    phases: tuple[PhaseRecord, ...]
-    commit: str | None = None
-    built: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,99 +101,14 @@ class Concluded:
 
 
 @dataclass(frozen=True, slots=True)
-class Phasing:
-    """Takes the tasks of one run through the phases of their workflows."""
+class Concluding:
+    """Concludes the phases of one run's tasks; `git` runs in the trusted repository."""
 
     ledger: Ledger
-    shop: Workshop
+    inputs: PhaseInputs
+    git: Git
     clock: Clock
-    kinds: Mapping[str, Kind]
-    """What can be handed over, by name, beside what a workflow's own schemas say."""
     transformations: Mapping[str, Transformation]
-    sharing: Sharing
-
-    async def turn(self, task: str, spec: TaskSpec) -> Turn | Rest:
-        """Return what a task is to have a session for now; phases whose condition does not hold are skipped."""
-        workflow, document = self.ledger.workflow(spec.workflow), self.ledger.task(task)
-        if workflow.is_plain:
-            earlier = goes_on_with(workflow, document, workflow.phases[0])
-            return Turn(workflow, workflow.phases[0], (), document.start, document.base, earlier)
-        phases, phase = document.phases, current(workflow, document)
-        if phase is not None and not is_open(document):
-            values = await self._values(task, spec, workflow, phase)
-            condition = partial(holds, values=values.known)
-            phases, phase = onward(workflow, phases, workflow.index(phase.name), condition, self.clock.now())
-        work = work_before(workflow, document)
-        if phase is None:
-            return Rest(phases, None if work is None else work.commit, None if work is None else work.attempt)
-        start = Turn(workflow, phase, phases, earlier=goes_on_with(workflow, document, phase))
-        if document.start is not None:
-            return replace(start, start=document.start, base=document.base)
-        return start if work is None else replace(start, start=work.commit, base=work.base)
-
-    async def brief(self, task: str, spec: TaskSpec, turn: Turn) -> Brief:
-        """Return what the session of a turn is told and given."""
-        document = self.ledger.task(task)
-        if turn.workflow.is_plain:
-            feedback = None if turn.is_anew else document.feedback
-            return Brief(told_task(spec), told=feedback, follow_up=feedback)
-        phase = turn.phase
-        values = await self._values(task, spec, turn.workflow, phase)
-        kind = None if phase.produces is None else self._kind(phase)
-        given, measured = filtered(values.known, values.wanted(phase, needs_of(phase, kind)))
-        visits = [one for one in document.phases if one.phase == phase.name]
-        facts = PromptFacts(
-            task=task,
-            prompt=spec.prompt,
-            mark=secrets.token_hex(8),
-            phase=phase.name,
-            name=phase.name,
-            tracker=spec.tracker,
-            planner=planner_of(spec),
-            round=max(len(visits) + (not is_open(document)), 1),
-            writes=phase.writes,
-            given=given,
-            results=values.results,
-            feedback=None if turn.is_anew else document.feedback,
-            base=turn.base,
-            owns=spec.owns,
-            handing=self._handing(phase),
-        )
-        prompt = render(phase.prompt or "{{ task.prompt }}", facts)
-        follow_up = prompt.follow_up or prompt.text
-        return Brief(prompt.text, follow_up=follow_up, given=measured, received=values.received(given))
-
-    def entering(self, task: str, turn: Turn, attempt: Attempt, attempts: Sequence[Attempt]) -> Update:
-        """Return what is recorded where an attempt begins at a turn."""
-        document, brief, now = self.ledger.task(task), turn.brief, self.clock.now()
-        details: JsonObject = {"base": attempt.base, "adapter": attempt.adapter}
-        changes: dict[str, Any] = {"attempts": tuple(attempts), "current": None}
-        if turn.workflow.is_plain or brief is None:
-            return Update(details, changes)
-        before = document.model_copy(update={"phases": turn.phases})
-        is_new = not is_open(before)
-        given: dict[str, Any] = {"given": brief.given, "received": tuple(brief.received)} if is_new else {}
-        changes |= entered(turn.workflow, before, turn.phase, attempt.number, now, **given)
-        details["phase"] = turn.phase.name
-        if not is_new:
-            return Update(details, changes)
-        taken = {
-            id_: (version, acknowledged(handoff, turn.phase.name, attempt.number, now))
-            for id_, (version, handoff) in brief.received.items()
-        }
-        events = [
-            ("handoff.received", {"task": task, "handoff": id_, "phase": turn.phase.name, "digest": one.digest})
-            for id_, (_, one) in taken.items()
-        ]
-        writes = [self.ledger.handed_over(one, version) for version, one in taken.values()]
-        return Update(details, changes, writes, events)
-
-    def resting(self, rest: Rest) -> tuple[Update, Trigger]:
-        """Return what is recorded, and by which trigger, where no session is left for a task."""
-        changes: dict[str, Any] = {"phases": rest.phases, "phase": None, "reason": None}
-        if rest.commit is None:
-            return Update({}, changes), Trigger.FINISH
-        return Update({}, {**changes, "commit": rest.commit, "built": rest.built}), Trigger.QUEUE
 
     def checker(
         self, task: str, spec: TaskSpec, phase: Phase
@@ -260,7 +119,7 @@ class Phasing:
 
         async def check(data: JsonObject) -> Sequence[str]:
             # What it names of its work can be judged only when that is done.
-            kind = self._kind(phase)
+            kind = self.inputs.kind(phase)
             checked = kind.check(self.ledger.redacted(data), Facts())
             found = checked.violations
             if checked.data is not None:
@@ -385,7 +244,7 @@ class Phasing:
         self, task: str, spec: TaskSpec, workflow: Workflow, phase: Phase, checked: _Checked | None
     ) -> Phase | None:
         """Return the phase that follows one which is complete; None where none is left."""
-        values = await self._values(task, spec, workflow, phase)
+        values = await self.inputs.values(task, spec, workflow, phase)
         if checked is not None:
             values = values.with_produced(checked.kind.exports(checked.data), phase.name, checked.data)
         condition = partial(holds, values=values.known)
@@ -439,7 +298,7 @@ class Phasing:
             claims = self.ledger.claims
             guard = None if claims is None else claims.guard(task)
             writer = SessionName(self.ledger.run.id, task, document.attempt.number)
-            version = (await self.sharing.put(phase.key, checked.data, writer=writer, claim=guard)).version
+            version = (await self.inputs.sharing.put(phase.key, checked.data, writer=writer, claim=guard)).version
         tokens = sum(one.input_tokens + one.output_tokens for one in attempts) + used.input_tokens + used.output_tokens
         return handed_over(
             self.ledger.run.id,
@@ -464,7 +323,7 @@ class Phasing:
         """Return what a session handed over, or what is wrong with it; None where nothing is to be."""
         if phase.produces is None:
             return None
-        kind = self._kind(phase)
+        kind = self.inputs.kind(phase)
         found = delivered(session.file, session.tool, session.answer)
         if isinstance(found, Violation):
             return [found]
@@ -479,39 +338,14 @@ class Phasing:
         paths = kind.paths(data)
         if commit is None or not paths:
             return Facts()
-        return Facts(await checksums(self.shop.git, commit, paths))
-
-    async def _values(self, task: str, spec: TaskSpec, workflow: Workflow, phase: Phase) -> PhaseValues:
-        """Return what a phase could be given, or its condition be about."""
-        document = self.ledger.task(task)
-        handoffs = await self.ledger.handoffs(task)
-        done = completed(workflow, document)
-        return await phase_values(workflow, phase, spec.context, done, handoffs, self._kind, self.sharing)
-
-    def _kind(self, phase: Phase) -> Kind:
-        name = phase.produces or phase.name
-        if phase.schema_ is not None:
-            return schema_kind(name, phase.schema_)
-        if name not in self.kinds:
-            what = f"phase {phase.name!r} produces a {name!r}, which no installed plugin brings"
-            raise RefusedError(what, "install the plugin that does, then `council retry` the task")
-        return self.kinds[name]
-
-    def _handing(self, phase: Phase) -> HandingOver | None:
-        if phase.produces is None:
-            return None
-        return HandingOver(phase.produces, self._kind(phase).schema, has_tools=self.shop.desk is not None)
+        return Facts(await checksums(self.git, commit, paths))
 
 
-def told_task(spec: TaskSpec) -> str:
-    """Return what a task without a workflow is asked to do; what a tracker or a plan says is marked off."""
-    source = source_of(spec.tracker, planner_of(spec))
-    return spec.prompt if source is None else f"{asked(spec.prompt, source, secrets.token_hex(8))}\n"
+class Phasing(NamedTuple):
+    """How the phases of one run's tasks begin, and how they end."""
 
-
-def planner_of(spec: TaskSpec) -> str | None:
-    """Return the task whose plan a task came of; None where it came of none."""
-    return None if spec.plan is None else spec.plan.split("/")[1]
+    briefing: Briefing
+    concluding: Concluding
 
 
 def delivered(
