@@ -27,6 +27,7 @@ from adapters.jsonlines import (
     tool_used,
 )
 from adapters.options import AdapterOptions, Arguments, ProgramName, Turns, UsDollars, Value, given, least
+from orchestrator.client.commands import SERVER
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
@@ -89,6 +90,9 @@ _LINKS: Final = {
 _SERVERS: Final = "council-mcp.json"
 #: What goes over the settings of the user and of the project; hooks of all of them run.
 _SETTINGS: Final = "council-settings.json"
+#: Unless it bypasses permissions, it asks for leave to use a tool of a server, and nobody is there to give it; ours
+#: change no file. It is one word, because the option takes the words behind it, too.
+_ALLOWED: Final = f"--allowedTools=mcp__{SERVER}"
 _EDITORS: Final = "Edit|Write|MultiEdit|NotebookEdit"
 _HOOK_TIMEOUT: Final = 10  # seconds
 _DETAIL_KEYS: Final = ("command", "pattern", "description", "url", "query")
@@ -157,6 +161,7 @@ class ClaudeCodeAdapter:
                 *given("--max-budget-usd", least(options.max_cost, request.most_cost)),
                 *(("--mcp-config", str(request.home / _SERVERS)) if request.mcp_servers else ()),
                 *(("--settings", str(request.home / _SETTINGS)) if request.pre_edit else ()),
+                *((_ALLOWED,) if any(one.name == SERVER for one in request.mcp_servers) else ()),
                 *options.args,
             ),
             stdin=request.prompt_file,

@@ -59,7 +59,7 @@ async def test_a_session_asks_by_its_shell_and_its_hook(
         (f"{report.run}/t.1", "check_edit"),
     ]
     argv = json.loads((repository.top / "told.json").read_text())["argv"]
-    assert {"--settings", "--mcp-config"} <= set(argv)
+    assert {"--settings", "--mcp-config", "--allowedTools=mcp__council"} <= set(argv)
     await repository.assert_invariants()
 
 
@@ -86,7 +86,7 @@ async def test_without_a_desk_nothing_is_given(
     report = await run(repository, tmp_path / "bin", monkeypatch, prompt, coordination={"tools": False})
     assert [task.state for task in report.tasks] == ["landed"], report
     argv = json.loads((repository.top / "told.json").read_text())["argv"]
-    assert not {"--settings", "--mcp-config"} & set(argv)
+    assert not {"--settings", "--mcp-config", "--allowedTools=mcp__council"} & set(argv)
     await repository.assert_invariants()
 
 
