@@ -140,10 +140,10 @@ class Concluding:
             return self._once_more(document, phase, session, base)
         checked = await self._handed_over(phase, session)
         if isinstance(checked, Sequence):
-            return self._repaired(document, phase, session, base, checked)
+            return self._repaired(task, phase, session, base, checked)
         tasks = await self._planned(task, spec, phase, checked)
         if isinstance(tasks, Sequence):
-            return self._repaired(document, phase, session, base, tasks)
+            return self._repaired(task, phase, session, base, tasks)
         record: dict[str, Any] = {"ended": self.clock.now(), "reason": None}
         if session.commit is not None:
             record |= {"commit": session.commit, "base": base}
@@ -168,9 +168,10 @@ class Concluding:
         return _repeated(document, session, base, FailureClass.CHECKS_FAILED, reason, told, rounds=visit.rounds + 1)
 
     def _repaired(
-        self, document: TaskDocument, phase: Phase, session: Ended, base: str, violations: Sequence[Violation]
+        self, task: str, phase: Phase, session: Ended, base: str, violations: Sequence[Violation]
     ) -> Concluded | Failed:
         """Have mended what a phase hands over."""
+        document = self.ledger.task(task)
         visit = document.phases[-1]
         reason = f"what phase {phase.name!r} handed over is not valid: {'; '.join(map(str, violations))}"
         if visit.repairs >= REPAIRS:
@@ -179,7 +180,7 @@ class Concluding:
         repeated = _repeated(
             document, session, base, FailureClass.INVALID_HANDOFF, reason, errors, repairs=visit.repairs + 1
         )
-        facts = {"phase": phase.name, "violations": [one.to_json() for one in violations]}
+        facts = {"task": task, "phase": phase.name, "violations": [one.to_json() for one in violations]}
         return replace(repeated, events=[("handoff.invalid", facts)])
 
     async def _completed(

@@ -46,9 +46,9 @@ class PhaseValues:
             return None
         made = [
             name
-            for handoff in (one for _, one in self.handoffs.values())
+            for source, (_, handoff) in self.handoffs.items()
             if handoff.mediation is not None and handoff.to == phase.name
-            for name in (*handoff.mediation.processed, INSTRUCTIONS)
+            for name in self.produced[source]
         ]
         return tuple(dict.fromkeys((*needs, *made)))
 
@@ -118,12 +118,15 @@ async def phase_values(
             raise HandoffBroken(record.handoff, "its digest does not match what it holds")
         handoff = found[name][1]
         results[name] = await _payload(handoff, kind_of(source), sharing)
-        if handoff.mediation is None:
+        mediation = handoff.mediation
+        if mediation is None:
             added = kind_of(source).exports(results[name])
+        elif mediation.transformation is None:
+            added = kind_of(source).exports(mediation.processed)
         else:
-            added = dict(handoff.mediation.processed)
-            if handoff.to == phase.name:
-                added[INSTRUCTIONS] = handoff.mediation.instructions
+            added = dict(mediation.processed)
+        if mediation is not None and handoff.to == phase.name:
+            added[INSTRUCTIONS] = mediation.instructions
         # What says nothing takes the place of nothing.
         produced[name] = {key: value for key, value in added.items() if key not in known or value not in _NOTHING}
         known |= produced[name].keys()

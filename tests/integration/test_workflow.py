@@ -99,6 +99,8 @@ async def test_what_is_handed_over_wrong_is_mended_once(repository: Repository) 
     assert "What is wrong with it" in repository.council("logs", "mends", "--attempt", "2").stdout
     assert "tasks" in task_of(ended, "never")["reason"]
     assert "nothing was handed over" in task_of(ended, "silent")["reason"]
+    told = [one["task"] for one in ended.lines if one.get("event") == "handoff.invalid"]
+    assert sorted(told) == ["mends", "never", "silent"]
     await repository.assert_invariants()
 
 
@@ -149,6 +151,32 @@ async def test_phases_are_skipped_by_what_is_known(repository: Repository) -> No
     ended = repository.council("run", str(path), "--json")
     assert ended.states == {"t": "landed"}, ended
     assert phases_of(ended, "phase.skipped") == ["plan", "review"]
+    await repository.assert_invariants()
+
+
+async def test_what_no_transformation_mediates_keeps_its_name(repository: Repository) -> None:
+    """Conditions and phases find a kind of one's own, and a plan, where they would without mediation."""
+    steps = (
+        'in measure hand-over {"seconds": 2, "unit": ""}',
+        f"in plan hand-over {PLAN}",
+        "in build keep-prompt",
+        "in build write b.txt built",
+    )
+    schema = {"type": "object", "required": ["seconds"]}
+    workflow = [
+        {"measure": {"access": "read", "produces": {"kind": "measurement", "schema": schema}, "handoff": "mediated"}},
+        {"plan": {"access": "read", "produces": "plan", "handoff": "mediated", "when": "measurement.seconds > 1"}},
+        "build",
+    ]
+    path = repository.configure(
+        [{"id": "t", "prompt": "\n".join(steps), "workflow": "mine"}], workflows={"mine": workflow}
+    )
+    ended = repository.council("run", str(path), "--json")
+    assert ended.states == {"t": "landed"}, ended
+    story = repository.council("show", "t", "--json").result
+    given = {one["phase"]: one["given"]["keys"] for one in story["phases"]}
+    assert "measurement" in given["plan"]
+    assert "plan" in given["build"]
     await repository.assert_invariants()
 
 
