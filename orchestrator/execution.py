@@ -370,7 +370,7 @@ class Execution:
         for task in tasks:
             record.run.check_task(task)
         check_request(action, tasks, record.tasks, record.blocked())
-        await self._check_phase(record.run, tasks, phase)
+        await self._check_phase(record, tasks, phase)
         named = tasks or [task for task, one in record.tasks.items() if one.status not in FINAL]
         if action in {Action.CANCEL, Action.IGNORE}:
             is_live = await runs.is_live(run)
@@ -399,11 +399,11 @@ class Execution:
         if action in {Action.CANCEL, Action.IGNORE}:
             await self._until_over(run, named)
 
-    async def _check_phase(self, run: RunDocument, tasks: Sequence[str], phase: str | None) -> None:
+    async def _check_phase(self, record: RunRecord, tasks: Sequence[str], phase: str | None) -> None:
         for task in tasks if phase is not None else ():
-            workflow = (await read_spec(self._runs.store, run.id, task)).workflow
-            phases = [] if workflow is None else run.workflows[workflow]
-            check_phase(task, phase or "", [one["name"] for one in phases])
+            workflow = (await read_spec(self._runs.store, record.run.id, task)).workflow
+            phases = [] if workflow is None else record.run.workflows[workflow]
+            check_phase(task, phase or "", [one["name"] for one in phases], record.tasks[task])
 
     async def _until_over(self, run: str, tasks: Sequence[str]) -> None:
         """Wait, for as long as a session may take to stop, until tasks that were cancelled are over."""

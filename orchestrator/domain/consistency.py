@@ -10,6 +10,7 @@ from typing import Final
 from orchestrator.domain.contexts import SessionContext, SessionStatus
 from orchestrator.domain.handoff_kinds import KINDS, Facts, Kind
 from orchestrator.domain.handoffs import Handoff, handoff_id, is_intact
+from orchestrator.domain.json_values import says_nothing
 from orchestrator.domain.model import FINAL, TaskDocument, TaskStatus
 from orchestrator.domain.phase_context import kind_of
 from orchestrator.domain.phases import OPEN, PhaseRecord, PhaseStatus
@@ -208,7 +209,8 @@ def _lost(facts: WorkflowFacts, number: int, place: str, record: PhaseRecord) ->
 
 
 def _given_of(place: str, record: PhaseRecord, handoff: Handoff, kind: Kind) -> Iterator[Violation]:
-    if record.given is not None and set(record.given.keys) & set(kind.exports(handoff.data)):
+    said = {name for name, value in kind.exports(handoff.data).items() if not says_nothing(value)}
+    if record.given is not None and said & set(record.given.keys):
         what = f"it was given values of handoff {handoff.id}, and has not received it"
         yield Violation("chain.lost", place, what, _EDITED)
 

@@ -64,3 +64,8 @@ def read_object(text: str) -> dict[str, Any]:
         raise ValueError(flaw)
     read: dict[str, Any] = value
     return read
+
+
+def says_nothing(value: Any) -> bool:
+    """Whether a JSON value is there and holds nothing: null, or an empty text, list or mapping."""
+    return value is None or value in ("", [], (), {})

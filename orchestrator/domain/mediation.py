@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict
 
-from orchestrator.domain.json_values import flaw_of
+from orchestrator.domain.json_values import flaw_of, says_nothing
 from orchestrator.domain.violations import Violation, fault_of
 
 #: What a transformation is: a function of a result and its analysis that returns a JSON object, at once.
@@ -39,7 +39,7 @@ def analyze(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return what can be said of a result by its form: how much of what, and what it says about how to go on."""
     analysis: dict[str, Any] = {
         "amounts": {key: len(value) for key, value in data.items() if isinstance(value, list | dict) and value},
-        "missing": [key for key, value in data.items() if _is_empty(value)],
+        "missing": [key for key, value in data.items() if says_nothing(value)],
         "opportunities": data.get("opportunities") or [],
         "risks": data.get("risks") or [],
         "approach": data.get("approach"),
@@ -70,7 +70,7 @@ TRANSFORMATIONS: Final[Mapping[str, Transformation]] = {"scout_to_plan": scout_t
 
 def prepare(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return a result without what says nothing."""
-    return {key: value for key, value in data.items() if not _is_empty(value)}
+    return {key: value for key, value in data.items() if not says_nothing(value)}
 
 
 _INSTRUCTIONS: Final[Mapping[str, str]] = {
@@ -134,7 +134,3 @@ def _transformed(
     if flaw is not None:
         return Violation("mediation.result", place, f"what it returned is no plain JSON: {flaw}", "mend its plugin")
     return made
-
-
-def _is_empty(value: Any) -> bool:
-    return value is None or value in ("", [], {})

@@ -289,17 +289,25 @@ def goes_on_with(workflow: Workflow, task: TaskDocument, phase: Phase) -> int | 
 def restarted(workflow: Workflow, task: TaskDocument, phase: str | None = None) -> dict[str, Any]:
     """Return the changes to a task that is to be tried again from a phase on; KeyError if there is none of the name.
 
-    Without a name it is the one that it was at, or, where all were complete, the last that writes.
+    Without a name it is the one that it was at, or, where all were complete, the last that writes. What is not complete
+    of those before it is done first.
     """
     if workflow.is_plain:
         return {}
     if phase is not None:
-        return {"phase": workflow.phase(phase).name}
+        return {"phase": left_before([one.name for one in workflow.phases], workflow.phase(phase).name, task) or phase}
     if task.expanded and task.phase is None and task.commit is None and not is_open(task):
         return {}  # it waits for what its plan became
     if task.phases and task.phases[-1].status in {PhaseStatus.COMPLETED, PhaseStatus.SKIPPED} and task.phase is None:
         return {"phase": [*workflow.phases, *workflow.builders(task)][-1].name}
     return {"phase": task.phases[-1].phase if task.phases and task.phase is None else task.phase}
+
+
+def left_before(phases: Sequence[str], phase: str, task: TaskDocument) -> str | None:
+    """Return the first phase before one of these that a task has not behind it; None where it has all of them."""
+    over = {PhaseStatus.COMPLETED, PhaseStatus.SKIPPED}
+    records = ((name, latest(task, name)) for name in phases[: phases.index(phase)])
+    return next((name for name, record in records if record is None or record.status not in over), None)
 
 
 def anew(workflow: Workflow, task: TaskDocument) -> dict[str, Any]:

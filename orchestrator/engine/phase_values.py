@@ -9,6 +9,7 @@ from typing import Any, Final
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.handoff_kinds import Facts, Kind, schema_kind
 from orchestrator.domain.handoffs import Handoff, is_intact, payload
+from orchestrator.domain.json_values import says_nothing
 from orchestrator.domain.phase_context import PhaseContext, context_of
 from orchestrator.domain.phases import PhaseRecord
 from orchestrator.domain.workflow import Phase, Workflow, completed
@@ -18,9 +19,6 @@ from orchestrator.errors import HandoffBroken, RefusedError
 
 #: The value that says what is to be done with what was mediated.
 INSTRUCTIONS: Final = "handoff_instructions"
-
-
-_NOTHING: Final[tuple[Any, ...]] = (None, "", [], {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +126,7 @@ async def phase_values(
         if mediation is not None and handoff.to == phase.name:
             added[INSTRUCTIONS] = mediation.instructions
         # What says nothing takes the place of nothing.
-        produced[name] = {key: value for key, value in added.items() if key not in known or value not in _NOTHING}
+        produced[name] = {key: value for key, value in added.items() if key not in known or not says_nothing(value)}
         known |= produced[name].keys()
     context = context_of(phase, workflow.before(phase.name), inherited, produced)
     return PhaseValues(context, produced, found, results)

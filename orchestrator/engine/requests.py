@@ -13,7 +13,7 @@ from orchestrator.domain.model import FINAL, REVIVABLE, Action, Request, TaskDoc
 from orchestrator.domain.phases import PhaseTrigger
 from orchestrator.domain.secrets import contains_key
 from orchestrator.domain.violations import Violation
-from orchestrator.domain.workflow import Phase, changed, restarted
+from orchestrator.domain.workflow import Phase, changed, left_before, restarted
 from orchestrator.engine.expanding import expanded, landed_parts, replaced_parts, told, waiting_for
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.prompting import told_rejection
@@ -77,11 +77,15 @@ def check_note(note: str | None) -> None:
         raise RefusedError("the note holds what looks like a secret key, and is recorded", "leave it out")
 
 
-def check_phase(task: str, phase: str, known: Sequence[str]) -> None:
-    """Refuse to go back to a phase that is none of those `known` of a task."""
+def check_phase(task: str, phase: str, known: Sequence[str], document: TaskDocument) -> None:
+    """Refuse to go on from a phase that is none of those `known` of a task, or that others have to precede."""
     if phase not in known:
         remedy = f"name one of: {', '.join(known)}" if known else "it has no workflow: leave `--from` out"
         raise RefusedError(f"task {task!r} has no phase {phase!r}", remedy)
+    left = left_before(known, phase, document)
+    if left is not None:
+        what = f"phase {left!r} of task {task!r} comes before {phase!r} and is not complete"
+        raise RefusedError(what, f"`council retry {task} --from {left}`")
 
 
 async def submit(

@@ -145,3 +145,44 @@ async def test_what_several_phases_built_is_done_anew_by_all_where_it_conflicts(
     assert entered(ended) == ["one", "two"] * 2
     assert (repository.top / "src/app.py").read_text() == "one\n"
     await repository.assert_invariants()
+
+
+async def test_nothing_is_left_out_by_going_on_further_along(repository: Repository) -> None:
+    """Who tries again from a phase on has all before it behind them: a task that builds is not done without."""
+    steps = ("in build attempt 2 append b.txt more", "in build attempt 1 exit 1", f"in review hand-over {APPROVE}")
+    path = repository.configure(
+        [{"id": "t", "prompt": "\n".join(steps), "workflow": "two", "attempts": 1}],
+        workflows={"two": [{"build": {}}, REVIEW]},
+    )
+    ended = repository.council("run", str(path), "--json", timeout=60)
+    assert ended.states == {"t": "failed"}, ended
+    refused = repository.council("retry", "t", "--from", "review")
+    assert refused.code == 2, refused
+    assert "`council retry t --from build`" in refused.stderr
+    repository.council("retry", "t", "--from", "build")
+    ended = repository.council("resume", "--json", timeout=60)
+    assert ended.states == {"t": "landed"}, ended
+    await repository.assert_invariants()
+
+
+async def test_what_says_nothing_of_a_value_is_not_missed_by_the_check(repository: Repository) -> None:
+    """A phase that is given the file's own value has received nothing, where what came before left it empty."""
+    scout = json.dumps({"scout_findings": ["x"], "requirements": []})
+    phases: list[dict[str, Any]] = [
+        {"scout": {"access": "read", "produces": "scout"}},
+        {"look": {"access": "read", "needs": ["requirements"]}},
+    ]
+    path = repository.configure(
+        [
+            {
+                "id": "t",
+                "prompt": f"in scout hand-over {scout}",
+                "workflow": "own",
+                "context": {"requirements": ["of the file"]},
+            }
+        ],
+        workflows={"own": phases},
+    )
+    ended = repository.council("run", str(path), "--json", timeout=60)
+    assert ended.states == {"t": "done"}, ended
+    await repository.assert_invariants()
