@@ -75,6 +75,7 @@ def _settings(task: PlannedTask) -> tuple[str, ...]:
     silence = "" if task.silence is None else f", silent for {format_duration(task.silence)}"
     return (
         f"{task.adapter} ({one_line(task.program, _LONGEST)})",
+        *([f"phases {one_line(', '.join(task.phases), _LONGEST)}"] if task.phases else []),
         f"from {task.starts_from}",
         f"{counted(task.attempts, 'attempt')} (each {format_duration(task.timeout)}{silence} at most)",
         f"checks: {one_line('; '.join(task.checks), _LONGEST)}" if task.checks else "no checks",

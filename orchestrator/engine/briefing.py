@@ -185,7 +185,8 @@ class Briefing:
     def _handing(self, phase: Phase) -> HandingOver | None:
         if phase.produces is None:
             return None
-        return HandingOver(phase.produces, self.inputs.kind(phase).schema, has_tools=self.has_tools)
+        schema = self.inputs.kind(phase).schema
+        return HandingOver(phase.produces, schema, writes=phase.writes, has_tools=self.has_tools)
 
 
 def told_task(spec: TaskSpec) -> str:

@@ -45,6 +45,7 @@ from orchestrator.engine.prompting import (
     told_failure,
     told_findings,
 )
+from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject, Write
 from orchestrator.repo.checksums import checksums
 from orchestrator.repo.git import Git
@@ -249,7 +250,10 @@ class Concluding:
         if checked is not None:
             values = values.with_produced(checked.kind.exports(checked.data), phase.name, checked.data)
         condition = partial(holds, values=values.known)
-        return onward(workflow, (), workflow.index(phase.name) + 1, condition, self.clock.now())[1]
+        try:
+            return onward(workflow, (), workflow.index(phase.name) + 1, condition, self.clock.now())[1]
+        except RefusedError:  # what can't be judged is the matter of the phase that it is about
+            return workflow.after(phase.name)[0]
 
     def _rejected(
         self,
@@ -357,7 +361,8 @@ def delivered(
         case Delivered(data):
             return data, "file"
         case Malformed(why):
-            return Violation("handoff.file", "$COUNCIL_HANDOFF", why, "write one JSON object into it")
+            what, _, remedy = why.removeprefix("$COUNCIL_HANDOFF").removeprefix(":").strip().rpartition(": ")
+            return Violation("handoff.file", "$COUNCIL_HANDOFF", what, remedy)
     if tool is not None:
         return tool, "tool"
     block = last_json_block(answer)

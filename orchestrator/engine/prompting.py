@@ -32,8 +32,8 @@ class HandingOver:
 
     kind: str
     schema: JsonObject
-    has_file: bool = True
-    """Whether `$COUNCIL_HANDOFF` names a file to write."""
+    writes: bool = True
+    """Whether its program may write files; one that may not is told of `$COUNCIL_HANDOFF` last."""
     has_tools: bool = True
     """Whether the session has the command `council hand-over` and the tool `hand_over`."""
 
@@ -129,18 +129,16 @@ def holds(condition: str, values: Mapping[str, Any]) -> bool:
 
 def handing_over(handing: HandingOver) -> str:
     """Return the words that tell a session how to hand over."""
-    ways = []
-    if handing.has_file:
-        ways.append("write it to the file that the environment variable COUNCIL_HANDOFF names")
+    file = "write it to the file that the environment variable COUNCIL_HANDOFF names"
+    ways = ["end your answer with it, in a code block that begins with ```json"]
     if handing.has_tools:
-        ways.append("give it to the tool `hand_over`, or to the command `council hand-over` on standard input")
-    ways.append("end your answer with it, in a code block that begins with ```json")
+        ways.insert(0, "give it to the tool `hand_over`, or to the command `council hand-over` on standard input")
+    ways.insert(0 if handing.writes else len(ways), file)
     told = "\n".join(f"{number}. {way}" for number, way in enumerate(ways, 1))
-    one_of = "Do the first of these that you can:" if len(ways) > 1 else "Do this:"
     return (
         f"When you are done, hand over your result ({handing.kind}): one JSON object that fits this JSON Schema.\n"
         f"```json\n{json.dumps(handing.schema, ensure_ascii=False)}\n```\n"
-        f"{one_of}\n{told}\n"
+        f"Do the first of these that you can:\n{told}\n"
     )
 
 

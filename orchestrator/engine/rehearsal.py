@@ -21,6 +21,8 @@ class PlannedTask:
     follows: str | None
     """A task of the same wave that owns a common path and would start first."""
     adapter: str
+    phases: Sequence[str]
+    """Those of its workflow, in their order; none where it has no workflow."""
     program: str
     """The first word of what its adapter would run."""
     starts_from: str
@@ -74,7 +76,8 @@ def rehearse(
 
     def planned(task: str, follows: str | None) -> PlannedTask:
         starts_from = target if specs[task].builds_on_target else config.base
-        return _task(specs[task], follows, programs[task], starts_from)
+        phases = [phase.name for phase in config.workflows.get(specs[task].workflow or "", ())]
+        return _task(specs[task], follows, phases, programs[task], starts_from)
 
     waves = [
         PlannedWave(
@@ -88,12 +91,13 @@ def rehearse(
     return Rehearsal(repository, config.base, target, sandbox, most, room.limited_by, waves)
 
 
-def _task(spec: TaskSpec, follows: str | None, program: str, starts_from: str) -> PlannedTask:
+def _task(spec: TaskSpec, follows: str | None, phases: Sequence[str], program: str, starts_from: str) -> PlannedTask:
     return PlannedTask(
         id=spec.id,
         needs=spec.needs,
         follows=follows,
         adapter=spec.adapter,
+        phases=phases,
         program=program,
         starts_from=starts_from,
         checks=spec.checks,

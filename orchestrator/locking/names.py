@@ -46,7 +46,8 @@ def canonical(path: str, top: Path | None = None, *, folds_case: bool = False) -
 def lock_name(path: str) -> str:
     """Return the name of a lock by its canonical path, as a file's name without an extension; no other path has it."""
     digest = hashlib.sha256(os.fsencode(path)).hexdigest()
-    return f"{_ODD.sub('_', path)[-_READABLE:].lstrip('.')}.{digest}"
+    readable = _ODD.sub("_", path)[-_READABLE:].lstrip(".")
+    return f"{readable or '_'}.{digest}"
 
 
 def folds_case(folder: Path) -> bool:

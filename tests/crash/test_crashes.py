@@ -30,8 +30,8 @@ OF_VIEWS = frozenset({"views.written", "views.replaced"})
 #: Reached by importing what older layouts have, and by forgetting runs; see tests/integration/test_legacy.py and
 #: test_clean_runs.py there.
 OF_RECORDS = frozenset({"legacy.begun", "legacy.imported", "run.removed"})
-#: Reached by tasks with a workflow; see tests/crash/test_phases.py.
-OF_PHASES = frozenset({"phase.checked", "phase.rested", "handoff.taken"})
+#: Reached by tasks with a workflow; see tests/crash/test_phases.py and tests/integration/test_expansion.py.
+OF_PHASES = frozenset({"phase.checked", "phase.rested", "handoff.taken", "plan.expanded"})
 #: Those that a run never reaches by itself.
 BESIDE = OF_REQUESTS | OF_STORE | OF_CHECKPOINTS | OF_VIEWS | OF_RECORDS | OF_PHASES
 #: Reached only once by the tasks of `chain_and_sides`.

@@ -328,7 +328,7 @@ async def test_a_request_that_is_too_large_is_refused(site: Site) -> None:
 async def test_who_types_too_much_is_told_so(site: Site) -> None:
     """And not that nobody answers; JSON makes more of what is typed."""
     async with site.session() as (worktree, mailbox):
-        argv = ["council", "note", "\u00e9" * 30_000]
+        argv = ["council", "lock", *(f"{number}{'x' * 2000}" for number in range(600))]
         code, said = await site.run(SandboxKind.OFF, worktree, mailbox, argv)
     assert (code, f"{LARGEST_REQUEST} fit: ask for less at once" in said) == (1, True), said
 

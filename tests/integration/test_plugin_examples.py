@@ -115,7 +115,7 @@ def test_the_guide_can_be_followed_word_by_word(environment: Environment, tmp_pa
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-    assert (kinds.count("sh"), kinds.count("text")) == (6, 2)
+    assert (kinds.count("sh"), kinds.count("text")) == (7, 2)
 
 
 @pytest.mark.skipif(shutil.which("patch") is None, reason="patch(1) is not installed")

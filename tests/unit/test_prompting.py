@@ -137,10 +137,9 @@ def test_how_to_hand_over_names_the_ways_that_there_are() -> None:
     assert json.loads(re.findall(r"```json\n(.*?)\n```", told, re.DOTALL)[0]) == SCHEMA
     places = [told.index(word) for word in ("COUNCIL_HANDOFF", "hand_over", "end your answer")]
     assert places == sorted(places)
-    few = render("", facts(handing=HandingOver("answer", SCHEMA, has_file=False, has_tools=False))).text
-    assert "COUNCIL_HANDOFF" not in few
+    few = render("", facts(handing=HandingOver("answer", SCHEMA, writes=False, has_tools=False))).text
     assert "hand_over" not in few
-    assert "end your answer" in few
+    assert few.index("end your answer") < few.index("COUNCIL_HANDOFF")
 
 
 def test_a_conversation_that_goes_on_is_told_what_is_new() -> None:
