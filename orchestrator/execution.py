@@ -311,10 +311,11 @@ class Execution:
                 for left_out in self._plugins.left_out:
                     facts = {"plugin": left_out.plugin.name, "reason": str(left_out)}
                     await ledger.note("plugin.left_out", facts)
+                shop = _seated(runs, shop, ledger, settings)
                 await recover(ledger, shop, clock)
                 for request in await ledger.requests():
                     await obey(ledger, request)
-                yield ledger, _seated(runs, shop, ledger, settings)
+                yield ledger, shop
 
     @asynccontextmanager
     async def _joined(

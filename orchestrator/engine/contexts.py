@@ -157,6 +157,8 @@ class Contexts:
             if found is None or found.damaged:
                 return
             left = SessionContext.model_validate_json(found.encoded)
+            if left.status is SessionStatus.DONE:
+                return
             self._own[session] = _Own(left, found.version, self._claim(session))
         try:
             await self._note(session, {"status": SessionStatus.DONE, "files": (), "blocked_on": None})

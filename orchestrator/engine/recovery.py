@@ -17,6 +17,7 @@ from orchestrator.domain.claims import Standing
 from orchestrator.domain.leftovers import Holding, holding
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import CLAIMED, FINAL, Attempt, TaskStatus
+from orchestrator.domain.sessions import SessionName
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.workshop import Workshop
 from orchestrator.errors import GitError, LockHeld, RefusedError
@@ -27,6 +28,7 @@ from orchestrator.repo import worktrees
 from orchestrator.repo.collect import Collected
 from orchestrator.repo.places import made_by_setup
 from orchestrator.repo.worktrees import Worktree
+from orchestrator.sessions.mailbox import remove_mailbox
 from orchestrator.sessions.output import last_sign, log_file
 from orchestrator.sessions.session import salvage
 from orchestrator.sessions.supervised import wait_released
@@ -88,6 +90,8 @@ async def _clear_up(
     `landed` has the commits by which tasks are on the target. Later than `at_start`, orchestrators may be gone that
     were stopped and have not ended, and only what is claimed is ours to end.
     """
+    for task in tasks:
+        await _inherit(ledger, shop, task)
     for worktree in worktrees.left_over(shop.hub, ledger.run.id, tasks):
         if not at_start:
             if ledger.task(worktree.task).status not in CLAIMED:
@@ -97,6 +101,19 @@ async def _clear_up(
         await _reap(ledger, shop, clock, worktree)
     for task in tasks:
         await _bring_back(ledger, clock, task, landed.get(f"{ledger.run.id}/{task}"))
+
+
+async def _inherit(ledger: Ledger, shop: Workshop, task: str) -> None:
+    """Have nobody take a session that was cut off for one at work, and what is built own its paths until it lands."""
+    document = ledger.task(task)
+    if document.status not in CLAIMED or not document.attempts or ledger.is_elsewhere(task):
+        return
+    session = SessionName(ledger.run.id, task, document.attempt.number)
+    if document.status is TaskStatus.RUNNING:
+        if shop.desk is not None:
+            await shop.desk.leave(session, keep_ownership=True)
+    elif ledger.claims is not None and (claim := ledger.claims.guard(task)) is not None:
+        await shop.registry.inherit(session, orchestrator=ledger.orchestrators.me.id, claim=claim)
 
 
 async def remove_abandoned(ledger: Ledger, shop: Workshop) -> None:
@@ -208,6 +225,7 @@ async def end_session(worktree: Worktree) -> None:
     """
     await wait_released(worktree.lock, REAP_LIMIT)
     await anyio.to_thread.run_sync(kill_marked, worktree.marker)
+    await anyio.to_thread.run_sync(remove_mailbox, worktree)
 
 
 async def _rescue(ledger: Ledger, shop: Workshop, clock: Clock, worktree: Worktree) -> bool:

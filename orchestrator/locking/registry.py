@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Final, NamedTuple
 
 import anyio
@@ -120,6 +121,15 @@ class Registry:
                 await self.stops_waiting(session)
         return held
 
+    async def inherit(self, session: SessionName, *, orchestrator: str, claim: Guard) -> None:
+        """Have a session of a process that is gone own what it owned, under the claim of who goes on with its task.
+
+        Nothing of that where somebody else has taken any of it meanwhile.
+        """
+        own = await self._own(session)
+        if own is not None and own[1].epoch != claim.epoch and own[1].patterns:
+            await self._take(session, own[1].patterns, orchestrator, claim)
+
     async def give_back(self, session: SessionName, patterns: Sequence[str], claim: Guard) -> Sequence[str]:
         """Have a session own patterns no more, as it took them; return those that it did own."""
 
@@ -226,8 +236,10 @@ class Registry:
         over: Sequence[Holding],
     ) -> list[Write]:
         version, holding = found.holdings.get(session, (0, None))
-        if holding is None or holding.epoch != claim.epoch:
+        if holding is None:
             holding = self._blank(session, orchestrator, claim)
+        elif holding.epoch != claim.epoch:  # of who had the task before; what the session has done stays allowed
+            holding = replace(self._blank(session, orchestrator, claim), had=holding.had)
         taken = holding.with_taken(patterns, self._clock.now()).with_waiting(None)
         return [
             Write(self._turnstile, found.turnstile, {"since": self._clock.now()}),

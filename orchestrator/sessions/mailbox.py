@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -105,15 +106,24 @@ async def open_mailbox(worktree: Worktree, desk: Desk) -> AsyncIterator[Mailbox]
     name = SessionName(worktree.run, worktree.task, worktree.attempt)
     clerk = _Clerk(name, token, worktree.tree, desk, mailbox.faults)
     failed: Exception | None = None
-    async with await _listen(folder) as listener, anyio.create_task_group() as group:
-        group.start_soon(_serve, listener, clerk)
-        try:
-            yield mailbox
-        except Exception as error:  # noqa: BLE001  goes on below, and not as one of a group
-            failed = error
-        group.cancel_scope.cancel()
+    try:
+        async with await _listen(folder) as listener, anyio.create_task_group() as group:
+            group.start_soon(_serve, listener, clerk)
+            try:
+                yield mailbox
+            except Exception as error:  # noqa: BLE001  goes on below, and not as one of a group
+                failed = error
+            group.cancel_scope.cancel()
+    finally:
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(remove_mailbox, worktree)
     if failed is not None:
         raise failed
+
+
+def remove_mailbox(worktree: Worktree) -> None:
+    """Take away what a session that is over could ask by; its folder may be kept. Blocks."""
+    shutil.rmtree(worktree.mailbox, ignore_errors=True)
 
 
 def _lay_out(folder: Path, token: str, tree: Path) -> None:

@@ -189,13 +189,15 @@ async def test_another_sessions_mailbox_is_of_no_use(site: Site, kind: SandboxKi
 
 
 async def test_the_end_of_a_session_ends_its_mailbox(site: Site) -> None:
-    """Whoever asks then is told so, and what the body raises comes out as it is."""
+    """Nothing to ask by is left, whoever asks is told so, and what the body raises comes out as it is."""
     with pytest.raises(KeyError, match="as it is"):
         async with site.session() as (worktree, mailbox):
             raise KeyError("as it is")
-    code, said = await site.run(SandboxKind.OFF, worktree, mailbox, ["council", "peers"])
+    assert not worktree.mailbox.exists()
+    argv = [sys.executable, "-P", "-m", "orchestrator", "peers"]
+    code, said = await site.run(SandboxKind.OFF, worktree, mailbox, argv)
     assert code == 2
-    assert "does not answer" in said
+    assert "no worktree of a session" in said
 
 
 def test_outside_of_a_session_it_is_said_what_to_do(tmp_path: Path) -> None:
@@ -446,11 +448,14 @@ async def test_an_edit_of_anothers_file_is_denied(site: Site, event: str, given:
 
 
 async def test_a_hook_whose_orchestrator_is_gone_allows(site: Site) -> None:
-    """What lands is checked all the same."""
+    """What lands is checked all the same; other commands say that nobody answers."""
     site.desk.foreign["src/theirs.py"] = "run-0/other.1"
     async with site.session() as (worktree, mailbox):
-        pass
-    told = {"hook_event_name": "PreToolUse", "cwd": str(worktree.tree), "tool_input": {"file_path": "src/theirs.py"}}
-    worktree.prompt_file.write_text(json.dumps(told))
-    ended = await site.run(SandboxKind.OFF, worktree, mailbox, list(mailbox.hook), stdin=worktree.prompt_file)
-    assert ended == (0, "")
+        (worktree.mailbox / "socket").unlink()
+        tool = {"file_path": "src/theirs.py"}
+        told = {"hook_event_name": "PreToolUse", "cwd": str(worktree.tree), "tool_input": tool}
+        worktree.prompt_file.write_text(json.dumps(told))
+        ended = await site.run(SandboxKind.OFF, worktree, mailbox, list(mailbox.hook), stdin=worktree.prompt_file)
+        assert ended == (0, "")
+        code, said = await site.run(SandboxKind.OFF, worktree, mailbox, ["council", "peers"])
+    assert (code, "does not answer" in said) == (2, True)

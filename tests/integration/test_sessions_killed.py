@@ -1,0 +1,103 @@
+"""Sessions that hold all that a session can have, while they, their supervisor or their process are killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from orchestrator.sessions.sandbox import SandboxKind
+from tests.conftest import Repository
+from tests.integration.test_mailbox import KINDS
+from tests.integration.test_sandbox import available
+from tests.integration.test_working_together import QUICK, ended, states
+from tests.waiting import wait_for
+
+#: Takes all that there is to take and stays; a later attempt takes it anew, and ends.
+HOLDER = """
+council lock a.txt lib || exit 9
+council report --file a.txt --message "attempt $COUNCIL_ATTEMPT" || exit 9
+echo '{}' >"$COUNCIL_HANDOFF"
+echo "$COUNCIL_ATTEMPT" >>"$LEDGER/held"
+if [ "$COUNCIL_ATTEMPT" = 1 ]; then sleep 600; fi
+council peers --json >"$LEDGER/peers"
+echo x >a.txt
+"""
+
+
+@pytest.fixture(params=KINDS)
+async def kind(request: pytest.FixtureRequest) -> SandboxKind:
+    """A kind of fence that works here, or none."""
+    return request.param if request.param is SandboxKind.OFF else await available(request.param)
+
+
+def adapter(repository: Repository, script: str) -> dict[str, Any]:
+    """Return an adapter whose program is a script; `LEDGER` is a folder that it may write."""
+    ledger = str(repository.spawns.parent)
+    return {"use": "command", "argv": ["bash", "-c", script], "env": {"LEDGER": ledger}, "writable": [ledger]}
+
+
+def program(repository: Repository, task: str) -> psutil.Process:
+    """Return the process that an adapter has started for a task, wherever the fence has put it."""
+    wanted = {"COUNCIL_TASK": task, "LEDGER": str(repository.spawns.parent)}
+    for one in psutil.process_iter():
+        with suppress(psutil.Error):
+            if one.name() == "bash" and wanted.items() <= one.environ().items():
+                return one
+    raise AssertionError(f"nothing of {task} runs")
+
+
+def supervisor(repository: Repository, task: str) -> psutil.Process:
+    """Return the supervisor of a task's session: whoever holds its lock."""
+    [lock] = sessions(repository, f"{task}.*/lock")
+    inode = str(lock.stat().st_ino)
+    held = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    [pid] = [one[4] for one in held if one[1] == "FLOCK" and one[5].endswith(f":{inode}")]
+    return psutil.Process(int(pid))
+
+
+def sessions(repository: Repository, pattern: str = "*") -> list[Path]:
+    """Return what there is in the folders of a run's sessions."""
+    result = repository.council("status", "--json").result
+    return sorted((Path(result["repository"]).parent / "sessions" / result["run"]).glob(pattern))
+
+
+@pytest.mark.parametrize("killed", ["program", "supervisor", "orchestrator, resumed", "orchestrator, beside another"])
+async def test_all_that_a_session_had_is_free_after_a_kill(
+    repository: Repository, kind: SandboxKind, killed: str
+) -> None:
+    """Paths, file locks, record, mailbox and handoff: the next attempt has them anew, nobody takes the first for alive."""
+    task = {"id": "t", "prompt": "x", "owns": ["src/**", "a.txt"]}
+    path = repository.configure(
+        [task], adapters={"odd": adapter(repository, HOLDER)}, sandbox=kind.value, coordination=QUICK
+    )
+    running = repository.start("run", str(path), "--json")
+    held = repository.spawns.parent / "held"
+    wait_for(held.exists)
+    assert {one["layer"] for one in repository.council("locks", "--json").result["locks"]} >= {"file", "ownership"}
+    if killed == "program":
+        program(repository, "t").kill()
+    elif killed == "supervisor":
+        supervisor(repository, "t").kill()
+    else:
+        helper = repository.start("work", "--json") if "beside" in killed else None
+        if helper is not None:
+            wait_for(lambda: "run.joined" in repository.council("state", "log", "--json").stdout)
+        running.send_signal(signal.SIGKILL)
+        ended(running)
+        running = helper or repository.start("resume", "--json")
+    wait_for(lambda: held.read_text().split() == ["1", "2"], 60)
+    running.communicate(timeout=60)
+    seen = json.loads((repository.spawns.parent / "peers").read_text())["peers"]
+    assert [(one["attempt"], one["is_me"]) for one in seen] == [(2, True)]
+    assert states(repository) == {"t": "landed"}
+    assert repository.council("locks", "--json").result["locks"] == []
+    assert repository.council("status", "--json").result["sessions"] == []
+    assert sessions(repository, "*/mailbox") == []
+    assert bool(sessions(repository)) is (killed == "supervisor")  # what nobody vouches for is kept for a person
+    await repository.assert_invariants()
