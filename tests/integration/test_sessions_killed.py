@@ -71,7 +71,7 @@ def sessions(repository: Repository, pattern: str = "*") -> list[Path]:
 async def test_all_that_a_session_had_is_free_after_a_kill(
     repository: Repository, kind: SandboxKind, killed: str
 ) -> None:
-    """Paths, file locks, record, mailbox and handoff: the next attempt has them anew, nobody takes the first for alive."""
+    """Paths, file locks, record, mailbox and handoff: the next attempt has them, nobody takes the first for alive."""
     task = {"id": "t", "prompt": "x", "owns": ["src/**", "a.txt"]}
     path = repository.configure(
         [task], adapters={"odd": adapter(repository, HOLDER)}, sandbox=kind.value, coordination=QUICK
@@ -101,3 +101,41 @@ async def test_all_that_a_session_had_is_free_after_a_kill(
     assert sessions(repository, "*/mailbox") == []
     assert bool(sessions(repository)) is (killed == "supervisor")  # what nobody vouches for is kept for a person
     await repository.assert_invariants()
+
+
+async def test_what_is_built_keeps_its_paths_when_its_process_is_killed(repository: Repository) -> None:
+    """Whoever goes on with it has them: a third process does not begin what owns the same before it has landed."""
+    built, checked = (repository.spawns.parent / name for name in ("built", "checked"))
+    tasks: list[dict[str, Any]] = [
+        {
+            "id": "a",
+            "prompt": f"await {built}\nappend README.md a",
+            "owns": ["README.md"],
+            "priority": 10,
+            "checks": [f"until test -e {checked}; do sleep 0.05; done"],
+        },
+        {"id": "b", "prompt": "append README.md b", "owns": ["README.md"]},
+    ]
+    path = repository.configure(tasks, sandbox="off", capacity=1, coordination=QUICK)
+    owner = repository.start("run", str(path), "--json", failpoints="landing.checking=kill")
+    wait_for(repository.spawns.exists)
+    others = [repository.start("work", "--json") for _ in range(2)]
+    wait_for(lambda: log(repository).count("run.joined") == 2)
+    built.touch()
+    assert ended(owner) == [-signal.SIGKILL]
+    wait_for(lambda: log(repository).count("task.checking") == 2)
+    locks = repository.council("locks", "--json").result["locks"]
+    checked.touch()
+    assert ended(*others) == [0, 0]
+    owners = [user["owner"] for one in locks if "README.md" in one["what"] for user in one["holders"]]
+    assert [owner.rpartition("/")[2] for owner in owners] == ["a.1"], locks
+    assert states(repository) == {"a": "landed", "b": "landed"}
+    assert "task.conflict" not in log(repository)
+    assert (repository.top / "README.md").read_text() == "# Project\na\nb\n"
+    await repository.assert_invariants()
+
+
+def log(repository: Repository) -> list[str]:
+    """Return the types of all events so far."""
+    said = repository.council("state", "log", "--json").stdout.splitlines()
+    return [event["event"] for line in said for event in json.loads(line).get("events", [])]
