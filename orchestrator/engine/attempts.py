@@ -384,6 +384,8 @@ class Attempts:
 
     async def _failed(self, work: Work, finished: Finished, outcome: Failed) -> After:
         failure, reason = outcome.failure, outcome.reason
+        if failure is FailureClass.NO_CHANGE and work.turn.phase.produces is not None:
+            reason += ": write `access: read` for a phase that is to change nothing"
         match policy_of(failure, work.spec.retry_on):
             case Policy.PARK:
                 await self._end(work, Trigger.HOLD, finished, failure, reason)

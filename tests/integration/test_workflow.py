@@ -323,3 +323,15 @@ async def test_secrets_are_in_nothing_that_is_handed_over(repository: Repository
     assert "the key is" in told
     assert secret not in told
     await repository.assert_invariants(canaries=[secret])
+
+
+async def test_a_phase_that_changes_nothing_is_told_how_to_say_so(repository: Repository) -> None:
+    """What it hands over is no work that could land."""
+    path = repository.configure(
+        [{"id": "t", "prompt": f"in look hand-over {SCOUT}", "workflow": "one"}],
+        workflows={"one": [{"look": {"produces": "scout"}}]},
+    )
+    ended = repository.council("run", str(path), "--json")
+    assert ended.states == {"t": "no_change"}, ended
+    assert "`access: read`" in task_of(ended, "t")["reason"]
+    await repository.assert_invariants()
