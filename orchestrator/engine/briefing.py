@@ -27,23 +27,12 @@ from orchestrator.domain.workflow import (
 )
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.phase_values import PhaseInputs
-from orchestrator.engine.prompting import (
-    HandingOver,
-    PromptFacts,
-    asked,
-    holds,
-    render,
-    source_of,
-)
+from orchestrator.engine.prompting import HandingOver, PromptFacts, asked, holds, render, source_of
 from orchestrator.engine.steps import Update
 from orchestrator.protocols import JsonObject
 
-#: How often a session is asked to mend what it handed over.
-REPAIRS: Final = 1
 #: What a phase is told that has no template.
 _AS_IT_IS: Final = "{{ task.prompt }}"
-#: Findings that a reason names.
-_NAMED: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +135,7 @@ class Briefing:
             owns=spec.owns,
             handing=self._handing(phase),
         )
-        prompt = render(phase.prompt or "{{ task.prompt }}", facts)
+        prompt = render(phase.prompt or _AS_IT_IS, facts)
         follow_up = prompt.follow_up or prompt.text
         return Brief(prompt.text, follow_up=follow_up, given=measured, received=values.received(given))
 

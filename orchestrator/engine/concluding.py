@@ -39,12 +39,7 @@ from orchestrator.engine.briefing import Briefing, Turn
 from orchestrator.engine.expanding import expanded, told, waiting_for
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.phase_values import PhaseInputs
-from orchestrator.engine.prompting import (
-    holds,
-    told_errors,
-    told_failure,
-    told_findings,
-)
+from orchestrator.engine.prompting import holds, told_errors, told_failure, told_findings
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject, Write
 from orchestrator.repo.checksums import checksums
@@ -55,8 +50,6 @@ from orchestrator.sessions.transcript import Transcript
 
 #: How often a session is asked to mend what it handed over.
 REPAIRS: Final = 1
-#: What a phase is told that has no template.
-_AS_IT_IS: Final = "{{ task.prompt }}"
 #: Findings that a reason names.
 _NAMED: Final = 3
 
