@@ -46,10 +46,10 @@ class Site:
     hub: Hub
     desk: MemoryDesk
 
-    def worktree(self, task: str, number: int) -> Worktree:
+    def worktree(self, task: str, number: int, attempt: int = 1) -> Worktree:
         """Make the folders of a session."""
         place = Place(self.hub, number)
-        made = Worktree(self.hub, "run-1", task, 1, held=place)
+        made = Worktree(self.hub, "run-1", task, attempt, held=place)
         for folder in (made.git_dir, made.tree / "src", self.hub.objects):
             folder.mkdir(parents=True, exist_ok=True)
         (made.tree / ".git").write_text(f"gitdir: {made.git_dir}\n")
@@ -57,9 +57,11 @@ class Site:
         return made
 
     @asynccontextmanager
-    async def session(self, task: str = "models", number: int = 1) -> AsyncIterator[tuple[Worktree, Mailbox]]:
+    async def session(
+        self, task: str = "models", number: int = 1, attempt: int = 1
+    ) -> AsyncIterator[tuple[Worktree, Mailbox]]:
         """Open the mailbox of a session."""
-        worktree = self.worktree(task, number)
+        worktree = self.worktree(task, number, attempt)
         async with open_mailbox(worktree, self.desk) as mailbox:
             yield worktree, mailbox
 
@@ -186,6 +188,34 @@ async def test_another_sessions_mailbox_is_of_no_use(site: Site, kind: SandboxKi
     else:
         assert "not of this session" in json.loads(found["said"])["error"]
     assert site.desk.asked == []
+
+
+async def test_the_word_of_an_attempt_that_is_over_opens_nothing(site: Site, kind: SandboxKind) -> None:
+    """Neither the mailbox of the next attempt nor that of another task; and by its own nobody is there."""
+    async with site.session() as (over, _):
+        token = json.loads((over.mailbox / "session.json").read_text())["token"]
+    async with site.session(number=2, attempt=2) as (again, mailbox), site.session("api", 3) as (other, _):
+        said = {}
+        for one in (again, other, over):
+            argv = [sys.executable, "-I", "-S", "-c", INTRUDE, str(one.mailbox), token]
+            code, told = await site.run(kind, again, mailbox, argv)
+            assert code == 0, told
+            said[one.name] = json.loads(told)["said"]
+    assert "not of this session" in said[again.name]
+    assert said[other.name] == "" if kind is SandboxKind.BUBBLEWRAP else "not of this session" in said[other.name]
+    assert said[over.name] == ""
+    assert site.desk.asked == []
+
+
+async def test_the_hook_before_an_edit_asks_from_each_fence(site: Site, kind: SandboxKind) -> None:
+    """As the CLI starts it there; where a fence kept it from asking, every edit would be allowed."""
+    site.desk.foreign["src/theirs.py"] = "run-0/other.1"
+    async with site.session() as (worktree, mailbox):
+        tool = {"file_path": "src/theirs.py"}
+        told = {"hook_event_name": "PreToolUse", "cwd": str(worktree.tree), "tool_input": tool}
+        worktree.prompt_file.write_text(json.dumps(told))
+        code, said = await site.run(kind, worktree, mailbox, list(mailbox.hook), stdin=worktree.prompt_file)
+    assert (code, json.loads(said)["hookSpecificOutput"]["permissionDecision"]) == (0, "deny")
 
 
 async def test_the_end_of_a_session_ends_its_mailbox(site: Site) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -178,3 +179,47 @@ async def test_extend_goes_back_where_another_session_owns_the_path(repository: 
     assert ended.states == {"t": expected}, ended
     if expected == "failed":
         assert "task task of run another owns README.md (as *.md)" in ended.result["tasks"][0]["reason"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+async def test_what_another_attempt_has_stands_in_the_way_of_extend_alone(
+    repository: Repository, processes: int
+) -> None:
+    """Declared or locked, in the same process or another: `extend` goes back and says whose, `allow` lands."""
+    held, freed = (repository.spawns.parent / name for name in ("held", "freed"))
+    script = f"council lock README.md src && touch {held}; until [ -e {freed} ]; do sleep 0.05; done; echo x >mine.txt"
+    holder = {"use": "command", "argv": ["sh", "-c", script], "writable": [str(held.parent)]}
+    outside = {"owns": ["docs/**"], "attempts": 1, "adapter": "fake"}
+    tasks: list[dict[str, Any]] = [
+        {"id": "holder", "prompt": "x", "owns": ["mine.txt"], "priority": 10, "adapter": "holder"},
+        {"id": "locked", "prompt": f"await {held}\nappend README.md x", "on_escape": "extend", **outside},
+        {"id": "declared", "prompt": f"await {held}\nwrite mine.txt y", "on_escape": "extend", **outside},
+        {"id": "allowed", "prompt": f"await {held}\nappend src/app.py x", "on_escape": "allow", **outside},
+    ]
+    path = repository.configure(tasks, capacity=1 if processes == 2 else 2)
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "adapters": {**config["adapters"], "holder": holder}}))
+    running = [repository.start("run", str(path), "--json")]
+    wait_for(held.exists)
+    if processes == 2:
+        running.append(repository.start("work", "--json"))
+
+    def found() -> dict[str, dict[str, Any]]:
+        return {task["id"]: task for task in repository.council("status", "--json").result["tasks"]}
+
+    wait_for(lambda: [one["state"] for one in found().values()] == ["running", "failed", "failed", "landed"], 60)
+    tasks_now = found()
+    freed.touch()
+    for one in running:
+        one.communicate(timeout=60)
+    assert "task holder of run" in tasks_now["locked"]["reason"]
+    assert "owns README.md" in tasks_now["locked"]["reason"]
+    assert "owns mine.txt" in tasks_now["declared"]["reason"]
+    assert {task: one["failure"] for task, one in found().items()} == {
+        "holder": None,
+        "locked": "escaped",
+        "declared": "escaped",
+        "allowed": None,
+    }
+    assert found()["holder"]["state"] == "landed"
+    await repository.assert_invariants()

@@ -54,10 +54,9 @@ def program(repository: Repository, task: str) -> psutil.Process:
 
 def supervisor(repository: Repository, task: str) -> psutil.Process:
     """Return the supervisor of a task's session: whoever holds its lock."""
-    [lock] = sessions(repository, f"{task}.*/lock")
-    inode = str(lock.stat().st_ino)
+    inodes = {str(lock.stat().st_ino) for lock in sessions(repository, f"{task}.*/lock")}
     held = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
-    [pid] = [one[4] for one in held if one[1] == "FLOCK" and one[5].endswith(f":{inode}")]
+    [pid] = [one[4] for one in held if one[1] == "FLOCK" and one[5].rpartition(":")[2] in inodes]
     return psutil.Process(int(pid))
 
 
@@ -133,6 +132,56 @@ async def test_what_is_built_keeps_its_paths_when_its_process_is_killed(reposito
     assert "task.conflict" not in log(repository)
     assert (repository.top / "README.md").read_text() == "# Project\na\nb\n"
     await repository.assert_invariants()
+
+
+#: Takes two files in an order of its task's, gives them back, and that again and again; ends when it may.
+CROSSING = """
+[ "$COUNCIL_TASK" = x ] && set -- a.txt b.txt || set -- b.txt a.txt
+until [ -e "$LEDGER/enough" ]; do
+    council lock $1 --wait 2 && council lock $2 --wait 0.$((RANDOM % 9)) && echo "$COUNCIL_TASK.$COUNCIL_ATTEMPT" >>"$LEDGER/rounds"
+    council unlock $1 $2
+done
+echo done >$COUNCIL_TASK.txt
+"""
+
+
+@pytest.mark.slow
+async def test_opposite_orders_end_though_holders_are_killed(repository: Repository) -> None:
+    """In two processes: whoever is left gets both files each time, and who comes anew does, too."""
+    rounds, enough = (repository.spawns.parent / name for name in ("rounds", "enough"))
+    tasks = [{"id": name, "prompt": "x", "attempts": 9} for name in ("x", "y")]
+    settings = {"sandbox": "off", "capacity": 1, "coordination": {**QUICK, "max_retries": 9}}
+    path = repository.configure(tasks, adapters={"odd": adapter(repository, CROSSING)}, **settings)
+    processes = [repository.start("run", str(path), "--json")]
+    wait_for(rounds.exists)
+    processes.append(repository.start("work", "--json"))
+
+    def had(task: str) -> int:
+        return sum(line.startswith(f"{task}.") for line in rounds.read_text().splitlines())
+
+    def both_go_on() -> None:
+        before = {task: had(task) for task in ("x", "y")}
+        try:
+            wait_for(lambda: all(had(task) > before[task] + 1 for task in before), 25)
+        except AssertionError:
+            print("ROUNDS", before, {t: had(t) for t in before}, rounds.read_text().split()[-12:])
+            print("LOCKS", repository.council("locks", "--json").stdout)
+            print("STATUS", repository.council("status", "--json").stdout[:3000])
+            print("LOG", log(repository)[-60:])
+            raise
+
+    both_go_on()
+    for number in range(6):
+        victim = (program if number % 2 else supervisor)(repository, "xy"[number // 2 % 2])
+        victim.kill()
+        both_go_on()
+    processes.pop(0).send_signal(signal.SIGKILL)
+    processes.append(repository.start("work", "--json"))
+    both_go_on()
+    enough.touch()
+    assert set(ended(*processes)) == {0}
+    assert states(repository) == {"x": "landed", "y": "landed"}
+    assert repository.council("locks", "--json").result["locks"] == []
 
 
 def log(repository: Repository) -> list[str]:
