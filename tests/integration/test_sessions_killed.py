@@ -138,7 +138,8 @@ async def test_what_is_built_keeps_its_paths_when_its_process_is_killed(reposito
 CROSSING = """
 [ "$COUNCIL_TASK" = x ] && set -- a.txt b.txt || set -- b.txt a.txt
 until [ -e "$LEDGER/enough" ]; do
-    council lock $1 --wait 2 && council lock $2 --wait 0.$((RANDOM % 9)) && echo "$COUNCIL_TASK.$COUNCIL_ATTEMPT" >>"$LEDGER/rounds"
+    council lock $1 --wait 2 && council lock $2 --wait 0.$((RANDOM % 9)) &&
+        echo "$COUNCIL_TASK.$COUNCIL_ATTEMPT" >>"$LEDGER/rounds"
     council unlock $1 $2
 done
 echo done >$COUNCIL_TASK.txt
