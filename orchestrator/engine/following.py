@@ -143,10 +143,10 @@ class Following:
                     await self._revive(task, request.phase)
                 case Action.APPROVE:
                     if await approve(self._ledger, task, request.reason):
-                        self._hand.wait(task)
+                        self._hand.go_on(task)
                 case Action.REJECT:
                     if await send_back(self._ledger, task, request.reason):
-                        self._hand.wait(task)
+                        self._hand.go_on(task)
                 case _:
                     await self._cancel(task)
         if request.action is Action.IGNORE:

@@ -127,6 +127,11 @@ class InHand:
         keeps = adapters is not None and keeps_paths(self._ledger.task(task))
         self.board.wait(task, self._clock.monotonic() + delay, adapters, keeps_paths=keeps)
 
+    def go_on(self, task: str) -> None:
+        """Have a task go on that a person was asked about; one whose session is not quite over does by itself then."""
+        if task not in self.works:
+            self.wait(task)
+
     def revive(self, task: str) -> None:
         """Have a task tried again that was over."""
         self._need(task)

@@ -7,10 +7,12 @@ import signal
 from typing import Any
 
 import anyio
+import pytest
 
 from orchestrator.cli.output import event_text
 from orchestrator.council import Council
 from orchestrator.protocols import Event
+from orchestrator.sessions.session import Session
 from tests.command_server import Started
 from tests.conftest import Ended, Repository
 from tests.integration.test_workflow import PLAN
@@ -86,6 +88,26 @@ async def test_what_is_rejected_is_done_again_with_the_note(repository: Reposito
     assert ended.states["t"] == "landed", ended
     assert [one["approvals"] for one in events(ended, "run.waiting")] == [["t"], ["t"]]
     assert [one["note"] for one in events(ended, "task.sent_back")] == ["keep the old names"]
+    await repository.assert_invariants()
+
+
+async def test_an_answer_may_come_before_the_session_is_quite_over(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits is on record a moment before its session has given its place back: it does not go on before that."""
+    path = configured(repository)
+    release, answers = Session.release, ["reject", "approve"]
+    async with Council.open(path, environ=repository.environ) as council:
+        run = await council.create_run()
+
+        async def answered_first(session: Session, *, saved: bool) -> None:
+            if session.assignment.phase == "plan":
+                await getattr(council, answers.pop(0))("t", run=run)
+            await release(session, saved=saved)
+
+        monkeypatch.setattr(Session, "release", answered_first)
+        report = await council.resume(run)
+    assert {one.id: one.state for one in report.tasks} == {"t": "landed", "after": "landed"}, report
     await repository.assert_invariants()
 
 
