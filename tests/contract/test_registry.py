@@ -167,6 +167,22 @@ class RegistryContract(ABC):
             assert await owners.take(again, "a") is None
             assert [one.session for one in await owners.registry.holdings()] == [again]
 
+    async def test_who_goes_on_with_a_task_inherits_what_its_session_owned(self) -> None:
+        """And what it may have changed; nothing where somebody was faster."""
+        async with self.open_store() as store:
+            owners = Owners(store)
+            await owners.take(ADA, "a", "gone")
+            await owners.registry.give_back(ADA, ["gone"], owners.claims[ADA])
+            later = await claimed(store, ADA)
+            assert await owners.owned() == {}
+            await owners.registry.inherit(ADA, orchestrator="o2", claim=later)
+            assert await owners.owned() == {"ada": ("a",)}
+            assert set(await owners.registry.had(ADA)) == {"a", "gone"}
+            latest = await claimed(store, ADA)
+            await owners.take(BOB, "a")
+            await owners.registry.inherit(ADA, orchestrator="o3", claim=latest)
+            assert await owners.owned() == {"bob": ("a",)}
+
     async def test_attempts_of_one_task_are_not_in_each_others_way(self) -> None:
         """Under one claim, what an earlier attempt left goes over to the next."""
         async with self.owners() as owners:
