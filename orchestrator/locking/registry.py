@@ -82,7 +82,18 @@ class Registry:
             elif one.stands_in_the_way(session, wanted):
                 (live if await self._counts(one) else over).append(one)
         held = in_the_way(session, wanted, live)
-        return held or self._taking(session, wanted, orchestrator, claim, found, over)
+        if held is not None:
+            return held
+        version, holding = found.holdings.get(session, (0, None))
+        if holding is None or holding.epoch != claim.epoch:
+            # What it has done under the claim of who had the task before stays allowed.
+            holding = replace(self._blank(session, orchestrator, claim), had=tuple(await self.had(session)))
+        taken = holding.with_taken(wanted, self._clock.now()).with_waiting(None)
+        return [
+            Write(self._turnstile, found.turnstile, {"since": self._clock.now()}),
+            Write(self.key(session), version, taken.to_json()),
+            *(Write(self.key(one.session), found.holdings[one.session][0], None) for one in over),
+        ]
 
     async def take(
         self,
@@ -126,9 +137,9 @@ class Registry:
 
         Nothing of that where somebody else has taken any of it meanwhile.
         """
-        own = await self._own(session)
-        if own is not None and own[1].epoch != claim.epoch and own[1].patterns:
-            await self._take(session, own[1].patterns, orchestrator, claim)
+        last = await self._last(session)  # also where it was swept meanwhile, as nobody's
+        if last is not None and last.epoch != claim.epoch and last.patterns:
+            await self._take(session, last.patterns, orchestrator, claim)
 
     async def give_back(self, session: SessionName, patterns: Sequence[str], claim: Guard) -> Sequence[str]:
         """Have a session own patterns no more, as it took them; return those that it did own."""
@@ -154,10 +165,8 @@ class Registry:
 
     async def had(self, session: SessionName) -> Sequence[str]:
         """Return all patterns that a session has owned, whether or not it is over, but for what a person took away."""
-        for version in await self._store.history(self.key(session)):
-            if version.value is not None:
-                return Holding.from_json(version.value).had
-        return ()
+        last = await self._last(session)
+        return () if last is None else last.had
 
     async def holdings(self) -> Sequence[Holding]:
         """Return what counts of the scope: who owns and waits for what, the oldest first."""
@@ -226,33 +235,19 @@ class Registry:
 
         return await retried(attempt, _TRIES)
 
-    def _taking(
-        self,
-        session: SessionName,
-        patterns: Sequence[str],
-        orchestrator: str,
-        claim: Guard,
-        found: _Found,
-        over: Sequence[Holding],
-    ) -> list[Write]:
-        version, holding = found.holdings.get(session, (0, None))
-        if holding is None:
-            holding = self._blank(session, orchestrator, claim)
-        elif holding.epoch != claim.epoch:  # of who had the task before; what the session has done stays allowed
-            holding = replace(self._blank(session, orchestrator, claim), had=holding.had)
-        taken = holding.with_taken(patterns, self._clock.now()).with_waiting(None)
-        return [
-            Write(self._turnstile, found.turnstile, {"since": self._clock.now()}),
-            Write(self.key(session), version, taken.to_json()),
-            *(Write(self.key(one.session), found.holdings[one.session][0], None) for one in over),
-        ]
-
     def _blank(self, session: SessionName, orchestrator: str, claim: Guard) -> Holding:
         return Holding(session, (), self._clock.now(), orchestrator, claim.epoch)
 
     async def _commit(self, writes: Sequence[Write], event: Event, claim: Guard) -> None:
         # What sessions own counts while they live: the end of the machine's power is theirs, too.
         await self._store.commit(Commit(writes, [event], [claim], durable=False))
+
+    async def _last(self, session: SessionName) -> Holding | None:
+        """Return what was recorded of a session last, whether or not it is over."""
+        for version in await self._store.history(self.key(session)):
+            if version.value is not None:
+                return Holding.from_json(version.value)
+        return None
 
     async def _own(self, session: SessionName) -> tuple[int, Holding] | None:
         found = await self._store.get(self.key(session))

@@ -175,6 +175,7 @@ class RegistryContract(ABC):
             await owners.registry.give_back(ADA, ["gone"], owners.claims[ADA])
             later = await claimed(store, ADA)
             assert await owners.owned() == {}
+            await store.commit(Commit(await owners.registry.sweep()))
             await owners.registry.inherit(ADA, orchestrator="o2", claim=later)
             assert await owners.owned() == {"ada": ("a",)}
             assert set(await owners.registry.had(ADA)) == {"a", "gone"}
