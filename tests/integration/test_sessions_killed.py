@@ -30,7 +30,9 @@ echo x >a.txt
 """
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(
+    params=[pytest.param(kind, marks=() if kind is SandboxKind.BUBBLEWRAP else pytest.mark.slow) for kind in KINDS]
+)
 async def kind(request: pytest.FixtureRequest) -> SandboxKind:
     """A kind of fence that works here, or none."""
     return request.param if request.param is SandboxKind.OFF else await available(request.param)
