@@ -241,9 +241,16 @@ def left_over(hub: Hub, run_id: str, tasks: Collection[str] | None) -> list[Work
     """
     folder = hub.sessions / run_id
     is_ours = folder.is_dir() and folder.resolve().is_relative_to(hub.root.resolve())  # else a link leads elsewhere
-    names = [path.name for path in folder.iterdir()] if is_ours else []
+    names = _names_in(folder) if is_ours else []
     found = [one for name in names if (one := _named(hub, run_id, name, tasks)) is not None]
     return sorted(found, key=lambda one: (one.task, one.attempt, one.is_check))
+
+
+def _names_in(folder: Path) -> list[str]:
+    """Return the names in a folder; none where another process has just removed it, as its last session left."""
+    with suppress(FileNotFoundError):
+        return [path.name for path in folder.iterdir()]
+    return []
 
 
 def _named(hub: Hub, run_id: str, name: str, tasks: Collection[str] | None) -> Worktree | None:

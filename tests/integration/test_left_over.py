@@ -1,0 +1,28 @@
+"""What sessions left is looked for while others remove it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.repo.hub import Hub
+from orchestrator.repo.worktrees import left_over
+
+
+def test_a_folder_that_goes_while_it_is_looked_at_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever removes the last session removes the run's folder, too."""
+    hub = Hub(tmp_path / "hub")
+    folder = hub.sessions / "run"
+    folder.mkdir(parents=True)
+
+    def gone(path: Path) -> Iterator[Path]:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+
+    monkeypatch.setattr(Path, "iterdir", gone)
+    assert left_over(hub, "run", ["t"]) == []
