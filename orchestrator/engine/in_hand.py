@@ -42,9 +42,9 @@ class InHand:
 
     def _place(self, task: str) -> None:
         """Have a task wait for the adapters of its phase, where it has any of its own."""
-        adapters = self._adapters(task)
+        adapters, keeps = self._at_phase(task)
         if adapters is not None:
-            self.board.place(task, adapters, keeps_paths=keeps_paths(self._ledger.task(task)))
+            self.board.place(task, adapters, keeps_paths=keeps)
 
     def grow(self) -> None:
         """Have the board know the tasks that plans have become, each at its place of the file."""
@@ -98,7 +98,7 @@ class InHand:
     def stop_sessions(self) -> None:
         """Stop all sessions; their tasks keep what they did."""
         for work in self.works.values():
-            work.session.stop()
+            work.stop()
         self.wake()
 
     def park(self, adapter: str, until: float) -> None:
@@ -116,15 +116,13 @@ class InHand:
         """Have the board show where a task is; one that is to be tried again starts in so many seconds."""
         self._need(task)
         until = self._clock.monotonic() + retry_in
-        document, adapters = self._ledger.task(task), self._adapters(task)
-        keeps = adapters is not None and keeps_paths(document)
-        self.board.mirror(task, document.status, until, adapters, keeps_paths=keeps)
+        adapters, keeps = self._at_phase(task)
+        self.board.mirror(task, self._ledger.task(task).status, until, adapters, keeps_paths=keeps)
 
     def wait(self, task: str, delay: float = 0.0) -> None:
         """Have a task go on in so many seconds, at its phase."""
         self._need(task)
-        adapters = self._adapters(task)
-        keeps = adapters is not None and keeps_paths(self._ledger.task(task))
+        adapters, keeps = self._at_phase(task)
         self.board.wait(task, self._clock.monotonic() + delay, adapters, keeps_paths=keeps)
 
     def go_on(self, task: str) -> None:
@@ -138,18 +136,18 @@ class InHand:
         self._place(task)
         self.board.revive(task)
 
-    def _adapters(self, task: str) -> tuple[str, ...] | None:
-        """Return the adapters of the phase that a task is at; None where it has no workflow."""
-        entry = self.board.entry(task)
+    def _at_phase(self, task: str) -> tuple[tuple[str, ...] | None, bool]:
+        """Return the adapters of a task's phase (None where it has no workflow), and whether it keeps its paths."""
+        entry, document = self.board.entry(task), self._ledger.task(task)
         if entry.workflow is None:
-            return None
+            return None, False
         workflow = self._ledger.workflow(entry.workflow)
-        return adapters_at(workflow, self._ledger.task(task), entry.adapter, entry.fallback)
+        return adapters_at(workflow, document, entry.adapter, entry.fallback), keeps_paths(document)
 
     def mirror(self, task: str, retry_in: float | None = None) -> None:
         """Take over where a task is that another orchestrator moved, or a person."""
         if task in self.works:
-            self.works[task].session.stop()  # when it is over, the board is told where the task is
+            self.works[task].stop()  # when it is over, the board is told where the task is
             return
         self._drop_landing(task)
         is_elsewhere = self._ledger.is_elsewhere(task)

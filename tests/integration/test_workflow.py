@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 from typing import Any
 
 from tests.conftest import Ended, Repository
+from tests.waiting import wait_for
 
 SCOUT = json.dumps({"scout_findings": ["there is a.txt"], "requirements": ["b.txt"], "constraints": []})
 PLAN = json.dumps({"tasks": [{"id": "t1", "prompt": "write b"}], "dependencies": [], "timeline": [], "resources": []})
@@ -334,4 +336,23 @@ async def test_a_phase_that_changes_nothing_is_told_how_to_say_so(repository: Re
     ended = repository.council("run", str(path), "--json")
     assert ended.states == {"t": "no_change"}, ended
     assert "`access: read`" in task_of(ended, "t")["reason"]
+    await repository.assert_invariants()
+
+
+async def test_what_a_phase_is_done_until_ends_with_the_run(repository: Repository) -> None:
+    """Its commands are stopped as its session would be; the phase is there for the next `resume`."""
+    begun = repository.spawns.parent / "begun"
+    until = [f"test -e {begun} || {{ touch {begun}; sleep 600; }}"]
+    path = repository.configure(
+        [{"id": "t", "prompt": "write b.txt x", "workflow": "one"}],
+        workflows={"one": [{"build": {"until": until}}]},
+        writable=[str(begun.parent)],
+    )
+    child = repository.start("run", str(path), "--json")
+    wait_for(begun.exists)
+    child.send_signal(signal.SIGINT)
+    child.communicate(timeout=30)
+    assert child.returncode == 130
+    ended = repository.council("resume", "--json")
+    assert ended.states == {"t": "landed"}, ended
     await repository.assert_invariants()
