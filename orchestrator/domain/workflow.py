@@ -332,7 +332,7 @@ def carried_on(workflow: Workflow, task: TaskDocument, phase: Phase) -> dict[str
 
 def keeps_paths(task: TaskDocument) -> bool:
     """Whether a task that waits goes on with what it has built, so that its paths are to stay its own."""
-    return task.start is not None or (bool(task.phases) and any(one.commit is not None for one in task.phases))
+    return task.start is not None or any(one.commit is not None for one in task.phases)
 
 
 def adapters_at(workflow: Workflow, task: TaskDocument, adapter: str, fallback: Sequence[str]) -> tuple[str, ...]:

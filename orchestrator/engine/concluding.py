@@ -353,9 +353,8 @@ def delivered(
     match file:
         case Delivered(data):
             return data, "file"
-        case Malformed(why):
-            what, _, remedy = why.removeprefix("$COUNCIL_HANDOFF").removeprefix(":").strip().rpartition(": ")
-            return Violation("handoff.file", "$COUNCIL_HANDOFF", what, remedy)
+        case Malformed(why, remedy):
+            return Violation("handoff.file", "the result", why, remedy)
     if tool is not None:
         return tool, "tool"
     block = last_json_block(answer)

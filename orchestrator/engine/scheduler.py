@@ -286,9 +286,15 @@ class Scheduler:
         return {task: len(self._ledger.task(task).phases) for task, status in statuses if status is TaskStatus.WAITING}
 
     def _idle(self) -> bool:
-        has_work = self.halted is None and self._board.has_work()
-        is_awaited = self.halted is None and (bool(self._hand.elsewhere) or bool(self._to_be_approved()))
-        return not self._is_at_work() and (self._stopping or not (self._waits_to_land() or has_work or is_awaited))
+        if self._is_at_work():
+            return False
+        if self._stopping:
+            return True
+        if self._waits_to_land():
+            return False
+        # Asked last: who waits for a person is looked for among all tasks.
+        is_open = self._board.has_work() or self._hand.elsewhere or self._to_be_approved()
+        return self.halted is not None or not is_open
 
     async def _pause(self) -> None:
         times: list[float | None] = []

@@ -19,6 +19,7 @@ from orchestrator.repo.worktrees import Worktree
 #: Names the file to a session.
 VARIABLE = "COUNCIL_HANDOFF"
 
+_OBJECT = "write one JSON object there"
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Nothing is waited for that somebody else would have to write.
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -33,9 +34,10 @@ class Delivered:
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
-    """A session wrote what can't be read as a JSON object; `why` is told to the agent, with what to do."""
+    """A session wrote what can't be read as a JSON object: why, and what the agent is to do."""
 
     why: str
+    remedy: str = "write a plain file there"
 
 
 async def read_handed_over(worktree: Worktree) -> Delivered | Malformed | None:
@@ -50,11 +52,11 @@ def _read(worktree: Worktree) -> Delivered | Malformed | None:
     except FileNotFoundError:
         return None
     except OSError:  # a link, or no folder
-        return Malformed(f"the folder of ${VARIABLE} was replaced: leave it as it is")
+        return Malformed(f"the folder of ${VARIABLE} was replaced", "leave it as it is")
     try:
         data = _bytes_of(file.name, folder)
     except OSError as error:
-        return Malformed(f"${VARIABLE} can't be read ({error.strerror}): write a plain file there")
+        return Malformed(f"${VARIABLE} can't be read ({error.strerror})")
     finally:
         os.close(folder)
     if not isinstance(data, bytes):
@@ -62,9 +64,9 @@ def _read(worktree: Worktree) -> Delivered | Malformed | None:
     try:
         value = strict.parse(data)
     except ValueError as error:
-        return Malformed(f"${VARIABLE}: {error}: write one JSON object there")
+        return Malformed(f"${VARIABLE} can't be taken, {error}", _OBJECT)
     if not isinstance(value, dict):
-        return Malformed(f"${VARIABLE} holds no object: write one JSON object there")
+        return Malformed(f"${VARIABLE} holds no object", _OBJECT)
     return Delivered(value)
 
 
@@ -76,7 +78,7 @@ def _bytes_of(name: str, folder: int) -> bytes | Malformed | None:
     try:
         found = os.fstat(descriptor)
         if not S_ISREG(found.st_mode) or found.st_nlink > 1:
-            return Malformed(f"${VARIABLE} is a link or no file: write a plain file there")
+            return Malformed(f"${VARIABLE} is a link or no file")
         data = bytearray()
         while len(data) <= LARGEST_HANDOFF and (part := os.read(descriptor, LARGEST_HANDOFF + 1 - len(data))):
             data += part
@@ -84,5 +86,5 @@ def _bytes_of(name: str, folder: int) -> bytes | Malformed | None:
         os.close(descriptor)
     if len(data) > LARGEST_HANDOFF:
         remedy = "hand over what the next phase needs, and name files for the rest"
-        return Malformed(f"${VARIABLE} has more than {LARGEST_HANDOFF} bytes: {remedy}")
+        return Malformed(f"${VARIABLE} has more than {LARGEST_HANDOFF} bytes", remedy)
     return bytes(data)

@@ -223,15 +223,20 @@ async def test_a_task_that_failed_blocks_the_one_whose_plan_it_was_of_until_it_i
     await repository.assert_invariants()
 
 
-async def test_another_plan_replaces_what_has_not_landed_of_the_one_before(repository: Repository) -> None:
-    """Its tasks have names of their own; what has landed stays, what has not is cancelled."""
+def planned_twice(repository: Repository) -> str:
+    """Write a task of whose first plan one part lands, one fails, one waits; the second has one. Return the config."""
     old = plan(planned("x", "write x.txt 1"), planned("y", "exit 1"), planned("z", "write z.txt 1", dependencies=["y"]))
     new = plan(planned("y", "write y.txt 1"))
-    path = expanding(
+    return expanding(
         repository,
         [f"attempt 1 in plan hand-over {old}", f"attempt 2 in plan hand-over {new}"],
         own={"attempts": 1},
     )
+
+
+async def test_another_plan_replaces_what_has_not_landed_of_the_one_before(repository: Repository) -> None:
+    """Its tasks have names of their own; what has landed stays, what has not is cancelled."""
+    path = planned_twice(repository)
     run = repository.council("run", path, "--json")
     assert run.states == {"all": "blocked", "all-x": "landed", "all-y": "failed", "all-z": "blocked"}, run
     name = run.result["run"]
@@ -330,13 +335,7 @@ async def test_what_a_plan_became_shares_the_budget_of_its_task(repository: Repo
 
 async def test_a_checkpoint_from_before_a_plan_keeps_what_sessions_did_for_it(repository: Repository) -> None:
     """What no session was at is gone with the plan; another one is made."""
-    old = plan(planned("x", "write x.txt 1"), planned("y", "exit 1"), planned("z", "write z.txt 1", dependencies=["y"]))
-    new = plan(planned("y", "write y.txt 1"))
-    path = expanding(
-        repository,
-        [f"attempt 1 in plan hand-over {old}", f"attempt 2 in plan hand-over {new}"],
-        own={"attempts": 1},
-    )
+    path = planned_twice(repository)
     assert repository.council("run", path, failpoints="run.claimed=kill").code == -signal.SIGKILL
     checkpoint = repository.council("checkpoint", "create", "--json").result["id"]
     run = repository.council("resume", "--json")
