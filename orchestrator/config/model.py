@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, SerializeAsAny, ValidationError
 
 from orchestrator.domain import budget, retry
 from orchestrator.domain.claims import Timing
@@ -74,7 +74,12 @@ class TaskSpec(_Model):
     """How long to wait between attempts."""
     silence: float | None
     """Seconds that a session may go without output and without a change in its worktree; None: no limit."""
-    retry_on: Annotated[frozenset[Annotated[FailureClass, Field(strict=False)]], Field(strict=False)]
+    retry_on: Annotated[
+        frozenset[Annotated[FailureClass, Field(strict=False)]],
+        Field(strict=False),
+        # A set's own order differs between processes: what is recorded of one task should not.
+        PlainSerializer(sorted, return_type=list[FailureClass]),
+    ]
     """The classes of failure that are worth another attempt."""
     checks: Annotated[tuple[str, ...], Field(strict=False)]
     """Shell commands that must succeed on the merged tree."""

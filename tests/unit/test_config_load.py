@@ -21,6 +21,7 @@ from orchestrator.config.model import (
 )
 from orchestrator.domain.failures import RETRIED
 from orchestrator.errors import RefusedError
+from tests.recorded import task_spec
 
 TYPES = {"command": CommandAdapter}
 SMALLEST = """\
@@ -193,6 +194,14 @@ def test_what_is_stored_is_restored(tmp_path: Path) -> None:
     for name, adapter in config.adapters.items():
         assert restore_adapter(name, json.loads(json.dumps(adapter.stored())), TYPES) == adapter
     assert json.loads(config.model_dump_json())["adapters"]["fixer"]["options"]["argv"] == ["fix"]
+
+
+def test_a_task_is_recorded_the_same_by_each_process() -> None:
+    """A set has another order in each process; what is recorded of it has one."""
+    task = task_spec("a", "Fix it.").model_copy(update={"retry_on": RETRIED})
+    recorded = task.model_dump_json()
+    assert json.loads(recorded)["retry_on"] == sorted(RETRIED)
+    assert TaskSpec.model_validate_json(recorded) == task
 
 
 @pytest.mark.parametrize(
