@@ -143,7 +143,7 @@ def least(*values: float | None) -> float | None:
 class AdapterOptions(BaseModel):
     """What the options of every adapter have."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, defer_build=True)
 
     env: Annotated[
         Annotated[_EnvItems, Tag("names")] | Annotated[_EnvValues, Tag("values")],

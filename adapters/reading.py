@@ -68,7 +68,7 @@ _Wanted = Annotated[
 class Rule(BaseModel):
     """What stands under `read` for one kind of line."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, defer_build=True)
 
     match: Annotated[Pattern, AfterValidator(_check_groups)] | None = None
     """A regular expression that such a line has; its named groups are what is read (`(?P<session>\\S+)`)."""

@@ -32,7 +32,7 @@ from typing import Any, Final, NoReturn, Self
 import anyio
 import anyio.abc
 import portalocker  # noqa: F401  as good as imported late
-import pydantic.dataclasses  # noqa: F401  the same
+import pydantic.dataclasses
 import zstandard  # noqa: F401  the same
 
 import adapters
@@ -247,6 +247,15 @@ def _import_all() -> None:
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             if not module.name.startswith(_NOT_IMPORTED):
                 importlib.import_module(module.name)
+    _complete(pydantic.BaseModel)
+
+
+def _complete(model: type[pydantic.BaseModel]) -> None:
+    """Build what models that were derived from one leave to their first use."""
+    for derived in model.__subclasses__():
+        if derived.__module__.startswith(("orchestrator.", "adapters.")):
+            derived.model_rebuild()
+        _complete(derived)
 
 
 def _end(run: Callable[..., Any], arguments: Sequence[str]) -> NoReturn:

@@ -18,7 +18,7 @@ from orchestrator.protocols import Adapter, AdapterType, JsonObject, McpServer, 
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
 
 class Backoff(_Model):
@@ -99,9 +99,9 @@ class TaskSpec(_Model):
     """What follows where it owns paths and has changed others."""
     instructions: str | None = None
     """What the CLI is told apart from the prompt."""
-    budget: BudgetConfig = BudgetConfig()
+    budget: BudgetConfig = Field(default_factory=BudgetConfig)
     """What all of its sessions may use up together."""
-    session_budget: BudgetConfig = BudgetConfig()
+    session_budget: BudgetConfig = Field(default_factory=BudgetConfig)
     """What each of them may use up."""
     workflow: str | None = None
     """The name of the phases that it goes through; None: the one phase `build`."""
@@ -346,7 +346,7 @@ class StateConfig(_Model):
 
     url: str | None = None
     """The URL of the store; None: the project's own."""
-    retention: Retention = Retention()
+    retention: Retention = Field(default_factory=Retention)
     """How much of the past it keeps."""
 
 
@@ -402,13 +402,13 @@ class RunConfig(_Model):
     """What they take turns in."""
     mcp_servers: Mapping[str, McpServerConfig] = {}
     """What sessions can use, by name."""
-    budget: BudgetConfig = BudgetConfig()
+    budget: BudgetConfig = Field(default_factory=BudgetConfig)
     """What all sessions may use up together."""
     prices: Mapping[str, Price] = {}
     """What the file says that models cost, by name."""
-    state: StateConfig = StateConfig()
+    state: StateConfig = Field(default_factory=StateConfig)
     """Where all is recorded."""
-    coordination: CoordinationConfig = CoordinationConfig()
+    coordination: CoordinationConfig = Field(default_factory=CoordinationConfig)
     """How those that work in it keep out of each other's way."""
     adapters: Mapping[str, AdapterConfig]
     """The adapters by name."""

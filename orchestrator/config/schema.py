@@ -272,7 +272,7 @@ Key = Annotated[str, AfterValidator(_check_key), _text(r"\S")]
 
 
 class _Entry(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, defer_build=True)
 
 
 class BackoffSettings(_Entry):
@@ -628,11 +628,11 @@ class Config(_Entry):
     """The ways to run a CLI, by a name of your own; types that need no options can be named without an entry here."""
     mcp_servers: dict[Name, McpServerSettings] = {}
     """Servers of the Model Context Protocol that sessions can use, by a name of your own."""
-    budget: BudgetSettings = BudgetSettings()
+    budget: BudgetSettings = Field(default_factory=BudgetSettings)
     """How much all sessions of the run may use up together."""
     prices: dict[Annotated[str, Field(min_length=1)], Price] = {}
     """What a million tokens of a model cost, where its CLI does not tell and where ours are not yours."""
-    worktrees: WorktreeSettings = WorktreeSettings()
+    worktrees: WorktreeSettings = Field(default_factory=WorktreeSettings)
     """The checkouts that sessions and checks take turns in."""
     state: Annotated[StateSettings, BeforeValidator(_store, json_schema_input_type=StoreUrl | StateSettings)] = (
         StateSettings()
@@ -640,9 +640,9 @@ class Config(_Entry):
     """The store that all is recorded in: .council/state of the repository unless given."""
     state_dir: Annotated[str, Field(min_length=1)] | None = None
     """The folder of the store, relative to this file, instead of its URL."""
-    coordination: CoordinationSettings = CoordinationSettings()
+    coordination: CoordinationSettings = Field(default_factory=CoordinationSettings)
     """How those that work in one run keep out of each other's way."""
-    defaults: TaskDefaults = TaskDefaults()
+    defaults: TaskDefaults = Field(default_factory=TaskDefaults)
     """What holds for each task that doesn't say otherwise."""
     workflows: dict[
         WorkflowName,

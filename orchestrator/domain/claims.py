@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import reduce
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Role(StrEnum):
@@ -94,7 +94,7 @@ class Orchestrator(_Document):
     ended: float | None = None
     reason: str | None = None
     """Why it ended, where that was not of its own doing."""
-    counters: Counters = Counters()
+    counters: Counters = Field(default_factory=Counters)
 
 
 class Claim(_Document):

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class Price(BaseModel):
     """US dollars for a million tokens of a model."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, defer_build=True)
 
     input: float = Field(ge=0, le=1_000_000, strict=False)
     """Of what it reads."""

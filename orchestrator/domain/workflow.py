@@ -26,7 +26,7 @@ _Strings = Annotated[tuple[str, ...], Field(strict=False)]
 class Expansion(BaseModel):
     """How the tasks of a plan become tasks of the run."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
     most: int = 20
     """How many there may be at most."""
@@ -37,7 +37,7 @@ class Expansion(BaseModel):
 class Phase(BaseModel):
     """One step of a workflow, everything resolved but what a task says: its adapter, where this names none."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
     name: str
     adapter: str | None = None

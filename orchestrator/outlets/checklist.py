@@ -88,7 +88,7 @@ def _rest(lines: Sequence[bytes], begin: int, indent: int) -> Iterator[bytes]:
 class ChecklistOptions(BaseModel):
     """What stands under a tracker that says `use: checklist`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, defer_build=True)
 
     file: PathOption
     """The Markdown file, relative to this one; git may not track it."""

@@ -36,7 +36,7 @@ hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 class JsonLinesOptions(BaseModel):
     """What stands under a sink that says `use: jsonlines`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, defer_build=True)
 
     file: PathOption
     """The file that the lines are added to, relative to this one; made if it does not exist, for its owner alone."""
