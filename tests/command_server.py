@@ -42,7 +42,7 @@ from orchestrator.failpoints import arm
 
 _MAX_REQUEST: Final = 1 << 20
 #: What an interpreter looks at when it starts, or a library when it is imported: who sets it gets a start of its own.
-_READ_AT_START: Final = ("PYTHON", "LC_", "LANG", "TZ", "TMPDIR", "LD_", "GIT_PYTHON_")
+_READ_AT_START: Final = ("PYTHON", "LC_", "LANG", "TMPDIR", "LD_", "GIT_PYTHON_")
 _NOT_IMPORTED: Final = ("orchestrator.testing", "adapters.bridges")
 _USUAL: Final = {"LC_ALL": "C.UTF-8"}
 
@@ -128,6 +128,7 @@ Started = Command | subprocess.Popen[str]
 def start(arguments: Sequence[str], cwd: Path, environ: Mapping[str, str]) -> Started:
     """Start `council` with some arguments in a session of its own, without input."""
     read = {name: value for name, value in environ.items() if name.startswith(_READ_AT_START)}
+    read.pop("PYTHONPATH", None)  # a fork takes it over: what it adds comes behind what is imported already
     if hasattr(os, "pidfd_open") and read == _USUAL:
         return _server().start(arguments, cwd, environ)
     return subprocess.Popen(
@@ -236,7 +237,9 @@ def _become(request: Mapping[str, Any], fds: Sequence[int]) -> list[str]:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environ"])
-    sys.path[0] = request["cwd"]
+    time.tzset()
+    added = os.environ.get("PYTHONPATH", "")
+    sys.path[:1] = [request["cwd"], *filter(None, added.split(os.pathsep))]
     arm(os.environ.get("COUNCIL_FAILPOINTS", ""))
     return list(request["arguments"])
 
