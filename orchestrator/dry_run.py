@@ -13,7 +13,7 @@ from orchestrator.domain.admission import Demand
 from orchestrator.engine.capacity import measure_room
 from orchestrator.engine.preflight import check_run, forget, project_at
 from orchestrator.engine.records import new_run_id
-from orchestrator.engine.rehearsal import Rehearsal, rehearse
+from orchestrator.engine.rehearsal import Rehearsal, rehearse, starters
 from orchestrator.plugins import Plugins
 from orchestrator.repo.checkout import check_own
 from orchestrator.repo.site import find_site
@@ -45,7 +45,8 @@ async def rehearse_run(
     await forget(cleared.hub, run, environ)
     room = await measure_room(config.capacity, Demand(memory=config.session_memory))
     programs = {
-        task.id: adapters[task.adapter].command(trial_request(task.id, task.prompt)).argv[0] for task in config.tasks
+        task.id: adapters[starters(config, task)[0]].command(trial_request(task.id, task.prompt)).argv[0]
+        for task in config.tasks
     }
     return rehearse(
         config,

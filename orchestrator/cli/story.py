@@ -109,7 +109,10 @@ def _given(given: Given) -> str:
 def _named(handoff: str, story: Story) -> str:
     """Return what a handoff is and where it comes from, by its id."""
     found = next((one for one in story.handoffs if one.id == handoff), None)
-    return handoff if found is None else f"{found.kind} of {found.phase} (attempt {found.attempt})"
+    if found is None:
+        return handoff
+    source = "" if found.kind == found.phase else f" of {found.phase}"
+    return f"{found.kind}{source} (attempt {found.attempt})"
 
 
 def _session(one: SessionStory) -> Iterator[str]:
@@ -136,7 +139,7 @@ def _session(one: SessionStory) -> Iterator[str]:
 
 
 def _handoff(one: HandoffStory) -> Iterator[str]:
-    where = f"of {one.phase}" if one.to is None else f"{one.phase} to {one.to}"
+    where = f"from {one.phase}" if one.to is None else f"{one.phase} to {one.to}"
     state = "intact" if one.is_intact else "NOT intact: it does not hold what its digest says"
     parts = [where, one.protocol, f"by {one.by}", f"{one.digest[: _SHORT + len('sha256:')]}, {state}"]
     if one.key is not None:

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 from orchestrator.config.model import RunConfig, TaskSpec
 from orchestrator.domain.admission import Fit
 from orchestrator.domain.dispatch import Entry
+from orchestrator.domain.model import TaskDocument
 from orchestrator.domain.plan import plan, sessions_at_once
+from orchestrator.domain.workflow import PLAIN, Workflow, adapters_at
 from orchestrator.protocols import JsonObject
 
 
@@ -21,10 +23,11 @@ class PlannedTask:
     follows: str | None
     """A task of the same wave that owns a common path and would start first."""
     adapter: str
+    """The one that would start it: its first phase's, where that names one."""
     phases: Sequence[str]
     """Those of its workflow, in their order; none where it has no workflow."""
     program: str
-    """The first word of what its adapter would run."""
+    """The first word of what that adapter would run."""
     starts_from: str
     """The branch that its worktree would begin at."""
     checks: Sequence[str]
@@ -64,20 +67,27 @@ class Rehearsal:
         return {"status": "planned", **asdict(self)}
 
 
+def starters(config: RunConfig, task: TaskSpec) -> tuple[str, ...]:
+    """Return the adapters that would start a task, the best first: what skips a phase is not known before the run."""
+    return adapters_at(Workflow(config.phases_of(task.workflow) or PLAIN), TaskDocument(), task.adapter, task.fallback)
+
+
 def rehearse(
     config: RunConfig, programs: Mapping[str, str], room: Fit, *, target: str, repository: str, sandbox: str
 ) -> Rehearsal:
     """Return what a run of `config` would do; `programs` are those of its tasks, `room` what the machine has."""
     specs = {task.id: task for task in config.tasks}
+    starting = {task.id: starters(config, task) for task in config.tasks}
     entries = {
-        task.id: Entry(task.needs, task.adapter, task.priority, task.owns, task.fallback) for task in config.tasks
+        task.id: Entry(task.needs, starting[task.id][0], task.priority, task.owns, starting[task.id][1:])
+        for task in config.tasks
     }
     limits = {name: one.capacity for name, one in config.adapters.items() if one.capacity is not None}
 
     def planned(task: str, follows: str | None) -> PlannedTask:
         starts_from = target if specs[task].builds_on_target else config.base
-        phases = [phase.name for phase in config.workflows.get(specs[task].workflow or "", ())]
-        return _task(specs[task], follows, phases, programs[task], starts_from)
+        phases = [phase.name for phase in config.phases_of(specs[task].workflow)]
+        return _task(specs[task], follows, starting[task][0], phases, programs[task], starts_from)
 
     waves = [
         PlannedWave(
@@ -91,12 +101,14 @@ def rehearse(
     return Rehearsal(repository, config.base, target, sandbox, most, room.limited_by, waves)
 
 
-def _task(spec: TaskSpec, follows: str | None, phases: Sequence[str], program: str, starts_from: str) -> PlannedTask:
+def _task(
+    spec: TaskSpec, follows: str | None, adapter: str, phases: Sequence[str], program: str, starts_from: str
+) -> PlannedTask:
     return PlannedTask(
         id=spec.id,
         needs=spec.needs,
         follows=follows,
-        adapter=spec.adapter,
+        adapter=adapter,
         phases=phases,
         program=program,
         starts_from=starts_from,

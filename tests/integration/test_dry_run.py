@@ -49,6 +49,22 @@ async def test_it_says_what_would_run_where(repository: Repository) -> None:
     assert Path(tasks["api"]["program"]).name.startswith("python")
 
 
+async def test_a_task_is_planned_by_the_phase_that_it_begins_with(repository: Repository) -> None:
+    """Its adapter, program and limit are those of its first phase, where that has an adapter of its own."""
+    path = repository.configure(
+        [{"id": name, "prompt": "x", "workflow": "two"} for name in "abc"],
+        workflows={"two": [{"plan": {"access": "read", "adapter": "slow"}}, {"build": {}}]},
+    )
+    config = json.loads(path.read_text())
+    config["adapters"]["slow"] = {"use": "command", "argv": ["sh", "{prompt_file}"], "capacity": 1}
+    path.write_text(json.dumps({**config, "defaults": {**config["defaults"], "adapter": "fake"}}))
+    (wave,) = repository.council("run", str(path), "--dry-run", "--json").result["waves"]
+    assert wave["sessions"] == 1
+    assert {(one["adapter"], one["program"], *one["phases"]) for one in wave["tasks"]} == {
+        ("slow", "sh", "plan", "build")
+    }
+
+
 async def test_nothing_is_started_or_recorded(repository: Repository) -> None:
     """The repository is as it was to the byte, no project is made, and what was fetched is held by no ref."""
     config = repository.configure(TASKS)
