@@ -156,12 +156,15 @@ def latest(task: TaskDocument, phase: str) -> PhaseRecord | None:
 
 
 def onward(
-    workflow: Workflow, phases: Sequence[PhaseRecord], start: int, holds: Callable[[str], bool], now: float
+    workflow: Workflow, phases: Sequence[PhaseRecord], start: int, holds: Callable[[str, str], bool], now: float
 ) -> tuple[tuple[PhaseRecord, ...], Phase | None]:
-    """Return the next phase from a place on whose condition holds, if any, and the visits with those skipped."""
+    """Return the next phase from a place on whose condition holds, if any, and the visits with those skipped.
+
+    `holds` judges the condition of a phase, by its name and its words.
+    """
     found = tuple(phases)
     for phase in workflow.phases[start:]:
-        if phase.when is None or holds(phase.when):
+        if phase.when is None or holds(phase.name, phase.when):
             return found, phase
         found = skipped(found, phase, f"its condition does not hold: {phase.when}", now)
     return found, None

@@ -228,7 +228,7 @@ class Concluding:
             return Concluded(Trigger.ADVANCE, "", details={"next": following.name}, changes=changes)
         # The condition of what is left does not hold, or nothing is left.
         place = workflow.index(phase.name) + 1
-        phases, _ = onward(workflow, after.phases, place, lambda _: False, self.clock.now())
+        phases, _ = onward(workflow, after.phases, place, lambda *_: False, self.clock.now())
         work = work_before(workflow, after)
         if work is None:
             return Concluded(Trigger.FINISH, "", changes={"phases": phases, "phase": None})

@@ -112,8 +112,8 @@ def render(template: str, facts: PromptFacts) -> Prompt:
     return Prompt(f"{text}\n", follow_up and f"{follow_up}\n")
 
 
-def holds(condition: str, values: Mapping[str, Any]) -> bool:
-    """Tell whether the condition of a phase holds; RefusedError for one that does not fit the values.
+def holds(phase: str, condition: str, values: Mapping[str, Any]) -> bool:
+    """Tell whether the condition of a phase, which is named, holds; RefusedError for one that does not fit the values.
 
     It sees the values by their names, and all of them as `values`.
     """
@@ -123,7 +123,7 @@ def holds(condition: str, values: Mapping[str, Any]) -> bool:
         wrapped = _Wrapping("data").value({**values})
         return bool(compiled_condition(condition)({name: wrapped[name] for name in values}, values=wrapped))
     except (TemplateError, *_FAULTS) as error:
-        what = f"the condition `{condition}` can't be judged, {_said(error)}"
+        what = f"the condition of the phase {phase!r}, `{condition}`, can't be judged, {_said(error)}"
         raise RefusedError(what, "name a value that is there, or write `NAME is defined and …`") from error
 
 

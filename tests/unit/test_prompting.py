@@ -195,14 +195,14 @@ def test_the_supplied_templates_fit_all_facts(name: str, writes: bool) -> None:
 )
 def test_a_condition_holds_or_not(condition: str, expected: bool) -> None:
     """It is an expression over the values, also where they have the names of a mapping's methods."""
-    assert holds(condition, {"plan": PLAN, "items": 1}) is expected
+    assert holds("review", condition, {"plan": PLAN, "items": 1}) is expected
 
 
 @pytest.mark.parametrize("condition", ["risks", "not risks", "plan.risks > 1", "plan.size / 0", "plan < 3"])
 def test_a_condition_that_does_not_fit_is_refused(condition: str) -> None:
     """A value that is not there skips no phase."""
-    with pytest.raises(RefusedError, match=r"can't be judged, .*: name a value that is there"):
-        holds(condition, {"plan": PLAN})
+    with pytest.raises(RefusedError, match=r"phase .review., .*can.t be judged, .*: name a value that is there"):
+        holds("review", condition, {"plan": PLAN})
 
 
 @given(st.text())
