@@ -149,9 +149,8 @@ def load_plugins(environ: Mapping[str, str] = os.environ, worked_on: Sequence[Pa
     """
     plugins = Plugins()
     untrusted = [folder for path in (*worked_on, Path()) for folder in _repositories(path.absolute())]
-    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=_order):
-        found = _found(entry.name, entry.dist)
-        if not _is_wanted(entry, environ):
+    for entry, found in _installed():
+        if not _is_wanted(found, environ):
             plugins.not_wanted.append(found)
             continue
         registered: dict[str, dict[str, Any]] = {kind: {} for kind in plugins.kinds()}
@@ -172,24 +171,28 @@ def _repositories(path: Path) -> list[Path]:
     return [folder for folder in (path, *path.parents) if (folder / ".git").exists()]
 
 
-def _order(entry: EntryPoint) -> tuple[bool, str, str]:
-    """Ours come first: what they register stays theirs."""
-    return not _is_ours(entry), entry.name, entry.value
+def _installed() -> list[tuple[EntryPoint, Found]]:
+    """Return the plugins that there are. Ours come first: what they register stays theirs."""
+    entries = entry_points(group=ENTRY_POINT_GROUP)
+    told = {one: _told(one) for one in {entry.dist for entry in entries}}  # once: each time it is all read anew
+    found = [(entry, Found(entry.name, *told[entry.dist])) for entry in entries]
+    return sorted(found, key=lambda one: (not _is_ours(one[1]), one[0].name, one[0].value))
 
 
-def _found(name: str, distribution: Distribution | None) -> Found:
+def _told(distribution: Distribution | None) -> tuple[str, str]:
+    """Return the name and the version of a distribution."""
     metadata = distribution.metadata if distribution is not None else None
-    told = [str(metadata[field]) if metadata and field in metadata else "?" for field in ("Name", "Version")]
-    return Found(name, *told)
+    name, version = (str(metadata[field]) if metadata and field in metadata else "?" for field in ("Name", "Version"))
+    return name, version
 
 
-def _is_ours(entry: EntryPoint) -> bool:
-    return _found(entry.name, entry.dist).distribution == OURS
+def _is_ours(found: Found) -> bool:
+    return found.distribution == OURS
 
 
-def _is_wanted(entry: EntryPoint, environ: Mapping[str, str]) -> bool:
+def _is_wanted(found: Found, environ: Mapping[str, str]) -> bool:
     limit = environ.get(LIMIT)
-    return limit is None or _is_ours(entry) or entry.name in {name.strip() for name in limit.split(",")}
+    return limit is None or _is_ours(found) or found.name in {name.strip() for name in limit.split(",")}
 
 
 def _check_place(entry: EntryPoint, found: Found, untrusted: Sequence[Path]) -> None:
@@ -203,7 +206,7 @@ def _check_place(entry: EntryPoint, found: Found, untrusted: Sequence[Path]) -> 
     if spec is not None:
         found_in = [Path(place) for place in (spec.origin, *(spec.submodule_search_locations or ())) if place]
         # Whoever works on this package itself has it in the repository, and runs it from there already.
-        places += [place for place in found_in if not (_is_ours(entry) and place.resolve().is_relative_to(_HOUSE))]
+        places += [place for place in found_in if not (_is_ours(found) and place.resolve().is_relative_to(_HOUSE))]
     installed = [Path(place).resolve() for place in (*site.getsitepackages(), site.getusersitepackages(), sys.prefix)]
     for place in map(Path.resolve, places):
         is_installed = any(place.is_relative_to(one) for one in installed)
