@@ -53,7 +53,9 @@ async def test_a_run_on_a_terminal_is_a_table(repository: Repository, start: Sta
         {"id": "after", "prompt": "echo c > c.txt", "needs": ["talker"]},
     )
     terminal = start("run", str(config))
-    wait_for(lambda: "+2 -0" in terminal.row("talker") and "2/2" in terminal.row("tries"))
+    # What is said, what is changed and who is at work are looked at in turns of their own.
+    whole = re.compile(r"\+2 -0 +Reading the model$")
+    wait_for(lambda: bool(whole.search(terminal.row("talker"))) and "2/2" in terminal.row("tries"))
     assert re.fullmatch(r"talker +build +sh +1/3 +0:\d\d +\+2 -0 +Reading the model", terminal.row("talker"))
     assert re.fullmatch(r"after +waiting +sh +needs talker", terminal.row("after"))
     assert re.search(r"^0 landed · 2 running · 1 waiting · 0:\d\d · ", terminal.text, re.MULTILINE)
