@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # More than the cores of a small machine: a third of a test's time is spent waiting for processes to start and end.
 WORKERS ?= 4
+# Each worker would compile all tests anew where byte code is not kept.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: help install demo test test-clis crash bench schema lint types imports check clean
 .DEFAULT_GOAL := help

@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 
 #: A baseline that a median of more is hardly better than.
 ROUNDS: Final = 15
-QUICK_ROUNDS: Final = 3
+QUICK_ROUNDS: Final = 1
 
 _SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108  a folder is made in it, readable by its owner alone
 

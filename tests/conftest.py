@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,19 +29,24 @@ for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.S
 FAKE_CLI = Path(orchestrator.testing.fake_cli.__file__)
 
 
-@pytest.fixture
-def environ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The whole environment of everything that a test starts."""
-    home = tmp_path / "home"
+def hermetic(folder: Path) -> dict[str, str]:
+    """Return an environment that nothing of the machine reaches into; its home is made in a folder."""
+    home = folder / "home"
     home.mkdir()
-    made = {
+    return {
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
         "HOME": str(home),
-        "COUNCIL_HOME": str(tmp_path / "council-home"),
+        "COUNCIL_HOME": str(folder / "council-home"),
         "LC_ALL": "C.UTF-8",
         "GIT_CONFIG_GLOBAL": os.devnull,
         "GIT_CONFIG_NOSYSTEM": "1",
     }
+
+
+@pytest.fixture
+def environ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The whole environment of everything that a test starts."""
+    made = hermetic(tmp_path)
     for name in list(os.environ):
         if name not in made and not name.startswith(("PYTEST", "COV", "LD_")):
             monkeypatch.delenv(name)
@@ -155,14 +161,23 @@ class Repository:
         await assert_invariants(Scene(self.top, self.environ, before, target_checked_out, self.spawns, secrets))
 
 
-@pytest.fixture
-def repository(tmp_path: Path, environ: dict[str, str]) -> Repository:
-    """A repository with one commit on `main`, which is checked out."""
-    top = tmp_path / "project"
-    top.mkdir()
-    made = Repository(top, environ, tmp_path / "ledger" / "spawns")
-    made.spawns.parent.mkdir()
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `repository` is a copy of: git takes ten times as long to make one."""
+    folder = tmp_path_factory.mktemp("template")
+    made = Repository(folder / "project", hermetic(folder), folder / "spawns")
+    made.top.mkdir()
     made.git("init", "--quiet", "--initial-branch=main")
     made.commit({"README.md": "# Project\n", "src/app.py": "def main():\n    return 0\n"}, "first")
+    return made.top
+
+
+@pytest.fixture
+def repository(tmp_path: Path, environ: dict[str, str], template: Path) -> Repository:
+    """A repository with one commit on `main`, which is checked out."""
+    made = Repository(tmp_path / "project", environ, tmp_path / "ledger" / "spawns")
+    made.spawns.parent.mkdir()
+    shutil.copytree(template, made.top)
+    made.git("update-index", "--refresh")  # or the next command that looks at the files would write it
     made.remember()
     return made

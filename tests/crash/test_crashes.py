@@ -112,6 +112,7 @@ async def finish(repository: Repository, count: int) -> Ended:
     return ended
 
 
+@pytest.mark.slow
 async def test_killed_at_one_step_after_the_other(repository: Repository) -> None:
     """One run that is killed at each step in turn, whatever the kill before has left, loses and repeats nothing."""
     config = configure(repository, chain_and_sides(TASKS_IN_TURN))
@@ -182,7 +183,7 @@ async def test_killed_at_random_moments(repository: Repository, seed: int) -> No
     await finish(repository, 6)
 
 
-@pytest.mark.parametrize("action", ["cancel", "retry"])
+@pytest.mark.parametrize("action", ["cancel", pytest.param("retry", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", sorted(OF_REQUESTS))
 async def test_killed_while_a_request_is_dealt_with(repository: Repository, name: str, action: str) -> None:
     """What was asked happens once, whoever is killed: the one who asks, or the one who obeys."""

@@ -37,7 +37,6 @@ ANYWHERE: Final = FAILPOINTS - BESIDE - COORDINATING - STANDING_IN | COMMITS
 #: The short form: one of the coordinator, one of a worker, one of who stands in for it.
 QUICKLY: Final = {
     ("coordinator", "landing.pushed", 1),
-    ("worker", "adapter.parked", 1),
     ("stand-in", "claims.swept", 1),
 }
 

@@ -200,7 +200,7 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("use", ADAPTERS)
+@pytest.mark.parametrize("use", [pytest.param(one, marks=pytest.mark.slow if one == "acp" else ()) for one in ADAPTERS])
 async def test_what_failed_has_its_class(bench: Bench, use: str) -> None:
     """The class and the reason that the program's words or its end stand for."""
     ended = bench.run(use, *(prompt for prompt, _, _ in ENDS[use]))
@@ -299,7 +299,11 @@ async def test_an_agent_that_can_not_begin_says_why(bench: Bench, env: dict[str,
 
 
 @pytest.mark.parametrize(
-    ("env", "resumed"), [({"ACP_LOADS": "1"}, [False, True]), ({"ACP_MODES": "one"}, [False, True, False])]
+    ("env", "resumed"),
+    [
+        pytest.param({"ACP_LOADS": "1"}, [False, True], marks=pytest.mark.slow),
+        ({"ACP_MODES": "one"}, [False, True, False]),
+    ],
 )
 async def test_an_agent_mends_its_work_in_the_same_conversation(
     bench: Bench, env: dict[str, str], resumed: list[bool]

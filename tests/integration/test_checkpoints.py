@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-import pytest
 
 from orchestrator.council import Council
 from orchestrator.domain.model import TaskDocument
@@ -17,7 +16,7 @@ from orchestrator.engine.records import read_task
 from orchestrator.engine.report import RunStatus
 from orchestrator.state.checkpoints import Maker
 from orchestrator.testing.clock import ManualClock
-from tests.conftest import FAKE_CLI, Ended, Repository
+from tests.conftest import FAKE_CLI, Repository
 from tests.waiting import wait_for
 
 
@@ -291,18 +290,16 @@ async def test_all_runs_together_and_what_people_are_told(repository: Repository
     await repository.assert_invariants()
 
 
-@pytest.mark.parametrize(
-    ("command", "fragment"),
-    [
-        (("show", "7"), "there is no checkpoint"),
-        (("restore", "nonsense/1"), "council checkpoint list"),
-        (("create", "--run", "nonsense"), "there is no run 'nonsense'"),
-        (("list", "--run", "nonsense"), "there is no run 'nonsense'"),
-        (("create", "--run", "x", "--all"), "exclude each other"),
-    ],
-)
-async def test_what_can_not_be_done_is_refused(repository: Repository, command: tuple[str, ...], fragment: str) -> None:
+async def test_what_can_not_be_done_is_refused(repository: Repository) -> None:
     """Exit code 2 with what is wrong and what there is."""
     assert repository.council("run", str(repository.configure([{"id": "a", "prompt": "write a.txt x"}]))).code == 0
-    refused: Ended = repository.council("checkpoint", *command)
-    assert (refused.code, fragment in refused.stderr) == (2, True), refused
+    refusals = {
+        ("show", "7"): "there is no checkpoint",
+        ("restore", "nonsense/1"): "council checkpoint list",
+        ("create", "--run", "nonsense"): "there is no run 'nonsense'",
+        ("list", "--run", "nonsense"): "there is no run 'nonsense'",
+        ("create", "--run", "x", "--all"): "exclude each other",
+    }
+    for command, fragment in refusals.items():
+        refused = repository.council("checkpoint", *command)
+        assert (refused.code, fragment in refused.stderr) == (2, True), refused

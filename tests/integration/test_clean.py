@@ -136,7 +136,14 @@ async def test_a_worktree_of_a_task_that_is_over_goes_once(repository: Repositor
     assert repository.council("salvage", "show", "done/1").code == 0
 
 
-@pytest.mark.parametrize("failpoint", ["worktree.half_built", "session.spawned", "session.ended", "work.committed"])
+@pytest.mark.parametrize(
+    "failpoint",
+    [
+        "session.spawned",
+        "work.committed",
+        *(pytest.param(step, marks=pytest.mark.slow) for step in ("worktree.half_built", "session.ended")),
+    ],
+)
 async def test_an_interrupted_run_still_resumes(repository: Repository, failpoint: str) -> None:
     """What a resume needs is only told, whatever is asked for; cancelled instead, nothing is left."""
     config = repository.configure([{"id": "a", "prompt": "write a.txt a"}, {"id": "b", "prompt": "write b.txt b"}])

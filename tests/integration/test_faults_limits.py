@@ -41,9 +41,9 @@ open("done-" + os.environ["COUNCIL_TASK"], "w").write("x")
 
 async def test_a_flood_of_output_takes_bounded_memory_and_files(repository: Repository) -> None:
     """Hundreds of MB, lines of 3 MB and bytes that are no text, from several at once and from a check."""
-    tasks: list[dict[str, Any]] = [{"id": name, "prompt": FLOOD.format(blocks=200)} for name in ("a", "b")]
+    tasks: list[dict[str, Any]] = [{"id": name, "prompt": FLOOD.format(blocks=100)} for name in ("a", "b")]
     tasks.append(
-        {"id": "checked", "prompt": "open('c', 'w').write('c')", "checks": ["yes 12345678 | head -c 200000000"]}
+        {"id": "checked", "prompt": "open('c', 'w').write('c')", "checks": ["yes 12345678 | head -c 100000000"]}
     )
     config = repository.configure(tasks, adapters={"py": PYTHON})
     child = repository.start("run", str(config), "--json")

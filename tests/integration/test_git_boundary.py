@@ -48,7 +48,7 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("kill", [KILL_ALL, KILL_COUNCIL], ids=["all", "council"])
+@pytest.mark.parametrize("kill", [KILL_ALL, pytest.param(KILL_COUNCIL, marks=pytest.mark.slow)], ids=["all", "council"])
 @pytest.mark.parametrize("step", [*STEPS, "in the middle of the files"])
 async def test_a_kill_at_each_step_of_a_landing_into_a_checked_out_branch_is_mended(
     repository: Repository, tmp_path: Path, step: str, kill: str

@@ -117,7 +117,12 @@ async def test_those_with_checks_land_one_by_one(repository: Repository) -> None
 
 
 @pytest.mark.parametrize(
-    "failpoint", ["landing.merged=kill@3", "landing.intended=kill", "landing.pushed=kill", "landing.recorded=kill"]
+    "failpoint",
+    [
+        "landing.merged=kill@3",
+        "landing.pushed=kill",
+        *(pytest.param(f"landing.{step}=kill", marks=pytest.mark.slow) for step in ("intended", "recorded")),
+    ],
 )
 async def test_killed_while_several_land(repository: Repository, failpoint: str) -> None:
     """All of them land once, wherever it was."""

@@ -438,7 +438,7 @@ async def test_killed_processes_leave_nothing_that_overlaps_or_stays(
     """Killed anywhere in its work, a process leaves leases that others work around, and what is stale can be found."""
     chance, home, state = random.Random(1), tmp_path / "home", tmp_path / "state"
     places = [make_place(home, number) for number in range(12)]
-    for _ in range(6):
+    for _ in range(3):
         workers = [start_worker(start, state, ports[0], 3, 1_000_000, *places[6 * n : 6 * n + 6]) for n in range(2)]
         for worker in workers:
             assert worker.stdout is not None

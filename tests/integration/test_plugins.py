@@ -223,7 +223,12 @@ def test_the_limit_says_which_plugins_of_others_are_loaded(
 
 
 @pytest.mark.parametrize(
-    "where", ["a distribution", "a shadowing module", "a shadowing package", "a namespace package"]
+    "where",
+    [
+        "a distribution",
+        "a shadowing module",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("a shadowing package", "a namespace package")),
+    ],
 )
 def test_nothing_in_the_repository_is_imported(repository: Repository, site: Path, where: str) -> None:
     """What agents may have written there never runs as us: not as a plugin, nor in the place of one."""

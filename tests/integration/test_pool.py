@@ -543,7 +543,10 @@ def until_free(yard: Yard) -> None:
     wait_for(lambda: not any(anyio.run(place.lock.is_held) for place in places_of(yard.hub)))
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(
+    "step",
+    [pytest.param(one, marks=() if one in {"place.moved", "worktree.created"} else pytest.mark.slow) for one in STEPS],
+)
 async def test_a_place_is_not_lost_with_its_process(plain: Yard, repository: Repository, step: str) -> None:
     """Killed at any step: the next pool throws away what nobody can vouch for, keeps sessions' places, and works."""
     before = worker(repository, 4, 2, "before", 2)
@@ -592,8 +595,8 @@ async def _many(yard: Yard, repository: Repository, total: int) -> None:
 
 @pytest.mark.timeout(600)
 async def test_two_processes_that_are_killed_now_and_then(plain: Yard, repository: Repository) -> None:
-    """Of a few hundred hand-outs none fails, nothing is left, and memory does not grow."""
-    await _many(plain, repository, 200)
+    """Of some dozen hand-outs none fails, nothing is left, and memory does not grow."""
+    await _many(plain, repository, 60)
 
 
 @pytest.mark.slow

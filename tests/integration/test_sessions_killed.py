@@ -68,7 +68,14 @@ def sessions(repository: Repository, pattern: str = "*") -> list[Path]:
     return sorted((Path(result["repository"]).parent / "sessions" / result["run"]).glob(pattern))
 
 
-@pytest.mark.parametrize("killed", ["program", "supervisor", "orchestrator, resumed", "orchestrator, beside another"])
+@pytest.mark.parametrize(
+    "killed",
+    [
+        "supervisor",
+        "orchestrator, beside another",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("program", "orchestrator, resumed")),
+    ],
+)
 async def test_all_that_a_session_had_is_free_after_a_kill(
     repository: Repository, kind: SandboxKind, killed: str
 ) -> None:

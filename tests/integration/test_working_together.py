@@ -79,8 +79,10 @@ async def assert_each_landed_once(repository: Repository, tasks: Sequence[str]) 
     await repository.assert_invariants()
 
 
-@pytest.mark.parametrize("killed", [0, 1])
-@pytest.mark.parametrize("count", [24, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("count", "killed"),
+    [(24, 0), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((24, 1), (60, 0), (60, 1)))],
+)
 async def test_three_processes_finish_one_queue_though_one_of_them_is_killed(
     repository: Repository, count: int, killed: int
 ) -> None:

@@ -149,7 +149,7 @@ class Run:
                 self.now += delay
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(entries(), st.integers(1, 4), LIMITS, st.data())
 def test_limits_hold_and_every_task_ends(
     tasks: dict[str, Entry], capacity: int, capacities: dict[str, int], data: st.DataObject

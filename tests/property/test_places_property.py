@@ -463,7 +463,7 @@ async def _check(commits: Commits, kind: str, steps: Steps, more: Steps) -> bool
     return False
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(_kinds, _steps, _steps)
 def test_nothing_is_left_of_a_session(commits: Commits, kind: str, steps: Steps, more: Steps) -> None:
     """Cleaned, a place is as new, moves to another commit whole, and what the next session does is found.
