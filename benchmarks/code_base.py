@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import accumulate
 from pathlib import Path
 from typing import Final
 
@@ -51,11 +52,11 @@ def _stock(chance: random.Random) -> list[str]:
     letters = "eeeetttaaooiinnsshhrrddllcumwfgypbvkxjqz"
     words = ["".join(chance.choices(letters, k=chance.randint(2, 9))) for _ in range(_WORDS)]
     # Some words are said far more often than others.
-    often = [1 / rank for rank in range(1, _WORDS + 1)]
+    often = list(accumulate(1 / rank for rank in range(1, _WORDS + 1)))
     made = []
     for _ in range(_STOCK):
         form = chance.choice(_FORMS)
-        made.append(form.format(*chance.choices(words, often, k=form.count("{}"))) + "\n")
+        made.append(form.format(*chance.choices(words, cum_weights=often, k=form.count("{}"))) + "\n")
     return made
 
 

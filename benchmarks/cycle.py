@@ -48,10 +48,11 @@ def measure(
         kind = file_system(place)
         origin = repository or make_repository(place / "origin", QUICK_FILES if quick else FILES)
         files = len(run_git(origin, "ls-files", "-z").split(b"\0")) - 1
+        bytecode = None if quick else place / "bytecode"
         pairs = []
         for number in range(rounds):
             clones = [clone(origin, place / f"{way}{number}") for way in ("council", "git")]
-            pairs.append((_by_council(clones[0], tasks, sandbox), _by_git(clones[1], tasks)))
+            pairs.append((_by_council(clones[0], tasks, sandbox, bytecode), _by_git(clones[1], tasks)))
     what = f"cycle of {tasks} tasks, {files:,} files, on {kind}, sandbox {sandbox}"
     return [
         _row(f"{what}: processor", pairs, "cpu", tasks, CPU_LIMIT),
@@ -65,7 +66,7 @@ def _row(what: str, pairs: Sequence[tuple[Cost, Cost]], part: str, tasks: int, l
     return Row(what, took, "ms/task", f"plain git: {base:.3g} ms/task", ratio, limit, is_ratio_limited=True)
 
 
-def _by_council(top: Path, tasks: int, sandbox: str) -> Cost:
+def _by_council(top: Path, tasks: int, sandbox: str, bytecode: Path | None) -> Cost:
     home = top.with_name(f"{top.name}-home")
     branch = run_git(top, "branch", "--show-current").decode().strip()
     config = {
@@ -81,7 +82,7 @@ def _by_council(top: Path, tasks: int, sandbox: str) -> Cost:
     }
     file = top.with_name(f"{top.name}.yaml")
     file.write_text(json.dumps(config), encoding="utf-8")
-    env = environment(COUNCIL_HOME=str(home), PYTHONPYCACHEPREFIX=str(top.parent / "bytecode"))
+    env = environment(bytecode, COUNCIL_HOME=str(home))
     with timed() as cost:
         done = subprocess.run([council(), "run", str(file)], cwd=top, env=env, capture_output=True, check=False)
         _wait_until_gone(home)

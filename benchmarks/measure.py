@@ -95,10 +95,11 @@ def _cpu() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def environment(**changes: str) -> dict[str, str]:
-    """Return the environment of a user: byte code is kept, output is buffered."""
+def environment(bytecode: Path | None = None, **changes: str) -> dict[str, str]:
+    """Return the environment of a user: byte code is kept, in a folder if one is given, and output is buffered."""
     unwanted = {"PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"}
-    return {name: value for name, value in os.environ.items() if name not in unwanted} | changes
+    kept = {} if bytecode is None else {"PYTHONPYCACHEPREFIX": str(bytecode)}
+    return {name: value for name, value in os.environ.items() if name not in unwanted} | kept | changes
 
 
 @contextmanager

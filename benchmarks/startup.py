@@ -49,7 +49,7 @@ def measure(*, quick: bool, folder: Path | None = None) -> list[Row]:
     """Return the rows of this benchmark."""
     rounds = QUICK_ROUNDS if quick else ROUNDS
     with scratch(folder) as place:
-        env = environment(PYTHONPYCACHEPREFIX=str(place / "bytecode"), COUNCIL_HOME=str(place / "home"))
+        env = environment(None if quick else place / "bytecode", COUNCIL_HOME=str(place / "home"))
         return [_help(place, env, rounds), *_status(place, env, rounds, QUICK_TASKS if quick else TASKS)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -41,6 +42,12 @@ def hermetic(folder: Path) -> dict[str, str]:
         "GIT_CONFIG_GLOBAL": os.devnull,
         "GIT_CONFIG_NOSYSTEM": "1",
     }
+
+
+def pytest_collection_finish() -> None:
+    """Leave thousands of tests out of each look for garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def tried(repository: Repository, name: str, *options: str) -> Ended:
     return repository.council("adapters", "test", name, *options, "--json")
 
 
-@pytest.mark.parametrize("name", ["claude", "fake"])
+@pytest.mark.parametrize("name", ["claude", pytest.param("fake", marks=pytest.mark.slow)])
 async def test_an_adapter_that_is_right_keeps_its_promises_and_lands(claude: Repository, name: str) -> None:
     """With nothing left of it where the command was given."""
     before = sorted(claude.top.iterdir())

@@ -272,6 +272,7 @@ async def test_an_agent_gets_leave_for_what_is_in_the_worktree(bench: Bench, tmp
     assert not target.exists()
 
 
+@pytest.mark.slow
 async def test_the_model_of_an_agent_can_be_chosen(bench: Bench) -> None:
     """One that it offers is set, any other is refused with those there are."""
     ended = bench.run("acp", "say with MODEL\nwrite a.txt x", options={"model": "large"})

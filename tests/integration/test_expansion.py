@@ -270,7 +270,10 @@ async def test_another_plan_ends_the_sessions_of_the_one_before(repository: Repo
     await repository.assert_invariants()
 
 
-@pytest.mark.parametrize("place", ["handed_over", "plan.expanded", "attempt.ended"])
+@pytest.mark.parametrize(
+    "place",
+    ["plan.expanded", *(pytest.param(one, marks=pytest.mark.slow) for one in ("handed_over", "attempt.ended"))],
+)
 async def test_a_plan_becomes_tasks_once_wherever_the_process_is_killed(repository: Repository, place: str) -> None:
     """What is recorded is all of it or nothing: killed before, the plan is made anew; killed behind, it goes on."""
     failpoint = {"handed_over": "session.ended=kill"}.get(place, f"{place}=kill")

@@ -302,7 +302,7 @@ def test_an_agent_that_is_to_look_gets_no_leave_to_change_anything(place: Place)
 @pytest.mark.parametrize(
     ("modes", "chosen"),
     [
-        ("default plan", "plan"),
+        pytest.param("default plan", "plan", marks=pytest.mark.slow),
         pytest.param("ask code Read_Only", "Read_Only", marks=pytest.mark.slow),
         pytest.param(
             "https://host/modes#agent https://host/modes#plan", "https://host/modes#plan", marks=pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import click
@@ -71,8 +72,11 @@ def _commands() -> dict[str, click.Command]:
     return {name: command for name, command in found.items() if command is not None}
 
 
+_plugins = cache(load_plugins)
+
+
 def _load(path: Path) -> RunConfig:
-    plugins = load_plugins()
+    plugins = _plugins()
     return load_config(path, plugins.adapters, plugins.extensions())
 
 
