@@ -6,6 +6,7 @@ Made of the table that the quick way reads too, so that both know the same words
 from __future__ import annotations
 
 import sys
+from math import isnan
 from typing import Any
 
 import click
@@ -26,11 +27,22 @@ from orchestrator.client.commands import (
 from orchestrator.client.words import Typed
 
 
+class _Seconds(click.FloatRange):
+    """Seconds within bounds; `nan` is refused, which is below and above none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number; what is none is told as what is out of bounds is."""
+        seconds = super().convert(value, param, ctx)
+        if isnan(seconds):
+            self.fail(f"{value!r} is no number of seconds.", param, ctx)
+        return seconds
+
+
 def parameter(argument: Argument) -> click.Parameter:
     """Return what click has to know of an argument."""
     kind: click.ParamType[Any] = click.STRING
     if argument.kind == SECONDS:
-        kind = click.FloatRange(0, LONGEST_WAIT)
+        kind = _Seconds(0, LONGEST_WAIT)
     elif argument.kind == VERSION:
         kind = click.IntRange(0, HIGHEST_VERSION)
     elif argument.choices:

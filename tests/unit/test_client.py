@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from orchestrator.cli import session as long_way
@@ -48,6 +49,7 @@ NOT_RIGHT = [
         "lock a --wait soon",
         "lock a --wait -1",
         "lock a --wait inf",
+        "lock a --wait nan",
     ),
     *("report --status asleep", "report x", "peers x", "note", "note a b", "ask", "ask -h", "lock a --frce"),
     *("share", "share put k", "share drop k", "share list --run r", "share wait k --after 1.5", "hand-over a b"),
@@ -75,6 +77,16 @@ def test_both_ways_read_the_same(line: str) -> None:
 def test_what_is_not_plain_is_left_to_the_long_way(line: str) -> None:
     """It explains, or is for another command."""
     assert read(line.split()) is None
+
+
+@pytest.mark.parametrize("seconds", ["nan", "-nan", "inf", "-1", "601", "soon"])
+@pytest.mark.parametrize(("command", "option"), [(long_way.lock, "--wait"), (share.commands["wait"], "--timeout")])
+def test_what_is_no_time_to_wait_is_told_by_the_long_way(command: click.Command, option: str, seconds: str) -> None:
+    """As a mistake in what was typed, by its option."""
+    with pytest.raises(click.BadParameter) as told:
+        command.make_context("council", ["a", option, seconds])
+    assert told.value.param is not None
+    assert option in told.value.param.opts
 
 
 def test_the_quick_way_imports_nothing_that_takes_long(tmp_path: Path) -> None:
