@@ -425,8 +425,8 @@ class SessionDesk:
             raise RefusedError(f"the handoff has {size} bytes, {LARGEST_HANDOFF} fit", remedy)
         wrong = await sitting.takes(data)
         if wrong:
-            what = "".join(f"\n- {one}" for one in wrong)
-            raise RefusedError(f"the handoff is not taken{what}\n", "mend that, and hand all of it over again")
+            remedy = "mend this, and hand all of it over again:"
+            raise RefusedError("the handoff is not taken", remedy + "".join(f"\n- {one}" for one in wrong))
         sitting.handed_over = data
         return {"size": size}
 

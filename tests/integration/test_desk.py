@@ -373,8 +373,8 @@ async def test_what_is_handed_over_is_judged_at_once(repository: Repository, tmp
         await team.desk.enter(session, "fixer", team.workplace(session), takes=takes)
         assert team.desk.handed_over(session) is None
         said = await team.refused(session, "hand_over", data={})
-        assert "- summary: there is none\n- tasks: there are none\n" in said
-        assert "mend that" in said
+        assert said.endswith(":\n- summary: there is none\n- tasks: there are none")
+        assert "not taken: mend this" in said
         assert team.desk.handed_over(session) is None
         assert (await team.ask(session, "hand_over", data={"summary": "a"}))["size"] == len('{"summary":"a"}')
         await team.ask(session, "hand_over", data={"summary": f"key {SECRET}"})
