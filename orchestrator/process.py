@@ -168,9 +168,15 @@ def own_program(module: str, function: str) -> tuple[list[str], dict[str, str]]:
     """
     # Imported rather than run as a script, because Python caches the byte code of imports only: 6 ms a start.
     code = f"import sys; sys.path.append(sys.argv.pop(1)); from {module} import {function}; {function}()"
-    argv = [sys.executable, "-I", "-S", "-c", code, os.fspath(Path(__file__).parents[1])]
+    argv = [os.fspath(walkable(Path(sys.executable))), "-I", "-S", "-c", code, os.fspath(Path(__file__).parents[1])]
     # A Python that was built as a shared library may not start without this.
     return argv, {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+
+
+def walkable(path: Path) -> Path:
+    """Return an absolute path without `..`, which could lead through a folder that a fence hides. Blocks."""
+    path = path.absolute()
+    return path.parent.resolve() / path.name if ".." in path.parts else path
 
 
 async def spawn(argv: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> subprocess.Popen[bytes]:

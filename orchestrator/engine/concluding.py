@@ -157,7 +157,7 @@ class Concluding:
         assert failed is not None, "there is something to mend"  # noqa: S101  the caller has seen it
         reason = failed.describe(f"on the work of phase {phase.name!r}")
         if visit.rounds >= phase.max_rounds:
-            return Failed(FailureClass.CHECKS_FAILED, f"{reason}, also after {visit.rounds} rounds")
+            return Failed(FailureClass.CHECKS_FAILED, f"{reason}; no round is left of `max_rounds: {phase.max_rounds}`")
         told = told_failure(failed.command, failed.ended, failed.said, secrets.token_hex(8))
         return _repeated(document, session, base, FailureClass.CHECKS_FAILED, reason, told, rounds=visit.rounds + 1)
 

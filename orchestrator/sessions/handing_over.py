@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from errno import ELOOP
 from stat import S_ISREG
 
 import anyio.to_thread
@@ -40,6 +41,9 @@ class Malformed:
     remedy: str = "write a plain file there"
 
 
+_NO_FILE = Malformed(f"${VARIABLE} is a link or no file")
+
+
 async def read_handed_over(worktree: Worktree) -> Delivered | Malformed | None:
     """Return what a session wrote that is over; None where it wrote nothing."""
     return await anyio.to_thread.run_sync(_read, worktree)
@@ -56,7 +60,7 @@ def _read(worktree: Worktree) -> Delivered | Malformed | None:
     try:
         data = _bytes_of(file.name, folder)
     except OSError as error:
-        return Malformed(f"${VARIABLE} can't be read ({error.strerror})")
+        return _NO_FILE if error.errno == ELOOP else Malformed(f"${VARIABLE} can't be read ({error.strerror})")
     finally:
         os.close(folder)
     if not isinstance(data, bytes):
@@ -78,7 +82,7 @@ def _bytes_of(name: str, folder: int) -> bytes | Malformed | None:
     try:
         found = os.fstat(descriptor)
         if not S_ISREG(found.st_mode) or found.st_nlink > 1:
-            return Malformed(f"${VARIABLE} is a link or no file")
+            return _NO_FILE
         data = bytearray()
         while len(data) <= LARGEST_HANDOFF and (part := os.read(descriptor, LARGEST_HANDOFF + 1 - len(data))):
             data += part

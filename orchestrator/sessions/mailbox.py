@@ -34,7 +34,7 @@ from orchestrator.client.session import CARD, SOCKET, VARIABLE, ShortName
 from orchestrator.config.model import Reach
 from orchestrator.domain.sessions import SessionName
 from orchestrator.errors import CouncilError, RefusedError
-from orchestrator.process import own_program
+from orchestrator.process import own_program, walkable
 from orchestrator.protocols import JsonObject, McpServer
 from orchestrator.repo.worktrees import Worktree
 from orchestrator.sessions.requests import read_request
@@ -101,7 +101,7 @@ async def open_mailbox(worktree: Worktree, desk: Desk) -> AsyncIterator[Mailbox]
     """Have the desk answer what the session of a worktree asks, within the block. Raises OSError."""
     folder, token = worktree.mailbox, token_hex(16)
     await anyio.to_thread.run_sync(_lay_out, folder, token, worktree.tree)
-    readable = dict.fromkeys(path.absolute() for path in (folder, Path(sys.prefix), Path(sys.base_prefix), _PACKAGE))
+    readable = dict.fromkeys(map(walkable, (folder, Path(sys.prefix), Path(sys.base_prefix), _PACKAGE)))
     mailbox = Mailbox(folder, Reach(readable=tuple(readable)))
     name = SessionName(worktree.run, worktree.task, worktree.attempt)
     clerk = _Clerk(name, token, worktree.tree, desk, mailbox.faults)

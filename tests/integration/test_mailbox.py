@@ -116,6 +116,18 @@ async def test_a_program_in_a_fence_asks_as_its_session(site: Site, kind: Sandbo
     assert {str(session) for session, _, _ in site.desk.asked} == {"run-1/models.1"}
 
 
+async def test_council_starts_in_a_fence_wherever_python_was_started_from(
+    site: Site, kind: SandboxKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path of a Python that was typed with `..` may lead through folders that are hidden from the session."""
+    hidden = site.hub.root / "hidden"
+    hidden.mkdir()
+    for name in ("executable", "prefix", "base_prefix"):
+        monkeypatch.setattr(sys, name, f"{hidden}/{os.path.relpath(getattr(sys, name), hidden)}")
+    async with site.session() as (worktree, mailbox):
+        assert await site.run(kind, worktree, mailbox, ["council", "lock", "a.py"]) == (0, "locked: a.py\n")
+
+
 async def test_a_program_in_a_fence_hands_over_and_shares(site: Site, kind: SandboxKind) -> None:
     """What is in a file, and what is said in a word; a file that is none is said so."""
     async with site.session() as (worktree, mailbox):
