@@ -474,6 +474,57 @@ def test_the_last_prompt_that_holds_a_script_counts(server: ModelServer) -> None
     assert heard.calls == [("Write", {"file_path": "new.txt", "content": "x\n"})]
 
 
+def test_what_is_told_chooses_the_part_that_counts(server: ModelServer, api: Api, stream: bool) -> None:
+    """The last whose words stand anywhere else in the prompt; its own line is no such place."""
+    script = "write a.txt x\nsay all\ntold of apples\nsay apples\ntold of pears\nsay pears"
+    assert hear(server, api, script, stream, 1).text == "all"
+    assert hear(server, api, f"This speaks of apples.\n{script}", stream).text == "apples"
+    assert hear(server, api, f"{script}\nThis speaks of apples, and pears.", stream).text == "apples"
+    assert hear(server, api, f"{script}\nThis speaks of pears and of apples.", stream).text == "pears"
+
+
+def test_what_is_told_later_begins_a_part_at_its_first_step(server: ModelServer) -> None:
+    """Steps that were taken before are none of its own, nor are the failures."""
+    script = "write a.txt x\nsay all\ntold of apples\nfail 500 1\nrun true\nsay apples"
+    path, body = anthropic_ask(script, False, 1, True)
+    assert anthropic_read(post(server, path, body).raw, False).text == "all"
+    body["messages"] += [{"role": "assistant", "content": "all"}, {"role": "user", "content": "That speaks of apples."}]
+    assert post(server, path, body).status == 500
+    heard = anthropic_read(post(server, path, body).raw, False)
+    assert heard.calls == [("Bash", {"command": "true"})]
+    result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "write wrong.txt x"}
+    body["messages"].append({"role": "user", "content": [result]})
+    assert anthropic_read(post(server, path, body).raw, False).text == "apples"
+
+
+def test_a_tool_of_a_server_is_called_by_its_own_name(server: ModelServer) -> None:
+    """Whatever the client puts before it; what is no JSON object calls nothing."""
+    path, body = anthropic_ask('call broken {"a": }\ncall hand_over {"data": {"a": [1]}}', False, 0, True)
+    body["tools"].append({"name": "mcp__council__hand_over", "input_schema": {"type": "object"}})
+    heard = anthropic_read(post(server, path, body).raw, False)
+    assert heard.calls == [("mcp__council__hand_over", {"data": {"a": [1]}})]
+
+
+def test_codex_is_asked_for_a_tool_that_it_does_not_tell_of(server: ModelServer) -> None:
+    """It brings what its search finds; where that is not the tool, the model says so and searches no further."""
+    message = {"type": "message", "role": "user", "content": 'call hand_over {"a": 1}'}
+    shell = {"type": "function", "name": "exec_command", "parameters": COMMAND}
+    body: Json = {"model": "m", "stream": False, "input": [message], "tools": [shell, {"type": "tool_search"}]}
+    (search,) = json.loads(post(server, "/v1/responses", body).raw)["output"]
+    assert (search["type"], search["execution"]) == ("tool_search_call", "client")
+    assert search["arguments"] == {"query": "hand_over"}
+    found: Json = {"type": "tool_search_output", "call_id": search["call_id"], "tools": []}
+    body["input"] += [search, found]
+    (said,) = json.loads(post(server, "/v1/responses", body).raw)["output"]
+    assert said["content"][0]["text"].startswith("None of the tools offered can do hand_over")
+    tool = {"type": "function", "name": "hand_over", "parameters": {"type": "object"}}
+    found["tools"].append({"type": "namespace", "name": "mcp__council", "tools": [tool]})
+    (call,) = json.loads(post(server, "/v1/responses", body).raw)["output"]
+    assert (call["type"], call["namespace"], call["name"]) == ("function_call", "mcp__council", "hand_over")
+    assert json.loads(call["arguments"]) == {"a": 1}
+    assert call["call_id"] != search["call_id"]
+
+
 def test_call_ids_are_never_the_same_in_one_conversation(server: ModelServer) -> None:
     """Not even where the same prompt comes again in a session that goes on."""
     path, body = anthropic_ask("run true", False, 0, True)

@@ -9,8 +9,8 @@ from typing import Any, Literal, TypeAlias
 Json: TypeAlias = dict[str, Any]
 DialectName: TypeAlias = Literal["anthropic", "openai-responses", "openai-chat", "gemini", "ollama"]
 #: How a tool is called: with a JSON object, with free text, with a JavaScript program that calls functions (Codex' code
-#: mode), or as the shell built into the Responses API.
-ToolKind: TypeAlias = Literal["function", "freeform", "program", "local-shell"]
+#: mode), as the shell built into the Responses API, or as the search for tools there, which brings more of them.
+ToolKind: TypeAlias = Literal["function", "freeform", "program", "local-shell", "search"]
 
 
 @dataclass(frozen=True, slots=True)

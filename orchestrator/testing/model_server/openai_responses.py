@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from orchestrator.testing.model_server.conversation import Answer, Asked, Call, Dialect, Json, Tool, Turn, pieces
@@ -46,17 +46,27 @@ def _tools(tools: Any, namespace: str | None = None) -> Iterator[Tool]:
                 yield Tool(tool["name"], {}, "freeform", namespace)
             case "local_shell":
                 yield Tool("local_shell", {}, "local-shell")
+            case "tool_search":
+                yield Tool("tool_search", {}, "search")
             case "namespace":
                 yield from _tools(tool.get("tools"), tool["name"])
 
 
 def _offered(body: Mapping[str, Any]) -> Iterator[Tool]:
-    yield from _tools(body.get("tools"))
-    # Codex gives some models their tools in the conversation.
     items = body.get("input")
-    for item in items if isinstance(items, list) else ():
-        if item.get("type") == "additional_tools":
+    items = items if isinstance(items, list) else []
+    # Codex gives some models their tools in the conversation, and all of them those that were searched for.
+    for item in items:
+        if item.get("type") in ("additional_tools", "tool_search_output"):
             yield from _tools(item.get("tools"))
+    since = [item.get("type") for item in items[_last_told(items) :]]
+    offered = _tools(body.get("tools"))
+    yield from (tool for tool in offered if tool.kind != "search" or "tool_search_output" not in since)
+
+
+def _last_told(items: Sequence[Json]) -> int:
+    """Return the place of what the user said last, 0 for nothing."""
+    return max((number for number, item in enumerate(items) if item.get("role") == "user"), default=0)
 
 
 def _read(_path: str, body: Mapping[str, Any]) -> Asked:
@@ -72,7 +82,7 @@ def _read(_path: str, body: Mapping[str, Any]) -> Asked:
 
 
 def _call_item(call: Call) -> Json:
-    common = {"call_id": call.id("call_"), "status": "completed"}
+    common = {"call_id": call.id("search_" if call.tool.kind == "search" else "call_"), "status": "completed"}
     name = {"name": call.tool.name} | ({"namespace": call.tool.namespace} if call.tool.namespace else {})
     match call.tool.kind:
         case "freeform" | "program":
@@ -80,6 +90,9 @@ def _call_item(call: Call) -> Json:
         case "local-shell":
             action = {"type": "exec", "env": {}, "command": ["bash", "-lc", call.arguments]}
             return {"type": "local_shell_call", "id": call.id("lsh_"), **common, "action": action}
+        case "search":
+            search = {"type": "tool_search_call", "id": call.id("tsc_"), "execution": "client"}
+            return {**search, **common, "arguments": call.arguments}
         case "function":
             arguments = json.dumps(call.arguments, ensure_ascii=False)
             return {"type": "function_call", "id": call.id("fc_"), **common, **name, "arguments": arguments}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-from orchestrator.testing.model_server.conversation import Answer, Asked, Call, Fault, Usage
+from orchestrator.testing.model_server.conversation import Answer, Asked, Call, Fault, Turn, Usage
 from orchestrator.testing.model_server.prose import answer_form
-from orchestrator.testing.model_server.tools import Run, Write, call_for
+from orchestrator.testing.model_server.tools import Run, Step, Use, Write, call_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +35,10 @@ class Disturbance:
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """What a prompt tells the model to do."""
+    """What a prompt tells the model to do; `prompt` tells it from all others."""
 
     prompt: str
-    steps: tuple[Write | Run, ...]
+    steps: tuple[Step, ...]
     says: tuple[str, ...]
     disturbances: tuple[Disturbance, ...]
     delay: float
@@ -51,12 +53,14 @@ class Script:
         return None
 
 
-Directive: TypeAlias = Write | Run | str | Disturbance | float | Usage
+Directive: TypeAlias = Step | str | Disturbance | float | Usage
 
+_TOLD: Final = re.compile(r"[ \t]*told[ ](?P<text>\S.*?)[ \t]*")
 _LINE: Final = re.compile(
     r"""[ \t]*(?:
         write[ ](?P<path>\S+)(?:[ ](?P<content>.*))?
       | run[ ](?P<command>\S.*)
+      | call[ ](?P<tool>\w+)[ ](?P<arguments>\{.*\})[ \t]*
       | say[ ](?P<say>\S.*)
       | fail[ ](?P<status>[45]\d\d)(?:[ ](?P<times>\d+)(?:[ ](?P<after>\d+))?)?[ \t]*
       | (?P<drop>drop)(?:[ ](?P<drops>\d+))?[ \t]*
@@ -75,21 +79,46 @@ _SHOWN: Final = "\nThe task:\n\n"
 _ASIDE: Final = re.compile(r"\b(?:title|summari[sz]e|classif|topic|router)", re.IGNORECASE)
 
 
-def read_script(text: str) -> Script | None:
-    """Return the script that a text holds, None if no line of it is a directive."""
-    task = _REMINDER.sub("", text).rpartition(_SHOWN)[2]
-    matches = (_LINE.fullmatch(line) for line in task.splitlines())
-    directives = [_directive(found) for found in matches if found]
-    if not directives:
+def read_script(text: str, later: Sequence[str] = ()) -> Script | None:
+    """Return the script that a text holds, None if no line of it is a directive.
+
+    Of its parts that begin with `told`, the last counts whose words stand elsewhere in the text, or in what was said
+    `later`; what stands before the first of them counts where none does.
+    """
+    before, *parts = _parts(_REMINDER.sub("", text).rpartition(_SHOWN)[2].splitlines())
+    words = "\n".join((*(line for line in text.splitlines() if not _TOLD.fullmatch(line)), *later))
+    chosen = next((part for part in reversed(parts) if part.told in words), before)
+    if not any((before.directives, *(part.directives for part in parts))):
         return None
+    directives = chosen.directives
     return Script(
-        text,
-        tuple(each for each in directives if isinstance(each, Write | Run)),
+        text if chosen is before else f"{text}\n{chosen.told}",
+        tuple(each for each in directives if isinstance(each, Step)),
         tuple(each for each in directives if isinstance(each, str)),
         tuple(each for each in directives if isinstance(each, Disturbance)),
         sum(each for each in directives if isinstance(each, float)),
         next((each for each in directives if isinstance(each, Usage)), Usage()),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The directives that stand together, and the words that they wait for; "" for those before all others."""
+
+    told: str
+    directives: list[Directive]
+
+
+def _parts(lines: Sequence[str]) -> list[_Part]:
+    """Return the parts of a script in order; the first always is what waits for nothing."""
+    parts = [_Part("", [])]
+    for line in lines:
+        if (heading := _TOLD.fullmatch(line)) is not None:
+            parts.append(_Part(heading["text"], []))
+        elif (found := _LINE.fullmatch(line)) is not None:
+            with suppress(ValueError):  # of a call whose arguments are no JSON
+                parts[-1].directives.append(_directive(found))
+    return parts
 
 
 def _directive(found: re.Match[str]) -> Directive:
@@ -99,6 +128,8 @@ def _directive(found: re.Match[str]) -> Directive:
         return Write(found["path"], f"{found['content'] or ''}\n")
     if found["command"] is not None:
         return Run(found["command"])
+    if found["tool"] is not None:
+        return Use(found["tool"], json.loads(found["arguments"]))
     if found["say"] is not None:
         return found["say"]
     if found["delay"] is not None:
@@ -119,7 +150,7 @@ def _disturbance(found: re.Match[str]) -> Disturbance | None:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a conversation is: its script, and how many tools have answered since the prompt that holds it."""
+    """Where a conversation is: its script, and how many tools have answered since that was told."""
 
     script: Script
     results: int
@@ -127,16 +158,23 @@ class Place:
 
 def find_place(asked: Asked) -> Place | None:
     """Return where a request stands in its script; None if it has none, or is one beside the conversation."""
-    results = 0
-    for turn in reversed(asked.turns):
-        if turn.role == "tool":
-            results += 1
-        elif (script := read_script(turn.text)) is not None:
-            return None if _is_aside(asked, script.steps) else Place(script, results)
+    turns = asked.turns
+    for at in range(len(turns) - 1, -1, -1):
+        if (script := _script_at(turns, at, len(turns))) is None:
+            continue
+        begun = next(end for end in range(at + 1, len(turns) + 1) if _script_at(turns, at, end) == script)
+        results = sum(turn.role == "tool" for turn in turns[begun:])
+        return None if _is_aside(asked, script.steps) else Place(script, results)
     return None
 
 
-def _is_aside(asked: Asked, steps: Sequence[Write | Run]) -> bool:
+def _script_at(turns: Sequence[Turn], at: int, end: int) -> Script | None:
+    """Return the script of a turn as it is after those before `end`."""
+    later = [turn.text for turn in turns[at + 1 : end] if turn.role == "user"]
+    return read_script(turns[at].text, later) if turns[at].role == "user" else None
+
+
+def _is_aside(asked: Asked, steps: Sequence[Step]) -> bool:
     if asked.tools or answer_form(asked) is not None:
         return False
     return bool(steps) or _ASIDE.search(asked.system) is not None

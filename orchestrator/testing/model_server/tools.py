@@ -8,7 +8,7 @@ import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, TypeAlias
 
 from orchestrator.testing.model_server.conversation import Asked, Json, Tool
 
@@ -28,6 +28,22 @@ class Run:
 
     verb: ClassVar[str] = "run a command"
     command: str
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """Call a tool by its name, that of a server without what the CLI puts before it."""
+
+    name: str
+    arguments: Json
+
+    @property
+    def verb(self) -> str:
+        """What it does, in words."""
+        return f"do {self.name}"
+
+
+Step: TypeAlias = Write | Run | Use
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +92,12 @@ def working_directory(asked: Asked) -> str | None:
     return None
 
 
-def call_for(step: Write | Run, asked: Asked) -> ToolUse | None:
+def call_for(step: Step, asked: Asked) -> ToolUse | None:
     """Return the tool call that carries out a step; None if no tool offered can."""
     if isinstance(step, Run):
         return _shell(step.command, asked.tools)
+    if isinstance(step, Use):
+        return _use(step, asked.tools)
     by_name = {tool.name: tool for tool in asked.tools}
     writers = [by_name[name] for name in _WRITERS if name in by_name]
     writers += [tool for tool in asked.tools if "write" in tool.name.lower() and not _NOT_WRITERS.search(tool.name)]
@@ -91,6 +109,17 @@ def call_for(step: Write | Run, asked: Asked) -> ToolUse | None:
     if (program := _program("apply_patch", _add_file(step), asked.tools)) is not None:
         return program
     return _shell(_writing_command(step), asked.tools)
+
+
+def _use(step: Use, tools: Iterable[Tool]) -> ToolUse | None:
+    """Return the call of a tool, or the search for it where a client tells its model of such tools only when asked."""
+    found = None
+    for tool in tools:
+        if tool.kind == "function" and (tool.name == step.name or tool.name.endswith(f"_{step.name}")):
+            return ToolUse(tool, step.arguments)
+        if tool.kind == "search":
+            found = ToolUse(tool, {"query": step.name})
+    return found
 
 
 def _write(step: Write, tool: Tool, directory: str | None) -> ToolUse | None:
