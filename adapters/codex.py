@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel
 from adapters.failures import class_in, class_of_status, one_line
 from adapters.jsonlines import failure_concluded, number_of, read_object, said_plainly, text_of
 from adapters.options import AdapterOptions, Arguments, ProgramName, Value, given
+from orchestrator.client.commands import SERVER
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
@@ -239,6 +240,8 @@ def _request_settings(request: SessionRequest) -> Iterator[str]:
         else:
             settings |= {f"{table}.command": one.argv[0], f"{table}.args": [*one.argv[1:]]}
             settings[f"{table}.env_vars"] = [*one.env]
+        if one.name == SERVER:  # in a sandbox of its own it would ask for leave, and be denied
+            settings[f"{table}.default_tools_approval_mode"] = "approve"
     for key, value in settings.items():
         yield from ("-c", f"{key}={json.dumps(value, ensure_ascii=False)}")
 
