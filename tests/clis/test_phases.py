@@ -1,0 +1,98 @@
+"""A task of each real program that goes through phases: what it hands over by, and what comes of it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+import pytest
+
+from orchestrator.testing.model_server import Request
+from tests.clis.conftest import Stage
+from tests.clis.programs import Program
+from tests.conftest import Ended
+
+pytestmark = [pytest.mark.clis, pytest.mark.timeout(300)]
+
+PLAN: Final = {
+    "tasks": [{"id": "greet", "prompt": "Put the word MARMALADE into hello.txt."}],
+    "dependencies": [],
+    "timeline": [],
+    "resources": [],
+}
+REVIEW: Final = {"verdict": "approve", "findings": [], "summary": "It is as it was planned."}
+WORKFLOW: Final[list[dict[str, Any]]] = [
+    {"plan": {"access": "read", "produces": "plan"}},
+    {"build": {}},
+    {"review": {"access": "read", "produces": "review"}},
+]
+
+
+def answer(data: Any) -> str:
+    """Return how a model is told to end its answer with a handoff."""
+    return f"say Here it is.\nsay ```json\nsay {json.dumps(data)}\nsay ```"
+
+
+def run(stage: Stage, *, plan: str, review: str, mended: str = "") -> Ended:
+    """Run one task through the phases; what its model does in each is chosen by what it is asked to hand over."""
+    prompt = (
+        "write hello.txt MARMALADE\nsay It is written.\nusage 120 34\n"
+        f"told your result (plan)\n{plan}\nusage 120 34\n"
+        f"told your result (review)\n{review}\nusage 120 34\n"
+        f"told is not what was asked for\n{mended}\nusage 120 34"
+    )
+    return stage.run(prompt, {"workflows": {"three": WORKFLOW}}, workflow="three", attempts=1)
+
+
+async def test_what_is_answered_in_each_phase_is_handed_on(stage: Stage, program: Program) -> None:
+    """A plan that is none is mended once, in the same conversation where there is one to go on with."""
+    ended = run(stage, plan=answer({"tasks": "all of it"}), mended=answer(PLAN), review=answer(REVIEW))
+    assert ended.states == {"task": "landed"}, stage.tell(ended)
+    assert stage.repository.git("show", "main:hello.txt").startswith("MARMALADE")
+    task = await stage.task()
+    assert [(one.phase, one.outcome) for one in task.attempts] == [
+        ("plan", "invalid_handoff"),
+        ("plan", "completed"),
+        ("build", "built"),
+        ("review", "completed"),
+    ]
+    wrong, right, *_ = task.attempts
+    assert right.resumed is program.can_resume
+    if program.can_resume:
+        assert wrong.session == right.session
+    assert_handed_over(stage, by="answer")
+    await stage.assert_clean()
+
+
+async def test_what_is_given_to_the_tool_is_handed_on(stage: Stage, program: Program) -> None:
+    """The model is told at once what is wrong with it, and may try again: nothing is left to be mended."""
+    if not program.has_servers:
+        pytest.skip("it uses no servers of the Model Context Protocol")
+    calls = [f"call hand_over {json.dumps({'data': data})}" for data in ({"tasks": "all of it"}, PLAN, REVIEW)]
+    ended = run(stage, plan="\n".join(calls[:2]), review=calls[2])
+    assert ended.states == {"task": "landed"}, stage.tell(ended)
+    assert [one.phase for one in (await stage.task()).attempts] == ["plan", "build", "review"]
+    assert_handed_over(stage, by="tool")
+    await stage.assert_clean()
+
+
+def assert_handed_over(stage: Stage, *, by: str) -> None:
+    """Check that the build was told of the plan, and that both handoffs are on record, whole."""
+    built = [one for one in stage.server.requests if _is_of_build(one)]
+    assert built
+    assert all("MARMALADE into hello.txt" in _prompt(one) for one in built)
+    story = stage.repository.council("show", "task", "--json").result
+    handed = {one["phase"]: one for one in story["handoffs"]}
+    assert {phase: one["by"] for phase, one in handed.items()} == {"plan": by, "review": by}
+    assert handed["plan"]["data"]["tasks"][0]["id"] == "greet"
+    assert handed["review"]["data"]["verdict"] == "approve"
+    checked = stage.repository.council("check", "--json")
+    assert checked.code == 0, checked
+
+
+def _is_of_build(request: Request) -> bool:
+    return request.dialect is not None and "Do all of the task in the files here" in _prompt(request)
+
+
+def _prompt(request: Request) -> str:
+    return json.dumps(request.body)
