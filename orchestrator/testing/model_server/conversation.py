@@ -28,9 +28,9 @@ class Tool:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A text of the user's, or the result of a tool call (without text: only that there is one matters)."""
+    """A text of the user's, or what came of a tool call or of a search for tools (without text: only that it did)."""
 
-    role: Literal["user", "tool"]
+    role: Literal["user", "tool", "search"]
     text: str = ""
 
 

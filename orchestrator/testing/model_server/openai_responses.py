@@ -12,6 +12,8 @@ from orchestrator.testing.model_server.conversation import Answer, Asked, Call, 
 from orchestrator.testing.model_server.openai_faults import openai_fault
 from orchestrator.testing.model_server.sse import event
 
+# How often a tool is searched for: it may be that of a server that has yet to start.
+_SEARCHES: Final = 200
 # How the description of Codex' code mode names what a program may call.
 _NESTED: Final = re.compile(r"^### `(\w+)`$", re.MULTILINE)
 
@@ -30,6 +32,8 @@ def _turns(items: Any) -> Iterator[tuple[str, Turn]]:
     for item in items or ():
         if str(item.get("type", "")).endswith("_call_output"):
             yield "tool", Turn("tool")
+        elif item.get("type") == "tool_search_output":
+            yield "search", Turn("search")
         elif item.get("type", "message") == "message" and item.get("role") != "assistant":
             yield item["role"], Turn("user", _text(item.get("content")))
 
@@ -59,9 +63,9 @@ def _offered(body: Mapping[str, Any]) -> Iterator[Tool]:
     for item in items:
         if item.get("type") in ("additional_tools", "tool_search_output"):
             yield from _tools(item.get("tools"))
-    since = [item.get("type") for item in items[_last_told(items) :]]
+    searches = sum(item.get("type") == "tool_search_output" for item in items[_last_told(items) :])
     offered = _tools(body.get("tools"))
-    yield from (tool for tool in offered if tool.kind != "search" or "tool_search_output" not in since)
+    yield from (tool for tool in offered if tool.kind != "search" or searches < _SEARCHES)
 
 
 def _last_told(items: Sequence[Json]) -> int:
@@ -76,13 +80,13 @@ def _read(_path: str, body: Mapping[str, Any]) -> Asked:
         str(body.get("model", "")),
         bool(body.get("stream")),
         "\n".join([str(body.get("instructions") or ""), *system]).strip(),
-        tuple(turn for role, turn in turns if role in ("user", "tool")),
+        tuple(turn for role, turn in turns if role in ("user", "tool", "search")),
         tuple(_offered(body)),
     )
 
 
 def _call_item(call: Call) -> Json:
-    common = {"call_id": call.id("search_" if call.tool.kind == "search" else "call_"), "status": "completed"}
+    common = {"call_id": call.id("call_"), "status": "completed"}
     name = {"name": call.tool.name} | ({"namespace": call.tool.namespace} if call.tool.namespace else {})
     match call.tool.kind:
         case "freeform" | "program":
