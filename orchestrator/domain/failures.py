@@ -13,6 +13,7 @@ class FailureClass(StrEnum):
     OVERLOADED = "overloaded"  #: the service behind the program is too busy
     RATE_LIMITED = "rate_limited"  #: the account may not be used before some instant
     AUTH = "auth"  #: the program is not logged in, or its key is not accepted
+    MISSING = "missing"  #: the program is not on the machine any more
     INVALID = "invalid"  #: the program can't be run as it is configured
     REFUSED = "refused"  #: the program, or what checks its work, declines it
     LIMIT = "limit"  #: the program's own limit on turns or money
@@ -52,6 +53,7 @@ RETRIED = frozenset(
 _FIXED: Mapping[FailureClass, Policy] = {
     FailureClass.RATE_LIMITED: Policy.PARK,
     FailureClass.AUTH: Policy.CLOSE,
+    FailureClass.MISSING: Policy.CLOSE,
 }
 
 #: What a task may name under `retry_on`: whatever is not decided otherwise.

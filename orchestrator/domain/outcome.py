@@ -56,7 +56,8 @@ Outcome = Built | Answered | Failed | Interrupted | Exhausted
 class Exit:
     """How the process ended: `ended_by` is exit, timeout, silence, stop or orphaned.
 
-    `spawn_error` says why it never ran; `exhausted` that this was for lack of descriptors, memory or space.
+    `spawn_error` says why it never ran; `exhausted` that this was for lack of descriptors, memory or space, `missing`
+    that there is no such program.
     """
 
     ended_by: str
@@ -64,6 +65,7 @@ class Exit:
     signal: int | None
     spawn_error: str | None
     exhausted: bool = False
+    missing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ def judge(
     told with an exit code that nobody can explain.
     """
     if exit_.spawn_error is not None:
-        return _not_started(exit_.spawn_error, exhausted=exit_.exhausted)
+        return _not_started(exit_.spawn_error, exit_)
     if exit_.ended_by in {"stop", "orphaned"}:
         return Interrupted("the run was stopped")
     if exit_.ended_by in {"timeout", "silence"}:
@@ -122,9 +124,11 @@ def _last_line(errors: str) -> str:
     return f": {lines[-1][:_LONGEST_LINE]}" if lines else ""
 
 
-def _not_started(why: str, *, exhausted: bool) -> Outcome:
-    if exhausted:
+def _not_started(why: str, exit_: Exit) -> Outcome:
+    if exit_.exhausted:
         return Exhausted(f"the program could not be started: {why}")
+    if exit_.missing:
+        return Failed(FailureClass.MISSING, f"the program is gone: {why}")
     return Failed(FailureClass.INVALID, f"the program did not start: {why}")
 
 

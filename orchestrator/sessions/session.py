@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -269,10 +271,12 @@ class Session:
             reach |= self._mailbox.reach
         fenced = await self.tools.fencing.around(Ground.of(self.assignment.worktree), command, reach)
         ended = await run_supervised(fenced, on_spawned=lambda: failpoint("session.spawned"))
-        error = ended.spawn_error
+        error, is_missing = ended.spawn_error, False
         if error is not None:
-            error += self.tools.fencing.why_missing(command.argv[0], self.tools.environ, reach)
-        return Exit(ended.ended_by, ended.exit, ended.signal, error, ended.exhausted)
+            program = command.argv[0]
+            error += self.tools.fencing.why_missing(program, self.tools.environ, reach)
+            is_missing = _is_gone(program, self.tools.environ)
+        return Exit(ended.ended_by, ended.exit, ended.signal, error, ended.exhausted, is_missing)
 
     def secret_names(self) -> tuple[str, ...]:
         """Return the names of the variables with secrets that the program is given."""
@@ -388,3 +392,10 @@ def commit_message(worktree: Worktree, prompt: str) -> str:
     first = next((line.strip() for line in prompt.splitlines() if line.strip()), "")
     subject = "".join(char for char in f"{worktree.task}: {first}" if char.isprintable())
     return f"{subject if len(subject) <= 72 else subject[:71] + '…'}\n\nCouncil-Attempt: {worktree.attempt}\n"
+
+
+def _is_gone(program: str, environ: Mapping[str, str]) -> bool:
+    """Whether a program is not on the machine; one that is named within the worktree is a matter of its task alone."""
+    if os.sep in program and not Path(program).is_absolute():
+        return False
+    return shutil.which(program, path=environ.get("PATH")) is None

@@ -177,8 +177,12 @@ def test_a_park_lasts_until_the_word_of_the_adapter_or_longer(until: float | Non
 
 @pytest.mark.parametrize("failure", FailureClass)
 def test_every_failure_has_a_policy(failure: FailureClass) -> None:
-    """A usage limit parks, a login closes, all else is retried or final as the task says."""
-    fixed = {FailureClass.RATE_LIMITED: Policy.PARK, FailureClass.AUTH: Policy.CLOSE}
+    """A usage limit parks, a login or a program that is gone closes, all else is as the task says."""
+    fixed = {
+        FailureClass.RATE_LIMITED: Policy.PARK,
+        FailureClass.AUTH: Policy.CLOSE,
+        FailureClass.MISSING: Policy.CLOSE,
+    }
     for retried in (frozenset(FailureClass), frozenset[FailureClass](), RETRIED):
         expected = fixed.get(failure, Policy.RETRY if failure in retried else Policy.FAIL)
         assert policy_of(failure, retried) is expected
@@ -216,6 +220,13 @@ CRASHED = FailureClass.CRASHED
             None,
             None,
             Exhausted("the program could not be started: no memory"),
+        ),
+        (
+            Exit("exit", None, None, "/x: No such file or directory", missing=True),
+            None,
+            None,
+            None,
+            Failed(FailureClass.MISSING, "the program is gone: /x: No such file or directory"),
         ),
     ],
 )
