@@ -1,0 +1,190 @@
+"""What goes wrong around a task of three phases: it goes on at the phase that it was at, and does nothing twice."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.conftest import FAKE_CLI, Ended, Repository
+from tests.waiting import wait_for
+
+PLAN = json.dumps({"tasks": [{"id": "t1", "prompt": "write b"}], "dependencies": [], "timeline": [], "resources": []})
+APPROVE = json.dumps({"verdict": "approve"})
+PHASES = ("plan", "build", "review")
+WORK = (f"in plan hand-over {PLAN}", "in build append b.txt built", f"in review hand-over {APPROVE}")
+
+
+def configure(repository: Repository, *steps: str, adapter: dict[str, Any] | None = None, **settings: Any) -> Path:
+    """Write a file with one task of three phases, which does these steps first; `adapter` is more of its adapter.
+
+    There is another adapter, `other`, which is like that; `builder` is more of one that builds.
+    """
+    workflow: list[dict[str, Any]] = [
+        {"plan": {"access": "read", "produces": "plan"}},
+        {"build": {"adapter": "builder"} if "builder" in settings else {}},
+        {"review": {"access": "read", "produces": "review"}},
+    ]
+    fake = {
+        "use": "command",
+        "argv": [sys.executable, "-S", str(FAKE_CLI), "{prompt_file}"],
+        "env": {"FAKE_CLI_LEDGER": str(repository.spawns)},
+        "writable": [str(repository.spawns.parent)],
+        **(adapter or {}),
+    }
+    adapters = {"fake": fake, "other": fake, "builder": {**fake, **settings.pop("builder", {})}}
+    task = {
+        "id": "t",
+        "adapter": "fake",
+        "prompt": "\n".join((*steps, *WORK)),
+        "workflow": "three",
+        **settings.pop("task", {}),
+    }
+    return repository.configure([task], workflows={"three": workflow}, adapters=adapters, **settings)
+
+
+def visits(repository: Repository) -> list[tuple[str, str, int]]:
+    """Return the visits of the task's phases: the phase, how it ended, and how many sessions it took."""
+    story = repository.council("show", "t", "--json").result
+    return [(one["phase"], one["status"], len(one["attempts"])) for one in story["phases"]]
+
+
+def once(**sessions: int) -> list[tuple[str, str, int]]:
+    """Return what `visits` are where each phase is done once, by one session or as many as said."""
+    return [(phase, "completed", sessions.get(phase, 1)) for phase in PHASES]
+
+
+LIMIT = "limit reached"
+LIMITED = {"failures": {"rate_limited": rf"{LIMIT}, again in (?P<seconds>\d+) s"}}
+COUNTING: dict[str, Any] = {"output": "jsonl", "read": [{"input_tokens": "n"}]}
+
+
+@pytest.mark.parametrize("phase", PHASES[:2])
+async def test_a_run_whose_budget_ends_behind_a_phase_goes_on_with_more(repository: Repository, phase: str) -> None:
+    """At the phase that was next; what was handed over and built is there."""
+    path = configure(repository, f'in {phase} print {{"n": 100}}', adapter=COUNTING, budget={"tokens": 100})
+    ended = repository.council("run", str(path), "--json")
+    assert (ended.result["status"], ended.states) == ("halted", {"t": "pending"}), ended
+    done_before = once()[: PHASES.index(phase) + 1]
+    assert visits(repository) == done_before
+    assert repository.council("resume", "--json").result["status"] == "halted"
+    assert visits(repository) == done_before
+    done = repository.council("resume", "--budget", "tokens=1k", "--json")
+    assert done.states == {"t": "landed"}, done
+    assert visits(repository) == once()
+    await assert_built_once(repository)
+
+
+@pytest.mark.parametrize("budgets", [{"budget": {"tokens": 100}}, {"task": {"budget": {"tokens": 100}}}])
+async def test_what_needs_no_session_more_lands_without_a_budget(
+    repository: Repository, budgets: dict[str, Any]
+) -> None:
+    """The last phase has used up what there was, and was complete by that."""
+    path = configure(repository, 'in review print {"n": 100}', adapter=COUNTING, **budgets)
+    ended = repository.council("run", str(path), "--json")
+    assert ended.states == {"t": "landed"}, ended
+    assert visits(repository) == once()
+    await assert_built_once(repository)
+
+
+async def test_a_task_whose_budget_ends_behind_a_phase_has_failed_with_its_work_kept(repository: Repository) -> None:
+    """No file can give it more; the branch is there for a person."""
+    path = configure(repository, 'in build print {"n": 100}', adapter=COUNTING, task={"budget": {"tokens": 100}})
+    ended = repository.council("run", str(path), "--json")
+    (task,) = ended.result["tasks"]
+    assert (task["state"], task["attempts"], task["phase"]) == ("failed", 2, "review"), ended
+    assert "the task's budget is used up, 100 of 100 tokens" in task["reason"]
+    assert repository.git("--git-dir", ended.result["repository"], "show", f"{task['branch']}:b.txt") == "built"
+    assert visits(repository) == once()[:2]
+    await repository.assert_invariants()
+
+
+@pytest.mark.parametrize("phase", PHASES)
+async def test_a_limit_is_waited_out_in_the_phase_that_ran_into_it(repository: Repository, phase: str) -> None:
+    """It is not counted, and what was complete stays so."""
+    path = configure(repository, f"in {phase} once exit 1 {LIMIT}, again in 1 s", adapter=LIMITED, task={"attempts": 1})
+    ended = repository.council("run", str(path), "--json")
+    assert ended.states == {"t": "landed"}, ended
+    assert visits(repository) == once(**{phase: 2})
+    await assert_built_once(repository)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+async def test_another_stands_in_from_the_phase_on_that_ran_into_a_limit(repository: Repository, phase: str) -> None:
+    """For as long as the limit holds; what was complete stays so."""
+    task = {"attempts": 1, "adapter": "fake", "fallback": ["other"]}
+    path = configure(repository, f"in {phase} once exit 1 {LIMIT}, again in 18000 s", adapter=LIMITED, task=task)
+    ended = repository.council("run", str(path), "--json")
+    assert ended.states == {"t": "landed"}, ended
+    assert visits(repository) == once(**{phase: 2})
+    begun = [one["adapter"] for one in ended.lines if one.get("event") == "task.started"]
+    before = PHASES.index(phase) + 1
+    assert begun == ["fake"] * before + ["other"] * (len(begun) - before)
+    await assert_built_once(repository)
+
+
+async def test_a_program_that_is_gone_is_waited_for(repository: Repository) -> None:
+    """It was removed while an earlier phase was at work: the next one waits until it is back, and costs no attempt."""
+    tool = repository.spawns.parent / "tool"
+    script = f'#!/bin/sh\nexec {shlex.join([sys.executable, "-S", str(FAKE_CLI)])} "$@"\n'
+
+    def install() -> None:
+        tool.write_text(script)
+        tool.chmod(0o755)
+
+    install()
+    path = configure(
+        repository, f"in plan wipe {tool}", builder={"argv": [str(tool), "{prompt_file}"]}, task={"attempts": 1}
+    )
+    for command in (["run", str(path)], ["resume"]):
+        ended = repository.council(*command, "--json")
+        assert (ended.code, ended.states) == (1, {"t": "blocked"}), ended
+        (builder,) = ended.result["adapters"]
+        assert builder["closed"] == f"the program is gone: {tool}: No such file or directory"
+        assert visits(repository)[0] == once()[0]
+    install()
+    done = repository.council("resume", "--json")
+    assert done.states == {"t": "landed"}, done
+    assert [(phase, status) for phase, status, _ in visits(repository)] == [(one, "completed") for one in PHASES]
+    await assert_built_once(repository)
+
+
+async def test_a_program_that_is_killed_in_each_phase_is_tried_again_there(repository: Repository) -> None:
+    """A phase that is complete counts nothing against the next one."""
+    path = configure(repository, *(f"in {phase} once hang" for phase in PHASES), task={"attempts": 2})
+    started = repository.start("run", str(path), "--json")
+    try:
+        for number in range(1, len(PHASES) + 1):
+            wait_for(lambda: len(list(repository.spawns.parent.glob("spawns.t.*"))) == number)  # noqa: B023
+            program(repository).kill()
+    finally:
+        if started.poll() is not None or number < len(PHASES):
+            started.kill()
+    stdout, stderr = started.communicate(timeout=60)
+    ended = Ended(started.returncode, stdout, stderr)
+    assert ended.states == {"t": "landed"}, ended
+    assert visits(repository) == once(plan=2, build=2, review=2)
+    await assert_built_once(repository)
+
+
+async def assert_built_once(repository: Repository) -> None:
+    """Check what has landed, and all that must hold after any run."""
+    assert (repository.top / "b.txt").read_text() == "built\n"
+    await repository.assert_invariants()
+
+
+def program(repository: Repository) -> psutil.Process:
+    """Return the fake CLI that runs for this repository, itself and nothing around it."""
+    for process in psutil.process_iter():
+        try:
+            argv = process.cmdline()
+        except psutil.Error:
+            continue
+        if argv[1:3] == ["-S", str(FAKE_CLI)] and argv[3].startswith(str(repository.top.parent)):
+            return process
+    raise AssertionError("it does not run")
