@@ -162,10 +162,9 @@ async def test_a_program_that_is_killed_in_each_phase_is_tried_again_there(repos
         for number in range(1, len(PHASES) + 1):
             wait_for(lambda: len(list(repository.spawns.parent.glob("spawns.t.*"))) == number)  # noqa: B023
             program(repository).kill()
+        stdout, stderr = started.communicate(timeout=60)
     finally:
-        if started.poll() is not None or number < len(PHASES):
-            started.kill()
-    stdout, stderr = started.communicate(timeout=60)
+        started.kill()
     ended = Ended(started.returncode, stdout, stderr)
     assert ended.states == {"t": "landed"}, ended
     assert visits(repository) == once(plan=2, build=2, review=2)
