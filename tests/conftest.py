@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import orchestrator.testing.fake_cli
 from orchestrator.testing.fingerprint import Fingerprint
@@ -26,6 +27,10 @@ from tests.command_server import Started
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _handler)
+
+# What a machine does beside the tests makes none of them wrong.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 FAKE_CLI = Path(orchestrator.testing.fake_cli.__file__)
 

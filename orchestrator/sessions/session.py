@@ -275,7 +275,7 @@ class Session:
         if error is not None:
             program = command.argv[0]
             error += self.tools.fencing.why_missing(program, self.tools.environ, reach)
-            is_missing = _is_gone(program, self.tools.environ)
+            is_missing = await anyio.to_thread.run_sync(_is_gone, program, self.tools.environ)
         return Exit(ended.ended_by, ended.exit, ended.signal, error, ended.exhausted, is_missing)
 
     def secret_names(self) -> tuple[str, ...]:
@@ -395,7 +395,7 @@ def commit_message(worktree: Worktree, prompt: str) -> str:
 
 
 def _is_gone(program: str, environ: Mapping[str, str]) -> bool:
-    """Whether a program is not on the machine; one that is named within the worktree is a matter of its task alone."""
+    """Whether a program is not on the machine; one named within the worktree is a matter of its task alone. Blocks."""
     if os.sep in program and not Path(program).is_absolute():
         return False
     return shutil.which(program, path=environ.get("PATH")) is None
