@@ -54,6 +54,7 @@ async def test_an_adapter_that_is_right_keeps_its_promises_and_lands(claude: Rep
     assert claude.git("branch", "--format=%(refname:short)") == "main"
 
 
+@pytest.mark.slow
 async def test_a_task_that_is_not_done_says_why(claude: Repository) -> None:
     """The check did not pass, or the program said that it failed; with what it printed."""
     ended = claude.council("adapters", "test", "fake", "--prompt", "print nothing to do")

@@ -24,6 +24,8 @@ from tests.standins.ollama_server import Server, serving
 from tests.standins.script import ROOT, install
 
 ADAPTERS = ("claude-code", "aider", "acp", "ollama")
+#: The agent of the protocol takes seconds to import its SDK, and so does what speaks with it.
+QUICK = tuple(pytest.param(use, marks=pytest.mark.slow if use == "acp" else ()) for use in ADAPTERS)
 _KINDS = (
     *(("bubblewrap",) if shutil.which("bwrap") else ()),
     *(("landlock",) if sys.platform == "linux" and landlock.abi() >= landlock.ABI_NEEDED else ()),
@@ -107,7 +109,7 @@ FAIL_AUTH = {"claude-code": "fail auth", "aider": "fail auth", "acp": "fail auth
 REMEDIES = {"claude-code": "claude auth login", "aider": "API_KEY", "acp": "agent login", "ollama": "OLLAMA_API_KEY"}
 
 
-@pytest.mark.parametrize("use", ADAPTERS)
+@pytest.mark.parametrize("use", QUICK)
 async def test_a_login_that_fails_closes_the_adapter(bench: Bench, use: str) -> None:
     """Nothing more of it starts, no attempt is counted, and the reason says how to log in."""
     ended = bench.run(use, FAIL_AUTH[use], write(use, "b.txt", "b"))
@@ -127,6 +129,7 @@ async def test_a_usage_limit_parks_the_adapter_until_it_ends(bench: Bench) -> No
     assert ended.result["tasks"][0]["attempts"] == 2
 
 
+@pytest.mark.slow
 async def test_a_usage_limit_without_an_end_parks_the_adapter(bench: Bench) -> None:
     """Aider and agents tell no instant: their adapters are parked all the same, on a clock that the test holds."""
     prompt = "attempt 1 fail limit\nwrite {}.txt x"
@@ -200,7 +203,7 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("use", [pytest.param(one, marks=pytest.mark.slow if one == "acp" else ()) for one in ADAPTERS])
+@pytest.mark.parametrize("use", QUICK)
 async def test_what_failed_has_its_class(bench: Bench, use: str) -> None:
     """The class and the reason that the program's words or its end stand for."""
     ended = bench.run(use, *(prompt for prompt, _, _ in ENDS[use]))
@@ -292,6 +295,7 @@ async def test_tokens_that_an_agent_tells_beside_the_protocol_are_recorded(bench
     ("env", "failure"),
     [({"ACP_LOGGED_OUT": "1"}, None), ({"ACP_VERSION": "7"}, "invalid")],
 )
+@pytest.mark.slow
 async def test_an_agent_that_can_not_begin_says_why(bench: Bench, env: dict[str, str], failure: str | None) -> None:
     """It wants a login, or speaks another version of the protocol."""
     task = bench.run("acp", "write a.txt x", options={"env": env}).result["tasks"][0]
@@ -408,6 +412,7 @@ async def test_a_model_that_is_not_there_is_named_with_the_remedy(bench: Bench) 
     assert (task["failure"], "ollama pull none:7b" in task["reason"]) == ("invalid", True), task
 
 
+@pytest.mark.slow
 async def test_a_server_that_is_not_there_closes_the_adapter(bench: Bench) -> None:
     """After some seconds of patience: somebody has to start it, and no attempt is lost for that."""
     ended = bench.run("ollama", "x", options={"host": "http://127.0.0.1:9"})

@@ -245,6 +245,7 @@ async def test_secrets_are_not_salvaged(place: Place) -> None:
     assert not await place.has(VALUE.encode())
 
 
+@pytest.mark.slow
 async def test_more_refs_than_are_kept(place: Place) -> None:
     """At most 50 are salvaged; that there are more is said."""
     tree = place.agent("rev-parse", "HEAD^{tree}")

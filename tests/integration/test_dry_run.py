@@ -165,6 +165,7 @@ async def test_text_shows_waves_and_a_tree(repository: Repository) -> None:
     assert "  models\n  └─ api (needs models, docs)\n" in text
 
 
+@pytest.mark.slow
 async def test_ten_thousand_tasks_are_summed_up(repository: Repository) -> None:
     """Text and chart stay readable, and both are there in moments."""
     tasks = [

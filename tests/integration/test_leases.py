@@ -407,7 +407,7 @@ def finish(worker: Worker) -> dict[Path, tuple[int, ...]]:
     return {Path(place): tuple(block) for place, block in map(json.loads, output.splitlines())}
 
 
-@pytest.mark.parametrize("stores", [1, 2])
+@pytest.mark.parametrize("stores", [pytest.param(1, marks=pytest.mark.slow), 2])
 async def test_many_processes_get_blocks_of_their_own(
     start: ExitStack, ports: range, tmp_path: Path, stores: int
 ) -> None:

@@ -70,7 +70,7 @@ def environment(tmp_path: Path, environ: dict[str, str]) -> Environment:
     return Environment(folder, {**environ, **offline, "PATH": path, "PIP_CONFIG_FILE": os.devnull})
 
 
-@pytest.mark.parametrize("name", ["plugin", "webhook"])
+@pytest.mark.parametrize("name", ["plugin", pytest.param("webhook", marks=pytest.mark.slow)])
 def test_an_example_installs_as_a_wheel_and_passes_its_own_tests(
     environment: Environment, tmp_path: Path, name: str
 ) -> None:

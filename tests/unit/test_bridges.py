@@ -344,6 +344,7 @@ def test_an_agent_is_given_the_servers_that_it_can_take(place: Place) -> None:
 RESUMES = {"home": "own", "resumes": True, "env": {"ACP_LOADS": "1"}}
 
 
+@pytest.mark.slow
 def test_what_is_told_of_an_earlier_conversation_is_not_told_again(place: Place) -> None:
     """Nor counted, also what comes once the agent has said that it is loaded."""
     first = place.converse("say it once", RESUMES)
