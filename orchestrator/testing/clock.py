@@ -13,6 +13,7 @@ class ManualClock:
         self._start = now
         self._passed = 0.0
         self._waiting: list[tuple[float, anyio.Event]] = []
+        self._more_wait: anyio.Event | None = None
 
     def now(self) -> float:
         """Wall-clock seconds."""
@@ -26,6 +27,8 @@ class ManualClock:
         """Return once `event` is set or the clock was advanced to `until`, which sets the event."""
         if until is not None:
             self._waiting.append((until, event))
+            if self._more_wait is not None:
+                self._more_wait.set()
             self._ring()
         await event.wait()
 
@@ -33,6 +36,12 @@ class ManualClock:
         """Move the time forward and wake whoever waited for it."""
         self._passed += seconds
         self._ring()
+
+    async def waited_for(self, until: float) -> None:
+        """Return once somebody waits for that time of the monotonic clock: only then does it make sense to advance."""
+        while until not in (one for one, _ in self._waiting):
+            more = self._more_wait = anyio.Event()
+            await more.wait()
 
     def _ring(self) -> None:
         for until, event in self._waiting:
