@@ -46,6 +46,7 @@ def test_the_cycle_is_measured() -> None:
     check(cycle.measure(quick=True), [": processor", ": clock"])
 
 
+@pytest.mark.slow
 def test_handing_out_is_measured() -> None:
     """Beside what git takes; where files are few there is no limit."""
     rows = worktrees.measure(quick=True)
@@ -53,6 +54,7 @@ def test_handing_out_is_measured() -> None:
     assert {row.verdict for row in rows} == {""}
 
 
+@pytest.mark.slow
 def test_the_state_is_measured() -> None:
     """Commits of both kinds beside SQLite, opening a long log, what packing saves, and processes that share a store."""
     rows = state.measure(quick=True)

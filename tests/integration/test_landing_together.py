@@ -214,6 +214,7 @@ async def test_one_that_was_cut_off_is_cancelled_only_if_it_has_not_landed(
     await repository.assert_invariants()
 
 
+@pytest.mark.slow
 async def test_one_that_git_can_not_merge_holds_up_no_other(repository: Repository) -> None:
     """The user's history was rewritten while it waited; what was built on the new one lands."""
     config = repository.configure(files(3), capacity=1)
@@ -281,6 +282,7 @@ async def test_what_is_left_to_the_next_turn_can_be_cancelled(repository: Reposi
     await repository.assert_invariants()
 
 
+@pytest.mark.slow
 async def test_a_targets_worktree_that_is_gone_ends_no_session(repository: Repository, tmp_path: Path) -> None:
     """What waits keeps, with the remedy as its reason, and lands when that was followed."""
     place = tmp_path / "linked"

@@ -240,6 +240,7 @@ def test_an_adapter_that_pauses_is_told_above_the_table(repository: Repository, 
 
 
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux, a terminal that wraps anew what it shows")
+@pytest.mark.slow
 def test_a_terminal_that_wraps_anew_shows_one_table(repository: Repository, tmp_path: Path) -> None:
     """Made narrower again and again, it has no rest of a wider table on its screen."""
     config, gate = shell(

@@ -185,7 +185,7 @@ async def test_what_a_killed_process_left_of_a_session_that_is_over_goes_in_the_
 
 
 @pytest.mark.parametrize("sweep", ["300ms", "60s"], ids=["found", "unnoticed"])
-@pytest.mark.parametrize("action", ["cancel", "retry"])
+@pytest.mark.parametrize("action", ["retry", pytest.param("cancel", marks=pytest.mark.slow)])
 async def test_what_is_asked_when_the_coordinator_is_gone_is_done(
     repository: Repository, action: str, sweep: str
 ) -> None:
