@@ -44,12 +44,14 @@ async def rehearse_run(
     cleared = await check_run(config, site, run, adapters, environ, store=None, allow_deferred=allow_deferred)
     await forget(cleared.hub, run, environ)
     room = await measure_room(config.capacity, Demand(memory=config.session_memory))
+    starting = starters(config)
     programs = {
-        task.id: adapters[starters(config, task)[0]].command(trial_request(task.id, task.prompt)).argv[0]
+        task.id: adapters[starting[task.id][0]].command(trial_request(task.id, task.prompt)).argv[0]
         for task in config.tasks
     }
     return rehearse(
         config,
+        starting,
         programs,
         room,
         target=config.target or "council/<run>",

@@ -634,8 +634,8 @@ class Config(_Entry):
     """What a million tokens of a model cost, where its CLI does not tell and where ours are not yours."""
     worktrees: WorktreeSettings = Field(default_factory=WorktreeSettings)
     """The checkouts that sessions and checks take turns in."""
-    state: Annotated[StateSettings, BeforeValidator(_store, json_schema_input_type=StoreUrl | StateSettings)] = (
-        StateSettings()
+    state: Annotated[StateSettings, BeforeValidator(_store, json_schema_input_type=StoreUrl | StateSettings)] = Field(
+        default_factory=StateSettings
     )
     """The store that all is recorded in: .council/state of the repository unless given."""
     state_dir: Annotated[str, Field(min_length=1)] | None = None

@@ -13,7 +13,7 @@ from orchestrator.domain.handoffs import Handoff, handoff_id, is_intact
 from orchestrator.domain.json_values import says_nothing
 from orchestrator.domain.model import FINAL, TaskDocument, TaskStatus
 from orchestrator.domain.phase_context import kind_of
-from orchestrator.domain.phases import OPEN, PhaseRecord, PhaseStatus
+from orchestrator.domain.phases import OPEN, PASSED, PhaseRecord, PhaseStatus
 from orchestrator.domain.violations import Violation, found_by
 from orchestrator.domain.workflow import Phase, Workflow, latest, verdict_of
 
@@ -109,7 +109,7 @@ def _end_fits(facts: WorkflowFacts) -> Iterator[Violation]:
         return
     for phase in facts.workflow.phases:
         record = latest(task, phase.name)
-        if record is None or record.status not in {PhaseStatus.COMPLETED, PhaseStatus.SKIPPED}:
+        if record is None or record.status not in PASSED:
             what = f"it is {'not begun' if record is None else record.status}, and the task is {task.status}"
             yield Violation("phases.end", f"{facts.place}, phase {phase.name!r}", what, _MENDED)
         elif phase.writes and record.status is PhaseStatus.COMPLETED and task.status is TaskStatus.DONE:

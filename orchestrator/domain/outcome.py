@@ -97,7 +97,7 @@ def judge(
     told with an exit code that nobody can explain.
     """
     if exit_.spawn_error is not None:
-        return _not_started(exit_.spawn_error, exit_)
+        return _not_started(exit_)
     if exit_.ended_by in {"stop", "orphaned"}:
         return Interrupted("the run was stopped")
     if exit_.ended_by in {"timeout", "silence"}:
@@ -124,12 +124,12 @@ def _last_line(errors: str) -> str:
     return f": {lines[-1][:_LONGEST_LINE]}" if lines else ""
 
 
-def _not_started(why: str, exit_: Exit) -> Outcome:
+def _not_started(exit_: Exit) -> Outcome:
     if exit_.exhausted:
-        return Exhausted(f"the program could not be started: {why}")
+        return Exhausted(f"the program could not be started: {exit_.spawn_error}")
     if exit_.missing:
-        return Failed(FailureClass.MISSING, f"the program is gone: {why}")
-    return Failed(FailureClass.INVALID, f"the program did not start: {why}")
+        return Failed(FailureClass.MISSING, f"the program is gone: {exit_.spawn_error}")
+    return Failed(FailureClass.INVALID, f"the program did not start: {exit_.spawn_error}")
 
 
 def _over_limit(ended_by: str, limits: Limits) -> Failed:

@@ -67,6 +67,8 @@ PHASE_EVENTS: Final[dict[PhaseStatus, str]] = {
 
 #: Visits that go on: by another session, or by a person's word.
 OPEN: Final = frozenset({PhaseStatus.IN_PROGRESS, PhaseStatus.AWAITING})
+#: States of a visit that has its phase behind it.
+PASSED: Final = frozenset({PhaseStatus.COMPLETED, PhaseStatus.SKIPPED})
 
 
 class Given(BaseModel):

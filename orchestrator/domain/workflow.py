@@ -12,6 +12,7 @@ from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.model import FINAL, TaskDocument, TaskStatus
 from orchestrator.domain.phases import (
     OPEN,
+    PASSED,
     PHASE_EVENTS,
     PHASE_TRANSITIONS,
     PhaseRecord,
@@ -301,16 +302,15 @@ def restarted(workflow: Workflow, task: TaskDocument, phase: str | None = None) 
         return {"phase": left_before([one.name for one in workflow.phases], workflow.phase(phase).name, task) or phase}
     if task.expanded and task.phase is None and task.commit is None and not is_open(task):
         return {}  # it waits for what its plan became
-    if task.phases and task.phases[-1].status in {PhaseStatus.COMPLETED, PhaseStatus.SKIPPED} and task.phase is None:
+    if task.phases and task.phases[-1].status in PASSED and task.phase is None:
         return {"phase": [*workflow.phases, *workflow.builders(task)][-1].name}
     return {"phase": task.phases[-1].phase if task.phases and task.phase is None else task.phase}
 
 
 def left_before(phases: Sequence[str], phase: str, task: TaskDocument) -> str | None:
     """Return the first phase before one of these that a task has not behind it; None where it has all of them."""
-    over = {PhaseStatus.COMPLETED, PhaseStatus.SKIPPED}
     records = ((name, latest(task, name)) for name in phases[: phases.index(phase)])
-    return next((name for name, record in records if record is None or record.status not in over), None)
+    return next((name for name, record in records if record is None or record.status not in PASSED), None)
 
 
 def anew(workflow: Workflow, task: TaskDocument) -> dict[str, Any]:

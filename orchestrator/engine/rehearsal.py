@@ -67,17 +67,31 @@ class Rehearsal:
         return {"status": "planned", **asdict(self)}
 
 
-def starters(config: RunConfig, task: TaskSpec) -> tuple[str, ...]:
-    """Return the adapters that would start a task, the best first: what skips a phase is not known before the run."""
-    return adapters_at(Workflow(config.phases_of(task.workflow) or PLAIN), TaskDocument(), task.adapter, task.fallback)
+def starters(config: RunConfig) -> dict[str, tuple[str, ...]]:
+    """Return the adapters that would start each task, the best first; what will skip a phase is not known yet."""
+    new = TaskDocument()
+    return {
+        task.id: adapters_at(Workflow(config.phases_of(task.workflow) or PLAIN), new, task.adapter, task.fallback)
+        for task in config.tasks
+    }
 
 
 def rehearse(
-    config: RunConfig, programs: Mapping[str, str], room: Fit, *, target: str, repository: str, sandbox: str
+    config: RunConfig,
+    starting: Mapping[str, tuple[str, ...]],
+    programs: Mapping[str, str],
+    room: Fit,
+    *,
+    target: str,
+    repository: str,
+    sandbox: str,
 ) -> Rehearsal:
-    """Return what a run of `config` would do; `programs` are those of its tasks, `room` what the machine has."""
+    """Return what a run of `config` would do.
+
+    `starting` are the adapters that would start its tasks, `programs` what they would run, `room` is what the machine
+    has.
+    """
     specs = {task.id: task for task in config.tasks}
-    starting = {task.id: starters(config, task) for task in config.tasks}
     entries = {
         task.id: Entry(task.needs, starting[task.id][0], task.priority, task.owns, starting[task.id][1:])
         for task in config.tasks
