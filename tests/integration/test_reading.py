@@ -118,7 +118,7 @@ async def test_a_time_leads_to_the_newest_commit_until_then(
     assert await position_at(store, instant) == position
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(steps=st.lists(st.integers(-5, 5), max_size=40), instant=st.integers(950, 1050))
 async def test_whatever_the_clock_did_the_newest_commit_until_then_counts(steps: list[int], instant: int) -> None:
     """The same as a look at every commit says."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from adapters.command import CommandAdapter
@@ -15,7 +15,7 @@ from orchestrator.config.model import RunConfig, TaskSpec
 from orchestrator.errors import ConfigError
 
 # The machine may be busy with other tests: how long an example takes says nothing.
-unhurried = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+unhurried = settings(max_examples=60)
 PIECES = [
     "version",
     "adapters",

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.domain.conflicts import LeftToPerson, Resolved, Strategy, Update, by_key, detect, merge, resolve
 
 #: On a busy machine nothing is said by how long an example takes.
-UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 NAMES = st.sampled_from("abc")
 SCALARS = st.none() | st.booleans() | st.integers(0, 3) | st.text(max_size=2)
@@ -48,7 +47,6 @@ def covers(merged: Any, value: Any) -> bool:
     return True
 
 
-@UNHURRIED
 @given(batches(least=1, keys="x"), STRATEGIES, st.randoms())
 def test_the_order_in_which_updates_come_is_nothing(batch: list[Update[str]], strategy: Strategy, random: Any) -> None:
     """With times that differ every order of the batch has the same result."""
@@ -57,7 +55,6 @@ def test_the_order_in_which_updates_come_is_nothing(batch: list[Update[str]], st
     assert detect(shuffled) == detect(batch)
 
 
-@UNHURRIED
 @given(batches(least=1, keys="x"), STRATEGIES)
 def test_no_update_is_changed(batch: list[Update[str]], strategy: Strategy) -> None:
     """Whatever is made of them, the updates are what they were."""
@@ -66,7 +63,6 @@ def test_no_update_is_changed(batch: list[Update[str]], strategy: Strategy) -> N
     assert json.dumps([(one.time, one.value) for one in batch]) == before
 
 
-@UNHURRIED
 @given(batches(least=1, keys="x"))
 def test_the_winner_is_one_of_the_updates(batch: list[Update[str]]) -> None:
     """The last is the one of the greatest time, the first that of the least; for a person there are all of them."""
@@ -77,7 +73,6 @@ def test_the_winner_is_one_of_the_updates(batch: list[Update[str]]) -> None:
     assert list(left.candidates) == sorted(batch, key=lambda one: one.time)
 
 
-@UNHURRIED
 @given(batches())
 def test_what_competes_is_all_that_is_there_more_than_once(batch: list[Update[str]]) -> None:
     """Every update is in its key's group, and a group of one is no conflict."""
@@ -87,7 +82,6 @@ def test_what_competes_is_all_that_is_there_more_than_once(batch: list[Update[st
     assert detect(batch) == {key: group for key, group in groups.items() if len(group) > 1}
 
 
-@UNHURRIED
 @given(st.lists(st.none() | OBJECTS, min_size=1, max_size=4))
 def test_every_field_of_each_update_is_in_the_merge(values: list[dict[str, Any] | None]) -> None:
     """No field is lost, and there are no others; there is nothing only where all delete."""
@@ -100,7 +94,6 @@ def test_every_field_of_each_update_is_in_the_merge(values: list[dict[str, Any] 
         assert all(set(value) <= set(merged) for value in present)
 
 
-@UNHURRIED
 @given(st.lists(OF_ONE_KIND, min_size=1, max_size=4))
 def test_where_kinds_agree_nothing_is_lost_at_any_depth(values: list[dict[str, Any]]) -> None:
     """Every nested field and every item of every list of each update is in the merge."""
@@ -109,7 +102,6 @@ def test_where_kinds_agree_nothing_is_lost_at_any_depth(values: list[dict[str, A
     assert len((merged or {}).get("list", [])) == sum(len(value.get("list", [])) for value in values)
 
 
-@UNHURRIED
 @given(OF_ONE_KIND, OF_ONE_KIND, OF_ONE_KIND)
 def test_where_kinds_agree_a_merge_may_be_done_in_steps(
     one: dict[str, Any], two: dict[str, Any], three: dict[str, Any]
@@ -118,7 +110,6 @@ def test_where_kinds_agree_a_merge_may_be_done_in_steps(
     assert merge([merge([one, two]), three]) == merge([one, merge([two, three])]) == merge([one, two, three])
 
 
-@UNHURRIED
 @given(st.dictionaries(NAMES, LISTLESS, max_size=3))
 def test_without_lists_a_merge_with_itself_is_nothing_new(value: dict[str, Any]) -> None:
     """It is idempotent then; a list is joined to itself."""

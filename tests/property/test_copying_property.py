@@ -85,7 +85,7 @@ async def check(steps: Sequence[tuple[list[_Change], JsonObject, float] | float]
             assert [one.key for one in await reopened.list("task")] == [one.key for one in await memory.list("task")]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(_steps, max_size=25), st.sampled_from([1, 400, 1 << 20]))
 def test_a_copy_through_a_file_tells_the_same(
     steps: list[tuple[list[_Change], JsonObject, float] | float], segment_bytes: int

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.domain.delta import apply, compare, lines, revert, to_json
 
 #: On a busy machine nothing is said by how long an example takes.
-UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 # Few names and values, so that versions have much in common; with pairs that Python takes for equal.
 NAMES = st.sampled_from(["a", "b", "c.d", ""])
@@ -33,7 +32,6 @@ def text(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-@UNHURRIED
 @given(DOCUMENTS, DOCUMENTS)
 def test_a_delta_leads_there_and_back(old: dict[str, Any], new: dict[str, Any]) -> None:
     """Applied to the old version it gives the new one, reverted the old; neither is changed by that."""
@@ -44,7 +42,6 @@ def test_a_delta_leads_there_and_back(old: dict[str, Any], new: dict[str, Any]) 
     assert text([old, new]) == before
 
 
-@UNHURRIED
 @given(DOCUMENTS, DOCUMENTS)
 def test_there_is_a_line_for_each_change_and_none_without(old: dict[str, Any], new: dict[str, Any]) -> None:
     """Equal versions have an empty delta, and no two changes are at or below the same path."""
@@ -58,7 +55,6 @@ def test_there_is_a_line_for_each_change_and_none_without(old: dict[str, Any], n
     assert all(text(one.old) != text(one.new) for one in delta.modified.values())
 
 
-@UNHURRIED
 @given(DOCUMENTS, DOCUMENTS)
 def test_what_is_made_shares_nothing_with_what_it_was_made_from(old: dict[str, Any], new: dict[str, Any]) -> None:
     """Whoever changes the result changes neither the delta nor a version."""

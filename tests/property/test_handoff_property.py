@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.domain.handoff_kinds import KINDS, Facts
@@ -26,7 +26,6 @@ VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.di
 CONTEXTS = st.dictionaries(NAMES, VALUES, max_size=6)
 
 
-@settings(deadline=None)
 @given(CONTEXTS, st.none() | st.lists(NAMES, max_size=6))
 def test_a_filter_gives_what_is_needed_and_tells_the_rest(values: dict[str, Any], needs: list[str] | None) -> None:
     """Nothing is made up, changed or lost: what is given and what is left out is all there was; bytes are told."""
@@ -47,7 +46,6 @@ def workflows(draw: st.DrawFn) -> list[Phase]:
     return [Phase(name=name, context=draw(CONTEXTS)) for name in names]
 
 
-@settings(deadline=None)
 @given(workflows(), CONTEXTS, st.data())
 def test_a_chain_passes_on_what_is_produced_and_nothing_local(
     phases: list[Phase], inherited: dict[str, Any], data: st.DataObject
@@ -67,7 +65,6 @@ def test_a_chain_passes_on_what_is_produced_and_nothing_local(
     assert chain[-1].passed_on() == known
 
 
-@settings(deadline=None)
 @given(NAMES, st.none() | st.sampled_from(sorted(KINDS)), st.none() | st.lists(NAMES).map(tuple))
 def test_what_a_phase_declares_comes_first(name: str, kind: str | None, needs: tuple[str, ...] | None) -> None:
     """Then what its kind needs, then what phases of its name do; else everything."""
@@ -81,7 +78,6 @@ def test_what_a_phase_declares_comes_first(name: str, kind: str | None, needs: t
     assert found == (needs if needs is not None else by_name.get(str(kind), by_name.get(name)))
 
 
-@settings(deadline=None)
 @given(st.dictionaries(TEXT, VALUES, max_size=5), st.data())
 def test_a_digest_is_the_same_for_the_same_and_for_nothing_else(value: dict[str, Any], data: st.DataObject) -> None:
     """The order of keys and a way through the store do not matter; any other value does."""
@@ -95,7 +91,6 @@ def test_a_digest_is_the_same_for_the_same_and_for_nothing_else(value: dict[str,
     assert is_intact(handoff.model_copy(update={"data": other})) == (canonical(other) == canonical(value))
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["build", "review"]), st.integers(1, 4)), max_size=8))
 def test_each_visit_has_one_receipt(visits: list[tuple[str, int]]) -> None:
     """However often it is acknowledged."""
@@ -109,7 +104,6 @@ OBJECTS = st.dictionaries(TEXT, VALUES, max_size=4)
 PROSE = st.text(st.sampled_from('aé😀 \n\t\r{}"#-'), max_size=40)
 
 
-@settings(deadline=None)
 @given(OBJECTS, st.lists(st.tuples(PROSE, OBJECTS), max_size=3), PROSE, st.sampled_from(["```", "`````", "~~~"]))
 def test_the_last_block_is_found_in_any_answer(
     last: dict[str, Any], earlier: list[tuple[str, dict[str, Any]]], tail: str, fence: str
@@ -120,7 +114,6 @@ def test_the_last_block_is_found_in_any_answer(
     assert last_json_block(answer).data == last
 
 
-@settings(deadline=None)
 @given(st.text(st.sampled_from('`~{}[]":,a1 \n\\')))
 def test_no_answer_is_a_fault(answer: str) -> None:
     """Any text has a last block or none, and what is read is plain JSON."""
@@ -128,7 +121,6 @@ def test_no_answer_is_a_fault(answer: str) -> None:
     assert found.data is None or flaw_of(found.data) is None
 
 
-@settings(deadline=None)
 @given(st.text(st.sampled_from('{}[]":,a1eE+-.\\ud8 ')))
 def test_what_is_read_is_what_json_has(text: str) -> None:
     """A strict reader takes nothing that a lenient one does not, and comes to the same."""
@@ -140,7 +132,6 @@ def test_what_is_read_is_what_json_has(text: str) -> None:
     assert value == json.loads(canonical(value))
 
 
-@settings(deadline=None)
 @given(st.sampled_from(sorted(KINDS)), st.dictionaries(st.sampled_from(
     ["tasks", "dependencies", "timeline", "resources", "findings", "verdict", "artifacts", "passed", "summary", "id",
      "scout_findings", "message", "path", "line", "checksum", "deployed", "approach", "specs"]), VALUES))  # fmt: skip
@@ -155,7 +146,6 @@ def test_any_object_is_taken_or_named_as_wrong(name: str, data: dict[str, Any]) 
         assert flaw_of(kind.exports(checked.data)) is None
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(PhaseTrigger), max_size=8))
 def test_visits_go_as_the_table_says(triggers: list[PhaseTrigger]) -> None:
     """After any triggers a visit is where the rows lead; a missing row raises and leaves it as it was."""

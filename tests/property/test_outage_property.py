@@ -139,7 +139,7 @@ async def check(real: MemoryStore, parties: dict[str, Party], refused: int) -> N
     assert set(made["here"]) <= set(parties["here"].made)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(STEPS)
 def test_any_outage_ends_in_a_history_that_holds(steps: list[tuple[str, ...]]) -> None:
     """First come, first served, by the real store alone."""

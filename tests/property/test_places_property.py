@@ -463,7 +463,7 @@ async def _check(commits: Commits, kind: str, steps: Steps, more: Steps) -> bool
     return False
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(_kinds, _steps, _steps)
 def test_nothing_is_left_of_a_session(commits: Commits, kind: str, steps: Steps, more: Steps) -> None:
     """Cleaned, a place is as new, moves to another commit whole, and what the next session does is found.
@@ -475,7 +475,7 @@ def test_nothing_is_left_of_a_session(commits: Commits, kind: str, steps: Steps,
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000)
 @given(_kinds, _steps, _steps)
 def test_nothing_is_left_of_many_sessions(commits: Commits, kind: str, steps: Steps, more: Steps) -> None:
     """The same, far more often."""

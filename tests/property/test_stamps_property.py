@@ -97,7 +97,7 @@ def _by_git(top: Path, *paths: str) -> set[str]:
     return {entry[3:] for entry in found.split("\0") if entry and entry[1] != " "}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(_steps)
 def test_nothing_that_git_finds_is_missed(steps: list[tuple[Callable[[Path, str, str], None], str, str]]) -> None:
     """Git, told to look at what differs alone, finds all that it finds when it looks at everything."""

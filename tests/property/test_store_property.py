@@ -365,7 +365,6 @@ def run(examples: int, steps: int, phases: Sequence[Phase] = tuple(Phase)) -> No
         phases=phases,
         max_examples=examples,
         stateful_step_count=steps,
-        deadline=None,
         suppress_health_check=checks,
         print_blob=True,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.cli.view import RunView
@@ -43,7 +43,6 @@ def runs(draw: st.DrawFn) -> dict[str, Entry]:
     }
 
 
-@settings(deadline=None)
 @given(runs(), st.data())
 def test_records_and_documents_make_the_same_table(entries: dict[str, Entry], data: st.DataObject) -> None:
     """After each change: the same counts, the same rows in the same phases, and every task counted once."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import InvalidDocument
@@ -53,7 +53,6 @@ BYTES = encode_line(SMALL)
 NEXT = encode_line(line_of(Commit(), position=2))
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])  # as it is on a busy machine
 @given(st.lists(COMMITS, min_size=1, max_size=4))
 def test_lines_come_back_as_they_went_in(commits: list[Commit]) -> None:
     """Any sequence of commits is one line each, and scanning them in turn gives the same lines, values and events."""
