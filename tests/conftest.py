@@ -124,20 +124,24 @@ class Repository:
         self.git("commit", "--quiet", "--allow-empty", "--message", message)
         return self.git("rev-parse", "HEAD")
 
-    def configure(self, tasks: Sequence[Mapping[str, Any]], **settings: Any) -> Path:
-        """Write a config of tasks for the fake CLI beside the repository; return its path."""
-        adapter = {
+    def fake(self, **more: Any) -> dict[str, Any]:
+        """Return the entry of an adapter for the fake CLI; `more` is said of it beside."""
+        return {
             "use": "command",
             "argv": [sys.executable, "-S", str(FAKE_CLI), "{prompt_file}"],
             "env": {"FAKE_CLI_LEDGER": str(self.spawns)},
             "writable": [str(self.spawns.parent)],
+            **more,
         }
+
+    def configure(self, tasks: Sequence[Mapping[str, Any]], **settings: Any) -> Path:
+        """Write a config of tasks for the fake CLI beside the repository; return its path."""
         config = {
             "version": 1,
             "repo": str(self.top),
             "target": "main",
             "readable": [sys.prefix, str(FAKE_CLI.parents[2])],
-            "adapters": {"fake": adapter},
+            "adapters": {"fake": self.fake()},
             "defaults": {"backoff": {"initial": "10ms", "max": "10ms", "jitter": False}, "timeout": "60s"},
             "tasks": list(tasks),
             **settings,

@@ -29,14 +29,7 @@ FAILURES = {
 
 def fake(repository: Repository, **more: Any) -> dict[str, Any]:
     """Return the entry of an adapter whose words are classified."""
-    return {
-        "use": "command",
-        "argv": [sys.executable, "-S", str(FAKE_CLI), "{prompt_file}"],
-        "env": {"FAKE_CLI_LEDGER": str(repository.spawns)},
-        "writable": [str(repository.spawns.parent)],
-        "failures": FAILURES,
-        **more,
-    }
+    return repository.fake(**{"failures": FAILURES, **more})
 
 
 @pytest.mark.parametrize(

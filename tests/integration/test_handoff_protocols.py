@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 from orchestrator import Council
@@ -14,7 +13,7 @@ from orchestrator.domain.phases import PhaseStatus
 from orchestrator.domain.workflow import Phase, Workflow, completed
 from orchestrator.engine.records import read_handoffs, read_task
 from orchestrator.state.file import FileStore
-from tests.conftest import FAKE_CLI, Repository
+from tests.conftest import Repository
 
 SCOUT = json.dumps({"scout_findings": ["there is a README"], "requirements": ["a login"], "risks": ["a race"]})
 PLAN = json.dumps({"tasks": [{"id": "t1", "prompt": "b"}], "dependencies": [], "timeline": [], "resources": []})
@@ -23,13 +22,7 @@ REJECT = json.dumps({"verdict": "reject", "findings": [{"path": "b.txt", "messag
 
 def telling(repository: Repository) -> dict[str, Any]:
     """Return an adapter for the fake CLI whose words say what it used up."""
-    return {
-        "use": "command",
-        "argv": [sys.executable, "-S", str(FAKE_CLI), "{prompt_file}"],
-        "env": {"FAKE_CLI_LEDGER": str(repository.spawns)},
-        "writable": [str(repository.spawns.parent)],
-        "read": [{"match": r"^used (?P<input_tokens>\d+) (?P<output_tokens>\d+) (?P<cost>\S+)$"}],
-    }
+    return repository.fake(read=[{"match": r"^used (?P<input_tokens>\d+) (?P<output_tokens>\d+) (?P<cost>\S+)$"}])
 
 
 async def recorded(repository: Repository, run: str) -> tuple[TaskDocument, dict[str, Handoff]]:

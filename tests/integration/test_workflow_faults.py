@@ -30,13 +30,7 @@ def configure(repository: Repository, *steps: str, adapter: dict[str, Any] | Non
         {"build": {"adapter": "builder"} if "builder" in settings else {}},
         {"review": {"access": "read", "produces": "review"}},
     ]
-    fake = {
-        "use": "command",
-        "argv": [sys.executable, "-S", str(FAKE_CLI), "{prompt_file}"],
-        "env": {"FAKE_CLI_LEDGER": str(repository.spawns)},
-        "writable": [str(repository.spawns.parent)],
-        **(adapter or {}),
-    }
+    fake = repository.fake(**(adapter or {}))
     adapters = {"fake": fake, "other": fake, "builder": {**fake, **settings.pop("builder", {})}}
     task = {
         "id": "t",
