@@ -39,7 +39,7 @@ import anyio.to_thread
 
 from orchestrator import process
 from orchestrator.errors import RefusedError
-from orchestrator.sessions import landlock
+from orchestrator.sandbox import landlock
 from orchestrator.sessions.supervised import SupervisedCommand
 
 _PROBE_PATIENCE = 20.0  # seconds; a start takes milliseconds

@@ -43,7 +43,7 @@ class SupervisedCommand:
     after `timeout`. `redact` is the ASCII source of an expression for bytes: what it finds is not written to
     `stdout` and `stderr`, and neither are private keys; see `orchestrator.sessions.redaction`. The last two are
     the sandbox's (`orchestrator.sessions.sandbox`): `wrapped` if `argv` starts a bubblewrap that reports to file
-    descriptor 3, `landlock` the rules of `orchestrator.sessions.landlock.confine`.
+    descriptor 3, `landlock` the rules of `orchestrator.sandbox.landlock.confine`.
     """
 
     argv: Sequence[str]

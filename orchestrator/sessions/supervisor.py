@@ -35,9 +35,9 @@ import signal
 import sys
 import time
 
+from orchestrator.sandbox.landlock import confine
 from orchestrator.sessions.capture import CHUNK_BYTES, Stream
 from orchestrator.sessions.family import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, Family, prctl
-from orchestrator.sessions.landlock import confine
 from orchestrator.sessions.silence import Silence
 
 # `typing` costs milliseconds that each session would pay.

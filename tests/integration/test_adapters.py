@@ -16,7 +16,7 @@ import anyio
 import pytest
 
 from orchestrator.council import Council
-from orchestrator.sessions import landlock
+from orchestrator.sandbox import landlock
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Ended, Repository
 from tests.integration.test_scheduler import until_event

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import RefusedError
-from orchestrator.sessions import landlock, sandbox
+from orchestrator.sandbox import landlock
+from orchestrator.sessions import sandbox
 from orchestrator.sessions.sandbox import Fence, SandboxKind, choose_sandbox, fence_in
 from orchestrator.sessions.supervised import SupervisedCommand
 
