@@ -22,6 +22,8 @@ from typing import IO
 
 import anyio.to_thread
 
+from orchestrator.sandbox.confinement import Confinement
+
 _LOOK = 0.02  # seconds between two looks whether a program has ended: others may keep its streams open
 _PIPE = 1 << 20  # bytes, the most that a pipe holds unless root says otherwise, see pipe(7)
 
@@ -44,18 +46,20 @@ async def run(
     keep_fds: Sequence[int] = (),
     timeout: float | None = None,  # noqa: ASYNC109  (it kills the command, a cancel scope must not)
     memory: int | None = None,
+    confinement: Confinement | None = None,
 ) -> Completed:
     """Run a short command, such as git, to its end, with exactly `env` and with `input` or nothing to read.
 
     `keep_fds` stay open in the command: a lock whose descriptor it keeps is free only when it, too, has
     ended. Cancelling the caller does not cut the command short. After `timeout` seconds its process group is
     killed and TimeoutError raised. A program that can't be started is an OSError. `memory` is how many bytes of its own
-    the command, and each that it starts, may have (RLIMIT_DATA, setrlimit(2); Linux only).
+    the command, and each that it starts, may have (RLIMIT_DATA, setrlimit(2); Linux only). With a `confinement` it runs
+    in a sandbox of its own.
 
     The output is read until every process that holds it has closed it, so a command that may leave a daemon
     behind needs a timeout.
     """
-    return await anyio.to_thread.run_sync(partial(_run, argv, env, cwd, input, keep_fds, timeout, memory))
+    return await anyio.to_thread.run_sync(partial(_run, argv, env, cwd, input, keep_fds, timeout, memory, confinement))
 
 
 def _run(
@@ -66,17 +70,21 @@ def _run(
     keep_fds: Sequence[int],
     timeout: float | None,
     memory: int | None,
+    confinement: Confinement | None,
 ) -> Completed:
-    with subprocess.Popen(
-        argv,
-        env=env,
-        cwd=cwd,
-        stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        pass_fds=keep_fds,
-        start_new_session=True,
-    ) as child:
+    def start(argv: Sequence[str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            argv,
+            env=env,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=keep_fds,
+            start_new_session=True,
+        )
+
+    with start(argv) if confinement is None else confinement.start(argv, start) as child:
         _limit_memory(child.pid, memory)
         try:
             stdout, stderr = child.communicate(stdin, timeout)

@@ -107,7 +107,7 @@ async def _collect_files(
     refused, left_out = staged.refused, staged.left_out
     if tip == base and not staged.changes:
         return Collected(None, refused, complete=refused is None, left_out=left_out)
-    tree = await git.line("write-tree", env=worktree.env)
+    tree = await git.line("write-tree", env={"GIT_INDEX_FILE": str(worktree.index)})
     base_tree = tip_tree = None  # only what changes something gets here
     if tip != base:
         tip_tree, base_tree = (await git.line("rev-parse", f"{tip}^{{tree}}", f"{base}^{{tree}}")).split()
@@ -147,7 +147,8 @@ async def _stage(history: History, found: Differences | None) -> _Staged:
     if place is not None and place.is_sparse:
         # What is there although it was not to be checked out may differ from the commit: git is to see it, and to look.
         git, found = replace(git, flags=(*git.flags, "-c", "core.sparseCheckout=true")), None
-    staged = await stage(git, Staging(worktree.tree, worktree.index, quarantine, found), history.base, history.admit)
+    staging = Staging(worktree.tree, worktree.index, quarantine, found)
+    staged = await stage(git, staging, history.base, history.admit)
     await anyio.to_thread.run_sync(quarantine.adopt, staged.refused_objects)
     failpoint("work.staged")
     reasons = []

@@ -18,7 +18,18 @@ _HUB = re.compile(r".+-[0-9a-f]{12}")
 _LIVE_DIFF = re.compile(r".+\.live-[a-z0-9_]{8}")  # as `repo.diffs` has tempfile name it
 #: All that a hub consists of.
 _PARTS = frozenset(
-    {"hub.git", "trusted.git", "session.git", "sessions", "places", "trash", "locks", "origin.json", "origin.json.new"}
+    {
+        "hub.git",
+        "trusted.git",
+        "session.git",
+        "sessions",
+        "indexes",
+        "places",
+        "trash",
+        "locks",
+        "origin.json",
+        "origin.json.new",
+    }
 )
 # What git calls the objects, packs and indexes that it is writing (odb_mkstemp in its environment.c and elsewhere).
 _OBJECTS = ("tmp_*", "pack/tmp_*", "pack/.tmp-*", "[0-9a-f][0-9a-f]/tmp_obj_*")
@@ -55,9 +66,9 @@ def _temporaries(hub: Hub) -> Iterator[Path]:
     yield from hub.trusted.glob("objects.*")  # where kept work was about to be applied
     yield from hub.root.glob("*.json.new")
     yield from hub.trash.glob("*")
-    yield from lock_files(hub.trusted)
+    yield from lock_files(hub)
     sessions = {f"{path.parent.name}-{path.name}" for path in hub.sessions.glob("*/*")}
-    for path in (hub.trusted / "indexes").glob("*"):
+    for path in hub.indexes.glob("*"):
         if (path.is_dir() and _LIVE_DIFF.fullmatch(path.name)) or not _owners(path.name) & sessions:
             yield path
 

@@ -62,7 +62,7 @@ async def live_diff(
     """
     async with _staged(git, worktree, base, admit) as (staging, staged):
         options = _options(color=color, stat=stat)
-        done = await git("diff-index", "--cached", *options, base, env=staging.env)
+        done = await staging.confine(git)("diff-index", "--cached", *options, base, env=staging.env)
     lines = [f"# left out: {shown(path)!r}: {why}\n" for path, why in sorted(staged.refused.items())]
     if staged.problem is not None:
         lines.append(f"# not all of its files can be read: {staged.problem}\n")
@@ -93,7 +93,7 @@ async def count_landed(git: Git, commits: Sequence[str]) -> dict[str, Changes]:
 async def count_live(git: Git, worktree: Worktree, base: str, *, admit: Admission) -> Changes:
     """Return how much a session has changed by now; as `live_diff`, without secrets and huge files."""
     async with _staged(git, worktree, base, admit) as (staging, _):
-        done = await git("diff-index", "--cached", *_COUNTS, base, env=staging.env)
+        done = await staging.confine(git)("diff-index", "--cached", *_COUNTS, base, env=staging.env)
     return _counted(done.stdout.splitlines())
 
 
@@ -108,7 +108,8 @@ async def count_commits(git: Git, worktree: Worktree, base: str) -> int:
         await anyio.to_thread.run_sync(make_view, worktree.git_dir, folder / "theirs")
         env = {"GIT_ALTERNATE_OBJECT_DIRECTORIES": str(folder / "theirs")}
         command = ("rev-list", "--count", f"--max-count={MOST_COMMITS}", tip, f"^{base}")
-        return int((await git(*command, env=env, limit=_LIMIT)).stdout)
+        confined = git.confined(readable=(worktree.hub.objects, worktree.git_dir, folder))
+        return int((await confined(*command, env=env, limit=_LIMIT)).stdout)
     except GitError:  # it may be writing them
         return 0
     finally:
@@ -157,4 +158,4 @@ def _prepare(worktree: Worktree) -> Path:
 
 
 def _live_folder(worktree: Worktree) -> Path:
-    return Path(tempfile.mkdtemp(prefix=f"{worktree.index.name}.live-", dir=worktree.index.parent))
+    return Path(tempfile.mkdtemp(prefix=f"{worktree.index_folder.name}.live-", dir=worktree.hub.indexes))

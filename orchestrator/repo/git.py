@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +24,7 @@ import anyio.to_thread
 
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.process import Completed, run
+from orchestrator.sandbox.confinement import Confinement
 
 MINIMUM_VERSION: Final = (2, 38)  # the first with `merge-tree --write-tree`
 _INSTALL: Final = f"install git {'.'.join(map(str, MINIMUM_VERSION))} or newer"
@@ -96,6 +99,14 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
+class Scope:
+    """The files and folders, with all beneath, that a confined git command may read, and those that it may write."""
+
+    readable: tuple[Path, ...]
+    writable: tuple[Path, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Git:
     """Runs git in one repository; `keep_fds` are locks that each command holds until it has ended.
 
@@ -108,6 +119,16 @@ class Git:
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     flags: tuple[str, ...] = ()
     """Options of git itself that each command is given."""
+    scope: Scope | None = None
+    """What it may touch, in a sandbox of its own; None: whatever the user may."""
+
+    def confined(self, *, readable: Iterable[Path] = (), writable: Iterable[Path] = ()) -> Git:
+        """Return a Git whose commands run in a sandbox: no network, no home, no other program, only these paths.
+
+        Every command that looks at what an agent can write runs in one, so that no feature of git that obeys what it
+        finds there can do harm.
+        """
+        return replace(self, scope=Scope(tuple(readable), tuple(writable)))
 
     async def __call__(
         self,
@@ -132,6 +153,7 @@ class Git:
             keep_fds=(*self.keep_fds, *keep_fds),
             timeout=limit,
             memory=None if limit is None else _MOST_MEMORY,
+            confinement=None if self.scope is None else await self._confinement(self.scope, base["PATH"]),
         )
         try:
             done = await run_it
@@ -142,9 +164,19 @@ class Git:
             if folder is None or folder.is_dir():
                 raise RefusedError("git is not on PATH", _INSTALL) from None
             raise GitError(["git", *args], 128, f"there is no folder {folder}") from None
+        except PermissionError as error:
+            remedy = "install the git of your system, and have it first on PATH"
+            raise RefusedError(f"git can't be started in its sandbox: {error}", remedy) from None
         if done.returncode not in ok:
             raise GitError(["git", *args], done.returncode, done.stderr.decode(errors="replace"))
         return done
+
+    async def _confinement(self, scope: Scope, path: str) -> Confinement:
+        if path not in _INSTALLED:
+            _INSTALLED[path] = await _installation(self.environ, path)
+        program, libraries = _INSTALLED[path]
+        own = () if self.git_dir is None else (self.git_dir,)
+        return Confinement(program, libraries, (*own, *scope.readable), scope.writable)
 
     async def line(self, *args: str, env: Mapping[str, str] | None = None, input_: bytes | None = None) -> str:
         """Run git and return what it printed, without the newline."""
@@ -192,6 +224,20 @@ def parse_raw(output: bytes) -> list[Change]:
     """Return the changes that a diff command printed with `--raw -z --no-renames`."""
     fields = output.decode(errors="surrogateescape").split("\0")
     return [Change(path, *meta.lstrip(":").split()[:4]) for meta, path in zip(fields[::2], fields[1::2], strict=False)]
+
+
+#: For each PATH the program that git is, and the folders with the rest of it.
+_INSTALLED: Final[dict[str, tuple[Path, tuple[Path, ...]]]] = {}
+
+
+async def _installation(environ: Mapping[str, str], path: str) -> tuple[Path, tuple[Path, ...]]:
+    found = await anyio.to_thread.run_sync(partial(shutil.which, "git", path=path))
+    if found is None:
+        raise RefusedError("git is not on PATH", _INSTALL)
+    done = await run(["git", "--exec-path"], env=sealed_environment(environ))
+    # What it was built with may be in a folder of its own, such as that of a package manager.
+    own = (await anyio.Path(found).resolve()).parent.parent / "lib"
+    return Path(found), (Path(os.fsdecode(done.stdout).rstrip("\n")), Path(own))
 
 
 async def read_version(environ: Mapping[str, str]) -> str | None:

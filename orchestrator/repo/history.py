@@ -10,7 +10,7 @@ from pathlib import Path
 import anyio.to_thread
 
 from orchestrator.errors import GitError
-from orchestrator.repo.git import Change, Git, parse_raw, shown, split_nul
+from orchestrator.repo.git import Change, Git, is_object_id, parse_raw, shown, split_nul
 from orchestrator.repo.inspection import Admission, inspect
 from orchestrator.repo.quarantine import Quarantine
 from orchestrator.repo.worktrees import Worktree
@@ -49,15 +49,24 @@ class History:
             if refused := await self._refused_unpacked(tip, known):
                 return refused
             await self._pack(quarantine, tip, known)
+            git = self._apart(quarantine)
             if descends:
-                await self.git("merge-base", "--is-ancestor", self.base, tip, env=quarantine.reading)
+                await git("merge-base", "--is-ancestor", self.base, tip, env=quarantine.reading)
             found = await self._inspect(quarantine, tip, known)
         except GitError as error:
             return f"they can't be read or do not continue from where it began ({error.stderr or 'exit 1'})"
         if found:
             return "; ".join(f"{shown(path)!r}: {why}" for path, why in sorted(found.items())[:5])
-        await anyio.to_thread.run_sync(quarantine.adopt)
+        await anyio.to_thread.run_sync(quarantine.adopt_packs)
         return None
+
+    def _apart(self, quarantine: Quarantine) -> Git:
+        """Return git as it may look at the quarantine, without the session's own objects in reach."""
+        return self.git.confined(readable=(self.worktree.hub.objects,), writable=(quarantine.objects,))
+
+    @property
+    def _packed(self) -> Path:
+        return self.worktree.import_folder / "packed"
 
     @property
     def _view(self) -> Path:
@@ -66,10 +75,17 @@ class History:
     async def look(self) -> None:
         """Take hold of the session's objects; before anything else is asked for."""
         await anyio.to_thread.run_sync(make_view, self.worktree.git_dir, self._view)
+        await anyio.to_thread.run_sync(lambda: (self._packed / "pack").mkdir(mode=0o700, parents=True, exist_ok=True))
 
     async def _theirs(self, *args: str, ok: tuple[int, ...] = (0,), input_: bytes | None = None) -> str:
-        env = {"GIT_ALTERNATE_OBJECT_DIRECTORIES": str(self._view)}
-        return (await self.git(*args, env=env, ok=ok, limit=_LIMIT, input_=input_)).stdout.decode().rstrip("\n")
+        known = self.worktree.hub.objects
+        env = {
+            "GIT_OBJECT_DIRECTORY": str(self._packed),
+            "GIT_ALTERNATE_OBJECT_DIRECTORIES": os.pathsep.join(map(str, (known, self._view))),
+        }
+        readable = (known, self.worktree.git_dir, self._view)
+        git = self.git.confined(readable=readable, writable=(self._packed,))
+        return (await git(*args, env=env, ok=ok, limit=_LIMIT, input_=input_)).stdout.decode().rstrip("\n")
 
     async def _refused_unpacked(self, tip: str, known: tuple[str, ...]) -> str | None:
         """Look at numbers and sizes alone, before anything is copied."""
@@ -85,16 +101,22 @@ class History:
 
     async def _pack(self, quarantine: Quarantine, tip: str, known: tuple[str, ...]) -> None:
         revisions = "".join((f"{tip}\n", *(f"^{one}\n" for one in known)))
-        pack = quarantine.objects / "pack" / "pack"
-        name = await self._theirs("pack-objects", "--quiet", "--revs", str(pack), input_=revisions.encode())
-        # Hashes everything anew and follows every link, without the agent's objects in reach.
-        await self.git("index-pack", "--strict", str(quarantine.objects / "pack" / f"pack-{name}.pack"), limit=_LIMIT)
+        name = await self._theirs(
+            "pack-objects", "--quiet", "--revs", str(self._packed / "pack"), input_=revisions.encode()
+        )
+        pack = quarantine.objects / "pack" / f"pack-{name}.pack"
+        # A copy: what packed it can't write that any more. A name from there is not trusted either.
+        if not is_object_id(name):
+            raise GitError(["pack-objects"], 0, "it printed no name of a pack")
+        await anyio.to_thread.run_sync(shutil.copyfile, self._packed / pack.name, pack)
+        # Hashes everything again and follows every link.
+        await self._apart(quarantine)("index-pack", "--strict", str(pack), env=quarantine.writing, limit=_LIMIT)
 
     async def _inspect(self, quarantine: Quarantine, tip: str, known: tuple[str, ...]) -> dict[str, str]:
-        env = quarantine.reading
-        commits = (await self.git("rev-list", tip, *(f"^{one}" for one in known), env=env)).stdout
+        env, git = quarantine.reading, self._apart(quarantine)
+        commits = (await git("rev-list", tip, *(f"^{one}" for one in known), env=env)).stdout
         # With folders (-t): an empty one is a name that no file would tell of.
-        raw = await self.git("diff-tree", "--stdin", "--raw", "-r", "-t", "-z", "-m", "--root", "--no-renames",
+        raw = await git("diff-tree", "--stdin", "--raw", "-r", "-t", "-z", "-m", "--root", "--no-renames",
                              "--no-commit-id", env=env, input_=commits, limit=_LIMIT)  # fmt: skip
         before = await self._base_files()
         changes = {
@@ -103,7 +125,7 @@ class History:
         }
         # What commits say of themselves comes in, too.
         said = [Change(f"commit {name}", "000000", "100644", _NONE, name) for name in commits.decode().split()]
-        return await inspect(self.git, [*changes, *said], self.admit, env)
+        return await inspect(git, [*changes, *said], self.admit, env)
 
     async def _base_files(self) -> dict[str, str]:
         listed = await self.git("ls-tree", "-r", "-z", self.base)

@@ -5,14 +5,16 @@
       trusted.git/   configuration, refs and index files of our own; its objects are the hub's
       session.git/   what each session's own git directory starts as a copy of
       sessions/      what each attempt has to itself, one folder an attempt
+      indexes/       our own index of each attempt's checkout, and what waits to be admitted, one folder an attempt
       places/        checkouts that attempts take turns in
       trash/         folders that are being deleted
       locks/         permanent lock files
       origin.json    whom it is for (`repo.origin`)
 
-No git command of ours ever reads a configuration, hook or attribute that an agent could have written: each
-session has a git directory to itself, which we never run git in, and the one we do run it in is not named in
-anything that an agent is given. What agents commit comes in as verified objects (`repo.collect`).
+No git command of ours uses a configuration, hook or attribute that an agent could have written: each session has a
+git directory to itself, which we never run git in, and the one we do run it in is not named in anything that an agent
+is given. Git that looks at files or objects of an agent's runs in a sandbox (`Git.confined`), so that whatever it finds
+there can't make it do anything else. What agents commit comes in as verified objects (`repo.collect`).
 """
 
 from __future__ import annotations
@@ -62,6 +64,11 @@ class Hub:
     def sessions(self) -> Path:
         """One folder for each run, in it one for each attempt."""
         return self.root / "sessions"
+
+    @property
+    def indexes(self) -> Path:
+        """One folder for each attempt, with our own index of its checkout; no session sees it."""
+        return self.root / "indexes"
 
     @property
     def places(self) -> Path:
@@ -146,7 +153,7 @@ async def _build(hub: Hub, object_format: str, environ: Mapping[str, str]) -> No
 
 
 def _configure(building: Path, hub: Hub) -> None:
-    for name in ("sessions", "places", "trash", "locks", "trusted.git/indexes"):
+    for name in ("sessions", "indexes", "places", "trash", "locks"):
         (building / name).mkdir(mode=0o700)
     shutil.rmtree(building / "trusted.git" / "objects")
     (building / "trusted.git" / "objects").symlink_to(Path("..", "hub.git", "objects"))

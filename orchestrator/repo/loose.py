@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+_CHUNK = 1 << 20  # bytes
 _LONGEST_HEADER = 64  # bytes: a kind and a number
 
 
@@ -31,6 +34,20 @@ def read_loose(objects: Path, name: str, most: int | None = None) -> Loose | Non
     with suppress(zlib.error, ValueError):
         return _read(packed, most)
     return None
+
+
+def is_genuine(file: Path, name: str) -> bool:
+    """Whether a regular file holds the object of that name, found by hashing it (gitformat-loose(5)). Blocks."""
+    digest = hashlib.new("sha1" if len(name) == 40 else "sha256", usedforsecurity=False)
+    unpacking = zlib.decompressobj()
+    with suppress(OSError, zlib.error):
+        with os.fdopen(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as packed:
+            while chunk := packed.read(_CHUNK):
+                while chunk:
+                    digest.update(unpacking.decompress(chunk, _CHUNK))
+                    chunk = unpacking.unconsumed_tail
+        return unpacking.eof and not unpacking.unused_data and digest.hexdigest() == name
+    return False
 
 
 def _read(packed: bytes, most: int | None) -> Loose:

@@ -7,6 +7,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.repo.loose import is_genuine
+
 
 @dataclass(frozen=True, slots=True)
 class Quarantine:
@@ -36,13 +38,24 @@ class Quarantine:
         return {"GIT_OBJECT_DIRECTORY": str(self.objects), "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(self.hub)}
 
     def adopt(self, refused: Collection[str] = ()) -> None:
-        """Move the objects into the hub, but for the refused ones. Safe to repeat. Blocks."""
+        """Move the objects that are files of their own into the hub, except the refused ones. Safe to repeat. Blocks.
+
+        Each is hashed first: what wrote it looked at an agent's files, so its name proves nothing. Raises OSError for
+        one that is not what its name says.
+        """
         for folder in self.objects.glob("[0-9a-f][0-9a-f]"):
             target = self.hub / folder.name
             target.mkdir(exist_ok=True)
             for file in folder.iterdir():
-                if f"{folder.name}{file.name}" not in refused:
-                    file.rename(target / file.name)
+                name = f"{folder.name}{file.name}"
+                if name in refused:
+                    continue
+                if not is_genuine(file, name):
+                    raise OSError(f"object {name} is not what its name says")
+                file.rename(target / file.name)
+
+    def adopt_packs(self) -> None:
+        """Move the packs, whose indexes `git index-pack` has written here, into the hub. Safe to repeat. Blocks."""
         packs = self.hub / "pack"
         packs.mkdir(exist_ok=True)
         # git looks for the .idx: the pack must be there first.

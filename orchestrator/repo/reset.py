@@ -53,8 +53,9 @@ class Keep:
 
 
 def admin(git: Git, place: Place, sparse: Sequence[str] = ()) -> Git:
-    """Return what runs git on the checkout of a place: with the trusted repository, which `git` runs in, behind."""
-    return replace(git, git_dir=place.git_dir, flags=(*git.flags, *(_SPARSE if sparse else ())))
+    """Return what runs git on the checkout of a place, in a sandbox: with the trusted repository behind."""
+    own = replace(git, git_dir=place.git_dir, flags=(*git.flags, *(_SPARSE if sparse else ())))
+    return own.confined(readable=(place.hub.trusted, place.hub.objects), writable=(place.tree, place.git_dir))
 
 
 async def check_out(git: Git, place: Place, commit: str, sparse: Sequence[str]) -> None:

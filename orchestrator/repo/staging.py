@@ -1,6 +1,8 @@
 """Stages the files of a checkout in an index of ours, but for secrets and huge files.
 
-Git runs in the trusted repository: no filter, hook or configuration of the agent's applies.
+Git runs in the trusted repository: no filter, hook or configuration of the agent's applies. It also runs in a sandbox
+that lets it read the checkout and write our index and the quarantine, so that whatever it finds there (a repository in
+the checkout, say) can't make it run or change anything else.
 """
 
 from __future__ import annotations
@@ -46,6 +48,11 @@ class Staging:
     found: Differences | None = None
     """What differs from the checkout that the index was made of, if that is known."""
 
+    def confine(self, git: Git) -> Git:
+        """Return git in the sandbox in which it looks at the checkout, and at what was staged of it."""
+        readable = (self.tree, self._ignored, self.quarantine.hub)
+        return git.confined(readable=readable, writable=(self.index.parent, self.quarantine.objects))
+
     @property
     def env(self) -> dict[str, str]:
         """What points git at the checkout, our index and the objects."""
@@ -61,8 +68,12 @@ class Staging:
         return self.quarantine.objects.with_name("ignored")
 
     def prepare(self, patterns: Iterable[str]) -> None:
-        """Empty the quarantine, and write down what is not to be staged where the index does not have it. Blocks."""
+        """Empty the quarantine, and write down what is not to be staged where the index does not have it. Blocks.
+
+        The caller is the only one who uses the index: a lock on it was left by a command that was killed.
+        """
         self.quarantine.empty()
+        self.index.with_name(f"{self.index.name}.lock").unlink(missing_ok=True)
         self._ignored.write_text("".join(f"{pattern}\n" for pattern in patterns))
 
 
@@ -83,6 +94,7 @@ async def stage(git: Git, staging: Staging, base: str, admit: Admission) -> Stag
     Nothing that is refused by its name or its size is even read. Safe to repeat; the index is made anew from
     `base`, with what it knows of the files' times.
     """
+    git = staging.confine(git)
     await anyio.to_thread.run_sync(staging.prepare, admit.ignored)
     if staging.found is not None and staging.found.is_few(_FEW):
         among = staging.found.without(lambda path: admit.withheld_with(path) is not None)

@@ -107,12 +107,17 @@ class Worktree:
     @property
     def index(self) -> Path:
         """Our own index of the checkout, out of the agent's sight."""
-        return self.hub.trusted / "indexes" / f"{self.run}-{self.name}"
+        return self.index_folder / "index"
+
+    @property
+    def index_folder(self) -> Path:
+        """The folder of our index, all of which a git command on the checkout may write."""
+        return self.hub.indexes / f"{self.run}-{self.name}"
 
     @property
     def import_folder(self) -> Path:
         """Where the agent's own commits are checked before they come in."""
-        return self.index.with_name(f"{self.index.name}.import")
+        return self.index_folder / "import"
 
     @property
     def branch(self) -> str:
@@ -152,7 +157,8 @@ def _lay_out(worktree: Worktree, checkout: Checkout, prompt: str) -> None:
         file.write(prompt)
     shutil.copyfile(place.index, worktree.git_dir / "index")
     # Under the name of git's own lock, which is removed wherever an index is given up: where it is, all is there.
-    staged = worktree.index.with_name(f"{worktree.index.name}.lock")
+    worktree.index_folder.mkdir(mode=0o700, exist_ok=True)
+    staged = worktree.index.with_name("index.lock")
     shutil.copyfile(place.index, staged)
     staged.rename(worktree.index)
 
@@ -213,14 +219,12 @@ def unlock(worktree: Worktree) -> bool:
 
     Returns whether the checkout was ever finished: git writes the index after the files.
     """
-    worktree.index.with_name(f"{worktree.index.name}.lock").unlink(missing_ok=True)
+    worktree.index.with_name("index.lock").unlink(missing_ok=True)
     return worktree.index.exists()
 
 
 def _forget(worktree: Worktree) -> None:
-    unlock(worktree)
-    worktree.index.unlink(missing_ok=True)
-    shutil.rmtree(worktree.import_folder, ignore_errors=True)
+    shutil.rmtree(worktree.index_folder, ignore_errors=True)
 
 
 def remove_if_empty(folder: Path) -> None:
@@ -266,19 +270,20 @@ async def remove_stale_locks(hub: Hub, run_id: str) -> None:
     The caller holds the run's lock, which each of the run's commands holds until it has ended. Locks that belong
     to no run in particular go only while no command of any run is at work.
     """
-    await anyio.to_thread.run_sync(_remove_stale_locks, hub.trusted, run_id)
+    await anyio.to_thread.run_sync(_remove_stale_locks, hub, run_id)
 
 
-def _remove_stale_locks(trusted: Path, run_id: str) -> None:
-    found = lock_files(trusted)
-    ours = [path for path in found if any(part.startswith(run_id) for part in path.relative_to(trusted).parts)]
-    for lock in found if not git_runs_for(trusted) else ours:
+def _remove_stale_locks(hub: Hub, run_id: str) -> None:
+    found = lock_files(hub)
+    ours = [path for path in found if any(part.startswith(run_id) for part in path.relative_to(hub.root).parts)]
+    for lock in found if not git_runs_for(hub.trusted) else ours:
         lock.unlink(missing_ok=True)
 
 
-def lock_files(trusted: Path) -> list[Path]:
-    """Return the lock files of git commands in the trusted repository, whether those live or not. Blocks."""
-    return [path for path in trusted.rglob("*.lock") if path.is_file()]
+def lock_files(hub: Hub) -> list[Path]:
+    """Return the lock files of git commands in our own repository, whether those live or not. Blocks."""
+    folders = (hub.trusted.rglob("*.lock"), hub.indexes.glob("*/index.lock"))
+    return [path for found in folders for path in found if path.is_file()]
 
 
 def git_runs_for(trusted: Path) -> bool:

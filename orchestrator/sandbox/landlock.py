@@ -11,8 +11,11 @@ import os
 import stat
 import struct
 import sys
+from functools import cache
 
 READ, WRITE = "read", "write"
+#: The same without the right to execute.
+READ_DATA, WRITE_DATA = "read-data", "write-data"
 ABI_NEEDED = 3  # Linux 6.2; before it truncation is not controlled
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
@@ -29,15 +32,22 @@ _OF_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV
 _READING = _EXECUTE | _READ_FILE | _READ_DIR
 
 
+@cache
 def abi() -> int:
     """Return the version of Landlock that this kernel has, 0 for none."""
     if sys.platform != "linux":
         return 0
-    return max(0, int(ctypes.CDLL(None).syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _VERSION)))
+    return max(0, int(_libc().syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _VERSION)))
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    # To make one costs as much as all that it is used for here.
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def confine(rules: list[tuple[str, str]]) -> None:
-    """Leave this process nothing but `rules`: pairs of an absolute path and READ or WRITE.
+    """Leave this thread, and what it starts, nothing but `rules`: pairs of an absolute path and the kind of access.
 
     A rule is for all that is beneath its path; a path that is gone is passed over. What may be written may be
     read, but no device node can be made anywhere. Capabilities are given up, also by root. From ABI 6 on
@@ -47,10 +57,11 @@ def confine(rules: list[tuple[str, str]]) -> None:
     handled = _ALL[min(max(version, ABI_NEEDED), 5)]
     attributes = struct.pack("=QQQ", handled, 0, _SCOPES if version >= 6 else 0)
     ruleset = _call(_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0)
-    rights = {READ: _READING, WRITE: handled & ~(_MAKE_CHAR | _MAKE_BLOCK)}
+    writing = handled & ~(_MAKE_CHAR | _MAKE_BLOCK)
+    rights = {READ: _READING, WRITE: writing, READ_DATA: _READING & ~_EXECUTE, WRITE_DATA: writing & ~_EXECUTE}
     for path, kind in rules:
         _allow(ruleset, path, rights[kind])
-    libc = ctypes.CDLL(None, use_errno=True)
+    libc = _libc()
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, ctypes.c_ulong(1), 0, 0, 0):
         raise _error()
     _call(_RESTRICT_SELF, ruleset, 0)
@@ -74,7 +85,7 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
 
 
 def _call(number: int, *arguments: object) -> int:
-    result = int(ctypes.CDLL(None, use_errno=True).syscall(number, *arguments))
+    result = int(_libc().syscall(number, *arguments))
     if result < 0:
         raise _error()
     return result

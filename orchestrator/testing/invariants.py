@@ -36,6 +36,7 @@ from orchestrator.repo.git import Git
 from orchestrator.repo.hub import Hub
 from orchestrator.repo.landing import TRAILER
 from orchestrator.repo.places import places_of, read_record, user_of
+from orchestrator.repo.worktrees import lock_files
 from orchestrator.state.file import open_file_store
 from orchestrator.testing.claim_history import ClaimHistory
 from orchestrator.testing.fingerprint import Fingerprint
@@ -209,9 +210,9 @@ def _unsettled(run: RunDocument, tasks: Mapping[str, TaskDocument]) -> list[str]
 
 def _left_overs(run: RunDocument, tasks: Mapping[str, TaskDocument]) -> list[str]:
     hub = Hub(Path(run.hub))
-    broken = [f"10: {path} is left" for path in hub.trusted.rglob("*.lock")]
+    broken = [f"10: {path} is left" for path in lock_files(hub)]
     kept = {f"{task}.{one.number}" for task, document in tasks.items() for one in document.attempts if one.is_kept}
-    indexes = (hub.root / "trusted.git" / "indexes").glob(f"{run.id}-*")
+    indexes = hub.indexes.glob(f"{run.id}-*")
     broken += [f"10: {path} is left" for path in indexes if path.name.removeprefix(f"{run.id}-") not in kept]
     if (hub.sessions / run.id).exists():
         left = (hub.sessions / run.id).iterdir()

@@ -125,7 +125,7 @@ async def test_a_session_is_heard_and_seen_while_it_works(repository: Repository
     finally:
         child.terminate()
         child.communicate(timeout=30)
-    left = Path(repository.environ["COUNCIL_HOME"]).glob("*/trusted.git/indexes/*.live-*")
+    left = Path(repository.environ["COUNCIL_HOME"]).glob("*/indexes/*.live-*")
     assert list(left) == []
     await repository.assert_invariants()
 

@@ -315,7 +315,7 @@ async def test_what_killed_commands_left_goes(repository: Repository) -> None:
     run_once(repository, KEEPS, code=1)
     hub = hub_of(repository)
     session = next(hub.sessions.glob("*/*"))
-    index = hub.trusted / "indexes" / f"{session.parent.name}-{session.name}"
+    index = hub.indexes / f"{session.parent.name}-{session.name}"
     assert index.exists()
     left = [
         hub.objects / "pack/tmp_pack_Ab12cD",
@@ -514,7 +514,7 @@ async def test_nothing_is_deleted_behind_a_link(repository: Repository) -> None:
         hub.places,
         hub.places / "7",
         hub.trash,
-        hub.trusted / "indexes",
+        hub.indexes,
         hub.root.with_name("theirs-0123456789ab"),
         hub.root.with_name("theirs-0123456789ab.new"),
     ):

@@ -31,7 +31,7 @@ async def test_stale_locks_of_ours_of_each_kind_go(repository: Repository, tmp_p
     run = next((tmp_path / "council-home").glob("*/sessions/*"))
     trusted = run.parents[1] / "trusted.git"
     names = ("config.lock", "packed-refs.lock", "HEAD.lock", "index.lock", f"refs/heads/council/{run.name}/one/1.lock",
-             f"refs/council/{run.name}/start.lock", f"indexes/{run.name}-one.1.lock")  # fmt: skip
+             f"refs/council/{run.name}/start.lock", f"../indexes/{run.name}-one.1/index.lock")  # fmt: skip
     locks = [planted(trusted / name) for name in names]
     ended = repository.council("resume", "--json")
     assert ended.states == {"one": "landed"}, ended
@@ -45,7 +45,7 @@ async def test_a_lock_stays_while_a_git_command_of_ours_lives(repository: Reposi
     assert repository.council("run", str(config), failpoints="worktree.created=kill").code == -signal.SIGKILL
     run = next((tmp_path / "council-home").glob("*/sessions/*"))
     trusted = run.parents[1] / "trusted.git"
-    shared, own = planted(trusted / "config.lock"), planted(trusted / f"indexes/{run.name}-one.1.lock")
+    shared, own = planted(trusted / "config.lock"), planted(trusted / f"../indexes/{run.name}-one.1/index.lock")
     environ = {**repository.environ, "GIT_DIR": str(trusted)}
     with subprocess.Popen(["git", "cat-file", "--batch"], env=environ, stdin=subprocess.PIPE) as living:
         assert repository.council("resume", "--json").states == {"one": "landed"}

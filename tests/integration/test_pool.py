@@ -590,7 +590,7 @@ async def _many(yard: Yard, repository: Repository, total: int) -> None:
         pass
     await assert_no_leaks(yard)
     assert len(places_of(yard.hub)) <= 6
-    assert not list((yard.hub.trusted / "indexes").iterdir())
+    assert not list((yard.hub.indexes).iterdir())
 
 
 @pytest.mark.timeout(600)

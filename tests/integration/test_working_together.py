@@ -175,7 +175,7 @@ async def test_what_a_killed_process_left_of_a_session_that_is_over_goes_in_the_
     assert repository.council("work", failpoints="attempt.ended=kill").code == -signal.SIGKILL
     result = repository.council("status", "--json").result
     trusted = Path(result["repository"])
-    session, index = trusted.parent / f"sessions/{result['run']}/t.1", trusted / f"indexes/{result['run']}-t.1"
+    session, index = trusted.parent / f"sessions/{result['run']}/t.1", trusted.parent / f"indexes/{result['run']}-t.1"
     wait_for(lambda: not session.exists() and not index.exists())
     assert (trusted.parent / f"sessions/{result['run']}/long.1").exists()
     assert repository.council("cancel", "long").code == 0

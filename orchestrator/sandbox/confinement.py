@@ -1,0 +1,166 @@
+"""Runs a short program of ours with no more rights than it needs, such as git on a tree that an agent has written.
+
+It reads and executes itself and the system's libraries, reads and writes what it is given, and nothing else: no home,
+no network, no capabilities, no other program. A filter, hook or monitor that a hostile configuration names can't start.
+
+Landlock is preferred because it costs a fraction of a millisecond: rights are taken from the one thread that starts the
+program, which inherits them (landlock(7): a domain belongs to a thread, as do capabilities and seccomp filters). Where
+the kernel has none, bubblewrap mounts the same view. Where neither works, sessions are not sandboxed either
+(`sandbox: off`), and the program runs with the rights of the user.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+from pathlib import Path
+from typing import Final, TypeVar
+
+from orchestrator.sandbox import landlock
+
+T = TypeVar("T")
+
+_LIBRARIES: Final = (
+    *("/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libexec", "/usr/local/lib", "/usr/local/libexec"),
+    *("/lib", "/lib32", "/lib64", "/nix/store", "/gnu/store", "/snap", "/opt"),
+)
+#: What a wrapper script needs besides itself.
+_PROGRAMS: Final = ("/usr/bin", "/usr/local/bin", "/bin")
+_SYSTEM_FILES: Final = (
+    *("/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/ld.so.preload", "/etc/localtime"),
+    *("/usr/share/zoneinfo", "/dev/urandom", "/sys/devices/system/cpu"),
+)
+_PROBE_LIMIT: Final = 20.0  # seconds; it takes milliseconds
+
+
+class Mechanism(StrEnum):
+    """What takes the rights away."""
+
+    LANDLOCK = "landlock"
+    BUBBLEWRAP = "bubblewrap"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Confinement:
+    """What a program may touch: absolute paths, each with all that is beneath.
+
+    `program` is what is executed; `libraries` are folders or files of its own besides those of the system, which it may
+    execute, too. What does not exist is skipped.
+    """
+
+    program: Path
+    libraries: tuple[Path, ...] = ()
+    readable: tuple[Path, ...] = ()
+    writable: tuple[Path, ...] = ()
+
+    def start(self, argv: Sequence[str], start: Callable[[Sequence[str]], T], mechanism: Mechanism | None = None) -> T:
+        """Return what `start` returns for the command line, called so that what it starts is confined. Blocks.
+
+        OSError where rights can't be taken away. `mechanism` is for tests; the best available one is the default.
+        """
+        match mechanism or available():
+            case Mechanism.LANDLOCK:
+                return _in_thread(lambda: self._start_here(argv, start))
+            case Mechanism.BUBBLEWRAP:
+                return start([*self._bubblewrap(), *argv])
+            case Mechanism.NONE:
+                return start(argv)
+
+    def _start_here(self, argv: Sequence[str], start: Callable[[Sequence[str]], T]) -> T:
+        landlock.confine(list(self._rules()))
+        return start(argv)
+
+    def _rules(self) -> Iterator[tuple[str, str]]:
+        yield from ((path, landlock.READ) for path in _executable(self.program, self.libraries))
+        yield from ((path, landlock.READ_DATA) for path in (*_system_files(), *_resolved(self.readable)))
+        yield from ((path, landlock.WRITE_DATA) for path in ("/dev/null", *_resolved(self.writable)))
+
+    def _bubblewrap(self) -> Iterator[str]:
+        yield from (_find_bubblewrap() or "bwrap", "--unshare-all", "--unshare-user", "--die-with-parent")
+        yield from ("--cap-drop", "ALL", "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev")
+        # /lib and /bin may be symlinks to folders in /usr.
+        links = (Path(path) for path in (*_LIBRARIES, *_PROGRAMS) if Path(path).is_symlink())
+        yield from (part for link in links for part in ("--symlink", str(link.readlink()), str(link)))
+        read = (*_executable(self.program, self.libraries), *_system_files(), *_resolved(self.readable))
+        binds = [("--ro-bind", path) for path in read if not path.startswith("/dev/")]
+        binds += [("--bind", path) for path in _resolved(self.writable)]
+        # From the root downwards, so that what is more specific is on top.
+        for option, path in sorted(binds, key=lambda bind: bind[1].count("/")):
+            yield from (option, path, path)
+        yield "--"
+
+
+def _resolved(paths: Iterable[str | Path]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(os.path.realpath(path) for path in paths if Path(path).exists()))
+
+
+@cache
+def _system_files() -> tuple[str, ...]:
+    return _resolved(_SYSTEM_FILES)
+
+
+@cache
+def _executable(program: Path, libraries: tuple[Path, ...]) -> tuple[str, ...]:
+    return _resolved((program, *libraries, *_LIBRARIES, *(_PROGRAMS if _is_script(program) else ())))
+
+
+def _is_script(program: Path) -> bool:
+    with suppress(OSError), program.open("rb") as file:
+        return file.read(2) == b"#!"
+    return False
+
+
+def _in_thread(call: Callable[[], T]) -> T:
+    """Call in a thread of its own, which ends afterwards, with what was taken from it."""
+    returned: list[T] = []
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            returned.append(call())
+        except BaseException as error:  # noqa: BLE001  it is raised where the call was asked for
+            raised.append(error)
+
+    thread = threading.Thread(target=run, name="confined start")
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
+    return returned[0]
+
+
+@cache
+def available() -> Mechanism:
+    """Return the best mechanism that works on this machine; tried out once. Blocks."""
+    if sys.platform != "linux":
+        return Mechanism.NONE
+    if landlock.abi() >= landlock.ABI_NEEDED:
+        return Mechanism.LANDLOCK
+    bwrap = _find_bubblewrap()
+    if bwrap is None:
+        return Mechanism.NONE
+    confinement = Confinement(Path(bwrap))
+    try:
+        done = confinement.start([bwrap, "--version"], _probe, Mechanism.BUBBLEWRAP)
+    except (OSError, subprocess.SubprocessError):
+        return Mechanism.NONE
+    return Mechanism.NONE if done else Mechanism.BUBBLEWRAP
+
+
+def _probe(argv: Sequence[str]) -> int:
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_PROBE_LIMIT, check=False)
+    return done.returncode
+
+
+def _find_bubblewrap() -> str | None:
+    found = shutil.which("bwrap")
+    return None if found is None else str(Path(found).resolve())
