@@ -111,10 +111,12 @@ async def test_what_an_agent_plants_in_the_hub_and_in_its_session_never_runs_as_
     keys = ["filter.evil.clean", "filter.evil.smudge", "core.fsmonitor", "diff.external", "gpg.program",
             "core.sshCommand", "core.alternateRefsCommand", "merge.evil.driver", "core.editor"]  # fmt: skip
     hub = "../../../hub.git"
-    lines = [f"git config --file {hub}/config {key} {evil}" for key in keys]
-    lines += [f"git config --file {hub}/config commit.gpgSign true", f"write {hub}/hooks/post-checkout {evil}"]
-    lines += [f"write {hub}/info/attributes * filter=evil merge=evil diff=evil"]
-    lines += [f"write ../git/hooks/{hook} #!/bin/sh" for hook in ("pre-commit", "post-checkout")]
+    # The sandbox may deny what is outside of the session.
+    settings = [*(f"{key} {evil}" for key in keys), "commit.gpgSign true"]
+    lines = [f'git -c "alias.try=!git config --file {hub}/config {setting} || :" try' for setting in settings]
+    lines += [f"intrude {hub}/hooks/post-checkout {evil}"]
+    lines += [f"intrude {hub}/info/attributes * filter=evil merge=evil diff=evil"]
+    lines += [f"intrude ../git/hooks/{hook} #!/bin/sh" for hook in ("pre-commit", "post-checkout")]
     lines += ["write .gitattributes * filter=evil merge=evil", "write planted.txt x", f"plant {marker}"]
     lines += [f"git config {key} {evil}" for key in keys]
     config = repository.configure(

@@ -107,9 +107,11 @@ async def test_extend_lands_what_nobody_else_owns(repository: Repository) -> Non
 
 async def test_what_a_person_broke_away_does_not_land(repository: Repository) -> None:
     """A session has locked a file and gone on with it though it is not its own any more."""
-    locked, freed = (repository.top.parent / name for name in ("locked", "freed"))
+    signs = repository.top.parent / "signs"
+    signs.mkdir()
+    locked, freed = signs / "locked", signs / "freed"
     script = f"council lock README.md && touch {locked}; until [ -e {freed} ]; do sleep 0.05; done; echo x >> README.md"
-    adapter = {"use": "command", "argv": ["sh", "-c", script], "writable": [str(locked.parent)]}
+    adapter = {"use": "command", "argv": ["sh", "-c", script], "writable": [str(signs)]}
     task = {"id": "t", "prompt": "x", "owns": ["src/**"], "attempts": 1}
     path = repository.configure([task], adapters={"odd": adapter})
     running = repository.start("run", str(path), "--json")
