@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final, TypeVar
 
-from orchestrator.sandbox import landlock
+from orchestrator.sandbox import landlock, seccomp
 
 T = TypeVar("T")
 
@@ -77,6 +77,8 @@ class Confinement:
 
     def _start_here(self, argv: Sequence[str], start: Callable[[Sequence[str]], T]) -> T:
         landlock.confine(list(self._rules()))
+        if seccomp.is_supported():
+            seccomp.install(_filter())
         return start(argv)
 
     def _rules(self) -> Iterator[tuple[str, str]]:
@@ -97,6 +99,11 @@ class Confinement:
         for option, path in sorted(binds, key=lambda bind: bind[1].count("/")):
             yield from (option, path, path)
         yield "--"
+
+
+@cache
+def _filter() -> bytes:
+    return seccomp.build(sockets=seccomp.NONE, ipc=False)
 
 
 def _resolved(paths: Iterable[str | Path]) -> tuple[str, ...]:

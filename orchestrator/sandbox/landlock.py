@@ -37,12 +37,12 @@ def abi() -> int:
     """Return the version of Landlock that this kernel has, 0 for none."""
     if sys.platform != "linux":
         return 0
-    return max(0, int(_libc().syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _VERSION)))
+    return max(0, int(libc().syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _VERSION)))
 
 
 @cache
-def _libc() -> ctypes.CDLL:
-    # To make one costs as much as all that it is used for here.
+def libc() -> ctypes.CDLL:
+    """Return the C library; to make one costs as much as all that it is used for here."""
     return ctypes.CDLL(None, use_errno=True)
 
 
@@ -61,13 +61,12 @@ def confine(rules: list[tuple[str, str]]) -> None:
     rights = {READ: _READING, WRITE: writing, READ_DATA: _READING & ~_EXECUTE, WRITE_DATA: writing & ~_EXECUTE}
     for path, kind in rules:
         _allow(ruleset, path, rights[kind])
-    libc = _libc()
-    if libc.prctl(_PR_SET_NO_NEW_PRIVS, ctypes.c_ulong(1), 0, 0, 0):
+    if libc().prctl(_PR_SET_NO_NEW_PRIVS, ctypes.c_ulong(1), 0, 0, 0):
         raise _error()
     _call(_RESTRICT_SELF, ruleset, 0)
     os.close(ruleset)
     # Those of root open what Landlock closes, such as others' environments; see capset(2).
-    if libc.capset(struct.pack("=Ii", _CAPABILITY_VERSION, 0), bytes(24)):
+    if libc().capset(struct.pack("=Ii", _CAPABILITY_VERSION, 0), bytes(24)):
         raise _error()
 
 
@@ -85,7 +84,7 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
 
 
 def _call(number: int, *arguments: object) -> int:
-    result = int(_libc().syscall(number, *arguments))
+    result = int(libc().syscall(number, *arguments))
     if result < 0:
         raise _error()
     return result

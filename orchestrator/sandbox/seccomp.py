@@ -1,0 +1,177 @@
+"""seccomp: system calls that a sandboxed program may not make. See seccomp(2).
+
+The filter takes from a program what neither Landlock nor bubblewrap covers: ways into the kernel that a coding CLI has
+no use for and that many escapes began with (io_uring, userfaultfd, bpf, new user namespaces), the kernel's keyring,
+other processes' memory, typing into a terminal, and, if asked, sockets.
+
+The supervisor imports this in every session: only the standard library, and little of it. A denied call fails with
+EPERM; one that programs fall back from fails with ENOSYS. Numbers are those of the kernel's tables for x86_64 and for
+aarch64 (include/uapi/asm-generic/unistd.h); from 424 on they are the same. Programs of another architecture, 32-bit
+ones too, can make no call at all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+import sys
+
+from orchestrator.sandbox.landlock import libc
+
+#: What `socket` may make: anything; only sockets of this machine's file system; nothing.
+ALL, UNIX, NONE = "all", "unix", "none"
+
+_ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+_X32 = 0x40000000
+_AF_UNIX = 1
+_TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
+# CLONE_NEWTIME, NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET; see clone(2)
+_NEW_NAMESPACES = 0x80 | 0x20000 | 0x2000000 | 0x4000000 | 0x8000000 | 0x10000000 | 0x20000000 | 0x40000000
+
+_PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _FILTER_MODE = 38, 22, 2
+_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # see linux/bpf_common.h
+_NUMBER_AT, _ARCHITECTURE_AT, _ARGUMENTS_AT = 0, 4, 16  # in struct seccomp_data, whose low words come first
+_ALLOW, _FAIL = 0x7FFF0000, 0x00050000
+
+#: x86_64, aarch64.
+_DENIED = {
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "kcmp": (312, 272),
+    "pidfd_getfd": (438, 438),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
+    "userfaultfd": (323, 282),
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "fanotify_init": (300, 262),
+    "open_by_handle_at": (304, 265),
+    "mount": (165, 40),
+    "umount2": (166, 39),
+    "pivot_root": (155, 41),
+    "chroot": (161, 51),
+    "open_tree": (428, 428),
+    "move_mount": (429, 429),
+    "fsopen": (430, 430),
+    "fsconfig": (431, 431),
+    "fsmount": (432, 432),
+    "fspick": (433, 433),
+    "mount_setattr": (442, 442),
+    "setns": (308, 268),
+    "init_module": (175, 105),
+    "finit_module": (313, 273),
+    "delete_module": (176, 106),
+    "kexec_load": (246, 104),
+    "kexec_file_load": (320, 294),
+    "reboot": (169, 142),
+    "swapon": (167, 224),
+    "swapoff": (168, 225),
+    "acct": (163, 89),
+    "quotactl": (179, 60),
+    "quotactl_fd": (443, 443),
+    "syslog": (103, 116),
+    "settimeofday": (164, 170),
+    "clock_settime": (227, 112),
+    "adjtimex": (159, 171),
+    "clock_adjtime": (305, 266),
+    "sethostname": (170, 161),
+    "setdomainname": (171, 162),
+    "vhangup": (153, 58),
+}
+#: System V and POSIX means of processes to share memory: denied where they have no namespace of their own.
+_IPC = {
+    "shmget": (29, 194),
+    "shmat": (30, 196),
+    "semget": (64, 190),
+    "msgget": (68, 186),
+    "mq_open": (240, 180),
+}
+_SOCKET, _CLONE, _CLONE3, _UNSHARE, _IOCTL = (41, 198), (56, 220), (435, 435), (272, 97), (16, 29)
+
+
+def is_supported() -> bool:
+    """Return whether there are filters for this machine."""
+    return sys.platform == "linux" and os.uname().machine in _ARCHITECTURES
+
+
+def build(*, sockets: str = ALL, ipc: bool = True, namespaces: bool = False) -> bytes:
+    """Return a filter for this machine: an array of `struct sock_filter`, as bubblewrap's `--seccomp` reads it.
+
+    `sockets` is ALL, UNIX or NONE; pairs of connected sockets can always be made. Without `ipc` there are no System V
+    and POSIX queues, semaphores and shared memory. With `namespaces` new ones can be made. OSError where there is no
+    filter for the machine.
+    """
+    if not is_supported():
+        raise OSError(errno.ENOSYS, f"there is no filter of system calls for {os.uname().machine}")
+    machine = os.uname().machine
+    column = list(_ARCHITECTURES).index(machine)
+    made = [
+        _operation(_LOAD, _ARCHITECTURE_AT),
+        *_unless(_EQUAL, _ARCHITECTURES[machine], _fail(errno.ENOSYS)),
+        _operation(_LOAD, _NUMBER_AT),
+        *_when(_AT_LEAST, _X32, _fail(errno.ENOSYS)),
+    ]
+    for numbers in (*_DENIED.values(), *(() if ipc else _IPC.values())):
+        made += _when(_EQUAL, numbers[column], _fail(errno.EPERM))
+    made += _when_argument(_IOCTL[column], 1, _EQUAL, (_TIOCSTI, _TIOCLINUX), errno.EPERM)
+    if not namespaces:
+        # What clone3 is given can't be looked at: the C library falls back to clone.
+        made += _when(_EQUAL, _CLONE3[column], _fail(errno.ENOSYS))
+        made += _when_argument(_CLONE[column], 0, _ANY_BIT, (_NEW_NAMESPACES,), errno.EPERM)
+        made += _when_argument(_UNSHARE[column], 0, _ANY_BIT, (_NEW_NAMESPACES,), errno.EPERM)
+    if sockets == NONE:
+        made += _when(_EQUAL, _SOCKET[column], _fail(errno.EACCES))
+    elif sockets == UNIX:
+        made += _only_argument(_SOCKET[column], 0, _AF_UNIX, errno.EACCES)
+    return b"".join([*made, _operation(_RETURN, _ALLOW)])
+
+
+def install(program: bytes) -> None:
+    """Put a filter on this thread and all that it starts, for good. Raises OSError."""
+    buffer = ctypes.create_string_buffer(program, len(program))
+    # struct sock_fprog: a length and, aligned, a pointer
+    described = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer)))
+    for option, value in ((_PR_SET_NO_NEW_PRIVS, 1), (_PR_SET_SECCOMP, _FILTER_MODE)):
+        pointer = described if option == _PR_SET_SECCOMP else None
+        if libc().prctl(option, ctypes.c_ulong(value), pointer, 0, 0):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+
+
+def _operation(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    return struct.pack("=HBBI", code, if_true, if_false, value)
+
+
+def _fail(number: int) -> bytes:
+    return _operation(_RETURN, _FAIL | number)
+
+
+def _when(test: int, value: int, then: bytes) -> list[bytes]:
+    """Do `then`, which is one operation or more, where the test is true of what was loaded."""
+    return [_operation(test, value, 0, len(then) // 8), then]
+
+
+def _unless(test: int, value: int, then: bytes) -> list[bytes]:
+    return [_operation(test, value, len(then) // 8, 0), then]
+
+
+def _when_argument(number: int, argument: int, test: int, values: tuple[int, ...], error: int) -> list[bytes]:
+    """Fail a call where the test is true of the low word of an argument and one of the values."""
+    tests = (part for value in values for part in _when(test, value, _fail(error)))
+    # The number is loaded again for what follows.
+    then = b"".join([_operation(_LOAD, _ARGUMENTS_AT + 8 * argument), *tests, _operation(_LOAD, _NUMBER_AT)])
+    return _when(_EQUAL, number, then)
+
+
+def _only_argument(number: int, argument: int, value: int, error: int) -> list[bytes]:
+    """Fail a call unless the low word of an argument is the value."""
+    test = _unless(_EQUAL, value, _fail(error))
+    then = b"".join([_operation(_LOAD, _ARGUMENTS_AT + 8 * argument), *test, _operation(_LOAD, _NUMBER_AT)])
+    return _when(_EQUAL, number, then)
