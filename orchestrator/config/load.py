@@ -17,6 +17,7 @@ from orchestrator.config.model import (
     BudgetConfig,
     CoordinationConfig,
     FenceConfig,
+    LimitsConfig,
     McpServerConfig,
     Retention,
     RunConfig,
@@ -161,7 +162,13 @@ def _read_run(
         target=file.target,
         capacity=file.capacity,
         session_memory=file.session_memory,
-        fence=FenceConfig(sandbox=file.sandbox, network=file.network == "on", reach=reach),
+        fence=FenceConfig(
+            sandbox=file.sandbox,
+            network=file.network == "on",
+            nesting=file.nested_sandboxes,
+            limits=LimitsConfig.model_validate(dict(file.limits)),
+            reach=reach,
+        ),
         worktrees=_worktrees(file),
         mcp_servers={
             name: McpServerConfig(argv=one.command or (), env=one.env, url=one.url)

@@ -139,6 +139,25 @@ class Reach(_Model):
         return Reach(writable=self.writable + other.writable, readable=self.readable + other.readable)
 
 
+class LimitsConfig(_Model):
+    """What each process of a session or check may have of a resource; None: as much as `council` itself."""
+
+    memory: int | None = None
+    """Bytes of its own."""
+    file_size: int | None = None
+    """Bytes of a file that it writes."""
+    open_files: int | None = None
+    """Files, sockets and pipes that it has open."""
+    processes: int | None = None
+    """Processes of the same user, wherever they belong."""
+
+    @property
+    def by_resource(self) -> dict[str, int]:
+        """Return those that are set, and no core dumps, by their names in setrlimit(2)."""
+        found = {"DATA": self.memory, "FSIZE": self.file_size, "NOFILE": self.open_files, "NPROC": self.processes}
+        return {"CORE": 0, **{name: most for name, most in found.items() if most is not None}}
+
+
 class FenceConfig(_Model):
     """What fences all sessions and checks of a run in."""
 
@@ -146,6 +165,10 @@ class FenceConfig(_Model):
     """`auto`, `bubblewrap`, `landlock` or `off`."""
     network: bool
     """Whether they reach the network."""
+    nesting: bool = False
+    """Whether they may make user namespaces, and so sandboxes of their own."""
+    limits: LimitsConfig = Field(default_factory=LimitsConfig)
+    """What each of their processes may have of a resource."""
     reach: Reach
     """What all of them may reach."""
 

@@ -120,9 +120,9 @@ def check_network(root: Node, problems: Problems) -> None:
     network, sandbox = root.get("network"), root.get("sandbox")
     if network is None or sandbox is None or network.value != "off":
         return
-    if sandbox.value in {"off", "landlock"}:
-        what = f"`network: off` can't be had with `sandbox: {sandbox.value}`"
-        problems.add(network.at, what, "write `sandbox: auto` or `bubblewrap`, or `network: on`")
+    if sandbox.value == "off":
+        what = "`network: off` can't be had with `sandbox: off`"
+        problems.add(network.at, what, "write `sandbox: auto`, or `network: on`")
 
 
 def check_shared(root: Node, problems: Problems) -> None:

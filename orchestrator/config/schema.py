@@ -299,6 +299,19 @@ class BudgetSettings(_Entry):
     """Wall-clock time of sessions, one after the other."""
 
 
+class LimitSettings(_Entry):
+    """What each process may have of a resource; what is left out has no limit of ours."""
+
+    memory: Size | None = None
+    """Memory of its own."""
+    file_size: Size | None = None
+    """The largest file that it may write."""
+    open_files: Annotated[int, Field(ge=64, le=1 << 20)] | None = None
+    """Files, sockets and pipes that it may have open."""
+    processes: Annotated[int, Field(ge=16, le=1 << 22)] | None = None
+    """Processes that the same user may have, those of others included; no limit for root."""
+
+
 class McpServerSettings(_Entry):
     """A server of the Model Context Protocol."""
 
@@ -618,6 +631,10 @@ class Config(_Entry):
     """What fences sessions and checks in; `off` leaves them free to reach whatever you can."""
     network: Literal["on", "off"] = "on"
     """Whether sessions and checks reach the network."""
+    nested_sandboxes: bool = False
+    """Whether programs in sessions and checks may make sandboxes of their own, by user namespaces."""
+    limits: LimitSettings = Field(default_factory=LimitSettings)
+    """What each process of a session or check may have of a resource."""
     writable: Paths = ()
     """Files and folders that sessions and checks may write, beside their worktree."""
     readable: Paths = ()

@@ -33,6 +33,7 @@ from orchestrator.repo.reset import Keep
 from orchestrator.repo.site import Site, find_site
 from orchestrator.repo.source import Source
 from orchestrator.repo.worktrees import Worktree
+from orchestrator.sandbox.credentials import credentials_of
 from orchestrator.sessions.checks import Checks
 from orchestrator.sessions.equipment import Equipment
 from orchestrator.sessions.fencing import Fencing
@@ -146,7 +147,9 @@ async def open_workshop(
     target = Target(hub, git, source, site.repository, branch=run.target, start=run.start, ref=refs("target"))
     fence = FenceConfig.model_validate(run.fence)
     kind = await choose_sandbox(fence.sandbox, network=fence.network, environ=environ)
-    fencing = Fencing(kind, hidden_from_sessions(site, project, store_url, hub), fence.network, fence.reach)
+    hidden = hidden_from_sessions(site, project, store_url, hub)
+    credentials = await anyio.to_thread.run_sync(credentials_of, environ)
+    fencing = Fencing(kind, (*hidden, *credentials), fence)
     logs = project.logs(run.id)
     await anyio.to_thread.run_sync(lambda: logs.mkdir(mode=0o700, exist_ok=True))
     worktrees = WorktreesConfig.model_validate(run.worktrees)

@@ -12,7 +12,6 @@ the kernel has none, bubblewrap mounts the same view. Where neither works, sessi
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -24,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final, TypeVar
 
-from orchestrator.sandbox import landlock, seccomp
+from orchestrator.sandbox import bubblewrap, landlock, seccomp
 
 T = TypeVar("T")
 
@@ -87,7 +86,7 @@ class Confinement:
         yield from ((path, landlock.WRITE_DATA) for path in ("/dev/null", *_resolved(self.writable)))
 
     def _bubblewrap(self) -> Iterator[str]:
-        yield from (_find_bubblewrap() or "bwrap", "--unshare-all", "--unshare-user", "--die-with-parent")
+        yield from (bubblewrap.find() or "bwrap", "--unshare-all", "--unshare-user", "--die-with-parent")
         yield from ("--cap-drop", "ALL", "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev")
         # /lib and /bin may be symlinks to folders in /usr.
         links = (Path(path) for path in (*_LIBRARIES, *_PROGRAMS) if Path(path).is_symlink())
@@ -103,7 +102,7 @@ class Confinement:
 
 @cache
 def _filter() -> bytes:
-    return seccomp.build(sockets=seccomp.NONE, ipc=False)
+    return seccomp.build(sockets=seccomp.NONE, namespaced=False)
 
 
 def _resolved(paths: Iterable[str | Path]) -> tuple[str, ...]:
@@ -152,7 +151,7 @@ def available() -> Mechanism:
         return Mechanism.NONE
     if landlock.abi() >= landlock.ABI_NEEDED:
         return Mechanism.LANDLOCK
-    bwrap = _find_bubblewrap()
+    bwrap = bubblewrap.find()
     if bwrap is None:
         return Mechanism.NONE
     confinement = Confinement(Path(bwrap))
@@ -166,8 +165,3 @@ def available() -> Mechanism:
 def _probe(argv: Sequence[str]) -> int:
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_PROBE_LIMIT, check=False)
     return done.returncode
-
-
-def _find_bubblewrap() -> str | None:
-    found = shutil.which("bwrap")
-    return None if found is None else str(Path(found).resolve())

@@ -85,13 +85,24 @@ _DENIED = {
     "setdomainname": (171, 162),
     "vhangup": (153, 58),
 }
-#: System V and POSIX means of processes to share memory: denied where they have no namespace of their own.
-_IPC = {
+#: What namespaces cover where there are some: System V and POSIX means to share memory.
+_SHARED = {
     "shmget": (29, 194),
     "shmat": (30, 196),
     "semget": (64, 190),
     "msgget": (68, 186),
     "mq_open": (240, 180),
+}
+#: What read-only mounts cover where there are some: attributes of files. Programs take this for a file system without.
+_ATTRIBUTES = {
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
+    "setxattrat": (463, 463),
+    "removexattrat": (466, 466),
 }
 _SOCKET, _CLONE, _CLONE3, _UNSHARE, _IOCTL = (41, 198), (56, 220), (435, 435), (272, 97), (16, 29)
 
@@ -101,12 +112,13 @@ def is_supported() -> bool:
     return sys.platform == "linux" and os.uname().machine in _ARCHITECTURES
 
 
-def build(*, sockets: str = ALL, ipc: bool = True, namespaces: bool = False) -> bytes:
+def build(*, sockets: str = ALL, namespaced: bool = True, nesting: bool = False) -> bytes:
     """Return a filter for this machine: an array of `struct sock_filter`, as bubblewrap's `--seccomp` reads it.
 
-    `sockets` is ALL, UNIX or NONE; pairs of connected sockets can always be made. Without `ipc` there are no System V
-    and POSIX queues, semaphores and shared memory. With `namespaces` new ones can be made. OSError where there is no
-    filter for the machine.
+    `sockets` is ALL, UNIX or NONE; pairs of connected sockets can always be made. A program that is not `namespaced`
+    shares System V and POSIX queues, semaphores and memory with all of the machine, and may change attributes of files
+    that it may only read: it is denied both. With `nesting` it may make namespaces of its own. OSError where there is
+    no filter for the machine.
     """
     if not is_supported():
         raise OSError(errno.ENOSYS, f"there is no filter of system calls for {os.uname().machine}")
@@ -118,10 +130,12 @@ def build(*, sockets: str = ALL, ipc: bool = True, namespaces: bool = False) -> 
         _operation(_LOAD, _NUMBER_AT),
         *_when(_AT_LEAST, _X32, _fail(errno.ENOSYS)),
     ]
-    for numbers in (*_DENIED.values(), *(() if ipc else _IPC.values())):
+    for numbers in (*_DENIED.values(), *(() if namespaced else _SHARED.values())):
         made += _when(_EQUAL, numbers[column], _fail(errno.EPERM))
+    for numbers in () if namespaced else _ATTRIBUTES.values():
+        made += _when(_EQUAL, numbers[column], _fail(errno.ENOTSUP))
     made += _when_argument(_IOCTL[column], 1, _EQUAL, (_TIOCSTI, _TIOCLINUX), errno.EPERM)
-    if not namespaces:
+    if not nesting:
         # What clone3 is given can't be looked at: the C library falls back to clone.
         made += _when(_EQUAL, _CLONE3[column], _fail(errno.ENOSYS))
         made += _when_argument(_CLONE[column], 0, _ANY_BIT, (_NEW_NAMESPACES,), errno.EPERM)

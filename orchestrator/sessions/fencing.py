@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.config.model import Reach
+from orchestrator.config.model import FenceConfig, Reach
 from orchestrator.repo.worktrees import Worktree
 from orchestrator.sessions.sandbox import REPLACED, Fence, SandboxKind, fence_in
 from orchestrator.sessions.supervised import SupervisedCommand
@@ -33,23 +33,24 @@ class Ground:
 
 @dataclass(frozen=True, slots=True)
 class Fencing:
-    """The sandbox of a run: `hidden` are the folders that no session is to see, `reach` what all of them may."""
+    """The sandbox of a run: `hidden` is what no session is to see, the rest as the config has it."""
 
     kind: SandboxKind
     hidden: tuple[Path, ...]
-    network: bool
-    reach: Reach
+    config: FenceConfig
 
     async def around(self, ground: Ground, command: SupervisedCommand, reach: Reach) -> SupervisedCommand:
         """Return the command so that it reaches the ground that it works on, and what `reach` adds."""
-        allowed = self.reach | reach
+        allowed = self.config.reach | reach
         fence = Fence(
             writable=(*ground.writable, *allowed.writable),
             readable=(*ground.readable, *allowed.readable),
             hidden=self.hidden,
             scratch=ground.scratch,
-            network=self.network,
+            network=self.config.network,
+            nesting=self.config.nesting,
         )
+        command = replace(command, limits=self.config.limits.by_resource)
         return await anyio.to_thread.run_sync(partial(fence_in, self.kind, command, fence))
 
     def why_missing(self, program: str, environ: Mapping[str, str], reach: Reach) -> str:
@@ -58,7 +59,7 @@ class Fencing:
         if found is None or self.kind is SandboxKind.OFF:
             return ""
         places = {Path(found).absolute(), Path(found).resolve()}
-        allowed = (*self.reach.writable, *self.reach.readable, *reach.writable, *reach.readable)
+        allowed = (*self.config.reach.writable, *self.config.reach.readable, *reach.writable, *reach.readable)
         covered = (*self.hidden, *(map(Path, REPLACED) if self.kind is SandboxKind.BUBBLEWRAP else ()))
         hidden = [place for place in places if any(place.is_relative_to(folder) for folder in covered)]
         if all(any(place.is_relative_to(folder) for folder in allowed) for place in hidden):

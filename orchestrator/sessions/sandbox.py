@@ -1,24 +1,12 @@
 """What a session may touch: a fence of folders, put up by bubblewrap or by Landlock.
 
 Everything of the machine can be read that is not hidden, and nothing can be written but what is said to be
-writable. This is what the two keep:
+writable.
 
-                                   bubblewrap                       Landlock
-    hidden folders                 empty                            can't be read, listed or written
-    hidden files                   can't be opened                  can't be read or written
-    /tmp, /var/tmp                 the session's own                as everything else: read only
-    /run, and sockets in it        empty                            can be connected to
-    processes outside              not seen                         seen; signalled only before ABI 6 (Linux 6.12)
-    what is left at the end        killed by the kernel             killed by the supervisor
-    no network                     yes, abstract sockets too        no: can't be asked for
-    capabilities of root           none                             none
+With both, a filter of system calls (`orchestrator.sandbox.seccomp`) closes ways into the kernel. What the two keep
+is a table in docs/security.md, which is tested.
 
-Neither keeps a program from connecting to a unix socket that lies elsewhere and is not hidden (Landlock can't
-deny it before newer kernels), nor, with a network, from talking to services of this machine on loopback; with
-bubblewrap and a network that includes abstract unix sockets.
-
-Landlock does not control modes, owners, times and attributes of files: what may be changed by their owner may be
-changed. With it a right holds for all that is beneath a folder. So a folder that has something hidden in it is not
+With Landlock a right holds for all that is beneath a folder. So a folder that has something hidden in it is not
 granted itself, only what else was in it at the start: it can't be listed, and nothing can be made in it.
 """
 
@@ -39,21 +27,23 @@ import anyio.to_thread
 
 from orchestrator import process
 from orchestrator.errors import RefusedError
-from orchestrator.sandbox import landlock
+from orchestrator.sandbox import bubblewrap, landlock, seccomp
 from orchestrator.sessions.supervised import SupervisedCommand
+from orchestrator.sessions.supervisor import WRAPPER_FILTER, WRAPPER_STATUS
 
 _PROBE_PATIENCE = 20.0  # seconds; a start takes milliseconds
 #: Folders of the machine in whose place a session has others of its own, with bubblewrap.
 REPLACED = ("/tmp", "/var/tmp", "/run")  # noqa: S108  (not to write there)
 _RESOLVER = Path("/etc/resolv.conf")
-_NODES = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "shm")
+#: Without /dev/pts and /dev/shm: what is in there is others', and a right to one of them is a right to all.
+_NODES = ("null", "zero", "full", "random", "urandom")
 
 _REMEDY = (
     "install bubblewrap; if it is there but may not make user namespaces, allow them: on Ubuntu by "
     "`sysctl kernel.apparmor_restrict_unprivileged_userns=0` or an AppArmor profile for bwrap, on an old Debian "
     "by `sysctl kernel.unprivileged_userns_clone=1`, in a container by its runtime's options"
 )
-_NO_NETWORK = "Landlock can't keep a session off the network"
+_CAN_FILTER = seccomp.is_supported()
 _OFF = "write `sandbox: off`, which protects from accidents only"
 
 
@@ -72,7 +62,8 @@ class Fence:
     `writable` may be read and written, `readable` only read, also inside something hidden, and `hidden` is not
     there at all; of the same path in several of them the first counts. What does not exist is passed over.
     `scratch` is a folder of the session's own, made if needed: its /tmp (bubblewrap) and its TMPDIR. Without
-    `network` there is only a loopback of its own.
+    `network` there is only a loopback of its own (bubblewrap), or no internet socket at all (Landlock). With
+    `nesting` it may make user namespaces, and so sandboxes of its own.
     """
 
     writable: tuple[Path, ...]
@@ -80,6 +71,7 @@ class Fence:
     hidden: tuple[Path, ...]
     scratch: Path
     network: bool = True
+    nesting: bool = False
 
 
 class _Access(IntEnum):
@@ -103,8 +95,6 @@ async def choose_sandbox(wanted: str, *, network: bool, environ: Mapping[str, st
     if sys.platform != "linux":
         raise RefusedError(f"`sandbox: {wanted}` does not work on this system, only `off` does", _OFF)
     if wanted == SandboxKind.LANDLOCK:
-        if not network:
-            raise RefusedError(_NO_NETWORK, "write `sandbox: auto` or `bubblewrap`, or `network: on`")
         if why := _landlock_problem(network):
             raise RefusedError(f"`sandbox: landlock` does not work: {why}", f"use bubblewrap ({_REMEDY}); or {_OFF}")
         return SandboxKind.LANDLOCK
@@ -129,13 +119,25 @@ def fence_in(kind: SandboxKind, command: SupervisedCommand, fence: Fence) -> Sup
     fence.scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
     if kind is SandboxKind.LANDLOCK:
         env = {**command.env, "TMPDIR": str(fence.scratch.resolve())}
-        return replace(command, env=env, landlock=tuple(_landlock_rules(fence)))
-    bwrap = _find_bubblewrap(os.environ)
+        sockets = seccomp.ALL if fence.network else seccomp.UNIX
+        return replace(
+            command,
+            env=env,
+            landlock=tuple(_landlock_rules(fence)),
+            filter=_filter(sockets=sockets, namespaced=False, nesting=fence.nesting),
+        )
+    bwrap = bubblewrap.find()
     if bwrap is None:
         raise FileNotFoundError(2, os.strerror(2), "bwrap")
-    argv = [bwrap, *_mounts(fence), "--json-status-fd", "3", "--chdir", str(command.cwd), "--", *command.argv]
+    reports = ("--json-status-fd", str(WRAPPER_STATUS), *(("--seccomp", str(WRAPPER_FILTER)) if _CAN_FILTER else ()))
+    argv = [bwrap, *_options(fence, bwrap), *reports, "--chdir", str(command.cwd), "--", *command.argv]
     tmpdir = "/tmp" if _exists(Path("/tmp")) else str(fence.scratch.resolve())  # noqa: S108  (its own)
-    return replace(command, argv=argv, env={**command.env, "TMPDIR": tmpdir}, wrapped=True)
+    denied = _filter(sockets=seccomp.ALL, namespaced=True, nesting=fence.nesting)
+    return replace(command, argv=argv, env={**command.env, "TMPDIR": tmpdir}, wrapped=True, filter=denied)
+
+
+def _filter(*, sockets: str, namespaced: bool, nesting: bool) -> str | None:
+    return seccomp.build(sockets=sockets, namespaced=namespaced, nesting=nesting).hex() if _CAN_FILTER else None
 
 
 def _accesses(fence: Fence) -> dict[Path, _Access]:
@@ -157,19 +159,14 @@ def _exists(path: Path) -> bool:
 # bubblewrap
 
 
-def _find_bubblewrap(environ: Mapping[str, str]) -> str | None:
-    found = shutil.which("bwrap", path=environ.get("PATH", os.defpath))
-    return None if found is None else str(Path(found).absolute())
-
-
 async def _bubblewrap_problem(network: bool, environ: Mapping[str, str]) -> str | None:
-    bwrap = _find_bubblewrap(environ)
+    bwrap = bubblewrap.find(environ)
     if bwrap is None:
         return "there is no `bwrap` on PATH"
     scratch = Path(await anyio.to_thread.run_sync(tempfile.mkdtemp))
     try:
         # The flags that are used, since a machine may forbid any one of them; the program is one that surely is there.
-        options = await anyio.to_thread.run_sync(_mounts, Fence((), (), (), scratch, network))
+        options = await anyio.to_thread.run_sync(_options, Fence((), (), (), scratch, network), bwrap)
         probe = [bwrap, *options, "--", bwrap, "--version"]
         done = await process.run(probe, env=environ, cwd=Path("/"), timeout=_PROBE_PATIENCE)
     except (OSError, TimeoutError) as error:
@@ -182,13 +179,18 @@ async def _bubblewrap_problem(network: bool, environ: Mapping[str, str]) -> str 
     return done.stderr.decode(errors="replace").strip() or f"it ended with exit code {done.returncode}"
 
 
+def _options(fence: Fence, bwrap: str) -> list[str]:
+    sealed = () if fence.nesting or not bubblewrap.seals_namespaces(bwrap) else ("--disable-userns",)
+    return [*_NAMESPACES, *sealed, *(() if fence.network else ("--unshare-net",)), *_SYSTEM, *_mounts(fence)]
+
+
 def _mounts(fence: Fence) -> list[str]:
     """Return bubblewrap's options: mounts from the root downwards, so that what is more specific is on top."""
     accesses = _accesses(fence)
     scratch = str(fence.scratch.resolve())
     private = {path.resolve() for path in map(Path, ("/tmp", "/var/tmp")) if _exists(path)}  # noqa: S108  (hidden)
     covers = dict.fromkeys(private, _Access.HIDDEN) | _run_folder() | accesses
-    options = [*_NAMESPACES, *(() if fence.network else ("--unshare-net",)), *_SYSTEM]
+    options: list[str] = []
     sealed: list[str] = []
     for path in sorted(covers, key=lambda path: len(path.parts)):
         access, place = covers[path], str(path)
@@ -235,8 +237,8 @@ def _is_hidden_already(path: Path, covers: Mapping[Path, _Access]) -> bool:
 
 
 def _landlock_problem(network: bool) -> str | None:
-    if not network:
-        return _NO_NETWORK
+    if not network and not _CAN_FILTER:
+        return "this machine's system calls can't be filtered, so that it can't keep a session off the network"
     if (version := landlock.abi()) < landlock.ABI_NEEDED:
         has = f"has only its ABI {version}" if version else "has none, or has it switched off"
         return f"this kernel {has}, and ABI {landlock.ABI_NEEDED} (Linux 6.2) is needed"

@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Literal
 
@@ -41,9 +41,11 @@ class SupervisedCommand:
 
     After `silence` seconds without output and without a change beneath the folders `watched`, it is stopped as
     after `timeout`. `redact` is the ASCII source of an expression for bytes: what it finds is not written to
-    `stdout` and `stderr`, and neither are private keys; see `orchestrator.sessions.redaction`. The last two are
+    `stdout` and `stderr`, and neither are private keys; see `orchestrator.sessions.redaction`. `limits` are the
+    most that each process may have of a resource, by its name in setrlimit(2) (`CORE`, `NOFILE`). The last three are
     the sandbox's (`orchestrator.sessions.sandbox`): `wrapped` if `argv` starts a bubblewrap that reports to file
-    descriptor 3, `landlock` the rules of `orchestrator.sandbox.landlock.confine`.
+    descriptor 3 and reads a filter from 4, `landlock` the rules of `orchestrator.sandbox.landlock.confine`, `filter`
+    what `orchestrator.sandbox.seccomp.build` returned, in hexadecimal.
     """
 
     argv: Sequence[str]
@@ -62,6 +64,8 @@ class SupervisedCommand:
     redact: str | None = None
     wrapped: bool = False
     landlock: tuple[tuple[str, str], ...] | None = None
+    filter: str | None = None
+    limits: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +172,8 @@ def _spec(command: SupervisedCommand) -> bytes:
         "redact": command.redact,
         "wrapped": command.wrapped,
         "landlock": command.landlock,
+        "filter": command.filter,
+        "limits": dict(command.limits),
     }
     return json.dumps(fields).encode() + b"\n"
 

@@ -30,11 +30,13 @@ import fcntl
 import json
 import os
 import re
+import resource
 import select
 import signal
 import sys
 import time
 
+from orchestrator.sandbox import seccomp
 from orchestrator.sandbox.landlock import confine
 from orchestrator.sessions.capture import CHUNK_BYTES, Stream
 from orchestrator.sessions.family import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, Family, prctl
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 
 CONTROL, STATUS = 0, 1
 WRAPPER_STATUS = 3  # where `argv` tells a wrapper to report to
+WRAPPER_FILTER = 4  # where it tells it to read a filter of system calls from
 LOCK_PATIENCE = 2.0  # seconds; longer than anyone who only looks whether the lock is free keeps it
 LOOK_INSIDE = 0.05  # seconds; between looks into a wrapper, whether anybody lives there
 TIDYING = 0.5  # the share of the grace in which a CLI that was interrupted is left alone
@@ -92,6 +95,8 @@ class Spec:
         self.watched: list[str] = fields["watched"]
         self.wrapped: bool = fields["wrapped"]
         self.landlock: list[tuple[str, str]] | None = fields["landlock"]
+        self.filter: bytes | None = None if fields["filter"] is None else bytes.fromhex(fields["filter"])
+        self.limits: dict[str, int] = fields["limits"]
 
 
 class Control:
@@ -179,6 +184,8 @@ def start(spec: Spec, streams: list[Stream], wrapper: Wrapper | None) -> int:
     given = [stdin, *(stream.write_end for stream in streams)]
     if wrapper is not None:
         given.append(wrapper.write_end)
+        if spec.filter is not None:
+            given.append(readable(spec.filter))
     pid = os.fork()
     if pid == 0:
         become(spec, given, parent, complain)
@@ -190,6 +197,14 @@ def start(spec: Spec, streams: list[Stream], wrapper: Wrapper | None) -> int:
         os.waitpid(pid, 0)
         raise SpawnError(why, int(number))
     return pid
+
+
+def readable(data: bytes) -> int:
+    """Return a file descriptor from which a little data can be read."""
+    read, write = os.pipe()
+    os.write(write, data)
+    os.close(write)
+    return read
 
 
 def become(spec: Spec, given: list[int], parent: int, complain: int) -> NoReturn:
@@ -206,9 +221,14 @@ def become(spec: Spec, given: list[int], parent: int, complain: int) -> NoReturn
         os.umask(0o022)
         os.chdir(spec.cwd)
         complain = give(given, complain)
+        what = "a limit could not be set"
+        for name, most in spec.limits.items():
+            limit(name, most)
         if spec.landlock is not None:
             what = "the sandbox could not be made"
             confine(spec.landlock)
+            if spec.filter is not None:
+                seccomp.install(spec.filter)
         what = spec.argv[0]
         os.execvpe(what, spec.argv, spec.env)  # noqa: S606  (an argv, never a shell)
     except (OSError, ValueError) as exc:
@@ -218,9 +238,17 @@ def become(spec: Spec, given: list[int], parent: int, complain: int) -> NoReturn
         os._exit(127)
 
 
+def limit(name: str, most: int) -> None:
+    """Let this process, and each that it starts, have no more of a resource; never more than it may have already."""
+    number = getattr(resource, f"RLIMIT_{name}")
+    hard = resource.getrlimit(number)[1]
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(number, (most, most))
+
+
 def give(given: list[int], complain: int) -> int:
     """Make `given` the file descriptors from 0 on; returns where `complain`, which may have been in the way, is."""
-    above = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, WRAPPER_STATUS + 1) for fd in (*given, complain)]
+    above = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, WRAPPER_FILTER + 1) for fd in (*given, complain)]
     for target, fd in enumerate(above[:-1]):
         os.dup2(fd, target)
     return above[-1]

@@ -6,8 +6,11 @@ SETTING is JSON: the paths `tree`, `house`, `hidden`, `outside`, `pid` of a proc
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
+import multiprocessing
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -22,6 +25,9 @@ PID, PORT = SETTING["pid"], SETTING["port"]
 LIBC = ctypes.CDLL(None, use_errno=True)
 MS_RDONLY, MS_REMOUNT, MS_BIND = 1, 32, 4096
 PTRACE_SEIZE = 0x4206
+NUMBERS = {"x86_64": {"add_key": 248, "io_uring_setup": 425}, "aarch64": {"add_key": 217, "io_uring_setup": 425}}[
+    os.uname().machine
+]
 
 
 def read_hidden() -> object:
@@ -184,6 +190,131 @@ def network() -> object:
 
 def interfaces() -> object:
     return [name for _, name in socket.if_nameindex() if name != "lo"]
+
+
+# What the table in docs/security.md asks, beside the above
+
+
+def chmod_and_times() -> object:
+    KEPT.chmod(0o640)
+    os.utime(KEPT, (1, 1))
+    return True
+
+
+def attributes() -> object:
+    os.setxattr(KEPT, "user.planted", b"x")
+    return True
+
+
+def read_kept() -> object:
+    return KEPT.read_bytes()
+
+
+def execute() -> object:
+    return subprocess.run(["/usr/bin/env", "true"], check=False).returncode == 0
+
+
+def gain_privileges() -> object:
+    return "NoNewPrivs:\t0" in Path("/proc/self/status").read_text()
+
+
+def own_loopback() -> object:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        socket.create_connection(server.getsockname(), timeout=5).close()
+    return True
+
+
+def _connect(address: object) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(address)  # type: ignore[arg-type]  # a path, or a name that begins with a null
+    return True
+
+
+def run_socket() -> object:
+    return _connect(SETTING["run_socket"])
+
+
+def hidden_socket() -> object:
+    return _connect(SETTING["hidden_socket"])
+
+
+def abstract_socket() -> object:
+    return _connect("\0" + SETTING["abstract_socket"])
+
+
+def terminal() -> object:
+    terminal = os.open(SETTING["terminal"], os.O_RDWR | os.O_NOCTTY)
+    return os.write(terminal, b"x")
+
+
+def type_into_terminal() -> object:
+    """Fail with ENOTTY or EIO, from the kernel itself, where the call is not denied."""
+    if LIBC.ioctl(0, 0x5412, b"x") == 0:
+        return True
+    return ctypes.get_errno() != errno.EPERM
+
+
+def own_terminal() -> object:
+    return os.openpty()
+
+
+def signal_outside() -> object:
+    os.kill(PID, 0)
+    return True
+
+
+def see_processes() -> object:
+    return "sleep" in Path(f"/proc/{PID}/comm").read_text()
+
+
+def memory_of_others() -> object:
+    return ptrace() or Path(f"/proc/{PID}/environ").read_bytes()
+
+
+def shared_memory() -> object:
+    return Path("/dev/shm", SETTING["shared"]).read_bytes() or LIBC.shmat(SETTING["segment"], None, 0) != -1
+
+
+def system_v() -> object:
+    LIBC.shmat.restype = ctypes.c_void_p
+    return LIBC.shmat(SETTING["segment"], None, 0) != ctypes.c_void_p(-1).value
+
+
+def own_shared_memory() -> object:
+    return multiprocessing.Lock()
+
+
+def keyring() -> object:
+    return LIBC.syscall(NUMBERS["add_key"], b"user", b"planted", b"x", 1, -2) > 0
+
+
+def io_uring() -> object:
+    return LIBC.syscall(NUMBERS["io_uring_setup"], 1, ctypes.create_string_buffer(120)) >= 0
+
+
+def namespaces() -> object:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if LIBC.unshare(0x10000000) == 0 else 1)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+def core_dump() -> object:
+    return resource.getrlimit(resource.RLIMIT_CORE)[0] != 0
+
+
+def huge_file() -> object:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with (TREE / "huge").open("wb") as file:
+        file.truncate(SETTING["file_size"] + 1)
+    return True
+
+
+def huge_memory() -> object:
+    try:
+        return len(bytearray(SETTING["memory"]))
+    except MemoryError:
+        return False
 
 
 def attempt(attack: Callable[[], object]) -> bool:

@@ -12,7 +12,7 @@ import anyio
 import psutil
 import pytest
 
-from orchestrator.config.model import Reach, SetupStep
+from orchestrator.config.model import FenceConfig, Reach, SetupStep
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Exhausted, Failed, Interrupted, Outcome
 from orchestrator.domain.secrets import Redactor
@@ -52,7 +52,9 @@ class Place:
         (self.hidden / "secret").write_text("canary")
         environ = {"PATH": os.environ["PATH"], "GIVEN": "g", "OTHER": "o"}
         variables = {"COUNCIL_NAME": "place-1", "COUNCIL_PORT_0": "5000"}
-        fencing = Fencing(kind, (self.hidden,), network=True, reach=Reach(readable=(Path(sys.prefix),)))
+        fencing = Fencing(
+            kind, (self.hidden,), FenceConfig(sandbox=kind, network=True, reach=Reach(readable=(Path(sys.prefix),)))
+        )
         self.shell = Shell(
             fencing=fencing,
             ground=Ground((self.tree,), (top / "readable",), top / "place" / "tmp"),

@@ -19,7 +19,7 @@ import pytest
 
 from orchestrator.client.commands import LARGEST_HANDOFF, LARGEST_REQUEST
 from orchestrator.client.session import Session
-from orchestrator.config.model import Reach
+from orchestrator.config.model import FenceConfig, Reach
 from orchestrator.repo.hub import Hub
 from orchestrator.repo.places import Place
 from orchestrator.repo.worktrees import Worktree
@@ -84,7 +84,7 @@ class Site:
             grace=5,
             lock=worktree.lock,
         )
-        fencing = Fencing(kind, (self.hub.root,), network=True, reach=Reach())
+        fencing = Fencing(kind, (self.hub.root,), FenceConfig(sandbox=kind, network=True, reach=Reach()))
         fenced = await fencing.around(Ground.of(worktree), replace(command, **changes), mailbox.reach)
         ended = await run_supervised(fenced)
         assert ended.spawn_error is None, ended

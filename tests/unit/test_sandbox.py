@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import RefusedError
-from orchestrator.sandbox import landlock
+from orchestrator.sandbox import bubblewrap, landlock
 from orchestrator.sessions import sandbox
 from orchestrator.sessions.sandbox import Fence, SandboxKind, choose_sandbox, fence_in
 from orchestrator.sessions.supervised import SupervisedCommand
@@ -91,7 +91,8 @@ def test_devices_that_are_not_for_everybody_are_hidden(top: Path) -> None:
 
 def test_mounts_go_from_the_root_downwards(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A more specific path is mounted on top of a less specific one, and what hides is sealed last."""
-    monkeypatch.setattr(sandbox, "_find_bubblewrap", lambda _: "/bin/bwrap")
+    monkeypatch.setattr(bubblewrap, "find", lambda: "/bin/bwrap")
+    monkeypatch.setattr(bubblewrap, "seals_namespaces", lambda _: True)
     house = top / "house"
     fence = Fence(
         (house / "hidden/tree", top / "gone"),
@@ -117,6 +118,7 @@ def test_mounts_go_from_the_root_downwards(top: Path, monkeypatch: pytest.Monkey
     assert "gone" not in text
     assert options[0] == "/bin/bwrap"
     assert "--unshare-net" in options
+    assert "--disable-userns" in options
     assert options[-2:] == ["--", "program"]
     assert given.wrapped
     assert given.env == {"A": "b", "TMPDIR": "/tmp"}

@@ -1,0 +1,32 @@
+"""Where bubblewrap is, and what the installed version can do. See bwrap(1)."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+_PATIENCE: Final = 20.0  # seconds; it takes milliseconds
+
+
+def find(environ: Mapping[str, str] | None = None) -> str | None:
+    """Return the absolute path of the program on PATH; None if there is none."""
+    found = shutil.which("bwrap", path=None if environ is None else environ.get("PATH"))
+    return None if found is None else str(Path(found).absolute())
+
+
+@cache
+def seals_namespaces(program: str) -> bool:
+    """Return whether it can keep what it runs from making user namespaces (`--disable-userns`, from 0.8). Blocks."""
+    try:
+        done = subprocess.run(
+            [program, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=_PATIENCE, check=False
+        )
+    except (OSError, subprocess.SubprocessError):
+        return False
+    version = re.search(rb"(\d+)\.(\d+)", done.stdout)
+    return version is not None and (int(version[1]), int(version[2])) >= (0, 8)

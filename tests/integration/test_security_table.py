@@ -1,0 +1,164 @@
+"""The table in docs/security.md: a program in each sandbox tries what the rows name, and the cells say how it ends."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from orchestrator.config.model import FenceConfig, LimitsConfig, Reach
+from orchestrator.errors import RefusedError
+from orchestrator.sandbox import seccomp
+from orchestrator.sessions.fencing import Fencing, Ground
+from orchestrator.sessions.sandbox import SandboxKind, choose_sandbox
+from orchestrator.sessions.supervised import SupervisedCommand, run_supervised
+
+pytestmark = pytest.mark.skipif(not seccomp.is_supported(), reason="the table is for Linux on x86_64 and aarch64")
+
+PAGE = Path(__file__).parents[2] / "docs" / "security.md"
+HOSTILE = Path(__file__).with_name("hostile.py")
+FILE_SIZE, MEMORY = 1 << 20, 512 << 20
+
+#: The row, and what `hostile.py` does to find out; with `network: off` in the second table.
+ROWS = {
+    "**read** other files of yours": "read_kept",
+    "**read** what is hidden": "read_hidden",
+    "**write** outside of its own folders": "write_outside",
+    "**write** modes and times of other files of yours": "chmod_and_times",
+    "**write** extended attributes of other files of yours": "attributes",
+    "**execute** programs of the machine": "execute",
+    "**execute** programs with more privileges (setuid)": "gain_privileges",
+    "**network** with `network: on`": "network",
+    "**sockets** of services in `/run`": "run_socket",
+    "**sockets** elsewhere that are hidden": "hidden_socket",
+    "**sockets** without a file (abstract), with `network: on`": "abstract_socket",
+    "**terminal** of yours: read and write": "terminal",
+    "**terminal** of yours: type into it (`TIOCSTI`)": "type_into_terminal",
+    "**terminal** of its own (pseudo-terminal)": "own_terminal",
+    "**signals** to processes outside": "signal_outside",
+    "**processes** outside: see": "see_processes",
+    "**processes** outside: trace or read their memory": "memory_of_others",
+    "**shared memory** of others (`/dev/shm`, System V)": "shared_memory system_v",
+    "**shared memory** of its own": "own_shared_memory",
+    "**keyring** of the kernel": "keyring",
+    "**kernel** interfaces that escapes begin with (io_uring, userfaultfd, bpf)": "io_uring",
+    "**kernel** namespaces of its own": "namespaces",
+    "**limits**: write a core dump": "core_dump",
+    "**limits**: write a file larger than `limits.file_size`": "huge_file",
+    "**limits**: have more memory than `limits.memory` in a process": "huge_memory",
+}
+WITHOUT_NETWORK = {
+    "**network** with `network: off`": "network",
+    "**network** on a loopback of its own with `network: off`": "own_loopback",
+}
+
+
+def table() -> dict[str, dict[str, str]]:
+    """Return the cells of the page by row and by kind of sandbox."""
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("|")]
+    heads, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0]: dict(zip((head.lower() for head in heads[1:]), row[1:], strict=True)) for row in rows}
+
+
+def test_each_row_of_the_table_is_tried() -> None:
+    """A row that nobody tries is a claim without proof."""
+    assert table().keys() == ROWS.keys() | WITHOUT_NETWORK.keys()
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Iterator[dict[str, object]]:
+    """What is on the machine besides the session: a process, a terminal, sockets, shared memory."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    folders = {name: tmp_path / name for name in ("house", "hidden", "outside", "tree", "scratch")}
+    for folder in folders.values():
+        folder.mkdir()
+    (folders["hidden"] / "secret").write_text("canary")
+    (folders["house"] / "kept").write_text("kept")
+    run_folder = Path("/run") if os.access("/run", os.W_OK) else Path(f"/run/user/{os.getuid()}")
+    run_socket = run_folder / f"council-test-{os.getpid()}"
+    hidden_socket = Path(f"/tmp/council-test-{os.getpid()}")  # a socket's path is short
+    shared = Path("/dev/shm", f"council-test-{os.getpid()}")
+    with ExitStack() as stack:
+        process = stack.enter_context(subprocess.Popen(["sleep", "300"], env={"CANARY": "x"}))
+        stack.callback(process.kill)
+        controller, terminal = os.openpty()
+        stack.callback(os.close, controller), stack.callback(os.close, terminal)
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        for address in (str(run_socket), str(hidden_socket), f"\0council-test-{os.getpid()}"):
+            listening = stack.enter_context(socket.socket(socket.AF_UNIX))
+            with suppress(FileNotFoundError, PermissionError):
+                listening.bind(address)
+                listening.listen()
+        shared.write_text("canary")
+        for path in (run_socket, hidden_socket, shared):
+            stack.callback(path.unlink, missing_ok=True)
+        segment = libc.shmget(0, 4096, 0o1600)
+        stack.callback(libc.shmctl, segment, 0, None)
+        yield {
+            **{name: str(path) for name, path in folders.items()},
+            "pid": process.pid,
+            "port": server.getsockname()[1],
+            "terminal": os.ttyname(terminal),
+            "run_socket": str(run_socket),
+            "hidden_socket": str(hidden_socket),
+            "abstract_socket": f"council-test-{os.getpid()}",
+            "shared": shared.name,
+            "segment": segment,
+            "file_size": FILE_SIZE,
+            "memory": MEMORY,
+        }
+
+
+async def tried(kind: SandboxKind, setting: dict[str, object], rows: dict[str, str], *, network: bool) -> set[str]:
+    """Return the rows of which something succeeded in a session."""
+    place = {name: Path(str(setting[name])) for name in ("house", "hidden", "tree", "scratch")}
+    python = (Path(sys.prefix), Path(sys.base_prefix))
+    config = FenceConfig(
+        sandbox=kind,
+        network=network,
+        limits=LimitsConfig(file_size=FILE_SIZE, memory=MEMORY),
+        reach=Reach(readable=(HOSTILE, place["house"], *python)),
+    )
+    attacks = [attack for names in rows.values() for attack in names.split()]
+    top = place["house"].parent
+    command = SupervisedCommand(
+        argv=[sys.executable, "-I", str(HOSTILE), json.dumps(setting), *attacks],
+        env={"PATH": os.environ["PATH"]},
+        cwd=place["tree"],
+        stdin=None,
+        stdout=top / "stdout",
+        stderr=top / "stderr",
+        cap=1 << 20,
+        timeout=60,
+        grace=5,
+        lock=top / "task.1.lock",
+    )
+    fencing = Fencing(kind, (place["hidden"], Path(str(setting["hidden_socket"]))), config)
+    ended = await run_supervised(await fencing.around(Ground((place["tree"],), (), place["scratch"]), command, Reach()))
+    said = (top / "stdout").read_text() + (top / "stderr").read_text()
+    assert (ended.exit, ended.spawn_error) == (0, None), said
+    succeeded = json.loads((top / "stdout").read_text())
+    return {row for row, names in rows.items() if set(names.split()) & set(succeeded)}
+
+
+@pytest.mark.parametrize("kind", SandboxKind)
+async def test_a_session_can_do_what_the_table_says(kind: SandboxKind, outside: dict[str, object]) -> None:
+    """Yes where an attempt succeeds, no where it does not, in each kind of sandbox that this machine has."""
+    try:
+        await choose_sandbox(kind, network=True, environ=os.environ)
+    except RefusedError as refused:
+        pytest.skip(str(refused))
+    expected = {row: cells[kind] == "yes" for row, cells in table().items()}
+    found = await tried(kind, outside, ROWS, network=True)
+    assert {row: row in found for row in ROWS} == {row: expected[row] for row in ROWS}
+    if kind is not SandboxKind.OFF:
+        found = await tried(kind, outside, WITHOUT_NETWORK, network=False)
+        assert {row: row in found for row in WITHOUT_NETWORK} == {row: expected[row] for row in WITHOUT_NETWORK}
