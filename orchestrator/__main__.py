@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path and sys.path[0] != os.path.dirname(os.path.dirname(__file__)):  # noqa: PTH120
+    # `python -m` puts the current folder there: a repository may have a `json.py` or an `adapters` of its own.
+    del sys.path[0]
 
 from orchestrator.client.main import run
 

@@ -170,6 +170,12 @@ async def _find(scene: Scene, name: str) -> AdapterConfig:
     return AdapterConfig(name=name, use=name, capacity=None, reach=Reach(), keep_ignored=(), options=options)
 
 
+def contract_command() -> list[str]:
+    """Return the command line that runs the contract of adapters in a process of its own."""
+    # Without `-P` Python would import modules of the current folder, which is the user's repository, in place of ours.
+    return [sys.executable, "-P", "-m", "orchestrator.testing.contract_run"]
+
+
 async def _check_contract(scene: Scene, adapter: AdapterConfig) -> Sequence[Result] | str:
     spec = {
         "name": adapter.name,
@@ -177,10 +183,9 @@ async def _check_contract(scene: Scene, adapter: AdapterConfig) -> Sequence[Resu
         "options": adapter.options.model_dump(mode="json", exclude_unset=True),
         "places": [str(place) for place in (scene.file, scene.top) if place is not None],
     }
-    argv = [sys.executable, "-m", "orchestrator.testing.contract_run"]
     try:
         done = await process.run(
-            argv,
+            contract_command(),
             env=os.environ,
             cwd=Path.cwd(),
             timeout=_CONTRACT_PATIENCE,

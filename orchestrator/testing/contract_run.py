@@ -79,8 +79,9 @@ def main() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()) as said:
         module = Path(folder) / "test_adapter.py"
         module.write_text(_MODULE)
-        places = [f"--basetemp={folder}/temporary", "-c", os.devnull, "--rootdir", folder, str(module)]
-        options = ["-q", "-p", "no:cacheprovider", *places]
+        # Without `--confcutdir` pytest would run a `conftest.py` that anybody left in the folder for temporary files.
+        places = ["--confcutdir", folder, "-c", os.devnull, "--rootdir", folder, f"--basetemp={folder}/temporary"]
+        options = ["-q", "-p", "no:cacheprovider", *places, str(module)]
         pytest.main(options, plugins=[recorder])
     if not recorder.results:
         return {"error": f"the contract could not be run: {said.getvalue().strip()[-_LONGEST:]}"}

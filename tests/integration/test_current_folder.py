@@ -1,0 +1,88 @@
+"""Python code in the current folder, which is a repository of anybody's, is never imported by what we start."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from adapters.jsonlines import bridge_command
+from orchestrator import process
+from orchestrator.cli.adapter_test import contract_command
+from orchestrator.process import own_program
+
+#: Names that our programs import, of this package and of others.
+MODULES = ("orchestrator", "adapters", "json", "typing", "click", "pytest", "anyio", "sitecustomize", "usercustomize")
+
+
+@pytest.fixture
+def trap(tmp_path: Path, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder full of modules that leave a trace when they are imported; return the trace."""
+    folder, trace = tmp_path / "repository", tmp_path / "trace"
+    folder.mkdir()
+    code = f"open({str(trace)!r}, 'a').write(__name__ + '\\n')\n"
+    for name in (*MODULES, "conftest"):
+        (folder / f"{name}.py").write_text(code)
+    for name in ("orchestrator", "adapters"):
+        (folder / f"{name}.py").unlink()
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(code)
+    monkeypatch.chdir(folder)
+    return trace
+
+
+def own(module: str, function: str) -> list[str]:
+    """Return the command line of a program of ours that reads what it is to do."""
+    return own_program(module, function)[0]
+
+
+COMMANDS = {
+    "the adapter contract": contract_command(),
+    "a bridge": [*bridge_command("acp", "--ready")],
+    "the command of a session": [*own("orchestrator.__main__", "main"), "--help"],
+    "the supervisor": own("orchestrator.sessions.supervisor", "main"),
+    "the walker": own("orchestrator.repo.walker", "serve"),
+    "the console script": [sys.executable, str(Path(sys.executable).with_name("council")), "adapters", "--json"],
+}
+
+
+@pytest.mark.parametrize("what", COMMANDS)
+def test_what_we_start_imports_nothing_from_the_current_folder(trap: Path, environ: dict[str, str], what: str) -> None:
+    """Whatever the program then says of its input."""
+    stored = {"use": "command", "options": {}}
+    spec = {"name": "x", "stored": stored, "options": {"argv": ["true"]}, "places": []}
+    done = subprocess.run(
+        COMMANDS[what], env=environ, input=json.dumps(spec), capture_output=True, text=True, check=False
+    )
+    assert not trap.exists(), (trap.read_text(), done)
+    if what == "the adapter contract":
+        assert len(json.loads(done.stdout)["results"]) > 30
+
+
+def test_python_m_imports_nothing_of_the_current_folder_once_it_runs_our_package(
+    trap: Path, environ: dict[str, str]
+) -> None:
+    """A package `orchestrator` there would be run in place of ours: that is Python's rule, `-P` turns it off."""
+    package = Path("orchestrator")
+    (package / "__init__.py").unlink()
+    package.rmdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator", "--help"], env=environ, capture_output=True, text=True, check=False
+    )
+    assert not trap.exists(), trap.read_text()
+    assert done.stdout.startswith("Usage: council"), done
+
+
+async def test_the_contract_of_adapters_runs_no_conftest_of_a_shared_temporary_folder(
+    trap: Path, environ: dict[str, str], tmp_path: Path
+) -> None:
+    """Such as one that another user of the machine left in `/tmp`."""
+    spec = {"name": "x", "stored": {"use": "command"}, "options": {"argv": ["true"]}, "places": []}
+    shared = {**environ, "TMPDIR": str(Path.cwd())}
+    done = await process.run(contract_command(), env=shared, cwd=tmp_path, input=json.dumps(spec).encode())
+    assert json.loads(done.stdout)["results"]
+    assert not trap.exists(), (trap.read_text(), shlex.join(contract_command()))
