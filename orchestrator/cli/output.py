@@ -92,6 +92,7 @@ SENTENCES: Mapping[str, str] = {
     "run.joined": "process {pid} on {host} works here, too",
     "task.after_run_failed": "a command after its session failed: {reason}",
     "place.teardown_failed": "{place}: a command of its teardown failed: {reason}",
+    "run.hooks_skipped": "landings do not run the hooks in {hooks}: {reason}",
     "place.ports_changed": "{place} got other ports, somebody else has {lost}",
     "task.worktree_kept": "its worktree stays in {worktree}: {reason}",
     "note.left": "left a note {note} for later sessions",

@@ -21,6 +21,7 @@ from orchestrator.repo.origin import User
 from orchestrator.repo.site import Site, find_site
 from orchestrator.repo.source import Source
 from orchestrator.repo.supported import check_complete, check_supported
+from orchestrator.repo.users_programs import filter_in_way
 from orchestrator.sessions.sandbox import SandboxKind, choose_sandbox
 
 #: Characters of all prompts of a run together: they are recorded at once.
@@ -147,8 +148,12 @@ async def check_checkout(
         return
     git = Git(None, users=True, environ=environ)
     checkout = await checkout_of(repository, target, git)
-    changed = [] if checkout is None else await changes_in(checkout, git)
-    if changed:
+    if checkout is None:
+        return
+    # First of all, because to look for changes runs it, too.
+    if (found := await filter_in_way(repository, git, checkout)) is not None:
+        raise RefusedError(*found)
+    if changed := await changes_in(checkout, git):
         raise RefusedError(
             f"{target!r} is checked out in {checkout} with changes that are not committed ({', '.join(changed[:3])})",
             "commit or stash them, set another `target`, or land later with --allow-deferred",

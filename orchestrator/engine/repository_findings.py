@@ -22,6 +22,7 @@ from orchestrator.repo.checkout import LocalRepository, check_own
 from orchestrator.repo.git import Git, shown
 from orchestrator.repo.site import Site, find_site
 from orchestrator.repo.supported import check_complete, check_supported
+from orchestrator.repo.users_programs import WHY_SKIPPED, hooks_in_checkouts
 
 _REACH = 20.0  # seconds for a server to answer
 #: Stands for the branch that a run makes where the file names no target.
@@ -79,6 +80,10 @@ async def _look_at_site(
     if run is not None and run.target is not None:
         clean = check_checkout(repository, run.target, environ, allow_deferred=False)
         found.append(await _judged("target", shown(f"{run.target} can be landed on"), clean))
+    if hooks := await hooks_in_checkouts(repository, users):
+        named = shown(", ".join(str(hook) for hook in hooks[:_MOST_NAMED]))
+        what, _, remedy = WHY_SKIPPED.partition(": ")
+        found.append(Finding("hooks", Level.WARNING, f"landings do not run the hooks in {named}: {what}", remedy))
     if repository.top is not None:
         found.append(await _look_at_folder(Project(repository.top), users, environ))
     return Looked(found, repository.top, size)

@@ -32,6 +32,7 @@ from orchestrator.repo.provisions import Provisions
 from orchestrator.repo.reset import Keep
 from orchestrator.repo.site import Site, find_site
 from orchestrator.repo.source import Source
+from orchestrator.repo.users_programs import WHY_SKIPPED, hooks_in_checkouts
 from orchestrator.repo.worktrees import Worktree
 from orchestrator.sandbox.credentials import credentials_of
 from orchestrator.sessions.checks import Checks
@@ -160,6 +161,10 @@ async def open_workshop(
 
     async def tell(what: str, facts: JsonObject) -> None:
         await store.commit(Commit([], [Event(what, {"run": run.id, **facts})]))
+
+    if site.repository is not None:
+        if hooks := await hooks_in_checkouts(site.repository, Git(None, users=True, environ=environ)):
+            await tell("run.hooks_skipped", {"hooks": [str(hook) for hook in hooks], "reason": WHY_SKIPPED})
 
     async def lease(place: Path) -> Mapping[str, str]:
         found = await leases.lease(place)

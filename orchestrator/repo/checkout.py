@@ -85,6 +85,18 @@ def checkouts_in(folder: Path) -> list[str]:
     return [".", *(f"worktrees/{name}" for name in linked)]
 
 
+def tops_of(repository: LocalRepository) -> list[Path]:
+    """Return the tops of a repository's checkouts on this machine, links resolved. Blocks."""
+    folder = repository.git_dir
+    tops = [] if repository.top is None else [repository.top]
+    tops += [folder.parent] if folder.name == ".git" else []
+    for name in checkouts_in(folder)[1:]:
+        with suppress(OSError):
+            written = os.fsdecode((folder / name / "gitdir").read_bytes()).rstrip("\n")
+            tops.append((folder / name / written).parent)
+    return list(dict.fromkeys(top.resolve() for top in tops))
+
+
 def read_heads(folder: Path) -> dict[str, str]:
     """Return what the HEAD of each checkout holds, by its git directory as `checkouts_in` has it. Blocks."""
     found = {}

@@ -22,6 +22,7 @@ from orchestrator.repo.checkout import LocalRepository, changes_in, checkout_of,
 from orchestrator.repo.git import Git, shown, split_nul
 from orchestrator.repo.hub import Hub
 from orchestrator.repo.source import Source
+from orchestrator.repo.users_programs import filter_in_way
 
 TRAILER = "Council-Task"
 
@@ -277,6 +278,10 @@ class Target:
         checkout = await self._checkout()
         if checkout is None:
             return None
+        assert self._repository is not None, "what is checked out is on this machine"  # noqa: S101
+        # First of all, because to look for changes runs them, too.
+        if (found := await filter_in_way(self._repository, self._users_git(), checkout)) is not None:
+            return ": ".join(found)
         if changed := await changes_in(checkout, self._users_git()):
             return f"the target's checkout has changes of your own ({', '.join(changed[:3])}): commit or stash them"
         arguments = ("diff-tree", "-r", "-z", "--name-only", "--no-renames", "--diff-filter=A")

@@ -27,7 +27,7 @@ class Site:
 
     def source(self, git: Git) -> Source:
         """Return the repository as a source of work, for git in the trusted repository."""
-        return Source.of(self.location, is_local=self.repository is not None, git=git)
+        return Source.of(self.location, is_local=self.repository is not None, git=git, repository=self.repository)
 
 
 async def find_site(repo: str, *, is_url: bool, environ: Mapping[str, str]) -> Site:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from orchestrator.repo.checkout import LocalRepository, checkout_of, inspect
 from orchestrator.repo.git import Git, read_ref
+from orchestrator.repo.users_programs import hooks_for_landing
 
 # Applied at the user's side of a push to a path: a branch that is checked out moves together with its files if
 # they are clean, and no housekeeping starts in their repository on our account.
 _RECEIVE = (
     "git -c receive.denyCurrentBranch=updateInstead -c receive.autogc=false -c gc.auto=0 -c core.fsmonitor=false"
-    " receive-pack"
+    "{hooks} receive-pack"
 )
 # On one machine there is no line to spare the bytes for: what is not a delta in their packs stays none.
 _UPLOAD = "git -c pack.window=0 upload-pack"
@@ -33,11 +36,13 @@ class Source:
     location: str
     is_local: bool
     git: Git
+    repository: LocalRepository | None = None
+    """The repository at a path, where it is known already."""
 
     @classmethod
-    def of(cls, location: str, *, is_local: bool, git: Git) -> Source:
+    def of(cls, location: str, *, is_local: bool, git: Git, repository: LocalRepository | None = None) -> Source:
         """Return the source, talked to in the user's own git environment."""
-        return cls(location, is_local, replace(git, users=True))
+        return cls(location, is_local, replace(git, users=True), repository)
 
     async def tip(self, branch: str) -> str | None:
         """Return the commit id that a branch is at; None if it does not exist."""
@@ -63,10 +68,11 @@ class Source:
     async def push(self, new: str, branch: str, old: str | None, keep_fds: Sequence[int]) -> Pushed:
         """Move a branch from `old` (None: it must not exist) to `new`, or not at all.
 
-        The command, and all that it starts at the other side of a path, holds `keep_fds` until it has ended.
+        Hooks of the user's run, but none that is inside a checkout: the push itself may have written it. The command,
+        and all that it starts at the other side of a path, holds `keep_fds` until it has ended.
         """
         ref = f"refs/heads/{branch}"
-        receive = [f"--receive-pack={_RECEIVE}"] if self.is_local else []
+        receive = [f"--receive-pack={await self._receive(branch)}"] if self.is_local else []
         done = await self.git(
             "-c", "push.pushOption=", "push", "--porcelain", "--no-verify", "--no-signed", "--recurse-submodules=no",
             f"--force-with-lease={ref}:{old or ''}", *receive,
@@ -78,3 +84,11 @@ class Source:
         lines = [line for line in done.stdout.decode(errors="replace").splitlines() if line.startswith("!")]
         said = lines[0].split("\t")[-1] if lines else " ".join(done.stderr.decode(errors="replace").split())
         return Pushed(moved=False, reason=said)
+
+    async def _receive(self, branch: str) -> str:
+        assert self.git.git_dir is not None, "it runs in the trusted repository"  # noqa: S101
+        users = replace(self.git, git_dir=None)
+        repository = self.repository or await inspect(Path(self.location), users)
+        checkout = await checkout_of(repository, branch, users)
+        hooks = await hooks_for_landing(repository, users, self.git.git_dir / "hooks", checkout)
+        return _RECEIVE.format(hooks="" if hooks is None else f" -c {shlex.quote(f'core.hooksPath={hooks}')}")

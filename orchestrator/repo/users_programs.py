@@ -1,0 +1,175 @@
+"""Programs in the user's checkouts that git would run on a landing: hooks, and drivers of filters.
+
+A landing writes the files of a checkout, so it must not run any of them: a hook or a filter that an agent has written
+would run as the user, without a sandbox, before anybody has seen it. Hooks outside of the checkouts do run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+import anyio.to_thread
+
+from orchestrator.repo.checkout import LocalRepository, tops_of
+from orchestrator.repo.git import Git, shown, split_nul
+
+#: The hooks that a push into a repository can run there (githooks(5)).
+_RUN_BY_PUSH: Final = (
+    "pre-receive", "update", "post-receive", "post-update", "reference-transaction", "push-to-checkout",
+    "proc-receive", "post-index-change",
+)  # fmt: skip
+#: What stands in a shell command for the top of the checkout.
+_TOP: Final = re.compile(r"show-toplevel|\$\{?(?:PWD|GIT_WORK_TREE)\b")
+_MOST_LINKS: Final = 40
+#: Why a landing leaves hooks out, for people.
+WHY_SKIPPED: Final = (
+    "they are in a checkout, where agents' work lands: move them out of the repository to have them run"
+)
+
+
+async def hooks_in_checkouts(repository: LocalRepository, git: Git, checkout: Path | None = None) -> list[Path]:
+    """Return the hooks inside the repository's checkouts that a landing would run, whether they exist yet or not.
+
+    Of a folder of hooks inside of a checkout that is the folder alone. `git` runs at the user's side.
+    """
+    inside, _ = await _judge_hooks(repository, git, checkout)
+    return inside
+
+
+async def hooks_for_landing(repository: LocalRepository, git: Git, folder: Path, checkout: Path | None) -> Path | None:
+    """Return the folder of hooks that a push is to use; None for the user's own, where none is inside a checkout.
+
+    Else `folder` is filled with calls of those hooks that are outside.
+    """
+    inside, outside = await _judge_hooks(repository, git, checkout)
+    if not inside:
+        return None
+    await anyio.to_thread.run_sync(_write_calls, folder, outside)
+    return folder
+
+
+async def _judge_hooks(repository: LocalRepository, git: Git, checkout: Path | None) -> tuple[list[Path], list[Path]]:
+    """Return the hooks inside the repository's checkouts, and those outside."""
+    places = dict.fromkeys((repository.folder, *([checkout] if checkout is not None else [])))
+    configured = [value for place in places for value in [await _hooks_path(git, place)] if value is not None]
+    return await anyio.to_thread.run_sync(_sort_hooks, repository, configured, len(configured) == len(places))
+
+
+async def _hooks_path(git: Git, folder: Path) -> str | None:
+    """Return `core.hooksPath` of the user's configuration with `~` expanded; None if it is not set."""
+    asked = ("config", "--null", "--show-scope", "--type=path", "--get-all", "core.hooksPath")
+    fields = split_nul((await git(*asked, cwd=folder, ok=(0, 1))).stdout)
+    # The last one counts, and those of the scope `command` are ours.
+    values = [value for scope, value in zip(fields[::2], fields[1::2], strict=False) if scope != "command"]
+    return values[-1] if values else None
+
+
+def _sort_hooks(
+    repository: LocalRepository,
+    configured: Sequence[str],
+    everywhere: bool,
+) -> tuple[list[Path], list[Path]]:
+    tops, git_dir = tops_of(repository), repository.git_dir.resolve()
+    # Git takes a relative path as one from the folder in which the hook runs: the git directory or the checkout.
+    folders = [Path(base, value) for value in configured for base in (git_dir, *tops)]
+    folders += [] if everywhere else [git_dir / "hooks"]
+    inside: dict[Path, None] = {}
+    outside: dict[str, Path] = {}
+    for folder in dict.fromkeys(folders):
+        if leads_inside(folder, tops, git_dir):
+            inside[folder] = None
+            continue
+        for name in _RUN_BY_PUSH:
+            hook = folder / name
+            if leads_inside(hook, tops, git_dir):
+                inside[hook] = None
+            elif os.access(hook, os.X_OK):
+                outside.setdefault(name, hook)
+    # A relative path names a folder in each checkout: of those that are not there nothing need be said.
+    there = [path for path in inside if os.path.lexists(path)]
+    return there or list(inside), list(outside.values())
+
+
+def leads_inside(path: Path, tops: Sequence[Path], git_dir: Path) -> bool:
+    """Whether the way to a path, along all of its links, has a file or folder inside one of the checkouts. Blocks."""
+    return any(
+        any(at != top and at.is_relative_to(top) for top in tops) and not at.is_relative_to(git_dir)
+        for at in _way(path)
+    )
+
+
+def _way(path: Path) -> Iterator[Path]:
+    """Yield each file and folder that the system looks at on the way to a path; what is not there counts, too."""
+    ahead, at, links = list(reversed(path.absolute().parts[1:])), Path("/"), 0
+    while ahead and links <= _MOST_LINKS:
+        part = ahead.pop()
+        if part == "..":
+            at = at.parent
+            continue
+        at /= part
+        yield at
+        with suppress(OSError):
+            target = at.readlink()
+            links += 1
+            at = Path("/") if target.is_absolute() else at.parent
+            ahead += reversed([one for one in target.parts if one != "/"])
+
+
+def _write_calls(folder: Path, hooks: Sequence[Path]) -> None:
+    folder.mkdir(mode=0o700, exist_ok=True)
+    for path in folder.iterdir():
+        if path.name not in {hook.name for hook in hooks}:
+            path.unlink()
+    for hook in hooks:
+        staged = folder / f"{hook.name}.new"
+        staged.write_text(f'#!/bin/sh\nexec {shlex.quote(str(hook))} "$@"\n')
+        staged.chmod(0o700)
+        staged.replace(folder / hook.name)
+
+
+async def filter_in_way(repository: LocalRepository, git: Git, checkout: Path) -> tuple[str, str] | None:
+    """Return what is wrong and what to do where a filter of the user's configuration runs a file of a checkout.
+
+    A landing would run it as it is after that, to write files. What a command reaches otherwise, such as by a wrapper
+    on PATH that runs a file of the current folder, can't be seen.
+    """
+    asked = ("config", "--null", "--get-regexp", r"^filter\..*\.(clean|smudge|process)$")
+    done = await git(*asked, cwd=checkout, ok=(0, 1))
+    entries = [entry.partition("\n") for entry in split_nul(done.stdout)]
+    if not entries:
+        return None
+    commands = [(key, command) for key, _, command in entries]
+    found = await anyio.to_thread.run_sync(_first_inside, repository, checkout, commands)
+    if found is None:
+        return None
+    key, command = found
+    what = f"git would run `{shown(command)}` ({shown(key)}) on landings, a program that agents can change"
+    return what, "move it out of the repository, or land on a branch that is not checked out"
+
+
+def _first_inside(
+    repository: LocalRepository, checkout: Path, commands: Sequence[tuple[str, str]]
+) -> tuple[str, str] | None:
+    tops, git_dir = tops_of(repository), repository.git_dir.resolve()
+    for key, command in commands:
+        if _TOP.search(command) or any(leads_inside(path, tops, git_dir) for path in _paths_in(command, checkout)):
+            return key, command
+    return None
+
+
+def _paths_in(command: str, checkout: Path) -> Iterator[Path]:
+    """Yield the paths that a shell command names, as seen from the checkout: words with a slash or an ending."""
+    try:
+        words = shlex.split(command.replace(";", " ").replace("|", " ").replace("&", " "))
+    except ValueError:
+        words = command.split()
+    for number, word in enumerate(words):
+        name = word.partition("=")[2] if word.startswith("-") else word
+        if "/" in name or (number and re.search(r"\w\.\w+$", name)):
+            yield checkout / Path(name).expanduser()

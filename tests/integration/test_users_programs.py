@@ -1,0 +1,199 @@
+"""Programs in the user's checkout that git would run on a landing: those that the landing may have written never do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from orchestrator.engine.preflight import check_checkout
+from orchestrator.errors import RefusedError
+from orchestrator.repo.git import Git
+from orchestrator.repo.hub import create_hub, hub_of
+from orchestrator.repo.landing import Deferred, Landed, Merge, Target
+from orchestrator.repo.site import find_site
+from orchestrator.repo.users_programs import hooks_in_checkouts
+from tests.conftest import Repository
+from tests.permits import permit_for
+
+HOOKS = ("pre-receive", "update", "post-receive", "post-update", "reference-transaction", "post-index-change",
+         "post-checkout", "post-merge", "push-to-checkout")  # fmt: skip
+
+
+async def land(
+    repository: Repository, tmp_path: Path, files: dict[str, str], before: Callable[[], object] = lambda: None
+) -> Landed | Deferred | object:
+    """Land a commit with executable files on the checked-out `main`, `before` done first, by the push of a run."""
+    start = repository.git("rev-parse", "HEAD")
+    for name, content in files.items():
+        path = repository.top / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        path.write_text(content)
+        path.chmod(0o755)
+    tree = _tree(repository)
+    repository.git("-c", "core.hooksPath=/dev/null", "reset", "--quiet", "--hard", start)
+    repository.git("clean", "-fdq")
+    site = await find_site(str(repository.top), is_url=False, environ=repository.environ)
+    hub = hub_of(site.location, tmp_path / "hubs")
+    await create_hub(hub, site.object_format, repository.environ)
+    git = Git(hub.trusted, environ=repository.environ)
+    source = site.source(git)
+    await source.fetch("main", "refs/council/base")
+    (hub.objects / "info" / "alternates").write_text(f"{site.repository.git_dir}/objects\n")  # type: ignore[union-attr]
+    new = await git.line("commit-tree", tree, "-p", start, input_=b"work\n")
+    target = Target(hub, git, source, site.repository, branch="main", start=start, ref="refs/council/target")
+    await target.refresh()
+    merge = Merge(start, new)
+    before()
+    obstacle = await target.obstacle(merge)
+    if obstacle is not None:
+        return Deferred(obstacle)
+    async with permit_for(source, "main") as permit:
+        return await target.move(permit, {"run/task": merge})
+
+
+def _tree(repository: Repository) -> str:
+    repository.git("-c", "core.hooksPath=/dev/null", "add", "--all")
+    return repository.git("-c", "core.hooksPath=/dev/null", "write-tree")
+
+
+def in_tree(repository: Repository, tmp_path: Path) -> str:
+    repository.git("config", "core.hooksPath", ".githooks")
+    return ".githooks"
+
+
+def absolute(repository: Repository, tmp_path: Path) -> str:
+    repository.git("config", "core.hooksPath", str(repository.top / ".husky/_"))
+    return ".husky/_"
+
+
+def home(repository: Repository, tmp_path: Path) -> str:
+    (Path(repository.environ["HOME"]) / "link").symlink_to(repository.top)
+    repository.git("config", "core.hooksPath", "~/link/hooks")
+    return "hooks"
+
+
+def included(repository: Repository, tmp_path: Path) -> str:
+    (tmp_path / "included").write_text(f"[core]\n\thooksPath = {repository.top}/tools/hooks\n")
+    repository.git("config", f"includeIf.gitdir:{repository.top}/.git.path", str(tmp_path / "included"))
+    return "tools/hooks"
+
+
+def linked(repository: Repository, tmp_path: Path) -> str:
+    """Each hook of `.git/hooks` is a link to a file that the landing brings."""
+    folder = repository.top / ".git/hooks"
+    folder.mkdir(exist_ok=True)
+    for name in HOOKS:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(Path("../../scripts", name))
+    return "scripts"
+
+
+def through_tracked_link(repository: Repository, tmp_path: Path) -> str:
+    """The folder is outside, but the way there is a link in the checkout, which a landing can replace by a folder."""
+    (tmp_path / "outside").mkdir()
+    (repository.top / ".githooks").symlink_to(tmp_path / "outside")
+    repository.git("add", ".githooks")
+    repository.git("commit", "--quiet", "--message", "link")
+    repository.git("config", "core.hooksPath", str(repository.top / ".githooks"))
+    (repository.top / ".githooks").unlink()
+    return ".githooks"
+
+
+@pytest.mark.parametrize("way", [in_tree, absolute, home, included, linked, through_tracked_link])
+async def test_a_landing_runs_no_hook_that_it_has_just_written(
+    repository: Repository, tmp_path: Path, way: object
+) -> None:
+    """However the user's configuration leads to it."""
+    assert callable(way)
+    folder, trace = way(repository, tmp_path), tmp_path / "trace"
+    script = f'#!/bin/sh\necho "$0" >> "{trace}"\n'
+    landed = await land(repository, tmp_path, {f"{folder}/{name}": script for name in HOOKS})
+    assert isinstance(landed, Landed), landed
+    assert (repository.top / folder / "update").read_text() == script
+    assert not trace.exists(), trace.read_text()
+    site = await find_site(str(repository.top), is_url=False, environ=repository.environ)
+    assert site.repository is not None
+    assert await hooks_in_checkouts(site.repository, Git(None, users=True, environ=repository.environ))
+
+
+async def test_a_hook_in_another_checkout_of_the_repository_is_not_run(repository: Repository, tmp_path: Path) -> None:
+    """Agents' work may have landed there, too."""
+    trace, other = tmp_path / "trace", tmp_path / "other"
+    repository.git("worktree", "add", "--quiet", str(other), "-b", "other")
+    (other / "hooks").mkdir()
+    (other / "hooks/update").write_text(f'#!/bin/sh\necho ran >> "{trace}"\n')
+    (other / "hooks/update").chmod(0o755)
+    repository.git("config", "core.hooksPath", str(other / "hooks"))
+    assert isinstance(await land(repository, tmp_path, {"a.txt": "a"}), Landed)
+    assert not trace.exists()
+
+
+async def test_hooks_outside_of_the_checkouts_run_as_ever_also_next_to_one_inside(
+    repository: Repository, tmp_path: Path
+) -> None:
+    """By their own names, and what one of them refuses does not land."""
+    trace, folder = tmp_path / "trace", repository.top / ".git/hooks"
+    folder.mkdir(exist_ok=True)
+    for name in ("update", "post-receive"):
+        (folder / name).write_text(f'#!/bin/sh\necho "$0" "$#" >> "{trace}"\n')
+        (folder / name).chmod(0o755)
+    assert isinstance(await land(repository, tmp_path, {"a.txt": "a"}), Landed)
+    assert [line.split("/")[-1] for line in trace.read_text().splitlines()] == ["update 3", "post-receive 0"]
+    trace.unlink()
+    (folder / "pre-receive").symlink_to("../../evil")
+    landed = await land(repository, tmp_path, {"evil": f'#!/bin/sh\necho evil >> "{trace}"\n'})
+    assert isinstance(landed, Landed), landed
+    assert trace.read_text().splitlines() == [f"{folder}/update 3", f"{folder}/post-receive 0"]
+    (folder / "update").write_text("#!/bin/sh\necho no >&2\nexit 1\n")
+    assert isinstance(await land(repository, tmp_path, {"b.txt": "b"}), Deferred)
+
+
+@pytest.mark.parametrize(
+    ("key", "command"),
+    [
+        ("smudge", "./tools/x.sh"),
+        ("clean", "python tools/x.py %f"),
+        ("smudge", "sh x.sh"),
+        ("process", '"$(git rev-parse --show-toplevel)"/tools/x.sh'),
+        ("clean", "cat | tools/x.sh"),
+    ],
+)
+async def test_a_filter_of_which_the_program_can_land_defers_landings_into_the_checkout(
+    repository: Repository, tmp_path: Path, key: str, command: str
+) -> None:
+    """It would run as it is after the landing; a run that lands there does not start."""
+    repository.git("config", f"filter.x.{key}", command)
+    landed = await land(repository, tmp_path, {".gitattributes": "*.txt filter=y\n", "tools/x.sh": "exit 0\n"})
+    assert isinstance(landed, Deferred)
+    assert command[:8] in landed.reason
+    site = await find_site(str(repository.top), is_url=False, environ=repository.environ)
+    assert site.repository is not None
+    with pytest.raises(RefusedError, match="agents can change"):
+        await check_checkout(site.repository, "main", repository.environ, allow_deferred=False)
+
+
+async def test_a_filter_outside_runs_as_ever(repository: Repository, tmp_path: Path) -> None:
+    """Such as that of git LFS, or one by its absolute path."""
+    (tmp_path / "up").write_text("#!/bin/sh\ntr a-z A-Z\n")
+    (tmp_path / "up").chmod(0o755)
+    repository.git("config", "filter.lfs.process", "git-lfs filter-process -- %f")
+    repository.git("config", "filter.x.smudge", f"{tmp_path}/up %f")
+    landed = await land(repository, tmp_path, {".gitattributes": "*.up filter=x\n", "a.up": "text\n"})
+    assert isinstance(landed, Landed), landed
+    assert (repository.top / "a.up").read_text() == "TEXT\n"
+
+
+async def test_a_file_monitor_in_the_checkout_is_not_asked_by_a_landing(repository: Repository, tmp_path: Path) -> None:
+    """`core.fsmonitor` is off for all that a landing runs."""
+    trace, script = tmp_path / "trace", '#!/bin/sh\necho ran >> "{}"\n'
+
+    def watch() -> None:
+        repository.git("config", "core.fsmonitor", str(repository.top / "monitor"))
+
+    repository.commit({"monitor": "#!/bin/sh\n"})
+    landed = await land(repository, tmp_path, {"monitor": script.format(trace)}, watch)
+    assert isinstance(landed, Landed), landed
+    assert not trace.exists()
