@@ -162,9 +162,10 @@ async def open_workshop(
     async def tell(what: str, facts: JsonObject) -> None:
         await store.commit(Commit([], [Event(what, {"run": run.id, **facts})]))
 
-    if site.repository is not None:
-        if hooks := await hooks_in_checkouts(site.repository, Git(None, users=True, environ=environ)):
-            await tell("run.hooks_skipped", {"hooks": [str(hook) for hook in hooks], "reason": WHY_SKIPPED})
+    users = Git(None, users=True, environ=environ)
+    hooks = [] if site.repository is None else await hooks_in_checkouts(site.repository, users)
+    if hooks:
+        await tell("run.hooks_skipped", {"hooks": [str(hook) for hook in hooks], "reason": WHY_SKIPPED})
 
     async def lease(place: Path) -> Mapping[str, str]:
         found = await leases.lease(place)
