@@ -24,6 +24,7 @@ from orchestrator.repo.git import Git
 from orchestrator.repo.hub import Hub
 from orchestrator.repo.inspection import Admission
 from orchestrator.repo.places import empty_trash
+from orchestrator.repo.preserving import is_preserved
 from orchestrator.repo.salvage import Kept
 from orchestrator.repo.site import find_site
 from orchestrator.repo.worktrees import Worktree
@@ -59,6 +60,7 @@ class KeptWork:
     committed: int | None
     """Seconds since the epoch."""
     worktree: str | None
+    """Its folder, once no git configuration of an agent is in there; what is preserved has no commit."""
 
 
 class Archive:
@@ -203,8 +205,13 @@ class Archive:
 
     async def _worktree(self, one: Worktree) -> KeptWork:
         document = await read_task(self._store, one.run, one.task)
+        # Before that the user's own git would run in there what the agent has configured.
+        is_safe = await anyio.to_thread.run_sync(is_preserved, one)
         subject = "a worktree that could not be collected wholly"
-        return KeptWork(_name(one), one.run, one.task, document.status, subject, None, None, str(one.tree))
+        if not is_safe:
+            subject = f"a worktree of an interrupted session: `council resume {one.run}` saves it"
+        folder = str(one.tree) if is_safe else None
+        return KeptWork(_name(one), one.run, one.task, document.status, subject, None, None, folder)
 
     async def _kept_worktree(self, run: str, name: str) -> Worktree | None:
         return next((one for one in await self._left_over(run) if _name(one) == name), None)

@@ -31,6 +31,7 @@ from orchestrator.errors import ClaimLost, HandoffBroken, RefusedError
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Capability, Guard, JsonObject, Write
 from orchestrator.repo.pool import Pool
+from orchestrator.repo.preserving import try_to_preserve
 from orchestrator.repo.worktrees import Worktree
 from orchestrator.sessions.checks import Checks, Passed, Unchecked
 from orchestrator.sessions.handing_over import read_handed_over
@@ -200,6 +201,10 @@ class Attempts:
         failpoint("attempt.recorded")
         number = work.session.assignment.worktree.attempt
         finished = self._by_budget(work, await self._run(work))
+        if not finished.collected:
+            what = work.session.assignment
+            told = await try_to_preserve(self.shop.git, what.worktree, what.start or what.base)
+            finished = replace(finished, notes=(*finished.notes, *told))
         try:
             after = await self._record(work, finished)
         except ClaimLost as lost:

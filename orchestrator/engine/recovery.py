@@ -27,6 +27,7 @@ from orchestrator.protocols import JsonObject
 from orchestrator.repo import worktrees
 from orchestrator.repo.collect import Collected
 from orchestrator.repo.places import made_by_setup
+from orchestrator.repo.preserving import try_to_preserve
 from orchestrator.repo.worktrees import Worktree
 from orchestrator.sessions.mailbox import remove_mailbox
 from orchestrator.sessions.output import last_sign, log_file
@@ -214,7 +215,8 @@ async def _record_lost(ledger: Ledger, shop: Workshop, clock: Clock, worktree: W
     facts = {"base": base, "adapter": spec.adapter}
     await ledger.change(task, Trigger.START, facts, attempts=(*known, *lost))
     await ledger.change(task, Trigger.INTERRUPT, {"reason": _LOST, "branch": None}, branch=None, reason=_LOST)
-    await ledger.note("task.worktree_kept", {"task": task, "worktree": str(worktree.tree), "reason": _LOST})
+    reason = "; ".join((_LOST, *await try_to_preserve(shop.git, worktree, base)))
+    await ledger.note("task.worktree_kept", {"task": task, "worktree": str(worktree.tree), "reason": reason})
     return True
 
 
@@ -255,7 +257,8 @@ async def _save(ledger: Ledger, shop: Workshop, worktree: Worktree, attempt: Att
     for branch in (*([worktree.branch] if left.commit else []), *left.salvaged):
         await ledger.note("task.salvaged", {"task": worktree.task, "branch": branch})
     if not left.complete:
-        reason = "; ".join((left.refused or "it holds what is on no branch", *left.notes))
+        told = await try_to_preserve(shop.git, worktree, attempt.base)
+        reason = "; ".join((left.refused or "it holds what is on no branch", *left.notes, *told))
         details = {"task": worktree.task, "worktree": str(worktree.tree), "reason": reason}
         await ledger.note("task.worktree_kept", details)
     return left.complete

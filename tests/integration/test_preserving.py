@@ -1,0 +1,207 @@
+"""A preserved worktree is no trap: whatever git a person runs in it, no program of the agent's runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from orchestrator.repo.preserving import disarm, is_preserved, preserve
+from orchestrator.repo.worktrees import Worktree
+from tests.conftest import Repository
+from tests.places import Yard
+
+COMMANDS = ("status", "diff", "log", "fetch", "branch", "stash", "st", "add --all", "commit --all -m x", "gc")
+
+
+def run_git(folder: Path, environ: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run git as a person does, with the output of a pager."""
+    return subprocess.run(
+        ["git", "--paginate", *arguments], cwd=folder, env=environ, capture_output=True, text=True, check=False
+    )
+
+
+class Agent:
+    """What an agent does in its worktree, with a program of its own that leaves a trace."""
+
+    def __init__(self, tree: Path, trace: Path, environ: Mapping[str, str]) -> None:
+        self.tree, self.trace, self.environ = tree, trace, environ
+        self.program = tree / "evil"
+        self.program.write_text(f'#!/bin/sh\necho "$0 $*" >> "{trace}"\ncat\n')
+        self.program.chmod(0o755)
+
+    def git(self, folder: Path, *arguments: str) -> None:
+        subprocess.run(["git", *arguments], cwd=folder, env=self.environ, check=True, capture_output=True)
+
+    def arm(self, git_dir: Path, **core: str) -> None:
+        """Have a repository run the program whatever is done in it."""
+        for name in ("post-commit", "pre-commit", "post-index-change", "reference-transaction", "pre-auto-gc"):
+            hook = git_dir / "hooks" / name
+            hook.parent.mkdir(exist_ok=True)
+            hook.write_text(self.program.read_text())
+            hook.chmod(0o755)
+        settings = {"fsmonitor": self.program, "pager": self.program, "sshCommand": self.program, **core}
+        lines = "".join(f"\t{name} = {value}\n" for name, value in settings.items())
+        more = f'[filter "x"]\n\tclean = {self.program}\n\tsmudge = {self.program}\n[alias]\n\tst = !{self.program}\n'
+        more += f'[diff]\n\texternal = {self.program}\n[remote "origin"]\n\turl = x@localhost:y\n\tfetch = +*:*\n'
+        with (git_dir / "config").open("a") as config:
+            config.write(f"[core]\n{lines}{more}")
+
+    def repository(self, folder: Path, *options: str) -> Path:
+        """Make a repository with a commit and a file that differs from it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.git(folder, "init", "--quiet", *options)
+        (folder / "a.txt").write_text("a\n")
+        (folder / ".gitattributes").write_text("* filter=x diff=x\n")
+        self.git(folder, "add", "--all")
+        self.git(folder, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--message", "nested")
+        (folder / "a.txt").write_text("changed\n")
+        return folder
+
+
+def own(agent: Agent, worktree: Worktree) -> list[Path]:
+    """The configuration of the git directory that the session was given."""
+    agent.arm(worktree.git_dir)
+    (agent.tree / "sub").mkdir()
+    return [agent.tree, agent.tree / "sub"]
+
+
+def replaced(agent: Agent, worktree: Worktree) -> list[Path]:
+    """A repository in the place of the file `.git`."""
+    (agent.tree / ".git").unlink()
+    agent.repository(agent.tree)
+    agent.arm(agent.tree / ".git")
+    return [agent.tree, agent.tree / ".git", agent.tree / f".git{'.disabled-by-council'}"]
+
+
+def nested(agent: Agent, worktree: Worktree) -> list[Path]:
+    """A repository below, also one whose name has a newline in it, in a folder that is closed."""
+    folders = [agent.repository(agent.tree / name) for name in ("lib", "a\nb/c")]
+    for folder in folders:
+        agent.arm(folder / ".git")
+    (agent.tree / "a\nb").chmod(0)
+    return [agent.tree, *folders, *(folder / ".git" for folder in folders), folders[0] / ".git/refs"]
+
+
+def by_file(agent: Agent, worktree: Worktree) -> list[Path]:
+    """A file `.git` that names a repository outside of the worktree."""
+    outside = agent.repository(agent.trace.parent / "outside")
+    agent.arm(outside / ".git", worktree=str(agent.tree / "module"))
+    (agent.tree / "module").mkdir()
+    (agent.tree / "module/.git").write_text(f"gitdir: {outside}/.git\n")
+    (agent.tree / ".gitmodules").write_text('[submodule "m"]\n\tpath = module\n\turl = ./module\n\tupdate = !evil\n')
+    return [agent.tree, agent.tree / "module"]
+
+
+def by_link(agent: Agent, worktree: Worktree) -> list[Path]:
+    """A link `.git` to a repository that has another name."""
+    real = agent.repository(agent.tree / "real")
+    agent.arm(real / ".git")
+    (real / ".git").rename(agent.tree / "real/data")
+    (agent.tree / "linked").mkdir()
+    (agent.tree / "linked/.git").symlink_to("../real/data")
+    return [agent.tree, agent.tree / "linked", agent.tree / "real/data"]
+
+
+def bare(agent: Agent, worktree: Worktree) -> list[Path]:
+    """A folder that git takes for a bare repository, with a work tree."""
+    source = agent.repository(agent.tree / "source")
+    (source / ".git").rename(agent.tree / "innocent")
+    agent.arm(agent.tree / "innocent", bare="false", worktree=str(agent.tree))
+    return [agent.tree, agent.tree / "innocent", agent.tree / "innocent/objects"]
+
+
+def of_worktree(agent: Agent, worktree: Worktree) -> list[Path]:
+    """The git directory of a linked worktree, which has neither objects nor refs but says where they are."""
+    source = agent.repository(agent.tree / "source")
+    agent.git(source, "worktree", "add", "--quiet", str(agent.tree / "other"))
+    agent.arm(source / ".git")
+    (source / ".git").rename(agent.trace.parent / "elsewhere")
+    entry = agent.tree / "entry"
+    (agent.trace.parent / "elsewhere/worktrees/other").rename(entry)
+    (entry / "commondir").write_text(f"{agent.trace.parent}/elsewhere\n")
+    return [agent.tree, entry, agent.tree / "other"]
+
+
+@pytest.mark.parametrize("attack", [own, replaced, nested, by_file, by_link, bare, of_worktree])
+async def test_no_git_command_in_a_preserved_worktree_runs_a_program_of_the_agent(
+    repository: Repository, tmp_path: Path, attack: Callable[[Agent, Worktree], list[Path]]
+) -> None:
+    """Neither at the top nor anywhere below; and all content is still there."""
+    yard = await Yard.of(repository.top, tmp_path / "hubs", repository.environ)
+    base, trace = await yard.fetch(), tmp_path / "trace"
+    async with yard.open() as pool:
+        worktree, checkout = await yard.begin(pool, "t", base)
+        agent = Agent(worktree.tree, trace, repository.environ)
+        folders = attack(agent, worktree)
+        trace.unlink(missing_ok=True)
+        assert not is_preserved(worktree)
+        await preserve(yard.git, worktree, base)
+        assert is_preserved(worktree)
+        assert not trace.exists()
+        for folder in folders:
+            for command in COMMANDS if folder == worktree.tree else COMMANDS[:5]:
+                if folder.is_dir():
+                    run_git(folder, repository.environ, *command.split())
+                    assert not trace.exists(), (folder, command, trace.read_text())
+        await pool.lose(checkout)
+
+
+async def test_git_in_a_preserved_worktree_shows_what_differs_from_where_the_session_began(
+    repository: Repository, tmp_path: Path
+) -> None:
+    """It is at that commit, with files that were changed, added and deleted; what was disabled is named."""
+    yard = await Yard.of(repository.top, tmp_path / "hubs", repository.environ)
+    base = await yard.fetch()
+    async with yard.open() as pool:
+        worktree, checkout = await yard.begin(pool, "t", base)
+        (worktree.tree / "README.md").write_text("changed\n")
+        (worktree.tree / "src/app.py").unlink()
+        (worktree.tree / "new.txt").write_text("new\n")
+        agent = Agent(worktree.tree, tmp_path / "trace", repository.environ)
+        agent.repository(worktree.tree / "lib")
+        told = await preserve(yard.git, worktree, base)
+        assert await preserve(yard.git, worktree, base) is None  # a process that was killed is followed by another
+        status = run_git(worktree.tree, repository.environ, "status", "--porcelain").stdout.splitlines()
+        assert {" M README.md", " D src/app.py", "?? new.txt", "?? lib/"} <= set(status)
+        assert "+changed" in run_git(worktree.tree, repository.environ, "diff").stdout
+        assert run_git(worktree.tree, repository.environ, "rev-parse", "HEAD").stdout.strip() == base
+        assert (worktree.tree / "lib/.git/HEAD.disabled-by-council").read_text().startswith("ref: ")
+        assert told is not None
+        assert told.endswith("by a rename to lib/.git/HEAD.disabled-by-council")
+        await pool.lose(checkout)
+
+
+async def test_what_was_disabled_is_told(repository: Repository, tmp_path: Path) -> None:
+    """By its new name."""
+    tree = tmp_path / "tree"
+    agent_of = tree / "lib"
+    agent_of.mkdir(parents=True)
+    (agent_of / ".git").write_text("gitdir: /x\n")
+    (agent_of / ".git.disabled-by-council").write_text("taken\n")
+    assert disarm(tree) == ["lib/.git.disabled-by-council1"]
+    assert disarm(tree) == []
+    assert (agent_of / ".git.disabled-by-council").read_text() == "taken\n"
+
+
+def test_a_worktree_deeper_than_paths_can_be_is_disarmed(tmp_path: Path) -> None:
+    """And a link to a folder outside is not followed."""
+    tree, outside = tmp_path / "tree", tmp_path / "outside"
+    tree.mkdir()
+    outside.mkdir()
+    (outside / ".git").write_text("gitdir: /x\n")
+    (tree / "link").symlink_to(outside)
+    at = os.open(tree, os.O_RDONLY)
+    for _ in range(60):
+        os.mkdir("d" * 100, dir_fd=at)
+        below = os.open("d" * 100, os.O_RDONLY, dir_fd=at)
+        os.close(at)
+        at = below
+    os.symlink("/x", ".git", dir_fd=at)
+    assert len(disarm(tree)) == 1
+    assert os.readlink(".git.disabled-by-council", dir_fd=at) == "/x"
+    os.close(at)
+    assert (outside / ".git").exists()
