@@ -43,6 +43,7 @@ def hermetic(folder: Path) -> dict[str, str]:
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
         "HOME": str(home),
         "COUNCIL_HOME": str(folder / "council-home"),
+        "COUNCIL_TRUST": "1",
         "LC_ALL": "C.UTF-8",
         "GIT_CONFIG_GLOBAL": os.devnull,
         "GIT_CONFIG_NOSYSTEM": "1",

@@ -21,6 +21,7 @@ from orchestrator.cli.command import Context, json_option, perform
 from orchestrator.cli.output import one_line, plain
 from orchestrator.cli.quantities import duration
 from orchestrator.cli.scene import Scene, look_around
+from orchestrator.cli.trusting import trust_option
 from orchestrator.config.load import load_value
 from orchestrator.config.model import AdapterConfig, Reach, RunConfig, make_adapters
 from orchestrator.config.quantities import format_duration
@@ -48,6 +49,7 @@ _LONGEST_LINE: Final = 200
 @click.option(
     "--timeout", metavar="TIME", default="5m", callback=duration, help="The longest that the session may take."
 )
+@trust_option
 @json_option
 def test(name: str, prompt: str | None, timeout: float, *, no_live: bool, as_json: bool) -> None:
     """Try an adapter: NAME is one of council.yaml, or an installed type.

@@ -15,6 +15,7 @@ from orchestrator.cli.group import Suggesting
 from orchestrator.cli.learned import Learned, learned
 from orchestrator.cli.output import one_line, plain
 from orchestrator.cli.scene import Scene, look_around
+from orchestrator.cli.trusting import trust_option
 from orchestrator.config.model import RunConfig, make_adapters
 from orchestrator.engine.findings import describe
 from orchestrator.engine.probing import AdapterStatus, make_without_options, probe_adapters
@@ -25,6 +26,7 @@ from orchestrator.protocols import Adapter, JsonObject
 
 @click.group(cls=Suggesting, invoke_without_command=True)
 @store_option
+@trust_option
 @json_option
 @click.pass_context
 def adapters(context: click.Context, as_json: bool) -> None:

@@ -11,12 +11,14 @@ from orchestrator.cli.command import Context, json_option, perform
 from orchestrator.cli.findings import show_findings
 from orchestrator.cli.learned import learned
 from orchestrator.cli.scene import look_around
+from orchestrator.cli.trusting import trust_option
 from orchestrator.engine.doctor import Subject, examine
 from orchestrator.engine.findings import Level
 
 
 @click.command()
 @click.argument("file", required=False, type=click.Path(path_type=Path))
+@trust_option
 @json_option
 def doctor(file: Path | None, as_json: bool) -> None:
     """Look whether a run could work here, and say what to mend.

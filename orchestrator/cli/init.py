@@ -16,6 +16,8 @@ from orchestrator.cli.command import Context, json_option, perform
 from orchestrator.cli.output import Output, plain
 from orchestrator.cli.source import FILE_NAME
 from orchestrator.config.json_schema import file_schema
+from orchestrator.config.load import load_config
+from orchestrator.config.requests import requests_of
 from orchestrator.config.starter import Starter, StarterAdapter, starter_text
 from orchestrator.engine.findings import describe
 from orchestrator.engine.initializing import (
@@ -29,6 +31,7 @@ from orchestrator.engine.initializing import (
 )
 from orchestrator.engine.own_tests import OwnTests
 from orchestrator.engine.probing import AdapterStatus
+from orchestrator.engine.trust import confirm
 from orchestrator.plugins import load_plugins
 from orchestrator.protocols import AdapterType
 
@@ -62,6 +65,8 @@ def init(file: Path | None, adapter: str | None, force: bool, as_json: bool) -> 
         schema = await _schema(ground, plugins.adapters)
         text = starter_text(_starter(found, schema))
         await anyio.to_thread.run_sync(lambda: write_file(path, text, plugins.adapters, force=force))
+        config = await anyio.to_thread.run_sync(load_config, path, plugins.adapters)
+        await confirm(path, requests_of(config, ground.top), os.environ)  # it was written here, for the user
         _show(found, schema, context.output)
         return 0
 

@@ -17,6 +17,7 @@ from orchestrator.cli.plan import plan_text
 from orchestrator.cli.progress import shown
 from orchestrator.cli.quantities import budget_limits
 from orchestrator.cli.source import read_config
+from orchestrator.cli.trusting import require_trust, trust_option
 from orchestrator.config.coordination import CoordinationOverrides
 from orchestrator.config.inline import InlineTasks
 from orchestrator.config.model import BudgetConfig
@@ -36,6 +37,7 @@ from orchestrator.engine.rehearsal import Rehearsal
 @click.option("--dry-run", is_flag=True, help="Check all, and show what would run in which order; start nothing.")
 @click.option("--mermaid", is_flag=True, help="With --dry-run: print a Mermaid flowchart.")
 @coordination_options
+@trust_option
 @store_option
 @json_option
 def run_file(  # noqa: PLR0917  as many as there are options
@@ -72,6 +74,7 @@ def run_file(  # noqa: PLR0917  as many as there are options
 
     async def command(context: Context) -> int:
         plugins, config = await read_config(file, tasks)
+        await require_trust(config, is_named=file is not None)
         if dry_run:
             rehearsal = await rehearse_run(config, plugins, allow_deferred=allow_deferred, coordination=coordination)
             _show(rehearsal, context.output, mermaid=mermaid)

@@ -9,6 +9,7 @@ from pathlib import Path
 import anyio.to_thread
 
 from orchestrator.cli.source import find_file, top_of
+from orchestrator.cli.trusting import require_trust
 from orchestrator.config.load import load_config
 from orchestrator.config.model import RunConfig
 from orchestrator.errors import ConfigError
@@ -32,7 +33,8 @@ class Scene:
 async def look_around(file: Path | None = None) -> Scene:
     """Return what there is around `file`, or else the `council.yaml` of the current folder or of its repository's top.
 
-    A file that is named and can't be read is a ConfigError in the scene; without a file there is no config.
+    What the file asks for beyond the default is confirmed first. A file that is named and can't be read is a
+    ConfigError in the scene; without a file there is no config.
     """
     folder = Path.cwd() if file is None else (Path.cwd() / file).parent
     top = await _top_of(folder)
@@ -40,6 +42,8 @@ async def look_around(file: Path | None = None) -> Scene:
     places = await anyio.to_thread.run_sync(worked_on, found or folder)
     plugins = await anyio.to_thread.run_sync(load_plugins, os.environ, places)
     config = None if found is None else await anyio.to_thread.run_sync(_load, found, plugins)
+    if isinstance(config, RunConfig):
+        await require_trust(config, is_named=file is not None)
     return Scene(folder, top, plugins, found, config)
 
 

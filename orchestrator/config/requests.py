@@ -1,0 +1,78 @@
+"""What a file asks of the machine beyond the default: a person confirms it before anything of it is executed. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from orchestrator.config.model import AdapterConfig, Reach, RunConfig, SinkConfig, TrackerConfig, WorktreesConfig
+
+
+def requests_of(config: RunConfig, inside: Path) -> tuple[str, ...]:
+    """Return what a file asks for beyond the default, one line each, in the order of the file's keys.
+
+    `inside` is the top of the checkout that the file is in. Tasks, prompts, commands of checks and of worktrees,
+    limits, branches and programs that are named without a path ask for nothing: what they start runs in the sandbox.
+    """
+    return tuple(dict.fromkeys(_requests(config, inside)))
+
+
+def _requests(config: RunConfig, inside: Path) -> Iterator[str]:
+    if config.is_url:
+        yield f"repo: {config.repo} (fetch from it and push to it with your login)"
+    elif not Path(config.repo).is_relative_to(inside.resolve()):
+        yield f"repo: {config.repo} (outside of {inside})"
+    if config.fence.sandbox == "off":
+        yield "sandbox: off (sessions and checks run without a sandbox)"
+    yield from _reach("", config.fence.reach)
+    for name, adapter in config.adapters.items():
+        yield from _adapter(f"adapters.{name}.", adapter)
+    for name, server in config.mcp_servers.items():
+        yield from _variables(f"mcp_servers.{name}.env", server.env)
+    yield from _worktrees(config.worktrees)
+    if config.state.url is not None:
+        yield f"state: {config.state.url} (where runs are recorded)"
+    for task in (*config.tasks, *([config.template] if config.template is not None else [])):
+        yield from _variables("checks_env", task.checks_env)
+    yield from _outlets("sinks", config.sinks)
+    yield from _outlets("trackers", config.trackers)
+
+
+def _worktrees(worktrees: WorktreesConfig) -> Iterator[str]:
+    yield from _variables("worktrees.env", worktrees.env)
+    for key, paths in (("copy", worktrees.copied), ("link", worktrees.linked)):
+        for path in paths:
+            yield f"worktrees.{key}: {path} (sessions can read this untracked file of your checkout)"
+
+
+def _outlets(kind: str, entries: Mapping[str, SinkConfig] | Mapping[str, TrackerConfig]) -> Iterator[str]:
+    for name, entry in entries.items():
+        options = entry.options.model_dump(mode="json", exclude_unset=True)
+        written = json.dumps(options, ensure_ascii=False, sort_keys=True)
+        yield f"{kind}.{name}: {entry.use} {written} (runs without a sandbox)"
+
+
+def _adapter(at: str, adapter: AdapterConfig) -> Iterator[str]:
+    yield from _reach(at, adapter.reach)
+    options = adapter.options.model_dump(mode="json", exclude_unset=True)
+    for key in ("bin", "argv", "command"):
+        written = options.get(key)
+        program = written[0] if isinstance(written, list) and written else written
+        if isinstance(program, str) and "/" in program:
+            yield f"{at}{key}: {program} (run to ask for its version, without a sandbox)"
+    match options.get("env"):
+        case list(names):
+            yield from _variables(f"{at}env", [str(name) for name in names])
+        case dict(values):
+            for name, value in values.items():
+                yield f"{at}env: {name}={value} (set for its program, also without a sandbox)"
+
+
+def _reach(at: str, reach: Reach) -> Iterator[str]:
+    yield from (f"{at}writable: {path} (sessions can change it)" for path in reach.writable)
+    yield from (f"{at}readable: {path} (sessions can read it)" for path in reach.readable)
+
+
+def _variables(at: str, names: Iterable[str]) -> Iterator[str]:
+    yield from (f"{at}: {name} (passed on from your environment)" for name in names)

@@ -1,0 +1,103 @@
+"""What a repository's file asks for beyond the sandbox is confirmed before any program of it is run."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Ended, Repository
+
+COMMANDS = (("doctor",), ("adapters",), ("run",), ("run", "--dry-run"), ("adapters", "test", "evil", "--no-live"))
+
+
+@pytest.fixture
+def cloned(repository: Repository) -> Repository:
+    """A repository that came with a file of its own, for a user who has confirmed nothing yet."""
+    del repository.environ["COUNCIL_TRUST"]
+    repository.environ["XDG_CONFIG_HOME"] = str(repository.top.parent / "config")
+    return repository
+
+
+def bring(repository: Repository, **settings: Any) -> Path:
+    """Write the repository's council.yaml, with a program of the repository's that leaves a trace; return the trace."""
+    trace = repository.top.parent / "trace"
+    program = repository.top / "evil"
+    program.write_text(f'#!/bin/sh\necho "$*" >> "{trace}"\n')
+    program.chmod(0o755)
+    config = {
+        "version": 1,
+        "adapters": {"evil": {"use": "claude-code", "bin": str(program)}},
+        "tasks": [{"id": "t", "prompt": "x"}],
+        **settings,
+    }
+    (repository.top / "council.yaml").write_text(json.dumps(config))
+    return trace
+
+
+def said(ended: Ended) -> str:
+    return ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_no_command_runs_a_program_of_a_file_that_is_not_confirmed(
+    cloned: Repository, command: tuple[str, ...]
+) -> None:
+    """Without a terminal that is one error, with what is asked for and what to do."""
+    trace = bring(cloned)
+    ended = cloned.council(*command)
+    assert ended.code == 2, ended
+    assert f"adapters.evil.bin: {cloned.top}/evil" in said(ended)
+    assert "--trust" in said(ended)
+    assert not trace.exists()
+
+
+def test_what_is_confirmed_is_remembered_and_only_what_is_new_is_asked(cloned: Repository) -> None:
+    """In a file of the user's alone, outside of the repository."""
+    trace = bring(cloned)
+    assert cloned.council("doctor", "--trust").code in {0, 1}
+    assert trace.exists()
+    store = cloned.top.parent / "config/council/trust.json"
+    assert stat.S_IMODE(store.stat().st_mode) == 0o600
+    assert list(json.loads(store.read_text())["files"]) == [os.path.realpath(cloned.top / "council.yaml")]
+    assert cloned.council("doctor").code in {0, 1}
+    bring(cloned, sandbox="off")
+    ended = cloned.council("doctor")
+    assert ended.code == 2
+    assert "sandbox: off" in said(ended)
+    assert "evil.bin" not in said(ended)
+    bring(cloned)
+    assert cloned.council("adapters").code == 0
+
+
+def test_the_environment_confirms_where_there_is_nobody_to_ask(cloned: Repository) -> None:
+    """For this time alone."""
+    bring(cloned)
+    cloned.environ["COUNCIL_TRUST"] = "1"
+    assert cloned.council("adapters").code == 0
+    del cloned.environ["COUNCIL_TRUST"]
+    assert cloned.council("adapters").code == 2
+
+
+def test_a_file_that_asks_for_nothing_or_that_the_user_chose_needs_no_word(cloned: Repository, tmp_path: Path) -> None:
+    """Nor does one that `council init` wrote here."""
+    bring(cloned, adapters={"evil": {"use": "command", "argv": ["sh", "{prompt_file}"]}})
+    assert cloned.council("adapters").code == 0
+    trace = bring(cloned, repo=str(cloned.top))
+    (cloned.top / "council.yaml").rename(tmp_path / "mine.yaml")
+    assert cloned.council("doctor", str(tmp_path / "mine.yaml")).code in {0, 1}
+    assert trace.exists()
+    assert cloned.council("init", "--adapter", "command").code == 0
+    assert "env: [HOME]" in (cloned.top / "council.yaml").read_text()
+    assert cloned.council("adapters").code == 0
+
+
+def test_looking_at_a_file_needs_no_word(cloned: Repository) -> None:
+    """`validate` runs nothing of it."""
+    trace = bring(cloned, sandbox="off")
+    assert cloned.council("validate").code == 0
+    assert not trace.exists()

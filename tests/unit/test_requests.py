@@ -1,0 +1,65 @@
+"""What a file asks for beyond the default is derived from it, key by key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.config.load import load_value
+from orchestrator.config.requests import requests_of
+from orchestrator.plugins import load_plugins
+
+INSTALLED = load_plugins()
+
+
+def asked(folder: Path, **settings: Any) -> tuple[str, ...]:
+    value = {
+        "version": 1,
+        "adapters": {"a": {"use": "command", "argv": ["sh", "{prompt_file}"]}},
+        "tasks": [{"id": "t", "prompt": "x"}],
+        **settings,
+    }
+    config = load_value(value, folder, INSTALLED.adapters, extensions=INSTALLED.extensions())
+    return requests_of(config, folder)
+
+
+def command(**settings: Any) -> dict[str, Any]:
+    return {"adapters": {"a": {"use": "command", "argv": ["sh", "{prompt_file}"], **settings}}}
+
+
+ASKS = {
+    "sandbox: off": {"sandbox": "off"},
+    "writable: ": {"writable": ["/tmp"]},
+    "readable: ": {"readable": ["/tmp"]},
+    "adapters.a.writable: ": command(writable=["/tmp"]),
+    "adapters.a.argv: /opt/x ": command(argv=["/opt/x", "{prompt_file}"]),
+    "adapters.a.argv: ./x ": command(argv=["./x", "{prompt_file}"]),
+    "adapters.a.env: MY_KEY ": command(env=["MY_KEY"]),
+    "adapters.a.env: PATH=. ": command(env={"PATH": "."}),
+    "adapters.a.bin: /opt/claude ": {"adapters": {"a": {"use": "claude-code", "bin": "/opt/claude"}}},
+    "mcp_servers.m.env: KEY ": {"mcp_servers": {"m": {"command": ["x"], "env": ["KEY"]}}},
+    "worktrees.env: KEY ": {"worktrees": {"env": ["KEY"]}},
+    "worktrees.copy: .env ": {"worktrees": {"copy": [".env"]}},
+    "checks_env: KEY ": {"defaults": {"checks_env": ["KEY"]}},
+    "state: file:///x ": {"state": "file:///x"},
+    "repo: /": {"repo": "/"},
+    "repo: https://localhost/x ": {"repo": "https://localhost/x"},
+    "sinks.s: jsonlines ": {"sinks": {"s": {"use": "jsonlines", "file": "out.jsonl"}}},
+}
+
+
+@pytest.mark.parametrize("line", ASKS)
+def test_what_reaches_beyond_the_sandbox_is_asked_for(tmp_path: Path, line: str) -> None:
+    """One line each."""
+    found = asked(tmp_path, **ASKS[line])
+    assert len(found) == 1, found
+    assert found[0].startswith(line)
+
+
+def test_what_stays_in_the_sandbox_is_not(tmp_path: Path) -> None:
+    """Commands of checks and of worktrees, limits, branches, and the network as it is by default."""
+    worktrees = {"setup": ["make"], "before_run": ["make x"], "ports": 2, "keep_ignored": ["node_modules"]}
+    defaults = {"checks": ["make test"], "attempts": 5, "priority": 1, "max_file": "1GB"}
+    assert asked(tmp_path, worktrees=worktrees, defaults=defaults, capacity=9, network="off", target="main") == ()
