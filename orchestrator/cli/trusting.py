@@ -35,7 +35,8 @@ trust_option = click.option(
 async def require_trust(config: RunConfig, *, is_named: bool) -> None:
     """Have the user confirm what a run's file asks for beyond the default; RefusedError where nobody does.
 
-    A run that comes from no file needs no confirmation. A file in no checkout that is named on the command line needs no confirmation: the user has chosen it.
+    A run that comes from no file needs no confirmation, and neither does a file in no checkout that is named on the
+    command line: the user has chosen it.
     """
     file = config.path
     if trusts_all(os.environ) or not await anyio.Path(file).is_file():
