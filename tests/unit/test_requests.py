@@ -29,7 +29,7 @@ def command(**settings: Any) -> dict[str, Any]:
     return {"adapters": {"a": {"use": "command", "argv": ["sh", "{prompt_file}"], **settings}}}
 
 
-ASKS = {
+ASKS: dict[str, dict[str, Any]] = {
     "sandbox: off": {"sandbox": "off"},
     "writable: ": {"writable": ["/tmp"]},
     "readable: ": {"readable": ["/tmp"]},
