@@ -26,10 +26,11 @@ _PATIENCE: Final = 2.0
 
 
 async def between(store: Store, after: int, until: int) -> AsyncGenerator[Record]:
-    """Yield the records behind position `after` up to position `until`, which is not yet to come.
+    """Yield the records behind position `after` up to position `until`, or up to the newest where that comes first.
 
-    What can't be read is missing. Raises HistoryGone where the log does not go back so far.
+    Records that can't be read are missing. Raises HistoryGone where the log does not go back so far.
     """
+    until = min(until, await store.position())  # a commit that is not there yet may never come
     if after >= until:
         return
     async with aclosing(store.watch(after)) as records:
@@ -74,11 +75,12 @@ class Tail:
         self._records: AsyncGenerator[Record] | None = None
 
     async def part(self, until: int, size: int) -> list[Record]:
-        """Return the next records, at most `size`; none once position `until` is reached, which is not yet to come.
+        """Return the next records, at most `size`; none once position `until` or the newest is reached.
 
         Raises HistoryGone where the log does not go back so far.
         """
         part: list[Record] = []
+        until = min(until, await self._store.position())
         while self.position < until and len(part) < size:
             if self._records is None:
                 self._records = self._store.watch(self.position)

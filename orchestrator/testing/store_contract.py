@@ -112,6 +112,19 @@ class StoreContract(ABC):
             assert list(await store.list("task")) == []
             assert list(store.damage) == []
 
+    async def test_each_look_at_an_empty_store_ends(self) -> None:
+        """Nothing waits for a first commit but who watches."""
+        async with self.open_store() as store:
+            with anyio.fail_after(10):
+                assert (await store.at(0)).documents == {}
+                assert list(await store.history(TASK)) == []
+                assert list(await store.list("task")) == []
+                assert (await store.statistics()).position == 0
+                assert (await store.verify()).is_sound
+                assert (await store.repair()).is_sound
+                assert (await store.compact(0.0, 0)).first == 0
+                assert await dumped(store) == (0, 0, [])
+
     async def test_versions_and_positions_count_from_one(self) -> None:
         """Each commit takes the next position, each write of a document its next version."""
         async with self.open_store() as store:

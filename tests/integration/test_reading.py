@@ -21,7 +21,7 @@ from orchestrator.protocols import Commit, Event, Key, Record, Store
 from orchestrator.state import reading
 from orchestrator.state.file import FileStore
 from orchestrator.state.memory import MemoryStore
-from orchestrator.state.reading import backwards, between, following, position_at
+from orchestrator.state.reading import Tail, backwards, between, following, position_at
 from orchestrator.testing.clock import ManualClock
 from tests.recorded import RUN, orchestrators, record_run, run_document
 
@@ -199,3 +199,15 @@ async def test_what_is_asked_of_an_owner_that_was_stopped_is_found_all_the_same(
                 assert found is not None
                 assert list(found.tasks) == [task]
                 await ledger.answer(found)
+
+
+async def test_what_is_yet_to_come_is_not_waited_for(store: Store) -> None:
+    """A part of the log ends where the log ends, whatever position is asked for."""
+    with anyio.fail_after(5):
+        assert [one async for one in between(store, 0, 1)] == []
+        assert [part async for part in backwards(store, 5) if part] == []
+        assert await Tail(store, 0).part(3, 10) == []
+        await store.commit(Commit([], [Event("a")]))
+        assert [one.position async for one in between(store, 0, 9)] == [1]
+        assert [one.position for part in [part async for part in backwards(store, 9)] for one in part] == [1]
+        assert [one.position for one in await Tail(store, 0).part(9, 10)] == [1]

@@ -1,0 +1,93 @@
+"""Every way to look at a state in which nothing is recorded ends, and says so."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio
+import click
+import pytest
+
+from orchestrator import Council
+from orchestrator.cli.state import state
+from orchestrator.health import Health
+from orchestrator.protocols import Commit, Event
+from orchestrator.runs import Runs
+from tests.conftest import Repository
+
+#: The arguments of those that need any; none of these names anything that is there.
+ARGUMENTS: dict[str, list[str]] = {
+    "history": ["task/a"],
+    "at": ["now"],
+    "diff": ["0", "now"],
+    "export": ["out.jsonl.zst"],
+    "import": ["nothing.jsonl.zst"],
+    "copy": [".council/state", "copy"],
+    "settle": ["task/a", "--take", "1"],
+}
+#: Looked at everything: 0; found nothing of that name: 2.
+CODES = {0, 2}
+
+
+@pytest.fixture
+def repository(repository: Repository) -> Repository:
+    """A repository in which a store is open that nothing was committed to."""
+    (repository.top / ".council/state").mkdir(mode=0o700, parents=True)
+    return repository
+
+
+def test_each_command_on_an_empty_store_ends(repository: Repository) -> None:
+    """As a process of its own; `log --follow` alone never ends by itself."""
+    assert isinstance(state, click.Group)
+    for name in sorted(state.commands):
+        ended = repository.council("state", name, *ARGUMENTS.get(name, []), timeout=15)
+        assert ended.code in CODES, (name, ended)
+        assert "internal" not in ended.stderr, (name, ended)
+    for name in ("status", "runs", "where", "locks"):
+        assert repository.council(name, timeout=15).code in CODES, name
+
+
+@pytest.mark.parametrize("url", [None, "memory:"])
+async def test_each_look_from_python_at_an_empty_store_ends(repository: Repository, url: str | None) -> None:
+    """On files and in memory; an empty folder, too, becomes an empty store."""
+    async with Council.open(repository.top, state=url, environ=repository.environ) as council:
+        looks: list[Callable[[], Awaitable[Any]]] = [
+            council.verify,
+            council.repair,
+            council.compact,
+            council.runs,
+            council.run_ids,
+            council.checkpoints,
+            council.conflicts,
+            council.locks,
+            council.places,
+            lambda: council.past.at(0),
+            lambda: council.past.position_at(0.0),
+            lambda: council.past.newest_commits(10, until=1),
+            council.health,  # the last: it makes a commit
+        ]
+        with anyio.fail_after(10):
+            for look in looks:
+                await look()
+            assert [one async for one in council.past.commits(until=9)] != []
+
+
+async def test_health_while_others_write(repository: Repository) -> None:
+    """What others commit meanwhile neither holds it up nor is waited for."""
+    async with (
+        Council.open(repository.top, environ=repository.environ) as council,
+        Council.open(repository.top, environ=repository.environ) as other,
+        anyio.create_task_group() as group,
+    ):
+        runs: Runs = council._runs
+
+        async def write() -> None:
+            while True:
+                await other._store.commit(Commit([], [Event("a")], durable=False))
+                await anyio.sleep(0)  # where it can be cancelled
+
+        group.start_soon(write)
+        with anyio.fail_after(10):
+            assert await Health(runs).examine()
+        group.cancel_scope.cancel()
