@@ -6,7 +6,6 @@ import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Self
 
@@ -334,12 +333,14 @@ class Council:
         exponentially. VersionConflict says who wrote and when: behind the last time, or at once where the version is
         not the `expected_version` (0: there is none). After `ttl` seconds it is as if the document were not there.
 
-        RefusedError for a document of a run that a process is at work in.
+        RefusedError for a document of a run that a process is at work in, for a value that would keep a document of
+        council's own from being read, and for those that council alone writes (`state.shapes`).
         """
-        from orchestrator.state.update import update  # noqa: PLC0415  seldom needed
+        from orchestrator.state.shapes import check_change  # noqa: PLC0415  seldom needed
+        from orchestrator.state.update import update  # noqa: PLC0415  the same
 
         await self._check_idle(key)
-        return await update(self._store, key, change, expected_version=expected_version, ttl=ttl)
+        return await update(self._store, key, change, expected_version=expected_version, ttl=ttl, check=check_change)
 
     def subscribe(self, pattern: str, after: int | None = None) -> AsyncGenerator[Changed]:
         """Yield each new version of the documents whose name, `kind/id`, matches a pattern, as any process writes it.
@@ -357,12 +358,11 @@ class Council:
         That is `last_write_wins`, `first_write_wins`, `merge`, or `manual`, which keeps them for `settle`. RefusedError
         for documents of a run that a process is at work in, and for what would keep a run from being read.
         """
-        from orchestrator.state import conflicts  # noqa: PLC0415  seldom needed
+        from orchestrator.state import conflicts, shapes  # noqa: PLC0415  seldom needed
 
         for key in dict.fromkeys(update.key for update in updates):
             await self._check_idle(key)
-        check = await self._check()
-        return await conflicts.apply_updates(self._store, updates, strategy, check=check)
+        return await conflicts.apply_updates(self._store, updates, strategy, check=shapes.check_change)
 
     async def conflicts(self) -> list[Conflict]:
         """Return the conflicts of updates that wait for a person, the oldest first."""
@@ -376,20 +376,15 @@ class Council:
         RefusedError where the document was changed since, unless that is forced, while a process is at work in the run
         that it is of, and for what would keep that run from being read.
         """
-        from orchestrator.state import conflicts  # noqa: PLC0415  the same
+        from orchestrator.state import conflicts, shapes  # noqa: PLC0415  the same
 
         newest = None
         with suppress(RefusedError):
             newest = await self.newest_run()
         found = await conflicts.find(self._store, conflict, newest)
         await self._check_idle(found.key)
-        check = await self._check()
+        check = shapes.check_change
         return conflicts.Settled(found, await conflicts.settle(self._store, found.id, choice, force=force, check=check))
-
-    async def _check(self) -> Callable[[Key, JsonObject | None], None]:
-        from orchestrator.engine.shapes import check_document  # noqa: PLC0415  the same
-
-        return partial(check_document, runs=await self.run_ids())
 
     async def _check_idle(self, key: Key) -> None:
         """Refuse to write a document of a run beside the process that is at work in it, which would not know."""
@@ -434,8 +429,11 @@ class Council:
         return await self.past.story(run or await self.newest_run(), task)
 
     async def runs(self, *, active: bool = False) -> list[RunReport]:
-        """Describe all runs of the project, or only those that are not over: at work, or cut off; the oldest first."""
-        found = [await self._runs.status(run, even_gone=True) for run in await self.run_ids()]
+        """Describe all runs of the project, or only those that are not over: at work, or cut off; the oldest first.
+
+        Runs that can't be read are left out: `damage` names the document.
+        """
+        found = await self._runs.all()
         return [report for report in found if not active or report.status in _ACTIVE]
 
     async def run_ids(self) -> list[str]:
@@ -494,11 +492,24 @@ class Council:
 
     async def verify(self) -> Verified:
         """Read all that is recorded anew, and tell whether it is sound."""
-        return await self._store.verify()
+        from orchestrator.state.shapes import verified  # noqa: PLC0415  seldom needed
+
+        return await verified(self._store)
 
     async def repair(self) -> Verified:
-        """Settle for what can be read of what is recorded; return what `verify` finds then (see `Store.repair`)."""
-        return await self._store.repair()
+        """Settle for what can be read of what is recorded; return what `verify` finds then (see `Store.repair`).
+
+        A document that is none of its kind gets its newest readable value again, but not while a process is at work in
+        its run.
+        """
+        from orchestrator.state.shapes import restore_readable, verified  # noqa: PLC0415  seldom needed
+
+        await self._store.repair()
+        found = await verified(self._store)
+        live = [run for run in await self.run_ids() if await self._runs.seems_live(run)]
+        idle = [key for key in found.unreadable if not any(is_of_run(key, run) for run in live)]
+        await restore_readable(self._store, idle)
+        return await verified(self._store) if idle else found
 
     async def check(self, run: str | None = None) -> RunCheck:
         """Hold all that is recorded of a run's workflows against the rules, those of plugins with them.

@@ -4,6 +4,7 @@
       ConfigError          the YAML file is wrong, all problems at once        exit 2
       RefusedError         the request can't be served as things stand         exit 2
         FileHeld           another session has locked the file
+        UnreadableDocument a document of ours has a shape that is none of its kind
       PluginError          a plugin broke its contract: it is named and left out
       StateError
         InvalidDocument    a value that the store can't hold
@@ -27,6 +28,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class CouncilError(Exception):
@@ -84,6 +89,22 @@ class FileHeld(RefusedError):
         self.path, self.holder, self.since = path, holder, since
         when = "" if since is None else f" (since {datetime.fromtimestamp(since, UTC):%Y-%m-%d %H:%M:%S} UTC)"
         super().__init__(f"{path} is locked by {holder}{when}", "wait for it, or work at something else")
+
+
+class UnreadableDocument(RefusedError):
+    """A document of ours has a shape that is none of its kind."""
+
+    def __init__(self, key: str, flaw: str) -> None:
+        self.key, self.flaw = key, flaw
+        remedy = "`council state verify --repair` restores its last readable version"
+        super().__init__(f"{key} can't be read: {flaw}", remedy)
+
+
+def mistake_of(error: ValidationError, within: int = 0) -> str:
+    """Return the first mistake that a model has found, in one line; its place without the first `within` parts."""
+    wrong = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(map(str, wrong["loc"][within:]))
+    return ": ".join(filter(None, (place, f"{wrong['msg'][:1].lower()}{wrong['msg'][1:]}")))
 
 
 def refuse_together(found: Sequence[tuple[str, str]], remedy: str) -> None:

@@ -10,17 +10,18 @@ from typing import Final
 
 import anyio.to_thread
 
-from orchestrator.domain.model import TaskStatus
+from orchestrator.domain.model import RunDocument, TaskStatus
 from orchestrator.engine import state_findings as findings
 from orchestrator.engine.findings import Finding, Level
 from orchestrator.engine.records import read_run, read_spec, read_tasks, task_documents
 from orchestrator.engine.state_findings import Growth, Silent
-from orchestrator.errors import HistoryGone, StoreUnavailable
+from orchestrator.errors import HistoryGone, RefusedError, StoreUnavailable, UnreadableDocument
 from orchestrator.protocols import Commit, Event, Record, Statistics, Store
 from orchestrator.runs import Runs
 from orchestrator.sessions.output import log_file
 from orchestrator.state.conflicts import pending
 from orchestrator.state.reading import between
+from orchestrator.state.shapes import verified
 
 #: How many of the newest commits tell how fast the log grows.
 _OF_LATE: Final = 1000
@@ -35,12 +36,12 @@ class Health:
     async def examine(self) -> list[Finding]:
         """Return all that was found; one durable commit is made, to see how long that takes."""
         store = self.runs.store
-        runs = [await read_run(store, run) for run in await self.runs.ids()]
+        runs = [run for name in await self.runs.ids() if (run := await self._run(name)) is not None]
         open_runs = {run.id: await self.runs.seems_live(run.id) for run in runs if run.ended is None}
-        sessions = [one for run, is_live in open_runs.items() if is_live for one in await self._sessions(run)]
+        sessions = [one for run, is_live in open_runs.items() if is_live for one in await self._readable_sessions(run)]
         statistics = await store.statistics()
         return [
-            *findings.judge_integrity(await store.verify()),
+            *findings.judge_integrity(await verified(store)),
             findings.judge_log(
                 statistics, await _growth(store, statistics, self.runs.clock.now()), await self.runs.retention()
             ),
@@ -52,6 +53,11 @@ class Health:
             findings.judge_conflicts(len(await pending(store))),
         ]
 
+    async def _run(self, run: str) -> RunDocument | None:
+        with suppress(RefusedError):  # what can't be read is a finding of its own
+            return await read_run(self.runs.store, run)
+        return None
+
     async def _latency(self) -> Finding:
         store, clock = self.runs.store, self.runs.clock
         began = clock.monotonic()
@@ -60,6 +66,11 @@ class Health:
         except StoreUnavailable as error:
             return Finding("latency", Level.PROBLEM, error.what, error.remedy)
         return findings.judge_latency(clock.monotonic() - began)
+
+    async def _readable_sessions(self, run: str) -> list[Silent]:
+        with suppress(UnreadableDocument):
+            return await self._sessions(run)
+        return []
 
     async def _sessions(self, run: str) -> list[Silent]:
         """Return the sessions of a run at work."""

@@ -274,11 +274,13 @@ class Verified:
     """Documents of which a newer version was there than can be read."""
     differs: Sequence[Key] = ()
     """Documents that are told otherwise than the log says: a fault of this program or of the machine's memory."""
+    unreadable: Mapping[Key, str] = field(default_factory=dict)
+    """Documents of council's own whose value is none of their kind, and why; a store leaves this empty."""
 
     @property
     def is_sound(self) -> bool:
         """Whether there is nothing to worry about."""
-        return not (self.damage or self.damaged or self.differs)
+        return not (self.damage or self.damaged or self.differs or self.unreadable)
 
 
 @dataclass(frozen=True, slots=True)

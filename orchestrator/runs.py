@@ -5,21 +5,22 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio.to_thread
+from pydantic import ValidationError
 
 from orchestrator.clock import Clock
 from orchestrator.domain.dispatch import with_parts
 from orchestrator.domain.model import RunDocument, TaskStatus
 from orchestrator.engine.records import read_adapters, read_entries, read_run, read_tasks, task_documents
 from orchestrator.engine.report import ReportPlaces, RunRecord, RunReport, RunStatus, SessionReport, report
-from orchestrator.errors import RefusedError
+from orchestrator.errors import RefusedError, UnreadableDocument
 from orchestrator.locking.orchestrators import read_orchestrators
 from orchestrator.project import Project
-from orchestrator.protocols import Store
+from orchestrator.protocols import Document, Store
 from orchestrator.repo.hub import Hub
 
 if TYPE_CHECKING:
@@ -38,13 +39,13 @@ class Runs:
     environ: Mapping[str, str]
     follows_file: bool = False
     """Whether the store is the one that a run's file names, or else the project's own: nobody has chosen another."""
+    unreadable: list[str] = field(default_factory=list)
+    """Of the last look at all runs: the documents that kept one from being described, in words."""
 
     async def ids(self) -> list[str]:
         """Return the ids of all runs that can be read, the oldest first."""
         found = await self.store.list("run")
-        return [
-            run for _, run in sorted((one.value.get("started", 0.0), one.key.id) for one in found if not one.damaged)
-        ]
+        return [one.key.id for one in sorted(found, key=_by_start) if not one.damaged]
 
     async def newest(self) -> str:
         """Return the id of the run that was started last."""
@@ -56,15 +57,17 @@ class Runs:
             raise RefusedError("there is no run in this project", "start one with `council run FILE`")
         if len(runs) == 1:  # a run of thousands of tasks is long to read
             return runs[0].key.id
-        return max(runs, key=lambda found: (found.value.get("started", 0.0), found.key.id)).key.id
+        return max(runs, key=_by_start).key.id
 
     async def retention(self) -> Retention:
         """Return how much of the past is kept, as the file of the newest run says."""
         # Late: whoever only looks at a run needs none of it.
         from orchestrator.config.model import Retention  # noqa: PLC0415
 
-        runs = await self.ids()
-        return Retention.model_validate((await read_run(self.store, runs[-1])).retention if runs else {})
+        for run in reversed(await self.ids()):
+            with suppress(RefusedError, ValidationError):  # what can't be read says nothing
+                return Retention.model_validate((await read_run(self.store, run)).retention)
+        return Retention()
 
     async def record(self, run: str, *, whole: bool = True) -> RunRecord:
         """Return all that is recorded of a run; unless `whole`, what to do only of tasks that wait or never began."""
@@ -98,6 +101,17 @@ class Runs:
             status = RunStatus.RUNNING if is_live else RunStatus.INTERRUPTED
         described = self.describe(record, status)
         return replace(described, sessions=await self._sessions(run)) if status is RunStatus.RUNNING else described
+
+    async def all(self) -> list[RunReport]:
+        """Describe all runs, the oldest first; those that can't be read are told of by `damage` instead."""
+        found = []
+        self.unreadable.clear()
+        for run in await self.ids():
+            try:
+                found.append(await self.status(run, even_gone=True))
+            except UnreadableDocument as error:
+                self.unreadable.append(str(error))
+        return found
 
     async def _sessions(self, run: str) -> list[SessionReport]:
         """Return what the sessions of a run are at, in the order of their names."""
@@ -152,4 +166,10 @@ class Runs:
     @property
     def damage(self) -> tuple[str, ...]:
         """What of the state could not be read since it was opened, in words."""
-        return tuple(one.describe() for one in self.store.damage)
+        return (*(one.describe() for one in self.store.damage), *self.unreadable)
+
+
+def _by_start(run: Document) -> tuple[float, str]:
+    """Return what runs are sorted by, also where nobody knows when one was started."""
+    started = run.value.get("started")
+    return float(started) if isinstance(started, int | float) else 0.0, run.key.id

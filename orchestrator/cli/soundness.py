@@ -37,6 +37,7 @@ def verified_json(found: Verified, settled: Sequence[Settlement]) -> JsonObject:
         "damage": [one.describe() for one in found.damage],
         "damaged": [str(key) for key in found.damaged],
         "differs": [str(key) for key in found.differs],
+        "unreadable": {str(key): flaw for key, flaw in found.unreadable.items()},
         "settled": [{"key": one.key, "version": one.version} for one in settled],
     }
 
@@ -53,6 +54,8 @@ def verified_lines(found: Verified, settled: Sequence[Settlement]) -> Iterator[s
         yield plain(f"  {one.describe()}")
     for key in found.damaged:
         yield plain(f"  {key}: a newer version was there than can be read")
+    for key, flaw in found.unreadable.items():
+        yield plain(f"  {key}: can't be read: {flaw}")
     for key in found.differs:
         yield plain(f"  {key}: told otherwise than the log says: restart whatever has this state open")
     if not found.is_sound:

@@ -110,6 +110,27 @@ class Claim(_Document):
     """Why it was released or taken over."""
 
 
+class MergeParty(_Document):
+    """An orchestrator that has the permit or waits for it, since when (wall-clock seconds)."""
+
+    id: str
+    host: str
+    pid: int
+    run: str
+    since: float
+
+
+class MergeLease(_Document):
+    """Who may land, and who is next."""
+
+    epoch: int = 0
+    holder: MergeParty | None = None
+    waiting: tuple[MergeParty, ...] = ()
+    """In the order of their turns."""
+    repository: str
+    target: str
+
+
 @dataclass(frozen=True, slots=True)
 class Timing:
     """When signs of life are given and missed, in seconds."""

@@ -39,6 +39,9 @@ SUCCESSFUL = frozenset({TaskStatus.LANDED, TaskStatus.DONE})
 #: States in which the run has nothing left to do for a task.
 FINAL = REVIVABLE | SUCCESSFUL
 
+#: States of a task that an attempt has led to.
+_ATTEMPTED = frozenset({TaskStatus.RUNNING, TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.LANDING})
+
 #: Names of tasks that are told to somebody who named none of them.
 _MOST_NAMED = 5
 
@@ -164,6 +167,21 @@ class TaskDocument(_Document):
     """The number of the pull request that is about it."""
     imported: ImportedTask | None = None
     """Where it is of a run that was imported: what else was recorded of it."""
+    extra: dict[str, Any] = {}
+    """What people and other programs noted of it, such as `progress`, `message` and `files`; council only keeps it."""
+
+    @property
+    def contradiction(self) -> str | None:
+        """What of it contradicts the rest, as no run writes it; None if nothing does."""
+        count = len(self.attempts)
+        if any(one.number != number for number, one in enumerate(self.attempts, 1)):
+            return "attempts: they are not numbered from 1"
+        for name, number in (("current", self.current), ("built", self.built)):
+            if number is not None and not 1 <= number <= count:
+                return f"{name}: there is no attempt {number}"
+        if self.status in _ATTEMPTED and not count:
+            return f"status: it is {self.status} without an attempt"
+        return None
 
     @property
     def started(self) -> float | None:
@@ -254,6 +272,8 @@ class RunDocument(_Document):
     """Why it was stopped before its end, where its budget was used up."""
     imported: ImportedRun | None = None
     """Where it was not ours: there is its record and nothing else, so that nobody can work in it."""
+    extra: dict[str, Any] = {}
+    """What people and other programs noted of it; council only keeps it."""
 
     def check_ours(self) -> None:
         """Refuse a run of which there is only an imported record."""

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from orchestrator.domain.dispatch import Entry
 from orchestrator.domain.handoffs import Handoff
 from orchestrator.domain.model import AdapterDocument, Request, RunDocument, TaskDocument
-from orchestrator.errors import RefusedError
+from orchestrator.errors import RefusedError, UnreadableDocument, mistake_of
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Commit, Document, Event, JsonObject, Key, Store, Write
 
 if TYPE_CHECKING:
     from orchestrator.config.model import TaskSpec
+
+Model = TypeVar("Model", bound=BaseModel)
+T = TypeVar("T")
 
 #: Thousands of documents are validated in one go: one call for each would cost several times as much.
 _TASKS = cache(lambda: TypeAdapter(list[TaskDocument]))
@@ -69,7 +72,7 @@ async def read_handoffs(store: Store, run: str, task: str) -> dict[str, tuple[in
     """Return what the phases of a task have handed over, by id, with the versions of the documents."""
     found = {}
     for item in await store.list("handoff", f"{run}/{task}/"):
-        handoff = Handoff.model_validate_json(_trusted(store, item))
+        handoff = _parsed(Handoff, _trusted(store, item))
         found[handoff.id] = (item.version, handoff)
     return found
 
@@ -90,11 +93,7 @@ async def read_run(store: Store, run: str) -> RunDocument:
     found = await store.get(run_key(run))
     if found is None:
         raise RefusedError(f"there is no run {run!r}", "`council runs` lists them")
-    try:
-        return RunDocument.model_validate_json(_trusted(store, found))
-    except ValidationError:
-        what = f"the record of run {run} is none that this version of council can read"
-        raise RefusedError(what, "use the version that wrote it, or name another run") from None
+    return _parsed(RunDocument, _trusted(store, found))
 
 
 async def read_task(store: Store, run: str, task: str) -> TaskDocument:
@@ -102,7 +101,7 @@ async def read_task(store: Store, run: str, task: str) -> TaskDocument:
     found = await store.get(task_key(run, task))
     if found is None:
         raise RefusedError(f"run {run} has no task {task!r}", "`council status` names them")
-    return TaskDocument.model_validate_json(found.encoded)
+    return _parsed(TaskDocument, found)
 
 
 async def read_spec(store: Store, run: str, task: str) -> TaskSpec:
@@ -113,7 +112,7 @@ async def read_spec(store: Store, run: str, task: str) -> TaskSpec:
     found = await store.get(spec_key(run, task))
     if found is None:
         raise RefusedError(f"the record of task {task!r} is missing", "start a new run")
-    return TaskSpec.model_validate_json(_trusted(store, found))
+    return _parsed(TaskSpec, _trusted(store, found))
 
 
 async def read_tasks(store: Store, run: str) -> dict[str, Document]:
@@ -129,8 +128,11 @@ def task_documents(found: Mapping[str, Document], tasks: Sequence[str]) -> dict[
             raise RefusedError(what, "go back to a checkpoint (`council checkpoint list`), or start a new run")
     encoded = [found[task].encoded for task in tasks]
     # Those that have not begun are all the same, and none can be changed.
-    distinct = dict.fromkeys(encoded)
-    read = dict(zip(distinct, _TASKS().validate_json(_joined(distinct)), strict=True))
+    distinct = {one: found[task] for one, task in zip(encoded, tasks, strict=True)}
+    read = dict(zip(distinct, _all_parsed(_TASKS(), list(distinct.values())), strict=True))
+    for one, task_document in read.items():
+        if task_document.contradiction is not None:
+            raise UnreadableDocument(str(distinct[one].key), task_document.contradiction)
     return {task: read[one] for task, one in zip(tasks, encoded, strict=True)}
 
 
@@ -144,7 +146,10 @@ async def read_entries(store: Store, run: RunDocument, blank: Collection[str] = 
         if item.damaged:
             raise _damaged(store, item)
     wanted = [task for task in run.tasks if task not in blank]
-    read = _ENTRIES().validate_json(_joined(found[task].encoded for task in wanted))
+    for task in wanted:
+        if task not in found:
+            raise RefusedError(f"the record of task {task!r} is missing", "start a new run")
+    read = _all_parsed(_ENTRIES(), [found[task] for task in wanted])
     return {**dict.fromkeys(run.tasks, Entry()), **dict(zip(wanted, read, strict=True))}
 
 
@@ -166,23 +171,34 @@ def added(run: RunDocument, specs: Mapping[str, TaskSpec]) -> list[Write]:
 async def read_adapters(store: Store, run: RunDocument) -> dict[str, AdapterDocument]:
     """Return what a run has learned about its adapters, by name."""
     found = await _named(store, "adapter", run.id)
-    return {name: AdapterDocument.model_validate(item.value) for name, item in found.items()}
+    return {name: _parsed(AdapterDocument, item) for name, item in found.items()}
 
 
 async def read_requests(store: Store, run: str) -> list[Request]:
     """Return what was asked of a run's owner and is not done yet, the oldest first."""
     found = sorted(await store.list("request", f"{run}/"), key=lambda one: one.position)
-    return [Request.model_validate(one.value) for one in found]
+    return [_parsed(Request, one) for one in found]
 
 
-def _joined(values: Iterable[bytes]) -> bytes:
-    return b"[" + b",".join(values) + b"]"
+def _parsed(model: type[Model], found: Document) -> Model:
+    try:
+        return model.model_validate_json(found.encoded)
+    except ValidationError as error:
+        raise UnreadableDocument(str(found.key), mistake_of(error)) from None
 
 
-def _trusted(store: Store, found: Document) -> bytes:
+def _all_parsed(model: TypeAdapter[list[T]], found: Sequence[Document]) -> list[T]:
+    try:
+        return model.validate_json(b"[" + b",".join(one.encoded for one in found) + b"]")
+    except ValidationError as error:
+        place = error.errors(include_url=False, include_context=False, include_input=False)[0]["loc"][0]
+        raise UnreadableDocument(str(found[int(place)].key), mistake_of(error, within=1)) from None
+
+
+def _trusted(store: Store, found: Document) -> Document:
     if found.damaged:
         raise _damaged(store, found)
-    return found.encoded
+    return found
 
 
 def _damaged(store: Store, found: Document) -> RefusedError:

@@ -96,6 +96,11 @@ def judge_integrity(found: Verified) -> Iterator[Finding]:
         yield Finding("integrity", Level.PROBLEM, places, _REPAIR)
     else:
         yield Finding("integrity", Level.OK, f"{found.position:,} commits, {shown_size(found.bytes)}: sound")
+    for key, flaw in list(found.unreadable.items())[:_MOST_NAMED]:
+        remedy = "`council state verify --repair` restores its last readable version"
+        yield Finding(f"document {key}", Level.PROBLEM, f"it can't be read: {flaw}", remedy)
+    if len(found.unreadable) > _MOST_NAMED:
+        yield Finding("documents", Level.PROBLEM, f"{len(found.unreadable) - _MOST_NAMED} more can't be read", _REPAIR)
     if found.differs:
         remedy = "restart whatever has this state open; the log counts"
         yield Finding("memory", Level.PROBLEM, f"told otherwise than the log says: {_named(found.differs)}", remedy)

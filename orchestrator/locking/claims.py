@@ -17,6 +17,7 @@ from orchestrator.errors import CouncilError, LeaseLost, VersionConflict
 from orchestrator.failpoints import failpoint
 from orchestrator.locking.orchestrators import Orchestrators
 from orchestrator.protocols import Commit, Document, Event, Guard, Key, Store, Write
+from orchestrator.state.shapes import readable
 
 _KIND = "claim"
 
@@ -31,7 +32,7 @@ def claim_key(run: str, task: str) -> Key:
 async def read_claims(store: Store, run: str) -> dict[str, Claim]:
     """Return the claims on a run's tasks, released ones too, by task."""
     found = await store.list(_KIND, f"{run}/")
-    return {one.key.id.partition("/")[2]: Claim.model_validate_json(one.encoded) for one in found if not one.damaged}
+    return {one.key.id.partition("/")[2]: Claim.model_validate_json(one.encoded) for one in readable(found)}
 
 
 @dataclass(frozen=True, slots=True)

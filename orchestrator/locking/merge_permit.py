@@ -11,42 +11,17 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import anyio
-from pydantic import BaseModel, ConfigDict
 
 from orchestrator.clock import Clock
-from orchestrator.domain.claims import Standing
+from orchestrator.domain.claims import MergeLease, MergeParty, Standing
 from orchestrator.errors import StoreUnavailable, VersionConflict
 from orchestrator.locking.orchestrators import Orchestrators
 from orchestrator.locking.registry import scope_of
 from orchestrator.protocols import Commit, Document, Guard, Key, Store, Write
+from orchestrator.state.shapes import flaw_of, readable
 
 #: Seconds between two looks whether it is this one's turn: at first, and at last.
 _PAUSES = (0.05, 1.0)
-
-
-class MergeParty(BaseModel):
-    """An orchestrator that has the permit or waits for it, since when (wall-clock seconds)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
-
-    id: str
-    host: str
-    pid: int
-    run: str
-    since: float
-
-
-class MergeLease(BaseModel):
-    """Who may land, and who is next."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
-
-    epoch: int = 0
-    holder: MergeParty | None = None
-    waiting: tuple[MergeParty, ...] = ()
-    """In the order of their turns."""
-    repository: str
-    target: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +40,7 @@ def permit_key(scope: str) -> Key:
 async def read_leases(store: Store) -> dict[str, tuple[Document, MergeLease]]:
     """Return all leases on landing with their documents, by scope."""
     found = await store.list("lease", "merge/")
-    return {
-        one.key.id.partition("/")[2]: (one, MergeLease.model_validate(one.value)) for one in found if not one.damaged
-    }
+    return {one.key.id.partition("/")[2]: (one, MergeLease.model_validate(one.value)) for one in readable(found)}
 
 
 class MergePermits:
@@ -144,7 +117,7 @@ class MergePermits:
         document = await self._store.get(self._key)
         if document is None:
             return None, self._blank
-        if document.damaged:  # no epoch was ever higher than the version
+        if document.damaged or flaw_of(document) is not None:  # no epoch was ever higher than the version
             return document, self._blank.model_copy(update={"epoch": document.version})
         return document, MergeLease.model_validate_json(document.encoded)
 

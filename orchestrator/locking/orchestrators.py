@@ -15,10 +15,11 @@ from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 import anyio
+from pydantic import ValidationError
 
 from orchestrator.clock import Clock
 from orchestrator.domain.claims import Counters, Orchestrator, Owner, Role, Standing, Timing, standing
-from orchestrator.errors import CouncilError, Fenced, VersionConflict
+from orchestrator.errors import CouncilError, Fenced, UnreadableDocument, VersionConflict, mistake_of
 from orchestrator.filelock import start_ticks
 from orchestrator.protocols import Commit, Document, Guard, Key, Store, Write
 from orchestrator.state.boot import boot_id
@@ -60,7 +61,12 @@ async def read_orchestrators(store: Store, run: str) -> dict[str, Orchestrator]:
 
 def _read(document: Document | None) -> Orchestrator | None:
     """Return a record; None where there is none, or nobody knows what it is by now."""
-    return None if document is None or document.damaged else Orchestrator.model_validate_json(document.encoded)
+    if document is None or document.damaged:
+        return None
+    try:
+        return Orchestrator.model_validate_json(document.encoded)
+    except ValidationError as error:
+        raise UnreadableDocument(str(document.key), mistake_of(error)) from None
 
 
 class _Seen(NamedTuple):

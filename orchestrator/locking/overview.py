@@ -16,13 +16,15 @@ from typing import Any, Final, Literal
 import anyio.to_thread
 
 from orchestrator.clock import Clock
+from orchestrator.domain.claims import MergeParty
 from orchestrator.domain.holdings import Holding, counts
 from orchestrator.domain.sessions import SessionName
 from orchestrator.errors import RefusedError
 from orchestrator.locking.files import FileLockRecord, FileLocks, records
-from orchestrator.locking.merge_permit import MergeParty, permit_key, read_leases
+from orchestrator.locking.merge_permit import permit_key, read_leases
 from orchestrator.locking.registry import KIND, claim_key
 from orchestrator.protocols import Commit, Event, JsonObject, Record, Store, Write
+from orchestrator.state.shapes import readable
 from orchestrator.state.update import retried
 
 #: The event that tells everybody of a lock that a person broke.
@@ -134,7 +136,7 @@ class Overview:
 
     async def _ownership(self) -> list[Lock]:
         live: list[Holding] = []
-        for document in await self.store.list(KIND):
+        for document in readable(await self.store.list(KIND)):
             if "/" in document.key.id:  # else it is the turnstile of a scope
                 holding = Holding.from_json(document.value)
                 claim = await self.store.get(claim_key(holding.session))

@@ -22,6 +22,7 @@ from orchestrator.domain.holdings import HeldBy, Holding, Waiting, check_room, c
 from orchestrator.domain.sessions import SessionName
 from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Store, Write
 from orchestrator.state.reading import following
+from orchestrator.state.shapes import flaw_of
 from orchestrator.state.update import retried
 
 KIND: Final = "ownership"
@@ -260,6 +261,8 @@ class Registry:
         for document in documents:
             before = known.get(document.key)
             if before is None or before[0] != document.version:
+                if flaw_of(document) is not None:
+                    continue
                 before = document.version, Holding.from_json(document.value)
             self._known[document.key] = before
         holdings = {holding.session: (version, holding) for version, holding in self._known.values()}

@@ -16,10 +16,13 @@ cursor      never: what sinks and trackers have been told can't be taken back.
 adapter     never: a usage limit that was hit since, or a login that ran out, is a fact of the world outside.
 checkpoint  never: to be able to go forward again.
 ports       never: they are of places on this machine, and of no run.
+import      never: what was imported of older layouts stays imported.
 claim, orchestrator, ownership, context  never: they are of processes and sessions that are at work now.
 
-A run that began after a checkpoint of the whole store stays, and one that is gone since comes back. What is damaged
-then or now is not guessed: such a task stays as it is.
+A run that began after a checkpoint of the whole store stays, and one that is gone since comes back. Documents of other
+kinds, which are not ours, are part of checkpoints of the whole store: they become as they were, those that were made
+since are deleted, and those that expire by themselves stay as they are. What is damaged or can't be read, then or now,
+is not guessed: such a task stays as it is.
 """
 
 from __future__ import annotations
@@ -29,16 +32,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Final
+from typing import Final
 
 import anyio.to_thread
 
 from orchestrator.domain.model import FINAL, SUCCESSFUL, RunDocument, TaskDocument, TaskStatus
 from orchestrator.domain.turning_back import turn_back
-from orchestrator.errors import HistoryGone, RefusedError, VersionConflict
+from orchestrator.errors import HistoryGone, RefusedError, UnreadableDocument, VersionConflict
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Store, Write
 from orchestrator.state.reading import is_of_run
+from orchestrator.state.shapes import KINDS, flaw_of, readable
 
 KIND: Final = "checkpoint"
 #: What stands for a run's id in the names of checkpoints of the whole store.
@@ -155,13 +159,14 @@ async def create(
 async def listed(store: Store, run: str | None = None) -> list[Checkpoint]:
     """Return the checkpoints of a run (`WHOLE`: of the whole store), or all there are; the oldest first."""
     found = await store.list(KIND, f"{run}/" if run else "")
-    readable = sorted((one for one in found if not one.damaged), key=lambda one: one.position)
-    return [_checkpoint(one) for one in readable]
+    return [_checkpoint(one) for one in sorted(readable(found), key=lambda one: one.position)]
 
 
 async def read(store: Store, checkpoint: str) -> Checkpoint:
     """Return a checkpoint by its id; RefusedError if there is none, or it can't be read."""
     found = await store.get(Key(KIND, checkpoint))
+    if found is not None and (flaw := flaw_of(found)) is not None:
+        raise UnreadableDocument(str(found.key), flaw)
     if found is None or found.damaged:
         what = "there is no" if found is None else "damage to the state log has hit"
         raise RefusedError(f"{what} checkpoint {checkpoint!r}", "`council checkpoint list` names them")
@@ -179,7 +184,7 @@ async def contents(store: Store, checkpoint: str) -> Mapping[Key, Document]:
 async def restoration(store: Store, checkpoint: str) -> Restoration:
     """Return what going back to a checkpoint would change now; nothing is changed. Raises as `contents` does."""
     found = await read(store, checkpoint)
-    then, (_, now) = await _then(store, found), await _now(store, found.run)
+    then, now = await _then(store, found), await _present(store, found.run)
     return await anyio.to_thread.run_sync(_decide, found, then, now)
 
 
@@ -230,6 +235,13 @@ async def _now(store: Store, run: str | None) -> tuple[int, Mapping[Key, Documen
     return position, {key: one for key, one in found.items() if key.kind in _KEPT and _is_of(one, run)}
 
 
+async def _present(store: Store, run: str | None) -> Mapping[Key, Document]:
+    """Return what can be turned back as it is now."""
+    if run is not None:
+        return (await _now(store, run))[1]
+    return (await store.at(await store.position())).documents  # only so the kinds are known that are not ours
+
+
 async def _listed(store: Store, kind: str, run: str | None) -> Iterable[Document]:
     if run is None:
         return await store.list(kind)
@@ -264,13 +276,13 @@ def _facts(documents: Iterable[Document], run: str | None, is_live: bool) -> Jso
     phase: Counter[str] = Counter()
     sessions, end = [], None
     for found in documents:
-        value: dict[str, Any] = {} if found.damaged or found.key.kind not in {"run", "task"} else found.value
+        is_known = found.key.kind in {"run", "task"} and not _marked(found).damaged
         if found.key.kind == "run":
-            end = value.get("ended", 0.0)
+            end = RunDocument.model_validate_json(found.encoded).ended if is_known else 0.0
         elif found.key.kind == "task":
-            phase[value.get("status", "damaged")] += 1
-            if value.get("status") in _AT_WORK:
-                task = TaskDocument.model_validate(value)
+            task = TaskDocument.model_validate_json(found.encoded) if is_known else None
+            phase["damaged" if task is None else task.status] += 1
+            if task is not None and task.status in _AT_WORK:
                 owner, _, name = found.key.id.partition("/")
                 sessions.append({"run": owner, "task": name, "attempt": task.attempt.number, "status": task.status})
     return {"status": _status(run, end, phase, is_live), "phase": dict(phase), "sessions": sessions}
@@ -284,8 +296,14 @@ def _status(run: str | None, ended: float | None, phase: Mapping[str, int], is_l
     return "landed" if phase.keys() <= SUCCESSFUL else "incomplete"
 
 
+def _marked(found: Document) -> Document:
+    """Return a document, as damaged where it can't be read."""
+    return found if flaw_of(found) is None else found._replace(damaged=True)
+
+
 def _decide(checkpoint: Checkpoint, then: Mapping[Key, Document], now: Mapping[Key, Document]) -> Restoration:
     """Tell what is to be written for all to be as it was `then`, where it can be."""
+    then, now = ({key: _marked(one) for key, one in found.items()} for found in (then, now))
     writes: list[Write] = []
     left: dict[Key, str] = {}
     runs: dict[str, RunDocument] = {}
@@ -309,6 +327,11 @@ def _decide(checkpoint: Checkpoint, then: Mapping[Key, Document], now: Mapping[K
     for key, note in then.items():
         if key.kind == _NOTE and key not in now and not note.damaged:
             writes.append(_write(note.value, key, None))
+    if checkpoint.run is None:
+        own = [key for key in dict.fromkeys((*then, *now)) if key.kind not in KINDS]
+        found_own = {key: _judge_own(then.get(key), now.get(key)) for key in own}
+        left |= {key: why for key, why in found_own.items() if isinstance(why, str)}
+        writes += [one for one in found_own.values() if isinstance(one, Write)]
     return Restoration(checkpoint, writes, left, runs)
 
 
@@ -339,6 +362,18 @@ def _judge(then: Document | None, now: Document | None) -> Write | str | None:
     return (
         None if now is not None and not now.damaged and now.value == then.value else _write(then.value, then.key, now)
     )
+
+
+def _judge_own(then: Document | None, now: Document | None) -> Write | str | None:
+    """Return what is to be written of a document that is no kind of ours, or why it stays, or None if it is as then."""
+    if any(one is not None and one.expires is not None for one in (then, now)):
+        return None  # its time goes on: what it said then is over
+    if then is None:
+        return None if now is None else Write(now.key, now.version, None)
+    if then.damaged:
+        return _DAMAGED_THEN
+    is_same = now is not None and not now.damaged and now.value == then.value
+    return None if is_same else _write(then.value, then.key, now)
 
 
 def _judge_task(then: Document, now: Document | None) -> Write | str | None:

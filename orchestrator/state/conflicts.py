@@ -6,7 +6,7 @@ A conflict that is kept is a document of the kind `conflict`; the document that 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, NamedTuple
@@ -14,13 +14,11 @@ from typing import Final, NamedTuple
 from orchestrator.domain.conflicts import LeftToPerson, Strategy, Update, by_key, resolve, strategy_named
 from orchestrator.errors import RefusedError, who_and_when
 from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Store, Version, Write
-from orchestrator.state.update import ATTEMPTS, retried
+from orchestrator.state.shapes import flaw_of, readable
+from orchestrator.state.update import ATTEMPTS, Check, retried
 
 #: The kind of the documents that hold the conflicts that wait for a person.
 KIND: Final = "conflict"
-
-#: Refuses (RefusedError) what must not become a document; None deletes.
-Check = Callable[[Key, JsonObject | None], None]
 
 _MOST_NAMED: Final = 5
 _OF_CANDIDATE: Final = ("time", "writer", "value", "base")
@@ -81,10 +79,10 @@ async def apply_updates(
 async def pending(store: Store) -> list[Conflict]:
     """Return the conflicts that wait for a person, the oldest first.
 
-    One whose record is damaged is not among them; the store's `damage` names it.
+    One whose record can't be read is not among them.
     """
-    documents = await store.list(KIND)
-    return [_read(one) for one in sorted(documents, key=lambda one: (one.position, one.key)) if not one.damaged]
+    documents = readable(await store.list(KIND))
+    return [_read(one) for one in sorted(documents, key=lambda one: (one.position, one.key))]
 
 
 async def find(store: Store, name: str, run: str | None = None) -> Conflict:
@@ -133,6 +131,7 @@ async def settle(
 class _Step(NamedTuple):
     """What a commit has to do about one document."""
 
+    found: Document | None
     writes: Sequence[Write]
     event: Event | None = None
     conflict: Conflict | None = None
@@ -148,8 +147,9 @@ async def _apply(
     steps = {key: await _step(store, key, updates, strategy) for key, updates in grouped.items()}
     writes = [write for step in steps.values() for write in step.writes]
     if check is not None:
-        for write in writes:
-            check(write.key, write.value)
+        for key, step in steps.items():
+            for write in step.writes if step.conflict is None else ():
+                check(key, step.found, write.value)
     events = [step.event for step in steps.values() if step.event is not None]
     if writes or events:
         await store.commit(Commit(writes, events, guards))
@@ -165,14 +165,14 @@ async def _step(store: Store, key: Key, updates: Sequence[Update[Key]], strategy
     version = found.version if found else 0
     competing = [*await _unseen(store, key, found, updates), *updates]
     if len(competing) == 1:
-        return _Step(_replace(key, version, updates[0].value))
+        return _Step(found, _replace(key, version, updates[0].value))
     outcome = resolve(competing, strategy)
     facts = {"key": str(key), "writers": [one.writer for one in sorted(competing, key=lambda one: one.time)]}
     if isinstance(outcome, LeftToPerson):
         kept = Conflict(secrets.token_hex(8), key, version, outcome.candidates)
-        return _Step([_record(kept)], Event("state.conflict_kept", {**facts, "conflict": kept.id}), kept)
+        return _Step(found, [_record(kept)], Event("state.conflict_kept", {**facts, "conflict": kept.id}), kept)
     event = Event("state.conflict_resolved", {**facts, "strategy": str(strategy)})
-    return _Step(_replace(key, version, outcome.value), event)
+    return _Step(found, _replace(key, version, outcome.value), event)
 
 
 async def _unseen(store: Store, key: Key, found: Document | None, updates: Sequence[Update[Key]]) -> list[Update[Key]]:
@@ -217,13 +217,13 @@ async def _settle(
     record = await store.get(Key(KIND, name))
     if record is None:
         raise _unknown(name, await pending(store))
-    if record.damaged:
+    if record.damaged or flaw_of(record) is not None:
         raise _damaged(name)
     conflict = _read(record)
     value, writer = (choice, None) if isinstance(choice, dict) else _candidate(conflict, choice)
-    if check is not None:
-        check(conflict.key, value)
     found = await store.get(conflict.key)
+    if check is not None:
+        check(conflict.key, found, value)
     version = found.version if found else 0
     if version != conflict.version and not force:
         raise await _changed(store, conflict, found)

@@ -15,6 +15,9 @@ ATTEMPTS: Final = 5
 #: Seconds: the longest pause behind the first attempt; it doubles with each, up to the second number.
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
 
+#: Refuses (RefusedError) what a document must not become; None deletes.
+Check = Callable[[Key, Document | None, JsonObject | None], None]
+
 T = TypeVar("T")
 
 
@@ -28,16 +31,18 @@ async def update(
     events: Sequence[Event] = (),
     guards: Sequence[Guard] = (),
     attempts: int = ATTEMPTS,
+    check: Check | None = None,
 ) -> Document | None:
     """Replace a document's value by what `change` makes of it; return the document after that, None if it is gone.
 
     `change` gets a copy of its own, None where there is no document, and returns None to delete it. It may be called
     several times: where somebody else commits first, all is done anew with the newer value, after a random pause that
     grows exponentially. A VersionConflict is raised after so many attempts, or at once where the version is not the
-    `expected_version` (0: there is none) to begin with. `ttl`, `events` and `guards` are those of the commit.
+    `expected_version` (0: there is none) to begin with. `ttl`, `events` and `guards` are those of the commit. What
+    `check` raises for the change is raised, with nothing written.
     """
     tries = 1 if expected_version is not None else attempts
-    return await retried(lambda: _try(store, key, change, expected_version, ttl, events, guards), tries)
+    return await retried(lambda: _try(store, key, change, expected_version, ttl, events, guards, check), tries)
 
 
 async def retried(attempt: Callable[[], Awaitable[T]], attempts: int = ATTEMPTS) -> T:
@@ -64,6 +69,7 @@ async def _try(
     ttl: float | None,
     events: Sequence[Event],
     guards: Sequence[Guard],
+    check: Check | None,
 ) -> Document | None:
     found = await store.get(key)
     version = found.version if found else 0
@@ -73,5 +79,7 @@ async def _try(
     value = change(found.value if found else None)
     if value is None and found is None:
         return None
+    if check is not None:
+        check(key, found, value)
     await store.commit(Commit([Write(key, version, value, ttl)], events, guards))
     return await store.get(key) if value is not None else None

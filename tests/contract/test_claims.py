@@ -15,10 +15,10 @@ import anyio.lowlevel
 import pytest
 
 from orchestrator.clock import Clock, SystemClock
-from orchestrator.domain.claims import Claim, Owner, Release, Role, Standing, Timing, Verdict
+from orchestrator.domain.claims import Claim, MergeLease, Owner, Release, Role, Standing, Timing, Verdict
 from orchestrator.errors import Fenced, LeaseLost, StoreUnavailable
 from orchestrator.locking.claims import Claims, HeldBy, Taking, claim_key, read_claims
-from orchestrator.locking.merge_permit import MergeLease, MergePermits, permit_key
+from orchestrator.locking.merge_permit import MergePermits, permit_key
 from orchestrator.locking.orchestrators import Orchestrators, orchestrator_key
 from orchestrator.protocols import Commit, Event, Guard, Key, Store, Write
 from orchestrator.state.file import FileStore

@@ -79,9 +79,17 @@ async def test_conflicts_for_programs(project: Repository) -> None:
     assert project.council("state", "conflicts", "--json").result == {"conflicts": [], "damage": []}
 
 
+async def pending(repository: Repository) -> dict[str, Any]:
+    """Return what the task in conflict would be if it were to be tried again."""
+    async with FileStore.open(repository.top / ".council/state", ManualClock(START + 200)) as store:
+        found = await store.get(API)
+    assert found is not None
+    return {**found.value, "status": "pending"}
+
+
 async def test_a_value_of_ones_own(project: Repository) -> None:
     """From a file or from standard input."""
-    value = {"status": "pending", "attempts": []}
+    value = await pending(project)
     command = [sys.executable, "-m", "orchestrator.cli.main", "state", "settle", "task/api", "--value", "-", "--json"]
     done = subprocess.run(
         command,
@@ -104,7 +112,7 @@ async def test_a_value_of_ones_own(project: Repository) -> None:
         ([NAME, "--take", "1", "--value", "-"], "choose by one of --take and --value"),
         ([NAME, "--value", "-"], "standard input holds is no JSON"),
         ([NAME, "--take", "2"], f"{API} is part of run {RUN}: `council clean --runs` forgets runs, as a whole"),
-        ([NAME, "--value", "odd.json"], f"what is to be {API} is none of its kind: x: "),
+        ([NAME, "--value", "odd.json"], f"{API} has no field 'x': put fields of your own under `extra`"),
         ([NAME, "--value", "list.json"], "what list.json holds is no JSON object"),
         ([NAME, "--value", "missing.json"], "missing.json"),
     ],
@@ -122,7 +130,7 @@ async def test_what_can_not_be_chosen_is_refused(project: Repository, words: lis
 
 async def test_a_document_that_was_changed_since_needs_force(project: Repository) -> None:
     """The list says so, the refusal says who did it and when."""
-    await change(project, API, {"status": "pending"})
+    await change(project, API, await pending(project))
     assert f"{API}  version 4, version 5 by now" in project.council("state", "conflicts").stdout
     refused = project.council("state", "settle", "task/api", "--take", "1")
     assert (refused.code, "was changed by" in refused.stderr) == (2, True)
@@ -139,16 +147,17 @@ async def test_of_several_about_one_document_the_id_is_asked_for(project: Reposi
             RefusedError, match=f"2 conflicts about {API} wait: name one by its id: {first.id}, {second.id}"
         ):
             await council.settle("task/api", 1)
-        settled = await council.settle(second.id, {"status": "pending"})
+        again = await pending(project)
+        settled = await council.settle(second.id, again)
         assert settled.document is not None
-        assert (settled.conflict, settled.document.value) == (second, {"status": "pending"})
+        assert (settled.conflict, settled.document.value) == (second, again)
 
 
 async def test_no_update_keeps_a_run_from_being_read(project: Repository) -> None:
     """Whatever a program writes: what is none of a document's kind, and a task without which there is no run."""
     async with Council.open(project.top, environ=project.environ) as council:
         position = await council.position()
-        for value, told in (({"status": "odd"}, "none of its kind: status: "), (None, f"is part of run {RUN}")):
+        for value, told in (({"status": "odd"}, "can't become this: status: "), (None, f"is part of run {RUN}")):
             with pytest.raises(RefusedError, match=told):
                 await council.apply_updates([Update(API, 1.0, "me", value)])
         assert await council.position() == position
@@ -161,14 +170,17 @@ async def test_nothing_is_written_beside_a_run_at_work(project: Repository) -> N
     for folder in (hub.trusted, hub.root / "locks"):
         folder.mkdir(parents=True)
     async with Council.open(project.top, environ=project.environ) as council:
-        note = Update(Key("note", "x"), 1.0, "me", {"a": 1})
-        mine = Update(API, 1.0, "me", {"status": "pending"})
+        note = Update(Key("memo", "x"), 1.0, "me", {"a": 1})
+        again = await pending(project)
+        mine = Update(API, 1.0, "me", again)
         async with hub.run_lock(RUN).hold(0):
             with pytest.raises(RefusedError, match=f"task/{RUN}/api is of run {RUN}, which is at work"):
                 await council.settle(NAME, 1, force=True)
             with pytest.raises(RefusedError, match="which is at work"):
                 await council.apply_updates([note, mine])
             assert (await council.apply_updates([note])).written == [note.key]
-        applied = await council.apply_updates([mine, Update(API, 2.0, "you", {"status": "failed"})], "first_write_wins")
+        applied = await council.apply_updates(
+            [mine, Update(API, 2.0, "you", {**again, "reason": "b"})], "first_write_wins"
+        )
         assert (applied.resolved, applied.waiting) == ([API], [])
-        assert (await council.past.at(await council.position())).documents[API].value == {"status": "pending"}
+        assert (await council.past.at(await council.position())).documents[API].value == again

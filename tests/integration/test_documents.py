@@ -16,7 +16,7 @@ from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
 from tests.recorded import RUN, START, record_run, recorded, run_document
 
-NOTE, API = Key("note", "x"), Key("task", f"{RUN}/api")
+NOTE, API = Key("memo", "x"), Key("task", f"{RUN}/api")
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ async def test_who_waits_for_a_document_is_told_when_it_comes(project: Repositor
     heard: list[Changed] = []
 
     async def listen(council: Council, after: int) -> None:
-        async with aclosing(council.subscribe("note/*", after)) as changes:
+        async with aclosing(council.subscribe("memo/*", after)) as changes:
             async for change in changes:
                 heard.append(change)
                 return

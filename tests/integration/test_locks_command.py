@@ -13,10 +13,10 @@ import pytest
 
 from orchestrator import Council, RefusedError
 from orchestrator.clock import SystemClock
+from orchestrator.domain.claims import MergeLease, MergeParty
 from orchestrator.domain.sessions import SessionName
 from orchestrator.errors import LeaseLost
 from orchestrator.locking.files import FileLocks
-from orchestrator.locking.merge_permit import MergeLease, MergeParty
 from orchestrator.locking.overview import heed
 from orchestrator.locking.registry import Registry, claim_key, scope_of
 from orchestrator.project import Project

@@ -1,0 +1,262 @@
+"""Documents of our own that somebody writes from outside: refused, or harmless; and what is stored already."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from orchestrator import Council, Key, RefusedError
+from orchestrator.errors import UnreadableDocument
+from orchestrator.protocols import Commit, Document, JsonObject, Store, Write
+from orchestrator.repo.hub import Hub
+from orchestrator.state.shapes import KINDS, check_change, find_unreadable, flaw_of
+from orchestrator.state.update import update
+from orchestrator.testing.clock import ManualClock
+from tests.conftest import Repository
+from tests.recorded import RUN, START, record_run, recorded, run_document
+
+API = Key("task", f"{RUN}/api")
+OTHER = "20260102-040000-cd34"
+
+
+@pytest.fixture
+async def council(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Council]:
+    """A project with two runs that were interrupted, `OTHER` is the newer one."""
+    async with recorded(repository.top, monkeypatch) as store:
+        clock = ManualClock(START + 3600)
+        await record_run(store, clock, run_document(repository.top, OTHER, clock.now()))
+    hub = Hub(repository.top / "hub")
+    for folder in (hub.trusted, hub.root / "locks"):
+        folder.mkdir(parents=True)
+    async with Council.open(repository.top, environ=repository.environ, clock=ManualClock(START + 9000)) as opened:
+        yield opened
+
+
+async def put(store: Store, key: Key, change: Callable[[JsonObject], JsonObject]) -> None:
+    """Write a document past all checks, as another version or program could."""
+    await update(store, key, lambda value: change(value or {}))
+
+
+def looks(council: Council, run: str) -> Mapping[str, Callable[[], Awaitable[object]]]:
+    """Return what commands do to look at a run."""
+    past = council.past
+    return {
+        "status": lambda: council.status(run),
+        "metrics": lambda: past.metrics(run),
+        "usage": lambda: past.usage(run),
+        "overview": lambda: past.overview(run),
+        "story": lambda: past.story(run, "api"),
+        "failures": lambda: past.last_failures(run),
+        "checkpoint": lambda: council.checkpoint(run),
+        "is_live": lambda: council.is_live(run),
+        "contexts": lambda: council.contexts(run),
+        "notes": lambda: council.notes(run),
+        "check": lambda: council.check(run),
+        "resume": lambda: council.resume(run),
+    }
+
+
+async def look_at_all(council: Council) -> None:
+    """Do all that is about no run in particular; none of it may fail."""
+    await council.runs()
+    await council.runs(active=True)
+    await council.newest_run()
+    assert await council.health()
+    await council.compact()
+    await council.verify()
+    await council.conflicts()
+    await council.locks()
+    await council.places()
+    whole = await council.checkpoint(whole=True)
+    await council.checkpoints()
+    await council.restoration(whole.id)
+    await council.past.at(await council.position())
+
+
+@pytest.mark.parametrize("changes", [{"progress": "50%"}, {"status": "completed"}, {"status": "in_progress"}])
+async def test_an_update_in_the_words_of_others_is_refused_with_what_to_write(
+    council: Council, changes: JsonObject
+) -> None:
+    """A field that a task does not have, a status that is none; nothing is written."""
+    position = await council.position()
+    with pytest.raises(RefusedError) as refused:
+        await council.update(API, lambda value: {**(value or {}), **changes})
+    assert ("under `extra`" if "progress" in changes else "'pending', 'running'") in str(refused.value)
+    assert await council.position() == position
+    await look_at_all(council)
+
+
+async def test_progress_has_a_place(council: Council) -> None:
+    """`extra` of a task and of a run holds any fields, next to the states that a person can give."""
+    noted = {"progress": "50%", "files": ["a.py"], "metrics": {"lines": 3}}
+    made = await council.update(API, lambda task: {**(task or {}), "extra": noted, "status": "failed"})
+    assert made is not None
+    assert (made.value["extra"], made.value["status"]) == (noted, "failed")
+    run = await council.update(Key("run", RUN), lambda value: {**(value or {}), "extra": {"owner": "ada"}})
+    assert run is not None
+    assert {one.run for one in await council.runs()} == {RUN, OTHER}
+
+
+async def test_only_a_run_records_work(council: Council) -> None:
+    """Nothing counts as landed because somebody says so; attempts, commits and claims are not for others to write."""
+    for changes in ({"status": "landed"}, {"status": "queued"}, {"attempts": []}, {"commit": "0" * 40}):
+        with pytest.raises(RefusedError, match="written by the run alone|by hand|become"):
+            await council.update(API, lambda value, new=changes: {**(value or {}), **new})
+    for key in (Key("claim", f"{RUN}/api"), Key("lease", f"run/{RUN}"), Key("spec", f"{RUN}/api"), Key("note", "x")):
+        with pytest.raises(RefusedError, match="written by council alone"):
+            await council.update(key, lambda _: {"epoch": 99})
+    with pytest.raises(RefusedError, match="is not there"):
+        await council.update(Key("run", "made-up"), lambda _: {})
+    assert await council.update(Key("memo", "x"), lambda _: {"any": ["thing"]}) is not None
+
+
+BROKEN: Mapping[str, tuple[Key, Callable[[JsonObject], JsonObject]]] = {
+    "a field too many": (API, lambda value: {**value, "progress": "50%"}),
+    "an unknown status": (API, lambda value: {**value, "status": "completed"}),
+    "a current attempt that is not there": (API, lambda value: {**value, "current": 7}),
+    "running without an attempt": (API, lambda value: {**value, "attempts": []}),
+    "a run started at some word": (Key("run", RUN), lambda value: {**value, "started": "now"}),
+    "a run whose retention is none": (Key("run", RUN), lambda value: {**value, "retention": {"age": "x"}}),
+    "a run that says nothing": (Key("run", RUN), lambda _: {}),
+    "an order without its fields": (Key("spec", f"{RUN}/api"), lambda _: {"id": "api"}),
+    "a claim of nobody": (Key("claim", f"{RUN}/api"), lambda _: {"epoch": 1}),
+    "an orchestrator that is none": (Key("orchestrator", f"{RUN}/box-4711-9b3e50"), lambda _: {"ended": None}),
+    "an adapter that is none": (Key("adapter", f"{RUN}/fixer"), lambda _: {"parks": "x"}),
+    "a request that is none": (Key("request", f"{RUN}/x"), lambda _: {"action": "sing"}),
+    "a checkpoint that is none": (Key("checkpoint", f"{RUN}/9"), lambda _: {"position": "x"}),
+    "a conflict that is none": (Key("conflict", "x"), lambda _: {"key": "x"}),
+    "an ownership that is none": (Key("ownership", f"aa/{RUN}/api.1"), lambda _: {"run": 1}),
+    "a context that is none": (Key("context", f"{RUN}/api.1"), lambda _: {"run": 1}),
+    "a permit to land that is none": (Key("lease", "merge/aa"), lambda _: {"waiting": 3}),
+    "a note that is none": (Key("note", "aa/1"), lambda _: {"text": 3}),
+    "ports that are none": (Key("ports", "box/4000"), lambda _: {"place": 3}),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+async def test_one_unreadable_document_affects_its_run_alone(council: Council, name: str) -> None:
+    """It is named, with what to do; all else goes on; a repair goes back to what could be read."""
+    key, change = BROKEN[name]
+    before = await council.document(key)
+    await put(council._store, key, change)
+    await look_at_all(council)
+    assert OTHER in [one.run for one in await council.runs()]
+    for what, look in looks(council, OTHER).items():
+        if what != "resume":
+            await look()
+    for look in looks(council, RUN).values():
+        try:
+            await look()
+        except RefusedError as refused:
+            assert "\n" not in str(refused)
+    found = await council.verify()
+    assert (list(found.unreadable), found.is_sound) == ([key], False)
+    assert str(key) in " ".join(f"{one.name} {one.found}" for one in await council.health())
+
+    after = await council.repair()
+    assert after.is_sound
+    now = await council.document(key)
+    assert (now is None) == (before is None)
+    if now is not None and before is not None:
+        assert {**now.value, "epoch": 0} == {**before.value, "epoch": 0}
+    kept = [one.value for one in await council.past.history(key)]
+    assert change(before.value if before else {}) in kept
+    assert {one.run for one in await council.runs()} == {RUN, OTHER}
+
+
+async def test_a_refusal_names_the_document_and_the_fix(council: Council, repository: Repository) -> None:
+    """In one line, as `status` and `resume` print it; `runs` lists the others and tells of it."""
+    await put(council._store, Key("task", f"{OTHER}/api"), lambda value: {**value, "status": "completed"})
+    for command in (["status"], ["resume"], ["state", "show"], ["checkpoint", "create"]):
+        ended = repository.council(*command)
+        if command[0] != "checkpoint":
+            assert ended.code == 2, ended
+            assert f"task/{OTHER}/api can't be read: status: " in ended.stderr
+            assert "`council state verify --repair`" in ended.stderr
+        assert "internal" not in ended.stderr
+    listed = repository.council("runs")
+    assert (listed.code, RUN in listed.stdout, f"task/{OTHER}/api can't be read" in listed.stderr) == (0, True, True)
+    told = repository.council("state", "verify")
+    assert (told.code, f"task/{OTHER}/api: can't be read: status: " in told.stdout) == (1, True)
+    assert repository.council("state", "verify", "--repair").code == 0
+    assert repository.council("status").code == 130
+
+
+def test_each_kind_is_known(council: Council) -> None:
+    """What the runs of the project have recorded is readable, whatever kind it is."""
+    assert {"run", "task", "spec", "lease", "claim", "orchestrator"} <= KINDS
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.floats(-1e6, 1e6) | st.sampled_from(["", "x", "landed", RUN]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["id", "epoch", "x"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@st.composite
+def changed(draw: st.DrawFn, value: Any) -> Any:
+    """Return a value with another in place of one of its parts, or without it."""
+    if isinstance(value, dict) and value and draw(st.integers(0, 3)):
+        name = draw(st.sampled_from(sorted(value)))
+        if not draw(st.integers(0, 5)):
+            return {key: one for key, one in value.items() if key != name}
+        return {**value, name: draw(changed(value[name]))}
+    if isinstance(value, list) and value and draw(st.integers(0, 3)):
+        place = draw(st.integers(0, len(value) - 1))
+        return [*value[:place], draw(changed(value[place])), *value[place + 1 :]]
+    return draw(VALUES)
+
+
+@given(data=st.data())
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+async def test_whatever_is_written_over_a_document_of_ours_commands_work(council: Council, data: st.DataObject) -> None:
+    """Either it is refused, or all can be looked at as before."""
+    documents = (await council.past.at(22)).documents  # as the fixture made them, at each example
+    key = data.draw(st.sampled_from(sorted(key for key in documents if key.kind in KINDS)))
+    value = data.draw(changed(documents[key].value))
+    try:
+        await council.update(key, lambda _: value if isinstance(value, dict) else {"x": value})
+    except RefusedError:
+        pass
+    await look_at_all(council)
+    for run in (RUN, OTHER):
+        for name, look in looks(council, run).items():
+            if name not in {"resume", "checkpoint"}:
+                await look()
+    assert await find_unreadable(council._store) == []
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_what_may_be_written_can_be_read(data: st.DataObject) -> None:
+    """Of any change of any document of ours, what is not refused has no flaw."""
+    value = json.loads(run_document(Path("/"), RUN).model_dump_json())
+    key = data.draw(st.sampled_from([Key("run", RUN), API]))
+    before = value if key.kind == "run" else {"status": "pending", "attempts": [], "extra": {}}
+    after = data.draw(changed(before))
+    found = Document(key, 1, json.dumps(before).encode(), 1)
+    if isinstance(after, dict):
+        try:
+            check_change(key, found, after)
+        except RefusedError:
+            return
+        assert flaw_of(found._replace(encoded=json.dumps(after).encode())) is None
+
+
+async def test_an_unreadable_document_has_an_error_of_its_own(council: Council) -> None:
+    """Who catches it knows which document it is."""
+    found = await council._store.get(API)
+    assert found is not None
+    await council._store.commit(Commit([Write(API, found.version, {"status": "odd"})]))
+    with pytest.raises(UnreadableDocument) as caught:
+        await council.status(RUN)
+    assert caught.value.key == str(API)
