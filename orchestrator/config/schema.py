@@ -592,7 +592,7 @@ class CoordinationSettings(_Entry):
     sweep: Annotated[Duration, _unless_given("90s")] = 90.0
     """How often tasks whose claim counts no more are looked for."""
     max_retries: Annotated[int, Field(ge=0, le=MOST_RETRIES)] = 3
-    """How often a task is tried again after its first attempt, whoever does; a takeover counts as one."""
+    """How often a task is tried again at most, whatever its `attempts`; a takeover counts as one."""
     when_unreachable: Literal["pause", "continue"] = "pause"
     """While the store can't be reached: wait for it, or go on with what this machine knows."""
     role: Literal["auto", "coordinator", "worker"] = "auto"

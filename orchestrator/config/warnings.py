@@ -48,6 +48,11 @@ def find_warnings(config: RunConfig, around: Surroundings, adapters: Mapping[str
         what = f"`worktrees.max` is {most} and `capacity` {config.capacity}: at most {most} sessions can run at once"
         found.append(ConfigWarning(what, f"set `max: {config.capacity}` under `worktrees:`, or a smaller `capacity`"))
     specs = [*config.tasks, *([] if config.template is None else [config.template])]
+    most = config.coordination.max_retries + 1
+    if above := [spec for spec in specs if spec.attempts > most]:
+        name, attempts = above[0].id, above[0].attempts
+        what = f"task {name!r} has {attempts} `attempts`, `coordination.max_retries` ends it after {most}"
+        found.append(ConfigWarning(what, f"set `max_retries: {attempts - 1}` under `coordination:`"))
     if not any(spec.checks for spec in specs):
         what = "no task has checks: nothing proves the work"
         found.append(ConfigWarning(what, "add the command of your tests as `checks:` under `defaults:`"))

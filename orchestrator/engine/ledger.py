@@ -249,8 +249,10 @@ class Ledger:
         return {task: self._tasks[task].status for task in self.run.tasks}
 
     async def spec(self, task: str) -> TaskSpec:
-        """Return what a task was asked to do."""
-        return await read_spec(self._store, self.run.id, task)
+        """Return what a task was asked to do; it may fail as often as `max_retries` lets it, if that is less."""
+        spec = await read_spec(self._store, self.run.id, task)
+        most = self.orchestrators.timing.max_retries + 1
+        return spec if spec.attempts <= most else spec.model_copy(update={"attempts": most})
 
     def workflow(self, name: str | None) -> Workflow:
         """Return the workflow of a name, and for None what a task without one does."""

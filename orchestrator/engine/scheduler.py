@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import assert_never
 
 import anyio
 from anyio.abc import TaskGroup
 
-from orchestrator.config.model import TaskSpec
 from orchestrator.domain.claims import Verdict, should_try
 from orchestrator.domain.dispatch import Board, decide
 from orchestrator.domain.failures import FailureClass
@@ -203,7 +201,7 @@ class Scheduler:
             self._hand.wait(task)
             self._hand.wake()
             return None
-        obstacle = self._budgets.obstacle(task, spec) or await self._is_tried_out(task, spec)
+        obstacle = self._budgets.obstacle(task, spec) or await self._is_tried_out(task)
         if obstacle is not None:
             await self._refuse(task, obstacle)
             return None
@@ -221,14 +219,13 @@ class Scheduler:
             await self._refuse(task, Failed(FailureClass.INVALID, str(error)))
             return None
 
-    async def _is_tried_out(self, task: str, spec: TaskSpec) -> Failed | None:
+    async def _is_tried_out(self, task: str) -> Failed | None:
         """Return why a task may not be tried again: its own attempts and those that were taken over were too many."""
         claims, timing = self._ledger.claims, self._ledger.orchestrators.timing
         if claims is None:
             return None
-        allowed = replace(timing, max_retries=max(timing.max_retries, spec.attempts - 1))
         claim = await claims.read(task)
-        if claim is None or should_try(claim, None, allowed, ignored=None) is not Verdict.TRIED_OUT:
+        if claim is None or should_try(claim, None, timing, ignored=None) is not Verdict.TRIED_OUT:
             return None
         reason = f"it was tried {claim.retries + 1} times, some of them by orchestrators that were gone before its end"
         return Failed(FailureClass.CRASHED, f"{reason}: see to those, then `council retry {task}`")

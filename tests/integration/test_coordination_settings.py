@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from orchestrator.council import Council
 from orchestrator.protocols import Key
 from tests.conftest import Repository
@@ -37,3 +39,12 @@ def test_an_environment_that_is_wrong_stops_a_run_before_it_starts(repository: R
         ended = repository.council(*words)
         assert ended.code == 2, words
         assert "SHARED_STATE_MAX_RETRIES can't be 'many'" in ended.stderr
+
+
+@pytest.mark.parametrize(("retries", "attempts"), [(0, 1), (1, 2), (5, 4)])
+def test_the_number_of_retries_is_a_limit(repository: Repository, retries: int, attempts: int) -> None:
+    """A task that always fails is tried once more than that, or as often as it says itself, whichever is less."""
+    file = repository.configure([{"id": "a", "prompt": "exit 1", "attempts": 4, "backoff": {"initial": "1ms"}}])
+    repository.environ["SHARED_STATE_MAX_RETRIES"] = str(retries)
+    [task] = repository.council("run", str(file), "--json").result["tasks"]
+    assert (task["state"], task["attempts"]) == ("failed", attempts)
