@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from orchestrator.engine.sharing import Sharing
     from orchestrator.engine.story import Story
     from orchestrator.execution import Execution
+    from orchestrator.locking.named_locks import NamedLocks
     from orchestrator.locking.overview import Lock, Overview
     from orchestrator.past import Past
     from orchestrator.plugins import Plugins
@@ -407,6 +408,13 @@ class Council:
         from orchestrator.locking.overview import Overview  # noqa: PLC0415  seldom needed
 
         return Overview(self._store, self._runs.clock, self.project.file_locks)
+
+    @property
+    def named_locks(self) -> NamedLocks:
+        """Locks for programs: shared by readers or exclusive for a writer, with an owner, an expiry and a time-out."""
+        from orchestrator.locking.named_locks import NamedLocks  # noqa: PLC0415  the same
+
+        return NamedLocks(self._store, self._runs.clock)
 
     def stop(self) -> None:
         """End what is under way here cleanly: sessions are stopped, what they did is kept.

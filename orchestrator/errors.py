@@ -4,6 +4,7 @@
       ConfigError          the YAML file is wrong, all problems at once        exit 2
       RefusedError         the request can't be served as things stand         exit 2
         FileHeld           another session has locked the file
+        LockRefused        a lock was not free in time, or its owners wait in a circle
         UnreadableDocument a document of ours has a shape that is none of its kind
       PluginError          a plugin broke its contract: it is named and left out
       StateError
@@ -89,6 +90,14 @@ class FileHeld(RefusedError):
         self.path, self.holder, self.since = path, holder, since
         when = "" if since is None else f" (since {datetime.fromtimestamp(since, UTC):%Y-%m-%d %H:%M:%S} UTC)"
         super().__init__(f"{path} is locked by {holder}{when}", "wait for it, or work at something else")
+
+
+class LockRefused(RefusedError):
+    """A lock was not free in time, or waiting for it would never end."""
+
+    def __init__(self, name: str, why: str, remedy: str) -> None:
+        self.name = name
+        super().__init__(f"lock {name!r}: {why}", remedy)
 
 
 class UnreadableDocument(RefusedError):

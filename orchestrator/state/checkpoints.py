@@ -16,6 +16,7 @@ cursor      never: what sinks and trackers have been told can't be taken back.
 adapter     never: a usage limit that was hit since, or a login that ran out, is a fact of the world outside.
 checkpoint  never: to be able to go forward again.
 ports       never: they are of places on this machine, and of no run.
+rwlock      never: who held a lock then does not hold it now.
 import      never: what was imported of older layouts stays imported.
 claim, orchestrator, ownership, context  never: they are of processes and sessions that are at work now.
 

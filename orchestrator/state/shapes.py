@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import orjson
 from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
@@ -22,6 +22,9 @@ from orchestrator.domain.notes import Note
 from orchestrator.errors import RefusedError, UnreadableDocument, VersionConflict, mistake_of
 from orchestrator.protocols import Commit, Document, Event, JsonObject, Key, Store, Verified, Write
 from orchestrator.state.reading import is_of_run
+
+#: The kind of the documents that hold named locks.
+LOCK: Final = "rwlock"
 
 #: What may be changed by hand of a run; everything else stays as the run was made.
 RUN_FIELDS: Final = frozenset({"capacity", "ended", "halted", "extra"})
@@ -91,6 +94,25 @@ class _Checkpoint(_Stored):
 class _Ports(_Stored):
     place: str
     ports: list[int]
+
+
+class _Locks(_Stored):
+    class Taking(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+
+        id: str
+        name: str
+        mode: Literal["read", "write"]
+        owner: str
+        acquired_at: float
+        expires_at: float
+        host: str
+        boot: str
+        pid: int
+        started: int | None
+
+    holders: list[Taking]
+    waiters: list[Taking]
 
 
 class _Import(_Stored):
@@ -173,6 +195,7 @@ _KINDS: Final[Mapping[str, Callable[[Key, bytes], object]]] = {
     "context": _model(SessionContext),
     "handoff": _model(Handoff),
     "shared": _model(_Shared),
+    LOCK: _model(_Locks),
     "note": _model(Note),
     "ports": _model(_Ports),
 }

@@ -1,0 +1,246 @@
+"""Named locks for programs: shared by readers, exclusive for a writer, with an owner, an expiry and a time-out.
+
+A lock is a document of the store, so it counts for all processes and machines that use the store. A holder counts until
+it releases the lock, its time is over, or its process is known to have died on this machine. Waiters are served in the
+order of asking. For courtesy, as all locks with an expiry are: who was silent for too long is not kept from writing.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final, Literal
+
+import anyio
+
+from orchestrator.clock import Clock
+from orchestrator.domain.deadlocks import Wait, deadlock_of
+from orchestrator.errors import LockRefused, RefusedError, VersionConflict
+from orchestrator.filelock import start_ticks
+from orchestrator.protocols import Commit, Document, JsonObject, Key, Store, Write
+from orchestrator.state.boot import boot_id
+from orchestrator.state.reading import following
+from orchestrator.state.shapes import LOCK, readable
+from orchestrator.state.update import retried
+
+LockMode = Literal["read", "write"]
+
+#: Seconds until a lock ends by itself, and that it is waited for, unless the caller says otherwise.
+EXPIRY: Final = 30.0
+TIMEOUT: Final = 5.0
+#: The longest time between two looks at a lock that is waited for: its holder may have died.
+_LOOK: Final = 0.5
+_TRIES: Final = 50
+
+
+@dataclass(frozen=True, slots=True)
+class LockInfo:
+    """One taking of a lock, held or waited for. Times are wall-clock seconds."""
+
+    id: str
+    """Of this one taking, no other's."""
+    name: str
+    mode: LockMode
+    owner: str
+    acquired_at: float
+    """While it waits: when it was asked for."""
+    expires_at: float
+    host: str
+    boot: str
+    pid: int
+    started: int | None
+
+    @property
+    def has_died(self) -> bool:
+        """Whether its process is known to have ended: on this machine alone."""
+        if self.host != socket.gethostname():
+            return False
+        return self.boot != boot_id() or (self.started is not None and start_ticks(self.pid) != self.started)
+
+    def counts(self, now: float) -> bool:
+        """Whether it still holds or waits."""
+        return now < self.expires_at and not self.has_died
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    version: int = 0
+    holders: tuple[LockInfo, ...] = ()
+    waiters: tuple[LockInfo, ...] = ()
+
+    @classmethod
+    def of(cls, found: Document | None, now: float) -> _State:
+        """Return what counts of a lock's document."""
+        if found is None:
+            return cls()
+        value: dict[str, Any] = found.value
+        holders, waiters = (
+            tuple(one for one in (LockInfo(**item) for item in value[part]) if one.counts(now))
+            for part in ("holders", "waiters")
+        )
+        return cls(found.version, holders, waiters)
+
+    def to_json(self) -> JsonObject:
+        """Return the document."""
+        return {"holders": [*map(asdict, self.holders)], "waiters": [*map(asdict, self.waiters)]}
+
+    def blockers(self, wanted: LockInfo) -> list[LockInfo]:
+        """Return those that a taking has to wait for: holders, and waiters before it."""
+        places = [one.id for one in self.waiters]
+        before = self.waiters[: places.index(wanted.id)] if wanted.id in places else self.waiters
+        return [one for one in (*self.holders, *before) if "write" in (one.mode, wanted.mode)]
+
+
+class NamedLocks:
+    """The named locks of one store."""
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self._store, self._clock = store, clock
+
+    async def acquire(
+        self,
+        name: str,
+        *,
+        mode: LockMode = "write",
+        owner: str | None = None,
+        expiry: float = EXPIRY,
+        timeout: float = TIMEOUT,  # noqa: ASYNC109  it raises LockRefused
+    ) -> LockInfo:
+        """Take a lock, and return what was taken; `release` takes that.
+
+        Any number may hold it in the mode `read` at once, one alone in the mode `write`. `owner` is who wants it, this
+        process unless given; `expiry` is after how many seconds it ends by itself, `timeout` how many seconds it is
+        waited for (0 only tries). LockRefused names the holder where it was not free in time, and the circle at once
+        where waiting would never end because owners wait for each other. RefusedError where the owner has it already.
+        A cancelled call has taken nothing.
+        """
+        _check(name, expiry, timeout)
+        now, until = self._clock.now(), self._clock.monotonic() + timeout
+        pid, host = os.getpid(), socket.gethostname()
+        who = owner or f"{host}:{pid}"
+        wanted = LockInfo(
+            secrets.token_hex(8), name, mode, who, now, now + timeout + _LOOK, host, boot_id(), pid, start_ticks(pid)
+        )
+        is_held = False
+        try:
+            while True:
+                position = await self._store.position()
+                state = await retried(lambda: self._try(wanted, expiry, waits=timeout > 0), _TRIES)
+                taken = next((one for one in state.holders if one.id == wanted.id), None)
+                if taken is not None:
+                    is_held = True
+                    return taken
+                blockers = state.blockers(wanted)
+                circle = deadlock_of(who, await self._waits())
+                if circle is not None:
+                    raise LockRefused(name, f"waiting for it would never end: {circle}", "release a lock, and retry")
+                left = until - self._clock.monotonic()
+                if left <= 0:
+                    raise _timed_out(name, blockers, timeout)
+                ends = min((one.expires_at for one in blockers), default=0.0) - self._clock.now()
+                await self._change(Key(LOCK, name), position, min(left, _LOOK, max(ends, 0.0)))
+        finally:
+            if not is_held and timeout > 0:
+                with anyio.CancelScope(shield=True):
+                    await retried(lambda: self._drop(wanted), _TRIES)
+
+    async def release(self, lock: LockInfo) -> bool:
+        """Release a lock; return whether it was held until now, and had not expired."""
+        return await retried(lambda: self._drop(lock), _TRIES)
+
+    async def held(self) -> list[LockInfo]:
+        """Return what is held, the oldest first."""
+        found = [_State.of(one, self._clock.now()) for one in readable(await self._store.list(LOCK))]
+        return sorted((one for state in found for one in state.holders), key=lambda one: (one.acquired_at, one.id))
+
+    async def cleanup_expired(self) -> list[str]:
+        """Delete what expired or dead owners left; return the names of the locks that this has freed."""
+        freed = []
+        for one in readable(await self._store.list(LOCK)):
+            state = _State.of(one, self._clock.now())
+            if len(state.holders) < len(one.value["holders"]) or not (state.holders or state.waiters):
+                try:
+                    await self._write(one.key, state)
+                    freed.append(one.key.id)
+                except VersionConflict:  # somebody has just taken it
+                    continue
+        return freed
+
+    async def _try(self, wanted: LockInfo, expiry: float, *, waits: bool) -> _State:
+        """Take a lock if it is free, else wait for it; return how it stands then."""
+        key, now = Key(LOCK, wanted.name), self._clock.now()
+        state = _State.of(await self._store.get(key), now)
+        if any(one.owner == wanted.owner for one in state.holders):
+            remedy = "release it first; a read lock can't become a write lock while it is held"
+            raise RefusedError(f"{wanted.owner} holds {wanted.name} already", remedy)
+        others = tuple(one for one in state.waiters if one.id != wanted.id)
+        if not state.blockers(wanted):
+            taken = replace(wanted, acquired_at=now, expires_at=now + expiry)
+            after = replace(state, holders=(*state.holders, taken), waiters=others)
+        elif waits and len(others) == len(state.waiters):
+            after = replace(state, waiters=(*state.waiters, wanted))
+        else:
+            return state
+        await self._write(key, after)
+        return after
+
+    async def _drop(self, lock: LockInfo) -> bool:
+        key = Key(LOCK, lock.name)
+        state = _State.of(await self._store.get(key), self._clock.now())
+        holders = tuple(one for one in state.holders if one.id != lock.id)
+        waiters = tuple(one for one in state.waiters if one.id != lock.id)
+        was_held = len(holders) < len(state.holders)
+        if was_held or len(waiters) < len(state.waiters):
+            await self._write(key, replace(state, holders=holders, waiters=waiters))
+        return was_held
+
+    async def _write(self, key: Key, state: _State) -> None:
+        value = state.to_json() if state.holders or state.waiters else None
+        await self._store.commit(Commit([Write(key, state.version, value)], durable=False))
+
+    async def _waits(self) -> dict[str, Wait]:
+        """Return who waits for whom, over all locks."""
+        waits: dict[str, Wait] = {}
+        for found in readable(await self._store.list(LOCK)):
+            state = _State.of(found, self._clock.now())
+            for one in state.waiters:
+                blockers = {other.owner for other in state.blockers(one)}
+                known = waits.get(one.owner)
+                if known is not None:  # one that waits in several places gives up the newest
+                    blockers |= known.blockers
+                waits[one.owner] = Wait(one.acquired_at, one.name, blockers)
+        return waits
+
+    async def _change(self, key: Key, position: int, seconds: float) -> None:
+        """Wait until a lock has changed since a position, for at most so many seconds."""
+        changed = anyio.Event()
+
+        async def look() -> None:
+            async with aclosing(following(self._store, position)) as records:
+                async for record in records:
+                    if key in record.documents:
+                        break
+            changed.set()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(look)
+            await self._clock.wait(changed, self._clock.monotonic() + seconds)
+            group.cancel_scope.cancel()
+
+
+def _check(name: str, expiry: float, timeout: float) -> None:
+    if not name or not 0 < expiry < float("inf") or not 0 <= timeout < float("inf"):
+        what = f"lock {name!r} can't be taken for {expiry:g} s within {timeout:g} s"
+        raise RefusedError(what, "give it a name, an expiry above 0 and a timeout of at least 0")
+
+
+def _timed_out(name: str, blockers: Sequence[LockInfo], timeout: float) -> LockRefused:
+    if not blockers:
+        return LockRefused(name, f"it was not free within {timeout:g} s", "try again")
+    first = blockers[0]
+    who = f"{first.owner} (process {first.pid} on {first.host}, mode {first.mode})"
+    return LockRefused(name, f"held by {who}, not free within {timeout:g} s", "wait longer, or release it there")

@@ -1,0 +1,195 @@
+"""Named locks between real processes: modes, owners, expiry, time-outs, and circles of waiters."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import anyio
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.clock import SystemClock
+from orchestrator.domain.deadlocks import Wait, cycle_of, deadlock_of, victim_of
+from orchestrator.errors import LockRefused, RefusedError
+from orchestrator.locking.named_locks import LockMode, NamedLocks
+from orchestrator.state.file import FileStore
+from orchestrator.state.memory import MemoryStore
+from orchestrator.testing.clock import ManualClock
+from tests.programs import python
+
+#: Takes a lock, says so, and keeps it until its standard input ends; then it may want another.
+HOLDER = """
+import sys, anyio
+from pathlib import Path
+from orchestrator.clock import SystemClock
+from orchestrator.locking.named_locks import NamedLocks
+from orchestrator.state.file import FileStore
+
+async def main(folder, owner, name, mode, then=""):
+    async with FileStore.open(Path(folder), SystemClock()) as store:
+        locks = NamedLocks(store, SystemClock())
+        await locks.acquire(name, mode=mode, owner=owner, timeout=20, expiry=60)
+        print("held", flush=True)
+        await anyio.to_thread.run_sync(sys.stdin.readline)
+        if then:
+            try:
+                await locks.acquire(then, owner=owner, timeout=20)
+                print("both", flush=True)
+            except Exception as error:
+                print(type(error).__name__, error, flush=True)
+anyio.run(main, *sys.argv[1:])
+"""
+
+
+@pytest.fixture
+async def locks(tmp_path: Path) -> AsyncIterator[NamedLocks]:
+    """The locks of a store in a folder."""
+    async with FileStore.open(tmp_path / "state", SystemClock()) as store:
+        yield NamedLocks(store, SystemClock())
+
+
+@contextmanager
+def holder(folder: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds a lock."""
+    with python(HOLDER, folder / "state", *words) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "held\n"
+        yield child
+
+
+async def test_readers_share_and_a_writer_is_alone(locks: NamedLocks, tmp_path: Path) -> None:
+    """Between processes; the error names the holder; who died holds nothing."""
+    with holder(tmp_path, "ada", "deploy", "read") as reader:
+        mine = await locks.acquire("deploy", mode="read", owner="bob", expiry=10)
+        assert (mine.owner, mine.mode, mine.expires_at - mine.acquired_at) == ("bob", "read", 10)
+        with pytest.raises(LockRefused, match=rf"held by ada \(process {reader.pid} on "):
+            await locks.acquire("deploy", owner="eve", timeout=0)
+        assert await locks.release(mine)
+        assert not await locks.release(mine)
+        with pytest.raises(LockRefused, match="not free within"):
+            await locks.acquire("deploy", owner="eve", timeout=0.05)
+    written = await locks.acquire("deploy", owner="eve", timeout=5)
+    assert [one.owner for one in await locks.held()] == ["eve"]
+    with pytest.raises(LockRefused):
+        await locks.acquire("deploy", mode="read", owner="bob", timeout=0)
+    with pytest.raises(RefusedError, match="eve holds deploy already"):
+        await locks.acquire("deploy", mode="read", owner="eve")
+    assert await locks.release(written)
+
+
+async def test_a_silent_owner_loses_its_lock_with_its_time() -> None:
+    """Whoever waits then has it; what it left is cleaned up."""
+    clock = ManualClock(1000.0)
+    locks = NamedLocks(MemoryStore(clock), clock)
+    first = await locks.acquire("a", owner="ada", expiry=10)
+    await locks.acquire("b", owner="ada", expiry=10)
+    clock.advance(9.9)
+    with pytest.raises(LockRefused, match="held by ada"):
+        await locks.acquire("a", owner="bob", timeout=0)
+    clock.advance(0.2)
+    assert (await locks.acquire("a", owner="bob", timeout=0)).owner == "bob"
+    assert not await locks.release(first)
+    assert await locks.cleanup_expired() == ["b"]
+    assert [one.name for one in await locks.held()] == ["a"]
+
+
+async def test_waiters_are_served_in_order_and_a_writer_does_not_starve(locks: NamedLocks) -> None:
+    """A reader that comes after a waiting writer waits behind it."""
+    had: list[str] = []
+    first = await locks.acquire("a", mode="read", owner="r1")
+
+    async def take(owner: str, mode: str) -> None:
+        lock = await locks.acquire("a", mode="write" if mode == "write" else "read", owner=owner, timeout=10)
+        had.append(owner)
+        await locks.release(lock)
+
+    async with anyio.create_task_group() as group:
+        for owner, mode in (("w", "write"), ("r2", "read")):
+            group.start_soon(take, owner, mode)
+            await anyio.wait_all_tasks_blocked()
+            await anyio.sleep(0.1)
+        assert had == []
+        await locks.release(first)
+    assert had == ["w", "r2"]
+
+
+async def test_a_circle_of_two_processes_is_broken_at_once(locks: NamedLocks, tmp_path: Path) -> None:
+    """The one that began to wait last is refused, with the circle; the other gets what it waits for."""
+    with holder(tmp_path, "ada", "a", "write", "b") as theirs:
+        mine = await locks.acquire("b", owner="bob", expiry=60)
+        assert theirs.stdin is not None
+        assert theirs.stdout is not None
+        theirs.stdin.write("\n")
+        theirs.stdin.flush()
+        with anyio.fail_after(10):
+            while "ada" not in await locks._waits():
+                await anyio.sleep(0.01)
+            with pytest.raises(LockRefused, match=r"never end: bob waits for a, ada waits for b, held by bob"):
+                await locks.acquire("a", owner="bob", timeout=60)
+        await locks.release(mine)
+        assert theirs.stdout.readline() == "both\n"
+
+
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_no_deadlock_persists(data: st.DataObject) -> None:
+    """Owners take random locks in random orders and modes: each call ends long before its time-out."""
+    names = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["read", "write"])), min_size=1, max_size=3)
+    plans = data.draw(st.lists(names.map(lambda plan: list({name: (name, mode) for name, mode in plan}.values())),
+                               min_size=2, max_size=4))  # fmt: skip
+
+    refused: list[str] = []
+
+    async def work() -> None:
+        locks = NamedLocks(MemoryStore(SystemClock()), SystemClock())
+
+        async def one(owner: str, plan: list[tuple[str, str]]) -> None:
+            held = []
+            try:
+                for name, mode in plan:
+                    kind: LockMode = "read" if mode == "read" else "write"
+                    held.append(await locks.acquire(name, mode=kind, owner=owner, timeout=60))
+                    await anyio.sleep(0)
+            except LockRefused as error:
+                refused.append(str(error))
+            for lock in held:
+                await locks.release(lock)
+
+        with anyio.fail_after(20):  # and nobody waited for its time-out
+            async with anyio.create_task_group() as group:
+                for number, plan in enumerate(plans):
+                    group.start_soon(one, f"o{number}", plan)
+
+    anyio.run(work)
+    assert all("never end" in one for one in refused)
+
+
+OWNERS = "abcdef"
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(OWNERS), st.tuples(st.integers(0, 9), st.sets(st.sampled_from(OWNERS), max_size=3)), max_size=6
+    )
+)
+def test_exactly_the_circles_are_found(graph: dict[str, tuple[int, set[str]]]) -> None:
+    """One who is in a circle finds one, nobody else does, and of each circle one has to give up."""
+    waits = {owner: Wait(float(since), "x", blockers) for owner, (since, blockers) in graph.items()}
+    reach = {owner: set(wait.blockers) for owner, wait in waits.items()}
+    for via, one, other in itertools.product(OWNERS, repeat=3):
+        if via in reach.get(one, ()) and other in reach.get(via, ()):
+            reach[one].add(other)
+    for owner in OWNERS:
+        cycle = cycle_of(owner, waits)
+        assert bool(cycle) == (owner in reach.get(owner, ()))
+        for one, following in zip(cycle, (*cycle[1:], *cycle[:1]), strict=True):
+            assert following in waits[one].blockers
+        if cycle:
+            victim = victim_of(cycle, waits)
+            assert all(waits[one].since <= waits[victim].since for one in cycle)
+            assert (deadlock_of(owner, waits) is not None) == (victim == owner)
