@@ -16,6 +16,19 @@ class Wait:
     blockers: AbstractSet[str]
 
 
+def merged(*layers: Mapping[str, Wait]) -> dict[str, Wait]:
+    """Return the waits of several layers of locks as one; an owner that waits in several waits since the last."""
+    found: dict[str, Wait] = {}
+    for layer in layers:
+        for owner, wait in layer.items():
+            known = found.get(owner)
+            if known is not None:
+                newest = max(known, wait, key=lambda one: one.since)
+                wait = Wait(newest.since, newest.what, known.blockers | wait.blockers)  # noqa: PLW2901
+            found[owner] = wait
+    return found
+
+
 def cycle_of(owner: str, waits: Mapping[str, Wait]) -> tuple[str, ...]:
     """Return the circle that an owner is part of, beginning with it; empty if there is none.
 

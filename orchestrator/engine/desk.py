@@ -303,7 +303,9 @@ class SessionDesk:
         left = until - self._clock.monotonic()
         if still is not None and left > 0:
             async with self._contexts.waiting(session, f"{still.wanted}, which {still.holder.task} has"):
-                still = await self._registry.take(session, patterns, orchestrator=who, claim=claim, wait=left)
+                still = await self._registry.take(
+                    session, patterns, orchestrator=who, claim=claim, wait=left, also=self._files.waits
+                )
         if still is not None:
             what = f"{still.describe()} since {local_time(still.since)}"
             raise RefusedError(what, "work on something else meanwhile, or ask again with a longer wait")
@@ -316,7 +318,7 @@ class SessionDesk:
             if left <= 0:
                 raise
             async with self._contexts.waiting(session, f"{held.path}, which {held.holder} has"):
-                await self._files.acquire(session, paths, timeout=left)
+                await self._files.acquire(session, paths, timeout=left, also=self._registry.waits_of_all)
 
     async def _unlock(self, session: SessionName, arguments: JsonObject) -> JsonObject:
         sitting = self._here[session]

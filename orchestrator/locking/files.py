@@ -5,13 +5,14 @@ permanent lock file (`locking.names`), which whoever holds it alone has signed, 
 lock passes the gate first, and who has to wait does so in the gate. So nobody who comes later overtakes, and those who
 share a lock do not keep out for ever who wants it alone. Within one process the order is that of asking.
 
-Several are taken in the order of their names or not at all, so that there is no circle; what one call does not know of,
-what its session holds from before, is what the time-out is for.
+Several are taken in the order of their names or not at all, so that the calls of one moment make no circle. What their
+sessions hold from before can: who waits looks at once, and then time and again, whether it is part of a circle of
+waiting sessions (`domain.deadlocks`), and the one that began to wait last gives up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -19,16 +20,21 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import anyio
+import anyio.to_thread
 
 from orchestrator.clock import Clock
+from orchestrator.domain.deadlocks import Wait, deadlock_of, merged
 from orchestrator.domain.sessions import SessionName
-from orchestrator.errors import FileHeld, RefusedError
+from orchestrator.errors import CouncilError, FileHeld, LockRefused, RefusedError
 from orchestrator.filelock import FileLock, HeldLock, Mode, Signature
 from orchestrator.locking.marks import Mark, all_marks, marked
 from orchestrator.locking.names import canonical, folds_case, lock_name
 
 #: Seconds that a file is waited for.
 TIMEOUT: Final = 5.0
+
+#: Seconds between two looks for a circle: of two that begin to wait at once, neither may have seen the other.
+_LOOK: Final = 0.25
 
 _LOCK, _GATE = ".lock", ".gate"
 #: Of how many files at most it is kept what their locks are called.
@@ -88,12 +94,15 @@ class FileLocks:
         shared: bool = False,
         timeout: float = TIMEOUT,  # noqa: ASYNC109  it raises FileHeld
         top: Path | None = None,
+        also: Callable[[], Awaitable[Mapping[str, Wait]]] | None = None,
     ) -> Sequence[FileLockRecord]:
         """Lock files for a session, all or none, and return the records; `timeout` is in seconds, 0 only tries.
 
         `top` is the worktree in which the paths are looked up; without it no link is followed. Raises FileHeld, which
         names who was in the way, and RefusedError at once for a path outside of the repository and for one that the
-        session has locked, or is waiting for, already. A cancelled call has locked nothing.
+        session has locked, or is waiting for, already. LockRefused is raised at once where sessions wait for each other
+        in a circle, of which this one began to wait last; `also` returns what they wait for besides files. A cancelled
+        call has locked nothing.
         """
         wanted = self._wanted(session, paths, top)
         self._asked |= {(session, path) for path in wanted}
@@ -104,8 +113,7 @@ class FileLocks:
                 for path in wanted:
                     held = self._take_now(session, path, shared=shared)
                     if held is None and timeout > 0:
-                        with anyio.CancelScope(deadline=until):
-                            held = await self._wait(session, path, shared=shared)
+                        held = await self._wait_until(until, session, path, shared=shared, also=also)
                     if held is None:
                         raise self._refusal(path)
                     taken[path] = held
@@ -162,6 +170,52 @@ class FileLocks:
             passing.release()
         return None if taken is None else self._signed(taken, session, path, shared=shared)
 
+    async def waits(self) -> dict[str, Wait]:
+        """Return which sessions wait for files, of this and of other processes, and for whom."""
+        return waits_of(await anyio.to_thread.run_sync(records, self._folder))
+
+    async def _wait_until(
+        self,
+        until: float,
+        session: SessionName,
+        path: str,
+        *,
+        shared: bool,
+        also: Callable[[], Awaitable[Mapping[str, Wait]]] | None,
+    ) -> _Held | None:
+        """Return the lock once it is had; None where the time is over. LockRefused where it would never be."""
+        held: _Held | None = None
+        circle: str | None = None
+        failure: CouncilError | OSError | None = None
+
+        async def look(scope: anyio.CancelScope) -> None:
+            nonlocal circle
+            while True:
+                circle = deadlock_of(str(session), merged(await self.waits(), {} if also is None else await also()))
+                if circle is not None:
+                    scope.cancel()
+                    return
+                await anyio.sleep(_LOOK)
+
+        try:
+            with anyio.CancelScope(deadline=until) as scope:
+                async with anyio.create_task_group() as group:
+                    group.start_soon(look, scope)
+                    try:
+                        held = await self._wait(session, path, shared=shared)
+                    except (CouncilError, OSError) as error:
+                        failure = error
+                    group.cancel_scope.cancel()
+        except BaseException:
+            if held is not None:
+                held.release()
+            raise
+        if failure is not None:
+            raise failure
+        if held is None and circle is not None:
+            raise LockRefused(path, f"waiting for it would never end: {circle}", "unlock something, and ask again")
+        return held
+
     async def _wait(self, session: SessionName, path: str, *, shared: bool) -> _Held:
         gate, lock = self._locks_of(path)
         with marked(self._folder, "waits", self._signature(session, path, shared=shared)):
@@ -210,6 +264,22 @@ class FileLocks:
         for one in given:
             one.release()
         return len(given)
+
+
+def waits_of(found: Sequence[FileLockRecord]) -> dict[str, Wait]:
+    """Return who waits for whom: for holders, and for waiters that came before, unless both share the lock."""
+    waits: dict[str, Wait] = {}
+    for one in found:
+        if one.state == "waiting":
+            before = (other for other in found if other.path == one.path and other.owner != one.owner)
+            blockers = {
+                other.owner
+                for other in before
+                if "exclusive" in (one.mode, other.mode)
+                and (other.state == "held" or (other.since, other.id) < (one.since, one.id))
+            }
+            waits = merged(waits, {one.owner: Wait(one.since, one.path, blockers)})
+    return waits
 
 
 def records(folder: Path, name: str = "*") -> list[FileLockRecord]:

@@ -18,7 +18,7 @@ from typing import Any, Final, Literal
 import anyio
 
 from orchestrator.clock import Clock
-from orchestrator.domain.deadlocks import Wait, deadlock_of
+from orchestrator.domain.deadlocks import Wait, deadlock_of, merged
 from orchestrator.errors import LockRefused, RefusedError, VersionConflict
 from orchestrator.filelock import start_ticks
 from orchestrator.protocols import Commit, Document, JsonObject, Key, Store, Write
@@ -209,10 +209,7 @@ class NamedLocks:
             state = _State.of(found, self._clock.now())
             for one in state.waiters:
                 blockers = {other.owner for other in state.blockers(one)}
-                known = waits.get(one.owner)
-                if known is not None:  # one that waits in several places gives up the newest
-                    blockers |= known.blockers
-                waits[one.owner] = Wait(one.acquired_at, one.name, blockers)
+                waits = merged(waits, {one.owner: Wait(one.acquired_at, one.name, blockers)})
         return waits
 
     async def _change(self, key: Key, position: int, seconds: float) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Final, NamedTuple
@@ -18,8 +18,10 @@ from typing import Final, NamedTuple
 import anyio
 
 from orchestrator.clock import Clock
+from orchestrator.domain.deadlocks import Wait, deadlock_of, merged
 from orchestrator.domain.holdings import HeldBy, Holding, Waiting, check_room, checked, counts, in_the_way
 from orchestrator.domain.sessions import SessionName
+from orchestrator.errors import LockRefused
 from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Store, Write
 from orchestrator.state.reading import following
 from orchestrator.state.shapes import flaw_of
@@ -104,12 +106,14 @@ class Registry:
         orchestrator: str,
         claim: Guard,
         wait: float = 0.0,
+        also: Callable[[], Awaitable[Mapping[str, Wait]]] | None = None,
     ) -> HeldBy | None:
         """Have a session own more patterns, all or none; return who stood in the way, None if it owns them now.
 
         `wait` is for how many seconds it is waited for whoever holds them, recorded for all to see. Raises LeaseLost if
-        the claim is not the session's any more, RefusedError for what is no pattern and for too many. A cancelled wait
-        takes nothing.
+        the claim is not the session's any more, RefusedError for what is no pattern and for too many. LockRefused is
+        raised at once where sessions wait for each other in a circle, of which this one began to wait last; `also`
+        returns what they wait for besides paths of this scope. A cancelled wait takes nothing.
         """
         own = await self._own(session)
         check_room(() if own is None else own[1].had, patterns)
@@ -125,6 +129,12 @@ class Registry:
         await self.waits(session, patterns, orchestrator=orchestrator, claim=claim)
         try:
             while held is not None and self._clock.monotonic() < until:
+                known = merged(await self.waits_of_all(), {} if also is None else await also())
+                circle = deadlock_of(str(session), known)
+                if circle is not None:
+                    what = ", ".join(patterns)
+                    why = f"waiting for it would never end: {circle}"
+                    raise LockRefused(what, why, "unlock something, and ask again")
                 await self._change(position, until)
                 position = await self._store.position()
                 held = await self._take(session, patterns, orchestrator, claim)
@@ -173,6 +183,23 @@ class Registry:
         """Return what counts of the scope: who owns and waits for what, the oldest first."""
         live = [one for one in await self._live() if not one.is_idle]
         return sorted(live, key=lambda one: (one.since, one.session))
+
+    async def waits_of_all(self) -> dict[str, Wait]:
+        """Return which sessions of the scope wait for paths, and for whom."""
+        live = await self._live()
+        return {
+            str(one.session): Wait(
+                one.waiting.since,
+                ", ".join(one.waiting.patterns),
+                {
+                    str(other.session)
+                    for other in live
+                    if other.session != one.session and other.stands_in_the_way(one.session, one.waiting.patterns)
+                },
+            )
+            for one in live
+            if one.waiting is not None
+        }
 
     async def sweep(self) -> Sequence[Write]:
         """Return what a commit must write to be rid of all that claims which are over have left."""

@@ -14,7 +14,7 @@ import pytest
 from orchestrator.clock import SystemClock
 from orchestrator.domain.holdings import HeldBy
 from orchestrator.domain.sessions import SessionName
-from orchestrator.errors import LeaseLost, RefusedError, VersionConflict
+from orchestrator.errors import LeaseLost, LockRefused, RefusedError, VersionConflict
 from orchestrator.locking.registry import Registry, claim_key, scope_of
 from orchestrator.protocols import Commit, Guard, Store, Write
 from orchestrator.state.file import FileStore
@@ -107,6 +107,29 @@ class RegistryContract(ABC):
             assert await owners.owned() == {"ada": ("b", "c"), "bob": ("a",)}
             assert await owners.registry.had(ADA) == ("a", "b", "c")
             assert await owners.events("ownership.given_back") == ["ownership.given_back ada"]
+
+    async def test_sessions_that_wait_for_each_other_are_told_at_once(self) -> None:
+        """The one that began to wait last is refused with the circle, keeps what it has, and the other goes on."""
+        async with self.owners() as owners:
+            await owners.take(ADA, "a")
+            await owners.take(BOB, "b")
+            registry, had = owners.registry, list[HeldBy | None]()
+
+            async def wait() -> None:
+                claim = owners.claims[ADA]
+                had.append(await registry.take(ADA, ["b"], orchestrator="o1", claim=claim, wait=60.0))
+
+            with anyio.fail_after(20):
+                async with anyio.create_task_group() as group:
+                    group.start_soon(wait)
+                    while not await registry.waits_of_all():
+                        await anyio.sleep(0.01)
+                    claim = owners.claims[BOB]
+                    with pytest.raises(LockRefused, match=r"would never end: r/bob.1 waits for a, r/ada.1 waits for b"):
+                        await registry.take(BOB, ["a"], orchestrator="o1", claim=claim, wait=60.0)
+                    assert await owners.owned() == {"ada": ("a",), "bob": ("b",)}
+                    await registry.give_back(BOB, ["b"], claim)
+            assert had == [None]
 
     async def test_two_that_plan_at_once_do_not_both_get_it(self) -> None:
         """The second commit of two that were planned on the same state is refused, whatever their patterns are."""

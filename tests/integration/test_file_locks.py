@@ -17,7 +17,7 @@ import pytest
 
 from orchestrator.clock import SystemClock
 from orchestrator.domain.sessions import SessionName
-from orchestrator.errors import FileHeld, RefusedError
+from orchestrator.errors import FileHeld, LockRefused, RefusedError
 from orchestrator.locking.files import FileLocks, records
 from tests.programs import python
 
@@ -349,3 +349,78 @@ async def test_opposite_orders_never_block_each_other(folder: Path, rounds: int)
     ):
         assert [one.wait(100), other.wait(100)] == [0, 0]
     assert int(count.read_text()) == 2 * rounds
+
+
+#: Takes one file, says so, and takes another when it is told to; then says what came of that.
+THEN_ANOTHER = HOLDER.replace(
+    "    await locks.release_all(me)",
+    """    try:
+        await locks.acquire(me, ["b"], timeout=60)
+        print("both", flush=True)
+    except Exception as error:
+        print(type(error).__name__, error, flush=True)
+    await locks.release_all(me)""",
+)
+
+
+async def test_a_circle_of_two_processes_is_broken_at_once(folder: Path) -> None:
+    """The session that began to wait last is refused with the circle, and has what it had; the other goes on."""
+    ours = FileLocks(folder, SystemClock())
+    with python(THEN_ANOTHER, folder, "ada", "a", "exclusive") as theirs:
+        assert theirs.stdout is not None
+        assert theirs.stdin is not None
+        assert theirs.stdout.readline() == "held\n"
+        await ours.acquire(BOB, ["b"])
+        theirs.stdin.write("\n")
+        theirs.stdin.flush()
+        with anyio.fail_after(20):
+            while "r/ada.1" not in await ours.waits():
+                await anyio.sleep(0.01)
+            with pytest.raises(
+                LockRefused, match=r"waiting for it would never end: r/bob.1 waits for a, r/ada.1 waits"
+            ):
+                await ours.acquire(BOB, ["a"], timeout=60)
+        assert [one.path for one in ours.held(BOB)] == ["b"]
+        await ours.release_all(BOB)
+        assert theirs.stdout.readline() == "both\n"
+
+
+async def test_a_circle_of_three_with_a_shared_lock_is_broken_by_one(folder: Path) -> None:
+    """One of them gives up, whichever was last; the others get what they wait for."""
+    locks = FileLocks(folder, SystemClock())
+    wants = {ADA: ("a", "b"), BOB: ("b", "c"), EVE: ("c", "a")}
+    refused: list[SessionName] = []
+    for session, (first, _) in wants.items():
+        await locks.acquire(session, [first], shared=session is ADA)
+
+    async def take(session: SessionName, path: str) -> None:
+        try:
+            await locks.acquire(session, [path], timeout=60)
+        except LockRefused:
+            refused.append(session)
+        await locks.release_all(session)
+
+    with anyio.fail_after(20):
+        async with anyio.create_task_group() as group:
+            for session, (_, second) in wants.items():
+                group.start_soon(take, session, second)
+    assert len(refused) == 1
+
+
+async def test_who_only_waits_is_never_refused(folder: Path) -> None:
+    """A queue behind one holder, and a holder that waits for somebody else, are no circle."""
+    locks = FileLocks(folder, SystemClock())
+    await locks.acquire(ADA, ["a"])
+    await locks.acquire(BOB, ["b"])
+
+    async def take(session: SessionName, path: str) -> None:
+        await locks.acquire(session, [path], timeout=60)
+        await locks.release_all(session)
+
+    with anyio.fail_after(20):
+        async with anyio.create_task_group() as group:
+            group.start_soon(take, BOB, "a")
+            group.start_soon(take, EVE, "a")
+            await anyio.sleep(0.6)  # two looks
+            assert set(await locks.waits()) == {"r/bob.1", "r/eve.1"}
+            await locks.release_all(ADA)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ async def council(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> As
 async def put(store: Store, key: Key, change: Callable[[JsonObject], JsonObject]) -> None:
     """Write a document past all checks, as another version or program could."""
     await update(store, key, lambda value: change(value or {}))
+
+
+def merge(changes: JsonObject, value: JsonObject | None) -> JsonObject:
+    """Return a document with other values in some fields."""
+    return {**(value or {}), **changes}
 
 
 def looks(council: Council, run: str) -> Mapping[str, Callable[[], Awaitable[object]]]:
@@ -106,9 +112,10 @@ async def test_progress_has_a_place(council: Council) -> None:
 
 async def test_only_a_run_records_work(council: Council) -> None:
     """Nothing counts as landed because somebody says so; attempts, commits and claims are not for others to write."""
-    for changes in ({"status": "landed"}, {"status": "queued"}, {"attempts": []}, {"commit": "0" * 40}):
+    words: list[JsonObject] = [{"status": "landed"}, {"status": "queued"}, {"attempts": []}, {"commit": "0" * 40}]
+    for changes in words:
         with pytest.raises(RefusedError, match=r"written by the run alone|by hand|become"):
-            await council.update(API, lambda value, new=changes: {**(value or {}), **new})
+            await council.update(API, partial(merge, changes))
     for key in (Key("claim", f"{RUN}/api"), Key("lease", f"run/{RUN}"), Key("spec", f"{RUN}/api"), Key("note", "x")):
         with pytest.raises(RefusedError, match="written by council alone"):
             await council.update(key, lambda _: {"epoch": 99})
