@@ -206,11 +206,16 @@ class Ledger:
         failpoint("run.claimed")
 
     async def campaign(self) -> bool:
-        """Become the coordinator if nobody who lives is and the run goes on; whether that is so from now."""
+        """Become the coordinator if nobody who lives is and the run goes on; whether that is so from now.
+
+        A worker leaves that to a process that was made a coordinator, if one is alive.
+        """
         if self.coordinates.is_set():
             return False
         lease = await next_lease(self._store, self._clock, self.run.id, self.orchestrators.me)
         if await other_coordinator(self._store, self.orchestrators) is not None:
+            return False
+        if await self.orchestrators.has_precedence():
             return False
         if (await read_run(self._store, self.run.id)).ended is not None:  # who was it has left nothing to do
             return False
@@ -405,7 +410,7 @@ class Ledger:
     ) -> HeldBy | OwnedBy | Outdated | Moved | None:
         key, version = task_key(self.run.id, task), self._versions[task]
         while True:
-            taking = await claims.plan(task)
+            taking = await claims.plan(task, override=True)  # nothing of it has begun: a worker loses nothing
             if isinstance(taking, HeldBy):
                 await self.refresh(task)
                 return taking

@@ -212,6 +212,13 @@ class Orchestrators:
                 return one
         return None
 
+    async def has_precedence(self) -> bool:
+        """Whether another process that is alive is to coordinate the run rather than this one, by their roles."""
+        if self.me.role is Role.COORDINATOR:
+            return False
+        others = [one for one in (await self.all()).values() if one.owner.role is Role.COORDINATOR]
+        return any([await self.standing(one) is Standing.ALIVE for one in others])
+
     async def find(self, orchestrator: str, run: str | None = None) -> Orchestrator | None:
         """Return the record of one, of this run or another."""
         return _read(await self._store.get(orchestrator_key(run or self.run, orchestrator)))

@@ -334,22 +334,44 @@ async def test_between_the_commits_of_others_it_is_taken_from_the_log() -> None:
     assert (await contents(store, made.id)).keys() == {Key("run", RUN), key("a"), key("b")}
 
 
+def note(run: str, text: str) -> JsonObject:
+    """Return a note that a session of a run left."""
+    return {"id": "1", "run": run, "task": "a", "attempt": 1, "text": text, "time": 0.0}
+
+
 async def test_notes_of_a_run_come_back_and_none_is_lost(store: Store) -> None:
     """Those of its sessions are part of its checkpoint; later ones stay, and so do those of other runs as they are."""
     ours, later, theirs = (Key("note", f"0123456789abcdef/{name}") for name in ("1", "2", "3"))
     await seed(store, a=task())
-    await put(store, {ours: {"run": RUN, "text": "x"}, theirs: {"run": "another", "text": "y"}})
+    await put(store, {ours: note(RUN, "x"), theirs: note("another", "y")})
     made = await create(store, RUN, "before")
     assert {key for key in await contents(store, made.id) if key.kind == "note"} == {ours}
-    await put(store, {ours: None, theirs: None, later: {"run": RUN, "text": "z"}})
+    await put(store, {ours: None, theirs: None, later: note(RUN, "z")})
     found = await restoration(store, made.id)
-    assert [(write.key, write.value) for write in found.writes] == [(ours, {"run": RUN, "text": "x"})]
+    assert [(write.key, write.value) for write in found.writes] == [(ours, note(RUN, "x"))]
     assert (found.deleted, found.left) == ([], {})
     await store.commit(Commit(found.writes))
     assert {one.key for one in await store.list("note")} == {ours, later}
     whole = await create(store, None, "all")
     await put(store, {ours: None, later: None})
     assert {write.key for write in (await restoration(store, whole.id)).writes} == {ours, later}
+
+
+async def test_documents_of_other_kinds_are_part_of_a_checkpoint_of_everything(store: Store) -> None:
+    """They become as they were; what is to expire goes on with its time, and a run's checkpoint leaves all as it is."""
+    kept, changed, new, lock = (Key("memo", name) for name in ("kept", "changed", "new", "lock"))
+    gone = Key("plan", "gone/deep")
+    await seed(store, a=task())
+    await put(store, {kept: {"n": 1}, changed: {"n": 1}, gone: {"n": 1}})
+    await store.commit(Commit([Write(lock, 0, {"n": 1}, 1000.0)]))
+    whole, own = await create(store, None, "before"), await create(store, RUN, "before")
+    assert {kept, changed, gone, lock} <= (await contents(store, whole.id)).keys()
+    await put(store, {changed: {"n": 2}, gone: None, new: {"n": 3}, lock: None})
+    assert (await restoration(store, own.id)).writes == []
+    found = await restoration(store, whole.id)
+    assert {write.key: write.value for write in found.writes} == {changed: {"n": 1}, gone: {"n": 1}, new: None}
+    await store.commit(Commit(found.writes))
+    assert (await restoration(store, whole.id)).writes == []
 
 
 async def test_what_was_shared_comes_back_as_it_was(store: Store) -> None:

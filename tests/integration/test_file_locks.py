@@ -376,9 +376,7 @@ async def test_a_circle_of_two_processes_is_broken_at_once(folder: Path) -> None
         with anyio.fail_after(20):
             while "r/ada.1" not in await ours.waits():
                 await anyio.sleep(0.01)
-            with pytest.raises(
-                LockRefused, match=r"waiting for it would never end: r/bob.1 waits for a, r/ada.1 waits"
-            ):
+            with pytest.raises(LockRefused, match=r"would never end: r/bob.1 waits for a, r/ada.1 waits"):
                 await ours.acquire(BOB, ["a"], timeout=60)
         assert [one.path for one in ours.held(BOB)] == ["b"]
         await ours.release_all(BOB)

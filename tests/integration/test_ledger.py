@@ -249,3 +249,32 @@ async def test_of_two_who_find_that_nobody_coordinates_one_does(tmp_path: Path) 
     assert not await ours.campaign()
     assert theirs.coordinates.is_set()
     await theirs.note("run.waiting", {})
+
+
+@pytest.mark.parametrize(("role", "is_theirs"), [(Role.COORDINATOR, False), (Role.WORKER, True)])
+async def test_a_coordinator_takes_what_a_worker_has_claimed_and_not_begun(
+    tmp_path: Path, role: Role, is_theirs: bool
+) -> None:
+    """The same that a worker has to leave to it."""
+    clock = ManualClock()
+    store = MemoryStore(clock)
+    first, worker = await coordinator_and_worker(store, clock, tmp_path)
+    ours = first if role is Role.COORDINATOR else await join(store, clock, first.run.id)
+    assert ours.orchestrators.me.role is role
+    assert worker.claims is not None
+    assert not isinstance(await worker.claims.claim("models"), HeldBy)
+    found = await start(ours, "models")
+    assert isinstance(found, HeldBy) == is_theirs
+    assert (ours.task("models").status is TaskStatus.RUNNING) == (not is_theirs)
+
+
+async def test_a_worker_leaves_it_to_a_coordinator_to_lead(tmp_path: Path) -> None:
+    """Where nobody leads the run, and one of those who could was made a coordinator."""
+    clock = ManualClock()
+    store = MemoryStore(clock)
+    worker, other = await two_ledgers(store, clock, tmp_path)
+    others = orchestrators(store, clock, worker.run.id, alone=False, me=this_process(Role.COORDINATOR))
+    chosen = await Ledger.join(store, clock, Redactor([]), others, {})
+    assert not await worker.campaign()
+    assert not await other.campaign()
+    assert await chosen.campaign()
