@@ -30,6 +30,7 @@ from orchestrator.engine.briefing import Briefing
 from orchestrator.engine.capacity import Capacity
 from orchestrator.engine.concluding import Concluding, Phasing
 from orchestrator.engine.coordinator import seize
+from orchestrator.engine.imported import hand_on
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.monitor import Monitor
 from orchestrator.engine.phase_values import PhaseInputs
@@ -149,6 +150,8 @@ class Execution:
     ) -> RunReport:
         """See `Council.resume`."""
         document = await read_run(self._runs.store, run)
+        if document.imported is not None:
+            raise await hand_on(self._runs.store, document, self._runs.project.legacy)
         settings = self._settings(document, coordination)
         hub = await self._runs.hub(document)
         try:

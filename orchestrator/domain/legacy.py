@@ -261,7 +261,7 @@ def _task(fields: Mapping[str, Any], source: str) -> TaskDocument:
 
 def _status(word: str | None, source: str) -> tuple[TaskStatus, str]:
     """Return what a status is for us, where nothing can go on any more, and why it is that."""
-    known = "" if word is None else re.sub(r"[\s-]+", "_", word.strip().casefold())
+    known = _normal(word)
     if known in _COMPLETED:
         return TaskStatus.LANDED, f"{source} says that it was {word}; nothing here proves it"
     if known in _FAILED:
@@ -275,6 +275,16 @@ def _status(word: str | None, source: str) -> tuple[TaskStatus, str]:
     if known in _WAITING or word is None:
         return TaskStatus.CANCELLED, "it had not begun when its session was left"
     return TaskStatus.CANCELLED, f"{source} says {word!r}, which is none of the known words"
+
+
+def is_unfinished(task: ImportedTask) -> bool:
+    """Whether a task was running or had not begun when its session was left."""
+    word = _normal(task.status)
+    return word in _BEGUN or word in _WAITING or not word
+
+
+def _normal(word: str | None) -> str:
+    return "" if word is None else re.sub(r"[\s-]+", "_", word.strip().casefold())
 
 
 def safe_name(name: str) -> str:

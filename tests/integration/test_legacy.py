@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from orchestrator.clock import SystemClock
 from orchestrator.council import Council
@@ -435,6 +436,40 @@ async def test_nobody_works_in_an_imported_run(repository: Repository) -> None:
         assert RUN not in ended.stdout, words
     watched = repository.council("watch", "--json")
     assert (watched.code, watched.result["run"]) == (1, RUN)
+
+
+async def test_the_unfinished_tasks_of_an_imported_session_can_be_resumed(repository: Repository) -> None:
+    """By a file with all that is known of them; what is missing is named, and then they land."""
+    tasks = {
+        "import": {"status": "in_progress", "prompt": "write i.txt 1", "branch": "feature/import"},
+        "later": {"status": "pending"},
+        "done": {"status": "completed", "prompt": "write d.txt d"},
+    }
+    write(repository, LEGACY_FILE, {"version": "2.0", "sessions": [{**SESSION, "tasks": tasks}]})
+    path = repository.top / f".council/legacy/{RUN}.yaml"
+    refused = repository.council("resume")
+    assert refused.code == 2
+    assert f"{path} has its 2 unfinished tasks: name an adapter there, write the missing prompts of later" in (
+        refused.stderr
+    )
+    text = path.read_text()
+    assert yaml_of(text) == {
+        "import": "write i.txt 1\n\nEarlier work on this is on the branch feature/import.",
+        "later": "",
+    }
+    path.write_text(text.replace('prompt: ""', 'prompt: "write l.txt l"'))
+    assert repository.council("resume").code == 2
+    assert "l.txt" in path.read_text()  # what somebody has written there stays
+
+    told = yaml_of(path.read_text())
+    file = repository.configure([{"id": task, "prompt": prompt.partition("\n")[0]} for task, prompt in told.items()])
+    assert repository.council("run", str(file)).code == 0
+    assert set(repository.git("ls-tree", "--name-only", "main").split()) >= {"i.txt", "l.txt"}
+
+
+def yaml_of(text: str) -> dict[str, str]:
+    """Return the prompts of a file by task."""
+    return {task["id"]: task["prompt"] for task in yaml.safe_load(text)["tasks"]}
 
 
 async def test_checkpoints_of_an_imported_run(repository: Repository) -> None:
