@@ -1,24 +1,22 @@
 """Reads the refs of a session's git directory, which the agent may have filled with anything.
 
-Never through git. Each component of a path is opened without following a link, and only regular files are read:
-a pipe would be waited for, a link would lead to files that are none of the session's.
+Never through git, and through `orchestrator.beneath` alone: a pipe would be waited for, a link would lead to files
+that are none of the session's.
 """
 
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator import beneath
 from orchestrator.repo.git import is_object_id
 
 _LARGEST_FILE = 16 << 20  # bytes
 _MOST_REFS = 2000
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,31 +67,16 @@ def _loose(git_dir: Path) -> Iterator[str]:
 
 
 def _entries(git_dir: Path, folder: str) -> list[tuple[str, bool]]:
-    with ExitStack() as opened, suppress(OSError):
-        descriptor = _open_folder(git_dir, folder.split("/"), opened)
-        with os.scandir(descriptor) as entries:
-            found = [
-                (entry.name, entry.is_dir(follow_symlinks=False))
-                for entry, _ in zip(entries, range(_MOST_REFS), strict=False)
-            ]
+    with suppress(OSError), beneath.open_folder(git_dir, folder) as descriptor, os.scandir(descriptor) as entries:
+        found = [
+            (entry.name, entry.is_dir(follow_symlinks=False))
+            for entry, _ in zip(entries, range(_MOST_REFS), strict=False)
+        ]
         return sorted(found, reverse=True)
     return []
 
 
 def _read(git_dir: Path, path: str) -> str | None:
-    *folders, name = path.split("/")
-    with ExitStack() as opened, suppress(OSError):
-        descriptor = os.open(name, _FILE, dir_fd=_open_folder(git_dir, folders, opened))
-        with os.fdopen(descriptor, "rb") as file:
-            if stat.S_ISREG(os.fstat(descriptor).st_mode):
-                return file.read(_LARGEST_FILE).decode(errors="surrogateescape")
+    with suppress(OSError):
+        return beneath.read_file(git_dir, path, _LARGEST_FILE).decode(errors="surrogateescape")
     return None
-
-
-def _open_folder(git_dir: Path, names: list[str], opened: ExitStack) -> int:
-    descriptor = os.open(git_dir.parent, _FOLDER)
-    opened.callback(os.close, descriptor)
-    for name in (git_dir.name, *names):
-        descriptor = os.open(name, _FOLDER, dir_fd=descriptor)
-        opened.callback(os.close, descriptor)
-    return descriptor

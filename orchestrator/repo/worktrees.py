@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import anyio.to_thread
 
+from orchestrator import beneath
 from orchestrator.client.session import MAILBOX
 from orchestrator.failpoints import failpoint
 from orchestrator.repo.hub import Hub, work_branch
@@ -151,7 +152,7 @@ def _lay_out(worktree: Worktree, checkout: Checkout, prompt: str) -> None:
         _make_sparse(worktree, place)
     worktree.scratch.mkdir(mode=0o700)
     worktree.handoff_file.parent.mkdir(mode=0o700)
-    (place.tree / ".git").write_text(f"gitdir: {worktree.git_dir}\n")
+    beneath.write_file(place.tree, ".git", os.fsencode(f"gitdir: {worktree.git_dir}\n"), 0o644)
     descriptor = os.open(worktree.prompt_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
         file.write(prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -11,6 +12,7 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
+from orchestrator import beneath
 from orchestrator.config.model import Reach, WorktreesConfig
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Exhausted, Failed, Outcome
@@ -186,7 +188,7 @@ def _lend_git(place: Place, commit: str) -> None:
     shutil.copytree(place.hub.seed, folder)
     (folder / "HEAD").write_text(f"{commit}\n")
     shutil.copyfile(place.index, folder / "index")
-    (place.tree / ".git").write_text(f"gitdir: {folder}\n")
+    beneath.write_file(place.tree, ".git", os.fsencode(f"gitdir: {folder}\n"), 0o644)
 
 
 def _take_git_back(place: Place) -> None:

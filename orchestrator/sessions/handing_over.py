@@ -5,13 +5,12 @@ An agent wrote it, or whatever it likes: no link is followed, only a file is rea
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from errno import ELOOP
-from stat import S_ISREG
+from errno import EFBIG, EINVAL, ELOOP, EMLINK
 
 import anyio.to_thread
 
+from orchestrator import beneath
 from orchestrator.client import strict
 from orchestrator.client.commands import LARGEST_HANDOFF
 from orchestrator.protocols import JsonObject
@@ -21,9 +20,6 @@ from orchestrator.repo.worktrees import Worktree
 VARIABLE = "COUNCIL_HANDOFF"
 
 _OBJECT = "write one JSON object there"
-_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# Nothing is waited for that somebody else would have to write.
-_FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +48,18 @@ async def read_handed_over(worktree: Worktree) -> Delivered | Malformed | None:
 def _read(worktree: Worktree) -> Delivered | Malformed | None:
     file = worktree.handoff_file
     try:
-        folder = os.open(file.parent, _FOLDER_FLAGS)
+        with beneath.open_folder(file.parent):
+            pass
     except FileNotFoundError:
         return None
     except OSError:  # a link, or no folder
         return Malformed(f"the folder of ${VARIABLE} was replaced", "leave it as it is")
     try:
-        data = _bytes_of(file.name, folder)
+        data = beneath.read_file(file.parent, file.name, LARGEST_HANDOFF, sole=True)
+    except FileNotFoundError:
+        return None
     except OSError as error:
-        return _NO_FILE if error.errno == ELOOP else Malformed(f"${VARIABLE} can't be read ({error.strerror})")
-    finally:
-        os.close(folder)
-    if not isinstance(data, bytes):
-        return data
+        return _unread(error)
     try:
         value = strict.parse(data)
     except ValueError as error:
@@ -74,21 +69,10 @@ def _read(worktree: Worktree) -> Delivered | Malformed | None:
     return Delivered(value)
 
 
-def _bytes_of(name: str, folder: int) -> bytes | Malformed | None:
-    try:
-        descriptor = os.open(name, _FILE_FLAGS, dir_fd=folder)
-    except FileNotFoundError:
-        return None
-    try:
-        found = os.fstat(descriptor)
-        if not S_ISREG(found.st_mode) or found.st_nlink > 1:
-            return _NO_FILE
-        data = bytearray()
-        while len(data) <= LARGEST_HANDOFF and (part := os.read(descriptor, LARGEST_HANDOFF + 1 - len(data))):
-            data += part
-    finally:
-        os.close(descriptor)
-    if len(data) > LARGEST_HANDOFF:
+def _unread(error: OSError) -> Malformed:
+    if error.errno in {EINVAL, ELOOP, EMLINK}:
+        return _NO_FILE
+    if error.errno == EFBIG:
         remedy = "hand over what the next phase needs, and name files for the rest"
         return Malformed(f"${VARIABLE} has more than {LARGEST_HANDOFF} bytes", remedy)
-    return bytes(data)
+    return Malformed(f"${VARIABLE} can't be read ({error.strerror})")

@@ -1,18 +1,20 @@
 """The folder that a task's sessions with one adapter have to themselves: for what their CLI keeps from one to the next.
 
-A session may write in it what it likes, links too. So what we put there never goes through one of them.
+A session may write in it what it likes, links too. So all that we read and write there goes through
+`orchestrator.beneath`.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import anyio.to_thread
 
+from orchestrator import beneath
 from orchestrator.config.model import Reach
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.protocols import Home, JsonObject, Overlay
@@ -68,44 +70,37 @@ def _make(folder: Path, names: Iterable[str]) -> list[Path]:
             one.unlink()
         one.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
-    places = [_place(folder, name) for name in names]
-    return [place for place in places if place.is_dir() and not place.is_symlink()]
+    return [folder / name for name in names if beneath.kind_of(folder, name) == stat.S_IFDIR]
 
 
 def _furnish(folder: Path, what: Home, environ: Mapping[str, str]) -> Reach:
     texts = {name: _laid_over(one, environ) for name, one in what.settings.items()}
     for name, text in {**what.files, **texts}.items():
-        path = _place(folder, name)
-        path.unlink(missing_ok=True)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-            file.write(text)
+        beneath.write_file(folder, name, text.encode())
     readable: list[Path] = []
     writable = [folder]
     for name, leads_to in what.links.items():
         target = _expanded(leads_to, environ)
         if target is None or not target.exists():
             continue
-        path = _place(folder, name)
         # What the program has put in its place, such as a newer login, stays.
-        if path.is_symlink() or not path.exists():
-            path.unlink(missing_ok=True)
-            path.symlink_to(target)
+        if beneath.kind_of(folder, name) in {None, stat.S_IFLNK}:
+            beneath.make_link(folder, name, target)
             (writable if name in what.renewed else readable).append(target)
     return Reach(writable=tuple(writable), readable=tuple(readable))
 
 
 def _bring_back(folder: Path, what: Home, environ: Mapping[str, str]) -> None:
     for name in what.renewed:
-        path, target = folder / name, _expanded(what.links[name], environ)
-        if target is None or not target.is_file() or path.is_symlink() or not path.is_file():
+        target = _expanded(what.links[name], environ)
+        if target is None or not target.is_file():
             continue
-        with path.open("rb") as file:
-            content = file.read(_LARGEST + 1)
-        if len(content) <= _LARGEST:
+        with suppress(OSError):  # still the link, or nothing that is a login
+            content = beneath.read_file(folder, name, _LARGEST, sole=True)
             with target.open("r+b") as theirs:
                 theirs.write(content)
                 theirs.truncate()
-            path.unlink()
+            beneath.remove_file(folder, name)
 
 
 def _laid_over(settings: Overlay, environ: Mapping[str, str]) -> str:
@@ -142,14 +137,3 @@ def _expanded(path: str, environ: Mapping[str, str]) -> Path | None:
         return Path(path)
     home = environ.get("HOME")
     return None if not home else Path(home) / path[2:]
-
-
-def _place(folder: Path, name: str) -> Path:
-    """Return the path of a name, to which no link leads; the folders on the way are made."""
-    path = folder
-    for part in Path(name).parts[:-1]:
-        path /= part
-        if path.is_symlink() or not path.is_dir():
-            path.unlink(missing_ok=True)
-            path.mkdir(mode=0o700)
-    return path / Path(name).name

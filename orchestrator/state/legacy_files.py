@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any, Final
 
 import orjson
 
+from orchestrator import beneath
 from orchestrator.domain.legacy import (
     NotUnderstood,
     Session,
@@ -233,28 +233,26 @@ class _Reader:
         return data
 
     def _load(self, name: str) -> tuple[bytes, float]:
-        # A pipe would be waited for.
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with os.fdopen(os.open(self._real(name), flags), "rb") as file:
+        with os.fdopen(beneath.open_file(self._top, self._real(name)), "rb") as file:
             facts = os.fstat(file.fileno())
-            if not stat.S_ISREG(facts.st_mode):
-                raise NotUnderstood("it is no file")
             if facts.st_size > MAX_FILE:
                 raise NotUnderstood(f"its {facts.st_size} bytes are more than {MAX_FILE}")
             if self.total + facts.st_size > MAX_TREE:
                 raise NotUnderstood(f"the files before it have {MAX_TREE} bytes together, which is enough")
             return file.read(facts.st_size), facts.st_mtime
 
-    def _real(self, name: str) -> Path:
+    def _real(self, name: str) -> str:
+        """Return the path that links lead to now, beneath the top; nothing is opened but through `beneath`."""
         real = (self._project.top / name).resolve(strict=True)
         if not real.is_relative_to(self._top):
             raise NotUnderstood("a link leads out of the project")
-        return real
+        return str(real.relative_to(self._top))
 
     def names(self, folder: str, ending: str) -> list[str]:
         """Return the names in a folder that end so, by their place in the project, in order."""
         try:
-            found = sorted(one.name for one in self._real(folder).iterdir() if one.name.endswith(ending))
+            with beneath.open_folder(self._top, self._real(folder)) as descriptor:
+                found = sorted(name for name in os.listdir(descriptor) if name.endswith(ending))  # noqa: PTH208
         except (FileNotFoundError, NotADirectoryError):
             return []
         except (OSError, RuntimeError, NotUnderstood) as error:

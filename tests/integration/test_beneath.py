@@ -1,0 +1,266 @@
+"""An agent exchanges what we read and write with a link, as fast as it can: nothing leaves its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from orchestrator import beneath
+from orchestrator.project import LEGACY_TREE, Project
+from orchestrator.protocols import Home
+from orchestrator.repo.hub import Hub
+from orchestrator.repo.session_refs import read_session_refs
+from orchestrator.repo.worktrees import Worktree
+from orchestrator.sessions.handing_over import Delivered, _read
+from orchestrator.sessions.homes import _bring_back, _furnish
+from orchestrator.state.legacy_files import read_layouts
+
+CANARY = "canary-4f1d"
+#: Exchanges two paths by renameat2 with RENAME_EXCHANGE until it is ended; a link that was removed is made again.
+EXCHANGE = """
+import ctypes, os, sys
+one, two = (os.fsencode(path) for path in sys.argv[1:])
+target = os.readlink(two) if os.path.islink(two) else None
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.renameat2(-100, one, -100, two, 2):
+    sys.exit(os.strerror(ctypes.get_errno()))
+print("ready", flush=True)
+while True:
+    if libc.renameat2(-100, one, -100, two, 2):
+        for path in one, two:
+            try:
+                os.symlink(target, path)
+            except FileExistsError:
+                pass
+"""
+SECONDS = 0.25
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
+
+
+@contextmanager
+def exchanging(one: Path, two: Path) -> Iterator[None]:
+    """Have a process exchange two paths all the time within the body."""
+    argv = [sys.executable, "-I", "-S", "-c", EXCHANGE, str(one), str(two)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert (said := process.stdout.readline()) == "ready\n", said
+            yield
+            assert process.poll() is None
+        finally:
+            process.kill()
+
+
+def repeat(what: Callable[[], None]) -> int:
+    """Do it again and again for a quarter of a second; return how often."""
+    count, end = 0, time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        what()
+        count += 1
+    assert count > 20
+    return count
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    """A folder of the user's with a secret, that no session may see."""
+    folder = tmp_path / "outside"
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("exchanged", ["file", "folder", "pipe"])
+def test_a_read_while_a_link_is_exchanged_never_leaves_the_folder(
+    tmp_path: Path, outside: Path, exchanged: str
+) -> None:
+    """Neither by the last component nor by one before it; and a pipe is never waited for."""
+    top = tmp_path / "top"
+    (top / "a" / "b").mkdir(parents=True)
+    (top / "a" / "b" / "file").write_text("own")
+    (outside / "file").write_text(CANARY)
+    if exchanged == "file":
+        one = top / "a" / "b" / "file"
+        (top / "link").symlink_to(outside / "file")
+    elif exchanged == "folder":
+        one = top / "a" / "b"
+        (top / "link").symlink_to(outside)
+    else:
+        one = top / "a" / "b" / "file"
+        os.mkfifo(top / "link")
+    seen: set[str] = set()
+
+    def read() -> None:
+        with suppress(OSError):
+            seen.add(beneath.read_file(top, "a/b/file", 100).decode())
+
+    with exchanging(one, top / "link"):
+        repeat(read)
+    assert seen == {"own"}
+
+
+def test_a_write_while_a_link_is_exchanged_never_leaves_the_folder(tmp_path: Path, outside: Path) -> None:
+    """Nothing of the user's is changed, made or removed."""
+    top = tmp_path / "top"
+    (top / "a").mkdir(parents=True)
+    (outside / "file").write_text(CANARY)
+    (top / "link").symlink_to(outside)
+
+    def write() -> None:
+        with suppress(OSError):
+            beneath.write_file(top, "a/file", b"ours")
+        with suppress(OSError):
+            beneath.make_link(top, "a/login", top)
+        with suppress(OSError):
+            beneath.remove_file(top, "a/login")
+
+    with exchanging(top / "a", top / "link"):
+        repeat(write)
+    assert [path.name for path in outside.iterdir()] == ["file"]
+    assert (outside / "file").read_text() == CANARY
+
+
+def test_a_link_in_the_place_of_a_file_is_replaced_and_not_followed(tmp_path: Path, outside: Path) -> None:
+    """So is one in the place of a folder above it."""
+    (outside / "file").write_text(CANARY)
+    (tmp_path / "link").symlink_to(outside / "file")
+    (tmp_path / "folder").symlink_to(outside)
+    beneath.write_file(tmp_path, "link", b"ours")
+    beneath.write_file(tmp_path, "folder/file", b"ours")
+    assert (outside / "file").read_text() == CANARY
+    assert (tmp_path / "link").read_text() == (tmp_path / "folder" / "file").read_text() == "ours"
+
+
+def test_only_plain_relative_paths_are_taken(tmp_path: Path) -> None:
+    """No absolute one, and none that goes up or around."""
+    (tmp_path / "top").mkdir()
+    (tmp_path / "file").write_text(CANARY)
+    for path in ("../file", "/etc/passwd", "a/../../file", "", "./file", "a//b"):
+        with pytest.raises(OSError, match="no plain relative path"):
+            beneath.read_file(tmp_path / "top", path, 100)
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
+    """A folder, a link, a device; a file with another name where that is asked for; and one that is too large."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    (tmp_path / "file").write_text("12345")
+    for path in ("folder", "link", "none"):
+        with pytest.raises(OSError, match=path):
+            beneath.read_file(tmp_path, path, 100)
+    with pytest.raises(OSError, match="large"):
+        beneath.read_file(tmp_path, "file", 4)
+    assert beneath.read_file(tmp_path, "file", 5, sole=True) == b"12345"
+    os.link(tmp_path / "file", tmp_path / "other")
+    with pytest.raises(OSError, match="links"):
+        beneath.read_file(tmp_path, "file", 5, sole=True)
+    assert beneath.kind_of(tmp_path, "link") == stat.S_IFLNK
+    assert beneath.kind_of(tmp_path, "link/x") is None
+
+
+def _worktree(tmp_path: Path) -> Worktree:
+    worktree = Worktree(Hub(tmp_path / "hub"), "run-1", "a", 1)
+    (worktree.git_dir / "refs" / "heads").mkdir(parents=True)
+    worktree.handoff_file.parent.mkdir()
+    return worktree
+
+
+def test_refs_are_not_read_through_a_link_that_is_exchanged(tmp_path: Path, outside: Path) -> None:
+    """A folder of refs of another repository, and its HEAD."""
+    worktree, theirs = _worktree(tmp_path), "c" * 40
+    own = worktree.git_dir / "refs" / "heads"
+    (own / "own").write_text("a" * 40)
+    (outside / "theirs").write_text(theirs)
+    (worktree.git_dir / "link").symlink_to(outside)
+    seen: set[str] = set()
+    with exchanging(own, worktree.git_dir / "link"):
+        repeat(lambda: seen.update(read_session_refs(worktree.git_dir).refs.values()))
+    assert seen == {"a" * 40}
+
+
+def test_a_handoff_is_not_read_through_a_link_that_is_exchanged(tmp_path: Path, outside: Path) -> None:
+    """Another session's token is no handoff of this one."""
+    worktree = _worktree(tmp_path)
+    file = worktree.handoff_file
+    file.write_text('{"own": 1}')
+    (outside / "session.json").write_text(json.dumps({"token": CANARY}))
+    file.with_name("link").symlink_to(outside / "session.json")
+    seen: set[str] = set()
+
+    def read() -> None:
+        found = _read(worktree)
+        seen.add(json.dumps(found.data) if isinstance(found, Delivered) else "")
+
+    with exchanging(file, file.with_name("link")):
+        repeat(read)
+    assert seen <= {'{"own": 1}', ""}
+    assert '{"own": 1}' in seen
+
+
+def test_a_login_is_not_brought_back_through_a_link_that_is_exchanged(tmp_path: Path, outside: Path) -> None:
+    """Or the user's login would become what any file of the user's holds, for the next session to read."""
+    folder, login = tmp_path / "home", outside / "login.json"
+    folder.mkdir()
+    (outside / "key").write_text(CANARY)
+    (folder / "dir").mkdir()
+    (folder / "link").symlink_to(outside)
+    what = Home(links={"dir/key": str(login)}, renewed=("dir/key",))
+    seen: set[str] = set()
+
+    def bring() -> None:
+        login.write_text("login")
+        with suppress(OSError):
+            _bring_back(folder, what, {})
+        seen.add(login.read_text())
+
+    with exchanging(folder / "dir", folder / "link"):
+        repeat(bring)
+    assert seen == {"login"}
+    assert (outside / "key").read_text() == CANARY
+
+
+def test_settings_are_not_written_through_a_link_that_is_exchanged(tmp_path: Path, outside: Path) -> None:
+    """Nothing of the user's is replaced, and no login is linked into a folder of theirs."""
+    folder, login = tmp_path / "home", tmp_path / "login.json"
+    (folder / "dir").mkdir(parents=True)
+    login.write_text("login")
+    (outside / "settings.json").write_text(CANARY)
+    (folder / "link").symlink_to(outside)
+    what = Home(files={"dir/settings.json": "ours"}, links={"dir/login": str(login)})
+
+    def furnish() -> None:
+        with suppress(OSError):
+            _furnish(folder, what, {})
+
+    with exchanging(folder / "dir", folder / "link"):
+        repeat(furnish)
+    assert {path.name: path.read_text() for path in outside.iterdir()} == {"settings.json": CANARY}
+
+
+def test_legacy_state_is_not_read_through_a_link_that_is_exchanged(tmp_path: Path, outside: Path) -> None:
+    """A link within the project is followed; one that leads out while it is looked at gives nothing."""
+    project = Project(tmp_path / "project")
+    sessions = project.top / LEGACY_TREE / "sessions"
+    sessions.mkdir(parents=True)
+    project.folder.mkdir()
+    (sessions / "one.json").write_text("own")
+    (outside / "one.json").write_text(CANARY)
+    (sessions.parent / "link").symlink_to(outside)
+
+    def read() -> None:
+        with suppress(OSError):
+            read_layouts(project)
+
+    with exchanging(sessions, sessions.parent / "link"):
+        repeat(read)
+    kept = [path.read_text() for path in project.legacy.iterdir()] if project.legacy.is_dir() else []
+    assert not any(CANARY in text for text in kept)
