@@ -8,7 +8,9 @@ answers is a mailbox as sessions have it, whose desk knows the answer at once.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -75,9 +77,14 @@ def _session(folder: Path) -> Iterator[tuple[Worktree, Mailbox]]:
         one.mkdir(parents=True)
     (place.tree / ".git").write_text(f"gitdir: {worktree.git_dir}\n")
     with (
+        worktree.lock.open("w") as lock,
         start_blocking_portal() as portal,
         portal.wrap_async_context_manager(open_mailbox(worktree, _Desk())) as mailbox,
     ):
+        # As a supervisor: only its descendants are answered.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write(json.dumps({"pid": os.getpid()}))
+        lock.flush()
         yield worktree, mailbox
 
 

@@ -5,8 +5,10 @@
       session.json    the worktree, and the token without which nothing is answered
       bin/council     the command, knowing the session that it is of
 
-The folder is the session's own: behind a fence no other session sees it, and where a fence can't hide the socket itself
-(Landlock), there is still the token. Whatever comes in over it harms nobody but who sent it, and waits only for itself.
+The folder is the session's own: in a sandbox no other session sees it. Where a sandbox can't hide the socket itself
+(Landlock), a process of another session is refused, whatever token it has (`sessions.peers`). What comes in over the
+socket harms nobody but its sender: connections of one session take no slot of another, and of those that have not sent
+a whole line the oldest gives way to a new one.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from typing import Protocol
 
 import anyio
 import anyio.abc
+import anyio.lowlevel
 import anyio.to_thread
 
 from orchestrator.client.commands import LARGEST_REQUEST, SERVER
@@ -37,13 +40,16 @@ from orchestrator.errors import CouncilError, RefusedError
 from orchestrator.process import own_program, walkable
 from orchestrator.protocols import JsonObject, McpServer
 from orchestrator.repo.worktrees import Worktree
-from orchestrator.sessions.requests import read_request
+from orchestrator.sessions.peers import is_of_session
+from orchestrator.sessions.requests import OWN_COMMAND, read_request
 
 _PACKAGE = Path(__file__).parents[1]
 _PROGRAM = Path("bin", "council")
-_AT_ONCE = 32  # connections that are served; others wait with the kernel
+_AT_ONCE = 32  # connections of the session that are served
+_STRANGERS = 4  # of processes of no session or another, which get nothing but a refusal
 _WAITING = 128
 _PATIENCE = 5.0  # seconds for a request to come in, and for its answer to be taken
+_STRANGERS_PATIENCE = 1.0
 _REST = 0.1  # seconds until the next try where the machine has no descriptor left
 _MOST_FAULTS = 10
 _READ_AT_ONCE = 1 << 14  # bytes of a request whose reading holds nobody up
@@ -104,7 +110,7 @@ async def open_mailbox(worktree: Worktree, desk: Desk) -> AsyncIterator[Mailbox]
     readable = dict.fromkeys(map(walkable, (folder, Path(sys.prefix), Path(sys.base_prefix), _PACKAGE)))
     mailbox = Mailbox(folder, Reach(readable=tuple(readable)))
     name = SessionName(worktree.run, worktree.task, worktree.attempt)
-    clerk = _Clerk(name, token, worktree.tree, desk, mailbox.faults)
+    clerk = _Clerk(name, token, worktree.tree, worktree.lock, desk, mailbox.faults)
     failed: Exception | None = None
     try:
         async with await _listen(folder) as listener, anyio.create_task_group() as group:
@@ -151,8 +157,13 @@ class _Clerk:
     session: SessionName
     token: str
     tree: Path
+    lock: Path
     desk: Desk
     faults: list[str]
+    reading: dict[anyio.abc.SocketStream, anyio.CancelScope] = field(default_factory=dict)
+    """The connections of the session that have not sent a whole line, the oldest first."""
+    answering: set[anyio.abc.SocketStream] = field(default_factory=set)
+    strangers: set[anyio.abc.SocketStream] = field(default_factory=set)
 
     async def answer(self, line: bytes) -> JsonObject:
         """Return the line back; raises nothing but cancellation."""
@@ -175,43 +186,74 @@ def _refusal(what: str, remedy: str) -> JsonObject:
 
 
 async def _serve(listener: anyio.abc.SocketListener, clerk: _Clerk) -> None:
-    room = anyio.Semaphore(_AT_ONCE)
     async with anyio.create_task_group() as group:
         while True:
-            await room.acquire()
             try:
                 stream = await listener.accept()
             except OSError:  # no descriptor is left, or who asked has gone already
-                room.release()
                 await anyio.sleep(_REST)
                 continue
-            group.start_soon(_attend, stream, clerk, room)
+            connected = stream.extra(anyio.abc.SocketAttribute.raw_socket)
+            is_ours = await anyio.to_thread.run_sync(is_of_session, connected, clerk.lock)
+            if not is_ours and len(clerk.strangers) == _STRANGERS:
+                await stream.aclose()
+            else:
+                group.start_soon(_attend, stream, clerk, is_ours)
+            await anyio.lowlevel.checkpoint()
 
 
-async def _attend(stream: anyio.abc.SocketStream, clerk: _Clerk, room: anyio.Semaphore) -> None:
+async def _attend(stream: anyio.abc.SocketStream, clerk: _Clerk, is_ours: bool) -> None:
     """Serve one connection: whoever is slow, or breaks off, is left."""
+    with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream, OSError):
+        async with stream:
+            await (_converse(stream, clerk) if is_ours else _turn_away(stream, clerk))
+
+
+async def _turn_away(stream: anyio.abc.SocketStream, clerk: _Clerk) -> None:
+    """Refuse a process that does not belong to the session."""
+    clerk.strangers.add(stream)
     try:
-        with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream, OSError):
-            async with stream:
-                await _converse(stream, clerk)
+        with anyio.move_on_after(_STRANGERS_PATIENCE):
+            await _line(stream)
+            what = "the request is not of this session: its process was not started by the session"
+            await stream.send(_encoded(_refusal(what, OWN_COMMAND)))
     finally:
-        room.release()
+        clerk.strangers.discard(stream)
 
 
 async def _converse(stream: anyio.abc.SocketStream, clerk: _Clerk) -> None:
-    line: bytes | None = None
-    with anyio.move_on_after(_PATIENCE):
-        line = await _line(stream)
+    line = await _request(stream, clerk)
     if line is None:
         return
     answer: JsonObject | None = None
-    async with anyio.create_task_group() as group:
-        group.start_soon(_until_it_leaves, stream, group.cancel_scope)
-        answer = await _answer(line, clerk)
-        group.cancel_scope.cancel()
+    if len(clerk.answering) >= _AT_ONCE:
+        answer = _refusal(f"{_AT_ONCE} requests of this session are being answered", "ask again when one has ended")
+    else:
+        clerk.answering.add(stream)
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(_until_it_leaves, stream, group.cancel_scope)
+                answer = await _answer(line, clerk)
+                group.cancel_scope.cancel()
+        finally:
+            clerk.answering.discard(stream)
     if answer is not None:
         with anyio.move_on_after(_PATIENCE):
             await stream.send(_encoded(answer))
+
+
+async def _request(stream: anyio.abc.SocketStream, clerk: _Clerk) -> bytes | None:
+    """Return a connection's line; None where it does not come in time, or newer connections take its slot."""
+    if len(clerk.reading) >= _AT_ONCE:
+        oldest = next(iter(clerk.reading))
+        clerk.reading.pop(oldest).cancel()
+    with anyio.move_on_after(_PATIENCE) as scope:
+        clerk.reading[stream] = scope
+        try:
+            return await _line(stream)
+        finally:
+            clerk.reading.pop(stream, None)
+    return None
 
 
 async def _answer(line: bytes, clerk: _Clerk) -> JsonObject:

@@ -23,6 +23,7 @@ from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject
 
 _KNOWN = {**commands.COMMANDS, commands.CHECK_EDIT.name: commands.CHECK_EDIT}
+OWN_COMMAND = "ask with the command of the session that you are in"
 _SEE_HELP = "`council --help` lists the commands of sessions"
 
 
@@ -46,7 +47,7 @@ def read_request(line: bytes, token: str, tree: Path) -> Request:
         raise RefusedError("the request is no line of JSON with a command and its arguments", _SEE_HELP)
     given = value.get("token")
     if not isinstance(given, str) or not compare_digest(given.encode(errors="replace"), token.encode()):
-        raise RefusedError("the request is not of this session", "ask with the command of the session that you are in")
+        raise RefusedError("the request is not of this session", OWN_COMMAND)
     command = _KNOWN.get(name) if isinstance(name := value.get("command"), str) else None
     if command is None:
         raise RefusedError("there is no such command", _SEE_HELP)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -202,6 +204,89 @@ async def test_another_sessions_mailbox_is_of_no_use(site: Site, kind: SandboxKi
     assert site.desk.asked == []
 
 
+@asynccontextmanager
+async def busy(site: Site, kind: SandboxKind, worktree: Worktree, mailbox: Mailbox) -> AsyncIterator[None]:
+    """Have a session run a program for the body."""
+    (worktree.tree / "end").unlink(missing_ok=True)
+    source = "import os, time\nopen('begun', 'w')\nwhile not os.path.exists('end'): time.sleep(0.01)"
+    argv = [sys.executable, "-I", "-S", "-c", source]
+    async with anyio.create_task_group() as group:
+        group.start_soon(site.run, kind, worktree, mailbox, argv)
+        with anyio.fail_after(20):
+            while not (worktree.tree / "begun").exists():
+                await anyio.sleep(0.01)
+        yield
+        (worktree.tree / "end").touch()
+
+
+async def test_a_stolen_token_is_of_no_use_to_another_session(site: Site, kind: SandboxKind) -> None:
+    """The kernel says which process connected, and it does not descend from the supervisor of the token's session."""
+    async with site.session() as (first, mailbox), site.session("api", 2) as (second, others):
+        stolen = json.loads((second.mailbox / "session.json").read_text())["token"]
+        async with busy(site, kind, second, others):
+            argv = [sys.executable, "-I", "-S", "-c", INTRUDE, str(second.mailbox), stolen]
+            code, said = await site.run(kind, first, mailbox, argv)
+            assert code == 0, said
+            found = json.loads(said)
+            if kind is SandboxKind.BUBBLEWRAP:
+                assert found["said"] == ""
+            else:
+                assert "not of this session" in json.loads(found["said"])["error"]
+            # Neither is it to a process of the user's that no session started.
+            done = await anyio.to_thread.run_sync(lambda: subprocess.run(argv, capture_output=True, check=True))
+            assert "not of this session" in json.loads(json.loads(done.stdout)["said"])["error"]
+    assert site.desk.asked == []
+
+
+DAEMON = """
+import os, subprocess, sys, time
+if os.fork() == 0:
+    first = os.getpid()
+    os.setsid()
+    if os.fork() == 0:
+        while os.getppid() == first:
+            time.sleep(0.01)
+        done = subprocess.run(["council", "lock", "a.py"], capture_output=True, text=True)
+        open("told", "w").write(done.stdout + done.stderr)
+        os._exit(0)
+    os._exit(0)
+os.wait()
+end = time.monotonic() + 20
+while not os.path.exists("told") and time.monotonic() < end:
+    time.sleep(0.01)
+"""
+
+
+async def test_a_daemon_of_the_session_asks_as_its_session(site: Site, kind: SandboxKind) -> None:
+    """Its parents have ended, and it is the supervisor's now, or of the init in a bubblewrap."""
+    async with site.session() as (worktree, mailbox):
+        code, said = await site.run(kind, worktree, mailbox, [sys.executable, "-I", "-S", "-c", DAEMON])
+        assert (code, said) == (0, "")
+        assert (worktree.tree / "told").read_text() == "locked: a.py\n"
+
+
+async def test_strangers_take_no_slot_of_the_session(site: Site) -> None:
+    """However many connect and say nothing, with another session's token or without."""
+    async with site.session() as (worktree, mailbox):
+        strangers: list[socket.socket] = []
+        try:
+            for _ in range(100):
+                one = socket.socket(socket.AF_UNIX)
+                one.setblocking(False)
+                strangers.append(one)
+                there = os.open(worktree.mailbox, os.O_RDONLY)
+                with suppress(BlockingIOError):
+                    one.connect(f"/proc/self/fd/{there}/socket")
+                os.close(there)
+            start = time.monotonic()
+            argv = ["council", "lock", "a.py"]
+            assert await site.run(SandboxKind.OFF, worktree, mailbox, argv) == (0, "locked: a.py\n")
+            assert time.monotonic() - start < 4
+        finally:
+            for one in strangers:
+                one.close()
+
+
 async def test_the_word_of_an_attempt_that_is_over_opens_nothing(site: Site, kind: SandboxKind) -> None:
     """Neither the mailbox of the next attempt nor that of another task; and by its own nobody is there."""
     async with site.session() as (over, _):
@@ -256,10 +341,14 @@ def test_outside_of_a_session_it_is_said_what_to_do(tmp_path: Path) -> None:
 
 
 class Caller:
-    """Speaks to a mailbox as no client of ours does."""
+    """Speaks to a mailbox as no client of ours does, in a process that holds the session's lock as a supervisor does."""
 
     def __init__(self, worktree: Worktree) -> None:
         self.folder = worktree.mailbox
+        lock = os.open(worktree.lock, os.O_RDWR | os.O_CREAT)
+        weakref.finalize(self, os.close, lock)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.write(lock, json.dumps({"pid": os.getpid()}).encode())
         self.token = json.loads((self.folder / "session.json").read_text())["token"]
 
     def connect(self) -> socket.socket:
@@ -401,35 +490,48 @@ async def test_who_leaves_is_not_answered(site: Site) -> None:
                 await anyio.sleep(0)
 
 
-async def test_a_thousand_that_say_nothing_harm_no_other(site: Site) -> None:
-    """Few of them are served, few wait; another session is answered at once, and this one once they have gone."""
+async def test_a_thousand_that_say_nothing_harm_nobody(site: Site) -> None:
+    """Who asks is answered at once, in the same session as in another; of the silent few are kept."""
     async with site.session() as (worktree, _), site.session("api", 2) as (other, _):
         caller, neighbour = Caller(worktree), Caller(other)
         idle: list[socket.socket] = []
-        let_in = 0
         try:
             for _number in range(1000):
                 one = socket.socket(socket.AF_UNIX)
                 one.setblocking(False)
                 idle.append(one)
                 there = os.open(caller.folder, os.O_RDONLY)
-                try:
+                with suppress(BlockingIOError):  # the kernel keeps no more of them waiting
                     one.connect(f"/proc/self/fd/{there}/socket")
-                    let_in += one.send(b"{") == 1
-                except BlockingIOError:  # the kernel keeps no more of them waiting
-                    pass
-                finally:
-                    os.close(there)
-                await anyio.sleep(0)
-            assert 0 < let_in < 300
-            start = time.monotonic()
-            assert (await anyio.to_thread.run_sync(neighbour.say, neighbour.line("peers")))["ok"] is True
-            assert time.monotonic() - start < 2
+                    one.send(b"{")
+                os.close(there)
+            for asking in (neighbour, caller):
+                start = time.monotonic()
+                ours = Session(str(asking.folder), asking.token, "/")
+                assert (await anyio.to_thread.run_sync(ours.ask, "peers", {}))["peers"]
+                assert time.monotonic() - start < 2
         finally:
             for one in idle:
                 one.close()
-        ours = Session(str(caller.folder), caller.token, str(worktree.tree))
-        assert (await anyio.to_thread.run_sync(ours.ask, "peers", {}))["peers"]
+
+
+async def test_so_many_that_wait_for_an_answer_are_told_to_come_again(site: Site) -> None:
+    """More than that are refused at once, and not left waiting behind them."""
+    async with site.session() as (worktree, _):
+        caller = Caller(worktree)
+        waiting = []
+        try:
+            for number in range(32):
+                waiting.append(caller.connect())
+                waiting[-1].sendall(caller.line("lock", paths=["never"]))
+                with anyio.fail_after(10):
+                    while len(site.desk.asked) <= number:
+                        await anyio.sleep(0)
+            answer = await anyio.to_thread.run_sync(caller.say, caller.line("peers"))
+            assert "32 requests of this session" in answer["error"]
+        finally:
+            for one in waiting:
+                one.close()
 
 
 async def test_half_a_line_is_left_alone(site: Site) -> None:
