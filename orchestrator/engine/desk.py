@@ -6,6 +6,7 @@ locked, which counts on this one. They are given back in the opposite order. All
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ from orchestrator.engine.contexts import Contexts, Report
 from orchestrator.engine.details import Workplace, details
 from orchestrator.engine.memory import Memory
 from orchestrator.engine.observing import observed
+from orchestrator.engine.quota import Quota
 from orchestrator.engine.sharing import PATIENCE, Sharing, come, had
 from orchestrator.errors import FileHeld, HistoryGone, LeaseLost, RefusedError, StoreUnavailable, VersionConflict
 from orchestrator.instants import local_time
@@ -133,6 +135,8 @@ class _Sitting:
     taken: Counter[str] = field(default_factory=Counter)
     """The patterns that it has for its locks, and for how many; what it owned before is not among them."""
     locked: set[str] = field(default_factory=set)
+    named: set[str] = field(default_factory=set)
+    """All patterns that it has asked to lock: each later lock or report writes them again."""
     looking: anyio.Lock = field(default_factory=anyio.Lock)
     """For what takes long to answer: one at a time, or who asks much at once would keep all others waiting."""
     takes: Takes | None = None
@@ -141,6 +145,8 @@ class _Sitting:
 
 A = TypeVar("A", bound=_Asked)
 
+#: What changes the store, each time.
+_WRITING: Final = frozenset({"lock", "unlock", "report", "note", "share_put", "share_wait"})
 _ALLOWED: Final[JsonObject] = {"allowed": True, "owner": None, "since": None, "reason": None}
 
 
@@ -173,6 +179,7 @@ class SessionDesk:
         self._redactor, self._orchestrator, self._claim, self._elsewhere = redactor, orchestrator, claim, elsewhere
         self._lock_timeout = min(lock_timeout, LONGEST_WAIT)
         self._here: dict[SessionName, _Sitting] = {}
+        self._quota = Quota(clock)
         self._answers: Mapping[str, Callable[[SessionName, JsonObject], Awaitable[JsonObject]]] = {
             "lock": self._lock,
             "unlock": self._unlock,
@@ -235,6 +242,7 @@ class SessionDesk:
         they are to be its task's until that has landed.
         """
         sitting = self._here.pop(session, None)
+        self._quota.close(session)
         claim = self._claim(session) if sitting is None else sitting.claim
         await self._files.release_all(session)
         with suppress(StoreUnavailable):  # what must be recorded of its end will say so
@@ -256,14 +264,25 @@ class SessionDesk:
                     await heed(record, self._files, tuple(self._here))
 
     async def answer(self, session: SessionName, command: str, arguments: JsonObject) -> JsonObject:
-        """Do what a session asks, and return the result. RefusedError says what can't be done, and what to do."""
+        """Do what a session asks, and return the result. RefusedError says what can't be done, and what to do.
+
+        This is where the words of an agent become records: no secret of theirs gets further than this.
+        """
         answer = self._answers.get(command)
         if answer is None:
             raise RefusedError(f"there is no command {command!r}", f"name one of {', '.join(self._answers)}")
         if session not in self._here:
             raise RefusedError(f"session {session} is over", "its work goes on in a later one, if at all")
+        if command in _WRITING:
+            written = len(json.dumps(arguments, ensure_ascii=False)) + sum(map(len, self._here[session].named))
+            self._quota.charge(session, written)
+        # The paths of files lead nowhere with a part left out: `_paths` refuses those.
+        named = {name: arguments[name] for name in ("paths", "path", "file") if name in arguments}
+        redacted = await anyio.to_thread.run_sync(self._redactor.json, arguments)
+        if command != "note":
+            redacted = {**redacted, **named}
         try:
-            return await answer(session, arguments)
+            return await answer(session, redacted)
         except LeaseLost:
             what = f"task {session.task} was taken over by another process"
             raise RefusedError(what, "end here: what this session still does won't land") from None
@@ -280,6 +299,7 @@ class SessionDesk:
         mine = next((one.patterns for one in await self._registry.holdings() if one.session == session), ())
         wanted = [pattern for pattern in map(pattern_of, paths) if pattern in sitting.taken or pattern not in mine]
         sitting.taken.update(wanted)
+        sitting.named.update(wanted)
         try:
             await self._own(session, wanted, claim, until)
             await self._lock_files(session, paths, until)
@@ -421,15 +441,14 @@ class SessionDesk:
         sitting = self._here[session]
         if sitting.takes is None:
             raise RefusedError("this session has nothing to hand over", "what it is to do ends with its changes")
-        data: JsonObject = await anyio.to_thread.run_sync(self._redactor.json, given)
-        if (size := len(orjson.dumps(data))) > LARGEST_HANDOFF:
+        if (size := len(orjson.dumps(given))) > LARGEST_HANDOFF:
             remedy = "hand over what the next phase needs, and name files for the rest"
             raise RefusedError(f"the handoff has {size} bytes, {LARGEST_HANDOFF} fit", remedy)
-        wrong = await sitting.takes(data)
+        wrong = await sitting.takes(given)
         if wrong:
             remedy = "mend this, and hand all of it over again:"
             raise RefusedError("the handoff is not taken", remedy + "".join(f"\n- {one}" for one in wrong))
-        sitting.handed_over = data
+        sitting.handed_over = given
         return {"size": size}
 
     async def _check_edit(self, session: SessionName, arguments: JsonObject) -> JsonObject:
@@ -455,7 +474,10 @@ class SessionDesk:
             tree = worktree.tree
             return list(dict.fromkeys(canonical(path, tree) for path in paths))
 
-        return await anyio.to_thread.run_sync(look)
+        found = await anyio.to_thread.run_sync(look)
+        if any(self._redactor.text(path) != path for path in found):
+            raise RefusedError("the name of a file holds a secret", "rename the file: under this name it can't land")
+        return found
 
 
 def _peer(one: SessionContext, me: SessionName) -> JsonObject:

@@ -57,7 +57,7 @@ class Memory:
         """
         text, topic = self._clean(text).strip(), None if topic is None else " ".join(self._clean(topic).split())
         _check(text, topic, paths)
-        patterns = tuple(checked(paths))
+        patterns = tuple(checked([self._clean(path) for path in paths]))
 
         async def attempt() -> Note:
             kept = await self._documents()

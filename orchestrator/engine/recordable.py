@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from orchestrator.domain.secrets import Redactor
 
 #: The fields of documents and events whose text is not our own.
-_SAID = frozenset({"reason", "feedback", "paths", "closed", "changes", "worktree", "words", "note"})
+_SAID = frozenset({"reason", "feedback", "paths", "discarded", "closed", "changes", "worktree", "words", "note"})
 
 
 def recordable(value: JsonObject, redactor: Redactor) -> JsonObject:

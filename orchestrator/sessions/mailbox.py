@@ -193,7 +193,7 @@ async def _serve(listener: anyio.abc.SocketListener, clerk: _Clerk) -> None:
             except OSError:  # no descriptor is left, or who asked has gone already
                 await anyio.sleep(_REST)
                 continue
-            connected = stream.extra(anyio.abc.SocketAttribute.raw_socket)
+            connected = stream.extra(anyio.abc.SocketAttribute.raw_socket)  # noqa: S610  no Django
             is_ours = await anyio.to_thread.run_sync(is_of_session, connected, clerk.lock)
             if not is_ours and len(clerk.strangers) == _STRANGERS:
                 await stream.aclose()

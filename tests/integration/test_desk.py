@@ -12,12 +12,15 @@ import pytest
 from orchestrator.client.commands import LARGEST_HANDOFF
 from orchestrator.domain.contexts import SessionStatus
 from orchestrator.domain.holdings import LONGEST_OWNED, MOST_OWNED
+from orchestrator.domain.sessions import SessionName
 from orchestrator.engine.details import LONGEST_DIFF
+from orchestrator.engine.quota import OVERHEAD, Quota
 from orchestrator.errors import RefusedError
 from orchestrator.locking.files import FileLocks
 from orchestrator.locking.registry import claim_key
 from orchestrator.protocols import Commit, Guard, Write
 from orchestrator.state.reading import between
+from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
 from tests.team import SECRET, team_at
 
@@ -389,3 +392,87 @@ async def test_what_is_handed_over_is_judged_at_once(repository: Repository, tmp
         assert team.desk.handed_over(session) == large
         await team.desk.leave(session)
         assert team.desk.handed_over(session) is None
+
+
+# Secrets
+
+
+async def test_no_word_of_a_session_becomes_a_record_with_a_secret_in_it(
+    repository: Repository, tmp_path: Path
+) -> None:
+    """Neither what a note is about, nor a topic, nor what is waited for; a path that is one to lock is refused."""
+    async with team_at(repository, tmp_path) as team:
+        session = await team.join("auth")
+        await team.ask(session, "note", text=f"is {SECRET}", topic=SECRET, paths=[f"src/{SECRET}/**", f"{SECRET}.py"])
+        await team.ask(session, "report", message=SECRET, progress=SECRET, blocked_on=f"on {SECRET}")
+        (team.tree(session) / "link").symlink_to(SECRET)
+        for path in (f"{SECRET}.py", f"src/{SECRET}/a.py", "link"):
+            assert "holds a secret" in await team.refused(session, "lock", paths=["a.py", path])
+            assert "holds a secret" in await team.refused(session, "report", file=path)
+            await team.refused(session, "unlock", paths=[path])
+        await team.refused(session, "share_put", key=f"api/{SECRET}", value=1)
+        await team.refused(session, "share_wait", key=SECRET, timeout=0)
+        await team.ask(session, "share_put", key="a", value={SECRET: [SECRET]})
+        await team.refused(session, "ask", task=SECRET)
+        await team.ask(session, "check_edit", path=f"{SECRET}.py")
+        assert await team.owned() == {}
+    state = b"".join(path.read_bytes() for path in (tmp_path / "team" / "state").rglob("*") if path.is_file())
+    assert b"[redacted]" in state
+    assert SECRET.encode() not in state
+    locks = [path.name for path in (tmp_path / "team").rglob("*")]
+    assert not any(SECRET in name for name in locks)
+
+
+# How much a session may write
+
+
+async def test_a_session_that_shares_without_end_is_refused(repository: Repository, tmp_path: Path) -> None:
+    """Its log grows by a few megabytes and no more, whatever it writes; others go on, and so does it after a while."""
+    async with team_at(repository, tmp_path) as gathered:
+        clock = ManualClock()
+        team = replace(gathered, clock=clock)
+        first, second = await team.join("auth"), await team.join("web")
+        value = "x" * 200_000
+        for _ in range(20):
+            await team.ask(first, "share_put", key="a", value=value)
+        assert "64 KiB a second" in await team.refused(first, "share_put", key="a", value=value)
+        assert await team.ask(second, "share_put", key="b", value=1)
+        clock.advance(10)
+        assert await team.ask(first, "share_put", key="a", value=value)
+
+
+@pytest.mark.parametrize("command", ["note", "report", "unlock"])
+async def test_many_small_requests_are_refused_too(repository: Repository, tmp_path: Path, command: str) -> None:
+    """Each is a commit, however little it says."""
+    async with team_at(repository, tmp_path) as gathered:
+        team = replace(gathered, clock=ManualClock())
+        session = await team.join("auth")
+        given = {"note": {"text": "x"}, "report": {"message": "x"}, "unlock": {"paths": ["a"]}}[command]
+        quota = Quota(team.clock, {"burst": 50_000, "rate": 1 << 10, "session": 1 << 20, "run": 1 << 20})
+        team.desk._quota = quota
+        for _ in range(12):
+            await team.ask(session, command, **given)
+        assert "1 KiB a second" in await team.refused(session, command, **given)
+
+
+def test_a_session_and_a_run_have_a_total() -> None:
+    """However slowly it is written; that of a run counts sessions that have ended, too."""
+    clock = ManualClock()
+    mib = 1 << 20
+    quota = Quota(clock, {"burst": mib, "rate": mib, "session": 2 * mib, "run": 3 * mib})
+    written = 0
+
+    def write(session: SessionName) -> None:
+        nonlocal written
+        while True:
+            quota.charge(session, 100_000)
+            written += 1
+            clock.advance(10)
+
+    with pytest.raises(RefusedError, match="this session has written 2 MiB"):
+        write(SessionName("r", "a", 1))
+    quota.close(SessionName("r", "a", 1))
+    with pytest.raises(RefusedError, match="the sessions of run r have written 3 MiB"):
+        write(SessionName("r", "b", 1))
+    assert written == 3 * mib // (100_000 + OVERHEAD)
+    quota.charge(SessionName("other", "b", 1), 1)

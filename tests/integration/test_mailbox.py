@@ -341,7 +341,7 @@ def test_outside_of_a_session_it_is_said_what_to_do(tmp_path: Path) -> None:
 
 
 class Caller:
-    """Speaks to a mailbox as no client of ours does, in a process that holds the session's lock as a supervisor does."""
+    """Speaks to a mailbox as no client of ours does; its process holds the session's lock as a supervisor does."""
 
     def __init__(self, worktree: Worktree) -> None:
         self.folder = worktree.mailbox
