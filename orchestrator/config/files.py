@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import Final
 from typing import BinaryIO
+
+#: Bytes of a file of a run.
+LARGEST_FILE: Final = 8 << 20
 
 
 def open_regular(path: Path) -> BinaryIO:

@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 from orchestrator.config import adapters, references, workflows
 from orchestrator.config.document import Node, read_document
 from orchestrator.config.entries import Extensions, read_sinks, read_trackers
-from orchestrator.config.files import open_regular
+from orchestrator.config.files import LARGEST_FILE, open_regular
 from orchestrator.config.model import (
     Backoff,
     BudgetConfig,
@@ -36,7 +36,6 @@ from orchestrator.protocols import AdapterType
 
 T = TypeVar("T")
 
-LARGEST_FILE: Final = 8 << 20
 """Bytes."""
 NONE_INSTALLED: Final = Extensions()
 _START: Final = Position(1, 1)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from orchestrator.config.files import open_regular
+from orchestrator.config.document import DEEPEST
+from orchestrator.config.files import LARGEST_FILE, open_regular
 from orchestrator.config.names import is_url
 
 
@@ -19,7 +20,7 @@ def named_repository(path: Path) -> Path | None:
     """
     try:
         with open_regular(path) as file:
-            events = yaml.parse(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            events = yaml.parse(file.read(LARGEST_FILE), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
             repo = next((value for key, value in _top_scalars(events) if key == "repo"), None)
         return None if repo is None or is_url(repo) else Path(os.path.realpath(path.parent / repo))
     except (yaml.YAMLError, OSError, ValueError, OverflowError):
@@ -32,6 +33,8 @@ def _top_scalars(events: Iterator[yaml.Event]) -> Iterator[tuple[str, str]]:
     for event in events:
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
+            if depth > DEEPEST:  # refused when the file is read; what the parser takes grows with depth times length
+                return
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
             key = None if depth == 1 else key

@@ -1,7 +1,7 @@
 """The templates of prompts and the conditions of phases: compiled when a file is read, so that mistakes have a place.
 
-Both are Jinja2 in a sandbox: they can't call what changes a value, nor reach into Python. Nothing that an agent said
-is ever compiled.
+Both are Jinja2 in a sandbox: they can't call what changes a value, nor reach into Python, and end at a limit
+(`config.template_limits`). Nothing that an agent said is ever compiled.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from orchestrator.config.problems import Vocabulary, shown
 if TYPE_CHECKING:
     from jinja2 import Template
     from jinja2.environment import TemplateExpression
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from orchestrator.config.template_limits import LimitedEnvironment
 
 #: What a template can name: see docs/configuration.md, and `engine.prompting`, which gives each its value.
 NAMES: Final = (
@@ -54,15 +55,11 @@ def template_for(phase: str, kind: str | None) -> str:
 
 
 @functools.cache
-def environment() -> ImmutableSandboxedEnvironment:
+def environment() -> LimitedEnvironment:
     """Return what compiles templates and conditions: a name that is not there is an error, not an empty text."""
-    from jinja2 import StrictUndefined  # noqa: PLC0415  only files with workflows need it
-    from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415  the same
+    from orchestrator.config.template_limits import LimitedEnvironment  # noqa: PLC0415  only workflows need Jinja2
 
-    # What the templates make is text for a program, not a page.
-    return ImmutableSandboxedEnvironment(
-        undefined=StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
+    return LimitedEnvironment()
 
 
 @functools.lru_cache(maxsize=256)
@@ -75,7 +72,7 @@ def compiled(text: str) -> Template:
         unknown = sorted(meta.find_undeclared_variables(tree) - set(NAMES) - set(environment().globals))
         referred = list(meta.find_referenced_templates(tree))
         template = environment().from_string(text)
-    except (TemplateError, RecursionError) as error:
+    except (TemplateError, RecursionError, MemoryError) as error:
         raise ValueError(f"the template can't be read, {_where(error)}{_said(error)}: {_REMEDY}") from error
     if unknown:
         instead = Vocabulary(NAMES, "the names in a template").instead_of(unknown[0])
@@ -93,7 +90,7 @@ def compiled_condition(text: str) -> TemplateExpression:
     try:
         # A name that is not there is to be an error when it is asked for the truth, too.
         return environment().compile_expression(text, undefined_to_none=False)
-    except (TemplateError, RecursionError) as error:
+    except (TemplateError, RecursionError, MemoryError) as error:
         remedy = "write an expression over values, as in `plan.tasks | length > 1`"
         raise ValueError(f"the condition can't be read, {_said(error)}: {remedy}") from error
 

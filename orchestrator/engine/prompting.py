@@ -94,12 +94,15 @@ def render(template: str, facts: PromptFacts) -> Prompt:
     """
     from jinja2 import TemplateError  # noqa: PLC0415  only tasks with a workflow need it
 
+    from orchestrator.config.template_limits import bounded  # noqa: PLC0415  the same
+
     hand_over = None if facts.handing is None else handing_over(facts.handing)
     # In the order in which they are read: what is wrong, then what is to come of it.
     due = [part for part in (facts.feedback, hand_over) if part is not None]
     wrapping = _Wrapping(facts.mark)
     try:
-        text = compiled(template).render(_names(facts, hand_over, wrapping)).strip()
+        with bounded():
+            text = compiled(template).render(_names(facts, hand_over, wrapping)).strip()
     except (TemplateError, *_FAULTS) as error:
         raise _refusal(facts.name, error) from error
     if wrapping.has_marked:
@@ -119,9 +122,12 @@ def holds(phase: str, condition: str, values: Mapping[str, Any]) -> bool:
     """
     from jinja2 import TemplateError  # noqa: PLC0415  the same
 
+    from orchestrator.config.template_limits import bounded  # noqa: PLC0415  the same
+
     try:
         wrapped = _Wrapping("data").value({**values})
-        return bool(compiled_condition(condition)({name: wrapped[name] for name in values}, values=wrapped))
+        with bounded():
+            return bool(compiled_condition(condition)({name: wrapped[name] for name in values}, values=wrapped))
     except (TemplateError, *_FAULTS) as error:
         what = f"the condition of the phase {phase!r}, `{condition}`, can't be judged, {_said(error)}"
         raise RefusedError(what, "name a value that is there, or write `NAME is defined and …`") from error
