@@ -188,14 +188,22 @@ class Output:
         else:
             self._say(plain(message, keep="\n"), err=True)
 
-    def text(self, text: str, *, err: bool = False, colored: bool = False) -> None:
-        """Print what a program wrote, as it is; to a terminal without what that would obey, but for git's colours."""
+    def text(self, text: str, *, err: bool = False) -> None:
+        """Print what a program wrote, as it is; to a terminal without what that would obey."""
         stream = sys.stderr if err else sys.stdout
-        if stream.isatty():
-            parts = _COLOR.split(text) if colored else [text]
-            # The expression has one group: each second part is a colour.
-            text = "".join(part if odd % 2 else plain(part, keep="\n\t") for odd, part in enumerate(parts))
-        self._say(text, err=err, newline=False)
+        self._say(plain(text, keep="\n\t") if stream.isatty() else text, err=err, newline=False)
+
+    def difference(self, difference: bytes, *, color: bool) -> None:
+        """Print a difference that has no colours of its own.
+
+        With `color`, or to a terminal, whatever a terminal would obey or not show is spelled out, and the colours are
+        ours. Otherwise its bytes are printed as they are, for a patch to apply.
+        """
+        if not color and not sys.stdout.isatty():
+            self.bytes(difference)
+            return
+        lines = difference.decode(errors="replace").split("\n")
+        self._say("\n".join(_colored(line) if color else spelled(line) for line in lines), newline=False)
 
     def bytes(self, data: bytes) -> None:
         """Print bytes as they are."""
@@ -216,7 +224,19 @@ class Output:
         self._say(json.dumps(value, ensure_ascii=True, separators=(",", ":")))
 
 
-_COLOR = re.compile("(\x1b\\[[0-9;]*m)")
+#: How lines of a difference begin, and how they are shown (ECMA-48, SGR): as git does.
+_COLORS = (
+    *((start, "1") for start in ("diff ", "index ", "--- ", "+++ ", "new file ", "deleted file ", "old mode ")),
+    *((start, "1") for start in ("new mode ", "similarity ", "rename ")),
+    ("@@", "36"),
+    ("+", "32"),
+    ("-", "31"),
+    ("#", "33"),
+)
+#: Characters that are printable to Unicode and show nothing: fillers, blanks, joiners and variation selectors.
+_UNSEEN = re.compile(
+    "[\\u034f\\u115f\\u1160\\u17b4\\u17b5\\u180b-\\u180d\\u180f\\u2800\\u3164\\ufe00-\\ufe0d\\uffa0\\U000e0100-\\U000e01ef]"
+)
 
 
 def event_line(time: float, event: Event) -> str | None:
@@ -262,9 +282,32 @@ def one_line(text: str, limit: int = 300) -> str:
 
 def plain(text: str, keep: str = "") -> str:
     """Take out what a terminal would obey: text from agents and repositories is shown, never interpreted."""
-    if text.isprintable():
+    if text.isprintable() and not _UNSEEN.search(text):
         return text
-    return "".join(char if char.isprintable() or char in keep else "\N{REPLACEMENT CHARACTER}" for char in text)
+    return "".join(char if _is_seen(char) or char in keep else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def _colored(line: str) -> str:
+    code = next((code for start, code in _COLORS if line.startswith(start)), None)
+    return spelled(line) if code is None else f"\x1b[{code}m{spelled(line)}\x1b[m"
+
+
+def spelled(line: str) -> str:
+    """Spell out what a terminal would obey, reorder by or not show: `^[` for an escape, `<U+202E>` for an override.
+
+    A tab stays.
+    """
+    if line.isprintable() and not _UNSEEN.search(line):
+        return line
+    return "".join(char if _is_seen(char) or char == "\t" else _spelling(char) for char in line)
+
+
+def _is_seen(char: str) -> bool:
+    return char.isprintable() and not _UNSEEN.match(char)
+
+
+def _spelling(char: str) -> str:
+    return f"^{chr(ord(char) ^ 0x40)}" if ord(char) < 0x20 or char == "\x7f" else f"<U+{ord(char):04X}>"
 
 
 def lines(changes: Changes) -> str:

@@ -13,7 +13,7 @@ from orchestrator.cli.command import Context, json_option, opened, perform, run_
 from orchestrator.cli.completing import complete_kept
 from orchestrator.cli.group import Suggesting
 from orchestrator.cli.output import plain
-from orchestrator.cli.tasks import show_difference, stat_option, wants_color
+from orchestrator.cli.tasks import stat_option, wants_color
 
 
 @click.group(cls=Suggesting)
@@ -98,8 +98,8 @@ def show(name: str, stat: bool, run: str | None) -> None:
     async def command(context: Context) -> int:
         async with opened(context.log) as council:
             work = run or await council.newest_run()
-            color = wants_color(None)
-            show_difference(context.output, await council.archive.show(work, name, color=color, stat=stat), color)
+            difference = await council.archive.show(work, name, stat=stat)
+            context.output.difference(difference, color=wants_color(None))
             return 0
 
     perform(command, as_json=False)

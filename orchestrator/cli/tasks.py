@@ -17,7 +17,6 @@ from orchestrator.cli.completing import (
     complete_waiting_tasks,
 )
 from orchestrator.cli.group import Suggesting
-from orchestrator.cli.output import Output
 from orchestrator.council import Council
 from orchestrator.engine.report import RunReport
 
@@ -193,9 +192,8 @@ def diff(task: str, stat: bool, color: bool | None, run: str | None) -> None:
     async def command(context: Context) -> int:
         async with opened(context.log) as council:
             name = run or await council.newest_run()
-            show_difference(
-                context.output, await council.archive.diff(name, task, color=wants_color(color), stat=stat), color
-            )
+            difference = await council.archive.diff(name, task, stat=stat)
+            context.output.difference(difference, color=wants_color(color))
             return 0
 
     perform(command, as_json=False)
@@ -204,11 +202,3 @@ def diff(task: str, stat: bool, color: bool | None, run: str | None) -> None:
 def wants_color(color: bool | None) -> bool:
     """Return whether a difference is to be coloured."""
     return sys.stdout.isatty() if color is None else color
-
-
-def show_difference(output: Output, difference: bytes, color: bool | None) -> None:
-    """Print a difference: its bytes as they are, to a terminal without what that would obey but git's colours."""
-    if sys.stdout.isatty():
-        output.text(difference.decode(errors="replace"), colored=wants_color(color))
-    else:
-        output.bytes(difference)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import Final
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 #: Bytes of a file of a run.
 LARGEST_FILE: Final = 8 << 20

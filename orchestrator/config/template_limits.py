@@ -193,7 +193,9 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             return False
         return super().is_safe_attribute(obj, attr, value)
 
-    def _generate(self, source: nodes.Template, name: str | None, filename: str | None, defer_init: bool = False) -> str:
+    def _generate(
+        self, source: nodes.Template, name: str | None, filename: str | None, defer_init: bool = False
+    ) -> str:
         for loop in source.find_all(nodes.For):
             loop.iter = _calling("_counted", loop.iter)
         _replace_joins(source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import tracemalloc
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ GREEDY = [
     "{{ range(99999) | join('y' * 100000) }}",
     "{{ ('y' * 100000).join(('x' * 100000) | list) }}",
     "{{ ('x\\n' * 100000) | indent('y' * 10000) }}",
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}x{% endfor %}{% endfor %}{% endfor %}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
     "{% for a in range(99999) %}{{ 'x' * 100000 }}{% endfor %}",
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     DOUBLING.replace("OP", "~"),
@@ -94,13 +95,13 @@ def test_a_condition_that_multiplies_is_refused_within_limits() -> None:
 def test_what_a_template_is_for_is_still_made() -> None:
     """Loops, joins, filters and sums of an ordinary size."""
     text = (
-        "{% for a in range(300) %}{{ '%03d' if false else a ~ '-' ~ loop.index }}{{ ',' if not loop.last }}{% endfor %}\n"
+        "{% for a in range(300) %}{{ a ~ '-' ~ loop.index }}{{ ',' if not loop.last }}{% endfor %}\n"
         "{{ ['a', 'b'] | join(', ') | upper | indent(2) }} {{ 'a b' | replace(' ', '-') | center(9) }} "
         "{{ [1, 2] | sum }} {{ {'a': [1]} | tojson(indent=1) }} {{ 2 ** 10 * 3 + 7 % 4 }} {{ [3, 1] | sort | first }}"
     )
     made = render(text, facts()).text
     assert "299-300" in made
-    assert made.rstrip().endswith("A, B    a-b    3 {\n \"a\": [\n  1\n ]\n} 3075 1")
+    assert made.rstrip().endswith('A, B    a-b    3 {\n "a": [\n  1\n ]\n} 3075 1')
 
 
 LENGTH = 60_000
@@ -134,10 +135,8 @@ def test_a_nested_file_takes_no_longer_than_a_flat_one(tmp_path: Path, what: str
     def cost(path: Path) -> float:
         start = time.process_time()
         named_repository(path)
-        try:
+        with suppress(TooManyProblems):
             read_document(path.read_text(), Problems("council.yaml"))
-        except TooManyProblems:
-            pass
         return time.process_time() - start
 
     assert min(cost(deep) for _ in range(2)) < 15 * max(cost(flat), 0.01)
