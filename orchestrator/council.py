@@ -14,6 +14,7 @@ import anyio.to_thread
 from orchestrator.clock import Clock, SystemClock
 from orchestrator.config.store import folder_url, named_store, scheme_of, store_folder
 from orchestrator.domain.model import Action
+from orchestrator.domain.secrets import without_passwords
 from orchestrator.engine.records import read_run
 from orchestrator.engine.report import RunReport, RunStatus
 from orchestrator.errors import CouncilError, RefusedError
@@ -459,13 +460,13 @@ class Council:
     async def places(self) -> Places:
         """Say where everything is kept."""
         folder = store_folder(self._runs.url)
-        state = self._runs.url if folder is None else str(folder)
+        state = without_passwords(self._runs.url) if folder is None else str(folder)
         log, logs = self.project.log_file, self.project.all_logs
         if not await self._store.list("run"):
             return Places(None, state, log, logs, None, None)
         run = await read_run(self._store, await self.newest_run())
         hub = Hub(Path(run.hub))
-        return Places(run.repo, state, log, logs, hub.objects.parent, hub.trusted)
+        return Places(without_passwords(run.repo), state, log, logs, hub.objects.parent, hub.trusted)
 
     async def events(self, run: str | None = None, *, after: int | None = None) -> AsyncGenerator[RecordedEvent]:
         """Yield what happens in a run, as it happens, until it is finished or interrupted.

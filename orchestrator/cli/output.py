@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from orchestrator.cli.streams import forget, has_gone
+from orchestrator.domain.secrets import without_passwords
 from orchestrator.instants import local_time
 
 if TYPE_CHECKING:
@@ -124,8 +125,12 @@ class Output:
         return os.environ.get("TERM", "dumb") not in {"", "dumb", "unknown"} and sys.stdout.isatty()
 
     def _say(self, text: str | bytes, *, err: bool = False, newline: bool = True) -> None:
-        """Print a line, unless whoever read has gone or there is no room: the run goes on without them."""
+        """Print a line, unless whoever read has gone or there is no room: the run goes on without them.
+
+        This is where all that is printed passes, so that no URL of a store or a repository shows a password.
+        """
         stream = sys.stderr if err else sys.stdout
+        text = without_passwords(text) if isinstance(text, str) else text
         try:
             click.echo(text, file=stream, nl=newline)
         except OSError as error:

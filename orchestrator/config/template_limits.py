@@ -209,7 +209,7 @@ def _check_power(operator: str, left: Any, right: Any) -> None:
             raise SecurityError(f"a number has more than {_MOST_BITS} bits")
 
 
-def _calling(function: str, *arguments: nodes.Expr) -> nodes.Expr:
+def _calling(function: str, *arguments: Any) -> nodes.Expr:
     return nodes.Call(nodes.ImportedName(f"{__name__}.{function}"), list(arguments), [], None, None)
 
 

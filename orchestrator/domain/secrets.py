@@ -114,6 +114,8 @@ _CERTAIN: Final = (
 _LIKELY: Final = (
     *_KEYS,
     ("//", r"""//(?<=://)[^\s/:@"'<>\\]{0,64}:[^\s/@"'<>\\]{1,256}(?=@)"""),
+    # A token in the place of a user's name, as git hosts take it.
+    ("://", r"""://(?:(?<=http://)|(?<=https://))[^\s/:@"'<>\\?#]{8,256}(?=@)"""),
     ("Bearer ", r"Bearer [0-9A-Za-z._~+/=-]{16,}"),
     ("bearer ", r"bearer [0-9A-Za-z._~+/=-]{16,}"),
 )
@@ -128,6 +130,32 @@ def _in_text(sources: tuple[tuple[str, str], ...]) -> tuple[tuple[str, re.Patter
 @cache
 def _in_bytes(sources: tuple[tuple[str, str], ...]) -> tuple[tuple[bytes, re.Pattern[bytes]], ...]:
     return tuple((hint.encode(), re.compile(source.encode())) for hint, source in sources)
+
+
+_USER: Final = re.compile(
+    r"""
+      (?<=://) (?P<user> [^\s/:@"'<>\\]{0,256} ) : (?! [0-9]+ (?: [/?#] | $ ) ) [^\s"'<>\\]{0,256} @  # a password
+    | (?: (?<=http://) | (?<=https://) ) [^\s/:@"'<>\\?#]{1,512} @  # a token alone
+    | (?<= [?&] ) (?P<name> [\w.-]{0,32} (?: password | passwd | passphrase | secret | token | key ) ) = [^\s&#"'<>\\]+
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def without_passwords(text: str) -> str:
+    """Return a text in which no URL has a password or a token: of a store, a remote or a server.
+
+    A user's name stays, but for HTTP, where it may be a token itself.
+    """
+    return _USER.sub(_without_password, text) if "://" in text else text
+
+
+def _without_password(found: re.Match[str]) -> str:
+    if (name := found["name"]) is not None:
+        return f"{name}={REDACTED}"
+    start = found.string[max(0, found.start() - 8) : found.start()].lower()
+    user = found["user"]
+    return f"{REDACTED}@" if not user or start.endswith(("http://", "https://")) else f"{user}:{REDACTED}@"
 
 
 def contains_key(text: str) -> bool:

@@ -447,7 +447,7 @@ async def test_many_small_requests_are_refused_too(repository: Repository, tmp_p
     async with team_at(repository, tmp_path) as gathered:
         team = replace(gathered, clock=ManualClock())
         session = await team.join("auth")
-        given = {"note": {"text": "x"}, "report": {"message": "x"}, "unlock": {"paths": ["a"]}}[command]
+        given: dict[str, Any] = {"note": {"text": "x"}, "report": {"message": "x"}, "unlock": {"paths": ["a"]}}[command]
         quota = Quota(team.clock, {"burst": 50_000, "rate": 1 << 10, "session": 1 << 20, "run": 1 << 20})
         team.desk._quota = quota
         for _ in range(12):

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 
-from orchestrator.domain.secrets import Redactor, contains_key, is_secret_file, is_secret_name, secret_values
+from orchestrator.cli.output import Output
+from orchestrator.domain.secrets import (
+    Redactor,
+    contains_key,
+    is_secret_file,
+    is_secret_name,
+    secret_values,
+    without_passwords,
+)
 
 ALNUM = "aB3dE6gH9jK2mN5pQ8sT1vW4yZ7bC0fX" * 4
 
@@ -217,3 +225,47 @@ def test_files_of_secrets(path: str) -> None:
 def test_files_of_no_secrets(path: str) -> None:
     """Examples, public halves and programs that deal with keys are ordinary files."""
     assert not is_secret_file(path)
+
+
+URLS = [
+    ("postgresql://council:s3cret@db/state", "postgresql://council:[redacted]@db/state"),
+    ("postgresql://council:p@ss/w:ord@db:5432/state", "postgresql://council:[redacted]@db:5432/state"),
+    ("postgresql://council:123456@db/state", "postgresql://council:[redacted]@db/state"),
+    ("redis://:s3cret@db:6379/0", "redis://[redacted]@db:6379/0"),
+    ("https://ghp_abc@github.com/a/b.git", "https://[redacted]@github.com/a/b.git"),
+    ("https://x-access-token:abc@github.com/a/b", "https://[redacted]@github.com/a/b"),
+    ("s3://bucket/x?secret_key=abc&region=eu", "s3://bucket/x?secret_key=[redacted]&region=eu"),
+    ("postgresql://db/x?user=me&password=abc", "postgresql://db/x?user=me&password=[redacted]"),
+    ("POSTGRESQL://me:abc@db", "POSTGRESQL://me:[redacted]@db"),
+    ('{"url":"postgresql://me:abc@db","at":"a@b"}', '{"url":"postgresql://me:[redacted]@db","at":"a@b"}'),
+    ("ssh://git@github.com/a/b.git", None),
+    ("postgresql://council@db/state", None),
+    ("http://127.0.0.1:8080/a@b", None),
+    ("git@github.com:a/b.git", None),
+    ("file:///home/me/state", None),
+    ("see https://example.org/x?key and mail me@example.org", None),
+]
+
+
+@pytest.mark.parametrize(("text", "shown"), URLS)
+def test_no_url_that_is_shown_has_a_password(text: str, shown: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a store, a remote or a server, alone or within a sentence, wherever the command line prints it."""
+    assert without_passwords(text) == (shown or text)
+    assert without_passwords(f"error: can't open {text} now") == f"error: can't open {shown or text} now"
+    for as_json in (False, True):
+        output = Output(as_json=as_json)
+        output.text(text)
+        output.notice(text)
+        output.json({"state": text})
+        output.failure({"error": text}, text)
+        said = "".join(capsys.readouterr())
+        assert shown is None or (text not in said and json.dumps(text)[1:-1] not in said)
+
+
+def test_looking_for_passwords_is_linear() -> None:
+    """Whatever a repository is called."""
+    many = ("://" * 30_000, "://a:" * 20_000, "http://" + "a" * 90_000, "?" + "key" * 30_000, "://a:" + "@" * 90_000)
+    for text in many:
+        start = time.process_time()
+        without_passwords(text + "://")
+        assert time.process_time() - start < 1
