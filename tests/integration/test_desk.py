@@ -447,12 +447,12 @@ async def test_many_small_requests_are_refused_too(repository: Repository, tmp_p
     async with team_at(repository, tmp_path) as gathered:
         team = replace(gathered, clock=ManualClock())
         session = await team.join("auth")
-        given: dict[str, Any] = {"note": {"text": "x"}, "report": {"message": "x"}, "unlock": {"paths": ["a"]}}[command]
+        words: dict[str, Any] = {"note": {"text": "x"}, "report": {"message": "x"}, "unlock": {"paths": ["a"]}}
         quota = Quota(team.clock, {"burst": 50_000, "rate": 1 << 10, "session": 1 << 20, "run": 1 << 20})
         team.desk._quota = quota
         for _ in range(12):
-            await team.ask(session, command, **given)
-        assert "1 KiB a second" in await team.refused(session, command, **given)
+            await team.ask(session, command, **words[command])
+        assert "1 KiB a second" in await team.refused(session, command, **words[command])
 
 
 def test_a_session_and_a_run_have_a_total() -> None:
