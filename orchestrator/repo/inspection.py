@@ -16,6 +16,8 @@ from orchestrator.repo.git import GITLINK, Change, Git, shown
 from orchestrator.repo.loose import Loose, read_loose
 
 LARGEST_FILE = 50 << 20  # bytes: what the large hosts take without a warning
+#: Bytes and files of a session's changes in all: git stages so much within its time limit.
+LARGEST_TOTAL, MOST_FILES = 1 << 30, 200_000
 _WITHOUT_CONTENT = frozenset({GITLINK, "040000"})  # what has a name and nothing to read: others, and folders
 # What means something else in a .gitignore; see gitignore(5).
 _SPECIAL, _ESCAPED = re.compile(r"[\\*?\[ ]"), r"\\\g<0>"
@@ -34,6 +36,8 @@ class Admission:
     max_file: int = LARGEST_FILE
     leavings: tuple[str, ...] = ()
     withheld: tuple[str, ...] = ()
+    max_total: int = LARGEST_TOTAL
+    max_files: int = MOST_FILES
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> Admission:
@@ -51,6 +55,12 @@ class Admission:
         if size > self.max_file:
             return f"it has {size} bytes, more than {self.max_file}"
         return None
+
+    def of_all(self, files: int, size: int) -> str | None:
+        """Return why so many changed files of so many bytes in all may not come in, None if they may."""
+        if files <= self.max_files and size <= self.max_total:
+            return None
+        return f"too much to stage: {files} files of {size} bytes, {self.max_files} of {self.max_total} fit"
 
     def of_name(self, path: str) -> str | None:
         """Return why nothing of this name may come in, a folder neither; None if it may."""

@@ -121,7 +121,9 @@ async def _stage(git: Git, staging: Staging, base: str, admit: Admission, among:
         refused = await anyio.to_thread.run_sync(_refused_unread, staging.tree, differing, admit)
         # A .gitignore may say that what we ignore is not to be ignored.
         without = [*refused, *{withheld for withheld in found_at.values() if withheld is not None}]
-        problem = await _add(git, staging, differing, without, admit) if differing else None
+        problem = await anyio.to_thread.run_sync(_too_much, staging.tree, differing, refused, admit)
+        if differing and problem is None:
+            problem = await _add(git, staging, differing, without, admit)
         raw = await git("diff-index", "--cached", "--raw", "-z", "--no-renames", base, env=staging.env)
     except GitError:
         if among is None:
@@ -196,6 +198,17 @@ def _refused_unread(tree: Path, paths: Iterable[str], admit: Admission) -> dict[
         if not stat.S_ISDIR(status.st_mode) and (why := admit.of_file(path, status.st_size)):
             refused[path] = why
     return refused
+
+
+def _too_much(tree: Path, paths: Iterable[str], refused: Mapping[str, str], admit: Admission) -> str | None:
+    """Return why git is not even to begin, None if it may."""
+    files = size = 0
+    for path in paths:
+        with suppress(OSError):
+            if path not in refused:
+                size += os.lstat(tree / path).st_size
+                files += 1
+    return admit.of_all(files, size)
 
 
 async def _add(

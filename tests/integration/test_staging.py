@@ -155,3 +155,24 @@ async def test_an_index_of_another_commit_is_made_anew(checkout: Checkout) -> No
     (checkout.tree / "b.txt").write_text("other\n")
     staged = await replace(checkout, stamps=stamps).stage()
     assert paths_of(staged) == ["a.txt", "b.txt"]
+
+
+@pytest.mark.parametrize("limit", [{"max_total": 5000}, {"max_files": 20}])
+async def test_more_than_git_can_stage_is_refused_before_it_begins(checkout: Checkout, limit: dict[str, int]) -> None:
+    """With how much it is and how much fits; nothing is read, staged or left behind, and less of it can be staged."""
+    assert (await checkout.stage()).problem is None
+    before = await checkout.index()
+    for number in range(21):
+        (checkout.tree / f"new-{number}").write_text("x" * 300)
+    staged = await checkout.stage(replace(ADMIT, **limit))  # type: ignore[arg-type]
+    assert staged.problem is not None
+    assert "too much to stage: 21 files of 6300 bytes" in staged.problem
+    assert not staged.changes
+    assert await checkout.index() == before
+    assert not checkout.staging.index.with_name("index.lock").exists()
+    assert not [path for path in checkout.staging.quarantine.objects.rglob("*") if path.is_file()]
+    for number in range(5):
+        (checkout.tree / f"new-{number}").unlink()
+    staged = await checkout.stage(replace(ADMIT, **limit))  # type: ignore[arg-type]
+    assert staged.problem is None
+    assert len(staged.changes) == 16
