@@ -97,12 +97,12 @@ class Archive:
                 return
             await anyio.sleep(_FOLLOW_PAUSE)
 
-    async def diff(self, run: str, task: str, *, color: bool = False, stat: bool = False) -> bytes:
+    async def diff(self, run: str, task: str, *, stat: bool = False) -> bytes:
         """Return what a task has changed, as git shows it: so far, where its session is at work."""
         document, git = await self._task(run, task), await self._git(run)
         if document.status is TaskStatus.RUNNING and await self._is_live(run):
-            return await self._live_diff(run, task, document.attempt, color=color, stat=stat)
-        return await diffs.diff(git, *await self._ends(git, task, document), color=color, stat=stat)
+            return await self._live_diff(run, task, document.attempt, stat=stat)
+        return await diffs.diff(git, *await self._ends(git, task, document), stat=stat)
 
     async def changes(self, run: str, task: str) -> Changes:
         """Return how much a task has changed: so far, where its session is at work. RefusedError where nothing is."""
@@ -132,15 +132,15 @@ class Archive:
             return found
         return [*found, *[await self._worktree(one) for one in await self._left_over(run)]]
 
-    async def show(self, run: str, name: str, *, color: bool = False, stat: bool = False) -> bytes:
+    async def show(self, run: str, name: str, *, stat: bool = False) -> bytes:
         """Return what kept work changes, as git shows it."""
         git = await self._git(run)
         if (worktree := await self._kept_worktree(run, name)) is not None:
             document = await self._task(run, worktree.task)
             attempt = self._attempt(worktree.task, document, worktree.attempt)
-            return await self._live_diff(run, worktree.task, attempt, color=color, stat=stat)
+            return await self._live_diff(run, worktree.task, attempt, stat=stat)
         found = salvage.find(await salvage.kept(git, run), name)
-        return await diffs.diff(git, await self._base(git, found), found.commit, color=color, stat=stat)
+        return await diffs.diff(git, await self._base(git, found), found.commit, stat=stat)
 
     async def apply(self, run: str, name: str, branch: str | None = None) -> Sequence[str]:
         """Bring kept work into the user's files as changes that are not committed, or as a new branch.
@@ -187,10 +187,10 @@ class Archive:
             raise RefusedError(f"task {task!r} has changed nothing that is kept", f"see `council logs {task}`")
         return kept[-1].base, document.commit or f"refs/heads/{kept[-1].branch}"
 
-    async def _live_diff(self, run: str, task: str, attempt: Attempt, *, color: bool, stat: bool) -> bytes:
+    async def _live_diff(self, run: str, task: str, attempt: Attempt, *, stat: bool) -> bytes:
         worktree, admit = await self._session(run, task, attempt)
         git = await self._git(run)
-        return await diffs.live_diff(git, worktree, attempt.base, admit=admit, color=color, stat=stat)
+        return await diffs.live_diff(git, worktree, attempt.base, admit=admit, stat=stat)
 
     async def _session(self, run: str, task: str, attempt: Attempt) -> tuple[Worktree, Admission]:
         """Return where an attempt works, and what of it may be shown."""

@@ -47,21 +47,19 @@ class Changes:
         return Changes(self.files - other.files, self.added - other.added, self.removed - other.removed)
 
 
-async def diff(git: Git, base: str, commit: str, *, color: bool = False, stat: bool = False) -> bytes:
+async def diff(git: Git, base: str, commit: str, *, stat: bool = False) -> bytes:
     """Return the difference of two commits as git shows it; file names are quoted, contents are as they are."""
-    return (await git("diff-tree", "-r", *_options(color=color, stat=stat), base, commit)).stdout
+    return (await git("diff-tree", "-r", *_options(stat=stat), base, commit)).stdout
 
 
-async def live_diff(
-    git: Git, worktree: Worktree, base: str, *, admit: Admission, color: bool = False, stat: bool = False
-) -> bytes:
+async def live_diff(git: Git, worktree: Worktree, base: str, *, admit: Admission, stat: bool = False) -> bytes:
     """Return what a session's files differ from its base by now, while it may be at work.
 
     Neither its index nor ours is touched, and no object is kept. Secrets and huge files are left out and named in
     lines that begin with `#`, before the difference. RefusedError where there is nothing to look at.
     """
     async with _staged(git, worktree, base, admit) as (staging, staged):
-        options = _options(color=color, stat=stat)
+        options = _options(stat=stat)
         done = await staging.confine(git)("diff-index", "--cached", *options, base, env=staging.env)
     lines = [f"# left out: {shown(path)!r}: {why}\n" for path, why in sorted(staged.refused.items())]
     if staged.problem is not None:
@@ -136,8 +134,8 @@ async def _staged(git: Git, worktree: Worktree, base: str, admit: Admission) -> 
             await anyio.to_thread.run_sync(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
-def _options(*, color: bool, stat: bool) -> list[str]:
-    return [*_PLAIN, f"--color={'always' if color else 'never'}", "--stat=100" if stat else "--patch"]
+def _options(*, stat: bool) -> list[str]:
+    return [*_PLAIN, "--color=never", "--stat=100" if stat else "--patch"]
 
 
 def _prepare(worktree: Worktree) -> Path:

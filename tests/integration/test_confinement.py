@@ -141,9 +141,7 @@ def test_a_confined_program_does_nothing_else(tmp_path: Path, mechanism: Mechani
     planted.write_text("#!/bin/sh\nexit 0\n")
     planted.chmod(0o755)
     # The interpreter's own libraries are what git's exec path is to git.
-    given = Confinement(
-        Path(sys.executable).resolve(), (Path(sys.base_prefix), Path(sys.prefix)), (readable,), (writable,)
-    )
+    given = Confinement(Path(sys.executable).resolve(), (Path(sys.base_prefix, "lib"),), (readable,), (writable,))
     with socket.create_server(("127.0.0.1", 0)) as server:
         names = {
             "hidden": str(home / "secret"),

@@ -87,7 +87,6 @@ async def test_differences_are_shown(place: Place, work: str) -> None:
     assert b'"b/new\\nline"' in shown
     assert b"rename to src/main.py" in shown
     assert b"\x1b[" not in shown
-    assert b"\x1b[" in await diff(place.git, place.base, work, color=True)
     assert b"README.md" in await diff(place.git, place.base, work, stat=True)
     assert b"+changed" not in await diff(place.git, place.base, work, stat=True)
 

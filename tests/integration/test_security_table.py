@@ -157,8 +157,9 @@ async def test_a_session_can_do_what_the_table_says(kind: SandboxKind, outside: 
     except RefusedError as refused:
         pytest.skip(str(refused))
     expected = {row: cells[kind] == "yes" for row, cells in table().items()}
+    rows = ROWS if Path(str(outside["run_socket"])).is_socket() else ROWS.keys() - {"**sockets** of services in `/run`"}
     found = await tried(kind, outside, ROWS, network=True)
-    assert {row: row in found for row in ROWS} == {row: expected[row] for row in ROWS}
+    assert {row: row in found for row in rows} == {row: expected[row] for row in rows}
     if kind is not SandboxKind.OFF:
         found = await tried(kind, outside, WITHOUT_NETWORK, network=False)
         assert {row: row in found for row in WITHOUT_NETWORK} == {row: expected[row] for row in WITHOUT_NETWORK}
