@@ -155,6 +155,7 @@ def _read_run(
     backoff = _backoff(file.defaults.backoff, Backoff())
     return RunConfig(
         path=path,
+        texts=_texts(root, path.parent),
         repo=file.repo if is_url(file.repo) else os.path.realpath(path.parent / file.repo),
         is_url=is_url(file.repo),
         base=file.base,
@@ -187,6 +188,12 @@ def _read_run(
             _resolve(task, file, backoff, prompts[index], assigned[index]) for index, task in enumerate(file.tasks)
         ),
     )
+
+
+def _texts(root: Node, folder: Path) -> tuple[Path, ...]:
+    named = (node.children.get(key) for node in root.walk() for key in ("prompt_file", "schema"))
+    written = dict.fromkeys(one.value for one in named if one is not None and isinstance(one.value, str))
+    return tuple(Path(os.path.realpath(folder / name)) for name in written)
 
 
 def _template(file: Config, backoff: Backoff, adapter: str) -> TaskSpec:

@@ -407,6 +407,8 @@ class RunConfig(_Model):
 
     path: Annotated[Path, Field(strict=False)]
     """The file, absolute; where there is none, the name of the run in the folder that its paths start from."""
+    texts: Annotated[tuple[Annotated[Path, Field(strict=False)], ...], Field(strict=False)] = ()
+    """The files that prompts and schemas were read from; absolute, with symlinks resolved."""
     repo: str
     """The repository: an absolute path, or a URL as it was written."""
     is_url: bool

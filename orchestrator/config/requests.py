@@ -6,13 +6,21 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from orchestrator.config.model import AdapterConfig, Reach, RunConfig, SinkConfig, TrackerConfig, WorktreesConfig
+from orchestrator.config.model import (
+    AdapterConfig,
+    FenceConfig,
+    Reach,
+    RunConfig,
+    SinkConfig,
+    TrackerConfig,
+    WorktreesConfig,
+)
 
 
 def requests_of(config: RunConfig, inside: Path) -> tuple[str, ...]:
     """Return what a file asks for beyond the default, one line each, in the order of the file's keys.
 
-    `inside` is the top of the checkout that the file is in. Tasks, prompts, commands of checks and of worktrees,
+    `inside` is the top of the checkout that the file is in. Tasks, prompts in it, commands of checks and of worktrees,
     limits, branches and programs that are named without a path ask for nothing: what they start runs in the sandbox.
     """
     return tuple(dict.fromkeys(_requests(config, inside)))
@@ -23,9 +31,10 @@ def _requests(config: RunConfig, inside: Path) -> Iterator[str]:
         yield f"repo: {config.repo} (fetch from it and push to it with your login)"
     elif not Path(config.repo).is_relative_to(inside.resolve()):
         yield f"repo: {config.repo} (outside of {inside})"
-    if config.fence.sandbox == "off":
-        yield "sandbox: off (sessions and checks run without a sandbox)"
-    yield from _reach("", config.fence.reach)
+    for path in config.texts:
+        if not path.is_relative_to(inside.resolve()):
+            yield f"prompt_file or schema: {path} (sessions are told what is in it)"
+    yield from _fence(config.fence)
     for name, adapter in config.adapters.items():
         yield from _adapter(f"adapters.{name}.", adapter)
     for name, server in config.mcp_servers.items():
@@ -37,6 +46,14 @@ def _requests(config: RunConfig, inside: Path) -> Iterator[str]:
         yield from _variables("checks_env", task.checks_env)
     yield from _outlets("sinks", config.sinks)
     yield from _outlets("trackers", config.trackers)
+
+
+def _fence(fence: FenceConfig) -> Iterator[str]:
+    if fence.sandbox == "off":
+        yield "sandbox: off (sessions and checks run without a sandbox)"
+    if fence.nesting:
+        yield "nested_sandboxes: true (sessions and checks can make user namespaces)"
+    yield from _reach("", fence.reach)
 
 
 def _worktrees(worktrees: WorktreesConfig) -> Iterator[str]:

@@ -31,6 +31,8 @@ def command(**settings: Any) -> dict[str, Any]:
 
 ASKS: dict[str, dict[str, Any]] = {
     "sandbox: off": {"sandbox": "off"},
+    "nested_sandboxes: true ": {"nested_sandboxes": True},
+    "prompt_file or schema: /": {"tasks": [{"id": "t", "prompt_file": str(Path(__file__))}]},
     "writable: ": {"writable": ["/tmp"]},
     "readable: ": {"readable": ["/tmp"]},
     "adapters.a.writable: ": command(writable=["/tmp"]),
