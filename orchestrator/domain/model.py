@@ -137,6 +137,8 @@ class TaskDocument(_Document):
     commit: str | None = None
     """What waits to land: the commit of the attempt that was built."""
     intent: Intent | None = None
+    intended: tuple[str, ...] = ()
+    """The merges that were recorded before the target was moved to them, the newest last: its only landings."""
     landed: str | None = None
     """The commit on the target's first-parent line that brought the task in."""
     branch: str | None = None

@@ -22,7 +22,7 @@ def turn_back(then: TaskDocument, now: TaskDocument) -> TaskDocument | str:
     attempts = _attempts(then, now)
     status = TaskStatus.QUEUED if then.status is TaskStatus.LANDING else then.status
     changes = {"status": status, "intent": None, "attempts": attempts, "current": _current(then, attempts)}
-    return then.model_copy(update=changes)
+    return then.model_copy(update={**changes, "intended": now.intended})
 
 
 def _attempts(then: TaskDocument, now: TaskDocument) -> tuple[Attempt, ...]:

@@ -15,7 +15,6 @@ from orchestrator.errors import GitError
 from orchestrator.repo.checkout import LocalRepository
 from orchestrator.repo.escapes import Seal, changes, live_git, take
 from orchestrator.repo.git import Git
-from orchestrator.repo.landing import TRAILER
 
 
 class EscapeDetector:
@@ -58,24 +57,15 @@ class EscapeDetector:
         if self._merging.is_moving:  # it began while we looked
             return
         if before is not None:
-            found = changes(before, after, ours=await self._landings(repository, before, after))
+            found = changes(before, after, ours=await self._landings(before, after))
             if found:
                 details = {"changes": found, "sessions": sorted(self._ran)}
                 await self._ledger.note("repository.changed", details)
         self._seal = after
         self._ran = set(self._running)
 
-    async def _landings(self, repository: LocalRepository, before: Seal, after: Seal) -> dict[str, str]:
+    async def _landings(self, before: Seal, after: Seal) -> dict[str, str]:
         """Return the refs that were moved by a landing, of this run or of any other, with where they are."""
         known = before.refs.content
         moved = {ref: commit for ref, commit in after.refs.content.items() if known.get(ref) != commit}
-        form = f"--format=%(trailers:key={TRAILER},valueonly)"
-        ours = {}
-        for ref, commit in moved.items():
-            if self._merging.target.is_landing(commit):
-                ours[ref] = commit
-                continue
-            said = await self._git("log", "-1", form, commit.split(" ")[0], cwd=repository.folder, ok=(0, 128))
-            if said.stdout.strip():
-                ours[ref] = commit
-        return ours
+        return {ref: commit for ref, commit in moved.items() if await self._ledger.intended(commit.split(" ")[0])}

@@ -249,6 +249,13 @@ class Ledger:
         """Return the current state of every task."""
         return self._tasks
 
+    async def intended(self, commit: str) -> bool:
+        """Whether a task of this run, or of another in the same store, was about to land by a commit."""
+        if any(commit in one.intended for one in self._tasks.values()):
+            return True
+        found = [one for one in await self._store.list(task_key("", "").kind) if commit.encode() in one.encoded]
+        return any(commit in one.value.get("intended", ()) for one in found if not one.damaged)
+
     def statuses(self) -> dict[str, TaskStatus]:
         """Return the status of every task, in the order of the file."""
         return {task: self._tasks[task].status for task in self.run.tasks}

@@ -46,6 +46,9 @@ _FAULTS = (GitError, RefusedError)
 #: How many tasks land by one push at most.
 LARGEST = 16
 
+#: How many merges a task keeps on record that may be its landing.
+MOST_INTENDED = 32
+
 #: Characters of a failed check's output that the next attempt is told.
 TOLD = 8192
 
@@ -176,10 +179,10 @@ class MergeQueue:
 
     async def verify(self) -> None:
         """Make sure that what has landed is still on the target, which somebody else may have rewritten."""
-        landings = await self.target.landings()
+        await self.target.refresh()
         for task in self.ledger.run.tasks:
             document = self.ledger.task(task)
-            if document.landed is None or self._label(task) in landings or await self.target.holds(document.landed):
+            if document.landed is None or await self.target.holds(document.landed):
                 continue
             branch = work_branch(self.ledger.run.id, task, str(document.builder.number))
             await self.git("update-ref", f"refs/heads/{branch}", document.commit or document.landed)
@@ -219,7 +222,7 @@ class MergeQueue:
             document = self.ledger.task(task)
             commit, base = document.commit or "", document.builder.base
             try:
-                made = await self.target.prepare(permit, self._label(task), commit, base, last)
+                made = await self.target.prepare(permit, self._label(task), commit, base, last, document.intended)
             except _FAULTS as error:
                 if merges:
                     return merges, list(tasks[index:])
@@ -260,14 +263,17 @@ class MergeQueue:
         """Record what is about to happen, move the target, and record what happened."""
         whole = joined(merges.values())
         intent = Intent(old=whole.old, new=whole.new, recorded=self.clock.now())
-        intended = {
-            task: Update({"old": merge.old, "new": merge.new}, {"intent": intent}) for task, merge in merges.items()
+        updates = {
+            task: Update(
+                {"old": merge.old, "new": merge.new}, {"intent": intent, "intended": self._intended(task, merge)}
+            )
+            for task, merge in merges.items()
         }
-        await self.ledger.change_all(Trigger.INTEND, intended, [permit.guard])
+        await self.ledger.change_all(Trigger.INTEND, updates, [permit.guard])
         failpoint("landing.intended")
         self.is_moving = True
         try:
-            moved = await self.target.move(permit, {self._label(task): merge for task, merge in merges.items()})
+            moved = await self.target.move(permit, list(merges.values()))
         finally:
             self.is_moving = False
         match moved:
@@ -388,10 +394,11 @@ class MergeQueue:
         """Find out what became of moves that were cut off; return the tasks with those that did not happen."""
         again = []
         for task in tasks:
-            intent = self.ledger.task(task).intent
+            document = self.ledger.task(task)
+            intent = document.intent
             assert intent is not None, "a task is landing only by an intent"  # noqa: S101  an invariant of the table
             merge = Merge(intent.old, intent.new)
-            settled = await self.target.settle(permit, merge, self._label(task), intent.recorded)
+            settled = await self.target.settle(permit, merge, document.intended, intent.recorded)
             match settled:
                 case Landed(commit):
                     await self._landed(Trigger.LAND, {task: commit})
@@ -446,6 +453,10 @@ class MergeQueue:
             # The landings count, whatever becomes of this: a branch too many harms nothing.
             with suppress(GitError):
                 await self.git("update-ref", "--stdin", input_=lines.encode())
+
+    def _intended(self, task: str, merge: Merge) -> tuple[str, ...]:
+        # All but the last few were seen not to happen; these are for a move that another process makes late.
+        return (*self.ledger.task(task).intended[1 - MOST_INTENDED :], merge.new)
 
     def _label(self, task: str) -> str:
         return f"{self.ledger.run.id}/{task}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import CLAIMED, TaskDocument, TaskStatus
 from orchestrator.engine.ledger import Ledger
@@ -12,7 +10,7 @@ from orchestrator.errors import ClaimLost, GitError, VersionConflict
 
 #: Where what was built may have been landed by others, by hand or squashed.
 _BUILT = frozenset({TaskStatus.QUEUED, TaskStatus.CONFLICT, TaskStatus.FAILED})
-#: Where the trailer of a landing counts, whoever made it.
+#: Where a recorded merge counts that is on the target.
 _OPEN = _BUILT | {TaskStatus.PENDING, TaskStatus.RUNNING, TaskStatus.CHECKING}
 
 _BY_OTHERS = "somebody else has landed it"
@@ -33,24 +31,24 @@ class Reconciler:
         """
         target = self._shop.target
         try:
-            landings = await target.landings()
+            await target.refresh()
             # A task that has failed since may have been landed before.
             now = (target.known, sum(self._ledger.task(task).status in _BUILT for task in self._ledger.run.tasks))
             if now == self._seen:
                 return []
-            found = [task for task in self._ledger.run.tasks if task not in busy and await self._adopt(task, landings)]
+            found = [task for task in self._ledger.run.tasks if task not in busy and await self._adopt(task)]
         except GitError:  # it can't be reached: the next look will tell
             return []
         self._seen = now
         return found
 
-    async def _adopt(self, task: str, landings: Mapping[str, str]) -> bool:
+    async def _adopt(self, task: str) -> bool:
         document = self._ledger.task(task)
         if document.status not in _OPEN or self._ledger.is_elsewhere(task):
             return False
         if document.status not in CLAIMED and not self._ledger.coordinates.is_set():
             return False
-        commit, reason = landings.get(f"{self._ledger.run.id}/{task}"), None
+        commit, reason = self._shop.target.landing_of(document.intended), None
         if commit is None:
             commit, reason = await self._landed_by_others(document), _BY_OTHERS
         if commit is None:
@@ -63,7 +61,7 @@ class Reconciler:
         return True
 
     async def _landed_by_others(self, document: TaskDocument) -> str | None:
-        """Return the commit of the target that has what a task built, though no trailer says so."""
+        """Return the commit of the target that has what a task built, though not by a recorded merge."""
         tip, built = self._shop.target.known, document.commit
         if document.status not in _BUILT or built is None or tip is None:
             return None

@@ -6,7 +6,7 @@ lock file of theirs can belong to anything alive.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
 import anyio.to_thread
@@ -54,14 +54,14 @@ async def recover(ledger: Ledger, shop: Workshop, clock: Clock) -> None:
     if alone:  # else a lock may be a living git command's
         await worktrees.remove_stale_locks(shop.hub, ledger.run.id)
     try:
-        landed = await shop.target.landings()
+        await shop.target.refresh()
     except GitError as error:
         raise RefusedError(
             f"the target can't be looked at: {error.stderr}", "try again when it can be reached"
         ) from None
     taken = await _take_over(ledger, counts=False)
     tasks = ledger.run.tasks if alone else taken
-    await _clear_up(ledger, shop, clock, tasks, landed, at_start=True)
+    await _clear_up(ledger, shop, clock, tasks, at_start=True)
     for task in ledger.damaged:
         if ledger.task(task).status not in FINAL:
             reason = "its record in the state log is damaged, what it did is not known: run it again in a new run"
@@ -75,20 +75,16 @@ async def recover_tasks(ledger: Ledger, shop: Workshop, clock: Clock) -> list[st
     """
     taken = await _take_over(ledger, counts=True)
     if taken:
-        try:
-            landed = await shop.target.landings()
-        except GitError:  # it is looked at again when they land
-            landed = {}
-        await _clear_up(ledger, shop, clock, taken, landed, at_start=False)
+        with suppress(GitError):  # it is looked at again when they land
+            await shop.target.refresh()
+        await _clear_up(ledger, shop, clock, taken, at_start=False)
     return taken
 
 
-async def _clear_up(
-    ledger: Ledger, shop: Workshop, clock: Clock, tasks: Sequence[str], landed: Mapping[str, str], *, at_start: bool
-) -> None:
+async def _clear_up(ledger: Ledger, shop: Workshop, clock: Clock, tasks: Sequence[str], *, at_start: bool) -> None:
     """End what goes on of the sessions of tasks, keep their work, and return each task to where it can go on from.
 
-    `landed` has the commits by which tasks are on the target. Later than `at_start`, orchestrators may be gone that
+    The target was looked at before. Later than `at_start`, orchestrators may be gone that
     were stopped and have not ended, and only what is claimed is ours to end.
     """
     for task in tasks:
@@ -101,7 +97,7 @@ async def _clear_up(
             await anyio.to_thread.run_sync(kill_marked, worktree.marker)
         await _reap(ledger, shop, clock, worktree)
     for task in tasks:
-        await _bring_back(ledger, clock, task, landed.get(f"{ledger.run.id}/{task}"))
+        await _bring_back(ledger, clock, task, shop.target.landing_of(ledger.task(task).intended))
 
 
 async def _inherit(ledger: Ledger, shop: Workshop, task: str) -> None:

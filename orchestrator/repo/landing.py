@@ -7,7 +7,7 @@ several that follow each other. What was cut off in between is finished or undon
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from orchestrator.repo.hub import Hub
 from orchestrator.repo.source import Source
 from orchestrator.repo.users_programs import filter_in_way
 
+#: Shows people which task a landing is of. What counts as landed is decided by recorded merges: anyone can write it.
 TRAILER = "Council-Task"
 
 #: Seconds that whoever is moving the target gets to be done with it: a push, which a stopped process may have begun.
@@ -106,7 +107,8 @@ class Target:
         self._start, self._ref = start, ref
         self.known: str | None = None
         """The commit that the target was at when it was last looked at or moved; None if it does not exist."""
-        self._landed: dict[str, str] = {}
+        self._line: set[str] = set()
+        """The commits of the target's first-parent line since the start."""
         self._trees: dict[str, str] = {}
         """The trees of merges that were made here."""
         self._contained: set[str] = set()
@@ -122,34 +124,24 @@ class Target:
         """Look where the target is and what has landed on it; return the commit to merge onto."""
         tip = await self._source.tip(self.branch)
         if tip is None:
-            self.known, self._landed, self._contained = None, {}, {self._start}
+            self.known, self._line, self._contained = None, set(), {self._start}
             return self._start
         if tip != self.known:
             tip = await self._source.fetch(self.branch, self._ref)
-            await self._read_trailers(tip)
+            await self._read_line(tip)
             self.known = tip
         return tip
 
-    async def _read_trailers(self, tip: str) -> None:
+    async def _read_line(self, tip: str) -> None:
         known = self.known
         if known is None or (await self._git("merge-base", "--is-ancestor", known, tip, ok=(0, 1, 128))).returncode:
-            known, self._landed, self._contained = self._start, {}, set()
-        form = f"--format=%H %(trailers:key={TRAILER},valueonly,unfold,separator=%x20)"
-        log = await self._git.line("log", "--first-parent", form, f"{known}..{tip}")
-        for line in filter(None, log.split("\n")):
-            commit, *labels = line.split()
-            # `log` goes backwards in time: where a label is there twice, the earliest landing counts.
-            self._landed |= dict.fromkeys(labels, commit)
+            known, self._line, self._contained = self._start, set(), set()
+        self._line.update((await self._git.line("rev-list", "--first-parent", f"{known}..{tip}")).split())
         self._contained.add(tip)
 
-    async def landings(self) -> Mapping[str, str]:
-        """Return what has landed since the start, as of now: `<run>/<task>` to the commit that brought it."""
-        await self.refresh()
-        return dict(self._landed)
-
-    def is_landing(self, commit: str) -> bool:
-        """Whether a commit brought something since the start, as of the last look."""
-        return commit in self._landed.values()
+    def landing_of(self, intended: Iterable[str]) -> str | None:
+        """Return the first of some merges that the target has, as of the last look; None if it has none of them."""
+        return next((one for one in intended if one in self._line), None)
 
     async def holds(self, commit: str) -> bool:
         """Whether a commit is part of the target, as of the last look."""
@@ -158,16 +150,23 @@ class Target:
         return not (await self._git("merge-base", "--is-ancestor", commit, self.known, ok=(0, 1, 128))).returncode
 
     async def prepare(
-        self, permit: MergePermit, label: str, commit: str, base: str, after: Merge | None = None
+        self,
+        permit: MergePermit,
+        label: str,
+        commit: str,
+        base: str,
+        after: Merge | None = None,
+        intended: Sequence[str] = (),
     ) -> Merge | Landed | AlreadyThere | Conflict | Deferred:
         """Merge `commit`, which was built on `base`, onto the target as it is now; move nothing.
 
-        With `after`, it is merged onto that: what comes of it holds only if `after` has landed, too.
+        `intended` are the merges that were made of it before: Landed if the target has one. With `after`, it is merged
+        onto that: the result is valid only if `after` has landed, too.
         """
         self._check(permit)
         onto, old = (await self.refresh(), self.known) if after is None else (after.new, after.new)
-        if label in self._landed:
-            return Landed(self._landed[label])
+        if (landed := self.landing_of(intended)) is not None:
+            return Landed(landed)
         ours = await self._above(base, onto, commit)
         tree, paths = await self._git.merge_tree(ours, commit)
         if paths:
@@ -225,7 +224,7 @@ class Target:
         --merge-base`, which would do the same, came with git 2.40.) Where something of it is, by a pull of the
         agent's or a merge of the user's, only git can tell.
         """
-        if len(self._landed) <= _FEW:
+        if len(self._line) <= _FEW:
             return onto
         if base not in self._contained:
             if (await self._git("merge-base", "--is-ancestor", base, onto, ok=(0, 1))).returncode:
@@ -239,8 +238,8 @@ class Target:
     async def _commit(self, tree: str, first: str, second: str, message: str) -> str:
         return await self._git.line("commit-tree", tree, "-p", first, "-p", second, input_=message.encode())
 
-    async def move(self, permit: MergePermit, merges: Mapping[str, Merge]) -> Landed | Stale | Deferred:
-        """Move the target over the merges, by label and each prepared `after` the one before it, all or none of them.
+    async def move(self, permit: MergePermit, merges: Sequence[Merge]) -> Landed | Stale | Deferred:
+        """Move the target over the merges, each prepared `after` the one before it, all or none of them.
 
         It is one push that holds only if nobody else moved the target. The push holds the landing's file lock, so that
         whoever lands next knows that none is under way, even if we are killed.
@@ -252,8 +251,8 @@ class Target:
         except LockHeld as held:
             return Deferred(_is_being_moved(held))
 
-    async def _move(self, merges: Mapping[str, Merge], fd: int) -> Landed | Stale | Deferred:
-        whole = joined(merges.values())
+    async def _move(self, merges: Sequence[Merge], fd: int) -> Landed | Stale | Deferred:
+        whole = joined(merges)
         pushed = await self._source.push(whole.new, self.branch, whole.old, (fd,))
         failpoint("landing.pushed")
         tip = whole.new if pushed.moved and self._repository is None else await self._source.tip(self.branch)
@@ -266,11 +265,12 @@ class Target:
             return Deferred(await self.obstacle(whole) or f"the target could not be moved: {pushed.reason}")
         if tip != whole.new:
             await self.refresh()
-            return Stale()
+            # Others may have moved it on from there at once.
+            return Stale() if self.landing_of([whole.new]) is None else Landed(whole.new)
         self.known = whole.new
-        for label, merge in merges.items():
-            self._contained.add(merge.new)
-            self._landed[label] = merge.new
+        new = {merge.new for merge in merges}
+        self._contained |= new
+        self._line |= new
         return Landed(whole.new)
 
     async def obstacle(self, merge: Merge) -> str | None:
@@ -299,23 +299,28 @@ class Target:
         named = ", ".join(map(str, locks))
         return f"the target is locked by another git command of yours; if none is at work, remove {named}"
 
-    async def settle(self, permit: MergePermit, merge: Merge, label: str, since: float) -> Landed | Deferred | Stale:
-        """Finish or undo a move that was cut off; Stale means that it did not happen and may be tried again."""
+    async def settle(
+        self, permit: MergePermit, merge: Merge, intended: Sequence[str], since: float
+    ) -> Landed | Deferred | Stale:
+        """Finish or undo an interrupted move; Stale means that it did not happen and may be tried again.
+
+        It happened if the target has one of the `intended` merges.
+        """
         self._check(permit)
         try:
             async with self._landing_lock.hold(_MOVING_LIMIT):
-                return await self._settle(merge, label, since)
+                return await self._settle(merge, intended, since)
         except LockHeld as held:
             return Deferred(_is_being_moved(held))
 
-    async def _settle(self, merge: Merge, label: str, since: float) -> Landed | Deferred | Stale:
+    async def _settle(self, merge: Merge, intended: Sequence[str], since: float) -> Landed | Deferred | Stale:
         foreign: list[str] = []
         if self._repository is not None:
             checkout, git = await self._checkout(), self._users_git()
             foreign = await settle(self._repository, checkout, self.branch, (merge.old, merge.new), since, git)
         self.known = None
-        landed = (await self.landings()).get(label)
-        if landed is not None:
+        await self.refresh()
+        if (landed := self.landing_of(intended)) is not None:
             return Landed(landed)
         if foreign:
             return Deferred(f"an interrupted landing left files that were changed since: {', '.join(foreign[:3])}")

@@ -122,7 +122,7 @@ async def test_merge_lock_coordination(repository: Repository, tmp_path: Path) -
                 order.append(f"{name} begins")
                 merge = await branch.prepare(permit, f"run1/{name}", commit, team.base)
                 assert isinstance(merge, Merge)
-                assert isinstance(await branch.move(permit, {f"run1/{name}": merge}), Landed)
+                assert isinstance(await branch.move(permit, [merge]), Landed)
                 order.append(f"{name} ends")
 
         async with anyio.create_task_group() as group:
@@ -197,7 +197,7 @@ async def test_parallel_execution_workflow(repository: Repository, tmp_path: Pat
             async with (await permits(team.store, team.clock, str(team.yard.top), "main")).hold() as permit:
                 merge = await branch.prepare(permit, f"run1/t{number}", commit, team.base)
                 assert isinstance(merge, Merge)
-                assert isinstance(await branch.move(permit, {f"run1/t{number}": merge}), Landed)
+                assert isinstance(await branch.move(permit, [merge]), Landed)
             await team.end(session)
 
         async with anyio.create_task_group() as group:

@@ -200,8 +200,8 @@ async def test_a_late_zombie_that_lands_first_is_adopted(repository: Repository)
         assert isinstance(new_merge, Merge)
         pushed = await source.push(old_merge.new, "main", old_merge.old, ())  # the zombie's push arrives only now
         assert pushed.moved
-        assert await successor.move(permit, {"r/task": new_merge}) == Stale()
-        again = await successor.prepare(permit, "r/task", await work_of(2), start)
+        assert await successor.move(permit, [new_merge]) == Stale()
+        again = await successor.prepare(permit, "r/task", await work_of(2), start, intended=[old_merge.new])
     assert again == Landed(old_merge.new)
     assert repository.git("rev-list", "--first-parent", "--count", f"{start}..main") == "1"
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Repository
+from tests.faults import PYTHON
 from tests.waiting import wait_for
 
 
@@ -36,3 +37,39 @@ async def test_work_that_a_person_has_merged_counts_as_landed(repository: Reposi
     child.send_signal(signal.SIGINT)
     child.communicate(timeout=60)
     await repository.assert_invariants()
+
+
+_FORGE = """
+import os, subprocess
+open("forged.txt", "w").close()
+subprocess.run(["git", "add", "forged.txt"], check=True)
+message = "work\\n\\nCouncil-Task: " + os.environ["COUNCIL_RUN"] + "/{label}"
+subprocess.run(["git", "commit", "-qm", message], check=True)
+"""
+
+
+@pytest.mark.parametrize("label", ["pending", "failed"])
+def test_no_commit_message_says_what_has_landed(repository: Repository, label: str) -> None:
+    """A person puts an agent's commit onto the target whose message claims to be the landing of another task."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "forger", "prompt": _FORGE.format(label=label), "checks": ["false"], "attempts": 1},
+        {"id": "failed", "prompt": "raise SystemExit(1)", "attempts": 1},
+        {"id": "long", "prompt": "import time; time.sleep(1000)"},
+        {"id": "pending", "prompt": "open('pending.txt', 'w')", "needs": ["long"]},
+    ]
+    config = repository.configure(tasks, adapters={"py": PYTHON}, coordination={"sweep": "200ms"})
+    child = repository.start("run", str(config), "--json")
+
+    def states() -> dict[str, str]:
+        return {one["id"]: one["state"] for one in repository.council("status", "--json").result.get("tasks", [])}
+
+    wait_for(lambda: (found := states()) and found["forger"] == found["failed"] == "failed")
+    result = repository.council("status", "--json").result
+    repository.git("fetch", "--quiet", result["repository"], result["tasks"][0]["branch"])
+    repository.git("merge", "--quiet", "--ff-only", "FETCH_HEAD")
+    said = repository.git("log", "-1", "--first-parent", "--format=%(trailers:key=Council-Task,valueonly)")
+    assert said.strip() == f"{result['run']}/{label}"
+    wait_for(lambda: states()["forger"] == "landed")
+    assert states() == {"forger": "landed", "failed": "failed", "long": "running", "pending": "pending"}
+    child.send_signal(signal.SIGINT)
+    child.communicate(timeout=60)

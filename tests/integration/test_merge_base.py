@@ -39,7 +39,7 @@ async def test_work_that_the_target_has_a_part_of_merges_as_git_would(
         async with permit_for(source, "main") as permit:
             merge = await target.prepare(permit, f"r/{task}", commit, start)
             assert isinstance(merge, Merge)
-            assert isinstance(await target.move(permit, {f"r/{task}": merge}), Landed)
+            assert isinstance(await target.move(permit, [merge]), Landed)
 
     part = await built_on(start, "part")
     await land("a", await built_on(start, "a"))

@@ -51,7 +51,7 @@ async def land(
     if obstacle is not None:
         return Deferred(obstacle)
     async with permit_for(source, "main") as permit:
-        return await target.move(permit, {"run/task": merge})
+        return await target.move(permit, [merge])
 
 
 def _tree(repository: Repository) -> str:
