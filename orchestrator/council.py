@@ -26,6 +26,7 @@ from orchestrator.runs import Runs
 from orchestrator.state import checkpoints
 from orchestrator.state.checkpoints import Checkpoint, Restoration
 from orchestrator.state.file import open_file_store
+from orchestrator.state.identity import check_known
 from orchestrator.state.reading import following, is_of_run
 
 # Looking at a run must be quick: what it takes to run one, or to read a file, is imported where that is asked for.
@@ -127,7 +128,8 @@ class Council:
         Where the state is empty and `.worktrees` has that of an older layout, it is imported, and `notices` says so;
         not into a store that `state` names.
 
-        Raises ConfigError with all that is wrong with the file, RefusedError where there is nothing to open.
+        Raises ConfigError with all that is wrong with the file, RefusedError where there is nothing to open, and for a
+        store that was not made on this machine unless `adopt_state` has accepted it.
         """
         clock = clock or SystemClock()
         source = "." if source is None else source
@@ -143,6 +145,8 @@ class Council:
         if is_known:  # from elsewhere a store is only looked at
             await anyio.to_thread.run_sync(project.create)
         url = await anyio.to_thread.run_sync(_store_of, project, config) if chosen is None else chosen
+        if scheme_of(url) == "file" or (chosen is None and config is None):  # else a person has named it
+            await anyio.to_thread.run_sync(check_known, url, council_home(environ))
         async with _open_store(url, project, plugins, clock, environ) as store:
             notices = await _import(store, project, clock, environ) if state is None else ()
             runs = Runs(project, store, url, clock, environ, follows_file=chosen is None)

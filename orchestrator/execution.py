@@ -21,7 +21,7 @@ from orchestrator.config.model import (
     restore_adapters,
     used_adapters,
 )
-from orchestrator.config.store import MEMORY, store_folder
+from orchestrator.config.store import MEMORY, scheme_of, store_folder
 from orchestrator.domain.claims import Owner, Role
 from orchestrator.domain.dispatch import Board, Entry, with_parts
 from orchestrator.domain.model import FINAL, Action, RunDocument
@@ -51,13 +51,14 @@ from orchestrator.filelock import HeldLock
 from orchestrator.locking.merge_permit import MergePermits
 from orchestrator.locking.orchestrators import Orchestrators, this_process
 from orchestrator.plugins import Plugins
-from orchestrator.project import exclude_from_git
+from orchestrator.project import council_home, exclude_from_git
 from orchestrator.protocols import Commit, Event, Guard
 from orchestrator.repo.hub import Hub
 from orchestrator.repo.site import find_site
 from orchestrator.runs import Runs
 from orchestrator.sessions.supervised import forking
 from orchestrator.state.checkpoints import Maker, create, restoration
+from orchestrator.state.identity import accept
 from orchestrator.state.outage import surviving
 from orchestrator.tracking import with_tracked
 from orchestrator.views.keeping import keeping
@@ -133,7 +134,7 @@ class Execution:
             started=runs.clock.now(),
         )
         if runs.follows_file:
-            await anyio.to_thread.run_sync(runs.project.use_store, config.state.url)
+            await anyio.to_thread.run_sync(_use_store, runs, config.state.url)
         await seed(runs.store, document, {task.id: task for task in config.tasks})
         return run
 
@@ -515,3 +516,9 @@ def _is_at_work(run: str, held: LockHeld, *, or_else: str = "") -> RefusedError:
     if not held.owner_lives:
         remedy = f"end what it left running: `fuser {held.path}` names it"
     return RefusedError(f"run {run} is at work under {held.holder}", remedy)
+
+
+def _use_store(runs: Runs, url: str | None) -> None:
+    if url is not None and scheme_of(url) != "file":
+        accept(url, council_home(runs.environ))
+    runs.project.use_store(url)

@@ -13,12 +13,14 @@ import anyio
 from anyio import to_thread
 
 from orchestrator.clock import Clock, SystemClock
-from orchestrator.config.store import MEMORY, named_folder, named_store
+from orchestrator.config.store import MEMORY, named_folder, named_store, scheme_of
 from orchestrator.errors import RefusedError
 from orchestrator.plugins import Plugins, load_plugins
+from orchestrator.project import council_home
 from orchestrator.protocols import Store
 from orchestrator.state.copying import Copied, copy, export, import_from
 from orchestrator.state.file import require_store
+from orchestrator.state.identity import accept, check_known
 from orchestrator.state.portable import Staged
 from orchestrator.state.target import TargetFolder
 
@@ -39,6 +41,8 @@ async def open_store(
     url = named_store(str(place))
     if is_there:
         await to_thread.run_sync(require_store, url)
+    if scheme_of(url) == "file":
+        await to_thread.run_sync(check_known, url, council_home(environ))
     if plugins is None:
         plugins = await to_thread.run_sync(load_plugins, environ)
     async with plugins.open_store(url, clock or SystemClock()) as store:
@@ -95,9 +99,24 @@ async def copy_state(
     if plugins is None:
         plugins = await to_thread.run_sync(load_plugins, environ)
     async with AsyncExitStack() as stores:
-        original = await stores.enter_async_context(open_store(source, is_there=True, plugins=plugins, clock=clock))
-        copied = await stores.enter_async_context(open_target(target, source, plugins=plugins, clock=clock))
+        original = await stores.enter_async_context(
+            open_store(source, is_there=True, plugins=plugins, clock=clock, environ=environ)
+        )
+        copied = await stores.enter_async_context(
+            open_target(target, source, plugins=plugins, clock=clock, environ=environ)
+        )
         return await copy(original, copied)
+
+
+async def adopt_state(place: str | Path, *, environ: Mapping[str, str] = os.environ) -> str:
+    """Have a store used on this machine that was made elsewhere, by its URL or folder; return its URL.
+
+    What is in it is obeyed from then on: the commands of its runs are executed by `resume`. RefusedError where there is
+    none.
+    """
+    url = named_store(str(place))
+    await to_thread.run_sync(accept, url, council_home(environ))
+    return url
 
 
 async def export_store(

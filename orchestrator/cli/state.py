@@ -48,7 +48,7 @@ def state() -> None:
     """
 
 
-for _command in (upkeep.health, upkeep.compact, views, conflicts, settle, *OF_COPYING):
+for _command in (upkeep.health, upkeep.compact, upkeep.adopt, views, conflicts, settle, *OF_COPYING):
     state.add_command(_command)
 
 #: What is looked for: one object for programs, made if it is asked for, or lines for people.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import anyio.to_thread
 import click
 
-from orchestrator.cli.command import Context, json_option, opened, perform, store_option
+from orchestrator.cli.command import Context, json_option, named_now, opened, perform, store_option
 from orchestrator.cli.findings import show_findings
 from orchestrator.cli.quantities import duration, size
 from orchestrator.config.quantities import shown_size
 from orchestrator.engine.findings import Level
+from orchestrator.project import find_project
 
 
 @click.command()
@@ -33,6 +37,34 @@ def health(as_json: bool) -> None:
             code = int(any(finding.level is not Level.OK for finding in findings))
             show_findings(findings, code, context.output)
             return code
+
+    perform(command, as_json=as_json)
+
+
+@click.command()
+@store_option
+@json_option
+def adopt(as_json: bool) -> None:
+    """Accept a state that was not made on this machine.
+
+    Its runs are obeyed from then on: `council resume` executes their commands. That is why a `.council` that came with
+    a repository, an archive or a backup from another machine is refused until you accept it.
+
+    \b
+    Examples:
+      council state adopt
+      council state adopt --state /backup/state --json
+    """
+
+    async def command(context: Context) -> int:
+        from orchestrator.transfer import adopt_state  # noqa: PLC0415  seldom needed
+
+        url = await adopt_state(named_now() or await anyio.to_thread.run_sync(find_project(Path()).store))
+        if as_json:
+            context.output.json({"state": url})
+        else:
+            context.output.text(f"{url} is used from now on\n")
+        return 0
 
     perform(command, as_json=as_json)
 

@@ -316,9 +316,12 @@ def _git_runs_in(folder: Path) -> bool:
 async def check_own(project: Project, environ: Mapping[str, str]) -> None:
     """Refuse a `.council` that came with the repository: what is in it would be obeyed as if we had written it."""
     git = Git(None, users=True, environ=environ)
-    listed = await git("ls-files", "-z", "--", str(project.folder), cwd=project.top, ok=(0, 128))
-    if listed.stdout:
+    name = project.folder.name
+    # On some file systems another spelling of it is the same folder.
+    listed = await git("ls-files", "-z", "--", f":(icase){name}", cwd=project.top, ok=(0, 128))
+    if tracked := split_nul(listed.stdout):
+        named = ", ".join(map(shown, tracked[:3])) + (f" and {len(tracked) - 3} more" if len(tracked) > 3 else "")
         raise RefusedError(
-            f"the repository brings a {project.folder.name} of its own",
-            f"`git rm -r --cached {project.folder.name}`, and remove the folder unless you know whose it is",
+            f"the repository brings a {name} of its own: git tracks {named}",
+            f"`git rm -r --cached {name}` and commit that: no file stays in git's hands, and none is deleted",
         )

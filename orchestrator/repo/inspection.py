@@ -10,6 +10,7 @@ from pathlib import Path
 
 import anyio.to_thread
 
+from orchestrator.domain.reserved_names import OWN_FOLDERS, reserved_name
 from orchestrator.domain.secrets import Redactor, is_secret_file, secret_values
 from orchestrator.errors import GitError
 from orchestrator.repo.git import GITLINK, Change, Git, shown
@@ -66,6 +67,8 @@ class Admission:
         """Return why nothing of this name may come in, a folder neither; None if it may."""
         if self.withheld_with(path) is not None:
             return "it was put into the worktree from your checkout (`worktrees.copy` and `link`)"
+        if (name := reserved_name(path)) is not None:
+            return f"{name} is reserved: what is in it would be obeyed, not only read"
         return "its name holds a secret" if self.redactor.finds(os.fsencode(path)) else None
 
     def withheld_with(self, path: str) -> str | None:
@@ -75,7 +78,8 @@ class Admission:
     @property
     def ignored(self) -> list[str]:
         """The patterns, as in a .gitignore, of what is no work."""
-        return [*self.leavings, *(f"/{_SPECIAL.sub(_ESCAPED, path)}" for path in self.withheld)]
+        own = (f"{name}/" for name in OWN_FOLDERS)
+        return [*self.leavings, *own, *(f"/{_SPECIAL.sub(_ESCAPED, path)}" for path in self.withheld)]
 
 
 async def inspect(

@@ -51,6 +51,7 @@ from orchestrator.protocols import (
 from orchestrator.state.compaction import log_size
 from orchestrator.state.dumping import lines_of, refuse_unsound
 from orchestrator.state.history import versions
+from orchestrator.state.identity import log_in, prepare
 from orchestrator.state.journal import (
     PART_BYTES,
     AtOnce,
@@ -62,7 +63,7 @@ from orchestrator.state.journal import (
     unavailable,
 )
 from orchestrator.state.log import MAX_TTL, Line, encode_commit
-from orchestrator.state.segments import Cursor, Mark, find_line, is_store, thinned_to
+from orchestrator.state.segments import Cursor, Mark, find_line, thinned_to
 from orchestrator.state.staging import Staging
 
 T = TypeVar("T")
@@ -341,7 +342,22 @@ def open_file_store(url: str, clock: Clock, /) -> AbstractAsyncContextManager[St
     """Open the store in the folder that a `file:` URL names; RefusedError if it names none of this machine."""
     folder = named_folder(url)
     assert folder is not None, "it is registered for this scheme"  # noqa: S101
-    return FileStore.open(folder, clock)
+    return _opened(folder, clock)
+
+
+@asynccontextmanager
+async def _opened(folder: Path, clock: Clock) -> AsyncIterator[Store]:
+    try:
+        log = await to_thread.run_sync(prepare, folder)
+    except OSError as error:
+        raise unavailable(folder, error) from error
+    async with FileStore.open(log, clock) as store:
+        yield store
+
+
+def is_store(folder: Path) -> bool:
+    """Whether a store was ever opened in a folder. Blocks."""
+    return log_in(folder) is not None
 
 
 def require_store(url: str) -> None:

@@ -182,11 +182,6 @@ def _identity(found: os.stat_result) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def is_store(directory: Path) -> bool:
-    """Whether a store was ever opened in a folder. Blocks."""
-    return (directory / _LOCK).is_file() or (directory.is_dir() and bool(segments(directory)))
-
-
 def segments(directory: Path) -> list[Segment]:
     """Return the segments that make up the log, in order.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from orchestrator.errors import RefusedError
-from orchestrator.state.segments import is_store
+from orchestrator.state.identity import NAME, log_in
 
 #: What stands in the folder of a store that nothing was ever committed to.
 _EMPTY_STORE: Final = ("lock", "compaction.lock")
@@ -26,7 +27,7 @@ class TargetFolder:
         """
         self._folder = folder
         try:
-            self._is_store = is_store(folder)
+            self._is_store = log_in(folder) is not None
             self._check(source)
             self._made = [one for one in (folder, *folder.parents) if not one.exists()]
         except OSError as error:
@@ -46,11 +47,12 @@ class TargetFolder:
         """Leave nothing that was made here, unless something was committed to it."""
         if self._is_store or not self._folder.is_dir():
             return
-        found = list(self._folder.iterdir())
-        if any(one.name not in _EMPTY_STORE for one in found):
-            return
-        for one in found:
-            one.unlink()
+        log = log_in(self._folder)
+        if log is not None:
+            if log.is_dir() and any(one.name not in _EMPTY_STORE for one in log.iterdir()):
+                return
+            shutil.rmtree(log, ignore_errors=True)
+            (self._folder / NAME).unlink()
         with suppress(OSError):  # something else has come to it
             for folder in self._made:
                 folder.rmdir()

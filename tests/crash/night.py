@@ -182,7 +182,7 @@ class Night:
         repository = self.repository
         assert not (repository.spawns.parent / "planted").exists()
         assert not (repository.top / "planted").exists()
-        log = "".join(path.read_text() for path in (repository.top / ".council/state").glob("*.jsonl"))
+        log = "".join(path.read_text() for path in (repository.top / ".council/state").glob("*/*.jsonl"))
         assert "repository.changed" not in log, log[log.index("repository.changed") :][:1000]
         kept = repository.council("salvage", "list", "--json").result["kept"]
         folders = [one["name"] for one in kept if one["name"].endswith("/worktree")]

@@ -15,6 +15,7 @@ import pytest
 from orchestrator.clock import SystemClock
 from orchestrator.failpoints import FAILPOINTS
 from orchestrator.state.file import FileStore
+from orchestrator.state.identity import prepare
 from tests.conftest import Ended, Repository
 from tests.waiting import wait_for
 
@@ -86,7 +87,7 @@ def configure(repository: Repository, tasks: list[dict[str, object]]) -> Path:
 async def assert_told(repository: Repository) -> None:
     """Check that the file of the sink, if there is one, has every event once and in order."""
     file = repository.top.parent / "events.jsonl"
-    async with FileStore.open(repository.top / ".council/state", SystemClock()) as store:
+    async with FileStore.open(prepare(repository.top / ".council/state"), SystemClock()) as store:
         last, recorded = await store.position(), []
         async for record in store.watch():
             recorded += [(record.position, event.type) for event in record.events if "sink." not in event.type]
@@ -277,7 +278,7 @@ async def test_damage_to_the_log_is_told(repository: Repository, line: int, at: 
     """A flipped byte in any record is reported by the next command, in text and JSON, and nothing crashes."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
     assert repository.council("run", str(config), failpoints="work.recorded=kill").code == -signal.SIGKILL
-    log = next((repository.top / ".council/state").glob("*.jsonl"))
+    log = next((repository.top / ".council/state").glob("*/*.jsonl"))
     lines = log.read_bytes().splitlines(keepends=True)
     flipped = bytearray(lines[line])
     flipped[at] ^= 1

@@ -23,6 +23,7 @@ from orchestrator.filelock import FileLock
 from orchestrator.project import Project
 from orchestrator.repo.hub import Hub
 from orchestrator.state.file import FileStore
+from orchestrator.state.identity import prepare
 from tests.conftest import Ended, Repository
 from tests.waiting import wait_for
 
@@ -219,7 +220,7 @@ async def test_kept_work_goes_only_if_that_is_asked_for(repository: Repository) 
 
 def damage(repository: Repository, event: bytes, at: int) -> None:
     """Flip a bit of the record of an event, `at` a byte of its line."""
-    log = next((repository.top / ".council/state").glob("*.jsonl"))
+    log = next((repository.top / ".council/state").glob("*/*.jsonl"))
     lines = log.read_bytes().splitlines(keepends=True)
     [index] = [number for number, line in enumerate(lines) if event in line]
     flipped = bytearray(lines[index])
@@ -428,7 +429,7 @@ async def listed_in_process(repository: Repository, store: FileStore) -> tuple[C
 async def test_what_came_to_be_needed_after_it_was_listed_stays(repository: Repository) -> None:
     """A run that somebody begins to work in is not touched, nor what was judged by what is not so any more."""
     run = run_once(repository, KEEPS, code=1)
-    async with FileStore.open(Project(repository.top).own_state, SystemClock()) as store:
+    async with FileStore.open(prepare(Project(repository.top).own_state), SystemClock()) as store:
         cleaner, listed = await listed_in_process(repository, store)
         async with hub_of(repository).run_lock(run).hold():
             [removal] = await cleaner.remove(listed)

@@ -201,7 +201,7 @@ async def test_without_a_checkpoint_no_record_goes(repository: Repository, monke
     """As on a disk that is full, which is told."""
     async with recorded(repository.top, monkeypatch):
         pass
-    (log,) = (repository.top / ".council/state").glob("*.jsonl")
+    (log,) = (repository.top / ".council/state").glob("*/*.jsonl")
     before = log.read_bytes()
     command = [sys.executable, "-m", "orchestrator.cli.main", "clean", "--runs", "1s", "--interrupted", "--yes"]
     limited = f"ulimit -f {len(before) // 512}; exec {shlex.join(command)}"

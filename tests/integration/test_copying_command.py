@@ -148,7 +148,7 @@ async def test_what_is_refused_leaves_nothing(project: Repository, tmp_path: Pat
     target = tmp_path / "new" / "folder"
     if is_there:
         target.mkdir(parents=True)
-    segment = next((project.top / ".council/state").glob("*.jsonl"))
+    segment = next((project.top / ".council/state").glob("*/*.jsonl"))
     segment.write_bytes(segment.read_bytes().replace(b'"landed":"4f0c2d1e9b', b'"landed":"000000000b', 1))
     for words in (["import", "text", "--state", str(target)], ["copy", ".council/state", str(target)]):
         assert project.council("state", *words).code == 2
@@ -158,7 +158,7 @@ async def test_what_is_refused_leaves_nothing(project: Repository, tmp_path: Pat
 
 async def test_damage_is_not_copied(project: Repository, tmp_path: Path) -> None:
     """But what was made of it by a repair."""
-    segment = next((project.top / ".council/state").glob("*.jsonl"))
+    segment = next((project.top / ".council/state").glob("*/*.jsonl"))
     segment.write_bytes(segment.read_bytes().replace(b'"landed":"4f0c2d1e9b', b'"landed":"000000000b', 1))
     for words in (["copy", ".council/state", str(tmp_path / "copy")], ["export", "file"]):
         refused = project.council("state", *words)
@@ -174,7 +174,7 @@ async def test_damage_is_not_copied(project: Repository, tmp_path: Path) -> None
 async def test_beside_a_run_that_is_at_work(repository: Repository, tmp_path: Path) -> None:
     """Which goes on and lands; the copy is one of its moments."""
     child = repository.start("run", str(repository.configure([{"id": "a", "prompt": "write a.txt a\nhang"}])))
-    wait_for((repository.top / ".council/state/lock").exists)
+    wait_for((repository.top / ".council/state/identity").exists)
     wait_for(lambda: '"task.started"' in log_of(repository), 60)
     copied = repository.council("state", "copy", ".council/state", str(tmp_path / "copy"), "--json").result
     assert repository.council("cancel", "a").code == 0

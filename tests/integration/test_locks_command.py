@@ -23,6 +23,7 @@ from orchestrator.project import Project
 from orchestrator.protocols import Commit, Guard, Key, Record, Store, Write
 from orchestrator.repo.site import find_site
 from orchestrator.state.file import FileStore
+from orchestrator.state.identity import prepare
 from tests.conftest import Ended, Repository
 from tests.permits import permits
 
@@ -33,7 +34,7 @@ ADA, BOB = (SessionName("r", task, 1) for task in ("ada", "bob"))
 async def opened(repository: Repository) -> AsyncIterator[Store]:
     project = Project(repository.top)
     project.create()
-    async with FileStore.open(project.own_state, SystemClock()) as store:
+    async with FileStore.open(prepare(project.own_state), SystemClock()) as store:
         yield store
 
 

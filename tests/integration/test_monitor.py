@@ -16,6 +16,7 @@ from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.monitor import SWEEP_PAUSE, Monitor
 from orchestrator.protocols import LARGE_DOCUMENT, Commit, Event, JsonObject, Key, Store, Write
 from orchestrator.state.file import FileStore
+from orchestrator.state.identity import prepare
 from orchestrator.state.reading import between
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
@@ -194,7 +195,7 @@ def test_health_tells_a_run_that_was_cut_off_and_damage(repository: Repository) 
     bad = {one["name"]: one for one in ended.result["findings"] if one["level"] != "ok"}
     assert set(bad) == {"runs"}
     assert "council resume" in bad["runs"]["remedy"]
-    (segment,) = (repository.top / ".council/state").glob("*.jsonl")
+    (segment,) = (repository.top / ".council/state").glob("*/*.jsonl")
     data = bytearray(segment.read_bytes())
     data[len(data) // 2] ^= 1
     segment.write_bytes(data)
@@ -226,7 +227,7 @@ async def test_compact_by_hand(repository: Repository) -> None:
     path = repository.configure([{"id": "one", "prompt": "write one.txt 1"}], state={"retention": "off"})
     assert repository.council("run", str(path)).code == 0
     clock = ManualClock(START)
-    async with FileStore.open(repository.top / ".council/state", clock, segment_bytes=1_000) as store:
+    async with FileStore.open(prepare(repository.top / ".council/state"), clock, segment_bytes=1_000) as store:
         for number in range(50):
             await store.commit(Commit([Write(LATER, number, {"text": "x" * 200})]))
     kept = repository.council("state", "compact", "--json").result

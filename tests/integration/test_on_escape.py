@@ -19,6 +19,7 @@ from orchestrator.project import Project
 from orchestrator.protocols import Commit, Guard, Write
 from orchestrator.repo.site import find_site
 from orchestrator.state.file import FileStore
+from orchestrator.state.identity import prepare
 from tests.conftest import Ended, Repository
 from tests.waiting import wait_for
 
@@ -170,7 +171,7 @@ async def test_extend_goes_back_where_another_session_owns_the_path(repository: 
     """A live session of another run holds it: the reason says who. What it holds besides is in nobody's way."""
     site = await find_site(str(repository.top), is_url=False, environ=repository.environ)
     session = SessionName("another", "task", 1)
-    async with FileStore.open(Project(repository.top).own_state, SystemClock()) as store:
+    async with FileStore.open(prepare(Project(repository.top).own_state), SystemClock()) as store:
         key = claim_key(session)
         await store.commit(Commit([Write(key, 0, {"epoch": 1, "released": None})]))
         registry = Registry(store, SystemClock(), scope_of(site.location, "main"))

@@ -20,6 +20,7 @@ from orchestrator.project import Project
 from orchestrator.protocols import Commit, Event, Key, Record, Write
 from orchestrator.runs import Runs
 from orchestrator.state.file import FileStore
+from orchestrator.state.identity import prepare
 from orchestrator.state.reading import is_of_run
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
@@ -41,7 +42,7 @@ async def project(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Re
 
 async def add(repository: Repository, commit: Commit) -> None:
     """Commit something more to the project's state."""
-    async with FileStore.open(repository.top / ".council/state", SystemClock()) as store:
+    async with FileStore.open(prepare(repository.top / ".council/state"), SystemClock()) as store:
         await store.commit(commit)
 
 
@@ -266,7 +267,7 @@ async def test_looking_changes_nothing(project: Repository) -> None:
 
 async def test_damage_is_told_of(project: Repository) -> None:
     """Beside what can still be read, to people and to programs."""
-    [segment] = (project.top / ".council/state").glob("*.jsonl")
+    [segment] = (project.top / ".council/state").glob("*/*.jsonl")
     data = bytearray(segment.read_bytes())
     data[data.index(b'"landed":"4f0c')] ^= 1
     segment.write_bytes(data)
@@ -359,7 +360,7 @@ async def test_the_past_from_python(project: Repository) -> None:
 
 async def test_damage_is_found_and_settled_for(project: Repository) -> None:
     """The exit code says whether all can be trusted; repaired, it can, and says what was given up."""
-    segment = next((project.top / ".council/state").glob("*.jsonl"))
+    segment = next((project.top / ".council/state").glob("*/*.jsonl"))
     before, _, after = segment.read_bytes().rpartition(b'"landed":"4f0c2d1e9b')
     segment.write_bytes(before + b'"landed":"000000000b' + after)
     found = project.council("state", "verify", "--json")
@@ -387,7 +388,7 @@ async def test_a_task_whose_record_is_gone_is_named(project: Repository) -> None
 
 async def test_a_task_whose_newest_record_is_damaged_says_so(project: Repository) -> None:
     """It is shown as it stood before; no other task is touched."""
-    (segment,) = (project.top / ".council/state").glob("*.jsonl")
+    (segment,) = (project.top / ".council/state").glob("*/*.jsonl")
     lines = segment.read_bytes().splitlines(keepends=True)
     lines[7] = lines[7][:-3] + bytes([lines[7][-3] ^ 1]) + lines[7][-2:]  # `models` lands there
     segment.write_bytes(b"".join(lines))

@@ -13,7 +13,7 @@ from tests.waiting import wait_for
 
 def lose_from(repository: Repository, event: bytes) -> None:
     """Cut off what the log tells from the first commit on in which something happened."""
-    (segment,) = (repository.top / ".council/state").glob("*.jsonl")
+    (segment,) = (repository.top / ".council/state").glob("*/*.jsonl")
     lines = segment.read_bytes().splitlines(keepends=True)
     first = next(number for number, line in enumerate(lines) if event in line)
     segment.write_bytes(b"".join(lines[:first]))

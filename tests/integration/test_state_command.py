@@ -30,7 +30,7 @@ async def test_a_run_at_work_is_looked_at_and_followed(repository: Repository) -
         {"id": "held", "prompt": "write h.txt h\nhang"},
     ]
     child = repository.start("run", str(repository.configure(tasks)), "--json")
-    wait_for((repository.top / ".council/state/lock").exists)
+    wait_for((repository.top / ".council/state/identity").exists)
     wait_for(lambda: status_of(repository, "held") == "running" and status_of(repository, "quick") == "landed", 60)
     follower = repository.start("state", "log", "--follow", "--json", "--limit", "1")
     assert follower.stdout is not None

@@ -19,6 +19,7 @@ from orchestrator.errors import RefusedError
 from orchestrator.project import Project
 from orchestrator.protocols import HISTORY, Commit, Event, JsonObject, Key, Store, Write
 from orchestrator.state.file import FileStore
+from orchestrator.state.identity import prepare
 from orchestrator.state.memory import MemoryStore
 from orchestrator.testing.clock import ManualClock
 from orchestrator.views.content import document_view, version_view
@@ -68,7 +69,7 @@ async def assert_equal(views: Path, store: Store) -> None:
 
 async def assert_equal_in(repository: Repository) -> None:
     """Check the views of a project."""
-    async with FileStore.open(repository.top / ".council/state", SystemClock()) as store:
+    async with FileStore.open(prepare(repository.top / ".council/state"), SystemClock()) as store:
         await assert_equal(repository.top / ".council/views", store)
 
 
@@ -89,7 +90,7 @@ async def store(request: pytest.FixtureRequest, project: Project) -> AsyncIterat
         await record_run(memory, clock, run_document(project.top))
         yield memory
     else:
-        async with FileStore.open(project.own_state, clock, segment_bytes=4000) as opened:
+        async with FileStore.open(prepare(project.own_state), clock, segment_bytes=4000) as opened:
             await record_run(opened, clock, run_document(project.top))
             yield opened
 
@@ -178,7 +179,7 @@ async def test_deleted_and_falsified_views_change_nothing_and_come_back(reposito
         ("index.json", "lies"),
     ):
         spoil(name, text)
-        async with FileStore.open(repository.top / ".council/state", SystemClock()) as store:
+        async with FileStore.open(prepare(repository.top / ".council/state"), SystemClock()) as store:
             await Views(store, SystemClock(), Project(repository.top)).refresh()
             await assert_equal(top, store)
     spoil("tasks/*/a/state.json", '{"value": {"status": "failed"}}')
@@ -309,7 +310,7 @@ async def test_who_ends_while_another_writes_leaves_them_whole(store: Store, vie
 async def test_what_the_log_does_not_go_back_to_is_there_all_the_same(project: Project) -> None:
     """Documents and their last versions; events from where the log begins."""
     clock = ManualClock(START)
-    async with FileStore.open(project.own_state, clock, segment_bytes=2000) as store:
+    async with FileStore.open(prepare(project.own_state), clock, segment_bytes=2000) as store:
         await record_run(store, clock, run_document(project.top))
         await rewrite(store, MODELS, 15)
         first = (await store.compact(clock.now() + 1, 0)).first
@@ -327,14 +328,14 @@ async def test_damage_is_shown(project: Project) -> None:
     """An older value stands in the view with the flag that it has in the store."""
     clock = ManualClock(START)
     key = Key("task", "r/a")
-    async with FileStore.open(project.own_state, clock) as store:
+    async with FileStore.open(prepare(project.own_state), clock) as store:
         await store.commit(Commit([Write(key, 0, {"n": "first"})]))
         await store.commit(Commit([Write(key, 1, {"n": "second"})]))
         await store.commit(Commit())
         await Views(store, clock, project).refresh()
-    [log] = project.own_state.glob("*.jsonl")
+    [log] = project.own_state.glob("*/*.jsonl")
     log.write_bytes(log.read_bytes().replace(b'"second"', b'"sec0nd"'))
-    async with FileStore.open(project.own_state, clock) as store:
+    async with FileStore.open(prepare(project.own_state), clock) as store:
         await Views(store, clock, project).refresh()
         told = json.loads((project.views / "tasks/r/a/state.json").read_text())
         assert (told["damaged"], told["value"], told["version"]) == (True, {"n": "first"}, 2)

@@ -23,6 +23,7 @@ from orchestrator.locking.orchestrators import read_orchestrators
 from orchestrator.project import Project
 from orchestrator.protocols import Event
 from orchestrator.state.file import FileStore
+from orchestrator.state.identity import prepare
 from tests.command_server import Started
 from tests.conftest import FAKE_CLI, Repository
 from tests.integration.test_scheduler import until_event
@@ -47,7 +48,7 @@ def states(repository: Repository) -> dict[str, str]:
 
 async def happened(repository: Repository) -> list[Event]:
     """Return all events of the repository's runs."""
-    async with FileStore.open(Project(repository.top).own_state, SystemClock()) as store:
+    async with FileStore.open(prepare(Project(repository.top).own_state), SystemClock()) as store:
         until = await store.position()
         found: list[Event] = []
         async for record in store.watch(0):
@@ -72,7 +73,7 @@ async def assert_each_landed_once(repository: Repository, tasks: Sequence[str]) 
         if line
     )
     assert landed == dict.fromkeys(tasks, 1)
-    async with FileStore.open(Project(repository.top).own_state, SystemClock()) as store:
+    async with FileStore.open(prepare(Project(repository.top).own_state), SystemClock()) as store:
         [run] = await store.list("run")
         claims = await read_claims(store, run.key.id)
         assert {one.released for one in claims.values()} == {Release.COMPLETE}
@@ -248,7 +249,7 @@ async def test_nobody_joins_a_run_that_is_not_shared(repository: Repository) -> 
     assert (refused.code, "enabled: true" in refused.stderr) == (2, True)
     child.send_signal(signal.SIGINT)
     ended(child)
-    async with FileStore.open(Project(repository.top).own_state, SystemClock()) as store:
+    async with FileStore.open(prepare(Project(repository.top).own_state), SystemClock()) as store:
         assert await read_claims(store, run) == {}
         [one] = (await read_orchestrators(store, run)).values()
         assert one.ended is not None

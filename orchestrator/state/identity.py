@@ -1,0 +1,107 @@
+"""Which log a folder holds, and whether it is known on this machine: one that came with a repository is not obeyed.
+
+    <folder>/identity          the log's identity: 32 random hexadecimal digits
+    <folder>/<identity>/       the log itself (`state.segments`)
+    <home>/stores/<identity>   recorded where the log was made, or accepted by a person
+
+The home is outside of all repositories. A file that a checkout or an archive puts into the folder belongs to no log,
+whatever its name is: who can't read the folder does not know the identity. All of this blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from secrets import token_hex
+from typing import Final
+
+from orchestrator.config.store import named_folder
+from orchestrator.errors import RefusedError
+from orchestrator.state.segments import make_folder, sync_folder
+
+NAME: Final = "identity"
+_IDENTITY: Final = re.compile(rb"([0-9a-f]{32})\n?")
+_KNOWN: Final = "stores"
+
+
+def log_in(folder: Path) -> Path | None:
+    """Return the folder of the log that a store's folder holds; None where none was made. RefusedError if damaged."""
+    path = folder / NAME
+    try:
+        found = _IDENTITY.fullmatch(path.read_bytes()[:64])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise RefusedError(f"{path} can't be read: {error.strerror}", "make it a file that you can read") from None
+    if found is None:
+        remedy = f"write the name of the log's folder into it, which is next to it: `ls {folder}`"
+        raise RefusedError(f"{path} names no log", remedy)
+    return folder / found[1].decode()
+
+
+def prepare(folder: Path, home: Path | None = None) -> Path:
+    """Return the folder of the log, as `log_in`; a new store gets an identity, which is recorded in the home."""
+    if (log := log_in(folder)) is not None:
+        return log
+    name = token_hex(16)
+    if home is not None:
+        _record(home, name, str(folder))
+    make_folder(folder)
+    staged = folder / f"{NAME}.{name}"
+    _write(staged, name)
+    with suppress(FileExistsError):  # another process was faster: its identity counts
+        os.link(staged, folder / NAME)
+    staged.unlink()
+    sync_folder(folder)
+    log = log_in(folder)
+    assert log is not None, "it was just written"  # noqa: S101
+    return log
+
+
+def check_known(url: str, home: Path) -> None:
+    """Refuse (RefusedError) a store that was neither made on this machine nor accepted by a person.
+
+    A folder that has none gets an identity. Of other stores the URL is what has to be known.
+    """
+    folder = named_folder(url)
+    if folder is None:
+        name, what = _url_name(url), f"the store that {url.partition(':')[0]}: names"
+    else:
+        name, what = prepare(folder, home).name, f"the state in {folder}"
+    if not (home / _KNOWN / name).is_file():
+        raise RefusedError(
+            f"{what} was not made on this machine: what is in it would be obeyed",
+            "`council state adopt` if you know where it comes from; else move it away",
+        )
+
+
+def accept(url: str, home: Path) -> None:
+    """Record that a person wants a store to be used that was made elsewhere. RefusedError where there is none."""
+    folder = named_folder(url)
+    log = None if folder is None else log_in(folder)
+    if folder is not None and log is None:
+        raise RefusedError(f"there is no state in {folder}", "name the folder of a store, such as .council/state")
+    _record(home, _url_name(url) if log is None else log.name, "" if folder is None else str(folder))
+
+
+def _url_name(url: str) -> str:
+    # A URL may have a password in it.
+    return f"url-{hashlib.sha256(url.encode(errors='surrogateescape')).hexdigest()[:32]}"
+
+
+def _record(home: Path, name: str, what: str) -> None:
+    make_folder(home / _KNOWN)
+    with suppress(FileExistsError):
+        _write(home / _KNOWN / name, what)
+        sync_folder(home / _KNOWN)
+
+
+def _write(path: Path, text: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(os.fsencode(f"{text}\n"))
+        file.flush()
+        os.fsync(file.fileno())
