@@ -416,3 +416,56 @@ async def test_a_pipe_behind_a_pointer_does_not_hang(place: Place, monkeypatch: 
     place.write("two/file.txt")
     collected = await place.collect()
     assert {"one/file.txt", "two/file.txt"} <= set(await place.tree(collected.commit))
+
+
+_RESERVED = {
+    ".council/state/00000000000000000001-00000000000099999999.jsonl": ".council",
+    ".Council/store": ".council",
+    "sub/.worktrees/.state/x.json": ".worktrees",
+    ".g\u200cit/hooks/pre-commit": ".git",
+    "git~1/config": ".git",
+    "x\\.git\\config": ".git",
+}
+
+
+@pytest.mark.parametrize("name", list(_RESERVED))
+async def test_a_file_of_a_reserved_name_stays_out(place: Place, name: str) -> None:
+    """Nor does a .gitignore that says not to ignore it help."""
+    place.write("good.txt")
+    place.write(".gitignore", "!.council\n!.worktrees\n")
+    place.write(name, "forged")
+    left = await place.collect()
+    assert left.left_out == (name,)
+    assert left.refused is not None and f"{_RESERVED[name]} is reserved" in left.refused
+    tree = await place.tree(left.commit)
+    assert name not in tree and "good.txt" in tree
+    assert not await place.has(b"forged")
+
+
+@pytest.mark.parametrize("name", list(_RESERVED))
+async def test_a_commit_with_a_reserved_name_stays_out(place: Place, name: str) -> None:
+    """Git commands that know no such rule can make one; the files of the checkout become a commit without it."""
+    place.write("good.txt")
+    blob = place.agent("hash-object", "-w", str(place.write("forged.txt", "forged")))
+    (place.worktree.tree / "forged.txt").unlink()
+    rows = f"100644 blob {blob}\t{name.rpartition('/')[2]}\n"
+    for folder in reversed(name.split("/")[:-1]):
+        rows = f"040000 tree {place.tree_of(rows)}\t{folder}\n"
+    mine = place.agent("commit-tree", place.tree_of(rows), "-p", "HEAD", "-m", "forged")
+    place.agent("update-ref", f"refs/heads/{place.worktree.branch}", mine)
+    left = await place.collect()
+    tree = await place.tree(left.commit)
+    assert name not in tree and "good.txt" in tree
+    assert "its own commits are not kept as history" in left.notes[0]
+    assert not await place.has(b"forged")
+
+
+async def test_folders_of_ours_in_a_checkout_are_no_work(place: Place) -> None:
+    """What a command of ours may leave where an agent runs it is ignored, as it is in the user's checkout."""
+    place.write("good.txt")
+    place.write(".council/state/x", "left")
+    place.write("sub/.worktrees/x", "left")
+    left = await place.collect()
+    assert (left.refused, left.left_out) == (None, ())
+    assert "good.txt" in await place.tree(left.commit)
+    assert not any("left" in path or ".council" in path for path in await place.tree(left.commit))

@@ -1,0 +1,43 @@
+"""Which names no commit of an agent may contain."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestrator.domain.reserved_names import reserved_name
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        (".git/hooks/pre-commit", ".git"),
+        ("sub/.GIT/config", ".git"),
+        (".g\u200cit/config", ".git"),
+        (".gi\u200ft", ".git"),
+        (".git\ufeff/x", ".git"),
+        ("git~1/config", ".git"),
+        ("GIT~2", ".git"),
+        (".git. . /config", ".git"),
+        (".git::$INDEX_ALLOCATION/config", ".git"),
+        ("a\\.git\\hooks\\x", ".git"),
+        (".council/state/x.jsonl", ".council"),
+        (".council", ".council"),
+        ("deep/er/.Council/x", ".council"),
+        (".counc\u200dil/store", ".council"),
+        ("COUNCI~1/store", ".council"),
+        (".worktrees/.state/x", ".worktrees"),
+        (".wor\u212atrees/x", ".worktrees"),
+    ],
+)
+def test_a_name_that_is_or_becomes_a_reserved_one(path: str, name: str) -> None:
+    """By case, by what HFS+ passes over, by the forms that NTFS takes for the same."""
+    assert reserved_name(path) == name
+
+
+@pytest.mark.parametrize(
+    "path",
+    [".gitignore", ".github/x", "git", "a.git/x", "council/x", ".council.yaml", "x/.git-blame", "git~", "~1", "a:b"],
+)
+def test_names_that_only_look_alike(path: str) -> None:
+    """They may be in a commit."""
+    assert reserved_name(path) is None
