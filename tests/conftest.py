@@ -18,6 +18,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import orchestrator.testing.fake_cli
+from orchestrator.project import Project, council_home
+from orchestrator.state.identity import prepare
 from orchestrator.testing.fingerprint import Fingerprint
 from orchestrator.testing.invariants import Scene, assert_invariants
 from tests import command_server
@@ -100,6 +102,11 @@ class Repository:
     environ: dict[str, str]
     spawns: Path
     before: list[Fingerprint] = field(default_factory=list)
+
+    @property
+    def log(self) -> Path:
+        """The folder of the log of its own state, which is made known as a command would."""
+        return prepare(Project(self.top).own_state, council_home(self.environ))
 
     def git(self, *arguments: str) -> str:
         """Run git as the user would."""

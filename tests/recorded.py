@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,9 +20,11 @@ from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.records import seed
 from orchestrator.engine.steps import Update
 from orchestrator.locking.orchestrators import Orchestrators, this_process
+from orchestrator.project import Project, council_home
 from orchestrator.protocols import Store
 from orchestrator.state import journal
 from orchestrator.state.file import FileStore
+from orchestrator.state.identity import prepare
 from orchestrator.testing.clock import ManualClock
 
 RUN = "20260102-030405-ab12"
@@ -133,6 +136,6 @@ async def recorded(top: Path, monkeypatch: pytest.MonkeyPatch, folder: Path | No
     monkeypatch.setattr(journal, "name_of_writer", lambda: "ada@box:4711")
     clock = ManualClock(START)
     (top / ".council").mkdir(mode=0o700)
-    async with FileStore.open(top / ".council" / "state", clock) as store:
+    async with FileStore.open(prepare(Project(top).own_state, council_home(os.environ)), clock) as store:
         await record_run(store, clock, run_document(folder or top), OWNER)
         yield store

@@ -10,12 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from orchestrator.domain.ownership import check_pattern, overlap
+from orchestrator.domain.ownership import check_pattern, matches, overlap
 from orchestrator.domain.sessions import SessionName
 from orchestrator.errors import RefusedError
 
-#: How many paths a session can own in all, with those that it has given back, and of how many characters: each
-#: change writes them all.
+#: How many paths a session can own in all, and of how many characters: each change writes them all.
 MOST_OWNED, LONGEST_OWNED = 2000, 200_000
 
 #: What no pattern can say, a backslash and bytes that are not UTF-8, is any character there.
@@ -43,8 +42,8 @@ class Holding:
     """The id of the process that took it."""
     epoch: int
     """Of the claim that it is part of."""
-    had: tuple[str, ...] = ()
-    """All that it has ever owned, what it gave back too, but not what was taken from it: what it may have changed."""
+    locked: tuple[str, ...] = ()
+    """Those of its patterns that the session asked to lock: no work of others that changes them lands."""
     waiting: Waiting | None = None
     taken: Mapping[str, float] = field(default_factory=dict)
     """When it took each of its patterns."""
@@ -52,29 +51,34 @@ class Holding:
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to it any more that others have to know."""
-        return not self.patterns and self.waiting is None and not self.had
+        return not self.patterns and self.waiting is None
 
     def stands_in_the_way(self, session: SessionName, patterns: Sequence[str]) -> bool:
         """Whether a session can't own patterns because of what this one owns."""
         return in_the_way(session, patterns, [self]) is not None
 
-    def with_taken(self, patterns: Sequence[str], now: float) -> Holding:
-        """Return it with more patterns; those that it has already stay as they are."""
+    def with_taken(self, patterns: Sequence[str], now: float, *, is_lock: bool = False) -> Holding:
+        """Return it with more patterns; of those that it has already only the lock is new."""
         new = dict.fromkeys(one for one in patterns if one not in self.taken)
         taken = {**self.taken, **dict.fromkeys(new, now)}
         since = self.since if self.patterns else now
-        had = tuple(dict.fromkeys((*self.had, *new)))
-        return replace(self, patterns=tuple(taken), since=since, had=had, taken=taken)
+        locked = tuple(dict.fromkeys((*self.locked, *(patterns if is_lock else ()))))
+        return replace(self, patterns=tuple(taken), since=since, locked=locked, taken=taken)
 
     def without(self, patterns: Sequence[str]) -> Holding:
         """Return it without patterns, as they were taken."""
         taken = {one: when for one, when in self.taken.items() if one not in patterns}
-        return replace(self, patterns=tuple(taken), taken=taken, since=min(taken.values(), default=self.since))
+        locked = tuple(one for one in self.locked if one in taken)
+        since = min(taken.values(), default=self.since)
+        return replace(self, patterns=tuple(taken), taken=taken, locked=locked, since=since)
 
     def taken_away(self) -> Holding:
-        """Return it without all that it owns, as if it had never owned that: a person wants it so."""
-        had = tuple(one for one in self.had if one not in self.taken)
-        return replace(self, patterns=(), taken={}, had=had)
+        """Return it without all that it owns."""
+        return self.without(self.patterns)
+
+    def lock_on(self, paths: Iterable[str]) -> tuple[str, str] | None:
+        """Return the first path that one of its locks names, with that lock's pattern; None if none does."""
+        return next(((path, one) for path in paths for one in self.locked if matches(one, path)), None)
 
     def with_waiting(self, waiting: Waiting | None) -> Holding:
         """Return it with what it waits for."""
@@ -89,7 +93,7 @@ class Holding:
             "since": self.since,
             "orchestrator": self.orchestrator,
             "epoch": self.epoch,
-            "had": list(self.had),
+            "locked": list(self.locked),
             "waiting": waiting,
             "taken": dict(self.taken),
         }
@@ -104,7 +108,7 @@ class Holding:
             value["since"],
             value["orchestrator"],
             value["epoch"],
-            tuple(value["had"]),
+            tuple(value["locked"]),
             None if waiting is None else Waiting(tuple(waiting["patterns"]), waiting["since"]),
             value["taken"],
         )
@@ -155,12 +159,12 @@ def pattern_of(path: str) -> str:
     return path.translate(_SPECIAL)
 
 
-def check_room(had: Sequence[str], wanted: Sequence[str]) -> None:
-    """Raise RefusedError where a session that has owned patterns can't come to own so many more."""
-    all_ = {*had, *wanted}
+def check_room(owned: Sequence[str], wanted: Sequence[str]) -> None:
+    """Raise RefusedError where a session that owns patterns can't come to own so many more."""
+    all_ = {*owned, *wanted}
     count, length = len(all_), sum(map(len, all_))
     if count > MOST_OWNED or length > LONGEST_OWNED:
-        what = f"that would be {count} paths of {length} characters in all that one session owns or has owned"
+        what = f"that would be {count} paths of {length} characters in all that one session owns"
         raise RefusedError(f"{what}, {MOST_OWNED} of {LONGEST_OWNED} fit", "name the folders that they are in")
 
 

@@ -1,4 +1,7 @@
-"""What a merge changes, held against what its task owned: only where that says `owns`, and always before it lands."""
+"""What a merge changes, compared before it lands with what its task `owns`, and with what other sessions have locked.
+
+What its own session locked while it ran does not count: no agent decides what its task may change.
+"""
 
 from __future__ import annotations
 
@@ -64,6 +67,8 @@ class Borders:
     def __init__(self, ledger: Ledger, git: Git, registry: Registry) -> None:
         self._ledger, self._git, self._registry = ledger, git, registry
         self._judged: set[str] = set()
+        self._extended: dict[str, tuple[str, ...]] = {}
+        """What tasks came to own by `on_escape: extend`."""
 
     async def judge(self, task: str, spec: TaskSpec, merge: Merge) -> Escape | None:
         """Return why a merge can't land because of what it changes; None if it can, be it because that is allowed.
@@ -73,20 +78,30 @@ class Borders:
         if not spec.owns or merge.new in self._judged:
             return None
         changed = [one.path for one in await self._git.changes(f"{merge.new}^1", merge.new)]
-        if outside := escaped(spec.owns, changed):
-            owned = await self._owned(task, spec)
-            if outside := escaped(owned, outside):
-                escape = Escape(tuple(outside), tuple(owned))
-                match spec.on_escape:
-                    case "bounce":
-                        return escape
-                    case "extend":
-                        if (why := await self._extend(task, outside)) is not None:
-                            return replace(escape, holder=why)
-                        await self._note("task.ownership_extended", task, outside)
-                    case "allow":
-                        await self._note("task.escape_allowed", task, outside)
+        owned = (*spec.owns, *self._extended.get(task, ()))
+        if outside := escaped(owned, changed):
+            escape = Escape(tuple(outside), owned)
+            match spec.on_escape:
+                case "bounce":
+                    return escape
+                case "extend":
+                    if (why := await self._extend(task, outside)) is not None:
+                        return replace(escape, holder=why)
+                    await self._note("task.ownership_extended", task, outside)
+                case "allow":
+                    await self._note("task.escape_allowed", task, outside)
         self._judged.add(merge.new)
+        return None
+
+    async def locked(self, task: str, merge: Merge) -> str | None:
+        """Return which other session has locked what a merge changes, in words; None if none has."""
+        others = await self._registry.locked_by_others(self._session(task))
+        if not others:
+            return None
+        changed = [one.path for one in await self._git.changes(f"{merge.new}^1", merge.new)]
+        for one in others:
+            if (found := one.lock_on(changed)) is not None:
+                return f"{shown(found[0])} is locked by task {one.session.task} of run {one.session.run}"
         return None
 
     async def restart(self, task: str, merge: Merge, escape: Escape) -> str:
@@ -95,19 +110,17 @@ class Borders:
         await self._git("update-ref", internal_ref(self._ledger.run.id, f"again/{task}"), commit)
         return commit
 
-    async def _owned(self, task: str, spec: TaskSpec) -> list[str]:
-        """Return what the task owns, and what its attempts took while they ran: later ones build on earlier ones."""
-        numbers = [one.number for one in self._ledger.task(task).attempts]
-        had = [await self._registry.had(SessionName(self._ledger.run.id, task, number)) for number in numbers]
-        return list(dict.fromkeys((*spec.owns, *(one for patterns in had for one in patterns))))
-
     async def _extend(self, task: str, outside: Sequence[str]) -> str | None:
         """Have a task own more paths; return why it can't."""
+        patterns = tuple(dict.fromkeys(map(pattern_of, outside)))
         try:
-            held = await self._registry.extend(self._session(task), list(dict.fromkeys(map(pattern_of, outside))))
+            held = await self._registry.extend(self._session(task), patterns)
         except RefusedError as refused:
             return refused.what
-        return None if held is None else held.describe()
+        if held is not None:
+            return held.describe()
+        self._extended[task] = (*self._extended.get(task, ()), *patterns)
+        return None
 
     async def _note(self, event: str, task: str, paths: Sequence[str]) -> None:
         attempt = self._ledger.task(task).attempt.number

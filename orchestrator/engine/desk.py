@@ -301,7 +301,7 @@ class SessionDesk:
         sitting.taken.update(wanted)
         sitting.named.update(wanted)
         try:
-            await self._own(session, wanted, claim, until)
+            await self._own(session, list(map(pattern_of, paths)), claim, until)
             await self._lock_files(session, paths, until)
         except BaseException:
             with anyio.CancelScope(shield=True):
@@ -315,16 +315,16 @@ class SessionDesk:
         if not patterns:
             return
         who = self._orchestrator
-        held = await self._registry.plan(session, patterns, orchestrator=who, claim=claim)
+        held = await self._registry.plan(session, patterns, orchestrator=who, claim=claim, is_lock=True)
         # Only tried first where it looks free: who is refused is on record, and who waits is so by another record.
         still = held if isinstance(held, HeldBy) else None
         if still is None:
-            still = await self._registry.take(session, patterns, orchestrator=who, claim=claim)
+            still = await self._registry.take(session, patterns, orchestrator=who, claim=claim, is_lock=True)
         left = until - self._clock.monotonic()
         if still is not None and left > 0:
             async with self._contexts.waiting(session, f"{still.wanted}, which {still.holder.task} has"):
                 still = await self._registry.take(
-                    session, patterns, orchestrator=who, claim=claim, wait=left, also=self._files.waits
+                    session, patterns, orchestrator=who, claim=claim, is_lock=True, wait=left, also=self._files.waits
                 )
         if still is not None:
             what = f"{still.describe()} since {local_time(still.since)}"

@@ -295,12 +295,23 @@ class MergeQueue:
         if (escape := await self._borders.judge(task, spec, merge)) is not None:
             await self._turn_back(task, spec, merge, escape)
             return False
+        if await self._is_locked(task, merge):
+            return False
         if not spec.checks:
             return True
         tree = await self.git.line("rev-parse", f"{merge.new}^{{tree}}")
         if (task, tree) in self._passed:
             return True
-        return await self._check(task, spec, merge, tree)
+        return await self._check(task, spec, merge, tree) and not await self._is_locked(task, merge)
+
+    async def _is_locked(self, task: str, merge: Merge) -> bool:
+        """Whether another session has locked what a merge changes: then it lands when that has ended or unlocked it."""
+        why = await self._borders.locked(task, merge)
+        if why is not None and self._status(task) is TaskStatus.CHECKING:
+            await self.ledger.change(task, Trigger.REQUEUE, {"reason": why}, reason=why)
+        elif why is not None:
+            await self._defer(task, why)
+        return why is not None
 
     async def _check(self, task: str, spec: TaskSpec, merge: Merge, tree: str) -> bool:
         await self.ledger.change(task, Trigger.CHECK, {"merge": merge.new})

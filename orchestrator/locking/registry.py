@@ -12,7 +12,6 @@ import hashlib
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Final, NamedTuple
 
 import anyio
@@ -65,9 +64,11 @@ class Registry:
         return Key(KIND, f"{self.scope}/{session}")
 
     async def plan(
-        self, session: SessionName, patterns: Sequence[str], *, orchestrator: str, claim: Guard
+        self, session: SessionName, patterns: Sequence[str], *, orchestrator: str, claim: Guard, is_lock: bool = False
     ) -> Sequence[Write] | HeldBy:
         """Return what a commit must also write to have the session own patterns, or who stands in the way.
+
+        With `is_lock` the session asks for it itself: `locked_by_others` tells who would land there.
 
         `claim` names the claim's epoch, which that commit itself may write. It fails with a VersionConflict if anybody
         takes anything of the scope in between: plan anew then. RefusedError for what is no pattern.
@@ -89,9 +90,8 @@ class Registry:
             return held
         version, holding = found.holdings.get(session, (0, None))
         if holding is None or holding.epoch != claim.epoch:
-            # What it has done under the claim of who had the task before stays allowed.
-            holding = replace(self._blank(session, orchestrator, claim), had=tuple(await self.had(session)))
-        taken = holding.with_taken(wanted, self._clock.now()).with_waiting(None)
+            holding = self._blank(session, orchestrator, claim)
+        taken = holding.with_taken(wanted, self._clock.now(), is_lock=is_lock).with_waiting(None)
         return [
             Write(self._turnstile, found.turnstile, {"since": self._clock.now()}),
             Write(self.key(session), version, taken.to_json()),
@@ -105,6 +105,7 @@ class Registry:
         *,
         orchestrator: str,
         claim: Guard,
+        is_lock: bool = False,
         wait: float = 0.0,
         also: Callable[[], Awaitable[Mapping[str, Wait]]] | None = None,
     ) -> HeldBy | None:
@@ -116,9 +117,9 @@ class Registry:
         returns what they wait for besides paths of this scope. A cancelled wait takes nothing.
         """
         own = await self._own(session)
-        check_room(() if own is None else own[1].had, patterns)
+        check_room(() if own is None else own[1].patterns, patterns)
         position = await self._store.position()
-        held = await self._take(session, patterns, orchestrator, claim)
+        held = await self._take(session, patterns, orchestrator, claim, is_lock=is_lock)
         if held is None:
             return None
         facts = {"patterns": list(patterns), "holder": str(held.holder), "held": held.pattern}
@@ -137,7 +138,7 @@ class Registry:
                     raise LockRefused(what, why, "unlock something, and ask again")
                 await self._change(position, until)
                 position = await self._store.position()
-                held = await self._take(session, patterns, orchestrator, claim)
+                held = await self._take(session, patterns, orchestrator, claim, is_lock=is_lock)
         finally:
             with anyio.CancelScope(shield=True):
                 await self.stops_waiting(session)
@@ -150,7 +151,9 @@ class Registry:
         """
         last = await self._last(session)  # also where it was swept meanwhile, as nobody's
         if last is not None and last.epoch != claim.epoch and last.patterns:
-            await self._take(session, last.patterns, orchestrator, claim)
+            held = await self._take(session, last.patterns, orchestrator, claim)
+            if held is None and last.locked:
+                await self._take(session, last.locked, orchestrator, claim, is_lock=True)
 
     async def give_back(self, session: SessionName, patterns: Sequence[str], claim: Guard) -> Sequence[str]:
         """Have a session own patterns no more, as it took them; return those that it did own."""
@@ -174,10 +177,11 @@ class Registry:
         found = await self._store.get(self.key(session))
         return [] if found is None else [Write(found.key, found.version, None)]
 
-    async def had(self, session: SessionName) -> Sequence[str]:
-        """Return all patterns that a session has owned, whether or not it is over, but for what a person took away."""
-        last = await self._last(session)
-        return () if last is None else last.had
+    async def locked_by_others(self, session: SessionName) -> Sequence[Holding]:
+        """Return what sessions of other tasks have locked, the oldest first; all of it counts."""
+        found = [one for _, one in (await self._read()).holdings.values()]
+        others = [one for one in found if one.locked and one.session[:2] != session[:2]]
+        return sorted([one for one in others if await self._counts(one)], key=lambda one: one.since)
 
     async def holdings(self) -> Sequence[Holding]:
         """Return what counts of the scope: who owns and waits for what, the oldest first."""
@@ -250,10 +254,10 @@ class Registry:
         await retried(attempt, _TRIES)
 
     async def _take(
-        self, session: SessionName, patterns: Sequence[str], orchestrator: str, claim: Guard
+        self, session: SessionName, patterns: Sequence[str], orchestrator: str, claim: Guard, *, is_lock: bool = False
     ) -> HeldBy | None:
         async def attempt() -> HeldBy | None:
-            planned = await self.plan(session, patterns, orchestrator=orchestrator, claim=claim)
+            planned = await self.plan(session, patterns, orchestrator=orchestrator, claim=claim, is_lock=is_lock)
             if isinstance(planned, HeldBy):
                 return planned
             if planned:

@@ -2,7 +2,7 @@
 
     <folder>/identity          the log's identity: 32 random hexadecimal digits
     <folder>/<identity>/       the log itself (`state.segments`)
-    <home>/stores/<identity>   recorded where the log was made, or accepted by a person
+    <home>/known_stores        a line for each log that was made on this machine, or accepted by a person
 
 The home is outside of all repositories. A file that a checkout or an archive puts into the folder belongs to no log,
 whatever its name is: who can't read the folder does not know the identity. All of this blocks.
@@ -11,6 +11,7 @@ whatever its name is: who can't read the folder does not know the identity. All 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from contextlib import suppress
@@ -24,7 +25,7 @@ from orchestrator.state.segments import make_folder, sync_folder
 
 NAME: Final = "identity"
 _IDENTITY: Final = re.compile(rb"([0-9a-f]{32})\n?")
-_KNOWN: Final = "stores"
+_KNOWN: Final = "known_stores"
 
 
 def log_in(folder: Path) -> Path | None:
@@ -51,7 +52,7 @@ def prepare(folder: Path, home: Path | None = None) -> Path:
         _record(home, name, str(folder))
     make_folder(folder)
     staged = folder / f"{NAME}.{name}"
-    _write(staged, name)
+    _write(staged, name, os.O_EXCL)
     with suppress(FileExistsError):  # another process was faster: its identity counts
         os.link(staged, folder / NAME)
     staged.unlink()
@@ -71,7 +72,7 @@ def check_known(url: str, home: Path) -> None:
         name, what = _url_name(url), f"the store that {url.partition(':')[0]}: names"
     else:
         name, what = prepare(folder, home).name, f"the state in {folder}"
-    if not (home / _KNOWN / name).is_file():
+    if name.encode() not in _known(home):
         raise RefusedError(
             f"{what} was not made on this machine: what is in it would be obeyed",
             "`council state adopt` if you know where it comes from; else move it away",
@@ -92,16 +93,27 @@ def _url_name(url: str) -> str:
     return f"url-{hashlib.sha256(url.encode(errors='surrogateescape')).hexdigest()[:32]}"
 
 
-def _record(home: Path, name: str, what: str) -> None:
-    make_folder(home / _KNOWN)
-    with suppress(FileExistsError):
-        _write(home / _KNOWN / name, what)
-        sync_folder(home / _KNOWN)
+def _known(home: Path) -> set[bytes]:
+    try:
+        lines = (home / _KNOWN).read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return set()
+    return {line.partition(b" ")[0] for line in lines}
 
 
-def _write(path: Path, text: str) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+def _record(home: Path, name: str, folder: str) -> None:
+    """Add a line; the folder is there for people."""
+    if name.encode() in _known(home):
+        return
+    make_folder(home)
+    # A line that a crash left unfinished ends here.
+    _write(home / _KNOWN, f"\n{name} {json.dumps(folder)}", os.O_APPEND)
+    sync_folder(home)
+
+
+def _write(path: Path, text: str, flag: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | flag, 0o600)
     with os.fdopen(descriptor, "wb") as file:
-        file.write(os.fsencode(f"{text}\n"))
+        file.write(f"{text}\n".encode())
         file.flush()
         os.fsync(file.fileno())

@@ -15,7 +15,6 @@ import pytest
 from orchestrator.clock import SystemClock
 from orchestrator.failpoints import FAILPOINTS
 from orchestrator.state.file import FileStore
-from orchestrator.state.identity import prepare
 from tests.conftest import Ended, Repository
 from tests.waiting import wait_for
 
@@ -87,7 +86,7 @@ def configure(repository: Repository, tasks: list[dict[str, object]]) -> Path:
 async def assert_told(repository: Repository) -> None:
     """Check that the file of the sink, if there is one, has every event once and in order."""
     file = repository.top.parent / "events.jsonl"
-    async with FileStore.open(prepare(repository.top / ".council/state"), SystemClock()) as store:
+    async with FileStore.open(repository.log, SystemClock()) as store:
         last, recorded = await store.position(), []
         async for record in store.watch():
             recorded += [(record.position, event.type) for event in record.events if "sink." not in event.type]

@@ -15,9 +15,7 @@ from orchestrator.clock import SystemClock
 from orchestrator.engine.records import read_requests
 from orchestrator.failpoints import FAILPOINTS
 from orchestrator.locking.orchestrators import read_orchestrators
-from orchestrator.project import Project
 from orchestrator.state.file import FileStore
-from orchestrator.state.identity import prepare
 from tests.command_server import Started
 from tests.conftest import Repository
 from tests.crash.test_crashes import BESIDE, IN_RECOVERY, LEADS_TO, assert_told, chain_and_sides, configure
@@ -171,7 +169,7 @@ async def assert_finished(repository: Repository, tasks: Sequence[str], *, unend
     assert (status["status"], set(states(repository).values())) == ("landed", {"landed"})
     await assert_each_landed_once(repository, tasks)
     await assert_told(repository)
-    async with FileStore.open(prepare(Project(repository.top).own_state), SystemClock()) as store:
+    async with FileStore.open(repository.log, SystemClock()) as store:
         crew = (await read_orchestrators(store, status["run"])).values()
         assert sum(one.ended is None for one in crew) == unended
         assert await read_requests(store, status["run"]) == []

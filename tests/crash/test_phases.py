@@ -14,7 +14,6 @@ from orchestrator.domain.model import TaskDocument
 from orchestrator.domain.phases import PhaseStatus
 from orchestrator.engine.records import read_handoffs, read_task
 from orchestrator.state.file import FileStore
-from orchestrator.state.identity import prepare
 from tests.conftest import Repository
 
 PHASES = ("scout", "plan", "build", "review")
@@ -59,7 +58,7 @@ def configure(repository: Repository) -> Path:
 
 async def recorded(repository: Repository, run: str) -> TaskDocument:
     """Check what is on record of the task, and return it."""
-    async with FileStore.open(prepare(repository.top / ".council/state"), SystemClock()) as store:
+    async with FileStore.open(repository.log, SystemClock()) as store:
         task = await read_task(store, run, "t")
         handoffs = {id_: one for id_, (_, one) in (await read_handoffs(store, run, "t")).items()}
         last, events = await store.position(), []

@@ -26,7 +26,6 @@ from orchestrator.engine.checking import check_run
 from orchestrator.plugins import load_plugins
 from orchestrator.protocols import Commit, Document, JsonObject, Key, Write
 from orchestrator.state.file import FileStore
-from orchestrator.state.identity import prepare
 from orchestrator.state.memory import MemoryStore
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
@@ -196,7 +195,7 @@ async def test_a_session_that_is_done_and_ends_nothing_is_told(repository: Repos
         started=clock.now(),
         updated=clock.now(),
     )
-    async with FileStore.open(prepare(repository.top / ".council/state"), clock) as store:
+    async with FileStore.open(repository.log, clock) as store:
         at_work = await store.get(Key("task", f"{run}/t"))
         assert at_work is not None
         attempts = [*at_work.value["attempts"][:1], {**at_work.value["attempts"][1], "ended": None}]
@@ -249,7 +248,7 @@ class Overtaking(MemoryStore):
 async def test_what_belongs_together_is_read_as_of_one_moment(repository: Repository) -> None:
     """Also where the next phase has received a handoff between two looks."""
     run = landed(repository)
-    async with FileStore.open(prepare(repository.top / ".council/state"), SystemClock()) as store:
+    async with FileStore.open(repository.log, SystemClock()) as store:
         last, positions = await store.position(), list[int]()
         async for record in store.watch():
             if any(event.type == "handoff.received" for event in record.events):

@@ -23,7 +23,6 @@ from orchestrator.filelock import FileLock
 from orchestrator.project import Project
 from orchestrator.repo.hub import Hub
 from orchestrator.state.file import FileStore
-from orchestrator.state.identity import prepare
 from tests.conftest import Ended, Repository
 from tests.waiting import wait_for
 
@@ -429,7 +428,7 @@ async def listed_in_process(repository: Repository, store: FileStore) -> tuple[C
 async def test_what_came_to_be_needed_after_it_was_listed_stays(repository: Repository) -> None:
     """A run that somebody begins to work in is not touched, nor what was judged by what is not so any more."""
     run = run_once(repository, KEEPS, code=1)
-    async with FileStore.open(prepare(Project(repository.top).own_state), SystemClock()) as store:
+    async with FileStore.open(repository.log, SystemClock()) as store:
         cleaner, listed = await listed_in_process(repository, store)
         async with hub_of(repository).run_lock(run).hold():
             [removal] = await cleaner.remove(listed)

@@ -17,7 +17,6 @@ from orchestrator.protocols import Commit, Write
 from orchestrator.repo.hub import Hub
 from orchestrator.state.conflicts import apply_updates
 from orchestrator.state.file import FileStore
-from orchestrator.state.identity import prepare
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
 from tests.recorded import RUN, START, recorded
@@ -48,7 +47,7 @@ async def project(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Re
 
 async def change(repository: Repository, key: Key, value: dict[str, Any] | None) -> None:
     """Write a document, whatever it was."""
-    async with FileStore.open(prepare(repository.top / ".council/state"), ManualClock(START + 200)) as store:
+    async with FileStore.open(repository.log, ManualClock(START + 200)) as store:
         found = await store.get(key)
         await store.commit(Commit([Write(key, found.version if found else 0, value)]))
 
@@ -82,7 +81,7 @@ async def test_conflicts_for_programs(project: Repository) -> None:
 
 async def pending(repository: Repository) -> dict[str, Any]:
     """Return what the task in conflict would be if it were to be tried again."""
-    async with FileStore.open(prepare(repository.top / ".council/state"), ManualClock(START + 200)) as store:
+    async with FileStore.open(repository.log, ManualClock(START + 200)) as store:
         found = await store.get(API)
     assert found is not None
     return {**found.value, "status": "pending"}
@@ -140,7 +139,7 @@ async def test_a_document_that_was_changed_since_needs_force(project: Repository
 
 async def test_of_several_about_one_document_the_id_is_asked_for(project: Repository) -> None:
     """Each has one of its own."""
-    async with FileStore.open(prepare(project.top / ".council/state"), ManualClock(START + 200)) as store:
+    async with FileStore.open(project.log, ManualClock(START + 200)) as store:
         await apply_updates(store, await updates(store), "manual")
     async with Council.open(project.top, environ=project.environ) as council:
         first, second = await council.conflicts()

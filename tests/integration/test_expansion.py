@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 
 from orchestrator.clock import SystemClock
-from orchestrator.project import Project
 from orchestrator.state.file import FileStore
-from orchestrator.state.identity import prepare
 from tests.conftest import Ended, Repository
 from tests.integration.test_working_together import QUICK, ended, happened, states
 from tests.waiting import wait_for
@@ -166,7 +164,7 @@ async def test_a_plan_says_nothing_but_what_is_its_own_to_say(repository: Reposi
     )
     run = repository.council("run", path, "--json")
     assert run.states == {"all": "blocked", "all-x": "failed"}, run
-    async with FileStore.open(prepare(Project(repository.top).own_state), SystemClock()) as store:
+    async with FileStore.open(repository.log, SystemClock()) as store:
         specs = {one.key.id.partition("/")[2]: one.value for one in await store.list("spec")}
     own = ("id", "prompt", "owns", "workflow", "plan")
     assert {key: value for key, value in specs["all-x"].items() if key not in own} == {

@@ -13,7 +13,6 @@ from orchestrator.domain.phases import PhaseStatus
 from orchestrator.domain.workflow import Phase, Workflow, completed
 from orchestrator.engine.records import read_handoffs, read_task
 from orchestrator.state.file import FileStore
-from orchestrator.state.identity import prepare
 from tests.conftest import Repository
 
 SCOUT = json.dumps({"scout_findings": ["there is a README"], "requirements": ["a login"], "risks": ["a race"]})
@@ -28,7 +27,7 @@ def telling(repository: Repository) -> dict[str, Any]:
 
 async def recorded(repository: Repository, run: str) -> tuple[TaskDocument, dict[str, Handoff]]:
     """Return what is on record of the task `t`, and what its phases handed over, by the phase and attempt."""
-    async with FileStore.open(prepare(repository.top / ".council/state"), SystemClock()) as store:
+    async with FileStore.open(repository.log, SystemClock()) as store:
         handoffs = await read_handoffs(store, run, "t")
         found = {f"{one.phase}.{one.attempt}": one for _, one in handoffs.values()}
         return await read_task(store, run, "t"), found

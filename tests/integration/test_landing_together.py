@@ -18,7 +18,6 @@ from orchestrator.project import Project
 from orchestrator.repo.hub import hub_of
 from orchestrator.repo.site import find_site
 from orchestrator.state.file import FileStore
-from orchestrator.state.identity import prepare
 from tests.command_server import Started
 from tests.conftest import Ended, Repository
 from tests.permits import permits
@@ -187,7 +186,7 @@ async def test_a_task_that_waits_for_another_runs_landing_can_be_cancelled(repos
     config = repository.configure(files(2))
     project, clock = Project(repository.top), SystemClock()
     await anyio.to_thread.run_sync(project.create)
-    async with FileStore.open(prepare(project.own_state), clock) as store, AsyncExitStack() as stack:
+    async with FileStore.open(repository.log, clock) as store, AsyncExitStack() as stack:
         site = await find_site(str(repository.top), is_url=False, environ=repository.environ)
         await stack.enter_async_context((await permits(store, clock, site.location, "main")).hold())
         child = repository.start("run", str(config), "--json")

@@ -22,7 +22,6 @@ from orchestrator.project import LEGACY_FILE, LEGACY_RECORD, LEGACY_TREE
 from orchestrator.protocols import Key
 from orchestrator.state import legacy_files
 from orchestrator.state.file import FileStore
-from orchestrator.state.identity import prepare
 from tests.conftest import Repository
 
 GUIDE = (Path(__file__).parents[2] / "docs/state.md").read_text()
@@ -118,7 +117,7 @@ async def imported(repository: Repository) -> Sequence[str]:
 
 async def kept(repository: Repository, kind: str) -> dict[str, dict[str, Any]]:
     """Return the values of the documents of a kind, by id."""
-    async with FileStore.open(prepare(repository.top / ".council/state"), SystemClock()) as store:
+    async with FileStore.open(repository.log, SystemClock()) as store:
         return {one.key.id: one.value for one in await store.list(kind)}
 
 
@@ -369,13 +368,13 @@ async def test_a_kill_in_between_changes_nothing_of_what_comes_out(repository: R
     tasks = {f"t{number}": {"status": "completed", "note": "x" * 9000} for number in range(1200)}
     write(repository, LEGACY_FILE, {"sessions": [{"id": "large", "tasks": tasks}, SESSION]})
     assert repository.council("runs", failpoints="legacy.begun=kill").code == -signal.SIGKILL
-    async with FileStore.open(prepare(repository.top / ".council/state"), SystemClock()) as store:
+    async with FileStore.open(repository.log, SystemClock()) as store:
         assert not await store.list("run")
         assert await store.list("task", "large/") != []
     assert repository.council("runs", failpoints="legacy.begun=kill@2").code == -signal.SIGKILL
     found = await runs(repository)
     assert (set(found), len(found["large"].tasks)) == ({"large", RUN}, 1200)
-    async with FileStore.open(prepare(repository.top / ".council/state"), SystemClock()) as store:
+    async with FileStore.open(repository.log, SystemClock()) as store:
         documents = [*await store.list("task"), *await store.list("imported"), *await store.list("run")]
         assert {one.version for one in documents} == {1}
         assert len(documents) == 2 * 1205 + 4

@@ -16,7 +16,6 @@ from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.monitor import SWEEP_PAUSE, Monitor
 from orchestrator.protocols import LARGE_DOCUMENT, Commit, Event, JsonObject, Key, Store, Write
 from orchestrator.state.file import FileStore
-from orchestrator.state.identity import prepare
 from orchestrator.state.reading import between
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
@@ -227,7 +226,7 @@ async def test_compact_by_hand(repository: Repository) -> None:
     path = repository.configure([{"id": "one", "prompt": "write one.txt 1"}], state={"retention": "off"})
     assert repository.council("run", str(path)).code == 0
     clock = ManualClock(START)
-    async with FileStore.open(prepare(repository.top / ".council/state"), clock, segment_bytes=1_000) as store:
+    async with FileStore.open(repository.log, clock, segment_bytes=1_000) as store:
         for number in range(50):
             await store.commit(Commit([Write(LATER, number, {"text": "x" * 200})]))
     kept = repository.council("state", "compact", "--json").result

@@ -15,11 +15,9 @@ from orchestrator.domain.holdings import LONGEST_OWNED, MOST_OWNED
 from orchestrator.domain.sessions import SessionName
 from orchestrator.engine.borders import Escape
 from orchestrator.locking.registry import Registry, claim_key, scope_of
-from orchestrator.project import Project
 from orchestrator.protocols import Commit, Guard, Write
 from orchestrator.repo.site import find_site
 from orchestrator.state.file import FileStore
-from orchestrator.state.identity import prepare
 from tests.conftest import Ended, Repository
 from tests.waiting import wait_for
 
@@ -106,24 +104,51 @@ async def test_extend_lands_what_nobody_else_owns(repository: Repository) -> Non
     assert [line["paths"] for line in events(ended, "task.ownership_extended")] == [["README.md"]]
 
 
-async def test_what_a_person_broke_away_does_not_land(repository: Repository) -> None:
-    """A session has locked a file and gone on with it though it is not its own any more."""
-    signs = repository.top.parent / "signs"
-    signs.mkdir()
-    locked, freed = signs / "locked", signs / "freed"
-    script = f"council lock README.md && touch {locked}; until [ -e {freed} ]; do sleep 0.05; done; echo x >> README.md"
-    adapter = {"use": "command", "argv": ["sh", "-c", script], "writable": [str(signs)]}
+async def test_a_lock_of_its_own_widens_nothing(repository: Repository) -> None:
+    """A session locks what its task does not own, and changes it: that is no way to land it."""
+    adapter = {
+        "use": "command",
+        "argv": ["sh", "-c", "council lock ci.yaml && echo evil >ci.yaml && echo x >src/a.txt"],
+    }
     task = {"id": "t", "prompt": "x", "owns": ["src/**"], "attempts": 1}
-    path = repository.configure([task], adapters={"odd": adapter})
-    running = repository.start("run", str(path), "--json")
-    wait_for(locked.exists)
-    (name,) = (one["name"] for one in repository.council("locks", "--json").result["locks"] if one["layer"] != "file")
-    assert repository.council("locks", "break", name, "--reason", "another needs it").code == 0
-    freed.touch()
-    running.communicate()
-    (failed,) = repository.council("status", "--json").result["tasks"]
+    ended = repository.council("run", str(repository.configure([task], adapters={"odd": adapter})), "--json")
+    (failed,) = ended.result["tasks"]
     assert (failed["state"], failed["failure"]) == ("failed", "escaped"), failed
-    assert "README.md" in failed["reason"]
+    assert "ci.yaml" in failed["reason"]
+    assert not (repository.top / "ci.yaml").exists()
+    await repository.assert_invariants()
+
+
+@pytest.mark.parametrize("checks", [[], ["true"]])
+async def test_what_another_session_has_locked_waits_to_land(repository: Repository, checks: list[str]) -> None:
+    """Also the work of a task without `owns`: it lands onto the work of who had the lock, once that has ended."""
+    held, freed = (repository.spawns.parent / name for name in ("held", "freed"))
+    script = f"council lock README.md && touch {held}; until [ -e {freed} ]; do sleep 0.05; done; sed -i 1d README.md"
+    holder = {"use": "command", "argv": ["sh", "-c", script], "writable": [str(held.parent)]}
+    tasks: list[dict[str, Any]] = [
+        {"id": "holder", "prompt": "x", "priority": 10, "adapter": "holder"},
+        {"id": "other", "prompt": f"await {held}\nappend README.md x", "adapter": "fake", "checks": checks},
+        {"id": "free", "prompt": f"await {held}\nwrite free.txt x", "adapter": "fake"},
+    ]
+    repository.commit({"README.md": "one\n" + 9 * "more\n"}, "longer")
+    repository.remember()
+    path = repository.configure(tasks, capacity=3)
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "adapters": {**config["adapters"], "holder": holder}}))
+    running = repository.start("run", str(path), "--json")
+
+    def found() -> dict[str, dict[str, Any]]:
+        return {task["id"]: task for task in repository.council("status", "--json").result.get("tasks", [])}
+
+    wait_for(lambda: found() and found()["free"]["state"] == "landed" and found()["other"]["reason"], 60)
+    waiting = found()["other"]
+    assert waiting["state"] == "queued"
+    assert "README.md is locked by task holder of run" in waiting["reason"]
+    assert (repository.top / "README.md").read_text().endswith("more\n")
+    freed.touch()
+    running.communicate(timeout=60)
+    assert {task: one["state"] for task, one in found().items()} == dict.fromkeys(["holder", "other", "free"], "landed")
+    assert (repository.top / "README.md").read_text() == 9 * "more\n" + "x\n"
     await repository.assert_invariants()
 
 
@@ -171,7 +196,7 @@ async def test_extend_goes_back_where_another_session_owns_the_path(repository: 
     """A live session of another run holds it: the reason says who. What it holds besides is in nobody's way."""
     site = await find_site(str(repository.top), is_url=False, environ=repository.environ)
     session = SessionName("another", "task", 1)
-    async with FileStore.open(prepare(Project(repository.top).own_state), SystemClock()) as store:
+    async with FileStore.open(repository.log, SystemClock()) as store:
         key = claim_key(session)
         await store.commit(Commit([Write(key, 0, {"epoch": 1, "released": None})]))
         registry = Registry(store, SystemClock(), scope_of(site.location, "main"))
@@ -188,16 +213,16 @@ async def test_extend_goes_back_where_another_session_owns_the_path(repository: 
 async def test_what_another_attempt_has_stands_in_the_way_of_extend_alone(
     repository: Repository, processes: int
 ) -> None:
-    """Declared or locked, in the same process or another: `extend` goes back and says whose, `allow` lands."""
+    """Declared or locked, in the same process or another: `extend` goes back and says whose; `allow` lands."""
     held, freed = (repository.spawns.parent / name for name in ("held", "freed"))
-    script = f"council lock README.md src && touch {held}; until [ -e {freed} ]; do sleep 0.05; done; echo x >mine.txt"
+    script = f"council lock README.md && touch {held}; until [ -e {freed} ]; do sleep 0.05; done; echo z >mine.txt"
     holder = {"use": "command", "argv": ["sh", "-c", script], "writable": [str(held.parent)]}
     outside = {"owns": ["docs/**"], "attempts": 1, "adapter": "fake"}
     tasks: list[dict[str, Any]] = [
         {"id": "holder", "prompt": "x", "owns": ["mine.txt"], "priority": 10, "adapter": "holder"},
         {"id": "locked", "prompt": f"await {held}\nappend README.md x", "on_escape": "extend", **outside},
         {"id": "declared", "prompt": f"await {held}\nwrite mine.txt y", "on_escape": "extend", **outside},
-        {"id": "allowed", "prompt": f"await {held}\nappend src/app.py x", "on_escape": "allow", **outside},
+        {"id": "allowed", "prompt": f"await {held}\nwrite mine.txt z", "on_escape": "allow", **outside},
     ]
     path = repository.configure(tasks, capacity=1 if processes == 2 else 2)
     config = json.loads(path.read_text())

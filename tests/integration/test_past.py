@@ -20,7 +20,6 @@ from orchestrator.project import Project
 from orchestrator.protocols import Commit, Event, Key, Record, Write
 from orchestrator.runs import Runs
 from orchestrator.state.file import FileStore
-from orchestrator.state.identity import prepare
 from orchestrator.state.reading import is_of_run
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
@@ -42,7 +41,7 @@ async def project(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Re
 
 async def add(repository: Repository, commit: Commit) -> None:
     """Commit something more to the project's state."""
-    async with FileStore.open(prepare(repository.top / ".council/state"), SystemClock()) as store:
+    async with FileStore.open(repository.log, SystemClock()) as store:
         await store.commit(commit)
 
 

@@ -16,7 +16,6 @@ from orchestrator.engine.contexts import Contexts
 from orchestrator.engine.memory import Memory
 from orchestrator.locking.registry import scope_of
 from orchestrator.state.file import FileStore
-from orchestrator.state.identity import prepare
 from tests.command_server import Started
 from tests.conftest import Repository
 from tests.waiting import wait_for
@@ -42,7 +41,7 @@ async def test_what_sessions_are_at_is_seen_from_outside(repository: Repository)
     child, run = started(repository)
     try:
         async with (
-            FileStore.open(prepare(repository.top / ".council/state"), SystemClock()) as store,
+            FileStore.open(repository.log, SystemClock()) as store,
             Council.open(repository.top, environ=repository.environ) as council,
         ):
             scope = scope_of(str(repository.top), "main")
@@ -105,7 +104,7 @@ async def test_notes_are_seen_and_dropped_from_outside(repository: Repository) -
         repository.council("run", str(repository.configure(tasks)))
         runs.append(str(repository.council("status", "--json").result["run"]))
     async with (
-        FileStore.open(prepare(repository.top / ".council/state"), SystemClock()) as store,
+        FileStore.open(repository.log, SystemClock()) as store,
         Council.open(repository.top, environ=repository.environ) as council,
     ):
         memory = Memory(store, SystemClock(), scope_of(str(repository.top), "main"), Redactor())
@@ -128,7 +127,7 @@ async def test_notes_about_a_branch_of_a_runs_own_go_with_its_record(repository:
     config.write_text(json.dumps(settings))
     run = repository.council("run", str(config), "--json").result["run"]
     async with (
-        FileStore.open(prepare(repository.top / ".council/state"), SystemClock()) as store,
+        FileStore.open(repository.log, SystemClock()) as store,
         Council.open(repository.top, environ=repository.environ) as council,
     ):
         memory = Memory(store, SystemClock(), scope_of(str(repository.top), f"council/{run}"), Redactor())

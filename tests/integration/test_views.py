@@ -69,7 +69,7 @@ async def assert_equal(views: Path, store: Store) -> None:
 
 async def assert_equal_in(repository: Repository) -> None:
     """Check the views of a project."""
-    async with FileStore.open(prepare(repository.top / ".council/state"), SystemClock()) as store:
+    async with FileStore.open(repository.log, SystemClock()) as store:
         await assert_equal(repository.top / ".council/views", store)
 
 
@@ -179,7 +179,7 @@ async def test_deleted_and_falsified_views_change_nothing_and_come_back(reposito
         ("index.json", "lies"),
     ):
         spoil(name, text)
-        async with FileStore.open(prepare(repository.top / ".council/state"), SystemClock()) as store:
+        async with FileStore.open(repository.log, SystemClock()) as store:
             await Views(store, SystemClock(), Project(repository.top)).refresh()
             await assert_equal(top, store)
     spoil("tasks/*/a/state.json", '{"value": {"status": "failed"}}')

@@ -14,7 +14,6 @@ from orchestrator.config.workflows import supplied_phases
 from orchestrator.domain.workflow import Phase
 from orchestrator.engine.records import read_run, read_spec
 from orchestrator.state.file import FileStore
-from orchestrator.state.identity import prepare
 from tests.conftest import Repository
 
 OWN = {"mine": [{"look": {"access": "read", "prompt": "Look at {{ task.id }}."}}, "build"]}
@@ -97,7 +96,7 @@ async def test_a_run_records_its_workflows(repository: Repository, from_code: bo
     source = Config.model_validate(json.loads(path.read_text())) if from_code else path
     async with Council.open(source, environ=repository.environ) as council:
         run = await council.create_run()
-    async with FileStore.open(prepare(repository.top / ".council/state"), SystemClock()) as store:
+    async with FileStore.open(repository.log, SystemClock()) as store:
         document = await read_run(store, run)
         specs = [await read_spec(store, run, task) for task in document.tasks]
     assert set(document.workflows) == {"mine"}

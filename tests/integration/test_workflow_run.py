@@ -14,7 +14,6 @@ from orchestrator.domain.model import TaskStatus
 from orchestrator.engine.records import read_handoffs, read_run, read_tasks, task_documents
 from orchestrator.protocols import Event
 from orchestrator.state.file import FileStore
-from orchestrator.state.identity import prepare
 from tests.conftest import Ended, Repository
 from tests.waiting import wait_for
 
@@ -83,7 +82,7 @@ def configure(repository: Repository, count: int) -> Path:
 
 async def read(repository: Repository, run: str) -> tuple[dict[str, Any], list[Event], dict[str, int]]:
     """Return the tasks as they are on record, the events, and how many handoffs each task has."""
-    async with FileStore.open(prepare(repository.top / ".council/state"), SystemClock()) as store:
+    async with FileStore.open(repository.log, SystemClock()) as store:
         document = await read_run(store, run)
         found = task_documents(await read_tasks(store, run), document.tasks)
         handoffs = {task: len(await read_handoffs(store, run, task)) for task in document.tasks}

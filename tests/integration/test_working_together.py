@@ -20,10 +20,8 @@ from orchestrator.engine.ledger import Change, Ledger
 from orchestrator.engine.report import RunReport
 from orchestrator.locking.claims import read_claims
 from orchestrator.locking.orchestrators import read_orchestrators
-from orchestrator.project import Project
 from orchestrator.protocols import Event
 from orchestrator.state.file import FileStore
-from orchestrator.state.identity import prepare
 from tests.command_server import Started
 from tests.conftest import FAKE_CLI, Repository
 from tests.integration.test_scheduler import until_event
@@ -48,7 +46,7 @@ def states(repository: Repository) -> dict[str, str]:
 
 async def happened(repository: Repository) -> list[Event]:
     """Return all events of the repository's runs."""
-    async with FileStore.open(prepare(Project(repository.top).own_state), SystemClock()) as store:
+    async with FileStore.open(repository.log, SystemClock()) as store:
         until = await store.position()
         found: list[Event] = []
         async for record in store.watch(0):
@@ -73,7 +71,7 @@ async def assert_each_landed_once(repository: Repository, tasks: Sequence[str]) 
         if line
     )
     assert landed == dict.fromkeys(tasks, 1)
-    async with FileStore.open(prepare(Project(repository.top).own_state), SystemClock()) as store:
+    async with FileStore.open(repository.log, SystemClock()) as store:
         [run] = await store.list("run")
         claims = await read_claims(store, run.key.id)
         assert {one.released for one in claims.values()} == {Release.COMPLETE}
@@ -249,7 +247,7 @@ async def test_nobody_joins_a_run_that_is_not_shared(repository: Repository) -> 
     assert (refused.code, "enabled: true" in refused.stderr) == (2, True)
     child.send_signal(signal.SIGINT)
     ended(child)
-    async with FileStore.open(prepare(Project(repository.top).own_state), SystemClock()) as store:
+    async with FileStore.open(repository.log, SystemClock()) as store:
         assert await read_claims(store, run) == {}
         [one] = (await read_orchestrators(store, run)).values()
         assert one.ended is not None

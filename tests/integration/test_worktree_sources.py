@@ -20,7 +20,6 @@ from orchestrator.errors import RefusedError
 from orchestrator.repo.git import Git
 from orchestrator.repo.site import find_site
 from orchestrator.state.file import FileStore
-from orchestrator.state.identity import prepare
 from tests.conftest import Repository
 
 ONE: list[dict[str, Any]] = [{"id": "a", "prompt": "write a.txt a"}]
@@ -174,7 +173,7 @@ async def test_the_record_of_a_run_has_its_worktrees(repository: Repository) -> 
     config = load_config(path, {"command": CommandAdapter})
     async with Council.open(path, environ=repository.environ) as council:
         run = await council.create_run()
-    async with FileStore.open(prepare(repository.top / ".council/state"), SystemClock()) as store:
+    async with FileStore.open(repository.log, SystemClock()) as store:
         document = await read_run(store, run)
     assert config.worktrees.copied == ("secret",)
     assert WorktreesConfig.model_validate(document.worktrees) == config.worktrees
