@@ -106,7 +106,11 @@ class Repository:
     @property
     def log(self) -> Path:
         """The folder of the log of its own state, which is made known as a command would."""
-        return prepare(Project(self.top).own_state, council_home(self.environ))
+        return self.log_in(Project(self.top).own_state)
+
+    def log_in(self, folder: Path) -> Path:
+        """Return the same of the store in a folder."""
+        return prepare(folder, council_home(self.environ))
 
     def git(self, *arguments: str) -> str:
         """Run git as the user would."""

@@ -33,9 +33,9 @@ def log_in(folder: Path) -> Path | None:
     path = folder / NAME
     try:
         found = _IDENTITY.fullmatch(path.read_bytes()[:64])
-    except (FileNotFoundError, NotADirectoryError):
-        return None
     except OSError as error:
+        if not os.path.lexists(path):
+            return None
         raise RefusedError(f"{path} can't be read: {error.strerror}", "make it a file that you can read") from None
     if found is None:
         remedy = f"write the name of the log's folder into it, which is next to it: `ls {folder}`"

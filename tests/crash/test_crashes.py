@@ -104,10 +104,10 @@ async def finish(repository: Repository, count: int) -> Ended:
     assert len(ended.states) == count
     await repository.assert_invariants()
     await assert_told(repository)
-    log = {path: path.read_bytes() for path in (repository.top / ".council/state").iterdir()}
+    log = {path: path.read_bytes() for path in repository.log.iterdir()}
     head = repository.git("rev-parse", "main")
     assert repository.council("resume", "--json").code == 0
-    assert {path: path.read_bytes() for path in (repository.top / ".council/state").iterdir()} == log
+    assert {path: path.read_bytes() for path in repository.log.iterdir()} == log
     assert repository.git("rev-parse", "main") == head
     return ended
 

@@ -120,6 +120,14 @@ def put_back(value: JsonObject, _: JsonObject | None) -> JsonObject:
     return value
 
 
+async def write(repository: Repository, key: Key, change: Callable[[JsonObject | None], JsonObject | None]) -> None:
+    """Change a document of council's own, which only somebody who has the store can."""
+    async with FileStore.open(repository.log, SystemClock()) as store:
+        found = await store.get(key)
+        value = change(None if found is None else found.value)
+        await store.commit(Commit([Write(key, 0 if found is None else found.version, value)]))
+
+
 #: What is changed by hand, the rule that is broken then, and where.
 BROKEN: Final[Sequence[tuple[str, Callable[[JsonObject | None], JsonObject | None], str, str]]] = (
     ("handoff/1", changed_handoff, "chain.digest", "handoff RUN/t/1"),
@@ -128,7 +136,7 @@ BROKEN: Final[Sequence[tuple[str, Callable[[JsonObject | None], JsonObject | Non
     ("handoff/1", no_plan, "plan.dependencies", "task 't', phase 'plan', visit 1, tasks[0].dependencies[0]"),
     ("handoff/2", other_checksum, "build.checksum", "task 't', phase 'build', visit 1, artifacts[0].checksum"),
     ("handoff/2", no_file, "build.artifacts", "task 't', phase 'build', visit 1, artifacts[0].path"),
-    ("handoff/2", lambda _: {"id": "no handoff"}, "records.form", "task 't'"),
+    ("handoff/2", lambda _: {"id": "no handoff"}, "records.damaged", "task 't'"),
     ("task", open_visit, "phases.open", "task 't', phase 'plan'"),
 )
 
@@ -142,19 +150,18 @@ async def test_what_breaks_a_rule_is_found_and_named(repository: Repository) -> 
             key = Key(kind, "/".join(part for part in (run, "t", attempt) if part))
             before = await council.document(key)
             assert before is not None
-            await council.update(key, change)
+            await write(repository, key, change)
             found = (await council.check()).violations
             assert (rule, place.replace("RUN", run)) in {(one.rule, one.place) for one in found}, (name, found)
             assert all(one.what and one.remedy for one in found)
-            await council.update(key, partial(put_back, before.value))
+            await write(repository, key, partial(put_back, before.value))
             assert (await council.check()).is_sound
 
 
 async def test_a_broken_rule_is_told_to_people_and_programs(repository: Repository) -> None:
     """The exit code says so, too, and no test of a run passes by it."""
     run = landed(repository)
-    async with council_of(repository) as council:
-        await council.update(Key("handoff", f"{run}/t/1"), no_receipts)
+    await write(repository, Key("handoff", f"{run}/t/1"), no_receipts)
     told = repository.council("check", "--json")
     assert told.code == told.result["exit"] == 1
     assert told.result["is_sound"] is False
@@ -174,6 +181,9 @@ async def test_what_can_not_be_looked_at_is_told_and_breaks_nothing(repository: 
     """Where the repositories of a run are gone, nobody knows its files any more."""
     run = landed(repository)
     shutil.rmtree(Path(repository.environ["COUNCIL_HOME"]))
+    refused = repository.council("check")
+    assert (refused.code, "was not made on this machine" in refused.stderr) == (2, True)
+    assert repository.council("state", "adopt").code == 0
     told = repository.council("check")
     assert told.code == 0
     assert "not looked at: task 't', phase 'build', visit 1: files" in told.stdout

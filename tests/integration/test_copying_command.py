@@ -13,8 +13,10 @@ import pytest
 from orchestrator import Council, copy_state
 from orchestrator.clock import SystemClock
 from orchestrator.errors import RefusedError
+from orchestrator.project import council_home
 from orchestrator.protocols import Commit, Event
 from orchestrator.state.file import FileStore
+from orchestrator.state.identity import prepare
 from tests.conftest import Repository
 from tests.recorded import RUN, recorded
 from tests.waiting import wait_for
@@ -82,7 +84,7 @@ async def test_what_can_not_be_done_is_refused(project: Repository, tmp_path: Pa
     (tmp_path / "other").mkdir()
     (project.top / "file").write_text("mine")
     (project.top / "text").write_text("no export\n")
-    async with FileStore.open(tmp_path / "taken", SystemClock()) as store:
+    async with FileStore.open(project.log_in(tmp_path / "taken"), SystemClock()) as store:
         await store.commit(Commit(events=[Event("e")]))
     for words, error, remedy in (
         (["copy", str(tmp_path / "other"), str(tmp_path / "copy")], "there is no state in", "the folder of a store"),
@@ -201,7 +203,7 @@ async def test_from_python(project: Repository, tmp_path: Path) -> None:
 
 async def _another(folder: Path, council: Council) -> Path:
     """Return an export of a store that is not the council's."""
-    async with FileStore.open(folder / "else", SystemClock()) as store:
+    async with FileStore.open(prepare(folder / "else", council_home(os.environ)), SystemClock()) as store:
         await store.commit(Commit(events=[Event("else")]))
     async with Council.open(council.project.top, state=(folder / "else").as_uri()) as other:
         await other.export_state(folder / "other-file")

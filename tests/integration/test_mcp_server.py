@@ -14,7 +14,7 @@ from orchestrator.client.commands import COMMANDS
 from orchestrator.mcp_server import input_schema
 from orchestrator.repo.hub import Hub
 from tests.desks import MemoryDesk
-from tests.integration.test_mailbox import Site
+from tests.integration.test_mailbox import Caller, Site
 
 
 @pytest.fixture
@@ -26,14 +26,19 @@ def site(tmp_path: Path) -> Site:
 
 @asynccontextmanager
 async def client(site: Site) -> AsyncIterator[ClientSession]:
-    """Connect to the server of a session, started as a CLI does: without the session's variables."""
-    async with site.session() as (_, mailbox):
+    """Connect to the server of a session, started as a CLI does: without the session's variables.
+
+    This process holds the session's lock, as the supervisor that the server descends from does.
+    """
+    async with site.session() as (worktree, mailbox):
+        caller = Caller(worktree)
         server = mailbox.server
         assert server is not None
         started = StdioServerParameters(command=server.argv[0], args=[*server.argv[1:]], cwd="/")
         async with stdio_client(started) as streams, ClientSession(*streams) as session:
             await session.initialize()
             yield session
+        del caller
 
 
 async def test_the_tools_are_the_commands(site: Site) -> None:

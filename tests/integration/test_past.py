@@ -213,7 +213,7 @@ async def test_what_a_terminal_would_obey_is_not_printed(project: Repository) ->
 
 async def test_another_store_can_be_looked_at(project: Repository, tmp_path: Path) -> None:
     """By a flag or the environment; the flag counts."""
-    async with FileStore.open(tmp_path / "elsewhere", SystemClock()) as store:
+    async with FileStore.open(project.log_in(tmp_path / "elsewhere"), SystemClock()) as store:
         await store.commit(Commit([Write(Key("note", "x"), 0, {})]))
     url = (tmp_path / "elsewhere").as_uri()
     for words in (["log"], ["at", "now"], ["history", "note/x"], ["diff", "0"]):
@@ -258,10 +258,10 @@ async def test_looking_makes_no_store(project: Repository, tmp_path: Path) -> No
 async def test_looking_changes_nothing(project: Repository) -> None:
     """Not a byte of the state."""
     state = project.top / ".council/state"
-    before = {path: path.read_bytes() for path in state.iterdir()}
+    before = {path: path.read_bytes() for path in state.rglob("*") if path.is_file()}
     for words in (["log"], ["at", "3"], ["diff", "3"], ["history", "task/api"], ["show"]):
         assert project.council("state", *words).code == 0
-    assert {path: path.read_bytes() for path in state.iterdir()} == before
+    assert {path: path.read_bytes() for path in state.rglob("*") if path.is_file()} == before
 
 
 async def test_damage_is_told_of(project: Repository) -> None:

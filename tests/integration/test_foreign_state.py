@@ -1,0 +1,119 @@
+"""A state that was not made on this machine is not obeyed, however it got into the folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.config.store import folder_url
+from orchestrator.errors import RefusedError
+from orchestrator.project import Project, council_home
+from orchestrator.state.identity import NAME, check_known, log_in, prepare
+from tests.conftest import Repository
+from tests.faults import SHELL
+
+NOT_OURS = "was not made on this machine"
+
+
+def forged(repository: Repository, tmp_path: Path) -> tuple[Path, Path]:
+    """Return the `.council` of another machine, with an interrupted run whose command leaves a trace, and the trace."""
+    trace = tmp_path / "trace"
+    task = {"id": "evil", "prompt": f"touch {trace}", "adapter": "sh"}
+    config = repository.configure([task], adapters={"sh": SHELL}, sandbox="off")
+    elsewhere = {**repository.environ, "COUNCIL_HOME": str(tmp_path / "another-machine")}
+    attacker = Repository(repository.top, elsewhere, repository.spawns)
+    assert attacker.council("run", str(config), failpoints="session.spawned=kill").code < 0
+    trace.unlink(missing_ok=True)
+    made = tmp_path / "made"
+    shutil.move(repository.top / ".council", made)
+    return made, trace
+
+
+async def test_what_a_file_in_the_folder_is_called_does_not_make_it_a_part_of_the_log(
+    repository: Repository, tmp_path: Path
+) -> None:
+    """Not even one that would stand for all that there is: `verify`, `status` and `resume` do not see it."""
+    made, trace = forged(repository, tmp_path)
+    ended = repository.council("run", str(repository.configure([{"id": "mine", "prompt": "write a.txt a"}])), "--json")
+    state = Project(repository.top).own_state
+    for segment in (made / "state").glob("*/*.jsonl"):
+        for name in (segment.name, f"{1:020d}-{99999999:020d}.jsonl", f"{12:020d}.jsonl"):
+            shutil.copy(segment, state / name)
+    shutil.copytree(next(path.parent for path in (made / "state").glob("*/*.jsonl")), state / ("0" * 32))
+    for command in (["status"], ["resume"]):
+        assert repository.council(*command, "--json").result["run"] == ended.result["run"]
+    assert repository.council("state", "verify").code == 0
+    assert [one["run"] for one in repository.council("runs", "--json").result["runs"]] == [ended.result["run"]]
+    assert not trace.exists()
+    await repository.assert_invariants()
+
+
+def test_a_state_that_a_repository_brought_is_refused_until_a_person_accepts_it(
+    repository: Repository, tmp_path: Path
+) -> None:
+    """By every command, also after what the first refusal says to do, which deletes nothing."""
+    made, trace = forged(repository, tmp_path)
+    shutil.copytree(made, repository.top / ".council")
+    repository.git("add", "--force", ".council")
+    repository.git("commit", "--quiet", "--message", "bring it")
+    files = sorted(path for path in (repository.top / ".council").rglob("*"))
+    tracked = repository.council("resume")
+    assert (tracked.code, "git rm -r --cached .council" in tracked.stderr) == (2, True)
+    repository.git("rm", "-r", "--quiet", "--cached", ".council")
+    repository.git("commit", "--quiet", "--message", "as it said")
+    for command in (
+        ["resume"],
+        ["status"],
+        ["state", "verify"],
+        ["state", "copy", ".council/state", str(tmp_path / "c")],
+    ):
+        refused = repository.council(*command)
+        assert (refused.code, NOT_OURS in refused.stderr) == (2, True), (command, refused)
+    assert sorted(path for path in (repository.top / ".council").rglob("*") if path.name != "council.log") == files
+    assert not trace.exists()
+    assert repository.council("state", "adopt").code == 0
+    assert repository.council("status").code != 2
+
+
+def test_another_spelling_of_the_folder_is_refused_as_well(repository: Repository) -> None:
+    """Where case does not count it is the same folder."""
+    repository.commit({".Council/state/x": "x"})
+    assert repository.council("run", str(repository.configure([{"id": "t", "prompt": "x"}]))).code == 2
+
+
+@pytest.mark.parametrize("url", ["file:///ELSEWHERE", "postgresql://attacker@127.0.0.1:9/db"])
+def test_a_store_that_a_file_of_the_folder_names_is_refused(repository: Repository, tmp_path: Path, url: str) -> None:
+    """Only a run writes that file; who writes it otherwise would choose what is resumed."""
+    made, trace = forged(repository, tmp_path)
+    assert repository.council("run", str(repository.configure([{"id": "mine", "prompt": "write a.txt a"}]))).code == 0
+    url = url.replace("file:///ELSEWHERE", folder_url(made / "state"))
+    (repository.top / ".council" / "store").write_text(f"{url}\n")
+    refused = repository.council("resume")
+    assert (refused.code, NOT_OURS in refused.stderr) == (2, True), refused
+    assert not trace.exists()
+
+
+def test_a_project_that_was_moved_is_known(repository: Repository, tmp_path: Path) -> None:
+    """What is known is the log, not where it is."""
+    assert repository.council("run", str(repository.configure([{"id": "mine", "prompt": "write a.txt a"}]))).code == 0
+    moved = Repository(tmp_path / "moved", repository.environ, repository.spawns)
+    shutil.move(repository.top, moved.top)
+    assert moved.council("status").code == 0
+
+
+def test_a_store_gets_one_identity(tmp_path: Path, environ: dict[str, Any]) -> None:
+    """Which is on record before it counts; a damaged one is named."""
+    home, folder = council_home(environ), tmp_path / "state"
+    assert log_in(folder) is None
+    check_known(folder_url(folder), home)
+    log = prepare(folder, home)
+    assert log == prepare(folder) == log_in(folder)
+    check_known(folder_url(folder), home)
+    with pytest.raises(RefusedError, match=NOT_OURS):
+        check_known(folder_url(folder), tmp_path / "another-home")
+    (folder / NAME).write_text("../../evil\n")
+    with pytest.raises(RefusedError, match="names no log"):
+        check_known(folder_url(folder), home)
