@@ -6,6 +6,8 @@ import json
 import signal
 from typing import Any
 
+import pytest
+
 from tests.conftest import Ended, Repository
 from tests.waiting import wait_for
 
@@ -212,6 +214,45 @@ async def test_what_is_mediated_or_shared_gets_to_the_next_phase(repository: Rep
     assert "first things" in planned
     assert "slowly" in planned
     assert "another" in repository.council("logs", "t", "--attempt", "4").stdout
+    await repository.assert_invariants()
+
+
+@pytest.mark.parametrize("approved", ["plan", "look"])
+async def test_what_a_person_approved_is_not_replaced(repository: Repository, approved: str) -> None:
+    """A session of another task puts something else under the key, before and after the approval."""
+    evil = json.dumps(
+        {"tasks": [{"id": "evil", "prompt": "evil"}], "dependencies": [], "timeline": [], "resources": []}
+    )
+    workflow: list[dict[str, Any]] = [
+        {"plan": {"access": "read", "produces": "plan", "handoff": "shared", "key": "the/plan"}},
+        {"look": {"access": "read"}},
+        {"build": {}},
+    ]
+    next(phase[approved] for phase in workflow if approved in phase)["approve"] = True
+    steps = f"in plan hand-over {PLAN}\nin build keep-prompt\nin build write b.txt x"
+    tasks: list[dict[str, Any]] = [
+        {"id": "t", "prompt": steps, "workflow": "some"},
+        {"id": "other", "prompt": f"share the/plan {evil}\nwrite other.txt x", "needs": ["first"]},
+        {"id": "first", "prompt": "write first.txt x"},
+    ]
+    path = repository.configure(tasks, workflows={"some": workflow})
+    child = repository.start("run", str(path), "--json")
+    expected = {"t": "waiting", "other": "landed", "first": "landed"}
+
+    def states() -> dict[str, str]:
+        found = repository.council("status", "--json")
+        return found.states if "tasks" in found.result else {}
+
+    wait_for(lambda: states() == expected)
+    shared = repository.council("share", "get", "the/plan").stdout
+    assert repository.council("approve", "t").code == 0
+    child.communicate(timeout=60)
+    (task,) = (one for one in repository.council("status", "--json").result["tasks"] if one["id"] == "t")
+    assert task["state"] == "landed", task
+    built = repository.council("logs", "t", "--attempt", "3").stdout
+    assert "evil" in shared
+    assert "evil" not in built
+    assert '"write b"' in built
     await repository.assert_invariants()
 
 
