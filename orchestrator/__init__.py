@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     from orchestrator.state.conflicts import Applied, Conflict, Settled
     from orchestrator.state.copying import Copied
     from orchestrator.state.subscription import Changed
-    from orchestrator.transfer import copy_state
+    from orchestrator.transfer import adopt_state, copy_state
 
 __all__ = [
     "AdapterReport",
@@ -135,6 +135,7 @@ __all__ = [
     "VersionConflict",
     "Violation",
     "WorktreeSettings",
+    "adopt_state",
     "copy_state",
 ]
 
@@ -189,7 +190,7 @@ _MODULES = {
     "state.conflicts": ("Applied", "Conflict", "Settled"),
     "state.copying": ("Copied",),
     "state.subscription": ("Changed",),
-    "transfer": ("copy_state",),
+    "transfer": ("adopt_state", "copy_state"),
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}
 
