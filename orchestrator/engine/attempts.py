@@ -200,6 +200,8 @@ class Attempts:
             return Elsewhere()
         failpoint("attempt.recorded")
         number = work.session.assignment.worktree.attempt
+        if work.spec.checks or work.turn.phase.until:
+            self.pool.expect_check(work.session.assignment.base)
         finished = self._by_budget(work, await self._run(work))
         if not finished.collected:
             what = work.session.assignment
@@ -368,12 +370,12 @@ class Attempts:
 
     async def _until(self, work: Work, commit: str) -> CommandFailed | Unchecked | None:
         """Return why a session's work is not what its phase is to be done until; None if it is."""
-        what = work.session.assignment.worktree
+        base, what = work.session.assignment.base, work.session.assignment.worktree
         work.checks = self.shop.checks(
             self.pool, what.run, what.task, what.attempt, work.spec, commands=work.turn.phase.until
         )
         try:
-            result = await work.checks.run(commit)
+            result = await work.checks.run(commit, base)
         finally:
             work.checks = None
         failpoint("phase.checked")

@@ -316,11 +316,10 @@ class MergeQueue:
     async def _check(self, task: str, spec: TaskSpec, merge: Merge, tree: str) -> bool:
         await self.ledger.change(task, Trigger.CHECK, {"merge": merge.new})
         failpoint("landing.checking")
-        self._checks = self._shop.checks(
-            self._pool, self.ledger.run.id, task, self.ledger.task(task).builder.number, spec
-        )
+        builder = self.ledger.task(task).builder
+        self._checks = self._shop.checks(self._pool, self.ledger.run.id, task, builder.number, spec)
         try:
-            result = await self._checks.run(merge.new)
+            result = await self._checks.run(merge.new, merge.old or builder.base)
         finally:
             self._checks = None
         match result:

@@ -86,16 +86,16 @@ class Workshop:
         kept += [(pattern, name) for name, one in self.configs.items() for pattern in one.keep_ignored]
         furnish = equipment.furnish if config.setup else None
         strip = equipment.strip if config.setup or config.teardown else None
-        care = Care(config.sparse, Keep(tuple(kept)), furnish, strip)
-        warm = min(sessions + 1, config.max) if sessions else 0
-        return Pool.open(self.git, self.hub, self.tools.clock, limits, care, warm=warm)
+        care = Care(config.sparse, Keep(tuple(kept)), furnish, strip, equipment.keys if config.setup else None)
+        warm, checks = min(sessions, config.max), int(0 < sessions < config.max)
+        return Pool.open(self.git, self.hub, self.tools.clock, limits, care, warm=warm, warm_checks=checks)
 
     def checks(
         self, pool: Pool, run: str, task: str, attempt: int, spec: TaskSpec, commands: Sequence[str] | None = None
     ) -> Checks:
         """Return the checks of what an attempt built: its task's, unless other commands are given."""
         return Checks(
-            pool=pool,
+            pool=pool.checks,
             equipment=self.tools.equipment,
             worktree=Worktree(self.hub, run, task, attempt, is_check=True),
             commands=spec.checks if commands is None else commands,

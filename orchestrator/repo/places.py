@@ -90,6 +90,10 @@ class Record:
     """The folders that are checked out; all if empty."""
     setup: tuple[str, ...] = ()
     """What the commands were that set it up, as `repo.setup_keys` tells them apart."""
+    setup_at: str = ""
+    """The commit whose files were there when they ran; empty without any."""
+    is_check: bool = False
+    """Whether checks run in it, and no session ever did."""
     extras: tuple[str, ...] = ()
     """The files that those made, which are in no commit."""
     unignored: tuple[str, ...] = ()

@@ -3,6 +3,9 @@
 Making and cleaning go on in the background. One place is made at a time, as a copy of an idle one where that holds the
 same files, which takes a third of the time that git needs to unpack them; while more copies are wanted, that one is not
 handed out. Other processes may have pools of the same hub: what a pool has it holds the lock of, and leaves clean.
+
+Checks have worktree slots of their own, in which no session ever runs: the pool `checks` of a pool of sessions. Nothing
+that a check wrote stays there: a slot whose setup's files differ from what setup made is discarded, not cleaned.
 """
 
 from __future__ import annotations
@@ -70,6 +73,10 @@ class Care:
     """Sets a place up for a commit as far as its record does not say that it is; returns what the record is to say."""
     strip: Callable[[Place], Awaitable[None]] | None = None
     """Is called before a place is thrown away."""
+    keys: Callable[[str], Awaitable[tuple[str, ...]]] | None = None
+    """Returns what a place's record says once it is set up for a commit."""
+    is_check: bool = False
+    """Whether checks run in the places, and no session ever."""
 
 
 @dataclass(slots=True)
@@ -134,34 +141,53 @@ class Pool:
         self._failures: list[Exception] = []
         self._changed = anyio.Event()
         self._choosing, self._sweeping = anyio.Lock(), anyio.Lock()
+        self._checking = anyio.Lock()
+        """Held while a check waits for a place: only one says at a time how the next one is to be set up."""
+        self._setup: tuple[str, ...] | None = None
+        """The setup that a place for a check must have; None for sessions: any is good enough to begin with."""
+        self._pools: tuple[Pool, ...] = (self,)
+        """This one and those that share its limits."""
+        self.checks: Pool = self
+        """The places for checks."""
 
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, git: Git, hub: Hub, clock: Clock, limits: PoolLimits, care: Care, *, warm: int
+        cls, git: Git, hub: Hub, clock: Clock, limits: PoolLimits, care: Care, *, warm: int, warm_checks: int = 0
     ) -> AsyncIterator[Pool]:
         """Open the places of a hub for the body; at its end they are left clean for whoever comes next.
 
-        `warm` is how many of them are to be there all the time; they are made once it is known of which commit. Those
-        of unknown state, which a killed process left, are thrown away. `git` runs in the trusted repository.
+        `warm` is how many of them are to be there all the time, `warm_checks` how many of those for checks; they are
+        made once it is known of which commit. Those of unknown state, which a killed process left, are thrown away.
+        `git` runs in the trusted repository.
         """
         await anyio.to_thread.run_sync(lambda: hub.places.mkdir(mode=0o700, exist_ok=True))
         can_tell = await anyio.to_thread.run_sync(stamps_mappings, hub.places)
         async with AsyncExitStack() as stack:
             walker = await stack.enter_async_context(Walker.open())
-            group = anyio.create_task_group()
-            pool = cls(git, hub, clock, limits, care, group, walker)
-            stack.push_async_callback(pool._close)  # when nothing is at work in them any more, whatever has ended that
-            await stack.enter_async_context(group)
-            pool._can_tell, pool._wanted = can_tell, warm
+            pools = [
+                cls(git, hub, clock, limits, one, anyio.create_task_group(), walker)
+                for one in (replace(care, keep=Keep(), is_check=True), care)
+            ]
+            for pool in pools:
+                pool._pools, pool._can_tell, pool.checks = tuple(pools), can_tell, pools[0]
+            await stack.enter_async_context(pools[0]._opened(warm_checks))
+            yield await stack.enter_async_context(pools[1]._opened(warm))
+
+    @asynccontextmanager
+    async def _opened(self, wanted: int) -> AsyncIterator[Pool]:
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(self._close)  # when nothing is at work in them any more, whatever has ended that
+            await stack.enter_async_context(self._group)
+            self._wanted = wanted
             try:
-                for place in await anyio.to_thread.run_sync(places_of, hub):
-                    await pool._adopt(place)
-                pool._group.start_soon(pool._sweep)
-                yield pool
+                for place in await anyio.to_thread.run_sync(_last_used_first, self._hub):
+                    await self._adopt(place)
+                self._group.start_soon(self._sweep)
+                yield self
             finally:
-                pool._wanted = 0
-                for setup in pool._setups:
+                self._wanted = 0
+                for setup in self._setups:
                     setup.cancel()
 
     async def clear(self) -> None:
@@ -176,6 +202,11 @@ class Pool:
         self._newest = commit
         self._make_more()
 
+    def expect_check(self, base: str) -> None:
+        """Have the places for checks made that are to be there all the time, once the next session has its own."""
+        if not self.checks._waiting:
+            self.checks._newest = base
+
     async def take(self, commit: str, session: Path, adapter: str = "", tree: Path | None = None) -> Checkout:
         """Hand out a place that holds a commit, to the session with that folder; waits until there is one.
 
@@ -188,12 +219,74 @@ class Pool:
             try:
                 with suppress(GitError, OSError):
                     if await self._fit(checkout, commit, session, adapter):
+                        self.checks._make_more()
                         return checkout
             except BaseException:
                 with anyio.CancelScope(shield=True):
                     await self.discard(checkout)
                 raise
             await self.discard(checkout)  # another one may fit, or else a new one
+
+    async def take_to_check(self, commit: str, base: str, session: Path) -> Checkout:
+        """Hand out a place for a check of a commit; `base` is what it builds on, which the target holds.
+
+        No session ever ran there. It holds the commit's files, and what setup made. That setup ran on the files of the
+        commit, or of a commit that `base` contains: code that has not landed makes nothing for the check of another
+        commit. Raises what `take` raises.
+        """
+        async with self._checking:
+            keys = self._care.keys
+            self._setup = () if keys is None else await keys(commit)
+            # Files that the steps read without naming them are to be those that landed.
+            start = base if keys is not None and self._setup and await keys(base) == self._setup else commit
+            await self._discard_stale()
+            while True:
+                self._newest = start
+                try:
+                    checkout = await self._next(commit, None)
+                except SetupError:
+                    if start == commit:
+                        raise
+                    start = commit  # what is broken on the target may be what the commit repairs
+                    continue
+                is_usable = False
+                try:
+                    with suppress(GitError, OSError):
+                        is_usable = await self._is_usable(checkout.contents.record, commit, base)
+                        if is_usable and await self._fit(checkout, commit, session, ""):
+                            return checkout
+                except BaseException:
+                    with anyio.CancelScope(shield=True):
+                        await self.discard(checkout)
+                    raise
+                await self.discard(checkout)
+                if is_usable:
+                    start = commit  # what setup made is in the way of the commit's own files
+
+    async def _is_usable(self, record: Record, commit: str, base: str) -> bool:
+        """Whether what setup made in a place may be used to check a commit."""
+        if not record.setup or record.setup_at == commit:
+            return True
+        done = await self._git("merge-base", "--is-ancestor", record.setup_at, base, ok=(0, 1))
+        return done.returncode == 0
+
+    async def _discard_stale(self) -> None:
+        """Discard idle places with another setup than is wanted; the last one is kept, as it may be wanted again."""
+        async with self._choosing:
+            idle = [self._ours[number] for number in self._idle if not self._is_set_up(number)]
+            idle.sort(key=lambda one: one.contents.record.used)
+            for checkout in idle[:-1]:
+                self._idle.discard(checkout.place.number)
+        for checkout in idle[:-1]:
+            await self.discard(checkout)
+
+    def _is_set_up(self, number: int) -> bool:
+        """Whether an idle place has the setup that is wanted."""
+        return self._setup is None or self._ours[number].contents.record.setup == self._setup
+
+    def _ready(self) -> list[Checkout]:
+        """Return the idle places that can be handed out."""
+        return [self._ours[number] for number in self._idle if self._is_set_up(number)]
 
     def give_back(self, checkout: Checkout, found: Differences | None) -> None:
         """Take a place back whose session's folder is gone; what differs is removed in the background."""
@@ -232,7 +325,8 @@ class Pool:
                 await self._throw_away(place)
                 return
             record = await anyio.to_thread.run_sync(read_record, place)
-            if record is not None and record.sparse == self._care.sparse and len(self._ours) < self._wanted:
+            is_fit = record is not None and (record.sparse, record.is_check) == (self._care.sparse, self._care.is_check)
+            if record is not None and is_fit and len(self._ours) < self._wanted:
                 self._own(place, record, lock.fd, stack.pop_all())
                 self._idle.add(place.number)
                 self._unseen.add(place.number)
@@ -290,7 +384,7 @@ class Pool:
         async with self._choosing:
             if tree is not None and any(self._ours[number].place.tree == tree for number in self._cleaning):
                 return None
-            idle = [self._ours[number] for number in self._idle]
+            idle = self._ready()
             sources = self._plain(commit)
             # What is being copied is going to be idle again.
             is_short = self._is_making and not self._is_copying and self._waiting > len(idle)
@@ -345,7 +439,7 @@ class Pool:
         kept = dict.fromkeys(await reset.ignored(git, place, wanted), "")
         stamps = await anyio.to_thread.run_sync(Stamps.take, place.tree, kept) or Stamps.unknown(place.tree)
         extras = tuple(path for path in files if stamps.has(path))
-        record = replace(before, setup=setup, extras=extras, unignored=tuple(unignored), kept=kept)
+        record = replace(before, setup=setup, setup_at=commit, extras=extras, unignored=tuple(unignored), kept=kept)
         checkout.contents = Contents(record, stamps)
 
     # Making.
@@ -372,7 +466,7 @@ class Pool:
             return await self._new_place(self._newest) if await self._is_more_wanted() else None
 
     async def _is_more_wanted(self) -> bool:
-        is_short = self._waiting > len(self._idle) + self._coming or len(self._ours) < self._wanted
+        is_short = self._waiting > len(self._ready()) + self._coming or len(self._ours) < self._wanted
         return is_short and self._newest != "" and await self._has_room()
 
     async def _has_room(self) -> bool:
@@ -380,18 +474,34 @@ class Pool:
 
         RefusedError where not even one fits.
         """
-        if self._limits.bytes is not None and self._coming:
+        if self._limits.bytes is not None and any(pool._coming for pool in self._pools):
             return False  # nobody knows yet how large that will be
         counted = await self._counted()
-        for place in [place for place in counted if place.number not in self._ours]:
+        for place in [place for place in counted if not any(place.number in pool._ours for pool in self._pools)]:
             if self._fits_in(counted):
                 break
             if await self._make_room(place):
                 del counted[place]
+        while self._waiting and not self._fits_in(counted) and (spare := await self._give_up()) is not None:
+            counted.pop(spare, None)
         if not counted and not self._fits_in(counted):
             what = f"no worktree fits into {self._limits.bytes} bytes"
             raise RefusedError(what, "raise `worktrees.max_size`, or see `council clean --kept`")
         return self._fits_in(counted)
+
+    async def _give_up(self) -> Place | None:
+        """Discard the idle place that was not used for the longest time, of those that nobody waits for; return it."""
+        for pool in sorted(self._pools, key=lambda one: one is not self):
+            async with pool._choosing:
+                is_spare = pool is not self and len(pool._ready()) > pool._waiting
+                spare = [pool._ours[number] for number in pool._idle if is_spare or not pool._is_set_up(number)]
+                if not spare:
+                    continue
+                found = min(spare, key=lambda one: one.contents.record.used)
+                pool._idle.discard(found.place.number)
+            await pool.discard(found)
+            return found.place
+        return None
 
     async def _make_room(self, place: Place) -> bool:
         """Throw away a place of another process if that has no use for it; whether it does not count any more."""
@@ -407,8 +517,9 @@ class Pool:
         """Return what each place takes on disk, but for those that stay with a session whose run is not at work."""
         counted: dict[Place, int] = {}
         for place in await anyio.to_thread.run_sync(places_of, self._hub):
-            if place.number in self._ours:
-                counted[place] = self._ours[place.number].contents.record.bytes
+            ours = [pool._ours[place.number] for pool in self._pools if place.number in pool._ours]
+            if ours:
+                counted[place] = ours[0].contents.record.bytes
                 continue
             if await anyio.to_thread.run_sync(standing_of, place) or await place.lock.is_held():
                 record = await anyio.to_thread.run_sync(read_record, place)
@@ -475,22 +586,24 @@ class Pool:
                     lock = await stack.enter_async_context(place.lock.hold(0))
                     if not await anyio.Path(place.root).exists():
                         await anyio.Path(place.root).mkdir(mode=0o700)
-                        record = Record(commit, sparse=self._care.sparse)
+                        record = Record(commit, sparse=self._care.sparse, is_check=self._care.is_check)
                         return self._own(place, record, lock.fd, stack.pop_all())
         raise AssertionError("numbers do not end")
 
     async def _finish(self, checkout: Checkout, is_copy: bool) -> None:
         """Set a new place up, and have it be anybody's; it goes if the pool is closed meanwhile."""
-        is_ready = False
+        is_ready, commit = False, checkout.contents.record.commit
         with anyio.CancelScope() as setup:
             self._setups.add(setup)
             try:
                 if is_copy:
                     await self._look_over(checkout)
-                await self._furnish(checkout, checkout.contents.record.commit)
+                await self._furnish(checkout, commit)
                 is_ready = True
             except (GitError, OSError, SetupError) as error:
-                self._fail(error)
+                # A check must not fail for what was wrong with the commit of another.
+                if not self._care.is_check or commit == self._newest:
+                    self._fail(error)
         self._setups.discard(setup)
         self._coming -= 1
         await (self._shelve(checkout) if is_ready else self.discard(checkout))
@@ -522,7 +635,7 @@ class Pool:
         record = replace(checkout.contents.record, bytes=size, used=self._clock.now())
         checkout.contents = replace(checkout.contents, record=record)
         failpoint("place.clean")
-        sizes = [one.contents.record.bytes for one in self._ours.values()]
+        sizes = [one.contents.record.bytes for pool in self._pools for one in pool._ours.values()]
         if record.kept and self._limits.bytes is not None and sum(sizes) > self._limits.bytes:
             await self.discard(checkout)
             self._make_more()
@@ -557,12 +670,19 @@ class Pool:
             self._failures.append(error)
 
     def _announce(self) -> None:
-        self._changed.set()
-        self._changed = anyio.Event()
+        for pool in self._pools:
+            pool._changed.set()
+            pool._changed = anyio.Event()
 
 
 async def _compare(walker: Walker, stamps: Stamps) -> Differences | None:
     return await walker.run(stamps.compare, stamps.count_files())
+
+
+def _last_used_first(hub: Hub) -> list[Place]:
+    """Return all places of a hub, those first that were cleaned last. Blocks."""
+    records = {place: read_record(place) for place in places_of(hub)}
+    return sorted(records, key=lambda place: 0.0 if (one := records[place]) is None else -one.used)
 
 
 def _is_plain(record: Record, commit: str) -> bool:

@@ -62,12 +62,15 @@ class Checks:
         """End the command that runs, and all that it started; `run` then says so."""
         self._running.cancel()
 
-    async def run(self, commit: str) -> CheckResult:
-        """Check `commit` out and run the commands in turn, up to the first that fails; nothing of it is left."""
+    async def run(self, commit: str, base: str) -> CheckResult:
+        """Check `commit` out and run the commands in turn, up to the first that fails; nothing of it is left.
+
+        `base` is the commit that it builds on, which the target holds.
+        """
         checkout = None
         try:
             with self._running:
-                checkout = await self.pool.take(commit, self.worktree.root)
+                checkout = await self.pool.take_to_check(commit, base, self.worktree.root)
                 with anyio.CancelScope(shield=True):
                     self.worktree = await worktrees.create(self.worktree, checkout, "")
                 provided = await self.equipment.provide(checkout)

@@ -80,20 +80,29 @@ class Equipment:
     redactor: Redactor
     logs: Path
     environ: Mapping[str, str]
-    _failed: dict[str, SetupFailed] = field(default_factory=dict, init=False)
-    """Steps that failed, by their keys: they would fail in the next place, too."""
+    _failed: dict[tuple[str, str], SetupFailed] = field(default_factory=dict, init=False)
+    """Steps that failed, by their keys: they would fail in the next place, too.
+
+    For checks also by the commit, so that what has not landed does not fail the check of another commit; else that is
+    empty.
+    """
+
+    async def keys(self, commit: str) -> tuple[str, ...]:
+        """Return the keys of the steps of the setup at a commit."""
+        config = self.config
+        return await setup_keys(self.git, commit, config.setup, sparse=config.sparse, env=config.env)
 
     async def furnish(self, checkout: Checkout, commit: str) -> tuple[str, ...]:
         """Run the steps of the setup that a place has not run yet; return their keys. Raises SetupFailed."""
         steps, done = self.config.setup, checkout.contents.record.setup
         if not steps:
             return ()
-        sparse = checkout.contents.record.sparse
-        wanted = await setup_keys(self.git, commit, steps, sparse=sparse, env=self.config.env)
+        wanted = await self.keys(commit)
         first = steps_to_run(done, wanted)
         if first == len(steps):
             return wanted
-        known = next((self._failed[key] for key in wanted if key in self._failed), None)
+        at = commit if checkout.contents.record.is_check else ""
+        known = next((self._failed[key, at] for key in wanted if (key, at) in self._failed), None)
         if known is not None:
             raise known
         place = checkout.place
@@ -104,7 +113,7 @@ class Equipment:
         if not isinstance(ended.last, Done):
             failure = SetupFailed(ended.last)
             if isinstance(ended.last, CommandFailed):
-                self._failed[wanted[first + ended.done]] = failure
+                self._failed[wanted[first + ended.done], at] = failure
             raise failure
         return wanted
 

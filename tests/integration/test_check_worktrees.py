@@ -1,0 +1,200 @@
+"""No session, and no earlier check, decides what the programs are that a check runs."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Ended, Repository
+
+#: What `setup` makes: it passes where `code` is good, and only `src` and `lock` say what it is made of.
+JEST = "#!/bin/sh\\ngrep -qx good code\\n"
+INSTALL = (
+    f"mkdir -p node_modules/.bin && printf '{JEST}' > node_modules/.bin/jest && chmod +x node_modules/.bin/jest"
+    " && cp lock node_modules/lock"
+)
+FAKE = "mkdir -p node_modules/.bin && printf '#!/bin/sh\\nexit 0\\n' > node_modules/.bin/jest"
+RUN_JEST = "node_modules/.bin/jest"
+
+#: Ways for a check's code to replace what setup made.
+ATTACKS = {
+    "folder": "rm -r node_modules; mkdir -p node_modules/.bin; echo exit 0 > node_modules/.bin/jest",
+    "copy": "mv node_modules old; cp -a old node_modules; echo exit 0 > node_modules/.bin/jest",
+    "moved": """cp node_modules/.bin/jest x; echo exit 0 > node_modules/.bin/jest; mv node_modules/.bin y
+        mkdir node_modules/.bin; cp x node_modules/.bin/jest; rm -r node_modules/.bin; mv y node_modules/.bin""",
+    "link": "rm node_modules/.bin/jest; ln -s /bin/true node_modules/.bin/jest",
+    "times": """cp -p node_modules/.bin/jest x; echo exit 0 > node_modules/.bin/jest
+        touch -r x node_modules/.bin/jest""",
+    "repository": "rm node_modules/dep/run; echo exit 0 > node_modules/dep/run",
+}
+
+
+@pytest.fixture
+def outside(repository: Repository) -> Path:
+    """A folder that sessions and commands may write, to leave a trace in."""
+    folder = repository.top.parent / "outside"
+    folder.mkdir()
+    return folder
+
+
+def prepare(repository: Repository, **files: str) -> None:
+    """Commit what the checks are about; `node_modules` is ignored."""
+    repository.commit({".gitignore": "node_modules/\n", "code": "good\n", "lock": "1\n", **files}, "code")
+    repository.remember()
+
+
+def configure(repository: Repository, outside: Path, scripts: dict[str, str], **settings: Any) -> Path:
+    """Configure tasks that are shell scripts, each after the one before, checked by what `setup` installed."""
+    listed = [{"id": name, "prompt": text, "adapter": "sh", "attempts": 1} for name, text in scripts.items()]
+    for before, task in pairwise(listed):
+        task["needs"] = [before["id"]]
+    tasks = settings.pop("tasks", listed)
+    worktrees = {
+        "setup": [{"run": f"{INSTALL} && pwd >> {outside}/setups", "inputs": ["lock"]}],
+        "keep_ignored": ["node_modules"],
+        **settings.pop("worktrees", {}),
+    }
+    return repository.configure(
+        tasks,
+        adapters={"sh": {"use": "command", "argv": ["sh", "-e", "{prompt_file}"]}},
+        writable=[str(outside)],
+        worktrees=worktrees,
+        defaults={"checks": [RUN_JEST], "on_checks_failed": "fail", **settings.pop("defaults", {})},
+        capacity=1,
+        **settings,
+    )
+
+
+def write(file: str, text: str) -> str:
+    """Return a script that writes a file."""
+    return f"cat > {file} <<'END'\n{text}\nEND\n"
+
+
+def run(repository: Repository, config: Path) -> Ended:
+    """Run a file to its end."""
+    return repository.council("run", str(config), "--json")
+
+
+def lines(path: Path) -> list[str]:
+    """Return the lines of a trace."""
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.mark.parametrize("places", [1, 2, 4])
+async def test_a_program_that_a_session_put_among_what_is_kept_does_not_check_its_work(
+    repository: Repository, outside: Path, places: int
+) -> None:
+    """The session breaks the code and replaces the test runner; the one that setup made says so."""
+    prepare(repository)
+    scripts = {"a": f"{FAKE}; echo bad > code"}
+    ended = run(repository, configure(repository, outside, scripts, worktrees={"max": places}))
+    assert ended.states == {"a": "failed"}, ended
+    assert ended.result["tasks"][0]["failure"] == "checks_failed"
+    assert repository.git("show", "HEAD:code") == "good"
+    await repository.assert_invariants()
+
+
+async def test_a_session_replaces_nothing_that_the_checks_of_a_phase_run(repository: Repository, outside: Path) -> None:
+    """A phase is done when its checks say so, which run in no worktree of a session either."""
+    prepare(repository)
+    phase = {"adapter": "sh", "until": [RUN_JEST], "max_rounds": 1, "prompt": "{{ task.prompt }}\nexit\n"}
+    scripts = {"a": f"{FAKE}; echo a > a", "b": f"{FAKE}; echo bad > code"}
+    config = configure(
+        repository,
+        outside,
+        scripts,
+        worktrees={"max": 2},
+        workflows={"careful": [{"build": phase}]},
+        defaults={"checks": [], "workflow": "careful"},
+    )
+    ended = run(repository, config)
+    assert ended.states == {"a": "landed", "b": "failed"}, ended
+    await repository.assert_invariants()
+
+
+@pytest.mark.parametrize("places", [1, 2, 4])
+async def test_the_code_of_one_task_replaces_nothing_in_the_checks_of_the_next(
+    repository: Repository, outside: Path, places: int
+) -> None:
+    """What the first check runs replaces the test runner in its own worktree; the next check finds setup's."""
+    prepare(repository, tests="true\n")
+    scripts = {"a": write("tests", FAKE), "b": "echo bad > code"}
+    checks = [RUN_JEST, "sh tests"]
+    ended = run(
+        repository, configure(repository, outside, scripts, worktrees={"max": places}, defaults={"checks": checks})
+    )
+    assert ended.states == {"a": "landed", "b": "failed"}, ended
+    await repository.assert_invariants()
+
+
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+async def test_whatever_a_check_does_to_what_setup_made_the_next_one_finds_it_as_it_was(
+    repository: Repository, outside: Path, attack: str
+) -> None:
+    """Also where git sees nothing of it, in a repository that setup made within the worktree."""
+    prepare(repository, tests="true\n")
+    made = "mkdir node_modules/dep; git init -q node_modules/dep; echo 'grep -qx good code' > node_modules/dep/run"
+    worktrees = {"setup": [f"{INSTALL}; {made}"]}
+    scripts = {"a": write("tests", f"set -e; {attack}"), "b": "echo bad > code", "c": "echo c > c"}
+    checks = ["sh node_modules/.bin/jest && sh node_modules/dep/run", "sh tests"]
+    ended = run(repository, configure(repository, outside, scripts, worktrees=worktrees, defaults={"checks": checks}))
+    assert ended.states == {"a": "landed", "b": "failed", "c": "blocked"}, ended
+    await repository.assert_invariants()
+
+
+async def test_setup_is_run_once_for_checks_and_again_where_its_inputs_change(
+    repository: Repository, outside: Path
+) -> None:
+    """The worktree of checks is set up for the first one; what a check adds to it is removed, and costs nothing."""
+    prepare(repository)
+    look = "test ! -e node_modules/left; echo x > node_modules/left; mkdir -p node_modules/.cache; "
+    note = f"echo $COUNCIL_TASK $PWD $(cat node_modules/lock) >> {outside}/checks"
+    scripts = {"a": "echo a > a", "b": "echo b > b", "c": "echo 2 > lock", "d": "echo d > d"}
+    defaults = {"checks": [RUN_JEST, look + note]}
+    ended = run(repository, configure(repository, outside, scripts, defaults=defaults))
+    assert set(ended.states.values()) == {"landed"}, ended
+    seen = [line.split() for line in lines(outside / "checks")]
+    assert [(task, lock) for task, _, lock in seen] == [("a", "1"), ("b", "1"), ("c", "2"), ("d", "2")]
+    setups = lines(outside / "setups")
+    places = [place for _, place, _ in seen]
+    assert places[0] == places[1]
+    assert places[2] == places[3] != places[0], "what c landed is what d builds on"
+    assert [setups.count(place) for place in dict.fromkeys(places)] == [1, 1]
+    run(repository, configure(repository, outside, {"e": "echo e > e"}, defaults=defaults))
+    assert lines(outside / "checks")[-1].split() == ["e", places[3], "2"], "another run finds it as it was left"
+    assert lines(outside / "setups").count(places[3]) == 1
+    repository.remember()
+    await repository.assert_invariants()
+
+
+async def test_what_did_not_land_sets_nothing_up_for_the_checks_of_others(
+    repository: Repository, outside: Path
+) -> None:
+    """Setup runs a file that it does not name as an input: a task's version of it makes nothing for the next task."""
+    prepare(repository, install=INSTALL)
+    worktrees = {"setup": [{"run": "sh install", "inputs": ["lock"]}]}
+    scripts = {
+        "undeclared": write("install", FAKE) + "echo bad > code",
+        "declared": write("install", FAKE) + "echo 2 > lock",
+        "again": write("install", INSTALL) + "echo 2 > lock; echo bad > code",
+    }
+    tasks = [{"id": name, "prompt": script, "adapter": "sh", "attempts": 1} for name, script in scripts.items()]
+    checks = [f"test $COUNCIL_TASK != declared || exit 3; {RUN_JEST}"]
+    config = configure(repository, outside, {}, tasks=tasks, worktrees=worktrees, defaults={"checks": checks})
+    ended = run(repository, config)
+    assert set(ended.states.values()) == {"failed"}, ended
+    assert {task["failure"] for task in ended.result["tasks"]} == {"checks_failed"}
+    await repository.assert_invariants()
+
+
+async def test_a_commit_that_repairs_the_setup_passes(repository: Repository, outside: Path) -> None:
+    """Setup is broken on the target, by a file that it does not name; the commit's own is used for its own check."""
+    prepare(repository, install="exit 1")
+    worktrees = {"setup": [f"sh install || mkdir {outside}/passed-once"], "max": 1}
+    scripts = {"a": write("install", INSTALL)}
+    ended = run(repository, configure(repository, outside, scripts, worktrees=worktrees))
+    assert ended.states == {"a": "landed"}, ended
+    await repository.assert_invariants()
