@@ -38,11 +38,19 @@ class Yard:
         return await source.fetch(branch, internal_ref("run1", f"base-{os.getpid()}"))
 
     @asynccontextmanager
-    async def open(self, care: Care | None = None, *, places: int = 16, size: int | None = None, warm: int = 0
-                   ) -> AsyncIterator[Pool]:  # fmt: skip
+    async def open(
+        self,
+        care: Care | None = None,
+        *,
+        places: int = 16,
+        size: int | None = None,
+        warm: int = 0,
+        warm_checks: int = 0,
+    ) -> AsyncIterator[Pool]:
         """Open a pool for the body."""
-        limits = PoolLimits(places, size)
-        async with Pool.open(self.git, self.hub, SystemClock(), limits, care or Care(), warm=warm) as pool:
+        limits, clock = PoolLimits(places, size), SystemClock()
+        opened = Pool.open(self.git, self.hub, clock, limits, care or Care(), warm=warm, warm_checks=warm_checks)
+        async with opened as pool:
             yield pool
 
     def worktree(self, task: str, attempt: int = 1) -> Worktree:

@@ -542,7 +542,7 @@ class WorktreeSettings(_Entry):
         tuple[Annotated[SetupSettings, BeforeValidator(_step, json_schema_input_type=Command | SetupSettings)], ...],
         Field(strict=False),
     ] = ()
-    """Shell commands, run in turn in a new worktree before its first session."""
+    """Shell commands, run in turn in a new worktree before its first session or check."""
     before_run: Commands = ()
     """Shell commands before each session; one that fails fails the attempt."""
     after_run: Commands = ()
@@ -558,7 +558,7 @@ class WorktreeSettings(_Entry):
     linked: RepositoryPaths = Field((), alias="link")
     """Files and folders of your checkout that git doesn't track: each worktree gets a link, to read only."""
     keep_ignored: Kept = ()
-    """Ignored files and folders that stay for the next session: a name at any depth, or a path from the top."""
+    """Ignored files and folders that stay for the next session, not for checks: names, or paths from the top."""
     ports: Annotated[int, Field(ge=0, le=100)] = 0
     """How many free ports each worktree gets, as COUNCIL_PORT_0 and so on."""
 

@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from orchestrator.config.model import RunConfig
 from orchestrator.config.problems import listed
 from orchestrator.protocols import Adapter, Capability
+
+#: What package managers and compilers keep downloads and results in.
+_CACHES: Final = frozenset(
+    {
+        *(".cache", ".npm", ".yarn", ".pnpm-store", ".bun", ".cargo", ".rustup", ".m2", ".gradle", ".ivy2"),
+        *(".bundle", ".gem", ".nuget", ".composer", ".pub-cache", ".ccache"),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +45,8 @@ class ConfigWarning:
 def find_warnings(config: RunConfig, around: Surroundings, adapters: Mapping[str, Adapter]) -> list[ConfigWarning]:
     """Return what to tell of a file that is right; `adapters` are all of its own, by name."""
     found = []
+    specs = [*config.tasks, *([] if config.template is None else [config.template])]
+    is_checked = any(spec.checks for spec in specs)
     if config.target == config.base and around.target_checkout is not None:
         what = f"the target {config.target!r} is also the base, and checked out in {around.target_checkout}"
         remedy = "each landing changes the files there, and waits where they have changes; set another `target`"
@@ -43,17 +54,19 @@ def find_warnings(config: RunConfig, around: Surroundings, adapters: Mapping[str
     for path in _open_repository(config, around):
         what = f"`writable` lets sessions write {path}, and with it the repository itself"
         found.append(ConfigWarning(what, "name only the folders in it that they need, if any"))
+    for path in _package_caches(config) if is_checked else ():
+        what = f"`writable` lets sessions write {path}, from which setup and checks may take programs"
+        found.append(ConfigWarning(what, "name it under `writable` of the adapters whose sessions need it"))
     if config.worktrees.max < config.capacity:
         most = config.worktrees.max
         what = f"`worktrees.max` is {most} and `capacity` {config.capacity}: at most {most} sessions can run at once"
         found.append(ConfigWarning(what, f"set `max: {config.capacity}` under `worktrees:`, or a smaller `capacity`"))
-    specs = [*config.tasks, *([] if config.template is None else [config.template])]
     most = config.coordination.max_retries + 1
     if above := [spec for spec in specs if spec.attempts > most]:
         name, attempts = above[0].id, above[0].attempts
         what = f"task {name!r} has {attempts} `attempts`, `coordination.max_retries` ends it after {most}"
         found.append(ConfigWarning(what, f"set `max_retries: {attempts - 1}` under `coordination:`"))
-    if not any(spec.checks for spec in specs):
+    if not is_checked:
         what = "no task has checks: nothing proves the work"
         found.append(ConfigWarning(what, "add the command of your tests as `checks:` under `defaults:`"))
     found += _repeated_fallbacks(config)
@@ -83,6 +96,11 @@ def _repeated_fallbacks(config: RunConfig) -> Iterator[ConfigWarning]:
         again = dict.fromkeys(repr(name) for place, name in enumerate(rest) if name in {first, *rest[:place]})
         what = f"`fallback` of {listed(whose)} names {listed([*again])} again: an adapter can't stand in for itself"
         yield ConfigWarning(what, f"name others than `adapter: {first}` there, each once")
+
+
+def _package_caches(config: RunConfig) -> list[Path]:
+    """Return the folders of package managers that sessions of all adapters may write, and so setup and checks."""
+    return [path for path in config.fence.reach.writable if path.name in _CACHES or path.parent.name == ".cache"]
 
 
 def _open_repository(config: RunConfig, around: Surroundings) -> list[Path]:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
+from orchestrator.repo import worktrees
+from orchestrator.repo.places import places_of, read_record
+from orchestrator.repo.pool import Pool
 from tests.conftest import Ended, Repository
+from tests.places import Yard
 
 #: What `setup` makes: it passes where `code` is good, and only `src` and `lock` say what it is made of.
 JEST = "#!/bin/sh\\ngrep -qx good code\\n"
@@ -59,7 +65,7 @@ def configure(repository: Repository, outside: Path, scripts: dict[str, str], **
     }
     return repository.configure(
         tasks,
-        adapters={"sh": {"use": "command", "argv": ["sh", "-e", "{prompt_file}"]}},
+        adapters=settings.pop("adapters", {"sh": {"use": "command", "argv": ["sh", "-e", "{prompt_file}"]}}),
         writable=[str(outside)],
         worktrees=worktrees,
         defaults={"checks": [RUN_JEST], "on_checks_failed": "fail", **settings.pop("defaults", {})},
@@ -198,3 +204,109 @@ async def test_a_commit_that_repairs_the_setup_passes(repository: Repository, ou
     ended = run(repository, configure(repository, outside, scripts, worktrees=worktrees))
     assert ended.states == {"a": "landed"}, ended
     await repository.assert_invariants()
+
+
+async def test_what_only_an_adapters_sessions_may_write_no_check_can(repository: Repository, outside: Path) -> None:
+    """What is writable for all is so for checks, too; a session's cache is not, though it can be read."""
+    prepare(repository)
+    cache = outside.parent / "cache"
+    cache.mkdir()
+    checks = [f"! touch {cache}/mine && touch {outside}/mine && cat {cache}/theirs"]
+    config = configure(
+        repository,
+        outside,
+        {"a": f"echo a > a; echo theirs > {cache}/theirs"},
+        adapters={"sh": {"use": "command", "argv": ["sh", "-e", "{prompt_file}"], "writable": [str(cache)]}},
+        defaults={"checks": checks},
+    )
+    ended = run(repository, config)
+    assert ended.states == {"a": "landed"}, ended
+    assert (outside / "mine").exists()
+
+
+@pytest.fixture
+async def yard(repository: Repository, tmp_path: Path, environ: dict[str, str]) -> Yard:
+    """A hub for a repository."""
+    return await Yard.of(repository.top, tmp_path / "home", environ)
+
+
+class TestPool:
+    """Sessions and checks share the number and the size of worktree slots, and never a slot."""
+
+    @staticmethod
+    async def check(yard: Yard, pool: Pool, commit: str) -> Path:
+        """Take a slot for a check and release it; return its tree."""
+        worktree = replace(yard.worktree("t"), is_check=True)
+        checkout = await pool.checks.take_to_check(commit, commit, worktree.root)
+        await worktrees.create(worktree, checkout, "")
+        await yard.end(pool.checks, worktree, checkout)
+        return checkout.place.tree
+
+    @staticmethod
+    async def session(yard: Yard, pool: Pool, commit: str) -> Path:
+        """Take a slot for a session and release it; return its tree."""
+        worktree, checkout = await yard.begin(pool, "t", commit)
+        await yard.end(pool, worktree, checkout)
+        return checkout.place.tree
+
+    @pytest.mark.parametrize("places", [2, 16])
+    async def test_each_kind_has_its_own_also_in_the_next_pool(self, yard: Yard, places: int) -> None:
+        """A slot is used again by its own kind only, by another process, too."""
+        commit = await yard.fetch()
+        found: dict[str, set[Path]] = {"session": set(), "check": set()}
+        for _ in range(2):
+            async with yard.open(places=places, warm=1, warm_checks=1) as pool:
+                for _ in range(3):
+                    found["session"].add(await self.session(yard, pool, commit))
+                    found["check"].add(await self.check(yard, pool, commit))
+        assert [len(one) for one in found.values()] == [1, 1]
+        assert not found["session"] & found["check"]
+
+    @pytest.mark.parametrize(("places", "size"), [(1, None), (16, 1)])
+    async def test_an_idle_slot_of_the_other_kind_makes_room(self, yard: Yard, places: int, size: int | None) -> None:
+        """With room for one slot they take turns, each in a new one."""
+        commit = await yard.fetch()
+        async with yard.open(places=places, size=size and await self.size(yard, commit)) as pool:
+            for _ in range(2):
+                await self.session(yard, pool, commit)
+                assert await self.kinds(yard, pool) == [False]
+                await self.check(yard, pool, commit)
+                assert await self.kinds(yard, pool) == [True]
+
+    async def test_a_slot_in_use_makes_no_room(self, yard: Yard) -> None:
+        """A check waits for the session that has the only slot."""
+        commit = await yard.fetch()
+        async with yard.open(places=1) as pool:
+            worktree, checkout = await yard.begin(pool, "t", commit)
+            checked = anyio.Event()
+
+            async def check() -> None:
+                await self.check(yard, pool, commit)
+                checked.set()
+
+            async with anyio.create_task_group() as group:
+                group.start_soon(check)
+                await anyio.wait_all_tasks_blocked()
+                assert checkout.place.tree.is_dir()
+                assert not checked.is_set()
+                await yard.end(pool, worktree, checkout)
+            assert checked.is_set()
+
+    @staticmethod
+    async def size(yard: Yard, commit: str) -> int:
+        """Return the bytes that a slot takes."""
+        async with yard.open(places=1, size=1_000_000_000) as pool:
+            await TestPool.session(yard, pool, commit)
+        (place,) = places_of(yard.hub)
+        record = read_record(place)
+        assert record is not None
+        return record.bytes
+
+    @staticmethod
+    async def kinds(yard: Yard, pool: Pool) -> list[bool]:
+        """Return of each slot whether it is for checks, when all are idle."""
+        while pool._cleaning or pool.checks._cleaning:
+            await anyio.sleep(0)
+        ours = {**pool._ours, **pool.checks._ours}
+        assert sorted(ours) == [place.number for place in places_of(yard.hub)]
+        return [one.contents.record.is_check for one in ours.values()]

@@ -49,6 +49,18 @@ def test_target_that_is_the_base_and_checked_out(
 
 
 @pytest.mark.parametrize(
+    ("writable", "many"), [(".npm", 1), (".cache", 1), (".cache/pip", 1), (".some-cli", 0), ("cache/x", 0)]
+)
+def test_writable_that_sessions_share_with_checks(tmp_path: Path, writable: str, many: int) -> None:
+    """A cache of packages decides what checks execute, unless only sessions write it, or there are no checks."""
+    found = warnings(tmp_path, Surroundings(), writable=[writable])
+    assert len(found) == many
+    assert all("from which setup and checks may take programs" in one for one in found)
+    assert warnings(tmp_path, Surroundings(), {"writable": [writable]}) == []
+    assert len(warnings(tmp_path, Surroundings(), writable=[writable], defaults={})) == 1, "there are no checks"
+
+
+@pytest.mark.parametrize(
     ("writable", "many"), [("repo", 1), (".", 1), ("repo/.git", 1), ("repo/build", 0), ("elsewhere", 0)]
 )
 @pytest.mark.parametrize("is_adapters", [False, True], ids=["of all", "of an adapter"])
