@@ -53,6 +53,7 @@ def test_target_that_is_the_base_and_checked_out(
 )
 def test_writable_that_sessions_share_with_checks(tmp_path: Path, writable: str, many: int) -> None:
     """A cache of packages decides what checks execute, unless only sessions write it, or there are no checks."""
+    (tmp_path / writable).mkdir(parents=True)
     found = warnings(tmp_path, Surroundings(), writable=[writable])
     assert len(found) == many
     assert all("from which setup and checks may take programs" in one for one in found)
