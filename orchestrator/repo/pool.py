@@ -165,30 +165,21 @@ class Pool:
         can_tell = await anyio.to_thread.run_sync(stamps_mappings, hub.places)
         async with AsyncExitStack() as stack:
             walker = await stack.enter_async_context(Walker.open())
-            pools = [
-                cls(git, hub, clock, limits, one, anyio.create_task_group(), walker)
-                for one in (replace(care, keep=Keep(), is_check=True), care)
-            ]
+            group, cares = anyio.create_task_group(), (replace(care, keep=Keep(), is_check=True), care)
+            pools = tuple(cls(git, hub, clock, limits, one, group, walker) for one in cares)
             for pool in pools:
-                pool._pools, pool._can_tell, pool.checks = tuple(pools), can_tell, pools[0]
-            await stack.enter_async_context(pools[0]._opened(warm_checks))
-            yield await stack.enter_async_context(pools[1]._opened(warm))
-
-    @asynccontextmanager
-    async def _opened(self, wanted: int) -> AsyncIterator[Pool]:
-        async with AsyncExitStack() as stack:
-            stack.push_async_callback(self._close)  # when nothing is at work in them any more, whatever has ended that
-            await stack.enter_async_context(self._group)
-            self._wanted = wanted
+                pool._pools, pool._can_tell, pool.checks = pools, can_tell, pools[0]
+                stack.push_async_callback(pool._close)  # when nothing is at work in them any more, whatever ended that
+            await stack.enter_async_context(group)
             try:
-                for place in await anyio.to_thread.run_sync(_last_used_first, self._hub):
-                    await self._adopt(place)
-                self._group.start_soon(self._sweep)
-                yield self
+                for pool, wanted in zip(pools, (warm_checks, warm), strict=True):
+                    await pool._begin(wanted)
+                yield pools[1]
             finally:
-                self._wanted = 0
-                for setup in self._setups:
-                    setup.cancel()
+                for pool in pools:
+                    pool._wanted = 0
+                    for setup in pool._setups:
+                        setup.cancel()
 
     async def clear(self) -> None:
         """Throw away what is of unknown state by now, which another process left that was killed."""
@@ -312,6 +303,13 @@ class Pool:
         self._announce()
 
     # Opening and closing.
+
+    async def _begin(self, wanted: int) -> None:
+        """Take over what another process left, as far as it is wanted."""
+        self._wanted = wanted
+        for place in await anyio.to_thread.run_sync(_last_used_first, self._hub):
+            await self._adopt(place)
+        self._group.start_soon(self._sweep)
 
     async def _adopt(self, place: Place) -> None:
         """Take a clean place of another process if one more is of use; throw one away that is lost."""
