@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
@@ -13,6 +14,7 @@ import click
 from anyio import to_thread
 
 from orchestrator.cli.command import Context, json_option, named_now, opened, perform, store_option
+from orchestrator.cli.output import plain
 from orchestrator.cli.streams import forget
 from orchestrator.config.quantities import shown_size
 from orchestrator.config.store import store_folder
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from orchestrator.protocols import JsonObject
     from orchestrator.state.copying import Copied
 
+#: The documents that can't be read which are named.
+_MOST_NAMED: Final = 5
 #: What stands for standard input or output.
 _STREAM: Final = Path("-")
 _file = click.argument("file", metavar="FILE", type=click.Path(path_type=Path, allow_dash=True))
@@ -166,6 +170,19 @@ def _tell(context: Context, copied: Copied, what: str, *, err: bool = False) -> 
         documents = f"{copied.documents:,} {'document' if copied.documents == 1 else 'documents'}"
         line = f"{copied.commits:,} commits, {documents}, {shown_size(copied.bytes)}{packed}: {what}"
     context.output.text(f"{line}\n", err=err)
+    for warning in () if context.output.as_json else _warnings(copied):
+        context.output.text(f"{warning}\n", err=True)
+
+
+def _warnings(copied: Copied) -> Iterator[str]:
+    """Yield what a person should know of the documents that were copied, as text that a terminal only shows."""
+    found = list(copied.unreadable.items())
+    for key, flaw in found[:_MOST_NAMED]:
+        yield plain(f"warning: {key} can't be read: {flaw}")
+    if len(found) > _MOST_NAMED:
+        yield f"warning: {len(found) - _MOST_NAMED} more can't be read"
+    if found:
+        yield "`council state verify --repair` restores their last readable versions"
 
 
 def _copied_json(copied: Copied) -> JsonObject:
@@ -178,4 +195,5 @@ def _copied_json(copied: Copied) -> JsonObject:
         "packed_bytes": copied.packed,
         "ratio": None if copied.ratio is None else round(copied.ratio, 2),
         "was_there": copied.was_there,
+        "unreadable": {str(key): flaw for key, flaw in copied.unreadable.items()},
     }

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import IO
 
 from orchestrator.errors import InvalidDocument, RefusedError, StoreUnavailable
 from orchestrator.protocols import Dump, DumpedCommit, Key, Store
 from orchestrator.state.dumping import not_empty
 from orchestrator.state.portable import REMEDY, Header, commit_line, reading, write
+from orchestrator.state.shapes import find_unreadable
 from orchestrator.state.writer import name_of_writer
 
 
@@ -30,6 +31,8 @@ class Copied:
     """Whether the same was in the target already, so that nothing was done."""
     packed: int | None = None
     """How many bytes the file has; None where there is none."""
+    unreadable: Mapping[Key, str] = field(default_factory=dict)
+    """Why documents of ours can't be read, by key: copied as they are, and `Council.repair` restores older versions."""
 
     @property
     def ratio(self) -> float | None:
@@ -108,7 +111,7 @@ async def export(store: Store, stream: IO[bytes], time: float) -> Copied:
     async with store.dump() as dump:
         header = Header(position=dump.position, first=dump.first, time=time, by=name_of_writer())
         packed = await write(stream, header, tally.lines(dump.commits))
-    return replace(tally.copied(dump), packed=packed)
+    return replace(tally.copied(dump), packed=packed, unreadable=dict(await find_unreadable(store)))
 
 
 async def import_from(name: str, opens: Callable[[], IO[bytes]], target: Store) -> Copied:
@@ -143,7 +146,7 @@ async def _compared(target: Store, dump: Dump, tally: Tally, *, was_there: bool)
         first = found.first
         await held.finish(found, dump.position)
     if first == dump.first and held.is_same(tally):
-        return tally.copied(dump, was_there=was_there)
+        return replace(tally.copied(dump, was_there=was_there), unreadable=dict(await find_unreadable(target)))
     if was_there:
         raise not_empty("the target", dump.position)
     raise StoreUnavailable("the target", "what it holds differs from what was copied", "remove it, and copy anew")

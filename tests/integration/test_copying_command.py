@@ -14,9 +14,10 @@ from orchestrator import Council, copy_state
 from orchestrator.clock import SystemClock
 from orchestrator.errors import RefusedError
 from orchestrator.project import council_home
-from orchestrator.protocols import Commit, Event
+from orchestrator.protocols import Commit, Event, Key
 from orchestrator.state.file import FileStore
 from orchestrator.state.identity import prepare
+from orchestrator.state.update import update
 from tests.conftest import Repository
 from tests.recorded import RUN, recorded
 from tests.waiting import wait_for
@@ -222,3 +223,20 @@ def test_an_imported_state_is_no_part_of_the_repository(repository: Repository, 
         cwd=new, env=repository.environ, capture_output=True, check=True,
     )  # fmt: skip
     assert repository.git("-C", str(new), "status", "--porcelain") == ""
+
+
+async def test_documents_that_cant_be_read_are_reported(project: Repository, tmp_path: Path) -> None:
+    """They are copied as they are; each command names them, with the flaw and the fix."""
+    key, flaw = f"task/{RUN}/api", "progress: extra inputs are not permitted"
+    async with Council.open(project.top, environ=project.environ) as council:
+        await update(council._store, Key("task", f"{RUN}/api"), lambda value: {**(value or {}), "progress": "50%"})
+    again = str(tmp_path / "again")
+    for words in (["export", "file"], ["import", "file", "--state", again], ["copy", again, str(tmp_path / "copy")]):
+        done = project.council("state", *words)
+        assert (done.code, f"warning: {key} can't be read: {flaw}\n" in done.stderr) == (0, True), done
+        assert "`council state verify --repair`" in done.stderr
+    result = project.council("state", "import", "file", "--state", again, "--json").result
+    assert result["unreadable"] == {key: flaw}
+    assert project.council("state", "verify", "--repair", "--state", again).code == 0
+    copied = await copy_state(again, tmp_path / "sound")
+    assert copied.unreadable == {}
