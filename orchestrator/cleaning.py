@@ -15,6 +15,7 @@ import anyio.to_thread
 
 from orchestrator.clock import Clock
 from orchestrator.domain.leftovers import Kind, Leftover, is_still
+from orchestrator.domain.model import Maker
 from orchestrator.engine.forgetting import forget_run
 from orchestrator.engine.recovery import end_session
 from orchestrator.engine.survey import Survey, exists, judged, run_locks
@@ -26,7 +27,7 @@ from orchestrator.repo.git import Git
 from orchestrator.repo.hub import Hub
 from orchestrator.repo.places import Place, empty_trash, place_of, throw_away
 from orchestrator.repo.removal import disk_usage, remove_all
-from orchestrator.state.checkpoints import Maker, create
+from orchestrator.state.checkpoints import create
 
 
 @dataclass(frozen=True, slots=True)

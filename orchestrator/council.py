@@ -17,7 +17,7 @@ from orchestrator.domain.model import Action
 from orchestrator.domain.secrets import without_passwords
 from orchestrator.engine.records import read_run
 from orchestrator.engine.report import RunReport, RunStatus
-from orchestrator.errors import CouncilError, RefusedError
+from orchestrator.errors import CouncilError, RefusedError, UnreadableDocument
 from orchestrator.project import LEGACY_RECORD, Project, council_home, exclude_from_git, find_project, was_imported
 from orchestrator.protocols import Adapter, Compacted, Document, JsonObject, Key, Record, RecordedEvent, Store, Verified
 from orchestrator.repo.checkout import check_own
@@ -235,7 +235,10 @@ class Council:
         position = await self._store.position()
         known = set()
         for run in await self._runs.ids():
-            if (await read_run(self._store, run)).ended is None and await self._runs.seems_live(run):
+            with suppress(UnreadableDocument):  # whoever asks for it is told
+                if (await read_run(self._store, run)).ended is not None:
+                    continue
+            if await self._runs.seems_live(run):
                 known.add(run)
                 yield run
         if follow:

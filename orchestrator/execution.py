@@ -24,7 +24,7 @@ from orchestrator.config.model import (
 from orchestrator.config.store import MEMORY, scheme_of, store_folder
 from orchestrator.domain.claims import Owner, Role
 from orchestrator.domain.dispatch import Board, Entry, with_parts
-from orchestrator.domain.model import FINAL, Action, RunDocument
+from orchestrator.domain.model import FINAL, Action, Maker, RunDocument
 from orchestrator.domain.secrets import Redactor, secret_values
 from orchestrator.engine.briefing import Briefing
 from orchestrator.engine.capacity import Capacity
@@ -57,7 +57,7 @@ from orchestrator.repo.hub import Hub
 from orchestrator.repo.site import find_site
 from orchestrator.runs import Runs
 from orchestrator.sessions.supervised import forking
-from orchestrator.state.checkpoints import Maker, create, restoration
+from orchestrator.state.checkpoints import create, restoration
 from orchestrator.state.identity import accept
 from orchestrator.state.outage import surviving
 from orchestrator.tracking import with_tracked

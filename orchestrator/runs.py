@@ -111,6 +111,8 @@ class Runs:
                 found.append(await self.status(run, even_gone=True))
             except UnreadableDocument as error:
                 self.unreadable.append(str(error))
+            except RefusedError as error:  # such as one that has lost a task
+                self.unreadable.append(f"run {run}: {error}")
         return found
 
     async def _sessions(self, run: str) -> list[SessionReport]:

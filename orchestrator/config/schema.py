@@ -49,6 +49,7 @@ from orchestrator.config.quantities import (
 )
 from orchestrator.config.store import STORE_PATTERN, check_store
 from orchestrator.domain.failures import RETRYABLE
+from orchestrator.domain.model import MOST_CAPACITY
 from orchestrator.domain.ownership import check_pattern
 from orchestrator.domain.prices import Price
 
@@ -623,7 +624,7 @@ class Config(_Entry):
     """The branch that work starts from."""
     target: Branch | None = None
     """The branch that work lands on: council/ and the run's id unless given."""
-    capacity: Annotated[int, Field(ge=1, le=1000)] = 4
+    capacity: Annotated[int, Field(ge=1, le=MOST_CAPACITY)] = 4
     """How many sessions may run at once."""
     session_memory: Annotated[Size, Field(json_schema_extra={"default": "256MiB"})] = 256 << 20
     """The memory that one session is expected to take: no more are started than fit."""

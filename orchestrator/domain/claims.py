@@ -15,6 +15,8 @@ from functools import reduce
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from orchestrator.domain.times import Instant
+
 
 class Role(StrEnum):
     """What an orchestrator may do about the claims of others."""
@@ -86,12 +88,12 @@ class Orchestrator(_Document):
 
     owner: Owner
     epoch: int
-    since: float
-    heartbeat: float
+    since: Instant
+    heartbeat: Instant
     """Its last sign of life."""
-    expires: float
+    expires: Instant
     """From when on others may take over, unless it gives another."""
-    ended: float | None = None
+    ended: Instant | None = None
     reason: str | None = None
     """Why it ended, where that was not of its own doing."""
     counters: Counters = Field(default_factory=Counters)
@@ -102,7 +104,7 @@ class Claim(_Document):
 
     owner: Owner
     epoch: int
-    since: float
+    since: Instant
     retries: int = 0
     """How many tries of the task had been in vain when it was written, since a person last had it tried again."""
     released: Release | None = None
@@ -117,7 +119,7 @@ class MergeParty(_Document):
     host: str
     pid: int
     run: str
-    since: float
+    since: Instant
 
 
 class MergeLease(_Document):

@@ -13,6 +13,7 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict
 
 from orchestrator.domain.sessions import SessionName
+from orchestrator.domain.times import Instant
 
 #: Seconds without a word after which a record says nothing about now any more.
 STALE_AFTER: Final = 1800.0
@@ -60,8 +61,8 @@ class SessionContext(BaseModel):
     """What it waits for."""
     files: tuple[str, ...] = ()
     """The files that it has locked."""
-    started: float
-    updated: float
+    started: Instant
+    updated: Instant
 
     @property
     def session(self) -> SessionName:

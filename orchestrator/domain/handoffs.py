@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from orchestrator.domain.json_values import digest_of, read_object
 from orchestrator.domain.mediation import Mediation
+from orchestrator.domain.times import Instant
 from orchestrator.errors import HandoffBroken
 
 Protocol = Literal["direct", "mediated", "shared"]
@@ -31,7 +32,7 @@ class Receipt(_Document):
     phase: str
     attempt: int
     """The attempt that the visit began with."""
-    time: float
+    time: Instant
     digest: str
     """Of what was received."""
 
@@ -50,7 +51,7 @@ class Handoff(_Document):
     attempt: int
     to: str | None = None
     """The phase that it is for; None: none follows."""
-    time: float
+    time: Instant
     """When, in wall-clock seconds."""
     digest: str
     """Of its data, and of what mediated them; see `digest_of`."""

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from orchestrator.domain.ownership import check_pattern, matches, overlap
 from orchestrator.domain.sessions import SessionName
+from orchestrator.domain.times import Instant
 from orchestrator.errors import RefusedError
 
 #: How many paths a session can own in all, and of how many characters: each change writes them all.
@@ -27,7 +28,7 @@ class Waiting:
     """What a session would own if somebody else did not; times are wall-clock seconds."""
 
     patterns: tuple[str, ...]
-    since: float
+    since: Instant
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class Holding:
 
     session: SessionName
     patterns: tuple[str, ...]
-    since: float
+    since: Instant
     """Wall-clock seconds: when it took the first of what it holds."""
     orchestrator: str
     """The id of the process that took it."""
@@ -45,7 +46,7 @@ class Holding:
     locked: tuple[str, ...] = ()
     """Those of its patterns that the session asked to lock: no work of others that changes them lands."""
     waiting: Waiting | None = None
-    taken: Mapping[str, float] = field(default_factory=dict)
+    taken: Mapping[str, Instant] = field(default_factory=dict)
     """When it took each of its patterns."""
 
     @property

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from orchestrator.domain.model import ImportedRun, ImportedTask, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.times import LATEST
 
 #: Where tasks are put that no session names.
 NO_SESSION: Final = "tasks-without-session"
@@ -26,8 +27,6 @@ MAX_PART: Final = 64 << 10
 MAX_ORIGINAL: Final = 1 << 20
 #: How deep an original may nest.
 MAX_DEPTH: Final = 100
-#: Seconds since the epoch behind which no time is one.
-_LATEST: Final = 253_402_300_799.0
 _MILLISECONDS_FROM: Final = 1e11
 _MAX_TEXT: Final = 2000
 _MAX_PULL_REQUEST: Final = 1 << 53
@@ -349,7 +348,7 @@ def instant(value: object) -> float | None:
         seconds = float(value) / (1000 if value >= _MILLISECONDS_FROM else 1)
     else:
         return None
-    return seconds if math.isfinite(seconds) and 0 <= seconds <= _LATEST else None
+    return seconds if math.isfinite(seconds) and 0 <= seconds <= LATEST else None
 
 
 def _phases(value: object) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from orchestrator.domain.phases import PhaseRecord
+from orchestrator.domain.times import Instant
 from orchestrator.errors import RefusedError
 
 
@@ -42,6 +43,9 @@ FINAL = REVIVABLE | SUCCESSFUL
 #: States of a task that an attempt has led to.
 _ATTEMPTED = frozenset({TaskStatus.RUNNING, TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.LANDING})
 
+#: The most sessions that a run can have side by side.
+MOST_CAPACITY = 1000
+
 #: Names of tasks that are told to somebody who named none of them.
 _MOST_NAMED = 5
 
@@ -59,8 +63,8 @@ class Attempt(_Document):
     base: str
     start: str | None = None
     """The commit that its worktree began at where that is not the base: earlier work, merged onto it."""
-    started: float
-    ended: float | None = None
+    started: Instant
+    ended: Instant | None = None
     outcome: str | None = None
     """`built`, `interrupted`, `cancelled`, or the failure's class; None while it runs."""
     reason: str | None = None
@@ -107,7 +111,7 @@ class Intent(_Document):
 
     old: str | None
     new: str
-    recorded: float
+    recorded: Instant
 
 
 class ImportedTask(_Document):
@@ -115,8 +119,8 @@ class ImportedTask(_Document):
 
     status: str | None = None
     """Its own word for where the task was."""
-    started: float | None = None
-    completed: float | None = None
+    started: Instant | None = None
+    completed: Instant | None = None
     branch: str | None = None
     worktree: str | None = None
     phases: dict[str, Any] = {}
@@ -268,14 +272,21 @@ class RunDocument(_Document):
     """The commit that the target (or, where it did not exist, the base) was at: landings are looked for behind it."""
     hub: str
     """The folder of the hub and the trusted repository."""
-    started: float
-    ended: float | None = None
+    started: Instant
+    ended: Instant | None = None
     halted: str | None = None
     """Why it was stopped before its end, where its budget was used up."""
     imported: ImportedRun | None = None
     """Where it was not ours: there is its record and nothing else, so that nobody can work in it."""
     extra: dict[str, Any] = {}
     """What people and other programs noted of it; council only keeps it."""
+
+    @property
+    def contradiction(self) -> str | None:
+        """What of it contradicts the rest, as no run writes it; None if nothing does."""
+        if self.imported is None and not 1 <= self.capacity <= MOST_CAPACITY:
+            return f"capacity: it is {self.capacity}, not between 1 and {MOST_CAPACITY}"
+        return None
 
     def check_ours(self) -> None:
         """Refuse a run of which there is only an imported record."""
@@ -297,7 +308,7 @@ class RunDocument(_Document):
 class AdapterDocument(_Document):
     """What a run has learned about one of its adapters. Times are wall-clock seconds."""
 
-    parked_until: float | None = None
+    parked_until: Instant | None = None
     """Nothing of it starts before."""
     parks: int = 0
     """How often in a row it was parked; a session that ends well counts anew."""
@@ -315,13 +326,21 @@ class Action(StrEnum):
     REJECT = "reject"
 
 
+class Maker(StrEnum):
+    """Who made a checkpoint."""
+
+    HAND = "hand"
+    CLOCK = "clock"  #: a run at work, by the clock; only the newest of these stay
+    COUNCIL = "council"  #: a command, before it did what may be regretted
+
+
 class Request(_Document):
     """What was asked of a run, for whoever is or becomes its owner."""
 
     id: str
     action: Action
     tasks: tuple[str, ...]
-    asked: float
+    asked: Instant
     reason: str | None = None
     """Why tasks are to be ignored; or what a person notes who approves or rejects."""
     phase: str | None = None

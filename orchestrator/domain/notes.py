@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from orchestrator.domain.ownership import any_overlap
 from orchestrator.domain.quoting import barred, plain
+from orchestrator.domain.times import Instant
 
 #: Bytes (UTF-8) of a note's text, characters of its topic, and how many paths it can name.
 LONGEST_TEXT, LONGEST_TOPIC, MOST_PATHS = 4096, 100, 50
@@ -40,7 +41,7 @@ class Note(BaseModel):
     paths: tuple[str, ...] = ()
     """Patterns of the paths that it is about."""
     text: str
-    time: float
+    time: Instant
     """Wall-clock seconds."""
 
     def to_json(self) -> dict[str, Any]:

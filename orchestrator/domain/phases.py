@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict
 
+from orchestrator.domain.times import Instant
 from orchestrator.errors import InvalidTransition
 
 
@@ -90,8 +91,8 @@ class PhaseRecord(BaseModel):
 
     phase: str
     status: PhaseStatus
-    started: float | None = None
-    ended: float | None = None
+    started: Instant | None = None
+    ended: Instant | None = None
     attempts: tuple[int, ...] = ()
     """The numbers of the attempts that were made at it."""
     given: Given | None = None

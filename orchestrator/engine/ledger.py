@@ -14,7 +14,7 @@ from orchestrator.domain.dispatch import Entry
 from orchestrator.domain.handoffs import Handoff
 from orchestrator.domain.holdings import HeldBy as OwnedBy
 from orchestrator.domain.lifecycle import TRANSITIONS, Trigger
-from orchestrator.domain.model import CLAIMED, AdapterDocument, Request, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.model import CLAIMED, AdapterDocument, Maker, Request, RunDocument, TaskDocument, TaskStatus
 from orchestrator.domain.workflow import Phase, Workflow
 from orchestrator.engine.coordinator import next_lease, other_coordinator
 from orchestrator.engine.recordable import recordable
@@ -576,7 +576,7 @@ class Ledger:
     async def checkpoint(self) -> None:
         """Make the checkpoint that is due by the clock; of those before it the newest stay."""
         # Late: whoever only looks at a run makes none.
-        from orchestrator.state.checkpoints import Maker, create, prune  # noqa: PLC0415
+        from orchestrator.state.checkpoints import create, prune  # noqa: PLC0415
 
         await create(self._store, self.run.id, "a run at work", maker=Maker.CLOCK, guards=self._guards)
         await prune(self._store, self.run.id, KEPT_CHECKPOINTS, self._guards)

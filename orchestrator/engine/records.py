@@ -93,7 +93,10 @@ async def read_run(store: Store, run: str) -> RunDocument:
     found = await store.get(run_key(run))
     if found is None:
         raise RefusedError(f"there is no run {run!r}", "`council runs` lists them")
-    return _parsed(RunDocument, _trusted(store, found))
+    document = _parsed(RunDocument, _trusted(store, found))
+    if document.contradiction is not None:
+        raise UnreadableDocument(str(found.key), document.contradiction)
+    return document
 
 
 async def read_task(store: Store, run: str, task: str) -> TaskDocument:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.domain.model import TaskDocument, TaskStatus
+from orchestrator.domain.model import Maker, TaskDocument, TaskStatus
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Commit, Event, Guard, Key, Store, Write
 from orchestrator.repo.git import Git
 from orchestrator.repo.hub import Hub, work_branch
-from orchestrator.state.checkpoints import Checkpoint, Maker, Restoration, create
+from orchestrator.state.checkpoints import Checkpoint, Restoration, create
 
 _WAITS_TO_LAND = frozenset({TaskStatus.QUEUED, TaskStatus.CHECKING})
 

@@ -6,12 +6,10 @@ Finding changes nothing. What is found is true for as long as the lock of whoeve
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 import anyio.to_thread
-from pydantic import ValidationError
 
 from orchestrator.clock import Clock
 from orchestrator.domain.dispatch import with_parts
@@ -42,6 +40,7 @@ from orchestrator.repo.hub import INTERNAL_REFS, Hub, is_within
 from orchestrator.repo.origin import Origin, StoreSite
 from orchestrator.repo.places import Place, places_of, standing_of
 from orchestrator.repo.worktrees import Worktree
+from orchestrator.state.shapes import is_readable
 
 _KILLED = "a command that was killed left it"
 
@@ -84,7 +83,7 @@ class Survey:
         """Judge the worktrees of a run; the caller finds out that nobody is at work in it."""
         assert self._store is not None, "a run is known by its store"  # noqa: S101
         documents = {
-            task: None if one.damaged else TaskDocument.model_validate(one.value)
+            task: TaskDocument.model_validate_json(one.encoded) if is_readable(one) else None
             for task, one in (await read_tasks(self._store, run.id)).items()
         }
         hub = Hub(Path(run.hub))
@@ -232,9 +231,7 @@ class Survey:
 
 
 def _readable(found: Document) -> RunDocument | None:
-    with suppress(ValidationError):  # another version wrote it
-        return None if found.damaged else RunDocument.model_validate(found.value)
-    return None
+    return RunDocument.model_validate_json(found.encoded) if is_readable(found) else None
 
 
 async def judged(place: Place, *, is_ours: bool = False) -> Leftover | None:

@@ -13,18 +13,19 @@ import socket
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import anyio
 
 from orchestrator.clock import Clock
 from orchestrator.domain.deadlocks import Wait, deadlock_of, merged
-from orchestrator.errors import LockRefused, RefusedError, VersionConflict
+from orchestrator.errors import LockRefused, RefusedError, UnreadableDocument, VersionConflict
 from orchestrator.filelock import start_ticks
 from orchestrator.protocols import Commit, Document, JsonObject, Key, Store, Write
 from orchestrator.state.boot import boot_id
+from orchestrator.state.log import MAX_TTL
 from orchestrator.state.reading import following
-from orchestrator.state.shapes import LOCK, readable
+from orchestrator.state.shapes import LOCK, flaw_of, readable
 from orchestrator.state.update import retried
 
 LockMode = Literal["read", "write"]
@@ -77,6 +78,8 @@ class _State:
         """Return what counts of a lock's document."""
         if found is None:
             return cls()
+        if (flaw := flaw_of(found)) is not None:
+            raise UnreadableDocument(str(found.key), flaw)
         value: dict[str, Any] = found.value
         holders, waiters = (
             tuple(one for one in (LockInfo(**item) for item in value[part]) if one.counts(now))
@@ -118,7 +121,7 @@ class NamedLocks:
         where waiting would never end because owners wait for each other. RefusedError where the owner has it already.
         A cancelled call has taken nothing.
         """
-        _check(name, expiry, timeout)
+        _check(name, mode, expiry, timeout)
         now, until = self._clock.now(), self._clock.monotonic() + timeout
         pid, host = os.getpid(), socket.gethostname()
         who = owner or f"{host}:{pid}"
@@ -229,10 +232,13 @@ class NamedLocks:
             group.cancel_scope.cancel()
 
 
-def _check(name: str, expiry: float, timeout: float) -> None:
-    if not name or not 0 < expiry < float("inf") or not 0 <= timeout < float("inf"):
+def _check(name: str, mode: str, expiry: float, timeout: float) -> None:
+    if mode not in get_args(LockMode):
+        raise RefusedError(f"lock {name!r} has no mode {mode!r}", f"choose one of {', '.join(get_args(LockMode))}")
+    if not name or not 0 < expiry <= MAX_TTL or not 0 <= timeout <= MAX_TTL:
         what = f"lock {name!r} can't be taken for {expiry:g} s within {timeout:g} s"
-        raise RefusedError(what, "give it a name, an expiry above 0 and a timeout of at least 0")
+        remedy = f"give it a name, an expiry above 0 and a timeout of at least 0, both of at most {MAX_TTL:g} s"
+        raise RefusedError(what, remedy)
 
 
 def _timed_out(name: str, blockers: Sequence[LockInfo], timeout: float) -> LockRefused:

@@ -32,12 +32,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Final
 
 import anyio.to_thread
 
-from orchestrator.domain.model import FINAL, SUCCESSFUL, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.model import FINAL, SUCCESSFUL, Maker, RunDocument, TaskDocument, TaskStatus
 from orchestrator.domain.turning_back import turn_back
 from orchestrator.errors import HistoryGone, RefusedError, UnreadableDocument, VersionConflict
 from orchestrator.failpoints import failpoint
@@ -58,14 +57,6 @@ _KEPT: Final = (*_TURNED_BACK, _NOTE)
 _AT_WORK: Final = frozenset({TaskStatus.RUNNING, TaskStatus.CHECKING, TaskStatus.LANDING})
 #: How often all is read between two commits of others before it is taken from the log, which takes longer.
 _LOOKS: Final = 5
-
-
-class Maker(StrEnum):
-    """Who made a checkpoint."""
-
-    HAND = "hand"
-    CLOCK = "clock"  #: a run at work, by the clock; only the newest of these stay
-    COUNCIL = "council"  #: a command, before it did what may be regretted
 
 
 @dataclass(frozen=True, slots=True)

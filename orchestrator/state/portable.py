@@ -26,6 +26,7 @@ import orjson
 from anyio import to_thread
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from orchestrator.domain.times import Instant
 from orchestrator.errors import InvalidDocument, RefusedError
 from orchestrator.protocols import Dump, DumpedCommit, DumpedDocument, Event, Key
 from orchestrator.state.log import MAX_COMMIT_BYTES, encode_object
@@ -45,9 +46,6 @@ REMEDY: Final = "export the state anew, or take another copy of the file"
 _NO_PLACE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP})
 #: The highest of what is counted: all readers of JSON tell numbers up to there apart, and there is room behind it.
 _HIGHEST: Final = 1 << 53
-#: Wall-clock seconds that can be shown as a date in every zone.
-_EARLIEST_TIME: Final = -62e9
-_LATEST_TIME: Final = 253e9
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -61,7 +59,6 @@ def _check_text(text: str) -> str:
 _Text = Annotated[str, AfterValidator(_check_text)]
 _Position = Annotated[int, Field(ge=1, le=_HIGHEST)]
 _Before = Annotated[int, Field(ge=0, le=_HIGHEST)]
-_Time = Annotated[float, Field(ge=_EARLIEST_TIME, le=_LATEST_TIME)]
 
 
 class _Strict(BaseModel):
@@ -77,7 +74,7 @@ class Header(_Strict):
     """Of the newest commit."""
     first: _Before
     """Of the oldest state that can be told; of the commits up to there some are missing, in whole or in part."""
-    time: _Time
+    time: Instant
     """When it was exported (wall-clock seconds)."""
     by: _Text
     """The process that did, as `user@host:pid`."""
@@ -99,7 +96,7 @@ class _Event(_Strict):
 
 class _Commit(_Strict):
     position: _Position
-    time: _Time
+    time: Instant
     by: _Text
     documents: list[_Document]
     events: list[_Event]

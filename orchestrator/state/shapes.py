@@ -17,10 +17,12 @@ from orchestrator.domain.claims import Claim, MergeLease, Orchestrator
 from orchestrator.domain.contexts import SessionContext
 from orchestrator.domain.handoffs import Handoff
 from orchestrator.domain.holdings import Holding
-from orchestrator.domain.model import AdapterDocument, Request, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.model import AdapterDocument, Maker, Request, RunDocument, TaskDocument, TaskStatus
 from orchestrator.domain.notes import Note
+from orchestrator.domain.times import Instant
 from orchestrator.errors import RefusedError, UnreadableDocument, VersionConflict, mistake_of
 from orchestrator.protocols import Commit, Document, Event, JsonObject, Key, Store, Verified, Write
+from orchestrator.state.log import encode_object
 from orchestrator.state.reading import is_of_run
 
 #: The kind of the documents that hold named locks.
@@ -57,14 +59,14 @@ class _Cursor(_Stored):
 class _Shared(_Stored):
     value: JsonValue
     writer: str | None
-    time: float
+    time: Instant
 
 
 class _Conflict(_Stored):
     class Candidate(BaseModel):
         model_config = ConfigDict(extra="forbid")
 
-        time: float
+        time: Instant
         writer: str
         value: dict[str, Any] | None
         base: int | None
@@ -85,7 +87,7 @@ class _Checkpoint(_Stored):
 
     position: int
     reason: str
-    maker: str
+    maker: Maker
     status: str | None
     phase: dict[str, int]
     sessions: list[Session]
@@ -104,8 +106,8 @@ class _Locks(_Stored):
         name: str
         mode: Literal["read", "write"]
         owner: str
-        acquired_at: float
-        expires_at: float
+        acquired_at: Instant
+        expires_at: Instant
         host: str
         boot: str
         pid: int
@@ -126,6 +128,8 @@ def _run(encoded: bytes) -> RunDocument:
     from orchestrator.domain.workflow import Phase  # noqa: PLC0415
 
     run = RunDocument.model_validate_json(encoded)
+    if run.contradiction is not None:
+        raise ValueError(run.contradiction)
     for config, part in (
         (model.FenceConfig, run.fence),
         (model.WorktreesConfig, run.worktrees),
@@ -233,9 +237,14 @@ def _flaw(key: Key, encoded: bytes) -> str | None:
     return None
 
 
+def is_readable(found: Document) -> bool:
+    """Whether a document's newest value can be read."""
+    return not found.damaged and flaw_of(found) is None
+
+
 def readable(found: Sequence[Document]) -> Iterator[Document]:
     """Yield the documents that can be read."""
-    return (one for one in found if not one.damaged and flaw_of(one) is None)
+    return filter(is_readable, found)
 
 
 async def find_unreadable(store: Store, run: str | None = None) -> list[Unreadable]:
@@ -279,18 +288,21 @@ async def restore_readable(store: Store, keys: Sequence[Key]) -> None:
 def check_change(key: Key, found: Document | None, value: JsonObject | None) -> None:
     """Refuse (RefusedError) a change by hand that would keep a document of ours from being read; None deletes.
 
+    InvalidDocument for a value that no store takes.
+
     Documents of kinds that are not ours can become anything. Of ours, those of runs and tasks can be changed, in the
     fields that are for people; all others are written by commands and functions alone.
     """
     if key.kind not in KINDS:
         return
     before = None if found is None else found.value
+    encoded = None if value is None else encode_object(key, value)
     if before == value:
         return
     fields = {"run": RUN_FIELDS, "task": TASK_FIELDS}.get(key.kind)
     if fields is None:
         raise RefusedError(f"{key} is written by council alone", _NOT_BY_HAND)
-    if value is None:
+    if value is None or encoded is None:
         raise RefusedError(
             f"{key} is part of run {key.id.partition('/')[0]}", "`council clean --runs` forgets runs, as a whole"
         )
@@ -298,12 +310,13 @@ def check_change(key: Key, found: Document | None, value: JsonObject | None) -> 
         remedy = "`council run` makes runs and their tasks; documents of your own have a kind of your own"
         what = "is damaged in the log" if found else "is not there"
         raise RefusedError(f"{key} {what}", "`council state verify --repair` first" if found else remedy)
+    if (flaw := flaw_of(found)) is not None:  # nobody can say which of its fields would change
+        raise UnreadableDocument(str(key), flaw)
     _check_known(key, value)
-    if (flaw := _flaw(key, orjson.dumps(value))) is not None:
+    if (flaw := _flaw(key, encoded)) is not None:
         begin = f"begin with what `council state at now {key}` shows"
         raise RefusedError(f"{key} can't become this: {flaw}", begin)
-    if before is not None and flaw_of(found) is None:
-        _check_fields(key, before, value, fields)
+    _check_fields(key, found.value, value, fields)
 
 
 def _check_known(key: Key, value: JsonObject) -> None:

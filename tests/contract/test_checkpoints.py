@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator.domain.model import Attempt, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.model import Attempt, Maker, RunDocument, TaskDocument, TaskStatus
 from orchestrator.domain.secrets import Redactor
 from orchestrator.engine.sharing import Sharing
 from orchestrator.errors import HistoryGone, LeaseLost, RefusedError
@@ -18,7 +18,6 @@ from orchestrator.protocols import Commit, Document, Guard, JsonObject, Key, Sta
 from orchestrator.state.checkpoints import (
     WHOLE,
     LiveSession,
-    Maker,
     contents,
     create,
     listed,

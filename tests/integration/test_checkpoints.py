@@ -10,11 +10,10 @@ from typing import Any
 import anyio
 
 from orchestrator.council import Council
-from orchestrator.domain.model import TaskDocument
+from orchestrator.domain.model import Maker, TaskDocument
 from orchestrator.engine.monitor import CHECKPOINT_PAUSE
 from orchestrator.engine.records import read_task
 from orchestrator.engine.report import RunStatus
-from orchestrator.state.checkpoints import Maker
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import FAKE_CLI, Repository
 from tests.waiting import wait_for

@@ -6,10 +6,9 @@ import re
 from pathlib import Path
 from typing import Final
 
-from orchestrator.domain.model import TaskStatus
+from orchestrator.domain.model import Maker, TaskStatus
 from orchestrator.engine.findings import Level
 from orchestrator.engine.report import RunStatus
-from orchestrator.state.checkpoints import Maker
 from tests import functions
 from tests.functions import FunctionsContract
 
