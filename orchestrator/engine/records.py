@@ -194,8 +194,11 @@ def _all_parsed(model: TypeAdapter[list[T]], found: Sequence[Document]) -> list[
     try:
         return model.validate_json(b"[" + b",".join(one.encoded for one in found) + b"]")
     except ValidationError as error:
-        place = error.errors(include_url=False, include_context=False, include_input=False)[0]["loc"][0]
-        raise UnreadableDocument(str(found[int(place)].key), mistake_of(error, within=1)) from None
+        place = error.errors(include_url=False, include_context=False, include_input=False)[0]["loc"]
+        if not place and len(found) > 1:  # one of them nests too deeply, and that has no place
+            return [one for each in found for one in _all_parsed(model, [each])]
+        at = int(place[0]) if place else 0
+        raise UnreadableDocument(str(found[at].key), mistake_of(error, within=1)) from None
 
 
 def _trusted(store: Store, found: Document) -> Document:

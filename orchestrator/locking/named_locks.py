@@ -121,7 +121,7 @@ class NamedLocks:
         where waiting would never end because owners wait for each other. RefusedError where the owner has it already.
         A cancelled call has taken nothing.
         """
-        _check(name, mode, expiry, timeout)
+        _check(name, mode, owner, expiry, timeout)
         now, until = self._clock.now(), self._clock.monotonic() + timeout
         pid, host = os.getpid(), socket.gethostname()
         who = owner or f"{host}:{pid}"
@@ -232,7 +232,10 @@ class NamedLocks:
             group.cancel_scope.cancel()
 
 
-def _check(name: str, mode: str, expiry: float, timeout: float) -> None:
+def _check(name: str, mode: str, owner: str | None, expiry: float, timeout: float) -> None:
+    """Refuse what could not be read back: of programs that check no types, too."""
+    if not isinstance(name, str) or not (owner is None or isinstance(owner, str)):
+        raise RefusedError(f"lock {name!r} can't be taken by {owner!r}", "its name and its owner are text")
     if mode not in get_args(LockMode):
         raise RefusedError(f"lock {name!r} has no mode {mode!r}", f"choose one of {', '.join(get_args(LockMode))}")
     if not name or not 0 < expiry <= MAX_TTL or not 0 <= timeout <= MAX_TTL:

@@ -42,7 +42,7 @@ from orchestrator.errors import HistoryGone, RefusedError, UnreadableDocument, V
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Store, Write
 from orchestrator.state.reading import is_of_run
-from orchestrator.state.shapes import KINDS, flaw_of, readable
+from orchestrator.state.shapes import KINDS, checkpoint_number, flaw_of, readable
 
 KIND: Final = "checkpoint"
 #: What stands for a run's id in the names of checkpoints of the whole store.
@@ -208,7 +208,7 @@ def _checkpoint(found: Document) -> Checkpoint:
 
 async def _free_key(store: Store, owner: str) -> Key:
     """Return the key behind the newest; one that was deleted is never used again."""
-    taken = [int(one.key.id.rpartition("/")[2]) for one in await store.list(KIND, f"{owner}/")]
+    taken = [checkpoint_number(one.key) or 0 for one in await store.list(KIND, f"{owner}/")]
     number = max(taken, default=0) + 1
     while await store.history(Key(KIND, f"{owner}/{number}"), 1):
         number += 1
@@ -407,7 +407,8 @@ def _run(then: Document, now: Iterable[Document], staying: Sequence[Key]) -> Run
     document = RunDocument.model_validate_json(then.encoded)
     tasks = dict.fromkeys((*document.tasks, *(one.id.partition("/")[2] for one in staying)))
     document = document.model_copy(update={"tasks": tuple(tasks)})
-    at_work = any(one.key.kind == "task" and one.value.get("status") in _AT_WORK for one in now)
+    # Of a task that can't be read the status may be anything.
+    at_work = any(one.key.kind == "task" and one.value.get("status") in tuple(_AT_WORK) for one in now)
     return document.model_copy(update={"ended": None}) if at_work else document
 
 

@@ -5,12 +5,13 @@ Documents of all other kinds belong to whoever writes them, and have any shape.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, Final, Literal, NamedTuple
 
-import orjson
 from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
 
 from orchestrator.domain.claims import Claim, MergeLease, Orchestrator
@@ -173,7 +174,19 @@ def _lease(key: Key, encoded: bytes) -> object:
 
 def _ownership(key: Key, encoded: bytes) -> object:
     # Else it is the turnstile of a scope.
-    return _HOLDING().validate_python(Holding.from_json(orjson.loads(encoded))) if "/" in key.id else None
+    return _HOLDING().validate_python(Holding.from_json(json.loads(encoded))) if "/" in key.id else None
+
+
+def checkpoint_number(key: Key) -> int | None:
+    """Return the number at the end of a checkpoint's name; None where there is none."""
+    owner, _, number = key.id.rpartition("/")
+    return int(number) if owner and re.fullmatch(r"[1-9][0-9]{0,14}", number) else None
+
+
+def _checkpoint(key: Key, encoded: bytes) -> object:
+    if checkpoint_number(key) is None:
+        raise ValueError("its name does not end with a number")
+    return _Checkpoint.model_validate_json(encoded)
 
 
 def _model(model: type[BaseModel]) -> Callable[[Key, bytes], object]:
@@ -192,7 +205,7 @@ _KINDS: Final[Mapping[str, Callable[[Key, bytes], object]]] = {
     "cursor": _model(_Cursor),
     "request": _model(Request),
     "conflict": _model(_Conflict),
-    "checkpoint": _model(_Checkpoint),
+    "checkpoint": _checkpoint,
     "import": _model(_Import),
     "imported": _model(_Import),
     "ownership": _ownership,
@@ -270,11 +283,8 @@ async def restore_readable(store: Store, keys: Sequence[Key]) -> None:
         found = await store.get(key)
         if found is None or flaw_of(found) is None:
             continue
-        value = None
-        for version in await store.history(key, _DEEP):
-            if not version.damaged and version.value is not None and _flaw(key, orjson.dumps(version.value)) is None:
-                value = version.value
-                break
+        known = (one.value for one in await store.history(key, _DEEP) if not one.damaged)
+        value = next((one for one in known if one is not None and _flaw(key, encode_object(key, one)) is None), None)
         if value is not None and key.kind in {"lease", "claim", "orchestrator"}:
             value = {**value, "epoch": found.version + 1}  # no epoch was ever higher: nobody has this one
         facts = {"key": str(key), "lost": found.version, "is_known": value is not None}

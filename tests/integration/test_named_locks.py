@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -15,10 +16,12 @@ from hypothesis import strategies as st
 
 from orchestrator.clock import SystemClock
 from orchestrator.domain.deadlocks import Wait, cycle_of, deadlock_of, victim_of
-from orchestrator.errors import LockRefused, RefusedError
+from orchestrator.errors import LockRefused, RefusedError, UnreadableDocument
 from orchestrator.locking.named_locks import LockMode, NamedLocks
+from orchestrator.protocols import Commit, Key, Write
 from orchestrator.state.file import FileStore
 from orchestrator.state.memory import MemoryStore
+from orchestrator.state.shapes import LOCK, find_unreadable
 from orchestrator.testing.clock import ManualClock
 from tests.programs import python
 
@@ -193,3 +196,23 @@ def test_exactly_the_circles_are_found(graph: dict[str, tuple[int, set[str]]]) -
             victim = victim_of(cycle, waits)
             assert all(waits[one].since <= waits[victim].since for one in cycle)
             assert (deadlock_of(owner, waits) is not None) == (victim == owner)
+
+
+async def test_what_could_not_be_read_back_is_refused() -> None:
+    """A mode that is none, and times behind all dates; a lock of another program is named."""
+    store = MemoryStore(SystemClock())
+    locks = NamedLocks(store, SystemClock())
+    wrong: list[dict[str, Any]] = [
+        {"mode": "exclusive"}, {"mode": None}, {"expiry": 1e12}, {"expiry": float("nan")}, {"expiry": 0},
+        {"timeout": 1e12}, {"timeout": float("nan")}, {"timeout": -1}, {"owner": 4711},
+    ]  # fmt: skip
+    for arguments in wrong:
+        with pytest.raises(RefusedError, match=r"choose one of read, write|of at most 1e|are text"):
+            await locks.acquire("deploy", **arguments)
+    assert await store.position() == 0
+    await locks.acquire("deploy", expiry=1e9)
+    assert await find_unreadable(store) == []
+    await store.commit(Commit([Write(Key(LOCK, "other"), 0, {"holders": "me", "waiters": []})]))
+    with pytest.raises(UnreadableDocument, match="rwlock/other can't be read"):
+        await locks.acquire("other")
+    assert [one.name for one in await locks.held()] == ["deploy"]

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orchestrator import Council, Key, RefusedError
-from orchestrator.errors import UnreadableDocument
+from orchestrator import Council, Key, RefusedError, Update
+from orchestrator.errors import CouncilError, UnreadableDocument
 from orchestrator.protocols import Commit, Document, JsonObject, Store, Write
 from orchestrator.repo.hub import Hub
 from orchestrator.state.shapes import KINDS, check_change, find_unreadable, flaw_of
@@ -61,12 +61,18 @@ def looks(council: Council, run: str) -> Mapping[str, Callable[[], Awaitable[obj
         "story": lambda: past.story(run, "api"),
         "failures": lambda: past.last_failures(run),
         "checkpoint": lambda: council.checkpoint(run),
+        "restoration": lambda: restoration(council, run),
         "is_live": lambda: council.is_live(run),
         "contexts": lambda: council.contexts(run),
         "notes": lambda: council.notes(run),
         "check": lambda: council.check(run),
         "resume": lambda: council.resume(run),
     }
+
+
+async def restoration(council: Council, run: str) -> object:
+    """Return what going back to the first checkpoint of a run would do."""
+    return [await council.restoration(one.id) for one in await council.checkpoints(run)]
 
 
 async def look_at_all(council: Council) -> None:
@@ -80,6 +86,10 @@ async def look_at_all(council: Council) -> None:
     await council.conflicts()
     await council.locks()
     await council.places()
+    await council.named_locks.held()
+    await council.named_locks.cleanup_expired()
+    await council.cleaner.find()
+    assert [run async for run in council.active_runs()] == []
     whole = await council.checkpoint(whole=True)
     await council.checkpoints()
     await council.restoration(whole.id)
@@ -110,6 +120,18 @@ async def test_progress_has_a_place(council: Council) -> None:
     assert {one.run for one in await council.runs()} == {RUN, OTHER}
 
 
+async def test_what_was_noted_comes_back_with_a_repair(council: Council) -> None:
+    """Also integers of more than 64 bits, which some encoders of JSON refuse."""
+    noted = {"x": 2**80, "name": "é\u2028", "files": []}
+    for key in (API, Key("run", RUN)):
+        await council.update(key, partial(merge, {"extra": noted}))
+        await put(council._store, key, lambda value: {**value, "progress": "50%"})
+        assert (await council.repair()).is_sound
+        repaired = await council.document(key)
+        assert repaired is not None
+        assert repaired.value["extra"] == noted
+
+
 async def test_only_a_run_records_work(council: Council) -> None:
     """Nothing counts as landed because somebody says so; attempts, commits and claims are not for others to write."""
     words: list[JsonObject] = [{"status": "landed"}, {"status": "queued"}, {"attempts": []}, {"commit": "0" * 40}]
@@ -124,6 +146,81 @@ async def test_only_a_run_records_work(council: Council) -> None:
     assert await council.update(Key("memo", "x"), lambda _: {"any": ["thing"]}) is not None
 
 
+DEEP: JsonObject = {}
+for _ in range(220):
+    DEEP = {"x": DEEP}
+ROUND: JsonObject = {}
+ROUND["x"] = ROUND
+#: Values that no store takes.
+IMPOSSIBLE: Mapping[str, Any] = {
+    "a list": [1],
+    "text": "x",
+    "NaN": {"extra": {"x": float("nan")}},
+    "an infinity": {"ended": float("inf"), "reason": float("inf")},
+    "a set": {"extra": {"x": {1}}},
+    "bytes": {"extra": {"x": b"x"}},
+    "a name that is a number": {"extra": {1: 2}},
+    "a field that is a number": {1: 2},
+    "half a surrogate pair": {"extra": {"x": "\ud800"}},
+    "itself": {"extra": ROUND},
+    "more than fits": {"extra": {"x": "x" * (5 << 20)}},
+}
+#: Values that a document of ours must not have.
+UNFIT: Mapping[str, tuple[Key, JsonObject]] = {
+    "depth": (API, {"extra": DEEP}),
+    "an end behind all dates": (Key("run", RUN), {"ended": 1e300}),
+    "no capacity": (Key("run", RUN), {"capacity": 0}),
+    "less than no capacity": (Key("run", RUN), {"capacity": -3}),
+    "more capacity than there is": (Key("run", RUN), {"capacity": 10**15}),
+}
+
+
+@pytest.mark.parametrize("state", [None, "memory:"])
+@pytest.mark.parametrize("key", [API, Key("run", RUN), Key("memo", "x")], ids=str)
+async def test_what_no_store_takes_is_refused_as_such(
+    council: Council, repository: Repository, key: Key, state: str | None
+) -> None:
+    """With an error of ours, by each function that writes, and nothing is written."""
+    async with Council.open(repository.top, state=state, environ=repository.environ) as opened:
+        if state is not None:
+            for each in (await council.past.at(await council.position())).documents.values():
+                await opened._store.commit(Commit([Write(each.key, 0, each.value)]))
+        position = await opened.position()
+        for name, value in IMPOSSIBLE.items():
+            before = await opened.document(key)
+            whole = {**(before.value if before else {}), **value} if isinstance(value, dict) else value
+            for write in (
+                lambda whole=whole: opened.update(key, lambda _: whole),
+                lambda whole=whole: opened.apply_updates([Update(key, START, "me", whole)]),
+            ):
+                with pytest.raises(CouncilError):
+                    await write()
+                assert await opened.position() == position, name
+
+
+@pytest.mark.parametrize("name", UNFIT)
+async def test_values_that_no_command_could_use_are_refused(council: Council, name: str) -> None:
+    """They are of the right type, and still nothing could be shown or started with them."""
+    key, changes = UNFIT[name]
+    with pytest.raises(RefusedError, match="can't become this"):
+        await council.update(key, partial(merge, changes))
+    await put(council._store, key, partial(merge, changes))
+    await look_at_all(council)
+    with pytest.raises(UnreadableDocument):
+        await council.status(RUN)
+    with pytest.raises(UnreadableDocument):  # it is not known which of its fields a person may change
+        await council.update(key, lambda value: {**(value or {}), "extra": {"a": 1}})
+    assert (await council.repair()).is_sound
+
+
+CHECKPOINT: JsonObject = {
+    "position": 1,
+    "reason": "",
+    "maker": "hand",
+    "status": None,
+    "phase": {},
+    "sessions": [],
+}
 BROKEN: Mapping[str, tuple[Key, Callable[[JsonObject], JsonObject]]] = {
     "a field too many": (API, lambda value: {**value, "progress": "50%"}),
     "an unknown status": (API, lambda value: {**value, "status": "completed"}),
@@ -138,6 +235,10 @@ BROKEN: Mapping[str, tuple[Key, Callable[[JsonObject], JsonObject]]] = {
     "an adapter that is none": (Key("adapter", f"{RUN}/fixer"), lambda _: {"parks": "x"}),
     "a request that is none": (Key("request", f"{RUN}/x"), lambda _: {"action": "sing"}),
     "a checkpoint that is none": (Key("checkpoint", f"{RUN}/9"), lambda _: {"position": "x"}),
+    "a checkpoint without a number": (Key("checkpoint", f"{RUN}/models"), lambda _: {}),
+    "a checkpoint by nobody": (Key("checkpoint", f"{RUN}/9"), lambda _: {**CHECKPOINT, "maker": "them"}),
+    "a status that is a list": (API, lambda value: {**value, "status": ["running"]}),
+    "a lock that is none": (Key("rwlock", "deploy"), lambda _: {"holders": [{}], "waiters": []}),
     "a conflict that is none": (Key("conflict", "x"), lambda _: {"key": "x"}),
     "an ownership that is none": (Key("ownership", f"aa/{RUN}/api.1"), lambda _: {"run": 1}),
     "a context that is none": (Key("context", f"{RUN}/api.1"), lambda _: {"run": 1}),
@@ -241,6 +342,29 @@ async def test_whatever_is_written_over_a_document_of_ours_commands_work(council
             if name not in {"resume", "checkpoint"}:
                 await look()
     assert await find_unreadable(council._store) == []
+
+
+@given(data=st.data())
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+async def test_whatever_another_program_stored_of_one_run_the_others_go_on(
+    council: Council, data: st.DataObject
+) -> None:
+    """Past all checks, into any of its documents: no other run is affected, and a repair helps."""
+    documents = {key: one for key, one in (await council.past.at(22)).documents.items() if OTHER not in key.id}
+    key = data.draw(st.sampled_from(sorted(documents)))
+    value = data.draw(changed(documents[key].value))
+    await put(council._store, key, lambda _: value if isinstance(value, dict) else {"x": value})
+    await look_at_all(council)
+    for what, look in looks(council, OTHER).items():
+        if what != "resume":
+            await look()
+    for look in looks(council, RUN).values():
+        with suppress(RefusedError):
+            await look()
+    assert (await council.repair()).is_sound
+    assert (await council.repair()).is_sound
+    await look_at_all(council)
+    await put(council._store, key, lambda _: documents[key].value)
 
 
 @given(data=st.data())
