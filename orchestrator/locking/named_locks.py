@@ -232,7 +232,7 @@ class NamedLocks:
             group.cancel_scope.cancel()
 
 
-def _check(name: str, mode: str, owner: str | None, expiry: float, timeout: float) -> None:
+def _check(name: object, mode: object, owner: object, expiry: float, timeout: float) -> None:
     """Refuse what could not be read back: of programs that check no types, too."""
     if not isinstance(name, str) or not (owner is None or isinstance(owner, str)):
         raise RefusedError(f"lock {name!r} can't be taken by {owner!r}", "its name and its owner are text")
