@@ -216,7 +216,7 @@ class Night:
         assert len(commits) == 1 + landed  # the first is the one on the target alone
 
     def _everything(self) -> tuple[str, dict[Path, bytes]]:
-        state = self.repository.top / ".council/state"
+        state = self.repository.log
         return self.repository.git("rev-parse", "main"), {path: path.read_bytes() for path in state.iterdir()}
 
 
