@@ -181,6 +181,12 @@ def own_program(module: str, function: str) -> tuple[list[str], dict[str, str]]:
     return argv, {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
 
 
+def own_files() -> tuple[Path, ...]:
+    """Return the folders that a program of `own_program` must be able to read. Blocks."""
+    folders = (Path(sys.prefix), Path(sys.base_prefix), Path(__file__).parent)
+    return tuple(dict.fromkeys(map(walkable, folders)))
+
+
 def walkable(path: Path) -> Path:
     """Return an absolute path without `..`, which could lead through a folder that a fence hides. Blocks."""
     path = path.absolute()

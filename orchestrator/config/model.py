@@ -164,7 +164,9 @@ class FenceConfig(_Model):
     sandbox: str
     """`auto`, `bubblewrap`, `landlock` or `off`."""
     network: bool
-    """Whether they reach the network."""
+    """Whether they reach the network, all of it."""
+    hosts: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Without `network`: what they reach all the same, as entries of `network.allow`."""
     nesting: bool = False
     """Whether they may make user namespaces, and so sandboxes of their own."""
     limits: LimitsConfig = Field(default_factory=LimitsConfig)

@@ -480,6 +480,8 @@ def _told(work: Work, finished: Finished) -> Iterator[tuple[str, JsonObject]]:
         yield "task.after_run_failed", {"reason": fault}
     for fault in finished.desk_faults:
         yield "task.desk_failed", {"reason": fault}
+    for host in finished.denied_hosts:
+        yield "task.host_denied", {"host": host}
     if finished.discarded:
         number = work.session.assignment.worktree.attempt
         yield "task.changes_discarded", {"attempt": number, "paths": list(finished.discarded[:MOST_TOLD])}

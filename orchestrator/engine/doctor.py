@@ -13,7 +13,7 @@ import anyio
 import anyio.to_thread
 
 from orchestrator.config.adapters import trial_request
-from orchestrator.config.model import RunConfig, make_adapters, used_adapters
+from orchestrator.config.model import FenceConfig, Reach, RunConfig, make_adapters, used_adapters
 from orchestrator.config.store import named_folder, named_store
 from orchestrator.domain.admission import DEFAULT_DEMAND, Demand
 from orchestrator.engine import findings
@@ -110,18 +110,18 @@ async def _files(subject: Subject, looked: Looked, environ: Mapping[str, str]) -
 
 
 async def _sandbox(run: RunConfig | None, environ: Mapping[str, str]) -> list[Finding]:
-    wanted, network = ("auto", True) if run is None else (run.fence.sandbox, run.fence.network)
-    kind = await _choose(wanted, network, environ)
+    fence = FenceConfig(sandbox="auto", network=True, reach=Reach()) if run is None else run.fence
+    kind = await _choose(fence, environ)
     weaker_for = None
-    if kind is SandboxKind.LANDLOCK and wanted == "auto":
-        other = await _choose(SandboxKind.BUBBLEWRAP, network, environ)
+    if kind is SandboxKind.LANDLOCK and fence.sandbox == "auto":
+        other = await _choose(fence.model_copy(update={"sandbox": SandboxKind.BUBBLEWRAP}), environ)
         weaker_for = other if isinstance(other, RefusedError) else None
     return [findings.judge_sandbox(kind, weaker_for)]
 
 
-async def _choose(wanted: str, network: bool, environ: Mapping[str, str]) -> SandboxKind | RefusedError:
+async def _choose(fence: FenceConfig, environ: Mapping[str, str]) -> SandboxKind | RefusedError:
     try:
-        return await choose_sandbox(wanted, network=network, environ=environ)
+        return await choose_sandbox(fence.sandbox, network=fence.network, hosts=fence.hosts, environ=environ)
     except RefusedError as error:
         return error
 

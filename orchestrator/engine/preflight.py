@@ -60,7 +60,9 @@ async def check_run(
         what = f"the prompts are larger than {LARGEST_PROMPTS >> 20} MiB together"
         raise RefusedError(what, "split the tasks into several runs")
     check_programs(adapters, environ)
-    sandbox = await choose_sandbox(config.fence.sandbox, network=config.fence.network, environ=environ)
+    sandbox = await choose_sandbox(
+        config.fence.sandbox, network=config.fence.network, hosts=config.fence.hosts, environ=environ
+    )
     home = council_home(environ)
     if site.repository is not None:
         if site.repository.top is not None and home.is_relative_to(site.repository.top):

@@ -147,7 +147,7 @@ async def open_workshop(
     refs = Refs(run.id, "" if worker is None else f"-{worker}")
     target = Target(hub, git, source, site.repository, branch=run.target, start=run.start, ref=refs("target"))
     fence = FenceConfig.model_validate(run.fence)
-    kind = await choose_sandbox(fence.sandbox, network=fence.network, environ=environ)
+    kind = await choose_sandbox(fence.sandbox, network=fence.network, hosts=fence.hosts, environ=environ)
     hidden = hidden_from_sessions(site, project, store_url, hub)
     credentials = await anyio.to_thread.run_sync(credentials_of, environ)
     fencing = Fencing(kind, (*hidden, *credentials), fence)

@@ -17,13 +17,15 @@ READ, WRITE = "read", "write"
 #: The same without the right to execute.
 READ_DATA, WRITE_DATA = "read-data", "write-data"
 ABI_NEEDED = 3  # Linux 6.2; before it truncation is not controlled
+ABI_OF_PORTS = 4  # Linux 6.7; before it connections are not controlled
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
-_VERSION, _PATH_BENEATH = 1, 1
+_VERSION, _PATH_BENEATH, _NET_PORT = 1, 1, 2
 _PR_SET_NO_NEW_PRIVS = 38
 _CAPABILITY_VERSION = 0x20080522
 _SCOPES = 0b11  # abstract unix sockets, signals; from ABI 6 on
 
+_BIND_TCP, _CONNECT_TCP = 1 << 0, 1 << 1
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 _MAKE_CHAR, _MAKE_BLOCK = 1 << 6, 1 << 11
 _TRUNCATE, _IOCTL_DEV = 1 << 14, 1 << 15
@@ -46,21 +48,25 @@ def libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def confine(rules: list[tuple[str, str]]) -> None:
+def confine(rules: list[tuple[str, str]], port: int | None = None) -> None:
     """Leave this thread, and what it starts, nothing but `rules`: pairs of an absolute path and the kind of access.
 
     A rule is for all that is beneath its path; a path that is gone is passed over. What may be written may be
     read, but no device node can be made anywhere. Capabilities are given up, also by root. From ABI 6 on
-    processes outside are neither signalled nor reached by abstract unix sockets. Raises OSError.
+    processes outside are neither signalled nor reached by abstract unix sockets. With a `port`, no TCP socket is
+    bound, and none is connected but to that port, of whichever host. Raises OSError, also where the kernel can't do it.
     """
     version = abi()
     handled = _ALL[min(max(version, ABI_NEEDED), 5)]
-    attributes = struct.pack("=QQQ", handled, 0, _SCOPES if version >= 6 else 0)
+    network = 0 if port is None else _BIND_TCP | _CONNECT_TCP
+    attributes = struct.pack("=QQQ", handled, network, _SCOPES if version >= 6 else 0)
     ruleset = _call(_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0)
     writing = handled & ~(_MAKE_CHAR | _MAKE_BLOCK)
     rights = {READ: _READING, WRITE: writing, READ_DATA: _READING & ~_EXECUTE, WRITE_DATA: writing & ~_EXECUTE}
     for path, kind in rules:
         _allow(ruleset, path, rights[kind])
+    if port is not None:
+        _call(_ADD_RULE, ruleset, _NET_PORT, struct.pack("=QQ", _CONNECT_TCP, port), 0)
     if libc().prctl(_PR_SET_NO_NEW_PRIVS, ctypes.c_ulong(1), 0, 0, 0):
         raise _error()
     _call(_RESTRICT_SELF, ruleset, 0)

@@ -20,18 +20,21 @@ import sys
 
 from orchestrator.sandbox.landlock import libc
 
-#: What `socket` may make: anything; only sockets of this machine's file system; nothing.
-ALL, UNIX, NONE = "all", "unix", "none"
+#: What `socket` may make: anything; what belongs to a network namespace; only sockets of this machine's file system;
+#: these and TCP to connect with; nothing.
+ALL, NAMESPACED, UNIX, STREAM, NONE = "all", "namespaced", "unix", "stream", "none"
 
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _X32 = 0x40000000
-_AF_UNIX = 1
+_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK, _AF_PACKET = 1, 2, 10, 16, 17
+_SOCK_STREAM, _SOCK_TYPE_MASK, _IPPROTO_TCP = 1, 0xF, 6
+_MSG_FASTOPEN, _TCP_ULP = 0x20000000, 31
 _TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
 # CLONE_NEWTIME, NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET; see clone(2)
 _NEW_NAMESPACES = 0x80 | 0x20000 | 0x2000000 | 0x4000000 | 0x8000000 | 0x10000000 | 0x20000000 | 0x40000000
 
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _FILTER_MODE = 38, 22, 2
-_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # see linux/bpf_common.h
+_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _AND, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06  # see linux/bpf_common.h
 _NUMBER_AT, _ARCHITECTURE_AT, _ARGUMENTS_AT = 0, 4, 16  # in struct seccomp_data, whose low words come first
 _ALLOW, _FAIL = 0x7FFF0000, 0x00050000
 
@@ -104,6 +107,10 @@ _ATTRIBUTES = {
     "setxattrat": (463, 463),
     "removexattrat": (466, 466),
 }
+_LISTEN, _SETSOCKOPT = (50, 201), (54, 208)
+_COVERED = (_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK, _AF_PACKET)
+#: Calls that send, and which of their arguments holds the flags.
+_SENDING = (((44, 206), 3), ((46, 211), 2), ((307, 269), 3))
 _SOCKET, _CLONE, _CLONE3, _UNSHARE, _IOCTL = (41, 198), (56, 220), (435, 435), (272, 97), (16, 29)
 
 
@@ -115,7 +122,11 @@ def is_supported() -> bool:
 def build(*, sockets: str = ALL, namespaced: bool = True, nesting: bool = False) -> bytes:
     """Return a filter for this machine: an array of `struct sock_filter`, as bubblewrap's `--seccomp` reads it.
 
-    `sockets` is ALL, UNIX or NONE; pairs of connected sockets can always be made. A program that is not `namespaced`
+    `sockets` is one of the constants; pairs of connected sockets can always be made. NAMESPACED leaves out families
+    that no network namespace covers, such as those by which a virtual machine reaches its host. STREAM is what makes
+    Landlock's rule on the ports of `connect` cover all of the network: no protocol but TCP, nobody can connect to the
+    program, and no connection is made by sending. With it no socket can listen, since a filter can't tell one of the
+    file system from one of TCP by its descriptor. A program that is not `namespaced`
     shares System V and POSIX queues, semaphores and memory with all of the machine, and may change attributes of files
     that it may only read: it is denied both. With `nesting` it may make namespaces of its own. OSError where there is
     no filter for the machine.
@@ -143,7 +154,11 @@ def build(*, sockets: str = ALL, namespaced: bool = True, nesting: bool = False)
     if sockets == NONE:
         made += _when(_EQUAL, _SOCKET[column], _fail(errno.EACCES))
     elif sockets == UNIX:
-        made += _only_argument(_SOCKET[column], 0, _AF_UNIX, errno.EACCES)
+        made += _only_argument(_SOCKET[column], 0, (_AF_UNIX,), errno.EACCES)
+    elif sockets == NAMESPACED:
+        made += _only_argument(_SOCKET[column], 0, _COVERED, errno.EAFNOSUPPORT)
+    elif sockets == STREAM:
+        made += _only_streams(column)
     return b"".join([*made, _operation(_RETURN, _ALLOW)])
 
 
@@ -176,6 +191,12 @@ def _unless(test: int, value: int, then: bytes) -> list[bytes]:
     return [_operation(test, value, len(then) // 8, 0), then]
 
 
+def _unless_any(values: tuple[int, ...], then: bytes) -> list[bytes]:
+    """Do `then` where what was loaded is none of the values."""
+    left, size = len(values), len(then) // 8
+    return [*(_operation(_EQUAL, value, left - nth - 1 + size) for nth, value in enumerate(values)), then]
+
+
 def _when_argument(number: int, argument: int, test: int, values: tuple[int, ...], error: int) -> list[bytes]:
     """Fail a call where the test is true of the low word of an argument and one of the values."""
     tests = (part for value in values for part in _when(test, value, _fail(error)))
@@ -184,8 +205,29 @@ def _when_argument(number: int, argument: int, test: int, values: tuple[int, ...
     return _when(_EQUAL, number, then)
 
 
-def _only_argument(number: int, argument: int, value: int, error: int) -> list[bytes]:
-    """Fail a call unless the low word of an argument is the value."""
-    test = _unless(_EQUAL, value, _fail(error))
+def _only_streams(column: int) -> list[bytes]:
+    """Fail what makes a socket that is neither of the file system nor TCP, and what Landlock does not see of TCP."""
+    error = _fail(errno.EACCES)
+    tcp = b"".join(
+        [
+            *_unless_any((_AF_INET, _AF_INET6), error),
+            _operation(_LOAD, _ARGUMENTS_AT + 8),
+            _operation(_AND, _SOCK_TYPE_MASK),
+            *_unless(_EQUAL, _SOCK_STREAM, error),
+            _operation(_LOAD, _ARGUMENTS_AT + 16),
+            *_unless_any((0, _IPPROTO_TCP), error),
+        ]
+    )
+    then = [_operation(_LOAD, _ARGUMENTS_AT), *_unless(_EQUAL, _AF_UNIX, tcp), _operation(_LOAD, _NUMBER_AT)]
+    made = [*_when(_EQUAL, _SOCKET[column], b"".join(then)), *_when(_EQUAL, _LISTEN[column], error)]
+    for numbers, argument in _SENDING:
+        made += _when_argument(numbers[column], argument, _ANY_BIT, (_MSG_FASTOPEN,), errno.EOPNOTSUPP)
+    # A module of the kernel can make another protocol of TCP; programs take this for a kernel without modules.
+    return made + _when_argument(_SETSOCKOPT[column], 2, _EQUAL, (_TCP_ULP,), errno.ENOPROTOOPT)
+
+
+def _only_argument(number: int, argument: int, values: tuple[int, ...], error: int) -> list[bytes]:
+    """Fail a call unless the low word of an argument is one of the values."""
+    test = _unless_any(values, _fail(error))
     then = b"".join([_operation(_LOAD, _ARGUMENTS_AT + 8 * argument), *test, _operation(_LOAD, _NUMBER_AT)])
     return _when(_EQUAL, number, then)

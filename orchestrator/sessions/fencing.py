@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,8 @@ import anyio.to_thread
 
 from orchestrator.config.model import FenceConfig, Reach
 from orchestrator.repo.worktrees import Worktree
-from orchestrator.sessions.sandbox import REPLACED, Fence, SandboxKind, fence_in
+from orchestrator.sessions.proxied import proxied
+from orchestrator.sessions.sandbox import REPLACED, Fence, Inlet, SandboxKind, fence_in
 from orchestrator.sessions.supervised import SupervisedCommand
 
 
@@ -32,6 +34,14 @@ class Ground:
 
 
 @dataclass(frozen=True, slots=True)
+class Fenced:
+    """A command in its sandbox; `denied` grows with the hosts that it is refused, as `host:port`."""
+
+    command: SupervisedCommand
+    denied: Collection[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Fencing:
     """The sandbox of a run: `hidden` is what no session is to see, the rest as the config has it."""
 
@@ -39,8 +49,22 @@ class Fencing:
     hidden: tuple[Path, ...]
     config: FenceConfig
 
-    async def around(self, ground: Ground, command: SupervisedCommand, reach: Reach) -> SupervisedCommand:
-        """Return the command so that it reaches the ground that it works on, and what `reach` adds."""
+    @asynccontextmanager
+    async def around(self, ground: Ground, command: SupervisedCommand, reach: Reach) -> AsyncIterator[Fenced]:
+        """Yield the command so that it reaches the ground that it works on, and what `reach` adds.
+
+        It is to be run within the block: what it reaches of the network ends with that. Raises OSError.
+        """
+        command = replace(command, limits=self.config.limits.by_resource)
+        if not self.config.hosts:
+            yield Fenced(await self._fenced(ground, command, reach))
+            return
+        async with proxied(self.kind, self.config.hosts, ground.scratch, command) as found:
+            yield Fenced(await self._fenced(ground, found.command, reach, found.inlet), found.denied.keys())
+
+    async def _fenced(
+        self, ground: Ground, command: SupervisedCommand, reach: Reach, inlet: Inlet | None = None
+    ) -> SupervisedCommand:
         allowed = self.config.reach | reach
         fence = Fence(
             writable=(*ground.writable, *allowed.writable),
@@ -48,9 +72,9 @@ class Fencing:
             hidden=self.hidden,
             scratch=ground.scratch,
             network=self.config.network,
+            inlet=inlet,
             nesting=self.config.nesting,
         )
-        command = replace(command, limits=self.config.limits.by_resource)
         return await anyio.to_thread.run_sync(partial(fence_in, self.kind, command, fence))
 
     def why_missing(self, program: str, environ: Mapping[str, str], reach: Reach) -> str:

@@ -17,7 +17,6 @@ import json
 import os
 import shlex
 import shutil
-import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -37,13 +36,13 @@ from orchestrator.client.session import CARD, SOCKET, VARIABLE, ShortName
 from orchestrator.config.model import Reach
 from orchestrator.domain.sessions import SessionName
 from orchestrator.errors import CouncilError, RefusedError
-from orchestrator.process import own_program, walkable
+from orchestrator.process import own_files, own_program, walkable
 from orchestrator.protocols import JsonObject, McpServer
 from orchestrator.repo.worktrees import Worktree
 from orchestrator.sessions.peers import is_of_session
 from orchestrator.sessions.requests import OWN_COMMAND, read_request
+from orchestrator.sessions.serving import serving
 
-_PACKAGE = Path(__file__).parents[1]
 _PROGRAM = Path("bin", "council")
 _AT_ONCE = 32  # connections of the session that are served
 _STRANGERS = 4  # of processes of no session or another, which get nothing but a refusal
@@ -107,24 +106,15 @@ async def open_mailbox(worktree: Worktree, desk: Desk) -> AsyncIterator[Mailbox]
     """Have the desk answer what the session of a worktree asks, within the block. Raises OSError."""
     folder, token = worktree.mailbox, token_hex(16)
     await anyio.to_thread.run_sync(_lay_out, folder, token, worktree.tree)
-    readable = dict.fromkeys(map(walkable, (folder, Path(sys.prefix), Path(sys.base_prefix), _PACKAGE)))
-    mailbox = Mailbox(folder, Reach(readable=tuple(readable)))
+    mailbox = Mailbox(folder, Reach(readable=(walkable(folder), *own_files())))
     name = SessionName(worktree.run, worktree.task, worktree.attempt)
     clerk = _Clerk(name, token, worktree.tree, worktree.lock, desk, mailbox.faults)
-    failed: Exception | None = None
     try:
-        async with await _listen(folder) as listener, anyio.create_task_group() as group:
-            group.start_soon(_serve, listener, clerk)
-            try:
-                yield mailbox
-            except Exception as error:  # noqa: BLE001  goes on below, and not as one of a group
-                failed = error
-            group.cancel_scope.cancel()
+        async with await _listen(folder) as listener, serving(partial(_serve, listener, clerk)):
+            yield mailbox
     finally:
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(remove_mailbox, worktree)
-    if failed is not None:
-        raise failed
 
 
 def remove_mailbox(worktree: Worktree) -> None:

@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum, StrEnum
 from functools import partial
@@ -29,7 +29,7 @@ from orchestrator import process
 from orchestrator.errors import RefusedError
 from orchestrator.sandbox import bubblewrap, landlock, seccomp
 from orchestrator.sessions.supervised import SupervisedCommand
-from orchestrator.sessions.supervisor import WRAPPER_FILTER, WRAPPER_STATUS
+from orchestrator.sessions.supervisor import WRAPPER_COMPLAINT, WRAPPER_FILTER, WRAPPER_STATUS
 
 _PROBE_PATIENCE = 20.0  # seconds; a start takes milliseconds
 #: Folders of the machine in whose place a session has others of its own, with bubblewrap.
@@ -56,14 +56,25 @@ class SandboxKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Inlet:
+    """Where a session reaches its proxy: a `port` of its loopback.
+
+    In a bubblewrap the port is opened from inside, and its socket passed on at the unix socket `meeting`.
+    """
+
+    port: int
+    meeting: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Fence:
     """What a session may touch: absolute paths, of which the more specific ones count, with symlinks resolved.
 
     `writable` may be read and written, `readable` only read, also inside something hidden, and `hidden` is not
     there at all; of the same path in several of them the first counts. What does not exist is passed over.
     `scratch` is a folder of the session's own, made if needed: its /tmp (bubblewrap) and its TMPDIR. Without
-    `network` there is only a loopback of its own (bubblewrap), or no internet socket at all (Landlock). With
-    `nesting` it may make user namespaces, and so sandboxes of its own.
+    `network` there is only a loopback of its own (bubblewrap), or no internet socket at all (Landlock), but for an
+    `inlet`, through which it reaches a proxy. With `nesting` it may make user namespaces, and so sandboxes of its own.
     """
 
     writable: tuple[Path, ...]
@@ -71,6 +82,7 @@ class Fence:
     hidden: tuple[Path, ...]
     scratch: Path
     network: bool = True
+    inlet: Inlet | None = None
     nesting: bool = False
 
 
@@ -80,11 +92,13 @@ class _Access(IntEnum):
     WRITE = 2
 
 
-async def choose_sandbox(wanted: str, *, network: bool, environ: Mapping[str, str]) -> SandboxKind:
+async def choose_sandbox(
+    wanted: str, *, network: bool, environ: Mapping[str, str], hosts: Sequence[str] = ()
+) -> SandboxKind:
     """Return the kind that `wanted` names, or for `auto` the strongest that works here, which is tried out.
 
     `environ` has the PATH on which bubblewrap is looked for. Raises RefusedError if it does not work, or can't
-    keep a session off the network although that is wanted: nothing weaker is taken instead.
+    keep a session off the network although that is wanted, or off all but `hosts`: nothing weaker is taken instead.
     """
     if wanted == SandboxKind.OFF:
         if not network:
@@ -95,7 +109,7 @@ async def choose_sandbox(wanted: str, *, network: bool, environ: Mapping[str, st
     if sys.platform != "linux":
         raise RefusedError(f"`sandbox: {wanted}` does not work on this system, only `off` does", _OFF)
     if wanted == SandboxKind.LANDLOCK:
-        if why := _landlock_problem(network):
+        if why := _landlock_problem(network, hosts):
             raise RefusedError(f"`sandbox: landlock` does not work: {why}", f"use bubblewrap ({_REMEDY}); or {_OFF}")
         return SandboxKind.LANDLOCK
     problem = await _bubblewrap_problem(network, environ)
@@ -103,7 +117,7 @@ async def choose_sandbox(wanted: str, *, network: bool, environ: Mapping[str, st
         return SandboxKind.BUBBLEWRAP
     if wanted == SandboxKind.BUBBLEWRAP:
         raise RefusedError(f"`sandbox: bubblewrap` does not work: {problem}", f"{_REMEDY}; or {_OFF}")
-    if why := _landlock_problem(network):
+    if why := _landlock_problem(network, hosts):
         raise RefusedError(f"no sandbox works here: bubblewrap: {problem}; landlock: {why}", f"{_REMEDY}; or {_OFF}")
     return SandboxKind.LANDLOCK
 
@@ -119,21 +133,37 @@ def fence_in(kind: SandboxKind, command: SupervisedCommand, fence: Fence) -> Sup
     fence.scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
     if kind is SandboxKind.LANDLOCK:
         env = {**command.env, "TMPDIR": str(fence.scratch.resolve())}
-        sockets = seccomp.ALL if fence.network else seccomp.UNIX
+        limited = seccomp.UNIX if fence.inlet is None else seccomp.STREAM
+        sockets = seccomp.ALL if fence.network else limited
         return replace(
             command,
             env=env,
             landlock=tuple(_landlock_rules(fence)),
+            port=None if fence.inlet is None else fence.inlet.port,
             filter=_filter(sockets=sockets, namespaced=False, nesting=fence.nesting),
         )
     bwrap = bubblewrap.find()
     if bwrap is None:
         raise FileNotFoundError(2, os.strerror(2), "bwrap")
     reports = ("--json-status-fd", str(WRAPPER_STATUS), *(("--seccomp", str(WRAPPER_FILTER)) if _CAN_FILTER else ()))
-    argv = [bwrap, *_options(fence, bwrap), *reports, "--chdir", str(command.cwd), "--", *command.argv]
     tmpdir = "/tmp" if _exists(Path("/tmp")) else str(fence.scratch.resolve())  # noqa: S108  (its own)
-    denied = _filter(sockets=seccomp.ALL, namespaced=True, nesting=fence.nesting)
-    return replace(command, argv=argv, env={**command.env, "TMPDIR": tmpdir}, wrapped=True, filter=denied)
+    inside, env = list(command.argv), {**command.env, "TMPDIR": tmpdir}
+    if fence.inlet is not None and fence.inlet.meeting is not None:
+        inside, env = _through(fence.inlet, fence.inlet.meeting, inside, env)
+    argv = [bwrap, *_options(fence, bwrap), *reports, "--chdir", str(command.cwd), "--", *inside]
+    sockets = seccomp.ALL if fence.network else seccomp.NAMESPACED
+    denied = _filter(sockets=sockets, namespaced=True, nesting=fence.nesting)
+    return replace(command, argv=argv, env=env, wrapped=True, passes_on=fence.inlet is not None, filter=denied)
+
+
+def _through(
+    inlet: Inlet, meeting: Path, argv: Sequence[str], env: Mapping[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """Return the command line and environment of the program that opens the inlet and then becomes `argv`."""
+    program, needed = process.own_program("orchestrator.sandbox.loopback", "main")
+    place = meeting.parent.resolve() / meeting.name
+    unset = ",".join(needed.keys() - env.keys())
+    return [*program, str(place), str(inlet.port), str(WRAPPER_COMPLAINT), unset, *argv], {**needed, **env}
 
 
 def _filter(*, sockets: str, namespaced: bool, nesting: bool) -> str | None:
@@ -186,7 +216,8 @@ def _options(fence: Fence, bwrap: str) -> list[str]:
 
 def _mounts(fence: Fence) -> list[str]:
     """Return bubblewrap's options: mounts from the root downwards, so that what is more specific is on top."""
-    accesses = _accesses(fence)
+    readable = fence.readable if fence.inlet is None else (*fence.readable, *process.own_files())
+    accesses = _accesses(replace(fence, readable=readable))
     scratch = str(fence.scratch.resolve())
     private = {path.resolve() for path in map(Path, ("/tmp", "/var/tmp")) if _exists(path)}  # noqa: S108  (hidden)
     covers = dict.fromkeys(private, _Access.HIDDEN) | _run_folder() | accesses
@@ -236,12 +267,15 @@ def _is_hidden_already(path: Path, covers: Mapping[Path, _Access]) -> bool:
 # Landlock
 
 
-def _landlock_problem(network: bool) -> str | None:
+def _landlock_problem(network: bool, hosts: Sequence[str]) -> str | None:
     if not network and not _CAN_FILTER:
         return "this machine's system calls can't be filtered, so that it can't keep a session off the network"
-    if (version := landlock.abi()) < landlock.ABI_NEEDED:
-        has = f"has only its ABI {version}" if version else "has none, or has it switched off"
-        return f"this kernel {has}, and ABI {landlock.ABI_NEEDED} (Linux 6.2) is needed"
+    version = landlock.abi()
+    has = f"this kernel has only its ABI {version}" if version else "this kernel has none, or has it switched off"
+    if version < landlock.ABI_NEEDED:
+        return f"{has}, and ABI {landlock.ABI_NEEDED} (Linux 6.2) is needed"
+    if hosts and version < landlock.ABI_OF_PORTS:
+        return f"{has}, and `network.allow` needs ABI {landlock.ABI_OF_PORTS} (Linux 6.7), or `network: off`"
     return None
 
 

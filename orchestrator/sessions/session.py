@@ -64,6 +64,8 @@ class Finished:
     """What went wrong in the commands after the session."""
     desk_faults: tuple[str, ...] = ()
     """What went wrong when the session asked its orchestrator."""
+    denied_hosts: tuple[str, ...] = ()
+    """The hosts that it was refused, as `host:port`."""
     transcript: Transcript = NOTHING_SAID
     folder: Path | None = None
     """The folder that the program worked in."""
@@ -152,6 +154,7 @@ class Session:
     _provided: Provided | None = field(default=None, init=False)
     _stopped_for: Failed | None = field(default=None, init=False)
     _mailbox: Mailbox | None = field(default=None, init=False)
+    _denied: tuple[str, ...] = field(default=(), init=False)
     _running: anyio.CancelScope = field(default_factory=anyio.CancelScope, init=False)
 
     def stop(self, why: Failed | None = None) -> None:
@@ -216,6 +219,7 @@ class Session:
             notes=left.notes,
             faults=tuple(after),
             desk_faults=() if self._mailbox is None else tuple(self._mailbox.faults),
+            denied_hosts=self._denied,
             transcript=transcript,
             folder=worktree.tree,
             answer=answer,
@@ -269,8 +273,11 @@ class Session:
             reach |= self._provided.reach
         if self._mailbox is not None:
             reach |= self._mailbox.reach
-        fenced = await self.tools.fencing.around(Ground.of(self.assignment.worktree), command, reach)
-        ended = await run_supervised(fenced, on_spawned=lambda: failpoint("session.spawned"))
+        async with self.tools.fencing.around(Ground.of(self.assignment.worktree), command, reach) as fenced:
+            try:
+                ended = await run_supervised(fenced.command, on_spawned=lambda: failpoint("session.spawned"))
+            finally:
+                self._denied = tuple(fenced.denied)
         error, is_missing = ended.spawn_error, False
         if error is not None:
             program = command.argv[0]

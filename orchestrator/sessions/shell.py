@@ -6,7 +6,7 @@ Only how they ended and what they print crosses back.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from orchestrator.sessions.supervised import Ended, SupervisedCommand, run_super
 
 #: Characters of a command, and of the end of what it printed, that are told.
 _LONGEST_COMMAND, _SHOWN = 80, 500
+_MOST_DENIED = 5  # hosts that are named
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +101,14 @@ class Shell:
         """Run a command to its end; nothing that it started is alive then. A cancellation ends it and goes on."""
         try:
             await anyio.Path(command.log.parent).mkdir(mode=0o700, exist_ok=True)
-            fenced = await self.fencing.around(self.ground, self._supervised(command), self.reach)
-            ended = await run_supervised(fenced)
+            async with self.fencing.around(self.ground, self._supervised(command), self.reach) as fenced:
+                ended = await run_supervised(fenced.command)
         except SessionError as error:
             await anyio.to_thread.run_sync(kill_marked, self.marker)
             return NotRun(str(error))
         except OSError as error:
             return NotRun(f"it could not be set up: {error}", is_exhaustion(error))
-        return await _judge(command, ended)
+        return await _judge(command, ended, tuple(fenced.denied))
 
     def _supervised(self, command: ShellCommand) -> SupervisedCommand:
         return SupervisedCommand(
@@ -125,7 +126,7 @@ class Shell:
         )
 
 
-async def _judge(command: ShellCommand, ended: Ended) -> ShellResult:
+async def _judge(command: ShellCommand, ended: Ended, denied: Sequence[str]) -> ShellResult:
     if ended.spawn_error is not None:
         return NotRun(f"it could not be started: {ended.spawn_error}", ended.exhausted)
     if ended.ended_by in {"stop", "orphaned"}:
@@ -138,4 +139,6 @@ async def _judge(command: ShellCommand, ended: Ended) -> ShellResult:
         told = f"ended with exit code {ended.exit}"
     else:
         return Done()
+    if denied:
+        told += f" (`network.allow` does not cover {', '.join(denied[:_MOST_DENIED])})"
     return CommandFailed(command.text, told, await read_tail(command.log), command.log)

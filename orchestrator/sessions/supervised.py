@@ -42,10 +42,11 @@ class SupervisedCommand:
     After `silence` seconds without output and without a change beneath the folders `watched`, it is stopped as
     after `timeout`. `redact` is the ASCII source of an expression for bytes: what it finds is not written to
     `stdout` and `stderr`, and neither are private keys; see `orchestrator.sessions.redaction`. `limits` are the
-    most that each process may have of a resource, by its name in setrlimit(2) (`CORE`, `NOFILE`). The last three are
+    most that each process may have of a resource, by its name in setrlimit(2) (`CORE`, `NOFILE`). The last ones are
     the sandbox's (`orchestrator.sessions.sandbox`): `wrapped` if `argv` starts a bubblewrap that reports to file
-    descriptor 3 and reads a filter from 4, `landlock` the rules of `orchestrator.sandbox.landlock.confine`, `filter`
-    what `orchestrator.sandbox.seccomp.build` returned, in hexadecimal.
+    descriptor 3 and reads a filter from 4, `passes_on` if in it `orchestrator.sandbox.loopback` starts the CLI and
+    reports to 5, `landlock` and `port` what `orchestrator.sandbox.landlock.confine` is given, `filter` what
+    `orchestrator.sandbox.seccomp.build` returned, in hexadecimal.
     """
 
     argv: Sequence[str]
@@ -63,7 +64,9 @@ class SupervisedCommand:
     watched: tuple[Path, ...] = ()
     redact: str | None = None
     wrapped: bool = False
+    passes_on: bool = False
     landlock: tuple[tuple[str, str], ...] | None = None
+    port: int | None = None
     filter: str | None = None
     limits: Mapping[str, int] = field(default_factory=dict)
 
@@ -171,7 +174,9 @@ def _spec(command: SupervisedCommand) -> bytes:
         "watched": [os.fspath(folder.absolute()) for folder in command.watched],
         "redact": command.redact,
         "wrapped": command.wrapped,
+        "passes_on": command.passes_on,
         "landlock": command.landlock,
+        "port": command.port,
         "filter": command.filter,
         "limits": dict(command.limits),
     }

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 CONTROL, STATUS = 0, 1
 WRAPPER_STATUS = 3  # where `argv` tells a wrapper to report to
 WRAPPER_FILTER = 4  # where it tells it to read a filter of system calls from
+WRAPPER_COMPLAINT = 5  # where what starts the CLI in a wrapper reports why it can't
 LOCK_PATIENCE = 2.0  # seconds; longer than anyone who only looks whether the lock is free keeps it
 LOOK_INSIDE = 0.05  # seconds; between looks into a wrapper, whether anybody lives there
 TIDYING = 0.5  # the share of the grace in which a CLI that was interrupted is left alone
@@ -94,7 +95,9 @@ class Spec:
         self.silence: float | None = fields["silence"]
         self.watched: list[str] = fields["watched"]
         self.wrapped: bool = fields["wrapped"]
+        self.passes_on: bool = fields["passes_on"]
         self.landlock: list[tuple[str, str]] | None = fields["landlock"]
+        self.port: int | None = fields["port"]
         self.filter: bytes | None = None if fields["filter"] is None else bytes.fromhex(fields["filter"])
         self.limits: dict[str, int] = fields["limits"]
 
@@ -137,14 +140,29 @@ class Wrapper:
 
     def __init__(self) -> None:
         self._read_end, self.write_end = os.pipe()
-        os.set_blocking(self._read_end, False)
+        self._complaint, self.complain = os.pipe()
+        for pipe in (self._read_end, self._complaint):
+            os.set_blocking(pipe, False)
 
     def ran(self) -> bool:
-        """Return whether the CLI ran; asked once, when all has ended."""
+        """Return whether the CLI ran, or what was to start it; asked once, when all has ended."""
         try:
             return b'"exit-code"' in os.read(self._read_end, CHUNK_BYTES)
         except BlockingIOError:
             return False
+
+    def complaint(self) -> SpawnError | None:
+        """Return why what was to start the CLI could not; asked once, when all has ended."""
+        try:
+            return spawn_error(os.read(self._complaint, CHUNK_BYTES))
+        except BlockingIOError:
+            return None
+
+
+def spawn_error(complaint: bytes) -> SpawnError | None:
+    """Return the error that a program wrote which could not become another: its number, and why."""
+    number, _, why = complaint.decode(errors="replace").partition(" ")
+    return SpawnError(why, int(number)) if number else None
 
 
 def wrapper_error(stderr: str) -> SpawnError:
@@ -184,18 +202,20 @@ def start(spec: Spec, streams: list[Stream], wrapper: Wrapper | None) -> int:
     given = [stdin, *(stream.write_end for stream in streams)]
     if wrapper is not None:
         given.append(wrapper.write_end)
-        if spec.filter is not None:
-            given.append(readable(spec.filter))
+        if spec.filter is not None or spec.passes_on:
+            given.append(readable(spec.filter or b""))
+        if spec.passes_on:
+            given.append(wrapper.complain)
     pid = os.fork()
     if pid == 0:
         become(spec, given, parent, complain)
     for fd in (complain, *given):
         os.close(fd)
-    number, _, why = os.read(complaint, CHUNK_BYTES).decode().partition(" ")
+    error = spawn_error(os.read(complaint, CHUNK_BYTES))
     os.close(complaint)
-    if number:
+    if error is not None:
         os.waitpid(pid, 0)
-        raise SpawnError(why, int(number))
+        raise error
     return pid
 
 
@@ -226,7 +246,7 @@ def become(spec: Spec, given: list[int], parent: int, complain: int) -> NoReturn
             limit(name, most)
         if spec.landlock is not None:
             what = "the sandbox could not be made"
-            confine(spec.landlock)
+            confine(spec.landlock, spec.port)
             if spec.filter is not None:
                 seccomp.install(spec.filter)
         what = spec.argv[0]
@@ -248,7 +268,7 @@ def limit(name: str, most: int) -> None:
 
 def give(given: list[int], complain: int) -> int:
     """Make `given` the file descriptors from 0 on; returns where `complain`, which may have been in the way, is."""
-    above = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, WRAPPER_FILTER + 1) for fd in (*given, complain)]
+    above = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, WRAPPER_COMPLAINT + 1) for fd in (*given, complain)]
     for target, fd in enumerate(above[:-1]):
         os.dup2(fd, target)
     return above[-1]
@@ -370,8 +390,11 @@ def hold(spec: Spec, control: Control, wake: int) -> dict[str, object]:
     for stream in streams:
         stream.finish()
     code = os.waitstatus_to_exitcode(family.status or 0)
-    if wrapper is not None and ended_by == "exit" and not wrapper.ran() and code >= 0:
-        raise wrapper_error(spec.stderr)
+    if wrapper is not None and ended_by == "exit" and code >= 0:
+        if (error := wrapper.complaint()) is not None:
+            raise error
+        if not wrapper.ran():
+            raise wrapper_error(spec.stderr)
     # A wrapper's own exit code for what a signal has ended; of any other program's it could be its choice.
     sent = (signal.SIGINT, signal.SIGTERM) if spec.interrupt else (signal.SIGTERM,)
     if wrapper is not None and ended_by != "exit" and code - 128 in sent:

@@ -15,8 +15,10 @@ import signal
 import socket
 import subprocess
 import sys
+from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 SETTING = json.loads(sys.argv[1])
 TREE, HOUSE, HIDDEN, OUTSIDE = (Path(SETTING[name]) for name in ("tree", "house", "hidden", "outside"))
@@ -185,6 +187,53 @@ def services() -> object:
 
 def network() -> object:
     with socket.create_connection(("127.0.0.1", PORT), timeout=5):
+        return True
+
+
+def hypervisor() -> object:
+    """Make a socket by which a virtual machine reaches its host."""
+    with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM):
+        return True
+
+
+def _by_proxy(port: int) -> bool:
+    url = urlsplit(os.environ["HTTPS_PROXY"])
+    token = b64encode(f"{url.username}:{url.password}".encode()).decode()
+    with socket.create_connection((url.hostname, url.port), timeout=5) as proxy:
+        head = f"CONNECT 127.0.0.1:{port} HTTP/1.1\r\nProxy-Authorization: Basic {token}\r\n\r\n"
+        proxy.sendall(head.encode())
+        return proxy.recv(1 << 10).startswith(b"HTTP/1.1 200 ")
+
+
+def listed_host() -> object:
+    return _by_proxy(PORT)
+
+
+def other_host() -> object:
+    return _by_proxy(SETTING["other_port"])
+
+
+def fast_open() -> object:
+    """Connect by sending, which Landlock does not look at."""
+    with socket.socket() as client:
+        return client.sendto(b"x", 0x20000000, ("127.0.0.1", PORT))
+
+
+def multipath() -> object:
+    """Connect by MPTCP, which Landlock does not look at."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262) as client:
+        client.connect(("127.0.0.1", PORT))
+    return True
+
+
+def datagram() -> object:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        return client.sendto(b"x", ("192.0.2.1", 9))  # a network that is kept for documents (RFC 5737)
+
+
+def same_port() -> object:
+    """Connect to another host, at the port that the proxy has."""
+    with socket.create_connection(("127.0.0.2", urlsplit(os.environ["HTTPS_PROXY"]).port), timeout=5):
         return True
 
 

@@ -87,8 +87,8 @@ class Site:
             lock=worktree.lock,
         )
         fencing = Fencing(kind, (self.hub.root,), FenceConfig(sandbox=kind, network=True, reach=Reach()))
-        fenced = await fencing.around(Ground.of(worktree), replace(command, **changes), mailbox.reach)
-        ended = await run_supervised(fenced)
+        async with fencing.around(Ground.of(worktree), replace(command, **changes), mailbox.reach) as fenced:
+            ended = await run_supervised(fenced.command)
         assert ended.spawn_error is None, ended
         return ended.exit, "".join(one.read_text() for one in said)
 

@@ -56,8 +56,16 @@ ROWS = {
     "**limits**: have more memory than `limits.memory` in a process": "huge_memory",
 }
 WITHOUT_NETWORK = {
-    "**network** with `network: off`": "network",
+    "**network** with `network: off`": "network datagram",
+    "**network** to the host of a virtual machine (vsock), with `network: off` or `{allow: …}`": "hypervisor",
     "**network** on a loopback of its own with `network: off`": "own_loopback",
+}
+WITH_HOSTS = {
+    "**network** to the hosts of `network: {allow: …}`": "listed_host",
+    "**network** to other hosts with `network: {allow: …}`": "other_host network datagram fast_open multipath",
+    "**network** to other hosts with `network: {allow: …}`, at the port number of the proxy": "same_port",
+    "**network** on a loopback of its own with `network: {allow: …}`": "own_loopback",
+    "**network** to the host of a virtual machine (vsock), with `network: off` or `{allow: …}`": "hypervisor",
 }
 
 
@@ -70,7 +78,7 @@ def table() -> dict[str, dict[str, str]]:
 
 def test_each_row_of_the_table_is_tried() -> None:
     """A row that nobody tries is a claim without proof."""
-    assert table().keys() == ROWS.keys() | WITHOUT_NETWORK.keys()
+    assert table().keys() == ROWS.keys() | WITHOUT_NETWORK.keys() | WITH_HOSTS.keys()
 
 
 @pytest.fixture
@@ -91,7 +99,7 @@ def outside(tmp_path: Path) -> Iterator[dict[str, object]]:
         stack.callback(process.kill)
         controller, terminal = os.openpty()
         stack.callback(os.close, controller), stack.callback(os.close, terminal)
-        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        server, other = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
         for address in (str(run_socket), str(hidden_socket), f"\0council-test-{os.getpid()}"):
             listening = stack.enter_context(socket.socket(socket.AF_UNIX))
             with suppress(FileNotFoundError, PermissionError):
@@ -106,6 +114,7 @@ def outside(tmp_path: Path) -> Iterator[dict[str, object]]:
             **{name: str(path) for name, path in folders.items()},
             "pid": process.pid,
             "port": server.getsockname()[1],
+            "other_port": other.getsockname()[1],
             "terminal": os.ttyname(terminal),
             "run_socket": str(run_socket),
             "hidden_socket": str(hidden_socket),
@@ -117,13 +126,16 @@ def outside(tmp_path: Path) -> Iterator[dict[str, object]]:
         }
 
 
-async def tried(kind: SandboxKind, setting: dict[str, object], rows: dict[str, str], *, network: bool) -> set[str]:
+async def tried(
+    kind: SandboxKind, setting: dict[str, object], rows: dict[str, str], *, network: bool, hosts: tuple[str, ...] = ()
+) -> set[str]:
     """Return the rows of which something succeeded in a session."""
     place = {name: Path(str(setting[name])) for name in ("house", "hidden", "tree", "scratch")}
     python = (Path(sys.prefix), Path(sys.base_prefix))
     config = FenceConfig(
         sandbox=kind,
         network=network,
+        hosts=hosts,
         limits=LimitsConfig(file_size=FILE_SIZE, memory=MEMORY),
         reach=Reach(readable=(HOSTILE, place["house"], *python)),
     )
@@ -142,7 +154,11 @@ async def tried(kind: SandboxKind, setting: dict[str, object], rows: dict[str, s
         lock=top / "task.1.lock",
     )
     fencing = Fencing(kind, (place["hidden"], Path(str(setting["hidden_socket"]))), config)
-    ended = await run_supervised(await fencing.around(Ground((place["tree"],), (), place["scratch"]), command, Reach()))
+    async with fencing.around(Ground((place["tree"],), (), place["scratch"]), command, Reach()) as fenced:
+        # Another host, whose server has the port number of the proxy.
+        ports = {name: value.rpartition(":")[2] for name, value in fenced.command.env.items()}
+        with socket.create_server(("127.0.0.2", int(ports.get("HTTPS_PROXY", 0)))):
+            ended = await run_supervised(fenced.command)
     said = (top / "stdout").read_text() + (top / "stderr").read_text()
     assert (ended.exit, ended.spawn_error) == (0, None), said
     succeeded = json.loads((top / "stdout").read_text())
@@ -163,3 +179,6 @@ async def test_a_session_can_do_what_the_table_says(kind: SandboxKind, outside: 
     if kind is not SandboxKind.OFF:
         found = await tried(kind, outside, WITHOUT_NETWORK, network=False)
         assert {row: row in found for row in WITHOUT_NETWORK} == {row: expected[row] for row in WITHOUT_NETWORK}
+        listed = (f"127.0.0.1:{outside['port']}",)
+        found = await tried(kind, outside, WITH_HOSTS, network=False, hosts=listed)
+        assert {row: row in found for row in WITH_HOSTS} == {row: expected[row] for row in WITH_HOSTS}

@@ -1,0 +1,280 @@
+"""A session with `network: {allow: [...]}`: it reaches the hosts of the list through its proxy, and nothing else."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.config.model import FenceConfig, Reach
+from orchestrator.domain.secrets import Redactor
+from orchestrator.errors import RefusedError
+from orchestrator.process import own_files
+from orchestrator.sandbox import landlock
+from orchestrator.sessions.fencing import Fencing, Ground
+from orchestrator.sessions.sandbox import SandboxKind, choose_sandbox
+from orchestrator.sessions.shell import CommandFailed, Done, Shell, ShellCommand, ShellResult
+from orchestrator.sessions.supervised import Ended, SupervisedCommand, run_supervised
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there is a sandbox on Linux only")
+
+PATIENCE = 60.0
+FETCH = """
+import sys, urllib.request, urllib.error
+try:
+    print(urllib.request.urlopen(sys.argv[1], timeout=20).read().decode())
+except urllib.error.HTTPError as error:
+    print(error.code, error.read().decode())
+"""
+ATTEMPTS = """
+import json, os, socket, sys
+port, here = int(sys.argv[1]), os.environ["HTTP_PROXY"].rpartition(":")[2]
+def connect(*address):
+    socket.create_connection(address, timeout=20).close()
+def datagram():
+    socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("192.0.2.1", 53))
+def multipath():
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262) as made: made.connect(("127.0.0.1", port))
+def fast_open():
+    with socket.socket() as made: made.sendto(b"x", 0x20000000, ("127.0.0.1", port))
+def fast_open_message():
+    with socket.socket() as made: made.sendmsg([b"x"], [], 0x20000000, ("127.0.0.1", port))
+def raw():
+    socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)
+def packet():
+    socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 3)
+found = {}
+tries = dict(direct=lambda: connect("127.0.0.1", port), six=lambda: connect("::1", port), datagram=datagram, raw=raw,
+             public=lambda: connect("192.0.2.1", 443), multipath=multipath, fast_open=fast_open,
+             fast_open_message=fast_open_message, packet=packet, proxy=lambda: connect("127.0.0.1", int(here)))
+for name, attempt in tries.items():
+    try: attempt()
+    except OSError: continue
+    found[name] = True
+print(json.dumps(sorted(found)))
+"""
+
+
+class Page(http.server.BaseHTTPRequestHandler):
+    """Answers every request."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"reached")
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """The port of a server of this machine."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(params=[SandboxKind.BUBBLEWRAP, SandboxKind.LANDLOCK])
+async def kind(request: pytest.FixtureRequest) -> SandboxKind:
+    """A kind of sandbox that this machine has, and that can limit the network to hosts."""
+    try:
+        return await choose_sandbox(request.param, network=False, hosts=("a.example",), environ=os.environ)
+    except RefusedError as refused:
+        pytest.skip(str(refused))
+
+
+class Place:
+    """What sessions run in."""
+
+    def __init__(self, top: Path) -> None:
+        self.top, self.tree, self.scratch = top, top / "tree", top / "scratch"
+        self.tree.mkdir()
+        self.denied: list[str] = []
+
+    def fencing(self, kind: SandboxKind, hosts: tuple[str, ...]) -> Fencing:
+        config = FenceConfig(sandbox=kind, network=False, hosts=hosts, reach=Reach(readable=own_files()))
+        return Fencing(kind, (), config)
+
+    @property
+    def ground(self) -> Ground:
+        return Ground((self.tree,), (), self.scratch)
+
+    async def run(self, kind: SandboxKind, hosts: tuple[str, ...], argv: list[str], **env: str) -> Ended:
+        command = SupervisedCommand(
+            argv=argv,
+            env={"PATH": os.environ["PATH"], **env},
+            cwd=self.tree,
+            stdin=None,
+            stdout=self.top / "stdout",
+            stderr=self.top / "stderr",
+            cap=1 << 20,
+            timeout=PATIENCE,
+            grace=5,
+            lock=self.top / "task.1.lock",
+        )
+        async with self.fencing(kind, hosts).around(self.ground, command, Reach()) as fenced:
+            ended = await run_supervised(fenced.command)
+        self.denied = list(fenced.denied)
+        return ended
+
+    async def shell(self, kind: SandboxKind, hosts: tuple[str, ...], text: str) -> ShellResult:
+        environment = {"PATH": os.environ["PATH"]}
+        lock = self.top / "check.lock"
+        shell = Shell(self.fencing(kind, hosts), self.ground, self.tree, lock, environment, Redactor({}))
+        return await shell.run(ShellCommand(text, self.top / "logs" / "check", PATIENCE, "checks_timeout"))
+
+    @property
+    def said(self) -> str:
+        return (self.top / "stdout").read_text() + (self.top / "stderr").read_text()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def python(source: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-I", "-c", source, *arguments]
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
+async def test_a_listed_host_is_reached(place: Place, kind: SandboxKind, port: int, name: str) -> None:
+    """By a program that takes its proxy from the environment, as most do."""
+    ended = await place.run(kind, (f"{name}:{port}",), python(FETCH, f"http://{name}:{port}/"))
+    assert (ended.exit, ended.spawn_error, place.said) == (0, None, "reached\n")
+    assert place.denied == []
+
+
+async def test_a_listed_host_is_reached_by_a_tunnel(place: Place, kind: SandboxKind, port: int) -> None:
+    """As for https."""
+    argv = ["curl", "--silent", "--show-error", "--proxytunnel", f"http://127.0.0.1:{port}/"]
+    ended = await place.run(kind, (f"127.0.0.1:{port}",), argv)
+    assert (ended.exit, place.said) == (0, "reached")
+
+
+async def test_another_host_is_refused(place: Place, kind: SandboxKind, port: int) -> None:
+    """With a message for the program, and noted once for the run."""
+    script = f"for _ in 1 2; do curl --silent --noproxy '' http://127.0.0.1:{port}/; done"
+    ended = await place.run(kind, ("api.example.com",), ["sh", "-c", script])
+    assert ended.exit == 0
+    assert place.said.count(f"127.0.0.1:{port} is not among the hosts of `network.allow`") == 2
+    assert place.denied == [f"127.0.0.1:{port}"]
+
+
+async def test_nothing_is_reached_without_the_proxy(place: Place, kind: SandboxKind, port: int) -> None:
+    """Not by TCP, UDP or raw sockets, and not by those kinds of TCP that Landlock does not look at."""
+    argv = python(ATTEMPTS, str(port))
+    ended = await place.run(kind, (f"127.0.0.1:{port}",), argv)
+    assert ended.exit == 0, place.said
+    assert json.loads((place.top / "stdout").read_text()) == ["proxy"]
+
+
+async def test_tcp_stays_tcp(place: Place) -> None:
+    """No module of the kernel can be put in its place, which Landlock would not look at."""
+    source = "import socket; socket.socket().setsockopt(6, 31, b'smc')"
+    if landlock.abi() < landlock.ABI_OF_PORTS:
+        pytest.skip("this kernel's Landlock limits no connections")
+    await place.run(SandboxKind.LANDLOCK, ("api.example.com",), python(source))
+    assert "OSError: [Errno 92] Protocol not available" in place.said
+
+
+async def test_nobody_connects_to_a_session(place: Place, kind: SandboxKind) -> None:
+    """A socket that listens is on a loopback of the session's own, or there is none, with or without a port."""
+    for source in ("socket.create_server(('127.0.0.1', 0))", "socket.socket().listen()"):
+        ended = await place.run(kind, ("api.example.com",), python(f"import socket; {source}"))
+        assert (ended.exit == 0) == (kind is SandboxKind.BUBBLEWRAP), place.said
+
+
+async def test_a_program_has_the_token_of_its_session_only(place: Place, kind: SandboxKind, port: int) -> None:
+    """Without it, or with another one, the proxy does nothing."""
+    script = f"""import os, urllib.request
+    url = os.environ["HTTP_PROXY"]
+    for proxy in (url, "http://" + url.partition("@")[2], url.replace("@", "x@")):
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler(dict(http=proxy)))
+        try: print(opener.open("http://127.0.0.1:{port}/", timeout=20).status)
+        except urllib.error.HTTPError as error: print(error.code)""".replace("\n    ", "\n")
+    await place.run(kind, (f"127.0.0.1:{port}",), python(script))
+    assert place.said == "200\n407\n407\n"
+    assert place.denied == []
+
+
+async def test_the_token_is_in_no_log(place: Place, kind: SandboxKind, port: int) -> None:
+    """Neither as it is in the environment, nor as it is in a request."""
+    script = f"env | grep -i proxy; curl --silent --verbose http://127.0.0.1:{port}/ 2>&1; echo $HTTP_PROXY >kept"
+    await place.run(kind, (f"127.0.0.1:{port}",), ["sh", "-c", script], NO_PROXY="*", no_proxy="*")
+    token = (place.tree / "kept").read_text().partition("council:")[2].partition("@")[0]
+    assert len(token) == 32
+    assert "HTTPS_PROXY=http://council:[redacted]@127.0.0.1:" in place.said
+    assert "Proxy-Authorization: Basic [redacted]" in place.said
+    assert token not in place.said
+
+
+async def test_proxy_settings_of_the_user_do_not_count(place: Place, kind: SandboxKind, port: int) -> None:
+    """What would lead around the proxy leads nowhere: it is not passed on."""
+    argv = ["sh", "-c", "echo $HTTP_PROXY $NO_PROXY $no_proxy $NODE_USE_ENV_PROXY | sed 's/.*@//; s/:[0-9]* / /'"]
+    hosts = (f"127.0.0.1:{port}", f"[::1]:{port}")
+    await place.run(kind, hosts, argv, NO_PROXY="*", no_proxy="*", HTTP_PROXY="http://proxy.example:1")
+    own = "localhost localhost " if kind is SandboxKind.BUBBLEWRAP else ""
+    assert place.said == f"127.0.0.1 {own}1\n"
+
+
+async def test_a_loopback_of_its_own(place: Place, port: int) -> None:
+    """In a bubblewrap a server of the session's own is reached directly, as tests of a project need it."""
+    try:
+        await choose_sandbox(SandboxKind.BUBBLEWRAP, network=False, environ=os.environ)
+    except RefusedError as refused:
+        pytest.skip(str(refused))
+    script = "python3 -m http.server 8000 --bind 127.0.0.1 >/dev/null 2>&1 & echo mine >page; "
+    script += "curl --silent --retry 50 --retry-connrefused --retry-delay 1 http://127.0.0.1:8000/page"
+    await place.run(SandboxKind.BUBBLEWRAP, ("api.example.com",), ["sh", "-c", script])
+    assert place.said == "mine\n"
+
+
+async def test_it_starts_as_clean_as_without(place: Place, kind: SandboxKind) -> None:
+    """The same descriptors, signals, arguments, folder, environment."""
+    source = "import os, sys; print(sorted(map(int, os.listdir('/proc/self/fd')))[:-1], os.getcwd(), sys.argv[1:])\n"
+    argv = ["sh", "-c", 'grep SigIgn /proc/self/status; exec "$@"', "sh", *python(source, "-x", "")]
+    ended = await place.run(kind, ("api.example.com",), argv, A="b")
+    assert ended.exit == 0, place.said
+    assert place.said.splitlines()[0] == "SigIgn:\t0000000000000000"
+    assert place.said.splitlines()[1] == f"[0, 1, 2] {place.tree} ['-x', '']"
+    assert not list(place.scratch.glob(".council-*"))
+
+
+async def test_a_program_that_is_missing(place: Place, kind: SandboxKind) -> None:
+    """Is told from one that fails, as in each sandbox."""
+    ended = await place.run(kind, ("api.example.com",), ["no-such-program"])
+    assert ended == Ended(None, None, "exit", "no-such-program: No such file or directory", 0, 0, 0, None)
+    ended = await place.run(kind, ("api.example.com",), ["sh", "-c", "exit 127"])
+    assert (ended.exit, ended.spawn_error) == (127, None)
+
+
+async def test_a_failed_check_names_the_host_that_was_refused(place: Place, kind: SandboxKind, port: int) -> None:
+    """Since what it prints of that may be little."""
+    url = f"http://127.0.0.1:{port}/"
+    assert await place.shell(kind, (f"127.0.0.1:{port}",), f"curl --silent --fail {url}") == Done()
+    failed = await place.shell(kind, ("api.example.com",), f"curl --silent --fail --noproxy '' {url}")
+    assert isinstance(failed, CommandFailed)
+    assert f"(`network.allow` does not cover 127.0.0.1:{port})" in failed.describe()
+
+
+async def test_a_kernel_that_can_limit_no_connections_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what to do, and only where hosts are listed."""
+    monkeypatch.setattr(landlock, "abi", lambda: 3)
+    with pytest.raises(
+        RefusedError, match=r"only its ABI 3, and `network.allow` needs ABI 4 .*`network: off`.*bubblewrap"
+    ):
+        await choose_sandbox("landlock", network=False, hosts=("a.example",), environ=os.environ)
+    with pytest.raises(RefusedError, match=r"`network\.allow` needs ABI 4"):
+        await choose_sandbox("auto", network=False, hosts=("a.example",), environ={"PATH": "/nowhere"})
+    assert await choose_sandbox("landlock", network=False, environ=os.environ) is SandboxKind.LANDLOCK
