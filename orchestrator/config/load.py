@@ -27,7 +27,15 @@ from orchestrator.config.model import (
 )
 from orchestrator.config.names import is_url
 from orchestrator.config.problems import Position, Problems, TooManyProblems
-from orchestrator.config.schema import NO_WORKFLOW, BackoffSettings, BudgetSettings, Config, Task, TaskDefaults
+from orchestrator.config.schema import (
+    NO_WORKFLOW,
+    BackoffSettings,
+    BudgetSettings,
+    Config,
+    NetworkSettings,
+    Task,
+    TaskDefaults,
+)
 from orchestrator.config.store import folder_url
 from orchestrator.config.validation import validate
 from orchestrator.config.values import read_value
@@ -165,6 +173,7 @@ def _read_run(
         fence=FenceConfig(
             sandbox=file.sandbox,
             network=file.network == "on",
+            hosts=file.network.allow if isinstance(file.network, NetworkSettings) else (),
             nesting=file.nested_sandboxes,
             limits=LimitsConfig.model_validate(dict(file.limits)),
             reach=reach,

@@ -116,12 +116,14 @@ def check_coordination(root: Node, problems: Problems) -> None:
 
 
 def check_network(root: Node, problems: Problems) -> None:
-    """Note a network that is to be off in a sandbox that can't keep it off."""
+    """Note a network that is to be limited where no sandbox limits it."""
     network, sandbox = root.get("network"), root.get("sandbox")
-    if network is None or sandbox is None or network.value != "off":
+    if network is None or sandbox is None:
         return
-    if sandbox.value == "off":
-        what = "`network: off` can't be had with `sandbox: off`"
+    is_limited = network.value == "off" or isinstance(network.value, dict)
+    if is_limited and sandbox.value == "off":
+        written = "off" if network.value == "off" else "{allow: …}"
+        what = f"`network: {written}` needs a sandbox, and there is none with `sandbox: off`"
         problems.add(network.at, what, "write `sandbox: auto`, or `network: on`")
 
 

@@ -12,8 +12,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PlainSerializer,
+    Tag,
     ValidationInfo,
     WithJsonSchema,
 )
@@ -49,6 +51,7 @@ from orchestrator.config.quantities import (
 )
 from orchestrator.config.store import STORE_PATTERN, check_store
 from orchestrator.domain.failures import RETRYABLE
+from orchestrator.domain.hosts import parse_allowed_host
 from orchestrator.domain.model import MOST_CAPACITY
 from orchestrator.domain.ownership import check_pattern
 from orchestrator.domain.prices import Price
@@ -56,6 +59,7 @@ from orchestrator.domain.prices import Price
 MOST_TASKS = 100_000
 MOST_RETRIES = 99
 MOST_PHASES = 50
+MOST_HOSTS = 1_000
 #: What a task says that has no workflow although the defaults name one.
 NO_WORKFLOW: Final = "none"
 #: Bytes of one `context:` as JSON.
@@ -164,6 +168,20 @@ def _store(value: Any) -> Any:
     raise ValueError(f"a store can't be {kind(value)}: write its URL, or a mapping")
 
 
+def _network(value: Any) -> str:
+    return "hosts" if isinstance(value, dict | BaseModel) else "word"
+
+
+def _check_network(value: Any) -> Any:
+    if value not in ("on", "off"):  # which may be a list, that no set takes
+        raise ValueError(f"the network can't be {kind(value)}: write on, off, or {{allow: [api.example.com]}}")
+    return value
+
+
+def _check_host(text: str) -> str:
+    return str(parse_allowed_host(text))
+
+
 def _produces(value: Any) -> Any:
     match value:
         case str():
@@ -258,6 +276,7 @@ Count = Annotated[
         }
     ),
 ]
+AllowedHost = Annotated[str, AfterValidator(_check_host), _text(r"^(?:\*\.)?[^\s/@*]+$")]
 PathPattern = Annotated[str, AfterValidator(check_pattern), _text(r"^(?!/)[^\\]+$")]
 Paths = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
 RepositoryPaths = Annotated[
@@ -298,6 +317,13 @@ class BudgetSettings(_Entry):
     """US dollars, as far as they are known."""
     time: Duration | None = None
     """Wall-clock time of sessions, one after the other."""
+
+
+class NetworkSettings(_Entry):
+    """The hosts that sessions and checks reach by HTTP and HTTPS, through a proxy; they reach no others."""
+
+    allow: Annotated[tuple[AllowedHost, ...], Field(strict=False, min_length=1, max_length=MOST_HOSTS)]
+    """Hosts such as api.example.com (ports 80 and 443), *.example.com (its subdomains), or localhost:8080."""
 
 
 class LimitSettings(_Entry):
@@ -630,8 +656,12 @@ class Config(_Entry):
     """The memory that one session is expected to take: no more are started than fit."""
     sandbox: Literal["auto", "bubblewrap", "landlock", "off"] = "auto"
     """What fences sessions and checks in; `off` leaves them free to reach whatever you can."""
-    network: Literal["on", "off"] = "on"
-    """Whether sessions and checks reach the network."""
+    network: Annotated[
+        Annotated[Literal["on", "off"], BeforeValidator(_check_network), Tag("word")]
+        | Annotated[NetworkSettings, Tag("hosts")],
+        Discriminator(_network),
+    ] = "on"
+    """Whether sessions and checks reach the network, or which hosts of it."""
     nested_sandboxes: bool = False
     """Whether programs in sessions and checks may make sandboxes of their own, by user namespaces."""
     limits: LimitSettings = Field(default_factory=LimitSettings)

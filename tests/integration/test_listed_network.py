@@ -5,11 +5,14 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import socket
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import anyio
+import anyio.to_thread
 import pytest
 
 from orchestrator.config.model import FenceConfig, Reach
@@ -21,6 +24,8 @@ from orchestrator.sessions.fencing import Fencing, Ground
 from orchestrator.sessions.sandbox import SandboxKind, choose_sandbox
 from orchestrator.sessions.shell import CommandFailed, Done, Shell, ShellCommand, ShellResult
 from orchestrator.sessions.supervised import Ended, SupervisedCommand, run_supervised
+from tests.conftest import Repository
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there is a sandbox on Linux only")
 
@@ -259,6 +264,22 @@ async def test_a_program_that_is_missing(place: Place, kind: SandboxKind) -> Non
     assert (ended.exit, ended.spawn_error) == (127, None)
 
 
+async def test_the_proxy_ends_with_its_session(place: Place, kind: SandboxKind) -> None:
+    """Also where the session is stopped while it uses it."""
+    source = """
+import os, socket, time
+port = int(os.environ["HTTP_PROXY"].rpartition(":")[2]); client = socket.create_connection(("127.0.0.1", port))
+open("part", "w").write(str(port)); os.rename("part", "port"); time.sleep(300)"""
+    found = place.tree / "port"
+    async with anyio.create_task_group() as group:
+        group.start_soon(place.run, kind, ("api.example.com",), python(source))
+        await anyio.to_thread.run_sync(wait_for, found.exists)
+        group.cancel_scope.cancel()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", int(found.read_text())))
+    assert not list(place.scratch.glob(".council-*"))
+
+
 async def test_a_failed_check_names_the_host_that_was_refused(place: Place, kind: SandboxKind, port: int) -> None:
     """Since what it prints of that may be little."""
     url = f"http://127.0.0.1:{port}/"
@@ -266,6 +287,21 @@ async def test_a_failed_check_names_the_host_that_was_refused(place: Place, kind
     failed = await place.shell(kind, ("api.example.com",), f"curl --silent --fail --noproxy '' {url}")
     assert isinstance(failed, CommandFailed)
     assert f"(`network.allow` does not cover 127.0.0.1:{port})" in failed.describe()
+
+
+def test_a_run_reports_refused_hosts(repository: Repository, kind: SandboxKind, port: int) -> None:
+    """Each once, when the session has ended; what it was to reach is reached by the session and by its checks."""
+    fetch = f"curl --silent --show-error --fail --noproxy '' http://127.0.0.1:{port}/ >>page"
+    refused = "curl --silent --output answer --noproxy '' http://127.0.0.1:1/ http://127.0.0.1:1/; cat answer"
+    shell = {"use": "command", "argv": ["sh", "{prompt_file}"]}
+    task = {"id": "fetch", "prompt": f"{fetch}; {refused}; rm answer", "checks": [f"{fetch}; grep reachedreached page"]}
+    file = repository.configure(
+        [task], adapters={"sh": shell}, sandbox=kind.value, network={"allow": [f"127.0.0.1:{port}"]}
+    )
+    ended = repository.council("run", str(file), "--json")
+    assert ended.states == {"fetch": "landed"}, ended
+    told = [line for line in ended.lines if line.get("event") == "task.host_denied"]
+    assert [(line["task"], line["host"]) for line in told] == [("fetch", "127.0.0.1:1")]
 
 
 async def test_a_kernel_that_can_limit_no_connections_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

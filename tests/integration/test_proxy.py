@@ -9,6 +9,7 @@ from base64 import b64encode
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -351,3 +352,12 @@ def test_the_variables_name_the_proxy() -> None:
     both = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"), url)
     assert found == {**both, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "NODE_USE_ENV_PROXY": "1"}
     assert "NO_PROXY" not in proxy.variables(3128, ())
+
+
+def test_the_limits_are_those_of_the_page() -> None:
+    """docs/security.md has the numbers."""
+    page = " ".join((Path(__file__).parents[2] / "docs" / "security.md").read_text().split())
+    proxy = Proxy([])
+    assert f"At most {proxy.most_connections} connections are open at once" in page
+    assert f"a request's head has at most {LARGEST_HEAD >> 10} KiB and {proxy.timeouts.head:.0f} seconds" in page
+    assert f"an idle connection ends after {proxy.timeouts.idle / 60:.0f} minutes" in page

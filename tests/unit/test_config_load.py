@@ -276,3 +276,19 @@ def test_long_chain_of_needs_loads(tmp_path: Path) -> None:
     tasks = "".join(f"  - {{id: t{i}, prompt: x, needs: [t{i + 1}]}}\n" for i in range(3000))
     config = load(tmp_path, SMALLEST + tasks + "  - {id: t3000, prompt: x}\n")
     assert len(config.tasks) == 3002
+
+
+@pytest.mark.parametrize(
+    ("written", "network", "hosts"),
+    [
+        ("on", True, ()),
+        ("off", False, ()),
+        ("{allow: [API.example.com., '*.Example.com:8443', '[::1]:80']}", False,
+         ("api.example.com", "*.example.com:8443", "[::1]:80")),
+    ],
+)  # fmt: skip
+def test_the_network_is_on_off_or_hosts(tmp_path: Path, written: str, network: bool, hosts: tuple[str, ...]) -> None:
+    """Hosts are recorded in their one form."""
+    config = load(tmp_path, f"{SMALLEST}network: {written}\n")
+    assert (config.fence.network, config.fence.hosts) == (network, hosts)
+    assert FenceConfig.model_validate(config.fence.model_dump(mode="json")) == config.fence

@@ -65,3 +65,5 @@ def test_what_stays_in_the_sandbox_is_not(tmp_path: Path) -> None:
     worktrees = {"setup": ["make"], "before_run": ["make x"], "ports": 2, "keep_ignored": ["node_modules"]}
     defaults = {"checks": ["make test"], "attempts": 5, "priority": 1, "max_file": "1GB"}
     assert asked(tmp_path, worktrees=worktrees, defaults=defaults, capacity=9, network="off", target="main") == ()
+    # By default a session reaches these, too.
+    assert asked(tmp_path, network={"allow": ["*.example.com", "localhost:8000", "10.0.0.1"]}) == ()
