@@ -287,6 +287,10 @@ def hidden_socket() -> object:
     return _connect(SETTING["hidden_socket"])
 
 
+def shown_socket() -> object:
+    return _connect(os.path.relpath(HOUSE / "socket"))
+
+
 def abstract_socket() -> object:
     return _connect("\0" + SETTING["abstract_socket"])
 

@@ -15,6 +15,7 @@ import anyio
 import anyio.to_thread
 import pytest
 
+from orchestrator.client.session import ShortName
 from orchestrator.config.model import FenceConfig, Reach
 from orchestrator.domain.secrets import Redactor
 from orchestrator.errors import RefusedError
@@ -114,8 +115,8 @@ class Place:
     def ground(self) -> Ground:
         return Ground((self.tree,), (), self.scratch)
 
-    async def run(self, kind: SandboxKind, hosts: tuple[str, ...], argv: list[str], **env: str) -> Ended:
-        command = SupervisedCommand(
+    def command(self, argv: list[str], **env: str) -> SupervisedCommand:
+        return SupervisedCommand(
             argv=argv,
             env={"PATH": os.environ["PATH"], **env},
             cwd=self.tree,
@@ -127,6 +128,9 @@ class Place:
             grace=5,
             lock=self.top / "task.1.lock",
         )
+
+    async def run(self, kind: SandboxKind, hosts: tuple[str, ...], argv: list[str], **env: str) -> Ended:
+        command = self.command(argv, **env)
         async with self.fencing(kind, hosts).around(self.ground, command, Reach()) as fenced:
             ended = await run_supervised(fenced.command)
         self.denied = list(fenced.denied)
@@ -280,6 +284,28 @@ open("part", "w").write(str(port)); os.rename("part", "port"); time.sleep(300)""
     assert not list(place.scratch.glob(".council-*"))
 
 
+async def test_the_proxy_serves_a_socket_of_its_session_only(place: Place, port: int) -> None:
+    """What another process passes on before the session starts is not taken, and the session gets its proxy."""
+    try:
+        await choose_sandbox(SandboxKind.BUBBLEWRAP, network=False, environ=os.environ)
+    except RefusedError as refused:
+        pytest.skip(str(refused))
+    hosts = (f"127.0.0.1:{port}",)
+    command = place.command(python(FETCH, f"http://127.0.0.1:{port}/"))
+    fencing = place.fencing(SandboxKind.BUBBLEWRAP, hosts)
+    with socket.create_server(("127.0.0.1", 0)) as planted:
+        async with fencing.around(place.ground, command, Reach()) as fenced:
+            (meeting,) = place.scratch.glob(".council-*")
+            with ShortName(str(place.scratch)) as folder, socket.socket(socket.AF_UNIX) as intruder:
+                intruder.connect(f"{folder}/{meeting.name}")
+                socket.send_fds(intruder, [b"+"], [planted.fileno()])
+                with socket.create_connection(planted.getsockname()):
+                    ended = await run_supervised(fenced.command)
+                    planted.setblocking(False)
+                    planted.accept()[0].close()  # which nobody else has done
+    assert (ended.exit, place.said) == (0, "reached\n")
+
+
 async def test_a_failed_check_names_the_host_that_was_refused(place: Place, kind: SandboxKind, port: int) -> None:
     """Since what it prints of that may be little."""
     url = f"http://127.0.0.1:{port}/"
@@ -314,3 +340,19 @@ async def test_a_kernel_that_can_limit_no_connections_is_refused(monkeypatch: py
     with pytest.raises(RefusedError, match=r"`network\.allow` needs ABI 4"):
         await choose_sandbox("auto", network=False, hosts=("a.example",), environ={"PATH": "/nowhere"})
     assert await choose_sandbox("landlock", network=False, environ=os.environ) is SandboxKind.LANDLOCK
+
+
+async def test_without_a_sandbox_hosts_are_refused() -> None:
+    """A limit that can't be kept is refused, as `network: off` is."""
+    with pytest.raises(RefusedError, match="off the network"):
+        await choose_sandbox("off", network=False, hosts=("a.example",), environ=os.environ)
+
+
+async def test_without_bubblewrap_landlock_is_taken() -> None:
+    """If the kernel can limit connections."""
+    try:
+        await choose_sandbox(SandboxKind.LANDLOCK, network=False, hosts=("a.example",), environ=os.environ)
+    except RefusedError as refused:
+        pytest.skip(str(refused))
+    environ = {"PATH": "/nowhere"}
+    assert await choose_sandbox("auto", network=False, hosts=("a.example",), environ=environ) is SandboxKind.LANDLOCK

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.client.session import ShortName
 from orchestrator.config.model import FenceConfig, LimitsConfig, Reach
 from orchestrator.errors import RefusedError
 from orchestrator.sandbox import seccomp
@@ -39,6 +40,7 @@ ROWS = {
     "**network** with `network: on`": "network",
     "**sockets** of services in `/run`": "run_socket",
     "**sockets** elsewhere that are hidden": "hidden_socket",
+    "**sockets** elsewhere that are not hidden, with `network: off` as well": "shown_socket",
     "**sockets** without a file (abstract), with `network: on`": "abstract_socket",
     "**terminal** of yours: read and write": "terminal",
     "**terminal** of yours: type into it (`TIOCSTI`)": "type_into_terminal",
@@ -56,6 +58,7 @@ ROWS = {
     "**limits**: have more memory than `limits.memory` in a process": "huge_memory",
 }
 WITHOUT_NETWORK = {
+    "**sockets** elsewhere that are not hidden, with `network: off` as well": "shown_socket",
     "**network** with `network: off`": "network datagram",
     "**network** to the host of a virtual machine (vsock), with `network: off` or `{allow: …}`": "hypervisor",
     "**network** on a loopback of its own with `network: off`": "own_loopback",
@@ -100,7 +103,8 @@ def outside(tmp_path: Path) -> Iterator[dict[str, object]]:
         controller, terminal = os.openpty()
         stack.callback(os.close, controller), stack.callback(os.close, terminal)
         server, other = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
-        for address in (str(run_socket), str(hidden_socket), f"\0council-test-{os.getpid()}"):
+        house = stack.enter_context(ShortName(str(folders["house"])))
+        for address in (f"{house}/socket", str(run_socket), str(hidden_socket), f"\0council-test-{os.getpid()}"):
             listening = stack.enter_context(socket.socket(socket.AF_UNIX))
             with suppress(FileNotFoundError, PermissionError):
                 listening.bind(address)
