@@ -152,12 +152,13 @@ def _result(line: bytes) -> dict[str, Any]:
 class ShortName:
     """A name of a folder that, with a socket's, is short enough for a socket's address; good within the block."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, name: str = SOCKET) -> None:
+        self._name = name
         self._folder, self._descriptor, self._made = folder, -1, ""
 
     def __enter__(self) -> str:
         """Return the name."""
-        if len(os.fsencode(self._folder)) + len(SOCKET) < _LONGEST_NAME:
+        if len(os.fsencode(self._folder)) + len(os.fsencode(self._name)) < _LONGEST_NAME:
             return self._folder
         if os.path.isdir("/proc/self/fd"):  # noqa: PTH112
             self._descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -64,7 +64,7 @@ async def proxied(
     inlet = Inlet(_PORT, meeting)
     await anyio.to_thread.run_sync(partial(scratch.mkdir, mode=0o700, parents=True, exist_ok=True))
     try:
-        with ShortName(str(scratch)) as folder:
+        with ShortName(str(scratch), meeting.name) as folder:
             listener = await anyio.create_unix_listener(f"{folder}/{meeting.name}", mode=0o600)
         async with serving(partial(_serve_inside, proxy, listener, command.lock)):
             yield Proxied(_with_proxy(command, proxy, inlet.port, _OWN_LOOPBACK), inlet, proxy.denied)

@@ -164,6 +164,16 @@ async def test_a_listed_host_is_reached(place: Place, kind: SandboxKind, port: i
     assert place.denied == []
 
 
+@pytest.mark.parametrize("length", [70, 80, 90, 100, 110, 150])
+async def test_a_folder_with_a_long_path(tmp_path: Path, kind: SandboxKind, port: int, length: int) -> None:
+    """A socket's address has about a hundred bytes, and the path of its folder may have more."""
+    top = tmp_path / ("x" * max(1, length - len(str(tmp_path)) - len("/scratch") - 1))
+    top.mkdir()
+    place = Place(top)
+    ended = await place.run(kind, (f"127.0.0.1:{port}",), python(FETCH, f"http://127.0.0.1:{port}/"))
+    assert (ended.exit, place.said) == (0, "reached\n")
+
+
 async def test_a_listed_host_is_reached_by_a_tunnel(place: Place, kind: SandboxKind, port: int) -> None:
     """As for https."""
     argv = ["curl", "--silent", "--show-error", "--proxytunnel", f"http://127.0.0.1:{port}/"]
@@ -296,7 +306,7 @@ async def test_the_proxy_serves_a_socket_of_its_session_only(place: Place, port:
     with socket.create_server(("127.0.0.1", 0)) as planted:
         async with fencing.around(place.ground, command, Reach()) as fenced:
             (meeting,) = place.scratch.glob(".council-*")
-            with ShortName(str(place.scratch)) as folder, socket.socket(socket.AF_UNIX) as intruder:
+            with ShortName(str(place.scratch), meeting.name) as folder, socket.socket(socket.AF_UNIX) as intruder:
                 intruder.connect(f"{folder}/{meeting.name}")
                 socket.send_fds(intruder, [b"+"], [planted.fileno()])
                 with socket.create_connection(planted.getsockname()):
