@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from orchestrator.clock import Clock, SystemClock
 from orchestrator.config.adapters import trial_request
-from orchestrator.config.coordination import CoordinationOverrides, coordinate
+from orchestrator.config.coordination import CoordinationOverrides, coordinate, with_attempts
 from orchestrator.config.model import RunConfig, used_adapters
 from orchestrator.domain.admission import Demand
 from orchestrator.engine.capacity import measure_room
@@ -33,7 +33,7 @@ async def rehearse_run(
 
     Only our own repositories change: the commits are fetched into them, as for a run.
     """
-    coordinate(config.coordination, environ, coordination)
+    config = with_attempts(config, coordinate(config.coordination, environ, coordination))
     config = await with_tracked(config, plugins)
     run = new_run_id((clock or SystemClock()).now())
     site = await find_site(config.repo, is_url=config.is_url, environ=environ)

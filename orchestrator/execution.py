@@ -12,7 +12,13 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
-from orchestrator.config.coordination import VARIABLES, CoordinationOverrides, coordinate, read_environment
+from orchestrator.config.coordination import (
+    VARIABLES,
+    CoordinationOverrides,
+    coordinate,
+    read_environment,
+    with_attempts,
+)
 from orchestrator.config.model import (
     BudgetConfig,
     CoordinationConfig,
@@ -91,7 +97,7 @@ class Execution:
         """See `Council.create_run`."""
         runs = self._runs
         coordinated = coordinate(config.coordination, runs.environ, coordination)
-        config = await with_tracked(config, self._plugins)
+        config = await with_tracked(with_attempts(config, coordinated), self._plugins)
         run = new_run_id(runs.clock.now())
         site = await find_site(config.repo, is_url=config.is_url, environ=runs.environ)
         if site.repository is not None and site.repository.top is not None:

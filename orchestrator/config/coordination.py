@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
-from orchestrator.config.model import CoordinationConfig
+from orchestrator.config.model import CoordinationConfig, RunConfig, TaskSpec
 from orchestrator.config.problems import shown
 from orchestrator.config.quantities import LONGEST, format_duration
 from orchestrator.config.schema import MOST_RETRIES
@@ -117,6 +117,22 @@ def coordinate(
     config = config.model_copy(update={**found, **above})
     refuse_together([_explain(one, config, names) for one in misfits(config)], "change these settings")
     return config
+
+
+def with_attempts(config: RunConfig, coordination: CoordinationConfig) -> RunConfig:
+    """Return a run whose tasks are tried again as often as `max_retries` says, where they say nothing themselves.
+
+    Without that setting they are tried as often as is usual.
+    """
+    if "max_retries" not in coordination.model_fields_set:
+        return config
+
+    def filled(spec: TaskSpec) -> TaskSpec:
+        is_given = "attempts" in spec.model_fields_set
+        return spec if is_given else spec.model_copy(update={"attempts": coordination.max_retries + 1})
+
+    template = None if config.template is None else filled(config.template)
+    return config.model_copy(update={"tasks": tuple(map(filled, config.tasks)), "template": template})
 
 
 def _explain(misfit: Misfit, config: CoordinationConfig, names: Mapping[str, str]) -> tuple[str, str]:

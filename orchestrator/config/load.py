@@ -50,7 +50,6 @@ _START: Final = Position(1, 1)
 _TIMEOUT: Final = 30 * 60.0
 _SILENCE: Final = 10 * 60.0
 _CHECKS_TIMEOUT: Final = 10 * 60.0
-_ATTEMPTS: Final = 3
 _MAX_FILE: Final = 50_000_000
 
 
@@ -186,7 +185,7 @@ def _read_run(
         budget=_budget(file.budget),
         prices=file.prices,
         state=_state(file, path.parent),
-        coordination=CoordinationConfig.model_validate(file.coordination.model_dump()),
+        coordination=CoordinationConfig.model_validate(file.coordination.model_dump(exclude_unset=True)),
         adapters=found,
         sinks=sinks,
         trackers=trackers,
@@ -213,7 +212,8 @@ def _resolve(task: Task, file: Config, backoff: Backoff, prompt: str, adapter: s
     defaults, workflow = file.defaults, task.workflow or file.defaults.workflow
     workflow = None if workflow == NO_WORKFLOW else workflow
     silence = task.silence or defaults.silence or _SILENCE
-    return TaskSpec(
+    attempts = task.attempts or defaults.attempts
+    spec = TaskSpec(
         id=task.id,
         prompt=prompt,
         needs=task.needs,
@@ -221,7 +221,6 @@ def _resolve(task: Task, file: Config, backoff: Backoff, prompt: str, adapter: s
         fallback=_fallback(task, defaults),
         timeout=task.timeout or defaults.timeout or _TIMEOUT,
         silence=None if silence == math.inf else silence,
-        attempts=task.attempts or defaults.attempts or _ATTEMPTS,
         backoff=_backoff(task.backoff, backoff),
         retry_on=frozenset(map(FailureClass, _first(task.retry_on, defaults.retry_on, RETRIED))),
         checks=_first(task.checks, defaults.checks, ()),
@@ -238,6 +237,7 @@ def _resolve(task: Task, file: Config, backoff: Backoff, prompt: str, adapter: s
         workflow=workflow,
         context={} if workflow is None else {**file.context, **task.context},
     )
+    return spec if attempts is None else spec.model_copy(update={"attempts": attempts})
 
 
 def _budget(*entries: BudgetSettings | None) -> BudgetConfig:

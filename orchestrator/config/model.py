@@ -68,8 +68,8 @@ class TaskSpec(_Model):
     """The names of adapters that stand in while that one is parked or stopped, in this order."""
     timeout: float
     """Wall-clock seconds that one session may take."""
-    attempts: int
-    """How often it is tried at most."""
+    attempts: int = 3
+    """How often it is tried at most. Not among the fields that are set where the file says nothing."""
     backoff: Backoff
     """How long to wait between attempts."""
     silence: float | None

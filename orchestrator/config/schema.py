@@ -445,7 +445,7 @@ class TaskDefaults(_Entry):
     timeout: Duration | None = None
     """The wall-clock time that one session may take: 30m unless given."""
     attempts: Attempts | None = None
-    """How often a task is tried at most: 3 unless given."""
+    """How often a task is tried at most: 3 unless given, or once more than `coordination.max_retries` if that is."""
     backoff: BackoffSettings | None = None
     """How long to wait between attempts."""
     silence: Silence | None = None

@@ -62,7 +62,7 @@ def find_warnings(config: RunConfig, around: Surroundings, adapters: Mapping[str
         what = f"`worktrees.max` is {most} and `capacity` {config.capacity}: at most {most} sessions can run at once"
         found.append(ConfigWarning(what, f"set `max: {config.capacity}` under `worktrees:`, or a smaller `capacity`"))
     most = config.coordination.max_retries + 1
-    if above := [spec for spec in specs if spec.attempts > most]:
+    if above := [spec for spec in specs if spec.attempts > most and "attempts" in spec.model_fields_set]:
         name, attempts = above[0].id, above[0].attempts
         what = f"task {name!r} has {attempts} `attempts`, `coordination.max_retries` ends it after {most}"
         found.append(ConfigWarning(what, f"set `max_retries: {attempts - 1}` under `coordination:`"))

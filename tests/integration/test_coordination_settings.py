@@ -48,3 +48,21 @@ def test_the_number_of_retries_is_a_limit(repository: Repository, retries: int, 
     repository.environ["SHARED_STATE_MAX_RETRIES"] = str(retries)
     [task] = repository.council("run", str(file), "--json").result["tasks"]
     assert (task["state"], task["attempts"]) == ("failed", attempts)
+
+
+@pytest.mark.parametrize(("retries", "attempts"), [(None, 3), (0, 1), (1, 2), (5, 6)])
+@pytest.mark.parametrize("place", ["variable", "option", "file"])
+def test_a_task_that_says_nothing_is_tried_as_often_as_the_setting_says(
+    repository: Repository, place: str, retries: int | None, attempts: int
+) -> None:
+    """Wherever it was given, and where it was not, three times; a dry run says so before."""
+    in_file = place == "file" and retries is not None
+    settings: dict[str, Any] = {"coordination": {"max_retries": retries}} if in_file else {}
+    file = repository.configure([{"id": "a", "prompt": "exit 1", "backoff": {"initial": "1ms"}}], **settings)
+    words = ["--max-retries", str(retries)] if place == "option" and retries is not None else []
+    if place == "variable" and retries is not None:
+        repository.environ["SHARED_STATE_MAX_RETRIES"] = str(retries)
+    [wave] = repository.council("run", str(file), *words, "--dry-run", "--json").result["waves"]
+    assert [one["attempts"] for one in wave["tasks"]] == [attempts]
+    [task] = repository.council("run", str(file), *words, "--json").result["tasks"]
+    assert (task["state"], task["attempts"]) == ("failed", attempts)
