@@ -485,7 +485,9 @@ class Pool:
         if not counted and not self._fits_in(counted):
             what = f"no worktree fits into {self._limits.bytes} bytes"
             raise RefusedError(what, "raise `worktrees.max_size`, or see `council clean --kept`")
-        return self._fits_in(counted)
+        # A session may wait for a check with its own place in use: without one for checks it would wait for ever.
+        is_first_check = self._care.is_check and self._waiting > 0 and not self._ours
+        return is_first_check or self._fits_in(counted)
 
     async def _give_up(self) -> Place | None:
         """Discard the idle place that was not used for the longest time, of those that nobody waits for; return it."""

@@ -103,8 +103,11 @@ async def test_a_program_that_a_session_put_among_what_is_kept_does_not_check_it
     await repository.assert_invariants()
 
 
-async def test_a_session_replaces_nothing_that_the_checks_of_a_phase_run(repository: Repository, outside: Path) -> None:
-    """A phase is done when its checks say so, which run in no worktree of a session either."""
+@pytest.mark.parametrize("places", [1, 2])
+async def test_a_session_replaces_nothing_that_the_checks_of_a_phase_run(
+    repository: Repository, outside: Path, places: int
+) -> None:
+    """A phase is done when its checks say so, which run in no worktree of a session either, and never wait for one."""
     prepare(repository)
     phase = {"adapter": "sh", "until": [RUN_JEST], "max_rounds": 1, "prompt": "{{ task.prompt }}\nexit\n"}
     scripts = {"a": f"{FAKE}; echo a > a", "b": f"{FAKE}; echo bad > code"}
@@ -112,7 +115,7 @@ async def test_a_session_replaces_nothing_that_the_checks_of_a_phase_run(reposit
         repository,
         outside,
         scripts,
-        worktrees={"max": 2},
+        worktrees={"max": places},
         workflows={"careful": [{"build": phase}]},
         defaults={"checks": [], "workflow": "careful"},
     )
