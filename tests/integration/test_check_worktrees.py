@@ -276,24 +276,15 @@ class TestPool:
                 await self.check(yard, pool, commit)
                 assert await self.kinds(yard, pool) == [True]
 
-    async def test_a_slot_in_use_makes_no_room(self, yard: Yard) -> None:
-        """A check waits for the session that has the only slot."""
+    @pytest.mark.parametrize(("places", "size"), [(1, None), (16, 1)])
+    async def test_a_check_never_waits_for_a_session(self, yard: Yard, places: int, size: int | None) -> None:
+        """Whose slot has no room for another beside it: the session may wait for the check."""
         commit = await yard.fetch()
-        async with yard.open(places=1) as pool:
+        async with yard.open(places=places, size=size and await self.size(yard, commit)) as pool:
             worktree, checkout = await yard.begin(pool, "t", commit)
-            checked = anyio.Event()
-
-            async def check() -> None:
-                await self.check(yard, pool, commit)
-                checked.set()
-
-            async with anyio.create_task_group() as group:
-                group.start_soon(check)
-                await anyio.wait_all_tasks_blocked()
-                assert checkout.place.tree.is_dir()
-                assert not checked.is_set()
-                await yard.end(pool, worktree, checkout)
-            assert checked.is_set()
+            assert await self.check(yard, pool, commit) != checkout.place.tree
+            assert checkout.place.tree.is_dir()
+            await yard.end(pool, worktree, checkout)
 
     @staticmethod
     async def size(yard: Yard, commit: str) -> int:
