@@ -378,7 +378,9 @@ async def test_a_task_whose_record_is_gone_is_named(project: Repository) -> None
     """As damage may leave it; a checkpoint brings it back."""
     assert project.council("checkpoint", "create").code == 0
     await add(project, Commit([Write(API, 4, None)]))
-    refused = project.council("runs", "--json")
+    listed = project.council("runs", "--json").result
+    assert (listed["runs"], "how task api stands" in listed["damage"][0]) == ([], True)
+    refused = project.council("status", "--json")
     assert (refused.code, refused.result["error"]) == (2, "nothing is recorded any more of how task api stands")
     assert "council checkpoint list" in refused.result["remedy"]
     assert project.council("checkpoint", "restore", "1").code == 0
