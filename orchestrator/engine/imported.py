@@ -66,6 +66,8 @@ def file_of(run: str, source: str, tasks: Sequence[Unfinished]) -> str:
     lines = [
         f"# The unfinished tasks of run {run}, imported from {json.dumps(source)}. Name an adapter",
         "# (`council init` shows how), write the prompts that are empty, and `council run` this file.",
+        "version: 1",
+        "repo: ../..",
         "tasks:",
     ]
     for one in tasks:

@@ -118,7 +118,8 @@ class NamedLocks:
         Any number may hold it in the mode `read` at once, one alone in the mode `write`. `owner` is who wants it, this
         process unless given; `expiry` is after how many seconds it ends by itself, `timeout` how many seconds it is
         waited for (0 only tries). LockRefused names the holder where it was not free in time, and the circle at once
-        where waiting would never end because owners wait for each other. RefusedError where the owner has it already.
+        where waiting would never end because owners wait for each other. RefusedError where the owner has it already,
+        for another mode, and for times of more than 1e9 seconds.
         A cancelled call has taken nothing.
         """
         _check(name, mode, owner, expiry, timeout)

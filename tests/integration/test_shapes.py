@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -24,6 +25,7 @@ from tests.conftest import Repository
 from tests.recorded import RUN, START, record_run, recorded, run_document
 
 API = Key("task", f"{RUN}/api")
+RECORDED = ("api", "models")
 OTHER = "20260102-040000-cd34"
 
 
@@ -297,6 +299,24 @@ async def test_a_refusal_names_the_document_and_the_fix(council: Council, reposi
     assert (told.code, f"task/{OTHER}/api: can't be read: status: " in told.stdout) == (1, True)
     assert repository.council("state", "verify", "--repair").code == 0
     assert repository.council("status").code == 130
+
+
+@pytest.mark.parametrize("place", ["state.appended", "state.published"])
+async def test_a_repair_that_is_killed_goes_on(council: Council, repository: Repository, place: str) -> None:
+    """Of several documents some are restored by then; the next one does the rest, and the one after that nothing."""
+    keys = [Key(kind, f"{run}/{task}") for kind in ("task", "spec") for run in (RUN, OTHER) for task in RECORDED]
+    before = [found and found.value for found in [await council.document(key) for key in keys]]
+    for key in keys:
+        await put(council._store, key, lambda value: {**value, "progress": "50%"})
+    repair = ["state", "verify", "--repair"]
+    for number in (1, 2, 3):
+        assert repository.council(*repair, failpoints=f"{place}=kill@{number}").code == -signal.SIGKILL
+    assert repository.council("state", "verify").code == 1
+    assert repository.council(*repair).code == 0
+    assert [found and found.value for found in [await council.document(key) for key in keys]] == before
+    position = await council.position()
+    assert repository.council(*repair).code == 0
+    assert await council.position() == position
 
 
 def test_each_kind_is_known(council: Council) -> None:

@@ -111,17 +111,23 @@ async def test_who_follows_ends_when_nobody_reads_any_more(repository: Repositor
 
 
 async def test_a_run_that_can_not_be_read_is_told(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that another version wrote, by every command in a sentence; one that damage has hit, by the list of runs."""
+    """One that another version wrote in a sentence, by what needs it and the list of runs; so is one hit by damage."""
     async with recorded(repository.top, monkeypatch):
         pass
     place = repository.top / ".council/state"
     newer = Key("run", "29990101-000000-ffff")
     async with FileStore.open(place, SystemClock()) as store:
         await store.commit(Commit([Write(newer, 0, {"id": newer.id, "started": 4e9, "invented": True})]))
-    for words in (["status"], ["runs"], ["state", "show"], ["state", "compact"], ["state", "health"]):
+    for words in (["status"], ["state", "show"]):
         ended = repository.council(*words, "--json")
         assert (ended.code, ended.result["status"]) == (2, "refused"), (words, ended)
         assert newer.id in ended.result["error"]
+    listed = repository.council("runs", "--json").result
+    assert [one["run"] for one in listed["runs"]] == [RUN]
+    assert newer.id in listed["damage"][0]
+    assert repository.council("state", "compact").code == 0
+    health = repository.council("state", "health")
+    assert (health.code, f"document {newer}" in health.stdout) == (1, True)
     assert repository.council("clean", "--runs", "1s", "--dry-run").code == 0
     async with FileStore.open(place, SystemClock()) as store:
         await store.commit(Commit([Write(newer, 1, None)]))
