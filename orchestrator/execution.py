@@ -42,7 +42,15 @@ from orchestrator.engine.monitor import Monitor
 from orchestrator.engine.phase_values import PhaseInputs
 from orchestrator.engine.preflight import check_run
 from orchestrator.engine.probing import missing_programs
-from orchestrator.engine.records import new_run_id, read_entries, read_requests, read_run, read_spec, read_task, seed
+from orchestrator.engine.records import (
+    new_run_id,
+    read_entries,
+    read_requests,
+    read_runnable,
+    read_spec,
+    read_task,
+    seed,
+)
 from orchestrator.engine.recovery import has_company, recover
 from orchestrator.engine.report import RunRecord, RunReport, RunStatus
 from orchestrator.engine.requests import check_phase, check_request, is_answered, obey, submit
@@ -156,7 +164,7 @@ class Execution:
         self, run: str, budget: BudgetConfig | None = None, coordination: CoordinationOverrides | None = None
     ) -> RunReport:
         """See `Council.resume`."""
-        document = await read_run(self._runs.store, run)
+        document = await read_runnable(self._runs.store, run)
         if document.imported is not None:
             raise await hand_on(self._runs.store, document, self._runs.project.legacy)
         settings = self._settings(document, coordination)
@@ -180,7 +188,7 @@ class Execution:
         self, run: str, capacity: int | None = None, coordination: CoordinationOverrides | None = None
     ) -> RunReport:
         """See `Council.work`."""
-        document = await read_run(self._runs.store, run)
+        document = await read_runnable(self._runs.store, run)
         settings = self._settings(document, coordination)
         if not settings.enabled:
             raise RefusedError(f"run {run} is not shared", _how_to_share(run, self._runs.environ, coordination))

@@ -16,6 +16,7 @@ from orchestrator.domain.model import AdapterDocument, Request, RunDocument, Tas
 from orchestrator.errors import RefusedError, UnreadableDocument, mistake_of
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Commit, Document, Event, JsonObject, Key, Store, Write
+from orchestrator.state.shapes import flaw_of
 
 if TYPE_CHECKING:
     from orchestrator.config.model import TaskSpec
@@ -96,7 +97,23 @@ async def read_run(store: Store, run: str) -> RunDocument:
     document = _parsed(RunDocument, _trusted(store, found))
     if document.contradiction is not None:
         raise UnreadableDocument(str(found.key), document.contradiction)
+    if document.workflows:  # all else that it is made of only matters to who works in it: `read_runnable`
+        _check(found)
     return document
+
+
+async def read_runnable(store: Store, run: str) -> RunDocument:
+    """Return a run's document as `read_run` does; UnreadableDocument, too, where nobody could work in it."""
+    document = await read_run(store, run)
+    found = await store.get(run_key(run))
+    if found is not None:
+        _check(found)
+    return document
+
+
+def _check(found: Document) -> None:
+    if (flaw := flaw_of(found)) is not None:
+        raise UnreadableDocument(str(found.key), flaw)
 
 
 async def read_task(store: Store, run: str, task: str) -> TaskDocument:

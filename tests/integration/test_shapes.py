@@ -231,6 +231,8 @@ BROKEN: Mapping[str, tuple[Key, Callable[[JsonObject], JsonObject]]] = {
     "a run started at some word": (Key("run", RUN), lambda value: {**value, "started": "now"}),
     "a run whose retention is none": (Key("run", RUN), lambda value: {**value, "retention": {"age": "x"}}),
     "a run that says nothing": (Key("run", RUN), lambda _: {}),
+    "a run shared in some other way": (Key("run", RUN), lambda value: {**value, "coordination": {"x": 1}}),
+    "a run of other workflows": (Key("run", RUN), lambda value: {**value, "workflows": {"fix": [{"x": 1}]}}),
     "an order without its fields": (Key("spec", f"{RUN}/api"), lambda _: {"id": "api"}),
     "a claim of nobody": (Key("claim", f"{RUN}/api"), lambda _: {"epoch": 1}),
     "an orchestrator that is none": (Key("orchestrator", f"{RUN}/box-4711-9b3e50"), lambda _: {"ended": None}),
