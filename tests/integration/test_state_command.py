@@ -114,9 +114,8 @@ async def test_a_run_that_can_not_be_read_is_told(repository: Repository, monkey
     """One that another version wrote in a sentence, by what needs it and the list of runs; so is one hit by damage."""
     async with recorded(repository.top, monkeypatch):
         pass
-    place = repository.top / ".council/state"
     newer = Key("run", "29990101-000000-ffff")
-    async with FileStore.open(place, SystemClock()) as store:
+    async with FileStore.open(repository.log, SystemClock()) as store:
         await store.commit(Commit([Write(newer, 0, {"id": newer.id, "started": 4e9, "invented": True})]))
     for words in (["status"], ["state", "show"]):
         ended = repository.council(*words, "--json")
@@ -129,7 +128,7 @@ async def test_a_run_that_can_not_be_read_is_told(repository: Repository, monkey
     health = repository.council("state", "health")
     assert (health.code, f"document {newer}" in health.stdout) == (1, True)
     assert repository.council("clean", "--runs", "1s", "--dry-run").code == 0
-    async with FileStore.open(place, SystemClock()) as store:
+    async with FileStore.open(repository.log, SystemClock()) as store:
         await store.commit(Commit([Write(newer, 1, None)]))
     listed = repository.council("runs", "--json").result
     assert [(one["run"], one["status"]) for one in listed["runs"]] == [(RUN, "interrupted")]  # without repositories

@@ -18,7 +18,7 @@ _TASK = {"id": "one", "prompt": "write one.txt 1", "attempts": 1}
 
 def holds_a_log(folder: Path) -> bool:
     """Whether a store in a folder was written to."""
-    return any(folder.glob("*.jsonl*"))
+    return any(folder.glob("*/*.jsonl*"))
 
 
 @pytest.mark.parametrize("form", ["url", "folder"])
