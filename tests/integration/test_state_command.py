@@ -133,9 +133,9 @@ async def test_a_run_that_can_not_be_read_is_told(repository: Repository, monkey
     listed = repository.council("runs", "--json").result
     assert [(one["run"], one["status"]) for one in listed["runs"]] == [(RUN, "interrupted")]  # without repositories
     assert listed["damage"] == []
-    (log,) = place.glob("*.jsonl")
+    (log,) = repository.log.glob("*.jsonl")
     log.write_bytes(log.read_bytes().replace(b'"fixer"', b'"Fixer"', 1))
-    (place / "snapshot").unlink(missing_ok=True)
+    (repository.log / "snapshot").unlink(missing_ok=True)
     told = repository.council("runs", "--json")
     assert (told.code, told.result["runs"]) == (0, [])
     assert RUN in told.result["damage"][0]
