@@ -92,9 +92,30 @@ _DENIED = {
 _SHARED = {
     "shmget": (29, 194),
     "shmat": (30, 196),
+    "shmctl": (31, 195),
     "semget": (64, 190),
+    "semctl": (66, 191),
+    "semop": (65, 193),
+    "semtimedop": (220, 192),
     "msgget": (68, 186),
+    "msgctl": (71, 187),
+    "msgsnd": (69, 189),
+    "msgrcv": (70, 188),
     "mq_open": (240, 180),
+    "mq_unlink": (241, 181),
+}
+#: What namespaces cover as well: calls that change a process which an argument names, and which that is; 0 is itself.
+#: A limit on processor time ends a process as a signal does.
+_NAMING = {
+    "prlimit64": ((302, 261), 0),
+    "setpriority": ((141, 140), 1),
+    "ioprio_set": ((251, 30), 1),
+    "sched_setaffinity": ((203, 122), 0),
+    "sched_setattr": ((314, 274), 0),
+    "sched_setparam": ((142, 118), 0),
+    "sched_setscheduler": ((144, 119), 0),
+    "migrate_pages": ((256, 238), 0),
+    "move_pages": ((279, 239), 0),
 }
 #: What read-only mounts cover where there are some: attributes of files. Programs take this for a file system without.
 _ATTRIBUTES = {
@@ -126,10 +147,10 @@ def build(*, sockets: str = ALL, namespaced: bool = True, nesting: bool = False)
     that no network namespace covers, such as those by which a virtual machine reaches its host. STREAM is what makes
     Landlock's rule on the ports of `connect` cover all of the network: no protocol but TCP, nobody can connect to the
     program, and no connection is made by sending. With it no socket can listen, since a filter can't tell one of the
-    file system from one of TCP by its descriptor. A program that is not `namespaced`
-    shares System V and POSIX queues, semaphores and memory with all of the machine, and may change attributes of files
-    that it may only read: it is denied both. With `nesting` it may make namespaces of its own. OSError where there is
-    no filter for the machine.
+    file system from one of TCP by its descriptor. A program that is not `namespaced` shares System V and POSIX queues,
+    semaphores and memory with all of the machine, may change attributes of files that it may only read, and limits,
+    priorities and processors of other processes: it is denied all that. With `nesting` it may make namespaces of its
+    own. OSError where there is no filter for the machine.
     """
     if not is_supported():
         raise OSError(errno.ENOSYS, f"there is no filter of system calls for {os.uname().machine}")
@@ -145,6 +166,8 @@ def build(*, sockets: str = ALL, namespaced: bool = True, nesting: bool = False)
         made += _when(_EQUAL, numbers[column], _fail(errno.EPERM))
     for numbers in () if namespaced else _ATTRIBUTES.values():
         made += _when(_EQUAL, numbers[column], _fail(errno.ENOTSUP))
+    for numbers, argument in () if namespaced else _NAMING.values():
+        made += _only_argument(numbers[column], argument, (0,), errno.EPERM)
     made += _when_argument(_IOCTL[column], 1, _EQUAL, (_TIOCSTI, _TIOCLINUX), errno.EPERM)
     if not nesting:
         # What clone3 is given can't be looked at: the C library falls back to clone.

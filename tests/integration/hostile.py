@@ -324,13 +324,34 @@ def memory_of_others() -> object:
     return ptrace() or Path(f"/proc/{PID}/environ").read_bytes()
 
 
+def limit_others() -> object:
+    """Change what a process outside may use: its limits, its priority, or the processors that it runs on."""
+
+    def done(change: Callable[..., None], *arguments: object) -> bool:
+        change(*arguments)
+        return True
+
+    changes: list[Callable[[], object]] = [
+        lambda: resource.prlimit(PID, resource.RLIMIT_CPU, (1 << 30, 1 << 30)),
+        lambda: done(os.setpriority, os.PRIO_PROCESS, PID, 19),
+        lambda: done(os.sched_setaffinity, PID, os.sched_getaffinity(0)),
+    ]
+    return any([attempt(one) for one in changes])
+
+
 def shared_memory() -> object:
     return Path("/dev/shm", SETTING["shared"]).read_bytes() or LIBC.shmat(SETTING["segment"], None, 0) != -1
 
 
 def system_v() -> object:
     LIBC.shmat.restype = ctypes.c_void_p
-    return LIBC.shmat(SETTING["segment"], None, 0) != ctypes.c_void_p(-1).value
+    return LIBC.shmat(SETTING["segment"], None, 0) != ctypes.c_void_p(-1).value or _queue()
+
+
+def _queue() -> bool:
+    """Read a message queue by its id, which /proc tells; to get it by its key is another call."""
+    buffer = ctypes.create_string_buffer(200)
+    return bool(LIBC.msgrcv(SETTING["queue"], buffer, 100, 0, 0o4000) > 0)
 
 
 def own_shared_memory() -> object:

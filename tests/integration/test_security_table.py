@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -48,6 +49,7 @@ ROWS = {
     "**signals** to processes outside": "signal_outside",
     "**processes** outside: see": "see_processes",
     "**processes** outside: trace or read their memory": "memory_of_others",
+    "**processes** outside: change their limits, priority or processors": "limit_others",
     "**shared memory** of others (`/dev/shm`, System V)": "shared_memory system_v",
     "**shared memory** of its own": "own_shared_memory",
     "**keyring** of the kernel": "keyring",
@@ -55,7 +57,7 @@ ROWS = {
     "**kernel** namespaces of its own": "namespaces",
     "**limits**: write a core dump": "core_dump",
     "**limits**: write a file larger than `limits.file_size`": "huge_file",
-    "**limits**: have more memory than `limits.memory` in a process": "huge_memory",
+    "**limits**: have more private memory than `limits.memory` in a process": "huge_memory",
 }
 WITHOUT_NETWORK = {
     "**sockets** elsewhere that are not hidden, with `network: off` as well": "shown_socket",
@@ -114,6 +116,10 @@ def outside(tmp_path: Path) -> Iterator[dict[str, object]]:
             stack.callback(path.unlink, missing_ok=True)
         segment = libc.shmget(0, 4096, 0o1600)
         stack.callback(libc.shmctl, segment, 0, None)
+        queue = libc.msgget(0, 0o1600)
+        stack.callback(libc.msgctl, queue, 0, None)
+        for _ in range(8):
+            libc.msgsnd(queue, struct.pack("=q6s", 1, b"canary"), 6, 0)
         yield {
             **{name: str(path) for name, path in folders.items()},
             "pid": process.pid,
@@ -125,6 +131,7 @@ def outside(tmp_path: Path) -> Iterator[dict[str, object]]:
             "abstract_socket": f"council-test-{os.getpid()}",
             "shared": shared.name,
             "segment": segment,
+            "queue": queue,
             "file_size": FILE_SIZE,
             "memory": MEMORY,
         }
