@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Self
 
@@ -145,8 +146,9 @@ class Council:
         if is_known:  # from elsewhere a store is only looked at
             await anyio.to_thread.run_sync(project.create)
         url = await anyio.to_thread.run_sync(_store_of, project, config) if chosen is None else chosen
-        if scheme_of(url) == "file" or (chosen is None and config is None):  # else a person has named it
-            await anyio.to_thread.run_sync(check_known, url, council_home(environ))
+        is_named = chosen is not None or config is not None or url == folder_url(project.own_state)
+        if scheme_of(url) == "file" or not is_named:  # else a person has named it
+            await anyio.to_thread.run_sync(partial(check_known, url, council_home(environ), is_named=is_named))
         async with _open_store(url, project, plugins, clock, environ) as store:
             notices = await _import(store, project, clock, environ) if state is None else ()
             runs = Runs(project, store, url, clock, environ, follows_file=chosen is None)

@@ -27,7 +27,7 @@ from orchestrator.config.model import (
     restore_adapters,
     used_adapters,
 )
-from orchestrator.config.store import MEMORY, scheme_of, store_folder
+from orchestrator.config.store import MEMORY, store_folder
 from orchestrator.domain.claims import Owner, Role
 from orchestrator.domain.dispatch import Board, Entry, with_parts
 from orchestrator.domain.model import FINAL, Action, Maker, RunDocument
@@ -72,7 +72,7 @@ from orchestrator.repo.site import find_site
 from orchestrator.runs import Runs
 from orchestrator.sessions.supervised import forking
 from orchestrator.state.checkpoints import create, restoration
-from orchestrator.state.identity import accept
+from orchestrator.state.identity import use
 from orchestrator.state.outage import surviving
 from orchestrator.tracking import with_tracked
 from orchestrator.views.keeping import keeping
@@ -533,6 +533,6 @@ def _is_at_work(run: str, held: LockHeld, *, or_else: str = "") -> RefusedError:
 
 
 def _use_store(runs: Runs, url: str | None) -> None:
-    if url is not None and scheme_of(url) != "file":
-        accept(url, council_home(runs.environ))
+    if url is not None:
+        use(url, council_home(runs.environ))
     runs.project.use_store(url)

@@ -129,10 +129,15 @@ class Project:
 def find_project(start: Path) -> Project:
     """Return the project that a folder is in; RefusedError where no run has ever been started.
 
-    Where there is none of ours, it is the folder that has the state of an older layout.
+    Where there is none of ours, it is the folder that has the state of an older layout. Above a repository none is
+    looked for.
     """
     start = start.absolute()
-    folders = [Project(folder) for folder in (start, *start.parents)]
+    folders: list[Project] = []
+    for folder in (start, *start.parents):
+        folders.append(Project(folder))
+        if os.path.lexists(folder / ".git"):  # what is above a repository is no part of it
+            break
     for project in folders:
         if project.own_state.is_dir() or project.store_file.is_file():
             return project

@@ -115,8 +115,14 @@ async def adopt_state(place: str | Path, *, environ: Mapping[str, str] = os.envi
     none.
     """
     url = named_store(str(place))
+    if url == MEMORY or not (scheme_of(url) == "file" or await to_thread.run_sync(_is_installed, url, environ)):
+        raise RefusedError(f"{scheme_of(url)}: is no kind of store that can be adopted", "name the folder of a store")
     await to_thread.run_sync(accept, url, council_home(environ))
     return url
+
+
+def _is_installed(url: str, environ: Mapping[str, str]) -> bool:
+    return scheme_of(url) in load_plugins(environ).stores
 
 
 async def export_store(

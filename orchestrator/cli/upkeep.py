@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import anyio.to_thread
@@ -13,6 +14,7 @@ from orchestrator.cli.quantities import duration, size
 from orchestrator.config.quantities import shown_size
 from orchestrator.engine.findings import Level
 from orchestrator.project import find_project
+from orchestrator.repo.checkout import check_own
 
 
 @click.command()
@@ -59,7 +61,12 @@ def adopt(as_json: bool) -> None:
     async def command(context: Context) -> int:
         from orchestrator.transfer import adopt_state  # noqa: PLC0415  seldom needed
 
-        url = await adopt_state(named_now() or await anyio.to_thread.run_sync(find_project(Path()).store))
+        url = named_now()
+        if not url:
+            project = find_project(Path())
+            await check_own(project, os.environ)
+            url = await anyio.to_thread.run_sync(project.store)
+        await adopt_state(url)
         if as_json:
             context.output.json({"state": url})
         else:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import re
 from typing import Final
 
-#: The folders of our own in a repository: what is in them is obeyed as if we had written it.
-OWN_FOLDERS: Final = (".council", ".worktrees")
-
 #: What HFS+ passes over when it compares names (git's `next_hfs_char`, CVE-2014-9390).
 _PASSED_OVER: Final = dict.fromkeys([*range(0x200C, 0x2010), *range(0x202A, 0x202F), *range(0x206A, 0x2070), 0xFEFF])
 #: The short names that NTFS gives such folders (CVE-2019-1352).
@@ -28,4 +25,4 @@ def _meant(part: str) -> str | None:
     plain = folded.partition(":")[0].rstrip(". ")
     if short := _SHORT.fullmatch(plain):
         return _LONG[short[1]]
-    return plain if plain in {".git", *OWN_FOLDERS} else None
+    return plain if plain in _LONG.values() else None

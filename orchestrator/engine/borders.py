@@ -69,6 +69,7 @@ class Borders:
         self._judged: set[str] = set()
         self._extended: dict[str, tuple[str, ...]] = {}
         """What tasks came to own by `on_escape: extend`."""
+        self._said: set[tuple[str, str, int, tuple[str, ...]]] = set()
 
     async def judge(self, task: str, spec: TaskSpec, merge: Merge) -> Escape | None:
         """Return why a merge can't land because of what it changes; None if it can, be it because that is allowed.
@@ -87,9 +88,9 @@ class Borders:
                 case "extend":
                     if (why := await self._extend(task, outside)) is not None:
                         return replace(escape, holder=why)
-                    await self._note("task.ownership_extended", task, outside)
+                    await self._note_once("task.ownership_extended", task, outside)
                 case "allow":
-                    await self._note("task.escape_allowed", task, outside)
+                    await self._note_once("task.escape_allowed", task, outside)
         self._judged.add(merge.new)
         return None
 
@@ -122,9 +123,13 @@ class Borders:
         self._extended[task] = (*self._extended.get(task, ()), *patterns)
         return None
 
-    async def _note(self, event: str, task: str, paths: Sequence[str]) -> None:
+    async def _note_once(self, event: str, task: str, paths: Sequence[str]) -> None:
+        """Record what an attempt's merge changes, be it made again and again because the target moves."""
         attempt = self._ledger.task(task).attempt.number
-        await self._ledger.note(event, {"task": task, "attempt": attempt, "paths": _recorded(paths)})
+        said = (event, task, attempt, tuple(paths))
+        if said not in self._said:
+            self._said.add(said)
+            await self._ledger.note(event, {"task": task, "attempt": attempt, "paths": _recorded(paths)})
 
     def _session(self, task: str) -> SessionName:
         return SessionName(self._ledger.run.id, task, self._ledger.task(task).attempt.number)

@@ -26,6 +26,7 @@ from orchestrator.project import Project, council_home
 from orchestrator.protocols import AdapterType
 from orchestrator.repo.git import read_version
 from orchestrator.sessions.sandbox import SandboxKind, choose_sandbox
+from orchestrator.state.identity import refusal
 
 _CAPACITY: Final = 4
 
@@ -147,6 +148,8 @@ def _places(
         state = _state(subject, project, environ)
         if state is not None:
             places["state"] = look_at_place(state)
+            if (refused := refusal(state, council_home(environ))) is not None:
+                troubles.append(findings.refused("state", refused))
     except RefusedError as error:
         troubles.append(findings.refused("state", error))
     try:

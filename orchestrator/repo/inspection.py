@@ -10,7 +10,7 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.domain.reserved_names import OWN_FOLDERS, reserved_name
+from orchestrator.domain.reserved_names import reserved_name
 from orchestrator.domain.secrets import Redactor, is_secret_file, secret_values
 from orchestrator.errors import GitError
 from orchestrator.repo.git import GITLINK, Change, Git, shown
@@ -78,8 +78,7 @@ class Admission:
     @property
     def ignored(self) -> list[str]:
         """The patterns, as in a .gitignore, of what is no work."""
-        own = (f"{name}/" for name in OWN_FOLDERS)
-        return [*self.leavings, *own, *(f"/{_SPECIAL.sub(_ESCAPED, path)}" for path in self.withheld)]
+        return [*self.leavings, *(f"/{_SPECIAL.sub(_ESCAPED, path)}" for path in self.withheld)]
 
 
 async def inspect(

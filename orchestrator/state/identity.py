@@ -44,48 +44,101 @@ def log_in(folder: Path) -> Path | None:
 
 
 def prepare(folder: Path, home: Path | None = None) -> Path:
-    """Return the folder of the log, as `log_in`; a new store gets an identity, which is recorded in the home."""
-    if (log := log_in(folder)) is not None:
-        return log
-    name = token_hex(16)
-    if home is not None:
-        _record(home, name, str(folder))
-    make_folder(folder)
-    staged = folder / f"{NAME}.{name}"
-    _write(staged, name, os.O_EXCL)
-    with suppress(FileExistsError):  # another process was faster: its identity counts
-        os.link(staged, folder / NAME)
-    staged.unlink()
-    sync_folder(folder)
-    log = log_in(folder)
-    assert log is not None, "it was just written"  # noqa: S101
+    """Return the folder of the log, as `log_in`; a new store gets an identity, which is recorded in the home.
+
+    RefusedError where the log is gone that the folder had.
+    """
+    if (log := log_in(folder) or _left_alone(folder, home)) is None:
+        name = token_hex(16)
+        if home is not None:
+            _record(home, name, str(folder))
+        make_folder(folder)
+        make_folder(folder / name)
+        _point(folder, name)
+        log = log_in(folder)
+        assert log is not None, "it was just written"  # noqa: S101
+        if log.name != name:  # another process was faster
+            (folder / name).rmdir()
+    if not log.is_dir():
+        remedy = f"restore it from a copy of yours, or remove {folder / NAME} to begin with an empty state"
+        raise RefusedError(f"the log of the state in {folder} is gone: there is no {log.name}", remedy)
     return log
 
 
-def check_known(url: str, home: Path) -> None:
+def _left_alone(folder: Path, home: Path | None) -> Path | None:
+    """Return the log of a folder whose identity is gone, if the home knows it; the identity is written again."""
+    known = set() if home is None else _known(home)
+    try:
+        found = [path for path in folder.iterdir() if path.name.encode() in known and path.is_dir()]
+    except OSError:
+        return None
+    if len(found) != 1:
+        return None
+    _point(folder, found[0].name)
+    return log_in(folder)
+
+
+def _point(folder: Path, name: str) -> None:
+    """Have a folder hold the log of that name, unless it holds another by now."""
+    staged = folder / f"{NAME}.{token_hex(8)}"
+    _write(staged, name, os.O_EXCL)
+    with suppress(FileExistsError):
+        os.link(staged, folder / NAME)
+    staged.unlink()
+    sync_folder(folder)
+
+
+def check_known(url: str, home: Path, *, is_named: bool = True) -> None:
     """Refuse (RefusedError) a store that was neither made on this machine nor accepted by a person.
 
-    A folder that has none gets an identity. Of other stores the URL is what has to be known.
+    A folder that has none gets an identity. Of other stores, and where only a file names it instead of a person or a
+    run, the URL is what has to be known.
     """
     folder = named_folder(url)
-    if folder is None:
-        name, what = _url_name(url), f"the store that {url.partition(':')[0]}: names"
-    else:
-        name, what = prepare(folder, home).name, f"the state in {folder}"
-    if name.encode() not in _known(home):
-        raise RefusedError(
-            f"{what} was not made on this machine: what is in it would be obeyed",
-            "`council state adopt` if you know where it comes from; else move it away",
-        )
+    try:
+        known = _known(home)
+        if not (folder is not None and is_named) and _url_name(url).encode() not in known:
+            raise _unknown(f"the store that {url.partition(':')[0]}: names", home)
+        if folder is not None and prepare(folder, home).name.encode() not in _known(home):
+            raise _unknown(f"the state in {folder}", home)
+    except OSError as error:
+        remedy = "set COUNCIL_HOME to a folder of yours on this machine"
+        raise RefusedError(f"{error.filename or home} can't be used: {error.strerror or error}", remedy) from None
+
+
+def refusal(folder: Path, home: Path) -> RefusedError | None:
+    """Return why the log in a folder would be refused; None if it would not be. Changes nothing."""
+    try:
+        log = log_in(folder)
+        is_known = log is None or log.name.encode() in _known(home)
+    except RefusedError as error:
+        return error
+    except OSError:  # the home can't be read: that is looked at on its own
+        return None
+    return None if is_known else _unknown(f"the state in {folder}", home)
+
+
+def _unknown(what: str, home: Path) -> RefusedError:
+    return RefusedError(
+        f"{what} is not known in {home}: it was made on another machine, or with another COUNCIL_HOME, and the commands"
+        " of its runs would be executed",
+        "`council state adopt` if you know where it comes from; else move it away",
+    )
 
 
 def accept(url: str, home: Path) -> None:
     """Record that a person wants a store to be used that was made elsewhere. RefusedError where there is none."""
     folder = named_folder(url)
-    log = None if folder is None else log_in(folder)
-    if folder is not None and log is None:
+    if folder is not None and (log := log_in(folder)) is None:
         raise RefusedError(f"there is no state in {folder}", "name the folder of a store, such as .council/state")
-    _record(home, _url_name(url) if log is None else log.name, "" if folder is None else str(folder))
+    if folder is not None and log is not None:
+        _record(home, log.name, str(folder))
+    _record(home, _url_name(url), "" if folder is None else str(folder))
+
+
+def use(url: str, home: Path) -> None:
+    """Record that a run is in the store at a URL, so that a file may name it from then on."""
+    _record(home, _url_name(url), "")
 
 
 def _url_name(url: str) -> str:

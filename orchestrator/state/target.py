@@ -51,8 +51,8 @@ class TargetFolder:
         if log is not None:
             if log.is_dir() and any(one.name not in _EMPTY_STORE for one in log.iterdir()):
                 return
-            shutil.rmtree(log, ignore_errors=True)
             (self._folder / NAME).unlink()
+            shutil.rmtree(log, ignore_errors=True)
         with suppress(OSError):  # something else has come to it
             for folder in self._made:
                 folder.rmdir()

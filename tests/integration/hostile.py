@@ -336,7 +336,7 @@ def limit_others() -> object:
         lambda: done(os.setpriority, os.PRIO_PROCESS, PID, 19),
         lambda: done(os.sched_setaffinity, PID, os.sched_getaffinity(0)),
     ]
-    return any([attempt(one) for one in changes])
+    return any(attempt(one) for one in changes)
 
 
 def shared_memory() -> object:

@@ -461,14 +461,3 @@ async def test_a_commit_with_a_reserved_name_stays_out(place: Place, name: str) 
     assert "good.txt" in tree
     assert "its own commits are not kept as history" in left.notes[0]
     assert not await place.has(b"forged")
-
-
-async def test_folders_of_ours_in_a_checkout_are_no_work(place: Place) -> None:
-    """What a command of ours may leave where an agent runs it is ignored, as it is in the user's checkout."""
-    place.write("good.txt")
-    place.write(".council/state/x", "left")
-    place.write("sub/.worktrees/x", "left")
-    left = await place.collect()
-    assert (left.refused, left.left_out) == (None, ())
-    assert "good.txt" in await place.tree(left.commit)
-    assert not any("left" in path or ".council" in path for path in await place.tree(left.commit))

@@ -15,7 +15,7 @@ from orchestrator.state.identity import NAME, check_known, log_in, prepare
 from tests.conftest import Repository
 from tests.faults import SHELL
 
-NOT_OURS = "was not made on this machine"
+NOT_OURS = "made on another machine"
 
 
 def forged(repository: Repository, tmp_path: Path) -> tuple[Path, Path]:
@@ -25,8 +25,8 @@ def forged(repository: Repository, tmp_path: Path) -> tuple[Path, Path]:
     config = repository.configure([task], adapters={"sh": SHELL}, sandbox="off")
     elsewhere = {**repository.environ, "COUNCIL_HOME": str(tmp_path / "another-machine")}
     attacker = Repository(repository.top, elsewhere, repository.spawns)
-    assert attacker.council("run", str(config), failpoints="session.spawned=kill").code < 0
-    trace.unlink(missing_ok=True)
+    assert attacker.council("run", str(config), failpoints="worktree.created=kill").code < 0
+    assert not trace.exists()
     made = tmp_path / "made"
     shutil.move(repository.top / ".council", made)
     return made, trace
@@ -84,12 +84,14 @@ def test_another_spelling_of_the_folder_is_refused_as_well(repository: Repositor
     assert repository.council("run", str(repository.configure([{"id": "t", "prompt": "x"}]))).code == 2
 
 
-@pytest.mark.parametrize("url", ["file:///ELSEWHERE", "postgresql://attacker@127.0.0.1:9/db"])
+@pytest.mark.parametrize("url", ["file:///ELSEWHERE", "file:///KNOWN", "postgresql://attacker@127.0.0.1:9/db"])
 def test_a_store_that_a_file_of_the_folder_names_is_refused(repository: Repository, tmp_path: Path, url: str) -> None:
     """Only a run writes that file; who writes it otherwise would choose what is resumed."""
     made, trace = forged(repository, tmp_path)
     assert repository.council("run", str(repository.configure([{"id": "mine", "prompt": "write a.txt a"}]))).code == 0
-    url = url.replace("file:///ELSEWHERE", folder_url(made / "state"))
+    known = tmp_path / "known"
+    assert repository.council("state", "copy", ".council/state", str(known)).code == 0
+    url = url.replace("file:///ELSEWHERE", folder_url(made / "state")).replace("file:///KNOWN", folder_url(known))
     (repository.top / ".council" / "store").write_text(f"{url}\n")
     refused = repository.council("resume")
     assert (refused.code, NOT_OURS in refused.stderr) == (2, True), refused
@@ -102,6 +104,49 @@ def test_a_project_that_was_moved_is_known(repository: Repository, tmp_path: Pat
     moved = Repository(tmp_path / "moved", repository.environ, repository.spawns)
     shutil.move(repository.top, moved.top)
     assert moved.council("status").code == 0
+
+
+def test_a_lost_identity_is_found_again_and_a_lost_log_is_named(repository: Repository) -> None:
+    """Neither makes an empty state of one that had runs."""
+    ended = repository.council("run", str(repository.configure([{"id": "mine", "prompt": "write a.txt a"}])), "--json")
+    state = Project(repository.top).own_state
+    (state / NAME).unlink()
+    assert repository.council("status", "--json").result["run"] == ended.result["run"]
+    shutil.rmtree(repository.log)
+    for command in (["status"], ["runs"], ["state", "verify"], ["resume"]):
+        refused = repository.council(*command)
+        assert (refused.code, "is gone" in refused.stderr) == (2, True), (command, refused)
+
+
+def test_what_can_be_adopted(repository: Repository, tmp_path: Path) -> None:
+    """A state that is there, in a `.council` that git does not track; nothing else is said to be used."""
+    made, _ = forged(repository, tmp_path)
+    for url in ("memory:", "nosuch://x/y", str(tmp_path / "nothing")):
+        assert repository.council("state", "adopt", "--state", url).code == 2, url
+    shutil.copytree(made, repository.top / ".council")
+    repository.git("add", "--force", ".council")
+    assert "git rm -r --cached .council" in repository.council("state", "adopt").stderr
+
+
+def test_a_home_that_can_not_be_used_is_refused(repository: Repository, tmp_path: Path) -> None:
+    """By its path and with what to do, not as a fault of ours; `doctor` reports a state that is not known."""
+    made, _ = forged(repository, tmp_path)
+    shutil.copytree(made, repository.top / ".council")
+    assert NOT_OURS in repository.council("doctor").stdout
+    (tmp_path / "file").touch()
+    repository.environ["COUNCIL_HOME"] = str(tmp_path / "file")
+    refused = repository.council("status")
+    assert (refused.code, "set COUNCIL_HOME" in refused.stderr) == (2, True), refused
+
+
+def test_a_state_above_a_repository_is_not_its_own(repository: Repository) -> None:
+    """As one in a folder that all users can write to."""
+    assert repository.council("run", str(repository.configure([{"id": "mine", "prompt": "write a.txt a"}]))).code == 0
+    inner = Repository(repository.top / "inner", repository.environ, repository.spawns)
+    inner.top.mkdir()
+    assert inner.council("status").code == 0
+    inner.git("init", "--quiet")
+    assert "council has not run in" in inner.council("status").stderr
 
 
 def test_a_store_gets_one_identity(tmp_path: Path, environ: dict[str, Any]) -> None:
