@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import anyio.to_thread
+
 from orchestrator.config.model import RunConfig
 from orchestrator.config.warnings import Surroundings
 from orchestrator.domain.secrets import Redactor, secret_values
@@ -21,7 +23,7 @@ from orchestrator.repo.origin import User
 from orchestrator.repo.site import Site, find_site
 from orchestrator.repo.source import Source
 from orchestrator.repo.supported import check_complete, check_supported
-from orchestrator.repo.users_programs import filter_in_way
+from orchestrator.repo.users_programs import filter_in_way, read_configuration
 from orchestrator.sessions.sandbox import SandboxKind, choose_sandbox
 
 #: Characters of all prompts of a run together: they are recorded at once.
@@ -153,7 +155,9 @@ async def check_checkout(
     if checkout is None:
         return
     # First of all, because to look for changes runs it, too.
-    if (found := await filter_in_way(repository, git, checkout)) is not None:
+    configuration = await read_configuration(git, checkout)
+    found = await anyio.to_thread.run_sync(filter_in_way, repository, checkout, configuration)
+    if found is not None:
         raise RefusedError(*found)
     if changed := await changes_in(checkout, git):
         raise RefusedError(

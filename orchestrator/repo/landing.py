@@ -7,9 +7,11 @@ several that follow each other. What was cut off in between is finished or undon
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 
 import anyio.to_thread
 
@@ -19,10 +21,10 @@ from orchestrator.filelock import FileLock
 from orchestrator.locking.merge_permit import MergePermit
 from orchestrator.locking.registry import scope_of
 from orchestrator.repo.checkout import LocalRepository, changes_in, checkout_of, locks_in_way, settle
-from orchestrator.repo.git import Git, shown, split_nul
+from orchestrator.repo.git import Change, Git, shown, split_nul
 from orchestrator.repo.hub import Hub
 from orchestrator.repo.source import Source
-from orchestrator.repo.users_programs import filter_in_way
+from orchestrator.repo.users_programs import configuring, filter_in_way, read_configuration
 
 #: Shows people which task a landing is of. What counts as landed is decided by recorded merges: anyone can write it.
 TRAILER = "Council-Task"
@@ -280,16 +282,34 @@ class Target:
             return None
         assert self._repository is not None, "what is checked out is on this machine"  # noqa: S101
         # First of all, because to look for changes runs them, too.
-        if (found := await filter_in_way(self._repository, self._users_git(), checkout)) is not None:
+        git = self._users_git()
+        configuration = await read_configuration(git, checkout)
+        looked_at = partial(filter_in_way, self._repository, checkout, configuration)
+        if (found := await anyio.to_thread.run_sync(looked_at)) is not None:
             return ": ".join(found)
-        if changed := await changes_in(checkout, self._users_git()):
+        if changed := await changes_in(checkout, git):
             return f"the target's checkout has changes of your own ({', '.join(changed[:3])}): commit or stash them"
-        arguments = ("diff-tree", "-r", "-z", "--name-only", "--no-renames", "--diff-filter=A")
-        added = (await self._git(*arguments, merge.old or self._start, merge.new)).stdout
-        names = split_nul(added)
-        if in_way := await anyio.to_thread.run_sync(_existing, checkout, names):
+        changes = await self._git.changes(merge.old or self._start, merge.new)
+        paths = [one.path for one in changes]
+        decides = partial(configuring, git, self._repository, checkout, configuration, paths)
+        if (path := await anyio.to_thread.run_sync(decides)) is not None:
+            return (
+                f"it changes {shown(path)}, from which your git reads its configuration: check it, and merge it by hand"
+            )
+        if in_way := await self._in_way(checkout, changes):
             return f"files that git does not track are in the way ({', '.join(in_way[:3])}): move or commit them"
         return await self._locked(checkout)
+
+    async def _in_way(self, checkout: Path, changes: Sequence[Change]) -> list[str]:
+        """Return the files of the checkout, ignored ones too, that git would delete or overwrite for what is added."""
+        added = [one.path for one in changes if not int(one.old_mode, 8)]
+        gone = {one.path for one in changes if not int(one.new_mode, 8)}
+        files, folders = await anyio.to_thread.run_sync(_existing, checkout, added, gone)
+        if folders:
+            literal = [f":(literal){name}" for name in folders]
+            listed = await self._users_git()("ls-files", "--others", "-z", "--", *literal, cwd=checkout)
+            files += map(shown, split_nul(listed.stdout))
+        return files
 
     async def _locked(self, checkout: Path) -> str | None:
         assert self._repository is not None, "what is checked out is on this machine"  # noqa: S101
@@ -347,7 +367,19 @@ def _is_being_moved(held: LockHeld) -> str:
     return f"the target is being moved by {held.holder}: if that is not at work any more, end it"
 
 
-def _existing(folder: Path, names: list[str]) -> list[str]:
-    # A folder with tracked files that the merge replaces is git's to judge.
-    paths = {name: folder / name for name in names}
-    return [shown(name) for name, path in paths.items() if path.is_symlink() or (path.exists() and not path.is_dir())]
+def _existing(top: Path, added: Iterable[str], gone: Collection[str]) -> tuple[list[str], list[str]]:
+    """Return the files where something is to be, or where a folder of it is to be, and the folders. Blocks."""
+    files: dict[str, None] = {}
+    folders: list[str] = []
+    parents = {str(parent) for name in added for parent in PurePosixPath(name).parents} - {".", *gone}
+    for name in added:
+        path = top / name
+        if path.is_dir() and not path.is_symlink():
+            folders.append(name)
+        elif os.path.lexists(path):
+            files[shown(name)] = None
+    for name in sorted(parents):
+        path = top / name
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
+            files[shown(name)] = None
+    return list(files), folders

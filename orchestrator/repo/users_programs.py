@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +28,8 @@ _RUN_BY_PUSH: Final = (
 #: What stands in a shell command for the top of the checkout.
 _TOP: Final = re.compile(r"show-toplevel|\$\{?(?:PWD|GIT_WORK_TREE)\b")
 _MOST_LINKS: Final = 40
+_FILTER: Final = re.compile(r"filter\..*\.(clean|smudge|process)", re.DOTALL)
+_INCLUDE: Final = re.compile(r"include\.path|includeif\..*\.path", re.DOTALL)
 #: Why a landing leaves hooks out, for people.
 WHY_SKIPPED: Final = (
     "they are in a checkout, where agents' work lands: move them out of the repository to have them run"
@@ -133,24 +136,75 @@ def _write_calls(folder: Path, hooks: Sequence[Path]) -> None:
         staged.replace(folder / hook.name)
 
 
-async def filter_in_way(repository: LocalRepository, git: Git, checkout: Path) -> tuple[str, str] | None:
-    """Return what is wrong and what to do where a filter of the user's configuration runs a file of a checkout.
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """An entry of the user's configuration: the file that it is in (None: none), its key and its value."""
+
+    file: Path | None
+    key: str
+    value: str
+
+
+async def read_configuration(git: Git, checkout: Path) -> list[Setting]:
+    """Return the user's configuration as git reads it in a checkout, with the files that it includes."""
+    done = await git("config", "--null", "--show-origin", "--list", cwd=checkout, ok=(0, 1))
+    fields = split_nul(done.stdout)
+    found = []
+    for origin, entry in zip(fields[::2], fields[1::2], strict=False):
+        kind, _, path = origin.partition(":")
+        key, _, value = entry.partition("\n")
+        found.append(Setting(checkout / path if kind == "file" else None, key, value))
+    return found
+
+
+def filter_in_way(
+    repository: LocalRepository, checkout: Path, configuration: Sequence[Setting]
+) -> tuple[str, str] | None:
+    """Return what is wrong and what to do where a filter of the user's configuration runs a file of a checkout. Blocks.
 
     A landing would run it as it is after that, to write files. What a command reaches otherwise, such as by a wrapper
     on PATH that runs a file of the current folder, can't be seen.
     """
-    asked = ("config", "--null", "--get-regexp", r"^filter\..*\.(clean|smudge|process)$")
-    done = await git(*asked, cwd=checkout, ok=(0, 1))
-    entries = [entry.partition("\n") for entry in split_nul(done.stdout)]
-    if not entries:
-        return None
-    commands = [(key, command) for key, _, command in entries]
-    found = await anyio.to_thread.run_sync(_first_inside, repository, checkout, commands)
+    commands = [(one.key, one.value) for one in configuration if _FILTER.fullmatch(one.key)]
+    found = _first_inside(repository, checkout, commands)
     if found is None:
         return None
     key, command = found
     what = f"git would run `{shown(command)}` ({shown(key)}) on landings, a program that agents can change"
     return what, "move it out of the repository, or land on a branch that is not checked out"
+
+
+def configuring(
+    git: Git, repository: LocalRepository, checkout: Path, configuration: Sequence[Setting], changed: Sequence[str]
+) -> str | None:
+    """Return the first of some paths of a checkout that decides what the user's configuration is; None if none does.
+
+    That is a file that git reads it from or would if it were there, or what leads there. Whoever changes it chooses
+    which programs the user's next git command runs. Blocks.
+    """
+    files = {one.file for one in configuration if one.file is not None} | set(_standard_files(git, repository))
+    for one in configuration:
+        if one.file is not None and _INCLUDE.fullmatch(one.key):
+            files.add(one.file.parent / Path(one.value).expanduser())
+    top, git_dir = checkout.resolve(), repository.git_dir.resolve()
+    on_the_way = {
+        at.relative_to(top).as_posix()
+        for file in files
+        for at in _way(file)
+        if at != top and at.is_relative_to(top) and not at.is_relative_to(git_dir)
+    }
+    return next((one for one in changed if one in on_the_way), None)
+
+
+def _standard_files(git: Git, repository: LocalRepository) -> Iterator[Path]:
+    """Yield where git looks for configuration, whether there is any or not (git-config(1), FILES)."""
+    environ = git.environ
+    yield from (repository.git_dir / name for name in ("config", "config.worktree"))
+    yield from (Path(environ[name]) for name in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM") if environ.get(name))
+    if home := environ.get("HOME"):
+        yield from (Path(home, ".gitconfig"), Path(home, ".config/git/config"))
+    if folder := environ.get("XDG_CONFIG_HOME"):
+        yield Path(folder, "git/config")
 
 
 def _first_inside(

@@ -15,6 +15,7 @@ from orchestrator.repo.landing import Deferred, Landed, Merge, Target
 from orchestrator.repo.site import find_site
 from orchestrator.repo.users_programs import hooks_in_checkouts
 from tests.conftest import Repository
+from tests.faults import SHELL
 from tests.permits import permit_for
 
 HOOKS = ("pre-receive", "update", "post-receive", "post-update", "reference-transaction", "post-index-change",
@@ -197,3 +198,61 @@ async def test_a_file_monitor_in_the_checkout_is_not_asked_by_a_landing(reposito
     landed = await land(repository, tmp_path, {"monitor": script.format(trace)}, watch)
     assert isinstance(landed, Landed), landed
     assert not trace.exists()
+
+
+def includes(repository: Repository, tmp_path: Path) -> None:
+    repository.git("config", "include.path", "../gitconfig")
+
+
+def dotfiles(repository: Repository, tmp_path: Path) -> None:
+    (Path(repository.environ["HOME"]) / ".gitconfig").symlink_to(repository.top / "gitconfig")
+
+
+def included_from_outside(repository: Repository, tmp_path: Path) -> None:
+    (tmp_path / "more").write_text(f"[include]\n\tpath = {repository.top}/gitconfig\n")
+    repository.git("config", f"includeIf.gitdir:{repository.top}/.path", str(tmp_path / "more"))
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+@pytest.mark.parametrize("way", [includes, dotfiles, included_from_outside])
+async def test_no_landing_changes_what_the_users_git_reads_its_configuration_from(
+    repository: Repository, tmp_path: Path, way: Callable[[Repository, Path], None], is_there: bool
+) -> None:
+    """A filter that it brought would run, as the user, with the next git command."""
+    repository.environ.pop("GIT_CONFIG_GLOBAL", None)
+    if is_there:
+        repository.commit({"gitconfig": "[alias]\n\tst = status\n"}, "mine")
+    way(repository, tmp_path)
+    ran = tmp_path / "ran"
+    evil = {"gitconfig": f'[filter "x"]\n\tclean = touch {ran}; cat\n', ".gitattributes": "* filter=x\n"}
+    found = await land(repository, tmp_path, {"harmless.txt": "x\n"})
+    assert isinstance(found, Landed)
+    ran.unlink(missing_ok=True)
+    found = await land(repository, tmp_path / "again", evil, before=lambda: ran.unlink(missing_ok=True))
+    assert isinstance(found, Deferred)
+    assert "it changes gitconfig, from which your git reads its configuration" in found.reason
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "lost"),
+    [
+        ("git mv src lib; ln -s docs src", "src/.env"),
+        ("git mv src lib; echo x > src", "src/deep/.env"),
+        ("rm .gitignore; echo x > build", "build/out"),
+        ("rm .gitignore; mkdir data; echo x > data/x", "data"),
+    ],
+)
+async def test_no_landing_deletes_files_that_git_ignores(repository: Repository, script: str, lost: str) -> None:
+    """Neither in a folder that becomes a file, nor where a file is that becomes a folder."""
+    repository.commit({".gitignore": ".env\nbuild\ndata\n", "docs/d": "d\n"}, "more")
+    repository.remember()
+    mine = repository.top / lost
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    mine.write_text("mine\n")
+    prompt = f"{script}; git add --all; git commit --quiet --message work"
+    config = repository.configure([{"id": "t", "prompt": prompt}], adapters={"sh": SHELL})
+    ended = repository.council("run", str(config), "--json")
+    assert ended.states == {"t": "queued"}, ended
+    assert "files that git does not track are in the way" in ended.result["tasks"][0]["reason"]
+    assert mine.read_text() == "mine\n"
