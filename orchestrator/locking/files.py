@@ -27,6 +27,7 @@ from orchestrator.domain.deadlocks import Wait, deadlock_of, merged
 from orchestrator.domain.sessions import SessionName
 from orchestrator.errors import CouncilError, FileHeld, LockRefused, RefusedError
 from orchestrator.filelock import FileLock, HeldLock, Mode, Signature
+from orchestrator.limits import read_facts
 from orchestrator.locking.marks import Mark, all_marks, marked
 from orchestrator.locking.names import canonical, folds_case, lock_name
 
@@ -77,6 +78,20 @@ class _Held:
             self.mark.drop()
 
 
+#: Descriptors that are left for everything else: each lock holds one.
+_RESERVE: Final = 512
+
+
+def _check_room(count: int) -> None:
+    """Refuse so many locks where this process would have too few descriptors left. Blocks."""
+    facts = read_facts()
+    if count and facts.descriptor_limit is not None:
+        left = facts.descriptor_limit - facts.descriptors_open
+        if left < count + min(_RESERVE, facts.descriptor_limit // 2):
+            what = f"there is no room for {count} more locks: of {facts.descriptor_limit} open files {left} are left"
+            raise RefusedError(what, "unlock files, lock the folder that they are in, or raise `ulimit -n`")
+
+
 class FileLocks:
     """The file locks that one process takes for its sessions; `folder` is the same for all processes of a project."""
 
@@ -104,6 +119,7 @@ class FileLocks:
         in a circle, of which this one began to wait last; `also` returns what they wait for besides files. A cancelled
         call has locked nothing.
         """
+        await anyio.to_thread.run_sync(_check_room, len(paths))
         wanted = self._wanted(session, paths, top)
         self._asked |= {(session, path) for path in wanted}
         try:

@@ -16,20 +16,57 @@ _CREDENTIALS: Final = (
     # Clouds and hosts of code.
     *(".aws", ".azure", ".config/gcloud", ".config/gh", ".config/glab-cli", ".config/hub", ".config/doctl", ".kube"),
     *(".docker/config.json", ".config/containers/auth.json", ".config/rclone", ".terraform.d", ".oci", ".boto"),
+    *(
+        ".s3cfg",
+        ".pulumi",
+        ".fly",
+        ".config/stripe",
+        ".config/heroku",
+        ".cloudflared",
+        ".databrickscfg",
+        ".tsh",
+        ".config/sops",
+    ),
+    *(
+        ".config/sops",
+        ".kaggle",
+        ".cache/huggingface/token",
+        ".config/solana",
+        ".bitcoin",
+        ".pki",
+        ".Xauthority",
+        ".subversion/auth",
+    ),
     # Package registries and databases.
     *(".npmrc", ".yarnrc.yml", ".pypirc", ".cargo/credentials", ".cargo/credentials.toml", ".gem/credentials"),
     *(".m2/settings.xml", ".gradle/gradle.properties", ".composer/auth.json", ".pgpass", ".my.cnf"),
+    *(".config/composer/auth.json", ".config/pypoetry/auth.toml", ".msmtprc"),
     # Browsers and mail.
     *(".mozilla", ".config/google-chrome", ".config/chromium", ".config/BraveSoftware", ".config/microsoft-edge"),
     *(".config/vivaldi", ".config/opera", ".thunderbird", "snap/firefox", "snap/chromium", ".var/app"),
     # What was typed.
     *(".bash_history", ".zsh_history", ".local/share/fish/fish_history", ".python_history", ".psql_history"),
+    *(".node_repl_history", ".mysql_history", ".sqlite_history", ".lesshst", ".viminfo"),
+)
+_CONFIG: Final = ".config/"
+#: Variables that name files and folders of that kind; some name several, with colons between them.
+_NAMING: Final = (
+    *("GNUPGHOME", "KUBECONFIG", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE", "DOCKER_CONFIG", "NETRC"),
+    *("GOOGLE_APPLICATION_CREDENTIALS", "AZURE_CONFIG_DIR", "CLOUDSDK_CONFIG", "GH_CONFIG_DIR", "GLAB_CONFIG_DIR"),
+    *("NPM_CONFIG_USERCONFIG", "HISTFILE", "SOPS_AGE_KEY_FILE", "XAUTHORITY", "PASSWORD_STORE_DIR"),
+    *("REGISTRY_AUTH_FILE", "PGPASSFILE"),
 )
 
 
 def credentials_of(environ: Mapping[str, str]) -> tuple[Path, ...]:
-    """Return the files and folders with credentials that there are in the user's home. Blocks."""
-    home = environ.get("HOME")
-    if not home or not Path(home).is_absolute():
-        return ()
-    return tuple(path for name in _CREDENTIALS if (path := Path(home, name)).exists())
+    """Return the files and folders with credentials that there are, in the user's home or where variables say. Blocks.
+
+    What is made later is not among them.
+    """
+    named = [part for name in _NAMING for part in environ.get(name, "").split(":")]
+    if home := environ.get("HOME"):
+        named += [f"{home}/{name}" for name in _CREDENTIALS]
+    if folder := environ.get("XDG_CONFIG_HOME"):
+        named += [f"{folder}/{name.removeprefix(_CONFIG)}" for name in _CREDENTIALS if name.startswith(_CONFIG)]
+    found = (Path(one) for one in named if one.startswith("/"))
+    return tuple(dict.fromkeys(path for path in found if path.exists()))

@@ -127,7 +127,10 @@ _ATTRIBUTES = {
     "fremovexattr": (199, 16),
     "setxattrat": (463, 463),
     "removexattrat": (466, 466),
+    "file_setattr": (469, 469),
 }
+#: The same: FS_IOC_SETFLAGS (64 and 32 bits), FS_IOC_FSSETXATTR, FS_IOC_ENABLE_VERITY, FS_IOC_SET_ENCRYPTION_POLICY.
+_SETTING_FLAGS = (0x40086602, 0x40046602, 0x401C5820, 0x40806685, 0x800C6613)
 _LISTEN, _SETSOCKOPT = (50, 201), (54, 208)
 _COVERED = (_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK, _AF_PACKET)
 #: Calls that send, and which of their arguments holds the flags.
@@ -162,12 +165,9 @@ def build(*, sockets: str = ALL, namespaced: bool = True, nesting: bool = False)
         _operation(_LOAD, _NUMBER_AT),
         *_when(_AT_LEAST, _X32, _fail(errno.ENOSYS)),
     ]
-    for numbers in (*_DENIED.values(), *(() if namespaced else _SHARED.values())):
+    for numbers in _DENIED.values():
         made += _when(_EQUAL, numbers[column], _fail(errno.EPERM))
-    for numbers in () if namespaced else _ATTRIBUTES.values():
-        made += _when(_EQUAL, numbers[column], _fail(errno.ENOTSUP))
-    for numbers, argument in () if namespaced else _NAMING.values():
-        made += _only_argument(numbers[column], argument, (0,), errno.EPERM)
+    made += [] if namespaced else _instead_of_namespaces(column)
     made += _when_argument(_IOCTL[column], 1, _EQUAL, (_TIOCSTI, _TIOCLINUX), errno.EPERM)
     if not nesting:
         # What clone3 is given can't be looked at: the C library falls back to clone.
@@ -183,6 +183,18 @@ def build(*, sockets: str = ALL, namespaced: bool = True, nesting: bool = False)
     elif sockets == STREAM:
         made += _only_streams(column)
     return b"".join([*made, _operation(_RETURN, _ALLOW)])
+
+
+def _instead_of_namespaces(column: int) -> list[bytes]:
+    """Deny what reaches other processes, what they share, and attributes of files."""
+    made = []
+    for numbers in _SHARED.values():
+        made += _when(_EQUAL, numbers[column], _fail(errno.EPERM))
+    for numbers in _ATTRIBUTES.values():
+        made += _when(_EQUAL, numbers[column], _fail(errno.ENOTSUP))
+    for numbers, argument in _NAMING.values():
+        made += _only_argument(numbers[column], argument, (0,), errno.EPERM)
+    return [*made, *_when_argument(_IOCTL[column], 1, _EQUAL, _SETTING_FLAGS, errno.ENOTTY)]
 
 
 def install(program: bytes) -> None:

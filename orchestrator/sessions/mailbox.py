@@ -180,7 +180,7 @@ async def _serve(listener: anyio.abc.SocketListener, clerk: _Clerk) -> None:
         while True:
             try:
                 stream = await listener.accept()
-            except OSError:  # no descriptor is left, or who asked has gone already
+            except (OSError, anyio.BrokenResourceError):  # no descriptor is left, or who asked has gone already
                 await anyio.sleep(_REST)
                 continue
             connected = stream.extra(anyio.abc.SocketAttribute.raw_socket)  # noqa: S610  no Django

@@ -119,7 +119,7 @@ class Proxy:
 
     hosts: Sequence[str]
     resolve: Resolve = resolve_by_system
-    most_connections: int = 256
+    most_connections: int = 64
     """At once; further ones wait."""
     timeouts: Timeouts = field(default_factory=Timeouts)
     token: str = field(default_factory=lambda: token_hex(16))
@@ -159,7 +159,7 @@ class Proxy:
                 await slots.acquire()  # the others wait in the kernel's queue
                 try:
                     stream = await listener.accept()
-                except OSError:
+                except (OSError, anyio.BrokenResourceError):  # no descriptor is left, or the client has gone already
                     slots.release()
                     await anyio.sleep(_REST)
                     continue

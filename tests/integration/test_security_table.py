@@ -35,7 +35,7 @@ ROWS = {
     "**read** what is hidden": "read_hidden",
     "**write** outside of its own folders": "write_outside",
     "**write** modes and times of other files of yours": "chmod_and_times",
-    "**write** extended attributes of other files of yours": "attributes",
+    "**write** extended attributes and flags of other files of yours": "attributes",
     "**execute** programs of the machine": "execute",
     "**execute** programs with more privileges (setuid)": "gain_privileges",
     "**network** with `network: on`": "network",

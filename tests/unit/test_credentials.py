@@ -1,0 +1,33 @@
+"""Where credentials are looked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from orchestrator.sandbox.credentials import credentials_of
+
+
+def made(path: Path) -> Path:
+    """Make a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("secret")
+    return path
+
+
+def test_credentials_are_found_at_home_and_where_variables_say(tmp_path: Path) -> None:
+    """Only those that are there; relative values and empty ones name nothing."""
+    home, moved = tmp_path / "home", tmp_path / "moved"
+    found = [made(home / name) for name in (".netrc", ".aws/credentials", ".config/sops/age/keys.txt")]
+    elsewhere = [made(moved / name) for name in ("gh/hosts.yml", "kube", "more", "gnupg/key")]
+    environ = {
+        "HOME": str(home),
+        "XDG_CONFIG_HOME": str(moved),
+        "KUBECONFIG": f"{moved}/kube:{moved}/more::relative",
+        "GNUPGHOME": str(moved / "gnupg"),
+        "NETRC": "",
+    }
+    hidden = credentials_of(environ)
+    for path in (*found, *elsewhere):
+        assert any(path.is_relative_to(one) for one in hidden), path
+    assert all(one.exists() for one in hidden)
+    assert credentials_of({}) == credentials_of({"HOME": "relative"}) == ()
