@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -21,7 +22,11 @@ import pytest
 
 from orchestrator.client.commands import LARGEST_HANDOFF, LARGEST_REQUEST
 from orchestrator.client.session import Session
+from orchestrator.clock import SystemClock
 from orchestrator.config.model import FenceConfig, Reach
+from orchestrator.domain.sessions import SessionName
+from orchestrator.errors import RefusedError
+from orchestrator.locking.files import FileLocks
 from orchestrator.repo.hub import Hub
 from orchestrator.repo.places import Place
 from orchestrator.repo.worktrees import Worktree
@@ -603,3 +608,48 @@ async def test_a_hook_whose_orchestrator_is_gone_allows(site: Site) -> None:
         assert ended == (0, "")
         code, said = await site.run(SandboxKind.OFF, worktree, mailbox, ["council", "peers"])
     assert (code, "does not answer" in said) == (2, True)
+
+
+async def test_without_descriptors_who_asks_waits(site: Site) -> None:
+    """Sessions that use up what this process may have open neither end it nor the others; later it answers."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    code = "import socket,sys; s=socket.socket(socket.AF_UNIX); sys.stdin.readline(); s.connect(sys.argv[1])\n"
+    code += "s.sendall(sys.argv[2].encode()); print('sent', flush=True); print(s.makefile().readline(), flush=True)"
+    async with site.session() as (worktree, _):
+        caller = Caller(worktree)
+        argv = [sys.executable, "-c", code, "socket", caller.line("peers").decode()]
+        async with await anyio.open_process(argv, cwd=caller.folder) as asking:
+            assert asking.stdin is not None
+            assert asking.stdout is not None
+            full = list[int]()
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 64, hard))  # noqa: PTH208  names
+                with suppress(OSError):
+                    while True:
+                        full.append(os.open(os.devnull, os.O_RDONLY))
+                await asking.stdin.send(b"\n")
+                assert await asking.stdout.receive() == b"sent\n"
+                await anyio.wait_all_tasks_blocked()
+            finally:
+                for descriptor in full:
+                    os.close(descriptor)
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            answer = json.loads(await asking.stdout.receive())
+    assert answer["ok"] is True
+
+
+def test_no_lock_takes_the_last_descriptors(tmp_path: Path) -> None:
+    """What is left is for everything else."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def lock() -> None:
+        await FileLocks(tmp_path / "locks", SystemClock()).acquire(
+            SessionName("r", "t", 1), [f"{n}" for n in range(40)]
+        )
+
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 64, hard))  # noqa: PTH208  names
+        with pytest.raises(RefusedError, match="no room for 40 more locks"):
+            anyio.run(lock)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
