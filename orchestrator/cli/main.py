@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -89,7 +90,10 @@ class Commands(Suggesting):
     """The group of all commands; knows their names without importing them."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a command with whatever streams there are."""
+        """Run a command with whatever streams there are, and without programs of the current folder."""
+        path = os.environ.get("PATH")
+        if path is not None:  # a relative entry of it would be a folder of the repository, where agents' work lands
+            os.environ["PATH"] = os.pathsep.join(one for one in path.split(os.pathsep) if one.startswith("/"))
         with usable_streams():
             return super().main(*args, **kwargs)
 

@@ -14,6 +14,7 @@ from adapters.jsonlines import bridge_command
 from orchestrator import process
 from orchestrator.cli.adapter_test import contract_command
 from orchestrator.process import own_program
+from tests.conftest import Repository
 
 #: Names that our programs import, of this package and of others.
 MODULES = ("orchestrator", "adapters", "json", "typing", "click", "pytest", "anyio", "sitecustomize", "usercustomize")
@@ -86,3 +87,19 @@ async def test_the_contract_of_adapters_runs_no_conftest_of_a_shared_temporary_f
     done = await process.run(contract_command(), env=shared, cwd=tmp_path, input=json.dumps(spec).encode())
     assert json.loads(done.stdout)["results"]
     assert not trap.exists(), (trap.read_text(), shlex.join(contract_command()))
+
+
+@pytest.mark.parametrize("entry", [".", "", "tools"])
+def test_no_program_of_the_repository_is_run_by_its_name(repository: Repository, tmp_path: Path, entry: str) -> None:
+    """Where PATH has a relative folder, or an empty one, which is the current folder."""
+    ran = tmp_path / "ran"
+    for name in ("git", "bwrap", "claude", "codex", "gemini", "rm", "sh"):
+        program = repository.top / entry / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/sh\ntouch {ran}\n")
+        program.chmod(0o755)
+    repository.environ["PATH"] = f"{entry}:{repository.environ['PATH']}"
+    config = repository.configure([{"id": "t", "prompt": "write a.txt a"}])
+    for command in (["doctor"], ["adapters"], ["run", str(config)], ["status"]):
+        repository.council(*command)
+    assert not ran.exists()
