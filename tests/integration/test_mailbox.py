@@ -19,6 +19,7 @@ from typing import Any
 
 import anyio
 import pytest
+from anyio.streams.buffered import BufferedByteReceiveStream
 
 from orchestrator.client.commands import LARGEST_HANDOFF, LARGEST_REQUEST
 from orchestrator.client.session import Session
@@ -621,6 +622,7 @@ async def test_without_descriptors_who_asks_waits(site: Site) -> None:
         async with await anyio.open_process(argv, cwd=caller.folder) as asking:
             assert asking.stdin is not None
             assert asking.stdout is not None
+            said = BufferedByteReceiveStream(asking.stdout)
             full = list[int]()
             try:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 64, hard))  # noqa: PTH208  names
@@ -628,13 +630,13 @@ async def test_without_descriptors_who_asks_waits(site: Site) -> None:
                     while True:
                         full.append(os.open(os.devnull, os.O_RDONLY))
                 await asking.stdin.send(b"\n")
-                assert await asking.stdout.receive() == b"sent\n"
+                assert await said.receive_until(b"\n", 100) == b"sent"
                 await anyio.wait_all_tasks_blocked()
             finally:
                 for descriptor in full:
                     os.close(descriptor)
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-            answer = json.loads(await asking.stdout.receive())
+            answer = json.loads(await said.receive_until(b"\n", 10_000))
     assert answer["ok"] is True
 
 
