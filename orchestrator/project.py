@@ -114,7 +114,8 @@ class Project:
 
     def check(self) -> None:
         """Refuse (RefusedError) a folder that a link leads away from: a repository may bring one."""
-        for folder in (self.folder, self.all_logs, self.own_state, self.store_file, self.views, self.legacy):
+        own = (self.folder, self.all_logs, self.own_state, self.store_file, self.views, self.legacy, self.log_file)
+        for folder in (*own, self.file_locks.parent, self.file_locks, self.views_lock):
             if folder.is_symlink():
                 raise RefusedError(f"{folder} is a link", "remove it, so that one of our own can be made there")
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from orchestrator.domain.ownership import check_pattern, matches, overlap
+from orchestrator.domain.ownership import check_pattern, literal_prefix, matches, overlap
 from orchestrator.domain.sessions import SessionName
 from orchestrator.domain.times import Instant
 from orchestrator.errors import RefusedError
@@ -78,8 +78,8 @@ class Holding:
         return self.without(self.patterns)
 
     def lock_on(self, paths: Iterable[str]) -> tuple[str, str] | None:
-        """Return the first path that one of its locks names, with that lock's pattern; None if none does."""
-        return next(((path, one) for path in paths for one in self.locked if matches(one, path)), None)
+        """Return the first path that one of its locks names or lies beneath, with the lock; None if none does."""
+        return next(((path, one) for path in paths for one in self.locked if _is_about(one, path)), None)
 
     def with_waiting(self, waiting: Waiting | None) -> Holding:
         """Return it with what it waits for."""
@@ -132,6 +132,10 @@ class HeldBy:
         """Return who owns what, in words."""
         held = self.wanted if self.wanted == self.pattern else f"{self.wanted} (as {self.pattern})"
         return f"task {self.holder.task} of run {self.holder.run} owns {held}"
+
+
+def _is_about(pattern: str, path: str) -> bool:
+    return matches(pattern, path) or literal_prefix(pattern).startswith(f"{path}/")
 
 
 def counts(holding: Holding, claim: Mapping[str, Any] | None) -> bool:

@@ -80,7 +80,13 @@ class Borders:
             return None
         changed = [one.path for one in await self._git.changes(f"{merge.new}^1", merge.new)]
         owned = (*spec.owns, *self._extended.get(task, ()))
-        if outside := escaped(owned, changed):
+        outside = escaped(owned, changed)
+        planner = self._ledger.planner(task)
+        while planner is not None:  # no plan gives its tasks more than the task has that made it
+            if limits := (await self._ledger.spec(planner)).owns:
+                outside += [path for path in escaped(limits, changed) if path not in outside]
+            planner = self._ledger.planner(planner)
+        if outside:
             escape = Escape(tuple(outside), owned)
             match spec.on_escape:
                 case "bounce":

@@ -236,6 +236,10 @@ class Ledger:
         """Return what is known of the tasks that the plan of a task became."""
         return tuple(one for one in self._tasks[task].expanded if one in self._versions)
 
+    def planner(self, task: str) -> str | None:
+        """Return the task whose plan a task is of; None where it is of none."""
+        return self._planners.get(task)
+
     def family(self, task: str) -> list[str]:
         """Return a task with all that are of one plan with it, or of a plan of those: alone where there is none."""
         while task in self._planners:

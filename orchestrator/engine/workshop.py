@@ -40,6 +40,7 @@ from orchestrator.sessions.equipment import Equipment
 from orchestrator.sessions.fencing import Fencing
 from orchestrator.sessions.sandbox import choose_sandbox
 from orchestrator.sessions.session import SessionTools
+from orchestrator.state.identity import known_folders
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +110,9 @@ class Workshop:
 
 
 def hidden_from_sessions(site: Site, project: Project, store: str, hub: Hub) -> tuple[Path, ...]:
-    """Return the folders that no session is to see: the user's repository, the state, our repositories."""
+    """Return the folders that no session is to see: the user's repository, all states, our repositories. Blocks."""
     state = store_folder(store)
-    hidden = {project.folder, hub.root.parent, *([] if state is None else [state])}
+    hidden = {project.folder, hub.root.parent, *([] if state is None else [state]), *known_folders(hub.root.parent)}
     if site.repository is not None:
         git_dir = site.repository.git_dir
         # A linked worktree's main checkout is the user's, too.
@@ -148,7 +149,7 @@ async def open_workshop(
     target = Target(hub, git, source, site.repository, branch=run.target, start=run.start, ref=refs("target"))
     fence = FenceConfig.model_validate(run.fence)
     kind = await choose_sandbox(fence.sandbox, network=fence.network, hosts=fence.hosts, environ=environ)
-    hidden = hidden_from_sessions(site, project, store_url, hub)
+    hidden = await anyio.to_thread.run_sync(hidden_from_sessions, site, project, store_url, hub)
     credentials = await anyio.to_thread.run_sync(credentials_of, environ)
     fencing = Fencing(kind, (*hidden, *credentials), fence)
     logs = project.logs(run.id)

@@ -21,10 +21,11 @@ from orchestrator.filelock import FileLock
 from orchestrator.locking.merge_permit import MergePermit
 from orchestrator.locking.registry import scope_of
 from orchestrator.repo.checkout import LocalRepository, changes_in, checkout_of, locks_in_way, settle
+from orchestrator.repo.embedded import embedded_repository
 from orchestrator.repo.git import Change, Git, shown, split_nul
 from orchestrator.repo.hub import Hub
 from orchestrator.repo.source import Source
-from orchestrator.repo.users_programs import configuring, filter_in_way, read_configuration
+from orchestrator.repo.users_programs import deciding_path, filter_in_way, read_configuration
 
 #: Shows people which task a landing is of. What counts as landed is decided by recorded merges: anyone can write it.
 TRAILER = "Council-Task"
@@ -175,6 +176,10 @@ class Target:
             return await self._conflict(label, ours, onto, commit, paths)
         if tree == (self._trees.get(onto) or await self._git.line("rev-parse", f"{onto}^{{tree}}")):
             return AlreadyThere(onto)
+        if (folder := await embedded_repository(self._git, onto, tree)) is not None:
+            return Deferred(
+                f"git would take {shown(folder)} for a repository of its own: check it, and merge it by hand"
+            )
         new = await self._commit(tree, onto, commit, f"Land {label.rpartition('/')[2]}\n\n{TRAILER}: {label}\n")
         self._trees = {key: of for key, of in self._trees.items() if key == onto} | {new: tree}
         failpoint("landing.merged")
@@ -291,11 +296,8 @@ class Target:
             return f"the target's checkout has changes of your own ({', '.join(changed[:3])}): commit or stash them"
         changes = await self._git.changes(merge.old or self._start, merge.new)
         paths = [one.path for one in changes]
-        decides = partial(configuring, git, self._repository, checkout, configuration, paths)
-        if (path := await anyio.to_thread.run_sync(decides)) is not None:
-            return (
-                f"it changes {shown(path)}, from which your git reads its configuration: check it, and merge it by hand"
-            )
+        if (path := await deciding_path(self._repository, git, checkout, configuration, paths)) is not None:
+            return f"it changes {shown(path)}, which decides what your git runs: check it, and merge it by hand"
         if in_way := await self._in_way(checkout, changes):
             return f"files that git does not track are in the way ({', '.join(in_way[:3])}): move or commit them"
         return await self._locked(checkout)

@@ -12,8 +12,11 @@ from pathlib import Path
 import anyio.to_thread
 
 from orchestrator.errors import GitError, RefusedError
+from orchestrator.repo.checkout import inspect
+from orchestrator.repo.embedded import embedded_repository
 from orchestrator.repo.git import GITLINK, Git, parse_raw, shown
 from orchestrator.repo.source import Source
+from orchestrator.repo.users_programs import deciding_path, filter_in_way, read_configuration
 
 _WORK, _SALVAGE = "refs/heads/council/", "refs/salvage/"
 _REMEDY = "make a branch of it instead and merge that"
@@ -94,6 +97,7 @@ async def apply_to_checkout(git: Git, users: Git, checkout: Path, base: str, com
     try:
         env = {"GIT_OBJECT_DIRECTORY": str(scratch), **await _objects_of_both(git, users, checkout)}
         patch, paths = await _fit(git, users, checkout, (base, commit), env)
+        await _refuse_programs(git, users, checkout, base, commit)
     finally:
         await anyio.to_thread.run_sync(lambda: shutil.rmtree(scratch, ignore_errors=True))
     try:
@@ -103,6 +107,20 @@ async def apply_to_checkout(git: Git, users: Git, checkout: Path, base: str, com
     except GitError as error:
         raise RefusedError(f"it does not fit the files in {checkout} ({error.stderr})", _REMEDY) from None
     return paths
+
+
+async def _refuse_programs(git: Git, users: Git, checkout: Path, base: str, commit: str) -> None:
+    """Refuse (RefusedError) what would make the user's git run a program of an agent, as a landing does."""
+    repository, configuration = await inspect(checkout, users), await read_configuration(users, checkout)
+    remedy = "look at it first: `council salvage show`; then `council salvage apply --branch` and merge it by hand"
+    found = await anyio.to_thread.run_sync(filter_in_way, repository, checkout, configuration)
+    if found is not None:
+        raise RefusedError(*found)
+    paths = [one.path for one in await git.changes(base, commit)]
+    if (path := await deciding_path(repository, users, checkout, configuration, paths)) is not None:
+        raise RefusedError(f"it changes {shown(path)}, which decides what your git runs", remedy)
+    if (folder := await embedded_repository(git, base, commit)) is not None:
+        raise RefusedError(f"git would take {shown(folder)} for a repository of its own", remedy)
 
 
 def _scratch(git: Git) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,12 @@ _RUN_BY_PUSH: Final = (
 _TOP: Final = re.compile(r"show-toplevel|\$\{?(?:PWD|GIT_WORK_TREE)\b")
 _MOST_LINKS: Final = 40
 _FILTER: Final = re.compile(r"filter\..*\.(clean|smudge|process)", re.DOTALL)
+#: What names a program that the user's git runs by itself. Hooks in a checkout are left out of landings and named.
+_PROGRAM: Final = re.compile(
+    r"core\.(fsmonitor|sshcommand|askpass|pager|editor|gitproxy)|sequence\.editor|gpg\.(.*\.)?program|credential\.(.*\.)?helper"
+    r"|diff\.external|diff\..*\.(textconv|command)|merge\..*\.driver|interactive\.difffilter|pager\..*|alias\..*",
+    re.DOTALL,
+)
 _INCLUDE: Final = re.compile(r"include\.path|includeif\..*\.path", re.DOTALL)
 #: Why a landing leaves hooks out, for people.
 WHY_SKIPPED: Final = (
@@ -174,22 +180,53 @@ def filter_in_way(
     return what, "move it out of the repository, or land on a branch that is not checked out"
 
 
-def configuring(
-    git: Git, repository: LocalRepository, checkout: Path, configuration: Sequence[Setting], changed: Sequence[str]
+async def deciding_path(
+    repository: LocalRepository, git: Git, checkout: Path, configuration: Sequence[Setting], changed: Sequence[str]
 ) -> str | None:
-    """Return the first of some paths of a checkout that decides what the user's configuration is; None if none does.
+    """Return the first of some paths of a checkout that decides what the user's git runs; None if none does.
 
-    That is a file that git reads it from or would if it were there, or what leads there. Whoever changes it chooses
-    which programs the user's next git command runs. Blocks.
+    That is a file that git reads its configuration from or would if it were there or the condition of an include were
+    true, a file that a setting names as a program, or a link on the way to one. Whoever changes it chooses what the
+    user's next git command runs.
     """
-    files = {one.file for one in configuration if one.file is not None} | set(_standard_files(git, repository))
-    for one in configuration:
-        if one.file is not None and _INCLUDE.fullmatch(one.key):
-            files.add(one.file.parent / Path(one.value).expanduser())
+    files = await _configuration_files(repository, git, configuration)
+    return await anyio.to_thread.run_sync(_first_on_the_way, repository, checkout, files, configuration, changed)
+
+
+async def _configuration_files(repository: LocalRepository, git: Git, configuration: Sequence[Setting]) -> set[Path]:
+    read = {one.file for one in configuration if one.file is not None}
+    standard = await anyio.to_thread.run_sync(lambda: list(_standard_files(git, repository)))
+    waiting = [*(one for one in standard if one not in read), *_includes(configuration)]
+    while waiting:
+        file = waiting.pop()
+        if file in read:
+            continue
+        read.add(file)
+        if await anyio.Path(file).is_file():
+            asked = ("config", "--null", "--no-includes", "--list", "--file", str(file))
+            done = await git(*asked, cwd=repository.folder, ok=(0, 1, 128))
+            entries = [entry.partition("\n") for entry in split_nul(done.stdout)]
+            waiting += _includes([Setting(file, key, value) for key, _, value in entries])
+    return read
+
+
+def _includes(settings: Iterable[Setting]) -> list[Path]:
+    found = (one for one in settings if one.file is not None and _INCLUDE.fullmatch(one.key))
+    return [one.file.parent / Path(one.value).expanduser() for one in found if one.file is not None]
+
+
+def _first_on_the_way(
+    repository: LocalRepository,
+    checkout: Path,
+    files: Collection[Path],
+    configuration: Sequence[Setting],
+    changed: Sequence[str],
+) -> str | None:
     top, git_dir = checkout.resolve(), repository.git_dir.resolve()
+    programs = [path for one in configuration if _PROGRAM.fullmatch(one.key) for path in _paths_in(one.value, checkout)]
     on_the_way = {
         at.relative_to(top).as_posix()
-        for file in files
+        for file in (*files, *programs)
         for at in _way(file)
         if at != top and at.is_relative_to(top) and not at.is_relative_to(git_dir)
     }
@@ -200,6 +237,7 @@ def _standard_files(git: Git, repository: LocalRepository) -> Iterator[Path]:
     """Yield where git looks for configuration, whether there is any or not (git-config(1), FILES)."""
     environ = git.environ
     yield from (repository.git_dir / name for name in ("config", "config.worktree"))
+    yield from repository.git_dir.glob("worktrees/*/config.worktree")
     yield from (Path(environ[name]) for name in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM") if environ.get(name))
     if home := environ.get("HOME"):
         yield from (Path(home, ".gitconfig"), Path(home, ".config/git/config"))
@@ -219,6 +257,7 @@ def _first_inside(
 
 def _paths_in(command: str, checkout: Path) -> Iterator[Path]:
     """Yield the paths that a shell command names, as seen from the checkout: words with a slash or an ending."""
+    command = command.removeprefix("!")
     try:
         words = shlex.split(command.replace(";", " ").replace("|", " ").replace("&", " "))
     except ValueError:

@@ -26,6 +26,8 @@ from orchestrator.state.segments import make_folder, sync_folder
 NAME: Final = "identity"
 _IDENTITY: Final = re.compile(rb"([0-9a-f]{32})\n?")
 _KNOWN: Final = "known_stores"
+#: Lines of that file, of which every second is empty: each folder that is hidden costs each session's start.
+_MOST_HIDDEN: Final = 200
 
 
 def log_in(folder: Path) -> Path | None:
@@ -59,7 +61,7 @@ def prepare(folder: Path, home: Path | None = None) -> Path:
         assert log is not None, "it was just written"  # noqa: S101
         if log.name != name:  # another process was faster
             (folder / name).rmdir()
-    if not log.is_dir():
+    if log.is_symlink() or not log.is_dir():
         remedy = f"restore it from a copy of yours, or remove {folder / NAME} to begin with an empty state"
         raise RefusedError(f"the log of the state in {folder} is gone: there is no {log.name}", remedy)
     return log
@@ -139,6 +141,19 @@ def accept(url: str, home: Path) -> None:
 def use(url: str, home: Path) -> None:
     """Record that a run is in the store at a URL, so that a file may name it from then on."""
     _record(home, _url_name(url), "")
+
+
+def known_folders(home: Path) -> list[Path]:
+    """Return the folders of the stores that were made or accepted on this machine last. Blocks."""
+    try:
+        lines = (home / _KNOWN).read_text(errors="replace").splitlines()[-_MOST_HIDDEN:]
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        with suppress(ValueError):
+            found.append(Path(json.loads(line.partition(" ")[2])))
+    return [path for path in dict.fromkeys(found) if path.is_absolute() and path.is_dir()]
 
 
 def _url_name(url: str) -> str:

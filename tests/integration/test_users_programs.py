@@ -195,7 +195,8 @@ async def test_a_file_monitor_in_the_checkout_is_not_asked_by_a_landing(reposito
         repository.git("config", "core.fsmonitor", str(repository.top / "monitor"))
 
     repository.commit({"monitor": "#!/bin/sh\n"})
-    landed = await land(repository, tmp_path, {"monitor": script.format(trace)}, watch)
+    repository.commit({"monitor": script.format(trace)}, "it leaves a trace")
+    landed = await land(repository, tmp_path, {"other.txt": "x\n"}, watch)
     assert isinstance(landed, Landed), landed
     assert not trace.exists()
 
@@ -213,8 +214,24 @@ def included_from_outside(repository: Repository, tmp_path: Path) -> None:
     repository.git("config", f"includeIf.gitdir:{repository.top}/.path", str(tmp_path / "more"))
 
 
+def included_on_a_branch(repository: Repository, tmp_path: Path) -> None:
+    """By a condition that is not true now, in a file that git does not read until then."""
+    (tmp_path / "more").write_text(f"[include]\n\tpath = {repository.top}/gitconfig\n")
+    repository.git("config", "includeIf.onbranch:feature.path", str(tmp_path / "more"))
+
+
+def of_another_worktree(repository: Repository, tmp_path: Path) -> None:
+    repository.git("worktree", "add", "--quiet", "-b", "other", str(tmp_path / "other"))
+    repository.git("config", "extensions.worktreeConfig", "true")
+    settings = repository.top / ".git/worktrees/other/config.worktree"
+    settings.write_text(f"[include]\n\tpath = {repository.top}/gitconfig\n")
+
+
+WAYS = [includes, dotfiles, included_from_outside, included_on_a_branch, of_another_worktree]
+
+
 @pytest.mark.parametrize("is_there", [True, False])
-@pytest.mark.parametrize("way", [includes, dotfiles, included_from_outside])
+@pytest.mark.parametrize("way", WAYS)
 async def test_no_landing_changes_what_the_users_git_reads_its_configuration_from(
     repository: Repository, tmp_path: Path, way: Callable[[Repository, Path], None], is_there: bool
 ) -> None:
@@ -230,7 +247,7 @@ async def test_no_landing_changes_what_the_users_git_reads_its_configuration_fro
     ran.unlink(missing_ok=True)
     found = await land(repository, tmp_path / "again", evil, before=lambda: ran.unlink(missing_ok=True))
     assert isinstance(found, Deferred)
-    assert "it changes gitconfig, from which your git reads its configuration" in found.reason
+    assert "it changes gitconfig, which decides what your git runs" in found.reason
     assert not ran.exists()
 
 
@@ -256,3 +273,61 @@ async def test_no_landing_deletes_files_that_git_ignores(repository: Repository,
     assert ended.states == {"t": "queued"}, ended
     assert "files that git does not track are in the way" in ended.result["tasks"][0]["reason"]
     assert mine.read_text() == "mine\n"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["core.fsmonitor", "diff.x.textconv", "merge.x.driver", "core.sshCommand", "alias.st", "credential.helper"],
+)
+async def test_no_landing_changes_a_program_that_the_users_git_runs(
+    repository: Repository, tmp_path: Path, setting: str
+) -> None:
+    """It would run with the user's next command; another file of the checkout may be changed."""
+    repository.commit({"tools/mine": "#!/bin/sh\nexit 1\n"}, "mine")
+    assert isinstance(await land(repository, tmp_path, {"x.txt": "x\n"}), Landed)
+
+    def configure() -> None:
+        repository.git("config", setting, f"{'!' if setting.startswith('alias') else ''}{repository.top}/tools/mine")
+
+    found = await land(repository, tmp_path / "again", {"tools/mine": "#!/bin/sh\ntouch ran\n"}, before=configure)
+    assert isinstance(found, Deferred)
+    assert "it changes tools/mine, which decides what your git runs" in found.reason
+
+
+_EMBEDDED = (
+    "mkdir -p {0}/objects {0}/refs && echo 'ref: refs/heads/x' >{0}/HEAD && echo x >{0}/objects/x && echo x >{0}/refs/x"
+    " && printf '[core]\\n\\tfsmonitor = touch {1}\\n\\tworktree = .\\n' >{0}/config"
+)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+async def test_no_landing_makes_a_folder_a_repository(repository: Repository, tmp_path: Path, parts: int) -> None:
+    """Nor do two of them together, of which each brings a part; `salvage apply` does not bring it in either."""
+    ran = tmp_path / "ran"
+    whole = _EMBEDDED.format("docs/Notes", ran)
+    scripts = [whole] if parts == 1 else [f"{whole}; rm docs/Notes/HEAD", f"{whole}; rm -r docs/Notes/[or]*"]
+    tasks = [{"id": f"t{number}", "prompt": script} for number, script in enumerate(scripts)]
+    ended = repository.council("run", str(repository.configure(tasks, adapters={"sh": SHELL})), "--json")
+    assert sorted(ended.states.values()) == ["landed"] * (parts - 1) + ["queued"], ended
+    (waiting,) = (one for one in ended.result["tasks"] if one["state"] == "queued")
+    assert "git would take docs/Notes for a repository of its own" in waiting["reason"]
+    if parts == 1:
+        assert repository.council("cancel", waiting["id"]).code in {0, 1}
+        (kept,) = repository.council("salvage", "list", "--json").result["kept"]
+        applied = repository.council("salvage", "apply", kept["name"])
+        assert (applied.code, "a repository of its own" in applied.stderr) == (2, True), applied
+    repository.git("status")
+    assert not ran.exists()
+
+
+async def test_salvage_apply_changes_nothing_that_decides_what_git_runs(repository: Repository) -> None:
+    """What a landing defers, it refuses."""
+    repository.commit({"gitconfig": "[alias]\n\tst = status\n"}, "mine")
+    repository.git("config", "include.path", "../gitconfig")
+    task = {"id": "t", "prompt": "echo '[core]' >>gitconfig; echo '\tpager = evil' >>gitconfig", "checks": ["false"]}
+    config = repository.configure([{**task, "attempts": 1}], adapters={"sh": SHELL})
+    assert repository.council("run", str(config)).code == 1
+    (kept,) = repository.council("salvage", "list", "--json").result["kept"]
+    applied = repository.council("salvage", "apply", kept["name"])
+    assert (applied.code, "it changes gitconfig, which decides" in applied.stderr) == (2, True), applied
+    assert "evil" not in (repository.top / "gitconfig").read_text()
