@@ -347,3 +347,19 @@ async def test_a_checkpoint_from_before_a_plan_keeps_what_sessions_did_for_it(re
     run = repository.council("resume", "--json")
     assert run.states == {"all": "done", "all.2-y": "landed", "all-x": "landed", "all-y": "failed"}, run
     await repository.assert_invariants()
+
+
+@pytest.mark.parametrize(
+    ("limit", "owned", "steps"),
+    [("*", "src", ["append src/app.py evil"]), ("src/*.py", "src/new.py", ["write src/new.py/anything.sh evil"])],
+)
+async def test_no_plan_gives_its_tasks_more_than_its_own_task_has(
+    repository: Repository, limit: str, owned: str, steps: list[str]
+) -> None:
+    """A path that a plan names as a file's is a folder's, too, with all that is beneath."""
+    made = plan(planned("part", *steps, owns=[owned]))
+    path = expanding(repository, [f"in plan hand-over {made}"], own={"owns": [limit], "attempts": 1})
+    run = repository.council("run", path, "--json")
+    assert run.states["all-part"] == "failed", run
+    assert "it changes what it does not own" in reason_of(run, "all-part")
+    assert "evil" not in repository.git("show", "HEAD:src/app.py")

@@ -118,6 +118,29 @@ def test_a_lost_identity_is_found_again_and_a_lost_log_is_named(repository: Repo
         assert (refused.code, "is gone" in refused.stderr) == (2, True), (command, refused)
 
 
+def test_a_link_is_no_log(repository: Repository, tmp_path: Path) -> None:
+    """Where the log is to be, to another one; the folder's own identity is known."""
+    made, trace = forged(repository, tmp_path)
+    assert repository.council("run", str(repository.configure([{"id": "mine", "prompt": "write a.txt a"}]))).code == 0
+    log = repository.log
+    shutil.rmtree(log)
+    log.symlink_to(next(path.parent for path in (made / "state").glob("*/*.jsonl")))
+    refused = repository.council("resume")
+    assert (refused.code, "is gone" in refused.stderr) == (2, True), refused
+    assert not trace.exists()
+
+
+def test_no_session_sees_the_state_of_another_project(repository: Repository, tmp_path: Path) -> None:
+    """Whoever knows its identity could forge it."""
+    other = tmp_path / "other"
+    assert repository.council("run", str(repository.configure([{"id": "mine", "prompt": "write a.txt a"}]))).code == 0
+    assert repository.council("state", "copy", ".council/state", str(other)).code == 0
+    script = f"cat {other}/identity >stolen || echo nothing >stolen"
+    config = repository.configure([{"id": "thief", "prompt": script}], adapters={"sh": SHELL})
+    assert repository.council("run", str(config)).code == 0
+    assert (repository.top / "stolen").read_text() == "nothing\n"
+
+
 def test_what_can_be_adopted(repository: Repository, tmp_path: Path) -> None:
     """A state that is there, in a `.council` that git does not track; nothing else is said to be used."""
     made, _ = forged(repository, tmp_path)

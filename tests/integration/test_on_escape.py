@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from orchestrator.clock import SystemClock
-from orchestrator.domain.holdings import LONGEST_OWNED, MOST_OWNED
+from orchestrator.domain.holdings import LONGEST_OWNED, MOST_OWNED, Holding
 from orchestrator.domain.sessions import SessionName
 from orchestrator.engine.borders import Escape
 from orchestrator.locking.registry import Registry, claim_key, scope_of
@@ -251,3 +251,14 @@ async def test_what_another_attempt_has_stands_in_the_way_of_extend_alone(
     }
     assert found()["holder"]["state"] == "landed"
     await repository.assert_invariants()
+
+
+def test_a_lock_is_about_what_would_take_its_place() -> None:
+    """A file or a link where a folder of the locked path would be, which need not be there yet."""
+    holding = Holding(SessionName("r", "t", 1), (), 0.0, "o", 1).with_taken(
+        ["src/new/deep/x.py", "a[b]"], 1.0, is_lock=True
+    )
+    for path in ("src/new/deep/x.py", "src/new/deep", "src", "src/new/deep/x.py/more", "ab"):
+        assert holding.lock_on([path]) is not None, path
+    for path in ("src/new/deep/y.py", "src/ne", "a", "other"):
+        assert holding.lock_on([path]) is None, path
