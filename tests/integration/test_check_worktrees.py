@@ -210,11 +210,11 @@ async def test_a_commit_that_repairs_the_setup_passes(repository: Repository, ou
 
 
 async def test_what_only_an_adapters_sessions_may_write_no_check_can(repository: Repository, outside: Path) -> None:
-    """What is writable for all is so for checks, too; a session's cache is not, though it can be read."""
+    """What is writable for all is so for checks, too; a session's cache is not."""
     prepare(repository)
     cache = outside.parent / "cache"
     cache.mkdir()
-    checks = [f"! touch {cache}/mine && touch {outside}/mine && cat {cache}/theirs"]
+    checks = [f"! touch {cache}/mine && touch {outside}/mine"]
     config = configure(
         repository,
         outside,
@@ -225,6 +225,7 @@ async def test_what_only_an_adapters_sessions_may_write_no_check_can(repository:
     ended = run(repository, config)
     assert ended.states == {"a": "landed"}, ended
     assert (outside / "mine").exists()
+    assert sorted(path.name for path in cache.iterdir()) == ["theirs"]
 
 
 @pytest.fixture

@@ -265,7 +265,9 @@ async def test_it_starts_as_clean_as_without(place: Place, kind: SandboxKind) ->
     argv = ["sh", "-c", 'grep SigIgn /proc/self/status; exec "$@"', "sh", *python(source, "-x", "")]
     ended = await place.run(kind, ("api.example.com",), argv, A="b")
     assert ended.exit == 0, place.said
-    assert place.said.splitlines()[0] == "SigIgn:\t0000000000000000"
+    # Signals from 32 on are the C library's: what it starts by posix_spawn, as make does, ignores them.
+    ignored = int(place.said.splitlines()[0].removeprefix("SigIgn:"), 16)
+    assert ignored & ((1 << 31) - 1) == 0
     assert place.said.splitlines()[1] == f"[0, 1, 2] {place.tree} ['-x', '']"
     assert not list(place.scratch.glob(".council-*"))
 
