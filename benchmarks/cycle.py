@@ -32,7 +32,7 @@ FILES: Final = 5_000
 ROUNDS: Final = 3
 QUICK_TASKS: Final = 4
 QUICK_FILES: Final = 50
-CPU_LIMIT: Final = 0.45
+CPU_LIMIT: Final = 0.35
 WALL_LIMIT: Final = 0.35
 
 #: Reads the name of a file from the prompt, and writes that file.
