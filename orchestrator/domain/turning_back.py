@@ -21,8 +21,8 @@ def turn_back(then: TaskDocument, now: TaskDocument) -> TaskDocument | str:
         return "the target has lost it since"
     attempts = _attempts(then, now)
     status = TaskStatus.QUEUED if then.status is TaskStatus.LANDING else then.status
-    changes = {"status": status, "intent": None, "attempts": attempts, "current": _current(then, attempts)}
-    return then.model_copy(update={**changes, "intended": now.intended})
+    changes = {"status": status, "intent": None, "intended": now.intended}
+    return then.model_copy(update={**changes, "attempts": attempts, "current": _current(then, attempts)})
 
 
 def _attempts(then: TaskDocument, now: TaskDocument) -> tuple[Attempt, ...]:

@@ -78,7 +78,7 @@ class Borders:
         """
         if not spec.owns or merge.new in self._judged:
             return None
-        changed = [one.path for one in await self._git.changes(f"{merge.new}^1", merge.new)]
+        changed = await self._changed(merge)
         owned = (*spec.owns, *self._extended.get(task, ()))
         outside = escaped(owned, changed)
         planner = self._ledger.planner(task)
@@ -105,11 +105,14 @@ class Borders:
         others = await self._registry.locked_by_others(self._session(task))
         if not others:
             return None
-        changed = [one.path for one in await self._git.changes(f"{merge.new}^1", merge.new)]
+        changed = await self._changed(merge)
         for one in others:
             if (found := one.lock_on(changed)) is not None:
                 return f"{shown(found[0])} is locked by task {one.session.task} of run {one.session.run}"
         return None
+
+    async def _changed(self, merge: Merge) -> list[str]:
+        return [one.path for one in await self._git.changes(f"{merge.new}^1", merge.new)]
 
     async def restart(self, task: str, merge: Merge, escape: Escape) -> str:
         """Return a commit to go on from: the merge, with what was changed outside put back; a ref keeps it."""

@@ -257,7 +257,7 @@ class Ledger:
         """Whether a task of this run, or of another in the same store, was about to land by a commit."""
         if any(commit in one.intended for one in self._tasks.values()):
             return True
-        found = [one for one in await self._store.list(task_key("", "").kind) if commit.encode() in one.encoded]
+        found = [one for one in await self._store.list("task") if commit.encode() in one.encoded]
         return any(commit in one.value.get("intended", ()) for one in found if not one.damaged)
 
     def statuses(self) -> dict[str, TaskStatus]:

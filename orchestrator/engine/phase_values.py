@@ -106,7 +106,8 @@ async def phase_values(
     results: dict[str, Any] = {}
     found: dict[str, tuple[int, Handoff]] = {}
     # Nobody changes behind a person's back what that person let pass.
-    approved = {one for at, one in enumerate(done) if any(workflow.phase(later).approve for later in list(done)[at:])}
+    last = max((at for at, name in enumerate(done) if workflow.phase(name).approve), default=-1)
+    approved = list(done)[: last + 1]
     for name, record in done.items():
         if record.handoff is None or record.handoff not in handoffs:
             continue

@@ -7,8 +7,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import anyio.to_thread
-
 from orchestrator.config.model import RunConfig
 from orchestrator.config.warnings import Surroundings
 from orchestrator.domain.secrets import Redactor, secret_values
@@ -156,8 +154,7 @@ async def check_checkout(
         return
     # First of all, because to look for changes runs it, too.
     configuration = await read_configuration(git, checkout)
-    found = await anyio.to_thread.run_sync(filter_in_way, repository, checkout, configuration)
-    if found is not None:
+    if (found := await filter_in_way(repository, checkout, configuration)) is not None:
         raise RefusedError(*found)
     if changed := await changes_in(checkout, git):
         raise RefusedError(

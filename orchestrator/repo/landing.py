@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath
 
 import anyio.to_thread
@@ -289,8 +288,7 @@ class Target:
         # First of all, because to look for changes runs them, too.
         git = self._users_git()
         configuration = await read_configuration(git, checkout)
-        looked_at = partial(filter_in_way, self._repository, checkout, configuration)
-        if (found := await anyio.to_thread.run_sync(looked_at)) is not None:
+        if (found := await filter_in_way(self._repository, checkout, configuration)) is not None:
             return ": ".join(found)
         if changed := await changes_in(checkout, git):
             return f"the target's checkout has changes of your own ({', '.join(changed[:3])}): commit or stash them"

@@ -113,8 +113,7 @@ async def _refuse_programs(git: Git, users: Git, checkout: Path, base: str, comm
     """Refuse (RefusedError) what would make the user's git run a program of an agent, as a landing does."""
     repository, configuration = await inspect(checkout, users), await read_configuration(users, checkout)
     remedy = "look at it first: `council salvage show`; then `council salvage apply --branch` and merge it by hand"
-    found = await anyio.to_thread.run_sync(filter_in_way, repository, checkout, configuration)
-    if found is not None:
+    if (found := await filter_in_way(repository, checkout, configuration)) is not None:
         raise RefusedError(*found)
     paths = [one.path for one in await git.changes(base, commit)]
     if (path := await deciding_path(repository, users, checkout, configuration, paths)) is not None:

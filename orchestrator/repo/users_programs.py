@@ -163,16 +163,16 @@ async def read_configuration(git: Git, checkout: Path) -> list[Setting]:
     return found
 
 
-def filter_in_way(
+async def filter_in_way(
     repository: LocalRepository, checkout: Path, configuration: Sequence[Setting]
 ) -> tuple[str, str] | None:
-    """Return what is wrong and what to do where a filter of the user's configuration runs a file of a checkout. Blocks.
+    """Return what is wrong and what to do where a filter of the user's configuration runs a file of a checkout.
 
     A landing would run it as it is after that, to write files. What a command reaches otherwise, such as by a wrapper
     on PATH that runs a file of the current folder, can't be seen.
     """
     commands = [(one.key, one.value) for one in configuration if _FILTER.fullmatch(one.key)]
-    found = _first_inside(repository, checkout, commands)
+    found = await anyio.to_thread.run_sync(_first_inside, repository, checkout, commands) if commands else None
     if found is None:
         return None
     key, command = found

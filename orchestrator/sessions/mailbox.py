@@ -41,7 +41,7 @@ from orchestrator.protocols import JsonObject, McpServer
 from orchestrator.repo.worktrees import Worktree
 from orchestrator.sessions.peers import is_of_session
 from orchestrator.sessions.requests import OWN_COMMAND, read_request
-from orchestrator.sessions.serving import serving
+from orchestrator.sessions.serving import accept, serving
 
 _PROGRAM = Path("bin", "council")
 _AT_ONCE = 32  # connections of the session that are served
@@ -49,7 +49,6 @@ _STRANGERS = 4  # of processes of no session or another, which get nothing but a
 _WAITING = 128
 _PATIENCE = 5.0  # seconds for a request to come in, and for its answer to be taken
 _STRANGERS_PATIENCE = 1.0
-_REST = 0.1  # seconds until the next try where the machine has no descriptor left
 _MOST_FAULTS = 10
 _READ_AT_ONCE = 1 << 14  # bytes of a request whose reading holds nobody up
 _FAULT = "the orchestrator could not answer, by a fault of its own"
@@ -178,11 +177,7 @@ def _refusal(what: str, remedy: str) -> JsonObject:
 async def _serve(listener: anyio.abc.SocketListener, clerk: _Clerk) -> None:
     async with anyio.create_task_group() as group:
         while True:
-            try:
-                stream = await listener.accept()
-            except (OSError, anyio.BrokenResourceError):  # no descriptor is left, or who asked has gone already
-                await anyio.sleep(_REST)
-                continue
+            stream = await accept(listener)
             connected = stream.extra(anyio.abc.SocketAttribute.raw_socket)  # noqa: S610  no Django
             is_ours = await anyio.to_thread.run_sync(is_of_session, connected, clerk.lock)
             if not is_ours and len(clerk.strangers) == _STRANGERS:

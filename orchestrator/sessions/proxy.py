@@ -35,6 +35,7 @@ from orchestrator.domain.hosts import (
     parse_allowed_host,
     split_authority,
 )
+from orchestrator.sessions.serving import accept
 
 USER: Final = "council"
 #: Bytes of a request's first line and its headers.
@@ -45,7 +46,6 @@ _MOST_ADDRESSES: Final = 8  # of a name
 _MOST_DENIED: Final = 100  # recorded
 _MOST_DRAINED: Final = 16  # chunks of a request that is refused
 _CHUNK: Final = 64 << 10
-_REST: Final = 0.1  # seconds until the next try where the machine has no descriptor left
 _TOKEN: Final = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # noqa: S105  (RFC 9110, section 5.6.2)
 _REQUEST: Final = re.compile(rf"({_TOKEN}) ([\x21-\x7e]+) HTTP/1\.[01]")
 _HEADER: Final = re.compile(rf"({_TOKEN}):[ \t]*([^\x00\r\n]*?)[ \t]*")
@@ -157,13 +157,7 @@ class Proxy:
         async with listener, anyio.create_task_group() as group:
             while True:
                 await slots.acquire()  # the others wait in the kernel's queue
-                try:
-                    stream = await listener.accept()
-                except (OSError, anyio.BrokenResourceError):  # no descriptor is left, or the client has gone already
-                    slots.release()
-                    await anyio.sleep(_REST)
-                    continue
-                group.start_soon(self._handle, stream, slots)
+                group.start_soon(self._handle, await accept(listener), slots)
 
     async def _handle(self, stream: anyio.abc.SocketStream, slots: anyio.Semaphore) -> None:
         try:

@@ -1,12 +1,15 @@
-"""Serve something while a block runs."""
+"""Serve something while a block runs, and accept the connections of sessions."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Final
 
 import anyio
+import anyio.abc
+
+_REST: Final = 0.1  # seconds until the next try where the machine has no descriptor left
 
 
 @asynccontextmanager
@@ -25,3 +28,12 @@ async def serving(serve: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIterat
         group.cancel_scope.cancel()
     if failed is not None:
         raise failed
+
+
+async def accept(listener: anyio.abc.SocketListener) -> anyio.abc.SocketStream:
+    """Return the next connection; waits while no descriptor is left, and passes over clients that have gone already."""
+    while True:
+        try:
+            return await listener.accept()
+        except (OSError, anyio.BrokenResourceError):  # anyio makes the second of EMFILE
+            await anyio.sleep(_REST)

@@ -28,7 +28,7 @@ from anyio import to_thread
 
 from orchestrator.clock import Clock
 from orchestrator.config.store import named_folder
-from orchestrator.errors import LockHeld, RefusedError
+from orchestrator.errors import LockHeld
 from orchestrator.filelock import FileLock
 from orchestrator.protocols import (
     HISTORY,
@@ -51,7 +51,7 @@ from orchestrator.protocols import (
 from orchestrator.state.compaction import log_size
 from orchestrator.state.dumping import lines_of, refuse_unsound
 from orchestrator.state.history import versions
-from orchestrator.state.identity import log_in, prepare
+from orchestrator.state.identity import existing_log, prepare
 from orchestrator.state.journal import (
     PART_BYTES,
     AtOnce,
@@ -355,13 +355,7 @@ async def _opened(folder: Path, clock: Clock) -> AsyncIterator[Store]:
         yield store
 
 
-def is_store(folder: Path) -> bool:
-    """Whether a store was ever opened in a folder. Blocks."""
-    return log_in(folder) is not None
-
-
 def require_store(url: str) -> None:
     """Refuse (RefusedError) the URL of a folder that holds no store, where else an empty one would be made. Blocks."""
-    folder = named_folder(url)
-    if folder is not None and not is_store(folder):
-        raise RefusedError(f"there is no state in {folder}", "name the folder of a store, such as .council/state")
+    if (folder := named_folder(url)) is not None:
+        existing_log(folder)

@@ -45,6 +45,13 @@ def log_in(folder: Path) -> Path | None:
     return folder / found[1].decode()
 
 
+def existing_log(folder: Path) -> Path:
+    """Return the same; RefusedError where none was made, too."""
+    if (log := log_in(folder)) is None:
+        raise RefusedError(f"there is no state in {folder}", "name the folder of a store, such as .council/state")
+    return log
+
+
 def prepare(folder: Path, home: Path | None = None) -> Path:
     """Return the folder of the log, as `log_in`; a new store gets an identity, which is recorded in the home.
 
@@ -130,12 +137,9 @@ def _unknown(what: str, home: Path) -> RefusedError:
 
 def accept(url: str, home: Path) -> None:
     """Record that a person wants a store to be used that was made elsewhere. RefusedError where there is none."""
-    folder = named_folder(url)
-    if folder is not None and (log := log_in(folder)) is None:
-        raise RefusedError(f"there is no state in {folder}", "name the folder of a store, such as .council/state")
-    if folder is not None and log is not None:
-        _record(home, log.name, str(folder))
-    _record(home, _url_name(url), "" if folder is None else str(folder))
+    if (folder := named_folder(url)) is not None:
+        _record(home, existing_log(folder).name, str(folder))
+    use(url, home)
 
 
 def use(url: str, home: Path) -> None:
