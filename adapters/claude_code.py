@@ -95,6 +95,8 @@ _SETTINGS: Final = "council-settings.json"
 _ALLOWED: Final = f"--allowedTools=mcp__{SERVER}"
 _EDITORS: Final = "Edit|Write|MultiEdit|NotebookEdit"
 _HOOK_TIMEOUT: Final = 10  # seconds
+#: Counts of tokens by model, under `modelUsage`.
+_TOKENS: Final = ("inputTokens", "outputTokens", "cacheReadInputTokens", "cacheCreationInputTokens")
 _DETAIL_KEYS: Final = ("command", "pattern", "description", "url", "query")
 
 
@@ -263,6 +265,19 @@ def _spent(usage: Mapping[str, Any], **more: Any) -> Spent:
     return Spent(sent, number_of(usage.get("output_tokens")), cached_tokens=read, **more)
 
 
+def _cost_by_model(usage: Any) -> float | None:
+    """Return what all models cost; None where it is not reported for each."""
+    models = [*usage.values()] if isinstance(usage, dict) else []
+    costs = [cost_of(one.get("costUSD")) if isinstance(one, dict) else None for one in models]
+    known = [one for one in costs if one is not None]
+    return sum(known) if known and len(known) == len(costs) else None
+
+
+def _tokens_by_model(usage: Any) -> int:
+    models = [one for one in usage.values() if isinstance(one, dict)] if isinstance(usage, dict) else []
+    return sum(number_of(one.get(key)) for one in models for key in _TOKENS)
+
+
 def _of_limit(info: Any) -> Iterator[SessionEvent]:
     """What is rejected may still go on with paid usage: the result, which comes later, has the last word."""
     if isinstance(info, dict) and info.get("status") == "rejected":
@@ -273,7 +288,14 @@ def _of_limit(info: Any) -> Iterator[SessionEvent]:
 def _of_result(value: JsonObject) -> Iterator[SessionEvent]:
     usage = value.get("usage")
     if isinstance(usage, dict):
-        yield _spent(usage, cost=cost_of(value.get("total_cost_usd")), in_all=True)
+        # Since 2.1.300 or so the total includes earlier sessions of the conversation; later versions add what is new.
+        own = _cost_by_model(value.get("model_usage_since_last_result"))
+        if own is None:
+            total, priced = cost_of(value.get("total_cost_usd")), _tokens_by_model(value.get("modelUsage"))
+            yield _spent(usage, cost=total, in_all=True, priced_tokens=priced)
+        else:
+            yield _spent(usage, in_all=True)
+            yield Spent(cost=own)
     text = text_of(value.get("result"))
     yield Concluded(text, _failure_of(value, text))
 

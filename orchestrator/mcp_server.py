@@ -57,11 +57,20 @@ async def serve() -> None:
 
 
 async def _list(_: Any, _params: PaginatedRequestParams | None) -> ListToolsResult:
-    from mcp_types import ListToolsResult, Tool  # noqa: PLC0415
+    from mcp_types import ListToolsResult, Tool, ToolAnnotations  # noqa: PLC0415
 
+    # No tool changes a file or removes anything of a user; a CLI that only reads then allows them without asking.
+    annotations = ToolAnnotations(
+        read_only_hint=True, destructive_hint=False, idempotent_hint=False, open_world_hint=False
+    )
     return ListToolsResult(
         tools=[
-            Tool(name=one.name, description=f"{one.help} {one.more}", input_schema=input_schema(one))
+            Tool(
+                name=one.name,
+                description=f"{one.help} {one.more}",
+                input_schema=input_schema(one),
+                annotations=annotations,
+            )
             for one in COMMANDS.values()
         ]
     )

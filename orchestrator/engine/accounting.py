@@ -23,14 +23,16 @@ class Accounting:
         Its own attempt may be among them, since nothing is recorded of that yet. Its cost is estimated where the CLI
         did not tell it.
         """
+        before = [one for one in attempts if said.session is not None and one.session == said.session]
+        cost = said.cost
+        if cost is not None and (said.of_conversation or _covers(said, before)):
+            said = replace(said, cost=max(cost - (known_cost(before) or 0.0), 0.0))
         if said.of_conversation:
-            before = [one for one in attempts if said.session is not None and one.session == said.session]
             said = replace(
                 said,
                 input_tokens=max(said.input_tokens - sum(one.input_tokens for one in before), 0),
                 output_tokens=max(said.output_tokens - sum(one.output_tokens for one in before), 0),
                 cached_tokens=max(said.cached_tokens - sum(one.cached_tokens for one in before), 0),
-                cost=None if said.cost is None else max(said.cost - (known_cost(before) or 0.0), 0.0),
             )
         return said if said.cost is not None else replace(said, cost=self._estimate(said))
 
@@ -53,3 +55,9 @@ class Accounting:
         if price is None or not (said.input_tokens or said.output_tokens):
             return None
         return price.cost(said.input_tokens, said.output_tokens, said.cached_tokens)
+
+
+def _covers(said: Transcript, before: Sequence[Attempt]) -> bool:
+    """Return whether the reported cost includes that of earlier sessions, judged by the tokens that it covers."""
+    earlier = sum(one.input_tokens + one.output_tokens for one in before)
+    return 0 < earlier <= said.priced_tokens - said.input_tokens - said.output_tokens

@@ -38,6 +38,8 @@ class Transcript:
     """The one that was used last, by its name."""
     of_conversation: bool = False
     """Whether earlier sessions of the same conversation are among what was used up."""
+    priced_tokens: int = 0
+    """How many tokens the cost covers (`Spent.priced_tokens`)."""
     begun: str = ""
     """What it is saying, as far as its parts have come."""
     call: tuple[str, Spent] | None = None
@@ -70,6 +72,7 @@ class Transcript:
                 cost=self.cost if spent.cost is None else spent.cost,
                 model=spent.model or self.model,
                 of_conversation=spent.of_conversation,
+                priced_tokens=spent.priced_tokens,
                 call=None,
             )
         told = self.call[1] if self.call is not None and self.call[0] == spent.call else Spent()
@@ -96,6 +99,7 @@ def _counted(spent: Spent) -> Spent:
         input_tokens=min(max(spent.input_tokens, 0), _MOST),
         output_tokens=min(max(spent.output_tokens, 0), _MOST),
         cached_tokens=min(max(spent.cached_tokens, 0), _MOST),
+        priced_tokens=min(max(spent.priced_tokens, 0), _MOST),
         cost=cost if cost is not None and 0 <= cost <= _MOST else None,
     )
 

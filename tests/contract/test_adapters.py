@@ -81,6 +81,16 @@ class TestClaudeCode(AdapterContract):
         ),
         (claude("user", message={"content": [{"type": "tool_result", "content": "ok"}]}), ()),
         (claude_result(result="Done."), (Spent(321, 4, 0.25, in_all=True, cached_tokens=300), Concluded("Done."))),
+        (
+            claude_result(result="Done.", modelUsage={"a": {"inputTokens": 21, "outputTokens": 4,
+                                                            "cacheReadInputTokens": 700}, "b": {}, "c": None}),
+            (Spent(321, 4, 0.25, in_all=True, cached_tokens=300, priced_tokens=725), Concluded("Done.")),
+        ),
+        (
+            claude_result(result="Done.", modelUsage={"a": {"inputTokens": 900}},
+                          model_usage_since_last_result={"a": {"costUSD": 0.0625}, "b": {"costUSD": 0.125}}),
+            (Spent(321, 4, in_all=True, cached_tokens=300), Spent(cost=0.1875), Concluded("Done.")),
+        ),
         (claude("rate_limit_event", rate_limit_info={"status": "allowed_warning", "resetsAt": 1}), ()),
         ('{"type": "assistant", "message": {"content": [{"type": "text"', ()),
         ('{"type":"result","total_cost_usd":1e999,"usage":{"output_tokens":-1}}',
@@ -116,6 +126,9 @@ class TestClaudeCode(AdapterContract):
             tokens=(2 * 20, 2 * 4),
             paths=frozenset({"/work/b.txt"}),
         ),
+        "resumed-total-cost": Recorded(text="Both are there.", tokens=(2 * 20, 2 * 4)),
+        "resumed-both-costs": Recorded(text="Both are there.", tokens=(2 * 20, 2 * 4)),
+        "denied": Recorded(text="Tried.", tokens=(300, 30)),
         "read-only": Recorded(text="It is looked at.", paths=frozenset({"/work/hello.txt"})),
         "edit": Recorded(
             session="4bed88d2-6f82-4d37-b63d-09e23746405d",

@@ -50,6 +50,15 @@ async def test_the_tools_are_the_commands(site: Site) -> None:
     assert tools[0].input_schema["required"] == ["paths"]
 
 
+async def test_the_tools_say_that_they_change_no_file(site: Site) -> None:
+    """A CLI that only reads allows them then, `hand_over` among them."""
+    async with client(site) as session:
+        tools = (await session.list_tools()).tools
+    found = {tool.name: tool.annotations for tool in tools}
+    assert {name for name, one in found.items() if one is not None and one.read_only_hint} == set(COMMANDS)
+    assert [name for name, one in found.items() if one is None or one.destructive_hint is not False] == []
+
+
 async def test_a_tool_asks_as_the_session(site: Site) -> None:
     """And tells what it is answered; what is refused is an error that says whose the file is."""
     async with client(site) as session:

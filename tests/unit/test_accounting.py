@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import pytest
 
+from adapters.claude_code import ClaudeCodeAdapter
 from orchestrator.domain.model import Attempt
 from orchestrator.domain.prices import Price
 from orchestrator.engine.accounting import Accounting
 from orchestrator.sessions.transcript import Transcript
+from orchestrator.testing.recordings import read_recordings
+from tests.contract.judging import TRANSCRIPTS
 
 ATTEMPT = {"number": 1, "adapter": "a", "base": "b", "started": 0.0}
 ACCOUNTING = Accounting({"m": Price(input=10, output=20, cached_input=1)})
@@ -35,6 +40,28 @@ def test_what_earlier_sessions_of_a_conversation_used_up_is_taken_off() -> None:
 def test_what_a_program_tells_of_itself_alone_stays() -> None:
     said = Transcript(session="s", input_tokens=100, cost=3.0)
     assert ACCOUNTING.own(said, [earlier("s", input_tokens=60, cost=1.0)]) == said
+
+
+@pytest.mark.parametrize("name", ["resumed", "resumed-total-cost", "resumed-both-costs"])
+def test_each_version_of_claude_code_costs_what_its_session_alone_used_up(name: str) -> None:
+    """Whether the total that it reports is of the session or of the whole conversation."""
+    adapter = ClaudeCodeAdapter(ClaudeCodeAdapter.Options())
+    recording = read_recordings(TRANSCRIPTS / "claude-code")[name]
+    events = [event for line in recording.stdout for event in adapter.parse(line)]
+    said = reduce(Transcript.after, events, Transcript())
+    before = [earlier(said.session, input_tokens=240, output_tokens=68, cost=0.00232)]
+    own = ACCOUNTING.own(said, before)
+    assert (own.input_tokens, own.output_tokens) == (40, 8)
+    assert own.cost == pytest.approx(0.0004 if name == "resumed" else 0.00032)
+    assert ACCOUNTING.recorded(said, before)["is_estimated"] is False
+
+
+def test_the_cost_of_subagents_is_no_earlier_sessions() -> None:
+    """It covers tokens that the session does not report as its own, but fewer than the earlier sessions had."""
+    said = Transcript(session="s", input_tokens=100, output_tokens=10, cost=3.0, priced_tokens=150)
+    assert ACCOUNTING.own(said, [earlier("s", input_tokens=60, cost=1.0)]).cost == 3.0
+    assert ACCOUNTING.own(said, [earlier("s", input_tokens=40, cost=1.0)]).cost == 2.0
+    assert ACCOUNTING.own(said, [earlier("s", cost=1.0)]).cost == 3.0
 
 
 def test_a_cost_that_is_not_told_is_estimated_of_the_session_alone() -> None:

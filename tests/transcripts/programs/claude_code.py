@@ -24,6 +24,11 @@ CLAUDE_CODE: Final = Program(
         **CASES,
         "limited-until": Case("fail 429 99 1\nwrite hello.txt hi"),
         **ASKED,
+        "resumed-total-cost": ASKED["resumed"],  # 2.1.280 to about 2.1.310: its cost is the conversation's
+        "resumed-both-costs": ASKED["resumed"],  # later versions
+        "denied": Case(
+            "run python3 -c 'print(1)'\nwrite out.txt hi\nsay Tried.", options={"permission_mode": "acceptEdits"}
+        ),
         "interrupted-tool": Case("run touch began; sleep 60\nusage 120 34", signal=signal.SIGINT, made="began"),
         "refused": Case("write .git/hooks/x hi\nsay It is not written.", options={"permission_mode": "acceptEdits"}),
         "turns": Case("write a.txt a\nwrite b.txt b", options={"max_turns": 1}),
