@@ -597,8 +597,9 @@ class Spent:
     call: str | None = None
     of_conversation: bool = False
     priced_tokens: int = 0
-    """How many tokens `cost` covers, for a CLI whose versions differ in whether it includes the cost of earlier sessions
-    of the conversation: it does where it covers their tokens, too. 0: the cost covers what `of_conversation` says."""
+    """How many tokens `cost` covers, for a CLI whose versions differ in whether it includes that of earlier sessions of
+    the conversation: it does where it covers their tokens, too. 0: the cost covers what `of_conversation` says.
+    """
 
 
 @dataclass(frozen=True, slots=True)

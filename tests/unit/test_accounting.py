@@ -6,7 +6,7 @@ from functools import reduce
 
 import pytest
 
-from adapters.claude_code import ClaudeCodeAdapter
+from adapters.claude_code import ClaudeCodeAdapter, ClaudeCodeOptions
 from orchestrator.domain.model import Attempt
 from orchestrator.domain.prices import Price
 from orchestrator.engine.accounting import Accounting
@@ -45,7 +45,7 @@ def test_what_a_program_tells_of_itself_alone_stays() -> None:
 @pytest.mark.parametrize("name", ["resumed", "resumed-total-cost", "resumed-both-costs"])
 def test_each_version_of_claude_code_costs_what_its_session_alone_used_up(name: str) -> None:
     """Whether the total that it reports is of the session or of the whole conversation."""
-    adapter = ClaudeCodeAdapter(ClaudeCodeAdapter.Options())
+    adapter = ClaudeCodeAdapter(ClaudeCodeOptions())
     recording = read_recordings(TRANSCRIPTS / "claude-code")[name]
     events = [event for line in recording.stdout for event in adapter.parse(line)]
     said = reduce(Transcript.after, events, Transcript())
