@@ -8,7 +8,7 @@ WORKERS ?= 4
 # Each worker would compile all tests anew where byte code is not kept.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help install demo test test-clis crash bench schema lint types imports check clean
+.PHONY: help install demo test test-clis crash chaos bench schema lint types imports check clean
 .DEFAULT_GOAL := help
 
 help:  ## say what there is
@@ -35,6 +35,10 @@ test-clis: install  ## runs through real programs, which it installs in .clis; C
 
 crash: install  ## the long crash runs: every failpoint, random moments, kills inside recovery
 	@$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+chaos: export CHAOS_TRIALS ?= 3
+chaos: install  ## random work under random kills, stops, full disks and commits of the user; CHAOS_TRIALS=300 CHAOS_SEED=1
+	@$(BIN)/python -m pytest -n $(WORKERS) -m slow tests/crash/test_chaos.py
 
 schema: install  ## bring configs/council.schema.json up to date with the file's models and the adapters
 	@$(BIN)/council schema > configs/council.schema.json

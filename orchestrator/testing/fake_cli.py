@@ -14,6 +14,7 @@ PHASE` only in that phase of the task's workflow.
     exit CODE TEXT…      say something, then end  flood BYTES       print that many bytes
     hang                 never end                stubborn          ignore SIGTERM and SIGINT from here on
     await PATH           wait until there is such a file
+    hold PATH            lock this file until the process ends; where another one has it, note that in PATH.broken
     keep-prompt          print the whole prompt       tick TIMES SECONDS   print, and wait, so many times
     daemon PATH          leave a process behind that has a session of its own and no environment, ignores
                          SIGTERM, and appends to PATH for ever
@@ -31,6 +32,7 @@ With `FAKE_CLI_LEDGER` set, every start appends `run task attempt` to that file 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -80,6 +82,15 @@ def _intrude(path: str, text: str) -> None:
         print(error, flush=True)
 
 
+def _hold(path: str) -> None:
+    held = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)  # open until the process ends
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with Path(f"{path}.broken").open("a") as broken:
+            broken.write(f"{os.environ['COUNCIL_TASK']} {os.environ['COUNCIL_ATTEMPT']}\n")
+
+
 def _wipe(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -124,6 +135,8 @@ def _step(words: list[str], rest: str) -> None:
             Path(os.environ["COUNCIL_HANDOFF"]).write_text(json.dumps({"artifacts": sums, "summary": "built"}))
         case ["plant", path]:
             _plant(path)
+        case ["hold", path]:
+            _hold(path)
         case ["keep-prompt"]:
             print(Path(sys.argv[1]).read_text(), flush=True)
         case ["tick", times, seconds]:

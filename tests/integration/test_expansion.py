@@ -363,3 +363,25 @@ async def test_no_plan_gives_its_tasks_more_than_its_own_task_has(
     assert run.states["all-part"] == "failed", run
     assert "it changes what it does not own" in reason_of(run, "all-part")
     assert "evil" not in repository.git("show", "HEAD:src/app.py")
+
+
+async def test_a_plan_after_a_restore_gives_its_tasks_names_that_were_never_used(repository: Repository) -> None:
+    """Two plans of one task are known to checkpoints: a name means the same task in both, and each plan is landed."""
+    first = plan(planned("x", "write first.txt 1"))
+    second = plan(planned("x", "write second.txt 2"))
+    path = expanding(repository, [f"attempt 1 in plan hand-over {first}", f"attempt 2 in plan hand-over {second}"])
+    assert repository.council("run", path, failpoints="run.claimed=kill").code == -signal.SIGKILL
+    before = repository.council("checkpoint", "create", "--json").result["id"]
+    assert repository.council("resume", failpoints="plan.expanded=kill").code == -signal.SIGKILL
+    planned_first = repository.council("checkpoint", "create", "--json").result["id"]
+    assert states(repository) == {"all": "pending", "all-x": "pending"}
+    assert repository.council("checkpoint", "restore", before).code == 0
+    assert states(repository) == {"all": "pending"}
+    run = repository.council("resume", "--json")
+    assert run.states == {"all": "done", "all.2-x": "landed"}, run
+    assert repository.council("checkpoint", "restore", planned_first).code == 0
+    run = repository.council("resume", "--json")
+    assert run.states == {"all": "done", "all-x": "landed", "all.2-x": "landed"}, run
+    assert (repository.top / "first.txt").read_text() == "1\n"
+    assert (repository.top / "second.txt").read_text() == "2\n"
+    await repository.assert_invariants()

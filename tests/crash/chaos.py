@@ -1,0 +1,375 @@
+"""Random work under random faults, judged by git, the log and /proc: `python -m tests.crash.chaos SEED`.
+
+The workload and what goes wrong follow from the seed; when it happens to what does not, which is why a seed repeats a
+trial's kind and not each of its steps. Everything is in one folder, whose file system is small and its own where that
+can be had (`unshare`), so that it can be full.
+"""
+
+# ruff: noqa: T201 - a program that prints what it found
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import anyio
+
+from tests.conftest import Ended, Repository, hermetic
+from tests.crash.judging import Commit, Judge, Process, processes
+from tests.crash.workload import Workload, workload
+
+#: Seconds that a run may take to its end once nothing goes wrong any more.
+BOUND = 120.0
+#: Marks the user's own processes, to which nothing happens.
+USER = "CHAOS_USER=1"
+#: Set where the file systems that are mounted are this process's own.
+INSIDE = "CHAOS_INSIDE"
+DISK = 96 << 20
+#: What is killed and stopped, and how much more often.
+KINDS = {"orchestrator": 2, "git": 4, "session": 2, "supervisor": 2, "bwrap": 1, "check": 1}
+ACTIVE = ("run", "resume", "work")
+_OVER = {"landed", "incomplete"}
+
+
+class Running(threading.Thread):
+    """A command, whose output is read while it runs."""
+
+    def __init__(self, repository: Repository, *arguments: str) -> None:
+        """Start it."""
+        super().__init__(daemon=True)
+        self.name, self.began = " ".join(arguments), time.monotonic()
+        self._command = repository.start(*arguments)
+        self.pid = self._command.pid
+        self.ended: Ended | None = None
+        self.start()
+
+    def run(self) -> None:
+        """Read all that it prints."""
+        out, err = self._command.communicate()
+        self.ended = Ended(int(self._command.returncode), out, err)
+
+
+class User(threading.Thread):
+    """Commits to the target that is checked out, and tries again until git takes it."""
+
+    def __init__(self, repository: Repository, dice: random.Random) -> None:
+        """Take the repository of a run."""
+        super().__init__(daemon=True)
+        self._repository, self._dice = repository, dice
+        self._environ = {**repository.environ, **dict([USER.split("=")])}
+        self._environ |= {f"GIT_{who}_{what}": "User" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+        self.commits: list[Commit] = []
+        self.done = threading.Event()
+        self.problem = ""
+
+    def run(self) -> None:
+        """Commit now and then."""
+        number = 0
+        while not self.done.wait(self._dice.expovariate(1.5)):
+            number += 1
+            self._commit(number)
+
+    def _commit(self, number: int) -> None:
+        path, message = f"user/{number}.txt", f"user {number}"
+        own = [one for one in self.commits if one.deleted is None and any(map(self._is_there, one.added))]
+        kind = self._dice.choice(["add", "add", "edit", "share", "delete"])
+        if kind in {"edit", "delete"} and own:
+            path = next(iter(self._dice.choice(own).added))
+        elif kind == "share":
+            path = f"shared/{self._dice.randrange(3)}.txt"
+        is_gone = kind == "delete" and bool(own) and path.startswith("user/") and self._is_there(path)
+        file = self._repository.top / path
+        options = [] if self._dice.random() < 0.5 else ["--only", path]
+        deadline = time.monotonic() + BOUND
+        before = file.read_text() if file.exists() else ""
+        while time.monotonic() < deadline:
+            with suppress(OSError):
+                if is_gone:
+                    file.unlink(missing_ok=True)
+                else:
+                    file.parent.mkdir(exist_ok=True)
+                    current = file.read_text() if file.exists() else ""
+                    if f"{message}\n" not in current:
+                        file.write_text(f"{current}{message}\n")
+                if not self._git("add", "--all", "--", path) and not self._git("commit", "-q", "-m", message, *options):
+                    self.commits.append(Commit(message, {} if is_gone else {path: message}, path if is_gone else None))
+                    return
+            time.sleep(0.05)
+        self.problem = f"the user could not commit {path} ({before!r}): {self._said}"
+
+    def _is_there(self, path: str) -> bool:
+        return path.startswith("user/") and (self._repository.top / path).exists()
+
+    def _git(self, *arguments: str) -> int:
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=self._repository.top,
+            env=self._environ,
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        self._said = done.stderr + done.stdout
+        return done.returncode
+
+
+class Trial:
+    """One run: its workload, what happens to it, and what came of that."""
+
+    def __init__(self, seed: int, root: Path, *, seconds: float, most: int, has_disk: bool) -> None:
+        """Set up a repository in a folder; `has_disk` says that the folder's file system may be filled."""
+        self.seed, self.root = seed, root
+        self._dice = random.Random(f"{seed} faults")
+        self._seconds, self._has_disk = seconds, has_disk
+        self._began = time.monotonic()
+        self.trace: list[str] = []
+        self.findings: list[str] = []
+        self.counts: Counter[str] = Counter()
+        self.commands: list[Running] = []
+        self._frozen: dict[int, float] = {}
+        self.repository = Repository(root / "project", hermetic(root), root / "ledger" / "spawns")
+        for folder in (self.repository.top, self.repository.spawns.parent):
+            folder.mkdir()
+        self.workload: Workload = workload(random.Random(f"{seed} work"), str(self.repository.spawns.parent), most=most)
+        self.repository.git("init", "--quiet", "--initial-branch=main")
+        self._start = self.repository.commit({"README.md": "# Project\n", **self.workload.files}, "first")
+        jobs = [job.entry for job in self.workload.jobs.values()]
+        self._config = self.repository.configure(jobs, **self.workload.settings)
+        self._user = User(self.repository, random.Random(f"{seed} user"))
+
+    def note(self, what: str) -> None:
+        """Add a line to what happened."""
+        self.trace.append(f"{time.monotonic() - self._began:6.2f} {what}")
+
+    def run(self) -> list[str]:
+        """Torment the run, then let it end; return what was found."""
+        self._user.start()
+        self._begin("run", str(self._config))
+        if self._dice.random() < 0.8:  # the first moments are the same in all runs
+            self._wait_for_work()
+        end = time.monotonic() + self._dice.uniform(0.4, 1) * self._seconds
+        actions = self._actions()
+        while time.monotonic() < end:
+            time.sleep(min(self._dice.expovariate(12), 0.4))
+            self._thaw(time.monotonic())
+            self._keep_going()
+            self._dice.choices(list(actions), list(actions.values()))[0]()
+        self._thaw(float("inf"))
+        self._user.done.set()
+        self._user.join(BOUND)
+        if self._user.problem:
+            self.findings.append(self._user.problem)
+        self._settle()
+        return self.findings
+
+    def _wait_for_work(self) -> None:
+        while self._active() and not self.repository.spawns.exists():
+            time.sleep(0.02)
+
+    def _actions(self) -> dict[Callable[[], None], int]:
+        disk = {self._fill: 1} if self._has_disk else {}
+        return {self._kill: 10, self._freeze: 4, self._join: 3, self._look: 2, self._steer: 3, **disk}
+
+    def _processes(self) -> list[Process]:
+        commands = {one.pid for one in self.commands if one.ended is None}
+        return list(processes(self.root, commands, USER.encode()))
+
+    def _victim(self) -> Process | None:
+        """Return a process of a random kind; wait a moment for one, as most of git's processes are short."""
+        (kind,) = self._dice.choices(list(KINDS), list(KINDS.values()))
+        deadline = time.monotonic() + 0.2
+        while time.monotonic() < deadline:
+            if found := [one for one in self._processes() if one.kind == kind]:
+                return self._dice.choice(found)
+        return None
+
+    def _kill(self) -> None:
+        if (one := self._victim()) is not None:
+            self._signal(one, signal.SIGKILL)
+
+    def _freeze(self) -> None:
+        if (one := self._victim()) is not None:
+            self._frozen[one.pid] = time.monotonic() + self._dice.choice([0.1, 0.5, 3.0])
+            self._signal(one, signal.SIGSTOP)
+
+    def _signal(self, one: Process, number: signal.Signals) -> None:
+        self.counts[f"{number.name} {one.kind}"] += 1
+        self.note(f"{number.name} {one.kind} {one.pid}")
+        with suppress(ProcessLookupError):
+            os.kill(one.pid, number)
+
+    def _thaw(self, until: float) -> None:
+        for pid in [pid for pid, when in self._frozen.items() if when <= until]:
+            del self._frozen[pid]
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+    def _begin(self, *arguments: str) -> Running:
+        one = Running(self.repository, *arguments)
+        self.note(f"council {one.name} is {one.pid}")
+        self.commands.append(one)
+        return one
+
+    def _active(self) -> list[Running]:
+        return [one for one in self.commands if one.ended is None and one.name.startswith(ACTIVE)]
+
+    def _keep_going(self) -> None:
+        if not self._active():
+            self._begin(*(("resume",) if self._has_run() else ("run", str(self._config))))
+
+    def _has_run(self) -> bool:
+        return any((self.repository.top / ".council").glob("logs/*/")) and self.repository.council("status").code != 2
+
+    def _join(self) -> None:
+        if len(self._active()) < 3:
+            self._begin("work")
+
+    def _look(self) -> None:
+        self._begin(
+            *self._dice.choice([("status",), ("salvage", "list"), ("checkpoint", "create"), ("locks",), ("runs",)])
+        )
+
+    def _steer(self) -> None:
+        task = self._dice.choice(sorted(self.workload.jobs))
+        number = str(self._dice.randint(1, 6))
+        choices = [
+            ("cancel", task),
+            ("retry", task),
+            ("retry", task),
+            ("retry", task, "--from", "plan"),
+            ("checkpoint", "create"),
+            ("checkpoint", "restore", number, "--force"),
+            ("checkpoint", "restore", number, "--force"),
+        ]
+        self._begin(*self._dice.choice(choices))
+
+    def _fill(self) -> None:
+        filler = self.root / "filler"
+        self.note("the disk is full")
+        self.counts["disk full"] += 1
+        try:
+            with filler.open("wb") as file:
+                while file.write(bytes(1 << 20)):
+                    file.flush()
+        except OSError:
+            pass
+        time.sleep(self._dice.choice([0.1, 0.5, 1.5]))
+        filler.unlink()
+        self.note("the disk has room")
+
+    def _settle(self) -> None:
+        """Let what runs end, then resume until the run is over, and judge it."""
+        self.note("no more faults")
+        began = time.monotonic()
+        if not self._has_run() and not self._active():
+            self._begin("run", str(self._config))
+        for one in self.commands:
+            one.join(max(began + BOUND - time.monotonic(), 0))
+        self._resume(began)
+        if again := self._given_up():
+            self._wait(began, "retry", *again)
+            self._resume(began)
+        self.note("over")
+        hanging = [one.name for one in self.commands if one.ended is None]
+        if hanging or not self._is_over():
+            self.findings.append(f"not over {BOUND:.0f} s after the last fault: {hanging} {self._processes()}")
+            return
+        deadline = time.monotonic() + 5
+        while (left := self._processes()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if left:
+            self.findings.append(f"left running: {left}")
+        ended = [(one.name, one.ended) for one in self.commands if one.ended is not None]
+        judge = Judge(self.repository, self.workload, self._start, self._user.commits, ended)
+        self.findings += anyio.run(judge.findings)
+
+    def _wait(self, began: float, *arguments: str) -> None:
+        self._begin(*arguments).join(max(began + BOUND - time.monotonic(), 0))
+
+    def _is_over(self) -> bool:
+        ended = self.repository.council("status", "--json")
+        return ended.code in {0, 1} and ended.result["status"] in _OVER
+
+    def end(self) -> None:
+        """Kill all that is left."""
+        for one in self._processes():
+            with suppress(ProcessLookupError):
+                os.kill(one.pid, signal.SIGKILL)
+
+    def _resume(self, began: float) -> None:
+        while not self._is_over() and time.monotonic() < began + BOUND:
+            self._wait(began, "resume")
+
+    def _given_up(self) -> list[str]:
+        """Return what must land and has not, because somebody cancelled it or went back to where it was so."""
+        ended = self.repository.council("status", "--json")
+        found = {"cancelled", "blocked"}
+        jobs = self.workload.jobs.items()
+        return [task for task, job in jobs if job.must_land and ended.states.get(task) in found]
+
+
+def report(trial: Trial, seconds: float) -> str:
+    """Return what happened in a trial and what was found."""
+    counts = ", ".join(f"{times} {what}" for what, times in sorted(trial.counts.items()))
+    lines = [
+        f"seed {trial.seed}: {len(trial.workload.jobs)} tasks, {seconds:.1f} s, {len(trial.findings)} findings",
+        f"  sandbox {trial.workload.settings['sandbox']}; {counts}",
+        *(f"  FINDING {one}" for one in trial.findings),
+    ]
+    if trial.findings:
+        ended = [(one.name, one.ended) for one in trial.commands if one.ended and one.ended.code not in {0, -9}]
+        lines += (f"  {one}" for one in trial.trace)
+        lines += (f"  council {name}: {one.code} {one.stdout[-600:]}{one.stderr[-600:]}" for name, one in ended)
+    return "\n".join(lines)
+
+
+def try_out(seed: int, given: argparse.Namespace) -> bool:
+    """Run a trial in a folder of its own and print its report; return whether nothing was found."""
+    root = Path(tempfile.mkdtemp(prefix="chaos-"))
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(root)]
+    has_disk = INSIDE in os.environ and not subprocess.run(mount, check=False).returncode
+    began = time.monotonic()
+    trial = Trial(seed, root, seconds=given.seconds, most=given.most, has_disk=has_disk and not given.no_disk)
+    findings = trial.run()
+    print(report(trial, time.monotonic() - began), flush=True)
+    if findings and given.keep:
+        shutil.copytree(root, given.keep / str(seed), symlinks=True, dirs_exist_ok=True)
+    trial.end()
+    if has_disk:
+        subprocess.run(["umount", "--lazy", str(root)], check=True)
+    shutil.rmtree(root, ignore_errors=True)
+    return not findings
+
+
+def main() -> None:
+    """Run trials one after the other; the exit code is 1 where something was found."""
+    parser = argparse.ArgumentParser(prog="python -m tests.crash.chaos")
+    parser.add_argument("seeds", type=int, nargs="+", help="what the trials follow from")
+    parser.add_argument("--seconds", type=float, default=5.0, help="how long faults happen at most")
+    parser.add_argument("--most", type=int, default=30, help="tasks at most")
+    parser.add_argument("--no-disk", action="store_true", help="never fill the disk")
+    parser.add_argument("--keep", type=Path, help="a folder for copies of trials with findings")
+    given = parser.parse_args()
+    alone = ["unshare", "--user", "--map-root-user", "--mount"]
+    if INSIDE not in os.environ:
+        if shutil.which("unshare") and not subprocess.run([*alone, "true"], check=False).returncode:
+            command = [*alone, sys.executable, "-m", "tests.crash.chaos", *sys.argv[1:]]
+            os.execvpe(command[0], command, {**os.environ, INSIDE: "1"})
+        print("no file system of its own (`unshare --user --mount` fails): the disk is never full")
+    sys.exit(not min([try_out(seed, given) for seed in given.seeds]))
+
+
+if __name__ == "__main__":
+    main()

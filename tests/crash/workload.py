@@ -1,0 +1,177 @@
+"""A random workload: tasks for the fake CLI, each with the lines that it adds to files and whether it must land.
+
+Every line names its task, so that git alone shows which task changed what, how often, and whether anything is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+#: A process that is killed may take a session with it so often.
+ATTEMPTS = 40
+#: Plans that a task has ready: one for each attempt that may get to it.
+PLANS = 12
+_OWN = ("tasks/", "parts/")
+APPROVE = json.dumps({"verdict": "approve", "findings": []})
+WORKFLOWS = {
+    "split": [{"plan": {"access": "read", "produces": "plan", "prompt": "{{ task.prompt }}", "expand": True}}],
+    "reviewed": [
+        {"build": {"prompt": "{{ task.prompt }}"}},
+        {"review": {"access": "read", "produces": "review", "prompt": "{{ task.prompt }}"}},
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One task: its entry in the configuration, the lines that it adds to files, and whether it must land."""
+
+    entry: Mapping[str, Any]
+    lines: Mapping[str, str] = field(default_factory=dict)
+    must_land: bool = True
+
+    @property
+    def id(self) -> str:
+        """Its name."""
+        return str(self.entry["id"])
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The tasks of a run, and the options of its configuration."""
+
+    jobs: Mapping[str, Job]
+    settings: Mapping[str, Any]
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """The files that the tasks change and that exist before."""
+        return {f"{folder}/{one}.txt": "first\n" for folder in ("shared", "owned") for one in range(3)}
+
+    def lines_of_part(self, part: str, plan: int) -> Mapping[str, str]:
+        """Return the lines of a task that the plan of an attempt became."""
+        task, _, own = part.partition("-")
+        return part_lines(task.partition(".")[0], plan, own)
+
+
+def part_lines(task: str, plan: int, part: str) -> Mapping[str, str]:
+    """Return the lines that part `part` of a task's plan adds, of the plan that attempt `plan` made."""
+    return {f"parts/{task}.{plan}.{part}.txt": f"{task} plan {plan} part {part}"}
+
+
+def workload(dice: random.Random, holds: str, *, most: int = 30) -> Workload:
+    """Return a random workload; sessions hold the file of what they own in the folder `holds`."""
+    jobs: dict[str, Job] = {}
+    for number in range(round(dice.triangular(5, most, 9))):
+        needs = dice.sample(sorted(jobs), 1) if jobs and dice.random() < 0.3 else []
+        kind = dice.choice(_KINDS)
+        job = kind(f"t{number}", dice, holds)
+        must_land = job.must_land and all(jobs[one].must_land for one in needs)
+        entry = {"attempts": ATTEMPTS, "needs": needs, "priority": dice.randint(-2, 2), **job.entry}
+        jobs[job.id] = Job(entry, job.lines, must_land)
+    settings = {
+        "capacity": dice.randint(1, 5),
+        "sandbox": dice.choice(["auto", "auto", "landlock", "off"]),
+        "workflows": WORKFLOWS,
+        "coordination": {
+            "heartbeat": "300ms",
+            "stale": "2s",
+            "owner_stale": "4s",
+            "sweep": "400ms",
+            "max_retries": 99,
+        },
+    }
+    return Workload(jobs, settings)
+
+
+def _steps(dice: random.Random, *steps: str) -> str:
+    return "\n".join((*([f"tick {dice.randint(1, 4)} 0.1"] * dice.randint(0, 1)), *steps))
+
+
+def _adding(lines: Mapping[str, str]) -> list[str]:
+    # Only its own files are replaced, so that a conversation that continues adds nothing twice.
+    return [f"{'write' if path.startswith(_OWN) else 'append'} {path} {line}" for path, line in lines.items()]
+
+
+def _plain(task: str, dice: random.Random, _holds: str) -> Job:
+    lines = {f"tasks/{task}.txt": f"{task} works"}
+    return Job({"id": task, "prompt": _steps(dice, *_adding(lines))}, lines)
+
+
+def _owner(task: str, dice: random.Random, holds: str) -> Job:
+    owned = f"owned/{dice.randrange(3)}.txt"
+    lines = {f"tasks/{task}.txt": f"{task} works", owned: f"{task} owns"}
+    prompt = f"hold {holds}/{owned.replace('/', '-')}\n{_steps(dice, *_adding(lines))}"
+    return Job({"id": task, "prompt": prompt, "owns": [f"tasks/{task}.txt", owned]}, lines)
+
+
+def _rival(task: str, dice: random.Random, _holds: str) -> Job:
+    """May conflict with others, and with the user."""
+    lines = {f"tasks/{task}.txt": f"{task} works", f"shared/{dice.randrange(3)}.txt": f"{task} shares"}
+    entry = {"id": task, "prompt": _steps(dice, *_adding(lines)), "attempts": 3, "retry_on": ["conflict", "crashed"]}
+    return Job(entry, lines, must_land=False)
+
+
+def _crashing_once(task: str, dice: random.Random, holds: str) -> Job:
+    job = _plain(task, dice, holds)
+    return Job({**job.entry, "prompt": f"once exit 3\n{job.entry['prompt']}"}, job.lines)
+
+
+def _failing(task: str, dice: random.Random, holds: str) -> Job:
+    prompt = f"{_plain(task, dice, holds).entry['prompt']}\nexit 3"
+    return Job({"id": task, "prompt": prompt, "attempts": dice.randint(1, 2)}, must_land=False)
+
+
+def _fixing_its_checks(task: str, dice: random.Random, holds: str) -> Job:
+    job, bad = _plain(task, dice, holds), f"bad/{task}.txt"
+    steps = [f"discard {bad}", f"once write {bad} x", job.entry["prompt"]]
+    return Job({"id": task, "prompt": "\n".join(steps), "checks": ["sleep 0.1", f"test ! -e {bad}"]}, job.lines)
+
+
+def _failing_its_checks(task: str, dice: random.Random, holds: str) -> Job:
+    entry = _plain(task, dice, holds).entry
+    return Job({**entry, "checks": ["false"], "attempts": dice.randint(1, 2)}, must_land=False)
+
+
+def _idle(task: str, dice: random.Random, _holds: str) -> Job:
+    return Job({"id": task, "prompt": _steps(dice, "print nothing to do"), "attempts": 2}, must_land=False)
+
+
+def _planner(task: str, dice: random.Random, _holds: str) -> Job:
+    """Makes another plan in each attempt, of parts that have the same names."""
+    count = dice.randint(1, 3)
+    plans = [f"attempt {number} hand-over {_plan(task, number, count)}" for number in range(1, PLANS + 1)]
+    return Job({"id": task, "prompt": _steps(dice, *plans), "workflow": "split"})
+
+
+def _plan(task: str, number: int, count: int) -> str:
+    parts = [
+        {
+            "id": str(one),
+            "prompt": "\n".join(_adding(part_lines(task, number, str(one)))),
+            "dependencies": [str(one - 1)] if one % 2 else [],
+        }
+        for one in range(count)
+    ]
+    return json.dumps({"tasks": parts, "dependencies": [], "timeline": [], "resources": []})
+
+
+def _reviewed(task: str, dice: random.Random, _holds: str) -> Job:
+    lines = {f"tasks/{task}.txt": f"{task} works"}
+    steps = [f"in build {one}" for one in _adding(lines)] + [f"in review hand-over {APPROVE}"]
+    return Job({"id": task, "prompt": _steps(dice, *steps), "workflow": "reviewed"}, lines)
+
+
+_KINDS = (
+    *([_plain, _owner, _owner, _rival, _planner] * 2),
+    _crashing_once,
+    _failing,
+    _fixing_its_checks,
+    _failing_its_checks,
+    _idle,
+    _reviewed,
+)
