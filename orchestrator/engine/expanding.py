@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from orchestrator.config.model import TaskSpec
-from orchestrator.domain.expansion import parts_of
+from orchestrator.domain.expansion import Part, parts_of
 from orchestrator.domain.handoffs import handoff_id
 from orchestrator.domain.model import SUCCESSFUL, TaskDocument
 from orchestrator.domain.violations import Violation
@@ -21,14 +22,17 @@ async def expanded(
     """Return the tasks that a plan becomes which an attempt handed over, by their names; or what keeps it from that.
 
     All that the plan does not say is as its task has it: who works on them, for how long, with what and under which
-    checks. What an earlier plan of the task became keeps its names.
+    checks. What an earlier plan of the task became keeps its names, also where a restore has deleted it: a checkpoint
+    may bring it back.
     """
     expansion = phase.expand or Expansion()
     known = await ledger.parts_before(task)
     own = f"{ledger.run.id}/{task}/"
+    named = partial(parts_of, plan, most=expansion.most, owns=spec.owns, taken={*ledger.run.tasks, *known})
     has_earlier = any(str(value.get("plan") or "").startswith(own) for value in known.values())
-    prefix = f"{task}.{attempt}-" if has_earlier else f"{task}-"
-    found = parts_of(plan, prefix, most=expansion.most, owns=spec.owns, taken={*ledger.run.tasks, *known})
+    found = () if has_earlier else named(f"{task}-")
+    if has_earlier or await ledger.were_tasks([one.id for one in found if isinstance(one, Part)]):
+        found = named(f"{task}.{attempt}-")
     specs = {}
     for one in found:
         if isinstance(one, Violation):

@@ -645,6 +645,13 @@ class Ledger:
         found = await self._store.list("spec", f"{self.run.id}/{task}")
         return {one.key.id.partition("/")[2]: one.value for one in found if not one.damaged}
 
+    async def were_tasks(self, names: Iterable[str]) -> bool:
+        """Return whether any of these was ever the name of a task, of one that was deleted since, too."""
+        for name in names:
+            if await self._store.history(Key("spec", f"{self.run.id}/{name}"), 1):
+                return True
+        return False
+
     async def answer(self, request: Request) -> None:
         """Record that a request was dealt with."""
         key = request_key(self.run.id, request.id)
