@@ -1,8 +1,8 @@
-"""The user's own checkouts: where a branch is checked out, whether it is clean, and mending a cut-off update.
+"""The user's own checkouts: where a branch is checked out, whether it is clean, and repairing an interrupted update.
 
 A push into a checked-out branch writes files, then the index, then the ref. A kill in between leaves the
-earlier ones ahead of the later ones; `settle` brings all three back to one commit, and never touches a file
-whose content is neither the old nor the new one.
+earlier ones ahead of the later ones, and the user may commit at any of these points; `settle` brings all three back
+to one commit, and touches nothing of the user's: no path that the push does not change, no content but its own.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import anyio.to_thread
 
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.project import Project
-from orchestrator.repo.git import Git, is_object_id, shown, split_nul
+from orchestrator.repo.git import Change, Git, is_object_id, join_nul, parse_raw, shown, split_nul
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,59 +148,120 @@ async def settle(
     checkout: Path | None,
     branch: str,
     move: tuple[str | None, str],
-    since: float | None,
+    since: float,
     git: Git,
+    *,
+    may_finish: bool,
 ) -> list[str]:
-    """Bring ref, index and files to one commit after a push that `move`s the branch (old, new) was cut off.
+    """Bring ref, index and files to one commit after a push that was to `move` the branch (old, new) ended early.
 
-    Finishes the move with a compare-and-swap if files and index were ready. Else puts the files back, as far as it
-    is proven that the push wrote them: they hold what it brings, wholly, or one of them a part of it while the
-    push's lock on the index or a wholly new file shows that it was at work. The caller knows that the checkout
-    was clean right before the push, and holds proof that no process of it lives; `since` (wall-clock seconds)
-    is when it began. None means that it has ended just now and did not move the branch, so that its locks went with
-    it: as it may have been refused it is never finished. Returns the paths that neither commit explains: they are
-    left as they are.
+    The caller knows that the checkout was clean right before the push, and holds proof that no process of it lives;
+    `since` (wall-clock seconds) is when it began. With `may_finish` the move is finished by a compare-and-swap if
+    only the ref was missing; a push that may have been refused is undone instead. So is one where the user has
+    committed meanwhile. Only paths that the move changes are touched, and of those only the index entries and files
+    that hold what it brings, wholly, or one file a part of it while a lock on the index or other such files show that
+    the push was writing. Returns the paths that neither commit explains: they are left as they are.
     """
-    stale = [] if since is None else await _stale_locks(repository, checkout, branch, since, git)
+    stale = await _stale_locks(repository, checkout, branch, since, git)
     old, new = move
     foreign: list[str] = []
-    if checkout is not None and old is not None and await _is_between(checkout, branch, old, new, git):
-        is_ready = not (await git("diff-index", "--cached", "--quiet", new, cwd=checkout, ok=(0, 1))).returncode
-        if is_ready and since is None:
-            await git("read-tree", "-m", "-u", new, old, cwd=checkout)
-        elif is_ready:
-            await anyio.to_thread.run_sync(_unlink, stale)
-            ref = f"refs/heads/{branch}"
-            await git("update-ref", "-m", "council: finish an interrupted landing", ref, new, old, cwd=checkout)
-        else:
-            was_at_work = any(lock.name == "index.lock" for lock in stale)
-            foreign = await _put_back(checkout, old, new, git, was_at_work=was_at_work)
-    # Last: as long as the index is locked, a recovery that is cut off can be told from one that is done.
+    if checkout is not None and await _is_known(checkout, new, git):
+        tip = await _tip(checkout, branch, git)
+        if tip is None or not await _is_part(checkout, new, tip, git):
+            empty = await _empty_tree(checkout, git) if old is None or tip is None else ""
+            update = _Update(checkout, git, old or empty, tip or empty, new)
+            is_staged = await update.is_staged() if may_finish and tip == old else False
+            if is_staged:
+                await anyio.to_thread.run_sync(_unlink, stale)
+                reflog = "council: finish an interrupted landing"
+                await git("update-ref", "-m", reflog, f"refs/heads/{branch}", new, old or "0" * len(new), cwd=checkout)
+            else:
+                foreign = await update.undo(stale)
+    # Last: as long as the index is locked, an interrupted recovery can be distinguished from one that is done.
     await anyio.to_thread.run_sync(_unlink, stale)
     return foreign
 
 
-async def _is_between(checkout: Path, branch: str, old: str, new: str, git: Git) -> bool:
+async def _is_known(checkout: Path, commit: str, git: Git) -> bool:
+    found = await git("cat-file", "-e", f"{commit}^{{commit}}", cwd=checkout, ok=(0, 1, 128))
+    return not found.returncode
+
+
+async def _tip(checkout: Path, branch: str, git: Git) -> str | None:
     ref = await git("rev-parse", "--verify", "--quiet", f"refs/heads/{branch}", cwd=checkout, ok=(0, 1))
-    has_new = await git("cat-file", "-e", f"{new}^{{commit}}", cwd=checkout, ok=(0, 1, 128))
-    return ref.stdout.decode().strip() == old and not has_new.returncode
+    return ref.stdout.decode().strip() or None
 
 
-async def _put_back(checkout: Path, old: str, new: str, git: Git, *, was_at_work: bool) -> list[str]:
-    before, after = await _blobs(git, checkout, old, new)
-    found: dict[str, list[str]] = {"old": [], "new": [], "partial": [], "foreign": []}
-    for path in sorted(before.keys() | after.keys()):
-        found[await _whose(git, checkout, path, before.get(path), after.get(path))].append(path)
-    # Git writes one file after the other: one kill leaves one file in pieces.
-    is_piece = len(found["partial"]) == 1 and bool(was_at_work or found["new"])
-    ours = found["new"] + (found["partial"] if is_piece else [])
-    foreign = found["foreign"] + ([] if is_piece else found["partial"])
-    restored = [path for path in ours if path in before]
-    if restored:
-        listed = "\0".join(restored).encode(errors="surrogateescape") + b"\0"
-        await git("checkout-index", "--force", "-z", "--stdin", cwd=checkout, input_=listed)
-    await anyio.to_thread.run_sync(_delete_added, checkout, [path for path in ours if path not in before])
-    return [shown(path) for path in sorted(foreign)]
+async def _is_part(checkout: Path, commit: str, tip: str, git: Git) -> bool:
+    return not (await git("merge-base", "--is-ancestor", commit, tip, cwd=checkout, ok=(0, 1))).returncode
+
+
+async def _empty_tree(checkout: Path, git: Git) -> str:
+    return (await git("hash-object", "-t", "tree", "--stdin", cwd=checkout, input_=b"")).stdout.decode().strip()
+
+
+@dataclass(frozen=True, slots=True)
+class _Update:
+    """An update of a checkout from `old` to `new` that ended early, where the branch is at `tip`."""
+
+    checkout: Path
+    git: Git
+    old: str
+    tip: str
+    new: str
+
+    async def is_staged(self) -> bool:
+        """Whether the index has all that the update brings."""
+        unlike_new = await self._staged_unlike(self.new)
+        return not any(change.path in unlike_new for change in await self._changes(self.old))
+
+    async def undo(self, stale: Sequence[Path]) -> list[str]:
+        """Return index entries and files of the update to `tip`; return the paths that were changed since.
+
+        `stale` are the locks that the update left. The files come first: until the index is written an interrupted
+        recovery finds what to do.
+        """
+        ours = {change.path for change in await self._changes(self.old)}
+        changes = {change.path: change for change in await self._changes(self.tip) if change.path in ours}
+        unlike_new, unlike_tip = await self._staged_unlike(self.new), await self._staged_unlike(self.tip)
+        staged = [path for path in changes if path not in unlike_new]
+        before = {path: change.old_id for path, change in changes.items() if int(change.old_mode, 8)}
+        after = {path: change.new_id for path, change in changes.items() if int(change.new_mode, 8)}
+        found: dict[str, list[str]] = {"old": [], "new": [], "partial": [], "foreign": []}
+        for path in sorted(changes):
+            is_theirs = path in unlike_new and path in unlike_tip
+            whose = await _whose(self.git, self.checkout, path, before.get(path), after.get(path))
+            found["foreign" if is_theirs else whose].append(path)
+        # Git writes one file after the other: one kill leaves one file in pieces.
+        was_writing = bool(staged or found["new"]) or any(lock.name == "index.lock" for lock in stale)
+        is_piece = len(found["partial"]) == 1 and was_writing
+        written = found["new"] + (found["partial"] if is_piece else [])
+        foreign = found["foreign"] + ([] if is_piece else found["partial"])
+        await self._restore([path for path in written if path in before])
+        await anyio.to_thread.run_sync(_delete_added, self.checkout, [path for path in written if path not in before])
+        if staged:
+            await anyio.to_thread.run_sync(_unlink, stale)
+            entries = (f"{changes[path].old_mode} {changes[path].old_id}\t{path}" for path in staged)
+            await self.git("update-index", "-z", "--index-info", cwd=self.checkout, input_=join_nul(entries))
+        if written or staged:
+            await self.git("update-index", "-q", "--refresh", "--ignore-submodules", cwd=self.checkout, ok=range(256))
+        return [shown(path) for path in sorted(foreign)]
+
+    async def _restore(self, paths: Sequence[str]) -> None:
+        if not paths:
+            return
+        with TemporaryDirectory(prefix="council-") as folder:
+            env = {"GIT_INDEX_FILE": str(Path(folder, "index"))}
+            await self.git("read-tree", self.tip, cwd=self.checkout, env=env)
+            arguments = ("checkout-index", "--force", "-z", "--stdin")
+            await self.git(*arguments, cwd=self.checkout, env=env, input_=join_nul(paths))
+
+    async def _changes(self, since: str) -> list[Change]:
+        return await self.git.changes(since, self.new, cwd=self.checkout)
+
+    async def _staged_unlike(self, commit: str) -> set[str]:
+        arguments = ("diff-index", "--cached", "--raw", "-z", "--no-renames", "--ignore-submodules=none", commit)
+        return {change.path for change in parse_raw((await self.git(*arguments, cwd=self.checkout)).stdout)}
 
 
 def _delete_added(checkout: Path, paths: Sequence[str]) -> None:
@@ -208,13 +270,6 @@ def _delete_added(checkout: Path, paths: Sequence[str]) -> None:
         for folder in Path(path).parents:
             if folder != Path() and not any((checkout / folder).iterdir()):
                 (checkout / folder).rmdir()
-
-
-async def _blobs(git: Git, checkout: Path, old: str, new: str) -> tuple[dict[str, str], dict[str, str]]:
-    changes = await git.changes(old, new, cwd=checkout)
-    before = {change.path: change.old_id for change in changes if int(change.old_mode, 8)}
-    after = {change.path: change.new_id for change in changes if int(change.new_mode, 8)}
-    return before, after
 
 
 async def _whose(git: Git, checkout: Path, path: str, before: str | None, after: str | None) -> str:

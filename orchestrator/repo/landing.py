@@ -8,6 +8,7 @@ several that follow each other. What was cut off in between is finished or undon
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -259,13 +260,13 @@ class Target:
 
     async def _move(self, merges: Sequence[Merge], fd: int) -> Landed | Stale | Deferred:
         whole = joined(merges)
+        began = time.time()
         pushed = await self._source.push(whole.new, self.branch, whole.old, (fd,))
         failpoint("landing.pushed")
         tip = whole.new if pushed.moved and self._repository is None else await self._source.tip(self.branch)
-        if tip == whole.old and whole.old is not None and self._repository is not None:
-            # The checkout was clean a moment ago: what a push that was ended from outside wrote can be told.
-            checkout, git = await self._checkout(), self._users_git()
-            await settle(self._repository, checkout, self.branch, (whole.old, whole.new), None, git)
+        if tip != whole.new and self._repository is not None:
+            # The checkout was clean a moment ago: the leftovers of a push that was refused or killed are known by that.
+            await self._settle_checkout(self._repository, whole, began, may_finish=False)
             tip = await self._source.tip(self.branch)
         if tip == whole.old:
             return Deferred(await self.obstacle(whole) or f"the target could not be moved: {pushed.reason}")
@@ -336,8 +337,7 @@ class Target:
     async def _settle(self, merge: Merge, intended: Sequence[str], since: float) -> Landed | Deferred | Stale:
         foreign: list[str] = []
         if self._repository is not None:
-            checkout, git = await self._checkout(), self._users_git()
-            foreign = await settle(self._repository, checkout, self.branch, (merge.old, merge.new), since, git)
+            foreign = await self._settle_checkout(self._repository, merge, since, may_finish=True)
         self.known = None
         await self.refresh()
         if (landed := self.landing_of(intended)) is not None:
@@ -345,6 +345,12 @@ class Target:
         if foreign:
             return Deferred(f"an interrupted landing left files that were changed since: {', '.join(foreign[:3])}")
         return Stale()
+
+    async def _settle_checkout(
+        self, repository: LocalRepository, merge: Merge, since: float, *, may_finish: bool
+    ) -> list[str]:
+        checkout, move = await self._checkout(), (merge.old, merge.new)
+        return await settle(repository, checkout, self.branch, move, since, self._users_git(), may_finish=may_finish)
 
     async def _checkout(self) -> Path | None:
         if self._repository is None:

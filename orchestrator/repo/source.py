@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,13 +10,13 @@ from pathlib import Path
 
 from orchestrator.repo.checkout import LocalRepository, checkout_of, inspect
 from orchestrator.repo.git import Git, read_ref
-from orchestrator.repo.users_programs import hooks_for_landing
+from orchestrator.repo.users_programs import OLD_COMMIT, hooks_for_landing
 
 # Applied at the user's side of a push to a path: a branch that is checked out moves together with its files if
 # they are clean, and no housekeeping starts in their repository on our account.
 _RECEIVE = (
-    "git -c receive.denyCurrentBranch=updateInstead -c receive.autogc=false -c gc.auto=0 -c core.fsmonitor=false"
-    "{hooks} receive-pack"
+    "{old_commit}={old} git -c receive.denyCurrentBranch=updateInstead -c receive.autogc=false -c gc.auto=0"
+    " -c core.fsmonitor=false{hooks} receive-pack"
 )
 # On one machine there is no line to spare the bytes for: what is not a delta in their packs stays none.
 _UPLOAD = "git -c pack.window=0 upload-pack"
@@ -72,7 +73,7 @@ class Source:
         and all that it starts at the other side of a path, holds `keep_fds` until it has ended.
         """
         ref = f"refs/heads/{branch}"
-        receive = [f"--receive-pack={await self._receive(branch)}"] if self.is_local else []
+        receive = [f"--receive-pack={await self._receive(branch, old)}"] if self.is_local else []
         done = await self.git(
             "-c", "push.pushOption=", "push", "--porcelain", "--no-verify", "--no-signed", "--recurse-submodules=no",
             f"--force-with-lease={ref}:{old or ''}", *receive,
@@ -85,10 +86,13 @@ class Source:
         said = lines[0].split("\t")[-1] if lines else " ".join(done.stderr.decode(errors="replace").split())
         return Pushed(moved=False, reason=said)
 
-    async def _receive(self, branch: str) -> str:
+    async def _receive(self, branch: str, old: str | None) -> str:
         assert self.git.git_dir is not None, "it runs in the trusted repository"  # noqa: S101
         users = replace(self.git, git_dir=None)
         repository = self.repository or await inspect(Path(self.location), users)
         checkout = await checkout_of(repository, branch, users)
-        hooks = await hooks_for_landing(repository, users, self.git.git_dir / "hooks", checkout)
-        return _RECEIVE.format(hooks="" if hooks is None else f" -c {shlex.quote(f'core.hooksPath={hooks}')}")
+        # Nothing but the landing of this branch, which is one at a time, uses this folder.
+        folder = self.git.git_dir / "hooks" / hashlib.sha256(branch.encode()).hexdigest()[:16]
+        hooks = await hooks_for_landing(repository, users, folder, checkout)
+        option = "" if hooks is None else f" -c {shlex.quote(f'core.hooksPath={hooks}')}"
+        return _RECEIVE.format(old_commit=OLD_COMMIT, old=old or "", hooks=option)

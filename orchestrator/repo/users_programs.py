@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,25 @@ import anyio.to_thread
 from orchestrator.repo.checkout import LocalRepository, tops_of
 from orchestrator.repo.git import Git, shown, split_nul
 
+#: The hook that updates a checkout for a push (githooks(5)).
+UPDATE_HOOK: Final = "push-to-checkout"
+#: The variable by which a landing hands it the commit that the target was at; empty where it did not exist.
+OLD_COMMIT: Final = "COUNCIL_OLD_COMMIT"
+# As git does it without a hook, but for one thing: `read-tree` gets both commits, and so leaves alone in index and
+# files what they have in common. Git's own makes all like the new commit, which takes out what the user has committed
+# since the push began.
+_UPDATE: Final = f"""#!/bin/sh
+old=${{{OLD_COMMIT}:-$(git hash-object -t tree --stdin </dev/null)}}
+git update-index -q --ignore-submodules --refresh
+git diff-files --quiet --ignore-submodules -- && git diff-index --quiet --cached --ignore-submodules "$old" -- || {{
+    echo "the checkout has changes" >&2
+    exit 1
+}}
+exec git read-tree -u -m "$old" "$1"
+"""
 #: The hooks that a push into a repository can run there (githooks(5)).
 _RUN_BY_PUSH: Final = (
-    "pre-receive", "update", "post-receive", "post-update", "reference-transaction", "push-to-checkout",
+    "pre-receive", "update", "post-receive", "post-update", "reference-transaction", UPDATE_HOOK,
     "proc-receive", "post-index-change",
 )  # fmt: skip
 #: What stands in a shell command for the top of the checkout.
@@ -52,14 +68,18 @@ async def hooks_in_checkouts(repository: LocalRepository, git: Git, checkout: Pa
 
 
 async def hooks_for_landing(repository: LocalRepository, git: Git, folder: Path, checkout: Path | None) -> Path | None:
-    """Return the folder of hooks that a push is to use; None for the user's own, where none is inside a checkout.
+    """Return the folder of hooks that a push is to use; None for the user's own.
 
-    Else `folder` is filled with calls of those hooks that are outside.
+    It is `folder`, filled with calls of those hooks that are outside of the checkouts, where others are inside, or
+    where a checkout is to be updated and the user has no hook that does it.
     """
     inside, outside = await _judge_hooks(repository, git, checkout)
-    if not inside:
+    calls = {hook.name: f'#!/bin/sh\nexec {shlex.quote(str(hook))} "$@"\n' for hook in outside}
+    if not inside and (checkout is None or UPDATE_HOOK in calls):
         return None
-    await anyio.to_thread.run_sync(_write_calls, folder, outside)
+    if checkout is not None:
+        calls.setdefault(UPDATE_HOOK, _UPDATE)
+    await anyio.to_thread.run_sync(_write_hooks, folder, calls)
     return folder
 
 
@@ -130,16 +150,16 @@ def _way(path: Path) -> Iterator[Path]:
             ahead += reversed([one for one in target.parts if one != "/"])
 
 
-def _write_calls(folder: Path, hooks: Sequence[Path]) -> None:
-    folder.mkdir(mode=0o700, exist_ok=True)
+def _write_hooks(folder: Path, scripts: Mapping[str, str]) -> None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for path in folder.iterdir():
-        if path.name not in {hook.name for hook in hooks}:
+        if path.name not in scripts:
             path.unlink()
-    for hook in hooks:
-        staged = folder / f"{hook.name}.new"
-        staged.write_text(f'#!/bin/sh\nexec {shlex.quote(str(hook))} "$@"\n')
+    for name, script in scripts.items():
+        staged = folder / f"{name}.new"
+        staged.write_text(script)
         staged.chmod(0o700)
-        staged.replace(folder / hook.name)
+        staged.replace(folder / name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,373 @@
+"""Pushes into a checkout that end at each of their steps, and what the user does before and after."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import GitError
+from orchestrator.process import kill_marked
+from orchestrator.repo.git import Git
+from orchestrator.repo.hub import create_hub, hub_of
+from orchestrator.repo.landing import AlreadyThere, Deferred, Landed, Merge, Target
+from orchestrator.repo.site import find_site
+from orchestrator.repo.source import Source
+from tests.conftest import Repository
+from tests.permits import permit_for
+
+#: What the landing brings; None deletes.
+OURS: Mapping[str, str | None] = {
+    "README.md": "# Project\nlanded\n",
+    "a/b/new.txt": "new\n" * 2000,
+    "gone.txt": None,
+    "new.txt": "landed\n",
+    "src/app.py": "def main():\n    return 1\n",
+}
+
+
+@dataclass(frozen=True)
+class Landing:
+    """A merge that waits to be landed on the checked-out `main` of a repository."""
+
+    repository: Repository
+    target: Target
+    source: Source
+    git: Git
+    merge: Merge
+
+    @property
+    def old(self) -> str:
+        """The commit that the target is to be moved from."""
+        assert self.merge.old is not None
+        return self.merge.old
+
+    @property
+    def lock(self) -> Path:
+        """The lock of the checkout's index."""
+        return self.repository.top / ".git/index.lock"
+
+    @classmethod
+    async def prepare(cls, repository: Repository, tmp_path: Path) -> Landing:
+        """Have the merge made as a run would, of work that was built on what `main` is at."""
+        start = repository.commit({"gone.txt": "gone\n", "kept.txt": "kept\n"}, "start")
+        site = await find_site(str(repository.top), is_url=False, environ=repository.environ)
+        hub = hub_of(site.location, tmp_path / "hubs")
+        await create_hub(hub, site.object_format, repository.environ)
+        git = Git(hub.trusted, environ=repository.environ)
+        source = site.source(git)
+        await source.fetch("main", "refs/council/base")
+        env = {"GIT_INDEX_FILE": str(hub.indexes / "test")}
+        await git("read-tree", start, env=env)
+        for name, content in OURS.items():
+            if content is None:
+                gone = f"0 {'0' * len(start)}\t{name}\n".encode()
+                await git("update-index", "--index-info", env=env, input_=gone)
+                continue
+            blob = await git.line("hash-object", "-w", "--stdin", input_=content.encode())
+            await git("update-index", "--add", "--cacheinfo", f"100644,{blob},{name}", env=env)
+        tree = await git.line("write-tree", env=env)
+        work = await git.line("commit-tree", tree, "-p", start, input_=b"work\n")
+        target = Target(hub, git, source, site.repository, branch="main", start=start, ref="refs/council/target")
+        async with permit_for(source, "main") as permit:
+            merge = await target.prepare(permit, "run/one", work, start)
+        assert isinstance(merge, Merge), merge
+        return cls(repository, target, source, git, merge)
+
+    async def bring_objects(self) -> None:
+        """Have the repository know the merge's objects, as a push does before all else."""
+        await self.git("update-ref", "refs/council/merge", self.merge.new)
+        self.repository.git("fetch", "--quiet", "--no-write-fetch-head", str(self.git.git_dir), "refs/council/merge")
+
+    def write(self, names: tuple[str, ...]) -> None:
+        """Write files as the update of the checkout does."""
+        for name in names:
+            content, path = OURS[name], self.repository.top / name
+            path.unlink(missing_ok=True)
+            if content is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(content)
+
+    async def finish(self) -> None:
+        """Settle as the next process does, and land what has not: `prepare` and `move`, as often as it takes."""
+        async with permit_for(self.source, "main") as permit:
+            settled: object = await self.target.settle(permit, self.merge, [self.merge.new], time.time() - 60)
+            intended = [self.merge.new]
+            for _ in range(5):
+                if isinstance(settled, Landed | AlreadyThere | Deferred):
+                    break
+                work = await self.git.line("rev-parse", f"{self.merge.new}^2")
+                settled = await self.target.prepare(permit, "run/one", work, self.old, None, intended)
+                if isinstance(settled, Merge):
+                    intended.append(settled.new)
+                    settled = await self.target.move(permit, [settled])
+        assert isinstance(settled, Landed | AlreadyThere), settled
+
+    def judge(self, theirs: Mapping[str, str | None], uncommitted: Mapping[str, str]) -> None:
+        """Check that all landed, that what the user did is as they did it, and that nothing is left over.
+
+        `uncommitted` are the lines of `git status` that are the user's, by path.
+        """
+        repository = self.repository
+        status = repository.git("status", "--porcelain", "--untracked-files=all").splitlines()
+        assert {line[3:]: line[:2] for line in status} == dict(uncommitted)
+        for name, content in {**OURS, **theirs}.items():
+            path = repository.top / name
+            assert (path.read_text() if path.exists() else None) == content, name
+        for name, content in OURS.items():
+            if name not in theirs:
+                is_tracked = repository.git("ls-tree", "--name-only", "HEAD", "--", name) == name
+                assert (f"{repository.git('show', f'HEAD:{name}')}\n" if is_tracked else None) == content, name
+        assert not list((repository.top / ".git").rglob("*.lock"))
+        repository.git("fsck", "--strict")
+
+
+def nothing(_: Landing) -> None:
+    """The push had not begun to write."""
+
+
+def writing(count: int, partial: str | None = None) -> Callable[[Landing], None]:
+    """It was writing files: so many were done, and one was perhaps in pieces."""
+
+    def write(landing: Landing) -> None:
+        landing.lock.touch()
+        landing.write(tuple(OURS)[:count])
+        if partial is not None:
+            content, path = OURS[partial] or "", landing.repository.top / partial
+            path.parent.mkdir(parents=True)
+            path.write_text(content[: len(content) // 2])
+
+    return write
+
+
+def staged(landing: Landing) -> None:
+    """Files and index were written, the ref was not."""
+    landing.repository.git("read-tree", "-u", "-m", landing.old, landing.merge.new)
+
+
+def moved(landing: Landing) -> None:
+    """All was done, and nobody has seen it. Moves nothing if the user was first, as a push."""
+    staged(landing)
+    with suppress(subprocess.CalledProcessError):
+        landing.repository.git("update-ref", "refs/heads/main", landing.merge.new, landing.old)
+
+
+STAGES = {
+    "nothing": nothing,
+    "first file": writing(1),
+    "piece": writing(1, "a/b/new.txt"),
+    "all files": writing(5),
+    "index": staged,
+    "ref": moved,
+}
+
+
+#: The files that the user has now, and the lines of `git status` that are theirs, by path.
+Done = tuple[dict[str, str | None], dict[str, str]]
+Action = Callable[["Landing"], Done]
+
+
+def unlocked(landing: Landing) -> None:
+    """As git says, they remove the lock that is in the way."""
+    landing.lock.unlink(missing_ok=True)
+
+
+def commit_new(landing: Landing) -> Done:
+    """Commit a new file."""
+    unlocked(landing)
+    (landing.repository.top / "user.txt").write_text("user\n")
+    landing.repository.git("add", "user.txt")
+    landing.repository.git("commit", "--quiet", "--message", "user")
+    return {"user.txt": "user\n"}, {}
+
+
+def commit_only(landing: Landing) -> Done:
+    """Commit a new file and a changed one, whatever is staged besides."""
+    unlocked(landing)
+    (landing.repository.top / "user.txt").write_text("user\n")
+    (landing.repository.top / "kept.txt").write_text("changed\n")
+    landing.repository.git("add", "user.txt")
+    landing.repository.git("commit", "--quiet", "--message", "user", "--", "user.txt", "kept.txt")
+    return {"user.txt": "user\n", "kept.txt": "changed\n"}, {}
+
+
+def commit_deletion(landing: Landing) -> Done:
+    """Delete a file, and commit that."""
+    unlocked(landing)
+    landing.repository.git("rm", "--quiet", "kept.txt")
+    landing.repository.git("commit", "--quiet", "--message", "user")
+    return {"kept.txt": None}, {}
+
+
+def commit_all(landing: Landing) -> Done:
+    """Commit all that is there, with what the landing has written."""
+    unlocked(landing)
+    (landing.repository.top / "user.txt").write_text("user\n")
+    landing.repository.git("add", "--all")
+    landing.repository.git("commit", "--quiet", "--message", "user")
+    return {"user.txt": "user\n"}, {}
+
+
+def commit_twice(landing: Landing) -> Done:
+    """Commit a new file, then what else there is."""
+    commit_only(landing)
+    (landing.repository.top / "more.txt").write_text("more\n")
+    landing.repository.git("add", "more.txt")
+    landing.repository.git("commit", "--quiet", "--message", "more")
+    return {"user.txt": "user\n", "kept.txt": "changed\n", "more.txt": "more\n"}, {}
+
+
+def leave_untracked(landing: Landing) -> Done:
+    """Make a file."""
+    (landing.repository.top / "user.txt").write_text("user\n")
+    return {"user.txt": "user\n"}, {"user.txt": "??"}
+
+
+def idle(_: Landing) -> Done:
+    """Do nothing."""
+    return {}, {}
+
+
+ACTIONS = (idle, commit_new, commit_only, commit_deletion, commit_all, commit_twice, leave_untracked)
+
+
+def cases(stages: set[str], actions: set[Action]) -> list[object]:
+    """Return all pairs of a stage and an action; those that are not named are for the slow suite."""
+    return [
+        pytest.param(
+            stage,
+            act,
+            id=f"{stage}-{act.__name__}",
+            marks=() if stage in stages and act in actions else pytest.mark.slow,
+        )
+        for stage in STAGES
+        for act in ACTIONS
+    ]
+
+
+@pytest.mark.parametrize(("stage", "act"), cases({"piece", "index"}, {idle, commit_new, commit_only}))
+async def test_what_the_user_does_after_a_push_was_killed_is_kept(
+    repository: Repository, tmp_path: Path, stage: str, act: Action
+) -> None:
+    """At each step of it: the work lands, their commits and files stay, and nothing stays staged or locked."""
+    if stage == "piece" and act is commit_all:
+        pytest.skip("who commits a piece of a file has changed it: that is a conflict")
+    landing = await Landing.prepare(repository, tmp_path)
+    await landing.bring_objects()
+    STAGES[stage](landing)
+    theirs, uncommitted = act(landing)
+    await landing.finish()
+    landing.judge(theirs, uncommitted)
+
+
+@pytest.mark.parametrize(("stage", "act"), cases({"all files", "index"}, {commit_new, commit_only}))
+async def test_what_the_user_commits_before_a_push_writes_is_kept(
+    repository: Repository, tmp_path: Path, stage: str, act: Action
+) -> None:
+    """The push has looked at the checkout already when they commit, and is killed at each step."""
+    landing = await Landing.prepare(repository, tmp_path)
+    await landing.bring_objects()
+    theirs, uncommitted = act(landing)
+    STAGES[stage](landing)
+    await landing.finish()
+    landing.judge(theirs, uncommitted)
+
+
+#: A git that has something happen before or after one of the commands by which a push updates a checkout.
+GIT = """#!/bin/sh
+if [ "$1" != "{command}" ] || [ -e "{folder}/done" ]; then exec {git} "$@"; fi
+: > "{folder}/done"
+user() {{
+    cd "{top}"
+    echo user > user.txt
+    for name in $({git} rev-parse --local-env-vars) GIT_QUARANTINE_PATH; do unset "$name"; done
+    {git} add user.txt && {git} commit --quiet --message user -- user.txt
+}}
+[ {when} = before ] && (user)
+[ {when} = before ] && {kill}
+{git} "$@"
+code=$?
+[ {when} = after ] && (user)
+[ {when} = after ] && {kill}
+exit $code
+"""
+
+
+@pytest.mark.parametrize("kill", ["false", "kill -KILL 0"], ids=["lives", "killed"])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("command", ["update-index", "diff-files", "diff-index", "read-tree"])
+async def test_a_commit_inside_a_push_is_kept(
+    repository: Repository, tmp_path: Path, command: str, when: str, kill: str
+) -> None:
+    """Between any two of its steps, whether it is killed there or goes on."""
+    environ = repository.environ
+    real, programs = shutil.which("git", path=environ["PATH"]), tmp_path / "programs"
+    programs.mkdir()
+    for program in Path(repository.git("--exec-path")).iterdir():
+        (programs / program.name).symlink_to(program)
+    (programs / "git").unlink(missing_ok=True)
+    identity = {f"GIT_{who}_{what}": "user" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    script = GIT.format(command=command, folder=tmp_path, git=real, top=repository.top, when=when, kill=kill)
+    (programs / "git").write_text(script)
+    (programs / "git").chmod(0o755)
+    landing = await Landing.prepare(repository, tmp_path)
+    environ |= {**identity, "GIT_EXEC_PATH": str(programs)}
+    async with permit_for(landing.source, "main") as permit:
+        await landing.target.move(permit, [landing.merge])
+    assert (tmp_path / "done").exists()
+    del environ["GIT_EXEC_PATH"]
+    assert "user.txt" not in repository.git("diff", "--cached", "--name-only", "--diff-filter=D")
+    await landing.finish()
+    landing.judge({"user.txt": "user\n"}, {})
+
+
+@pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 60))])
+async def test_pushes_killed_at_random_moments(repository: Repository, tmp_path: Path, seed: int) -> None:
+    """With commits of the user's at random moments: all of it is there in the end, and nothing is left."""
+    chance = random.Random(seed)
+    landing = await Landing.prepare(repository, tmp_path)
+    repository.environ["COUNCIL_TEST_MARK"] = mark = f"{tmp_path}/{seed}"
+    moments = chance.uniform(0, 0.12), chance.uniform(0, 0.12)
+    is_move = chance.random() < 0.5
+    are_done: list[bool] = []
+
+    def kill() -> None:
+        time.sleep(moments[0])
+        kill_marked(f"COUNCIL_TEST_MARK={mark}".encode())
+
+    def commit() -> None:
+        time.sleep(moments[1])
+        with suppress(subprocess.CalledProcessError):  # the push has the lock: they would try again
+            (repository.top / "user.txt").write_text("user\n")
+            users.git("add", "user.txt")
+            users.git("commit", "--quiet", "--message", "user", "--", "user.txt")
+            are_done.append(True)
+
+    users = replace(repository, environ={**repository.environ, "COUNCIL_TEST_MARK": ""})
+    threads = [threading.Thread(target=one) for one in (kill, commit)]
+    for thread in threads:
+        thread.start()
+    try:
+        with suppress(GitError):
+            if is_move:
+                async with permit_for(landing.source, "main") as permit:
+                    await landing.target.move(permit, [landing.merge])
+            else:
+                await landing.source.push(landing.merge.new, "main", landing.old, ())
+    finally:
+        for thread in threads:
+            thread.join()
+    if not are_done:
+        landing.lock.unlink(missing_ok=True)
+        commit_only(landing)
+    await landing.finish()
+    kept: dict[str, str | None] = {} if are_done else {"kept.txt": "changed\n"}
+    landing.judge({"user.txt": "user\n", **kept}, {})
