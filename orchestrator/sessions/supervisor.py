@@ -54,6 +54,7 @@ WRAPPER_COMPLAINT = 5  # where what starts the CLI in a wrapper reports why it c
 LOCK_PATIENCE = 2.0  # seconds; longer than anyone who only looks whether the lock is free keeps it
 LOOK_INSIDE = 0.05  # seconds; between looks into a wrapper, whether anybody lives there
 TIDYING = 0.5  # the share of the grace in which a CLI that was interrupted is left alone
+SIGNALED = 128  # plus a signal's number: a wrapper's exit code where the signal has ended what it started
 NOTHING: dict[str, object] = {
     "exit": None,
     "signal": None,
@@ -165,11 +166,16 @@ def spawn_error(complaint: bytes) -> SpawnError | None:
     return SpawnError(why, int(number)) if number else None
 
 
-def wrapper_error(stderr: str) -> SpawnError:
-    """Return what kept a wrapper from starting the CLI: the only thing that was said on its standard error."""
+def wrapper_error(stderr: str, code: int) -> SpawnError | None:
+    """Return what kept a wrapper from starting the CLI: the only thing that it wrote to its standard error.
+
+    None if a signal ended what the wrapper had started; its exit code says so.
+    """
     with open(stderr, "rb") as file:  # noqa: PTH123  (pathlib is a slow import)
         lines = file.read(CHUNK_BYTES).decode(errors="replace").splitlines()
     said = next((line for line in reversed(lines) if line.startswith("bwrap: ")), "it did not say why")
+    if not said.startswith("bwrap: ") and code > SIGNALED:
+        return None
     why = said.removeprefix("bwrap: ")
     number = next((number for number in EXHAUSTED if why.endswith(os.strerror(number))), None)
     program = why.removeprefix("execvp ")
@@ -394,11 +400,13 @@ def hold(spec: Spec, control: Control, wake: int) -> dict[str, object]:
         if (error := wrapper.complaint()) is not None:
             raise error
         if not wrapper.ran():
-            raise wrapper_error(spec.stderr)
+            if (error := wrapper_error(spec.stderr, code)) is not None:
+                raise error
+            code = SIGNALED - code
     # A wrapper's own exit code for what a signal has ended; of any other program's it could be its choice.
     sent = (signal.SIGINT, signal.SIGTERM) if spec.interrupt else (signal.SIGTERM,)
-    if wrapper is not None and ended_by != "exit" and code - 128 in sent:
-        code = 128 - code
+    if wrapper is not None and ended_by != "exit" and code - SIGNALED in sent:
+        code = SIGNALED - code
     return {
         "exit": code if code >= 0 else None,
         "signal": -code if code < 0 else None,

@@ -280,6 +280,7 @@ class Trial:
         self._resume(began)
         if again := self._given_up():
             self._wait(began, "retry", *again)
+            self._wait(began, "resume")
             self._resume(began)
         self.note("over")
         hanging = [one.name for one in self.commands if one.ended is None]

@@ -339,6 +339,14 @@ async def test_a_stop_during_the_start_takes_no_grace(house: House, interrupt: b
     assert time.monotonic() - began < 20
 
 
+async def test_a_sandbox_that_is_killed_during_its_start_is_no_error_of_the_machine(house: House) -> None:
+    """Its exit code says which signal it was: the session has crashed, and its task may be tried again."""
+    ended = await run_supervised(house.command(["sh", "-c", "sh -c 'kill -KILL $$'; exit $?"], wrapped=True))
+    assert (ended.spawn_error, ended.signal, ended.exit) == (None, signal.SIGKILL, None)
+    unsaid = await run_supervised(house.command(["sh", "-c", "exit 1"], wrapped=True))
+    assert unsaid.spawn_error == "the sandbox could not be made: it did not say why"
+
+
 @pytest.mark.parametrize("interrupt", [False, True])
 @pytest.mark.parametrize("delay", [0.02, 0.04, 0.06])
 async def test_a_cancellation_during_the_start_leaves_nothing(
