@@ -40,6 +40,8 @@ DISK = 96 << 20
 #: What is killed and stopped, and how much more often.
 KINDS = {"orchestrator": 2, "git": 4, "session": 2, "supervisor": 2, "bwrap": 1, "check": 1}
 ACTIVE = ("run", "resume", "work")
+#: States of tasks that a person gave up or restored to be so, in the order in which they can be retried.
+_GIVEN_UP = ("cancelled", "blocked")
 _OVER = {"landed", "incomplete"}
 
 
@@ -180,7 +182,7 @@ class Trial:
 
     def _actions(self) -> dict[Callable[[], None], int]:
         disk = {self._fill: 1} if self._has_disk else {}
-        return {self._kill: 10, self._freeze: 4, self._join: 3, self._look: 2, self._steer: 3, **disk}
+        return {self._kill: 10, self._freeze: 4, self._join: 3, self._look: 2, self._steer: 2, self._go_back: 3, **disk}
 
     def _processes(self) -> list[Process]:
         commands = {one.pid for one in self.commands if one.ended is None}
@@ -243,17 +245,17 @@ class Trial:
 
     def _steer(self) -> None:
         task = self._dice.choice(sorted(self.workload.jobs))
-        number = str(self._dice.randint(1, 6))
-        choices = [
-            ("cancel", task),
-            ("retry", task),
-            ("retry", task),
-            ("retry", task, "--from", "plan"),
-            ("checkpoint", "create"),
-            ("checkpoint", "restore", number, "--force"),
-            ("checkpoint", "restore", number, "--force"),
-        ]
+        choices = [["cancel", task], ["retry", task], ["retry", task, "--from", "plan"]]
         self._begin(*self._dice.choice(choices))
+
+    def _go_back(self) -> None:
+        """Restore a checkpoint of the run, or make the first one."""
+        listed = self.repository.council("checkpoint", "list", "--json")
+        found = [one["id"] for one in listed.result["checkpoints"]] if listed.code == 0 else []
+        if found and self._dice.random() < 0.6:
+            self._begin("checkpoint", "restore", self._dice.choice(found), "--force")
+        else:
+            self._begin("checkpoint", "create")
 
     def _fill(self) -> None:
         filler = self.root / "filler"
@@ -278,7 +280,7 @@ class Trial:
         for one in self.commands:
             one.join(max(began + BOUND - time.monotonic(), 0))
         self._resume(began)
-        if again := self._given_up():
+        while (again := self._given_up()) and time.monotonic() < began + BOUND:
             self._wait(began, "retry", *again)
             self._wait(began, "resume")
             self._resume(began)
@@ -314,11 +316,11 @@ class Trial:
             self._wait(began, "resume")
 
     def _given_up(self) -> list[str]:
-        """Return what must land and has not, because somebody cancelled it or went back to where it was so."""
-        ended = self.repository.council("status", "--json")
-        found = {"cancelled", "blocked"}
+        """Return what must land and was cancelled, or is blocked by what was."""
+        states = self.repository.council("status", "--json").states
         jobs = self.workload.jobs.items()
-        return [task for task, job in jobs if job.must_land and ended.states.get(task) in found]
+        found = [[task for task, job in jobs if job.must_land and states.get(task) == one] for one in _GIVEN_UP]
+        return next(filter(None, found), [])
 
 
 def report(trial: Trial, seconds: float) -> str:
