@@ -122,7 +122,7 @@ class FileLock:
 
         Any number may look at once; who only tries to take the lock at that moment may find it held.
         """
-        return await anyio.to_thread.run_sync(_is_held, self.path)
+        return await anyio.to_thread.run_sync(is_held, self.path)
 
     async def held_error(self) -> LockHeld:
         """Return the error that names who holds the lock."""
@@ -294,7 +294,8 @@ def _open_and_try(path: Path, *, shared: bool = False) -> tuple[int, bool]:
         raise
 
 
-def _is_held(path: Path) -> bool:
+def is_held(path: Path) -> bool:
+    """Whether anyone holds the lock on a file, as `FileLock.is_held`. Blocks."""
     # Shared, or two that look at the same moment would take each other for a holder.
     fd, is_free = _open_and_try(path, shared=True)
     _unlock(fd)

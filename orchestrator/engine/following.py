@@ -25,6 +25,8 @@ from orchestrator.repo.pool import Pool
 #: Seconds that a session which was told to stop, or a landing, gets to be over, and between two looks whether it is.
 _STOP_LIMIT: Final = 60.0
 _LOOK_PAUSE: Final = 0.05
+#: Seconds between two looks at the locks of this machine's orchestrators.
+DEATH_PAUSE: Final = 0.5
 
 
 class Following:
@@ -50,6 +52,8 @@ class Following:
         """What is yet to be done of what was asked for, in its order."""
         self._is_asked = anyio.Event()
         self._is_sweeping = False
+        self._is_due = anyio.Event()
+        """Set to have the next sweep at once."""
 
     @property
     def is_busy(self) -> bool:
@@ -87,10 +91,26 @@ class Following:
             with suppress(StoreUnavailable):  # whatever must be recorded will say so
                 await others.renew()
 
-    async def sweep(self) -> None:
-        """Take over from orchestrators that are gone, coordinate if nobody does, and see what others landed."""
+    async def notice_deaths(self) -> None:
+        """Sweep as soon as an orchestrator of this machine has ended: the kernel frees its lock at once."""
+        others, locks = self._ledger.orchestrators, self._shop.hub.life_locks
+        known = frozenset[str]()
+        with suppress(StoreUnavailable):  # then the next sweep finds those that had ended before this look
+            known = frozenset(name for name, one in (await others.all()).items() if one.ended is None)
         while True:
-            await self._clock.wait(anyio.Event(), self._clock.monotonic() + self._ledger.orchestrators.timing.sweep)
+            with suppress(OSError, StoreUnavailable):  # no descriptor left: look again later
+                living = await locks.living(self._ledger.run.id)
+                if ended := known - living:
+                    others.doubt(ended)
+                    self._is_due.set()
+                known = living
+            await self._clock.wait(anyio.Event(), self._clock.monotonic() + DEATH_PAUSE)
+
+    async def sweep(self) -> None:
+        """Take over from orchestrators that are gone, lead the run if nobody does, and see what others landed."""
+        while True:
+            await self._clock.wait(self._is_due, self._clock.monotonic() + self._ledger.orchestrators.timing.sweep)
+            self._is_due = anyio.Event()
             with suppress(StoreUnavailable), anyio.CancelScope(shield=True):
                 if not self._is_ending():
                     self._is_sweeping = True

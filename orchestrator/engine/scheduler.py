@@ -140,6 +140,7 @@ class Scheduler:
                 listening.start_soon(self._shop.desk.heed)
             listening.start_soon(self._others.renew)
             listening.start_soon(self._others.sweep)
+            listening.start_soon(self._others.notice_deaths)
             async with anyio.create_task_group() as group:
                 over = [task for task, status in statuses.items() if status in SUCCESSFUL]
                 group.start_soon(self._forget_homes, over)

@@ -9,7 +9,7 @@ import anyio
 import anyio.to_thread
 
 from orchestrator.domain.claims import Owner
-from orchestrator.filelock import FileLock
+from orchestrator.filelock import FileLock, is_held
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,13 @@ class LifeLocks:
         return await anyio.Path(lock.path).exists() and not await lock.is_held()
 
     async def held(self, run: str) -> list[FileLock]:
-        """Return those of a run's orchestrators that live."""
-        found = await anyio.to_thread.run_sync(lambda: sorted(self.folder.glob(f"run-{run}.*")))
-        return [lock for lock in map(FileLock, found) if await lock.is_held()]
+        """Return the held locks of a run's orchestrators."""
+        return [FileLock(path) for path in await anyio.to_thread.run_sync(self._held, run)]
+
+    async def living(self, run: str) -> frozenset[str]:
+        """Return the ids of a run's orchestrators on this machine whose process, or a git command of it, runs."""
+        found = await anyio.to_thread.run_sync(self._held, run)
+        return frozenset(path.name.removeprefix(f"run-{run}.") for path in found)
+
+    def _held(self, run: str) -> list[Path]:
+        return [path for path in sorted(self.folder.glob(f"run-{run}.*")) if is_held(path)]

@@ -21,7 +21,7 @@ from orchestrator.protocols import Commit, Document, Guard, Key, Store, Write
 from orchestrator.state.shapes import flaw_of, readable
 
 #: Seconds between two looks whether it is this one's turn: at first, and at last.
-_PAUSES = (0.05, 1.0)
+_PAUSES = (0.05, 0.5)
 
 
 @dataclass(frozen=True, slots=True)

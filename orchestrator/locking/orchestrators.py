@@ -11,7 +11,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import NamedTuple
 
 import anyio
@@ -248,6 +248,11 @@ class Orchestrators:
             return True
         self._alive[owner.id] = now
         return False
+
+    def doubt(self, orchestrators: Iterable[str]) -> None:
+        """Have it be looked again, the next time that somebody asks, whether these are dead."""
+        for one in orchestrators:
+            self._alive.pop(one, None)
 
     def _watched(self, run: str, one: Orchestrator) -> float:
         """Return for how many seconds this has been seen to be its last sign of life, without a long look away."""

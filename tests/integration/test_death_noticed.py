@@ -1,0 +1,76 @@
+"""A process that is killed on this machine: the others notice at once and take over all that it had."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from orchestrator.clock import SystemClock
+from orchestrator.locking.claims import read_claims
+from orchestrator.state.file import FileStore
+from tests.command_server import Started
+from tests.conftest import Repository
+from tests.integration.test_working_together import assert_each_landed_once, ended, states
+from tests.waiting import wait_for
+
+#: Seconds within which each task of a killed process has its next session: 2, and as many again for a busy machine.
+RESTARTED_WITHIN = 4.0
+
+
+async def told(repository: Repository, type_: str) -> AsyncIterator[tuple[float, dict[str, Any]]]:
+    """Yield the wall-clock time and the data of each event of a type, the oldest first."""
+    async with FileStore.open(repository.log, SystemClock()) as store:
+        until = await store.position()
+        async for record in store.watch(0):
+            for event in record.events:
+                if event.type == type_:
+                    yield record.time, dict(event.data)
+            if record.position == until:
+                break
+
+
+async def claimed_by(repository: Repository, pid: int) -> set[str]:
+    """Return the tasks that a process has claimed."""
+    async with FileStore.open(repository.log, SystemClock()) as store:
+        [run] = await store.list("run")
+        claims = await read_claims(store, run.key.id)
+        return {task for task, one in claims.items() if one.owner.pid == pid and one.released is None}
+
+
+@pytest.mark.parametrize("victim", [pytest.param(0, id="leader"), pytest.param(2, id="worker")])
+async def test_every_task_of_a_killed_process_restarts_at_once(repository: Repository, victim: int) -> None:
+    """Thirty tasks, three processes, the default settings: nobody waits for a sweep."""
+    gates = {f"t{number}": repository.spawns.parent / f"gate{number}" for number in range(12, 30)}
+    tasks: list[dict[str, Any]] = [{"id": f"t{number}", "prompt": f"write t{number}.txt x"} for number in range(12)]
+    tasks += [
+        {"id": task, "prompt": f"await {gate}\nwrite {task}.txt x", "owns": [f"{task}.txt"]}
+        for task, gate in gates.items()
+    ]
+    config = repository.configure(tasks, capacity=6, worktrees={"max": 40})
+    children: list[Started] = []
+    for command in (("run", str(config)), ("work",), ("work",)):
+        children.append(repository.start(*command, "--json"))
+        running = 6 * len(children)
+        wait_for(lambda: Counter(states(repository).values())["running"] == running, 60)  # noqa: B023
+    wait_for(lambda: len(repository.spawns.read_text().splitlines()) == 30, 60)
+    theirs = await claimed_by(repository, children[victim].pid)
+    for task in gates.keys() - theirs:
+        gates[task].touch()
+    wait_for(lambda: Counter(states(repository).values())["landed"] == 24, 60)
+    killed = time.time()
+    children[victim].send_signal(signal.SIGKILL)
+    wait_for(lambda: len(repository.spawns.read_text().splitlines()) == 36, 60)
+    for gate in gates.values():
+        gate.touch()
+    codes = ended(*children)
+    assert codes.pop(victim) == -signal.SIGKILL
+    assert codes == [0, 0]
+    again = {data["task"]: when - killed async for when, data in told(repository, "task.started") if when > killed}
+    assert set(again) == theirs
+    assert max(again.values()) < RESTARTED_WITHIN
+    await assert_each_landed_once(repository, [task["id"] for task in tasks])
