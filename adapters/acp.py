@@ -66,8 +66,7 @@ class AcpAdapter:
 
     def capabilities(self) -> frozenset[Capability]:
         """Return what it can; whether its agent loads conversations only the agent knows, once it runs."""
-        can = {Capability.MCP, Capability.READ_ONLY}
-        return frozenset(can | {Capability.RESUME} if self._options.resumes else can)
+        return frozenset({Capability.MCP, Capability.RESUME} if self._options.resumes else {Capability.MCP})
 
     def programs(self) -> Sequence[Program]:
         """Return the bridge, which can say whether its SDK is installed, and the agent."""
@@ -104,8 +103,6 @@ class AcpAdapter:
 def _asked(request: SessionRequest, *, resumes: bool) -> Iterator[str]:
     if resumes:
         yield from given("--resume", request.resume)
-    if request.read_only:
-        yield "--read-only"
     for one in request.mcp_servers:
         yield from ("--mcp-server", json.dumps(dataclasses.asdict(one)))
 

@@ -128,8 +128,9 @@ class ClaudeCodeAdapter:
         self._options = options
 
     def capabilities(self) -> frozenset[Capability]:
-        """Return all; it can't go on with a conversation that it could write nowhere."""
-        return frozenset(Capability) - (frozenset() if self._options.has_own_home else {Capability.RESUME})
+        """Return all but reading only, in which it runs no tests; it can't resume what it could write nowhere."""
+        can = frozenset(Capability) - {Capability.READ_ONLY}
+        return can if self._options.has_own_home else can - {Capability.RESUME}
 
     def programs(self) -> Sequence[Program]:
         """Return Claude Code itself, which can be asked whether it is logged in."""
@@ -148,7 +149,7 @@ class ClaudeCodeAdapter:
     def command(self, request: SessionRequest) -> Command:
         """Return the command line; as root it bypasses permissions only in what it is told to be a sandbox."""
         options = self._options
-        mode = "plan" if request.read_only else options.permission_mode
+        mode = options.permission_mode
         preset = {**_PRESET, "IS_SANDBOX": "1"} if mode == "bypassPermissions" else _PRESET
         own = {_FOLDER: str(request.home)} if options.has_own_home else {}
         places = () if options.has_own_home else (_FOLDER,)

@@ -150,7 +150,7 @@ class CodexAdapter:
 
     def capabilities(self) -> frozenset[Capability]:
         """Return all but a limit on cost, which it does not know; its conversations stay in a home of the task's."""
-        can = {Capability.INSTRUCTIONS, Capability.MCP, Capability.READ_ONLY}
+        can = {Capability.INSTRUCTIONS, Capability.MCP}
         return frozenset(can | {Capability.RESUME} if self._options.has_own_home else can)
 
     def programs(self) -> Sequence[Program]:
@@ -172,7 +172,7 @@ class CodexAdapter:
         """Return the command line; only a provider that is named can be told not to be asked again and again."""
         options = self._options
         provider = () if options.provider is None else _provider_settings(options.provider)
-        sandbox = _SANDBOXES["read-only" if request.read_only else options.sandbox]
+        sandbox = _SANDBOXES[options.sandbox]
         own = {_FOLDER: str(request.home)} if options.has_own_home else {}
         places = _PLACES if options.has_own_home else (_FOLDER, *_PLACES)
         env, passed = options.variables(("HOME", "USER", *_KEYS, _USUAL_KEY, *places), **own)

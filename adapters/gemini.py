@@ -176,8 +176,8 @@ class GeminiAdapter:
 
     def capabilities(self) -> frozenset[Capability]:
         """Return what it can; its conversations stay in a home of the task's, which alone has settings of ours."""
-        in_own = {Capability.MCP, Capability.PRE_EDIT, Capability.RESUME} if self._options.has_own_home else set()
-        return frozenset({Capability.READ_ONLY, *in_own})
+        in_own = {Capability.MCP, Capability.PRE_EDIT, Capability.RESUME}
+        return frozenset(in_own if self._options.has_own_home else ())
 
     def programs(self) -> Sequence[Program]:
         """Return Gemini CLI itself, which can't be asked whether it is logged in."""
@@ -195,7 +195,7 @@ class GeminiAdapter:
     def command(self, request: SessionRequest) -> Command:
         """Return the command line; what has no option is set by settings that go over the user's."""
         options = self._options
-        mode = "plan" if request.read_only else options.approval_mode
+        mode = options.approval_mode
         own = {_FOLDER: str(request.home)} if options.has_own_home else {}
         places = _PLACES if options.has_own_home else (_FOLDER, *_PLACES)
         env, passed = options.variables(("HOME", *_KEYS, *places), **_PRESET, **own)

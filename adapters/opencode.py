@@ -207,7 +207,7 @@ class OpencodeAdapter:
 
     def capabilities(self) -> frozenset[Capability]:
         """Return what it can; its conversations stay in a home of the task's."""
-        can = {Capability.INSTRUCTIONS, Capability.MCP, Capability.PRE_EDIT, Capability.READ_ONLY}
+        can = {Capability.INSTRUCTIONS, Capability.MCP, Capability.PRE_EDIT}
         return frozenset(can | {Capability.RESUME} if self._options.has_own_home else can)
 
     def programs(self) -> Sequence[Program]:
@@ -238,7 +238,7 @@ class OpencodeAdapter:
             argv=(
                 *(options.bin, "run", "--format", "json", "--auto", "--print-logs", "--log-level", "ERROR"),
                 *given("--model", options.model),
-                *given("--agent", "plan" if request.read_only else options.agent),
+                *given("--agent", options.agent),
                 *given("--session", request.resume),
                 *options.args,
             ),

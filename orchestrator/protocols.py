@@ -456,7 +456,9 @@ class Capability(StrEnum):
     """What of a request an adapter can pass on to its program; it is asked for nothing else."""
 
     RESUME = "resume"  #: it goes on with an earlier conversation (`SessionRequest.resume`)
-    READ_ONLY = "read_only"  #: it looks and changes nothing (`SessionRequest.read_only`)
+    #: It answers in words instead of changing files (`SessionRequest.read_only`). Not for a CLI that loses its shell by
+    #: that: a reviewer runs tests, and its changes are discarded.
+    READ_ONLY = "read_only"
     INSTRUCTIONS = "instructions"  #: it takes them apart from the prompt; else they are put before it
     MCP = "mcp"  #: it uses servers of the Model Context Protocol (`SessionRequest.mcp_servers`)
     COST_LIMIT = "cost_limit"  #: it ends by itself when it has cost so much (`SessionRequest.most_cost`)

@@ -8,7 +8,6 @@ or write are in the worktree, or the answer is an error. `--ready` says whether 
 
 --model M             one that the agent offers
 --resume ID           go on with this conversation, which the agent loads
---read-only           nothing is granted or written that could change anything
 --mcp-server JSON     a server for the agent to use (`conversations.Asked`), again for each
 """
 
@@ -38,7 +37,7 @@ try:
     import acp
     from acp import schema
 
-    from adapters.bridges.conversations import Asked, check_loads, choose_model, choose_reading, servers_for
+    from adapters.bridges.conversations import Asked, check_loads, choose_model, servers_for
 except ImportError:
     _MISSING = Concluded("the SDK of the Agent Client Protocol is missing: pip install 'cli-council[acp]'", "invalid")
     sys.exit(_MISSING.tell(plain="--ready" in sys.argv))
@@ -47,12 +46,8 @@ _AUTH_REQUIRED: Final = -32000  # agentclientprotocol.com/protocol/v1/schema, Er
 _LONGEST_MESSAGE: Final = 50 << 20  # bytes of one message
 _PATIENCE: Final = 5.0  # seconds for an agent that closed its output to end, or to have told what was before
 _QUIET: Final = 0.3  # seconds without more of what was before, until that is taken for all
-#: Kinds of tools that change nothing. What is of any other kind may, also what an agent has no kind for; and a change
-#: of the mode would take back that nothing is to be changed.
-_LOOKING: Final = ("fetch", "read", "search", "think")
 #: Keys under which agents put paths into a tool's raw input.
 _PATH_KEYS: Final = ("file_path", "filePath", "path", "abs_path", "absolute_path", "notebook_path")
-_ONLY_LOOKING: Final = "nothing is to be changed"
 #: What can be nothing else, whatever code the error has: Gemini CLI has 500 for all that went wrong on the way to it.
 _PLAIN: Final[Mapping[str, re.Pattern[str]]] = {
     "transient": re.compile(
@@ -89,16 +84,14 @@ class _OneLine(logging.Formatter):
 class _Client:
     """Our side of the conversation: what the agent tells us and asks of us (`acp.interfaces.Client`)."""
 
-    def __init__(self, worktree: Worktree, *, read_only: bool) -> None:
+    def __init__(self, worktree: Worktree) -> None:
         self._worktree = worktree
-        self._read_only = read_only
         self.words = Words()
         self.refused = ""
         """What it asked leave for and did not get, as long as it has not gone on."""
         self._cost: float | None = None
         self._cost_before = 0.0
         self._named: dict[str, set[str]] = {}
-        self._kinds: dict[str, str] = {}
         self._is_asked = False
         self._told_before = 0.0
 
@@ -150,7 +143,7 @@ class _Client:
         options: Sequence[schema.PermissionOption],
         **_: Any,
     ) -> schema.RequestPermissionResponse:
-        """Allow once what stays in the worktree, and reject what names a path outside or is more than looking."""
+        """Allow once what stays in the worktree, and reject what names a path outside."""
         why = self._why_not(tool_call)
         wanted = ("allow_once", "allow_always") if why is None else ("reject_once", "reject_always")
         if why is not None:
@@ -163,9 +156,6 @@ class _Client:
         return schema.RequestPermissionResponse(outcome=outcome)
 
     def _why_not(self, call: schema.ToolCallUpdate) -> str | None:
-        kind = call.kind or self._kinds.get(call.tool_call_id, "other")
-        if self._read_only and kind not in _LOOKING:
-            return _ONLY_LOOKING
         try:
             for name in sorted(self._named.get(call.tool_call_id, set()) | set(_paths_of(call))):
                 self._worktree.place(name)
@@ -202,12 +192,8 @@ class _Client:
         content: str,
         **_: Any,
     ) -> schema.WriteTextFileResponse:
-        """Write a file of the worktree, with the folders that it needs, unless nothing is to be changed."""
+        """Write a file of the worktree, with the folders that it needs."""
         place = self._locate(path)
-        if self._read_only:
-            # It is offered all the same: an agent that can't ask us writes by itself.
-            write("warned", text=f"not allowed: {path!r}: {_ONLY_LOOKING}")
-            raise acp.RequestError.invalid_params({"details": _ONLY_LOOKING})
         try:
             await anyio.to_thread.run_sync(_write, place, content)
         except OSError as error:
@@ -223,8 +209,6 @@ class _Client:
 
     def _used(self, call: schema.ToolCallStart | schema.ToolCallProgress, *, is_new: bool) -> None:
         self.words.flush()
-        if call.kind is not None:
-            self._kinds[call.tool_call_id] = call.kind
         told = self._named.setdefault(call.tool_call_id, set())
         paths = [path for path in dict.fromkeys(_paths_of(call)) if path not in told]
         told.update(paths)
@@ -291,8 +275,6 @@ async def _begin(agent: Any, known: schema.InitializeResponse, client: _Client, 
     write("session", id=session)
     if asked.model is not None:
         await choose_model(agent, session, started, asked.model)
-    if asked.read_only:
-        await choose_reading(agent, session, started)
     return session
 
 
@@ -363,7 +345,7 @@ def _named(words: Mapping[str, re.Pattern[str]], told: str) -> str | None:
 
 
 async def _run(argv: Sequence[str], worktree: Worktree, prompt: str, asked: Asked) -> Concluded:
-    client = _Client(worktree, read_only=asked.read_only)
+    client = _Client(worktree)
     # Its errors go where ours go: a pipe that nobody reads would stop it.
     streams = {"stderr": None, "limit": _LONGEST_MESSAGE}
     async with AsyncExitStack() as stack:
@@ -398,7 +380,6 @@ def main() -> int:
     parser.add_argument("--worktree", type=Path)
     parser.add_argument("--model")
     parser.add_argument("--resume")
-    parser.add_argument("--read-only", action="store_true")
     parser.add_argument("--mcp-server", action="append", default=[], type=json.loads)
     parser.add_argument("--ready", action="store_true")
     parser.add_argument("argv", nargs="*")
@@ -409,7 +390,7 @@ def main() -> int:
     log.setFormatter(_OneLine())
     logging.basicConfig(handlers=[log])
     prompt = options.prompt_file.read_text(encoding="utf-8")
-    asked = Asked(options.model, options.resume, options.read_only, options.mcp_server)
+    asked = Asked(options.model, options.resume, options.mcp_server)
     try:
         return anyio.run(_run, options.argv, Worktree(options.worktree), prompt, asked).tell()
     except KeyboardInterrupt:  # the agent is gone by now

@@ -1,4 +1,4 @@
-"""How a conversation with an agent begins: anew or where an earlier one ended, with which servers, model and mode."""
+"""How a conversation with an agent begins: anew or where an earlier one ended, with which servers and model."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from acp import schema
 
 from adapters.bridges.lines import Concluded, write
-
-#: Modes in which agents look and change nothing, by what their ids end with; the first that is offered is chosen.
-_READING: Final = ("read-only", "readonly", "plan", "architect", "ask")
 
 _Servers = list[schema.HttpMcpServer | schema.SseMcpServer | schema.AcpMcpServer | schema.McpServerStdio]
 _Started = schema.NewSessionResponse | schema.LoadSessionResponse
@@ -29,7 +26,6 @@ class Asked:
 
     model: str | None = None
     resume: str | None = None
-    read_only: bool = False
     servers: Sequence[Mapping[str, Any]] = ()
 
 
@@ -74,24 +70,6 @@ async def choose_model(agent: Any, session: str, started: _Started, model: str) 
         names = f"only {', '.join(offered[:20])}" if offered else "none: choose it by the agent's own arguments"
         raise Concluded(f"the agent does not offer the model {model!r}, {names}", "invalid")
     await agent.set_config_option(config_id=choice.id, session_id=session, value=model)
-
-
-async def choose_reading(agent: Any, session: str, started: _Started) -> None:
-    """Choose a mode in which the agent changes nothing, where it offers one."""
-    choice = _option(started, "mode")
-    modes = () if started.modes is None else started.modes.available_modes
-    if (mode := _reading(one.id for one in modes)) is not None:
-        await agent.set_session_mode(mode_id=mode, session_id=session)
-    elif choice is not None and (mode := _reading(_values(choice.options))) is not None:
-        await agent.set_config_option(config_id=choice.id, session_id=session, value=mode)
-    else:
-        write("warned", text="the agent offers no mode for looking only: what it does without asking, it can do")
-
-
-def _reading(offered: Iterable[str]) -> str | None:
-    # Some ids are URLs, with what they mean behind a `#`.
-    known = {one.rpartition("#")[2].lower().replace("_", "-"): one for one in offered}
-    return next((known[name] for name in _READING if name in known), None)
 
 
 def _option(started: _Started, category: str) -> schema.SessionConfigOptionSelect | None:

@@ -28,6 +28,7 @@ NAMES: Final = (
     "hand_over",
     "owns",
     "base",
+    "diff",
     "round",
     "data",
 )

@@ -82,6 +82,11 @@ class Phase(BaseModel):
     timeout: float | None = None
     """Wall-clock seconds that one session of it may take; None: the task's limit."""
 
+    @property
+    def shows_diff(self) -> bool:
+        """Whether its template may show the changes that it starts with."""
+        return self.prompt is not None and "diff" in self.prompt
+
 
 #: Ends of sessions that another turn of the same conversation is to mend.
 _MENDED: Final = frozenset({FailureClass.INVALID_HANDOFF, FailureClass.CHECKS_FAILED})

@@ -30,6 +30,7 @@ from orchestrator.engine.workshop import Workshop
 from orchestrator.errors import ClaimLost, HandoffBroken, RefusedError
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Capability, Guard, JsonObject, Write
+from orchestrator.repo.diffs import bounded_diff
 from orchestrator.repo.pool import Pool
 from orchestrator.repo.preserving import try_to_preserve
 from orchestrator.repo.worktrees import Worktree
@@ -167,7 +168,7 @@ class Attempts:
         notes = await self._notes(task, spec)
         is_anew = document.start is not None and start.commit is None
         turn = replace(turn, base=start.base, start=start.commit, is_anew=is_anew, is_newest=start.is_newest)
-        brief = await self.phasing.briefing.brief(task, spec, turn)
+        brief = await self.phasing.briefing.brief(task, spec, turn, await self._diff(turn))
         earlier = None
         if Capability.RESUME in self.shop.adapters[adapter].capabilities():
             earlier = None if turn.is_anew else _conversation(document, turn.earlier, adapter)
@@ -193,6 +194,12 @@ class Attempts:
             writes=turn.phase.writes,
         )
         return Work(task, spec, adapter, Session(self.shop.tools, self.pool, assignment), replace(turn, brief=brief))
+
+    async def _diff(self, turn: Turn) -> str | None:
+        """Return the changes that a phase starts with, if its template may show them."""
+        if turn.base is None or turn.start is None or not turn.phase.shows_diff:
+            return None
+        return self.shop.tools.redactor.text(await bounded_diff(self.shop.git, turn.base, turn.start))
 
     async def perform(self, work: Work) -> After | Elsewhere:
         """Record the attempt, run it, record its end, and clean up behind it."""

@@ -107,8 +107,8 @@ class Briefing:
             return replace(start, start=document.start, base=document.base)
         return start if work is None else replace(start, start=work.commit, base=work.base)
 
-    async def brief(self, task: str, spec: TaskSpec, turn: Turn) -> Brief:
-        """Return what the session of a turn is told and given."""
+    async def brief(self, task: str, spec: TaskSpec, turn: Turn, diff: str | None = None) -> Brief:
+        """Return what the session of a turn is told and given; `diff` is of the work that it starts with."""
         document = self.ledger.task(task)
         if turn.workflow.is_plain:
             feedback = None if turn.is_anew else document.feedback
@@ -132,6 +132,7 @@ class Briefing:
             results=values.results,
             feedback=None if turn.is_anew else document.feedback,
             base=turn.base,
+            diff=diff,
             owns=spec.owns,
             handing=self._handing(phase),
         )

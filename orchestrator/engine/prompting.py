@@ -67,6 +67,8 @@ class PromptFacts:
     """What is to be mended, told by the functions here or in the same way: agents' words in it are marked off."""
     base: str | None = None
     """The commit that the work is judged against."""
+    diff: str | None = None
+    """The changes between that commit and the work; None: there is no work yet, or the template does not use them."""
     owns: Sequence[str] = ()
     """Patterns of the paths that the task may change; none: all."""
     handing: HandingOver | None = None
@@ -192,6 +194,7 @@ def _names(facts: PromptFacts, hand_over: str | None, wrap: _Wrapping) -> dict[s
         "hand_over": "" if hand_over is None else hand_over.strip(),
         "owns": [*map(plain, facts.owns)],
         "base": facts.base,
+        "diff": wrap.value(facts.diff),
         "round": facts.round,
         "data": wrap.told,
     }

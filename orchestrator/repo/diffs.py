@@ -24,6 +24,9 @@ from orchestrator.repo.worktrees import Worktree
 # No program that a configuration names may run, and what is shown depends on nobody's settings.
 _PLAIN = ("--no-ext-diff", "--no-textconv", "--find-renames", "--submodule=short")
 _COUNTS = (*_PLAIN, "--numstat")
+#: Of a larger difference only the counts are shown in a prompt.
+_MOST_FILES = 200
+_MOST_LINES = 3_000
 #: More commits of a session are not counted.
 MOST_COMMITS = 10_000
 #: Seconds that git may take to count them.
@@ -50,6 +53,15 @@ class Changes:
 async def diff(git: Git, base: str, commit: str, *, stat: bool = False) -> bytes:
     """Return the difference of two commits as git shows it; file names are quoted, contents are as they are."""
     return (await git("diff-tree", "-r", *_options(stat=stat), base, commit)).stdout
+
+
+async def bounded_diff(git: Git, base: str, commit: str) -> str:
+    """Return the difference of two commits to read: counts by file, then the lines unless they are too many."""
+    counted = await count(git, base, commit)
+    text = (await diff(git, base, commit, stat=True)).decode(errors="replace")
+    if counted.files > _MOST_FILES or counted.added + counted.removed > _MOST_LINES:
+        return f"{text}\n(The lines are left out: they are too many.)\n"
+    return f"{text}\n{(await diff(git, base, commit)).decode(errors='replace')}"
 
 
 async def live_diff(git: Git, worktree: Worktree, base: str, *, admit: Admission, stat: bool = False) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from typing import Any
 
@@ -119,6 +120,34 @@ async def test_what_a_reader_changes_is_discarded_and_told(repository: Repositor
     assert ended.states == {"t": "done"}, ended
     [told] = [one for one in ended.lines if one.get("event") == "task.changes_discarded"]
     assert sorted(told["paths"]) == ["a.txt", "new.txt"]
+    await repository.assert_invariants()
+
+
+async def test_a_review_is_given_the_changes_as_data(repository: Repository) -> None:
+    """Between marks, with the counts before the lines; of too many lines the counts alone."""
+    approve = f"in review hand-over {APPROVE}"
+    build = {"few": ["write b.txt MARMALADE"], "many": ["write c.txt QUINCE", *(3001 * ["append many.txt x"])]}
+    tasks = [
+        {
+            "id": task,
+            "workflow": "two",
+            "prompt": "\n".join((*(f"in build {one}" for one in steps), "in review keep-prompt", approve)),
+        }
+        for task, steps in build.items()
+    ]
+    workflow = [{"build": {}}, {"review": {"access": "read", "produces": "review"}}]
+    ended = repository.council("run", str(repository.configure(tasks, workflows={"two": workflow})), "--json")
+    assert ended.states == {"few": "landed", "many": "landed"}, ended
+    shown = {}
+    for task in ("few", "many"):
+        prompt = repository.council("logs", task, "--attempt", "2").stdout
+        [found] = re.findall(r"(?s)\[(\w+) diff begins\]\n(.*?)\n\[\1 diff ends\]", prompt)
+        shown[task] = found[1]
+    assert "b.txt | 1 +" in shown["few"]
+    assert "+MARMALADE" in shown["few"]
+    assert "many.txt | 3001 +" in shown["many"]
+    assert "they are too many" in shown["many"]
+    assert "+QUINCE" not in shown["many"]
     await repository.assert_invariants()
 
 

@@ -281,43 +281,11 @@ def warnings(events: list[SessionEvent]) -> list[str]:
     return [event.text for event in events if isinstance(event, Warned)]
 
 
-LOOKING = ("fetch", "read", "search", "think")
-CHANGING = ("delete", "edit", "execute", "move", "other", "switch_mode")
-
-
-def test_an_agent_that_is_to_look_gets_no_leave_to_change_anything(place: Place) -> None:
-    """For tools of no other kinds than those that look; a file it asks us to write is an error."""
-    kinds = (*LOOKING, *CHANGING)
-    prompt = "\n".join(("write a.txt x", "edit b.txt x", *(f"ask {kind}" for kind in kinds)))
-    modes = {"env": {"ACP_MODES": "default plan"}}
-    events = place.converse(prompt, modes, read_only=True)
-    refused, *answers = words(events)
-    assert refused == "refused: {'details': 'nothing is to be changed'}"
-    assert answers == [f"chosen: {one}" for one in ("no", *("once" for _ in LOOKING), *("no" for _ in CHANGING))]
-    assert len(warnings(events)) == 2 + len(CHANGING)
-    assert [one.name for one in place.worktree.iterdir()] == [".git"]
-    assert words(place.converse(prompt, modes)) == ["done", *("chosen: once" for _ in ("b.txt", *kinds))]
-
-
-@pytest.mark.parametrize(
-    ("modes", "chosen"),
-    [
-        pytest.param("default plan", "plan", marks=pytest.mark.slow),
-        pytest.param("ask code Read_Only", "Read_Only", marks=pytest.mark.slow),
-        pytest.param(
-            "https://host/modes#agent https://host/modes#plan", "https://host/modes#plan", marks=pytest.mark.slow
-        ),
-        pytest.param("code autopilot", None, marks=pytest.mark.slow),
-        ("", None),
-    ],
-)
-def test_a_mode_for_looking_is_chosen_where_there_is_one(place: Place, modes: str, chosen: str | None) -> None:
-    """Where there is none, a person is told; where changes are wanted, it stays as it is."""
-    options = {"env": {"ACP_MODES": modes}}
-    events = place.converse("say in MODE.", options, read_only=True)
-    assert words(events) == [f"in {chosen or ''}."]
-    assert [("no mode" in one) for one in warnings(events)] == ([] if chosen else [True])
-    assert words(place.converse("say in MODE.", options)) == ["in ."]
+def test_what_stays_in_the_worktree_is_allowed_whatever_kind_of_tool_it_is(place: Place) -> None:
+    """A reviewer runs tests, too: whatever it changes is discarded."""
+    kinds = ("fetch", "read", "search", "think", "delete", "edit", "execute", "move", "other", "switch_mode")
+    events = place.converse("\n".join(f"ask {kind}" for kind in kinds))
+    assert words(events) == ["chosen: once" for _ in kinds]
 
 
 def test_an_agent_is_given_the_servers_that_it_can_take(place: Place) -> None:
