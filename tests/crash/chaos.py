@@ -255,7 +255,7 @@ class Trial:
         if found and self._dice.random() < 0.6:
             self._begin("checkpoint", "restore", self._dice.choice(found), "--force")
         else:
-            self._begin("checkpoint", "create")
+            self._begin("checkpoint", "create", *self._dice.sample(["--all"], self._dice.random() < 0.2))
 
     def _fill(self) -> None:
         filler = self.root / "filler"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import signal
 import subprocess
 import time
@@ -159,28 +158,6 @@ async def test_killed_inside_a_recovery(repository: Repository, name: str, again
     if again:
         assert repository.council("resume", failpoints=f"{again}=kill").code == -signal.SIGKILL
     await finish(repository, 4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(6))
-async def test_killed_at_random_moments(repository: Repository, seed: int) -> None:
-    """Kills at moments that no one chose, a few in a row, lose nothing and repeat nothing."""
-    dice = random.Random(seed)
-    config = configure(repository, chain_and_sides(6))
-    command, started = ["run", str(config)], False
-    for _ in range(4):
-        child = repository.start(*command)
-        try:
-            child.communicate(timeout=dice.uniform(0.3, 2.5))
-        except subprocess.TimeoutExpired:
-            child.send_signal(signal.SIGKILL)
-            child.communicate()
-        # Killed before the run was recorded there is nothing to resume.
-        started = repository.council("status").code != 2
-        command = ["resume"] if started else command
-    if not started:
-        repository.council(*command)
-    await finish(repository, 6)
 
 
 @pytest.mark.parametrize("action", ["cancel", pytest.param("retry", marks=pytest.mark.slow)])

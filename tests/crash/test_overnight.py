@@ -97,11 +97,3 @@ async def test_a_short_night_with_kills(short: Night, person: Person) -> None:
 async def test_a_long_night(long: Night, person: Person) -> None:
     """Forty tasks of every kind on a real project with its own tests as checks."""
     await spend(long, person)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", range(5))
-async def test_a_long_night_with_kills(long: Night, person: Person, seed: int) -> None:
-    """The same end with six kills on the way: thirty in all five."""
-    await spend_killed(long, person, 6, random.Random(seed), 8.0)

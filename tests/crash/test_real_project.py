@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
 import signal
-import subprocess
 from itertools import pairwise
 from pathlib import Path
 
@@ -79,23 +77,4 @@ async def test_killed_at_every_failpoint(project: Repository, name: str) -> None
         assert project.council("resume", failpoints=f"{name}=kill").code == -signal.SIGKILL
     else:
         assert project.council("run", config, failpoints=f"{name}=kill@{hit}").code == -signal.SIGKILL
-    await finish(project, len(EDITS))
-
-
-@pytest.mark.parametrize("seed", range(20))
-async def test_killed_at_random_moments_and_again_in_the_recovery(project: Repository, seed: int) -> None:
-    """A kill at a moment no one chose, another while that is mended."""
-    dice = random.Random(seed)
-    command = ["run", str(configure(project))]
-    for longest in (6.0, 1.5):
-        child = project.start(*command)
-        try:
-            child.communicate(timeout=dice.uniform(0.4, longest))
-        except subprocess.TimeoutExpired:
-            child.send_signal(signal.SIGKILL)
-            child.communicate()
-        if project.council("status").code != 2:
-            command = ["resume"]
-    if command[0] == "run":
-        project.council(*command)
     await finish(project, len(EDITS))

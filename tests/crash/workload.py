@@ -141,6 +141,19 @@ def _idle(task: str, dice: random.Random, _holds: str) -> Job:
     return Job({"id": task, "prompt": _steps(dice, "print nothing to do"), "attempts": 2}, must_land=False)
 
 
+def _hanging(task: str, dice: random.Random, _holds: str) -> Job:
+    prompt = _steps(
+        dice, *dice.sample(["stubborn"], dice.randint(0, 1)), f"write tasks/{task}.txt {task} works", "hang"
+    )
+    return Job({"id": task, "prompt": prompt, "timeout": "1s", "attempts": 1}, must_land=False)
+
+
+def _leaving_a_process(task: str, dice: random.Random, holds: str) -> Job:
+    job = _plain(task, dice, holds)
+    prompt = f"{job.entry['prompt']}\nwrite noise/{task}.txt x\ndaemon noise/{task}.txt"
+    return Job({**job.entry, "prompt": prompt}, job.lines)
+
+
 def _planner(task: str, dice: random.Random, _holds: str) -> Job:
     """Makes another plan in each attempt, of parts that have the same names."""
     count = dice.randint(1, 3)
@@ -173,5 +186,7 @@ _KINDS = (
     _fixing_its_checks,
     _failing_its_checks,
     _idle,
+    _hanging,
+    _leaving_a_process,
     _reviewed,
 )
