@@ -8,7 +8,7 @@ WORKERS ?= 4
 # Each worker would compile all tests anew where byte code is not kept.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help install demo test test-clis crash chaos bench schema lint types imports check clean
+.PHONY: help install demo test test-sandboxes test-clis crash chaos bench schema lint types imports check clean
 .DEFAULT_GOAL := help
 
 help:  ## say what there is
@@ -28,6 +28,13 @@ demo: install  ## run configs/quickstart.yaml on a clone of this repository and 
 
 test: install  ## all tests but the slow ones and those of real programs
 	@$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow and not clis'
+
+test-sandboxes: install  ## the tests of sandboxes as on a machine without bubblewrap, without Landlock, without both
+	@for missing in bubblewrap landlock 'bubblewrap landlock'; do \
+		echo "without $$missing:"; \
+		$(BIN)/python -m tests.without_sandbox $$missing -- \
+			$(BIN)/python -m pytest -n $(WORKERS) -m 'sandbox and not slow' || exit 1; \
+	done
 
 test-clis: install  ## runs through real programs, which it installs in .clis; CLIS="claude-code codex" names some
 	@CLIS='$(CLIS)' $(BIN)/python -m tests.clis.install

@@ -24,6 +24,7 @@ from orchestrator.testing.fingerprint import Fingerprint
 from orchestrator.testing.invariants import Scene, assert_invariants
 from tests import command_server
 from tests.command_server import Started
+from tests.sandboxes import default_sandbox
 
 # What ignores signals because these tests were started in the background would do so in the programs under test, too.
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
@@ -156,6 +157,7 @@ class Repository:
             "adapters": {"fake": self.fake()},
             "defaults": {"backoff": {"initial": "10ms", "max": "10ms", "jitter": False}, "timeout": "60s"},
             "tasks": list(tasks),
+            **default_sandbox(),
             **settings,
         }
         path = self.top.parent / "council.yaml"

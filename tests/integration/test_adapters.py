@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -16,23 +15,16 @@ import anyio
 import pytest
 
 from orchestrator.council import Council
-from orchestrator.sandbox import landlock
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Ended, Repository
 from tests.integration.test_scheduler import until_event
+from tests.sandboxes import ONE_OF_WORKING
 from tests.standins.ollama_server import Server, serving
 from tests.standins.script import ROOT, install
 
 ADAPTERS = ("claude-code", "aider", "acp", "ollama")
 #: The agent of the protocol takes seconds to import its SDK, and so does what speaks with it.
 QUICK = tuple(pytest.param(use, marks=pytest.mark.slow if use == "acp" else ()) for use in ADAPTERS)
-_KINDS = (
-    *(("bubblewrap",) if shutil.which("bwrap") else ()),
-    *(("landlock",) if sys.platform == "linux" and landlock.abi() >= landlock.ABI_NEEDED else ()),
-    "off",
-)
-#: One of them each time, all of them with the slow tests.
-SANDBOXES = (_KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in _KINDS[1:]))
 
 
 @dataclass(frozen=True)
@@ -86,7 +78,7 @@ def write(use: str, path: str, text: str) -> str:
     return f"```file {path}\n{text}\n```\n" if use == "ollama" else f"write {path} {text}\n"
 
 
-@pytest.mark.parametrize("sandbox", SANDBOXES)
+@pytest.mark.parametrize("sandbox", ONE_OF_WORKING)
 @pytest.mark.parametrize("use", ADAPTERS)
 async def test_what_a_program_writes_lands(bench: Bench, use: str, sandbox: str) -> None:
     """A real change of a real program is on the target, and what it leaves for itself is not."""
@@ -214,7 +206,7 @@ async def test_what_failed_has_its_class(bench: Bench, use: str) -> None:
         assert "last words" in bench.said(ended), "what an agent says to its standard error is in the log"
 
 
-@pytest.mark.parametrize("sandbox", SANDBOXES)
+@pytest.mark.parametrize("sandbox", ONE_OF_WORKING)
 async def test_what_a_program_says_when_it_is_stopped_is_heard(bench: Bench, sandbox: str) -> None:
     """Claude Code says what was spent when it is interrupted, and only then."""
     ended = bench.run("claude-code", "hang", sandbox=sandbox, timeout="4s")

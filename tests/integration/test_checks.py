@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from orchestrator.sessions.sandbox import SandboxKind
 from tests.conftest import Repository
+from tests.sandboxes import require
 from tests.waiting import wait_for
 
 #: Fails as soon as `f` is defined nowhere but still called.
@@ -98,18 +100,17 @@ async def test_a_check_has_a_time_limit_and_leaves_nothing_running(repository: R
     await repository.assert_invariants()
 
 
-@pytest.mark.parametrize("sandbox", ["bubblewrap", "landlock"])
+@pytest.mark.sandbox
+@pytest.mark.parametrize("sandbox", [SandboxKind.BUBBLEWRAP, SandboxKind.LANDLOCK])
 async def test_a_check_can_not_reach_the_users_tree_and_what_it_writes_does_not_land(
-    repository: Repository, sandbox: str
+    repository: Repository, sandbox: SandboxKind
 ) -> None:
     """It is fenced in like the agents whose code it runs; only its exit status and its output come back."""
     check = (
         f"echo evil >> a.txt; touch new.txt; git commit -qam x; ! touch {repository.top}/planted && test ! -e .council"
     )
     settings = checked([{"id": "t", "prompt": "write a.txt a\ncommit mine"}], [check])
-    ended = repository.council("run", str(repository.configure(**settings, sandbox=sandbox)), "--json")
-    if ended.result["status"] == "refused":
-        pytest.skip(f"this machine has no {sandbox}: {ended.result['error']}")
+    ended = repository.council("run", str(repository.configure(**settings, sandbox=require(sandbox))), "--json")
     claimed = next(line for line in ended.lines if line.get("event") == "run.claimed")
     assert claimed["sandbox"] == sandbox
     assert ended.states == {"t": "landed"}, ended

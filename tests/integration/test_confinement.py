@@ -28,6 +28,8 @@ from orchestrator.sandbox.confinement import Confinement, Mechanism
 from tests.conftest import Repository
 from tests.places import Yard
 
+pytestmark = pytest.mark.sandbox
+
 ADMIT = Admission(Redactor([]))
 _EXCHANGE = 2  # RENAME_EXCHANGE, renameat2(2)
 

@@ -16,6 +16,9 @@ from orchestrator.repo.escapes import Seal, changes, live_git, take
 from orchestrator.repo.git import Git
 from orchestrator.testing.fingerprint import Fingerprint
 from tests.conftest import Repository
+from tests.sandboxes import needs_sandbox
+
+pytestmark = pytest.mark.sandbox
 
 
 @pytest.fixture
@@ -165,7 +168,7 @@ async def test_git_of_the_user_is_told_from_git_of_ours(repository: Repository, 
         os.close(writer)
 
 
-@pytest.mark.parametrize("sandbox", ["off", "auto"])
+@pytest.mark.parametrize("sandbox", ["off", pytest.param("auto", marks=needs_sandbox)])
 async def test_a_session_that_reaches_into_the_users_repository_is_reported(
     repository: Repository, sandbox: str
 ) -> None:

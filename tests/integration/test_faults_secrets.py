@@ -9,6 +9,7 @@ import pytest
 
 from tests.conftest import Repository
 from tests.faults import PYTHON, drop_kept_worktrees, files_with, objects
+from tests.sandboxes import needs_sandbox
 
 CANARY = "cnry-5Tq81zXw0Vd"
 #: Python that makes a private key: a prompt that holds one is refused.
@@ -189,7 +190,7 @@ LINKS = {
 }
 
 
-@pytest.mark.parametrize("sandbox", [pytest.param("auto", marks=pytest.mark.slow), "off"])
+@pytest.mark.parametrize("sandbox", [pytest.param("auto", marks=[pytest.mark.slow, needs_sandbox]), "off"])
 async def test_links_out_of_the_worktree_are_links(repository: Repository, tmp_path: Path, sandbox: str) -> None:
     """They land as links, or stand in the session's git directory in vain: nothing behind one is read or written."""
     out = tmp_path / "out"

@@ -6,6 +6,9 @@ import pytest
 
 from tests.conftest import Repository
 from tests.faults import SHELL
+from tests.sandboxes import needs_sandbox
+
+pytestmark = pytest.mark.sandbox
 
 #: What an agent does, and the files that land.
 KINDS = {
@@ -23,7 +26,7 @@ KINDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("sandbox", ["auto", "off"])
+@pytest.mark.parametrize("sandbox", [pytest.param("auto", marks=needs_sandbox), "off"])
 async def test_what_an_agent_does_with_its_git_stays_with_it(repository: Repository, sandbox: str) -> None:
     """Only the files of its own checkout land, once each, on the target; no branch or setting of anyone's moves."""
     tasks = [{"id": name, "prompt": script} for name, (script, _) in KINDS.items()]
@@ -38,7 +41,7 @@ async def test_what_an_agent_does_with_its_git_stays_with_it(repository: Reposit
     await repository.assert_invariants()
 
 
-@pytest.mark.parametrize("sandbox", ["auto", "off"])
+@pytest.mark.parametrize("sandbox", [pytest.param("auto", marks=needs_sandbox), "off"])
 async def test_an_agent_that_reaches_for_the_users_repository(repository: Repository, sandbox: str) -> None:
     """Fenced in it gets nowhere; without a sandbox what it moved is named, and its own work lands all the same."""
     repository.git("branch", "side")

@@ -18,6 +18,8 @@ from tests.command_server import Started
 from tests.conftest import Repository
 from tests.permits import permit_for
 
+pytestmark = pytest.mark.sandbox
+
 KILL_ALL = 'kill -9 "$(cat "{pid}")"; kill -9 0'
 KILL_COUNCIL = 'kill -9 "$(cat "{pid}")"; sleep 0.2'
 ONCE = 'if [ -e "{armed}" ]; then rm "{armed}"; {kill}; fi'

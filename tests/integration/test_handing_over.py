@@ -22,14 +22,14 @@ from orchestrator.sessions.sandbox import SandboxKind
 from tests.conftest import Repository
 from tests.desks import MemoryDesk
 from tests.integration.test_mailbox import KINDS, Site
-from tests.integration.test_sandbox import available
 from tests.places import Yard
+from tests.sandboxes import require
 
 
 @pytest.fixture(params=KINDS)
-async def kind(request: pytest.FixtureRequest) -> SandboxKind:
+def kind(request: pytest.FixtureRequest) -> SandboxKind:
     """A kind of fence that works here, or none."""
-    return request.param if request.param is SandboxKind.OFF else await available(request.param)
+    return require(request.param)
 
 
 @pytest.fixture
@@ -62,6 +62,8 @@ async def test_a_session_has_a_folder_for_it(repository: Repository) -> None:
 
 WRITE = """
 import json, os, sys
+
+pytestmark = pytest.mark.sandbox
 said = {}
 for name in sys.argv[1:]:
     try:

@@ -16,7 +16,6 @@ from orchestrator.config.model import FenceConfig, Reach, SetupStep
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Exhausted, Failed, Interrupted, Outcome
 from orchestrator.domain.secrets import Redactor
-from orchestrator.errors import RefusedError
 from orchestrator.repo.git import Git
 from orchestrator.repo.hub import Hub
 from orchestrator.repo.setup_keys import setup_keys, steps_to_run
@@ -34,10 +33,13 @@ from orchestrator.sessions.hooks import (
     teardown_commands,
 )
 from orchestrator.sessions.output import attempt_streams
-from orchestrator.sessions.sandbox import SandboxKind, choose_sandbox
+from orchestrator.sessions.sandbox import SandboxKind
 from orchestrator.sessions.shell import CommandFailed, Done, NotRun, Shell, ShellCommand, ShellResult, Stopped
 from tests.conftest import Repository
+from tests.sandboxes import require
 from tests.waiting import wait_for
+
+pytestmark = pytest.mark.sandbox
 
 KINDS = [SandboxKind.BUBBLEWRAP, SandboxKind.LANDLOCK] if sys.platform == "linux" else [SandboxKind.OFF]
 
@@ -73,14 +75,9 @@ class Place:
 
 
 @pytest.fixture(params=KINDS)
-async def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     """One behind a fence that this machine has."""
-    kind = request.param
-    try:
-        await choose_sandbox(kind.value, network=True, environ=os.environ)
-    except RefusedError as refused:
-        pytest.skip(str(refused))
-    return Place(tmp_path, kind)
+    return Place(tmp_path, require(request.param))
 
 
 async def test_a_command_has_its_checkout_and_no_more(place: Place) -> None:

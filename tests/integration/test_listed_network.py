@@ -26,9 +26,13 @@ from orchestrator.sessions.sandbox import SandboxKind, choose_sandbox
 from orchestrator.sessions.shell import CommandFailed, Done, Shell, ShellCommand, ShellResult
 from orchestrator.sessions.supervised import Ended, SupervisedCommand, run_supervised
 from tests.conftest import Repository
+from tests.sandboxes import require
 from tests.waiting import wait_for
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there is a sandbox on Linux only")
+pytestmark = [
+    pytest.mark.sandbox,
+    pytest.mark.skipif(sys.platform != "linux", reason="there is a sandbox on Linux only"),
+]
 
 PATIENCE = 60.0
 FETCH = """
@@ -91,12 +95,9 @@ def port() -> Iterator[int]:
 
 
 @pytest.fixture(params=[SandboxKind.BUBBLEWRAP, SandboxKind.LANDLOCK])
-async def kind(request: pytest.FixtureRequest) -> SandboxKind:
+def kind(request: pytest.FixtureRequest) -> SandboxKind:
     """A kind of sandbox that this machine has, and that can limit the network to hosts."""
-    try:
-        return await choose_sandbox(request.param, network=False, hosts=("a.example",), environ=os.environ)
-    except RefusedError as refused:
-        pytest.skip(str(refused))
+    return require(request.param, network=False, hosts=("a.example",))
 
 
 class Place:
@@ -249,10 +250,7 @@ async def test_proxy_settings_of_the_user_do_not_count(place: Place, kind: Sandb
 
 async def test_a_loopback_of_its_own(place: Place, port: int) -> None:
     """In a bubblewrap a server of the session's own is reached directly, as tests of a project need it."""
-    try:
-        await choose_sandbox(SandboxKind.BUBBLEWRAP, network=False, environ=os.environ)
-    except RefusedError as refused:
-        pytest.skip(str(refused))
+    require(SandboxKind.BUBBLEWRAP, network=False)
     script = "python3 -m http.server 8000 --bind 127.0.0.1 >/dev/null 2>&1 & echo mine >page; "
     script += "curl --silent --retry 50 --retry-connrefused --retry-delay 1 http://127.0.0.1:8000/page"
     await place.run(SandboxKind.BUBBLEWRAP, ("api.example.com",), ["sh", "-c", script])
@@ -298,10 +296,7 @@ open("part", "w").write(str(port)); os.rename("part", "port"); time.sleep(300)""
 
 async def test_the_proxy_serves_a_socket_of_its_session_only(place: Place, port: int) -> None:
     """What another process passes on before the session starts is not taken, and the session gets its proxy."""
-    try:
-        await choose_sandbox(SandboxKind.BUBBLEWRAP, network=False, environ=os.environ)
-    except RefusedError as refused:
-        pytest.skip(str(refused))
+    require(SandboxKind.BUBBLEWRAP, network=False)
     hosts = (f"127.0.0.1:{port}",)
     command = place.command(python(FETCH, f"http://127.0.0.1:{port}/"))
     fencing = place.fencing(SandboxKind.BUBBLEWRAP, hosts)
@@ -362,9 +357,6 @@ async def test_without_a_sandbox_hosts_are_refused() -> None:
 
 async def test_without_bubblewrap_landlock_is_taken() -> None:
     """If the kernel can limit connections."""
-    try:
-        await choose_sandbox(SandboxKind.LANDLOCK, network=False, hosts=("a.example",), environ=os.environ)
-    except RefusedError as refused:
-        pytest.skip(str(refused))
+    require(SandboxKind.LANDLOCK, network=False, hosts=("a.example",))
     environ = {"PATH": "/nowhere"}
     assert await choose_sandbox("auto", network=False, hosts=("a.example",), environ=environ) is SandboxKind.LANDLOCK

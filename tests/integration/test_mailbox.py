@@ -36,15 +36,15 @@ from orchestrator.sessions.mailbox import Mailbox, open_mailbox
 from orchestrator.sessions.sandbox import SandboxKind
 from orchestrator.sessions.supervised import SupervisedCommand, run_supervised
 from tests.desks import MemoryDesk
-from tests.integration.test_sandbox import available
+from tests.sandboxes import require
 
 KINDS = [SandboxKind.BUBBLEWRAP, SandboxKind.LANDLOCK, SandboxKind.OFF]
 
 
 @pytest.fixture(params=KINDS)
-async def kind(request: pytest.FixtureRequest) -> SandboxKind:
+def kind(request: pytest.FixtureRequest) -> SandboxKind:
     """A kind of fence that works here, or none."""
-    return request.param if request.param is SandboxKind.OFF else await available(request.param)
+    return require(request.param)
 
 
 @dataclass
@@ -246,6 +246,8 @@ async def test_a_stolen_token_is_of_no_use_to_another_session(site: Site, kind: 
 
 DAEMON = """
 import os, subprocess, sys, time
+
+pytestmark = pytest.mark.sandbox
 if os.fork() == 0:
     first = os.getpid()
     os.setsid()

@@ -21,6 +21,8 @@ from orchestrator.state.file import FileStore
 from tests.conftest import Ended, Repository
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.sandbox
+
 DEFAULTS = {"backoff": {"initial": "10ms", "max": "10ms", "jitter": False}, "timeout": "60s"}
 
 

@@ -21,8 +21,12 @@ import pytest
 from orchestrator.errors import RefusedError, SessionError
 from orchestrator.sessions.sandbox import Fence, SandboxKind, choose_sandbox, fence_in
 from orchestrator.sessions.supervised import Ended, SupervisedCommand, run_supervised
+from tests.sandboxes import require
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there is a sandbox on Linux only")
+pytestmark = [
+    pytest.mark.sandbox,
+    pytest.mark.skipif(sys.platform != "linux", reason="there is a sandbox on Linux only"),
+]
 
 HOSTILE = Path(__file__).with_name("hostile.py")
 ON_FILES = [
@@ -82,21 +86,14 @@ def house(tmp_path: Path) -> House:
 
 
 @pytest.fixture(params=[SandboxKind.BUBBLEWRAP, SandboxKind.LANDLOCK])
-async def kind(request: pytest.FixtureRequest) -> SandboxKind:
+def kind(request: pytest.FixtureRequest) -> SandboxKind:
     """A kind of sandbox that this machine has."""
-    return await available(request.param)
+    return require(request.param)
 
 
 @pytest.fixture
-async def bubblewrap() -> SandboxKind:
-    return await available(SandboxKind.BUBBLEWRAP)
-
-
-async def available(kind: SandboxKind) -> SandboxKind:
-    try:
-        return await choose_sandbox(kind.value, network=True, environ=os.environ)
-    except RefusedError as refused:
-        pytest.skip(str(refused))
+def bubblewrap() -> SandboxKind:
+    return require(SandboxKind.BUBBLEWRAP)
 
 
 @pytest.fixture
@@ -416,7 +413,7 @@ async def test_a_bubblewrap_that_may_do_nothing_is_not_chosen(tmp_path: Path) ->
     said = r"uid map: Permission denied.*apparmor_restrict_unprivileged_userns=0.*`sandbox: off`"
     with pytest.raises(RefusedError, match=said):
         await choose_sandbox("bubblewrap", network=True, environ=environ)
-    await available(SandboxKind.LANDLOCK)
+    require(SandboxKind.LANDLOCK)
     for network in (True, False):
         assert await choose_sandbox("auto", network=network, environ=environ) is SandboxKind.LANDLOCK
 

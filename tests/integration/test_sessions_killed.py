@@ -13,10 +13,11 @@ import pytest
 
 from orchestrator.sessions.sandbox import SandboxKind
 from tests.conftest import Repository
-from tests.integration.test_mailbox import KINDS
-from tests.integration.test_sandbox import available
 from tests.integration.test_working_together import QUICK, ended, states
+from tests.sandboxes import ONE_OF_WORKING
 from tests.waiting import wait_for
+
+pytestmark = pytest.mark.sandbox
 
 #: Takes all that there is to take and stays; a later attempt takes it anew, and ends.
 HOLDER = """
@@ -30,12 +31,10 @@ echo x >a.txt
 """
 
 
-@pytest.fixture(
-    params=[pytest.param(kind, marks=() if kind is SandboxKind.BUBBLEWRAP else pytest.mark.slow) for kind in KINDS]
-)
-async def kind(request: pytest.FixtureRequest) -> SandboxKind:
-    """A kind of fence that works here, or none."""
-    return request.param if request.param is SandboxKind.OFF else await available(request.param)
+@pytest.fixture(params=ONE_OF_WORKING)
+def kind(request: pytest.FixtureRequest) -> SandboxKind:
+    """A kind of sandbox that works here, or none."""
+    return SandboxKind(request.param)
 
 
 def adapter(repository: Repository, script: str) -> dict[str, Any]:

@@ -15,9 +15,13 @@ import pytest
 
 from orchestrator.sessions.sandbox import SandboxKind, fence_in
 from orchestrator.sessions.supervised import Ended, SupervisedCommand, run_supervised
-from tests.integration.test_sandbox import House, available, until
+from tests.integration.test_sandbox import House, until
+from tests.sandboxes import require
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there is a sandbox on Linux only")
+pytestmark = [
+    pytest.mark.sandbox,
+    pytest.mark.skipif(sys.platform != "linux", reason="there is a sandbox on Linux only"),
+]
 
 #: What is run has the test's folder as its first argument. Each process notes the signals that it gets, and when.
 NOTES = """
@@ -61,8 +65,8 @@ def house(tmp_path: Path) -> Iterator[House]:
 @pytest.fixture(
     params=[SandboxKind.BUBBLEWRAP, SandboxKind.OFF, pytest.param(SandboxKind.LANDLOCK, marks=pytest.mark.slow)]
 )
-async def kind(request: pytest.FixtureRequest) -> SandboxKind:
-    return await available(request.param)
+def kind(request: pytest.FixtureRequest) -> SandboxKind:
+    return require(request.param)
 
 
 Run = Callable[..., SupervisedCommand]

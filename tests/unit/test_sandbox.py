@@ -14,6 +14,8 @@ from orchestrator.sessions import sandbox
 from orchestrator.sessions.sandbox import Fence, SandboxKind, choose_sandbox, fence_in
 from orchestrator.sessions.supervised import SupervisedCommand
 
+pytestmark = pytest.mark.sandbox
+
 
 @pytest.fixture
 def top(tmp_path: Path) -> Path:

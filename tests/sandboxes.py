@@ -1,0 +1,52 @@
+"""The kinds of sandbox that work on this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import anyio
+import pytest
+
+from orchestrator.errors import RefusedError
+from orchestrator.sessions.sandbox import SandboxKind, choose_sandbox
+
+#: As these tests were started: some change it for what they start.
+_PATH = {"PATH": os.environ["PATH"]}
+
+
+@cache
+def problem(kind: SandboxKind, *, network: bool = True, hosts: Sequence[str] = ()) -> str | None:
+    """Return why a kind of sandbox does not work on this machine; None if it does."""
+
+    async def choose() -> str | None:
+        try:
+            await choose_sandbox(kind.value, network=network, hosts=hosts, environ=_PATH)
+        except RefusedError as refused:
+            return refused.what
+        return None
+
+    with ThreadPoolExecutor(1) as own_loop:  # the caller's may be running
+        return own_loop.submit(anyio.run, choose).result()
+
+
+def require(kind: SandboxKind, *, network: bool = True, hosts: Sequence[str] = ()) -> SandboxKind:
+    """Return the kind; skip the test if it does not work on this machine."""
+    if (why := problem(kind, network=network, hosts=hosts)) is not None:
+        pytest.skip(why)
+    return kind
+
+
+def default_sandbox() -> dict[str, str]:
+    """Return the setting that a config needs on this machine: none, unless no sandbox works here."""
+    return {"sandbox": "off"} if WORKING == (SandboxKind.OFF,) else {}
+
+
+#: What works here, the strongest first.
+WORKING = tuple(kind for kind in (SandboxKind.BUBBLEWRAP, SandboxKind.LANDLOCK, SandboxKind.OFF) if not problem(kind))
+#: The first of them, and the others with the slow tests.
+ONE_OF_WORKING = (WORKING[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in WORKING[1:]))
+#: For what `sandbox: auto` is refused without.
+needs_sandbox = pytest.mark.skipif(WORKING == (SandboxKind.OFF,), reason="no sandbox works on this machine")
