@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Final, Literal
 import pluggy
 from pydantic import BaseModel
 
-from adapters.failures import LONGEST_REASON, class_in, class_of_status
+from adapters.failures import LONGEST_REASON, class_in, class_of_status, one_line
 from adapters.jsonlines import (
     cost_of,
     failure_concluded,
@@ -35,6 +35,7 @@ from orchestrator.protocols import (
     Capability,
     Command,
     Concluded,
+    Denied,
     Home,
     Identified,
     JsonObject,
@@ -51,6 +52,11 @@ hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
 _KEYS: Final = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN")
 _PLACE, _FOLDER = "ANTHROPIC_BASE_URL", "CLAUDE_CONFIG_DIR"
+_MODE: Final = (
+    "write `permission_mode: bypassPermissions` for its adapter, which is meant for the sandbox, or allow the tool by "
+    "`args: ['--allowedTools=TOOL']`"
+)
+_RULES: Final = "a rule or a hook of its settings denies it: change that if it is to be allowed"
 _LOG_IN: Final = "run `claude auth login`, set ANTHROPIC_API_KEY or CLAUDE_CODE_OAUTH_TOKEN, or add credit"
 _PRESET: Final = {
     "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
@@ -181,15 +187,20 @@ class ClaudeCodeAdapter:
             return said_plainly(line)
         match value.get("type"):
             case "system":
-                return tuple(_of_system(value))
+                return tuple(_of_system(value, self._remedy))
             case "assistant":
                 return (*_of_message(value.get("message")), *_of_usage(value.get("message")))
             case "rate_limit_event":
                 return tuple(_of_limit(value.get("rate_limit_info")))
             case "result":
-                return tuple(_of_result(value))
+                return (*_denied(value.get("permission_denials"), self._remedy), *_of_result(value))
             case _:
                 return ()
+
+    @property
+    def _remedy(self) -> str:
+        """What allows a tool that was denied."""
+        return _MODE if self._options.permission_mode == "acceptEdits" else _RULES
 
     def verdict(self, end: SessionEnd) -> Failed | None:
         """Return what the result says, else what the program's plain words do; a limit with its end if one is known."""
@@ -224,7 +235,7 @@ def _servers(request: SessionRequest) -> JsonObject:
     }
 
 
-def _of_system(value: JsonObject) -> Iterator[SessionEvent]:
+def _of_system(value: JsonObject, remedy: str) -> Iterator[SessionEvent]:
     session = text_of(value.get("session_id"))
     if value.get("subtype") == "init" and session:
         yield Identified(session)
@@ -232,11 +243,25 @@ def _of_system(value: JsonObject) -> Iterator[SessionEvent]:
         for server in servers if isinstance(servers, list) else ():
             if isinstance(server, dict) and server.get("status") == "failed":
                 yield Warned(f"the MCP server {text_of(server.get('name'))} did not start")
+    if value.get("subtype") == "permission_denied":
+        name, why = text_of(value.get("tool_name")) or "a tool", one_line(text_of(value.get("message")))
+        yield Denied(name, why, remedy, text_of(value.get("tool_use_id")) or None)
     if value.get("subtype") == "api_retry":
         what = text_of(value.get("error")) or "an error"
         attempt, most = number_of(value.get("attempt")), number_of(value.get("max_retries"))
         status = number_of(value.get("error_status"))
         yield Warned(f"{what}{f' ({status})' if status else ''}, it tries again: {attempt} of {most}")
+
+
+def _denied(denials: Any, remedy: str) -> Iterator[Denied]:
+    """Yield the tools that a result says were denied, each with what it was to do."""
+    for one in denials if isinstance(denials, list) else ():
+        match one:
+            case {"tool_name": str(name), "tool_input": dict(given)}:
+                detail = tool_used(name, given, _PATH_KEYS, _DETAIL_KEYS).detail
+                yield Denied(name, detail, remedy, text_of(one.get("tool_use_id")) or None)
+            case _:
+                pass
 
 
 def _of_message(message: Any) -> Iterator[SessionEvent]:

@@ -27,6 +27,7 @@ from orchestrator.protocols import (
     Capability,
     Command,
     Concluded,
+    Denied,
     Home,
     Identified,
     Program,
@@ -101,6 +102,10 @@ _UNWRITABLE: Final = re.compile(r"initialize in-process app-server|CODEX_HOME po
 #: What a sandbox of its own keeps it from stands in its log only.
 _KEPT_FROM_WRITING: Final = re.compile(r"patch rejected: .+|Failed to write file .+")
 _WITHOUT_SANDBOX: Final = "its own sandbox keeps it from writing: leave `sandbox` at `none`, and have the fence keep it"
+_NO_SANDBOX: Final = "write `sandbox: none` for its adapter, and leave it to the sandbox of the run"
+_RULES: Final = "a rule of its configuration denies it: change that if it is to be allowed"
+#: What a command prints that its own sandbox kept from something; no other word of that gets out.
+_KEPT: Final = re.compile(r"Read-only file system|Operation not permitted|Permission denied")
 _RECONNECTING: Final = re.compile(r"Reconnecting\.\.\. ")
 _WAIT: Final = re.compile(r"try again in (\d{1,6}(?:\.\d{1,6})?)s\b")
 #: In local time; the date stands there unless it is today's: `Mar 3rd, 2026 4:05 PM`.
@@ -199,7 +204,9 @@ class CodexAdapter:
             case {"type": "thread.started", "thread_id": str(thread)} if thread:
                 return (Identified(thread),)
             case {"type": "item.started" | "item.completed" as when, "item": {"type": str(kind)} as item}:
-                return tuple(_of_item(kind, item, is_over=when == "item.completed"))
+                is_over = when == "item.completed"
+                is_boxed = self._options.sandbox != "none"
+                return (*_of_item(kind, item, is_over=is_over), *(_denied(kind, item, is_boxed) if is_over else ()))
             case {"type": "turn.completed"}:
                 return (*_of_usage(value.get("usage"), self._options.model), Concluded())
             case {"type": "turn.failed"}:
@@ -265,6 +272,16 @@ def _of_item(kind: str, item: Mapping[str, Any], *, is_over: bool) -> Iterator[S
             yield UsedTool("edit", one_line(" ".join(paths)), paths)
         case _:
             pass
+
+
+def _denied(kind: str, item: Mapping[str, Any], is_boxed: bool) -> Iterator[Denied]:
+    """Yield a command or change that was declined, or that failed because of a sandbox of its own."""
+    output = text_of(item.get("aggregated_output"))
+    is_kept = is_boxed and item.get("status") == "failed" and _KEPT.search(output) is not None
+    if kind in {"command_execution", "file_change"} and (is_kept or item.get("status") == "declined"):
+        used = [one for one in _of_item(kind, item, is_over=kind == "file_change") if isinstance(one, UsedTool)]
+        remedy = _NO_SANDBOX if is_boxed else _RULES
+        yield from (Denied(one.name, one.detail, remedy, text_of(item.get("id")) or None) for one in used)
 
 
 def _of_usage(usage: Any, model: str | None) -> Iterator[SessionEvent]:

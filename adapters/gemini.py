@@ -24,6 +24,7 @@ from orchestrator.protocols import (
     Capability,
     Command,
     Concluded,
+    Denied,
     Home,
     Identified,
     JsonObject,
@@ -134,6 +135,12 @@ _COLOR: Final = re.compile(r"\x1b\[[0-9;]*m")
 _REPORT: Final = "Error when talking to Gemini API"
 _READ_ONLY: Final = re.compile(r"critical error .*\b(?:EROFS|EACCES)\b.*'(.*/\.gemini)/")
 _NO_RESULT: Final = "it ended without a result: something stopped it"
+#: Types of errors of tools that are denied, and messages where the type is that of any mistake.
+_DENIALS: Final = frozenset({"path_not_in_workspace", "permission_denied", "policy_violation", "tool_not_registered"})
+_KEPT_OFF: Final = re.compile(r"Path not in workspace|Access denied")
+_CALLED: Final = re.compile(r"([A-Za-z]+(?:_(?!_)[A-Za-z]+)*)")
+_YOLO: Final = "write `approval_mode: yolo` for its adapter, which is meant for the sandbox"
+_POLICY: Final = "a policy of its settings denies it: change that if it is to be allowed"
 _PATH_KEYS: Final = ("file_path", "absolute_path")
 _DETAIL_KEYS: Final = ("command", "pattern", "query", "dir_path", "path", "prompt", "name", "description")
 
@@ -224,7 +231,7 @@ class GeminiAdapter:
             case "tool_use":
                 return tuple(_of_tool(text_of(value.get("tool_name")), value.get("parameters")))
             case "tool_result" if value.get("status") == "error":
-                return tuple(_of_tool_result(value.get("error")))
+                return tuple(_of_tool_result(value, self._options.approval_mode))
             case "error":
                 return tuple(_of_error(value))
             case "result":
@@ -287,9 +294,15 @@ def _of_tool(name: str, given: Any) -> Iterator[SessionEvent]:
         yield tool_used(name, given if isinstance(given, dict) else {}, _PATH_KEYS, _DETAIL_KEYS)
 
 
-def _of_tool_result(error: Any) -> Iterator[SessionEvent]:
-    message = one_line(text_of(error.get("message"))) if isinstance(error, dict) else ""
-    if message:
+def _of_tool_result(value: JsonObject, mode: str) -> Iterator[SessionEvent]:
+    error = value.get("error")
+    error = error if isinstance(error, dict) else {}
+    message, call = one_line(text_of(error.get("message"))), text_of(value.get("tool_id"))
+    if text_of(error.get("type")) in _DENIALS or _KEPT_OFF.match(message):
+        tool = _CALLED.match(call)
+        remedy = "" if _KEPT_OFF.match(message) else _YOLO if mode == "auto_edit" else _POLICY
+        yield Denied(tool[1] if tool else "a tool", message, remedy, call or None)
+    elif message:
         yield Warned(f"a tool failed: {message}")
 
 

@@ -15,6 +15,7 @@ from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
 from orchestrator.protocols import (
     Concluded,
+    Denied,
     Identified,
     JsonObject,
     Said,
@@ -82,6 +83,8 @@ def _bridge_event(value: JsonObject) -> SessionEvent | None:
             return Identified(session)
         case {"type": "warned", "text": text}:
             return Warned(text)
+        case {"type": "denied", "tool": tool, "detail": detail, "call": call}:
+            return Denied(tool, detail, call=call or None)
         case {"type": "concluded"}:
             return Concluded(value["text"], _bridge_failure(value))
         case _:

@@ -28,6 +28,7 @@ from orchestrator.protocols import (
     Capability,
     Command,
     Concluded,
+    Denied,
     Home,
     Identified,
     JsonObject,
@@ -38,7 +39,6 @@ from orchestrator.protocols import (
     SessionRequest,
     Spent,
     UsedTool,
-    Warned,
 )
 
 hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
@@ -121,7 +121,8 @@ _WRITE_THERE: Final = (
     "leave `home` at `own`, or start it once by hand, and make its folders `writable` (~/.local/share/opencode, "
     "~/.local/state/opencode, ~/.cache/opencode)"
 )
-_DENIED: Final = "The user has specified a rule which prevents"
+_DENIED: Final = ("The user has specified a rule which prevents", "The user rejected permission")
+_ALLOW: Final = "allow it by `permission` under the adapter's `config`"
 _ERROR_LOGGED: Final = re.compile(r"\berror(?:\.error)?=(\"(?:[^\"\\]|\\.)*\"|\S+)")
 _LONGEST_LINE: Final = 4096
 _DETAIL_KEYS: Final = ("command", "pattern", "description", "url", "query")
@@ -316,7 +317,7 @@ def _of_tool(part: JsonObject) -> Iterator[SessionEvent]:
     details = [given[key] for key in _DETAIL_KEYS if isinstance(given.get(key), str)]
     yield UsedTool(name, one_line(" ".join(paths or details[:1])), paths)
     if text_of(state.get("error")).startswith(_DENIED):
-        yield Warned(f"its configuration denies it {name}")
+        yield Denied(name, one_line(" ".join(paths or details[:1])), _ALLOW, text_of(part.get("callID")) or None)
 
 
 def _paths(given: JsonObject) -> Iterator[str]:

@@ -619,6 +619,24 @@ class Warned:
 
 
 @dataclass(frozen=True, slots=True)
+class Denied:
+    """The CLI denied its model a tool, or its own sandbox made that fail.
+
+    `detail` is one line for people, and `remedy` what allows the tool. Several reports of one `call` are one denial.
+    """
+
+    tool: str
+    detail: str = ""
+    remedy: str = ""
+    call: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The tool and what it was to do, as in `Bash(git diff)`."""
+        return f"{self.tool}({self.detail})" if self.detail else self.tool
+
+
+@dataclass(frozen=True, slots=True)
 class Concluded:
     """The CLI's own word about its end: the result's text, and what failed (None: nothing, it says).
 
@@ -629,7 +647,7 @@ class Concluded:
     failed: Failed | None = None
 
 
-SessionEvent = Said | UsedTool | Spent | Identified | Warned | Concluded
+SessionEvent = Said | UsedTool | Spent | Identified | Warned | Denied | Concluded
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,8 +147,9 @@ class _Client:
         why = self._why_not(tool_call)
         wanted = ("allow_once", "allow_always") if why is None else ("reject_once", "reject_always")
         if why is not None:
-            self.refused = f"not allowed: {tool_call.title or tool_call.tool_call_id}: {why}"
-            write("warned", text=self.refused)
+            title = " ".join((tool_call.title or tool_call.tool_call_id).split())
+            self.refused = f"not allowed: {title}: {why}"
+            write("denied", tool=title, detail=why, call=tool_call.tool_call_id)
         chosen = next((one for kind in wanted for one in options if one.kind == kind), None)
         if chosen is None:
             return schema.RequestPermissionResponse(outcome=schema.DeniedOutcome(outcome="cancelled"))
@@ -204,7 +205,7 @@ class _Client:
         try:
             return self._worktree.locate(path)
         except OutsideError as error:
-            write("warned", text=f"not allowed: {error}")
+            write("denied", tool="file", detail=str(error), call="")
             raise acp.RequestError.invalid_params({"details": str(error)}) from None
 
     def _used(self, call: schema.ToolCallStart | schema.ToolCallProgress, *, is_new: bool) -> None:

@@ -16,6 +16,7 @@ FIELDS: Final[Mapping[str, Mapping[str, type | UnionType]]] = {
     "spent": {"input_tokens": int, "output_tokens": int, "cost": float | int | None},  # in all, US dollars
     "session": {"id": str},  # the agent's own id of the conversation
     "warned": {"text": str},
+    "denied": {"tool": str, "detail": str, "call": str},
     "concluded": {"text": str, "failure": str | None, "reason": str},  # the class of failure, None: it went well
     "alive": {},  # something is going on that has no words
 }

@@ -88,6 +88,7 @@ SENTENCES: Mapping[str, str] = {
     "task.salvaged": "work that was on no branch is kept on {branch}",
     "task.claim_lost": "taken over by {by}; {left}",
     "task.desk_failed": "a question of its session could not be answered: {reason}",
+    "task.tools_denied": "{reason}",
     "task.host_denied": "its session was refused {host}, which `network.allow` does not cover",
     "claim.taken": "claimed by {owner}",
     "claims.swept": "{count} tasks of {orchestrator}, which is gone, were taken over",

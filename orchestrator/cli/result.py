@@ -107,6 +107,8 @@ def _what(task: TaskReport, target: str, changes: Mapping[str, Changes]) -> str:
         parts.append(text)
     if task.reason is not None:
         parts.append(plain(one_line(task.reason)))
+    if task.denied is not None and task.denied not in (task.reason or ""):
+        parts.append(plain(one_line(task.denied)))
     if (kept := kept_as(task)) is not None:
         parts.append(f"kept as {plain(kept)}")
     return "; ".join(parts)

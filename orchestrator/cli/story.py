@@ -134,6 +134,7 @@ def _session(one: SessionStory) -> Iterator[str]:
         "log": one.log,
         "check": one.check_log or "",
         "discarded": _some(one.discarded),
+        "denied": one_line(str(one.denied)),
     }
     yield from aligned([[name, value] for name, value in told.items() if value], "    ")
 

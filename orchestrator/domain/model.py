@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from orchestrator.domain.outcome import Denials
 from orchestrator.domain.phases import PhaseRecord
 from orchestrator.domain.times import Instant
 from orchestrator.errors import RefusedError
@@ -98,6 +99,8 @@ class Attempt(_Document):
     """The phase of the task's workflow that it was made at; None: the task has no workflow."""
     discarded: tuple[str, ...] = ()
     """The first of the paths that it changed though it was to change nothing, which was discarded."""
+    denied: Denials = Denials()
+    """The tools that its CLI denied it."""
 
 
 def known_cost(attempts: Iterable[Attempt]) -> float | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.domain.failures import FailureClass
 
 #: Characters of a line of standard error that are told.
 _LONGEST_LINE = 300
+#: Denied tools that are recorded of a session, and that a line names, each with so many characters.
+_DENIALS, _SHOWN, _LONGEST_DENIAL = 20, 3, 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,30 @@ class Exhausted:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Denials:
+    """The tools that a session was denied: how many calls, the first of them in words, and what allows them."""
+
+    count: int = 0
+    tools: tuple[str, ...] = ()
+    remedy: str = ""
+
+    @classmethod
+    def of(cls, calls: Sequence[tuple[str, str]]) -> Denials:
+        """Return denials from what was called, in words, and the remedy of each."""
+        tools = tuple(dict.fromkeys(text for text, _ in calls))[:_DENIALS]
+        return cls(len(calls), tools, next((remedy for _, remedy in calls if remedy), ""))
+
+    def __str__(self) -> str:
+        """Return it as a line; empty where nothing was denied."""
+        if not self.count:
+            return ""
+        shown = ", ".join(one[:_LONGEST_DENIAL] for one in self.tools[:_SHOWN])
+        more = ", …" if self.count > len(self.tools[:_SHOWN]) else ""
+        line = f"{self.count} {'tool' if self.count == 1 else 'tools'} denied: {shown}{more}"
+        return f"{line}: {self.remedy}" if self.remedy else line
+
+
 Outcome = Built | Answered | Failed | Interrupted | Exhausted
 
 
@@ -76,6 +103,9 @@ class Limits:
     silence: float | None = None
 
 
+_NONE_DENIED = Denials()
+
+
 def judge(
     exit_: Exit,
     limits: Limits,
@@ -86,6 +116,7 @@ def judge(
     admitted: bool = False,
     writes: bool = True,
     errors: str = "",
+    denials: Denials = _NONE_DENIED,
 ) -> Outcome:
     """Return the outcome.
 
@@ -94,7 +125,7 @@ def judge(
     heard where it failed, left everything as it was, or has itself `admitted` at its end that it failed, and where
     they lack what it always says at its end (`unfinished`). A zero exit proves nothing, and neither does half of the
     work. Unless it `writes`, it was not to change anything. `errors` is the end of its standard error: the last line is
-    told with an exit code that nobody can explain.
+    told with an exit code that nobody can explain. `denials` are part of the reason where it changed nothing.
     """
     if exit_.spawn_error is not None:
         return _not_started(exit_)
@@ -107,14 +138,15 @@ def judge(
         return verdict or Failed(FailureClass.CRASHED, f"the program {how}{_last_line(errors)}")
     if verdict is not None and (admitted or verdict.unfinished):
         return verdict
-    return _ended_well(commit, refused, verdict) if writes else Answered()
+    return _ended_well(commit, refused, verdict, denials) if writes else Answered()
 
 
-def _ended_well(commit: str | None, refused: str | None, verdict: Failed | None) -> Outcome:
+def _ended_well(commit: str | None, refused: str | None, verdict: Failed | None, denials: Denials) -> Outcome:
     if refused is not None:
         return Failed(FailureClass.REFUSED, refused)
     if commit is None:
-        return verdict or Failed(FailureClass.NO_CHANGE, "the program ended well but changed nothing")
+        why = f": {denials}" if denials.count else ""
+        return verdict or Failed(FailureClass.NO_CHANGE, f"the program ended well but changed nothing{why}")
     return Built(commit)
 
 

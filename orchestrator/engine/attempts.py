@@ -471,6 +471,7 @@ class Attempts:
             folder=None if finished.folder is None else str(finished.folder),
             resumed=work.session.assignment.earlier is not None,
             discarded=finished.discarded[:_DISCARDED],
+            denied=finished.transcript.denials,
             **self.shop.accounting.recorded(finished.transcript, document.attempts),
         )
         branch = finished.branch if work.turn.phase.writes else document.branch
@@ -489,6 +490,9 @@ def _told(work: Work, finished: Finished) -> Iterator[tuple[str, JsonObject]]:
         yield "task.desk_failed", {"reason": fault}
     for host in finished.denied_hosts:
         yield "task.host_denied", {"host": host}
+    if (denials := finished.transcript.denials).count:
+        facts = {"count": denials.count, "tools": [*denials.tools], "reason": str(denials)}
+        yield "task.tools_denied", {"attempt": work.session.assignment.worktree.attempt, **facts}
     if finished.discarded:
         number = work.session.assignment.worktree.attempt
         yield "task.changes_discarded", {"attempt": number, "paths": list(finished.discarded[:MOST_TOLD])}

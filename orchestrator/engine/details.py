@@ -16,7 +16,7 @@ from orchestrator.domain.secrets import Redactor
 from orchestrator.domain.sessions import SessionName
 from orchestrator.engine.records import read_run, read_spec, read_task
 from orchestrator.errors import RefusedError
-from orchestrator.protocols import Adapter, Concluded, Said, SessionEvent, Store, UsedTool, Warned
+from orchestrator.protocols import Adapter, Concluded, Denied, Said, SessionEvent, Store, UsedTool, Warned
 from orchestrator.repo.diffs import count_commits, count_live, live_diff
 from orchestrator.repo.git import Git
 from orchestrator.repo.hub import Hub
@@ -149,6 +149,8 @@ def readable(events: Iterable[SessionEvent]) -> str:
                 line = said.strip()
             case UsedTool(name, detail):
                 line = f"> {name} {detail}".rstrip()
+            case Denied() as denied:
+                line = f"! denied: {denied.text}"
             case Warned(said):
                 line = f"! {said}"
             case _:

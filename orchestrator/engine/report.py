@@ -88,6 +88,8 @@ class TaskReport:
     """US dollars of all attempts, as far as their CLIs told."""
     phase: str | None = None
     """The phase of its workflow that it is at, or is to enter next; null: none is left, or it has no workflow."""
+    denied: str | None = None
+    """The tools that its newest session with any was denied, and what allows them; null: none was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,6 +422,7 @@ def _task(task: str, document: TaskDocument, adapter: str, why_blocked: str | No
         output_tokens=sum([one.output_tokens for one in attempts]),
         cost=document.cost,
         phase=at,
+        denied=next((str(one.denied) for one in reversed(attempts) if one.denied.count), None),
     )
 
 

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, TypeAdapter
 from orchestrator.domain.handoffs import Handoff, Receipt, is_intact
 from orchestrator.domain.mediation import Mediation
 from orchestrator.domain.model import Attempt, TaskDocument, TaskStatus, known_cost
+from orchestrator.domain.outcome import Denials
 from orchestrator.domain.phases import Given, PhaseRecord, PhaseStatus
 from orchestrator.domain.workflow import PLAIN
 from orchestrator.engine.report import TaskReport
@@ -141,6 +142,8 @@ class SessionStory:
     """The file with what the check printed that did not pass."""
     discarded: Sequence[str]
     """The paths that it changed though it was to change nothing."""
+    denied: Denials
+    """The tools that its CLI denied it: how many calls, the first of them, and what allows them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,6 +406,7 @@ def _session(task: str, one: Attempt, logs: str) -> SessionStory:
         log=f"{logs}/{log_name(task, one.number, 'stdout')}",
         check_log=one.check_log,
         discarded=one.discarded,
+        denied=one.denied,
     )
 
 

@@ -208,6 +208,7 @@ class Session:
             admitted=admitted,
             writes=what.writes,
             errors=stderr,
+            denials=transcript.denials,
         )
         if isinstance(outcome, Interrupted) and self._stopped_for is not None:
             outcome = self._stopped_for

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-from orchestrator.protocols import Adapter, Concluded, Identified, Said, SessionEvent, Spent, UsedTool
+from orchestrator.domain.outcome import Denials
+from orchestrator.protocols import Adapter, Concluded, Denied, Identified, Said, SessionEvent, Spent, UsedTool
 
 LONGEST_LINE = 1 << 20  # bytes; longer ones are left out
 MOST_EVENTS = 1_000
@@ -42,8 +43,15 @@ class Transcript:
     """How many tokens the cost covers (`Spent.priced_tokens`)."""
     begun: str = ""
     """What it is saying, as far as its parts have come."""
+    denied: tuple[Denied, ...] = ()
+    """The tools that it was denied, of very many the first."""
     call: tuple[str, Spent] | None = None
     """The call of the model that was told of last, with what it had used up by then."""
+
+    @property
+    def denials(self) -> Denials:
+        """What it was denied, in words."""
+        return Denials.of([(one.text, one.remedy) for one in self.denied])
 
     def after(self, event: SessionEvent) -> Transcript:
         """Return the transcript with one more event."""
@@ -59,6 +67,8 @@ class Transcript:
                 return replace(self, session=session)
             case Spent():
                 return self._after_spending(_counted(event))
+            case Denied():
+                return replace(self, denied=_with_denied(self.denied, event))
             case _:
                 return self
 
@@ -89,6 +99,15 @@ class Transcript:
 
 
 NOTHING_SAID = Transcript()
+
+
+def _with_denied(denied: tuple[Denied, ...], new: Denied) -> tuple[Denied, ...]:
+    """Return denials with one more; of one that was reported before, the newer detail counts."""
+    for at, one in enumerate(denied):
+        if one.call is not None and one.call == new.call:
+            told = replace(one, detail=new.detail or one.detail, remedy=one.remedy or new.remedy)
+            return (*denied[:at], told, *denied[at + 1 :])
+    return (*denied, new) if len(denied) < MOST_EVENTS else denied
 
 
 def _counted(spent: Spent) -> Spent:

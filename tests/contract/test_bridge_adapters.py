@@ -12,7 +12,17 @@ from adapters.acp import AcpAdapter
 from adapters.ollama import OllamaAdapter
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
-from orchestrator.protocols import Concluded, Identified, Said, SessionEnd, SessionEvent, Spent, UsedTool, Warned
+from orchestrator.protocols import (
+    Concluded,
+    Denied,
+    Identified,
+    Said,
+    SessionEnd,
+    SessionEvent,
+    Spent,
+    UsedTool,
+    Warned,
+)
 from orchestrator.testing.adapter_contract import AdapterContract, Recorded
 from orchestrator.testing.recordings import read_recordings
 from tests.contract.judging import TRANSCRIPTS, end
@@ -24,6 +34,7 @@ BRIDGE_LINES: Sequence[tuple[str, Sequence[SessionEvent]]] = (
     ('{"type": "spent", "input_tokens": 1, "output_tokens": 2, "cost": NaN}', (Spent(1, 2, None, in_all=True),)),
     ('{"type": "session", "id": "s"}', (Identified("s"),)),
     ('{"type": "warned", "text": "x"}', (Warned("x"),)),
+    ('{"type": "denied", "tool": "x", "detail": "y", "call": ""}', (Denied("x", "y"),)),
     ('{"type": "alive"}', ()),
     ('{"type": "concluded", "text": "x", "failure": null, "reason": ""}', (Concluded("x"),)),
     (

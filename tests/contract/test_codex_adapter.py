@@ -135,6 +135,7 @@ class TestCodex(AdapterContract):
             tokens=(2 * 120 + 2 * 20, 2 * 34 + 2 * 4),
             paths=frozenset({"/work/b.txt"}),
         ),
+        "denied": Recorded(text="Tried."),
         "read-only": Recorded(FailureClass.REFUSED, text="It is looked at.", paths=frozenset()),
         "edit": Recorded(
             session="01a20367-e977-74a0-a6b2-e9a9a51bad2e",

@@ -10,12 +10,12 @@ from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
 from orchestrator.protocols import (
     Concluded,
+    Denied,
     Identified,
     Said,
     SessionRequest,
     Spent,
     UsedTool,
-    Warned,
 )
 from orchestrator.testing.adapter_contract import AdapterContract, Recorded
 from orchestrator.testing.recordings import read_recordings
@@ -80,7 +80,10 @@ class TestOpencode(AdapterContract):
         (
             opencode_tool("write", "error", input={"filePath": "a"}, error="The user has specified a rule which"
                           " prevents you from using this specific tool call. Here are some of the relevant rules []"),
-            (UsedTool("write", "a", ("a",)), Warned("its configuration denies it write")),
+            (
+                UsedTool("write", "a", ("a",)),
+                Denied("write", "a", "allow it by `permission` under the adapter's `config`"),
+            ),
         ),
         (opencode_step("tool-calls"), (STEP,)),
         (opencode_step("stop"), (STEP, Concluded())),

@@ -35,6 +35,7 @@ CODEX: Final = Program(
         **ASKED,
         "dead-server": Case("write hello.txt hi", signal=signal.SIGTERM, said="waiting for network", is_dead=True),
         "refused": Case("write hello.txt hi\nrun echo hi > hello.txt", options={"sandbox": "read-only"}),
+        "denied": Case("run touch made.txt\nsay Tried.", options={"sandbox": "read-only"}),
         "invalid": Case("fail 400\nwrite hello.txt hi"),
         "overloaded": Case("fail 503\nwrite hello.txt hi"),
         "no-key": Case("write hello.txt hi", environ={"OPENAI_API_KEY": ""}),

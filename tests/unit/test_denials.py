@@ -1,0 +1,72 @@
+"""What sessions were denied, from what their programs were recorded to print."""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import pytest
+
+from adapters.claude_code import ClaudeCodeAdapter, ClaudeCodeOptions
+from adapters.codex import CodexAdapter, CodexOptions
+from adapters.gemini import GeminiAdapter, GeminiOptions
+from adapters.opencode import OpencodeAdapter, OpencodeOptions
+from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.outcome import Denials, Exit, Failed, Limits, judge
+from orchestrator.protocols import Adapter, Denied
+from orchestrator.sessions.transcript import Transcript
+from orchestrator.testing.recordings import read_recordings
+from tests.contract.judging import TRANSCRIPTS
+
+BYPASS = "permission_mode: bypassPermissions"
+
+
+@pytest.mark.parametrize(
+    ("adapter", "recording", "tools", "remedy"),
+    [
+        # 2.1.197 names it in its result alone, 2.1.330 when it happens, too: that is one denial.
+        (ClaudeCodeAdapter(ClaudeCodeOptions()), "claude-code/refused", ("Write(/work/.git/hooks/x)",), BYPASS),
+        (ClaudeCodeAdapter(ClaudeCodeOptions()), "claude-code/denied", ("Bash(python3 -c 'print(1)')",), BYPASS),
+        (ClaudeCodeAdapter(ClaudeCodeOptions(permission_mode="bypassPermissions")), "claude-code/refused",
+         ("Write(/work/.git/hooks/x)",), "a rule or a hook"),
+        (CodexAdapter(CodexOptions(sandbox="read-only")), "codex/denied",
+         ("shell(/bin/bash -lc 'touch made.txt')",), "sandbox: none"),
+        (GeminiAdapter(GeminiOptions(approval_mode="yolo")), "gemini/refused",
+         ('write_file(Path not in workspace: Attempted path "/scratch/beside.txt"',), ""),
+        (OpencodeAdapter(OpencodeOptions()), "opencode/refused", ("write(/work/hello.txt)",), "`permission`"),
+        (ClaudeCodeAdapter(ClaudeCodeOptions()), "claude-code/edit", (), ""),
+        (CodexAdapter(CodexOptions()), "codex/tool", (), ""),
+    ],
+)  # fmt: skip
+def test_what_a_program_denies_is_counted_once(
+    adapter: Adapter, recording: str, tools: tuple[str, ...], remedy: str
+) -> None:
+    """With the tool, what it was to do, and what allows it."""
+    folder, name = recording.split("/")
+    lines = read_recordings(TRANSCRIPTS / folder)[name].stdout
+    said = reduce(Transcript.after, (event for line in lines for event in adapter.parse(line)), Transcript())
+    assert said.denials.count == len(tools)
+    assert all(found.startswith(tool) for found, tool in zip(said.denials.tools, tools, strict=True))
+    assert remedy in said.denials.remedy
+    assert bool(said.denials.remedy) == bool(remedy)
+
+
+def test_a_session_that_ended_at_once_still_names_what_it_was_denied() -> None:
+    """Without its result only the reason is known, not what the tool was to do."""
+    adapter = ClaudeCodeAdapter(ClaudeCodeOptions())
+    lines = [line for line in read_recordings(TRANSCRIPTS / "claude-code")["denied"].stdout if '"result"' not in line]
+    said = reduce(Transcript.after, (event for line in lines for event in adapter.parse(line)), Transcript())
+    assert said.denials.tools == ("Bash(This command requires approval)",)
+
+
+def test_nothing_changed_because_of_denials_is_said_to_be() -> None:
+    denials = Denials.of([("Bash(make)", ""), ("Bash(make)", "allow it"), *((f"Write({n})", "") for n in "abc")])
+    outcome = judge(Exit("exit", 0, None, None), Limits(1.0), None, None, None, denials=denials)
+    assert isinstance(outcome, Failed)
+    assert outcome.failure is FailureClass.NO_CHANGE
+    told = "5 tools denied: Bash(make), Write(a), Write(b), …: allow it"
+    assert outcome.reason == f"the program ended well but changed nothing: {told}"
+
+
+def test_of_very_many_denials_the_first_are_kept() -> None:
+    said = reduce(Transcript.after, (Denied("Bash", str(n)) for n in range(2000)), Transcript())
+    assert (said.denials.count, len(said.denials.tools)) == (1000, 20)
