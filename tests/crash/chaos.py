@@ -94,22 +94,26 @@ class User(threading.Thread):
         is_gone = kind == "delete" and bool(own) and path.startswith("user/") and self._is_there(path)
         file = self._repository.top / path
         options = [] if self._dice.random() < 0.5 else ["--only", path]
+        staging = ["rm", "-q", "--ignore-unmatch"] if is_gone else ["add"]
         deadline = time.monotonic() + BOUND
-        before = file.read_text() if file.exists() else ""
         while time.monotonic() < deadline:
             with suppress(OSError):
                 if is_gone:
                     file.unlink(missing_ok=True)
                 else:
                     file.parent.mkdir(exist_ok=True)
-                    current = file.read_text() if file.exists() else ""
-                    if f"{message}\n" not in current:
-                        file.write_text(f"{current}{message}\n")
-                if not self._git("add", "--all", "--", path) and not self._git("commit", "-q", "-m", message, *options):
+                    if not file.exists() or message not in file.read_text().splitlines():
+                        with file.open("a") as opened:
+                            opened.write(f"{message}\n")
+                if not self._git(*staging, "--", path):
+                    self._git("commit", "-q", "-m", message, *options)
+                # On a full disk git may fail after it has committed.
+                if not self._git("log", "-9", "--format=%s") and message in self._said.splitlines():
                     self.commits.append(Commit(message, {} if is_gone else {path: message}, path if is_gone else None))
                     return
             time.sleep(0.05)
-        self.problem = f"the user could not commit {path} ({before!r}): {self._said}"
+        self._git("commit", "--dry-run", "--short", *options)
+        self.problem = f"the user could not commit {path}: {self._said}"
 
     def _is_there(self, path: str) -> bool:
         return path.startswith("user/") and (self._repository.top / path).exists()
