@@ -85,7 +85,7 @@ class Council:
     """One project's runs: start them, resume them, look at them, steer them. Opened by `Council.open`.
 
     Its methods can be called side by side, by tasks of one event loop; a run can be executed once at a time, by
-    whichever process. `run` is a run's id; where it is left out, the newest run is meant.
+    whichever process. `run` names a run as `find_run` takes it; where it is left out, the newest run is meant.
     """
 
     notices: Sequence[str]
@@ -220,7 +220,7 @@ class Council:
         another one does.
         """
         execution = await self._executing()
-        return await execution.resume(run or await self.newest_run(), budget, coordination)
+        return await execution.resume(await self.find_run(run), budget, coordination)
 
     async def work(
         self, run: str, *, capacity: int | None = None, coordination: CoordinationOverrides | None = None
@@ -256,14 +256,14 @@ class Council:
 
         Sessions are stopped, what they did is kept on branches. Whichever process is at work in the run does it.
         """
-        return await self._ask(run or await self.newest_run(), Action.CANCEL, tasks)
+        return await self._ask(await self.find_run(run), Action.CANCEL, tasks)
 
     async def ignore(self, *tasks: str, reason: str, run: str | None = None) -> RunReport:
         """End tasks as `cancel` does, and have nobody try them before `retry`; return how the run then stands."""
         from orchestrator.engine.requests import check_reason  # noqa: PLC0415  seldom needed
 
         check_reason(reason)
-        return await self._ask(run or await self.newest_run(), Action.IGNORE, tasks, reason)
+        return await self._ask(await self.find_run(run), Action.IGNORE, tasks, reason)
 
     async def retry(self, *tasks: str, run: str | None = None, from_phase: str | None = None) -> RunReport:
         """Have tasks tried again that are over without having landed; return how the run then stands.
@@ -271,7 +271,7 @@ class Council:
         Those with a workflow go on at the phase that they were at, or at `from_phase`: what came of the phases before
         that stays. A process that is at work in the run does so at once; otherwise the next `resume` does.
         """
-        return await self._ask(run or await self.newest_run(), Action.RETRY, tasks, phase=from_phase)
+        return await self._ask(await self.find_run(run), Action.RETRY, tasks, phase=from_phase)
 
     async def approve(self, *tasks: str, note: str | None = None, run: str | None = None) -> RunReport:
         """Approve what a phase of each task came to, so that it goes on; return how the run then stands.
@@ -294,7 +294,7 @@ class Council:
         check_note(note)
         if not tasks:  # the engine would take all that are not over
             raise RefusedError("no task is named", "`council status` names those that wait for approval")
-        return await self._ask(run or await self.newest_run(), action, tasks, note)
+        return await self._ask(await self.find_run(run), action, tasks, note)
 
     async def _ask(
         self, run: str, action: Action, tasks: tuple[str, ...], reason: str | None = None, phase: str | None = None
@@ -306,7 +306,7 @@ class Council:
         """Make a checkpoint of a run as it stands now, or with `whole` of all the project's runs."""
         if whole:
             return await checkpoints.create(self._store, None, reason)
-        run = run or await self.newest_run()
+        run = await self.find_run(run)
         return await checkpoints.create(self._store, run, reason, is_live=await self._runs.seems_live(run))
 
     async def checkpoints(self, run: str | None = None) -> list[Checkpoint]:
@@ -437,14 +437,14 @@ class Council:
 
     async def status(self, run: str | None = None) -> RunReport:
         """Describe a run as it stands now."""
-        return await self._runs.status(run or await self.newest_run())
+        return await self._runs.status(await self.find_run(run))
 
     async def story(self, task: str, run: str | None = None) -> Story:
         """Return all that is known of a task: phases, sessions, handoffs, landing. RefusedError where there is none.
 
         Without `run` it is the task of the newest run.
         """
-        return await self.past.story(run or await self.newest_run(), task)
+        return await self.past.story(await self.find_run(run), task)
 
     async def runs(self, *, active: bool = False) -> list[RunReport]:
         """Describe all runs of the project, or only those that are not over: at work, or cut off; the oldest first.
@@ -461,6 +461,13 @@ class Council:
     async def newest_run(self) -> str:
         """Return the id of the run that was started last."""
         return await self._runs.newest()
+
+    async def find_run(self, name: str | None = None) -> str:
+        """Return the id of the run that a name means: an id, its beginning if no other begins so, or `latest`.
+
+        Without a name it is the newest. RefusedError, with the nearest ids, where no run or several are meant.
+        """
+        return await self._runs.find(name)
 
     async def is_live(self, run: str) -> bool:
         """Whether a process is at work in a run."""
@@ -537,7 +544,7 @@ class Council:
         from orchestrator.engine.checking import check_run  # noqa: PLC0415  seldom needed
 
         plugins, runs = await self._installed(), self._runs
-        kinds, name = plugins.checked_kinds(), run or await self.newest_run()
+        kinds, name = plugins.checked_kinds(), await self.find_run(run)
         return await check_run(self._store, name, kinds, plugins.constraints, runs.clock, runs.environ)
 
     async def health(self) -> list[Finding]:
@@ -629,7 +636,7 @@ class Council:
         """Return what the sessions of a run are at, whichever processes run them; the last half hour of each."""
         from orchestrator.engine.contexts import read_contexts  # noqa: PLC0415  seldom needed
 
-        return await read_contexts(self._store, run or await self.newest_run())
+        return await read_contexts(self._store, await self.find_run(run))
 
     async def file_conflicts(self, run: str | None = None) -> dict[str, list[SessionContext]]:
         """Return the files that several sessions of a run are at work on or have locked, with these."""
@@ -641,7 +648,7 @@ class Council:
         """Return the sessions of a task at a glance. RefusedError where the run has no such task."""
         from orchestrator.domain.contexts import summarize  # noqa: PLC0415  the same
 
-        run = run or await self.newest_run()
+        run = await self.find_run(run)
         (await read_run(self._store, run)).check_task(task)
         return summarize(task, await self.contexts(run))
 
@@ -653,7 +660,7 @@ class Council:
 
     async def details(self, task: str, run: str | None = None) -> SessionDetails:
         """Return what the session of a task has done so far. RefusedError where it has none at work."""
-        run = run or await self.newest_run()
+        run = await self.find_run(run)
         return await self.archive.details(run, task, await self._adapters(await read_run(self._store, run)))
 
     async def notes(
@@ -679,7 +686,7 @@ class Council:
         from orchestrator.engine.memory import Memory  # noqa: PLC0415  the same
         from orchestrator.locking.registry import scope_of  # noqa: PLC0415  the same
 
-        document = await read_run(self._store, run or await self.newest_run())
+        document = await read_run(self._store, await self.find_run(run))
         redactor = Redactor(secret_values(self._runs.environ))
         return Memory(self._store, self._runs.clock, scope_of(document.repo, document.target), redactor)
 
@@ -691,7 +698,7 @@ class Council:
         from orchestrator.domain.secrets import Redactor, secret_values  # noqa: PLC0415  the same
         from orchestrator.engine.sharing import Sharing  # noqa: PLC0415  the same
 
-        document = await read_run(self._store, run or await self.newest_run())
+        document = await read_run(self._store, await self.find_run(run))
         redactor = Redactor(secret_values(self._runs.environ))
         return Sharing(self._store, self._runs.clock, redactor, document.id)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import anyio.to_thread
 from pydantic import ValidationError
@@ -25,6 +26,11 @@ from orchestrator.repo.hub import Hub
 
 if TYPE_CHECKING:
     from orchestrator.config.model import Retention
+
+#: What names the newest run.
+LATEST: Final = "latest"
+#: Runs that are named to somebody whose name is of several.
+_MOST_NAMED: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +64,27 @@ class Runs:
         if len(runs) == 1:  # a run of thousands of tasks is long to read
             return runs[0].key.id
         return max(runs, key=_by_start).key.id
+
+    async def find(self, name: str | None) -> str:
+        """Return the id of the run that a name means: an id, its beginning if no other begins so, or `latest`.
+
+        None means the newest, too. RefusedError, with the nearest ids, where no run or several are meant.
+        """
+        if name is None:
+            return await self.newest()
+        known = [one.key.id for one in sorted(await self.store.list("run"), key=_by_start)]
+        if name in known:
+            return name
+        if name == LATEST:
+            return await self.newest()
+        found = [run for run in known if name and run.startswith(name)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            meant = f"{len(found)} runs begin with {name!r}"
+            raise RefusedError(meant, f"name one of: {', '.join(found[: -_MOST_NAMED - 1 : -1])}")
+        near = difflib.get_close_matches(name, known, n=1)
+        raise RefusedError(f"there is no run {name!r}", f"did you mean {near[0]!r}?" if near else "`council runs` lists them")
 
     async def retention(self) -> Retention:
         """Return how much of the past is kept, as the file of the newest run says."""

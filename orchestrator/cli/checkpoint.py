@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from functools import partial
 
 import click
 
 from orchestrator.cli.command import Context, json_option, opened, perform, run_option, store_option
-from orchestrator.cli.completing import complete_checkpoints, complete_runs
+from orchestrator.cli.completing import complete_checkpoints
 from orchestrator.cli.group import Suggesting
 from orchestrator.cli.output import plain
 from orchestrator.council import Council
@@ -65,7 +66,7 @@ def create(reason: str, run: str | None, whole: bool, as_json: bool) -> None:
 
 
 @checkpoint.command("list")
-@click.option("--run", "run", metavar="RUN", help="Only those of this run.", shell_complete=complete_runs)
+@partial(run_option, words="Only those of this run.")
 @click.option("--all", "whole", is_flag=True, help="Only those of all runs together.")
 @store_option
 @json_option
@@ -82,8 +83,8 @@ def list_checkpoints(run: str | None, whole: bool, as_json: bool) -> None:
     async def command(context: Context) -> int:
         async with opened(context.log) as council:
             found = await council.checkpoints(WHOLE if whole else run)
-            if run is not None and not found and run not in await council.run_ids():
-                raise RefusedError(f"there is no run {run!r}", "`council runs` lists them")
+            if run is not None and not found:  # of a run whose record was removed they are listed all the same
+                found = await council.checkpoints(await council.find_run(run))
             if as_json:
                 context.output.json({"checkpoints": [_facts(one) for one in found]})
             elif not found:
@@ -171,7 +172,15 @@ def _check_scope(run: str | None, *, whole: bool) -> None:
 
 
 async def _full_id(council: Council, name: str, run: str | None) -> str:
-    return name if "/" in name else f"{run or await council.newest_run()}/{name}"
+    named, _, number = name.rpartition("/")
+    if named == WHOLE:
+        return name
+    try:
+        return f"{await council.find_run(named or run)}/{number}"
+    except RefusedError:
+        if not named:
+            raise
+        return name  # its run's record was removed, perhaps
 
 
 def _facts(one: Checkpoint) -> JsonObject:

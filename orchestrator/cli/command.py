@@ -34,10 +34,41 @@ if TYPE_CHECKING:
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON: one event a line, then one result object."
 )
-run_argument = click.argument("run", required=False, shell_complete=complete_runs)
-run_option = click.option(
-    "--run", "run", metavar="RUN", help="Another run than the newest.", shell_complete=complete_runs
-)
+_RUN = "orchestrator.run"
+_HELP_OF_RUN = "Another run than the newest: its id, the beginning of it, or latest."
+
+
+def run_option(command: Callable[..., None], words: str = _HELP_OF_RUN) -> Callable[..., None]:
+    """Give a command about parts of a run the option that names the run, as `run`."""
+    return click.option("--run", "run", metavar="RUN", help=words, shell_complete=complete_runs)(command)
+
+
+def _name_run(context: click.Context, _: click.Parameter, named: str | None) -> None:
+    context.meta[_RUN] = named
+
+
+def _named_run(context: click.Context, _: click.Parameter, named: str | None) -> str | None:
+    also = context.meta.get(_RUN)
+    if also is not None and named not in {None, also}:
+        raise click.UsageError(f"two runs are named, {named!r} and {also!r}: leave one out.")
+    return also or named
+
+
+def run_argument(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command about a run as a whole the argument that names it, as `run`, and the option that others have."""
+    argument = click.argument("run", required=False, callback=_named_run, shell_complete=complete_runs)
+    option = click.option(
+        "--run",
+        "run_of_option",
+        metavar="RUN",
+        help="The same as RUN.",
+        expose_value=False,
+        is_eager=True,
+        callback=_name_run,
+        shell_complete=complete_runs,
+    )
+    return argument(option(command))
+
 
 _STORE = "orchestrator.store"
 

@@ -42,14 +42,14 @@ async def _runs(council: Council, _: str | None) -> Iterable[str]:
 
 def _tasks(states: Collection[str]) -> Completer:
     async def names(council: Council, run: str | None) -> Iterable[str]:
-        report = await council.status(run or await council.newest_run())
+        report = await council.status(await council.find_run(run))
         return [task.id for task in report.tasks if task.state in states]
 
     return _completer(names)
 
 
 async def _kept(council: Council, run: str | None) -> Iterable[str]:
-    return [one.name for one in await council.archive.kept(run or await council.newest_run())]
+    return [one.name for one in await council.archive.kept(await council.find_run(run))]
 
 
 async def _checkpoints(council: Council, run: str | None) -> Iterable[str]:

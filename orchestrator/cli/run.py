@@ -9,7 +9,6 @@ from pathlib import Path
 import click
 
 from orchestrator.cli.command import Context, json_option, opened, perform, run_argument, show_result, store_option
-from orchestrator.cli.completing import complete_runs
 from orchestrator.cli.coordinating import coordination_options
 from orchestrator.cli.mermaid import flowchart
 from orchestrator.cli.output import Output
@@ -113,7 +112,7 @@ def resume(run: str | None, budget: BudgetConfig | None, as_json: bool, coordina
 
     async def command(context: Context) -> int:
         async with opened(context.log) as council:
-            name = run or await council.newest_run()
+            name = await council.find_run(run)
             after = await council.position()
             return await _execute(council, name, context, after=after, coordination=coordination, budget=budget)
 
@@ -121,7 +120,7 @@ def resume(run: str | None, budget: BudgetConfig | None, as_json: bool, coordina
 
 
 @click.command()
-@click.option("--run", "run", metavar="RUN", shell_complete=complete_runs, help="This run alone, at work or not.")
+@run_argument
 @click.option("--capacity", type=click.IntRange(min=1), help="Sessions at once; else as many as the run's.")
 @click.option("--follow", is_flag=True, help="Stay, and join the runs that begin later.")
 @partial(coordination_options, joins=True)
@@ -133,21 +132,21 @@ def work(
     """Join the runs that are at work as one more process.
 
     It claims tasks that are free and whose CLI is installed here, and takes over those of processes that are gone. Ends
-    when nothing is left.
+    when nothing is left. With RUN it joins this run alone, which nobody need be at work in.
 
     \b
     Examples:
       council work
-      council work --run 20260102-030405-ab12 --capacity 2
+      council work 20260102-030405-ab12 --capacity 2
       council work --follow
     """
     if run is not None and follow:
-        raise click.UsageError("--follow joins whatever runs begin; --run names one.")
+        raise click.UsageError("--follow joins whatever runs begin; RUN names one.")
 
     async def command(context: Context) -> int:
         async with opened(context.log) as council:
             if run is not None:
-                return await _join(council, run, context, capacity, coordination)
+                return await _join(council, await council.find_run(run), context, capacity, coordination)
             code = None
             async with aclosing(council.active_runs(follow=follow)) as runs:
                 async for name in runs:

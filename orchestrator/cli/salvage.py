@@ -46,7 +46,7 @@ def list_kept(run: str | None, as_json: bool) -> None:
 
     async def command(context: Context) -> int:
         async with opened(context.log) as council:
-            names = [run] if run else [report.run for report in await council.runs()][::-1]
+            names = [await council.find_run(run)] if run else [one.run for one in await council.runs()][::-1]
             kept = [one for name in names for one in await council.archive.kept(name)]
             if as_json:
                 context.output.json({"kept": [asdict(one) for one in kept]})
@@ -97,7 +97,7 @@ def show(name: str, stat: bool, run: str | None) -> None:
 
     async def command(context: Context) -> int:
         async with opened(context.log) as council:
-            work = run or await council.newest_run()
+            work = await council.find_run(run)
             difference = await council.archive.show(work, name, stat=stat)
             context.output.difference(difference, color=wants_color(None))
             return 0
@@ -124,7 +124,7 @@ def apply(name: str, branch: str | None, run: str | None, as_json: bool) -> None
 
     async def command(context: Context) -> int:
         async with opened(context.log) as council:
-            changed = await council.archive.apply(run or await council.newest_run(), name, branch)
+            changed = await council.archive.apply(await council.find_run(run), name, branch)
             if as_json:
                 context.output.json({"applied": name, "branch": branch, "paths": [] if branch else list(changed)})
             else:
@@ -149,7 +149,7 @@ def drop(names: tuple[str, ...], run: str | None, as_json: bool) -> None:
 
     async def command(context: Context) -> int:
         async with opened(context.log) as council:
-            await council.archive.drop(run or await council.newest_run(), names)
+            await council.archive.drop(await council.find_run(run), names)
             if as_json:
                 context.output.json({"dropped": list(names)})
             else:

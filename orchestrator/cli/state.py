@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing
+from functools import partial
 
 import click
 
 from orchestrator.cli import upkeep
-from orchestrator.cli.command import Context, json_option, opened, perform, run_argument, store_option, tell_damage
+from orchestrator.cli.command import Context, json_option, opened, perform, run_argument, run_option, store_option, tell_damage
 from orchestrator.cli.commits import CommitLines, commit_json
-from orchestrator.cli.completing import complete_runs
 from orchestrator.cli.conflicts import conflicts, settle
 from orchestrator.cli.copying import COMMANDS as OF_COPYING
 from orchestrator.cli.documents import (
@@ -27,11 +27,10 @@ from orchestrator.cli.overview import overview_lines
 from orchestrator.cli.soundness import Settlement, settlements, verified_json, verified_lines
 from orchestrator.cli.views import views
 from orchestrator.council import Council
-from orchestrator.errors import RefusedError
 from orchestrator.past import Past, concerns_run
 from orchestrator.protocols import HISTORY, JsonObject, Key, Record, Version
 
-_of_run = click.option("--run", "run", metavar="RUN", help="Only what is of this run.", shell_complete=complete_runs)
+_of_run = partial(run_option, words="Only what is of this run.")
 
 
 @click.group(cls=Suggesting)
@@ -72,10 +71,9 @@ def _look(answer: Callable[[Past], Awaitable[_Answer]], *, as_json: bool) -> Non
     perform(command, as_json=as_json, brief=True)
 
 
-async def _check_run(past: Past, run: str | None) -> None:
-    """Refuse a run that was never recorded."""
-    if run is not None and not await past.history(Key("run", run), 1):
-        raise RefusedError(f"there is no run {run!r}", "`council runs` lists them")
+async def _find(past: Past, run: str | None) -> str | None:
+    """Return the run that is meant, also one whose record was removed; None for none. RefusedError for an unknown."""
+    return run if run is None or await past.history(Key("run", run), 1) else await past.runs.find(run)
 
 
 @state.command()
@@ -98,8 +96,7 @@ def at(moment: str, keys: tuple[str, ...], run: str | None, as_json: bool) -> No
     """
 
     async def answer(past: Past) -> _Answer:
-        await _check_run(past, run)
-        found = await past.at(await find_position(past, moment), run=run, names=keys)
+        found = await past.at(await find_position(past, moment), run=await _find(past, run), names=keys)
         return lambda: state_json(found), state_lines(found, with_values=bool(keys))
 
     _look(answer, as_json=as_json)
@@ -123,8 +120,8 @@ def diff(before: str, after: str, run: str | None, as_json: bool) -> None:
     """
 
     async def answer(past: Past) -> _Answer:
-        await _check_run(past, run)
-        old, new = [await past.at(await find_position(past, one), run=run) for one in (before, after)]
+        only = await _find(past, run)
+        old, new = [await past.at(await find_position(past, one), run=only) for one in (before, after)]
         return lambda: differences_json(old, new), difference_lines(old, new)
 
     _look(answer, as_json=as_json)
@@ -179,9 +176,8 @@ def log(follow: bool, after: int, limit: int | None, run: str | None, as_json: b
 
     async def command(context: Context) -> int:
         async with opened(context.log) as council:
-            await _check_run(council.past, run)
-            lines = CommitLines()
-            async with aclosing(_commits(council, run, after=after, limit=limit, follow=follow)) as commits:
+            only, lines = await _find(council.past, run), CommitLines()
+            async with aclosing(_commits(council, only, after=after, limit=limit, follow=follow)) as commits:
                 async for record in commits:
                     if as_json:
                         context.output.json(commit_json(record))
@@ -229,7 +225,7 @@ def show(run: str | None, as_json: bool) -> None:
     """
 
     async def answer(past: Past) -> _Answer:
-        found = await past.overview(run or await past.runs.newest())
+        found = await past.overview(await past.runs.find(run))
         return found.to_json, overview_lines(found)
 
     _look(answer, as_json=as_json)

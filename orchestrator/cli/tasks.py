@@ -162,7 +162,7 @@ def logs(task: str, follow: bool, attempt: int | None, run: str | None, as_json:
 
     async def command(context: Context) -> int:
         async with opened(context.log) as council:
-            name = run or await council.newest_run()
+            name = await council.find_run(run)
             async with aclosing(council.archive.log(name, task, attempt=attempt, follow=follow)) as parts:
                 async for part in parts:
                     if as_json:
@@ -191,7 +191,7 @@ def diff(task: str, stat: bool, color: bool | None, run: str | None) -> None:
 
     async def command(context: Context) -> int:
         async with opened(context.log) as council:
-            name = run or await council.newest_run()
+            name = await council.find_run(run)
             difference = await council.archive.diff(name, task, stat=stat)
             context.output.difference(difference, color=wants_color(color))
             return 0

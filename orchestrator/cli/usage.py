@@ -36,7 +36,7 @@ def usage(run: str | None, as_json: bool) -> None:
 
     async def command(context: Context) -> int:
         async with opened(context.log) as council:
-            found = await council.past.usage(run or await council.past.runs.newest())
+            found = await council.past.usage(await council.find_run(run))
             if as_json:
                 context.output.json({**asdict(found), "exit": 0})
                 return 0

@@ -29,7 +29,7 @@ def watch(run: str | None, as_json: bool) -> None:
 
     async def command(context: Context) -> int:
         async with opened(context.log) as council:
-            name = run or await council.newest_run()
+            name = await council.find_run(run)
             after = await council.position()
             if await council.is_live(name):
                 async with shown(council, name, context.output, after) as progress:

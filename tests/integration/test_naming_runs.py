@@ -1,0 +1,74 @@
+"""A run is named in the same ways wherever one is: by its id, the beginning of it, or `latest`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import click
+import pytest
+
+from orchestrator.cli.main import main
+from orchestrator.testing.clock import ManualClock
+from tests.conftest import Repository
+from tests.recorded import RUN, START, record_run, recorded, run_document
+from tests.unit.test_help import ALL
+
+NEWER = "20260203-101112-cd34"
+#: Commands that print a run, or something of its task `models`.
+OF_A_RUN = ["status", "usage", "check", "state show", "watch"]
+OF_A_TASK = ["show models", "logs models", "salvage list", "checkpoint list", "share list", "state at now"]
+
+
+@pytest.fixture
+async def runs(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Repository]:
+    """A project with two runs that were made up."""
+    async with recorded(repository.top, monkeypatch) as store:
+        clock = ManualClock(START + 86400)
+        await record_run(store, clock, run_document(repository.top, NEWER, clock.now()))
+    (repository.top / "hub/trusted.git").mkdir(parents=True)
+    yield repository
+
+
+def test_every_command_about_a_run_takes_the_option() -> None:
+    """`--run RUN`, with completion; where RUN is an argument, as another way to say the same."""
+    named = {path: command for path, command in ALL.items() if any(one.name == "run" for one in command.params)}
+    assert len(named) > 20
+    for path, command in named.items():
+        [option] = [one for one in command.params if "--run" in one.opts]
+        context = click.Context(command, parent=click.Context(main))
+        assert option.shell_complete(context, "") == [], path
+        assert option._custom_shell_complete is not None, path  # noqa: SLF001  click has no other way to ask
+
+
+@pytest.mark.parametrize("words", OF_A_RUN)
+async def test_a_command_about_a_run_takes_it_either_way(runs: Repository, words: str) -> None:
+    """As the argument and as the option; the beginning of an id and `latest` will do."""
+    command = words.split()
+    by_id = runs.council(*command, RUN)
+    assert "there is no run" not in by_id.stderr
+    for name in (("20260102",), ("--run", RUN), ("--run", "20260102"), (RUN, "--run", RUN)):
+        assert runs.council(*command, *name) == by_id, name
+    newest = runs.council(*command)
+    for name in (("latest",), ("--run", "latest"), ("--run", "202602")):
+        assert runs.council(*command, *name) == newest, name
+    twice = runs.council(*command, RUN, "--run", NEWER)
+    assert (twice.code, "leave one out" in twice.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("words", OF_A_TASK)
+async def test_a_command_about_a_part_of_a_run_takes_the_option(runs: Repository, words: str) -> None:
+    """In the same ways."""
+    command = words.split()
+    assert runs.council(*command, "--run", "20260102") == runs.council(*command, "--run", RUN)
+    assert runs.council(*command, "--run", "latest") == runs.council(*command, "--run", NEWER)
+
+
+@pytest.mark.parametrize("words", [*OF_A_RUN, *OF_A_TASK, "cancel", "resume", "work", "diff models", "usage"])
+async def test_a_wrong_name_leads_to_the_near_one(runs: Repository, words: str) -> None:
+    """And one that several begin with to these."""
+    wrong = runs.council(*words.split(), "--run", "20260102-030405-ab21")
+    assert wrong.code == 2
+    assert f"did you mean '{RUN}'?" in wrong.stderr
+    several = runs.council(*words.split(), "--run", "2026")
+    assert several.code == 2
+    assert f"2 runs begin with '2026': name one of: {NEWER}, {RUN}" in several.stderr
