@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from orchestrator.engine.details import SessionDetails
     from orchestrator.engine.findings import Finding
     from orchestrator.engine.memory import Memory
+    from orchestrator.engine.reloading import FileChanges
     from orchestrator.engine.restoring import Restored
     from orchestrator.engine.sharing import Sharing
     from orchestrator.engine.story import Story
@@ -265,13 +266,29 @@ class Council:
         check_reason(reason)
         return await self._ask(await self.find_run(run), Action.IGNORE, tasks, reason)
 
-    async def retry(self, *tasks: str, run: str | None = None, from_phase: str | None = None) -> RunReport:
+    async def file_changes(self, run: str | None = None) -> FileChanges:
+        """Return what the file of a run says now otherwise than the run's record, for the tasks that are not done.
+
+        A run keeps what it recorded when it was made; `retry` with `reload` takes over what the file says of tasks.
+        """
+        return await (await self._executing()).file_changes(await self.find_run(run))
+
+    async def retry(
+        self,
+        *tasks: str,
+        run: str | None = None,
+        from_phase: str | None = None,
+        reload: FileChanges | None = None,
+    ) -> RunReport:
         """Have tasks tried again that are over without having landed; return how the run then stands.
 
         Those with a workflow go on at the phase that they were at, or at `from_phase`: what came of the phases before
         that stays. A process that is at work in the run does so at once; otherwise the next `resume` does.
+
+        With `reload`, from `file_changes`, the tasks first take over the prompts, limits and adapters of the file;
+        RefusedError with the reason for each key that can't change.
         """
-        return await self._ask(await self.find_run(run), Action.RETRY, tasks, phase=from_phase)
+        return await self._ask(await self.find_run(run), Action.RETRY, tasks, phase=from_phase, reload=reload)
 
     async def approve(self, *tasks: str, note: str | None = None, run: str | None = None) -> RunReport:
         """Approve what a phase of each task came to, so that it goes on; return how the run then stands.
@@ -297,9 +314,15 @@ class Council:
         return await self._ask(await self.find_run(run), action, tasks, note)
 
     async def _ask(
-        self, run: str, action: Action, tasks: tuple[str, ...], reason: str | None = None, phase: str | None = None
+        self,
+        run: str,
+        action: Action,
+        tasks: tuple[str, ...],
+        reason: str | None = None,
+        phase: str | None = None,
+        reload: FileChanges | None = None,
     ) -> RunReport:
-        await (await self._executing()).ask(run, action, tasks, reason, phase)
+        await (await self._executing()).ask(run, action, tasks, reason, phase, reload)
         return await self.status(run)
 
     async def checkpoint(self, run: str | None = None, *, reason: str = "by hand", whole: bool = False) -> Checkpoint:

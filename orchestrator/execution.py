@@ -19,6 +19,7 @@ from orchestrator.config.coordination import (
     read_environment,
     with_attempts,
 )
+from orchestrator.config.load import load_config
 from orchestrator.config.model import (
     BudgetConfig,
     CoordinationConfig,
@@ -30,7 +31,7 @@ from orchestrator.config.model import (
 from orchestrator.config.store import MEMORY, store_folder
 from orchestrator.domain.claims import Owner, Role
 from orchestrator.domain.dispatch import Board, Entry, with_parts
-from orchestrator.domain.model import FINAL, Action, Maker, RunDocument
+from orchestrator.domain.model import FINAL, SUCCESSFUL, Action, Maker, RunDocument, TaskStatus
 from orchestrator.domain.secrets import Redactor, secret_values
 from orchestrator.engine.briefing import Briefing
 from orchestrator.engine.capacity import Capacity
@@ -40,18 +41,22 @@ from orchestrator.engine.imported import hand_on
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.monitor import Monitor
 from orchestrator.engine.phase_values import PhaseInputs
-from orchestrator.engine.preflight import check_run
+from orchestrator.engine.preflight import check_programs, check_run
 from orchestrator.engine.probing import missing_programs
 from orchestrator.engine.records import (
     new_run_id,
     read_entries,
     read_requests,
+    read_run,
     read_runnable,
     read_spec,
     read_task,
+    run_key,
     seed,
+    spec_key,
 )
 from orchestrator.engine.recovery import has_company, recover
+from orchestrator.engine.reloading import TASKS, FileChanges, compare, reloaded
 from orchestrator.engine.report import RunRecord, RunReport, RunStatus
 from orchestrator.engine.requests import check_phase, check_request, is_answered, obey, submit
 from orchestrator.engine.restoring import Restored, restore
@@ -60,7 +65,7 @@ from orchestrator.engine.seating import with_desk
 from orchestrator.engine.sharing import Sharing
 from orchestrator.engine.sinks import Outlet, feeding
 from orchestrator.engine.workshop import Workshop, open_workshop
-from orchestrator.errors import LockHeld, RefusedError, RunAtWork, StoreUnavailable
+from orchestrator.errors import ConfigError, LockHeld, RefusedError, RunAtWork, StoreUnavailable
 from orchestrator.filelock import HeldLock
 from orchestrator.locking.merge_permit import MergePermits
 from orchestrator.locking.orchestrators import Orchestrators, this_process
@@ -142,6 +147,7 @@ class Execution:
             prices={name: one.model_dump(mode="json") for name, one in config.prices.items()},
             sinks={name: sink.stored() for name, sink in config.sinks.items()},
             trackers={name: tracker.stored() for name, tracker in config.trackers.items()},
+            given=config.given,
             tasks=tuple(task.id for task in config.tasks),
             start=cleared.start,
             hub=str(cleared.hub.root),
@@ -180,9 +186,58 @@ class Execution:
                 ):
                     if budget is not None:
                         await ledger.allow(budget.model_dump(mode="json", exclude_none=True))
+                    if any(task.attempts for task in before.tasks.values()):
+                        await self._note_file_changes(ledger)
                     return await self._work(runs, before, ledger, shop)
         except LockHeld as held:
             raise _is_at_work(run, held) from None
+
+    async def file_changes(self, run: str) -> FileChanges:
+        """See `Council.file_changes`."""
+        document = await read_run(self._runs.store, run)
+        statuses = {task: one.status for task, one in (await self._runs.record(run, whole=False)).tasks.items()}
+        return await self._compared(document, statuses)
+
+    async def _note_file_changes(self, ledger: Ledger) -> None:
+        changes = await self._compared(ledger.run, ledger.statuses())
+        if changes:
+            await ledger.note("run.file_changed", changes.to_json())
+
+    async def _compared(self, run: RunDocument, statuses: Mapping[str, TaskStatus]) -> FileChanges:
+        """Compare a run with its file, where that is still there, without the tasks that are over for good."""
+        path = anyio.Path(run.config)
+        if run.imported is not None or not await path.is_file():
+            return FileChanges(run.config, unreadable="there is no such file")
+        try:
+            config = await anyio.to_thread.run_sync(
+                load_config, Path(run.config), self._plugins.adapters, self._plugins.extensions()
+            )
+        except ConfigError as error:
+            return FileChanges(run.config, unreadable=str(error.problems[0]))
+        settings = coordinate(config.coordination, self._runs.environ, None)
+        recorded = run.coordination.get("max_retries", settings.max_retries)
+        if recorded != settings.max_retries:  # it was chosen on the command line
+            settings = settings.model_copy(update={"max_retries": recorded})
+        left = [task for task, status in statuses.items() if status not in SUCCESSFUL]
+        specs = {task: await read_spec(self._runs.store, run.id, task) for task in left if TASKS not in run.given}
+        return compare(run, specs, with_attempts(config, settings))
+
+    async def _reload(self, run: str, tasks: Sequence[str], changes: FileChanges) -> None:
+        """Have tasks take over what the file says of them."""
+        store, is_live = self._runs.store, await self._runs.is_live(run)
+        found, specs = await store.get(run_key(run)), {}
+        for task in tasks:
+            document = await store.get(spec_key(run, task))
+            specs[task] = (0 if document is None else document.version), await read_spec(store, run, task)
+        if found is None:
+            raise RefusedError(f"there is no run {run!r}", "`council runs` lists them")
+        writes, events = reloaded(found, specs, changes, is_live=is_live)
+        if changes.config is not None:
+            tasks_now = tuple(task for task in changes.config.tasks if task.id in specs)
+            config = changes.config.model_copy(update={"tasks": tasks_now})
+            check_programs(used_adapters(config, self._plugins.adapters), self._runs.environ)
+        if writes:
+            await store.commit(Commit(writes, events))
 
     async def work(
         self, run: str, capacity: int | None = None, coordination: CoordinationOverrides | None = None
@@ -378,22 +433,26 @@ class Execution:
         tasks: Sequence[str],
         reason: str | None = None,
         phase: str | None = None,
+        reload: FileChanges | None = None,
     ) -> None:
         """Have a live owner do it; where there is none, do it here, and `resume` goes on from there.
 
-        With no task named, all that are not over are meant.
+        With no task named, all that are not over are meant. With `reload` these take over first what their file says.
         """
         runs = self._runs
         record = await runs.record(run)
         record.run.check_ours()
         for task in tasks:
             record.run.check_task(task)
-        check_request(action, tasks, record.tasks, record.blocked())
+        even_pending = reload is not None and not await runs.is_live(run)
+        check_request(action, tasks, record.tasks, record.blocked(), even_pending=even_pending)
         await self._check_phase(record, tasks, phase)
         named = tasks or [task for task, one in record.tasks.items() if one.status not in FINAL]
         if action in {Action.CANCEL, Action.IGNORE}:
             is_live = await runs.is_live(run)
             await create(runs.store, run, f"before {action}", maker=Maker.COUNCIL, is_live=is_live)
+        if reload is not None:
+            await self._reload(run, named, reload)
         asked = await submit(runs.store, runs.clock, run, action, named, reason, phase)
         hub = await runs.hub(record.run)
         while not await is_answered(runs.store, run, asked):

@@ -84,7 +84,9 @@ class Runs:
             meant = f"{len(found)} runs begin with {name!r}"
             raise RefusedError(meant, f"name one of: {', '.join(found[: -_MOST_NAMED - 1 : -1])}")
         near = difflib.get_close_matches(name, known, n=1)
-        raise RefusedError(f"there is no run {name!r}", f"did you mean {near[0]!r}?" if near else "`council runs` lists them")
+        raise RefusedError(
+            f"there is no run {name!r}", f"did you mean {near[0]!r}?" if near else "`council runs` lists them"
+        )
 
     async def retention(self) -> Retention:
         """Return how much of the past is kept, as the file of the newest run says."""

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -34,11 +34,13 @@ if TYPE_CHECKING:
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON: one event a line, then one result object."
 )
+Command = TypeVar("Command", bound=Callable[..., Any] | click.Command)
+
 _RUN = "orchestrator.run"
 _HELP_OF_RUN = "Another run than the newest: its id, the beginning of it, or latest."
 
 
-def run_option(command: Callable[..., None], words: str = _HELP_OF_RUN) -> Callable[..., None]:
+def run_option(command: Command, words: str = _HELP_OF_RUN) -> Command:
     """Give a command about parts of a run the option that names the run, as `run`."""
     return click.option("--run", "run", metavar="RUN", help=words, shell_complete=complete_runs)(command)
 
@@ -54,7 +56,7 @@ def _named_run(context: click.Context, _: click.Parameter, named: str | None) ->
     return also or named
 
 
-def run_argument(command: Callable[..., None]) -> Callable[..., None]:
+def run_argument(command: Command) -> Command:
     """Give a command about a run as a whole the argument that names it, as `run`, and the option that others have."""
     argument = click.argument("run", required=False, callback=_named_run, shell_complete=complete_runs)
     option = click.option(

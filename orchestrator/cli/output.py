@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -48,6 +48,8 @@ SENTENCES: Mapping[str, str] = {
     "budget.unpriced": "what {adapter} costs is not known, and not counted: add {model} to `prices`",
     "run.halted": "halted: {reason}",
     "run.budget_changed": "the run has other limits now",
+    "run.file_changed": "{file} has changed, the run keeps what it recorded: {changed}",
+    "task.reloaded": "takes {keys} from the file",
     "run.interrupted": "interrupted: `council resume {run}` goes on",
     "run.removed": "its record was removed, checkpoint {checkpoint} brings it back",
     "run.seized": "taken over by process {pid}, to restore a checkpoint",
@@ -104,6 +106,8 @@ SENTENCES: Mapping[str, str] = {
 
 #: Why a terminal gets lines all the same (https://no-color.org for the first), beside one that says it is dumb.
 _LINES_WANTED = ("NO_COLOR", "CI")
+#: Tasks and keys that are named where a file has changed.
+_MOST_CHANGED = 5
 _SHOW_CURSOR = "\x1b[?25h"
 
 
@@ -267,6 +271,8 @@ def _readable(data: JsonObject) -> JsonObject:
     }
     if told.get("until") is not None:
         told["until"] = local_time(told["until"])
+    if isinstance(data.get("tasks"), dict) and "keys" in data:
+        told["changed"] = changed_words(data["tasks"], data["keys"])
     told["before"] = f" before {told['until']}" if told.get("until") else ""
     if "approvals" in told:
         who = (told["adapters"], f"somebody to approve {told['approvals']}" if told["approvals"] else "")
@@ -278,6 +284,14 @@ def _readable(data: JsonObject) -> JsonObject:
     if isinstance(told.get("reason"), str):
         told["reason"] = one_line(told["reason"])
     return told
+
+
+def changed_words(tasks: Mapping[str, Sequence[str]], keys: Sequence[str]) -> str:
+    """Return what a run's file says otherwise than the run, which keeps what it recorded, and how to change that."""
+    each = [*(f"{name} ({', '.join(changed)})" for name, changed in tasks.items()), *keys]
+    more = f" and {len(each) - _MOST_CHANGED} more" if len(each) > _MOST_CHANGED else ""
+    remedy = "`council retry TASK --reload` takes it over for a task" if tasks else "start a new run for that"
+    return f"{', '.join(each[:_MOST_CHANGED])}{more}; {remedy}"
 
 
 def one_line(text: str, limit: int = 300) -> str:

@@ -9,7 +9,16 @@ from functools import partial
 import click
 
 from orchestrator.cli import upkeep
-from orchestrator.cli.command import Context, json_option, opened, perform, run_argument, run_option, store_option, tell_damage
+from orchestrator.cli.command import (
+    Context,
+    json_option,
+    opened,
+    perform,
+    run_argument,
+    run_option,
+    store_option,
+    tell_damage,
+)
 from orchestrator.cli.commits import CommitLines, commit_json
 from orchestrator.cli.conflicts import conflicts, settle
 from orchestrator.cli.copying import COMMANDS as OF_COPYING

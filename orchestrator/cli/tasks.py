@@ -17,6 +17,8 @@ from orchestrator.cli.completing import (
     complete_waiting_tasks,
 )
 from orchestrator.cli.group import Suggesting
+from orchestrator.cli.output import changed_words, plain
+from orchestrator.cli.trusting import require_trust, trust_option
 from orchestrator.council import Council
 from orchestrator.engine.report import RunReport
 
@@ -83,23 +85,43 @@ def ignore_tasks(tasks: tuple[str, ...], reason: str, run: str | None, as_json: 
 @click.command()
 @click.argument("tasks", metavar="TASK...", nargs=-1, required=True, shell_complete=complete_revivable_tasks)
 @click.option("--from", "phase", metavar="PHASE", help="Go on at this phase of their workflow.")
+@click.option("--reload", "reloads", is_flag=True, help="Take their prompts, limits and adapters from the file again.")
 @run_option
+@trust_option
 @store_option
 @json_option
-def retry(tasks: tuple[str, ...], phase: str | None, run: str | None, as_json: bool) -> None:
+def retry(tasks: tuple[str, ...], phase: str | None, reloads: bool, run: str | None, as_json: bool) -> None:
     """Try tasks again that are over without having landed.
 
     They have all of their attempts before them. Those with a workflow go on at the phase that they were at, or at
     PHASE; what came of the phases before that stays. A run that is at work does so at once; otherwise `council resume`
     does.
 
+    A run keeps the prompts, limits and adapters that it recorded when it started. With --reload these tasks take over
+    what the file says now, pending tasks too; `needs`, `owns` and `workflow` can't change.
+
     \b
     Examples:
       council retry models
+      council retry models --reload
       council retry models --from plan
       council retry models api --run 20260102-030405-ab12
     """
-    _ask(lambda council: council.retry(*tasks, run=run, from_phase=phase), as_json=as_json)
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            changes = await council.file_changes(run)
+            kept = {} if reloads else {name: keys for name, keys in changes.tasks.items() if name in tasks}
+            if kept:
+                words = changed_words(kept, ())
+                context.output.notice(plain(f"{changes.file} has changed, the run keeps what it recorded: {words}"))
+            if reloads and changes.config is not None:
+                await require_trust(changes.config, is_named=False)
+            report = await council.retry(*tasks, run=run, from_phase=phase, reload=changes if reloads else None)
+            await show_result(context, council, report, code=0)
+            return 0
+
+    perform(command, as_json=as_json)
 
 
 @click.command()

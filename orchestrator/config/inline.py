@@ -53,7 +53,12 @@ def load_inline(
         above = read_value(_settings(tasks), problems)
         return None if above is None else _laid_over(_without(below, "trackers"), above)
 
-    return judge(read, path, adapter_types, extensions, problems)
+    return judge(read, path, adapter_types, extensions, problems).model_copy(update={"given": _given(tasks)})
+
+
+def _given(tasks: InlineTasks) -> tuple[str, ...]:
+    branches = {"base": tasks.base, "target": tasks.target}
+    return ("tasks", *(key for key, branch in branches.items() if branch is not None))
 
 
 def _settings(tasks: InlineTasks) -> JsonObject:

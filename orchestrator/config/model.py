@@ -449,6 +449,8 @@ class RunConfig(_Model):
     """The phases of the workflows that tasks go through, and of those that tasks of their plans will, by name."""
     context: dict[str, Any] = {}
     """What the file gives to the phases of all tasks; the tasks' own `context` has it already."""
+    given: tuple[str, ...] = ()
+    """The fields of this that the command line gave instead of the file."""
     template: TaskSpec | None = None
     """What a task is that says nothing but its id, its prompt and its needs; None where there is no tracker."""
 

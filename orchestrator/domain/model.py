@@ -269,6 +269,8 @@ class RunDocument(_Document):
     """By name: what `config.model.restore` takes, and the patterns of the events."""
     trackers: dict[str, dict[str, Any]] = {}
     """By name: what `config.model.restore` takes."""
+    given: tuple[str, ...] = ()
+    """The fields that the command line gave instead of the file."""
     tasks: tuple[str, ...]
     """Task ids in the file's order."""
     start: str

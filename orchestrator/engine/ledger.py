@@ -693,7 +693,8 @@ class Ledger:
 
     async def allow(self, limits: JsonObject) -> None:
         """Record other limits of the run's budget, by their keys."""
-        await self._amend("run.budget_changed", limits, budget={**self.run.budget, **limits})
+        given = tuple(dict.fromkeys((*self.run.given, "budget")))
+        await self._amend("run.budget_changed", limits, budget={**self.run.budget, **limits}, given=given)
 
     async def _amend(self, event: str, facts: JsonObject, **changes: Any) -> None:
         while True:

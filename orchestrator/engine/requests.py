@@ -31,9 +31,17 @@ _OVERTAKEN: Final = (ClaimLost, VersionConflict)
 
 
 def check_request(
-    action: Action, tasks: Sequence[str], documents: Mapping[str, TaskDocument], blocked: Mapping[str, str]
+    action: Action,
+    tasks: Sequence[str],
+    documents: Mapping[str, TaskDocument],
+    blocked: Mapping[str, str],
+    *,
+    even_pending: bool = False,
 ) -> None:
-    """Refuse what can't be done for tasks as they stand; `blocked` are those that wait in vain, with the need."""
+    """Refuse what can't be done for tasks as they stand; `blocked` are those that wait in vain, with the need.
+
+    With `even_pending` tasks can be tried again that wait to be tried anyway.
+    """
     for task in tasks:
         status = documents[task].status
         if action in {Action.APPROVE, Action.REJECT}:
@@ -53,7 +61,7 @@ def check_request(
         if action is Action.RETRY and status is TaskStatus.WAITING:
             remedy = f"`council approve {task}`, or `council reject {task}` has its phase done again"
             raise RefusedError(f"task {task!r} waits for approval", remedy)
-        if action is Action.RETRY and status not in REVIVABLE:
+        if action is Action.RETRY and status not in REVIVABLE and not (even_pending and status is TaskStatus.PENDING):
             raise RefusedError(f"task {task!r} is not over: it is {status}", "cancel it first, or wait")
 
 

@@ -332,3 +332,87 @@ async def test_what_can_not_be_ignored_is_refused(
     refused = repository.council("task", "ignore", *arguments)
     assert refused.code == 2
     assert fragment in refused.stderr
+
+
+def _file(repository: Repository, tasks: list[dict[str, Any]], **settings: Any) -> str:
+    return str(repository.configure(tasks, **settings))
+
+
+async def test_a_changed_file_is_reported_and_taken_over_by_reload(repository: Repository) -> None:
+    """`retry` and `resume` name what the run does not follow; `retry --reload` records and follows it."""
+    broken: list[dict[str, Any]] = [
+        {"id": "t", "prompt": "exit 1", "attempts": 1},
+        {"id": "u", "prompt": "write u.txt x\nexit 1", "attempts": 1},
+    ]
+    file = _file(repository, broken)
+    assert repository.council("run", file).code == 1
+    repaired = [{**broken[0], "prompt": "write t.txt repaired", "timeout": "7m"}, {**broken[1], "attempts": 2}]
+    _file(repository, repaired, capacity=7)
+    kept = repository.council("retry", "t")
+    assert f"{file} has changed, the run keeps what it recorded: t (prompt, timeout)" in kept.stderr, kept
+    assert "`council retry TASK --reload`" in kept.stderr
+    resumed = repository.council("resume", "--json")
+    assert resumed.states["t"] == "failed"
+    [told] = [line for line in resumed.lines if line.get("event") == "run.file_changed"]
+    assert (told["tasks"], told["keys"]) == ({"t": ["prompt", "timeout"], "u": ["attempts"]}, ["capacity"])
+    reloaded = repository.council("retry", "t", "--reload")
+    assert (reloaded.code, "has changed" in reloaded.stderr) == (0, False), reloaded
+    resumed = repository.council("resume", "--json")
+    assert resumed.states == {"t": "landed", "u": "failed"}
+    assert (repository.top / "t.txt").read_text().strip() == "repaired"
+    [told] = [line for line in resumed.lines if line.get("event") == "run.file_changed"]
+    assert told["tasks"] == {"u": ["attempts"]}
+    await repository.assert_invariants()
+
+
+async def test_reload_takes_over_adapters_and_pending_tasks(repository: Repository) -> None:
+    """An adapter that the run did not know becomes one of its own; a task that never began need not fail first."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "t", "prompt": "exit 1", "attempts": 1},
+        {"id": "later", "prompt": "write later.txt old", "needs": ["first"]},
+        {"id": "first", "prompt": "exit 1", "attempts": 1},
+    ]
+    assert repository.council("run", _file(repository, tasks)).code == 1
+    shell = {"use": "command", "argv": ["sh", "-c", "echo x > shell.txt"]}
+    now = [{**one, "adapter": "fake"} for one in tasks]
+    now[0]["adapter"], now[1]["prompt"], now[2]["prompt"] = "sh", "write later.txt new", "write f x"
+    _file(repository, now, adapters={"sh": shell, "fake": repository.fake()})
+    assert repository.council("retry", "first", "later", "t", "--reload").code == 2  # it waits for one that failed
+    assert repository.council("retry", "first", "t", "--reload").code == 0
+    assert repository.council("retry", "later", "--reload").code == 0
+    assert set(repository.council("resume", "--json").states.values()) == {"landed"}
+    assert (repository.top / "later.txt").read_text().strip() == "new"
+    assert (repository.top / "shell.txt").exists()
+    await repository.assert_invariants()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"owns": ["src/**"]}, "`owns` of task 't' can't change"),
+        ({"needs": ["other"]}, "`needs` of task 't' can't change"),
+        ({"id": "renamed"}, "has no task 't' any more"),
+        ({"nonsense": 1}, "can't be read"),
+    ],
+    ids=str,
+)
+async def test_reload_refuses_what_can_not_change(repository: Repository, change: dict[str, Any], words: str) -> None:
+    """With the reason; nothing is retried then."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "t", "prompt": "exit 1", "attempts": 1},
+        {"id": "other", "prompt": "write o x"},
+    ]
+    repository.council("run", _file(repository, tasks))
+    _file(repository, [{**tasks[0], **change}, tasks[1]])
+    refused = repository.council("retry", "t", "--reload")
+    assert (refused.code, words in refused.stderr) == (2, True), refused
+    assert repository.council("status", "--json").states["t"] == "failed"
+
+
+async def test_tasks_in_words_are_of_no_file(repository: Repository) -> None:
+    """A file with a task of the same name changes nothing, and --reload says so."""
+    repository.council("run", _file(repository, [{"id": "task-1", "prompt": "write other.txt x"}]), "--task", "exit 1")
+    kept = repository.council("retry", "task-1")
+    assert (kept.code, "has changed" in kept.stderr) == (0, False), kept
+    refused = repository.council("retry", "task-1", "--reload")
+    assert refused.code == 2

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 import click
 import pytest
 
@@ -20,13 +18,13 @@ OF_A_TASK = ["show models", "logs models", "salvage list", "checkpoint list", "s
 
 
 @pytest.fixture
-async def runs(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Repository]:
+async def runs(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Repository:
     """A project with two runs that were made up."""
     async with recorded(repository.top, monkeypatch) as store:
         clock = ManualClock(START + 86400)
         await record_run(store, clock, run_document(repository.top, NEWER, clock.now()))
     (repository.top / "hub/trusted.git").mkdir(parents=True)
-    yield repository
+    return repository
 
 
 def test_every_command_about_a_run_takes_the_option() -> None:
@@ -37,7 +35,7 @@ def test_every_command_about_a_run_takes_the_option() -> None:
         [option] = [one for one in command.params if "--run" in one.opts]
         context = click.Context(command, parent=click.Context(main))
         assert option.shell_complete(context, "") == [], path
-        assert option._custom_shell_complete is not None, path  # noqa: SLF001  click has no other way to ask
+        assert option._custom_shell_complete is not None, path
 
 
 @pytest.mark.parametrize("words", OF_A_RUN)
