@@ -212,16 +212,17 @@ class Council:
         run: str | None = None,
         *,
         budget: BudgetConfig | None = None,
+        capacity: int | None = None,
         coordination: CoordinationOverrides | None = None,
     ) -> RunReport:
         """Take a run to its end, from wherever it stands: new, or cut off.
 
         What of `budget` is given replaces that limit of the run's; what of `coordination` is, stands above the run's
-        and the environment for as long as this goes on. Only one process can do that at a time: RefusedError while
-        another one does.
+        and the environment for as long as this goes on, and `capacity` above the run's number of sessions. Only one
+        process can do that at a time: RefusedError while another one does.
         """
         execution = await self._executing()
-        return await execution.resume(await self.find_run(run), budget, coordination)
+        return await execution.resume(await self.find_run(run), budget, coordination, capacity)
 
     async def work(
         self, run: str, *, capacity: int | None = None, coordination: CoordinationOverrides | None = None
@@ -491,6 +492,10 @@ class Council:
         Without a name it is the newest. RefusedError, with the nearest ids, where no run or several are meant.
         """
         return await self._runs.find(name)
+
+    async def interrupted_runs(self) -> list[str]:
+        """Return the ids of the runs that have not ended and that no process is running, the oldest first."""
+        return await self._runs.interrupted()
 
     async def is_live(self, run: str) -> bool:
         """Whether a process is at work in a run."""

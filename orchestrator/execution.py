@@ -167,7 +167,11 @@ class Execution:
         ]
 
     async def resume(
-        self, run: str, budget: BudgetConfig | None = None, coordination: CoordinationOverrides | None = None
+        self,
+        run: str,
+        budget: BudgetConfig | None = None,
+        coordination: CoordinationOverrides | None = None,
+        capacity: int | None = None,
     ) -> RunReport:
         """See `Council.resume`."""
         document = await read_runnable(self._runs.store, run)
@@ -188,7 +192,7 @@ class Execution:
                         await ledger.allow(budget.model_dump(mode="json", exclude_none=True))
                     if any(task.attempts for task in before.tasks.values()):
                         await self._note_file_changes(ledger)
-                    return await self._work(runs, before, ledger, shop)
+                    return await self._work(runs, before, ledger, shop, capacity=capacity)
         except LockHeld as held:
             raise _is_at_work(run, held) from None
 

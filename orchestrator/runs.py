@@ -188,6 +188,20 @@ class Runs:
         here, now = socket.gethostname(), self.clock.now()
         return any(one.ended is None and one.owner.host != here and now < one.expires for one in others)
 
+    async def interrupted(self) -> list[str]:
+        """Return the ids of the runs that have not ended and that no process is running, the oldest first.
+
+        Those whose repositories are gone, which nobody can resume, are left out.
+        """
+        found = []
+        for run in sorted(await self.store.list("run"), key=_by_start):
+            if run.damaged or run.value.get("ended") is not None or run.value.get("imported") is not None:
+                continue
+            with suppress(RefusedError, UnreadableDocument):
+                if not await self.is_live(run.key.id):
+                    found.append(run.key.id)
+        return found
+
     async def seems_live(self, run: str) -> bool:
         """Whether a process is at work in a run as far as can be seen: not where its repositories are gone."""
         with suppress(RefusedError):

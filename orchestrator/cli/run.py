@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -15,19 +16,36 @@ from orchestrator.cli.output import Output
 from orchestrator.cli.plan import plan_text
 from orchestrator.cli.progress import shown
 from orchestrator.cli.quantities import budget_limits
-from orchestrator.cli.source import read_config
+from orchestrator.cli.source import is_prompt, read_config
 from orchestrator.cli.trusting import require_trust, trust_option
 from orchestrator.config.coordination import CoordinationOverrides
 from orchestrator.config.inline import InlineTasks
 from orchestrator.config.model import BudgetConfig
+from orchestrator.config.selection import with_capacity, with_only
 from orchestrator.council import Council
+from orchestrator.domain.model import MOST_CAPACITY
 from orchestrator.dry_run import rehearse_run
 from orchestrator.engine.rehearsal import Rehearsal
 
+#: Interrupted runs that are named where another is resumed.
+_MOST_NAMED = 3
+
+capacity_option = click.option(
+    "-j",
+    "--capacity",
+    metavar="N",
+    type=click.IntRange(1, MOST_CAPACITY),
+    help="Sessions at once; else as many as the file or the run says.",
+)
+
 
 @click.command("run")
-@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.argument("source", metavar="[FILE|PROMPT]", required=False, type=click.Path())
 @click.option("--task", "prompts", metavar="PROMPT", multiple=True, help="Do this instead of the file's tasks.")
+@click.option(
+    "--only", metavar="TASK", multiple=True, help="Of the file's tasks this one, with those that it needs; repeatable."
+)
+@capacity_option
 @click.option("--adapter", metavar="ADAPTER", help="What runs each --task: of the file, or an installed type.")
 @click.option("--base", metavar="BRANCH", help="Where each --task starts.")
 @click.option("--target", metavar="BRANCH", help="Where each --task lands.")
@@ -40,8 +58,10 @@ from orchestrator.engine.rehearsal import Rehearsal
 @store_option
 @json_option
 def run_file(  # noqa: PLR0917  as many as there are options
-    file: Path | None,
+    source: str | None,
     prompts: tuple[str, ...],
+    only: tuple[str, ...],
+    capacity: int | None,
     adapter: str | None,
     base: str | None,
     target: str | None,
@@ -54,25 +74,35 @@ def run_file(  # noqa: PLR0917  as many as there are options
 ) -> None:
     """Run the tasks of FILE and land what they build.
 
-    Without FILE it is council.yaml, here or at the top of the repository. With --task, adapters and defaults are the
-    file's; there need not be one.
+    Without FILE it is council.yaml, here or at the top of the repository. With a PROMPT, as with --task, there is one
+    task with the adapters and defaults of council.yaml, or else with the one adapter whose program is installed. What
+    ends in .yaml or .yml, or exists, is a FILE.
 
     \b
     Examples:
       council run
+      council run "fix the failing test in tests/test_api.py"
       council run night.yaml --dry-run
+      council run --only api -j 2
       council run --dry-run --mermaid
       council run --task "Add a --quiet option." --check "make test"
       council run --task "Fix issue 12." --task "Fix issue 15." --adapter fixer --target fixes
     """
+    file = None if source is None or is_prompt(source) else Path(source)
+    if source is not None and file is None:
+        prompts = (source, *prompts)
     if (adapter, base, target, checks) != (None, None, None, ()) and not prompts:
         raise click.UsageError("--adapter, --base, --target and --check are for --task: a file says all that itself.")
+    if only and prompts:
+        raise click.UsageError("--only chooses of a file's tasks, and --task replaces them.")
     if mermaid and (as_json or not dry_run):
         raise click.UsageError("--mermaid goes with --dry-run, and not with --json.")
     tasks = InlineTasks(prompts, adapter, base, target, checks) if prompts else None
 
     async def command(context: Context) -> int:
         plugins, config = await read_config(file, tasks)
+        config = with_only(config, only) if only else config
+        config = config if capacity is None else with_capacity(config, capacity)
         await require_trust(config, is_named=file is not None)
         if dry_run:
             rehearsal = await rehearse_run(config, plugins, allow_deferred=allow_deferred, coordination=coordination)
@@ -95,10 +125,17 @@ def _show(rehearsal: Rehearsal, output: Output, *, mermaid: bool) -> None:
 @click.command()
 @run_argument
 @click.option("--budget", metavar="LIMITS", callback=budget_limits, help="Other limits of the run's budget.")
+@capacity_option
 @coordination_options
 @store_option
 @json_option
-def resume(run: str | None, budget: BudgetConfig | None, as_json: bool, coordination: CoordinationOverrides) -> None:
+def resume(
+    run: str | None,
+    budget: BudgetConfig | None,
+    capacity: int | None,
+    as_json: bool,
+    coordination: CoordinationOverrides,
+) -> None:
     """Go on with a run from wherever it was cut off.
 
     Without RUN it is the newest. LIMITS are of tokens, cost (US dollars) or time, separated by commas.
@@ -113,15 +150,26 @@ def resume(run: str | None, budget: BudgetConfig | None, as_json: bool, coordina
     async def command(context: Context) -> int:
         async with opened(context.log) as council:
             name = await council.find_run(run)
+            if run is None and (others := [one for one in await council.interrupted_runs() if one != name]):
+                context.output.notice(_also_interrupted(name, others))
             after = await council.position()
-            return await _execute(council, name, context, after=after, coordination=coordination, budget=budget)
+            return await _execute(
+                council, name, context, after=after, coordination=coordination, budget=budget, capacity=capacity
+            )
 
     perform(command, as_json=as_json)
 
 
+def _also_interrupted(run: str, others: Sequence[str]) -> str:
+    """Say which runs `resume` without a name does not mean."""
+    named = ", ".join(others[: -_MOST_NAMED - 1 : -1])
+    more = f" and {len(others) - _MOST_NAMED} more" if len(others) > _MOST_NAMED else ""
+    return f"resuming {run}, the newest run; also interrupted: {named}{more}; `council resume RUN` resumes one of these"
+
+
 @click.command()
 @run_argument
-@click.option("--capacity", type=click.IntRange(min=1), help="Sessions at once; else as many as the run's.")
+@capacity_option
 @click.option("--follow", is_flag=True, help="Stay, and join the runs that begin later.")
 @partial(coordination_options, joins=True)
 @store_option
@@ -180,11 +228,12 @@ async def _execute(
     after: int,
     coordination: CoordinationOverrides,
     budget: BudgetConfig | None = None,
+    capacity: int | None = None,
 ) -> int:
     """Take a run to its end with its events shown; the first signal then stops it cleanly."""
     context.interrupt.stop = council.stop
     async with shown(council, run, context.output, after) as progress:
-        report = await council.resume(run, budget=budget, coordination=coordination)
+        report = await council.resume(run, budget=budget, capacity=capacity, coordination=coordination)
         await progress.reach(await council.position())
     await show_result(context, council, report)
     return report.exit_code

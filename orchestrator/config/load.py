@@ -266,9 +266,13 @@ def _backoff(entry: BackoffSettings | None, default: Backoff) -> Backoff:
 
 def _worktrees(file: Config) -> WorktreesConfig:
     given = file.worktrees.model_dump()
-    # One more than sessions, for checks.
-    most = {} if given["max"] is not None else {"max": max(WorktreesConfig().max, file.capacity + 1)}
+    most = {} if given["max"] is not None else {"max": default_slots(file.capacity)}
     return WorktreesConfig.model_validate(given | most)
+
+
+def default_slots(capacity: int) -> int:
+    """Return how many worktree slots there are where a file does not say: one more than sessions, for checks."""
+    return max(WorktreesConfig().max, capacity + 1)
 
 
 def _state(file: Config, folder: Path) -> StateConfig:

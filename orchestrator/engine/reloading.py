@@ -100,9 +100,8 @@ def _run_values(config: RunConfig) -> dict[str, Any]:
 
 def _changed(run: RunDocument, then: TaskSpec, now: TaskSpec, config: RunConfig) -> Sequence[str]:
     old, new = then.model_dump(mode="json"), now.model_dump(mode="json")
-    others = [
-        name for name in now.adapters if run.adapters.get(name, _NONE) not in (_NONE, config.adapters[name].stored())
-    ]
+    known = [name for name in now.adapters if name in run.adapters]
+    others = [name for name in known if run.adapters[name] != config.adapters[name].stored()]
     return [*(key for key in old if old[key] != new[key]), *(f"{_ADAPTERS}{name}" for name in others)]
 
 

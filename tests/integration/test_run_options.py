@@ -1,0 +1,126 @@
+"""What the command line says of a run beside its file: a task in words, some tasks, a number of sessions."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from orchestrator.cli.source import is_prompt, read_config
+from orchestrator.config.inline import InlineTasks
+from orchestrator.errors import RefusedError
+from orchestrator.plugins import Plugins
+from tests.conftest import Repository
+from tests.integration.test_control import has_begun
+from tests.unit.test_inline import TYPES, _Free
+
+CHAIN: list[dict[str, Any]] = [
+    {"id": "a", "prompt": "write a.txt a"},
+    {"id": "b", "prompt": "write b.txt b", "needs": ["a"]},
+    {"id": "c", "prompt": "write c.txt c", "needs": ["b"]},
+    {"id": "d", "prompt": "write d.txt d"},
+]
+
+
+def settle(repository: Repository, tasks: list[dict[str, Any]]) -> None:
+    """Make council.yaml the file at the repository's top, with a target of each run's own."""
+    written = json.loads(repository.configure(tasks).read_text())
+    del written["target"]
+    (repository.top / "council.yaml").write_text(json.dumps({**written, "repo": "."}))
+
+
+async def test_words_are_a_task_as_by_the_option(repository: Repository) -> None:
+    """`run "..."` is what `run --task "..."` is, with the file's settings; both together are two tasks."""
+    settle(repository, CHAIN)
+    words, option = (
+        repository.council("run", *form, "--json") for form in (["write x.txt 1"], ["--task", "write x.txt 1"])
+    )
+    assert words.states == option.states == {"task-1": "landed"}
+    both = repository.council("run", "write x.txt 1", "--task", "write y.txt 2", "--dry-run", "--json").result
+    assert [task["id"] for task in both["waves"][0]["tasks"]] == ["task-1", "task-2"]
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("fix the bug", True), ("a file.yaml", False), ("gone.yml", False), ("there", False), ("is there", False),
+])  # fmt: skip
+def test_what_exists_or_ends_like_a_file_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: bool
+) -> None:
+    """All else says what to do."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").touch()
+    (tmp_path / "is there").touch()
+    assert is_prompt(text) is expected
+
+
+def test_a_single_word_may_be_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No session is started for a file's name without its ending."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "night.yaml").touch()
+    with pytest.raises(click.UsageError, match=r"did you mean 'night.yaml'\?.*--task night"):
+        is_prompt("night")
+
+
+async def test_without_a_file_the_only_installed_adapter_runs_it(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where several are, one has to be chosen."""
+    monkeypatch.chdir(repository.top)
+    programs = repository.top.parent / "programs"
+    programs.mkdir()
+    (programs / "free").write_text("#!/bin/sh\n")
+    (programs / "free").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{repository.environ['PATH']}")
+    types = dict(TYPES)
+    monkeypatch.setattr("orchestrator.cli.source.load_plugins", lambda *_: Plugins(adapters=types))
+    _, config = await read_config(None, InlineTasks(("Do it.",)))
+    assert [task.adapter for task in config.tasks] == ["free"]
+    types["free-too"] = _Free
+    with pytest.raises(RefusedError, match="name one by --adapter: free, free-too"):
+        await read_config(None, InlineTasks(("Do it.",)))
+
+
+async def test_only_some_tasks_run_with_what_they_need(repository: Repository) -> None:
+    """In the file's order; a name that is none leads to the near one, and the file's other tasks are not missed."""
+    config = str(repository.configure(CHAIN))
+    told = repository.council("run", config, "--only", "b", "--dry-run", "--json").result
+    assert [[task["id"] for task in wave["tasks"]] for wave in told["waves"]] == [["a"], ["b"]]
+    ended = repository.council("run", config, "--only", "d", "--only", "a", "--json")
+    assert ended.states == {"a": "landed", "d": "landed"}
+    wrong = repository.council("run", config, "--only", "e")
+    assert (wrong.code, "the file has no task 'e'" in wrong.stderr) == (2, True)
+    assert repository.council("run", config, "--only", "a", "--task", "x y").code == 2
+
+
+async def test_capacity_is_said_on_the_command_line(repository: Repository) -> None:
+    """The run records it, and that it is not the file's is no change of the file."""
+    tasks = [{"id": f"t{n}", "prompt": f"attempt 1 exit 1\nwrite {n} {n}", "attempts": 1} for n in range(3)]
+    config = str(repository.configure(tasks))
+    ended = repository.council("run", config, "-j", "1", "--json")
+    assert ended.code == 1
+    assert re.search(r"capacity +1
+", repository.council("state", "show").stdout)
+    assert repository.council("retry", "t0", "t1", "t2").code == 0
+    resumed = repository.council("resume", "-j", "2", "--json")
+    assert set(resumed.states.values()) == {"landed"}
+    assert not [line for line in resumed.lines if line.get("event") == "run.file_changed"]
+    assert repository.council("run", config, "-j", "0").code == 2
+
+
+async def test_resume_names_the_older_runs_that_were_interrupted(repository: Repository) -> None:
+    """Where it is not said which run is meant; one that has ended is not named."""
+    child = repository.start("run", str(repository.configure([{"id": "long", "prompt": "attempt 1 hang\nwrite l l"}])))
+    has_begun(repository, "long")
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    older = repository.council("status", "--json").result["run"]
+    newer = repository.council("run", str(repository.configure([])), "--task", "write x.txt x", "--json").result["run"]
+    resumed = repository.council("resume")
+    assert f"resuming {newer}, the newest run; also interrupted: {older};" in resumed.stderr, resumed
+    assert "also interrupted" not in repository.council("resume", older).stderr
+    assert "also interrupted" not in repository.council("resume").stderr
