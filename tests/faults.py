@@ -47,7 +47,7 @@ def drop_kept_worktrees(repository: Repository) -> None:
     """Delete the worktrees that stay because of what could not come in, as a person would."""
     kept = repository.council("salvage", "list", "--json").result["kept"]
     names = [one["name"] for one in kept if one["name"].endswith("/worktree")]
-    assert repository.council("salvage", "drop", *names).code == 0
+    assert repository.council("salvage", "drop", "--yes", *names).code == 0
 
 
 def strace_fails(tmp_path: Path) -> str | None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import anyio
 import click
 
 from orchestrator.cleaning import Cleaner, Removal
 from orchestrator.cli.boundary import Log
 from orchestrator.cli.command import Context, json_option, opened, perform, store_option
+from orchestrator.cli.confirming import agrees, can_ask, yes_option
 from orchestrator.cli.output import Output, plain
 from orchestrator.cli.quantities import duration
 from orchestrator.clock import SystemClock
@@ -26,7 +25,7 @@ from orchestrator.project import council_home, find_project
 
 @click.command()
 @click.option("--dry-run", is_flag=True, help="List only.")
-@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@yes_option
 @click.option("--kept", is_flag=True, help="Remove worktrees and hubs, too, that hold work which may be nowhere else.")
 @click.option("--pool", is_flag=True, help="Remove checkouts, too, that are ready for the next run.")
 @click.option("--logs", metavar="AGE", callback=duration, help="Remove, too, what runs printed that ended before.")
@@ -136,14 +135,10 @@ def _total(some: Sequence[Leftover]) -> str:
 
 async def _agreed(output: Output, going: Sequence[Leftover]) -> bool:
     """Ask once, where there is somebody to ask."""
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+    if not can_ask(output):
         output.text(f"{_total(going)}: add --yes to remove them\n")
         return False
-    output.text(f"Remove {_total(going)}? [y/N] ", err=True)
-    sys.stderr.flush()
-    # A terminal hands over whole lines; waited for this way, a signal ends it.
-    await anyio.wait_readable(sys.stdin)
-    return sys.stdin.readline().strip().lower() in {"y", "yes"}
+    return await agrees(output, f"Remove {_total(going)}?")
 
 
 def _tell_removals(output: Output, removals: Sequence[Removal]) -> None:

@@ -11,6 +11,7 @@ import click
 from orchestrator.archive import KeptWork
 from orchestrator.cli.command import Context, json_option, opened, perform, run_option, store_option
 from orchestrator.cli.completing import complete_kept
+from orchestrator.cli.confirming import confirmed, yes_option
 from orchestrator.cli.group import Suggesting
 from orchestrator.cli.output import plain
 from orchestrator.cli.tasks import stat_option, wants_color
@@ -136,20 +137,27 @@ def apply(name: str, branch: str | None, run: str | None, as_json: bool) -> None
 
 @salvage.command()
 @click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_kept)
+@yes_option
 @run_option
 @store_option
 @json_option
-def drop(names: tuple[str, ...], run: str | None, as_json: bool) -> None:
-    """Delete kept work for good.
+def drop(names: tuple[str, ...], yes: bool, run: str | None, as_json: bool) -> None:
+    """Delete kept work for good, after a yes.
 
     \b
     Examples:
       council salvage drop models/1 models/2
+      council salvage drop models/1 --yes
     """
 
     async def command(context: Context) -> int:
         async with opened(context.log) as council:
-            await council.archive.drop(await council.find_run(run), names)
+            work = await council.find_run(run)
+            kept = {one.name for one in await council.archive.kept(work)}
+            question = f"Delete {', '.join(names)} of run {work} for good?"
+            if kept.issuperset(names) and not await confirmed(context.output, question, yes=yes):
+                return 1
+            await council.archive.drop(work, names)
             if as_json:
                 context.output.json({"dropped": list(names)})
             else:

@@ -16,10 +16,12 @@ from orchestrator.cli.completing import (
     complete_tasks,
     complete_waiting_tasks,
 )
+from orchestrator.cli.confirming import confirmed, yes_option
 from orchestrator.cli.group import Suggesting
 from orchestrator.cli.output import changed_words, plain
 from orchestrator.cli.trusting import require_trust, trust_option
 from orchestrator.council import Council
+from orchestrator.domain.model import FINAL
 from orchestrator.engine.report import RunReport
 
 _color = click.option("--color/--no-color", default=None, help="Colours; by default on a terminal only.")
@@ -37,20 +39,33 @@ def _ask(ask: Callable[[Council], Awaitable[RunReport]], *, as_json: bool) -> No
 
 @click.command()
 @click.argument("tasks", metavar="[TASK]...", nargs=-1, shell_complete=complete_live_tasks)
+@yes_option
 @run_option
 @store_option
 @json_option
-def cancel(tasks: tuple[str, ...], run: str | None, as_json: bool) -> None:
+def cancel(tasks: tuple[str, ...], yes: bool, run: str | None, as_json: bool) -> None:
     """End tasks for good; without TASK, all that are not over.
 
-    Sessions are stopped, what they did is kept on branches. A landing under way is brought to its end.
+    Sessions are stopped, what they did is kept on branches. A landing under way is brought to its end. Without TASK it
+    asks first.
 
     \b
     Examples:
       council cancel models api
-      council cancel --run 20260102-030405-ab12
+      council cancel --yes --run 20260102-030405-ab12
     """
-    _ask(lambda council: council.cancel(*tasks, run=run), as_json=as_json)
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            report = await council.status(run)
+            left = [task.id for task in report.tasks if task.state not in FINAL]
+            question = f"Cancel all {len(left)} tasks that are left of run {report.run}?"
+            if left and not tasks and not await confirmed(context.output, question, yes=yes):
+                return 1
+            await show_result(context, council, await council.cancel(*tasks, run=report.run), code=0)
+            return 0
+
+    perform(command, as_json=as_json)
 
 
 @click.group(cls=Suggesting)

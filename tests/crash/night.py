@@ -188,7 +188,7 @@ class Night:
         folders = [one["name"] for one in kept if one["name"].endswith("/worktree")]
         assert {name.partition("/")[0] for name in folders} == {"key-kept"} & self.jobs.keys(), kept
         if folders:
-            assert repository.council("salvage", "drop", *folders).code == 0
+            assert repository.council("salvage", "drop", "--yes", *folders).code == 0
         await repository.assert_invariants(canaries=list(CANARIES.values()))
         state = self._everything()
         assert repository.council("resume", "--json").code == 1

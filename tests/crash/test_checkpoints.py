@@ -24,7 +24,7 @@ async def test_killed_while_a_checkpoint_is_restored(repository: Repository, nam
     assert repository.council("run", str(config), failpoints="session.spawned=kill@2").code == -signal.SIGKILL
     made = repository.council("checkpoint", "create", "--json").result
     before = _states(repository)
-    assert repository.council("cancel").code == 0
+    assert repository.council("cancel", "--yes").code == 0
     cancelled = _states(repository)
     killed = repository.council("checkpoint", "restore", made["id"], failpoints=f"{name}=kill")
     assert killed.code == -signal.SIGKILL, killed

@@ -93,7 +93,7 @@ async def test_work_that_waited_to_land_lands_after_a_later_attempt(repository: 
     assert repository.council("resume", "--json").states == {"one": "failed"}
     built = await document(repository, "one")
     assert [one.outcome for one in built.attempts] == ["checks_failed", "crashed"]
-    assert repository.council("salvage", "drop", "one/1").code == 0
+    assert repository.council("salvage", "drop", "--yes", "one/1").code == 0
     restored(repository, checkpoint)
     assert (await document(repository, "one")).status == "checking"
     assert "one/1" in repository.council("salvage", "list").stdout
@@ -159,7 +159,7 @@ async def test_a_cancel_can_be_taken_back(repository: Repository) -> None:
         {"id": "b", "prompt": "write b.txt x", "needs": ["a"]},
     ]
     killed_with(repository, tasks, "attempt.recorded")
-    assert repository.council("cancel").code == 0
+    assert repository.council("cancel", "--yes").code == 0
     found = repository.council("checkpoint", "list", "--json").result["checkpoints"]
     assert [(one["reason"], one["maker"]) for one in found] == [("before cancel", "council")]
     restored(repository, found[0])

@@ -173,7 +173,7 @@ async def test_after_a_cancel_of_a_killed_run_nothing_is_left(repository: Reposi
     wait_for(lambda: list(home_of(repository).glob("*/sessions/*/a.1/place/tree/a.txt")))
     child.kill()
     child.communicate()
-    assert repository.council("cancel", "--json").states == {"a": "cancelled"}
+    assert repository.council("cancel", "--yes", "--json").states == {"a": "cancelled"}
     assert repository.council("clean", "--yes", "--kept", "--json").result["found"] == []
     assert "a.txt" in repository.council("salvage", "show", "a/1").stdout
     await repository.assert_invariants()
@@ -377,7 +377,7 @@ async def test_old_logs_go_if_that_is_asked_for(repository: Repository) -> None:
     assert repository.council("logs", "a", "--run", old).code == 0
     refused = repository.council("clean", "--logs", "soon")
     assert (refused.code, "30m" in refused.stderr) == (2, True)
-    assert repository.council("cancel").code == 0
+    assert repository.council("cancel", "--yes").code == 0
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Ended, Repository
+from tests.terminal import Terminal
 from tests.waiting import wait_for
 
 
@@ -47,7 +48,7 @@ async def test_cancel_of_all_on_a_live_run_ends_it(repository: Repository) -> No
     tasks: list[dict[str, Any]] = [{"id": f"t{n}", "prompt": f"write {n}.txt x\nhang"} for n in range(3)]
     child = repository.start("run", str(repository.configure(tasks, capacity=1)), "--json")
     has_begun(repository, "t0")
-    cancelled = repository.council("cancel", "--json")
+    cancelled = repository.council("cancel", "--yes", "--json")
     assert cancelled.code == 0
     child.communicate(timeout=60)
     assert child.returncode == 1
@@ -178,7 +179,7 @@ async def test_kept_work_is_listed_shown_applied_and_dropped(repository: Reposit
     applied = repository.council("salvage", "apply", "failed/1", "--json")
     assert applied.result["paths"] == ["f.txt"]
     assert (repository.top / "f.txt").read_text() == "kept-text\n"
-    assert repository.council("salvage", "drop", "failed/1", "stasher/1/stash").code == 0
+    assert repository.council("salvage", "drop", "--yes", "failed/1", "stasher/1/stash").code == 0
     left = repository.council("salvage", "list", "--json").result["kept"]
     assert [one["name"] for one in left] == ["stasher/1"]
 
@@ -196,7 +197,7 @@ async def test_a_worktree_that_holds_a_secret_stays_and_can_be_dropped(repositor
     shown = repository.council("salvage", "show", "env/1").stdout
     assert "good.txt" in shown
     assert ".env" not in shown
-    assert repository.council("salvage", "drop", "env/1/worktree").code == 0
+    assert repository.council("salvage", "drop", "--yes", "env/1/worktree").code == 0
     assert not Path(kept[1]["worktree"]).exists()
     for repository_path in (repository.top / ".git", Path(ended.result["repository"])):
         objects = subprocess.run(
@@ -242,7 +243,7 @@ async def test_what_was_refused_stays_refused(repository: Repository) -> None:
     child.kill()
     child.communicate()
     del repository.environ["MY_TOKEN"]
-    cancelled = repository.council("cancel", "--json")
+    cancelled = repository.council("cancel", "--yes", "--json")
     assert cancelled.states == {"leaks": "failed", "cut-off": "cancelled"}, cancelled
     kept = {one["name"] for one in repository.council("salvage", "list", "--json").result["kept"]}
     assert kept == {"leaks/1", "leaks/1/worktree", "cut-off/1/worktree"}
@@ -416,3 +417,44 @@ async def test_tasks_in_words_are_of_no_file(repository: Repository) -> None:
     assert (kept.code, "has changed" in kept.stderr) == (0, False), kept
     refused = repository.council("retry", "task-1", "--reload")
     assert refused.code == 2
+
+
+def _two_failed(repository: Repository, command: tuple[str, ...]) -> None:
+    """Have two tasks fail, and wait to be tried again where that is to be cancelled."""
+    tasks = [{"id": name, "prompt": f"write {name} x\nexit 1", "attempts": 1} for name in ("a", "b")]
+    assert repository.council("run", _file(repository, tasks)).code == 1
+    if command == ("cancel",):
+        assert repository.council("retry", "a", "b").code == 0
+
+
+@pytest.mark.parametrize("command", [("cancel",), ("salvage", "drop", "a/1")], ids=" ".join)
+async def test_what_can_not_be_undone_needs_a_yes(repository: Repository, command: tuple[str, ...]) -> None:
+    """Where nobody can be asked it is refused with the option that allows it, and nothing has changed."""
+    _two_failed(repository, command)
+    before = repository.council("status", "--json").states, repository.council("salvage", "list").stdout
+    for more in ((), ("--json",)):
+        refused = repository.council(*command, *more)
+        assert refused.code == 2
+        assert "add --yes" in refused.stderr + refused.stdout
+    assert (repository.council("status", "--json").states, repository.council("salvage", "list").stdout) == before
+    assert repository.council(*command, "--yes").code == 0
+    assert (repository.council("status", "--json").states, repository.council("salvage", "list").stdout) != before
+
+
+@pytest.mark.parametrize("answer", ["y", "n"])
+@pytest.mark.parametrize("command", [("cancel",), ("salvage", "drop", "a/1")], ids=" ".join)
+async def test_a_person_at_a_terminal_is_asked(repository: Repository, command: tuple[str, ...], answer: str) -> None:
+    """Nothing is done without a yes; what is named in `cancel` needs none."""
+    _two_failed(repository, command)
+    before = repository.council("status", "--json").states, repository.council("salvage", "list").stdout
+    terminal = Terminal(command, repository.top, repository.environ)
+    try:
+        wait_for(lambda: "[y/N]" in terminal.text)
+        terminal.type(f"{answer}\n")
+        assert terminal.wait() == (0 if answer == "y" else 1)
+    finally:
+        terminal.close()
+    now = repository.council("status", "--json").states, repository.council("salvage", "list").stdout
+    assert (now == before) is (answer == "n")
+    if now == before and command == ("cancel",):
+        assert repository.council("cancel", "b").code == 0

@@ -103,8 +103,7 @@ async def test_capacity_is_said_on_the_command_line(repository: Repository) -> N
     config = str(repository.configure(tasks))
     ended = repository.council("run", config, "-j", "1", "--json")
     assert ended.code == 1
-    assert re.search(r"capacity +1
-", repository.council("state", "show").stdout)
+    assert re.search(r"capacity +1$", repository.council("state", "show").stdout, re.MULTILINE)
     assert repository.council("retry", "t0", "t1", "t2").code == 0
     resumed = repository.council("resume", "-j", "2", "--json")
     assert set(resumed.states.values()) == {"landed"}

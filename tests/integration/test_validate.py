@@ -87,7 +87,7 @@ async def test_real_results_are_as_their_schema_says(repository: Repository) -> 
     assert set(ended.states.values()) == {"landed", "no_change", "failed", "blocked"}
     for result in (
         ended.result,
-        *(repository.council(*command, "--json").result for command in (["status"], ["cancel"])),
+        *(repository.council(*command, "--json").result for command in (["status"], ["cancel", "--yes"])),
     ):
         validator.validate(result)
         assert not validator.is_valid({**result, "status": "done"})
