@@ -139,15 +139,36 @@ async def opened(
 _MOST_COUNTED = 300
 
 
+_WHOLE = "orchestrator.whole"
+
+
+def _choose_length(context: click.Context, _: click.Parameter, verbose: bool) -> None:
+    context.meta[_WHOLE] = verbose
+
+
+verbose_option = click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    expose_value=False,
+    callback=_choose_length,
+    help="Print all tasks at the end, not only those that need attention.",
+)
+
+
 async def show_result(context: Context, council: Council, report: RunReport, code: int | None = None) -> None:
-    """Print how a run stands; people are also told how much landed, where that can still be seen."""
+    """Print how a run stands, briefly where the command has `verbose_option` and that is not given.
+
+    People are also told how much landed, where that can still be seen.
+    """
+    whole: bool = click.get_current_context().meta.get(_WHOLE, True)
     changes: Mapping[str, Changes] = {}
     commits = [task.landed for task in report.tasks if task.landed is not None]
-    if not context.output.as_json:
+    if whole and not context.output.as_json:
         with suppress(CouncilError, OSError):
             changes = await council.archive.landed(report.run, commits[:_MOST_COUNTED])
     is_newest = context.output.as_json or await council.newest_run() == report.run
-    context.output.result(report, code, changes=changes, is_newest=is_newest)
+    context.output.result(report, code, changes=changes, is_newest=is_newest, whole=whole)
 
 
 def perform(command: Callable[[Context], Awaitable[int]], *, as_json: bool, brief: bool = False) -> None:

@@ -56,7 +56,7 @@ def frame_lines(frame: Frame, width: int) -> list[list[Segment]]:
     drawn += [_line(cells, widths) for cells in zip(*columns.values(), strict=True)]
     drawn = [Segment.adjust_line_length(line, width, pad=False) for line in drawn]
     foot = (frame.more, "dim"), (frame.totals, "bold")
-    return drawn + [[Segment(_fit(text, width), Style.parse(style))] for text, style in foot if text]
+    return drawn + [[Segment(fit(text, width), Style.parse(style))] for text, style in foot if text]
 
 
 _Cell = tuple[str, str]
@@ -83,7 +83,7 @@ def _line(cells: Sequence[_Cell], widths: Mapping[str, int]) -> list[Segment]:
     line: list[Segment] = []
     blanks = 0
     for (text, style), width in zip(cells, widths.values(), strict=True):
-        shown = _fit(text, width)
+        shown = fit(text, width)
         if shown:
             line += [Segment(" " * blanks), Segment(shown, Style.parse(style))]
             blanks = 0
@@ -91,7 +91,7 @@ def _line(cells: Sequence[_Cell], widths: Mapping[str, int]) -> list[Segment]:
     return line
 
 
-def _fit(text: str, width: int) -> str:
+def fit(text: str, width: int) -> str:
     """Return text that takes at most so many cells of a terminal."""
     return text if cell_len(text) <= width else f"{set_cell_size(text, max(width - 1, 0))}…"[:width]
 

@@ -87,7 +87,7 @@ SENTENCES: Mapping[str, str] = {
     "phase.cancelled": "phase {phase} is cancelled",
     "handoff.invalid": "phase {phase} has handed over what is not valid",
     "shared.put": "shared as {key}",
-    "task.salvaged": "work that was on no branch is kept on {branch}",
+    "task.salvaged": "work that was on no branch is kept as {kept}",
     "task.claim_lost": "taken over by {by}; {left}",
     "task.desk_failed": "a question of its session could not be answered: {reason}",
     "task.tools_denied": "{reason}",
@@ -104,8 +104,8 @@ SENTENCES: Mapping[str, str] = {
 }
 
 
-#: Why a terminal gets lines all the same (https://no-color.org for the first), beside one that says it is dumb.
-_LINES_WANTED = ("NO_COLOR", "CI")
+#: Why a terminal gets lines all the same, beside one that says it is dumb. https://no-color.org is about colour alone.
+_LINES_WANTED = "CI"
 #: Tasks and keys that are named where a file has changed.
 _MOST_CHANGED = 5
 _SHOW_CURSOR = "\x1b[?25h"
@@ -126,7 +126,7 @@ class Output:
     @property
     def draws(self) -> bool:
         """Whether there is somebody at a terminal to draw tables for."""
-        if self.as_json or any(os.environ.get(name) for name in _LINES_WANTED):
+        if self.as_json or os.environ.get(_LINES_WANTED):
             return False
         return os.environ.get("TERM", "dumb") not in {"", "dumb", "unknown"} and sys.stdout.isatty()
 
@@ -160,13 +160,21 @@ class Output:
         *,
         changes: Mapping[str, Changes] | None = None,
         is_newest: bool = True,
+        whole: bool = True,
     ) -> None:
         """Print how a run stands, as the last thing; `code` is the exit code where that is not the run's own.
 
-        `changes` says how much the commits change by which tasks landed; people are told.
+        `changes` says how much the commits change by which tasks landed; people are told. Unless it is `whole`, people
+        get the totals and what needs attention.
         """
         if self.as_json:
             self._line(report.to_json() | ({} if code is None else {"exit": code}))
+            return
+        if not whole:
+            from orchestrator.cli.brief import brief_lines  # noqa: PLC0415  rich takes its time
+
+            for line in brief_lines(report, is_newest=is_newest):
+                self._say(line)
             return
         from orchestrator.cli import result  # noqa: PLC0415  what people get is of no use to programs
 
@@ -279,8 +287,8 @@ def _readable(data: JsonObject) -> JsonObject:
         told["awaited"] = ", and for ".join(filter(None, who))
     told["noted"] = f": {one_line(told['note'])}" if told.get("note") else ""
     if "branch" in told:
-        kept = told["branch"]
-        told["left"] = f"what its session left is on {kept}" if kept else "its session left no branch"
+        told["kept"] = kept = None if told["branch"] is None else kept_name(told["branch"])
+        told["left"] = f"what its session left is kept as {kept}" if kept else "its session left nothing"
     if isinstance(told.get("reason"), str):
         told["reason"] = one_line(told["reason"])
     return told
@@ -292,6 +300,11 @@ def changed_words(tasks: Mapping[str, Sequence[str]], keys: Sequence[str]) -> st
     more = f" and {len(each) - _MOST_CHANGED} more" if len(each) > _MOST_CHANGED else ""
     remedy = "`council retry TASK --reload` takes it over for a task" if tasks else "start a new run for that"
     return f"{', '.join(each[:_MOST_CHANGED])}{more}; {remedy}"
+
+
+def kept_name(branch: str) -> str:
+    """Return the name by which `council salvage` knows a branch of ours, which the user's repository does not have."""
+    return branch.split("/", 2)[-1] if branch.startswith("council/") else branch
 
 
 def one_line(text: str, limit: int = 300) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from orchestrator.cli.columns import aligned
 from orchestrator.cli.figures import figures, minutes_text
-from orchestrator.cli.output import event_text, one_line
+from orchestrator.cli.output import event_text, kept_name, one_line
 from orchestrator.cli.result import landed_words, summary
 from orchestrator.domain.model import RunDocument, TaskStatus
 from orchestrator.engine.overview import Overview, TaskOverview
@@ -72,7 +72,8 @@ def _task(task: TaskOverview) -> list[str]:
     attempts = f"{one.attempts} {'attempt' if one.attempts == 1 else 'attempts'}"
     phases = ", ".join(f"{phase.name} {phase.status}" for phase in task.phases)
     took = "" if task.minutes is None else minutes_text(task.minutes)
-    where = f"landed as {one.landed[:10]}" if one.landed else task.branch or ""
+    kept = "" if task.branch is None else f"kept as {kept_name(task.branch)}"
+    where = f"landed as {one.landed[:10]}" if one.landed else kept
     if task.pull_request is not None:
         where = "; ".join(filter(None, [where, f"pull request {task.pull_request}"]))
     why = "" if one.landed or one.reason is None else one_line(one.reason)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from orchestrator.cli.output import lines, one_line, plain
+from orchestrator.cli.output import kept_name, lines, one_line, plain
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.model import REVIVABLE, SUCCESSFUL, TaskStatus
 from orchestrator.engine.report import (
@@ -68,9 +68,14 @@ def next_step(task: TaskReport, report: RunReport, *, is_newest: bool = True) ->
             return "" if report.status is RunStatus.RUNNING else f"{resume}{more}"
 
 
+def state_words(state: str) -> str:
+    """Return the state of a task as people read it."""
+    return _STATES.get(state, state.replace("_", " "))
+
+
 def kept_as(task: TaskReport) -> str | None:
     """Return the name by which `council salvage` knows what a task left: its branch without council/ and the run."""
-    return None if task.branch is None else task.branch.split("/", 2)[-1]
+    return None if task.branch is None else kept_name(task.branch)
 
 
 def result_rows(report: RunReport, changes: Mapping[str, Changes], *, is_newest: bool = True) -> Iterator[ResultRow]:
@@ -80,7 +85,7 @@ def result_rows(report: RunReport, changes: Mapping[str, Changes], *, is_newest:
         session = sessions.get(task.id) if task.state == TaskStatus.RUNNING else None
         yield ResultRow(
             plain(task.id),
-            _STATES.get(task.state, task.state.replace("_", " ")),
+            state_words(task.state),
             task.attempts,
             _what(task, report.target, changes) if session is None else session_line(session),
             plain(next_step(task, report, is_newest=is_newest)),
@@ -132,6 +137,11 @@ def landing_place(report: RunReport) -> str:
     return (f" on {report.target}" if report.target else "") + source
 
 
+def own_branch(report: RunReport) -> bool:
+    """Whether what has landed is on a branch of the run's own, and on no other."""
+    return report.target == f"council/{report.run}" and any(task.landed is not None for task in report.tasks)
+
+
 def text_lines(rows: Sequence[ResultRow]) -> Iterator[str]:
     """Yield rows as plain lines, in columns."""
     name = max((len(row.task) for row in rows), default=0)
@@ -161,8 +171,8 @@ def hints(report: RunReport) -> Iterator[str]:
         yield f"`council resume {report.run}` goes on with what is left."
     elif report.status is RunStatus.INCOMPLETE and report.imported is None:
         yield "The run is over; after a `council retry`, `council resume` goes on with it."
-    if report.target == f"council/{report.run}" and any(task.landed is not None for task in report.tasks):
-        yield f"What landed is on the branch {plain(report.target)}, and on no other: merge it when it is right."
+    if own_branch(report):
+        yield f"What landed is on the branch {plain(report.target)}, and on no other: `council merge` merges it."
     for place in report.damage:
         yield f"The state log is damaged: {place}"
     if any(task.branch is not None for task in report.tasks):

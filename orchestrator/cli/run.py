@@ -9,7 +9,16 @@ from pathlib import Path
 
 import click
 
-from orchestrator.cli.command import Context, json_option, opened, perform, run_argument, show_result, store_option
+from orchestrator.cli.command import (
+    Context,
+    json_option,
+    opened,
+    perform,
+    run_argument,
+    show_result,
+    store_option,
+    verbose_option,
+)
 from orchestrator.cli.coordinating import coordination_options
 from orchestrator.cli.mermaid import flowchart
 from orchestrator.cli.output import Output
@@ -55,6 +64,7 @@ capacity_option = click.option(
 @click.option("--mermaid", is_flag=True, help="With --dry-run: print a Mermaid flowchart.")
 @coordination_options
 @trust_option
+@verbose_option
 @store_option
 @json_option
 def run_file(  # noqa: PLR0917  as many as there are options
@@ -127,6 +137,7 @@ def _show(rehearsal: Rehearsal, output: Output, *, mermaid: bool) -> None:
 @click.option("--budget", metavar="LIMITS", callback=budget_limits, help="Other limits of the run's budget.")
 @capacity_option
 @coordination_options
+@verbose_option
 @store_option
 @json_option
 def resume(
@@ -172,6 +183,7 @@ def _also_interrupted(run: str, others: Sequence[str]) -> str:
 @capacity_option
 @click.option("--follow", is_flag=True, help="Stay, and join the runs that begin later.")
 @partial(coordination_options, joins=True)
+@verbose_option
 @store_option
 @json_option
 def work(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 
 from orchestrator.cli.columns import aligned
-from orchestrator.cli.output import one_line, plain
+from orchestrator.cli.output import kept_name, one_line, plain
 from orchestrator.cli.table import amount, duration
 from orchestrator.domain.phases import Given, PhaseStatus
 from orchestrator.engine.story import Figures, HandoffStory, SessionStory, Story, VisitStory
@@ -55,6 +55,7 @@ def _head(story: Story) -> Iterator[list[str]]:
         "workflow": story.workflow or "",
         "became": ", ".join(story.expanded),
         "adapter": story.adapter,
+        "attempts": str(story.attempts),
         "needs": ", ".join(story.needs),
         "reason": one_line(story.reason or ""),
         "damage": "; ".join(story.damage),
@@ -77,7 +78,7 @@ def _details(visit: VisitStory, story: Story) -> Iterator[list[str]]:
     times = [local_time(one) for one in (visit.started, visit.ended) if one is not None]
     told = {
         "time": " to ".join(times) if visit.figures.sessions else "",
-        "attempts": ", ".join(map(str, visit.attempts)),
+        "sessions": ", ".join(map(str, visit.attempts)),
         "given": "" if visit.given is None else _given(visit.given),
         "received": ", ".join(_named(one, story) for one in visit.received),
         "handed over": "" if visit.handoff is None else _named(visit.handoff, story),
@@ -130,7 +131,7 @@ def _session(one: SessionStory) -> Iterator[str]:
     told = {
         "reason": one_line(one.reason or ""),
         "says": one_line(one.words or "", _LONGEST),
-        "branch": one.branch or "",
+        "kept as": "" if one.branch is None else kept_name(one.branch),
         "log": one.log,
         "check": one.check_log or "",
         "discarded": _some(one.discarded),
@@ -166,11 +167,11 @@ def _landing(story: Story) -> str:
         when = "" if one.time is None else f", {local_time(one.time)}"
         return f"landed as {one.landed[:_SHORT]} on {one.target}{when}{request}"
     if one.paths:
-        return f"conflicts with {one.target} in {_some(one.paths)}; kept on {one.branch}{request}"
+        return f"conflicts with {one.target} in {_some(one.paths)}; kept as {kept_name(str(one.branch))}{request}"
     if one.waiting is not None and story.state in {"queued", "checking", "landing"}:
         return f"{one.waiting[:_SHORT]}, built by attempt {one.attempt}, waits to land on {one.target}{request}"
     if one.branch is not None:
-        return f"not landed; what there is is kept on {one.branch}{request}"
+        return f"not landed; what there is is kept as {kept_name(one.branch)}{request}"
     return f"nothing has landed{request}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
@@ -9,7 +10,16 @@ from dataclasses import asdict
 
 import click
 
-from orchestrator.cli.command import Context, json_option, opened, perform, run_option, show_result, store_option
+from orchestrator.cli.command import (
+    Context,
+    json_option,
+    opened,
+    perform,
+    run_option,
+    show_result,
+    store_option,
+    verbose_option,
+)
 from orchestrator.cli.completing import (
     complete_live_tasks,
     complete_revivable_tasks,
@@ -41,6 +51,7 @@ def _ask(ask: Callable[[Council], Awaitable[RunReport]], *, as_json: bool) -> No
 @click.argument("tasks", metavar="[TASK]...", nargs=-1, shell_complete=complete_live_tasks)
 @yes_option
 @run_option
+@verbose_option
 @store_option
 @json_option
 def cancel(tasks: tuple[str, ...], yes: bool, run: str | None, as_json: bool) -> None:
@@ -82,6 +93,7 @@ def task() -> None:
 @click.argument("tasks", metavar="TASK...", nargs=-1, required=True, shell_complete=complete_live_tasks)
 @click.option("--reason", metavar="TEXT", required=True, help="Why nobody is to try them.")
 @run_option
+@verbose_option
 @store_option
 @json_option
 def ignore_tasks(tasks: tuple[str, ...], reason: str, run: str | None, as_json: bool) -> None:
@@ -103,6 +115,7 @@ def ignore_tasks(tasks: tuple[str, ...], reason: str, run: str | None, as_json: 
 @click.option("--reload", "reloads", is_flag=True, help="Take their prompts, limits and adapters from the file again.")
 @run_option
 @trust_option
+@verbose_option
 @store_option
 @json_option
 def retry(tasks: tuple[str, ...], phase: str | None, reloads: bool, run: str | None, as_json: bool) -> None:
@@ -143,6 +156,7 @@ def retry(tasks: tuple[str, ...], phase: str | None, reloads: bool, run: str | N
 @click.argument("tasks", metavar="TASK...", nargs=-1, required=True, shell_complete=complete_waiting_tasks)
 @click.option("--note", metavar="TEXT", help="Why, for the record.")
 @run_option
+@verbose_option
 @store_option
 @json_option
 def approve(tasks: tuple[str, ...], note: str | None, run: str | None, as_json: bool) -> None:
@@ -163,6 +177,7 @@ def approve(tasks: tuple[str, ...], note: str | None, run: str | None, as_json: 
 @click.argument("tasks", metavar="TASK...", nargs=-1, required=True, shell_complete=complete_waiting_tasks)
 @click.option("--note", metavar="TEXT", help="What is to be better, as their sessions are told.")
 @run_option
+@verbose_option
 @store_option
 @json_option
 def reject(tasks: tuple[str, ...], note: str | None, run: str | None, as_json: bool) -> None:
@@ -238,4 +253,4 @@ def diff(task: str, stat: bool, color: bool | None, run: str | None) -> None:
 
 def wants_color(color: bool | None) -> bool:
     """Return whether a difference is to be coloured."""
-    return sys.stdout.isatty() if color is None else color
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") if color is None else color

@@ -301,8 +301,8 @@ class RunView:
         )
 
     def _attempt(self, task: str, document: TaskDocument) -> str:
-        """Return the number of the newest attempt, and of those that there may be where no phases follow."""
-        begun = len(document.attempts)
+        """Return how many attempts were made, and where no phases follow how many there may be."""
+        begun = document.attempted
         if not begun or document.phases:
             return str(begun or "")
         return f"{begun}/{max(self._attempts[task], begun)}"

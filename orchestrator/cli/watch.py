@@ -5,7 +5,16 @@ from __future__ import annotations
 import anyio
 import click
 
-from orchestrator.cli.command import Context, json_option, opened, perform, run_argument, show_result, store_option
+from orchestrator.cli.command import (
+    Context,
+    json_option,
+    opened,
+    perform,
+    run_argument,
+    show_result,
+    store_option,
+    verbose_option,
+)
 from orchestrator.cli.progress import shown
 
 #: Seconds between two looks whether a process is still at work in the run: one that was killed says nothing.
@@ -14,6 +23,7 @@ _ALIVE_PAUSE = 0.5
 
 @click.command()
 @run_argument
+@verbose_option
 @store_option
 @json_option
 def watch(run: str | None, as_json: bool) -> None:

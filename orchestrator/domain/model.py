@@ -47,6 +47,9 @@ _ATTEMPTED = frozenset({TaskStatus.RUNNING, TaskStatus.QUEUED, TaskStatus.CHECKI
 #: The most sessions that a run can have side by side.
 MOST_CAPACITY = 1000
 
+#: The outcome of an attempt that was ended from outside, and by no failure of its own.
+INTERRUPTED = "interrupted"
+
 #: Names of tasks that are told to somebody who named none of them.
 _MOST_NAMED = 5
 
@@ -101,6 +104,11 @@ class Attempt(_Document):
     """The first of the paths that it changed though it was to change nothing, which was discarded."""
     denied: Denials = Denials()
     """The tools that its CLI denied it."""
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is one of the attempts that people and programs are shown: an interrupted one is resumed."""
+        return self.outcome != INTERRUPTED
 
 
 def known_cost(attempts: Iterable[Attempt]) -> float | None:
@@ -203,6 +211,11 @@ class TaskDocument(_Document):
     def attempt(self) -> Attempt:
         """The attempt that the status is about: the newest, but for what came of a checkpoint."""
         return self.attempts[-1 if self.current is None else self.current - 1]
+
+    @property
+    def attempted(self) -> int:
+        """How many attempts were made; one that was interrupted is none."""
+        return sum(one.counts for one in self.attempts)
 
     @property
     def builder(self) -> Attempt:

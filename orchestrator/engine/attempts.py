@@ -14,7 +14,7 @@ from orchestrator.config.model import TaskSpec
 from orchestrator.domain.failures import FailureClass, Policy, policy_of
 from orchestrator.domain.holdings import HeldBy as OwnedBy
 from orchestrator.domain.lifecycle import Trigger
-from orchestrator.domain.model import AdapterDocument, Attempt, TaskDocument
+from orchestrator.domain.model import INTERRUPTED, AdapterDocument, Attempt, TaskDocument
 from orchestrator.domain.notes import block
 from orchestrator.domain.outcome import Answered, Built, Exhausted, Failed, Interrupted, Limits
 from orchestrator.domain.retry import park_until, retry_delay
@@ -311,10 +311,10 @@ class Attempts:
             case Built() | Answered():
                 return await self._concluded(work, finished)
             case Interrupted(reason):
-                await self._end(work, Trigger.INTERRUPT, finished, "interrupted", reason)
+                await self._end(work, Trigger.INTERRUPT, finished, INTERRUPTED, reason)
                 return Again(None)
             case Exhausted(reason):
-                await self._end(work, Trigger.HOLD, finished, "interrupted", reason)
+                await self._end(work, Trigger.HOLD, finished, INTERRUPTED, reason)
                 return Starved(reason)
             case Failed():
                 return await self._failed(work, finished, outcome)
@@ -326,7 +326,7 @@ class Attempts:
         commit = finished.outcome.commit if isinstance(finished.outcome, Built) else None
         failed = await self._until(work, commit) if commit is not None and work.turn.phase.until else None
         if isinstance(failed, Unchecked):
-            await self._end(work, Trigger.INTERRUPT, finished, "interrupted", failed.reason)
+            await self._end(work, Trigger.INTERRUPT, finished, INTERRUPTED, failed.reason)
             return Again(None)
         if work.cancelled:
             await self._end(work, Trigger.CANCEL, finished, "cancelled", "on request, while it ran")

@@ -54,6 +54,7 @@ class TaskOverview:
             "id": one.id,
             "status": one.state,
             "reason": one.reason,
+            "attempts": one.attempts,
             "landed": one.landed,
             "branch": self.branch,
             "worktree": self.worktree,

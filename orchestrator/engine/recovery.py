@@ -16,7 +16,7 @@ from orchestrator.config.model import TaskSpec
 from orchestrator.domain.claims import Standing
 from orchestrator.domain.leftovers import Holding, holding
 from orchestrator.domain.lifecycle import Trigger
-from orchestrator.domain.model import CLAIMED, FINAL, Attempt, TaskStatus
+from orchestrator.domain.model import CLAIMED, FINAL, INTERRUPTED, Attempt, TaskStatus
 from orchestrator.domain.sessions import SessionName
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.workshop import Workshop
@@ -202,7 +202,7 @@ async def _record_lost(ledger: Ledger, shop: Workshop, clock: Clock, worktree: W
             base=base,
             started=now,
             ended=now,
-            outcome="interrupted",
+            outcome=INTERRUPTED,
             reason=_LOST,
             is_kept=one == number,
         )
@@ -288,7 +288,7 @@ async def _return(
     is_kept: bool = False,
     told: JsonObject | None = None,
 ) -> None:
-    facts = {"outcome": "interrupted", "reason": _CUT_OFF, "branch": branch, "is_kept": is_kept}
+    facts = {"outcome": INTERRUPTED, "reason": _CUT_OFF, "branch": branch, "is_kept": is_kept}
     document = ledger.task(task)
     attempts = document.with_attempt(**{"ended": clock.now(), **facts, **(told or {})})
     details = {"reason": _CUT_OFF, "branch": branch}

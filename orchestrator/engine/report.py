@@ -66,7 +66,7 @@ class TaskReport:
     state: str
     """Where it is; `blocked` means that something that it needs will not land."""
     attempts: int
-    """How many were begun."""
+    """How many were made; one that was interrupted is none."""
     landed: str | None
     """The commit that brought it onto the target, or was found to hold the same change there."""
     branch: str | None
@@ -408,7 +408,7 @@ def _task(task: str, document: TaskDocument, adapter: str, why_blocked: str | No
     return TaskReport(
         id=task,
         state=state,
-        attempts=len(attempts),
+        attempts=document.attempted,
         landed=document.landed,
         branch=document.branch,
         failure=outcome if outcome in _FAILURES and document.landed is None else None,

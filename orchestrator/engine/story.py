@@ -230,6 +230,8 @@ class Story:
     expanded: Sequence[str]
     """The tasks that its plan became."""
     adapter: str
+    attempts: int
+    """How many were made; one that was interrupted is none."""
     needs: Sequence[str]
     workflow: str | None
     """The name of its workflow."""
@@ -286,6 +288,7 @@ def story(
         plan=asked.plan,
         expanded=document.expanded,
         adapter=report.adapter,
+        attempts=report.attempts,
         needs=asked.needs,
         workflow=asked.workflow,
         phases=_visits(document, asked, handoffs),

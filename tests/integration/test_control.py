@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -458,3 +459,31 @@ async def test_a_person_at_a_terminal_is_asked(repository: Repository, command: 
     assert (now == before) is (answer == "n")
     if now == before and command == ("cancel",):
         assert repository.council("cancel", "b").code == 0
+
+
+async def test_a_resumed_interruption_is_no_attempt(repository: Repository) -> None:
+    """Status, report, story and overview count alike; the numbers of sessions still tell their logs apart."""
+    child = repository.start("run", _file(repository, [{"id": "t", "prompt": "attempt 1 hang\nwrite t.txt x"}]))
+    has_begun(repository, "t")
+    child.kill()
+    child.communicate()
+    report = repository.council("resume", "--json").result
+    status, story = (repository.council(*words, "--json").result for words in (("status",), ("show", "t")))
+    [overview] = repository.council("state", "show", "--json").result["tasks"]
+    assert [one["attempts"] for one in (report["tasks"][0], status["tasks"][0], story)] == [1, 1, 1]
+    assert overview["attempts"] == 1, overview
+    assert len(story["sessions"]) == 2
+    assert re.search(r"^  t +landed +1 attempt ", repository.council("state", "show").stdout, re.MULTILINE)
+    assert re.search(r"^  attempts +1$", repository.council("show", "t").stdout, re.MULTILINE)
+
+
+async def test_branches_of_ours_are_named_as_salvage_takes_them(repository: Repository) -> None:
+    """What is printed for people names no branch that their repository does not have."""
+    run = repository.council("run", _file(repository, [{"id": "t", "prompt": "write t x\nexit 1", "attempts": 1}]))
+    printed = [run, *(repository.council(*words) for words in (("status",), ("show", "t"), ("state", "show")))]
+    heads = repository.git("for-each-ref", "--format=%(refname:short)", "refs/heads").split()
+    for one in printed:
+        for name in re.findall(r"(?<![.\w])council/[\w./-]+", one.stdout):
+            assert name in heads, one.stdout
+        assert "t/1" in one.stdout
+    assert repository.council("salvage", "show", "t/1").code == 0

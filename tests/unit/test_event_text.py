@@ -47,7 +47,7 @@ def test_what_becomes_of_phases_is_told(type_: str, facts: dict[str, object], wo
 
 @pytest.mark.parametrize(
     ("branch", "left"),
-    [("council/r/t", "what its session left is on council/r/t"), (None, "its session left no branch")],
+    [("council/r/t/1", "what its session left is kept as t/1"), (None, "its session left nothing")],
 )
 def test_who_took_over_is_told_with_what_was_left(branch: str | None, left: str) -> None:
     """Where that is nothing, no branch is named."""

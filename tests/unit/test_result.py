@@ -88,7 +88,7 @@ def test_a_branch_of_the_runs_own_is_still_to_be_merged() -> None:
     """That is said where something is on it, and not where the file named the target."""
     landed = run(task("landed", landed=COMMIT), status=RunStatus.LANDED)
     own = replace(landed, target="council/run")
-    told = ["What landed is on the branch council/run, and on no other: merge it when it is right."]
+    told = ["What landed is on the branch council/run, and on no other: `council merge` merges it."]
     assert [*hints(own)] == told
     assert [*hints(landed)] == []
     assert not {*hints(replace(own, tasks=(task("failed"),)))} & {*told}

@@ -134,7 +134,7 @@ def test_a_person_reads_all_of_it() -> None:
         "run/t/5, review: from review; direct",
         "all of it by --json",
         "by shorter",
-        "not landed; what there is is kept on council/run/t/4",
+        "not landed; what there is is kept as t/4",
         "6 sessions, 2:30, 6.1k tokens, $2.5000",
     ):
         assert part in shown, part
@@ -208,7 +208,7 @@ def test_the_landing_says_where_the_work_is() -> None:
     queued = landed.model_copy(update={"status": TaskStatus.QUEUED, "landed": None})
     assert "0123456789, built by attempt 1, waits to land on main" in text(told(queued, Asked("x")))
     conflict = queued.model_copy(update={"status": TaskStatus.CONFLICT, "paths": ("a",), "branch": "council/run/t/c"})
-    assert "conflicts with main in a; kept on council/run/t/c" in text(told(conflict, Asked("x")))
+    assert "conflicts with main in a; kept as t/c" in text(told(conflict, Asked("x")))
     assert "nothing has landed" in text(told(TaskDocument(), Asked("x")))
 
 

@@ -1,0 +1,102 @@
+"""The end of a run on one screen: totals, and what needs attention with the next command. Pure."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Iterator
+
+from rich.cells import cell_len
+
+from orchestrator.cli.draw import fit
+from orchestrator.cli.output import one_line, plain
+from orchestrator.cli.result import adapter_line, kept_as, own_branch, session_line, state_words, summary
+from orchestrator.cli.table import amount
+from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.model import REVIVABLE, SUCCESSFUL, TaskStatus
+from orchestrator.engine.report import RunReport, RunStatus, TaskReport
+
+LINES, COLUMNS = 10, 80
+"""The most that are printed, each of at most so many cells of a terminal."""
+#: States of tasks for which nothing is to be done themselves.
+_QUIET = frozenset({*SUCCESSFUL, TaskStatus.PENDING, "blocked"})
+
+
+def brief_lines(report: RunReport, *, is_newest: bool = True) -> list[str]:
+    """Return the totals of a run, the tasks that need attention with the next command of each, and the run's own.
+
+    Commands mean the newest run: for another one (`is_newest`) they name it.
+    """
+    run = "" if is_newest else f" --run {report.run}"
+    head = [fit(summary(report), COLUMNS), *(fit(line, COLUMNS) for line in _totals(report))]
+    foot = [fit(line, COLUMNS) for line in _next(report, run)][: LINES - len(head)]
+    tasks = [task for task in report.tasks if task.state not in _QUIET]
+    room = LINES - len(head) - len(foot)
+    shown = tasks if 2 * len(tasks) <= room else tasks[: max(room - 1, 0) // 2]
+    lines = [line for task in shown for line in _task(task, report, run)]
+    if len(shown) < len(tasks) and room > 2 * len(shown):
+        lines.append(f"  and {len(tasks) - len(shown)} more: council status{run}")
+    return [*head, *lines, *foot]
+
+
+def _totals(report: RunReport) -> Iterator[str]:
+    states = Counter(state_words(task.state) for task in report.tasks if task.state not in SUCCESSFUL)
+    parts = [f"{count} {state}" for state, count in states.most_common()]
+    if tokens := sum(task.input_tokens + task.output_tokens for task in report.tasks):
+        parts.append(f"{amount(tokens)} tokens")
+    costs = [task.cost for task in report.tasks if task.cost is not None]
+    if costs:
+        parts.append(f"${sum(costs):.2f}")
+    if parts:
+        yield f"  {', '.join(parts)}"
+
+
+def _task(task: TaskReport, report: RunReport, run: str) -> Iterator[str]:
+    sessions = {one.task: one for one in report.sessions}
+    what = session_line(sessions[task.id]) if task.id in sessions else one_line(task.reason or "")
+    words = ": ".join(filter(None, [f"  {task.id} {state_words(task.state)}", what]))
+    yield fit(plain(words), COLUMNS)
+    step = plain(f"    next: {_step(task, report)}{run}")
+    yield step if cell_len(step) <= COLUMNS else f"    next: council status{run}"
+
+
+def _step(task: TaskReport, report: RunReport) -> str:
+    """Return the one command that comes next for a task that needs attention."""
+    name, kept = shlex.quote(task.id), kept_as(task)
+    match task.state:
+        case TaskStatus.WAITING:
+            return f"council show {name}"
+        case TaskStatus.CONFLICT if kept is not None:
+            return f"council salvage apply {shlex.quote(kept)} --branch {shlex.quote(f'{task.id}-conflict')}"
+        case TaskStatus.FAILED if task.failure == FailureClass.SETUP_FAILED:
+            return f"council retry {name}"
+        case TaskStatus.FAILED | TaskStatus.NO_CHANGE | TaskStatus.RUNNING:
+            return f"council logs {name}"
+        case TaskStatus.QUEUED | TaskStatus.CHECKING | TaskStatus.LANDING if report.status is not RunStatus.RUNNING:
+            return "council merge"
+        case state if state in REVIVABLE:
+            return f"council retry {name}"
+        case _:
+            return "council status"
+
+
+def _next(report: RunReport, run: str) -> Iterator[str]:
+    """Say of the whole run what needs attention, the most urgent first."""
+    if report.damage:
+        yield f"The state log is damaged in {len(report.damage)} places. Next: council state verify"
+    for adapter in report.adapters:
+        yield plain(adapter_line(adapter))
+    if report.halted is not None:
+        yield f"Halted: {plain(one_line(report.halted))}."
+        yield f"Next: council resume --budget LIMITS{run}"
+    elif report.status is RunStatus.INTERRUPTED or _is_left(report):
+        yield f"Next: council resume{run}"
+    elif own_branch(report):
+        yield f"Landed on its own branch, {plain(report.target)}. Next: council merge{run}"
+
+
+def _is_left(report: RunReport) -> bool:
+    """Whether a resume would begin something in a run that has ended: tasks to be tried, or a stopped adapter's."""
+    stopped = any(adapter.closed is not None for adapter in report.adapters)
+    pending = any(task.state == TaskStatus.PENDING for task in report.tasks)
+    return report.status is RunStatus.INCOMPLETE and (stopped or pending) and report.imported is None
