@@ -13,8 +13,9 @@
         VersionConflict    somebody else wrote the document first
         LeaseLost          the guard's epoch is no longer the current one
         HandoffBroken      what a phase is to be given is not what was handed over
-      StoreUnavailable     the disk is full, read-only or failing
-        StateLost          what was recorded is not there any more
+      StoreUnavailable     the store can't be read or written now               exit 1
+        StoreFull          its disk is full
+        StateLost          what was recorded is not there any more              exit 3
       LockHeld             a file lock was not free in time
       GitError             a git command failed that should not
       SessionError         a supervisor ended without its report
@@ -25,11 +26,12 @@ Expected endings (a task that fails, a merge that conflicts) are values, not err
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -222,6 +224,10 @@ class StoreUnavailable(CouncilError):
         super().__init__(f"{self.what}: {remedy}")
 
 
+class StoreFull(StoreUnavailable):
+    """The store's disk is full, which passes when there is room."""
+
+
 class StateLost(StoreUnavailable):
     """Something that was acknowledged, and read by this process, is not in the store any more."""
 
@@ -253,36 +259,55 @@ class SessionError(CouncilError):
         super().__init__(f"session {session}: {why}: its worktree is kept, `council resume` goes on")
 
 
-_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT})
-# What git prints of them, which tells them to us in the C locale.
-_EXHAUSTED_TEXTS = (
-    "Too many open files",
-    "Cannot allocate memory",
-    "Resource temporarily unavailable",
-    "No space left on device",
-    "Disk quota exceeded",
-)
+#: The system's codes for a shortage that may pass, each with the fix.
+SHORTAGES: Final[Mapping[int, str]] = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "raise the disk quota or free some space",
+    errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
+    errno.ENFILE: "raise the system's limit of open files",
+    errno.ENOMEM: "free some memory",
+    errno.EAGAIN: "raise the limit of processes (`ulimit -u`)",
+}
+#: Those of a full disk.
+FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+
+
+def shortage(error: OSError | GitError) -> int | None:
+    """Return the errno of the resource that this machine lacks now, if an error is due to that."""
+    if isinstance(error, GitError):  # it prints the system's messages, in the C locale
+        return next((number for number in SHORTAGES if os.strerror(number) in error.stderr), None)
+    return error.errno if error.errno in SHORTAGES else None
 
 
 def is_exhaustion(error: OSError | GitError) -> bool:
     """Whether something failed because this machine has not enough of something now, which may pass."""
-    if isinstance(error, GitError):
-        return any(text in error.stderr for text in _EXHAUSTED_TEXTS)
-    return error.errno in _EXHAUSTED
+    return shortage(error) is not None
+
+
+def as_shortage(error: BaseException) -> tuple[str, str] | None:
+    """Return what is unavailable now and the fix, where an error is due to that and to nothing else."""
+    if isinstance(error, StoreUnavailable) and not isinstance(error, StateLost):
+        return error.what, error.remedy
+    if not isinstance(error, OSError | GitError) or (number := shortage(error)) is None:
+        return None
+    place = error.filename if isinstance(error, OSError) else " ".join(error.argv[:2])
+    return ": ".join(filter(None, (place and str(place), os.strerror(number).lower()))), SHORTAGES[number]
+
+
+def unusable(error: OSError, what: str, remedy: str) -> OSError | RefusedError:
+    """Return the refusal of what can't be used ("PATH can't be written"), or a shortage as it is."""
+    return error if is_exhaustion(error) else RefusedError(f"{what}: {error.strerror or error}", remedy)
 
 
 _REFUSALS = {
     errno.EACCES: "give yourself access to it",
     errno.EPERM: "give yourself access to it",
     errno.EROFS: "mount it writable",
-    errno.ENOSPC: "make room there; `council resume` goes on with a run",
-    errno.EDQUOT: "make room there; `council resume` goes on with a run",
-    errno.EMFILE: "raise the limit of open files (`ulimit -n`); `council resume` goes on with a run",
 }
 
 
 def as_refusal(error: OSError) -> RefusedError | None:
-    """Return what the machine refuses, with the remedy; None if it may be a fault of ours."""
+    """Return what the machine refuses, with the remedy; None if it may be an internal error."""
     remedy = _REFUSALS.get(error.errno or 0)
     if remedy is None:
         return None

@@ -78,7 +78,7 @@ from orchestrator.runs import Runs
 from orchestrator.sessions.supervised import forking
 from orchestrator.state.checkpoints import create, restoration
 from orchestrator.state.identity import use
-from orchestrator.state.outage import surviving
+from orchestrator.state.outage import is_full, is_outage, surviving
 from orchestrator.tracking import with_tracked
 from orchestrator.views.keeping import keeping
 from orchestrator.views.updating import Views
@@ -94,6 +94,13 @@ _STOP_PATIENCE = 15.0
 _NONE: Mapping[str, str] = {}
 
 _log = logging.getLogger("orchestrator.outage")
+#: What is printed at once; the events themselves are recorded when the store is back.
+_OUTAGES: Mapping[str, str] = {
+    "outage.began": "the state can't be read or written: {reason} (retrying until it can)",
+    "outage.over": "the state can be read and written again",
+    "outage.refused": "not recorded after the outage: {keys}: {reason}",
+    "outage.kept": "the state could not be reached: what was recorded meanwhile is kept in {folder}",
+}
 
 
 class Execution:
@@ -284,19 +291,22 @@ class Execution:
     async def _reachable(self, run: str, settings: CoordinationConfig) -> AsyncIterator[Runs]:
         """Yield the runs in a store that is waited for, or gone on without, while it can't be reached.
 
-        One of this machine always can be: where its disk is full, the run ends, and goes on when there is room.
+        One of this machine always can be, but its disk may be full: that is waited for, and nothing else.
         """
-        if self._runs.url == MEMORY or store_folder(self._runs.url) is not None:
+        if self._runs.url == MEMORY:
             yield self._runs
             return
         store, clock = self._runs.store, self._runs.clock
+        is_local = store_folder(self._runs.url) is not None
 
         async def tell(event: Event) -> None:
-            _log.warning("%s: %s", event.type, event.data)
+            _log.warning(_OUTAGES[event.type].format(**event.data))
             await survived.commit(Commit([], [Event(event.type, {"run": run, **event.data})]))
 
         folder = self._runs.project.folder / "outage"
-        async with surviving(store, settings.when_unreachable, clock, folder, tell) as survived:
+        mode = "pause" if is_local else settings.when_unreachable
+        passes = is_full if is_local else is_outage
+        async with surviving(store, mode, clock, folder, tell, passes=passes) as survived:
             yield replace(self._runs, store=survived)
 
     def _settings(self, run: RunDocument, coordination: CoordinationOverrides | None) -> CoordinationConfig:

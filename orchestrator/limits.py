@@ -11,6 +11,8 @@ from orchestrator.domain.admission import Facts
 
 #: Programs that close every descriptor there could be take minutes under limits of a billion, as containers set them.
 _ENOUGH = 1 << 16
+#: A disk with fewer bytes to spare is full.
+_NO_ROOM = 1 << 20
 
 
 def raise_descriptor_limit() -> int:
@@ -45,6 +47,16 @@ def memory_available(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
     """
     found = [_of_machine(proc), *(_of_cgroup(folder) for folder in _own_cgroups(proc, cgroups))]
     return min((left for left in found if left is not None), default=None)
+
+
+def is_disk_full(*folders: Path | None) -> bool:
+    """Whether a file system that one of these folders is on has no room left for a file. See statvfs(3). Blocks."""
+    for folder in folders:
+        with suppress(OSError):  # there is no such folder
+            found = None if folder is None else os.statvfs(folder)
+            if found and (found.f_bavail * found.f_frsize < _NO_ROOM or (found.f_files and not found.f_favail)):
+                return True
+    return False
 
 
 def processes_left(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:

@@ -1,6 +1,7 @@
 """The one place where errors become messages and exit codes, so that code and JSON always agree.
 
-0 all landed · 1 some did not · 2 bad input · 3 our fault, with the log's path · 130 interrupted
+0 all landed · 1 some did not, or the machine lacks something now · 2 bad input · 130 interrupted ·
+3 internal error, with the log's path
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,14 +19,15 @@ from typing import TYPE_CHECKING
 import click
 
 from orchestrator.cli.output import Output
-from orchestrator.errors import ConfigError, CouncilError, RefusedError, StateLost, as_refusal
+from orchestrator.errors import ConfigError, CouncilError, RefusedError, StateLost, as_refusal, as_shortage
 from orchestrator.protocols import JsonObject
 
 if TYPE_CHECKING:
     from orchestrator.domain.secrets import Redactor
 
+UNAVAILABLE = 1
 BAD_INPUT = 2
-OUR_FAULT = 3
+INTERNAL_ERROR = 3
 INTERRUPTED = 130
 
 
@@ -47,25 +49,25 @@ class Log:
     def __init__(self) -> None:
         self.path: Path | None = None
 
-    def write(self, error: BaseException) -> Path:
-        """Append the error with its traceback, and return the file; a temporary one where the project's can't be."""
-        try:
-            return self._append(self.path or _temporary(), error)
-        except OSError:
-            return self._append(_temporary(), error)
+    def write(self, error: BaseException) -> Path | None:
+        """Append the error with its traceback; return the file, a temporary one if the project's is not writable.
 
-    def _append(self, path: Path, error: BaseException) -> Path:
-        handler = logging.FileHandler(path, encoding="utf-8")
-        handler.setFormatter(_Redacting("%(asctime)s %(levelname)s %(message)s"))
-        path.chmod(0o600)
+        None where no file can be written.
+        """
         raised = (type(error), error, error.__traceback__)
-        handler.emit(logging.LogRecord("council", logging.ERROR, "", 0, "%s", (error,), raised))
-        handler.close()
-        return path
+        record = logging.LogRecord("council", logging.ERROR, "", 0, "%s", (error,), raised)
+        text = _Redacting("%(asctime)s %(levelname)s %(message)s").format(record)
+        for path in (self.path, None):
+            with suppress(OSError):
+                return _append(path or Path(tempfile.mkdtemp(prefix="council-")) / "council.log", f"{text}\n")
+        return None
 
 
-def _temporary() -> Path:
-    return Path(tempfile.mkdtemp(prefix="council-")) / "council.log"
+def _append(path: Path, text: str) -> Path:
+    with path.open("a", encoding="utf-8") as file:
+        path.chmod(0o600)
+        file.write(text)
+    return path
 
 
 @contextmanager
@@ -91,21 +93,27 @@ def boundary(output: Output, log: Log) -> Iterator[None]:
                 {"status": "refused", "error": error.what, "remedy": error.remedy},
                 f"council: {error}",
             )
+        if (lack := as_shortage(error)) is not None:
+            what, remedy = lack
+            result = {"status": "unavailable", "error": what, "remedy": remedy}
+            _end(output, UNAVAILABLE, result, f"council: {what}: {remedy}; no recorded work is lost")
         path = log.write(raised)
         what = str(error) if isinstance(error, CouncilError) else f"internal error: {type(error).__name__}: {error}"
         stands = "Nothing that was recorded is lost: `council resume` goes on."
         if isinstance(error, StateLost):
             stands = "Some of what was recorded is lost."
-        message = f"council: {what}\n{stands} Details: {path}"
-        _end(output, OUR_FAULT, {"status": "error", "error": what, "log": str(path)}, message)
+        details = "" if path is None else f" Details: {path}"
+        failure: JsonObject = {"status": "error", "error": what, "log": None if path is None else str(path)}
+        _end(output, INTERNAL_ERROR, failure, f"council: {what}\n{stands}{details}")
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return what to tell of a group of errors: the first that is ours, else the first."""
+    """Return the error of a group to report: a shortage, which may have caused the rest, else the first of ours."""
     if not isinstance(error, BaseExceptionGroup):
         return error
     leaves = [_cause(one) for one in error.exceptions]
-    return next((one for one in leaves if isinstance(one, CouncilError)), leaves[0])
+    ours = (one for one in leaves if isinstance(one, CouncilError))
+    return next((one for one in leaves if as_shortage(one) is not None), next(ours, leaves[0]))
 
 
 def _end(output: Output, code: int, result: JsonObject, message: str) -> None:

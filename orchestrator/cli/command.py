@@ -15,7 +15,7 @@ import anyio
 import anyio.to_thread
 import click
 
-from orchestrator.cli.boundary import OUR_FAULT, Log, boundary
+from orchestrator.cli.boundary import INTERNAL_ERROR, Log, boundary
 from orchestrator.cli.completing import complete_runs
 from orchestrator.cli.output import Output, plain
 from orchestrator.cli.signals import Interrupt
@@ -191,7 +191,7 @@ def perform(command: Callable[[Context], Awaitable[int]], *, as_json: bool, brie
         code = anyio.run(guarded)
     if output.unwritten is not None:
         output.text(f"council: {unwritten(output.unwritten)}\n", err=True)
-        code = code or OUR_FAULT
+        code = code or INTERNAL_ERROR
     if brief:
         os._exit(code)  # all is printed and flushed; to free thousands of documents one by one serves nobody
     sys.exit(code)

@@ -15,7 +15,7 @@ from orchestrator.config.problems import Vocabulary
 from orchestrator.config.workflow_text import as_yaml, copied, settings_of
 from orchestrator.config.workflows import Phases, supplied_phases
 from orchestrator.engine.initializing import check_free
-from orchestrator.errors import RefusedError
+from orchestrator.errors import RefusedError, unusable
 
 _file_option = click.option(
     "--file", "file", type=click.Path(path_type=Path), help="Those that tasks of this file go through, too."
@@ -121,4 +121,4 @@ def _write(folder: Path, files: dict[Path, str], *, force: bool) -> None:
         for path, text in files.items():
             path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise RefusedError(f"{folder} can't be written: {error.strerror}", "name another folder") from None
+        raise unusable(error, f"{folder} can't be written", "name another folder") from None

@@ -17,7 +17,7 @@ from orchestrator.config.names import check_name
 from orchestrator.engine.own_tests import OwnTests, find_own_tests, read_top
 from orchestrator.engine.probing import AdapterStatus, make_without_options, probe_adapters
 from orchestrator.engine.repository_findings import is_outside
-from orchestrator.errors import ConfigError, RefusedError
+from orchestrator.errors import ConfigError, RefusedError, unusable
 from orchestrator.project import Project, exclude_from_git
 from orchestrator.protocols import AdapterType
 from orchestrator.repo.branches import find_base
@@ -141,7 +141,7 @@ def write_file(path: Path, text: str, types: Mapping[str, AdapterType], *, force
         staged = _stage(path, text)
     except OSError as error:
         remedy = "make its folder writable, or name another file"
-        raise RefusedError(f"{path} can't be written: {error.strerror}", remedy) from None
+        raise unusable(error, f"{path} can't be written", remedy) from None
     try:
         load_config(staged, types)
         _publish(staged, path, force=force)

@@ -55,7 +55,7 @@ DEFERRED_PAUSE = 30.0
 #: be in the middle of a commit.
 LAST_TRIES, LAST_PAUSE = 3, 1.0
 #: How long nothing starts after the machine had not enough of something.
-STARVED = Backoff(initial=5.0, factor=2.0, max=300.0, jitter=False)
+STARVED = Backoff(initial=1.0, factor=2.0, max=30.0, jitter=False)
 
 
 class Scheduler:
@@ -322,7 +322,8 @@ class Scheduler:
         if isinstance(after, Elsewhere):
             self._hand.mirror(task)
             return
-        self._starved = self._starved + 1 if isinstance(after, Starved) else 0
+        if not isinstance(after, Starved):
+            self._starved = 0
         match after:
             case ToLand():
                 self._board.built(task)
@@ -349,6 +350,9 @@ class Scheduler:
 
     async def _rest(self, reason: str) -> None:
         """Start nothing for a while: the machine has not enough of something."""
+        if self._paused_until > self._clock.monotonic():  # another session has met the same
+            return
+        self._starved += 1
         pause = retry_delay(STARVED, self._starved)
         self._paused_until = self._clock.monotonic() + pause
         await self._ledger.note("run.paused", {"reason": reason, "retry_in": pause})

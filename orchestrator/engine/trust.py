@@ -16,7 +16,7 @@ from secrets import token_hex
 
 import anyio.to_thread
 
-from orchestrator.errors import RefusedError
+from orchestrator.errors import RefusedError, unusable
 from orchestrator.filelock import FileLock
 
 #: Set to 1, every file is trusted: for continuous integration and other places with nobody to ask.
@@ -54,7 +54,7 @@ async def confirm(file: Path, requests: Iterable[str], environ: Mapping[str, str
             await anyio.to_thread.run_sync(lambda: _write(path, {**_read(path), os.path.realpath(file): digests}))
     except OSError as error:
         remedy = f"make the folder writable, or set {VARIABLE}=1"
-        raise RefusedError(f"{path} can't be written: {error.strerror}", remedy) from None
+        raise unusable(error, f"{path} can't be written", remedy) from None
 
 
 def _store(environ: Mapping[str, str]) -> Path:

@@ -19,7 +19,7 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
-from orchestrator.errors import GitError
+from orchestrator.errors import GitError, is_exhaustion
 from orchestrator.failpoints import failpoint
 from orchestrator.repo.git import GITLINK, Change, Git, is_object_id, shown
 from orchestrator.repo.history import History
@@ -186,7 +186,9 @@ async def _salvage(history: History, left: SessionRefs, tip: str) -> tuple[tuple
             commit = await history.commit_of(target)
             if commit is None or commit in made or not await history.is_beyond(commit, history.base, tip):
                 continue
-        except GitError:  # it refers to what is not there: nothing can be saved of it
+        except GitError as error:  # it refers to what is not there: nothing can be saved of it
+            if is_exhaustion(error):
+                raise
             continue
         if len(made) == _MOST_SALVAGED:
             notes.append(f"only {_MOST_SALVAGED} refs were salvaged")

@@ -10,6 +10,7 @@ Two environments, both made from nothing:
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ from typing import Final
 import anyio.to_thread
 
 from orchestrator.errors import GitError, RefusedError
+from orchestrator.limits import is_disk_full
 from orchestrator.process import Completed, run
 from orchestrator.sandbox.confinement import Confinement
 
@@ -170,7 +172,10 @@ class Git:
             remedy = "install the git of your system, and have it first on PATH"
             raise RefusedError(f"git can't be started in its sandbox: {error}", remedy) from None
         if done.returncode not in ok:
-            raise GitError(["git", *args], done.returncode, done.stderr.decode(errors="replace"))
+            said = done.stderr.decode(errors="replace")
+            if await anyio.to_thread.run_sync(is_disk_full, cwd, self.git_dir):  # which git often leaves out
+                said = f"{said}: {os.strerror(errno.ENOSPC)}"
+            raise GitError(["git", *args], done.returncode, said)
         return done
 
     async def _confinement(self, scope: Scope, path: str) -> Confinement:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.errors import GitError
+from orchestrator.errors import GitError, is_exhaustion
 from orchestrator.repo.git import Change, Git, is_object_id, parse_raw, shown, split_nul
 from orchestrator.repo.inspection import Admission, inspect
 from orchestrator.repo.quarantine import Quarantine
@@ -54,6 +54,8 @@ class History:
                 await git("merge-base", "--is-ancestor", self.base, tip, env=quarantine.reading)
             found = await self._inspect(quarantine, tip, known)
         except GitError as error:
+            if is_exhaustion(error):
+                raise
             return f"they can't be read or do not continue from where it began ({error.stderr or 'exit 1'})"
         if found:
             return "; ".join(f"{shown(path)!r}: {why}" for path, why in sorted(found.items())[:5])

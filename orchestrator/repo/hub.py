@@ -28,7 +28,7 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.errors import RefusedError
+from orchestrator.errors import RefusedError, unusable
 from orchestrator.filelock import FileLock
 from orchestrator.locking.life_locks import LifeLocks
 from orchestrator.repo import origin
@@ -133,7 +133,7 @@ async def create_hub(hub: Hub, object_format: str, environ: Mapping[str, str], u
     try:
         await anyio.to_thread.run_sync(lambda: parent.mkdir(mode=0o700, parents=True, exist_ok=True))
     except OSError as error:
-        raise RefusedError(f"{parent} can't be made: {error.strerror}", remedy) from None
+        raise unusable(error, f"{parent} can't be made", remedy) from None
     async with hub.creation_lock.hold():
         if not hub.root.exists():
             await _build(hub, object_format, environ)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.errors import GitError
+from orchestrator.errors import GitError, is_exhaustion
 from orchestrator.repo.git import Change, Git, join_nul, parse_raw, split_nul
 from orchestrator.repo.inspection import Admission, inspect
 from orchestrator.repo.quarantine import Quarantine
@@ -125,8 +125,8 @@ async def _stage(git: Git, staging: Staging, base: str, admit: Admission, among:
         if differing and problem is None:
             problem = await _add(git, staging, differing, without, admit)
         raw = await git("diff-index", "--cached", "--raw", "-z", "--no-renames", base, env=staging.env)
-    except GitError:
-        if among is None:
+    except GitError as error:
+        if among is None or is_exhaustion(error):
             raise
         return None
     changes = parse_raw(raw.stdout)
@@ -225,6 +225,8 @@ async def _add(
     try:
         await _add_matching(git, staging, [":(top)", *excluded], admit)
     except GitError as error:
+        if is_exhaustion(error):
+            raise
         return error.stderr
     return None
 

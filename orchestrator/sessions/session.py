@@ -10,6 +10,7 @@ from pathlib import Path
 
 import anyio
 import anyio.to_thread
+from tenacity import AsyncRetrying, retry_if_exception, wait_exponential
 
 from orchestrator.clock import Clock
 from orchestrator.config.model import Reach
@@ -18,6 +19,7 @@ from orchestrator.domain.outcome import Exhausted, Exit, Failed, Interrupted, Li
 from orchestrator.domain.secrets import Redactor, secret_values
 from orchestrator.errors import GitError, RefusedError, SessionError, is_exhaustion
 from orchestrator.failpoints import failpoint
+from orchestrator.limits import is_disk_full
 from orchestrator.process import kill_marked
 from orchestrator.protocols import Adapter, Capability, Command, McpServer, SessionEnd, SessionRequest
 from orchestrator.repo import worktrees
@@ -44,6 +46,8 @@ from orchestrator.sessions.transcript import (
 
 _LONGEST_REASON = 500  # characters
 _STOPPED = Exit("stop", None, None, None)
+#: Seconds between two tries to collect work on a machine that lacks something, such as room on its disk.
+_LONGEST_WAIT = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +160,7 @@ class Session:
     _mailbox: Mailbox | None = field(default=None, init=False)
     _denied: tuple[str, ...] = field(default=(), init=False)
     _running: anyio.CancelScope = field(default_factory=anyio.CancelScope, init=False)
+    _stopping: anyio.Event = field(default_factory=anyio.Event, init=False)
 
     def stop(self, why: Failed | None = None) -> None:
         """End the CLI and all that it started; `run` then collects what it left and says so.
@@ -164,6 +169,7 @@ class Session:
         """
         self._stopped_for = self._stopped_for or why
         self._running.cancel()
+        self._stopping.set()
 
     async def run(self) -> Finished:
         """Set up the worktree, run the CLI in it, collect what it left; `release` is to follow."""
@@ -191,9 +197,7 @@ class Session:
         what, worktree = self.assignment, self.assignment.worktree
         after = () if self._provided is None else await self.tools.equipment.after(worktree, self._provided)
         try:
-            self._found = await self._checkout.compare()
-            left = await self._collect()
-            discarded = () if what.writes else await self._discard(left)
+            left, discarded = await self._collect(self._checkout)
         except (GitError, OSError) as error:
             reason = f"what it left in {worktree.tree} could not be collected: {error}"
             return Finished(Failed(FailureClass.TRANSIENT, reason), collected=False)
@@ -212,6 +216,8 @@ class Session:
         )
         if isinstance(outcome, Interrupted) and self._stopped_for is not None:
             outcome = self._stopped_for
+        if isinstance(outcome, Failed) and await anyio.to_thread.run_sync(is_disk_full, worktree.tree, self.tools.logs):
+            outcome = Exhausted(f"the disk is full, on which its session failed: {outcome.reason}")
         return Finished(
             outcome,
             branch=worktree.branch if left.commit and what.writes else None,
@@ -346,7 +352,30 @@ class Session:
             redact=self.tools.redactor.bytes_pattern,
         )
 
-    async def _collect(self) -> Collected:
+    async def _collect(self, checkout: Checkout) -> tuple[Collected, tuple[str, ...]]:
+        """Collect what a session left, and the paths that were discarded; waits while this machine lacks something.
+
+        Raises GitError or OSError where it can't be collected, or the session is stopped while this waits.
+        """
+        retrying = AsyncRetrying(
+            retry=retry_if_exception(lambda error: isinstance(error, GitError | OSError) and is_exhaustion(error)),
+            wait=wait_exponential(max=_LONGEST_WAIT),
+            stop=lambda _: self._stopping.is_set(),
+            sleep=self._wait,
+            reraise=True,
+        )
+        async for trial in retrying:
+            with trial:
+                self._found = await checkout.compare()
+                left = await self._commit_work()
+                return left, () if self.assignment.writes else await self._discard(left)
+        raise AssertionError("a trial returns or raises")
+
+    async def _wait(self, seconds: float) -> None:
+        clock = self.tools.clock
+        await clock.wait(self._stopping, clock.monotonic() + seconds)
+
+    async def _commit_work(self) -> Collected:
         what = self.assignment
         message = self.tools.redactor.text(commit_message(what.worktree, what.about))
         made = () if self._checkout is None else self._checkout.contents.record.unignored

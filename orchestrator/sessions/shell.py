@@ -16,6 +16,7 @@ import anyio.to_thread
 from orchestrator.config.model import Reach
 from orchestrator.domain.secrets import Redactor
 from orchestrator.errors import SessionError, is_exhaustion
+from orchestrator.limits import is_disk_full
 from orchestrator.process import kill_marked
 from orchestrator.sessions.fencing import Fencing, Ground
 from orchestrator.sessions.output import OUTPUT_CAP, STOP_GRACE, read_tail
@@ -108,7 +109,10 @@ class Shell:
             return NotRun(str(error))
         except OSError as error:
             return NotRun(f"it could not be set up: {error}", is_exhaustion(error))
-        return await _judge(command, ended, tuple(fenced.denied))
+        judged = await _judge(command, ended, tuple(fenced.denied))
+        if isinstance(judged, CommandFailed) and await anyio.to_thread.run_sync(is_disk_full, self.cwd):
+            return NotRun(f"the disk is full, on which it {judged.ended}", exhausted=True)
+        return judged
 
     def _supervised(self, command: ShellCommand) -> SupervisedCommand:
         return SupervisedCommand(

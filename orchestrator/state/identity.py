@@ -20,7 +20,7 @@ from secrets import token_hex
 from typing import Final
 
 from orchestrator.config.store import named_folder
-from orchestrator.errors import RefusedError
+from orchestrator.errors import RefusedError, unusable
 from orchestrator.state.segments import make_folder, sync_folder
 
 NAME: Final = "identity"
@@ -112,7 +112,7 @@ def check_known(url: str, home: Path, *, is_named: bool = True) -> None:
             raise _unknown(f"the state in {folder}", home)
     except OSError as error:
         remedy = "set COUNCIL_HOME to a folder of yours on this machine"
-        raise RefusedError(f"{error.filename or home} can't be used: {error.strerror or error}", remedy) from None
+        raise unusable(error, f"{error.filename or home} can't be used", remedy) from None
 
 
 def refusal(folder: Path, home: Path) -> RefusedError | None:

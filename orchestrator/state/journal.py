@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final, TypeGuard
 
 from orchestrator.clock import Clock
-from orchestrator.errors import HistoryGone, StateError, StateLost, StoreUnavailable
+from orchestrator.errors import FULL, SHORTAGES, HistoryGone, StateError, StateLost, StoreFull, StoreUnavailable
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Compacted, Damage, DumpedCommit, Key, Record, State, Verified
 from orchestrator.state import snapshot
@@ -52,8 +52,7 @@ from orchestrator.state.table import Stage, Table
 from orchestrator.state.writer import name_of_writer
 
 _REMEDIES: Final = {
-    errno.ENOSPC: "free some space",
-    errno.EDQUOT: "raise the disk quota or free some space",
+    **SHORTAGES,
     errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
     errno.EROFS: "mount the file system writable",
     errno.EACCES: "give this user access to it",
@@ -483,7 +482,8 @@ def unavailable(directory: Path, error: OSError) -> StoreUnavailable:
     if isinstance(error, LogLostError):
         return StateLost(directory, str(error.strerror))
     remedy = _REMEDIES.get(error.errno or 0, "check the disk and the system's log")
-    return StoreUnavailable(directory, error.strerror or str(error), remedy)
+    kind = StoreFull if error.errno in FULL else StoreUnavailable
+    return kind(directory, error.strerror or str(error), remedy)
 
 
 def _size(sums: Mapping[int, Sum]) -> int:

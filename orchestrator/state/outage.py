@@ -19,7 +19,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream
 from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
 
 from orchestrator.clock import Clock
-from orchestrator.errors import LeaseLost, StateLost, StoreUnavailable, VersionConflict
+from orchestrator.errors import LeaseLost, StateLost, StoreFull, StoreUnavailable, VersionConflict
 from orchestrator.protocols import Commit, Event, Store
 from orchestrator.state.wrapping import Wrapping
 
@@ -46,6 +46,11 @@ PAUSES: Final = Pauses()
 def is_outage(error: BaseException) -> bool:
     """Whether it may pass: what was lost comes back by no waiting."""
     return isinstance(error, StoreUnavailable) and not isinstance(error, StateLost)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether the store's disk is full."""
+    return isinstance(error, StoreFull)
 
 
 async def commit_again(store: Store, commit: Commit) -> int:
@@ -77,7 +82,16 @@ async def _position_of(store: Store, commit: Commit) -> int | None:
 class Outage:
     """A stretch of time in which a store can't be reached, for all that wait for its end."""
 
-    def __init__(self, clock: Clock, pauses: Pauses, news: Callable[[Event], None], mode: str) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        pauses: Pauses,
+        news: Callable[[Event], None],
+        mode: str,
+        passes: Callable[[BaseException], bool] = is_outage,
+    ) -> None:
+        """`passes` is which errors may pass; others are raised as they are."""
+        self.passes = passes
         self._clock, self._pauses, self._news, self._mode = clock, pauses, news, mode
         self._since: float | None = None
         self._over = anyio.Event()
@@ -104,7 +118,7 @@ class Outage:
     async def until_reached(self, call: Callable[[], Awaitable[T]], *, note: bool = True) -> T:
         """Return what `call` returns once the store can be reached; with `note`, tell how it stands meanwhile."""
         retrying = AsyncRetrying(
-            retry=retry_if_exception(is_outage),
+            retry=retry_if_exception(self.passes),
             wait=wait_random_exponential(multiplier=self._pauses.first, max=self._pauses.longest),
             sleep=self._sleep,
         )
@@ -113,7 +127,7 @@ class Outage:
                 try:
                     found = await call()
                 except StoreUnavailable as error:
-                    if note and is_outage(error):
+                    if note and self.passes(error):
                         self.begin(error)
                     raise
                 if note:
@@ -141,7 +155,7 @@ class Pausing(Wrapping):
             try:
                 return await self._inner.commit(commit)
             except StoreUnavailable as error:
-                if not is_outage(error):
+                if not self._outage.passes(error):
                     raise
                 self._outage.begin(error)
         self._waiting += 1
@@ -152,10 +166,16 @@ class Pausing(Wrapping):
             self._waiting -= 1
 
     async def _read(self, read: Callable[[], Awaitable[T]]) -> T:
+        try:
+            return await read()  # also during an outage, which may be of commits alone: a full disk can be read
+        except StoreUnavailable as error:
+            if not self._outage.passes(error):
+                raise
+            self._outage.begin(error)
         return await self._outage.until_reached(read)
 
     async def _until_back(self, error: StoreUnavailable) -> None:
-        if not is_outage(error):
+        if not self._outage.passes(error):
             raise error
         self._outage.begin(error)
         await self.position()
@@ -170,12 +190,14 @@ async def surviving(
     tell: Tell,
     *,
     pauses: Pauses = PAUSES,
+    passes: Callable[[BaseException], bool] = is_outage,
 ) -> AsyncIterator[Store]:
     """Wrap an open store for the body of the `async with`, so that work goes on when it can't be reached.
 
     With `pause`, commits and reads wait until it can be. With `continue`, they go on with what this process has seen of
     it, in a store of their own below `folder`, and are committed in their order once it can be reached again; what
-    somebody else has written meanwhile counts. What a killed process left there is committed first of all.
+    somebody else has written meanwhile counts. What a killed process left there is committed first of all. `passes` is
+    which errors are waited for with `pause`.
 
     `tell` gets an event when an outage begins (`outage.began`: `mode`, `reason`, `time`) and when it is over
     (`outage.over`: `mode`, `seconds`, and with `continue` how many commits were `replayed` and `refused`), and one for
@@ -192,7 +214,7 @@ async def surviving(
             going_on = continuing(store, outage, pauses, clock, folder, send.send_nowait)
             store = await stack.enter_async_context(going_on)
         # What goes on may not, on a disk that is full: then it waits, too.
-        yield Pausing(store, Outage(clock, pauses, send.send_nowait, "pause"))
+        yield Pausing(store, Outage(clock, pauses, send.send_nowait, "pause", passes))
 
 
 async def _tell_all(receive: MemoryObjectReceiveStream[Event], tell: Tell) -> None:

@@ -1,0 +1,122 @@
+"""A full disk: commands end with one line and exit code 1; a run waits for room and loses nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Repository, hermetic
+from tests.faults import SHELL
+from tests.waiting import wait_for
+
+#: Room for a repository, a run and its sessions.
+_SIZE = "32m"
+
+
+@pytest.fixture
+def small(tmp_path: Path, environ: dict[str, str], template: Path) -> Iterator[Repository]:
+    """A repository on a small disk, with all that belongs to it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={_SIZE}", "tmpfs", str(disk)]
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"a small file system can't be mounted here: {mounted.stderr.strip()}")
+    try:
+        made = Repository(disk / "project", {**environ, **hermetic(disk)}, disk / "ledger" / "spawns")
+        made.spawns.parent.mkdir()
+        shutil.copytree(template, made.top)
+        made.git("update-index", "--refresh")
+        made.remember()
+        yield made
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def filler(repository: Repository) -> Path:
+    """Return the file that fills the disk."""
+    return repository.spawns.parent / "filler"
+
+
+def fill(repository: Repository) -> None:
+    """Leave no room on the disk."""
+    for size in (1 << 16, 512, 1):
+        with suppress(OSError), filler(repository).open("ab", buffering=0) as file:
+            while file.write(bytes(size)):
+                pass
+
+
+async def test_a_run_on_a_full_disk_waits_for_room_and_lands_everything(small: Repository) -> None:
+    """Work that is finished when the disk fills up is collected later; a session that fails then costs no attempt."""
+    folder = small.spawns.parent
+    sh = {**SHELL, "writable": [str(folder)]}
+    room = f"until [ -e {folder}/go ]; do sleep 0.05; done"
+    # A file that its session can't write while there is no room: what a program does that finds the disk full.
+    fails = "head -c 100000 /dev/zero > big.txt || exit 7"
+    tasks = [
+        {"id": "finished", "prompt": f"echo done > finished.txt; touch {folder}/is-done; {room}"},
+        {"id": "failing", "prompt": f"touch {folder}/is-there; {room}; {fails}", "attempts": 1},
+        {"id": "last", "prompt": "echo last > last.txt", "needs": ["finished"], "checks": ["test -s last.txt"]},
+    ]
+    run = small.start("run", str(small.configure(tasks, adapters={"sh": sh})), "--json")
+    wait_for(lambda: (folder / "is-done").exists() and (folder / "is-there").exists())
+    (folder / "go").touch()
+    fill(small)
+    done = small.council("status", "--json")
+    assert set(done.states.values()) <= {"running", "pending"}, done
+    assert run.poll() is None
+    with pytest.raises(subprocess.TimeoutExpired):
+        run.wait(3)
+    filler(small).unlink()
+    stdout, stderr = run.communicate(timeout=60)
+    assert run.returncode == 0, (stdout, stderr)
+    assert "Traceback" not in stderr
+    assert (small.top / "finished.txt").read_text() == "done\n"
+    assert (small.top / "big.txt").stat().st_size == 100_000
+    ended = small.council("status", "--json")
+    assert set(ended.states.values()) == {"landed"}
+    await small.assert_invariants()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["run", "council.yaml"],
+        ["cancel", "two"],
+        ["task", "ignore", "one", "--reason", "not needed"],
+        ["checkpoint", "create"],
+    ],
+    ids=lambda command: command[0],
+)
+async def test_a_command_on_a_full_disk_ends_with_one_line_and_exit_code_1(
+    small: Repository, command: list[str]
+) -> None:
+    """It names the disk and the fix; as soon as there is room the same command does its work."""
+    config = small.configure([{"id": "one", "prompt": "hang"}, {"id": "two", "prompt": "hang"}])
+    shutil.copy(config, small.top / "council.yaml")
+    run = small.start("run", str(config))
+    wait_for(small.spawns.exists)
+    run.send_signal(signal.SIGINT)
+    run.communicate(timeout=30)
+    fill(small)
+    for _ in range(50):  # until the log's last page is full, too
+        if small.council("checkpoint", "create").code:
+            break
+    ended = small.council(*command)
+    assert ended.code == 1, ended
+    assert len(ended.stderr.splitlines()) == 1, ended
+    assert os.strerror(errno.ENOSPC).lower() in ended.stderr.lower()
+    assert "free some space" in ended.stderr
+    filler(small).unlink()
+    if command[0] == "run":
+        return
+    again = small.council(*command)
+    assert again.code == 0, again
