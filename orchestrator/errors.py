@@ -26,7 +26,6 @@ Expected endings (a task that fails, a merge that conflicts) are values, not err
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -259,15 +258,18 @@ class SessionError(CouncilError):
         super().__init__(f"session {session}: {why}: its worktree is kept, `council resume` goes on")
 
 
-#: The system's codes for a shortage that may pass, each with the fix.
-SHORTAGES: Final[Mapping[int, str]] = {
-    errno.ENOSPC: "free some space",
-    errno.EDQUOT: "raise the disk quota or free some space",
-    errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
-    errno.ENFILE: "raise the system's limit of open files",
-    errno.ENOMEM: "free some memory",
-    errno.EAGAIN: "raise the limit of processes (`ulimit -u`)",
+#: The system's codes for a shortage that may pass, each with its message in the C locale and the fix.
+_SHORTAGES: Final[Mapping[int, tuple[str, str]]] = {
+    errno.ENOSPC: ("No space left on device", "free some space"),
+    errno.EDQUOT: ("Disk quota exceeded", "raise the disk quota or free some space"),
+    errno.EMFILE: ("Too many open files", "raise the limit of open files (`ulimit -n`)"),
+    errno.ENFILE: ("Too many open files in system", "raise the system's limit of open files"),
+    errno.ENOMEM: ("Cannot allocate memory", "free some memory"),
+    errno.EAGAIN: ("Resource temporarily unavailable", "raise the limit of processes (`ulimit -u`)"),
 }
+#: The fixes, by errno and by message.
+SHORTAGES: Final = {number: fix for number, (_, fix) in _SHORTAGES.items()}
+SHORTAGE_TEXTS: Final = dict(_SHORTAGES.values())
 #: Those of a full disk.
 FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 
@@ -275,7 +277,7 @@ FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 def shortage(error: OSError | GitError) -> int | None:
     """Return the errno of the resource that this machine lacks now, if an error is due to that."""
     if isinstance(error, GitError):  # it prints the system's messages, in the C locale
-        return next((number for number in SHORTAGES if os.strerror(number) in error.stderr), None)
+        return next((number for number, (text, _) in _SHORTAGES.items() if text in error.stderr), None)
     return error.errno if error.errno in SHORTAGES else None
 
 
@@ -291,12 +293,13 @@ def as_shortage(error: BaseException) -> tuple[str, str] | None:
     if not isinstance(error, OSError | GitError) or (number := shortage(error)) is None:
         return None
     place = error.filename if isinstance(error, OSError) else " ".join(error.argv[:2])
-    return ": ".join(filter(None, (place and str(place), os.strerror(number).lower()))), SHORTAGES[number]
+    return ": ".join(filter(None, (place and str(place), _SHORTAGES[number][0].lower()))), SHORTAGES[number]
 
 
-def unusable(error: OSError, what: str, remedy: str) -> OSError | RefusedError:
+def unusable(error: OSError | GitError, what: str, remedy: str) -> OSError | GitError | RefusedError:
     """Return the refusal of what can't be used ("PATH can't be written"), or a shortage as it is."""
-    return error if is_exhaustion(error) else RefusedError(f"{what}: {error.strerror or error}", remedy)
+    why = error.stderr if isinstance(error, GitError) else error.strerror or str(error)
+    return error if is_exhaustion(error) else RefusedError(f"{what}: {why}", remedy)
 
 
 _REFUSALS = {

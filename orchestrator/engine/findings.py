@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,7 +13,7 @@ from orchestrator.config.model import RunConfig
 from orchestrator.domain.admission import MIB, Demand, Facts, Fit, fit
 from orchestrator.engine.facts import Machine, Place, Size
 from orchestrator.engine.probing import AdapterStatus, ProgramStatus
-from orchestrator.errors import SHORTAGES, ConfigError, RefusedError
+from orchestrator.errors import SHORTAGE_TEXTS, ConfigError, RefusedError
 from orchestrator.repo.git import MINIMUM_VERSION, RECOMMENDED_VERSION, is_at_least
 from orchestrator.sessions.sandbox import SandboxKind
 from orchestrator.state.mounts import NETWORK_FILE_SYSTEMS
@@ -204,7 +203,7 @@ TEMPORARY_NEED: Final = Need(MIB, _SPARE, 100)
 def judge_space(name: str, place: Place, need: Need) -> Finding:
     """Judge whether a place can be written to and has room."""
     if place.trouble is not None:
-        fix = _FIXES.get(place.trouble, "make it writable")
+        fix = SHORTAGE_TEXTS.get(place.trouble, "make it writable")
         remedy = f"{fix}, or choose another one ({_CHOICES[name]})"
         return Finding(name, Level.PROBLEM, f"{place.path} can't be written to: {place.trouble}", remedy)
     left = "" if place.free is None else f", {_size(place.free)} free"
@@ -220,7 +219,6 @@ def judge_space(name: str, place: Place, need: Need) -> Finding:
     return Finding(name, Level.OK, found)
 
 
-_FIXES: Final = {os.strerror(number): fix for number, fix in SHORTAGES.items()}
 _CHOICES: Final = {
     "repositories": "COUNCIL_HOME",
     "state": "COUNCIL_STATE",

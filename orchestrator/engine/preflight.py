@@ -11,7 +11,7 @@ from orchestrator.config.model import RunConfig
 from orchestrator.config.warnings import Surroundings
 from orchestrator.domain.secrets import Redactor, secret_values
 from orchestrator.engine.worktree_sources import Base, check_sources
-from orchestrator.errors import GitError, RefusedError, refuse_together
+from orchestrator.errors import GitError, RefusedError, refuse_together, unusable
 from orchestrator.project import Project, council_home
 from orchestrator.protocols import Adapter
 from orchestrator.repo.checkout import LocalRepository, changes_in, checkout_of
@@ -113,7 +113,7 @@ async def check_branches(source: Source, base: str, target: str) -> dict[str, st
     try:
         heads = await source.heads()
     except GitError as error:
-        raise RefusedError(f"{source.location} can't be read: {error.stderr}", "check `repo`") from None
+        raise unusable(error, f"{source.location} can't be read", "check `repo`") from None
     if not heads:
         raise RefusedError(f"{source.location} has no commit yet", "commit something first: sessions start from it")
     if base not in heads:

@@ -20,7 +20,7 @@ from orchestrator.domain.model import CLAIMED, FINAL, INTERRUPTED, Attempt, Task
 from orchestrator.domain.sessions import SessionName
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.workshop import Workshop
-from orchestrator.errors import GitError, LockHeld, RefusedError
+from orchestrator.errors import GitError, LockHeld, unusable
 from orchestrator.failpoints import failpoint
 from orchestrator.process import kill_marked
 from orchestrator.protocols import JsonObject
@@ -56,9 +56,7 @@ async def recover(ledger: Ledger, shop: Workshop, clock: Clock) -> None:
     try:
         await shop.target.refresh()
     except GitError as error:
-        raise RefusedError(
-            f"the target can't be looked at: {error.stderr}", "try again when it can be reached"
-        ) from None
+        raise unusable(error, "the target can't be looked at", "try again when it can be reached") from None
     taken = await _take_over(ledger, counts=False)
     tasks = ledger.run.tasks if alone else taken
     await _clear_up(ledger, shop, clock, tasks, at_start=True)

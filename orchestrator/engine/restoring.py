@@ -10,7 +10,7 @@ from pathlib import Path
 import anyio.to_thread
 
 from orchestrator.domain.model import Maker, TaskDocument, TaskStatus
-from orchestrator.errors import GitError, RefusedError
+from orchestrator.errors import GitError, unusable
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Commit, Event, Guard, Key, Store, Write
 from orchestrator.repo.git import Git
@@ -85,5 +85,5 @@ async def _keep_work(run: str, hub: Hub, writes: Sequence[Write], environ: Mappi
     try:
         await Git(hub.trusted, environ=environ)("update-ref", "--stdin", input_="".join(lines).encode())
     except GitError as error:
-        what = f"what tasks of run {run} had built is gone ({error.stderr})"
-        raise RefusedError(what, "restore another checkpoint, or start a new run") from None
+        remedy = "restore another checkpoint, or start a new run"
+        raise unusable(error, f"what tasks of run {run} had built is gone", remedy) from None

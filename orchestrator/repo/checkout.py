@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 import anyio.to_thread
 
-from orchestrator.errors import GitError, RefusedError
+from orchestrator.errors import GitError, RefusedError, unusable
 from orchestrator.project import Project
 from orchestrator.repo.git import Change, Git, is_object_id, join_nul, parse_raw, shown, split_nul
 
@@ -52,7 +52,7 @@ async def inspect(path: Path, git: Git) -> LocalRepository:
         bare, object_format, common = await ask("--is-bare-repository", "--show-object-format", "--git-common-dir")
         top = None if bare == "true" else Path(*await ask("--show-toplevel"))
     except GitError as error:
-        raise RefusedError(f"{path}: {error.stderr}", remedy) from None
+        raise unusable(error, str(path), remedy) from None
     return LocalRepository(await anyio.to_thread.run_sync((path / common).resolve), top, object_format)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.errors import GitError, RefusedError
+from orchestrator.errors import GitError, RefusedError, unusable
 from orchestrator.repo.checkout import inspect
 from orchestrator.repo.embedded import embedded_repository
 from orchestrator.repo.git import GITLINK, Git, parse_raw, shown
@@ -105,7 +105,7 @@ async def apply_to_checkout(git: Git, users: Git, checkout: Path, base: str, com
             if patch:
                 await users("apply", "--whitespace=nowarn", *mode, "-", cwd=checkout, input_=patch)
     except GitError as error:
-        raise RefusedError(f"it does not fit the files in {checkout} ({error.stderr})", _REMEDY) from None
+        raise unusable(error, f"it does not fit the files in {checkout}", _REMEDY) from None
     return paths
 
 
@@ -177,4 +177,4 @@ async def drop(git: Git, kept: Iterable[Kept]) -> None:
     try:
         await git("update-ref", "-z", "--stdin", input_=lines.encode())
     except GitError as error:
-        raise RefusedError(f"the work changed meanwhile ({error.stderr})", "list it and choose again") from None
+        raise unusable(error, "the work changed meanwhile", "list it and choose again") from None

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,7 +62,7 @@ async def test_a_run_on_a_full_disk_waits_for_room_and_lands_everything(small: R
     room = f"until [ -e {folder}/go ]; do sleep 0.05; done"
     # A file that its session can't write while there is no room: what a program does that finds the disk full.
     fails = "head -c 100000 /dev/zero > big.txt || exit 7"
-    tasks = [
+    tasks: list[dict[str, Any]] = [
         {"id": "finished", "prompt": f"echo done > finished.txt; touch {folder}/is-done; {room}"},
         {"id": "failing", "prompt": f"touch {folder}/is-there; {room}; {fails}", "attempts": 1},
         {"id": "last", "prompt": "echo last > last.txt", "needs": ["finished"], "checks": ["test -s last.txt"]},
