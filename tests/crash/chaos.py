@@ -186,7 +186,16 @@ class Trial:
 
     def _actions(self) -> dict[Callable[[], None], int]:
         disk = {self._fill: 1} if self._has_disk else {}
-        return {self._kill: 10, self._freeze: 4, self._join: 3, self._look: 2, self._steer: 2, self._go_back: 3, **disk}
+        restores = self._dice.choice([2, 2, 12])
+        return {
+            self._kill: 10,
+            self._freeze: 4,
+            self._join: 3,
+            self._look: 2,
+            self._steer: 2,
+            self._go_back: restores,
+            **disk,
+        }
 
     def _processes(self) -> list[Process]:
         commands = {one.pid for one in self.commands if one.ended is None}
