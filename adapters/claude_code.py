@@ -45,6 +45,7 @@ from orchestrator.protocols import (
     SessionEvent,
     SessionRequest,
     Spent,
+    ToolEnded,
     Warned,
 )
 
@@ -190,6 +191,8 @@ class ClaudeCodeAdapter:
                 return tuple(_of_system(value, self._remedy))
             case "assistant":
                 return (*_of_message(value.get("message")), *_of_usage(value.get("message")))
+            case "user":
+                return tuple(_of_message(value.get("message")))
             case "rate_limit_event":
                 return tuple(_of_limit(value.get("rate_limit_info")))
             case "result":
@@ -271,9 +274,18 @@ def _of_message(message: Any) -> Iterator[SessionEvent]:
             case {"type": "text", "text": str(text)} if text.strip():
                 yield Said(text)
             case {"type": "tool_use", "name": str(name), "input": dict(given)}:
-                yield tool_used(name, given, _PATH_KEYS, _DETAIL_KEYS)
+                yield tool_used(name, given, _PATH_KEYS, _DETAIL_KEYS, block.get("id"))
+            case {"type": "tool_result", "tool_use_id": str(call)}:
+                yield ToolEnded(call, _result_of(block) if block.get("is_error") is True else None)
             case _:
                 pass
+
+
+def _result_of(block: JsonObject) -> str:
+    """Return a tool's result as one line: a text, or the texts of a list of blocks."""
+    content = block.get("content")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    return one_line(" ".join(text_of(part.get("text")) for part in parts if isinstance(part, dict)))
 
 
 def _of_usage(message: Any) -> Iterator[SessionEvent]:

@@ -36,6 +36,7 @@ from orchestrator.protocols import (
     SessionEvent,
     SessionRequest,
     Spent,
+    ToolEnded,
     UsedTool,
     Warned,
 )
@@ -254,22 +255,28 @@ def _request_settings(request: SessionRequest) -> Iterator[str]:
 
 
 def _of_item(kind: str, item: Mapping[str, Any], *, is_over: bool) -> Iterator[SessionEvent]:
+    call = text_of(item.get("id")) or None
     match kind, is_over:
         case "agent_message", True if text_of(item.get("text")).strip():
             yield Said(text_of(item["text"]))
         case "error", True:
             yield Warned(text_of(item.get("message")) or "an error")
         case "command_execution", False:
-            yield UsedTool("shell", one_line(text_of(item.get("command"))))
+            yield UsedTool("shell", one_line(text_of(item.get("command"))), call=call)
         case "mcp_tool_call", False:
-            yield UsedTool(".".join(filter(None, (text_of(item.get(key)) for key in ("server", "tool")))) or "mcp")
+            name = ".".join(filter(None, (text_of(item.get(key)) for key in ("server", "tool")))) or "mcp"
+            yield UsedTool(name, call=call)
+        case "command_execution" | "mcp_tool_call", True if call is not None:
+            yield ToolEnded(call, _failure_of_tool(item))
         case "web_search", True:
             yield UsedTool("web_search", one_line(text_of(item.get("query"))))
         case "file_change", True:
             changes = item.get("changes")
             found = [one.get("path") for one in changes if isinstance(one, dict)] if isinstance(changes, list) else []
             paths = tuple(path for path in found if isinstance(path, str))
-            yield UsedTool("edit", one_line(" ".join(paths)), paths)
+            yield UsedTool("edit", one_line(" ".join(paths)), paths, call)
+            if call is not None:
+                yield ToolEnded(call, _failure_of_tool(item))
         case _:
             pass
 
@@ -282,6 +289,16 @@ def _denied(kind: str, item: Mapping[str, Any], is_boxed: bool) -> Iterator[Deni
         used = [one for one in _of_item(kind, item, is_over=kind == "file_change") if isinstance(one, UsedTool)]
         remedy = _NO_SANDBOX if is_boxed else _RULES
         yield from (Denied(one.name, one.detail, remedy, text_of(item.get("id")) or None) for one in used)
+
+
+def _failure_of_tool(item: Mapping[str, Any]) -> str | None:
+    """Return why a tool failed, with the last line that its command printed; None if it did not fail."""
+    code, error = item.get("exit_code"), item.get("error")
+    printed = text_of(item.get("aggregated_output")).strip().rpartition("\n")[2]
+    if text_of(item.get("status")) not in {"failed", "declined"} and code in {0, None} and error is None:
+        return None
+    said = text_of(error.get("message")) if isinstance(error, dict) else printed
+    return one_line(": ".join(filter(None, (f"exit code {code}" if code else "", said))))
 
 
 def _of_usage(usage: Any, model: str | None) -> Iterator[SessionEvent]:

@@ -35,6 +35,7 @@ from orchestrator.protocols import (
     SessionEvent,
     SessionRequest,
     Spent,
+    ToolEnded,
     Warned,
 )
 
@@ -229,8 +230,8 @@ class GeminiAdapter:
             case "message" if value.get("role") == "assistant" and (text := text_of(value.get("content"))):
                 return (Said(text, part=value.get("delta") is True),)
             case "tool_use":
-                return tuple(_of_tool(text_of(value.get("tool_name")), value.get("parameters")))
-            case "tool_result" if value.get("status") == "error":
+                return tuple(_of_tool(text_of(value.get("tool_name")), value.get("parameters"), value.get("tool_id")))
+            case "tool_result":
                 return tuple(_of_tool_result(value, self._options.approval_mode))
             case "error":
                 return tuple(_of_error(value))
@@ -289,20 +290,23 @@ def _hooks(command: Sequence[str]) -> JsonObject:
     return {"hooks": {"BeforeTool": [{"matcher": _EDITORS, "hooks": [run]}]}}
 
 
-def _of_tool(name: str, given: Any) -> Iterator[SessionEvent]:
+def _of_tool(name: str, given: Any, call: Any) -> Iterator[SessionEvent]:
     if name:
-        yield tool_used(name, given if isinstance(given, dict) else {}, _PATH_KEYS, _DETAIL_KEYS)
+        yield tool_used(name, given if isinstance(given, dict) else {}, _PATH_KEYS, _DETAIL_KEYS, call)
 
 
 def _of_tool_result(value: JsonObject, mode: str) -> Iterator[SessionEvent]:
     error = value.get("error")
     error = error if isinstance(error, dict) else {}
     message, call = one_line(text_of(error.get("message"))), text_of(value.get("tool_id"))
-    if text_of(error.get("type")) in _DENIALS or _KEPT_OFF.match(message):
+    has_failed = value.get("status") == "error"
+    if has_failed and (text_of(error.get("type")) in _DENIALS or _KEPT_OFF.match(message)):
         tool = _CALLED.match(call)
         remedy = "" if _KEPT_OFF.match(message) else _YOLO if mode == "auto_edit" else _POLICY
         yield Denied(tool[1] if tool else "a tool", message, remedy, call or None)
-    elif message:
+    if call:
+        yield ToolEnded(call, message if has_failed else None)
+    elif has_failed and message:
         yield Warned(f"a tool failed: {message}")
 
 

@@ -22,6 +22,7 @@ from orchestrator.protocols import (
     SessionEnd,
     SessionEvent,
     Spent,
+    ToolEnded,
     UsedTool,
     Warned,
 )
@@ -76,7 +77,11 @@ def _bridge_event(value: JsonObject) -> SessionEvent | None:
         case {"type": "said", "text": text}:
             return Said(text)
         case {"type": "tool", "name": name, "detail": detail, "paths": paths}:
-            return UsedTool(name, detail, tuple(path for path in paths if isinstance(path, str)))
+            return UsedTool(
+                name, detail, tuple(path for path in paths if isinstance(path, str)), text_of(value.get("call")) or None
+            )
+        case {"type": "tool_ended", "call": call, "failed": failed}:
+            return ToolEnded(call, failed)
         case {"type": "spent", "input_tokens": sent, "output_tokens": received, "cost": cost}:
             return Spent(number_of(sent), number_of(received), cost_of(cost), in_all=True)
         case {"type": "session", "id": session}:
@@ -98,11 +103,13 @@ def _bridge_failure(value: JsonObject) -> Failed | None:
     return Failed(FailureClass(value["failure"]) if known else FailureClass.CRASHED, value["reason"] or "it failed")
 
 
-def tool_used(name: str, given: Mapping[str, Any], path_keys: Sequence[str], detail_keys: Sequence[str]) -> UsedTool:
+def tool_used(
+    name: str, given: Mapping[str, Any], path_keys: Sequence[str], detail_keys: Sequence[str], call: Any = None
+) -> UsedTool:
     """Return the use of a tool; its arguments name files by some keys, and by others what else a person may see."""
     paths = tuple(given[key] for key in path_keys if isinstance(given.get(key), str))
     details = [given[key] for key in detail_keys if isinstance(given.get(key), str)]
-    return UsedTool(name, one_line((paths or details or ("",))[0]), paths)
+    return UsedTool(name, one_line((paths or details or ("",))[0]), paths, text_of(call) or None)
 
 
 def failure_concluded(end: SessionEnd) -> Failed | None:

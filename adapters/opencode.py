@@ -38,6 +38,7 @@ from orchestrator.protocols import (
     SessionEvent,
     SessionRequest,
     Spent,
+    ToolEnded,
     UsedTool,
 )
 
@@ -315,9 +316,21 @@ def _of_tool(part: JsonObject) -> Iterator[SessionEvent]:
     given = given if isinstance(given, dict) else {}
     paths = tuple(_paths(given))
     details = [given[key] for key in _DETAIL_KEYS if isinstance(given.get(key), str)]
-    yield UsedTool(name, one_line(" ".join(paths or details[:1])), paths)
+    call = text_of(part.get("callID")) or None
+    yield UsedTool(name, one_line(" ".join(paths or details[:1])), paths, call)
+    if call is not None:
+        yield ToolEnded(call, _failure_of_tool(state))
     if text_of(state.get("error")).startswith(_DENIED):
         yield Denied(name, one_line(" ".join(paths or details[:1])), _ALLOW, text_of(part.get("callID")) or None)
+
+
+def _failure_of_tool(state: JsonObject) -> str | None:
+    """Return why a tool failed; a command that ends with another code than 0 has not, to opencode."""
+    metadata = state.get("metadata")
+    code = number_of(metadata.get("exit")) if isinstance(metadata, dict) else 0
+    if state.get("status") == "error":
+        return one_line(text_of(state.get("error")))
+    return f"exit code {code}" if code else None
 
 
 def _paths(given: JsonObject) -> Iterator[str]:

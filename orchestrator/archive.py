@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import anyio
 import anyio.to_thread
@@ -13,6 +16,7 @@ import anyio.to_thread
 from orchestrator.domain.model import FINAL, Attempt, RunDocument, TaskDocument, TaskStatus
 from orchestrator.domain.secrets import Redactor, secret_values
 from orchestrator.domain.sessions import SessionName
+from orchestrator.domain.workflow import PLAIN
 from orchestrator.engine.details import SessionDetails, details, find_workplace, session_files
 from orchestrator.engine.records import read_run, read_task
 from orchestrator.errors import RefusedError
@@ -28,7 +32,9 @@ from orchestrator.repo.preserving import is_preserved
 from orchestrator.repo.salvage import Kept
 from orchestrator.repo.site import find_site
 from orchestrator.repo.worktrees import Worktree
-from orchestrator.sessions.output import attempt_streams, log_file
+from orchestrator.sessions.entries import Entries, Entry, EntryKind
+from orchestrator.sessions.output import attempt_streams, log_file, read_tail
+from orchestrator.sessions.transcript import NOTHING_SAID, Transcript
 
 #: Seconds between two looks at files that are followed.
 _FOLLOW_PAUSE = 0.2
@@ -45,6 +51,24 @@ class LogPart:
     attempt: int
     stream: str
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class LogEntry(Entry):
+    """An entry of an attempt's log; what is not the program's standard output comes as lines."""
+
+    attempt: int = 0
+    stream: str = "stdout"
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptLog:
+    """Where an attempt's log begins (`began`) and ends: its attempt has `ended`, or is `running`."""
+
+    event: Literal["began", "ended", "running"]
+    attempt: Attempt
+    used: Transcript = NOTHING_SAID
+    """What it said that it used up, so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,24 +100,81 @@ class Archive:
         self._project, self._store, self._environ, self._is_live = project, store, environ, is_live
 
     async def log(
-        self, run: str, task: str, *, attempt: int | None = None, follow: bool = False
+        self, run: str, task: str, *, attempt: int | None = None, phase: str | None = None, follow: bool = False
     ) -> AsyncGenerator[LogPart]:
-        """Yield what an attempt of a task (the newest if left out) printed, with the hooks around it and its checks.
+        """Yield the output of an attempt of a task (by default the newest, or the newest of a phase), with its checks.
 
-        With `follow`, go on with whatever comes, attempt by attempt, until the task is over or nobody is at work in
-        the run. RefusedError if there is no such attempt.
+        With `follow`, continue with new output, attempt by attempt, until the task has ended or the run is not active.
+        RefusedError if there is no such attempt.
+        """
+        async with aclosing(self._looks(run, task, attempt, phase, follow=follow)) as looks:
+            async for _, found in looks:
+                for part in chain.from_iterable(found.values()):
+                    yield part
+
+    async def entries(
+        self,
+        run: str,
+        task: str,
+        adapters: Mapping[str, Adapter],
+        *,
+        attempt: int | None = None,
+        phase: str | None = None,
+        follow: bool = False,
+    ) -> AsyncGenerator[LogEntry | AttemptLog]:
+        """Yield the same as `log`, read by the adapters: each attempt's beginning, its entries, and its end."""
+        logs: dict[int, _SessionLog] = {}
+        document = await self._task(run, task)
+        async with aclosing(self._looks(run, task, attempt, phase, follow=follow)) as looks:
+            async for document, found in looks:
+                for number, parts in found.items():
+                    if number not in logs:
+                        for entry in chain.from_iterable(one.end(document) for one in logs.values()):
+                            yield entry
+                        logs[number] = await self._session_log(run, task, adapters, document.attempts[number - 1])
+                        yield AttemptLog("began", document.attempts[number - 1])
+                    for entry in chain.from_iterable(logs[number].read(part, document) for part in parts):
+                        yield entry
+                    if follow and not parts:
+                        for entry in logs[number].pause(document):
+                            yield entry
+        for entry in chain.from_iterable(one.end(document) for one in logs.values()):
+            yield entry
+
+    async def latest(self, run: str, task: str, adapters: Mapping[str, Adapter]) -> tuple[str, float] | None:
+        """Return the last line that the running session of a task is known by, and when it printed anything last.
+
+        None where no session runs, it has printed nothing yet, or its output is on another machine.
         """
         document = await self._task(run, task)
+        if document.status is not TaskStatus.RUNNING:
+            return None
+        made = document.attempt
+        file = log_file(self._project.logs(run), task, made.number, "stdout")
+        log = await self._session_log(run, task, adapters, made)
+        try:
+            text, time = await read_tail(file), (await anyio.Path(file).stat()).st_mtime
+        except FileNotFoundError:
+            return None
+        entries = [*log.read(LogPart(made.number, "stdout", text), document), *log.end(document)]
+        lines = [one.line for one in entries if isinstance(one, LogEntry) and one.line.strip()]
+        return (lines[-1].strip().rpartition("\n")[2], time) if lines else None
+
+    async def _looks(
+        self, run: str, task: str, attempt: int | None, phase: str | None, *, follow: bool
+    ) -> AsyncGenerator[tuple[TaskDocument, dict[int, list[LogPart]]]]:
+        """Yield the new output of each attempt since the last look, with the task's record from before that look."""
+        document = await self._task(run, task)
+        attempt = self._attempt_at(task, document, phase).number if phase is not None else attempt
         number = self._attempt(task, document, attempt).number if document.attempts or not follow else 1
         tails = _Tails(self._project.logs(run), task)
         while True:
             # Asked first: what is printed before that is read after it.
             document = await read_task(self._store, run, task)
-            going_on = follow and document.status not in FINAL and await self._is_live(run)
-            for one in range(number, len(document.attempts) + 1) if attempt is None else [number]:
-                for part in await anyio.to_thread.run_sync(tails.read, one):
-                    yield part
-            if not going_on:
+            continues = follow and document.status not in FINAL and await self._is_live(run)
+            numbers = range(number, len(document.attempts) + 1) if attempt is None else [number]
+            yield document, {one: await anyio.to_thread.run_sync(tails.read, one) for one in numbers}
+            if not continues:
                 return
             await anyio.sleep(_FOLLOW_PAUSE)
 
@@ -240,12 +321,78 @@ class Archive:
         document.check_task(task)
         return await read_task(self._store, run, task)
 
+    async def _session_log(self, run: str, task: str, adapters: Mapping[str, Adapter], made: Attempt) -> _SessionLog:
+        worktree = Worktree(Hub(Path((await read_run(self._store, run)).hub)), run, task, made.number)
+        folder = made.folder or str(await anyio.to_thread.run_sync(lambda: worktree.tree))
+        return _SessionLog(adapters[made.adapter], made, f"{folder}/", self._redactor())
+
+    def _attempt_at(self, task: str, document: TaskDocument, phase: str) -> Attempt:
+        """Return the newest attempt of a phase."""
+        found = [one for one in document.attempts if (one.phase or PLAIN[0].name) == phase]
+        if not found:
+            known = ", ".join(dict.fromkeys(one.phase or PLAIN[0].name for one in document.attempts))
+            what = f"task {task!r} has no attempt in phase {phase!r}"
+            raise RefusedError(what, f"name one of: {known}" if known else "wait until it starts")
+        return found[-1]
+
     def _attempt(self, task: str, document: TaskDocument, number: int | None) -> Attempt:
         if not document.attempts:
             raise RefusedError(f"task {task!r} has not been tried yet", "wait until it starts")
         if number is not None and not 0 < number <= len(document.attempts):
             raise RefusedError(f"task {task!r} has no attempt {number}", f"name one from 1 to {len(document.attempts)}")
         return document.attempts[(number or 0) - 1]
+
+
+class _SessionLog:
+    """Reads the output of one attempt, piece by piece; paths in its worktree become relative."""
+
+    def __init__(self, adapter: Adapter, attempt: Attempt, folder: str, redactor: Redactor) -> None:
+        self._adapter, self._attempt, self._folder, self._redactor = adapter, attempt, folder, redactor
+        self._entries, self._rest = Entries(), dict[str, str]()
+        self._has_ended = False
+
+    def read(self, part: LogPart, document: TaskDocument) -> Iterator[LogEntry | AttemptLog]:
+        """Yield the entries of the whole lines up to the end of a piece of output."""
+        if part.stream.startswith(("after", "check")):
+            yield from self._ended(document)
+        *lines, self._rest[part.stream] = (self._rest.get(part.stream, "") + part.text).split("\n")
+        yield from self._read(part.stream, lines)
+
+    def pause(self, document: TaskDocument) -> Iterator[LogEntry | AttemptLog]:
+        """Yield what was held back: there is no new output for now."""
+        yield from self._made(self._entries.pause())
+        if document.attempts[self._attempt.number - 1].ended is not None:
+            yield from self._ended(document)
+
+    def end(self, document: TaskDocument) -> Iterator[LogEntry | AttemptLog]:
+        """Yield what was held back: there is no more output."""
+        for stream, rest in self._rest.items():
+            yield from self._read(stream, [rest] if rest else [])
+        self._rest.clear()
+        yield from self._ended(document)
+
+    def _ended(self, document: TaskDocument) -> Iterator[LogEntry | AttemptLog]:
+        if not self._has_ended:
+            self._has_ended = True
+            yield from self._made(self._entries.end())
+            attempt = document.attempts[self._attempt.number - 1]
+            yield AttemptLog("running" if attempt.ended is None else "ended", attempt, self._entries.transcript)
+
+    def _read(self, stream: str, lines: Sequence[str]) -> Iterator[LogEntry]:
+        for line in lines:
+            if stream == "stdout":
+                yield from self._made(self._entries.read(self._adapter, line.rstrip("\r")))
+            else:
+                yield LogEntry(EntryKind.LINE, line, attempt=self._attempt.number, stream=stream)
+
+    def _made(self, entries: Sequence[Entry]) -> Iterator[LogEntry]:
+        for one in entries:
+            text, outcome = self._shown(one.text), None if one.outcome is None else self._shown(one.outcome)
+            yield LogEntry(one.kind, text, one.tool, outcome, self._attempt.number)
+
+    def _shown(self, text: str) -> str:
+        """Return a text of JSON, where a secret may have been spelled otherwise, without secrets and long paths."""
+        return self._redactor.text(text).replace(self._folder, "")
 
 
 def _name(worktree: Worktree) -> str:

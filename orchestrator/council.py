@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Self
@@ -14,7 +14,7 @@ import anyio.to_thread
 
 from orchestrator.clock import Clock, SystemClock
 from orchestrator.config.store import folder_url, named_store, scheme_of, store_folder
-from orchestrator.domain.model import Action
+from orchestrator.domain.model import Action, TaskStatus
 from orchestrator.domain.secrets import without_passwords
 from orchestrator.engine.records import read_run
 from orchestrator.engine.report import RunReport, RunStatus
@@ -468,7 +468,14 @@ class Council:
 
         Without `run` it is the task of the newest run.
         """
-        return await self.past.story(await self.find_run(run), task)
+        run = await self.find_run(run)
+        found = await self.past.story(run, task)
+        if found.state != TaskStatus.RUNNING:
+            return found
+        from orchestrator.engine.story import Latest  # noqa: PLC0415  seldom needed
+
+        latest = await self.archive.latest(run, task, await self.adapters(run))
+        return found if latest is None else replace(found, latest=Latest(*latest))
 
     async def runs(self, *, active: bool = False) -> list[RunReport]:
         """Describe all runs of the project, or only those that are not over: at work, or cut off; the oldest first.
@@ -654,6 +661,10 @@ class Council:
         adapters = await self._adapters(record.run)
         return Activity(record, position, attempts, self.archive, adapters, self.project.logs(run))
 
+    async def adapters(self, run: str) -> Mapping[str, Adapter]:
+        """Return the adapters of a run, by their names."""
+        return await self._adapters(await read_run(self._store, run))
+
     async def _adapters(self, run: RunDocument) -> Mapping[str, Adapter]:
         from orchestrator.config.model import make_adapters, restore_adapters  # noqa: PLC0415
 
@@ -689,7 +700,7 @@ class Council:
     async def details(self, task: str, run: str | None = None) -> SessionDetails:
         """Return what the session of a task has done so far. RefusedError where it has none at work."""
         run = await self.find_run(run)
-        return await self.archive.details(run, task, await self._adapters(await read_run(self._store, run)))
+        return await self.archive.details(run, task, await self.adapters(run))
 
     async def notes(
         self,

@@ -67,6 +67,7 @@ __all__ = [
     "Statistics",
     "Store",
     "StoreType",
+    "ToolEnded",
     "TrackedTask",
     "Tracker",
     "TrackerType",
@@ -573,11 +574,23 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class UsedTool:
-    """The agent used a tool: `detail` is one line for people, `paths` are the files it named, as it named them."""
+    """The agent used a tool: `detail` is one line for people, `paths` are the files it named, as it named them.
+
+    `call` is the program's own id of this call, by which `ToolEnded` names it; None where the program gives none.
+    """
 
     name: str
     detail: str = ""
     paths: Sequence[str] = ()
+    call: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolEnded:
+    """A tool call ended: `failed` is None if it succeeded, else one line that says why (it may be empty)."""
+
+    call: str
+    failed: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -647,7 +660,7 @@ class Concluded:
     failed: Failed | None = None
 
 
-SessionEvent = Said | UsedTool | Spent | Identified | Warned | Denied | Concluded
+SessionEvent = Said | UsedTool | ToolEnded | Spent | Identified | Warned | Denied | Concluded
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,6 +92,7 @@ class _Client:
         self._cost: float | None = None
         self._cost_before = 0.0
         self._named: dict[str, set[str]] = {}
+        self._commands: dict[str, str] = {}
         self._is_asked = False
         self._told_before = 0.0
 
@@ -213,10 +214,39 @@ class _Client:
         told = self._named.setdefault(call.tool_call_id, set())
         paths = [path for path in dict.fromkeys(_paths_of(call)) if path not in told]
         told.update(paths)
-        if is_new or paths:
-            write("tool", name=call.kind or "other", detail=" ".join((call.title or "").split()), paths=paths)
+        command = _command_of(call)
+        if is_new or paths or command != self._commands.get(call.tool_call_id, ""):
+            self._commands[call.tool_call_id] = command
+            detail = _detail(call.title or "", command, paths)
+            write("tool", name=call.kind or "other", detail=detail, paths=paths, call=call.tool_call_id)
         else:
             self.words.show_life()
+        if call.status in {"completed", "failed"}:
+            write("tool_ended", call=call.tool_call_id, failed=_failure_of_tool(call))
+
+
+def _command_of(call: schema.ToolCallStart | schema.ToolCallProgress) -> str:
+    given = call.raw_input.get("command") if isinstance(call.raw_input, dict) else None
+    return given if isinstance(given, str) else ""
+
+
+def _detail(title: str, command: str, paths: Sequence[str]) -> str:
+    """Return a tool call on one line: the agent's title for it, with its main argument unless that is part of it."""
+    argument = command or next(iter(paths), "")
+    named = argument in title or (not command and Path(argument).name in title)
+    return " ".join(f"{title} {'' if named else argument}".split())
+
+
+def _failure_of_tool(call: schema.ToolCallStart | schema.ToolCallProgress) -> str | None:
+    """Return why a tool call failed, on one line; None if it did not."""
+    if call.status != "failed":
+        return None
+    texts = [
+        one.content.text
+        for one in call.content or ()
+        if isinstance(one, schema.ContentToolCallContent) and isinstance(one.content, schema.TextContentBlock)
+    ]
+    return " ".join(" ".join(texts).split())[:300]
 
 
 def _write(place: Path, content: str) -> None:

@@ -12,7 +12,8 @@ from typing import Any, Final
 #: By type: the fields of a line, each with what it holds. `adapters.jsonlines` reads them by the same table.
 FIELDS: Final[Mapping[str, Mapping[str, type | UnionType]]] = {
     "said": {"text": str},  # the agent's words, whole lines
-    "tool": {"name": str, "detail": str, "paths": list},
+    "tool": {"name": str, "detail": str, "paths": list, "call": str | None},
+    "tool_ended": {"call": str, "failed": str | None},  # one line that says why it failed, None: it did not
     "spent": {"input_tokens": int, "output_tokens": int, "cost": float | int | None},  # in all, US dollars
     "session": {"id": str},  # the agent's own id of the conversation
     "warned": {"text": str},

@@ -127,7 +127,7 @@ def _perform(options: argparse.Namespace) -> Concluded:
     except UnfitError as error:
         return Concluded(f"nothing of the answer was applied: {error}", "crashed")
     for path in changed:
-        write("tool", name="edit", detail=path, paths=[path])
+        write("tool", name="edit", detail=path, paths=[path], call=None)
     return Concluded("")
 
 

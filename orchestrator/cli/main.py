@@ -55,7 +55,7 @@ COMMANDS: Mapping[str, Mapping[str, Entry]] = {
         ),
         "runs": Entry("orchestrator.cli.status:runs", "List the runs of this project, the oldest first."),
         "usage": Entry("orchestrator.cli.usage:usage", "Tell what a run used up, by adapter and by task."),
-        "logs": Entry("orchestrator.cli.tasks:logs", "Print what a task's program and checks printed."),
+        "logs": Entry("orchestrator.cli.logs:logs", "Show what a task's session did and said."),
         "diff": Entry("orchestrator.cli.tasks:diff", "Show what a task has changed, so far if it is at work."),
         "check": Entry("orchestrator.cli.check:check", "Hold what is recorded of a run's workflows against the rules."),
         "state": Entry("orchestrator.cli.state:state", "See what is recorded, now and at any earlier moment."),
@@ -132,7 +132,7 @@ def main() -> None:
     council run council.yaml    run the tasks of a file
     council status              how the newest run stands
     council resume              go on with what a crash or Ctrl-C cut off
-    council logs TASK -f        what a task's program prints
+    council logs TASK -f        what a task's session does
     council retry TASK          try again what failed
 
     Exit codes: 0 all landed or done, 1 some did not, 2 bad input, 3 our fault (the log is named), 130 interrupted.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import click
 
 from orchestrator.cli.command import Context, json_option, opened, perform, run_option, store_option
@@ -17,8 +19,8 @@ from orchestrator.cli.story import story_lines
 def show(task: str, run: str | None, as_json: bool) -> None:
     """Tell the whole story of a task: phases, sessions, handoffs.
 
-    With what each phase was given and what was left out, findings, tokens, cost and time, and its landing. What was
-    handed over is shortened; with --json it is there as it is.
+    With what each phase was given and what was left out, findings, tokens, cost and time, and its landing; of a running
+    task also its latest activity. What was handed over is shortened; with --json it is there as it is.
 
     \b
     Examples:
@@ -32,7 +34,7 @@ def show(task: str, run: str | None, as_json: bool) -> None:
             if as_json:
                 context.output.json({**story.to_json(), "exit": 0})
                 return 0
-            for line in story_lines(story):
+            for line in story_lines(story, time.time()):
                 context.output.text(f"{line}\n")
             return 0
 

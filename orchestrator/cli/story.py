@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from orchestrator.cli.columns import aligned
 from orchestrator.cli.output import kept_name, one_line, plain
-from orchestrator.cli.table import amount, duration
+from orchestrator.cli.table import ago, amount, duration
 from orchestrator.domain.phases import Given, PhaseStatus
 from orchestrator.engine.story import Figures, HandoffStory, SessionStory, Story, VisitStory
 from orchestrator.instants import local_time
@@ -26,10 +26,10 @@ _WORDS: Mapping[str, str] = {
 }
 
 
-def story_lines(story: Story) -> Iterator[str]:
+def story_lines(story: Story, now: float) -> Iterator[str]:
     """Yield the task, its phases, sessions and handoffs, its landing and figures, each under a heading."""
     yield plain(f"task {story.task} of run {story.run}: {story.state.replace('_', ' ')}")
-    yield from aligned(list(_head(story)), "  ")
+    yield from aligned(list(_head(story, now)), "  ")
     yield "phases"
     for visit in story.phases:
         yield from _visit(visit, story)
@@ -47,7 +47,7 @@ def story_lines(story: Story) -> Iterator[str]:
     yield f"  {_figures(story.figures)}"
 
 
-def _head(story: Story) -> Iterator[list[str]]:
+def _head(story: Story, now: float) -> Iterator[list[str]]:
     source = "" if story.tracker is None else f" (from {story.tracker})"
     told = {
         "asked": "" if story.asked is None else f"{one_line(story.asked, _LONGEST)}{source}",
@@ -58,6 +58,7 @@ def _head(story: Story) -> Iterator[list[str]]:
         "attempts": str(story.attempts),
         "needs": ", ".join(story.needs),
         "reason": one_line(story.reason or ""),
+        "latest": "" if story.latest is None else f"{one_line(story.latest.text)} ({ago(story.latest.time, now)})",
         "damage": "; ".join(story.damage),
     }
     yield from ([name, value] for name, value in told.items() if value)

@@ -158,6 +158,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
+def ago(time: float, now: float) -> str:
+    """Return how long ago something was, as in `0:42 ago`."""
+    return f"{duration(now - time)} ago"
+
+
 def about(seconds: float) -> str:
     """Return a length of time in words, as in `about 40 s`, `about 4 min` or `about 2 h 10 min`: rounded up."""
     if seconds <= 55:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
-from dataclasses import asdict
 
 import click
 
@@ -191,39 +189,6 @@ def reject(tasks: tuple[str, ...], note: str | None, run: str | None, as_json: b
       council reject models --note "keep the old names"
     """
     _ask(lambda council: council.reject(*tasks, note=note, run=run), as_json=as_json)
-
-
-@click.command()
-@click.argument("task", shell_complete=complete_tasks)
-@click.option("-f", "--follow", is_flag=True, help="Go on with what is printed until the task is over.")
-@click.option("--attempt", type=click.IntRange(min=1), help="Another attempt than the newest.")
-@run_option
-@store_option
-@json_option
-def logs(task: str, follow: bool, attempt: int | None, run: str | None, as_json: bool) -> None:
-    """Print what a task's program and checks printed.
-
-    Its standard error goes to standard error.
-
-    \b
-    Examples:
-      council logs models
-      council logs models --follow
-      council logs models --attempt 1
-    """
-
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
-            name = await council.find_run(run)
-            async with aclosing(council.archive.log(name, task, attempt=attempt, follow=follow)) as parts:
-                async for part in parts:
-                    if as_json:
-                        context.output.json(asdict(part))
-                    else:
-                        context.output.text(part.text, err=part.stream == "stderr")
-            return 0
-
-    perform(command, as_json=as_json)
 
 
 @click.command()

@@ -16,12 +16,13 @@ from orchestrator.domain.secrets import Redactor
 from orchestrator.domain.sessions import SessionName
 from orchestrator.engine.records import read_run, read_spec, read_task
 from orchestrator.errors import RefusedError
-from orchestrator.protocols import Adapter, Concluded, Denied, Said, SessionEvent, Store, UsedTool, Warned
+from orchestrator.protocols import Adapter, Said, SessionEvent, Store, UsedTool
 from orchestrator.repo.diffs import count_commits, count_live, live_diff
 from orchestrator.repo.git import Git
 from orchestrator.repo.hub import Hub
 from orchestrator.repo.inspection import Admission
 from orchestrator.repo.worktrees import Worktree
+from orchestrator.sessions.entries import Entries
 from orchestrator.sessions.following import Follower
 from orchestrator.sessions.output import log_file, read_tail
 from orchestrator.sessions.transcript import MOST_EVENTS
@@ -139,25 +140,8 @@ def plan_in(events: Iterable[SessionEvent]) -> str | None:
 
 def readable(events: Iterable[SessionEvent]) -> str:
     """Return what a session said and did, as a person would read it."""
-    text = ""
-    for event in events:
-        match event:
-            case Said(said, part=True):
-                text += said
-                continue
-            case Said(said) | Concluded(said):
-                line = said.strip()
-            case UsedTool(name, detail):
-                line = f"> {name} {detail}".rstrip()
-            case Denied() as denied:
-                line = f"! denied: {denied.text}"
-            case Warned(said):
-                line = f"! {said}"
-            case _:
-                continue
-        if line:
-            text += f"{'' if not text or text.endswith(chr(10)) else chr(10)}{line}\n"
-    return text
+    entries = Entries()
+    return "".join(f"{one.line}\n" for one in (*entries.take(events), *entries.end()))
 
 
 async def _said(at: Workplace) -> tuple[str | None, str]:

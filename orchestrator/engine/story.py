@@ -210,6 +210,18 @@ class LandingStory:
 
 
 @dataclass(frozen=True, slots=True)
+class Latest:
+    """The latest activity of a running session."""
+
+    __pydantic_config__: ClassVar = _DESCRIBED
+
+    text: str
+    """The last line of its words, or its last tool call."""
+    time: float
+    """When it printed anything last (seconds since the epoch)."""
+
+
+@dataclass(frozen=True, slots=True)
 class Story:
     """What `council show` tells of a task."""
 
@@ -245,6 +257,8 @@ class Story:
     figures: Figures
     damage: Sequence[str]
     """Places in the state log that could not be read."""
+    latest: Latest | None = None
+    """The latest activity of its session; null unless one runs and its output is on this machine."""
 
     def to_json(self) -> JsonObject:
         """Return the object that programs get."""

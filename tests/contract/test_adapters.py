@@ -23,6 +23,7 @@ from orchestrator.protocols import (
     Said,
     SessionRequest,
     Spent,
+    ToolEnded,
     UsedTool,
     Warned,
 )
@@ -67,12 +68,12 @@ class TestClaudeCode(AdapterContract):
         (
             claude("assistant", message={"content": [{"type": "tool_use", "id": "t", "name": "Edit",
                                                       "input": {"file_path": "/w/a.py", "old_string": "x"}}]}),
-            (UsedTool("Edit", "/w/a.py", ("/w/a.py",)),),
+            (UsedTool("Edit", "/w/a.py", ("/w/a.py",), "t"),),
         ),
         (
             claude("assistant", message={"content": [{"type": "tool_use", "id": "t", "name": "Bash",
                                                       "input": {"command": "make\n test"}}]}),
-            (UsedTool("Bash", "make test"),),
+            (UsedTool("Bash", "make test", call="t"),),
         ),
         (
             claude("assistant", message={"id": "msg_1", "model": "claude-opus-4-8", "content": [], "usage":
@@ -80,6 +81,15 @@ class TestClaudeCode(AdapterContract):
             (Spent(9, 1, cached_tokens=2, model="claude-opus-4-8", call="msg_1"),),
         ),
         (claude("user", message={"content": [{"type": "tool_result", "content": "ok"}]}), ()),
+        (
+            claude("user", message={"content": [{"type": "tool_result", "tool_use_id": "t", "content": "ok"}]}),
+            (ToolEnded("t"),),
+        ),
+        (
+            claude("user", message={"content": [{"type": "tool_result", "tool_use_id": "t", "is_error": True,
+                                                 "content": [{"type": "text", "text": "Exit code 1\nno"}, 7]}]}),
+            (ToolEnded("t", "Exit code 1 no"),),
+        ),
         (claude_result(result="Done."), (Spent(321, 4, 0.25, in_all=True, cached_tokens=300), Concluded("Done."))),
         (
             claude_result(result="Done.", modelUsage={"a": {"inputTokens": 21, "outputTokens": 4,

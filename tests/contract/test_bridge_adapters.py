@@ -20,6 +20,7 @@ from orchestrator.protocols import (
     SessionEnd,
     SessionEvent,
     Spent,
+    ToolEnded,
     UsedTool,
     Warned,
 )
@@ -30,6 +31,9 @@ from tests.contract.judging import TRANSCRIPTS, end
 BRIDGE_LINES: Sequence[tuple[str, Sequence[SessionEvent]]] = (
     ('{"type": "said", "text": "Hi."}', (Said("Hi."),)),
     ('{"type": "tool", "name": "edit", "detail": "x", "paths": ["a", 1]}', (UsedTool("edit", "x", ("a",)),)),
+    ('{"type": "tool", "name": "x", "detail": "", "paths": [], "call": "c"}', (UsedTool("x", call="c"),)),
+    ('{"type": "tool_ended", "call": "c", "failed": null}', (ToolEnded("c"),)),
+    ('{"type": "tool_ended", "call": "c", "failed": "no"}', (ToolEnded("c", "no"),)),
     ('{"type": "spent", "input_tokens": 1, "output_tokens": 2, "cost": null}', (Spent(1, 2, None, in_all=True),)),
     ('{"type": "spent", "input_tokens": 1, "output_tokens": 2, "cost": NaN}', (Spent(1, 2, None, in_all=True),)),
     ('{"type": "session", "id": "s"}', (Identified("s"),)),

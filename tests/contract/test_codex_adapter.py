@@ -21,6 +21,7 @@ from orchestrator.protocols import (
     Said,
     SessionRequest,
     Spent,
+    ToolEnded,
     UsedTool,
     Warned,
 )
@@ -64,16 +65,33 @@ class TestCodex(AdapterContract):
         ),
         (
             codex_item("started", "command_execution", command="/bin/bash -lc 'make\n test'", exit_code=None),
-            (UsedTool("shell", "/bin/bash -lc 'make test'"),),
+            (UsedTool("shell", "/bin/bash -lc 'make test'", call="item_0"),),
         ),
-        (codex_item("completed", "command_execution", command="/bin/bash -lc true", exit_code=0), ()),
+        (
+            codex_item("completed", "command_execution", command="/bin/bash -lc true", exit_code=0),
+            (ToolEnded("item_0"),),
+        ),
+        (
+            codex_item("completed", "command_execution", exit_code=2, aggregated_output="one\ntwo\n", status="failed"),
+            (ToolEnded("item_0", "exit code 2: two"),),
+        ),
+        (
+            codex_item("completed", "mcp_tool_call", status="failed", error={"message": "no such tool"}),
+            (ToolEnded("item_0", "no such tool"),),
+        ),
         (codex_item("started", "file_change", changes=[{"path": "/w/a.py", "kind": "add"}]), ()),
         (
             codex_item("completed", "file_change", changes=[{"path": "/w/a.py", "kind": "add"}, {"path": "/w/b.py"}]),
-            (UsedTool("edit", "/w/a.py /w/b.py", ("/w/a.py", "/w/b.py")),),
+            (UsedTool("edit", "/w/a.py /w/b.py", ("/w/a.py", "/w/b.py"), "item_0"), ToolEnded("item_0")),
         ),
-        (codex_item("completed", "file_change", changes=[1, {"path": 2}]), (UsedTool("edit"),)),
-        (codex_item("started", "mcp_tool_call", server="docs", tool="find", arguments={}), (UsedTool("docs.find"),)),
+        (
+            codex_item("completed", "file_change", changes=[1, {"path": 2}]),
+            (UsedTool("edit", call="item_0"), ToolEnded("item_0")),
+        ),
+        (
+            codex_item("started", "mcp_tool_call", server="docs", tool="find", arguments={}),
+            (UsedTool("docs.find", call="item_0"),),
+        ),
         (codex_item("completed", "web_search", query="pep 440"), (UsedTool("web_search", "pep 440"),)),
         (
             '{"type":"turn.completed","usage":{"input_tokens":120,"cached_input_tokens":100,"output_tokens":34}}',

@@ -13,6 +13,7 @@ from orchestrator.protocols import (
     Identified,
     Said,
     Spent,
+    ToolEnded,
     UsedTool,
     Warned,
 )
@@ -56,19 +57,19 @@ class TestGemini(AdapterContract):
         (gemini("message", role="assistant", content="Whole."), (Said("Whole."),)),
         (
             gemini("tool_use", tool_name="write_file", tool_id="w", parameters={"file_path": "a b.py", "content": "x"}),
-            (UsedTool("write_file", "a b.py", ("a b.py",)),),
+            (UsedTool("write_file", "a b.py", ("a b.py",), "w"),),
         ),
         (
             gemini("tool_use", tool_name="run_shell_command", tool_id="r", parameters={"command": "make\n test"}),
-            (UsedTool("run_shell_command", "make test"),),
+            (UsedTool("run_shell_command", "make test", call="r"),),
         ),
-        (gemini("tool_use", tool_name="odd", tool_id="o", parameters=None), (UsedTool("odd"),)),
-        (gemini("tool_result", tool_id="w", status="success", output="ok"), ()),
+        (gemini("tool_use", tool_name="odd", tool_id="o", parameters=None), (UsedTool("odd", call="o"),)),
+        (gemini("tool_result", tool_id="w", status="success", output="ok"), (ToolEnded("w"),)),
         (
             gemini(
                 "tool_result", tool_id="w", status="error", error={"type": "policy_violation", "message": "Denied."}
             ),
-            (Warned("a tool failed: Denied."),),
+            (ToolEnded("w", "Denied."),),
         ),
         (
             gemini("error", severity="warning", message="Loop detected, stopping execution"),

@@ -71,6 +71,10 @@ class TestOpencode(AdapterContract):
         (opencode("reasoning", {"type": "reasoning", "text": "Hm."}), ()),
         (opencode_tool("edit", input={"filePath": "/w/a.py"}), (UsedTool("edit", "/w/a.py", ("/w/a.py",)),)),
         (opencode_tool("bash", input={"command": "make\n test"}), (UsedTool("bash", "make test"),)),
+        (
+            opencode("tool_use", {"tool": "bash", "callID": "c", "state": {"input": {}, "metadata": {"exit": 1}}}),
+            (UsedTool("bash", call="c"), ToolEnded("c", "exit code 1")),
+        ),
         (opencode_tool("bash", "error", input={"command": "x"}, error="Timeout"), (UsedTool("bash", "x"),)),
         (
             opencode_tool("apply_patch", input={"patchText": "*** Begin Patch\n*** Update File: a.py\n*** Move to: b.py"

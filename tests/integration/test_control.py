@@ -130,11 +130,12 @@ async def test_logs_of_a_live_session_are_followed_to_its_end(repository: Reposi
     followed = repository.council("logs", "t", "-f", "--json")
     child.communicate(timeout=60)
     assert followed.code == 0, followed
-    said = "".join(line["text"] for line in followed.lines if line["stream"] == "stdout")
-    assert said.endswith("second\ntick\ntick\ntick\n")
+    said = [line["text"] for line in followed.lines if line["kind"] == "line"]
+    assert said[-4:] == ["second", "tick", "tick", "tick"]
     assert {line["attempt"] for line in followed.lines} >= {2}
-    assert repository.council("logs", "t").stdout == "second\ntick\ntick\ntick\n"
-    assert repository.council("logs", "t", "--attempt", "1").stdout == "first\n"
+    assert [line["outcome"] for line in followed.lines if line["kind"] == "ended"][-1] == "built"
+    assert repository.council("logs", "t", "--raw").stdout == "second\ntick\ntick\ntick\n"
+    assert repository.council("logs", "t", "--raw", "--attempt", "1").stdout == "first\n"
 
 
 async def test_logs_have_what_was_said_on_both_streams_and_by_checks(repository: Repository) -> None:
@@ -142,8 +143,14 @@ async def test_logs_have_what_was_said_on_both_streams_and_by_checks(repository:
     shell = {"use": "command", "argv": ["sh", "-c", "echo out; echo err >&2; echo x > x.txt"]}
     tasks = [{"id": "t", "prompt": "x", "checks": ["echo checked"]}]
     assert repository.council("run", str(repository.configure(tasks, adapters={"sh": shell}))).code == 0
+    raw = repository.council("logs", "t", "--raw")
+    assert (raw.stdout, raw.stderr) == ("out\nchecked\n", "err\n")
     shown = repository.council("logs", "t")
-    assert (shown.stdout, shown.stderr) == ("out\nchecked\n", "err\n")
+    lines = shown.stdout.splitlines()
+    assert [lines[1], *lines[3:]] == ["out", "check 1:", "checked"]
+    assert lines[0].startswith("attempt 1, sh, started ")
+    assert lines[2].startswith("attempt 1 built after ")
+    assert shown.stderr == "err\n"
 
 
 async def test_diff_of_what_landed_and_of_what_failed(repository: Repository) -> None:

@@ -90,7 +90,7 @@ async def test_a_secret_in_a_prompt_reaches_the_agent_and_no_log(repository: Rep
     config = repository.configure(tasks, target="out")
     ended = repository.council("run", str(config), "--json")
     assert ended.states == {"uses": "landed", "echoes": "failed", "checked": "failed"}, ended
-    assert repository.council("logs", "uses").stdout.startswith("Use [redacted]\n")
+    assert repository.council("logs", "uses", "--raw").stdout.startswith("Use [redacted]\n")
     shown = [repository.council(*arguments) for arguments in (["status"], ["status", "--json"], ["logs", "checked"])]
     for one in (ended, *shown):
         assert CANARY not in one.stdout + one.stderr

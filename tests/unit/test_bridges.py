@@ -200,7 +200,7 @@ def test_no_line_is_too_long_to_be_read(capsys: pytest.CaptureFixture[str]) -> N
     words = Words()
     words.add("🙂" * (LONGEST * 2 + 1))
     words.flush()
-    write("tool", name="n" * LONGEST, detail="d" * LONGEST * 2, paths=["🙂" * LONGEST] * 10_000)
+    write("tool", name="n" * LONGEST, detail="d" * LONGEST * 2, paths=["🙂" * LONGEST] * 10_000, call=None)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
     assert max(len(line.encode()) for line in lines) < LONGEST_LINE

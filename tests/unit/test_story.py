@@ -43,7 +43,7 @@ def told(document: TaskDocument, asked: Asked = FOUR, *handoffs: Handoff, **fact
 
 
 def text(one: Story) -> str:
-    return "\n".join(story_lines(one))
+    return "\n".join(story_lines(one, 1_000.0))
 
 
 def reviewed() -> tuple[TaskDocument, list[Handoff]]:

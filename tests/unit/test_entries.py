@@ -1,0 +1,128 @@
+"""What a person reads of a session, from lines that real programs were seen to print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.acp import AcpAdapter
+from adapters.aider import AiderAdapter
+from adapters.claude_code import ClaudeCodeAdapter
+from adapters.codex import CodexAdapter
+from adapters.command import CommandAdapter
+from adapters.gemini import GeminiAdapter
+from adapters.ollama import OllamaAdapter
+from adapters.opencode import OpencodeAdapter
+from orchestrator.protocols import Adapter, AdapterType
+from orchestrator.sessions.entries import Entries, EntryKind
+from orchestrator.testing.recordings import read_recordings
+
+TRANSCRIPTS = Path(__file__).parents[1] / "transcripts"
+PROGRAMS: dict[str, tuple[AdapterType, dict[str, Any]]] = {
+    "claude-code": (ClaudeCodeAdapter, {}),
+    "codex": (CodexAdapter, {}),
+    "gemini": (GeminiAdapter, {}),
+    "opencode": (OpencodeAdapter, {}),
+    "aider": (AiderAdapter, {}),
+    "ollama": (OllamaAdapter, {"model": "x"}),
+    "acp-claude": (AcpAdapter, {"argv": ["x"]}),
+    "acp-gemini": (AcpAdapter, {"argv": ["x"]}),
+    "acp-opencode": (AcpAdapter, {"argv": ["x"]}),
+}
+CLAUDE = ClaudeCodeAdapter(ClaudeCodeAdapter.Options())  # type: ignore[arg-type]
+PLAIN, CUSTOM = (
+    CommandAdapter(CommandAdapter.Options.model_validate(options))  # type: ignore[arg-type]
+    for options in ({"argv": ["x"]}, {"argv": ["x"], "output": "jsonl", "read": [{"when": {"t": 1}, "text": "x"}]})
+)
+
+
+def adapter_of(program: str) -> Adapter:
+    type_, options = PROGRAMS[program]
+    return type_(type_.Options.model_validate(options))
+
+
+def shown(adapter: Adapter, *lines: str) -> list[str]:
+    """Return what is shown of all the lines."""
+    entries = Entries()
+    found = [entry for line in lines for entry in entries.read(adapter, line)]
+    return [entry.line for entry in (*found, *entries.end())]
+
+
+def recorded(program: str, name: str) -> list[str]:
+    recording = read_recordings(TRANSCRIPTS / program)[name]
+    return shown(adapter_of(program), *recording.stdout)
+
+
+@pytest.mark.parametrize(
+    ("program", "lines"),
+    [
+        ("claude-code", ["> Bash echo from-the-shell: ok", "> Write /work/out/b.txt: ok", "Both done."]),
+        (
+            "codex",
+            ["> shell /bin/bash -lc 'echo from-the-shell': ok", "> edit /work/out/b.txt: ok", "Both done."],
+        ),
+        ("gemini", ["> run_shell_command echo from-the-shell: ok", "> write_file out/b.txt: ok", "Both done."]),
+        ("opencode", ["> bash echo from-the-shell: ok", "> write /work/out/b.txt: ok", "Both done."]),
+        ("acp-gemini", ["> execute echo from-the-shell", "> edit Writing to out/b.txt", "Both done."]),
+    ],
+)
+def test_a_tool_call_is_a_line_with_its_argument_and_outcome(program: str, lines: list[str]) -> None:
+    """And the agent's words are shown once, though results repeat them."""
+    assert recorded(program, "tool") == lines
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("name", ["limited", "no-login"])
+def test_a_failure_is_shown(program: str, name: str) -> None:
+    """Once, as the program said it, with its class; nothing of the program's own JSON is."""
+    lines = recorded(program, name)
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == (0 if program == "aider" else 1), lines
+    assert not [line for line in lines if line.startswith("{")]
+    assert sum(map(len, lines)) < 4_000
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_all_that_was_recorded_can_be_shown(program: str) -> None:
+    """In far less than the program printed; lines that hold no JSON are there as they are."""
+    for name, recording in read_recordings(TRANSCRIPTS / program).items():
+        lines = shown(adapter_of(program), *recording.stdout)
+        words = "\n".join(lines)
+        assert [line for line in recording.stdout if not line.startswith("{") and line not in words] == [], name
+        assert len(words) <= sum(len(line) + 1 for line in recording.stdout), name
+
+
+def test_a_failed_tool_says_why() -> None:
+    """In the same line, however many calls run side by side; an outcome that comes late has a line of its own."""
+
+    def claude(type_: str, **block: Any) -> str:
+        return json.dumps({"type": type_, "message": {"content": [block]}})
+
+    calls = [
+        claude("assistant", type="tool_use", id=name, name="Bash", input={"command": f"make {name}"}) for name in "ab"
+    ]
+    failed = claude("user", type="tool_result", tool_use_id="b", is_error=True, content="Exit code 2\nno rule")
+    ended = claude("user", type="tool_result", tool_use_id="a", content="fine")
+    assert shown(CLAUDE, *calls, failed, ended) == ["> Bash make b: failed: Exit code 2 no rule", "> Bash make a: ok"]
+    words = claude("assistant", type="text", text="Meanwhile.")
+    assert shown(CLAUDE, *calls, words, failed, ended) == [
+        "> Bash make a",
+        "> Bash make b",
+        "Meanwhile.",
+        "> Bash make b: failed: Exit code 2 no rule",
+    ]
+
+
+def test_json_of_which_nothing_is_known_is_shown_as_it_is() -> None:
+    """At the end, or once there is so much of it that it can't be a program's greeting."""
+    lines = [json.dumps({"step": number}) for number in range(30)]
+    assert shown(CUSTOM, *lines[:2]) == lines[:2]
+    entries = Entries()
+    soon = [entry for line in lines[:20] for entry in entries.read(CUSTOM, line)]
+    assert [entry.line for entry in soon] == lines[:20]
+    plain = [entry for line in lines for entry in Entries().read(PLAIN, line)]
+    assert [entry.line for entry in plain] == lines
+    assert {entry.kind for entry in (*soon, *plain)} == {EntryKind.LINE}
