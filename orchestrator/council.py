@@ -306,6 +306,14 @@ class Council:
         """
         return await self._answer(Action.REJECT, tasks, note, run)
 
+    async def reopen(self, *adapters: str, run: str | None = None) -> RunReport:
+        """Have adapters used again that were stopped or paused, all of them if none is named.
+
+        An active run uses them at once, whichever processes work on it; otherwise `resume` does. RefusedError for an
+        adapter that can be used anyway, or is none of the run.
+        """
+        return await self._ask(await self.find_run(run), Action.REOPEN, (), adapters=adapters)
+
     async def _answer(self, action: Action, tasks: tuple[str, ...], note: str | None, run: str | None) -> RunReport:
         from orchestrator.engine.requests import check_note  # noqa: PLC0415  seldom needed
 
@@ -322,8 +330,9 @@ class Council:
         reason: str | None = None,
         phase: str | None = None,
         reload: FileChanges | None = None,
+        adapters: tuple[str, ...] = (),
     ) -> RunReport:
-        await (await self._executing()).ask(run, action, tasks, reason, phase, reload)
+        await (await self._executing()).ask(run, action, tasks, reason, phase, reload, adapters)
         return await self.status(run)
 
     async def checkpoint(self, run: str | None = None, *, reason: str = "by hand", whole: bool = False) -> Checkpoint:

@@ -57,7 +57,7 @@ from orchestrator.engine.records import (
 )
 from orchestrator.engine.recovery import has_company, recover
 from orchestrator.engine.reloading import TASKS, FileChanges, compare, reloaded
-from orchestrator.engine.report import RunRecord, RunReport, RunStatus
+from orchestrator.engine.report import RunRecord, RunReport, RunStatus, check_adapters
 from orchestrator.engine.requests import check_phase, check_request, is_answered, obey, submit
 from orchestrator.engine.restoring import Restored, restore
 from orchestrator.engine.scheduler import Scheduler
@@ -448,10 +448,12 @@ class Execution:
         reason: str | None = None,
         phase: str | None = None,
         reload: FileChanges | None = None,
+        adapters: Sequence[str] = (),
     ) -> None:
         """Have a live owner do it; where there is none, do it here, and `resume` goes on from there.
 
-        With no task named, all that are not over are meant. With `reload` these take over first what their file says.
+        With no task named, all that are not over are meant; of adapters, all that can't be used now. With `reload` these
+        take over first what their file says.
         """
         runs = self._runs
         record = await runs.record(run)
@@ -461,13 +463,16 @@ class Execution:
         even_pending = reload is not None and not await runs.is_live(run)
         check_request(action, tasks, record.tasks, record.blocked(), even_pending=even_pending)
         await self._check_phase(record, tasks, phase)
-        named = tasks or [task for task, one in record.tasks.items() if one.status not in FINAL]
+        if action is Action.REOPEN:
+            named, adapters = [], check_adapters(record, adapters, runs.clock.now())
+        else:
+            named = list(tasks) or [task for task, one in record.tasks.items() if one.status not in FINAL]
         if action in {Action.CANCEL, Action.IGNORE}:
             is_live = await runs.is_live(run)
             await create(runs.store, run, f"before {action}", maker=Maker.COUNCIL, is_live=is_live)
         if reload is not None:
             await self._reload(run, named, reload)
-        asked = await submit(runs.store, runs.clock, run, action, named, reason, phase)
+        asked = await submit(runs.store, runs.clock, run, action, named, reason, phase, adapters)
         hub = await runs.hub(record.run)
         while not await is_answered(runs.store, run, asked):
             try:

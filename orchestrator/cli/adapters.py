@@ -14,6 +14,7 @@ from orchestrator.cli.command import Context, json_option, perform, store_option
 from orchestrator.cli.group import Suggesting
 from orchestrator.cli.learned import Learned, learned
 from orchestrator.cli.output import one_line, plain
+from orchestrator.cli.reopening import reopen
 from orchestrator.cli.scene import Scene, look_around
 from orchestrator.cli.trusting import trust_option
 from orchestrator.config.model import RunConfig, make_adapters
@@ -40,6 +41,7 @@ def adapters(context: click.Context, as_json: bool) -> None:
       council adapters
       council adapters --json
       council adapters test claude
+      council adapters reopen claude
     """
     if context.invoked_subcommand is not None:
         return
@@ -59,6 +61,7 @@ def adapters(context: click.Context, as_json: bool) -> None:
 
 
 adapters.add_command(test)
+adapters.add_command(reopen)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from orchestrator.cli.command import Context, opened
 from orchestrator.cli.output import one_line, plain
+from orchestrator.cli.result import remedy
 from orchestrator.engine.findings import Finding, Level
-from orchestrator.engine.report import AdapterFailure, AdapterReport
+from orchestrator.engine.report import AdapterFailure, AdapterReport, RunStatus
 from orchestrator.errors import CouncilError, RefusedError
 from orchestrator.instants import local_time
 
@@ -19,6 +20,8 @@ class Learned:
 
     unusable: Mapping[str, AdapterReport] = field(default_factory=dict)
     failed: Mapping[str, AdapterFailure] = field(default_factory=dict)
+    remedies: Mapping[str, str] = field(default_factory=dict)
+    """By which command each of the first is used again."""
 
     def lines(self, name: str) -> list[str]:
         """Return what is to be told of an adapter."""
@@ -34,9 +37,9 @@ class Learned:
         found = []
         for name in sorted({*self.unusable, *self.failed}):
             told = "; ".join(self.lines(name))
-            remedy = "mend that, then `council resume`" if name in self.unusable else None
+            again = f"fix that, then `{self.remedies[name]}`" if name in self.unusable else None
             level = Level.WARNING if name in self.unusable else Level.OK
-            found.append(Finding(f"adapter {name}", level, f"in the newest run: {told}", remedy))
+            found.append(Finding(f"adapter {name}", level, f"in the newest run: {told}", again))
         return found
 
 
@@ -46,7 +49,9 @@ async def learned(context: Context) -> Learned:
         async with opened(context.log) as council:
             report = await council.status()
             failed = await council.past.last_failures(report.run)
-            return Learned({one.name: one for one in report.adapters}, failed)
+            is_running = report.status is RunStatus.RUNNING
+            remedies = {one.name: remedy(one.name, report.run, is_running=is_running) for one in report.adapters}
+            return Learned({one.name: one for one in report.adapters}, failed, remedies)
     except RefusedError:
         return Learned()
     except (CouncilError, OSError) as error:

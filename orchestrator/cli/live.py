@@ -18,7 +18,7 @@ from rich.text import Text
 from orchestrator.cli.draw import frame_lines, wrapped
 from orchestrator.cli.output import Output, event_line
 from orchestrator.cli.progress import Progress
-from orchestrator.cli.result import adapter_line
+from orchestrator.cli.result import adapter_line, remedy
 from orchestrator.cli.streams import forget
 from orchestrator.cli.table import Frame
 from orchestrator.cli.view import RunView
@@ -48,7 +48,7 @@ class LiveTable:
         """Show what happens behind a position of the log until cancelled; the table is gone then."""
         activity = await self._council.activity(self._run)
         view = RunView(activity.record, activity.attempts)
-        self._above.extend(_adapters(activity.record.adapters))
+        self._above.extend(_adapters(activity.record.adapters, self._run))
 
         def take(record: Record) -> None:
             if record.position > activity.position:
@@ -82,11 +82,11 @@ class LiveTable:
         return taken
 
 
-def _adapters(learned: Mapping[str, AdapterDocument]) -> Iterator[str]:
+def _adapters(learned: Mapping[str, AdapterDocument], run: str) -> Iterator[str]:
     """Say which adapters could not be used already before."""
     for name, one in learned.items():
         if one.closed is not None or (one.parked_until or 0.0) > time.time():
-            yield adapter_line(AdapterReport(name, one.parked_until, one.closed))
+            yield adapter_line(AdapterReport(name, one.parked_until, one.closed), remedy(name, run, is_running=True))
 
 
 def _is_told(event: Event) -> bool:

@@ -41,7 +41,10 @@ SENTENCES: Mapping[str, str] = {
     "tracker.behind": "tracker {tracker} has yet to get {left} events: `council resume {run}` delivers them",
     "views.failing": "the readable copies of the state can't be written: {reason}",
     "adapter.parked": "adapter {adapter} pauses until {until}: {reason}",
-    "adapter.closed": "adapter {adapter} is stopped: {reason}",
+    "adapter.closed": (
+        "adapter {adapter} is stopped: {reason}: fix that, then `council adapters reopen {adapter} --run {run}`"
+    ),
+    "adapter.opened": "adapter {adapter} is used again",
     "budget.low": "the budget of {of} is nearly used up: {reason}",
     "budget.exhausted": "the budget of {of} is used up: {reason}",
     "budget.unfollowed": "{of} has printed so much that what it uses up is not known before its end",

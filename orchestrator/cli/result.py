@@ -156,7 +156,7 @@ def hints(report: RunReport) -> Iterator[str]:
     """Say who is at work, where that are several, and what to type next."""
     yield from _at_work(report)
     for adapter in report.adapters:
-        yield adapter_line(adapter)
+        yield adapter_line(adapter, remedy(adapter.name, report.run, is_running=report.status is RunStatus.RUNNING))
     if report.imported is not None:
         yield f"Only its record is here, nobody can go on with it: `council state show {report.run}` shows all of it."
     asked = [task.id for task in report.tasks if task.state == TaskStatus.WAITING]
@@ -192,10 +192,13 @@ def _at(report: RunReport, process: OrchestratorReport) -> str:
     return f" ({plain(', '.join(tasks))})" if tasks else ""
 
 
-def adapter_line(adapter: AdapterReport) -> str:
-    """Say why an adapter can't be used now, and what to do."""
+def remedy(adapter: str, run: str, *, is_running: bool) -> str:
+    """Return the command to use an adapter again that a run has stopped."""
+    return f"council adapters reopen {shlex.quote(adapter)} --run {run}" if is_running else f"council resume {run}"
+
+
+def adapter_line(adapter: AdapterReport, command: str) -> str:
+    """Say why an adapter can't be used now, and by which command it is used again."""
     if adapter.closed is not None:
-        return (
-            f"Adapter {adapter.name} is stopped: {plain(one_line(adapter.closed))}. Mend that, then `council resume`."
-        )
+        return f"Adapter {adapter.name} is stopped: {plain(one_line(adapter.closed))}. Fix that, then `{command}`."
     return f"Adapter {adapter.name} pauses until {local_time(adapter.parked_until or 0.0)}."

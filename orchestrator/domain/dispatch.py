@@ -294,6 +294,11 @@ class Board:
         self.closed[adapter] = reason
         self._queue.close(adapter)
 
+    def open(self, adapter: str) -> None:
+        """Start tasks with an adapter again that was parked or closed."""
+        self.closed.pop(adapter, None)
+        self._queue.open(adapter)
+
     def next_time(self) -> float | None:
         """Return when the earliest wait or park ends that could let something start; None if none could."""
         times: list[float] = []

@@ -331,7 +331,9 @@ class AdapterDocument(_Document):
     parks: int = 0
     """How often in a row it was parked; a session that ends well counts anew."""
     closed: str | None = None
-    """Why nothing of it starts until a person has seen to it; a resume tries again."""
+    """Why nothing of it starts until a person has seen to it; `council adapters reopen` and a resume try again."""
+    reopened: Instant | None = None
+    """When a person reopened it: failures of sessions that started before do not close it again."""
 
 
 class Action(StrEnum):
@@ -342,6 +344,7 @@ class Action(StrEnum):
     RETRY = "retry"
     APPROVE = "approve"
     REJECT = "reject"
+    REOPEN = "reopen"  #: of adapters, not of tasks
 
 
 class Maker(StrEnum):
@@ -363,3 +366,5 @@ class Request(_Document):
     """Why tasks are to be ignored; or what a person notes who approves or rejects."""
     phase: str | None = None
     """The phase from which on they are to be tried again; None: as they stand."""
+    adapters: tuple[str, ...] = ()
+    """The adapters to be reopened."""

@@ -204,6 +204,12 @@ class ReadyQueue:
         adapter.closed, adapter.parked = True, math.inf
         self._set_aside()
 
+    def open(self, name: str) -> None:
+        """Start tasks with an adapter again, whether it was parked or closed."""
+        adapter = self._adapter(name)
+        adapter.closed, adapter.parked = False, 0.0
+        self._choose()
+
     def running(self) -> int:
         """How many sessions there are."""
         return len(self._sessions)

@@ -406,7 +406,7 @@ class Attempts:
                 return await self._park(work.adapter, outcome)
             case Policy.CLOSE:
                 await self._end(work, Trigger.HOLD, finished, failure, reason)
-                return await self._close(work.adapter, reason)
+                return await self._close(work, reason)
             case policy:
                 failures = self.ledger.task(work.task).failures + 1
                 if policy is Policy.RETRY and failures < work.spec.attempts and not work.is_spent:
@@ -437,10 +437,15 @@ class Attempts:
         assert known.parked_until is not None, "else it would have been parked"  # noqa: S101
         return Parked(adapter, known.parked_until)
 
-    async def _close(self, adapter: str, reason: str) -> Closed:
+    async def _close(self, work: Work, reason: str) -> Closed | Again:
         closed = Learned(AdapterDocument(closed=reason), "adapter.closed", {"reason": reason})
-        await self.ledger.learn(adapter, lambda known: closed if known.closed is None else None)
-        return Closed(adapter, reason)
+        started = self.ledger.task(work.task).attempts[work.session.assignment.worktree.attempt - 1].started
+
+        def judge(known: AdapterDocument) -> Learned | None:
+            return closed if known.closed is None and started >= (known.reopened or 0.0) else None
+
+        known, _ = await self.ledger.learn(work.adapter, judge)
+        return Again(0.0) if known.closed is None else Closed(work.adapter, known.closed)
 
     async def _trust(self, adapter: str) -> None:
         """Forget that an adapter was parked: a session of it has ended well that did not begin before that."""

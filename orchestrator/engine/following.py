@@ -75,7 +75,8 @@ class Following:
         if change.halted is not None:
             self._halt(change.halted)
         if change.adapter is not None:
-            self._hand.learn(*change.adapter)
+            # The newest: this process may have learned more since, and heeded it.
+            self._hand.learn(change.adapter, await self._ledger.adapter(change.adapter))
         if change.is_grown:
             self._hand.grow()
         if change.task is not None and change.before is not None:
@@ -158,22 +159,27 @@ class Following:
             await self._ledger.learn_tasks()
             self._hand.grow()
         for task in request.tasks:
-            match request.action:
-                case Action.RETRY:
-                    await self._revive(task, request.phase)
-                case Action.APPROVE:
-                    if await approve(self._ledger, task, request.reason):
-                        self._hand.go_on(task)
-                case Action.REJECT:
-                    if await send_back(self._ledger, task, request.reason):
-                        self._hand.go_on(task)
-                case _:
-                    await self._cancel(task)
+            await self._perform(request, task)
         if request.action is Action.IGNORE:
             await self._until_over(request.tasks)
+        for adapter in request.adapters:
+            self._hand.learn(adapter, await self._ledger.reopen(adapter))
         await ignore(self._ledger, request)
         failpoint("request.obeyed")
         await self._ledger.answer(request)
+
+    async def _perform(self, request: Request, task: str) -> None:
+        match request.action:
+            case Action.RETRY:
+                await self._revive(task, request.phase)
+            case Action.APPROVE:
+                if await approve(self._ledger, task, request.reason):
+                    self._hand.go_on(task)
+            case Action.REJECT:
+                if await send_back(self._ledger, task, request.reason):
+                    self._hand.go_on(task)
+            case _:
+                await self._cancel(task)
 
     async def _until_over(self, tasks: Sequence[str]) -> None:
         """Wait for sessions that are being stopped: until they are over, attempts have the documents to themselves."""

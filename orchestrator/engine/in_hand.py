@@ -5,7 +5,7 @@ The scheduler works by it; whatever others do to the run is entered here (`engin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import anyio
 
@@ -24,8 +24,20 @@ _OTHERS_PAUSE = 0.5
 class InHand:
     """What this process is at, and what of the run it knows; its times are monotonic seconds."""
 
-    def __init__(self, ledger: Ledger, board: Board, merging: MergeQueue, clock: Clock, cancelled: set[str]) -> None:
-        """Take a board that reflects the documents, and the set by which `merging` knows what is `cancelled`."""
+    def __init__(
+        self,
+        ledger: Ledger,
+        board: Board,
+        merging: MergeQueue,
+        clock: Clock,
+        cancelled: set[str],
+        lacking: Collection[str],
+    ) -> None:
+        """Take a board that reflects the documents, and the set by which `merging` knows what is `cancelled`.
+
+        `lacking` has the adapters that this process can't run, whatever the run knows about them.
+        """
+        self._lacking = lacking
         self._ledger, self.board, self.merging, self._clock = ledger, board, merging, clock
         self.cancelled = cancelled
         """Tasks that a person does not want any more."""
@@ -111,6 +123,8 @@ class InHand:
             self.board.close(adapter, learned.closed)
         elif learned.parked_until is not None:
             self.park(adapter, learned.parked_until)
+        elif adapter not in self._lacking:
+            self.board.open(adapter)
 
     def show(self, task: str, retry_in: float) -> None:
         """Have the board show where a task is; one that is to be tried again starts in so many seconds."""

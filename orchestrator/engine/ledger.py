@@ -80,8 +80,8 @@ class Change(NamedTuple):
     """Where it was."""
     retry_in: float | None = None
     """After how many seconds it may be tried again, where it waits for that."""
-    adapter: tuple[str, AdapterDocument] | None = None
-    """What was learned about an adapter, by its name."""
+    adapter: str | None = None
+    """The adapter of which something was learned."""
     request: Request | None = None
     halted: str | None = None
     """Why the run was stopped before its end."""
@@ -577,6 +577,12 @@ class Ledger:
                 await self._commit(Commit([Write(key, found.version if found else 0, value)], [event], self._guards))
                 return learned.document, True
 
+    async def reopen(self, adapter: str) -> AdapterDocument:
+        """Record that an adapter that was parked or closed may be used again; return what the run knows then."""
+        opened = Learned(AdapterDocument(reopened=self._clock.now()), "adapter.opened", {})
+        known, _ = await self.learn(adapter, lambda known: opened if known.closed or known.parked_until else None)
+        return known
+
     async def checkpoint(self) -> None:
         """Make the checkpoint that is due by the clock; of those before it the newest stay."""
         # Late: whoever only looks at a run makes none.
@@ -625,7 +631,7 @@ class Ledger:
         elif key.kind == "request":
             yield Change(request=Request.model_validate(value))
         elif key.kind == "adapter":
-            yield Change(adapter=(name, AdapterDocument.model_validate(value)))
+            yield Change(adapter=name)
         elif key.kind == "task" and (version > self._versions.get(name, version) or self._is_untold(name, version)):
             before = self._untold.pop(name, self._tasks[name])
             if version > self._versions[name]:

@@ -24,6 +24,7 @@ from orchestrator.domain.model import (
     TaskStatus,
 )
 from orchestrator.domain.phases import OPEN
+from orchestrator.errors import RefusedError
 from orchestrator.instants import local_time
 from orchestrator.protocols import JsonObject
 from orchestrator.sessions.output import log_name
@@ -347,6 +348,25 @@ def last_failures(record: RunRecord) -> dict[str, AdapterFailure]:
     return found
 
 
+def check_adapters(record: RunRecord, adapters: Sequence[str], now: float) -> Sequence[str]:
+    """Return those of a run's adapters that are to be reopened: the named ones, or all that can't be used now.
+
+    RefusedError for one that the run does not have, and where there is nothing to reopen.
+    """
+    unusable = {
+        name for name, one in record.adapters.items() if one.closed is not None or (one.parked_until or 0.0) > now
+    }
+    known = ", ".join(record.run.adapters)
+    for name in adapters:
+        if name not in record.run.adapters:
+            raise RefusedError(f"run {record.run.id} has no adapter {name!r}", f"name one of: {known}")
+        if name not in unusable:
+            raise RefusedError(f"adapter {name!r} of run {record.run.id} is in use", "there is nothing to reopen")
+    if not unusable:
+        raise RefusedError(f"no adapter of run {record.run.id} is stopped or paused", "there is nothing to reopen")
+    return list(adapters) or sorted(unusable)
+
+
 def _stuck(record: RunRecord, closed: Mapping[str, str]) -> dict[str, str]:
     """Return the tasks that wait for an adapter that is stopped, themselves or by what they need, and why."""
     stuck = {
@@ -363,9 +383,9 @@ def _stopped(closed: Mapping[str, str]) -> str:
     """Say that all adapters of a task are stopped, and why each of them."""
     if len(closed) == 1:
         [(name, why)] = closed.items()
-        return f"the adapter {name!r} is stopped: {why}: mend it, then `council resume`"
+        return f"the adapter {name!r} is stopped: {why}: fix it, then `council resume`"
     each = "; ".join(f"{name!r}: {why}" for name, why in closed.items())
-    return f"all of its adapters are stopped ({each}): mend one of them, then `council resume`"
+    return f"all of its adapters are stopped ({each}): fix one of them, then `council resume`"
 
 
 def _waiting(record: RunRecord, out: Sequence[AdapterReport]) -> dict[str, str]:

@@ -104,10 +104,18 @@ async def submit(
     tasks: Sequence[str],
     reason: str | None = None,
     phase: str | None = None,
+    adapters: Sequence[str] = (),
 ) -> Request:
     """Record a request; whoever owns the run, or does so next, deals with it."""
-    name = secrets.token_hex(4)
-    asked = Request(id=name, action=action, tasks=tuple(tasks), asked=clock.now(), reason=reason, phase=phase)
+    asked = Request(
+        id=secrets.token_hex(4),
+        action=action,
+        tasks=tuple(tasks),
+        asked=clock.now(),
+        reason=reason,
+        phase=phase,
+        adapters=tuple(adapters),
+    )
     event = Event("request.made", {"run": run, "request": asked.id, "action": str(action), "tasks": list(tasks)})
     await store.commit(Commit([Write(request_key(run, asked.id), 0, asked.model_dump(mode="json"))], [event]))
     failpoint("request.recorded")
@@ -134,6 +142,8 @@ async def obey(ledger: Ledger, request: Request) -> None:
             case _:
                 await cancel(ledger, task)
     await ignore(ledger, request)
+    for adapter in request.adapters:
+        await ledger.reopen(adapter)
     failpoint("request.obeyed")
     await ledger.answer(request)
 

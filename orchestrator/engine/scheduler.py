@@ -92,7 +92,7 @@ class Scheduler:
         cancelled: set[str] = set()
         self._merging = MergeQueue(ledger, workshop, pool, clock, permits, cancelled)
         self._escapes = EscapeDetector(ledger, workshop, self._merging)
-        self._hand = InHand(ledger, board, self._merging, clock, cancelled)
+        self._hand = InHand(ledger, board, self._merging, clock, cancelled, lacking)
         self._others = Following(
             ledger, workshop, pool, self._hand, self._budgets, clock, self._halt, lambda: self._starts_nothing
         )

@@ -15,6 +15,7 @@ from orchestrator.protocols import (
     Said,
     SessionRequest,
     Spent,
+    ToolEnded,
     UsedTool,
 )
 from orchestrator.testing.adapter_contract import AdapterContract, Recorded

@@ -1,0 +1,120 @@
+"""An adapter that a run has stopped is used again by the command that the run prints, while the run goes on."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.command_server import Started
+from tests.conftest import Repository
+from tests.waiting import wait_for
+
+#: Ends as a program that is not logged in, as long as there is no such file.
+LOGIN = 'test -e {login} || {{ echo "invalid api key" >&2; exit 1; }}; echo x > "$COUNCIL_TASK.txt"'
+
+
+def configured(repository: Repository, tmp_path: Path, *tasks: dict[str, Any], **settings: Any) -> str:
+    """Return a file whose adapter `locked` needs a login that is not there yet, beside the fake CLI."""
+    locked = {
+        "use": "command",
+        "argv": ["sh", "-c", LOGIN.format(login=tmp_path / "login")],
+        "failures": {"auth": "invalid api key"},
+        "readable": [str(tmp_path)],
+    }
+    keeps_busy = {"id": "busy", "prompt": f"await {tmp_path / 'gate'}\nwrite busy.txt x", "adapter": "fake"}
+    adapters = {"fake": repository.fake(readable=[str(tmp_path)]), "locked": locked}
+    return str(repository.configure([keeps_busy, *tasks], adapters=adapters, sandbox="off", **settings))
+
+
+def command_in(text: str) -> list[str]:
+    """Return the command that a text tells a person to run."""
+    found = re.findall(r"`council (adapters reopen [^`]+)`", text)
+    assert found, text
+    return shlex.split(found[-1])
+
+
+def is_closed(repository: Repository) -> bool:
+    ended = repository.council("status", "--json")
+    return ended.code in {0, 1} and any(one["closed"] for one in ended.result["adapters"])
+
+
+def has_landed(repository: Repository, task: str) -> bool:
+    return repository.council("status", "--json").states.get(task) == "landed"
+
+
+def finish(child: Started, tmp_path: Path) -> str:
+    (tmp_path / "gate").touch()
+    return child.communicate(timeout=60)[0]
+
+
+async def test_the_printed_command_reopens_an_adapter_of_an_active_run(repository: Repository, tmp_path: Path) -> None:
+    """The key is fixed, the command is run as it is printed, and the same process starts the task again."""
+    tasks = ({"id": name, "prompt": "x", "adapter": "locked", "attempts": 1} for name in ("one", "two"))
+    child = repository.start("run", configured(repository, tmp_path, *tasks))
+    try:
+        wait_for(lambda: is_closed(repository), 60)
+        printed = repository.council("status").stdout
+        (tmp_path / "login").touch()
+        reopened = repository.council(*command_in(printed))
+        assert reopened.code == 0, reopened
+        wait_for(lambda: has_landed(repository, "one") and has_landed(repository, "two"), 60)
+        again = repository.council(*command_in(printed))
+        assert (again.code, "there is nothing to reopen" in again.stderr) == (2, True)
+    finally:
+        said = finish(child, tmp_path)
+    assert child.returncode == 0, said
+    assert command_in(said) == command_in(printed)
+    assert has_landed(repository, "busy")
+    await repository.assert_invariants()
+
+
+async def test_a_worker_hears_of_what_was_reopened(repository: Repository, tmp_path: Path) -> None:
+    """Of two processes of a run, either may run its tasks then."""
+    tasks = ({"id": name, "prompt": "x", "adapter": "locked", "attempts": 1} for name in ("one", "two", "three"))
+    path = configured(repository, tmp_path, *tasks, capacity=1)
+    child = repository.start("run", path)
+    wait_for(lambda: any(repository.top.glob(".council/logs/*/busy.1.*")), 60)
+    worker = repository.start("work", "--capacity", "1")
+    try:
+        wait_for(lambda: is_closed(repository), 60)
+        (tmp_path / "login").touch()
+        assert repository.council("adapters", "reopen", "locked").code == 0
+        # The other one is busy.
+        wait_for(lambda: all(has_landed(repository, name) for name in ("one", "two", "three")), 60)
+    finally:
+        said = finish(child, tmp_path)
+        worker.communicate(timeout=60)
+    assert child.returncode == 0, said
+    await repository.assert_invariants()
+
+
+async def test_a_run_that_has_ended_is_reopened_for_its_resume(repository: Repository, tmp_path: Path) -> None:
+    """The command that was printed while it was active is no error then, and says how to continue."""
+    (tmp_path / "gate").touch()
+    ended = repository.council(
+        "run", configured(repository, tmp_path, {"id": "one", "prompt": "x", "adapter": "locked"})
+    )
+    assert ended.code == 1, ended
+    assert "is stopped" in ended.stdout
+    (tmp_path / "login").touch()
+    reopened = repository.council(*command_in(ended.stdout))
+    assert reopened.code == 0, reopened
+    assert "is stopped" not in reopened.stdout
+    resume = re.findall(r"`council (resume [^`]+)`", reopened.stdout)
+    assert repository.council(*shlex.split(resume[-1])).code == 0
+    assert has_landed(repository, "one")
+    await repository.assert_invariants()
+
+
+@pytest.mark.parametrize("names", [["locke"], ["fake"], []])
+def test_what_can_be_used_is_not_reopened(repository: Repository, tmp_path: Path, names: list[str]) -> None:
+    """Nor what the run does not have; the names of its adapters are given."""
+    (tmp_path / "gate").touch()
+    assert repository.council("run", configured(repository, tmp_path)).code == 0
+    refused = repository.council("adapters", "reopen", *names)
+    assert refused.code == 2
+    assert ("fake, locked" in refused.stderr) == (names == ["locke"])
