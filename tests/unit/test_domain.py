@@ -340,7 +340,7 @@ def test_a_report_names_all_adapters_that_a_task_waits_for() -> None:
     made = record(tasks, entries, **learned, **stopped, past=AdapterDocument(parked_until=99.0))
     live, over = ({task.id: task for task in reported(made, one).tasks} for one in (RunStatus.RUNNING, None))
     assert over["both"].state == "blocked"
-    assert all(part in str(over["both"].reason) for part in ("'shut': log in", "'barred': no key", "mend one of them"))
+    assert all(part in str(over["both"].reason) for part in ("'shut': log in", "'barred': no key", "fix one of them"))
     first, second = local_time(200.0), local_time(300.0)
     for tasks_by_id in (live, over):
         assert {task.id: task.reason for task in tasks_by_id.values() if task.id != "both"} == {
