@@ -76,12 +76,8 @@ def _bridge_event(value: JsonObject) -> SessionEvent | None:
     match value:
         case {"type": "said", "text": text}:
             return Said(text)
-        case {"type": "tool", "name": name, "detail": detail, "paths": paths}:
-            return UsedTool(
-                name, detail, tuple(path for path in paths if isinstance(path, str)), text_of(value.get("call")) or None
-            )
-        case {"type": "tool_ended", "call": call, "failed": failed}:
-            return ToolEnded(call, failed)
+        case {"type": "tool" | "tool_ended"}:
+            return _bridge_tool(value)
         case {"type": "spent", "input_tokens": sent, "output_tokens": received, "cost": cost}:
             return Spent(number_of(sent), number_of(received), cost_of(cost), in_all=True)
         case {"type": "session", "id": session}:
@@ -94,6 +90,13 @@ def _bridge_event(value: JsonObject) -> SessionEvent | None:
             return Concluded(value["text"], _bridge_failure(value))
         case _:
             return None
+
+
+def _bridge_tool(value: JsonObject) -> SessionEvent:
+    if value["type"] == "tool_ended":
+        return ToolEnded(value["call"], value["failed"])
+    paths = tuple(path for path in value["paths"] if isinstance(path, str))
+    return UsedTool(value["name"], value["detail"], paths, text_of(value.get("call")) or None)
 
 
 def _bridge_failure(value: JsonObject) -> Failed | None:

@@ -318,10 +318,10 @@ def _of_tool(part: JsonObject) -> Iterator[SessionEvent]:
     details = [given[key] for key in _DETAIL_KEYS if isinstance(given.get(key), str)]
     call = text_of(part.get("callID")) or None
     yield UsedTool(name, one_line(" ".join(paths or details[:1])), paths, call)
+    if text_of(state.get("error")).startswith(_DENIED):
+        yield Denied(name, one_line(" ".join(paths or details[:1])), _ALLOW, call)
     if call is not None:
         yield ToolEnded(call, _failure_of_tool(state))
-    if text_of(state.get("error")).startswith(_DENIED):
-        yield Denied(name, one_line(" ".join(paths or details[:1])), _ALLOW, text_of(part.get("callID")) or None)
 
 
 def _failure_of_tool(state: JsonObject) -> str | None:

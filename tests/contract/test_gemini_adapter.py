@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 
 import pytest
 
-from adapters.gemini import GeminiAdapter
+from adapters.gemini import _POLICY, GeminiAdapter
 from orchestrator.domain.failures import FailureClass
 from orchestrator.protocols import (
+    Denied,
     Identified,
     Said,
     Spent,
@@ -69,7 +70,7 @@ class TestGemini(AdapterContract):
             gemini(
                 "tool_result", tool_id="w", status="error", error={"type": "policy_violation", "message": "Denied."}
             ),
-            (ToolEnded("w", "Denied."),),
+            (Denied("w", "Denied.", _POLICY, "w"), ToolEnded("w", "Denied.")),
         ),
         (
             gemini("error", severity="warning", message="Loop detected, stopping execution"),
