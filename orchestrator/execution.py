@@ -452,8 +452,8 @@ class Execution:
     ) -> None:
         """Have a live owner do it; where there is none, do it here, and `resume` goes on from there.
 
-        With no task named, all that are not over are meant; of adapters, all that can't be used now. With `reload` these
-        take over first what their file says.
+        With no task named, all that are not over are meant; of adapters, all that can't be used now. With `reload`
+        these tasks take over first what their file says.
         """
         runs = self._runs
         record = await runs.record(run)
@@ -463,10 +463,8 @@ class Execution:
         even_pending = reload is not None and not await runs.is_live(run)
         check_request(action, tasks, record.tasks, record.blocked(), even_pending=even_pending)
         await self._check_phase(record, tasks, phase)
-        if action is Action.REOPEN:
-            named, adapters = [], check_adapters(record, adapters, runs.clock.now())
-        else:
-            named = list(tasks) or [task for task, one in record.tasks.items() if one.status not in FINAL]
+        adapters = check_adapters(record, adapters, runs.clock.now()) if action is Action.REOPEN else ()
+        named = _named(record, action, tasks)
         if action in {Action.CANCEL, Action.IGNORE}:
             is_live = await runs.is_live(run)
             await create(runs.store, run, f"before {action}", maker=Maker.COUNCIL, is_live=is_live)
@@ -578,6 +576,13 @@ async def _leaving(others: Orchestrators) -> AsyncIterator[None]:
     finally:
         with anyio.CancelScope(shield=True), suppress(StoreUnavailable):
             await others.leave()
+
+
+def _named(record: RunRecord, action: Action, tasks: Sequence[str]) -> Sequence[str]:
+    """Return the tasks that something is asked of: those that are named, or all that are not over."""
+    if action is Action.REOPEN:
+        return ()
+    return tasks or [task for task, one in record.tasks.items() if one.status not in FINAL]
 
 
 async def _check_company(others: Orchestrators) -> None:
