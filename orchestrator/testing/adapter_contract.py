@@ -272,11 +272,11 @@ class AdapterContract(OptionsContract):
         found = read_recordings(self.transcripts) if self.transcripts else {}
         assert sorted(found) == sorted(self.recorded)
         adapter = self.adapter_type(self.validated())
-        meant = {name: _meant(adapter, one.end(), self.recorded[name]) for name, one in found.items()}
+        meant = {name: meaning(adapter, one.end(), self.recorded[name]) for name, one in found.items()}
         assert meant == self.recorded
 
 
-def _meant(adapter: Adapter, end: SessionEnd, asked: Recorded) -> Recorded:
+def meaning(adapter: Adapter, end: SessionEnd, asked: Recorded) -> Recorded:
     """Return what an end means, as far as it is asked."""
     parsed = [event for line in end.stdout.splitlines() for event in adapter.parse(line)]
     verdict = adapter.verdict(replace(end, events=parsed))

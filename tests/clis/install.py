@@ -14,12 +14,12 @@ from typing import Final
 
 from tests.clis.programs import CLIS, selected
 
-#: By the program: what npm installs, or pip.
+#: By the program: the package of npm, of which the newest version is installed, or what pip installs.
 NPM: Final = {
-    "claude": "@anthropic-ai/claude-code@2",
-    "codex": "@openai/codex@0.169",
-    "gemini": "@google/gemini-cli@0.61",
-    "opencode": "opencode-ai@1.18",
+    "claude": "@anthropic-ai/claude-code",
+    "codex": "@openai/codex",
+    "gemini": "@google/gemini-cli",
+    "opencode": "opencode-ai",
 }
 PYPI: Final = {"aider": "aider-chat==0.86.*"}
 _RECORD: Final = CLIS / "installed.json"
@@ -32,7 +32,7 @@ class NotInstalledError(Exception):
 
 def install(programs: set[str]) -> None:
     """Install programs by their names, as far as they are not there. Raises NotInstalledError."""
-    for_npm = {name: what for name, what in NPM.items() if name in programs}
+    for_npm = {name: _newest(package) for name, package in NPM.items() if name in programs}
     for_pip = {name: what for name, what in PYPI.items() if name in programs}
     missing = _missing(for_npm)
     if missing:
@@ -47,6 +47,14 @@ def install(programs: set[str]) -> None:
         (CLIS / "bin" / name).unlink(missing_ok=True)
         (CLIS / "bin" / name).symlink_to(CLIS / name / "bin" / name)
         _keep({name: what})
+
+
+def _newest(package: str) -> str:
+    """Return a package with the version that npm calls its latest; a range would choose by the version of node."""
+    if shutil.which("npm") is None:
+        return f"{package}@latest"
+    asked = subprocess.run(["npm", "view", package, "version"], capture_output=True, text=True, check=False)
+    return f"{package}@{asked.stdout.strip() or 'latest'}"
 
 
 def _missing(wanted: dict[str, str]) -> dict[str, str]:

@@ -21,9 +21,9 @@ class Program:
     session asks a model that always answers 429.
     `without_server` is the class of a failure where nothing listens; `remedy` is part of what is told without a login,
     which is one without `keys`, or, where it has none, one that the server refuses. `has_servers`: it uses those of the
-    Model Context Protocol, and `reads_with_servers` also where a session is only to look. `tells_tokens`: what the
+    Model Context Protocol. `tells_tokens`: what the
     model says that it cost, and no estimate of its own. `asks_before_edits`: it can be told to. `keeps_path`: its shell
-    looks for commands where the program itself does.
+    looks for commands where the program itself does, if it has one at all (`has_shell`).
     """
 
     adapter: Mapping[str, Any]
@@ -35,16 +35,15 @@ class Program:
     files: Mapping[str, Any] = field(default_factory=dict)
     can_resume: bool = True
     has_servers: bool = True
-    reads_with_servers: bool = True
     without_server: str = "transient"
     tells_tokens: bool = True
     asks_before_edits: bool = False
     keeps_path: bool = True
+    has_shell: bool = True
 
 
 _GEMINI: Final[Mapping[str, Any]] = {
     "needs": "gemini",
-    "reads_with_servers": False,  # its plan mode offers no tools but those that it knows to read only
     "keys": {"GEMINI_API_KEY": "a-key-for-nothing"},
     "environ": {"GOOGLE_GEMINI_BASE_URL": MODEL},
     "files": {
@@ -114,6 +113,7 @@ PROGRAMS: Final[Mapping[str, Program]] = {
         files={".aider/caches/model_prices_and_context_window.json": {"none": {}}},
         can_resume=False,
         has_servers=False,
+        has_shell=False,
         tells_tokens=False,
     ),
     "acp-gemini": Program(
@@ -149,6 +149,7 @@ PROGRAMS: Final[Mapping[str, Program]] = {
         remedy="log in",
         can_resume=False,
         has_servers=False,
+        has_shell=False,
         without_server="auth",
     ),
 }

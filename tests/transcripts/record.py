@@ -54,12 +54,13 @@ def record(program: Program, case: Case, folder: str) -> Recording:
             time.sleep(case.pause)
             request = replace(request, resume=begun, attempt=2)
         command, given = _prepared(adapter, request, environ, more)
-        with (place / "out").open("wb") as out, (place / "err").open("wb") as err:
+        stdin = (command.stdin or Path(os.devnull)).open("rb")
+        with stdin, (place / "out").open("wb") as out, (place / "err").open("wb") as err:
             child = subprocess.Popen(
                 command.argv,
                 cwd=worktree,
                 env=given,
-                stdin=(command.stdin or Path(os.devnull)).open("rb"),
+                stdin=stdin,
                 stdout=out,
                 stderr=err,
                 start_new_session=True,

@@ -1,0 +1,50 @@
+"""A real program as the reviewer of others' work: it reads the changes, runs the tests, and changes nothing."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+import pytest
+
+from tests.clis.conftest import Stage
+from tests.clis.programs import Program
+from tests.clis.test_phases import PLAN, REVIEW, answer
+
+pytestmark = [pytest.mark.clis, pytest.mark.timeout(300)]
+
+SCOUT: Final[dict[str, Any]] = {"scout_findings": ["there is a.txt"], "requirements": ["hello.txt"], "constraints": []}
+#: Writes a cache as test runners do, and prints what no prompt holds.
+TEST: Final = "mkdir -p cache && touch cache/seen && test -s hello.txt && printf 'tests: %d passed' 42"
+
+
+def prompt(review: str) -> str:
+    """Return what a model does in each phase of `adw`, chosen by what it is asked to hand over."""
+    build = "write hello.txt MARMALADE\n" + answer({"artifacts": [], "summary": "It is there."})
+    parts = {"scout": answer(SCOUT), "plan": answer(PLAN), "build": build, "review": f"{review}\n{answer(REVIEW)}"}
+    return "Greet.\n" + "\n".join(f"told your result ({name})\n{part}" for name, part in parts.items())
+
+
+def told(stage: Stage) -> list[str]:
+    """Return all that the model was sent."""
+    return [json.dumps(one.body) for one in stage.server.requests if one.dialect]
+
+
+async def test_a_reviewer_reads_the_changes_and_runs_the_tests(stage: Stage, program: Program) -> None:
+    """With the permissions of its adapter; its prompt has the changes, and what its tests write is discarded."""
+    if not program.has_shell:
+        pytest.skip("it runs no commands")
+    review = f"run git diff --no-ext-diff HEAD~1 -- hello.txt | tr A-Z a-z\nrun {TEST}"
+    ended = stage.run(prompt(review), workflow="adw", attempts=1)
+    assert ended.states == {"task": "landed"}, stage.tell(ended)
+    sent = told(stage)
+    assert any("diff begins]" in one and "+MARMALADE" in one for one in sent)
+    assert any("+marmalade" in one for one in sent), "what git printed to the reviewer"
+    assert any("tests: 42 passed" in one for one in sent), "what the tests printed to the reviewer"
+    names = stage.repository.git("ls-tree", "-r", "--name-only", "main").splitlines()
+    assert ("hello.txt" in names, "cache/seen" in names) == (True, False)
+    task = await stage.task()
+    assert [one.phase for one in task.attempts] == ["scout", "plan", "build", "review"]
+    assert task.attempts[-1].discarded == ("cache/seen",)
+    assert [one.denied.count for one in task.attempts] == [0, 0, 0, 0]
+    await stage.assert_clean()
