@@ -183,8 +183,9 @@ class LeaseLost(StateError):
     """Somebody else holds the lease now; whatever this process still wants to write is refused."""
 
     def __init__(self, subject: str, held: int, current: int | None) -> None:
-        self.held, self.current = held, current
-        super().__init__(f"{subject} is at epoch {current}, not {held}: another process took over")
+        self.subject, self.held, self.current = subject, held, current
+        remedy = "what this one had goes on there, and `council work` joins the run again"
+        super().__init__(f"{subject} is at epoch {current}, not {held}: another process took over: {remedy}")
 
 
 class ClaimLost(LeaseLost):
@@ -209,10 +210,10 @@ class Fenced(LeaseLost):
     """This process was taken for gone, and another has taken over all that it was at."""
 
     def __init__(self, run: str, orchestrator: str, why: str) -> None:
-        self.what = f"this process ({orchestrator}) has lost its part in run {run}: {why}"
-        self.remedy = "what it was at goes on elsewhere; `council work` joins the run again"
+        what = f"this process ({orchestrator}) has lost its part in run {run}: {why}"
+        remedy = "what it had goes on elsewhere, and `council work` joins the run again"
         super().__init__(f"orchestrator {orchestrator}", 1, None)
-        self.args = (f"{self.what}: {self.remedy}",)
+        self.args = (f"{what}: {remedy}",)
 
 
 class StoreUnavailable(CouncilError):

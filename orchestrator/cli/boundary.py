@@ -1,7 +1,7 @@
 """The one place where errors become messages and exit codes, so that code and JSON always agree.
 
-0 all landed · 1 some did not, or the machine lacks something now · 2 bad input · 130 interrupted ·
-3 internal error, with the log's path
+0 all landed · 1 some did not, the machine lacks something now, or another process took over · 2 bad input ·
+130 interrupted · 3 internal error, with the log's path
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 import click
 
 from orchestrator.cli.output import Output
-from orchestrator.errors import ConfigError, CouncilError, RefusedError, StateLost, as_refusal, as_shortage
+from orchestrator.errors import ConfigError, CouncilError, LeaseLost, RefusedError, StateLost, as_refusal, as_shortage
 from orchestrator.protocols import JsonObject
 
 if TYPE_CHECKING:
     from orchestrator.domain.secrets import Redactor
 
-UNAVAILABLE = 1
+UNAVAILABLE = TAKEN_OVER = 1
 BAD_INPUT = 2
 INTERNAL_ERROR = 3
 INTERRUPTED = 130
@@ -97,6 +97,8 @@ def boundary(output: Output, log: Log) -> Iterator[None]:
             what, remedy = lack
             result = {"status": "unavailable", "error": what, "remedy": remedy}
             _end(output, UNAVAILABLE, result, f"council: {what}: {remedy}; no recorded work is lost")
+        if isinstance(error, LeaseLost):  # a process that was stopped for long, which is no fault of anybody's
+            _end(output, TAKEN_OVER, {"status": "taken over", "error": str(error)}, f"council: {error}")
         path = log.write(raised)
         what = str(error) if isinstance(error, CouncilError) else f"internal error: {type(error).__name__}: {error}"
         stands = "Nothing that was recorded is lost: `council resume` goes on."
@@ -108,12 +110,16 @@ def boundary(output: Output, log: Log) -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return the error of a group to report: a shortage, which may have caused the rest, else the first of ours."""
+    """Return the error of a group to report: what may have caused the rest, else the first of ours.
+
+    That is a shortage of the machine, or that another process took over.
+    """
     if not isinstance(error, BaseExceptionGroup):
         return error
     leaves = [_cause(one) for one in error.exceptions]
-    ours = (one for one in leaves if isinstance(one, CouncilError))
-    return next((one for one in leaves if as_shortage(one) is not None), next(ours, leaves[0]))
+    short = (one for one in leaves if as_shortage(one) is not None)
+    ours = (one for kind in (LeaseLost, CouncilError) for one in leaves if isinstance(one, kind))
+    return next(short, next(ours, leaves[0]))
 
 
 def _end(output: Output, code: int, result: JsonObject, message: str) -> None:

@@ -27,7 +27,7 @@ from orchestrator.engine.borders import Borders, Escape
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.steps import Update
 from orchestrator.engine.workshop import Workshop
-from orchestrator.errors import ClaimLost, GitError, RefusedError
+from orchestrator.errors import ClaimLost, GitError, LeaseLost, RefusedError
 from orchestrator.failpoints import failpoint
 from orchestrator.locking.merge_permit import MergePermit, MergePermits
 from orchestrator.protocols import JsonObject
@@ -39,6 +39,8 @@ from orchestrator.sessions.shell import CommandFailed
 
 #: How often a landing is merged anew because others moved the target, before it waits for its next turn.
 ROUNDS = 10
+
+_PASSED_ON = "this process was stopped for so long that others were permitted to land: it asks for another turn"
 
 #: What may go wrong with the target, or with one task's work; both keep.
 _FAULTS = (GitError, RefusedError)
@@ -144,6 +146,13 @@ class MergeQueue:
         except ClaimLost as lost:
             tasks = [task for task in tasks if task != lost.task]
             left = [task for task in tasks if self._status(task) in CLAIMED]
+        except LeaseLost as lost:
+            if lost.subject != str(permit.guard.key):
+                raise
+            left = [task for task in tasks if self._status(task) in CLAIMED]
+            for task in left:
+                if self._status(task) is TaskStatus.CHECKING:
+                    await self.ledger.change(task, Trigger.REQUEUE, {"reason": _PASSED_ON}, reason=_PASSED_ON)
         except _FAULTS as error:
             left = []
             for task in tasks:

@@ -57,7 +57,7 @@ async def recover(ledger: Ledger, shop: Workshop, clock: Clock) -> None:
         await shop.target.refresh()
     except GitError as error:
         raise unusable(error, "the target can't be looked at", "try again when it can be reached") from None
-    taken = await _take_over(ledger, counts=False)
+    taken = await _take_over(ledger, shop, counts=False)
     tasks = ledger.run.tasks if alone else taken
     await _clear_up(ledger, shop, clock, tasks, at_start=True)
     for task in ledger.damaged:
@@ -71,7 +71,7 @@ async def recover_tasks(ledger: Ledger, shop: Workshop, clock: Clock) -> list[st
 
     Each takeover is a retry of its task. May itself be killed anywhere: what is ours then is taken over the same way.
     """
-    taken = await _take_over(ledger, counts=True)
+    taken = await _take_over(ledger, shop, counts=True)
     if taken:
         with suppress(GitError):  # it is looked at again when they land
             await shop.target.refresh()
@@ -126,11 +126,11 @@ async def remove_abandoned(ledger: Ledger, shop: Workshop) -> None:
                     await worktrees.leave(worktree)
 
 
-async def _take_over(ledger: Ledger, *, counts: bool) -> list[str]:
+async def _take_over(ledger: Ledger, shop: Workshop, *, counts: bool) -> list[str]:
     """Claim what is nobody's who lives, and return it; its documents are where they were left."""
     if ledger.claims is None:
         return []
-    taken = set(await ledger.claims.sweep(counts=counts))
+    taken = set(await ledger.claims.sweep(counts=counts, also=shop.registry.handed_on))
     if any(task not in ledger for task in taken):
         await ledger.learn_tasks()
     for task in taken:

@@ -8,7 +8,7 @@ written when they are taken, released or taken over; signs of life are given for
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.clock import Clock
@@ -20,6 +20,9 @@ from orchestrator.protocols import Commit, Document, Event, Guard, Key, Store, W
 from orchestrator.state.shapes import readable
 
 _KIND = "claim"
+
+#: Returns what a takeover must also write, by the guards of the claims and the name of who takes them.
+Also = Callable[[Sequence[Guard], str], Awaitable[Sequence[Write]]]
 
 _log = logging.getLogger("orchestrator.claims")
 
@@ -221,11 +224,12 @@ class Claims:
         claim = await self.read(task)
         return None if claim is None else claim.epoch
 
-    async def sweep(self, *, counts: bool = True) -> Mapping[str, str]:
+    async def sweep(self, *, counts: bool = True, also: Also | None = None) -> Mapping[str, str]:
         """Take over all claims of orchestrators that are gone: they are ours then, each by the name of whose it was.
 
-        `counts` says that each is a retry of its task, as it is unless a person has had the run gone on with. By our
-        own name come those that we have had since the last sweep, or longer, without ever having learned of it.
+        `also` returns what else is written with the claims, by their guards and our name. `counts` says that each is a
+        retry of its task, as it is unless a person has had the run gone on with. By our own name come those that we
+        have had since the last sweep, or longer, without ever having learned of it.
         """
         gone = await self._others.gone()
         left: dict[str, dict[str, Document]] = {name: {} for name in gone}
@@ -238,12 +242,12 @@ class Claims:
             # Who has ended may have claimed something after it was last looked at what it has.
             if name in gone or await self._others.standing_of(name) is Standing.ENDED:
                 fence = [self._others.ending(*gone[name])] if name in gone else []
-                taken |= dict.fromkeys(await self._take_over(name, theirs, fence, counts=counts), name)
+                taken |= dict.fromkeys(await self._take_over(name, theirs, fence, also, counts=counts), name)
         strays = {task: document for task, document in ours.items() if self._strays.get(task) == document.version}
         self._strays = {task: document.version for task, document in ours.items()}
         if strays:
             name = self._others.me.id
-            taken |= dict.fromkeys(await self._take_over(name, strays, (), counts=False), name)
+            taken |= dict.fromkeys(await self._take_over(name, strays, (), also, counts=False), name)
         return taken
 
     async def _unreleased(self) -> list[tuple[str, str, Document]]:
@@ -263,7 +267,7 @@ class Claims:
         return found
 
     async def _take_over(
-        self, name: str, claims: Mapping[str, Document], fence: Sequence[Write], *, counts: bool
+        self, name: str, claims: Mapping[str, Document], fence: Sequence[Write], also: Also | None, *, counts: bool
     ) -> list[str]:
         is_takeover = name != self._others.me.id
         takings = {
@@ -272,6 +276,8 @@ class Claims:
         tasks = sorted(takings)
         facts = {"run": self._others.run, "orchestrator": name, "count": len(tasks), "tasks": tasks}
         writes = [*fence, *(one.write for one in takings.values())]
+        if also is not None:
+            writes += await also([one.guard for one in takings.values()], self._others.me.id)
         try:
             await self._store.commit(Commit(writes, [Event("claims.swept", facts)], [self._others.guard]))
         except VersionConflict:  # it lives after all, or somebody else was quicker

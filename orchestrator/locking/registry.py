@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Final, NamedTuple
 
 import anyio
@@ -143,6 +144,21 @@ class Registry:
             with anyio.CancelScope(shield=True):
                 await self.stops_waiting(session)
         return held
+
+    async def handed_on(self, claims: Sequence[Guard], orchestrator: str) -> Sequence[Write]:
+        """Return what the commit that takes over claims must also write, so that their sessions own what they owned.
+
+        A session may outlive its process: nobody else may have its paths before it is proven dead. `claims` have the
+        new epochs.
+        """
+        epochs = {claim.key: claim.epoch for claim in claims}
+        found = (await self._read()).holdings.values()
+        theirs = [(*one, epochs.get(claim_key(one[1].session), 0)) for one in found]
+        return [
+            Write(self.key(one.session), version, replace(one, orchestrator=orchestrator, epoch=epoch).to_json())
+            for version, one, epoch in theirs
+            if one.epoch == epoch - 1
+        ]
 
     async def inherit(self, session: SessionName, *, orchestrator: str, claim: Guard) -> None:
         """Have a session of a process that is gone own what it owned, under the claim of who goes on with its task.

@@ -206,6 +206,23 @@ class RegistryContract(ABC):
             await owners.registry.inherit(ADA, orchestrator="o3", claim=latest)
             assert await owners.owned() == {"bob": ("a",)}
 
+    async def test_a_session_owns_its_paths_while_its_claim_is_taken_over(self) -> None:
+        """Nobody has them in between: not before the takeover, not by a plan of before it, not before it is dead."""
+        async with self.owners() as owners:
+            await owners.take(ADA, "a")
+            before = await owners.store.get(claim_key(ADA))
+            assert before is not None
+            later = Guard(before.key, before.version + 1)
+            kept = await owners.registry.handed_on([later], "o2")
+            claim = Write(before.key, before.version, {"epoch": later.epoch, "released": None})
+            await owners.store.commit(Commit([claim, *kept]))
+            assert await owners.owned() == {"ada": ("a",)}
+            held = await owners.take(BOB, "a")
+            assert held is not None
+            assert (held.holder, held.orchestrator) == (ADA, "o2")
+            await end(owners.store, later, "abandoned")
+            assert await owners.take(BOB, "a") is None
+
     async def test_attempts_of_one_task_are_not_in_each_others_way(self) -> None:
         """Under one claim, what an earlier attempt left goes over to the next."""
         async with self.owners() as owners:

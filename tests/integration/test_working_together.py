@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from collections import Counter
@@ -121,12 +122,40 @@ async def test_who_was_stopped_past_its_lease_is_refused_and_says_why(repository
     finally:
         owner.send_signal(signal.SIGCONT)
     out = owner.communicate(timeout=60)[0]
-    assert owner.wait() == 3
+    assert owner.wait() == 1
+    assert json.loads(out.splitlines()[-1])["status"] == "taken over"
     assert "has lost its part in run" in out
+    assert "council.log" not in out
     assert "nothing had been heard of it" in out
     assert states(repository) == {"slow": "landed", "next": "landed"}
     assert repository.council("clean", "--yes").code == 0  # it has ended without tidying up, as if it had been killed
     await assert_each_landed_once(repository, ["slow", "next"])
+
+
+async def test_who_loses_the_permit_to_land_while_it_is_stopped_asks_for_another_turn(repository: Repository) -> None:
+    """Another lands meanwhile; the tasks of the stopped one are still its own, and it finishes them."""
+    begun, free, gate = (repository.spawns.parent / name for name in ("begun", "free", "gate"))
+    check = f"touch {begun}; while [ ! -e {free} ]; do sleep 0.05; done"
+    tasks: list[dict[str, Any]] = [
+        {"id": "checked", "prompt": "write checked.txt x", "checks": [check]},
+        {"id": "other", "prompt": f"await {gate}\nwrite other.txt x"},
+    ]
+    config = repository.configure(
+        tasks, capacity=1, coordination={**QUICK, "sweep": "60s"}, writable=[str(repository.spawns.parent)]
+    )
+    owner = repository.start("run", str(config), "--json")
+    wait_for(begun.exists)
+    other = repository.start("work", "--json")
+    wait_for(lambda: states(repository)["other"] == "running")
+    owner.send_signal(signal.SIGSTOP)
+    try:
+        gate.touch()
+        wait_for(lambda: states(repository)["other"] == "landed")
+    finally:
+        owner.send_signal(signal.SIGCONT)
+    free.touch()
+    assert ended(owner, other) == [0, 0]
+    await assert_each_landed_once(repository, ["checked", "other"])
 
 
 @pytest.mark.parametrize("role", ["auto", "coordinator", "worker"])
