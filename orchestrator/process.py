@@ -5,6 +5,7 @@ The exception is `orchestrator.sessions.supervisor`, a separate program, which s
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import selectors
@@ -12,9 +13,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,9 +24,13 @@ from typing import IO
 
 import anyio.to_thread
 
+from orchestrator import keeper
 from orchestrator.sandbox.confinement import Confinement
 
 _LOOK = 0.02  # seconds between two looks whether a program has ended: others may keep its streams open
+#: Seconds after which a command that does nothing at all is killed, and one of which a process is stopped (SIGSTOP).
+IDLE_LIMIT, STOPPED_LIMIT = 300.0, 10.0
+_IDLE_LOOK = 2.0  # seconds between two looks whether it does anything
 _PIPE = 1 << 20  # bytes, the most that a pipe holds unless root says otherwise, see pipe(7)
 
 
@@ -51,10 +57,11 @@ async def run(
     """Run a short command, such as git, to its end, with exactly `env` and with `input` or nothing to read.
 
     `keep_fds` stay open in the command: a lock whose descriptor it keeps is free only when it, too, has
-    ended. Cancelling the caller does not cut the command short. After `timeout` seconds its process group is
-    killed and TimeoutError raised. A program that can't be started is an OSError. `memory` is how many bytes of its own
-    the command, and each that it starts, may have (RLIMIT_DATA, setrlimit(2); Linux only). With a `confinement` it runs
-    in a sandbox of its own.
+    ended. It does not outlive this process by more than `keeper.GRACE` then. Cancelling the caller does not cut the
+    command short. After `timeout` seconds it is killed with all that it started, and TimeoutError raised; so it is
+    after `IDLE_LIMIT` without any processor time, or after `STOPPED_LIMIT` where a process of it is stopped (Linux). A
+    program that can't be started is an OSError. `memory` is how many bytes of its own the command, and each that it
+    starts, may have (RLIMIT_DATA, setrlimit(2); Linux only). With a `confinement` it runs in a sandbox of its own.
 
     The output is read until every process that holds it has closed it, so a command that may leave a daemon
     behind needs a timeout.
@@ -86,13 +93,67 @@ def _run(
 
     with start(argv) if confinement is None else confinement.start(argv, start) as child:
         _limit_memory(child.pid, memory)
-        try:
-            stdout, stderr = child.communicate(stdin, timeout)
-        except subprocess.TimeoutExpired:
-            # The leader is not reaped yet, so its group's id can't be anyone else's.
-            os.killpg(child.pid, signal.SIGKILL)
-            raise TimeoutError(f"`{' '.join(argv)}` was killed: it ran longer than {timeout:g} s") from None
+        with _kept(child.pid) if keep_fds else nullcontext():
+            try:
+                stdout, stderr = _communicate(child, stdin, timeout)
+            except TimeoutError as why:
+                # The leader is not reaped yet, so its session's id can't be anyone else's.
+                keeper.kill_tree(child.pid)
+                os.killpg(child.pid, signal.SIGKILL)
+                raise TimeoutError(f"`{' '.join(argv)}` was killed: {why}") from None
     return Completed(child.returncode, stdout, stderr)
+
+
+def _communicate(child: subprocess.Popen[bytes], stdin: bytes | None, timeout: float | None) -> tuple[bytes, bytes]:
+    """Return what a command printed, at its end. TimeoutError says why it is not waited for any longer."""
+    now = since = time.monotonic()
+    deadline = math.inf if timeout is None else now + timeout
+    before = -1
+    while True:
+        try:
+            return child.communicate(stdin, min(deadline - now, _IDLE_LOOK))
+        except subprocess.TimeoutExpired:
+            now = time.monotonic()
+        if now >= deadline:
+            raise TimeoutError(f"it ran longer than {timeout:g} s")
+        family = keeper.tree(child.pid).values()
+        ran, is_stopped = sum(one.ran for one in family), any(one.state in "Tt" for one in family)
+        if ran != before or not family:
+            before, since = ran, now
+        if now - since >= (STOPPED_LIMIT if is_stopped else IDLE_LIMIT):
+            how = "was stopped" if is_stopped else "did nothing"
+            raise TimeoutError(f"it {how} for {now - since:.0f} s")
+
+
+_keeper: tuple[int, IO[bytes]] | None = None
+"""The process that started the keeper, which forks may be of, and the keeper's standard input."""
+_starting = threading.Lock()
+
+
+def _tell_keeper(line: bytes) -> None:
+    global _keeper  # noqa: PLW0603  one a process
+    with _starting, suppress(OSError):  # without a keeper, or descriptors for one, all is as without it
+        if _keeper is None or _keeper[0] != os.getpid():
+            argv, env = own_program("orchestrator.keeper", "main")
+            reads, writes = os.pipe()
+            with open(reads, "rb", buffering=0) as theirs:  # noqa: PTH123
+                pipe = open(writes, "wb", buffering=0)  # noqa: PTH123, SIM115  closed with this process
+                devnull = subprocess.DEVNULL
+                one = subprocess.Popen(argv, env=env, cwd="/", stdin=theirs, stdout=devnull, stderr=devnull,
+                                       start_new_session=True)  # fmt: skip
+                one.returncode = 0  # nobody waits for it: it ends right after this process
+            _keeper = os.getpid(), pipe
+        _keeper[1].write(line)
+
+
+@contextmanager
+def _kept(leader: int) -> Iterator[None]:
+    """Have a command killed, with all that it started, if this process ends while the body runs."""
+    _tell_keeper(b"+%d\n" % leader)
+    try:
+        yield
+    finally:
+        _tell_keeper(b"-%d\n" % leader)
 
 
 def _limit_memory(pid: int, memory: int | None) -> None:

@@ -161,8 +161,8 @@ class Git:
         )
         try:
             done = await run_it
-        except TimeoutError:
-            raise GitError(["git", *args], -9, f"it was ended after {limit:g} s") from None
+        except TimeoutError as error:
+            raise GitError(["git", *args], -9, str(error)) from None
         except (FileNotFoundError, NotADirectoryError):
             folder = cwd or self.git_dir
             if folder is None or folder.is_dir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,8 @@ import psutil
 import pytest
 
 from orchestrator import process
+from orchestrator.filelock import FileLock
+from tests.waiting import wait_for
 
 ENV = {"PATH": os.defpath}
 
@@ -64,10 +67,47 @@ async def test_a_command_that_takes_too_long_is_killed_with_its_group(tmp_path: 
     with pytest.raises(TimeoutError, match=r"killed: it ran longer than 0\.5 s"):
         await process.run(["sh", "-c", script], env=ENV, timeout=0.5)
     assert time.monotonic() - began < 10
-    deadline = time.monotonic() + 10
-    while _lives(int(pid_file.read_text())):
-        assert time.monotonic() < deadline, "the sleep outlived its command"
-        await anyio.sleep(0.01)
+    wait_for(lambda: not _lives(int(pid_file.read_text())), 10)
+
+
+#: Leaves a process that is stopped in a group of its own, and waits for it.
+FROZEN = "setsid -w sh -c 'echo $$ > pid.new; mv pid.new pid; kill -STOP $$' & wait"
+
+
+async def test_a_command_of_which_a_process_is_stopped_is_killed_with_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would ever let it go on; without that, whoever waits for it would wait for ever."""
+    monkeypatch.setattr(process, "STOPPED_LIMIT", 0.5)
+    with pytest.raises(TimeoutError, match=r"killed: it was stopped for \d+ s"):
+        await process.run(["sh", "-c", FROZEN], env=ENV, cwd=tmp_path)
+    wait_for(lambda: not _lives(int((tmp_path / "pid").read_text())), 10)
+
+
+async def test_a_command_that_does_nothing_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes no processor time at all; one that takes some is left alone."""
+    monkeypatch.setattr(process, "IDLE_LIMIT", 3.0)
+    with pytest.raises(TimeoutError, match=r"killed: it did nothing for \d+ s"):
+        await process.run(["sleep", "60"], env=ENV)
+    busy = "import time\nuntil = time.monotonic() + 6\nwhile time.monotonic() < until: pass"
+    assert (await process.run([sys.executable, "-ISc", busy], env=ENV)).returncode == 0
+
+
+async def test_a_command_with_a_lock_does_not_outlive_the_process_that_started_it(tmp_path: Path) -> None:
+    """A frozen one neither: it is killed with all that it started, and its lock is free."""
+    lock = FileLock(tmp_path / "lock")
+    script = (
+        "import anyio, os, sys\nfrom orchestrator.filelock import FileLock\nfrom orchestrator.process import run\n"
+        "async def main():\n async with FileLock(__import__('pathlib').Path('lock')).hold() as held:\n"
+        "  await run(['sh', '-c', sys.argv[1]], env={'PATH': os.defpath}, keep_fds=[held.fd])\n"
+        "anyio.run(main)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, FROZEN], cwd=tmp_path) as starter:
+        wait_for((tmp_path / "pid").exists)
+        starter.kill()
+    wait_for(lambda: not _lives(int((tmp_path / "pid").read_text())), 10)
+    async with lock.hold(5):
+        pass
 
 
 async def test_cancellation_does_not_cut_a_command_short(tmp_path: Path) -> None:
