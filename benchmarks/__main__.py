@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from benchmarks import asking, contexts, cycle, locks, scheduler, startup, state, worktrees
+from benchmarks import asking, contexts, cycle, locks, resuming, scheduler, startup, state, worktrees
 from benchmarks.measure import parser, table
 
 RESULTS: Final = Path("build", "bench.md")
@@ -22,6 +22,7 @@ def main() -> None:
     options = parser(__doc__).parse_args()
     rows = [
         *startup.measure(quick=options.quick, folder=options.folder),
+        *resuming.measure(quick=options.quick, folder=options.folder),
         *asking.measure(quick=options.quick, folder=options.folder),
         *scheduler.measure(quick=options.quick),
         *state.measure(quick=options.quick, folder=options.folder),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks import asking, contexts, cycle, locks, scheduler, startup, state, worktrees
+from benchmarks import asking, contexts, cycle, locks, resuming, scheduler, startup, state, worktrees
 from benchmarks.measure import Cost, Row, median, paired, table, timed
 
 
@@ -27,6 +27,11 @@ def check(rows: list[Row], expected: list[str]) -> None:
 def test_startup_is_measured() -> None:
     """The help of the command, and a status with and without a snapshot."""
     check(startup.measure(quick=True), ["council --help", "council status", "without a snapshot"])
+
+
+def test_resuming_is_measured() -> None:
+    """A resume to its first session, and a status, each of a long run next to a short one."""
+    check(resuming.measure(quick=True), ["council resume", "council status"])
 
 
 def test_what_sessions_ask_by_is_measured() -> None:
@@ -72,7 +77,9 @@ def test_locks_are_measured() -> None:
     check(locks.measure(quick=True), ["beside filelock", "beside portalocker", "beside raw flock", "own a path"])
 
 
-@pytest.mark.parametrize("name", ["asking", "startup", "scheduler", "cycle", "state", "contexts", "locks", "worktrees"])
+@pytest.mark.parametrize(
+    "name", ["asking", "resuming", "startup", "scheduler", "cycle", "state", "contexts", "locks", "worktrees"]
+)
 def test_each_is_a_program(name: str) -> None:
     """It can be run by its path, and says what it can do."""
     done = subprocess.run([sys.executable, f"benchmarks/{name}.py", "--help"], check=False, capture_output=True)

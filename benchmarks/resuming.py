@@ -1,0 +1,78 @@
+"""How much more a long run's `council resume` takes to its first session, and its `council status`, than a short one's.
+
+    python benchmarks/resuming.py [--quick]
+
+Processor time of both commands on a run of 10,000 tasks that was killed, next to one of 1,000 tasks. The resume is
+killed as soon as its first attempt is on record, so that each one finds the session of the one before to clear up.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from benchmarks.ground import run_git
+from benchmarks.measure import (
+    QUICK_ROUNDS,
+    ROUNDS,
+    Row,
+    cost_of,
+    council,
+    environment,
+    median,
+    paired,
+    parser,
+    scratch,
+    show,
+)
+
+TASKS: Final = (10_000, 1_000)
+QUICK_TASKS: Final = (100, 10)
+LIMIT: Final = 2.0
+_KILLED: Final = {"COUNCIL_FAILPOINTS": "attempt.recorded=kill"}
+
+
+def measure(*, quick: bool, folder: Path | None = None) -> list[Row]:
+    """Return the rows of this benchmark."""
+    with scratch(folder) as place:
+        env = environment(None if quick else place / "bytecode", COUNCIL_HOME=str(place / "home"), COUNCIL_TRUST="1")
+        many, few = QUICK_TASKS if quick else TASKS
+        tops = [_killed_run(place, tasks, env) for tasks in (many, few)]
+        rounds = QUICK_ROUNDS if quick else ROUNDS
+        return [
+            _row(what, {**env, **more}, tops, (many, few), rounds)
+            for what, more in (("resume", _KILLED), ("status", {}))
+        ]
+
+
+def _killed_run(place: Path, tasks: int, env: Mapping[str, str]) -> Path:
+    top, file = place / f"repository{tasks}", place / f"{tasks}.yaml"
+    run_git(None, "init", "--quiet", "-b", "main", str(top))
+    run_git(top, "commit", "--quiet", "--allow-empty", "-m", "Begin")
+    config = {
+        "version": 1,
+        "repo": str(top),
+        "target": "main",
+        "capacity": 1,
+        "adapters": {"nothing": {"use": "command", "argv": ["true"]}},
+        "tasks": [{"id": f"task-{number:05d}", "prompt": f"Do number {number}."} for number in range(tasks)],
+    }
+    file.write_text(json.dumps(config), encoding="utf-8")
+    cost_of([council(), "run", str(file)], env={**env, **_KILLED}, cwd=top)
+    return top
+
+
+def _row(what: str, env: Mapping[str, str], tops: list[Path], tasks: tuple[int, int], rounds: int) -> Row:
+    many, few = (lambda top=top: cost_of([council(), what], env=env, cwd=top) for top in tops)
+    pairs = paired(many, few, rounds)
+    took, base = (1000 * median([pair[side].cpu for pair in pairs]) for side in (0, 1))
+    ratio = median([one.cpu / other.cpu for one, other in pairs])
+    name, than = f"council {what}, {tasks[0]:,} tasks, processor", f"{tasks[1]:,} tasks: {base:.3g} ms"
+    return Row(name, took, "ms", than, ratio, LIMIT, is_ratio_limited=True)
+
+
+if __name__ == "__main__":
+    options = parser(__doc__).parse_args()
+    show(measure(quick=options.quick, folder=options.folder))
