@@ -48,3 +48,22 @@ async def test_a_reviewer_reads_the_changes_and_runs_the_tests(stage: Stage, pro
     assert task.attempts[-1].discarded == ("cache/seen",)
     assert [one.denied.count for one in task.attempts] == [0, 0, 0, 0]
     await stage.assert_clean()
+
+
+async def test_what_a_program_denied_is_the_reason_that_nothing_changed(stage: Stage, name: str) -> None:
+    """With the tool, what it was to do, and the setting that allows it."""
+    if name != "claude-code":
+        pytest.skip("the others deny nothing in a mode of theirs that they offer a shell in")
+    stage.programs[name].adapter["permission_mode"] = "acceptEdits"  # type: ignore[index]
+    try:
+        ended = stage.run("run python3 -c 'print(1)'\nsay Tried.", attempts=1)
+    finally:
+        stage.programs[name].adapter["permission_mode"] = "bypassPermissions"  # type: ignore[index]
+    (task,) = ended.result["tasks"]
+    assert task["failure"] == "no_change", stage.tell(ended)
+    told = "1 tool denied: Bash(python3 -c 'print(1)'): write `permission_mode: bypassPermissions`"
+    assert told in task["reason"]
+    (event,) = [line for line in ended.lines if line.get("event") == "task.tools_denied"]
+    assert (event["count"], event["tools"]) == (1, ["Bash(python3 -c 'print(1)')"])
+    assert told in stage.repository.council("show", "task").stdout
+    await stage.assert_clean()
