@@ -167,6 +167,11 @@ class Council:
     async def _installed(self) -> Plugins:
         return await anyio.to_thread.run_sync(lambda: self.plugins) if self._plugins is None else self._plugins
 
+    @property
+    def store_url(self) -> str:
+        """The URL of the store."""
+        return self._runs.url
+
     def _check_project(self) -> None:
         """Refuse what writes beside the store where that is looked at from elsewhere. Blocks."""
         if not self.project.folder.is_dir():

@@ -276,6 +276,25 @@ def _spawn(argv: Sequence[str], env: Mapping[str, str], cwd: Path) -> subprocess
     )
 
 
+def start_detached(
+    arguments: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path
+) -> subprocess.Popen[bytes]:
+    """Start this program once more, in a session of its own, with its standard error appended to a file. Blocks.
+
+    It outlives this process and its terminal.
+    """
+    with log.open("ab") as errors:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "orchestrator", *arguments],
+            env=env,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            start_new_session=True,
+        )
+
+
 class ForkServer:
     """A program that forks another for each request, which is faster than to start one.
 

@@ -93,6 +93,10 @@ class Project:
         """Where the output of a run's sessions is kept."""
         return self.all_logs / run
 
+    def background_log(self, run: str) -> Path:
+        """Where a process that runs a run in the background writes its errors."""
+        return self.logs(run) / "background.log"
+
     @property
     def file_locks(self) -> Path:
         """The lock files of the files that sessions have locked."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
@@ -27,6 +28,8 @@ from orchestrator.repo.hub import Hub
 if TYPE_CHECKING:
     from orchestrator.config.model import Retention
 
+#: Bytes at the end of a log that are looked at for an error, and how its line begins.
+_TAIL, _OF_COUNCIL = 8192, "council: "
 #: What names the newest run.
 LATEST: Final = "latest"
 #: Runs that are named to somebody whose name is of several.
@@ -129,7 +132,20 @@ class Runs:
                     raise
             status = RunStatus.RUNNING if is_live else RunStatus.INTERRUPTED
         described = self.describe(record, status)
+        if status is RunStatus.INTERRUPTED:
+            return replace(described, background=await anyio.to_thread.run_sync(self._background_error, run))
         return replace(described, sessions=await self._sessions(run)) if status is RunStatus.RUNNING else described
+
+    def _background_error(self, run: str) -> str | None:
+        """Return the error that the run's last process in the background ended by. Blocks."""
+        try:
+            with self.project.background_log(run).open("rb") as file:
+                file.seek(max(file.seek(0, os.SEEK_END) - _TAIL, 0))
+                lines = file.read().decode(errors="replace").splitlines()
+        except OSError:
+            return None
+        errors = [line.removeprefix(_OF_COUNCIL) for line in lines if line.startswith(_OF_COUNCIL)]
+        return errors[-1] if errors else None
 
     async def all(self) -> list[RunReport]:
         """Describe all runs, the oldest first; those that can't be read are told of by `damage` instead."""

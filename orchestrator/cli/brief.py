@@ -10,7 +10,16 @@ from rich.cells import cell_len
 
 from orchestrator.cli.draw import fit
 from orchestrator.cli.output import one_line, plain
-from orchestrator.cli.result import adapter_line, kept_as, own_branch, remedy, session_line, state_words, summary
+from orchestrator.cli.result import (
+    adapter_line,
+    background_error,
+    kept_as,
+    own_branch,
+    remedy,
+    session_line,
+    state_words,
+    summary,
+)
 from orchestrator.cli.table import amount
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.model import REVIVABLE, SUCCESSFUL, TaskStatus
@@ -87,6 +96,7 @@ def _next(report: RunReport, run: str) -> Iterator[str]:
     for adapter in report.adapters:
         again = remedy(adapter.name, report.run, is_running=report.status is RunStatus.RUNNING)
         yield plain(adapter_line(adapter, again))
+    yield from background_error(report)
     if report.halted is not None:
         yield f"Halted: {plain(one_line(report.halted))}."
         yield f"Next: council resume --budget LIMITS{run}"

@@ -165,6 +165,7 @@ def hints(report: RunReport) -> Iterator[str]:
     over = {*REVIVABLE, *SUCCESSFUL}
     is_stopped = any(adapter.closed is not None for adapter in report.adapters)
     waits = is_stopped or any(task.state not in {*over, "blocked"} for task in report.tasks)
+    yield from background_error(report)
     if report.halted is not None:
         yield f"It was halted: {plain(one_line(report.halted))}."
     elif report.status is RunStatus.INTERRUPTED or (report.status is RunStatus.INCOMPLETE and waits):
@@ -177,6 +178,12 @@ def hints(report: RunReport) -> Iterator[str]:
         yield f"The state log is damaged: {place}"
     if any(task.branch is not None for task in report.tasks):
         yield "What is kept can be seen and brought over: `council salvage list`, `show`, `apply`."
+
+
+def background_error(report: RunReport) -> Iterator[str]:
+    """Say why the process in the background ended, if that failed."""
+    if report.background is not None:
+        yield f"Its process in the background has ended: {plain(one_line(report.background))}"
 
 
 def _at_work(report: RunReport) -> Iterator[str]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
 
+import anyio
+import anyio.to_thread
 import click
 
 from orchestrator.cli.command import (
     Context,
+    chosen_store,
     json_option,
     opened,
     perform,
@@ -31,11 +35,16 @@ from orchestrator.config.coordination import CoordinationOverrides
 from orchestrator.config.inline import InlineTasks
 from orchestrator.config.model import BudgetConfig
 from orchestrator.config.selection import with_capacity, with_only
+from orchestrator.config.store import MEMORY
 from orchestrator.council import Council
 from orchestrator.domain.model import MOST_CAPACITY
 from orchestrator.dry_run import rehearse_run
 from orchestrator.engine.rehearsal import Rehearsal
+from orchestrator.errors import RefusedError
+from orchestrator.process import start_detached
 
+#: Seconds between two looks whether a process in the background has begun.
+_LOOK = 0.05
 #: Interrupted runs that are named where another is resumed.
 _MOST_NAMED = 3
 
@@ -46,6 +55,9 @@ capacity_option = click.option(
     type=click.IntRange(1, MOST_CAPACITY),
     help="Sessions at once; else as many as the file or the run says.",
 )
+
+
+detach_option = click.option("--detach", is_flag=True, help="Continue in the background, and end at once.")
 
 
 @click.command("run")
@@ -62,6 +74,7 @@ capacity_option = click.option(
 @click.option("--allow-deferred", is_flag=True, help="Start although the target's checkout is dirty; land on resume.")
 @click.option("--dry-run", is_flag=True, help="Check all, and show what would run in which order; start nothing.")
 @click.option("--mermaid", is_flag=True, help="With --dry-run: print a Mermaid flowchart.")
+@detach_option
 @coordination_options
 @trust_option
 @verbose_option
@@ -79,6 +92,7 @@ def run_file(  # noqa: PLR0917  as many as there are options
     allow_deferred: bool,
     dry_run: bool,
     mermaid: bool,
+    detach: bool,
     as_json: bool,
     coordination: CoordinationOverrides,
 ) -> None:
@@ -94,6 +108,7 @@ def run_file(  # noqa: PLR0917  as many as there are options
       council run "fix the failing test in tests/test_api.py"
       council run night.yaml --dry-run
       council run --only api -j 2
+      council run --detach
       council run --dry-run --mermaid
       council run --task "Add a --quiet option." --check "make test"
       council run --task "Fix issue 12." --task "Fix issue 15." --adapter fixer --target fixes
@@ -103,6 +118,8 @@ def run_file(  # noqa: PLR0917  as many as there are options
         prompts = (source, *prompts)
     if (adapter, base, target, checks) != (None, None, None, ()) and not prompts:
         raise click.UsageError("--adapter, --base, --target and --check are for --task: a file says all that itself.")
+    if detach and dry_run:
+        raise click.UsageError("--dry-run starts nothing that --detach could leave in the background.")
     if only and prompts:
         raise click.UsageError("--only chooses of a file's tasks, and --task replaces them.")
     if mermaid and (as_json or not dry_run):
@@ -119,7 +136,11 @@ def run_file(  # noqa: PLR0917  as many as there are options
             _show(rehearsal, context.output, mermaid=mermaid)
             return 0
         async with opened(context.log, config, plugins) as council:
+            if detach and council.store_url == MEMORY:
+                raise RefusedError("a store in memory ends with this process", "leave --detach out, or choose another")
             run = await council.create_run(allow_deferred=allow_deferred, coordination=coordination)
+            if detach:
+                return await _detach(council, run, context)
             return await _execute(council, run, context, after=0, coordination=coordination)
 
     perform(command, as_json=as_json)
@@ -136,6 +157,7 @@ def _show(rehearsal: Rehearsal, output: Output, *, mermaid: bool) -> None:
 @run_argument
 @click.option("--budget", metavar="LIMITS", callback=budget_limits, help="Other limits of the run's budget.")
 @capacity_option
+@detach_option
 @coordination_options
 @verbose_option
 @store_option
@@ -144,6 +166,7 @@ def resume(
     run: str | None,
     budget: BudgetConfig | None,
     capacity: int | None,
+    detach: bool,
     as_json: bool,
     coordination: CoordinationOverrides,
 ) -> None:
@@ -158,11 +181,19 @@ def resume(
       council resume --budget tokens=5M,cost=20,time=8h
     """
 
+    if detach and coordination.given():
+        raise click.UsageError("--detach does not take options of coordination: set their variables instead.")
+
     async def command(context: Context) -> int:
         async with opened(context.log) as council:
             name = await council.find_run(run)
             if run is None and (others := [one for one in await council.interrupted_runs() if one != name]):
                 context.output.notice(_also_interrupted(name, others))
+            if detach:
+                limits = {} if budget is None else budget.model_dump(exclude_none=True)
+                said = ",".join(f"{key}={value}{'s' if key == 'time' else ''}" for key, value in limits.items())
+                options = [*(["--budget", said] if said else []), *([] if capacity is None else ["-j", str(capacity)])]
+                return await _detach(council, name, context, options)
             after = await council.position()
             return await _execute(
                 council, name, context, after=after, coordination=coordination, budget=budget, capacity=capacity
@@ -231,6 +262,27 @@ async def _join(
         await progress.reach(await council.position())
     await show_result(context, council, report)
     return report.exit_code
+
+
+async def _detach(council: Council, run: str, context: Context, options: Sequence[str] = ()) -> int:
+    """Have another process take a run to its end, which outlives this one and the terminal."""
+    log = council.project.background_log(run)
+    store = chosen_store()
+    arguments = ["resume", run, *(["--state", store] if store else []), *options]
+    await anyio.to_thread.run_sync(partial(log.parent.mkdir, mode=0o700, parents=True, exist_ok=True))
+    start = partial(start_detached, arguments, env=os.environ, cwd=council.project.top, log=log)
+    child = await anyio.to_thread.run_sync(start)
+    while child.poll() is None and not await council.is_live(run):  # noqa: ASYNC110  another process
+        await anyio.sleep(_LOOK)
+    if context.output.as_json:
+        context.output.json({"run": run, "pid": child.pid, "log": str(log), "exit": 0})
+    else:
+        context.output.text(
+            f"run {run} continues in the background as process {child.pid}\n"
+            f"  follow: council watch {run}\n"
+            f"  stop:   kill -INT {child.pid} (council resume {run} resumes it)\n"
+        )
+    return 0
 
 
 async def _execute(

@@ -205,6 +205,8 @@ class RunReport:
     """The file that the run's record was imported from, by the name it has in the project; nobody can work in it."""
     halted: str | None = None
     """Why it was stopped before its end, where its budget is used up."""
+    background: str | None = None
+    """Why the process ended that ran it in the background, where that failed."""
     sessions: Sequence[SessionReport] = ()
     """What sessions are at, while a process is at work in the run."""
     orchestrators: Sequence[OrchestratorReport] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 from pathlib import Path
@@ -18,6 +19,7 @@ from orchestrator.plugins import Plugins
 from tests.conftest import Repository
 from tests.integration.test_control import has_begun
 from tests.unit.test_inline import TYPES, _Free
+from tests.waiting import wait_for
 
 CHAIN: list[dict[str, Any]] = [
     {"id": "a", "prompt": "write a.txt a"},
@@ -123,3 +125,37 @@ async def test_resume_names_the_older_runs_that_were_interrupted(repository: Rep
     assert f"resuming {newer}, the newest run; also interrupted: {older};" in resumed.stderr, resumed
     assert "also interrupted" not in repository.council("resume", older).stderr
     assert "also interrupted" not in repository.council("resume").stderr
+
+
+async def test_a_detached_run_continues_in_a_session_of_its_own(repository: Repository) -> None:
+    """The command ends at once and names the process; a signal to that stops the run, `resume --detach` resumes it."""
+    gate = repository.spawns.parent / "gate"
+    prompt = f"while ! test -e {gate}; do sleep 0.05; done; echo x > x.txt"
+    config = repository.configure(
+        [{"id": "t", "prompt": prompt}],
+        adapters={"sh": {"use": "command", "argv": ["sh", "{prompt_file}"]}},
+        readable=[str(gate.parent)],
+    )
+    started = repository.council("run", str(config), "--detach", "--json").result
+    assert os.getsid(started["pid"]) == started["pid"] != os.getsid(0)
+    wait_for(lambda: repository.council("status", "--json").states["t"] == "running")
+    os.kill(started["pid"], signal.SIGINT)
+    wait_for(lambda: repository.council("status", "--json").result["status"] == "interrupted")
+    assert repository.council("status", "--json").result["background"] is None
+    gate.touch()
+    text = repository.council("resume", "--detach", "-j", "1").stdout
+    assert f"council watch {started['run']}" in text
+    assert repository.council("watch", "--json").states == {"t": "landed"}
+
+
+async def test_the_error_of_a_detached_run_is_in_its_status(repository: Repository) -> None:
+    """A process in the background has no terminal to say it on."""
+    child = repository.start("run", str(repository.configure([{"id": "t", "prompt": "hang"}])))
+    has_begun(repository, "t")
+    child.send_signal(signal.SIGINT)
+    child.communicate()
+    run = repository.council("status", "--json").result["run"]
+    log = repository.top / ".council/logs" / run / "background.log"
+    log.write_text("a notice\ncouncil: the disk is full\n")
+    assert repository.council("status", "--json").result["background"] == "the disk is full"
+    assert "Its process in the background has ended: the disk is full" in repository.council("status").stdout
