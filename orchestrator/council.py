@@ -229,6 +229,18 @@ class Council:
         execution = await self._executing()
         return await execution.resume(await self.find_run(run), budget, coordination, capacity)
 
+    async def land(self, run: str | None = None) -> RunReport:
+        """Land what is built of a run, and start no session; return how the run then stands. Else as `resume`."""
+        return await (await self._executing()).resume(await self.find_run(run), only_lands=True)
+
+    async def create_merge(self, run: str | None = None) -> str:
+        """Record a run whose one task is built already, and is all that landed on another run's branch.
+
+        `resume` lands it on that run's base, with the checks of all of its tasks. Return its id; RefusedError where
+        there is nothing to merge.
+        """
+        return await (await self._executing()).create_merge(await self.find_run(run))
+
     async def work(
         self, run: str, *, capacity: int | None = None, coordination: CoordinationOverrides | None = None
     ) -> RunReport:

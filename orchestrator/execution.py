@@ -39,9 +39,10 @@ from orchestrator.engine.concluding import Concluding, Phasing
 from orchestrator.engine.coordinator import seize
 from orchestrator.engine.imported import hand_on
 from orchestrator.engine.ledger import Ledger
+from orchestrator.engine.merge_run import MERGE, built_merge
 from orchestrator.engine.monitor import Monitor
 from orchestrator.engine.phase_values import PhaseInputs
-from orchestrator.engine.preflight import check_programs, check_run
+from orchestrator.engine.preflight import check_branches, check_programs, check_run, fetch_ends, forget
 from orchestrator.engine.probing import missing_programs
 from orchestrator.engine.records import (
     new_run_id,
@@ -72,7 +73,8 @@ from orchestrator.locking.orchestrators import Orchestrators, this_process
 from orchestrator.plugins import Plugins
 from orchestrator.project import council_home, exclude_from_git
 from orchestrator.protocols import Commit, Event, Guard
-from orchestrator.repo.hub import Hub
+from orchestrator.repo.git import Git
+from orchestrator.repo.hub import Hub, internal_ref, work_branch
 from orchestrator.repo.site import find_site
 from orchestrator.runs import Runs
 from orchestrator.sessions.supervised import forking
@@ -165,6 +167,31 @@ class Execution:
         await seed(runs.store, document, {task.id: task for task in config.tasks})
         return run
 
+    async def create_merge(self, run: str) -> str:
+        """See `Council.create_merge`."""
+        runs, name = self._runs, new_run_id(self._runs.clock.now())
+        record = await runs.record(run)
+        document, environ = record.run, runs.environ
+        document.check_ours()
+        site = await find_site(document.repo, is_url=document.is_url, environ=environ)
+        hub = await runs.hub(document)
+        git = Git(hub.trusted, environ=environ)
+        source, base = site.source(git), document.base
+        await check_branches(source, base, base)
+        start = await fetch_ends(site, hub, name, (base, base), environ)
+        commit, branch = await source.fetch(document.target, internal_ref(name, "work")), work_branch(name, MERGE, "1")
+        if not (await git("merge-base", "--is-ancestor", commit, start, ok=(0, 1))).returncode:
+            await forget(hub, name, environ)
+            raise RefusedError(f"{base!r} has all of {document.target!r} already", "there is nothing to merge")
+        specs = [await read_spec(runs.store, run, task) for task in document.tasks]
+        built = built_merge(
+            document, specs, name, commit=commit, branch=branch, start=start, now=runs.clock.now(),
+            common=await git.line("merge-base", commit, start),
+        )  # fmt: skip
+        await git("update-ref", f"refs/heads/{branch}", commit)
+        await seed(runs.store, built.run, {MERGE: built.spec}, {MERGE: built.task})
+        return name
+
     def _outlets(self, run: RunDocument) -> list[Outlet]:
         """Return the sinks and trackers of a run; one whose plugin is gone is told of when it is opened."""
         return [
@@ -179,6 +206,8 @@ class Execution:
         budget: BudgetConfig | None = None,
         coordination: CoordinationOverrides | None = None,
         capacity: int | None = None,
+        *,
+        only_lands: bool = False,
     ) -> RunReport:
         """See `Council.resume`."""
         document = await read_runnable(self._runs.store, run)
@@ -199,7 +228,7 @@ class Execution:
                         await ledger.allow(budget.model_dump(mode="json", exclude_none=True))
                     if any(task.attempts for task in before.tasks.values()):
                         await self._note_file_changes(ledger)
-                    return await self._work(runs, before, ledger, shop, capacity=capacity)
+                    return await self._work(runs, before, ledger, shop, capacity=capacity, only_lands=only_lands)
         except LockHeld as held:
             raise _is_at_work(run, held) from None
 
@@ -334,6 +363,7 @@ class Execution:
         *,
         capacity: int | None = None,
         closed: Mapping[str, str] = _NONE,
+        only_lands: bool = False,
     ) -> RunReport:
         """Be at work in a run until nothing is left to do for this process, with the adapters that are not `closed`."""
         run = before.run.id
@@ -358,7 +388,9 @@ class Execution:
                 Briefing(ledger, inputs, runs.clock, has_tools=shop.desk is not None),
                 Concluding(ledger, inputs, shop.git, runs.clock, self._plugins.transformations),
             )
-            scheduler = Scheduler(ledger, shop, pool, board, room, monitor, permits, phasing, lacking=closed)
+            scheduler = Scheduler(
+                ledger, shop, pool, board, room, monitor, permits, phasing, lacking=closed, only_lands=only_lands
+            )
             await scheduler.remember(before.adapters)
             self._schedulers.add(scheduler)
             if self._stopping:

@@ -27,6 +27,10 @@ COMMANDS: Mapping[str, Mapping[str, Entry]] = {
     "Run": {
         "run": Entry("orchestrator.cli.run:run_file", "Run the tasks of FILE and land what they build."),
         "resume": Entry("orchestrator.cli.run:resume", "Go on with a run from wherever it was cut off."),
+        "merge": Entry(
+            "orchestrator.cli.run:merge",
+            "Land finished work of a run that waits, and merge the run's own branch into its base.",
+        ),
         "work": Entry("orchestrator.cli.run:work", "Join the runs that are at work as one more process."),
     },
     "Set up": {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from orchestrator.cli.output import Output
 from orchestrator.cli.plan import plan_text
 from orchestrator.cli.progress import shown
 from orchestrator.cli.quantities import budget_limits
+from orchestrator.cli.result import own_branch
 from orchestrator.cli.source import is_prompt, read_config
 from orchestrator.cli.trusting import require_trust, trust_option
 from orchestrator.config.coordination import CoordinationOverrides
@@ -37,12 +38,15 @@ from orchestrator.config.model import BudgetConfig
 from orchestrator.config.selection import with_capacity, with_only
 from orchestrator.config.store import MEMORY
 from orchestrator.council import Council
-from orchestrator.domain.model import MOST_CAPACITY
+from orchestrator.domain.model import MOST_CAPACITY, TaskStatus
 from orchestrator.dry_run import rehearse_run
 from orchestrator.engine.rehearsal import Rehearsal
+from orchestrator.engine.report import RunReport, RunStatus
 from orchestrator.errors import RefusedError
 from orchestrator.process import start_detached
 
+#: States of tasks that `council merge` lands.
+_WAITING_TO_LAND = frozenset({TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.LANDING})
 #: Seconds between two looks whether a process in the background has begun.
 _LOOK = 0.05
 #: Interrupted runs that are named where another is resumed.
@@ -133,7 +137,7 @@ def run_file(  # noqa: PLR0917  as many as there are options
         await require_trust(config, is_named=file is not None)
         if dry_run:
             rehearsal = await rehearse_run(config, plugins, allow_deferred=allow_deferred, coordination=coordination)
-            _show(rehearsal, context.output, mermaid=mermaid)
+            _show_rehearsal(rehearsal, context.output, mermaid=mermaid)
             return 0
         async with opened(context.log, config, plugins) as council:
             if detach and council.store_url == MEMORY:
@@ -146,7 +150,7 @@ def run_file(  # noqa: PLR0917  as many as there are options
     perform(command, as_json=as_json)
 
 
-def _show(rehearsal: Rehearsal, output: Output, *, mermaid: bool) -> None:
+def _show_rehearsal(rehearsal: Rehearsal, output: Output, *, mermaid: bool) -> None:
     if output.as_json:
         output.json({**rehearsal.to_json(), "exit": 0})
     else:
@@ -200,6 +204,57 @@ def resume(
             )
 
     perform(command, as_json=as_json)
+
+
+@click.command()
+@run_argument
+@verbose_option
+@store_option
+@json_option
+def merge(run: str | None, as_json: bool) -> None:
+    """Land finished work of a run that waits, and merge the run's own branch into its base.
+
+    Work waits where the target could not be moved, for example because its checkout had changes. Where a run landed on
+    council/RUN, that branch is merged into the base with the checks of all tasks, as a run of its own with one task.
+    No session is started.
+
+    \b
+    Examples:
+      council merge
+      council merge 20260102-030405-ab12
+    """
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            name = await council.find_run(run)
+            report = await council.status(name)
+            if report.status is RunStatus.RUNNING:
+                raise RefusedError(f"run {name} is running and lands its work itself", "wait for its end")
+            waiting = any(task.state in _WAITING_TO_LAND for task in report.tasks)
+            if not waiting and not own_branch(report):
+                raise RefusedError(f"nothing of run {name} waits to land", "`council status` shows its tasks")
+            after = await council.position()
+            if waiting:
+                code = await _show(council, name, context, after, lambda: council.land(name))
+                if not own_branch(await council.status(name)):
+                    return code
+                after = await council.position()
+            made = await council.create_merge(name)
+            return await _show(council, made, context, after, lambda: council.resume(made))
+
+    perform(command, as_json=as_json)
+
+
+async def _show(
+    council: Council, run: str, context: Context, after: int, execute: Callable[[], Awaitable[RunReport]]
+) -> int:
+    """Execute a run with its events shown, and print the result; the first signal stops it cleanly."""
+    context.interrupt.stop = council.stop
+    async with shown(council, run, context.output, after) as progress:
+        report = await execute()
+        await progress.reach(await council.position())
+    await show_result(context, council, report)
+    return report.exit_code
 
 
 def _also_interrupted(run: str, others: Sequence[str]) -> str:

@@ -75,7 +75,7 @@ async def check_run(
     name = Redactor(secret_values(environ)).text(site.identity)  # a URL may have a password in it
     user = User(name, None if site.repository is None else site.repository.git_dir, store)
     await create_hub(hub, site.object_format, environ, user)
-    start = await _fetch(site, hub, run, (config.base, target if target in heads else config.base), environ)
+    start = await fetch_ends(site, hub, run, (config.base, target if target in heads else config.base), environ)
     base = Base(config.base, internal_ref(run, "base"), Git(hub.trusted, environ=environ))
     await check_sources(config.worktrees, base, site.repository, [home])
     return Cleared(target, hub, start, sandbox)
@@ -88,7 +88,7 @@ def project_at(config: RunConfig, site: Site) -> Project:
     return Project(site.repository.top)
 
 
-async def _fetch(site: Site, hub: Hub, run: str, branches: tuple[str, str], environ: Mapping[str, str]) -> str:
+async def fetch_ends(site: Site, hub: Hub, run: str, branches: tuple[str, str], environ: Mapping[str, str]) -> str:
     """Bring the commits of base and target into the hub and check them; return that of the target."""
     git = Git(hub.trusted, environ=environ)
     source, (base, target) = site.source(git), branches

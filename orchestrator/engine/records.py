@@ -21,6 +21,8 @@ from orchestrator.state.shapes import flaw_of
 if TYPE_CHECKING:
     from orchestrator.config.model import TaskSpec
 
+_NONE_BEGUN: Mapping[str, TaskDocument] = {}
+
 Model = TypeVar("Model", bound=BaseModel)
 T = TypeVar("T")
 
@@ -78,9 +80,11 @@ async def read_handoffs(store: Store, run: str, task: str) -> dict[str, tuple[in
     return found
 
 
-async def seed(store: Store, run: RunDocument, specs: Mapping[str, TaskSpec]) -> None:
-    """Record a new run with all of its tasks, at once."""
-    writes = [Write(run_key(run.id), 0, run.model_dump(mode="json")), *added(run, specs)]
+async def seed(
+    store: Store, run: RunDocument, specs: Mapping[str, TaskSpec], begun: Mapping[str, TaskDocument] = _NONE_BEGUN
+) -> None:
+    """Record a new run with all of its tasks, at once; `begun` has those that do not begin from nothing."""
+    writes = [Write(run_key(run.id), 0, run.model_dump(mode="json")), *added(run, specs, begun)]
     begin = {"position": await store.position()}
     for kind, names in (("sink", run.sinks), ("tracker", run.trackers)):
         writes += [Write(cursor_key(run.id, kind, name), 0, begin) for name in names]
@@ -179,12 +183,14 @@ def entry_of(spec: JsonObject) -> Entry:
     return entry
 
 
-def added(run: RunDocument, specs: Mapping[str, TaskSpec]) -> list[Write]:
+def added(
+    run: RunDocument, specs: Mapping[str, TaskSpec], begun: Mapping[str, TaskDocument] = _NONE_BEGUN
+) -> list[Write]:
     """Return the writes that record tasks of a run beside its own document."""
     writes = []
     for task, spec in specs.items():
         writes.append(Write(spec_key(run.id, task), 0, spec.model_dump(mode="json")))
-        writes.append(Write(task_key(run.id, task), 0, TaskDocument().model_dump(mode="json")))
+        writes.append(Write(task_key(run.id, task), 0, begun.get(task, TaskDocument()).model_dump(mode="json")))
     return writes
 
 

@@ -73,11 +73,14 @@ class Scheduler:
         phasing: Phasing,
         *,
         lacking: Mapping[str, str],
+        only_lands: bool = False,
     ) -> None:
         """Take a run whose cut-off attempts have been returned; `board` reflects its documents.
 
-        `lacking` has the adapters that are closed for this process alone, each with the reason.
+        `lacking` has the adapters that are closed for this process alone, each with the reason. One that `only_lands`
+        starts no session.
         """
+        self._only_lands = only_lands
         self._lacking = lacking
         self._ledger, self._shop, self._board = ledger, workshop, board
         clock = self._clock = workshop.tools.clock
@@ -233,7 +236,7 @@ class Scheduler:
 
     async def _tell_what_is_awaited(self) -> None:
         """Say once that nothing is left to do but to wait for adapters that are parked, and for people."""
-        if self._is_at_work() or self._waits_to_land() or self._hand.elsewhere or self.halted is not None:
+        if self._is_at_work() or self._waits_to_land() or self._hand.elsewhere or self._starts_nothing:
             return
         awaited, asked = self._board.awaited(), self._to_be_approved()
         if (not awaited and self._board.has_work()) or not (awaited or asked) or (awaited, asked) == self._awaited:
@@ -264,13 +267,13 @@ class Scheduler:
     async def _free(self, now: float) -> int:
         """How many sessions may start. None while more is built than can be landed: it would only grow stale."""
         is_full = len(self._merging.waiting) >= self._capacity.sessions
-        if is_full or now < self._paused_until or self.halted is not None:
+        if is_full or now < self._paused_until or self._starts_nothing:
             return 0
         return await self._capacity.free(len(self._hand.works))
 
     @property
     def _starts_nothing(self) -> bool:
-        return self._stopping or self.halted is not None
+        return self._stopping or self._only_lands or self.halted is not None
 
     def _is_at_work(self) -> bool:
         return bool(self._hand.works or self._landing or self._others.is_busy)
@@ -292,13 +295,13 @@ class Scheduler:
             return False
         # Asked last: who waits for a person is looked for among all tasks.
         is_open = self._board.has_work() or self._hand.elsewhere or self._to_be_approved()
-        return self.halted is not None or not is_open
+        return self._starts_nothing or not is_open
 
     async def _pause(self) -> None:
         times: list[float | None] = []
         if not self._stopping:
             is_paused = self._paused_until > self._clock.monotonic()
-            starts = self._board.next_time() if self.halted is None else None
+            starts = None if self._starts_nothing else self._board.next_time()
             times.append(self._paused_until if is_paused else starts)
             times.append(self._deferred_until if self._hand.deferred else None)
             times.append(self._gather_until if self._merging.waiting and not self._landing else None)

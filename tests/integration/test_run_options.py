@@ -159,3 +159,50 @@ async def test_the_error_of_a_detached_run_is_in_its_status(repository: Reposito
     log.write_text("a notice\ncouncil: the disk is full\n")
     assert repository.council("status", "--json").result["background"] == "the disk is full"
     assert "Its process in the background has ended: the disk is full" in repository.council("status").stdout
+
+
+async def test_merge_lands_a_runs_own_branch_on_its_base(repository: Repository) -> None:
+    """With the checks of its tasks on the merge, and the user's newer commits; a second time there is nothing."""
+    settle(repository, [{**CHAIN[0], "checks": ["test -e a.txt", "test ! -e forbidden"]}, CHAIN[3]])
+    repository.commit({".gitignore": "council.yaml\n"})
+    run = repository.council("run")
+    assert run.stdout.splitlines()[-1].endswith("Next: council merge"), run
+    name = repository.council("status", "--json").result["run"]
+    repository.commit({"own.txt": "own"})
+    merged = repository.council("merge", "--json")
+    assert (merged.code, merged.states, merged.result["target"]) == (0, {"merge": "landed"}, "main"), merged
+    assert {path.name for path in repository.top.glob("*.txt")} == {"a.txt", "d.txt", "own.txt"}
+    again = repository.council("merge", name)
+    assert (again.code, "'main' has all of" in again.stderr) == (2, True), again
+    await repository.assert_invariants()
+
+
+async def test_a_merge_that_fails_its_checks_moves_nothing(repository: Repository) -> None:
+    """No session follows; what could not be merged is kept."""
+    settle(repository, [{**CHAIN[0], "checks": ["test ! -e forbidden"]}])
+    repository.commit({".gitignore": "council.yaml\n"})
+    assert repository.council("run").code == 0
+    before = repository.commit({"forbidden": "x"})
+    spawned = repository.spawns.read_text()
+    merged = repository.council("merge", "--json")
+    assert (merged.code, merged.states) == (1, {"merge": "failed"}), merged
+    assert repository.git("rev-parse", "main") == before
+    assert repository.spawns.read_text() == spawned
+
+
+async def test_merge_lands_what_waits_and_starts_nothing(repository: Repository) -> None:
+    """What could not land because of changes in the checkout lands; what never began is left to `resume`."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "built", "prompt": "write README.md changed"},
+        {"id": "later", "prompt": "write later.txt x", "needs": ["built"]},
+    ]
+    config = str(repository.configure(tasks))
+    (repository.top / "README.md").write_text("my own change")
+    run = repository.council("run", config, "--allow-deferred")
+    assert "next: council merge" in run.stdout, run
+    repository.git("checkout", "--quiet", "README.md")
+    merged = repository.council("merge", "--json")
+    assert merged.states == {"built": "landed", "later": "pending"}, merged
+    assert repository.council("resume", "--json").states == {"built": "landed", "later": "landed"}
+    nothing = repository.council("merge")
+    assert (nothing.code, "waits to land" in nothing.stderr) == (2, True)
