@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from pathlib import Path
 
@@ -145,7 +145,7 @@ def run_file(  # noqa: PLR0917  as many as there are options
             run = await council.create_run(allow_deferred=allow_deferred, coordination=coordination)
             if detach:
                 return await _detach(council, run, context)
-            return await _execute(council, run, context, after=0, coordination=coordination)
+            return await _execute(council, run, context, 0, lambda: council.resume(run, coordination=coordination))
 
     perform(command, as_json=as_json)
 
@@ -199,9 +199,8 @@ def resume(
                 options = [*(["--budget", said] if said else []), *([] if capacity is None else ["-j", str(capacity)])]
                 return await _detach(council, name, context, options)
             after = await council.position()
-            return await _execute(
-                council, name, context, after=after, coordination=coordination, budget=budget, capacity=capacity
-            )
+            resumed = partial(council.resume, name, budget=budget, capacity=capacity, coordination=coordination)
+            return await _execute(council, name, context, after, resumed)
 
     perform(command, as_json=as_json)
 
@@ -235,26 +234,14 @@ def merge(run: str | None, as_json: bool) -> None:
                 raise RefusedError(f"nothing of run {name} waits to land", "`council status` shows its tasks")
             after = await council.position()
             if waiting:
-                code = await _show(council, name, context, after, lambda: council.land(name))
+                code = await _execute(council, name, context, after, lambda: council.land(name))
                 if not own_branch(await council.status(name)):
                     return code
                 after = await council.position()
             made = await council.create_merge(name)
-            return await _show(council, made, context, after, lambda: council.resume(made))
+            return await _execute(council, made, context, after, lambda: council.resume(made))
 
     perform(command, as_json=as_json)
-
-
-async def _show(
-    council: Council, run: str, context: Context, after: int, execute: Callable[[], Awaitable[RunReport]]
-) -> int:
-    """Execute a run with its events shown, and print the result; the first signal stops it cleanly."""
-    context.interrupt.stop = council.stop
-    async with shown(council, run, context.output, after) as progress:
-        report = await execute()
-        await progress.reach(await council.position())
-    await show_result(context, council, report)
-    return report.exit_code
 
 
 def _also_interrupted(run: str, others: Sequence[str]) -> str:
@@ -289,14 +276,18 @@ def work(
     if run is not None and follow:
         raise click.UsageError("--follow joins whatever runs begin; RUN names one.")
 
+    async def join(council: Council, name: str, context: Context) -> int:
+        work = partial(council.work, name, capacity=capacity, coordination=coordination)
+        return await _execute(council, name, context, await council.position(), work)
+
     async def command(context: Context) -> int:
         async with opened(context.log) as council:
             if run is not None:
-                return await _join(council, await council.find_run(run), context, capacity, coordination)
+                return await join(council, await council.find_run(run), context)
             code = None
             async with aclosing(council.active_runs(follow=follow)) as runs:
                 async for name in runs:
-                    code = max(code or 0, await _join(council, name, context, capacity, coordination))
+                    code = max(code or 0, await join(council, name, context))
                     if context.interrupt.is_stopping:
                         break
             if code is None:
@@ -304,19 +295,6 @@ def work(
             return code or 0
 
     perform(command, as_json=as_json)
-
-
-async def _join(
-    council: Council, run: str, context: Context, capacity: int | None, coordination: CoordinationOverrides
-) -> int:
-    """Be at work in a run with its events shown."""
-    context.interrupt.stop = council.stop
-    after = await council.position()
-    async with shown(council, run, context.output, after) as progress:
-        report = await council.work(run, capacity=capacity, coordination=coordination)
-        await progress.reach(await council.position())
-    await show_result(context, council, report)
-    return report.exit_code
 
 
 async def _detach(council: Council, run: str, context: Context, options: Sequence[str] = ()) -> int:
@@ -341,18 +319,21 @@ async def _detach(council: Council, run: str, context: Context, options: Sequenc
 
 
 async def _execute(
-    council: Council,
-    run: str,
-    context: Context,
-    after: int,
-    coordination: CoordinationOverrides,
-    budget: BudgetConfig | None = None,
-    capacity: int | None = None,
+    council: Council, run: str, context: Context, after: int, execute: Callable[[], Awaitable[RunReport]]
 ) -> int:
-    """Take a run to its end with its events shown; the first signal then stops it cleanly."""
+    """Execute a run with its events shown, and print the result; the first signal stops it cleanly."""
     context.interrupt.stop = council.stop
+    if not await council.is_live(run):
+        await anyio.to_thread.run_sync(_forget_error, council.project.background_log(run))
     async with shown(council, run, context.output, after) as progress:
-        report = await council.resume(run, budget=budget, capacity=capacity, coordination=coordination)
+        report = await execute()
         await progress.reach(await council.position())
     await show_result(context, council, report)
     return report.exit_code
+
+
+def _forget_error(log: Path) -> None:
+    """Remove the errors of an earlier process in the background, unless this is one that writes there. Blocks."""
+    with suppress(OSError):
+        if not os.path.samestat(log.stat(), os.fstat(2)):
+            log.unlink()
