@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,20 +164,27 @@ class Judge:
         if locks := self.repository.council("locks", "--json").result["locks"]:
             yield f"still locked: {locks}"
 
-    async def _recorded(self) -> tuple[dict[str, TaskDocument], dict[str, int]]:
-        """Return the tasks as the log has them, and the attempt whose plan they were of, where they were of one."""
+    async def _recorded(self) -> tuple[dict[str, TaskDocument], dict[str, set[int]]]:
+        """Return the tasks as the log has them, and the attempts of whose plans each was ever recorded to be a part."""
         run = self.repository.council("status", "--json").result["run"]
+        plans: dict[str, set[int]] = defaultdict(set)
         async with FileStore.open(self.repository.log, SystemClock()) as store:
             found = {one.key.id.partition("/")[2]: one.value for one in await store.list("task", f"{run}/")}
-            specs = {one.key.id.partition("/")[2]: one.value for one in await store.list("spec", f"{run}/")}
-        plans = {task: int(spec["plan"].rpartition("/")[2]) for task, spec in specs.items() if spec.get("plan")}
+            last = await store.position()
+            async for record in store.watch():
+                for key, (_, value) in record.documents.items():
+                    if key.kind == "spec" and value is not None and value.get("plan"):
+                        plans[key.id.partition("/")[2]].add(int(value["plan"].rpartition("/")[2]))
+                if record.position == last:
+                    break
         return {task: TaskDocument.model_validate(value) for task, value in found.items()}, plans
 
-    def _tasks(self, documents: Mapping[str, TaskDocument], plans: Mapping[str, int]) -> Iterator[str]:
+    def _tasks(self, documents: Mapping[str, TaskDocument], plans: Mapping[str, set[int]]) -> Iterator[str]:
         lines, known = self._lines(), set[tuple[str, str]]()
+        yield from (f"{task} was a part of the plans of attempts {one}" for task, one in plans.items() if len(one) > 1)
         for task, document in documents.items():
             job = self.workload.jobs.get(task)
-            expected = self.workload.lines_of_part(task, plans[task]) if job is None else job.lines
+            expected = self.workload.lines_of_part(task, max(plans[task])) if job is None else job.lines
             wanted = int(document.status is TaskStatus.LANDED)
             for path, line in expected.items():
                 known.add((path, f"+{line}"))
