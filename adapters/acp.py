@@ -13,12 +13,15 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import PurePath
 from typing import ClassVar, Final, Self
 
 import pluggy
 from pydantic import BaseModel, model_validator
 
 from adapters.jsonlines import bridge_command, bridge_readable, failure_concluded, parse_bridge_line
+from adapters.limits import with_end
+from adapters.opencode import limit_config, limit_in, limit_plugin
 from adapters.options import AdapterOptions, CommandLine, Value, given, own_home
 from orchestrator.domain.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
@@ -79,7 +82,11 @@ class AcpAdapter:
     def command(self, request: SessionRequest) -> Command:
         """Return the bridge's command line, with the agent's after `--`."""
         places = ("--prompt-file", str(request.prompt_file), "--worktree", str(request.worktree))
-        env, passed = self._options.variables(("HOME", "USER"), **_PRESET, **own_home(self._options, request))
+        is_opencode = PurePath(self._options.argv[0]).name == "opencode"
+        files = limit_plugin("stderr") if is_opencode else {}
+        limit = {"OPENCODE_CONFIG_CONTENT": limit_config(request.home)} if is_opencode else {}
+        preset = {**_PRESET, **limit, **own_home(self._options, request)}
+        env, passed = self._options.variables(("HOME", "USER"), **preset)
         return Command(
             argv=bridge_command(
                 *("acp", *places, *given("--model", self._options.model)),
@@ -88,7 +95,7 @@ class AcpAdapter:
             env=env,
             pass_env=passed,
             readable=bridge_readable(),
-            home=Home() if self._options.has_own_home else None,
+            home=Home(files) if self._options.has_own_home or files else None,
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
@@ -96,8 +103,8 @@ class AcpAdapter:
         return parse_bridge_line(line)
 
     def verdict(self, end: SessionEnd) -> Failed | None:
-        """Return what the bridge concluded."""
-        return failure_concluded(end)
+        """Return what the bridge concluded; a limit with its end, if the agent says when that is."""
+        return with_end(limit_in(end.stderr) or failure_concluded(end), end.time)
 
 
 def _asked(request: SessionRequest, *, resumes: bool) -> Iterator[str]:

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from adapters.failures import LONGEST_REASON
 from adapters.jsonlines import failure_concluded
+from adapters.limits import with_end
 from adapters.options import INSTRUCTIONS_FILE, AdapterOptions, Arguments, ProgramName, Value, given, own_home
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
@@ -157,7 +158,7 @@ class AiderAdapter:
 
     def verdict(self, end: SessionEnd) -> Failed | None:
         """Return what the last error means, if no answer followed it."""
-        return failure_concluded(end)
+        return with_end(failure_concluded(end), end.time)
 
 
 def _spent(text: str) -> Spent | None:

@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Final, Literal
 
 import pluggy
@@ -26,6 +27,7 @@ from adapters.jsonlines import (
     text_of,
     tool_used,
 )
+from adapters.limits import with_end
 from adapters.options import AdapterOptions, Arguments, ProgramName, Turns, UsDollars, Value, given, least
 from orchestrator.client.commands import SERVER
 from orchestrator.domain.failures import FailureClass
@@ -86,7 +88,6 @@ _SUBTYPES: Final[Mapping[str, tuple[FailureClass, str]]] = {
     "error_max_structured_output_retries": (FailureClass.LIMIT, "its answer never fitted the schema it was given"),
     "error_during_execution": (FailureClass.CRASHED, "it was interrupted, or ended with an error of its own"),
 }
-_INSTANT: Final = re.compile(r"\|([0-9]{9,11})\b")  # Claude AI usage limit reached|1760000000
 _PATH_KEYS: Final = ("file_path", "notebook_path", "path")
 #: What of the user's own it finds in a home of the task's.
 _LOGIN: Final = ".credentials.json"
@@ -211,7 +212,8 @@ class ClaudeCodeAdapter:
         if failed is None or failed.failure is not FailureClass.RATE_LIMITED or failed.until is not None:
             return failed
         told = [one.failed.until for one in end.events if isinstance(one, Concluded) and one.failed is not None]
-        return Failed(failed.failure, failed.reason, next((one for one in reversed(told) if one is not None), None))
+        until = next((one for one in reversed(told) if one is not None), None)
+        return with_end(replace(failed, until=until), end.time)
 
 
 def _home(request: SessionRequest, *, is_own: bool) -> Home | None:
@@ -363,8 +365,7 @@ def _failure_in_words(end: SessionEnd) -> Failed | None:
 def _failed(failure: FailureClass, reason: str) -> Failed:
     if failure is FailureClass.AUTH:
         return Failed(failure, f"{reason}: {_LOG_IN}")
-    instant = _INSTANT.search(reason) if failure is FailureClass.RATE_LIMITED else None
-    return Failed(failure, reason, None if instant is None else float(instant[1]))
+    return Failed(failure, reason)
 
 
 @hookimpl

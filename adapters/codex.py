@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final, Literal
 
@@ -18,6 +17,7 @@ from pydantic import AfterValidator, BaseModel
 
 from adapters.failures import class_in, class_of_status, one_line
 from adapters.jsonlines import failure_concluded, number_of, read_object, said_plainly, text_of
+from adapters.limits import with_end
 from adapters.options import AdapterOptions, Arguments, ProgramName, Value, given
 from orchestrator.client.commands import SERVER
 from orchestrator.domain.failures import FailureClass
@@ -108,12 +108,6 @@ _RULES: Final = "a rule of its configuration denies it: change that if it is to 
 #: What a command prints that its own sandbox kept from something; no other word of that gets out.
 _KEPT: Final = re.compile(r"Read-only file system|Operation not permitted|Permission denied")
 _RECONNECTING: Final = re.compile(r"Reconnecting\.\.\. ")
-_WAIT: Final = re.compile(r"try again in (\d{1,6}(?:\.\d{1,6})?)s\b")
-#: In local time; the date stands there unless it is today's: `Mar 3rd, 2026 4:05 PM`.
-_UNTIL: Final = re.compile(
-    r"try again at (?:([A-Z][a-z]{2}) (\d{1,2})(?:st|nd|rd|th), (\d{4}) )?(\d{1,2}):(\d{2}) ([AP])M\b"
-)
-_MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _PROVIDER: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 #: Those that it has by itself; nothing of them can be set.
 _BUILT_IN: Final = frozenset({"amazon-bedrock", "lmstudio", "ollama", "openai"})
@@ -220,10 +214,7 @@ class CodexAdapter:
 
     def verdict(self, end: SessionEnd) -> Failed | None:
         """Return what it says of its end, else what its plain words do; a limit with its end if it tells one."""
-        failed = failure_concluded(end) or _failure_in_words(end)
-        if failed is None or failed.failure is not FailureClass.RATE_LIMITED:
-            return failed
-        return Failed(failed.failure, failed.reason, _until(failed.reason, end.time))
+        return with_end(failure_concluded(end) or _failure_in_words(end), end.time)
 
 
 def _provider_settings(provider: str) -> tuple[str, ...]:
@@ -355,25 +346,6 @@ def _failed(failure: FailureClass, message: str) -> Failed:
     if failure is FailureClass.INVALID and _UNWRITABLE.search(reason):
         return Failed(failure, f"{reason}: {_MAKE_WRITABLE}")
     return Failed(failure, reason)
-
-
-def _until(reason: str, now: float) -> float | None:
-    if (wait := _WAIT.search(reason)) is not None:
-        return now + float(wait[1])
-    if (found := _UNTIL.search(reason)) is None:
-        return None
-    month, day, year, hour, minute, half = found.groups()
-    today = time.localtime(now)
-    date = (today.tm_year, today.tm_mon, today.tm_mday)
-    if month is not None:
-        if month not in _MONTHS:
-            return None
-        date = (int(year), _MONTHS.index(month) + 1, int(day))
-    clock = (int(hour) % 12 + (12 if half == "P" else 0), int(minute), 0)
-    try:
-        return time.mktime((*date, *clock, 0, 0, -1))
-    except (OverflowError, ValueError):
-        return None
 
 
 @hookimpl

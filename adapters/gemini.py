@@ -16,6 +16,7 @@ from pydantic import BaseModel, model_validator
 
 from adapters.failures import LONGEST_REASON, class_in, class_of_status, one_line
 from adapters.jsonlines import failure_concluded, number_of, read_object, said_plainly, text_of, tool_used
+from adapters.limits import end_of_limit
 from adapters.options import AdapterOptions, Arguments, ProgramName, Turns, Value, given
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
@@ -127,11 +128,6 @@ _WORDS: Final[Mapping[FailureClass, re.Pattern[str]]] = {
 _NAME: Final = re.compile(r"\b([A-Z]\w+Error): ")
 _STATUS: Final = re.compile(r"\b(?:status|code)\"?\s*:\s*([45][0-9]{2})\b")
 _MESSAGE: Final = re.compile(r'"message"\s*:\s*"([^"]+)"')
-_AFTER: Final = re.compile(
-    r"\b(?:retry (?:after|in)|reset after) "
-    r"(?:([0-9]{1,4})h)?(?:([0-9]{1,5})m(?!s))?(?:([0-9]{1,9}(?:\.[0-9]{1,12})?)(ms|s))?",
-    re.IGNORECASE,
-)
 _COLOR: Final = re.compile(r"\x1b\[[0-9;]*m")
 _REPORT: Final = "Error when talking to Gemini API"
 _READ_ONLY: Final = re.compile(r"critical error .*\b(?:EROFS|EACCES)\b.*'(.*/\.gemini)/")
@@ -253,8 +249,7 @@ class GeminiAdapter:
                 failed = Failed(FailureClass.CRASHED, _NO_RESULT, unfinished=True)
         if failed is None or failed.failure is not FailureClass.RATE_LIMITED:
             return failed
-        seconds = _seconds_to_wait(end)
-        return Failed(failed.failure, failed.reason, None if seconds is None else end.time + seconds)
+        return Failed(failed.failure, failed.reason, _end_of_limit(end))
 
 
 def _settings(options: GeminiOptions, request: SessionRequest) -> JsonObject:
@@ -389,15 +384,10 @@ def _has_result(end: SessionEnd) -> bool:
     return any(isinstance(event, Spent | Concluded) for event in end.events)
 
 
-def _seconds_to_wait(end: SessionEnd) -> float | None:
-    """What it was told last: by its result, or on standard error."""
+def _end_of_limit(end: SessionEnd) -> float | None:
+    """Return what it said last: in its result, or on standard error."""
     results = [line for line in end.stdout.splitlines() if '"result"' in line]
-    for text in (*results[-1:], end.stderr):
-        told = [one for one in _AFTER.finditer(text) if any(one.groups())]
-        if told:
-            hours, minutes, amount, unit = told[-1].groups("0")
-            return int(hours) * 3600 + int(minutes) * 60 + float(amount) / (1000 if unit == "ms" else 1)
-    return None
+    return next(filter(None, (end_of_limit(text, end.time) for text in (*results[-1:], end.stderr))), None)
 
 
 @hookimpl

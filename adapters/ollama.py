@@ -14,6 +14,7 @@ import pluggy
 from pydantic import AfterValidator, BaseModel, Field
 
 from adapters.jsonlines import bridge_command, bridge_readable, failure_concluded, parse_bridge_line
+from adapters.limits import with_end
 from adapters.options import INSTRUCTIONS_FILE, AdapterOptions, Value
 from orchestrator.domain.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
@@ -93,7 +94,7 @@ class OllamaAdapter:
 
     def verdict(self, end: SessionEnd) -> Failed | None:
         """Return what the bridge concluded."""
-        return failure_concluded(end)
+        return with_end(failure_concluded(end), end.time)
 
     def _server(self) -> tuple[str, ...]:
         return ("--host", self._options.host, "--model", self._options.model)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 import pluggy
@@ -19,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, Field, JsonValue
 
 from adapters.failures import LONGEST_REASON, class_in, class_of_status, one_line
 from adapters.jsonlines import cost_of, failure_concluded, interruption, number_of, read_object, said_plainly, text_of
+from adapters.limits import with_end
 from adapters.options import INSTRUCTIONS_FILE, AdapterOptions, Arguments, ProgramName, Value, given
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Failed
@@ -180,6 +182,22 @@ export const Council = async ({ directory }) => ({
 """
 
 
+#: Another, that has it end where it would wait for longer than that for a limit to end: it tells nobody.
+_LIMIT_FILE: Final = "council-limit.js"
+_LIMIT: Final = """\
+import { writeSync } from "node:fs"
+const longest = 60000
+export const CouncilLimit = async () => ({
+  event: async ({ event }) => {
+    const status = event.type === "session.status" ? event.properties.status : undefined
+    if (status?.type !== "retry" || !(status.next - Date.now() > longest)) return
+    writeSync(STREAM, JSON.stringify({ type: "council.limited", message: status.message, until: status.next }) + "\\n")
+    process.kill(process.pid, "SIGKILL")
+  },
+})
+"""
+
+
 class OpencodeOptions(AdapterOptions):
     """What stands under an adapter that says `use: opencode`."""
 
@@ -232,10 +250,12 @@ class OpencodeAdapter:
         own = {name: str(request.home / part) for name, part in _FOLDERS.items()} if options.has_own_home else {}
         places = _PLACES if options.has_own_home else (*_PLACES, *_FOLDERS)
         env, passed = options.variables(("HOME", *_KEYS, *places), **_PRESET, **own, OPENCODE_CONFIG_CONTENT=config)
-        files = {INSTRUCTIONS_FILE: request.instructions} if request.instructions is not None else {}
+        files = {**limit_plugin("stdout")}
+        if request.instructions is not None:
+            files[INSTRUCTIONS_FILE] = request.instructions
         if request.pre_edit:
             files[_HOOK_FILE] = _HOOK.replace("ARGV", json.dumps([*request.pre_edit]))
-        home = Home(files, _LINKS, (_LOGIN,)) if options.has_own_home else Home(files) if files else None
+        home = Home(files, _LINKS, (_LOGIN,)) if options.has_own_home else Home(files)
         return Command(
             argv=(
                 *(options.bin, "run", "--format", "json", "--auto", "--print-logs", "--log-level", "ERROR"),
@@ -271,6 +291,8 @@ class OpencodeAdapter:
                 return tuple(_of_step(part, self._options.model))
             case "error":
                 return tuple(_of_error(value))
+            case "council.limited":
+                return (Concluded("", _limited(value)),)
             case _:
                 return ()
 
@@ -279,8 +301,33 @@ class OpencodeAdapter:
         failed = failure_concluded(end)
         concluded = any(isinstance(event, Concluded) for event in end.events)
         if concluded and (failed is None or failed.failure is not FailureClass.CRASHED):
-            return failed
-        return _failure_in_words(end.stderr) or failed or interruption(end)
+            return with_end(failed, end.time)
+        return with_end(_failure_in_words(end.stderr) or failed or interruption(end), end.time)
+
+
+def limit_plugin(stream: Literal["stdout", "stderr"]) -> Mapping[str, str]:
+    """Return the file of a plugin that ends opencode at a limit that it would silently wait for, for hours perhaps.
+
+    It prints a line to a stream first, which `limit_in` reads.
+    """
+    return {_LIMIT_FILE: _LIMIT.replace("STREAM", "1" if stream == "stdout" else "2")}
+
+
+def limit_config(home: Path) -> str:
+    """Return a configuration that has that plugin, of a session's home."""
+    return json.dumps({"plugin": [(home / _LIMIT_FILE).as_uri()]})
+
+
+def limit_in(text: str) -> Failed | None:
+    """Return the limit that the plugin printed; None if it printed none."""
+    values = (read_object(line) for line in text.splitlines()[::-1] if "council.limited" in line)
+    return next((_limited(value) for value in values if value and value.get("type") == "council.limited"), None)
+
+
+def _limited(value: JsonObject) -> Failed:
+    until = number_of(value.get("until"))
+    reason = one_line(text_of(value.get("message"))) or "the limit of its account is reached"
+    return Failed(FailureClass.RATE_LIMITED, reason, until / 1000 if until else None)
 
 
 def _config(options: OpencodeOptions, request: SessionRequest) -> JsonObject:
@@ -288,9 +335,9 @@ def _config(options: OpencodeOptions, request: SessionRequest) -> JsonObject:
     if request.instructions is not None:
         told = config.get("instructions")
         config["instructions"] = [*(told if isinstance(told, list) else ()), str(request.home / INSTRUCTIONS_FILE)]
-    if request.pre_edit:
-        told = config.get("plugin")
-        config["plugin"] = [*(told if isinstance(told, list) else ()), (request.home / _HOOK_FILE).as_uri()]
+    told = config.get("plugin")
+    plugins = (_LIMIT_FILE, _HOOK_FILE) if request.pre_edit else (_LIMIT_FILE,)
+    config["plugin"] = [*(told if isinstance(told, list) else ()), *((request.home / one).as_uri() for one in plugins)]
     if request.mcp_servers:
         servers = {
             one.name: {"type": "remote", "url": one.url}

@@ -62,7 +62,11 @@ _PLAIN: Final[Mapping[str, re.Pattern[str]]] = {
 _STATUS: Final = re.compile(r"\bAPI Error: ([45]\d\d)\b")
 #: What an error means that has no code of its own; the first that matches counts.
 _WORDS: Final[Mapping[str, re.Pattern[str]]] = {
-    "rate_limited": re.compile(r"rate.?limit|usage limit|quota|resource_exhausted|\b429\b", re.IGNORECASE),
+    "rate_limited": re.compile(
+        r"rate.?limit|usage.?limit|hit your .*limit|limit (?:reached|exceeded)|too many requests|quota|exhausted"
+        r"|\b429\b",
+        re.IGNORECASE,
+    ),
     "auth": re.compile(r"authenticat|not logged in|/login|api.?key|unauthorized|\b40[13]\b", re.IGNORECASE),
     "overloaded": re.compile(r"overloaded|unavailable|internal server error|\b5(?:00|02|03|29)\b", re.IGNORECASE),
 }

@@ -21,7 +21,8 @@ import pytest
 from packaging.specifiers import SpecifierSet
 from pydantic import BaseModel
 
-from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.failures import RETRIED, FailureClass, Policy, policy_of
+from orchestrator.domain.retry import park_until
 from orchestrator.protocols import (
     Adapter,
     AdapterType,
@@ -101,6 +102,8 @@ class AdapterContract(OptionsContract):
     ends: ClassVar[Sequence[tuple[SessionEnd, FailureClass | None]]] = ()
     """Ends that were seen, and the class that the verdict on each should have; events are parsed from its output."""
 
+    limits: ClassVar[Sequence[tuple[SessionEnd, float]]] = ()
+    """Ends at the limit of an account, and when it ends as the program said (wall-clock seconds)."""
     transcripts: ClassVar[Path | None] = None
     """A folder of recordings (`orchestrator.testing.recordings`), made by running the program."""
     recorded: ClassVar[Mapping[str, Recorded]] = {}
@@ -266,6 +269,17 @@ class AdapterContract(OptionsContract):
             assert (verdict.failure if verdict else None) == failure, end
             admitted = has_admitted_failure(parsed)
             assert verdict is not None or not admitted, f"its last conclusion failed, and the verdict is None: {end}"
+
+    def test_a_limit_parks_the_adapter_until_it_ends(self) -> None:
+        """At each end of `limits` the adapter is parked, and until the instant that the program named."""
+        adapter = self.adapter_type(self.validated())
+        for end, until in self.limits:
+            parsed = [event for line in end.stdout.splitlines() for event in adapter.parse(line)]
+            verdict = adapter.verdict(replace(end, events=parsed))
+            assert verdict is not None, end
+            assert policy_of(verdict.failure, RETRIED) is Policy.PARK, verdict
+            assert verdict.until is not None, f"it names the end of its limit, and the verdict does not: {end}"
+            assert abs(park_until(end.time, verdict.until, 1) - until) < 1, verdict
 
     def test_recordings_mean_what_they_should(self) -> None:
         """Each recording of the folder is named in `recorded`, and means what stands there."""

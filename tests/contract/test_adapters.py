@@ -128,6 +128,10 @@ class TestClaudeCode(AdapterContract):
         (end("", stderr="Error: Invalid API key · Please run /login"), FailureClass("auth")),
         (end(claude("system", subtype="init"), None), None),
     )
+    limits: ClassVar = (
+        (end(claude_error(None, "Claude AI usage limit reached|1790003600")), 1_790_003_600.0),
+        (end(claude_error(429, "You've hit your limit · resets 5pm (UTC)")), 1_790_010_000.0),
+    )
     transcripts = TRANSCRIPTS / "claude-code"
     recorded: ClassVar = {
         "resumed": Recorded(

@@ -55,6 +55,7 @@ class TestAider(AdapterContract):
         (end("litellm.SomethingNewError: x", 0), FailureClass("crashed")),
         (end("Aider v0.86.1\n", 0), None),
     )
+    limits: ClassVar = ((end(f"{OPENAI} Please try again in 20s.", 0), 1_790_000_020.0),)
     transcripts = TRANSCRIPTS / "aider"
     recorded: ClassVar = {
         "edit": Recorded(tokens=(1900, 20), paths=frozenset({"hello.txt"})),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -52,6 +53,18 @@ BRIDGE_LINES: Sequence[tuple[str, Sequence[SessionEvent]]] = (
     ('{"type": "said", "text": 1}', ()),
     ('{"type": "spent", "input_tokens": 1}', ()),
 )
+
+
+def limited(reason: str) -> SessionEnd:
+    return end(json.dumps({"type": "concluded", "text": reason, "failure": "rate_limited", "reason": reason}))
+
+
+LIMITS: Sequence[tuple[SessionEnd, float]] = (
+    (limited("Resource has been exhausted (e.g. check quota). Suggested retry after 4000s."), 1_790_004_000.0),
+    (limited("Claude AI usage limit reached|1790003600"), 1_790_003_600.0),
+    (limited("You've hit your limit: resets 5pm (UTC)"), 1_790_010_000.0),
+    (limited("usage limit reached, resets at 2026-09-21T17:00:00Z"), 1_790_010_000.0),
+)
 BRIDGE_ENDS: Sequence[tuple[SessionEnd, FailureClass | None]] = (
     (end('{"type": "concluded", "text": "x", "failure": "overloaded", "reason": "y"}'), FailureClass.OVERLOADED),
     (end('{"type": "concluded", "text": "", "failure": null, "reason": ""}', 0), None),
@@ -84,6 +97,7 @@ class TestAcp(AdapterContract):
     options: ClassVar = {"argv": ["gemini", "--acp"], "model": "x", "env": ["GEMINI_API_KEY"]}
     lines = BRIDGE_LINES
     ends = BRIDGE_ENDS
+    limits = LIMITS
     transcripts = TRANSCRIPTS / "acp-gemini"
     recorded: ClassVar = {
         **_AGENTS,
@@ -102,6 +116,7 @@ class TestAcp(AdapterContract):
         "invalid": Recorded(FailureClass.INVALID),
         "no-key": Recorded(FailureClass.AUTH),
         "not-installed": Recorded(FailureClass.INVALID),
+        "limited-for-long": Recorded(FailureClass.RATE_LIMITED),
         "too-long": Recorded(FailureClass.LIMIT),
         "outside": Recorded(text="It is not written.", paths=frozenset()),  # it refuses that by itself
     }
@@ -113,7 +128,11 @@ class TestAcpOpencode(AdapterContract):
     adapter_type = AcpAdapter
     options: ClassVar = {"argv": ["opencode", "acp"], "env": ["ANTHROPIC_API_KEY"]}
     transcripts = TRANSCRIPTS / "acp-opencode"
+    limits: ClassVar = (
+        (end("", None, 'opencode\n{"type":"council.limited","message":"No.","until":1790003600000}'), 1_790_003_600.0),
+    )
     recorded: ClassVar = {
+        "limited-for-long": Recorded(FailureClass.RATE_LIMITED),
         **_AGENTS,
         "edit": Recorded(
             session="ses_dfc4c7d93ffeqLiKgR5FEgCDIq",
@@ -168,6 +187,7 @@ class TestOllama(AdapterContract):
     options: ClassVar = {"model": "qwen3-coder:30b", "host": "http://[::1]:11434", "context": 65536}
     lines = BRIDGE_LINES
     ends = BRIDGE_ENDS
+    limits = LIMITS
     transcripts = TRANSCRIPTS / "ollama"
     recorded: ClassVar = {
         "edit": Recorded(text="It is written.", tokens=(120, 34), paths=frozenset({"hello.txt"})),

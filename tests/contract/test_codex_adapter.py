@@ -145,6 +145,7 @@ class TestCodex(AdapterContract):
         (end(f'{codex_failure("x")}\n{{"type":"turn.completed","usage":{{}}}}', 0), None),
         (end("", 1, "Error: something else"), None),
     )
+    limits: ClassVar = ((end(codex_failure(f"{HIT} or try again in 3600s.")), 1_790_003_600.0),)
     transcripts = TRANSCRIPTS / "codex"
     recorded: ClassVar = {
         "resumed": Recorded(
@@ -193,7 +194,7 @@ def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ("told", "until"),
     [
         ("or try again at 2:09 PM.", datetime(2026, 9, 21, 14, 9, tzinfo=UTC)),
-        ("or try again at 12:30 AM.", datetime(2026, 9, 21, 0, 30, tzinfo=UTC)),
+        ("or try again at 12:30 AM.", datetime(2026, 9, 22, 0, 30, tzinfo=UTC)),
         ("or try again at Sep 23rd, 2026 12:09 PM.", datetime(2026, 9, 23, 12, 9, tzinfo=UTC)),
         ("or try again at Foo 23rd, 2026 12:09 PM.", None),
         ("or try again later.", None),

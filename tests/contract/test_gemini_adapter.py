@@ -130,6 +130,7 @@ class TestGemini(AdapterContract):
         ),
         (end("", 41, ""), None),
     )  # fmt: skip
+    limits: ClassVar = ((end(gemini_result(f"[API Error: {GEMINI_QUOTA}]"), 173), 1_790_012_030.0),)
     transcripts = TRANSCRIPTS / "gemini"
     recorded: ClassVar = {
         "resumed": Recorded(

@@ -138,6 +138,11 @@ class TestOpencode(AdapterContract):
         (end(f"{BEGUN}\n{opencode_step('tool-calls')}", None), None),
         (end("", 0), None),
     )
+    limits: ClassVar = (
+        (end('{"type":"council.limited","message":"No.","until":1790003600000}', None), 1_790_003_600.0),
+        (end(opencode_api_error(429, "Usage limit reached, resets in 2 hours 5 minutes.")), 1_790_007_500.0),
+        (end(opencode_api_error(429, responseHeaders={"retry-after": "60"})), 1_790_000_060.5),
+    )
     transcripts = TRANSCRIPTS / "opencode"
     recorded: ClassVar = {
         "resumed": Recorded(
@@ -155,6 +160,7 @@ class TestOpencode(AdapterContract):
         ),
         "tool": Recorded(text="Both done.", paths=frozenset({"/work/out/b.txt"})),
         "limited": Recorded(FailureClass.RATE_LIMITED, tokens=(0, 0)),
+        "limited-for-long": Recorded(FailureClass.RATE_LIMITED),
         "limited-until": Recorded(FailureClass.RATE_LIMITED),
         "limited-then-well": Recorded(text="Done.", paths=frozenset({"/work/hello.txt"})),
         "no-login": Recorded(FailureClass.AUTH),
@@ -188,4 +194,5 @@ def test_opencode_gets_its_configuration_over_ours(tmp_path: Any) -> None:
         "autoupdate": False,
         "share": "manual",
         "permission": {"bash": "deny"},
+        "plugin": [(tmp_path / "home/council-limit.js").as_uri()],
     }

@@ -66,7 +66,7 @@ def recorded(program: str, name: str) -> list[str]:
         ),
         ("gemini", ["> run_shell_command echo from-the-shell: ok", "> write_file out/b.txt: ok", "Both done."]),
         ("opencode", ["> bash echo from-the-shell: ok", "> write /work/out/b.txt: ok", "Both done."]),
-        ("acp-gemini", ["> execute echo from-the-shell", "> edit Writing to out/b.txt", "Both done."]),
+        ("acp-gemini", ["> execute echo from-the-shell: ok", "> edit Writing to out/b.txt: ok", "Both done."]),
     ],
 )
 def test_a_tool_call_is_a_line_with_its_argument_and_outcome(program: str, lines: list[str]) -> None:

@@ -19,6 +19,7 @@ _CASES: Final[Mapping[str, Case]] = {
     **ASKED,
     "resumed": _RESUMED,
     "outside": Case("write ../beside.txt hi\nsay It is not written."),
+    "limited-for-long": Case("fail 429 99 4000\nwrite hello.txt hi"),
     "too-long": Case("overflow\nwrite hello.txt hi"),
     "out-of-tokens": Case("cut\nwrite hello.txt hi"),
     "invalid": Case("fail 400\nwrite hello.txt hi"),
@@ -63,5 +64,8 @@ ACP_CLAUDE: Final = Program(
     options={"argv": ["claude-agent-acp"]},
     environ=claude_environ,
     version=("claude-agent-acp", "sh", "-c", _CLAUDE_VERSION),
-    cases={**_CASES, "overloaded": Case("fail 529\nwrite hello.txt hi")},
+    cases={
+        **{name: case for name, case in _CASES.items() if name != "limited-for-long"},
+        "overloaded": Case("fail 529\nwrite hello.txt hi"),
+    },
 )

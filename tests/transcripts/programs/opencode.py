@@ -30,6 +30,7 @@ OPENCODE: Final = Program(
     cases={
         **CASES,
         **ASKED,
+        "limited-for-long": Case("fail 429 99 4000\nwrite hello.txt hi"),
         "limited-until": Case("fail 429 99 1\nwrite hello.txt hi"),
         "refused": Case("write hello.txt hi\nsay It is not written.", options={"config": _DENIED}),
         "invalid": Case("fail 400\nwrite hello.txt hi"),

@@ -1,0 +1,98 @@
+"""When the limit of an account ends, in the words by which programs pass that on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta, tzinfo
+from typing import Final
+from zoneinfo import ZoneInfo
+
+from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.outcome import Failed
+
+_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_AMOUNT: Final = (
+    r"[0-9]{1,9}(?:\.[0-9]{1,12})?\s?"
+    r"(?:milliseconds?|ms|seconds?|secs?|s|minutes?|mins?|m|hours?|hrs?|h|days?|d)"
+)
+#: `try again in 2 hours 5 minutes`, `Suggested retry after 3600s`, `will reset after 5h12m20s`.
+_AFTER: Final = re.compile(
+    rf"\b(?:retry|again|resets?|available)\s+(?:after|in)\s+(?P<amounts>{_AMOUNT}(?:(?:,|\sand)?\s?{_AMOUNT})*)",
+    re.IGNORECASE,
+)
+_PART: Final = re.compile(r"([0-9.]+)\s?(ms|milli|[smhd])", re.IGNORECASE)
+#: `usage limit reached|1760000000`.
+_EPOCH: Final = re.compile(r"(?:\||\b(?:at|until)\s)(?P<epoch>1[0-9]{9})\b")
+_ISO: Final = re.compile(
+    r"\b(?:at|after|until|resets|again)\s"
+    r"(?P<iso>20[0-9]{2}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]+)?)?"
+    r"(?:Z|[+-][0-9]{2}:?[0-9]{2})?)"
+)
+#: `try again at Mar 3rd, 2026 4:05 PM`, `resets 3pm (Europe/Berlin)`: in local time unless a zone is named.
+_CLOCK: Final = re.compile(
+    r"\b(?:(?:again|resets?)\s(?:at\s|on\s)?|until\s)"
+    r"(?:(?P<month>Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*\.?\s(?P<day>[0-9]{1,2})(?:st|nd|rd|th)?"
+    r"(?:,\s(?P<year>20[0-9]{2}))?(?:,|\sat)?\s)?"
+    r"(?P<hour>1[0-2]|0?[0-9])(?::(?P<minute>[0-5][0-9]))?\s?(?P<half>[ap])\.?m\b"
+    r"(?:\.?\s\((?P<zone>[A-Za-z_]+(?:/[\w+-]+)*)\))?",
+    re.IGNORECASE,
+)
+_MONTHS: Final = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+#: A clock without a date that was this long ago means tomorrow: it has no seconds, and may have been read late.
+_PAST: Final = timedelta(hours=1)
+
+
+def end_of_limit(text: str, now: float) -> float | None:
+    """Return the instant that a text names last as the end of a limit, in wall-clock seconds; None if it names none."""
+    found = sorted(_named(text, now))
+    return found[-1][1] if found else None
+
+
+def with_end(failed: Failed | None, now: float) -> Failed | None:
+    """Return a verdict; where it is a limit whose end is not known, with the end that its reason names."""
+    if failed is None or failed.failure is not FailureClass.RATE_LIMITED or failed.until is not None:
+        return failed
+    return replace(failed, until=end_of_limit(failed.reason, now))
+
+
+def _named(text: str, now: float) -> Iterator[tuple[int, float]]:
+    """Yield each instant with its place in the text."""
+    for match in _AFTER.finditer(text):
+        parts = _PART.findall(match["amounts"])
+        yield match.start(), now + sum(float(amount) * _UNITS[_unit(name)] for amount, name in parts)
+    for match in _EPOCH.finditer(text):
+        yield match.start(), float(match["epoch"])
+    for match in _ISO.finditer(text):
+        try:
+            instant = datetime.fromisoformat(match["iso"])
+        except ValueError:
+            continue
+        yield match.start(), (instant if instant.tzinfo else instant.replace(tzinfo=UTC)).timestamp()
+    for match in _CLOCK.finditer(text):
+        if (on_clock := _on_clock(match, now)) is not None:
+            yield match.start(), on_clock
+
+
+def _unit(name: str) -> str:
+    return "ms" if name.lower() in {"ms", "milli"} else name[0].lower()
+
+
+def _on_clock(match: re.Match[str], now: float) -> float | None:
+    zone: tzinfo | None = None
+    try:
+        zone = ZoneInfo(match["zone"]) if match["zone"] else None
+        today = datetime.fromtimestamp(now, zone)
+        hour = int(match["hour"]) % 12 + (12 if match["half"].lower() == "p" else 0)
+        then = today.replace(hour=hour, minute=int(match["minute"] or 0), second=0, microsecond=0)
+        if match["month"] is None:
+            then += timedelta(days=1) if then < today - _PAST else timedelta()
+        else:
+            month, year = _MONTHS.index(match["month"].lower()) + 1, int(match["year"] or today.year)
+            then = then.replace(year=year, month=month, day=int(match["day"]))
+            if match["year"] is None and then < today - timedelta(days=30):
+                then = then.replace(year=year + 1)
+        return then.timestamp()
+    except (ValueError, OverflowError, OSError, KeyError):  # no such zone or date
+        return None
