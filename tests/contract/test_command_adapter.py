@@ -196,6 +196,7 @@ class TestOpencodeFromYaml(AdapterContract):
         "read-only": Recorded(text="It is looked at."),
         "tool": Recorded(text="Both done."),
         "limited": Recorded(FailureClass.RATE_LIMITED, tokens=(0, 0)),
+        "limited-for-long": Recorded(),  # without the plugin that ours has
         "limited-until": Recorded(FailureClass.RATE_LIMITED),
         "limited-then-well": Recorded(text="Done."),
         "no-login": Recorded(FailureClass.AUTH),
