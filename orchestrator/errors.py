@@ -18,6 +18,7 @@
         StateLost          what was recorded is not there any more              exit 3
       LockHeld             a file lock was not free in time
       GitError             a git command failed that should not
+        GitKilled          it was killed from outside, time and again         exit 1
       SessionError         a supervisor ended without its report
 
 Expected endings (a task that fails, a merge that conflicts) are values, not errors.
@@ -252,6 +253,16 @@ class GitError(CouncilError):
         super().__init__(f"`{' '.join(argv)}` ended with {returncode}: {self.stderr or 'no message'}")
 
 
+class GitKilled(GitError):
+    """A git command, or one at its other end, was killed from outside, each time that it was tried."""
+
+    def __init__(self, argv: Sequence[str], returncode: int, stderr: str) -> None:
+        super().__init__(argv, returncode, stderr)
+        self.what = f"`{' '.join(argv)}` was killed ({self.stderr or f'exit code {returncode}'})"
+        self.remedy = "end what kills it, such as a lack of memory, then run the command again, or `council resume`"
+        self.args = (f"{self.what}: {self.remedy}",)
+
+
 class SessionError(CouncilError):
     """A session's supervisor ended without saying how the session ended."""
 
@@ -283,13 +294,13 @@ def shortage(error: OSError | GitError) -> int | None:
 
 
 def is_exhaustion(error: OSError | GitError) -> bool:
-    """Whether something failed because this machine has not enough of something now, which may pass."""
-    return shortage(error) is not None
+    """Whether something failed because of the machine's state now, which may pass."""
+    return isinstance(error, GitKilled) or shortage(error) is not None
 
 
 def as_shortage(error: BaseException) -> tuple[str, str] | None:
     """Return what is unavailable now and the fix, where an error is due to that and to nothing else."""
-    if isinstance(error, StoreUnavailable) and not isinstance(error, StateLost):
+    if isinstance(error, GitKilled) or (isinstance(error, StoreUnavailable) and not isinstance(error, StateLost)):
         return error.what, error.remedy
     if not isinstance(error, OSError | GitError) or (number := shortage(error)) is None:
         return None

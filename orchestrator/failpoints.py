@@ -2,7 +2,8 @@
 
 Off unless `COUNCIL_FAILPOINTS` is set when the process starts, and then one dictionary look-up is all that a
 disarmed one costs. The syntax is `name=kill` or `name=kill@N` (at the N-th time it is reached), separated by
-commas. `kill` is SIGKILL to ourselves: no `finally`, no flush, as when the machine's memory runs out.
+commas. `kill` is SIGKILL to ourselves: no `finally`, no flush, as when the machine's memory runs out. At `git.started`
+and `git.ended` it is the git command that is killed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import Final
 
 FAILPOINTS: Final = frozenset(
     {
+        "git.starting",  # a git command is about to be started
+        "git.started",  # it is, and has done nothing or a part
+        "git.ended",  # it has done all, and is killed before it says so
         "run.seeded",  # the run and its tasks are in the store
         "run.claimed",  # this process is the run's owner, under a new epoch
         "claims.swept",  # the claims of an orchestrator that is gone are this one's, nothing of its work is saved
@@ -96,12 +100,15 @@ def arm(spec: str) -> None:
     _armed.update(armed)
 
 
+def is_struck(name: str) -> bool:
+    """Whether a crash test asked for a kill here, at this time."""
+    if not _armed or name not in _armed:
+        return False
+    _armed[name] -= 1
+    return _armed[name] == 0
+
+
 def failpoint(name: str) -> None:
     """Die here if a crash test asked for it; otherwise nothing."""
-    if _armed and name in _armed:
-        _armed[name] -= 1
-        if _armed[name] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-arm(os.environ.get("COUNCIL_FAILPOINTS", ""))
+    if is_struck(name):
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -25,6 +25,7 @@ from typing import IO
 import anyio.to_thread
 
 from orchestrator import keeper
+from orchestrator.failpoints import is_struck
 from orchestrator.sandbox.confinement import Confinement
 
 _LOOK = 0.02  # seconds between two looks whether a program has ended: others may keep its streams open
@@ -93,6 +94,8 @@ def _run(
 
     with start(argv) if confinement is None else confinement.start(argv, start) as child:
         _limit_memory(child.pid, memory)
+        if argv[0] == "git" and is_struck("git.started"):
+            os.killpg(child.pid, signal.SIGKILL)
         with _kept(child.pid) if keep_fds else nullcontext():
             try:
                 stdout, stderr = _communicate(child, stdin, timeout)

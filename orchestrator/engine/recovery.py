@@ -51,8 +51,7 @@ async def recover(ledger: Ledger, shop: Workshop, clock: Clock) -> None:
     first. May itself be killed anywhere and run again.
     """
     alone = not await has_company(ledger)
-    if alone:  # else a lock may be a living git command's
-        await worktrees.remove_stale_locks(shop.hub, ledger.run.id)
+    await worktrees.remove_stale_files(shop.hub, ledger.run.id, is_alone=alone)
     try:
         await shop.target.refresh()
     except GitError as error:
@@ -73,6 +72,7 @@ async def recover_tasks(ledger: Ledger, shop: Workshop, clock: Clock) -> list[st
     """
     taken = await _take_over(ledger, shop, counts=True)
     if taken:
+        await worktrees.remove_stale_files(shop.hub, ledger.run.id, is_alone=False)
         with suppress(GitError):  # it is looked at again when they land
             await shop.target.refresh()
         await _clear_up(ledger, shop, clock, taken, at_start=False)

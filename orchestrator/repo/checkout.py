@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Final
 
 import anyio.to_thread
 
 from orchestrator.errors import GitError, RefusedError, unusable
 from orchestrator.project import Project
 from orchestrator.repo.git import Change, Git, is_object_id, join_nul, parse_raw, shown, split_nul
+
+#: What git calls the folders in which it keeps what a push brings until it is accepted.
+_INCOMING: Final = "tmp_objdir-incoming-*"
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +184,7 @@ async def settle(
                 foreign = await update.undo(stale)
     # Last: as long as the index is locked, an interrupted recovery can be distinguished from one that is done.
     await anyio.to_thread.run_sync(_unlink, stale)
+    await anyio.to_thread.run_sync(_remove_incoming, repository.git_dir, since)
     return foreign
 
 
@@ -331,6 +337,17 @@ def _find_stale(locks: Sequence[Path], folders: Sequence[Path], since: float) ->
     if not found or any(_git_runs_in(folder) for folder in folders) or _is_open(found):
         return []
     return found
+
+
+def _remove_incoming(git_dir: Path, since: float) -> None:
+    """Remove what a killed push had received: objects of which no ref ever knew. Git's own pruning would, too.
+
+    Each `git receive-pack` works in the git directory: where none does, folders that were made since are nobody's.
+    """
+    folders = [path for path in (git_dir / "objects").glob(_INCOMING) if _modified(path) >= since - 2]
+    if folders and not _git_runs_in(git_dir):
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _modified(path: Path) -> float:

@@ -1,7 +1,7 @@
 """What killed commands leave in and beside our repositories: temporary files and folders, lock files, half-built hubs.
 
-None of it holds anything that is not elsewhere. That nobody is at work on it is known from its age, and from no git
-command being at work for the repository.
+None of it holds anything that is not elsewhere. That nobody uses it is known from no git command running for the
+repository, and, of what other commands of ours make, from its age as well.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from pathlib import Path
 
 from orchestrator.domain.leftovers import is_stale
 from orchestrator.repo.hub import Hub, is_within
-from orchestrator.repo.worktrees import git_runs_for, lock_files
+from orchestrator.repo.stale_files import git_runs_for, half_written_in
+from orchestrator.repo.worktrees import lock_files
 
 _HUB = re.compile(r".+-[0-9a-f]{12}")
 _LIVE_DIFF = re.compile(r".+\.live-[a-z0-9_]{8}")  # as `repo.diffs` has tempfile name it
@@ -31,8 +32,6 @@ _PARTS = frozenset(
         "origin.json.new",
     }
 )
-# What git calls the objects, packs and indexes that it is writing (odb_mkstemp in its environment.c and elsewhere).
-_OBJECTS = ("tmp_*", "pack/tmp_*", "pack/.tmp-*", "[0-9a-f][0-9a-f]/tmp_obj_*")
 
 
 def hubs_in(home: Path) -> list[Hub]:
@@ -55,18 +54,16 @@ def _is_part_of_one(folder: Path) -> bool:
 
 def debris_in(hub: Hub, now: float) -> list[Path]:
     """Return the temporary files and locks in a hub that are of nobody who lives; `now` is the wall clock. Blocks."""
+    gits = {file.path for file in (*lock_files(hub), *half_written_in(hub.trusted)) if is_within(hub, file.path)}
     found = [path for path in dict.fromkeys(_temporaries(hub)) if is_within(hub, path)]
-    stale = [path for path in found if is_stale(_modified(path, now), now)]
+    stale = gits.union(path for path in found if is_stale(_modified(path, now), now))
     return sorted(stale) if stale and not git_runs_for(hub.trusted) else []
 
 
 def _temporaries(hub: Hub) -> Iterator[Path]:
-    for pattern in _OBJECTS:
-        yield from hub.objects.glob(pattern)
     yield from hub.trusted.glob("objects.*")  # where kept work was about to be applied
     yield from hub.root.glob("*.json.new")
     yield from hub.trash.glob("*")
-    yield from lock_files(hub)
     sessions = {f"{path.parent.name}-{path.name}" for path in hub.sessions.glob("*/*")}
     for path in hub.indexes.glob("*"):
         if (path.is_dir() and _LIVE_DIFF.fullmatch(path.name)) or not _owners(path.name) & sessions:

@@ -14,6 +14,7 @@ import errno
 import os
 import re
 import shutil
+import signal
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -21,11 +22,15 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+import anyio
 import anyio.to_thread
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from orchestrator.errors import GitError, RefusedError
+from orchestrator.errors import GitError, GitKilled, RefusedError
+from orchestrator.failpoints import failpoint, is_struck
 from orchestrator.limits import is_disk_full
 from orchestrator.process import Completed, run
+from orchestrator.repo.stale_files import lock_of, locks_in, remove_stale
 from orchestrator.sandbox.confinement import Confinement
 
 MINIMUM_VERSION: Final = (2, 38)  # the first with `merge-tree --write-tree`
@@ -48,6 +53,17 @@ _HARMLESS_CONFIG: Final = (
 )
 #: Bytes that git may take while it reads what an agent made, which may be small and mean terabytes.
 _MOST_MEMORY: Final = 2 << 30
+#: How often a command is tried that is killed, and for how long between two trials, in seconds.
+_TRIALS: Final = 5
+_FIRST_PAUSE: Final = 0.05
+_LONGEST_PAUSE: Final = 1.0
+#: Seconds to wait for other commands that may own a lock in the way.
+_OTHERS_LIMIT: Final = 1.0
+_KILLS: Final = frozenset({signal.SIGINT, signal.SIGKILL, signal.SIGTERM, signal.SIGPIPE})
+# What git says of children, of a server of its own on this machine, and of locks (in the C locale).
+_DIED: Final = re.compile(r"died of signal (\d+)")
+_LOST_OTHER_END: Final = re.compile(r"the remote end hung up unexpectedly|early EOF|invalid index-pack output")
+_LOCKED: Final = re.compile(r"(?:Unable to create '|could not lock config file )(.+?)(?:'|): File exists")
 _CONFIG_FLAGS: Final = tuple(flag for item in _HARMLESS_CONFIG for flag in ("-c", item))
 
 _COMMON_ENV: Final = {
@@ -146,8 +162,52 @@ class Git:
     ) -> Completed:
         """Run `git ARGS` to its end; GitError if the exit code is not in `ok`. Never cut off by cancellation.
 
-        With `limit`, for what an agent made, it has so many seconds, and 2 GiB of memory.
+        One that is killed from outside is run again, a few times, and so is one that finds a lock in our repository
+        that a killed one left; then it is GitKilled. With `limit`, for what an agent made, it has so many seconds, and
+        2 GiB of memory.
         """
+        trials = AsyncRetrying(
+            retry=retry_if_exception(self._may_pass),
+            stop=stop_after_attempt(_TRIALS),
+            wait=wait_random_exponential(multiplier=_FIRST_PAUSE, max=_LONGEST_PAUSE),
+            sleep=anyio.sleep,
+            reraise=True,
+        )
+        async for trial in trials:
+            with trial:
+                if trial.retry_state.attempt_number > 1:
+                    await self._remove_stale_locks(env or {})
+                return await self._run(args, env, input_, cwd, ok, keep_fds, limit)
+        raise AssertionError("the last trial returns or raises")
+
+    def _may_pass(self, error: BaseException) -> bool:
+        """Whether a command may succeed if it is run again."""
+        if isinstance(error, GitKilled):
+            return True
+        found = _LOCKED.search(error.stderr) if isinstance(error, GitError) and self.git_dir is not None else None
+        # Of all repositories that it deals with only our own is cleaned.
+        return found is not None and self.git_dir is not None and Path(found[1]).is_relative_to(self.git_dir.parent)
+
+    async def _remove_stale_locks(self, env: Mapping[str, str]) -> None:
+        if self.git_dir is None:
+            return
+        locks = await anyio.to_thread.run_sync(locks_in, self.git_dir)
+        if "GIT_INDEX_FILE" in env:
+            locks += await anyio.to_thread.run_sync(lock_of, Path(env["GIT_INDEX_FILE"]))
+        if locks:
+            await anyio.to_thread.run_sync(remove_stale, locks, _OTHERS_LIMIT)
+
+    async def _run(
+        self,
+        args: Sequence[str],
+        env: Mapping[str, str] | None,
+        input_: bytes | None,
+        cwd: Path | None,
+        ok: Sequence[int],
+        keep_fds: Sequence[int],
+        limit: float | None,
+    ) -> Completed:
+        failpoint("git.starting")
         base = users_environment(self.environ) if self.users else sealed_environment(self.environ)
         run_it = run(
             ["git", *_CONFIG_FLAGS, *self.flags, *args],
@@ -171,10 +231,14 @@ class Git:
         except PermissionError as error:
             remedy = "install the git of your system, and have it first on PATH"
             raise RefusedError(f"git can't be started in its sandbox: {error}", remedy) from None
+        if is_struck("git.ended"):
+            done = Completed(-signal.SIGKILL, b"", b"")
         if done.returncode not in ok:
             said = done.stderr.decode(errors="replace")
             if await anyio.to_thread.run_sync(is_disk_full, cwd, self.git_dir):  # which git often leaves out
                 said = f"{said}: {os.strerror(errno.ENOSPC)}"
+            elif was_killed(done.returncode, said):
+                raise GitKilled(["git", *args], done.returncode, said)
             raise GitError(["git", *args], done.returncode, said)
         return done
 
@@ -217,6 +281,13 @@ class Git:
         return done.returncode == 0
 
 
+def was_killed(returncode: int, said: str) -> bool:
+    """Whether a command, or one that it had started, was ended from outside; one that crashes would do so again."""
+    if -returncode in _KILLS or returncode - 128 in _KILLS or _LOST_OTHER_END.search(said):
+        return True
+    return any(int(number) in _KILLS for number in _DIED.findall(said))
+
+
 def split_nul(output: bytes) -> list[str]:
     """Return what a command printed with `-z`; bytes that are no UTF-8 are kept as os.fsdecode does."""
     return output.decode(errors="surrogateescape").split("\0")[:-1]
@@ -241,7 +312,7 @@ async def _installation(environ: Mapping[str, str], path: str) -> tuple[Path, tu
     found = await anyio.to_thread.run_sync(partial(shutil.which, "git", path=path))
     if found is None:
         raise RefusedError("git is not on PATH", _INSTALL)
-    done = await run(["git", "--exec-path"], env=sealed_environment(environ))
+    done = await Git(None, environ=environ)("--exec-path")
     # What it was built with may be in a folder of its own, such as that of a package manager.
     own = (await anyio.Path(found).resolve()).parent.parent / "lib"
     return Path(found), (Path(os.fsdecode(done.stdout).rstrip("\n")), Path(own))
@@ -250,8 +321,8 @@ async def _installation(environ: Mapping[str, str], path: str) -> tuple[Path, tu
 async def read_version(environ: Mapping[str, str]) -> str | None:
     """Return what git says of its version, as in 2.39.5; None if there is no git on PATH."""
     try:
-        done = await run(["git", "--version"], env=sealed_environment(environ))
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        done = await Git(None, environ=environ)("--version", ok=range(128))
+    except RefusedError:
         return None
     return done.stdout.decode(errors="replace").strip().removeprefix("git version ")
 

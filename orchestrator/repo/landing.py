@@ -69,7 +69,7 @@ class Conflict:
 
 @dataclass(frozen=True, slots=True)
 class Stale:
-    """Somebody else moved the target first: merge again."""
+    """Somebody else moved the target first, or the push was killed: merge again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +269,9 @@ class Target:
             await self._settle_checkout(self._repository, whole, began, may_finish=False)
             tip = await self._source.tip(self.branch)
         if tip == whole.old:
-            return Deferred(await self.obstacle(whole) or f"the target could not be moved: {pushed.reason}")
+            if (reason := await self.obstacle(whole)) is None and pushed.is_killed:
+                return Stale()
+            return Deferred(reason or f"the target could not be moved: {pushed.reason}")
         if tip != whole.new:
             await self.refresh()
             # Others may have moved it on from there at once.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.repo.checkout import LocalRepository, checkout_of, inspect
-from orchestrator.repo.git import Git, read_ref
+from orchestrator.repo.git import Git, read_ref, was_killed
 from orchestrator.repo.users_programs import OLD_COMMIT, hooks_for_landing
 
 # Applied at the user's side of a push to a path: a branch that is checked out moves together with its files if
@@ -24,10 +24,11 @@ _UPLOAD = "git -c pack.window=0 upload-pack"
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """What came of a push: whether the ref moved, and what the other side said if not."""
+    """The outcome of a push: whether the ref moved; if not, what the other side said, and whether it was killed."""
 
     moved: bool
     reason: str = ""
+    is_killed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +83,10 @@ class Source:
         )  # fmt: skip
         if done.returncode == 0:
             return Pushed(moved=True)
+        stderr = done.stderr.decode(errors="replace")
         lines = [line for line in done.stdout.decode(errors="replace").splitlines() if line.startswith("!")]
-        said = lines[0].split("\t")[-1] if lines else " ".join(done.stderr.decode(errors="replace").split())
-        return Pushed(moved=False, reason=said)
+        said = lines[0].split("\t")[-1] if lines else " ".join(stderr.split())
+        return Pushed(moved=False, reason=said, is_killed=was_killed(done.returncode, stderr))
 
     async def _receive(self, branch: str, old: str | None) -> str:
         assert self.git.git_dir is not None, "it runs in the trusted repository"  # noqa: S101

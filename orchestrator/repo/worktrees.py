@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,11 +26,14 @@ from orchestrator.client.session import MAILBOX
 from orchestrator.failpoints import failpoint
 from orchestrator.repo.hub import Hub, work_branch
 from orchestrator.repo.places import Place, place_of, throw_away, user_of
+from orchestrator.repo.stale_files import Temporary, half_written_in, lock_of, locks_in, remove_stale
 
 # Looking at what runs left must be quick, and needs no pool.
 if TYPE_CHECKING:
     from orchestrator.repo.pool import Checkout
 
+#: Seconds to wait for git commands of others that may own a lock; those that take longer keep it.
+_OTHERS_LIMIT = 1.0
 #: How the folder of a check's worktree ends; no task's attempt is named so, because attempts end in a number.
 _CHECK = ".check"
 
@@ -265,36 +269,24 @@ def _named(hub: Hub, run_id: str, name: str, tasks: Collection[str] | None) -> W
     return Worktree(hub, run_id, task, int(number), is_check=name.endswith(_CHECK))
 
 
-async def remove_stale_locks(hub: Hub, run_id: str) -> None:
-    """Remove the locks that killed git commands left in the trusted repository.
+async def remove_stale_files(hub: Hub, run_id: str, *, is_alone: bool) -> None:
+    """Remove locks and half-written objects that killed git commands left in the trusted repository and our indexes.
 
-    The caller holds the run's lock, which each of the run's commands holds until it has ended. Locks that belong
-    to no run in particular go only while no command of any run is at work.
+    With `is_alone` the caller holds the run's lock, which each of the run's commands holds until it has ended, and
+    nobody else works in the run: then locks of the run are nobody's. Others go if no living command can own them.
     """
-    await anyio.to_thread.run_sync(_remove_stale_locks, hub, run_id)
+    await anyio.to_thread.run_sync(partial(_remove_stale_files, hub, run_id, is_alone=is_alone))
 
 
-def _remove_stale_locks(hub: Hub, run_id: str) -> None:
+def _remove_stale_files(hub: Hub, run_id: str, *, is_alone: bool) -> None:
     found = lock_files(hub)
-    ours = [path for path in found if any(part.startswith(run_id) for part in path.relative_to(hub.root).parts)]
-    for lock in found if not git_runs_for(hub.trusted) else ours:
-        lock.unlink(missing_ok=True)
+    for lock in found if is_alone else []:
+        if any(part.startswith(run_id) for part in lock.path.relative_to(hub.root).parts):
+            lock.path.unlink(missing_ok=True)
+    remove_stale([*found, *half_written_in(hub.trusted)], _OTHERS_LIMIT)
 
 
-def lock_files(hub: Hub) -> list[Path]:
+def lock_files(hub: Hub) -> list[Temporary]:
     """Return the lock files of git commands in our own repository, whether those live or not. Blocks."""
-    folders = (hub.trusted.rglob("*.lock"), hub.indexes.glob("*/index.lock"))
-    return [path for found in folders for path in found if path.is_file()]
-
-
-def git_runs_for(trusted: Path) -> bool:
-    """Whether a process has the trusted repository as its GIT_DIR; without /proc that can't be ruled out. Blocks."""
-    wanted = f"GIT_DIR={trusted}".encode()
-    processes = list(Path("/proc").glob("[0-9]*/environ"))
-    for environ in processes:
-        try:
-            if wanted in environ.read_bytes().split(b"\0"):
-                return True
-        except OSError:  # it has ended, or is not ours
-            continue
-    return not processes
+    indexes = [path.with_suffix("") for path in hub.indexes.glob("*/index.lock")]
+    return [*locks_in(hub.trusted), *(lock for index in indexes for lock in lock_of(index))]

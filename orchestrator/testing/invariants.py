@@ -210,7 +210,7 @@ def _unsettled(run: RunDocument, tasks: Mapping[str, TaskDocument]) -> list[str]
 
 def _left_overs(run: RunDocument, tasks: Mapping[str, TaskDocument]) -> list[str]:
     hub = Hub(Path(run.hub))
-    broken = [f"10: {path} is left" for path in lock_files(hub)]
+    broken = [f"10: {lock.path} is left" for lock in lock_files(hub)]
     kept = {f"{task}.{one.number}" for task, document in tasks.items() for one in document.attempts if one.is_kept}
     indexes = hub.indexes.glob(f"{run.id}-*")
     broken += [f"10: {path} is left" for path in indexes if path.name.removeprefix(f"{run.id}-") not in kept]

@@ -1,0 +1,165 @@
+"""Git commands that are killed, one after the other, and the locks that killed ones leave."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import GitError
+from orchestrator.repo.git import Git
+from orchestrator.repo.hub import Hub, create_hub, hub_of
+from tests.conftest import FAKE_CLI, Repository
+
+
+async def run_killing(repository: Repository, number: int, failpoint: str) -> None:
+    """Have the n-th git command (from 1) of a whole run killed: the run ends as if nothing had been."""
+    name = f"t{number}"
+    task = {"id": name, "prompt": f"write {name}.txt 1\nappend README.md {number}"}
+    repository.remember()
+    ended = repository.council(
+        "run", str(repository.configure([task])), "--json", failpoints=f"{failpoint}=kill@{number}"
+    )
+    if ended.code == -signal.SIGKILL:
+        ended = repository.council("resume", "--json")
+    assert (ended.code, ended.states) == (0, {name: "landed"}), (number, ended)
+    assert repository.git("status", "--porcelain") == "", number
+    await repository.assert_invariants()
+    shutil.rmtree(repository.environ["COUNCIL_HOME"])
+    shutil.rmtree(repository.top / ".council")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("failpoint", ["git.started", "git.ended"])
+async def test_each_git_command_of_a_run_may_be_killed(repository: Repository, failpoint: str) -> None:
+    """The n-th, for each n until there is none."""
+    for number in itertools.count(1):
+        await run_killing(repository, number, failpoint)
+        if number % 8 == 0:
+            config = repository.configure([{"id": "last", "prompt": f"write last.txt {number}"}])
+            ended = repository.council("run", str(config), failpoints=f"git.starting=kill@{number}")
+            shutil.rmtree(repository.environ["COUNCIL_HOME"])
+            shutil.rmtree(repository.top / ".council")
+            if ended.code == 0:  # it has not so many
+                assert number > 20
+                return
+
+
+@pytest.mark.parametrize("failpoint", ["git.started", "git.ended"])
+@pytest.mark.parametrize("number", [2, 8, 13, 24, 35])
+async def test_a_git_command_of_a_run_may_be_killed(repository: Repository, number: int, failpoint: str) -> None:
+    """The short form of the above."""
+    await run_killing(repository, number, failpoint)
+
+
+async def trusted_git(repository: Repository, tmp_path: Path) -> tuple[Hub, Git]:
+    """Make a hub, and return it with git in its trusted repository."""
+    hub = hub_of(str(repository.top), tmp_path / "hubs")
+    await create_hub(hub, "sha1", repository.environ)
+    return hub, Git(hub.trusted, environ=repository.environ)
+
+
+@pytest.mark.parametrize(
+    ("lock", "command"),
+    [
+        ("config.lock", ("config", "core.bare", "true")),
+        ("packed-refs.lock", ("pack-refs", "--all")),
+        ("refs/heads/one.lock", ("update-ref", "refs/heads/one", "{commit}")),
+        ("HEAD.lock", ("symbolic-ref", "HEAD", "refs/heads/other")),
+        ("shallow.lock", ("fetch", "--depth=1", "{top}", "refs/heads/main")),
+        ("../indexes/one/index.lock", ("read-tree", "{commit}")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+async def test_a_lock_that_a_killed_command_left_stops_no_other(
+    repository: Repository, tmp_path: Path, lock: str, command: tuple[str, ...]
+) -> None:
+    """It is removed as soon as nobody lives who can own it, and not before."""
+    hub, git = await trusted_git(repository, tmp_path)
+    await git("fetch", "--quiet", str(repository.top), "refs/heads/main:refs/heads/main")
+    facts = {"commit": repository.git("rev-parse", "main"), "top": f"file://{repository.top}"}
+    arguments = [argument.format(**facts) for argument in command]
+    index = hub.indexes / "one" / "index"
+    index.parent.mkdir()
+    place = hub.trusted / lock
+    place.touch()
+    env = {"GIT_INDEX_FILE": str(index)}
+    environ = {**repository.environ, **env, "GIT_DIR": str(hub.trusted)}
+    with subprocess.Popen(["git", "cat-file", "--batch"], env=environ, stdin=subprocess.PIPE) as living:
+        with pytest.raises(GitError, match="exists"):
+            await git(*arguments, env=env)
+        assert place.exists()
+        living.communicate(b"")
+    await git(*arguments, env=env)
+    assert not place.exists()
+
+
+@pytest.mark.parametrize("command", ["init", "fetch", "merge-tree"])
+async def test_a_git_that_is_always_killed_ends_a_command_with_one_line(
+    repository: Repository, tmp_path: Path, command: str
+) -> None:
+    """Exit code 1, and no fault of ours; when that is over the work lands."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    git = shutil.which("git", path=os.environ["PATH"])
+    script = f'#!/bin/sh\nfor word; do [ "$word" = {command} ] && kill -KILL $$; done\nexec {git} "$@"\n'
+    (programs / "git").write_text(script)
+    (programs / "git").chmod(0o755)
+    path = repository.environ["PATH"]
+    repository.environ["PATH"] = f"{programs}{os.pathsep}{path}"
+    config = repository.configure(
+        [{"id": "one", "prompt": "write one.txt 1"}], readable=[sys.prefix, str(FAKE_CLI.parents[2]), str(programs)]
+    )
+    ended = repository.council("run", str(config))
+    assert ended.code == 1, ended
+    assert "killed" in ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr
+    repository.environ["PATH"] = path
+    again = ("resume",) if command == "merge-tree" else ("run", str(config))
+    assert repository.council(*again, "--json").states == {"one": "landed"}
+    await repository.assert_invariants()
+
+
+async def test_half_written_objects_are_removed(repository: Repository, tmp_path: Path) -> None:
+    """Those of a killed push in the user's repository, of killed commands in ours: by recovery, and by `clean`."""
+    config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
+    assert repository.council("run", str(config), failpoints="landing.intended=kill").code == -signal.SIGKILL
+    (hub,) = (Path(path).parent for path in (tmp_path / "council-home").glob("*/hub.git"))
+
+    def plant() -> list[Path]:
+        names = ("tmp_objdir-bulk-fsync-a/x", "pack/tmp_pack_a", "ab/tmp_obj_a", "tmp_idx_a")
+        made = [hub / "hub.git/objects" / name for name in names]
+        for path in made:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("half")
+        return made
+
+    theirs = repository.top / ".git/objects/tmp_objdir-incoming-a"
+    (theirs / "pack").mkdir(parents=True)
+    older = theirs.with_name("tmp_objdir-incoming-b")
+    older.mkdir()
+    os.utime(older, (1, 1))
+    ours = plant()
+    environ = {**repository.environ, "GIT_DIR": str(hub / "trusted.git")}
+    with subprocess.Popen(["git", "cat-file", "--batch"], env=environ, stdin=subprocess.PIPE) as living:
+        assert repository.council("resume", "--json").states == {"one": "landed"}
+        assert all(path.exists() for path in ours)
+        living.communicate(b"")
+    assert older.exists(), "it is not of our push"
+    assert not theirs.exists()
+    assert repository.council("clean", "--yes").code == 0
+    assert not [path for path in ours if path.exists()]
+    older.rmdir()
+    config = repository.configure([{"id": "two", "prompt": "write two.txt 2"}])
+    assert repository.council("run", str(config), failpoints="landing.intended=kill").code == -signal.SIGKILL
+    ours = plant()
+    assert repository.council("resume", "--json").code == 0
+    assert not [path for path in ours if path.exists()]
+    await repository.assert_invariants()
