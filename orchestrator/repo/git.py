@@ -62,6 +62,7 @@ _OTHERS_LIMIT: Final = 1.0
 _KILLS: Final = frozenset({signal.SIGINT, signal.SIGKILL, signal.SIGTERM, signal.SIGPIPE})
 # What git says of children, of a server of its own on this machine, and of locks (in the C locale).
 _DIED: Final = re.compile(r"died of signal (\d+)")
+_FATAL: Final = re.compile(r"^(?:remote: )?fatal: (.+)", re.MULTILINE)
 _LOST_OTHER_END: Final = re.compile(r"the remote end hung up unexpectedly|early EOF|invalid index-pack output")
 _LOCKED: Final = re.compile(r"(?:Unable to create '|could not lock config file )(.+?)(?:'|): File exists")
 _CONFIG_FLAGS: Final = tuple(flag for item in _HARMLESS_CONFIG for flag in ("-c", item))
@@ -283,7 +284,10 @@ class Git:
 
 def was_killed(returncode: int, said: str) -> bool:
     """Whether a command, or one that it had started, was ended from outside; one that crashes would do so again."""
-    if -returncode in _KILLS or returncode - 128 in _KILLS or _LOST_OTHER_END.search(said):
+    if -returncode in _KILLS or returncode - 128 in _KILLS:
+        return True
+    # A server that ends by itself says why, in a line of its own.
+    if (fatal := _FATAL.findall(said)) and all(_LOST_OTHER_END.match(line) for line in fatal):
         return True
     return any(int(number) in _KILLS for number in _DIED.findall(said))
 
