@@ -294,8 +294,8 @@ def shortage(error: OSError | GitError) -> int | None:
 
 
 def is_exhaustion(error: OSError | GitError) -> bool:
-    """Whether something failed because of the machine's state now, which may pass."""
-    return isinstance(error, GitKilled) or shortage(error) is not None
+    """Whether something failed because this machine has not enough of something now, which may pass."""
+    return shortage(error) is not None
 
 
 def as_shortage(error: BaseException) -> tuple[str, str] | None:
@@ -311,7 +311,7 @@ def as_shortage(error: BaseException) -> tuple[str, str] | None:
 def unusable(error: OSError | GitError, what: str, remedy: str) -> OSError | GitError | RefusedError:
     """Return the refusal of what can't be used ("PATH can't be written"), or a shortage as it is."""
     why = error.stderr if isinstance(error, GitError) else error.strerror or str(error)
-    return error if is_exhaustion(error) else RefusedError(f"{what}: {why}", remedy)
+    return RefusedError(f"{what}: {why}", remedy) if as_shortage(error) is None else error
 
 
 _REFUSALS = {
