@@ -201,16 +201,27 @@ class Council:
         return await self.resume(run, coordination=coordination)
 
     async def create_run(
-        self, *, allow_deferred: bool = False, coordination: CoordinationOverrides | None = None
+        self,
+        *,
+        allow_deferred: bool = False,
+        allow_failing_base: bool = False,
+        coordination: CoordinationOverrides | None = None,
     ) -> str:
         """Check that the file can run, record it, and return the run's id; nothing is started yet.
+
+        With `allow_failing_base` sessions start though checks fail on the base.
 
         RefusedError says what stands in the way, as `engine.preflight.check_run` does.
         """
         if self.config is None:
             raise RefusedError("no file was opened", "open the council with a YAML file")
         execution = await self._executing()
-        return await execution.create_run(self.config, allow_deferred=allow_deferred, coordination=coordination)
+        return await execution.create_run(
+            self.config,
+            allow_deferred=allow_deferred,
+            allow_failing_base=allow_failing_base,
+            coordination=coordination,
+        )
 
     async def resume(
         self,
@@ -218,16 +229,19 @@ class Council:
         *,
         budget: BudgetConfig | None = None,
         capacity: int | None = None,
+        allow_failing_base: bool = False,
         coordination: CoordinationOverrides | None = None,
     ) -> RunReport:
         """Take a run to its end, from wherever it stands: new, or cut off.
 
         What of `budget` is given replaces that limit of the run's; what of `coordination` is, stands above the run's
-        and the environment for as long as this goes on, and `capacity` above the run's number of sessions. Only one
-        process can do that at a time: RefusedError while another one does.
+        and the environment for as long as this goes on, and `capacity` above the run's number of sessions. With
+        `allow_failing_base` sessions start from now on though checks fail on the base. Only one process can do that at
+        a time: RefusedError while another one does.
         """
         execution = await self._executing()
-        return await execution.resume(await self.find_run(run), budget, coordination, capacity)
+        name = await self.find_run(run)
+        return await execution.resume(name, budget, coordination, capacity, allow_failing_base=allow_failing_base)
 
     async def land(self, run: str | None = None) -> RunReport:
         """Land what is built of a run, and start no session; return how the run then stands. Else as `resume`."""

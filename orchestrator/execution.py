@@ -31,7 +31,7 @@ from orchestrator.config.model import (
 from orchestrator.config.store import MEMORY, store_folder
 from orchestrator.domain.claims import Owner, Role
 from orchestrator.domain.dispatch import Board, Entry, with_parts
-from orchestrator.domain.model import FINAL, SUCCESSFUL, Action, Maker, RunDocument, TaskStatus
+from orchestrator.domain.model import FINAL, SUCCESSFUL, Action, Halt, Maker, RunDocument, TaskStatus
 from orchestrator.domain.secrets import Redactor, secret_values
 from orchestrator.engine.briefing import Briefing
 from orchestrator.engine.capacity import Capacity
@@ -114,7 +114,12 @@ class Execution:
         self._stopping = False
 
     async def create_run(
-        self, config: RunConfig, *, allow_deferred: bool, coordination: CoordinationOverrides | None = None
+        self,
+        config: RunConfig,
+        *,
+        allow_deferred: bool,
+        allow_failing_base: bool = False,
+        coordination: CoordinationOverrides | None = None,
     ) -> str:
         """See `Council.create_run`."""
         runs = self._runs
@@ -159,6 +164,7 @@ class Execution:
             given=config.given,
             tasks=tuple(task.id for task in config.tasks),
             start=cleared.start,
+            allow_failing_base=allow_failing_base,
             hub=str(cleared.hub.root),
             started=runs.clock.now(),
         )
@@ -208,6 +214,7 @@ class Execution:
         capacity: int | None = None,
         *,
         only_lands: bool = False,
+        allow_failing_base: bool = False,
     ) -> RunReport:
         """See `Council.resume`."""
         document = await read_runnable(self._runs.store, run)
@@ -226,6 +233,8 @@ class Execution:
                 ):
                     if budget is not None:
                         await ledger.allow(budget.model_dump(mode="json", exclude_none=True))
+                    if allow_failing_base and not ledger.run.allow_failing_base:
+                        await ledger.allow_failing_base()
                     if any(task.attempts for task in before.tasks.values()):
                         await self._note_file_changes(ledger)
                     return await self._work(runs, before, ledger, shop, capacity=capacity, only_lands=only_lands)
@@ -369,7 +378,8 @@ class Execution:
         run = before.run.id
         capacities = {name: one.capacity for name, one in shop.configs.items() if one.capacity is not None}
         statuses = ledger.statuses()
-        board = Board.of(await _entries(runs, before, ledger), statuses, capacities)
+        entries = await _entries(runs, before, ledger)
+        board = Board.of(entries, statuses, capacities)
         for task, status in statuses.items():
             if ledger.is_elsewhere(task):
                 board.mirror(task, status, runs.clock.monotonic())
@@ -389,7 +399,17 @@ class Execution:
                 Concluding(ledger, inputs, shop.git, runs.clock, self._plugins.transformations),
             )
             scheduler = Scheduler(
-                ledger, shop, pool, board, room, monitor, permits, phasing, lacking=closed, only_lands=only_lands
+                ledger,
+                shop,
+                pool,
+                board,
+                room,
+                monitor,
+                permits,
+                phasing,
+                entries=entries,
+                lacking=closed,
+                only_lands=only_lands,
             )
             await scheduler.remember(before.adapters)
             self._schedulers.add(scheduler)
@@ -402,7 +422,9 @@ class Execution:
                 self._schedulers.discard(scheduler)
         coordinates = ledger.coordinates.is_set()
         if scheduler.halted is not None and coordinates:
-            await ledger.halt(scheduler.halted)
+            await ledger.halt(*scheduler.halted)
+        elif scheduler.halted is not None and scheduler.halted[0] is not Halt.BUDGET:
+            await ledger.note("run.left", {"pid": ledger.orchestrators.me.pid, "reason": scheduler.halted[1]})
         elif not finished and coordinates:
             await ledger.note("run.interrupted", {})
         if not finished and not coordinates:

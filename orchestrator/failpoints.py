@@ -52,6 +52,7 @@ FAILPOINTS: Final = frozenset(
         "landing.checking",  # the store knows that the merge is being checked
         "check.ended",  # a check's processes are gone, its worktree is still there
         "landing.checked",  # the merge has passed, the store does not know
+        "base.checked",  # the checks of the base have ended, the store does not know
         "landing.bounced",  # the store knows that it does not pass
         "landing.intended",  # the intent is in the store
         "landing.pushed",  # the target has moved, the store does not know

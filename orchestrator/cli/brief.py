@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 
@@ -22,7 +23,7 @@ from orchestrator.cli.result import (
 )
 from orchestrator.cli.table import amount
 from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.model import REVIVABLE, SUCCESSFUL, TaskStatus
+from orchestrator.domain.model import REVIVABLE, SUCCESSFUL, Halt, TaskStatus
 from orchestrator.engine.report import RunReport, RunStatus, TaskReport
 
 LINES, COLUMNS = 10, 80
@@ -97,7 +98,10 @@ def _next(report: RunReport, run: str) -> Iterator[str]:
         again = remedy(adapter.name, report.run, is_running=report.status is RunStatus.RUNNING)
         yield plain(adapter_line(adapter, again))
     yield from background_error(report)
-    if report.halted is not None:
+    if report.halted is not None and report.halted_by is not Halt.BUDGET:
+        for line in f"Halted: {report.halted}".splitlines():
+            yield from textwrap.wrap(plain(line), COLUMNS)
+    elif report.halted is not None:
         yield f"Halted: {plain(one_line(report.halted))}."
         yield f"Next: council resume --budget LIMITS{run}"
     elif report.status is RunStatus.INTERRUPTED or _is_left(report):

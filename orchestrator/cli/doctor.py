@@ -24,7 +24,7 @@ def doctor(file: Path | None, as_json: bool) -> None:
     """Look whether a run could work here, and say what to mend.
 
     That is the machine, the repository, the programs and the file: FILE, or the council.yaml of this folder or of its
-    repository's top. It works anywhere, and changes nothing. The exit code is 1 if there is a problem, warnings aside.
+    repository's top. It changes nothing. The exit code is 1 if there is a problem, warnings aside.
 
     \b
     Examples:

@@ -21,6 +21,7 @@ from orchestrator.config.requests import requests_of
 from orchestrator.config.starter import Starter, StarterAdapter, starter_text
 from orchestrator.engine.findings import describe
 from orchestrator.engine.initializing import (
+    FoundTests,
     Ground,
     check_free,
     find_adapters,
@@ -29,7 +30,6 @@ from orchestrator.engine.initializing import (
     write_file,
     write_schema,
 )
-from orchestrator.engine.own_tests import OwnTests
 from orchestrator.engine.probing import AdapterStatus
 from orchestrator.engine.trust import confirm
 from orchestrator.plugins import load_plugins
@@ -60,7 +60,10 @@ def init(file: Path | None, adapter: str | None, force: bool, as_json: bool) -> 
         await anyio.to_thread.run_sync(lambda: check_free(path, force=force))
         plugins = await anyio.to_thread.run_sync(load_plugins, os.environ, [ground.top])
         found = _Found(
-            ground, path, await find_adapters(plugins.adapters, adapter, os.environ), await find_tests(ground)
+            ground,
+            path,
+            await find_adapters(plugins.adapters, adapter, os.environ),
+            await find_tests(ground, os.environ),
         )
         schema = await _schema(ground, plugins.adapters)
         text = starter_text(_starter(found, schema))
@@ -78,7 +81,7 @@ class _Found:
     ground: Ground
     path: Path
     adapters: Mapping[str, AdapterStatus]
-    tests: OwnTests | None
+    tests: FoundTests | None
 
     @property
     def next_commands(self) -> list[str]:
@@ -96,12 +99,17 @@ def _starter(found: _Found, schema: Path | None) -> Starter:
     """Return what the file is to say; paths in the repository are told from the file's place."""
     folder, top = Path(os.path.realpath(found.path.parent)), Path(os.path.realpath(found.ground.top))
     is_inside = folder.is_relative_to(top)
+    tests = None if found.tests is None else found.tests.tests
+    environment = None if tests is None else tests.environment
     return Starter(
         repo=os.path.relpath(top, folder) if is_inside else str(top),
         base=found.ground.base,
         adapters=[StarterAdapter(name, _words(status)) for name, status in found.adapters.items()],
-        check=None if found.tests is None else found.tests.command,
-        before=None if found.tests is None else found.tests.before,
+        check=None if tests is None else tests.command,
+        before=None if tests is None else tests.before,
+        setup=None if environment is None else environment.setup,
+        inputs=() if environment is None else environment.inputs,
+        missing=None if found.tests is None or not found.tests.missing else _missing(found.tests),
         schema=None if schema is None or not is_inside else os.path.relpath(os.path.realpath(schema), folder),
     )
 
@@ -112,8 +120,14 @@ def _words(status: AdapterStatus) -> str:
     return ", ".join(told)
 
 
+def _missing(tests: FoundTests) -> str:
+    return f"the sandbox lacks {', '.join(tests.missing)}"
+
+
 def _show(found: _Found, schema: Path | None, output: Output) -> None:
-    tests = found.tests
+    tests = None if found.tests is None else found.tests.tests
+    missing = None if found.tests is None or not found.tests.missing else _missing(found.tests)
+    environment = None if tests is None else tests.environment
     if output.as_json:
         output.json(
             {
@@ -121,7 +135,9 @@ def _show(found: _Found, schema: Path | None, output: Output) -> None:
                 "repository": str(found.ground.top),
                 "base": found.ground.base,
                 "adapters": [{"use": name, **status.to_json()} for name, status in found.adapters.items()],
-                "checks": [] if tests is None else [tests.command],
+                "checks": [] if tests is None or missing is not None else [tests.command],
+                "setup": [] if environment is None or missing is not None else [environment.setup],
+                "missing": [] if found.tests is None else list(found.tests.missing),
                 "told_by": None if tests is None else tests.told_by,
                 "schema": None if schema is None else str(schema),
                 "next": found.next_commands,
@@ -136,6 +152,8 @@ def _show(found: _Found, schema: Path | None, output: Output) -> None:
     if not found.adapters:
         lines.append("adapter   none was found: first put a program of yours into the file, where it says my-cli")
     told = "no command that runs the tests was found" if tests is None else f"{tests.command} (by {tests.told_by})"
-    lines += [f"checks    {told}", *(f"next      {command}" for command in found.next_commands)]
+    lines += [] if environment is None else [f"setup     {environment.setup}"]
+    lines += [f"checks    {told}", *([] if missing is None else [f"          → commented out: {missing}"])]
+    lines += [*(f"next      {command}" for command in found.next_commands)]
     for line in lines:
         output.text(plain(line) + "\n")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from orchestrator.cli.output import kept_name, lines, one_line, plain
 from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.model import REVIVABLE, SUCCESSFUL, TaskStatus
+from orchestrator.domain.model import REVIVABLE, SUCCESSFUL, Halt, TaskStatus
 from orchestrator.engine.report import (
     AdapterReport,
     OrchestratorReport,
@@ -64,7 +64,7 @@ def next_step(task: TaskReport, report: RunReport, *, is_newest: bool = True) ->
             return ""  # what it needs has a row of its own
         case _:
             resume = "council resume" if is_newest else f"council resume {report.run}"
-            more = " --budget LIMITS" if report.halted is not None else ""
+            more = " --budget LIMITS" if report.halted_by is Halt.BUDGET else ""
             return "" if report.status is RunStatus.RUNNING else f"{resume}{more}"
 
 
@@ -167,7 +167,7 @@ def hints(report: RunReport) -> Iterator[str]:
     waits = is_stopped or any(task.state not in {*over, "blocked"} for task in report.tasks)
     yield from background_error(report)
     if report.halted is not None:
-        yield f"It was halted: {plain(one_line(report.halted))}."
+        yield "Halted: " + plain(report.halted, keep="\n")
     elif report.status is RunStatus.INTERRUPTED or (report.status is RunStatus.INCOMPLETE and waits):
         yield f"`council resume {report.run}` goes on with what is left."
     elif report.status is RunStatus.INCOMPLETE and report.imported is None:

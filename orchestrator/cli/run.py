@@ -45,6 +45,10 @@ from orchestrator.engine.report import RunReport, RunStatus
 from orchestrator.errors import RefusedError
 from orchestrator.process import start_detached
 
+allow_failing_base_option = click.option(
+    "--allow-failing-base", is_flag=True, help="Start sessions though checks fail on the base."
+)
+
 #: States of tasks that `council merge` lands.
 _WAITING_TO_LAND = frozenset({TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.LANDING})
 #: Seconds between two looks whether a process in the background has begun.
@@ -76,6 +80,7 @@ detach_option = click.option("--detach", is_flag=True, help="Continue in the bac
 @click.option("--target", metavar="BRANCH", help="Where each --task lands.")
 @click.option("--check", "checks", metavar="COMMAND", multiple=True, help="Must succeed on what each --task built.")
 @click.option("--allow-deferred", is_flag=True, help="Start although the target's checkout is dirty; land on resume.")
+@allow_failing_base_option
 @click.option("--dry-run", is_flag=True, help="Check all, and show what would run in which order; start nothing.")
 @click.option("--mermaid", is_flag=True, help="With --dry-run: print a Mermaid flowchart.")
 @detach_option
@@ -94,6 +99,7 @@ def run_file(  # noqa: PLR0917  as many as there are options
     target: str | None,
     checks: tuple[str, ...],
     allow_deferred: bool,
+    allow_failing_base: bool,
     dry_run: bool,
     mermaid: bool,
     detach: bool,
@@ -142,7 +148,9 @@ def run_file(  # noqa: PLR0917  as many as there are options
         async with opened(context.log, config, plugins) as council:
             if detach and council.store_url == MEMORY:
                 raise RefusedError("a store in memory ends with this process", "leave --detach out, or choose another")
-            run = await council.create_run(allow_deferred=allow_deferred, coordination=coordination)
+            run = await council.create_run(
+                allow_deferred=allow_deferred, allow_failing_base=allow_failing_base, coordination=coordination
+            )
             if detach:
                 return await _detach(council, run, context)
             return await _execute(council, run, context, 0, lambda: council.resume(run, coordination=coordination))
@@ -162,6 +170,7 @@ def _show_rehearsal(rehearsal: Rehearsal, output: Output, *, mermaid: bool) -> N
 @click.option("--budget", metavar="LIMITS", callback=budget_limits, help="Other limits of the run's budget.")
 @capacity_option
 @detach_option
+@allow_failing_base_option
 @coordination_options
 @verbose_option
 @store_option
@@ -171,6 +180,7 @@ def resume(
     budget: BudgetConfig | None,
     capacity: int | None,
     detach: bool,
+    allow_failing_base: bool,
     as_json: bool,
     coordination: CoordinationOverrides,
 ) -> None:
@@ -197,9 +207,17 @@ def resume(
                 limits = {} if budget is None else budget.model_dump(exclude_none=True)
                 said = ",".join(f"{key}={value}{'s' if key == 'time' else ''}" for key, value in limits.items())
                 options = [*(["--budget", said] if said else []), *([] if capacity is None else ["-j", str(capacity)])]
+                options += ["--allow-failing-base"] if allow_failing_base else []
                 return await _detach(council, name, context, options)
             after = await council.position()
-            resumed = partial(council.resume, name, budget=budget, capacity=capacity, coordination=coordination)
+            resumed = partial(
+                council.resume,
+                name,
+                budget=budget,
+                capacity=capacity,
+                allow_failing_base=allow_failing_base,
+                coordination=coordination,
+            )
             return await _execute(council, name, context, after, resumed)
 
     perform(command, as_json=as_json)

@@ -226,6 +226,7 @@ def _resolve(task: Task, file: Config, backoff: Backoff, prompt: str, adapter: s
         checks=_first(task.checks, defaults.checks, ()),
         checks_timeout=task.checks_timeout or defaults.checks_timeout or _CHECKS_TIMEOUT,
         checks_env=_first(task.checks_env, defaults.checks_env, ()),
+        allow_failing_base=_first(task.allow_failing_base, defaults.allow_failing_base, False),
         retry_checks=(task.on_checks_failed or defaults.on_checks_failed or "retry") == "retry",
         max_file=task.max_file or defaults.max_file or _MAX_FILE,
         priority=_first(task.priority, defaults.priority, 0),

@@ -87,6 +87,8 @@ class TaskSpec(_Model):
     """Wall-clock seconds that one check may take."""
     checks_env: Annotated[tuple[str, ...], Field(strict=False)]
     """Names of variables that checks see beside the base set."""
+    allow_failing_base: bool = False
+    """Whether sessions start though the checks fail on the base."""
     retry_checks: bool
     """Whether another attempt follows where the checks failed."""
     max_file: int

@@ -458,6 +458,8 @@ class TaskDefaults(_Entry):
     """The wall-clock time that one check may take: 10m unless given."""
     checks_env: EnvNames | None = None
     """Names of variables that checks see beside the base set."""
+    allow_failing_base: bool | None = None
+    """Whether sessions start though the checks fail on the base: no unless given; set it to fix a broken base."""
     on_checks_failed: Literal["retry", "fail"] | None = None
     """Whether another attempt is told what the checks said, or the task is over: retry unless given."""
     on_escape: Literal["bounce", "extend", "allow"] | None = None

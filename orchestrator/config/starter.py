@@ -33,8 +33,15 @@ class Starter:
     base: str
     adapters: Sequence[StarterAdapter]
     check: str | None
-    """The shell command that runs the repository's tests, and what a fresh checkout may need before."""
+    """The shell command that runs the repository's tests."""
     before: str | None
+    """What it may need on the machine."""
+    setup: str | None
+    """The shell command that creates what a fresh checkout needs for that."""
+    inputs: Sequence[str]
+    """The files that this depends on."""
+    missing: str | None
+    """What this machine lacks for both."""
     schema: str | None
     """Where the JSON Schema of the file is, relative to it."""
 
@@ -54,7 +61,7 @@ def _lines(starter: Starter) -> Iterator[str]:
     yield _commented(f"base: {scalar(starter.base)}", "where work starts")
     yield "# target: main                # where it lands; without it, on a new branch council/<run>"
     yield _commented("capacity: 4", "sessions at once")
-    yield _commented("# worktrees: {copy: [.env]}", "what sessions need and git ignores; `setup:` makes it")
+    yield from _worktrees(starter)
     yield ""
     yield "adapters:"
     yield from _adapters(starter.adapters)
@@ -67,6 +74,18 @@ def _lines(starter: Starter) -> Iterator[str]:
     yield from _checks(starter)
     yield ""
     yield from _TASKS
+
+
+def _worktrees(starter: Starter) -> Iterator[str]:
+    if starter.setup is None:
+        yield _commented("# worktrees: {copy: [.env]}", "what sessions need and git ignores; `setup:` creates it")
+        return
+    comment = "# " if starter.missing is not None else ""
+    yield _commented(f"{comment}worktrees:", "they have the committed files; `copy: [.env]` adds ignored ones")
+    yield _commented(f"{comment}  setup:", "in each new worktree, and when one of the inputs has changed")
+    yield f"{comment}    - run: {scalar(starter.setup)}"
+    if starter.inputs:
+        yield f"{comment}      inputs: [{', '.join(map(scalar, starter.inputs))}]"
 
 
 def _adapters(adapters: Sequence[StarterAdapter]) -> Iterator[str]:
@@ -83,8 +102,11 @@ def _checks(starter: Starter) -> Iterator[str]:
     if starter.check is None:
         yield '  # checks: ["make test"]       # commands that must succeed on the merged files before they land'
         return
-    yield "  checks:                       # must succeed on the merged files before they land"
-    yield f"    - {scalar(starter.check)}"
+    comment = "# " if starter.missing is not None else ""
+    if starter.missing is not None:
+        yield f"  # The tests can't be run here: {_one_line(starter.missing)}"
+    yield _commented(f"  {comment}checks:", "must succeed on the merged files before they land")
+    yield f"  {comment}  - {scalar(starter.check)}"
     if starter.before is not None:
         yield f"    # in a fresh checkout: if something must be installed first, {scalar(_both(starter))}"
 

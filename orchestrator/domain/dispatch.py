@@ -41,6 +41,10 @@ class Entry:
     """The workflow whose phases say which adapters these are, and `Board.wait` which at the time."""
     parts: tuple[str, ...] = ()
     """Of the needs, the tasks that its own plan became."""
+    checks: tuple[str, ...] = ()
+    """Commands that its merge has to pass."""
+    allow_failing_base: bool = False
+    """Whether it may start though these fail on the base."""
 
     @property
     def adapters(self) -> tuple[str, ...]:

@@ -247,6 +247,14 @@ class ImportedRun(_Document):
     """The same."""
 
 
+class Halt(StrEnum):
+    """What stops a run before its end, other than a person."""
+
+    BUDGET = "budget"
+    BASE = "base"  #: a check fails on the base
+    COMMANDS = "commands"  #: a program of checks or setup is not there
+
+
 class RunDocument(_Document):
     """One execution of a config; enough to resume it without the file that it came from."""
 
@@ -293,7 +301,13 @@ class RunDocument(_Document):
     started: Instant
     ended: Instant | None = None
     halted: str | None = None
-    """Why it was stopped before its end, where its budget was used up."""
+    """Why it was stopped before its end: its budget is used up, or its commands can't work."""
+    halted_by: Halt | None = None
+    """What stopped it."""
+    allow_failing_base: bool = False
+    """Whether sessions start though checks fail on the base."""
+    proven_bases: tuple[str, ...] = ()
+    """The bases that have passed their checks, by `engine.base_checks`; the newest last."""
     imported: ImportedRun | None = None
     """Where it was not ours: there is its record and nothing else, so that nobody can work in it."""
     extra: dict[str, Any] = {}

@@ -76,7 +76,14 @@ class Denials:
         return f"{line}: {self.remedy}" if self.remedy else line
 
 
-Outcome = Built | Answered | Failed | Interrupted | Exhausted
+@dataclass(frozen=True, slots=True)
+class Misconfigured:
+    """A command of the user's can't be run here, whatever the task: no session was started."""
+
+    reason: str
+
+
+Outcome = Built | Answered | Failed | Interrupted | Exhausted | Misconfigured
 
 
 @dataclass(frozen=True, slots=True)

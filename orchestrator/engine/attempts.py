@@ -16,9 +16,10 @@ from orchestrator.domain.holdings import HeldBy as OwnedBy
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import INTERRUPTED, AdapterDocument, Attempt, TaskDocument
 from orchestrator.domain.notes import block
-from orchestrator.domain.outcome import Answered, Built, Exhausted, Failed, Interrupted, Limits
+from orchestrator.domain.outcome import Answered, Built, Exhausted, Failed, Interrupted, Limits, Misconfigured
 from orchestrator.domain.retry import park_until, retry_delay
 from orchestrator.domain.sessions import SessionName
+from orchestrator.engine.base_checks import BaseChecks
 from orchestrator.engine.briefing import Rest, Turn
 from orchestrator.engine.budgets import Budgets, Reached
 from orchestrator.engine.concluding import Concluded, Ended, Phasing
@@ -102,7 +103,14 @@ class Starved:
     reason: str
 
 
-After = ToLand | Over | Done | Asked | Again | Parked | Closed | Starved
+@dataclass(frozen=True, slots=True)
+class Halted:
+    """No attempt can work: a command of checks or setup can't be run here."""
+
+    reason: str
+
+
+After = ToLand | Over | Done | Asked | Again | Parked | Closed | Starved | Halted
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +167,7 @@ class Attempts:
     pool: Pool
     budgets: Budgets
     starts: StartingPoints
+    bases: BaseChecks
     phasing: Phasing
     clock: Clock
 
@@ -316,6 +325,9 @@ class Attempts:
             case Exhausted(reason):
                 await self._end(work, Trigger.HOLD, finished, INTERRUPTED, reason)
                 return Starved(reason)
+            case Misconfigured(reason):
+                await self._end(work, Trigger.HOLD, finished, INTERRUPTED, reason)
+                return Halted(reason)
             case Failed():
                 return await self._failed(work, finished, outcome)
             case _:
@@ -325,9 +337,9 @@ class Attempts:
         """Record what a session that ended well makes of its phase."""
         commit = finished.outcome.commit if isinstance(finished.outcome, Built) else None
         failed = await self._until(work, commit) if commit is not None and work.turn.phase.until else None
-        if isinstance(failed, Unchecked):
+        if isinstance(failed, Unchecked | Misconfigured):
             await self._end(work, Trigger.INTERRUPT, finished, INTERRUPTED, failed.reason)
-            return Again(None)
+            return Again(None) if isinstance(failed, Unchecked) else Halted(failed.reason)
         if work.cancelled:
             await self._end(work, Trigger.CANCEL, finished, "cancelled", "on request, while it ran")
             return Over()
@@ -375,17 +387,23 @@ class Attempts:
             )
         return concluded
 
-    async def _until(self, work: Work, commit: str) -> CommandFailed | Unchecked | None:
+    async def _until(self, work: Work, commit: str) -> CommandFailed | Unchecked | Misconfigured | None:
         """Return why a session's work is not what its phase is to be done until; None if it is."""
         base, what = work.session.assignment.base, work.session.assignment.worktree
         work.checks = self.shop.checks(
             self.pool, what.run, what.task, what.attempt, work.spec, commands=work.turn.phase.until
         )
+        unrunnable = None
         try:
             result = await work.checks.run(commit, base)
+            if isinstance(result, CommandFailed):
+                commands = work.turn.phase.until
+                unrunnable = await self.bases.why_unrunnable(what.task, work.spec, commands, result, base)
         finally:
             work.checks = None
         failpoint("phase.checked")
+        if unrunnable is not None:
+            return Misconfigured(unrunnable)
         return None if isinstance(result, Passed) else result
 
     async def rest(self, task: str, rest: Rest) -> After | Elsewhere:

@@ -13,14 +13,17 @@ import anyio
 import anyio.to_thread
 
 from orchestrator.config.adapters import trial_request
-from orchestrator.config.model import FenceConfig, Reach, RunConfig, make_adapters, used_adapters
-from orchestrator.config.store import named_folder, named_store
+from orchestrator.config.model import FenceConfig, RunConfig, make_adapters, used_adapters
+from orchestrator.config.store import folder_url, named_folder, named_store
 from orchestrator.domain.admission import DEFAULT_DEMAND, Demand
+from orchestrator.domain.commands import programs_in
 from orchestrator.engine import findings
 from orchestrator.engine.facts import Machine, Place, look_at_machine, look_at_place
 from orchestrator.engine.findings import Finding, Level
 from orchestrator.engine.probing import make_without_options, probe_adapters
+from orchestrator.engine.program_findings import look_for_programs
 from orchestrator.engine.repository_findings import Looked, look_at_repository, look_for_files
+from orchestrator.engine.sandbox_probe import DEFAULT_FENCE, SandboxProbe
 from orchestrator.errors import ConfigError, RefusedError
 from orchestrator.project import Project, council_home
 from orchestrator.protocols import AdapterType
@@ -68,6 +71,7 @@ async def examine(subject: Subject, environ: Mapping[str, str]) -> list[Finding]
         if git.level is not Level.PROBLEM:
             looked = await look_at_repository(subject.run, subject.folder, environ)
     places, troubles = await anyio.to_thread.run_sync(_places, subject, _project(subject, looked), environ)
+    programs = await _programs(subject, looked, environ)
     file = [] if subject.file is None and looked.top is None else [findings.judge_file(subject.file, subject.config)]
     return [
         findings.judge_system(machine),
@@ -75,6 +79,7 @@ async def examine(subject: Subject, environ: Mapping[str, str]) -> list[Finding]
         *looked.findings,
         *file,
         *await _files(subject, looked, environ),
+        *programs,
         *found["adapters"],
         *found["sandbox"],
         *troubles,
@@ -106,12 +111,27 @@ async def _files(subject: Subject, looked: Looked, environ: Mapping[str, str]) -
     adapters = used_adapters(run, subject.types)
     argvs = [adapters[task.adapter].command(trial_request(task.id, task.prompt)).argv for task in run.tasks]
     checks = dict.fromkeys(check for task in run.tasks for check in task.checks)
+    programs = {name for check in checks for name in programs_in(check)}  # which `_programs` looks for
     words = [*chain.from_iterable(argvs), *chain.from_iterable(map(str.split, checks))]
-    return await look_for_files(run, dict.fromkeys(words), looked.top, environ)
+    return await look_for_files(run, dict.fromkeys(one for one in words if one not in programs), looked.top, environ)
+
+
+async def _programs(subject: Subject, looked: Looked, environ: Mapping[str, str]) -> list[Finding]:
+    """Look whether the sandbox shows the programs of checks and setup."""
+    run = subject.run
+    if run is None or looked.site is None:
+        return []
+    project = Project(looked.top or run.path.parent)
+    store = run.state.url or folder_url(project.own_state)
+    probe = await SandboxProbe.open(run.fence, looked.site, project, store, environ)
+    try:
+        return [] if probe is None else await look_for_programs(run, looked.top, probe, environ)
+    except RefusedError as error:
+        return [findings.refused("programs", error)]
 
 
 async def _sandbox(run: RunConfig | None, environ: Mapping[str, str]) -> list[Finding]:
-    fence = FenceConfig(sandbox="auto", network=True, reach=Reach()) if run is None else run.fence
+    fence = DEFAULT_FENCE if run is None else run.fence
     kind = await _choose(fence, environ)
     weaker_for = None
     if kind is SandboxKind.LANDLOCK and fence.sandbox == "auto":

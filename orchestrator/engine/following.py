@@ -10,7 +10,7 @@ from typing import Final
 import anyio
 
 from orchestrator.clock import Clock
-from orchestrator.domain.model import FINAL, REVIVABLE, Action, Request, TaskStatus
+from orchestrator.domain.model import FINAL, REVIVABLE, Action, Halt, Request, TaskStatus
 from orchestrator.engine.budgets import Budgets
 from orchestrator.engine.in_hand import InHand
 from orchestrator.engine.ledger import Change, Ledger
@@ -40,7 +40,7 @@ class Following:
         hand: InHand,
         budgets: Budgets,
         clock: Clock,
-        halt: Callable[[str], None],
+        halt: Callable[[Halt, str], None],
         is_ending: Callable[[], bool],
     ) -> None:
         """Call `halt` with the reason where the run was stopped; take nothing over once it `is_ending`."""
@@ -73,7 +73,7 @@ class Following:
                 self._hear(change.request)
             return
         if change.halted is not None:
-            self._halt(change.halted)
+            self._halt(*change.halted)
         if change.adapter is not None:
             # The newest: this process may have learned more since, and heeded it.
             self._hand.learn(change.adapter, await self._ledger.adapter(change.adapter))

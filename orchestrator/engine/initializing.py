@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +15,19 @@ import anyio.to_thread
 
 from orchestrator.config.load import load_config
 from orchestrator.config.names import check_name
+from orchestrator.config.store import folder_url
+from orchestrator.domain.commands import programs_in
 from orchestrator.engine.own_tests import OwnTests, find_own_tests, read_top
 from orchestrator.engine.probing import AdapterStatus, make_without_options, probe_adapters
 from orchestrator.engine.repository_findings import is_outside
+from orchestrator.engine.sandbox_probe import DEFAULT_FENCE, SandboxProbe
 from orchestrator.errors import ConfigError, RefusedError, unusable
 from orchestrator.project import Project, exclude_from_git
 from orchestrator.protocols import AdapterType
 from orchestrator.repo.branches import find_base
 from orchestrator.repo.checkout import check_own
 from orchestrator.repo.git import Git, check_version
-from orchestrator.repo.site import find_site
+from orchestrator.repo.site import Site, find_site
 
 #: The type that runs any program: what it needs is for the user to fill in.
 ANY_PROGRAM = "command"
@@ -33,6 +37,7 @@ ANY_PROGRAM = "command"
 class Ground:
     """The repository that a first file is for: the top of its checkout, its git directory, where work would start."""
 
+    site: Site
     top: Path
     git_dir: Path
     base: str
@@ -41,7 +46,8 @@ class Ground:
 async def find_ground(folder: Path, environ: Mapping[str, str]) -> Ground:
     """Return what there is around a folder; RefusedError where no run could work."""
     try:
-        repository = (await find_site(str(folder), is_url=False, environ=environ)).repository
+        site = await find_site(str(folder), is_url=False, environ=environ)
+        repository = site.repository
     except RefusedError:
         await check_version(environ)
         if not await anyio.to_thread.run_sync(is_outside, folder):
@@ -54,12 +60,46 @@ async def find_ground(folder: Path, environ: Mapping[str, str]) -> Ground:
     if base is None:
         what = f"{repository.top} has no commit yet"
         raise RefusedError(what, "commit something first: sessions start from a commit")
-    return Ground(repository.top, repository.git_dir, base)
+    return Ground(site, repository.top, repository.git_dir, base)
 
 
-async def find_tests(ground: Ground) -> OwnTests | None:
-    """Return how the repository's own tests are run, if that can be told."""
-    return find_own_tests(await anyio.to_thread.run_sync(read_top, ground.top))
+@dataclass(frozen=True, slots=True)
+class FoundTests:
+    """How the repository's own tests are run, and the programs for that which the sandbox does not show."""
+
+    tests: OwnTests
+    missing: Sequence[str] = ()
+
+
+async def find_tests(ground: Ground, environ: Mapping[str, str]) -> FoundTests | None:
+    """Return how the tests of the base are run: the best way that works in the sandbox, else the best one."""
+    git = Git(None, users=True, environ=environ)
+    listed = (await git("ls-tree", "-z", "--name-only", ground.base, cwd=ground.top)).stdout
+    committed = set(listed.decode(errors="surrogateescape").split("\0"))
+    top = await anyio.to_thread.run_sync(read_top, ground.top)
+    best = find_own_tests({name: text for name, text in top.items() if name.rstrip("/") in committed})
+    if best is None:
+        return None
+    project = Project(ground.top)
+    store = folder_url(project.own_state)
+    probe = await SandboxProbe.open(DEFAULT_FENCE, ground.site, project, store, environ)
+    if probe is None:  # without a sandbox no run can start, as `council doctor` says
+        return FoundTests(best)
+    needs = {number: needs_of(way) for number, way in enumerate(best.ways)}
+    questions = list(dict.fromkeys(question for asked in needs.values() for question in asked.values()))
+    there = await probe.succeeding(questions)
+    missing = [[name for name, one in needs[number].items() if one not in there] for number in needs]
+    found = next((number for number, names in enumerate(missing) if not names), 0)
+    return FoundTests(best.ways[found], missing[found])
+
+
+def needs_of(tests: OwnTests) -> dict[str, str]:
+    """Return what running tests takes, each with the shell command that succeeds where it is there."""
+    environment = tests.environment
+    commands = [tests.command, *([] if environment is None else [environment.setup])]
+    names = [name for command in commands for name in programs_in(command) if "/" not in name]
+    asked = {name: f"command -v {shlex.quote(name)}" for name in names}
+    return asked | {one: one for one in (*tests.needs, *(() if environment is None else environment.needs))}
 
 
 async def find_adapters(
@@ -121,6 +161,7 @@ def _write_schema(project: Project, git_dir: Path, text: str) -> Path:
     project.create()
     path = project.folder / "schema.json"
     staged = _stage(path, text)
+    staged.chmod(0o600)
     staged.replace(path)
     return path
 

@@ -14,7 +14,16 @@ from orchestrator.domain.dispatch import Entry
 from orchestrator.domain.handoffs import Handoff
 from orchestrator.domain.holdings import HeldBy as OwnedBy
 from orchestrator.domain.lifecycle import TRANSITIONS, Trigger
-from orchestrator.domain.model import CLAIMED, AdapterDocument, Maker, Request, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.model import (
+    CLAIMED,
+    AdapterDocument,
+    Halt,
+    Maker,
+    Request,
+    RunDocument,
+    TaskDocument,
+    TaskStatus,
+)
 from orchestrator.domain.workflow import Phase, Workflow
 from orchestrator.engine.coordinator import next_lease, other_coordinator
 from orchestrator.engine.recordable import recordable
@@ -48,6 +57,9 @@ if TYPE_CHECKING:
 
 #: How many of the checkpoints stay that a run makes by the clock.
 KEPT_CHECKPOINTS = 12
+
+#: How many bases a run keeps on record that have passed their checks.
+MOST_PROVEN = 32
 
 #: What a commit that starts an attempt must also write, or who is in the way.
 Plan = Awaitable["Sequence[Write] | OwnedBy | Outdated"]
@@ -83,8 +95,8 @@ class Change(NamedTuple):
     adapter: str | None = None
     """The adapter of which something was learned."""
     request: Request | None = None
-    halted: str | None = None
-    """Why the run was stopped before its end."""
+    halted: tuple[Halt, str] | None = None
+    """What stopped the run before its end, and why."""
     is_grown: bool = False
     """Whether plans have become tasks; they are in the ledger."""
 
@@ -175,7 +187,7 @@ class Ledger:
         amended = []
         if (ledger.run.ended, ledger.run.halted) != (None, None):
             version, found = await ledger._newest_run()
-            again = found.model_copy(update={"ended": None, "halted": None})
+            again = found.model_copy(update={"ended": None, "halted": None, "halted_by": None})
             amended.append(Write(run_key(run), version, again.model_dump(mode="json")))
             ledger._take_run(again)
         await ledger._lead(lease, [orchestrators.joining(), *amended], facts)
@@ -627,7 +639,7 @@ class Ledger:
         name = key.id.partition("/")[2]
         if key == run_key(self.run.id):
             if value["halted"] is not None:
-                yield Change(halted=value["halted"])
+                yield Change(halted=(Halt(value.get("halted_by") or Halt.BUDGET), value["halted"]))
         elif key.kind == "request":
             yield Change(request=Request.model_validate(value))
         elif key.kind == "adapter":
@@ -693,9 +705,22 @@ class Ledger:
         await self._amend("run.finished", {"status": status}, ended=self._clock.now())
         failpoint("run.finished")
 
-    async def halt(self, reason: str) -> None:
-        """Record why this run was stopped before its end; resuming may follow."""
-        await self._amend("run.halted", {"reason": reason}, halted=reason)
+    async def halt(self, by: Halt, reason: str) -> None:
+        """Record what stopped this run before its end, and why; resuming may follow."""
+        await self._amend("run.halted", {"by": by, "reason": reason}, halted=reason, halted_by=by)
+
+    async def proven_bases(self) -> tuple[str, ...]:
+        """Return the bases that have passed their checks, in whichever process of the run."""
+        return (await self._newest_run())[1].proven_bases
+
+    async def prove_base(self, key: str, facts: JsonObject) -> None:
+        """Record that a base has passed its checks, with the facts about them."""
+        bases = (*await self.proven_bases(), key)[-MOST_PROVEN:]
+        await self._amend("base.passed", facts, proven_bases=bases)
+
+    async def allow_failing_base(self) -> None:
+        """Record that sessions start though checks fail on the base."""
+        await self._amend("base.failure_allowed", {}, allow_failing_base=True)
 
     async def allow(self, limits: JsonObject) -> None:
         """Record other limits of the run's budget, by their keys."""

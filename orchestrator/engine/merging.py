@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, assert_never
@@ -23,6 +23,7 @@ from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import CLAIMED, Intent, TaskStatus
 from orchestrator.domain.quoting import marked
 from orchestrator.domain.workflow import anew, restarted
+from orchestrator.engine.base_checks import BaseChecks
 from orchestrator.engine.borders import Borders, Escape
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.steps import Update
@@ -77,8 +78,14 @@ class MergeQueue:
         clock: Clock,
         permits: MergePermits,
         cancelled: Collection[str],
+        bases: BaseChecks,
+        give_up: Callable[[str], None],
     ) -> None:
-        """Take a run and what it works with; `cancelled` are the tasks that somebody does not want any more."""
+        """Take a run and what it works with; `cancelled` are the tasks that somebody does not want any more.
+
+        `give_up` ends the run, with the reason why its checks can't be run.
+        """
+        self._bases, self._give_up = bases, give_up
         self._permits = permits
         self.ledger, self.clock, self._shop, self._pool = ledger, clock, shop, pool
         self.target, self.git = shop.target, shop.git
@@ -327,14 +334,21 @@ class MergeQueue:
         failpoint("landing.checking")
         builder = self.ledger.task(task).builder
         self._checks = self._shop.checks(self._pool, self.ledger.run.id, task, builder.number, spec)
+        base, unrunnable = merge.old or builder.base, None
         try:
-            result = await self._checks.run(merge.new, merge.old or builder.base)
+            result = await self._checks.run(merge.new, base)
+            if isinstance(result, CommandFailed):
+                unrunnable = await self._bases.why_unrunnable(task, spec, spec.checks, result, base)
         finally:
             self._checks = None
         match result:
             case Passed():
                 failpoint("landing.checked")
                 self._passed.add((task, tree))
+            case CommandFailed() if unrunnable is not None:
+                await self.ledger.change(task, Trigger.REQUEUE, {"reason": unrunnable}, reason=unrunnable)
+                self._give_up(unrunnable)
+                return False
             case CommandFailed():
                 await self._bounce(task, spec, merge, result)
                 return False

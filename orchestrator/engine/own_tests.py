@@ -1,9 +1,13 @@
-"""The command that runs a repository's own tests, told from the files at its top. Pure but for `read_top`."""
+"""The command that runs a repository's own tests, and what it needs, by the files at its top.
+
+Pure but for `read_top`.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 import tomllib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -14,17 +18,44 @@ from typing import Any, Final
 _LARGEST: Final = 1 << 20
 """Bytes of a file that is looked into."""
 
+_REQUIREMENTS: Final = re.compile(r"(?:[a-z]+-)?requirements(?:[-_][a-z]+)?\.txt")
+
 Top = Mapping[str, str]
 """The names at the top of a repository, those of folders ending with a slash, with the contents that were read."""
 
 
 @dataclass(frozen=True, slots=True)
+class Environment:
+    """What a fresh checkout needs: the shell command that creates it, and the files that this depends on.
+
+    `programs` is a folder of programs that it creates.
+    """
+
+    setup: str
+    inputs: tuple[str, ...]
+    programs: str | None = None
+    needs: tuple[str, ...] = ()
+    """Shell commands that succeed on a machine where it can be created."""
+
+
+@dataclass(frozen=True, slots=True)
 class OwnTests:
-    """A shell command that runs the tests, the file that tells it, and what a fresh checkout may need before."""
+    """A shell command that runs the tests, the file that says so, and what a fresh checkout needs before."""
 
     command: str
     told_by: str
     before: str | None = None
+    """What may have to be installed on the machine."""
+    environment: Environment | None = None
+    needs: tuple[str, ...] = ()
+    """Shell commands that succeed on a machine where the tests can be run."""
+    otherwise: OwnTests | None = None
+    """Another way, for a machine that lacks something for this one."""
+
+    @property
+    def ways(self) -> list[OwnTests]:
+        """Return this and the other ways, the best first."""
+        return [self, *([] if self.otherwise is None else self.otherwise.ways)]
 
 
 def find_own_tests(top: Top) -> OwnTests | None:
@@ -40,8 +71,12 @@ def read_top(folder: Path) -> dict[str, str]:
     top: dict[str, str] = {}
     for entry in sorted(folder.iterdir()):
         with suppress(OSError):
-            top[f"{entry.name}/" if entry.is_dir() else entry.name] = _read(entry) if entry.name in _READ else ""
+            top[f"{entry.name}/" if entry.is_dir() else entry.name] = _read(entry) if _is_read(entry.name) else ""
     return top
+
+
+def _is_read(name: str) -> bool:
+    return name in _READ or bool(_REQUIREMENTS.fullmatch(name))
 
 
 def _read(file: Path) -> str:
@@ -79,13 +114,33 @@ def _package_json(top: Top) -> OwnTests | None:
     # What `npm init` writes.
     if not isinstance(script, str) or not script.strip() or "no test specified" in script:
         return None
+    return OwnTests(_TEST_COMMANDS[_manager(top, package)], "package.json", environment=_node_environment(top))
+
+
+def _manager(top: Top, package: Mapping[str, Any]) -> str:
+    """Return the package manager of a Node project."""
     manager = package.get("packageManager")
     named = manager.partition("@")[0] if isinstance(manager, str) else ""
     locked = next((name for lock, name in _LOCKS.items() if lock in top), "npm")
-    command, before = _MANAGERS.get(named) or _MANAGERS[locked]
-    if command == "npm test" and "package-lock.json" not in top:
-        before = "npm install"
-    return OwnTests(command, "package.json", before)
+    return named if named in _TEST_COMMANDS else locked
+
+
+def _node_environment(top: Top) -> Environment | None:
+    """Return how the packages of a Node project are installed; None where it needs none."""
+    package = _json(top.get("package.json", ""))
+    manager = _manager(top, package)
+    locks = tuple(lock for lock, name in _LOCKS.items() if name == manager and lock in top)
+    depends = any(package.get(key) for key in ("dependencies", "devDependencies", "optionalDependencies"))
+    if not locks and not depends:
+        return None
+    commands = {
+        "npm": "npm ci" if locks else "npm install --no-package-lock",
+        "pnpm": "pnpm install --frozen-lockfile" if locks else "pnpm install --no-lockfile",
+        # The lock file of yarn 2 and later has such a key.
+        "yarn": f"yarn install {'--immutable' if '__metadata:' in top.get('yarn.lock', '') else '--frozen-lockfile'}",
+        "bun": "bun install --frozen-lockfile" if locks else "bun install --no-save",
+    }
+    return Environment(commands[manager], ("package.json", *locks))
 
 
 _LOCKS: Final = {
@@ -94,12 +149,13 @@ _LOCKS: Final = {
     "bun.lock": "bun",
     "bun.lockb": "bun",
     "package-lock.json": "npm",
+    "npm-shrinkwrap.json": "npm",
 }
-_MANAGERS: Final = {
-    "npm": ("npm test", "npm ci"),
-    "pnpm": ("pnpm test", "pnpm install --frozen-lockfile"),
-    "yarn": ("yarn test", "yarn install --immutable"),
-    "bun": ("bun run test", "bun install --frozen-lockfile"),  # `bun test` is another thing than the script
+_TEST_COMMANDS: Final = {
+    "npm": "npm test",
+    "pnpm": "pnpm test",
+    "yarn": "yarn test",
+    "bun": "bun run test",  # `bun test` is another thing than the script
 }
 
 
@@ -125,25 +181,100 @@ def _makefile(top: Top) -> OwnTests | None:
     # A rule, and no assignment (`test := …`).
     if name is None or not re.search(r"^test[ \t]*::?(?![:=])", top[name], re.MULTILINE):
         return None
-    return OwnTests("make test", name)
+    plain = OwnTests("make test", name)
+    environment = next(iter(_python_environments(top)), None) or _node_environment(top)
+    if environment is None:
+        return plain
+    folder = environment.programs
+    command = "make test" if folder is None else f'PATH="$PWD/{folder}:$PATH" make test'
+    return OwnTests(command, name, environment=environment, otherwise=plain)
 
 
 def _python(top: Top) -> OwnTests | None:
     project = _toml(top.get("pyproject.toml", ""))
-    tells = next((name for name, found in _pytest_signs(top, project).items() if found), None)
-    if tells is not None:
-        runner = next((words for lock, words in _PYTHON_LOCKS.items() if lock in top), "python3 -m")
-        return OwnTests(f"{runner} pytest", tells)
+    told_by = next((name for name, found in _pytest_signs(top, project).items() if found), None)
+    if told_by is not None:
+        return _pytest(top, told_by)
     if "noxfile.py" in top:
         return OwnTests("nox", "noxfile.py")
     if "tox.ini" in top or "tox.toml" in top or _within(project, "tool", "tox") is not None:
         return OwnTests("tox", next((one for one in ("tox.ini", "tox.toml") if one in top), "pyproject.toml"))
     if "manage.py" in top:
-        return OwnTests("python3 manage.py test", "manage.py")
+        environment = next(iter(_python_environments(top)), None)
+        python = "python3" if environment is None else f"{_VENV}/python"
+        return OwnTests(f"{python} manage.py test", "manage.py", environment=environment)
     return None
 
 
-_PYTHON_LOCKS: Final = {"uv.lock": "uv run", "poetry.lock": "poetry run", "pdm.lock": "pdm run"}
+def _pytest(top: Top, told_by: str) -> OwnTests | None:
+    """Return the ways to run pytest, the best first."""
+    found: OwnTests | None = None
+    for environment in reversed(_python_environments(top, "pytest")):
+        found = OwnTests(f"{_VENV}/python -m pytest", told_by, environment=environment, otherwise=found)
+    if _python_environments(top):
+        return found
+    return OwnTests("python3 -m pytest", told_by, needs=('python3 -c "import pytest"',), otherwise=found)
+
+
+_VENV: Final = ".venv/bin"
+#: How the tool of each lock file creates `.venv` in the project.
+_PYTHON_LOCKS: Final = {
+    "uv.lock": "uv sync --frozen --all-extras",
+    "poetry.lock": "POETRY_VIRTUALENVS_IN_PROJECT=true poetry install --no-interaction --all-extras",
+    "pdm.lock": "pdm install --frozen-lockfile",
+}
+_MAKES_VENV: Final = 'python3 -c "import ensurepip, venv"'
+#: A virtual environment sees the packages of the installation that it is made from, not those of another one.
+_IS_INSTALLATION: Final = 'python3 -c "import sys, {module}; sys.exit(sys.prefix != sys.base_prefix)"'
+
+
+def _python_environments(top: Top, module: str | None = None) -> list[Environment]:
+    """Return the ways to create a virtual environment with a project and a module, the best first.
+
+    Without a module there is none for a project that needs no packages.
+    """
+    for lock, setup in _PYTHON_LOCKS.items():
+        if lock in top:
+            return [Environment(setup, ("pyproject.toml", lock) if "pyproject.toml" in top else (lock,), _VENV)]
+    words, inputs = _pip_words(top)
+    if module is None or _is_declared(top, module):
+        return [_venv(words, inputs)] if words else []
+    installed = _IS_INSTALLATION.format(module=module)
+    shared = [_venv(words, inputs, "--system-site-packages ", installed)] if words else []
+    return [*shared, _venv([*words, module], inputs)]
+
+
+def _venv(words: list[str], inputs: list[str], options: str = "", *needs: str) -> Environment:
+    setup = f"python3 -m venv {options}.venv && {_VENV}/pip install -q {' '.join(words)}"
+    return Environment(setup, tuple(inputs), _VENV, (_MAKES_VENV, *needs))
+
+
+def _pip_words(top: Top) -> tuple[list[str], list[str]]:
+    """Return what pip installs for a project, and the files that say so."""
+    files = [name for name in top if _REQUIREMENTS.fullmatch(name)]
+    words = [word for name in files for word in ("-r", name)]
+    project = _toml(top.get("pyproject.toml", ""))
+    is_package = "setup.py" in top or "build-system" in project or "project" in project
+    if is_package:
+        extras = _within(project, "project", "optional-dependencies")
+        wanted = [name for name, listed in (extras or {}).items() if "pytest" in repr(listed)]
+        words += ["-e", f"'.[{','.join(wanted)}]'" if wanted else "."]
+        files += [name for name in ("pyproject.toml", "setup.cfg", "setup.py") if name in top]
+    groups = project.get("dependency-groups")
+    for listed in groups.values() if isinstance(groups, dict) else ():
+        if "pytest" in repr(listed) and isinstance(listed, list):
+            words += [shlex.quote(one) for one in listed if isinstance(one, str)]
+    return words, files
+
+
+def _is_declared(top: Top, module: str) -> bool:
+    """Return whether what pip installs for a project has a module by its name."""
+    words, files = _pip_words(top)
+    texts = [" ".join(words), *(top[name] for name in files if name.endswith(".txt"))]
+    project = _toml(top.get("pyproject.toml", ""))
+    texts += [repr(_within(project, "project", "dependencies"))]
+    texts += [repr(_within(project, "project", "optional-dependencies"))]
+    return any(re.search(rf"\b{module}\b", text) for text in texts)
 
 
 def _pytest_signs(top: Top, project: Mapping[str, Any]) -> dict[str, bool]:
@@ -156,7 +287,11 @@ def _pytest_signs(top: Top, project: Mapping[str, Any]) -> dict[str, bool]:
         "pyproject.toml": _within(project, "tool", "pytest") is not None or "pytest" in repr(named),
         "setup.cfg": "[tool:pytest]" in top.get("setup.cfg", ""),
         "conftest.py": "conftest.py" in top,
-        "requirements.txt": bool(re.search(r"^pytest\b", top.get("requirements.txt", ""), re.MULTILINE)),
+        **{
+            name: bool(re.search(r"^pytest\b", text, re.MULTILINE))
+            for name, text in top.items()
+            if _REQUIREMENTS.fullmatch(name)
+        },
     }
 
 
@@ -206,6 +341,6 @@ _RULES: Final[tuple[Callable[[Top], OwnTests | None], ...]] = (
 _READ: Final = frozenset(
     {
         *("package.json", "composer.json", "deno.json", "deno.jsonc", "GNUmakefile", "makefile", "Makefile"),
-        *("pyproject.toml", "setup.cfg", "requirements.txt", "Gemfile"),
+        *("pyproject.toml", "setup.cfg", "Gemfile", "yarn.lock"),
     }
 )

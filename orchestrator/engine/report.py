@@ -19,6 +19,7 @@ from orchestrator.domain.model import (
     REVIVABLE,
     SUCCESSFUL,
     AdapterDocument,
+    Halt,
     RunDocument,
     TaskDocument,
     TaskStatus,
@@ -39,7 +40,7 @@ class RunStatus(StrEnum):
     LANDED = "landed"  #: every task is on the target, or done without that
     INCOMPLETE = "incomplete"  #: over, but some tasks are neither
     INTERRUPTED = "interrupted"  #: stopped or killed before its end; `council resume` goes on
-    HALTED = "halted"  #: stopped before its end because its budget is used up; `council resume --budget` goes on
+    HALTED = "halted"  #: stopped before its end by its budget, or by checks that can't pass; `halted` says why
     RUNNING = "running"
 
 
@@ -204,7 +205,9 @@ class RunReport:
     imported: str | None = None
     """The file that the run's record was imported from, by the name it has in the project; nobody can work in it."""
     halted: str | None = None
-    """Why it was stopped before its end, where its budget is used up."""
+    """Why it was stopped before its end, and what to do."""
+    halted_by: Halt | None = None
+    """What stopped it: its `budget`, a check that fails on the `base`, or `commands` that can't be run."""
     background: str | None = None
     """Why the process ended that ran it in the background, where that failed."""
     sessions: Sequence[SessionReport] = ()
@@ -332,6 +335,7 @@ def report(
         damage=damage,
         imported=source,
         halted=halted,
+        halted_by=None if halted is None else run.halted_by or Halt.BUDGET,
         orchestrators=[OrchestratorReport.of(one) for one in others],
         claims=total(one.counters for one in others),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,23 +32,28 @@ _MOST_NAMED = 3  # files
 
 @dataclass(frozen=True, slots=True)
 class Looked:
-    """What was found of a repository: the top of its checkout (None: there is none), its size where it matters."""
+    """What was found of a repository: the top of its checkout (None: there is none), its size where it matters.
+
+    `site` is where it is; None where that is not known.
+    """
 
     findings: list[Finding]
     top: Path | None = None
     size: Size | None = None
+    site: Site | None = None
 
 
 async def look_at_repository(run: RunConfig | None, folder: Path, environ: Mapping[str, str]) -> Looked:
     """Look at the repository of a run, or without one at that of a folder."""
     if run is not None and run.is_url:
-        return Looked([await _look_at_server(run, environ)])
+        site = await find_site(run.repo, is_url=True, environ=environ)
+        return Looked([await _look_at_server(run, environ)], site=site)
     try:
         site = await find_site(str(folder) if run is None else run.repo, is_url=False, environ=environ)
     except RefusedError as error:
         if run is None and is_outside(folder):
-            remedy = "cd to your repository to have it looked at"
-            return Looked([Finding("repository", Level.WARNING, f"{folder} is in no git repository", remedy)])
+            remedy = "cd to your repository, or create one: `git init`, then commit something"
+            return Looked([Finding("repository", Level.PROBLEM, f"{folder} is not in a git repository", remedy)])
         return Looked([refused("repository", error)])
     return await _look_at_site(site, site.repository, run, environ) if site.repository else Looked([])
 
@@ -86,7 +91,7 @@ async def _look_at_site(
         found.append(Finding("hooks", Level.WARNING, f"landings do not run the hooks in {named}: {what}", remedy))
     if repository.top is not None:
         found.append(await _look_at_folder(Project(repository.top), users, environ))
-    return Looked(found, repository.top, size)
+    return Looked(found, repository.top, size, site)
 
 
 async def _look_at_server(run: RunConfig, environ: Mapping[str, str]) -> Finding:
@@ -106,7 +111,7 @@ async def _look_at_server(run: RunConfig, environ: Mapping[str, str]) -> Finding
 
 async def look_for_files(run: RunConfig, words: Iterable[str], top: Path, environ: Mapping[str, str]) -> list[Finding]:
     """Warn of the files in a checkout that commands name in `words` and that no session sees, as the base has none."""
-    there = await anyio.to_thread.run_sync(_files_of, words, top)
+    there = await anyio.to_thread.run_sync(_files_of, words, top, (*run.worktrees.copied, *run.worktrees.linked))
     if not there:
         return []
     git = Git(None, users=True, environ=environ)
@@ -124,10 +129,22 @@ async def look_for_files(run: RunConfig, words: Iterable[str], top: Path, enviro
     return [Finding("files", Level.WARNING, what, "commit what adapters and checks need: sessions see nothing else")]
 
 
-def _files_of(words: Iterable[str], top: Path) -> list[str]:
+def _files_of(words: Iterable[str], top: Path, provided: Collection[str]) -> list[str]:
     relative = dict.fromkeys(os.path.normpath(word) for word in words if word and not word.startswith(("/", "-")))
     # A word may be a whole prompt: unlike Path.is_file this says no to what is too long for a name or holds a NUL.
-    return [word for word in relative if not word.startswith("..") and os.path.isfile(top / word)]  # noqa: PTH113
+    files = [word for word in relative if not word.startswith("..") and os.path.isfile(top / word)]  # noqa: PTH113
+    return [file for file in files if not is_made(top, file) and not any(covers(one, file) for one in provided)]
+
+
+def is_made(top: Path, path: str) -> bool:
+    """Return whether a file belongs to an environment that tools create, which nobody commits. Blocks."""
+    folders = [top / parent for parent in Path(path).parents][:-1]
+    return "node_modules" in Path(path).parts or any((folder / "pyvenv.cfg").exists() for folder in folders)
+
+
+def covers(folder: str, path: str) -> bool:
+    """Return whether a path is that of a folder, or in it."""
+    return path == folder or path.startswith(f"{folder}/")
 
 
 async def _judged(name: str, found: str, check: Awaitable[object]) -> Finding:

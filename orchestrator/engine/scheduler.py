@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import assert_never
 
 import anyio
 from anyio.abc import TaskGroup
 
 from orchestrator.domain.claims import Verdict, should_try
-from orchestrator.domain.dispatch import Board, decide
+from orchestrator.domain.dispatch import Board, Entry, decide
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.lifecycle import Trigger
-from orchestrator.domain.model import CLAIMED, SUCCESSFUL, AdapterDocument, TaskStatus
+from orchestrator.domain.model import CLAIMED, SUCCESSFUL, AdapterDocument, Halt, TaskStatus
 from orchestrator.domain.outcome import Failed
 from orchestrator.domain.retry import Backoff, retry_delay
 from orchestrator.engine.attempts import (
@@ -23,12 +24,14 @@ from orchestrator.engine.attempts import (
     Closed,
     Done,
     Elsewhere,
+    Halted,
     Over,
     Parked,
     Starved,
     ToLand,
     Work,
 )
+from orchestrator.engine.base_checks import BaseChecks
 from orchestrator.engine.briefing import Rest
 from orchestrator.engine.budgets import Budgets
 from orchestrator.engine.capacity import Capacity
@@ -72,10 +75,11 @@ class Scheduler:
         permits: MergePermits,
         phasing: Phasing,
         *,
+        entries: Mapping[str, Entry],
         lacking: Mapping[str, str],
         only_lands: bool = False,
     ) -> None:
-        """Take a run whose cut-off attempts have been returned; `board` reflects its documents.
+        """Take a run whose cut-off attempts have been returned; `board` reflects its documents, `entries` its tasks.
 
         `lacking` has the adapters that are closed for this process alone, each with the reason. One that `only_lands`
         starts no session.
@@ -85,15 +89,16 @@ class Scheduler:
         self._ledger, self._shop, self._board = ledger, workshop, board
         clock = self._clock = workshop.tools.clock
         self._capacity, self._monitor = capacity, monitor
-        self.halted: str | None = None
-        """Why it was stopped before its end, where its budget is used up."""
-        self._budgets = Budgets(ledger, clock, workshop.accounting, self._halt)
+        self.halted: tuple[Halt, str] | None = None
+        """What stopped it before its end, and why."""
+        self._budgets = Budgets(ledger, clock, workshop.accounting, partial(self._halt, Halt.BUDGET))
         self._pool = pool
         self._starts = StartingPoints(ledger, workshop)
+        self._bases = BaseChecks(ledger, workshop, pool, self._starts, entries)
         self._briefing = phasing.briefing
-        self._attempts = Attempts(ledger, workshop, pool, self._budgets, self._starts, phasing, clock)
+        self._attempts = Attempts(ledger, workshop, pool, self._budgets, self._starts, self._bases, phasing, clock)
         cancelled: set[str] = set()
-        self._merging = MergeQueue(ledger, workshop, pool, clock, permits, cancelled)
+        self._merging = MergeQueue(ledger, workshop, pool, clock, permits, cancelled, self._bases, self._give_up)
         self._escapes = EscapeDetector(ledger, workshop, self._merging)
         self._hand = InHand(ledger, board, self._merging, clock, cancelled, lacking)
         self._others = Following(
@@ -121,13 +126,20 @@ class Scheduler:
     def stop(self) -> None:
         """Start nothing more and stop sessions and checks; a move of the target is brought to its end."""
         self._stopping = True
+        self._bases.stop()
         self._merging.stop()
         self._hand.stop_sessions()
 
-    def _halt(self, reason: str) -> None:
+    def _halt(self, by: Halt, reason: str) -> None:
         """Start nothing more and stop sessions; what is built lands, which costs nothing of a budget."""
-        self.halted = self.halted or reason
+        self.halted = self.halted or (by, reason)
+        self._bases.stop()
         self._hand.stop_sessions()
+
+    def _give_up(self, reason: str) -> None:
+        """Stop all work: a command of checks or setup can't be run here, so that nothing can be built or landed."""
+        self.halted = self.halted or (Halt.COMMANDS, reason)
+        self.stop()
 
     async def run(self) -> bool:
         """Work until nothing is left that could be done; False if it was stopped before that."""
@@ -147,6 +159,10 @@ class Scheduler:
             async with anyio.create_task_group() as group:
                 over = [task for task, status in statuses.items() if status in SUCCESSFUL]
                 group.start_soon(self._forget_homes, over)
+                failure = None if self._only_lands else await self._bases.failure()
+                if failure is not None:
+                    self.halted = self.halted or (Halt.BASE, failure)
+                    self.stop()
                 await self._tick(group)
                 while not self._idle():
                     await self._pause()
@@ -344,15 +360,18 @@ class Scheduler:
             case Closed(adapter, reason):
                 self._board.close(adapter, reason)
                 self._hand.wait(task)
-            case Starved(reason):
+            case Starved(reason) | Halted(reason):
                 self._hand.wait(task)
-                await self._rest(reason)
+                await self._hold_back(reason, is_final=isinstance(after, Halted))
             case _:
                 assert_never(after)
         self._catch_up(task)
 
-    async def _rest(self, reason: str) -> None:
-        """Start nothing for a while: the machine has not enough of something."""
+    async def _hold_back(self, reason: str, *, is_final: bool) -> None:
+        """Start nothing for a while: the machine has not enough of something; or nothing more, as no command works."""
+        if is_final:
+            self._give_up(reason)
+            return
         if self._paused_until > self._clock.monotonic():  # another session has met the same
             return
         self._starved += 1

@@ -50,7 +50,7 @@ class StartingPoints:
         follows_parts = bool(document.expanded)
         builds_on_target = spec.builds_on_target or was_stale or turn.start is not None or follows_parts
         if builds_on_target not in tips:
-            tips[builds_on_target] = await self._newest(builds_on_target)
+            tips[builds_on_target] = await self.newest(builds_on_target=builds_on_target)
         tip = tips[builds_on_target]
         if turn.start is None:
             return Start(tip)
@@ -64,13 +64,13 @@ class StartingPoints:
     async def is_outdated(self, owns: Sequence[str], base: str) -> bool:
         """Whether what a task owns has changed on the target since a base; asked once nobody else can own it."""
         try:
-            tip = await self._newest(builds_on_target=True)
+            tip = await self.newest(builds_on_target=True)
         except GitError:  # the landing will tell
             return False
         changed = [] if tip == base else [one.path for one in await self._shop.git.changes(base, tip)]
         return len(escaped(owns, changed)) < len(changed)
 
-    async def _newest(self, builds_on_target: bool) -> str:
+    async def newest(self, *, builds_on_target: bool) -> str:
         """Return the commit that new work starts from: the base as it is now, or the target if it needs others."""
         try:
             async with self._asking:  # two that fetch the same at once would both fail

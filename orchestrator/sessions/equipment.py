@@ -15,7 +15,7 @@ import anyio.to_thread
 from orchestrator import beneath
 from orchestrator.config.model import Reach, WorktreesConfig
 from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.outcome import Exhausted, Failed, Outcome
+from orchestrator.domain.outcome import Exhausted, Failed, Misconfigured, Outcome
 from orchestrator.domain.secrets import Redactor
 from orchestrator.errors import LockHeld, RefusedError
 from orchestrator.process import kill_marked
@@ -48,10 +48,11 @@ class SetupFailed(SetupError):
         super().__init__(told or str(ended))
         self.ended = ended
 
-    @property
-    def outcome(self) -> Outcome:
-        """What it makes of an attempt."""
+    def outcome(self, *, at_base: bool) -> Outcome:
+        """Return what it makes of an attempt; `at_base`: one whose worktree has nothing yet of its task."""
         if isinstance(self.ended, CommandFailed):
+            if at_base and self.ended.unrunnable is not None:
+                return Misconfigured(self.ended.describe_unrunnable())
             return Failed(FailureClass.SETUP_FAILED, str(self))
         return hooks.outcome_of(self.ended) or Failed(FailureClass.TRANSIENT, str(self))
 

@@ -182,7 +182,7 @@ class Session:
                     return Finished(obstacle)
                 exit_ = await self._supervise()
         except SetupFailed as failed:
-            return Finished(failed.outcome)
+            return Finished(failed.outcome(at_base=what.start is None))
         except (GitError, OSError, RefusedError) as error:
             return Finished(_not_set_up(error))
         except SessionError as error:

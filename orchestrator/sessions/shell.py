@@ -14,6 +14,7 @@ import anyio
 import anyio.to_thread
 
 from orchestrator.config.model import Reach
+from orchestrator.domain.commands import NOT_EXECUTABLE, cannot_run, missing_program
 from orchestrator.domain.secrets import Redactor
 from orchestrator.errors import SessionError, is_exhaustion
 from orchestrator.limits import is_disk_full
@@ -43,19 +44,46 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
+class Unrunnable:
+    """A program that was not found or can't be executed; `why` says so, with where it was looked for."""
+
+    program: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class CommandFailed:
-    """It did not end with zero: how it ended in words, and the end of what it printed."""
+    """It did not end with zero: how it ended in words, and the end of what it printed.
+
+    `unrunnable` is set where it ended with 126 or 127: the program that can't be run, and where it was looked for.
+    """
 
     command: str
     ended: str
     said: str
     log: Path
+    unrunnable: Unrunnable | None = None
 
     def describe(self, where: str = "") -> str:
         """Return what happened, for people: the command's beginning, how and `where` it ended, its last words."""
+        return f"`{self.short}` {self.ended}{where and f' {where}'}\n{self.last_words}".strip()
+
+    def describe_unrunnable(self) -> str:
+        """Return why it can't be run and what to do, where its program is not there."""
+        why = "" if self.unrunnable is None else self.unrunnable.why
+        remedy = "install the program and `council resume`, or correct the command in the file and start a new run"
+        return f"`{self.short}` can't be run: it {self.ended}: {why}\n{remedy}"
+
+    @property
+    def short(self) -> str:
+        """Return the command's beginning, on one line."""
         line = " ".join(self.command.split())
-        short = line if len(line) <= _LONGEST_COMMAND else f"{line[:_LONGEST_COMMAND]}…"
-        return f"`{short}` {self.ended}{where and f' {where}'}\n{self.said.strip()[-_SHOWN:]}".strip()
+        return line if len(line) <= _LONGEST_COMMAND else f"{line[:_LONGEST_COMMAND]}…"
+
+    @property
+    def last_words(self) -> str:
+        """Return the end of what the command printed."""
+        return self.said.strip()[-_SHOWN:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +137,7 @@ class Shell:
             return NotRun(str(error))
         except OSError as error:
             return NotRun(f"it could not be set up: {error}", is_exhaustion(error))
-        judged = await _judge(command, ended, tuple(fenced.denied))
+        judged = await self._judge(command, ended, tuple(fenced.denied))
         if isinstance(judged, CommandFailed) and await anyio.to_thread.run_sync(is_disk_full, self.cwd):
             return NotRun(f"the disk is full, on which it {judged.ended}", exhausted=True)
         return judged
@@ -129,20 +157,30 @@ class Shell:
             redact=self.redactor.bytes_pattern,
         )
 
+    async def _judge(self, command: ShellCommand, ended: Ended, denied: Sequence[str]) -> ShellResult:
+        if ended.spawn_error is not None:
+            return NotRun(f"it could not be started: {ended.spawn_error}", ended.exhausted)
+        if ended.ended_by in {"stop", "orphaned"}:
+            return Stopped()
+        if ended.ended_by == "timeout":
+            told = f"ran for longer than {command.timeout:g} s, its limit (`{command.setting}`)"
+        elif ended.signal is not None:
+            told = f"got signal {ended.signal}"
+        elif ended.exit != 0:
+            told = f"ended with exit code {ended.exit}"
+        else:
+            return Done()
+        if denied:
+            told += f" (`network.allow` does not cover {', '.join(denied[:_MOST_DENIED])})"
+        said = await read_tail(command.log)
+        unrunnable = self._unrunnable(command, ended.exit, said) if cannot_run(ended.exit) else None
+        return CommandFailed(command.text, told, said, command.log, unrunnable)
 
-async def _judge(command: ShellCommand, ended: Ended, denied: Sequence[str]) -> ShellResult:
-    if ended.spawn_error is not None:
-        return NotRun(f"it could not be started: {ended.spawn_error}", ended.exhausted)
-    if ended.ended_by in {"stop", "orphaned"}:
-        return Stopped()
-    if ended.ended_by == "timeout":
-        told = f"ran for longer than {command.timeout:g} s, its limit (`{command.setting}`)"
-    elif ended.signal is not None:
-        told = f"got signal {ended.signal}"
-    elif ended.exit != 0:
-        told = f"ended with exit code {ended.exit}"
-    else:
-        return Done()
-    if denied:
-        told += f" (`network.allow` does not cover {', '.join(denied[:_MOST_DENIED])})"
-    return CommandFailed(command.text, told, await read_tail(command.log), command.log)
+    def _unrunnable(self, command: ShellCommand, exit_code: int | None, said: str) -> Unrunnable:
+        program = missing_program(command.text, said)
+        why = f"program {program!r} {'can not be executed' if exit_code == NOT_EXECUTABLE else 'was not found'}"
+        if "/" in program:
+            return Unrunnable(program, f"{why} in the worktree, which has the committed files and what `setup` creates")
+        hidden = self.fencing.why_missing(program, self.environment, self.reach)
+        path = self.environment.get("PATH", os.defpath)
+        return Unrunnable(program, f"{why} on PATH as the sandbox shows it{hidden}: PATH is {path}")

@@ -162,7 +162,7 @@ async def test_setup_is_run_once_for_checks_and_again_where_its_inputs_change(
     look = "test ! -e node_modules/left; echo x > node_modules/left; mkdir -p node_modules/.cache; "
     note = f"echo $COUNCIL_TASK $PWD $(cat node_modules/lock) >> {outside}/checks"
     scripts = {"a": "echo a > a", "b": "echo b > b", "c": "echo 2 > lock", "d": "echo d > d"}
-    defaults = {"checks": [RUN_JEST, look + note]}
+    defaults = {"checks": [RUN_JEST, look + note], "allow_failing_base": True}
     ended = run(repository, configure(repository, outside, scripts, defaults=defaults))
     assert set(ended.states.values()) == {"landed"}, ended
     seen = [line.split() for line in lines(outside / "checks")]
@@ -204,7 +204,8 @@ async def test_a_commit_that_repairs_the_setup_passes(repository: Repository, ou
     prepare(repository, install="exit 1")
     worktrees = {"setup": [f"sh install || mkdir {outside}/passed-once"], "max": 1}
     scripts = {"a": write("install", INSTALL)}
-    ended = run(repository, configure(repository, outside, scripts, worktrees=worktrees))
+    defaults = {"allow_failing_base": True}
+    ended = run(repository, configure(repository, outside, scripts, worktrees=worktrees, defaults=defaults))
     assert ended.states == {"a": "landed"}, ended
     await repository.assert_invariants()
 

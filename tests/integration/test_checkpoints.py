@@ -86,7 +86,7 @@ async def test_work_that_waited_to_land_lands_after_a_later_attempt(repository: 
     """A checkpoint from before the checks did not pass brings back that work, with its base and branch."""
     tasks = [{"id": "one", "prompt": "attempt 1 write one.txt 1\nattempt 2 exit 1", "attempts": 2}]
     readable = [sys.prefix, str(FAKE_CLI.parents[2]), str(repository.spawns.parent)]
-    checks = {"checks": [f"test -e {flag(repository)}"]}
+    checks = {"allow_failing_base": True, "checks": [f"test -e {flag(repository)}"]}
     killed_with(repository, tasks, "landing.checking", defaults=checks, readable=readable)
     checkpoint = made(repository)
     assert checkpoint["sessions"][0]["status"] == "checking"

@@ -33,7 +33,11 @@ def run(repository: Repository, folder: Path, prompt: str, adapter: dict[str, An
         [task],
         adapters={"claude": {"use": "claude-code", **(adapter or {})}},
         readable=[str(folder), sys.prefix, str(ROOT / "tests")],
-        defaults={"checks": [CHECK], "backoff": {"initial": "10ms", "max": "10ms", "jitter": False}},
+        defaults={
+            "allow_failing_base": True,
+            "checks": [CHECK],
+            "backoff": {"initial": "10ms", "max": "10ms", "jitter": False},
+        },
         **more,
     )
     return repository.council("run", str(config), "--json")

@@ -69,10 +69,11 @@ def test_it_reads_as_text(repository: Repository) -> None:
 
 
 def test_outside_of_a_repository(repository: Repository, tmp_path: Path) -> None:
-    """The machine is looked at all the same."""
+    """That is a problem, with what to do; the machine is looked at all the same."""
     (tmp_path / "elsewhere").mkdir()
     found = doctor(replace(repository, top=tmp_path / "elsewhere"))
-    assert level(found, "repository") == "warning"
+    assert level(found, "repository") == "problem"
+    assert "git init" in str(found["repository"][0][2])
     assert "git" in found
     assert "state" not in found
     assert list((tmp_path / "elsewhere").iterdir()) == []
@@ -165,7 +166,7 @@ def test_files_that_sessions_would_not_see(repository: Repository) -> None:
     settings: dict[str, Any] = {"adapters": {"x": {"use": "command", "argv": argv}}}
     tasks = [{"id": "a", "prompt": "word " * 999, "checks": ["! ./test.sh -q"]}]
     [(told, found, remedy)] = doctor(repository, str(repository.configure(tasks, **settings)))["files"]
-    assert (told, found.partition(": ")[0]) == ("warning", "tools/fix.sh, :odd, test.sh")
+    assert (told, found.partition(": ")[0]) == ("warning", "tools/fix.sh, :odd")
     assert remedy is not None
     repository.git("add", "--all")
     repository.git("commit", "--quiet", "--message", "tools")
@@ -354,3 +355,55 @@ def test_what_programs_say_does_not_reach_the_terminal_as_it_is(repository: Repo
     assert "\x1b" not in text
     assert "it ended with exit code 1: two" in text
     assert os.linesep.join(("two", "")) in text
+
+
+def programs(repository: Repository, checks: list[str], **settings: Any) -> list[tuple[str, str, str | None]]:
+    """Return what is found of the programs of checks and setup."""
+    file = repository.configure(TASKS, defaults={"checks": checks}, **settings)
+    return doctor(repository, str(file))["programs"]
+
+
+def test_programs_of_checks_are_looked_for_in_the_sandbox(repository: Repository) -> None:
+    """One that is nowhere on PATH is a problem, as is one in a folder that no session sees."""
+    assert programs(repository, ["true && test -e . | cat", "! grep -q x README.md"])[0][0] == "ok"
+    [(status, words, _)] = programs(repository, ["true && no-such-tool --all"])
+    assert status == "problem"
+    assert "'no-such-tool' was not found" in words
+    assert "/usr/bin" in words
+    [(_, words, _)] = programs(repository, [], worktrees={"setup": ["CI=1 no-such-installer"]})
+    assert words.startswith("setup `CI=1 no-such-installer`: program 'no-such-installer' was not found")
+    hidden = repository.top / "tools"
+    hidden.mkdir()
+    (hidden / "my-tool").write_text("#!/bin/sh\n")
+    (hidden / "my-tool").chmod(0o755)
+    repository.environ["PATH"] += f"{os.pathsep}{hidden}"
+    [(status, words, _)] = programs(repository, ["my-tool"])
+    assert (status, "is hidden from sessions" in words) == ("problem", True)
+    assert programs(repository, ["my-tool"], sandbox="off")[0][0] == "ok"
+
+
+def test_a_virtual_environment_that_is_only_in_the_checkout(repository: Repository) -> None:
+    """Setup creates one in each worktree; nobody is told to commit it."""
+    repository.commit({".gitignore": ".venv/\nvenv/\n", "tools/check": "#!/bin/sh\n"})
+    for name in (".venv/bin/python", ".venv/bin/my-tests", ".venv/pyvenv.cfg", "local.sh"):
+        path = repository.top / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("#!/bin/sh\n")
+        path.chmod(0o755)
+    file = repository.configure(TASKS, defaults={"checks": [".venv/bin/python -m pytest", "sh .venv/bin/my-tests"]})
+    found = doctor(repository, str(file))
+    [(status, words, remedy)] = found["programs"]
+    assert status == "problem"
+    assert ".venv/bin/python is not in main" in words
+    assert "worktrees.setup" in str(remedy)
+    assert "files" not in found
+    assert "commit" not in str(remedy).replace("committed", "")
+    setup = {"setup": ["python3 -m venv .venv"]}
+    assert programs(repository, [".venv/bin/python -m pytest"], worktrees=setup)[0][0] == "ok"
+    [(_, words, remedy)] = programs(repository, ["my-tests -q"])
+    assert ".venv/bin/my-tests" in str(remedy)
+    [(_, words, remedy)] = programs(repository, ["./local.sh"])
+    assert remedy == "commit it"
+    [(_, words, remedy)] = programs(repository, ["tools/check"])
+    assert "not executable" in words
+    assert "--chmod=+x" in str(remedy)

@@ -85,7 +85,13 @@ async def test_a_secret_in_a_prompt_reaches_the_agent_and_no_log(repository: Rep
     tasks: list[dict[str, Any]] = [
         {"id": "uses", "prompt": f"Use {CANARY}\nkeep-prompt\nwrite a.txt a"},
         {"id": "echoes", "prompt": f"{CANARY} is the key\nprint {CANARY}\nwrite b.txt {CANARY}", "attempts": 1},
-        {"id": "checked", "prompt": "write c.txt c", "checks": [f"echo {CANARY}; false"], "attempts": 1},
+        {
+            "id": "checked",
+            "prompt": "write c.txt c",
+            "allow_failing_base": True,
+            "checks": [f"echo {CANARY}; false"],
+            "attempts": 1,
+        },
     ]
     config = repository.configure(tasks, target="out")
     ended = repository.council("run", str(config), "--json")
@@ -159,7 +165,13 @@ raise SystemExit({code})
     tasks: list[dict[str, Any]] = [
         {"id": "lands", "prompt": f"# {orders!r}\n" + script.format(orders=orders, code=0)},
         {"id": "fails", "prompt": script.format(orders=orders, code=1), "attempts": 2},
-        {"id": "bounces", "prompt": f"open('b', 'a').write({orders!r})", "checks": ["cat b; false"], "attempts": 2},
+        {
+            "id": "bounces",
+            "prompt": f"open('b', 'a').write({orders!r})",
+            "allow_failing_base": True,
+            "checks": ["cat b; false"],
+            "attempts": 2,
+        },
         {"id": "other", "prompt": "raise SystemExit(1)", "attempts": 1},
         {"id": "needs", "prompt": "open('n', 'w')", "needs": ["other"]},
     ]

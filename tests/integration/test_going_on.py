@@ -22,7 +22,13 @@ def mended(path: str) -> list[dict[str, Any]]:
         f"attempt 2 append {path} good",
     ]
     return [
-        {"id": "mended", "prompt": "\n".join(mend), "owns": ["src/**"], "checks": [f"grep -q good {path}"]},
+        {
+            "id": "mended",
+            "prompt": "\n".join(mend),
+            "owns": ["src/**"],
+            "allow_failing_base": True,
+            "checks": [f"grep -q good {path}"],
+        },
         {"id": "other", "prompt": "write other.txt x\nappend src/shared.txt x", "owns": ["src/**", "other.txt"]},
     ]
 

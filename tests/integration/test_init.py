@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
+import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from orchestrator.config.model import RunConfig
 from orchestrator.engine.initializing import write_file
 from orchestrator.errors import RefusedError
 from orchestrator.plugins import load_plugins
-from tests.conftest import Repository
+from tests.conftest import FAKE_CLI, Ended, Repository
 from tests.fake_path import StandIns, install_stand_ins
 
 
@@ -61,6 +64,7 @@ def test_what_is_found_is_used(repository: Repository, stand_ins: StandIns) -> N
     """The adapters whose programs are there, the ready one first, and the repository's own tests."""
     stand_ins.add("alpha", "echo alpha 2.1")
     stand_ins.add("beta", 'case "$1" in version) echo 1.0;; *) exit 0;; esac')
+    stand_ins.add("make", "exit 0")
     repository.commit({"Makefile": "test:\n\ttrue\n"})
     result = init(repository)
     assert [one["use"] for one in result["adapters"]] == ["beta-code", "alpha-code"]
@@ -219,3 +223,111 @@ def test_what_was_written_runs(repository: Repository, stand_ins: StandIns) -> N
     stand_ins.add("my-cli", 'test -f "$1" && echo better > README.md')
     ended = repository.council("run", str(repository.top / "council.yaml"), "--json")
     assert ended.states == {"readme": "landed"}, ended.stdout + ended.stderr
+
+
+def wheel(folder: Path, module: str, code: str) -> None:
+    """Write a wheel of one module into a folder."""
+    name = f"{module}-1.0"
+    files = {
+        f"{module}.py": code,
+        f"{name}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n",
+        f"{name}.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    records = "".join(f"{one},,\n" for one in (*files, f"{name}.dist-info/RECORD"))
+    with zipfile.ZipFile(folder / f"{name}-py3-none-any.whl", "w") as archive:
+        for one, text in {**files, f"{name}.dist-info/RECORD": records}.items():
+            archive.writestr(one, text)
+
+
+async def run_with_fake(repository: Repository) -> Ended:
+    """Commit the first file, and run its settings with a task for the fake CLI."""
+    path = repository.top / "council.yaml"
+    config = yaml.safe_load(path.read_text())
+    config |= {"target": "main", "adapters": {"fake": repository.fake()}}
+    config["readable"] = [sys.prefix, str(FAKE_CLI.parents[2])]
+    config["tasks"] = [{"id": "a", "prompt": "write a.txt a"}]
+    path.write_text(json.dumps(config))
+    repository.git("add", "--all")
+    repository.git("commit", "--quiet", "--message", "council")
+    repository.remember()
+    found = repository.council("doctor", "--json").result["findings"]
+    assert [one for one in found if one["name"] == "programs" and one["level"] != "ok"] == []
+    planned = repository.council("run", "--dry-run", "--json")
+    assert planned.code == 0, planned
+    ended = repository.council("run", "--json", timeout=400)
+    await repository.assert_invariants()
+    return ended
+
+
+#: Runs the tests of `unittest` where pytest would find them.
+RUNNER = "import unittest\nunittest.main(module=None, argv=['pytest', 'discover', '-s', 'tests'])\n"
+PASSES = "import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        import {module}\n"
+
+
+async def test_a_python_project_runs_by_what_is_written(repository: Repository) -> None:
+    """Setup creates a virtual environment in each worktree, which nothing of lands; no network is needed for it."""
+    (repository.top / "vendor").mkdir()
+    wheel(repository.top / "vendor", "pytest", RUNNER)
+    wheel(repository.top / "vendor", "dependency", "")
+    requirements = "--no-index\n--find-links vendor\npytest\ndependency\n"
+    repository.commit({"requirements.txt": requirements, "tests/test_it.py": PASSES.format(module="dependency")})
+    result = init(repository)
+    assert result["checks"] == [".venv/bin/python -m pytest"]
+    [setup] = result["setup"]
+    assert setup == "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt"
+    ended = await run_with_fake(repository)
+    assert ended.states == {"a": "landed"}, ended
+    assert repository.git("ls-files", "--", ".venv") == ""
+    assert "base.passed" in [line.get("event") for line in ended.lines]
+
+
+async def test_a_python_project_without_packages_runs_by_what_is_written(repository: Repository) -> None:
+    """The pytest of the `python3` that sessions see is used where there is one."""
+    repository.commit({"pytest.ini": "[pytest]\n", "tests/test_it.py": "def test_it():\n    import os\n"})
+    result = init(repository)
+    assert (result["checks"], result["setup"]) == (["python3 -m pytest"], [])
+    ended = await run_with_fake(repository)
+    assert ended.states == {"a": "landed"}, ended
+
+
+async def test_a_node_project_runs_by_what_is_written(repository: Repository) -> None:
+    """Its packages are installed in each worktree; this one has some in the repository itself."""
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("there is no Node")
+    package = {"name": "x", "version": "1.0.0", "scripts": {"test": "node test.js"}}
+    depends = {**package, "dependencies": {"dep": "file:dep"}}
+    lock = {
+        "name": "x",
+        "version": "1.0.0",
+        "lockfileVersion": 3,
+        "packages": {"": depends, "dep": {"version": "1.0.0"}, "node_modules/dep": {"resolved": "dep", "link": True}},
+    }
+    files = {
+        "package.json": depends,
+        "package-lock.json": lock,
+        "dep/package.json": {"name": "dep", "version": "1.0.0"},
+    }
+    texts = {name: json.dumps(value) for name, value in files.items()}
+    repository.commit({**texts, "dep/index.js": "", "test.js": "require('dep')\n", ".gitignore": "node_modules/\n"})
+    result = init(repository)
+    assert (result["checks"], result["setup"]) == (["npm test"], ["npm ci"])
+    ended = await run_with_fake(repository)
+    assert ended.states == {"a": "landed"}, ended
+
+
+def test_programs_that_are_not_there_are_commented_out(repository: Repository, stand_ins: StandIns) -> None:
+    """The file names what is missing; it loads without checks, and they can be had by removing the marks."""
+    repository.commit({"package.json": json.dumps({"scripts": {"test": "x"}}), "pnpm-lock.yaml": ""})
+    result = init(repository)
+    assert (result["checks"], result["setup"], result["missing"]) == ([], [], ["pnpm"])
+    path = repository.top / "council.yaml"
+    assert not load(path).tasks[0].checks
+    assert "the sandbox lacks pnpm" in path.read_text()
+    path.write_text(path.read_text().replace("# checks:", "checks:").replace("#   - ", "  - "))
+    assert load(path).tasks[0].checks == ("pnpm test",)
+
+
+def test_what_is_not_committed_says_nothing(repository: Repository, stand_ins: StandIns) -> None:
+    """Sessions would not see it."""
+    (repository.top / "Makefile").write_text("test:\n")
+    assert init(repository)["checks"] == []

@@ -16,7 +16,7 @@ from tests.waiting import wait_for
 async def test_work_that_a_person_has_merged_counts_as_landed(repository: Repository, squashed: bool) -> None:
     """Though its checks did not pass, and no trailer says so; what needs it goes on."""
     tasks: list[dict[str, Any]] = [
-        {"id": "built", "prompt": "write built.txt x", "checks": ["false"], "attempts": 1},
+        {"id": "built", "prompt": "write built.txt x", "allow_failing_base": True, "checks": ["false"], "attempts": 1},
         {"id": "more", "prompt": "write more.txt x", "needs": ["built"]},
         {"id": "long", "prompt": "hang"},
     ]
@@ -52,7 +52,13 @@ subprocess.run(["git", "commit", "-qm", message], check=True)
 def test_no_commit_message_says_what_has_landed(repository: Repository, label: str) -> None:
     """A person puts an agent's commit onto the target whose message claims to be the landing of another task."""
     tasks: list[dict[str, Any]] = [
-        {"id": "forger", "prompt": _FORGE.format(label=label), "checks": ["false"], "attempts": 1},
+        {
+            "id": "forger",
+            "prompt": _FORGE.format(label=label),
+            "allow_failing_base": True,
+            "checks": ["false"],
+            "attempts": 1,
+        },
         {"id": "failed", "prompt": "raise SystemExit(1)", "attempts": 1},
         {"id": "long", "prompt": "import time; time.sleep(1000)"},
         {"id": "pending", "prompt": "open('pending.txt', 'w')", "needs": ["long"]},

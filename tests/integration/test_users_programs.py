@@ -324,7 +324,12 @@ async def test_salvage_apply_changes_nothing_that_decides_what_git_runs(reposito
     """What a landing defers, it refuses."""
     repository.commit({"gitconfig": "[alias]\n\tst = status\n"}, "mine")
     repository.git("config", "include.path", "../gitconfig")
-    task = {"id": "t", "prompt": "echo '[core]' >>gitconfig; echo '\tpager = evil' >>gitconfig", "checks": ["false"]}
+    task = {
+        "id": "t",
+        "prompt": "echo '[core]' >>gitconfig; echo '\tpager = evil' >>gitconfig",
+        "allow_failing_base": True,
+        "checks": ["false"],
+    }
     config = repository.configure([{**task, "attempts": 1}], adapters={"sh": SHELL})
     assert repository.council("run", str(config)).code == 1
     (kept,) = repository.council("salvage", "list", "--json").result["kept"]

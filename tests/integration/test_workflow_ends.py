@@ -22,7 +22,16 @@ async def test_work_that_never_passes_the_checks_has_an_end(repository: Reposito
     """Each complete phase counts nothing anew of what could not land."""
     steps = ("in build append b.txt more", f"in review hand-over {APPROVE}")
     path = repository.configure(
-        [{"id": "t", "prompt": "\n".join(steps), "workflow": "two", "attempts": 2, "checks": ["false"]}],
+        [
+            {
+                "id": "t",
+                "prompt": "\n".join(steps),
+                "workflow": "two",
+                "attempts": 2,
+                "allow_failing_base": True,
+                "checks": ["false"],
+            }
+        ],
         workflows={"two": [{"build": {}}, REVIEW]},
     )
     ended = repository.council("run", str(path), "--json", timeout=60)
@@ -42,6 +51,7 @@ async def test_what_can_not_land_is_mended_by_a_phase_that_was_not_skipped(repos
                 "prompt": "\n".join(steps),
                 "workflow": "three",
                 "attempts": 3,
+                "allow_failing_base": True,
                 "checks": ["test $(wc -l < b.txt) = 2"],
             }
         ],

@@ -145,7 +145,7 @@ def test_every_class_of_failure_is_documented() -> None:
 def test_every_example_of_the_reference_loads(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Put into an otherwise smallest file, each example is valid."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    for folder in (".codex", ".some-cli", ".venvs/app"):
+    for folder in (".codex", ".some-cli"):
         (tmp_path / folder).mkdir(parents=True)
     smallest = {"version": 1, "adapters": {"x": {"use": "command", "argv": ["x"]}}}
     text = json.dumps({**smallest, "tasks": [{"id": "a", "prompt": "Fix it."}], **yaml.safe_load(block)})

@@ -11,22 +11,28 @@ import pytest
 from orchestrator.engine.own_tests import find_own_tests, read_top
 
 SCRIPT = json.dumps({"scripts": {"test": "jest"}})
+DEPENDS = json.dumps({"scripts": {"test": "jest"}, "devDependencies": {"jest": "29"}})
+VENV_PYTEST = ".venv/bin/python -m pytest"
+PIP = "python3 -m venv .venv && .venv/bin/pip install -q"
+SHARED_PIP = "python3 -m venv --system-site-packages .venv && .venv/bin/pip install -q"
 PYTEST = "[tool.pytest.ini_options]\n"
 
 #: The files of a small repository (folders end with a slash), the command, and what may come before it.
 TREES: list[tuple[dict[str, str], str | None, str | None]] = [
     ({}, None, None),
     ({"README.md": "run npm test"}, None, None),
-    ({"package.json": SCRIPT}, "npm test", "npm install"),
+    ({"package.json": SCRIPT}, "npm test", None),
+    ({"package.json": DEPENDS}, "npm test", "npm install --no-package-lock"),
     ({"package.json": SCRIPT, "package-lock.json": "{}"}, "npm test", "npm ci"),
     ({"package.json": SCRIPT, "pnpm-lock.yaml": ""}, "pnpm test", "pnpm install --frozen-lockfile"),
-    ({"package.json": SCRIPT, "yarn.lock": ""}, "yarn test", "yarn install --immutable"),
+    ({"package.json": SCRIPT, "yarn.lock": ""}, "yarn test", "yarn install --frozen-lockfile"),
+    ({"package.json": SCRIPT, "yarn.lock": "__metadata:\n"}, "yarn test", "yarn install --immutable"),
     ({"package.json": SCRIPT, "bun.lock": ""}, "bun run test", "bun install --frozen-lockfile"),
     ({"package.json": SCRIPT, "bun.lockb": ""}, "bun run test", "bun install --frozen-lockfile"),
     (
         {"package.json": json.dumps({"scripts": {"test": "x"}, "packageManager": "pnpm@9.1.0"}), "yarn.lock": ""},
         "pnpm test",
-        "pnpm install --frozen-lockfile",
+        None,
     ),
     ({"package.json": '{"scripts": {"test": "echo \\"Error: no test specified\\" && exit 1"}}'}, None, None),
     ({"package.json": '{"scripts": {"build": "tsc"}}'}, None, None),
@@ -34,17 +40,44 @@ TREES: list[tuple[dict[str, str], str | None, str | None]] = [
     ({"package.json": '{"scripts": ["test"]}'}, None, None),
     ({"package.json": '{"a":' * 100_000}, None, None),
     ({"pyproject.toml": PYTEST}, "python3 -m pytest", None),
-    ({"pyproject.toml": PYTEST, "uv.lock": ""}, "uv run pytest", None),
-    ({"pyproject.toml": PYTEST, "poetry.lock": ""}, "poetry run pytest", None),
-    ({"pyproject.toml": PYTEST, "pdm.lock": ""}, "pdm run pytest", None),
-    ({"pyproject.toml": '[dependency-groups]\ntest = ["pytest>=8"]\n'}, "python3 -m pytest", None),
-    ({"pyproject.toml": '[project.optional-dependencies]\ndev = ["pytest"]\n'}, "python3 -m pytest", None),
+    ({"pyproject.toml": PYTEST, "uv.lock": ""}, VENV_PYTEST, "uv sync --frozen --all-extras"),
+    (
+        {"pyproject.toml": PYTEST, "poetry.lock": ""},
+        VENV_PYTEST,
+        "POETRY_VIRTUALENVS_IN_PROJECT=true poetry install --no-interaction --all-extras",
+    ),
+    ({"pyproject.toml": PYTEST, "pdm.lock": ""}, VENV_PYTEST, "pdm install --frozen-lockfile"),
+    ({"pyproject.toml": '[dependency-groups]\ntest = ["pytest>=8"]\n'}, VENV_PYTEST, f"{PIP} 'pytest>=8'"),
+    ({"pyproject.toml": '[project.optional-dependencies]\ndev = ["pytest"]\n'}, VENV_PYTEST, f"{PIP} -e '.[dev]'"),
+    ({"pyproject.toml": f'[project]\ndependencies = ["pytest"]\n{PYTEST}'}, VENV_PYTEST, f"{PIP} -e ."),
+    ({"pyproject.toml": f"[project]\nname = 'x'\n{PYTEST}"}, VENV_PYTEST, f"{SHARED_PIP} -e ."),
+    ({"setup.py": "", "conftest.py": ""}, VENV_PYTEST, f"{SHARED_PIP} -e ."),
+    (
+        {"requirements.txt": "requests\n", "requirements-dev.txt": "pytest\n"},
+        VENV_PYTEST,
+        f"{PIP} -r requirements-dev.txt -r requirements.txt",
+    ),
+    (
+        {"manage.py": "", "requirements.txt": "django\n"},
+        ".venv/bin/python manage.py test",
+        f"{PIP} -r requirements.txt",
+    ),
+    (
+        {"Makefile": "test:\n\tpytest\n", "requirements.txt": "pytest\n"},
+        'PATH="$PWD/.venv/bin:$PATH" make test',
+        f"{PIP} -r requirements.txt",
+    ),
+    (
+        {"Makefile": "test:\n", "package.json": '{"devDependencies": {"x": "1"}}', "package-lock.json": ""},
+        "make test",
+        "npm ci",
+    ),
     ({"pyproject.toml": "[tool.tox]\n"}, "tox", None),
     ({"pyproject.toml": "[project]\nname = 'x'\n"}, None, None),
     ({"pyproject.toml": "[broken"}, None, None),
     ({"setup.cfg": "[tool:pytest]\n"}, "python3 -m pytest", None),
     ({"pytest.ini": "", "tox.ini": ""}, "python3 -m pytest", None),
-    ({"requirements.txt": "requests\npytest==8\n"}, "python3 -m pytest", None),
+    ({"requirements.txt": "requests\npytest==8\n"}, VENV_PYTEST, f"{PIP} -r requirements.txt"),
     ({"conftest.py": ""}, "python3 -m pytest", None),
     ({"noxfile.py": "", "tox.ini": ""}, "nox", None),
     ({"tox.ini": ""}, "tox", None),
@@ -87,9 +120,27 @@ def test_the_command_is_told_by_the_files(
         else:
             path.write_text(content)
     found = find_own_tests(read_top(tmp_path))
-    assert (found and found.command, found and found.before) == (command, before)
+    assert (None if found is None else found.command) == command
     if found is not None:
+        assert (found.before if found.environment is None else found.environment.setup) == before
+        assert all(
+            (tmp_path / name).exists() for name in (() if found.environment is None else found.environment.inputs)
+        )
         assert (tmp_path / found.told_by).exists()
+
+
+def test_another_way_for_a_machine_that_lacks_something(tmp_path: Path) -> None:
+    """Without an installed pytest one is installed in a virtual environment; `make test` works without one."""
+    (tmp_path / "pytest.ini").touch()
+    found = find_own_tests(read_top(tmp_path))
+    assert found is not None
+    ways = [(one.command, one.environment and one.environment.setup) for one in found.ways]
+    assert ways == [("python3 -m pytest", None), (VENV_PYTEST, f"{PIP} pytest")]
+    (tmp_path / "Makefile").write_text("test:\n")
+    (tmp_path / "requirements.txt").touch()
+    found = find_own_tests(read_top(tmp_path))
+    assert found is not None
+    assert [one.command for one in found.ways] == ['PATH="$PWD/.venv/bin:$PATH" make test', "make test"]
 
 
 def test_odd_files_are_passed_over(tmp_path: Path) -> None:

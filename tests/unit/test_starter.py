@@ -39,20 +39,25 @@ def test_any_text_is_one_scalar(text: str) -> None:
     assert yaml.safe_load(line) == {"key": text}
 
 
-@given(found=TEXT, check=TEXT.filter(str.strip))
-def test_whatever_was_found_the_text_is_yaml(found: str, check: str) -> None:
+@given(found=TEXT, check=TEXT.filter(str.strip), missing=st.none() | TEXT)
+def test_whatever_was_found_the_text_is_yaml(found: str, check: str, missing: str | None) -> None:
     """What programs and files say can't break out of a comment or a value."""
-    starter = Starter(".", "main", [StarterAdapter("a", found), StarterAdapter("b", "")], check, check, None)
-    value = yaml.safe_load(starter_text(starter))
+    adapters = [StarterAdapter("a", found), StarterAdapter("b", "")]
+    value = yaml.safe_load(starter_text(Starter(".", "main", adapters, check, check, check, [check], missing, None)))
     assert value["adapters"] == {"a": {"use": "a"}, "b": {"use": "b"}}
-    assert value["defaults"]["checks"] == [check]
+    if missing is None:
+        assert value["defaults"]["checks"] == [check]
+        assert value["worktrees"] == {"setup": [{"run": check, "inputs": [check]}]}
+    else:
+        assert "checks" not in value["defaults"]
+        assert "worktrees" not in value
     assert value["defaults"]["adapter"] == "a"
 
 
 def test_without_an_adapter_the_text_loads(tmp_path: Path) -> None:
     """The program that is to be filled in is a valid one, and nothing but the name of the schema depends on it."""
     for schema in (None, ".council/schema.json"):
-        text = starter_text(Starter(".", "main", [], None, None, schema))
+        text = starter_text(Starter(".", "main", [], None, None, None, (), None, schema))
         (tmp_path / "council.yaml").write_text(text)
         config = load_config(tmp_path / "council.yaml", load_plugins().adapters)
         assert [task.adapter for task in config.tasks] == ["my-cli"]
@@ -62,7 +67,7 @@ def test_without_an_adapter_the_text_loads(tmp_path: Path) -> None:
 
 def test_what_is_hinted_at_loads(tmp_path: Path) -> None:
     """The keys that stand in comments at the top can be had by removing the `#`."""
-    text = starter_text(Starter(".", "main", [], None, None, None)).replace("\n# target", "\ntarget")
+    text = starter_text(Starter(".", "main", [], None, None, None, (), None, None)).replace("\n# target", "\ntarget")
     (tmp_path / "council.yaml").write_text(text.replace("\n# worktrees", "\nworktrees"))
     config = load_config(tmp_path / "council.yaml", load_plugins().adapters)
     assert (config.target, config.worktrees.copied) == ("main", (".env",))

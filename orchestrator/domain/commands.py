@@ -1,0 +1,71 @@
+"""Shell commands as text: the programs that they name, and the program that a shell did not find. Pure."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from typing import Final
+
+#: Exit codes of a shell: the program can't be executed, or was not found.
+NOT_EXECUTABLE: Final = 126
+NOT_FOUND: Final = 127
+
+_ASSIGNMENT: Final = re.compile(r"[A-Za-z_]\w*\+?=")
+_PUNCTUATION: Final = "();<>|&"
+_SEPARATING: Final = frozenset(";|&\n")
+#: Words of the shell's grammar that a command follows.
+_BEFORE_COMMANDS: Final = frozenset({"!", "if", "then", "elif", "else", "while", "until", "do", "exec", "time"})
+#: Words of the shell's grammar that are no programs.
+_GRAMMAR: Final = frozenset({"fi", "done", "esac", "for", "case", "function", "{", "}", "[["})
+#: Functions, subshells, substitutions and here documents: only the first word is looked at then.
+_BEYOND_WORDS: Final = re.compile(r"[(){}`]|<<")
+#: Characters whose meaning depends on variables or files.
+_EXPANDED: Final = re.compile(r"[$*?\[\]~]")
+#: What shells and `env` print: the program, and why it can't be run.
+_MESSAGES: Final = (
+    re.compile(r"^\S*sh(?:\[\d+\])?: (?:line )?\d+: (?:\S*sh: \d+: )?(?P<name>\S+): "
+               r"(?:not found|command not found|No such file or directory|Permission denied)", re.MULTILINE),
+    re.compile(r"^\S*sh: (?P<name>\S+): (?:not found|command not found|Permission denied)", re.MULTILINE),
+    re.compile(r"^\S*sh:\d+: (?:command not found|permission denied|no such file or directory): (?P<name>\S+)",
+               re.MULTILINE),
+    re.compile(r"^\S*env: \W?(?P<name>[^\s:'\"\u2019]+)\W?: (?:No such file|Permission denied)", re.MULTILINE),
+)  # fmt: skip
+
+
+def cannot_run(exit_code: int | None) -> bool:
+    """Return whether an exit code says that a program was not found or can't be executed."""
+    return exit_code in {NOT_EXECUTABLE, NOT_FOUND}
+
+
+def programs_in(command: str) -> list[str]:
+    """Return the programs that a shell command names, as far as its text alone tells; each once."""
+    text = command.replace("\\\n", " ")
+    named = list(dict.fromkeys(_programs(text)))
+    return named if _BEYOND_WORDS.search(text) is None else named[:1]
+
+
+def _programs(text: str) -> Iterator[str]:
+    lexer = shlex.shlex(text, posix=True, punctuation_chars=f"{_PUNCTUATION}\n")
+    lexer.whitespace = " \t\r"
+    is_next = True
+    try:
+        for word in lexer:
+            if set(word) <= _SEPARATING:
+                is_next = True
+            elif set(word) <= {*_PUNCTUATION}:
+                continue
+            elif is_next and not _ASSIGNMENT.match(word) and word not in _BEFORE_COMMANDS:
+                is_next = False
+                if word not in _GRAMMAR and not _EXPANDED.search(word):
+                    yield word
+    except ValueError:  # a quote that is not closed
+        return
+
+
+def missing_program(command: str, output: str) -> str:
+    """Return the program that a shell could not run, by its message in the output, or else the command's first one."""
+    found = [match for pattern in _MESSAGES for match in pattern.finditer(output)]
+    if found:
+        return max(found, key=lambda one: one.start())["name"]
+    return next(iter(programs_in(command)), command.strip())

@@ -1,0 +1,163 @@
+"""Runs the checks on the base before the first session: a check that fails there would fail every task."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import assert_never
+
+import anyio
+
+from orchestrator.config.model import TaskSpec
+from orchestrator.domain.dispatch import Entry
+from orchestrator.domain.model import TaskStatus
+from orchestrator.engine.ledger import Ledger
+from orchestrator.engine.starting_points import StartingPoints
+from orchestrator.engine.workshop import Workshop
+from orchestrator.errors import GitError
+from orchestrator.failpoints import failpoint
+from orchestrator.repo.pool import Pool
+from orchestrator.sessions.checks import CheckResult, Passed, Unchecked
+from orchestrator.sessions.shell import CommandFailed
+
+#: The number of the attempt that the checks of a base are named after; those of tasks begin at 1.
+_BEFORE_ATTEMPTS = 0
+#: Lines of a failed check's output that the run's end shows; its log has all.
+_SHOWN = 3
+
+
+@dataclass(slots=True)
+class BaseChecks:
+    """The checks of a run's base; `entries` are its tasks."""
+
+    ledger: Ledger
+    shop: Workshop
+    pool: Pool
+    starts: StartingPoints
+    entries: Mapping[str, Entry]
+    _running: anyio.CancelScope = field(default_factory=anyio.CancelScope, init=False)
+    _unrunnable: dict[tuple[str, tuple[str, ...]], str | None] = field(default_factory=dict, init=False)
+    """By base and commands, why one of them can't be run there."""
+
+    def stop(self) -> None:
+        """End the checks that run; `failure` then returns None."""
+        self._running.cancel()
+
+    async def failure(self) -> str | None:
+        """Return why no session should start: a check of a pending task fails on the base; None if none does.
+
+        What passes is recorded, and is not run again by any process of the run. One process of a machine runs them
+        at a time.
+        """
+        tasks = self._representatives()
+        if not tasks or self.ledger.run.allow_failing_base:
+            return None
+        found = None
+        with self._running:
+            commits = await self._bases()
+            async with self.shop.hub.lock(f"base-{self.ledger.run.id}").hold():
+                for commit, branch in commits.items():
+                    for task in tasks:
+                        found = found or await self._failure_of(task, commit, branch)
+        return found
+
+    def _representatives(self) -> list[str]:
+        """Return one pending task for each set of checks that is to pass on the base."""
+        sets: dict[tuple[str, ...], str] = {}
+        for task, status in self.ledger.statuses().items():
+            entry = self.entries.get(task)
+            if entry is not None and status is TaskStatus.PENDING and entry.checks and not entry.allow_failing_base:
+                sets.setdefault(entry.checks, task)
+        return list(sets.values())
+
+    async def _bases(self) -> dict[str, str]:
+        """Return the commits on which landings build, with their branches: target and base, or the one with both."""
+        run = self.ledger.run
+        try:
+            target, base = [await self.starts.newest(builds_on_target=on_target) for on_target in (True, False)]
+            if target == base or await self._contains(base, target):
+                return {base: run.base}
+            both = {target: run.target, base: run.base}
+            return {target: run.target} if await self._contains(target, base) else both
+        except GitError:  # the start of the first session reports that
+            return {}
+
+    async def _contains(self, commit: str, earlier: str) -> bool:
+        done = await self.shop.git("merge-base", "--is-ancestor", earlier, commit, ok=(0, 1))
+        return done.returncode == 0
+
+    async def _failure_of(self, task: str, commit: str, branch: str) -> str | None:
+        spec = await self.ledger.spec(task)
+        key = await self._key(spec, commit)
+        if self._has_landed(spec, commit) or key in await self.ledger.proven_bases():
+            return None
+        facts = {"commit": commit, "branch": branch, "checks": list(spec.checks)}
+        await self.ledger.note("base.checking", facts)
+        result = await self._run(task, spec, spec.checks, commit)
+        failpoint("base.checked")
+        match result:
+            case Passed():
+                await self.ledger.prove_base(key, facts)
+                return None
+            case Unchecked(reason):
+                await self.ledger.note("base.unchecked", {**facts, "reason": reason})
+                return None
+            case CommandFailed():
+                return _described(result, spec, f"{branch} ({commit[:10]})", self.ledger.run.id)
+            case _:
+                assert_never(result)
+
+    async def _run(self, task: str, spec: TaskSpec, commands: tuple[str, ...], commit: str) -> CheckResult:
+        checks = self.shop.checks(self.pool, self.ledger.run.id, task, _BEFORE_ATTEMPTS, spec, commands)
+        return await checks.run(commit, commit)
+
+    async def _key(self, spec: TaskSpec, commit: str) -> str:
+        """Return what identifies a base with its checks and the setup that they need."""
+        tree = await self.shop.git.line("rev-parse", f"{commit}^{{tree}}")
+        setup = await self.shop.tools.equipment.keys(commit) if self.shop.worktrees.setup else ()
+        facts = json.dumps([tree, spec.checks, spec.checks_env, setup])
+        return hashlib.sha256(facts.encode()).hexdigest()[:32]
+
+    def _has_landed(self, spec: TaskSpec, commit: str) -> bool:
+        """Return whether a commit is a merge of this run that has passed the same checks."""
+        return any(
+            one.landed == commit and commit in one.intended and self.entries[task].checks == spec.checks
+            for task, one in self.ledger.documents().items()
+            if task in self.entries
+        )
+
+    async def why_unrunnable(
+        self, task: str, spec: TaskSpec, commands: tuple[str, ...], failed: CommandFailed, base: str
+    ) -> str | None:
+        """Return why a check that ended with 126 or 127 can't be run whatever the task changed.
+
+        None where the task may be at fault: its base has the program.
+        """
+        found = failed.unrunnable
+        if found is None:
+            return None
+        is_allowed = spec.allow_failing_base or self.ledger.run.allow_failing_base
+        if is_allowed and "/" in found.program:  # a file that the task may be there to create
+            return None
+        commands = (failed.command,) if is_allowed else commands
+        key = (base, (*commands, failed.command))
+        if key not in self._unrunnable:
+            async with self.shop.hub.lock(f"base-{self.ledger.run.id}").hold():
+                result = await self._run(task, spec, commands, base)
+            is_missing_there = isinstance(result, CommandFailed) and result.unrunnable is not None
+            self._unrunnable[key] = failed.describe_unrunnable() if is_missing_there else None
+        return self._unrunnable[key]
+
+
+def _described(failed: CommandFailed, spec: TaskSpec, where: str, run: str) -> str:
+    if failed.unrunnable is not None:
+        return failed.describe_unrunnable()
+    kind = "check" if failed.command in spec.checks else "setup"
+    return (
+        f"{kind} `{failed.short}` fails on {where}, before any session: it {failed.ended}\n"
+        + "".join(f"{line}\n" for line in failed.last_words.splitlines()[-_SHOWN:])
+        + f"fix it there, then `council resume {run}`; or start anyway: `council resume {run} --allow-failing-base`\n"
+        f"log: {failed.log}"
+    )

@@ -1,0 +1,62 @@
+"""Shell commands as text: which programs they name, and which one a shell did not find."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.domain.commands import missing_program, programs_in
+
+COMMANDS: list[tuple[str, list[str]]] = [
+    ("pytest -q", ["pytest"]),
+    ("cd api && CI=1 npm test; make lint | tee log", ["cd", "npm", "make", "tee"]),
+    ("! grep -rn FIXME src", ["grep"]),
+    ("if test -e a; then b; else c; fi", ["test", "b", "c"]),
+    ("for one in a b; do check $one; done", ["check"]),
+    ("true\npython3 -c 'import a\nassert a'\nlast", ["true", "python3", "last"]),
+    ("first \\\n  word; second", ["first", "second"]),
+    ("$TOOL run && ~/bin/x && other", ["other"]),
+    ("f() { a; }; f", ["f"]),
+    ("cat <<EOF\nword\nEOF", ["cat"]),
+    ("tests > log 2>&1 && echo done # of all", ["tests", "echo"]),
+    ("echo 'never closed", ["echo"]),
+    ("", []),
+]
+
+
+@pytest.mark.parametrize(("command", "programs"), COMMANDS)
+def test_the_programs_that_a_command_names(command: str, programs: list[str]) -> None:
+    """At the places where the shell would look for one."""
+    assert programs_in(command) == programs
+
+
+@given(st.text())
+def test_any_text_has_some(text: str) -> None:
+    """Or none; the first is what a shell that says nothing did not find."""
+    found = programs_in(text)
+    assert missing_program(text, "") == (found[0] if found else text.strip())
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash", "dash", "zsh", "busybox"])
+@pytest.mark.parametrize(
+    ("command", "program"),
+    [("true && no-such-tool -x", "no-such-tool"), ("./tool", "./tool"), ("env no-such-tool", "no-such-tool")],
+)
+def test_what_a_shell_did_not_find(
+    shell: str, command: str, program: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """By the words of the shells that there are."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"there is no {shell}")
+    folder = tmp_path_factory.mktemp("tree")
+    (folder / "tool").write_text("")
+    words = [shell, "sh"] if shell == "busybox" else [shell]
+    done = subprocess.run(
+        [*words, "-c", f"exec 2>&1\n{command}"], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode in {126, 127}
+    assert missing_program(f"other; {command}", done.stdout) == program
