@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from orchestrator.clock import Clock
 from orchestrator.domain.claims import Owner, Standing
+from orchestrator.errors import VersionConflict
 from orchestrator.failpoints import failpoint
 from orchestrator.locking.orchestrators import Orchestrators
 from orchestrator.protocols import Commit, Event, Guard, Key, Store, Write
@@ -40,14 +43,16 @@ async def next_lease(store: Store, clock: Clock, run: str, owner: Owner) -> tupl
 
 async def seize(store: Store, clock: Clock, run: str, owner: Owner) -> Guard:
     """Become a run's owner under the next epoch without working in it; whoever was can write nothing any more."""
-    write, guard = await next_lease(store, clock, run, owner)
-    ended = {"ended": clock.now(), "reason": "a checkpoint of the run was restored"}
-    fences = [
-        Write(one.key, one.version, {**one.value, **ended, "epoch": one.value["epoch"] + 1})
-        for one in await store.list("orchestrator", f"{run}/")
-        if one.value["ended"] is None
-    ]
-    seized = Event("run.seized", {"run": run, "epoch": guard.epoch, "pid": owner.pid})
-    await store.commit(Commit([write, *fences], [seized]))
-    failpoint("run.seized")
-    return guard
+    while True:
+        write, guard = await next_lease(store, clock, run, owner)
+        ended = {"ended": clock.now(), "reason": "a checkpoint of the run was restored"}
+        fences = [
+            Write(one.key, one.version, {**one.value, **ended, "epoch": one.value["epoch"] + 1})
+            for one in await store.list("orchestrator", f"{run}/")
+            if one.value["ended"] is None
+        ]
+        seized = Event("run.seized", {"run": run, "epoch": guard.epoch, "pid": owner.pid})
+        with suppress(VersionConflict):  # one of them has just renewed its record
+            await store.commit(Commit([write, *fences], [seized]))
+            failpoint("run.seized")
+            return guard

@@ -4,8 +4,9 @@ A checkpoint is a small document of kind `checkpoint`; what it stands for is in 
 so far. Going back is a commit like any other, which writes old values anew: no history is rewritten, versions go on.
 What is written back of a run, kind by kind:
 
-run, spec   as they were, and so is `imported`. But a run has no end as long as something of it is cut off, which
-            `council resume` settles, and tasks that plans became since are of it where sessions were at them.
+run, spec   as they were, and so are `imported` and `handoff`; of a task that stays as it is now, so do its specification
+            and its handoffs. But a run has no end as long as something of it is cut off, which `council resume` settles,
+            and tasks that plans became since are of it where sessions were at them.
 task        as `domain.turning_back` says: what has landed stays landed, and attempts stay on record.
 shared      as it was: what sessions have shared since, those that are had again share anew. Versions go on.
 lease       never: epochs only rise, so that whoever lost the run stays without it.
@@ -260,6 +261,13 @@ def _is_of(found: Document, run: str | None) -> bool:
     return found.key.kind == _NOTE and not found.damaged and found.value.get("run") == run
 
 
+def _task_of(key: Key) -> str | None:
+    """Return the task that a specification or a handoff belongs to, as `RUN/TASK`."""
+    if key.kind == "handoff":
+        return key.id.rpartition("/")[0]
+    return key.id if key.kind == "spec" else None
+
+
 def _run_of(key: Key) -> str:
     return key.id.partition("/")[0]
 
@@ -307,9 +315,11 @@ def _decide(checkpoint: Checkpoint, then: Mapping[Key, Document], now: Mapping[K
             left[key] = _DAMAGED_THEN
         else:
             judged = {one: _judge(then.get(one), now.get(one)) for one in keys if one != key}
-            # What a plan became since, and sessions were at, stays a task of the run.
-            staying = [one for one, what in judged.items() if one not in then and one.kind == "task" and _stays(what)]
-            judged |= {spec: _BEGUN for one in staying if (spec := Key("spec", one.id)) in judged}
+            tasks = {one: what for one, what in judged.items() if one.kind == "task"}
+            # Tasks of plans since the checkpoint that had sessions stay in the run.
+            staying = [one for one, what in tasks.items() if one not in then and _stays(what)]
+            as_now = {one.id for one, what in tasks.items() if isinstance(what, str)} | {one.id for one in staying}
+            judged |= {one: _BEGUN for one, what in judged.items() if what is not None and _task_of(one) in as_now}
             left |= {one: why for one, why in judged.items() if isinstance(why, str)}
             changed = [one for one in judged.values() if isinstance(one, Write)]
             found = now.get(key)

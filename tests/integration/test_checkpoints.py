@@ -5,15 +5,21 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anyio
 
+from orchestrator.clock import SystemClock
 from orchestrator.council import Council
+from orchestrator.domain.claims import Role
 from orchestrator.domain.model import Maker, TaskDocument
+from orchestrator.engine.coordinator import seize
 from orchestrator.engine.monitor import CHECKPOINT_PAUSE
 from orchestrator.engine.records import read_task
 from orchestrator.engine.report import RunStatus
+from orchestrator.locking.orchestrators import this_process
+from orchestrator.protocols import Commit, Key, Store, Write
+from orchestrator.state.file import FileStore
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import FAKE_CLI, Repository
 from tests.waiting import wait_for
@@ -190,7 +196,7 @@ async def test_a_run_at_work_is_not_restored_unless_it_is_taken_over(repository:
     assert states == {"first": "pending", "long": "pending"}
     # The request wakes the old owner, which would write what it does about it. Nobody answers while it lives.
     asking = repository.start("cancel", "first")
-    assert owner.wait(timeout=60) == 3
+    assert owner.wait(timeout=60) == 1
     assert "has lost its part in run" in (said := owner.communicate()[0])
     assert "a checkpoint of the run was restored" in said
     assert asking.wait(timeout=60) == 0
@@ -302,3 +308,55 @@ async def test_what_can_not_be_done_is_refused(repository: Repository) -> None:
     for command, fragment in refusals.items():
         refused = repository.council("checkpoint", *command)
         assert (refused.code, fragment in refused.stderr) == (2, True), refused
+
+
+async def test_a_task_that_stays_landed_keeps_what_its_phases_handed_off(repository: Repository) -> None:
+    """Its phases are completed on record, so what they produced since the checkpoint is not deleted."""
+    review = {"access": "read", "produces": "review", "prompt": "{{ task.prompt }}"}
+    steps = 'in build write a.txt 1\nin review hand-over {"verdict": "approve", "findings": []}'
+    path = repository.configure(
+        [
+            {"id": "a", "prompt": steps, "workflow": "reviewed"},
+            {"id": "b", "prompt": "attempt 1 exit 1", "attempts": 1},
+        ],
+        workflows={"reviewed": [{"build": {"prompt": "{{ task.prompt }}"}}, {"review": review}]},
+    )
+    assert repository.council("run", str(path), failpoints="run.claimed=kill").code == -signal.SIGKILL
+    checkpoint = repository.council("checkpoint", "create", "--json").result["id"]
+    assert repository.council("resume", "--json").states == {"a": "landed", "b": "failed"}
+    restored = repository.council("checkpoint", "restore", checkpoint, "--json")
+    assert restored.code == 0, restored
+    assert not [one for one in restored.result["deleted"] if one.startswith("handoff/")]
+    checked = repository.council("check")
+    assert checked.code == 0, checked
+    await repository.assert_invariants()
+
+
+class _Renewed:
+    """A store in which a process renews its record right after the first time that somebody has read it."""
+
+    def __init__(self, store: Store) -> None:
+        self._store, self._is_renewed = store, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def list(self, kind: str, prefix: str = "") -> Any:
+        found = await self._store.list(kind, prefix)
+        if not self._is_renewed:
+            self._is_renewed = True
+            await self._store.commit(Commit([Write(one.key, one.version, one.value) for one in found]))
+        return found
+
+
+async def test_a_run_is_taken_over_though_a_process_renews_its_record_meanwhile(repository: Repository) -> None:
+    """The record is read again: a heartbeat is no reason to fail."""
+    async with FileStore.open(repository.log, SystemClock()) as store:
+        key = Key("orchestrator", "run/other")
+        await store.commit(Commit([Write(key, 0, {"ended": None, "epoch": 1})]))
+        renewed = cast("Store", _Renewed(store))
+        guard = await seize(renewed, SystemClock(), "run", this_process(Role.COORDINATOR))
+        assert guard.epoch == 1
+        found = await store.get(key)
+        assert found is not None
+        assert (found.version, found.value["epoch"]) == (3, 2)
