@@ -4,9 +4,9 @@ A checkpoint is a small document of kind `checkpoint`; what it stands for is in 
 so far. Going back is a commit like any other, which writes old values anew: no history is rewritten, versions go on.
 What is written back of a run, kind by kind:
 
-run, spec   as they were, and so are `imported` and `handoff`; of a task that stays as it is now, so do its specification
-            and its handoffs. But a run has no end as long as something of it is cut off, which `council resume` settles,
-            and tasks that plans became since are of it where sessions were at them.
+run, spec   as they were, and so are `imported` and `handoff`; of a task that stays as it is now, its specification and
+            its handoffs stay, too. But a run has no end as long as something of it is cut off, which `council resume`
+            settles, and tasks that plans became since are of it where sessions were at them.
 task        as `domain.turning_back` says: what has landed stays landed, and attempts stay on record.
 shared      as it was: what sessions have shared since, those that are had again share anew. Versions go on.
 lease       never: epochs only rise, so that whoever lost the run stays without it.
