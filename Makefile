@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# More than the cores of a small machine: a third of a test's time is spent waiting for processes to start and end.
-WORKERS ?= 4
+# More than the cores of a small machine: half of a test's time is spent waiting for processes to start and end.
+WORKERS ?= 6
+# Neighbouring tests stay together, so that what a module prepares is prepared once.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 # Each worker would compile all tests anew where byte code is not kept.
 export PYTHONDONTWRITEBYTECODE =
 
@@ -27,25 +29,26 @@ demo: install  ## run configs/quickstart.yaml on a clone of this repository and 
 	@$(BIN)/python examples/demo.py
 
 test: install  ## all tests but the slow ones and those of real programs
-	@$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow and not clis'
+	@$(PYTEST) -m 'not slow and not clis'
 
 test-sandboxes: install  ## the tests of sandboxes as on a machine without bubblewrap, without Landlock, without both
 	@for missing in bubblewrap landlock 'bubblewrap landlock'; do \
 		echo "without $$missing:"; \
 		$(BIN)/python -m tests.without_sandbox $$missing -- \
-			$(BIN)/python -m pytest -n $(WORKERS) -m 'sandbox and not slow' || exit 1; \
+			$(PYTEST) -m 'sandbox and not slow' || exit 1; \
 	done
 
 test-clis: install  ## runs through real programs, which it installs in .clis; CLIS="claude-code codex" names some
 	@CLIS='$(CLIS)' $(BIN)/python -m tests.clis.install
-	@CLIS='$(CLIS)' $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m clis --durations=20 tests/clis
+	@CLIS='$(CLIS)' $(PYTEST) -m clis --durations=20 tests/clis
 
 crash: install  ## the long crash runs: every failpoint, random moments, kills inside recovery
-	@$(BIN)/python -m pytest -n $(WORKERS) -m slow
+	@$(PYTEST) -m slow
+	@COUNCIL_ALL_EXAMPLES=1 $(PYTEST) -m 'hypothesis and not slow'
 
 chaos: export CHAOS_TRIALS ?= 3
 chaos: install  ## random work under random kills, stops, full disks and commits of the user; CHAOS_TRIALS=300 CHAOS_SEED=1
-	@$(BIN)/python -m pytest -n $(WORKERS) -m slow tests/crash/test_chaos.py
+	@$(PYTEST) -m slow tests/crash/test_chaos.py
 
 schema: install  ## bring configs/council.schema.json up to date with the file's models and the adapters
 	@$(BIN)/council schema > configs/council.schema.json

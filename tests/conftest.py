@@ -24,6 +24,7 @@ from orchestrator.testing.fingerprint import Fingerprint
 from orchestrator.testing.invariants import Scene, assert_invariants
 from tests import command_server
 from tests.command_server import Started
+from tests.examples import USUAL, examples
 from tests.sandboxes import default_sandbox
 
 # What ignores signals because these tests were started in the background would do so in the programs under test, too.
@@ -32,7 +33,7 @@ for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.S
         signal.signal(_number, _handler)
 
 # What a machine does beside the tests makes none of them wrong.
-settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("suite", examples(USUAL, deadline=None, suppress_health_check=[HealthCheck.too_slow]))
 settings.load_profile("suite")
 
 FAKE_CLI = Path(orchestrator.testing.fake_cli.__file__)

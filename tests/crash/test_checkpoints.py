@@ -37,9 +37,8 @@ async def test_killed_while_a_checkpoint_is_restored(repository: Repository, nam
 @pytest.mark.parametrize(
     "name",
     [
-        "landing.pushed",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("run.claimed", "recovery.session_reaped")),
-        pytest.param("landing.intended", marks=pytest.mark.slow),
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("landing.pushed", "run.claimed", "recovery.session_reaped", "landing.intended")
     ],
 )
 async def test_killed_after_a_checkpoint_was_restored(repository: Repository, name: str) -> None:

@@ -126,7 +126,7 @@ async def test_killed_at_one_step_after_the_other(repository: Repository) -> Non
 @pytest.mark.parametrize(
     ("name", "hit"),
     [
-        pytest.param(name, hit, marks=() if name in {"run.finished", "landing.bounced"} else pytest.mark.slow)
+        pytest.param(name, hit, marks=() if name == "run.finished" else pytest.mark.slow)
         for name in sorted(FAILPOINTS - IN_RECOVERY - BESIDE)
         for hit in ((1,) if name in ONCE else (1, 3))
     ],
@@ -161,7 +161,10 @@ async def test_killed_inside_a_recovery(repository: Repository, name: str, again
 
 
 @pytest.mark.parametrize("action", ["cancel", pytest.param("retry", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", sorted(OF_REQUESTS))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if number else ()) for number, name in enumerate(sorted(OF_REQUESTS))],
+)
 async def test_killed_while_a_request_is_dealt_with(repository: Repository, name: str, action: str) -> None:
     """What was asked happens once, whoever is killed: the one who asks, or the one who obeys."""
     tasks: list[dict[str, object]] = [
@@ -249,7 +252,7 @@ def is_session(process: psutil.Process, task: str) -> bool:
 
 
 @pytest.mark.parametrize("at", [-3, pytest.param(30, marks=pytest.mark.slow)], ids=["payload", "header"])
-@pytest.mark.parametrize("line", [-1, 0, 1])
+@pytest.mark.parametrize("line", [-1, 0, pytest.param(1, marks=pytest.mark.slow)])
 async def test_damage_to_the_log_is_told(repository: Repository, line: int, at: int) -> None:
     """A flipped byte in any record is reported by the next command, in text and JSON, and nothing crashes."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])

@@ -33,11 +33,8 @@ EARLY: Final = frozenset(
 #: Commits, of which each process makes many.
 COMMITS: Final = frozenset({"state.appended", "state.published"})
 ANYWHERE: Final = FAILPOINTS - BESIDE - COORDINATING - STANDING_IN | COMMITS
-#: The short form: one of the coordinator, one of a worker, one of who stands in for it.
-QUICKLY: Final = {
-    ("coordinator", "landing.pushed", 1),
-    ("stand-in", "claims.swept", 1),
-}
+#: The short form: the coordinator is killed, then whoever replaces it.
+QUICKLY: Final = {("stand-in", "claims.swept", 1)}
 
 #: Whoever is dead is known to be by its lock, and who is only slow is left alone.
 PROVEN: Final = {**QUICK, "stale": "60s", "owner_stale": "60s"}

@@ -87,6 +87,7 @@ async def test_a_short_night(short: Night, person: Person) -> None:
     await spend(short, person)
 
 
+@pytest.mark.slow
 async def test_a_short_night_with_kills(short: Night, person: Person) -> None:
     """The same end, with three owners killed on the way."""
     await spend_killed(short, person, 3, random.Random(0), 2.0)

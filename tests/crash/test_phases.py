@@ -84,13 +84,7 @@ async def recorded(repository: Repository, run: str) -> TaskDocument:
 
 @pytest.mark.parametrize(
     ("name", "hit"),
-    [
-        pytest.param(
-            name, hit, marks=() if (name, hit) in {("work.recorded", 2), ("handoff.taken", 3)} else pytest.mark.slow
-        )
-        for name, hits in STEPS.items()
-        for hit in range(1, hits + 1)
-    ],
+    [pytest.param(name, hit, marks=pytest.mark.slow) for name, hits in STEPS.items() for hit in range(1, hits + 1)],
 )
 async def test_killed_at_a_step(repository: Repository, name: str, hit: int) -> None:
     """Phases that are done stay done, and no session is started that is not on record."""

@@ -23,8 +23,8 @@ from tests.standins.ollama_server import Server, serving
 from tests.standins.script import ROOT, install
 
 ADAPTERS = ("claude-code", "aider", "acp", "ollama")
-#: The agent of the protocol takes seconds to import its SDK, and so does what speaks with it.
-QUICK = tuple(pytest.param(use, marks=pytest.mark.slow if use == "acp" else ()) for use in ADAPTERS)
+#: One of a program and one of a bridge each time; what an adapter makes of outputs is in its contract.
+QUICK = tuple(pytest.param(use, marks=() if use in {"claude-code", "ollama"} else pytest.mark.slow) for use in ADAPTERS)
 
 
 @dataclass(frozen=True)

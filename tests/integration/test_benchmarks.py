@@ -24,21 +24,25 @@ def check(rows: list[Row], expected: list[str]) -> None:
     assert {line.count("|") for line in lines} == {7}
 
 
+@pytest.mark.slow
 def test_startup_is_measured() -> None:
     """The help of the command, and a status with and without a snapshot."""
     check(startup.measure(quick=True), ["council --help", "council status", "without a snapshot"])
 
 
+@pytest.mark.slow
 def test_resuming_is_measured() -> None:
     """A resume to its first session, and a status, each of a long run next to a short one."""
     check(resuming.measure(quick=True), ["council resume", "council status"])
 
 
+@pytest.mark.slow
 def test_what_sessions_ask_by_is_measured() -> None:
     """A command and the hook, beside a Python that does nothing."""
     check(asking.measure(quick=True), ["council peers", "the hook"])
 
 
+@pytest.mark.slow
 def test_the_scheduler_is_measured() -> None:
     """Picks and memory, for each shape of a run."""
     rows = scheduler.measure(quick=True)
@@ -72,13 +76,21 @@ def test_what_sessions_are_at_is_measured() -> None:
     check(contexts.measure(quick=True), ["a word of a session", "a look at 100 sessions"])
 
 
+@pytest.mark.slow
 def test_locks_are_measured() -> None:
     """Beside each of the others, and together with ownership."""
     check(locks.measure(quick=True), ["beside filelock", "beside portalocker", "beside raw flock", "own a path"])
 
 
 @pytest.mark.parametrize(
-    "name", ["asking", "resuming", "startup", "scheduler", "cycle", "state", "contexts", "locks", "worktrees"]
+    "name",
+    [
+        "startup",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("asking", "resuming", "scheduler", "cycle", "state", "contexts", "locks", "worktrees")
+        ),
+    ],
 )
 def test_each_is_a_program(name: str) -> None:
     """It can be run by its path, and says what it can do."""

@@ -82,7 +82,7 @@ MANY = [*SOME, *SOME, *SOME, *SOME]
     ("fates", "tasks", "patience"),
     [
         pytest.param(FEW, 150, 2.0, id="two"),
-        pytest.param(SOME, 300, 2.0, id="eight"),
+        pytest.param(SOME, 300, 2.0, id="eight", marks=pytest.mark.slow),
         *(
             pytest.param(fates, 5_000, 10.0, id=name, marks=[pytest.mark.slow, pytest.mark.timeout(900)])
             for fates, name in ((FEW, "two-long"), (SOME, "eight-long"), (MANY, "thirty-two-long"))

@@ -284,14 +284,14 @@ def work(place: Path, failpoints: str = "", **limits: int) -> subprocess.Complet
 @pytest.mark.parametrize(
     ("failpoint", "is_there", "opens"),
     [
-        ("state.load_staged", False, True),
         ("state.load_staged@3", False, False),
         ("state.load_finished", False, True),
-        ("state.load_finished", False, False),
         ("state.loaded", True, True),
-        ("state.loaded", True, False),
-        ("state.load_put", True, True),
         ("state.load_put@3", True, False),
+        pytest.param("state.load_staged", False, True, marks=pytest.mark.slow),
+        pytest.param("state.load_finished", False, False, marks=pytest.mark.slow),
+        pytest.param("state.loaded", True, False, marks=pytest.mark.slow),
+        pytest.param("state.load_put", True, True, marks=pytest.mark.slow),
     ],
 )
 async def test_killed_in_a_load(
@@ -483,7 +483,7 @@ except RefusedError as error:
 """
 
 
-@pytest.mark.parametrize("line", [b"\n", b"x"])
+@pytest.mark.parametrize("line", [b"\n", pytest.param(b"x", marks=pytest.mark.slow)])
 def test_a_file_that_unpacks_to_far_more_takes_little_memory(tmp_path: Path, line: bytes) -> None:
     """Neither many empty lines, of which each is an object for us, nor one that does not end."""
     packer = zstandard.ZstdCompressor().compressobj()

@@ -51,7 +51,13 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("what", COMMANDS)
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in {"the adapter contract", "a bridge"} else ())
+        for name in COMMANDS
+    ],
+)
 def test_what_we_start_imports_nothing_from_the_current_folder(trap: Path, environ: dict[str, str], what: str) -> None:
     """Whatever the program then says of its input."""
     stored = {"use": "command", "options": {}}

@@ -18,6 +18,7 @@ import pytest
 from orchestrator.testing.fingerprint import Fingerprint
 from tests.conftest import Ended, Repository
 from tests.fake_path import StandIns, install_plugin, install_stand_ins
+from tests.sandboxes import default_sandbox, needs_sandbox
 
 TASKS = [{"id": "a", "prompt": "write a.txt a"}]
 
@@ -59,6 +60,7 @@ def test_a_machine_where_all_is_well(repository: Repository) -> None:
     assert not Path(repository.environ["COUNCIL_HOME"]).exists()
 
 
+@needs_sandbox
 def test_it_reads_as_text(repository: Repository) -> None:
     """A line for each finding, its remedy below, and how many there are."""
     ended = repository.council("doctor")
@@ -310,6 +312,7 @@ def test_the_adapters_of_the_file_as_the_newest_run_has_them(repository: Reposit
     argv = ["sh", "-c", "echo not logged in; exit 1"]
     adapter = {"use": "command", "argv": argv, "failures": {"auth": "not logged in"}}
     value = {"version": 1, "repo": ".", "adapters": {"cli": adapter}, "tasks": [{"id": "a", "prompt": "p"}]}
+    value |= default_sandbox()
     file = repository.top / "council.yaml"
     file.write_text(json.dumps(value))
     (before,) = repository.council("adapters", "--json").result["adapters"]
@@ -326,6 +329,7 @@ def test_an_adapter_that_pauses_says_until_when(repository: Repository) -> None:
     argv = ["sh", "-c", "echo try again in 3000 s; exit 1"]
     adapter = {"use": "command", "argv": argv, "failures": {"rate_limited": "again in (?P<seconds>[0-9]+)"}}
     value = {"version": 1, "repo": ".", "adapters": {"cli": adapter}, "tasks": [{"id": "a", "prompt": "p"}]}
+    value |= default_sandbox()
     file = repository.top / "council.yaml"
     file.write_text(json.dumps(value))
     run = repository.start("run", str(file), "--json")

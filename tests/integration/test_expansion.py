@@ -351,7 +351,10 @@ async def test_a_checkpoint_from_before_a_plan_keeps_what_sessions_did_for_it(re
 
 @pytest.mark.parametrize(
     ("limit", "owned", "steps"),
-    [("*", "src", ["append src/app.py evil"]), ("src/*.py", "src/new.py", ["write src/new.py/anything.sh evil"])],
+    [
+        pytest.param("*", "src", ["append src/app.py evil"], marks=pytest.mark.slow),
+        ("src/*.py", "src/new.py", ["write src/new.py/anything.sh evil"]),
+    ],
 )
 async def test_no_plan_gives_its_tasks_more_than_its_own_task_has(
     repository: Repository, limit: str, owned: str, steps: list[str]

@@ -167,7 +167,9 @@ def _nobody(repository: Repository) -> None:
     repository.git("config", "user.useConfigOnly", "true")
 
 
-@pytest.mark.parametrize("odd", [_sparse, _signs, _converts, _nobody])
+@pytest.mark.parametrize(
+    "odd", [_sparse, _converts, *(pytest.param(odd, marks=pytest.mark.slow) for odd in (_signs, _nobody))]
+)
 async def test_an_odd_checkout_takes_landings(repository: Repository, odd: Callable[[Repository], object]) -> None:
     """Sparse, signing with a broken program, converting line ends, or without an identity: it lands and is clean."""
     repository.commit({"docs/a.txt": "a\n"}, "docs")

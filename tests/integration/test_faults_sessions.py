@@ -26,7 +26,7 @@ KINDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("sandbox", [pytest.param("auto", marks=needs_sandbox), "off"])
+@pytest.mark.parametrize("sandbox", [pytest.param("auto", marks=[needs_sandbox, pytest.mark.slow]), "off"])
 async def test_what_an_agent_does_with_its_git_stays_with_it(repository: Repository, sandbox: str) -> None:
     """Only the files of its own checkout land, once each, on the target; no branch or setting of anyone's moves."""
     tasks = [{"id": name, "prompt": script} for name, (script, _) in KINDS.items()]

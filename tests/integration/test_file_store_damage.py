@@ -64,6 +64,13 @@ def good() -> Good:
         return Good((Path(directory) / SEGMENT).read_bytes(), (Path(directory) / "lock").read_bytes())
 
 
+def positions(log: bytes, each: int) -> list[int]:
+    """Return every `each`-th position in a log, and all around the ends of its lines."""
+    ends = [position for position, byte in enumerate(log) if byte == ord("\n")]
+    near = {end + step for end in ends for step in (-1, 0, 1, 2)}
+    return sorted({*range(0, len(log), each), *near} & set(range(len(log))))
+
+
 @pytest.fixture
 def place() -> Iterator[Path]:
     """A directory for many quick opens: in memory where the machine offers it."""
@@ -134,6 +141,7 @@ async def check_damaged(place: Path, log: bytes, mark: bytes | None) -> None:
             assert healed.version > TRUTH.get(key, (0, None))[0]
 
 
+@pytest.mark.parametrize("each", [5, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "change",
     [
@@ -142,25 +150,27 @@ async def check_damaged(place: Path, log: bytes, mark: bytes | None) -> None:
         pytest.param(lambda _: ord("\n"), id="newline", marks=pytest.mark.slow),
     ],
 )
-async def test_every_flipped_byte_is_seen(good: Good, place: Path, change: Callable[[int], int]) -> None:
+async def test_every_flipped_byte_is_seen(good: Good, place: Path, change: Callable[[int], int], each: int) -> None:
     """Whichever byte of the log is changed: it opens, tells the truth or flags, takes commits, and remembers."""
-    for offset in range(len(good.log)):
+    for offset in positions(good.log, each):
         damaged = bytearray(good.log)
         damaged[offset] = change(damaged[offset])
         if damaged != good.log:
             await check_damaged(place, bytes(damaged), good.mark)
 
 
-async def test_every_truncation_of_what_was_acknowledged_is_seen(good: Good, place: Path) -> None:
+@pytest.mark.parametrize("each", [5, pytest.param(1, marks=pytest.mark.slow)])
+async def test_every_truncation_of_what_was_acknowledged_is_seen(good: Good, place: Path, each: int) -> None:
     """If acknowledged commits are missing at the log's end, at any length, all that they may concern is flagged."""
-    for length in range(len(good.log) - 1):
+    for length in positions(good.log[:-1], each):
         await check_damaged(place, good.log[:length], good.mark)
 
 
-async def test_every_torn_tail_is_cut(good: Good, place: Path) -> None:
+@pytest.mark.parametrize("each", [5, pytest.param(1, marks=pytest.mark.slow)])
+async def test_every_torn_tail_is_cut(good: Good, place: Path, each: int) -> None:
     """What a dying writer leaves, at any length, is cut and reported; all earlier commits are there, unflagged."""
     ends = [0, *(end + 1 for end, byte in enumerate(good.log) if byte == ord("\n"))]
-    for length in range(1, len(good.log)):
+    for length in positions(good.log, each)[1:]:
         lay_out(place, good.log[:length], None)
         # A line that only lacks its newline is whole.
         whole = sum(end <= length + 1 for end in ends) - 1

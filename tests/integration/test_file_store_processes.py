@@ -87,9 +87,10 @@ def parse(lines: Iterable[str]) -> dict[int, str]:
     return found
 
 
-async def test_eight_writers_and_fifty_readers_agree(start: Start, tmp_path: Path) -> None:
-    """Eight writers lose nothing and repeat nothing; fifty readers that follow meanwhile see one same sequence."""
-    writers, each, readers = 8, 20, 50
+@pytest.mark.parametrize(("writers", "readers"), [(3, 15), pytest.param(8, 50, marks=pytest.mark.slow)])
+async def test_writers_and_readers_agree(start: Start, tmp_path: Path, writers: int, readers: int) -> None:
+    """Writers lose nothing and repeat nothing; readers that follow meanwhile see one same sequence."""
+    each = 20
     reading = start("read", tmp_path, writers * each, readers)
     writing = [start("write", tmp_path, f"w{number}", each) for number in range(writers)]
     acknowledged = parse(line for process in writing for line in finish(process))

@@ -84,7 +84,16 @@ def test_another_spelling_of_the_folder_is_refused_as_well(repository: Repositor
     assert repository.council("run", str(repository.configure([{"id": "t", "prompt": "x"}]))).code == 2
 
 
-@pytest.mark.parametrize("url", ["file:///ELSEWHERE", "file:///KNOWN", "postgresql://attacker@127.0.0.1:9/db"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "file:///ELSEWHERE",
+        *(
+            pytest.param(url, marks=pytest.mark.slow)
+            for url in ("file:///KNOWN", "postgresql://attacker@127.0.0.1:9/db")
+        ),
+    ],
+)
 def test_a_store_that_a_file_of_the_folder_names_is_refused(repository: Repository, tmp_path: Path, url: str) -> None:
     """Only a run writes that file; who writes it otherwise would choose what is resumed."""
     made, trace = forged(repository, tmp_path)

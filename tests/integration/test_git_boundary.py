@@ -48,10 +48,18 @@ STEPS = {
     "right after the ref": ("reference-transaction", 'cat > /dev/null; if [ "$1" = committed ]; then {once}; fi'),
     "when all is done": ("post-receive", "cat > /dev/null; {once}"),
 }
+#: Those between which the branch moves; before them nothing has changed, after them all has.
+QUICK_STEPS = ("between index and ref", "right after the ref")
 
 
 @pytest.mark.parametrize("kill", [KILL_ALL, pytest.param(KILL_COUNCIL, marks=pytest.mark.slow)], ids=["all", "council"])
-@pytest.mark.parametrize("step", [*STEPS, "in the middle of the files"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        *(pytest.param(step, marks=() if step in QUICK_STEPS else pytest.mark.slow) for step in STEPS),
+        "in the middle of the files",
+    ],
+)
 async def test_a_kill_at_each_step_of_a_landing_into_a_checked_out_branch_is_mended(
     repository: Repository, tmp_path: Path, step: str, kill: str
 ) -> None:
@@ -245,7 +253,7 @@ async def test_conflicts_keep_both_sides_and_leave_the_target_alone(repository: 
     await repository.assert_invariants()
 
 
-@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize("staged", [pytest.param(False, marks=pytest.mark.slow), True])
 async def test_a_dirty_target_is_refused_unless_deferring_is_allowed(repository: Repository, staged: bool) -> None:
     """Changes of the user's own in the target's checkout stop a run at its start; allowed, it lands on resume."""
     (repository.top / "README.md").write_text("mine\n")

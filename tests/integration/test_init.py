@@ -22,6 +22,7 @@ from orchestrator.errors import RefusedError
 from orchestrator.plugins import load_plugins
 from tests.conftest import FAKE_CLI, Ended, Repository
 from tests.fake_path import StandIns, install_stand_ins
+from tests.sandboxes import needs_sandbox
 
 
 @pytest.fixture
@@ -217,6 +218,7 @@ def test_what_appears_meanwhile_stays(tmp_path: Path) -> None:
     assert {one.name: one.read_text() for one in tmp_path.iterdir()} == {"council.yaml": text}
 
 
+@needs_sandbox
 def test_what_was_written_runs(repository: Repository, stand_ins: StandIns) -> None:
     """With the program filled in, the first run lands."""
     init(repository)

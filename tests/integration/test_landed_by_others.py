@@ -12,7 +12,7 @@ from tests.faults import PYTHON
 from tests.waiting import wait_for
 
 
-@pytest.mark.parametrize("squashed", [True, False])
+@pytest.mark.parametrize("squashed", [True, pytest.param(False, marks=pytest.mark.slow)])
 async def test_work_that_a_person_has_merged_counts_as_landed(repository: Repository, squashed: bool) -> None:
     """Though its checks did not pass, and no trailer says so; what needs it goes on."""
     tasks: list[dict[str, Any]] = [
@@ -48,7 +48,7 @@ subprocess.run(["git", "commit", "-qm", message], check=True)
 """
 
 
-@pytest.mark.parametrize("label", ["pending", "failed"])
+@pytest.mark.parametrize("label", ["pending", pytest.param("failed", marks=pytest.mark.slow)])
 def test_no_commit_message_says_what_has_landed(repository: Repository, label: str) -> None:
     """A person puts an agent's commit onto the target whose message claims to be the landing of another task."""
     tasks: list[dict[str, Any]] = [

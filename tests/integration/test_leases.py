@@ -407,14 +407,14 @@ def finish(worker: Worker) -> dict[Path, tuple[int, ...]]:
     return {Path(place): tuple(block) for place, block in map(json.loads, output.splitlines())}
 
 
-@pytest.mark.parametrize("stores", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize(("stores", "count"), [(2, 2), *(pytest.param(n, 4, marks=pytest.mark.slow) for n in (1, 2))])
 async def test_many_processes_get_blocks_of_their_own(
-    start: ExitStack, ports: range, tmp_path: Path, stores: int
+    start: ExitStack, ports: range, tmp_path: Path, stores: int, count: int
 ) -> None:
-    """Four processes with eight places each, of one project or of two in one home, all at once and several times."""
+    """Processes with eight places each, of one project or of two in one home, all at once and several times."""
     home = tmp_path / "home"
     workers = []
-    for number in range(4):
+    for number in range(count):
         hub = f"repo-00000000000{number // 2}"
         places = [make_place(home, 8 * number + one, hub) for one in range(8)]
         state = tmp_path / f"state{number % stores}"
@@ -422,7 +422,7 @@ async def test_many_processes_get_blocks_of_their_own(
     found: dict[Path, tuple[int, ...]] = {}
     for worker in workers:
         found |= finish(worker)
-    assert len(found) == 32
+    assert len(found) == 8 * count
     assert_disjoint(list(found.values()), 3)
     said: dict[int, str] = {}
     for number in range(stores):
@@ -432,13 +432,14 @@ async def test_many_processes_get_blocks_of_their_own(
     assert said == {port: str(place) for place, block in found.items() for port in block}
 
 
+@pytest.mark.parametrize("rounds", [1, pytest.param(3, marks=pytest.mark.slow)])
 async def test_killed_processes_leave_nothing_that_overlaps_or_stays(
-    start: ExitStack, ports: range, tmp_path: Path
+    start: ExitStack, ports: range, tmp_path: Path, rounds: int
 ) -> None:
     """Killed anywhere in its work, a process leaves leases that others work around, and what is stale can be found."""
     chance, home, state = random.Random(1), tmp_path / "home", tmp_path / "state"
     places = [make_place(home, number) for number in range(12)]
-    for _ in range(3):
+    for _ in range(rounds):
         workers = [start_worker(start, state, ports[0], 3, 1_000_000, *places[6 * n : 6 * n + 6]) for n in range(2)]
         for worker in workers:
             assert worker.stdout is not None

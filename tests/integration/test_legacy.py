@@ -23,6 +23,7 @@ from orchestrator.protocols import Key
 from orchestrator.state import legacy_files
 from orchestrator.state.file import FileStore
 from tests.conftest import Repository
+from tests.sandboxes import needs_sandbox
 
 GUIDE = (Path(__file__).parents[2] / "docs/state.md").read_text()
 SECTION = GUIDE.partition("\n## State of older layouts\n")[2].partition("\n## ")[0]
@@ -438,6 +439,7 @@ async def test_nobody_works_in_an_imported_run(repository: Repository) -> None:
     assert (watched.code, watched.result["run"]) == (1, RUN)
 
 
+@needs_sandbox
 async def test_the_unfinished_tasks_of_an_imported_session_can_be_resumed(repository: Repository) -> None:
     """By a file with all that is known of them; what is missing is named, and then they land."""
     tasks = {

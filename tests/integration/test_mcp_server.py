@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jsonschema
 import pytest
-from mcp import ClientSession, StdioServerParameters, stdio_client
 
 from orchestrator.client.commands import COMMANDS
 from orchestrator.mcp_server import input_schema
 from orchestrator.repo.hub import Hub
 from tests.desks import MemoryDesk
 from tests.integration.test_mailbox import Caller, Site
+
+if TYPE_CHECKING:
+    from mcp import ClientSession
 
 
 @pytest.fixture
@@ -30,6 +33,8 @@ async def client(site: Site) -> AsyncIterator[ClientSession]:
 
     This process holds the session's lock, as the supervisor that the server descends from does.
     """
+    from mcp import ClientSession, StdioServerParameters, stdio_client  # noqa: PLC0415  it takes a second
+
     async with site.session() as (worktree, mailbox):
         caller = Caller(worktree)
         server = mailbox.server

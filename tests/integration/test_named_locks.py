@@ -11,7 +11,7 @@ from typing import Any
 
 import anyio
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.clock import SystemClock
@@ -23,6 +23,7 @@ from orchestrator.state.file import FileStore
 from orchestrator.state.memory import MemoryStore
 from orchestrator.state.shapes import LOCK, find_unreadable
 from orchestrator.testing.clock import ManualClock
+from tests.examples import examples
 from tests.programs import python
 
 #: Takes a lock, says so, and keeps it until its standard input ends; then it may want another.
@@ -139,7 +140,7 @@ async def test_a_circle_of_two_processes_is_broken_at_once(locks: NamedLocks, tm
 
 
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@examples(25, deadline=None)
 def test_no_deadlock_persists(data: st.DataObject) -> None:
     """Owners take random locks in random orders and modes: each call ends long before its time-out."""
     names = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["read", "write"])), min_size=1, max_size=3)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -229,17 +227,12 @@ async def test_a_store_is_looked_at_from_any_folder(project: Repository, tmp_pat
     (tmp_path / "off").mkdir()
     own = str(project.top / ".council/state")
 
-    def council(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "orchestrator.cli.main", *words], cwd=tmp_path / "off",
-            env=project.environ, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-
+    council = Repository(tmp_path / "off", project.environ, project.spawns).council
     assert council("state", "log", "--state", own).stdout == project.council("state", "log").stdout
     assert f"{RUN}  interrupted" in council("runs", "--state", own).stdout  # although its repositories are nowhere
     for words in (["state", "views"], ["resume"]):
         refused = council(*words, "--state", own)
-        assert (refused.returncode, "has not run" in refused.stderr) == (2, True), refused
+        assert (refused.code, "has not run" in refused.stderr) == (2, True), refused
     assert not any((tmp_path / "off").iterdir())
 
 

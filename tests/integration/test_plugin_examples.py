@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Repository
+from tests.sandboxes import needs_sandbox
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs/plugins.md").read_text()
@@ -70,7 +71,8 @@ def environment(tmp_path: Path, environ: dict[str, str]) -> Environment:
     return Environment(folder, {**environ, **offline, "PATH": path, "PIP_CONFIG_FILE": os.devnull})
 
 
-@pytest.mark.parametrize("name", ["plugin", pytest.param("webhook", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plugin", "webhook"])
 def test_an_example_installs_as_a_wheel_and_passes_its_own_tests(
     environment: Environment, tmp_path: Path, name: str
 ) -> None:
@@ -98,6 +100,8 @@ def test_the_guide_shows_the_example_as_it_is() -> None:
 
 
 @pytest.mark.skipif(shutil.which("patch") is None, reason="patch(1) is not installed")
+@needs_sandbox
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_guide_can_be_followed_word_by_word(environment: Environment, tmp_path: Path) -> None:
     """Each file is written, each command run in turn, and each piece of output seen."""

@@ -207,7 +207,12 @@ def test_of_two_plugins_with_one_name_the_first_by_name_stays(repository: Reposi
 
 @pytest.mark.parametrize(
     ("limit", "expected"),
-    [(None, {"first", "second"}), ("second", {"second"}), (" first, second ,", {"first", "second"}), ("", set())],
+    [
+        (None, {"first", "second"}),
+        ("second", {"second"}),
+        pytest.param(" first, second ,", {"first", "second"}, marks=pytest.mark.slow),
+        pytest.param("", set(), marks=pytest.mark.slow),
+    ],
 )
 def test_the_limit_says_which_plugins_of_others_are_loaded(
     repository: Repository, site: Path, limit: str | None, expected: set[str]
@@ -225,9 +230,11 @@ def test_the_limit_says_which_plugins_of_others_are_loaded(
 @pytest.mark.parametrize(
     "where",
     [
-        "a distribution",
         "a shadowing module",
-        *(pytest.param(one, marks=pytest.mark.slow) for one in ("a shadowing package", "a namespace package")),
+        *(
+            pytest.param(one, marks=pytest.mark.slow)
+            for one in ("a distribution", "a shadowing package", "a namespace package")
+        ),
     ],
 )
 def test_nothing_in_the_repository_is_imported(repository: Repository, site: Path, where: str) -> None:
@@ -274,7 +281,9 @@ def test_the_repository_that_a_file_names_is_not_imported_from_either(
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("where", ["a distribution of our name", "a package of our name"])
+@pytest.mark.parametrize(
+    "where", ["a distribution of our name", pytest.param("a package of our name", marks=pytest.mark.slow)]
+)
 def test_a_repository_can_t_pass_for_us(repository: Repository, site: Path, where: str) -> None:
     """A distribution there with our name, and packages there with the names of ours, are not imported either."""
     trace = site / "trace"

@@ -170,7 +170,14 @@ async def test_where_git_looks_at_everything_it_does_not_come_in(place: Place) -
     assert await place.paths(left.commit) == [".gitignore", "src", "src/app.py"]
 
 
-@pytest.mark.parametrize("path", [".env", "config/local.yaml", "vendor/a b*[c]/deep/run", "data/models"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        ".env",
+        "vendor/a b*[c]/deep/run",
+        *(pytest.param(path, marks=pytest.mark.slow) for path in ("config/local.yaml", "data/models")),
+    ],
+)
 async def test_what_an_agent_commits_by_force_does_not_come_in(place: Place, path: str) -> None:
     """Its own commits are not kept then; the rest of its work is."""
     await place.provide()

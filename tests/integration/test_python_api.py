@@ -28,6 +28,7 @@ from orchestrator import (
     TaskDefaults,
 )
 from tests.conftest import FAKE_CLI, Repository
+from tests.sandboxes import default_sandbox
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/python.md").read_text()
@@ -39,7 +40,8 @@ def describe(repository: Repository, *tasks: Task, **settings: Any) -> Config:
     argv = (sys.executable, "-S", str(FAKE_CLI), "{prompt_file}")
     fake = AdapterSettings.of("command", CommandOptions(argv=argv))
     readable = (sys.prefix, str(FAKE_CLI.parents[2]))
-    values: dict[str, Any] = {"repo": str(repository.top), "target": "main", "readable": readable, **settings}
+    values: dict[str, Any] = {"repo": str(repository.top), "target": "main", "readable": readable}
+    values |= default_sandbox() | settings
     return Config(version=1, adapters={"fake": fake}, tasks=tasks, **values)
 
 

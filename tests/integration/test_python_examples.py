@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Ended, Repository
+from tests.sandboxes import needs_sandbox
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -27,7 +28,7 @@ def run(repository: Repository, name: str, *arguments: str) -> Ended:
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
-@pytest.mark.parametrize("name", ["run_file.py", "from_sync_code.py"])
+@pytest.mark.parametrize("name", ["run_file.py", pytest.param("from_sync_code.py", marks=pytest.mark.slow)])
 def test_a_file_is_run(name: str, repository: Repository) -> None:
     """The work lands, and the exit code is that of `council run`."""
     path = repository.configure([{"id": "a", "prompt": "write a.txt a"}])
@@ -45,6 +46,7 @@ def test_a_file_that_is_wrong_is_told_of(repository: Repository) -> None:
     assert f"{path}:1:" in ended.stdout
 
 
+@needs_sandbox
 def test_a_run_of_typed_objects(repository: Repository) -> None:
     """Each module gets its test, on a branch of the run's own."""
     repository.commit({"one.py": "x = 1\n", "two.py": "x = 2\n"})

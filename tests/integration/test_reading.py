@@ -9,7 +9,7 @@ from pathlib import Path
 
 import anyio
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.domain.model import Action
@@ -23,6 +23,7 @@ from orchestrator.state.file import FileStore
 from orchestrator.state.memory import MemoryStore
 from orchestrator.state.reading import Tail, backwards, between, following, position_at
 from orchestrator.testing.clock import ManualClock
+from tests.examples import examples
 from tests.recorded import RUN, orchestrators, record_run, run_document
 
 TASK = Key("task", "r/a")
@@ -118,7 +119,7 @@ async def test_a_time_leads_to_the_newest_commit_until_then(
     assert await position_at(store, instant) == position
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(steps=st.lists(st.integers(-5, 5), max_size=40), instant=st.integers(950, 1050))
 async def test_whatever_the_clock_did_the_newest_commit_until_then_counts(steps: list[int], instant: int) -> None:
     """The same as a look at every commit says."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from orchestrator import Council, Key, RefusedError, Update
@@ -22,6 +22,7 @@ from orchestrator.state.shapes import KINDS, check_change, find_unreadable, flaw
 from orchestrator.state.update import update
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
+from tests.examples import examples
 from tests.recorded import RUN, START, record_run, recorded, run_document
 
 API = Key("task", f"{RUN}/api")
@@ -350,7 +351,7 @@ def changed(draw: st.DrawFn, value: Any) -> Any:
 
 
 @given(data=st.data())
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@examples(40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 async def test_whatever_is_written_over_a_document_of_ours_commands_work(council: Council, data: st.DataObject) -> None:
     """Either it is refused, or all can be looked at as before."""
     documents = (await council.past.at(22)).documents  # as the fixture made them, at each example
@@ -367,7 +368,7 @@ async def test_whatever_is_written_over_a_document_of_ours_commands_work(council
 
 
 @given(data=st.data())
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@examples(15, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 async def test_whatever_another_program_stored_of_one_run_the_others_go_on(
     council: Council, data: st.DataObject
 ) -> None:
@@ -390,7 +391,7 @@ async def test_whatever_another_program_stored_of_one_run_the_others_go_on(
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@examples(150, deadline=None)
 def test_what_may_be_written_can_be_read(data: st.DataObject) -> None:
     """Of any change of any document of ours, what is not refused has no flaw."""
     value = json.loads(run_document(Path("/"), RUN).model_dump_json())

@@ -12,6 +12,7 @@ import pytest
 
 from orchestrator.config.store import folder_url
 from tests.conftest import Repository
+from tests.sandboxes import needs_sandbox
 
 _TASK = {"id": "one", "prompt": "write one.txt 1", "attempts": 1}
 
@@ -21,7 +22,7 @@ def holds_a_log(folder: Path) -> bool:
     return any(folder.glob("*/*.jsonl*"))
 
 
-@pytest.mark.parametrize("form", ["url", "folder"])
+@pytest.mark.parametrize("form", ["url", pytest.param("folder", marks=pytest.mark.slow)])
 def test_later_commands_look_where_the_file_of_the_newest_run_says(
     repository: Repository, tmp_path: Path, form: str
 ) -> None:
@@ -90,6 +91,7 @@ def test_a_run_goes_on_in_the_store_that_its_file_named(repository: Repository, 
     assert resumed.result["tasks"][0]["attempts"] == 2
 
 
+@needs_sandbox
 def test_no_session_sees_the_store_wherever_it_is(repository: Repository, tmp_path: Path) -> None:
     """What is recorded is hidden from sessions in another folder, too."""
     store = tmp_path / "state"

@@ -28,7 +28,9 @@ def through_shell(repository: Repository, arguments: str, **variables: str) -> E
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    "closed", ["<&- >&- 2>&-", *(pytest.param(one, marks=pytest.mark.slow) for one in ("<&-", ">&-", "2>&-"))]
+)
 async def test_closed_streams_are_no_harm(repository: Repository, closed: str) -> None:
     """A run without streams lands, and nothing that was printed has gone into a file that it opened."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
@@ -55,7 +57,10 @@ def test_a_terminal_without_unicode(repository: Repository) -> None:
     assert "\\u2192" in ended.stdout
 
 
-@pytest.mark.parametrize("command", ["init other.yaml", "run --task x", "run council.yaml"])
+@pytest.mark.parametrize(
+    "command",
+    ["run council.yaml", *(pytest.param(one, marks=pytest.mark.slow) for one in ("init other.yaml", "run --task x"))],
+)
 def test_without_git_it_says_so(repository: Repository, tmp_path: Path, command: str) -> None:
     """Each command that needs git names it, with the remedy."""
     repository.configure([{"id": "one", "prompt": "write one.txt 1"}]).rename(repository.top / "council.yaml")
@@ -66,7 +71,9 @@ def test_without_git_it_says_so(repository: Repository, tmp_path: Path, command:
     assert ended.stderr == "council: git is not on PATH: install git 2.38 or newer\n"
 
 
-@pytest.mark.parametrize("command", ["doctor", "validate", "run --dry-run"])
+@pytest.mark.parametrize(
+    "command", ["validate", *(pytest.param(one, marks=pytest.mark.slow) for one in ("doctor", "run --dry-run"))]
+)
 def test_a_pipe_in_place_of_the_file_does_not_hang(repository: Repository, command: str) -> None:
     """A repository may bring anything under the name that is looked for."""
     os.mkfifo(repository.top / "council.yaml")
@@ -84,7 +91,10 @@ def test_what_the_machine_refuses_is_no_fault_of_ours() -> None:
     assert as_refusal(OSError("anything")) is None
 
 
-@pytest.mark.parametrize("command", ["status", "init", "doctor", "run --task x", "clean"])
+@pytest.mark.parametrize(
+    "command",
+    ["status", "run --task x", *(pytest.param(one, marks=pytest.mark.slow) for one in ("init", "doctor", "clean"))],
+)
 def test_in_a_folder_that_is_gone_it_says_so(repository: Repository, command: str) -> None:
     """Somebody else may have removed it while the shell stands in it."""
     program = Path(sys.executable).with_name("council")

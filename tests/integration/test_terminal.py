@@ -103,7 +103,11 @@ async def test_what_did_not_land_says_what_to_type(repository: Repository, start
     assert repository.council("salvage", "apply", "right/conflict", "--branch", "right-conflict").code == 0
 
 
-@pytest.mark.parametrize("variables", [{"CI": "true"}, {"TERM": "dumb"}], ids=lambda one: next(iter(one)))
+@pytest.mark.parametrize(
+    "variables",
+    [{"CI": "true"}, pytest.param({"TERM": "dumb"}, marks=pytest.mark.slow)],
+    ids=lambda one: next(iter(one)),
+)
 def test_a_terminal_may_want_lines(variables: dict[str, str], repository: Repository, start: Start) -> None:
     """With CI, and where it can't do more, it gets a line for each event, without any escape sequence."""
     config, _ = shell(repository, {"id": "one", "prompt": "echo 1 > one.txt"})

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import Ended, Repository
+from tests.sandboxes import needs_sandbox
+
+pytestmark = needs_sandbox
 
 COMMANDS = (("doctor",), ("adapters",), ("run",), ("run", "--dry-run"), ("adapters", "test", "evil", "--no-live"))
 

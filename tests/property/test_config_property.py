@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from adapters.command import CommandAdapter
@@ -13,9 +13,10 @@ from orchestrator.config.circles import find_circles
 from orchestrator.config.load import load_config
 from orchestrator.config.model import RunConfig, TaskSpec
 from orchestrator.errors import ConfigError
+from tests.examples import examples
 
 # The machine may be busy with other tests: how long an example takes says nothing.
-unhurried = settings(max_examples=60)
+unhurried = examples(60)
 PIECES = [
     "version",
     "adapters",
@@ -136,7 +137,7 @@ def test_any_bytes(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> Non
     load(tmp_path_factory, data)
 
 
-@settings(unhurried, max_examples=100)
+@examples(100)
 @given(st.lists(st.sampled_from(PIECES), max_size=40).map("".join))
 @example("? ? ? a")
 @example("- - - {[}")
@@ -160,7 +161,7 @@ def test_any_text_without_libyaml(tmp_path_factory: pytest.TempPathFactory, text
         load(tmp_path_factory, text.encode())
 
 
-@settings(unhurried, max_examples=100)
+@examples(100)
 @given(
     st.fixed_dictionaries(
         {}, optional=dict.fromkeys(("version", "repo", "base", "adapters", "defaults", "worktrees", "tasks"), TREES)

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import anyio
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import HistoryGone
@@ -19,6 +19,7 @@ from orchestrator.state.file import FileStore
 from orchestrator.state.memory import MemoryStore
 from orchestrator.testing.clock import ManualClock
 from orchestrator.testing.store_contract import dumped
+from tests.examples import examples
 
 _text = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
 _leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | _text
@@ -85,7 +86,7 @@ async def check(steps: Sequence[tuple[list[_Change], JsonObject, float] | float]
             assert [one.key for one in await reopened.list("task")] == [one.key for one in await memory.list("task")]
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(st.lists(_steps, max_size=25), st.sampled_from([1, 400, 1 << 20]))
 def test_a_copy_through_a_file_tells_the_same(
     steps: list[tuple[list[_Change], JsonObject, float] | float], segment_bytes: int

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.domain.dispatch import AGING, Board, Entry, decide
 from orchestrator.domain.ownership import any_overlap
+from tests.examples import examples
 
 PATTERNS = ("a/**", "a/b", "b/*", "**/b", "c", "**")
 ADAPTERS = ("x", "y", "z")
@@ -149,7 +150,7 @@ class Run:
                 self.now += delay
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(entries(), st.integers(1, 4), LIMITS, st.data())
 def test_limits_hold_and_every_task_ends(
     tasks: dict[str, Entry], capacity: int, capacities: dict[str, int], data: st.DataObject
@@ -182,7 +183,7 @@ def test_limits_hold_and_every_task_ends(
     assert all(task in closed or set(tasks[task].needs) & left for task in left)
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(entries(), st.integers(1, 4), st.data())
 def test_what_is_said_to_be_no_work_can_not_start(tasks: dict[str, Entry], capacity: int, data: st.DataObject) -> None:
     """With nothing running, `has_work` tells what may start without a landing from what must wait for one."""
@@ -201,7 +202,7 @@ LISTS = st.lists(st.sampled_from(ADAPTERS), min_size=1, max_size=3)
 STEPS = st.lists(st.tuples(st.sampled_from(["park", "pass", "land", "retry"]), st.integers(0, 9), st.integers(1, 3)))
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(st.lists(LISTS, min_size=2, max_size=8), st.integers(1, 3), LIMITS, STEPS)
 def test_a_fallback_stands_in_only_while_all_before_it_are_parked(
     lists: list[list[str]], capacity: int, capacities: dict[str, int], steps: list[tuple[str, int, int]]
@@ -223,7 +224,7 @@ STREAM = st.lists(
 )
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(st.integers(1, 3), st.integers(0, 3), st.sampled_from([(), ("a/**",), ("a/b", "c")]), STREAM)
 def test_nothing_starves(
     capacity: int, levels: int, owns: tuple[str, ...], stream: list[tuple[tuple[str, ...], int]]

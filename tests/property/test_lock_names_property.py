@@ -9,11 +9,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import RefusedError
 from orchestrator.locking.names import canonical, folds_case, lock_name
+from tests.examples import examples
 
 # Pairs that a careless name would take for one: a/b and a_b, small and capital, and long ones with the same beginning.
 LETTERS = st.sampled_from(["a", "b", "_", "A", "é", "ß", ".", " ", "-", "%", "\n", "x" * 60, "\udcff"])
@@ -21,7 +22,7 @@ names = st.lists(LETTERS, min_size=1, max_size=4).map("".join).filter(lambda nam
 paths = st.lists(names, min_size=1, max_size=3).map("/".join)
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(st.lists(paths, min_size=2, max_size=8, unique=True))
 def test_distinct_files_have_distinct_locks(files: list[str]) -> None:
     """And every name fits into a folder, beside its extension."""
@@ -56,7 +57,7 @@ def tree() -> Iterator[Path]:
         yield top
 
 
-@settings(max_examples=800)
+@examples(800)
 @given(st.data())
 def test_a_file_has_one_lock_by_any_spelling(tree: Path, data: st.DataObject) -> None:
     """Two spellings have the same lock exactly if they are one file of the file system's."""
@@ -76,7 +77,7 @@ def test_a_file_has_one_lock_by_any_spelling(tree: Path, data: st.DataObject) ->
         assert (found[0][0] == found[1][0]) is found[0][1].samefile(found[1][1])
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(paths)
 def test_forms_of_characters_make_no_other_file(path: str) -> None:
     """Composed and decomposed are one anywhere; small and capital are where the file system takes them for one."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import anyio
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.clock import SystemClock
@@ -14,6 +14,7 @@ from orchestrator.errors import LeaseLost, VersionConflict
 from orchestrator.protocols import Commit, Event, Guard, JsonObject, Key, Store, Write
 from orchestrator.state.memory import MemoryStore
 from orchestrator.state.outage import surviving
+from tests.examples import examples
 from tests.outage import QUICK, Line
 
 TASKS = ("x", "y")
@@ -139,7 +140,7 @@ async def check(real: MemoryStore, parties: dict[str, Party], refused: int) -> N
     assert set(made["here"]) <= set(parties["here"].made)
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(STEPS)
 def test_any_outage_ends_in_a_history_that_holds(steps: list[tuple[str, ...]]) -> None:
     """First come, first served, by the real store alone."""

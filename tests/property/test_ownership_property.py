@@ -7,10 +7,11 @@ import re
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.domain.ownership import any_overlap, check_pattern, matches, overlap
+from tests.examples import examples
 
 SEGMENTS = ["".join(text) for size in (1, 2, 3) for text in itertools.product("ab", repeat=size)]
 PATHS = ["/".join(segments) for size in (1, 2, 3) for segments in itertools.product(SEGMENTS, repeat=size)]
@@ -36,7 +37,7 @@ def plainly(pattern: str) -> re.Pattern[str]:
     return re.compile("".join(parts) + ("(/[^/]+)*" if whole else ""))
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(patterns, st.sampled_from(PATHS))
 def test_matches_as_a_regular_expression_would(pattern: str, path: str) -> None:
     """One path, one pattern, two ways; and the overlap with a path that is spelled out is the same."""
@@ -46,7 +47,7 @@ def test_matches_as_a_regular_expression_would(pattern: str, path: str) -> None:
     assert overlap(pattern, path) is (expected or any(plainly(pattern).fullmatch(f"/{path}/{more}") for more in PATHS))
 
 
-@settings(max_examples=120)
+@examples(120)
 @given(patterns, patterns)
 def test_overlap_agrees_with_brute_force(left: str, right: str) -> None:
     """Two patterns overlap exactly if a path matches both; all that these need to meet in is among the paths."""

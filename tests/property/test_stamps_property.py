@@ -10,11 +10,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.repo.stamps import Stamps
 from tests.edits import rename, swap
+from tests.examples import examples
 
 _FILES = ("a", "b.txt", "sub/a", "sub/b", "sub/deep/a", "other/a", "other/b", "other/deep/a", "out/.gitkeep")
 _PATHS = (*_FILES, "new", "x.log", "sub/new", "sub/x.log", "made/a", "made/deep/x.log", "out/new")
@@ -97,7 +98,7 @@ def _by_git(top: Path, *paths: str) -> set[str]:
     return {entry[3:] for entry in found.split("\0") if entry and entry[1] != " "}
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(_steps)
 def test_nothing_that_git_finds_is_missed(steps: list[tuple[Callable[[Path, str, str], None], str, str]]) -> None:
     """Git, told to look at what differs alone, finds all that it finds when it looks at everything."""

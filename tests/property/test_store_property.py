@@ -373,7 +373,7 @@ def run(examples: int, steps: int, phases: Sequence[Phase] = tuple(Phase)) -> No
 
 def test_a_store_is_a_dict_with_a_past() -> None:
     """A few short histories; to make one that fails simpler would take longer than a test may."""
-    run(30, 30, (Phase.reuse, Phase.generate))
+    run(10, 30, (Phase.reuse, Phase.generate))
 
 
 @pytest.mark.slow

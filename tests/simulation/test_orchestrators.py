@@ -25,7 +25,7 @@ def quiet() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("first", "seeds"),
     [
-        pytest.param(0, 120, id="few"),
+        pytest.param(0, 40, id="few"),
         *(pytest.param(n, CHUNK, marks=[pytest.mark.slow, pytest.mark.timeout(600)]) for n in range(0, MANY, CHUNK)),
     ],
 )
@@ -46,8 +46,8 @@ def test_whatever_goes_wrong_every_task_lands_once(first: int, seeds: int) -> No
 
 def test_without_fencing_the_same_nights_go_wrong() -> None:
     """What is held against the history finds what the guards of commits prevent."""
-    found = [simulate(seed, is_fenced=False).violations for seed in range(60)]
-    assert sum(map(bool, found)) >= 15
+    found = [simulate(seed, is_fenced=False).violations for seed in range(20)]
+    assert sum(map(bool, found)) >= 5
     for kind in ("wrote work/", "although it was over"):
         assert any(kind in text for one in found for text in one)
 

@@ -288,7 +288,8 @@ def test_what_stays_in_the_worktree_is_allowed_whatever_kind_of_tool_it_is(place
     assert words(events) == ["chosen: once" for _ in kinds]
 
 
-def test_an_agent_is_given_the_servers_that_it_can_take(place: Place) -> None:
+@pytest.mark.parametrize("takes_urls", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_an_agent_is_given_the_servers_that_it_can_take(place: Place, takes_urls: bool) -> None:
     """Programs by their paths, with the values of variables that are set; URLs where it says that it takes them."""
     servers = (
         McpServer("files", ("sh", "-c", "x y"), env=("MY_TOKEN", "NOT_SET")),
@@ -302,11 +303,10 @@ def test_an_agent_is_given_the_servers_that_it_can_take(place: Place) -> None:
     ]
     place.environ["MY_TOKEN"] = "a token"
     url = {"type": "http", "name": "docs", "url": "http://127.0.0.1:9/mcp", "headers": []}
-    for can, given in (({"ACP_LOADS": "1"}, [*commands, url]), ({}, commands)):
-        events = place.converse("servers", {"env": can}, mcp_servers=servers)
-        told = [json.loads(line.removeprefix("server: ")) for line in words(events)]
-        assert told == given
-        assert ["'docs'" in one for one in warnings(events)] == ([] if can else [True])
+    events = place.converse("servers", {"env": {"ACP_LOADS": "1"} if takes_urls else {}}, mcp_servers=servers)
+    told = [json.loads(line.removeprefix("server: ")) for line in words(events)]
+    assert told == ([*commands, url] if takes_urls else commands)
+    assert ["'docs'" in one for one in warnings(events)] == ([] if takes_urls else [True])
 
 
 RESUMES = {"home": "own", "resumes": True, "env": {"ACP_LOADS": "1"}}
@@ -326,7 +326,7 @@ def test_what_is_told_of_an_earlier_conversation_is_not_told_again(place: Place)
         assert events[-1] == ConcludedEvent("\n".join((*words(events), "")))
 
 
-@pytest.mark.parametrize("loads", [True, False])
+@pytest.mark.parametrize("loads", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_agent_that_can_not_go_on_is_asked_nothing(place: Place, loads: bool) -> None:
     """It says why, as what may work the next time, which begins anew: that it can't at all, or has lost it."""
     options = RESUMES if loads else {"home": "own", "resumes": True}
