@@ -2,8 +2,8 @@
 
 Its standard input is a pipe from that process, whose lines are `+PID` for a command that was started as the leader of
 a session and `-PID` for one that has ended. The end of the pipe means that the process has ended: commands that are
-left get `GRACE` seconds to finish, then they are killed with all that descends from them. Only the standard library is
-imported.
+left get `LIMIT` seconds to finish, a frozen one `GRACE`; then they are killed with all that descends from them. Only the
+standard library is imported.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import signal
 import sys
 import time
 
-#: Seconds that a command gets to finish: most do within milliseconds, and what is half done must be repaired.
+#: Seconds that a command gets to finish: a push that is killed half done leaves a checkout to repair.
+LIMIT = 20.0
+#: Seconds after which a command is killed of which a process is stopped.
 GRACE = 0.5
 PAUSE = 0.02
 
@@ -73,8 +75,14 @@ def main() -> None:
     left: set[int] = set()
     for line in sys.stdin.buffer:
         (left.add if line[:1] == b"+" else left.discard)(int(line[1:]))
-    until = time.monotonic() + GRACE
-    while (left := {leader for leader in left if tree(leader)}) and time.monotonic() < until:
+    end = time.monotonic()
+    while left:
+        lasted = time.monotonic() - end
+        for leader in tuple(left):
+            family = tree(leader).values()
+            is_stopped = any(one.state in "Tt" for one in family)
+            if family and lasted >= (GRACE if is_stopped else LIMIT):
+                kill_tree(leader)
+            elif not family:
+                left.discard(leader)
         time.sleep(PAUSE)
-    for leader in left:
-        kill_tree(leader)

@@ -58,7 +58,7 @@ async def run(
     """Run a short command, such as git, to its end, with exactly `env` and with `input` or nothing to read.
 
     `keep_fds` stay open in the command: a lock whose descriptor it keeps is free only when it, too, has
-    ended. It does not outlive this process by more than `keeper.GRACE` then. Cancelling the caller does not cut the
+    ended. It does not outlive this process by more than `keeper.LIMIT` then. Cancelling the caller does not cut the
     command short. After `timeout` seconds it is killed with all that it started, and TimeoutError raised; so it is
     after `IDLE_LIMIT` without any processor time, or after `STOPPED_LIMIT` where a process of it is stopped (Linux). A
     program that can't be started is an OSError. `memory` is how many bytes of its own the command, and each that it

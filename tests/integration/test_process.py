@@ -93,21 +93,33 @@ async def test_a_command_that_does_nothing_is_killed(monkeypatch: pytest.MonkeyP
     assert (await process.run([sys.executable, "-ISc", busy], env=ENV)).returncode == 0
 
 
-async def test_a_command_with_a_lock_does_not_outlive_the_process_that_started_it(tmp_path: Path) -> None:
-    """A frozen one neither: it is killed with all that it started, and its lock is free."""
-    lock = FileLock(tmp_path / "lock")
-    script = (
-        "import anyio, os, sys\nfrom orchestrator.filelock import FileLock\nfrom orchestrator.process import run\n"
-        "async def main():\n async with FileLock(__import__('pathlib').Path('lock')).hold() as held:\n"
-        "  await run(['sh', '-c', sys.argv[1]], env={'PATH': os.defpath}, keep_fds=[held.fd])\n"
-        "anyio.run(main)"
-    )
-    with subprocess.Popen([sys.executable, "-c", script, FROZEN], cwd=tmp_path) as starter:
+#: Runs a command that holds a lock.
+HOLDER = (
+    "import anyio, os, sys\nfrom orchestrator.filelock import FileLock\nfrom orchestrator.process import run\n"
+    "async def main():\n async with FileLock(__import__('pathlib').Path('lock')).hold() as held:\n"
+    "  await run(['sh', '-c', sys.argv[1]], env={'PATH': os.defpath}, keep_fds=[held.fd])\n"
+    "anyio.run(main)"
+)
+
+
+async def test_a_frozen_command_does_not_outlive_the_process_that_started_it(tmp_path: Path) -> None:
+    """It is killed with all that it started, and its lock is free."""
+    with subprocess.Popen([sys.executable, "-c", HOLDER, FROZEN], cwd=tmp_path) as starter:
         wait_for((tmp_path / "pid").exists)
         starter.kill()
     wait_for(lambda: not _lives(int((tmp_path / "pid").read_text())), 10)
-    async with lock.hold(5):
+    async with FileLock(tmp_path / "lock").hold(5):
         pass
+
+
+async def test_a_command_in_progress_finishes_after_the_process_that_started_it(tmp_path: Path) -> None:
+    """A push that is killed half done would leave a checkout to repair; its lock is held until it has ended."""
+    slow = "echo > started; sleep 2; echo > finished"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, slow], cwd=tmp_path) as starter:
+        wait_for((tmp_path / "started").exists)
+        starter.kill()
+    async with FileLock(tmp_path / "lock").hold(15):
+        assert (tmp_path / "finished").exists()
 
 
 async def test_cancellation_does_not_cut_a_command_short(tmp_path: Path) -> None:
