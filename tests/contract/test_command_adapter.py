@@ -129,6 +129,7 @@ class TestCodexFromYaml(AdapterContract):
         "resumed": Recorded(text="Both are there.", tokens=(2 * 120 + 2 * 20, 2 * 34 + 2 * 4)),
         "read-only": Recorded(FailureClass.REFUSED, text="It is looked at."),
         "tool": Recorded(text="Both done."),
+        "denied": Recorded(text="Tried."),
         "limited": Recorded(FailureClass.RATE_LIMITED),
         "limited-then-well": Recorded(text="Done."),
         "no-login": Recorded(FailureClass.AUTH),
