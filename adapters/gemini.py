@@ -135,6 +135,8 @@ _NO_RESULT: Final = "it ended without a result: something stopped it"
 #: Types of errors of tools that are denied, and messages where the type is that of any mistake.
 _DENIALS: Final = frozenset({"path_not_in_workspace", "permission_denied", "policy_violation", "tool_not_registered"})
 _KEPT_OFF: Final = re.compile(r"Path not in workspace|Access denied")
+#: The outcome of a shell command that it never runs, in any mode; it is reported as a success.
+_BLOCKED: Final = "Blocked: command substitution detected in shell command."
 _CALLED: Final = re.compile(r"([A-Za-z]+(?:_(?!_)[A-Za-z]+)*)")
 _YOLO: Final = "write `approval_mode: yolo` for its adapter, which is meant for the sandbox"
 _POLICY: Final = "a policy of its settings denies it: change that if it is to be allowed"
@@ -293,11 +295,13 @@ def _of_tool(name: str, given: Any, call: Any) -> Iterator[SessionEvent]:
 def _of_tool_result(value: JsonObject, mode: str) -> Iterator[SessionEvent]:
     error = value.get("error")
     error = error if isinstance(error, dict) else {}
-    message, call = one_line(text_of(error.get("message"))), text_of(value.get("tool_id"))
-    has_failed = value.get("status") == "error"
-    if has_failed and (text_of(error.get("type")) in _DENIALS or _KEPT_OFF.match(message)):
+    is_blocked = text_of(value.get("output")) == _BLOCKED
+    message, call = _BLOCKED if is_blocked else one_line(text_of(error.get("message"))), text_of(value.get("tool_id"))
+    has_failed = is_blocked or value.get("status") == "error"
+    has_no_remedy = is_blocked or _KEPT_OFF.match(message) is not None
+    if has_failed and (has_no_remedy or text_of(error.get("type")) in _DENIALS):
         tool = _CALLED.match(call)
-        remedy = "" if _KEPT_OFF.match(message) else _YOLO if mode == "auto_edit" else _POLICY
+        remedy = "" if has_no_remedy else _YOLO if mode == "auto_edit" else _POLICY
         yield Denied(tool[1] if tool else "a tool", message, remedy, call or None)
     if call:
         yield ToolEnded(call, message if has_failed else None)

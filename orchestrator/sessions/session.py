@@ -46,6 +46,11 @@ from orchestrator.sessions.transcript import (
 
 _LONGEST_REASON = 500  # characters
 _STOPPED = Exit("stop", None, None, None)
+#: Caches of test runners and linters, as patterns of a .gitignore: that a reader ran them is no change to report.
+_CACHES = (
+    *("__pycache__/", ".pytest_cache/", ".mypy_cache/", ".ruff_cache/", ".hypothesis/", ".tox/", ".nox/"),
+    *(".coverage", ".nyc_output/", ".eslintcache", ".gradle/"),
+)
 #: Seconds between two tries to collect work on a machine that lacks something, such as room on its disk.
 _LONGEST_WAIT = 10.0
 
@@ -379,7 +384,8 @@ class Session:
         what = self.assignment
         message = self.tools.redactor.text(commit_message(what.worktree, what.about))
         made = () if self._checkout is None else self._checkout.contents.record.unignored
-        admit = replace(self.tools.admission(what.max_file, made), leavings=tuple(self._adapters_command().leavings))
+        leavings = (*self._adapters_command().leavings, *(() if what.writes else _CACHES))
+        admit = replace(self.tools.admission(what.max_file, made), leavings=leavings)
         base = what.base if what.writes else what.start or what.base
         return await collect(self.tools.git, what.worktree, base, message, admit=admit, found=self._found)
 

@@ -144,6 +144,7 @@ class TestGemini(AdapterContract):
         "tool": Recorded(text="Both done.", paths=frozenset({"out/b.txt"})),
         # The tool answered with an error; the program goes on, and says that all went well.
         "refused": Recorded(text="Done.", paths=frozenset({"../beside.txt"})),
+        "denied": Recorded(text="Tried."),
         # Of what it may not do unasked, the model does not even hear.
         "no-shell": Recorded(paths=frozenset({"hello.txt"})),
         "limited": Recorded(FailureClass.RATE_LIMITED, paths=frozenset()),

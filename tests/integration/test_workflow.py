@@ -123,6 +123,30 @@ async def test_what_a_reader_changes_is_discarded_and_told(repository: Repositor
     await repository.assert_invariants()
 
 
+async def test_caches_of_a_readers_tests_are_no_changes(repository: Repository) -> None:
+    """They are discarded without an event, unless the target has them."""
+    repository.commit({"old/__pycache__/kept.txt": "theirs\n"})
+    repository.remember()
+    caches = ("__pycache__/a.cpython-311.pyc", "src/__pycache__/b.pyc", ".pytest_cache/v/lastfailed", ".coverage")
+    looks = [f"in look write {path} x" for path in caches]
+    changes = [*looks, "in look write old/__pycache__/kept.txt mine", "in look write cache/seen x"]
+    tasks = [
+        {"id": task, "prompt": "\n".join((*steps, "in build write b.txt hello")), "workflow": "two"}
+        for task, steps in {"tests": looks, "changes": changes}.items()
+    ]
+    path = repository.configure(tasks, workflows={"two": [{"look": {"access": "read"}}, {"build": {}}]})
+    ended = repository.council("run", str(path), "--json")
+    assert ended.states == {"tests": "landed", "changes": "landed"}, ended
+    told = [one for one in ended.lines if one.get("event") == "task.changes_discarded"]
+    assert [(one["task"], sorted(one["paths"])) for one in told] == [
+        ("changes", ["cache/seen", "old/__pycache__/kept.txt"])
+    ]
+    names = repository.git("ls-tree", "-r", "--name-only", "main").splitlines()
+    assert [name for name in names if "cache" in name or name == ".coverage"] == ["old/__pycache__/kept.txt"]
+    assert repository.git("show", "main:old/__pycache__/kept.txt") == "theirs"
+    await repository.assert_invariants()
+
+
 async def test_a_review_is_given_the_changes_as_data(repository: Repository) -> None:
     """Between marks, with the counts before the lines; of too many lines the counts alone."""
     approve = f"in review hand-over {APPROVE}"

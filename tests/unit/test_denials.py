@@ -32,6 +32,8 @@ BYPASS = "permission_mode: bypassPermissions"
          ("shell(/bin/bash -lc 'touch made.txt')",), "sandbox: none"),
         (GeminiAdapter(GeminiOptions(approval_mode="yolo")), "gemini/refused",
          ('write_file(Path not in workspace: Attempted path "/scratch/beside.txt"',), ""),
+        (GeminiAdapter(GeminiOptions(approval_mode="yolo")), "gemini/denied",
+         ("run_shell_command(Blocked: command substitution detected",), ""),
         (OpencodeAdapter(OpencodeOptions()), "opencode/refused", ("write(/work/hello.txt)",), "`permission`"),
         (ClaudeCodeAdapter(ClaudeCodeOptions()), "claude-code/edit", (), ""),
         (CodexAdapter(CodexOptions()), "codex/tool", (), ""),

@@ -116,6 +116,11 @@ def test_a_failed_tool_says_why() -> None:
     ]
 
 
+def test_a_command_that_its_program_blocked_is_shown_as_denied() -> None:
+    """Gemini CLI reports it as a success with an output."""
+    assert recorded("gemini", "denied") == ["> run_shell_command echo $(pwd): denied", "Tried."]
+
+
 def test_json_of_which_nothing_is_known_is_shown_as_it_is() -> None:
     """At the end, or once there is so much of it that it can't be a program's greeting."""
     lines = [json.dumps({"step": number}) for number in range(30)]

@@ -33,6 +33,7 @@ GEMINI: Final = Program(
         **CASES,
         **ASKED,
         "refused": Case("write ../beside.txt hi"),
+        "denied": Case("run echo $(pwd)\nsay Tried."),
         "no-shell": Case("write hello.txt hi\nrun echo from-the-shell", {"approval_mode": "auto_edit"}),
         "limited-for-long": Case("fail 429 9 4000\nwrite hello.txt hi"),
         "overloaded": Case("fail 503\nwrite hello.txt hi"),
