@@ -2,8 +2,8 @@
 
 Its standard input is a pipe from that process, whose lines are `+PID` for a command that was started as the leader of
 a session and `-PID` for one that has ended. The end of the pipe means that the process has ended: commands that are
-left get `LIMIT` seconds to finish, a frozen one `GRACE`; then they are killed with all that descends from them. Only the
-standard library is imported.
+left get `LIMIT` seconds to finish, a frozen one `GRACE`; then they are killed with all that descends from them.
+Only the standard library is imported.
 """
 
 from __future__ import annotations

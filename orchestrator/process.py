@@ -92,6 +92,8 @@ def _run(
             start_new_session=True,
         )
 
+    if keep_fds:
+        _tell_keeper(b"")  # it is there before the command is
     with start(argv) if confinement is None else confinement.start(argv, start) as child:
         _limit_memory(child.pid, memory)
         if argv[0] == "git" and is_struck("git.started"):

@@ -104,7 +104,7 @@ HOLDER = (
 
 async def test_a_frozen_command_does_not_outlive_the_process_that_started_it(tmp_path: Path) -> None:
     """It is killed with all that it started, and its lock is free."""
-    with subprocess.Popen([sys.executable, "-c", HOLDER, FROZEN], cwd=tmp_path) as starter:
+    with subprocess.Popen([sys.executable, "-c", HOLDER, f"sleep 1; {FROZEN}"], cwd=tmp_path) as starter:
         wait_for((tmp_path / "pid").exists)
         starter.kill()
     wait_for(lambda: not _lives(int((tmp_path / "pid").read_text())), 10)
