@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO
 
 import anyio.to_thread
@@ -85,7 +86,7 @@ def _run(
             argv,
             env=env,
             cwd=cwd,
-            stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
+            stdin=subprocess.DEVNULL if given is None else given,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             pass_fds=keep_fds,
@@ -94,13 +95,16 @@ def _run(
 
     if keep_fds:
         _tell_keeper(b"")  # it is there before the command is
-    with start(argv) if confinement is None else confinement.start(argv, start) as child:
+    with (
+        nullcontext() if stdin is None else _file_of(stdin) as given,
+        start(argv) if confinement is None else confinement.start(argv, start) as child,
+    ):
         _limit_memory(child.pid, memory)
         if argv[0] == "git" and is_struck("git.started"):
             os.killpg(child.pid, signal.SIGKILL)
         with _kept(child.pid) if keep_fds else nullcontext():
             try:
-                stdout, stderr = _communicate(child, stdin, timeout)
+                stdout, stderr = _communicate(child, timeout)
             except TimeoutError as why:
                 # The leader is not reaped yet, so its session's id can't be anyone else's.
                 keeper.kill_tree(child.pid)
@@ -109,14 +113,22 @@ def _run(
     return Completed(child.returncode, stdout, stderr)
 
 
-def _communicate(child: subprocess.Popen[bytes], stdin: bytes | None, timeout: float | None) -> tuple[bytes, bytes]:
+def _file_of(data: bytes) -> IO[bytes]:
+    """Return a file in memory to read data from: a pipe is only written to while its reader is waited for."""
+    file = os.fdopen(os.memfd_create("stdin"), "w+b") if hasattr(os, "memfd_create") else TemporaryFile()  # noqa: SIM115
+    file.write(data)
+    file.seek(0)
+    return file
+
+
+def _communicate(child: subprocess.Popen[bytes], timeout: float | None) -> tuple[bytes, bytes]:
     """Return what a command printed, at its end. TimeoutError says why it is not waited for any longer."""
     now = since = time.monotonic()
     deadline = math.inf if timeout is None else now + timeout
     before = -1
     while True:
         try:
-            return child.communicate(stdin, min(deadline - now, _IDLE_LOOK))
+            return child.communicate(timeout=min(deadline - now, _IDLE_LOOK))
         except subprocess.TimeoutExpired:
             now = time.monotonic()
         if now >= deadline:

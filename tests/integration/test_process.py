@@ -29,6 +29,14 @@ async def test_a_command_sees_exactly_the_given_environment_and_input() -> None:
     }
 
 
+async def test_a_command_that_is_looked_at_while_it_runs_gets_its_input_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it takes."""
+    monkeypatch.setattr(process, "_IDLE_LOOK", 0.05)
+    data = bytes(1 << 20)  # more than a pipe takes
+    done = await process.run(["sh", "-c", "sleep 0.3; cat"], env={"PATH": os.defpath}, input=data)
+    assert done.stdout == data
+
+
 async def test_a_command_without_input_has_nothing_to_read() -> None:
     """A command that asks something fails at once instead of waiting for the terminal."""
     done = await process.run(["sh", "-c", "read answer || echo nobody"], env=ENV, timeout=20)
