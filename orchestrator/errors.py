@@ -242,7 +242,8 @@ class LockHeld(CouncilError):
 
     def __init__(self, path: Path, holder: str, *, owner_lives: bool = True) -> None:
         self.path, self.holder, self.owner_lives = path, holder, owner_lives
-        super().__init__(f"{path} is locked by {holder}: wait for it to end or stop it")
+        self.what, self.remedy = f"{path} is locked by {holder}", "wait for it to end or stop it"
+        super().__init__(f"{self.what}: {self.remedy}")
 
 
 class GitError(CouncilError):
@@ -300,7 +301,7 @@ def is_exhaustion(error: OSError | GitError) -> bool:
 
 def as_shortage(error: BaseException) -> tuple[str, str] | None:
     """Return what is unavailable now and the fix, where an error is due to that and to nothing else."""
-    if isinstance(error, GitKilled) or (isinstance(error, StoreUnavailable) and not isinstance(error, StateLost)):
+    if isinstance(error, GitKilled | LockHeld | StoreUnavailable) and not isinstance(error, StateLost):
         return error.what, error.remedy
     if not isinstance(error, OSError | GitError) or (number := shortage(error)) is None:
         return None

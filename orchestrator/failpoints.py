@@ -3,7 +3,7 @@
 Off unless `COUNCIL_FAILPOINTS` is set when the process starts, and then one dictionary look-up is all that a
 disarmed one costs. The syntax is `name=kill` or `name=kill@N` (at the N-th time it is reached), separated by
 commas. `kill` is SIGKILL to ourselves: no `finally`, no flush, as when the machine's memory runs out. At `git.started`
-and `git.ended` it is the git command that is killed.
+and `git.ended` it is the git command that is killed. `stop` in its place is SIGSTOP: we continue at SIGCONT.
 """
 
 from __future__ import annotations
@@ -78,20 +78,23 @@ FAILPOINTS: Final = frozenset(
     }
 )
 
-_ARMED_SPEC = re.compile(r"([a-z_.]+)=kill(?:@([1-9][0-9]*))?")
+_ARMED_SPEC = re.compile(r"([a-z_.]+)=(kill|stop)(?:@([1-9][0-9]*))?")
 
 
-def _parse(spec: str) -> dict[str, int]:
+_SIGNALS: Final = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+
+
+def _parse(spec: str) -> dict[str, tuple[int, signal.Signals]]:
     armed = {}
     for part in filter(None, spec.split(",")):
         match = _ARMED_SPEC.fullmatch(part)
         if match is None or match[1] not in FAILPOINTS:
-            raise ValueError(f"COUNCIL_FAILPOINTS: {part!r} is not NAME=kill[@N] with a known NAME")
-        armed[match[1]] = int(match[2] or 1)
+            raise ValueError(f"COUNCIL_FAILPOINTS: {part!r} is not NAME=kill[@N] or NAME=stop[@N] with a known NAME")
+        armed[match[1]] = int(match[3] or 1), _SIGNALS[match[2]]
     return armed
 
 
-_armed: Final = dict[str, int]()
+_armed: Final = dict[str, tuple[int, signal.Signals]]()
 
 
 def arm(spec: str) -> None:
@@ -102,14 +105,18 @@ def arm(spec: str) -> None:
 
 
 def is_struck(name: str) -> bool:
-    """Whether a crash test asked for a kill here, at this time."""
+    """Whether a crash test asked for a signal here, at this time."""
     if not _armed or name not in _armed:
         return False
-    _armed[name] -= 1
-    return _armed[name] == 0
+    left, number = _armed[name]
+    _armed[name] = left - 1, number
+    return left == 1
 
 
 def failpoint(name: str) -> None:
-    """Die here if a crash test asked for it; otherwise nothing."""
+    """Die or stop here if a crash test asked for it; otherwise nothing."""
     if is_struck(name):
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), _armed[name][1])
+
+
+arm(os.environ.get("COUNCIL_FAILPOINTS", ""))

@@ -202,7 +202,8 @@ class Attempts:
             phase=None if turn.workflow.is_plain else turn.phase.name,
             writes=turn.phase.writes,
         )
-        return Work(task, spec, adapter, Session(self.shop.tools, self.pool, assignment), replace(turn, brief=brief))
+        session = Session(self.shop.tools, self.pool, assignment, partial(self.ledger.confirm, task))
+        return Work(task, spec, adapter, session, replace(turn, brief=brief))
 
     async def _diff(self, turn: Turn) -> str | None:
         """Return the changes that a phase starts with, if its template may show them."""

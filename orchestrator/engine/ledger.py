@@ -494,6 +494,10 @@ class Ledger:
             await self.refresh(task)
             await self._tell_lost([task])
 
+    async def confirm(self, task: str) -> None:
+        """Look in the store whether this orchestrator has the claim on a task still; ClaimLost where it has not."""
+        await self._tell_lost([task])
+
     async def refresh(self, task: str, *, released: bool = True) -> bool:
         """Look where a task is now; whether that is another place than was known.
 

@@ -22,7 +22,6 @@ from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.workshop import Workshop
 from orchestrator.errors import GitError, LockHeld, unusable
 from orchestrator.failpoints import failpoint
-from orchestrator.process import kill_marked
 from orchestrator.protocols import JsonObject
 from orchestrator.repo import worktrees
 from orchestrator.repo.collect import Collected
@@ -32,10 +31,10 @@ from orchestrator.repo.worktrees import Worktree
 from orchestrator.sessions.mailbox import remove_mailbox
 from orchestrator.sessions.output import last_sign, log_file
 from orchestrator.sessions.session import salvage
-from orchestrator.sessions.supervised import wait_released
+from orchestrator.sessions.supervised import end_supervised
 from orchestrator.sessions.transcript import NOTHING_SAID, Transcript, read_transcript
 
-#: Seconds within which a supervisor has killed everything once its orchestrator is gone; far above what it takes.
+#: Seconds within which a session has ended once its orchestrator is gone; far above what it takes.
 REAP_LIMIT = 30.0
 
 _CUT_OFF = "the orchestrator ended before the session did"
@@ -88,11 +87,8 @@ async def _clear_up(ledger: Ledger, shop: Workshop, clock: Clock, tasks: Sequenc
     for task in tasks:
         await _inherit(ledger, shop, task)
     for worktree in worktrees.left_over(shop.hub, ledger.run.id, tasks):
-        if not at_start:
-            if ledger.task(worktree.task).status not in CLAIMED:
-                continue
-            # Else the supervisor of one that was stopped would go on.
-            await anyio.to_thread.run_sync(kill_marked, worktree.marker)
+        if not at_start and ledger.task(worktree.task).status not in CLAIMED:
+            continue
         await _reap(ledger, shop, clock, worktree)
     for task in tasks:
         await _bring_back(ledger, clock, task, shop.target.landing_of(ledger.task(task).intended))
@@ -215,12 +211,11 @@ async def _record_lost(ledger: Ledger, shop: Workshop, clock: Clock, worktree: W
 
 
 async def end_session(worktree: Worktree) -> None:
-    """Return when nothing of a session lives; the caller knows that its orchestrator does not.
+    """End what lives of a session; the caller knows that its orchestrator is gone, or has it no more.
 
-    LockHeld if its supervisor goes on.
+    LockHeld if something of it can't be ended.
     """
-    await wait_released(worktree.lock, REAP_LIMIT)
-    await anyio.to_thread.run_sync(kill_marked, worktree.marker)
+    await end_supervised(worktree.lock, worktree.marker, REAP_LIMIT)
     await anyio.to_thread.run_sync(remove_mailbox, worktree)
 
 

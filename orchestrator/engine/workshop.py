@@ -16,6 +16,7 @@ from orchestrator.config.store import store_folder
 from orchestrator.domain.model import RunDocument
 from orchestrator.domain.prices import Price
 from orchestrator.domain.secrets import Redactor, secret_values
+from orchestrator.domain.sessions import SessionName
 from orchestrator.engine.accounting import Accounting
 from orchestrator.engine.desk import SessionDesk
 from orchestrator.engine.leases import PortLeases
@@ -40,6 +41,7 @@ from orchestrator.sessions.equipment import Equipment
 from orchestrator.sessions.fencing import Fencing
 from orchestrator.sessions.sandbox import choose_sandbox
 from orchestrator.sessions.session import SessionTools
+from orchestrator.sessions.supervised import is_alive
 from orchestrator.state.identity import known_folders
 
 
@@ -180,7 +182,11 @@ async def open_workshop(
     tools = SessionTools(git, fencing, redactor, logs, environ, clock, equipment)
     accounting = Accounting(known_prices() | {name: Price.model_validate(one) for name, one in run.prices.items()})
     servers = tuple(McpServerConfig.model_validate(one).named(name) for name, one in run.mcp_servers.items())
-    registry = Registry(store, clock, scope_of(source.location, run.target))
+
+    async def lives(session: SessionName) -> bool:
+        return await is_alive(Worktree(hub, *session).lock)
+
+    registry = Registry(store, clock, scope_of(source.location, run.target), lives)
     return Workshop(
         hub,
         git,

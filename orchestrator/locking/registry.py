@@ -3,7 +3,7 @@
 For order, not for safety: it keeps sessions from working at the same paths, and what lands is looked at once more
 (`on_escape`). A holding is a document; whoever takes anything also writes the turnstile of the scope, so that of two
 who take at once one sees what the other has taken. Giving back needs no turnstile. What was left behind by a claim that
-is over or taken over does not count, and goes with the next taking.
+is over or taken over does not count once its session has ended, and goes with the next taking.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from orchestrator.state.update import retried
 KIND: Final = "ownership"
 CLAIM: Final = "claim"
 
+#: Returns whether anything of a session lives, as far as this machine can see.
+Lives = Callable[[SessionName], Awaitable[bool]]
+
 #: How often a taking is tried where others are faster: each time somebody gets something, so somebody is done.
 _TRIES: Final = 50
 
@@ -55,8 +58,9 @@ class _Found(NamedTuple):
 class Registry:
     """Who owns what of one scope."""
 
-    def __init__(self, store: Store, clock: Clock, scope: str) -> None:
-        self._store, self._clock, self.scope = store, clock, scope
+    def __init__(self, store: Store, clock: Clock, scope: str, lives: Lives | None = None) -> None:
+        """Ask `lives` whether a session that has lost its claim has yet to end: it owns its paths until then."""
+        self._store, self._clock, self.scope, self._lives = store, clock, scope, lives
         self._turnstile = Key(KIND, scope)
         self._known: dict[Key, tuple[int, Holding]] = {}
 
@@ -318,7 +322,9 @@ class Registry:
     async def _counts(self, holding: Holding) -> bool:
         # A claim that is not the holding's now was not any more when the holding was read, or has ended since: epochs
         # never come back.
-        return counts(holding, _value(await self._store.get(claim_key(holding.session))))
+        if counts(holding, _value(await self._store.get(claim_key(holding.session)))):
+            return True
+        return self._lives is not None and await self._lives(holding.session)
 
     async def _live(self) -> list[Holding]:
         found = await self._read()

@@ -18,7 +18,6 @@ from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Exhausted, Failed, Misconfigured, Outcome
 from orchestrator.domain.secrets import Redactor
 from orchestrator.errors import LockHeld, RefusedError
-from orchestrator.process import kill_marked
 from orchestrator.protocols import JsonObject
 from orchestrator.repo.git import Git
 from orchestrator.repo.places import Place
@@ -30,7 +29,7 @@ from orchestrator.sessions import hooks
 from orchestrator.sessions.environment import attempt_variables, base_environment
 from orchestrator.sessions.fencing import Fencing, Ground
 from orchestrator.sessions.shell import CommandFailed, Done, NotRun, Shell, ShellResult
-from orchestrator.sessions.supervised import wait_released
+from orchestrator.sessions.supervised import end_supervised
 
 #: Seconds within which the commands of a killed orchestrator have ended.
 _REAP_LIMIT = 30.0
@@ -120,10 +119,9 @@ class Equipment:
 
     async def strip(self, place: Place) -> None:
         """Do what is to be done before a place is thrown away, also one that a killed process left."""
-        with suppress(LockHeld):
-            await wait_released(_lock_of(place), _REAP_LIMIT)
         shell = self._shell_of(place, {})
-        await anyio.to_thread.run_sync(kill_marked, shell.marker)
+        with suppress(LockHeld):
+            await end_supervised(_lock_of(place), shell.marker, _REAP_LIMIT)
         if self.config.teardown and await anyio.Path(place.tree).is_dir():
             with suppress(RefusedError):
                 shell = self._shell_of(place, await self.lease(place.root))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from orchestrator.config.model import Reach
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Exhausted, Exit, Failed, Interrupted, Limits, Outcome, judge
 from orchestrator.domain.secrets import Redactor, secret_values
-from orchestrator.errors import GitError, RefusedError, SessionError, is_exhaustion
+from orchestrator.errors import GitError, LeaseLost, RefusedError, SessionError, is_exhaustion
 from orchestrator.failpoints import failpoint
 from orchestrator.limits import is_disk_full
 from orchestrator.process import kill_marked
@@ -158,6 +158,8 @@ class Session:
     tools: SessionTools
     pool: Pool
     assignment: Assignment
+    may_start: Callable[[], Awaitable[None]] | None = None
+    """Raises LeaseLost where its task is not this orchestrator's any more."""
     _checkout: Checkout | None = field(default=None, init=False)
     _found: Differences | None = field(default=None, init=False)
     _provided: Provided | None = field(default=None, init=False)
@@ -188,7 +190,7 @@ class Session:
                 exit_ = await self._supervise()
         except SetupFailed as failed:
             return Finished(failed.outcome(at_base=what.start is None))
-        except (GitError, OSError, RefusedError) as error:
+        except (GitError, OSError, RefusedError, LeaseLost) as error:
             return Finished(_not_set_up(error))
         except SessionError as error:
             await anyio.to_thread.run_sync(kill_marked, worktree.marker)
@@ -287,7 +289,9 @@ class Session:
             reach |= self._mailbox.reach
         async with self.tools.fencing.around(Ground.of(self.assignment.worktree), command, reach) as fenced:
             try:
-                ended = await run_supervised(fenced.command, on_spawned=lambda: failpoint("session.spawned"))
+                ended = await run_supervised(
+                    fenced.command, may_start=self.may_start, on_spawned=lambda: failpoint("session.spawned")
+                )
             finally:
                 self._denied = tuple(fenced.denied)
         error, is_missing = ended.spawn_error, False
@@ -413,7 +417,9 @@ class Session:
         return log_file(self.tools.logs, self.assignment.worktree.task, self.assignment.worktree.attempt, stream)
 
 
-def _not_set_up(error: GitError | OSError | RefusedError) -> Outcome:
+def _not_set_up(error: GitError | OSError | RefusedError | LeaseLost) -> Outcome:
+    if isinstance(error, LeaseLost):
+        return Interrupted(str(error))
     reason = f"the session could not be set up: {error}"
     is_ours = isinstance(error, RefusedError) or is_exhaustion(error)
     return Exhausted(reason) if is_ours else Failed(FailureClass.TRANSIENT, reason)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -20,12 +21,16 @@ import anyio
 import anyio.to_thread
 
 from orchestrator import process
-from orchestrator.errors import SessionError
-from orchestrator.filelock import FileLock
+from orchestrator.errors import LockHeld, SessionError
+from orchestrator.filelock import FileLock, Signature
+from orchestrator.sessions.supervisor import OWNER
 
 _MODULE = "orchestrator.sessions.supervisor"
+_LOCKED = b'{"event": "locked"}\n'
 _FOLDER = Path("/")  # the supervisor's own, so that it keeps no worktree busy
 _SERVER: ContextVar[process.ForkServer | None] = ContextVar("_SERVER", default=None)
+#: Seconds that a supervisor gets to end its session by itself; far above what it takes.
+_REAP_PAUSE = 0.5
 _KILL_PATIENCE = 5.0  # seconds from SIGKILL to the last process's end; measured in milliseconds
 
 
@@ -94,18 +99,28 @@ class Ended:
     exhausted: bool = False
 
 
-async def run_supervised(command: SupervisedCommand, *, on_spawned: Callable[[], None] | None = None) -> Ended:
+async def run_supervised(
+    command: SupervisedCommand,
+    *,
+    may_start: Callable[[], Awaitable[None]] | None = None,
+    on_spawned: Callable[[], None] | None = None,
+) -> Ended:
     """Run a CLI to its end and return the facts; nothing that it started is alive then.
 
-    `on_spawned` is called when the supervisor has its orders and the CLI perhaps runs. On cancellation the
-    CLI is stopped as `SupervisedCommand` says before the cancellation goes on. Raises SessionError if the
-    supervisor ended without its report, OSError if it could not be started.
+    `may_start` is called under the session's lock, right before the CLI starts, which its error prevents.
+    `on_spawned` is called when the CLI perhaps runs. On cancellation the CLI is stopped as `SupervisedCommand` says
+    before the cancellation goes on. Raises SessionError if the supervisor ended without its report, OSError if it
+    could not be started.
     """
     async with _supervisor(command.lock.stem) as supervisor:
         ordered = False
         try:
             await supervisor.send(_spec(command))
             ordered = True
+            if await supervisor.is_locked():
+                if may_start is not None:
+                    await may_start()
+                await supervisor.send(b"start\n")
             if on_spawned is not None:
                 on_spawned()
             return await supervisor.report()
@@ -128,6 +143,41 @@ async def wait_released(lock: Path, timeout: float) -> None:  # noqa: ASYNC109  
     with suppress(FileNotFoundError):  # whoever else sees to that session has just removed all that was left of it
         async with FileLock(lock).hold(timeout):
             pass
+
+
+async def is_alive(lock: Path) -> bool:
+    """Whether anything of the session that `lock` belongs to lives, or its lock is looked at just now."""
+    with suppress(FileNotFoundError):
+        return await anyio.Path(lock).exists() and await FileLock(lock).is_held()
+    return False
+
+
+async def end_supervised(lock: Path, marker: bytes, timeout: float) -> None:  # noqa: ASYNC109  (as `wait_released`)
+    """Return when nothing of a session lives whose orchestrator is gone, or has it no more; LockHeld as above.
+
+    A supervisor ends a session by itself unless it is frozen, or its orchestrator is: then it is woken and stopped, and
+    all processes are killed that have `marker` in their environment.
+    """
+    until = anyio.current_time() + timeout
+    while True:
+        try:
+            await wait_released(lock, _REAP_PAUSE)
+            break
+        except LockHeld:
+            if anyio.current_time() >= until:
+                raise
+        await anyio.to_thread.run_sync(process.kill_marked, marker)
+        await anyio.to_thread.run_sync(_stop_supervisor, lock)
+    await anyio.to_thread.run_sync(process.kill_marked, marker)
+
+
+def _stop_supervisor(lock: Path) -> None:
+    """Have the supervisor that signed a lock, if it lives, stop its session, though it is frozen. Blocks."""
+    signed = Signature.read(lock)
+    if signed is not None and signed.owner == OWNER and signed.started is not None and signed.lives:
+        with suppress(ProcessLookupError, PermissionError):
+            for number in (signal.SIGTERM, signal.SIGCONT):
+                os.kill(signed.pid, number)
 
 
 @asynccontextmanager
@@ -204,14 +254,23 @@ class _Supervisor:
         except BrokenPipeError:
             return
 
+    async def is_locked(self) -> bool:
+        """Wait for what it reports first; whether that is that it holds the lock, and not its end."""
+        while b"\n" not in self._said and await self._read():
+            pass
+        return self._said.startswith(_LOCKED)
+
     async def ended(self) -> None:
         """Wait for the end of the status pipe, which is the supervisor's own end."""
-        while True:
-            await anyio.wait_readable(self._status)
-            data = self._status.read(1 << 16)
-            if data == b"":
-                return
-            self._said += data or b""
+        while await self._read():
+            pass
+
+    async def _read(self) -> bool:
+        """Read more of what it reports; False at its end."""
+        await anyio.wait_readable(self._status)
+        data = self._status.read(1 << 16)
+        self._said += data or b""
+        return data != b""
 
     async def report(self) -> Ended:
         """Wait for the end and return the facts."""

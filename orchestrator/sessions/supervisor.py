@@ -5,10 +5,14 @@ status pipe as standard output; or it is forked from one that was started so and
 (`serve`), because most of what a session costs us is the start of a Python. Only the standard library is imported,
 and little of that.
 
-    control  one line of JSON, the fields of `Spec`; later perhaps the line `stop`; its end means that the
-             orchestrator is dead
-    status   {"event": "started", "pid": …} unless nothing could be started, and last of all
-             {"event": "ended", …}, the fields of `orchestrator.sessions.supervised.Ended`
+    control  one line of JSON, the fields of `Spec`; the line `start`, in answer to `locked`; later perhaps the line
+             `stop`; its end means that the orchestrator is dead
+    status   {"event": "locked"} once it holds the session's lock, {"event": "started", "pid": …} unless nothing
+             could be started, and last of all {"event": "ended", …}, the fields of
+             `orchestrator.sessions.supervised.Ended`
+
+The orchestrator looks between `locked` and `start` whether the session is still its own. Whoever takes that from it
+looks whether the lock is held, afterwards: so one of them sees the other.
 
 It holds an exclusive `flock` on the session's lock file from before the CLI starts until every descendant is dead,
 and tells its end after that: as the child subreaper it inherits each orphan, whatever it forked, cleared or
@@ -51,6 +55,7 @@ CONTROL, STATUS = 0, 1
 WRAPPER_STATUS = 3  # where `argv` tells a wrapper to report to
 WRAPPER_FILTER = 4  # where it tells it to read a filter of system calls from
 WRAPPER_COMPLAINT = 5  # where what starts the CLI in a wrapper reports why it can't
+OWNER = "supervisor"  # who holds the session's lock, in the words of its file
 LOCK_PATIENCE = 2.0  # seconds; longer than anyone who only looks whether the lock is free keeps it
 LOOK_INSIDE = 0.05  # seconds; between looks into a wrapper, whether anybody lives there
 TIDYING = 0.5  # the share of the grace in which a CLI that was interrupted is left alone
@@ -131,6 +136,19 @@ class Control:
         self._unread += data or b""
         return "stop" if b"stop\n" in self._unread else None
 
+    def permission(self, wake: int) -> str | None:
+        """Wait until the CLI may start; return what ends the session before that: `stop`, which is SIGTERM, too,
+        or `orphaned`.
+        """
+        poll = select.poll()
+        for fd in (CONTROL, wake):
+            poll.register(fd, select.POLLIN)
+        while (request := self.request()) is None and b"start\n" not in self._unread:
+            for fd, _ in poll.poll():
+                if fd == wake and signal.SIGTERM in os.read(wake, CHUNK_BYTES):
+                    return "stop"
+        return request
+
 
 class Wrapper:
     """What a bubblewrap around the CLI reports: whether the CLI itself ever ran.
@@ -196,8 +214,18 @@ def take_lock(path: str) -> int:
         else:
             break
     os.ftruncate(file, 0)
-    os.write(file, json.dumps({"pid": os.getpid(), "since": time.time()}).encode())
+    signature = {"pid": os.getpid(), "started": start_ticks(), "since": time.time(), "owner": OWNER}
+    os.write(file, json.dumps(signature).encode())
     return file
+
+
+def start_ticks() -> int | None:
+    """When this process started, in the kernel's ticks since boot; None without /proc."""
+    try:
+        with open("/proc/self/stat", "rb") as file:  # noqa: PTH123  (pathlib is a slow import)
+            return int(file.read().rpartition(b")")[2].split()[19])
+    except OSError:
+        return None
 
 
 def start(spec: Spec, streams: list[Stream], wrapper: Wrapper | None) -> int:
@@ -383,7 +411,8 @@ def supervise(spec: Spec, control: Control, wake: int) -> dict[str, object]:
 def hold(spec: Spec, control: Control, wake: int) -> dict[str, object]:
     """Do what `supervise` does, under the lock."""
     # Asked only now: who finds the lock free later can rely on it that nothing of this session will start.
-    if (request := control.request()) is not None:
+    tell(event="locked")
+    if (request := control.permission(wake)) is not None:
         return {"ended_by": request}
     streams = [Stream(path, spec.cap, spec.redact) for path in (spec.stdout, spec.stderr)]
     wrapper = Wrapper() if spec.wrapped else None

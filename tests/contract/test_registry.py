@@ -44,8 +44,12 @@ class Owners:
     """Sessions that take of one registry, each with a claim of its own."""
 
     def __init__(self, store: Store, scope: str = SCOPE) -> None:
-        self.store, self.registry = store, Registry(store, SystemClock(), scope)
+        self.alive = set[SessionName]()
+        self.store, self.registry = store, Registry(store, SystemClock(), scope, self.lives)
         self.claims: dict[SessionName, Guard] = {}
+
+    async def lives(self, session: SessionName) -> bool:
+        return session in self.alive
 
     async def take(self, session: SessionName, *patterns: str, wait: float = 0.0) -> HeldBy | None:
         if session not in self.claims:
@@ -222,6 +226,20 @@ class RegistryContract(ABC):
             assert (held.holder, held.orchestrator) == (ADA, "o2")
             await end(owners.store, later, "abandoned")
             assert await owners.take(BOB, "a") is None
+
+    async def test_a_session_that_outlives_its_claim_owns_its_paths_until_its_end(self) -> None:
+        """Its task was cancelled elsewhere: nobody has its paths before it is dead, then they are free."""
+        async with self.owners() as owners:
+            await owners.take(ADA, "a")
+            owners.alive.add(ADA)
+            await end(owners.store, owners.claims[ADA], "failed")
+            held = await owners.take(BOB, "a")
+            assert held is not None
+            assert held.holder == ADA
+            assert not await owners.registry.sweep()
+            owners.alive.clear()
+            assert await owners.take(BOB, "a") is None
+            assert await owners.owned() == {"bob": ("a",)}
 
     async def test_attempts_of_one_task_are_not_in_each_others_way(self) -> None:
         """Under one claim, what an earlier attempt left goes over to the next."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 from collections import Counter
@@ -11,6 +10,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from orchestrator.clock import SystemClock
@@ -79,8 +79,8 @@ async def test_every_task_of_a_killed_process_restarts_at_once(repository: Repos
     await assert_each_landed_once(repository, [task["id"] for task in tasks])
 
 
-async def test_a_session_keeps_its_paths_until_it_is_dead(repository: Repository) -> None:
-    """Its process was killed and its supervisor is frozen: the claim passes on at once, the paths only at its end."""
+async def test_a_frozen_session_of_a_killed_process_is_ended(repository: Repository) -> None:
+    """Its supervisor and its CLI are stopped: who takes over ends them before anybody else has their paths."""
     gate = repository.spawns.parent / "gate"
     steps = f"await {gate}\nappend s.txt"
     tasks = [{"id": name, "prompt": f"{steps} {name}", "owns": ["s.txt"]} for name in ("first", "second")]
@@ -88,19 +88,18 @@ async def test_a_session_keeps_its_paths_until_it_is_dead(repository: Repository
     wait_for(repository.spawns.exists)
     status = repository.council("status", "--json").result
     session = Path(status["repository"]).parent / f"sessions/{status['run']}/first.1"
-    supervisor = json.loads((session / "lock").read_text())["pid"]
+    supervisor = psutil.Process(json.loads((session / "lock").read_text())["pid"])
+    frozen = [supervisor, *supervisor.children(recursive=True)]
     other = repository.start("work", "--json")
     wait_for(lambda: "run.joined" in repository.council("state", "log", "--json").stdout)
-    os.kill(supervisor, signal.SIGSTOP)
-    try:
-        killed.send_signal(signal.SIGKILL)
-        killed.communicate()
-        wait_for(lambda: "claims.swept" in repository.council("state", "log", "--json").stdout)
-        held = repository.council("locks", "--json").result["locks"]
-        assert [one["name"] for one in held if "s.txt" in one["what"]] == [f"ownership/{status['run']}/first.1"]
-        assert len(repository.spawns.read_text().splitlines()) == 1
-    finally:
-        os.kill(supervisor, signal.SIGCONT)
+    for process in frozen:
+        process.suspend()
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    since = time.monotonic()
+    wait_for(lambda: len(repository.spawns.read_text().splitlines()) == 2)
+    assert not [process for process in frozen if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert time.monotonic() - since < 2 * RESTARTED_WITHIN
     gate.touch()
     assert ended(other) == [0]
     assert states(repository) == {"first": "landed", "second": "landed"}

@@ -20,8 +20,16 @@ import anyio
 import psutil
 import pytest
 
-from orchestrator.errors import LockHeld, SessionError
-from orchestrator.sessions.supervised import Ended, SupervisedCommand, forking, run_supervised, wait_released
+from orchestrator.errors import LeaseLost, LockHeld, SessionError
+from orchestrator.sessions.supervised import (
+    Ended,
+    SupervisedCommand,
+    end_supervised,
+    forking,
+    is_alive,
+    run_supervised,
+    wait_released,
+)
 
 MIB = 1 << 20
 Agent = Callable[..., SupervisedCommand]
@@ -646,9 +654,62 @@ async def test_a_cancellation_during_the_start_leaves_nothing(agent: Agent, dela
 
 async def test_a_program_of_a_session_cancelled_before_its_start_never_runs(agent: Agent, tmp_path: Path) -> None:
     """A session that is stopped while the supervisor starts costs no call of a model."""
+
+    async def cancel() -> None:
+        scope.cancel()
+
     with anyio.CancelScope() as scope:
-        await run_supervised(agent("open('ran', 'w'); time.sleep(300)"), on_spawned=scope.cancel)
+        await run_supervised(agent("open('ran', 'w'); time.sleep(300)"), may_start=cancel)
     assert scope.cancelled_caught
+    assert not (tmp_path / "ran").exists()
+
+
+async def test_a_program_that_may_not_start_never_runs(agent: Agent, tmp_path: Path) -> None:
+    """That is asked under the session's lock: whoever finds it free has been heard, or will be."""
+    command = agent("open('ran', 'w')")
+
+    async def refuse() -> None:
+        assert await is_alive(command.lock)
+        raise LeaseLost("the claim", 1, 2)
+
+    with pytest.raises(LeaseLost):
+        await run_supervised(command, may_start=refuse)
+    assert not await is_alive(command.lock)
+    assert not (tmp_path / "ran").exists()
+
+
+@LINUX_ONLY
+async def test_a_frozen_session_ends_with_all_that_it_started(agent: Agent, tmp_path: Path) -> None:
+    """Its orchestrator is dead; the supervisor is woken, and kills also what has cleared its environment."""
+    command = agent(NASTY)
+    growing = [tmp_path / f"grows-{name}" for name in ("cli", "a", "b")]
+    orchestrator = subprocess.Popen([sys.executable, "-c", ORCHESTRATOR, str(tmp_path)])
+    await until(lambda: all(path.exists() and path.stat().st_size for path in growing))
+    pids = [int(path.read_text().split()[0]) for path in growing]
+    frozen = [*psutil.Process(orchestrator.pid).children(), psutil.Process(pids[0])]
+    for process in frozen:
+        process.suspend()
+    orchestrator.kill()
+    orchestrator.wait()
+    await anyio.sleep(0.1)
+    assert all(map(lives, pids))
+    await end_supervised(command.lock, b"nobody has this", 10)
+    assert not any(map(lives, pids))
+
+
+@LINUX_ONLY
+async def test_a_session_that_waits_for_a_frozen_orchestrator_ends_before_it_starts(
+    agent: Agent, tmp_path: Path
+) -> None:
+    """Whoever takes over need not wait, and the orchestrator learns it when it wakes."""
+    command = agent("open('ran', 'w')")
+
+    async def be_taken_over() -> None:
+        await end_supervised(command.lock, b"nobody has this", 10)
+        assert not await is_alive(command.lock)
+
+    ended = await run_supervised(command, may_start=be_taken_over)
+    assert (ended.exit, ended.ended_by) == (None, "stop")
     assert not (tmp_path / "ran").exists()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -171,6 +172,51 @@ async def test_a_cancelled_task_of_another_process_ends_there(repository: Reposi
     ended(coordinator, helper)
     assert states(repository) == {"a": "cancelled", "b": "cancelled"}
     await repository.assert_invariants()
+
+
+async def test_the_paths_of_a_cancelled_session_are_free_at_its_end(repository: Repository) -> None:
+    """Its process is frozen and can't stop it: whoever else wants its paths waits until it does."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "long", "prompt": "hang"},
+        {"id": "first", "prompt": "hang", "owns": ["s.txt"]},
+        {"id": "second", "prompt": "append s.txt x", "owns": ["s.txt"]},
+    ]
+    leader = repository.start("run", str(repository.configure(tasks, capacity=1)), "--json")
+    wait_for(repository.spawns.exists)
+    owner = repository.start("work", "--json")
+    wait_for(lambda: len(repository.spawns.read_text().splitlines()) == 2)
+    third = repository.start("work", "--json")
+    wait_for(lambda: repository.council("state", "log", "--json").stdout.count("run.joined") == 2)
+    owner.send_signal(signal.SIGSTOP)
+    try:
+        assert repository.council("cancel", "first").code == 0
+        wait_for(lambda: states(repository)["first"] == "cancelled")
+        time.sleep(1.5)  # three tries
+        assert len(repository.spawns.read_text().splitlines()) == 2
+    finally:
+        owner.send_signal(signal.SIGCONT)
+    wait_for(lambda: states(repository)["second"] == "landed")
+    assert repository.council("cancel", "long").code == 0
+    ended(leader, owner, third)
+    assert states(repository) == {"long": "cancelled", "first": "cancelled", "second": "landed"}
+    await repository.assert_invariants()
+
+
+async def test_who_was_stopped_during_set_up_starts_nothing_after_it_lost_its_task(repository: Repository) -> None:
+    """It was taken for gone meanwhile, and another process has done the task."""
+    tasks = [{"id": "t", "prompt": "write t.txt x"}, {"id": "next", "prompt": "write n.txt x"}]
+    config = repository.configure(tasks, capacity=1, coordination=QUICK)
+    owner = repository.start("run", str(config), "--json", failpoints="attempt.recorded=stop")
+    wait_for(lambda: states(repository).get("t") == "running")
+    other = repository.start("work", "--json")
+    try:
+        assert ended(other) == [0]
+        assert len(repository.spawns.read_text().splitlines()) == 2
+    finally:
+        owner.send_signal(signal.SIGCONT)
+    assert ended(owner) == [1]
+    assert len(repository.spawns.read_text().splitlines()) == 2
+    await assert_each_landed_once(repository, ["t", "next"])
 
 
 async def test_what_lands_elsewhere_is_over_before_a_request_about_it_is(repository: Repository) -> None:
