@@ -1,0 +1,33 @@
+"""What a command prints, and how it ends, where something is in its way that passes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cli.boundary import Log, boundary
+from orchestrator.cli.output import Output
+from orchestrator.filelock import FileLock
+
+
+@pytest.mark.parametrize("is_grouped", [False, True])
+async def test_a_lock_that_stays_held_is_no_internal_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], *, is_grouped: bool
+) -> None:
+    """One line with the holder and the fix, and exit code 1, also out of a group of tasks."""
+    lock = FileLock(tmp_path / "session.lock")
+    async with lock.hold():
+        error = await lock.held_error()
+    raised = ExceptionGroup("tasks", [error]) if is_grouped else error
+    with pytest.raises(SystemExit) as end, boundary(Output(as_json=True), Log()):
+        raise raised
+    assert end.value.code == 1
+    result = json.loads(capsys.readouterr().out)
+    assert result["status"] == "unavailable"
+    assert result["error"].startswith(f"{lock.path} is locked by process")
+    assert result["remedy"] == "wait for it to end or stop it"
+    with pytest.raises(SystemExit), boundary(Output(as_json=False), Log()):
+        raise raised
+    assert len(capsys.readouterr().err.splitlines()) == 1
