@@ -96,6 +96,7 @@ class _Client:
         self._cost: float | None = None
         self._cost_before = 0.0
         self._named: dict[str, set[str]] = {}
+        self._kinds: dict[str, str] = {}
         self._commands: dict[str, str] = {}
         self._is_asked = False
         self._told_before = 0.0
@@ -218,11 +219,13 @@ class _Client:
         told = self._named.setdefault(call.tool_call_id, set())
         paths = [path for path in dict.fromkeys(_paths_of(call)) if path not in told]
         told.update(paths)
-        command = _command_of(call)
-        if is_new or paths or command != self._commands.get(call.tool_call_id, ""):
-            self._commands[call.tool_call_id] = command
+        # An update has what is new alone.
+        kind = self._kinds[call.tool_call_id] = call.kind or self._kinds.get(call.tool_call_id, "other")
+        before = self._commands.get(call.tool_call_id, "")
+        command = self._commands[call.tool_call_id] = _command_of(call) or before
+        if is_new or paths or command != before:
             detail = _detail(call.title or "", command, paths)
-            write("tool", name=call.kind or "other", detail=detail, paths=paths, call=call.tool_call_id)
+            write("tool", name=kind, detail=detail, paths=paths, call=call.tool_call_id)
         else:
             self.words.show_life()
         if call.status in {"completed", "failed"}:

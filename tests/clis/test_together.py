@@ -20,6 +20,8 @@ _TASKS = 15
 async def test_all_that_they_do_side_by_side_lands(repository: Repository, server: ModelServer) -> None:
     """Five programs, three tasks each, five at once: every file is on the target, each from its own attempt."""
     programs = {name: SELECTED[name] for name in _PROGRAMS if name in SELECTED}
+    if not programs:
+        pytest.skip(f"none of {', '.join(_PROGRAMS)} is chosen by CLIS")
     stage = Stage(repository, server, programs, server.url)
     stage.set_up()
     names = list(programs)

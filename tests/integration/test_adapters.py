@@ -253,7 +253,7 @@ async def test_an_agent_reads_and_writes_through_us_in_the_worktree_only(bench: 
     said = bench.said(ended)
     assert "def main():" in said
     assert "canary" not in said
-    assert said.count("not allowed: ") == 3
+    assert said.count('"type": "denied"') == 3
     assert bench.repository.git("show", "--name-only", "--format=", "HEAD^2").split() == ["in.txt"]
 
 

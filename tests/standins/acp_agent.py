@@ -1,9 +1,10 @@
 """An agent that speaks the Agent Client Protocol, built on the agent's side of the SDK.
 
 Steps: `write PATH TEXT` (by asking us to), `edit PATH TEXT` (itself, after asking leave), `read PATH`, `say TEXT`,
-`work` (in the worktree itself, after asking leave), `ask KIND` (leave for a tool of that kind), `servers`
-(which it was given), `fail auth|limit|die|refuse`, `fail CODE MESSAGE`; `stop PATH` is `edit`, and the end where it is
-refused. What it was answered it says. With ACP_BESIDE it tells its tokens as Gemini CLI does.
+`run COMMAND` (which it only tells of), `work` (in the worktree itself, after asking leave), `servers` (which it was
+given), `ask KIND` (leave for a tool of that kind), `fail auth|limit|die|refuse`, `fail CODE MESSAGE`; `stop PATH` is
+`edit`, and the end where it is refused. What it was answered it says. With ACP_BESIDE it tells its tokens as Gemini CLI
+does.
 
 With ACP_LOADS it keeps what it is told, takes servers by their URLs, and goes on with a conversation: it tells all that
 was in it, some of it late. ACP_MODES are the modes that it offers.
@@ -117,6 +118,9 @@ class Agent:
             if word == "stop":
                 await self.request_leave(session_id, self.at(first))
                 return schema.PromptResponse(stop_reason="end_turn")
+            if word == "run":
+                await self.run(session_id, f"{first} {rest}".strip())
+                continue
             await self.step(session_id, word, first, rest)
         await self.spend(session_id)
         if "ACP_BESIDE" in os.environ:
@@ -180,6 +184,15 @@ class Agent:
             await self.say(session, getattr(answer, "content", "") or "done")
         except acp.RequestError as error:
             await self.say(session, f"refused: {error.data}")
+
+    async def run(self, session: str, command: str) -> None:
+        """Tell of a command as opencode does: each update says what is new, the last one not even the command."""
+        for update in (
+            acp.start_tool_call("r-1", "bash", kind="execute", status="pending"),
+            acp.update_tool_call("r-1", title=command, status="in_progress", raw_input={"command": command}),
+            acp.update_tool_call("r-1", status="completed", raw_output="done"),
+        ):
+            await self.client.session_update(session, update)
 
     async def edit(self, session: str, path: str, text: str) -> None:
         chosen = await self.request_leave(session, path)

@@ -34,6 +34,7 @@ from orchestrator.protocols import (
     SessionEvent,
     SessionRequest,
     Spent,
+    ToolEnded,
     UsedTool,
     Warned,
 )
@@ -286,6 +287,16 @@ def test_what_stays_in_the_worktree_is_allowed_whatever_kind_of_tool_it_is(place
     kinds = ("fetch", "read", "search", "think", "delete", "edit", "execute", "move", "other", "switch_mode")
     events = place.converse("\n".join(f"ask {kind}" for kind in kinds))
     assert words(events) == ["chosen: once" for _ in kinds]
+
+
+def test_an_update_of_a_tool_call_adds_to_what_was_told_of_it(place: Place) -> None:
+    """It keeps its kind and its command where an update names none."""
+    events = place.converse("run make test")
+    assert [event for event in events if isinstance(event, UsedTool | ToolEnded)] == [
+        UsedTool("execute", "bash", call="r-1"),
+        UsedTool("execute", "make test", call="r-1"),
+        ToolEnded("r-1"),
+    ]
 
 
 @pytest.mark.parametrize("takes_urls", [True, pytest.param(False, marks=pytest.mark.slow)])
