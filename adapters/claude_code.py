@@ -236,6 +236,8 @@ def _servers(request: SessionRequest) -> JsonObject:
         if one.url is not None
         # Variables of a server's are those of the session, by their names.
         else {"command": one.argv[0], "args": [*one.argv[1:]], "env": {name: f"${{{name}:-}}" for name in one.env}}
+        # Else the model knows only names of tools, and has to search for them before it can hand anything over.
+        | ({"alwaysLoad": True} if one.name == SERVER else {})
         for one in request.mcp_servers
     }
 

@@ -101,7 +101,7 @@ async def test_a_program_that_is_killed_has_crashed_and_is_tried_again(stage: St
     """It is killed while its model thinks."""
     started = stage.start("delay 2\nwrite hello.txt hi", attempts=2)
     try:
-        wait_for(lambda: any(one.dialect for one in stage.server.requests), 60)
+        wait_for(lambda: any(one.dialect for one in stage.server.requests), 150)
         for process in stage.clients():
             process.kill()
     finally:
