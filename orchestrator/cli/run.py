@@ -341,8 +341,9 @@ async def _execute(
 ) -> int:
     """Execute a run with its events shown, and print the result; the first signal stops it cleanly."""
     context.interrupt.stop = council.stop
-    if not await council.is_live(run):
-        await anyio.to_thread.run_sync(_forget_error, council.project.background_log(run))
+    with suppress(RefusedError):  # which executing it says better
+        if not await council.is_live(run):
+            await anyio.to_thread.run_sync(_forget_error, council.project.background_log(run))
     async with shown(council, run, context.output, after) as progress:
         report = await execute()
         await progress.reach(await council.position())

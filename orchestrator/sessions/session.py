@@ -199,6 +199,7 @@ class Session:
         if self._checkout is None:
             return Finished(self._stopped_for or Interrupted("it was stopped before it began"))
         failpoint("session.ended")
+        is_full = await anyio.to_thread.run_sync(is_disk_full, self.assignment.worktree.tree, self.tools.logs)
         if (home := self._adapters_command().home) is not None:
             await homes.bring_back(self._home, home, self.tools.environ)
         what, worktree = self.assignment, self.assignment.worktree
@@ -223,7 +224,7 @@ class Session:
         )
         if isinstance(outcome, Interrupted) and self._stopped_for is not None:
             outcome = self._stopped_for
-        if isinstance(outcome, Failed) and await anyio.to_thread.run_sync(is_disk_full, worktree.tree, self.tools.logs):
+        if isinstance(outcome, Failed) and is_full:
             outcome = Exhausted(f"the disk is full, on which its session failed: {outcome.reason}")
         return Finished(
             outcome,

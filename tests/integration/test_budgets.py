@@ -83,7 +83,8 @@ async def test_a_run_is_halted_when_its_budget_is_used_up_and_goes_on_with_more(
     assert "the run's budget is used up" in ended.result["halted"]
     again = claude.council("resume", "--json")
     assert again.result["status"] == "halted"
-    assert [task["attempts"] for task in again.result["tasks"]] == [1, 1, 0], "nothing was started"
+    assert [task["attempts"] for task in again.result["tasks"]] == [1, 0, 0], "a session that was stopped is no attempt"
+    assert claude.council("usage", "--json").result["total"]["sessions"] == 2, "nothing was started"
     shown = claude.council("status")
     assert "--budget" in shown.stdout
     done = claude.council("resume", "--budget", "tokens=10k", "--json")

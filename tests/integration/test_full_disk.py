@@ -65,7 +65,7 @@ async def test_a_run_on_a_full_disk_waits_for_room_and_lands_everything(small: R
     tasks: list[dict[str, Any]] = [
         {"id": "finished", "prompt": f"echo done > finished.txt; touch {folder}/is-done; {room}"},
         {"id": "failing", "prompt": f"touch {folder}/is-there; {room}; {fails}", "attempts": 1},
-        {"id": "last", "prompt": "echo last > last.txt", "needs": ["finished"], "checks": ["test -s last.txt"]},
+        {"id": "last", "prompt": "echo last > last.txt", "needs": ["finished"], "checks": ["test ! -e broken"]},
     ]
     run = small.start("run", str(small.configure(tasks, adapters={"sh": sh})), "--json")
     wait_for(lambda: (folder / "is-done").exists() and (folder / "is-there").exists())

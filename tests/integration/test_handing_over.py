@@ -25,6 +25,8 @@ from tests.integration.test_mailbox import KINDS, Site
 from tests.places import Yard
 from tests.sandboxes import require
 
+pytestmark = pytest.mark.sandbox
+
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> SandboxKind:
@@ -62,8 +64,6 @@ async def test_a_session_has_a_folder_for_it(repository: Repository) -> None:
 
 WRITE = """
 import json, os, sys
-
-pytestmark = pytest.mark.sandbox
 said = {}
 for name in sys.argv[1:]:
     try:

@@ -36,6 +36,7 @@ from orchestrator.sessions.output import attempt_streams
 from orchestrator.sessions.sandbox import SandboxKind
 from orchestrator.sessions.shell import CommandFailed, Done, NotRun, Shell, ShellCommand, ShellResult, Stopped
 from tests.conftest import Repository
+from tests.processes import children
 from tests.sandboxes import require
 from tests.waiting import wait_for
 
@@ -105,13 +106,13 @@ async def test_a_command_that_fails_says_how_and_what_it_printed(place: Place) -
     assert isinstance(result, CommandFailed)
     assert result.ended == "ran for longer than 1 s, its limit (`worktrees.hooks_timeout`)"
     assert result.said == "begun\n"
-    assert not psutil.Process().children()
+    assert not children()
 
 
 async def test_a_command_leaves_nothing_running(place: Place) -> None:
     """What it puts into the background ends with it."""
     assert await place.shell.run(place.command("sleep 600 & echo started")) == Done()
-    assert not psutil.Process().children()
+    assert not children()
     assert not [one for one in psutil.process_iter(["cwd"]) if one.info["cwd"] == str(place.tree)]
 
 
@@ -123,7 +124,7 @@ async def test_a_cancellation_ends_a_command_with_its_grace(place: Place) -> Non
         await anyio.to_thread.run_sync(wait_for, (place.tree / "ready").exists)
         group.cancel_scope.cancel()
     assert (place.tree / "cleaned").exists()
-    assert not psutil.Process().children()
+    assert not children()
 
 
 async def test_a_command_whose_supervisor_dies_is_not_known_to_be_done(place: Place) -> None:
@@ -136,7 +137,7 @@ async def test_a_command_whose_supervisor_dies_is_not_known_to_be_done(place: Pl
     async with anyio.create_task_group() as group:
         group.start_soon(run)
         await anyio.to_thread.run_sync(wait_for, (place.tree / "ready").exists)
-        psutil.Process().children()[0].kill()
+        children()[0].kill()
     assert isinstance(results[0], NotRun)
     wait_for(lambda: not [one for one in psutil.process_iter(["cwd"]) if one.info["cwd"] == str(place.tree)])
 

@@ -103,10 +103,9 @@ async def test_one_that_the_repository_refuses_holds_up_no_other(repository: Rep
 
 async def test_those_with_checks_land_one_by_one(repository: Repository) -> None:
     """Each is checked on what is to be the target, and the others still land together and in their order."""
-    checks = ["test -e f0.txt"]
+    checked = {"checks": ["test -e f0.txt"], "allow_failing_base": True}
     tasks = [
-        {"id": f"t{one}", "prompt": f"write f{one}.txt x", "checks": checks if one in {2, 3} else []}
-        for one in range(6)
+        {"id": f"t{one}", "prompt": f"write f{one}.txt x", **(checked if one in {2, 3} else {})} for one in range(6)
     ]
     before = queue(repository, tasks)
     ended = repository.council("resume", "--json")

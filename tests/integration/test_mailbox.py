@@ -38,6 +38,8 @@ from orchestrator.sessions.supervised import SupervisedCommand, run_supervised
 from tests.desks import MemoryDesk
 from tests.sandboxes import require
 
+pytestmark = pytest.mark.sandbox
+
 KINDS = [SandboxKind.BUBBLEWRAP, SandboxKind.LANDLOCK, SandboxKind.OFF]
 
 
@@ -246,8 +248,6 @@ async def test_a_stolen_token_is_of_no_use_to_another_session(site: Site, kind: 
 
 DAEMON = """
 import os, subprocess, sys, time
-
-pytestmark = pytest.mark.sandbox
 if os.fork() == 0:
     first = os.getpid()
     os.setsid()

@@ -21,6 +21,7 @@ import pytest
 from orchestrator.errors import RefusedError, SessionError
 from orchestrator.sessions.sandbox import Fence, SandboxKind, choose_sandbox, fence_in
 from orchestrator.sessions.supervised import Ended, SupervisedCommand, run_supervised
+from tests.processes import children
 from tests.sandboxes import require
 
 pytestmark = [
@@ -353,7 +354,7 @@ async def test_a_cancellation_during_the_start_leaves_nothing(
     command = house.command(["sleep", "300"], grace=30, interrupt=interrupt)
     with anyio.move_on_after(delay):
         await run_supervised(fence_in(kind, command, house.fence()))
-    assert not psutil.Process().children()
+    assert not children()
 
 
 DETACHED = """
@@ -377,7 +378,7 @@ async def test_nothing_outlives_a_kill_of_the_supervisor(house: House, bubblewra
 
     async def kill() -> None:
         await until(lambda: grows.exists() and grows.stat().st_size)
-        psutil.Process().children()[0].kill()
+        children()[0].kill()
 
     command = house.command([sys.executable, "-I", "-S", "-c", DETACHED])
     async with anyio.create_task_group() as group:

@@ -16,6 +16,7 @@ import pytest
 from orchestrator.sessions.sandbox import SandboxKind, fence_in
 from orchestrator.sessions.supervised import Ended, SupervisedCommand, run_supervised
 from tests.integration.test_sandbox import House, until
+from tests.processes import children
 from tests.sandboxes import require
 
 pytestmark = [
@@ -100,7 +101,7 @@ async def stopped(house: House, command: SupervisedCommand) -> tuple[Ended, floa
 
     async def stop() -> None:
         await until((house.tree / "work" / "ready").exists)
-        (supervisor,) = psutil.Process().children()
+        (supervisor,) = children()
         asked.append(time.monotonic())
         supervisor.send_signal(signal.SIGTERM)
 

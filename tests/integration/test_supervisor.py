@@ -30,6 +30,7 @@ from orchestrator.sessions.supervised import (
     run_supervised,
     wait_released,
 )
+from tests.processes import children
 
 MIB = 1 << 20
 Agent = Callable[..., SupervisedCommand]
@@ -95,7 +96,7 @@ async def until(condition: Callable[[], object], within: float = 20) -> None:
 def supervisors() -> list[psutil.Process]:
     """Return our children, and instead of the one that forks supervisors its children."""
     found: list[psutil.Process] = []
-    for child in psutil.Process().children():
+    for child in children():
         found += child.children() if "serve()" in "".join(child.cmdline()) else [child]
     return found
 

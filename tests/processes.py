@@ -1,0 +1,10 @@
+"""The processes that tests look for."""
+
+from __future__ import annotations
+
+import psutil
+
+
+def children() -> list[psutil.Process]:
+    """Return what this process has started and is left, except the keeper, which ends with this process."""
+    return [one for one in psutil.Process().children() if "orchestrator.keeper" not in " ".join(one.cmdline())]
