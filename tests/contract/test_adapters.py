@@ -15,11 +15,13 @@ from adapters.codex import CodexAdapter
 from adapters.gemini import GeminiAdapter
 from adapters.ollama import OllamaAdapter
 from adapters.opencode import OpencodeAdapter
+from orchestrator.client.commands import SERVER
 from orchestrator.domain.failures import FailureClass
 from orchestrator.protocols import (
     AdapterType,
     Concluded,
     Identified,
+    McpServer,
     Said,
     SessionRequest,
     Spent,
@@ -214,6 +216,17 @@ def test_wrong_options(adapter_type: AdapterType, options: dict[str, Any]) -> No
     """What no session could be started with is refused before anything runs."""
     with pytest.raises(ValidationError):
         adapter_type.Options.model_validate(options)
+
+
+def test_the_tools_of_the_council_are_not_deferred_behind_a_search(tmp_path: Any) -> None:
+    """Those of the user's servers are, where Claude Code does that."""
+    servers = (McpServer(SERVER, ("council", "mcp")), McpServer("docs", ("docs",)))
+    request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home", mcp_servers=servers)
+    home = ClaudeCodeAdapter(ClaudeCodeAdapter.Options()).command(request).home  # type: ignore[arg-type]
+    assert home is not None
+    (written,) = home.files.values()
+    known = json.loads(written)["mcpServers"]
+    assert {name for name, one in known.items() if one.get("alwaysLoad")} == {SERVER}
 
 
 def test_what_a_file_says_of_a_variable_replaces_the_adapters_own(tmp_path: Any) -> None:

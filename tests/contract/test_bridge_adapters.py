@@ -162,13 +162,13 @@ class TestAcpClaude(AdapterContract):
     recorded: ClassVar = {
         **_AGENTS,
         "edit": Recorded(
-            session="20da8ec5-508d-4221-bca9-d8e8625f3893",
+            session="2cde79db-c2f8-4569-93b8-5c3634bf1923",
             text="It is written.",
             tokens=(2 * 120, 2 * 34),
             paths=frozenset({"/work/hello.txt"}),
         ),
         "resumed": Recorded(
-            session="d724235b-ba5f-4afe-9767-2b6bf276f295",
+            session="18c52824-ec82-431b-ba54-6dff1cd846fd",
             text="Both are there.",
             tokens=(2 * 20, 2 * 4),
             paths=frozenset({"/work/b.txt"}),  # what was done before is not told again
