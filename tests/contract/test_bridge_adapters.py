@@ -135,13 +135,13 @@ class TestAcpOpencode(AdapterContract):
         "limited-for-long": Recorded(FailureClass.RATE_LIMITED),
         **_AGENTS,
         "edit": Recorded(
-            session="ses_dfc4c7d93ffeqLiKgR5FEgCDIq",
+            session="ses_df60b8be3ffelymAhaWpKaVZd7",
             text="It is written.",
             tokens=(120, 34),  # of its last answer
             paths=frozenset({"/work/hello.txt"}),
         ),
         "resumed": Recorded(
-            session="ses_dfc2c6d43ffeKE1ac0k7FfdnyB",
+            session="ses_df60a4719ffeonBmdhPR9d3Aob",
             text="Both are there.",
             tokens=(20, 4),
             paths=frozenset({"/work/b.txt"}),  # what was done before is not told again

@@ -67,6 +67,7 @@ def recorded(program: str, name: str) -> list[str]:
         ("gemini", ["> run_shell_command echo from-the-shell: ok", "> write_file out/b.txt: ok", "Both done."]),
         ("opencode", ["> bash echo from-the-shell: ok", "> write /work/out/b.txt: ok", "Both done."]),
         ("acp-claude", ["> execute echo from-the-shell: ok", "> edit Write out/b.txt: ok", "Both done."]),
+        ("acp-opencode", ["> execute echo from-the-shell: ok", "> edit write /work/out/b.txt: ok", "Both done."]),
         ("acp-gemini", ["> execute echo from-the-shell: ok", "> edit Writing to out/b.txt: ok", "Both done."]),
     ],
 )
