@@ -138,7 +138,7 @@ async def test_who_loses_the_permit_to_land_while_it_is_stopped_asks_for_another
     begun, free, gate = (repository.spawns.parent / name for name in ("begun", "free", "gate"))
     check = f"touch {begun}; while [ ! -e {free} ]; do sleep 0.05; done"
     tasks: list[dict[str, Any]] = [
-        {"id": "checked", "prompt": "write checked.txt x", "checks": [check]},
+        {"id": "checked", "prompt": "write checked.txt x", "checks": [check], "allow_failing_base": True},
         {"id": "other", "prompt": f"await {gate}\nwrite other.txt x"},
     ]
     config = repository.configure(
