@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-import textwrap
 from collections import Counter
 from collections.abc import Iterator
 
@@ -27,7 +27,11 @@ from orchestrator.domain.model import REVIVABLE, SUCCESSFUL, Halt, TaskStatus
 from orchestrator.engine.report import RunReport, RunStatus, TaskReport
 
 LINES, COLUMNS = 10, 80
-"""The most that are printed, each of at most so many cells of a terminal."""
+"""The most that are printed, each of at most so many cells of a terminal, unless it has a command that is longer."""
+#: Words that no line break may divide: a command in backticks is one of them.
+_WORDS = re.compile(r"[^\s`]*`[^`]*`\S*|\S+")
+#: Lines of a halt that are printed from its beginning and from its end, where it has more.
+_HALT_LINES = 3
 #: States of tasks for which nothing is to be done themselves.
 _QUIET = frozenset({*SUCCESSFUL, TaskStatus.PENDING, "blocked"})
 
@@ -39,7 +43,7 @@ def brief_lines(report: RunReport, *, is_newest: bool = True) -> list[str]:
     """
     run = "" if is_newest else f" --run {report.run}"
     head = [fit(summary(report), COLUMNS), *(fit(line, COLUMNS) for line in _totals(report))]
-    foot = [fit(line, COLUMNS) for line in _next(report, run)][: LINES - len(head)]
+    foot = list(_next(report, run))[: LINES - len(head)]
     tasks = [task for task in report.tasks if task.state not in _QUIET]
     room = LINES - len(head) - len(foot)
     shown = tasks if 2 * len(tasks) <= room else tasks[: max(room - 1, 0) // 2]
@@ -65,9 +69,32 @@ def _task(task: TaskReport, report: RunReport, run: str) -> Iterator[str]:
     sessions = {one.task: one for one in report.sessions}
     what = session_line(sessions[task.id]) if task.id in sessions else one_line(task.reason or "")
     words = ": ".join(filter(None, [f"  {task.id} {state_words(task.state)}", what]))
-    yield fit(plain(words), COLUMNS)
-    step = plain(f"    next: {_step(task, report)}{run}")
-    yield step if cell_len(step) <= COLUMNS else f"    next: council status{run}"
+    yield _shortened(plain(words))
+    yield plain(f"    next: {_step(task, report)}{run}")
+
+
+def _shortened(text: str) -> str:
+    """Return text cut to the width of a line, and after it the commands in backticks that the cut would take."""
+    if cell_len(text) <= COLUMNS:
+        return text
+    lost = [one for one in re.finditer(r"`[^`]*`", text) if cell_len(text[: one.end()]) >= COLUMNS]
+    commands = " ".join(one.group() for one in lost)
+    prose = text[: lost[0].start()] if lost else text
+    room = max(COLUMNS - 1 - cell_len(commands), COLUMNS // 2) if lost else COLUMNS
+    return f"{fit(f'{prose.rstrip()} …' if lost and cell_len(prose) < room - 1 else prose, room)} {commands}".rstrip()
+
+
+def _wrapped(text: str) -> Iterator[str]:
+    """Break text into lines between words: neither a path nor a command is divided."""
+    line = ""
+    for word in _WORDS.findall(text):
+        if line and cell_len(f"{line} {word}") > COLUMNS:
+            yield line
+            line = word
+        else:
+            line = f"{line} {word}".lstrip()
+    if line:
+        yield line
 
 
 def _step(task: TaskReport, report: RunReport) -> str:
@@ -96,18 +123,21 @@ def _next(report: RunReport, run: str) -> Iterator[str]:
         yield f"The state log is damaged in {len(report.damage)} places. Next: council state verify"
     for adapter in report.adapters:
         again = remedy(adapter.name, report.run, is_running=report.status is RunStatus.RUNNING)
-        yield plain(adapter_line(adapter, again))
-    yield from background_error(report)
+        yield _shortened(plain(adapter_line(adapter, again)))
+    yield from map(_shortened, background_error(report))
     if report.halted is not None and report.halted_by is not Halt.BUDGET:
-        for line in f"Halted: {report.halted}".splitlines():
-            yield from textwrap.wrap(plain(line), COLUMNS)
+        lines = [line for one in f"Halted: {report.halted}".splitlines() for line in _wrapped(plain(one))]
+        yield from lines[:_HALT_LINES]
+        yield from ["…"] if len(lines) > 2 * _HALT_LINES else []
+        yield from lines[_HALT_LINES:][-_HALT_LINES:]
     elif report.halted is not None:
-        yield f"Halted: {plain(one_line(report.halted))}."
+        yield _shortened(f"Halted: {plain(one_line(report.halted))}.")
         yield f"Next: council resume --budget LIMITS{run}"
     elif report.status is RunStatus.INTERRUPTED or _is_left(report):
         yield f"Next: council resume{run}"
     elif own_branch(report):
-        yield f"Landed on its own branch, {plain(report.target)}. Next: council merge{run}"
+        yield fit(f"Landed on its own branch, {plain(report.target)}.", COLUMNS)
+        yield f"Next: council merge{run}"
 
 
 def _is_left(report: RunReport) -> bool:

@@ -135,7 +135,9 @@ def _fixing_its_checks(task: str, dice: random.Random, holds: str) -> Job:
 
 def _failing_its_checks(task: str, dice: random.Random, holds: str) -> Job:
     entry = _plain(task, dice, holds).entry
-    return Job({**entry, "checks": ["false"], "allow_failing_base": True, "attempts": dice.randint(1, 2)}, must_land=False)
+    return Job(
+        {**entry, "checks": ["false"], "allow_failing_base": True, "attempts": dice.randint(1, 2)}, must_land=False
+    )
 
 
 def _idle(task: str, dice: random.Random, _holds: str) -> Job:
