@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from orchestrator.cli.command import Context, opened
 from orchestrator.cli.output import one_line, plain
 from orchestrator.cli.result import remedy
+from orchestrator.domain.failures import FailureClass
 from orchestrator.engine.findings import Finding, Level
 from orchestrator.engine.report import AdapterFailure, AdapterReport, RunStatus
 from orchestrator.errors import CouncilError, RefusedError
 from orchestrator.instants import local_time
+
+#: Failures that the next session of the adapter would have, too.
+_OF_THE_ADAPTER = frozenset({FailureClass.AUTH, FailureClass.INVALID, FailureClass.MISSING})
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,8 @@ class Learned:
             told = "; ".join(self.lines(name))
             again = f"fix that, then `{self.remedies[name]}`" if name in self.unusable else None
             level = Level.WARNING if name in self.unusable else Level.OK
+            if level is Level.OK and self.failed[name].failure in _OF_THE_ADAPTER:
+                level, again = Level.WARNING, f"fix that: `council logs {shlex.quote(self.failed[name].task)}` has more"
             found.append(Finding(f"adapter {name}", level, f"in the newest run: {told}", again))
         return found
 

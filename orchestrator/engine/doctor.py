@@ -21,7 +21,7 @@ from orchestrator.engine import findings
 from orchestrator.engine.facts import Machine, Place, look_at_machine, look_at_place
 from orchestrator.engine.findings import Finding, Level
 from orchestrator.engine.probing import make_without_options, probe_adapters
-from orchestrator.engine.program_findings import look_for_programs
+from orchestrator.engine.program_findings import look_for_adapter_programs, look_for_programs
 from orchestrator.engine.repository_findings import Looked, look_at_repository, look_for_files
 from orchestrator.engine.sandbox_probe import DEFAULT_FENCE, SandboxProbe
 from orchestrator.errors import ConfigError, RefusedError
@@ -72,6 +72,8 @@ async def examine(subject: Subject, environ: Mapping[str, str]) -> list[Finding]
             looked = await look_at_repository(subject.run, subject.folder, environ)
     places, troubles = await anyio.to_thread.run_sync(_places, subject, _project(subject, looked), environ)
     programs = await _programs(subject, looked, environ)
+    hidden = {one.name for one in programs if one.level is Level.PROBLEM}
+    adapters = [one for one in found["adapters"] if one.level is not Level.OK or one.name not in hidden]
     file = [] if subject.file is None and looked.top is None else [findings.judge_file(subject.file, subject.config)]
     return [
         findings.judge_system(machine),
@@ -80,7 +82,7 @@ async def examine(subject: Subject, environ: Mapping[str, str]) -> list[Finding]
         *file,
         *await _files(subject, looked, environ),
         *programs,
-        *found["adapters"],
+        *adapters,
         *found["sandbox"],
         *troubles,
         *_space(subject.capacity, looked, places),
@@ -117,7 +119,7 @@ async def _files(subject: Subject, looked: Looked, environ: Mapping[str, str]) -
 
 
 async def _programs(subject: Subject, looked: Looked, environ: Mapping[str, str]) -> list[Finding]:
-    """Look whether the sandbox shows the programs of checks and setup."""
+    """Look whether the sandbox shows the programs of checks, setup and adapters."""
     run = subject.run
     if run is None or looked.site is None:
         return []
@@ -125,7 +127,10 @@ async def _programs(subject: Subject, looked: Looked, environ: Mapping[str, str]
     store = run.state.url or folder_url(project.own_state)
     probe = await SandboxProbe.open(run.fence, looked.site, project, store, environ)
     try:
-        return [] if probe is None else await look_for_programs(run, looked.top, probe, environ)
+        if probe is None:
+            return []
+        found = await look_for_programs(run, looked.top, probe, environ)
+        return found + await look_for_adapter_programs(run, subject.types, probe, environ)
     except RefusedError as error:
         return [findings.refused("programs", error)]
 

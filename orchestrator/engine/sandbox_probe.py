@@ -28,6 +28,7 @@ from orchestrator.sessions.shell import Done, Shell, ShellCommand
 
 #: Seconds for all questions of one probe.
 _PATIENCE = 30.0
+_NO_REACH = Reach()
 DEFAULT_FENCE = FenceConfig(sandbox="auto", network=True, reach=Reach())
 
 
@@ -53,8 +54,11 @@ class SandboxProbe:
         # What is asked needs no host, and a proxy would take its time.
         return cls(Fencing(kind, (*hidden, *credentials), fence.model_copy(update={"hosts": ()})), environ)
 
-    async def succeeding(self, questions: Sequence[str], env: Sequence[str] = ()) -> set[str]:
-        """Return those shell commands that end with zero in an empty folder; `env` names further variables."""
+    async def succeeding(self, questions: Sequence[str], env: Sequence[str] = (), reach: Reach = _NO_REACH) -> set[str]:
+        """Return those shell commands that end with zero in an empty folder.
+
+        `env` names further variables, `reach` what they may read and write in addition to what all sessions may.
+        """
         if not questions:
             return set()
         script = "".join(f"(eval {shlex.quote(one)}) >/dev/null 2>&1 </dev/null && echo {number}\n"
@@ -67,7 +71,7 @@ class SandboxProbe:
             environment = base_environment(env, self.environ, tree, {})
             redactor = Redactor(secret_values(self.environ))
             ground = Ground((tree, scratch), (), scratch)
-            shell = Shell(self.fencing, ground, tree, folder / "lock", environment, redactor)
+            shell = Shell(self.fencing, ground, tree, folder / "lock", environment, redactor, reach)
             ended = await shell.run(ShellCommand(f"{script}exit 0", log, _PATIENCE, ""))
             if not isinstance(ended, Done):
                 raise RefusedError(f"no command can be run in the sandbox: {ended}", "see the finding `sandbox`")
@@ -77,8 +81,8 @@ class SandboxProbe:
                 await anyio.to_thread.run_sync(partial(shutil.rmtree, folder, ignore_errors=True))
         return {questions[int(one)] for one in answers}
 
-    def why_missing(self, program: str, env: Sequence[str] = ()) -> str:
+    def why_missing(self, program: str, env: Sequence[str] = (), reach: Reach = _NO_REACH) -> str:
         """Return where a program was looked for, and why it may be on the user's PATH all the same."""
         environment = base_environment(env, self.environ, Path("/"), {})
-        hint = self.fencing.why_missing(program, environment, Reach())
+        hint = self.fencing.why_missing(program, environment, reach)
         return hint or f": PATH is {environment['PATH']}"

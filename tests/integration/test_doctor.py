@@ -386,6 +386,25 @@ def test_programs_of_checks_are_looked_for_in_the_sandbox(repository: Repository
     assert programs(repository, ["my-tool"], sandbox="off")[0][0] == "ok"
 
 
+def test_programs_of_adapters_are_looked_for_in_the_sandbox(repository: Repository) -> None:
+    """One on PATH in a folder that no session sees is a problem, unless `readable` names the folder."""
+    hidden = repository.top / "tools"
+    hidden.mkdir()
+    (hidden / "my-cli").write_text("#!/bin/sh\n")
+    (hidden / "my-cli").chmod(0o755)
+    repository.environ["PATH"] += f"{os.pathsep}{hidden}"
+    entry = {"use": "command", "argv": ["my-cli", "{prompt}"]}
+
+    def found(**settings: Any) -> list[tuple[str, str, str | None]]:
+        adapters = {"my": {**entry, **settings}}
+        file = repository.configure([{"id": "a", "prompt": "x", "adapter": "my"}], adapters=adapters)
+        return doctor(repository, str(file))["adapter my"]
+
+    [(level, words, _)] = found()
+    assert (level, "is hidden from sessions" in words) == ("problem", True), words
+    assert [level for level, _, _ in found(readable=[str(hidden)])] == ["ok"]
+
+
 def test_a_virtual_environment_that_is_only_in_the_checkout(repository: Repository) -> None:
     """Setup creates one in each worktree; nobody is told to commit it."""
     repository.commit({".gitignore": ".venv/\nvenv/\n", "tools/check": "#!/bin/sh\n"})
