@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -164,8 +164,9 @@ async def settle(
     `since` (wall-clock seconds) is when it began. With `may_finish` the move is finished by a compare-and-swap if
     only the ref was missing; a push that may have been refused is undone instead. So is one where the user has
     committed meanwhile. Only paths that the move changes are touched, and of those only the index entries and files
-    that hold what it brings, wholly, or one file a part of it while a lock on the index or other such files show that
-    the push was writing. Returns the paths that neither commit explains: they are left as they are.
+    that hold what it brings, wholly, or one file a part of it, and others nothing, while a lock on the index, other
+    such files, or the push itself, which has just ended, show that it was writing. `git` sees the objects of the move,
+    which the repository may not have. Returns the paths that neither commit explains: they are left as they are.
     """
     stale = await _stale_locks(repository, checkout, branch, since, git)
     old, new = move
@@ -175,13 +176,14 @@ async def settle(
         if tip is None or not await _is_part(checkout, new, tip, git):
             empty = await _empty_tree(checkout, git) if old is None or tip is None else ""
             update = _Update(checkout, git, old or empty, tip or empty, new)
-            is_staged = await update.is_staged() if may_finish and tip == old else False
+            can_finish = may_finish and tip == old and await _is_known(checkout, new, replace(git, borrowed=None))
+            is_staged = await update.is_staged() if can_finish else False
             if is_staged:
                 await anyio.to_thread.run_sync(_unlink, stale)
                 reflog = "council: finish an interrupted landing"
                 await git("update-ref", "-m", reflog, f"refs/heads/{branch}", new, old or "0" * len(new), cwd=checkout)
             else:
-                foreign = await update.undo(stale)
+                foreign = await update.undo(stale, has_just_ended=not may_finish)
     # Last: as long as the index is locked, an interrupted recovery can be distinguished from one that is done.
     await anyio.to_thread.run_sync(_unlink, stale)
     await anyio.to_thread.run_sync(_remove_incoming, repository.git_dir, since)
@@ -221,11 +223,11 @@ class _Update:
         unlike_new = await self._staged_unlike(self.new)
         return not any(change.path in unlike_new for change in await self._changes(self.old))
 
-    async def undo(self, stale: Sequence[Path]) -> list[str]:
+    async def undo(self, stale: Sequence[Path], *, has_just_ended: bool) -> list[str]:
         """Return index entries and files of the update to `tip`; return the paths that were changed since.
 
-        `stale` are the locks that the update left. The files come first: until the index is written an interrupted
-        recovery finds what to do.
+        `stale` are the locks that the update left; `has_just_ended` means that nobody else had time to change files.
+        The files come first: until the index is written an interrupted recovery finds what to do.
         """
         ours = {change.path for change in await self._changes(self.old)}
         changes = {change.path: change for change in await self._changes(self.tip) if change.path in ours}
@@ -233,16 +235,18 @@ class _Update:
         staged = [path for path in changes if path not in unlike_new]
         before = {path: change.old_id for path, change in changes.items() if int(change.old_mode, 8)}
         after = {path: change.new_id for path, change in changes.items() if int(change.new_mode, 8)}
-        found: dict[str, list[str]] = {"old": [], "new": [], "partial": [], "foreign": []}
+        found: dict[str, list[str]] = {"old": [], "new": [], "partial": [], "empty": [], "foreign": []}
         for path in sorted(changes):
             is_theirs = path in unlike_new and path in unlike_tip
             whose = await _whose(self.git, self.checkout, path, before.get(path), after.get(path))
             found["foreign" if is_theirs else whose].append(path)
-        # Git writes one file after the other: one kill leaves one file in pieces.
-        was_writing = bool(staged or found["new"]) or any(lock.name == "index.lock" for lock in stale)
-        is_piece = len(found["partial"]) == 1 and was_writing
-        written = found["new"] + (found["partial"] if is_piece else [])
-        foreign = found["foreign"] + ([] if is_piece else found["partial"])
+        # Git writes one file after the other: one kill leaves one file in pieces. On a full disk the next are empty.
+        is_locked = any(lock.name == "index.lock" for lock in stale)
+        was_writing = bool(staged or found["new"]) or is_locked or has_just_ended
+        pieces = found["partial"] + found["empty"]
+        are_pieces = len(found["partial"]) <= 1 and was_writing
+        written = found["new"] + (pieces if are_pieces else [])
+        foreign = found["foreign"] + ([] if are_pieces else pieces)
         await self._restore([path for path in written if path in before])
         await anyio.to_thread.run_sync(_delete_added, self.checkout, [path for path in written if path not in before])
         if staged:
@@ -279,11 +283,11 @@ def _delete_added(checkout: Path, paths: Sequence[str]) -> None:
 
 
 async def _whose(git: Git, checkout: Path, path: str, before: str | None, after: str | None) -> str:
-    """Tell whether a file is `old`, `new` or `partial`, as a push that was cut off left it, or `foreign`."""
+    """Return whether a file is `old`, `new`, `partial` or `empty`, as an interrupted push left it, or `foreign`."""
     content = await anyio.to_thread.run_sync(_read, checkout / path)
     if content is None:
         # Git unlinks a file before it writes the new one.
-        return "old" if before is None else "new" if after is None else "partial"
+        return "old" if before is None else "new" if after is None else "empty"
     identity = await _identity(git, checkout, path, content)
     if identity == before:
         return "old"
@@ -292,7 +296,7 @@ async def _whose(git: Git, checkout: Path, path: str, before: str | None, after:
     if after is not None:
         filtered = await git("cat-file", "--filters", f"--path={path}", after, cwd=checkout)
         if filtered.stdout.startswith(content):
-            return "partial"
+            return "partial" if content else "empty"
     return "foreign"
 
 

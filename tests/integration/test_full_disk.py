@@ -87,6 +87,33 @@ async def test_a_run_on_a_full_disk_waits_for_room_and_lands_everything(small: R
     await small.assert_invariants()
 
 
+async def test_a_landing_that_meets_a_full_disk_leaves_the_checkout_as_it_was(small: Repository) -> None:
+    """Of three files one fits, one is cut short and one is empty: all are removed, and land when there is room."""
+    names, size, room = ("a.bin", "b.bin", "c.bin"), 4 << 20, 6 << 20
+    flag = small.spawns.parent / "fill"
+    hook = small.top / ".git/hooks/pre-receive"
+    hook.parent.mkdir(exist_ok=True)
+    free = "$(stat -f -c '%a * %S' .)"
+    fills = f"head -c $(({free} - {room})) /dev/zero >> {filler(small)}"
+    # What the session wrote takes room until its worktree is clean again.
+    cleaned = f"while [ -e {small.environ['COUNCIL_HOME']}/*/places/1/tree/a.bin ]; do sleep 0.05; done"
+    hook.write_text(f"#!/bin/sh\n[ -e {flag} ] || exit 0\n{cleaned}\n[ -e {filler(small)} ] || {fills}\n")
+    hook.chmod(0o755)
+    small.remember()
+    flag.touch()
+    writes = "; ".join(f"yes text | head -c {size} > {name}" for name in names)  # of zeros git makes holes
+    path = small.configure([{"id": "t", "prompt": writes}], adapters={"sh": SHELL})
+    ended = small.council("run", str(path), "--json")
+    assert (ended.code, ended.states) == (1, {"t": "queued"}), ended
+    assert small.git("status", "--porcelain") == ""
+    flag.unlink()
+    filler(small).unlink()
+    again = small.council("resume", "--json")
+    assert (again.code, again.states) == (0, {"t": "landed"}), again
+    assert [(small.top / name).stat().st_size for name in names] == [size] * 3
+    await small.assert_invariants()
+
+
 @pytest.mark.parametrize(
     "command",
     [
