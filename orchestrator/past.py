@@ -153,7 +153,7 @@ class Past:
 
         document = await read_run(self.runs.store, run)
         document.check_task(task)
-        record = await self.runs.record(run)
+        record = await self.runs.without_dropped(await self.runs.record(run))
         status = None
         if record.run.ended is None:
             status = RunStatus.RUNNING if await self.runs.seems_live(run) else RunStatus.INTERRUPTED

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from orchestrator.clock import Clock
 from orchestrator.domain.dispatch import with_parts
-from orchestrator.domain.model import RunDocument, TaskStatus
+from orchestrator.domain.model import FINAL, RunDocument, TaskStatus
 from orchestrator.engine.records import read_adapters, read_entries, read_run, read_tasks, task_documents
 from orchestrator.engine.report import ReportPlaces, RunRecord, RunReport, RunStatus, SessionReport, report
 from orchestrator.errors import RefusedError, UnreadableDocument
@@ -105,14 +105,34 @@ class Runs:
         """Return all that is recorded of a run; unless `whole`, what to do only of tasks that wait or never began."""
         document = await read_run(self.store, run)
         found = await read_tasks(self.store, run)
-        tasks = task_documents(found, document.tasks)
         is_ours = document.imported is None
+        tasks = task_documents(found, document.tasks)
         begun = {task for task, one in tasks.items() if one.status is not TaskStatus.PENDING and one.attempts}
         blank = document.tasks if not is_ours else () if whole else begun
         entries = with_parts(await read_entries(self.store, document, blank), tasks)
         damaged = [task for task, one in found.items() if one.damaged]
         adapters, others = await read_adapters(self.store, document), await read_orchestrators(self.store, run)
         return RunRecord(document, tasks, entries, adapters, damaged, list(others.values()))
+
+    async def without_dropped(self, record: RunRecord) -> RunRecord:
+        """Return a record in which finished tasks name only preserved branches that were not dropped since."""
+        keeping = {task: one for task, one in record.tasks.items() if one.status in FINAL and one.branch is not None}
+        trusted = Hub(Path(record.run.hub)).trusted
+        if not keeping or record.run.imported is not None or not await anyio.Path(trusted).is_dir():
+            return record
+        # Late: most runs have no such task.
+        from orchestrator.repo import salvage  # noqa: PLC0415
+        from orchestrator.repo.git import Git  # noqa: PLC0415
+
+        kept = await salvage.kept(Git(trusted, environ=self.environ), record.run.id)
+        branches = {one.ref.removeprefix("refs/heads/") for one in kept}
+        for task, one in keeping.items():
+            attempts = tuple(
+                made if made.branch in branches else made.model_copy(update={"branch": None}) for made in one.attempts
+            )
+            branch = one.branch if one.branch in branches else None
+            keeping[task] = one.model_copy(update={"branch": branch, "attempts": attempts})
+        return replace(record, tasks={**record.tasks, **keeping})
 
     def describe(self, record: RunRecord, status: RunStatus | None) -> RunReport:
         """Return the report of a run; with `status` None nothing is at work in it."""
@@ -121,7 +141,7 @@ class Runs:
 
     async def status(self, run: str, *, even_gone: bool = False) -> RunReport:
         """Describe a run as it stands now; with `even_gone` one whose repositories are gone, too."""
-        record = await self.record(run, whole=False)
+        record = await self.without_dropped(await self.record(run, whole=False))
         status = None
         if record.run.ended is None:
             is_live = False

@@ -118,7 +118,7 @@ def _named(handoff: str, story: Story) -> str:
 
 
 def _session(one: SessionStory) -> Iterator[str]:
-    parts = [one.outcome or ("at work, or cut off" if one.ended is None else "over"), one.adapter]
+    parts = [one.outcome or ("running, or interrupted" if one.ended is None else "ended"), one.adapter]
     if one.model is not None:
         parts.append(one.model)
     if one.seconds is not None:
@@ -168,7 +168,8 @@ def _landing(story: Story) -> str:
         when = "" if one.time is None else f", {local_time(one.time)}"
         return f"landed as {one.landed[:_SHORT]} on {one.target}{when}{request}"
     if one.paths:
-        return f"conflicts with {one.target} in {_some(one.paths)}; kept as {kept_name(str(one.branch))}{request}"
+        kept = "" if one.branch is None else f"; kept as {kept_name(one.branch)}"
+        return f"conflicts with {one.target} in {_some(one.paths)}{kept}{request}"
     if one.waiting is not None and story.state in {"queued", "checking", "landing"}:
         return f"{one.waiting[:_SHORT]}, built by attempt {one.attempt}, waits to land on {one.target}{request}"
     if one.branch is not None:

@@ -81,7 +81,8 @@ def find(kept: Sequence[Kept], name: str) -> Kept:
         raise RefusedError(f"{name!r} is in more than one run", f"say which: {', '.join(full)}")
     names = sorted({one.name for one in kept})
     near = [one for one in names if one.startswith(f"{name}/")] or difflib.get_close_matches(name, names)
-    raise RefusedError(f"no work is kept as {name!r}", f"choose one of {', '.join(near or names[:10]) or 'nothing'}")
+    remedy = f"choose one of {', '.join(near or names[:10])}" if names else "nothing is preserved of this run"
+    raise RefusedError(f"no work is kept as {name!r}", remedy)
 
 
 async def apply_to_checkout(git: Git, users: Git, checkout: Path, base: str, commit: str) -> tuple[str, ...]:

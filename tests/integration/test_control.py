@@ -44,6 +44,22 @@ async def test_cancel_on_a_live_run_ends_a_session_and_keeps_its_work(repository
     await repository.assert_invariants()
 
 
+def test_dropped_work_is_not_offered_any_more(repository: Repository) -> None:
+    """Neither by `status` nor by `show`, and the refusal of its name says that there is nothing left."""
+    repository.council(
+        "run", str(repository.configure([{"id": "a", "prompt": "write a.txt x\nexit 1", "attempts": 1}]))
+    )
+    assert "council salvage apply a/1" in repository.council("status").stdout
+    assert "kept as" in repository.council("show", "a").stdout
+    assert repository.council("salvage", "drop", "a/1", "--yes").code == 0
+    for shown in (repository.council("status"), repository.council("show", "a")):
+        assert "a/1" not in shown.stdout
+    assert repository.council("status", "--json").result["tasks"][0]["branch"] is None
+    refused = repository.council("salvage", "apply", "a/1")
+    assert refused.code == 2
+    assert "no work is kept as 'a/1': nothing is preserved of this run" in refused.stderr
+
+
 async def test_cancel_of_all_on_a_live_run_ends_it(repository: Repository) -> None:
     """Without a name everything that is not over is cancelled, also what waits for room."""
     tasks: list[dict[str, Any]] = [{"id": f"t{n}", "prompt": f"write {n}.txt x\nhang"} for n in range(3)]
