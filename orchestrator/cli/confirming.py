@@ -35,5 +35,6 @@ async def confirmed(output: Output, question: str, *, yes: bool) -> bool:
     if yes:
         return True
     if not can_ask(output):
-        raise RefusedError(plain(f"not confirmed: {question}"), "add --yes")
+        what = f"{question[:1].lower()}{question[1:].rstrip('?')}"
+        raise RefusedError(plain(f"not confirmed: {what}"), "add --yes")
     return await agrees(output, question)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from orchestrator.cli.table import amount
 from orchestrator.domain.metrics import Metrics
+from orchestrator.domain.model import REVIVABLE, TaskStatus
 
 
 def minutes_text(minutes: float) -> str:
@@ -13,7 +14,8 @@ def minutes_text(minutes: float) -> str:
 
 def figures(metrics: Metrics) -> str:
     """Return the figures beside what has landed in a line; what is zero or not known is left out."""
-    counts = {"in progress": metrics.in_progress, "failed": metrics.failed, "pending": metrics.pending}
+    ended = {status.replace("_", " "): metrics.by_status.get(status, 0) for status in TaskStatus if status in REVIVABLE}
+    counts = {"in progress": metrics.in_progress, **ended, "pending": metrics.pending}
     parts = [f"{count} {name}" for name, count in counts.items() if count]
     if metrics.average_time_minutes is not None:
         parts.append(f"{minutes_text(metrics.average_time_minutes)} on average")

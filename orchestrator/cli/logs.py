@@ -13,7 +13,7 @@ import click
 from orchestrator.archive import AttemptLog, LogEntry, LogPart
 from orchestrator.cli.command import Context, json_option, opened, perform, run_option, store_option
 from orchestrator.cli.completing import complete_tasks
-from orchestrator.cli.output import Output, plain
+from orchestrator.cli.output import Output, one_line, plain
 from orchestrator.cli.table import amount, duration
 from orchestrator.instants import local_time
 from orchestrator.protocols import JsonObject
@@ -150,7 +150,7 @@ def _mark(one: AttemptLog) -> str:
         told = (used.input_tokens, used.output_tokens, used.cost)
     else:
         outcome = (attempt.outcome or "ended").replace("_", " ")
-        reason = f": {attempt.reason}" if attempt.reason else ""
+        reason = f": {one_line(attempt.reason)}" if attempt.reason else ""
         parts = [f"{outcome} after {duration(attempt.ended - attempt.started)}{reason}"]
         told = (attempt.input_tokens, attempt.output_tokens, attempt.cost)
     sent, received, cost = told

@@ -101,8 +101,8 @@ SENTENCES: Mapping[str, str] = {
     "task.tools_denied": "{reason}",
     "task.host_denied": "its session was refused {host}, which `network.allow` does not cover",
     "claim.taken": "claimed by {owner}",
-    "claims.swept": "{count} tasks of {orchestrator}, which is gone, were taken over",
-    "run.joined": "process {pid} on {host} works here, too",
+    "claims.swept": "took over {counted} from worker {orchestrator} (process exited)",
+    "run.joined": "process {pid} on {host} joined",
     "task.after_run_failed": "a command after its session failed: {reason}",
     "place.teardown_failed": "{place}: a command of its teardown failed: {reason}",
     "run.hooks_skipped": "landings do not run the hooks in {hooks}: {reason}",
@@ -289,6 +289,8 @@ def _readable(data: JsonObject) -> JsonObject:
         told["until"] = local_time(told["until"])
     if isinstance(data.get("tasks"), dict) and "keys" in data:
         told["changed"] = changed_words(data["tasks"], data["keys"])
+    if "count" in told:
+        told["counted"] = counted(told["count"], "task")
     told["before"] = f" before {told['until']}" if told.get("until") else ""
     if "approvals" in told:
         who = (told["adapters"], f"somebody to approve {told['approvals']}" if told["approvals"] else "")
@@ -308,6 +310,11 @@ def changed_words(tasks: Mapping[str, Sequence[str]], keys: Sequence[str]) -> st
     more = f" and {len(each) - _MOST_CHANGED} more" if len(each) > _MOST_CHANGED else ""
     remedy = "`council retry TASK --reload` takes it over for a task" if tasks else "start a new run for that"
     return f"{', '.join(each[:_MOST_CHANGED])}{more}; {remedy}"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, as in `1 task`, `2 tasks` and `no tasks`."""
+    return f"{count or 'no'} {noun}{'' if count == 1 else 's'}"
 
 
 def kept_name(branch: str) -> str:

@@ -201,7 +201,8 @@ def resume(
     async def command(context: Context) -> int:
         async with opened(context.log) as council:
             name = await council.find_run(run)
-            if run is None and (others := [one for one in await council.interrupted_runs() if one != name]):
+            others = [] if run else [one for one in await council.interrupted_runs() if one != name]
+            if others and (await council.status(name)).status is not RunStatus.RUNNING:  # else it is refused below
                 context.output.notice(_also_interrupted(name, others))
             if detach:
                 limits = {} if budget is None else budget.model_dump(exclude_none=True)

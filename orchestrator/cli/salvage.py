@@ -53,6 +53,8 @@ def list_kept(run: str | None, as_json: bool) -> None:
                 context.output.json({"kept": [asdict(one) for one in kept]})
             for one in [] if as_json else kept:
                 context.output.text(_line(one))
+            if not kept:
+                context.output.notice("nothing is preserved" + (f" of run {names[0]}" if run else ""))
             return 0
 
     perform(command, as_json=as_json)

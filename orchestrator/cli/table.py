@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 from orchestrator.cli.output import lines
@@ -83,6 +83,8 @@ class Totals:
     """Over, with nothing that could land."""
     asked: int = 0
     """A person is to approve what they came to."""
+    ended: Mapping[str, int] = field(default_factory=dict)
+    """How many of `failed` are in each state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +194,7 @@ def totals_line(totals: Totals) -> str:
         "waiting": totals.waiting,
         "to be approved": totals.asked,
         "blocked": totals.blocked,
-        "failed": totals.failed,
+        **(totals.ended or {"failed": totals.failed}),
     }
     parts = [f"{count} {name}" for name, count in counts.items() if count or name in {"landed", "running"}]
     parts.append(duration(totals.elapsed))

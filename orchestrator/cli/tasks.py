@@ -26,13 +26,15 @@ from orchestrator.cli.completing import (
 )
 from orchestrator.cli.confirming import confirmed, yes_option
 from orchestrator.cli.group import Suggesting
-from orchestrator.cli.output import changed_words, plain
+from orchestrator.cli.output import changed_words, counted, plain
 from orchestrator.cli.trusting import require_trust, trust_option
 from orchestrator.council import Council
 from orchestrator.domain.model import FINAL
 from orchestrator.engine.report import RunReport
 
 _color = click.option("--color/--no-color", default=None, help="Colours; by default on a terminal only.")
+#: Unfinished tasks that are named where all are to be cancelled.
+_MOST_NAMED = 5
 stat_option = click.option("--stat", is_flag=True, help="Files and counts of lines only.")
 
 
@@ -68,8 +70,14 @@ def cancel(tasks: tuple[str, ...], yes: bool, run: str | None, as_json: bool) ->
         async with opened(context.log) as council:
             report = await council.status(run)
             left = [task.id for task in report.tasks if task.state not in FINAL]
-            question = f"Cancel all {len(left)} tasks that are left of run {report.run}?"
-            if left and not tasks and not await confirmed(context.output, question, yes=yes):
+            if not left and not tasks:
+                context.output.notice(f"nothing to cancel: all tasks of run {report.run} have ended")
+                await show_result(context, council, report, code=0)
+                return 0
+            more = "" if len(left) <= _MOST_NAMED else f" and {len(left) - _MOST_NAMED} more"
+            named = f"{', '.join(left[:_MOST_NAMED])}{more}"
+            question = f"Cancel {counted(len(left), 'unfinished task')} of run {report.run} ({named})?"
+            if not tasks and not await confirmed(context.output, question, yes=yes):
                 return 1
             await show_result(context, council, await council.cancel(*tasks, run=report.run), code=0)
             return 0

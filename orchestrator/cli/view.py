@@ -28,6 +28,7 @@ from orchestrator.cli.table import (
 from orchestrator.domain.dispatch import Board, with_parts
 from orchestrator.domain.model import (
     FINAL,
+    REVIVABLE,
     SUCCESSFUL,
     AdapterDocument,
     Attempt,
@@ -43,6 +44,7 @@ from orchestrator.sessions.transcript import NOTHING_SAID, Transcript
 
 _AT_WORK = frozenset({TaskStatus.RUNNING, TaskStatus.CHECKING, TaskStatus.LANDING})
 _BUILT = frozenset({TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.LANDING, TaskStatus.LANDED})
+_NOT_LANDED = tuple(PHASES[status] for status in TaskStatus if status in REVIVABLE)
 #: The shortest time left that is told, in seconds: what is nearly over is over before it is read.
 _SOON = 1.0
 
@@ -345,6 +347,7 @@ class RunView:
             left=self._left(now),
             done=count["done"],
             asked=count[PHASES[TaskStatus.WAITING]],
+            ended={name: count[name] for name in _NOT_LANDED if count.get(name)},
         )
 
     def _left(self, now: float) -> float | None:

@@ -22,7 +22,9 @@ def with_only(config: RunConfig, names: Sequence[str]) -> RunConfig:
     for name in names:
         if name not in tasks:
             near = difflib.get_close_matches(name, tasks, n=1)
-            remedy = f"did you mean {near[0]!r}?" if near else f"name one of: {', '.join([*tasks][:_MOST_NAMED])}"
+            more = f" and {len(tasks) - _MOST_NAMED} more" if len(tasks) > _MOST_NAMED else ""
+            named = f"name one of: {', '.join([*tasks][:_MOST_NAMED])}{more}"
+            remedy = f"did you mean {near[0]!r}?" if near else named
             raise RefusedError(f"the file has no task {name!r}", remedy)
     wanted = list(dict.fromkeys(names))
     for name in wanted:

@@ -54,6 +54,7 @@ EXIT_CODES: Mapping[RunStatus, int] = {
 
 
 _FAILURES = frozenset(FailureClass)
+_INTERRUPTED = "its session was interrupted: `council resume` tries it again"
 _DAMAGED = "its record in the state log is damaged: this is how it stood before, `council state verify` tells more"
 
 
@@ -314,6 +315,8 @@ def report(
         why = stuck.get(task) if need is None else f"needs {need!r}, which did not land"
         told = _task(task, record.tasks[task], record.entries[task].adapter, why, logs)
         told = replace(told, reason=waiting[task]) if task in waiting else told
+        if status is RunStatus.INTERRUPTED and told.state == TaskStatus.RUNNING:
+            told = replace(told, reason=_INTERRUPTED)
         reports.append(replace(told, reason=_DAMAGED) if task in record.damaged else told)
     if status is None:
         is_there = all(document.status in SUCCESSFUL for document in record.tasks.values())

@@ -46,11 +46,12 @@ def check_request(
         status = documents[task].status
         if action in {Action.APPROVE, Action.REJECT}:
             if status is not TaskStatus.WAITING:
-                what = f"task {task!r} does not wait for approval: it is {status}"
+                what = f"task {task!r} does not wait for approval (state: {status})"
                 raise RefusedError(what, "`council status` names those that do")
             continue
         if action is not Action.RETRY and status in FINAL:
-            raise RefusedError(f"task {task!r} is over: it is {status}", f"there is nothing to {action}")
+            state = status.replace("_", " ")
+            raise RefusedError(f"task {task!r} has already ended (state: {state})", f"there is nothing to {action}")
         if action is Action.RETRY and status is TaskStatus.LANDED:
             raise RefusedError(f"task {task!r} has landed", "revert its commit and start a new run to do it again")
         if action is Action.RETRY and status is TaskStatus.DONE:
@@ -62,7 +63,7 @@ def check_request(
             remedy = f"`council approve {task}`, or `council reject {task}` has its phase done again"
             raise RefusedError(f"task {task!r} waits for approval", remedy)
         if action is Action.RETRY and status not in REVIVABLE and not (even_pending and status is TaskStatus.PENDING):
-            raise RefusedError(f"task {task!r} is not over: it is {status}", "cancel it first, or wait")
+            raise RefusedError(f"task {task!r} has not ended (state: {status})", "cancel it first, or wait")
 
 
 def check_reason(reason: str) -> None:

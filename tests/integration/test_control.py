@@ -55,6 +55,10 @@ def test_dropped_work_is_not_offered_any_more(repository: Repository) -> None:
     for shown in (repository.council("status"), repository.council("show", "a")):
         assert "a/1" not in shown.stdout
     assert repository.council("status", "--json").result["tasks"][0]["branch"] is None
+    assert "nothing is preserved" in repository.council("salvage", "list").stderr
+    cancelled = repository.council("cancel")
+    assert (cancelled.code, "nothing to cancel" in cancelled.stderr) == (0, True)
+    assert repository.council("checkpoint", "list", "--json").result["checkpoints"] == []
     refused = repository.council("salvage", "apply", "a/1")
     assert refused.code == 2
     assert "no work is kept as 'a/1': nothing is preserved of this run" in refused.stderr
@@ -116,7 +120,7 @@ async def test_cancel_and_retry_on_a_run_that_is_dead(repository: Repository) ->
 @pytest.mark.parametrize(
     ("command", "fragment"),
     [
-        (("cancel", "done"), "is over"),
+        (("cancel", "done"), "has already ended"),
         (("retry", "done"), "has landed"),
         (("retry", "nonsense"), "no task 'nonsense'"),
         (("cancel", "don"), "done"),
@@ -338,7 +342,7 @@ async def test_a_task_that_is_ignored_is_not_tried_until_a_person_says_so(reposi
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
-        (("done", "--reason", "x"), "task 'done' is over: it is landed: there is nothing to ignore"),
+        (("done", "--reason", "x"), "task 'done' has already ended (state: landed): there is nothing to ignore"),
         (("a", "--reason", " "), "the reason is empty: say why"),
         (("a", "--reason", f"sk-ant-api03-{'aB3' * 30}"), "looks like a secret key"),
         (("a",), "Missing option '--reason'"),

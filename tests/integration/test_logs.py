@@ -108,6 +108,16 @@ def test_a_running_session_is_followed_and_its_latest_activity_shown(
     assert json.loads(repository.council("show", "t", "--json").stdout)["latest"] is None
 
 
+def test_the_output_of_a_failed_check_is_shown_once(repository: Repository) -> None:
+    """The reason is one line that names the check, without its newlines."""
+    checks = ["printf 'one\\ntwo\\nthree\\n'; test ! -e a.txt"]
+    task = {"id": "t", "prompt": "write a.txt x", "attempts": 1, "checks": checks}
+    repository.council("run", str(repository.configure([task])))
+    shown = repository.council("logs", "t").stdout
+    assert "\N{REPLACEMENT CHARACTER}" not in shown
+    assert shown.count("two\n") == 1, shown
+
+
 def test_the_newest_attempt_of_a_phase_is_shown(repository: Repository) -> None:
     """By its name; an unknown one is refused with the names that there are."""
     workflow = [{"plan": {"access": "read"}}, {"build": {}}]

@@ -116,6 +116,16 @@ def test_a_row_tells_what_is_known_of_a_task() -> None:
     assert frame.totals == "0 landed · 1 running · 1:35 · 1 of 2 sessions · +12 -3 · 1.5k tokens · $0.50"
 
 
+def test_tasks_that_did_not_land_are_counted_by_their_state() -> None:
+    """As `status` does: a conflict and a cancelled task are no failures."""
+    shown = view(tasks(3))
+    ends = (TaskStatus.FAILED, TaskStatus.CONFLICT, TaskStatus.CANCELLED)
+    for number, status in enumerate(ends):
+        shown.apply(record(f"t{number}", TaskDocument(status=status, attempts=(BUILT,), reason="no")))
+    totals = shown.frame(40.0, 10).totals
+    assert "1 conflict · 1 failed · 1 cancelled" in totals or "1 failed · 1 conflict · 1 cancelled" in totals, totals
+
+
 def test_the_counts_follow_what_is_recorded() -> None:
     """Tasks move from one count to the next; what needs what failed is blocked, and no longer once that is revived."""
     entries = {**tasks(3), "child": Entry(("t0",)), "grandchild": Entry(("child",))}
