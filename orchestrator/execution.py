@@ -42,7 +42,7 @@ from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.merge_run import MERGE, built_merge
 from orchestrator.engine.monitor import Monitor
 from orchestrator.engine.phase_values import PhaseInputs
-from orchestrator.engine.preflight import check_branches, check_programs, check_run, fetch_ends, forget
+from orchestrator.engine.preflight import check_branches, check_checkout, check_programs, check_run, fetch_ends, forget
 from orchestrator.engine.probing import missing_programs
 from orchestrator.engine.records import (
     new_run_id,
@@ -184,6 +184,7 @@ class Execution:
         git = Git(hub.trusted, environ=environ)
         source, base = site.source(git), document.base
         await check_branches(source, base, base)
+        await check_checkout(site.repository, base, environ, remedy="commit or stash them, then `council merge`")
         start = await fetch_ends(site, hub, name, (base, base), environ)
         commit, branch = await source.fetch(document.target, internal_ref(name, "work")), work_branch(name, MERGE, "1")
         if not (await git("merge-base", "--is-ancestor", commit, start, ok=(0, 1))).returncode:
@@ -235,7 +236,7 @@ class Execution:
                         await ledger.allow(budget.model_dump(mode="json", exclude_none=True))
                     if allow_failing_base and not ledger.run.allow_failing_base:
                         await ledger.allow_failing_base()
-                    if any(task.attempts for task in before.tasks.values()):
+                    if before.orchestrators:  # an earlier process than this one
                         await self._note_file_changes(ledger)
                     return await self._work(runs, before, ledger, shop, capacity=capacity, only_lands=only_lands)
         except LockHeld as held:

@@ -57,7 +57,7 @@ class Runs:
         return [one.key.id for one in sorted(found, key=_by_start) if not one.damaged]
 
     async def newest(self) -> str:
-        """Return the id of the run that was started last."""
+        """Return the id of the run that was started last, without those that merge another run's branch."""
         runs = await self.store.list("run")
         if not runs and self.damage:
             what = f"no run can be read, the state log is damaged: {'; '.join(self.damage)}"
@@ -66,7 +66,7 @@ class Runs:
             raise RefusedError("there is no run in this project", "start one with `council run FILE`")
         if len(runs) == 1:  # a run of thousands of tasks is long to read
             return runs[0].key.id
-        return max(runs, key=_by_start).key.id
+        return max([one for one in runs if one.value.get("merges") is None] or runs, key=_by_start).key.id
 
     async def find(self, name: str | None) -> str:
         """Return the id of the run that a name means: an id, its beginning if no other begins so, or `latest`.

@@ -308,6 +308,8 @@ class RunDocument(_Document):
     """Whether sessions start though checks fail on the base."""
     proven_bases: tuple[str, ...] = ()
     """The bases that have passed their checks, by `engine.base_checks`; the newest last."""
+    merges: str | None = None
+    """The run whose branch it merges; `latest` never means such a run."""
     imported: ImportedRun | None = None
     """Where it was not ours: there is its record and nothing else, so that nobody can work in it."""
     extra: dict[str, Any] = {}

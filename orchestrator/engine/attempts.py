@@ -399,7 +399,9 @@ class Attempts:
             result = await work.checks.run(commit, base)
             if isinstance(result, CommandFailed):
                 commands = work.turn.phase.until
-                unrunnable = await self.bases.why_unrunnable(what.task, work.spec, commands, result, base)
+                unrunnable = await self.bases.why_unrunnable(
+                    what.task, work.spec, commands, result, base, "correct `until` in the file, then start a new run"
+                )
         finally:
             work.checks = None
         failpoint("phase.checked")

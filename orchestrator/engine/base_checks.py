@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
 import anyio
 
 from orchestrator.config.model import TaskSpec
+from orchestrator.domain.commands import programs_in
 from orchestrator.domain.dispatch import Entry
 from orchestrator.domain.model import TaskStatus
 from orchestrator.engine.ledger import Ledger
@@ -20,12 +22,15 @@ from orchestrator.errors import GitError
 from orchestrator.failpoints import failpoint
 from orchestrator.repo.pool import Pool
 from orchestrator.sessions.checks import CheckResult, Passed, Unchecked
+from orchestrator.sessions.equipment import NEW_SETUP
 from orchestrator.sessions.shell import CommandFailed
 
 #: The number of the attempt that the checks of a base are named after; those of tasks begin at 1.
 _BEFORE_ATTEMPTS = 0
 #: Lines of a failed check's output that the run's end shows; its log has all.
 _SHOWN = 3
+#: Tasks that a command of a remedy names; more are left to the reader.
+_MOST_NAMED = 5
 
 
 @dataclass(slots=True)
@@ -51,26 +56,27 @@ class BaseChecks:
         What passes is recorded, and is not run again by any process of the run. One process of a machine runs them
         at a time.
         """
-        tasks = self._representatives()
-        if not tasks or self.ledger.run.allow_failing_base:
+        sets = self._sets()
+        if not sets:
             return None
         found = None
         with self._running:
             commits = await self._bases()
             async with self.shop.hub.lock(f"base-{self.ledger.run.id}").hold():
                 for commit, branch in commits.items():
-                    for task in tasks:
-                        found = found or await self._failure_of(task, commit, branch)
+                    for tasks in sets:
+                        found = found or await self._failure_of(tasks, commit, branch)
         return found
 
-    def _representatives(self) -> list[str]:
-        """Return one pending task for each set of checks that is to pass on the base."""
-        sets: dict[tuple[str, ...], str] = {}
+    def _sets(self) -> list[list[str]]:
+        """Return the pending tasks by their checks, those first whose checks must pass on the base."""
+        sets: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
         for task, status in self.ledger.statuses().items():
             entry = self.entries.get(task)
-            if entry is not None and status is TaskStatus.PENDING and entry.checks and not entry.allow_failing_base:
-                sets.setdefault(entry.checks, task)
-        return list(sets.values())
+            if entry is not None and status is TaskStatus.PENDING and entry.checks:
+                may_fail = entry.allow_failing_base or self.ledger.run.allow_failing_base
+                sets.setdefault((may_fail, entry.checks), []).append(task)
+        return [sets[key] for key in sorted(sets, key=lambda key: key[0])]
 
     async def _bases(self) -> dict[str, str]:
         """Return the commits on which landings build, with their branches: target and base, or the one with both."""
@@ -88,11 +94,15 @@ class BaseChecks:
         done = await self.shop.git("merge-base", "--is-ancestor", earlier, commit, ok=(0, 1))
         return done.returncode == 0
 
-    async def _failure_of(self, task: str, commit: str, branch: str) -> str | None:
-        spec = await self.ledger.spec(task)
+    async def _failure_of(self, tasks: Sequence[str], commit: str, branch: str) -> str | None:
+        """Return why the checks that these tasks share fail on a commit."""
+        task, spec = tasks[0], await self.ledger.spec(tasks[0])
         key = await self._key(spec, commit)
         if self._has_landed(spec, commit) or key in await self.ledger.proven_bases():
             return None
+        correction = corrected_check(self.ledger.run.id, tasks)
+        if spec.allow_failing_base or self.ledger.run.allow_failing_base:
+            return await self._unrunnable_on(task, spec, commit, correction)
         facts = {"commit": commit, "branch": branch, "checks": list(spec.checks)}
         await self.ledger.note("base.checking", facts)
         result = await self._run(task, spec, spec.checks, commit)
@@ -105,9 +115,25 @@ class BaseChecks:
                 await self.ledger.note("base.unchecked", {**facts, "reason": reason})
                 return None
             case CommandFailed():
-                return _described(result, spec, f"{branch} ({commit[:10]})", self.ledger.run.id)
+                return _described(result, spec, f"{branch} ({commit[:10]})", self.ledger.run.id, correction)
             case _:
                 assert_never(result)
+
+    async def _unrunnable_on(self, task: str, spec: TaskSpec, commit: str, correction: str) -> str | None:
+        """Return why a check that may fail on the base can't be run there; None if all can.
+
+        Only a check that names a program that is not found is run: others may take long.
+        """
+        for command in spec.checks:
+            names = [name for name in programs_in(command) if "/" not in name]
+            question = " && ".join(f"command -v {shlex.quote(name)} >/dev/null" for name in names)
+            result = await self._run(task, spec, (question,), commit) if names else Passed()
+            if isinstance(result, CommandFailed) and result.command == question:
+                result = await self._run(task, spec, (command,), commit)
+                found = result.unrunnable if isinstance(result, CommandFailed) else None
+                if isinstance(result, CommandFailed) and found is not None and "/" not in found.program:
+                    return result.describe_unrunnable(correction)
+        return None
 
     async def _run(self, task: str, spec: TaskSpec, commands: tuple[str, ...], commit: str) -> CheckResult:
         checks = self.shop.checks(self.pool, self.ledger.run.id, task, _BEFORE_ATTEMPTS, spec, commands)
@@ -129,9 +155,11 @@ class BaseChecks:
         )
 
     async def why_unrunnable(
-        self, task: str, spec: TaskSpec, commands: tuple[str, ...], failed: CommandFailed, base: str
+        self, task: str, spec: TaskSpec, commands: tuple[str, ...], failed: CommandFailed, base: str, correction: str
     ) -> str | None:
         """Return why a check that ended with 126 or 127 can't be run whatever the task changed.
+
+        `correction` is how a mistake in the command is fixed.
 
         None where the task may be at fault: its base has the program.
         """
@@ -147,17 +175,28 @@ class BaseChecks:
             async with self.shop.hub.lock(f"base-{self.ledger.run.id}").hold():
                 result = await self._run(task, spec, commands, base)
             is_missing_there = isinstance(result, CommandFailed) and result.unrunnable is not None
-            self._unrunnable[key] = failed.describe_unrunnable() if is_missing_there else None
+            self._unrunnable[key] = failed.describe_unrunnable(correction) if is_missing_there else None
         return self._unrunnable[key]
 
 
-def _described(failed: CommandFailed, spec: TaskSpec, where: str, run: str) -> str:
+def corrected_check(run: str, tasks: Sequence[str], *, is_built: bool = False) -> str:
+    """Return how a mistake in a check that tasks share is fixed; `is_built` tasks wait to land."""
+    names = " ".join(map(shlex.quote, tasks)) if len(tasks) <= _MOST_NAMED else "TASK..."
+    cancel = f"`council cancel {names} --run {run}`, " if is_built else ""
+    return f"correct the check in the file, then {cancel}`council retry {names} --reload --run {run}`, and resume"
+
+
+def _described(failed: CommandFailed, spec: TaskSpec, where: str, run: str, correction: str) -> str:
+    is_check = failed.command in spec.checks
+    correction = correction if is_check else NEW_SETUP
     if failed.unrunnable is not None:
-        return failed.describe_unrunnable()
-    kind = "check" if failed.command in spec.checks else "setup"
+        return failed.describe_unrunnable(correction)
+    kind = "check" if is_check else "setup"
+    anyway = f"; or start anyway: `council resume {run} --allow-failing-base`" if is_check else ""
     return (
         f"{kind} `{failed.short}` fails on {where}, before any session: it {failed.ended}\n"
         + "".join(f"{line}\n" for line in failed.last_words.splitlines()[-_SHOWN:])
-        + f"fix it there, then `council resume {run}`; or start anyway: `council resume {run} --allow-failing-base`\n"
-        f"log: {failed.log}"
+        + f"fix the base, then `council resume {run}`{anyway}\n"
+        + f"or {correction}\n"
+        + f"log: {failed.log}"
     )

@@ -38,6 +38,7 @@ def built_merge(
     """
     own = {
         "id": name,
+        "merges": run.id,
         "target": run.base,
         "workflows": {},
         "trackers": {},

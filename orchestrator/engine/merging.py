@@ -23,7 +23,7 @@ from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import CLAIMED, Intent, TaskStatus
 from orchestrator.domain.quoting import marked
 from orchestrator.domain.workflow import anew, restarted
-from orchestrator.engine.base_checks import BaseChecks
+from orchestrator.engine.base_checks import BaseChecks, corrected_check
 from orchestrator.engine.borders import Borders, Escape
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.steps import Update
@@ -338,7 +338,9 @@ class MergeQueue:
         try:
             result = await self._checks.run(merge.new, base)
             if isinstance(result, CommandFailed):
-                unrunnable = await self._bases.why_unrunnable(task, spec, spec.checks, result, base)
+                unrunnable = await self._bases.why_unrunnable(
+                    task, spec, spec.checks, result, base, corrected_check(self.ledger.run.id, [task], is_built=True)
+                )
         finally:
             self._checks = None
         match result:

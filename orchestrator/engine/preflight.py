@@ -26,6 +26,8 @@ from orchestrator.sessions.sandbox import SandboxKind, choose_sandbox
 
 #: Characters of all prompts of a run together: they are recorded at once.
 LARGEST_PROMPTS = 12 << 20
+#: What to do with uncommitted changes before a run.
+_CLEAN = "commit or stash them, set another `target`, or land later with --allow-deferred"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,8 @@ async def check_run(
         await check_complete(site.repository, Git(None, users=True, environ=environ))
     target = config.target or f"council/{run}"
     heads = await check_branches(site.source(Git(None, environ=environ)), config.base, target)
-    await check_checkout(site.repository, target, environ, allow_deferred=allow_deferred)
+    if not allow_deferred:
+        await check_checkout(site.repository, target, environ)
     hub = hub_of(site.identity, home)
     name = Redactor(secret_values(environ)).text(site.identity)  # a URL may have a password in it
     user = User(name, None if site.repository is None else site.repository.git_dir, store)
@@ -143,10 +146,10 @@ async def surroundings_of(config: RunConfig, environ: Mapping[str, str]) -> Surr
 
 
 async def check_checkout(
-    repository: LocalRepository | None, target: str, environ: Mapping[str, str], *, allow_deferred: bool
+    repository: LocalRepository | None, target: str, environ: Mapping[str, str], *, remedy: str = _CLEAN
 ) -> None:
     """Refuse a target that is checked out with changes of the user's own, which no landing could get past."""
-    if repository is None or allow_deferred:
+    if repository is None:
         return
     git = Git(None, users=True, environ=environ)
     checkout = await checkout_of(repository, target, git)
@@ -159,7 +162,7 @@ async def check_checkout(
     if changed := await changes_in(checkout, git):
         raise RefusedError(
             f"{target!r} is checked out in {checkout} with changes that are not committed ({', '.join(changed[:3])})",
-            "commit or stash them, set another `target`, or land later with --allow-deferred",
+            remedy,
         )
 
 

@@ -83,7 +83,7 @@ async def _look_at_site(
         with suppress(GitError):
             size = await measure(git, commit)
     if run is not None and run.target is not None:
-        clean = check_checkout(repository, run.target, environ, allow_deferred=False)
+        clean = check_checkout(repository, run.target, environ)
         found.append(await _judged("target", shown(f"{run.target} can be landed on"), clean))
     if hooks := await hooks_in_checkouts(repository, users):
         named = shown(", ".join(str(hook) for hook in hooks[:_MOST_NAMED]))

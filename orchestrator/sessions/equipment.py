@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 import anyio
 import anyio.to_thread
@@ -35,6 +36,10 @@ from orchestrator.sessions.supervised import end_supervised
 _REAP_LIMIT = 30.0
 
 
+#: How a mistake in the setup itself is fixed.
+NEW_SETUP: Final = "correct `worktrees.setup` in the file, then start a new run"
+
+
 class SetupFailed(SetupError):
     """A step of the setup did not end as it should; `ended` says how."""
 
@@ -51,7 +56,7 @@ class SetupFailed(SetupError):
         """Return what it makes of an attempt; `at_base`: one whose worktree has nothing yet of its task."""
         if isinstance(self.ended, CommandFailed):
             if at_base and self.ended.unrunnable is not None:
-                return Misconfigured(self.ended.describe_unrunnable())
+                return Misconfigured(self.ended.describe_unrunnable(NEW_SETUP))
             return Failed(FailureClass.SETUP_FAILED, str(self))
         return hooks.outcome_of(self.ended) or Failed(FailureClass.TRANSIENT, str(self))
 

@@ -68,10 +68,10 @@ class CommandFailed:
         """Return what happened, for people: the command's beginning, how and `where` it ended, its last words."""
         return f"`{self.short}` {self.ended}{where and f' {where}'}\n{self.last_words}".strip()
 
-    def describe_unrunnable(self) -> str:
-        """Return why it can't be run and what to do, where its program is not there."""
+    def describe_unrunnable(self, correction: str) -> str:
+        """Return why it can't be run and what to do, where its program is not there; `correction` is of the command."""
         why = "" if self.unrunnable is None else self.unrunnable.why
-        remedy = "install the program and `council resume`, or correct the command in the file and start a new run"
+        remedy = f"install the program, then `council resume`; or {correction}"
         return f"`{self.short}` can't be run: it {self.ended}: {why}\n{remedy}"
 
     @property

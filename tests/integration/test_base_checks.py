@@ -140,18 +140,63 @@ async def test_a_signal_ends_the_checks_of_the_base(repository: Repository) -> N
     await repository.assert_invariants()
 
 
+async def test_a_corrected_check_is_reported_and_taken_over_by_the_named_commands(repository: Repository) -> None:
+    """A resume that halts again reports that the file has changed; the commands of the message end the halt."""
+    repository.remember()
+    config = configure(repository, "write a.txt a", "write b.txt b", checks=["false"])
+    halted = repository.council("run", str(config), "--json")
+    assert "run.file_changed" not in types(halted)
+    configure(repository, "write a.txt a", "write b.txt b", checks=["true"])
+    again = repository.council("resume", "--json")
+    assert types(again).index("run.file_changed") < types(again).index("base.checking")
+    reload, resume = f"retry t1 t2 --reload --run {again.result['run']}", f"resume {again.result['run']}"
+    assert {f"`council {command}`" in again.result["halted"] for command in (reload, resume)} == {True}
+    assert repository.council(*reload.split()).code == 0
+    ended = repository.council(*resume.split(), "--json")
+    assert set(ended.states.values()) == {"landed"}, ended
+    await repository.assert_invariants()
+
+
+async def test_a_setup_that_fails_on_the_base_names_a_new_run(repository: Repository) -> None:
+    """A run keeps its setup, so no command takes over a corrected one; --allow-failing-base does not help either."""
+    repository.remember()
+    config = configure(repository, "write a.txt a", checks=["true"], worktrees={"setup": ["exit 3"]})
+    halted = repository.council("run", str(config), "--json").result["halted"]
+    assert "setup `exit 3` fails" in halted
+    assert "correct `worktrees.setup` in the file, then start a new run" in halted
+    assert "--reload" not in halted
+    assert "--allow-failing-base" not in halted
+    await repository.assert_invariants()
+
+
+async def test_only_programs_are_looked_for_on_a_base_that_may_fail(repository: Repository) -> None:
+    """A check that names only programs that are there is not run; one that finds its program elsewhere passes."""
+    repository.commit({"bin/own-tool": "#!/bin/sh\nexit 1\n"}, "tool")
+    repository.git("update-index", "--chmod=+x", "bin/own-tool")
+    repository.git("commit", "--quiet", "--message", "executable")
+    repository.git("reset", "--quiet", "--hard")
+    trace = repository.spawns.parent / "checked"
+    checks = [f"echo x >> {trace}; test -e a.txt", "PATH=$PWD/bin:$PATH; own-tool || test -e a.txt"]
+    config = configure(repository, "write a.txt a", checks=checks, writable=[str(trace.parent)])
+    repository.remember()
+    ended = repository.council("run", str(config), "--allow-failing-base", "--json")
+    assert ended.states == {"t1": "landed"}, ended
+    assert len(trace.read_text().splitlines()) == 1
+    await repository.assert_invariants()
+
+
 @pytest.mark.parametrize("options", [[], ["--allow-failing-base"]])
 async def test_a_program_of_a_check_that_is_not_found_is_nobodys_failure(
     repository: Repository, options: list[str]
 ) -> None:
-    """The message names the program and where it was looked for; no attempt counts, also where landing finds it."""
+    """The message names the program and where it was looked for; no session starts, whatever may fail on the base."""
     config = configure(repository, "write a.txt a", checks=["no-such-tool --all"])
     ended = repository.council("run", str(config), *options, "--json")
     assert ended.code == 1, ended
-    assert (ended.result["status"], ended.states["t1"]) == ("halted", "queued" if options else "pending")
-    for part in ("no-such-tool", "exit code 127", "was not found on PATH", "/usr/bin"):
+    assert (ended.result["status"], ended.states["t1"]) == ("halted", "pending")
+    for part in ("no-such-tool", "exit code 127", "was not found on PATH", "/usr/bin", "council retry t1 --reload"):
         assert part in ended.result["halted"]
-    assert sessions(repository) == len(options)
+    assert sessions(repository) == 0
     assert not any(line.get("outcome") for line in ended.lines if line.get("event") == "task.retrying")
     await repository.assert_invariants()
     folder = repository.spawns.parent / "bin"

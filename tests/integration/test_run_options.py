@@ -175,7 +175,24 @@ async def test_merge_lands_a_runs_own_branch_on_its_base(repository: Repository)
     assert {path.name for path in repository.top.glob("*.txt")} == {"a.txt", "d.txt", "own.txt"}
     again = repository.council("merge", name)
     assert (again.code, "'main' has all of" in again.stderr) == (2, True), again
+    merge = merged.result["run"]
+    for given, meant in (([], name), (["latest"], name), ([merge], merge)):
+        assert repository.council("status", *given, "--json").result["run"] == meant
     await repository.assert_invariants()
+
+
+async def test_merge_refuses_a_dirty_checkout_before_it_records_a_run(repository: Repository) -> None:
+    """However often it is tried."""
+    settle(repository, [CHAIN[0]])
+    repository.commit({".gitignore": "council.yaml\n"})
+    assert repository.council("run").code == 0
+    (repository.top / ".gitignore").write_text("mine\n")
+    for _ in range(2):
+        refused = repository.council("merge")
+        assert (refused.code, "commit or stash them, then `council merge`" in refused.stderr) == (2, True), refused
+    assert len(repository.council("runs", "--json").result["runs"]) == 1
+    (repository.top / ".gitignore").write_text("council.yaml\n")
+    assert repository.council("merge", "--json").states == {"merge": "landed"}
 
 
 async def test_a_merge_that_fails_its_checks_moves_nothing(repository: Repository) -> None:

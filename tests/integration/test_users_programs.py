@@ -173,7 +173,7 @@ async def test_a_filter_of_which_the_program_can_land_defers_landings_into_the_c
     site = await find_site(str(repository.top), is_url=False, environ=repository.environ)
     assert site.repository is not None
     with pytest.raises(RefusedError, match="agents can change"):
-        await check_checkout(site.repository, "main", repository.environ, allow_deferred=False)
+        await check_checkout(site.repository, "main", repository.environ)
 
 
 async def test_a_filter_outside_runs_as_ever(repository: Repository, tmp_path: Path) -> None:
