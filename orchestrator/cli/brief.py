@@ -30,8 +30,8 @@ LINES, COLUMNS = 10, 80
 """The most that are printed, each of at most so many cells of a terminal, unless it has a command that is longer."""
 #: Words that no line break may divide: a command in backticks is one of them.
 _WORDS = re.compile(r"[^\s`]*`[^`]*`\S*|\S+")
-#: Lines of a halt that are printed from its beginning and from its end, where it has more.
-_HALT_LINES = 3
+#: Lines of a halt that are printed, and how many of its beginning and its end where it has more.
+_HALT_LINES, _HALT_BEGIN, _HALT_END = 8, 3, 4
 #: States of tasks for which nothing is to be done themselves.
 _QUIET = frozenset({*SUCCESSFUL, TaskStatus.PENDING, "blocked"})
 
@@ -127,9 +127,7 @@ def _next(report: RunReport, run: str) -> Iterator[str]:
     yield from map(_shortened, background_error(report))
     if report.halted is not None and report.halted_by is not Halt.BUDGET:
         lines = [line for one in f"Halted: {report.halted}".splitlines() for line in _wrapped(plain(one))]
-        yield from lines[:_HALT_LINES]
-        yield from ["…"] if len(lines) > 2 * _HALT_LINES else []
-        yield from lines[_HALT_LINES:][-_HALT_LINES:]
+        yield from lines if len(lines) <= _HALT_LINES else [*lines[:_HALT_BEGIN], "…", *lines[-_HALT_END:]]
     elif report.halted is not None:
         yield _shortened(f"Halted: {plain(one_line(report.halted))}.")
         yield f"Next: council resume --budget LIMITS{run}"

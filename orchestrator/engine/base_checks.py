@@ -192,11 +192,11 @@ def _described(failed: CommandFailed, spec: TaskSpec, where: str, run: str, corr
     if failed.unrunnable is not None:
         return failed.describe_unrunnable(correction)
     kind = "check" if is_check else "setup"
-    anyway = f"; or start anyway: `council resume {run} --allow-failing-base`" if is_check else ""
+    fix = "fix the base, or add --allow-failing-base:" if is_check else "fix the base, then"
     return (
         f"{kind} `{failed.short}` fails on {where}, before any session: it {failed.ended}\n"
         + "".join(f"{line}\n" for line in failed.last_words.splitlines()[-_SHOWN:])
-        + f"fix the base, then `council resume {run}`{anyway}\n"
+        + f"{fix} `council resume {run}`\n"
         + f"or {correction}\n"
         + f"log: {failed.log}"
     )

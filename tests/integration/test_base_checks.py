@@ -44,12 +44,13 @@ async def test_a_check_that_fails_on_the_base_ends_the_run_before_any_session(re
     ended = repository.council("run", str(config))
     assert ended.code == 1, ended
     message = " ".join(ended.stdout.partition("Halted: ")[2].split())
-    for part in (GOOD, "fails on main", "exit code 3", "the code is bad", "--allow-failing-base", "council resume"):
+    for part in (GOOD, "fails on main", "exit code 3", "--allow-failing-base", "council resume"):
         assert part in message, message
     assert sessions(repository) == 0
     status = repository.council("status", "--json")
     assert status.states == {"t1": "pending", "t2": "pending"}
     assert (status.result["status"], status.result["halted_by"]) == ("halted", "base")
+    assert "looking at it\nthe code is bad\n" in status.result["halted"]
     assert [task["attempts"] for task in status.result["tasks"]] == [0, 0]
     await repository.assert_invariants()
 
