@@ -196,7 +196,7 @@ def _described(failed: CommandFailed, spec: TaskSpec, where: str, run: str, corr
     return (
         f"{kind} `{failed.short}` fails on {where}, before any session: it {failed.ended}\n"
         + "".join(f"{line}\n" for line in failed.last_words.splitlines()[-_SHOWN:])
+        + f"log: {failed.log}\n"
         + f"{fix} `council resume {run}`\n"
-        + f"or {correction}\n"
-        + f"log: {failed.log}"
+        + f"or {correction}"
     )
