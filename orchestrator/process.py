@@ -94,7 +94,7 @@ def _run(
         )
 
     if keep_fds:
-        _tell_keeper(b"")  # it is there before the command is
+        _tell_keeper(b"-0\n")  # it is there before the command is; no command has this id
     with (
         nullcontext() if stdin is None else _file_of(stdin) as given,
         start(argv) if confinement is None else confinement.start(argv, start) as child,
@@ -144,23 +144,41 @@ def _communicate(child: subprocess.Popen[bytes], timeout: float | None) -> tuple
 
 _keeper: tuple[int, IO[bytes]] | None = None
 """The process that started the keeper, which forks may be of, and the keeper's standard input."""
+_leaders: set[int] = set()
+"""The commands that a keeper which replaces a killed one has to learn of."""
 _starting = threading.Lock()
 
 
 def _tell_keeper(line: bytes) -> None:
-    global _keeper  # noqa: PLW0603  one a process
     with _starting, suppress(OSError):  # without a keeper, or descriptors for one, all is as without it
         if _keeper is None or _keeper[0] != os.getpid():
-            argv, env = own_program("orchestrator.keeper", "main")
-            reads, writes = os.pipe()
-            with open(reads, "rb", buffering=0) as theirs:  # noqa: PTH123
-                pipe = open(writes, "wb", buffering=0)  # noqa: PTH123, SIM115  closed with this process
-                devnull = subprocess.DEVNULL
-                one = subprocess.Popen(argv, env=env, cwd="/", stdin=theirs, stdout=devnull, stderr=devnull,
-                                       start_new_session=True)  # fmt: skip
-                one.returncode = 0  # nobody waits for it: it ends right after this process
-            _keeper = os.getpid(), pipe
-        _keeper[1].write(line)
+            _leaders.clear()
+            _start_keeper()
+        try:
+            _write_keeper(line)
+        except BrokenPipeError:  # it was killed
+            _start_keeper()
+            _write_keeper(line)
+        (_leaders.add if line[:1] == b"+" else _leaders.discard)(int(line[1:]))
+
+
+def _write_keeper(line: bytes) -> None:
+    assert _keeper is not None, "it was started before"  # noqa: S101
+    _keeper[1].write(line)
+
+
+def _start_keeper() -> None:
+    global _keeper  # noqa: PLW0603  one a process
+    argv, env = own_program("orchestrator.keeper", "main")
+    reads, writes = os.pipe()
+    with open(reads, "rb", buffering=0) as theirs:  # noqa: PTH123
+        pipe = open(writes, "wb", buffering=0)  # noqa: PTH123, SIM115  closed with this process
+        devnull = subprocess.DEVNULL
+        one = subprocess.Popen(argv, env=env, cwd="/", stdin=theirs, stdout=devnull, stderr=devnull,
+                               start_new_session=True)  # fmt: skip
+        one.returncode = 0  # nobody waits for it: it ends right after this process
+    _keeper = os.getpid(), pipe
+    pipe.writelines(b"+%d\n" % leader for leader in _leaders)
 
 
 @contextmanager

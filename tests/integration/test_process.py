@@ -120,6 +120,35 @@ async def test_a_frozen_command_does_not_outlive_the_process_that_started_it(tmp
         pass
 
 
+#: Runs a command that holds a lock, and another one when it is told to.
+HOLDER_OF_TWO = (
+    "import anyio, os, sys\nfrom pathlib import Path\nfrom orchestrator.filelock import FileLock\n"
+    "from orchestrator.process import run\n"
+    "async def main():\n async with FileLock(Path('lock')).hold() as held, anyio.create_task_group() as both:\n"
+    "  async def one(script): await run(['sh', '-c', script], env={'PATH': os.defpath}, keep_fds=[held.fd])\n"
+    "  both.start_soon(one, sys.argv[1])\n"
+    "  while not Path('go').exists(): await anyio.sleep(0.01)\n"
+    "  await one('echo > second')\n"
+    "anyio.run(main)"
+)
+
+
+async def test_a_killed_keeper_is_replaced_by_one_that_knows_the_commands_in_progress(tmp_path: Path) -> None:
+    """Else a frozen command would outlive the process that started it, and hold its lock for ever."""
+    with subprocess.Popen([sys.executable, "-c", HOLDER_OF_TWO, f"sleep 1; {FROZEN}"], cwd=tmp_path) as starter:
+        wait_for((tmp_path / "pid").exists)
+        children = psutil.Process(starter.pid).children()
+        (keeper,) = [one for one in children if "orchestrator.keeper" in " ".join(one.cmdline())]
+        keeper.kill()
+        wait_for(lambda: keeper.status() == psutil.STATUS_ZOMBIE, 10)
+        (tmp_path / "go").touch()
+        wait_for((tmp_path / "second").exists)
+        starter.kill()
+    wait_for(lambda: not _lives(int((tmp_path / "pid").read_text())), 10)
+    async with FileLock(tmp_path / "lock").hold(5):
+        pass
+
+
 async def test_a_command_in_progress_finishes_after_the_process_that_started_it(tmp_path: Path) -> None:
     """A push that is killed half done would leave a checkout to repair; its lock is held until it has ended."""
     slow = "echo > started; sleep 2; echo > finished"
