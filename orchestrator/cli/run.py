@@ -318,6 +318,10 @@ def work(
 
 async def _detach(council: Council, run: str, context: Context, options: Sequence[str] = ()) -> int:
     """Have another process take a run to its end, which outlives this one and the terminal."""
+    if await council.is_live(run):
+        raise RefusedError(
+            f"run {run} is running already", f"`council watch {run}` shows it, `council work {run}` joins it"
+        )
     log = council.project.background_log(run)
     store = chosen_store()
     arguments = ["resume", run, *(["--state", store] if store else []), *options]

@@ -148,6 +148,18 @@ async def test_a_detached_run_continues_in_a_session_of_its_own(repository: Repo
     assert repository.council("watch", "--json").states == {"t": "landed"}
 
 
+async def test_a_running_run_is_not_detached_again(repository: Repository) -> None:
+    """Another process could not take it, and the one that is named to be killed would be nobody's or another's."""
+    config = repository.configure([{"id": "t", "prompt": "hang"}])
+    started = repository.council("run", str(config), "--detach", "--json").result
+    has_begun(repository, "t")
+    again = repository.council("resume", "--detach")
+    assert (again.code, again.stdout) == (2, ""), again
+    assert f"run {started['run']} is running already: `council watch {started['run']}`" in again.stderr
+    os.kill(started["pid"], signal.SIGINT)
+    wait_for(lambda: repository.council("status", "--json").result["status"] == "interrupted")
+
+
 async def test_the_error_of_a_detached_run_is_in_its_status(repository: Repository) -> None:
     """A process in the background has no terminal to say it on."""
     child = repository.start("run", str(repository.configure([{"id": "t", "prompt": "hang"}])))
