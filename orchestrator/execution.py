@@ -345,7 +345,9 @@ class Execution:
         folder = self._runs.project.folder / "outage"
         mode = "pause" if is_local else settings.when_unreachable
         passes = is_full if is_local else is_outage
-        async with surviving(store, mode, clock, folder, tell, passes=passes) as survived:
+        async with surviving(
+            store, mode, clock, folder, tell, passes=passes, gives_up=lambda: self._stopping
+        ) as survived:
             yield replace(self._runs, store=survived)
 
     def _settings(self, run: RunDocument, coordination: CoordinationOverrides | None) -> CoordinationConfig:

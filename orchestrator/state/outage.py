@@ -89,9 +89,10 @@ class Outage:
         news: Callable[[Event], None],
         mode: str,
         passes: Callable[[BaseException], bool] = is_outage,
+        gives_up: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`passes` is which errors may pass; others are raised as they are."""
-        self.passes = passes
+        """`passes` is which errors may pass; others are raised as they are, and all once `gives_up` says so."""
+        self.passes, self._gives_up = passes, gives_up
         self._clock, self._pauses, self._news, self._mode = clock, pauses, news, mode
         self._since: float | None = None
         self._over = anyio.Event()
@@ -120,7 +121,9 @@ class Outage:
         retrying = AsyncRetrying(
             retry=retry_if_exception(self.passes),
             wait=wait_random_exponential(multiplier=self._pauses.first, max=self._pauses.longest),
+            stop=lambda _: self._gives_up(),
             sleep=self._sleep,
+            reraise=True,
         )
         async for trial in retrying:
             with trial:
@@ -191,13 +194,14 @@ async def surviving(
     *,
     pauses: Pauses = PAUSES,
     passes: Callable[[BaseException], bool] = is_outage,
+    gives_up: Callable[[], bool] = lambda: False,
 ) -> AsyncIterator[Store]:
     """Wrap an open store for the body of the `async with`, so that work goes on when it can't be reached.
 
     With `pause`, commits and reads wait until it can be. With `continue`, they go on with what this process has seen of
     it, in a store of their own below `folder`, and are committed in their order once it can be reached again; what
     somebody else has written meanwhile counts. What a killed process left there is committed first of all. `passes` is
-    which errors are waited for with `pause`.
+    which errors are waited for with `pause`, until `gives_up` is true: then they are raised.
 
     `tell` gets an event when an outage begins (`outage.began`: `mode`, `reason`, `time`) and when it is over
     (`outage.over`: `mode`, `seconds`, and with `continue` how many commits were `replayed` and `refused`), and one for
@@ -214,7 +218,7 @@ async def surviving(
             going_on = continuing(store, outage, pauses, clock, folder, send.send_nowait)
             store = await stack.enter_async_context(going_on)
         # What goes on may not, on a disk that is full: then it waits, too.
-        yield Pausing(store, Outage(clock, pauses, send.send_nowait, "pause", passes))
+        yield Pausing(store, Outage(clock, pauses, send.send_nowait, "pause", passes, gives_up))
 
 
 async def _tell_all(receive: MemoryObjectReceiveStream[Event], tell: Tell) -> None:
