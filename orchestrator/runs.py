@@ -154,7 +154,18 @@ class Runs:
         described = self.describe(record, status)
         if status is RunStatus.INTERRUPTED:
             return replace(described, background=await anyio.to_thread.run_sync(self._background_error, run))
-        return replace(described, sessions=await self._sessions(run)) if status is RunStatus.RUNNING else described
+        if status is RunStatus.RUNNING:
+            return replace(described, sessions=await self._sessions(run))
+        return replace(described, merged_by=await self._merged_by(record.run))
+
+    async def _merged_by(self, run: RunDocument) -> str | None:
+        """Return the run that merged the branch of a run since that ended."""
+        for one in await self.store.list("run"):
+            if not one.damaged and one.value.get("merges") == run.id and one.value["started"] >= (run.ended or 0.0):
+                tasks = (await read_tasks(self.store, one.key.id)).values()
+                if tasks and all(task.value.get("status") == TaskStatus.LANDED for task in tasks):
+                    return one.key.id
+        return None
 
     def _background_error(self, run: str) -> str | None:
         """Return the error that the run's last process in the background ended by. Blocks."""

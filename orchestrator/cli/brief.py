@@ -15,11 +15,11 @@ from orchestrator.cli.result import (
     adapter_line,
     background_error,
     kept_as,
-    own_branch,
     remedy,
     session_line,
     state_words,
     summary,
+    waits_for_merge,
 )
 from orchestrator.cli.table import amount
 from orchestrator.domain.failures import FailureClass
@@ -133,7 +133,7 @@ def _next(report: RunReport, run: str) -> Iterator[str]:
         yield f"Next: council resume --budget LIMITS{run}"
     elif report.status is RunStatus.INTERRUPTED or _is_left(report):
         yield f"Next: council resume{run}"
-    elif own_branch(report):
+    elif waits_for_merge(report):
         yield fit(f"Landed on its own branch, {plain(report.target)}.", COLUMNS)
         yield f"Next: council merge{run}"
 

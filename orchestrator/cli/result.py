@@ -142,6 +142,11 @@ def own_branch(report: RunReport) -> bool:
     return report.target == f"council/{report.run}" and any(task.landed is not None for task in report.tasks)
 
 
+def waits_for_merge(report: RunReport) -> bool:
+    """Whether `council merge` is the next step: the run has ended, and its own branch is not merged."""
+    return own_branch(report) and report.merged_by is None and report.status is not RunStatus.RUNNING
+
+
 def text_lines(rows: Sequence[ResultRow]) -> Iterator[str]:
     """Yield rows as plain lines, in columns."""
     name = max((len(row.task) for row in rows), default=0)
@@ -172,7 +177,7 @@ def hints(report: RunReport) -> Iterator[str]:
         yield f"`council resume {report.run}` goes on with what is left."
     elif report.status is RunStatus.INCOMPLETE and report.imported is None:
         yield "The run is over; after a `council retry`, `council resume` goes on with it."
-    if own_branch(report):
+    if waits_for_merge(report):
         yield f"What landed is on the branch {plain(report.target)}, and on no other: `council merge` merges it."
     for place in report.damage:
         yield f"The state log is damaged: {place}"

@@ -209,6 +209,8 @@ class RunReport:
     """Why it was stopped before its end, and what to do."""
     halted_by: Halt | None = None
     """What stopped it: its `budget`, a check that fails on the `base`, or `commands` that can't be run."""
+    merged_by: str | None = None
+    """The run that merged its own branch into its base, by `council merge`."""
     background: str | None = None
     """Why the process ended that ran it in the background, where that failed."""
     sessions: Sequence[SessionReport] = ()

@@ -136,3 +136,11 @@ def test_nothing_but_totals_where_all_is_well() -> None:
     assert brief_lines(run(task("landed", landed=COMMIT), status=RunStatus.LANDED)) == [
         "run run: landed, 1 of 1 landed on main"
     ]
+
+
+def test_a_merge_is_the_next_step_only_of_a_run_that_has_ended_and_is_not_merged() -> None:
+    """`council merge` refuses a run that is running, and finds nothing to do in a merged one."""
+    ended = replace(run(replace(task("landed"), landed="c1")), target="council/r1", run="r1", status=RunStatus.LANDED)
+    assert brief_lines(ended)[-1] == "Next: council merge"
+    for other in (replace(ended, status=RunStatus.RUNNING), replace(ended, merged_by="r2")):
+        assert not any("council merge" in line for line in brief_lines(other))
