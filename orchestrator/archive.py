@@ -264,6 +264,8 @@ class Archive:
     async def _ends(self, git: Git, task: str, document: TaskDocument) -> tuple[str, str]:
         """Return what a task's newest kept work differs from, and that work."""
         kept = [one for one in document.attempts if one.branch is not None]
+        if not document.attempts:
+            raise _not_tried(task)
         if not kept or (document.commit is None and not await git.has_branch(str(kept[-1].branch))):
             raise RefusedError(f"task {task!r} has changed nothing that is kept", f"see `council logs {task}`")
         return kept[-1].base, document.commit or f"refs/heads/{kept[-1].branch}"
@@ -337,10 +339,15 @@ class Archive:
 
     def _attempt(self, task: str, document: TaskDocument, number: int | None) -> Attempt:
         if not document.attempts:
-            raise RefusedError(f"task {task!r} has not been tried yet", "wait until it starts")
+            raise _not_tried(task)
         if number is not None and not 0 < number <= len(document.attempts):
             raise RefusedError(f"task {task!r} has no attempt {number}", f"name one from 1 to {len(document.attempts)}")
         return document.attempts[(number or 0) - 1]
+
+
+def _not_tried(task: str) -> RefusedError:
+    remedy = "wait until it starts; where the run is halted, `council status` shows why and the log"
+    return RefusedError(f"task {task!r} has not been tried yet", remedy)
 
 
 class _SessionLog:

@@ -47,6 +47,9 @@ async def test_a_check_that_fails_on_the_base_ends_the_run_before_any_session(re
     for part in (GOOD, "fails on main", "exit code 3", "--allow-failing-base", "council resume"):
         assert part in message, message
     assert sessions(repository) == 0
+    for command in ("logs", "diff"):
+        assert "where the run is halted, `council status` shows" in repository.council(command, "t1").stderr
+    assert ".check1" in repository.council("status").stdout
     status = repository.council("status", "--json")
     assert status.states == {"t1": "pending", "t2": "pending"}
     assert (status.result["status"], status.result["halted_by"]) == ("halted", "base")
