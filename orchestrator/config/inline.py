@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,9 @@ def check_choice(wanted: str | None, file: Node, folder: Path, adapter_types: Ma
     possible = [*named, *(use for use in ready if use not in named)]
     if wanted is None:
         default = file.get("defaults", "adapter")
+        if default is None and not named and possible and not any(_is_installed(adapter_types[one]) for one in ready):
+            remedy = "install one, or write a council.yaml with an adapter of `use: command`, which runs any program"
+            raise RefusedError(f"no CLI is on PATH that an adapter runs ({', '.join(possible)})", remedy)
         if default is None and len(named) != 1:
             what = "the file has several adapters and no default" if named else "there is no file that names an adapter"
             raise RefusedError(what, _choices(possible))
@@ -91,6 +95,15 @@ def check_choice(wanted: str | None, file: Node, folder: Path, adapter_types: Ma
     if wanted in adapter_types:
         what = f"{wanted!r} takes options, which only a file can give"
     raise RefusedError(what, Vocabulary(possible, "possible ones").instead_of(wanted) if possible else _choices([]))
+
+
+def _is_installed(adapter_type: AdapterType) -> bool:
+    """Whether all programs of an adapter without options are on PATH; blocks."""
+    try:
+        programs = adapter_type(adapter_type.Options.model_validate({})).programs()
+        return all(shutil.which(one.name) is not None for one in programs)
+    except Exception:  # noqa: BLE001  a plugin's own code
+        return True  # what is wrong with it is reported where it is named
 
 
 def _choices(possible: Sequence[str]) -> str:

@@ -27,8 +27,8 @@ from orchestrator.sessions.shell import CommandFailed
 
 #: The number of the attempt that the checks of a base are named after; those of tasks begin at 1.
 _BEFORE_ATTEMPTS = 0
-#: Lines of a failed check's output that the run's end shows; its log has all.
-_SHOWN = 3
+#: Lines of the output of a failed check or setup that the end of a run shows; its log has all.
+_SHOWN = 15
 #: Tasks that a command of a remedy names; more are left to the reader.
 _MOST_NAMED = 5
 

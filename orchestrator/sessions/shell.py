@@ -24,7 +24,9 @@ from orchestrator.sessions.output import OUTPUT_CAP, STOP_GRACE, read_tail
 from orchestrator.sessions.supervised import Ended, SupervisedCommand, run_supervised
 
 #: Characters of a command, and of the end of what it printed, that are told.
-_LONGEST_COMMAND, _SHOWN = 80, 500
+_LONGEST_COMMAND = 80
+#: Lines and characters of the end of its output: installers name a cause above their last lines.
+_SHOWN_LINES, _SHOWN = 15, 2000
 _MOST_DENIED = 5  # hosts that are named
 
 
@@ -83,7 +85,7 @@ class CommandFailed:
     @property
     def last_words(self) -> str:
         """Return the end of what the command printed."""
-        return self.said.strip()[-_SHOWN:]
+        return "\n".join(self.said.strip().splitlines()[-_SHOWN_LINES:])[-_SHOWN:]
 
 
 @dataclass(frozen=True, slots=True)

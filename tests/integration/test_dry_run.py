@@ -276,7 +276,7 @@ async def test_without_a_file_it_is_said_what_would_be_possible(repository: Repo
     """Neither a file nor an adapter that works without options."""
     for options, fragment in (
         ([], "there is no council.yaml in"),
-        (["--task", "write a.txt a"], "no file that names an adapter"),
+        (["--task", "write a.txt a"], "no CLI is on PATH that an adapter runs"),
         (["--task", "write a.txt a", "--adapter", "command"], "'command' takes options"),
     ):
         ended = repository.council("run", *options, "--json")

@@ -21,7 +21,7 @@ TASKS = "tasks: [{id: a, prompt: ' ', needs: [b]}]\n"
 
 
 class _FreeOptions(CommandOptions):
-    argv: tuple[str, ...] = ("free",)
+    argv: tuple[str, ...] = ("sh",)
 
 
 class _Free(CommandAdapter):
@@ -90,6 +90,15 @@ def test_choice_that_is_none_is_refused_with_what_is_possible(
         load(tmp_path, text, adapter=adapter)
     assert what in refused.value.what
     assert remedy in refused.value.remedy
+
+
+def test_without_any_installed_cli_the_way_out_is_any_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No adapter is offered whose program is not on PATH."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RefusedError) as refused:
+        load(tmp_path, None)
+    assert "no CLI is on PATH" in refused.value.what
+    assert "`use: command`" in refused.value.remedy
 
 
 def test_mistakes_are_told_by_line_in_the_file_and_by_path_in_words(tmp_path: Path) -> None:
