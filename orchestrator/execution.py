@@ -419,7 +419,7 @@ class Execution:
             if self._stopping:
                 scheduler.stop()
             try:
-                async with forking():
+                async with _owning(ledger), forking():
                     finished = await scheduler.run()
             finally:
                 self._schedulers.discard(scheduler)
@@ -640,6 +640,17 @@ def _named(record: RunRecord, action: Action, tasks: Sequence[str]) -> Sequence[
     if action is Action.REOPEN:
         return ()
     return tasks or [task for task, one in record.tasks.items() if one.status not in FINAL]
+
+
+@asynccontextmanager
+async def _owning(ledger: Ledger) -> AsyncIterator[None]:
+    """Raise Fenced instead of any error of the body where this process has lost its part in the run: that is why."""
+    try:
+        yield
+    except Exception as error:
+        if (lost := await ledger.orchestrators.fenced()) is not None:
+            raise lost from error
+        raise
 
 
 async def _check_company(others: Orchestrators) -> None:

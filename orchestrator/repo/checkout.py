@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -165,8 +165,7 @@ async def settle(
     only the ref was missing; a push that may have been refused is undone instead. So is one where the user has
     committed meanwhile. Only paths that the move changes are touched, and of those only the index entries and files
     that hold what it brings, wholly, or one file a part of it, and others nothing, while a lock on the index, other
-    such files, or the push itself, which has just ended, show that it was writing. `git` sees the objects of the move,
-    which the repository may not have. Returns the paths that neither commit explains: they are left as they are.
+    such files, or the push itself, which has just ended, show that it was writing. Returns the paths that neither commit explains: they are left as they are.
     """
     stale = await _stale_locks(repository, checkout, branch, since, git)
     old, new = move
@@ -176,8 +175,7 @@ async def settle(
         if tip is None or not await _is_part(checkout, new, tip, git):
             empty = await _empty_tree(checkout, git) if old is None or tip is None else ""
             update = _Update(checkout, git, old or empty, tip or empty, new)
-            can_finish = may_finish and tip == old and await _is_known(checkout, new, replace(git, borrowed=None))
-            is_staged = await update.is_staged() if can_finish else False
+            is_staged = await update.is_staged() if may_finish and tip == old else False
             if is_staged:
                 await anyio.to_thread.run_sync(_unlink, stale)
                 reflog = "council: finish an interrupted landing"

@@ -140,8 +140,6 @@ class Git:
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     flags: tuple[str, ...] = ()
     """Options of git itself that each command is given."""
-    borrowed: Path | None = None
-    """A folder of objects of another repository that each command sees, too."""
     scope: Scope | None = None
     """What it may touch, in a sandbox of its own; None: whatever the user may."""
 
@@ -214,7 +212,7 @@ class Git:
         base = users_environment(self.environ) if self.users else sealed_environment(self.environ)
         run_it = run(
             ["git", *_CONFIG_FLAGS, *self.flags, *args],
-            env={**base, **self._own_variables, **(env or {})},
+            env={**base, **({"GIT_DIR": str(self.git_dir)} if self.git_dir else {}), **(env or {})},
             cwd=cwd or self.git_dir,
             input=input_,
             keep_fds=(*self.keep_fds, *keep_fds),
@@ -244,11 +242,6 @@ class Git:
                 raise GitKilled(["git", *args], done.returncode, said)
             raise GitError(["git", *args], done.returncode, said)
         return done
-
-    @property
-    def _own_variables(self) -> dict[str, str]:
-        paths = {"GIT_DIR": self.git_dir, "GIT_ALTERNATE_OBJECT_DIRECTORIES": self.borrowed}
-        return {name: str(path) for name, path in paths.items() if path is not None}
 
     async def _confinement(self, scope: Scope, path: str) -> Confinement:
         if path not in _INSTALLED:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import anyio.to_thread
@@ -352,9 +352,7 @@ class Target:
         self, repository: LocalRepository, merge: Merge, since: float, *, may_finish: bool
     ) -> list[str]:
         checkout, move = await self._checkout(), (merge.old, merge.new)
-        # A push that was refused has taken its objects along; its files may be there all the same.
-        git = replace(self._users_git(), borrowed=self._hub.objects)
-        return await settle(repository, checkout, self.branch, move, since, git, may_finish=may_finish)
+        return await settle(repository, checkout, self.branch, move, since, self._users_git(), may_finish=may_finish)
 
     async def _checkout(self) -> Path | None:
         if self._repository is None:
