@@ -644,7 +644,7 @@ def _named(record: RunRecord, action: Action, tasks: Sequence[str]) -> Sequence[
 
 @asynccontextmanager
 async def _owning(ledger: Ledger) -> AsyncIterator[None]:
-    """Raise Fenced instead of any error of the body where this process has lost its part in the run: that is why."""
+    """Raise Fenced instead of any error of the body if this process has lost its part in the run."""
     try:
         yield
     except Exception as error:

@@ -165,7 +165,8 @@ async def settle(
     only the ref was missing; a push that may have been refused is undone instead. So is one where the user has
     committed meanwhile. Only paths that the move changes are touched, and of those only the index entries and files
     that hold what it brings, wholly, or one file a part of it, and others nothing, while a lock on the index, other
-    such files, or the push itself, which has just ended, show that it was writing. Returns the paths that neither commit explains: they are left as they are.
+    such files, or the push itself, which has just ended, show that it was writing. Returns the paths that neither
+    commit explains: they are left as they are.
     """
     stale = await _stale_locks(repository, checkout, branch, since, git)
     old, new = move
