@@ -194,7 +194,9 @@ async def test_a_program_of_a_check_that_is_not_found_is_nobodys_failure(
     repository: Repository, options: list[str]
 ) -> None:
     """The message names the program and where it was looked for; no session starts, whatever may fail on the base."""
-    config = configure(repository, "write a.txt a", checks=["no-such-tool --all"])
+    folder = repository.spawns.parent / "bin"
+    folder.mkdir()
+    config = configure(repository, "write a.txt a", checks=["no-such-tool --all"], writable=[str(folder)])
     ended = repository.council("run", str(config), *options, "--json")
     assert ended.code == 1, ended
     assert (ended.result["status"], ended.states["t1"]) == ("halted", "pending")
@@ -203,8 +205,6 @@ async def test_a_program_of_a_check_that_is_not_found_is_nobodys_failure(
     assert sessions(repository) == 0
     assert not any(line.get("outcome") for line in ended.lines if line.get("event") == "task.retrying")
     await repository.assert_invariants()
-    folder = repository.spawns.parent / "bin"
-    folder.mkdir()
     tool = folder / "no-such-tool"
     tool.write_text("#!/bin/sh\nexit 0\n")
     tool.chmod(0o755)
