@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ git diff-files --quiet --ignore-submodules -- && git diff-index --quiet --cached
 }}
 exec git read-tree -u -m "$old" "$1"
 """
+# What a shell can't say of a descriptor above 9.
+_CLOSE: Final = "import os, sys; os.closerange(3, os.sysconf('SC_OPEN_MAX')); os.execv(sys.argv[1], sys.argv[1:])"
 #: The hooks that a push into a repository can run there (githooks(5)).
 _RUN_BY_PUSH: Final = (
     "pre-receive", "update", "post-receive", "post-update", "reference-transaction", UPDATE_HOOK,
@@ -70,17 +73,26 @@ async def hooks_in_checkouts(repository: LocalRepository, git: Git, checkout: Pa
 async def hooks_for_landing(repository: LocalRepository, git: Git, folder: Path, checkout: Path | None) -> Path | None:
     """Return the folder of hooks that a push is to use; None for the user's own.
 
-    It is `folder`, filled with calls of those hooks that are outside of the checkouts, where others are inside, or
-    where a checkout is to be updated and the user has no hook that does it.
+    It is `folder`, filled with calls of those hooks that are outside of the checkouts, unless there is nothing to call
+    and nothing to leave out. Where a checkout is to be updated and the user has no hook that does it, there is ours.
     """
     inside, outside = await _judge_hooks(repository, git, checkout)
-    calls = {hook.name: f'#!/bin/sh\nexec {shlex.quote(str(hook))} "$@"\n' for hook in outside}
-    if not inside and (checkout is None or UPDATE_HOOK in calls):
+    calls = {hook.name: _call(hook) for hook in outside}
+    if not inside and not calls and checkout is None:
         return None
     if checkout is not None:
         calls.setdefault(UPDATE_HOOK, _UPDATE)
     await anyio.to_thread.run_sync(_write_hooks, folder, calls)
     return folder
+
+
+def _call(hook: Path) -> str:
+    """Return a script that runs a hook of the user's; one that may leave a daemon behind does not get our locks.
+
+    The hook that updates a checkout keeps them: it may outlive all that could wait for its end.
+    """
+    command = [] if hook.name == UPDATE_HOOK else [sys.executable, "-I", "-S", "-c", _CLOSE]
+    return f'#!/bin/sh\nexec {shlex.join([*command, str(hook)])} "$@"\n'
 
 
 async def _judge_hooks(repository: LocalRepository, git: Git, checkout: Path | None) -> tuple[list[Path], list[Path]]:

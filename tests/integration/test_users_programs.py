@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -150,6 +152,29 @@ async def test_hooks_outside_of_the_checkouts_run_as_ever_also_next_to_one_insid
     assert trace.read_text().splitlines() == [f"{folder}/update 3", f"{folder}/post-receive 0"]
     (folder / "update").write_text("#!/bin/sh\necho no >&2\nexit 1\n")
     assert isinstance(await land(repository, tmp_path, {"b.txt": "b"}), Deferred)
+
+
+async def test_a_daemon_that_a_hook_leaves_keeps_no_lock_of_a_killed_process(repository: Repository) -> None:
+    """Nobody could resume the run before the daemon ends."""
+    folder, trace = repository.top / ".git/hooks", repository.spawns.parent / "daemons"
+    folder.mkdir(exist_ok=True)
+    for name in ("update", "post-receive", "reference-transaction"):
+        (folder / name).write_text(f'#!/bin/sh\nsleep 600 </dev/null >/dev/null 2>&1 &\necho $! >> "{trace}"\n')
+        (folder / name).chmod(0o755)
+    repository.remember()
+    config = repository.configure([{"id": "t1", "prompt": "write a.txt a"}])
+    try:
+        killed = repository.council("run", str(config), failpoints="landing.pushed=kill")
+        assert killed.code == -signal.SIGKILL, killed
+        daemons = [int(pid) for pid in trace.read_text().split()]
+        assert len(daemons) >= len(("update", "post-receive", "reference-transaction"))
+        ended = repository.council("resume", "--json")
+        assert ended.states == {"t1": "landed"}, ended
+        assert all(Path(f"/proc/{pid}").exists() for pid in daemons)
+    finally:
+        for pid in trace.read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+    await repository.assert_invariants()
 
 
 @pytest.mark.parametrize(
