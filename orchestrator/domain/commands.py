@@ -45,6 +45,15 @@ def programs_in(command: str) -> list[str]:
     return named if _BEYOND_WORDS.search(text) is None else named[:1]
 
 
+def lookup_of(program: str) -> str:
+    """Return a shell command that succeeds where a program, by name or absolute path, is found and may be opened.
+
+    Landlock lets everybody look up what it lets nobody open.
+    """
+    opened = 'case $found in /*) test ! -r "$found" || true <"$found";; esac'
+    return f"found=$(command -v {shlex.quote(program)}) && {opened}"
+
+
 def _programs(text: str) -> Iterator[str]:
     lexer = shlex.shlex(text, posix=True, punctuation_chars=f"{_PUNCTUATION}\n")
     lexer.whitespace = " \t\r"

@@ -12,7 +12,7 @@ from typing import assert_never
 import anyio
 
 from orchestrator.config.model import TaskSpec
-from orchestrator.domain.commands import programs_in
+from orchestrator.domain.commands import lookup_of, programs_in
 from orchestrator.domain.dispatch import Entry
 from orchestrator.domain.model import TaskStatus
 from orchestrator.engine.ledger import Ledger
@@ -126,7 +126,7 @@ class BaseChecks:
         """
         for command in spec.checks:
             names = [name for name in programs_in(command) if "/" not in name]
-            question = " && ".join(f"command -v {shlex.quote(name)} >/dev/null" for name in names)
+            question = " && ".join(lookup_of(name) for name in names)
             result = await self._run(task, spec, (question,), commit) if names else Passed()
             if isinstance(result, CommandFailed) and result.command == question:
                 result = await self._run(task, spec, (command,), commit)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import anyio.to_thread
 from orchestrator.config.load import load_config
 from orchestrator.config.names import check_name
 from orchestrator.config.store import folder_url
-from orchestrator.domain.commands import programs_in
+from orchestrator.domain.commands import lookup_of, programs_in
 from orchestrator.engine.own_tests import OwnTests, find_own_tests, read_top
 from orchestrator.engine.probing import AdapterStatus, make_without_options, probe_adapters
 from orchestrator.engine.repository_findings import is_outside
@@ -98,7 +97,7 @@ def needs_of(tests: OwnTests) -> dict[str, str]:
     environment = tests.environment
     commands = [tests.command, *([] if environment is None else [environment.setup])]
     names = [name for command in commands for name in programs_in(command) if "/" not in name]
-    asked = {name: f"command -v {shlex.quote(name)}" for name in names}
+    asked = {name: lookup_of(name) for name in names}
     return asked | {one: one for one in (*tests.needs, *(() if environment is None else environment.needs))}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ import anyio.to_thread
 
 from orchestrator.config.adapters import trial_request
 from orchestrator.config.model import Reach, RunConfig, used_adapters
-from orchestrator.domain.commands import programs_in
+from orchestrator.domain.commands import lookup_of, programs_in
 from orchestrator.engine.findings import Finding, Level
 from orchestrator.engine.repository_findings import covers, is_made
 from orchestrator.engine.sandbox_probe import SandboxProbe
@@ -52,7 +51,7 @@ async def look_for_programs(
     by_env: dict[tuple[str, ...], set[str]] = {}
     for one in commands:
         by_env.setdefault(one.env, set()).update(name for name in programs_in(one.text) if _is_of_machine(name))
-    there = {env: await probe.succeeding([_question(name) for name in names], env) for env, names in by_env.items()}
+    there = {env: await probe.succeeding([lookup_of(name) for name in names], env) for env, names in by_env.items()}
     files = await _committed(run, top, [name for one in commands for name in _in_worktree(one)], environ)
 
     def judge() -> list[Finding | None]:
@@ -60,7 +59,7 @@ async def look_for_programs(
             (one, name)
             for one in commands
             for name in programs_in(one.text)
-            if _is_of_machine(name) and _question(name) not in there[one.env]
+            if _is_of_machine(name) and lookup_of(name) not in there[one.env]
         ]
         found: list[Finding | None] = [_missing(one, name, probe, top) for one, name in absent]
         return found + [_judge_file(run, one, name, files, top) for one in commands for name in _in_worktree(one)]
@@ -82,16 +81,12 @@ async def look_for_adapter_programs(
         if not _is_of_machine(program) or not is_there:  # a missing one is a finding of its own
             continue
         reach = run.adapters[name].reach | Reach(readable=tuple(map(Path, command.readable)))
-        question = _question(program)
+        question = lookup_of(program)
         if question not in await probe.succeeding([question], env, reach):
             what = f"program {program!r} is on PATH, but sessions can't see it{probe.why_missing(program, env, reach)}"
             remedy = f"add its folder to `readable` of the adapter {name!r}, or install it elsewhere"
             found.append(Finding(f"adapter {name}", Level.PROBLEM, shown(what), remedy))
     return found
-
-
-def _question(name: str) -> str:
-    return f"{'test -x' if name.startswith('/') else 'command -v'} {shlex.quote(name)}"
 
 
 def _is_of_machine(name: str) -> bool:
