@@ -187,7 +187,7 @@ class Execution:
         await check_checkout(site.repository, base, environ, remedy="commit or stash them, then `council merge`")
         start = await fetch_ends(site, hub, name, (base, base), environ)
         commit, branch = await source.fetch(document.target, internal_ref(name, "work")), work_branch(name, MERGE, "1")
-        if not (await git("merge-base", "--is-ancestor", commit, start, ok=(0, 1))).returncode:
+        if await git.is_ancestor(commit, start):
             await forget(hub, name, environ)
             raise RefusedError(f"{base!r} has all of {document.target!r} already", "there is nothing to merge")
         specs = [await read_spec(runs.store, run, task) for task in document.tasks]

@@ -33,6 +33,7 @@ import anyio.to_thread
 from anyio.lowlevel import RunVar
 
 from orchestrator.errors import LockHeld, StoreUnavailable
+from orchestrator.process_table import start_ticks
 
 #: A signature has room for so many bytes, and for as many more again as it takes: what was there before is covered.
 _ROOM: Final = 512
@@ -381,12 +382,3 @@ def _is_alive(pid: int, started: int | None) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def start_ticks(pid: int) -> int | None:
-    """When the process started, in the kernel's ticks since boot; None for a zombie or without /proc."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] == b"Z" else int(fields[19])

@@ -13,6 +13,8 @@ import signal
 import sys
 import time
 
+from orchestrator.process_table import ProcessStat, process_ids, process_stat
+
 #: Seconds that a command gets to finish: a push that is killed half done leaves a checkout to repair.
 LIMIT = 20.0
 #: Seconds after which a command is killed of which a process is stopped.
@@ -20,34 +22,10 @@ GRACE = 0.5
 PAUSE = 0.02
 
 
-class Process:
-    """What the kernel says of a process: its state as one letter, and how long it ran, in ticks."""
-
-    def __init__(self, fields: list[bytes]) -> None:
-        """Take the fields of proc_pid_stat(5) from the state on."""
-        self.state, self.parent, self.session = fields[0].decode(), int(fields[1]), int(fields[3])
-        self.ran = int(fields[11]) + int(fields[12])
-
-
-def processes() -> dict[int, Process]:
-    """Return each process that lives by its id; none without /proc."""
-    found = {}
-    for name in os.listdir("/proc") if os.path.isdir("/proc") else ():  # noqa: PTH112, PTH208  (pathlib is a slow import)
-        if not name.isdigit():
-            continue
-        try:
-            with open(f"/proc/{name}/stat", "rb") as file:  # noqa: PTH123  (the same)
-                fields = file.read().rpartition(b")")[2].split()
-        except OSError:  # it has just ended
-            continue
-        if fields[0] not in {b"Z", b"X"}:
-            found[int(name)] = Process(fields)
-    return found
-
-
-def tree(leader: int) -> dict[int, Process]:
+def tree(leader: int) -> dict[int, ProcessStat]:
     """Return the processes of a leader's session that live, with all that descends from them."""
-    everyone = processes()
+    stats = ((pid, process_stat(pid)) for pid in process_ids())
+    everyone = {pid: stat for pid, stat in stats if stat is not None and not stat.has_ended}
     family = {pid for pid, one in everyone.items() if one.session == leader}
     new = family
     while new:

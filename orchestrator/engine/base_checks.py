@@ -83,16 +83,12 @@ class BaseChecks:
         run = self.ledger.run
         try:
             target, base = [await self.starts.newest(builds_on_target=on_target) for on_target in (True, False)]
-            if target == base or await self._contains(base, target):
+            if target == base or await self.shop.git.is_ancestor(target, base):
                 return {base: run.base}
             both = {target: run.target, base: run.base}
-            return {target: run.target} if await self._contains(target, base) else both
+            return {target: run.target} if await self.shop.git.is_ancestor(base, target) else both
         except GitError:  # the start of the first session reports that
             return {}
-
-    async def _contains(self, commit: str, earlier: str) -> bool:
-        done = await self.shop.git("merge-base", "--is-ancestor", earlier, commit, ok=(0, 1))
-        return done.returncode == 0
 
     async def _failure_of(self, tasks: Sequence[str], commit: str, branch: str) -> str | None:
         """Return why the checks that these tasks share fail on a commit."""

@@ -25,7 +25,7 @@ from orchestrator.project import Project, exclude_from_git
 from orchestrator.protocols import AdapterType
 from orchestrator.repo.branches import find_base
 from orchestrator.repo.checkout import check_own
-from orchestrator.repo.git import Git, check_version
+from orchestrator.repo.git import Git, check_version, split_nul
 from orchestrator.repo.site import Site, find_site
 
 #: The type that runs any program: what it needs is for the user to fill in.
@@ -73,8 +73,7 @@ class FoundTests:
 async def find_tests(ground: Ground, environ: Mapping[str, str]) -> FoundTests | None:
     """Return how the tests of the base are run: the best way that works in the sandbox, else the best one."""
     git = Git(None, users=True, environ=environ)
-    listed = (await git("ls-tree", "-z", "--name-only", ground.base, cwd=ground.top)).stdout
-    committed = set(listed.decode(errors="surrogateescape").split("\0"))
+    committed = set(split_nul((await git("ls-tree", "-z", "--name-only", ground.base, cwd=ground.top)).stdout))
     top = await anyio.to_thread.run_sync(read_top, ground.top)
     best = find_own_tests({name: text for name, text in top.items() if name.rstrip("/") in committed})
     if best is None:

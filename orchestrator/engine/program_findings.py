@@ -103,16 +103,14 @@ async def _committed(
     run: RunConfig, top: Path | None, names: Iterable[str], environ: Mapping[str, str]
 ) -> Mapping[str, str]:
     """Return the modes of files in the base, by path; of the names that are not there, nothing."""
-    paths = sorted(map(os.path.normpath, set(names)))
-    if top is None or not paths:
+    if top is None:
         return {}
     git = Git(None, users=True, environ=environ)
     try:
-        done = await git("--literal-pathspecs", "ls-tree", "-z", run.base, "--", *paths, cwd=top)
+        entries = await git.entries(run.base, set(map(os.path.normpath, names)), top)
     except GitError:  # what is wrong with the base is another finding
         return {}
-    lines = done.stdout.decode(errors="surrogateescape").split("\0")[:-1]
-    return {path: line.split()[0] for line, _, path in (entry.partition("\t") for entry in lines)}
+    return {path: entry.split()[0] for path, entry in entries.items()}
 
 
 def _missing(command: _Command, name: str, probe: SandboxProbe, top: Path | None) -> Finding:

@@ -116,10 +116,9 @@ async def look_for_files(run: RunConfig, words: Iterable[str], top: Path, enviro
         return []
     git = Git(None, users=True, environ=environ)
     try:
-        done = await git("--literal-pathspecs", "ls-tree", "-z", "--name-only", run.base, "--", *there, cwd=top)
+        committed = await git.entries(run.base, there, top)
     except GitError:
         return []  # what is wrong with the base has been told
-    committed = set(done.stdout.decode(errors="surrogateescape").split("\0"))
     missing = [shown(file) for file in there if file not in committed]
     if not missing:
         return []

@@ -341,8 +341,7 @@ class Scheduler:
         if isinstance(after, Elsewhere):
             self._hand.mirror(task)
             return
-        if not isinstance(after, Starved):
-            self._starved = 0
+        self._starved = self._starved if isinstance(after, Starved) else 0
         match after:
             case ToLand():
                 self._board.built(task)
@@ -360,18 +359,18 @@ class Scheduler:
             case Closed(adapter, reason):
                 self._board.close(adapter, reason)
                 self._hand.wait(task)
-            case Starved(reason) | Halted(reason):
+            case Starved(reason):
                 self._hand.wait(task)
-                await self._hold_back(reason, is_final=isinstance(after, Halted))
+                await self._hold_back(reason)
+            case Halted(reason):
+                self._hand.wait(task)
+                self._give_up(reason)
             case _:
                 assert_never(after)
         self._catch_up(task)
 
-    async def _hold_back(self, reason: str, *, is_final: bool) -> None:
-        """Start nothing for a while: the machine has not enough of something; or nothing more, as no command works."""
-        if is_final:
-            self._give_up(reason)
-            return
+    async def _hold_back(self, reason: str) -> None:
+        """Start nothing for a while: the machine has not enough of something."""
         if self._paused_until > self._clock.monotonic():  # another session has met the same
             return
         self._starved += 1

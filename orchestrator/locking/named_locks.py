@@ -20,7 +20,7 @@ import anyio
 from orchestrator.clock import Clock
 from orchestrator.domain.deadlocks import Wait, deadlock_of, merged
 from orchestrator.errors import LockRefused, RefusedError, UnreadableDocument, VersionConflict
-from orchestrator.filelock import start_ticks
+from orchestrator.process_table import start_ticks
 from orchestrator.protocols import Commit, Document, JsonObject, Key, Store, Write
 from orchestrator.state.boot import boot_id
 from orchestrator.state.log import MAX_TTL

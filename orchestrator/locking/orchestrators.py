@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from orchestrator.clock import Clock
 from orchestrator.domain.claims import Counters, Orchestrator, Owner, Role, Standing, Timing, standing
 from orchestrator.errors import CouncilError, Fenced, UnreadableDocument, VersionConflict, mistake_of
-from orchestrator.filelock import start_ticks
+from orchestrator.process_table import start_ticks
 from orchestrator.protocols import Commit, Document, Guard, Key, Store, Write
 from orchestrator.state.boot import boot_id
 

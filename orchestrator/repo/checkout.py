@@ -173,7 +173,7 @@ async def settle(
     foreign: list[str] = []
     if checkout is not None and await _is_known(checkout, new, git):
         tip = await _tip(checkout, branch, git)
-        if tip is None or not await _is_part(checkout, new, tip, git):
+        if tip is None or not await git.is_ancestor(new, tip, cwd=checkout):
             empty = await _empty_tree(checkout, git) if old is None or tip is None else ""
             update = _Update(checkout, git, old or empty, tip or empty, new)
             is_staged = await update.is_staged() if may_finish and tip == old else False
@@ -197,10 +197,6 @@ async def _is_known(checkout: Path, commit: str, git: Git) -> bool:
 async def _tip(checkout: Path, branch: str, git: Git) -> str | None:
     ref = await git("rev-parse", "--verify", "--quiet", f"refs/heads/{branch}", cwd=checkout, ok=(0, 1))
     return ref.stdout.decode().strip() or None
-
-
-async def _is_part(checkout: Path, commit: str, tip: str, git: Git) -> bool:
-    return not (await git("merge-base", "--is-ancestor", commit, tip, cwd=checkout, ok=(0, 1))).returncode
 
 
 async def _empty_tree(checkout: Path, git: Git) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import anyio.to_thread
 
+from orchestrator.process_table import process_ids, process_stat
 from orchestrator.repo.checkout import LocalRepository, checkouts_in, read_heads
 from orchestrator.repo.git import Git, shown
 
@@ -226,7 +227,7 @@ def _short(value: str | None) -> str:
 
 def _live_git(repository: LocalRepository) -> bool:
     folders = [repository.git_dir, *([repository.top] if repository.top else []), *_linked_tops(repository.git_dir)]
-    working = [pid for pid in _processes() if _is_git_in(pid, folders)]
+    working = [pid for pid in process_ids() if _is_git_in(pid, folders)]
     return any(not _is_ours(pid) for pid in working)
 
 
@@ -240,18 +241,9 @@ def _linked_tops(folder: Path) -> list[Path]:
     return found
 
 
-# Every process of the machine is looked at around each session: without the paths that pathlib would make of them.
-
-
-def _processes() -> list[int]:
-    try:
-        return [int(name) for name in os.listdir("/proc") if name.isdecimal()]  # noqa: PTH208
-    except FileNotFoundError:
-        return []
-
-
 def _is_git_in(pid: int, folders: list[Path]) -> bool:
     try:
+        # Every process of the machine is looked at around each session: without the path that pathlib would make of it.
         with open(f"/proc/{pid}/comm", "rb", 0) as file:  # noqa: PTH123
             if file.read(3) != b"git":
                 return False
@@ -267,9 +259,6 @@ def _is_ours(pid: int) -> bool:
     while pid > 1:
         if pid == own:
             return True
-        try:
-            # proc_pid_stat(5): the parent is the second field behind the name, which may have spaces.
-            pid = int(Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            return False
+        stat = process_stat(pid)
+        pid = 0 if stat is None else stat.parent
     return False

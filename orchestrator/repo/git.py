@@ -267,14 +267,23 @@ class Git:
         tree, *paths = merged.stdout.decode(errors="surrogateescape").split("\0")
         return tree, tuple(dict.fromkeys(shown(path) for path in paths if path))
 
-    async def entries(self, commit: str, paths: Collection[str]) -> dict[str, str]:
+    async def entries(self, commit: str, paths: Collection[str], cwd: Path | None = None) -> dict[str, str]:
         """Return what a commit has at those of the paths that it has: mode, kind and id, with a space between them."""
         if not paths:
             return {}
         # The names are no patterns (gitglossary(7), pathspec); what is not there is not listed.
-        listed = await self("ls-tree", "-z", commit, "--", *sorted(paths), env={"GIT_LITERAL_PATHSPECS": "1"})
+        literal = {"GIT_LITERAL_PATHSPECS": "1"}
+        listed = await self("ls-tree", "-z", commit, "--", *sorted(paths), env=literal, cwd=cwd)
         rows = (row.partition("\t") for row in split_nul(listed.stdout))
         return {path: meta for meta, _, path in rows}
+
+    async def is_ancestor(
+        self, earlier: str, commit: str, *, cwd: Path | None = None, may_be_missing: bool = False
+    ) -> bool:
+        """Whether a commit is the other one or before it; with `may_be_missing` also False if one is not there."""
+        ok = (0, 1, 128) if may_be_missing else (0, 1)
+        done = await self("merge-base", "--is-ancestor", earlier, commit, cwd=cwd, ok=ok)
+        return done.returncode == 0
 
     async def has_branch(self, name: str) -> bool:
         """Whether the repository has this branch."""

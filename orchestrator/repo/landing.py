@@ -137,7 +137,7 @@ class Target:
 
     async def _read_line(self, tip: str) -> None:
         known = self.known
-        if known is None or (await self._git("merge-base", "--is-ancestor", known, tip, ok=(0, 1, 128))).returncode:
+        if known is None or not await self._git.is_ancestor(known, tip, may_be_missing=True):
             known, self._line, self._contained = self._start, set(), set()
         self._line.update((await self._git.line("rev-list", "--first-parent", f"{known}..{tip}")).split())
         self._contained.add(tip)
@@ -150,7 +150,7 @@ class Target:
         """Whether a commit is part of the target, as of the last look."""
         if self.known is None:
             return False
-        return not (await self._git("merge-base", "--is-ancestor", commit, self.known, ok=(0, 1, 128))).returncode
+        return await self._git.is_ancestor(commit, self.known, may_be_missing=True)
 
     async def prepare(
         self,
@@ -234,7 +234,7 @@ class Target:
         if len(self._line) <= _FEW:
             return onto
         if base not in self._contained:
-            if (await self._git("merge-base", "--is-ancestor", base, onto, ok=(0, 1))).returncode:
+            if not await self._git.is_ancestor(base, onto):
                 return onto
             self._contained.add(base)
         built = await self._git.line("rev-list", "--count", commit, f"^{base}")

@@ -258,8 +258,7 @@ class Pool:
         """Whether what setup made in a place may be used to check a commit."""
         if not record.setup or record.setup_at == commit:
             return True
-        done = await self._git("merge-base", "--is-ancestor", record.setup_at, base, ok=(0, 1))
-        return done.returncode == 0
+        return await self._git.is_ancestor(record.setup_at, base)
 
     async def _discard_stale(self) -> None:
         """Discard idle places with another setup than is wanted; the last one is kept, as it may be wanted again."""

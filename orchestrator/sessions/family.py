@@ -11,6 +11,8 @@ import select
 import signal
 import sys
 
+from orchestrator.process_table import process_ids, process_stat
+
 CHUNK_BYTES = 1 << 16
 HAS_PROC = sys.platform == "linux"
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -134,19 +136,16 @@ def signal_new(number: int, family: dict[int, int], seen: set[int], spared: froz
     wrap around, is found only by a look with a fresh `seen`.
     """
     found: set[int] = set()
-    for name in os.listdir("/proc"):  # noqa: PTH208  (pathlib is a slow import)
-        if not name.isdecimal() or (pid := int(name)) in seen:
+    for pid in process_ids():
+        if pid in seen:
             continue
         seen.add(pid)
-        try:
-            state, parent = _state(pid)
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if parent in family and pid not in family:
-            if parent not in spared:
+        stat = process_stat(pid)
+        if stat is not None and stat.parent in family and pid not in family:
+            if stat.parent not in spared:
                 send(pid, number)
-            family[pid] = parent
-            if state != b"Z":
+            family[pid] = stat.parent
+            if not stat.has_ended:
                 found.add(pid)
     return found
 
@@ -195,12 +194,6 @@ def prctl(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, ctypes.c_ulong(value), 0, 0, 0)
 
 
-def _state(pid: int) -> tuple[bytes, int]:
-    with open(f"/proc/{pid}/stat", "rb", 0) as file:  # noqa: PTH123  (pathlib is a slow import)
-        state, parent = file.read(1024).rpartition(b")")[2].split()[:2]
-    return state, int(parent)
-
-
 def _pid_inside(pid: int) -> int:
     """Return the pid that a process has in its own namespace; one that is gone is behind all others."""
     try:
@@ -211,7 +204,5 @@ def _pid_inside(pid: int) -> int:
 
 
 def _lives(pid: int) -> bool:
-    try:
-        return _state(pid)[0] not in b"ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    stat = process_stat(pid)
+    return stat is not None and not stat.has_ended

@@ -20,6 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from orchestrator.process_table import process_stat
+
 _PEER_PIDFD: Final = 77  # SO_PEERPIDFD, from Linux 6.5 on
 _CREDENTIALS: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid
 _MACOS_LEVEL, _MACOS_CREDENTIALS = 0, 1  # SOL_LOCAL, LOCAL_PEERCRED
@@ -80,14 +82,13 @@ def _ancestors(pid: int, last: int) -> list[tuple[int, int]] | None:
     """Return a process and those above it, up to `last`, with when they started; None if one ended meanwhile."""
     found: list[tuple[int, int]] = []
     while pid and len(found) < _DEEPEST:
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-        except OSError:
+        stat = process_stat(pid)
+        if stat is None:
             return None
-        found.append((pid, int(fields[19])))
+        found.append((pid, stat.started))
         if pid == last:
             break
-        pid = int(fields[1])
+        pid = stat.parent
     return found
 
 

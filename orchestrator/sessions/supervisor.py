@@ -40,6 +40,7 @@ import signal
 import sys
 import time
 
+from orchestrator.process_table import start_ticks
 from orchestrator.sandbox import seccomp
 from orchestrator.sandbox.landlock import confine
 from orchestrator.sessions.capture import CHUNK_BYTES, Stream
@@ -214,18 +215,9 @@ def take_lock(path: str) -> int:
         else:
             break
     os.ftruncate(file, 0)
-    signature = {"pid": os.getpid(), "started": start_ticks(), "since": time.time(), "owner": OWNER}
+    signature = {"pid": os.getpid(), "started": start_ticks(os.getpid()), "since": time.time(), "owner": OWNER}
     os.write(file, json.dumps(signature).encode())
     return file
-
-
-def start_ticks() -> int | None:
-    """When this process started, in the kernel's ticks since boot; None without /proc."""
-    try:
-        with open("/proc/self/stat", "rb") as file:  # noqa: PTH123  (pathlib is a slow import)
-            return int(file.read().rpartition(b")")[2].split()[19])
-    except OSError:
-        return None
 
 
 def start(spec: Spec, streams: list[Stream], wrapper: Wrapper | None) -> int:

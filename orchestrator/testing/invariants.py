@@ -285,7 +285,7 @@ async def _starts(
                     continue
                 if landed is None:
                     yield f"7: {task} started before {need} had landed"
-                elif (await git("merge-base", "--is-ancestor", landed, attempt.base, ok=(0, 1))).returncode:
+                elif not await git.is_ancestor(landed, attempt.base):
                     yield f"7: attempt {attempt.number} of {task} started without the landing of {need}"
 
 
