@@ -143,7 +143,8 @@ class Judge:
 
     def _left(self) -> Iterator[str]:
         root = self.repository.top.parent
-        homes = (root.glob(f"council-home/**/{name}.git") for name in ("hub", "trusted"))
+        # Not at any depth: a sandbox leaves empty folders in that of a session where it showed it a repository.
+        homes = (root.glob(f"council-home/*/{name}.git") for name in ("hub", "trusted"))
         repositories = [self.repository.top / ".git", *(one for found in homes for one in found)]
         for repository in repositories:
             for pattern in _STALE:
