@@ -10,6 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
+from tenacity import retry, retry_if_exception_type, stop_after_attempt
+
+#: How often a program is asked that somebody kills meanwhile.
+ATTEMPTS: Final = 3
 _PATIENCE: Final = 20.0  # seconds; it takes milliseconds
 
 
@@ -19,14 +23,24 @@ def find(environ: Mapping[str, str] | None = None) -> str | None:
     return None if found is None else str(Path(found).absolute())
 
 
+@retry(retry=retry_if_exception_type(InterruptedError), stop=stop_after_attempt(ATTEMPTS), reraise=True)
+def _say_version(program: str) -> subprocess.CompletedProcess[bytes]:
+    argv = [program, "--version"]
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_PATIENCE, check=False)
+    if done.returncode < 0:
+        raise InterruptedError(f"`{program} --version` was killed by signal {-done.returncode}")
+    return done
+
+
 @cache
 def seals_namespaces(program: str) -> bool:
-    """Return whether it can keep what it runs from making user namespaces (`--disable-userns`, from 0.8). Blocks."""
+    """Return whether it can keep what it runs from making user namespaces (`--disable-userns`, from 0.8). Blocks.
+
+    OSError where that can't be found out because it is killed each time.
+    """
     try:
-        done = subprocess.run(
-            [program, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=_PATIENCE, check=False
-        )
-    except (OSError, subprocess.SubprocessError):
+        done = _say_version(program)
+    except (FileNotFoundError, PermissionError, subprocess.SubprocessError):
         return False
     version = re.search(rb"(\d+)\.(\d+)", done.stdout)
     return version is not None and (int(version[1]), int(version[2])) >= (0, 8)

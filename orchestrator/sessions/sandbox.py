@@ -24,6 +24,7 @@ from pathlib import Path
 
 import anyio
 import anyio.to_thread
+from tenacity import retry, retry_if_result, stop_after_attempt
 
 from orchestrator import process
 from orchestrator.errors import RefusedError
@@ -32,6 +33,7 @@ from orchestrator.sessions.supervised import SupervisedCommand
 from orchestrator.sessions.supervisor import WRAPPER_COMPLAINT, WRAPPER_FILTER, WRAPPER_STATUS
 
 _PROBE_PATIENCE = 20.0  # seconds; a start takes milliseconds
+_PROBE_OUTPUT = 1 << 16  # bytes
 #: Folders of the machine in whose place a session has others of its own, with bubblewrap.
 REPLACED = ("/tmp", "/var/tmp", "/run")  # noqa: S108  (not to write there)
 _RESOLVER = Path("/etc/resolv.conf")
@@ -198,7 +200,8 @@ async def _bubblewrap_problem(network: bool, environ: Mapping[str, str]) -> str 
         # The flags that are used, since a machine may forbid any one of them; the program is one that surely is there.
         options = await anyio.to_thread.run_sync(_options, Fence((), (), (), scratch, network), bwrap)
         probe = [bwrap, *options, "--", bwrap, "--version"]
-        done = await process.run(probe, env=environ, cwd=Path("/"), timeout=_PROBE_PATIENCE)
+        # A bubblewrap that is killed as it starts leaves a process behind that waits for it.
+        done = await _probe(probe, environ)
     except (OSError, TimeoutError) as error:
         return str(error)
     finally:
@@ -207,6 +210,17 @@ async def _bubblewrap_problem(network: bool, environ: Mapping[str, str]) -> str 
     if done.returncode == 0:
         return None
     return done.stderr.decode(errors="replace").strip() or f"it ended with exit code {done.returncode}"
+
+
+@retry(
+    retry=retry_if_result(lambda done: done.returncode < 0),
+    stop=stop_after_attempt(bubblewrap.ATTEMPTS),
+    retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
+)
+async def _probe(argv: Sequence[str], environ: Mapping[str, str]) -> process.Completed:
+    """Run it again where somebody kills it: a weaker sandbox must not be taken for that."""
+    # Killed as it starts, it leaves a process behind that waits for it.
+    return await process.run_stranger(argv, env=environ, cwd=Path("/"), timeout=_PROBE_PATIENCE, most=_PROBE_OUTPUT)
 
 
 def _options(fence: Fence, bwrap: str) -> list[str]:

@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from orchestrator.errors import RefusedError, SessionError
+from orchestrator.process_table import start_ticks
 from orchestrator.sessions.sandbox import Fence, SandboxKind, choose_sandbox, fence_in
 from orchestrator.sessions.supervised import Ended, SupervisedCommand, run_supervised
 from tests.processes import children
@@ -417,6 +418,22 @@ async def test_a_bubblewrap_that_may_do_nothing_is_not_chosen(tmp_path: Path) ->
     require(SandboxKind.LANDLOCK)
     for network in (True, False):
         assert await choose_sandbox("auto", network=network, environ=environ) is SandboxKind.LANDLOCK
+
+
+async def test_a_bubblewrap_that_is_killed_as_it_starts_is_asked_again(tmp_path: Path) -> None:
+    """Neither is a weaker kind taken for that, nor does what it had started stay."""
+    fake, left = tmp_path / "bwrap", tmp_path / "left"
+    fake.write_text(f"""#!/bin/sh
+case "$*" in
+    --version) [ -e {tmp_path}/asked ] || {{ touch {tmp_path}/asked; kill -9 $$; }}; echo bubblewrap 0.8.0 ;;
+    *) [ -e {left} ] || {{ sleep 600 </dev/null & echo $! >{left}; kill -9 $$; }}
+       case "$*" in *--disable-userns*) ;; *) exit 1 ;; esac ;;
+esac
+""")
+    fake.chmod(0o755)
+    environ = {"PATH": f"{tmp_path}:{os.defpath}"}
+    assert await choose_sandbox("auto", network=True, environ=environ) is SandboxKind.BUBBLEWRAP
+    assert start_ticks(int(left.read_text())) is None
 
 
 async def test_what_has_no_fence_keeps_nobody_off_the_network() -> None:
