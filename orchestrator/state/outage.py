@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -209,16 +209,21 @@ async def surviving(
     this yields, which waits like any other; what it raises ends the body.
     """
     send, receive = anyio.create_memory_object_stream[Event](math.inf)
+
+    def news(event: Event) -> None:
+        with suppress(anyio.ClosedResourceError):  # an outage of the last words
+            send.send_nowait(event)
+
     async with beside(partial(_tell_all, receive, tell), last=_LAST_WORDS), AsyncExitStack() as stack:
         stack.enter_context(send)
         if mode == "continue":
             from orchestrator.state.continuing import continuing  # noqa: PLC0415  few runs ask for it
 
-            outage = Outage(clock, pauses, send.send_nowait, mode)
-            going_on = continuing(store, outage, pauses, clock, folder, send.send_nowait)
+            outage = Outage(clock, pauses, news, mode)
+            going_on = continuing(store, outage, pauses, clock, folder, news)
             store = await stack.enter_async_context(going_on)
         # What goes on may not, on a disk that is full: then it waits, too.
-        yield Pausing(store, Outage(clock, pauses, send.send_nowait, "pause", passes, gives_up))
+        yield Pausing(store, Outage(clock, pauses, news, "pause", passes, gives_up))
 
 
 async def _tell_all(receive: MemoryObjectReceiveStream[Event], tell: Tell) -> None:

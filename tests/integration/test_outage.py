@@ -150,6 +150,26 @@ async def test_who_gives_up_waiting_has_committed_nothing(scene: Scene) -> None:
         assert await scene.value(B) == {"n": 1}
 
 
+async def test_an_outage_while_the_last_is_told_at_the_end_breaks_nothing(scene: Scene) -> None:
+    """Nobody hears of it any more."""
+    ended = anyio.Event()
+
+    async def tell(_: Event) -> None:
+        await ended.wait()
+        scene.line.cut()
+        await store.commit(writing(B, 0))
+
+    with anyio.fail_after(PATIENCE):
+        async with surviving(scene.line, "pause", SystemClock(), scene.folder, tell, pauses=QUICK) as store:
+            scene.line.cut()
+            async with anyio.create_task_group() as group:
+                group.start_soon(store.commit, writing(A, 0))
+                await anyio.wait_all_tasks_blocked()
+                scene.line.mend()
+            ended.set()
+    assert await scene.value(A) == {"n": 1}
+
+
 async def test_a_commit_whose_answer_is_lost_is_made_once(scene: Scene) -> None:
     """It is known again by what it wrote; one that somebody else beat is refused as ever."""
     async with scene.opened("pause") as store:
