@@ -62,6 +62,8 @@ _OTHERS_LIMIT: Final = 1.0
 _KILLS: Final = frozenset({signal.SIGINT, signal.SIGKILL, signal.SIGTERM, signal.SIGPIPE})
 # What git says of children, of a server of its own on this machine, and of locks (in the C locale).
 _DIED: Final = re.compile(r"died of signal (\d+)")
+# What the shell says, by which git starts such a server.
+_SHELL_SAYS: Final = re.compile(r"^(?:\S+: line \d+: +\d+ )?(?:Killed|Terminated)\b", re.MULTILINE)
 _FATAL: Final = re.compile(r"^(?:remote: )?fatal: (.+)", re.MULTILINE)
 _LOST_OTHER_END: Final = re.compile(r"the remote end hung up unexpectedly|early EOF|invalid index-pack output")
 _LOCKED: Final = re.compile(r"(?:Unable to create '|could not lock config file )(.+?)(?:'|): File exists")
@@ -298,7 +300,7 @@ def was_killed(returncode: int, said: str) -> bool:
     # A server that ends by itself says why, in a line of its own.
     if (fatal := _FATAL.findall(said)) and all(_LOST_OTHER_END.match(line) for line in fatal):
         return True
-    return any(int(number) in _KILLS for number in _DIED.findall(said))
+    return _SHELL_SAYS.search(said) is not None or any(int(number) in _KILLS for number in _DIED.findall(said))
 
 
 def split_nul(output: bytes) -> list[str]:

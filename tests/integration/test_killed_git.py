@@ -127,6 +127,22 @@ async def test_a_git_that_is_always_killed_ends_a_command_with_one_line(
     await repository.assert_invariants()
 
 
+async def test_a_server_whose_death_only_the_shell_tells_of_is_asked_again(
+    repository: Repository, tmp_path: Path
+) -> None:
+    """Git says of it what it says of a repository that it may not read."""
+    server, asked = tmp_path / "server", tmp_path / "asked"
+    server.write_text(f'#!/bin/sh\n[ -e {asked} ] || {{ touch {asked}; kill -9 $$; }}\nexec git upload-pack "$@"\n')
+    server.chmod(0o755)
+    other = tmp_path / "other"
+    repository.git("init", "--quiet", "--bare", str(other))
+    git = Git(other, environ=repository.environ)
+    await git("fetch", "--quiet", f'--upload-pack=serve() {{ {server} "$@"; }}; serve', str(repository.top), "main")
+    assert asked.exists()
+    with pytest.raises(GitError, match="Could not read from remote repository"):
+        await git("fetch", "--quiet", str(tmp_path / "nothing"), "main")
+
+
 async def test_half_written_objects_are_removed(repository: Repository, tmp_path: Path) -> None:
     """Those of a killed push in the user's repository, of killed commands in ours: by recovery, and by `clean`."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
