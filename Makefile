@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 # Each worker would compile all tests anew where byte code is not kept.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help install demo test test-sandboxes test-clis crash chaos bench schema lint types imports check clean
+.PHONY: help install demo test test-extended test-sandboxes test-clis crash chaos bench schema lint types imports check clean
 .DEFAULT_GOAL := help
 
 help:  ## say what there is
@@ -28,8 +28,11 @@ $(STAMP): pyproject.toml
 demo: install  ## run configs/quickstart.yaml on a clone of this repository and check what came of it
 	@$(BIN)/python examples/demo.py
 
-test: install  ## all tests but the slow ones and those of real programs
-	@$(PYTEST) -m 'not slow and not clis'
+test: install  ## each feature in a few minutes
+	@$(PYTEST) -m 'not extended and not slow and not clis'
+
+test-extended: install  ## what `make test` leaves out: variants and faults, some minutes more
+	@$(PYTEST) -m 'extended and not slow and not clis'
 
 test-sandboxes: install  ## the tests of sandboxes as on a machine without bubblewrap, without Landlock, without both
 	@for missing in bubblewrap landlock 'bubblewrap landlock'; do \
@@ -66,7 +69,7 @@ types: install
 imports: install
 	@$(BIN)/lint-imports
 
-check: lint types imports test  ## what CI runs
+check: lint types imports test  ## what to run before a commit; CI runs `.ci/run`
 
 clean:  ## remove what `make` made
 	rm -rf $(VENV) .clis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

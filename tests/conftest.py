@@ -54,6 +54,16 @@ def hermetic(folder: Path) -> dict[str, str]:
     }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have all parameters but the first of some tests run with the extended ones alone."""
+    seen = set[str]()
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        if name in seen and item.get_closest_marker("extended_but_first") is not None:
+            item.add_marker(pytest.mark.extended)
+        seen.add(name)
+
+
 def pytest_collection_finish() -> None:
     """Leave thousands of tests out of each look for garbage."""
     gc.collect()

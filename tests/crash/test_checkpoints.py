@@ -11,6 +11,7 @@ from tests.conftest import Repository
 from tests.crash.test_crashes import OF_CHECKPOINTS, chain_and_sides, configure, finish
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     "name",
     [

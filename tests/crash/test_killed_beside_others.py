@@ -121,6 +121,7 @@ def cases() -> list[object]:
     return [pytest.param(*one, marks=() if one in QUICKLY else pytest.mark.slow) for one in sorted(found)]
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(("who", "name", "hit"), cases())
 async def test_the_others_finish_what_one_left(repository: Repository, who: str, name: str, hit: int) -> None:
     """One is killed at a failpoint while the others are at sessions: each task lands once, nothing is left."""

@@ -100,6 +100,7 @@ async def test_killed_at_a_step(repository: Repository, name: str, hit: int) -> 
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_killed_at_each_step_in_turn(repository: Repository) -> None:
     """However often it is killed, it comes to its end."""
     command = ["run", str(configure(repository))]

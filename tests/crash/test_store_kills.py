@@ -81,6 +81,7 @@ def writers(tmp_path: Path) -> Iterator[Writers]:
     made.close()
 
 
+@pytest.mark.extended
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kills", [12, pytest.param(300, marks=pytest.mark.slow)])
 async def test_writers_are_killed_at_any_moment(writers: Writers, tmp_path: Path, kills: int) -> None:

@@ -176,6 +176,7 @@ class SlowArchive:
         return Changes(1, 1, 1)
 
 
+@pytest.mark.extended
 async def test_looking_costs_little(repository: Repository, run_of_two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a look takes long, the next comes much later; each session has its turn."""
     monkeypatch.setattr("orchestrator.activity.CHANGES_PAUSE", 0.01)

@@ -66,6 +66,7 @@ async def test_a_task_that_is_not_done_says_why(claude: Repository) -> None:
     assert "claude auth login" in ended.stdout
 
 
+@pytest.mark.extended
 async def test_without_a_session_nothing_is_asked_of_the_program(claude: Repository, tmp_path: Path) -> None:
     """But its version; it may even be missing."""
     (tmp_path / "bin/claude").unlink()
@@ -74,6 +75,7 @@ async def test_without_a_session_nothing_is_asked_of_the_program(claude: Reposit
     assert ended.result["programs"][0]["path"] is None
 
 
+@pytest.mark.extended
 async def test_a_promise_that_is_broken_is_named(claude: Repository, tmp_path: Path) -> None:
     """An adapter of a plugin that remembers what it was asked."""
     honest = "        return Command(["

@@ -78,6 +78,7 @@ def write(use: str, path: str, text: str) -> str:
     return f"```file {path}\n{text}\n```\n" if use == "ollama" else f"write {path} {text}\n"
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("sandbox", ONE_OF_WORKING)
 @pytest.mark.parametrize("use", ADAPTERS)
 async def test_what_a_program_writes_lands(bench: Bench, use: str, sandbox: str) -> None:
@@ -101,6 +102,7 @@ FAIL_AUTH = {"claude-code": "fail auth", "aider": "fail auth", "acp": "fail auth
 REMEDIES = {"claude-code": "claude auth login", "aider": "API_KEY", "acp": "agent login", "ollama": "OLLAMA_API_KEY"}
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("use", QUICK)
 async def test_a_login_that_fails_closes_the_adapter(bench: Bench, use: str) -> None:
     """Nothing more of it starts, no attempt is counted, and the reason says how to log in."""
@@ -142,6 +144,7 @@ async def test_a_usage_limit_without_an_end_parks_the_adapter(bench: Bench) -> N
     assert [(task.state, task.attempts) for task in report.tasks] == [("landed", 2), ("landed", 2)]
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("use", ["claude-code", "aider"])
 async def test_half_of_the_work_does_not_land_where_the_program_says_that_it_failed(bench: Bench, use: str) -> None:
     """Files were changed before the error; aider even ends with 0."""
@@ -195,6 +198,7 @@ ENDS = {
 }
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("use", QUICK)
 async def test_what_failed_has_its_class(bench: Bench, use: str) -> None:
     """The class and the reason that the program's words or its end stand for."""
@@ -206,6 +210,7 @@ async def test_what_failed_has_its_class(bench: Bench, use: str) -> None:
         assert "last words" in bench.said(ended), "what an agent says to its standard error is in the log"
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("sandbox", ONE_OF_WORKING)
 async def test_what_a_program_says_when_it_is_stopped_is_heard(bench: Bench, sandbox: str) -> None:
     """Claude Code says what was spent when it is interrupted, and only then."""
@@ -215,6 +220,7 @@ async def test_what_a_program_says_when_it_is_stopped_is_heard(bench: Bench, san
     assert (task["input_tokens"], task["output_tokens"], task["cost"]) == (3210, 42, 0.0125)
 
 
+@pytest.mark.extended
 async def test_what_was_spent_is_recorded(bench: Bench) -> None:
     """Tokens and money of all four shapes arrive in the result; the adapters work side by side in one run."""
     expected = {
@@ -243,6 +249,7 @@ async def test_what_was_spent_is_recorded(bench: Bench) -> None:
     assert [line.split()[:3] for line in shown if line.startswith("task ollama")] == [["task", "ollama", "1"]]
 
 
+@pytest.mark.extended
 async def test_an_agent_reads_and_writes_through_us_in_the_worktree_only(bench: Bench, tmp_path: Path) -> None:
     """What it asks for outside is refused and told; what is inside it gets."""
     (tmp_path / "secret").write_text("canary")
@@ -277,6 +284,7 @@ async def test_the_model_of_an_agent_can_be_chosen(bench: Bench) -> None:
     assert (task["failure"], "small, large" in task["reason"]) == ("invalid", True), task
 
 
+@pytest.mark.extended
 async def test_tokens_that_an_agent_tells_beside_the_protocol_are_recorded(bench: Bench) -> None:
     """As Gemini CLI does."""
     (task,) = bench.run("acp", "write a.txt x", options={"env": {"ACP_BESIDE": "1"}}).result["tasks"]
@@ -295,6 +303,7 @@ async def test_an_agent_that_can_not_begin_says_why(bench: Bench, env: dict[str,
     assert ("agent login" in task["reason"]) == (failure is None)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("env", "resumed"),
     [
@@ -330,6 +339,7 @@ async def test_an_agent_mends_its_work_in_the_same_conversation(
     await bench.repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_servers_reach_an_agent_with_the_values_of_their_variables(bench: Bench) -> None:
     """The file has their names alone."""
     bench.repository.environ["MY_SETTING"] = "what it is"
@@ -362,6 +372,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.extended
 async def test_an_answer_can_not_leave_the_worktree(bench: Bench, tmp_path: Path) -> None:
     """Nothing of it is applied, neither the good part; the task says that it was declined."""
     outside = tmp_path / "outside"

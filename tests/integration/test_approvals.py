@@ -55,6 +55,7 @@ def events(ended: Ended, name: str) -> list[dict[str, Any]]:
     return [one for one in ended.lines if one.get("event") == name]
 
 
+@pytest.mark.extended
 async def test_a_run_that_waits_for_a_person_stays_and_goes_on_when_it_is_approved(repository: Repository) -> None:
     """Status says what to type; the run says once what it waits for, and lands what follows."""
     child = repository.start("run", configured(repository), "--json")
@@ -111,6 +112,7 @@ async def test_an_answer_may_come_before_the_session_is_quite_over(
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_an_approval_outlives_the_process_that_asked_for_it(repository: Repository) -> None:
     """Nobody is at work when the answer is given; `resume` goes on from it."""
     child = repository.start("run", configured(repository), "--json")
@@ -184,6 +186,7 @@ async def test_a_task_is_tried_again_from_an_earlier_phase(repository: Repositor
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_approvals_are_answered_from_python(repository: Repository) -> None:
     """The same as the commands do; and nobody is to be named by leaving the names out."""
     refusals = []

@@ -75,6 +75,7 @@ async def test_resume_tries_again_and_goes_on_once_the_base_is_fixed(repository:
     await repository.assert_invariants()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("how", ["run", "resume", "file"])
 async def test_a_task_that_is_to_fix_the_failing_base_can_run(repository: Repository, how: str) -> None:
     """With the option of either command, and with the key of the file."""
@@ -92,6 +93,7 @@ async def test_a_task_that_is_to_fix_the_failing_base_can_run(repository: Reposi
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_a_base_is_checked_once_for_all_tasks_with_the_same_checks(repository: Repository) -> None:
     """Tasks of other checks have theirs run, and one without checks needs none."""
     repository.commit({"code": "good\n"}, "code")
@@ -145,6 +147,7 @@ async def test_a_signal_ends_the_checks_of_the_base(repository: Repository) -> N
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_a_corrected_check_is_reported_and_taken_over_by_the_named_commands(repository: Repository) -> None:
     """A resume that halts again reports that the file has changed; the commands of the message end the halt."""
     repository.remember()
@@ -190,6 +193,7 @@ async def test_only_programs_are_looked_for_on_a_base_that_may_fail(repository: 
     await repository.assert_invariants()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("options", [[], ["--allow-failing-base"]])
 async def test_a_program_of_a_check_that_is_not_found_is_nobodys_failure(
     repository: Repository, options: list[str]
@@ -243,6 +247,7 @@ async def test_a_task_that_removes_the_program_of_its_check_has_failed(repositor
     await repository.assert_invariants()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("checks", [[], ["true"]])
 async def test_a_program_of_the_setup_that_is_not_found_is_nobodys_failure(
     repository: Repository, checks: list[str]

@@ -50,6 +50,7 @@ def test_the_scheduler_is_measured() -> None:
     assert len(rows) == 3 * len(scheduler.SHAPES)
 
 
+@pytest.mark.extended
 def test_the_cycle_is_measured() -> None:
     """All tasks land both ways; the clock and the processor are told."""
     check(cycle.measure(quick=True), [": processor", ": clock"])

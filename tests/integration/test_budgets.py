@@ -112,6 +112,7 @@ async def test_a_program_that_stops_at_what_is_left_of_a_budget_has_used_that_up
     assert set(done.states.values()) == {"landed"}, done
 
 
+@pytest.mark.extended
 async def test_a_task_that_used_up_its_own_is_not_tried_again(claude: Repository) -> None:
     """Also where its session's is worth another attempt."""
     task = {"budget": {"tokens": 1000}, "retry_on": ["budget"], "attempts": 3}

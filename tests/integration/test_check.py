@@ -281,6 +281,7 @@ async def test_what_belongs_together_is_read_as_of_one_moment(repository: Reposi
     assert found.tasks[0].visits == 2, "what came meanwhile was seen"
 
 
+@pytest.mark.extended
 async def test_a_run_at_work_gives_no_false_alarm(repository: Repository) -> None:
     """However often it is looked at while its tasks go from phase to phase."""
     tasks = [

@@ -89,6 +89,7 @@ def lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("places", [1, 2, 4])
 async def test_a_program_that_a_session_put_among_what_is_kept_does_not_check_its_work(
     repository: Repository, outside: Path, places: int
@@ -103,6 +104,7 @@ async def test_a_program_that_a_session_put_among_what_is_kept_does_not_check_it
     await repository.assert_invariants()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("places", [1, 2])
 async def test_a_session_replaces_nothing_that_the_checks_of_a_phase_run(
     repository: Repository, outside: Path, places: int
@@ -124,6 +126,7 @@ async def test_a_session_replaces_nothing_that_the_checks_of_a_phase_run(
     await repository.assert_invariants()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("places", [1, 2, 4])
 async def test_the_code_of_one_task_replaces_nothing_in_the_checks_of_the_next(
     repository: Repository, outside: Path, places: int
@@ -139,6 +142,7 @@ async def test_the_code_of_one_task_replaces_nothing_in_the_checks_of_the_next(
     await repository.assert_invariants()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 async def test_whatever_a_check_does_to_what_setup_made_the_next_one_finds_it_as_it_was(
     repository: Repository, outside: Path, attack: str
@@ -154,6 +158,7 @@ async def test_whatever_a_check_does_to_what_setup_made_the_next_one_finds_it_as
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_setup_is_run_once_for_checks_and_again_where_its_inputs_change(
     repository: Repository, outside: Path
 ) -> None:
@@ -179,6 +184,7 @@ async def test_setup_is_run_once_for_checks_and_again_where_its_inputs_change(
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_what_did_not_land_sets_nothing_up_for_the_checks_of_others(
     repository: Repository, outside: Path
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import anyio
+import pytest
 
 from orchestrator.clock import SystemClock
 from orchestrator.council import Council
@@ -128,6 +129,7 @@ async def test_a_task_that_was_over_is_retried_after_its_later_attempts(reposito
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_a_landing_that_was_under_way_is_made_anew(repository: Repository) -> None:
     """Its move was settled since, and files of the user's that look like its own are left alone."""
     killed_with(repository, [{"id": "one", "prompt": "write README.md new"}], "landing.intended")
@@ -173,6 +175,7 @@ async def test_a_cancel_can_be_taken_back(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_a_run_at_work_is_not_restored_unless_it_is_taken_over(repository: Repository) -> None:
     """Refused with who is at work; forced, the old owner's next write is refused and it ends, and a resume goes on."""
     tasks: list[dict[str, Any]] = [

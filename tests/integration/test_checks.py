@@ -101,6 +101,7 @@ async def test_a_check_has_a_time_limit_and_leaves_nothing_running(repository: R
     await repository.assert_invariants()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.sandbox
 @pytest.mark.parametrize("sandbox", [SandboxKind.BUBBLEWRAP, SandboxKind.LANDLOCK])
 async def test_a_check_can_not_reach_the_users_tree_and_what_it_writes_does_not_land(
@@ -150,6 +151,7 @@ async def test_a_signal_ends_a_check_and_resume_checks_anew(repository: Reposito
     await repository.assert_invariants()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("name", ["FOO", "API_TOKEN"])
 async def test_checks_see_what_they_are_allowed_to(repository: Repository, name: str) -> None:
     """Variables are passed on by name alone; the value of one that looks like a secret is in no log."""

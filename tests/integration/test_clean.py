@@ -136,6 +136,7 @@ async def test_a_worktree_of_a_task_that_is_over_goes_once(repository: Repositor
     assert repository.council("salvage", "show", "done/1").code == 0
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     "failpoint",
     [
@@ -282,6 +283,7 @@ async def test_a_disk_that_is_not_mounted_is_not_gone(repository: Repository) ->
     assert nothing(elsewhere(repository, "clean", "--json"))
 
 
+@pytest.mark.extended
 async def test_what_no_state_knows_any_more(repository: Repository) -> None:
     """With the state deleted its runs' worktrees hold work, their refs none; another project's state may know them."""
     old = run_once(repository, KEEPS, code=1)
@@ -485,6 +487,7 @@ def asked(repository: Repository) -> Iterator[tuple[subprocess.Popen[bytes], int
         os.close(ours)
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(("answer", "stays"), [("y", False), ("", True), ("no", True)])
 async def test_on_a_terminal_it_asks_once(repository: Repository, answer: str, stays: bool) -> None:
     """Only a yes removes."""

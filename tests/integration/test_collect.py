@@ -177,6 +177,7 @@ async def test_only_secrets_are_no_commit(place: Place) -> None:
     assert (left.commit, left.left_out, left.complete) == (None, (".env",), False)
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("name", ["key.txt", ".env", "huge.bin", "message"])
 async def test_history_with_a_secret_is_dropped(place: Place, name: str) -> None:
     """What was committed and then removed does not come in through history: the files become one commit."""
@@ -303,6 +304,7 @@ async def test_filters_and_hooks_of_the_agent_do_not_run(place: Place, tmp_path:
     assert not trace.exists()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("where", ["refs", "refs/heads", "HEAD", "packed-refs", "git", "pipe"])
 async def test_links_in_the_sessions_repository_are_not_followed(place: Place, tmp_path: Path, where: str) -> None:
     """No component of a path that is read may be a link, and a pipe is not waited for."""
@@ -361,6 +363,7 @@ async def test_a_secret_as_a_name_without_content_stays_out(place: Place) -> Non
     assert VALUE.encode() not in listed.stdout
 
 
+@pytest.mark.extended
 async def test_a_tree_that_unfolds_without_end_takes_no_memory(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve small trees that mean 10^12 files: the history is not taken, the files are."""
     monkeypatch.setattr("orchestrator.repo.git._MOST_MEMORY", 100 << 20)
@@ -428,6 +431,7 @@ _RESERVED = {
 }
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("name", list(_RESERVED))
 async def test_a_file_of_a_reserved_name_stays_out(place: Place, name: str) -> None:
     """Nor does a .gitignore that says not to ignore it help."""
@@ -444,6 +448,7 @@ async def test_a_file_of_a_reserved_name_stays_out(place: Place, name: str) -> N
     assert not await place.has(b"forged")
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("name", list(_RESERVED))
 async def test_a_commit_with_a_reserved_name_stays_out(place: Place, name: str) -> None:
     """Git commands that know no such rule can make one; the files of the checkout become a commit without it."""

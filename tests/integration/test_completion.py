@@ -35,6 +35,7 @@ def complete(repository: Repository, words: str, *, cwd: Path | None = None) -> 
     return [line.partition(",")[2] for line in done.stdout.split()]
 
 
+@pytest.mark.extended
 async def test_names_of_a_project_complete(repository: Repository) -> None:
     """Tasks by what the command can do with them, runs, and kept work."""
     tasks: list[dict[str, Any]] = [
@@ -62,6 +63,7 @@ async def test_commands_and_options_complete(repository: Repository) -> None:
     assert complete(repository, "council completion ") == ["bash", "zsh", "fish"]
 
 
+@pytest.mark.extended
 async def test_where_there_is_nothing_to_name_nothing_is_said(repository: Repository, tmp_path: Path) -> None:
     """No project, or one whose state is damaged: no names, no message, no failure."""
     assert complete(repository, "council logs ") == []

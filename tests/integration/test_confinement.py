@@ -198,6 +198,7 @@ def swapping(one: Path, other: Path) -> Iterator[Callable[[], int]]:
         thread.join()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can exchange two files at once")
 async def test_a_live_diff_never_reads_what_a_link_leads_to(
     attempt: Attempt, tmp_path: Path, mechanism: Mechanism

@@ -44,6 +44,7 @@ async def test_cancel_on_a_live_run_ends_a_session_and_keeps_its_work(repository
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 def test_dropped_work_is_not_offered_any_more(repository: Repository) -> None:
     """Neither by `status` nor by `show`, and the refusal of its name says that there is nothing left."""
     repository.council(
@@ -96,6 +97,7 @@ async def test_retry_on_a_live_run_has_a_failed_task_tried_again(repository: Rep
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_cancel_and_retry_on_a_run_that_is_dead(repository: Repository) -> None:
     """With no owner the command does it itself, after bringing back what the killed one left; resume goes on."""
     tasks: list[dict[str, Any]] = [
@@ -117,6 +119,7 @@ async def test_cancel_and_retry_on_a_run_that_is_dead(repository: Repository) ->
     await repository.assert_invariants()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     ("command", "fragment"),
     [
@@ -313,6 +316,7 @@ def of(ended: Ended, task: str) -> dict[str, Any]:
     return next(one for one in ended.result["tasks"] if one["id"] == task)
 
 
+@pytest.mark.extended
 async def test_a_task_that_is_ignored_is_not_tried_until_a_person_says_so(repository: Repository) -> None:
     """Whether a session is at work on it, it waits, or nobody is at work; `status` says why."""
     tasks: list[dict[str, Any]] = [
@@ -339,6 +343,7 @@ async def test_a_task_that_is_ignored_is_not_tried_until_a_person_says_so(reposi
     await repository.assert_invariants()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
@@ -415,6 +420,7 @@ async def test_reload_takes_over_adapters_and_pending_tasks(repository: Reposito
     await repository.assert_invariants()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -455,6 +461,7 @@ def _two_failed(repository: Repository, command: tuple[str, ...]) -> None:
         assert repository.council("retry", "a", "b").code == 0
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("command", [("cancel",), ("salvage", "drop", "a/1")], ids=" ".join)
 async def test_what_can_not_be_undone_needs_a_yes(repository: Repository, command: tuple[str, ...]) -> None:
     """Where nobody can be asked it is refused with the option that allows it, and nothing has changed."""
@@ -469,6 +476,7 @@ async def test_what_can_not_be_undone_needs_a_yes(repository: Repository, comman
     assert (repository.council("status", "--json").states, repository.council("salvage", "list").stdout) != before
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("answer", ["y", "n"])
 @pytest.mark.parametrize("command", [("cancel",), ("salvage", "drop", "a/1")], ids=" ".join)
 async def test_a_person_at_a_terminal_is_asked(repository: Repository, command: tuple[str, ...], answer: str) -> None:

@@ -56,6 +56,7 @@ def told(repository: Repository, name: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.extended
 async def test_what_is_to_be_mended_is_told_in_the_same_conversation(repository: Repository, bin_folder: Path) -> None:
     """Only what is new: the rest is known there."""
     ended = run(repository, bin_folder, "attempt 1 write a.txt wrong\nattempt 1 tell one.json")
@@ -73,6 +74,7 @@ async def test_what_is_to_be_mended_is_told_in_the_same_conversation(repository:
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_without_a_home_of_its_own_the_next_session_is_told_everything(
     repository: Repository, bin_folder: Path
 ) -> None:

@@ -41,6 +41,7 @@ def test_an_environment_that_is_wrong_stops_a_run_before_it_starts(repository: R
         assert "SHARED_STATE_MAX_RETRIES can't be 'many'" in ended.stderr
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(("retries", "attempts"), [(0, 1), (1, 2), (5, 4)])
 def test_the_number_of_retries_is_a_limit(repository: Repository, retries: int, attempts: int) -> None:
     """A task that always fails is tried once more than that, or as often as it says itself, whichever is less."""
@@ -50,6 +51,7 @@ def test_the_number_of_retries_is_a_limit(repository: Repository, retries: int, 
     assert (task["state"], task["attempts"]) == ("failed", attempts)
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(("retries", "attempts"), [(None, 3), (0, 1), (1, 2), (5, 6)])
 @pytest.mark.parametrize("place", ["variable", "option", "file"])
 def test_a_task_that_says_nothing_is_tried_as_often_as_the_setting_says(

@@ -281,6 +281,7 @@ def work(place: Path, failpoints: str = "", **limits: int) -> subprocess.Complet
     )
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     ("failpoint", "is_there", "opens"),
     [

@@ -55,6 +55,7 @@ async def test_from_folder_to_file_to_folder(project: Repository, tmp_path: Path
     assert (shown.code, shown.stdout.split(":")[-1].strip()) == (0, "was there already"), shown
 
 
+@pytest.mark.extended
 async def test_through_a_pipe(project: Repository, tmp_path: Path) -> None:
     """What is told does not get into what is sent on; half of it is refused."""
     council = [sys.executable, "-m", "orchestrator.cli.main", "state"]

@@ -51,6 +51,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     "what",
     [
@@ -84,6 +85,7 @@ def test_python_m_imports_nothing_of_the_current_folder_once_it_runs_our_package
     assert done.stdout.startswith("Usage: council"), done
 
 
+@pytest.mark.extended
 async def test_the_contract_of_adapters_runs_no_conftest_of_a_shared_temporary_folder(
     trap: Path, environ: dict[str, str], tmp_path: Path
 ) -> None:
@@ -95,6 +97,7 @@ async def test_the_contract_of_adapters_runs_no_conftest_of_a_shared_temporary_f
     assert not trap.exists(), (trap.read_text(), shlex.join(contract_command()))
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("entry", [".", "", "tools"])
 def test_no_program_of_the_repository_is_run_by_its_name(repository: Repository, tmp_path: Path, entry: str) -> None:
     """Where PATH has a relative folder, or an empty one, which is the current folder."""

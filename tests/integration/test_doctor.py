@@ -405,6 +405,7 @@ def test_programs_of_adapters_are_looked_for_in_the_sandbox(repository: Reposito
     assert [level for level, _, _ in found(readable=[str(hidden)])] == ["ok"]
 
 
+@pytest.mark.extended
 def test_a_virtual_environment_that_is_only_in_the_checkout(repository: Repository) -> None:
     """Setup creates one in each worktree; nobody is told to commit it."""
     repository.commit({".gitignore": ".venv/\nvenv/\n", "tools/check": "#!/bin/sh\n"})

@@ -103,6 +103,7 @@ def _nothing(repository: Repository) -> None:
     pass
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     ("prepare", "settings"),
     [

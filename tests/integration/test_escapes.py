@@ -168,6 +168,7 @@ async def test_git_of_the_user_is_told_from_git_of_ours(repository: Repository, 
         os.close(writer)
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("sandbox", ["off", pytest.param("auto", marks=needs_sandbox)])
 async def test_a_session_that_reaches_into_the_users_repository_is_reported(
     repository: Repository, sandbox: str

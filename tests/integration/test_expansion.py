@@ -193,6 +193,7 @@ async def test_what_its_plan_became_waits_for_a_persons_approval(repository: Rep
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_a_task_that_failed_blocks_the_one_whose_plan_it_was_of_until_it_is_tried_again(
     repository: Repository,
 ) -> None:
@@ -289,6 +290,7 @@ async def test_a_plan_becomes_tasks_once_wherever_the_process_is_killed(reposito
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_two_processes_share_what_a_plan_became(repository: Repository) -> None:
     """Who did not plan it learns of the tasks, and each lands once; what needs the plan's task waits for both."""
     tasks = plan(*(planned(f"t{one}", "tick 5 0.3", f"write t{one}.txt {one}") for one in range(6)))
@@ -335,6 +337,7 @@ async def test_what_a_plan_became_shares_the_budget_of_its_task(repository: Repo
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_a_checkpoint_from_before_a_plan_keeps_what_sessions_did_for_it(repository: Repository) -> None:
     """What no session was at is gone with the plan; another one is made."""
     path = planned_twice(repository)
@@ -368,6 +371,7 @@ async def test_no_plan_gives_its_tasks_more_than_its_own_task_has(
     assert "evil" not in repository.git("show", "HEAD:src/app.py")
 
 
+@pytest.mark.extended
 async def test_a_plan_after_a_restore_gives_its_tasks_names_that_were_never_used(repository: Repository) -> None:
     """Two plans of one task are known to checkpoints: a name means the same task in both, and each plan is landed."""
     first = plan(planned("x", "write first.txt 1"))

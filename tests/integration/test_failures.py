@@ -308,6 +308,7 @@ async def test_a_machine_without_room_is_waited_for(repository: Repository) -> N
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_sessions_that_run_into_one_limit_side_by_side_are_one_park(repository: Repository) -> None:
     """However many hit it at once, the adapter is parked once, and told again only where the limit ends later."""
     gate = repository.spawns.parent / "gate"

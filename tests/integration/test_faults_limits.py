@@ -40,6 +40,7 @@ open("done-" + os.environ["COUNCIL_TASK"], "w").write("x")
 """
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(("blocks", "width"), [(30, 32), pytest.param(100, 1, marks=pytest.mark.slow)])
 async def test_a_flood_of_output_takes_bounded_memory_and_files(
     repository: Repository, blocks: int, width: int
@@ -102,6 +103,7 @@ def nothing_lives(repository: Repository) -> bool:
 STUBBORN = "stubborn\ndaemon daemon.txt\nwrite half.txt half\nhang"
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 async def test_one_signal_ends_cleanly(repository: Repository, number: signal.Signals) -> None:
     """130, said so in JSON, with the work kept and nothing alive; resume goes on."""
@@ -118,6 +120,7 @@ async def test_one_signal_ends_cleanly(repository: Repository, number: signal.Si
     await repository.assert_invariants()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(("first", "second"), [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGHUP)])
 async def test_the_second_signal_ends_at_once(
     repository: Repository, first: signal.Signals, second: signal.Signals

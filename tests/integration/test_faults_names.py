@@ -32,6 +32,7 @@ def test_a_branch_that_git_would_read_otherwise_is_refused(repository: Repositor
     assert refused.value.problems[0].remedy
 
 
+@pytest.mark.extended
 async def test_names_of_tasks_that_leave_their_folder_are_refused(repository: Repository) -> None:
     """Each in the file, each on the command line, where nothing but a task's own id finds anything."""
     tasks = [{"id": name, "prompt": "write x.txt x"} for name in BAD_TASKS]
@@ -83,6 +84,7 @@ def installed(repository: Repository, *arguments: str) -> subprocess.CompletedPr
     )
 
 
+@pytest.mark.extended
 async def test_a_plugin_in_the_repository_is_not_loaded(repository: Repository, tmp_path: Path) -> None:
     """What lies in the repository or in the current folder is data to the installed command, whatever it looks like."""
     ran = tmp_path / "ran"

@@ -54,6 +54,7 @@ async def test_a_lock_stays_while_a_git_command_of_ours_lives(repository: Reposi
     assert not own.exists()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     ("name", "stops"),
     [
@@ -102,6 +103,7 @@ def _shallow(repository: Repository) -> None:
     repository.git("clone", "--quiet", "--depth=1", f"file://{repository.top}", "../shallow")
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     ("prepare", "repo", "fragment", "remedy"),
     [
@@ -167,6 +169,7 @@ def _nobody(repository: Repository) -> None:
     repository.git("config", "user.useConfigOnly", "true")
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     "odd", [_sparse, _converts, *(pytest.param(odd, marks=pytest.mark.slow) for odd in (_signs, _nobody))]
 )
@@ -198,6 +201,7 @@ def refusing(repository: Repository, hook: str) -> Path:
     return place
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     "hook",
     [

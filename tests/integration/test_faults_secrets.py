@@ -56,6 +56,7 @@ WAYS = {
 }  # fmt: skip
 
 
+@pytest.mark.extended
 async def test_a_variable_that_is_a_secret_leaves_no_trace(repository: Repository, tmp_path: Path) -> None:
     """Printed, thrown, written, committed, taken back, stashed, as a name or a message: it is in nothing of ours."""
     repository.environ["SERVICE_API_KEY"] = CANARY
@@ -120,6 +121,7 @@ LEFT: dict[str, tuple[str, bytes]] = {
 }  # fmt: skip
 
 
+@pytest.mark.extended
 async def test_what_should_not_be_committed_is_no_object_of_ours(repository: Repository) -> None:
     """Secrets and huge files, in files or anywhere in what was committed: not on the target, in no object database."""
     start = "import os, subprocess\ndef git(*a): subprocess.run(['git', *a], check=True, capture_output=True)\n" + KEY

@@ -26,6 +26,7 @@ KINDS = {
 }  # fmt: skip
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("sandbox", [pytest.param("auto", marks=[needs_sandbox, pytest.mark.slow]), "off"])
 async def test_what_an_agent_does_with_its_git_stays_with_it(repository: Repository, sandbox: str) -> None:
     """Only the files of its own checkout land, once each, on the target; no branch or setting of anyone's moves."""
@@ -41,6 +42,7 @@ async def test_what_an_agent_does_with_its_git_stays_with_it(repository: Reposit
     await repository.assert_invariants()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("sandbox", [pytest.param("auto", marks=needs_sandbox), "off"])
 async def test_an_agent_that_reaches_for_the_users_repository(repository: Repository, sandbox: str) -> None:
     """Fenced in it gets nowhere; without a sandbox what it moved is named, and its own work lands all the same."""

@@ -243,6 +243,7 @@ async def test_shared_locks_go_together_and_keep_out_who_wants_it_alone(folder: 
         assert [one.owner for one in records(folder)] == ["r/writer.1"]
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("turns", [0, 2, 4, *(pytest.param(more, marks=pytest.mark.slow) for more in (6, 8, 10))])
 @pytest.mark.parametrize("shared", [False, True])
 async def test_a_cancelled_wait_leaves_nothing_locked(

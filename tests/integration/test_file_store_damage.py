@@ -363,6 +363,7 @@ async def test_a_full_disk_changes_nothing_acknowledged(place: Path) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(("when", "recovers"), [("5", True), ("5..6", True), ("5..7", False), ("5+", False)])
 async def test_a_failing_sync_is_never_acknowledged(place: Path, tmp_path: Path, when: str, recovers: bool) -> None:
     """If a sync fails, the commit is refused, and so is all that follows until what is in doubt is settled."""

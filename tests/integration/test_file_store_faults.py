@@ -136,6 +136,7 @@ async def run(server: Server, place: Path, call: str, error: str, when: str) -> 
     return failed
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(("call", "error"), FAULTS)
 async def test_a_disk_that_fails_now_and_then(server: Server, place: Path, call: str, error: str) -> None:
     """A call here and there, and all from there on."""

@@ -47,6 +47,7 @@ def run_killed(place: Path, step: str) -> list[tuple[int, ...]]:
     return [tuple(map(int, line.split()[1:])) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("step", STEPS)
 async def test_killed_at_a_named_step(tmp_path: Path, step: str) -> None:
     """Every acknowledged commit is there, perhaps the one under way, and the state is what the log says."""
@@ -66,6 +67,7 @@ async def test_killed_at_a_named_step(tmp_path: Path, step: str) -> None:
     assert not list(tmp_path.glob(f"{snapshot.NAME}*.new"))
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(("step", "left"), [("state.appended@3", 1), ("state.published@3", 1), ("state.rolled@2", 0)])
 async def test_an_open_store_goes_on_behind_what_a_killed_one_left(tmp_path: Path, step: str, left: int) -> None:
     """A small commit that needs no sync follows on what stands in the log, though the mark does not tell of it."""

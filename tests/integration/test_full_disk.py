@@ -87,6 +87,7 @@ async def test_a_run_on_a_full_disk_waits_for_room_and_lands_everything(small: R
     await small.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_a_landing_that_meets_a_full_disk_leaves_the_checkout_as_it_was(small: Repository) -> None:
     """Of three files one fits, one is cut short and one is empty: all are removed, and land when there is room."""
     names, size, room = ("a.bin", "b.bin", "c.bin"), 4 << 20, 6 << 20
@@ -131,6 +132,7 @@ async def test_a_run_that_waits_for_room_ends_at_a_signal(small: Repository) -> 
     await small.assert_invariants()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     "command",
     [

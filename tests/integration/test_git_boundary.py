@@ -52,6 +52,7 @@ STEPS = {
 QUICK_STEPS = ("between index and ref", "right after the ref")
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("kill", [KILL_ALL, pytest.param(KILL_COUNCIL, marks=pytest.mark.slow)], ids=["all", "council"])
 @pytest.mark.parametrize(
     "step",
@@ -88,6 +89,7 @@ async def test_a_kill_at_each_step_of_a_landing_into_a_checked_out_branch_is_men
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_a_cut_off_landing_leaves_what_the_user_wrote_since(repository: Repository, tmp_path: Path) -> None:
     """A file that the user changed after the crash is never overwritten: the landing waits and says why."""
     pid, armed = tmp_path / "pid", tmp_path / "armed"
@@ -216,6 +218,7 @@ async def test_a_late_zombie_that_lands_first_is_adopted(repository: Repository)
     assert repository.git("rev-list", "--first-parent", "--count", f"{start}..main") == "1"
 
 
+@pytest.mark.extended
 async def test_a_resume_waits_for_a_push_that_outlives_its_owner(repository: Repository, tmp_path: Path) -> None:
     """With the owner killed in the middle of a push that goes on, resume waits for it and lands nothing twice."""
     pid, armed = tmp_path / "pid", tmp_path / "armed"
@@ -322,6 +325,7 @@ async def test_a_conflict_in_a_name_that_is_not_utf8(repository: Repository) -> 
     assert conflict["paths"] == ["caf\\xe9.txt"]
 
 
+@pytest.mark.extended
 async def test_a_refused_push_that_is_cut_off_leaves_the_users_changes(repository: Repository, tmp_path: Path) -> None:
     """Changes that the user had before a landing was begun are theirs, whatever they look like."""
     repository.commit({"a.txt": "one\ntwo\n", "b.txt": "b\n", "c.txt": "c\n"}, "files")
@@ -341,6 +345,7 @@ async def test_a_refused_push_that_is_cut_off_leaves_the_users_changes(repositor
     assert (repository.top / "new.txt").read_text() == ""
 
 
+@pytest.mark.extended
 async def test_changes_made_while_a_push_was_refused_survive_its_recovery(
     repository: Repository, tmp_path: Path
 ) -> None:
@@ -371,6 +376,7 @@ async def test_a_stray_folder_and_stale_locks_do_not_wedge_a_run(repository: Rep
     assert ended.states == {"one": "landed"}, ended
 
 
+@pytest.mark.extended
 async def test_work_that_the_user_merged_by_hand_is_not_merged_again(repository: Repository) -> None:
     """A kept branch that the user brought in, and then mended, is found to be there; the mending stays."""
     (repository.top / "README.md").write_text("mine\n")

@@ -33,6 +33,7 @@ def mended(path: str) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     ("path", "content", "reason"),
     [

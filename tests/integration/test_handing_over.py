@@ -76,6 +76,7 @@ print(json.dumps(said))
 """
 
 
+@pytest.mark.extended_but_first
 async def test_a_program_in_a_fence_writes_its_own_alone(tmp_path: Path, kind: SandboxKind) -> None:
     """Neither another session's nor the prompt."""
     hub = Hub(tmp_path / "hub")

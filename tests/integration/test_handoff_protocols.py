@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
 from orchestrator import Council
 from orchestrator.clock import SystemClock
 from orchestrator.domain.handoffs import Handoff, is_intact
@@ -131,6 +133,7 @@ async def test_a_phase_that_fails_says_why(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_only_what_is_complete_counts(repository: Repository) -> None:
     """Where a phase has to be done again, what it came to before is no result of it any more."""
     review = {"access": "read", "produces": "review", "max_rounds": 1}

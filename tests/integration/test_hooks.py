@@ -97,6 +97,7 @@ async def test_a_command_has_its_checkout_and_no_more(place: Place) -> None:
     assert place.said() == f"g--place-1-5000--{place.tree.parent}\n[redacted]\n"
 
 
+@pytest.mark.extended_but_first
 async def test_a_command_that_fails_says_how_and_what_it_printed(place: Place) -> None:
     """An exit code, and a limit with the setting's name."""
     result = await place.shell.run(place.command("echo no such package; exit 3"))
@@ -154,6 +155,7 @@ async def test_what_can_not_be_started_is_no_failure_of_the_command(place: Place
     assert not result.exhausted
 
 
+@pytest.mark.extended_but_first
 async def test_steps_run_in_turn_up_to_the_first_that_fails(place: Place) -> None:
     """How far they came is told, each has a log; going on begins where it ended."""
     steps = [SetupStep(run="echo 1 >>ran"), SetupStep(run="test -e allowed && echo 2 >>ran", timeout=30)]
@@ -168,6 +170,7 @@ async def test_steps_run_in_turn_up_to_the_first_that_fails(place: Place) -> Non
     assert (place.logs / "place-7.setup3").exists()
 
 
+@pytest.mark.extended_but_first
 async def test_what_is_only_told_of_keeps_nothing_from_running(place: Place) -> None:
     """Each command of a teardown runs, whatever became of the others."""
     lines = ["echo 1 >>ran; false", "echo 2 >>ran", "echo 3 >>ran; exit 4"]
@@ -179,6 +182,7 @@ async def test_what_is_only_told_of_keeps_nothing_from_running(place: Place) -> 
     assert (place.tree / "ran").read_text() == "1\n2\n3\n"
 
 
+@pytest.mark.extended_but_first
 async def test_hooks_of_an_attempt_know_it_and_log_beside_it(place: Place) -> None:
     """Their logs are streams of the attempt, in the order in which they run."""
     worktree = Worktree(Hub(place.top / "hub"), "run1", "task", 2)

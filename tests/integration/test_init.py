@@ -266,6 +266,7 @@ RUNNER = "import unittest\nunittest.main(module=None, argv=['pytest', 'discover'
 PASSES = "import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        import {module}\n"
 
 
+@pytest.mark.extended
 async def test_a_python_project_runs_by_what_is_written(repository: Repository) -> None:
     """Setup creates a virtual environment in each worktree, which nothing of lands; no network is needed for it."""
     (repository.top / "vendor").mkdir()
@@ -292,6 +293,7 @@ async def test_a_python_project_without_packages_runs_by_what_is_written(reposit
     assert ended.states == {"a": "landed"}, ended
 
 
+@pytest.mark.extended
 async def test_a_node_project_runs_by_what_is_written(repository: Repository) -> None:
     """Its packages are installed in each worktree; this one has some in the repository itself."""
     if shutil.which("node") is None or shutil.which("npm") is None:

@@ -253,6 +253,7 @@ def cases(stages: set[str], actions: set[Action]) -> list[object]:
     ]
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(("stage", "act"), cases({"piece", "index"}, {idle, commit_new, commit_only}))
 async def test_what_the_user_does_after_a_push_was_killed_is_kept(
     repository: Repository, tmp_path: Path, stage: str, act: Action
@@ -268,6 +269,7 @@ async def test_what_the_user_does_after_a_push_was_killed_is_kept(
     landing.judge(theirs, uncommitted)
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(("stage", "act"), cases({"all files", "index"}, {commit_new, commit_only}))
 async def test_what_the_user_commits_before_a_push_writes_is_kept(
     repository: Repository, tmp_path: Path, stage: str, act: Action
@@ -301,6 +303,7 @@ exit $code
 """
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("kill", ["false", "kill -KILL 0"], ids=["lives", "killed"])
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("command", ["update-index", "diff-files", "diff-index", "read-tree"])
@@ -329,6 +332,7 @@ async def test_a_commit_inside_a_push_is_kept(
     landing.judge({"user.txt": "user\n"}, {})
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 60))])
 async def test_pushes_killed_at_random_moments(repository: Repository, tmp_path: Path, seed: int) -> None:
     """With commits of the user's at random moments: all of it is there in the end, and nothing is left."""

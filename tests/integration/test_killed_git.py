@@ -52,6 +52,7 @@ async def test_each_git_command_of_a_run_may_be_killed(repository: Repository, f
                 return
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("failpoint", ["git.started", "git.ended"])
 @pytest.mark.parametrize("number", [2, 8, 13, 24, 35])
 async def test_a_git_command_of_a_run_may_be_killed(repository: Repository, number: int, failpoint: str) -> None:
@@ -66,6 +67,7 @@ async def trusted_git(repository: Repository, tmp_path: Path) -> tuple[Hub, Git]
     return hub, Git(hub.trusted, environ=repository.environ)
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     ("lock", "command"),
     [
@@ -101,6 +103,7 @@ async def test_a_lock_that_a_killed_command_left_stops_no_other(
     assert not place.exists()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("command", ["init", "fetch", "merge-tree"])
 async def test_a_git_that_is_always_killed_ends_a_command_with_one_line(
     repository: Repository, tmp_path: Path, command: str
@@ -143,6 +146,7 @@ async def test_a_server_whose_death_only_the_shell_tells_of_is_asked_again(
         await git("fetch", "--quiet", str(tmp_path / "nothing"), "main")
 
 
+@pytest.mark.extended
 async def test_half_written_objects_are_removed(repository: Repository, tmp_path: Path) -> None:
     """Those of a killed push in the user's repository, of killed commands in ours: by recovery, and by `clean`."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])

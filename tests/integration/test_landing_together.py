@@ -86,6 +86,7 @@ async def test_the_same_change_twice_lands_once(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_one_that_the_repository_refuses_holds_up_no_other(repository: Repository) -> None:
     """A push of several that is refused is tried again one by one."""
     hook = repository.top / ".git/hooks/update"
@@ -101,6 +102,7 @@ async def test_one_that_the_repository_refuses_holds_up_no_other(repository: Rep
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_those_with_checks_land_one_by_one(repository: Repository) -> None:
     """Each is checked on what is to be the target, and the others still land together and in their order."""
     checked = {"checks": ["test -e f0.txt"], "allow_failing_base": True}
@@ -133,6 +135,7 @@ async def test_killed_while_several_land(repository: Repository, failpoint: str)
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_killed_in_the_middle_of_the_push_of_several(repository: Repository, tmp_path: Path) -> None:
     """Nobody's files are left ahead of the branch, and all of them land once."""
     pid, armed = tmp_path / "pid", tmp_path / "armed"
@@ -196,6 +199,7 @@ async def test_a_task_that_waits_for_another_runs_landing_can_be_cancelled(repos
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("failpoint", "state"),
     [pytest.param("landing.intended", "cancelled", marks=pytest.mark.slow), ("landing.pushed", "landed")],
@@ -233,6 +237,7 @@ async def test_one_that_git_can_not_merge_holds_up_no_other(repository: Reposito
     assert "unrelated histories" in resumed.result["tasks"][0]["reason"]
 
 
+@pytest.mark.extended
 async def test_a_remote_that_is_gone_for_a_moment_ends_nothing(repository: Repository, tmp_path: Path) -> None:
     """Of several that are tried one by one, one is not known to have landed: it is settled before the others."""
     remote, count = tmp_path / "remote.git", tmp_path / "count"
@@ -249,6 +254,7 @@ async def test_a_remote_that_is_gone_for_a_moment_ends_nothing(repository: Repos
     assert set(repository.council("run", str(config), "--json").states.values()) == {"landed"}
 
 
+@pytest.mark.extended
 async def test_no_push_is_begun_after_a_signal(repository: Repository, tmp_path: Path) -> None:
     """A push of several that is refused is not tried one by one any more."""
     count = tmp_path / "count"
@@ -265,6 +271,7 @@ async def test_no_push_is_begun_after_a_signal(repository: Repository, tmp_path:
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_what_is_left_to_the_next_turn_can_be_cancelled(repository: Repository, tmp_path: Path) -> None:
     """Also while the turn that has left it is not over."""
     queue(repository, [{"id": f"t{one}", "prompt": f"write {name}.txt x"} for one, name in enumerate(("a", "a", "c"))])

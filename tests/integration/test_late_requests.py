@@ -48,6 +48,7 @@ async def states_after(
     return {task.id: task.state for task in reports[0].tasks}
 
 
+@pytest.mark.extended
 async def test_a_retry_right_after_the_end_of_an_attempt_is_obeyed(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,6 +61,7 @@ async def test_a_retry_right_after_the_end_of_an_attempt_is_obeyed(
     assert states == {"t": "landed", "after": "landed"}
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     ("prompt", "end"), [("write t.txt x", "task.queued"), ("attempt 1 exit 1\nwrite t.txt x", "task.retrying")]
 )
@@ -75,6 +77,7 @@ async def test_a_cancel_right_after_the_end_of_an_attempt_is_obeyed(
     assert states == {"t": "cancelled", "after": "blocked"}
 
 
+@pytest.mark.extended
 async def test_a_task_that_was_cancelled_while_it_was_checked_lands_after_a_retry(repository: Repository) -> None:
     """In the same run; its checks are run again."""
     begun, free = (repository.spawns.parent / name for name in ("begun", "free"))

@@ -322,6 +322,7 @@ async def test_a_failed_check_names_the_host_that_was_refused(place: Place, kind
     assert f"(`network.allow` does not cover 127.0.0.1:{port})" in failed.describe()
 
 
+@pytest.mark.extended_but_first
 def test_a_run_reports_refused_hosts(repository: Repository, kind: SandboxKind, port: int) -> None:
     """Each once, when the session has ended; what it was to reach is reached by the session and by its checks."""
     fetch = f"curl --silent --show-error --fail --noproxy '' http://127.0.0.1:{port}/ >>page"

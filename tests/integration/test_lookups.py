@@ -16,6 +16,7 @@ from orchestrator.testing.clock import ManualClock
 _SIZES = (10, 500, 3_000, 20_000, 400_000)
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("damage", [0, 5])
 async def test_each_commit_is_found_in_a_large_segment(tmp_path: Path, damage: int) -> None:
     """Those whose header can be read, and no other."""

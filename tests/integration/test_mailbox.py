@@ -112,6 +112,7 @@ def site(tmp_path: Path) -> Site:
 # From inside
 
 
+@pytest.mark.extended_but_first
 async def test_a_program_in_a_fence_asks_as_its_session(site: Site, kind: SandboxKind) -> None:
     """`council` is found, and needs to be told nothing about who asks."""
     async with site.session() as (worktree, mailbox):
@@ -138,6 +139,7 @@ async def test_council_starts_in_a_fence_wherever_python_was_started_from(
         assert await site.run(kind, worktree, mailbox, ["council", "lock", "a.py"]) == (0, "locked: a.py\n")
 
 
+@pytest.mark.extended_but_first
 async def test_a_program_in_a_fence_hands_over_and_shares(site: Site, kind: SandboxKind) -> None:
     """What is in a file, and what is said in a word; a file that is none is said so."""
     async with site.session() as (worktree, mailbox):
@@ -227,6 +229,7 @@ async def busy(site: Site, kind: SandboxKind, worktree: Worktree, mailbox: Mailb
         (worktree.tree / "end").touch()
 
 
+@pytest.mark.extended_but_first
 async def test_a_stolen_token_is_of_no_use_to_another_session(site: Site, kind: SandboxKind) -> None:
     """The kernel says which process connected, and it does not descend from the supervisor of the token's session."""
     async with site.session() as (first, mailbox), site.session("api", 2) as (second, others):
@@ -295,6 +298,7 @@ async def test_strangers_take_no_slot_of_the_session(site: Site) -> None:
                 one.close()
 
 
+@pytest.mark.extended_but_first
 async def test_the_word_of_an_attempt_that_is_over_opens_nothing(site: Site, kind: SandboxKind) -> None:
     """Neither the mailbox of the next attempt nor that of another task; and by its own nobody is there."""
     async with site.session() as (over, _):
@@ -542,6 +546,7 @@ async def test_so_many_that_wait_for_an_answer_are_told_to_come_again(site: Site
                 one.close()
 
 
+@pytest.mark.extended
 async def test_half_a_line_is_left_alone(site: Site) -> None:
     """The connection is closed after a while, without an answer."""
     async with site.session() as (worktree, _):

@@ -55,6 +55,7 @@ async def test_the_tools_are_the_commands(site: Site) -> None:
     assert tools[0].input_schema["required"] == ["paths"]
 
 
+@pytest.mark.extended
 async def test_the_tools_say_that_they_change_no_file(site: Site) -> None:
     """A CLI that only reads allows them then, `hand_over` among them."""
     async with client(site) as session:

@@ -15,6 +15,7 @@ from tests.conftest import Repository
 from tests.permits import permit_for
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("few", [-1, 200], ids=["many have landed", "few have landed"])
 async def test_work_that_the_target_has_a_part_of_merges_as_git_would(
     repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: int

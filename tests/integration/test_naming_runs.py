@@ -38,6 +38,7 @@ def test_every_command_about_a_run_takes_the_option() -> None:
         assert option._custom_shell_complete is not None, path
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("words", OF_A_RUN)
 async def test_a_command_about_a_run_takes_it_either_way(runs: Repository, words: str) -> None:
     """As the argument and as the option; the beginning of an id and `latest` will do."""
@@ -53,6 +54,7 @@ async def test_a_command_about_a_run_takes_it_either_way(runs: Repository, words
     assert (twice.code, "leave one out" in twice.stderr) == (2, True)
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("words", OF_A_TASK)
 async def test_a_command_about_a_part_of_a_run_takes_the_option(runs: Repository, words: str) -> None:
     """In the same ways."""

@@ -121,6 +121,7 @@ async def test_a_lock_of_its_own_widens_nothing(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("checks", [pytest.param([], marks=pytest.mark.slow), ["true"]])
 async def test_what_another_session_has_locked_waits_to_land(repository: Repository, checks: list[str]) -> None:
     """Also the work of a task without `owns`: it lands onto the work of who had the lock, once that has ended."""
@@ -193,6 +194,7 @@ def test_of_very_many_paths_some_are_told() -> None:
     assert len(escape.recorded) == 200
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("pattern", ["*.md", "other/**"])
 async def test_extend_goes_back_where_another_session_owns_the_path(repository: Repository, pattern: str) -> None:
     """A live session of another run holds it: the reason says who. What it holds besides is in nobody's way."""
@@ -211,6 +213,7 @@ async def test_extend_goes_back_where_another_session_owns_the_path(repository: 
         assert "task task of run another owns README.md (as *.md)" in ended.result["tasks"][0]["reason"]
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 async def test_what_another_attempt_has_stands_in_the_way_of_extend_alone(
     repository: Repository, processes: int

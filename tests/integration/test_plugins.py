@@ -205,6 +205,7 @@ def test_of_two_plugins_with_one_name_the_first_by_name_stays(repository: Reposi
     assert "'echo' among the adapters is already the plugin 'ant' of ant" in found["left_out"]["zebra"]
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     ("limit", "expected"),
     [
@@ -380,6 +381,7 @@ def test_a_run_keeps_its_state_in_a_store_of_a_plugin(repository: Repository, si
     assert list((repository.top / ".council").glob("state/*")) == []
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("url", ["memory:", "file://{}/elsewhere"])
 def test_the_shipped_stores_are_named_by_their_urls(repository: Repository, tmp_path: Path, url: str) -> None:
     """`memory:` keeps nothing, `file:` keeps it in any folder."""
@@ -390,6 +392,7 @@ def test_the_shipped_stores_are_named_by_their_urls(repository: Repository, tmp_
     assert list((repository.top / ".council").glob("state/*")) == []
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     ("url", "expected"),
     [

@@ -402,6 +402,7 @@ async def test_taking_may_be_cancelled(yard: Yard, monkeypatch: pytest.MonkeyPat
     await assert_no_leaks(yard)
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(more, marks=pytest.mark.slow) for more in range(3, 8))])
 async def test_takers_that_are_cancelled_at_any_moment(yard: Yard, seed: int) -> None:
     """Of many some give up at a random moment; the others go on, and nothing is lost."""
@@ -451,6 +452,7 @@ async def test_the_next_pool_goes_on_with_what_was_left(yard: Yard) -> None:
     await assert_no_leaks(yard)
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("damage", ["record.json", "stamps.json", "tree"])
 async def test_damaged_places_are_not_used(yard: Yard, damage: str) -> None:
     """Half a record, or no checkout: the place is thrown away."""
@@ -543,6 +545,7 @@ def until_free(yard: Yard) -> None:
     wait_for(lambda: not any(anyio.run(place.lock.is_held) for place in places_of(yard.hub)))
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     "step",
     [pytest.param(one, marks=() if one in {"place.moved", "worktree.created"} else pytest.mark.slow) for one in STEPS],
@@ -593,6 +596,7 @@ async def _many(yard: Yard, repository: Repository, total: int) -> None:
     assert not list((yard.hub.indexes).iterdir())
 
 
+@pytest.mark.extended
 @pytest.mark.timeout(600)
 async def test_two_processes_that_are_killed_now_and_then(plain: Yard, repository: Repository) -> None:
     """Of some dozen hand-outs none fails, nothing is left, and memory does not grow."""

@@ -82,6 +82,7 @@ async def test_a_command_that_takes_too_long_is_killed_with_its_group(tmp_path: 
 FROZEN = "setsid -w sh -c 'echo $$ > pid.new; mv pid.new pid; kill -STOP $$' & wait"
 
 
+@pytest.mark.extended
 async def test_a_command_of_which_a_process_is_stopped_is_killed_with_all_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,6 +93,7 @@ async def test_a_command_of_which_a_process_is_stopped_is_killed_with_all_of_it(
     wait_for(lambda: not _lives(int((tmp_path / "pid").read_text())), 10)
 
 
+@pytest.mark.extended
 async def test_a_command_that_does_nothing_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes no processor time at all; one that takes some is left alone."""
     monkeypatch.setattr(process, "IDLE_LIMIT", 3.0)

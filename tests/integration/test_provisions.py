@@ -170,6 +170,7 @@ async def test_where_git_looks_at_everything_it_does_not_come_in(place: Place) -
     assert await place.paths(left.commit) == [".gitignore", "src", "src/app.py"]
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     "path",
     [

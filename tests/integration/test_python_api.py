@@ -62,6 +62,7 @@ def test_every_public_method_is_documented() -> None:
     assert [name for name in names if not inspect.getdoc(getattr(Council, name))] == []
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", PAGE + README, re.DOTALL))
 def test_every_block_runs(block: str, repository: Repository) -> None:
     """What stands in the documents is a script that runs a file of the current folder."""

@@ -72,6 +72,7 @@ async def test_the_printed_command_reopens_an_adapter_of_an_active_run(repositor
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_a_worker_hears_of_what_was_reopened(repository: Repository, tmp_path: Path) -> None:
     """Of two processes of a run, either may run its tasks then."""
     tasks = ({"id": name, "prompt": "x", "adapter": "locked", "attempts": 1} for name in ("one", "two", "three"))
@@ -92,6 +93,7 @@ async def test_a_worker_hears_of_what_was_reopened(repository: Repository, tmp_p
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_a_run_that_has_ended_is_reopened_for_its_resume(repository: Repository, tmp_path: Path) -> None:
     """The command that was printed while it was active is no error then, and says how to continue."""
     (tmp_path / "gate").touch()
@@ -110,6 +112,7 @@ async def test_a_run_that_has_ended_is_reopened_for_its_resume(repository: Repos
     await repository.assert_invariants()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("names", [["locke"], ["fake"], []])
 def test_what_can_be_used_is_not_reopened(repository: Repository, tmp_path: Path, names: list[str]) -> None:
     """Nor what the run does not have; the names of its adapters are given."""

@@ -24,6 +24,7 @@ def sessions(repository: Repository) -> set[str]:
     return {path.name for path in Path(repository.environ["COUNCIL_HOME"]).glob("*/sessions/*/*")}
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     ("failpoint", "kept"), [("session.ended=kill", {"two.1"}), ("worktree.half_built=kill", set[str]())]
 )

@@ -61,6 +61,7 @@ async def test_every_kind_of_end_in_one_run(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_a_retry_waits_until_its_predecessor_is_cleaned_up(repository: Repository, tmp_path: Path) -> None:
     """However slowly a worktree is removed, a task never has two sessions, and capacity holds."""
     slow = tmp_path / "bin" / "rm"
@@ -308,6 +309,7 @@ async def test_names_with_spaces_and_unicode(tmp_path: Path, environ: dict[str, 
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_a_landing_that_the_user_rewrote_away_is_not_called_landed(repository: Repository) -> None:
     """If somebody takes a landed commit off the target during the run, its task is reported, with its work kept."""
     tasks: list[dict[str, Any]] = [

@@ -113,6 +113,7 @@ async def test_capacity_is_said_on_the_command_line(repository: Repository) -> N
     assert repository.council("run", config, "-j", "0").code == 2
 
 
+@pytest.mark.extended
 async def test_resume_names_the_older_runs_that_were_interrupted(repository: Repository) -> None:
     """Where it is not said which run is meant; one that has ended is not named."""
     child = repository.start("run", str(repository.configure([{"id": "long", "prompt": "attempt 1 hang\nwrite l l"}])))

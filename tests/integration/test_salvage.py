@@ -145,6 +145,7 @@ async def test_work_is_merged_with_what_the_user_committed(
     assert await salvage.apply_to_checkout(place.git, users, repository.top, place.base, work) == ()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("how", ["committed", "edited", "untracked", "link out"])
 async def test_work_that_does_not_fit_changes_nothing(
     place: Place, work: str, users: Git, repository: Repository, tmp_path: Path, how: str

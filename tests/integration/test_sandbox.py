@@ -137,6 +137,7 @@ async def attack(
 # What must not work
 
 
+@pytest.mark.extended_but_first
 async def test_nothing_hidden_is_read_and_nothing_outside_is_written(
     house: House, kind: SandboxKind, bystander: subprocess.Popen[bytes]
 ) -> None:
@@ -309,6 +310,7 @@ while True: time.sleep(0.05)  # Python sees a signal that comes just before a sl
 """
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("loader", [[], ["loader"]], ids=["program", "loader"])
 async def test_a_stopped_program_has_its_grace_in_a_fence(house: House, kind: SandboxKind, loader: list[str]) -> None:
     """At the limit, program and descendants get SIGTERM and can save, and no longer than they need is waited."""
@@ -321,6 +323,7 @@ async def test_a_stopped_program_has_its_grace_in_a_fence(house: House, kind: Sa
     assert time.monotonic() - began < 8
 
 
+@pytest.mark.extended_but_first
 async def test_a_program_that_ignores_sigterm_is_killed_in_a_fence(house: House, kind: SandboxKind) -> None:
     """The grace is all it gets."""
     command = house.command(["sh", "-c", "trap '' TERM; sleep 300; sleep 300"], timeout=0.5, grace=0.3)
@@ -328,6 +331,7 @@ async def test_a_program_that_ignores_sigterm_is_killed_in_a_fence(house: House,
     assert (ended.exit, ended.signal, ended.ended_by) == (None, signal.SIGKILL, "timeout")
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("interrupt", [False, True])
 async def test_a_stop_during_the_start_takes_no_grace(house: House, interrupt: bool) -> None:
     """A sandbox in which the program has not begun has nothing to save and is not waited for."""

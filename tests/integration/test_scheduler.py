@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import anyio
+import pytest
 
 from orchestrator.council import Council
 from orchestrator.engine.report import RunReport, RunStatus
@@ -72,6 +73,7 @@ async def test_a_dirty_target_is_tried_again_while_sessions_are_at_work(reposito
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_a_dirty_target_and_a_backoff_come_to_an_end(repository: Repository) -> None:
     """While a landing waits for the user and another task for its backoff, the run still ends."""
     path = repository.configure(

@@ -179,6 +179,7 @@ async def tried(
     return {row for row, names in rows.items() if set(names.split()) & set(succeeded)}
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("kind", SandboxKind)
 async def test_a_session_can_do_what_the_table_says(kind: SandboxKind, outside: dict[str, object]) -> None:
     """Yes where an attempt succeeds, no where it does not, in each kind of sandbox that this machine has."""

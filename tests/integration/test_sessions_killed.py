@@ -67,6 +67,7 @@ def sessions(repository: Repository, pattern: str = "*") -> list[Path]:
     return sorted((Path(result["repository"]).parent / "sessions" / result["run"]).glob(pattern))
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     "killed",
     [

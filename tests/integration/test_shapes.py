@@ -304,6 +304,7 @@ async def test_a_refusal_names_the_document_and_the_fix(council: Council, reposi
     assert repository.council("status").code == 130
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("place", ["state.appended", "state.published"])
 async def test_a_repair_that_is_killed_goes_on(council: Council, repository: Repository, place: str) -> None:
     """Of several documents some are restored by then; the next one does the rest, and the one after that nothing."""

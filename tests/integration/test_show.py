@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from jsonschema import Draft202012Validator
 
 from orchestrator.council import Council
@@ -77,6 +78,7 @@ async def test_the_story_of_a_task_with_phases_is_told(repository: Repository) -
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 def test_the_newest_run_is_meant_unless_another_is_named(repository: Repository) -> None:
     """A task of the same name in two runs has two stories; a name that is none is refused with one that is near."""
     first = repository.council("run", str(repository.configure([{"id": "build", "prompt": "write a.txt x"}])), "--json")

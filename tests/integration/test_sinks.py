@@ -207,6 +207,7 @@ async def test_the_open_items_of_a_list_are_done_and_ticked(repository: Reposito
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_what_landed_before_a_crash_is_ticked_on_resume(repository: Repository, tmp_path: Path) -> None:
     """Also where the tracker had not heard of it, and where the file of the run is gone."""
     (tmp_path / "todo.md").write_text("- [ ] write one.txt 1\n")
@@ -218,6 +219,7 @@ async def test_what_landed_before_a_crash_is_ticked_on_resume(repository: Reposi
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_tasks_of_a_tracker_need_each_other_and_the_files_own(repository: Repository, moody: Path) -> None:
     """What they need lands first, wherever that comes from."""
     (moody / "tasks").write_text(

@@ -157,6 +157,7 @@ async def test_an_index_of_another_commit_is_made_anew(checkout: Checkout) -> No
     assert paths_of(staged) == ["a.txt", "b.txt"]
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("limit", [{"max_total": 5000}, {"max_files": 20}])
 async def test_more_than_git_can_stage_is_refused_before_it_begins(checkout: Checkout, limit: dict[str, int]) -> None:
     """With how much it is and how much fits; nothing is read, staged or left behind, and less of it can be staged."""

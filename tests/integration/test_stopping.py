@@ -149,6 +149,7 @@ async def test_a_program_that_need_not_be_interrupted_is_not(house: House, progr
     assert (ended.exit, ended.ended_by, ended.stdout_bytes) == (0, "stop", 0)
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("why", ["timeout", "silence"])
 async def test_a_program_over_its_limit_is_interrupted(house: House, program: Run, why: str) -> None:
     """Whatever stops it, it can tidy up."""
@@ -166,6 +167,7 @@ async def test_a_cancelled_program_is_interrupted(house: House, program: Run) ->
     assert (house.house.parent / "stdout").read_text().endswith("ended its tool\n")
 
 
+@pytest.mark.extended_but_first
 async def test_what_a_program_left_behind_is_not_taken_for_it(house: House, program: Run) -> None:
     """A process without a parent, whoever looks after it now, gets SIGTERM when the program has ended."""
     source = """
@@ -192,6 +194,7 @@ wait()
 # Programs that do not end of it
 
 
+@pytest.mark.extended_but_first
 async def test_a_program_that_goes_on_is_terminated_after_half_of_the_grace(house: House, program: Run) -> None:
     """It and its tool then get SIGTERM, and the rest of the grace."""
     source = """
@@ -210,6 +213,7 @@ wait()
     assert took < 2
 
 
+@pytest.mark.extended_but_first
 async def test_a_program_that_ignores_all_is_killed_after_the_grace(house: House, program: Run) -> None:
     """To be interrupted gives no more time."""
     source = "hear('cli', {})\nready()\nwait()"
@@ -234,6 +238,7 @@ IGNORES = "for number in (INT, TERM): signal.signal(number, signal.SIG_IGN)"
 MODES = pytest.mark.parametrize("interrupt", [False, True], ids=["terminated", "interrupted"])
 
 
+@pytest.mark.extended_but_first
 @MODES
 async def test_a_wrapper_that_dies_leaves_its_program_the_grace(house: House, program: Run, interrupt: bool) -> None:
     """Of whichever signal it dies, its program gets SIGTERM at once, and can save."""
@@ -244,6 +249,7 @@ async def test_a_wrapper_that_dies_leaves_its_program_the_grace(house: House, pr
     assert took < 5
 
 
+@pytest.mark.extended_but_first
 @MODES
 async def test_a_wrapper_that_passes_nothing_on_is_passed_over(house: House, program: Run, interrupt: bool) -> None:
     """Its program gets SIGTERM all the same, and can save; the wrapper is killed."""
@@ -254,6 +260,7 @@ async def test_a_wrapper_that_passes_nothing_on_is_passed_over(house: House, pro
     assert 1 <= took < 5
 
 
+@pytest.mark.extended_but_first
 @MODES
 async def test_a_program_that_ignores_all_does_not_outlive_its_wrapper(
     house: House, program: Run, interrupt: bool
@@ -266,6 +273,7 @@ async def test_a_program_that_ignores_all_does_not_outlive_its_wrapper(
     assert 1 <= took < 5
 
 
+@pytest.mark.extended_but_first
 async def test_a_program_gets_one_interrupt_through_its_wrapper(house: House, program: Run) -> None:
     """Not a second one of ours beside that which is passed on, which would tell many programs to end at once."""
     source = """

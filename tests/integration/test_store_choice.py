@@ -22,6 +22,7 @@ def holds_a_log(folder: Path) -> bool:
     return any(folder.glob("*/*.jsonl*"))
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("form", ["url", pytest.param("folder", marks=pytest.mark.slow)])
 def test_later_commands_look_where_the_file_of_the_newest_run_says(
     repository: Repository, tmp_path: Path, form: str
@@ -44,6 +45,7 @@ def test_later_commands_look_where_the_file_of_the_newest_run_says(
     assert repository.council("status", "--json", "--state", str(elsewhere)).result["run"] == first
 
 
+@pytest.mark.extended
 def test_the_flag_counts_before_the_environment_and_that_before_the_file(
     repository: Repository, tmp_path: Path
 ) -> None:
@@ -81,6 +83,7 @@ def test_a_choice_that_can_not_be_read_is_told(repository: Repository, content: 
     assert repository.council("runs", "--json").code == 0
 
 
+@pytest.mark.extended
 def test_a_run_goes_on_in_the_store_that_its_file_named(repository: Repository, tmp_path: Path) -> None:
     """`resume` and `retry` need no file to find it."""
     path = repository.configure([_TASK | {"prompt": "exit 1"}], state_dir=str(tmp_path / "state"))
@@ -104,6 +107,7 @@ def test_no_session_sees_the_store_wherever_it_is(repository: Repository, tmp_pa
     assert not seen.exists() or seen.read_text() == ""
 
 
+@pytest.mark.extended
 def test_cleaning_leaves_what_runs_of_another_store_have(repository: Repository, tmp_path: Path) -> None:
     """A run that one store knows is not left over because another does not know it."""
     path = repository.configure([_TASK], state_dir=str(tmp_path / "state"))

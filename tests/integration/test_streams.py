@@ -28,6 +28,7 @@ def through_shell(repository: Repository, arguments: str, **variables: str) -> E
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     "closed", ["<&- >&- 2>&-", *(pytest.param(one, marks=pytest.mark.slow) for one in ("<&-", ">&-", "2>&-"))]
 )
@@ -40,6 +41,7 @@ async def test_closed_streams_are_no_harm(repository: Repository, closed: str) -
     assert repository.council("status", "--json").result["damage"] == []
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is full")
 @pytest.mark.parametrize(("command", "code"), [("validate council.yaml", 3), ("--help", 1)])
 def test_output_that_is_not_all_there_is_told(repository: Repository, command: str, code: int) -> None:
@@ -91,6 +93,7 @@ def test_what_the_machine_refuses_is_no_fault_of_ours() -> None:
     assert as_refusal(OSError("anything")) is None
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     "command",
     ["status", "run --task x", *(pytest.param(one, marks=pytest.mark.slow) for one in ("init", "doctor", "clean"))],

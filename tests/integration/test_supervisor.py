@@ -256,6 +256,7 @@ def _has_open(process: psutil.Process, path: Path) -> bool:
     return any(fd.resolve() == path for fd in folder.iterdir())
 
 
+@pytest.mark.extended_but_first
 async def test_a_session_does_not_start_beside_an_earlier_one_of_its_own(agent: Agent, tmp_path: Path) -> None:
     """While something still holds the session's lock, the CLI is not run a second time."""
     command = agent("open('ran', 'w')")
@@ -276,6 +277,7 @@ async def test_a_program_that_takes_too_long_is_ended(agent: Agent) -> None:
     assert (ended.exit, ended.signal, ended.ended_by) == (None, signal.SIGTERM, "timeout")
 
 
+@pytest.mark.extended_but_first
 async def test_a_program_that_ignores_sigterm_is_killed_after_the_grace(agent: Agent) -> None:
     """No program outlasts its limit by more than the grace."""
     began = time.monotonic()
@@ -378,6 +380,7 @@ async def test_a_stranger_that_holds_the_output_does_not_delay_the_end(agent: Ag
             stranger.wait()
 
 
+@pytest.mark.extended_but_first
 @LINUX_ONLY
 async def test_a_program_that_closes_its_output_costs_nothing(agent: Agent, tmp_path: Path) -> None:
     """The supervisor of a silent, long-running program does not spin."""
@@ -395,6 +398,7 @@ open("ticks", "w").write(str(spent() - before))
 # Silence
 
 
+@pytest.mark.extended_but_first
 async def test_a_silent_program_is_ended(agent: Agent, tmp_path: Path) -> None:
     """One that says nothing and changes nothing is stopped long before its limit, and it is said why."""
     (tmp_path / "tree").mkdir()
@@ -406,6 +410,7 @@ async def test_a_silent_program_is_ended(agent: Agent, tmp_path: Path) -> None:
     assert 1.0 <= time.monotonic() - began < 20
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("sign", ["os.utime('tree/deep/file', (1, 1))", "print('.', flush=True)"])
 async def test_a_program_that_shows_a_sign_of_life_goes_on(agent: Agent, tmp_path: Path, sign: str) -> None:
     """A change deep in a watched folder counts as much as output does, whatever time the file claims."""
@@ -416,6 +421,7 @@ async def test_a_program_that_shows_a_sign_of_life_goes_on(agent: Agent, tmp_pat
     assert (ended.exit, ended.ended_by) == (0, "exit")
 
 
+@pytest.mark.extended_but_first
 async def test_a_folder_that_can_not_be_watched_ends_nobody(agent: Agent, tmp_path: Path) -> None:
     """What can't be seen is no proof of silence; the wall-clock limit remains."""
     command = agent("time.sleep(300)", silence=0.2, watched=(tmp_path / "gone",), timeout=1.5)
@@ -496,6 +502,7 @@ async def test_a_pattern_that_is_none_starts_nothing(agent: Agent, tmp_path: Pat
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.extended_but_first
 @LINUX_ONLY
 async def test_a_flood_of_output_is_cut_in_the_middle_with_bounded_memory(agent: Agent, tmp_path: Path) -> None:
     """Of 1 GiB the first bytes and the last MiB are kept, with the number of those left out between them."""
@@ -566,6 +573,7 @@ anyio.run(run_supervised, SupervisedCommand(
 """
 
 
+@pytest.mark.extended_but_first
 @LINUX_ONLY
 async def test_nothing_outlives_a_kill_of_the_orchestrator(agent: Agent, tmp_path: Path) -> None:
     """After kill -9 of ours, what ignores, detaches, clears its environment dies within 2 s, then the lock is free."""
@@ -679,6 +687,7 @@ async def test_a_program_that_may_not_start_never_runs(agent: Agent, tmp_path: P
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.extended_but_first
 @LINUX_ONLY
 async def test_a_frozen_session_ends_with_all_that_it_started(agent: Agent, tmp_path: Path) -> None:
     """Its orchestrator is dead; the supervisor is woken, and kills also what has cleared its environment."""
@@ -698,6 +707,7 @@ async def test_a_frozen_session_ends_with_all_that_it_started(agent: Agent, tmp_
     assert not any(map(lives, pids))
 
 
+@pytest.mark.extended_but_first
 @LINUX_ONLY
 async def test_a_session_that_waits_for_a_frozen_orchestrator_ends_before_it_starts(
     agent: Agent, tmp_path: Path

@@ -51,6 +51,7 @@ async def test_a_plain_repository_is_fine(repository: Repository) -> None:
     await check(repository)
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     ("options", "says"),
     [(["--filter=blob:none"], "partial clone"), (["--depth=1"], "shallow clone")],
@@ -83,6 +84,7 @@ async def test_submodules_are_refused_by_name(repository: Repository) -> None:
         await check(repository)
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("place", [".gitattributes", "deep/er/.gitattributes"])
 async def test_lfs_is_refused_wherever_it_is_asked_for(repository: Repository, place: str) -> None:
     """The file is named; without the line in it the run is accepted."""

@@ -77,6 +77,7 @@ async def test_a_run_on_a_terminal_is_a_table(repository: Repository, start: Sta
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_what_did_not_land_says_what_to_type(repository: Repository, start: Start) -> None:
     """At the end, in `status` on a terminal and in plain text: why, where it is kept, and the next command."""
     config, _ = shell(
@@ -118,6 +119,7 @@ def test_a_terminal_may_want_lines(variables: dict[str, str], repository: Reposi
     assert b"\x1b" not in terminal.raw
 
 
+@pytest.mark.extended
 def test_no_color_is_about_colours_alone(repository: Repository, start: Start) -> None:
     """With NO_COLOR the table is there as without, in the terminal's own colours; so is a difference."""
     config, gate = shell(repository, {"id": "one", "prompt": "echo 1 > one.txt; echo ready; gate"})
@@ -145,6 +147,7 @@ def test_a_pipe_gets_lines(repository: Repository) -> None:
     assert "\x1b" not in ended.stdout
 
 
+@pytest.mark.extended
 def test_ctrl_c_is_answered_above_the_table(repository: Repository, start: Start) -> None:
     """What stops is said at once, the table stays until all is kept, and `resume` is the next thing to type."""
     config, gate = shell(repository, {"id": "slow", "prompt": "echo 1 > one.txt; echo ready; gate"})
@@ -160,6 +163,7 @@ def test_ctrl_c_is_answered_above_the_table(repository: Repository, start: Start
     assert start("resume").wait() == 0
 
 
+@pytest.mark.extended
 def test_the_second_ctrl_c_leaves_a_usable_terminal(repository: Repository, start: Start) -> None:
     """Where it ends at once the cursor comes back, and what is said stands below the table."""
     config, gate = shell(repository, {"id": "slow", "prompt": "trap '' TERM; echo ready; gate"})
@@ -174,6 +178,7 @@ def test_the_second_ctrl_c_leaves_a_usable_terminal(repository: Repository, star
     gate.touch()
 
 
+@pytest.mark.extended
 def test_nothing_that_is_shown_is_obeyed(repository: Repository, start: Start) -> None:
     """Escape sequences and markup of a program's are text in the table and at the end, and its title is not ours."""
     evil = r"printf '\033]0;owned\007\033[31m[red]stop[/red]\033[2J\r\n'"
@@ -190,6 +195,7 @@ def test_nothing_that_is_shown_is_obeyed(repository: Repository, start: Start) -
     assert b"\x1b[2J" not in terminal.raw
 
 
+@pytest.mark.extended
 async def test_a_run_outlives_its_terminal(repository: Repository, start: Start) -> None:
     """With SIGHUP ignored, as under nohup, a closed window does not end it."""
     config, gate = shell(repository, {"id": "one", "prompt": "echo ready; gate; echo 1 > one.txt"})
@@ -202,6 +208,7 @@ async def test_a_run_outlives_its_terminal(repository: Repository, start: Start)
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_watch_shows_a_run_of_another_process(repository: Repository, start: Start) -> None:
     """It is the same table; Ctrl-C ends only the showing; and it ends with the run, with the run's exit code."""
     config, gate = shell(
@@ -229,6 +236,7 @@ async def test_watch_shows_a_run_of_another_process(repository: Repository, star
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_watch_ends_where_the_run_is_killed(repository: Repository, start: Start) -> None:
     """A process that was killed says nothing: it is seen to be gone, and the next command is `resume`."""
     config, gate = shell(repository, {"id": "one", "prompt": "echo 1 > one.txt; gate"})

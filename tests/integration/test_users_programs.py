@@ -105,6 +105,7 @@ def through_tracked_link(repository: Repository, tmp_path: Path) -> str:
     return ".githooks"
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("way", [in_tree, absolute, home, included, linked, through_tracked_link])
 async def test_a_landing_runs_no_hook_that_it_has_just_written(
     repository: Repository, tmp_path: Path, way: object
@@ -177,6 +178,7 @@ async def test_a_daemon_that_a_hook_leaves_keeps_no_lock_of_a_killed_process(rep
     await repository.assert_invariants()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     ("key", "command"),
     [
@@ -255,6 +257,7 @@ def of_another_worktree(repository: Repository, tmp_path: Path) -> None:
 WAYS = [includes, dotfiles, included_from_outside, included_on_a_branch, of_another_worktree]
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("is_there", [True, False])
 @pytest.mark.parametrize("way", WAYS)
 async def test_no_landing_changes_what_the_users_git_reads_its_configuration_from(
@@ -276,6 +279,7 @@ async def test_no_landing_changes_what_the_users_git_reads_its_configuration_fro
     assert not ran.exists()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     ("script", "lost"),
     [
@@ -300,6 +304,7 @@ async def test_no_landing_deletes_files_that_git_ignores(repository: Repository,
     assert mine.read_text() == "mine\n"
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     "setting",
     ["core.fsmonitor", "diff.x.textconv", "merge.x.driver", "core.sshCommand", "alias.st", "credential.helper"],
@@ -325,6 +330,7 @@ _EMBEDDED = (
 )
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("parts", [1, 2])
 async def test_no_landing_makes_a_folder_a_repository(repository: Repository, tmp_path: Path, parts: int) -> None:
     """Nor do two of them together, of which each brings a part; `salvage apply` does not bring it in either."""
@@ -345,6 +351,7 @@ async def test_no_landing_makes_a_folder_a_repository(repository: Repository, tm
     assert not ran.exists()
 
 
+@pytest.mark.extended
 async def test_salvage_apply_changes_nothing_that_decides_what_git_runs(repository: Repository) -> None:
     """What a landing defers, it refuses."""
     repository.commit({"gitconfig": "[alias]\n\tst = status\n"}, "mine")

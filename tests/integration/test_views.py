@@ -218,6 +218,7 @@ async def test_what_stands_in_the_place_of_a_folder_makes_way(
     assert elsewhere.stat().st_mode & 0o777 == 0o755
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("name", ["views.written", "views.replaced"])
 async def test_killed_between_the_views_come_back_whole(repository: Repository, name: str) -> None:
     """Nothing is twice, nothing is missing, and nothing of what was begun is left."""
@@ -296,6 +297,7 @@ async def test_one_writes_at_a_time_and_the_other_takes_over(store: Store, views
     await assert_equal(project.views, store)
 
 
+@pytest.mark.extended_but_first
 async def test_who_ends_while_another_writes_leaves_them_whole(store: Store, views: Views, project: Project) -> None:
     """The other one brings them to where the log was then."""
     clock = SystemClock()

@@ -270,6 +270,7 @@ async def test_what_is_mediated_or_shared_gets_to_the_next_phase(repository: Rep
     await repository.assert_invariants()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("approved", ["plan", "look"])
 async def test_what_a_person_approved_is_not_replaced(repository: Repository, approved: str) -> None:
     """A session of another task puts something else under the key, before and after the approval."""

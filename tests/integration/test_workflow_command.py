@@ -77,6 +77,7 @@ async def test_what_is_not_there_is_refused(repository: Repository) -> None:
     assert (refused.code, "can't be written" in refused.stderr) == (2, True)
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("from_code", [False, True])
 async def test_a_run_records_its_workflows(repository: Repository, from_code: bool) -> None:
     """A resume has phases, values and the tracker of each task without the file."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
 from tests.conftest import Ended, Repository
 
 PLAN = json.dumps({"tasks": [{"id": "t1", "prompt": "write b"}], "dependencies": [], "timeline": [], "resources": []})
@@ -40,6 +42,7 @@ async def test_work_that_never_passes_the_checks_has_an_end(repository: Reposito
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_what_can_not_land_is_mended_by_a_phase_that_was_not_skipped(repository: Repository) -> None:
     """The last phase that writes may not have been entered: the one before it has the work."""
     steps = ("in build append b.txt more", f"in review hand-over {APPROVE}")
@@ -81,6 +84,7 @@ async def test_what_is_sent_back_to_a_skipped_phase(repository: Repository) -> N
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_work_survives_another_plan(repository: Repository) -> None:
     """A review may send back to a phase that only reads: what was built goes on from where it was."""
     steps = (
@@ -157,6 +161,7 @@ async def test_what_several_phases_built_is_done_anew_by_all_where_it_conflicts(
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_nothing_is_left_out_by_going_on_further_along(repository: Repository) -> None:
     """Who tries again from a phase on has all before it behind them: a task that builds is not done without."""
     steps = ("in build attempt 2 append b.txt more", "in build attempt 1 exit 1", f"in review hand-over {APPROVE}")

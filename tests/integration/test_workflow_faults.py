@@ -58,6 +58,7 @@ LIMITED = {"failures": {"rate_limited": rf"{LIMIT}, again in (?P<seconds>\d+) s"
 COUNTING: dict[str, Any] = {"output": "jsonl", "read": [{"input_tokens": "n"}]}
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("phase", PHASES[:2])
 async def test_a_run_whose_budget_ends_behind_a_phase_goes_on_with_more(repository: Repository, phase: str) -> None:
     """At the phase that was next; what was handed over and built is there."""
@@ -74,6 +75,7 @@ async def test_a_run_whose_budget_ends_behind_a_phase_goes_on_with_more(reposito
     await assert_built_once(repository)
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("budgets", [{"budget": {"tokens": 100}}, {"task": {"budget": {"tokens": 100}}}])
 async def test_what_needs_no_session_more_lands_without_a_budget(
     repository: Repository, budgets: dict[str, Any]
@@ -98,6 +100,7 @@ async def test_a_task_whose_budget_ends_behind_a_phase_has_failed_with_its_work_
     await repository.assert_invariants()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("phase", PHASES)
 async def test_a_limit_is_waited_out_in_the_phase_that_ran_into_it(repository: Repository, phase: str) -> None:
     """It is not counted, and what was complete stays so."""
@@ -108,6 +111,7 @@ async def test_a_limit_is_waited_out_in_the_phase_that_ran_into_it(repository: R
     await assert_built_once(repository)
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("phase", PHASES)
 async def test_another_stands_in_from_the_phase_on_that_ran_into_a_limit(repository: Repository, phase: str) -> None:
     """For as long as the limit holds; what was complete stays so."""
@@ -122,6 +126,7 @@ async def test_another_stands_in_from_the_phase_on_that_ran_into_a_limit(reposit
     await assert_built_once(repository)
 
 
+@pytest.mark.extended
 async def test_a_program_that_is_gone_is_waited_for(repository: Repository) -> None:
     """It was removed while an earlier phase was at work: the next one waits until it is back, and costs no attempt."""
     tool = repository.spawns.parent / "tool"

@@ -107,6 +107,7 @@ async def test_three_processes_finish_one_queue_though_one_of_them_is_killed(
     assert sorted(lines) == list(range(count))
 
 
+@pytest.mark.extended
 async def test_who_was_stopped_past_its_lease_is_refused_and_says_why(repository: Repository) -> None:
     """Another takes over and lands; what the stopped one then writes does not count, and it ends by itself."""
     tasks: list[dict[str, Any]] = [
@@ -133,6 +134,7 @@ async def test_who_was_stopped_past_its_lease_is_refused_and_says_why(repository
     await assert_each_landed_once(repository, ["slow", "next"])
 
 
+@pytest.mark.extended
 async def test_who_loses_the_permit_to_land_while_it_is_stopped_asks_for_another_turn(repository: Repository) -> None:
     """Another lands meanwhile; the tasks of the stopped one are still its own, and it finishes them."""
     begun, free, gate = (repository.spawns.parent / name for name in ("begun", "free", "gate"))
@@ -159,6 +161,7 @@ async def test_who_loses_the_permit_to_land_while_it_is_stopped_asks_for_another
     await assert_each_landed_once(repository, ["checked", "other"])
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("role", ["auto", "coordinator", "worker"])
 async def test_a_cancelled_task_of_another_process_ends_there(repository: Repository, role: str) -> None:
     """Its claim is overridden, since a person wants it; the other goes on with what else there is."""
@@ -174,6 +177,7 @@ async def test_a_cancelled_task_of_another_process_ends_there(repository: Reposi
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_the_paths_of_a_cancelled_session_are_free_at_its_end(repository: Repository) -> None:
     """Its process is frozen and can't stop it: whoever else wants its paths waits until it does."""
     tasks: list[dict[str, Any]] = [
@@ -202,6 +206,7 @@ async def test_the_paths_of_a_cancelled_session_are_free_at_its_end(repository: 
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_who_was_stopped_during_set_up_starts_nothing_after_it_lost_its_task(repository: Repository) -> None:
     """It was taken for gone meanwhile, and another process has done the task."""
     tasks = [{"id": "t", "prompt": "write t.txt x"}, {"id": "next", "prompt": "write n.txt x"}]
@@ -258,6 +263,7 @@ async def test_what_a_killed_process_left_of_a_session_that_is_over_goes_in_the_
     await repository.assert_invariants()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("sweep", ["300ms", "60s"], ids=["found", "unnoticed"])
 @pytest.mark.parametrize("action", ["retry", pytest.param("cancel", marks=pytest.mark.slow)])
 async def test_what_is_asked_when_the_coordinator_is_gone_is_done(
@@ -328,6 +334,7 @@ async def test_nobody_joins_a_run_that_is_not_shared(repository: Repository) -> 
         assert one.ended is not None
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("by", ["option", "environment"])
 async def test_nobody_joins_a_process_that_is_alone_whatever_the_record_says(repository: Repository, by: str) -> None:
     """It claims nothing, so that both would be at one task: whoever comes is refused, and the first goes on."""

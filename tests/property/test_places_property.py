@@ -463,6 +463,7 @@ async def _check(commits: Commits, kind: str, steps: Steps, more: Steps) -> bool
     return False
 
 
+@pytest.mark.extended
 @settings(max_examples=20)
 @given(_kinds, _steps, _steps)
 def test_nothing_is_left_of_a_session(commits: Commits, kind: str, steps: Steps, more: Steps) -> None:

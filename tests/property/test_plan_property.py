@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -78,6 +79,7 @@ def test_sessions_at_once_are_within_all_limits(
             assert sessions == min(most, len(wave.tasks))
 
 
+@pytest.mark.extended
 def test_ten_thousand_tasks_that_own_much_alike_are_planned_quickly() -> None:
     """Where comparing would have no end it is given up, and said."""
     many = 10_000

@@ -83,6 +83,7 @@ def test_a_missing_sdk_is_told_before_a_run_and_by_a_session(environ: dict[str, 
         assert event.failed.failure is FailureClass.INVALID
 
 
+@pytest.mark.extended
 def test_what_can_be_used_is_ready(environ: dict[str, str], tmp_path: Path) -> None:
     """An SDK that is installed, a server with the model, a CLI that is logged in; and what each says if it is not."""
     assert ready(AcpAdapter(AcpOptions(argv=("x",))), environ) == (0, "ready")
@@ -282,6 +283,7 @@ def warnings(events: list[SessionEvent]) -> list[str]:
     return [event.text for event in events if isinstance(event, Warned)]
 
 
+@pytest.mark.extended
 def test_what_stays_in_the_worktree_is_allowed_whatever_kind_of_tool_it_is(place: Place) -> None:
     """A reviewer runs tests, too: whatever it changes is discarded."""
     kinds = ("fetch", "read", "search", "think", "delete", "edit", "execute", "move", "other", "switch_mode")
@@ -289,6 +291,7 @@ def test_what_stays_in_the_worktree_is_allowed_whatever_kind_of_tool_it_is(place
     assert words(events) == ["chosen: once" for _ in kinds]
 
 
+@pytest.mark.extended
 def test_an_update_of_a_tool_call_adds_to_what_was_told_of_it(place: Place) -> None:
     """It keeps its kind and its command where an update names none."""
     events = place.converse("run make test")
@@ -299,6 +302,7 @@ def test_an_update_of_a_tool_call_adds_to_what_was_told_of_it(place: Place) -> N
     ]
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("takes_urls", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_agent_is_given_the_servers_that_it_can_take(place: Place, takes_urls: bool) -> None:
     """Programs by their paths, with the values of variables that are set; URLs where it says that it takes them."""
@@ -337,6 +341,7 @@ def test_what_is_told_of_an_earlier_conversation_is_not_told_again(place: Place)
         assert events[-1] == ConcludedEvent("\n".join((*words(events), "")))
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("loads", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_agent_that_can_not_go_on_is_asked_nothing(place: Place, loads: bool) -> None:
     """It says why, as what may work the next time, which begins anew: that it can't at all, or has lost it."""

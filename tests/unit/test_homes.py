@@ -73,6 +73,7 @@ async def test_a_home_that_was_made_a_link_is_made_anew(tmp_path: Path, user: Pa
     assert (home / ".tool/settings").read_text() == "ours"
 
 
+@pytest.mark.extended
 async def test_trees_of_any_depth_are_no_obstacle(tmp_path: Path) -> None:
     home = tmp_path / "logs/homes/t/a"
     await furnish(home, Home(), {})

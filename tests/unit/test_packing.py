@@ -44,6 +44,7 @@ def test_zstdcat_reads_it() -> None:
     assert done.stdout == LINES
 
 
+@pytest.mark.extended
 def test_damage_takes_one_part_along() -> None:
     """Whatever byte is another one is noticed, and all other parts are still read."""
     packed = pack(LINES)
