@@ -58,8 +58,8 @@ from orchestrator.engine.records import (
 )
 from orchestrator.engine.recovery import has_company, recover
 from orchestrator.engine.reloading import TASKS, FileChanges, compare, reloaded
-from orchestrator.engine.report import RunRecord, RunReport, RunStatus, check_adapters
-from orchestrator.engine.requests import check_phase, check_request, is_answered, obey, submit
+from orchestrator.engine.report import RunRecord, RunReport, RunStatus
+from orchestrator.engine.requests import check_phase, check_reopening, check_request, is_answered, obey, submit
 from orchestrator.engine.restoring import Restored, restore
 from orchestrator.engine.scheduler import Scheduler
 from orchestrator.engine.seating import with_desk
@@ -520,7 +520,7 @@ class Execution:
         even_pending = reload is not None and not await runs.is_live(run)
         check_request(action, tasks, record.tasks, record.blocked(), even_pending=even_pending)
         await self._check_phase(record, tasks, phase)
-        adapters = check_adapters(record, adapters, runs.clock.now()) if action is Action.REOPEN else ()
+        adapters = check_reopening(record, adapters, runs.clock.now()) if action is Action.REOPEN else ()
         named = _named(record, action, tasks)
         if action in {Action.CANCEL, Action.IGNORE}:
             is_live = await runs.is_live(run)

@@ -30,6 +30,7 @@ from orchestrator.engine.initializing import (
     write_file,
     write_schema,
 )
+from orchestrator.engine.own_tests import Environment, OwnTests
 from orchestrator.engine.probing import AdapterStatus
 from orchestrator.engine.trust import confirm
 from orchestrator.plugins import load_plugins
@@ -84,6 +85,22 @@ class _Found:
     tests: FoundTests | None
 
     @property
+    def own_tests(self) -> OwnTests | None:
+        """The repository's own tests."""
+        return None if self.tests is None else self.tests.tests
+
+    @property
+    def environment(self) -> Environment | None:
+        """What they need before they can run."""
+        return None if self.own_tests is None else self.own_tests.environment
+
+    @property
+    def what_is_missing(self) -> str | None:
+        """What the sandbox does not show of that, in words."""
+        missing = () if self.tests is None else self.tests.missing
+        return f"the sandbox lacks {', '.join(missing)}" if missing else None
+
+    @property
     def next_commands(self) -> list[str]:
         """What to type next; the file need not be named where it is looked for."""
         is_usual = self.path == self.ground.top / FILE_NAME
@@ -99,8 +116,7 @@ def _starter(found: _Found, schema: Path | None) -> Starter:
     """Return what the file is to say; paths in the repository are told from the file's place."""
     folder, top = Path(os.path.realpath(found.path.parent)), Path(os.path.realpath(found.ground.top))
     is_inside = folder.is_relative_to(top)
-    tests = None if found.tests is None else found.tests.tests
-    environment = None if tests is None else tests.environment
+    tests, environment = found.own_tests, found.environment
     return Starter(
         repo=os.path.relpath(top, folder) if is_inside else str(top),
         base=found.ground.base,
@@ -109,7 +125,7 @@ def _starter(found: _Found, schema: Path | None) -> Starter:
         before=None if tests is None else tests.before,
         setup=None if environment is None else environment.setup,
         inputs=() if environment is None else environment.inputs,
-        missing=None if found.tests is None or not found.tests.missing else _missing(found.tests),
+        missing=found.what_is_missing,
         schema=None if schema is None or not is_inside else os.path.relpath(os.path.realpath(schema), folder),
     )
 
@@ -120,14 +136,8 @@ def _words(status: AdapterStatus) -> str:
     return ", ".join(told)
 
 
-def _missing(tests: FoundTests) -> str:
-    return f"the sandbox lacks {', '.join(tests.missing)}"
-
-
 def _show(found: _Found, schema: Path | None, output: Output) -> None:
-    tests = None if found.tests is None else found.tests.tests
-    missing = None if found.tests is None or not found.tests.missing else _missing(found.tests)
-    environment = None if tests is None else tests.environment
+    tests, environment, missing = found.own_tests, found.environment, found.what_is_missing
     if output.as_json:
         output.json(
             {

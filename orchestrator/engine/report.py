@@ -25,7 +25,6 @@ from orchestrator.domain.model import (
     TaskStatus,
 )
 from orchestrator.domain.phases import OPEN
-from orchestrator.errors import RefusedError
 from orchestrator.instants import local_time
 from orchestrator.protocols import JsonObject
 from orchestrator.sessions.output import log_name
@@ -357,25 +356,6 @@ def last_failures(record: RunRecord) -> dict[str, AdapterFailure]:
             if before is None or before.time <= one.ended:
                 found[one.adapter] = AdapterFailure(one.outcome, one.reason or "", one.ended, name)
     return found
-
-
-def check_adapters(record: RunRecord, adapters: Sequence[str], now: float) -> Sequence[str]:
-    """Return those of a run's adapters that are to be reopened: the named ones, or all that can't be used now.
-
-    RefusedError for one that the run does not have, and where there is nothing to reopen.
-    """
-    unusable = {
-        name for name, one in record.adapters.items() if one.closed is not None or (one.parked_until or 0.0) > now
-    }
-    known = ", ".join(record.run.adapters)
-    for name in adapters:
-        if name not in record.run.adapters:
-            raise RefusedError(f"run {record.run.id} has no adapter {name!r}", f"name one of: {known}")
-        if name not in unusable:
-            raise RefusedError(f"adapter {name!r} of run {record.run.id} is in use", "there is nothing to reopen")
-    if not unusable:
-        raise RefusedError(f"no adapter of run {record.run.id} is stopped or paused", "there is nothing to reopen")
-    return list(adapters) or sorted(unusable)
 
 
 def _stuck(record: RunRecord, closed: Mapping[str, str]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from orchestrator.engine.expanding import expanded, landed_parts, replaced_parts
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.prompting import told_rejection
 from orchestrator.engine.records import request_key
+from orchestrator.engine.report import RunRecord
 from orchestrator.engine.steps import Update
 from orchestrator.errors import ClaimLost, RefusedError, VersionConflict
 from orchestrator.failpoints import failpoint
@@ -64,6 +65,23 @@ def check_request(
             raise RefusedError(f"task {task!r} waits for approval", remedy)
         if action is Action.RETRY and status not in REVIVABLE and not (even_pending and status is TaskStatus.PENDING):
             raise RefusedError(f"task {task!r} has not ended (state: {status})", "cancel it first, or wait")
+
+
+def check_reopening(record: RunRecord, adapters: Sequence[str], now: float) -> Sequence[str]:
+    """Return those of a run's adapters that are to be reopened: the named ones, or all that can't be used now.
+
+    RefusedError for one that the run does not have, and where there is nothing to reopen.
+    """
+    shut = {name for name, one in record.adapters.items() if one.closed is not None or (one.parked_until or 0.0) > now}
+    known = ", ".join(record.run.adapters)
+    for name in adapters:
+        if name not in record.run.adapters:
+            raise RefusedError(f"run {record.run.id} has no adapter {name!r}", f"name one of: {known}")
+        if name not in shut:
+            raise RefusedError(f"adapter {name!r} of run {record.run.id} is in use", "there is nothing to reopen")
+    if not shut:
+        raise RefusedError(f"no adapter of run {record.run.id} is stopped or paused", "there is nothing to reopen")
+    return list(adapters) or sorted(shut)
 
 
 def check_reason(reason: str) -> None:
