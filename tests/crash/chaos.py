@@ -10,6 +10,7 @@ can be had (`unshare`), so that it can be full.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import shutil
@@ -172,7 +173,7 @@ class Trial:
             self._thaw(time.monotonic())
             self._keep_going()
             self._dice.choices(list(actions), list(actions.values()))[0]()
-        self._thaw(float("inf"))
+        self._thaw(math.inf)
         self._user.done.set()
         self._user.join(BOUND)
         if self._user.problem:
@@ -245,7 +246,16 @@ class Trial:
             self._begin(*(("resume",) if self._has_run() else ("run", str(self._config))))
 
     def _has_run(self) -> bool:
-        return any((self.repository.top / ".council").glob("logs/*/")) and self.repository.council("status").code != 2
+        return any((self.repository.top / ".council").glob("logs/*/")) and self._ask("status").code != 2
+
+    def _ask(self, *arguments: str) -> Ended:
+        """Run a command that a frozen process may hold up; that goes on after a while."""
+        thaw = threading.Timer(5, self._thaw, (math.inf,))
+        thaw.start()
+        try:
+            return self.repository.council(*arguments)
+        finally:
+            thaw.cancel()
 
     def _join(self) -> None:
         if len(self._active()) < 3:
@@ -263,7 +273,7 @@ class Trial:
 
     def _go_back(self) -> None:
         """Restore a checkpoint of the run, or make the first one."""
-        listed = self.repository.council("checkpoint", "list", "--json")
+        listed = self._ask("checkpoint", "list", "--json")
         found = [one["id"] for one in listed.result["checkpoints"]] if listed.code == 0 else []
         if found and self._dice.random() < 0.6:
             self._begin("checkpoint", "restore", self._dice.choice(found), "--force")
