@@ -267,8 +267,8 @@ class GitKilled(GitError):
 class SessionError(CouncilError):
     """A session's supervisor ended without saying how the session ended."""
 
-    def __init__(self, session: str, why: str) -> None:
-        super().__init__(f"session {session}: {why}: its worktree is kept, `council resume` goes on")
+    def __init__(self, why: str) -> None:
+        super().__init__(f"{why}: its worktree is kept, `council resume` goes on")
 
 
 #: The system's codes for a shortage that may pass, each with its message in the C locale and the fix.

@@ -41,8 +41,7 @@ class SupervisedCommand:
     Of each output the first `cap` bytes and the last MiB are kept. After `timeout` seconds, or when the
     awaiting task is cancelled, all its processes get SIGTERM and after `grace` seconds SIGKILL. With `interrupt` the
     CLI itself, and nothing that it started, gets SIGINT first: all get SIGTERM once it has ended, but after half of
-    the grace at the latest. `lock` is the file that is locked while anything of the session lives; its name is the
-    session's in messages.
+    the grace at the latest. `lock` is the file that is locked while anything of the session lives.
 
     After `silence` seconds without output and without a change beneath the folders `watched`, it is stopped as
     after `timeout`. `redact` is the ASCII source of an expression for bytes: what it finds is not written to
@@ -112,7 +111,7 @@ async def run_supervised(
     before the cancellation goes on. Raises SessionError if the supervisor ended without its report, OSError if it
     could not be started.
     """
-    async with _supervisor(command.lock.stem) as supervisor:
+    async with _supervisor() as supervisor:
         ordered = False
         try:
             await supervisor.send(_spec(command))
@@ -129,7 +128,8 @@ async def run_supervised(
             if ordered:
                 with anyio.move_on_after(command.grace + _KILL_PATIENCE, shield=True):
                     await supervisor.send(b"stop\n")
-                    await supervisor.ended()
+                    while not await supervisor.has_ended(_REAP_PAUSE):  # by itself, unless it is stopped (SIGSTOP)
+                        await anyio.to_thread.run_sync(_stop_supervisor, command.lock)
             raise
 
 
@@ -199,11 +199,11 @@ async def forking() -> AsyncIterator[None]:
                 await anyio.to_thread.run_sync(server.close)
 
 
-def _forked(session: str) -> _Supervisor | None:
+def _forked() -> _Supervisor | None:
     server = _SERVER.get()
     if server is not None:
         with suppress(OSError):
-            return _Supervisor(session, *server.fork(), None)
+            return _Supervisor(*server.fork(), None)
     return None
 
 
@@ -237,10 +237,10 @@ class _Supervisor:
     """A running supervisor's two pipes."""
 
     def __init__(
-        self, session: str, control: IO[bytes] | None, status: IO[bytes] | None, child: subprocess.Popen[bytes] | None
+        self, control: IO[bytes] | None, status: IO[bytes] | None, child: subprocess.Popen[bytes] | None
     ) -> None:
         """Take the pipes; what was forked is no child of ours."""
-        self._session, self._child = session, child
+        self._child = child
         self._control, self._status = _pipe(control), _pipe(status)
         self._said = bytearray()
 
@@ -265,6 +265,12 @@ class _Supervisor:
         while await self._read():
             pass
 
+    async def has_ended(self, timeout: float) -> bool:  # noqa: ASYNC109  (to be asked again)
+        """Whether it ends within so many seconds."""
+        with anyio.move_on_after(timeout) as scope:
+            await self.ended()
+        return not scope.cancelled_caught
+
     async def _read(self) -> bool:
         """Read more of what it reports; False at its end."""
         await anyio.wait_readable(self._status)
@@ -281,8 +287,10 @@ class _Supervisor:
         except ValueError:
             event = None
         if not isinstance(event, dict) or event.pop("event", None) != "ended":
-            said = self._said.decode(errors="replace").strip()
-            raise SessionError(self._session, f"its supervisor ended without a report{said and f' ({said})'}")
+            lines = self._said.decode(errors="replace").splitlines()
+            errors = [line for line in lines if line.strip() and not line.startswith('{"event": ')]
+            why = errors[-1] if errors else "it was killed"
+            raise SessionError(f"the supervisor of the session ended without a report: {why}")
         return Ended(**event)
 
     async def close(self) -> None:
@@ -294,7 +302,7 @@ class _Supervisor:
                 if self._child is not None:
                     await anyio.to_thread.run_sync(self._child.wait)
                 return
-        raise SessionError(self._session, "some of its processes can't be killed")
+        raise SessionError("some processes of the session can't be killed")
 
 
 def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
@@ -304,12 +312,12 @@ def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
 
 
 @asynccontextmanager
-async def _supervisor(session: str) -> AsyncIterator[_Supervisor]:
-    supervisor = _forked(session)
+async def _supervisor() -> AsyncIterator[_Supervisor]:
+    supervisor = _forked()
     if supervisor is None:
         argv, env = process.own_program(_MODULE, "main")
         child = await process.spawn(argv, env=env, cwd=_FOLDER)
-        supervisor = _Supervisor(session, child.stdin, child.stdout, child)
+        supervisor = _Supervisor(child.stdin, child.stdout, child)
     try:
         yield supervisor
     finally:

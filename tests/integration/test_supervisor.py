@@ -707,6 +707,22 @@ async def test_a_frozen_session_ends_with_all_that_it_started(agent: Agent, tmp_
     assert not any(map(lives, pids))
 
 
+@LINUX_ONLY
+async def test_a_cancelled_session_ends_though_its_supervisor_is_stopped(agent: Agent, tmp_path: Path) -> None:
+    """The supervisor is resumed (SIGCONT) and ends the session as usual: no process is left."""
+
+    def stopped() -> bool:
+        if not (tmp_path / "ready").exists():
+            return False
+        (supervisor,) = supervisors()
+        supervisor.suspend()
+        return supervisor.status() == psutil.STATUS_STOPPED
+
+    took = await stopped_once(agent("open('ready', 'w').close(); time.sleep(300)", grace=1), stopped)
+    assert took < 4
+    await none_is_left()
+
+
 @pytest.mark.extended_but_first
 @LINUX_ONLY
 async def test_a_session_that_waits_for_a_frozen_orchestrator_ends_before_it_starts(
@@ -747,7 +763,9 @@ async def test_a_killed_supervisor_is_an_error_and_takes_its_program_along(agent
 
     async with anyio.create_task_group() as group:
         group.start_soon(kill)
-        with pytest.raises(SessionError, match=r"session task\.1: its supervisor ended without a report"):
+        with pytest.raises(
+            SessionError, match=r"^the supervisor of the session ended without a report: it was killed:"
+        ):
             await run_supervised(agent(source))
     await until(lambda: not lives(int((tmp_path / "pid").read_text())), within=2)
     await none_is_left()
