@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections import Counter
 from collections.abc import Iterator
 
 from rich.cells import cell_len
@@ -17,6 +16,7 @@ from orchestrator.cli.result import (
     kept_as,
     remedy,
     session_line,
+    state_counts,
     state_words,
     summary,
     waits_for_merge,
@@ -54,8 +54,7 @@ def brief_lines(report: RunReport, *, is_newest: bool = True) -> list[str]:
 
 
 def _totals(report: RunReport) -> Iterator[str]:
-    states = Counter(state_words(task.state) for task in report.tasks if task.state not in SUCCESSFUL)
-    parts = [f"{count} {state}" for state, count in states.most_common()]
+    parts = state_counts(report)
     if tokens := sum(task.input_tokens + task.output_tokens for task in report.tasks):
         parts.append(f"{amount(tokens)} tokens")
     costs = [task.cost for task in report.tasks if task.cost is not None]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from orchestrator.cli.result import landed_words, state_counts
 from orchestrator.cli.table import amount
 from orchestrator.domain.metrics import Metrics
-from orchestrator.domain.model import REVIVABLE, TaskStatus
+from orchestrator.engine.report import RunReport
 
 
 def minutes_text(minutes: float) -> str:
@@ -12,11 +13,9 @@ def minutes_text(minutes: float) -> str:
     return f"{minutes:.1f} min" if minutes >= 0.1 else f"{minutes * 60:.1f} s"
 
 
-def figures(metrics: Metrics) -> str:
-    """Return the figures beside what has landed in a line; what is zero or not known is left out."""
-    ended = {status.replace("_", " "): metrics.by_status.get(status, 0) for status in TaskStatus if status in REVIVABLE}
-    counts = {"in progress": metrics.in_progress, **ended, "pending": metrics.pending}
-    parts = [f"{count} {name}" for name, count in counts.items() if count]
+def figures(report: RunReport, metrics: Metrics) -> str:
+    """Return the figures of a run in a line, first how much has landed; what is zero or not known is left out."""
+    parts = [landed_words(report), *state_counts(report)]
     if metrics.average_time_minutes is not None:
         parts.append(f"{minutes_text(metrics.average_time_minutes)} on average")
     if tokens := metrics.input_tokens + metrics.output_tokens:

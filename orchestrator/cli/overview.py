@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from orchestrator.cli.columns import aligned
 from orchestrator.cli.figures import figures, minutes_text
 from orchestrator.cli.output import event_text, kept_name, one_line
-from orchestrator.cli.result import landed_words, summary
-from orchestrator.domain.model import RunDocument, TaskStatus
+from orchestrator.cli.result import summary
+from orchestrator.domain.model import RunDocument
 from orchestrator.engine.overview import Overview, TaskOverview
 from orchestrator.instants import local_time
 
@@ -39,9 +39,7 @@ def overview_lines(overview: Overview) -> Iterator[str]:
     rows = [[str(one.position), local_time(one.time), event_text(one.event)] for one in overview.events]
     yield from aligned(rows, "  ")
     yield "figures"
-    done = overview.metrics.by_status.get(TaskStatus.DONE, 0)
-    landed = landed_words(overview.metrics.completed - done, done, overview.metrics.total_tasks)
-    yield "  " + ", ".join(filter(None, [landed, figures(overview.metrics)]))
+    yield f"  {figures(overview.report, overview.metrics)}"
 
 
 def _options(run: RunDocument) -> list[list[str]]:

@@ -121,20 +121,25 @@ def _what(task: TaskReport, target: str, changes: Mapping[str, Changes]) -> str:
 
 def summary(report: RunReport) -> str:
     """Return the run in a line."""
+    return f"run {report.run}: {report.status}, {landed_words(report)}"
+
+
+def landed_words(report: RunReport) -> str:
+    """Return how many tasks succeeded, on which branch they landed, and the source of an imported record.
+
+    A task that is done has nothing that could land.
+    """
     states = Counter(task.state for task in report.tasks)
-    landed = landed_words(states[TaskStatus.LANDED], states[TaskStatus.DONE], len(report.tasks))
-    return f"run {report.run}: {report.status}, {landed}{plain(landing_place(report))}"
-
-
-def landed_words(landed: int, done: int, tasks: int) -> str:
-    """Return how many tasks came to what was asked: what is done has nothing that could land."""
-    return f"{f'{done} done, ' if done else ''}{landed} of {tasks} landed"
-
-
-def landing_place(report: RunReport) -> str:
-    """Return what follows `landed`: on which branch, and from where the record is if it is not our own."""
+    done = f"{states[TaskStatus.DONE]} done, " if states[TaskStatus.DONE] else ""
+    target = f" on {report.target}" if report.target else ""
     source = "" if report.imported is None else f" (imported from {report.imported})"
-    return (f" on {report.target}" if report.target else "") + source
+    return plain(f"{done}{states[TaskStatus.LANDED]} of {len(report.tasks)} landed{target}{source}")
+
+
+def state_counts(report: RunReport) -> list[str]:
+    """Return how many tasks are in each state other than success, the most frequent first."""
+    states = Counter(state_words(task.state) for task in report.tasks if task.state not in SUCCESSFUL)
+    return [f"{count} {state}" for state, count in states.most_common()]
 
 
 def own_branch(report: RunReport) -> bool:

@@ -18,7 +18,6 @@ from orchestrator.cli.command import (
     tell_damage,
 )
 from orchestrator.cli.output import plain
-from orchestrator.domain.model import TaskStatus
 from orchestrator.engine.report import RunReport
 
 if TYPE_CHECKING:
@@ -81,11 +80,8 @@ def runs(active: bool, as_json: bool) -> None:
 
 def _run_line(report: RunReport, metrics: Metrics) -> str:
     from orchestrator.cli.figures import figures  # noqa: PLC0415  `status` is quicker without
-    from orchestrator.cli.result import landed_words, landing_place  # noqa: PLC0415  the same
 
-    done = metrics.by_status.get(TaskStatus.DONE, 0)
-    landed = f"{landed_words(metrics.completed - done, done, metrics.total_tasks)}{landing_place(report)}"
-    return plain(f"{report.run}  {report.status:<12} {', '.join(filter(None, [landed, figures(metrics)]))}")
+    return plain(f"{report.run}  {report.status:<12} {figures(report, metrics)}")
 
 
 @click.command()

@@ -86,7 +86,7 @@ async def test_after_a_run_its_figures_and_its_past_are_there(repository: Reposi
     assert (told["events"][0]["event"], told["events"][-1]["event"]) == ("run.created", "run.finished")
 
     [line] = repository.council("runs").stdout.splitlines()
-    assert line.startswith(f"{told['run']}  incomplete   1 of 3 landed on main, 1 failed, 1 pending, ")
+    assert line.startswith(f"{told['run']}  incomplete   1 of 3 landed on main, 1 failed, 1 blocked, ")
     assert repository.council("runs", "--active").stdout == ""
 
     landed = next(one["position"] for one in told["events"] if one["event"] == "task.landed")
