@@ -19,7 +19,7 @@ from orchestrator.repo.source import Source
 from orchestrator.repo.users_programs import deciding_path, filter_in_way, read_configuration
 
 _WORK, _SALVAGE = "refs/heads/council/", "refs/salvage/"
-_REMEDY = "make a branch of it instead and merge that"
+_REMEDY = "add `--branch BRANCH` to make a branch of it instead, and merge that"
 
 
 @dataclass(frozen=True, slots=True)

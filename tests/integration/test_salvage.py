@@ -163,7 +163,7 @@ async def test_work_that_does_not_fit_changes_nothing(
             (repository.top / "src").rename(tmp_path / "out/src")
             (repository.top / "src").symlink_to(tmp_path / "out/src")
     before = state(repository.top), repository.git("status", "--porcelain")
-    with pytest.raises(RefusedError, match="make a branch of it instead"):
+    with pytest.raises(RefusedError, match="add `--branch BRANCH` to make a branch of it instead"):
         await salvage.apply_to_checkout(place.git, users, repository.top, place.base, work)
     assert before == (state(repository.top), repository.git("status", "--porcelain"))
     if how == "link out":
