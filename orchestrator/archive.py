@@ -18,7 +18,7 @@ from orchestrator.domain.secrets import Redactor, secret_values
 from orchestrator.domain.sessions import SessionName
 from orchestrator.domain.workflow import PLAIN
 from orchestrator.engine.details import SessionDetails, details, find_workplace, session_files
-from orchestrator.engine.records import read_run, read_task
+from orchestrator.engine.records import check_task, read_run, read_task
 from orchestrator.errors import RefusedError
 from orchestrator.project import Project
 from orchestrator.protocols import Adapter, Store
@@ -320,7 +320,7 @@ class Archive:
     async def _task(self, run: str, task: str) -> TaskDocument:
         document = await read_run(self._store, run)
         document.check_ours()
-        document.check_task(task)
+        await check_task(self._store, document, task)
         return await read_task(self._store, run, task)
 
     async def _session_log(self, run: str, task: str, adapters: Mapping[str, Adapter], made: Attempt) -> _SessionLog:

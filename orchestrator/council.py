@@ -16,7 +16,7 @@ from orchestrator.clock import Clock, SystemClock
 from orchestrator.config.store import folder_url, named_store, scheme_of, store_folder
 from orchestrator.domain.model import Action, TaskStatus
 from orchestrator.domain.secrets import without_passwords
-from orchestrator.engine.records import read_run
+from orchestrator.engine.records import check_task, read_run
 from orchestrator.engine.report import RunReport, RunStatus
 from orchestrator.errors import CouncilError, RefusedError, UnreadableDocument
 from orchestrator.project import LEGACY_RECORD, Project, council_home, exclude_from_git, find_project, was_imported
@@ -250,8 +250,8 @@ class Council:
     async def create_merge(self, run: str | None = None) -> str:
         """Record a run whose one task is built already, and is all that landed on another run's branch.
 
-        `resume` lands it on that run's base, with the checks of all of its tasks. Return its id; RefusedError where
-        there is nothing to merge.
+        `resume` lands it on that run's base, with the checks of all of its tasks. Return its id, or that of an earlier
+        one whose task still waits to land; RefusedError where there is nothing to merge.
         """
         return await (await self._executing()).create_merge(await self.find_run(run))
 
@@ -530,7 +530,7 @@ class Council:
         return await self._runs.ids()
 
     async def newest_run(self) -> str:
-        """Return the id of the run that was started last."""
+        """Return the id of the run that was started last, without those that merge another run's branch."""
         return await self._runs.newest()
 
     async def find_run(self, name: str | None = None) -> str:
@@ -728,7 +728,7 @@ class Council:
         from orchestrator.domain.contexts import summarize  # noqa: PLC0415  the same
 
         run = await self.find_run(run)
-        (await read_run(self._store, run)).check_task(task)
+        await check_task(self._store, await read_run(self._store, run), task)
         return summarize(task, await self.contexts(run))
 
     async def clean_contexts(self, after: float = 1800.0) -> list[str]:

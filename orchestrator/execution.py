@@ -45,6 +45,7 @@ from orchestrator.engine.phase_values import PhaseInputs
 from orchestrator.engine.preflight import check_branches, check_checkout, check_programs, check_run, fetch_ends, forget
 from orchestrator.engine.probing import missing_programs
 from orchestrator.engine.records import (
+    check_task,
     new_run_id,
     read_entries,
     read_requests,
@@ -176,6 +177,8 @@ class Execution:
     async def create_merge(self, run: str) -> str:
         """See `Council.create_merge`."""
         runs, name = self._runs, new_run_id(self._runs.clock.now())
+        if (queued := await runs.queued_merge(run)) is not None:
+            return queued
         record = await runs.record(run)
         document, environ = record.run, runs.environ
         document.check_ours()
@@ -516,7 +519,7 @@ class Execution:
         record = await runs.record(run)
         record.run.check_ours()
         for task in tasks:
-            record.run.check_task(task)
+            await check_task(runs.store, record.run, task)
         even_pending = reload is not None and not await runs.is_live(run)
         check_request(action, tasks, record.tasks, record.blocked(), even_pending=even_pending)
         await self._check_phase(record, tasks, phase)

@@ -17,7 +17,7 @@ from orchestrator.domain.metrics import Metrics, measure
 from orchestrator.domain.model import Attempt, RunDocument, TaskDocument
 from orchestrator.domain.usage import RunUsage, usage_of
 from orchestrator.engine.overview import Overview, landing_times, overview
-from orchestrator.engine.records import read_handoffs, read_run, read_spec, read_tasks, task_documents
+from orchestrator.engine.records import check_task, read_handoffs, read_run, read_spec, read_tasks, task_documents
 from orchestrator.engine.report import AdapterFailure, RunStatus, last_failures
 from orchestrator.errors import HistoryGone, RefusedError
 from orchestrator.protocols import HISTORY, Document, Key, Record, RecordedEvent, State, Version
@@ -152,7 +152,7 @@ class Past:
         from orchestrator.engine.story import Asked, story  # noqa: PLC0415  seldom needed
 
         document = await read_run(self.runs.store, run)
-        document.check_task(task)
+        await check_task(self.runs.store, document, task)
         record = await self.runs.without_dropped(await self.runs.record(run))
         status = None
         if record.run.ended is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from orchestrator.clock import Clock
 from orchestrator.domain.dispatch import with_parts
-from orchestrator.domain.model import FINAL, RunDocument, TaskStatus
+from orchestrator.domain.model import FINAL, WAITING_TO_LAND, RunDocument, TaskStatus
 from orchestrator.engine.records import read_adapters, read_entries, read_run, read_tasks, task_documents
 from orchestrator.engine.report import ReportPlaces, RunRecord, RunReport, RunStatus, SessionReport, report
 from orchestrator.errors import RefusedError, UnreadableDocument
@@ -160,12 +160,24 @@ class Runs:
 
     async def _merged_by(self, run: RunDocument) -> str | None:
         """Return the run that merged the branch of a run since that ended."""
-        for one in await self.store.list("run"):
-            if not one.damaged and one.value.get("merges") == run.id and one.value["started"] >= (run.ended or 0.0):
+        since = run.ended or 0.0
+        found = [one for one in await self._merges(run.id, {TaskStatus.LANDED}) if one.value["started"] >= since]
+        return found[0].key.id if found else None
+
+    async def queued_merge(self, run: str) -> str | None:
+        """Return the newest run that `council merge` made of a run and that could not land yet."""
+        found = await self._merges(run, WAITING_TO_LAND)
+        return found[-1].key.id if found else None
+
+    async def _merges(self, run: str, statuses: Collection[str]) -> list[Document]:
+        """Return the runs that merge a run's branch and whose task has one of some statuses, the oldest first."""
+        found = []
+        for one in sorted(await self.store.list("run"), key=_by_start):
+            if not one.damaged and one.value.get("merges") == run:
                 tasks = (await read_tasks(self.store, one.key.id)).values()
-                if tasks and all(task.value.get("status") == TaskStatus.LANDED for task in tasks):
-                    return one.key.id
-        return None
+                if tasks and all(task.value.get("status") in statuses for task in tasks):
+                    found.append(one)
+        return found
 
     def _background_error(self, run: str) -> str | None:
         """Return the error that the run's last process in the background ended by. Blocks."""

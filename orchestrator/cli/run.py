@@ -38,7 +38,7 @@ from orchestrator.config.model import BudgetConfig
 from orchestrator.config.selection import with_capacity, with_only
 from orchestrator.config.store import MEMORY
 from orchestrator.council import Council
-from orchestrator.domain.model import MOST_CAPACITY, TaskStatus
+from orchestrator.domain.model import MOST_CAPACITY, WAITING_TO_LAND
 from orchestrator.dry_run import rehearse_run
 from orchestrator.engine.rehearsal import Rehearsal
 from orchestrator.engine.report import RunReport, RunStatus
@@ -49,8 +49,6 @@ allow_failing_base_option = click.option(
     "--allow-failing-base", is_flag=True, help="Start sessions though checks fail on the base."
 )
 
-#: States of tasks that `council merge` lands.
-_WAITING_TO_LAND = frozenset({TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.LANDING})
 #: Seconds between two looks whether a process in the background has begun.
 _LOOK = 0.05
 #: Interrupted runs that are named where another is resumed.
@@ -234,7 +232,7 @@ def merge(run: str | None, as_json: bool) -> None:
 
     Work waits where the target could not be moved, for example because its checkout had changes. Where a run landed on
     council/RUN, that branch is merged into the base with the checks of all tasks, as a run of its own with one task.
-    No session is started.
+    No session is started. A merge that could not land is continued.
 
     \b
     Examples:
@@ -248,7 +246,7 @@ def merge(run: str | None, as_json: bool) -> None:
             report = await council.status(name)
             if report.status is RunStatus.RUNNING:
                 raise RefusedError(f"run {name} is running and lands its work itself", "wait for its end")
-            waiting = any(task.state in _WAITING_TO_LAND for task in report.tasks)
+            waiting = any(task.state in WAITING_TO_LAND for task in report.tasks)
             if not waiting and not own_branch(report):
                 raise RefusedError(f"nothing of run {name} waits to land", "`council status` shows its tasks")
             after = await council.position()

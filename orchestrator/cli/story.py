@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from orchestrator.cli.columns import aligned
 from orchestrator.cli.output import kept_name, one_line, plain
 from orchestrator.cli.table import ago, amount, duration
+from orchestrator.domain.model import WAITING_TO_LAND
 from orchestrator.domain.phases import Given, PhaseStatus
 from orchestrator.engine.story import Figures, HandoffStory, SessionStory, Story, VisitStory
 from orchestrator.instants import local_time
@@ -170,7 +171,7 @@ def _landing(story: Story) -> str:
     if one.paths:
         kept = "" if one.branch is None else f"; kept as {kept_name(one.branch)}"
         return f"conflicts with {one.target} in {_some(one.paths)}{kept}{request}"
-    if one.waiting is not None and story.state in {"queued", "checking", "landing"}:
+    if one.waiting is not None and story.state in WAITING_TO_LAND:
         return f"{one.waiting[:_SHORT]}, built by attempt {one.attempt}, waits to land on {one.target}{request}"
     if one.branch is not None:
         return f"not landed; what there is is kept as {kept_name(one.branch)}{request}"

@@ -34,15 +34,14 @@ class TaskStatus(StrEnum):
 
 #: States in which the task is over without having landed; a person may have it tried again.
 REVIVABLE = frozenset({TaskStatus.NO_CHANGE, TaskStatus.CONFLICT, TaskStatus.FAILED, TaskStatus.CANCELLED})
-#: States in which a task is somebody's: an orchestrator holds the claim on it.
-CLAIMED = frozenset({TaskStatus.RUNNING, TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.LANDING})
+#: States in which the task's work is built and on its way to the target.
+WAITING_TO_LAND = frozenset({TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.LANDING})
+#: States in which a task is somebody's: an orchestrator holds the claim on it. Only an attempt leads to them.
+CLAIMED = frozenset({TaskStatus.RUNNING, *WAITING_TO_LAND})
 #: States in which what needs the task may start.
 SUCCESSFUL = frozenset({TaskStatus.LANDED, TaskStatus.DONE})
 #: States in which the run has nothing left to do for a task.
 FINAL = REVIVABLE | SUCCESSFUL
-
-#: States of a task that an attempt has led to.
-_ATTEMPTED = frozenset({TaskStatus.RUNNING, TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.LANDING})
 
 #: The most sessions that a run can have side by side.
 MOST_CAPACITY = 1000
@@ -196,7 +195,7 @@ class TaskDocument(_Document):
         for name, number in (("current", self.current), ("built", self.built)):
             if number is not None and not 1 <= number <= count:
                 return f"{name}: there is no attempt {number}"
-        if self.status in _ATTEMPTED and not count:
+        if self.status in CLAIMED and not count:
             return f"status: it is {self.status} without an attempt"
         return None
 

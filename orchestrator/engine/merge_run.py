@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from orchestrator.config.model import TaskSpec
 from orchestrator.domain.model import Attempt, RunDocument, TaskDocument, TaskStatus
+
+if TYPE_CHECKING:
+    from orchestrator.config.model import TaskSpec
 
 #: The name of its task.
 MERGE: Final = "merge"

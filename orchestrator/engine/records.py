@@ -13,6 +13,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from orchestrator.domain.dispatch import Entry
 from orchestrator.domain.handoffs import Handoff
 from orchestrator.domain.model import AdapterDocument, Request, RunDocument, TaskDocument
+from orchestrator.engine.merge_run import MERGE
 from orchestrator.errors import RefusedError, UnreadableDocument, mistake_of
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Commit, Document, Event, JsonObject, Key, Store, Write
@@ -118,6 +119,17 @@ async def read_runnable(store: Store, run: str) -> RunDocument:
 def _check(found: Document) -> None:
     if (flaw := flaw_of(found)) is not None:
         raise UnreadableDocument(str(found.key), flaw)
+
+
+async def check_task(store: Store, run: RunDocument, task: str) -> None:
+    """Refuse the name of a task that a run does not have; that of a merge is led to the newest run of a merge."""
+    if task == MERGE and task not in run.tasks:
+        merges = [one for one in await store.list("run") if not one.damaged and one.value.get("merges") is not None]
+        if merges:
+            newest = max(merges, key=lambda one: (one.value["started"], one.key.id)).key.id
+            remedy = f"`council merge` makes a run of its own: add --run {newest}"
+            raise RefusedError(f"run {run.id} has no task {task!r}", remedy)
+    run.check_task(task)
 
 
 async def read_task(store: Store, run: str, task: str) -> TaskDocument:

@@ -148,7 +148,16 @@ async def open_workshop(
     git = Git(hub.trusted, keep_fds=tuple(lock_fds), environ=environ)
     source = site.source(git)
     refs = Refs(run.id, "" if worker is None else f"-{worker}")
-    target = Target(hub, git, source, site.repository, branch=run.target, start=run.start, ref=refs("target"))
+    target = Target(
+        hub,
+        git,
+        source,
+        site.repository,
+        branch=run.target,
+        start=run.start,
+        ref=refs("target"),
+        title=None if run.merges is None else f"Land run {run.merges}",
+    )
     fence = FenceConfig.model_validate(run.fence)
     kind = await choose_sandbox(fence.sandbox, network=fence.network, hosts=fence.hosts, environ=environ)
     hidden = await anyio.to_thread.run_sync(hidden_from_sessions, site, project, store_url, hub)

@@ -98,16 +98,18 @@ class Target:
         branch: str,
         start: str,
         ref: str,
+        title: str | None = None,
     ) -> None:
         """Take the branch of `source` (`repository` is None where that is a URL).
 
         `start` is the commit behind which landings are looked for, and what the target begins at where it does
-        not exist; `ref` keeps what was fetched of it in the trusted repository.
+        not exist; `ref` keeps what was fetched of it in the trusted repository. `title` is the first line of merge
+        commits, `Land <task>` if it is None.
         """
         self.branch = branch
         self._hub, self._git, self._source, self._repository = hub, git, source, repository
         self._scope = scope_of(source.location, branch)
-        self._start, self._ref = start, ref
+        self._start, self._ref, self._title = start, ref, title
         self.known: str | None = None
         """The commit that the target was at when it was last looked at or moved; None if it does not exist."""
         self._line: set[str] = set()
@@ -180,7 +182,8 @@ class Target:
             return Deferred(
                 f"git would take {shown(folder)} for a repository of its own: check it, and merge it by hand"
             )
-        new = await self._commit(tree, onto, commit, f"Land {label.rpartition('/')[2]}\n\n{TRAILER}: {label}\n")
+        title = self._title or f"Land {label.rpartition('/')[2]}"
+        new = await self._commit(tree, onto, commit, f"{title}\n\n{TRAILER}: {label}\n")
         self._trees = {key: of for key, of in self._trees.items() if key == onto} | {new: tree}
         failpoint("landing.merged")
         merge = Merge(old, new)

@@ -193,7 +193,30 @@ async def test_merge_lands_a_runs_own_branch_on_its_base(repository: Repository)
     assert "council merge" not in repository.council("status", name).stdout
     for given, meant in (([], name), (["latest"], name), ([merge], merge)):
         assert repository.council("status", *given, "--json").result["run"] == meant
+    for command in ("logs", "show", "diff"):
+        refused = repository.council(command, "merge")
+        assert (refused.code, f"add --run {merge}" in refused.stderr) == (2, True), refused
+        assert repository.council(command, "merge", "--run", merge).code == 0
+    assert repository.git("log", "-1", "--format=%s", "main") == f"Land run {name}"
     await repository.assert_invariants()
+
+
+@pytest.mark.extended
+def test_a_merge_that_could_not_land_is_continued(repository: Repository) -> None:
+    """By the next `council merge`, as the same run; until then all commands call it queued."""
+    settle(repository, [CHAIN[0]])
+    repository.commit({".gitignore": "council.yaml\n"})
+    assert repository.council("run").code == 0
+    (repository.top / "a.txt").write_text("in the way")
+    first = repository.council("merge", "--json")
+    assert (first.code, first.states) == (1, {"merge": "queued"}), first
+    assert "0 of 1 landed on main, 1 queued" in repository.council("runs").stdout
+    assert ", 1 queued" in repository.council("state", "show", first.result["run"]).stdout
+    (repository.top / "a.txt").unlink()
+    second = repository.council("merge", "--json")
+    assert (second.code, second.states) == (0, {"merge": "landed"}), second
+    assert second.result["run"] == first.result["run"]
+    assert len(repository.council("runs", "--json").result["runs"]) == 2
 
 
 async def test_merge_refuses_a_dirty_checkout_before_it_records_a_run(repository: Repository) -> None:
