@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -25,6 +26,9 @@ from orchestrator.repo.git import Change, Git, is_object_id, join_nul, parse_raw
 
 #: What git calls the folders in which it keeps what a push brings until it is accepted.
 _INCOMING: Final = "tmp_objdir-incoming-*"
+#: Seconds for which the end of the user's git commands is waited for, at most, and between two looks.
+_REST: Final = 2.0
+_PAUSE: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,10 +187,31 @@ async def settle(
                 await git("update-ref", "-m", reflog, f"refs/heads/{branch}", new, old or "0" * len(new), cwd=checkout)
             else:
                 foreign = await update.undo(stale, has_just_ended=not may_finish)
+                foreign += await _catch_up(update, branch, tip)
     # Last: as long as the index is locked, an interrupted recovery can be distinguished from one that is done.
     await anyio.to_thread.run_sync(_unlink, stale)
     await anyio.to_thread.run_sync(_remove_incoming, repository.git_dir, since)
     return foreign
+
+
+async def _catch_up(undone: _Update, branch: str, tip: str | None) -> list[str]:
+    """Bring what was undone to what the user has committed of it meanwhile; return the paths that are theirs.
+
+    `git commit` reads the index first, and moves the branch later: so theirs may have all that the update had staged.
+    """
+    foreign: list[str] = []
+    while (now := await _tip_at_rest(undone.checkout, branch, undone.git)) not in {tip, None}:
+        assert now is not None  # noqa: S101  mypy does not see it in the condition
+        back = replace(undone, old=undone.new, tip=now, new=tip or undone.tip)
+        foreign += await back.undo([], has_just_ended=True)
+        tip = now
+    return foreign
+
+
+async def _tip_at_rest(checkout: Path, branch: str, git: Git) -> str | None:
+    """Return where a branch is once no git command is at work in its checkout, or after a while."""
+    await anyio.to_thread.run_sync(_await_rest, checkout)
+    return await _tip(checkout, branch, git)
 
 
 async def _is_known(checkout: Path, commit: str, git: Git) -> bool:
@@ -382,6 +407,12 @@ def _git_runs_in(folder: Path) -> bool:
         except OSError:  # it has ended, or is not ours
             continue
     return False
+
+
+def _await_rest(folder: Path) -> None:
+    deadline = time.monotonic() + _REST
+    while time.monotonic() < deadline and _git_runs_in(folder):
+        time.sleep(_PAUSE)
 
 
 async def check_own(project: Project, environ: Mapping[str, str]) -> None:

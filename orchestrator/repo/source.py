@@ -10,13 +10,13 @@ from pathlib import Path
 
 from orchestrator.repo.checkout import LocalRepository, checkout_of, inspect
 from orchestrator.repo.git import Git, read_ref, was_killed
-from orchestrator.repo.users_programs import OLD_COMMIT, hooks_for_landing
+from orchestrator.repo.users_programs import OLD_COMMIT, write_hooks_for_landing
 
 # Applied at the user's side of a push to a path: a branch that is checked out moves together with its files if
 # they are clean, and no housekeeping starts in their repository on our account.
 _RECEIVE = (
     "{old_commit}={old} git -c receive.denyCurrentBranch=updateInstead -c receive.autogc=false -c gc.auto=0"
-    " -c core.fsmonitor=false{hooks} receive-pack"
+    " -c core.fsmonitor=false -c {hooks} receive-pack"
 )
 # On one machine there is no line to spare the bytes for: what is not a delta in their packs stays none.
 _UPLOAD = "git -c pack.window=0 upload-pack"
@@ -95,6 +95,6 @@ class Source:
         checkout = await checkout_of(repository, branch, users)
         # Nothing but the landing of this branch, which is one at a time, uses this folder.
         folder = self.git.git_dir / "hooks" / hashlib.sha256(branch.encode()).hexdigest()[:16]
-        hooks = await hooks_for_landing(repository, users, folder, checkout)
-        option = "" if hooks is None else f" -c {shlex.quote(f'core.hooksPath={hooks}')}"
-        return _RECEIVE.format(old_commit=OLD_COMMIT, old=old or "", hooks=option)
+        await write_hooks_for_landing(repository, users, folder, checkout)
+        hooks = shlex.quote(f"core.hooksPath={folder}")
+        return _RECEIVE.format(old_commit=OLD_COMMIT, old=old or "", hooks=hooks)

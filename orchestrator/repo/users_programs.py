@@ -70,20 +70,15 @@ async def hooks_in_checkouts(repository: LocalRepository, git: Git, checkout: Pa
     return inside
 
 
-async def hooks_for_landing(repository: LocalRepository, git: Git, folder: Path, checkout: Path | None) -> Path | None:
-    """Return the folder of hooks that a push is to use; None for the user's own.
+async def write_hooks_for_landing(repository: LocalRepository, git: Git, folder: Path, checkout: Path | None) -> None:
+    """Fill the folder of hooks that a push is to use with calls of the user's that are outside of the checkouts.
 
-    It is `folder`, filled with calls of those hooks that are outside of the checkouts, unless there is nothing to call
-    and nothing to leave out. Where a checkout is to be updated and the user has no hook that does it, there is ours.
+    Where the user has no hook that updates a checkout there is ours, also without one: the user may switch to the
+    branch while the push is under way.
     """
-    inside, outside = await _judge_hooks(repository, git, checkout)
-    calls = {hook.name: _call(hook) for hook in outside}
-    if not inside and not calls and checkout is None:
-        return None
-    if checkout is not None:
-        calls.setdefault(UPDATE_HOOK, _UPDATE)
+    _, outside = await _judge_hooks(repository, git, checkout)
+    calls = {UPDATE_HOOK: _UPDATE} | {hook.name: _call(hook) for hook in outside}
     await anyio.to_thread.run_sync(_write_hooks, folder, calls)
-    return folder
 
 
 def _call(hook: Path) -> str:

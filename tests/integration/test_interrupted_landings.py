@@ -303,6 +303,67 @@ exit $code
 """
 
 
+async def test_who_switches_to_the_target_inside_a_push_keeps_what_they_commit(
+    repository: Repository, tmp_path: Path
+) -> None:
+    """It was checked out nowhere when the push began."""
+    landing = await Landing.prepare(repository, tmp_path)
+    repository.git("switch", "--quiet", "--create", "other")
+    hook = repository.top / ".git/hooks/pre-receive"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text(f"""#!/bin/sh
+unset $(git rev-parse --local-env-vars) GIT_QUARANTINE_PATH
+cd {repository.top} && git switch --quiet main && echo user > user.txt && git add user.txt
+git -c user.name=user -c user.email=user commit --quiet --message user
+""")
+    hook.chmod(0o755)
+    async with permit_for(landing.source, "main") as permit:
+        await landing.target.move(permit, [landing.merge])
+    hook.unlink()
+    assert repository.git("log", "-1", "--format=%s") == "user"
+    assert repository.git("status", "--porcelain") == ""
+    await landing.finish()
+    landing.judge({"user.txt": "user\n"}, {})
+
+
+#: A git that has the user commit all that is staged before a push that was refused is undone.
+UNDOING = """#!/bin/sh
+case "$*" in
+    *--index-info*) [ -e {folder}/done ] || {{ : > {folder}/done; {git} -C {top} commit --quiet --message user; }} ;;
+esac
+exec {git} "$@"
+"""
+
+
+async def test_a_commit_while_a_refused_push_is_undone_is_not_reverted_by_the_next(
+    repository: Repository, tmp_path: Path
+) -> None:
+    """It has what the push had staged: index and files follow it."""
+    environ = repository.environ
+    landing = await Landing.prepare(repository, tmp_path)
+    refuse = repository.top / ".git/hooks/reference-transaction"
+    refuse.parent.mkdir(exist_ok=True)
+    refuse.write_text('#!/bin/sh\n[ "$1" != prepared ] || exit 1\n')
+    refuse.chmod(0o755)
+    real, programs = shutil.which("git", path=environ["PATH"]), tmp_path / "programs"
+    programs.mkdir()
+    (programs / "git").write_text(
+        UNDOING.format(folder=tmp_path, git=f"{real} -c core.hooksPath=/", top=repository.top)
+    )
+    (programs / "git").chmod(0o755)
+    path, identity = environ["PATH"], {f"GIT_{who}_NAME": "user" for who in ("AUTHOR", "COMMITTER")}
+    environ |= {**identity, "PATH": f"{programs}:{path}"}
+    async with permit_for(landing.source, "main") as permit:
+        await landing.target.move(permit, [landing.merge])
+    assert (tmp_path / "done").exists()
+    environ["PATH"] = path
+    refuse.unlink()
+    assert repository.git("log", "-1", "--format=%s") == "user"
+    assert repository.git("status", "--porcelain") == ""
+    await landing.finish()
+    landing.judge({}, {})
+
+
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("kill", ["false", "kill -KILL 0"], ids=["lives", "killed"])
 @pytest.mark.parametrize("when", ["before", "after"])
