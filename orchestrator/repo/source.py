@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.repo.checkout import LocalRepository, checkout_of, inspect
-from orchestrator.repo.git import Git, read_ref, was_killed
+from orchestrator.repo.git import Git, read_ref, shown, was_killed
 from orchestrator.repo.users_programs import OLD_COMMIT, write_hooks_for_landing
 
 # Applied at the user's side of a push to a path: a branch that is checked out moves together with its files if
@@ -20,6 +21,10 @@ _RECEIVE = (
 )
 # On one machine there is no line to spare the bytes for: what is not a delta in their packs stays none.
 _UPLOAD = "git -c pack.window=0 upload-pack"
+
+#: What the other side says beside the porcelain: its hooks, and errors of the system.
+_TOLD = re.compile(r"remote: (?!\s*$)")
+_LONGEST_REASON = 300  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +91,10 @@ class Source:
         stderr = done.stderr.decode(errors="replace")
         lines = [line for line in done.stdout.decode(errors="replace").splitlines() if line.startswith("!")]
         said = lines[0].split("\t")[-1] if lines else " ".join(stderr.split())
-        return Pushed(moved=False, reason=said, is_killed=was_killed(done.returncode, stderr))
+        told = "; ".join(line.removeprefix("remote: ").strip() for line in stderr.splitlines() if _TOLD.match(line))
+        reason = said if not lines or not told else f"{said}: {shown(told)[:_LONGEST_REASON]}"
+        remedy = ": give yourself access" if "Permission denied" in told else ""
+        return Pushed(moved=False, reason=reason + remedy, is_killed=was_killed(done.returncode, stderr))
 
     async def _receive(self, branch: str, old: str | None) -> str:
         assert self.git.git_dir is not None, "it runs in the trusted repository"  # noqa: S101

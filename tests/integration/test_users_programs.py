@@ -151,8 +151,11 @@ async def test_hooks_outside_of_the_checkouts_run_as_ever_also_next_to_one_insid
     landed = await land(repository, tmp_path, {"evil": f'#!/bin/sh\necho evil >> "{trace}"\n'})
     assert isinstance(landed, Landed), landed
     assert trace.read_text().splitlines() == [f"{folder}/update 3", f"{folder}/post-receive 0"]
-    (folder / "update").write_text("#!/bin/sh\necho no >&2\nexit 1\n")
-    assert isinstance(await land(repository, tmp_path, {"b.txt": "b"}), Deferred)
+    (folder / "update").write_text("#!/bin/sh\necho 'index.lock: Permission denied' >&2\nexit 1\n")
+    refused = await land(repository, tmp_path, {"b.txt": "b"})
+    assert isinstance(refused, Deferred)
+    for part in ("hook declined", "index.lock: Permission denied", ": give yourself access"):
+        assert part in refused.reason
 
 
 async def test_a_daemon_that_a_hook_leaves_keeps_no_lock_of_a_killed_process(repository: Repository) -> None:
