@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import anyio.to_thread
 
 from orchestrator.domain.metrics import Metrics, measure
-from orchestrator.domain.model import Attempt, RunDocument, TaskDocument
+from orchestrator.domain.model import INTERRUPTED, Attempt, RunDocument, TaskDocument
 from orchestrator.domain.usage import RunUsage, usage_of
 from orchestrator.engine.overview import Overview, landing_times, overview
 from orchestrator.engine.records import check_task, read_handoffs, read_run, read_spec, read_tasks, task_documents
@@ -153,10 +153,13 @@ class Past:
 
         document = await read_run(self.runs.store, run)
         await check_task(self.runs.store, document, task)
-        record = await self.runs.without_dropped(await self.runs.record(run))
+        record = await self.runs.without_dropped(await self.runs.record(run), task)
+        shown, now, logs = record.tasks[task], self.runs.clock.now(), self.runs.project.logs(run)
         status = None
         if record.run.ended is None:
             status = RunStatus.RUNNING if await self.runs.seems_live(run) else RunStatus.INTERRUPTED
+        if status is not RunStatus.RUNNING:
+            shown = (await anyio.to_thread.run_sync(_ended, {task: shown}, logs, now))[task]
         report = next(one for one in self.runs.describe(record, status).tasks if one.id == task)
         asked = Asked()
         if record.run.imported is None:
@@ -171,12 +174,14 @@ class Past:
         return story(
             run,
             report,
-            record.tasks[task],
+            shown,
             asked,
             {name: one for name, (_, one) in handoffs.items()},
             target=record.run.target,
             landed_at=landed_at.get(task),
-            logs=str(self.runs.project.logs(run)),
+            logs=str(logs),
+            now=now,
+            is_merge=record.run.merges is not None,
             damage=self.runs.damage,
         )
 
@@ -274,12 +279,13 @@ def _gone(gone: HistoryGone) -> RefusedError:
 
 
 def _ended(tasks: Mapping[str, TaskDocument], logs: Path, now: float) -> dict[str, TaskDocument]:
-    """Return the tasks of a run that nobody is at work in: sessions without an end were cut off. Blocks."""
+    """Return the tasks of a run that nobody is at work in: sessions without an end were interrupted. Blocks."""
 
     def end(task: str, one: Attempt) -> Attempt:
         if one.ended is not None:
             return one
-        return one.model_copy(update={"ended": last_sign(logs, task, one.number, one.started, now)})
+        ended = last_sign(logs, task, one.number, one.started, now)
+        return one.model_copy(update={"ended": ended, "outcome": INTERRUPTED})
 
     return {
         name: task.model_copy(update={"attempts": tuple(end(name, one) for one in task.attempts)})

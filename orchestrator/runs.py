@@ -114,9 +114,16 @@ class Runs:
         adapters, others = await read_adapters(self.store, document), await read_orchestrators(self.store, run)
         return RunRecord(document, tasks, entries, adapters, damaged, list(others.values()))
 
-    async def without_dropped(self, record: RunRecord) -> RunRecord:
-        """Return a record in which finished tasks name only preserved branches that were not dropped since."""
-        keeping = {task: one for task, one in record.tasks.items() if one.status in FINAL and one.branch is not None}
+    async def without_dropped(self, record: RunRecord, *also: str) -> RunRecord:
+        """Return a record in which finished tasks name only preserved branches that were not dropped since.
+
+        Tasks that landed keep the branches of their attempts on record, unless they are named (`also`).
+        """
+        keeping = {
+            task: one
+            for task, one in record.tasks.items()
+            if task in also or (one.status in FINAL and one.branch is not None)
+        }
         trusted = Hub(Path(record.run.hub)).trusted
         if not keeping or record.run.imported is not None or not await anyio.Path(trusted).is_dir():
             return record

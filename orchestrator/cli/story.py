@@ -31,11 +31,13 @@ def story_lines(story: Story, now: float) -> Iterator[str]:
     """Yield the task, its phases, sessions and handoffs, its landing and figures, each under a heading."""
     yield plain(f"task {story.task} of run {story.run}: {story.state.replace('_', ' ')}")
     yield from aligned(list(_head(story, now)), "  ")
-    yield "phases"
+    if story.phases or story.ahead:
+        yield "phases"
     for visit in story.phases:
         yield from _visit(visit, story)
     yield from (plain(f"  {name}: to come") for name in story.ahead)
-    yield "sessions"
+    if story.sessions:
+        yield "sessions"
     for session in story.sessions:
         yield from _session(session)
     if story.handoffs:
@@ -44,8 +46,9 @@ def story_lines(story: Story, now: float) -> Iterator[str]:
             yield from _handoff(handoff)
     yield "landing"
     yield plain(f"  {_landing(story)}")
-    yield "figures"
-    yield f"  {_figures(story.figures)}"
+    if story.sessions:
+        yield "figures"
+        yield f"  {_figures(story.figures)}"
 
 
 def _head(story: Story, now: float) -> Iterator[list[str]]:
@@ -55,7 +58,7 @@ def _head(story: Story, now: float) -> Iterator[list[str]]:
         "plan of": "" if story.plan is None else story.plan.removeprefix(f"{story.run}/"),
         "workflow": story.workflow or "",
         "became": ", ".join(story.expanded),
-        "adapter": story.adapter,
+        "adapter": story.adapter or "",
         "attempts": str(story.attempts),
         "needs": ", ".join(story.needs),
         "reason": one_line(story.reason or ""),
@@ -67,7 +70,9 @@ def _head(story: Story, now: float) -> Iterator[list[str]]:
 
 def _visit(visit: VisitStory, story: Story) -> Iterator[str]:
     again = f" (visit {visit.visit})" if visit.visit > 1 else ""
-    did = [_WORDS.get(visit.status, visit.status.replace("_", " "))]
+    ended = {one.attempt for one in story.sessions if one.ended is not None}
+    is_pending = visit.status == PhaseStatus.IN_PROGRESS and visit.attempts and ended.issuperset(visit.attempts)
+    did = ["pending" if is_pending else _WORDS.get(visit.status, visit.status.replace("_", " "))]
     if visit.verdict is not None:
         did.append(f"verdict: {visit.verdict}")
     if visit.figures.sessions:
@@ -119,12 +124,10 @@ def _named(handoff: str, story: Story) -> str:
 
 
 def _session(one: SessionStory) -> Iterator[str]:
-    parts = [one.outcome or ("running, or interrupted" if one.ended is None else "ended"), one.adapter]
+    parts = [one.outcome or ("running" if one.ended is None else "ended"), one.adapter]
     if one.model is not None:
         parts.append(one.model)
-    if one.seconds is not None:
-        parts.append(duration(one.seconds))
-    parts += _used(one.input_tokens, one.output_tokens, one.cost)
+    parts += [duration(one.seconds), *_used(one.input_tokens, one.output_tokens, one.cost)]
     if one.is_estimated:
         parts.append("by price")
     if one.resumed:

@@ -410,6 +410,8 @@ def _task(task: str, document: TaskDocument, adapter: str, why_blocked: str | No
     state, reason = document.status.value, document.reason
     if why_blocked is not None and document.status is TaskStatus.PENDING:
         state, reason = "blocked", why_blocked
+    if document.status is TaskStatus.RUNNING:
+        reason = None  # it is that of an earlier attempt
     at = phase_at(document)
     if document.status is TaskStatus.WAITING:
         reason = f"phase {at!r} waits for a person to approve it"

@@ -39,7 +39,7 @@ class Figures:
     sessions: int
     """How many there were."""
     seconds: float
-    """How long they ran, all together."""
+    """How long they ran, all together; those that run by now count so far."""
     input_tokens: int
     output_tokens: int
     cached_tokens: int
@@ -108,14 +108,14 @@ class SessionStory:
     model: str | None
     """By its name, if the CLI told."""
     outcome: str | None
-    """`built`, `completed`, `interrupted`, `cancelled`, or the failure's class; null while it runs, or was cut off."""
+    """`built`, `completed`, `interrupted`, `cancelled`, or the failure's class; null while it runs."""
     reason: str | None
     """Why it failed, or was followed by another."""
     started: float
     """When (seconds since the epoch)."""
     ended: float | None
-    seconds: float | None
-    """How long it took; null where its end is not known."""
+    seconds: float
+    """How long it took, or has taken so far."""
     input_tokens: int
     output_tokens: int
     cached_tokens: int
@@ -241,7 +241,8 @@ class Story:
     """The id of the handoff with the plan that it came of."""
     expanded: Sequence[str]
     """The tasks that its plan became."""
-    adapter: str
+    adapter: str | None
+    """Null of a merge: no session makes it."""
     attempts: int
     """How many were made; one that was interrupted is none."""
     needs: Sequence[str]
@@ -288,9 +289,15 @@ def story(
     target: str,
     landed_at: float | None,
     logs: str,
+    now: float,
+    is_merge: bool = False,
     damage: Sequence[str] = (),
 ) -> Story:
-    """Return the story of a task, of the documents that are about it; `logs` is the folder of its run's output."""
+    """Return the story of a task, of the documents that are about it; `logs` is the folder of its run's output.
+
+    At `now` (wall-clock seconds) sessions without an end are running. The first attempt of a merge had no session.
+    """
+    attempts = document.attempts[1:] if is_merge else document.attempts
     ordered = sorted(handoffs.values(), key=lambda one: one.attempt)
     return Story(
         run=run,
@@ -301,35 +308,37 @@ def story(
         tracker=asked.tracker,
         plan=asked.plan,
         expanded=document.expanded,
-        adapter=report.adapter,
+        adapter=report.adapter if attempts or not is_merge else None,
         attempts=report.attempts,
         needs=asked.needs,
         workflow=asked.workflow,
-        phases=_visits(document, asked, handoffs),
+        phases=_visits(document, attempts, asked, handoffs, now),
         ahead=_ahead(document, asked),
-        sessions=[_session(report.id, one, logs) for one in document.attempts],
+        sessions=[_session(report.id, one, logs, now) for one in attempts],
         handoffs=[_handoff(one) for one in ordered],
         landing=_landing(document, target, landed_at),
-        figures=_figures(document.attempts),
+        figures=_figures(attempts, now),
         damage=damage,
     )
 
 
-def _visits(task: TaskDocument, asked: Asked, handoffs: Mapping[str, Handoff]) -> list[VisitStory]:
+def _visits(
+    task: TaskDocument, sessions: Sequence[Attempt], asked: Asked, handoffs: Mapping[str, Handoff], now: float
+) -> list[VisitStory]:
     if task.imported is not None:
         words = {
             name: one.get("status") if isinstance(one, dict) else one for name, one in task.imported.phases.items()
         }
         named = [(name, word if isinstance(word, str) else "unknown") for name, word in words.items()]
-        return [_visit(_record(name), word, 1, (), None) for name, word in named]
+        return [_visit(_record(name), word, 1, (), None, now) for name, word in named]
     if asked.workflow is None:
-        return [_plain(task)] if task.attempts else []
+        return [_plain(task, sessions, now)] if sessions else []
     counts: dict[str, int] = {}
     found = []
     for record in task.phases:
         number = counts[record.phase] = counts.get(record.phase, 0) + 1
-        attempts = [task.attempts[one - 1] for one in record.attempts if one <= len(task.attempts)]
-        found.append(_visit(record, record.status, number, attempts, handoffs.get(record.handoff or "")))
+        attempts = [sessions[one - 1] for one in record.attempts if one <= len(sessions)]
+        found.append(_visit(record, record.status, number, attempts, handoffs.get(record.handoff or ""), now))
     return found
 
 
@@ -337,26 +346,26 @@ def _record(phase: str, **changes: Any) -> PhaseRecord:
     return PhaseRecord(phase=phase, **{"status": PhaseStatus.COMPLETED, **changes})
 
 
-def _plain(task: TaskDocument) -> VisitStory:
+def _plain(task: TaskDocument, sessions: Sequence[Attempt], now: float) -> VisitStory:
     """Return the one phase of a task without a workflow, of which nothing is recorded but its attempts."""
     status = _PLAIN_STATUS.get(task.status, PhaseStatus.COMPLETED)
     is_open = status is PhaseStatus.IN_PROGRESS
-    built = [one for one in task.attempts if one.outcome == "built"]
+    built = [one for one in sessions if one.outcome == "built"]
     record = _record(
         PLAIN[0].name,
         status=status,
-        started=task.attempts[0].started,
-        ended=None if is_open else task.attempts[-1].ended,
-        attempts=tuple(one.number for one in task.attempts),
+        started=sessions[0].started,
+        ended=None if is_open else sessions[-1].ended,
+        attempts=tuple(one.number for one in sessions),
         commit=task.commit,
         base=built[-1].base if built else None,
         reason=None if status in {PhaseStatus.COMPLETED, PhaseStatus.IN_PROGRESS} else task.reason,
     )
-    return _visit(record, status, 1, task.attempts, None)
+    return _visit(record, status, 1, sessions, None, now)
 
 
 def _visit(
-    record: PhaseRecord, status: str, number: int, attempts: Sequence[Attempt], handoff: Handoff | None
+    record: PhaseRecord, status: str, number: int, attempts: Sequence[Attempt], handoff: Handoff | None, now: float
 ) -> VisitStory:
     findings = () if handoff is None else handoff.data.get("findings", ())
     return VisitStory(
@@ -367,7 +376,7 @@ def _visit(
         ended=record.ended,
         attempts=record.attempts,
         adapters=list(dict.fromkeys(one.adapter for one in attempts)),
-        figures=_figures(attempts),
+        figures=_figures(attempts, now),
         given=record.given,
         received=record.received,
         handoff=record.handoff,
@@ -398,7 +407,7 @@ def _ahead(task: TaskDocument, asked: Asked) -> list[str]:
     return [] if task.phases else names
 
 
-def _session(task: str, one: Attempt, logs: str) -> SessionStory:
+def _session(task: str, one: Attempt, logs: str, now: float) -> SessionStory:
     return SessionStory(
         attempt=one.number,
         phase=one.phase or PLAIN[0].name,
@@ -408,7 +417,7 @@ def _session(task: str, one: Attempt, logs: str) -> SessionStory:
         reason=one.reason,
         started=one.started,
         ended=one.ended,
-        seconds=None if one.ended is None else max(one.ended - one.started, 0.0),
+        seconds=_seconds(one, now),
         input_tokens=one.input_tokens,
         output_tokens=one.output_tokens,
         cached_tokens=one.cached_tokens,
@@ -464,10 +473,15 @@ def _landing(task: TaskDocument, target: str, landed_at: float | None) -> Landin
     )
 
 
-def _figures(attempts: Sequence[Attempt]) -> Figures:
+def _seconds(one: Attempt, now: float) -> float:
+    """Return how long a session took, or has taken so far; a wall clock may have been set back meanwhile."""
+    return max((now if one.ended is None else one.ended) - one.started, 0.0)
+
+
+def _figures(attempts: Sequence[Attempt], now: float) -> Figures:
     return Figures(
         sessions=len(attempts),
-        seconds=sum(max(one.ended - one.started, 0.0) for one in attempts if one.ended is not None),
+        seconds=sum(_seconds(one, now) for one in attempts),
         input_tokens=sum(one.input_tokens for one in attempts),
         output_tokens=sum(one.output_tokens for one in attempts),
         cached_tokens=sum(one.cached_tokens for one in attempts),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from jsonschema import Draft202012Validator
 from orchestrator.council import Council
 from orchestrator.domain.json_values import digest_of
 from tests.conftest import Repository
+from tests.integration.test_control import has_begun
 from tests.integration.test_workflow import APPROVE, PLAN, REJECT, SCOUT
+from tests.waiting import wait_for
 
 FOUR: list[dict[str, Any]] = [
     {"scout": {"access": "read", "produces": "scout"}},
@@ -76,6 +80,39 @@ async def test_the_story_of_a_task_with_phases_is_told(repository: Repository) -
     assert [(one.phase, one.status, list(one.attempts)) for one in plain.phases] == [("build", "completed", [1])]
     assert (plain.workflow, plain.handoffs) == (None, [])
     await repository.assert_invariants()
+
+
+@pytest.mark.extended
+def test_sessions_are_shown_as_running_only_while_they_are(repository: Repository) -> None:
+    """With the time that they have taken so far; what interrupted an earlier one is said of that alone."""
+    path = repository.configure([{"id": "t", "prompt": "hang"}])
+    child = repository.start("run", str(path))
+    has_begun(repository, "t")
+    read = repository.council("show", "t").stdout
+    assert ("build: in progress, 1 session, " in read, "1 build: running, fake, " in read) == (True, True), read
+    assert repository.council("show", "t", "--json").result["figures"]["seconds"] > 0
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    read = repository.council("show", "t").stdout
+    assert ("build: pending, 1 session, " in read, "1 build: interrupted, fake, " in read) == (True, True), read
+    child = repository.start("resume")
+    wait_for(lambda: len(repository.council("show", "t", "--json").result["sessions"]) == 2)
+    story = repository.council("show", "t", "--json").result
+    child.send_signal(signal.SIGINT)
+    child.communicate()
+    assert [one["outcome"] for one in story["sessions"]] == ["interrupted", None]
+    assert ("ended before" in story["sessions"][0]["reason"], story["reason"]) == (True, None)
+
+
+@pytest.mark.extended
+def test_work_is_shown_as_kept_only_where_it_is(repository: Repository) -> None:
+    """What landed is no longer kept; what an earlier attempt left still is."""
+    path = repository.configure(
+        [{"id": "t", "prompt": "attempt 1 write a.txt x\nattempt 1 exit 3\nattempt 2 write b.txt x"}]
+    )
+    assert repository.council("run", str(path), "--json").states == {"t": "landed"}
+    kept = [one["name"] for one in repository.council("salvage", "list", "--json").result["kept"]]
+    assert re.findall(r"kept as +(\S+)", repository.council("show", "t").stdout) == kept == ["t/1"]
 
 
 @pytest.mark.extended

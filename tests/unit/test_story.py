@@ -38,7 +38,7 @@ def told(document: TaskDocument, asked: Asked = FOUR, *handoffs: Handoff, **fact
         branch=document.branch, failure=None, reason=document.reason, paths=document.paths, log=None, adapter="fake",
         words=None, input_tokens=0, output_tokens=0, cost=None,
     )  # fmt: skip
-    more: dict[str, Any] = {"target": "main", "landed_at": None, "logs": "/logs", **facts}
+    more: dict[str, Any] = {"target": "main", "landed_at": None, "logs": "/logs", "now": 1_000.0, **facts}
     return story("run", report, document, asked, {one.id: one for one in handoffs}, **more)
 
 
@@ -103,10 +103,10 @@ def test_each_visit_has_what_came_of_it() -> None:
     assert plan.adapters == ["cli-2"]
     assert list(review.findings) == FINDINGS
     assert review.discarded == ["a.py", "b.py"]
-    assert (again.figures.seconds, again.figures.cost) == (0, None)
+    assert (again.figures.seconds, again.figures.cost) == (400, None)
     assert one.ahead == ["review"]
     assert (one.figures.sessions, one.figures.input_tokens, one.figures.cost) == (6, 6000, 2.5)
-    assert [one.seconds for one in one.sessions] == [30.0] * 5 + [None]
+    assert [one.seconds for one in one.sessions] == [30.0] * 5 + [400.0]
 
 
 def test_a_person_reads_all_of_it() -> None:
@@ -135,7 +135,7 @@ def test_a_person_reads_all_of_it() -> None:
         "all of it by --json",
         "by shorter",
         "not landed; what there is is kept as t/4",
-        "6 sessions, 2:30, 6.1k tokens, $2.5000",
+        "6 sessions, 9:10, 6.1k tokens, $2.5000",
     ):
         assert part in shown, part
     assert "\x1b" not in shown
