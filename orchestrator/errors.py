@@ -17,6 +17,7 @@
         StoreFull          its disk is full
         StateLost          what was recorded is not there any more              exit 3
       LockHeld             a file lock was not free in time
+      RequestUnanswered    a run's process did not perform a request in time       exit 1
       GitError             a git command failed that should not
         GitKilled          it was killed from outside, time and again         exit 1
       SessionError         a supervisor ended without its report
@@ -80,6 +81,7 @@ class RunAtWork(RefusedError):
     """Another process coordinates a run."""
 
     def __init__(self, run: str, pid: int, host: str) -> None:
+        self.pid, self.host = pid, host
         what = f"run {run} is at work under process {pid} on {host}"
         super().__init__(what, "wait for it, stop it with SIGINT, or join it by `council work`")
 
@@ -246,6 +248,19 @@ class LockHeld(CouncilError):
         super().__init__(f"{self.what}: {self.remedy}")
 
 
+class RequestUnanswered(CouncilError):
+    """A request is recorded, and the process that is to perform it has not done so in time."""
+
+    def __init__(self, holder: str, timeout: float) -> None:
+        self.what = f"no answer within {timeout:g} s from {holder}"
+        self.remedy = REQUEST_RECORDED
+        super().__init__(f"{self.what}: {self.remedy}")
+
+
+#: What becomes of a request that is not answered.
+REQUEST_RECORDED: Final = "the request is recorded, and is done when that process or `council resume` continues"
+
+
 class GitError(CouncilError):
     """A git command failed that should not have; carries its argv, exit code and messages."""
 
@@ -283,6 +298,8 @@ _SHORTAGES: Final[Mapping[int, tuple[str, str]]] = {
 #: The fixes, by errno and by message.
 SHORTAGES: Final = {number: fix for number, (_, fix) in _SHORTAGES.items()}
 SHORTAGE_TEXTS: Final = dict(_SHORTAGES.values())
+#: The errors of ours that are due to something that may pass.
+_UNAVAILABLE: Final = GitKilled | LockHeld | RequestUnanswered | StoreUnavailable
 #: Those of a full disk.
 FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 
@@ -301,7 +318,7 @@ def is_exhaustion(error: OSError | GitError) -> bool:
 
 def as_shortage(error: BaseException) -> tuple[str, str] | None:
     """Return what is unavailable now and the fix, where an error is due to that and to nothing else."""
-    if isinstance(error, GitKilled | LockHeld | StoreUnavailable) and not isinstance(error, StateLost):
+    if isinstance(error, _UNAVAILABLE) and not isinstance(error, StateLost):
         return error.what, error.remedy
     if not isinstance(error, OSError | GitError) or (number := shortage(error)) is None:
         return None

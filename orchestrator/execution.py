@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
@@ -67,11 +68,20 @@ from orchestrator.engine.seating import with_desk
 from orchestrator.engine.sharing import Sharing
 from orchestrator.engine.sinks import Outlet, feeding
 from orchestrator.engine.workshop import Workshop, open_workshop
-from orchestrator.errors import ConfigError, LockHeld, RefusedError, RunAtWork, StoreUnavailable
-from orchestrator.filelock import HeldLock
+from orchestrator.errors import (
+    REQUEST_RECORDED,
+    ConfigError,
+    LockHeld,
+    RefusedError,
+    RequestUnanswered,
+    RunAtWork,
+    StoreUnavailable,
+)
+from orchestrator.filelock import NOTICE_AFTER, HeldLock, Signature
 from orchestrator.locking.merge_permit import MergePermits
 from orchestrator.locking.orchestrators import Orchestrators, this_process
 from orchestrator.plugins import Plugins
+from orchestrator.process_table import process_stat
 from orchestrator.project import council_home, exclude_from_git
 from orchestrator.protocols import Commit, Event, Guard
 from orchestrator.repo.git import Git
@@ -91,12 +101,15 @@ HANDOVER_LIMIT = 60.0
 
 #: Seconds between two looks whether a run's owner has done what was asked.
 _ANSWER_PAUSE = 0.1
+#: Seconds after which whoever asked waits no longer; a coordinator takes half of that where a session must stop first.
+_ANSWER_LIMIT = 120.0
 #: Seconds that a cancelled session gets to be over before whoever asked is told how it stands.
 _STOP_PATIENCE = 15.0
 
 _NONE: Mapping[str, str] = {}
 
 _log = logging.getLogger("orchestrator.outage")
+_waits = logging.getLogger("orchestrator.waiting")
 #: What is printed at once; the events themselves are recorded when the store is back.
 _OUTAGES: Mapping[str, str] = {
     "outage.began": "the state can't be read or written: {reason} (retrying until it can)",
@@ -366,7 +379,7 @@ class Execution:
             except LockHeld as taken:
                 if taken.owner_lives:
                     raise
-                held = await stack.enter_async_context(lock.hold(HANDOVER_LIMIT))
+                held = await stack.enter_async_context(lock.hold(HANDOVER_LIMIT, awaited="a git command"))
             yield held
 
     async def _work(
@@ -532,6 +545,7 @@ class Execution:
             await self._reload(run, named, reload)
         asked = await submit(runs.store, runs.clock, run, action, named, reason, phase, adapters)
         hub = await runs.hub(record.run)
+        waiting = _Waiting()
         while not await is_answered(runs.store, run, asked):
             try:
                 settings = self._settings(record.run, None)
@@ -545,13 +559,14 @@ class Execution:
                         await ledger.finish(runs.describe(now, None).status)
                     async with shop.pool(sessions=0):
                         pass  # nobody may ever resume it
-            except RunAtWork:
-                await anyio.sleep(_ANSWER_PAUSE)
+            except RunAtWork as other:
+                await waiting.pause(other.pid, other.host)
             except LockHeld as held:
                 if not held.owner_lives:
                     raise _is_at_work(run, held) from None
-                await anyio.sleep(_ANSWER_PAUSE)
-        if action in {Action.CANCEL, Action.IGNORE}:
+                signed = await anyio.to_thread.run_sync(Signature.read, held.path)
+                await waiting.pause(None if signed is None else signed.pid, socket.gethostname())
+        if action in {Action.CANCEL, Action.IGNORE} and await runs.is_live(run):
             await self._until_over(run, named)
 
     async def _check_phase(self, record: RunRecord, tasks: Sequence[str], phase: str | None) -> None:
@@ -602,6 +617,33 @@ class Execution:
         self._stopping = True
         for scheduler in self._schedulers:
             scheduler.stop()
+
+
+class _Waiting:
+    """The wait until a run's coordinator has performed a request."""
+
+    def __init__(self) -> None:
+        self._began, self._is_noticed = anyio.current_time(), False
+
+    async def pause(self, pid: int | None, host: str) -> None:
+        """Sleep until the next look; RequestUnanswered after the limit, and a notice some seconds after the start."""
+        waited = anyio.current_time() - self._began
+        if waited >= _ANSWER_LIMIT:
+            raise RequestUnanswered(_describe_silent(pid, host), _ANSWER_LIMIT)
+        if waited >= NOTICE_AFTER and not self._is_noticed:
+            self._is_noticed = True
+            _waits.warning("waiting for %s: %s", _describe_silent(pid, host), REQUEST_RECORDED)
+        await anyio.sleep(_ANSWER_PAUSE)
+
+
+def _describe_silent(pid: int | None, host: str) -> str:
+    """Return the words for a process that does not answer. Blocks."""
+    if pid is None:
+        return "the run's process, which has not answered yet"
+    if host != socket.gethostname():
+        return f"process {pid} on {host}, which has not answered yet"
+    stat = process_stat(pid)
+    return f"process {pid}, which {'is stopped' if stat is not None and stat.state in 'Tt' else 'has not answered yet'}"
 
 
 async def _entries(runs: Runs, before: RunRecord, ledger: Ledger) -> dict[str, Entry]:

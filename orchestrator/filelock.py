@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -37,6 +38,11 @@ from orchestrator.process_table import start_ticks
 
 #: A signature has room for so many bytes, and for as many more again as it takes: what was there before is covered.
 _ROOM: Final = 512
+
+#: Seconds after which people are told who is waited for.
+NOTICE_AFTER: Final = 3.0
+
+_log = logging.getLogger("orchestrator.waiting")
 
 Mode = Literal["exclusive", "shared"]
 
@@ -156,16 +162,22 @@ class FileLock:
         return HeldLock(self.path, fd)
 
     @asynccontextmanager
-    async def hold(self, timeout: float | None = None) -> AsyncIterator[HeldLock]:  # noqa: ASYNC109  (raises LockHeld)
+    async def hold(
+        self,
+        timeout: float | None = None,  # noqa: ASYNC109  (raises LockHeld)
+        *,
+        awaited: str | None = None,
+    ) -> AsyncIterator[HeldLock]:
         """Hold the lock alone for the body; `timeout` is how many seconds to wait for it, 0 only tries.
 
+        `awaited` is what the holder runs: a line on standard error says so where the wait takes some seconds.
         Raises LockHeld, which names the holder, StoreUnavailable where the file system has no locks, and
         OSError if the file can't be opened. A cancelled wait leaves nothing locked.
         """
         queue = _queue_of(self.path)
         with ExitStack() as releases:
             fd = None
-            with anyio.move_on_after(timeout):
+            with anyio.move_on_after(timeout), nullcontext() if awaited is None else _noticed(self.path, awaited):
                 await queue.take_turn()
                 releases.callback(queue.turn.release)
                 fd = await queue.lock(only_try=timeout == 0)
@@ -342,6 +354,20 @@ def _unlock(fd: int) -> None:
         _locker().locker.unlock(fd)
     finally:
         os.close(fd)
+
+
+@contextmanager
+def _noticed(path: Path, awaited: str) -> Iterator[None]:
+    """Report who holds a lock if the body, which waits for it, takes some seconds."""
+
+    def report() -> None:
+        _log.warning("waiting for %s of %s", awaited, _describe_holder(path)[0])
+
+    timer = asyncio.get_running_loop().call_later(NOTICE_AFTER, report)
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _describe_holder(path: Path) -> tuple[str, bool]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import click
 
@@ -29,8 +29,8 @@ from orchestrator.cli.group import Suggesting
 from orchestrator.cli.output import changed_words, counted, plain
 from orchestrator.cli.trusting import require_trust, trust_option
 from orchestrator.council import Council
-from orchestrator.domain.model import FINAL
-from orchestrator.engine.report import RunReport
+from orchestrator.domain.model import FINAL, TaskStatus
+from orchestrator.engine.report import RunReport, RunStatus
 
 _color = click.option("--color/--no-color", default=None, help="Colours; by default on a terminal only.")
 #: Unfinished tasks that are named where all are to be cancelled.
@@ -47,6 +47,15 @@ def _ask(ask: Callable[[Council], Awaitable[RunReport]], *, as_json: bool) -> No
     perform(command, as_json=as_json)
 
 
+def _tell_landing(context: Context, report: RunReport, tasks: Sequence[str]) -> int:
+    """Name those of the tasks that could not be cancelled because they are landing; return the exit code."""
+    landing = [task.id for task in report.tasks if task.id in tasks and task.state == TaskStatus.LANDING]
+    who = "the run" if report.status is RunStatus.RUNNING else "`council resume`"
+    for task in landing:
+        context.output.notice(plain(f"could not cancel {task}: it is landing, which {who} finishes first"))
+    return 1 if landing else 0
+
+
 @click.command()
 @click.argument("tasks", metavar="[TASK]...", nargs=-1, shell_complete=complete_live_tasks)
 @yes_option
@@ -57,8 +66,8 @@ def _ask(ask: Callable[[Council], Awaitable[RunReport]], *, as_json: bool) -> No
 def cancel(tasks: tuple[str, ...], yes: bool, run: str | None, as_json: bool) -> None:
     """End tasks for good; without TASK, all that are not over.
 
-    Sessions are stopped, what they did is kept on branches. A landing under way is brought to its end. Without TASK it
-    asks first.
+    Sessions are stopped, what they did is kept on branches. A landing under way is brought to its end: its task
+    is not cancelled, and the exit code is 1. Without TASK it asks first.
 
     \b
     Examples:
@@ -79,8 +88,10 @@ def cancel(tasks: tuple[str, ...], yes: bool, run: str | None, as_json: bool) ->
             question = f"Cancel {counted(len(left), 'unfinished task')} of run {report.run} ({named})?"
             if not tasks and not await confirmed(context.output, question, yes=yes):
                 return 1
-            await show_result(context, council, await council.cancel(*tasks, run=report.run), code=0)
-            return 0
+            cancelled = await council.cancel(*tasks, run=report.run)
+            code = _tell_landing(context, cancelled, tasks or left)
+            await show_result(context, council, cancelled, code)
+            return code
 
     perform(command, as_json=as_json)
 
@@ -112,7 +123,15 @@ def ignore_tasks(tasks: tuple[str, ...], reason: str, run: str | None, as_json: 
       council task ignore models --reason "done by hand"
       council task ignore models api --reason "not before the release"
     """
-    _ask(lambda council: council.ignore(*tasks, reason=reason, run=run), as_json=as_json)
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            ignored = await council.ignore(*tasks, reason=reason, run=run)
+            code = _tell_landing(context, ignored, tasks)
+            await show_result(context, council, ignored, code)
+            return code
+
+    perform(command, as_json=as_json)
 
 
 @click.command()

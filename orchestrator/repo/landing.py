@@ -32,6 +32,8 @@ TRAILER = "Council-Task"
 
 #: Seconds that whoever is moving the target gets to be done with it: a push, which a stopped process may have begun.
 _MOVING_LIMIT = 30.0
+#: What holds the landing lock, in words.
+_PUSH = "a push to the target"
 
 #: Up to so many landings git finds the base of a merge faster than we can tell it.
 _FEW = 200
@@ -256,7 +258,7 @@ class Target:
         """
         self._check(permit)
         try:
-            async with self._landing_lock.hold(_MOVING_LIMIT) as lock:
+            async with self._landing_lock.hold(_MOVING_LIMIT, awaited=_PUSH) as lock:
                 return await self._move(merges, lock.fd)
         except LockHeld as held:
             return Deferred(_is_being_moved(held))
@@ -334,7 +336,7 @@ class Target:
         """
         self._check(permit)
         try:
-            async with self._landing_lock.hold(_MOVING_LIMIT):
+            async with self._landing_lock.hold(_MOVING_LIMIT, awaited=_PUSH):
                 return await self._settle(merge, intended, since)
         except LockHeld as held:
             return Deferred(_is_being_moved(held))

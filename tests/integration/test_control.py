@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
+from orchestrator import Council, RequestUnanswered, execution
+from orchestrator.errors import as_shortage
 from tests.conftest import Ended, Repository
 from tests.terminal import Terminal
 from tests.waiting import wait_for
@@ -41,6 +45,86 @@ async def test_cancel_on_a_live_run_ends_a_session_and_keeps_its_work(repository
     ended = Ended(child.returncode, stdout, stderr)
     assert (ended.code, ended.states) == (1, {"long": "cancelled", "after": "blocked", "other": "landed"}), ended
     assert "half" in repository.council("salvage", "show", "long/1").stdout
+    await repository.assert_invariants()
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize(
+    "command", [("cancel", "long"), ("retry", "failed"), ("task", "ignore", "long", "--reason", "no")]
+)
+def test_a_request_to_a_stopped_process_says_what_it_waits_for(
+    repository: Repository, command: tuple[str, ...]
+) -> None:
+    """After a few seconds a line names the process; the request is performed when that continues."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "long", "prompt": "hang"},
+        {"id": "failed", "prompt": "attempt 1 exit 1\nwrite f x", "attempts": 1},
+    ]
+    child = repository.start("run", str(repository.configure(tasks)))
+    has_begun(repository, "long")
+    wait_for(lambda: repository.council("status", "--json").states["failed"] == "failed")
+    child.send_signal(signal.SIGSTOP)
+    try:
+        asking = repository.start(*command)
+        assert asking.stderr is not None
+        line = asking.stderr.readline()
+        assert asking.poll() is None
+    finally:
+        child.send_signal(signal.SIGCONT)
+    what = "the request is recorded, and is done when that process or `council resume` continues"
+    assert line == f"waiting for process {child.pid}, which is stopped: {what}\n"
+    assert (asking.communicate(timeout=60)[1], asking.returncode) == ("", 0)
+    repository.council("cancel", "--yes")
+    child.communicate(timeout=60)
+
+
+def test_a_request_that_nobody_performs_stays_recorded(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command ends with exit code 1; the process performs the request when it continues."""
+    monkeypatch.setattr(execution, "_ANSWER_LIMIT", 0.3)
+    child = repository.start("run", str(repository.configure([{"id": "a", "prompt": "hang"}])))
+    has_begun(repository, "a")
+    child.send_signal(signal.SIGSTOP)
+
+    async def cancel() -> None:
+        async with Council.open(repository.top, environ=repository.environ) as council:
+            await council.cancel("a")
+
+    try:
+        with pytest.raises(RequestUnanswered) as unanswered:
+            anyio.run(cancel)
+    finally:
+        child.send_signal(signal.SIGCONT)
+    what, remedy = as_shortage(unanswered.value) or ("", "")
+    assert what == f"no answer within 0.3 s from process {child.pid}, which is stopped"
+    assert "the request is recorded" in remedy
+    stdout, _ = child.communicate(timeout=60)
+    assert (child.returncode, "a cancelled: on request" in stdout) == (1, True)
+
+
+@pytest.mark.extended
+async def test_a_task_whose_push_was_under_way_can_not_be_cancelled(repository: Repository, tmp_path: Path) -> None:
+    """Its hook runs on after a kill: that is named after a few seconds, and the exit code is 1."""
+    hook, begun, free = repository.top / ".git/hooks/pre-receive", tmp_path / "begun", tmp_path / "free"
+    hook.write_text(f"#!/bin/sh\ntouch {begun}\nwhile ! test -e {free}; do sleep 0.05; done\n")
+    hook.chmod(0o755)
+    repository.remember()
+    child = repository.start("run", str(repository.configure([{"id": "a", "prompt": "write a.txt x"}])))
+    wait_for(begun.exists)
+    child.kill()
+    child.communicate()
+    cancelling = repository.start("cancel", "a")
+    assert cancelling.stderr is not None
+    line = cancelling.stderr.readline()
+    free.touch()
+    assert line.startswith(
+        f"waiting for a git command of process {child.pid} (ended, but something it started holds it"
+    )
+    stdout, stderr = cancelling.communicate(timeout=60)
+    assert (cancelling.returncode, "1 landing" in stdout) == (1, True)
+    assert stderr == "could not cancel a: it is landing, which `council resume` finishes first\n"
+    ignored = repository.council("task", "ignore", "a", "--reason", "no", "--json")
+    assert (ignored.code, ignored.result["exit"], ignored.states) == (1, 1, {"a": "landing"})
+    assert repository.council("resume", "--json").states == {"a": "landed"}
     await repository.assert_invariants()
 
 
