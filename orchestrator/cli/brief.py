@@ -33,7 +33,9 @@ _WORDS = re.compile(r"[^\s`]*`[^`]*`\S*|\S+")
 #: Lines of a halt that are printed, and how many of its beginning and its end where it has more.
 _HALT_LINES, _HALT_BEGIN, _HALT_END = 8, 3, 4
 #: States of tasks for which nothing is to be done themselves.
-_QUIET = frozenset({*SUCCESSFUL, TaskStatus.PENDING, "blocked"})
+_QUIET = frozenset({*SUCCESSFUL, TaskStatus.PENDING})
+#: The state of tasks that are next once what they need is.
+_BLOCKED = "blocked"
 
 
 def brief_lines(report: RunReport, *, is_newest: bool = True) -> list[str]:
@@ -44,12 +46,15 @@ def brief_lines(report: RunReport, *, is_newest: bool = True) -> list[str]:
     run = "" if is_newest else f" --run {report.run}"
     head = [fit(summary(report), COLUMNS), *(fit(line, COLUMNS) for line in _totals(report))]
     foot = list(_next(report, run))[: LINES - len(head)]
-    tasks = [task for task in report.tasks if task.state not in _QUIET]
+    tasks = sorted((task for task in report.tasks if task.state not in _QUIET), key=lambda task: task.state == _BLOCKED)
     room = LINES - len(head) - len(foot)
-    shown = tasks if 2 * len(tasks) <= room else tasks[: max(room - 1, 0) // 2]
-    lines = [line for task in shown for line in _task(task, report, run)]
-    if len(shown) < len(tasks) and room > 2 * len(shown):
-        lines.append(f"  and {len(tasks) - len(shown)} more: council status{run}")
+    lines: list[str] = []
+    for left, task in zip(range(len(tasks), 0, -1), tasks, strict=True):
+        more = list(_task(task, report, run))
+        if len(lines) + len(more) + (left > 1) > room:
+            lines += [f"  and {left} more: council status{run}"][: room - len(lines)]
+            break
+        lines += more
     return [*head, *lines, *foot]
 
 
@@ -69,7 +74,8 @@ def _task(task: TaskReport, report: RunReport, run: str) -> Iterator[str]:
     what = session_line(sessions[task.id]) if task.id in sessions else one_line(task.reason or "")
     words = ": ".join(filter(None, [f"  {task.id} {state_words(task.state)}", what]))
     yield _shortened(plain(words))
-    yield plain(f"    next: {_step(task, report)}{run}")
+    if task.state != _BLOCKED:
+        yield plain(f"    next: {_step(task, report)}{run}")
 
 
 def _shortened(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from orchestrator.cli.output import kept_name, lines, one_line, plain
 from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.model import REVIVABLE, SUCCESSFUL, Halt, TaskStatus
+from orchestrator.domain.model import FINAL, SUCCESSFUL, Halt, TaskStatus
 from orchestrator.engine.report import (
     AdapterReport,
     OrchestratorReport,
@@ -152,6 +152,13 @@ def waits_for_merge(report: RunReport) -> bool:
     return own_branch(report) and report.merged_by is None and report.status is not RunStatus.RUNNING
 
 
+def needs_retry(report: RunReport) -> bool:
+    """Whether a run has ended without success, and has nothing to resume before a `council retry`."""
+    is_stopped = any(adapter.closed is not None for adapter in report.adapters)
+    is_over = all(task.state in {*FINAL, "blocked"} for task in report.tasks)
+    return report.status is RunStatus.INCOMPLETE and report.imported is None and is_over and not is_stopped
+
+
 def text_lines(rows: Sequence[ResultRow]) -> Iterator[str]:
     """Yield rows as plain lines, in columns."""
     name = max((len(row.task) for row in rows), default=0)
@@ -172,16 +179,13 @@ def hints(report: RunReport) -> Iterator[str]:
     asked = [task.id for task in report.tasks if task.state == TaskStatus.WAITING]
     if asked:
         yield f"Waiting for a person to approve: {plain(', '.join(asked))}."
-    over = {*REVIVABLE, *SUCCESSFUL}
-    is_stopped = any(adapter.closed is not None for adapter in report.adapters)
-    waits = is_stopped or any(task.state not in {*over, "blocked"} for task in report.tasks)
     yield from background_error(report)
     if report.halted is not None:
         yield "Halted: " + plain(report.halted, keep="\n")
-    elif report.status is RunStatus.INTERRUPTED or (report.status is RunStatus.INCOMPLETE and waits):
-        yield f"`council resume {report.run}` goes on with what is left."
-    elif report.status is RunStatus.INCOMPLETE and report.imported is None:
+    elif needs_retry(report):
         yield "The run is over; after a `council retry`, `council resume` goes on with it."
+    elif report.status is RunStatus.INTERRUPTED or (report.status is RunStatus.INCOMPLETE and report.imported is None):
+        yield f"`council resume {report.run}` goes on with what is left."
     if waits_for_merge(report):
         yield f"What landed is on the branch {plain(report.target)}, and on no other: `council merge` merges it."
     for place in report.damage:

@@ -29,7 +29,7 @@ from orchestrator.cli.output import Output
 from orchestrator.cli.plan import plan_text
 from orchestrator.cli.progress import shown
 from orchestrator.cli.quantities import budget_limits
-from orchestrator.cli.result import own_branch
+from orchestrator.cli.result import needs_retry, own_branch
 from orchestrator.cli.source import is_prompt, read_config
 from orchestrator.cli.trusting import require_trust, trust_option
 from orchestrator.config.coordination import CoordinationOverrides
@@ -200,7 +200,12 @@ def resume(
         async with opened(context.log) as council:
             name = await council.find_run(run)
             others = [] if run else [one for one in await council.interrupted_runs() if one != name]
-            if others and (await council.status(name)).status is not RunStatus.RUNNING:  # else it is refused below
+            report = await council.status(name)
+            if needs_retry(report):
+                context.output.notice(
+                    f"run {name} has finished: `council retry TASK` first, then `council resume {name}`"
+                )
+            if others and report.status is not RunStatus.RUNNING:  # else it is refused below
                 context.output.notice(_also_interrupted(name, others))
             if detach:
                 limits = {} if budget is None else budget.model_dump(exclude_none=True)
@@ -265,7 +270,7 @@ def _also_interrupted(run: str, others: Sequence[str]) -> str:
     """Say which runs `resume` without a name does not mean."""
     named = ", ".join(others[: -_MOST_NAMED - 1 : -1])
     more = f" and {len(others) - _MOST_NAMED} more" if len(others) > _MOST_NAMED else ""
-    return f"resuming {run}, the newest run; also interrupted: {named}{more}; `council resume RUN` resumes one of these"
+    return f"the newest run is {run}; also interrupted: {named}{more}; `council resume RUN` resumes one of these"
 
 
 @click.command()

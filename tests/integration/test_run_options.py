@@ -123,9 +123,21 @@ async def test_resume_names_the_older_runs_that_were_interrupted(repository: Rep
     older = repository.council("status", "--json").result["run"]
     newer = repository.council("run", str(repository.configure([])), "--task", "write x.txt x", "--json").result["run"]
     resumed = repository.council("resume")
-    assert f"resuming {newer}, the newest run; also interrupted: {older};" in resumed.stderr, resumed
+    assert f"the newest run is {newer}; also interrupted: {older};" in resumed.stderr, resumed
     assert "also interrupted" not in repository.council("resume", older).stderr
     assert "also interrupted" not in repository.council("resume").stderr
+
+
+def test_resume_of_a_finished_run_leads_to_retry(repository: Repository) -> None:
+    """With nothing to resume it says so; the totals say what blocks a task."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "need", "prompt": "exit 3", "attempts": 1},
+        {"id": "after", "prompt": "write a a", "needs": ["need"]},
+    ]
+    ended = repository.council("run", str(repository.configure(tasks)))
+    assert "  after blocked: needs 'need', which did not land" in ended.stdout.splitlines(), ended
+    resumed = repository.council("resume")
+    assert (resumed.code, "has finished: `council retry TASK` first" in resumed.stderr) == (1, True), resumed
 
 
 async def test_a_detached_run_continues_in_a_session_of_its_own(repository: Repository) -> None:
