@@ -13,6 +13,7 @@ from typing import Literal
 import anyio
 import anyio.to_thread
 
+from orchestrator.domain.halts import HaltReason
 from orchestrator.domain.model import FINAL, Attempt, RunDocument, TaskDocument, TaskStatus
 from orchestrator.domain.secrets import Redactor, secret_values
 from orchestrator.domain.sessions import SessionName
@@ -165,8 +166,8 @@ class Archive:
     ) -> AsyncGenerator[tuple[TaskDocument, dict[int, list[LogPart]]]]:
         """Yield the new output of each attempt since the last look, with the task's record from before that look."""
         document = await self._task(run, task)
-        attempt = self._attempt_at(task, document, phase).number if phase is not None else attempt
-        number = self._attempt(task, document, attempt).number if document.attempts or not follow else 1
+        attempt = (await self._attempt_at(run, task, document, phase)).number if phase is not None else attempt
+        number = (await self._attempt(run, task, document, attempt)).number if document.attempts or not follow else 1
         tails = _Tails(self._project.logs(run), task)
         while True:
             # Asked first: what is printed before that is read after it.
@@ -183,7 +184,7 @@ class Archive:
         document, git = await self._task(run, task), await self._git(run)
         if document.status is TaskStatus.RUNNING and await self._is_live(run):
             return await self._live_diff(run, task, document.attempt, stat=stat)
-        return await diffs.diff(git, *await self._ends(git, task, document), stat=stat)
+        return await diffs.diff(git, *await self._ends(git, run, task, document), stat=stat)
 
     async def changes(self, run: str, task: str) -> Changes:
         """Return how much a task has changed: so far, where its session is at work. RefusedError where nothing is."""
@@ -191,7 +192,7 @@ class Archive:
         if document.status is TaskStatus.RUNNING:
             worktree, admit = await self._session(run, task, document.attempt)
             return await diffs.count_live(git, worktree, document.attempt.base, admit=admit)
-        return await diffs.count(git, *await self._ends(git, task, document))
+        return await diffs.count(git, *await self._ends(git, run, task, document))
 
     async def details(self, run: str, task: str, adapters: Mapping[str, Adapter]) -> SessionDetails:
         """Return what the session of a task has done so far; RefusedError where none is at work."""
@@ -218,7 +219,7 @@ class Archive:
         git = await self._git(run)
         if (worktree := await self._kept_worktree(run, name)) is not None:
             document = await self._task(run, worktree.task)
-            attempt = self._attempt(worktree.task, document, worktree.attempt)
+            attempt = await self._attempt(worktree.run, worktree.task, document, worktree.attempt)
             return await self._live_diff(run, worktree.task, attempt, stat=stat)
         found = salvage.find(await salvage.kept(git, run), name)
         return await diffs.diff(git, await self._base(git, found), found.commit, stat=stat)
@@ -261,11 +262,11 @@ class Archive:
             await worktrees.remove(worktree)
             await empty_trash(worktree.hub, git.environ)
 
-    async def _ends(self, git: Git, task: str, document: TaskDocument) -> tuple[str, str]:
+    async def _ends(self, git: Git, run: str, task: str, document: TaskDocument) -> tuple[str, str]:
         """Return what a task's newest kept work differs from, and that work."""
         kept = [one for one in document.attempts if one.branch is not None]
         if not document.attempts:
-            raise _not_tried(task)
+            raise await self._not_tried(run, task)
         if not kept or (document.commit is None and not await git.has_branch(str(kept[-1].branch))):
             raise RefusedError(f"task {task!r} has changed nothing that is kept", f"see `council logs {task}`")
         return kept[-1].base, document.commit or f"refs/heads/{kept[-1].branch}"
@@ -328,26 +329,31 @@ class Archive:
         folder = made.folder or str(await anyio.to_thread.run_sync(lambda: worktree.tree))
         return _SessionLog(adapters[made.adapter], made, f"{folder}/", self._redactor())
 
-    def _attempt_at(self, task: str, document: TaskDocument, phase: str) -> Attempt:
+    async def _attempt_at(self, run: str, task: str, document: TaskDocument, phase: str) -> Attempt:
         """Return the newest attempt of a phase."""
+        if not document.attempts:
+            raise await self._not_tried(run, task)
         found = [one for one in document.attempts if (one.phase or PLAIN[0].name) == phase]
         if not found:
             known = ", ".join(dict.fromkeys(one.phase or PLAIN[0].name for one in document.attempts))
             what = f"task {task!r} has no attempt in phase {phase!r}"
-            raise RefusedError(what, f"name one of: {known}" if known else "wait until it starts")
+            raise RefusedError(what, f"name one of: {known}")
         return found[-1]
 
-    def _attempt(self, task: str, document: TaskDocument, number: int | None) -> Attempt:
+    async def _attempt(self, run: str, task: str, document: TaskDocument, number: int | None) -> Attempt:
         if not document.attempts:
-            raise _not_tried(task)
+            raise await self._not_tried(run, task)
         if number is not None and not 0 < number <= len(document.attempts):
             raise RefusedError(f"task {task!r} has no attempt {number}", f"name one from 1 to {len(document.attempts)}")
         return document.attempts[(number or 0) - 1]
 
-
-def _not_tried(task: str) -> RefusedError:
-    remedy = "wait until it starts; where the run is halted, `council status` shows why and the log"
-    return RefusedError(f"task {task!r} has not been tried yet", remedy)
+    async def _not_tried(self, run: str, task: str) -> RefusedError:
+        what, halted = f"task {task!r} has not been tried yet", (await read_run(self._store, run)).halted
+        if halted is None:
+            return RefusedError(what, "wait until it starts")
+        reason = HaltReason.parse(halted)
+        log = "" if reason.log is None else f"see {reason.log}, and "
+        return RefusedError(f"{what}: the run is halted: {reason.headline}", f"{log}`council status --run {run}`")
 
 
 class _SessionLog:

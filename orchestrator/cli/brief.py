@@ -23,6 +23,7 @@ from orchestrator.cli.result import (
 )
 from orchestrator.cli.table import amount
 from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.halts import HaltReason
 from orchestrator.domain.model import REVIVABLE, SUCCESSFUL, Halt, TaskStatus
 from orchestrator.engine.report import RunReport, RunStatus, TaskReport
 
@@ -30,8 +31,6 @@ LINES, COLUMNS = 10, 80
 """The most that are printed, each of at most so many cells of a terminal, unless it has a command that is longer."""
 #: Words that no line break may divide: a command in backticks is one of them.
 _WORDS = re.compile(r"[^\s`]*`[^`]*`\S*|\S+")
-#: Lines of a halt that are printed, and how many of its beginning and its end where it has more.
-_HALT_LINES, _HALT_BEGIN, _HALT_END = 8, 3, 4
 #: States of tasks for which nothing is to be done themselves.
 _QUIET = frozenset({*SUCCESSFUL, TaskStatus.PENDING})
 #: The state of tasks that are next once what they need is.
@@ -45,7 +44,11 @@ def brief_lines(report: RunReport, *, is_newest: bool = True) -> list[str]:
     """
     run = "" if is_newest else f" --run {report.run}"
     head = [fit(summary(report), COLUMNS), *(fit(line, COLUMNS) for line in _totals(report))]
-    foot = list(_next(report, run))[: LINES - len(head)]
+    most = LINES - len(head)
+    foot = list(_next(report, run))[:most]
+    if report.halted is not None and report.halted_by is not Halt.BUDGET:
+        foot = foot[: most // 2]
+        foot += _halt(HaltReason.parse(report.halted), most - len(foot))
     tasks = sorted((task for task in report.tasks if task.state not in _QUIET), key=lambda task: task.state == _BLOCKED)
     room = LINES - len(head) - len(foot)
     lines: list[str] = []
@@ -130,17 +133,26 @@ def _next(report: RunReport, run: str) -> Iterator[str]:
         again = remedy(adapter.name, report.run, is_running=report.status is RunStatus.RUNNING)
         yield _shortened(plain(adapter_line(adapter, again)))
     yield from map(_shortened, background_error(report))
-    if report.halted is not None and report.halted_by is not Halt.BUDGET:
-        lines = [line for one in f"Halted: {report.halted}".splitlines() for line in _wrapped(plain(one))]
-        yield from lines if len(lines) <= _HALT_LINES else [*lines[:_HALT_BEGIN], "…", *lines[-_HALT_END:]]
-    elif report.halted is not None:
-        yield _shortened(f"Halted: {plain(one_line(report.halted))}.")
-        yield f"Next: council resume --budget LIMITS{run}"
+    if report.halted is not None:
+        if report.halted_by is Halt.BUDGET:
+            yield _shortened(f"Halted: {plain(one_line(report.halted))}.")
+            yield f"Next: council resume --budget LIMITS{run}"
     elif report.status is RunStatus.INTERRUPTED or _is_left(report):
         yield f"Next: council resume{run}"
     elif waits_for_merge(report):
         yield fit(f"Landed on its own branch, {plain(report.target)}.", COLUMNS)
         yield f"Next: council merge{run}"
+
+
+def _halt(halted: HaltReason, room: int) -> list[str]:
+    """Return a halt in so many lines: the output gives way first, then the end of the remedy, the log never."""
+    head = list(_wrapped(plain(f"Halted: {halted.headline}")))
+    log = [] if halted.log is None else [plain(f"log: {halted.log}")]
+    remedy = [line for one in halted.remedy for line in _wrapped(plain(one))]
+    left = max(room - len(head) - len(log) - len(remedy), 0)
+    output = [fit(plain(line.expandtabs()), COLUMNS) for line in halted.output if line.strip()]
+    shown = output[-left:] if left else []
+    return [*head[: room - len(log)], *shown, *log, *remedy][:room]
 
 
 def _is_left(report: RunReport) -> bool:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from orchestrator.cli.streams import forget, has_gone
+from orchestrator.domain.halts import HaltReason
 from orchestrator.domain.secrets import without_passwords
 from orchestrator.instants import local_time
 
@@ -49,12 +50,12 @@ SENTENCES: Mapping[str, str] = {
     "budget.exhausted": "the budget of {of} is used up: {reason}",
     "budget.unfollowed": "{of} has printed so much that what it uses up is not known before its end",
     "budget.unpriced": "what {adapter} costs is not known, and not counted: add {model} to `prices`",
-    "base.checking": "running the checks on {branch} ({commit:.10}) before any session: {checks}",
+    "base.checking": "running the checks on {branch} ({commit:.10}) before the next session: {checks}",
     "base.passed": "{branch} ({commit:.10}) passes its checks",
     "base.unchecked": "the checks could not be run on {branch} ({commit:.10}): {reason}",
     "base.failure_allowed": "sessions start though checks fail on the base",
-    "run.left": "process {pid} left the run: {reason}",
-    "run.halted": "halted: {reason}",
+    "run.left": "process {pid} left the run: {headline}",
+    "run.halted": "halted: {headline}",
     "run.budget_changed": "the run has other limits now",
     "run.file_changed": "{file} has changed, the run keeps what it recorded: {changed}",
     "task.reloaded": "takes {keys} from the file",
@@ -300,6 +301,7 @@ def _readable(data: JsonObject) -> JsonObject:
         told["kept"] = kept = None if told["branch"] is None else kept_name(told["branch"])
         told["left"] = f"what its session left is kept as {kept}" if kept else "its session left nothing"
     if isinstance(told.get("reason"), str):
+        told["headline"] = HaltReason.parse(told["reason"]).headline
         told["reason"] = one_line(told["reason"])
     return told
 

@@ -168,7 +168,7 @@ def retry(tasks: tuple[str, ...], phase: str | None, reloads: bool, run: str | N
             if kept:
                 words = changed_words(kept, ())
                 context.output.notice(plain(f"{changes.file} has changed, the run keeps what it recorded: {words}"))
-            if reloads and changes.config is not None:
+            if reloads and changes.has_tasks and changes.config is not None:
                 await require_trust(changes.config, is_named=False)
             report = await council.retry(*tasks, run=run, from_phase=phase, reload=changes if reloads else None)
             await show_result(context, council, report, code=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 import shlex
 from collections.abc import Iterator
@@ -43,6 +44,16 @@ def programs_in(command: str) -> list[str]:
     text = command.replace("\\\n", " ")
     named = list(dict.fromkeys(_programs(text)))
     return named if _BEYOND_WORDS.search(text) is None else named[:1]
+
+
+def is_in_worktree(program: str) -> bool:
+    """Return whether a program is named by a path in the worktree: a task may add or change it."""
+    return "/" in program and not program.startswith("/")
+
+
+def made_executable(path: str) -> str:
+    """Return how a committed file is made executable."""
+    return f"`git update-index --chmod=+x {shlex.quote(posixpath.normpath(path))}`, and commit that"
 
 
 def lookup_of(program: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Final, assert_never
 from orchestrator.clock import Clock
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.failures import FailureClass, Policy, policy_of
+from orchestrator.domain.halts import HaltReason
 from orchestrator.domain.holdings import HeldBy as OwnedBy
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import INTERRUPTED, AdapterDocument, Attempt, TaskDocument
@@ -327,7 +328,7 @@ class Attempts:
                 await self._end(work, Trigger.HOLD, finished, INTERRUPTED, reason)
                 return Starved(reason)
             case Misconfigured(reason):
-                await self._end(work, Trigger.HOLD, finished, INTERRUPTED, reason)
+                await self._end(work, Trigger.HOLD, finished, INTERRUPTED, HaltReason.parse(reason).headline)
                 return Halted(reason)
             case Failed():
                 return await self._failed(work, finished, outcome)
@@ -339,7 +340,8 @@ class Attempts:
         commit = finished.outcome.commit if isinstance(finished.outcome, Built) else None
         failed = await self._until(work, commit) if commit is not None and work.turn.phase.until else None
         if isinstance(failed, Unchecked | Misconfigured):
-            await self._end(work, Trigger.INTERRUPT, finished, INTERRUPTED, failed.reason)
+            why = failed.reason if isinstance(failed, Unchecked) else HaltReason.parse(failed.reason).headline
+            await self._end(work, Trigger.INTERRUPT, finished, INTERRUPTED, why)
             return Again(None) if isinstance(failed, Unchecked) else Halted(failed.reason)
         if work.cancelled:
             await self._end(work, Trigger.CANCEL, finished, "cancelled", "on request, while it ran")

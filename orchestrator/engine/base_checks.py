@@ -1,4 +1,4 @@
-"""Runs the checks on the base before the first session: a check that fails there would fail every task."""
+"""Runs the checks on the base before the next session: a check that fails there would fail every task."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from typing import assert_never
 import anyio
 
 from orchestrator.config.model import TaskSpec
-from orchestrator.domain.commands import lookup_of, programs_in
+from orchestrator.domain.commands import is_in_worktree, lookup_of, programs_in
 from orchestrator.domain.dispatch import Entry
-from orchestrator.domain.model import TaskStatus
+from orchestrator.domain.halts import HaltReason
+from orchestrator.domain.model import RunDocument, TaskStatus
 from orchestrator.engine.ledger import Ledger
+from orchestrator.engine.reloading import may_reload
 from orchestrator.engine.starting_points import StartingPoints
 from orchestrator.engine.workshop import Workshop
 from orchestrator.errors import GitError
@@ -27,10 +29,19 @@ from orchestrator.sessions.shell import CommandFailed
 
 #: The number of the attempt that the checks of a base are named after; those of tasks begin at 1.
 _BEFORE_ATTEMPTS = 0
-#: Lines of the output of a failed check or setup that the end of a run shows; its log has all.
-_SHOWN = 15
 #: Tasks that a command of a remedy names; more are left to the reader.
 _MOST_NAMED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A commit that the landings of tasks build on."""
+
+    commit: str
+    branch: str
+    """The branch that it is the newest commit of; where it merges the base into the target, both."""
+    fix: str
+    """How a fix gets there."""
 
 
 @dataclass(slots=True)
@@ -56,50 +67,88 @@ class BaseChecks:
         What passes is recorded, and is not run again by any process of the run. One process of a machine runs them
         at a time.
         """
-        sets = self._sets()
+        sets = await self._sets()
         if not sets:
             return None
         found = None
         with self._running:
-            commits = await self._bases()
             async with self.shop.hub.lock(f"base-{self.ledger.run.id}").hold():
-                for commit, branch in commits.items():
-                    for tasks in sets:
-                        found = found or await self._failure_of(tasks, commit, branch)
+                bases: dict[bool, Base | None] = {}
+                for (_, brings_base, _), tasks in sorted(sets.items(), key=lambda one: one[0][0]):
+                    if brings_base not in bases:
+                        bases[brings_base] = await self._base(brings_base=brings_base)
+                    base = bases[brings_base]
+                    if base is not None and found is None:
+                        found = await self._failure_of(tasks, base)
         return found
 
-    def _sets(self) -> list[list[str]]:
-        """Return the pending tasks by their checks, those first whose checks must pass on the base."""
-        sets: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
+    async def _sets(self) -> dict[tuple[bool, bool, tuple[str, ...]], list[str]]:
+        """Return the pending tasks by whether their checks may fail, whether they bring the base along, and checks."""
+        sets: dict[tuple[bool, bool, tuple[str, ...]], list[str]] = {}
+        known: dict[str, bool] = {}
         for task, status in self.ledger.statuses().items():
             entry = self.entries.get(task)
             if entry is not None and status is TaskStatus.PENDING and entry.checks:
                 may_fail = entry.allow_failing_base or self.ledger.run.allow_failing_base
-                sets.setdefault((may_fail, entry.checks), []).append(task)
-        return [sets[key] for key in sorted(sets, key=lambda key: key[0])]
+                key = may_fail, await self._brings_base(task, known), entry.checks
+                sets.setdefault(key, []).append(task)
+        return sets
 
-    async def _bases(self) -> dict[str, str]:
-        """Return the commits on which landings build, with their branches: target and base, or the one with both."""
-        run = self.ledger.run
+    async def _brings_base(self, task: str, known: dict[str, bool]) -> bool:
+        """Return whether a pending task, or one that lands before it, starts from the base and so brings it along."""
+        if task not in known:
+            known[task] = not self.starts.builds_on_target(task, await self.ledger.spec(task))
+            statuses = self.ledger.statuses()
+            for need in self.entries[task].needs:
+                if need in self.entries and statuses.get(need) is TaskStatus.PENDING:
+                    known[task] = await self._brings_base(need, known) or known[task]
+        return known[task]
+
+    async def _base(self, *, brings_base: bool) -> Base | None:
+        """Return what landings build on: the target, merged with the base where tasks bring that along.
+
+        None where that is not known.
+        """
+        run, git = self.ledger.run, self.shop.git
+        on_base = f"fix {run.base}"
         try:
-            target, base = [await self.starts.newest(builds_on_target=on_target) for on_target in (True, False)]
-            if target == base or await self.shop.git.is_ancestor(target, base):
-                return {base: run.base}
-            both = {target: run.target, base: run.base}
-            return {target: run.target} if await self.shop.git.is_ancestor(base, target) else both
+            target = await self.starts.newest(builds_on_target=True)
+            if not brings_base:
+                return Base(target, run.target, await self._fix_of_target())
+            base = await self.starts.newest(builds_on_target=False)
+            if await git.is_ancestor(target, base):
+                return Base(base, run.base, on_base)
+            if await git.is_ancestor(base, target):
+                return Base(target, run.target, on_base)
+            merged = await self.shop.target.again(base, target, self.shop.refs("checked-base"))
         except GitError:  # the start of the first session reports that
-            return {}
+            return None
+        # Where the two conflict, what starts from the base is all that can be checked.
+        if merged is None:
+            return Base(base, run.base, on_base)
+        return Base(merged, f"{run.target} with {run.base}", on_base)
 
-    async def _failure_of(self, tasks: Sequence[str], commit: str, branch: str) -> str | None:
+    async def _fix_of_target(self) -> str:
+        """Return how a fix gets to the target when no task brings it there."""
+        run = self.ledger.run
+        if run.target == run.base:
+            return f"fix {run.base}"
+        target, base = shlex.quote(run.target), shlex.quote(run.base)
+        command = f"git switch {target} && git merge --no-edit {base} && git switch -"
+        if await self.shop.source.tip(run.target) is None:
+            command = f"git branch {target} {base}"
+        return f"fix {run.base} and merge that into {run.target} (`{command}`)"
+
+    async def _failure_of(self, tasks: Sequence[str], base: Base) -> str | None:
         """Return why the checks that these tasks share fail on a commit."""
-        task, spec = tasks[0], await self.ledger.spec(tasks[0])
+        task, spec, commit = tasks[0], await self.ledger.spec(tasks[0]), base.commit
         key = await self._key(spec, commit)
         if self._has_landed(spec, commit) or key in await self.ledger.proven_bases():
             return None
-        correction = corrected_check(self.ledger.run.id, tasks)
+        correction = corrected_check(self.ledger.run, [await self.ledger.spec(one) for one in tasks])
         if spec.allow_failing_base or self.ledger.run.allow_failing_base:
             return await self._unrunnable_on(task, spec, commit, correction)
-        facts = {"commit": commit, "branch": branch, "checks": list(spec.checks)}
+        facts = {"commit": commit, "branch": base.branch, "checks": list(spec.checks)}
         await self.ledger.note("base.checking", facts)
         result = await self._run(task, spec, spec.checks, commit)
         failpoint("base.checked")
@@ -111,23 +160,22 @@ class BaseChecks:
                 await self.ledger.note("base.unchecked", {**facts, "reason": reason})
                 return None
             case CommandFailed():
-                return _described(result, spec, f"{branch} ({commit[:10]})", self.ledger.run.id, correction)
+                return _described(result, spec, base, self.ledger.run.id, correction)
             case _:
                 assert_never(result)
 
     async def _unrunnable_on(self, task: str, spec: TaskSpec, commit: str, correction: str) -> str | None:
         """Return why a check that may fail on the base can't be run there; None if all can.
 
-        Only a check that names a program that is not found is run: others may take long.
+        Only a check that names a program that can't be run is run: others may take long.
         """
         for command in spec.checks:
-            names = [name for name in programs_in(command) if "/" not in name]
-            question = " && ".join(lookup_of(name) for name in names)
-            result = await self._run(task, spec, (question,), commit) if names else Passed()
+            question = " && ".join(map(_question, programs_in(command)))
+            result = await self._run(task, spec, (question,), commit) if question else Passed()
             if isinstance(result, CommandFailed) and result.command == question:
                 result = await self._run(task, spec, (command,), commit)
                 found = result.unrunnable if isinstance(result, CommandFailed) else None
-                if isinstance(result, CommandFailed) and found is not None and "/" not in found.program:
+                if isinstance(result, CommandFailed) and found is not None and not found.may_be_added:
                     return result.describe_unrunnable(correction)
         return None
 
@@ -163,36 +211,42 @@ class BaseChecks:
         if found is None:
             return None
         is_allowed = spec.allow_failing_base or self.ledger.run.allow_failing_base
-        if is_allowed and "/" in found.program:  # a file that the task may be there to create
+        if is_allowed and found.may_be_added:
             return None
         commands = (failed.command,) if is_allowed else commands
         key = (base, (*commands, failed.command))
         if key not in self._unrunnable:
             async with self.shop.hub.lock(f"base-{self.ledger.run.id}").hold():
                 result = await self._run(task, spec, commands, base)
-            is_missing_there = isinstance(result, CommandFailed) and result.unrunnable is not None
+            there = result.unrunnable if isinstance(result, CommandFailed) else None
+            is_missing_there = there is not None and not (is_allowed and there.may_be_added)
             self._unrunnable[key] = failed.describe_unrunnable(correction) if is_missing_there else None
         return self._unrunnable[key]
 
 
-def corrected_check(run: str, tasks: Sequence[str], *, is_built: bool = False) -> str:
+def _question(program: str) -> str:
+    """Return a shell command that fails where a program can't be run, unless a task may still add it."""
+    if is_in_worktree(program):
+        return f"{{ test ! -e {shlex.quote(program)} || test -x {shlex.quote(program)}; }}"
+    return lookup_of(program)
+
+
+def corrected_check(run: RunDocument, specs: Sequence[TaskSpec], *, is_built: bool = False) -> str:
     """Return how a mistake in a check that tasks share is fixed; `is_built` tasks wait to land."""
-    names = " ".join(map(shlex.quote, tasks)) if len(tasks) <= _MOST_NAMED else "TASK..."
-    cancel = f"`council cancel {names} --run {run}`, " if is_built else ""
-    return f"correct the check in the file, then {cancel}`council retry {names} --reload --run {run}`, and resume"
+    if not all(may_reload(run, spec) for spec in specs):
+        return "correct the check and start a new run"
+    names = " ".join(shlex.quote(spec.id) for spec in specs) if len(specs) <= _MOST_NAMED else "TASK..."
+    cancel = f"`council cancel {names} --run {run.id}`, then " if is_built else ""
+    retry = f"{cancel}`council retry {names} --reload --run {run.id}`"
+    return f"correct the check in the file and, before the resume, {retry}"
 
 
-def _described(failed: CommandFailed, spec: TaskSpec, where: str, run: str, correction: str) -> str:
+def _described(failed: CommandFailed, spec: TaskSpec, base: Base, run: str, correction: str) -> str:
     is_check = failed.command in spec.checks
     correction = correction if is_check else NEW_SETUP
     if failed.unrunnable is not None:
         return failed.describe_unrunnable(correction)
-    kind = "check" if is_check else "setup"
-    fix = "fix the base, or add --allow-failing-base:" if is_check else "fix the base, then"
-    return (
-        f"{kind} `{failed.short}` fails on {where}, before any session: it {failed.ended}\n"
-        + "".join(f"{line}\n" for line in failed.last_words.splitlines()[-_SHOWN:])
-        + f"log: {failed.log}\n"
-        + f"{fix} `council resume {run}`\n"
-        + f"or {correction}"
-    )
+    kind, allowed = ("check", " or add --allow-failing-base") if is_check else ("setup", "")
+    headline = f"{kind} `{failed.short}` fails on {base.branch} ({base.commit[:10]}): it {failed.ended}"
+    remedy = f"{base.fix}{allowed}, then `council resume {run}`", f"or {correction}"
+    return str(HaltReason(headline, tuple(failed.last_words.splitlines()), str(failed.log), remedy))

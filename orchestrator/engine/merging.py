@@ -19,6 +19,7 @@ import anyio
 from orchestrator.clock import Clock
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.failures import FailureClass, Policy, policy_of
+from orchestrator.domain.halts import HaltReason
 from orchestrator.domain.lifecycle import Trigger
 from orchestrator.domain.model import CLAIMED, Intent, TaskStatus
 from orchestrator.domain.quoting import marked
@@ -339,7 +340,7 @@ class MergeQueue:
             result = await self._checks.run(merge.new, base)
             if isinstance(result, CommandFailed):
                 unrunnable = await self._bases.why_unrunnable(
-                    task, spec, spec.checks, result, base, corrected_check(self.ledger.run.id, [task], is_built=True)
+                    task, spec, spec.checks, result, base, corrected_check(self.ledger.run, [spec], is_built=True)
                 )
         finally:
             self._checks = None
@@ -348,7 +349,8 @@ class MergeQueue:
                 failpoint("landing.checked")
                 self._passed.add((task, tree))
             case CommandFailed() if unrunnable is not None:
-                await self.ledger.change(task, Trigger.REQUEUE, {"reason": unrunnable}, reason=unrunnable)
+                headline = HaltReason.parse(unrunnable).headline
+                await self.ledger.change(task, Trigger.REQUEUE, {"reason": headline}, reason=headline)
                 self._give_up(unrunnable)
                 return False
             case CommandFailed():

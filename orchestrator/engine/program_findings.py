@@ -12,7 +12,7 @@ import anyio.to_thread
 
 from orchestrator.config.adapters import trial_request
 from orchestrator.config.model import Reach, RunConfig, used_adapters
-from orchestrator.domain.commands import lookup_of, programs_in
+from orchestrator.domain.commands import lookup_of, made_executable, programs_in
 from orchestrator.engine.findings import Finding, Level
 from orchestrator.engine.repository_findings import covers, is_made
 from orchestrator.engine.sandbox_probe import SandboxProbe
@@ -140,7 +140,7 @@ def _judge_file(
         if files[path] == _EXECUTABLE:
             return None
         what = f"{_named(command)}: {name} is not executable in {run.base}"
-        return Finding(_TITLE, Level.PROBLEM, shown(what), f"`git update-index --chmod=+x {path}`, and commit that")
+        return Finding(_TITLE, Level.PROBLEM, shown(what), made_executable(path))
     trees = run.worktrees
     is_provided = any(covers(one, path) for one in (*trees.copied, *trees.linked))
     if trees.setup or (is_provided and command.kind != "setup"):

@@ -56,6 +56,8 @@ class FileChanges:
     """The keys that differ, by task; `adapters.NAME` for the definition of an adapter that it uses."""
     keys: Sequence[str] = ()
     """The keys that differ and hold for the whole run."""
+    has_tasks: bool = True
+    """Whether the tasks of the run are from the file."""
     unreadable: str | None = None
     """Why the file can't be compared; None: it can."""
     config: RunConfig | None = None
@@ -80,7 +82,7 @@ def compare(run: RunDocument, specs: Mapping[str, TaskSpec], config: RunConfig) 
     then = run.model_dump(mode="json", include=set(_OF_RUN))
     now["target"] = then["target"] if config.target is None else config.target
     keys = [key for name in _OF_RUN if name not in run.given for key in _names(name, then[name], now[name])]
-    return FileChanges(str(config.path), tasks, keys, config=config)
+    return FileChanges(str(config.path), tasks, keys, TASKS not in run.given, config=config)
 
 
 def _names(name: str, then: Any, now: Any) -> Sequence[str]:
@@ -135,6 +137,18 @@ def reloaded(
     return writes, events
 
 
+def may_reload(run: RunDocument, spec: TaskSpec) -> bool:
+    """Return whether a task of a run is from its file."""
+    return TASKS not in run.given and _source(spec) is None
+
+
+def _source(spec: TaskSpec) -> str | None:
+    """Return what a task that is not from the file comes from."""
+    if spec.plan is not None:
+        return "a plan"
+    return None if spec.tracker is None else f"the tracker {spec.tracker!r}"
+
+
 def _refused(
     run: RunDocument,
     specs: Mapping[str, tuple[int, TaskSpec]],
@@ -145,8 +159,7 @@ def _refused(
 ) -> Iterator[tuple[str, str]]:
     said = {task.id: task for task in config.tasks}
     for name, (_, spec) in specs.items():
-        if spec.plan is not None or spec.tracker is not None:
-            source = "a plan" if spec.plan is not None else f"the tracker {spec.tracker!r}"
+        if (source := _source(spec)) is not None:
             yield f"task {name!r} comes from {source}, not from the file", "leave --reload out for it"
         elif name not in said:
             yield f"{changes.file} has no task {name!r} any more", "add it again, or leave --reload out for it"

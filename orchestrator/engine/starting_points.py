@@ -46,9 +46,7 @@ class StartingPoints:
         anew, and what only follows it takes it as it is: that it does not fit is for its landing to say.
         """
         document = self._ledger.task(task)
-        was_stale = any(attempt.outcome in _STALE for attempt in document.attempts)
-        follows_parts = bool(document.expanded)
-        builds_on_target = spec.builds_on_target or was_stale or turn.start is not None or follows_parts
+        builds_on_target = self.builds_on_target(task, spec) or turn.start is not None
         if builds_on_target not in tips:
             tips[builds_on_target] = await self.newest(builds_on_target=builds_on_target)
         tip = tips[builds_on_target]
@@ -60,6 +58,12 @@ class StartingPoints:
         if document.start is None and turn.base is not None:
             return Start(turn.base, turn.start, is_newest=False)
         return Start(tip)
+
+    def builds_on_target(self, task: str, spec: TaskSpec) -> bool:
+        """Return whether a task without earlier work starts from the target instead of the base."""
+        document = self._ledger.task(task)
+        was_stale = any(attempt.outcome in _STALE for attempt in document.attempts)
+        return spec.builds_on_target or was_stale or bool(document.expanded)
 
     async def is_outdated(self, owns: Sequence[str], base: str) -> bool:
         """Whether what a task owns has changed on the target since a base; asked once nobody else can own it."""

@@ -14,7 +14,14 @@ import anyio
 import anyio.to_thread
 
 from orchestrator.config.model import Reach
-from orchestrator.domain.commands import NOT_EXECUTABLE, cannot_run, missing_program
+from orchestrator.domain.commands import (
+    NOT_EXECUTABLE,
+    cannot_run,
+    is_in_worktree,
+    made_executable,
+    missing_program,
+)
+from orchestrator.domain.halts import HaltReason
 from orchestrator.domain.secrets import Redactor
 from orchestrator.errors import SessionError, is_exhaustion
 from orchestrator.limits import is_disk_full
@@ -47,10 +54,14 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Unrunnable:
-    """A program that was not found or can't be executed; `why` says so, with where it was looked for."""
+    """A program that was not found or can't be executed: why, where it was looked for, and what to do."""
 
     program: str
     why: str
+    where: str
+    remedy: str
+    may_be_added: bool = False
+    """Whether it is missing in the worktree, where a task may add it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +83,12 @@ class CommandFailed:
 
     def describe_unrunnable(self, correction: str) -> str:
         """Return why it can't be run and what to do, where its program is not there; `correction` is of the command."""
-        why = "" if self.unrunnable is None else self.unrunnable.why
-        remedy = f"install the program, then `council resume`; or {correction}"
-        return f"`{self.short}` can't be run: it {self.ended}: {why}\n{remedy}"
+        found = self.unrunnable
+        if found is None:
+            raise ValueError(f"{self.command!r} could be run")
+        remedy = f"{found.remedy}, then `council resume`", f"or {correction}"
+        headline = f"`{self.short}` can't be run: it {self.ended}: {found.why}"
+        return str(HaltReason(headline, (found.where,), str(self.log), remedy))
 
     @property
     def short(self) -> str:
@@ -180,9 +194,15 @@ class Shell:
 
     def _unrunnable(self, command: ShellCommand, exit_code: int | None, said: str) -> Unrunnable:
         program = missing_program(command.text, said)
-        why = f"program {program!r} {'can not be executed' if exit_code == NOT_EXECUTABLE else 'was not found'}"
-        if "/" in program:
-            return Unrunnable(program, f"{why} in the worktree, which has the committed files and what `setup` creates")
+        is_there = exit_code == NOT_EXECUTABLE
+        why = f"program {program!r} {'can not be executed' if is_there else 'was not found'}"
+        if is_in_worktree(program):
+            remedy = made_executable(program)
+            if not is_there:
+                remedy = f"commit {program} (or start a new run whose `worktrees.setup` creates it)"
+            where = "the worktree has the committed files and what `setup` creates"
+            return Unrunnable(program, f"{why} in the worktree", where, remedy, not is_there)
         hidden = self.fencing.why_missing(program, self.environment, self.reach)
-        path = self.environment.get("PATH", os.defpath)
-        return Unrunnable(program, f"{why} on PATH as the sandbox shows it{hidden}: PATH is {path}")
+        where = f"PATH, as the sandbox shows it: {self.environment.get('PATH', os.defpath)}"
+        remedy = f"make {program} executable" if is_there else f"install {program} where sessions see it"
+        return Unrunnable(program, f"{why} on PATH{hidden}", where, remedy)

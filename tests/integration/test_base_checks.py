@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,14 @@ def configure(repository: Repository, *prompts: str, checks: list[str], **settin
     backoff = {"initial": "10ms", "max": "10ms", "jitter": False}
     defaults = {"checks": checks, "backoff": backoff, "timeout": "60s", **settings.pop("defaults", {})}
     return repository.configure(tasks, defaults=defaults, **settings)
+
+
+def commit_script(repository: Repository, path: str, text: str) -> None:
+    """Commit an executable file."""
+    repository.commit({path: text}, "script")
+    repository.git("update-index", "--chmod=+x", path)
+    repository.git("commit", "--quiet", "--message", "executable")
+    repository.git("reset", "--quiet", "--hard")
 
 
 def types(ended: Ended) -> list[str]:
@@ -49,7 +60,9 @@ async def test_a_check_that_fails_on_the_base_ends_the_run_before_any_session(re
         assert part in message, message
     assert sessions(repository) == 0
     for command in ("logs", "diff"):
-        assert "where the run is halted, `council status` shows" in repository.council(command, "t1").stderr
+        refused = repository.council(command, "t2").stderr
+        assert "has not been tried yet: the run is halted: check `echo looking at it" in refused
+        assert "t1.0.check1" in refused
     assert ".check1" in repository.council("status").stdout
     status = repository.council("status", "--json")
     assert status.states == {"t1": "pending", "t2": "pending"}
@@ -165,6 +178,106 @@ async def test_a_corrected_check_is_reported_and_taken_over_by_the_named_command
     await repository.assert_invariants()
 
 
+def own_branch(repository: Repository, tasks: list[dict[str, Any]], **settings: Any) -> Path:
+    """Configure tasks that land on the run's own branch."""
+    file = repository.configure(tasks, **settings)
+    written = json.loads(file.read_text())
+    del written["target"]
+    file.write_text(json.dumps(written))
+    return file
+
+
+@pytest.mark.extended
+async def test_a_fix_of_the_base_reaches_tasks_that_start_from_it(repository: Repository) -> None:
+    """Though the run has landed something on its own branch, which never gets the fix before the task lands."""
+    one, two = {"id": "one", "prompt": "write a.txt a"}, {"id": "two", "prompt": "exit 1 no", "attempts": 1}
+    run = repository.council("run", str(own_branch(repository, [one, two])), "--json")
+    assert run.states == {"one": "landed", "two": "failed"}
+    own_branch(repository, [one, {**two, "prompt": "write b.txt b", "checks": ["test -f z"]}])
+    assert repository.council("retry", "two", "--reload").code == 0
+    halted = repository.council("resume", "--json").result["halted"]
+    assert f"fails on {run.result['target']} (" in halted
+    assert "\nfix main or" in halted
+    assert "before any session" not in halted
+    repository.commit({"z": ""}, "fix")
+    repository.remember()
+    ended = repository.council("resume", "--json")
+    assert ended.states == {"one": "landed", "two": "landed"}, ended
+    assert sessions(repository) == 3
+    await repository.assert_invariants(target_checked_out=False)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("has_landed", [True, False])
+async def test_the_named_command_brings_the_fix_to_the_runs_own_branch(
+    repository: Repository, has_landed: bool
+) -> None:
+    """A task that starts from the target gets a fix of the base only from there."""
+    two: dict[str, Any] = {"id": "two", "prompt": "write b.txt b", "owns": ["b.txt"], "checks": ["test -f z"]}
+    if has_landed:
+        one = {"id": "one", "prompt": "write a.txt a"}
+        failing = {"id": "two", "prompt": "exit 1 no", "owns": ["b.txt"], "attempts": 1}
+        repository.council("run", str(own_branch(repository, [one, failing])))
+        own_branch(repository, [one, {**two, "attempts": 1}])
+        assert repository.council("retry", "two", "--reload").code == 0
+        halted = repository.council("resume", "--json").result["halted"]
+    else:
+        halted = repository.council("run", str(own_branch(repository, [two])), "--json").result["halted"]
+    repository.commit({"z": ""}, "fix")
+    assert repository.council("resume", "--json").result["status"] == "halted"
+    [command] = re.findall(r"fix main and merge that into council/\S+ \(`(.*)`\)", halted)
+    identity = {f"GIT_{who}_{what}": "user" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    environ = {**repository.environ, **identity}
+    subprocess.run(["sh", "-c", command], cwd=repository.top, env=environ, check=True, capture_output=True)
+    repository.remember()
+    ended = repository.council("resume", "--json")
+    assert ended.states["two"] == "landed", ended
+    await repository.assert_invariants(target_checked_out=False)
+
+
+@pytest.mark.extended
+async def test_a_task_brings_the_base_to_those_that_need_it(repository: Repository) -> None:
+    """What starts from the target after a task that starts from the base is not held up by the old target."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "one", "prompt": "write a.txt a"},
+        {"id": "two", "prompt": "write b.txt b", "needs": ["one"], "checks": ["test -f z"]},
+    ]
+    assert repository.council("run", str(own_branch(repository, tasks)), "--json").result["status"] == "halted"
+    repository.commit({"z": ""}, "fix")
+    repository.remember()
+    assert repository.council("resume", "--json").states == {"one": "landed", "two": "landed"}
+    await repository.assert_invariants(target_checked_out=False)
+
+
+async def test_the_remedy_of_tasks_that_are_not_from_the_file_is_a_new_run(repository: Repository) -> None:
+    """`retry --reload` refuses these, before it asks for trust in the file."""
+    file = configure(repository, "write a.txt a", checks=["false"])
+    (repository.top / "council.yaml").write_text(file.read_text())
+    halted = repository.council("run", "write a.txt a", "--json").result["halted"]
+    assert "or correct the check and start a new run" in halted
+    assert "--reload" not in halted
+    del repository.environ["COUNCIL_TRUST"]
+    refused = repository.council("retry", "task-1", "--reload")
+    assert refused.code == 2
+    assert "not from a file: start a new run to change them" in " ".join(refused.stderr.split())
+
+
+async def test_the_report_of_a_halt_has_the_end_of_the_output_and_the_log(repository: Repository) -> None:
+    """In ten lines of eighty columns, for four tasks; the line of the event is one short sentence."""
+    check = "python3 -c 'import json; print(1); json.loads(\"x\")'"
+    tasks = [{"id": name, "prompt": "write a.txt a"} for name in ("one", "two", "bad", "three")]
+    ended = repository.council("run", str(repository.configure(tasks, defaults={"checks": [check]})))
+    [event] = [line for line in ended.stdout.splitlines() if " halted: " in line]
+    assert re.fullmatch(r"\S+ halted: check `.*` fails on main \(\w{10}\): it ended with exit code 1", event)
+    report = ended.stdout.splitlines()[ended.stdout.splitlines().index(event) + 1 :]
+    assert len(report) <= 10, report
+    [log] = [line for line in report if line.startswith("log: ")]
+    assert Path(log.removeprefix("log: ")).exists()
+    assert any(line.startswith("json.decoder.JSONDecodeError: ") for line in report)
+    assert report[-1].startswith("`council retry one two bad three --reload --run ")
+    assert all(len(line) <= 80 for line in report if "`" not in line and line != log), report
+
+
 async def test_a_setup_that_fails_on_the_base_names_a_new_run(repository: Repository) -> None:
     """A run keeps its setup, so no command takes over a corrected one; --allow-failing-base does not help either."""
     repository.remember()
@@ -179,10 +292,7 @@ async def test_a_setup_that_fails_on_the_base_names_a_new_run(repository: Reposi
 
 async def test_only_programs_are_looked_for_on_a_base_that_may_fail(repository: Repository) -> None:
     """A check that names only programs that are there is not run; one that finds its program elsewhere passes."""
-    repository.commit({"bin/own-tool": "#!/bin/sh\nexit 1\n"}, "tool")
-    repository.git("update-index", "--chmod=+x", "bin/own-tool")
-    repository.git("commit", "--quiet", "--message", "executable")
-    repository.git("reset", "--quiet", "--hard")
+    commit_script(repository, "bin/own-tool", "#!/bin/sh\nexit 1\n")
     trace = repository.spawns.parent / "checked"
     checks = [f"echo x >> {trace}; test -e a.txt", "PATH=$PWD/bin:$PATH; own-tool || test -e a.txt"]
     config = configure(repository, "write a.txt a", checks=checks, writable=[str(trace.parent)])
@@ -206,6 +316,8 @@ async def test_a_program_of_a_check_that_is_not_found_is_nobodys_failure(
     assert ended.code == 1, ended
     assert (ended.result["status"], ended.states["t1"]) == ("halted", "pending")
     first = repository.environ["PATH"].split(os.pathsep)[0]
+    [event] = [line["reason"] for line in ended.lines if line.get("event") == "run.halted"]
+    assert event.splitlines()[0].endswith("program 'no-such-tool' was not found on PATH")
     for part in ("no-such-tool", "exit code 127", "was not found on PATH", first, "council retry t1 --reload"):
         assert part in ended.result["halted"]
     assert sessions(repository) == 0
@@ -221,24 +333,48 @@ async def test_a_program_of_a_check_that_is_not_found_is_nobodys_failure(
     await repository.assert_invariants()
 
 
-async def test_a_check_that_is_not_executable_is_nobodys_failure(repository: Repository) -> None:
-    """A committed script without the permission: the message says so."""
+@pytest.mark.extended_but_first
+@pytest.mark.parametrize("options", [[], ["--allow-failing-base"]])
+async def test_a_check_that_is_not_executable_is_nobodys_failure(repository: Repository, options: list[str]) -> None:
+    """A committed script without the permission: the message says so, whatever may fail on the base."""
     repository.commit({"check.sh": "#!/bin/sh\n"}, "script")
     repository.remember()
-    ended = repository.council("run", str(configure(repository, "write a.txt a", checks=["./check.sh"])), "--json")
+    ended = repository.council(
+        "run", str(configure(repository, "write a.txt a", checks=["./check.sh"])), *options, "--json"
+    )
     assert ended.code == 1
-    for part in ("./check.sh", "exit code 126", "can not be executed"):
+    for part in ("./check.sh", "exit code 126", "can not be executed", "`git update-index --chmod=+x check.sh`"):
         assert part in ended.result["halted"]
+    assert "install" not in ended.result["halted"]
     assert sessions(repository) == 0
+    await repository.assert_invariants()
+
+
+@pytest.mark.extended
+async def test_a_task_may_add_the_script_of_its_check(repository: Repository) -> None:
+    """Where the checks may fail on the base: an attempt without it, or that adds one without permission, has failed."""
+    commit_script(repository, "bin/own-tool", "#!/bin/sh\n")
+    repository.remember()
+    prompt = "write a.txt a\nattempt 2 write check.sh x\nattempt 3 git mv -f bin/own-tool check.sh"
+    config = configure(repository, prompt, checks=["./check.sh"], defaults={"attempts": 3})
+    ended = repository.council("run", str(config), "--allow-failing-base", "--json")
+    assert ended.states == {"t1": "landed"}, ended
+    assert ended.result["tasks"][0]["attempts"] == 3
+    await repository.assert_invariants()
+
+
+async def test_a_missing_script_is_to_be_committed(repository: Repository) -> None:
+    """No program is to be installed for a path in the worktree."""
+    repository.remember()
+    ended = repository.council("run", str(configure(repository, "write a.txt a", checks=["./nothere.sh"])), "--json")
+    assert "\ncommit ./nothere.sh" in ended.result["halted"]
+    assert "install" not in ended.result["halted"]
     await repository.assert_invariants()
 
 
 async def test_a_task_that_removes_the_program_of_its_check_has_failed(repository: Repository) -> None:
     """The base has the program, so what the task changed is at fault: it can't end the run for the others."""
-    repository.commit({"check.sh": "#!/bin/sh\n"}, "script")
-    repository.git("update-index", "--chmod=+x", "check.sh")
-    repository.git("commit", "--quiet", "--message", "executable")
-    repository.git("reset", "--quiet", "--hard")
+    commit_script(repository, "check.sh", "#!/bin/sh\n")
     repository.remember()
     config = configure(repository, "delete check.sh", "write b.txt b", checks=["./check.sh"], defaults=FAIL)
     ended = repository.council("run", str(config), "--json")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from orchestrator.cli.brief import COLUMNS, LINES, brief_lines
+from orchestrator.domain.halts import HaltReason
 from orchestrator.domain.model import Halt, TaskStatus
 from orchestrator.engine.report import AdapterReport, RunStatus, TaskReport
 from tests.unit.test_result import COMMIT, run, task
@@ -130,6 +131,19 @@ def test_a_halt_is_broken_between_words_only() -> None:
     shown = brief_lines(replace(run(task("pending")), halted=halted, halted_by=Halt.BASE))
     assert any(path in line for line in shown)
     assert shown[-1].endswith(command)
+
+
+def test_a_halt_always_has_its_log() -> None:
+    """Whatever else needs attention, and however long the remedy is; the output gives way first."""
+    reason = HaltReason("check `x` fails on main", ("one", "two"), "/logs/t.0.check1", ("fix main " * 30, "or not"))
+    adapters = [AdapterReport(f"a{number}", None, "not logged in") for number in range(12)]
+    report = replace(run(task("pending")), halted=str(reason), halted_by=Halt.BASE)
+    assert "log: /logs/t.0.check1" in brief_lines(report)
+    shown = brief_lines(replace(report, adapters=adapters))
+    assert shown[-4:-2] == ["Halted: check `x` fails on main", "log: /logs/t.0.check1"]
+    short = brief_lines(replace(report, halted=str(replace(reason, remedy=("fix main",)))))
+    assert short[-4:] == ["one", "two", "log: /logs/t.0.check1", "fix main"]
+    assert HaltReason.parse(str(reason)) == reason
 
 
 def test_nothing_but_totals_where_all_is_well() -> None:

@@ -1,0 +1,32 @@
+"""The reason why a run is halted, as one text: what happened, the end of the output, its log, what to do. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_LOG = "log: "
+
+
+@dataclass(frozen=True, slots=True)
+class HaltReason:
+    """Why a run is halted; `headline` alone says what happened."""
+
+    headline: str
+    output: tuple[str, ...] = ()
+    log: str | None = None
+    """The file with the whole output."""
+    remedy: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> HaltReason:
+        """Return the parts of `str(reason)`; of any other text, the first line is the headline."""
+        first, *lines = text.splitlines() or [""]
+        at = max((number for number, line in enumerate(lines) if line.startswith(_LOG)), default=None)
+        if at is None:
+            return cls(first, remedy=tuple(lines))
+        return cls(first, tuple(lines[:at]), lines[at].removeprefix(_LOG), tuple(lines[at + 1 :]))
+
+    def __str__(self) -> str:
+        """Return the whole text."""
+        log = () if self.log is None else (f"{_LOG}{self.log}",)
+        return "\n".join((self.headline, *self.output, *log, *self.remedy))
