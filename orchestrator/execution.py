@@ -13,6 +13,7 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
+from orchestrator import notices
 from orchestrator.config.coordination import (
     VARIABLES,
     CoordinationOverrides,
@@ -77,7 +78,7 @@ from orchestrator.errors import (
     RunAtWork,
     StoreUnavailable,
 )
-from orchestrator.filelock import NOTICE_AFTER, HeldLock, Signature
+from orchestrator.filelock import HeldLock, Signature
 from orchestrator.locking.merge_permit import MergePermits
 from orchestrator.locking.orchestrators import Orchestrators, this_process
 from orchestrator.plugins import Plugins
@@ -109,7 +110,6 @@ _STOP_PATIENCE = 15.0
 _NONE: Mapping[str, str] = {}
 
 _log = logging.getLogger("orchestrator.outage")
-_waits = logging.getLogger("orchestrator.waiting")
 #: What is printed at once; the events themselves are recorded when the store is back.
 _OUTAGES: Mapping[str, str] = {
     "outage.began": "the state can't be read or written: {reason} (retrying until it can)",
@@ -630,9 +630,9 @@ class _Waiting:
         waited = anyio.current_time() - self._began
         if waited >= _ANSWER_LIMIT:
             raise RequestUnanswered(_describe_silent(pid, host), _ANSWER_LIMIT)
-        if waited >= NOTICE_AFTER and not self._is_noticed:
+        if waited >= notices.NOTICE_AFTER and not self._is_noticed:
             self._is_noticed = True
-            _waits.warning("waiting for %s: %s", _describe_silent(pid, host), REQUEST_RECORDED)
+            notices.log.warning("waiting for %s: %s", _describe_silent(pid, host), REQUEST_RECORDED)
         await anyio.sleep(_ANSWER_PAUSE)
 
 

@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -34,15 +33,11 @@ import anyio.to_thread
 from anyio.lowlevel import RunVar
 
 from orchestrator.errors import LockHeld, StoreUnavailable
+from orchestrator.notices import NOTICE_AFTER, noticed
 from orchestrator.process_table import start_ticks
 
 #: A signature has room for so many bytes, and for as many more again as it takes: what was there before is covered.
 _ROOM: Final = 512
-
-#: Seconds after which people are told who is waited for.
-NOTICE_AFTER: Final = 3.0
-
-_log = logging.getLogger("orchestrator.waiting")
 
 Mode = Literal["exclusive", "shared"]
 
@@ -175,9 +170,14 @@ class FileLock:
         OSError if the file can't be opened. A cancelled wait leaves nothing locked.
         """
         queue = _queue_of(self.path)
+        notice = (
+            nullcontext()
+            if awaited is None
+            else noticed(lambda: f"{awaited} of {_describe_holder(self.path)[0]}", NOTICE_AFTER)
+        )
         with ExitStack() as releases:
             fd = None
-            with anyio.move_on_after(timeout), nullcontext() if awaited is None else _noticed(self.path, awaited):
+            with anyio.move_on_after(timeout), notice:
                 await queue.take_turn()
                 releases.callback(queue.turn.release)
                 fd = await queue.lock(only_try=timeout == 0)
@@ -354,20 +354,6 @@ def _unlock(fd: int) -> None:
         _locker().locker.unlock(fd)
     finally:
         os.close(fd)
-
-
-@contextmanager
-def _noticed(path: Path, awaited: str) -> Iterator[None]:
-    """Report who holds a lock if the body, which waits for it, takes some seconds."""
-
-    def report() -> None:
-        _log.warning("waiting for %s of %s", awaited, _describe_holder(path)[0])
-
-    timer = asyncio.get_running_loop().call_later(NOTICE_AFTER, report)
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def _describe_holder(path: Path) -> tuple[str, bool]:

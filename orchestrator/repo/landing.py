@@ -20,6 +20,7 @@ from orchestrator.failpoints import failpoint
 from orchestrator.filelock import FileLock
 from orchestrator.locking.merge_permit import MergePermit
 from orchestrator.locking.registry import scope_of
+from orchestrator.notices import noticed
 from orchestrator.repo.checkout import LocalRepository, changes_in, checkout_of, locks_in_way, settle
 from orchestrator.repo.embedded import embedded_repository
 from orchestrator.repo.git import Change, Git, shown, split_nul
@@ -34,6 +35,8 @@ TRAILER = "Council-Task"
 _MOVING_LIMIT = 30.0
 #: What holds the landing lock, in words.
 _PUSH = "a push to the target"
+#: Seconds after which a push of ours is reported that has not ended.
+_SLOW_PUSH = 10.0
 
 #: Up to so many landings git finds the base of a merge faster than we can tell it.
 _FEW = 200
@@ -266,7 +269,8 @@ class Target:
     async def _move(self, merges: Sequence[Merge], fd: int) -> Landed | Stale | Deferred:
         whole = joined(merges)
         began = time.time()
-        pushed = await self._source.push(whole.new, self.branch, whole.old, (fd,))
+        with noticed(lambda: f"{_PUSH} of this process, which a hook of the repository may delay", _SLOW_PUSH):
+            pushed = await self._source.push(whole.new, self.branch, whole.old, (fd,))
         failpoint("landing.pushed")
         tip = whole.new if pushed.moved and self._repository is None else await self._source.tip(self.branch)
         if tip != whole.new and self._repository is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import subprocess
@@ -12,10 +13,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import anyio
 import pytest
 
+from orchestrator import filelock
 from orchestrator.errors import GitError
 from orchestrator.process import kill_marked
+from orchestrator.repo import landing as landings
 from orchestrator.repo.git import Git
 from orchestrator.repo.hub import create_hub, hub_of
 from orchestrator.repo.landing import AlreadyThere, Deferred, Landed, Merge, Target
@@ -391,6 +395,34 @@ async def test_a_commit_inside_a_push_is_kept(
     assert "user.txt" not in repository.git("diff", "--cached", "--name-only", "--diff-filter=D")
     await landing.finish()
     landing.judge({"user.txt": "user\n"}, {})
+
+
+async def test_a_push_that_takes_long_is_reported(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the process that pushes, and by one that waits for it to settle the landing."""
+    monkeypatch.setattr(landings, "_SLOW_PUSH", 0.1)
+    monkeypatch.setattr(filelock, "NOTICE_AFTER", 0.1)
+    hook, free = repository.top / ".git/hooks/pre-receive", tmp_path / "free"
+    hook.write_text(f"#!/bin/sh\nwhile ! test -e {free}; do sleep 0.05; done\n")
+    hook.chmod(0o755)
+    landing = await Landing.prepare(repository, tmp_path)
+
+    async def reported(count: int) -> None:
+        with anyio.fail_after(20):
+            while len(caplog.messages) < count:
+                await anyio.sleep(0.02)
+
+    async with permit_for(landing.source, "main") as permit, anyio.create_task_group() as group:
+        group.start_soon(landing.target.move, permit, [landing.merge])
+        await reported(1)
+        group.start_soon(landing.target.settle, permit, landing.merge, [landing.merge.new], time.time())
+        await reported(2)
+        free.touch()
+    pushing, waiting = caplog.messages
+    assert pushing == "waiting for a push to the target of this process, which a hook of the repository may delay"
+    assert waiting.startswith(f"waiting for a push to the target of process {os.getpid()} (alive, since ")
+    landing.judge({}, {})
 
 
 @pytest.mark.extended_but_first
