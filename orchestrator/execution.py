@@ -243,7 +243,7 @@ class Execution:
             async with self._ownership(hub, run) as lock, self._serving(document):
                 before = await self._runs.record(run)
                 if before.is_over and not await read_requests(self._runs.store, run):
-                    return self._runs.describe(before, None)
+                    return await self._runs.status(run)
                 async with (
                     self._reachable(run, settings) as runs,
                     self._taken(runs, document, hub, lock, settings) as (ledger, shop),

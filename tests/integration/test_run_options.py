@@ -202,7 +202,8 @@ async def test_merge_lands_a_runs_own_branch_on_its_base(repository: Repository)
     assert (again.code, "'main' has all of" in again.stderr) == (2, True), again
     merge = merged.result["run"]
     assert repository.council("status", name, "--json").result["merged_by"] == merge
-    assert "council merge" not in repository.council("status", name).stdout
+    for command in ("status", "resume"):
+        assert "council merge" not in repository.council(command, name).stdout
     for given, meant in (([], name), (["latest"], name), ([merge], merge)):
         assert repository.council("status", *given, "--json").result["run"] == meant
     for command in ("logs", "show", "diff"):
