@@ -40,8 +40,8 @@ class Base:
     commit: str
     branch: str
     """The branch that it is the newest commit of; where it merges the base into the target, both."""
-    fix: str
-    """How a fix gets there."""
+    merge: str = ""
+    """How a fix of the run's base gets there; empty: landings bring it along."""
 
 
 @dataclass(slots=True)
@@ -110,34 +110,33 @@ class BaseChecks:
         None where that is not known.
         """
         run, git = self.ledger.run, self.shop.git
-        on_base = f"fix {run.base}"
         try:
             target = await self.starts.newest(builds_on_target=True)
             if not brings_base:
-                return Base(target, run.target, await self._fix_of_target())
+                return Base(target, run.target, await self._merge_into_target())
             base = await self.starts.newest(builds_on_target=False)
             if await git.is_ancestor(target, base):
-                return Base(base, run.base, on_base)
+                return Base(base, run.base)
             if await git.is_ancestor(base, target):
-                return Base(target, run.target, on_base)
+                return Base(target, run.target)
             merged = await self.shop.target.again(base, target, self.shop.refs("checked-base"))
         except GitError:  # the start of the first session reports that
             return None
         # Where the two conflict, what starts from the base is all that can be checked.
         if merged is None:
-            return Base(base, run.base, on_base)
-        return Base(merged, f"{run.target} with {run.base}", on_base)
+            return Base(base, run.base)
+        return Base(merged, f"{run.target} with {run.base}")
 
-    async def _fix_of_target(self) -> str:
-        """Return how a fix gets to the target when no task brings it there."""
+    async def _merge_into_target(self) -> str:
+        """Return how a fix of the base gets to the target when no task brings it there."""
         run = self.ledger.run
         if run.target == run.base:
-            return f"fix {run.base}"
+            return ""
         target, base = shlex.quote(run.target), shlex.quote(run.base)
         command = f"git switch {target} && git merge --no-edit {base} && git switch -"
         if await self.shop.source.tip(run.target) is None:
             command = f"git branch {target} {base}"
-        return f"fix {run.base} and merge that into {run.target} (`{command}`)"
+        return f" and merge that into {run.target} (`{command}`)"
 
     async def _failure_of(self, tasks: Sequence[str], base: Base) -> str | None:
         """Return why the checks that these tasks share fail on a commit."""
@@ -147,7 +146,7 @@ class BaseChecks:
             return None
         correction = corrected_check(self.ledger.run, [await self.ledger.spec(one) for one in tasks])
         if spec.allow_failing_base or self.ledger.run.allow_failing_base:
-            return await self._unrunnable_on(task, spec, commit, correction)
+            return await self._unrunnable_on(task, spec, base, correction)
         facts = {"commit": commit, "branch": base.branch, "checks": list(spec.checks)}
         await self.ledger.note("base.checking", facts)
         result = await self._run(task, spec, spec.checks, commit)
@@ -160,23 +159,23 @@ class BaseChecks:
                 await self.ledger.note("base.unchecked", {**facts, "reason": reason})
                 return None
             case CommandFailed():
-                return _described(result, spec, base, self.ledger.run.id, correction)
+                return _described(result, spec, base, self.ledger.run, correction)
             case _:
                 assert_never(result)
 
-    async def _unrunnable_on(self, task: str, spec: TaskSpec, commit: str, correction: str) -> str | None:
+    async def _unrunnable_on(self, task: str, spec: TaskSpec, base: Base, correction: str) -> str | None:
         """Return why a check that may fail on the base can't be run there; None if all can.
 
         Only a check that names a program that can't be run is run: others may take long.
         """
         for command in spec.checks:
             question = " && ".join(map(_question, programs_in(command)))
-            result = await self._run(task, spec, (question,), commit) if question else Passed()
+            result = await self._run(task, spec, (question,), base.commit) if question else Passed()
             if isinstance(result, CommandFailed) and result.command == question:
-                result = await self._run(task, spec, (command,), commit)
+                result = await self._run(task, spec, (command,), base.commit)
                 found = result.unrunnable if isinstance(result, CommandFailed) else None
                 if isinstance(result, CommandFailed) and found is not None and not found.may_be_added:
-                    return result.describe_unrunnable(correction)
+                    return result.describe_unrunnable(correction, base.merge)
         return None
 
     async def _run(self, task: str, spec: TaskSpec, commands: tuple[str, ...], commit: str) -> CheckResult:
@@ -241,12 +240,12 @@ def corrected_check(run: RunDocument, specs: Sequence[TaskSpec], *, is_built: bo
     return f"correct the check in the file and, before the resume, {retry}"
 
 
-def _described(failed: CommandFailed, spec: TaskSpec, base: Base, run: str, correction: str) -> str:
+def _described(failed: CommandFailed, spec: TaskSpec, base: Base, run: RunDocument, correction: str) -> str:
     is_check = failed.command in spec.checks
     correction = correction if is_check else NEW_SETUP
     if failed.unrunnable is not None:
-        return failed.describe_unrunnable(correction)
+        return failed.describe_unrunnable(correction, base.merge)
     kind, allowed = ("check", " or add --allow-failing-base") if is_check else ("setup", "")
     headline = f"{kind} `{failed.short}` fails on {base.branch} ({base.commit[:10]}): it {failed.ended}"
-    remedy = f"{base.fix}{allowed}, then `council resume {run}`", f"or {correction}"
+    remedy = f"fix {run.base}{base.merge}{allowed}, then `council resume {run.id}`", f"or {correction}"
     return str(HaltReason(headline, tuple(failed.last_words.splitlines()), str(failed.log), remedy))

@@ -81,12 +81,16 @@ class CommandFailed:
         """Return what happened, for people: the command's beginning, how and `where` it ended, its last words."""
         return f"`{self.short}` {self.ended}{where and f' {where}'}\n{self.last_words}".strip()
 
-    def describe_unrunnable(self, correction: str) -> str:
-        """Return why it can't be run and what to do, where its program is not there; `correction` is of the command."""
+    def describe_unrunnable(self, correction: str, merge: str = "") -> str:
+        """Return why it can't be run and what to do, where its program is not there.
+
+        `correction` is of the command; `merge` is what else a commit needs to have an effect.
+        """
         found = self.unrunnable
         if found is None:
             raise ValueError(f"{self.command!r} could be run")
-        remedy = f"{found.remedy}, then `council resume`", f"or {correction}"
+        merge = merge if is_in_worktree(found.program) else ""
+        remedy = f"{found.remedy}{merge}, then `council resume`", f"or {correction}"
         headline = f"`{self.short}` can't be run: it {self.ended}: {found.why}"
         return str(HaltReason(headline, (found.where,), str(self.log), remedy))
 

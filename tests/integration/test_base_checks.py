@@ -370,6 +370,9 @@ async def test_a_missing_script_is_to_be_committed(repository: Repository) -> No
     assert "\ncommit ./nothere.sh" in ended.result["halted"]
     assert "install" not in ended.result["halted"]
     await repository.assert_invariants()
+    owning = [{"id": "t", "prompt": "write a.txt a", "owns": ["a.txt"], "checks": ["./nothere.sh"]}]
+    ended = repository.council("run", str(own_branch(repository, owning)), "--json")
+    assert f"and merge that into council/{ended.result['run']} (`git branch " in ended.result["halted"]
 
 
 async def test_a_task_that_removes_the_program_of_its_check_has_failed(repository: Repository) -> None:
