@@ -52,7 +52,6 @@ SENTENCES: Mapping[str, str] = {
     "budget.unpriced": "what {adapter} costs is not known, and not counted: add {model} to `prices`",
     "base.checking": "running the checks on {branch} ({commit:.10}) before the next session: {checks}",
     "base.passed": "{branch} ({commit:.10}) passes its checks",
-    "base.unchecked": "the checks could not be run on {branch} ({commit:.10}): {reason}",
     "base.failure_allowed": "sessions start though checks fail on the base",
     "run.left": "process {pid} left the run: {headline}",
     "run.halted": "halted: {headline}",
@@ -102,7 +101,7 @@ SENTENCES: Mapping[str, str] = {
     "task.tools_denied": "{reason}",
     "task.host_denied": "its session was refused {host}, which `network.allow` does not cover",
     "claim.taken": "claimed by {owner}",
-    "claims.swept": "took over {counted} from worker {orchestrator} (process exited)",
+    "claims.swept": "{swept} worker {orchestrator} ({reason})",
     "run.joined": "process {pid} on {host} joined",
     "task.after_run_failed": "a command after its session failed: {reason}",
     "place.teardown_failed": "{place}: a command of its teardown failed: {reason}",
@@ -292,6 +291,7 @@ def _readable(data: JsonObject) -> JsonObject:
         told["changed"] = changed_words(data["tasks"], data["keys"])
     if "count" in told:
         told["counted"] = counted(told["count"], "task")
+        told["swept"] = f"took over {told['counted']} from" if told["count"] else "lost"
     told["before"] = f" before {told['until']}" if told.get("until") else ""
     if "approvals" in told:
         who = (told["adapters"], f"somebody to approve {told['approvals']}" if told["approvals"] else "")

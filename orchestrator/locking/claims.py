@@ -242,12 +242,14 @@ class Claims:
             # Who has ended may have claimed something after it was last looked at what it has.
             if name in gone or await self._others.standing_of(name) is Standing.ENDED:
                 fence = [self._others.ending(*gone[name])] if name in gone else []
-                taken |= dict.fromkeys(await self._take_over(name, theirs, fence, also, counts=counts), name)
+                why = self._others.why_gone(*gone[name][1:]) if name in gone else "it left the run"
+                taken |= dict.fromkeys(await self._take_over(name, why, theirs, fence, also, counts=counts), name)
         strays = {task: document for task, document in ours.items() if self._strays.get(task) == document.version}
         self._strays = {task: document.version for task, document in ours.items()}
         if strays:
             name = self._others.me.id
-            taken |= dict.fromkeys(await self._take_over(name, strays, (), also, counts=False), name)
+            why = "its claims were not recorded here"
+            taken |= dict.fromkeys(await self._take_over(name, why, strays, (), also, counts=False), name)
         return taken
 
     async def _unreleased(self) -> list[tuple[str, str, Document]]:
@@ -267,14 +269,21 @@ class Claims:
         return found
 
     async def _take_over(
-        self, name: str, claims: Mapping[str, Document], fence: Sequence[Write], also: Also | None, *, counts: bool
+        self,
+        name: str,
+        why: str,
+        claims: Mapping[str, Document],
+        fence: Sequence[Write],
+        also: Also | None,
+        *,
+        counts: bool,
     ) -> list[str]:
         is_takeover = name != self._others.me.id
         takings = {
             task: self._taking(document, counts=counts, is_takeover=is_takeover) for task, document in claims.items()
         }
         tasks = sorted(takings)
-        facts = {"run": self._others.run, "orchestrator": name, "count": len(tasks), "tasks": tasks}
+        facts = {"run": self._others.run, "orchestrator": name, "reason": why, "count": len(tasks), "tasks": tasks}
         writes = [*fence, *(one.write for one in takings.values())]
         if also is not None:
             writes += await also([one.guard for one in takings.values()], self._others.me.id)

@@ -274,9 +274,13 @@ class Orchestrators:
                 found[one.owner.id] = (document, one, stands)
         return found
 
+    def why_gone(self, one: Orchestrator, stands: Standing) -> str:
+        """Return why one is gone, in words."""
+        silence = self._clock.now() - one.heartbeat
+        return "process exited" if stands is Standing.DEAD else f"no heartbeat for {silence:.0f} s"
+
     def ending(self, document: Document, one: Orchestrator, stands: Standing) -> Write:
         """Return the write that fences one that is gone."""
-        seconds = round(self._clock.now() - one.heartbeat)
-        why = "its process had ended" if stands is Standing.DEAD else f"nothing had been heard of it for {seconds} s"
-        changes = {"ended": self._clock.now(), "reason": f"{self.me.id} took over: {why}", "epoch": one.epoch + 1}
+        reason = f"{self.me.id} took over: {self.why_gone(one, stands)}"
+        changes = {"ended": self._clock.now(), "reason": reason, "epoch": one.epoch + 1}
         return Write(document.key, document.version, one.model_copy(update=changes).model_dump(mode="json"))

@@ -115,6 +115,6 @@ async def test_every_task_of_a_queue_is_done_once(
     for number, _, task, _ in stopped:
         assert [number, "refused", task] in said
         (why,) = [" ".join(one[2:]) for one in said if one[:2] == [number, "fenced"]][:1]
-        assert "took over: nothing had been heard of it for" in why
+        assert "took over: no heartbeat for" in why
     assert history.takeovers >= len(killed) + len(stopped)
     assert sum(int(one[2]) for one in said if one[1] == "done") <= tasks

@@ -156,7 +156,7 @@ async def test_who_was_at_work_and_what_became_of_their_claims_is_told(repositor
     told = repository.council("status", "--json").result
     before, after = told["orchestrators"]
     assert before["id"] == killed["id"] != after["id"]
-    assert before["reason"].endswith("its process had ended")
+    assert before["reason"].endswith("process exited")
     assert (after["reason"], after["ended"] >= after["heartbeat"] >= after["since"]) == (None, True)
     claims = told["claims"]
     assert (claims["takeovers"], claims["conflicts"], claims["refused"]) == (1, 0, 0)

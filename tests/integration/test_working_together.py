@@ -128,7 +128,7 @@ async def test_who_was_stopped_past_its_lease_is_refused_and_says_why(repository
     assert json.loads(out.splitlines()[-1])["status"] == "taken over"
     assert "has lost its part in run" in out
     assert "council.log" not in out
-    assert "nothing had been heard of it" in out
+    assert "no heartbeat for" in out
     assert states(repository) == {"slow": "landed", "next": "landed"}
     assert repository.council("clean", "--yes").code == 0  # it has ended without tidying up, as if it had been killed
     await assert_each_landed_once(repository, ["slow", "next"])
