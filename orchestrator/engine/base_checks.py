@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import assert_never
 
 import anyio
+import anyio.to_thread
 
 from orchestrator.config.model import TaskSpec
+from orchestrator.domain.claims import Standing
 from orchestrator.domain.commands import is_in_worktree, lookup_of, programs_in
 from orchestrator.domain.dispatch import Entry
 from orchestrator.domain.halts import HaltReason
@@ -20,8 +23,9 @@ from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.reloading import may_reload
 from orchestrator.engine.starting_points import StartingPoints
 from orchestrator.engine.workshop import Workshop
-from orchestrator.errors import GitError
+from orchestrator.errors import GitError, LockHeld
 from orchestrator.failpoints import failpoint
+from orchestrator.filelock import Signature
 from orchestrator.repo.pool import Pool
 from orchestrator.sessions.checks import CheckResult, Passed, Unchecked
 from orchestrator.sessions.equipment import NEW_SETUP
@@ -29,8 +33,17 @@ from orchestrator.sessions.shell import CommandFailed
 
 #: The number of the attempt that the checks of a base are named after; those of tasks begin at 1.
 _BEFORE_ATTEMPTS = 0
+#: How often a base is checked that moves meanwhile: one that moves all the time must not keep a run from starting.
+_MOST_MOVES = 3
+#: Seconds between the tries of checks that can't be run to their end.
+_PAUSES = (1.0, 2.0, 4.0)
+#: Seconds from one look whether the process that checks the base is still active to the next.
+_LOOK_AGAIN = 1.0
 #: Tasks that a command of a remedy names; more are left to the reader.
 _MOST_NAMED = 5
+
+#: Tasks by whether their checks may fail, whether they bring the base along, and their checks.
+_Sets = dict[tuple[bool, bool, tuple[str, ...]], list[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,26 +78,64 @@ class BaseChecks:
         """Return why no session should start: a check of a pending task fails on the base; None if none does.
 
         What passes is recorded, and is not run again by any process of the run. One process of a machine runs them
-        at a time.
+        at a time. A base that has moved meanwhile is checked again.
         """
         sets = await self._sets()
         if not sets:
             return None
-        found = None
+        found: str | None = None
         with self._running:
-            async with self.shop.hub.lock(f"base-{self.ledger.run.id}").hold():
-                bases: dict[bool, Base | None] = {}
-                for (_, brings_base, _), tasks in sorted(sets.items(), key=lambda one: one[0][0]):
-                    if brings_base not in bases:
-                        bases[brings_base] = await self._base(brings_base=brings_base)
-                    base = bases[brings_base]
-                    if base is not None and found is None:
-                        found = await self._failure_of(tasks, base)
-        return found
+            async with self._turn():
+                checked: list[str] = []
+                for _ in range(_MOST_MOVES):
+                    tips = await self._tips(sets)
+                    if tips == checked:
+                        break
+                    found, checked = await self._first_failure(sets), tips
+        return None if self._running.cancelled_caught else found
 
-    async def _sets(self) -> dict[tuple[bool, bool, tuple[str, ...]], list[str]]:
+    async def _first_failure(self, sets: _Sets) -> str | None:
+        """Return why a check fails, those first that must not fail; None if none does."""
+        bases: dict[bool, Base | None] = {}
+        for (_, brings_base, _), tasks in sorted(sets.items(), key=lambda one: one[0][0]):
+            if brings_base not in bases:
+                bases[brings_base] = await self._base(brings_base=brings_base)
+            base = bases[brings_base]
+            if base is not None and (found := await self._failure_of(tasks, base)) is not None:
+                return found
+        return None
+
+    async def _tips(self, sets: _Sets) -> list[str]:
+        """Return the newest commits that landings build on; empty where they are not known."""
+        kinds = (True, False) if any(brings_base for _, brings_base, _ in sets) else (True,)
+        try:
+            return [await self.starts.newest(builds_on_target=kind) for kind in kinds]
+        except GitError:  # the start of the first session reports that
+            return []
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """Check the base alone on this machine, unless the process that has the turn is stopped or has left the run."""
+        lock = self.shop.hub.lock(f"base-{self.ledger.run.id}")
+        async with AsyncExitStack() as stack:
+            while True:
+                try:
+                    await stack.enter_async_context(lock.hold(_LOOK_AGAIN))
+                    break
+                except LockHeld:
+                    if not await self._is_working(await anyio.to_thread.run_sync(Signature.read, lock.path)):
+                        break
+            yield
+
+    async def _is_working(self, holder: Signature | None) -> bool:
+        """Return whether the process that signed a lock is an active one of this run."""
+        others = self.ledger.orchestrators
+        found = [one for one in (await others.all()).values() if holder is not None and one.owner.pid == holder.pid]
+        return any([await others.standing(one) is Standing.ALIVE for one in found])
+
+    async def _sets(self) -> _Sets:
         """Return the pending tasks by whether their checks may fail, whether they bring the base along, and checks."""
-        sets: dict[tuple[bool, bool, tuple[str, ...]], list[str]] = {}
+        sets: _Sets = {}
         known: dict[str, bool] = {}
         for task, status in self.ledger.statuses().items():
             entry = self.entries.get(task)
@@ -156,8 +207,8 @@ class BaseChecks:
                 await self.ledger.prove_base(key, facts)
                 return None
             case Unchecked(reason):
-                await self.ledger.note("base.unchecked", {**facts, "reason": reason})
-                return None
+                headline = f"the checks could not be run on {base.branch} ({commit[:10]}): {reason}"
+                return str(HaltReason(headline, remedy=(f"fix that, then `council resume {self.ledger.run.id}`",)))
             case CommandFailed():
                 return _described(result, spec, base, self.ledger.run, correction)
             case _:
@@ -179,8 +230,17 @@ class BaseChecks:
         return None
 
     async def _run(self, task: str, spec: TaskSpec, commands: tuple[str, ...], commit: str) -> CheckResult:
-        checks = self.shop.checks(self.pool, self.ledger.run.id, task, _BEFORE_ATTEMPTS, spec, commands)
-        return await checks.run(commit, commit)
+        """Run commands on a commit; where they can't be run to their end, try again a few times."""
+        # In a folder of this process's own: leftovers of another, killed or stopped, are not in the way.
+        by = self.ledger.orchestrators.me.id.rpartition("-")[2]
+        of = (self.pool, self.ledger.run.id, task, _BEFORE_ATTEMPTS, spec, commands, by)
+        result, clock = await self.shop.checks(*of).run(commit, commit), self.shop.tools.clock
+        for pause in _PAUSES:
+            if not isinstance(result, Unchecked):
+                break
+            await clock.wait(anyio.Event(), clock.monotonic() + pause)
+            result = await self.shop.checks(*of).run(commit, commit)
+        return result
 
     async def _key(self, spec: TaskSpec, commit: str) -> str:
         """Return what identifies a base with its checks and the setup that they need."""
@@ -215,7 +275,7 @@ class BaseChecks:
         commands = (failed.command,) if is_allowed else commands
         key = (base, (*commands, failed.command))
         if key not in self._unrunnable:
-            async with self.shop.hub.lock(f"base-{self.ledger.run.id}").hold():
+            async with self._turn():
                 result = await self._run(task, spec, commands, base)
             there = result.unrunnable if isinstance(result, CommandFailed) else None
             is_missing_there = there is not None and not (is_allowed and there.may_be_added)

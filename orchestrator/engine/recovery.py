@@ -87,7 +87,8 @@ async def _clear_up(ledger: Ledger, shop: Workshop, clock: Clock, tasks: Sequenc
     for task in tasks:
         await _inherit(ledger, shop, task)
     for worktree in worktrees.left_over(shop.hub, ledger.run.id, tasks):
-        if not at_start and ledger.task(worktree.task).status not in CLAIMED:
+        # Checks of the base may be those of another process that is alive: `remove_abandoned` removes leftovers.
+        if not at_start and (worktree.by or ledger.task(worktree.task).status not in CLAIMED):
             continue
         await _reap(ledger, shop, clock, worktree)
     for task in tasks:

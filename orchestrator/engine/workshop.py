@@ -94,13 +94,23 @@ class Workshop:
         return Pool.open(self.git, self.hub, self.tools.clock, limits, care, warm=warm, warm_checks=checks)
 
     def checks(
-        self, pool: Pool, run: str, task: str, attempt: int, spec: TaskSpec, commands: Sequence[str] | None = None
+        self,
+        pool: Pool,
+        run: str,
+        task: str,
+        attempt: int,
+        spec: TaskSpec,
+        commands: Sequence[str] | None = None,
+        by: str = "",
     ) -> Checks:
-        """Return the checks of what an attempt built: its task's, unless other commands are given."""
+        """Return the checks of what an attempt built: its task's, unless other commands are given.
+
+        `by` names this process where others may run the same checks at the same time.
+        """
         return Checks(
             pool=pool.checks,
             equipment=self.tools.equipment,
-            worktree=Worktree(self.hub, run, task, attempt, is_check=True),
+            worktree=Worktree(self.hub, run, task, attempt, is_check=True, by=by),
             commands=spec.checks if commands is None else commands,
             timeout=spec.checks_timeout,
             env=spec.checks_env,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Collection
 from contextlib import suppress
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
 
 #: Seconds to wait for git commands of others that may own a lock; those that take longer keep it.
 _OTHERS_LIMIT = 1.0
-#: How the folder of a check's worktree ends; no task's attempt is named so, because attempts end in a number.
+#: How the folder of a check's worktree ends, perhaps with `-` and a process; no task's attempt is named so.
 _CHECK = ".check"
+_NAME = re.compile(r"(?P<task>.+)\.(?P<attempt>[0-9]+)(?P<check>\.check(-(?P<by>[0-9a-f]+))?)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +49,16 @@ class Worktree:
     task: str
     attempt: int
     is_check: bool = False
+    by: str = ""
+    """The process, where several may check the same at a time; only for checks."""
     held: Place | None = field(default=None, compare=False)
     """The place that it was handed, where it is known to have that still."""
 
     @property
     def name(self) -> str:
         """What tells it from the others of its run."""
-        return f"{self.task}.{self.attempt}{_CHECK if self.is_check else ''}"
+        check = f"{_CHECK}{self.by and f'-{self.by}'}"
+        return f"{self.task}.{self.attempt}{check if self.is_check else ''}"
 
     @property
     def root(self) -> Path:
@@ -263,10 +268,11 @@ def _names_in(folder: Path) -> list[str]:
 
 
 def _named(hub: Hub, run_id: str, name: str, tasks: Collection[str] | None) -> Worktree | None:
-    task, _, number = name.removesuffix(_CHECK).rpartition(".")
-    if not task or (tasks is not None and task not in tasks) or not number.isdecimal():
+    found = _NAME.fullmatch(name)
+    if found is None or (tasks is not None and found["task"] not in tasks):
         return None
-    return Worktree(hub, run_id, task, int(number), is_check=name.endswith(_CHECK))
+    is_check, by = found["check"] is not None, found["by"] or ""
+    return Worktree(hub, run_id, found["task"], int(found["attempt"]), is_check=is_check, by=by)
 
 
 async def remove_stale_files(hub: Hub, run_id: str, *, is_alone: bool) -> None:

@@ -1,0 +1,141 @@
+"""Checks of the base while its process is killed or stopped, or while the base moves: no session starts unchecked."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.command_server import Started
+from tests.conftest import Ended, Repository
+from tests.integration.test_base_checks import sessions, types
+from tests.integration.test_working_together import QUICK
+from tests.waiting import wait_for
+
+#: Seconds within which a process ends.
+LIMIT = 60.0
+
+
+class Gated:
+    """A run whose check waits for `opened` and then passes unless the base has a file `bad`."""
+
+    def __init__(self, repository: Repository) -> None:
+        self.repository, self.folder = repository, repository.spawns.parent
+        self.children: list[Started] = []
+
+    def start(self, command: str, *others: dict[str, Any], **settings: Any) -> Started:
+        """Start the run, or one more process, and return as soon as it waits."""
+        if command == "run":
+            gate = f"while [ ! -e {self.folder}/open ]; do sleep 0.05; done"
+            check = f"echo x >> {self.folder}/begun; {gate}; test ! -e bad"
+            tasks = [{"id": "t1", "prompt": "write a.txt a", "checks": [check]}, *others]
+            config = self.repository.configure(tasks, writable=[str(self.folder)], **settings)
+            self.children.append(self.repository.start("run", str(config), "--json"))
+            wait_for((self.folder / "begun").exists)
+        else:
+            self.children.append(self.repository.start(command, "--json"))
+            wait_for(lambda: "run.joined" in self.repository.council("state", "log", "--json").stdout)
+        return self.children[-1]
+
+    def open(self) -> None:
+        """Have all checks end."""
+        (self.folder / "open").touch()
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders of sessions and checks that are there."""
+        return list(Path(self.repository.environ["COUNCIL_HOME"]).glob("*/sessions/*/*"))
+
+    @property
+    def checks(self) -> int:
+        """How many checks have begun."""
+        return len((self.folder / "begun").read_text().splitlines())
+
+
+@pytest.fixture
+def gated(repository: Repository) -> Iterator[Gated]:
+    """Return a run to start; nothing of it lives afterwards."""
+    made = Gated(repository)
+    yield made
+    for child in made.children:
+        if child.poll() is None:
+            child.send_signal(signal.SIGKILL)
+
+
+def outcome(child: Started) -> Ended:
+    """Return how a process ended and what it printed."""
+    out, error = child.communicate(timeout=LIMIT)
+    return Ended(child.wait(), out, error)
+
+
+async def test_a_process_that_waits_checks_the_base_itself_when_the_other_is_killed(gated: Gated) -> None:
+    """The leftovers of the killed check are not in its way and are removed, and it is not taken for passed."""
+    gated.repository.commit({"bad": "x\n"}, "broken")
+    gated.repository.remember()
+    first, second = gated.start("run"), gated.start("work")
+    first.send_signal(signal.SIGKILL)
+    first.communicate(timeout=LIMIT)
+    wait_for(lambda: gated.checks == 2 and len(gated.folders) == 1)
+    gated.open()
+    ended = outcome(second)
+    assert (ended.code, ended.result["status"], ended.result["halted_by"]) == (1, "halted", "base"), ended
+    assert "fails on main" in ended.result["halted"]
+    assert sessions(gated.repository) == 0
+    await gated.repository.assert_invariants()
+
+
+@pytest.mark.extended
+async def test_a_process_does_not_wait_for_the_base_checks_of_a_stopped_one(gated: Gated) -> None:
+    """It takes over and finishes; the stopped one ends by itself once it continues, and disturbs nothing."""
+    first = gated.start("run", coordination=QUICK)
+    second = gated.start("work")
+    first.send_signal(signal.SIGSTOP)
+    gated.open()
+    ended = outcome(second)
+    first.send_signal(signal.SIGCONT)
+    assert ended.states == {"t1": "landed"}, ended
+    last = outcome(first)
+    assert (last.code, last.result["status"]) == (1, "taken over"), last
+    assert gated.repository.council("clean", "--yes").code == 0
+    await gated.repository.assert_invariants()
+
+
+@pytest.mark.parametrize("broken", [False, True])
+async def test_a_base_that_moves_during_its_checks_is_checked_again(gated: Gated, broken: bool) -> None:
+    """What counts is the commit that sessions start from, whichever of the two passes."""
+    if broken:
+        gated.repository.commit({"bad": "x\n"}, "broken")
+    run = gated.start("run")
+    if broken:
+        gated.repository.git("rm", "--quiet", "bad")
+        gated.repository.git("commit", "--quiet", "--message", "fixed")
+    else:
+        gated.repository.commit({"bad": "x\n"}, "broken")
+    gated.repository.remember()
+    gated.open()
+    ended = outcome(run)
+    assert types(ended).count("base.checking") == 2
+    assert (ended.result["halted_by"], ended.states["t1"]) == ((None, "landed") if broken else ("base", "pending"))
+    assert sessions(gated.repository) == int(broken)
+    await gated.repository.assert_invariants()
+
+
+@pytest.mark.extended
+async def test_checks_that_can_not_be_run_on_the_base_let_no_session_start(gated: Gated) -> None:
+    """Here a file that each worktree gets a copy of is gone, and comes back for the resumed run."""
+    gated.repository.commit({".gitignore": "local\n"}, "ignored")
+    gated.repository.remember()
+    (gated.repository.top / "local").touch()
+    other = {"id": "t2", "prompt": "write b.txt b", "checks": ["true"]}
+    run = gated.start("run", other, worktrees={"copy": ["local"]})
+    (gated.repository.top / "local").unlink()
+    gated.open()
+    ended = outcome(run)
+    assert (ended.code, ended.result["halted_by"]) == (1, "base"), ended
+    assert "the checks could not be run on main" in ended.result["halted"]
+    assert sessions(gated.repository) == 0
+    (gated.repository.top / "local").touch()
+    assert set(gated.repository.council("resume", "--json").states.values()) == {"landed"}
