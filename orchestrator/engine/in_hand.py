@@ -145,7 +145,9 @@ class InHand:
             self.wait(task)
 
     def revive(self, task: str) -> None:
-        """Have a task tried again that was over."""
+        """Have a task tried again that was over; at the end of its session where that is not quite over."""
+        if task in self.works:
+            return
         self._need(task)
         self._place(task)
         self.board.revive(task)
@@ -170,8 +172,13 @@ class InHand:
             self.show(task, _OTHERS_PAUSE if retry_in is None else retry_in)
 
     def take_up(self, task: str) -> None:
-        """Go on with a task that was another orchestrator's, from where it is now."""
+        """Go on with a task that was another orchestrator's, from where it is now.
+
+        One that has its session here already, as the scheduler was faster, goes on by itself at the end of that.
+        """
         self.elsewhere.discard(task)
+        if task in self.works:
+            return
         self.show(task, 0.0)
         if self._ledger.task(task).status in {TaskStatus.QUEUED, TaskStatus.LANDING}:
             self.merging.waiting.append(task)

@@ -339,7 +339,7 @@ class Scheduler:
 
     async def _feed(self, task: str, after: After | Elsewhere) -> None:
         if isinstance(after, Elsewhere):
-            self._hand.mirror(task)
+            (self._hand.mirror if self._ledger.is_elsewhere(task) else self._hand.take_up)(task)
             return
         self._starved = self._starved if isinstance(after, Starved) else 0
         match after:

@@ -175,7 +175,7 @@ async def settle(
     stale = await _stale_locks(repository, checkout, branch, since, git)
     old, new = move
     foreign: list[str] = []
-    if checkout is not None and await _is_known(checkout, new, git):
+    if checkout is not None and await _is_known(checkout, old, new, git):
         tip = await _tip(checkout, branch, git)
         if tip is None or not await git.is_ancestor(new, tip, cwd=checkout):
             empty = await _empty_tree(checkout, git) if old is None or tip is None else ""
@@ -214,9 +214,11 @@ async def _tip_at_rest(checkout: Path, branch: str, git: Git) -> str | None:
     return await _tip(checkout, branch, git)
 
 
-async def _is_known(checkout: Path, commit: str, git: Git) -> bool:
-    found = await git("cat-file", "-e", f"{commit}^{{commit}}", cwd=checkout, ok=(0, 1, 128))
-    return not found.returncode
+async def _is_known(checkout: Path, old: str | None, new: str, git: Git) -> bool:
+    """Whether a commit is there with all that it brings: of what a killed push received there may be a part."""
+    before = () if old is None else (f"^{old}",)
+    found = await git("rev-list", "--objects", "--quiet", new, *before, cwd=checkout, ok=(0, 1, 128))
+    return found.returncode == 0
 
 
 async def _tip(checkout: Path, branch: str, git: Git) -> str | None:
@@ -356,11 +358,15 @@ async def _locks(
 
 
 def _find_stale(locks: Sequence[Path], folders: Sequence[Path], since: float) -> list[Path]:
-    # Coarse file system time stamps may lag behind the clock that `since` was read from.
-    found = [lock for lock in locks if _modified(lock) >= since - 2]
-    if not found or any(_git_runs_in(folder) for folder in folders) or _is_open(found):
-        return []
-    return found
+    deadline = time.monotonic() + _REST
+    while True:
+        # Coarse file system time stamps may lag behind the clock that `since` was read from.
+        found = [lock for lock in locks if _modified(lock) >= since - 2]
+        if not found or not (any(_git_runs_in(folder) for folder in folders) or _is_open(found)):
+            return found
+        if time.monotonic() >= deadline:
+            return []
+        time.sleep(_PAUSE)  # the user's git commands end at once, and more may follow
 
 
 def _remove_incoming(git_dir: Path, since: float) -> None:

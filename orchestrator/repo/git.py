@@ -66,6 +66,10 @@ _DIED: Final = re.compile(r"died of signal (\d+)")
 _SHELL_SAYS: Final = re.compile(r"^(?:\S+: line \d+: +\d+ )?(?:Killed|Terminated)\b", re.MULTILINE)
 _FATAL: Final = re.compile(r"^(?:remote: )?fatal: (.+)", re.MULTILINE)
 _LOST_OTHER_END: Final = re.compile(r"the remote end hung up unexpectedly|early EOF|invalid index-pack output")
+_SILENT_SERVER: Final = re.compile(
+    r"fatal: Could not read from remote repository\. Please make sure you have the correct access rights"
+    r" and the repository exists\."
+)
 _LOCKED: Final = re.compile(r"(?:Unable to create '|could not lock config file )(.+?)(?:'|): File exists")
 _CONFIG_FLAGS: Final = tuple(flag for item in _HARMLESS_CONFIG for flag in ("-c", item))
 
@@ -298,6 +302,8 @@ def was_killed(returncode: int, said: str) -> bool:
     if -returncode in _KILLS or returncode - 128 in _KILLS:
         return True
     # A server that ends by itself says why, in a line of its own.
+    if _SILENT_SERVER.fullmatch(" ".join(said.split())):
+        return True
     if (fatal := _FATAL.findall(said)) and all(_LOST_OTHER_END.match(line) for line in fatal):
         return True
     return _SHELL_SAYS.search(said) is not None or any(int(number) in _KILLS for number in _DIED.findall(said))

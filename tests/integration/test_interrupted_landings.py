@@ -307,6 +307,22 @@ exit $code
 """
 
 
+async def test_a_lock_that_a_push_left_is_removed_though_the_user_is_at_work(
+    repository: Repository, tmp_path: Path
+) -> None:
+    """Once none of their git commands runs: one of those might have it."""
+    landing = await Landing.prepare(repository, tmp_path)
+    landing.lock.touch()
+    command = ["git", "cat-file", "--batch"]
+    with subprocess.Popen(command, cwd=repository.top, env=repository.environ, stdin=subprocess.PIPE) as users:
+        assert users.stdin
+        ends = threading.Timer(0.5, users.stdin.close)
+        ends.start()
+        await landing.finish()
+        ends.join()
+    landing.judge({}, {})
+
+
 async def test_who_switches_to_the_target_inside_a_push_keeps_what_they_commit(
     repository: Repository, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import GitError
+from orchestrator.errors import GitError, GitKilled
 from orchestrator.repo.git import Git
 from orchestrator.repo.hub import Hub, create_hub, hub_of
 from tests.conftest import FAKE_CLI, Repository
@@ -130,23 +130,22 @@ async def test_a_git_that_is_always_killed_ends_a_command_with_one_line(
     await repository.assert_invariants()
 
 
-async def test_a_server_whose_death_only_the_shell_tells_of_is_asked_again(
-    repository: Repository, tmp_path: Path
-) -> None:
-    """Git says of it what it says of a repository that it may not read."""
+@pytest.mark.parametrize("start", ['serve() {{ {server} "$@"; }}; serve', "exec {server}"], ids=["told", "silent"])
+async def test_a_server_that_is_killed_is_asked_again(repository: Repository, tmp_path: Path, start: str) -> None:
+    """Whether the shell that git starts it by tells of its death or not; what is not there was not killed."""
     server, asked = tmp_path / "server", tmp_path / "asked"
     server.write_text(f'#!/bin/sh\n[ -e {asked} ] || {{ touch {asked}; kill -9 $$; }}\nexec git upload-pack "$@"\n')
     server.chmod(0o755)
     other = tmp_path / "other"
     repository.git("init", "--quiet", "--bare", str(other))
     git = Git(other, environ=repository.environ)
-    await git("fetch", "--quiet", f'--upload-pack=serve() {{ {server} "$@"; }}; serve', str(repository.top), "main")
+    await git("fetch", "--quiet", f"--upload-pack={start.format(server=server)}", str(repository.top), "main")
     assert asked.exists()
-    with pytest.raises(GitError, match="Could not read from remote repository"):
+    with pytest.raises(GitError, match="Could not read from remote repository") as raised:
         await git("fetch", "--quiet", str(tmp_path / "nothing"), "main")
+    assert not isinstance(raised.value, GitKilled)
 
 
-@pytest.mark.extended
 async def test_half_written_objects_are_removed(repository: Repository, tmp_path: Path) -> None:
     """Those of a killed push in the user's repository, of killed commands in ours: by recovery, and by `clean`."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
