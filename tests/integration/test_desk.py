@@ -246,7 +246,7 @@ async def test_what_takes_long_is_answered_one_at_a_time(repository: Repository,
             while len(done) < 3:
                 await anyio.sleep(0)
                 others += 1
-        assert done[0] - begin < (done[-1] - begin) / 2
+        assert done[0] - begin < (done[-1] - begin) * 0.75  # a third, or all three at the end
         assert others > 500
 
 
