@@ -125,7 +125,7 @@ class Runs:
             if task in also or (one.status in FINAL and one.branch is not None)
         }
         trusted = Hub(Path(record.run.hub)).trusted
-        if not keeping or record.run.imported is not None or not await anyio.Path(trusted).is_dir():
+        if not keeping or record.run.imported is not None or not await anyio.Path(trusted, "HEAD").is_file():
             return record
         # Late: most runs have no such task.
         from orchestrator.repo import salvage  # noqa: PLC0415

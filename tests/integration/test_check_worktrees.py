@@ -208,7 +208,7 @@ async def test_what_did_not_land_sets_nothing_up_for_the_checks_of_others(
 async def test_a_commit_that_repairs_the_setup_passes(repository: Repository, outside: Path) -> None:
     """Setup is broken on the target, by a file that it does not name; the commit's own is used for its own check."""
     prepare(repository, install="exit 1")
-    worktrees = {"setup": [f"sh install || mkdir {outside}/passed-once"], "max": 1}
+    worktrees = {"setup": [f"sh install || mkdir {outside}/base-passed || mkdir {outside}/session-passed"], "max": 1}
     scripts = {"a": write("install", INSTALL)}
     defaults = {"allow_failing_base": True}
     ended = run(repository, configure(repository, outside, scripts, worktrees=worktrees, defaults=defaults))

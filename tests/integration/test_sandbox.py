@@ -24,6 +24,7 @@ from orchestrator.sessions.sandbox import Fence, SandboxKind, choose_sandbox, fe
 from orchestrator.sessions.supervised import Ended, SupervisedCommand, run_supervised
 from tests.processes import children
 from tests.sandboxes import require
+from tests.waiting import wait_for
 
 pytestmark = [
     pytest.mark.sandbox,
@@ -437,7 +438,7 @@ esac
     fake.chmod(0o755)
     environ = {"PATH": f"{tmp_path}:{os.defpath}"}
     assert await choose_sandbox("auto", network=True, environ=environ) is SandboxKind.BUBBLEWRAP
-    assert start_ticks(int(left.read_text())) is None
+    wait_for(lambda: start_ticks(int(left.read_text())) is None)
 
 
 async def test_what_has_no_fence_keeps_nobody_off_the_network() -> None:
