@@ -158,10 +158,12 @@ class _Server:
         for size in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             self._socket.setsockopt(socket.SOL_SOCKET, size, _MAX_REQUEST)
         with theirs:
+            # Nothing of the test that comes first: it may look for its paths in what processes were started with.
+            kept = {name: value for name, value in os.environ.items() if name.startswith(("PATH", *_READ_AT_START))}
             first = subprocess.Popen(
                 [sys.executable, "-m", "tests.command_server", str(theirs.fileno())],
                 cwd=Path(__file__).parents[1],
-                env={**os.environ, **_USUAL},
+                env={**kept, **_USUAL},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,  # as those that are forked: a stream goes by what it was opened on
                 stderr=subprocess.PIPE,
