@@ -61,13 +61,12 @@ def exchanging(one: Path, two: Path) -> Iterator[None]:
             process.kill()
 
 
-def repeat(what: Callable[[], None]) -> int:
-    """Do it again and again for a quarter of a second; return how often."""
+def repeat(what: Callable[[], None], is_enough: Callable[[], bool] = lambda: True) -> int:
+    """Do it again and again for a quarter of a second, or longer on a busy machine; return how often."""
     count, end = 0, time.monotonic() + SECONDS
-    while time.monotonic() < end:
+    while time.monotonic() < end or count <= 20 or not is_enough():
         what()
         count += 1
-    assert count > 20
     return count
 
 
@@ -201,9 +200,8 @@ def test_a_handoff_is_not_read_through_a_link_that_is_exchanged(tmp_path: Path, 
         seen.add(json.dumps(found.data) if isinstance(found, Delivered) else "")
 
     with exchanging(file, file.with_name("link")):
-        repeat(read)
+        repeat(read, lambda: '{"own": 1}' in seen)
     assert seen <= {'{"own": 1}', ""}
-    assert '{"own": 1}' in seen
 
 
 def test_a_login_is_not_brought_back_through_a_link_that_is_exchanged(tmp_path: Path, outside: Path) -> None:
