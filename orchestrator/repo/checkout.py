@@ -200,8 +200,7 @@ async def _catch_up(undone: _Update, branch: str, tip: str | None) -> list[str]:
     `git commit` reads the index first, and moves the branch later: so theirs may have all that the update had staged.
     """
     foreign: list[str] = []
-    while (now := await _tip_at_rest(undone.checkout, branch, undone.git)) not in {tip, None}:
-        assert now is not None  # noqa: S101  mypy does not see it in the condition
+    while (now := await _tip_at_rest(undone.checkout, branch, undone.git)) is not None and now != tip:
         back = replace(undone, old=undone.new, tip=now, new=tip or undone.tip)
         foreign += await back.undo([], has_just_ended=True)
         tip = now
