@@ -14,6 +14,7 @@ from orchestrator.cli.result import (
     adapter_line,
     background_error,
     kept_as,
+    merge_step,
     remedy,
     session_line,
     state_counts,
@@ -78,7 +79,7 @@ def _task(task: TaskReport, report: RunReport, run: str) -> Iterator[str]:
     words = ": ".join(filter(None, [f"  {task.id} {state_words(task.state)}", what]))
     yield _shortened(plain(words))
     if task.state != _BLOCKED:
-        yield plain(f"    next: {_step(task, report)}{run}")
+        yield plain(f"    next: {merge_step(task, report) or f'{_step(task, report)}{run}'}")
 
 
 def _shortened(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from orchestrator.cli.output import kept_name, lines, one_line, plain
 from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.model import FINAL, SUCCESSFUL, Halt, TaskStatus
+from orchestrator.domain.model import FINAL, REVIVABLE, SUCCESSFUL, Halt, TaskStatus
 from orchestrator.engine.report import (
     AdapterReport,
     OrchestratorReport,
@@ -68,6 +68,19 @@ def next_step(task: TaskReport, report: RunReport, *, is_newest: bool = True) ->
             return "" if report.status is RunStatus.RUNNING else f"{resume}{more}"
 
 
+def merge_step(task: TaskReport, report: RunReport) -> str | None:
+    """Return the commands after a merge of a run's own branch has failed; None for any other task.
+
+    A retry would merge the same commits again.
+    """
+    if report.merges is None or task.state not in REVIVABLE:
+        return None
+    again, base = f"council merge {report.merges}", shlex.quote(report.target)
+    if task.state == TaskStatus.CONFLICT:
+        return f"git switch council/{report.merges} && git merge {base}, then {again}"
+    return f"{again}, after a fix on {base}" if task.state == TaskStatus.FAILED else again
+
+
 def state_words(state: str) -> str:
     """Return the state of a task as people read it."""
     return _STATES.get(state, state.replace("_", " "))
@@ -88,7 +101,7 @@ def result_rows(report: RunReport, changes: Mapping[str, Changes], *, is_newest:
             state_words(task.state),
             task.attempts,
             _what(task, report.target, changes) if session is None else session_line(session),
-            plain(next_step(task, report, is_newest=is_newest)),
+            plain(merge_step(task, report) or next_step(task, report, is_newest=is_newest)),
         )
 
 
@@ -180,18 +193,24 @@ def hints(report: RunReport) -> Iterator[str]:
     if asked:
         yield f"Waiting for a person to approve: {plain(', '.join(asked))}."
     yield from background_error(report)
-    if report.halted is not None:
-        yield "Halted: " + plain(report.halted, keep="\n")
-    elif needs_retry(report):
-        yield "The run is over; after a `council retry`, `council resume` goes on with it."
-    elif report.status is RunStatus.INTERRUPTED or (report.status is RunStatus.INCOMPLETE and report.imported is None):
-        yield f"`council resume {report.run}` goes on with what is left."
+    yield from _continuation(report)
     if waits_for_merge(report):
         yield f"What landed is on the branch {plain(report.target)}, and on no other: `council merge` merges it."
     for place in report.damage:
         yield f"The state log is damaged: {place}"
     if any(task.branch is not None for task in report.tasks):
         yield "What is kept can be seen and brought over: `council salvage list`, `show`, `apply`."
+
+
+def _continuation(report: RunReport) -> Iterator[str]:
+    """Say why a run was halted, or how to continue it."""
+    if report.halted is not None:
+        yield "Halted: " + plain(report.halted, keep="\n")
+    elif needs_retry(report):
+        if report.merges is None:
+            yield "The run is over; after a `council retry`, `council resume` goes on with it."
+    elif report.status is RunStatus.INTERRUPTED or (report.status is RunStatus.INCOMPLETE and report.imported is None):
+        yield f"`council resume {report.run}` goes on with what is left."
 
 
 def background_error(report: RunReport) -> Iterator[str]:

@@ -201,7 +201,7 @@ def resume(
             name = await council.find_run(run)
             others = [] if run else [one for one in await council.interrupted_runs() if one != name]
             report = await council.status(name)
-            if needs_retry(report):
+            if needs_retry(report) and report.merges is None:
                 context.output.notice(
                     f"run {name} has finished: `council retry TASK` first, then `council resume {name}`"
                 )

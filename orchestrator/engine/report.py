@@ -208,6 +208,8 @@ class RunReport:
     """Why it was stopped before its end, and what to do."""
     halted_by: Halt | None = None
     """What stopped it: its `budget`, a check that fails on the `base`, or `commands` that can't be run."""
+    merges: str | None = None
+    """The run whose own branch it merges into the base, for `council merge`."""
     merged_by: str | None = None
     """The run that merged its own branch into its base, by `council merge`."""
     background: str | None = None
@@ -340,6 +342,7 @@ def report(
         imported=source,
         halted=halted,
         halted_by=None if halted is None else run.halted_by or Halt.BUDGET,
+        merges=run.merges,
         orchestrators=[OrchestratorReport.of(one) for one in others],
         claims=total(one.counters for one in others),
     )

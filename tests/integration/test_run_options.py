@@ -263,6 +263,33 @@ async def test_a_merge_that_fails_its_checks_moves_nothing(repository: Repositor
     assert repository.spawns.read_text() == spawned
 
 
+@pytest.mark.parametrize(
+    ("theirs", "step", "fix"),
+    [
+        ("forbidden", "council merge {run}, after a fix on main", ["git rm --quiet forbidden", "git commit -qm fixed"]),
+        ("a.txt", "git switch council/{run} && git merge main, then council merge {run}", [
+            "git switch --quiet council/{run}", "git merge --quiet -s ours main", "git switch --quiet main"]),
+    ],
+)  # fmt: skip
+def test_a_failed_merge_names_the_commands_that_help(
+    repository: Repository, theirs: str, step: str, fix: list[str]
+) -> None:
+    """A retry would merge the same commits again."""
+    settle(repository, [{**CHAIN[0], "checks": ["test ! -e forbidden"]}])
+    repository.commit({".gitignore": "council.yaml\n"})
+    assert repository.council("run").code == 0
+    name = repository.council("status", "--json").result["run"]
+    repository.commit({theirs: "x"})
+    merged = repository.council("merge")
+    [merge] = {one["run"] for one in repository.council("runs", "--json").result["runs"]} - {name}
+    for shown in (merged.stdout, repository.council("status", merge).stdout):
+        assert f"next: {step.format(run=name)}\n" in shown
+        assert "retry" not in shown
+    for command in fix:
+        repository.git(*command.format(run=name).split()[1:])
+    assert repository.council("merge", name, "--json").states == {"merge": "landed"}
+
+
 async def test_merge_lands_what_waits_and_starts_nothing(repository: Repository) -> None:
     """What could not land because of changes in the checkout lands; what never began is left to `resume`."""
     tasks: list[dict[str, Any]] = [
