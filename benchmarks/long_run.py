@@ -24,13 +24,14 @@ from orchestrator.locking.life_locks import LifeLocks
 from orchestrator.locking.orchestrators import Orchestrators, this_process
 from orchestrator.project import Project
 from orchestrator.state.file import FileStore
+from orchestrator.state.identity import prepare
 
 _AT_ONCE: Final = 64
 _PROMPT: Final = "Rewrite the module so that it reads its options from one place, and test that.\n" * 8
 
 
-def make(top: Path, tasks: int) -> None:
-    """Make a repository in `top` with the record of a run of which three quarters are over.
+def make(top: Path, tasks: int, home: Path) -> Path:
+    """Make a repository in `top` with the record of a run of which three quarters are over; return the log's folder.
 
     Of every eight tasks four have landed, one of them at its second attempt, one has failed, one has changed
     nothing, and two were not tried yet.
@@ -38,17 +39,19 @@ def make(top: Path, tasks: int) -> None:
     subprocess.run(["git", "init", "--quiet", "-b", "main", str(top)], check=True)  # noqa: S607  git of the PATH
     project = Project(top)
     project.create()
-    anyio.run(_record_run, project, tasks)
+    log = prepare(project.own_state, home)
+    anyio.run(_record_run, project, log, tasks)
+    return log
 
 
-async def _record_run(project: Project, tasks: int) -> None:
+async def _record_run(project: Project, log: Path, tasks: int) -> None:
     top = project.top
     run, clock = "20260101-000000-0000", SystemClock()
     hub = top.parent / "hub"
     for folder in ("trusted.git", "locks"):
         (hub / folder).mkdir(parents=True)
     specs = {one.id: one for one in map(_spec, range(tasks))}
-    async with FileStore.open(project.own_state, clock) as store:
+    async with FileStore.open(log, clock) as store:
         await seed(store, _document(run, top, hub, tuple(specs)), specs)
         others = Orchestrators(
             store, clock, run, this_process(Role.COORDINATOR), Timing(), LifeLocks(hub / "locks").is_dead

@@ -75,10 +75,17 @@ def median(values: Iterator[float] | Sequence[float]) -> float:
     return statistics.median(values)
 
 
-def cost_of(argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Cost:
-    """Run a program to its end, its output thrown away; what it costs, with all that it waited for."""
+def cost_of(
+    argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None, code: int = 0
+) -> Cost:
+    """Run a program to its end, its output thrown away; what it costs, with all that it waited for.
+
+    Raises RuntimeError where it ends with another exit code: what it did then is not what was to be measured.
+    """
     with timed() as cost:
-        subprocess.run(argv, env=env, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+        ended = subprocess.run(argv, env=env, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
+    if ended.returncode != code:
+        raise RuntimeError(f"{argv} ended with {ended.returncode}: {ended.stderr.decode(errors='replace')[-2000:]}")
     return cost()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from signal import SIGKILL
 from typing import Final
 
 from benchmarks.ground import run_git
@@ -42,8 +43,8 @@ def measure(*, quick: bool, folder: Path | None = None) -> list[Row]:
         tops = [_killed_run(place, tasks, env) for tasks in (many, few)]
         rounds = QUICK_ROUNDS if quick else ROUNDS
         return [
-            _row(what, {**env, **more}, tops, (many, few), rounds)
-            for what, more in (("resume", _KILLED), ("status", {}))
+            _row(what, {**env, **more}, tops, (many, few), rounds, code)
+            for what, more, code in (("resume", _KILLED, -SIGKILL), ("status", {}, 0))
         ]
 
 
@@ -60,12 +61,12 @@ def _killed_run(place: Path, tasks: int, env: Mapping[str, str]) -> Path:
         "tasks": [{"id": f"task-{number:05d}", "prompt": f"Do number {number}."} for number in range(tasks)],
     }
     file.write_text(json.dumps(config), encoding="utf-8")
-    cost_of([council(), "run", str(file)], env={**env, **_KILLED}, cwd=top)
+    cost_of([council(), "run", str(file)], env={**env, **_KILLED}, cwd=top, code=-SIGKILL)
     return top
 
 
-def _row(what: str, env: Mapping[str, str], tops: list[Path], tasks: tuple[int, int], rounds: int) -> Row:
-    many, few = (lambda top=top: cost_of([council(), what], env=env, cwd=top) for top in tops)
+def _row(what: str, env: Mapping[str, str], tops: list[Path], tasks: tuple[int, int], rounds: int, code: int) -> Row:
+    many, few = (lambda top=top: cost_of([council(), what], env=env, cwd=top, code=code) for top in tops)
     pairs = paired(many, few, rounds)
     took, base = (1000 * median([pair[side].cpu for pair in pairs]) for side in (0, 1))
     ratio = median([one.cpu / other.cpu for one, other in pairs])

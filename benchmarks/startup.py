@@ -66,14 +66,13 @@ def _help(place: Path, env: Mapping[str, str], rounds: int) -> Row:
 
 def _status(place: Path, env: Mapping[str, str], rounds: int, tasks: int) -> list[Row]:
     top = place / "repository"
-    long_run.make(top, tasks)
+    log = long_run.make(top, tasks, place / "home")
     pairs = paired(
         lambda: cost_of([council(), "status"], env=env, cwd=top),
         lambda: cost_of([sys.executable, "-c", "import click"], env=env),
         rounds,
     )
-    snapshot = top / ".council" / "state" / "snapshot"
-    snapshot.unlink(missing_ok=True)
+    (log / "snapshot").unlink()
     anew = cost_of([council(), "status"], env=env, cwd=top)
     what = f"council status, {tasks:,} tasks"
     return [
