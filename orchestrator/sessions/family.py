@@ -35,15 +35,9 @@ class Family:
 
     def reap(self) -> bool:
         """Collect who has ended; False when nobody is left."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return False
-            if pid == 0:
-                return True
-            if pid == self.cli:
-                self.status = status
+        ended, is_alone = collect()
+        self.status = ended.get(self.cli, self.status)
+        return not is_alone
 
     def interrupt(self) -> bool:
         """Interrupt the CLI itself; False if it has not begun inside its wrapper. `terminate` is to follow.
@@ -117,6 +111,36 @@ class Family:
 
     def _wrappers_parents(self) -> frozenset[int]:
         return frozenset((os.getpid(), self.cli)) if self._wrapped else frozenset()
+
+
+class Supervisors:
+    """The supervisors that a process has forked, and what those leave behind that were themselves killed."""
+
+    def __init__(self) -> None:
+        self.alive: set[int] = set()
+
+    def clear_up(self) -> bool:
+        """Collect who has ended and kill whom they left to us as their subreaper; False when nobody is left."""
+        ended, is_alone = collect()
+        self.alive -= ended.keys()
+        family = dict.fromkeys(self.alive, os.getpid())
+        stop_children(family)
+        for pid in family.keys() - self.alive:
+            send(pid, signal.SIGKILL)
+        return not is_alone
+
+
+def collect() -> tuple[dict[int, int], bool]:
+    """Wait for the children that have ended; return their wait statuses by pid, and whether there is none left."""
+    ended: dict[int, int] = {}
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return ended, True
+        if pid == 0:
+            return ended, False
+        ended[pid] = status
 
 
 def send(pid: int, number: int) -> None:

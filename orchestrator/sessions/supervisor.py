@@ -44,7 +44,7 @@ from orchestrator.process_table import start_ticks
 from orchestrator.sandbox import seccomp
 from orchestrator.sandbox.landlock import confine
 from orchestrator.sessions.capture import CHUNK_BYTES, Stream
-from orchestrator.sessions.family import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, Family, prctl
+from orchestrator.sessions.family import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, Family, Supervisors, prctl
 from orchestrator.sessions.silence import Silence
 
 # `typing` costs milliseconds that each session would pay.
@@ -463,20 +463,33 @@ def main() -> None:
 def serve() -> None:
     """Fork a supervisor for each request that comes through the socket that is standard input, until that ends.
 
-    A request is one byte, which brings the control pipe's and the status pipe's descriptor.
+    A request is one byte, which brings the control pipe's and the status pipe's descriptor. What a supervisor leaves
+    behind that was itself killed is inherited, and killed; so this ends after the last of them.
     """
     import gc  # noqa: PLC0415
     import socket  # noqa: PLC0415  (only needed here)
 
     requests = socket.socket(fileno=os.dup(CONTROL))
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them: their status pipes tell their end
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    wake = listen_for_signals()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
     gc.freeze()  # what no collection looks at stays shared with those that are forked
-    while True:
+    supervisors = Supervisors()
+    poll = select.poll()
+    poll.register(wake, select.POLLIN)
+    poll.register(requests, select.POLLIN)
+    is_asked = True
+    while supervisors.clear_up() or is_asked:
+        ready = {fd for fd, _ in poll.poll()}
+        if wake in ready:
+            os.read(wake, CHUNK_BYTES)
+        if requests.fileno() not in ready:
+            continue
         data, pipes, _, _ = socket.recv_fds(requests, 1, 2)
         if not data:
-            return
+            is_asked = False
+            poll.unregister(requests)
+            continue
         try:
             pid = os.fork()
         except OSError as exc:
@@ -485,7 +498,10 @@ def serve() -> None:
             pid = -1
         if pid == 0:
             requests.close()
+            os.close(wake)
             supervise_forked(*pipes)
+        if pid > 0:
+            supervisors.alive.add(pid)
         for fd in pipes:
             os.close(fd)
 
@@ -494,7 +510,6 @@ def supervise_forked(control: int, status: int) -> NoReturn:
     """Be the supervisor with these two pipes; what goes wrong in here goes to the status pipe."""
     try:
         os.setsid()
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for target, fd in ((CONTROL, control), (STATUS, status)):
             os.dup2(fd, target)
             os.close(fd)

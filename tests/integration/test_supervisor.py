@@ -318,10 +318,7 @@ async def test_a_wrapper_that_ends_first_does_not_cost_the_real_program_its_grac
     assert took < 5
 
 
-@LINUX_ONLY
-async def test_what_a_program_leaves_behind_is_killed_and_counted(agent: Agent, tmp_path: Path) -> None:
-    """A daemon that holds the output open neither survives nor delays the end."""
-    source = """
+DAEMON = """
 if os.fork() == 0:
     os.setsid()
     if os.fork() == 0:
@@ -329,10 +326,14 @@ if os.fork() == 0:
         os.rename("pid.new", "pid")
         time.sleep(300)
     os._exit(0)
-while not os.path.exists("pid"): pass
 """
+
+
+@LINUX_ONLY
+async def test_what_a_program_leaves_behind_is_killed_and_counted(agent: Agent, tmp_path: Path) -> None:
+    """A daemon that holds the output open neither survives nor delays the end."""
     began = time.monotonic()
-    ended = await run_supervised(agent(source))
+    ended = await run_supervised(agent(DAEMON + "while not os.path.exists('pid'): pass"))
     assert (ended.exit, ended.ended_by, ended.killed) == (0, "exit", 1)
     assert not lives(int((tmp_path / "pid").read_text()))
     assert time.monotonic() - began < 10
@@ -770,6 +771,21 @@ async def test_a_killed_supervisor_is_an_error_and_takes_its_program_along(agent
             await run_supervised(agent(source))
     await until(lambda: not lives(int((tmp_path / "pid").read_text())), within=2)
     await none_is_left()
+
+
+@LINUX_ONLY
+async def test_a_daemon_of_a_killed_supervisor_is_killed_by_what_forked_it(agent: Agent, tmp_path: Path) -> None:
+    """Nothing in it says whose it was; and those after the last session are looked after, too."""
+
+    async def kill() -> None:
+        await until((tmp_path / "pid").exists)
+        supervisors()[0].kill()
+
+    async with forking(), anyio.create_task_group() as group:
+        group.start_soon(kill)
+        with pytest.raises(SessionError, match="it was killed:"):
+            await run_supervised(agent(DAEMON + "time.sleep(300)", env={}))
+    assert not lives(int((tmp_path / "pid").read_text()))
 
 
 async def test_a_supervisor_is_stopped_by_sigterm_and_by_nothing_less(agent: Agent, tmp_path: Path) -> None:
