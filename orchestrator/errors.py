@@ -20,6 +20,7 @@
       RequestUnanswered    a run's process did not perform a request in time       exit 1
       GitError             a git command failed that should not
         GitKilled          it was killed from outside, time and again         exit 1
+        TargetGone         the target branch was deleted or renamed
       SessionError         a supervisor ended without its report
 
 Expected endings (a task that fails, a merge that conflicts) are values, not errors.
@@ -28,6 +29,7 @@ Expected endings (a task that fails, a merge that conflicts) are values, not err
 from __future__ import annotations
 
 import errno
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -276,6 +278,18 @@ class GitKilled(GitError):
         super().__init__(argv, returncode, stderr)
         self.what = f"`{' '.join(argv)}` was killed ({self.stderr or f'exit code {returncode}'})"
         self.remedy = "end what kills it, such as a lack of memory, then run the command again, or `council resume`"
+        self.args = (f"{self.what}: {self.remedy}",)
+
+
+class TargetGone(GitError):
+    """The target branch existed and was deleted or renamed since: nothing lands until it exists again."""
+
+    def __init__(self, branch: str, commit: str | None) -> None:
+        """Take the branch and the commit that it was last seen at."""
+        self.what = f"the target branch {branch!r} was deleted or renamed"
+        at = "" if commit is None else f" (`{shlex.join(['git', 'branch', branch, commit])}`)"
+        self.remedy = f"create it again{at}, then `council resume`"
+        super().__init__(["rev-parse", branch], 1, self.what)
         self.args = (f"{self.what}: {self.remedy}",)
 
 

@@ -178,6 +178,7 @@ class Execution:
             given=config.given,
             tasks=tuple(task.id for task in config.tasks),
             start=cleared.start,
+            has_target=cleared.has_target,
             allow_failing_base=allow_failing_base,
             hub=str(cleared.hub.root),
             started=runs.clock.now(),

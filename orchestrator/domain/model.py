@@ -295,6 +295,8 @@ class RunDocument(_Document):
     """Task ids in the file's order."""
     start: str
     """The commit that the target (or, where it did not exist, the base) was at: landings are looked for behind it."""
+    has_target: bool = False
+    """Whether the target existed when the run was created: then no landing creates it."""
     hub: str
     """The folder of the hub and the trusted repository."""
     started: Instant

@@ -276,6 +276,10 @@ class Ledger:
         """Return the status of every task, in the order of the file."""
         return {task: self._tasks[task].status for task in self.run.tasks}
 
+    def has_moved_target(self) -> bool:
+        """Return whether a commit of the run has landed: then the target has existed."""
+        return any(self._tasks[task].landed not in {None, self.run.start} for task in self.run.tasks)
+
     async def spec(self, task: str) -> TaskSpec:
         """Return what a task was asked to do; it may fail as often as `max_retries` lets it, if that is less."""
         spec = await read_spec(self._store, self.run.id, task)

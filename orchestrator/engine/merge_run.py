@@ -47,6 +47,7 @@ def built_merge(
         "tasks": (MERGE,),
         "given": ("tasks", "target", "workflows"),
         "start": start,
+        "has_target": True,
         "started": now,
         "ended": None,
         "halted": None,

@@ -29,7 +29,7 @@ from orchestrator.engine.borders import Borders, Escape
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.steps import Update
 from orchestrator.engine.workshop import Workshop
-from orchestrator.errors import ClaimLost, GitError, LeaseLost, RefusedError
+from orchestrator.errors import ClaimLost, GitError, LeaseLost, RefusedError, TargetGone
 from orchestrator.failpoints import failpoint
 from orchestrator.locking.merge_permit import MergePermit, MergePermits
 from orchestrator.protocols import JsonObject
@@ -146,6 +146,7 @@ class MergeQueue:
 
     async def _land_head(self, permit: MergePermit) -> list[str]:
         tasks = await self._take()
+        self.target.must_exist |= self.ledger.has_moved_target()
         try:
             if self._status(tasks[0]) is TaskStatus.LANDING:
                 left = await self._settle_all(permit, tasks)
@@ -196,14 +197,20 @@ class MergeQueue:
 
     async def verify(self) -> None:
         """Make sure that what has landed is still on the target, which somebody else may have rewritten."""
-        await self.target.refresh()
+        is_there, how = True, "rewritten"
+        try:
+            await self.target.refresh()
+        except TargetGone:
+            if any(status in CLAIMED for status in self.ledger.statuses().values()):
+                raise  # they can still land where it is created again
+            is_there, how = False, "deleted"
         for task in self.ledger.run.tasks:
             document = self.ledger.task(task)
-            if document.landed is None or await self.target.holds(document.landed):
+            if document.landed is None or (is_there and await self.target.holds(document.landed)):
                 continue
             branch = work_branch(self.ledger.run.id, task, str(document.builder.number))
             await self.git("update-ref", f"refs/heads/{branch}", document.commit or document.landed)
-            reason = f"its commit {document.landed[:10]} is no longer on the target, which was rewritten"
+            reason = f"its commit {document.landed[:10]} is no longer on the target, which was {how}"
             details = {"reason": reason, "branch": branch}
             await self.ledger.change(task, Trigger.LOSE, details, landed=None, branch=branch, reason=reason)
 

@@ -41,6 +41,7 @@ class Cleared:
     hub: Hub
     start: str
     sandbox: SandboxKind
+    has_target: bool
 
 
 async def check_run(
@@ -81,7 +82,7 @@ async def check_run(
     start = await fetch_ends(site, hub, run, (config.base, target if target in heads else config.base), environ)
     base = Base(config.base, internal_ref(run, "base"), Git(hub.trusted, environ=environ))
     await check_sources(config.worktrees, base, site.repository, [home])
-    return Cleared(target, hub, start, sandbox)
+    return Cleared(target, hub, start, sandbox, target in heads)
 
 
 def project_at(config: RunConfig, site: Site) -> Project:

@@ -20,7 +20,7 @@ from orchestrator.domain.model import CLAIMED, FINAL, INTERRUPTED, Attempt, Task
 from orchestrator.domain.sessions import SessionName
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.workshop import Workshop
-from orchestrator.errors import GitError, LockHeld, unusable
+from orchestrator.errors import GitError, LockHeld, RefusedError, TargetGone, unusable
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import JsonObject
 from orchestrator.repo import worktrees
@@ -51,8 +51,11 @@ async def recover(ledger: Ledger, shop: Workshop, clock: Clock) -> None:
     """
     alone = not await has_company(ledger)
     await worktrees.remove_stale_files(shop.hub, ledger.run.id, is_alone=alone)
+    shop.target.must_exist |= ledger.has_moved_target()
     try:
         await shop.target.refresh()
+    except TargetGone as gone:
+        raise RefusedError(gone.what, gone.remedy) from None
     except GitError as error:
         raise unusable(error, "the target can't be looked at", "try again when it can be reached") from None
     taken = await _take_over(ledger, shop, counts=False)

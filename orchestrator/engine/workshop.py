@@ -166,6 +166,7 @@ async def open_workshop(
         branch=run.target,
         start=run.start,
         ref=refs("target"),
+        must_exist=run.has_target,
         title=None if run.merges is None else f"Land run {run.merges}",
     )
     fence = FenceConfig.model_validate(run.fence)

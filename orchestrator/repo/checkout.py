@@ -178,8 +178,9 @@ async def settle(
     if checkout is not None and await _is_known(checkout, old, new, git):
         tip = await _tip(checkout, branch, git)
         if tip is None or not await git.is_ancestor(new, tip, cwd=checkout):
-            empty = await _empty_tree(checkout, git) if old is None or tip is None else ""
-            update = _Update(checkout, git, old or empty, tip or empty, new)
+            empty = await _empty_tree(checkout, git) if old is None else ""
+            # Of a branch that the user has deleted the files stay as they were.
+            update = _Update(checkout, git, old or empty, tip or old or empty, new)
             is_staged = await update.is_staged() if may_finish and tip == old else False
             if is_staged:
                 await anyio.to_thread.run_sync(_unlink, stale)

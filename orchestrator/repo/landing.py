@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 import anyio.to_thread
 
-from orchestrator.errors import LockHeld
+from orchestrator.errors import LockHeld, TargetGone
 from orchestrator.failpoints import failpoint
 from orchestrator.filelock import FileLock
 from orchestrator.locking.merge_permit import MergePermit
@@ -103,12 +103,14 @@ class Target:
         branch: str,
         start: str,
         ref: str,
+        must_exist: bool = False,
         title: str | None = None,
     ) -> None:
         """Take the branch of `source` (`repository` is None where that is a URL).
 
         `start` is the commit behind which landings are looked for, and what the target begins at where it does
-        not exist; `ref` keeps what was fetched of it in the trusted repository. `title` is the first line of merge
+        not exist; `ref` keeps what was fetched of it in the trusted repository. With `must_exist` it
+        existed before the run, and is not created. `title` is the first line of merge
         commits, `Land <task>` if it is None.
         """
         self.branch = branch
@@ -117,6 +119,8 @@ class Target:
         self._start, self._ref, self._title = start, ref, title
         self.known: str | None = None
         """The commit that the target was at when it was last looked at or moved; None if it does not exist."""
+        self.must_exist = must_exist
+        """Whether the target existed once: TargetGone where it does not exist now."""
         self._line: set[str] = set()
         """The commits of the target's first-parent line since the start."""
         self._trees: dict[str, str] = {}
@@ -125,21 +129,30 @@ class Target:
 
     async def tip(self) -> str:
         """Return the commit that work which builds on the target starts from."""
-        tip = await self._source.tip(self.branch)
+        tip = await self._look()
         if tip is None:
             return self._start
         return tip if tip == self.known else await self._source.fetch(self.branch, f"{self._ref}-tip")
 
-    async def refresh(self) -> str:
-        """Look where the target is and what has landed on it; return the commit to merge onto."""
-        tip = await self._source.tip(self.branch)
+    async def refresh(self, *, again: bool = False) -> str:
+        """Look where the target is and what has landed on it, all of it `again`; return the commit to merge onto."""
+        tip = await self._look()
         if tip is None:
             self.known, self._line, self._contained = None, set(), {self._start}
             return self._start
-        if tip != self.known:
+        if again or tip != self.known:
             tip = await self._source.fetch(self.branch, self._ref)
+            self.known = None if again else self.known
             await self._read_line(tip)
             self.known = tip
+        return tip
+
+    async def _look(self) -> str | None:
+        """Return the commit that the target is at, None if it never existed; TargetGone if it was deleted."""
+        tip = await self._source.tip(self.branch)
+        self.must_exist = self.must_exist or self.known is not None or tip is not None
+        if tip is None and self.must_exist:
+            raise TargetGone(self.branch, self.known)
         return tip
 
     async def _read_line(self, tip: str) -> None:
@@ -349,8 +362,7 @@ class Target:
         foreign: list[str] = []
         if self._repository is not None:
             foreign = await self._settle_checkout(self._repository, merge, since, may_finish=True)
-        self.known = None
-        await self.refresh()
+        await self.refresh(again=True)
         if (landed := self.landing_of(intended)) is not None:
             return Landed(landed)
         if foreign:

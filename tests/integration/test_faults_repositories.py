@@ -8,11 +8,14 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Repository
+from orchestrator.process_table import process_stat
+from tests.conftest import Ended, Repository
+from tests.waiting import wait_for
 
 ONE = [{"id": "one", "prompt": "write one.txt 1\nappend README.md More."}]
 
@@ -75,6 +78,56 @@ async def test_a_lock_of_the_users_is_never_removed(repository: Repository, name
     lock.unlink()
     assert repository.council("resume", "--json").states == {"one": "landed"}
     await repository.assert_invariants()
+
+
+@pytest.mark.parametrize(
+    ("target", "failpoint"),
+    [
+        ("main", "work.recorded=stop"),
+        ("out", "work.recorded=stop@2"),
+        pytest.param("remote", "work.recorded=stop@2", marks=pytest.mark.extended),
+        ("main", "landing.intended=kill"),
+        pytest.param("main", "landing.pushed=kill", marks=pytest.mark.extended),
+        pytest.param("remote", "landing.pushed=kill@2", marks=pytest.mark.extended),
+    ],
+)
+async def test_a_target_that_is_deleted_during_a_run_is_not_created_again(
+    repository: Repository, tmp_path: Path, target: str, failpoint: str
+) -> None:
+    """Landings wait, also those of a process that was killed, until the branch exists again."""
+    folder, more = repository.top, {"target": target}
+    if target == "remote":
+        folder, target = tmp_path / "remote.git", "main"
+        repository.git("clone", "--quiet", "--bare", str(repository.top), str(folder))
+        more = {"repo": f"file://{folder}"}
+    git = ("-C", str(folder))
+    two = {"id": "two", "prompt": "append one.txt 2", "needs": ["one"]}
+    config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}, two], **more)
+    repository = replace(repository, top=config.parent if "repo" in more else repository.top)
+    child = repository.start("run", str(config), "--json", failpoints=failpoint)
+    if "stop" in failpoint:
+        wait_for(lambda: (stat := process_stat(child.pid)) is not None and stat.state == "T")
+    else:
+        child.communicate(timeout=60)
+    tip = repository.git(*git, "rev-parse", f"refs/heads/{target}")
+    repository.git(*git, "branch", "--move", target, "renamed")
+    if "stop" in failpoint:
+        child.send_signal(signal.SIGCONT)
+        stdout, stderr = child.communicate(timeout=60)
+        ended = Ended(child.returncode, stdout, stderr)
+        last = "two" if "@2" in failpoint else "one"
+        assert ended.states[last] == "queued", ended
+        (reason,) = (one["reason"] for one in ended.result["tasks"] if one["id"] == last)
+        command = f"git branch {target} {tip}"
+        remedy = f"create it again (`{command}`), then `council resume`"
+        assert reason == f"the target branch '{target}' was deleted or renamed: {remedy}"
+    refused = repository.council("resume", "--json")
+    assert (refused.code, "was deleted or renamed" in refused.result["error"]) == (2, True), refused
+    assert f"refs/heads/{target}" not in repository.git(*git, "for-each-ref", "--format=%(refname)").split()
+    repository.git(*git, "branch", "--move", "renamed", target)
+    ended = repository.council("resume", "--json")
+    assert ended.states == {"one": "landed", "two": "landed"}, ended
+    assert repository.git(*git, "show", f"{target}:one.txt") == "1\n2"
 
 
 async def test_a_detached_head_is_no_obstacle(repository: Repository) -> None:
