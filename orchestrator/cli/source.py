@@ -64,6 +64,8 @@ def is_prompt(text: str) -> bool:
 
     UsageError for a single word that is neither, which may as well be a file's name with a mistake in it.
     """
+    if not text.strip():
+        return True  # which is refused as an empty prompt
     if text.endswith(_ENDINGS) or os.path.lexists(text):
         return False
     if len(text.split()) < _FEWEST_WORDS:
