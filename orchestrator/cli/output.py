@@ -104,6 +104,8 @@ SENTENCES: Mapping[str, str] = {
     "claims.swept": "{swept} worker {orchestrator} ({reason})",
     "run.joined": "process {pid} on {host} joined",
     "task.after_run_failed": "a command after its session failed: {reason}",
+    "place.setup_started": "{place}: setup runs: {commands}",
+    "place.setup_finished": "{place}: setup took {seconds:g} s",
     "place.teardown_failed": "{place}: a command of its teardown failed: {reason}",
     "run.hooks_skipped": "landings do not run the hooks in {hooks}: {reason}",
     "place.ports_changed": "{place} got other ports, somebody else has {lost}",

@@ -112,6 +112,9 @@ class Equipment:
             raise known
         place = checkout.place
         variables = await self.lease(place.root)
+        facts: JsonObject = {"place": str(place.root), "commands": [step.run for step in steps[first:]]}
+        await self.tell("place.setup_started", facts)
+        began = anyio.current_time()
         async with _lent_git(place, commit):
             commands = hooks.setup_commands(steps, first, self.logs, place.number)
             ended = await hooks.run_in_turn(self._shell_of(place, variables), commands)
@@ -120,6 +123,8 @@ class Equipment:
             if isinstance(ended.last, CommandFailed):
                 self._failed[wanted[first + ended.done], at] = failure
             raise failure
+        seconds = round(anyio.current_time() - began, 1)
+        await self.tell("place.setup_finished", {"place": str(place.root), "seconds": seconds})
         return wanted
 
     async def strip(self, place: Place) -> None:

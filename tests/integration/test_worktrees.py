@@ -62,9 +62,13 @@ async def test_setup_runs_once_for_each_place_and_again_only_when_its_inputs_cha
     worktrees = {"setup": [{"run": step, "inputs": ["lock"]}]}
     script = "cmp lock made/lock && test -f note && echo @ > @.txt"
     config = shell(repository, outside, many(6, script), worktrees=worktrees, capacity=2)
-    run(repository, config)
+    done = run(repository, config)
     first = lines(outside / "setups")
     assert len(first) == len(set(first)) <= 3, "once for each place"
+    assert [one["commands"] for one in done.lines if one.get("event") == "place.setup_started"] == [[step]] * len(first)
+    took = [one["seconds"] for one in done.lines if one.get("event") == "place.setup_finished"]
+    assert len(took) == len(first)
+    assert min(took) > 0
     run(repository, shell(repository, outside, many(3, script.replace("@.", "@b.")), worktrees=worktrees, capacity=2))
     assert lines(outside / "setups") == first, "another run finds the places as they were left"
     repository.commit({"lock": "two\n"}, "other inputs")
