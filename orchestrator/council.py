@@ -518,12 +518,14 @@ class Council:
         return found if latest is None else replace(found, latest=Latest(*latest))
 
     async def runs(self, *, active: bool = False) -> list[RunReport]:
-        """Describe all runs of the project, or only those that are not over: at work, or cut off; the oldest first.
+        """Describe all runs of the project, or only the active ones, the oldest first.
+
+        These are running or interrupted, or have ended with tasks that wait, such as after a retry.
 
         Runs that can't be read are left out: `damage` names the document.
         """
         found = await self._runs.all()
-        return [report for report in found if not active or report.status in _ACTIVE]
+        return [report for report in found if not active or report.status in _ACTIVE or report.has_work_left]
 
     async def run_ids(self) -> list[str]:
         """Return the ids of all runs of the project that can be read, the oldest first."""

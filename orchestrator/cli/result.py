@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from orchestrator.cli.output import kept_name, lines, one_line, plain
 from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.model import FINAL, REVIVABLE, SUCCESSFUL, Halt, TaskStatus
+from orchestrator.domain.model import REVIVABLE, SUCCESSFUL, Halt, TaskStatus
 from orchestrator.engine.report import (
     AdapterReport,
     OrchestratorReport,
@@ -168,8 +168,8 @@ def waits_for_merge(report: RunReport) -> bool:
 def needs_retry(report: RunReport) -> bool:
     """Whether a run has ended without success, and has nothing to resume before a `council retry`."""
     is_stopped = any(adapter.closed is not None for adapter in report.adapters)
-    is_over = all(task.state in {*FINAL, "blocked"} for task in report.tasks)
-    return report.status is RunStatus.INCOMPLETE and report.imported is None and is_over and not is_stopped
+    is_over = report.imported is None and not report.has_work_left
+    return report.status is RunStatus.INCOMPLETE and is_over and not is_stopped
 
 
 def text_lines(rows: Sequence[ResultRow]) -> Iterator[str]:

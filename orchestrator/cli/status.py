@@ -49,7 +49,7 @@ def status(run: str | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--active", is_flag=True, help="Only those that are not over: at work, or cut off.")
+@click.option("--active", is_flag=True, help="Only those that run, were interrupted, or have tasks that wait.")
 @store_option
 @json_option
 def runs(active: bool, as_json: bool) -> None:

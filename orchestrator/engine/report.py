@@ -226,6 +226,11 @@ class RunReport:
         """What the shell gets."""
         return EXIT_CODES[self.status]
 
+    @property
+    def has_work_left(self) -> bool:
+        """Whether a resume or a merge could continue one of its tasks."""
+        return self.imported is None and any(task.state not in {*FINAL, "blocked"} for task in self.tasks)
+
     def to_json(self) -> JsonObject:
         """Return the result object."""
         # `asdict` copies all that it meets, which takes long for thousands of tasks.

@@ -88,6 +88,8 @@ async def test_after_a_run_its_figures_and_its_past_are_there(repository: Reposi
     [line] = repository.council("runs").stdout.splitlines()
     assert line.startswith(f"{told['run']}  incomplete   1 of 3 landed on main, 1 failed, 1 blocked, ")
     assert repository.council("runs", "--active").stdout == ""
+    assert repository.council("retry", "bad").code == 0
+    assert repository.council("runs", "--active").stdout.startswith(told["run"])
 
     landed = next(one["position"] for one in told["events"] if one["event"] == "task.landed")
     before = repository.council("state", "at", str(landed - 1), "task/good", "--json").result
