@@ -109,11 +109,11 @@ class Activity:
 
     async def _count(self, commits: Mapping[str, str], viewer: Viewer) -> None:
         try:
-            counted = await self.archive.landed(self.record.run.id, list(commits.values()))
+            counted = await self.archive.landed(self.record.run.id, commits)
         except (CouncilError, OSError):  # gone from our repository: nobody can say any more
             counted = {}
-        for task, commit in commits.items():
-            viewer.count(task, counted.get(commit, Changes()))
+        for task in commits:
+            viewer.count(task, counted.get(task, Changes()))
 
     async def _look(self, session: Working, viewer: Viewer) -> None:
         try:

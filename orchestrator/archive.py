@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -203,9 +203,22 @@ class Archive:
         at = await find_workplace(self._store, adapters, self._project.all_logs, redactor, session)
         return await details(await self._git(run), at, redactor)
 
-    async def landed(self, run: str, commits: Sequence[str]) -> dict[str, Changes]:
-        """Return how much each of the commits by which tasks landed changes in the target."""
-        return await diffs.count_landed(await self._git(run), commits)
+    async def landed(self, run: str, commits: Mapping[str, str]) -> dict[str, Changes]:
+        """Return by task how much each has changed; `commits` are those by which they landed.
+
+        A landing may also bring commits of the user's onto the target, from the base: they do not count.
+        """
+        works = {task: await self._landed_work(run, task, commit) for task, commit in commits.items()}
+        counted = await diffs.count_many(await self._git(run), dict(works.values()))
+        return {task: counted[commit] for task, (commit, _) in works.items()}
+
+    async def _landed_work(self, run: str, task: str, landed: str) -> tuple[str, str | None]:
+        """Return the commit that a task built and its base, or the commit by which it landed and None."""
+        with suppress(RefusedError):
+            document = await read_task(self._store, run, task)
+            if document.landed == landed and document.commit is not None:
+                return document.commit, document.builder.base
+        return landed, None
 
     async def kept(self, run: str) -> list[KeptWork]:
         """Return all work of a run that is kept beside the target."""

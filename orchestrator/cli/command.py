@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -163,10 +164,10 @@ async def show_result(context: Context, council: Council, report: RunReport, cod
     """
     whole: bool = click.get_current_context().meta.get(_WHOLE, True)
     changes: Mapping[str, Changes] = {}
-    commits = [task.landed for task in report.tasks if task.landed is not None]
+    commits = {task.id: task.landed for task in report.tasks if task.landed is not None}
     if whole and not context.output.as_json:
         with suppress(CouncilError, OSError):
-            changes = await council.archive.landed(report.run, commits[:_MOST_COUNTED])
+            changes = await council.archive.landed(report.run, dict(islice(commits.items(), _MOST_COUNTED)))
     is_newest = context.output.as_json or await council.newest_run() == report.run
     context.output.result(report, code, changes=changes, is_newest=is_newest, whole=whole)
 

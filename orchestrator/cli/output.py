@@ -174,7 +174,7 @@ class Output:
     ) -> None:
         """Print how a run stands, as the last thing; `code` is the exit code where that is not the run's own.
 
-        `changes` says how much the commits change by which tasks landed; people are told. Unless it is `whole`, people
+        `changes` says how much each task that landed has changed; people are told. Unless it is `whole`, people
         get the totals and what needs attention.
         """
         if self.as_json:

@@ -92,7 +92,7 @@ def kept_as(task: TaskReport) -> str | None:
 
 
 def result_rows(report: RunReport, changes: Mapping[str, Changes], *, is_newest: bool = True) -> Iterator[ResultRow]:
-    """Yield a row for each task in the order of the file; `changes` says how much each commit changes."""
+    """Yield a row for each task in the order of the file; `changes` says how much each changed."""
     sessions = {one.task: one for one in report.sessions}
     for task in report.tasks:
         session = sessions.get(task.id) if task.state == TaskStatus.RUNNING else None
@@ -120,7 +120,7 @@ def _what(task: TaskReport, target: str, changes: Mapping[str, Changes]) -> str:
     parts = []
     if task.landed is not None:
         text = f"{task.landed[:10]} on {plain(target)}"
-        if (changed := changes.get(task.landed)) is not None:
+        if (changed := changes.get(task.id)) is not None:
             text += f", {changed.files} {'file' if changed.files == 1 else 'files'} {lines(changed)}"
         parts.append(text)
     if task.reason is not None:

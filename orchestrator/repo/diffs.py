@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,12 +84,16 @@ async def count(git: Git, base: str, commit: str) -> Changes:
     return _counted((await git("diff-tree", "-r", *_COUNTS, base, commit)).stdout.splitlines())
 
 
-async def count_landed(git: Git, commits: Sequence[str]) -> dict[str, Changes]:
-    """Return how much each of many commits changes in its first parent, with one git command for all."""
+async def count_many(git: Git, commits: Mapping[str, str | None]) -> dict[str, Changes]:
+    """Return how much each of many commits changes, with one git command for all.
+
+    Each is compared with the commit that it is mapped to; None: with its first parent.
+    """
     if not commits:
         return {}
     command = ("diff-tree", "--stdin", "-r", "--root", "--diff-merges=first-parent", *_COUNTS)
-    done = await git(*command, input_="".join(f"{one}\n" for one in commits).encode())
+    lines_in = "".join(f"{one} {base}\n" if base else f"{one}\n" for one, base in commits.items())
+    done = await git(*command, input_=lines_in.encode())
     lines: dict[str, list[bytes]] = {commit: [] for commit in commits}
     commit = ""
     for line in done.stdout.splitlines():

@@ -92,8 +92,8 @@ async def test_what_landed_is_counted_at_once(repository: Repository, run_of_two
         report = await council.status()
         commit = report.tasks[0].landed
         assert commit is not None
-        assert await council.archive.landed(report.run, [commit]) == {commit: Changes(2, 3, 1)}
-        assert await council.archive.landed(report.run, []) == {}
+        assert await council.archive.landed(report.run, {"landed": commit}) == {"landed": Changes(2, 3, 1)}
+        assert await council.archive.landed(report.run, {}) == {}
         assert await council.archive.changes(report.run, "failed") == Changes(1, 1, 0)
         activity = await council.activity(report.run)
         watcher = Watcher(commits={"landed": commit, "gone": "f" * 40})
@@ -102,6 +102,19 @@ async def test_what_landed_is_counted_at_once(repository: Repository, run_of_two
             await until(lambda: len(watcher.counted) == 2)
             group.cancel_scope.cancel()
     assert watcher.counted == {"landed": Changes(2, 3, 1), "gone": Changes()}
+
+
+def test_commits_of_the_user_are_not_counted_as_the_work_of_a_task(repository: Repository) -> None:
+    """A task that starts from the base as it is by then brings the user's commits onto the target with its own."""
+    gate = repository.spawns.parent / "gate"
+    tasks = [{"id": "first", "prompt": f"await {gate}\nwrite a.txt 1"}, {"id": "second", "prompt": "write b.txt 1"}]
+    child = repository.start("run", str(repository.configure(tasks, target="out", capacity=1)))
+    wait_for(repository.spawns.exists)
+    repository.commit({"mine.txt": "1\n2\n"})
+    gate.touch()
+    child.communicate(timeout=60)
+    assert repository.git("show", "out:mine.txt", "out:b.txt") == "1\n2\n1"
+    assert repository.council("status").stdout.count("on out, 1 file +1 -0\n") == 2
 
 
 async def test_a_session_is_heard_and_seen_while_it_works(repository: Repository) -> None:

@@ -112,7 +112,7 @@ def test_the_plain_form_has_columns() -> None:
         task("failed", id="api", reason="it broke\nbadly", branch="council/run/api/1"),
         task("landed", id="gone", landed="f" * 40, reason="the target holds the same change already"),
     )
-    rows = list(result_rows(report, {COMMIT: Changes(2, 12, 3)}))
+    rows = list(result_rows(report, {report.tasks[0].id: Changes(2, 12, 3)}))
     assert summary(report) == "run run: incomplete, 2 of 3 landed on main"
     assert list(text_lines(rows)) == [
         "  models  landed  0123456789 on main, 2 files +12 -3",
