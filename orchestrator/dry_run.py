@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
+
+import anyio
 
 from orchestrator.clock import Clock, SystemClock
 from orchestrator.config.adapters import trial_request
@@ -11,6 +14,8 @@ from orchestrator.config.coordination import CoordinationOverrides, coordinate, 
 from orchestrator.config.model import RunConfig, used_adapters
 from orchestrator.domain.admission import Demand
 from orchestrator.engine.capacity import measure_room
+from orchestrator.engine.doctor import Subject, examine
+from orchestrator.engine.findings import Level
 from orchestrator.engine.preflight import check_run, forget, project_at
 from orchestrator.engine.records import new_run_id
 from orchestrator.engine.rehearsal import Rehearsal, rehearse, starters
@@ -29,7 +34,9 @@ async def rehearse_run(
     clock: Clock | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Rehearsal:
-    """Check all that `Council.create_run` checks, and say what the run would do; nothing is started or recorded.
+    """Check all that `Council.create_run` and `council doctor` check, and say what the run would do.
+
+    Nothing is started or recorded but the programs of adapters, to ask for their versions.
 
     Only our own repositories change: the commits are fetched into them, as for a run.
     """
@@ -49,7 +56,7 @@ async def rehearse_run(
         task.id: adapters[starting[task.id][0]].command(trial_request(task.id, task.prompt)).argv[0]
         for task in config.tasks
     }
-    return rehearse(
+    planned = rehearse(
         config,
         starting,
         programs,
@@ -57,4 +64,11 @@ async def rehearse_run(
         target=config.target or "council/<run>",
         repository=site.location,
         sandbox=cleared.sandbox,
+    )
+    file = config.path if await anyio.Path(config.path).is_file() else None
+    left_out = [str(one) for one in plugins.left_out]
+    findings = await examine(Subject(config.path.parent, file, config, plugins.adapters, left_out), environ)
+    deferred = {"target"} if allow_deferred else set()
+    return replace(
+        planned, findings=[one for one in findings if one.level is not Level.OK and one.name not in deferred]
     )

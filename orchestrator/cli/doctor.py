@@ -8,12 +8,11 @@ from pathlib import Path
 import click
 
 from orchestrator.cli.command import Context, json_option, perform
-from orchestrator.cli.findings import show_findings
+from orchestrator.cli.findings import exit_code, show_findings
 from orchestrator.cli.learned import learned
 from orchestrator.cli.scene import look_around
 from orchestrator.cli.trusting import trust_option
 from orchestrator.engine.doctor import Subject, examine
-from orchestrator.engine.findings import Level
 
 
 @click.command()
@@ -37,7 +36,7 @@ def doctor(file: Path | None, as_json: bool) -> None:
         left_out = [str(one) for one in scene.plugins.left_out]
         subject = Subject(scene.folder, scene.file, scene.config, scene.plugins.adapters, left_out)
         findings = [*await examine(subject, os.environ), *(await learned(context)).findings()]
-        code = int(any(finding.level is Level.PROBLEM for finding in findings))
+        code = exit_code(findings)
         show_findings(findings, code, context.output)
         return code
 

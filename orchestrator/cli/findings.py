@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 
 from orchestrator.cli.output import Output, one_line, plain
@@ -15,13 +15,24 @@ def show_findings(findings: Sequence[Finding], code: int, output: Output) -> Non
     if output.as_json:
         output.json({"findings": [asdict(finding) for finding in findings], "exit": code})
         return
-    width = max(len(finding.name) for finding in findings)
-    for finding in findings:
-        output.text(plain(f"{finding.level:<8} {finding.name:<{width}}  {one_line(finding.found)}") + "\n")
-        if finding.remedy is not None:
-            output.text(plain(f"{'':<8} {'':<{width}}  → {one_line(finding.remedy)}") + "\n")
+    for line in finding_lines(findings):
+        output.text(f"{line}\n")
     counts = Counter(finding.level for finding in findings)
     output.text(f"{_counted(counts[Level.PROBLEM], 'problem')}, {_counted(counts[Level.WARNING], 'warning')}\n")
+
+
+def finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
+    """Yield each finding as a line, with its remedy on the next one."""
+    width = max((len(finding.name) for finding in findings), default=0)
+    for finding in findings:
+        yield plain(f"{finding.level:<8} {finding.name:<{width}}  {one_line(finding.found)}")
+        if finding.remedy is not None:
+            yield plain(f"{'':<8} {'':<{width}}  → {one_line(finding.remedy)}")
+
+
+def exit_code(findings: Iterable[Finding]) -> int:
+    """Return the exit code: 1 if there is a problem, warnings aside."""
+    return int(any(finding.level is Level.PROBLEM for finding in findings))
 
 
 def _counted(count: int, what: str) -> str:

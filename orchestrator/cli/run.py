@@ -24,6 +24,7 @@ from orchestrator.cli.command import (
     verbose_option,
 )
 from orchestrator.cli.coordinating import coordination_options
+from orchestrator.cli.findings import exit_code, finding_lines
 from orchestrator.cli.mermaid import flowchart
 from orchestrator.cli.output import Output
 from orchestrator.cli.plan import plan_text
@@ -141,8 +142,7 @@ def run_file(  # noqa: PLR0917  as many as there are options
         await require_trust(config, is_named=file is not None)
         if dry_run:
             rehearsal = await rehearse_run(config, plugins, allow_deferred=allow_deferred, coordination=coordination)
-            _show_rehearsal(rehearsal, context.output, mermaid=mermaid)
-            return 0
+            return _show_rehearsal(rehearsal, context.output, mermaid=mermaid)
         async with opened(context.log, config, plugins) as council:
             if detach and council.store_url == MEMORY:
                 raise RefusedError("a store in memory ends with this process", "leave --detach out, or choose another")
@@ -156,11 +156,15 @@ def run_file(  # noqa: PLR0917  as many as there are options
     perform(command, as_json=as_json)
 
 
-def _show_rehearsal(rehearsal: Rehearsal, output: Output, *, mermaid: bool) -> None:
+def _show_rehearsal(rehearsal: Rehearsal, output: Output, *, mermaid: bool) -> int:
+    code = exit_code(rehearsal.findings)
     if output.as_json:
-        output.json({**rehearsal.to_json(), "exit": 0})
-    else:
-        output.text(flowchart(rehearsal) if mermaid else plan_text(rehearsal))
+        output.json({**rehearsal.to_json(), "exit": code})
+        return code
+    output.text(flowchart(rehearsal) if mermaid else plan_text(rehearsal))
+    if rehearsal.findings:
+        output.text("".join(f"{line}\n" for line in ("", *finding_lines(rehearsal.findings))), err=mermaid)
+    return code
 
 
 @click.command()

@@ -11,6 +11,7 @@ from orchestrator.domain.dispatch import Entry
 from orchestrator.domain.model import TaskDocument
 from orchestrator.domain.plan import plan, sessions_at_once
 from orchestrator.domain.workflow import PLAIN, Workflow, adapters_at
+from orchestrator.engine.findings import Finding
 from orchestrator.protocols import JsonObject
 
 
@@ -61,6 +62,8 @@ class Rehearsal:
     limited_by: str | None
     """What keeps that below the file's `capacity`, if the machine does."""
     waves: Sequence[PlannedWave]
+    findings: Sequence[Finding] = ()
+    """The problems and warnings of `council doctor`."""
 
     def to_json(self) -> JsonObject:
         """Return the result object of `run --dry-run`."""

@@ -148,6 +148,24 @@ def _without_measures(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"defaults": {"checks": ["no-such-tool --all"]}}, {"worktrees": {"setup": ["no-such-installer"]}}],
+    ids=["check", "setup"],
+)
+def test_problems_are_those_that_doctor_finds(repository: Repository, settings: dict[str, Any]) -> None:
+    """With its exit code; the plan is printed all the same."""
+    config = str(repository.configure(TASKS[:1], **settings))
+    told = repository.council("run", config, "--dry-run", "--json")
+    found = repository.council("doctor", config, "--json").result["findings"]
+    assert (told.code, told.result["exit"], told.result["status"]) == (1, 1, "planned"), told
+    problems = [one for one in told.result["findings"] if one["level"] == "problem"]
+    assert problems == [one for one in found if one["level"] == "problem"] != []
+    text = repository.council("run", config, "--dry-run").stdout
+    assert text.startswith("1 task in 1 wave")
+    assert problems[0]["found"][:40] in text
+
+
 async def test_deferred_landing_is_allowed_if_it_is_said(repository: Repository) -> None:
     """--allow-deferred goes with --dry-run."""
     _dirty(repository)
