@@ -29,6 +29,7 @@ from orchestrator.domain.dispatch import Board, with_parts
 from orchestrator.domain.model import (
     FINAL,
     REVIVABLE,
+    RUNNING,
     SUCCESSFUL,
     AdapterDocument,
     Attempt,
@@ -42,8 +43,9 @@ from orchestrator.protocols import Event, JsonObject, Record
 from orchestrator.repo.diffs import Changes
 from orchestrator.sessions.transcript import NOTHING_SAID, Transcript
 
-_AT_WORK = frozenset({TaskStatus.RUNNING, TaskStatus.CHECKING, TaskStatus.LANDING})
 _BUILT = frozenset({TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.LANDING, TaskStatus.LANDED})
+#: States in which the lines of a row are those of what the last session left.
+_SESSION_ENDED = (FINAL - {TaskStatus.LANDED}) | {TaskStatus.QUEUED, TaskStatus.WAITING}
 _NOT_LANDED = tuple(PHASES[status] for status in TaskStatus if status in REVIVABLE)
 #: The shortest time left that is told, in seconds: what is nearly over is over before it is read.
 _SOON = 1.0
@@ -209,8 +211,11 @@ class RunView:
         self._groups[phase(after)][task] = None
         self._spending.add(after, 1)
         self._pace.built(task, after)
-        if after.status is TaskStatus.QUEUED and before is not None and before.status is TaskStatus.RUNNING:
-            self._unseen[task] = None
+        if before is not None and before.status is TaskStatus.RUNNING and after.status in _SESSION_ENDED:
+            if after.status is TaskStatus.QUEUED or after.attempt.branch is not None:
+                self._unseen[task] = None
+            else:
+                self._replace(task, Changes())  # nothing is kept of it
         elif after.status in {TaskStatus.PENDING, TaskStatus.LANDED}:
             self._unseen.pop(task, None)
         if after.status in FINAL:
@@ -333,7 +338,7 @@ class RunView:
         costs = [cost for cost in (self._spending.cost, *(one.cost for one in running)) if cost is not None]
         return Totals(
             landed=count["landed"],
-            running=sum(count[PHASES[status]] for status in _AT_WORK),
+            running=sum(count[PHASES[status]] for status in RUNNING),
             queued=count["queued"],
             waiting=count["waiting"] + count[RETRY] - blocked,
             blocked=blocked,

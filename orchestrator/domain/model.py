@@ -36,6 +36,8 @@ class TaskStatus(StrEnum):
 REVIVABLE = frozenset({TaskStatus.NO_CHANGE, TaskStatus.CONFLICT, TaskStatus.FAILED, TaskStatus.CANCELLED})
 #: States in which the task's work is built and on its way to the target.
 WAITING_TO_LAND = frozenset({TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.LANDING})
+#: States in which a session, a check or a landing of the task runs now.
+RUNNING = frozenset({TaskStatus.RUNNING, TaskStatus.CHECKING, TaskStatus.LANDING})
 #: States in which a task is somebody's: an orchestrator holds the claim on it. Only an attempt leads to them.
 CLAIMED = frozenset({TaskStatus.RUNNING, *WAITING_TO_LAND})
 #: States in which what needs the task may start.

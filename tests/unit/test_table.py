@@ -214,6 +214,18 @@ def test_what_was_built_is_seen_once_more() -> None:
     assert shown.frame(40.0, 5).rows[0].changes == Changes(1, 2, 0)
 
 
+@pytest.mark.parametrize("branch", ["council/run/t0/1", None])
+def test_what_a_failed_session_left_is_seen_once_more(branch: str | None) -> None:
+    """What is kept of it is looked at; where nothing is, the row shows no lines."""
+    shown = view(tasks(1))
+    shown.apply(record("t0", TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
+    shown.see(Working("t0", 1, "fake"), Changes(1, 2, 0))
+    crashed = attempt(ended=30.0, outcome="crashed", branch=branch)
+    shown.apply(record("t0", TaskDocument(status=TaskStatus.FAILED, attempts=(crashed,), branch=branch)))
+    assert shown.built() == ([] if branch is None else [Working("t0", 1, "fake")])
+    assert shown.frame(40.0, 5).rows[0].changes == (Changes() if branch is None else Changes(1, 2, 0))
+
+
 def test_a_resumed_run_counts_its_own_time_and_room() -> None:
     """`elapsed` begins when a process took the run; sessions are as many as fit the machine."""
     shown = view(tasks(1), capacity=8)
