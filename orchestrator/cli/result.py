@@ -5,11 +5,12 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from orchestrator.cli.output import kept_name, lines, one_line, plain
 from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.model import REVIVABLE, SUCCESSFUL, Halt, TaskStatus
+from orchestrator.domain.model import REVIVABLE, RUNNING, SUCCESSFUL, Halt, TaskStatus
 from orchestrator.engine.report import (
     AdapterReport,
     OrchestratorReport,
@@ -180,6 +181,13 @@ def text_lines(rows: Sequence[ResultRow]) -> Iterator[str]:
         yield f"  {row.task:<{name}}  {row.state:<{state}}  {row.what}".rstrip()
         if row.step:
             yield f"  {'':<{name}}  {'':<{state}}  next: {row.step}"
+
+
+def running_lines(report: RunReport) -> Iterator[str]:
+    """Yield the totals of a run, and the tasks that are running, being checked or landing now."""
+    yield summary(report)
+    running = [task for task in report.tasks if task.state in RUNNING]
+    yield from text_lines(list(result_rows(replace(report, tasks=running), {})))
 
 
 def hints(report: RunReport) -> Iterator[str]:

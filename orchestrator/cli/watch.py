@@ -16,6 +16,7 @@ from orchestrator.cli.command import (
     verbose_option,
 )
 from orchestrator.cli.progress import shown
+from orchestrator.cli.result import running_lines
 
 #: Seconds between two looks whether a process is still at work in the run: one that was killed says nothing.
 _ALIVE_PAUSE = 0.5
@@ -29,7 +30,8 @@ _ALIVE_PAUSE = 0.5
 def watch(run: str | None, as_json: bool) -> None:
     """Show a run that is at work until it ends; Ctrl-C ends only the showing.
 
-    Without RUN it is the newest.
+    Without a terminal it prints the tasks that are running now, then a line for each event. Without RUN it is the
+    newest.
 
     \b
     Examples:
@@ -42,6 +44,8 @@ def watch(run: str | None, as_json: bool) -> None:
             name = await council.find_run(run)
             after = await council.position()
             if await council.is_live(name):
+                if not (as_json or context.output.draws):  # the table has it
+                    context.output.text("".join(f"{line}\n" for line in running_lines(await council.status(name))))
                 async with shown(council, name, context.output, after) as progress:
                     while await council.is_live(name):  # noqa: ASYNC110  another process, which may also be killed
                         await anyio.sleep(_ALIVE_PAUSE)

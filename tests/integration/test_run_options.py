@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +156,15 @@ async def test_a_detached_run_continues_in_a_session_of_its_own(repository: Repo
     os.kill(started["pid"], signal.SIGINT)
     wait_for(lambda: repository.council("status", "--json").result["status"] == "interrupted")
     assert repository.council("status", "--json").result["background"] is None
-    gate.touch()
     text = repository.council("resume", "--detach", "-j", "1").stdout
     assert f"council watch {started['run']}" in text
+    wait_for(lambda: repository.council("status", "--json").states["t"] == "running")
+    pipe = subprocess.PIPE
+    with subprocess.Popen(["council", "watch"], cwd=repository.top, env=repository.environ, stdout=pipe) as watch:
+        assert watch.stdout is not None
+        shown = [watch.stdout.readline().split()[:2] for _ in range(2)]
+        gate.touch()
+    assert shown == [[b"run", f"{started['run']}:".encode()], [b"t", b"running"]]
     assert repository.council("watch", "--json").states == {"t": "landed"}
 
 
