@@ -534,8 +534,8 @@ class Execution:
         record.run.check_ours()
         for task in tasks:
             await check_task(runs.store, record.run, task)
-        even_pending = reload is not None and not await runs.is_live(run)
-        check_request(action, tasks, record.tasks, record.blocked(), even_pending=even_pending)
+        even_waiting = reload is not None and phase is None
+        check_request(action, tasks, record.tasks, record.blocked(), even_waiting=even_waiting)
         await self._check_phase(record, tasks, phase)
         adapters = check_reopening(record, adapters, runs.clock.now()) if action is Action.REOPEN else ()
         named = _named(record, action, tasks)

@@ -151,7 +151,8 @@ def retry(tasks: tuple[str, ...], phase: str | None, reloads: bool, run: str | N
     does.
 
     A run keeps the prompts, limits and adapters that it recorded when it started. With --reload these tasks take over
-    what the file says now, pending tasks too; `needs`, `owns` and `workflow` can't change.
+    what the file says now; `needs`, `owns` and `workflow` can't change. A task that waits to start or to land takes it
+    over, too, and stays in its state.
 
     \b
     Examples:

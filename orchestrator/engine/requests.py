@@ -27,6 +27,8 @@ from orchestrator.repo.hub import work_branch
 
 #: Characters of what a person says of what they approve or reject.
 LONGEST_NOTE: Final = 10_000
+#: States in which a task takes over what its file says and stays: an attempt or a landing of it reads that later.
+_RELOADED: Final = frozenset({TaskStatus.PENDING, TaskStatus.QUEUED})
 #: Another orchestrator has just begun a task, or ended it.
 _OVERTAKEN: Final = (ClaimLost, VersionConflict)
 
@@ -37,11 +39,11 @@ def check_request(
     documents: Mapping[str, TaskDocument],
     blocked: Mapping[str, str],
     *,
-    even_pending: bool = False,
+    even_waiting: bool = False,
 ) -> None:
     """Refuse what can't be done for tasks as they stand; `blocked` are those that wait in vain, with the need.
 
-    With `even_pending` tasks can be tried again that wait to be tried anyway.
+    With `even_waiting` also tasks that wait to start or to land, for a reload that leaves them in their state.
     """
     for task in tasks:
         status = documents[task].status
@@ -63,7 +65,7 @@ def check_request(
         if action is Action.RETRY and status is TaskStatus.WAITING:
             remedy = f"`council approve {task}`, or `council reject {task}` has its phase done again"
             raise RefusedError(f"task {task!r} waits for approval", remedy)
-        if action is Action.RETRY and status not in REVIVABLE and not (even_pending and status is TaskStatus.PENDING):
+        if action is Action.RETRY and status not in REVIVABLE and not (even_waiting and status in _RELOADED):
             raise RefusedError(f"task {task!r} has not ended (state: {status})", "cancel it first, or wait")
 
 

@@ -504,6 +504,38 @@ async def test_reload_takes_over_adapters_and_pending_tasks(repository: Reposito
     await repository.assert_invariants()
 
 
+def test_reload_takes_over_a_task_that_waits_in_a_live_run(repository: Repository) -> None:
+    """It waits as before, and starts with what the file says by then."""
+    gate = repository.spawns.parent / "gate"
+    tasks: list[dict[str, Any]] = [
+        {"id": "first", "prompt": f"await {gate}\nwrite a.txt a"},
+        {"id": "later", "prompt": "write later.txt old", "needs": ["first"]},
+    ]
+    child = repository.start("run", _file(repository, tasks), "--json")
+    wait_for(repository.spawns.exists)
+    _file(repository, [tasks[0], {**tasks[1], "prompt": "write later.txt new"}])
+    reloaded = repository.council("retry", "later", "--reload", "--json")
+    assert (reloaded.code, reloaded.states["later"]) == (0, "pending"), reloaded
+    gate.touch()
+    child.communicate(timeout=60)
+    assert (repository.top / "later.txt").read_text() == "new\n"
+
+
+def test_reload_takes_over_the_checks_of_a_task_that_waits_to_land(repository: Repository) -> None:
+    """What it built stays queued; its landing runs the new checks."""
+    task: dict[str, Any] = {"id": "built", "prompt": "write README.md changed", "attempts": 1}
+    (repository.top / "README.md").write_text("my own change")
+    assert (
+        repository.council("run", _file(repository, [task]), "--allow-deferred", "--json").states["built"] == "queued"
+    )
+    _file(repository, [{**task, "checks": ["test -e missing"]}])
+    reloaded = repository.council("retry", "built", "--reload", "--json")
+    assert (reloaded.code, reloaded.states["built"]) == (0, "queued"), reloaded
+    repository.git("checkout", "--quiet", "README.md")
+    [landed] = repository.council("merge", "--json").result["tasks"]
+    assert (landed["state"], "test -e missing" in landed["reason"]) == ("failed", True), landed
+
+
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     ("change", "words"),
