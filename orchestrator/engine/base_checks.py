@@ -277,6 +277,8 @@ class BaseChecks:
         if key not in self._unrunnable:
             async with self._turn():
                 result = await self._run(task, spec, commands, base)
+            if isinstance(result, Unchecked):  # another time it can
+                return None
             there = result.unrunnable if isinstance(result, CommandFailed) else None
             is_missing_there = there is not None and not (is_allowed and there.may_be_added)
             self._unrunnable[key] = failed.describe_unrunnable(correction) if is_missing_there else None
