@@ -141,11 +141,12 @@ def summary(report: RunReport) -> str:
 def landed_words(report: RunReport) -> str:
     """Return how many tasks succeeded, on which branch they landed, and the source of an imported record.
 
-    A task that is done has nothing that could land.
+    A task that is done has nothing that could land. A run's own branch exists from the first landing on.
     """
     states = Counter(task.state for task in report.tasks)
     done = f"{states[TaskStatus.DONE]} done, " if states[TaskStatus.DONE] else ""
-    target = f" on {report.target}" if report.target else ""
+    exists = report.target != f"council/{report.run}" or own_branch(report)
+    target = f" on {report.target}" if report.target and exists else ""
     source = "" if report.imported is None else f" (imported from {report.imported})"
     return plain(f"{done}{states[TaskStatus.LANDED]} of {len(report.tasks)} landed{target}{source}")
 

@@ -122,6 +122,13 @@ def test_the_plain_form_has_columns() -> None:
     ]
 
 
+def test_a_branch_of_its_own_is_named_once_it_exists() -> None:
+    """The first landing creates it; a target that the file names may exist before."""
+    for state, words in (("failed", "0 of 1 landed"), ("landed", "1 of 1 landed on council/run")):
+        one = task(state, landed=COMMIT if state == "landed" else None)
+        assert summary(replace(run(one), target="council/run")) == f"run run: incomplete, {words}"
+
+
 def test_no_task_no_row() -> None:
     """A run without tasks is no error."""
     assert list(text_lines([])) == []
