@@ -349,7 +349,7 @@ class Archive:
         found = [one for one in document.attempts if (one.phase or PLAIN[0].name) == phase]
         if not found:
             known = ", ".join(dict.fromkeys(one.phase or PLAIN[0].name for one in document.attempts))
-            what = f"task {task!r} has no attempt in phase {phase!r}"
+            what = f"task {task!r} has no session in phase {phase!r}"
             raise RefusedError(what, f"name one of: {known}")
         return found[-1]
 
@@ -357,7 +357,7 @@ class Archive:
         if not document.attempts:
             raise await self._not_tried(run, task)
         if number is not None and not 0 < number <= len(document.attempts):
-            raise RefusedError(f"task {task!r} has no attempt {number}", f"name one from 1 to {len(document.attempts)}")
+            raise RefusedError(f"task {task!r} has no session {number}", f"name one from 1 to {len(document.attempts)}")
         return document.attempts[(number or 0) - 1]
 
     async def _not_tried(self, run: str, task: str) -> RefusedError:

@@ -209,7 +209,7 @@ def _lines(found: Restoration) -> Iterable[str]:
     yield f"made by {one.maker}: {one.reason}"
     yield f"tasks: {_phase(one)}"
     for session in one.sessions:
-        yield f"at work: {session.run}/{session.task}, attempt {session.attempt}, {session.status}"
+        yield f"at work: {session.run}/{session.task}, session {session.attempt}, {session.status}"
     yield from (f"would be as it was: {key}" for key in found.written)
     yield from (f"would be gone: {key}" for key in found.deleted)
     yield from (f"would stay as it is: {key}: {why}" for key, why in found.left.items())

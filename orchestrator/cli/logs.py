@@ -26,8 +26,8 @@ _WIDEST, _NARROWEST = 100, 40
 @click.command()
 @click.argument("task", shell_complete=complete_tasks)
 @click.option("-f", "--follow", is_flag=True, help="Continue with new output until the task has ended.")
-@click.option("--attempt", type=click.IntRange(min=1), help="Another attempt than the newest.")
-@click.option("--phase", metavar="PHASE", help="The newest attempt of this phase.")
+@click.option("--session", "attempt", metavar="N", type=click.IntRange(min=1), help="Another than the newest.")
+@click.option("--phase", metavar="PHASE", help="The newest session of this phase.")
 @click.option("--raw", is_flag=True, help="Print the original lines.")
 @run_option
 @store_option
@@ -45,11 +45,11 @@ def logs(
     Examples:
       council logs models
       council logs models --follow
-      council logs models --attempt 1 --raw
+      council logs models --session 1 --raw
       council logs models --phase review
     """
     if attempt is not None and phase is not None:
-        raise click.UsageError("--attempt and --phase both choose an attempt: name one of them.")
+        raise click.UsageError("--session and --phase both choose a session: name one of them.")
 
     async def command(context: Context) -> int:
         async with opened(context.log) as council:
@@ -144,7 +144,7 @@ def _mark(one: AttemptLog) -> str:
     attempt = one.attempt
     if one.event == "began":
         phase = "" if attempt.phase is None else f", phase {attempt.phase}"
-        return f"attempt {attempt.number}{phase}, {attempt.adapter}, started {local_time(attempt.started)}"
+        return f"session {attempt.number}{phase}, {attempt.adapter}, started {local_time(attempt.started)}"
     if attempt.ended is None:
         parts, used = ["running"], one.used
         told = (used.input_tokens, used.output_tokens, used.cost)
@@ -158,4 +158,4 @@ def _mark(one: AttemptLog) -> str:
         parts.append(f"{amount(sent)} tokens in, {amount(received)} out")
     if cost is not None:
         parts.append(f"${cost:.2f}")
-    return f"attempt {attempt.number} {', '.join(parts)}"
+    return f"session {attempt.number} {', '.join(parts)}"

@@ -63,7 +63,7 @@ SENTENCES: Mapping[str, str] = {
     "run.seized": "taken over by process {pid}, to restore a checkpoint",
     "checkpoint.restored": "checkpoint {checkpoint} was restored",
     "run.target_unreachable": "the target can't be looked at: {reason}",
-    "task.started": "started (attempt {attempt}, {adapter})",
+    "task.started": "started (session {attempt}, {adapter})",
     "task.retrying": "failed: {reason}; another try follows",
     "task.interrupted": "interrupted: {reason}",
     "task.held": "put off: {reason}",

@@ -26,7 +26,7 @@ def overview_lines(overview: Overview) -> Iterator[str]:
             [
                 [
                     one.task,
-                    f"attempt {one.attempt}",
+                    f"session {one.attempt}",
                     one.adapter,
                     f"since {local_time(one.started)}",
                     one.worktree or "",

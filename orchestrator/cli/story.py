@@ -120,7 +120,7 @@ def _named(handoff: str, story: Story) -> str:
     if found is None:
         return handoff
     source = "" if found.kind == found.phase else f" of {found.phase}"
-    return f"{found.kind}{source} (attempt {found.attempt})"
+    return f"{found.kind}{source} (session {found.attempt})"
 
 
 def _session(one: SessionStory) -> Iterator[str]:
@@ -152,7 +152,7 @@ def _handoff(one: HandoffStory) -> Iterator[str]:
     if one.key is not None:
         parts.append(f"shared as {one.key}, version {one.version}")
     yield plain(f"  {one.id}, {one.kind}: {'; '.join(parts)}")
-    received = ", ".join(f"{receipt.phase} (attempt {receipt.attempt})" for receipt in one.receipts)
+    received = ", ".join(f"{receipt.phase} (session {receipt.attempt})" for receipt in one.receipts)
     taken = [["received", received or "by nobody yet"]] if received or one.to is not None else []
     yield from aligned([*taken, ["holds", _short(one.data)]], "    ")
     if one.mediation is not None:
@@ -175,7 +175,7 @@ def _landing(story: Story) -> str:
         kept = "" if one.branch is None else f"; kept as {kept_name(one.branch)}"
         return f"conflicts with {one.target} in {_some(one.paths)}{kept}{request}"
     if one.waiting is not None and story.state in WAITING_TO_LAND:
-        return f"{one.waiting[:_SHORT]}, built by attempt {one.attempt}, waits to land on {one.target}{request}"
+        return f"{one.waiting[:_SHORT]}, built by session {one.attempt}, waits to land on {one.target}{request}"
     if one.branch is not None:
         return f"not landed; what there is is kept as {kept_name(one.branch)}{request}"
     return f"nothing has landed{request}"

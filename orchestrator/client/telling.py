@@ -64,7 +64,7 @@ def _notes(result: Mapping[str, Any]) -> Iterator[str]:
 
 def _asked(result: Mapping[str, Any]) -> Iterator[str]:
     stats = result["stats"]
-    yield f"{result['task']}, attempt {result['attempt']}: {result['status']}"
+    yield f"{result['task']}, session {result['attempt']}: {result['status']}"
     yield f"{stats['commits']} commits, {stats['files']} files, +{stats['added']} -{stats['removed']}"
     for name in ("plan", "diff", "log"):
         if result[name]:

@@ -64,6 +64,7 @@ class Attempt(_Document):
     """One try of a task, recorded before anything of it exists. Times are wall-clock seconds."""
 
     number: int
+    """The number of its session: those that were interrupted have one, too, and are none of the `attempted`."""
     adapter: str
     base: str
     start: str | None = None

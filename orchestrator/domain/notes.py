@@ -91,5 +91,5 @@ _FOOT_ROOM: Final = 60
 
 def _lines(note: Note) -> list[str]:
     about = ", ".join(filter(None, [note.topic and f"topic {note.topic}", *note.paths]))
-    head = f"[{note.task}, attempt {note.attempt} of run {note.run}{f'; {about}' if about else ''}]"
+    head = f"[{note.task}, session {note.attempt} of run {note.run}{f'; {about}' if about else ''}]"
     return [*barred(plain(head)), *barred(note.text)]

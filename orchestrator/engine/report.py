@@ -324,7 +324,7 @@ def report(
         told = _task(task, record.tasks[task], record.entries[task].adapter, why, logs)
         told = replace(told, reason=waiting[task]) if task in waiting else told
         if status is RunStatus.INTERRUPTED and told.state == TaskStatus.RUNNING:
-            told = replace(told, reason=_INTERRUPTED)
+            told = replace(told, reason=_INTERRUPTED, attempts=told.attempts - 1)  # as it is once that is recorded
         reports.append(replace(told, reason=_DAMAGED) if task in record.damaged else told)
     if status is None:
         is_there = all(document.status in SUCCESSFUL for document in record.tasks.values())

@@ -83,7 +83,7 @@ async def test_what_is_rejected_is_done_again_with_the_note(repository: Reposito
     until_asked(repository)
     assert repository.council("reject", "t", "--note", "keep the old names").code == 0
     until_asked(repository, 2)
-    assert "keep the old names" in repository.council("logs", "t", "--attempt", "2").stdout
+    assert "keep the old names" in repository.council("logs", "t", "--session", "2").stdout
     assert repository.council("approve", "t").code == 0
     ended = finished(child)
     assert ended.states["t"] == "landed", ended

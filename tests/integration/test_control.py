@@ -212,7 +212,7 @@ async def test_cancel_and_retry_on_a_run_that_is_dead(repository: Repository) ->
         (("retry", "nonsense"), "no task 'nonsense'"),
         (("cancel", "don"), "done"),
         (("logs", "nonsense"), "no task 'nonsense'"),
-        (("logs", "done", "--attempt", "7"), "no attempt 7"),
+        (("logs", "done", "--session", "7"), "no session 7"),
         (("salvage", "show", "done/7"), "no work is kept"),
         (("salvage", "apply", "failed/7"), "failed/1"),
     ],
@@ -242,7 +242,7 @@ async def test_logs_of_a_live_session_are_followed_to_its_end(repository: Reposi
     assert {line["attempt"] for line in followed.lines} >= {2}
     assert [line["outcome"] for line in followed.lines if line["kind"] == "ended"][-1] == "built"
     assert repository.council("logs", "t", "--raw").stdout == "second\ntick\ntick\ntick\n"
-    assert repository.council("logs", "t", "--raw", "--attempt", "1").stdout == "first\n"
+    assert repository.council("logs", "t", "--raw", "--session", "1").stdout == "first\n"
 
 
 async def test_logs_have_what_was_said_on_both_streams_and_by_checks(repository: Repository) -> None:
@@ -255,8 +255,8 @@ async def test_logs_have_what_was_said_on_both_streams_and_by_checks(repository:
     shown = repository.council("logs", "t")
     lines = shown.stdout.splitlines()
     assert [lines[1], *lines[3:]] == ["out", "check 1:", "checked"]
-    assert lines[0].startswith("attempt 1, sh, started ")
-    assert lines[2].startswith("attempt 1 built after ")
+    assert lines[0].startswith("session 1, sh, started ")
+    assert lines[2].startswith("session 1 built after ")
     assert shown.stderr == "err\n"
 
 

@@ -75,7 +75,7 @@ async def test_a_direct_handoff_tells_where_it_comes_from(repository: Repository
     assert given is not None
     assert (given.keys, "requirements" in given.left_out) == (("risks", "style"), True)
     assert 0 < given.size < given.whole
-    told = repository.council("logs", "t", "--attempt", "2").stdout
+    told = repository.council("logs", "t", "--session", "2").stdout
     assert "a race" in told
     assert "a login" not in told.replace(SCOUT, "")
     await repository.assert_invariants()
@@ -99,7 +99,7 @@ async def test_a_phase_that_is_named_mediates(repository: Repository) -> None:
     assert ended.states == {"t": "landed"}, ended
     document, handoffs = await recorded(repository, ended.result["run"])
     assert handoffs["scout.1"].mediation is None
-    mediating, building = (repository.council("logs", "t", "--attempt", number).stdout for number in ("2", "3"))
+    mediating, building = (repository.council("logs", "t", "--session", number).stdout for number in ("2", "3"))
     assert "there is a README" in mediating.partition("Given: ")[2]
     assert "made ready" in building.partition("Given: ")[2]
     assert "there is a README" not in building.partition("Given: ")[2]

@@ -62,13 +62,13 @@ def test_logs_are_readable_and_raw_on_request(repository: Repository, codex: dic
     shown = repository.council("logs", "t")
     assert shown.code == 0, shown
     first, *lines, last, check, checked = shown.stdout.splitlines()
-    assert first.startswith("attempt 1, it, started 2")
+    assert first.startswith("session 1, it, started 2")
     assert lines[:2] == ["> shell make test: failed: exit code 2: no rule", "> edit made.txt: ok"]
     words = lines[2:]
     assert len(words) > 1
     assert all(len(line) <= 80 for line in words)
     assert " ".join(words) == ("I \ufffd[31mfixed it. " * 12).strip()
-    assert re.fullmatch(r"attempt 1 built after \d:\d\d, 12.0k tokens in, 340 out", last), last
+    assert re.fullmatch(r"session 1 built after \d:\d\d, 12.0k tokens in, 340 out", last), last
     assert (check, checked) == ("check 1:", "ok")
     raw = repository.council("logs", "t", "--raw").stdout
     assert [json.loads(line)["type"] for line in raw.splitlines()[:-1]] == [
@@ -98,13 +98,13 @@ def test_a_running_session_is_followed_and_its_latest_activity_shown(
         assert story["latest"]["text"] == "> shell make test"
         assert re.search(r"latest +> shell make test \(\d:\d\d ago\)", repository.council("show", "t").stdout)
         running = repository.council("logs", "t").stdout.splitlines()
-        assert (running[1], running[2]) == ("> shell make test", "attempt 1 running")
+        assert (running[1], running[2]) == ("> shell make test", "session 1 running")
     finally:
         gate.touch()
         child.communicate(timeout=60)
         followed = follower.communicate(timeout=60)[0].splitlines()
     assert followed[1:3] == ["> shell make test", "> shell make test: failed: exit code 2: no rule"]
-    assert followed[-1].startswith("attempt 1 built after ")
+    assert followed[-1].startswith("session 1 built after ")
     assert json.loads(repository.council("show", "t", "--json").stdout)["latest"] is None
 
 
@@ -125,7 +125,7 @@ def test_the_newest_attempt_of_a_phase_is_shown(repository: Repository) -> None:
     path = repository.configure([{**task, "workflow": "two"}], workflows={"two": workflow})
     assert repository.council("run", str(path)).code == 0
     planned = repository.council("logs", "t", "--phase", "plan").stdout.splitlines()
-    assert planned[0].startswith("attempt 1, phase plan, fake, started ")
+    assert planned[0].startswith("session 1, phase plan, fake, started ")
     assert planned[1] == "thinking"
     assert "building" in repository.council("logs", "t").stdout
     refused = repository.council("logs", "t", "--phase", "review")

@@ -95,12 +95,17 @@ def test_sessions_are_shown_as_running_only_while_they_are(repository: Repositor
     child.communicate()
     read = repository.council("show", "t").stdout
     assert ("build: pending, 1 session, " in read, "1 build: interrupted, fake, " in read) == (True, True), read
+    assert repository.council("show", "t", "--json").result["attempts"] == 0
     child = repository.start("resume")
     wait_for(lambda: len(repository.council("show", "t", "--json").result["sessions"]) == 2)
     story = repository.council("show", "t", "--json").result
     child.send_signal(signal.SIGINT)
     child.communicate()
     assert [one["outcome"] for one in story["sessions"]] == ["interrupted", None]
+    assert story["attempts"] == 1
+    logs = repository.council("logs", "t", "--session", "2").stdout
+    assert logs.startswith("session 2, fake, started ")
+    assert "t: started (session 2, fake)" in repository.council("state", "show").stdout
     assert ("ended before" in story["sessions"][0]["reason"], story["reason"]) == (True, None)
 
 

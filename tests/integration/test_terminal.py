@@ -114,7 +114,7 @@ def test_a_terminal_may_want_lines(variables: dict[str, str], repository: Reposi
     config, _ = shell(repository, {"id": "one", "prompt": "echo 1 > one.txt"})
     terminal = start("run", str(config), environ=variables)
     assert terminal.wait() == 0, terminal.text
-    assert "one: started (attempt 1, sh)" in terminal.text
+    assert "one: started (session 1, sh)" in terminal.text
     assert "one: landed as " in terminal.text
     assert b"\x1b" not in terminal.raw
 
@@ -142,7 +142,7 @@ def test_a_pipe_gets_lines(repository: Repository) -> None:
     config, _ = shell(repository, {"id": "one", "prompt": "echo 1 > one.txt"})
     ended = repository.council("run", str(config), "-v")
     assert ended.code == 0
-    assert re.search(r"^\d\d:\d\d:\d\d one: started \(attempt 1, sh\)$", ended.stdout, re.MULTILINE)
+    assert re.search(r"^\d\d:\d\d:\d\d one: started \(session 1, sh\)$", ended.stdout, re.MULTILINE)
     assert re.search(r"^  one  landed  \w{10} on main, 1 file \+1 -0$", ended.stdout, re.MULTILINE)
     assert "\x1b" not in ended.stdout
 

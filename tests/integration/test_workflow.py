@@ -65,7 +65,7 @@ async def test_a_review_sends_work_back_until_it_approves(repository: Repository
     ended = repository.council("run", str(path), "--json")
     assert ended.states == {"t": "landed"}, ended
     assert (repository.top / "b.txt").read_text() == "hello\nmore\n"
-    assert "say more" in repository.council("logs", "t", "--attempt", "3").stdout
+    assert "say more" in repository.council("logs", "t", "--session", "3").stdout
     assert phases_of(ended, "phase.entered") == ["build", "review", "build", "review"]
     await repository.assert_invariants()
 
@@ -101,7 +101,7 @@ async def test_what_is_handed_over_wrong_is_mended_once(repository: Repository) 
     path = repository.configure(tasks, workflows={"one": workflow})
     ended = repository.council("run", str(path), "--json")
     assert ended.states == {"mends": "done", "never": "failed", "silent": "failed"}, ended
-    assert "What is wrong with it" in repository.council("logs", "mends", "--attempt", "2").stdout
+    assert "What is wrong with it" in repository.council("logs", "mends", "--session", "2").stdout
     assert "tasks" in task_of(ended, "never")["reason"]
     assert "nothing was handed over" in task_of(ended, "silent")["reason"]
     told = [one["task"] for one in ended.lines if one.get("event") == "handoff.invalid"]
@@ -164,7 +164,7 @@ async def test_a_review_is_given_the_changes_as_data(repository: Repository) -> 
     assert ended.states == {"few": "landed", "many": "landed"}, ended
     shown = {}
     for task in ("few", "many"):
-        prompt = repository.council("logs", task, "--attempt", "2").stdout
+        prompt = repository.council("logs", task, "--session", "2").stdout
         [found] = re.findall(r"(?s)\[(\w+) diff begins\]\n(.*?)\n\[\1 diff ends\]", prompt)
         shown[task] = found[1]
     assert "b.txt | 1 +" in shown["few"]
@@ -187,7 +187,7 @@ async def test_a_phase_goes_on_until_its_commands_succeed(repository: Repository
     path = repository.configure(tasks, workflows={"until": [until], "never": [never]})
     ended = repository.council("run", str(path), "--json")
     assert ended.states == {"t": "landed", "never": "failed"}, ended
-    assert "c is missing" in repository.council("logs", "t", "--attempt", "2").stdout
+    assert "c is missing" in repository.council("logs", "t", "--session", "2").stdout
     assert task_of(ended, "never")["attempts"] == 2
     await repository.assert_invariants()
 
@@ -262,11 +262,11 @@ async def test_what_is_mediated_or_shared_gets_to_the_next_phase(repository: Rep
     )
     ended = repository.council("run", str(path), "--json")
     assert ended.states == {"t": "landed"}, ended
-    planned = repository.council("logs", "t", "--attempt", "2").stdout
+    planned = repository.council("logs", "t", "--session", "2").stdout
     assert "priority_order" in planned
     assert "first things" in planned
     assert "slowly" in planned
-    assert "another" in repository.council("logs", "t", "--attempt", "4").stdout
+    assert "another" in repository.council("logs", "t", "--session", "4").stdout
     await repository.assert_invariants()
 
 
@@ -303,7 +303,7 @@ async def test_what_a_person_approved_is_not_replaced(repository: Repository, ap
     child.communicate(timeout=60)
     (task,) = (one for one in repository.council("status", "--json").result["tasks"] if one["id"] == "t")
     assert task["state"] == "landed", task
-    built = repository.council("logs", "t", "--attempt", "3").stdout
+    built = repository.council("logs", "t", "--session", "3").stdout
     assert "evil" in shared
     assert "evil" not in built
     assert '"write b"' in built
@@ -328,7 +328,7 @@ async def test_a_kind_of_the_users_own(repository: Repository) -> None:
     )
     ended = repository.council("run", str(path), "--json")
     assert ended.states == {"t": "landed"}, ended
-    assert "answer" in repository.council("logs", "t", "--attempt", "2").stdout
+    assert "answer" in repository.council("logs", "t", "--session", "2").stdout
     await repository.assert_invariants()
 
 
@@ -343,7 +343,7 @@ async def test_text_of_agents_stays_data(repository: Repository) -> None:
     )
     ended = repository.council("run", str(path), "--json")
     assert ended.states == {"t": "landed"}, ended
-    told = repository.council("logs", "t", "--attempt", "2").stdout
+    told = repository.council("logs", "t", "--session", "2").stdout
     assert "{{ 'no' * 7 }}" in told
     assert "nono" not in told
     await repository.assert_invariants()
@@ -363,7 +363,7 @@ async def test_what_a_phase_says_nothing_about_stays_as_the_file_has_it(reposito
     )
     ended = repository.council("run", str(path), "--json")
     assert ended.states == {"t": "landed"}, ended
-    told = repository.council("logs", "t", "--attempt", "2").stdout
+    told = repository.council("logs", "t", "--session", "2").stdout
     assert "of the file" in told
     assert "of the phase" in told
 
@@ -392,7 +392,7 @@ async def test_a_phase_mediates_between_two_others(repository: Repository) -> No
     )
     ended = repository.council("run", str(path), "--json")
     assert ended.states == {"t": "landed"}, ended
-    given = [repository.council("logs", "t", "--attempt", str(number)).stdout.split("begins]")[1:] for number in (2, 3)]
+    given = [repository.council("logs", "t", "--session", str(number)).stdout.split("begins]")[1:] for number in (2, 3)]
     assert ["a long story" in "".join(one) for one in given] == [True, False]
     assert ["in short" in "".join(one) for one in given] == [False, True]
     await repository.assert_invariants()
@@ -416,7 +416,7 @@ async def test_secrets_are_in_nothing_that_is_handed_over(repository: Repository
     )
     ended = repository.council("run", str(path), "--json")
     assert ended.states == {"t": "landed"}, ended
-    told = repository.council("logs", "t", "--attempt", "2").stdout
+    told = repository.council("logs", "t", "--session", "2").stdout
     assert "the key is" in told
     assert secret not in told
     await repository.assert_invariants(canaries=[secret])

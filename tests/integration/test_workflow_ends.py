@@ -104,7 +104,7 @@ async def test_work_survives_another_plan(repository: Repository) -> None:
     ended = repository.council("run", str(path), "--json", timeout=60)
     assert ended.states == {"t": "landed"}, ended
     assert entered(ended) == ["plan", "build", "review"] * 2
-    assert "say more" in repository.council("logs", "t", "--attempt", "4").stdout
+    assert "say more" in repository.council("logs", "t", "--session", "4").stdout
     assert (repository.top / "b.txt").read_text() == "more\nmore\n"
     await repository.assert_invariants()
 

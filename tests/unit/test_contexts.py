@@ -76,10 +76,10 @@ def test_notes_are_told_the_newest_first_with_whose_they_are() -> None:
     told = block([note("the old one"), note("first line\nsecond", "web", topic="set-up", paths=("src/**",))])
     assert told is not None
     assert told.splitlines()[3:] == [
-        "| [web, attempt 1 of run r; topic set-up, src/**]",
+        "| [web, session 1 of run r; topic set-up, src/**]",
         "| first line",
         "| second",
-        "| [api, attempt 1 of run r]",
+        "| [api, session 1 of run r]",
         "| the old one",
     ]
     assert block([]) is None

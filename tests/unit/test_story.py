@@ -117,7 +117,7 @@ def test_a_person_reads_all_of_it() -> None:
         "task t of run run: running",
         "Add login. (from tickets)",
         "requirements (120 of 3,400 bytes; left out: risks)",
-        "scout (attempt 1)",
+        "scout (session 1)",
         "as discussed",
         "build (visit 2): in progress",
         "review: to come",
@@ -128,7 +128,7 @@ def test_a_person_reads_all_of_it() -> None:
         "went on with an earlier conversation",
         "/logs/t.4.stdout",
         "run/t/1, scout: scout to plan; direct; by file; sha256:",
-        "plan (attempt 2)",
+        "plan (session 2)",
         "plan to build; mediated; by file; sha256:",
         "by nobody yet",
         "run/t/5, review: from review; direct",
@@ -206,7 +206,7 @@ def test_the_landing_says_where_the_work_is() -> None:
     assert "landed as 0123456789 on main, " in text(told(landed, Asked("x"), landed_at=5.0))
     assert told(landed, Asked("x"), landed_at=5.0).landing.attempt == 1
     queued = landed.model_copy(update={"status": TaskStatus.QUEUED, "landed": None})
-    assert "0123456789, built by attempt 1, waits to land on main" in text(told(queued, Asked("x")))
+    assert "0123456789, built by session 1, waits to land on main" in text(told(queued, Asked("x")))
     conflict = queued.model_copy(update={"status": TaskStatus.CONFLICT, "paths": ("a",), "branch": "council/run/t/c"})
     assert "conflicts with main in a; kept as t/c" in text(told(conflict, Asked("x")))
     assert "nothing has landed" in text(told(TaskDocument(), Asked("x")))
