@@ -241,6 +241,9 @@ async def _rescue(ledger: Ledger, shop: Workshop, clock: Clock, worktree: Worktr
 async def _save(ledger: Ledger, shop: Workshop, worktree: Worktree, attempt: Attempt) -> bool:
     """Bring what a cut-off session left onto a branch; False if the worktree must stay because of what it holds."""
     spec = await ledger.spec(worktree.task)
+    if attempt.phase is not None and not ledger.workflow(spec.workflow).phase(attempt.phase).writes:
+        await shop.git("update-ref", "-d", f"refs/heads/{worktree.branch}")  # what it changes is discarded
+        return True
     unknown = [name for name in attempt.secrets if not shop.tools.environ.get(name)]
     if unknown:
         # Without its value a secret can't be kept out of a commit.

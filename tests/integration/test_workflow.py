@@ -123,6 +123,20 @@ async def test_what_a_reader_changes_is_discarded_and_told(repository: Repositor
     await repository.assert_invariants()
 
 
+@pytest.mark.parametrize("failpoint", ["session.ended", pytest.param("work.committed", marks=pytest.mark.extended)])
+async def test_what_a_killed_reader_changed_is_discarded(repository: Repository, failpoint: str) -> None:
+    """Recovery keeps no work of a session that is to change nothing, whether it was committed or not."""
+    steps = ("in plan attempt 1 write a.txt mine", f"in plan attempt 2 hand-over {PLAN}")
+    path = repository.configure(
+        [{"id": "t", "prompt": "\n".join(steps), "workflow": "one"}],
+        workflows={"one": [{"plan": {"access": "read", "produces": "plan"}}]},
+    )
+    assert repository.council("run", str(path), failpoints=f"{failpoint}=kill").code == -signal.SIGKILL
+    assert repository.council("resume", "--json").states == {"t": "done"}
+    assert repository.council("salvage", "list", "--json").result["kept"] == []
+    await repository.assert_invariants()
+
+
 async def test_caches_of_a_readers_tests_are_no_changes(repository: Repository) -> None:
     """They are discarded without an event, unless the target has them."""
     repository.commit({"old/__pycache__/kept.txt": "theirs\n"})
