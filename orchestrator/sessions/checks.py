@@ -95,8 +95,9 @@ class Checks:
 
     async def _run_all(self, provided: Provided) -> CheckResult:
         shell = self._shell(provided)
+        by = f".{self.worktree.by}" if self.worktree.by else ""
         for number, text in enumerate(self.commands, start=1):
-            log = log_file(self.logs, self.worktree.task, self.worktree.attempt, f"check{number}")
+            log = log_file(self.logs, self.worktree.task, self.worktree.attempt, f"check{number}{by}")
             ended = await shell.run(ShellCommand(text, log, self.timeout, "checks_timeout"))
             failpoint("check.ended")
             match ended:

@@ -22,7 +22,8 @@ def log_name(task: str, attempt: int, stream: str) -> str:
 def log_file(logs: Path, task: str, attempt: int, stream: str) -> Path:
     """Return the file that holds what an attempt printed.
 
-    `stream` is stdout, stderr, or one of before, after and check with a number.
+    `stream` is stdout, stderr, or one of before, after and check with a number; of checks of the base the process
+    follows.
     """
     return logs / log_name(task, attempt, stream)
 

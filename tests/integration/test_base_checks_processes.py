@@ -84,6 +84,8 @@ async def test_a_process_that_waits_checks_the_base_itself_when_the_other_is_kil
     assert (ended.code, ended.result["status"], ended.result["halted_by"]) == (1, "halted", "base"), ended
     assert "fails on main" in ended.result["halted"]
     assert sessions(gated.repository) == 0
+    logs = list((gated.repository.top / ".council/logs").glob("*/t1.0.check1*"))
+    assert len(logs) == 2, logs  # one of each process
     await gated.repository.assert_invariants()
 
 
