@@ -16,6 +16,7 @@ from typing import Any, assert_never
 
 import anyio
 
+from orchestrator import notices
 from orchestrator.clock import Clock
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.failures import FailureClass, Policy, policy_of
@@ -34,7 +35,7 @@ from orchestrator.failpoints import failpoint
 from orchestrator.locking.merge_permit import MergePermit, MergePermits
 from orchestrator.protocols import JsonObject
 from orchestrator.repo.hub import internal_ref, work_branch
-from orchestrator.repo.landing import AlreadyThere, Conflict, Deferred, Landed, Merge, Stale, joined
+from orchestrator.repo.landing import OWN_PUSH, AlreadyThere, Conflict, Deferred, Landed, Merge, Stale, joined
 from orchestrator.repo.pool import Pool
 from orchestrator.sessions.checks import Checks, Passed, Unchecked
 from orchestrator.sessions.shell import CommandFailed
@@ -107,6 +108,8 @@ class MergeQueue:
     def stop(self) -> None:
         """Check and wait for nothing any more; tasks keep their places. A move of the target is not cut off."""
         self._stopping = True
+        if self.is_moving:
+            notices.log.warning("waiting for %s: a second Ctrl-C ends at once", OWN_PUSH)
         self._turn.cancel()
         self._stop_checks()
 

@@ -35,6 +35,8 @@ TRAILER = "Council-Task"
 _MOVING_LIMIT = 30.0
 #: What holds the landing lock, in words.
 _PUSH = "a push to the target"
+#: A push of ours, as it is reported.
+OWN_PUSH = f"{_PUSH} of this process, which a hook of the repository may delay"
 #: Seconds after which a push of ours is reported that has not ended.
 _SLOW_PUSH = 10.0
 
@@ -282,7 +284,7 @@ class Target:
     async def _move(self, merges: Sequence[Merge], fd: int) -> Landed | Stale | Deferred:
         whole = joined(merges)
         began = time.time()
-        with noticed(lambda: f"{_PUSH} of this process, which a hook of the repository may delay", _SLOW_PUSH):
+        with noticed(lambda: OWN_PUSH, _SLOW_PUSH):
             pushed = await self._source.push(whole.new, self.branch, whole.old, (fd,))
         failpoint("landing.pushed")
         tip = whole.new if pushed.moved and self._repository is None else await self._source.tip(self.branch)

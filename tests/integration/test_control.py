@@ -14,6 +14,7 @@ import pytest
 
 from orchestrator import Council, RequestUnanswered, execution
 from orchestrator.errors import as_shortage
+from tests.command_server import Started
 from tests.conftest import Ended, Repository
 from tests.terminal import Terminal
 from tests.waiting import wait_for
@@ -101,15 +102,38 @@ def test_a_request_that_nobody_performs_stays_recorded(repository: Repository, m
     assert (child.returncode, "a cancelled: on request" in stdout) == (1, True)
 
 
-@pytest.mark.extended
-async def test_a_task_whose_push_was_under_way_can_not_be_cancelled(repository: Repository, tmp_path: Path) -> None:
-    """Its hook runs on after a kill: that is named after a few seconds, and the exit code is 1."""
-    hook, begun, free = repository.top / ".git/hooks/pre-receive", tmp_path / "begun", tmp_path / "free"
+def run_until_push(repository: Repository, free: Path) -> Started:
+    """Start a run, and return when its push waits in a hook until there is a file `free`."""
+    hook, begun = repository.top / ".git/hooks/pre-receive", free.with_name("begun")
     hook.write_text(f"#!/bin/sh\ntouch {begun}\nwhile ! test -e {free}; do sleep 0.05; done\n")
     hook.chmod(0o755)
     repository.remember()
     child = repository.start("run", str(repository.configure([{"id": "a", "prompt": "write a.txt x"}])))
     wait_for(begun.exists)
+    return child
+
+
+def test_an_interrupted_process_that_waits_for_a_hook_says_so(repository: Repository, tmp_path: Path) -> None:
+    """The first Ctrl-C lets the push end; the second ends the process at once."""
+    free = tmp_path / "free"
+    child = run_until_push(repository, free)
+    child.send_signal(signal.SIGINT)
+    assert child.stderr is not None
+    lines = [child.stderr.readline(), child.stderr.readline()]
+    child.send_signal(signal.SIGINT)
+    child.communicate(timeout=60)
+    free.touch()
+    assert child.returncode == 130
+    (told,) = [line for line in lines if line.startswith("waiting for a push to the target of this process, which a")]
+    assert told.endswith("hook of the repository may delay: a second Ctrl-C ends at once\n")
+    assert repository.council("resume", "--json").states == {"a": "landed"}
+
+
+@pytest.mark.extended
+async def test_a_task_whose_push_was_under_way_can_not_be_cancelled(repository: Repository, tmp_path: Path) -> None:
+    """Its hook runs on after a kill: that is named after a few seconds, and the exit code is 1."""
+    free = tmp_path / "free"
+    child = run_until_push(repository, free)
     child.kill()
     child.communicate()
     cancelling = repository.start("cancel", "a")
