@@ -54,6 +54,14 @@ _PROGRAM: Final = re.compile(
     r"|diff\.external|diff\..*\.(textconv|command)|merge\..*\.driver|interactive\.difffilter|pager\..*|alias\..*",
     re.DOTALL,
 )
+_SEPARATORS: Final = ";|&"
+#: What runs commands inside of an argument or after a line: then all words are looked at.
+_SUBSHELL: Final = re.compile(r"[`\n\r]|[$<>]\s*\(|\$'")
+#: Programs that execute nothing of what their arguments name.
+_INERT: Final = frozenset({"cat", "cut", "expand", "fold", "grep", "head", "rev", "tail", "tr", "unexpand"})
+#: Words before a script of sed, and a script that only replaces text: it runs no command and writes no file.
+_BEFORE_SCRIPTS: Final = frozenset({"sed", "-e", "-n", "-E", "-r", "-u", "-z", "--posix"})
+_SED_SCRIPT: Final = re.compile(r"[sy]([/|,:#@!])(?:(?!\1)[^\\\n]|\\.)*\1(?:(?!\1)[^\\\n]|\\.)*\1[gIip0-9]*")
 _INCLUDE: Final = re.compile(r"include\.path|includeif\..*\.path", re.DOTALL)
 #: Why a landing leaves hooks out, for people.
 WHY_SKIPPED: Final = (
@@ -284,12 +292,26 @@ def _first_inside(
 
 def _paths_in(command: str, checkout: Path) -> Iterator[Path]:
     """Yield the paths that a shell command names, as seen from the checkout: words with a slash or an ending."""
-    command = command.removeprefix("!")
-    try:
-        words = shlex.split(command.replace(";", " ").replace("|", " ").replace("&", " "))
-    except ValueError:
-        words = command.split()
-    for number, word in enumerate(words):
+    for number, word in enumerate(_words_in(command.removeprefix("!"))):
         name = word.partition("=")[2] if word.startswith("-") else word
         if "/" in name or (number and re.search(r"\w\.\w+$", name)):
             yield checkout / Path(name).expanduser()
+
+
+def _words_in(command: str) -> Iterator[str]:
+    """Yield the words of a shell command, without arguments that are certain to name no program or script."""
+    lexer = shlex.shlex(command, posix=True, punctuation_chars=_SEPARATORS)
+    lexer.whitespace_split, lexer.commenters = True, ""
+    is_plain, program, before = _SUBSHELL.search(command) is None, "", ""
+    try:
+        words = list(lexer)
+    except ValueError:
+        words, is_plain = re.split(rf"[\s{_SEPARATORS}]+", command), False
+    for word in words:
+        if set(word) <= {*_SEPARATORS}:
+            program = before = ""
+            continue
+        is_script = program == "sed" and before in _BEFORE_SCRIPTS and _SED_SCRIPT.fullmatch(word)
+        if not (is_plain and (program in _INERT or is_script)):
+            yield word
+        program, before = program or word, word

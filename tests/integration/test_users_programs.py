@@ -190,6 +190,17 @@ async def test_a_daemon_that_a_hook_leaves_keeps_no_lock_of_a_killed_process(rep
         ("smudge", "sh x.sh"),
         ("process", '"$(git rev-parse --show-toplevel)"/tools/x.sh'),
         ("clean", "cat | tools/x.sh"),
+        ("clean", "cat<(tools/x.sh)"),
+        ("clean", "cat $( tools/x.sh )"),
+        ("clean", "cat %f\ntools/x.sh"),
+        ("clean", "cat %f;tools/x.sh"),
+        ("clean", "cat ;tools/x.sh # it's"),
+        ("clean", "sed s/a/b/ | sh tools/x"),
+        ("clean", "sed -f s/a/b/g"),
+        ("clean", "sed -e s/a/b/ -nf tools/x"),
+        ("clean", "sed 'e tools/x.sh'"),
+        ("clean", "sed s/a/b/e"),
+        ("clean", "./sed s/a/b/"),
     ],
 )
 async def test_a_filter_of_which_the_program_can_land_defers_landings_into_the_checkout(
@@ -199,11 +210,21 @@ async def test_a_filter_of_which_the_program_can_land_defers_landings_into_the_c
     repository.git("config", f"filter.x.{key}", command)
     landed = await land(repository, tmp_path, {".gitattributes": "*.txt filter=y\n", "tools/x.sh": "exit 0\n"})
     assert isinstance(landed, Deferred)
-    assert command[:8] in landed.reason
+    assert command[:6] in landed.reason
     site = await find_site(str(repository.top), is_url=False, environ=repository.environ)
     assert site.repository is not None
     with pytest.raises(RefusedError, match="agents can change"):
         await check_checkout(site.repository, "main", repository.environ)
+
+
+@pytest.mark.parametrize("command", ["sed s/a/b/", "sed -e s/a/b/g -e 's|/x|/y|'", "tr a/ b: | cut -d/ -f1"])
+async def test_a_filter_with_slashes_in_arguments_that_are_no_paths_runs(
+    repository: Repository, tmp_path: Path, command: str
+) -> None:
+    """What such a program is given is an expression."""
+    repository.git("config", "filter.x.clean", command)
+    landed = await land(repository, tmp_path, {".gitattributes": "*.txt filter=x\n"})
+    assert isinstance(landed, Landed), landed
 
 
 async def test_a_filter_outside_runs_as_ever(repository: Repository, tmp_path: Path) -> None:
