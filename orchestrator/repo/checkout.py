@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -210,7 +210,7 @@ async def _catch_up(undone: _Update, branch: str, tip: str | None) -> list[str]:
 
 async def _tip_at_rest(checkout: Path, branch: str, git: Git) -> str | None:
     """Return where a branch is once no git command is at work in its checkout, or after a while."""
-    await anyio.to_thread.run_sync(_await_rest, checkout)
+    await anyio.to_thread.run_sync(_await_rest, lambda: _git_runs_in(checkout))
     return await _tip(checkout, branch, git)
 
 
@@ -358,15 +358,15 @@ async def _locks(
 
 
 def _find_stale(locks: Sequence[Path], folders: Sequence[Path], since: float) -> list[Path]:
-    deadline = time.monotonic() + _REST
-    while True:
+    found: list[Path] = []
+
+    def is_used() -> bool:
         # Coarse file system time stamps may lag behind the clock that `since` was read from.
-        found = [lock for lock in locks if _modified(lock) >= since - 2]
-        if not found or not (any(_git_runs_in(folder) for folder in folders) or _is_open(found)):
-            return found
-        if time.monotonic() >= deadline:
-            return []
-        time.sleep(_PAUSE)  # the user's git commands end at once, and more may follow
+        found[:] = [lock for lock in locks if _modified(lock) >= since - 2]
+        return bool(found) and (any(_git_runs_in(folder) for folder in folders) or _is_open(found))
+
+    # Those that were judged, and no other: the user's next command may have made one since.
+    return found if _await_rest(is_used) else []
 
 
 def _remove_incoming(git_dir: Path, since: float) -> None:
@@ -415,10 +415,14 @@ def _git_runs_in(folder: Path) -> bool:
     return False
 
 
-def _await_rest(folder: Path) -> None:
+def _await_rest(is_used: Callable[[], bool]) -> bool:
+    """Wait until the user's git commands have ended; False if they have not within the limit. Blocks."""
     deadline = time.monotonic() + _REST
-    while time.monotonic() < deadline and _git_runs_in(folder):
-        time.sleep(_PAUSE)
+    while is_used():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_PAUSE)  # the user's git commands end at once, and more may follow
+    return True
 
 
 async def check_own(project: Project, environ: Mapping[str, str]) -> None:
