@@ -51,6 +51,7 @@ async def recover(ledger: Ledger, shop: Workshop, clock: Clock) -> None:
     """
     alone = not await has_company(ledger)
     await worktrees.remove_stale_files(shop.hub, ledger.run.id, is_alone=alone)
+    await shop.target.clear_up(ledger.run.started)
     shop.target.must_exist |= ledger.has_moved_target()
     try:
         await shop.target.refresh()

@@ -191,7 +191,7 @@ async def settle(
                 foreign += await _catch_up(update, branch, tip)
     # Last: as long as the index is locked, an interrupted recovery can be distinguished from one that is done.
     await anyio.to_thread.run_sync(_unlink, stale)
-    await anyio.to_thread.run_sync(_remove_incoming, repository.git_dir, since)
+    await anyio.to_thread.run_sync(remove_incoming, repository.git_dir, since)
     return foreign
 
 
@@ -369,15 +369,19 @@ def _find_stale(locks: Sequence[Path], folders: Sequence[Path], since: float) ->
     return found if _await_rest(is_used) else []
 
 
-def _remove_incoming(git_dir: Path, since: float) -> None:
-    """Remove what a killed push had received: objects of which no ref ever knew. Git's own pruning would, too.
+def remove_incoming(git_dir: Path, since: float) -> None:
+    """Remove what a killed push had received: objects of which no ref ever knew. Git's own pruning would, too. Blocks.
 
     Each `git receive-pack` works in the git directory: where none does, folders that were made since are nobody's.
     """
-    folders = [path for path in (git_dir / "objects").glob(_INCOMING) if _modified(path) >= since - 2]
-    if folders and not _git_runs_in(git_dir):
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
+    found: list[Path] = []
+
+    def is_used() -> bool:
+        found[:] = [path for path in (git_dir / "objects").glob(_INCOMING) if _modified(path) >= since - 2]
+        return bool(found) and _git_runs_in(git_dir)
+
+    for folder in found if _await_rest(is_used) else []:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _modified(path: Path) -> float:

@@ -21,7 +21,14 @@ from orchestrator.filelock import FileLock
 from orchestrator.locking.merge_permit import MergePermit
 from orchestrator.locking.registry import scope_of
 from orchestrator.notices import noticed
-from orchestrator.repo.checkout import LocalRepository, changes_in, checkout_of, locks_in_way, settle
+from orchestrator.repo.checkout import (
+    LocalRepository,
+    changes_in,
+    checkout_of,
+    locks_in_way,
+    remove_incoming,
+    settle,
+)
 from orchestrator.repo.embedded import embedded_repository
 from orchestrator.repo.git import Change, Git, shown, split_nul
 from orchestrator.repo.hub import Hub
@@ -345,6 +352,11 @@ class Target:
             return None
         named = ", ".join(map(str, locks))
         return f"the target is locked by another git command of yours; if none is at work, remove {named}"
+
+    async def clear_up(self, since: float) -> None:
+        """Remove what pushes have left in the user's repository that were killed after `since` (wall-clock seconds)."""
+        if self._repository is not None:
+            await anyio.to_thread.run_sync(remove_incoming, self._repository.git_dir, since)
 
     async def settle(
         self, permit: MergePermit, merge: Merge, intended: Sequence[str], since: float

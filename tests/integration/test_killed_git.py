@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import GitError, GitKilled
+from orchestrator.repo.checkout import remove_incoming
 from orchestrator.repo.git import Git
 from orchestrator.repo.hub import Hub, create_hub, hub_of
 from tests.conftest import FAKE_CLI, Repository
@@ -144,6 +145,21 @@ async def test_a_server_that_is_killed_is_asked_again(repository: Repository, tm
     with pytest.raises(GitError, match="Could not read from remote repository") as raised:
         await git("fetch", "--quiet", str(tmp_path / "nothing"), "main")
     assert not isinstance(raised.value, GitKilled)
+
+
+async def test_what_a_killed_push_has_received_is_removed_by_the_next_process(repository: Repository) -> None:
+    """And after a git command that is at work in the repository has ended."""
+    config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
+    assert repository.council("run", str(config), failpoints="attempt.recorded=kill").code == -signal.SIGKILL
+    left = repository.top / ".git/objects/tmp_objdir-incoming-a"
+    left.mkdir()
+    assert repository.council("resume", "--json").states == {"one": "landed"}
+    assert not left.exists()
+    left.mkdir()
+    with subprocess.Popen(["git", "-c", "alias.last=!sleep 0.5", "last"], cwd=repository.top / ".git"):
+        remove_incoming(repository.top / ".git", 0)
+    assert not left.exists()
+    await repository.assert_invariants()
 
 
 async def test_half_written_objects_are_removed(repository: Repository, tmp_path: Path) -> None:
