@@ -53,7 +53,7 @@ def is_in_worktree(program: str) -> bool:
 
 def made_executable(path: str) -> str:
     """Return how a committed file is made executable."""
-    return f"`git update-index --chmod=+x {shlex.quote(posixpath.normpath(path))}`, and commit that"
+    return f"`chmod +x {shlex.quote(posixpath.normpath(path))}` and commit it"
 
 
 def lookup_of(program: str) -> str:

@@ -29,7 +29,7 @@ from orchestrator.filelock import Signature
 from orchestrator.repo.pool import Pool
 from orchestrator.sessions.checks import CheckResult, Passed, Unchecked
 from orchestrator.sessions.equipment import NEW_SETUP
-from orchestrator.sessions.shell import CommandFailed
+from orchestrator.sessions.shell import CommandFailed, describe_unrunnable
 
 #: The number of the attempt that the checks of a base are named after; those of tasks begin at 1.
 _BEFORE_ATTEMPTS = 0
@@ -197,7 +197,8 @@ class BaseChecks:
             return None
         correction = corrected_check(self.ledger.run, [await self.ledger.spec(one) for one in tasks])
         if spec.allow_failing_base or self.ledger.run.allow_failing_base:
-            return await self._unrunnable_on(task, spec, base, correction)
+            found = await self._unrunnable_on(task, spec, spec.checks, commit, may_be_added=True)
+            return describe_unrunnable(found, correction, base.merge) if found else None
         facts = {"commit": commit, "branch": base.branch, "checks": list(spec.checks)}
         await self.ledger.note("base.checking", facts)
         result = await self._run(task, spec, spec.checks, commit)
@@ -209,25 +210,31 @@ class BaseChecks:
             case Unchecked(reason):
                 headline = f"the checks could not be run on {base.branch} ({commit[:10]}): {reason}"
                 return str(HaltReason(headline, remedy=(f"fix that, then `council resume {self.ledger.run.id}`",)))
+            case CommandFailed() if result.unrunnable is not None and result.command in spec.checks:
+                later = spec.checks[spec.checks.index(result.command) + 1 :]
+                found = [result, *await self._unrunnable_on(task, spec, later, commit, may_be_added=False)]
+                return describe_unrunnable(found, correction, base.merge)
             case CommandFailed():
                 return _described(result, spec, base, self.ledger.run, correction)
             case _:
                 assert_never(result)
 
-    async def _unrunnable_on(self, task: str, spec: TaskSpec, base: Base, correction: str) -> str | None:
-        """Return why a check that may fail on the base can't be run there; None if all can.
+    async def _unrunnable_on(
+        self, task: str, spec: TaskSpec, commands: Sequence[str], commit: str, *, may_be_added: bool
+    ) -> list[CommandFailed]:
+        """Return the commands that can't be run on a commit, unless their program `may_be_added` by a task.
 
         Only a check that names a program that can't be run is run: others may take long.
         """
-        for command in spec.checks:
-            question = " && ".join(map(_question, programs_in(command)))
-            result = await self._run(task, spec, (question,), base.commit) if question else Passed()
+        found = []
+        for command in commands:
+            question = " && ".join(_question(one, may_be_added=may_be_added) for one in programs_in(command))
+            result = await self._run(task, spec, (question,), commit) if question else Passed()
             if isinstance(result, CommandFailed) and result.command == question:
-                result = await self._run(task, spec, (command,), base.commit)
-                found = result.unrunnable if isinstance(result, CommandFailed) else None
-                if isinstance(result, CommandFailed) and found is not None and not found.may_be_added:
-                    return result.describe_unrunnable(correction, base.merge)
-        return None
+                result = await self._run(task, spec, (command,), commit)
+                if isinstance(result, CommandFailed) and (missing := result.unrunnable) is not None:
+                    found += [] if may_be_added and missing.may_be_added else [result]
+        return found
 
     async def _run(self, task: str, spec: TaskSpec, commands: tuple[str, ...], commit: str) -> CheckResult:
         """Run commands on a commit; where they can't be run to their end, try again a few times."""
@@ -281,14 +288,15 @@ class BaseChecks:
                 return None
             there = result.unrunnable if isinstance(result, CommandFailed) else None
             is_missing_there = there is not None and not (is_allowed and there.may_be_added)
-            self._unrunnable[key] = failed.describe_unrunnable(correction) if is_missing_there else None
+            self._unrunnable[key] = describe_unrunnable([failed], correction) if is_missing_there else None
         return self._unrunnable[key]
 
 
-def _question(program: str) -> str:
-    """Return a shell command that fails where a program can't be run, unless a task may still add it."""
+def _question(program: str, *, may_be_added: bool) -> str:
+    """Return a shell command that fails where a program can't be run, unless it `may_be_added` to the worktree."""
     if is_in_worktree(program):
-        return f"{{ test ! -e {shlex.quote(program)} || test -x {shlex.quote(program)}; }}"
+        name = shlex.quote(program)
+        return f"{{ test ! -e {name} || test -x {name}; }}" if may_be_added else f"test -x {name}"
     return lookup_of(program)
 
 
@@ -306,7 +314,7 @@ def _described(failed: CommandFailed, spec: TaskSpec, base: Base, run: RunDocume
     is_check = failed.command in spec.checks
     correction = correction if is_check else NEW_SETUP
     if failed.unrunnable is not None:
-        return failed.describe_unrunnable(correction, base.merge)
+        return describe_unrunnable([failed], correction, base.merge)
     kind, allowed = ("check", " or add --allow-failing-base") if is_check else ("setup", "")
     headline = f"{kind} `{failed.short}` fails on {base.branch} ({base.commit[:10]}): it {failed.ended}"
     remedy = f"fix {run.base}{base.merge}{allowed}, then `council resume {run.id}`", f"or {correction}"

@@ -29,7 +29,7 @@ from orchestrator.repo.worktrees import Worktree
 from orchestrator.sessions import hooks
 from orchestrator.sessions.environment import attempt_variables, base_environment
 from orchestrator.sessions.fencing import Fencing, Ground
-from orchestrator.sessions.shell import CommandFailed, Done, NotRun, Shell, ShellResult
+from orchestrator.sessions.shell import CommandFailed, Done, NotRun, Shell, ShellResult, describe_unrunnable
 from orchestrator.sessions.supervised import end_supervised
 
 #: Seconds within which the commands of a killed orchestrator have ended.
@@ -56,7 +56,7 @@ class SetupFailed(SetupError):
         """Return what it makes of an attempt; `at_base`: one whose worktree has nothing yet of its task."""
         if isinstance(self.ended, CommandFailed):
             if at_base and self.ended.unrunnable is not None:
-                return Misconfigured(self.ended.describe_unrunnable(NEW_SETUP))
+                return Misconfigured(describe_unrunnable([self.ended], NEW_SETUP))
             return Failed(FailureClass.SETUP_FAILED, str(self))
         return hooks.outcome_of(self.ended) or Failed(FailureClass.TRANSIENT, str(self))
 

@@ -81,19 +81,6 @@ class CommandFailed:
         """Return what happened, for people: the command's beginning, how and `where` it ended, its last words."""
         return f"`{self.short}` {self.ended}{where and f' {where}'}\n{self.last_words}".strip()
 
-    def describe_unrunnable(self, correction: str, merge: str = "") -> str:
-        """Return why it can't be run and what to do, where its program is not there.
-
-        `correction` is of the command; `merge` is what else a commit needs to have an effect.
-        """
-        found = self.unrunnable
-        if found is None:
-            raise ValueError(f"{self.command!r} could be run")
-        merge = merge if is_in_worktree(found.program) else ""
-        remedy = f"{found.remedy}{merge}, then `council resume`", f"or {correction}"
-        headline = f"`{self.short}` can't be run: it {self.ended}: {found.why}"
-        return str(HaltReason(headline, (found.where,), str(self.log), remedy))
-
     @property
     def short(self) -> str:
         """Return the command's beginning, on one line."""
@@ -104,6 +91,23 @@ class CommandFailed:
     def last_words(self) -> str:
         """Return the end of what the command printed."""
         return "\n".join(self.said.strip().splitlines()[-_SHOWN_LINES:])[-_SHOWN:]
+
+
+def describe_unrunnable(failed: Sequence[CommandFailed], correction: str, merge: str = "") -> str:
+    """Return why commands can't be run and what to do, where their programs are not there.
+
+    `correction` is of the commands; `merge` is what else a commit needs to have an effect.
+    """
+    found = [(one, one.unrunnable) for one in failed if one.unrunnable is not None]
+    headlines = [f"`{one.short}` can't be run: it {one.ended}: {missing.why}" for one, missing in found]
+    output = tuple(dict.fromkeys(missing.where for _, missing in found))
+    if len(found) > 1:
+        output = (*headlines, *output)
+        headlines = [f"{len(found)} commands can't be run: {', '.join(f'`{one.short}`' for one, _ in found)}"]
+    merge = merge if any(is_in_worktree(missing.program) for _, missing in found) else ""
+    remedies = ", ".join(dict.fromkeys(missing.remedy for _, missing in found))
+    remedy = f"{remedies}{merge}, then `council resume`", f"or {correction}"
+    return str(HaltReason(headlines[0], output, str(failed[-1].log), remedy))
 
 
 @dataclass(frozen=True, slots=True)

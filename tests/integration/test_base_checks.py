@@ -343,11 +343,29 @@ async def test_a_check_that_is_not_executable_is_nobodys_failure(repository: Rep
         "run", str(configure(repository, "write a.txt a", checks=["./check.sh"])), *options, "--json"
     )
     assert ended.code == 1
-    for part in ("./check.sh", "exit code 126", "can not be executed", "`git update-index --chmod=+x check.sh`"):
+    for part in ("./check.sh", "exit code 126", "can not be executed", "`chmod +x check.sh` and commit it"):
         assert part in ended.result["halted"]
     assert "install" not in ended.result["halted"]
     assert sessions(repository) == 0
     await repository.assert_invariants()
+
+
+@pytest.mark.parametrize("options", [[], ["--allow-failing-base"]])
+async def test_all_checks_that_can_not_be_run_are_reported_at_once(repository: Repository, options: list[str]) -> None:
+    """With all fixes in one message; a check between them that can be run is not named."""
+    repository.commit({"noexec.sh": "#!/bin/sh\n"}, "script")
+    config = configure(repository, "write a.txt a", checks=["no-such-tool --all", "true", "./noexec.sh"])
+    halted = repository.council("run", str(config), *options, "--json").result["halted"]
+    assert halted.startswith("2 commands can't be run: `no-such-tool --all`, `./noexec.sh`\n")
+    for part in (
+        "exit code 127",
+        "exit code 126",
+        "\ninstall no-such-tool",
+        ", `chmod +x noexec.sh` and commit it, then",
+    ):
+        assert part in halted, halted
+    assert "true" not in halted
+    assert sessions(repository) == 0
 
 
 @pytest.mark.extended
