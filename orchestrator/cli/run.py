@@ -36,7 +36,7 @@ from orchestrator.cli.trusting import require_trust, trust_option
 from orchestrator.config.coordination import CoordinationOverrides
 from orchestrator.config.inline import InlineTasks
 from orchestrator.config.model import BudgetConfig
-from orchestrator.config.selection import with_capacity, with_only
+from orchestrator.config.selection import with_capacity, with_failing_base, with_only
 from orchestrator.config.store import MEMORY
 from orchestrator.council import Council
 from orchestrator.domain.model import MOST_CAPACITY, WAITING_TO_LAND
@@ -141,6 +141,7 @@ def run_file(  # noqa: PLR0917  as many as there are options
         config = config if capacity is None else with_capacity(config, capacity)
         await require_trust(config, is_named=file is not None)
         if dry_run:
+            config = with_failing_base(config) if allow_failing_base else config
             rehearsal = await rehearse_run(config, plugins, allow_deferred=allow_deferred, coordination=coordination)
             return _show_rehearsal(rehearsal, context.output, mermaid=mermaid)
         async with opened(context.log, config, plugins) as council:

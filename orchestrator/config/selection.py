@@ -40,3 +40,9 @@ def with_capacity(config: RunConfig, capacity: int) -> RunConfig:
         worktrees = worktrees.model_copy(update={"max": default_slots(capacity)})
     given = (*config.given, "capacity", *(["worktrees"] if worktrees != config.worktrees else []))
     return config.model_copy(update={"capacity": capacity, "worktrees": worktrees, "given": given})
+
+
+def with_failing_base(config: RunConfig) -> RunConfig:
+    """Return a run whose checks may all fail on the base."""
+    tasks = tuple(task.model_copy(update={"allow_failing_base": True}) for task in config.tasks)
+    return config.model_copy(update={"tasks": tasks})

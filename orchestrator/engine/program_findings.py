@@ -30,6 +30,8 @@ class _Command(NamedTuple):
     kind: str
     text: str
     env: tuple[str, ...]
+    may_fail: bool = False
+    """Whether it may fail on the base, so that a task may add its program to the worktree."""
 
 
 def commands_of(run: RunConfig) -> list[_Command]:
@@ -37,7 +39,10 @@ def commands_of(run: RunConfig) -> list[_Command]:
     trees = run.worktrees
     found = [_Command("setup", step.run, trees.env) for step in trees.setup]
     found += [_Command("before_run", one, trees.env) for one in trees.before_run]
-    found += [_Command("check", one, task.checks_env) for task in run.tasks for one in task.checks]
+    must_pass = {check for task in run.tasks if not task.allow_failing_base for check in task.checks}
+    found += [
+        _Command("check", one, task.checks_env, one not in must_pass) for task in run.tasks for one in task.checks
+    ]
     return list(dict.fromkeys(found))
 
 
@@ -146,6 +151,8 @@ def _judge_file(
     if trees.setup or (is_provided and command.kind != "setup"):
         return None
     what = f"{_named(command)}: {name} is not in {run.base}, and there is no `setup` that creates it"
+    if command.may_fail:
+        return Finding(_TITLE, Level.WARNING, shown(what), "commit it, unless a task adds it")
     remedy = f"create it by `worktrees.setup`: {_ONLY_COMMITTED}"
     if top is not None and not is_made(top, path) and os.path.lexists(top / path):
         remedy = "commit it"

@@ -386,6 +386,23 @@ def test_programs_of_checks_are_looked_for_in_the_sandbox(repository: Repository
     assert programs(repository, ["my-tool"], sandbox="off")[0][0] == "ok"
 
 
+@pytest.mark.parametrize("how", ["file", "option"])
+def test_a_script_that_a_task_may_add(repository: Repository, how: str) -> None:
+    """A warning where the check may fail on the base; a problem as soon as it must pass for another task."""
+    allowed: dict[str, Any] = {"allow_failing_base": True} if how == "file" else {}
+    options = [] if how == "file" else ["--allow-failing-base"]
+    file = repository.configure(TASKS, defaults={"checks": ["./out.sh"], **allowed})
+    planned = repository.council("run", str(file), "--dry-run", *options, "--json")
+    assert planned.code == 0
+    [(level, words)] = [(one["level"], one["found"]) for one in planned.result["findings"] if one["name"] == "programs"]
+    assert (level, "./out.sh is not in main" in words) == ("warning", True)
+    if how == "file":
+        assert [level for level, _, _ in programs(repository, ["./out.sh"])] == ["problem"]
+        strict = {"id": "b", "prompt": "write b.txt b", "allow_failing_base": False}
+        file = repository.configure([*TASKS, strict], defaults={"checks": ["./out.sh"], **allowed})
+        assert [level for level, _, _ in doctor(repository, str(file))["programs"]] == ["problem"]
+
+
 def test_programs_of_adapters_are_looked_for_in_the_sandbox(repository: Repository) -> None:
     """One on PATH in a folder that no session sees is a problem, unless `readable` names the folder."""
     hidden = repository.top / "tools"
