@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 #: Exit codes of a shell: the program can't be executed, or was not found.
@@ -23,6 +23,9 @@ _GRAMMAR: Final = frozenset({"fi", "done", "esac", "for", "case", "function", "{
 _BEYOND_WORDS: Final = re.compile(r"[(){}`]|<<")
 #: Characters whose meaning depends on variables or files.
 _EXPANDED: Final = re.compile(r"[$*?\[\]~]")
+_INTERPRETER: Final = re.compile(r"(?:python|node|ruby|perl|php|(?:ba|da|k|z)?sh)[\d.]*")
+#: A path without spaces and variables; no option.
+_PATH: Final = re.compile(r"[\w./@+][\w./@+-]*")
 #: What shells and `env` print: the program, and why it can't be run.
 _MESSAGES: Final = (
     re.compile(r"^\S*sh(?:\[\d+\])?: (?:line )?\d+: (?:\S*sh: \d+: )?(?P<name>\S+): "
@@ -49,6 +52,14 @@ def programs_in(command: str) -> list[str]:
 def is_in_worktree(program: str) -> bool:
     """Return whether a program is named by a path in the worktree: a task may add or change it."""
     return "/" in program and not program.startswith("/")
+
+
+def script_of(argv: Sequence[str]) -> str | None:
+    """Return the file of the worktree that a command runs: its program, or an interpreter's first argument."""
+    program, *arguments = argv
+    is_interpreter = _INTERPRETER.fullmatch(posixpath.basename(program)) is not None
+    name = arguments[0] if is_interpreter and arguments else program
+    return name if is_in_worktree(name) and _PATH.fullmatch(name) else None
 
 
 def made_executable(path: str) -> str:

@@ -16,7 +16,7 @@ from orchestrator.config.adapters import trial_request
 from orchestrator.config.model import FenceConfig, RunConfig, make_adapters, used_adapters
 from orchestrator.config.store import folder_url, named_folder, named_store
 from orchestrator.domain.admission import DEFAULT_DEMAND, Demand
-from orchestrator.domain.commands import programs_in
+from orchestrator.domain.commands import programs_in, script_of
 from orchestrator.engine import findings
 from orchestrator.engine.facts import Machine, Place, look_at_machine, look_at_place
 from orchestrator.engine.findings import Finding, Level
@@ -115,7 +115,8 @@ async def _files(subject: Subject, looked: Looked, environ: Mapping[str, str]) -
     checks = dict.fromkeys(check for task in run.tasks for check in task.checks)
     programs = {name for check in checks for name in programs_in(check)}  # which `_programs` looks for
     words = [*chain.from_iterable(argvs), *chain.from_iterable(map(str.split, checks))]
-    return await look_for_files(run, dict.fromkeys(one for one in words if one not in programs), looked.top, environ)
+    scripts = [name for argv in argvs if (name := script_of(argv)) is not None]
+    return await look_for_files(run, (one for one in words if one not in programs), scripts, looked.top, environ)
 
 
 async def _programs(subject: Subject, looked: Looked, environ: Mapping[str, str]) -> list[Finding]:

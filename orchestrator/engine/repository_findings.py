@@ -109,30 +109,44 @@ async def _look_at_server(run: RunConfig, environ: Mapping[str, str]) -> Finding
     return Finding("repository", Level.OK, f"{run.repo} can be read, and has {run.base!r}")
 
 
-async def look_for_files(run: RunConfig, words: Iterable[str], top: Path, environ: Mapping[str, str]) -> list[Finding]:
-    """Warn of the files in a checkout that commands name in `words` and that no session sees, as the base has none."""
-    there = await anyio.to_thread.run_sync(_files_of, words, top, (*run.worktrees.copied, *run.worktrees.linked))
-    if not there:
-        return []
+async def look_for_files(
+    run: RunConfig, words: Iterable[str], scripts: Iterable[str], top: Path, environ: Mapping[str, str]
+) -> list[Finding]:
+    """Warn of files that no session sees, as the base has none: of `words` those in the checkout, and all `scripts`."""
+    provided = (*run.worktrees.copied, *run.worktrees.linked)
+    there, absent = await anyio.to_thread.run_sync(_files_of, words, scripts, top, provided)
+    absent = [] if run.worktrees.setup else absent  # which may create them
     git = Git(None, users=True, environ=environ)
     try:
-        committed = await git.entries(run.base, there, top)
+        committed = await git.entries(run.base, {*there, *absent}, top)
     except GitError:
         return []  # what is wrong with the base has been told
-    missing = [shown(file) for file in there if file not in committed]
-    if not missing:
-        return []
-    rest = len(missing) - _MOST_NAMED
-    more = f" and {rest} more" if rest > 0 else ""
-    what = f"{', '.join(missing[:_MOST_NAMED])}{more}: in your checkout, but not in {run.base}, where sessions start"
-    return [Finding("files", Level.WARNING, what, "commit what adapters and checks need: sessions see nothing else")]
+    found = []
+    for files, where, remedy in (
+        (there, "in your checkout, but not in", "commit what adapters and checks need: sessions see nothing else"),
+        (absent, "neither in your checkout nor in", "create and commit what adapters run, or correct their `argv`"),
+    ):
+        if missing := [shown(file) for file in files if file not in committed]:
+            rest = len(missing) - _MOST_NAMED
+            more = f" and {rest} more" if rest > 0 else ""
+            what = f"{', '.join(missing[:_MOST_NAMED])}{more}: {where} {run.base}, where sessions start"
+            found.append(Finding("files", Level.WARNING, what, remedy))
+    return found
 
 
-def _files_of(words: Iterable[str], top: Path, provided: Collection[str]) -> list[str]:
-    relative = dict.fromkeys(os.path.normpath(word) for word in words if word and not word.startswith(("/", "-")))
+def _files_of(
+    words: Iterable[str], scripts: Iterable[str], top: Path, provided: Collection[str]
+) -> tuple[list[str], list[str]]:
+    """Return the files in a checkout that words name, and the scripts that are not there. Blocks."""
+
+    def relative(names: Iterable[str]) -> list[str]:
+        paths = dict.fromkeys(os.path.normpath(name) for name in names if name and not name.startswith(("/", "-")))
+        inside = (path for path in paths if not path.startswith(".."))
+        return [one for one in inside if not is_made(top, one) and not any(covers(given, one) for given in provided)]
+
     # A word may be a whole prompt: unlike Path.is_file this says no to what is too long for a name or holds a NUL.
-    files = [word for word in relative if not word.startswith("..") and os.path.isfile(top / word)]  # noqa: PTH113
-    return [file for file in files if not is_made(top, file) and not any(covers(one, file) for one in provided)]
+    there = [word for word in relative(words) if os.path.isfile(top / word)]  # noqa: PTH113
+    return there, [path for path in relative(scripts) if not os.path.lexists(top / path)]
 
 
 def is_made(top: Path, path: str) -> bool:

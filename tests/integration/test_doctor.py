@@ -175,6 +175,27 @@ def test_files_that_sessions_would_not_see(repository: Repository) -> None:
     assert "files" not in doctor(repository, str(repository.configure(tasks, **settings)))
 
 
+@pytest.mark.parametrize(
+    ("argv", "is_found"),
+    [
+        (["python3", "tools/fix.py", "{prompt_file}"], True),
+        (["./tools/fix.py", "{prompt}"], True),
+        (["sh", "-c", "tools/fix.py"], False),
+        (["sh", "{prompt_file}"], False),
+        (["python3", "tools/kept.py", "not/there.py"], False),
+    ],
+)
+def test_a_script_of_an_adapter_that_is_nowhere(repository: Repository, argv: list[str], is_found: bool) -> None:
+    """Neither in the base nor in the checkout; `worktrees.setup` may create it."""
+    repository.commit({"tools/kept.py": ""})
+    adapters = {"fix": {"use": "command", "argv": argv}}
+    found = doctor(repository, str(repository.configure(TASKS, adapters=adapters))).get("files", [])
+    said = ("tools/fix.py: neither in your checkout nor in main, where sessions start", "create and commit")
+    assert [(level, words, str(remedy)[:17]) for level, words, remedy in found] == [("warning", *said)] * is_found
+    file = repository.configure(TASKS, adapters=adapters, worktrees={"setup": ["true"]})
+    assert "files" not in doctor(repository, str(file))
+
+
 def test_a_server(repository: Repository, tmp_path: Path) -> None:
     """A URL is asked for its branch, and nothing is fetched."""
     url = repository.top.as_uri()
