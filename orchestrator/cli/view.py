@@ -308,11 +308,9 @@ class RunView:
         )
 
     def _attempt(self, task: str, document: TaskDocument) -> str:
-        """Return how many attempts were made, and where no phases follow how many there may be."""
+        """Return how many attempts count towards the limit, and the limit."""
         begun = document.attempted
-        if not begun or document.phases:
-            return str(begun or "")
-        return f"{begun}/{max(self._attempts[task], begun)}"
+        return f"{begun}/{max(self._attempts[task], begun)}" if begun else ""
 
     def _words(self, task: str, document: TaskDocument) -> str:
         """Return what a row says at its end: the last words, where a task landed, or why it did not."""

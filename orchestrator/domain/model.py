@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.outcome import Denials
 from orchestrator.domain.phases import PhaseRecord
 from orchestrator.domain.times import Instant
@@ -50,6 +51,8 @@ MOST_CAPACITY = 1000
 
 #: The outcome of an attempt that was ended from outside, and by no failure of its own.
 INTERRUPTED = "interrupted"
+#: Outcomes of attempts that are among the failures of their task already, or that count towards no limit.
+_NOT_COUNTED = frozenset({*FailureClass, INTERRUPTED})
 
 #: Names of tasks that are told to somebody who named none of them.
 _MOST_NAMED = 5
@@ -64,7 +67,7 @@ class Attempt(_Document):
     """One try of a task, recorded before anything of it exists. Times are wall-clock seconds."""
 
     number: int
-    """The number of its session: those that were interrupted have one, too, and are none of the `attempted`."""
+    """The number of its session; interrupted attempts have one, too."""
     adapter: str
     base: str
     start: str | None = None
@@ -106,11 +109,6 @@ class Attempt(_Document):
     """The first of the paths that it changed though it was to change nothing, which was discarded."""
     denied: Denials = Denials()
     """The tools that its CLI denied it."""
-
-    @property
-    def counts(self) -> bool:
-        """Whether it is one of the attempts that people and programs are shown: an interrupted one is resumed."""
-        return self.outcome != INTERRUPTED
 
 
 def known_cost(attempts: Iterable[Attempt]) -> float | None:
@@ -216,8 +214,12 @@ class TaskDocument(_Document):
 
     @property
     def attempted(self) -> int:
-        """How many attempts were made; one that was interrupted is none."""
-        return sum(one.counts for one in self.attempts)
+        """The attempts that count towards the task's limit: those that failed, and one that runs or succeeded.
+
+        The count starts again with each phase and with a retry by a person.
+        """
+        is_tried = self.status is not TaskStatus.PENDING and bool(self.attempts)
+        return self.failures + (is_tried and self.builder.outcome not in _NOT_COUNTED)
 
     @property
     def builder(self) -> Attempt:

@@ -68,7 +68,7 @@ class TaskReport:
     state: str
     """Where it is; `blocked` means that something that it needs will not land."""
     attempts: int
-    """How many were made; one that was interrupted is none."""
+    """How many count towards its limit: each phase, and each retry by a person, starts again with all of them."""
     landed: str | None
     """The commit that brought it onto the target, or was found to hold the same change there."""
     branch: str | None

@@ -39,7 +39,9 @@ def until_asked(repository: Repository, session: int = 1) -> dict[str, Any]:
     def asked() -> dict[str, Any] | None:
         ended = repository.council("status", "--json")
         found = next((one for one in ended.result.get("tasks", ()) if one["id"] == "t"), None) if ended.stdout else None
-        return found if found and (found["state"], found["attempts"]) == ("waiting", session) else None
+        if found is None or found["state"] != "waiting":
+            return None
+        return found if repository.council("show", "t", "--json").result["figures"]["sessions"] == session else None
 
     found = wait_for(asked)
     assert found is not None

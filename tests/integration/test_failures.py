@@ -89,7 +89,7 @@ async def test_a_login_that_fails_stops_its_adapter_and_no_other(repository: Rep
     assert (ended.code, ended.states) == (1, {"a": "blocked", "b": "blocked", "free": "landed"}), ended
     assert "run x login" in ended.result["tasks"][0]["reason"]
     assert [one["name"] for one in ended.result["adapters"]] == ["locked"]
-    assert [task["attempts"] for task in ended.result["tasks"]] == [1, 0, 1]
+    assert [task["attempts"] for task in ended.result["tasks"]] == [0, 0, 1]
     assert repository.council("status", "--json").states == ended.states
     flag.touch()
     resumed = repository.council("resume", "--json")
@@ -125,12 +125,12 @@ async def test_a_usage_limit_parks_the_adapter_until_it_ends(repository: Reposit
             await anyio.wait_all_tasks_blocked()
             parked = await council.status(run)
             assert [(task.state, task.attempts) for task in parked.tasks] == [
-                ("pending", 1), ("pending", 0), ("landed", 1),
+                ("pending", 0), ("pending", 0), ("landed", 1),
             ]  # fmt: skip
             assert [one.parked_until for one in parked.adapters] == [clock.now() + 1]
             clock.advance(1)
     assert reports[0].status is RunStatus.LANDED, reports
-    assert [task.attempts for task in reports[0].tasks] == [2, 1, 1]
+    assert [task.attempts for task in reports[0].tasks] == [1, 1, 1]
     await repository.assert_invariants()
 
 
@@ -167,8 +167,8 @@ async def test_what_has_a_fallback_does_not_wait_for_a_limit(repository: Reposit
             }
             clock.advance(18_000)
     assert {task.id: (task.state, task.attempts) for task in reports[0].tasks} == {
-        "lock": ("blocked", 1),
-        "limited": ("landed", 2),
+        "lock": ("blocked", 0),
+        "limited": ("landed", 1),
         "behind": ("landed", 1),
         "alone": ("landed", 1),
     }

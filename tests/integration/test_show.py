@@ -79,6 +79,7 @@ async def test_the_story_of_a_task_with_phases_is_told(repository: Repository) -
         plain = await council.story("plain")
     assert [(one.phase, one.status, list(one.attempts)) for one in plain.phases] == [("build", "completed", [1])]
     assert (plain.workflow, plain.handoffs) == (None, [])
+    assert (result["attempts"], story["attempts"], story["figures"]["sessions"]) == (1, 1, 7)
     await repository.assert_invariants()
 
 

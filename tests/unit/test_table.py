@@ -101,11 +101,12 @@ def test_a_row_tells_what_is_known_of_a_task() -> None:
     """Attempt of how many, elapsed, what it says, and how much it has changed, all of its newest attempt."""
     shown = view(tasks(1))
     first = attempt(1, ended=12.0, outcome="crashed", reason="the program ended\nwith exit code 3")
-    shown.apply(record("t0", TaskDocument(attempts=(first,), reason=first.reason), 12.0))
+    shown.apply(record("t0", TaskDocument(attempts=(first,), failures=1, reason=first.reason), 12.0))
     waits = shown.frame(13.0, 10).rows[0]
     assert (waits.phase, waits.attempt, waits.elapsed) == ("retry", "1/3", "")
     assert waits.words == "the program ended: with exit code 3"
-    shown.apply(record("t0", TaskDocument(status=TaskStatus.RUNNING, attempts=(first, attempt(2, started=20.0)))))
+    second = TaskDocument(status=TaskStatus.RUNNING, attempts=(first, attempt(2, started=20.0)), failures=1)
+    shown.apply(record("t0", second))
     shown.hear(Working("t0", 1, "fake"), Transcript(words="too late"))
     shown.see(Working("t0", 1, "fake"), Changes(9, 9, 9))
     assert shown.frame(20.0, 10).rows[0].words == ""
@@ -142,13 +143,13 @@ def test_the_counts_follow_what_is_recorded() -> None:
 
 
 def test_a_row_tells_which_phase_a_session_is_at_and_who_runs_it() -> None:
-    """How many attempts there may be is nobody's to say then; the phase stands where else `build` does."""
+    """Each phase has all of its attempts; the name of the phase replaces `build`."""
     shown = view(tasks(1))
     plan = PLANNED.model_copy(update={"status": PhaseStatus.IN_PROGRESS, "attempts": (1, 2)})
     two = (BUILT, attempt(2, adapter="planner", phase="plan"))
     shown.apply(record("t0", TaskDocument(status=TaskStatus.RUNNING, attempts=two, phases=(plan,))))
     one = shown.frame(40.0, 10).rows[0]
-    assert (one.phase, one.stage, one.adapter, one.attempt) == ("build", "plan", "planner", "2")
+    assert (one.phase, one.stage, one.adapter, one.attempt) == ("build", "plan", "planner", "1/3")
     assert shown.working() == [Working("t0", 2, "planner")]
     drawn = "".join(segment.text for line in frame_lines(shown.frame(40.0, 10), 100) for segment in line)
     assert "plan  " in drawn
