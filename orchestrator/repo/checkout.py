@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -29,6 +30,10 @@ _INCOMING: Final = "tmp_objdir-incoming-*"
 #: Seconds for which the end of the user's git commands is waited for, at most, and between two looks.
 _REST: Final = 2.0
 _PAUSE: Final = 0.02
+#: The same for those that may be a switch to the target; a command that shows its output in a pager takes longer.
+_SWITCH: Final = 0.2
+#: Longer than what a lock of ours holds.
+_MARK_BYTES: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +157,61 @@ async def locks_in_way(repository: LocalRepository, checkout: Path, branch: str,
     return await anyio.to_thread.run_sync(lambda: [lock for lock in locks if lock.exists()])
 
 
+def lock_mark(branch: str) -> str:
+    """Return what the lock has as its content that a push of ours to a branch takes on the index of a checkout.
+
+    Such a push is alone: whoever may land on the branch, and so runs no push, may remove what another one has left.
+    """
+    return f"council-{hashlib.sha256(branch.encode()).hexdigest()[:16]}"
+
+
+def locked_checkouts(repository: LocalRepository, branch: str) -> list[Path]:
+    """Return the checkouts whose index a push of ours to a branch has left locked. Blocks."""
+    return [top for top in tops_of(repository) if _is_marked(_git_dir_of(top) / "index.lock", branch)]
+
+
+def _git_dir_of(top: Path) -> Path:
+    """Return the git directory of a checkout (gitrepository-layout(5))."""
+    place = top / ".git"
+    if place.is_file():
+        return top / place.read_text(errors="surrogateescape").removeprefix("gitdir: ").rstrip("\n")
+    return place
+
+
+def _is_marked(lock: Path, branch: str) -> bool:
+    try:
+        return lock.read_bytes()[:_MARK_BYTES].strip() == lock_mark(branch).encode()
+    except OSError:
+        return False
+
+
+def head_stamps(repository: LocalRepository) -> dict[str, tuple[int, int]]:
+    """Return what changes with each switch of a checkout to another branch, by its git directory. Blocks."""
+    found = {}
+    for name in checkouts_in(repository.git_dir):
+        with suppress(OSError):
+            stat = (repository.git_dir / name / "HEAD").lstat()
+            found[name] = stat.st_ino, stat.st_mtime_ns
+    return found
+
+
+async def follow(
+    repository: LocalRepository, branch: str, move: tuple[str, str], before: Mapping[str, tuple[int, int]], git: Git
+) -> None:
+    """Bring a checkout that was switched to a branch while that was moved (old, new) to the new commit.
+
+    `before` are the `head_stamps` from before the move. The push found no checkout of the branch, and the switch may
+    have written what the branch was at when it began.
+    """
+    tops = await anyio.to_thread.run_sync(tops_of, repository)
+    is_at_work = partial(_await_rest, lambda: any(map(_git_runs_in, tops)), _SWITCH)
+    if await anyio.to_thread.run_sync(is_at_work) and before == await anyio.to_thread.run_sync(head_stamps, repository):
+        return
+    if (checkout := await checkout_of(repository, branch, git)) is not None:
+        old, new = move
+        await _Update(checkout, git, old=new, tip=new, new=old).undo([], has_just_ended=True)
+
+
 async def settle(
     repository: LocalRepository,
     checkout: Path | None,
@@ -167,7 +227,8 @@ async def settle(
     The caller knows that the checkout was clean right before the push, and holds proof that no process of it lives;
     `since` (wall-clock seconds) is when it began. With `may_finish` the move is finished by a compare-and-swap if
     only the ref was missing; a push that may have been refused is undone instead. So is one where the user has
-    committed meanwhile. Only paths that the move changes are touched, and of those only the index entries and files
+    committed meanwhile, or has switched to another branch: what is brought to its commit then is what the checkout is
+    at now. Only paths that the move changes are touched, and of those only the index entries and files
     that hold what it brings, wholly, or one file a part of it, and others nothing, while a lock on the index, other
     such files, or the push itself, which has just ended, show that it was writing. Returns the paths that neither
     commit explains: they are left as they are.
@@ -175,43 +236,44 @@ async def settle(
     stale = await _stale_locks(repository, checkout, branch, since, git)
     old, new = move
     foreign: list[str] = []
+    has_just_ended = not may_finish
     if checkout is not None and await _is_known(checkout, old, new, git):
-        tip = await _tip(checkout, branch, git)
+        tip = await _tip(checkout, git)
         if tip is None or not await git.is_ancestor(new, tip, cwd=checkout):
             empty = await _empty_tree(checkout, git) if old is None else ""
             # Of a branch that the user has deleted the files stay as they were.
             update = _Update(checkout, git, old or empty, tip or old or empty, new)
-            is_staged = await update.is_staged() if may_finish and tip == old else False
-            if is_staged:
+            may_finish = may_finish and tip == old and await current_branch(checkout, git) == branch
+            if may_finish and await update.is_staged():
                 await anyio.to_thread.run_sync(_unlink, stale)
                 reflog = "council: finish an interrupted landing"
                 await git("update-ref", "-m", reflog, f"refs/heads/{branch}", new, old or "0" * len(new), cwd=checkout)
             else:
-                foreign = await update.undo(stale, has_just_ended=not may_finish)
-                foreign += await _catch_up(update, branch, tip)
+                foreign = await update.undo(stale, has_just_ended=has_just_ended)
+                foreign += await _catch_up(update, tip)
     # Last: as long as the index is locked, an interrupted recovery can be distinguished from one that is done.
     await anyio.to_thread.run_sync(_unlink, stale)
     await anyio.to_thread.run_sync(remove_incoming, repository.git_dir, since)
     return foreign
 
 
-async def _catch_up(undone: _Update, branch: str, tip: str | None) -> list[str]:
+async def _catch_up(undone: _Update, tip: str | None) -> list[str]:
     """Bring what was undone to what the user has committed of it meanwhile; return the paths that are theirs.
 
     `git commit` reads the index first, and moves the branch later: so theirs may have all that the update had staged.
     """
     foreign: list[str] = []
-    while (now := await _tip_at_rest(undone.checkout, branch, undone.git)) is not None and now != tip:
+    while (now := await _tip_at_rest(undone.checkout, undone.git)) is not None and now != tip:
         back = replace(undone, old=undone.new, tip=now, new=tip or undone.tip)
         foreign += await back.undo([], has_just_ended=True)
         tip = now
     return foreign
 
 
-async def _tip_at_rest(checkout: Path, branch: str, git: Git) -> str | None:
-    """Return where a branch is once no git command is at work in its checkout, or after a while."""
+async def _tip_at_rest(checkout: Path, git: Git) -> str | None:
+    """Return the commit of a checkout once no git command is at work in its checkout, or after a while."""
     await anyio.to_thread.run_sync(_await_rest, lambda: _git_runs_in(checkout))
-    return await _tip(checkout, branch, git)
+    return await _tip(checkout, git)
 
 
 async def _is_known(checkout: Path, old: str | None, new: str, git: Git) -> bool:
@@ -221,8 +283,8 @@ async def _is_known(checkout: Path, old: str | None, new: str, git: Git) -> bool
     return found.returncode == 0
 
 
-async def _tip(checkout: Path, branch: str, git: Git) -> str | None:
-    ref = await git("rev-parse", "--verify", "--quiet", f"refs/heads/{branch}", cwd=checkout, ok=(0, 1))
+async def _tip(checkout: Path, git: Git) -> str | None:
+    ref = await git("rev-parse", "--verify", "--quiet", "HEAD", cwd=checkout, ok=(0, 1))
     return ref.stdout.decode().strip() or None
 
 
@@ -341,7 +403,17 @@ async def _stale_locks(
 ) -> list[Path]:
     """Return the lock files that a killed push left in the user's repository; those of the living are not its."""
     locks, folders = await _locks(repository, checkout, branch, git)
-    return await anyio.to_thread.run_sync(_find_stale, locks, folders, since)
+    ours = await anyio.to_thread.run_sync(_marked_files, folders[0], branch)
+    others = [lock for lock in locks if lock not in ours]
+    return [*ours, *await anyio.to_thread.run_sync(_find_stale, others, folders, since)]
+
+
+def _marked_files(git_dir: Path, branch: str) -> list[Path]:
+    """Return what a push of ours has left of the index: the lock, and the new index with its own."""
+    made = [git_dir / f"index.{lock_mark(branch)}{ending}" for ending in ("", ".lock")]
+    return [path for path in made if path.exists()] + [
+        lock for lock in [git_dir / "index.lock"] if _is_marked(lock, branch)
+    ]
 
 
 async def _locks(
@@ -419,9 +491,9 @@ def _git_runs_in(folder: Path) -> bool:
     return False
 
 
-def _await_rest(is_used: Callable[[], bool]) -> bool:
-    """Wait until the user's git commands have ended; False if they have not within the limit. Blocks."""
-    deadline = time.monotonic() + _REST
+def _await_rest(is_used: Callable[[], bool], limit: float = _REST) -> bool:
+    """Wait until the user's git commands have ended; False if they have not within the limit (seconds). Blocks."""
+    deadline = time.monotonic() + limit
     while is_used():
         if time.monotonic() >= deadline:
             return False

@@ -25,6 +25,9 @@ from orchestrator.repo.checkout import (
     LocalRepository,
     changes_in,
     checkout_of,
+    follow,
+    head_stamps,
+    locked_checkouts,
     locks_in_way,
     remove_incoming,
     settle,
@@ -290,14 +293,16 @@ class Target:
 
     async def _move(self, merges: Sequence[Merge], fd: int) -> Landed | Stale | Deferred:
         whole = joined(merges)
-        began = time.time()
+        began, heads = time.time(), dict[str, tuple[int, int]]()
+        if self._repository is not None:
+            heads = await anyio.to_thread.run_sync(head_stamps, self._repository)
         with noticed(lambda: OWN_PUSH, _SLOW_PUSH):
             pushed = await self._source.push(whole.new, self.branch, whole.old, (fd,))
         failpoint("landing.pushed")
         tip = whole.new if pushed.moved and self._repository is None else await self._source.tip(self.branch)
         if tip != whole.new and self._repository is not None:
             # The checkout was clean a moment ago: the leftovers of a push that was refused or killed are known by that.
-            await self._settle_checkout(self._repository, whole, began, may_finish=False)
+            await self._settle_checkouts(self._repository, whole, began, may_finish=False)
             tip = await self._source.tip(self.branch)
         if tip == whole.old:
             if (reason := await self.obstacle(whole)) is None and pushed.is_killed:
@@ -307,6 +312,11 @@ class Target:
             await self.refresh()
             # Others may have moved it on from there at once.
             return Stale() if self.landing_of([whole.new]) is None else Landed(whole.new)
+        if self._repository is not None:
+            if await anyio.to_thread.run_sync(locked_checkouts, self._repository, self.branch):  # a hook was killed
+                await self._settle_checkouts(self._repository, whole, began, may_finish=True)
+            if whole.old is not None:
+                await follow(self._repository, self.branch, (whole.old, whole.new), heads, self._users_git())
         self.known = whole.new
         new = {merge.new for merge in merges}
         self._contained |= new
@@ -375,7 +385,7 @@ class Target:
     async def _settle(self, merge: Merge, intended: Sequence[str], since: float) -> Landed | Deferred | Stale:
         foreign: list[str] = []
         if self._repository is not None:
-            foreign = await self._settle_checkout(self._repository, merge, since, may_finish=True)
+            foreign = await self._settle_checkouts(self._repository, merge, since, may_finish=True)
         await self.refresh(again=True)
         if (landed := self.landing_of(intended)) is not None:
             return Landed(landed)
@@ -383,11 +393,18 @@ class Target:
             return Deferred(f"an interrupted landing left files that were changed since: {', '.join(foreign[:3])}")
         return Stale()
 
-    async def _settle_checkout(
+    async def _settle_checkouts(
         self, repository: LocalRepository, merge: Merge, since: float, *, may_finish: bool
     ) -> list[str]:
-        checkout, move = await self._checkout(), (merge.old, merge.new)
-        return await settle(repository, checkout, self.branch, move, since, self._users_git(), may_finish=may_finish)
+        """Settle the checkout of the target, and those that a push has left locked, whatever they are at now."""
+        locked = await anyio.to_thread.run_sync(locked_checkouts, repository, self.branch)
+        foreign: list[str] = []
+        for checkout in dict.fromkeys([await self._checkout(), *locked]):
+            move = merge.old, merge.new
+            foreign += await settle(
+                repository, checkout, self.branch, move, since, self._users_git(), may_finish=may_finish
+            )
+        return foreign
 
     async def _checkout(self) -> Path | None:
         if self._repository is None:

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from orchestrator.repo.checkout import LocalRepository, checkout_of, inspect
+from orchestrator.repo.checkout import LocalRepository, checkout_of, inspect, lock_mark
 from orchestrator.repo.git import Git, read_ref, shown, was_killed
-from orchestrator.repo.users_programs import OLD_COMMIT, write_hooks_for_landing
+from orchestrator.repo.users_programs import MARK, OLD_COMMIT, TARGET, write_hooks_for_landing
 
 # Applied at the user's side of a push to a path: a branch that is checked out moves together with its files if
 # they are clean, and no housekeeping starts in their repository on our account.
 _RECEIVE = (
-    "{old_commit}={old} git -c receive.denyCurrentBranch=updateInstead -c receive.autogc=false -c gc.auto=0"
+    "{environ} git -c receive.denyCurrentBranch=updateInstead -c receive.autogc=false -c gc.auto=0"
     " -c core.fsmonitor=false -c {hooks} receive-pack"
 )
 # On one machine there is no line to spare the bytes for: what is not a delta in their packs stays none.
@@ -105,4 +105,6 @@ class Source:
         folder = self.git.git_dir / "hooks" / hashlib.sha256(branch.encode()).hexdigest()[:16]
         await write_hooks_for_landing(repository, users, folder, checkout)
         hooks = shlex.quote(f"core.hooksPath={folder}")
-        return _RECEIVE.format(old_commit=OLD_COMMIT, old=old or "", hooks=hooks)
+        given = {OLD_COMMIT: old or "", TARGET: f"refs/heads/{branch}", MARK: lock_mark(branch)}
+        environ = " ".join(f"{name}={shlex.quote(value)}" for name, value in given.items())
+        return _RECEIVE.format(environ=environ, hooks=hooks)

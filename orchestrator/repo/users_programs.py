@@ -25,17 +25,40 @@ from orchestrator.repo.git import Git, shown, split_nul
 UPDATE_HOOK: Final = "push-to-checkout"
 #: The variable by which a landing hands it the commit that the target was at; empty where it did not exist.
 OLD_COMMIT: Final = "COUNCIL_OLD_COMMIT"
-# As git does it without a hook, but for one thing: `read-tree` gets both commits, and so leaves alone in index and
-# files what they have in common. Git's own makes all like the new commit, which takes out what the user has committed
-# since the push began.
+#: The variables with the ref that is to be moved, and with what a lock of ours on an index has as its content.
+TARGET: Final = "COUNCIL_TARGET"
+MARK: Final = "COUNCIL_MARK"
+# As git does it without a hook, but for two things. `read-tree` gets both commits, and so leaves alone in index and
+# files what they have in common: git's own makes all like the new commit, which takes out what the user has committed
+# since the push began. And the index stays locked until the ref is moved (`_RELEASE`): what is staged meanwhile, but on
+# no branch yet, would be part of the user's next commit, and who switches branches would take it along.
 _UPDATE: Final = f"""#!/bin/sh
-old=${{{OLD_COMMIT}:-$(git hash-object -t tree --stdin </dev/null)}}
-git update-index -q --ignore-submodules --refresh
-git diff-files --quiet --ignore-submodules -- && git diff-index --quiet --cached --ignore-submodules "$old" -- || {{
-    echo "the checkout has changes" >&2
+refuse() {{
+    echo "$1" >&2
+    rm -f "$new" "$GIT_DIR/index.lock"
     exit 1
 }}
-exec git read-tree -u -m "$old" "$1"
+new=$GIT_DIR/index.${MARK}
+(set -C && echo "${MARK}" >"$GIT_DIR/index.lock") 2>/dev/null || {{
+    echo "its index is locked by another git command" >&2
+    exit 1
+}}
+[ "$(git symbolic-ref -q HEAD)" = "${TARGET}" ] || refuse "another branch was checked out meanwhile"
+rm -f "$new" "$new.lock"
+[ ! -e "$GIT_DIR/index" ] || cp -p "$GIT_DIR/index" "$new" || refuse "its index can't be copied"
+export GIT_INDEX_FILE="$new"
+old=${{{OLD_COMMIT}:-$(git hash-object -t tree --stdin </dev/null)}}
+git update-index -q --ignore-submodules --refresh
+git diff-files --quiet --ignore-submodules -- && git diff-index --quiet --cached --ignore-submodules "$old" -- ||
+    refuse "the checkout has changes"
+git read-tree -u -m "$old" "$1" && mv "$new" "$GIT_DIR/index"
+"""
+#: The hook that runs when the ref has been moved, and what it does before the user's own is called: it unlocks indexes.
+_RELEASE_HOOK: Final = "post-receive"
+_RELEASE: Final = f"""#!/bin/sh
+for lock in "$GIT_DIR"/index.lock "$GIT_DIR"/worktrees/*/index.lock; do
+    if [ -f "$lock" ] && read -r mark <"$lock" && [ "$mark" = "${MARK}" ]; then rm -f "$lock"; fi
+done
 """
 # What a shell can't say of a descriptor above 9.
 _CLOSE: Final = "import os, sys; os.closerange(3, os.sysconf('SC_OPEN_MAX')); os.execv(sys.argv[1], sys.argv[1:])"
@@ -85,7 +108,7 @@ async def write_hooks_for_landing(repository: LocalRepository, git: Git, folder:
     branch while the push is under way.
     """
     _, outside = await _judge_hooks(repository, git, checkout)
-    calls = {UPDATE_HOOK: _UPDATE} | {hook.name: _call(hook) for hook in outside}
+    calls = {UPDATE_HOOK: _UPDATE, _RELEASE_HOOK: _RELEASE} | {hook.name: _call(hook) for hook in outside}
     await anyio.to_thread.run_sync(_write_hooks, folder, calls)
 
 
@@ -95,7 +118,8 @@ def _call(hook: Path) -> str:
     The hook that updates a checkout keeps them: it may outlive all that could wait for its end.
     """
     command = [] if hook.name == UPDATE_HOOK else [sys.executable, "-I", "-S", "-c", _CLOSE]
-    return f'#!/bin/sh\nexec {shlex.join([*command, str(hook)])} "$@"\n'
+    before = _RELEASE if hook.name == _RELEASE_HOOK else "#!/bin/sh\n"
+    return f'{before}exec {shlex.join([*command, str(hook)])} "$@"\n'
 
 
 async def _judge_hooks(repository: LocalRepository, git: Git, checkout: Path | None) -> tuple[list[Path], list[Path]]:

@@ -311,6 +311,11 @@ class Trial:
         hanging = [one.name for one in self.commands if one.ended is None]
         if hanging or not self._is_over():
             self.findings.append(f"not over {BOUND:.0f} s after the last fault: {hanging} {self._processes()}")
+            self.end()
+            for one in self.commands:
+                one.join(5)
+                if one.name in hanging and one.ended is not None:
+                    self.findings.append(f"what `council {one.name}` printed: {one.ended.stdout} {one.ended.stderr}")
             return
         deadline = time.monotonic() + 5
         while (left := self._processes()) and time.monotonic() < deadline:

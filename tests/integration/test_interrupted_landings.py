@@ -17,7 +17,7 @@ import anyio
 import pytest
 
 from orchestrator import filelock
-from orchestrator.errors import GitError
+from orchestrator.errors import GitError, TargetGone
 from orchestrator.process import kill_marked
 from orchestrator.repo import landing as landings
 from orchestrator.repo.git import Git
@@ -287,15 +287,14 @@ async def test_what_the_user_commits_before_a_push_writes_is_kept(
     landing.judge(theirs, uncommitted)
 
 
-#: A git that has something happen before or after one of the commands by which a push updates a checkout.
+#: A git that has something happen before or after the command by which a push updates a checkout.
 GIT = """#!/bin/sh
-if [ "$1" != "{command}" ] || [ -e "{folder}/done" ]; then exec {git} "$@"; fi
+if [ "$1" != read-tree ] || [ -e "{folder}/done" ]; then exec {git} "$@"; fi
 : > "{folder}/done"
 user() {{
     cd "{top}"
-    echo user > user.txt
     for name in $({git} rev-parse --local-env-vars) GIT_QUARANTINE_PATH; do unset "$name"; done
-    {git} add user.txt && {git} commit --quiet --message user -- user.txt
+    {act} || : > "{folder}/refused"
 }}
 [ {when} = before ] && (user)
 [ {when} = before ] && {kill}
@@ -386,12 +385,14 @@ async def test_a_commit_while_a_refused_push_is_undone_is_not_reverted_by_the_ne
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("kill", ["false", "kill -KILL 0"], ids=["lives", "killed"])
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("command", ["update-index", "diff-files", "diff-index", "read-tree"])
-async def test_a_commit_inside_a_push_is_kept(
-    repository: Repository, tmp_path: Path, command: str, when: str, kill: str
+@pytest.mark.parametrize("when", ["after", "before"])
+@pytest.mark.parametrize(
+    "act", ["commit --quiet --all --message user", "switch --quiet other", "reset --hard", "stash"]
+)
+async def test_what_the_user_does_inside_an_update_of_their_checkout_is_refused(
+    repository: Repository, tmp_path: Path, act: str, when: str, kill: str
 ) -> None:
-    """Between any two of its steps, whether it is killed there or goes on."""
+    """What is staged and on no branch yet would be part of their commit, or go along to another branch."""
     environ = repository.environ
     real, programs = shutil.which("git", path=environ["PATH"]), tmp_path / "programs"
     programs.mkdir()
@@ -399,18 +400,68 @@ async def test_a_commit_inside_a_push_is_kept(
         (programs / program.name).symlink_to(program)
     (programs / "git").unlink(missing_ok=True)
     identity = {f"GIT_{who}_{what}": "user" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    script = GIT.format(command=command, folder=tmp_path, git=real, top=repository.top, when=when, kill=kill)
+    script = GIT.format(folder=tmp_path, git=real, top=repository.top, when=when, kill=kill, act=f"{real} {act}")
     (programs / "git").write_text(script)
     (programs / "git").chmod(0o755)
     landing = await Landing.prepare(repository, tmp_path)
+    repository.git("branch", "other")
     environ |= {**identity, "GIT_EXEC_PATH": str(programs)}
     async with permit_for(landing.source, "main") as permit:
         await landing.target.move(permit, [landing.merge])
-    assert (tmp_path / "done").exists()
+    assert (tmp_path / "refused").exists()
     del environ["GIT_EXEC_PATH"]
-    assert "user.txt" not in repository.git("diff", "--cached", "--name-only", "--diff-filter=D")
     await landing.finish()
-    landing.judge({"user.txt": "user\n"}, {})
+    landing.judge({}, {})
+    assert not list((repository.top / ".git").glob("index.*"))
+
+
+#: A hook of the user's that has them do something in their checkout while a push runs.
+MEANWHILE = """#!/bin/sh
+unset $(git rev-parse --local-env-vars) GIT_QUARANTINE_PATH
+cd {top} && git {act}
+exit 0
+"""
+
+
+@pytest.mark.parametrize("act", ["switch --quiet other", "branch --move main other2"])
+async def test_who_leaves_the_target_inside_a_push_takes_nothing_along(
+    repository: Repository, tmp_path: Path, act: str
+) -> None:
+    """Git has looked where the target is checked out before that."""
+    landing = await Landing.prepare(repository, tmp_path)
+    repository.git("branch", "other")
+    hook = repository.top / ".git/hooks/update"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text(MEANWHILE.format(top=repository.top, act=act))
+    hook.chmod(0o755)
+    async with permit_for(landing.source, "main") as permit:
+        with suppress(TargetGone):
+            await landing.target.move(permit, [landing.merge])
+    hook.unlink()
+    assert repository.git("branch", "--show-current") in {"other", "other2"}
+    assert repository.git("status", "--porcelain") == ""
+    assert not list((repository.top / ".git").glob("index.*"))
+    if act.startswith("switch"):
+        await landing.finish()
+        repository.git("switch", "--quiet", "main")
+        landing.judge({}, {})
+
+
+@pytest.mark.parametrize("name", ["update", "pre-receive"])
+async def test_who_comes_to_the_target_inside_a_push_gets_what_lands(
+    repository: Repository, tmp_path: Path, name: str
+) -> None:
+    """The push found no checkout of it: their files and index are brought to the new commit after it."""
+    landing = await Landing.prepare(repository, tmp_path)
+    repository.git("switch", "--quiet", "--create", "other")
+    hook = repository.top / ".git/hooks" / name
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text(MEANWHILE.format(top=repository.top, act="switch --quiet main"))
+    hook.chmod(0o755)
+    async with permit_for(landing.source, "main") as permit:
+        moved = await landing.target.move(permit, [landing.merge])
+    assert isinstance(moved, Landed)
+    landing.judge({}, {})
 
 
 async def test_a_push_that_takes_long_is_reported(
