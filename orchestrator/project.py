@@ -149,8 +149,19 @@ def find_project(start: Path) -> Project:
     for project in folders:
         if project.has_legacy():
             return project
+    if outside(start) is not None:
+        what = f"council has not run in {start}, which is in no git repository"
+        raise RefusedError(what, "cd to the repository that it ran in")
     remedy = "start with `council run`, or cd to the repository that it ran in"
     raise RefusedError(f"council has not run in {start}", remedy)
+
+
+def outside(folder: Path) -> RefusedError | None:
+    """Return the error of a folder that is in no repository, so that git has nothing to say about it. Blocks."""
+    if any((one / ".git").exists() or (one / "objects").is_dir() for one in (folder, *folder.parents)):  # or a bare one
+        return None
+    remedy = "cd to your repository, or create one: `git init`, then commit something"
+    return RefusedError(f"{folder} is in no git repository", remedy)
 
 
 def council_home(environ: Mapping[str, str]) -> Path:

@@ -52,7 +52,7 @@ SENTENCES: Mapping[str, str] = {
     "budget.unpriced": "what {adapter} costs is not known, and not counted: add {model} to `prices`",
     "base.checking": "running the checks on {branch} ({commit:.10}) before the next session: {checks}",
     "base.passed": "{branch} ({commit:.10}) passes its checks",
-    "base.failure_allowed": "sessions start though checks fail on the base",
+    "base.failure_allowed": "checks may fail on the base from now on",
     "run.left": "process {pid} left the run: {headline}",
     "run.halted": "halted: {headline}",
     "run.budget_changed": "the run has other limits now",

@@ -21,6 +21,7 @@ from orchestrator.engine.probing import make_without_options
 from orchestrator.errors import RefusedError
 from orchestrator.loading import worked_on
 from orchestrator.plugins import Plugins, load_plugins
+from orchestrator.project import outside
 from orchestrator.repo.checkout import current_branch, inspect
 from orchestrator.repo.git import Git
 
@@ -42,6 +43,8 @@ async def read_config(file: Path | None, tasks: InlineTasks | None = None) -> tu
     top = await top_of(Path.cwd(), git) if file is None else None
     folders = [Path.cwd()] if top is None else [Path.cwd(), top]
     found = file or find_file(folders)
+    if found is None and (no_repository := await anyio.to_thread.run_sync(outside, folders[-1])) is not None:
+        raise no_repository
     places = await anyio.to_thread.run_sync(worked_on, found or folders[-1])
     plugins = await anyio.to_thread.run_sync(load_plugins, os.environ, places)
     if tasks is not None:

@@ -18,10 +18,9 @@ from orchestrator.config.store import folder_url
 from orchestrator.domain.commands import lookup_of, programs_in
 from orchestrator.engine.own_tests import OwnTests, find_own_tests, read_top
 from orchestrator.engine.probing import AdapterStatus, make_without_options, probe_adapters
-from orchestrator.engine.repository_findings import is_outside
 from orchestrator.engine.sandbox_probe import DEFAULT_FENCE, SandboxProbe
 from orchestrator.errors import ConfigError, RefusedError, unusable
-from orchestrator.project import Project, exclude_from_git
+from orchestrator.project import Project, exclude_from_git, outside
 from orchestrator.protocols import AdapterType
 from orchestrator.repo.branches import find_base
 from orchestrator.repo.checkout import check_own
@@ -49,10 +48,9 @@ async def find_ground(folder: Path, environ: Mapping[str, str]) -> Ground:
         repository = site.repository
     except RefusedError:
         await check_version(environ)
-        if not await anyio.to_thread.run_sync(is_outside, folder):
+        if (no_repository := await anyio.to_thread.run_sync(outside, folder)) is None:
             raise
-        remedy = "cd to your repository, or make one: `git init`, then commit something"
-        raise RefusedError(f"{folder} is in no git repository", remedy) from None
+        raise no_repository from None
     if repository is None or repository.top is None:
         raise RefusedError(f"{folder} is in a bare repository, which has no files", "cd to a checkout of it")
     base = await find_base(repository, Git(None, users=True, environ=environ))

@@ -16,7 +16,7 @@ from orchestrator.engine.findings import Finding, Level, judge_folder, refused
 from orchestrator.engine.preflight import check_branches, check_checkout
 from orchestrator.engine.worktree_sources import Base, check_sources
 from orchestrator.errors import GitError, RefusedError
-from orchestrator.project import Project, council_home
+from orchestrator.project import Project, council_home, outside
 from orchestrator.repo.branches import find_base, find_branches
 from orchestrator.repo.checkout import LocalRepository, check_own
 from orchestrator.repo.git import Git, shown
@@ -51,16 +51,9 @@ async def look_at_repository(run: RunConfig | None, folder: Path, environ: Mappi
     try:
         site = await find_site(str(folder) if run is None else run.repo, is_url=False, environ=environ)
     except RefusedError as error:
-        if run is None and is_outside(folder):
-            remedy = "cd to your repository, or create one: `git init`, then commit something"
-            return Looked([Finding("repository", Level.PROBLEM, f"{folder} is not in a git repository", remedy)])
-        return Looked([refused("repository", error)])
+        no_repository = outside(folder) if run is None else None
+        return Looked([refused("repository", no_repository or error)])
     return await _look_at_site(site, site.repository, run, environ) if site.repository else Looked([])
-
-
-def is_outside(folder: Path) -> bool:
-    """Whether a folder is in no checkout, so that git has nothing to say about it."""
-    return not any((one / ".git").exists() for one in (folder, *folder.parents))
 
 
 async def _look_at_site(

@@ -365,6 +365,7 @@ async def test_all_checks_that_can_not_be_run_are_reported_at_once(repository: R
     ):
         assert part in halted, halted
     assert "true" not in halted
+    assert "sessions start" not in repository.council("resume", "--allow-failing-base").stdout
     assert sessions(repository) == 0
 
 

@@ -78,6 +78,11 @@ def test_outside_of_a_repository(repository: Repository, tmp_path: Path) -> None
     assert "git init" in str(found["repository"][0][2])
     assert "git" in found
     assert "state" not in found
+    for arguments in (["status"], ["run"], ["run", "fix the bug"]):
+        ended = replace(repository, top=tmp_path / "elsewhere").council(*arguments)
+        assert ended.code == 2
+        assert f"{tmp_path / 'elsewhere'}" in ended.stderr
+        assert "is in no git repository" in ended.stderr
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
