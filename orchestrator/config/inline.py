@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,8 +86,7 @@ def check_choice(wanted: str | None, file: Node, folder: Path, adapter_types: Ma
     if wanted is None:
         default = file.get("defaults", "adapter")
         if default is None and not named and possible and not any(_is_installed(adapter_types[one]) for one in ready):
-            remedy = "install one, or write a council.yaml with an adapter of `use: command`, which runs any program"
-            raise RefusedError(f"no CLI is on PATH that an adapter runs ({', '.join(possible)})", remedy)
+            raise no_program(possible)
         if default is None and len(named) != 1:
             what = "the file has several adapters and no default" if named else "there is no file that names an adapter"
             raise RefusedError(what, _choices(possible))
@@ -98,6 +97,12 @@ def check_choice(wanted: str | None, file: Node, folder: Path, adapter_types: Ma
     if wanted in adapter_types:
         what = f"{wanted!r} takes options, which only a file can give"
     raise RefusedError(what, Vocabulary(possible, "possible ones").instead_of(wanted) if possible else _choices([]))
+
+
+def no_program(adapters: Iterable[str]) -> RefusedError:
+    """Return the error where the program of none of the adapters is on PATH, and no file names another one."""
+    remedy = "install one, or write a council.yaml with an adapter of `use: command`, which runs any program"
+    return RefusedError(f"no CLI is on PATH that an adapter runs ({', '.join(adapters)})", remedy)
 
 
 def _is_installed(adapter_type: AdapterType) -> bool:

@@ -13,6 +13,7 @@ import anyio
 import anyio.to_thread
 
 from orchestrator.config.adapters import trial_request
+from orchestrator.config.inline import no_program
 from orchestrator.config.model import FenceConfig, RunConfig, make_adapters, used_adapters
 from orchestrator.config.store import folder_url, named_folder, named_store
 from orchestrator.domain.admission import DEFAULT_DEMAND, Demand
@@ -102,7 +103,10 @@ async def _adapters(subject: Subject, environ: Mapping[str, str]) -> list[Findin
     tasks = () if run is None else (*run.tasks, *filter(None, [run.template]))
     used = set() if run is None else {name for task in tasks for name in run.adapters_of(task)}
     statuses = await probe_adapters(made, environ)
-    return [one for name in made for one in findings.judge_adapter(name, statuses[name], is_used=name in used)]
+    found = [one for name in made for one in findings.judge_adapter(name, statuses[name], is_used=name in used)]
+    if subject.config is None and not any(one.is_installed for one in statuses.values()):
+        found.insert(0, findings.refused("adapters", no_program(made)))
+    return found
 
 
 async def _files(subject: Subject, looked: Looked, environ: Mapping[str, str]) -> list[Finding]:

@@ -61,8 +61,9 @@ def test_a_machine_where_all_is_well(repository: Repository) -> None:
 
 
 @needs_sandbox
-def test_it_reads_as_text(repository: Repository) -> None:
+def test_it_reads_as_text(repository: Repository, stand_ins: StandIns) -> None:
     """A line for each finding, its remedy below, and how many there are."""
+    stand_ins.add("alpha", "echo alpha 2.1")
     ended = repository.council("doctor")
     assert ended.code == 0
     assert "warning  file" in ended.stdout
@@ -276,9 +277,13 @@ def test_sandboxes(repository: Repository, stand_ins: StandIns) -> None:
 
 
 def test_installed_adapters_without_a_file(repository: Repository, stand_ins: StandIns) -> None:
-    """All that need no options are looked at; what is missing is no problem as long as no task wants it."""
+    """All that need no options are looked at; what is missing is no problem as long as another one is there."""
+    (status, words, remedy) = doctor(repository)["adapters"][0]
+    assert (status, "no CLI is on PATH that an adapter runs" in words) == ("problem", True)
+    assert "use: command" in str(remedy)
     stand_ins.add("alpha", "echo alpha 3.0")
     found = doctor(repository)
+    assert "adapters" not in found
     assert found["adapter alpha-code"][0][0] == "warning"
     assert "alpha 3.0" in found["adapter alpha-code"][0][1]
     assert found["adapter beta-code"] == [("warning", "beta is not on PATH", "install beta")]
