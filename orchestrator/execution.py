@@ -535,7 +535,7 @@ class Execution:
         for task in tasks:
             await check_task(runs.store, record.run, task)
         even_waiting = reload is not None and phase is None
-        check_request(action, tasks, record.tasks, record.blocked(), even_waiting=even_waiting)
+        check_request(action, tasks, record, even_waiting=even_waiting, is_live=await runs.seems_live(run))
         await self._check_phase(record, tasks, phase)
         adapters = check_reopening(record, adapters, runs.clock.now()) if action is Action.REOPEN else ()
         named = _named(record, action, tasks)

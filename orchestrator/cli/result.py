@@ -65,8 +65,8 @@ def next_step(task: TaskReport, report: RunReport, *, is_newest: bool = True) ->
             return ""  # what it needs has a row of its own
         case _:
             resume = "council resume" if is_newest else f"council resume {report.run}"
-            more = " --budget LIMITS" if report.halted_by is Halt.BUDGET else ""
-            return "" if report.status is RunStatus.RUNNING else f"{resume}{more}"
+            # The remedy of a halt is shown once for the whole run.
+            return "" if report.status in {RunStatus.RUNNING, RunStatus.HALTED} else resume
 
 
 def merge_step(task: TaskReport, report: RunReport) -> str | None:
@@ -215,6 +215,8 @@ def _continuation(report: RunReport) -> Iterator[str]:
     """Say why a run was halted, or how to continue it."""
     if report.halted is not None:
         yield "Halted: " + plain(report.halted, keep="\n")
+        if report.halted_by is Halt.BUDGET:
+            yield f"Next: council resume {report.run} --budget LIMITS"
     elif needs_retry(report):
         if report.merges is None:
             yield "The run is over; after a `council retry`, `council resume` goes on with it."

@@ -284,6 +284,19 @@ class RunRecord:
                     waiting.append(task)
         return found
 
+    def failed_needs(self, task: str) -> tuple[str, ...]:
+        """Return the tasks that have ended without landing and that a task needs, directly or not."""
+        found: dict[str, None] = {}
+        waiting, known = [task], {task}
+        while waiting:
+            for need in self.entries[waiting.pop()].needs:
+                if need not in known and need in self.entries:
+                    known.add(need)
+                    waiting.append(need)
+                    if self.tasks[need].status in REVIVABLE:
+                        found[need] = None
+        return tuple(one for one in self.entries if one in found)
+
     @property
     def is_over(self) -> bool:
         """Whether the run has ended and nothing is left that could be done in it."""

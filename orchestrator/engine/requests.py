@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -18,6 +19,7 @@ from orchestrator.engine.expanding import expanded, landed_parts, replaced_parts
 from orchestrator.engine.ledger import Ledger
 from orchestrator.engine.prompting import told_rejection
 from orchestrator.engine.records import request_key
+from orchestrator.engine.reloading import TASKS
 from orchestrator.engine.report import RunRecord
 from orchestrator.engine.steps import Update
 from orchestrator.errors import ClaimLost, RefusedError, VersionConflict
@@ -36,37 +38,52 @@ _OVERTAKEN: Final = (ClaimLost, VersionConflict)
 def check_request(
     action: Action,
     tasks: Sequence[str],
-    documents: Mapping[str, TaskDocument],
-    blocked: Mapping[str, str],
+    record: RunRecord,
     *,
     even_waiting: bool = False,
+    is_live: bool,
 ) -> None:
-    """Refuse what can't be done for tasks as they stand; `blocked` are those that wait in vain, with the need.
+    """Refuse what can't be done for tasks in their present state; `is_live`: a process is active in the run.
 
-    With `even_waiting` also tasks that wait to start or to land, for a reload that leaves them in their state.
+    A retry accepts blocked tasks together with the failed ones that they need. With `even_waiting` also tasks that wait
+    to start or to land, for a reload that leaves them in their state.
     """
+    blocked = record.blocked() if action is Action.RETRY else {}
     for task in tasks:
-        status = documents[task].status
+        status = record.tasks[task].status
         if action in {Action.APPROVE, Action.REJECT}:
             if status is not TaskStatus.WAITING:
                 what = f"task {task!r} does not wait for approval (state: {status})"
                 raise RefusedError(what, "`council status` names those that do")
-            continue
-        if action is not Action.RETRY and status in FINAL:
-            state = status.replace("_", " ")
-            raise RefusedError(f"task {task!r} has already ended (state: {state})", f"there is nothing to {action}")
-        if action is Action.RETRY and status is TaskStatus.LANDED:
-            raise RefusedError(f"task {task!r} has landed", "revert its commit and start a new run to do it again")
-        if action is Action.RETRY and status is TaskStatus.DONE:
-            raise RefusedError(f"task {task!r} is done", "start a new run to do it again")
-        if action is Action.RETRY and task in blocked:
-            need = blocked[task]
-            raise RefusedError(f"task {task!r} waits for {need!r}, which did not land", f"`council retry {need}`")
-        if action is Action.RETRY and status is TaskStatus.WAITING:
+        elif action is not Action.RETRY:
+            if status in FINAL:
+                state = status.replace("_", " ")
+                raise RefusedError(f"task {task!r} has already ended (state: {state})", f"there is nothing to {action}")
+        elif task in blocked:
+            missing = [need for need in record.failed_needs(task) if need not in tasks]
+            if missing:
+                what = f"task {task!r} waits for {', '.join(map(repr, missing))}, which did not land"
+                raise RefusedError(what, f"`council retry {' '.join(map(shlex.quote, missing))}`")
+        elif status not in REVIVABLE and not (even_waiting and status in _RELOADED):
+            raise _not_to_retry(task, status, may_reload=TASKS not in record.run.given, is_live=is_live)
+
+
+def _not_to_retry(task: str, status: TaskStatus, *, may_reload: bool, is_live: bool) -> RefusedError:
+    """Return why a task that is not blocked can't be tried again, and what to do instead."""
+    match status:
+        case TaskStatus.LANDED:
+            return RefusedError(f"task {task!r} has landed", "revert its commit and start a new run to do it again")
+        case TaskStatus.DONE:
+            return RefusedError(f"task {task!r} is done", "start a new run to do it again")
+        case TaskStatus.WAITING:
             remedy = f"`council approve {task}`, or `council reject {task}` has its phase done again"
-            raise RefusedError(f"task {task!r} waits for approval", remedy)
-        if action is Action.RETRY and status not in REVIVABLE and not (even_waiting and status in _RELOADED):
-            raise RefusedError(f"task {task!r} has not ended (state: {status})", "cancel it first, or wait")
+            return RefusedError(f"task {task!r} waits for approval", remedy)
+    remedy = "cancel it first, or wait"
+    if not is_live:
+        remedy = "no process is active in the run: `council resume` continues it"
+        if may_reload and status in _RELOADED:
+            remedy += f" (with changes of the file: `council retry {shlex.quote(task)} --reload` first)"
+    return RefusedError(f"task {task!r} has not ended (state: {status})", remedy)
 
 
 def check_reopening(record: RunRecord, adapters: Sequence[str], now: float) -> Sequence[str]:

@@ -63,7 +63,11 @@ async def test_a_check_that_fails_on_the_base_ends_the_run_before_any_session(re
         refused = repository.council(command, "t2").stderr
         assert "has not been tried yet: the run is halted: check `echo looking at it" in refused
         assert "t1.0.check1" in refused
-    assert ".check1" in repository.council("status").stdout
+    shown = repository.council("status").stdout
+    assert (".check1" in shown, shown.count("then `council resume"), "next:" in shown) == (True, 1, False), shown
+    retried = repository.council("retry", "t1")
+    assert (retried.code, "(state: pending)" in retried.stderr) == (2, True)
+    assert "no process is active in the run: `council resume` continues it" in retried.stderr, retried
     status = repository.council("status", "--json")
     assert status.states == {"t1": "pending", "t2": "pending"}
     assert (status.result["status"], status.result["halted_by"]) == ("halted", "base")

@@ -9,6 +9,7 @@ import pytest
 
 from orchestrator.cli.draw import MOST_ROWS, result_text
 from orchestrator.cli.result import ResultRow, hints, next_step, result_rows, summary, text_lines
+from orchestrator.domain.model import Halt
 from orchestrator.engine.report import (
     AdapterReport,
     OrchestratorReport,
@@ -82,6 +83,14 @@ def test_a_stopped_adapter_leads_to_a_resume() -> None:
     report = run(task("blocked"), closed="log in")
     assert next_step(report.tasks[0], report) == "council resume"
     assert any("log in" in hint for hint in hints(report))
+
+
+def test_a_halted_run_says_once_how_it_goes_on() -> None:
+    """Not for each of its tasks; of a used-up budget, which limits to raise."""
+    halted = replace(run(task("pending"), status=RunStatus.HALTED), halted="used up", halted_by=Halt.BUDGET)
+    assert next_step(halted.tasks[0], halted) == ""
+    assert [*hints(halted)] == ["Halted: used up", "Next: council resume run --budget LIMITS"]
+    assert next_step(task("failed"), halted) == "council logs t, then council retry t"
 
 
 def test_a_branch_of_the_runs_own_is_still_to_be_merged() -> None:
