@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from rich.cells import cell_len
 
-from orchestrator.cli.draw import fit
+from orchestrator.cli.draw import fit, fit_end
 from orchestrator.cli.output import one_line, plain
 from orchestrator.cli.result import (
     adapter_line,
@@ -44,7 +44,7 @@ def brief_lines(report: RunReport, *, is_newest: bool = True) -> list[str]:
     Commands mean the newest run: for another one (`is_newest`) they name it.
     """
     run = "" if is_newest else f" --run {report.run}"
-    head = [fit(summary(report), COLUMNS), *(fit(line, COLUMNS) for line in _totals(report))]
+    head = [*_wrapped(summary(report)), *(fit(line, COLUMNS) for line in _totals(report))]
     most = LINES - len(head)
     foot = list(_next(report, run))[:most]
     if report.halted is not None and report.halted_by is not Halt.BUDGET:
@@ -141,7 +141,7 @@ def _next(report: RunReport, run: str) -> Iterator[str]:
     elif report.status is RunStatus.INTERRUPTED or _is_left(report):
         yield f"Next: council resume{run}"
     elif waits_for_merge(report):
-        yield fit(f"Landed on its own branch, {plain(report.target)}.", COLUMNS)
+        yield "Landed on its own branch."
         yield f"Next: council merge{run}"
 
 
@@ -151,7 +151,8 @@ def _halt(halted: HaltReason, room: int) -> list[str]:
     log = [] if halted.log is None else [plain(f"log: {halted.log}")]
     remedy = [line for one in halted.remedy for line in _wrapped(plain(one))]
     left = max(room - len(head) - len(log) - len(remedy), 0)
-    output = [fit(plain(line.expandtabs()), COLUMNS) for line in halted.output if line.strip()]
+    *before, last = [plain(line.expandtabs()) for line in halted.output if line.strip()] or [""]
+    output = [*(fit(line, COLUMNS) for line in before), *filter(None, [fit_end(last, COLUMNS)])]
     shown = output[-left:] if left else []
     return [*head[: room - len(log)], *shown, *log, *remedy][:room]
 

@@ -96,6 +96,11 @@ def fit(text: str, width: int) -> str:
     return text if cell_len(text) <= width else f"{set_cell_size(text, max(width - 1, 0))}…"[:width]
 
 
+def fit_end(text: str, width: int) -> str:
+    """Return the end of text that takes at most so many cells of a terminal."""
+    return text if cell_len(text) <= width else f"…{set_cell_size(text[::-1], width - 1)[::-1]}"
+
+
 def wrapped(lengths: Sequence[int], width: int) -> int:
     """Return how many rows of a terminal lines take that were drawn when it was wider; lengths in its cells."""
     return sum(max(math.ceil(length / width), 1) for length in lengths)

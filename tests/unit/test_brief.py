@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from orchestrator.cli.brief import COLUMNS, LINES, brief_lines
+from orchestrator.cli.result import summary
 from orchestrator.domain.halts import HaltReason
 from orchestrator.domain.model import Halt, TaskStatus
 from orchestrator.engine.report import AdapterReport, RunStatus, TaskReport
@@ -47,11 +48,12 @@ def test_it_is_at_most_ten_lines_and_only_commands_and_long_words_exceed_eighty_
     report = replace(run(*tasks, status=status), target=target, adapters=adapters, halted=halted, damage=("x",) * 3)
     lines = brief_lines(report, is_newest=newest)
     assert len(lines) <= LINES == 10
-    wide = [line for line in lines if cell_len(line) > COLUMNS == 80]
+    wide = [line for line in lines if cell_len(line) > COLUMNS == 80 and target not in line]
     assert all("next: council" in line.lower() or "`" in line or line in (halted or "") for line in wide), wide
     assert all(line.isprintable() for line in lines), lines
     landed = sum(one.state == "landed" for one in tasks)
     assert f"{landed} of {len(tasks)} landed" in lines[0]
+    assert target not in summary(report) or any(target in line for line in lines), "a branch is never cut"
 
 
 def test_what_needs_attention_has_its_next_command() -> None:
@@ -131,6 +133,14 @@ def test_a_halt_is_broken_between_words_only() -> None:
     shown = brief_lines(replace(run(task("pending")), halted=halted, halted_by=Halt.BASE))
     assert any(path in line for line in shown)
     assert shown[-1].endswith(command)
+
+
+def test_a_long_last_line_of_a_halt_keeps_its_end() -> None:
+    """There an interpreter names the module that it does not have, after its own path."""
+    reason = HaltReason("it failed", (f"/{'long/' * 20}python: No module named pytest",), "/logs/check1", ("fix main",))
+    shown = brief_lines(replace(run(task("pending")), halted=str(reason), halted_by=Halt.BASE))
+    assert any(line.startswith("…") and line.endswith("python: No module named pytest") for line in shown), shown
+    assert "log: /logs/check1" in shown
 
 
 def test_a_halt_always_has_its_log() -> None:
