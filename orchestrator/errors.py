@@ -304,6 +304,7 @@ class SessionError(CouncilError):
 _SHORTAGES: Final[Mapping[int, tuple[str, str]]] = {
     errno.ENOSPC: ("No space left on device", "free some space"),
     errno.EDQUOT: ("Disk quota exceeded", "raise the disk quota or free some space"),
+    errno.EROFS: ("Read-only file system", "mount it writable"),
     errno.EMFILE: ("Too many open files", "raise the limit of open files (`ulimit -n`)"),
     errno.ENFILE: ("Too many open files in system", "raise the system's limit of open files"),
     errno.ENOMEM: ("Cannot allocate memory", "free some memory"),
@@ -349,7 +350,6 @@ def unusable(error: OSError | GitError, what: str, remedy: str) -> OSError | Git
 _REFUSALS = {
     errno.EACCES: "give yourself access to it",
     errno.EPERM: "give yourself access to it",
-    errno.EROFS: "mount it writable",
 }
 
 

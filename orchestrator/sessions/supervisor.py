@@ -72,7 +72,7 @@ NOTHING: dict[str, object] = {
     "output_error": None,
     "exhausted": False,
 }  # what is told of a CLI of which nothing is known
-EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT)
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class SpawnError(Exception):

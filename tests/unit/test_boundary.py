@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from orchestrator.cli.boundary import Log, boundary
 from orchestrator.cli.output import Output
+from orchestrator.errors import is_exhaustion
 from orchestrator.filelock import FileLock
 
 
@@ -31,3 +34,14 @@ async def test_a_lock_that_stays_held_is_no_internal_error(
     with pytest.raises(SystemExit), boundary(Output(as_json=False), Log()):
         raise raised
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_file_system_that_is_read_only_now_is_unavailable(capsys: pytest.CaptureFixture[str]) -> None:
+    """As a full disk: a session that can't be set up on one waits, and costs no attempt."""
+    error = OSError(errno.EROFS, os.strerror(errno.EROFS), "/place")
+    assert is_exhaustion(error)
+    with pytest.raises(SystemExit) as end, boundary(Output(as_json=False), Log()):
+        raise error
+    assert end.value.code == 1
+    told = "council: /place: read-only file system: mount it writable; no recorded work is lost\n"
+    assert capsys.readouterr().err == told
