@@ -251,7 +251,7 @@ class Council:
         """Record a run whose one task is built already, and is all that landed on another run's branch.
 
         `resume` lands it on that run's base, with the checks of all of its tasks. Return its id, or that of an earlier
-        one whose task still waits to land; RefusedError where there is nothing to merge.
+        one whose task still waits to land; NothingToMerge where there is nothing.
         """
         return await (await self._executing()).create_merge(await self.find_run(run))
 

@@ -79,6 +79,10 @@ class RefusedError(CouncilError):
         super().__init__(f"{what}: {remedy}")
 
 
+class NothingToMerge(RefusedError):
+    """All work of a run is where it is to land."""
+
+
 class RunAtWork(RefusedError):
     """Another process coordinates a run."""
 

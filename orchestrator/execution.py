@@ -73,6 +73,7 @@ from orchestrator.errors import (
     REQUEST_RECORDED,
     ConfigError,
     LockHeld,
+    NothingToMerge,
     RefusedError,
     RequestUnanswered,
     RunAtWork,
@@ -206,7 +207,7 @@ class Execution:
         commit, branch = await source.fetch(document.target, internal_ref(name, "work")), work_branch(name, MERGE, "1")
         if await git.is_ancestor(commit, start):
             await forget(hub, name, environ)
-            raise RefusedError(f"{base!r} has all of {document.target!r} already", "there is nothing to merge")
+            raise NothingToMerge(f"{base!r} has all of {document.target!r} already", "there is nothing to merge")
         specs = [await read_spec(runs.store, run, task) for task in document.tasks]
         built = built_merge(
             document, specs, name, commit=commit, branch=branch, start=start, now=runs.clock.now(),

@@ -26,7 +26,7 @@ from orchestrator.cli.command import (
 from orchestrator.cli.coordinating import coordination_options
 from orchestrator.cli.findings import exit_code, finding_lines
 from orchestrator.cli.mermaid import flowchart
-from orchestrator.cli.output import Output
+from orchestrator.cli.output import Output, plain
 from orchestrator.cli.plan import plan_text
 from orchestrator.cli.progress import shown
 from orchestrator.cli.quantities import budget_limits
@@ -43,7 +43,7 @@ from orchestrator.domain.model import MOST_CAPACITY, WAITING_TO_LAND
 from orchestrator.dry_run import rehearse_run
 from orchestrator.engine.rehearsal import Rehearsal
 from orchestrator.engine.report import RunReport, RunStatus
-from orchestrator.errors import RefusedError
+from orchestrator.errors import NothingToMerge, RefusedError
 from orchestrator.process import start_detached
 
 allow_failing_base_option = click.option(
@@ -242,7 +242,7 @@ def merge(run: str | None, as_json: bool) -> None:
 
     Work waits where the target could not be moved, for example because its checkout had changes. Where a run landed on
     council/RUN, that branch is merged into the base with the checks of all tasks, as a run of its own with one task.
-    No session is started. A merge that could not land is continued.
+    No session is started. A merge that could not land is continued. The exit code is 0 if there is nothing to merge.
 
     \b
     Examples:
@@ -258,17 +258,29 @@ def merge(run: str | None, as_json: bool) -> None:
                 raise RefusedError(f"run {name} is running and lands its work itself", "wait for its end")
             waiting = any(task.state in WAITING_TO_LAND for task in report.tasks)
             if not waiting and not own_branch(report):
-                raise RefusedError(f"nothing of run {name} waits to land", "`council status` shows its tasks")
+                return await _show_nothing(context, council, report, f"nothing of run {name} waits to land")
             after = await council.position()
             if waiting:
                 code = await _execute(council, name, context, after, lambda: council.land(name))
                 if not own_branch(await council.status(name)):
                     return code
                 after = await council.position()
-            made = await council.create_merge(name)
+            try:
+                made = await council.create_merge(name)
+            except NothingToMerge as nothing:
+                return await _show_nothing(context, council, report, str(nothing))
             return await _execute(council, made, context, after, lambda: council.resume(made))
 
     perform(command, as_json=as_json)
+
+
+async def _show_nothing(context: Context, council: Council, report: RunReport, line: str) -> int:
+    """Print that there is nothing to merge; return the exit code."""
+    if context.output.as_json:
+        await show_result(context, council, report, code=0)
+    else:
+        context.output.text(plain(f"{line}\n", keep="\n"))
+    return 0
 
 
 def _also_interrupted(run: str, others: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from orchestrator.cli.tasks import stat_option, wants_color
 def salvage() -> None:
     """See, take over or drop work that is on no target.
 
-    It is of tasks that failed, conflicted, were cancelled or cut off.
+    It is of attempts that failed, conflicted, were cancelled or cut off, also where a later attempt of the task landed.
 
     \b
     Examples:
@@ -37,7 +37,8 @@ def salvage() -> None:
 def list_kept(run: str | None, as_json: bool) -> None:
     """List what is kept, the newest run first.
 
-    The other commands take the names, for another run than the newest together with --run.
+    With the state that the task of each has now: of one that landed, this is work of an earlier attempt. The other
+    commands take the names, for another run than the newest together with --run.
 
     \b
     Examples:
@@ -62,7 +63,7 @@ def list_kept(run: str | None, as_json: bool) -> None:
 
 def _line(one: KeptWork) -> str:
     when = "" if one.committed is None else _local(one.committed)
-    return plain(f"{one.run}  {one.name:<28} {one.state:<10} {when:<16} {one.worktree or one.subject}") + "\n"
+    return plain(f"{one.run}  {one.name:<28} {f'task {one.state}':<15} {when:<16} {one.worktree or one.subject}") + "\n"
 
 
 def _applied(name: str, changed: Sequence[str], branch: str | None) -> str:

@@ -54,7 +54,7 @@ def story_lines(story: Story, now: float) -> Iterator[str]:
 def _head(story: Story, now: float) -> Iterator[list[str]]:
     source = "" if story.tracker is None else f" (from {story.tracker})"
     told = {
-        "asked": "" if story.asked is None else f"{one_line(story.asked, _LONGEST)}{source}",
+        "asked": "" if story.asked is None else f"{one_line(' '.join(story.asked.split()), _LONGEST)}{source}",
         "plan of": "" if story.plan is None else story.plan.removeprefix(f"{story.run}/"),
         "workflow": story.workflow or "",
         "became": ", ".join(story.expanded),

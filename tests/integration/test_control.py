@@ -304,13 +304,17 @@ async def test_kept_work_is_listed_shown_applied_and_dropped(repository: Reposit
         {"id": "failed", "prompt": "write f.txt kept-text\nexit 1", "attempts": 1},
         {"id": "stasher", "prompt": "write s.txt s\ngit add s.txt\ngit stash --quiet\nwrite t.txt t\nexit 1",
          "attempts": 1},
+        {"id": "tried", "prompt": "write t.txt t\nattempt 1 exit 1", "attempts": 2},
     ]  # fmt: skip
     repository.council("run", str(repository.configure(tasks)))
     listed = repository.council("salvage", "list", "--json").result["kept"]
-    assert [one["name"] for one in listed] == ["failed/1", "stasher/1", "stasher/1/stash"]
-    assert [line.split()[1] for line in repository.council("salvage", "list").stdout.splitlines()] == [
-        "failed/1", "stasher/1", "stasher/1/stash",
-    ]  # fmt: skip
+    assert [one["name"] for one in listed] == ["failed/1", "stasher/1", "stasher/1/stash", "tried/1"]
+    assert [line.split()[1:4] for line in repository.council("salvage", "list").stdout.splitlines()] == [
+        ["failed/1", "task", "failed"],
+        ["stasher/1", "task", "failed"],
+        ["stasher/1/stash", "task", "failed"],
+        ["tried/1", "task", "landed"],
+    ]
     assert "+kept-text" in repository.council("salvage", "show", "failed/1").stdout
     assert "s.txt" in repository.council("salvage", "show", "stasher/1/stash", "--stat").stdout
     assert repository.council("salvage", "apply", "failed/1", "--branch", "rescued").code == 0
@@ -320,7 +324,7 @@ async def test_kept_work_is_listed_shown_applied_and_dropped(repository: Reposit
     assert (repository.top / "f.txt").read_text() == "kept-text\n"
     assert repository.council("salvage", "drop", "--yes", "failed/1", "stasher/1/stash").code == 0
     left = repository.council("salvage", "list", "--json").result["kept"]
-    assert [one["name"] for one in left] == ["stasher/1"]
+    assert [one["name"] for one in left] == ["stasher/1", "tried/1"]
 
 
 async def test_a_worktree_that_holds_a_secret_stays_and_can_be_dropped(repository: Repository) -> None:

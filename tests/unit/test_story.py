@@ -18,7 +18,7 @@ from orchestrator.engine.story import Asked, Story, story
 
 COMMIT, BASE = "0123456789" * 4, "f" * 40
 FINDINGS = [{"path": "a.py", "line": 3, "severity": "major", "message": "say \x1b[31mmore"}, {"message": "and less"}]
-FOUR = Asked("Add login.", "tickets", ("models",), "adw", ("scout", "plan", "build", "review"))
+FOUR = Asked("Add login.\n\n  It has tests.\n", "tickets", ("models",), "adw", ("scout", "plan", "build", "review"))
 
 
 def attempt(number: int, phase: str | None, outcome: str | None = "completed", **facts: Any) -> Attempt:
@@ -115,7 +115,7 @@ def test_a_person_reads_all_of_it() -> None:
     shown = text(told(document, FOUR, *handoffs))
     for part in (
         "task t of run run: running",
-        "Add login. (from tickets)",
+        "Add login. It has tests. (from tickets)",
         "requirements (120 of 3,400 bytes; left out: risks)",
         "scout (session 1)",
         "as discussed",
