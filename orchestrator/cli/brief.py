@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import islice
 
 from rich.cells import cell_len
 
@@ -15,6 +16,7 @@ from orchestrator.cli.result import (
     background_error,
     kept_as,
     merge_step,
+    reason_words,
     remedy,
     session_line,
     state_counts,
@@ -75,9 +77,12 @@ def _totals(report: RunReport) -> Iterator[str]:
 
 def _task(task: TaskReport, report: RunReport, run: str) -> Iterator[str]:
     sessions = {one.task: one for one in report.sessions}
-    what = session_line(sessions[task.id]) if task.id in sessions else one_line(task.reason or "")
+    what = session_line(sessions[task.id]) if task.id in sessions else reason_words(task)
     words = ": ".join(filter(None, [f"  {task.id} {state_words(task.state)}", what]))
-    yield _shortened(plain(words))
+    if task.failure == FailureClass.SETUP_FAILED:  # with the log and the cause
+        yield from islice(_wrapped(plain(words)), LINES // 2)
+    else:
+        yield _shortened(plain(words))
     if task.state != _BLOCKED:
         yield plain(f"    next: {merge_step(task, report) or f'{_step(task, report)}{run}'}")
 

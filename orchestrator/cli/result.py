@@ -22,6 +22,8 @@ from orchestrator.engine.report import (
 from orchestrator.instants import local_time
 from orchestrator.repo.diffs import Changes
 
+#: Characters of the reason of a failed setup.
+_SETUP_REASON = 600
 #: States that read otherwise than they are called.
 _STATES: Mapping[str, str] = {TaskStatus.WAITING: "waiting for approval"}
 
@@ -106,6 +108,12 @@ def result_rows(report: RunReport, changes: Mapping[str, Changes], *, is_newest:
         )
 
 
+def reason_words(task: TaskReport) -> str:
+    """Return the reason of a task on one line; of a failed setup with room for the path of the log and the cause."""
+    reason = task.reason or ""
+    return one_line(reason, _SETUP_REASON) if task.failure == FailureClass.SETUP_FAILED else one_line(reason)
+
+
 def session_line(session: SessionReport) -> str:
     """Say what a session is at: how it does where it is not simply working, the file, and its words."""
     parts = [] if session.status == "working" else [session.status]
@@ -125,7 +133,7 @@ def _what(task: TaskReport, target: str, changes: Mapping[str, Changes]) -> str:
             text += f", {changed.files} {'file' if changed.files == 1 else 'files'} {lines(changed)}"
         parts.append(text)
     if task.reason is not None:
-        parts.append(plain(one_line(task.reason)))
+        parts.append(plain(reason_words(task)))
     if task.denied is not None and task.denied not in (task.reason or ""):
         parts.append(plain(one_line(task.denied)))
     if (kept := kept_as(task)) is not None:

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -29,6 +29,7 @@ from orchestrator.repo.worktrees import Worktree
 from orchestrator.sessions import hooks
 from orchestrator.sessions.environment import attempt_variables, base_environment
 from orchestrator.sessions.fencing import Fencing, Ground
+from orchestrator.sessions.sandbox import SandboxKind
 from orchestrator.sessions.shell import CommandFailed, Done, NotRun, Shell, ShellResult, describe_unrunnable
 from orchestrator.sessions.supervised import end_supervised
 
@@ -44,12 +45,9 @@ class SetupFailed(SetupError):
     """A step of the setup did not end as it should; `ended` says how."""
 
     def __init__(self, ended: ShellResult) -> None:
-        told = (
-            f"{ended.describe('in the setup')}\nall that it printed: {ended.log}"
-            if isinstance(ended, CommandFailed)
-            else ""
+        super().__init__(
+            ended.describe(f"in the setup (log: {ended.log})") if isinstance(ended, CommandFailed) else str(ended)
         )
-        super().__init__(told or str(ended))
         self.ended = ended
 
     def outcome(self, *, at_base: bool) -> Outcome:
@@ -119,13 +117,20 @@ class Equipment:
             commands = hooks.setup_commands(steps, first, self.logs, place.number)
             ended = await hooks.run_in_turn(self._shell_of(place, variables), commands)
         if not isinstance(ended.last, Done):
-            failure = SetupFailed(ended.last)
+            failure = SetupFailed(self._with_network(ended.last))
             if isinstance(ended.last, CommandFailed):
                 self._failed[wanted[first + ended.done], at] = failure
             raise failure
         seconds = round(anyio.current_time() - began, 1)
         await self.tell("place.setup_finished", {"place": str(place.root), "seconds": seconds})
         return wanted
+
+    def _with_network(self, ended: ShellResult) -> ShellResult:
+        """Return how a step ended, with the network as a possible cause where it had none."""
+        reaches = self.fencing.config.network or self.fencing.config.hosts or self.fencing.kind is SandboxKind.OFF
+        if reaches or not isinstance(ended, CommandFailed) or ended.unrunnable is not None:
+            return ended
+        return replace(ended, ended=f"{ended.ended} (`network: off` may be the cause)")
 
     async def strip(self, place: Place) -> None:
         """Do what is to be done before a place is thrown away, also one that a killed process left."""

@@ -34,6 +34,7 @@ from orchestrator.sessions.supervised import Ended, SupervisedCommand, run_super
 _LONGEST_COMMAND = 80
 #: Lines and characters of the end of its output: installers name a cause above their last lines.
 _SHOWN_LINES, _SHOWN = 15, 2000
+_NOTES = ("[notice]", "note:", "hint:")
 _MOST_DENIED = 5  # hosts that are named
 
 
@@ -89,8 +90,11 @@ class CommandFailed:
 
     @property
     def last_words(self) -> str:
-        """Return the end of what the command printed."""
-        return "\n".join(self.said.strip().splitlines()[-_SHOWN_LINES:])[-_SHOWN:]
+        """Return the end of what the command printed, without the notes that installers print below a cause."""
+        lines = self.said.strip().splitlines()
+        while len(lines) > 1 and (not lines[-1].strip() or lines[-1].lstrip().startswith(_NOTES)):
+            lines.pop()
+        return "\n".join(lines[-_SHOWN_LINES:])[-_SHOWN:]
 
 
 def describe_unrunnable(failed: Sequence[CommandFailed], correction: str, merge: str = "") -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Ended, Repository
+from tests.sandboxes import default_sandbox
 
 SECRET = "s3cr3t-Val-0123456789"
 
@@ -91,14 +92,19 @@ async def test_a_session_that_spoils_the_setup_costs_its_place(repository: Repos
 
 
 async def test_a_setup_that_fails_is_tried_once_and_told(repository: Repository, outside: Path) -> None:
-    """Every task says why, with the end of what the command printed; nothing of theirs was started."""
-    worktrees = {"setup": [f"echo x >> {outside}/setups; echo no such package >&2; exit 7"]}
-    config = shell(repository, outside, many(5, f"echo x >> {outside}/sessions"), worktrees=worktrees, capacity=2)
+    """Every task says why, with the cause above the notes of the command, and its log; no session was started."""
+    said = r"no such package\n\n[notice] A new release is there\nhint: see above\n"
+    worktrees = {"setup": [f"echo x >> {outside}/setups; printf '{said}' >&2; exit 7"]}
+    tasks = many(5, f"echo x >> {outside}/sessions")
+    config = shell(repository, outside, tasks, worktrees=worktrees, capacity=2, network="off")
     ended = run(repository, config, 1)
     assert {task["failure"] for task in ended.result["tasks"]} == {"setup_failed"}
     for task in ended.result["tasks"]:
         assert "no such package" in task["reason"]
         assert "exit code 7" in task["reason"]
+        assert ("`network: off` may be the cause" in task["reason"]) == (not default_sandbox())
+    shown = repository.council("status").stdout
+    assert ("no such package" in shown, "hint:" in shown, "(log: /" in shown) == (True, False, True), shown
     assert len(lines(outside / "setups")) <= 3, "places that were made at the same time"
     assert not lines(outside / "sessions")
     await repository.assert_invariants()

@@ -143,6 +143,15 @@ def test_a_long_last_line_of_a_halt_keeps_its_end() -> None:
     assert "log: /logs/check1" in shown
 
 
+def test_a_failed_setup_has_its_log_and_its_cause() -> None:
+    """However long they are: both are broken between words only."""
+    log = f"/{'folder/' * 15}setup1"
+    reason = f"`pip install -e .` ended with exit code 1 in the setup (log: {log})\nERROR: no such package"
+    shown = brief_lines(run(task("failed", failure="setup_failed", reason=reason)))
+    assert any(f"{log})" in line for line in shown), shown
+    assert "ERROR: no such package" in " ".join(shown), shown
+
+
 def test_a_halt_always_has_its_log() -> None:
     """Whatever else needs attention, and however long the remedy is; the output gives way first."""
     reason = HaltReason("check `x` fails on main", ("one", "two"), "/logs/t.0.check1", ("fix main " * 30, "or not"))
