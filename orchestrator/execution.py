@@ -21,6 +21,7 @@ from orchestrator.config.coordination import (
     read_environment,
     with_attempts,
 )
+from orchestrator.config.inline import InlineTasks, load_inline
 from orchestrator.config.load import load_config
 from orchestrator.config.model import (
     BudgetConfig,
@@ -276,19 +277,34 @@ class Execution:
         path = anyio.Path(run.config)
         if run.imported is not None or not await path.is_file():
             return FileChanges(run.config, unreadable="there is no such file")
+        kinds = self._plugins.adapters, self._plugins.extensions()
+        inline = await self._inline(run)
         try:
-            config = await anyio.to_thread.run_sync(
-                load_config, Path(run.config), self._plugins.adapters, self._plugins.extensions()
-            )
+            if inline is None:
+                config = await anyio.to_thread.run_sync(load_config, Path(run.config), *kinds)
+            else:
+                file = Path(run.config)
+                config = await anyio.to_thread.run_sync(load_inline, inline, file, file.parent, *kinds)
         except ConfigError as error:
             return FileChanges(run.config, unreadable=str(error.problems[0]))
+        except RefusedError as error:
+            return FileChanges(run.config, unreadable=str(error))
         settings = coordinate(config.coordination, self._runs.environ, None)
         recorded = run.coordination.get("max_retries", settings.max_retries)
         if recorded != settings.max_retries:  # it was chosen on the command line
             settings = settings.model_copy(update={"max_retries": recorded})
         left = [task for task, status in statuses.items() if status not in SUCCESSFUL]
-        specs = {task: await read_spec(self._runs.store, run.id, task) for task in left if TASKS not in run.given}
+        specs = {task: await read_spec(self._runs.store, run.id, task) for task in left}
         return compare(run, specs, with_attempts(config, settings))
+
+    async def _inline(self, run: RunDocument) -> InlineTasks | None:
+        """Return the tasks that the command line gave, with what it chose for them; None if they are the file's."""
+        if TASKS not in run.given:
+            return None
+        specs = [await read_spec(self._runs.store, run.id, task) for task in run.tasks]
+        own = [spec for spec in specs if spec.plan is None]
+        adapter = own[0].adapter if "adapter" in run.given else None
+        return InlineTasks([one.prompt for one in own], adapter, checks=own[0].checks if "checks" in run.given else ())
 
     async def _reload(self, run: str, tasks: Sequence[str], changes: FileChanges) -> None:
         """Have tasks take over what the file says of them."""

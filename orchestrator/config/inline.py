@@ -61,8 +61,8 @@ def load_inline(
 
 
 def _given(tasks: InlineTasks) -> tuple[str, ...]:
-    branches = {"base": tasks.base, "target": tasks.target}
-    return ("tasks", *(key for key, branch in branches.items() if branch is not None))
+    chosen = {"base": tasks.base, "target": tasks.target, "adapter": tasks.adapter, "checks": tasks.checks or None}
+    return ("tasks", *(key for key, value in chosen.items() if value is not None))
 
 
 def _settings(tasks: InlineTasks) -> JsonObject:

@@ -74,7 +74,7 @@ class FileChanges:
 
 def compare(run: RunDocument, specs: Mapping[str, TaskSpec], config: RunConfig) -> FileChanges:
     """Return what a file says otherwise than the record of its run; `specs` are the tasks that it matters for."""
-    said = {} if TASKS in run.given else {task.id: task for task in config.tasks}
+    said = {task.id: task for task in config.tasks}
     tasks = {
         name: keys for name, spec in specs.items() if name in said and (keys := _changed(run, spec, said[name], config))
     }
@@ -82,7 +82,11 @@ def compare(run: RunDocument, specs: Mapping[str, TaskSpec], config: RunConfig) 
     then = run.model_dump(mode="json", include=set(_OF_RUN))
     now["target"] = then["target"] if config.target is None else config.target
     keys = [key for name in _OF_RUN if name not in run.given for key in _names(name, then[name], now[name])]
-    return FileChanges(str(config.path), tasks, keys, TASKS not in run.given, config=config)
+    if TASKS in run.given:  # of such tasks the file has the defaults alone
+        changed = dict.fromkeys(key for each in tasks.values() for key in each)
+        keys += [key if key.startswith(_ADAPTERS) else f"defaults.{key}" for key in changed]
+        return FileChanges(str(config.path), {}, keys, has_tasks=False, config=config)
+    return FileChanges(str(config.path), tasks, keys, config=config)
 
 
 def _names(name: str, then: Any, now: Any) -> Sequence[str]:

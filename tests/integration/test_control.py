@@ -591,12 +591,19 @@ async def test_reload_refuses_what_can_not_change(repository: Repository, change
 
 
 async def test_tasks_in_words_are_of_no_file(repository: Repository) -> None:
-    """A file with a task of the same name changes nothing, and --reload says so."""
-    repository.council("run", _file(repository, [{"id": "task-1", "prompt": "write other.txt x"}]), "--task", "exit 1")
+    """A file with a task of the same name changes nothing, and --reload says so; changed defaults are reported."""
+    tasks = [{"id": "task-1", "prompt": "write other.txt x"}]
+    defaults = {"adapter": "fake"}
+    repository.council("run", _file(repository, tasks, defaults=defaults), "--task", "exit 1")
     kept = repository.council("retry", "task-1")
     assert (kept.code, "has changed" in kept.stderr) == (0, False), kept
     refused = repository.council("retry", "task-1", "--reload")
     assert refused.code == 2
+    assert "run.file_changed" not in repository.council("resume", "--json").stdout
+    assert repository.council("retry", "task-1").code == 0
+    _file(repository, tasks, defaults={**defaults, "checks": ["true"]})
+    [told] = [one for one in repository.council("resume", "--json").lines if one.get("event") == "run.file_changed"]
+    assert (told["tasks"], told["keys"]) == ({}, ["defaults.checks"])
 
 
 def _two_failed(repository: Repository, command: tuple[str, ...]) -> None:
