@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -188,7 +189,7 @@ class Output:
             return
         from orchestrator.cli import result  # noqa: PLC0415  what people get is of no use to programs
 
-        rows = list(result.result_rows(report, changes or {}, is_newest=is_newest))
+        rows = list(result.result_rows(report, changes or {}, is_newest=is_newest, now=time.time()))
         self._say(result.summary(report))
         if self.draws:
             from orchestrator.cli.draw import result_text  # noqa: PLC0415  rich takes its time

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from orchestrator.cli.output import kept_name, lines, one_line, plain
+from orchestrator.cli.table import ago
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.model import REVIVABLE, RUNNING, SUCCESSFUL, Halt, TaskStatus
 from orchestrator.engine.report import (
@@ -94,8 +95,13 @@ def kept_as(task: TaskReport) -> str | None:
     return None if task.branch is None else kept_name(task.branch)
 
 
-def result_rows(report: RunReport, changes: Mapping[str, Changes], *, is_newest: bool = True) -> Iterator[ResultRow]:
-    """Yield a row for each task in the order of the file; `changes` says how much each changed."""
+def result_rows(
+    report: RunReport, changes: Mapping[str, Changes], *, is_newest: bool = True, now: float | None = None
+) -> Iterator[ResultRow]:
+    """Yield a row for each task in the order of the file; `changes` says how much each changed.
+
+    With `now` (seconds since the epoch), with the age of each session's activity.
+    """
     sessions = {one.task: one for one in report.sessions}
     for task in report.tasks:
         session = sessions.get(task.id) if task.state == TaskStatus.RUNNING else None
@@ -103,7 +109,7 @@ def result_rows(report: RunReport, changes: Mapping[str, Changes], *, is_newest:
             plain(task.id),
             state_words(task.state),
             task.attempts,
-            _what(task, report.target, changes) if session is None else session_line(session),
+            _what(task, report.target, changes) if session is None else session_line(session, now),
             plain(merge_step(task, report) or next_step(task, report, is_newest=is_newest)),
         )
 
@@ -114,15 +120,16 @@ def reason_words(task: TaskReport) -> str:
     return one_line(reason, _SETUP_REASON) if task.failure == FailureClass.SETUP_FAILED else one_line(reason)
 
 
-def session_line(session: SessionReport) -> str:
-    """Say what a session is at: how it does where it is not simply working, the file, and its words."""
+def session_line(session: SessionReport, now: float | None = None) -> str:
+    """Say what a session is at: how it does where it is not simply working, the file, its words, and their age."""
     parts = [] if session.status == "working" else [session.status]
     if session.blocked_on is not None:
         parts.append(f"for {session.blocked_on}" if session.status == "waiting" else f"on {session.blocked_on}")
     if session.progress is not None:
         parts.append(session.progress)
     at = ": ".join(filter(None, [session.file, session.message]))
-    return plain(one_line("; ".join(filter(None, [" ".join(parts), at]))))
+    line = plain(one_line("; ".join(filter(None, [" ".join(parts), at]))))
+    return line if now is None or not line else f"{line} ({ago(session.updated, now)})"
 
 
 def _what(task: TaskReport, target: str, changes: Mapping[str, Changes]) -> str:

@@ -156,6 +156,15 @@ def test_the_drawn_form_sums_up_what_is_alike(monkeypatch: pytest.MonkeyPatch) -
     assert "[red]why[/red]" in text
 
 
+def test_the_activity_of_a_session_has_its_age() -> None:
+    """A session of which nothing is known has none."""
+    at = SessionReport("t", 1, "fixer", "o8", "working", None, None, "step 5", None, [], 1.0)
+    running = replace(run(task("running"), status=RunStatus.RUNNING), sessions=[at])
+    assert [row.what for row in result_rows(running, {}, now=43.0)] == ["step 5 (0:42 ago)"]
+    silent = replace(running, sessions=[replace(at, message=None)])
+    assert [row.what for row in result_rows(silent, {}, now=43.0)] == [""]
+
+
 def test_several_processes_at_work_are_told() -> None:
     """By process id and machine; one is nothing to tell, nor are those that have ended."""
     two = [OrchestratorReport(f"o{pid}", "box", pid, "worker", 1.0, 1.0, None, None) for pid in (7, 8)]
