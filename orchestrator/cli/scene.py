@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +11,17 @@ import anyio.to_thread
 
 from orchestrator.cli.source import find_file, top_of
 from orchestrator.cli.trusting import require_trust
-from orchestrator.config.load import load_config
+from orchestrator.config.inline import InlineTasks, load_inline
+from orchestrator.config.load import load_config, read_file
 from orchestrator.config.model import RunConfig
-from orchestrator.errors import ConfigError
+from orchestrator.config.problems import Problems
+from orchestrator.errors import ConfigError, RefusedError
 from orchestrator.loading import worked_on
 from orchestrator.plugins import Plugins, load_plugins
 from orchestrator.repo.git import Git
+
+#: A prompt for a file without tasks.
+_PROMPT = "Describe this repository."
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +54,15 @@ async def look_around(file: Path | None = None) -> Scene:
 
 
 def _load(file: Path, plugins: Plugins) -> RunConfig | ConfigError:
+    node = read_file(file, Problems(file))
     try:
+        if node is not None and not {"tasks", "trackers"} & node.value.keys():
+            # It is for `council run "PROMPT"`: any prompt and, without a default, any of its adapters will do.
+            named = node.value.get("adapters")
+            is_open = node.get("defaults", "adapter") is None and isinstance(named, dict)
+            tasks = InlineTasks([_PROMPT], next(iter(named), None) if is_open and named else None)
+            with suppress(RefusedError):  # no adapter can run it
+                return load_inline(tasks, file, file.parent, plugins.adapters, plugins.extensions())
         return load_config(file, plugins.adapters, plugins.extensions())
     except ConfigError as error:
         return error

@@ -107,6 +107,14 @@ def test_with_an_old_git(repository: Repository, stand_ins: StandIns) -> None:
     assert doctor(repository)["git"][0][:2] == ("problem", "git 2.30.2 is too old")
 
 
+def test_a_file_without_tasks_is_looked_at_as_run_with_a_prompt_does(repository: Repository) -> None:
+    """Its adapters are probed; that it has no tasks is no problem."""
+    path = repository.configure(TASKS, defaults={"adapter": "fake"})
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "tasks"}))
+    found = doctor(repository, str(path))
+    assert (level(found, "file"), "adapter fake" in found) == ("ok", True), found
+
+
 def test_the_default_file_is_found(repository: Repository) -> None:
     """`council.yaml` here, or at the top of the repository; one that is named counts instead."""
     (repository.top / "council.yaml").write_text("version: 1\n")
