@@ -41,11 +41,8 @@ def load_inline(
 ) -> RunConfig:
     """Return the run of these tasks, task-1 and so on: with all but the tasks of a file, or in the repository `folder`.
 
-    Raises ConfigError as `load_config` and `load_value` do, RefusedError for an empty prompt, or if it is not clear
-    which adapter is meant.
+    Raises ConfigError as `load_config` and `load_value` do, RefusedError if it is not clear which adapter is meant.
     """
-    if not all(map(str.strip, tasks.prompts)):
-        raise RefusedError("the prompt is empty", 'say what to do, as in `council run "fix the bug"`')
     path = folder.absolute() / NAME if file is None else file.absolute()
     problems = Problems(NAME if file is None else file)
 

@@ -146,11 +146,14 @@ async def test_nothing_is_changed_beside_a_run_at_work(project: Repository) -> N
 
 
 async def test_runs_that_are_not_over(project: Repository) -> None:
-    """One that was cut off, and the same while a process is at work in it."""
+    """One whose tasks wait, one that was cut off, and the same while a process is at work in it."""
     async with opened(project) as council:
-        assert [(one.run, one.status) for one in await council.runs(active=True)] == [(RUN, RunStatus.INTERRUPTED)]
+        waiting = "over", RunStatus.INCOMPLETE
+        active = [(one.run, one.status) for one in await council.runs(active=True)]
+        assert active == [waiting, (RUN, RunStatus.INTERRUPTED)]
         async with Hub(project.top / "hub").run_lock(RUN).hold(0):
-            assert [one.status for one in await council.runs(active=True)] == [RunStatus.RUNNING]
+            active = [(one.run, one.status) for one in await council.runs(active=True)]
+        assert active == [waiting, (RUN, RunStatus.RUNNING)]
         assert [one.run for one in await council.runs()] == ["over", RUN]
 
 

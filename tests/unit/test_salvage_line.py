@@ -12,7 +12,7 @@ from orchestrator.cli.salvage import _applied, _line
 def test_a_commit_of_any_time_can_be_listed(committed: int) -> None:
     """An agent may date its commits beyond what a calendar has."""
     one = KeptWork("build/1/other", "run", "build", "landed", "subject", "0" * 40, committed, None)
-    assert _line(one).split() == ["run", "build/1/other", "landed", "?", "subject"]
+    assert _line(one).split() == ["run", "build/1/other", "task", "landed", "?", "subject"]
 
 
 @pytest.mark.parametrize(
