@@ -192,7 +192,7 @@ class Ledger:
             ledger._take_run(again)
         await ledger._lead(lease, [orchestrators.joining(), *amended], facts)
         orchestrators.joined()
-        return ledger
+        return await ledger._newest()
 
     @classmethod
     async def join(
@@ -207,7 +207,21 @@ class Ledger:
         joined = Event("run.joined", {"run": run, "orchestrator": me.id, "host": me.host, "pid": me.pid, **facts})
         await store.commit(Commit([orchestrators.joining()], [joined]))
         orchestrators.joined()
-        return ledger
+        return await ledger._newest()
+
+    async def _newest(self) -> Ledger:
+        """Return one with the documents as they are now: while this one took its part a checkpoint may be restored."""
+        document, tasks = await read_run(self._store, self.run.id), await read_tasks(self._store, self.run.id)
+        if document == self.run and all(tasks[name].version == one for name, one in self._versions.items()):
+            return self
+        is_shared = self.claims is not None
+        newest = Ledger(
+            self._store, document, tasks, self._redactor, self.orchestrators, self._clock, is_shared=is_shared
+        )
+        newest._guards = self._guards
+        if self.coordinates.is_set():
+            newest.coordinates.set()
+        return newest
 
     async def _lead(self, lease: tuple[Write, Guard], writes: Sequence[Write], facts: JsonObject) -> None:
         write, guard = lease

@@ -297,8 +297,6 @@ async def test_without_a_file_it_is_said_what_would_be_possible(repository: Repo
         ([], "there is no council.yaml in"),
         (["--task", "write a.txt a"], "no CLI is on PATH that an adapter runs"),
         (["--task", "write a.txt a", "--adapter", "command"], "'command' takes options"),
-        ([""], "the prompt is empty"),
-        (["--task", " "], "the prompt is empty"),
     ):
         ended = repository.council("run", *options, "--json")
         assert (ended.code, ended.result["status"]) == (2, "refused")

@@ -22,7 +22,7 @@ from orchestrator.engine.steps import Update
 from orchestrator.errors import RunAtWork
 from orchestrator.locking.claims import HeldBy
 from orchestrator.locking.orchestrators import this_process
-from orchestrator.protocols import Commit, Document, Key, Store
+from orchestrator.protocols import Commit, Document, Key, Store, Write
 from orchestrator.state.memory import MemoryStore
 from orchestrator.testing.clock import ManualClock
 from tests.recorded import NEW, OLD, orchestrators, run_document, task_spec
@@ -238,6 +238,28 @@ async def test_who_takes_a_run_when_another_becomes_its_coordinator_is_told_who_
     run = theirs.run.id
     with pytest.raises(RunAtWork, match=f"under process {theirs.orchestrators.me.pid}"):
         await Ledger.take(store, clock, Redactor([]), orchestrators(store, clock, run, alone=False), {})
+
+
+@pytest.mark.parametrize("event", ["run.claimed", "run.joined"])
+async def test_what_is_restored_while_a_run_is_taken_is_known(tmp_path: Path, event: str) -> None:
+    """The documents were read before, and whoever restores a checkpoint is no orchestrator of the run."""
+    clock = ManualClock()
+    store, run = Overtaken(clock, event), run_document(tmp_path)
+    await seed(store, run, {task: task_spec(task, "Do it.") for task in run.tasks})
+    (key,) = [found.key for found in await store.list("task", f"{run.id}/models")]
+
+    async def restore() -> None:
+        found = await store.get(key)
+        assert found is not None
+        await store.commit(Commit([Write(key, found.version, {**found.value, "status": "cancelled"})], []))
+
+    store.quicker = restore
+    others = orchestrators(store, clock, run.id, alone=False)
+    take = Ledger.take if event == "run.claimed" else Ledger.join
+    ledger = await take(store, clock, Redactor([]), others, {})
+    assert ledger.task("models").status is TaskStatus.CANCELLED
+    assert ledger.coordinates.is_set() == (event == "run.claimed")
+    await ledger.note("run.waiting", {})
 
 
 async def test_of_two_who_find_that_nobody_coordinates_one_does(tmp_path: Path) -> None:
