@@ -43,8 +43,10 @@ new=$GIT_DIR/index.${MARK}
     echo "its index is locked by another git command" >&2
     exit 1
 }}
-[ "$(git symbolic-ref -q HEAD)" = "${TARGET}" ] || refuse "another branch was checked out meanwhile"
-rm -f "$new" "$new.lock"
+read -r head <"$GIT_DIR/HEAD"
+[ "$head" = "ref: ${TARGET}" ] || [ "$(git symbolic-ref -q HEAD)" = "${TARGET}" ] ||
+    refuse "another branch was checked out meanwhile"
+[ ! -e "$new.lock" ] || rm -f "$new.lock"
 [ ! -e "$GIT_DIR/index" ] || cp -p "$GIT_DIR/index" "$new" || refuse "its index can't be copied"
 export GIT_INDEX_FILE="$new"
 old=${{{OLD_COMMIT}:-$(git hash-object -t tree --stdin </dev/null)}}
