@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -185,29 +184,32 @@ def _is_marked(lock: Path, branch: str) -> bool:
         return False
 
 
-def head_stamps(repository: LocalRepository) -> dict[str, tuple[int, int]]:
+def head_stamps(repository: LocalRepository) -> dict[Path, tuple[int, int]]:
     """Return what changes with each switch of a checkout to another branch, by its git directory. Blocks."""
     found = {}
     for name in checkouts_in(repository.git_dir):
         with suppress(OSError):
-            stat = (repository.git_dir / name / "HEAD").lstat()
-            found[name] = stat.st_ino, stat.st_mtime_ns
+            git_dir = (repository.git_dir / name).resolve()
+            stat = (git_dir / "HEAD").lstat()
+            found[git_dir] = stat.st_ino, stat.st_mtime_ns
     return found
 
 
 async def follow(
-    repository: LocalRepository, branch: str, move: tuple[str, str], before: Mapping[str, tuple[int, int]], git: Git
+    repository: LocalRepository, branch: str, move: tuple[str, str], before: Mapping[Path, tuple[int, int]], git: Git
 ) -> None:
     """Bring a checkout that was switched to a branch while that was moved (old, new) to the new commit.
 
-    `before` are the `head_stamps` from before the move. The push found no checkout of the branch, and the switch may
-    have written what the branch was at when it began.
+    `before` are the `head_stamps` from before the move. The caller knows that the push has updated no checkout: the
+    switch may have written what the branch was at when it began. A checkout that was not switched is the user's.
     """
     tops = await anyio.to_thread.run_sync(tops_of, repository)
-    is_at_work = partial(_await_rest, lambda: any(map(_git_runs_in, tops)), _SWITCH)
-    if await anyio.to_thread.run_sync(is_at_work) and before == await anyio.to_thread.run_sync(head_stamps, repository):
+    await anyio.to_thread.run_sync(_await_rest, lambda: any(map(_git_runs_in, tops)), _SWITCH)
+    now = await anyio.to_thread.run_sync(head_stamps, repository)
+    if now == before or (checkout := await checkout_of(repository, branch, git)) is None:
         return
-    if (checkout := await checkout_of(repository, branch, git)) is not None:
+    git_dir = await anyio.to_thread.run_sync(lambda: _git_dir_of(checkout).resolve())
+    if now.get(git_dir) != before.get(git_dir):
         old, new = move
         await _Update(checkout, git, old=new, tip=new, new=old).undo([], has_just_ended=True)
 
@@ -221,6 +223,7 @@ async def settle(
     git: Git,
     *,
     may_finish: bool,
+    was_killed: bool = True,
 ) -> list[str]:
     """Bring ref, index and files to one commit after a push that was to `move` the branch (old, new) ended early.
 
@@ -231,9 +234,9 @@ async def settle(
     at now. Only paths that the move changes are touched, and of those only the index entries and files
     that hold what it brings, wholly, or one file a part of it, and others nothing, while a lock on the index, other
     such files, or the push itself, which has just ended, show that it was writing. Returns the paths that neither
-    commit explains: they are left as they are.
+    commit explains: they are left as they are. Unless the push `was_killed` other locks than its own are the user's.
     """
-    stale = await _stale_locks(repository, checkout, branch, since, git)
+    stale = await _stale_locks(repository, checkout, branch, since if was_killed else None, git)
     old, new = move
     foreign: list[str] = []
     has_just_ended = not may_finish
@@ -399,12 +402,14 @@ async def _identity(git: Git, checkout: Path, path: str, content: bytes) -> str:
 
 
 async def _stale_locks(
-    repository: LocalRepository, checkout: Path | None, branch: str, since: float, git: Git
+    repository: LocalRepository, checkout: Path | None, branch: str, since: float | None, git: Git
 ) -> list[Path]:
     """Return the lock files that a killed push left in the user's repository; those of the living are not its."""
     locks, folders = await _locks(repository, checkout, branch, git)
     ours = await anyio.to_thread.run_sync(_marked_files, folders[0], branch)
     others = [lock for lock in locks if lock not in ours]
+    if since is None:
+        return ours
     return [*ours, *await anyio.to_thread.run_sync(_find_stale, others, folders, since)]
 
 
@@ -425,6 +430,8 @@ async def _locks(
         own = await git("rev-parse", "--absolute-git-dir", cwd=checkout)
         folders = [Path(own.stdout.decode(errors="surrogateescape").rstrip("\n")), repository.git_dir, checkout]
     locks = [folders[0] / "index.lock", folders[0] / "HEAD.lock"]
+    if folders[0] != repository.git_dir:  # the HEAD of a bare repository may lead to the branch, too
+        locks.append(repository.git_dir / "HEAD.lock")
     locks.append(repository.git_dir / "refs" / "heads" / f"{branch}.lock")
     return locks, folders
 

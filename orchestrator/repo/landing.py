@@ -293,7 +293,7 @@ class Target:
 
     async def _move(self, merges: Sequence[Merge], fd: int) -> Landed | Stale | Deferred:
         whole = joined(merges)
-        began, heads = time.time(), dict[str, tuple[int, int]]()
+        began, heads = time.time(), dict[Path, tuple[int, int]]()
         if self._repository is not None:
             heads = await anyio.to_thread.run_sync(head_stamps, self._repository)
         with noticed(lambda: OWN_PUSH, _SLOW_PUSH):
@@ -302,7 +302,8 @@ class Target:
         tip = whole.new if pushed.moved and self._repository is None else await self._source.tip(self.branch)
         if tip != whole.new and self._repository is not None:
             # The checkout was clean a moment ago: the leftovers of a push that was refused or killed are known by that.
-            await self._settle_checkouts(self._repository, whole, began, may_finish=False)
+            is_killed = pushed.is_killed
+            await self._settle_checkouts(self._repository, whole, began, may_finish=False, was_killed=is_killed)
             tip = await self._source.tip(self.branch)
         if tip == whole.old:
             if (reason := await self.obstacle(whole)) is None and pushed.is_killed:
@@ -315,7 +316,7 @@ class Target:
         if self._repository is not None:
             if await anyio.to_thread.run_sync(locked_checkouts, self._repository, self.branch):  # a hook was killed
                 await self._settle_checkouts(self._repository, whole, began, may_finish=True)
-            if whole.old is not None:
+            if whole.old is not None and not pushed.has_updated:
                 await follow(self._repository, self.branch, (whole.old, whole.new), heads, self._users_git())
         self.known = whole.new
         new = {merge.new for merge in merges}
@@ -394,7 +395,7 @@ class Target:
         return Stale()
 
     async def _settle_checkouts(
-        self, repository: LocalRepository, merge: Merge, since: float, *, may_finish: bool
+        self, repository: LocalRepository, merge: Merge, since: float, *, may_finish: bool, was_killed: bool = True
     ) -> list[str]:
         """Settle the checkout of the target, and those that a push has left locked, whatever they are at now."""
         locked = await anyio.to_thread.run_sync(locked_checkouts, repository, self.branch)
@@ -402,7 +403,14 @@ class Target:
         for checkout in dict.fromkeys([await self._checkout(), *locked]):
             move = merge.old, merge.new
             foreign += await settle(
-                repository, checkout, self.branch, move, since, self._users_git(), may_finish=may_finish
+                repository,
+                checkout,
+                self.branch,
+                move,
+                since,
+                self._users_git(),
+                may_finish=may_finish,
+                was_killed=was_killed,
             )
         return foreign
 

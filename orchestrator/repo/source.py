@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import anyio
+
 from orchestrator.repo.checkout import LocalRepository, checkout_of, inspect, lock_mark
 from orchestrator.repo.git import Git, read_ref, shown, was_killed
-from orchestrator.repo.users_programs import MARK, OLD_COMMIT, TARGET, write_hooks_for_landing
+from orchestrator.repo.users_programs import MARK, OLD_COMMIT, TARGET, UPDATED, write_hooks_for_landing
 
 # Applied at the user's side of a push to a path: a branch that is checked out moves together with its files if
 # they are clean, and no housekeeping starts in their repository on our account.
@@ -32,6 +34,8 @@ class Pushed:
     """The outcome of a push: whether the ref moved; if not, what the other side said, and whether it was killed."""
 
     moved: bool
+    has_updated: bool = False
+    """Whether our hook has brought a checkout to what was pushed."""
     reason: str = ""
     is_killed: bool = False
 
@@ -87,7 +91,8 @@ class Source:
             ok=range(-64, 256), keep_fds=keep_fds,
         )  # fmt: skip
         if done.returncode == 0:
-            return Pushed(moved=True)
+            has_updated = self.is_local and await anyio.Path(self._hooks(branch), UPDATED).exists()
+            return Pushed(moved=True, has_updated=has_updated)
         stderr = done.stderr.decode(errors="replace")
         lines = [line for line in done.stdout.decode(errors="replace").splitlines() if line.startswith("!")]
         said = lines[0].split("\t")[-1] if lines else " ".join(stderr.split())
@@ -97,14 +102,17 @@ class Source:
         return Pushed(moved=False, reason=reason + remedy, is_killed=was_killed(done.returncode, stderr))
 
     async def _receive(self, branch: str, old: str | None) -> str:
-        assert self.git.git_dir is not None, "it runs in the trusted repository"  # noqa: S101
         users = replace(self.git, git_dir=None)
         repository = self.repository or await inspect(Path(self.location), users)
         checkout = await checkout_of(repository, branch, users)
-        # Nothing but the landing of this branch, which is one at a time, uses this folder.
-        folder = self.git.git_dir / "hooks" / hashlib.sha256(branch.encode()).hexdigest()[:16]
+        folder = self._hooks(branch)
         await write_hooks_for_landing(repository, users, folder, checkout)
         hooks = shlex.quote(f"core.hooksPath={folder}")
         given = {OLD_COMMIT: old or "", TARGET: f"refs/heads/{branch}", MARK: lock_mark(branch)}
         environ = " ".join(f"{name}={shlex.quote(value)}" for name, value in given.items())
         return _RECEIVE.format(environ=environ, hooks=hooks)
+
+    def _hooks(self, branch: str) -> Path:
+        """Return the folder of the hooks of a push, which nothing but the landing of the branch uses: one at a time."""
+        assert self.git.git_dir is not None, "it runs in the trusted repository"  # noqa: S101
+        return self.git.git_dir / "hooks" / hashlib.sha256(branch.encode()).hexdigest()[:16]

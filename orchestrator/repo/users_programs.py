@@ -25,6 +25,8 @@ from orchestrator.repo.git import Git, shown, split_nul
 UPDATE_HOOK: Final = "push-to-checkout"
 #: The variable by which a landing hands it the commit that the target was at; empty where it did not exist.
 OLD_COMMIT: Final = "COUNCIL_OLD_COMMIT"
+#: The file by which that hook says, in its own folder, that it has updated a checkout.
+UPDATED: Final = "updated"
 #: The variables with the ref that is to be moved, and with what a lock of ours on an index has as its content.
 TARGET: Final = "COUNCIL_TARGET"
 MARK: Final = "COUNCIL_MARK"
@@ -53,7 +55,7 @@ old=${{{OLD_COMMIT}:-$(git hash-object -t tree --stdin </dev/null)}}
 git update-index -q --ignore-submodules --refresh
 git diff-files --quiet --ignore-submodules -- && git diff-index --quiet --cached --ignore-submodules "$old" -- ||
     refuse "the checkout has changes"
-git read-tree -u -m "$old" "$1" && mv "$new" "$GIT_DIR/index"
+git read-tree -u -m "$old" "$1" && mv "$new" "$GIT_DIR/index" && : >"${{0%/*}}/{UPDATED}"
 """
 #: The hook that runs when the ref has been moved, and what it does before the user's own is called: it unlocks indexes.
 _RELEASE_HOOK: Final = "post-receive"

@@ -20,6 +20,7 @@ from orchestrator import filelock
 from orchestrator.errors import GitError, TargetGone
 from orchestrator.process import kill_marked
 from orchestrator.repo import landing as landings
+from orchestrator.repo.checkout import inspect, settle
 from orchestrator.repo.git import Git
 from orchestrator.repo.hub import create_hub, hub_of
 from orchestrator.repo.landing import AlreadyThere, Deferred, Landed, Merge, Target
@@ -462,6 +463,48 @@ async def test_who_comes_to_the_target_inside_a_push_gets_what_lands(
         moved = await landing.target.move(permit, [landing.merge])
     assert isinstance(moved, Landed)
     landing.judge({}, {})
+
+
+async def test_what_the_user_takes_back_after_a_push_stays_as_it_is(repository: Repository, tmp_path: Path) -> None:
+    """The checkout was updated by the push and has not left the branch, whatever becomes of other worktrees."""
+    landing = await Landing.prepare(repository, tmp_path)
+    hook = repository.top / ".git/hooks/post-receive"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text(MEANWHILE.format(top=repository.top, act=f"worktree add --quiet --detach {tmp_path}/other"))
+    hook.write_text(hook.read_text().replace("exit 0", "echo '# Project' > README.md; rm new.txt"))
+    hook.chmod(0o755)
+    async with permit_for(landing.source, "main") as permit:
+        assert isinstance(await landing.target.move(permit, [landing.merge]), Landed)
+    assert repository.git("status", "--porcelain").splitlines() == [" M README.md", " D new.txt"]
+
+
+async def test_a_lock_that_refuses_a_push_is_left_to_whoever_has_it(repository: Repository, tmp_path: Path) -> None:
+    """Also where that is no git, and does not keep it open."""
+    landing = await Landing.prepare(repository, tmp_path)
+    hook = repository.top / ".git/hooks/pre-receive"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text(f"#!/bin/sh\n: > {landing.lock}\n")
+    hook.chmod(0o755)
+    async with permit_for(landing.source, "main") as permit:
+        assert isinstance(await landing.target.move(permit, [landing.merge]), Deferred)
+    hook.unlink()
+    assert landing.lock.exists()
+    landing.lock.unlink()
+    await landing.finish()
+    landing.judge({}, {})
+
+
+async def test_a_lock_on_the_head_of_a_bare_repository_is_removed(repository: Repository, tmp_path: Path) -> None:
+    """It leads to the branch that a linked worktree has checked out, and a push locks both."""
+    bare, checkout, git = tmp_path / "bare.git", tmp_path / "checkout", Git(None, environ=repository.environ)
+    repository.git("clone", "--quiet", "--bare", str(repository.top), str(bare))
+    await git("worktree", "add", "--quiet", str(checkout), "main", cwd=bare)
+    local, tip = await inspect(bare, git), repository.git("rev-parse", "main")
+    locks = [bare / "HEAD.lock", bare / "worktrees/checkout/HEAD.lock", bare / "refs/heads/main.lock"]
+    for lock in locks:
+        lock.touch()
+    assert await settle(local, checkout, "main", (None, tip), 0, git, may_finish=True) == []
+    assert not [lock for lock in locks if lock.exists()]
 
 
 async def test_a_push_that_takes_long_is_reported(
