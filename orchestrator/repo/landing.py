@@ -138,6 +138,8 @@ class Target:
         self._trees: dict[str, str] = {}
         """The trees of merges that were made here."""
         self._contained: set[str] = set()
+        self._unsettled: tuple[Merge, float] | None = None
+        """A push that was refused or killed, with when it began, of which the leftovers could not be removed yet."""
 
     async def tip(self) -> str:
         """Return the commit that work which builds on the target starts from."""
@@ -303,7 +305,9 @@ class Target:
         if tip != whole.new and self._repository is not None:
             # The checkout was clean a moment ago: the leftovers of a push that was refused or killed are known by that.
             is_killed = pushed.is_killed
+            self._unsettled = whole, began
             await self._settle_checkouts(self._repository, whole, began, may_finish=False, was_killed=is_killed)
+            self._unsettled = None
             tip = await self._source.tip(self.branch)
         if tip == whole.old:
             if (reason := await self.obstacle(whole)) is None and pushed.is_killed:
@@ -326,6 +330,8 @@ class Target:
 
     async def obstacle(self, merge: Merge) -> str | None:
         """Return what of the user's stands in the way where the target is checked out."""
+        if self._unsettled is not None and (reason := await self._settle_again(*self._unsettled)) is not None:
+            return reason
         checkout = await self._checkout()
         if checkout is None:
             return None
@@ -344,6 +350,17 @@ class Target:
         if in_way := await self._in_way(checkout, changes):
             return f"files that git does not track are in the way ({', '.join(in_way[:3])}): move or commit them"
         return await self._locked(checkout)
+
+    async def _settle_again(self, merge: Merge, since: float) -> str | None:
+        """Remove what a push left, as on a disk that was full; return why that can't be done now."""
+        assert self._repository is not None, "what was to be settled is on this machine"  # noqa: S101
+        try:
+            async with self._landing_lock.hold(_MOVING_LIMIT, awaited=_PUSH):
+                await self._settle_checkouts(self._repository, merge, since, may_finish=False)
+        except LockHeld as held:
+            return _is_being_moved(held)
+        self._unsettled = None
+        return None
 
     async def _in_way(self, checkout: Path, changes: Sequence[Change]) -> list[str]:
         """Return the files of the checkout, ignored ones too, that git would delete or overwrite for what is added."""

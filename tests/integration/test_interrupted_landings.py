@@ -384,6 +384,33 @@ async def test_a_commit_while_a_refused_push_is_undone_is_not_reverted_by_the_ne
     landing.judge({}, {})
 
 
+async def test_a_refused_push_that_could_not_be_undone_is_undone_before_the_next(
+    repository: Repository, tmp_path: Path
+) -> None:
+    """As where the disk was full at that moment; what it had staged is not taken for changes of the user's."""
+    environ = repository.environ
+    landing = await Landing.prepare(repository, tmp_path)
+    refuse = repository.top / ".git/hooks/reference-transaction"
+    refuse.parent.mkdir(exist_ok=True)
+    refuse.write_text('#!/bin/sh\n[ "$1" != prepared ] || exit 1\n')
+    refuse.chmod(0o755)
+    real, programs, path = shutil.which("git", path=environ["PATH"]), tmp_path / "programs", environ["PATH"]
+    programs.mkdir()
+    (programs / "git").write_text(f'#!/bin/sh\ncase "$*" in *--index-info*) exit 128 ;; esac\nexec {real} "$@"\n')
+    (programs / "git").chmod(0o755)
+    environ["PATH"] = f"{programs}:{path}"
+    work = await landing.git.line("rev-parse", f"{landing.merge.new}^2")
+    async with permit_for(landing.source, "main") as permit:
+        with pytest.raises(GitError, match="128"):
+            await landing.target.move(permit, [landing.merge])
+        refuse.unlink()
+        environ["PATH"] = path
+        again = await landing.target.prepare(permit, "run/one", work, landing.old, None, [landing.merge.new])
+        assert isinstance(again, Merge)
+        assert isinstance(await landing.target.move(permit, [again]), Landed)
+    landing.judge({}, {})
+
+
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("kill", ["false", "kill -KILL 0"], ids=["lives", "killed"])
 @pytest.mark.parametrize("when", ["after", "before"])
