@@ -101,6 +101,8 @@ class MergeQueue:
         self._checks: Checks | None = None
         self._turn = anyio.CancelScope()
         self._stopping = False
+        self._told: dict[str, str] = {}
+        """Why the landings under way of tasks could not be settled, as that was last recorded."""
         self._cancelled = cancelled
         self._passed: set[tuple[str, str]] = set()
         """Tasks with the trees that passed their checks: what is merged anew to the same tree need not be checked."""
@@ -485,7 +487,8 @@ class MergeQueue:
                 await self.ledger.change(task, Trigger.DEFER, {"reason": why}, reason=why)
             case TaskStatus.CHECKING:
                 await self.ledger.change(task, Trigger.REQUEUE, {"reason": why}, reason=why)
-            case TaskStatus.LANDING:
+            case TaskStatus.LANDING if self._told.get(task) != why:
+                self._told[task] = why
                 await self.ledger.note("task.deferred", {"task": task, "reason": why})
 
     async def _drop_branches(self, tasks: Iterable[str]) -> None:

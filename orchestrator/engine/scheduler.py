@@ -13,7 +13,7 @@ from orchestrator.domain.claims import Verdict, should_try
 from orchestrator.domain.dispatch import Board, Entry, decide
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.lifecycle import Trigger
-from orchestrator.domain.model import CLAIMED, SUCCESSFUL, AdapterDocument, Halt, TaskStatus
+from orchestrator.domain.model import CLAIMED, SUCCESSFUL, WAITING_TO_LAND, AdapterDocument, Halt, TaskStatus
 from orchestrator.domain.outcome import Failed
 from orchestrator.domain.retry import Backoff, retry_delay
 from orchestrator.engine.attempts import (
@@ -310,8 +310,14 @@ class Scheduler:
         if self._waits_to_land():
             return False
         # Asked last: who waits for a person is looked for among all tasks.
-        is_open = self._board.has_work() or self._hand.elsewhere or self._to_be_approved()
+        is_open = self._board.has_work() or self._waits_for_others() or self._to_be_approved()
         return self._starts_nothing or not is_open
+
+    def _waits_for_others(self) -> bool:
+        """Whether tasks of others may bring more work: not where theirs and ours all wait for the target."""
+        statuses = self._ledger.statuses()
+        are_built = all(statuses[task] in WAITING_TO_LAND for task in self._hand.elsewhere)
+        return bool(self._hand.elsewhere) and not (self._hand.deferred and are_built)
 
     async def _pause(self) -> None:
         times: list[float | None] = []

@@ -26,6 +26,7 @@ from orchestrator.protocols import Event
 from orchestrator.state.file import FileStore
 from tests.command_server import Started
 from tests.conftest import FAKE_CLI, Repository
+from tests.faults import SHELL
 from tests.integration.test_scheduler import until_event
 from tests.waiting import wait_for
 
@@ -471,3 +472,25 @@ async def test_what_ends_elsewhere_just_before_it_is_claimed_is_over_here(
         ended(other)
     assert {task.id: task.state for task in reports[0].tasks} == {"here": "cancelled", "there": "failed"}
     await repository.assert_invariants()
+
+
+@pytest.mark.extended
+def test_processes_that_only_wait_for_the_target_do_not_wait_for_each_other(repository: Repository) -> None:
+    """Each has a task that can't land while the user has changes in the checkout; both end, and nothing is lost."""
+    folder = repository.spawns.parent
+    waits = f"until [ -e {folder}/go ]; do sleep 0.02; done"
+    tasks = [{"id": one, "prompt": f"touch {folder}/{one}; {waits}; echo 1 > {one}.txt"} for one in ("a", "b")]
+    adapter = {**SHELL, "writable": [str(folder)]}
+    config = repository.configure(tasks, adapters={"sh": adapter}, capacity=1)
+    processes = [repository.start("run", str(config))]
+    wait_for((folder / "a").exists)
+    processes.append(repository.start("work"))
+    wait_for((folder / "b").exists)
+    (repository.top / "README.md").write_text("mine\n")
+    (folder / "go").touch()
+    for one in processes:
+        said = one.communicate(timeout=60)
+        assert one.returncode == 1, said
+    assert repository.council("status", "--json").states == {"a": "queued", "b": "queued"}
+    repository.git("checkout", "--quiet", "README.md")
+    assert repository.council("resume", "--json").states == {"a": "landed", "b": "landed"}
