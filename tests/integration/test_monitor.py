@@ -135,7 +135,8 @@ async def test_a_run_that_logs_without_end_stays_within_its_size(
             # Later a sweep of the round before may still be at work, and take these along.
             assert round_ > 0 or not await is_within()
             await drive(clock, is_within)
-        assert (await state.statistics()).first >= 300
+        # The last sweep may have begun before the last rounds were written.
+        assert (await state.statistics()).first >= 200
 
 
 async def test_what_a_person_should_know_is_recorded_once(store: tuple[FileStore, ManualClock], tmp_path: Path) -> None:
