@@ -41,10 +41,12 @@ refuse() {{
     exit 1
 }}
 new=$GIT_DIR/index.${MARK}
-(set -C && echo "${MARK}" >"$GIT_DIR/index.lock") 2>/dev/null || {{
+(set -C && : >"$GIT_DIR/index.lock") 2>/dev/null || {{
     echo "its index is locked by another git command" >&2
     exit 1
 }}
+# Not in one step: on a full disk the lock would be there, and nothing in it would show that it is ours.
+echo "${MARK}" >"$GIT_DIR/index.lock" || refuse "its index can't be locked"
 read -r head <"$GIT_DIR/HEAD"
 [ "$head" = "ref: ${TARGET}" ] || [ "$(git symbolic-ref -q HEAD)" = "${TARGET}" ] ||
     refuse "another branch was checked out meanwhile"

@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 
+from orchestrator.repo.landing import Deferred
 from tests.conftest import Repository, hermetic
 from tests.faults import SHELL
+from tests.integration.test_interrupted_landings import Landing
+from tests.permits import permit_for
 from tests.waiting import wait_for
 
 #: Room for a repository, a run and its sessions.
@@ -113,6 +116,23 @@ async def test_a_landing_that_meets_a_full_disk_leaves_the_checkout_as_it_was(sm
     assert (again.code, again.states) == (0, {"t": "landed"}), again
     assert [(small.top / name).stat().st_size for name in names] == [size] * 3
     await small.assert_invariants()
+
+
+async def test_a_landing_that_finds_no_room_to_lock_the_index_leaves_no_lock(small: Repository, tmp_path: Path) -> None:
+    """The disk fills up right before the checkout is updated; the landing is made once there is room."""
+    landing = await Landing.prepare(small, tmp_path)
+    hook = small.top / ".git/hooks/pre-receive"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text(f"#!/bin/sh\ncat /dev/zero >{filler(small)}\nexit 0\n")
+    hook.chmod(0o755)
+    async with permit_for(landing.source, "main") as permit:
+        refused = await landing.target.move(permit, [landing.merge])
+        assert isinstance(refused, Deferred), refused
+        assert not landing.lock.exists()
+        hook.unlink()
+        filler(small).unlink()
+    await landing.finish()
+    landing.judge({}, {})
 
 
 async def test_a_run_that_waits_for_room_ends_at_a_signal(small: Repository) -> None:
