@@ -41,8 +41,10 @@ DISK = 96 << 20
 #: What is killed and stopped, and how much more often.
 KINDS = {"orchestrator": 2, "git": 4, "session": 2, "supervisor": 2, "bwrap": 1, "check": 1}
 ACTIVE = ("run", "resume", "work")
-#: States of tasks that a person gave up or restored to be so, in the order in which they can be retried.
+#: Statuses of tasks that a person gave up or restored to be so, in the order in which they can be retried.
 _GIVEN_UP = ("cancelled", "blocked")
+#: The same after a restore: it brings back work that was built before other work on the same paths landed.
+_RESTORED = (*_GIVEN_UP, "conflict")
 _OVER = {"landed", "incomplete"}
 
 
@@ -146,6 +148,7 @@ class Trial:
         self.counts: Counter[str] = Counter()
         self.commands: list[Running] = []
         self._frozen: dict[int, float] = {}
+        self._has_restored = False
         self.repository = Repository(root / "project", hermetic(root), root / "ledger" / "spawns")
         for folder in (self.repository.top, self.repository.spawns.parent):
             folder.mkdir()
@@ -276,6 +279,7 @@ class Trial:
         listed = self._ask("checkpoint", "list", "--json")
         found = [one["id"] for one in listed.result["checkpoints"]] if listed.code == 0 else []
         if found and self._dice.random() < 0.6:
+            self._has_restored = True
             self._begin("checkpoint", "restore", self._dice.choice(found), "--force")
         else:
             self._begin("checkpoint", "create", *self._dice.sample(["--all"], self._dice.random() < 0.2))
@@ -347,7 +351,8 @@ class Trial:
         """Return what must land and was cancelled, or is blocked by what was."""
         states = self.repository.council("status", "--json").states
         jobs = self.workload.jobs.items()
-        found = [[task for task, job in jobs if job.must_land and states.get(task) == one] for one in _GIVEN_UP]
+        statuses = _RESTORED if self._has_restored else _GIVEN_UP
+        found = [[task for task, job in jobs if job.must_land and states.get(task) == one] for one in statuses]
         return next(filter(None, found), [])
 
 
