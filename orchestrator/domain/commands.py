@@ -23,6 +23,12 @@ _GRAMMAR: Final = frozenset({"fi", "done", "esac", "for", "case", "function", "{
 _BEYOND_WORDS: Final = re.compile(r"[(){}`]|<<")
 #: Characters whose meaning depends on variables or files.
 _EXPANDED: Final = re.compile(r"[$*?\[\]~]")
+#: Programs that create no other program.
+_HARMLESS: Final = frozenset(
+    {":", "[", "cd", "echo", "env", "export", "nice", "nohup", "set", "test", "timeout", "true", "ulimit", "unset"}
+)
+#: Folders that tools create and nobody commits.
+_ENVIRONMENTS: Final = frozenset({".nox", ".tox", ".venv", "node_modules", "venv"})
 _INTERPRETER: Final = re.compile(r"(?:python|node|ruby|perl|php|(?:ba|da|k|z)?sh)[\d.]*")
 #: A path without spaces and variables; no option.
 _PATH: Final = re.compile(r"[\w./@+][\w./@+-]*")
@@ -52,6 +58,16 @@ def programs_in(command: str) -> list[str]:
 def is_in_worktree(program: str) -> bool:
     """Return whether a program is named by a path in the worktree: a task may add or change it."""
     return "/" in program and not program.startswith("/")
+
+
+def is_of_environment(path: str) -> bool:
+    """Return whether a path is in a virtual environment or the like, as its name shows."""
+    return not _ENVIRONMENTS.isdisjoint(path.split("/")[:-1])
+
+
+def may_create(command: str, program: str) -> bool:
+    """Return whether a command may itself create a program before it runs it."""
+    return not _HARMLESS.issuperset(programs_in(command.partition(program)[0]))
 
 
 def script_of(argv: Sequence[str]) -> str | None:

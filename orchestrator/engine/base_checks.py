@@ -15,7 +15,7 @@ import anyio.to_thread
 
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.claims import Standing
-from orchestrator.domain.commands import is_in_worktree, lookup_of, programs_in
+from orchestrator.domain.commands import is_in_worktree, is_of_environment, lookup_of, may_create, programs_in
 from orchestrator.domain.dispatch import Entry
 from orchestrator.domain.halts import HaltReason
 from orchestrator.domain.model import RunDocument, TaskStatus
@@ -29,7 +29,7 @@ from orchestrator.filelock import Signature
 from orchestrator.repo.pool import Pool
 from orchestrator.sessions.checks import CheckResult, Passed, Unchecked
 from orchestrator.sessions.equipment import NEW_SETUP
-from orchestrator.sessions.shell import CommandFailed, describe_unrunnable
+from orchestrator.sessions.shell import CommandFailed, Unrunnable, describe_unrunnable
 
 #: The number of the attempt that the checks of a base are named after; those of tasks begin at 1.
 _BEFORE_ATTEMPTS = 0
@@ -228,12 +228,14 @@ class BaseChecks:
         """
         found = []
         for command in commands:
-            question = " && ".join(_question(one, may_be_added=may_be_added) for one in programs_in(command))
+            question = " && ".join(
+                self._question(command, one, may_be_added=may_be_added) for one in programs_in(command)
+            )
             result = await self._run(task, spec, (question,), commit) if question else Passed()
             if isinstance(result, CommandFailed) and result.command == question:
                 result = await self._run(task, spec, (command,), commit)
                 if isinstance(result, CommandFailed) and (missing := result.unrunnable) is not None:
-                    found += [] if may_be_added and missing.may_be_added else [result]
+                    found += [] if may_be_added and self._may_add(command, missing) else [result]
         return found
 
     async def _run(self, task: str, spec: TaskSpec, commands: tuple[str, ...], commit: str) -> CheckResult:
@@ -277,7 +279,7 @@ class BaseChecks:
         if found is None:
             return None
         is_allowed = spec.allow_failing_base or self.ledger.run.allow_failing_base
-        if is_allowed and found.may_be_added:
+        if is_allowed and self._may_add(failed.command, found):
             return None
         commands = (failed.command,) if is_allowed else commands
         key = (base, (*commands, failed.command))
@@ -287,17 +289,28 @@ class BaseChecks:
             if isinstance(result, Unchecked):  # another time it can
                 return None
             there = result.unrunnable if isinstance(result, CommandFailed) else None
-            is_missing_there = there is not None and not (is_allowed and there.may_be_added)
+            is_missing_there = there is not None and not (is_allowed and self._may_add(failed.command, there))
             self._unrunnable[key] = describe_unrunnable([failed], correction) if is_missing_there else None
         return self._unrunnable[key]
 
+    def _may_add(self, command: str, missing: Unrunnable) -> bool:
+        """Return whether a task may add a program that a check does not find."""
+        return missing.is_absent and (not missing.is_uncommitted or self._is_made(command, missing.program))
 
-def _question(program: str, *, may_be_added: bool) -> str:
-    """Return a shell command that fails where a program can't be run, unless it `may_be_added` to the worktree."""
-    if is_in_worktree(program):
+    def _is_made(self, command: str, program: str) -> bool:
+        """Return whether what runs before a program may create it from files that a task changes."""
+        return bool(self.shop.worktrees.setup) or may_create(command, program)
+
+    def _question(self, command: str, program: str, *, may_be_added: bool) -> str:
+        """Return a shell command that fails where a program can't be run, unless it `may_be_added` by a task."""
+        if not is_in_worktree(program):
+            return lookup_of(program)
         name = shlex.quote(program)
-        return f"{{ test ! -e {name} || test -x {name}; }}" if may_be_added else f"test -x {name}"
-    return lookup_of(program)
+        is_made = self._is_made(command, program)
+        if not may_be_added or (is_of_environment(program) and not is_made):
+            return f"test -x {name}"
+        absent = "true" if is_made else f"! git check-ignore --quiet -- {name}"
+        return f"if test -e {name}; then test -x {name}; else {absent}; fi"
 
 
 def corrected_check(run: RunDocument, specs: Sequence[TaskSpec], *, is_built: bool = False) -> str:

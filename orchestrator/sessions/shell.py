@@ -6,6 +6,7 @@ Only how they ended and what they print crosses back.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from orchestrator.domain.commands import (
     NOT_EXECUTABLE,
     cannot_run,
     is_in_worktree,
+    is_of_environment,
     made_executable,
     missing_program,
 )
@@ -32,6 +34,8 @@ from orchestrator.sessions.supervised import Ended, SupervisedCommand, run_super
 
 #: Characters of a command, and of the end of what it printed, that are told.
 _LONGEST_COMMAND = 80
+#: Seconds for a question to git.
+_PATIENCE = 10.0
 #: Lines and characters of the end of its output: installers name a cause above their last lines.
 _SHOWN_LINES, _SHOWN = 15, 2000
 _NOTES = ("[notice]", "note:", "hint:")
@@ -61,8 +65,10 @@ class Unrunnable:
     why: str
     where: str
     remedy: str
-    may_be_added: bool = False
-    """Whether it is missing in the worktree, where a task may add it."""
+    is_absent: bool = False
+    """Whether it is a file of the worktree that is not there."""
+    is_uncommitted: bool = False
+    """Whether nobody commits it: only the settings of a new run provide it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +114,12 @@ def describe_unrunnable(failed: Sequence[CommandFailed], correction: str, merge:
     if len(found) > 1:
         output = (*headlines, *output)
         headlines = [f"{len(found)} commands can't be run: {', '.join(f'`{one.short}`' for one, _ in found)}"]
-    merge = merge if any(is_in_worktree(missing.program) for _, missing in found) else ""
-    remedies = ", ".join(dict.fromkeys(missing.remedy for _, missing in found))
-    remedy = f"{remedies}{merge}, then `council resume`", f"or {correction}"
-    return str(HaltReason(headlines[0], output, str(failed[-1].log), remedy))
+    merge = merge if any(is_in_worktree(one.program) and not one.is_uncommitted for _, one in found) else ""
+    in_order = sorted((missing for _, missing in found), key=lambda one: one.is_uncommitted)
+    remedy = ", ".join(dict.fromkeys(missing.remedy for missing in in_order)) + merge
+    if not in_order[-1].is_uncommitted:
+        remedy += ", then `council resume`"
+    return str(HaltReason(headlines[0], output, str(failed[-1].log), (remedy, f"or {correction}")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,12 +168,12 @@ class Shell:
             await anyio.Path(command.log.parent).mkdir(mode=0o700, exist_ok=True)
             async with self.fencing.around(self.ground, self._supervised(command), self.reach) as fenced:
                 ended = await run_supervised(fenced.command)
+            judged = await self._judge(command, ended, tuple(fenced.denied))
         except SessionError as error:
             await anyio.to_thread.run_sync(kill_marked, self.marker)
             return NotRun(str(error))
         except OSError as error:
             return NotRun(f"it could not be set up: {error}", is_exhaustion(error))
-        judged = await self._judge(command, ended, tuple(fenced.denied))
         if isinstance(judged, CommandFailed) and await anyio.to_thread.run_sync(is_disk_full, self.cwd):
             return NotRun(f"the disk is full, on which it {judged.ended}", exhausted=True)
         return judged
@@ -201,20 +209,31 @@ class Shell:
         if denied:
             told += f" (`network.allow` does not cover {', '.join(denied[:_MOST_DENIED])})"
         said = await read_tail(command.log)
-        unrunnable = self._unrunnable(command, ended.exit, said) if cannot_run(ended.exit) else None
+        unrunnable = await self._unrunnable(command, ended.exit, said) if cannot_run(ended.exit) else None
         return CommandFailed(command.text, told, said, command.log, unrunnable)
 
-    def _unrunnable(self, command: ShellCommand, exit_code: int | None, said: str) -> Unrunnable:
+    async def _unrunnable(self, command: ShellCommand, exit_code: int | None, said: str) -> Unrunnable:
         program = missing_program(command.text, said)
         is_there = exit_code == NOT_EXECUTABLE
         why = f"program {program!r} {'can not be executed' if is_there else 'was not found'}"
         if is_in_worktree(program):
-            remedy = made_executable(program)
-            if not is_there:
-                remedy = f"commit {program} (or start a new run whose `worktrees.setup` creates it)"
             where = "the worktree has the committed files and what `setup` creates"
-            return Unrunnable(program, f"{why} in the worktree", where, remedy, not is_there)
+            is_made = is_of_environment(program)
+            is_uncommitted = is_made or await self._is_ignored(program)
+            setup = "start a new run whose `worktrees.setup` creates"
+            if is_uncommitted:
+                remedy = f"{setup} {program}{'' if is_made else ', or whose `worktrees.copy` provides it'}"
+            else:
+                remedy = made_executable(program) if is_there else f"commit {program} (or {setup} it)"
+            return Unrunnable(program, f"{why} in the worktree", where, remedy, not is_there, is_uncommitted)
         hidden = self.fencing.why_missing(program, self.environment, self.reach)
         where = f"PATH, as the sandbox shows it: {self.environment.get('PATH', os.defpath)}"
         remedy = f"make {program} executable" if is_there else f"install {program} where sessions see it"
         return Unrunnable(program, f"{why} on PATH{hidden}", where, remedy)
+
+    async def _is_ignored(self, path: str) -> bool:
+        """Return whether git ignores a path in the worktree, as far as its commands can find out."""
+        text = f"git check-ignore --quiet -- {shlex.quote(path)}"
+        question = self._supervised(ShellCommand(text, Path(os.devnull), _PATIENCE, ""))
+        async with self.fencing.around(self.ground, question, self.reach) as fenced:
+            return (await run_supervised(fenced.command)).exit == 0

@@ -422,3 +422,43 @@ async def test_a_program_of_the_setup_that_is_not_found_is_nobodys_failure(
     assert ended.states == {"t1": "pending"}
     assert sessions(repository) == 0
     await repository.assert_invariants()
+
+
+@pytest.mark.parametrize("options", [[], ["--allow-failing-base"]])
+@pytest.mark.parametrize(
+    ("check", "script"),
+    [
+        (".venv/bin/python -m pytest", None),
+        ("cd src && ../node_modules/.bin/jest", None),
+        ("./build/tool --all", None),
+        ("./build/tool --all", "chmod"),
+    ],
+)
+async def test_a_program_that_nobody_can_commit_ends_the_run_at_once(
+    repository: Repository, check: str, script: str | None, options: list[str]
+) -> None:
+    """It is in a virtual environment, or ignored: no task may add it, and the remedy is not to commit it."""
+    repository.commit({".gitignore": "build/\n"})
+    settings: dict[str, Any] = {}
+    if script is not None:
+        settings["worktrees"] = {"setup": ["mkdir -p build && touch build/tool"]}
+    repository.remember()
+    config = configure(repository, "write a.txt a", checks=[check], **settings)
+    ended = repository.council("run", str(config), *options, "--json")
+    assert (ended.code, ended.result["status"], ended.states) == (1, "halted", {"t1": "pending"}), ended
+    assert "start a new run whose `worktrees.setup` creates" in ended.result["halted"]
+    assert re.search(r"\bcommit\b", ended.result["halted"]) is None
+    assert sessions(repository) == 0
+    await repository.assert_invariants()
+
+
+async def test_a_check_may_create_the_program_that_it_runs(repository: Repository) -> None:
+    """Then a task may be at fault: an attempt without it has failed where checks may fail on the base."""
+    repository.commit({".gitignore": "build/\n", "make.sh": "exit 3\n"})
+    repository.remember()
+    prompt = "attempt 1 write a.txt a\nattempt 2 write make.sh mkdir build; cp /bin/true build/tool"
+    config = configure(repository, prompt, checks=["sh make.sh; build/tool"], defaults={"attempts": 2})
+    ended = repository.council("run", str(config), "--allow-failing-base", "--json")
+    assert ended.states == {"t1": "landed"}, ended
+    assert ended.result["tasks"][0]["attempts"] == 2
+    await repository.assert_invariants()
