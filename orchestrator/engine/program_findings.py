@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -12,9 +12,9 @@ import anyio.to_thread
 
 from orchestrator.config.adapters import trial_request
 from orchestrator.config.model import Reach, RunConfig, used_adapters
-from orchestrator.domain.commands import lookup_of, made_executable, programs_in
+from orchestrator.domain.commands import is_in_worktree, lookup_of, made_executable, may_create, programs_in
 from orchestrator.engine.findings import Finding, Level
-from orchestrator.engine.repository_findings import covers, is_made
+from orchestrator.engine.repository_findings import covers, ignored_in, is_made
 from orchestrator.engine.sandbox_probe import SandboxProbe
 from orchestrator.errors import GitError
 from orchestrator.protocols import AdapterType
@@ -55,19 +55,23 @@ async def look_for_programs(
         return []
     by_env: dict[tuple[str, ...], set[str]] = {}
     for one in commands:
-        by_env.setdefault(one.env, set()).update(name for name in programs_in(one.text) if _is_of_machine(name))
+        by_env.setdefault(one.env, set()).update(name for name in programs_in(one.text) if not is_in_worktree(name))
     there = {env: await probe.succeeding([lookup_of(name) for name in names], env) for env, names in by_env.items()}
-    files = await _committed(run, top, [name for one in commands for name in _in_worktree(one)], environ)
+    names = [name for one in commands for name in _in_worktree(one)]
+    files = await _committed(run, top, names, environ)
+    ignored = set() if top is None else await ignored_in(top, names, environ)
 
     def judge() -> list[Finding | None]:
         absent = [
             (one, name)
             for one in commands
             for name in programs_in(one.text)
-            if _is_of_machine(name) and lookup_of(name) not in there[one.env]
+            if not is_in_worktree(name) and lookup_of(name) not in there[one.env]
         ]
         found: list[Finding | None] = [_missing(one, name, probe, top) for one, name in absent]
-        return found + [_judge_file(run, one, name, files, top) for one in commands for name in _in_worktree(one)]
+        return found + [
+            _judge_file(run, one, name, files, top, ignored) for one in commands for name in _in_worktree(one)
+        ]
 
     found = [one for one in await anyio.to_thread.run_sync(judge) if one is not None]
     return found or [Finding(_TITLE, Level.OK, "checks and setup find theirs in the sandbox")]
@@ -83,7 +87,7 @@ async def look_for_adapter_programs(
         command = adapter.command(trial_request("task", "prompt"))
         program, env = command.argv[0], tuple(command.pass_env)
         is_there = shutil.which(program, path=environ.get("PATH", os.defpath)) is not None
-        if not _is_of_machine(program) or not is_there:  # a missing one is a finding of its own
+        if is_in_worktree(program) or not is_there:  # a missing one is a finding of its own
             continue
         reach = run.adapters[name].reach | Reach(readable=tuple(map(Path, command.readable)))
         question = lookup_of(program)
@@ -94,14 +98,10 @@ async def look_for_adapter_programs(
     return found
 
 
-def _is_of_machine(name: str) -> bool:
-    return "/" not in name or name.startswith("/")
-
-
 def _in_worktree(command: _Command) -> list[str]:
     """Return the programs that a command names by a path in the worktree."""
     names = programs_in(command.text)
-    return [] if "cd" in names or "pushd" in names else [name for name in names if not _is_of_machine(name)]
+    return [] if "cd" in names or "pushd" in names else [name for name in names if is_in_worktree(name)]
 
 
 async def _committed(
@@ -138,7 +138,12 @@ def _has(top: Path | None, folder: str, name: str) -> bool:
 
 
 def _judge_file(
-    run: RunConfig, command: _Command, name: str, files: Mapping[str, str], top: Path | None
+    run: RunConfig,
+    command: _Command,
+    name: str,
+    files: Mapping[str, str],
+    top: Path | None,
+    ignored: Collection[str],
 ) -> Finding | None:
     path = os.path.normpath(name)
     if path in files:
@@ -151,10 +156,14 @@ def _judge_file(
     if trees.setup or (is_provided and command.kind != "setup"):
         return None
     what = f"{_named(command)}: {name} is not in {run.base}, and there is no `setup` that creates it"
-    if command.may_fail:
+    is_of_tools = is_made(top or Path(), path)
+    is_uncommitted = is_of_tools or path in ignored
+    if command.may_fail and (not is_uncommitted or may_create(command.text, name)):
         return Finding(_TITLE, Level.WARNING, shown(what), "commit it, unless a task adds it")
     remedy = f"create it by `worktrees.setup`: {_ONLY_COMMITTED}"
-    if top is not None and not is_made(top, path) and os.path.lexists(top / path):
+    if is_uncommitted and not is_of_tools:
+        remedy = f"name it under `worktrees.copy`, or {remedy}"
+    if not is_uncommitted and top is not None and os.path.lexists(top / path):
         remedy = "commit it"
     return Finding(_TITLE, Level.PROBLEM, shown(what), remedy)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import anyio.to_thread
 
 from orchestrator.config.model import RunConfig, WorktreesConfig
+from orchestrator.domain.commands import is_of_environment
 from orchestrator.engine.facts import Size, measure
 from orchestrator.engine.findings import Finding, Level, judge_folder, refused
 from orchestrator.engine.preflight import check_branches, check_checkout
@@ -114,17 +115,31 @@ async def look_for_files(
         committed = await git.entries(run.base, {*there, *absent}, top)
     except GitError:
         return []  # what is wrong with the base has been told
+    missing = [file for file in (*there, *absent) if file not in committed]
+    ignored = await ignored_in(top, missing, environ)
+    commit = "commit what adapters and checks need: sessions see nothing else"
+    provide = "name them under `worktrees.copy`, or create them by `worktrees.setup`"
     found = []
     for files, where, remedy in (
-        (there, "in your checkout, but not in", "commit what adapters and checks need: sessions see nothing else"),
-        (absent, "neither in your checkout nor in", "create and commit what adapters run, or correct their `argv`"),
+        (set(there) - ignored, "in your checkout, but not in", commit),
+        (set(absent) - ignored, "neither in your checkout nor in", "create and commit them, or correct `argv`"),
+        (ignored, "ignored by git, and not in", provide),
     ):
-        if missing := [shown(file) for file in files if file not in committed]:
-            rest = len(missing) - _MOST_NAMED
+        if named := [shown(file) for file in missing if file in files]:
+            rest = len(named) - _MOST_NAMED
             more = f" and {rest} more" if rest > 0 else ""
-            what = f"{', '.join(missing[:_MOST_NAMED])}{more}: {where} {run.base}, where sessions start"
+            what = f"{', '.join(named[:_MOST_NAMED])}{more}: {where} {run.base}, where sessions start"
             found.append(Finding("files", Level.WARNING, what, remedy))
     return found
+
+
+async def ignored_in(top: Path, paths: Iterable[str], environ: Mapping[str, str]) -> set[str]:
+    """Return those of the paths in a checkout that git ignores, so that nobody commits them."""
+    inside = [path for path in map(os.path.normpath, paths) if not path.startswith("..")]
+    try:
+        return await Git(None, users=True, environ=environ).ignored(inside, top)
+    except GitError:  # what is wrong with the repository is another finding
+        return set()
 
 
 def _files_of(
@@ -145,7 +160,7 @@ def _files_of(
 def is_made(top: Path, path: str) -> bool:
     """Return whether a file belongs to an environment that tools create, which nobody commits. Blocks."""
     folders = [top / parent for parent in Path(path).parents][:-1]
-    return "node_modules" in Path(path).parts or any((folder / "pyvenv.cfg").exists() for folder in folders)
+    return is_of_environment(path) or any((folder / "pyvenv.cfg").exists() for folder in folders)
 
 
 def covers(folder: str, path: str) -> bool:

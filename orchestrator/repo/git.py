@@ -283,6 +283,11 @@ class Git:
         rows = (row.partition("\t") for row in split_nul(listed.stdout))
         return {path: meta for meta, _, path in rows}
 
+    async def ignored(self, paths: Iterable[str], cwd: Path, env: Mapping[str, str] | None = None) -> set[str]:
+        """Return those of the paths that git ignores, by the files in `cwd`."""
+        done = await self("check-ignore", "-z", "--stdin", env=env or {}, cwd=cwd, input_=join_nul(paths), ok=(0, 1))
+        return set(split_nul(done.stdout))
+
     async def is_ancestor(
         self, earlier: str, commit: str, *, cwd: Path | None = None, may_be_missing: bool = False
     ) -> bool:

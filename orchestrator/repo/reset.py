@@ -170,9 +170,7 @@ async def ignored(git: Git, place: Place, paths: Sequence[str]) -> set[str]:
     """Return those of the paths that git ignores, by what the files of the commit say."""
     if not paths:
         return set()
-    command = ("check-ignore", "-z", "--stdin")
-    done = await git(*command, env=place.env, cwd=place.tree, input_=join_nul(paths), ok=(0, 1))
-    return set(split_nul(done.stdout))
+    return await git.ignored(paths, place.tree, place.env)
 
 
 async def untracked(git: Git, place: Place) -> tuple[list[str], list[str], list[str]]:

@@ -461,6 +461,27 @@ def test_programs_of_adapters_are_looked_for_in_the_sandbox(repository: Reposito
     assert [level for level, _, _ in found(readable=[str(hidden)])] == ["ok"]
 
 
+def test_ignored_files_are_not_to_be_committed(repository: Repository) -> None:
+    """They come to worktrees by `copy` or `setup`, whether a check names them or an adapter."""
+    repository.commit({".gitignore": "build/\n"})
+    (repository.top / "build").mkdir()
+    (repository.top / "build" / "tool").write_text("")
+    for allowed in (False, True):
+        tasks = [{"id": "a", "prompt": "x", "checks": ["build/tool"], "allow_failing_base": allowed}]
+        adapters = {"x": {"use": "command", "argv": ["python3", "build/fix.py", "build/tool"]}}
+        found = doctor(repository, str(repository.configure(tasks, adapters=adapters)))
+        [(status, _, remedy)] = found["programs"]
+        assert (status, str(remedy).partition(":")[0]) == (
+            "problem",
+            "name it under `worktrees.copy`, or create it by `worktrees.setup`",
+        )
+        [(_, words, remedy)] = found["files"]
+        assert words == "build/fix.py: ignored by git, and not in main, where sessions start"
+        assert remedy == "name them under `worktrees.copy`, or create them by `worktrees.setup`"
+    given = {"copy": ["build/tool"]}
+    assert programs(repository, ["build/tool"], worktrees=given)[0][0] == "ok"
+
+
 @pytest.mark.extended
 def test_a_virtual_environment_that_is_only_in_the_checkout(repository: Repository) -> None:
     """Setup creates one in each worktree; nobody is told to commit it."""
@@ -477,13 +498,15 @@ def test_a_virtual_environment_that_is_only_in_the_checkout(repository: Reposito
     assert ".venv/bin/python is not in main" in words
     assert "worktrees.setup" in str(remedy)
     assert "files" not in found
-    assert "commit" not in str(remedy).replace("committed", "")
+    assert remedy == "create it by `worktrees.setup`: worktrees have the committed files alone"
     setup = {"setup": ["python3 -m venv .venv"]}
     assert programs(repository, [".venv/bin/python -m pytest"], worktrees=setup)[0][0] == "ok"
     [(_, words, remedy)] = programs(repository, ["my-tests -q"])
     assert ".venv/bin/my-tests" in str(remedy)
     [(_, words, remedy)] = programs(repository, ["./local.sh"])
     assert remedy == "commit it"
+    checks = {"checks": [".venv/bin/python -m pytest"], "allow_failing_base": True}
+    assert doctor(repository, str(repository.configure(TASKS, defaults=checks)))["programs"] == found["programs"]
     [(_, words, remedy)] = programs(repository, ["tools/check"])
     assert "not executable" in words
     assert remedy == "`chmod +x tools/check` and commit it"
