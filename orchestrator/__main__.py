@@ -9,11 +9,19 @@ if __name__ == "__main__" and not sys.flags.safe_path and sys.path[0] != os.path
     # `python -m` puts the current folder there: a repository may have a `json.py` or an `adapters` of its own.
     del sys.path[0]
 
-from orchestrator.client.main import run
-
 
 def main() -> None:
     """Run `council` with the arguments of this process, and end it."""
+    try:
+        _run()
+    except KeyboardInterrupt:  # before a command has begun
+        sys.stderr.write("council: interrupted\n")
+        sys.exit(130)  # as `orchestrator.cli.boundary` says, which may not be imported yet
+
+
+def _run() -> None:
+    from orchestrator.client.main import run  # noqa: PLC0415  an interrupt may come meanwhile
+
     code = run(sys.argv[1:])
     if code is not None:
         sys.exit(code)

@@ -101,6 +101,16 @@ class Commands(Suggesting):
         with usable_streams():
             return super().main(*args, **kwargs)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; where it is interrupted before it begins, say so and exit as it would."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # click would exit with 1
+            from orchestrator.cli.boundary import INTERRUPTED  # noqa: PLC0415  `--help` must be quick
+
+            click.echo("council: interrupted", err=True)
+            ctx.exit(INTERRUPTED)
+
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
         """Return all names in the order that they are shown."""
         return [name for entries in COMMANDS.values() for name in entries]
