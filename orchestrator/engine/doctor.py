@@ -16,11 +16,13 @@ from orchestrator.config.adapters import trial_request
 from orchestrator.config.inline import no_program
 from orchestrator.config.model import FenceConfig, RunConfig, make_adapters, used_adapters
 from orchestrator.config.store import folder_url, named_folder, named_store
+from orchestrator.config.warnings import find_warnings
 from orchestrator.domain.admission import DEFAULT_DEMAND, Demand
 from orchestrator.domain.commands import programs_in, script_of
 from orchestrator.engine import findings
 from orchestrator.engine.facts import Machine, Place, look_at_machine, look_at_place
 from orchestrator.engine.findings import Finding, Level
+from orchestrator.engine.preflight import surroundings_of
 from orchestrator.engine.probing import make_without_options, probe_adapters
 from orchestrator.engine.program_findings import look_for_adapter_programs, look_for_programs
 from orchestrator.engine.repository_findings import Looked, look_at_repository, look_for_files
@@ -76,6 +78,10 @@ async def examine(subject: Subject, environ: Mapping[str, str]) -> list[Finding]
     hidden = {one.name for one in programs if one.level is Level.PROBLEM}
     adapters = [one for one in found["adapters"] if one.level is not Level.OK or one.name not in hidden]
     file = [] if subject.file is None and looked.top is None else [findings.judge_file(subject.file, subject.config)]
+    if subject.run is not None:
+        around = await surroundings_of(subject.run, environ)
+        own = await anyio.to_thread.run_sync(make_adapters, subject.run.adapters, subject.types)
+        file += map(findings.judge_warning, find_warnings(subject.run, around, own))
     return [
         findings.judge_system(machine),
         git,

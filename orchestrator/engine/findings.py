@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from orchestrator.config.model import RunConfig
+from orchestrator.config.warnings import ConfigWarning
 from orchestrator.domain.admission import MIB, Demand, Facts, Fit, fit
 from orchestrator.engine.facts import Machine, Place, Size
 from orchestrator.engine.probing import AdapterStatus, ProgramStatus
@@ -99,6 +100,11 @@ def judge_file(file: Path | None, config: RunConfig | ConfigError | None) -> Fin
         return Finding("file", Level.WARNING, "there is no council.yaml here", "write one with `council init`")
     adapters = ", ".join(config.adapters)
     return Finding("file", Level.OK, f"{file}: tasks: {len(config.tasks)}, adapters: {adapters}")
+
+
+def judge_warning(warning: ConfigWarning) -> Finding:
+    """Return what `council validate` warns of."""
+    return Finding("file", Level.WARNING, warning.what, warning.remedy)
 
 
 def judge_adapter(name: str, status: AdapterStatus, *, is_used: bool) -> list[Finding]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from jsonschema import Draft202012Validator
 
 from tests.conftest import Repository
@@ -60,6 +61,19 @@ async def test_what_is_seldom_meant_is_a_warning_with_a_remedy(repository: Repos
     assert text.stdout.count("\nwarning: ") == 4
     (repository.top / ".git").rename(repository.top / "no-git")
     assert len(repository.council("validate", str(config), "--json").result["warnings"]) == 2
+
+
+@pytest.mark.parametrize("checks", [[], ["true"]])
+async def test_doctor_has_the_same_warnings(repository: Repository, checks: list[str]) -> None:
+    """Each with its remedy: that the target is checked out, and what the file itself says."""
+    config = str(repository.configure([{"id": "a", "prompt": "x", "checks": checks}]))
+    warnings = repository.council("validate", config, "--json").result["warnings"]
+    findings = repository.council("doctor", config, "--json").result["findings"]
+    told = [{"what": one["found"], "remedy": one["remedy"]} for one in findings if one["level"] == "warning"]
+    assert any("checked out in" in one["what"] for one in warnings)
+    assert [one for one in told if one in warnings] == warnings
+    planned = repository.council("run", config, "--dry-run", "--json").result["findings"]
+    assert [one for one in findings if one["name"] == "file"][1:] == [one for one in planned if one["name"] == "file"]
 
 
 async def test_the_file_is_found(repository: Repository) -> None:
