@@ -20,11 +20,12 @@ from orchestrator.config.warnings import find_warnings
 from orchestrator.domain.admission import DEFAULT_DEMAND, Demand
 from orchestrator.domain.commands import programs_in, script_of
 from orchestrator.engine import findings
+from orchestrator.engine.adapter_programs import look_for_adapter_programs
 from orchestrator.engine.facts import Machine, Place, look_at_machine, look_at_place
 from orchestrator.engine.findings import Finding, Level
 from orchestrator.engine.preflight import surroundings_of
 from orchestrator.engine.probing import make_without_options, probe_adapters
-from orchestrator.engine.program_findings import look_for_adapter_programs, look_for_programs
+from orchestrator.engine.program_findings import look_for_programs
 from orchestrator.engine.repository_findings import Looked, look_at_repository, look_for_files
 from orchestrator.engine.sandbox_probe import DEFAULT_FENCE, SandboxProbe
 from orchestrator.errors import ConfigError, RefusedError
@@ -75,7 +76,7 @@ async def examine(subject: Subject, environ: Mapping[str, str]) -> list[Finding]
             looked = await look_at_repository(subject.run, subject.folder, environ)
     places, troubles = await anyio.to_thread.run_sync(_places, subject, _project(subject, looked), environ)
     programs = await _programs(subject, looked, environ)
-    hidden = {one.name for one in programs if one.level is Level.PROBLEM}
+    hidden = {one.name for one in programs if one.level is not Level.OK}
     adapters = [one for one in found["adapters"] if one.level is not Level.OK or one.name not in hidden]
     file = [] if subject.file is None and looked.top is None else [findings.judge_file(subject.file, subject.config)]
     if subject.run is not None:
@@ -132,16 +133,21 @@ async def _files(subject: Subject, looked: Looked, environ: Mapping[str, str]) -
 async def _programs(subject: Subject, looked: Looked, environ: Mapping[str, str]) -> list[Finding]:
     """Look whether the sandbox shows the programs of checks, setup and adapters."""
     run = subject.run
-    if run is None or looked.site is None:
+    if looked.site is None:
         return []
-    project = Project(looked.top or run.path.parent)
-    store = run.state.url or folder_url(project.own_state)
-    probe = await SandboxProbe.open(run.fence, looked.site, project, store, environ)
+    project = Project(looked.top or (subject.folder if run is None else run.path.parent))
+    store = (None if run is None else run.state.url) or folder_url(project.own_state)
+    fence = DEFAULT_FENCE if run is None else run.fence
+    probe = await SandboxProbe.open(fence, looked.site, project, store, environ)
     try:
         if probe is None:
             return []
+        if run is None:
+            made, _ = await anyio.to_thread.run_sync(make_without_options, subject.types)
+            return await look_for_adapter_programs(made, {}, subject.file, probe, environ, Level.WARNING)
         found = await look_for_programs(run, looked.top, probe, environ)
-        return found + await look_for_adapter_programs(run, subject.types, probe, environ)
+        used = await anyio.to_thread.run_sync(used_adapters, run, subject.types)
+        return found + await look_for_adapter_programs(used, run.adapters, subject.file, probe, environ)
     except RefusedError as error:
         return [findings.refused("programs", error)]
 

@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from orchestrator.config.model import RunConfig
+from orchestrator.config.store import folder_url
 from orchestrator.config.warnings import Surroundings
 from orchestrator.domain.secrets import Redactor, secret_values
+from orchestrator.engine.adapter_programs import look_for_adapter_programs
+from orchestrator.engine.sandbox_probe import SandboxProbe
 from orchestrator.engine.worktree_sources import Base, check_sources
 from orchestrator.errors import GitError, RefusedError, refuse_together, unusable
 from orchestrator.project import Project, council_home
@@ -66,6 +69,11 @@ async def check_run(
     sandbox = await choose_sandbox(
         config.fence.sandbox, network=config.fence.network, hosts=config.fence.hosts, environ=environ
     )
+    project = project_at(config, site)
+    probe = await SandboxProbe.open(config.fence, site, project, store or folder_url(project.own_state), environ)
+    if probe is not None:
+        hidden = await look_for_adapter_programs(adapters, config.adapters, config.path, probe, environ)
+        refuse_together([(one.found, one.remedy or "") for one in hidden], "fix these")
     home = council_home(environ)
     if site.repository is not None:
         if site.repository.top is not None and home.is_relative_to(site.repository.top):

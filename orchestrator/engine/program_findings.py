@@ -1,23 +1,20 @@
-"""Whether the programs of adapters, checks and setup are there, as the sandbox shows them to sessions."""
+"""Whether the programs of checks and setup are there, as the sandbox shows them to sessions."""
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import anyio.to_thread
 
-from orchestrator.config.adapters import trial_request
-from orchestrator.config.model import Reach, RunConfig, used_adapters
+from orchestrator.config.model import RunConfig
 from orchestrator.domain.commands import is_in_worktree, lookup_of, made_executable, may_create, programs_in
 from orchestrator.engine.findings import Finding, Level
 from orchestrator.engine.repository_findings import covers, ignored_in, is_made
 from orchestrator.engine.sandbox_probe import SandboxProbe
 from orchestrator.errors import GitError
-from orchestrator.protocols import AdapterType
 from orchestrator.repo.git import Git, shown
 
 _EXECUTABLE: Final = "100755"
@@ -75,27 +72,6 @@ async def look_for_programs(
 
     found = [one for one in await anyio.to_thread.run_sync(judge) if one is not None]
     return found or [Finding(_TITLE, Level.OK, "checks and setup find theirs in the sandbox")]
-
-
-async def look_for_adapter_programs(
-    run: RunConfig, types: Mapping[str, AdapterType], probe: SandboxProbe, environ: Mapping[str, str]
-) -> list[Finding]:
-    """Return the adapters in use whose program is on PATH, but not visible in the sandbox of a session."""
-    found = []
-    adapters = await anyio.to_thread.run_sync(used_adapters, run, types)
-    for name, adapter in adapters.items():
-        command = adapter.command(trial_request("task", "prompt"))
-        program, env = command.argv[0], tuple(command.pass_env)
-        is_there = shutil.which(program, path=environ.get("PATH", os.defpath)) is not None
-        if is_in_worktree(program) or not is_there:  # a missing one is a finding of its own
-            continue
-        reach = run.adapters[name].reach | Reach(readable=tuple(map(Path, command.readable)))
-        question = lookup_of(program)
-        if question not in await probe.succeeding([question], env, reach):
-            what = f"program {program!r} is on PATH, but sessions can't see it{probe.why_missing(program, env, reach)}"
-            remedy = f"add its folder to `readable` of the adapter {name!r}, or install it elsewhere"
-            found.append(Finding(f"adapter {name}", Level.PROBLEM, shown(what), remedy))
-    return found
 
 
 def _in_worktree(command: _Command) -> list[str]:

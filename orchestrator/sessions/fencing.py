@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -85,7 +85,11 @@ class Fencing:
         places = {Path(found).absolute(), Path(found).resolve()}
         allowed = (*self.config.reach.writable, *self.config.reach.readable, *reach.writable, *reach.readable)
         covered = (*self.hidden, *(map(Path, REPLACED) if self.kind is SandboxKind.BUBBLEWRAP else ()))
-        hidden = [place for place in places if any(place.is_relative_to(folder) for folder in covered)]
-        if all(any(place.is_relative_to(folder) for folder in allowed) for place in hidden):
+        hidden = sorted({place.parent for place in places if _is_in(place, covered) and not _is_in(place, allowed)})
+        if not hidden:
             return ""
-        return f" ({hidden[0]} is hidden from sessions: name its folder under `readable`)"
+        return f" ({', '.join(map(str, hidden))} is hidden from sessions: name it under `readable`)"
+
+
+def _is_in(place: Path, folders: Iterable[Path]) -> bool:
+    return any(place.is_relative_to(folder) for folder in folders)

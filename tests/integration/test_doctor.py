@@ -482,6 +482,50 @@ def test_ignored_files_are_not_to_be_committed(repository: Repository) -> None:
     assert programs(repository, ["build/tool"], worktrees=given)[0][0] == "ok"
 
 
+@needs_sandbox
+def test_a_run_whose_program_is_hidden_is_refused(repository: Repository) -> None:
+    """No session starts; run, its rehearsal and doctor report the same, and the remedy works."""
+    hidden = repository.top / "tools"
+    hidden.mkdir()
+    (hidden / "my-cli").write_text("#!/bin/sh\necho x >a.txt\n")
+    (hidden / "my-cli").chmod(0o755)
+    (repository.top / ".git/info/exclude").write_text("tools/\n")
+    repository.environ["PATH"] += f"{os.pathsep}{hidden}"
+    adapter: dict[str, Any] = {"use": "command", "argv": ["my-cli", "{prompt}"]}
+    file = repository.configure([{"id": "a", "prompt": "x"}], adapters={"my": adapter})
+    ran, planned = (repository.council("run", str(file), *more, "--json") for more in ([], ["--dry-run"]))
+    assert (ran.code, ran.result["status"], planned.result) == (2, "refused", ran.result)
+    [(level, what, remedy)] = doctor(repository, str(file))["adapter my"]
+    assert (level, what, remedy) == ("problem", ran.result["error"], ran.result["remedy"])
+    assert f"({hidden} is hidden from sessions" in what
+    assert "add its folder to `readable` of the adapter 'my', or" in str(remedy)
+    file = repository.configure([{"id": "a", "prompt": "x"}], adapters={"my": {**adapter, "readable": [str(hidden)]}})
+    assert repository.council("run", str(file), "--json").states == {"a": "landed"}
+
+
+@needs_sandbox
+def test_a_prompt_whose_program_is_hidden_can_be_run_by_the_remedy(repository: Repository, stand_ins: StandIns) -> None:
+    """Without a file: it names the command that writes one, and doctor finds the same."""
+    hidden = repository.top / "tools"
+    hidden.mkdir()
+    (hidden / "alpha").write_text("#!/bin/sh\ncase $1 in --version) echo alpha 2.1;; *) echo x >a.txt;; esac\n")
+    (hidden / "alpha").chmod(0o755)
+    (repository.top / ".git/info/exclude").write_text("tools/\ncouncil.yaml\n")
+    repository.environ["PATH"] += f"{os.pathsep}{hidden}"
+    ran = repository.council("run", "fix the bug", "--json")
+    assert (ran.code, ran.result["status"]) == (2, "refused"), ran
+    [(level, what, remedy)] = doctor(repository)["adapter alpha-code"]
+    assert (level, what, remedy) == ("warning", ran.result["error"], ran.result["remedy"])
+    assert "write a council.yaml with `council init` and add its folder to `readable` of the adapter" in str(remedy)
+    assert repository.council("init").code == 0
+    file = repository.top / "council.yaml"
+    entry = "use: alpha-code"
+    assert file.read_text().count(entry) == 1, file.read_text()
+    file.write_text(file.read_text().replace(entry, f"use: alpha-code\n    readable: [{hidden}]"))
+    ended = repository.council("run", "fix the bug", "--json")
+    assert ended.states == {"task-1": "landed"}, ended
+
+
 @pytest.mark.extended
 def test_a_virtual_environment_that_is_only_in_the_checkout(repository: Repository) -> None:
     """Setup creates one in each worktree; nobody is told to commit it."""
