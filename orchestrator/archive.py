@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import shlex
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
@@ -176,8 +177,10 @@ class Archive:
             numbers = range(number, len(document.attempts) + 1) if attempt is None else [number]
             yield document, {one: await anyio.to_thread.run_sync(tails.read, one) for one in numbers}
             if not continues:
-                return
+                break
             await anyio.sleep(_FOLLOW_PAUSE)
+        if not document.attempts:  # it was followed, and ended or stopped without a session
+            raise await self._not_tried(run, task)
 
     async def diff(self, run: str, task: str, *, stat: bool = False) -> bytes:
         """Return what a task has changed, as git shows it: so far, where its session is at work."""
@@ -361,12 +364,18 @@ class Archive:
         return document.attempts[(number or 0) - 1]
 
     async def _not_tried(self, run: str, task: str) -> RefusedError:
-        what, halted = f"task {task!r} has not been tried yet", (await read_run(self._store, run)).halted
+        """Return the error for a task without sessions: why it has none, and the next command."""
+        document, halted = await read_task(self._store, run, task), (await read_run(self._store, run)).halted
+        if document.status in FINAL:
+            reason = f" ({document.reason})" if document.reason else ""
+            what = f"task {task!r} never started: it was {document.status.replace('_', ' ')}{reason}"
+            return RefusedError(what, f"`council retry {shlex.quote(task)} --run {run}` starts it")
+        what, status = f"task {task!r} has not started yet", f"`council status --run {run}`"
         if halted is None:
-            return RefusedError(what, "wait until it starts")
-        reason = HaltReason.parse(halted)
-        log = "" if reason.log is None else f"see {reason.log}, and "
-        return RefusedError(f"{what}: the run is halted: {reason.headline}", f"{log}`council status --run {run}`")
+            return RefusedError(what, f"{status} shows what it waits for")
+        halt = HaltReason.parse(halted)
+        log = "" if halt.log is None else f"see {halt.log}, and "
+        return RefusedError(f"{what}: the run is halted: {halt.headline}", f"{log}{status}")
 
 
 class _SessionLog:

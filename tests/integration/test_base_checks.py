@@ -61,7 +61,7 @@ async def test_a_check_that_fails_on_the_base_ends_the_run_before_any_session(re
     assert sessions(repository) == 0
     for command in ("logs", "diff"):
         refused = repository.council(command, "t2").stderr
-        assert "has not been tried yet: the run is halted: check `echo looking at it" in refused
+        assert "has not started yet: the run is halted: check `echo looking at it" in refused
         assert "t1.0.check1" in refused
     shown = repository.council("status").stdout
     assert (".check1" in shown, shown.count("then `council resume"), "next:" in shown) == (True, 1, False), shown

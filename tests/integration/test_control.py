@@ -269,6 +269,37 @@ async def test_logs_of_a_live_session_are_followed_to_its_end(repository: Reposi
     assert repository.council("logs", "t", "--raw", "--session", "1").stdout == "first\n"
 
 
+async def test_a_task_without_sessions_says_why(repository: Repository) -> None:
+    """A task that was cancelled before it started never had a session; one that may still start names `council status`.
+
+    The same for every command that shows a session's output or changes, also where the task is followed.
+    """
+    gate = repository.spawns.parent / "gate"
+    tasks: list[dict[str, Any]] = [
+        {"id": "first", "prompt": f"await {gate}\nexit 1", "attempts": 1},
+        {"id": "never", "prompt": "write n.txt x", "needs": ["first"]},
+        {"id": "later", "prompt": "write l.txt x", "needs": ["first"]},
+    ]
+    child = repository.start("run", str(repository.configure(tasks)))
+    has_begun(repository, "first")
+    assert repository.council("cancel", "never").code == 0
+    assert repository.council("task", "ignore", "later", "--reason", "done by hand").code == 0
+    views = (("logs",), ("logs", "-f"), ("logs", "--raw"), ("logs", "--phase", "build"), ("diff",))
+    for view in views:
+        refused = repository.council(*view, "never")
+        assert (refused.code, refused.stdout) == (2, ""), refused
+        assert "task 'never' never started: it was cancelled (on request): `council retry never --run" in refused.stderr
+    assert "it was cancelled (ignored: done by hand)" in repository.council("logs", "later").stderr
+    assert repository.council("retry", "later").code == 0
+    waits = repository.council("logs", "later").stderr
+    assert "task 'later' has not started yet: `council status --run" in waits
+    gate.touch()
+    child.communicate(timeout=60)
+    for follow in ([], ["-f"]):  # what it needs did not land
+        blocked = repository.council("logs", "later", *follow)
+        assert (blocked.code, blocked.stderr) == (2, waits), blocked
+
+
 async def test_logs_have_what_was_said_on_both_streams_and_by_checks(repository: Repository) -> None:
     """Standard error goes to standard error; what the checks of an attempt printed follows its output."""
     shell = {"use": "command", "argv": ["sh", "-c", "echo out; echo err >&2; echo x > x.txt"]}
