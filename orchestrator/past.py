@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Final
 
 import anyio.to_thread
 
-from orchestrator.domain.metrics import Metrics, measure
+from orchestrator.domain.metrics import Metrics, active_time, measure
 from orchestrator.domain.model import INTERRUPTED, Attempt, RunDocument, TaskDocument
 from orchestrator.domain.usage import RunUsage, usage_of
 from orchestrator.engine.overview import Overview, landing_times, overview
 from orchestrator.engine.records import check_task, read_handoffs, read_run, read_spec, read_tasks, task_documents
 from orchestrator.engine.report import AdapterFailure, RunStatus, last_failures
 from orchestrator.errors import HistoryGone, RefusedError
+from orchestrator.locking.orchestrators import read_orchestrators
 from orchestrator.protocols import HISTORY, Document, Key, Record, RecordedEvent, State, Version
 from orchestrator.repo.hub import Hub
 from orchestrator.repo.worktrees import Worktree
@@ -133,7 +134,9 @@ class Past:
         known = await read_run(self.runs.store, run)  # first: it may grow by tasks meanwhile
         documents = await read_tasks(self.runs.store, run)
         tasks = task_documents(documents, known.tasks)
-        return measure(tasks, await self._landed_at(known, tasks, documents))
+        landed_at = await self._landed_at(known, tasks, documents)
+        others = await read_orchestrators(self.runs.store, run)
+        return measure(tasks, landed_at, active_time(others.values(), tasks.values(), landed_at, self.runs.clock.now()))
 
     async def usage(self, run: str) -> RunUsage:
         """Return what the sessions of a run used up."""
@@ -194,7 +197,9 @@ class Past:
             status = RunStatus.RUNNING if await self.runs.seems_live(run) else RunStatus.INTERRUPTED
         checkouts = await anyio.to_thread.run_sync(_worktrees, record.run, record.tasks)
         landed_at = await self._landed_at(record.run, record.tasks, documents)
-        return overview(record, self.runs.describe(record, status), landed_at, checkouts, await self._events(run))
+        active = active_time(record.orchestrators, record.tasks.values(), landed_at, self.runs.clock.now())
+        report = self.runs.describe(record, status)
+        return overview(record, report, landed_at, checkouts, await self._events(run), active)
 
     async def _landed_at(
         self, run: RunDocument, tasks: Mapping[str, TaskDocument], documents: Mapping[str, Document]

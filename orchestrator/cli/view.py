@@ -25,6 +25,7 @@ from orchestrator.cli.table import (
     time_left,
     totals_line,
 )
+from orchestrator.domain.claims import ActiveTime, Orchestrator
 from orchestrator.domain.dispatch import Board, with_parts
 from orchestrator.domain.model import (
     FINAL,
@@ -116,7 +117,8 @@ class RunView:
         self._board = Board.of(record.entries, {task: one.status for task, one in record.tasks.items()})
         self._chains = chains(record.entries)
         self._order = {task: number for number, task in enumerate(record.run.tasks)}
-        self._since, self._capacity = record.run.started, record.run.capacity
+        self._orchestrators = {one.owner.id: one for one in record.orchestrators}
+        self._capacity = record.run.capacity
         self._tasks: dict[str, TaskDocument] = {}
         self._changed: dict[str, float] = {}
         self._groups: dict[str, dict[str, None]] = {name: {} for name in (*PHASES.values(), RETRY)}
@@ -145,9 +147,11 @@ class RunView:
                 self._change(name, TaskDocument.model_validate(value), record.time)
             elif key.kind == "adapter":
                 self._adapters[name] = AdapterDocument.model_validate(value)
+            elif key.kind == "orchestrator":
+                self._orchestrators[name] = Orchestrator.model_validate(value)
         for event in record.events:
             if event.data.get("run") == self.run.id:
-                self._happened(event, record.time)
+                self._happened(event)
 
     def _grow(self, run: RunDocument, record: Record) -> None:
         """Take the tasks that a plan has become; what records them has all of them."""
@@ -171,10 +175,10 @@ class RunView:
         self._board = Board.of(self._entries, {name: one.status for name, one in self._tasks.items()})
         self._chains = chains(self._entries)
 
-    def _happened(self, event: Event, time: float) -> None:
+    def _happened(self, event: Event) -> None:
         match event.type:
             case "run.claimed":
-                self._since, self._capacity, self.is_over = time, self.run.capacity, False
+                self._capacity, self.is_over = self.run.capacity, False
             case "run.limited" if not self._groups[PHASES[TaskStatus.RUNNING]]:  # else it is for a moment only
                 self._capacity = event.data["sessions"]
             case "run.finished" | "run.interrupted" | "run.halted":
@@ -268,8 +272,12 @@ class RunView:
         """Return what to show at `now` (wall-clock seconds) in `room` lines beside the totals."""
         has_more = len(self._tasks) > room
         chosen = self._chosen(max(room - has_more, 0))
-        rows = [self._row(task, now) for task in sorted(chosen, key=self._order.__getitem__)]
+        active = self._active(now)
+        rows = [self._row(task, now, active) for task in sorted(chosen, key=self._order.__getitem__)]
         return Frame(rows, self._more(chosen) if has_more and room else "", totals_line(self.totals(now)))
+
+    def _active(self, now: float) -> ActiveTime:
+        return ActiveTime.of(self._orchestrators.values(), self._changed.values(), now)
 
     def _chosen(self, room: int) -> list[str]:
         working = chain.from_iterable(self._groups[name] for name in ("landing", "checks", "build"))
@@ -290,12 +298,12 @@ class RunView:
     def _phase(self, task: str) -> str:
         return phase(self._tasks[task], is_blocked=task in self._board.blocked)
 
-    def _row(self, task: str, now: float) -> Row:
+    def _row(self, task: str, now: float, active: ActiveTime) -> Row:
         document = self._tasks[task]
         begun, elapsed = len(document.attempts), ""
         if begun and document.status not in {TaskStatus.PENDING, TaskStatus.WAITING}:
             end = self._changed[task] if document.status in FINAL else now
-            elapsed = duration(end - document.attempt.started)
+            elapsed = duration(active.between(document.attempt.started, end))
         return Row(
             task=plain(task),
             phase=self._phase(task),
@@ -346,7 +354,7 @@ class RunView:
             changes=self._in_all,
             tokens=self._spending.tokens + sum(one.input_tokens + one.output_tokens for one in running),
             cost=sum(costs) if costs else None,
-            elapsed=now - self._since,
+            elapsed=self._active(now).between(self.run.started, now),
             left=self._left(now),
             done=count["done"],
             asked=count[PHASES[TaskStatus.WAITING]],

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from orchestrator.domain.claims import ActiveTime, Orchestrator
 from orchestrator.domain.model import FINAL, REVIVABLE, SUCCESSFUL, TaskDocument, TaskStatus, known_cost
 
 
@@ -23,7 +24,9 @@ class Metrics:
     pending: int
     """Not begun, or waiting for another attempt or the next phase."""
     average_time_minutes: float | None
-    """From the first attempt's start to the landing, of the tasks that landed; None where that is known of none."""
+    """Active minutes from the first attempt's start to the landing, on average of the tasks that landed; None where
+    that is known of none.
+    """
     by_status: Mapping[str, int]
     """How many tasks are where; only statuses that some have."""
     input_tokens: int
@@ -32,20 +35,26 @@ class Metrics:
     """US dollars, as far as the CLIs told; None where none did."""
 
 
-def minutes_to_land(task: TaskDocument, landed_at: float | None) -> float | None:
-    """Return the minutes from a task's first start to its landing; None where either is not known.
-
-    Both are times of wall clocks: where one was set back meanwhile it is 0.
-    """
+def minutes_to_land(task: TaskDocument, landed_at: float | None, active: ActiveTime) -> float | None:
+    """Return the active minutes from a task's first start to its landing; None where either is not known."""
     if task.status is not TaskStatus.LANDED or landed_at is None or task.started is None:
         return None
-    return max(landed_at - task.started, 0.0) / 60
+    return active.between(task.started, landed_at) / 60
 
 
-def measure(tasks: Mapping[str, TaskDocument], landed_at: Mapping[str, float]) -> Metrics:
+def active_time(
+    orchestrators: Iterable[Orchestrator], tasks: Iterable[TaskDocument], landed_at: Mapping[str, float], now: float
+) -> ActiveTime:
+    """Return the active time of a run up to `now` by its records."""
+    attempts = [attempt for task in tasks for attempt in task.attempts]
+    ends = [attempt.ended for attempt in attempts if attempt.ended is not None]
+    return ActiveTime.of(orchestrators, [*(attempt.started for attempt in attempts), *ends, *landed_at.values()], now)
+
+
+def measure(tasks: Mapping[str, TaskDocument], landed_at: Mapping[str, float], active: ActiveTime) -> Metrics:
     """Return the figures of a run's tasks; `landed_at` has the instants (wall-clock seconds) of landings, by task."""
     counts = Counter(task.status for task in tasks.values())
-    took = [minutes_to_land(task, landed_at.get(name)) for name, task in tasks.items()]
+    took = [minutes_to_land(task, landed_at.get(name), active) for name, task in tasks.items()]
     known = [minutes for minutes in took if minutes is not None]
     attempts = [attempt for task in tasks.values() for attempt in task.attempts]
     pending = counts[TaskStatus.PENDING]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from orchestrator.domain.claims import ActiveTime
 from orchestrator.domain.metrics import Metrics, measure, minutes_to_land
 from orchestrator.domain.model import Attempt, ImportedTask, TaskDocument, TaskStatus
 from orchestrator.engine.report import RunRecord, RunReport, RunStatus, TaskReport
@@ -128,6 +129,7 @@ def overview(
     landed_at: Mapping[str, float],
     worktrees: Mapping[str, str],
     events: Sequence[RecordedEvent],
+    active: ActiveTime,
 ) -> Overview:
     """Describe a run; `worktrees` has the checkouts of newest attempts that are there, by task."""
     is_live = report.status is RunStatus.RUNNING
@@ -140,13 +142,13 @@ def overview(
                 report=one,
                 worktree=worktrees.get(one.id) if was is None else was.worktree,
                 phases=_imported(was) if was is not None else _phases(document, is_live=is_live),
-                minutes=minutes_to_land(document, landed_at.get(one.id)),
+                minutes=minutes_to_land(document, landed_at.get(one.id), active),
                 branch=one.branch if was is None else was.branch,
                 pull_request=document.pull_request,
             )
         )
     sessions = _live(record, worktrees) if is_live else []
-    return Overview(record, report, tasks, sessions, events, measure(record.tasks, landed_at))
+    return Overview(record, report, tasks, sessions, events, measure(record.tasks, landed_at, active))
 
 
 def _phases(task: TaskDocument, *, is_live: bool) -> list[Phase]:

@@ -458,6 +458,28 @@ async def test_all_runs_are_listed(repository: Repository) -> None:
     assert "b.txt" in repository.council("salvage", "show", kept["name"], "--run", kept["run"]).stdout
 
 
+async def test_durations_leave_pauses_out(repository: Repository) -> None:
+    """An average time is the time in which a process was active: what is between an interrupt and a resume is not."""
+    child = repository.start("run", str(repository.configure([{"id": "t", "prompt": "write a x\nattempt 1 hang"}])))
+    has_begun(repository, "t")
+    child.send_signal(signal.SIGINT)
+    child.communicate(timeout=60)
+    before = repository.council("runs", "--json").result["runs"][0]["orchestrators"]
+    assert repository.council("resume").code == 0
+    [run] = repository.council("runs", "--json").result["runs"]
+    first, second = run["orchestrators"]
+    assert first["ended"] == before[0]["ended"]
+    shown = repository.council("state", "show", "--json").result
+    [task] = shown["tasks"]
+    times = {one["event"]: one["time"] for one in shown["events"]}
+    started = task["phases"][0]["attempts"][0]["started"]
+    pause = second["since"] - first["ended"]
+    assert pause > 0.1
+    expected = times["task.landed"] - started - pause
+    assert run["metrics"]["average_time_minutes"] * 60 == pytest.approx(expected, abs=0.02)
+    assert task["metrics"]["time_minutes"] * 60 == pytest.approx(expected, abs=0.02)
+
+
 def of(ended: Ended, task: str) -> dict[str, Any]:
     """Return what the result says of a task."""
     return next(one for one in ended.result["tasks"] if one["id"] == task)

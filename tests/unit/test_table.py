@@ -32,6 +32,7 @@ from orchestrator.engine.report import RunRecord
 from orchestrator.protocols import Event, Key, Record
 from orchestrator.repo.diffs import Changes
 from orchestrator.sessions.transcript import Transcript
+from tests.unit.test_metrics import orchestrator
 
 COMMIT = "0123456789" * 4
 
@@ -227,14 +228,17 @@ def test_what_a_failed_session_left_is_seen_once_more(branch: str | None) -> Non
     assert shown.frame(40.0, 5).rows[0].changes == (Changes() if branch is None else Changes(1, 2, 0))
 
 
-def test_a_resumed_run_counts_its_own_time_and_room() -> None:
-    """`elapsed` begins when a process took the run; sessions are as many as fit the machine."""
+def test_a_resumed_run_counts_its_active_time_and_its_room() -> None:
+    """`elapsed` is the time in which a process was active; sessions are as many as fit the machine."""
     shown = view(tasks(1), capacity=8)
+    for number, since, ended in ((1, 0.0, 20.0), (2, 1000.0, None)):
+        joined = orchestrator(number, since, since, ended=ended).model_dump(mode="json")
+        shown.apply(Record(number, since, {Key("orchestrator", f"run/{number}"): (1, joined)}, []))
     shown.apply(event("run.claimed", 1000.0))
     shown.apply(event("run.limited", 1001.0, sessions=3))
     shown.apply(Record(2, 1002.0, {}, [Event("run.limited", {"run": "another", "sessions": 1})]))
     totals = shown.totals(1030.0)
-    assert (totals.elapsed, totals.capacity, shown.is_over) == (30.0, 3, False)
+    assert (totals.elapsed, totals.capacity, shown.is_over) == (50.0, 3, False)
     shown.apply(record("t0", TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
     shown.apply(event("run.limited", sessions=1))  # memory is short for a moment
     assert shown.totals(1030.0).capacity == 3
