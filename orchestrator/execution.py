@@ -62,7 +62,7 @@ from orchestrator.engine.records import (
 )
 from orchestrator.engine.recovery import has_company, recover
 from orchestrator.engine.reloading import TASKS, FileChanges, compare, reloaded
-from orchestrator.engine.report import RunRecord, RunReport, RunStatus
+from orchestrator.engine.report import RunRecord, RunReport
 from orchestrator.engine.requests import check_phase, check_reopening, check_request, is_answered, obey, submit
 from orchestrator.engine.restoring import Restored, restore
 from orchestrator.engine.scheduler import Scheduler
@@ -466,7 +466,7 @@ class Execution:
             await ledger.note("run.interrupted", {})
         if not finished and not coordinates:
             return await runs.status(run)
-        result = runs.describe(await runs.record(run), None if finished else RunStatus.INTERRUPTED)
+        result = runs.describe(await runs.record(run), is_live=False, has_ended=finished)
         if finished and coordinates:
             await ledger.finish(result.status)
         return result
@@ -574,7 +574,7 @@ class Execution:
                     now, statuses = await runs.record(run), ledger.statuses()
                     is_over = record.run.ended is not None or Board.of(now.entries, statuses).is_over(statuses)
                     if is_over and not await has_company(ledger):
-                        await ledger.finish(runs.describe(now, None).status)
+                        await ledger.finish(runs.describe(now, is_live=False, has_ended=True).status)
                     async with shop.pool(sessions=0):
                         pass  # nobody may ever resume it
             except RunAtWork as other:

@@ -18,7 +18,7 @@ from orchestrator.domain.model import INTERRUPTED, Attempt, RunDocument, TaskDoc
 from orchestrator.domain.usage import RunUsage, usage_of
 from orchestrator.engine.overview import Overview, landing_times, overview
 from orchestrator.engine.records import check_task, read_handoffs, read_run, read_spec, read_tasks, task_documents
-from orchestrator.engine.report import AdapterFailure, RunStatus, last_failures
+from orchestrator.engine.report import AdapterFailure, last_failures
 from orchestrator.errors import HistoryGone, RefusedError
 from orchestrator.locking.orchestrators import read_orchestrators
 from orchestrator.protocols import HISTORY, Document, Key, Record, RecordedEvent, State, Version
@@ -158,12 +158,10 @@ class Past:
         await check_task(self.runs.store, document, task)
         record = await self.runs.without_dropped(await self.runs.record(run), task)
         shown, now, logs = record.tasks[task], self.runs.clock.now(), self.runs.project.logs(run)
-        status = None
-        if record.run.ended is None:
-            status = RunStatus.RUNNING if await self.runs.seems_live(run) else RunStatus.INTERRUPTED
-        if status is not RunStatus.RUNNING:
+        is_live = record.run.ended is None and await self.runs.seems_live(run)
+        if not is_live:
             shown = (await anyio.to_thread.run_sync(_ended, {task: shown}, logs, now))[task]
-        report = next(one for one in self.runs.describe(record, status).tasks if one.id == task)
+        report = next(one for one in self.runs.describe(record, is_live=is_live).tasks if one.id == task)
         asked = Asked()
         if record.run.imported is None:
             spec = await read_spec(self.runs.store, run, task)
@@ -192,13 +190,11 @@ class Past:
         """Return all that is known of a run, also of one whose repositories are gone."""
         record = await self.runs.record(run)
         documents = await read_tasks(self.runs.store, run)
-        status = None
-        if record.run.ended is None:
-            status = RunStatus.RUNNING if await self.runs.seems_live(run) else RunStatus.INTERRUPTED
+        is_live = record.run.ended is None and await self.runs.seems_live(run)
         checkouts = await anyio.to_thread.run_sync(_worktrees, record.run, record.tasks)
         landed_at = await self._landed_at(record.run, record.tasks, documents)
         active = active_time(record.orchestrators, record.tasks.values(), landed_at, self.runs.clock.now())
-        report = self.runs.describe(record, status)
+        report = self.runs.describe(record, is_live=is_live)
         return overview(record, report, landed_at, checkouts, await self._events(run), active)
 
     async def _landed_at(

@@ -141,27 +141,28 @@ class Runs:
             keeping[task] = one.model_copy(update={"branch": branch, "attempts": attempts})
         return replace(record, tasks={**record.tasks, **keeping})
 
-    def describe(self, record: RunRecord, status: RunStatus | None) -> RunReport:
-        """Return the report of a run; with `status` None nothing is at work in it."""
+    def describe(self, record: RunRecord, *, is_live: bool, has_ended: bool | None = None) -> RunReport:
+        """Return the report of a run; `is_live`: a process is active on it; `has_ended` by default as recorded."""
         places = ReportPlaces(self.project.logs(record.run.id), Hub(Path(record.run.hub)).trusted)
-        return report(record, places=places, status=status, now=self.clock.now(), damage=self.damage)
+        has_ended = record.run.ended is not None if has_ended is None else has_ended
+        return report(
+            record, places=places, has_ended=has_ended, is_live=is_live, now=self.clock.now(), damage=self.damage
+        )
 
     async def status(self, run: str, *, even_gone: bool = False) -> RunReport:
         """Describe a run as it stands now; with `even_gone` one whose repositories are gone, too."""
         record = await self.without_dropped(await self.record(run, whole=False))
-        status = None
+        is_live = False
         if record.run.ended is None:
-            is_live = False
             try:
                 is_live = await self._is_live(record.run)
             except RefusedError:
                 if not even_gone:
                     raise
-            status = RunStatus.RUNNING if is_live else RunStatus.INTERRUPTED
-        described = self.describe(record, status)
-        if status is RunStatus.INTERRUPTED:
+        described = self.describe(record, is_live=is_live)
+        if described.status is RunStatus.INTERRUPTED:
             return replace(described, background=await anyio.to_thread.run_sync(self._background_error, run))
-        if status is RunStatus.RUNNING:
+        if described.status is RunStatus.RUNNING:
             return replace(described, sessions=await self._sessions(run))
         return replace(described, merged_by=await self._merged_by(record.run))
 

@@ -287,7 +287,7 @@ def _also_interrupted(run: str, others: Sequence[str]) -> str:
     """Say which runs `resume` without a name does not mean."""
     named = ", ".join(others[: -_MOST_NAMED - 1 : -1])
     more = f" and {len(others) - _MOST_NAMED} more" if len(others) > _MOST_NAMED else ""
-    return f"the newest run is {run}; also interrupted: {named}{more}; `council resume RUN` resumes one of these"
+    return f"the newest run is {run}; also interrupted or halted: {named}{more}; `council resume RUN` resumes one"
 
 
 @click.command()

@@ -49,7 +49,7 @@ def status(run: str | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--active", is_flag=True, help="Only those that run, were interrupted, or have tasks that wait.")
+@click.option("--active", is_flag=True, help="Only those that run, are interrupted or halted, or have tasks that wait.")
 @store_option
 @json_option
 def runs(active: bool, as_json: bool) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from enum import StrEnum
 from typing import Any, Final
 
-from orchestrator.domain.model import FINAL, REVIVABLE, TaskDocument, TaskStatus
+from orchestrator.domain.model import FINAL, REVIVABLE, SUCCESSFUL, TaskDocument, TaskStatus
 from orchestrator.errors import InvalidTransition
 
 
@@ -97,3 +98,15 @@ def advance(subject: str, task: TaskDocument, trigger: Trigger, **changes: Any) 
     if status is None:
         raise InvalidTransition(subject, task.status, trigger)
     return task.model_copy(update={"status": status, **changes})
+
+
+def run_state(statuses: Collection[str], *, has_ended: bool, is_halted: bool, is_live: bool) -> str:
+    """Return the state of a run by the statuses of its tasks and what is recorded of it.
+
+    `is_live`: a process is active on it. A run that was resumed is not halted any more.
+    """
+    if has_ended:
+        return "landed" if SUCCESSFUL.issuperset(statuses) else "incomplete"
+    if is_live:
+        return "running"
+    return "halted" if is_halted else "interrupted"

@@ -14,6 +14,7 @@ from pydantic import ConfigDict
 from orchestrator.domain.claims import Counters, Orchestrator, total
 from orchestrator.domain.dispatch import Entry
 from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.lifecycle import run_state
 from orchestrator.domain.model import (
     FINAL,
     REVIVABLE,
@@ -315,12 +316,22 @@ class ReportPlaces:
 
 
 def report(
-    record: RunRecord, *, places: ReportPlaces, status: RunStatus | None, now: float, damage: Sequence[str] = ()
+    record: RunRecord,
+    *,
+    places: ReportPlaces,
+    has_ended: bool,
+    is_live: bool,
+    now: float,
+    damage: Sequence[str] = (),
 ) -> RunReport:
-    """Describe a run at `now` (wall-clock seconds).
-
-    With `status` None nothing is at work in it, and its tasks say whether it is landed or incomplete.
-    """
+    """Describe a run at `now` (wall-clock seconds); `is_live`: a process is active on it."""
+    state = run_state(
+        {document.status for document in record.tasks.values()},
+        has_ended=has_ended,
+        is_halted=record.run.halted is not None,
+        is_live=is_live,
+    )
+    status = RunStatus(state)
     blocked = record.blocked()
     adapters = [
         AdapterReport(name, learned.parked_until, learned.closed)
@@ -336,18 +347,13 @@ def report(
         why = stuck.get(task) if need is None else f"needs {need!r}, which did not land"
         told = _task(task, record.tasks[task], record.entries[task].adapter, why, logs)
         told = replace(told, reason=waiting[task]) if task in waiting else told
-        if status is RunStatus.INTERRUPTED and told.state == TaskStatus.RUNNING:
+        if status in {RunStatus.INTERRUPTED, RunStatus.HALTED} and told.state == TaskStatus.RUNNING:
             told = replace(told, reason=_INTERRUPTED, attempts=told.attempts - 1)  # as it is once that is recorded
         reports.append(replace(told, reason=_DAMAGED) if task in record.damaged else told)
-    if status is None:
-        is_there = all(document.status in SUCCESSFUL for document in record.tasks.values())
-        status = RunStatus.LANDED if is_there else RunStatus.INCOMPLETE
     run, source = record.run, record.run.imported.source if record.run.imported else None
     # Its branches, if they are still there, are in the user's own repository.
     repository = str(places.repository) if source is None else run.repo
-    halted = run.halted if status is RunStatus.INTERRUPTED else None
-    if halted is not None:
-        status = RunStatus.HALTED
+    halted = run.halted if status is RunStatus.HALTED else None
     others = sorted(record.orchestrators, key=lambda one: (one.since, one.owner.id))
     return RunReport(
         run=run.id,

@@ -120,8 +120,8 @@ def judge_silence(sessions: Sequence[Silent]) -> Iterator[Finding]:
 def judge_cut_off(runs: Sequence[str]) -> Finding:
     """Judge the runs that are not over and that nobody is at work in."""
     if not runs:
-        return Finding("runs", Level.OK, "none is cut off")
-    return Finding("runs", Level.WARNING, f"cut off: {', '.join(runs)}", f"`council resume {runs[0]}` goes on")
+        return Finding("runs", Level.OK, "none is unfinished")
+    return Finding("runs", Level.WARNING, f"interrupted or halted: {', '.join(runs)}", f"`council resume {runs[0]}`")
 
 
 def judge_conflicts(waiting: int) -> Finding:

@@ -37,7 +37,8 @@ from typing import Final
 
 import anyio.to_thread
 
-from orchestrator.domain.model import FINAL, SUCCESSFUL, Maker, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.lifecycle import run_state
+from orchestrator.domain.model import FINAL, Maker, RunDocument, TaskDocument, TaskStatus
 from orchestrator.domain.turning_back import turn_back
 from orchestrator.errors import HistoryGone, RefusedError, UnreadableDocument, VersionConflict
 from orchestrator.failpoints import failpoint
@@ -274,26 +275,23 @@ def _run_of(key: Key) -> str:
 
 def _facts(documents: Iterable[Document], run: str | None, is_live: bool) -> JsonObject:
     phase: Counter[str] = Counter()
-    sessions, end = [], None
+    sessions, end, is_halted = [], None, False
     for found in documents:
         is_known = found.key.kind in {"run", "task"} and not _marked(found).damaged
         if found.key.kind == "run":
-            end = RunDocument.model_validate_json(found.encoded).ended if is_known else 0.0
+            document = RunDocument.model_validate_json(found.encoded) if is_known else None
+            end = 0.0 if document is None else document.ended
+            is_halted = document is not None and document.halted is not None
         elif found.key.kind == "task":
             task = TaskDocument.model_validate_json(found.encoded) if is_known else None
             phase["damaged" if task is None else task.status] += 1
             if task is not None and task.status in _AT_WORK:
                 owner, _, name = found.key.id.partition("/")
                 sessions.append({"run": owner, "task": name, "attempt": task.attempt.number, "status": task.status})
-    return {"status": _status(run, end, phase, is_live), "phase": dict(phase), "sessions": sessions}
-
-
-def _status(run: str | None, ended: float | None, phase: Mapping[str, int], is_live: bool) -> str | None:
-    if run is None or ended == 0.0:
-        return None
-    if ended is None:
-        return "running" if is_live else "interrupted"
-    return "landed" if phase.keys() <= SUCCESSFUL else "incomplete"
+    status = None
+    if run is not None and end != 0.0:
+        status = run_state(phase, has_ended=end is not None, is_halted=is_halted, is_live=is_live)
+    return {"status": status, "phase": dict(phase), "sessions": sessions}
 
 
 def _marked(found: Document) -> Document:

@@ -363,3 +363,18 @@ async def test_a_run_is_taken_over_though_a_process_renews_its_record_meanwhile(
         found = await store.get(key)
         assert found is not None
         assert (found.version, found.value["epoch"]) == (3, 2)
+
+
+async def test_a_halted_run_has_one_state_everywhere(repository: Repository) -> None:
+    """The final report, `status`, `runs`, `state show` and a checkpoint have the same word; `resume` names the run."""
+    repository.commit({"code": "bad\n"}, "broken")
+    tasks = [{"id": "t", "prompt": "write t.txt x", "checks": ["grep -q good code"]}]
+    config = str(repository.configure(tasks))
+    run = repository.council("run", config, "--json").result
+    made = repository.council("checkpoint", "create", "--json").result
+    [listed] = repository.council("runs", "--active", "--json").result["runs"]
+    states = [one["status"] for one in (repository.council(*args, "--json").result for args in (
+        ("status",), ("state", "show")))]  # fmt: skip
+    assert [run["status"], listed["status"], made["status"], *states] == ["halted"] * 5
+    repository.council("run", config, "--only", "t")
+    assert f"also interrupted or halted: {run['run']}" in repository.council("resume").stderr

@@ -124,7 +124,7 @@ async def test_resume_names_the_older_runs_that_were_interrupted(repository: Rep
     older = repository.council("status", "--json").result["run"]
     newer = repository.council("run", str(repository.configure([])), "--task", "write x.txt x", "--json").result["run"]
     resumed = repository.council("resume")
-    assert f"the newest run is {newer}; also interrupted: {older};" in resumed.stderr, resumed
+    assert f"the newest run is {newer}; also interrupted or halted: {older};" in resumed.stderr, resumed
     assert "also interrupted" not in repository.council("resume", older).stderr
     assert "also interrupted" not in repository.council("resume").stderr
 

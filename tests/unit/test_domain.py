@@ -292,7 +292,8 @@ def record(tasks: dict[str, TaskDocument], entries: dict[str, Entry], **adapters
 
 def reported(made: RunRecord, status: RunStatus | None) -> RunReport:
     """Report it as of the hundredth second."""
-    return report(made, places=ReportPlaces(Path("/logs"), Path("/trusted")), status=status, now=100.0)
+    places, is_live = ReportPlaces(Path("/logs"), Path("/trusted")), status is RunStatus.RUNNING
+    return report(made, places=places, has_ended=status is None, is_live=is_live, now=100.0)
 
 
 def test_a_report_names_what_blocks() -> None:

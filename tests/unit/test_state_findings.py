@@ -93,5 +93,5 @@ def test_runs_that_are_cut_off() -> None:
     """Each is named, with how the first goes on."""
     assert judge_cut_off([]).level is Level.OK
     told = judge_cut_off(["r1", "r2"])
-    assert told.found == "cut off: r1, r2"
-    assert told.remedy == "`council resume r1` goes on"
+    assert told.found == "interrupted or halted: r1, r2"
+    assert told.remedy == "`council resume r1`"
