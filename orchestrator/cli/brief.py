@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator
 from itertools import islice
 
@@ -14,20 +13,19 @@ from orchestrator.cli.output import one_line, plain
 from orchestrator.cli.result import (
     adapter_line,
     background_error,
-    kept_as,
-    merge_step,
+    next_line,
     reason_words,
     remedy,
     session_line,
     state_counts,
     state_words,
     summary,
-    waits_for_merge,
 )
+from orchestrator.cli.steps import task_steps
 from orchestrator.cli.table import amount
 from orchestrator.domain.failures import FailureClass
 from orchestrator.domain.halts import HaltReason
-from orchestrator.domain.model import REVIVABLE, SUCCESSFUL, Halt, TaskStatus
+from orchestrator.domain.model import SUCCESSFUL, Halt, TaskStatus
 from orchestrator.engine.report import RunReport, RunStatus, TaskReport
 
 LINES, COLUMNS = 10, 80
@@ -48,7 +46,7 @@ def brief_lines(report: RunReport, *, is_newest: bool = True) -> list[str]:
     run = "" if is_newest else f" --run {report.run}"
     head = [*_wrapped(summary(report)), *(fit(line, COLUMNS) for line in _totals(report))]
     most = LINES - len(head)
-    foot = list(_next(report, run))[:most]
+    foot = list(_next(report))[:most]
     if report.halted is not None and report.halted_by is not Halt.BUDGET:
         foot = foot[: most // 2]
         foot += _halt(HaltReason.parse(report.halted), most - len(foot))
@@ -56,7 +54,7 @@ def brief_lines(report: RunReport, *, is_newest: bool = True) -> list[str]:
     room = LINES - len(head) - len(foot)
     lines: list[str] = []
     for left, task in zip(range(len(tasks), 0, -1), tasks, strict=True):
-        more = list(_task(task, report, run))
+        more = list(_task(task, report, is_newest=is_newest))
         if len(lines) + len(more) + (left > 1) > room:
             lines += [f"  and {left} more: council status{run}"][: room - len(lines)]
             break
@@ -75,7 +73,7 @@ def _totals(report: RunReport) -> Iterator[str]:
         yield f"  {', '.join(parts)}"
 
 
-def _task(task: TaskReport, report: RunReport, run: str) -> Iterator[str]:
+def _task(task: TaskReport, report: RunReport, *, is_newest: bool) -> Iterator[str]:
     sessions = {one.task: one for one in report.sessions}
     what = session_line(sessions[task.id]) if task.id in sessions else reason_words(task)
     words = ": ".join(filter(None, [f"  {task.id} {state_words(task.state)}", what]))
@@ -83,8 +81,8 @@ def _task(task: TaskReport, report: RunReport, run: str) -> Iterator[str]:
         yield from islice(_wrapped(plain(words)), LINES // 2)
     else:
         yield _shortened(plain(words))
-    if task.state != _BLOCKED:
-        yield plain(f"    next: {merge_step(task, report) or f'{_step(task, report)}{run}'}")
+    steps = task_steps(task, report, is_newest=is_newest)
+    yield from (plain(f"    {step}") for step in (steps if report.merges is not None else steps[:1]))
 
 
 def _shortened(text: str) -> str:
@@ -111,27 +109,7 @@ def _wrapped(text: str) -> Iterator[str]:
         yield line
 
 
-def _step(task: TaskReport, report: RunReport) -> str:
-    """Return the one command that comes next for a task that needs attention."""
-    name, kept = shlex.quote(task.id), kept_as(task)
-    match task.state:
-        case TaskStatus.WAITING:
-            return f"council show {name}"
-        case TaskStatus.CONFLICT if kept is not None:
-            return f"council salvage apply {shlex.quote(kept)} --branch {shlex.quote(f'{task.id}-conflict')}"
-        case TaskStatus.FAILED if task.failure == FailureClass.SETUP_FAILED:
-            return f"council retry {name}"
-        case TaskStatus.FAILED | TaskStatus.NO_CHANGE | TaskStatus.RUNNING:
-            return f"council logs {name}"
-        case TaskStatus.QUEUED | TaskStatus.CHECKING | TaskStatus.LANDING if report.status is not RunStatus.RUNNING:
-            return "council merge"
-        case state if state in REVIVABLE:
-            return f"council retry {name}"
-        case _:
-            return "council status"
-
-
-def _next(report: RunReport, run: str) -> Iterator[str]:
+def _next(report: RunReport) -> Iterator[str]:
     """Say of the whole run what needs attention, the most urgent first."""
     if report.damage:
         yield f"The state log is damaged in {len(report.damage)} places. Next: council state verify"
@@ -139,15 +117,9 @@ def _next(report: RunReport, run: str) -> Iterator[str]:
         again = remedy(adapter.name, report.run, is_running=report.status is RunStatus.RUNNING)
         yield _shortened(plain(adapter_line(adapter, again)))
     yield from map(_shortened, background_error(report))
-    if report.halted is not None:
-        if report.halted_by is Halt.BUDGET:
-            yield _shortened(f"Halted: {plain(one_line(report.halted))}.")
-            yield f"Next: council resume --budget LIMITS{run}"
-    elif report.status is RunStatus.INTERRUPTED or _is_left(report):
-        yield f"Next: council resume{run}"
-    elif waits_for_merge(report):
-        yield "Landed on its own branch."
-        yield f"Next: council merge{run}"
+    if report.halted is not None and report.halted_by is Halt.BUDGET:
+        yield _shortened(f"Halted: {plain(one_line(report.halted))}.")
+    yield from next_line(report)
 
 
 def _halt(halted: HaltReason, room: int) -> list[str]:
@@ -160,10 +132,3 @@ def _halt(halted: HaltReason, room: int) -> list[str]:
     output = [*(fit(line, COLUMNS) for line in before), *filter(None, [fit_end(last, COLUMNS)])]
     shown = output[-left:] if left else []
     return [*head[: room - len(log)], *shown, *log, *remedy][:room]
-
-
-def _is_left(report: RunReport) -> bool:
-    """Whether a resume would begin something in a run that has ended: tasks to be tried, or a stopped adapter's."""
-    stopped = any(adapter.closed is not None for adapter in report.adapters)
-    pending = any(task.state == TaskStatus.PENDING for task in report.tasks)
-    return report.status is RunStatus.INCOMPLETE and (stopped or pending) and report.imported is None

@@ -116,9 +116,10 @@ def result_text(rows: Sequence[ResultRow]) -> str:
         if counts[row.state] > MOST_ROWS:
             continue
         told = Text(row.what, overflow="fold")
-        if row.step:
-            told.append("\nnext: " if row.what else "next: ", "dim")
-            told.append(row.step, "cyan")
+        for number, step in enumerate(row.steps):
+            label, command = step.split(": ", 1)
+            told.append(f"{chr(10) if row.what or number else ''}{label}: ", "dim")
+            told.append(command, "cyan")
         table.add_row(Text(row.task), Text(row.state, _STYLES.get(row.state, "")), Text(str(row.attempts)), told)
     more = ", ".join(f"{count - MOST_ROWS} more {state}" for state, count in counts.items() if count > MOST_ROWS)
     with console.capture() as capture:

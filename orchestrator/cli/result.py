@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from orchestrator.cli.output import kept_name, lines, one_line, plain
+from orchestrator.cli.output import lines, one_line, plain
+from orchestrator.cli.steps import kept_as, own_branch, run_step, task_steps, waits_for_merge
 from orchestrator.cli.table import ago
 from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.model import REVIVABLE, RUNNING, SUCCESSFUL, Halt, TaskStatus
+from orchestrator.domain.model import RUNNING, SUCCESSFUL, Halt, TaskStatus
 from orchestrator.engine.report import (
     AdapterReport,
     OrchestratorReport,
@@ -30,69 +31,18 @@ _STATES: Mapping[str, str] = {TaskStatus.WAITING: "waiting for approval"}
 
 
 class ResultRow(NamedTuple):
-    """One task, as text that a terminal only shows: what became of it and why, and what to type next."""
+    """One task, as text that a terminal only shows: its state, the reason, and the next commands, a line each."""
 
     task: str
     state: str
     attempts: int
     what: str
-    step: str
-
-
-def next_step(task: TaskReport, report: RunReport, *, is_newest: bool = True) -> str:
-    """Return what to type to get on from where a task is; nothing where there is nothing to do for it.
-
-    Commands mean the newest run: for another one (`is_newest`) they name it.
-    """
-    if task.state == TaskStatus.LANDED or report.imported is not None:
-        return ""
-    name, kept = shlex.quote(task.id), kept_as(task)
-    run = "" if is_newest else f" --run {report.run}"
-    see, retry, apply = f"council logs {name}{run}", f"council retry {name}{run}", ""
-    if kept is not None:
-        branch = f" --branch {shlex.quote(f'{task.id}-conflict')}" if task.state == TaskStatus.CONFLICT else ""
-        apply = f"council salvage apply {shlex.quote(kept)}{branch}{run}, or "
-    match task.state:
-        case TaskStatus.DONE | TaskStatus.WAITING:
-            answers = f", then council approve {name}{run}, or council reject {name}{run} --note TEXT"
-            return f"council show {name}{run}{answers if task.state == TaskStatus.WAITING else ''}"
-        case TaskStatus.CONFLICT | TaskStatus.CANCELLED:
-            return apply + retry
-        case TaskStatus.FAILED if task.failure == FailureClass.SETUP_FAILED:
-            return f"{retry}, or mend the file and start a new run"
-        case TaskStatus.FAILED | TaskStatus.NO_CHANGE:
-            return f"{see}, then {apply}{retry}"
-        case TaskStatus.RUNNING if report.status is RunStatus.RUNNING:
-            return f"{see} -f"
-        case "blocked" if not any(one.name == task.adapter and one.closed for one in report.adapters):
-            return ""  # what it needs has a row of its own
-        case _:
-            resume = "council resume" if is_newest else f"council resume {report.run}"
-            # The remedy of a halt is shown once for the whole run.
-            return "" if report.status in {RunStatus.RUNNING, RunStatus.HALTED} else resume
-
-
-def merge_step(task: TaskReport, report: RunReport) -> str | None:
-    """Return the commands after a merge of a run's own branch has failed; None for any other task.
-
-    A retry would merge the same commits again.
-    """
-    if report.merges is None or task.state not in REVIVABLE:
-        return None
-    again, base = f"council merge {report.merges}", shlex.quote(report.target)
-    if task.state == TaskStatus.CONFLICT:
-        return f"git switch council/{report.merges} && git merge {base}, then {again}"
-    return f"{again}, after a fix on {base}" if task.state == TaskStatus.FAILED else again
+    steps: Sequence[str]
 
 
 def state_words(state: str) -> str:
     """Return the state of a task as people read it."""
     return _STATES.get(state, state.replace("_", " "))
-
-
-def kept_as(task: TaskReport) -> str | None:
-    """Return the name by which `council salvage` knows what a task left: its branch without council/ and the run."""
-    return None if task.branch is None else kept_name(task.branch)
 
 
 def result_rows(
@@ -110,7 +60,7 @@ def result_rows(
             state_words(task.state),
             task.attempts,
             _what(task, report.target, changes) if session is None else session_line(session, now),
-            plain(merge_step(task, report) or next_step(task, report, is_newest=is_newest)),
+            [plain(str(step)) for step in task_steps(task, report, is_newest=is_newest)],
         )
 
 
@@ -172,31 +122,13 @@ def state_counts(report: RunReport) -> list[str]:
     return [f"{count} {state}" for state, count in states.most_common()]
 
 
-def own_branch(report: RunReport) -> bool:
-    """Whether what has landed is on a branch of the run's own, and on no other."""
-    return report.target == f"council/{report.run}" and any(task.landed is not None for task in report.tasks)
-
-
-def waits_for_merge(report: RunReport) -> bool:
-    """Whether `council merge` is the next step: the run has ended, and its own branch is not merged."""
-    return own_branch(report) and report.merged_by is None and report.status is not RunStatus.RUNNING
-
-
-def needs_retry(report: RunReport) -> bool:
-    """Whether a run has ended without success, and has nothing to resume before a `council retry`."""
-    is_stopped = any(adapter.closed is not None for adapter in report.adapters)
-    is_over = report.imported is None and not report.has_work_left
-    return report.status is RunStatus.INCOMPLETE and is_over and not is_stopped
-
-
 def text_lines(rows: Sequence[ResultRow]) -> Iterator[str]:
     """Yield rows as plain lines, in columns."""
     name = max((len(row.task) for row in rows), default=0)
     state = max((len(row.state) for row in rows), default=0)
     for row in rows:
         yield f"  {row.task:<{name}}  {row.state:<{state}}  {row.what}".rstrip()
-        if row.step:
-            yield f"  {'':<{name}}  {'':<{state}}  next: {row.step}"
+        yield from (f"    {step}" for step in row.steps)
 
 
 def running_lines(report: RunReport) -> Iterator[str]:
@@ -217,26 +149,23 @@ def hints(report: RunReport) -> Iterator[str]:
     if asked:
         yield f"Waiting for a person to approve: {plain(', '.join(asked))}."
     yield from background_error(report)
-    yield from _continuation(report)
-    if waits_for_merge(report):
-        yield f"What landed is on the branch {plain(report.target)}, and on no other: `council merge` merges it."
+    if report.halted is not None:
+        yield "Halted: " + plain(report.halted, keep="\n")
     for place in report.damage:
         yield f"The state log is damaged: {place}"
     if any(task.branch is not None for task in report.tasks):
         yield "What is kept can be seen and brought over: `council salvage list`, `show`, `apply`."
+    yield from next_line(report)
 
 
-def _continuation(report: RunReport) -> Iterator[str]:
-    """Say why a run was halted, or how to continue it."""
-    if report.halted is not None:
-        yield "Halted: " + plain(report.halted, keep="\n")
-        if report.halted_by is Halt.BUDGET:
-            yield f"Next: council resume {report.run} --budget LIMITS"
-    elif needs_retry(report):
-        if report.merges is None:
-            yield "The run is over; after a `council retry`, `council resume` goes on with it."
-    elif report.status is RunStatus.INTERRUPTED or (report.status is RunStatus.INCOMPLETE and report.imported is None):
-        yield f"`council resume {report.run}` goes on with what is left."
+def next_line(report: RunReport) -> Iterator[str]:
+    """Yield the next command for a run, where it has one; a halt that is not of a budget has its own remedy."""
+    if report.halted is not None and report.halted_by is not Halt.BUDGET:
+        return
+    if step := run_step(report):
+        if waits_for_merge(report) and "council merge" in step:
+            yield "Landed on its own branch."
+        yield f"Next: {step}"
 
 
 def background_error(report: RunReport) -> Iterator[str]:

@@ -30,8 +30,8 @@ from orchestrator.cli.output import Output, plain
 from orchestrator.cli.plan import plan_text
 from orchestrator.cli.progress import shown
 from orchestrator.cli.quantities import budget_limits
-from orchestrator.cli.result import needs_retry, own_branch
 from orchestrator.cli.source import is_prompt, read_config
+from orchestrator.cli.steps import needs_retry, own_branch
 from orchestrator.cli.trusting import require_trust, trust_option
 from orchestrator.config.coordination import CoordinationOverrides
 from orchestrator.config.inline import InlineTasks

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import click
 
 from orchestrator.cli.command import Context, json_option, opened, perform, run_option, store_option
 from orchestrator.cli.completing import complete_tasks
+from orchestrator.cli.output import plain
+from orchestrator.cli.steps import run_step, task_steps
 from orchestrator.cli.story import story_lines
+from orchestrator.council import Council
+from orchestrator.domain.model import TaskStatus
+from orchestrator.errors import RefusedError
 
 
 @click.command()
@@ -34,8 +40,21 @@ def show(task: str, run: str | None, as_json: bool) -> None:
             if as_json:
                 context.output.json({**story.to_json(), "exit": 0})
                 return 0
-            for line in story_lines(story, time.time()):
+            steps = await _steps(council, story.run, story.task)
+            for line in (*story_lines(story, time.time()), *steps):
                 context.output.text(f"{line}\n")
             return 0
 
     perform(command, as_json=as_json, brief=True)
+
+
+async def _steps(council: Council, run: str, task: str) -> Sequence[str]:
+    """Return the next commands for a task, or for its run, a line each."""
+    try:
+        report = await council.status(run)
+    except RefusedError:  # its repositories are gone
+        return ()
+    shown = next(one for one in report.tasks if one.id == task)
+    steps = task_steps(shown, report, is_newest=await council.newest_run() == run)
+    own = run_step(report) if not steps and shown.state != TaskStatus.LANDED else ""
+    return [plain(str(step)) for step in steps] or ([f"next: {own}"] if own else [])

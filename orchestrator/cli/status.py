@@ -18,6 +18,7 @@ from orchestrator.cli.command import (
     tell_damage,
 )
 from orchestrator.cli.output import plain
+from orchestrator.cli.steps import run_step
 from orchestrator.engine.report import RunReport
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ def runs(active: bool, as_json: bool) -> None:
                 tell_damage(context, council.damage)
             for report, metrics in [] if as_json else told:
                 context.output.text(f"{_run_line(report, metrics)}\n")
+                if step := run_step(report):
+                    context.output.text(f"    next: {step}\n")
             return 0
 
     perform(command, as_json=as_json, brief=True)

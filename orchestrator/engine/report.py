@@ -54,7 +54,7 @@ EXIT_CODES: Mapping[RunStatus, int] = {
 
 
 _FAILURES = frozenset(FailureClass)
-_INTERRUPTED = "its session was interrupted: `council resume` tries it again"
+_INTERRUPTED = "its session was interrupted: `council resume {run}` tries it again"
 _DAMAGED = "its record in the state log is damaged: this is how it stood before, `council state verify` tells more"
 
 
@@ -348,7 +348,8 @@ def report(
         told = _task(task, record.tasks[task], record.entries[task].adapter, why, logs)
         told = replace(told, reason=waiting[task]) if task in waiting else told
         if status in {RunStatus.INTERRUPTED, RunStatus.HALTED} and told.state == TaskStatus.RUNNING:
-            told = replace(told, reason=_INTERRUPTED, attempts=told.attempts - 1)  # as it is once that is recorded
+            reason = _INTERRUPTED.format(run=record.run.id)
+            told = replace(told, reason=reason, attempts=told.attempts - 1)  # as it is once that is recorded
         reports.append(replace(told, reason=_DAMAGED) if task in record.damaged else told)
     run, source = record.run, record.run.imported.source if record.run.imported else None
     # Its branches, if they are still there, are in the user's own repository.

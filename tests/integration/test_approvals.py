@@ -65,7 +65,7 @@ async def test_a_run_that_waits_for_a_person_stays_and_goes_on_when_it_is_approv
     assert (waits["phase"], waits["reason"]) == ("plan", "phase 'plan' waits for a person to approve it")
     told = repository.council("status").stdout
     assert "waiting for approval" in told
-    assert "next: council show t, then council approve t, or council reject t --note TEXT" in told
+    assert "next: council show t\n    then: council approve t\n    or: council reject t --note TEXT\n" in told
     assert "Waiting for a person to approve: t." in told
     assert "plan: waiting for approval" in repository.council("show", "t").stdout
     assert child.poll() is None
@@ -122,7 +122,7 @@ async def test_an_approval_outlives_the_process_that_asked_for_it(repository: Re
     child.send_signal(signal.SIGINT)
     assert finished(child).code == 130
     cut_off = repository.council("status")
-    assert "next: council show t, then council approve t" in cut_off.stdout
+    assert "next: council show t\n" in cut_off.stdout
     assert repository.council("approve", "t").code == 0
     ended = repository.council("resume", "--json")
     assert ended.states == {"t": "landed", "after": "landed"}, ended

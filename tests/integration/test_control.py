@@ -480,6 +480,47 @@ async def test_durations_leave_pauses_out(repository: Repository) -> None:
     assert task["metrics"]["time_minutes"] * 60 == pytest.approx(expected, abs=0.02)
 
 
+def steps(shown: str) -> list[str]:
+    """Return the next commands that a command printed."""
+    lines = [line.strip() for line in shown.splitlines()]
+    return [line.partition(": ")[2] for line in lines if line.lower().startswith("next: ")]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "settings", "expected"),
+    [
+        ([{"id": "t", "prompt": "write t x\nexit 1", "attempts": 1}], {}, ["council logs t"]),
+        ([{"id": "t", "prompt": "hang"}], {}, ["council resume RUN"]),
+        ([{"id": "t", "prompt": "tick 2000 0.01"}], {"budget": {"time": "1s"}}, ["council resume RUN --budget LIMITS"]),
+        ([{"id": "t", "prompt": "write t x"}], {"target": "council/RUN"}, ["council merge RUN"]),
+    ],
+)
+async def test_the_next_command_is_the_same_everywhere(
+    repository: Repository, tasks: list[dict[str, Any]], settings: dict[str, Any], expected: list[str]
+) -> None:
+    """In the final report, `status`, `runs`, `show` and the final report of `resume`, for a task and for a run."""
+    config = repository.configure(tasks, **settings)
+    if "target" in settings:
+        made = json.loads(config.read_text())
+        del made["target"]
+        config.write_text(json.dumps(made))
+    child = repository.start("run", str(config))
+    if tasks[0]["prompt"] == "hang":
+        has_begun(repository, "t")
+        child.send_signal(signal.SIGINT)
+    final, _ = child.communicate(timeout=60)
+    name = repository.council("status", "--json").result["run"]
+    wanted = [command.replace("RUN", name) for command in expected]
+    assert steps(final) == wanted, final
+    assert steps(repository.council("status").stdout) == wanted
+    of_run = [command for command in wanted if name in command]
+    assert steps(repository.council("runs").stdout) == of_run
+    if "merge" not in wanted[0]:  # what landed needs nothing more itself
+        assert steps(repository.council("show", "t").stdout) == wanted
+    if tasks[0]["prompt"] != "hang":
+        assert steps(repository.council("resume").stdout) == wanted
+
+
 def of(ended: Ended, task: str) -> dict[str, Any]:
     """Return what the result says of a task."""
     return next(one for one in ended.result["tasks"] if one["id"] == task)

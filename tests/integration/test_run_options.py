@@ -199,7 +199,7 @@ async def test_merge_lands_a_runs_own_branch_on_its_base(repository: Repository)
     settle(repository, [{**CHAIN[0], **checks}, CHAIN[3]])
     repository.commit({".gitignore": "council.yaml\n"})
     run = repository.council("run")
-    assert run.stdout.splitlines()[-1].endswith("Next: council merge"), run
+    assert run.stdout.splitlines()[-1].startswith("Next: council merge 2"), run
     name = repository.council("status", "--json").result["run"]
     repository.commit({"own.txt": "own"})
     merged = repository.council("merge", "--json")
@@ -271,17 +271,28 @@ async def test_a_merge_that_fails_its_checks_moves_nothing(repository: Repositor
 
 
 @pytest.mark.parametrize(
-    ("theirs", "step", "fix"),
+    ("theirs", "expected"),
     [
-        ("forbidden", "council merge {run}, after a fix on main", ["git rm --quiet forbidden", "git commit -qm fixed"]),
-        ("a.txt", "git switch council/{run} && git merge main, then council merge {run}", [
-            "git switch --quiet council/{run}", "git merge --quiet -s ours main", "git switch --quiet main"]),
+        (
+            "forbidden",
+            [
+                "next: council logs merge --run {merge}",
+                "then: fix main or council/{run}, and commit that",
+                "then: council merge {run}",
+            ],
+        ),
+        (
+            "a.txt",
+            [
+                "next: git switch council/{run} && git merge main",
+                "then: resolve the conflicts, and `git commit --all --no-edit`",
+                "then: council merge {run}",
+            ],
+        ),
     ],
-)  # fmt: skip
-def test_a_failed_merge_names_the_commands_that_help(
-    repository: Repository, theirs: str, step: str, fix: list[str]
-) -> None:
-    """A retry would merge the same commits again."""
+)
+def test_a_failed_merge_names_the_commands_that_help(repository: Repository, theirs: str, expected: list[str]) -> None:
+    """A retry would merge the same commits again. What is printed works as it is printed."""
     settle(repository, [{**CHAIN[0], "checks": ["test ! -e forbidden"]}])
     repository.commit({".gitignore": "council.yaml\n"})
     assert repository.council("run").code == 0
@@ -289,12 +300,26 @@ def test_a_failed_merge_names_the_commands_that_help(
     repository.commit({theirs: "x"})
     merged = repository.council("merge")
     [merge] = {one["run"] for one in repository.council("runs", "--json").result["runs"]} - {name}
+    steps = [step.format(run=name, merge=merge) for step in expected]
     for shown in (merged.stdout, repository.council("status", merge).stdout):
-        assert f"next: {step.format(run=name)}\n" in shown
+        assert [line.strip() for line in shown.splitlines() if line.strip() in steps] == steps, shown
         assert "retry" not in shown
-    for command in fix:
-        repository.git(*command.format(run=name).split()[1:])
-    assert repository.council("merge", name, "--json").states == {"merge": "landed"}
+    if theirs == "forbidden":
+        assert repository.council("logs", "merge", "--run", merge).code == 0
+        (repository.top / theirs).unlink()
+        repository.git("commit", "--quiet", "--all", "--message", "fixed")
+    else:
+        typed = steps[0].removeprefix("next: ")
+        identity = {"GIT_COMMITTER_NAME": "U", "GIT_COMMITTER_EMAIL": "u@example.org"}
+        environ = {**repository.environ, **identity, "GIT_AUTHOR_NAME": "U", "GIT_AUTHOR_EMAIL": "u@example.org"}
+        conflict = subprocess.run(
+            ["sh", "-c", typed], check=False, cwd=repository.top, env=environ, capture_output=True, text=True
+        )
+        assert (conflict.returncode, "CONFLICT" in conflict.stdout) == (1, True), conflict
+        (repository.top / theirs).write_text("both\n")
+        repository.git(*steps[1].partition("`git ")[2].rstrip("`").split())
+    again = repository.council(*steps[2].removeprefix("then: council ").split(), "--json")
+    assert again.states == {"merge": "landed"}, again
 
 
 async def test_merge_lands_what_waits_and_starts_nothing(repository: Repository) -> None:
@@ -306,7 +331,7 @@ async def test_merge_lands_what_waits_and_starts_nothing(repository: Repository)
     config = str(repository.configure(tasks))
     (repository.top / "README.md").write_text("my own change")
     run = repository.council("run", config, "--allow-deferred")
-    assert "next: council merge" in run.stdout, run
+    assert "Next: council resume" in run.stdout, run
     repository.git("checkout", "--quiet", "README.md")
     merged = repository.council("merge", "--json")
     assert merged.states == {"built": "landed", "later": "pending"}, merged

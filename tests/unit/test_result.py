@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from orchestrator.cli.draw import MOST_ROWS, result_text
-from orchestrator.cli.result import ResultRow, hints, next_step, result_rows, summary, text_lines
+from orchestrator.cli.result import ResultRow, hints, result_rows, summary, text_lines
+from orchestrator.cli.steps import run_step, task_steps
 from orchestrator.domain.model import Halt
 from orchestrator.engine.report import (
     AdapterReport,
@@ -36,68 +37,92 @@ def run(*tasks: TaskReport, status: RunStatus = RunStatus.INCOMPLETE, closed: st
     return RunReport("run", status, "main", "/r", tasks, adapters, ())
 
 
+def steps(one: TaskReport, report: RunReport, *, is_newest: bool = True) -> str:
+    return "; ".join(map(str, task_steps(one, report, is_newest=is_newest)))
+
+
 @pytest.mark.parametrize(
     ("one", "status", "expected"),
     [
         (task("landed", landed=COMMIT), RunStatus.LANDED, ""),
-        (task("failed", log="/l"), RunStatus.INCOMPLETE, "council logs t, then council retry t"),
+        (task("failed", log="/l"), RunStatus.INCOMPLETE, "next: council logs t; then: council retry t"),
         (
             task("failed", branch="council/run/t/2"),
             RunStatus.INCOMPLETE,
-            "council logs t, then council salvage apply t/2, or council retry t",
+            "next: council logs t; then: council retry t; or: council salvage apply t/2",
         ),
         (
             task("conflict", branch="council/run/t/conflict"),
             RunStatus.INCOMPLETE,
-            "council salvage apply t/conflict --branch t-conflict, or council retry t",
+            "next: council salvage apply t/conflict --branch t-conflict; or: council retry t",
         ),
-        (task("no_change"), RunStatus.INCOMPLETE, "council logs t, then council retry t"),
-        (task("cancelled"), RunStatus.INCOMPLETE, "council retry t"),
+        (task("no_change"), RunStatus.INCOMPLETE, "next: council logs t; then: council retry t"),
+        (task("cancelled"), RunStatus.INCOMPLETE, "next: council retry t"),
         (
             task("cancelled", branch="council/run/t/1"),
             RunStatus.RUNNING,
-            "council salvage apply t/1, or council retry t",
+            "next: council retry t; or: council salvage apply t/1",
         ),
         (task("blocked"), RunStatus.INCOMPLETE, ""),
-        (task("done"), RunStatus.INCOMPLETE, "council show t"),
+        (task("done"), RunStatus.INCOMPLETE, "next: council show t"),
         (
             task("waiting"),
             RunStatus.RUNNING,
-            "council show t, then council approve t, or council reject t --note TEXT",
+            "next: council show t; then: council approve t; or: council reject t --note TEXT",
         ),
-        (task("queued"), RunStatus.INCOMPLETE, "council resume"),
-        (task("pending"), RunStatus.INTERRUPTED, "council resume"),
+        (task("queued"), RunStatus.INCOMPLETE, ""),
+        (task("pending"), RunStatus.INTERRUPTED, ""),
         (task("pending"), RunStatus.RUNNING, ""),
-        (task("running"), RunStatus.RUNNING, "council logs t -f"),
-        (task("running"), RunStatus.INTERRUPTED, "council resume"),
+        (task("running"), RunStatus.RUNNING, "next: council logs t -f"),
+        (task("running"), RunStatus.INTERRUPTED, ""),
         (task("landing"), RunStatus.RUNNING, ""),
     ],
 )
 def test_what_to_type_next(one: TaskReport, status: RunStatus, expected: str) -> None:
     """Each state leads to the commands that help, and to none where none does."""
-    assert next_step(one, run(one, status=status)) == expected
+    assert steps(one, run(one, status=status)) == expected
+
+
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [
+        (run(task("pending"), status=RunStatus.INTERRUPTED), "council resume run"),
+        (run(task("pending"), status=RunStatus.HALTED), "council resume run"),
+        (run(task("pending"), status=RunStatus.RUNNING), ""),
+        (run(task("pending")), "council resume run"),
+        (run(task("pending"), task("queued")), "council resume run"),
+        (run(task("queued")), "council merge run"),
+        (run(task("failed")), ""),
+        (run(task("blocked"), closed="log in"), "council resume run"),
+        (replace(run(task("pending")), imported="old.json"), ""),
+    ],
+)
+def test_what_to_type_next_for_a_run(report: RunReport, expected: str) -> None:
+    """A command names the run, whichever is the newest."""
+    assert run_step(report) == expected
 
 
 def test_a_stopped_adapter_leads_to_a_resume() -> None:
     """What waits for it goes on with `council resume`, after what its own line says."""
     report = run(task("blocked"), closed="log in")
-    assert next_step(report.tasks[0], report) == "council resume"
+    assert steps(report.tasks[0], report) == ""
+    assert [*hints(report)][-1] == "Next: council resume run"
     assert any("log in" in hint for hint in hints(report))
 
 
 def test_a_halted_run_says_once_how_it_goes_on() -> None:
     """Not for each of its tasks; of a used-up budget, which limits to raise."""
     halted = replace(run(task("pending"), status=RunStatus.HALTED), halted="used up", halted_by=Halt.BUDGET)
-    assert next_step(halted.tasks[0], halted) == ""
+    assert steps(halted.tasks[0], halted) == ""
     assert [*hints(halted)] == ["Halted: used up", "Next: council resume run --budget LIMITS"]
-    assert next_step(task("failed"), halted) == "council logs t, then council retry t"
+    assert steps(task("failed"), halted) == "next: council logs t; then: council retry t"
 
 
 def test_a_branch_of_the_runs_own_is_still_to_be_merged() -> None:
     """That is said where something is on it, and not where the file named the target."""
     landed = run(task("landed", landed=COMMIT), status=RunStatus.LANDED)
     own = replace(landed, target="council/run")
-    told = ["What landed is on the branch council/run, and on no other: `council merge` merges it."]
+    told = ["Landed on its own branch.", "Next: council merge run"]
     assert [*hints(own)] == told
     assert [*hints(landed)] == []
     assert not {*hints(replace(own, tasks=(task("failed"),)))} & {*told}
@@ -108,10 +133,10 @@ def test_an_older_run_is_named() -> None:
     odd = task("failed", id="a b", branch="council/run/a b/1")
     report = run(odd)
     expected = (
-        "council logs 'a b' --run run, then council salvage apply 'a b/1' --run run, or council retry 'a b' --run run"
+        "next: council logs 'a b' --run run; then: council retry 'a b' --run run; "
+        "or: council salvage apply 'a b/1' --run run"
     )
-    assert next_step(odd, report, is_newest=False) == expected
-    assert next_step(task("queued"), report, is_newest=False) == "council resume run"
+    assert steps(odd, report, is_newest=False) == expected
 
 
 def test_the_plain_form_has_columns() -> None:
@@ -126,7 +151,9 @@ def test_the_plain_form_has_columns() -> None:
     assert list(text_lines(rows)) == [
         "  models  landed  0123456789 on main, 2 files +12 -3",
         "  api     failed  it broke: badly; kept as api/1",
-        "                  next: council logs api, then council salvage apply api/1, or council retry api",
+        "    next: council logs api",
+        "    then: council retry api",
+        "    or: council salvage apply api/1",
         "  gone    landed  ffffffffff on main; the target holds the same change already",
     ]
 
@@ -146,8 +173,11 @@ def test_no_task_no_row() -> None:
 def test_the_drawn_form_sums_up_what_is_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of thousands that landed some have a row; whatever failed has one. Markup is text."""
     monkeypatch.setenv("COLUMNS", "100")
-    rows = [ResultRow(f"t{number}", "landed", 1, "on main", "") for number in range(MOST_ROWS + 5)]
-    rows += [ResultRow(f"f{number}", "failed", 1, "[red]why[/red]", "council retry") for number in range(MOST_ROWS + 5)]
+    rows = [ResultRow(f"t{number}", "landed", 1, "on main", ()) for number in range(MOST_ROWS + 5)]
+    rows += [
+        ResultRow(f"f{number}", "failed", 1, "[red]why[/red]", ["next: council retry"])
+        for number in range(MOST_ROWS + 5)
+    ]
     text = result_text(rows)
     assert f"t{MOST_ROWS - 1} " in text
     assert f"t{MOST_ROWS} " not in text
