@@ -287,7 +287,8 @@ class Council:
     async def cancel(self, *tasks: str, run: str | None = None) -> RunReport:
         """End tasks for good, all that are not over if none is named; return how the run then stands.
 
-        Sessions are stopped, what they did is kept on branches. Whichever process is at work in the run does it.
+        Sessions are stopped, what they did is kept on branches. Whichever process is at work in the run does it. A task
+        that has ended stays as it is.
         """
         return await self._ask(await self.find_run(run), Action.CANCEL, tasks)
 

@@ -64,10 +64,11 @@ def _tell_landing(context: Context, report: RunReport, tasks: Sequence[str]) -> 
 @store_option
 @json_option
 def cancel(tasks: tuple[str, ...], yes: bool, run: str | None, as_json: bool) -> None:
-    """End tasks for good; without TASK, all that are not over.
+    """Cancel tasks; without TASK, all that have not ended.
 
-    Sessions are stopped, what they did is kept on branches. A landing under way is brought to its end: its task
-    is not cancelled, and the exit code is 1. Without TASK it asks first.
+    Sessions are stopped, what they did is kept on branches. The exit code is 0 if every task has ended then, also if it
+    had ended before, which is reported. A landing under way is finished: its task is not cancelled, and the exit code
+    is 1. An unknown task is an error, with exit code 2. Without TASK it asks first.
 
     \b
     Examples:
@@ -79,8 +80,13 @@ def cancel(tasks: tuple[str, ...], yes: bool, run: str | None, as_json: bool) ->
         async with opened(context.log) as council:
             report = await council.status(run)
             left = [task.id for task in report.tasks if task.state not in FINAL]
+            ended = {task.id: task.state for task in report.tasks if task.id in tasks and task.state in FINAL}
+            for name, state in ended.items():
+                words = f"task {name!r} has already ended (state: {state.replace('_', ' ')})"
+                context.output.notice(plain(f"nothing to cancel: {words}"))
             if not left and not tasks:
                 context.output.notice(f"nothing to cancel: all tasks of run {report.run} have ended")
+            if ended.keys() >= set(tasks or left):
                 await show_result(context, council, report, code=0)
                 return 0
             more = "" if len(left) <= _MOST_NAMED else f" and {len(left) - _MOST_NAMED} more"

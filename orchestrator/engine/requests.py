@@ -56,7 +56,7 @@ def check_request(
                 what = f"task {task!r} does not wait for approval (state: {status})"
                 raise RefusedError(what, "`council status` names those that do")
         elif action is not Action.RETRY:
-            if status in FINAL:
+            if status in FINAL and action is not Action.CANCEL:  # nothing is left to cancel
                 state = status.replace("_", " ")
                 raise RefusedError(f"task {task!r} has already ended (state: {state})", f"there is nothing to {action}")
         elif task in blocked:

@@ -187,6 +187,25 @@ async def test_cancel_of_all_on_a_live_run_ends_it(repository: Repository) -> No
     await repository.assert_invariants()
 
 
+async def test_cancel_of_what_has_ended_is_no_error(repository: Repository) -> None:
+    """One rule: 0 where all tasks have ended then, whether they are named or not; 2 for a task that is unknown."""
+    tasks = [{"id": "done", "prompt": "write d.txt x"}, {"id": "long", "prompt": "hang"}]
+    child = repository.start("run", str(repository.configure(tasks)))
+    has_begun(repository, "done", "long")
+    wait_for(lambda: repository.council("status", "--json").states["done"] == "landed")
+    ended = "nothing to cancel: task 'done' has already ended (state: landed)\n"
+    unknown = repository.council("cancel", "done", "nonsense")
+    assert (unknown.code, "no task 'nonsense'" in unknown.stderr) == (2, True), unknown
+    one = repository.council("cancel", "done")
+    assert (one.code, one.stderr) == (0, ended)
+    both = repository.council("cancel", "done", "long")
+    assert (both.code, both.stderr) == (0, ended)
+    child.communicate(timeout=60)
+    for names in (["done"], ["long"], ["done", "long"], []):
+        again = repository.council("cancel", *names, "--json")
+        assert (again.code, again.result["exit"], again.states) == (0, 0, {"done": "landed", "long": "cancelled"})
+
+
 async def test_retry_on_a_live_run_has_a_failed_task_tried_again(repository: Repository) -> None:
     """It gets all of its attempts again, and what it blocked goes on."""
     tasks: list[dict[str, Any]] = [
@@ -231,7 +250,6 @@ async def test_cancel_and_retry_on_a_run_that_is_dead(repository: Repository) ->
 @pytest.mark.parametrize(
     ("command", "fragment"),
     [
-        (("cancel", "done"), "has already ended"),
         (("retry", "done"), "has landed"),
         (("retry", "nonsense"), "no task 'nonsense'"),
         (("cancel", "don"), "done"),
