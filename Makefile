@@ -20,6 +20,7 @@ install: $(STAMP)  ## make .venv with the package and all that developing needs
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.x")'
+	@echo 'installing council and its dependencies into $(VENV); this happens once and can take a minute' >&2
 	@$(PYTHON) -m venv $(VENV) || { echo "no venv: install your system's python3-venv package" >&2; exit 1; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable . --group dev

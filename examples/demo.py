@@ -42,6 +42,7 @@ def main() -> int:
     """Run the demonstration; 0 if all is as expected."""
     with tempfile.TemporaryDirectory(prefix="council-demo-") as scratch:
         clone = Path(scratch, "clone")
+        print(f"demo: cloning {HERE}, then running configs/quickstart.yaml in the clone (10 tasks, no AI)", flush=True)
         environ = {**os.environ, "COUNCIL_HOME": str(Path(scratch, "home"))}
         subprocess.run(["git", "clone", "--quiet", "--no-local", str(HERE), str(clone)], check=True)
         subprocess.run(["git", "checkout", "--quiet", "-B", "main"], cwd=clone, check=True)
