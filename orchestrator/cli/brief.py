@@ -8,6 +8,7 @@ from itertools import islice
 
 from rich.cells import cell_len
 
+from orchestrator.cli.columns import COLUMNS, short_name, wrapped
 from orchestrator.cli.draw import fit, fit_end
 from orchestrator.cli.output import one_line, plain
 from orchestrator.cli.result import (
@@ -28,10 +29,8 @@ from orchestrator.domain.halts import HaltReason
 from orchestrator.domain.model import SUCCESSFUL, Halt, TaskStatus
 from orchestrator.engine.report import RunReport, RunStatus, TaskReport
 
-LINES, COLUMNS = 10, 80
-"""The most that are printed, each of at most so many cells of a terminal, unless it has a command that is longer."""
-#: Words that no line break may divide: a command in backticks is one of them.
-_WORDS = re.compile(r"[^\s`]*`[^`]*`\S*|\S+")
+LINES = 10
+"""The most that are printed."""
 #: States of tasks for which nothing is to be done themselves.
 _QUIET = frozenset({*SUCCESSFUL, TaskStatus.PENDING})
 #: The state of tasks that are next once what they need is.
@@ -44,7 +43,7 @@ def brief_lines(report: RunReport, *, is_newest: bool = True) -> list[str]:
     Commands mean the newest run: for another one (`is_newest`) they name it.
     """
     run = "" if is_newest else f" --run {report.run}"
-    head = [*_wrapped(summary(report)), *(fit(line, COLUMNS) for line in _totals(report))]
+    head = [*wrapped(summary(report)), *(fit(line, COLUMNS) for line in _totals(report))]
     most = LINES - len(head)
     foot = list(_next(report))[:most]
     if report.halted is not None and report.halted_by is not Halt.BUDGET:
@@ -76,9 +75,9 @@ def _totals(report: RunReport) -> Iterator[str]:
 def _task(task: TaskReport, report: RunReport, *, is_newest: bool) -> Iterator[str]:
     sessions = {one.task: one for one in report.sessions}
     what = session_line(sessions[task.id]) if task.id in sessions else reason_words(task)
-    words = ": ".join(filter(None, [f"  {task.id} {state_words(task.state)}", what]))
+    words = ": ".join(filter(None, [f"  {short_name(task.id)} {state_words(task.state)}", what]))
     if task.failure == FailureClass.SETUP_FAILED:  # with the log and the cause
-        yield from islice(_wrapped(plain(words)), LINES // 2)
+        yield from islice(wrapped(plain(words)), LINES // 2)
     else:
         yield _shortened(plain(words))
     steps = task_steps(task, report, is_newest=is_newest)
@@ -96,19 +95,6 @@ def _shortened(text: str) -> str:
     return f"{fit(f'{prose.rstrip()} …' if lost and cell_len(prose) < room - 1 else prose, room)} {commands}".rstrip()
 
 
-def _wrapped(text: str) -> Iterator[str]:
-    """Break text into lines between words: neither a path nor a command is divided."""
-    line = ""
-    for word in _WORDS.findall(text):
-        if line and cell_len(f"{line} {word}") > COLUMNS:
-            yield line
-            line = word
-        else:
-            line = f"{line} {word}".lstrip()
-    if line:
-        yield line
-
-
 def _next(report: RunReport) -> Iterator[str]:
     """Say of the whole run what needs attention, the most urgent first."""
     if report.damage:
@@ -124,9 +110,9 @@ def _next(report: RunReport) -> Iterator[str]:
 
 def _halt(halted: HaltReason, room: int) -> list[str]:
     """Return a halt in so many lines: the output gives way first, then the end of the remedy, the log never."""
-    head = list(_wrapped(plain(f"Halted: {halted.headline}")))
+    head = list(wrapped(plain(f"Halted: {halted.headline}")))
     log = [] if halted.log is None else [plain(f"log: {halted.log}")]
-    remedy = [line for one in halted.remedy for line in _wrapped(plain(one))]
+    remedy = [line for one in halted.remedy for line in wrapped(plain(one))]
     left = max(room - len(head) - len(log) - len(remedy), 0)
     *before, last = [plain(line.expandtabs()) for line in halted.output if line.strip()] or [""]
     output = [*(fit(line, COLUMNS) for line in before), *filter(None, [fit_end(last, COLUMNS)])]

@@ -2,9 +2,49 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
+from rich.cells import cell_len, set_cell_size
+
 from orchestrator.cli.output import plain
+
+COLUMNS = 80
+"""The most cells of a terminal that a line takes, unless it has a command, a path or another word that is longer."""
+#: The most cells of a name in a table.
+_LONGEST_NAME = 24
+#: Words that no line break may divide: a command in backticks is one of them.
+_WORDS = re.compile(r"[^\s`]*`[^`]*`\S*|\S+")
+
+
+def short_name(name: str) -> str:
+    """Return a name for a table: of a long one both ends. Not for commands."""
+    if cell_len(name) <= _LONGEST_NAME:
+        return name
+    half = _LONGEST_NAME // 2
+    return f"{set_cell_size(name, half).rstrip()}…{set_cell_size(name[::-1], half - 1).rstrip()[::-1]}"
+
+
+def wrapped(text: str, *, head: str = "", indent: str = "") -> Iterator[str]:
+    """Break text into lines between words, the first behind `head`, the others indented.
+
+    No path and no command in backticks is divided.
+    """
+    line, gap = head, ""
+    for word in _WORDS.findall(text):
+        if line and cell_len(f"{line}{gap}{word}") > COLUMNS:
+            yield line.rstrip()
+            line, gap = indent, ""
+        line, gap = f"{line}{gap}{word}", " "
+    if line:
+        yield line.rstrip()
+
+
+def described(rows: Sequence[Sequence[str]], indent: str = "") -> Iterator[str]:
+    """Yield rows of which the last column is prose, which is broken between words."""
+    heads = aligned([[*row[:-1], "|"] for row in rows], indent)
+    for row, head in zip(rows, heads, strict=True):
+        yield from wrapped(plain(row[-1]), head=head.removesuffix("|"), indent=f"{indent}    ")
 
 
 def aligned(rows: Sequence[Sequence[str]], indent: str = "") -> Iterator[str]:

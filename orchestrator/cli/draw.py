@@ -10,11 +10,11 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.segment import Segment
 from rich.style import Style
-from rich.table import Table
 from rich.text import Text
 
+from orchestrator.cli.columns import short_name
 from orchestrator.cli.output import lines
-from orchestrator.cli.result import ResultRow
+from orchestrator.cli.result import ResultRow, row_lines
 from orchestrator.cli.table import Frame, Row
 
 _STYLES: Mapping[str, str] = {
@@ -109,21 +109,23 @@ def wrapped(lengths: Sequence[int], width: int) -> int:
 def result_text(rows: Sequence[ResultRow]) -> str:
     """Return what a run came to as a table for the terminal at standard output; of many tasks that are alike, some."""
     console = Console(highlight=False, markup=False, emoji=False)
-    table = Table("task", "state", "attempts", "", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     counts = Counter[str]()
+    kept = []
     for row in rows:
         counts[row.state] += row.state in _PLENTIFUL
-        if counts[row.state] > MOST_ROWS:
-            continue
-        told = Text(row.what, overflow="fold")
-        for number, step in enumerate(row.steps):
-            label, command = step.split(": ", 1)
-            told.append(f"{chr(10) if row.what or number else ''}{label}: ", "dim")
-            told.append(command, "cyan")
-        table.add_row(Text(row.task), Text(row.state, _STYLES.get(row.state, "")), Text(str(row.attempts)), told)
+        if counts[row.state] <= MOST_ROWS:
+            kept.append(row)
+    drawn = Text()
+    for row, (first, *others) in row_lines(kept):
+        head = Text(first)
+        at = first.index(row.state, len(short_name(row.task)) + 2)
+        head.stylize(_STYLES.get(row.state, ""), at, at + len(row.state))
+        steps = {f"    {step}" for step in row.steps}
+        rest = (Text(line, "cyan" if line in steps else "") for line in others)
+        drawn.append(Text("\n").join((head, *rest))).append("\n")
     more = ", ".join(f"{count - MOST_ROWS} more {state}" for state, count in counts.items() if count > MOST_ROWS)
     with console.capture() as capture:
-        console.print(table)
+        console.print(drawn, end="", soft_wrap=True)
         if more:
             console.print(Text(f"and {more}: `council status | less` has them all"))
     return capture.get()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import click
@@ -188,17 +189,20 @@ class Output:
                 self._say(line)
             return
         from orchestrator.cli import result  # noqa: PLC0415  what people get is of no use to programs
+        from orchestrator.cli.columns import wrapped  # noqa: PLC0415  the same
 
         rows = list(result.result_rows(report, changes or {}, is_newest=is_newest, now=time.time()))
-        self._say(result.summary(report))
+        for line in wrapped(result.summary(report)):
+            self._say(line)
         if self.draws:
             from orchestrator.cli.draw import result_text  # noqa: PLC0415  rich takes its time
 
             self._say(result_text(rows), newline=False)
         else:
             self._say("\n".join(result.text_lines(rows)))
-        for hint in result.hints(report):
-            self._say(hint)
+        for hint in chain.from_iterable(hint.splitlines() for hint in result.hints(report)):
+            for line in wrapped(hint):
+                self._say(line)
 
     def facts(self, facts: Mapping[str, str | None]) -> None:
         """Print names with values."""

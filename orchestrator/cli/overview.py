@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from orchestrator.cli.columns import aligned
+from orchestrator.cli.columns import aligned, described, short_name, wrapped
 from orchestrator.cli.figures import figures, minutes_text
 from orchestrator.cli.output import event_text, kept_name, one_line
 from orchestrator.cli.result import summary
@@ -19,13 +19,13 @@ def overview_lines(overview: Overview) -> Iterator[str]:
     yield summary(overview.report)
     yield from aligned(_options(overview.record.run), "  ")
     yield "tasks"
-    yield from aligned([_task(task) for task in overview.tasks], "  ")
+    yield from described([_task(task) for task in overview.tasks], "  ")
     if overview.sessions:
         yield "sessions at work"
         yield from aligned(
             [
                 [
-                    one.task,
+                    short_name(one.task),
                     f"session {one.attempt}",
                     one.adapter,
                     f"since {local_time(one.started)}",
@@ -39,7 +39,7 @@ def overview_lines(overview: Overview) -> Iterator[str]:
     rows = [[str(one.position), local_time(one.time), event_text(one.event)] for one in overview.events]
     yield from aligned(rows, "  ")
     yield "figures"
-    yield f"  {figures(overview.report, overview.metrics)}"
+    yield from wrapped(figures(overview.report, overview.metrics), head="  ", indent="    ")
 
 
 def _options(run: RunDocument) -> list[list[str]]:
@@ -76,4 +76,4 @@ def _task(task: TaskOverview) -> list[str]:
         where = "; ".join(filter(None, [where, f"pull request {task.pull_request}"]))
     why = "" if one.landed or one.reason is None else one_line(one.reason)
     rest = "; ".join(filter(None, [where, task.worktree, why]))
-    return [one.id, one.state.replace("_", " "), attempts, phases, took, rest]
+    return [short_name(one.id), one.state.replace("_", " "), attempts, phases, took, rest]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+from orchestrator.cli.columns import short_name, wrapped
 from orchestrator.cli.output import one_line, plain
 from orchestrator.config.problems import listed
 from orchestrator.config.quantities import format_duration
@@ -58,10 +59,10 @@ def _shared(waves: Sequence[PlannedWave]) -> list[str]:
 def _wave(number: int, wave: PlannedWave, shared: Sequence[str]) -> Iterator[str]:
     yield f"Wave {number}: {counted(len(wave.tasks), 'task')}, {wave.sessions} at once"
     shown = wave.tasks[:MOST_TASKS]
-    width = max(len(task.id) for task in shown)
+    width = max(len(short_name(task.id)) for task in shown)
     for task in shown:
         facts = [*(fact for fact in _settings(task) if fact not in shared), *_relations(task)]
-        yield f"  {task.id:<{width}}  {', '.join(facts)}".rstrip()
+        yield from wrapped(", ".join(facts), head=f"  {short_name(task.id):<{width}}  ", indent="      ")
     rest = len(wave.tasks) - len(shown)
     if rest:
         waiting = sum(task.follows is not None for task in wave.tasks)
@@ -104,7 +105,7 @@ def _tree(waves: Sequence[PlannedWave]) -> Iterator[str]:
     while waiting and drawn < _MOST_LINES:
         task, own, inner, depth = waiting.pop()
         drawn += 1
-        yield f"{own}{task.id}{_other_needs(task)}"
+        yield f"{own}{short_name(task.id)}{_other_needs(task)}"
         children = below.get(task.id, []) if depth < _DEEPEST else []
         branches = [(child, f"{inner}├─ ", f"{inner}│  ", depth + 1) for child in children[:-1]]
         branches += [(child, f"{inner}└─ ", f"{inner}   ", depth + 1) for child in children[-1:]]

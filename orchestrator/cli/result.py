@@ -6,8 +6,10 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import NamedTuple
 
+from orchestrator.cli.columns import aligned, short_name, wrapped
 from orchestrator.cli.output import lines, one_line, plain
 from orchestrator.cli.steps import kept_as, own_branch, run_step, task_steps, waits_for_merge
 from orchestrator.cli.table import ago
@@ -124,11 +126,15 @@ def state_counts(report: RunReport) -> list[str]:
 
 def text_lines(rows: Sequence[ResultRow]) -> Iterator[str]:
     """Yield rows as plain lines, in columns."""
-    name = max((len(row.task) for row in rows), default=0)
-    state = max((len(row.state) for row in rows), default=0)
-    for row in rows:
-        yield f"  {row.task:<{name}}  {row.state:<{state}}  {row.what}".rstrip()
-        yield from (f"    {step}" for step in row.steps)
+    return chain.from_iterable(lines for _, lines in row_lines(rows))
+
+
+def row_lines(rows: Sequence[ResultRow]) -> Iterator[tuple[ResultRow, Sequence[str]]]:
+    """Yield each row with its lines: name and state in columns, the reason, and the next commands."""
+    heads = aligned([(short_name(row.task), row.state, "|") for row in rows], "  ")
+    for row, head in zip(rows, heads, strict=True):
+        about = wrapped(row.what, head=head.removesuffix("|"), indent="      ")
+        yield row, [*about, *(f"    {step}" for step in row.steps)]
 
 
 def running_lines(report: RunReport) -> Iterator[str]:

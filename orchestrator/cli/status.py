@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -73,7 +74,8 @@ def runs(active: bool, as_json: bool) -> None:
             if not as_json:  # it may have hit a run that is not listed then
                 tell_damage(context, council.damage)
             for report, metrics in [] if as_json else told:
-                context.output.text(f"{_run_line(report, metrics)}\n")
+                for line in _run_lines(report, metrics):
+                    context.output.text(f"{line}\n")
                 if step := run_step(report):
                     context.output.text(f"    next: {step}\n")
             return 0
@@ -81,10 +83,11 @@ def runs(active: bool, as_json: bool) -> None:
     perform(command, as_json=as_json, brief=True)
 
 
-def _run_line(report: RunReport, metrics: Metrics) -> str:
-    from orchestrator.cli.figures import figures  # noqa: PLC0415  `status` is quicker without
+def _run_lines(report: RunReport, metrics: Metrics) -> Iterator[str]:
+    from orchestrator.cli.columns import wrapped  # noqa: PLC0415  `status` is quicker without
+    from orchestrator.cli.figures import figures  # noqa: PLC0415  the same
 
-    return plain(f"{report.run}  {report.status:<12} {figures(report, metrics)}")
+    yield from wrapped(plain(figures(report, metrics)), head=f"{report.run}  {report.status:<12} ", indent="    ")
 
 
 @click.command()

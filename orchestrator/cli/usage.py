@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from orchestrator.cli.columns import aligned
+from orchestrator.cli.columns import aligned, short_name
 from orchestrator.cli.command import Context, json_option, opened, perform, run_argument, store_option
 from orchestrator.cli.figures import minutes_text
 from orchestrator.cli.output import plain
@@ -52,9 +52,9 @@ def usage(run: str | None, as_json: bool) -> None:
 def _rows(found: RunUsage) -> Iterator[list[str]]:
     yield ["", "sessions", "time", "tokens in", "tokens out", "cost"]
     for name, one in found.adapters.items():
-        yield [f"adapter {name}", *_cells(one)]
+        yield [f"adapter {short_name(name)}", *_cells(one)]
     for name, one in found.tasks.items():
-        yield [f"task {name}", *_cells(one)]
+        yield [f"task {short_name(name)}", *_cells(one)]
     yield [f"run {found.run}", *_cells(found.total)]
 
 

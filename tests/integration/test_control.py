@@ -539,6 +539,27 @@ async def test_the_next_command_is_the_same_everywhere(
         assert steps(repository.council("resume").stdout) == wanted
 
 
+async def test_a_long_name_is_shortened_in_tables_only(repository: Repository) -> None:
+    """No line exceeds 80 columns unless a command or a path does; commands and JSON have the whole name."""
+    name = "a-task-whose-name-is-as-long-as-names-of-tasks-may-be-or-nearly"
+    task = {"id": name, "prompt": "write a x\nexit 1", "attempts": 1}
+    config = str(repository.configure([task, {"id": "b", "prompt": "write b x", "needs": [name]}]))
+    planned = repository.council("run", config, "--dry-run").stdout
+    shown = [repository.council("run", config).stdout]
+    for command in (("status",), ("runs",), ("usage",), ("state", "show")):
+        ended = repository.council(*command)
+        shown.append(ended.stdout.partition("newest events")[0])
+        assert name in repository.council(*command, "--json").stdout or command == ("runs",)
+    for text in shown:
+        lines = text.splitlines()
+        wide = [line for line in lines if len(line) > 80 and "council " not in line and "/" not in line]
+        assert not [line for line in wide if not re.match(r"\d\d:\d\d:\d\d ", line)], text
+    assert not [line for line in planned.splitlines() if len(line) > 80 and "/" not in line], planned
+    assert f"next: council logs {name}\n" in shown[0]
+    assert f"next: council logs {name}\n" in shown[1]
+    assert "  a-task-whose…" in shown[1]
+
+
 def of(ended: Ended, task: str) -> dict[str, Any]:
     """Return what the result says of a task."""
     return next(one for one in ended.result["tasks"] if one["id"] == task)

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from orchestrator.cli.brief import COLUMNS, LINES, brief_lines
+from orchestrator.cli.brief import LINES, brief_lines
+from orchestrator.cli.columns import COLUMNS
 from orchestrator.cli.result import summary
 from orchestrator.domain.halts import HaltReason
 from orchestrator.domain.model import Halt, TaskStatus
