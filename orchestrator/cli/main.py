@@ -76,7 +76,7 @@ COMMANDS: Mapping[str, Mapping[str, Entry]] = {
         "mcp": Entry("orchestrator.cli.mcp:mcp", "Serve the commands of a session by the Model Context Protocol."),
     },
     "Steer": {
-        "cancel": Entry("orchestrator.cli.tasks:cancel", "End tasks for good; without TASK, all that are not over."),
+        "cancel": Entry("orchestrator.cli.tasks:cancel", "Cancel tasks; without TASK, all that have not ended."),
         "retry": Entry("orchestrator.cli.tasks:retry", "Try tasks again that are over without having landed."),
         "approve": Entry("orchestrator.cli.tasks:approve", "Approve what tasks came to, so that they go on."),
         "reject": Entry("orchestrator.cli.tasks:reject", "Have done again what waits for approval."),

@@ -37,7 +37,6 @@ class ResultRow(NamedTuple):
 
     task: str
     state: str
-    attempts: int
     what: str
     steps: Sequence[str]
 
@@ -60,7 +59,6 @@ def result_rows(
         yield ResultRow(
             plain(task.id),
             state_words(task.state),
-            task.attempts,
             _what(task, report.target, changes) if session is None else session_line(session, now),
             [plain(str(step)) for step in task_steps(task, report, is_newest=is_newest)],
         )

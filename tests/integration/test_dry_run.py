@@ -180,7 +180,7 @@ async def test_text_shows_waves_and_a_tree(repository: Repository) -> None:
     text = repository.council("run", str(repository.configure(TASKS)), "--dry-run").stdout
     assert "4 tasks in 2 waves, up to 2 sessions at once" in text
     assert "  views   " in text
-    assert "waits for models, which owns some of its paths" in text
+    assert "waits for models, which owns some of its paths" in " ".join(text.split())
     assert "  models\n  └─ api (needs models, docs)\n" in text
 
 

@@ -71,8 +71,8 @@ async def test_a_run_on_a_terminal_is_a_table(repository: Repository, start: Sta
     assert terminal.wait() == 0
     assert terminal.cursor_is_shown
     assert "3 of 3 landed on main" in terminal.text
-    assert re.search(r"^talker +landed +1 +\w{10} on main, 1 file \+2 -0$", terminal.text, re.MULTILINE)
-    assert re.search(r"^tries +landed +2 +\w{10} on main, 1 file \+1 -0$", terminal.text, re.MULTILINE)
+    assert re.search(r"^  talker +landed +\w{10} on main, 1 file \+2 -0$", terminal.text, re.MULTILINE)
+    assert re.search(r"^  tries +landed +\w{10} on main, 1 file \+1 -0$", terminal.text, re.MULTILINE)
     assert "running" not in terminal.text
     await repository.assert_invariants()
 

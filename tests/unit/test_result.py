@@ -173,10 +173,9 @@ def test_no_task_no_row() -> None:
 def test_the_drawn_form_sums_up_what_is_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of thousands that landed some have a row; whatever failed has one. Markup is text."""
     monkeypatch.setenv("COLUMNS", "100")
-    rows = [ResultRow(f"t{number}", "landed", 1, "on main", ()) for number in range(MOST_ROWS + 5)]
+    rows = [ResultRow(f"t{number}", "landed", "on main", ()) for number in range(MOST_ROWS + 5)]
     rows += [
-        ResultRow(f"f{number}", "failed", 1, "[red]why[/red]", ["next: council retry"])
-        for number in range(MOST_ROWS + 5)
+        ResultRow(f"f{number}", "failed", "[red]why[/red]", ["next: council retry"]) for number in range(MOST_ROWS + 5)
     ]
     text = result_text(rows)
     assert f"t{MOST_ROWS - 1} " in text
