@@ -211,7 +211,7 @@ async def follow(
     git_dir = await anyio.to_thread.run_sync(lambda: _git_dir_of(checkout).resolve())
     if now.get(git_dir) != before.get(git_dir):
         old, new = move
-        await _Update(checkout, git, old=new, tip=new, new=old).undo([], has_just_ended=True)
+        await _Update(checkout, branch, git, old=new, tip=new, new=old).undo([], has_just_ended=True)
 
 
 async def settle(
@@ -245,7 +245,7 @@ async def settle(
         if tip is None or not await git.is_ancestor(new, tip, cwd=checkout):
             empty = await _empty_tree(checkout, git) if old is None else ""
             # Of a branch that the user has deleted the files stay as they were.
-            update = _Update(checkout, git, old or empty, tip or old or empty, new)
+            update = _Update(checkout, branch, git, old or empty, tip or old or empty, new)
             may_finish = may_finish and tip == old and await current_branch(checkout, git) == branch
             if may_finish and await update.is_staged():
                 await anyio.to_thread.run_sync(_unlink, stale)
@@ -297,9 +297,10 @@ async def _empty_tree(checkout: Path, git: Git) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Update:
-    """An update of a checkout from `old` to `new` that ended early, where the branch is at `tip`."""
+    """An update of a checkout from `old` to `new` of a branch that ended early, where HEAD is at `tip`."""
 
     checkout: Path
+    branch: str
     git: Git
     old: str
     tip: str
@@ -314,7 +315,9 @@ class _Update:
         """Return index entries and files of the update to `tip`; return the paths that were changed since.
 
         `stale` are the locks that the update left; `has_just_ended` means that nobody else had time to change files.
-        The files come first: until the index is written an interrupted recovery finds what to do.
+        The index stays locked until all is undone, also if that fails, so that the user neither commits a part of the
+        update nor carries it to another branch. It is written first: the next recovery finds what an interrupted push
+        leaves, too, and finishes nothing of which files are undone already.
         """
         ours = {change.path for change in await self._changes(self.old)}
         changes = {change.path: change for change in await self._changes(self.tip) if change.path in ours}
@@ -322,7 +325,8 @@ class _Update:
         staged = [path for path in changes if path not in unlike_new]
         before = {path: change.old_id for path, change in changes.items() if int(change.old_mode, 8)}
         after = {path: change.new_id for path, change in changes.items() if int(change.new_mode, 8)}
-        found: dict[str, list[str]] = {"old": [], "new": [], "partial": [], "empty": [], "foreign": []}
+        kinds = ("old", "new", "partial", "restored", "empty", "foreign")
+        found: dict[str, list[str]] = {kind: [] for kind in kinds}
         for path in sorted(changes):
             is_theirs = path in unlike_new and path in unlike_tip
             whose = await _whose(self.git, self.checkout, path, before.get(path), after.get(path))
@@ -330,17 +334,23 @@ class _Update:
         # Git writes one file after the other: one kill leaves one file in pieces. On a full disk the next are empty.
         is_locked = any(lock.name == "index.lock" for lock in stale)
         was_writing = bool(staged or found["new"]) or is_locked or has_just_ended
-        pieces = found["partial"] + found["empty"]
-        are_pieces = len(found["partial"]) <= 1 and was_writing
+        pieces = found["partial"] + found["restored"] + found["empty"]
+        are_pieces = len(found["partial"]) <= 1 and len(found["restored"]) <= 1 and was_writing
         written = found["new"] + (pieces if are_pieces else [])
         foreign = found["foreign"] + ([] if are_pieces else pieces)
-        await self._restore([path for path in written if path in before])
-        await anyio.to_thread.run_sync(_delete_added, self.checkout, [path for path in written if path not in before])
-        if staged:
-            await anyio.to_thread.run_sync(_unlink, stale)
-            entries = (f"{changes[path].old_mode} {changes[path].old_id}\t{path}" for path in staged)
-            await self.git("update-index", "-z", "--index-info", cwd=self.checkout, input_=join_nul(entries))
         if written or staged:
+            git_dir = await anyio.to_thread.run_sync(_git_dir_of, self.checkout)
+            await anyio.to_thread.run_sync(_lock_index, git_dir, self.branch, stale)
+            if staged:
+                index = await anyio.to_thread.run_sync(_copy_index, git_dir, self.branch)
+                entries = (f"{changes[path].old_mode} {changes[path].old_id}\t{path}" for path in staged)
+                env, arguments = {"GIT_INDEX_FILE": str(index)}, ("update-index", "-z", "--index-info")
+                await self.git(*arguments, cwd=self.checkout, env=env, input_=join_nul(entries))
+                await anyio.to_thread.run_sync(index.replace, git_dir / "index")
+            await self._restore([path for path in written if path in before])
+            added = [path for path in written if path not in before]
+            await anyio.to_thread.run_sync(_delete_added, self.checkout, added)
+            await anyio.to_thread.run_sync(_unlink, [git_dir / "index.lock"])
             await self.git("update-index", "-q", "--refresh", "--ignore-submodules", cwd=self.checkout, ok=range(256))
         return [shown(path) for path in sorted(foreign)]
 
@@ -361,6 +371,27 @@ class _Update:
         return {change.path for change in parse_raw((await self.git(*arguments, cwd=self.checkout)).stdout)}
 
 
+def _lock_index(git_dir: Path, branch: str, stale: Sequence[Path]) -> None:
+    """Lock an index with our mark, unless it is; RefusedError if a git command of the user's has it locked."""
+    lock = git_dir / "index.lock"
+    if _is_marked(lock, branch):
+        return
+    _unlink([one for one in stale if one == lock])
+    try:
+        with lock.open("x") as file:
+            file.write(lock_mark(branch))
+    except FileExistsError:
+        raise RefusedError(f"{lock} exists", "remove it if no git command of yours is running") from None
+
+
+def _copy_index(git_dir: Path, branch: str) -> Path:
+    """Return a copy of an index that is locked with our mark, which is to replace it."""
+    copy, lock = _copies(git_dir, branch)
+    _unlink([lock])
+    shutil.copy2(git_dir / "index", copy)
+    return copy
+
+
 def _delete_added(checkout: Path, paths: Sequence[str]) -> None:
     for path in paths:
         (checkout / path).unlink(missing_ok=True)
@@ -370,7 +401,10 @@ def _delete_added(checkout: Path, paths: Sequence[str]) -> None:
 
 
 async def _whose(git: Git, checkout: Path, path: str, before: str | None, after: str | None) -> str:
-    """Return whether a file is `old`, `new`, `partial` or `empty`, as an interrupted push left it, or `foreign`."""
+    """Return whether a file is `old` or `new`, as an interrupted push left it, or `foreign`.
+
+    One that a push or an undo was writing is `partial` (a part of the new one), `restored` (of the old one) or `empty`.
+    """
     content = await anyio.to_thread.run_sync(_read, checkout / path)
     if content is None:
         # Git unlinks a file before it writes the new one.
@@ -380,10 +414,11 @@ async def _whose(git: Git, checkout: Path, path: str, before: str | None, after:
         return "old"
     if identity == after:
         return "new"
-    if after is not None:
-        filtered = await git("cat-file", "--filters", f"--path={path}", after, cwd=checkout)
-        if filtered.stdout.startswith(content):
-            return "partial" if content else "empty"
+    for blob, part in ((after, "partial"), (before, "restored")):
+        if blob is not None:
+            filtered = await git("cat-file", "--filters", f"--path={path}", blob, cwd=checkout)
+            if filtered.stdout.startswith(content):
+                return part if content else "empty"
     return "foreign"
 
 
@@ -415,10 +450,15 @@ async def _stale_locks(
 
 def _marked_files(git_dir: Path, branch: str) -> list[Path]:
     """Return what a push of ours has left of the index: the lock, and the new index with its own."""
-    made = [git_dir / f"index.{lock_mark(branch)}{ending}" for ending in ("", ".lock")]
-    return [path for path in made if path.exists()] + [
+    return [path for path in _copies(git_dir, branch) if path.exists()] + [
         lock for lock in [git_dir / "index.lock"] if _is_marked(lock, branch)
     ]
+
+
+def _copies(git_dir: Path, branch: str) -> tuple[Path, Path]:
+    """Return what replaces an index that is locked with our mark, and its own lock."""
+    copy = git_dir / f"index.{lock_mark(branch)}"
+    return copy, copy.with_name(f"{copy.name}.lock")
 
 
 async def _locks(

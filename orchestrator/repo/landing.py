@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 import anyio.to_thread
 
-from orchestrator.errors import LockHeld, TargetGone
+from orchestrator.errors import LockHeld, RefusedError, TargetGone
 from orchestrator.failpoints import failpoint
 from orchestrator.filelock import FileLock
 from orchestrator.locking.merge_permit import MergePermit
@@ -291,7 +291,7 @@ class Target:
             async with self._landing_lock.hold(_MOVING_LIMIT, awaited=_PUSH) as lock:
                 return await self._move(merges, lock.fd)
         except LockHeld as held:
-            return Deferred(_is_being_moved(held))
+            return Deferred(str(_is_being_moved(held)))
 
     async def _move(self, merges: Sequence[Merge], fd: int) -> Landed | Stale | Deferred:
         whole = joined(merges)
@@ -305,9 +305,7 @@ class Target:
         if tip != whole.new and self._repository is not None:
             # The checkout was clean a moment ago: the leftovers of a push that was refused or killed are known by that.
             is_killed = pushed.is_killed
-            self._unsettled = whole, began
             await self._settle_checkouts(self._repository, whole, began, may_finish=False, was_killed=is_killed)
-            self._unsettled = None
             tip = await self._source.tip(self.branch)
         if tip == whole.old:
             if (reason := await self.obstacle(whole)) is None and pushed.is_killed:
@@ -358,8 +356,7 @@ class Target:
             async with self._landing_lock.hold(_MOVING_LIMIT, awaited=_PUSH):
                 await self._settle_checkouts(self._repository, merge, since, may_finish=False)
         except LockHeld as held:
-            return _is_being_moved(held)
-        self._unsettled = None
+            return str(_is_being_moved(held))
         return None
 
     async def _in_way(self, checkout: Path, changes: Sequence[Change]) -> list[str]:
@@ -391,14 +388,17 @@ class Target:
     ) -> Landed | Deferred | Stale:
         """Finish or undo an interrupted move; Stale means that it did not happen and may be tried again.
 
-        It happened if the target has one of the `intended` merges.
+        It happened if the target has one of the `intended` merges. RefusedError while the push is still running:
+        whether it happens, and what has to be undone, is not known until it ends.
         """
         self._check(permit)
+        if self._repository is not None:
+            self._unsettled = merge, since
         try:
             async with self._landing_lock.hold(_MOVING_LIMIT, awaited=_PUSH):
                 return await self._settle(merge, intended, since)
         except LockHeld as held:
-            return Deferred(_is_being_moved(held))
+            raise _is_being_moved(held) from None
 
     async def _settle(self, merge: Merge, intended: Sequence[str], since: float) -> Landed | Deferred | Stale:
         foreign: list[str] = []
@@ -415,20 +415,19 @@ class Target:
         self, repository: LocalRepository, merge: Merge, since: float, *, may_finish: bool, was_killed: bool = True
     ) -> list[str]:
         """Settle the checkout of the target, and those that a push has left locked, whatever they are at now."""
+        self._unsettled = merge, since
         locked = await anyio.to_thread.run_sync(locked_checkouts, repository, self.branch)
         foreign: list[str] = []
         for checkout in dict.fromkeys([await self._checkout(), *locked]):
-            move = merge.old, merge.new
-            foreign += await settle(
-                repository,
-                checkout,
-                self.branch,
-                move,
-                since,
-                self._users_git(),
-                may_finish=may_finish,
-                was_killed=was_killed,
-            )
+            move, git = (merge.old, merge.new), self._users_git()
+            try:
+                foreign += await settle(
+                    repository, checkout, self.branch, move, since, git, may_finish=may_finish, was_killed=was_killed
+                )
+            except OSError as error:  # as on a full disk
+                what = f"an interrupted landing can't be undone in {checkout}: {error}"
+                raise RefusedError(what, "fix that: the next landing tries again") from None
+        self._unsettled = None
         return foreign
 
     async def _checkout(self) -> Path | None:
@@ -448,8 +447,8 @@ class Target:
             raise ValueError(f"this is no permit to land on {self.branch!r} of {self._source.location}")
 
 
-def _is_being_moved(held: LockHeld) -> str:
-    return f"the target is being moved by {held.holder}: if that is not at work any more, end it"
+def _is_being_moved(held: LockHeld) -> RefusedError:
+    return RefusedError(f"the target is being moved by {held.holder}", "if that is not running any more, end it")
 
 
 def _existing(top: Path, added: Iterable[str], gone: Collection[str]) -> tuple[list[str], list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -17,10 +18,10 @@ import anyio
 import pytest
 
 from orchestrator import filelock
-from orchestrator.errors import GitError, TargetGone
+from orchestrator.errors import GitError, RefusedError, TargetGone
 from orchestrator.process import kill_marked
 from orchestrator.repo import landing as landings
-from orchestrator.repo.checkout import inspect, settle
+from orchestrator.repo.checkout import inspect, lock_mark, settle
 from orchestrator.repo.git import Git
 from orchestrator.repo.hub import create_hub, hub_of
 from orchestrator.repo.landing import AlreadyThere, Deferred, Landed, Merge, Target
@@ -28,6 +29,7 @@ from orchestrator.repo.site import find_site
 from orchestrator.repo.source import Source
 from tests.conftest import Repository
 from tests.permits import permit_for
+from tests.waiting import wait_for
 
 #: What the landing brings; None deletes.
 OURS: Mapping[str, str | None] = {
@@ -165,6 +167,14 @@ def moved(landing: Landing) -> None:
         landing.repository.git("update-ref", "refs/heads/main", landing.merge.new, landing.old)
 
 
+def undoing(landing: Landing) -> None:
+    """It was being undone: the index is as before, and so is one file, and one is a part of that."""
+    writing(5)(landing)
+    (landing.repository.top / "README.md").write_text("# Project\n")
+    (landing.repository.top / "src/app.py").write_text("def main():\n    return 0")
+    landing.lock.write_text(lock_mark("main"))
+
+
 STAGES = {
     "nothing": nothing,
     "first file": writing(1),
@@ -172,6 +182,7 @@ STAGES = {
     "all files": writing(5),
     "index": staged,
     "ref": moved,
+    "undo": undoing,
 }
 
 
@@ -259,12 +270,12 @@ def cases(stages: set[str], actions: set[Action]) -> list[object]:
 
 
 @pytest.mark.extended_but_first
-@pytest.mark.parametrize(("stage", "act"), cases({"piece", "index"}, {idle, commit_new, commit_only}))
+@pytest.mark.parametrize(("stage", "act"), cases({"piece", "index", "undo"}, {idle, commit_new, commit_only}))
 async def test_what_the_user_does_after_a_push_was_killed_is_kept(
     repository: Repository, tmp_path: Path, stage: str, act: Action
 ) -> None:
     """At each step of it: the work lands, their commits and files stay, and nothing stays staged or locked."""
-    if stage == "piece" and act is commit_all:
+    if stage in {"piece", "undo"} and act is commit_all:
         pytest.skip("who commits a piece of a file has changed it: that is a conflict")
     landing = await Landing.prepare(repository, tmp_path)
     await landing.bring_objects()
@@ -346,10 +357,17 @@ git -c user.name=user -c user.email=user commit --quiet --message user
     landing.judge({"user.txt": "user\n"}, {})
 
 
-#: A git that has the user commit all that is staged before a push that was refused is undone.
+#: A git that has a commit of the user's end while a push is undone that read the index before: `git commit` does so
+#: after the hook `pre-commit`, and holds no lock.
 UNDOING = """#!/bin/sh
 case "$*" in
-    *--index-info*) [ -e {folder}/done ] || {{ : > {folder}/done; {git} -C {top} commit --quiet --message user; }} ;;
+    *--index-info*)
+        [ -e {folder}/done ] || {{
+            cd {top}
+            cp .git/index {folder}/done
+            tree=$(GIT_INDEX_FILE={folder}/done {git} write-tree)
+            {git} update-ref refs/heads/main $({git} commit-tree $tree -p main -m user)
+        }} ;;
 esac
 exec {git} "$@"
 """
@@ -408,6 +426,50 @@ async def test_a_refused_push_that_could_not_be_undone_is_undone_before_the_next
         again = await landing.target.prepare(permit, "run/one", work, landing.old, None, [landing.merge.new])
         assert isinstance(again, Merge)
         assert isinstance(await landing.target.move(permit, [again]), Landed)
+    landing.judge({}, {})
+
+
+def test_a_refused_push_that_could_not_be_undone_is_undone_after_a_kill(repository: Repository, tmp_path: Path) -> None:
+    """What it staged lands by the next process, or is removed by that, and is locked until then."""
+    refuse, path = repository.top / ".git/hooks/reference-transaction", repository.environ["PATH"]
+    refuse.parent.mkdir(exist_ok=True)
+    refuse.write_text('#!/bin/sh\n[ "$1" != prepared ] || ! grep -q refs/heads/main || exit 1\n')
+    refuse.chmod(0o755)
+    real, programs, failed = shutil.which("git", path=path), tmp_path / "programs", tmp_path / "failed"
+    programs.mkdir()
+    fails = f'case "$PWD $*" in "{repository.top} "*--index-info*) : > {failed}; exit 128 ;; esac'
+    (programs / "git").write_text(f'#!/bin/sh\n{fails}\nexec {real} "$@"\n')
+    (programs / "git").chmod(0o755)
+    repository.environ["PATH"] = f"{programs}:{path}"
+    tasks = [{"id": "one", "prompt": "write one.txt 1\nappend README.md More."}, {"id": "two", "prompt": "write two 2"}]
+    run = repository.start("run", str(repository.configure(tasks)))
+    wait_for(failed.exists)
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    repository.environ["PATH"] = path
+    refuse.unlink()
+    with pytest.raises(subprocess.CalledProcessError, match="128"):
+        repository.git("commit", "--quiet", "--message", "user")
+    ended = repository.council("resume", "--json")
+    assert (ended.code, ended.states) == (0, {"one": "landed", "two": "landed"}), ended
+    assert repository.git("status", "--porcelain") == ""
+    assert not list((repository.top / ".git").glob("index.*"))
+
+
+async def test_a_landing_whose_push_still_runs_stays_one_that_was_interrupted(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a hook that is stopped: what is staged when it is killed is not taken for changes of the user's."""
+    monkeypatch.setattr(landings, "_MOVING_LIMIT", 0.1)
+    landing = await Landing.prepare(repository, tmp_path)
+    await landing.bring_objects()
+    async with permit_for(landing.source, "main") as permit:
+        async with landing.target._landing_lock.hold(0):
+            with pytest.raises(RefusedError, match="is being moved by"):
+                await landing.target.settle(permit, landing.merge, [landing.merge.new], time.time() - 60)
+            staged(landing)
+        assert await landing.target.obstacle(landing.merge) is None
+    await landing.finish()
     landing.judge({}, {})
 
 
