@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -76,19 +77,27 @@ async def current_branch(folder: Path, git: Git) -> str | None:
 
 
 async def checkout_of(repository: LocalRepository, branch: str, git: Git) -> Path | None:
-    """Return the folder in which a branch is checked out, in the main or a linked worktree of the user's."""
+    """Return the folder in which a branch is checked out, in the main or a linked worktree of the user's.
+
+    RefusedError where it is in two (`git worktree add --force`): a push updates one of them alone.
+    """
     if not await anyio.to_thread.run_sync(_may_be_checked_out, repository.git_dir, branch):
         return None
     listed = await git("worktree", "list", "--porcelain", "-z", cwd=repository.folder)
+    found = []
     for entry in listed.stdout.decode(errors="surrogateescape").split("\0\0"):
         facts = dict(line.partition(" ")[::2] for line in entry.split("\0"))
-        checked_out = facts.get("branch") == f"refs/heads/{branch}" and "bare" not in facts
-        if checked_out:
-            if not await anyio.Path(facts["worktree"]).is_dir():
-                what = f"{branch!r} is checked out in {facts['worktree']}, which is gone"
-                raise RefusedError(what, "run `git worktree prune` in the repository")
-            return Path(facts["worktree"])
-    return None
+        if facts.get("branch") == f"refs/heads/{branch}" and "bare" not in facts:
+            found.append(Path(facts["worktree"]))
+    for checkout in found[:1]:
+        if not await anyio.Path(checkout).is_dir():
+            what = f"{branch!r} is checked out in {checkout}, which is gone"
+            raise RefusedError(what, "run `git worktree prune` in the repository")
+    for another in found[1:]:
+        if await anyio.Path(another).is_dir():
+            what = f"{branch!r} is checked out in {found[0]} and in {another}, of which a landing can update only one"
+            raise RefusedError(what, f"run `git -C {shlex.quote(str(another))} switch --detach`")
+    return found[0] if found else None
 
 
 def checkouts_in(folder: Path) -> list[str]:

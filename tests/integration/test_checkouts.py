@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from orchestrator.errors import RefusedError
 from orchestrator.repo.checkout import LocalRepository, checkout_of
 from orchestrator.repo.git import Git, read_ref
 from tests.conftest import Repository
@@ -26,6 +28,29 @@ async def test_a_branch_is_found_in_the_main_and_in_linked_checkouts(repository:
     assert await found(repository, "besides") is None
     repository.git("checkout", "--detach")
     assert await found(repository, "main") is None
+
+
+async def test_a_target_that_is_checked_out_twice_is_refused(repository: Repository, tmp_path: Path) -> None:
+    """Before a session starts, by `council doctor`, and at a landing; one that is gone is in nobody's way."""
+    linked = tmp_path / "linked"
+    repository.git("worktree", "add", "--force", str(linked), "main")
+    path = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
+    fix = f"git -C {linked} switch --detach"
+    for command in (["run", str(path)], ["doctor", str(path)]):
+        ended = repository.council(*command)
+        assert ended.code != 0
+        assert fix in ended.stdout + ended.stderr, ended
+    assert not repository.spawns.exists()
+    ended = repository.council("run", str(path), "--allow-deferred", "--json")
+    assert ended.states == {"one": "queued"}
+    assert fix in ended.result["tasks"][0]["reason"]
+    repository.git(*fix.split()[1:])
+    assert repository.council("resume", "--json").states == {"one": "landed"}
+    repository.git("-C", str(linked), "checkout", "--quiet", "--ignore-other-worktrees", "main")
+    with pytest.raises(RefusedError, match="switch --detach"):
+        await found(repository, "main")
+    shutil.rmtree(linked)
+    assert await found(repository, "main") == repository.top
 
 
 @pytest.mark.parametrize("kind", ["symbolic branch", "link"])
