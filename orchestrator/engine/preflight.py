@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import anyio.to_thread
+
 from orchestrator.config.model import RunConfig
 from orchestrator.config.store import folder_url
 from orchestrator.config.warnings import Surroundings
@@ -17,7 +19,7 @@ from orchestrator.engine.worktree_sources import Base, check_sources
 from orchestrator.errors import GitError, RefusedError, refuse_together, unusable
 from orchestrator.project import Project, council_home
 from orchestrator.protocols import Adapter
-from orchestrator.repo.checkout import LocalRepository, changes_in, checkout_of
+from orchestrator.repo.checkout import LocalRepository, changes_in, checkout_of, interrupted_landing
 from orchestrator.repo.git import Git
 from orchestrator.repo.hub import Hub, create_hub, hub_of, internal_ref
 from orchestrator.repo.origin import User
@@ -169,10 +171,9 @@ async def check_checkout(
     if (found := await filter_in_way(repository, checkout, configuration)) is not None:
         raise RefusedError(*found)
     if changed := await changes_in(checkout, git):
-        raise RefusedError(
-            f"{target!r} is checked out in {checkout} with changes that are not committed ({', '.join(changed[:3])})",
-            remedy,
-        )
+        what = f"{target!r} is checked out in {checkout} with changes that are not committed ({', '.join(changed[:3])})"
+        interrupted = await anyio.to_thread.run_sync(interrupted_landing, repository, target)
+        raise RefusedError(what, interrupted or remedy)
 
 
 def check_programs(adapters: Mapping[str, Adapter], environ: Mapping[str, str]) -> None:

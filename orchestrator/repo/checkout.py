@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import time
@@ -32,6 +33,8 @@ _REST: Final = 2.0
 _PAUSE: Final = 0.02
 #: The same for those that may be a switch to the target; a command that shows its output in a pager takes longer.
 _SWITCH: Final = 0.2
+#: The seconds in a line of a reflog.
+_TIME_OF_MOVE: Final = re.compile(rb"> (\d+) [+-]\d{4}\t")
 #: Longer than what a lock of ours holds.
 _MARK_BYTES: Final = 64
 
@@ -176,6 +179,30 @@ def lock_mark(branch: str) -> str:
 def locked_checkouts(repository: LocalRepository, branch: str) -> list[Path]:
     """Return the checkouts whose index a push of ours to a branch has left locked. Blocks."""
     return [top for top in tops_of(repository) if _is_marked(_git_dir_of(top) / "index.lock", branch)]
+
+
+def interrupted_landing(repository: LocalRepository, branch: str) -> str | None:
+    """Return what to do where a push of ours to a branch has left a checkout locked; None if none has. Blocks."""
+    locked = locked_checkouts(repository, branch)
+    if not locked:
+        return None
+    return f"a landing that was interrupted has left {locked[0]} locked: `council resume` its run, which repairs that"
+
+
+def left_checkouts(repository: LocalRepository, branch: str, since: float) -> list[Path]:
+    """Return the checkouts that were switched away from a branch after `since` (wall-clock seconds). Blocks.
+
+    The user's git carries along what a push had staged there if they have removed the lock.
+    """
+    signs = (f"\tcheckout: moving from {branch} to ".encode(), f"\tBranch: renamed refs/heads/{branch} to ".encode())
+    found = []
+    for top in tops_of(repository):
+        with suppress(OSError):
+            lines = (_git_dir_of(top) / "logs" / "HEAD").read_bytes().splitlines()
+            moves = [_TIME_OF_MOVE.search(line) for line in lines if any(sign in line for sign in signs)]
+            if any(move is not None and int(move[1]) >= int(since) for move in moves):
+                found.append(top)
+    return found
 
 
 def _git_dir_of(top: Path) -> Path:

@@ -27,6 +27,8 @@ from orchestrator.repo.checkout import (
     checkout_of,
     follow,
     head_stamps,
+    interrupted_landing,
+    left_checkouts,
     locked_checkouts,
     locks_in_way,
     remove_incoming,
@@ -334,11 +336,13 @@ class Target:
         if checkout is None:
             return None
         assert self._repository is not None, "what is checked out is on this machine"  # noqa: S101
+        if (found := await anyio.to_thread.run_sync(interrupted_landing, self._repository, self.branch)) is not None:
+            return found  # of another run
         # First of all, because to look for changes runs them, too.
         git = self._users_git()
         configuration = await read_configuration(git, checkout)
-        if (found := await filter_in_way(self._repository, checkout, configuration)) is not None:
-            return ": ".join(found)
+        if (filter_ := await filter_in_way(self._repository, checkout, configuration)) is not None:
+            return ": ".join(filter_)
         if changed := await changes_in(checkout, git):
             return f"the target's checkout has changes of your own ({', '.join(changed[:3])}): commit or stash them"
         changes = await self._git.changes(merge.old or self._start, merge.new)
@@ -414,11 +418,12 @@ class Target:
     async def _settle_checkouts(
         self, repository: LocalRepository, merge: Merge, since: float, *, may_finish: bool, was_killed: bool = True
     ) -> list[str]:
-        """Settle the checkout of the target, and those that a push has left locked, whatever they are at now."""
+        """Settle the checkout of the target, and those that a push may have left and that are at something else now."""
         self._unsettled = merge, since
-        locked = await anyio.to_thread.run_sync(locked_checkouts, repository, self.branch)
+        others = await anyio.to_thread.run_sync(locked_checkouts, repository, self.branch)
+        others += await anyio.to_thread.run_sync(left_checkouts, repository, self.branch, since)
         foreign: list[str] = []
-        for checkout in dict.fromkeys([await self._checkout(), *locked]):
+        for checkout in dict.fromkeys([await self._checkout(), *others]):
             move, git = (merge.old, merge.new), self._users_git()
             try:
                 foreign += await settle(

@@ -554,6 +554,56 @@ async def test_who_comes_to_the_target_inside_a_push_gets_what_lands(
     landing.judge({}, {})
 
 
+@pytest.mark.extended_but_first
+@pytest.mark.parametrize("leave", ["switch --quiet other", "checkout --quiet --detach", "branch --move main other2"])
+@pytest.mark.parametrize("stage", ["index", "piece", "undo"])
+async def test_who_removes_the_lock_of_a_killed_push_and_leaves_takes_nothing_along(
+    repository: Repository, tmp_path: Path, stage: str, leave: str
+) -> None:
+    """It is undone where they are now; their own changes stay, staged or not."""
+    landing = await Landing.prepare(repository, tmp_path)
+    repository.git("branch", "other")
+    await landing.bring_objects()
+    STAGES[stage](landing)
+    unlocked(landing)
+    (repository.top / "kept.txt").write_text("staged\n")
+    (repository.top / "user.txt").write_text("user\n")
+    repository.git("add", "kept.txt", "user.txt")
+    (repository.top / "kept.txt").write_text("changed\n")
+    repository.git(*leave.split())
+    async with permit_for(landing.source, "main") as permit:
+        with suppress(TargetGone):
+            await landing.target.settle(permit, landing.merge, [landing.merge.new], time.time() - 60)
+    assert repository.git("status", "--porcelain").splitlines() == ["MM kept.txt", "A  user.txt"]
+    if "--move" in leave:
+        return
+    await landing.finish()
+    repository.git("stash")
+    repository.git("switch", "--quiet", "main")
+    landing.judge({}, {})
+
+
+async def test_a_killed_landing_of_another_run_is_reported_with_what_repairs_it(repository: Repository) -> None:
+    """And not as changes of the user's, which they would commit."""
+    path = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
+    hook = repository.top / ".git/hooks/reference-transaction"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text('#!/bin/sh\n[ "$1" != prepared ] || ! grep -q refs/heads/main || kill -KILL 0\n')
+    hook.chmod(0o755)
+    killed = repository.council("run", str(path), "--json", failpoints="landing.pushed=kill")
+    assert killed.code == -signal.SIGKILL
+    hook.unlink()
+    for command in (["run", str(path)], ["doctor", str(path)]):
+        ended = repository.council(*command)
+        assert ended.code != 0
+        assert "`council resume` its run" in ended.stdout + ended.stderr, ended
+    ended = repository.council("run", str(path), "--allow-deferred", "--json")
+    assert ended.states == {"one": "queued"}
+    assert "`council resume` its run" in ended.result["tasks"][0]["reason"]
+    assert repository.council("resume", killed.result["run"], "--json").states == {"one": "landed"}
+    assert repository.git("status", "--porcelain") == ""
+
+
 async def test_what_the_user_takes_back_after_a_push_stays_as_it_is(repository: Repository, tmp_path: Path) -> None:
     """The checkout was updated by the push and has not left the branch, whatever becomes of other worktrees."""
     landing = await Landing.prepare(repository, tmp_path)
