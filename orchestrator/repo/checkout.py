@@ -70,6 +70,8 @@ async def inspect(path: Path, git: Git) -> LocalRepository:
         top = None if bare == "true" else Path(*await ask("--show-toplevel"))
     except GitError as error:
         raise unusable(error, str(path), remedy) from None
+    if top is not None and not await anyio.Path(top, ".git").exists():
+        raise RefusedError(f"the files of {path} are in {top}, by `core.worktree`, where git does not find it", remedy)
     return LocalRepository(await anyio.to_thread.run_sync((path / common).resolve), top, object_format)
 
 
@@ -82,7 +84,8 @@ async def current_branch(folder: Path, git: Git) -> str | None:
 async def checkout_of(repository: LocalRepository, branch: str, git: Git) -> Path | None:
     """Return the folder in which a branch is checked out, in the main or a linked worktree of the user's.
 
-    RefusedError where it is in two (`git worktree add --force`): a push updates one of them alone.
+    RefusedError where no push can update that: if it is in two (`git worktree add --force`), which git would update one
+    of, or has its git directory elsewhere.
     """
     if not await anyio.to_thread.run_sync(_may_be_checked_out, repository.git_dir, branch):
         return None
@@ -96,6 +99,10 @@ async def checkout_of(repository: LocalRepository, branch: str, git: Git) -> Pat
         if not await anyio.Path(checkout).is_dir():
             what = f"{branch!r} is checked out in {checkout}, which is gone"
             raise RefusedError(what, "run `git worktree prune` in the repository")
+        if not await anyio.Path(checkout, ".git").exists():  # git takes the git directory for the checkout
+            what = f"{branch!r} is checked out, and a push can't update the checkout of {checkout}"
+            why = "the git directory of a submodule, or of `--separate-git-dir`, is outside of its checkout"
+            raise RefusedError(f"{what}: {why}", "set `target` to a branch that is not checked out")
     for another in found[1:]:
         if await anyio.Path(another).is_dir():
             what = f"{branch!r} is checked out in {found[0]} and in {another}, of which a landing can update only one"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,45 @@ async def test_a_ref_is_read_wherever_it_is(repository: Repository, tmp_path: Pa
     repository.git("pack-refs", "--all")
     assert await read_ref(repository.top, "refs/heads/packed") == commit
     assert await read_ref(repository.top, "refs/heads/none") is None
+
+
+def test_a_checkout_by_core_worktree(repository: Repository, tmp_path: Path) -> None:
+    """One around the git directory is as any other; in one elsewhere git finds no repository: it is refused."""
+    path = repository.configure([{"id": "one", "prompt": "write one.txt 1\nappend README.md More."}])
+    repository.git("config", "core.worktree", "../src/..")
+    assert repository.council("run", str(path), "--json").states == {"one": "landed"}
+    assert repository.git("status", "--porcelain") == ""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    repository.git("config", "core.worktree", str(elsewhere))
+    for command in ("run", "doctor"):
+        ended = repository.council(command, str(path))
+        assert ended.code in {1, 2}
+        assert "core.worktree" in ended.stdout + ended.stderr, ended
+
+
+@pytest.mark.parametrize("kind", ["submodule", "separate"])
+def test_a_checkout_with_its_git_directory_elsewhere_is_not_landed_on(
+    repository: Repository, tmp_path: Path, kind: str
+) -> None:
+    """Git takes the git directory for the checkout and would write files there; other branches can be landed on."""
+    if kind == "submodule":
+        above = tmp_path / "above"
+        repository.git("init", "--quiet", str(above))
+        add = ("submodule", "--quiet", "add", str(repository.top), "sub")
+        repository.git("-C", str(above), "-c", "protocol.file.allow=always", *add)
+        repository = replace(repository, top=above / "sub")
+    else:
+        repository.git("init", "--quiet", "--separate-git-dir", str(tmp_path / "separate.git"))
+    tasks = [{"id": "one", "prompt": "write one.txt 1\nappend README.md More."}]
+    path = repository.configure(tasks)
+    for command in ("run", "doctor"):
+        ended = repository.council(command, str(path))
+        assert ended.code in {1, 2}
+        assert "is outside of its checkout" in ended.stdout + ended.stderr, ended
+    assert not repository.spawns.exists()
+    ended = repository.council("run", str(repository.configure(tasks, target="out")), "--json")
+    assert ended.states == {"one": "landed"}, ended
+    assert repository.git("status", "--porcelain") == ""
+    repository.git("switch", "--quiet", "--detach", "out")
+    assert repository.git("status", "--porcelain") == ""
