@@ -103,10 +103,13 @@ class Landing:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(content)
 
-    async def finish(self) -> None:
-        """Settle as the next process does, and land what has not: `prepare` and `move`, as often as it takes."""
+    async def finish(self, ago: float = 60) -> None:
+        """Settle as the next process does, and land what has not: `prepare` and `move`, as often as it takes.
+
+        The intent is `ago` seconds old, as the clock shows it.
+        """
         async with permit_for(self.source, "main") as permit:
-            settled: object = await self.target.settle(permit, self.merge, [self.merge.new], time.time() - 60)
+            settled: object = await self.target.settle(permit, self.merge, [self.merge.new], time.time() - ago)
             intended = [self.merge.new]
             for _ in range(5):
                 if isinstance(settled, Landed | AlreadyThere | Deferred):
@@ -554,6 +557,19 @@ async def test_who_comes_to_the_target_inside_a_push_gets_what_lands(
     landing.judge({}, {})
 
 
+@pytest.mark.parametrize("stage", ["index", "undo"])
+async def test_a_killed_push_is_settled_after_the_clock_was_set_back(
+    repository: Repository, tmp_path: Path, stage: str
+) -> None:
+    """All that it left is older than its intent: a lock that is marked is ours all the same."""
+    landing = await Landing.prepare(repository, tmp_path)
+    await landing.bring_objects()
+    STAGES[stage](landing)
+    landing.lock.write_text(lock_mark("main"))
+    await landing.finish(ago=-3600)
+    landing.judge({}, {})
+
+
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("leave", ["switch --quiet other", "checkout --quiet --detach", "branch --move main other2"])
 @pytest.mark.parametrize("stage", ["index", "piece", "undo"])
@@ -717,3 +733,22 @@ async def test_pushes_killed_at_random_moments(repository: Repository, tmp_path:
     await landing.finish()
     kept: dict[str, str | None] = {} if are_done else {"kept.txt": "changed\n"}
     landing.judge({"user.txt": "user\n", **kept}, {})
+
+
+@pytest.mark.parametrize("whose", ["0", "$PPID"])
+def test_a_push_that_is_stopped_in_its_update_ends_with_its_process(
+    repository: Repository, tmp_path: Path, whose: str
+) -> None:
+    """A hook that is stopped for ever holds up `council resume` no longer than it takes to kill it."""
+    hook, is_stopped = repository.top / ".git/hooks/post-index-change", tmp_path / "stopped"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text(f"#!/bin/sh\n[ -e {is_stopped} ] || {{ : > {is_stopped}; kill -STOP {whose}; }}\n")
+    hook.chmod(0o755)
+    run = repository.start("run", str(repository.configure([{"id": "one", "prompt": "write one.txt 1"}])))
+    wait_for(is_stopped.exists)
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    ended = repository.council("resume", "--json", timeout=20)
+    assert ended.states == {"one": "landed"}, ended
+    assert repository.git("status", "--porcelain") == ""
+    assert not list((repository.top / ".git").glob("index.*"))

@@ -194,3 +194,24 @@ def log(repository: Repository) -> list[str]:
     """Return the types of all events so far."""
     said = repository.council("state", "log", "--json").stdout.splitlines()
     return [event["event"] for line in said for event in json.loads(line).get("events", [])]
+
+
+async def test_sessions_start_and_end_without_the_process_that_forks_their_supervisors(repository: Repository) -> None:
+    """It is killed while one session runs: that one ends as usual, and the next is started without it."""
+    folder = repository.spawns.parent
+    script = f"touch {folder}/is-there; until [ -e {folder}/go ]; do read -t 0.1 <> <(:); done; echo x > one.txt"
+    sh = {"use": "command", "argv": ["bash", "{prompt_file}"], "writable": [str(folder)]}
+    tasks: list[dict[str, Any]] = [
+        {"id": "one", "prompt": script},
+        {"id": "two", "prompt": "echo x > two.txt", "needs": ["one"]},
+    ]
+    run = repository.start("run", str(repository.configure(tasks, adapters={"sh": sh}, capacity=1)), "--json")
+    wait_for((folder / "is-there").exists)
+    [server] = [one for one in psutil.Process(run.pid).children() if "serve" in " ".join(one.cmdline())]
+    server.kill()
+    (folder / "go").touch()
+    stdout, stderr = run.communicate(timeout=60)
+    assert run.returncode == 0, (stdout, stderr)
+    result = json.loads(stdout.splitlines()[-1])
+    assert [(task["state"], task["attempts"]) for task in result["tasks"]] == [("landed", 1)] * 2, result
+    await repository.assert_invariants()

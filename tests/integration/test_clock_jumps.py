@@ -1,0 +1,42 @@
+"""Runs while the wall clock jumps by an hour, back and forth."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import anyio
+
+from orchestrator import Council
+from orchestrator.clock import SystemClock
+from tests.conftest import Repository
+
+HOUR = 3600.0
+
+
+class JumpingClock(SystemClock):
+    """The machine's clocks, of which the wall clock is off by another one of some amounts at each look."""
+
+    def __init__(self, *offsets: float) -> None:
+        """Take the amounts in seconds, in turn."""
+        self._offsets = itertools.cycle(offsets)
+
+    def now(self) -> float:
+        """See `Clock.now`."""
+        return super().now() + next(self._offsets)
+
+
+async def test_a_run_while_the_clock_jumps_back_and_forth(repository: Repository) -> None:
+    """Retries, checks, order and landings are as usual, and no session times out."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "one", "prompt": "write one.txt 1", "checks": ["test -e README.md"], "timeout": "60s"},
+        {"id": "two", "prompt": "attempt 1 exit 1\nwrite two.txt 2", "attempts": 3, "needs": ["one"]},
+        {"id": "three", "prompt": "write three.txt 3", "needs": ["two"], "owns": ["three.txt"]},
+    ]
+    path = repository.configure(tasks)
+    with anyio.fail_after(60):
+        async with Council.open(path, environ=repository.environ, clock=JumpingClock(0, HOUR, -HOUR)) as council:
+            report = await council.run()
+    ended = [(task.id, task.state, task.attempts) for task in report.tasks]
+    assert ended == [("one", "landed", 1), ("two", "landed", 2), ("three", "landed", 1)]
+    await repository.assert_invariants()
