@@ -16,6 +16,7 @@ from typing import Final
 
 from benchmarks.ground import run_git
 from benchmarks.measure import (
+    INTERRUPTED,
     QUICK_ROUNDS,
     ROUNDS,
     Row,
@@ -44,7 +45,7 @@ def measure(*, quick: bool, folder: Path | None = None) -> list[Row]:
         rounds = QUICK_ROUNDS if quick else ROUNDS
         return [
             _row(what, {**env, **more}, tops, (many, few), rounds, code)
-            for what, more, code in (("resume", _KILLED, -SIGKILL), ("status", {}, 0))
+            for what, more, code in (("resume", _KILLED, -SIGKILL), ("status", {}, INTERRUPTED))
         ]
 
 
