@@ -18,7 +18,8 @@ from orchestrator.archive import Archive
 from orchestrator.engine.report import RunRecord
 from orchestrator.errors import CouncilError
 from orchestrator.protocols import Adapter, SessionEvent, UsedTool
-from orchestrator.repo.diffs import Changes
+from orchestrator.repo.counts import Changes
+from orchestrator.runs import Runs
 from orchestrator.sessions.following import Follower
 from orchestrator.sessions.output import log_file
 from orchestrator.sessions.transcript import NOTHING_SAID, Transcript
@@ -69,6 +70,7 @@ class Activity:
     position: int
     attempts: Mapping[str, int]
     """How many attempts each task has."""
+    runs: Runs
     archive: Archive
     adapters: Mapping[str, Adapter]
     logs: Path
@@ -109,7 +111,7 @@ class Activity:
 
     async def _count(self, commits: Mapping[str, str], viewer: Viewer) -> None:
         try:
-            counted = await self.archive.landed(self.record.run.id, commits)
+            counted = await self.runs.landed(self.record.run.id, commits)
         except (CouncilError, OSError):  # gone from our repository: nobody can say any more
             counted = {}
         for task in commits:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import shlex
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -25,7 +25,7 @@ from orchestrator.errors import RefusedError
 from orchestrator.project import Project
 from orchestrator.protocols import Adapter, Store
 from orchestrator.repo import diffs, salvage, worktrees
-from orchestrator.repo.diffs import Changes
+from orchestrator.repo.counts import Changes, count
 from orchestrator.repo.git import Git
 from orchestrator.repo.hub import Hub
 from orchestrator.repo.inspection import Admission
@@ -195,7 +195,7 @@ class Archive:
         if document.status is TaskStatus.RUNNING:
             worktree, admit = await self._session(run, task, document.attempt)
             return await diffs.count_live(git, worktree, document.attempt.base, admit=admit)
-        return await diffs.count(git, *await self._ends(git, run, task, document))
+        return await count(git, *await self._ends(git, run, task, document))
 
     async def details(self, run: str, task: str, adapters: Mapping[str, Adapter]) -> SessionDetails:
         """Return what the session of a task has done so far; RefusedError where none is at work."""
@@ -205,23 +205,6 @@ class Archive:
         session, redactor = SessionName(run, task, document.attempt.number), self._redactor()
         at = await find_workplace(self._store, adapters, self._project.all_logs, redactor, session)
         return await details(await self._git(run), at, redactor)
-
-    async def landed(self, run: str, commits: Mapping[str, str]) -> dict[str, Changes]:
-        """Return by task how much each has changed; `commits` are those by which they landed.
-
-        A landing may also bring commits of the user's onto the target, from the base: they do not count.
-        """
-        works = {task: await self._landed_work(run, task, commit) for task, commit in commits.items()}
-        counted = await diffs.count_many(await self._git(run), dict(works.values()))
-        return {task: counted[commit] for task, (commit, _) in works.items()}
-
-    async def _landed_work(self, run: str, task: str, landed: str) -> tuple[str, str | None]:
-        """Return the commit that a task built and its base, or the commit by which it landed and None."""
-        with suppress(RefusedError):
-            document = await read_task(self._store, run, task)
-            if document.landed == landed and document.commit is not None:
-                return document.commit, document.builder.base
-        return landed, None
 
     async def kept(self, run: str) -> list[KeptWork]:
         """Return all work of a run that is kept beside the target."""

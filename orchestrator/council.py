@@ -24,8 +24,6 @@ from orchestrator.protocols import Adapter, Compacted, Document, JsonObject, Key
 from orchestrator.repo.checkout import check_own
 from orchestrator.repo.hub import Hub
 from orchestrator.runs import Runs
-from orchestrator.state import checkpoints
-from orchestrator.state.checkpoints import Checkpoint, Restoration
 from orchestrator.state.file import open_file_store
 from orchestrator.state.identity import check_known
 from orchestrator.state.reading import following, is_of_run
@@ -55,6 +53,8 @@ if TYPE_CHECKING:
     from orchestrator.locking.overview import Lock, Overview
     from orchestrator.past import Past
     from orchestrator.plugins import Plugins
+    from orchestrator.repo.counts import Changes
+    from orchestrator.state.checkpoints import Checkpoint, Restoration
     from orchestrator.state.conflicts import Applied, Conflict, Settled
     from orchestrator.state.copying import Copied
     from orchestrator.state.subscription import Changed
@@ -369,6 +369,8 @@ class Council:
 
     async def checkpoint(self, run: str | None = None, *, reason: str = "by hand", whole: bool = False) -> Checkpoint:
         """Make a checkpoint of a run as it stands now, or with `whole` of all the project's runs."""
+        from orchestrator.state import checkpoints  # noqa: PLC0415  seldom needed
+
         if whole:
             return await checkpoints.create(self._store, None, reason)
         run = await self.find_run(run)
@@ -376,10 +378,14 @@ class Council:
 
     async def checkpoints(self, run: str | None = None) -> list[Checkpoint]:
         """Return the checkpoints of a run (`all`: those of all runs together), or all there are, the oldest first."""
+        from orchestrator.state import checkpoints  # noqa: PLC0415  seldom needed
+
         return await checkpoints.listed(self._store, run)
 
     async def restoration(self, checkpoint: str) -> Restoration:
         """Return what `restore` would change now. RefusedError where the log does not go back so far any more."""
+        from orchestrator.state import checkpoints  # noqa: PLC0415  seldom needed
+
         return await checkpoints.restoration(self._store, checkpoint)
 
     async def restore(self, checkpoint: str, *, force: bool = False) -> Restored:
@@ -503,6 +509,10 @@ class Council:
     async def status(self, run: str | None = None) -> RunReport:
         """Describe a run as it stands now."""
         return await self._runs.status(await self.find_run(run))
+
+    async def landed(self, run: str, commits: Mapping[str, str]) -> dict[str, Changes]:
+        """Return by task how much each has changed; `commits` are those by which they landed."""
+        return await self._runs.landed(run, commits)
 
     async def story(self, task: str, run: str | None = None) -> Story:
         """Return all that is known of a task: phases, sessions, handoffs, landing. RefusedError where there is none.
@@ -702,7 +712,7 @@ class Council:
         specs = await self._store.list("spec", f"{run}/")
         attempts = {found.key.id.partition("/")[2]: int(found.value["attempts"]) for found in specs}
         adapters = await self._adapters(record.run)
-        return Activity(record, position, attempts, self.archive, adapters, self.project.logs(run))
+        return Activity(record, position, attempts, self._runs, self.archive, adapters, self.project.logs(run))
 
     async def adapters(self, run: str) -> Mapping[str, Adapter]:
         """Return the adapters of a run, by their names."""

@@ -119,10 +119,10 @@ class UnreadableDocument(RefusedError):
         super().__init__(f"{key} can't be read: {flaw}", remedy)
 
 
-def mistake_of(error: ValidationError, within: int = 0) -> str:
-    """Return the first mistake that a model has found, in one line; its place without the first `within` parts."""
+def mistake_of(error: ValidationError) -> str:
+    """Return the first mistake that a model has found, in one line."""
     wrong = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(map(str, wrong["loc"][within:]))
+    place = ".".join(map(str, wrong["loc"]))
     return ": ".join(filter(None, (place, f"{wrong['msg'][:1].lower()}{wrong['msg'][1:]}")))
 
 

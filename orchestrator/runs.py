@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from orchestrator.clock import Clock
 from orchestrator.domain.dispatch import with_parts
 from orchestrator.domain.model import FINAL, WAITING_TO_LAND, RunDocument, TaskStatus
-from orchestrator.engine.records import read_adapters, read_entries, read_run, read_tasks, task_documents
+from orchestrator.engine.records import read_adapters, read_entries, read_run, read_task, read_tasks, task_documents
 from orchestrator.engine.report import ReportPlaces, RunRecord, RunReport, RunStatus, SessionReport, report
 from orchestrator.errors import RefusedError, UnreadableDocument
 from orchestrator.locking.orchestrators import read_orchestrators
@@ -27,6 +27,7 @@ from orchestrator.repo.hub import Hub
 
 if TYPE_CHECKING:
     from orchestrator.config.model import Retention
+    from orchestrator.repo.counts import Changes
 
 #: Bytes at the end of a log that are looked at for an error, and how its line begins.
 _TAIL, _OF_COUNCIL = 8192, "council: "
@@ -165,6 +166,29 @@ class Runs:
         if described.status is RunStatus.RUNNING:
             return replace(described, sessions=await self._sessions(run))
         return replace(described, merged_by=await self._merged_by(record.run))
+
+    async def landed(self, run: str, commits: Mapping[str, str]) -> dict[str, Changes]:
+        """Return by task how much each has changed; `commits` are those by which they landed.
+
+        A landing may also bring commits of the user's onto the target, from the base: they do not count.
+        """
+        # Late: only people are shown how much.
+        from orchestrator.repo.counts import count_many  # noqa: PLC0415
+        from orchestrator.repo.git import Git  # noqa: PLC0415
+
+        document = await read_run(self.store, run)
+        document.check_ours()
+        works = {task: await self._landed_work(run, task, commit) for task, commit in commits.items()}
+        counted = await count_many(Git(Hub(Path(document.hub)).trusted, environ=self.environ), dict(works.values()))
+        return {task: counted[commit] for task, (commit, _) in works.items()}
+
+    async def _landed_work(self, run: str, task: str, landed: str) -> tuple[str, str | None]:
+        """Return the commit that a task built and its base, or the commit by which it landed and None."""
+        with suppress(RefusedError):
+            document = await read_task(self.store, run, task)
+            if document.landed == landed and document.commit is not None:
+                return document.commit, document.builder.base
+        return landed, None
 
     async def _merged_by(self, run: RunDocument) -> str | None:
         """Return the run that merged the branch of a run since that ended."""

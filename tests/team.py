@@ -25,7 +25,7 @@ from orchestrator.locking.registry import Registry, claim_key, scope_of
 from orchestrator.protocols import Commit, Guard, JsonObject, Store, Write
 from orchestrator.repo import worktrees
 from orchestrator.repo.collect import Collected, collect
-from orchestrator.repo.diffs import Changes, count
+from orchestrator.repo.counts import Changes, count
 from orchestrator.repo.inspection import Admission
 from orchestrator.repo.pool import Checkout, Pool
 from orchestrator.repo.worktrees import Worktree

@@ -30,7 +30,7 @@ from orchestrator.state.file import require_store
 if TYPE_CHECKING:
     from orchestrator.config.model import RunConfig
     from orchestrator.plugins import Plugins
-    from orchestrator.repo.diffs import Changes
+    from orchestrator.repo.counts import Changes
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON: one event a line, then one result object."
@@ -165,9 +165,9 @@ async def show_result(context: Context, council: Council, report: RunReport, cod
     whole: bool = click.get_current_context().meta.get(_WHOLE, True)
     changes: Mapping[str, Changes] = {}
     commits = {task.id: task.landed for task in report.tasks if task.landed is not None}
-    if whole and not context.output.as_json:
+    if whole and commits and not context.output.as_json:
         with suppress(CouncilError, OSError):
-            changes = await council.archive.landed(report.run, dict(islice(commits.items(), _MOST_COUNTED)))
+            changes = await council.landed(report.run, dict(islice(commits.items(), _MOST_COUNTED)))
     is_newest = context.output.as_json or await council.newest_run() == report.run
     context.output.result(report, code, changes=changes, is_newest=is_newest, whole=whole)
 

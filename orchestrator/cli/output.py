@@ -23,7 +23,7 @@ from orchestrator.instants import local_time
 if TYPE_CHECKING:
     from orchestrator.engine.report import RunReport
     from orchestrator.protocols import Event, JsonObject
-    from orchestrator.repo.diffs import Changes
+    from orchestrator.repo.counts import Changes
 
 #: How an event reads; its own fields fill the gaps.
 SENTENCES: Mapping[str, str] = {

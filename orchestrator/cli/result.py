@@ -24,7 +24,7 @@ from orchestrator.engine.report import (
     TaskReport,
 )
 from orchestrator.instants import local_time
-from orchestrator.repo.diffs import Changes
+from orchestrator.repo.counts import Changes
 
 #: Characters of the reason of a failed setup.
 _SETUP_REASON = 600

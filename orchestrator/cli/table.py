@@ -11,7 +11,7 @@ from itertools import islice
 from orchestrator.cli.output import lines
 from orchestrator.domain.dispatch import Entry
 from orchestrator.domain.model import TaskDocument, TaskStatus
-from orchestrator.repo.diffs import Changes
+from orchestrator.repo.counts import Changes
 
 PHASES: Mapping[TaskStatus, str] = {
     TaskStatus.PENDING: "waiting",

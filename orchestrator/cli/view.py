@@ -41,7 +41,7 @@ from orchestrator.domain.model import (
 from orchestrator.engine.records import entry_of, run_key, spec_key
 from orchestrator.engine.report import RunRecord
 from orchestrator.protocols import Event, JsonObject, Record
-from orchestrator.repo.diffs import Changes
+from orchestrator.repo.counts import Changes
 from orchestrator.sessions.transcript import NOTHING_SAID, Transcript
 
 _BUILT = frozenset({TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.LANDING, TaskStatus.LANDED})

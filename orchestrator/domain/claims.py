@@ -57,22 +57,18 @@ class Owner(_Document):
 class Counters(_Document):
     """What became of an orchestrator's claims."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    claims: int = 0
-    """Tasks that it took."""
-    conflicts: int = 0
-    """Those that another was quicker to take, or had already."""
-    renewals: int = 0
-    """Signs of life."""
-    takeovers: int = 0
-    """Tasks that it took from an orchestrator that was gone, or that it overrode."""
-    retries: int = 0
-    """Of its claims, those that were not the first of their task."""
-    sweeps: int = 0
-    """Looks for orchestrators that were gone."""
-    refused: int = 0
-    """Its own writes that were refused because somebody else had taken over."""
+    # Not by docstrings: to find them takes longer than all else that this module does when it is imported.
+    claims: int = Field(default=0, description="Tasks that it took.")
+    conflicts: int = Field(default=0, description="Those that another was quicker to take, or had already.")
+    renewals: int = Field(default=0, description="Signs of life.")
+    takeovers: int = Field(
+        default=0, description="Tasks that it took from an orchestrator that was gone, or that it overrode."
+    )
+    retries: int = Field(default=0, description="Of its claims, those that were not the first of their task.")
+    sweeps: int = Field(default=0, description="Looks for orchestrators that were gone.")
+    refused: int = Field(
+        default=0, description="Its own writes that were refused because somebody else had taken over."
+    )
 
     def plus(self, **more: int) -> Counters:
         """Return them with more of some."""

@@ -191,7 +191,7 @@ class TaskDocument(_Document):
     def contradiction(self) -> str | None:
         """What of it contradicts the rest, as no run writes it; None if nothing does."""
         count = len(self.attempts)
-        if any(one.number != number for number, one in enumerate(self.attempts, 1)):
+        if [one.number for one in self.attempts] != list(range(1, count + 1)):
             return "attempts: they are not numbered from 1"
         for name, number in (("current", self.current), ("built", self.built)):
             if number is not None and not 1 <= number <= count:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from typing import TYPE_CHECKING, TypeVar
@@ -17,7 +17,6 @@ from orchestrator.engine.merge_run import MERGE
 from orchestrator.errors import RefusedError, UnreadableDocument, mistake_of
 from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Commit, Document, Event, JsonObject, Key, Store, Write
-from orchestrator.state.shapes import flaw_of
 
 if TYPE_CHECKING:
     from orchestrator.config.model import TaskSpec
@@ -27,9 +26,7 @@ _NONE_BEGUN: Mapping[str, TaskDocument] = {}
 Model = TypeVar("Model", bound=BaseModel)
 T = TypeVar("T")
 
-#: Thousands of documents are validated in one go: one call for each would cost several times as much.
-_TASKS = cache(lambda: TypeAdapter(list[TaskDocument]))
-_ENTRIES = cache(lambda: TypeAdapter(list[Entry]))
+_ENTRY = cache(lambda: TypeAdapter(Entry))
 
 
 def new_run_id(now: float) -> str:
@@ -117,6 +114,9 @@ async def read_runnable(store: Store, run: str) -> RunDocument:
 
 
 def _check(found: Document) -> None:
+    # Late: most of what only shows a run needs none of the shapes.
+    from orchestrator.state.shapes import flaw_of  # noqa: PLC0415
+
     if (flaw := flaw_of(found)) is not None:
         raise UnreadableDocument(str(found.key), flaw)
 
@@ -165,7 +165,7 @@ def task_documents(found: Mapping[str, Document], tasks: Sequence[str]) -> dict[
     encoded = [found[task].encoded for task in tasks]
     # Those that have not begun are all the same, and none can be changed.
     distinct = {one: found[task] for one, task in zip(encoded, tasks, strict=True)}
-    read = dict(zip(distinct, _all_parsed(_TASKS(), list(distinct.values())), strict=True))
+    read = {one: _parsed(TaskDocument, document) for one, document in distinct.items()}
     for one, task_document in read.items():
         if task_document.contradiction is not None:
             raise UnreadableDocument(str(distinct[one].key), task_document.contradiction)
@@ -185,14 +185,13 @@ async def read_entries(store: Store, run: RunDocument, blank: Collection[str] = 
     for task in wanted:
         if task not in found:
             raise RefusedError(f"the record of task {task!r} is missing", "start a new run")
-    read = _all_parsed(_ENTRIES(), [found[task] for task in wanted])
-    return {**dict.fromkeys(run.tasks, Entry()), **dict(zip(wanted, read, strict=True))}
+    parse = _ENTRY().validate_json
+    return {**dict.fromkeys(run.tasks, Entry()), **{task: _valid(parse, found[task]) for task in wanted}}
 
 
 def entry_of(spec: JsonObject) -> Entry:
     """Return what decisions need of a task by what it was asked to do."""
-    [entry] = _ENTRIES().validate_python([spec])
-    return entry
+    return _ENTRY().validate_python(spec)
 
 
 def added(
@@ -219,21 +218,14 @@ async def read_requests(store: Store, run: str) -> list[Request]:
 
 
 def _parsed(model: type[Model], found: Document) -> Model:
+    return _valid(model.model_validate_json, found)
+
+
+def _valid(parse: Callable[[bytes], T], found: Document) -> T:
     try:
-        return model.model_validate_json(found.encoded)
+        return parse(found.encoded)
     except ValidationError as error:
         raise UnreadableDocument(str(found.key), mistake_of(error)) from None
-
-
-def _all_parsed(model: TypeAdapter[list[T]], found: Sequence[Document]) -> list[T]:
-    try:
-        return model.validate_json(b"[" + b",".join(one.encoded for one in found) + b"]")
-    except ValidationError as error:
-        place = error.errors(include_url=False, include_context=False, include_input=False)[0]["loc"]
-        if not place and len(found) > 1:  # one of them nests too deeply, and that has no place
-            return [one for each in found for one in _all_parsed(model, [each])]
-        at = int(place[0]) if place else 0
-        raise UnreadableDocument(str(found[at].key), mistake_of(error, within=1)) from None
 
 
 def _trusted(store: Store, found: Document) -> Document:

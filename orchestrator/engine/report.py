@@ -58,7 +58,7 @@ _INTERRUPTED = "its session was interrupted: `council resume {run}` tries it aga
 _DAMAGED = "its record in the state log is damaged: this is how it stood before, `council state verify` tells more"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which would take three times as long for each of thousands
 class TaskReport:
     """One task."""
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
 import anyio.to_thread
 
 from orchestrator.errors import GitError, RefusedError
-from orchestrator.repo.git import Git, is_object_id, shown
+from orchestrator.repo.counts import COUNTS, PLAIN, Changes, count, counted
+from orchestrator.repo.git import Git, shown
 from orchestrator.repo.history import make_view
 from orchestrator.repo.inspection import Admission
 from orchestrator.repo.quarantine import Quarantine
@@ -21,9 +21,6 @@ from orchestrator.repo.session_refs import read_session_refs
 from orchestrator.repo.staging import Staged, Staging, blocking, stage
 from orchestrator.repo.worktrees import Worktree
 
-# No program that a configuration names may run, and what is shown depends on nobody's settings.
-_PLAIN = ("--no-ext-diff", "--no-textconv", "--find-renames", "--submodule=short")
-_COUNTS = (*_PLAIN, "--numstat")
 #: Of a larger difference only the counts are shown in a prompt.
 _MOST_FILES = 200
 _MOST_LINES = 3_000
@@ -33,23 +30,6 @@ MOST_COMMITS = 10_000
 _LIMIT = 30.0
 
 
-@dataclass(frozen=True, slots=True)
-class Changes:
-    """How much work changes: files, and the lines that it adds and removes; what is no text has no lines."""
-
-    files: int = 0
-    added: int = 0
-    removed: int = 0
-
-    def __add__(self, other: Changes) -> Changes:
-        """Return both together."""
-        return Changes(self.files + other.files, self.added + other.added, self.removed + other.removed)
-
-    def __sub__(self, other: Changes) -> Changes:
-        """Return this without what was counted in it before."""
-        return Changes(self.files - other.files, self.added - other.added, self.removed - other.removed)
-
-
 async def diff(git: Git, base: str, commit: str, *, stat: bool = False) -> bytes:
     """Return the difference of two commits as git shows it; file names are quoted, contents are as they are."""
     return (await git("diff-tree", "-r", *_options(stat=stat), base, commit)).stdout
@@ -57,9 +37,9 @@ async def diff(git: Git, base: str, commit: str, *, stat: bool = False) -> bytes
 
 async def bounded_diff(git: Git, base: str, commit: str) -> str:
     """Return the difference of two commits to read: counts by file, then the lines unless they are too many."""
-    counted = await count(git, base, commit)
+    changes = await count(git, base, commit)
     text = (await diff(git, base, commit, stat=True)).decode(errors="replace")
-    if counted.files > _MOST_FILES or counted.added + counted.removed > _MOST_LINES:
+    if changes.files > _MOST_FILES or changes.added + changes.removed > _MOST_LINES:
         return f"{text}\n(The lines are left out: they are too many.)\n"
     return f"{text}\n{(await diff(git, base, commit)).decode(errors='replace')}"
 
@@ -79,36 +59,11 @@ async def live_diff(git: Git, worktree: Worktree, base: str, *, admit: Admission
     return "".join(lines).encode(errors="replace") + done.stdout
 
 
-async def count(git: Git, base: str, commit: str) -> Changes:
-    """Return how much differs between two commits."""
-    return _counted((await git("diff-tree", "-r", *_COUNTS, base, commit)).stdout.splitlines())
-
-
-async def count_many(git: Git, commits: Mapping[str, str | None]) -> dict[str, Changes]:
-    """Return how much each of many commits changes, with one git command for all.
-
-    Each is compared with the commit that it is mapped to; None: with its first parent.
-    """
-    if not commits:
-        return {}
-    command = ("diff-tree", "--stdin", "-r", "--root", "--diff-merges=first-parent", *_COUNTS)
-    lines_in = "".join(f"{one} {base}\n" if base else f"{one}\n" for one, base in commits.items())
-    done = await git(*command, input_=lines_in.encode())
-    lines: dict[str, list[bytes]] = {commit: [] for commit in commits}
-    commit = ""
-    for line in done.stdout.splitlines():
-        if is_object_id(name := line.decode(errors="replace")):
-            commit = name
-        else:
-            lines[commit].append(line)
-    return {commit: _counted(of_it) for commit, of_it in lines.items()}
-
-
 async def count_live(git: Git, worktree: Worktree, base: str, *, admit: Admission) -> Changes:
     """Return how much a session has changed by now; as `live_diff`, without secrets and huge files."""
     async with _staged(git, worktree, base, admit) as (staging, _):
-        done = await staging.confine(git)("diff-index", "--cached", *_COUNTS, base, env=staging.env)
-    return _counted(done.stdout.splitlines())
+        done = await staging.confine(git)("diff-index", "--cached", *COUNTS, base, env=staging.env)
+    return counted(done.stdout.splitlines())
 
 
 async def count_commits(git: Git, worktree: Worktree, base: str) -> int:
@@ -131,13 +86,6 @@ async def count_commits(git: Git, worktree: Worktree, base: str) -> int:
             await anyio.to_thread.run_sync(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
-def _counted(lines: Iterable[bytes]) -> Changes:
-    """Return what lines of `git diff --numstat` come to."""
-    found = [line.split(b"\t", 2) for line in lines if line]
-    counts = [(int(added), int(removed)) for added, removed, _ in found if added != b"-"]
-    return Changes(len(found), sum(added for added, _ in counts), sum(removed for _, removed in counts))
-
-
 @asynccontextmanager
 async def _staged(git: Git, worktree: Worktree, base: str, admit: Admission) -> AsyncIterator[tuple[Staging, Staged]]:
     """Stage a session's files in a copy of our index, for the time of the body."""
@@ -151,7 +99,7 @@ async def _staged(git: Git, worktree: Worktree, base: str, admit: Admission) -> 
 
 
 def _options(*, stat: bool) -> list[str]:
-    return [*_PLAIN, "--color=never", "--stat=100" if stat else "--patch"]
+    return [*PLAIN, "--color=never", "--stat=100" if stat else "--patch"]
 
 
 def _prepare(worktree: Worktree) -> Path:

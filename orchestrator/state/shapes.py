@@ -48,6 +48,10 @@ class _Stored(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, defer_build=True)
 
 
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", defer_build=True)
+
+
 class _RunLease(_Stored):
     orchestrator: str
     epoch: int
@@ -64,9 +68,7 @@ class _Shared(_Stored):
 
 
 class _Conflict(_Stored):
-    class Candidate(BaseModel):
-        model_config = ConfigDict(extra="forbid")
-
+    class Candidate(_Part):
         time: Instant
         writer: str
         value: dict[str, Any] | None
@@ -78,9 +80,7 @@ class _Conflict(_Stored):
 
 
 class _Checkpoint(_Stored):
-    class Session(BaseModel):
-        model_config = ConfigDict(extra="forbid")
-
+    class Session(_Part):
         run: str
         task: str
         attempt: int
@@ -100,9 +100,7 @@ class _Ports(_Stored):
 
 
 class _Locks(_Stored):
-    class Taking(BaseModel):
-        model_config = ConfigDict(extra="forbid")
-
+    class Taking(_Part):
         id: str
         name: str
         mode: Literal["read", "write"]

@@ -236,5 +236,4 @@ def _entry(line: Line, change: Change, value: bytes | None) -> Entry:
 
 
 def _document(key: Key, entry: Entry) -> Document:
-    value = entry.value or b"{}"
-    return Document(key, entry.version, value, entry.position, entry.damaged, entry.time, entry.by, entry.expires)
+    return Document(key, entry.version, entry.value or b"{}", *entry[2:])

@@ -14,7 +14,7 @@ import pytest
 from orchestrator.activity import Working
 from orchestrator.council import Council
 from orchestrator.protocols import Adapter, Said, SessionEvent, Spent, UsedTool
-from orchestrator.repo.diffs import Changes
+from orchestrator.repo.counts import Changes
 from orchestrator.sessions.transcript import Transcript
 from tests.conftest import Repository
 from tests.waiting import wait_for
@@ -92,8 +92,8 @@ async def test_what_landed_is_counted_at_once(repository: Repository, run_of_two
         report = await council.status()
         commit = report.tasks[0].landed
         assert commit is not None
-        assert await council.archive.landed(report.run, {"landed": commit}) == {"landed": Changes(2, 3, 1)}
-        assert await council.archive.landed(report.run, {}) == {}
+        assert await council.landed(report.run, {"landed": commit}) == {"landed": Changes(2, 3, 1)}
+        assert await council.landed(report.run, {}) == {}
         assert await council.archive.changes(report.run, "failed") == Changes(1, 1, 0)
         activity = await council.activity(report.run)
         watcher = Watcher(commits={"landed": commit, "gone": "f" * 40})
@@ -151,7 +151,7 @@ async def test_lines_are_heard_once_and_whole(
     async with Council.open(repository.top, environ=repository.environ) as council:
         activity = await council.activity(await council.newest_run())
         talker: Adapter = Talker()  # type: ignore[assignment]
-        activity = type(activity)(activity.record, 0, {}, activity.archive, {"talker": talker}, activity.logs)
+        activity = dataclasses.replace(activity, position=0, attempts={}, adapters={"talker": talker})
         file = activity.logs / "x.1.stdout"
         watcher = Watcher(sessions=[Working("x", 1, "talker")])
         async with anyio.create_task_group() as group:

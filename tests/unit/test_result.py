@@ -19,7 +19,7 @@ from orchestrator.engine.report import (
     SessionReport,
     TaskReport,
 )
-from orchestrator.repo.diffs import Changes
+from orchestrator.repo.counts import Changes
 
 COMMIT = "0123456789" * 4
 

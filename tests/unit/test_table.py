@@ -30,7 +30,7 @@ from orchestrator.domain.model import AdapterDocument, Attempt, RunDocument, Tas
 from orchestrator.domain.phases import PhaseRecord, PhaseStatus
 from orchestrator.engine.report import RunRecord
 from orchestrator.protocols import Event, Key, Record
-from orchestrator.repo.diffs import Changes
+from orchestrator.repo.counts import Changes
 from orchestrator.sessions.transcript import Transcript
 from tests.unit.test_metrics import orchestrator
 
