@@ -55,6 +55,7 @@ from orchestrator.engine.records import (
     read_run,
     read_runnable,
     read_spec,
+    read_specs,
     read_task,
     run_key,
     seed,
@@ -209,7 +210,7 @@ class Execution:
         if await git.is_ancestor(commit, start):
             await forget(hub, name, environ)
             raise NothingToMerge(f"{base!r} has all of {document.target!r} already", "there is nothing to merge")
-        specs = [await read_spec(runs.store, run, task) for task in document.tasks]
+        specs = [*(await read_specs(runs.store, run, document.tasks)).values()]
         built = built_merge(
             document, specs, name, commit=commit, branch=branch, start=start, now=runs.clock.now(),
             common=await git.line("merge-base", commit, start),
@@ -294,14 +295,14 @@ class Execution:
         if recorded != settings.max_retries:  # it was chosen on the command line
             settings = settings.model_copy(update={"max_retries": recorded})
         left = [task for task, status in statuses.items() if status not in SUCCESSFUL]
-        specs = {task: await read_spec(self._runs.store, run.id, task) for task in left}
+        specs = await read_specs(self._runs.store, run.id, left)
         return compare(run, specs, with_attempts(config, settings))
 
     async def _inline(self, run: RunDocument) -> InlineTasks | None:
         """Return the tasks that the command line gave, with what it chose for them; None if they are the file's."""
         if TASKS not in run.given:
             return None
-        specs = [await read_spec(self._runs.store, run.id, task) for task in run.tasks]
+        specs = (await read_specs(self._runs.store, run.id, run.tasks)).values()
         own = [spec for spec in specs if spec.plan is None]
         adapter = own[0].adapter if "adapter" in run.given else None
         return InlineTasks([one.prompt for one in own], adapter, checks=own[0].checks if "checks" in run.given else ())

@@ -635,9 +635,11 @@ class Ledger:
             position = await self._store.position()
             if await self.learn_tasks():
                 yield Change(is_grown=True)
+            found = await read_tasks(self._store, self.run.id)  # of what comes later, the log tells
             for task in self.run.tasks:
                 await self._settled(task)
-                await self.refresh(task)
+                if task in found and found[task].version > self._versions[task]:
+                    await self.refresh(task)
                 if (before := self._untold.pop(task, None)) is not None:
                     yield Change(task, before)
             for request in await self.requests():

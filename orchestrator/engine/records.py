@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from typing import TYPE_CHECKING, TypeVar
@@ -146,9 +146,15 @@ async def read_spec(store: Store, run: str, task: str) -> TaskSpec:
     from orchestrator.config.model import TaskSpec  # noqa: PLC0415
 
     found = await store.get(spec_key(run, task))
-    if found is None:
-        raise RefusedError(f"the record of task {task!r} is missing", "start a new run")
-    return _parsed(TaskSpec, _trusted(store, found))
+    return _parsed(TaskSpec, _trusted(store, _there({} if found is None else {task: found}, task)))
+
+
+async def read_specs(store: Store, run: str, tasks: Iterable[str]) -> dict[str, TaskSpec]:
+    """Return what tasks were asked to do, as `read_spec`, with one look at the store."""
+    from orchestrator.config.model import TaskSpec  # noqa: PLC0415  as above
+
+    found = await _named(store, "spec", run)
+    return {task: _parsed(TaskSpec, _trusted(store, _there(found, task))) for task in tasks}
 
 
 async def read_tasks(store: Store, run: str) -> dict[str, Document]:
@@ -181,12 +187,8 @@ async def read_entries(store: Store, run: RunDocument, blank: Collection[str] = 
     for item in found.values():
         if item.damaged:
             raise _damaged(store, item)
-    wanted = [task for task in run.tasks if task not in blank]
-    for task in wanted:
-        if task not in found:
-            raise RefusedError(f"the record of task {task!r} is missing", "start a new run")
-    parse = _ENTRY().validate_json
-    return {**dict.fromkeys(run.tasks, Entry()), **{task: _valid(parse, found[task]) for task in wanted}}
+    parse, nothing = _ENTRY().validate_json, Entry()
+    return {task: nothing if task in blank else _valid(parse, _there(found, task)) for task in run.tasks}
 
 
 def entry_of(spec: JsonObject) -> Entry:
@@ -226,6 +228,12 @@ def _valid(parse: Callable[[bytes], T], found: Document) -> T:
         return parse(found.encoded)
     except ValidationError as error:
         raise UnreadableDocument(str(found.key), mistake_of(error)) from None
+
+
+def _there(found: Mapping[str, Document], task: str) -> Document:
+    if task not in found:
+        raise RefusedError(f"the record of task {task!r} is missing", "start a new run")
+    return found[task]
 
 
 def _trusted(store: Store, found: Document) -> Document:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -75,8 +75,11 @@ class FileChanges:
 def compare(run: RunDocument, specs: Mapping[str, TaskSpec], config: RunConfig) -> FileChanges:
     """Return what a file says otherwise than the record of its run; `specs` are the tasks that it matters for."""
     said = {task.id: task for task in config.tasks}
+    others = {
+        name for name, one in run.adapters.items() if name in config.adapters and one != config.adapters[name].stored()
+    }
     tasks = {
-        name: keys for name, spec in specs.items() if name in said and (keys := _changed(run, spec, said[name], config))
+        name: keys for name, spec in specs.items() if name in said and (keys := _changed(spec, said[name], others))
     }
     now = _run_values(config)
     then = run.model_dump(mode="json", include=set(_OF_RUN))
@@ -104,11 +107,13 @@ def _run_values(config: RunConfig) -> dict[str, Any]:
     return {**config.model_dump(mode="json", include=set(_OF_RUN) - {"workflows"}), "workflows": workflows}
 
 
-def _changed(run: RunDocument, then: TaskSpec, now: TaskSpec, config: RunConfig) -> Sequence[str]:
-    old, new = then.model_dump(mode="json"), now.model_dump(mode="json")
-    known = [name for name in now.adapters if name in run.adapters]
-    others = [name for name in known if run.adapters[name] != config.adapters[name].stored()]
-    return [*(key for key in old if old[key] != new[key]), *(f"{_ADAPTERS}{name}" for name in others)]
+def _changed(then: TaskSpec, now: TaskSpec, adapters: Collection[str]) -> Sequence[str]:
+    """Return the keys by which two specifications differ, and those of the adapters of the newer one that differ."""
+    keys = []
+    if then != now:
+        old, new = then.model_dump(mode="json"), now.model_dump(mode="json")
+        keys = [key for key in old if old[key] != new[key]]
+    return [*keys, *(f"{_ADAPTERS}{name}" for name in now.adapters if name in adapters)]
 
 
 def reloaded(

@@ -149,7 +149,9 @@ class Trial:
         self.commands: list[Running] = []
         self._frozen: dict[int, float] = {}
         self._has_restored = False
-        self.repository = Repository(root / "project", hermetic(root), root / "ledger" / "spawns")
+        self.repository = Repository(
+            root / "project", {**hermetic(root), "PYTHONFAULTHANDLER": "1"}, root / "ledger" / "spawns"
+        )
         for folder in (self.repository.top, self.repository.spawns.parent):
             folder.mkdir()
         self.workload: Workload = workload(random.Random(f"{seed} work"), str(self.repository.spawns.parent), most=most)
@@ -315,6 +317,7 @@ class Trial:
         hanging = [one.name for one in self.commands if one.ended is None]
         if hanging or not self._is_over():
             self.findings.append(f"not over {BOUND:.0f} s after the last fault: {hanging} {self._processes()}")
+            self._abort()
             self.end()
             for one in self.commands:
                 one.join(5)
@@ -342,6 +345,17 @@ class Trial:
         for one in self._processes():
             with suppress(ProcessLookupError):
                 os.kill(one.pid, signal.SIGKILL)
+
+    def _abort(self) -> None:
+        """End what hangs so that faulthandler prints the stacks of its threads; note those that the kernel knows."""
+        hanging = [one for one in self.commands if one.ended is None]
+        for one in hanging:
+            with suppress(OSError):
+                threads = [(task / "comm").read_text().strip() for task in Path(f"/proc/{one.pid}/task").iterdir()]
+                self.findings.append(f"threads of `council {one.name}`: {threads}")
+                os.kill(one.pid, signal.SIGABRT)
+        for one in hanging:
+            one.join(5)
 
     def _resume(self, began: float) -> None:
         while not self._is_over() and time.monotonic() < began + BOUND:
