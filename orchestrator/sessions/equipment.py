@@ -121,7 +121,7 @@ class Equipment:
             if isinstance(ended.last, CommandFailed):
                 self._failed[wanted[first + ended.done], at] = failure
             raise failure
-        seconds = round(anyio.current_time() - began, 1)
+        seconds = round(anyio.current_time() - began, 3)
         await self.tell("place.setup_finished", {"place": str(place.root), "seconds": seconds})
         return wanted
 

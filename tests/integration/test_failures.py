@@ -263,7 +263,7 @@ async def test_an_adapters_capacity_holds(repository: Repository) -> None:
 
 
 async def test_a_program_inside_of_what_is_hidden_is_told_apart_from_a_missing_one(repository: Repository) -> None:
-    """A tool in the user's own repository is not there for sessions; the reason says what to do, and that helps."""
+    """A tool in the user's own repository is not there for sessions; the refusal says what to do, and that helps."""
     tool = repository.top / "tool.sh"
     tool.write_text("#!/bin/sh\necho x > x.txt\n")
     tool.chmod(0o755)
@@ -271,11 +271,9 @@ async def test_a_program_inside_of_what_is_hidden_is_told_apart_from_a_missing_o
     repository.git("commit", "--quiet", "--message", "tool")
     shell = {"use": "command", "argv": [str(tool)]}
     tasks = [{"id": "t", "prompt": "x"}]
-    task = repository.council("run", str(repository.configure(tasks, adapters={"sh": shell})), "--json").result[
-        "tasks"
-    ][0]
-    assert (task["state"], task["failure"], task["attempts"]) == ("failed", "invalid", 1)
-    assert "under `readable`" in task["reason"]
+    refused = repository.council("run", str(repository.configure(tasks, adapters={"sh": shell})), "--json")
+    assert refused.code == 2, refused
+    assert "under `readable`" in refused.result["error"]
     shell["readable"] = [str(tool)]
     ended = repository.council("run", str(repository.configure(tasks, adapters={"sh": shell})), "--json")
     assert ended.states == {"t": "landed"}, ended

@@ -103,7 +103,7 @@ async def test_a_setup_that_fails_is_tried_once_and_told(repository: Repository,
         assert "no such package" in task["reason"]
         assert "exit code 7" in task["reason"]
         assert ("`network: off` may be the cause" in task["reason"]) == (not default_sandbox())
-    shown = repository.council("status").stdout
+    shown = " ".join(repository.council("status").stdout.split())
     assert ("no such package" in shown, "hint:" in shown, "(log: /" in shown) == (True, False, True), shown
     assert len(lines(outside / "setups")) <= 3, "places that were made at the same time"
     assert not lines(outside / "sessions")

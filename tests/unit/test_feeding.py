@@ -119,6 +119,12 @@ async def test_everything_of_the_run_arrives_in_order_and_nothing_of_others() ->
         await bench.happen(1, run="another")
         await bench.happen(2)
         await until(lambda: len(ear.numbers) == 5)
+        last = ear.batches[-1][-1].position
+        with anyio.fail_after(10):
+            while (cursor := await bench.store.get(cursor_key("r", "sink", "ear"))) is None or cursor.value != {
+                "position": last
+            }:
+                await anyio.sleep(0.005)
         settled = await bench.store.position()
         await anyio.sleep(0.1)
         assert await bench.store.position() == settled
